@@ -1,0 +1,98 @@
+"""The process mesh: made once, passed down. World size 1 is a case, not a special case.
+
+Ranks are numbered dp-major: `rank = dp_rank * sp + sp_rank`. Parameters are sharded over `fsdp_size` consecutive
+ranks (all of them by default) and replicated `world / fsdp_size` times (HSDP).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Who this process is, and the groups it talks to. A group is None where it has one member."""
+
+    rank: int
+    world: int
+    sp: int
+    shards: int
+    device: torch.device
+    sp_group: dist.ProcessGroup | None = field(default=None, repr=False)
+    shard_group: dist.ProcessGroup | None = field(default=None, repr=False)
+    replica_group: dist.ProcessGroup | None = field(default=None, repr=False)
+    world_group: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    @property
+    def dp(self) -> int:
+        return self.world // self.sp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp
+
+    @property
+    def sp_rank(self) -> int:
+        return self.rank % self.sp
+
+    @property
+    def shard_rank(self) -> int:
+        return self.rank % self.shards
+
+    @property
+    def replicas(self) -> int:
+        return self.world // self.shards
+
+    @property
+    def replica_rank(self) -> int:
+        return self.rank // self.shards
+
+
+def pick_device(wanted: str = "auto") -> torch.device:
+    """This process's device: `cuda:LOCAL_RANK` when there is a GPU, else the CPU."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def check_sizes(world: int, sp: int, shards: int) -> None:
+    """ValueError unless sp and shards divide the world."""
+    for name, size in (("ulysses_sequence_parallel_size", sp), ("model.fsdp_config.fsdp_size", shards)):
+        if size < 1 or world % size:
+            legal = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+            raise ValueError(f"{name}={size} does not fit {world} processes: it must divide the world size. Use one of {legal}.")
+
+
+def make_mesh(sp: int = 1, fsdp_size: int = -1, device: str = "auto", timeout_s: float = 1800) -> Mesh:
+    """Build the mesh from the launcher's environment (RANK, WORLD_SIZE, …; absent: one process).
+
+    A collective call: every rank makes the same groups in the same order. NCCL on CUDA, gloo on the CPU.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    shards = world if fsdp_size in (-1, 0) else fsdp_size
+    check_sizes(world, sp, shards)
+    where = pick_device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if world == 1:
+        return Mesh(0, 1, 1, 1, where)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=where if where.type == "cuda" else None)
+    sp_group = _mine([range(i, i + sp) for i in range(0, world, sp)], rank)
+    shard_group = _mine([range(i, i + shards) for i in range(0, world, shards)], rank)
+    replica_group = _mine([range(i, world, shards) for i in range(shards)], rank)
+    return Mesh(rank, world, sp, shards, where, sp_group, shard_group, replica_group, dist.group.WORLD)
+
+
+def _mine(partition: list[range], rank: int) -> dist.ProcessGroup | None:
+    """Make every group of a partition of the ranks; return the one with this rank (None for groups of one)."""
+    if len(partition[0]) == 1:
+        return None
+    groups = [dist.new_group(list(ranks)) for ranks in partition]
+    return next(g for g, ranks in zip(groups, partition, strict=True) if rank in ranks)
