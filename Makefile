@@ -1,0 +1,61 @@
+# make demo | test | test-slow | lint | bench. The virtual environment is made on the first call and kept up to date.
+
+BOOTSTRAP ?= python3
+VENV      ?= .venv
+PYTHON    := $(VENV)/bin/python
+# A machine with an NVIDIA GPU takes the newest torch; any other the release that constraints/cpu.txt names. CONSTRAINTS= takes none.
+CONSTRAINTS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,constraints/cpu.txt)
+PIP       := $(PYTHON) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+BENCH     ?= $(wildcard benchmarks/sft.py)
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install demo test test-slow test-gpu lint bench clean
+
+help:
+	@echo "make install    the package and what it needs, in $(VENV)"
+	@echo "make demo       generate data and a tiny model, train it, watch it call its tool"
+	@echo "make test       the default tests · make test-slow: the long ones · make test-gpu: those for CUDA"
+	@echo "make lint       ruff and basedpyright"
+	@echo "make bench      the benchmark tables (BENCH=benchmarks/….py, ARGS=…)"
+
+# Stamps, so that only a changed pyproject.toml or constraint installs again.
+$(VENV)/.created:
+	@$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "retool needs Python 3.10 or newer: make BOOTSTRAP=python3.12 …")'
+	@test -x $(PYTHON) || $(BOOTSTRAP) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml $(CONSTRAINTS)
+	@echo "installing retool into $(VENV)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the development tools into $(VENV)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(PYTHON) examples/demo.py $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(PYTHON) -m pytest -q $(ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(PYTHON) -m pytest -q -m 'slow and not gpu' --timeout 1800 $(ARGS)
+
+test-gpu: $(VENV)/.installed-dev
+	$(PYTHON) -m pytest -q -m gpu --timeout 600 $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(PYTHON) -m ruff check .
+	$(VENV)/bin/basedpyright --level error
+
+bench: $(VENV)/.installed
+	@for script in $(BENCH); do echo "== $$script"; $(PYTHON) $$script $(ARGS) || exit 1; done
+
+clean:
+	rm -rf $(VENV)/.installed $(VENV)/.installed-dev build dist demo-run
