@@ -1,0 +1,347 @@
+"""Command line and YAML → typed frozen dataclasses, on OmegaConf. Every fault is collected; none stops the search for the next.
+
+A command's configuration is a frozen dataclass of frozen dataclasses whose fields are made by `option(default, doc)`.
+`read` accepts dotted `key=value` words and `config=run.yaml` (a file; later words win), `parse` raises what `read` found.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+C = TypeVar("C")
+REQUIRED = MISSING
+NULLS = ("null", "none", "~", "")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with what the user asked for: where it stands, what is wrong, and the way out."""
+
+    where: str
+    problem: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}" + (f" {self.remedy}" if self.remedy else "")
+
+
+class ConfigError(ValueError):
+    """Every fault of a configuration at once."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(f"- {fault}" for fault in faults))
+
+
+@dataclass(frozen=True)
+class Parsed(Generic[C]):
+    """A configuration (values that had a fault stand at their default, required ones empty) and the faults."""
+
+    config: C
+    faults: tuple[Fault, ...]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A key: its dotted name, its type with and without None, and what `option` was told."""
+
+    key: str
+    type: Any
+    nullable: bool
+    default: Any
+    doc: str
+    minimum: float | None
+    above: float | None
+    maximum: float | None
+    spellings: Mapping[str, str]
+
+    @property
+    def expected(self) -> str:
+        """The type in plain words."""
+        return _plain(self.type) + (" or null" if self.nullable else "")
+
+
+def option(
+    default: Any, doc: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None,
+    spellings: Mapping[str, str] | None = None,
+) -> Any:  # fmt: skip
+    """A configuration field with its one line of documentation.
+
+    `minimum`/`maximum` are inclusive bounds and `above` an exclusive one; `spellings` maps accepted spellings of a
+    value to ours. `REQUIRED` as the default makes the key mandatory; `"${other.key}"` takes another key's value.
+    """
+    metadata = {"doc": doc, "minimum": minimum, "above": above, "maximum": maximum, "spellings": spellings or {}}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def leaves(schema: type, prefix: str = "") -> Iterator[Leaf]:
+    """Every key of a configuration, in the order of its dataclasses."""
+    hints = typing.get_type_hints(schema)
+    for entry in fields(schema):
+        kind, key = hints[entry.name], prefix + entry.name
+        if is_dataclass(kind):
+            yield from leaves(typing.cast(type, kind), key + ".")
+            continue
+        options = [t for t in typing.get_args(kind) if t is not type(None)] if _is_union(kind) else [kind]
+        nullable = _is_union(kind) and type(None) in typing.get_args(kind)
+        bare = options[0] if len(options) == 1 else typing.Union[tuple(options)]  # noqa: UP007
+        meta = entry.metadata
+        default = entry.default if entry.default is not NO_DEFAULT else typing.cast(Any, entry.default_factory)()
+        bounds = meta["minimum"], meta["above"], meta["maximum"]
+        yield Leaf(key, bare, nullable, default, meta["doc"], *bounds, meta["spellings"])
+
+
+def read(schema: type[C], words: Sequence[str], synonyms: Mapping[str, str] | None = None) -> Parsed[C]:
+    """Read `key=value` words over the defaults of `schema`; `synonyms` maps other names of keys to ours."""
+    known = {leaf.key: leaf for leaf in leaves(schema)}
+    assignments, faults = _assignments(words, known, synonyms or {})
+    node, faulty = OmegaConf.structured(schema), set()
+    for key, leaf, raw, shown in assignments:
+        try:
+            value = _from_text(leaf, raw) if isinstance(raw, str) else _as_list(leaf, raw)
+            node = OmegaConf.merge(node, _nested(key, value))
+        except (OmegaConfBaseException, ValueError) as error:
+            faulty.add(leaf.key)
+            faults.append(_type_fault(leaf, shown, error))
+    for leaf in known.values():
+        try:
+            if OmegaConf.is_missing(*_parent(node, leaf.key)):
+                if leaf.key not in faulty:
+                    faults.append(Fault(leaf.key, "is required and not given.", f"Add {leaf.key}=…: {leaf.doc}"))
+                node = OmegaConf.merge(node, _nested(leaf.key, [] if typing.get_origin(leaf.type) is tuple else ""))
+                continue
+            value = OmegaConf.select(node, leaf.key, throw_on_missing=True)
+            faults += _bound_faults(leaf, value)
+        except OmegaConfBaseException as error:
+            faults.append(Fault(leaf.key, str(error).splitlines()[0] + ".", "Interpolate a key that exists: ${trainer.project_name}."))
+            fallback = None if leaf.nullable else leaf.default
+            node = OmegaConf.merge(node, _nested(leaf.key, "" if fallback is REQUIRED else fallback))
+    return Parsed(typing.cast(C, OmegaConf.to_object(node)), tuple(faults))
+
+
+def parse(schema: type[C], words: Sequence[str], synonyms: Mapping[str, str] | None = None) -> C:
+    """`read`, raising `ConfigError` (a ValueError) with every fault."""
+    parsed = read(schema, words, synonyms)
+    if parsed.faults:
+        raise ConfigError(parsed.faults)
+    return parsed.config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain nested dicts, lists and scalars."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(asdict(config))
+
+
+# --- from words to (key, value) ---
+
+Assignment = tuple[str, Leaf, Any, str]  # the key as far as given (a dict's entry may follow), its leaf, the value, how to show it
+
+
+def _assignments(words: Sequence[str], known: Mapping[str, Leaf], synonyms: Mapping[str, str]) -> tuple[list[Assignment], list[Fault]]:
+    out: list[Assignment] = []
+    faults: list[Fault] = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        key = key.lstrip("+")  # Hydra's `+key=value`, which existing scripts use
+        if not equals or key.startswith("-"):
+            faults.append(Fault(word, "is not key=value.", "Write data.train_files=train.parquet; --help lists every key."))
+        elif key == "config":
+            entries, trouble = _from_file(text, known)
+            faults += trouble
+            for name, value in entries:
+                _place(name, value, f"{name} in {text}", known, synonyms, out, faults)
+        else:
+            _place(key, text, word, known, synonyms, out, faults)
+    return out, faults
+
+
+def _place(
+    key: str, value: Any, shown: str, known: Mapping[str, Leaf], synonyms: Mapping[str, str], out: list[Assignment], faults: list[Fault]
+) -> None:
+    name = synonyms.get(key, key)
+    leaf = known.get(name)
+    if leaf is None:  # an entry of a dict: data.apply_chat_template_kwargs.enable_thinking=false
+        leaf = next((o for o in known.values() if _is_dict(o.type) and name.startswith(o.key + ".")), None)
+    if leaf is not None:
+        out.append((name, leaf, value, shown))
+        return
+    members = [k for k in known if k.startswith(name + ".")]
+    if members:
+        faults.append(Fault(shown, f"{name} is a group of keys, not a key.", f"Set one of its keys, such as {members[0]}."))
+        return
+    near = nearest(key, [*known, *synonyms])
+    faults.append(Fault(shown, f"unknown key {key}.", f"Did you mean {synonyms.get(near, near)}?" if near else "--help lists every key."))
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The known name that `name` was probably meant to be: by the whole dotted name, else by its last part."""
+    candidates = list(names)
+    tails = {c.rpartition(".")[2]: c for c in reversed(candidates)}
+    whole = difflib.get_close_matches(name, candidates, n=1, cutoff=0.8)
+    tail = difflib.get_close_matches(name.rpartition(".")[2], tails, n=1, cutoff=0.75)
+    loose = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    return whole[0] if whole else tails[tail[0]] if tail else loose[0] if loose else None
+
+
+def _from_file(path: str, known: Mapping[str, Leaf]) -> tuple[list[tuple[str, Any]], list[Fault]]:
+    if not Path(path).is_file():
+        return [], [Fault(f"config={path}", "no such file.", "Give the path of a YAML file.")]
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # PyYAML's own errors have no common documented base in OmegaConf
+        return [], [Fault(f"config={path}", f"isn't readable YAML: {' '.join(str(error).split())}.", "Mend the file.")]
+    if not isinstance(content, dict):
+        return [], [Fault(f"config={path}", f"holds a {type(content).__name__} where keys are expected.", "Write keys, such as data: …")]
+    return list(_flatten(typing.cast("dict[str, Any]", content), known)), []
+
+
+def _flatten(content: Mapping[str, Any], known: Mapping[str, Leaf], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in known:
+            yield from _flatten(value, known, key + ".")
+        else:
+            yield key, value
+
+
+# --- values ---
+
+
+def _from_text(leaf: Leaf, text: str) -> Any:
+    """A value as the key's type reads it. Text keys take the word as it is: a project called 007 isn't the number 7."""
+    stripped = text.strip()
+    if leaf.nullable and stripped.lower() in NULLS:
+        return None
+    if len(stripped) > 1 and stripped[0] == stripped[-1] and stripped[0] in "'\"":
+        stripped = stripped[1:-1]
+    value = leaf.spellings.get(stripped, stripped)
+    if leaf.type is str or value.startswith("${") or (typing.get_origin(leaf.type) is Literal and value in typing.get_args(leaf.type)):
+        return value
+    is_list = typing.get_origin(leaf.type) is tuple
+    if is_list and not value.startswith(("[", "(")):
+        return [value]
+    if is_list and value.startswith("("):
+        value = f"[{value[1:-1]}]"
+    if leaf.type is int and value.lstrip("+-").replace("_", "").isdigit():
+        return int(value)
+    return _as_list(leaf, _yaml(value))
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(["x=" + text]), resolve=False)["x"]  # pyright: ignore
+    except Exception as error:
+        raise ValueError(f"isn't readable: {' '.join(str(error).split())}") from error
+
+
+def _as_list(leaf: Leaf, value: Any) -> Any:
+    if typing.get_origin(leaf.type) is tuple and value is not None and not isinstance(value, (list, tuple)):
+        return [value]
+    if _is_dict(leaf.type) and isinstance(value, dict) and any(v is None and ":" in str(k) for k, v in value.items()):
+        raise ValueError(f"{value} has no space after a colon, which YAML wants")
+    return leaf.spellings.get(value, value) if isinstance(value, str) else value
+
+
+def _type_fault(leaf: Leaf, shown: str, error: Exception) -> Fault:
+    choices = typing.get_args(leaf.type) if typing.get_origin(leaf.type) is Literal else ()
+    near = difflib.get_close_matches(shown.partition("=")[2], [str(c) for c in choices], n=1)
+    detail = f" ({error})" if type(error) is ValueError else ""
+    return Fault(shown, f"is not {leaf.expected}{detail}.", f"Did you mean {near[0]}?" if near else leaf.doc)
+
+
+def _bound_faults(leaf: Leaf, value: Any) -> Iterator[Fault]:
+    if leaf.minimum is leaf.above is leaf.maximum is None:
+        return
+    for number in value if isinstance(value, (list, tuple)) or OmegaConf.is_list(value) else [value]:
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            continue
+        low = leaf.minimum is not None and not number >= leaf.minimum
+        if low or (leaf.above is not None and not number > leaf.above) or (leaf.maximum is not None and not number <= leaf.maximum):
+            sides = [("at least", leaf.minimum), ("above", leaf.above), ("at most", leaf.maximum)]
+            wanted = " and ".join(f"{name} {bound:g}" for name, bound in sides if bound is not None)
+            yield Fault(f"{leaf.key}={number}", f"must be {wanted}.", leaf.doc)
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _parent(node: Any, key: str) -> tuple[Any, str]:
+    *path, last = key.split(".")
+    for part in path:
+        node = node[part]
+    return node, last
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _is_dict(kind: Any) -> bool:
+    return kind is dict or typing.get_origin(kind) is dict
+
+
+def _plain(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if _is_union(kind):
+        return " or ".join(_plain(a) for a in args)
+    if origin is Literal:
+        return " or ".join(str(a) for a in args)
+    if origin is tuple:
+        return f"a list of {_plain(args[0])}" if len(args) == 2 and args[1] is Ellipsis else f"[{', '.join(_plain(a) for a in args)}]"
+    if origin is dict:
+        return "a mapping such as {name: value}"
+    return {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
+
+
+# --- help ---
+
+
+def help_text(schema: type, program: str, example: str, synonyms: Mapping[str, str] | None = None) -> str:
+    """`--help`: every key with its type, default and meaning, made from the dataclasses' own documentation."""
+    spelt: dict[str, list[str]] = {}
+    for other, ours in (synonyms or {}).items():
+        spelt.setdefault(ours, []).append(other)
+    lines = [f"usage: {program} [--help] [--check] [config=run.yaml] key=value …", ""]
+    lines += textwrap.wrap(inspect.cleandoc(schema.__doc__ or ""), 100)
+    lines += ["", "Later words win over earlier ones and over the file. Example:", ""]
+    lines += ["    " + line for line in example.strip().splitlines()]
+    group = None
+    for leaf in leaves(schema):
+        head = leaf.key.rpartition(".")[0]
+        if head != group:
+            lines.append("")
+            group = head
+        default = "required" if leaf.default is REQUIRED else f"default {_shown(leaf.default)}"
+        lines.append(f"  {leaf.key}  ({leaf.expected}; {default})")
+        text = leaf.doc + (f" Also spelt {', '.join(spelt[leaf.key])}." if leaf.key in spelt else "")
+        lines += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "[" + ",".join(_shown(v) for v in value) + "]"
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
