@@ -1,0 +1,91 @@
+"""Where parameters come from: anything that can read a range of one, and the function that fills a rank's flat shard from it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from retool.parallel.fsdp.layout import Layout, Member, local_pieces
+
+CHUNK = 1 << 24  # elements copied at a time: bounds what a conversion of dtype or a move to the device holds at once
+
+
+class TensorSource(Protocol):
+    """Named tensors on disk, readable in part."""
+
+    def names(self) -> Collection[str]:
+        """Every tensor that is there."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole tensor's shape."""
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened tensor: 1-D, on the CPU, in the stored dtype. Reads only those bytes."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What a rank owns of the model and its optimizer: flat shards [layout.shard_numel], fp32 or fp64, in `layout`'s order.
+
+    The moments are None where there is no optimizer. `step` counts optimizer updates.
+    """
+
+    layout: Layout
+    params: torch.Tensor
+    exp_avg: torch.Tensor | None = None
+    exp_avg_sq: torch.Tensor | None = None
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        for tensor in (self.params, self.exp_avg, self.exp_avg_sq):
+            assert tensor is None or tensor.shape == (self.layout.shard_numel,), "a flat shard has another size than the layout says"
+
+
+def load_flat(layout: Layout, shard_rank: int, source: TensorSource, out: torch.Tensor) -> None:
+    """Fill `out` [layout.shard_numel] with what shard rank `shard_rank` owns of `source`; padding becomes 0.
+
+    Values are converted to `out`'s dtype and device. Every rank checks every name and shape, so all of them raise the same
+    ValueError (missing, misshapen and unexpected parameters, all at once) before anything is read.
+    """
+    assert out.shape == (layout.shard_numel,), f"out has {tuple(out.shape)}, the shard {layout.shard_numel} elements"
+    on_disk = match_names(layout, source)
+    out.zero_()
+    for piece in local_pieces(layout, shard_rank):
+        for start in range(piece.start, piece.stop, CHUNK):
+            stop = min(start + CHUNK, piece.stop)
+            at = piece.local + start - piece.start
+            out[at : at + stop - start].copy_(source.read(on_disk[piece.member.name], start, stop))
+
+
+def match_names(layout: Layout, source: TensorSource) -> dict[str, str]:
+    """Parameter name → name in `source` (an alias where only that is there). ValueError names everything that doesn't fit."""
+    there = set(source.names())
+    aliases: dict[str, list[str]] = {}
+    for alias, name in layout.aliases:
+        aliases.setdefault(name, []).append(alias)
+    found, faults, known = {}, [], {alias for alias, _ in layout.aliases}
+    for _, member in layout.members:
+        known.add(member.name)
+        name = next((n for n in (member.name, *aliases.get(member.name, ())) if n in there), None)
+        if name is None:
+            faults.append(f"{member.name} {list(member.shape)} is missing")
+        elif source.shape(name) != member.shape:
+            faults.append(_misshapen(name, source.shape(name), member))
+        else:
+            found[member.name] = name
+    faults += [f"{name} is unexpected" for name in sorted(there - known) if not name.endswith("rotary_emb.inv_freq")]
+    if faults:
+        more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+        listed = "; ".join(faults[:8]) + more
+        raise ValueError(f"{source} does not fit the model: {listed}. Check that the weights and config.json belong together.")
+    return found
+
+
+def _misshapen(name: str, shape: tuple[int, ...], member: Member) -> str:
+    return f"{name} is {list(shape)}, the model has {list(member.shape)}"

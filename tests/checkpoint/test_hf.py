@@ -1,0 +1,162 @@
+"""Reading and writing Hugging Face folders, against the safetensors library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from retool.checkpoint.hf import SafetensorsSource, copy_side_files, with_dtype
+from retool.checkpoint.safetensors import WeightsWriter, plan_files
+from retool.checkpoint.source import load_flat
+from retool.parallel.fsdp.layout import Layout, local_pieces, make_layout
+
+SHAPES = {"embed.weight": (11, 4), "block.q.weight": (4, 4), "block.k.weight": (2, 4), "block.q.bias": (4,), "norm.weight": (4,)}
+
+
+def small_layout(shards: int) -> Layout:
+    units = [
+        ("embed", [("embed.weight", (11, 4), [("embed.weight", (11, 4))], True)]),
+        ("block", [
+            ("qk.weight", (6, 4), [("block.q.weight", (4, 4)), ("block.k.weight", (2, 4))], True),
+            ("q.bias", (4,), [("block.q.bias", (4,))], True),
+        ]),
+        ("norm", [("norm.weight", (4,), [("norm.weight", (4,))], True)]),
+    ]  # fmt: skip
+    return make_layout(units, shards, (("lm_head.weight", "embed.weight"),))
+
+
+def random_weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+
+
+def gathered(layout: Layout, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    out = {m.name: torch.full((m.numel,), float("nan"), dtype=flats[0].dtype) for _, m in layout.members}
+    for rank, flat in enumerate(flats):
+        for p in local_pieces(layout, rank):
+            out[p.member.name][p.start : p.stop] = flat[p.local : p.local + p.stop - p.start]
+    return {m.name: out[m.name].view(m.shape) for _, m in layout.members}
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4])
+@pytest.mark.parametrize("split", [False, True])
+def test_load_flat_fills_every_element(tmp_path: Path, shards: int, split: bool) -> None:
+    weights = random_weights(torch.bfloat16)
+    if split:
+        parts = {"a.safetensors": ["embed.weight", "norm.weight"], "b.safetensors": ["block.q.weight", "block.k.weight", "block.q.bias"]}
+        for file, names in parts.items():
+            save_file({n: weights[n] for n in names}, tmp_path / file)
+        weight_map = {n: f for f, names in parts.items() for n in names}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    else:
+        save_file(weights, tmp_path / "model.safetensors")
+    layout = small_layout(shards)
+    flats = [torch.full((layout.shard_numel,), 7.0, dtype=torch.float64) for _ in range(shards)]
+    for rank, flat in enumerate(flats):
+        load_flat(layout, rank, SafetensorsSource(tmp_path), flat)
+    for name, value in gathered(layout, flats).items():
+        assert torch.equal(value, weights[name].double()), name
+    assert sum(f.abs().sum() for f in flats).item() == pytest.approx(sum(w.double().abs().sum() for w in weights.values()).item()), "padding is not 0"
+
+
+def test_an_alias_stands_in_for_its_parameter(tmp_path: Path) -> None:
+    weights = random_weights()
+    weights["lm_head.weight"] = weights.pop("embed.weight")
+    save_file(weights, tmp_path / "model.safetensors")
+    layout = small_layout(1)
+    flat = torch.zeros(layout.shard_numel)
+    load_flat(layout, 0, SafetensorsSource(tmp_path), flat)
+    assert torch.equal(flat[:44].view(11, 4), weights["lm_head.weight"])
+
+
+def test_everything_that_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
+    weights = random_weights()
+    del weights["block.q.bias"]
+    weights["norm.weight"] = torch.zeros(5)
+    weights["block.q.extra"] = torch.zeros(5)
+    weights["rotary_emb.inv_freq"] = torch.zeros(5)
+    save_file(weights, tmp_path / "model.safetensors")
+    layout = small_layout(1)
+    with pytest.raises(ValueError, match=r"block\.q\.bias \[4\] is missing; norm\.weight is \[5\], the model has \[4\]; block\.q\.extra is unexpected\."):
+        load_flat(layout, 0, SafetensorsSource(tmp_path), torch.zeros(layout.shard_numel))
+
+
+def test_bad_folders_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a folder"):
+        SafetensorsSource(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds neither"):
+        SafetensorsSource(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+    with pytest.raises(ValueError, match=r"lacks model-2\.safetensors"):
+        SafetensorsSource(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model-2.safetensors"}}))
+    with pytest.raises(ValueError, match="lacks"):
+        SafetensorsSource(tmp_path)
+
+
+def test_truncated_and_lying_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(random_weights(), path)
+    whole = path.read_bytes()
+    for cut in (0, 5, 8, 60, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=str(path)):
+            SafetensorsSource(tmp_path)
+    path.write_bytes(whole.replace(b'"shape":[11,4]', b'"shape":[99,4]'))
+    with pytest.raises(ValueError, match="does not fit its bytes"):
+        SafetensorsSource(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("limit", [100, 10**9])
+def test_the_writer_matches_the_library(tmp_path: Path, dtype: torch.dtype, limit: int) -> None:
+    weights = random_weights()
+    writer = WeightsWriter(tmp_path, SHAPES, dtype, limit)
+    for value in weights.values():
+        for piece in value.view(-1).split(5):
+            writer.write(piece)
+    writer.close()
+    loaded: dict[str, torch.Tensor] = {}
+    for file in tmp_path.glob("*.safetensors"):
+        loaded |= load_file(file)
+    assert list(SafetensorsSource(tmp_path).names()) == list(SHAPES)
+    for name, value in weights.items():
+        assert loaded[name].dtype == dtype and torch.equal(loaded[name], value.to(dtype)), name
+
+
+def test_files_stay_below_the_limit() -> None:
+    plan = plan_files({"a": (10,), "b": (10,), "c": (30,), "d": (1,)}, torch.float32, 80)
+    assert plan == [
+        ("model-00001-of-00003.safetensors", ["a", "b"]),
+        ("model-00002-of-00003.safetensors", ["c"]),
+        ("model-00003-of-00003.safetensors", ["d"]),
+    ]
+
+
+def test_only_the_dtype_fields_change() -> None:
+    text = '{\n  "rope_theta": 1000000.0,\n  "torch_dtype": "float32",\n "x": 1e-06\n}\n'
+    assert with_dtype(text, torch.bfloat16, add=True) == text.replace("float32", "bfloat16")
+    assert with_dtype('{"a": 1}', torch.bfloat16, add=False) == '{"a": 1}'
+    assert json.loads(with_dtype('{"a": 1}', torch.bfloat16, add=True)) == {"torch_dtype": "bfloat16", "a": 1}
+
+
+def test_side_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    kept = {"vocab.json": b'{"a":\xc4\xa0 1}', "merges.txt": b"a b\n", "tokenizer.json": b"{}", "special_tokens_map.json": b"{ }"}
+    for name, content in kept.items():
+        (source / name).write_bytes(content)
+    (source / "tokenizer_config.json").write_text('{"chat_template": "old", "eos_token": "x"}')
+    (source / "config.json").write_text('{"torch_dtype": "float32"}')
+    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "README.md"):
+        (source / name).write_text("x")
+    copy_side_files(source, target, torch.bfloat16, chat_template="new")
+    assert {p.name for p in target.iterdir()} == {*kept, "tokenizer_config.json", "config.json", "chat_template.jinja"}
+    assert all((target / name).read_bytes() == content for name, content in kept.items())
+    assert (target / "config.json").read_text() == '{"torch_dtype": "bfloat16"}'
+    assert json.loads((target / "tokenizer_config.json").read_text()) == {"chat_template": "new", "eos_token": "x"}
+    assert (target / "chat_template.jinja").read_text() == "new"
