@@ -1,0 +1,175 @@
+"""How fast it goes: model FLOPs, MFU, a step timer, peak memory.
+
+**Model FLOPs** are those of the mathematics, whatever is recomputed: a multiply-add counts 2, backward twice the forward.
+
+    matrices:   6 · P per token, P = weights in matrix products (the vocabulary head once, tied or not; no embedding
+                look-up, norms or biases)
+    attention:  6 · n² · N · H per layer for a document of n tokens, N query heads of dimension H: the two products QKᵀ and
+                PV are 2·2·n²·N·H forward, three times that with backward, and half of it under the causal mask
+
+Qwen2.5-0.5B at n = 16,384: P = 494.0M → 2.96 GFLOP, attention 2.11 GFLOP, together 5.1 GFLOP per token.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+GIB = 1024**3
+
+# Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets; the longest name that the device's name contains counts.
+PEAK_FLOPS: Mapping[str, float] = {
+    "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H800": 989e12, "H200": 989e12, "GH200": 989e12, "H20": 148e12,
+    "A100": 312e12, "A800": 312e12, "A30": 165e12, "A40": 149.7e12, "A10": 125e12, "A10G": 70e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "B200": 2250e12, "GB200": 2500e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder that decide its cost."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool = False
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> ModelShape:
+        """From a Hugging Face `config.json` of a llama, qwen2 or qwen3 model."""
+        heads = config["num_attention_heads"]
+        return ModelShape(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            ffn=config["intermediate_size"],
+            vocab=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def layer_params(self) -> int:
+        """Weights in one layer's matrix products."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.ffn
+
+    @property
+    def matmul_params(self) -> int:
+        """Weights in matrix products, the vocabulary head included."""
+        return self.layers * self.layer_params + self.hidden * self.vocab
+
+    @property
+    def params(self) -> int:
+        """Weights altogether, but for norms and biases (less than one in a thousand)."""
+        return self.matmul_params + (0 if self.tied else self.hidden * self.vocab)
+
+
+def model_flops(shape: ModelShape, lengths: Iterable[int]) -> float:
+    """Training FLOPs (forward and backward) of documents of these lengths. Padding is not a document: leave it out."""
+    tokens = squares = 0
+    for n in lengths:
+        tokens += n
+        squares += n * n
+    return 6.0 * shape.matmul_params * tokens + 6.0 * shape.layers * shape.heads * shape.head_dim * squares
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 FLOP/s of the device with this name (`torch.cuda.get_device_name`); None when unknown."""
+    words = name.replace("-", " ").split()
+    fits = [known for known in PEAK_FLOPS if _holds(words, known.split())]
+    return PEAK_FLOPS[max(fits, key=len)] if fits else None
+
+
+def _holds(words: list[str], part: list[str]) -> bool:
+    return any(words[i : i + len(part)] == part for i in range(len(words)))
+
+
+def device_peak(device: torch.device) -> float | None:
+    """`peak_flops` of a torch device; None for the CPU."""
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def mfu(flops: float, seconds: float, gpus: int, peak: float | None) -> float | None:
+    """Model FLOPs utilisation: the share of the peak of `gpus` devices that `flops` in `seconds` is. None without a peak."""
+    return None if peak is None or seconds <= 0 else flops / seconds / (gpus * peak)
+
+
+def peak_memory(device: torch.device) -> tuple[float, float]:
+    """Peak (allocated, reserved) GiB since `reset_peak_memory`. On the CPU both are the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB on Linux
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    return resident, resident
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start `peak_memory` anew (the CPU's can't be)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+class StepTimer:
+    """Seconds of a step and its phases, on the device's clock, without holding the host back.
+
+    On CUDA a phase is a pair of events on the current stream: it costs the host nothing, and `take` may be read a step
+    later, when the events have long passed. On the CPU it is the wall clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._phases: list[tuple[str, Any, Any]] = []
+        self._start = self._mark()
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what is inside; the same name again adds up."""
+        start = self._mark()
+        try:
+            yield
+        finally:
+            self._phases.append((name, start, self._mark()))
+
+    def take(self) -> StepTimes:
+        """End the step here and begin the next."""
+        end = self._mark()
+        times = StepTimes((*self._phases, ("step", self._start, end)), self._cuda)
+        self._phases, self._start = [], end
+        return times
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """A step's marks. Read it late: `seconds` waits for the step's end on the device."""
+
+    marks: tuple[tuple[str, Any, Any], ...]
+    cuda: bool
+
+    def seconds(self) -> dict[str, float]:
+        """Phase → seconds, `step` among them."""
+        if self.cuda:
+            self.marks[-1][2].synchronize()
+        out: dict[str, float] = {}
+        for name, start, end in self.marks:
+            out[name] = out.get(name, 0.0) + (start.elapsed_time(end) / 1000 if self.cuda else end - start)
+        return out
