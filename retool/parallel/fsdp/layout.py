@@ -70,6 +70,7 @@ class Layout:
     units: tuple[UnitLayout, ...]
     shards: int
     aliases: tuple[tuple[str, str], ...] = ()  # (name on disk, name of the parameter that it is tied to)
+    order: tuple[str, ...] = ()  # Hugging Face names in `parameters()` order; empty: unit by unit
 
     @cached_property
     def shard_numel(self) -> int:
@@ -78,18 +79,21 @@ class Layout:
     @cached_property
     def members(self) -> tuple[tuple[UnitLayout, Member], ...]:
         """Every Hugging Face parameter once, in `parameters()` order."""
-        return tuple((u, m) for u in self.units for m in u.members)
+        found = {m.name: (u, m) for u in self.units for m in u.members}
+        return tuple(found[name] for name in self.order or found)
 
     def reshard(self, shards: int) -> Layout:
         """The same units split over another number of ranks."""
         specs = [(u.name, [(s.name, s.shape, [(m.name, m.shape) for m in s.members], s.trainable) for s in u.slots]) for u in self.units]
-        return make_layout(specs, shards, self.aliases)
+        return make_layout(specs, shards, self.aliases, self.order)
 
 
 SlotSpec = tuple[str, tuple[int, ...], list[tuple[str, tuple[int, ...]]], bool]
 
 
-def make_layout(units: list[tuple[str, list[SlotSpec]]], shards: int, aliases: tuple[tuple[str, str], ...] = ()) -> Layout:
+def make_layout(
+    units: list[tuple[str, list[SlotSpec]]], shards: int, aliases: tuple[tuple[str, str], ...] = (), order: tuple[str, ...] = ()
+) -> Layout:
     """Lay out units given as (unit name, [(slot name, slot shape, [(HF name, HF shape), …], trainable), …])."""
     out, start = [], 0
     for name, specs in units:
@@ -105,7 +109,7 @@ def make_layout(units: list[tuple[str, list[SlotSpec]]], shards: int, aliases: t
         shard = -(-max(offset, 1) // (shards * ALIGNMENT)) * ALIGNMENT
         out.append(UnitLayout(name, tuple(slots), shard * shards, shard, start))
         start += shard
-    return Layout(tuple(out), shards, aliases)
+    return Layout(tuple(out), shards, aliases, order)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,133 @@
+"""AdamW on flat shards, learning-rate schedules, and the global gradient clip: nothing here waits for the device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from retool.parallel.fsdp import Layout, Sharded
+
+Run = tuple[int, int]  # elements [start, stop) of a rank's shard
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), on every parameter, norms and biases too."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+    eps: float = 1e-8
+
+
+class AdamW:
+    """AdamW over a `Sharded` module's flat shards.
+
+    `exp_avg` and `exp_avg_sq` have the shape and dtype of `sharded.master`. With `offload_moments` they live in pinned
+    host memory, with `offload_master` the master weights too; both visit the device unit by unit during `step`.
+    """
+
+    def __init__(self, sharded: Sharded, options: AdamWOptions, offload_moments: bool = False, offload_master: bool = False) -> None:
+        self.sharded, self.options = sharded, options
+        self.offload_moments = offload_moments and sharded.mesh.device.type == "cuda"
+        if offload_master and sharded.mesh.device.type == "cuda":
+            sharded.offload_master()
+        self.exp_avg, self.exp_avg_sq = (_moment(sharded.master, self.offload_moments) for _ in range(2))
+        self.steps = torch.zeros((), dtype=torch.float32, device=sharded.mesh.device)
+        self.trainable = trainable_runs(sharded.layout, sharded.mesh.shard_rank)
+
+    def step(self, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip, update and refresh the gathered copy. Returns (gradient norm before clipping, 1.0 if it wasn't finite).
+
+        Both stay on the device. A non-finite norm leaves weights, moments and the step count as they were.
+        """
+        sharded = self.sharded
+        norm = sharded.grad_norm()
+        skipped = (~torch.isfinite(norm)).float()
+        limit = self.options.clip_grad
+        scale = torch.clamp((norm + 1e-6) / limit, min=1.0) if limit > 0 else torch.ones_like(norm)
+        if sharded.master.dtype == torch.float64:  # the fused kernel takes a scale in fp32 only
+            sharded.grad.div_(scale)
+            scale = torch.ones_like(norm)
+        scale = scale.float()
+        offloaded = self.offload_moments or sharded.master.device.type != sharded.mesh.device.type
+        if offloaded:
+            self._offloaded_update(lr, scale, skipped)
+        else:
+            self._update(self.trainable, sharded.master, sharded.grad, self.exp_avg, self.exp_avg_sq, lr, scale, skipped)
+        self.steps += 1 - skipped
+        sharded.refresh(copied=offloaded)
+        return norm, skipped
+
+    def _update(self, runs: list[Run], master: torch.Tensor, grad: torch.Tensor, first: torch.Tensor, second: torch.Tensor,
+                lr: float, scale: torch.Tensor, skipped: torch.Tensor) -> None:  # fmt: skip
+        """One fused kernel over `runs`; the gradient is divided by `scale` in it, and left alone where `skipped`."""
+        if not runs:
+            return
+        parts = [[t[a:b] for a, b in runs] for t in (master, grad.to(master.dtype), first, second)]
+        steps = [self.steps.clone() for _ in runs]
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(
+            *parts, [], steps, lr=lr, beta1=self.options.betas[0], beta2=self.options.betas[1], weight_decay=self.options.weight_decay,
+            eps=self.options.eps, amsgrad=False, maximize=False, grad_scale=scale, found_inf=skipped,
+        )  # fmt: skip
+
+    def _offloaded_update(self, lr: float, scale: torch.Tensor, skipped: torch.Tensor) -> None:
+        """Unit by unit: host → device, update, device → host, all in the compute stream's order, from pinned memory."""
+        device = self.sharded.mesh.device
+        for unit in self.sharded.layout.units:
+            part = slice(unit.start, unit.start + unit.shard_numel)
+            runs = [(max(a, part.start) - part.start, min(b, part.stop) - part.start) for a, b in self.trainable]
+            host = [t[part] for t in (self.sharded.master, self.exp_avg, self.exp_avg_sq)]
+            here = [t.to(device, non_blocking=True) for t in host]
+            self._update([r for r in runs if r[0] < r[1]], here[0], self.sharded.grad[part], here[1], here[2], lr, scale, skipped)
+            self.sharded.compute[part].copy_(here[0])  # onto itself where only the moments are offloaded and both are one tensor
+            for target, value in zip(host, here, strict=True):
+                if target.device != device:
+                    target.copy_(value, non_blocking=True)
+
+
+def _moment(like: torch.Tensor, offload: bool) -> torch.Tensor:
+    return torch.zeros(like.shape, dtype=like.dtype, pin_memory=True) if offload else torch.zeros_like(like)
+
+
+def trainable_runs(layout: Layout, shard_rank: int) -> list[Run]:
+    """Stretches of a rank's shard to update: one for everything, unless some parameters are frozen. Padding is zero and stays so."""
+    runs: list[Run] = []
+    for unit in layout.units:
+        low = shard_rank * unit.shard_numel
+        edges = [(s.offset, s.trainable) for s in unit.slots] + [(unit.numel, True)]
+        for (start, trainable), (stop, _) in pairwise(edges):
+            a, b = max(start, low) - low + unit.start, min(stop, low + unit.shard_numel) - low + unit.start
+            if not trainable or a >= b:
+                continue
+            if runs and runs[-1][1] == a:
+                runs[-1] = (runs[-1][0], b)
+            else:
+                runs.append((a, b))
+    return runs
+
+
+def learning_rate(step: int, total: int, peak: float, kind: str = "cosine", warmup_ratio: float = 0.1, min_ratio: float = 0.0) -> float:
+    """Learning rate of step `step` (from 0) of `total`: peak·(s+1)/warmup, then the schedule down to `peak·min_ratio`.
+
+    cosine: half a period; wsd: constant, then linear over the last tenth (Hu et al., arXiv 2404.06395); constant.
+    """
+    warmup = int(total * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    after, length = step - warmup, max(total - warmup, 1)
+    progress = min(after / length, 1.0)
+    if kind == "cosine":
+        shape = 0.5 * (1 + math.cos(math.pi * progress))
+    elif kind == "wsd":
+        decay = max(int(total * 0.1), 1)
+        shape = min(1.0, max(total - step, 0) / decay)
+    elif kind == "constant":
+        return peak
+    else:
+        raise ValueError(f"optim.lr_scheduler={kind!r} is unknown. Use cosine, wsd or constant.")
+    return peak * (min_ratio + (1 - min_ratio) * shape)

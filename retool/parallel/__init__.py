@@ -1,0 +1,1 @@
+"""Process mesh, parameter sharding (FSDP) and sequence parallelism (Ulysses)."""

@@ -1,0 +1,43 @@
+"""Collectives with a meaning for autograd. A group of None is a group of one: nothing is sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class _AllToAll(torch.autograd.Function):
+    """All-to-all of a flat buffer; the backward is the other direction."""
+
+    @staticmethod
+    def forward(ctx: Any, send: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.send_sizes, ctx.recv_sizes, ctx.group = send_sizes, recv_sizes, group
+        return exchange(send, send_sizes, recv_sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return exchange(grads[0], ctx.recv_sizes, ctx.send_sizes, ctx.group), None, None, None
+
+
+def exchange(send: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Send `send_sizes[r]` consecutive elements of the flat `send` to rank r; receive `recv_sizes[r]` from it, in rank order."""
+    received = send.new_empty(sum(recv_sizes))
+    dist.all_to_all_single(received, send.contiguous(), recv_sizes, send_sizes, group=group)
+    return received
+
+
+def all_to_all(send: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Differentiable `exchange`."""
+    if group is None:
+        return send
+    out: Any = _AllToAll.apply(send, send_sizes, recv_sizes, group)
+    return out
+
+
+def sum_over(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """`x` summed over the group, in place; not differentiable."""
+    if group is not None:
+        dist.all_reduce(x, group=group)
+    return x

@@ -1,0 +1,172 @@
+"""Sharding any module: n processes compute what one does, whatever the units, dtypes and buffers."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from retool.optim import AdamW, AdamWOptions
+from retool.parallel.fsdp import shard
+from retool.parallel.fsdp.overlap import assign_buffers
+from retool.parallel.mesh import make_mesh
+from tests.ranks import run_ranks
+
+
+class Net(nn.Module):
+    """Uneven shapes, a shared matrix, a parameter that no gradient reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 13)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(13, 13), nn.Tanh(), nn.LayerNorm(13)) for _ in range(5))
+        self.last = nn.Linear(13, 13, bias=False)
+        self.last.weight = self.blocks[0][0].weight  # shared between two units
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x).square().sum()
+
+
+class Root(nn.Module):
+    """Untied variant, each part a unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 13)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(13, 13), nn.Tanh(), nn.LayerNorm(13)) for _ in range(5))
+        self.last = nn.Linear(13, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x).square().sum()
+
+
+def units_of(net: Root) -> list[tuple[str, list[nn.Module]]]:
+    blocks: list[tuple[str, list[nn.Module]]] = [(f"b{i}", [b]) for i, b in enumerate(net.blocks)]
+    return [("first", [net.first]), *blocks, ("last", [net.last])]
+
+
+def train(fsdp_size: int, reshard: bool, prefetch: bool, steps: int = 6, freeze: bool = False) -> tuple[list[float], list[float], np.ndarray]:
+    """Losses, gradient norms and the final master weights (gathered) of a float64 run with two micro-batches a rank."""
+    mesh = make_mesh(fsdp_size=fsdp_size)
+    torch.manual_seed(0)
+    net = Root().double()
+    if freeze:
+        net.blocks[1].requires_grad_(False)
+        net.first.bias.requires_grad_(False)
+    f64 = torch.float64
+    sharded = shard(net, units_of(net), mesh, param_dtype=f64, master_dtype=f64, reduce_dtype=f64, reshard_after_forward=reshard, prefetch=prefetch)
+    optimizer = AdamW(sharded, AdamWOptions(clip_grad=0.5))
+    data = torch.randn(steps, 12, 7, dtype=f64, generator=torch.Generator().manual_seed(1))
+    losses, norms = [], []
+    for x in data:
+        sharded.zero_grad()
+        mine = x[mesh.rank :: mesh.world].chunk(2)
+        total = torch.zeros((), dtype=f64)
+        for part in mine:
+            loss = sharded(part) / 12
+            loss.backward()
+            total += loss.detach()
+        if mesh.world_group is not None:
+            torch.distributed.all_reduce(total)
+        sharded.finish_gradients()
+        norm, skipped = optimizer.step(1e-2)
+        assert not skipped
+        losses.append(float(total))
+        norms.append(float(norm))
+    for unit in sharded.units:
+        unit.gather()
+    weights = []
+    for unit in sharded.units:
+        unit.gather()
+        weights += [p.detach().clone().flatten().numpy() for p in unit.parameters]
+    return losses, norms, np.concatenate(weights)
+
+
+@pytest.fixture(scope="module")
+def single() -> tuple[list[float], list[float], np.ndarray]:
+    return train(-1, True, True)
+
+
+@pytest.mark.parametrize(("world", "fsdp_size", "reshard", "prefetch"), [(2, -1, True, True), (3, -1, False, True), (4, 2, True, False), (4, -1, True, True)])
+def test_n_processes_equal_one(single: tuple[list[float], list[float], np.ndarray], world: int, fsdp_size: int, reshard: bool, prefetch: bool) -> None:
+    for losses, norms, weights in run_ranks(train, world, fsdp_size, reshard, prefetch):
+        np.testing.assert_allclose(losses, single[0], rtol=1e-12)
+        np.testing.assert_allclose(norms, single[1], rtol=1e-12)
+        np.testing.assert_allclose(weights, single[2], rtol=1e-11, atol=1e-13)
+
+
+def test_one_process_equals_plain_torch(single: tuple[list[float], list[float], np.ndarray]) -> None:
+    torch.manual_seed(0)
+    net = Root().double()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
+    data = torch.randn(6, 12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for x, expected_loss, expected_norm in zip(data, single[0], single[1], strict=True):
+        optimizer.zero_grad()
+        loss = net(x) / 12
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+        assert float(loss.detach()) == pytest.approx(expected_loss, rel=1e-12)
+        assert float(norm) == pytest.approx(expected_norm, rel=1e-12)
+    np.testing.assert_allclose(torch.cat([p.detach().flatten() for p in net.parameters()]).numpy(), single[2], rtol=1e-6)
+
+
+def test_frozen_parameters_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    before = torch.cat([p.detach().flatten() for p in Root().double().blocks[1].parameters()]).numpy()
+    ones, twos = train(-1, True, True, freeze=True), run_ranks(train, 2, -1, True, True, 6, True)
+    np.testing.assert_allclose(twos[0][2], ones[2], rtol=1e-11, atol=1e-13)
+    start = 7 * 13 + 13 + len(before)
+    np.testing.assert_array_equal(ones[2][start : start + len(before)], before)
+    assert not np.array_equal(ones[2][: 7 * 13], train(-1, True, True, steps=0)[2][: 7 * 13])
+
+
+def test_non_finite_gradient_changes_nothing() -> None:
+    torch.manual_seed(0)
+    net = Root()
+    sharded = shard(net, units_of(net), make_mesh(), param_dtype=torch.float32)
+    optimizer = AdamW(sharded, AdamWOptions())
+    before = sharded.master.clone()
+    (sharded(torch.randn(2, 7)) * float("nan")).backward()
+    norm, skipped = optimizer.step(1e-3)
+    assert torch.isnan(norm)
+    assert skipped == 1 and optimizer.steps == 0
+    assert torch.equal(sharded.master, before) and not optimizer.exp_avg.any()
+
+
+def test_shared_matrix_and_unreached_parameter() -> None:
+    torch.manual_seed(0)
+    net, reference = Net(), Net()
+    reference.load_state_dict(net.state_dict())
+    x = torch.randn(4, 7)
+    reference(x).backward()
+    sharded = shard(net, [("all", [net])], make_mesh(), param_dtype=torch.float32)
+    sharded(x).backward()
+    unit = sharded.units[0].layout
+    for slot in unit.slots:
+        wanted = dict(reference.named_parameters())[slot.name].grad
+        found = sharded.grad[slot.offset : slot.offset + slot.numel].view(slot.shape)
+        torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted)
+
+
+def test_parameter_in_no_unit_is_named() -> None:
+    net = Root()
+    with pytest.raises(ValueError, match=r"first\.weight \(and 1 more\) is in no unit"):
+        shard(net, units_of(net)[1:], make_mesh())
+
+
+def test_buffers_alternate_and_neighbours_never_share() -> None:
+    blocks = assign_buffers([100, 10, 10, 10, 10, 90], [False] * 6)
+    assert blocks[0] == blocks[5] and len(set(blocks[1:5])) == 2
+    assert all(a != b for a, b in pairwise(blocks))
+    assert len(set(assign_buffers([10, 10, 10], [True] * 3))) == 3
