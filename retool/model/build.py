@@ -1,0 +1,45 @@
+"""From a model's configuration to a sharded decoder without weights yet; `retool.checkpoint.pretrained` fills it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from retool.model.attention import choose_backend
+from retool.model.config import ModelConfig
+from retool.model.decoder import Decoder, Recompute, Run
+from retool.parallel.fsdp import Sharded, shard
+from retool.parallel.mesh import Mesh
+from retool.parallel.ulysses import HeadPlan
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How to hold and run a model. A dtype of None: bf16 compute on CUDA, the master's dtype on the CPU."""
+
+    param_dtype: torch.dtype | None = None
+    master_dtype: torch.dtype = torch.float32
+    reduce_dtype: torch.dtype = torch.float32
+    attn: str = "auto"
+    recompute: Recompute = "none"
+    use_compile: bool | Literal["auto"] = "auto"
+    reshard_after_forward: bool = True
+    forward_prefetch: bool = True
+
+
+def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sharded:
+    """A `Sharded` decoder of `config`'s shape with zero weights; its module is a `Decoder`, made on the meta device."""
+    cuda = mesh.device.type == "cuda"
+    dtype = options.param_dtype or (torch.bfloat16 if cuda else options.master_dtype)
+    plan = HeadPlan(mesh.sp, mesh.sp_rank, config.heads, config.kv_heads, config.head_dim)
+    compiled = cuda if options.use_compile == "auto" else options.use_compile
+    run = Run(plan, mesh, choose_backend(mesh.device, dtype, config.head_dim, options.attn), options.recompute, compiled)
+    with torch.device("meta"):
+        module = Decoder(config, run)
+    return shard(
+        module, module.units(), mesh, param_dtype=dtype, master_dtype=options.master_dtype, reduce_dtype=options.reduce_dtype,
+        members=module.members(), aliases=module.aliases(), order=module.order(),
+        reshard_after_forward=options.reshard_after_forward, prefetch=options.forward_prefetch,
+    )  # fmt: skip

@@ -1,0 +1,123 @@
+"""The decoders against transformers: logits and all gradients, packed and one by one, and a real model's published text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from retool.batch import Sample, pack
+from retool.checkpoint.pretrained import load_pretrained
+from retool.model.build import ModelOptions
+from retool.model.config import parse_model_config, read_model_config
+from retool.parallel.mesh import make_mesh
+from tests.model.tiny import FAMILIES, SHAPE, make
+
+STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260k"
+
+
+def sample(rng: np.random.Generator, n: int, vocab: int = SHAPE["vocab_size"]) -> Sample:
+    return Sample(rng.integers(0, vocab, n).astype(np.int32), np.ones(n, bool))
+
+
+def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return hidden @ weight.t()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_logits_and_gradients_equal_transformers(tmp_path: Path, family: str, recompute: str) -> None:
+    reference = make(tmp_path, family)
+    sharded = load_pretrained(tmp_path, make_mesh(), ModelOptions(recompute=recompute))
+    rng = np.random.default_rng(0)
+    samples = [sample(rng, n) for n in (17, 1, 40, 9)]
+    direction = torch.from_numpy(rng.normal(size=(67, SHAPE["vocab_size"])).astype(np.float32))
+    ours = sharded(pack(samples), logits)
+    (ours * direction).sum().backward()
+    rows = [reference(torch.from_numpy(s.tokens.astype(np.int64))[None]).logits[0] for s in samples]
+    theirs = torch.cat(rows)
+    (theirs * direction).sum().backward()
+    assert relative(ours, theirs) < 1e-5
+    wanted = dict(reference.named_parameters())
+    checked = 0
+    for unit, member in sharded.layout.members:
+        start = unit.start + member.offset
+        grad = wanted[member.name].grad
+        assert grad is not None
+        assert relative(sharded.grad[start : start + member.numel].view(member.shape), grad) < 1e-5, member.name
+        checked += 1
+    assert checked == len(wanted)
+    assert [m.name for _, m in sharded.layout.members] == list(wanted), "parameters() order"
+
+
+def test_llama3_scaling_changes_the_result(tmp_path: Path) -> None:
+    """The scaled model must differ from the plain one, or the parity above proves nothing about scaling."""
+    for family in ("llama", "llama3"):
+        make(tmp_path / family, family)
+    batch = pack([sample(np.random.default_rng(0), 60)])
+    with torch.no_grad():
+        plain, scaled = (load_pretrained(tmp_path / f, make_mesh())(batch, logits) for f in ("llama", "llama3"))
+    assert relative(scaled, plain) > 1e-3
+
+
+def test_packed_equals_one_by_one(tmp_path: Path) -> None:
+    make(tmp_path, "qwen2")
+    f64 = torch.float64
+    sharded = load_pretrained(tmp_path, make_mesh(), ModelOptions(f64, f64, f64))
+    rng = np.random.default_rng(1)
+    samples = [sample(rng, n) for n in (33, 5, 21)]
+    with torch.no_grad():
+        packed = sharded(pack(samples, multiple=8), logits)[: sum(map(len, samples))]
+        alone = torch.cat([sharded(pack([s]), logits) for s in samples])
+    assert packed.dtype == f64
+    assert relative(packed, alone) < 1e-14
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="needs the stories260k weights in ../shared/data")
+def test_stories260k_tells_its_published_story() -> None:
+    sharded = load_pretrained(STORIES, make_mesh())
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    prompt = tokenizer("Once upon a time").input_ids
+    reference = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(120):
+            tokens = np.array(ids, np.int32)
+            ids.append(int(sharded(pack([Sample(tokens, tokens >= 0)]), logits)[-1].argmax()))
+        expected = reference.generate(torch.tensor([prompt]), max_new_tokens=120, do_sample=False)[0].tolist()
+    assert ids == expected
+    assert tokenizer.decode(ids, skip_special_tokens=True).startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    )
+
+
+def test_both_rope_spellings_are_read(tmp_path: Path) -> None:
+    make(tmp_path, "qwen2", rope_parameters={"rope_type": "default", "rope_theta": 123456.0})
+    assert read_model_config(tmp_path).rope_theta == 123456.0
+    old = {"model_type": "llama", **SHAPE, "rope_theta": 5e5, "rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 1,
+           "high_freq_factor": 4, "original_max_position_embeddings": 8192}}  # fmt: skip
+    parsed = parse_model_config(old)
+    assert parsed.rope_theta == 5e5 and parsed.rope_scaling is not None and parsed.rope_scaling.factor == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not implemented"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope type 'yarn'"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"num_key_value_heads": 4}, "num_attention_heads=6 is not a multiple"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_model_config({"model_type": "llama", **SHAPE, **change})
