@@ -1,0 +1,210 @@
+"""Causal attention over packed documents: one function, four kernels behind it.
+
+Shapes: T tokens · N query heads · K key/value heads · G query heads per key/value head · L tokens of a document · H head dim · B documents
+
+    flash      FlashAttention-2, `flash_attn_varlen_func`'s kernels, from the flash-attn package
+    varlen     torch's own FlashAttention, `torch.nn.attention.varlen`
+    cudnn      documents of at least `CUDNN_SHORTEST` tokens through cuDNN, the shorter ones between them through flash or varlen
+    reference  document by document in any precision, on any device: the CPU's kernel, and what the others are tested against
+
+Every token attends to itself and to the tokens before it in its document; scores are scaled by 1/sqrt(H); query head n reads
+key/value head n // G. Nothing waits for the device: what the host must know about the pack comes in `seqlens` and `max_seqlen`.
+
+[Note: attention without running it again] A block that recomputes its activations keeps `out` and `lse` from
+`attention_forward_lse` (T·N·(H + 2) elements of 2 bytes in bf16) and calls `attention_from_saved` in the recomputation: it returns the kept
+`out` and its backward starts from both. The most expensive part of a long block is then never computed twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from retool.model.attention_cudnn import CUDNN_LARGEST_HEAD, cudnn_backward, cudnn_forward
+from retool.model.attention_reference import Gradients, Pack, reference_backward, reference_forward
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto") -> str:
+    """The kernel for these inputs: `wanted` if it can run them, or for "auto" the fastest that can.
+
+    Raises ValueError where `wanted` is unknown or can't run, saying what would.
+    """
+    if wanted not in ("auto", *FORWARD):
+        raise ValueError(f"attention backend {wanted!r} is not known. Use auto, {', '.join(FORWARD)}.")
+    reason = _why_not_fused(device, dtype, head_dim)
+    if wanted == "reference" or (wanted == "auto" and reason):
+        return "reference"
+    if reason:
+        raise ValueError(f"attention backend {wanted!r} {reason}. Use reference, or auto.")
+    if wanted == "flash" and find_spec("flash_attn") is None:
+        raise ValueError("attention backend 'flash' needs the flash-attn package. Install retool[flash], or use varlen, part of torch.")
+    can_cudnn = torch.cuda.get_device_capability(device) >= (9, 0) and head_dim <= CUDNN_LARGEST_HEAD
+    if wanted == "cudnn" and not can_cudnn:
+        raise ValueError(f"attention backend 'cudnn' needs a Hopper or later GPU and head_dim ≤ {CUDNN_LARGEST_HEAD}. Use flash or varlen.")
+    if wanted == "auto":
+        return "cudnn" if can_cudnn else _flash_or_varlen()
+    return wanted
+
+
+def _why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    if device.type != "cuda":
+        return f"needs a GPU, and this is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if head_dim % 8 or head_dim > 256:
+        return f"takes head dimensions that are multiples of 8 up to 256, not {head_dim}"
+    return ""
+
+
+@lru_cache(maxsize=1)
+def _flash_or_varlen() -> str:
+    return "flash" if find_spec("flash_attn") else "varlen"
+
+
+@torch.compiler.disable  # `seqlens` would be a guard, and every pack a new graph
+def attention(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, seqlens: tuple[int, ...]
+) -> Tensor:
+    """Causal attention within each document → out [T, N, H] in q's dtype, differentiable.
+
+    `cu_seqlens` int32 [B+1] on the device, `seqlens` the same lengths on the host (they add up to T), `max_seqlen` their largest,
+    `backend` a name from `choose_backend`. N must be a multiple of K. q, k, v may be views of one buffer, as long as H is contiguous.
+    """
+    _check(q_TNH, k_TKH, seqlens)
+    return _Attention.apply(q_TNH, k_TKH, v_TKH, None, None, cu_seqlens, max_seqlen, backend, seqlens)
+
+
+@torch.compiler.disable
+def attention_from_saved(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NT: Tensor,
+    cu_seqlens: Tensor, max_seqlen: int, backend: str, seqlens: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    """`attention` whose result is known: gives `out_TNH` back without computing it, and the same gradients.
+
+    See [Note: attention without running it again]. q, k, v must be what `out_TNH` and `lse_NT` were computed from.
+    """
+    _check(q_TNH, k_TKH, seqlens)
+    return _Attention.apply(q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, cu_seqlens, max_seqlen, backend, seqlens)
+
+
+def attention_forward_lse(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, seqlens: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """(out [T, N, H], lse [N, T]) without a graph.
+
+    lse is the natural log-sum-exp of each query's scaled scores: float32, or float64 for float64 inputs.
+    """
+    with torch.no_grad():
+        return FORWARD[backend](q_TNH, k_TKH, v_TKH, Pack(cu_seqlens, max_seqlen, seqlens))
+
+
+def attention_backward(
+    dout_TNH: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NT: Tensor,
+    cu_seqlens: Tensor, max_seqlen: int, backend: str, seqlens: tuple[int, ...],
+) -> Gradients:  # fmt: skip
+    """(dq, dk, dv) of what `attention_forward_lse` computed. Deterministic under `torch.use_deterministic_algorithms(True)` (not cudnn)."""
+    with torch.no_grad():
+        return BACKWARD[backend](dout_TNH.contiguous(), q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, Pack(cu_seqlens, max_seqlen, seqlens))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, *pack: Any) -> Tensor:
+        if out is None or lse is None:
+            out, lse = attention_forward_lse(q, k, v, *pack)
+        else:
+            out = out.view_as(out)  # a new tensor over the kept one's memory: this node's output, not its input
+        cu_seqlens, *ctx.pack = pack
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return (*attention_backward(dout, *ctx.saved_tensors, *ctx.pack), *[None] * 6)
+
+
+def _check(q_TNH: Tensor, k_TKH: Tensor, seqlens: tuple[int, ...]) -> None:
+    assert q_TNH.shape[0] == sum(seqlens), f"{q_TNH.shape[0]} query tokens in documents of {sum(seqlens)} tokens"
+    assert q_TNH.shape[1] % k_TKH.shape[1] == 0, f"{q_TNH.shape[1]} query heads don't group over {k_TKH.shape[1]} key/value heads"
+
+
+# ── flash-attn ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _flash_options(head_dim: int, pack: Pack) -> dict[str, Any]:
+    return {
+        "cu_seqlens_q": pack.cu_seqlens,
+        "cu_seqlens_k": pack.cu_seqlens,
+        "max_seqlen_q": pack.max_seqlen,
+        "max_seqlen_k": pack.max_seqlen,
+        "dropout_p": 0.0,
+        "softmax_scale": head_dim**-0.5,
+        "causal": True,
+        "window_size_left": -1,
+        "window_size_right": -1,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+    }
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+    out, lse, *_ = _flash_attn_varlen_forward(q, k, v, **_flash_options(q.shape[-1], pack))
+    return out, lse
+
+
+def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack) -> Gradients:
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    _flash_attn_varlen_backward(dout, q, k, v, out, lse, dq, dk, dv, deterministic=deterministic, **_flash_options(q.shape[-1], pack))
+    return dq, dk, dv
+
+
+# ── torch.nn.attention.varlen ────────────────────────────────────────────────────────────────────────────────────
+
+
+@lru_cache(maxsize=1)
+def _varlen_options() -> dict[str, Any]:
+    """torch 2.11 groups heads unasked; from 2.12 on they must be asked for. Both take the causal mask as a window."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return {"window_size": (-1, 0), "return_aux": AuxRequest(lse=True), **grouped}
+
+
+def _varlen_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    out, lse = varlen_attn(q, k, v, pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen, **_varlen_options())
+    return out, lse
+
+
+def _varlen_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack) -> Gradients:
+    rng, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # of dropout, which isn't used
+    cu, longest = pack.cu_seqlens, pack.max_seqlen
+    return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, cu, cu, longest, longest, 0.0, True, rng, unused)
+
+
+# ── cuDNN for the long documents, one of the above for the rest ──────────────────────────────────────────────────
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+    return cudnn_forward(q, k, v, pack, FORWARD[_flash_or_varlen()])
+
+
+def _cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack) -> Gradients:
+    return cudnn_backward(dout, q, k, v, out, lse, pack, BACKWARD[_flash_or_varlen()])
+
+
+FORWARD = {"flash": _flash_forward, "varlen": _varlen_forward, "cudnn": _cudnn_forward, "reference": reference_forward}
+BACKWARD = {"flash": _flash_backward, "varlen": _varlen_backward, "cudnn": _cudnn_backward, "reference": reference_backward}

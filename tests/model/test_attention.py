@@ -1,0 +1,312 @@
+"""Every attention kernel against the dense formula in float64, written down once more here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from retool.model import attention_cudnn, attention_reference
+from retool.model.attention import attention, attention_backward, attention_forward_lse, attention_from_saved, choose_backend
+
+HEADS = [(14, 2), (9, 3), (8, 4), (6, 6)]
+SEQLENS = (1, 37, 5, 1, 64, 20)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, seqlens: tuple[int, ...]) -> Tensor:
+    """One [T, T] score matrix per head with a block-diagonal causal mask, in the dtype given."""
+    document = torch.repeat_interleave(torch.arange(len(seqlens)), torch.tensor(seqlens)).to(q.device)
+    position = torch.arange(len(document), device=q.device)
+    allowed = (document[:, None] == document[None]) & (position[:, None] >= position[None])
+    groups = q.shape[1] // k.shape[1]
+    outs = []
+    for n in range(q.shape[1]):
+        scores = q[:, n] @ k[:, n // groups].T / q.shape[2] ** 0.5
+        outs.append(torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1) @ v[:, n // groups])
+    return torch.stack(outs, 1)
+
+
+def rel(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def inputs(heads: int, kv_heads: int, seqlens: tuple[int, ...], head_dim: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0):
+    """One [T, N + 2K, H] buffer, and a pack description; q, k and v are strided views of the buffer."""
+    generator = torch.Generator().manual_seed(seed)
+    buffer = torch.randn(sum(seqlens), heads + 2 * kv_heads, head_dim, dtype=torch.float64, generator=generator).to(device, dtype)
+    cu_seqlens = torch.tensor([0, *seqlens]).cumsum(0).to(device, torch.int32)
+    return buffer.requires_grad_(), cu_seqlens, max(seqlens)
+
+
+def run(
+    buffer: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, longest: int, backend: str, seqlens: tuple[int, ...], weight: Tensor
+):
+    """(out, gradient of the buffer) for the objective (out · weight).sum()."""
+    q, k, v = buffer.split([heads, kv_heads, kv_heads], 1)
+    out = dense(q, k, v, seqlens) if backend == "dense" else attention(q, k, v, cu_seqlens, longest, backend, seqlens)
+    (grad,) = torch.autograd.grad((out * weight.to(out)).sum(), buffer)
+    return out.detach(), grad
+
+
+def check(
+    heads: int, kv_heads: int, seqlens: tuple[int, ...], head_dim: int, backend: str, dtype: torch.dtype, device: str, bounds
+) -> None:
+    buffer, cu_seqlens, longest = inputs(heads, kv_heads, seqlens, head_dim, dtype, device)
+    weight = torch.randn(sum(seqlens), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    out, grad = run(buffer, heads, kv_heads, cu_seqlens, longest, backend, seqlens, weight)
+    wide = buffer.detach().double().requires_grad_()
+    want_out, want_grad = run(wide, heads, kv_heads, cu_seqlens, longest, "dense", seqlens, weight)
+    assert out.dtype == dtype and grad.dtype == dtype
+    assert rel(out, want_out) < bounds[0]
+    for part, want in zip(grad.split([heads, kv_heads, kv_heads], 1), want_grad.split([heads, kv_heads, kv_heads], 1), strict=True):
+        assert rel(part, want) < bounds[1]
+
+
+def check_no_leak(heads: int, kv_heads: int, seqlens: tuple[int, ...], changed: int, backend: str, dtype: torch.dtype, device: str) -> None:
+    """Another content of document `changed` leaves every other document's output and gradients the same, bit for bit.
+
+    cuDNN adds up dq in no fixed order, so its gradients are held to bfloat16's rounding instead.
+    """
+    buffer, cu_seqlens, longest = inputs(heads, kv_heads, seqlens, 32, dtype, device)
+    weight = torch.randn(sum(seqlens), heads, 32, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    begin = sum(seqlens[:changed])
+    inside = slice(begin, begin + seqlens[changed])
+    other = buffer.detach().clone()
+    other[inside] = 3 * torch.randn_like(other[inside])
+    results = [run(x, heads, kv_heads, cu_seqlens, longest, backend, seqlens, weight) for x in (buffer, other.requires_grad_())]
+    outside = torch.ones(sum(seqlens), dtype=torch.bool, device=device)
+    outside[inside] = False
+    for name, a, b in zip(("out", "grad"), *results, strict=True):
+        assert not torch.equal(a[inside], b[inside])
+        assert torch.equal(a[outside], b[outside]) or (backend == "cudnn" and name == "grad" and rel(a[outside], b[outside]) < 4e-3)
+
+
+# ── CPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize(
+    ("dtype", "bounds"), [(torch.float64, (1e-14, 1e-14)), (torch.float32, (1e-6, 1e-6)), (torch.bfloat16, (4e-3, 1.6e-2))]
+)
+def test_reference_equals_dense(heads: int, kv_heads: int, dtype: torch.dtype, bounds: tuple[float, float]) -> None:
+    check(heads, kv_heads, SEQLENS, 32, "reference", dtype, "cpu", bounds)
+
+
+@pytest.mark.parametrize("head_dim", [1, 7, 16, 80])
+def test_reference_takes_any_head_dim(head_dim: int) -> None:
+    check(4, 2, (3, 300), head_dim, "reference", torch.float64, "cpu", (1e-14, 1e-14))
+
+
+@pytest.mark.parametrize("changed", [0, 1, 3, 5])
+def test_reference_does_not_leak(changed: int) -> None:
+    check_no_leak(9, 3, SEQLENS, changed, "reference", torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_the_formula_equals_dense_in_blocks(heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs off the CPU, here with query blocks that don't divide the document."""
+    monkeypatch.setattr(attention_reference, "SCORE_BUDGET", heads * 50 * 7)
+    monkeypatch.setattr(attention_reference, "_cpu_forward", attention_reference.plain_forward)
+    monkeypatch.setattr(attention_reference, "_cpu_backward", attention_reference.plain_backward)
+    assert [s.stop for s in attention_reference._blocks(50, heads)][-2:] == [49, 50]
+    check(heads, kv_heads, (50, 1, 13), 8, "reference", torch.float64, "cpu", (1e-14, 1e-14))
+
+
+def test_lse_is_the_log_sum_exp_of_the_scores() -> None:
+    buffer, cu_seqlens, longest = inputs(6, 3, (4, 9), 16, torch.float64)
+    q, k, v = buffer.detach().split([6, 3, 3], 1)
+    _, lse = attention_forward_lse(q, k, v, cu_seqlens, longest, "reference", (4, 9))
+    want = [(q[8, n] @ k[4:9, n // 2].T / 4).logsumexp(-1) for n in range(6)]
+    torch.testing.assert_close(lse[:, 8], torch.stack(want), rtol=1e-14, atol=1e-14)
+
+
+def check_saved(backend: str, dtype: torch.dtype, device: str, seqlens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block recomputed from the kept (out, lse): the same result and gradients, and no second run of the kernel."""
+    buffer, cu_seqlens, longest = inputs(8, 4, seqlens, 32, dtype, device)
+    weight = torch.randn(sum(seqlens), 8, 32, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    out, grad = run(buffer, 8, 4, cu_seqlens, longest, backend, seqlens, weight)
+    q, k, v = buffer.split([8, 4, 4], 1)
+    kept, lse = attention_forward_lse(q, k, v, cu_seqlens, longest, backend, seqlens)
+    assert not kept.requires_grad and torch.equal(kept, out)
+    explicit = attention_backward(weight.to(dtype), q, k, v, kept, lse, cu_seqlens, longest, backend, seqlens)
+    same = torch.equal if backend != "cudnn" else lambda a, b: rel(a, b) < 4e-3
+    assert same(torch.cat(explicit, 1), grad)
+    with monkeypatch.context() as patch:
+        patch.delitem(attention_backward.__globals__["FORWARD"], backend)
+        again = attention_from_saved(q, k, v, kept, lse, cu_seqlens, longest, backend, seqlens)
+        assert again.data_ptr() == kept.data_ptr()
+        (grad_again,) = torch.autograd.grad((again * weight).sum(), buffer)
+    assert same(grad_again, grad)
+
+
+def test_recomputation_does_not_run_the_kernel_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_saved("reference", torch.float32, "cpu", SEQLENS, monkeypatch)
+
+
+def test_choose_backend_on_the_cpu() -> None:
+    cpu = torch.device("cpu")
+    assert choose_backend(cpu, torch.float64, 64) == "reference"
+    assert choose_backend(cpu, torch.bfloat16, 64, "reference") == "reference"
+    with pytest.raises(ValueError, match=r"'flash' needs a GPU, and this is cpu\. Use reference"):
+        choose_backend(cpu, torch.bfloat16, 64, "flash")
+    with pytest.raises(ValueError, match=r"'flsh' is not known\. Use auto, flash, varlen, cudnn, reference"):
+        choose_backend(cpu, torch.bfloat16, 64, "flsh")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "message"), [(torch.float32, 64, "bfloat16 or float16, not float32"), (torch.bfloat16, 20, "multiples of 8")]
+)
+def test_choose_backend_names_what_a_kernel_cannot_take(dtype: torch.dtype, head_dim: int, message: str) -> None:
+    gpu = torch.device("cuda", 0)
+    assert choose_backend(gpu, dtype, head_dim) == "reference"
+    with pytest.raises(ValueError, match=message):
+        choose_backend(gpu, dtype, head_dim, "varlen")
+
+
+def test_cudnn_runs_cover_the_pack() -> None:
+    n = attention_cudnn.CUDNN_SHORTEST
+    runs = attention_cudnn._runs((5, 7, n, n, n + 1, 3))
+    assert [(r.first, r.stop, r.begin, r.end, r.length) for r in runs] == [
+        (0, 2, 0, 12, 0), (2, 4, 12, 12 + 2 * n, n), (4, 5, 12 + 2 * n, 13 + 3 * n, n + 1), (5, 6, 13 + 3 * n, 16 + 3 * n, 0),
+    ]  # fmt: skip
+
+
+def test_cudnn_lengths_round_to_16_per_octave() -> None:
+    lengths = range(4096, 16385)
+    rounded = {attention_cudnn._rounded(n) for n in lengths}
+    assert len(rounded) == 33 and {4096, 8192, 16384} <= rounded
+    assert all(n <= attention_cudnn._rounded(n) <= n * 17 / 16 for n in lengths)
+
+
+@pytest.mark.parametrize("seqlens", [(70, 70, 9, 1, 67, 3), (70, 70), (67,), (3, 2), (64,)])
+def test_cudnn_splitting_and_padding(seqlens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pack is cut into long and short runs, long ones padded, and everything put back in place; a stand-in computes the batches."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, bias: None, want_lse: bool, dropout: float, causal: bool):
+        assert (bias, want_lse, dropout, causal) == (None, True, 0.0, True) and q.shape[2] == attention_cudnn._rounded(q.shape[2])
+        parts = [attention_reference.plain_forward(*(x[b].transpose(0, 1) for x in (q, k, v))) for b in range(q.shape[0])]
+        return torch.stack([o for o, _ in parts]).transpose(1, 2), torch.stack([s for _, s in parts])
+
+    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: object):
+        assert rest[2:] == (None, None, None, q.shape[2], q.shape[2], 0.0, True) and lse.is_contiguous()
+        parts = [
+            attention_reference.plain_backward(*(x[b].transpose(0, 1) for x in (dout, q, k, v, out)), lse[b]) for b in range(q.shape[0])
+        ]
+        return tuple(torch.stack(grads).transpose(1, 2) for grads in zip(*parts, strict=True))
+
+    class Ops:
+        _scaled_dot_product_cudnn_attention = staticmethod(forward)
+        _scaled_dot_product_cudnn_attention_backward = staticmethod(backward)
+
+    buffer, cu_seqlens, longest = inputs(4, 2, seqlens, 8, torch.float64)
+    weight = torch.randn(sum(seqlens), 4, 8, dtype=torch.float64)
+    want = run(buffer, 4, 2, cu_seqlens, longest, "dense", seqlens, weight)
+    monkeypatch.setattr(attention_cudnn, "CUDNN_SHORTEST", 10)
+    attention_cudnn._runs.cache_clear()
+    q, k, v = buffer.detach().split([4, 2, 2], 1)
+    pack = attention_reference.Pack(cu_seqlens, longest, seqlens)
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_cudnn.torch.ops, "aten", Ops)
+        out, lse = attention_cudnn.cudnn_forward(q, k, v, pack, short_forward)
+        grads = attention_cudnn.cudnn_backward(weight, q, k, v, out, lse, pack, short_backward)
+    attention_cudnn._runs.cache_clear()
+    assert rel(out, want[0]) < 1e-6  # lse is float32 here, as cuDNN's is
+    assert rel(torch.cat(grads, 1), want[1]) < 1e-6
+
+
+def documents(pack: attention_reference.Pack) -> Iterator[slice]:
+    edges = pack.cu_seqlens.tolist()
+    assert edges[0] == 0 and tuple(b - a for a, b in pairwise(edges)) == pack.seqlens and pack.max_seqlen == max(pack.seqlens)
+    return (slice(a, b) for a, b in pairwise(edges))
+
+
+def short_forward(q: Tensor, k: Tensor, v: Tensor, pack: attention_reference.Pack) -> tuple[Tensor, Tensor]:
+    parts = [attention_reference.plain_forward(q[s], k[s], v[s]) for s in documents(pack)]
+    return torch.cat([o for o, _ in parts]), torch.cat([s for _, s in parts], 1)
+
+
+def short_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: attention_reference.Pack):
+    parts = [attention_reference.plain_backward(dout[s], q[s], k[s], v[s], out[s], lse[:, s]) for s in documents(pack)]
+    return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+
+
+# ── GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+BF16 = (4e-3, 1.6e-2)  # what bfloat16 kernels are within of each other; both sides here start from the same bfloat16 inputs
+GPU_SEQLENS = (1, 300, 17, 1, 700, 128, 64)
+
+
+@pytest.fixture(params=["flash", "varlen", "cudnn", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A fused kernel; cudnn takes the documents of 100 tokens or more."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if request.param == "flash":
+        pytest.importorskip("flash_attn")
+    monkeypatch.setattr(attention_cudnn, "CUDNN_SHORTEST", 100)
+    attention_cudnn._runs.cache_clear()
+    yield choose_backend(torch.device("cuda", 0), torch.bfloat16, 64, request.param)
+    attention_cudnn._runs.cache_clear()
+
+
+@pytest.fixture
+def deterministic(backend: str) -> Iterator[None]:
+    """FlashAttention's backward adds up dq in no fixed order unless asked; the others have no such switch or need none."""
+    torch.use_deterministic_algorithms(backend in ("flash", "varlen"))
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [*HEADS, (7, 1)])
+def test_kernels_equal_dense(backend: str, heads: int, kv_heads: int, head_dim: int) -> None:
+    check(heads, kv_heads, GPU_SEQLENS, head_dim, backend, torch.bfloat16, "cuda", BF16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seqlens", [(512, 512, 512), (1000,), (1000, 1000), (2048, 3), (1,)])
+def test_kernels_equal_dense_on_other_packs(backend: str, seqlens: tuple[int, ...]) -> None:
+    check(14, 2, seqlens, 64, backend, torch.bfloat16, "cuda", BF16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changed", [0, 1, 4, 6])
+def test_kernels_do_not_leak(backend: str, changed: int, deterministic: None) -> None:
+    check_no_leak(9, 3, GPU_SEQLENS, changed, backend, torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+def test_kernels_recompute_without_running_again(backend: str, deterministic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_saved(backend, torch.bfloat16, "cuda", GPU_SEQLENS, monkeypatch)
+
+
+@pytest.mark.gpu
+def test_kernels_agree_on_lse(backend: str) -> None:
+    buffer, cu_seqlens, longest = inputs(14, 2, GPU_SEQLENS, 64, torch.bfloat16, "cuda")
+    q, k, v = buffer.detach().split([14, 2, 2], 1)
+    _, lse = attention_forward_lse(q, k, v, cu_seqlens, longest, backend, GPU_SEQLENS)
+    _, want = attention_forward_lse(q.double(), k.double(), v.double(), cu_seqlens, longest, "reference", GPU_SEQLENS)
+    torch.testing.assert_close(lse.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_attention_does_not_wait_for_the_device(backend: str) -> None:
+    buffer, cu_seqlens, longest = inputs(14, 2, GPU_SEQLENS, 64, torch.bfloat16, "cuda")
+    weight = torch.randn(sum(GPU_SEQLENS), 14, 64, device="cuda", dtype=torch.bfloat16)
+    run(buffer, 14, 2, cu_seqlens, longest, backend, GPU_SEQLENS, weight)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(buffer, 14, 2, cu_seqlens, longest, backend, GPU_SEQLENS, weight)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_float64_reference_on_the_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    check(14, 2, SEQLENS, 64, "reference", torch.float64, "cuda", (1e-13, 1e-13))
