@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -32,58 +32,26 @@ PEAK_FLOPS: Mapping[str, float] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a decoder that decide its cost."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    tied: bool = False
-
-    @staticmethod
-    def from_config(config: Mapping[str, Any]) -> ModelShape:
-        """From a Hugging Face `config.json` of a llama, qwen2 or qwen3 model."""
-        heads = config["num_attention_heads"]
-        return ModelShape(
-            layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            ffn=config["intermediate_size"],
-            vocab=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
-        )
+class Sizes(Protocol):
+    """What of a decoder decides its FLOPs; `retool.model.config.ModelConfig` has them."""
 
     @property
-    def layer_params(self) -> int:
-        """Weights in one layer's matrix products."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return attention + 3 * self.hidden * self.ffn
-
+    def layers(self) -> int: ...
     @property
-    def matmul_params(self) -> int:
-        """Weights in matrix products, the vocabulary head included."""
-        return self.layers * self.layer_params + self.hidden * self.vocab
-
+    def heads(self) -> int: ...
     @property
-    def params(self) -> int:
-        """Weights altogether, but for norms and biases (less than one in a thousand)."""
-        return self.matmul_params + (0 if self.tied else self.hidden * self.vocab)
+    def head_dim(self) -> int: ...
+    @property
+    def matmul_parameters(self) -> int: ...
 
 
-def model_flops(shape: ModelShape, lengths: Iterable[int]) -> float:
+def model_flops(model: Sizes, lengths: Iterable[int]) -> float:
     """Training FLOPs (forward and backward) of documents of these lengths. Padding is not a document: leave it out."""
     tokens = squares = 0
     for n in lengths:
         tokens += n
         squares += n * n
-    return 6.0 * shape.matmul_params * tokens + 6.0 * shape.layers * shape.heads * shape.head_dim * squares
+    return 6.0 * model.matmul_parameters * tokens + 6.0 * model.layers * model.heads * model.head_dim * squares
 
 
 def peak_flops(name: str) -> float | None:

@@ -101,7 +101,7 @@ class ModelConfig:
 
     partial_pretrain: str = option(REQUIRED, "Hugging Face model folder or hub id: llama, qwen2 or qwen3.")
     strategy: Literal["fsdp"] = option("fsdp", "fsdp2 means the same.", spellings={"fsdp2": "fsdp"})
-    attn: Literal["auto", "flash", "varlen", "reference"] = option("auto", "Attention backend; the choice is logged.")
+    attn: Literal["auto", "flash", "varlen", "cudnn", "reference"] = option("auto", "Attention backend; the choice is logged.")
     enable_gradient_checkpointing: bool | Literal["auto", "selective"] = option(
         "auto", "Recompute activations in backward: auto = the least that fits; selective = only cheap parts."
     )
