@@ -3,8 +3,12 @@
     tokens [t] → embed → block × L → norm → score(hidden, vocabulary matrix)
 
 A block is three pieces: `before` (norm, q k v, rope) and `after` (o, norm, MLP) are local to a token and compiled; between
-them stands attention with its all-to-alls, which isn't. With recomputation the pieces keep only their inputs; the
-attention kernel never runs twice.
+them stands attention with its all-to-alls, which isn't.
+
+What the backward finds, per token and layer in elements (Qwen2.5-0.5B: D 896, E = N·H 896, K·H 128, F 4864):
+    none        everything that it needs
+    selective   x, q k v, attention's result before and after its all-to-all (D + 3·E + 2·K·H): `after` runs again
+    full        x and attention's result with its log-sum-exp (D + E): the block runs again, the attention kernel doesn't
 
 Legend: T tokens of the pack · t tokens of this sequence-parallel rank · N query heads · K kv heads · H head dim · D model
 · F ffn · V vocab.
@@ -22,7 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from retool.batch import PackedBatch
-from retool.model.attention import attention
+from retool.model.attention import attention, attention_forward_lse, attention_from_saved
 from retool.model.config import ModelConfig
 from retool.model.rope import inverse_frequencies, rope_tables, rotate
 from retool.parallel.collectives import all_to_all
@@ -94,20 +98,31 @@ class Block(nn.Module):
         gate, up = F.linear(rms_norm(x_tD, self.norm_2, self.config.norm_eps), self.gate_up, self.gate_up_bias).chunk(2, -1)
         return x_tD + F.linear(F.silu(gate) * up, self.down, self.down_bias)
 
-    def attend(self, send: torch.Tensor, t: int, batch: PackedBatch) -> torch.Tensor:
-        """Sequence → heads, attention over the whole pack, heads → sequence."""
+    def attend(self, send: torch.Tensor, t: int, batch: PackedBatch, kept: list[tuple[torch.Tensor, torch.Tensor]] | None) -> torch.Tensor:
+        """Sequence → heads, attention over the whole pack, heads → sequence. `kept` remembers the kernel's result for a second run."""
         plan, group = self.run.plan, self.run.mesh.sp_group
         q, k, v = q_k_v(all_to_all(send, *plan.to_heads(t), group), plan)
-        out = attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.run.backend, batch.seqlens)
+        pack = batch.cu_seqlens, batch.max_seqlen, self.run.backend, batch.seqlens
+        if kept is None:
+            out = attention(q, k, v, *pack)
+        else:
+            if not kept:
+                kept.append(attention_forward_lse(q, k, v, *pack))
+            out = attention_from_saved(q, k, v, *kept[0], *pack)
         return all_to_all(out.flatten(), *plan.to_sequence(t), group)
 
+    def whole(self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: PackedBatch, kept: list[Any] | None) -> torch.Tensor:
+        """The block: [t, D] → [t, D]."""
+        received = self.attend(self.before_piece(self, x_tD, cos, sin), x_tD.shape[0], batch, kept)
+        if self.run.recompute == "selective":
+            return _recomputed(self.after_piece, self, x_tD, received)
+        return self.after_piece(self, x_tD, received)
+
     def forward(self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """[t, D] → [t, D]."""
-        before, after = self.before_piece, self.after_piece
-        keep = self.run.recompute
-        send = _recomputed(before, self, x_tD, cos, sin) if keep == "full" else before(self, x_tD, cos, sin)
-        received = self.attend(send, x_tD.shape[0], batch)
-        return after(self, x_tD, received) if keep == "none" else _recomputed(after, self, x_tD, received)
+        """[t, D] → [t, D], keeping for the backward what `run.recompute` says."""
+        if self.run.recompute == "full" and torch.is_grad_enabled():
+            return _recomputed(self.whole, x_tD, cos, sin, batch, [])
+        return self.whole(x_tD, cos, sin, batch, None)
 
     def members(self) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
         """Hugging Face names and shapes of each parameter's row blocks."""

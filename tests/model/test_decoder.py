@@ -32,7 +32,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_logits_and_gradients_equal_transformers(tmp_path: Path, family: str, recompute: str) -> None:
     reference = make(tmp_path, family)
     sharded = load_pretrained(tmp_path, make_mesh(), ModelOptions(recompute=recompute))

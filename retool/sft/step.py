@@ -1,0 +1,61 @@
+"""One optimizer step, and what it measured, without the host waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from retool.batch import PackedBatch
+from retool.optim import AdamW
+from retool.parallel.collectives import sum_over
+from retool.parallel.fsdp import Sharded
+from retool.perf import StepTimer
+from retool.sft.loss import loss_sum
+
+
+@dataclass(frozen=True)
+class Measured:
+    """(loss, gradient norm, 1.0 if the step was skipped), on its way to the host."""
+
+    values: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+    def read(self) -> tuple[float, float, bool]:
+        """Wait for the values; read one step late, they have long arrived."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, norm, skipped = self.values.tolist()
+        return loss, norm, bool(skipped)
+
+
+def train_step(
+    model: Sharded, optimizer: AdamW, micro_batches: Sequence[PackedBatch], trained_tokens: int, lr: float, timer: StepTimer
+) -> Measured:
+    """Forward and backward of this rank's micro-batches (whole packs, as many on every rank), clip, update.
+
+    `trained_tokens` counts the global batch: the loss is its mean over them, whatever the layout.
+    """
+    mesh = model.mesh
+    model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    with timer.phase("forward_backward"):
+        for batch in micro_batches:
+            loss = loss_sum(model, batch.slice(mesh.sp_rank, mesh.sp).to(mesh.device)) / max(trained_tokens, 1)
+            loss.backward()
+            total += loss.detach()
+        model.finish_gradients()
+    with timer.phase("optimizer"):
+        norm, skipped = optimizer.step(lr)
+    sum_over(total, mesh.world_group)
+    return on_its_way(torch.stack([total, norm.double(), skipped.double()]))
+
+
+def on_its_way(values: torch.Tensor) -> Measured:
+    """Start copying a small tensor to the host."""
+    if values.device.type != "cuda":
+        return Measured(values, None)
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    return Measured(host, torch.cuda.current_stream().record_event())

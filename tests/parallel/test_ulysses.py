@@ -1,0 +1,119 @@
+"""Sequence parallelism: any head counts, any number of ranks, the same result and the same gradients as one process."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from retool.batch import PackedBatch, Sample, pack
+from retool.model.build import ModelOptions, build_decoder
+from retool.model.config import ModelConfig
+from retool.parallel.fsdp import Layout, local_pieces
+from retool.parallel.mesh import make_mesh
+from retool.parallel.ulysses import HeadPlan
+from tests.ranks import run_ranks
+
+HEADS = [(14, 2), (9, 3), (8, 4), (6, 6)]
+
+
+def config(heads: int, kv_heads: int) -> ModelConfig:
+    return ModelConfig("qwen2", vocab=61, hidden=24, ffn=40, layers=2, heads=heads, kv_heads=kv_heads, head_dim=8, norm_eps=1e-6,
+                       rope_theta=1e4, rope_scaling=None, tied=False, qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False,
+                       max_position=0)  # fmt: skip
+
+
+def whole_parameters(layout: Layout) -> dict[str, torch.Tensor]:
+    """The same random weights whatever the layout."""
+    generator = torch.Generator().manual_seed(0)
+    return {m.name: torch.randn(m.shape, generator=generator, dtype=torch.float64) * 0.3 for _, m in layout.members}
+
+
+def batch() -> PackedBatch:
+    rng = np.random.default_rng(0)
+    samples = [Sample(rng.integers(0, 61, n).astype(np.int32), rng.random(n) < 0.7) for n in (11, 1, 17, 6)]
+    return pack(samples, multiple=12)
+
+
+def loss_and_gradients(heads: int, kv_heads: int, sp: int, recompute: str) -> tuple[float, dict[str, np.ndarray]]:
+    mesh = make_mesh(sp=sp)
+    f64 = torch.float64
+    model = build_decoder(config(heads, kv_heads), mesh, ModelOptions(f64, f64, f64, recompute=recompute))
+    weights = whole_parameters(model.layout)
+    for piece in local_pieces(model.layout, mesh.shard_rank):
+        model.master[piece.local : piece.local + piece.stop - piece.start] = weights[piece.member.name].flatten()[piece.start : piece.stop]
+    model.refresh()
+    part = batch().slice(mesh.sp_rank, mesh.sp)
+
+    def score(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logp = torch.log_softmax(hidden @ weight.t(), -1)
+        return -(logp.gather(1, part.labels[:, None])[:, 0] * part.weights).sum() / mesh.dp
+
+    loss = model(part, score)
+    loss.backward()
+    total = loss.detach().clone()
+    if mesh.world_group is not None:
+        torch.distributed.all_reduce(total)
+    found = {p.member.name + f":{p.start}": model.grad[p.local : p.local + p.stop - p.start].numpy() for p in local_pieces(model.layout, mesh.shard_rank)}
+    return float(total), found
+
+
+def joined(results: list[tuple[float, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+    """Gradients of all ranks put together."""
+    parts: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for _, found in results:
+        for key, values in found.items():
+            name, start = key.rsplit(":", 1)
+            parts.setdefault(name, []).append((int(start), values))
+    return {name: np.concatenate([v for _, v in sorted(pieces, key=lambda p: p[0])]) for name, pieces in parts.items()}
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=lambda h: f"{h[0]}/{h[1]}")
+@pytest.mark.parametrize("sp", [2, 3, 4])
+def test_sp_equals_one_process(heads: tuple[int, int], sp: int) -> None:
+    expected_loss, expected = loss_and_gradients(*heads, 1, "none")
+    results = run_ranks(loss_and_gradients, sp, *heads, sp, {2: "full", 3: "selective", 4: "none"}[sp])
+    gradients, reference = joined(results), joined([(0.0, expected)])
+    assert results[0][0] == pytest.approx(expected_loss, rel=1e-13)
+    assert gradients.keys() == reference.keys()
+    for name, value in reference.items():
+        assert np.linalg.norm(gradients[name] - value) <= 1e-12 * np.linalg.norm(value), name
+
+
+def test_sp_with_dp() -> None:
+    """Two groups of two: both compute the same pack at half weight, so the sum is one pack's gradient."""
+    expected_loss, expected = loss_and_gradients(14, 2, 1, "none")
+    results = run_ranks(loss_and_gradients, 4, 14, 2, 2, "none")
+    assert results[0][0] == pytest.approx(expected_loss, rel=1e-13)
+    gradients = joined(results)
+    for name, value in joined([(0.0, expected)]).items():
+        assert np.linalg.norm(gradients[name] - value) <= 1e-12 * np.linalg.norm(value), name
+
+
+def test_kv_heads_travel_no_further_than_needed() -> None:
+    plan = HeadPlan(sp=3, rank=1, heads=14, kv_heads=2, head_dim=8)
+    assert [len(q) for q in plan.query_ranges] == [5, 5, 4]
+    assert plan.kv_ranges == (range(0, 1), range(0, 2), range(1, 2))
+    assert plan.expansion == (0, 0, 1, 1, 1), "2 and 3 query heads on two kv heads: no uniform group"
+    assert HeadPlan(3, 0, 14, 2, 8).expansion is None
+    assert HeadPlan(2, 1, 14, 2, 8).kv_ranges[1] == range(1, 2)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=lambda h: f"{h[0]}/{h[1]}")
+def test_every_query_head_finds_its_kv_head(heads: tuple[int, int]) -> None:
+    for sp in range(1, heads[0] + 1):
+        seen = []
+        for rank in range(sp):
+            plan = HeadPlan(sp, rank, *heads, 8)
+            queries, kv = plan.query_ranges[rank], plan.kv_ranges[rank]
+            uniform = len(queries) // len(kv)
+            for i, q in enumerate(queries):
+                local = plan.expansion[i] if plan.expansion is not None else i // uniform
+                assert kv[local] == q // (heads[0] // heads[1])
+            seen += queries
+        assert seen == list(range(heads[0]))
+
+
+def test_more_ranks_than_heads_is_refused() -> None:
+    with pytest.raises(ValueError, match="ulysses_sequence_parallel_size=8 exceeds the model's 6 query heads"):
+        HeadPlan(8, 0, 6, 2, 8)
