@@ -1,0 +1,153 @@
+"""Every row tokenised once, up front, into a folder of flat arrays that all ranks then map into memory.
+
+The folder is named by everything its content depends on, so a second run, or the other ranks of this one, only open it:
+  tokens.bin int32 [N]   ids of all samples end to end          lengths.npy int32 [n]   tokens of each sample
+  mask.bin   bool  [N]   True where the token is trained        trained.npy int32 [n]   trained tokens of each
+  report.json            what was kept, cut, dropped            rows.npy    int32 [n,2] (file, row) it is from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from ..batch import Sample
+from .chat import HISTORIES, Renderer
+from .files import file_identity, iter_chunks, load_function, resolve_files
+from .rows import RowFormat
+from .tokenise import TRUNCATIONS, DatasetReport, Tokenised, add_reports, map_chunks, tokenise_chunk
+
+SHOWN_REFUSALS = 20
+
+
+class Dataset:
+    """Tokenised samples in memory-mapped files. `lengths` and `trained` int32 [n]; index it for a `Sample`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lengths: np.ndarray = np.load(folder / "lengths.npy")
+        self.trained: np.ndarray = np.load(folder / "trained.npy")
+        self._rows: np.ndarray = np.load(folder / "rows.npy", mmap_mode="r")
+        self._ends = np.cumsum(self.lengths, dtype=np.int64)
+        self._tokens = np.memmap(folder / "tokens.bin", np.int32, "r")
+        self._mask = np.memmap(folder / "mask.bin", np.bool_, "r")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        part = slice(int(self._ends[index] - self.lengths[index]), int(self._ends[index]))
+        return Sample(np.array(self._tokens[part]), np.array(self._mask[part]))
+
+    def origin(self, index: int) -> tuple[int, int]:
+        """(index into the report's files, row) of a sample."""
+        return int(self._rows[index, 0]), int(self._rows[index, 1])
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder, or a temporary one where that can't be written."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    there = next(folder for folder in (home, *home.parents) if folder.exists())
+    return home / "retool" if os.access(there, os.W_OK) else Path(tempfile.gettempdir()) / f"retool-{os.getuid()}"
+
+
+def open_dataset(
+    files: str | Sequence[str], renderer: Renderer, *, max_length: int = 4096, truncation: str = "error", history: str = "error",
+    multiturn: bool = True, messages_key: str = "messages", tools_key: str = "tools", enable_thinking_key: str = "enable_thinking",
+    prompt_key: str = "prompt", response_key: str = "response", custom_path: str | None = None, custom_name: str | None = None,
+    max_samples: int = -1, num_workers: int = 2, cache_dir: str | Path | None = None, progress: Callable[[int], None] | None = None,
+) -> tuple[Dataset, DatasetReport]:  # fmt: skip
+    """Tokenise the rows of `files` (or find them tokenised) and map them. Ranks may call it together: one of them works.
+
+    `progress` is called with the number of rows done. `custom_path` and `custom_name` name a function `(path) -> rows`;
+    its file is part of the cache's name, what it imports isn't. Raises ValueError, with the first refused rows, when any
+    row can't be used, a column or file is missing, or nothing is left to train.
+    """
+    for value, known, key in ((truncation, TRUNCATIONS, "truncation"), (history, HISTORIES, "multiturn.history")):
+        if value not in known:
+            raise ValueError(f"data.{key}={value} is unknown: use {', '.join(known)}.")
+    if max_length < 2:
+        raise ValueError(f"data.max_length={max_length} must be at least 2: a token is trained by the one before it.")
+    form = RowFormat(multiturn, messages_key, tools_key, enable_thinking_key, prompt_key, response_key)
+    function = load_function(custom_path, custom_name or "") if custom_path else None
+    found = resolve_files(files, any_suffix=function is not None)
+    if function is None:
+        for file in found:
+            form.check(file)
+    content = "" if custom_path is None else f"{Path(custom_path).read_text(encoding='utf-8')}:{custom_name}"
+    choices = repr((form, max_length, truncation, history, max_samples))
+    identity = [*map(file_identity, found), renderer.fingerprint(), choices, content, _code()]
+    folder = Path(cache_dir or default_cache_dir()) / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not _complete(folder):
+            task = partial(tokenise_chunk, renderer=renderer, form=form, max_length=max_length, truncation=truncation, history=history)
+            chunks = iter_chunks(found, form.columns, function, max_samples)
+            _build(folder, found, map_chunks(task, chunks, num_workers), progress or (lambda _: None))
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return Dataset(folder), DatasetReport(**{**report, "files": tuple(report["files"])})
+
+
+def _code() -> str:
+    """Version of everything that decides about tokens: this package's sources and the libraries'."""
+    import tokenizers
+    import transformers
+
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.*")) if path.suffix in (".py", ".jinja")]
+    return f"{hashlib.sha256(b''.join(sources)).hexdigest()}:{transformers.__version__}:{tokenizers.__version__}"
+
+
+def _complete(folder: Path) -> bool:
+    if not (folder / "report.json").exists():
+        return False
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return [(folder / name).stat().st_size for name in ("tokens.bin", "mask.bin")] == [4 * report["tokens"], report["tokens"]]
+
+
+def _build(folder: Path, files: Sequence[str], parts: Iterable[Tokenised], progress: Callable[[int], None]) -> None:
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix="building-"))
+    try:
+        report = _write(work, list(files), parts, progress)
+        (work / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(work: Path, files: list[str], parts: Iterable[Tokenised], progress: Callable[[int], None]) -> DatasetReport:
+    report, refusals, refused = DatasetReport(files=tuple(files)), [], 0
+    lengths, trained, rows = [], [], []
+    with open(work / "tokens.bin", "wb") as tokens, open(work / "mask.bin", "wb") as masks:
+        for part in parts:
+            for sample in part.samples:
+                tokens.write(sample.tokens.tobytes())
+                masks.write(sample.mask.tobytes())
+            lengths += [len(sample) for sample in part.samples]
+            trained += [sample.trained for sample in part.samples]
+            rows += [(files.index(file), row) for file, row in part.rows]
+            refused += len(part.refusals)
+            refusals += part.refusals[: SHOWN_REFUSALS - len(refusals)]
+            report = add_reports(report, part.report)
+            progress(report.rows)
+    if refused:
+        more = f"\n… and {refused - len(refusals):,} more." if refused > len(refusals) else ""
+        raise ValueError(f"{refused:,} of {report.rows:,} rows can't be used:\n" + "\n".join(refusals) + more)
+    if not lengths:
+        raise ValueError(f"no sample is left of {files}: {report.sentence()}.")
+    np.save(work / "lengths.npy", np.asarray(lengths, np.int32))
+    np.save(work / "trained.npy", np.asarray(trained, np.int32))
+    np.save(work / "rows.npy", np.asarray(rows, np.int32))
+    return report

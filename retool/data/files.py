@@ -1,0 +1,220 @@
+"""From what the user typed to chunks of raw rows: paths, folders, globs and URLs; parquet, JSON lines, or a user's function.
+
+Everything streams: at most one chunk of rows is in memory at a time, whatever the size of the file.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from fsspec.core import url_to_fs
+
+SUFFIXES = (".parquet", ".jsonl")
+CHUNK_ROWS = 256
+
+RowFunction = Callable[[str], Iterable[Mapping[str, Any]]]
+
+
+class RowError(ValueError):
+    """A row that can't be used: names file, row and, where it is one, the turn."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive raw rows of one file, from row `start`; cheap to send to a worker process.
+
+    `rows` is an Arrow batch (parquet), a list of text lines (JSON lines) or a list of mappings (a user's function).
+    """
+
+    file: str
+    start: int
+    rows: pa.RecordBatch | list[Any]
+
+    def __len__(self) -> int:
+        return len(self.rows) if isinstance(self.rows, list) else self.rows.num_rows
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+        """(row index, row), or the reason why it isn't one. Blank JSON lines are passed over but counted as rows."""
+        if not isinstance(self.rows, list):
+            yield from enumerate(self.rows.to_pylist(), self.start)
+            return
+        for index, raw in enumerate(self.rows, self.start):
+            if isinstance(raw, Mapping):
+                yield index, dict(raw)
+            elif not isinstance(raw, str):
+                yield index, RowError(f"{self.file}, row {index}: the row function gave a {type(raw).__name__}, not a dict.")
+            elif raw.strip():
+                yield index, _parse_line(self.file, index, raw)
+
+    def head(self, rows: int) -> Chunk:
+        """The first `rows` rows."""
+        kept = self.rows[:rows] if isinstance(self.rows, list) else self.rows.slice(0, rows)
+        return Chunk(self.file, self.start, kept)
+
+
+def _parse_line(file: str, index: int, line: str) -> dict[str, Any] | RowError:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        return RowError(f"{file}, row {index}: line {index + 1} isn't JSON ({error.msg} at column {error.colno}).")
+    if not isinstance(row, dict):
+        return RowError(f"{file}, row {index}: line {index + 1} is a JSON {type(row).__name__}, not an object.")
+    return row
+
+
+def resolve_files(files: str | Sequence[str], any_suffix: bool = False) -> list[str]:
+    """Every data file that `files` names, in order: a path, a folder, a glob or a URL, one or a list, the list as text too.
+
+    `any_suffix` leaves the format to a user's row function. Raises ValueError for a missing file, an empty folder, an
+    unknown suffix and a file named twice.
+    """
+    if isinstance(files, str) and files.strip().startswith("[") and files.strip().endswith("]") and not os.path.exists(files):
+        parsed = yaml.safe_load(files)
+        files = [str(entry) for entry in parsed]
+    names = [files] if isinstance(files, str) else [str(entry) for entry in files]
+    if not names or not all(name.strip() for name in names):
+        raise ValueError(f"no data file is named in {files!r}: give a .parquet or .jsonl file, a folder, a glob, or a list of these.")
+    found = [path for name in names for path in _expand(name.strip(), any_suffix)]
+    twice = sorted({path for path in found if found.count(path) > 1})
+    if twice:
+        raise ValueError(f"{twice[0]} is named more than once in {files!r}: its rows would be trained twice.")
+    return found
+
+
+def _expand(name: str, any_suffix: bool) -> list[str]:
+    fs, path = url_to_fs(os.path.expanduser(name))
+    if fs.isdir(path):
+        inside = sorted(entry for entry in fs.ls(path, detail=False) if any_suffix or entry.endswith(SUFFIXES))
+        if not inside:
+            raise ValueError(f"the folder {name} has no {' or '.join(SUFFIXES)} file in it.")
+    elif fs.exists(path):
+        inside = [path]
+    elif glob.has_magic(path):
+        inside = sorted(str(entry) for entry in fs.glob(path))
+        if not inside:
+            raise ValueError(f"no file matches {name}.")
+    else:
+        raise ValueError(f"{name} doesn't exist.")
+    wrong = [entry for entry in inside if not any_suffix and not entry.endswith(SUFFIXES)]
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]} is neither {' nor '.join(SUFFIXES)}: convert it, or read it with a function of yours (data.custom_cls.path, name)."
+        )
+    return [str(fs.unstrip_protocol(entry)) if "://" in name else entry for entry in inside]
+
+
+def file_identity(file: str) -> str:
+    """Changes when the file changes: path, size and modification time (or what the remote store says of it)."""
+    fs, path = url_to_fs(file)
+    if "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol):
+        stat = os.stat(path)
+        return f"{os.path.realpath(path)}:{stat.st_size}:{stat.st_mtime_ns}"
+    return f"{file}:{fs.ukey(path)}"
+
+
+def columns_of(file: str) -> list[str]:
+    """The columns of a parquet file, or the fields of the first row of a JSON-lines file. Raises ValueError when empty."""
+    fs, path = url_to_fs(file)
+    _refuse_empty(file, fs.size(path))
+    with fs.open(path, "rb") as stream:
+        if file.endswith(".parquet"):
+            return list(_parquet(file, stream).schema_arrow.names)
+        first = next((line for line in stream if line.strip()), None)
+    if first is None:
+        raise ValueError(f"{file} has no rows.")
+    row = _parse_line(file, 0, first.decode("utf-8", "replace"))
+    return list(row) if isinstance(row, dict) else []
+
+
+def _refuse_empty(file: str, size: int | None) -> None:
+    if size == 0:
+        raise ValueError(f"{file} is empty (0 bytes).")
+
+
+def _parquet(file: str, stream: Any) -> pq.ParquetFile:
+    try:
+        parquet = pq.ParquetFile(stream)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} isn't a readable parquet file: {error}") from error
+    if parquet.metadata.num_rows == 0:
+        raise ValueError(f"{file} has no rows.")
+    return parquet
+
+
+def iter_chunks(
+    files: Sequence[str], columns: Sequence[str] | None = None, rows_function: RowFunction | None = None, limit: int = -1
+) -> Iterator[Chunk]:
+    """Every row of `files` in order, as chunks; of a parquet file only `columns` (those it has) are read.
+
+    `limit` keeps the first rows over all files (-1: all). Raises ValueError for a file that is empty or unreadable.
+    """
+    left = limit if limit >= 0 else None
+    for file in files:
+        if left == 0:
+            return
+        seen = 0
+        for chunk in _file_chunks(file, columns, rows_function):
+            part = chunk if left is None or len(chunk) <= left else chunk.head(left)
+            left = None if left is None else left - len(part)
+            seen += len(part)
+            if len(part):
+                yield part
+            if left == 0:
+                return
+        if not seen:
+            raise ValueError(f"{file} has no rows.")
+
+
+def _file_chunks(file: str, columns: Sequence[str] | None, rows_function: RowFunction | None) -> Iterator[Chunk]:
+    if rows_function is not None:
+        yield from _function_chunks(file, rows_function)
+        return
+    fs, path = url_to_fs(file)
+    _refuse_empty(file, fs.size(path))
+    with fs.open(path, "rb") as stream:
+        if file.endswith(".parquet"):
+            parquet = _parquet(file, stream)
+            there = None if columns is None else [c for c in parquet.schema_arrow.names if c in columns]
+            start = 0
+            for batch in parquet.iter_batches(batch_size=CHUNK_ROWS, columns=there):
+                yield Chunk(file, start, batch)
+                start += batch.num_rows
+        else:
+            start = 0
+            while lines := [line.decode("utf-8", "surrogateescape") for line in islice(stream, CHUNK_ROWS)]:
+                yield Chunk(file, start, lines)
+                start += len(lines)
+
+
+def _function_chunks(file: str, rows_function: RowFunction) -> Iterator[Chunk]:
+    start, rows = 0, iter(rows_function(file))
+    while part := list(islice(rows, CHUNK_ROWS)):
+        yield Chunk(file, start, part)
+        start += len(part)
+
+
+def load_function(path: str, name: str) -> Callable[..., Any]:
+    """The function `name` of the Python file `path`. A class is refused: torch datasets aren't rows."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} doesn't exist (it should hold the function {name!r}).")
+    spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
+    assert spec is not None and spec.loader is not None, f"{path} isn't importable"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if found is None:
+        there = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        raise ValueError(f"{path} has no {name!r}; it has {', '.join(there) or 'no function'}.")
+    if isinstance(found, type) or not callable(found):
+        raise ValueError(f"{name!r} in {path} is a {type(found).__name__}: give a function (path) -> rows (dicts), not a Dataset class.")
+    return cast("Callable[..., Any]", found)

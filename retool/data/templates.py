@@ -1,0 +1,47 @@
+"""Tokenizers and chat templates from disk, and a replaced template back into an export."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+TEMPLATES = {"hermes": Path(__file__).with_name("hermes.jinja")}
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a Hugging Face folder or hub id. Raises ValueError when there is none."""
+    from transformers import AutoTokenizer
+
+    if os.path.isdir(path):
+        known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+        if not any(os.path.exists(os.path.join(path, name)) for name in known):
+            raise ValueError(f"the folder {path} has no tokenizer (none of {', '.join(known)}): copy it from the model's origin.")
+    elif path.startswith((".", "/", "~")):
+        raise ValueError(f"the model folder {path} doesn't exist.")
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"the tokenizer of {path} can't be loaded: {error}") from error
+
+
+def read_template(chat_template: str) -> str:
+    """The text of a template named by `data.chat_template`: `hermes`, or a file."""
+    path = TEMPLATES.get(chat_template, Path(chat_template))
+    if not path.is_file():
+        raise ValueError(f"data.chat_template={chat_template}: there is no such file; give a jinja file, or {', '.join(TEMPLATES)}.")
+    return path.read_text(encoding="utf-8")
+
+
+def write_template(folder: str | Path, template: str) -> None:
+    """Make the tokenizer saved in `folder` use `template`, wherever its own one was written."""
+    folder = Path(folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    for other in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        other.unlink()
+    config = folder / "tokenizer_config.json"
+    if config.exists():
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        if settings.pop("chat_template", None) is not None:
+            config.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,152 @@
+"""Chunks of rows to tokenised samples, by worker processes; refused rows are collected and counted, never passed over."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import Any
+
+from ..batch import Sample
+from .chat import Renderer
+from .files import Chunk, RowError
+from .rows import RowFormat, to_conversation
+
+TRUNCATIONS = ("error", "left", "right", "drop")
+INLINE_CHUNKS = 4  # so many are tokenised in this process before workers, which take seconds to start, pay off
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What became of the rows, in counts."""
+
+    files: tuple[str, ...] = ()
+    rows: int = 0
+    samples: int = 0
+    split: int = 0  # rows that made several samples
+    truncated: int = 0
+    dropped_long: int = 0
+    dropped_untrained: int = 0  # samples that have, or have left, no trained token
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0  # tokens, before truncation
+
+    def sentence(self) -> str:
+        """One line for the log."""
+        share = self.trained_tokens / max(self.tokens, 1)
+        counts = {
+            "truncated": self.truncated,
+            "dropped as too long": self.dropped_long,
+            "dropped without a trained token": self.dropped_untrained,
+        }
+        lost = [f"{count:,} {what}" for what, count in counts.items() if count]
+        return (
+            f"{self.rows:,} rows, {self.samples:,} samples, {self.tokens:,} tokens, {share:.1%} trained, longest {self.longest:,}"
+            f"{'; ' if lost else ''}{', '.join(lost)}"
+        )
+
+
+@dataclass
+class Tokenised:
+    """What a chunk of rows became: the samples to keep, the (file, row) of each, and why other rows were refused."""
+
+    samples: list[Sample] = field(default_factory=list)
+    rows: list[tuple[str, int]] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    report: DatasetReport = field(default_factory=DatasetReport)
+
+
+def add_reports(total: DatasetReport, part: DatasetReport) -> DatasetReport:
+    summed = {name: getattr(total, name) + getattr(part, name) for name in
+              ("rows", "samples", "split", "truncated", "dropped_long", "dropped_untrained", "tokens", "trained_tokens")}  # fmt: skip
+    return replace(total, **summed, longest=max(total.longest, part.longest))
+
+
+def truncate(sample: Sample, max_length: int, truncation: str) -> Sample | None:
+    """Cut a sample to `max_length` tokens, mask aligned; None where it is dropped. Raises ValueError under `error`."""
+    if len(sample) <= max_length:
+        return sample
+    if truncation == "error":
+        raise ValueError(
+            f"it has {len(sample):,} tokens, more than data.max_length={max_length}: raise that, or set data.truncation=drop"
+            " (or left, right)."
+        )
+    if truncation == "drop":
+        return None
+    part = slice(None, max_length) if truncation == "right" else slice(len(sample) - max_length, None)
+    return Sample(sample.tokens[part], sample.mask[part])
+
+
+def tokenise_chunk(chunk: Chunk, renderer: Renderer, form: RowFormat, max_length: int, truncation: str, history: str) -> Tokenised:
+    """Render every row of a chunk; refused rows are collected, not raised."""
+    out, rows, split, truncated, long, untrained, longest = Tokenised(), 0, 0, 0, 0, 0, 0
+    for index, raw in chunk:
+        rows += 1
+        try:
+            if isinstance(raw, RowError):
+                raise raw
+            conversation = to_conversation(raw, chunk.file, index, form)
+            samples = renderer.render(conversation, history)
+            kept = [truncate(sample, max_length, truncation) for sample in samples]
+        except RowError as error:
+            out.refusals.append(str(error))
+            continue
+        except ValueError as error:
+            out.refusals.append(f"{chunk.file}, row {index}: {error}")
+            continue
+        split += len(samples) > 1
+        for whole, sample in zip(samples, kept, strict=True):
+            longest = max(longest, len(whole))
+            if sample is None:
+                long += 1
+            elif sample.trained == 0:
+                untrained += 1
+            else:
+                truncated += len(sample) < len(whole)
+                out.samples.append(sample)
+                out.rows.append((chunk.file, index))
+    out.report = DatasetReport(
+        rows=rows, samples=len(out.samples), split=split, truncated=truncated, dropped_long=long, dropped_untrained=untrained,
+        tokens=sum(map(len, out.samples)), trained_tokens=sum(sample.trained for sample in out.samples), longest=longest,
+    )  # fmt: skip
+    return out
+
+
+_task: Callable[[Chunk], Any]  # what a worker process does with a chunk; sent once, when it starts
+
+
+def _start_worker(task: Callable[[Chunk], Any]) -> None:
+    global _task
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _task = task
+
+
+def _run_task(chunk: Chunk) -> Any:
+    return _task(chunk)
+
+
+def map_chunks(task: Callable[[Chunk], Any], chunks: Iterable[Chunk], num_workers: int) -> Iterator[Any]:
+    """`task` of every chunk, in order, by `num_workers` processes (0: this one); a few chunks ahead at most."""
+    ahead = iter(chunks)
+    for chunk in islice(ahead, INLINE_CHUNKS if num_workers > 0 else None):
+        yield task(chunk)
+    following = next(ahead, None)
+    if following is None:
+        return
+    # Spawned, not forked: the parent may already hold CUDA and threads.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=(task,))
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for chunk in chain([following], ahead):
+            waiting.append(pool.submit(_run_task, chunk))
+            if len(waiting) > 2 * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
