@@ -100,7 +100,8 @@ def cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
         if run.length:
             parts = _backward_run(dout, q, k, v, out, lse, run)
         else:
-            parts = short(*(x[tokens] for x in (dout, q, k, v, out)), lse[:, tokens].contiguous(), _short_pack(run, pack))
+            lse_run = lse[:, tokens].contiguous()
+            parts = short(dout[tokens], q[tokens], k[tokens], v[tokens], out[tokens], lse_run, _short_pack(run, pack))
         if run.end - run.begin == q.shape[0]:
             return parts
         for grad, part in zip(grads, parts, strict=True):
