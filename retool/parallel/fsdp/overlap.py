@@ -24,6 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 @dataclass
 class Pending:
@@ -65,23 +68,23 @@ class Overlap:
     def gather(self, out: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup, free: torch.cuda.Event | None) -> Pending:
         """Start gathering `shard` of every rank into `out`, once `free` has happened."""
         if self.gather_stream is None:
-            return Pending(work=dist.all_gather_into_tensor(out, shard, group=group, async_op=True))
+            return Pending(work=_all_gather(out, shard, group=group, async_op=True))
         with torch.cuda.stream(self.gather_stream):
             if free is not None:
                 self.gather_stream.wait_event(free)
-            dist.all_gather_into_tensor(out, shard, group=group)
+            _all_gather(out, shard, group=group)
             return Pending(event=self.gather_stream.record_event())
 
     def reduce(self, flat: torch.Tensor, into: torch.Tensor, group: dist.ProcessGroup) -> Pending:
         """Start summing `flat` over the ranks; this rank's part is added to `into`."""
         if self.reduce_stream is None:
             part = flat.new_empty(into.shape)
-            work = dist.reduce_scatter_tensor(part, flat, group=group, async_op=True)
+            work = _reduce_scatter(part, flat, group=group, async_op=True)
             return Pending(work=work, then=lambda: _add(into, part))
         self.reduce_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.reduce_stream):
             part = flat.new_empty(into.shape)
-            dist.reduce_scatter_tensor(part, flat, group=group)
+            _reduce_scatter(part, flat, group=group)
             into.add_(part)
             return Pending(event=self.reduce_stream.record_event())
 

@@ -1,0 +1,227 @@
+"""SFT throughput on the two workloads of the published comparison: tokens per second per GPU, MFU, peak memory.
+
+    torchrun --nproc_per_node=2 benchmarks/sft.py [--rows full,mixed-sp2,…] [--repeats 2] [--json out.json]
+    torchrun --nproc_per_node=2 benchmarks/sft.py --shape tiny --scale 64        a look at it on the CPU
+
+*full*: 16 documents of 16,384 tokens a step. *mixed*: 64 documents, lengths lognormal (median 3,200, σ 0.7, clipped to
+256…16,384). Every token is trained, ids are random, data is in memory; bf16 compute, fp32 master and AdamW. A step is timed
+from its first kernel to its last, optimizer included; padding doesn't count as tokens. Steps 4 to 8 of each repeat count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from retool.batch import Sample
+from retool.data.loader import iterate_steps
+from retool.model.build import ModelOptions, build_decoder
+from retool.model.config import ModelConfig
+from retool.model.decoder import Recompute
+from retool.optim import AdamW, AdamWOptions
+from retool.parallel.fsdp import Sharded
+from retool.parallel.mesh import Mesh, make_mesh
+from retool.perf import GIB, ModelShape, StepTimer, device_peak, mfu, model_flops
+from retool.sft.step import train_step
+
+BLANK = {"norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": None, "o_bias": False, "mlp_bias": False, "qk_norm": False, "max_position": 0}
+SHAPES = {
+    "qwen2.5-0.5b": ModelConfig("qwen2", vocab=151_936, hidden=896, ffn=4864, layers=24, heads=14, kv_heads=2, head_dim=64, tied=True,
+                                qkv_bias=True, **BLANK),
+    "llama3-8b": ModelConfig("llama", vocab=128_256, hidden=4096, ffn=14_336, layers=32, heads=32, kv_heads=8, head_dim=128, tied=False,
+                             qkv_bias=False, **BLANK),
+    "tiny": ModelConfig("qwen2", vocab=512, hidden=64, ffn=128, layers=2, heads=4, kv_heads=2, head_dim=16, tied=True, qkv_bias=True,
+                        **BLANK),
+}  # fmt: skip
+STEPS, COUNTED = 8, slice(3, 8)
+DOCUMENTS = {"full": 16, "mixed": 64}
+PEERS = {  # measured by others' code on 2×H100 80GB HBM3, torch 2.11, 2026-11; the row of the same workload is the baseline
+    "full": ("verl 0.9.1, published settings", 31_095, 9.7),
+    "mixed": ("verl 0.9.1, tuned", 38_452, 7.4),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. `samples` a micro-batch of an sp group, or `tokens` a GPU; `steps` where fewer will do."""
+
+    title: str
+    workload: str
+    sp: int
+    recompute: Recompute
+    samples: int | None = None
+    tokens: int | None = None
+    padded: bool = False
+    steps: int = STEPS
+
+
+ROWS = {
+    "padded": Row("mixed, padded to 16,384, sp 1", "mixed", 1, "none", samples=1, padded=True, steps=5),
+    "mixed": Row("mixed, packed, sp 1", "mixed", 1, "none", tokens=32_768),
+    "mixed-sp2": Row("mixed, packed, sp 2", "mixed", 2, "none", tokens=32_768),
+    "mixed-recompute": Row("mixed, packed, sp 2, recomputation", "mixed", 2, "full", tokens=32_768),
+    "full": Row("full, sp 2: the published command", "full", 2, "none", samples=2),
+    "full-selective": Row("full, sp 2, selective recomputation", "full", 2, "selective", samples=2),
+    "full-recompute": Row("full, sp 2, full recomputation", "full", 2, "full", samples=2),
+    "full-sp1": Row("full, sp 1", "full", 1, "none", samples=1),
+    "8b": Row("8,192 tokens per GPU, sp 1, recomputation", "full", 1, "full", samples=1),
+}
+
+
+class Documents:
+    """Random documents of a workload, for `steps` optimizer steps, in order."""
+
+    def __init__(self, workload: str, steps: int, vocab: int, scale: int) -> None:
+        count = DOCUMENTS[workload] * steps
+        if workload == "full":
+            lengths = np.full(count, 16_384)
+        else:
+            lengths = np.clip(np.exp(np.random.default_rng(0).normal(np.log(3_200), 0.7, DOCUMENTS[workload] * STEPS)), 256, 16_384)[:count]
+        self.lengths = np.maximum(lengths.astype(np.int64) // scale, 2)
+        self.trained = self.lengths - 1
+        rng = np.random.default_rng(1)
+        self._tokens = [rng.integers(0, min(vocab, 150_000), n).astype(np.int32) for n in self.lengths]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self._tokens[index], np.ones(len(self._tokens[index]), bool))
+
+
+def random_weights(model: Sharded) -> None:
+    """Normal matrices (σ 0.02), norms of one, like a fresh model."""
+    torch.manual_seed(model.mesh.rank)
+    model.master.normal_(0, 0.02)
+    for unit in model.layout.units:
+        low = model.mesh.shard_rank * unit.shard_numel
+        for slot in unit.slots:
+            start, stop = max(low, slot.offset), min(low + unit.shard_numel, slot.offset + slot.numel)
+            if "norm" in slot.name and start < stop:
+                model.master[unit.start + start - low : unit.start + stop - low] = 1.0
+    model.refresh()
+
+
+def measure(row: Row, config: ModelConfig, mesh: Mesh, scale: int, compiled: Any, profile: Path | None = None) -> dict[str, Any]:
+    """Train `row.steps` steps; seconds of the counted ones, tokens and FLOPs of a mean step, peak memory.
+
+    With `profile` the last step's kernels are written there, by total time.
+    """
+    model = build_decoder(config, mesh, ModelOptions(recompute=row.recompute, use_compile=compiled))
+    random_weights(model)
+    optimizer = AdamW(model, AdamWOptions())
+    data = Documents(row.workload, row.steps, config.vocab, scale)
+    if mesh.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    timer, marks, tokens, flops, losses = StepTimer(mesh.device), [], [], [], []
+    pad_to = 16_384 // scale if row.padded else None
+    for batch in iterate_steps(
+        data, train_batch_size=DOCUMENTS[row.workload], seed=0, stop_step=row.steps, shuffle=False, dp_rank=mesh.dp_rank, dp=mesh.dp,
+        sp=mesh.sp, micro_batch_size=row.samples, max_tokens_per_gpu=None if row.tokens is None else row.tokens // scale, pad_to=pad_to,
+        prefetch=row.steps,
+    ):  # fmt: skip
+        with kernels_of(profile if batch.step == row.steps - 1 and mesh.rank == 0 else None):
+            measured = train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, 1e-5, timer)
+        marks.append(timer.take())
+        losses.append(measured)
+        tokens.append(batch.real_tokens)
+        flops.append(model_flops(shape_of(config), data.lengths[list(batch.samples)].tolist()))
+    counted = slice(min(COUNTED.start, row.steps - 2), row.steps)
+    seconds = [m.seconds()["step"] for m in marks[counted]]
+    peak = torch.cuda.max_memory_allocated() / GIB if mesh.device.type == "cuda" else float("nan")
+    reserved = torch.cuda.max_memory_reserved() / GIB if mesh.device.type == "cuda" else float("nan")
+    return {"seconds": seconds, "tokens": tokens[counted], "flops": flops[counted], "peak": peak, "reserved": reserved,
+            "loss": [m.read()[0] for m in losses]}  # fmt: skip
+
+
+@contextmanager
+def kernels_of(path: Path | None) -> Iterator[None]:
+    """Profile what is inside, if there is a path to write the table to."""
+    if path is None:
+        yield
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        yield
+        torch.cuda.synchronize()
+    path.write_text(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90))
+
+
+def shape_of(c: ModelConfig) -> ModelShape:
+    return ModelShape(c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, c.tied)
+
+
+def line(name: str, row: Row, runs: list[dict[str, Any]], mesh: Mesh) -> dict[str, Any]:
+    """A table line from the repeats of a row."""
+    rates = [t / s / mesh.world for run in runs for t, s in zip(run["tokens"], run["seconds"], strict=True)]
+    means = [sum(run["tokens"]) / sum(run["seconds"]) / mesh.world for run in runs]
+    used = mfu(sum(map(sum, (r["flops"] for r in runs))), sum(map(sum, (r["seconds"] for r in runs))), mesh.world, device_peak(mesh.device))
+    return {"name": name, "row": row.title, "tokens_per_second_per_gpu": statistics.mean(means), "runs": means, "low": min(rates),
+            "high": max(rates), "mfu": used, "peak_gib": max(r["peak"] for r in runs), "reserved_gib": max(r["reserved"] for r in runs),
+            "first_loss": runs[0]["loss"][0], "last_loss": runs[0]["loss"][-1]}  # fmt: skip
+
+
+def show(lines: list[dict[str, Any]], shape: str, mesh: Mesh) -> None:
+    device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU"
+    print(f"\n{mesh.world}× {device}, torch {torch.__version__}, {shape}\n")
+    print("| | tok/s/GPU | each run | MFU | peak GiB | reserved | loss |\n|---|---:|---:|---:|---:|---:|---:|")
+    for workload in dict.fromkeys(ROWS[entry["name"]].workload for entry in lines):
+        if shape == "qwen2.5-0.5b":
+            title, rate, gib = PEERS[workload]
+            print(f"| baseline: {workload}, {title} (2×H100) | {rate:,} | | | {gib} | | |")
+        for entry in (e for e in lines if ROWS[e["name"]].workload == workload):
+            used = "" if entry["mfu"] is None else f"{entry['mfu']:.1%}"
+            each = " · ".join(f"{r:,.0f}" for r in entry["runs"])
+            print(f"| {entry['row']} | {entry['tokens_per_second_per_gpu']:,.0f} | {each} | {used} | {entry['peak_gib']:.1f} | "
+                  f"{entry['reserved_gib']:.1f} | {entry['first_loss']:.2f} → {entry['last_loss']:.2f} |")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    rows = "padded,mixed,mixed-sp2,mixed-recompute,full,full-selective,full-recompute,full-sp1"
+    parser.add_argument("--rows", default=rows, help=", ".join(ROWS))
+    parser.add_argument("--shape", default="qwen2.5-0.5b", choices=SHAPES)
+    parser.add_argument("--scale", type=int, default=1, help="divide all lengths by this, for a look on a small machine")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=Path, help="write the last row's kernels, by time, to this file")
+    args = parser.parse_args()
+    world, lines, meshes = make_mesh(), [], {}
+    for name in args.rows.split(","):
+        row = ROWS[name]
+        if row.sp > world.world:
+            row = replace(row, sp=world.world, title=row.title.replace(f"sp {row.sp}", f"sp {world.world}"))
+        mesh = meshes.setdefault(row.sp, make_mesh(sp=row.sp))
+        runs = []
+        for _ in range(args.repeats):
+            scale, compiled = args.scale * (2 if name == "8b" else 1), False if args.no_compile else "auto"
+            runs.append(measure(row, SHAPES[args.shape], mesh, scale, compiled, args.profile))
+            if mesh.device.type == "cuda":
+                torch.cuda.empty_cache()
+        lines.append(line(name, row, runs, mesh))
+        if world.rank == 0:
+            rate, gib = lines[-1]["tokens_per_second_per_gpu"], lines[-1]["peak_gib"]
+            print(f"{row.title}: {rate:,.0f} tok/s/GPU, {gib:.1f} GiB", flush=True)
+    if world.rank == 0:
+        show(lines, args.shape, world)
+        if args.json:
+            found = {"shape": args.shape, "world": world.world, "torch": torch.__version__, "lines": lines}
+            args.json.write_text(json.dumps(found, indent=1))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
