@@ -66,7 +66,8 @@ def read_world(nnodes: int | None, per_node: int | None, planning: bool, environ
     ):
         if given is not None and given != actual:
             said = f"the launcher started {actual}" if launched else f"there is no launcher, so it is {actual}"
-            faults.append(Fault(f"{key}={given}", f"contradicts the launcher: {said}.", f"Use torchrun {flag}={given}, or leave the key out."))
+            way_out = f"Use torchrun {flag}={given}, or leave the key out."
+            faults.append(Fault(f"{key}={given}", f"contradicts the launcher: {said}.", way_out))
     return World(processes, nodes, each), faults
 
 
@@ -95,7 +96,7 @@ def check_device(device: str, per_node: int, attn: str, planning: bool) -> Itera
     if device == "cuda" and not found and not planning:
         yield Fault("trainer.device=cuda", "this machine has no usable GPU.", "Use trainer.device=auto, or mend the driver.")
     if found and device != "cpu" and per_node > found and not planning:
-        yield Fault(f"{per_node} processes on this machine", f"there are {found} GPUs.", f"Start at most {found}: torchrun --nproc_per_node={found}.")
+        yield Fault(f"{per_node} processes on this machine", f"but {found} GPUs.", f"Start {found}: torchrun --nproc_per_node={found}.")
     if attn == "flash" and find_spec("flash_attn") is None:
         yield Fault("model.attn=flash", "needs the package flash-attn.", "pip install 'retool[flash]', or use model.attn=auto.")
     if attn not in ("auto", "reference") and not planning and (device == "cpu" or not found):
@@ -104,20 +105,22 @@ def check_device(device: str, per_node: int, attn: str, planning: bool) -> Itera
 
 def check_model(folder: Path, key: str = "model.partial_pretrain") -> tuple[ModelConfig | None, list[Fault]]:
     """config.json and the weights of a model folder: every shard there, and every parameter with its shape."""
-    where, faults = f"{key}={folder}", list[Fault]()
+    where = f"{key}={folder}"
     if not folder.is_dir():
         return None, [Fault(where, "is not a folder.", "Give a Hugging Face model folder with config.json, tokenizer and safetensors.")]
-    try:
-        config = read_model_config(folder)
-    except KeyError as error:
-        return None, [Fault(where, f"config.json lacks {error}.", "Fetch the model's config.json again.")]
-    except (ValueError, OSError) as error:
-        source = attempt(where, lambda: SafetensorsSource(folder), faults)
-        return None, [Fault(where, str(error)), *faults]
+    faults: list[Fault] = []
+    config = attempt(where, lambda: _model_config(folder), faults)
     source = attempt(where, lambda: SafetensorsSource(folder), faults)
-    if source is not None:
+    if config is not None and source is not None:
         attempt(where, lambda: match_names(plan_layout(config, 1), source), faults)
     return config, faults
+
+
+def _model_config(folder: Path) -> ModelConfig:
+    try:
+        return read_model_config(folder)
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} lacks {error}. Fetch it again.") from error
 
 
 def check_tokenizer(folder: Path, chat_template: str | None, key: str = "model.partial_pretrain") -> Iterator[Fault]:
@@ -168,10 +171,14 @@ def device_memory_gib(given: float | None, device: str) -> float | None:
 
 
 def show_faults(faults: Sequence[Fault], console: Console) -> None:
-    """One table: where, what, and the way out. Names and values are shown as text: no markup, no control characters."""
-    table = Table(title=f"{len(faults)} fault{'s' if len(faults) != 1 else ''}, nothing started", title_justify="left", show_lines=True)
-    for title, style in (("where", "bold"), ("what is wrong", ""), ("the way out", "green")):
-        table.add_column(title, style=style, overflow="fold")
+    """Where, what, and the way out: one table on a terminal, a line each elsewhere. Values are shown as text, never as markup."""
+    title = f"{len(faults)} fault{'s' if len(faults) != 1 else ''}, nothing started"
+    if not console.is_terminal:
+        _print_lines([title, *(f"  {fault}" for fault in faults)], console)
+        return
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for heading, style in (("where", "bold"), ("what is wrong", ""), ("the way out", "green")):
+        table.add_column(heading, style=style, overflow="fold")
     for fault in faults:
         table.add_row(*(Text(printable(part)) for part in (fault.where, fault.problem, fault.remedy)))
     console.print(table)
@@ -179,6 +186,9 @@ def show_faults(faults: Sequence[Fault], console: Console) -> None:
 
 def show_plan(plan: Sequence[tuple[str, str]], notes: Sequence[str], console: Console) -> None:
     """The plan in plain words, a line or two a topic; notes stand out."""
+    if not console.is_terminal:
+        _print_lines([*(f"{topic}: {line}" for topic, words in plan for line in words.splitlines()), *(f"note: {n}" for n in notes)], console)
+        return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -187,3 +197,8 @@ def show_plan(plan: Sequence[tuple[str, str]], notes: Sequence[str], console: Co
     for note in notes:
         table.add_row(Text("note", style="yellow"), Text(printable(note), style="yellow"))
     console.print(table)
+
+
+def _print_lines(lines: Sequence[str], console: Console) -> None:
+    for line in lines:
+        console.print(Text(printable(line)), soft_wrap=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from retool.config import REQUIRED, Fault, option
+from retool.metrics import LOGGERS
 
 Dtype = Literal["fp32", "bf16", "fp64"]
 DTYPE_SPELLINGS = {
@@ -14,7 +15,6 @@ DTYPE_SPELLINGS = {
     "torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float64": "fp64",
 }  # fmt: skip
 SAVE_CONTENTS = ("model", "optimizer", "extra", "hf_model")
-LOGGERS = ("console", "jsonl", "tensorboard", "wandb", "mlflow", "swanlab")
 
 
 @dataclass(frozen=True)
@@ -203,15 +203,11 @@ torchrun --nproc_per_node=2 -m retool.sft \\
 
 
 def contradictions(config: SFTConfig) -> Iterator[Fault]:
-    """Faults that only several keys together make, or lists whose members aren't known."""
+    """Faults that only several keys together make, and what no single type can say."""
     data, trainer = config.data, config.trainer
-    for key, given, known in (
-        ("trainer.logger", trainer.logger, LOGGERS),
-        ("trainer.checkpoint.save_contents", trainer.checkpoint.save_contents, SAVE_CONTENTS),
-    ):
-        for name in given:
-            if name not in known:
-                yield Fault(f"{key}={name}", "is not known.", f"Use any of {', '.join(known)}.")
+    for name in trainer.checkpoint.save_contents:
+        if name not in SAVE_CONTENTS:
+            yield Fault(f"trainer.checkpoint.save_contents={name}", "is not known.", f"Use any of {', '.join(SAVE_CONTENTS)}.")
     if (data.custom_cls.path is None) != (data.custom_cls.name is None):
         yield Fault("data.custom_cls", "needs both path and name.", "Give the Python file and the function in it, or neither.")
     if trainer.resume_mode == "resume_path" and not trainer.resume_from_path:

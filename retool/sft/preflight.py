@@ -1,0 +1,195 @@
+"""Everything wrong with an SFT run before it starts, at once.
+
+`preflight` reads configuration, file headers and every row (tokenised once, into the cache that the run then uses), never
+weights; it needs no GPU and starts nothing. `python -m retool.sft … --check` stops after it; with `trainer.n_gpus_per_node`
+and `trainer.device_memory_gb` it plans for another box.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from retool.config import Fault, Parsed
+from retool.data.cache import open_dataset
+from retool.data.chat import Renderer, load_tokenizer
+from retool.data.files import load_function, resolve_files
+from retool.data.rows import RowFormat
+from retool.memory import OUTSIDE, SLACK
+from retool.metrics import missing_extras
+from retool.model.hub import find_model
+from retool.perf import GIB
+from retool.preflight import attempt, check_device, check_mesh, check_model, check_output, check_tokenizer, read_world
+from retool.sft.config import SFTConfig, contradictions
+from retool.sft.plan import Report, Split, checkpoint_bytes, choose_for, gpu_memory, remedies
+
+HOPELESS = 1.25  # a predicted peak this many times the device's memory is a fault; a closer one only a note
+Name = Literal["train", "val"]
+Progress = Callable[[int], None]
+
+
+def preflight(
+    parsed: Parsed[SFTConfig], planning: bool = False, environment: Mapping[str, str] | None = None, progress: Progress | None = None
+) -> Report:
+    """Check everything. Every rank may call it: one tokenises, the others wait and open the same files.
+
+    `planning` (`--check`) allows another number of GPUs than are here; `environment` (default: the process's) says what the
+    launcher started; `progress` is called with the number of rows read.
+    """
+    config, faults = parsed.config, [*parsed.faults, *contradictions(parsed.config), *missing_extras(parsed.config.trainer.logger)]
+    launcher = os.environ if environment is None else environment
+    world, trouble = read_world(config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher)
+    report = Report(config, world, faults=tuple(faults + trouble))
+    report = _with_model(report)
+    heads = report.model.heads if report.model else None
+    sp = config.ulysses_sequence_parallel_size
+    sizes = check_mesh(world.processes, sp, config.model.fsdp_config.fsdp_size, heads)
+    devices = check_device(config.trainer.device, world.per_node, config.model.attn, planning)
+    room = checkpoint_bytes(report.model, config) if report.model else 0.0
+    output = check_output(Path(config.trainer.default_local_dir), room)
+    report = report.blame(*sizes, *devices, *output, *_resume_faults(config))
+    report = _with_data(report, progress)
+    report = _with_memory(report)
+    if report.faults:
+        return replace(report, faults=tuple(dict.fromkeys(report.faults)))
+    return replace(report, notes=tuple(_notes(report)))
+
+
+def _with_model(report: Report) -> Report:
+    """Find and check the model's folder."""
+    config, faults = report.config, list[Fault]()
+    name = config.model.partial_pretrain
+    if not name:
+        return report
+    folder = attempt("model.partial_pretrain", lambda: find_model(name), faults)
+    if folder is None:
+        return report.blame(*faults)
+    model, faults = check_model(folder)
+    return replace(report.blame(*faults, *check_tokenizer(folder, config.data.chat_template)), folder=folder, model=model)
+
+
+# --- data ---
+
+
+def _with_data(report: Report, progress: Progress | None) -> Report:
+    """Check the data files, then read every row of those that are sound, if the tokenizer is."""
+    config, faults = report.config, list[Fault]()
+    custom = config.data.custom_cls
+    if custom.path is not None and custom.name is not None:
+        attempt("data.custom_cls", lambda: load_function(str(custom.path), str(custom.name)), faults)
+    train, val = _files(config, "train", faults), _files(config, "val", faults)
+    report, folder = report.blame(*faults), report.folder
+    if faults or folder is None or any(check_tokenizer(folder, config.data.chat_template)):
+        return report
+    renderer = attempt("model.partial_pretrain", lambda: make_renderer(config, folder), faults)
+    if renderer is None:
+        return report.blame(*faults)
+    report = _with_split(report, renderer, "train", train, progress)
+    report = _with_split(report, renderer, "val", val, progress)
+    samples = None if report.train is None else len(report.train.dataset)
+    if samples is not None and samples < config.data.train_batch_size:
+        problem = f"is more than the {samples} training samples: an epoch has no full batch."
+        report = report.blame(Fault(f"data.train_batch_size={config.data.train_batch_size}", problem, f"Use at most {samples}."))
+    return report
+
+
+def _files(config: SFTConfig, name: Name, faults: list[Fault]) -> list[str]:
+    """The resolved files of data.train_files or data.val_files, with a fault for each that can't be used."""
+    wanted = config.data.train_files if name == "train" else config.data.val_files or ()
+    custom, form = config.data.custom_cls.path is not None, row_format(config)
+    found: list[str] = []
+    for entry in wanted:
+        where = f"data.{name}_files={entry}"
+        for file in attempt(where, lambda entry=entry: resolve_files(entry, any_suffix=custom), faults) or []:
+            if not custom:
+                attempt(where, lambda file=file: form.check(file), faults)
+            found.append(file)
+    return found
+
+
+def row_format(config: SFTConfig) -> RowFormat:
+    """Which columns make a conversation."""
+    data, multi = config.data, config.data.multiturn
+    return RowFormat(multi.enable, multi.messages_key, multi.tools_key, multi.enable_thinking_key, data.prompt_key, data.response_key)
+
+
+def make_renderer(config: SFTConfig, folder: Path) -> Renderer:
+    """The renderer of the model in `folder`, with the configured template. ValueError where it can't be made."""
+    tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
+    return Renderer(tokenizer, config.data.chat_template, config.data.apply_chat_template_kwargs)
+
+
+def _with_split(report: Report, renderer: Renderer, name: Name, files: list[str], progress: Progress | None) -> Report:
+    if not files:
+        return report
+    split = _read(report.config, renderer, name, files, progress)
+    if not isinstance(split, Split):
+        return report.blame(*split)
+    return replace(report, train=split) if name == "train" else replace(report, val=split)
+
+
+def _read(config: SFTConfig, renderer: Renderer, name: Name, files: list[str], progress: Progress | None) -> Split | list[Fault]:
+    """Tokenise (or find tokenised) every row; a fault for each of the first rows that can't be used."""
+    data, form = config.data, row_format(config)
+    try:
+        dataset, said = open_dataset(
+            files, renderer, max_length=data.max_length, truncation=data.truncation, history=data.multiturn.history,
+            multiturn=form.multiturn, messages_key=form.messages_key, tools_key=form.tools_key,
+            enable_thinking_key=form.enable_thinking_key, prompt_key=form.prompt_key, response_key=form.response_key,
+            custom_path=data.custom_cls.path, custom_name=data.custom_cls.name, num_workers=data.num_workers,
+            max_samples=data.train_max_samples if name == "train" else data.val_max_samples, cache_dir=data.cache_dir, progress=progress,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        first, *rows = str(error).splitlines()
+        audit = f"python -m retool.data audit {' '.join(files)} --model {config.model.partial_pretrain} shows them all."
+        return [Fault(f"data.{name}_files", first, audit if rows else ""), *(Fault(f"data.{name}_files", row) for row in rows)]
+    return Split(tuple(files), dataset, said)
+
+
+# --- resume and memory ---
+
+
+def _resume_faults(config: SFTConfig) -> Iterator[Fault]:
+    trainer = config.trainer
+    if trainer.resume_mode != "resume_path" or not trainer.resume_from_path:
+        return
+    folder, where = Path(trainer.resume_from_path), f"trainer.resume_from_path={trainer.resume_from_path}"
+    if not folder.is_dir():
+        yield Fault(where, "is not a folder.", "Give a checkpoint such as …/global_step_250.")
+    elif not any(folder.glob("model_world_size_*_rank_*.pt")):
+        yield Fault(where, "holds no model_world_size_N_rank_R.pt.", "Give a checkpoint such as …/global_step_250.")
+
+
+def _with_memory(report: Report) -> Report:
+    """Choose batches and recomputation, and predict the memory, once there is a model and a layout that works."""
+    config, model = report.config, report.model
+    sp, processes = config.ulysses_sequence_parallel_size, report.world.processes
+    if model is None or processes % sp or sp > model.heads:
+        return report
+    report = replace(report, choice=(choice := choose_for(report)))
+    memory = gpu_memory(config)
+    if memory is None or choice.prediction.peak <= HOPELESS * memory * GIB:
+        return report
+    problem = f"the predicted peak is {choice.prediction.peak / GIB:.1f} GiB, and a GPU has {memory:.1f}."
+    return report.blame(Fault("memory", problem, remedies(report)))
+
+
+def _notes(report: Report) -> Iterator[str]:
+    """What is allowed but probably not meant."""
+    config, model, choice, memory = report.config, report.model, report.choice, gpu_memory(report.config)
+    assert model is not None and choice is not None
+    data, dp = config.data, report.world.processes // config.ulysses_sequence_parallel_size
+    if data.train_batch_size < dp:
+        yield f"data.train_batch_size={data.train_batch_size} leaves {dp - data.train_batch_size} of {dp} data-parallel groups idle."
+    if 0 < model.max_position < report.longest:
+        yield f"samples have up to {report.longest} tokens, more than the {model.max_position} positions that the model was made for."
+    if memory is not None and choice.fits is False:
+        need = (choice.prediction.peak * SLACK + OUTSIDE) / GIB
+        yield f"{need:.1f} GiB with what CUDA itself takes may not fit in {memory:.1f}. {remedies(report)}"
+    if data.micro_batch_size_per_gpu is not None and data.max_token_len_per_gpu is not None:
+        yield "data.micro_batch_size_per_gpu is set, so data.max_token_len_per_gpu isn't used."
+    if isinstance(config.trainer.save_freq, int) and config.trainer.save_freq > report.steps:
+        yield f"trainer.save_freq={config.trainer.save_freq} is more than the {report.steps} steps: only the last is saved."
