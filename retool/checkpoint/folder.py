@@ -1,0 +1,197 @@
+"""The checkpoint folder: names, the tracker, checksums, and which checkpoint may be resumed.
+
+    root/latest_checkpointed_iteration.txt   the step of the last complete checkpoint
+    root/global_step_N[/actor]/              complete once it has this name
+    root/global_step_N.tmp/                  being written, or torn: never read
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from retool import __version__
+from retool.checkpoint.archive import BLOCK
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CHECKSUMS = "checksums.json"
+CONFIG = "fsdp_config.json"
+DATA = "data.pt"
+STEP = re.compile(r"global_step_(\d+)")
+
+log = logging.getLogger("retool.checkpoint")
+
+
+def shard_name(kind: str, world: int, rank: int) -> str:
+    """`kind` is model, optim or extra_state."""
+    return f"{kind}_world_size_{world}_rank_{rank}.pt"
+
+
+def fsync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step: a reader sees the old content or the new, never a part."""
+    fresh = path.with_name(path.name + ".tmp")
+    with fresh.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    fsync(path.parent)
+
+
+def checksums(path: Path) -> dict[str, Any]:
+    """{"size": bytes, "crc32": [one per BLOCK bytes]} of a file."""
+    blocks, size = [], 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            blocks.append(zlib.crc32(block))
+            size += len(block)
+    return {"size": size, "crc32": blocks}
+
+
+def write_config(folder: Path, world: int, shards: int, step: int, files: dict[str, Any]) -> None:
+    """fsdp_config.json and checksums.json."""
+    config = {"FSDP_version": 2, "world_size": world, "shards": shards, "step": step, "writer": f"retool {__version__}"}
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_text(folder / CHECKSUMS, json.dumps({"block": BLOCK, "files": files}) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content; ValueError names the file."""
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} can't be read as JSON ({error}).") from error
+
+
+def world_size(folder: Path) -> int:
+    """How many ranks wrote the shards of a folder, from fsdp_config.json or from the file names."""
+    if (folder / CONFIG).exists():
+        config = read_json(folder / CONFIG)
+        world = config.get("world_size") if isinstance(config, dict) else None
+        if type(world) is not int or world < 1:
+            raise ValueError(f"{folder / CONFIG} has no world_size.")
+        return world
+    shard = re.compile(r"model_world_size_(\d+)_rank_\d+\.pt")
+    found = {int(m[1]) for p in folder.glob("model_world_size_*.pt") if (m := shard.fullmatch(p.name))}
+    if len(found) != 1:
+        raise ValueError(f"{folder} holds {'no model shards' if not found else f'shards of several world sizes: {sorted(found)}'}.")
+    return found.pop()
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What checksums.json says of each file; empty where there is none (not our checkpoint)."""
+    if not (folder / CHECKSUMS).exists():
+        return {}
+    content = read_json(folder / CHECKSUMS)
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or content.get("block") != BLOCK:
+        raise ValueError(f"{folder / CHECKSUMS} is not in the form that this version writes.")
+    return files
+
+
+def faults(folder: Path) -> list[str]:
+    """What a checkpoint folder lacks, without reading the shards: missing files and files of another size."""
+    if not folder.is_dir():
+        return [f"{folder} is not there"]
+    try:
+        world, files = world_size(folder), recorded(folder)
+    except ValueError as error:
+        return [str(error)]
+    expected = list(files) or [shard_name("model", world, rank) for rank in range(world)]
+    out = [f"{name} is missing" for name in expected if not (folder / name).is_file()]
+    out += [
+        f"{name} has {(folder / name).stat().st_size} bytes instead of {entry['size']}"
+        for name, entry in files.items()
+        if (folder / name).is_file() and (folder / name).stat().st_size != entry["size"]
+    ]
+    return out
+
+
+def model_folder(folder: Path) -> Path:
+    """Where a checkpoint's shards are: the folder itself, or `actor/` in it (reinforcement learning)."""
+    return folder / "actor" if (folder / "actor").is_dir() and not (folder / CONFIG).exists() else folder
+
+
+def steps(root: Path) -> Iterator[tuple[int, Path]]:
+    """Every finished folder under `root`: (step, path), newest first."""
+    found = [(int(m[1]), p) for p in root.iterdir() if (m := STEP.fullmatch(p.name)) and p.is_dir()] if root.is_dir() else []
+    yield from sorted(found, reverse=True)
+
+
+def latest(root: Path) -> Path | None:
+    """The checkpoint to resume from: what the tracker names, else the newest complete one. None if there is none.
+
+    Whatever is passed over (a torn save, a damaged folder, one that the tracker doesn't know) is said in a warning.
+    """
+    for torn in sorted(root.glob("global_step_*.tmp")) if root.is_dir() else []:
+        log.warning("%s is an unfinished save: ignored.", torn)
+    named = tracked(root)
+    candidates = list(steps(root))
+    if named is not None:
+        for step, folder in candidates:
+            if step > named:
+                log.warning("%s is newer than what %s names (step %d): ignored.", folder, TRACKER, named)
+        candidates = [(step, folder) for step, folder in candidates if step <= named]
+        aside = root / f"global_step_{named}.old"  # a save of the same step was cut off between its two renames
+        if aside.is_dir() and (not candidates or candidates[0][0] != named):
+            candidates.insert(0, (named, aside))
+    for _, folder in candidates:
+        wrong = faults(model_folder(folder))
+        if not wrong:
+            return folder
+        log.warning("%s is not complete (%s): ignored.", folder, "; ".join(wrong[:3]))
+    return None
+
+
+def tracked(root: Path) -> int | None:
+    """The step that the tracker names; None, with a warning if it is unreadable, where there is none."""
+    path = root / TRACKER
+    if not path.exists():
+        return None
+    text = path.read_bytes()[:32].strip()
+    if not text.isdigit():
+        log.warning("%s does not hold a step: looking for the newest complete checkpoint instead.", path)
+        return None
+    return int(text)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a fully written folder its name. One of the same name steps aside first and is deleted afterwards."""
+    aside = final.with_name(final.name + ".old")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    temporary.rename(final)
+    fsync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def prune(root: Path, keep: int | None, busy: frozenset[Path] = frozenset()) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints up to the tracked one; those in `busy` stay. Returns what went."""
+    named = tracked(root)
+    if keep is None or keep < 1 or named is None:
+        return []
+    gone = [p for step, p in steps(root) if step <= named][keep:]
+    gone = [p for p in gone if p not in busy]
+    for folder in gone:
+        doomed = folder.with_name(folder.name + ".tmp")  # first out of sight: half of it must never look like a checkpoint
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return gone

@@ -1,0 +1,85 @@
+"""Resuming: fill this rank's flat shards from a checkpoint that any number of ranks wrote."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retool.checkpoint import rng
+from retool.checkpoint.folder import CONFIG, DATA, faults, model_folder, read_json, recorded, shard_name, world_size
+from retool.checkpoint.shards import ShardSource, optimizer_step, read_state
+from retool.checkpoint.source import ModelState, load_flat
+from retool.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint holds besides the tensors.
+
+    `step` is the training step of the checkpoint, `optimizer_step` AdamW's count. `extra` is what was given to `save`: this rank's
+    own where `same_layout`, else rank 0's. Both dicts are empty for a checkpoint that another program wrote.
+    """
+
+    extra: dict[str, Any]
+    data_state: dict[str, Any]
+    step: int
+    optimizer_step: int
+    same_layout: bool
+
+
+def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded:
+    """Fill `state`'s flats in place from a checkpoint of ours or verl's, written by any number of ranks. No collectives.
+
+    Moments are read where `state` has them. Random states are put back where the world size is the same; otherwise they are derived
+    from (seed, step, rank). ValueError names the file and what is wrong with it.
+    """
+    top = Path(folder)
+    where = model_folder(top)
+    if wrong := faults(where):
+        raise ValueError(f"{top} can't be resumed: {'; '.join(wrong[:5])}. Resume from an older one (trainer.resume_from_path).")
+    with torch.no_grad():
+        load_flat(state.layout, mesh.shard_rank, ShardSource(where), state.params)
+        updates = 0
+        if state.exp_avg is not None and state.exp_avg_sq is not None:
+            _require_optimizer(where)
+            load_flat(state.layout, mesh.shard_rank, ShardSource(where, "exp_avg"), state.exp_avg)
+            load_flat(state.layout, mesh.shard_rank, ShardSource(where, "exp_avg_sq"), state.exp_avg_sq)
+            updates = optimizer_step(where)
+    same, extra = _extra(where, mesh)
+    named = re.fullmatch(r"global_step_(\d+)(?:\.old)?", top.name)
+    step = int(extra.pop("step", named[1] if named else updates))
+    states = extra.pop("rng", None)
+    if same and states is not None:
+        rng.restore(states, mesh.device)
+    else:
+        rng.derive(seed, step, mesh.rank)
+    data = top / DATA
+    ours = bool(recorded(where))
+    return Loaded(extra, read_state(data) if ours and data.exists() else {}, step, updates, same)
+
+
+def _require_optimizer(folder: Path) -> None:
+    name = shard_name("optim", world_size(folder), 0)
+    if not (folder / name).exists():
+        raise ValueError(
+            f"{folder} has no {name}: it was saved without the optimizer, so training can't go on from it. Start a new run from its "
+            "huggingface/ folder (model.partial_pretrain), and save with checkpoint.save_contents=[model,optimizer,extra] next time."
+        )
+
+
+def _extra(folder: Path, mesh: Mesh) -> tuple[bool, dict[str, Any]]:
+    """(whether this layout wrote it, this rank's extra state or rank 0's). Empty for other programs' checkpoints."""
+    files = recorded(folder)
+    config = read_json(folder / CONFIG) if files else {}
+    same = config.get("world_size") == mesh.world and config.get("shards") == mesh.shards
+    name = shard_name("extra_state", world_size(folder), mesh.rank if same else 0)
+    if name not in files:
+        return same, {}
+    extra = read_state(folder / name, files[name]["crc32"])
+    if not isinstance(extra, dict):
+        raise ValueError(f"{folder / name}: not a dict of states.")
+    return same, extra

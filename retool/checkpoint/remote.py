@@ -1,0 +1,86 @@
+"""Copies of finished checkpoints on a remote store, through fsspec: file by file, the tracker last, never fatal."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import final
+
+import fsspec
+
+from retool.checkpoint.folder import TRACKER
+
+ATTEMPTS = 4
+
+log = logging.getLogger("retool.checkpoint")
+
+
+@final
+class Mirror:
+    """A thread that copies finished checkpoints to `url`, one after the other. What fails is tried again, then reported."""
+
+    def __init__(self, url: str, wait_s: float = 5.0) -> None:
+        self.url, self._wait_s = url, wait_s
+        self._queue: queue.Queue[Path | None] = queue.Queue()
+        self._busy: list[Path] = []
+        self.failures: list[str] = []
+        self._thread = threading.Thread(target=self._work, name="checkpoint copy", daemon=True)
+        self._thread.start()
+
+    def add(self, folder: Path) -> None:
+        """Copy `folder` when those before it are done."""
+        self._busy.append(folder)
+        self._queue.put(folder)
+
+    def busy(self) -> list[Path]:
+        """Folders that are still to be copied, so must not be deleted."""
+        return list(self._busy)
+
+    def close(self) -> None:
+        """Wait until all is copied, or given up."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (folder := self._queue.get()) is not None:
+            try:
+                copy(folder, self.url, self._wait_s)
+            except Exception as error:  # any of a dozen stores' own exceptions; training must not die of one
+                self.failures.append(f"{folder} was not copied to {self.url}: {type(error).__name__}: {error}")
+                log.error("%s. The local checkpoint is complete.", self.failures[-1])
+            self._busy.remove(folder)
+
+
+def copy(folder: Path, url: str, wait_s: float = 5.0) -> None:
+    """Copy a checkpoint folder to `url`/<its name>, then the tracker. Each file is tried ATTEMPTS times, `wait_s` · 2ⁿ apart."""
+    store, root = fsspec.core.url_to_fs(url)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        _put(store, path, f"{root.rstrip('/')}/{folder.name}/{path.relative_to(folder).as_posix()}", wait_s)
+    step = folder.name.rpartition("_")[2]
+    _retry(lambda: store.pipe_file(f"{root.rstrip('/')}/{TRACKER}", step.encode()), f"{url}/{TRACKER}", wait_s)
+
+
+def _put(store: fsspec.AbstractFileSystem, path: Path, target: str, wait_s: float) -> None:
+    def attempt() -> None:
+        store.makedirs(target.rpartition("/")[0], exist_ok=True)
+        store.put_file(str(path), target)
+        size = store.info(target)["size"]
+        if size != path.stat().st_size:
+            raise OSError(f"{target} has {size} bytes after the copy instead of {path.stat().st_size}")
+
+    _retry(attempt, target, wait_s)
+
+
+def _retry(action: Callable[[], None], what: str, wait_s: float) -> None:
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except Exception as error:
+            if attempt == ATTEMPTS - 1:
+                raise
+            log.warning("copying to %s failed (%s: %s); trying again.", what, type(error).__name__, error)
+            time.sleep(wait_s * 2**attempt)

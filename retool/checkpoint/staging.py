@@ -1,0 +1,124 @@
+"""What a save is made of before it is written: its options, its result, and the host memory that holds it meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import final
+
+import torch
+import torch.distributed as dist
+
+from retool.checkpoint.remote import Mirror
+from retool.checkpoint.rows import rows_numel, to_rows
+from retool.checkpoint.source import ModelState
+from retool.parallel.mesh import Mesh
+
+CONTENTS = ("model", "optimizer", "extra", "hf_model")
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """What a save writes and how.
+
+    `contents` ⊆ model, optimizer, extra, hf_model. `keep` newest checkpoints stay (None: all). `remote_url` is an fsspec URL that
+    finished checkpoints are copied to. `subfolder` holds the model files (`actor` in reinforcement learning).
+    """
+
+    contents: tuple[str, ...] = CONTENTS
+    keep: int | None = None
+    async_save: bool = False
+    remote_url: str | None = None
+    chat_template: str | None = None
+    subfolder: str = ""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.contents) - set(CONTENTS):
+            raise ValueError(f"checkpoint.save_contents: {', '.join(sorted(unknown))} is unknown. Use any of {', '.join(CONTENTS)}.")
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """How a save ended. `error` is None, or what went wrong on which rank: then the previous checkpoint is still the latest.
+
+    `stall_s` is how long the training loop waited, `seconds` how long everything took, `bytes` what this rank wrote.
+    """
+
+    step: int
+    folder: Path
+    error: str | None
+    stall_s: float
+    seconds: float
+    bytes: int
+
+
+@final
+class PendingSave:
+    """A save that may still be running."""
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._result: SaveResult | None = None
+
+    def _finish(self, result: SaveResult) -> None:
+        self._result = result
+        self._done.set()
+
+    def poll(self) -> SaveResult | None:
+        """The result, or None while the files are being written."""
+        return self._result if self._done.is_set() else None
+
+    def wait(self) -> SaveResult:
+        """Wait until everything is on disk, or has failed."""
+        self._done.wait()
+        assert self._result is not None
+        return self._result
+
+
+@final
+class Staging:
+    """What saves keep between them: host buffers, a gloo group, and the one save that may be in flight.
+
+    Made once, by all ranks together. Host memory: one copy of this rank's weights and moments, pinned where there is a GPU.
+    """
+
+    def __init__(self, mesh: Mesh, timeout_s: float = 1800) -> None:
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if mesh.world > 1 else None
+        self.pending: PendingSave | None = None
+        self.mirror: Mirror | None = None
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def buffer(self, key: str, numel: int, dtype: torch.dtype, pin: bool) -> torch.Tensor:
+        """A host buffer, the same one every time."""
+        found = self._buffers.get(key)
+        if found is None or found.numel() != numel or found.dtype != dtype:
+            self._buffers[key] = found = torch.empty(numel, dtype=dtype, pin_memory=pin)
+        return found
+
+    def close(self) -> SaveResult | None:
+        """Wait for what is in flight, copies to `remote_url` included; the last save's result."""
+        result = None if self.pending is None else self.pending.wait()
+        if self.mirror is not None:
+            self.mirror.close()
+        return result
+
+
+def stage(state: ModelState, mesh: Mesh, options: SaveOptions, staging: Staging) -> dict[str, torch.Tensor]:
+    """This rank's rows of the weights and moments, in host memory."""
+    total = rows_numel(state.layout, mesh.shard_rank)
+    host: dict[str, torch.Tensor] = {}
+    for key, flat in (("params", state.params), ("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+        if flat is None or (key != "params" and "optimizer" not in options.contents):
+            continue
+        host[key] = staging.buffer(key, total, flat.dtype, pin=mesh.device.type == "cuda")
+        at = 0
+        for unit in state.layout.units:
+            part = flat.detach()[unit.start : unit.start + unit.shard_numel].to(mesh.device, non_blocking=True)  # offloaded ones too
+            mine = to_rows(unit, state.layout.shards, mesh.shard_rank, part, mesh.shard_group)
+            host[key][at : at + mine.numel()].copy_(mine, non_blocking=True)
+            at += mine.numel()
+    if mesh.device.type == "cuda":
+        torch.cuda.current_stream(mesh.device).synchronize()
+    return host

@@ -1,0 +1,210 @@
+"""Saving: flat shards → rows on the host (the training loop waits for this) → files, agreed by all ranks, then the tracker.
+
+    save() ── to_rows per unit ── host buffers ──┬── returns to training
+                                                 └── thread: shards, export | all agree | rename | tracker | prune
+
+The thread talks over a gloo group of its own, so it never meets the training's collectives. Whatever goes wrong on one rank is
+told to all, the temporary folder is removed, the previous checkpoint stays, and the result carries the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from retool.checkpoint import folder as on_disk
+from retool.checkpoint.archive import write_archive
+from retool.checkpoint.content import Place, frozen, model_content, optimizer_content
+from retool.checkpoint.export import export_weights
+from retool.checkpoint.hf import copy_side_files
+from retool.checkpoint.remote import Mirror
+from retool.checkpoint.rng import capture
+from retool.checkpoint.source import ModelState
+from retool.checkpoint.staging import PendingSave, SaveOptions, SaveResult, Staging, stage
+from retool.parallel.mesh import Mesh
+
+log = logging.getLogger("retool.checkpoint")
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """Everything a save writes, on the host and out of training's reach."""
+
+    state: ModelState
+    mesh: Mesh
+    root: Path
+    step: int
+    host: dict[str, torch.Tensor]
+    extra: bytes
+    data_state: bytes
+    model_folder: Path
+    options: SaveOptions
+    group: Mapping[str, Any]
+    written: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def temporary(self) -> Path:
+        return self.root / f"global_step_{self.step}.tmp"
+
+    @property
+    def target(self) -> Path:
+        return self.temporary / self.options.subfolder
+
+
+def save(
+    root: Path | str, state: ModelState, mesh: Mesh, *, step: int, extra: Mapping[str, Any], data_state: Mapping[str, Any],
+    model_folder: Path | str, options: SaveOptions | None = None, optimizer_group: Mapping[str, Any] | None = None,
+    staging: Staging | None = None,
+) -> PendingSave:  # fmt: skip
+    """Save step `step` into `root/global_step_N`. A collective call; waits for a previous save of the same `staging` first.
+
+    `extra` (this rank's) and `data_state` (rank 0's counts) hold tensors, strings, numbers, lists and dicts only; this rank's random
+    states are added. `model_folder` is the source model, whose config and tokenizer files go into `huggingface/`.
+    `optimizer_group` is AdamW's hyperparameters (lr, betas, …) for readers that load them. With `options.async_save` the call returns
+    once everything is in host memory. Without, it returns when the checkpoint is complete or has failed: see the result's `error`.
+    """
+    options, staging = options or SaveOptions(), staging or Staging(mesh)
+    if staging.pending is not None:
+        staging.pending.wait()
+    begin = time.perf_counter()
+    if mesh.rank == 0 and options.remote_url is not None and staging.mirror is None:
+        staging.mirror = Mirror(options.remote_url)
+    snapshot = _Snapshot(
+        state, mesh, Path(root), step, stage(state, mesh, options, staging),
+        frozen({"lr_scheduler": {}, **extra, "step": step, "rng": capture(mesh.device)}, "extra"), frozen(dict(data_state), "data_state"),
+        Path(model_folder), options, optimizer_group or {},
+    )  # fmt: skip
+    pending = staging.pending = PendingSave()
+    stall = time.perf_counter() - begin
+    if options.async_save:
+        threading.Thread(target=_run, args=(snapshot, staging, pending, begin, stall), name="checkpoint", daemon=True).start()
+    else:
+        _run(snapshot, staging, pending, begin, None)
+    return pending
+
+
+class _Failed(Exception):
+    """A save that all ranks have agreed to give up."""
+
+
+def _run(snapshot: _Snapshot, staging: Staging, pending: PendingSave, begin: float, stall: float | None) -> None:
+    """Write a snapshot, say how it went, and never raise."""
+    final = snapshot.root / f"global_step_{snapshot.step}"
+    error = None
+    try:
+        _write(snapshot, final, staging)
+    except Exception as failure:
+        error = str(failure) if isinstance(failure, _Failed) else f"rank {snapshot.mesh.rank}: {_describe(failure)}"
+        if snapshot.mesh.rank == 0:
+            shutil.rmtree(snapshot.temporary, ignore_errors=True)
+            log.error("%s was not saved: %s. The previous checkpoint stays; training goes on.", final, error)
+    seconds = time.perf_counter() - begin
+    size = sum(entry["size"] for entry in snapshot.written.values())
+    pending._finish(SaveResult(snapshot.step, final, error, seconds if stall is None else stall, seconds, size))
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def _agreed(staging: Staging, rank: int, action: Callable[[], None]) -> None:
+    """Run `action` and tell every rank how it went; raise on all of them if it failed on one."""
+    error = None
+    try:
+        action()
+    except Exception as failure:
+        error = f"rank {rank}: {_describe(failure)}"
+    errors = [error]
+    if staging.group is not None:
+        errors = [None] * dist.get_world_size(staging.group)
+        dist.all_gather_object(errors, error, group=staging.group)
+    if failed := [e for e in errors if e is not None]:
+        raise _Failed("; ".join(failed))
+
+
+def _write(snapshot: _Snapshot, final: Path, staging: Staging) -> None:
+    """Write, agree, rename, agree, track, prune."""
+    rank, group = snapshot.mesh.rank, staging.group
+    _agreed(staging, rank, lambda: _prepare(snapshot) if rank == 0 else None)
+    _agreed(staging, rank, lambda: _write_shards(snapshot))
+    if "hf_model" in snapshot.options.contents:
+        trouble: list[Exception] = []
+        target = snapshot.target / "huggingface"
+        files = export_weights(snapshot.state.layout, snapshot.mesh, snapshot.host["params"], target, group, trouble)
+        _agreed(staging, rank, lambda: _close_export(snapshot, files, trouble))
+    everyone: list[Any] = [snapshot.written]
+    if group is not None:
+        everyone = [None] * snapshot.mesh.world
+        dist.gather_object(snapshot.written, everyone if rank == 0 else None, dst=0, group=group)
+    _agreed(staging, rank, lambda: _commit(snapshot, final, everyone, staging) if rank == 0 else None)
+
+
+def _prepare(snapshot: _Snapshot) -> None:
+    """A fresh temporary folder; what torn saves left is removed."""
+    snapshot.root.mkdir(parents=True, exist_ok=True)
+    for torn in snapshot.root.glob("global_step_*.tmp"):
+        shutil.rmtree(torn)
+    snapshot.target.mkdir(parents=True)
+    copy_side_files(snapshot.model_folder, snapshot.target / "huggingface", torch.bfloat16, snapshot.options.chat_template)
+
+
+def _write_shards(snapshot: _Snapshot) -> None:
+    """This rank's files, fsynced, and their checksums."""
+    mesh, host, contents, layout = snapshot.mesh, snapshot.host, snapshot.options.contents, snapshot.state.layout
+    place = Place(mesh.rank, mesh.shards, mesh.replicas)
+    if "model" in contents:
+        _record(snapshot, "model", model_content(layout, place, host["params"]))
+    if "optimizer" in contents and "exp_avg" in host:
+        step, group = snapshot.state.step, snapshot.group
+        _record(snapshot, "optim", optimizer_content(layout, place, host["exp_avg"], host["exp_avg_sq"], step, group))
+    if "extra" in contents:
+        _record(snapshot, "extra_state", snapshot.extra)
+
+
+def _record(snapshot: _Snapshot, kind: str, content: Any) -> None:
+    name = on_disk.shard_name(kind, snapshot.mesh.world, snapshot.mesh.rank)
+    path = snapshot.target / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+        on_disk.fsync(path)
+    else:
+        write_archive(path, content)
+    snapshot.written[name] = on_disk.checksums(path)
+
+
+def _close_export(snapshot: _Snapshot, files: list[Path], trouble: list[Exception]) -> None:
+    if trouble:
+        raise trouble[0]
+    for path in files:
+        on_disk.fsync(path)
+        snapshot.written[f"huggingface/{path.name}"] = on_disk.checksums(path)
+
+
+def _commit(snapshot: _Snapshot, final: Path, everyone: list[dict[str, Any]], staging: Staging) -> None:
+    """Rank 0, when every rank's files are on disk: the small files, the name, the tracker."""
+    target, options = snapshot.target, snapshot.options
+    data = snapshot.temporary / on_disk.DATA
+    data.write_bytes(snapshot.data_state)
+    on_disk.fsync(data)
+    files: dict[str, Any] = {name: entry for written in everyone for name, entry in written.items()}
+    for path in sorted(p for p in (target / "huggingface").rglob("*") if p.is_file()):
+        on_disk.fsync(path)
+        files.setdefault(str(path.relative_to(target)), on_disk.checksums(path))
+    on_disk.write_config(target, snapshot.mesh.world, snapshot.mesh.shards, snapshot.step, files)
+    for path in {snapshot.temporary, target, target / "huggingface"}:
+        on_disk.fsync(path)
+    on_disk.publish(snapshot.temporary, final)
+    on_disk.write_text(snapshot.root / on_disk.TRACKER, f"{snapshot.step}")
+    busy = frozenset(staging.mirror.busy()) if staging.mirror is not None else frozenset()
+    on_disk.prune(snapshot.root, options.keep, busy)
+    if staging.mirror is not None:
+        staging.mirror.add(final)
