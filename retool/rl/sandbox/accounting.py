@@ -1,0 +1,130 @@
+"""What a call uses, summed from outside: processes and memory from /proc, files from the work folder.
+
+The kernel's own accounts (cgroup, RLIMIT_NPROC in a user namespace or on a uid of its own) are exact and come first; this is for
+where they can't be had. It reads only what /proc shows of any process, because a confined one can't be looked into.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+MOST_FILES = 16384
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Processes and threads together, and private memory in bytes."""
+
+    tasks: int
+    memory: int
+
+
+def group_of(root: int, server: int, leads_group: bool) -> list[int]:
+    """Pids of the call that `root` began.
+
+    Orphans are handed to `root` itself where it is the first of a pid namespace. Elsewhere they go to the fork server
+    (`server`), and the process group, which nobody can leave, tells them apart (`leads_group`).
+    """
+    found, queue = [], [root]
+    if leads_group:
+        queue += [pid for pid in _children(server) if pid != root and _process_group(pid) == root]
+    while queue:
+        pid = queue.pop()
+        found.append(pid)
+        queue += _children(pid)
+    return found
+
+
+def usage(pids: list[int], inherited: int) -> Usage:
+    """`inherited` bytes are the warm interpreter's, which the first process shares and needn't answer for.
+
+    Every further fork is charged in full, although it shares too: it could have written to all of it, and a limit has to hold.
+    """
+    tasks = memory = 0
+    for pid in pids:
+        fields = _stat(pid)
+        if fields:
+            tasks += int(fields[17])
+            memory += _private(pid)
+    return Usage(tasks, max(0, memory - inherited))
+
+
+def _private(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as file:
+            fields = file.read().split()
+    except OSError:
+        return 0
+    return (int(fields[1]) - int(fields[2])) * _PAGE
+
+
+def private_memory(pid: int) -> int:
+    """Anonymous resident bytes of a process; 0 where it's gone."""
+    return _private(pid)
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields of /proc/pid/stat after the command name; state first."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
+def _process_group(pid: int) -> int:
+    fields = _stat(pid)
+    return int(fields[2]) if fields else 0
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children", "rb") as file:
+                found += map(int, file.read().split())
+    except FileNotFoundError:
+        if os.path.exists(f"/proc/{pid}") and not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"):
+            return _children_by_parent(pid)  # a kernel without CONFIG_PROC_CHILDREN
+    except OSError:
+        pass
+    return found
+
+
+def _children_by_parent(parent: int) -> list[int]:
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            fields = _stat(int(name))
+            if fields and int(fields[1]) == parent:
+                found.append(int(name))
+    return found
+
+
+def folder_bytes(descriptor: int, private: bool) -> int:
+    """Bytes that files occupy: a mount of its own is asked, a folder on the host is walked.
+
+    A folder with too many files, or too deep to walk, counts as endless.
+    """
+    if private:
+        space = os.fstatvfs(descriptor)
+        return (space.f_blocks - space.f_bfree) * space.f_frsize
+    total = count = 0
+    queue = [f"/proc/self/fd/{descriptor}"]
+    try:
+        while queue:
+            with os.scandir(queue.pop()) as entries:
+                for entry in entries:
+                    count += 1
+                    if count > MOST_FILES:
+                        return 1 << 62
+                    total += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if entry.is_dir(follow_symlinks=False):
+                        queue.append(entry.path)
+    except FileNotFoundError:
+        return total
+    except OSError:
+        return 1 << 62
+    return total

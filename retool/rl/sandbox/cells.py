@@ -1,0 +1,175 @@
+"""The supervisor's side of one child: its pipes, what it wrote, its account, and the verdict when it has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import stat
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import accounting, cgroups, program, wire
+from .result import Limits, Result, Status, safe_name
+
+CHUNK = 1 << 16
+LARGEST_FETCH = 16 << 20
+
+
+@dataclass
+class Stream:
+    """One output pipe: what is kept of it and how much there was."""
+
+    fd: int
+    kept: bytearray = field(default_factory=bytearray)
+    total: int = 0
+    open: bool = True
+
+    def read(self, keep: int) -> bool:
+        """Take what is there; False where there is nothing now."""
+        try:
+            data = os.read(self.fd, CHUNK)
+        except BlockingIOError:
+            return False
+        if not data:
+            self.open = False
+            return False
+        self.total += len(data)
+        self.kept += data[: max(0, keep - len(self.kept))]
+        return True
+
+    def text(self) -> str:
+        """Decoded; bytes that aren't UTF-8 become replacement characters."""
+        return self.kept.decode("utf-8", "replace")
+
+
+@dataclass
+class Call:
+    """A program that waits for a cell, or runs in one."""
+
+    number: int
+    job: dict[str, Any]
+    limits: Limits
+    fetch: list[str]
+    started: float = 0.0
+    verdict: tuple[Status, str] | None = None  # set when the supervisor ends it
+
+
+@dataclass
+class Cell:
+    """A child of the fork server. `pid` is the host's name for it, known once it is confined."""
+
+    number: int
+    slot: int
+    control: socket.socket
+    out: Stream
+    err: Stream
+    path: str
+    pid: int = 0
+    folder: int = -1
+    call: Call | None = None
+    group: cgroups.Group | None = None
+    kills_before: int = 0
+
+    def start(self, call: Call, exact_tasks: bool) -> None:
+        """Hand the program over; the clock starts."""
+        limits = call.limits
+        if self.group is not None:
+            self.group.set_limit(limits.memory_mb << 20)
+        self.call = call
+        call.started = time.monotonic()
+        job = {
+            **call.job, "cpu_seconds": limits.cpu_seconds, "memory_bytes": limits.memory_mb << 20, "file_bytes": limits.file_mb << 20,
+            "open_files": limits.open_files, "processes": limits.processes if exact_tasks else 0,
+        }  # fmt: skip
+        with contextlib.suppress(OSError):  # it may be dying already: then its end tells
+            self.control.sendall(wire.encode(job))
+            self.control.shutdown(socket.SHUT_WR)
+
+    def over_limit(self, server: int, inherited: int, nested: bool, private: bool) -> tuple[Status, str] | None:
+        """What the call's processes and files use together, against its limits."""
+        assert self.call is not None
+        limits = self.call.limits
+        usage = accounting.usage(accounting.group_of(self.pid, server, leads_group=not nested), inherited)
+        files = accounting.folder_bytes(self.folder, private)
+        if files > limits.file_mb << 20:
+            return "output_limit", f"the work folder outgrew {limits.file_mb} MB"
+        if usage.memory + (files if private else 0) > limits.memory_mb << 20:
+            return "memory_limit", f"the call used more than {limits.memory_mb} MB"
+        if usage.tasks > limits.processes:
+            return "process_limit", f"the call ran more than {limits.processes} processes and threads"
+        return None
+
+    def flooded(self) -> bool:
+        assert self.call is not None
+        return self.out.total + self.err.total > self.call.limits.flood_mb << 20
+
+    def finish(self, code: int, cpu: float) -> Result:
+        """The result, once the kernel has reported the end: `code` is the exit code, or minus the signal."""
+        assert self.call is not None
+        call, elapsed = self.call, time.monotonic() - self.call.started
+        keep = call.limits.output_kb << 10
+        for stream in (self.out, self.err):
+            while stream.open and stream.read(keep):
+                continue
+        status, reason = self._judge(code, cpu)
+        own_end = status in ("success", "error")
+        return Result(
+            status, self.out.text(), self.err.text(), code if own_end else None, elapsed, reason,
+            self.out.total, self.err.total, fetch_files(self.folder, call.fetch),
+        )  # fmt: skip
+
+    def _judge(self, code: int, cpu: float) -> tuple[Status, str]:
+        assert self.call is not None
+        limits = self.call.limits
+        out_of_memory = ("memory_limit", f"the call used more than {limits.memory_mb} MB")
+        if self.call.verdict is not None:
+            return self.call.verdict
+        if self.group is not None and self.group.kills() > self.kills_before:
+            return "memory_limit", out_of_memory[1]
+        if code == program.OUT_OF_MEMORY:
+            return "memory_limit", f"the program asked for more than its {limits.memory_mb} MB"
+        if code in (-signal.SIGKILL, -signal.SIGXCPU) and cpu >= max(1, int(limits.cpu_seconds + 0.999)) - 0.5:
+            return "timeout", f"the program used up its {limits.cpu_seconds:g} s of CPU time"
+        if code == 0:
+            return "success", ""
+        return "error", f"killed by {signal.Signals(-code).name}" if code < 0 else ""
+
+    def close(self) -> None:
+        self.control.close()
+        for fd in (self.out.fd, self.err.fd, self.folder):
+            if fd >= 0:
+                os.close(fd)
+
+
+def fetch_files(folder: int, names: list[str]) -> dict[str, bytes]:
+    """Regular files of the work folder by name. Nothing on the way may be a link: the program made it all."""
+    found: dict[str, bytes] = {}
+    room = LARGEST_FETCH
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):
+            content = _read_beneath(folder, safe_name(name).split("/"), room)
+            found[name] = content
+            room -= len(content)
+    return found
+
+
+def _read_beneath(folder: int, parts: list[str], most: int) -> bytes:
+    current = os.dup(folder)
+    try:
+        for index, part in enumerate(parts):
+            kind = os.O_NONBLOCK if index == len(parts) - 1 else os.O_DIRECTORY
+            step = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | kind, dir_fd=current)
+            os.close(current)
+            current = step
+        about = os.fstat(current)
+        if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1 or about.st_size > most:
+            raise ValueError("not a plain file of acceptable size")
+        content = b""
+        while len(content) < about.st_size and (part := os.read(current, about.st_size - len(content))):
+            content += part
+        return content
+    finally:
+        os.close(current)

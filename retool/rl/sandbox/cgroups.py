@@ -1,0 +1,130 @@
+"""A memory account per call where the kernel lets us keep one: cgroup v2 or v1, whichever is writable.
+
+Groups are made once per slot and used again, because a removed group lives on in the kernel as long as a cached page remembers it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+_ROOT = "/sys/fs/cgroup"
+
+
+def _own(controllers: str) -> str:
+    """This process's group in the hierarchy of `controllers` ("" is v2's), as /proc/self/cgroup has it."""
+    with open("/proc/self/cgroup") as file:
+        for line in file:
+            _, names, path = line.rstrip("\n").split(":", 2)
+            if controllers in names.split(","):
+                return path
+    return ""
+
+
+def _parents() -> list[tuple[str, str]]:
+    """(version, folder) of where groups could be made, best first."""
+    places = [("v2", _ROOT + _own("")), ("v2", _ROOT), ("v1", f"{_ROOT}/memory{_own('memory')}"), ("v1", f"{_ROOT}/memory")]
+    return [(version, folder.rstrip("/")) for version, folder in places]
+
+
+def _usable(version: str, folder: str) -> bool:
+    if version == "v1":
+        needed = "memory.limit_in_bytes"
+    else:
+        try:
+            with open(folder + "/cgroup.subtree_control") as file:
+                if "memory" not in file.read().split():
+                    return False
+        except OSError:
+            return False
+        needed = "cgroup.procs"
+    return os.path.exists(f"{folder}/{needed}") and os.access(folder, os.W_OK)
+
+
+def find() -> str:
+    """"v1:folder" or "v2:folder" under which a group with a memory limit can be made; "" where there is none."""
+    for version, folder in _parents():
+        if not _usable(version, folder):
+            continue
+        trial = f"{folder}/retool-probe-{os.getpid()}"
+        try:
+            os.mkdir(trial)
+            Group(version, trial).set_limit(64 << 20)
+        except OSError:
+            continue
+        finally:
+            with contextlib.suppress(OSError):
+                os.rmdir(trial)
+        return f"{version}:{folder}"
+    return ""
+
+
+class Group:
+    """One call's account."""
+
+    def __init__(self, version: str, folder: str) -> None:
+        self.folder = folder
+        self._limit_file, self._events, self._key = {
+            "v1": ("memory.limit_in_bytes", "memory.oom_control", "oom_kill "),
+            "v2": ("memory.max", "memory.events", "oom_kill "),
+        }[version]
+        self._swap = {"v1": "memory.memsw.limit_in_bytes", "v2": "memory.swap.max"}[version]
+        self._version = version
+        self._limit = 0
+
+    def set_limit(self, limit: int) -> None:
+        """Bound memory, page tables and tmpfs files together, without swap, to `limit` bytes."""
+        if limit == self._limit:
+            return
+        swap = str(limit) if self._version == "v1" else "0"
+        order = [(self._limit_file, str(limit)), (self._swap, swap)]
+        for name, text in order if limit < self._limit or not self._limit else reversed(order):
+            if name != self._swap or os.path.exists(f"{self.folder}/{name}"):
+                self._write(name, text)
+        if self._version == "v2" and os.path.exists(self.folder + "/memory.oom.group"):
+            self._write("memory.oom.group", "1")
+        self._limit = limit
+
+    def add(self, pid: int) -> None:
+        self._write("cgroup.procs", str(pid))
+
+    def kills(self) -> int:
+        """How often the kernel has killed in this group for lack of memory."""
+        with open(f"{self.folder}/{self._events}") as file:
+            for line in file:
+                if line.startswith(self._key):
+                    return int(line.split()[1])
+        return 0
+
+    def _write(self, name: str, text: str) -> None:
+        with open(f"{self.folder}/{name}", "w") as file:
+            file.write(text)
+
+
+class Groups:
+    """The groups of all slots, under one folder of this server's."""
+
+    def __init__(self, place: str) -> None:
+        self._version, parent = place.split(":", 1)
+        self._folder = f"{parent}/retool-sandbox-{os.getpid()}"
+        self._groups: dict[int, Group] = {}
+        os.mkdir(self._folder)
+        if self._version == "v2":
+            with open(self._folder + "/cgroup.subtree_control", "w") as file:
+                file.write("+memory")
+
+    def slot(self, number: int) -> Group:
+        """The group of slot `number`, made at its first use."""
+        if number not in self._groups:
+            folder = f"{self._folder}/{number}"
+            os.mkdir(folder)
+            self._groups[number] = Group(self._version, folder)
+        return self._groups[number]
+
+    def remove(self) -> None:
+        """Remove what this server made; its processes are gone by now."""
+        for group in self._groups.values():
+            with contextlib.suppress(OSError):
+                os.rmdir(group.folder)
+        with contextlib.suppress(OSError):
+            os.rmdir(self._folder)

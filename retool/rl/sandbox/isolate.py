@@ -1,0 +1,100 @@
+"""From a fresh fork of the warm server to a process that holds nothing but its work folder and three pipes.
+
+The order is forced: mounts need privileges, privileges go before the filter, and the filter forbids every step that came before it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from . import kernel, landlock, rootfs, seccomp, syscalls
+from .layers import Plan
+
+CONTROL = 3  # the descriptor on which the program text arrives; closed before the program starts
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where one child lives: its slot, its pipes and, where there is no private mount, its folder on the host."""
+
+    slot: int
+    control: int
+    stdout: int
+    stderr: int
+    folder: str
+
+
+def filter_for(plan: Plan) -> seccomp.Filter:
+    """The filter takes over what no namespace does here."""
+    kept_in = plan.present & {"pid_namespace", "separate_uid", "landlock_scopes"}
+    own_folder = "mount_namespace" in plan.present
+    return seccomp.Filter(True, own_signals=not kept_in, one_group="pid_namespace" not in plan.present, keep_files=not own_folder)
+
+
+def confine(plan: Plan, cell: Cell, granted: list[tuple[int, int]], folder_mb: int) -> int:
+    """Give up everything that `plan` takes away; returns a descriptor of the work folder, the current one from now on.
+
+    `granted` are the Landlock rules of the paths that every program may read.
+    """
+    os.setsid()
+    uid = plan.first_uid + cell.slot if plan.first_uid else 0
+    _own_folder(plan, cell, uid, folder_mb)
+    _give_up_privileges(plan, uid)
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    if not plan.keep_search:
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # other processes of this uid can neither trace it nor read its memory
+    if "pid_namespace" not in plan.present:
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)
+    folder = os.open(cell.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    os.fchdir(folder)
+    if "landlock" in plan.present:
+        everything = landlock.file_rights(plan.landlock) & ~landlock.IOCTL_DEV
+        if "mount_namespace" not in plan.present:
+            # A folder on the host is measured by looking at it: an open file whose name is gone would escape that.
+            everything &= ~landlock.REMOVE_FILE
+        landlock.restrict(plan.landlock, [*granted, (folder, everything)], "landlock_scopes" in plan.present)
+    folder = _keep_descriptors(cell, folder)
+    if "seccomp" in plan.present:
+        seccomp.install(seccomp.build(filter_for(plan), syscalls.machine(), os.getpid()))
+    return folder
+
+
+def _own_folder(plan: Plan, cell: Cell, uid: int, folder_mb: int) -> None:
+    if "ipc_namespace" in plan.present:
+        kernel.unshare(kernel.CLONE_NEWIPC)
+    if "mount_namespace" in plan.present:
+        kernel.unshare(kernel.CLONE_NEWNS)
+        rootfs.private_folder(folder_mb, uid)
+    else:
+        os.mkdir(cell.folder, 0o700)
+        if uid:
+            os.chown(cell.folder, uid, uid)
+
+
+def _give_up_privileges(plan: Plan, uid: int) -> None:
+    kernel.drop_bounding_set()
+    if uid:
+        if plan.keep_search:
+            kernel.prctl(kernel.PR_SET_KEEPCAPS, 1)
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    if plan.keep_search:
+        kernel.set_capabilities(1 << kernel.CAP_DAC_READ_SEARCH)
+        return
+    if "user_namespace" in plan.present:
+        # Nothing is mapped into it: no uid to become. It also starts a process count of its own for RLIMIT_NPROC.
+        kernel.unshare(kernel.CLONE_NEWUSER)
+        kernel.drop_bounding_set()
+    kernel.set_capabilities()
+
+
+def _keep_descriptors(cell: Cell, folder: int) -> int:
+    """0 is empty, 1 and 2 are the pipes, 3 the control socket, 4 the work folder; the rest is closed."""
+    high = [os.dup2(fd, 200 + index) for index, fd in enumerate((os.open("/dev/null", os.O_RDONLY), cell.stdout, cell.stderr, cell.control, folder))]
+    for index, fd in enumerate(high):
+        os.dup2(fd, index)
+    kernel.close_from(len(high))
+    os.set_inheritable(CONTROL, False)
+    return CONTROL + 1

@@ -1,0 +1,107 @@
+"""The Linux calls that isolation is made of, straight from libc: namespaces, mounts, capabilities, prctl.
+
+Each function raises `OSError` with the kernel's errno and the call's name; nothing here decides policy.
+Numbers come from the kernel's uapi headers and hold for x86_64 and aarch64 alike unless `syscalls.py` says otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 36, 38
+PR_SET_KEEPCAPS = 8
+CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_LAST = 2, 21, 40
+
+SYS_MOUNT_SETATTR, SYS_CLOSE_RANGE = 442, 436  # the same on every architecture: numbers above 424 are shared
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
+
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+
+
+def check(result: int, call: str) -> int:
+    """`result`, or `OSError` named after `call` where it is negative."""
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{call}: {os.strerror(code)}")
+    return result
+
+
+def unshare(flags: int) -> None:
+    check(libc.unshare(ctypes.c_int(flags)), "unshare")
+
+
+def setns(fd: int, kind: int) -> None:
+    check(libc.setns(ctypes.c_int(fd), ctypes.c_int(kind)), "setns")
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    encoded = [None if text is None else os.fsencode(text) for text in (source, target, kind, data)]
+    check(libc.mount(encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3]), f"mount {target}")
+
+
+def unmount(target: str) -> None:
+    check(libc.umount2(os.fsencode(target), MNT_DETACH), f"umount {target}")
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    number = _PIVOT_ROOT[os.uname().machine]
+    check(libc.syscall(number, os.fsencode(new_root), os.fsencode(put_old)), "pivot_root")
+
+
+def make_read_only(target: str) -> None:
+    """Make a bind mount and everything below it read-only, without set-uid programs or devices."""
+    attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, 0, 0)
+    result = libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, os.fsencode(target), AT_RECURSIVE, attributes, ctypes.c_size_t(len(attributes)))
+    if result == 0:
+        return
+    # Before Linux 5.12: remount by hand. Inside a user namespace the flags already there are locked and must be repeated.
+    locked = os.statvfs(target).f_flag & ~(MS_RDONLY | 0x1000)
+    mount("none", target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | (locked & (MS_NOEXEC | 1024 | 2048 | 1 << 21)))
+
+
+def prctl(option: int, a: int = 0, b: int = 0) -> int:
+    zero = ctypes.c_ulong(0)
+    return check(libc.prctl(ctypes.c_int(option), ctypes.c_ulong(a), ctypes.c_ulong(b), zero, zero), f"prctl {option}")
+
+
+def close_from(first: int) -> None:
+    """Close every descriptor from `first` on."""
+    if libc.syscall(SYS_CLOSE_RANGE, ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(0)) < 0:
+        os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+
+
+def set_capabilities(kept: int = 0) -> None:
+    """Leave only the capabilities in the bit set `kept`: permitted and effective, nothing inheritable."""
+    header = struct.pack("Ii", 0x20080522, 0)
+    low, high = kept & 0xFFFFFFFF, kept >> 32
+    check(libc.capset(header, struct.pack("IIIIII", low, low, 0, high, high, 0)), "capset")
+
+
+def drop_bounding_set() -> None:
+    """No later exec can hand out a capability; needs CAP_SETPCAP, without which there is none to hand out."""
+    for capability in range(CAP_LAST + 1):
+        libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
+
+
+def effective_capabilities() -> int:
+    """The bit set of this process's effective capabilities."""
+    header, data = struct.pack("Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
+    check(libc.capget(header, data), "capget")
+    words = struct.unpack("IIIIII", data.raw)
+    return words[0] | words[3] << 32

@@ -1,0 +1,155 @@
+"""Runs one program the way a notebook cell runs: what the last expression is worth gets printed. Executes inside the cell."""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import base64
+import contextlib
+import gc
+import io
+import linecache
+import os
+import random
+import resource
+import sys
+import threading
+import traceback
+import types
+from typing import Any, NoReturn, TextIO
+
+FILE = "main.py"
+OUT_OF_MEMORY = 250  # the return code that stands for an uncaught MemoryError; the parent reports it as memory_limit
+_FUTURE_FLAGS = 0x1FF0000 | 0x1000000
+_SPARE = 64 << 20  # address space freed to print the traceback of a MemoryError
+
+
+def run(job: dict[str, Any], base_address_space: int) -> NoReturn:
+    """Set the limits, lay out the folder, execute `job["code"]` and end the process with its return code."""
+    _lay_out(job)
+    _limit(job, base_address_space)
+    sys.argv = [FILE]
+    sys.path.insert(0, os.getcwd())
+    os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd(), PWD=os.getcwd())
+    sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = _writer(1), _writer(2)
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    random.seed(0)
+    gc.enable()
+    os._exit(_finish(_execute(job["code"])))
+
+
+def warm_up() -> None:
+    """Walk the paths that every call takes, so that a fork finds them loaded."""
+    _run_as_cell("from __future__ import annotations\ntotal = sum(i for i in range(3))\nNone", {})
+    try:
+        _run_as_cell("1 / 0", {})
+    except ZeroDivisionError as error:
+        traceback.format_exception(type(error), error, error.__traceback__)
+
+
+def _lay_out(job: dict[str, Any]) -> None:
+    for name, content in job.get("files", {}).items():
+        if "/" in name:
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+        with open(name, "xb") as file:
+            file.write(base64.b64decode(content))
+    if job.get("stdin"):
+        with open(".stdin", "xb") as file:
+            file.write(job["stdin"].encode("utf-8", "surrogateescape"))
+        source = os.open(".stdin", os.O_RDONLY)
+        os.unlink(".stdin")
+        os.dup2(source, 0)
+        os.close(source)
+
+
+def _limit(job: dict[str, Any], base: int) -> None:
+    cpu = max(1, int(job["cpu_seconds"] + 0.999))
+    space = base + job["memory_bytes"]
+    limits = {
+        resource.RLIMIT_CPU: (cpu, cpu),
+        resource.RLIMIT_AS: (space, space + _SPARE),
+        resource.RLIMIT_FSIZE: (job["file_bytes"],) * 2,
+        resource.RLIMIT_NOFILE: (job["open_files"],) * 2,
+        resource.RLIMIT_CORE: (0, 0),
+        resource.RLIMIT_MSGQUEUE: (0, 0),
+        resource.RLIMIT_MEMLOCK: (0, 0),
+        resource.RLIMIT_SIGPENDING: (64, 64),
+    }
+    if job["processes"]:
+        limits[resource.RLIMIT_NPROC] = (job["processes"],) * 2
+    for kind, (soft, hard) in limits.items():
+        ceiling = resource.getrlimit(kind)[1]
+        if ceiling != resource.RLIM_INFINITY:
+            soft, hard = min(soft, ceiling), min(hard, ceiling)
+        resource.setrlimit(kind, (soft, hard))
+
+
+def _writer(fd: int) -> TextIO:
+    """Unbuffered, as `python -u` is: what was printed before a kill has left the process."""
+    raw = io.FileIO(fd, "w", closefd=False)
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", newline="\n", write_through=True)  # type: ignore[arg-type]
+
+
+def _execute(code: str) -> int:
+    """The return code, after printing what Python would have printed about an exception."""
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    linecache.cache[FILE] = (len(code), None, code.splitlines(keepends=True), FILE)
+    try:
+        _run_as_cell(code, module.__dict__)
+    except SystemExit as request:
+        return _exit_code(request.code)
+    except MemoryError as error:
+        with contextlib.suppress(ValueError, OSError):
+            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        _print_traceback(error)
+        return OUT_OF_MEMORY
+    except BaseException as error:  # the program's own, whatever it is
+        _print_traceback(error)
+        return 1
+    return 0
+
+
+def _run_as_cell(code: str, namespace: dict[str, Any]) -> None:
+    tree = ast.parse(code, FILE)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    body = compile(tree, FILE, "exec", dont_inherit=True)
+    exec(body, namespace)
+    if last is not None:
+        flags = body.co_flags & _FUTURE_FLAGS  # its __future__ imports hold for the last line too
+        exec(compile(ast.Interactive([last]), FILE, "single", flags=flags, dont_inherit=True), namespace)
+
+
+def _exit_code(value: object) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, int):
+        return value & 0xFF
+    with contextlib.suppress(Exception):
+        print(value, file=sys.stderr)
+    return 1
+
+
+def _print_traceback(error: BaseException) -> None:
+    """Without the sandbox's own frames; a program may have broken stderr or the exception itself, which is its own loss."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename != FILE:
+        trace = trace.tb_next
+    with contextlib.suppress(BaseException):
+        lines = traceback.format_exception(type(error), error, trace)
+        print("".join(lines), end="", file=sys.stderr)
+
+
+def _finish(code: int) -> int:
+    """What Python does at its end, short of tearing the interpreter down."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    except BaseException as error:  # the program's own, whatever it is
+        _print_traceback(error)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):
+            stream.flush()
+    return code

@@ -1,0 +1,94 @@
+"""What a program sees of the file system: Python, its libraries, three harmless devices, and the work folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import site
+import sys
+import sysconfig
+
+from . import kernel, landlock
+
+WORK = "/box"
+PRELOADED = ("numpy", "sympy", "mpmath")
+DEVICES = {"/dev/null": landlock.READ_FILE | landlock.WRITE_FILE, "/dev/urandom": landlock.READ_FILE, "/dev/random": landlock.READ_FILE}
+_SYSTEM = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime")
+
+
+def search_path() -> list[str]:
+    """`sys.path` for programs: the standard library, installed packages, and where the preloaded ones came from."""
+    wanted = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")] + site.getsitepackages()
+    for name in PRELOADED:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            wanted.append(os.path.dirname(os.path.dirname(spec.origin)))
+    library = os.path.dirname(os.__file__)  # of the base installation; in a virtual environment sysconfig names the wrong platstdlib
+    wanted += [library, os.path.join(library, "lib-dynload"), sysconfig.get_config_var("DESTSHARED") or library]
+    real = {os.path.realpath(path) for path in wanted if os.path.isdir(path)}
+    return [path for path in dict.fromkeys([*sys.path, *wanted]) if path and os.path.realpath(path) in real]
+
+
+def readable_paths() -> list[str]:
+    """Existing real paths that programs may read, none inside another."""
+    prefixes = [os.path.join(prefix, name) for prefix in (sys.base_prefix, sys.prefix) for name in ("lib", "lib64", "pyvenv.cfg")]
+    candidates = [*_SYSTEM, *prefixes, *search_path(), sys.executable]
+    kept: list[str] = []
+    for path in sorted({os.path.realpath(path) for path in candidates if os.path.exists(path)}):
+        if not any(path == outer or path.startswith(outer + "/") for outer in kept):
+            kept.append(path)
+    return kept
+
+
+def links() -> dict[str, str]:
+    """Symbolic links that make the real paths reachable by the names that libc and Python use."""
+    found = {"/tmp": WORK, "/var/tmp": WORK, "/dev/shm": WORK}
+    for path in (*_SYSTEM, sys.executable):
+        if os.path.islink(path):
+            found[path] = os.path.realpath(path)
+    return found
+
+
+def rights() -> dict[str, int]:
+    """The Landlock rule of every path outside the work folder."""
+    return {**dict.fromkeys(readable_paths(), landlock.READ), **DEVICES}
+
+
+def enter(scratch: str) -> None:
+    """Swap this mount namespace's root for one that holds only what programs may see; nothing leads back.
+
+    `scratch` is an empty folder to build it on. The caller is alone in a new mount namespace and may mount.
+    """
+    kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+    kernel.mount("tmpfs", scratch, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=755")
+    for path in readable_paths():
+        _bind(path, scratch + path)
+        kernel.make_read_only(scratch + path)
+    for path in DEVICES:
+        _bind(path, scratch + path)
+    os.mkdir(scratch + WORK, 0o755)
+    for path, target in links().items():
+        if not os.path.lexists(scratch + path):
+            os.makedirs(os.path.dirname(scratch + path), exist_ok=True)
+            os.symlink(target, scratch + path)
+    os.mkdir(scratch + "/.old")
+    kernel.pivot_root(scratch, scratch + "/.old")
+    os.chdir("/")
+    kernel.unmount("/.old")
+    os.rmdir("/.old")
+    kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV)
+
+
+def _bind(path: str, target: str) -> None:
+    if os.path.isdir(path):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
+    kernel.mount(path, target, None, kernel.MS_BIND | kernel.MS_REC)
+
+
+def private_folder(size_mb: int, owner: int) -> None:
+    """Mount a fresh work folder that only this mount namespace sees; it goes with the namespace."""
+    options = f"size={size_mb}m,nr_inodes=16384,mode=700,uid={owner},gid={owner}"
+    kernel.mount("tmpfs", WORK, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)

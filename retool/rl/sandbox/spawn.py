@@ -1,0 +1,54 @@
+"""Starting the sandbox's own processes: exec'd, never forked from the caller, with an environment that has nothing of the caller's."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .rootfs import PRELOADED
+
+_BOOT = """
+import json, sys
+sys.path[:] = sys.path[1:] + json.loads(sys.argv.pop(1))
+from retool.rl.sandbox import {module}
+{module}.main()
+"""
+
+
+def environment() -> dict[str, str]:
+    """All that the server and the programs find in their environment."""
+    fixed = {
+        "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/", "USER": "sandbox", "LOGNAME": "sandbox", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8",
+        "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1", "MALLOC_ARENA_MAX": "2",
+        "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+    }  # fmt: skip
+    if "LD_LIBRARY_PATH" in os.environ:
+        fixed["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]  # some Pythons don't start without it; it names folders, no secrets
+    return fixed
+
+
+def import_path() -> list[str]:
+    """Folders a bare interpreter wouldn't search: ours, and those the preloaded packages come from."""
+    folders = [str(Path(__file__).resolve().parents[3])]
+    for name in PRELOADED:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            folders.append(str(Path(spec.origin).parents[1]))
+    return list(dict.fromkeys(folders))
+
+
+def start(
+    module: str, setup: object, control: socket.socket, python: str = sys.executable, launcher: Sequence[str] = (), path: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    """Exec `module`'s main with `control` as descriptor 0 and `setup` as its JSON argument.
+
+    `launcher` is a command to start it through. stderr is the caller's, so that a failure of the server itself is seen.
+    """
+    command = [*launcher, python, "-s", "-c", _BOOT.format(module=module), json.dumps(list(path) or import_path()), json.dumps(setup)]
+    return subprocess.Popen(command, stdin=control, stdout=subprocess.DEVNULL, env=environment(), cwd="/", close_fds=True)
