@@ -85,7 +85,11 @@ class Renderer:
         """The end-of-turn tokens: what the template writes after an answer, and the tokenizer's own."""
         added = frozenset(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip())
         probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": PLACEHOLDER}]
-        tail = self.text(probe).rpartition(PLACEHOLDER)[2]
+        before, _, tail = self.text(probe).rpartition(PLACEHOLDER)
+        if not before:
+            raise ValueError(
+                "the chat template doesn't show an answer as it is written: use another (data.chat_template=hermes, or a file)."
+            )
         known = max((token for token in added if tail.lstrip().startswith(token)), key=len, default=None)
         if known is None:
             raise ValueError(

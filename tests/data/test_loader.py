@@ -1,0 +1,312 @@
+"""The cache and the steps: the same samples in the same step whatever the layout, resumable anywhere, every fault said at once."""
+
+import json
+import threading
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import pytest
+
+from retool.batch import Sample
+from retool.data import tokenise
+from retool.data.loader import epoch_order, iterate_steps, iterate_validation, open_dataset, steps_per_epoch
+from retool.data.tokenise import truncate
+
+
+def answer(words, **extra):
+    return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": words, **extra}]}
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@dataclass
+class Memory:
+    """Samples in memory, with distinct tokens so that each can be told in a pack."""
+
+    samples: list[Sample]
+
+    def __post_init__(self):
+        self.lengths = np.array([len(sample) for sample in self.samples], np.int32)
+        self.trained = np.array([sample.trained for sample in self.samples], np.int32)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+@pytest.fixture(scope="module")
+def memory():
+    rng = np.random.default_rng(0)
+    return Memory([Sample(np.full(n, i, np.int32), rng.random(n) < 0.4) for i, n in enumerate(rng.integers(3, 90, 53).tolist())])
+
+
+def documents(pack):
+    """The sample (its token) of every document of a pack that isn't padding."""
+    starts = pack.cu_seqlens[:-1].tolist()
+    real, found = pack.real_tokens, []
+    for start, length in zip(starts, pack.seqlens, strict=True):
+        if start < real:
+            found.append((int(pack.tokens[start]), length))
+    return found
+
+
+class TestSteps:
+    def test_order_is_a_function_of_seed_and_epoch(self):
+        assert epoch_order(8, 1, 0).tolist() == [2, 4, 7, 5, 0, 6, 3, 1]  # must never change: resumed runs rely on it
+        for seed, epoch in product((0, 1, 7), (0, 1, 2)):
+            order = epoch_order(1000, seed, epoch)
+            assert sorted(order.tolist()) == list(range(1000))
+            assert order.tolist() == epoch_order(1000, seed, epoch).tolist()
+        firsts = {tuple(epoch_order(1000, seed, epoch)[:5].tolist()) for seed, epoch in product(range(4), range(4))}
+        assert len(firsts) == 16
+        assert epoch_order(5, 1, 3, shuffle=False).tolist() == [0, 1, 2, 3, 4]
+
+    def test_order_looks_uniform(self):
+        places = np.array([np.argsort(epoch_order(10, seed, 0)) for seed in range(2000)])
+        assert abs(places.mean(0) - 4.5).max() < 0.3
+
+    @pytest.mark.parametrize(("dp", "sp"), [(1, 1), (1, 2), (2, 1), (3, 1), (4, 2), (5, 3)])
+    @pytest.mark.parametrize("limit", [{"micro_batch_size": 2}, {"max_tokens_per_gpu": 100}])
+    def test_same_samples_in_the_same_step_whatever_the_layout(self, memory, dp, sp, limit):
+        size = 16
+        wholes = {"train_batch_size": size, "seed": 3, "stop_step": 7}
+        reference = list(iterate_steps(memory, **wholes, micro_batch_size=size))
+        ranks = [list(iterate_steps(memory, **wholes, dp_rank=r, dp=dp, sp=sp, **limit)) for r in range(dp)]
+        for step, batches in enumerate(zip(*ranks, strict=True)):
+            (whole,) = reference[step].micro_batches
+            assert len({len(batch.micro_batches) for batch in batches}) == 1
+            packs = [pack for batch in batches for pack in batch.micro_batches]
+            assert sorted(d for pack in packs for d in documents(pack)) == sorted(documents(whole))
+            for batch in batches:
+                assert (batch.step, batch.epoch) == (step, step // 3)
+                assert batch.real_tokens == whole.real_tokens == sum(pack.real_tokens for pack in packs)
+                assert batch.trained_tokens == whole.trained_tokens == sum(pack.trained_tokens for pack in packs)
+            assert sum(float(pack.weights.sum()) for pack in packs) == whole.trained_tokens
+            assert all(len(pack.tokens) % sp == 0 for pack in packs)
+
+    def test_epochs_cover_everything_but_the_incomplete_batch(self, memory):
+        assert steps_per_epoch(53, 16) == 3
+        seen = [i for batch in iterate_steps(memory, train_batch_size=16, seed=1, stop_step=6, micro_batch_size=4) for i in batch.samples]
+        for epoch in (seen[:48], seen[48:]):
+            assert len(set(epoch)) == 48
+        assert seen[:48] != seen[48:]
+
+    @pytest.mark.parametrize("start", [0, 1, 3, 5])
+    def test_resumed_is_the_tail(self, memory, start):
+        args = {"train_batch_size": 16, "seed": 5, "stop_step": 7, "dp": 2, "dp_rank": 1, "max_tokens_per_gpu": 200}
+        whole, tail = list(iterate_steps(memory, **args)), list(iterate_steps(memory, **args, start_step=start))
+        assert [batch.step for batch in tail] == list(range(start, 7))
+        for a, b in zip(whole[start:], tail, strict=True):
+            assert (a.samples, a.real_tokens, a.trained_tokens) == (b.samples, b.real_tokens, b.trained_tokens)
+            for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
+                assert x.tokens.equal(y.tokens) and x.weights.equal(y.weights) and x.cu_seqlens.equal(y.cu_seqlens)
+
+    def test_padded_rows(self, memory):
+        (batch,) = iterate_steps(memory, train_batch_size=8, seed=1, stop_step=1, micro_batch_size=4, pad_to=90, pad_id=99)
+        assert all(pack.seqlens == (90,) * 4 for pack in batch.micro_batches)
+        assert batch.real_tokens == sum(int(memory.lengths[i]) for i in batch.samples)
+        (by_tokens,) = iterate_steps(memory, train_batch_size=8, seed=1, stop_step=1, max_tokens_per_gpu=180, pad_to=90)
+        assert len(by_tokens.micro_batches) == 4  # the padding counts against the budget
+
+    def test_an_epoch_needs_one_full_batch(self, memory):
+        with pytest.raises(ValueError, match=r"train_batch_size=64 is more than the 53 training samples.*at most 53"):
+            next(iterate_steps(memory, train_batch_size=64, seed=1, stop_step=1, micro_batch_size=1))
+        with pytest.raises(ValueError, match="at least 1"):
+            steps_per_epoch(5, 0)
+
+    def test_prepared_ahead_in_a_thread_whose_errors_arrive(self, memory):
+        made = threading.Event()
+
+        class Slow(Memory):
+            def __getitem__(self, index):
+                if threading.current_thread() is not threading.main_thread():
+                    made.set()
+                if index == 7:
+                    raise OSError("the disk is gone")
+                return super().__getitem__(index)
+
+        before = threading.active_count()
+        steps = iterate_steps(Slow(memory.samples), train_batch_size=16, seed=1, stop_step=3, micro_batch_size=16)
+        with pytest.raises(OSError, match="the disk is gone"):
+            list(steps)
+        assert made.is_set()
+        steps = iterate_steps(memory, train_batch_size=16, seed=1, stop_step=300, micro_batch_size=16)
+        next(steps)
+        steps.close()
+        assert threading.active_count() == before
+
+    @pytest.mark.parametrize(("dp", "sp"), [(1, 1), (2, 2), (3, 1), (60, 1)])
+    def test_validation_covers_every_row_once(self, memory, dp, sp):
+        ranks = [list(iterate_validation(memory, dp_rank=r, dp=dp, sp=sp, max_tokens_per_gpu=150)) for r in range(dp)]
+        assert len({len(packs) for packs in ranks}) == 1
+        packs = [pack for rank in ranks for pack in rank]
+        assert sorted(d for pack in packs for d in documents(pack)) == [(i, int(n)) for i, n in enumerate(memory.lengths)]
+        assert sum(float(pack.weights.sum()) for pack in packs) == memory.trained.sum()
+
+
+class TestTruncation:
+    sample = Sample(np.arange(10, dtype=np.int32), np.arange(10) >= 6)
+
+    def test_masks_stay_aligned(self):
+        right, left = truncate(self.sample, 7, "right"), truncate(self.sample, 7, "left")
+        assert right.tokens.tolist() == list(range(7)) and right.mask.tolist() == [False] * 6 + [True]
+        assert left.tokens.tolist() == list(range(3, 10)) and left.mask.tolist() == [False] * 3 + [True] * 4
+        assert truncate(self.sample, 7, "drop") is None
+        assert truncate(self.sample, 10, "error") is self.sample
+
+    def test_error_says_how_long_and_the_way_out(self):
+        with pytest.raises(ValueError, match=r"10 tokens, more than data\.max_length=9.*drop"):
+            truncate(self.sample, 9, "error")
+
+
+class TestCache:
+    def open(self, tmp_path, renderer, rows, **kwargs):
+        return open_dataset(jsonl(tmp_path / "rows.jsonl", rows), renderer, cache_dir=tmp_path / "cache", **kwargs)
+
+    def test_samples_are_the_renders(self, tmp_path, renderer_of, tool_row, conversation):
+        rows = [tool_row, answer("Hello!"), answer("Never", loss_mask=0)]
+        dataset, report = self.open(tmp_path, renderer_of("hermes"), rows)
+        assert (report.rows, report.samples, report.dropped_untrained, len(dataset)) == (3, 2, 1, 2)
+        for i, row in enumerate(rows[:2]):
+            (expected,) = renderer_of("hermes").render(conversation(row))
+            assert dataset[i].tokens.tolist() == expected.tokens.tolist() and dataset[i].mask.tolist() == expected.mask.tolist()
+            assert (dataset.lengths[i], dataset.trained[i], dataset.origin(i)) == (len(expected), expected.trained, (0, i))
+        assert report.tokens == dataset.lengths.sum() and report.trained_tokens == dataset.trained.sum()
+        assert "1 dropped without a trained token" in report.sentence()
+        with pytest.raises(IndexError):
+            dataset[2]
+
+    def test_truncation_is_decided_and_counted_up_front(self, tmp_path, renderer_of):
+        rows, renderer = [answer("one two three four five six seven"), answer("A")], renderer_of("chatml")
+        whole, _ = self.open(tmp_path, renderer, rows)
+        long, short = whole.lengths.tolist()
+        right, report = self.open(tmp_path, renderer, rows, max_length=long - 4, truncation="right")
+        assert right.lengths.tolist() == [long - 4, short] and report.truncated == 1 and report.longest == long
+        assert right[0].tokens.tolist() == whole[0].tokens[:-4].tolist() and right[0].mask.tolist() == whole[0].mask[:-4].tolist()
+        dropped, report = self.open(tmp_path, renderer, rows, max_length=long - 1, truncation="drop")
+        assert dropped.lengths.tolist() == [short] and report.dropped_long == 1
+        nothing, report = self.open(tmp_path, renderer, rows, max_length=short - 2, truncation="right")
+        assert report.samples == len(nothing) == 2 - report.dropped_untrained
+        with pytest.raises(
+            ValueError, match=rf"1 of 2 rows can't be used:\n.*rows\.jsonl, row 0: it has {long} tokens.*data\.truncation=drop"
+        ):
+            self.open(tmp_path, renderer, rows, max_length=long - 1)
+        with pytest.raises(ValueError, match="no sample is left"):
+            self.open(tmp_path, renderer, rows, max_length=2, truncation="right")
+
+    def test_every_refused_row_is_named_at_once(self, tmp_path, renderer_of):
+        rows = [answer("A"), {"messages": [{"role": "bot", "content": "x"}]}, {"messages": 3}, *[{"messages": []}] * 30]
+        with pytest.raises(ValueError) as caught:
+            self.open(tmp_path, renderer_of("chatml"), rows)
+        text = str(caught.value)
+        assert text.startswith("32 of 33 rows can't be used:\n")
+        assert "row 1, message 0: unknown role 'bot'" in text and "row 2: 'messages' isn't a list" in text and "and 12 more" in text
+        assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+    def test_reused_until_anything_changes(self, tmp_path, renderer_of, monkeypatch):
+        calls = []
+        monkeypatch.setattr("retool.data.cache._build", _counting(calls))
+        rows = [answer("A"), answer("B")]
+        path = jsonl(tmp_path / "rows.jsonl", rows)
+        for expected, kwargs in enumerate([{}, {"max_length": 99}, {"truncation": "left"}, {"history": "last"}, {"max_samples": 1}], 1):
+            for _ in range(2):
+                open_dataset(path, renderer_of("chatml"), cache_dir=tmp_path / "cache", **kwargs)
+            assert len(calls) == expected
+        open_dataset(path, renderer_of("hermes"), cache_dir=tmp_path / "cache")
+        assert len(calls) == 6
+        jsonl(tmp_path / "rows.jsonl", [*rows, answer("C")])
+        dataset, _ = open_dataset(path, renderer_of("chatml"), cache_dir=tmp_path / "cache")
+        assert len(calls) == 7 and len(dataset) == 3
+
+    def test_a_torn_cache_is_made_anew(self, tmp_path, renderer_of):
+        first, _ = self.open(tmp_path, renderer_of("chatml"), [answer("A")])
+        tokens = first[0].tokens.tolist()
+        (first.folder / "tokens.bin").write_bytes(b"\0" * 4)
+        again, _ = open_dataset(str(tmp_path / "rows.jsonl"), renderer_of("chatml"), cache_dir=tmp_path / "cache")
+        assert again[0].tokens.tolist() == tokens
+
+    def test_ranks_together_build_once(self, tmp_path, renderer_of, monkeypatch):
+        calls = []
+        monkeypatch.setattr("retool.data.cache._build", _counting(calls))
+        path, found = jsonl(tmp_path / "rows.jsonl", [answer(str(i)) for i in range(50)]), []
+        renderer = renderer_of("chatml")
+        threads = [
+            threading.Thread(target=lambda: found.append(open_dataset(path, renderer, cache_dir=tmp_path / "cache"))) for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(calls) == 1 and [len(dataset) for dataset, _ in found] == [50] * 4
+
+    def test_worker_processes_make_the_same(self, tmp_path, renderer_of, monkeypatch):
+        rows = [answer("word " * (i % 17)) for i in range(900)]
+        alone, report = self.open(tmp_path, renderer_of("chatml"), rows, num_workers=0)
+        monkeypatch.setattr(tokenise, "INLINE_CHUNKS", 1)
+        done = []
+        together, other = open_dataset(
+            str(tmp_path / "rows.jsonl"), renderer_of("chatml"), cache_dir=tmp_path / "other", num_workers=2, progress=done.append
+        )
+        assert other == report and done[-1] == 900 and done == sorted(done)
+        assert together.lengths.tolist() == alone.lengths.tolist()
+        assert all(together[i].tokens.tolist() == alone[i].tokens.tolist() for i in range(0, 900, 37))
+
+    def test_splits_are_counted(self, tmp_path, renderer_of, chat_row):
+        dataset, report = self.open(tmp_path, renderer_of("qwen3"), [chat_row], history="split")
+        assert (len(dataset), report.rows, report.split) == (2, 1, 1)
+        assert dataset.origin(0) == dataset.origin(1) == (0, 0)
+
+    def test_users_rows(self, tmp_path, renderer_of):
+        (tmp_path / "mine.py").write_text(
+            "def rows(path):\n    for line in open(path):\n        q, a = line.strip().split('|')\n"
+            "        yield {'messages': [{'role': 'user', 'content': q}, {'role': 'assistant', 'content': a}]}\n"
+        )
+        (tmp_path / "data.txt").write_text("Hi|Hello\nBye|Ciao\n")
+        dataset, _ = open_dataset(
+            str(tmp_path / "data.txt"),
+            renderer_of("chatml"),
+            custom_path=str(tmp_path / "mine.py"),
+            custom_name="rows",
+            cache_dir=tmp_path / "c",
+        )
+        assert len(dataset) == 2
+
+    def test_bad_choices(self, tmp_path, renderer_of):
+        for kwargs, match in [
+            ({"truncation": "middle"}, "data.truncation=middle"),
+            ({"history": "keep"}, "data.multiturn.history=keep"),
+            ({"max_length": 1}, "max_length=1"),
+        ]:
+            with pytest.raises(ValueError, match=match):
+                self.open(tmp_path, renderer_of("chatml"), [answer("A")], **kwargs)
+        with pytest.raises(ValueError, match="no column 'prompt'"):
+            self.open(tmp_path, renderer_of("chatml"), [answer("A")], multiturn=False)
+
+
+def _counting(calls):
+    from retool.data.cache import _build
+
+    def build(*args):
+        calls.append(args[0])
+        return _build(*args)
+
+    return build
+
+
+@pytest.mark.slow
+def test_all_of_gsm8k(shared, qwen_tokenizer, tmp_path):
+    from retool.data.chat import Renderer
+
+    dataset, report = open_dataset(
+        str(shared("gsm8k-tool-sft/train.parquet")), Renderer(qwen_tokenizer), max_length=16384, cache_dir=tmp_path
+    )
+    assert (report.rows, report.samples, len(dataset)) == (7378, 7378, 7378)
+    assert np.median(dataset.lengths) == pytest.approx(466, rel=0.02)  # as the data's own description says
+    assert np.percentile(dataset.lengths, 95) == pytest.approx(703, rel=0.02)
+    assert steps_per_epoch(len(dataset), 16) == 461

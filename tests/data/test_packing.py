@@ -1,0 +1,95 @@
+"""Plans: everything once, equal counts, never above the budget, balanced, and not more micro-batches than needed."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+
+from retool.data.packing import cost, plan_step
+
+
+def check(lengths, dp, sp, size=None, budget=None):
+    plan = plan_step(lengths, dp, sp, size, budget)
+    assert len(plan) == dp and len({len(rank) for rank in plan}) == 1
+    everything = sorted(i for rank in plan for members in rank for i in members)
+    assert everything == list(range(len(lengths)))
+    for members in (members for rank in plan for members in rank):
+        if size is not None:
+            assert len(members) <= size
+        elif len(members) > 1:
+            assert sum(lengths[i] for i in members) <= budget * sp
+    return plan
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_everything_once_within_limits(seed):
+    rng = np.random.default_rng(seed)
+    lengths = (rng.lognormal(6, 1, rng.integers(1, 70)).astype(int) + 2).tolist()
+    for dp, sp in product((1, 2, 3, 4, 7), (1, 2, 4)):
+        check(lengths, dp, sp, size=int(rng.integers(1, 6)))
+        check(lengths, dp, sp, budget=int(rng.integers(200, 3000)))
+
+
+def test_sizes_are_full_where_they_divide():
+    plan = check([100] * 16, 2, 2, size=2)
+    assert [[len(members) for members in rank] for rank in plan] == [[2] * 4] * 2
+
+
+def test_dp_need_not_divide_the_batch():
+    plan = check(list(range(100, 1700, 100)), 3, 1, size=2)
+    assert [len(rank) for rank in plan] == [3, 3, 3]
+    short = check([5], 4, 1, size=1)
+    assert sum(len(members) for rank in short for members in rank) == 1 and all(len(rank) == 1 for rank in short)
+
+
+def test_a_longer_sample_is_alone():
+    plan = check([50, 5000, 60, 70], 2, 1, budget=200)
+    assert [1] in [members for rank in plan for members in rank]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_few_micro_batches_and_even_work(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(100, 8000, 128)
+    dp, budget = 4, 16_384
+    plan = check(lengths.tolist(), dp, 1, budget=budget)
+    rounds = len(plan[0])
+    assert rounds <= math.ceil(lengths.sum() / budget / dp * 1.1)  # the bound is a perfect filling
+    work = [[sum(cost(int(lengths[i])) for i in members) for members in rank] for rank in plan]
+    ideal = float(np.sum(cost(lengths))) / dp
+    assert max(map(sum, work)) < 1.02 * ideal
+    slowest = sum(max(rank[j] for rank in work) for j in range(rounds))
+    assert slowest < 1.06 * ideal
+    in_order = np.array_split(lengths, dp * rounds)  # the baseline: rows as they come
+    naive = np.array([np.sum(cost(part)) for part in in_order]).reshape(dp, rounds).max(0).sum()
+    assert slowest < naive
+
+
+def test_long_samples_cost_more_than_their_tokens():
+    """One long document weighs like more tokens of short ones, so it shares its rank with less."""
+    lengths = [24_000] + [500] * 96
+    plan = check(lengths, 2, 1, budget=40_000)
+    tokens = [sum(lengths[i] for members in rank for i in members) for rank in plan]
+    with_long = next(r for r, rank in enumerate(plan) if any(0 in members for members in rank))
+    assert tokens[with_long] < tokens[1 - with_long]
+
+
+def test_deterministic_and_order_of_ties():
+    lengths = [7, 7, 7, 9, 9, 1, 1, 1]
+    assert plan_step(lengths, 2, 1, 2) == plan_step(np.array(lengths, np.int32), 2, 1, 2)
+
+
+def test_bad_limits():
+    with pytest.raises(ValueError, match="give one of"):
+        plan_step([1], 1)
+    with pytest.raises(ValueError, match="give one of"):
+        plan_step([1], 1, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"micro_batch_size_per_gpu=0"):
+        plan_step([1], 1, 1, 0)
+    with pytest.raises(ValueError, match=r"max_token_len_per_gpu=-1"):
+        plan_step([1], 1, 1, None, -1)
+
+
+def test_nothing_to_plan():
+    assert plan_step([], 3, 1, 2) == [[], [], []]
