@@ -187,7 +187,8 @@ def show_faults(faults: Sequence[Fault], console: Console) -> None:
 def show_plan(plan: Sequence[tuple[str, str]], notes: Sequence[str], console: Console) -> None:
     """The plan in plain words, a line or two a topic; notes stand out."""
     if not console.is_terminal:
-        _print_lines([*(f"{topic}: {line}" for topic, words in plan for line in words.splitlines()), *(f"note: {n}" for n in notes)], console)
+        lines = [f"{topic}: {line}" for topic, words in plan for line in words.splitlines()]
+        _print_lines([*lines, *(f"note: {note}" for note in notes)], console)
         return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)

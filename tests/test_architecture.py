@@ -1,0 +1,114 @@
+"""The shape of the code: imports go one way, importing is cheap, files and functions stay small."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "retool"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# A part may import from itself and from parts of a lower level; `sft` and `rl`, `data` and `checkpoint` are on one level.
+LEVELS = {
+    "batch": 0, "config": 0, "redact": 0, "metrics": 1, "perf": 1, "parallel": 2, "preemption": 3, "model": 3, "optim": 3,
+    "data": 4, "checkpoint": 4, "memory": 5, "preflight": 6, "sft": 7, "rl": 7,
+}  # fmt: skip
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full names of everything that a module imports, wherever in it."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def test_every_part_has_a_level() -> None:
+    assert {part_of(p) for p in MODULES} - {"__init__", "__main__"} <= set(LEVELS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    mine = part_of(path)
+    if mine == "__main__":
+        return
+    for name in imported(path):
+        if not name.startswith("retool."):
+            continue
+        other = name.split(".")[1]
+        if other == "__version__":
+            continue
+        assert mine != "__init__", f"retool/__init__.py imports {name}: `import retool` must stay fast"
+        assert other == mine or LEVELS[other] < LEVELS[mine], f"{path.relative_to(ROOT)} imports {name}: imports go one way"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_other_sharding_and_no_vague_names(path: Path) -> None:
+    for name in imported(path):
+        assert not name.startswith(("torch.distributed.fsdp", "torch.distributed._composable", "deepspeed", "verl", "trl")), name
+    assert path.stem not in {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
+    assert "manager" not in path.stem
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_functions_and_classes_stay_small(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert source.count("\n") <= 400, "a file of more than 400 lines"
+    for node in ast.walk(ast.parse(source)):
+        size = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert size <= 110, f"function {node.name}: {size} lines"
+        if isinstance(node, ast.ClassDef):
+            assert size <= 250, f"class {node.name}: {size} lines"
+
+
+@pytest.mark.parametrize("module", ["retool", "retool.sft.config"])
+def test_importing_is_cheap(module: str) -> None:
+    """Nothing heavy is pulled in, and a second import from a warm disk takes well under a second."""
+    program = (
+        "import sys, time; start = time.perf_counter();"
+        f"import {module}; took = time.perf_counter() - start;"
+        "heavy = {'torch', 'transformers', 'flash_attn', 'datasets', 'pyarrow', 'accelerate'} & set(sys.modules);"
+        "assert not heavy, heavy; print(took)"
+    )
+    took = min(float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout) for _ in range(2))
+    assert took < (0.2 if module == "retool" else 1.5)
+
+
+def test_typed_and_templates_are_packaged() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'packages = ["retool"]' in settings and 'requires-python = ">=3.10"' in settings
+
+
+def own_files() -> Iterator[Path]:
+    for top in ("retool", "tests", "examples", "benchmarks", "constraints", ".ci"):
+        yield from (p for p in (ROOT / top).rglob("*") if p.is_file() and p.suffix not in {".pyc", ".parquet", ".safetensors", ".pt"})
+    yield from (p for p in ROOT.iterdir() if p.is_file() and p.suffix in {".toml", ".md", ""} and p.name != ".git")
+
+
+def test_no_machine_and_no_registry_is_named() -> None:
+    """What is installed from where is the user's choice, and no file knows the machine that it was written on."""
+    dot = re.escape(".")
+    hosts = [f"pypi{dot}org", f"pythonhosted{dot}org", f"download{dot}pytorch", f"npmjs{dot}(org|com)", f"anaconda{dot}org", f"ghcr{dot}io"]
+    places = [f"/{'work'}/(main|shared)", f"/{'opt'}/(wheels|pypi)", f"/{'root'}/{dot}pyenv"]
+    named = re.compile("|".join(hosts + places))
+    for path in own_files():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found = named.search(text)
+        assert found is None, f"{path.relative_to(ROOT)} names {found and found.group()}"

@@ -1,0 +1,193 @@
+"""Metrics: nothing lost, nothing twice, nothing that ends a run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from retool import metrics
+from retool.metrics import ConsoleLogger, JsonlLogger, Loggers, RunInfo, missing_extras, open_loggers, printable, read_jsonl
+
+
+def info(folder: Path, first_step: int = 0, total_steps: int = 10) -> RunInfo:
+    return RunInfo(folder, "project", "experiment", {"optim": {"lr": 1.0}, "api_key": "s3cr3t"}, first_step, total_steps)
+
+
+def write(folder: Path, steps: range, first_step: int = 0, value: float = 1.0) -> None:
+    logger = JsonlLogger(info(folder, first_step))
+    for step in steps:
+        logger.log(step, {"train/loss": value * step})
+    logger.close()
+
+
+def test_one_object_a_step_and_one_a_validation(tmp_path: Path) -> None:
+    logger = JsonlLogger(info(tmp_path))
+    logger.log(1, {"train/loss": 2.5, "train/grad_norm": float("nan")})
+    logger.log(1, {"val/loss": 2.0})
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]  # on disk before it is closed
+    assert entries == [{"step": 1, "train/loss": 2.5, "train/grad_norm": None}, {"step": 1, "val/loss": 2.0}]
+    logger.close()
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 9, "train/lo', b'{"step": 9}', b"\x00\xff"])
+def test_resume_neither_repeats_nor_misses(tmp_path: Path, torn: bytes) -> None:
+    write(tmp_path, range(1, 9))
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(torn)  # killed in the middle of a line
+    assert [e["step"] for e in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+    write(tmp_path, range(6, 11), first_step=5, value=10)
+    entries = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [e["step"] for e in entries] == list(range(1, 11))
+    assert [e["train/loss"] for e in entries] == [*map(float, range(1, 6)), *(10.0 * s for s in range(6, 11))]
+    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"}\n")
+
+
+def test_a_fresh_start_keeps_the_older_run_beside_it(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 4))
+    write(tmp_path, range(1, 3))
+    write(tmp_path, range(1, 2))
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1
+    assert len(read_jsonl(tmp_path / "metrics.1.jsonl")) == 3 and len(read_jsonl(tmp_path / "metrics.2.jsonl")) == 2
+
+
+def test_a_full_disk_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    logger = JsonlLogger(info(tmp_path))
+    loggers = Loggers([("jsonl", logger)], said.append)
+    real = os.pwrite
+    loggers.log(1, {"a": 1.0})
+    monkeypatch.setattr(os, "pwrite", lambda f, data, at: real(f, data[:5], at))  # the disk takes five bytes more
+    loggers.log(2, {"a": 2.0})
+    loggers.log(3, {"a": 3.0})
+    assert [e["step"] for e in read_jsonl(tmp_path / "metrics.jsonl")] == [1]
+    monkeypatch.setattr(os, "pwrite", real)
+    loggers.log(4, {"a": 4.0})
+    loggers.close()
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+    assert [e["step"] for e in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert len(said) == 1
+
+
+class Broken:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        raise ConnectionError("no\x1b[31m network")
+
+    def close(self) -> None:
+        raise RuntimeError("worse")
+
+
+def test_a_failing_logger_warns_once_and_the_others_go_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    loggers = Loggers([("broken", Broken()), ("jsonl", JsonlLogger(info(tmp_path)))], said.append)
+    for step in (1, 2, 3):
+        loggers.log(step, {"a": 1.0})
+    loggers.close()
+    assert len(said) == 1 and "broken" in said[0] and "no" in said[0] and "\x1b" not in said[0]
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_a_logger_that_cannot_start_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(_: RunInfo) -> metrics.Logger:
+        raise ConnectionError("no account")
+
+    monkeypatch.setitem(metrics.LOGGERS, "console", refuse)
+    loggers = open_loggers(["console"], info(tmp_path))
+    loggers.log(1, {"a": 1.0})
+    loggers.close()
+    assert capsys.readouterr().err.count("no account") == 1
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_missing_extras_are_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(metrics.EXTRAS, "wandb", "a_package_that_is_not_there")
+    faults = list(missing_extras(["console", "wandb", "tensorboardx"]))
+    assert [f.where for f in faults] == ["trainer.logger=wandb", "trainer.logger=tensorboardx"]
+    assert "retool[wandb]" in faults[0].remedy and "tensorboard" in faults[1].remedy
+    with pytest.raises(ValueError, match=r"wandb.*\n.*tensorboardx"):
+        open_loggers(["wandb", "tensorboardx"], info(tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_plain_lines_parse(tmp_path: Path) -> None:
+    out = io.StringIO()
+    logger = ConsoleLogger(info(tmp_path, first_step=2), Console(file=out, width=20, markup=False, highlight=False, soft_wrap=True))
+    logger.log(3, {"train/loss": 1.23456789, "train/lr": 1e-5})
+    logger.log(4, {"val/loss": float("inf")})
+    logger.close()
+    first, second = out.getvalue().splitlines()
+    words = dict(word.split("=") for word in first.split())
+    assert words["step"] == "3/10" and float(words["train/loss"]) == pytest.approx(1.23456789, rel=1e-5) and float(words["train/lr"]) == 1e-5
+    assert float(words["eta_s"]) >= 0
+    assert "val/loss=inf" in second
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left(tmp_path: Path) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120, markup=False, highlight=False)
+    hostile = RunInfo(tmp_path, "p", "[bold]x\x1b]0;title\x07", {}, 0, 4)
+    logger = ConsoleLogger(hostile, console)
+    logger.log(1, {"train/loss": 1.5, "perf/tokens_per_second_per_gpu": 12345.6, "train/mfu": 0.412})
+    logger.log(4, {"train/loss": 1.0})
+    logger.close()
+    text = out.getvalue()
+    assert "step 1/4" in text and "loss 1.5000" in text and "tok/s/gpu 12,346" in text and "mfu 41.2%" in text
+    assert "4/4" in text and "eta" in text
+    assert "[bold]x" in text and "\x1b]0;" not in text
+
+
+def test_printable() -> None:
+    assert printable("a\x1b[31mb\nc\u202ed") == "a [31mb c d"
+
+
+def test_tensorboard_writes_what_was_logged(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = open_loggers(["tensorboard"], info(tmp_path))
+    for step in (1, 2, 3):
+        loggers.log(step, {"train/loss": 1.0 / step})
+    loggers.close()
+    loggers = open_loggers(["tensorboard"], info(tmp_path, first_step=2))
+    loggers.log(3, {"train/loss": 9.0})
+    loggers.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, round(e.value, 3)) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    loggers = open_loggers(["wandb"], info(tmp_path))
+    loggers.log(1, {"train/loss": 1.0})
+    loggers.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb")) and (tmp_path / "wandb_run_id.txt").read_text()
+    assert not any(b"s3cr3t" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_mlflow_to_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    for first_step in (0, 1):
+        loggers = open_loggers(["mlflow"], info(tmp_path, first_step))
+        loggers.log(first_step + 1, {"train/loss": 1.0 + first_step})
+        loggers.close()
+    run = (tmp_path / "mlflow_run_id.txt").read_text()
+    history = mlflow.MlflowClient().get_metric_history(run, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 2.0)]
+
+
+def test_swanlab_locally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("swanlab")
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    loggers = open_loggers(["swanlab"], info(tmp_path))
+    loggers.log(1, {"train/loss": 1.0})
+    loggers.close()
+    assert any((tmp_path / "swanlab").rglob("*"))

@@ -1,0 +1,107 @@
+"""FLOPs against a count of every multiplication, peaks, the timer."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from retool.model.config import parse_model_config
+from retool.perf import ModelShape, StepTimer, mfu, model_flops, peak_flops, peak_memory, reset_peak_memory
+
+QWEN = ModelShape(layers=24, hidden=896, heads=14, kv_heads=2, head_dim=64, ffn=4864, vocab=151936, tied=True)
+
+
+def test_published_figure_for_qwen2_5_0_5b() -> None:
+    """6·494M + 2.1G = 5.1 GFLOP per token at 16,384; 100 % of 989 TFLOP/s is then 194k tokens a second."""
+    assert QWEN.matmul_parameters == pytest.approx(494e6, rel=2e-4)
+    per_token = model_flops(QWEN, [16_384]) / 16_384
+    assert per_token == pytest.approx(6 * 494e6 + 2.114e9, rel=1e-3)
+    assert round(per_token / 1e9, 1) == 5.1
+    assert 989e12 / per_token == pytest.approx(194e3, rel=5e-3)
+
+
+def test_flops_equal_a_count_by_the_profiler_of_torch() -> None:
+    """An untied dense model in transformers, forward and backward, counted operation by operation."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=False, attn_implementation="eager",
+    )  # fmt: skip
+    model, n = Qwen2ForCausalLM(config), 48
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(0, 96, (1, n))).logits.sum().backward()
+    attention_full = 12 * n * n * 4 * 8 * 2  # eager attention computes the masked half too
+    ours = model_flops(parse_model_config(config.to_dict()), [n])
+
+    assert counter.get_total_flops() == pytest.approx(ours + attention_full / 2, rel=1e-3)
+
+
+def test_documents_count_one_by_one_and_padding_not_at_all() -> None:
+    assert model_flops(QWEN, [100, 50]) == model_flops(QWEN, [100]) + model_flops(QWEN, [50]) < model_flops(QWEN, [150])
+    assert model_flops(QWEN, []) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("Tesla V100-SXM2-16GB", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
+
+
+def test_mfu() -> None:
+    assert mfu(989e12, 2.0, 2, 989e12) == pytest.approx(0.25)
+    assert mfu(1e12, 1.0, 1, None) is None
+
+
+def test_timer_on_the_cpu() -> None:
+    timer = StepTimer(torch.device("cpu"))
+    with timer.phase("data"):
+        time.sleep(0.02)
+    with timer.phase("data"):
+        time.sleep(0.02)
+    first = timer.take()
+    time.sleep(0.01)
+    second = timer.take()
+    seconds = first.seconds()
+    assert 0.04 <= seconds["data"] <= seconds["step"] < 1
+    assert set(second.seconds()) == {"step"} and second.seconds()["step"] >= 0.01
+
+
+def test_peak_memory_of_the_process() -> None:
+    """Counted in GiB: a GiB filled shows as one."""
+    device = torch.device("cpu")
+    reset_peak_memory(device)
+    before, _ = peak_memory(device)
+    filled = torch.ones(64 << 20)  # 256 MiB
+    after, same = peak_memory(device)
+    assert after == same and 0.05 < after < 200 and after >= before
+    assert filled.numel() == 64 << 20
+
+
+@pytest.mark.gpu
+def test_timer_and_memory_on_the_gpu() -> None:
+    device = torch.device("cuda", 0)
+    reset_peak_memory(device)
+    timer = StepTimer(device)
+    a = torch.randn(4096, 4096, device=device)
+    with timer.phase("forward_backward"):
+        for _ in range(20):
+            a = (a @ a).clamp(-1, 1)
+    times = timer.take().seconds()
+    assert 0 < times["forward_backward"] <= times["step"] + 1e-4
+    allocated, reserved = peak_memory(device)
+    assert 0.06 < allocated <= reserved
