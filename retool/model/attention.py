@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from retool.model.attention_cudnn import CUDNN_LARGEST_HEAD, cudnn_backward, cudnn_forward
 from retool.model.attention_reference import Gradients, Pack, reference_backward, reference_forward
+from retool.model.eager import eager
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto") -> str:
@@ -67,7 +68,7 @@ def _flash_or_varlen() -> str:
     return "flash" if find_spec("flash_attn") else "varlen"
 
 
-@torch.compiler.disable  # `seqlens` would be a guard, and every pack a new graph
+@eager  # `seqlens` would be a guard, and every pack a new graph
 def attention(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, seqlens: tuple[int, ...]
 ) -> Tensor:
@@ -80,7 +81,7 @@ def attention(
     return _Attention.apply(q_TNH, k_TKH, v_TKH, None, None, cu_seqlens, max_seqlen, backend, seqlens)
 
 
-@torch.compiler.disable
+@eager
 def attention_from_saved(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NT: Tensor,
     cu_seqlens: Tensor, max_seqlen: int, backend: str, seqlens: tuple[int, ...],

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from retool.model.eager import eager
 from retool.model.logits import (
     accumulation_dtype,
     add_product,
@@ -37,7 +38,7 @@ CHUNK_ENTRIES = 1024
 ROUND = 128  # chunks of this multiple keep matrix products on their fast path
 
 
-@torch.compiler.disable
+@eager
 def logprobs(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -65,7 +66,7 @@ def logprobs(
     return logp, ent if entropy else None
 
 
-@torch.compiler.disable
+@eager
 def weighted_logprob_sum(
     hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, logit_bytes: int | None = None
 ) -> Tensor:

@@ -1,0 +1,113 @@
+"""Attention kernels, forward and forward + backward, on the packs that training sees.
+
+    python benchmarks/attention.py [--heads 14/2x64,7/1x64,32/8x128] [--packs full,mixed,…] [--json out.json]
+
+*full*: one document of 16,384 tokens. *8×4k*, *16×2k*, *32×1k*: 32,768 tokens in equal documents. *mixed*: 32,768 tokens in documents of
+lognormal length (median 3,200, σ 0.7, clipped to 256…16,384). TFLOP/s counts causal attention: 2·n²·N·H forward, 5·n²·N·H backward
+(the recomputed scores included, as is customary). `error` is the output's ‖out − float32‖ / ‖float32‖; `speed` is against the first row.
+Without a GPU: the reference alone, on lengths divided by 32.
+"""
+
+from __future__ import annotations
+
+import statistics
+from argparse import Namespace
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from table import arguments, hardware, measure, save, show, spread
+
+from retool.model import attention_cudnn
+from retool.model.attention import attention, attention_forward_lse, choose_backend
+
+BASELINE = "varlen"
+
+
+def packs(scale: int) -> dict[str, tuple[int, ...]]:
+    lengths = np.clip(np.exp(np.random.default_rng(0).normal(np.log(3_200), 0.7, 64)), 256, 16_384).astype(int)
+    mixed = lengths[: int(np.searchsorted(lengths.cumsum(), 32_768))]
+    all_packs = {"full": [16_384], "8×4k": [4096] * 8, "16×2k": [2048] * 16, "32×1k": [1024] * 32, "mixed": mixed.tolist()}
+    return {name: tuple(max(1, n // scale) for n in seqlens) for name, seqlens in all_packs.items()}
+
+
+def lines_for(heads: int, kv_heads: int, head_dim: int, pack: str, seqlens: tuple[int, ...], args: Namespace) -> list[dict[str, Any]]:
+    """One line per backend that can run here; `cudnn` with its threshold and with every document long enough."""
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (sum(seqlens), heads + 2 * kv_heads, head_dim)
+    q, k, v = torch.randn(shape, device=device, dtype=dtype, generator=generator).split([heads, kv_heads, kv_heads], 1)
+    q, k, v = (x.requires_grad_() for x in (q.detach(), k.detach(), v.detach()))  # strided views of one buffer, as in a model
+    d_out = torch.randn(sum(seqlens), heads, head_dim, device=device, dtype=dtype, generator=generator)
+    cu_seqlens = torch.tensor([0, *seqlens], device=device).cumsum(0).to(torch.int32)
+    longest = max(seqlens)
+    exact, _ = attention_forward_lse(q.float(), k.float(), v.float(), cu_seqlens, longest, "reference", seqlens)
+    pairs = sum(n * n for n in seqlens) * heads * head_dim
+    lines = []
+    for name, shortest in backends(device):
+        attention_cudnn.CUDNN_SHORTEST = shortest
+        attention_cudnn._runs.cache_clear()
+        backend = choose_backend(device, dtype, head_dim, name)
+
+        def forward(backend: str = backend) -> torch.Tensor:
+            return attention_forward_lse(q, k, v, cu_seqlens, longest, backend, seqlens)[0]
+
+        def both(backend: str = backend) -> None:
+            torch.autograd.grad(attention(q, k, v, cu_seqlens, longest, backend, seqlens), [q, k, v], d_out)
+
+        error = ((forward().float() - exact).norm() / exact.norm()).item()
+        timed = {"forward": measure(forward, device, args.repeats), "both": measure(both, device, args.repeats)}
+        tflops = {key: flops * pairs / statistics.median(timed[key]["ms"]) / 1e9 for key, flops in (("forward", 2), ("both", 7))}
+        title = f"{name}, documents ≥ {shortest}" if name == "cudnn" else name
+        lines.append({"heads": f"{heads}/{kv_heads}x{head_dim}", "pack": pack, "backend": title, "error": error, **timed, "tflops": tflops})
+    return lines
+
+
+def backends(device: torch.device) -> list[tuple[str, int]]:
+    """(name, shortest document that cuDNN takes)."""
+    if device.type != "cuda":
+        return [("reference", 0)]
+    fused = [(BASELINE, 0), *([("flash", 0)] if find_spec("flash_attn") else [])]
+    return [*fused, ("cudnn", attention_cudnn.CUDNN_SHORTEST), ("cudnn", 1)]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--heads", default="14/2x64,7/1x64,32/8x128", help="query/key-value heads x head dim, comma-separated")
+    parser.add_argument("--packs", default="full,8×4k,16×2k,32×1k,mixed")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    print(hardware(device))
+    every, chosen = [], packs(1 if device.type == "cuda" else 32)
+    threshold = attention_cudnn.CUDNN_SHORTEST
+    for heads in args.heads.split(","):
+        counts, head_dim = heads.split("x")
+        query_heads, kv_heads = map(int, counts.split("/"))
+        rows = []
+        for pack in args.packs.split(","):
+            lines = lines_for(query_heads, kv_heads, int(head_dim), pack, chosen[pack], args)
+            attention_cudnn.CUDNN_SHORTEST = threshold
+            base = statistics.median(lines[0]["both"]["ms"])
+            for x in lines:
+                ratio = f"{base / statistics.median(x['both']['ms']):.2f}×"
+                rows.append([pack, x["backend"], spread(x["forward"]["ms"]), f"{x['tflops']['forward']:.3g}", spread(x["both"]["ms"]),
+                             f"{x['tflops']['both']:.3g}", ratio, f"{x['error']:.1e}"])  # fmt: skip
+            every += lines
+        columns = [
+            "pack",
+            "kernel",
+            "forward ms",
+            "TFLOP/s",
+            "forward + backward ms",
+            "TFLOP/s",
+            "speed",
+            "error",
+        ]
+        show(f"heads {counts}, head dim {head_dim}", columns, rows)
+    save(args.json, device, every)
+
+
+if __name__ == "__main__":
+    main()
