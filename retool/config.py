@@ -197,6 +197,8 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     """The known name that `name` was probably meant to be: by the whole dotted name, else by its last part."""
     candidates = list(names)
     tails = {c.rpartition(".")[2]: c for c in reversed(candidates)}
+    if (same := tails.get(name.rpartition(".")[2])) is not None:
+        return same
     whole = difflib.get_close_matches(name, candidates, n=1, cutoff=0.8)
     tail = difflib.get_close_matches(name.rpartition(".")[2], tails, n=1, cutoff=0.75)
     loose = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
@@ -272,7 +274,8 @@ def _type_fault(leaf: Leaf, shown: str, error: Exception) -> Fault:
 def _bound_faults(leaf: Leaf, value: Any) -> Iterator[Fault]:
     if leaf.minimum is leaf.above is leaf.maximum is None:
         return
-    for number in value if isinstance(value, (list, tuple)) or OmegaConf.is_list(value) else [value]:
+    numbers = OmegaConf.to_container(value) if OmegaConf.is_config(value) else [value]
+    for number in typing.cast("list[Any]", numbers):
         if not isinstance(number, (int, float)) or isinstance(number, bool):
             continue
         low = leaf.minimum is not None and not number >= leaf.minimum
