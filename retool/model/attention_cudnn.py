@@ -120,7 +120,7 @@ def _backward_run(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     length = _rounded(run.length)
     dout, q, k, v, out = (_batched(x, run) for x in (dout, q, k, v, out))
     stats = lse[:, run.begin : run.end].unflatten(1, (-1, run.length)).transpose(0, 1)
-    stats = F.pad(stats, (0, length - run.length)).contiguous()
+    stats = F.pad(stats, (0, length - run.length)).contiguous()[..., None]  # cuDNN wants four dimensions
     seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which isn't used
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, stats, seed, seed, None, None, None, length, length, 0.0, True
