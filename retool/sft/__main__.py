@@ -1,0 +1,37 @@
+"""`python -m retool.sft key=value …`: multi-turn SFT. `--help` lists the keys, `--check` stops after preflight."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from retool.config import help_text, read
+from retool.sft.config import EXAMPLE, SYNONYMS, SFTConfig
+
+
+def main(words: list[str]) -> int:
+    """Exit status: 0 done (or nothing wrong), 1 something is wrong and was said."""
+    if "--help" in words or "-h" in words:
+        print(help_text(SFTConfig, "python -m retool.sft", EXAMPLE, SYNONYMS))
+        return 0
+    checking = "--check" in words
+    from retool.sft.preflight import preflight
+    from retool.sft.show import show
+
+    report = preflight(read(SFTConfig, [w for w in words if w != "--check"], SYNONYMS), planning=checking)
+    if int(os.environ.get("RANK", 0)) == 0:
+        show(report)
+    if report.faults or checking:
+        return int(bool(report.faults))
+    from retool.sft.train import train
+
+    try:
+        train(report)
+    except ValueError as error:  # the user's to mend: the sentence is enough
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,310 @@
+"""Multi-turn SFT, from a configuration to a finished run folder. `train` reads as a table of contents."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from retool import checkpoint
+from retool.checkpoint.pretrained import load_pretrained
+from retool.config import to_dict
+from retool.data.chat import read_template
+from retool.data.loader import Dataset, StepBatch, iterate_steps, iterate_validation
+from retool.metrics import Loggers, RunInfo, open_loggers, printable
+from retool.model.build import ModelOptions
+from retool.model.config import ModelConfig
+from retool.model.decoder import Recompute
+from retool.optim import AdamW, AdamWOptions, learning_rate
+from retool.parallel.fsdp import Sharded
+from retool.parallel.mesh import Mesh, make_mesh
+from retool.perf import ModelShape, StepTimer, StepTimes, device_peak, mfu, model_flops, peak_memory
+from retool.preemption import StopRequest, die_with_parent
+from retool.redact import redact
+from retool.sft.config import SFTConfig
+from retool.sft.plan import Report
+from retool.sft.step import Measured, train_step
+from retool.sft.validate import validate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass
+class TrainState:
+    """What survives a step."""
+
+    step: int = 0  # optimizer steps done, skipped ones too
+    saved_step: int = -1
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    pending: list[PendingStep] = field(default_factory=list)  # measured, not yet read
+    between: dict[str, float] = field(default_factory=dict)  # seconds of what came after the step: testing, save
+    save: checkpoint.PendingSave | None = None  # the last one, until its result was said
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step whose numbers are still on the device."""
+
+    batch: StepBatch
+    lr: float
+    measured: Measured
+    times: StepTimes
+    before: dict[str, float]  # seconds of what came before it
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of; nothing in it is replaced while it lasts."""
+
+    config: SFTConfig
+    report: Report
+    mesh: Mesh
+    folder: Path
+    model: Sharded
+    optimizer: AdamW
+    train_data: Dataset
+    val_data: Dataset | None
+    batching: dict[str, Any]
+    loggers: Loggers
+    save_options: checkpoint.SaveOptions
+    staging: checkpoint.Staging
+
+
+def train(report: Report) -> None:
+    """Run SFT as preflight found it possible. Collective: every process of the launcher calls it with the same configuration."""
+    config = report.config
+    die_with_parent()
+    stop = StopRequest()
+    mesh = make_mesh(config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size, config.trainer.device)
+    seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
+    run, state = build_run(report, mesh)
+    batches = iterate_steps(
+        run.train_data, train_batch_size=config.data.train_batch_size, seed=config.data.seed, start_step=state.step,
+        stop_step=report.steps, shuffle=config.data.shuffle, **run.batching,
+    )  # fmt: skip
+    timer = StepTimer(mesh.device)
+    while state.step < report.steps:
+        with timer.phase("data"):
+            batch = next(batches)
+        one_step(run, state, batch, timer)
+        stopping = stop.agreed(mesh)
+        last = state.step == report.steps
+        if last or due(config.trainer.test_freq, state.step, report.steps_per_epoch):
+            with timer.phase("testing"):
+                run_validation(run, state)
+        if last or stopping or due(config.trainer.save_freq, state.step, report.steps_per_epoch):
+            with timer.phase("save"):
+                save(run, state)
+        if not state.pending:  # validation or a save came between two steps: its time isn't the next step's
+            state.between = timer.take().seconds()
+        if stopping and not last:
+            say(mesh, f"asked to stop: saved step {state.step}, resume with the same command.")
+            break
+    finish(run, state)
+    stop.restore()
+
+
+def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
+    """Seed Python, numpy and torch with (seed, rank); with `deterministic`, only kernels that give the same bits again."""
+    random.seed(seed * 1_000_003 + rank)
+    np.random.seed((seed * 1_000_003 + rank) % 2**32)
+    torch.manual_seed(seed * 1_000_003 + rank)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def say(mesh: Mesh, text: str) -> None:
+    """One line, from rank 0, for the whole run."""
+    if mesh.rank == 0:
+        print(printable(text), flush=True)
+
+
+def run_folder(config: SFTConfig, mesh: Mesh) -> Path:
+    """Make the run's folder and write the resolved configuration into it, secrets redacted."""
+    folder = Path(config.trainer.default_local_dir)
+    if mesh.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
+    return folder
+
+
+def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
+    """Load the model, make the optimizer, resume if there is something to resume from, open the loggers."""
+    config, trainer, optim, sharding = report.config, report.config.trainer, report.config.optim, report.config.model.fsdp_config
+    assert report.train is not None and report.choice is not None and report.folder is not None, "train needs a report without faults"
+    folder = run_folder(config, mesh)
+    model = load_pretrained(report.folder, mesh, model_options(config, report.choice.recompute))
+    adamw = AdamWOptions(optim.betas, optim.weight_decay, optim.clip_grad)
+    optimizer = AdamW(model, adamw, sharding.optimizer_offload, sharding.param_offload)
+    say(mesh, f"attention: {model.module.run.backend}; recomputation: {report.choice.recompute}")
+    state = resume(config, mesh, folder, model, optimizer)
+    train_data, val_data = report.train.dataset, report.val.dataset if report.val else None
+    info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
+    cuda, wanted = mesh.device.type == "cuda", trainer.checkpoint.async_save
+    save_options = checkpoint.SaveOptions(
+        contents=tuple(trainer.checkpoint.save_contents), keep=trainer.max_ckpt_to_keep, remote_url=trainer.default_hdfs_dir,
+        async_save=cuda if wanted is None else wanted,
+        chat_template=read_template(config.data.chat_template) if config.data.chat_template else None,
+    )  # fmt: skip
+    loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
+    batching = micro_batching(mesh, config, report.choice.tokens)
+    staging = checkpoint.Staging(mesh)
+    return Run(config, report, mesh, folder, model, optimizer, train_data, val_data, batching, loggers, save_options, staging), state
+
+
+def model_options(config: SFTConfig, recompute: Recompute) -> ModelOptions:
+    sharding, attn = config.model.fsdp_config, config.model.attn
+    return ModelOptions(
+        param_dtype=None if sharding.param_dtype == "auto" else DTYPES[sharding.param_dtype], master_dtype=DTYPES[sharding.model_dtype],
+        reduce_dtype=DTYPES["fp64" if sharding.model_dtype == "fp64" else sharding.reduce_dtype],
+        attn="varlen" if config.trainer.deterministic and attn == "auto" and torch.cuda.is_available() else attn,
+        recompute=recompute, use_compile=config.model.use_compile,
+        reshard_after_forward=sharding.reshard_after_forward, forward_prefetch=sharding.forward_prefetch,
+    )  # fmt: skip
+
+
+def micro_batching(mesh: Mesh, config: SFTConfig, tokens_per_gpu: int) -> dict[str, Any]:
+    """The loader's arguments that depend on the layout: samples per micro-batch where the user says so, else tokens."""
+    samples = config.data.micro_batch_size_per_gpu
+    return {
+        "dp_rank": mesh.dp_rank, "dp": mesh.dp, "sp": mesh.sp, "micro_batch_size": samples,
+        "max_tokens_per_gpu": tokens_per_gpu if samples is None else None,
+        "pad_to": None if config.use_remove_padding else config.data.max_length,
+    }  # fmt: skip
+
+
+def resume(config: SFTConfig, mesh: Mesh, folder: Path, model: Sharded, optimizer: AdamW) -> TrainState:
+    """The state to start from: step 0, or the checkpoint that `trainer.resume_mode` says."""
+    mode = config.trainer.resume_mode
+    found = None
+    if mode == "resume_path":
+        found = Path(str(config.trainer.resume_from_path))
+    elif mode == "auto":
+        found = checkpoint.latest(folder)
+    if found is None:
+        return TrainState()
+    loaded = checkpoint.load(found, model_state(model, optimizer), mesh, config.trainer.seed)
+    optimizer.steps.fill_(loaded.optimizer_step)
+    model.refresh()
+    say(mesh, f"resumed from {found} (step {loaded.step}).")
+    return TrainState(step=loaded.step, saved_step=loaded.step, skipped=int(loaded.extra.get("skipped_steps", 0)))
+
+
+def model_state(model: Sharded, optimizer: AdamW) -> checkpoint.ModelState:
+    """The flat shards that a checkpoint holds."""
+    return checkpoint.ModelState(model.layout, model.master, optimizer.exp_avg, optimizer.exp_avg_sq, int(optimizer.steps))
+
+
+def one_step(run: Run, state: TrainState, batch: StepBatch, timer: StepTimer) -> None:
+    """Train on one global batch; read and log the step before it."""
+    optim = run.config.optim
+    lr = learning_rate(state.step, run.report.steps, optim.lr, optim.lr_scheduler, optim.warmup_steps_ratio, optim.min_lr_ratio)
+    measured = train_step(run.model, run.optimizer, batch.micro_batches, batch.trained_tokens, lr, timer)
+    state.step += 1
+    log_pending(run, state)
+    state.pending.append(PendingStep(batch, lr, measured, timer.take(), state.between))
+    state.between = {}
+    say_saved(run, state, wait=False)
+
+
+def log_pending(run: Run, state: TrainState) -> None:
+    """Log the steps that were waiting. Too many skipped in a row end the run."""
+    for pending in state.pending:
+        loss, norm, skipped = pending.measured.read()
+        state.skipped += skipped
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+        run.loggers.log(pending.batch.step + 1, step_metrics(run, pending, loss, norm) | {"train/skipped_steps": state.skipped})
+        if skipped:
+            say(run.mesh, f"step {pending.batch.step + 1} was skipped: its gradient norm is {norm}.")
+        if state.skipped_in_a_row >= run.config.trainer.max_grad_skips:
+            raise ValueError(
+                f"{state.skipped_in_a_row} steps in a row had a non-finite gradient norm (the last is {pending.batch.step + 1}): "
+                "the run stops. Lower optim.lr, or look at the data and the weights (python -m retool.checkpoint verify)."
+            )
+    state.pending.clear()
+
+
+def step_metrics(run: Run, pending: PendingStep, loss: float, norm: float) -> dict[str, float]:
+    """Every metric of an optimizer step."""
+    seconds, batch, world = pending.times.seconds(), pending.batch, run.mesh.world
+    assert run.report.model is not None
+    flops = model_flops(shape_of(run.report.model), run.train_data.lengths[list(batch.samples)].tolist())
+    used = mfu(flops, seconds["step"], world, device_peak(run.mesh.device))
+    allocated, reserved = peak_memory(run.mesh.device)
+    metrics = {
+        "train/loss": loss, "train/grad_norm": norm, "train/lr": pending.lr,
+        "train/global_tokens": batch.real_tokens, "train/trained_tokens": batch.trained_tokens, "train/epoch": batch.epoch,
+        "perf/tokens_per_second_per_gpu": batch.real_tokens / seconds["step"] / world,
+        "perf/max_memory_allocated_gb": allocated, "perf/max_memory_reserved_gb": reserved,
+        **{f"timing_s/{name}": value for name, value in {**pending.before, **seconds}.items()},
+    }  # fmt: skip
+    return metrics if used is None else {**metrics, "train/mfu": used}
+
+
+def shape_of(c: ModelConfig) -> ModelShape:
+    return ModelShape(c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, c.tied)
+
+
+def due(every: int | str, step: int, per_epoch: int) -> bool:
+    """Whether something with frequency `every` (steps, -1, or after_each_epoch) happens after `step`."""
+    period = per_epoch if every == "after_each_epoch" else int(every)
+    return period > 0 and step % period == 0
+
+
+def run_validation(run: Run, state: TrainState) -> None:
+    """Validate on every row and log it."""
+    log_pending(run, state)
+    if run.val_data is None:
+        return
+    batches = iterate_validation(run.val_data, **run.batching)
+    run.loggers.log(state.step, validate(run.model, batches, int(run.val_data.trained.sum())))
+
+
+def save(run: Run, state: TrainState) -> None:
+    """Write a checkpoint of this step, unless it has one."""
+    log_pending(run, state)
+    if state.saved_step == state.step:
+        return
+    say_saved(run, state, wait=True)
+    state.save = checkpoint.save(
+        run.folder, model_state(run.model, run.optimizer), run.mesh, step=state.step, extra={"skipped_steps": state.skipped},
+        data_state={"step": state.step, "seed": run.config.data.seed, "samples": len(run.train_data)},
+        model_folder=run.report.folder or "", options=run.save_options, staging=run.staging,
+    )  # fmt: skip
+    state.saved_step = state.step
+
+
+def say_saved(run: Run, state: TrainState, wait: bool) -> None:
+    """Say how the last save ended, once it has. A failed one is loud, and the run goes on."""
+    result = None if state.save is None else state.save.wait() if wait else state.save.poll()
+    if result is None:
+        return
+    state.save = None
+    if result.error is not None:
+        state.saved_step = -1
+        say(run.mesh, f"step {result.step} was NOT saved: {result.error}")
+    else:
+        rate = result.bytes / max(result.seconds, 1e-9) / 1e6
+        say(run.mesh, f"saved {result.folder} ({result.stall_s:.2f} s of waiting, {result.seconds:.1f} s in all, {rate:.0f} MB/s a rank)")
+
+
+def finish(run: Run, state: TrainState) -> None:
+    """Log what is left, wait for the last save, close. ValueError when the last checkpoint isn't there."""
+    log_pending(run, state)
+    say_saved(run, state, wait=True)
+    run.staging.close()
+    run.loggers.close()
+    if state.saved_step != state.step:
+        raise ValueError(f"step {state.step} was trained, but its checkpoint could not be saved (see above): {run.folder} has older ones.")
+    say(run.mesh, f"finished at step {state.step} of {run.report.steps}: {run.folder}")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
