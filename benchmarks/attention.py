@@ -3,8 +3,9 @@
     python benchmarks/attention.py [--heads 14/2x64,7/1x64,32/8x128] [--packs full,mixed,…] [--json out.json]
 
 *full*: one document of 16,384 tokens. *8×4k*, *16×2k*, *32×1k*: 32,768 tokens in equal documents. *mixed*: 32,768 tokens in documents of
-lognormal length (median 3,200, σ 0.7, clipped to 256…16,384). TFLOP/s counts causal attention: 2·n²·N·H forward, 5·n²·N·H backward
-(the recomputed scores included, as is customary). `error` is the output's ‖out − float32‖ / ‖float32‖; `speed` is against the first row.
+lognormal length (median 3,200, σ 0.7, clipped to 256…16,384). *sorted*: the same, longest first, so that cudnn meets the short ones in
+one run. TFLOP/s counts causal attention: 2·n²·N·H forward, 5·n²·N·H backward (the recomputed scores included, as is customary).
+`error` is the output's ‖out − float32‖ / ‖float32‖; `speed` is against the first row.
 Without a GPU: the reference alone, on lengths divided by 32.
 """
 
@@ -28,7 +29,8 @@ BASELINE = "varlen"
 def packs(scale: int) -> dict[str, tuple[int, ...]]:
     lengths = np.clip(np.exp(np.random.default_rng(0).normal(np.log(3_200), 0.7, 64)), 256, 16_384).astype(int)
     mixed = lengths[: int(np.searchsorted(lengths.cumsum(), 32_768))]
-    all_packs = {"full": [16_384], "8×4k": [4096] * 8, "16×2k": [2048] * 16, "32×1k": [1024] * 32, "mixed": mixed.tolist()}
+    all_packs = {"full": [16_384], "8×4k": [4096] * 8, "16×2k": [2048] * 16, "32×1k": [1024] * 32}
+    all_packs |= {"mixed": mixed.tolist(), "sorted": sorted(mixed.tolist(), reverse=True)}
     return {name: tuple(max(1, n // scale) for n in seqlens) for name, seqlens in all_packs.items()}
 
 
@@ -76,7 +78,7 @@ def backends(device: torch.device) -> list[tuple[str, int]]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--heads", default="14/2x64,7/1x64,32/8x128", help="query/key-value heads x head dim, comma-separated")
-    parser.add_argument("--packs", default="full,8×4k,16×2k,32×1k,mixed")
+    parser.add_argument("--packs", default="full,8×4k,16×2k,32×1k,mixed,sorted")
     args = parser.parse_args()
     device = torch.device(args.device)
     print(hardware(device))
