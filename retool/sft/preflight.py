@@ -82,8 +82,8 @@ def _with_data(report: Report, progress: Progress | None) -> Report:
         attempt("data.custom_cls", lambda: load_function(str(custom.path), str(custom.name)), faults)
     train, val = _files(config, "train", faults), _files(config, "val", faults)
     report, folder = report.blame(*faults), report.folder
-    if faults or folder is None or any(check_tokenizer(folder, config.data.chat_template)):
-        return report
+    if faults or folder is None or report.model is None or any(check_tokenizer(folder, config.data.chat_template)):
+        return report  # transformers needs a model type that it can read to find the tokenizer
     renderer = attempt("model.partial_pretrain", lambda: make_renderer(config, folder), faults)
     if renderer is None:
         return report.blame(*faults)
