@@ -1,0 +1,111 @@
+"""The memory prediction: its exact parts against real modules, the rest against what it must obey."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from retool.batch import Sample, pack
+from retool.memory import DTYPE_BYTES, LADDER, Setting, choose, layer_bytes, plan_layout, predict
+from retool.model.build import ModelOptions, build_decoder
+from retool.model.config import ModelConfig, parse_model_config
+from retool.parallel.mesh import make_mesh
+from retool.perf import GIB
+from tests.ranks import run_ranks
+
+SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
+         "vocab_size": 131, "max_position_embeddings": 512}  # fmt: skip
+QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True}  # fmt: skip
+
+
+def model(family: str = "qwen2", **more: object) -> ModelConfig:
+    return parse_model_config({**SHAPE, "model_type": family, **more})
+
+
+def planned(family: str, tied: bool, dtypes: tuple[torch.dtype, torch.dtype], reshard: bool) -> tuple[int, int]:
+    """What a real sharded decoder says it takes, and the elements that it owns (module-level: it runs on several ranks)."""
+    options = ModelOptions(param_dtype=dtypes[1], master_dtype=dtypes[0], reshard_after_forward=reshard)
+    sharded = build_decoder(model(family, tie_word_embeddings=tied), make_mesh(), options)
+    return sharded.planned_bytes(), sharded.layout.shard_numel
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_layout_is_the_one_that_sharding_makes(family: str, tied: bool) -> None:
+    config = model(family, tie_word_embeddings=tied)
+    real = build_decoder(config, make_mesh(), ModelOptions()).layout
+    assert plan_layout(config, 1) == real
+    for shards in (2, 3):
+        assert plan_layout(config, shards) == real.reshard(shards)
+
+
+@pytest.mark.parametrize(("world", "reshard", "compute"), [(1, True, "fp32"), (1, True, "bf16"), (2, True, "bf16"), (2, False, "fp32")])
+def test_state_and_buffers_are_exact(world: int, reshard: bool, compute: str) -> None:
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    args = ("qwen2", True, (torch.float32, dtypes[compute]), reshard)
+    taken, owned = planned(*args) if world == 1 else run_ranks(planned, world, *args)[0]
+    predicted = predict(model(tie_word_embeddings=True), Setting(shards=world, compute=compute, reshard=reshard), 0, "none")
+    assert predicted.state == taken + 2 * 4 * owned  # the two moments are the optimizer's
+
+
+def test_kept_bytes_are_those_that_autograd_saves_at_least() -> None:
+    """Uncompiled code keeps more than the fused one that is predicted, and recomputation of everything keeps no MLP."""
+    config, tokens, saved = model(), 256, dict[int, int]()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    batch = pack([Sample(torch.arange(tokens).remainder(131).int().numpy(), torch.ones(tokens, dtype=torch.bool).numpy())])
+    measured: dict[str, int] = {}
+    for recompute in LADDER:
+        saved.clear()
+        sharded = build_decoder(config, make_mesh(), ModelOptions(recompute=recompute))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            sharded(batch, lambda hidden, weight: hidden.sum())
+        measured[recompute] = sum(saved.values())
+    for recompute in LADDER:
+        assert measured[recompute] >= tokens * config.layers * layer_bytes(config, 1, 4, recompute) * 0.9
+    assert measured["none"] > measured["selective"] >= measured["full"]
+
+
+def test_orders_that_must_hold() -> None:
+    config, setting = model(**QWEN), Setting(shards=2)
+    none, selective, full = (predict(config, setting, 16_384, rung).peak for rung in LADDER)
+    assert none > selective >= full
+    assert predict(config, Setting(shards=4), 0, "none").state < predict(config, setting, 0, "none").state
+    offloaded = predict(config, replace(setting, param_offload=True, optimizer_offload=True), 0, "none")
+    assert offloaded.state < 0.6 * predict(config, setting, 0, "none").state < offloaded.state * 3
+    assert predict(config, setting, 2048, "none").activations * 2 == predict(config, setting, 4096, "none").activations
+    assert layer_bytes(config, 1, 2, "full") < layer_bytes(config, 2, 2, "full")
+
+
+def test_state_of_qwen2_5_0_5b_on_two_gpus() -> None:
+    """494M parameters over 2: 18 bytes each, and buffers of 6 bytes for the embedding and for two blocks."""
+    config = model(**QWEN)
+    block = 14_909_440 + 896 * 2 + 1152  # matrices, norms, biases
+    expected = 18 * 494_032_768 / 2 + 6 * (136_134_656 + 2 * block)
+    assert predict(config, Setting(shards=2), 0, "none").state == pytest.approx(expected, rel=1e-3)
+    assert DTYPE_BYTES["bf16"] == 2
+
+
+@pytest.mark.parametrize(("gib", "rung"), [(80, "none"), (14, "selective"), (4, "full")])
+def test_the_least_recomputation_that_fits(gib: float, rung: str) -> None:
+    choice = choose(model(**QWEN), Setting(shards=2), 16_384, None, None, gib)
+    assert choice.recompute == rung and choice.fits is (gib > 4)
+    if choice.fits:
+        assert choice.prediction.fits(gib) and choice.tokens >= 16_384
+
+
+def test_what_was_asked_for_is_kept() -> None:
+    config, setting = model(**QWEN), Setting(shards=2)
+    assert choose(config, setting, 4096, 5000, "full", 80).tokens == 5000
+    assert choose(config, setting, 4096, 1000, None, 80).tokens == 1000  # a longer sample is a micro-batch of its own
+    assert choose(config, setting, 4096, None, "none", 6).fits is False
+    free = choose(config, setting, 500, None, None, None)
+    assert (free.tokens, free.recompute, free.fits) == (2000, "none", None)
+    grown = choose(config, setting, 4096, None, None, 80)
+    assert grown.tokens == 32_768 and grown.prediction.peak < 80 * GIB
