@@ -69,8 +69,9 @@ class AdamW:
             return
         parts = [[t[a:b] for a, b in runs] for t in (master, grad.to(master.dtype), first, second)]
         steps = [self.steps.clone() for _ in runs]
-        torch._foreach_add_(steps, 1)
-        torch._fused_adamw_(
+        for step in steps:
+            step += 1
+        torch.ops.aten._fused_adamw_(
             *parts, [], steps, lr=lr, beta1=self.options.betas[0], beta2=self.options.betas[1], weight_decay=self.options.weight_decay,
             eps=self.options.eps, amsgrad=False, maximize=False, grad_scale=scale, found_inf=skipped,
         )  # fmt: skip

@@ -118,6 +118,10 @@ class TorchFile:
                     raise self._fault(f"bytes [{index * BLOCK}, {(index + 1) * BLOCK}) differ from checksums.json: the file is damaged")
                 self._checked.add(index)
 
+    def release(self) -> None:
+        """Give back the mapped pages; views of them stay valid and are read again when used."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
     def check_all(self) -> None:
         """Compare every record with its own checksum, and every block with checksums.json."""
         for name, (begin, size, crc) in self._places.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,13 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
         rng.restore(states, mesh.device)
     else:
         rng.derive(seed, step, mesh.rank)
-    data = top / DATA
-    ours = bool(recorded(where))
-    return Loaded(extra, read_state(data) if ours and data.exists() else {}, step, updates, same)
+    return Loaded(extra, _data_state(top, where), step, updates, same)
+
+
+def _data_state(top: Path, where: Path) -> dict[str, Any]:
+    """data.pt, if we wrote it: other programs put pickled classes there."""
+    entry = recorded(where).get(os.path.relpath(top / DATA, where))
+    return read_state(top / DATA, entry["crc32"]) if entry is not None else {}
 
 
 def _require_optimizer(folder: Path) -> None:

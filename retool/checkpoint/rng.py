@@ -12,15 +12,16 @@ import torch
 
 def capture(device: torch.device) -> dict[str, Any]:
     """The states of torch (CPU and `device`), numpy and Python: uint8 and int64 tensors, numbers and None."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
-    assert name == "MT19937"
+    mt19937 = np.random.get_state(legacy=False)
+    assert isinstance(mt19937, dict) and mt19937["bit_generator"] == "MT19937"
+    keys, position = mt19937["state"]["key"], mt19937["state"]["pos"]
     version, words, gauss = random.getstate()
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "numpy": {
             "keys": torch.from_numpy(keys.astype(np.int64)), "position": int(position),
-            "has_gauss": int(has_gauss), "cached": float(cached),
+            "has_gauss": int(mt19937["has_gauss"]), "cached": float(mt19937["gauss"]),
         },
         "random": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
     }  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -154,9 +154,4 @@ def header(tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a CPU tensor, without a copy where it is contiguous."""
-    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
-
-
-def total_bytes(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> int:
-    """Bytes of tensors with these shapes."""
-    return sum(prod(shape) for shape in shapes) * dtype.itemsize
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -34,6 +34,11 @@ class Shards:
             self._files[rank] = TorchFile(self.folder / name, None if entry is None else entry["crc32"])
         return self._files[rank]
 
+    def release(self) -> None:
+        """Give back the memory of what was read."""
+        for file in self._files.values():
+            file.release()
+
     def entries(self, rank: int) -> dict[str, Any]:
         """Name → tensor of a rank's model file."""
         return _mapping(self.file(rank), self.file(rank).content)
@@ -128,6 +133,10 @@ class ShardSource:
                 pieces.append(self._shards.file(rank).read(_local(entry), low - first, high - first))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [torch.empty(0, dtype=self.dtype(name))])
 
+    def release(self) -> None:
+        """Give back the memory of what was read."""
+        self._shards.release()
+
     def check_files(self) -> None:
         """Compare all bytes with their checksums; and every rank's entries with rank 0's."""
         for rank in range(self._shards.world):
@@ -170,8 +179,19 @@ def optimizer_step(folder: Path) -> int:
     file = Shards(folder, "optim").file(0)
     for entry in _mapping(file, _mapping(file, file.content).get("state")).values():
         step = _mapping(file, entry).get("step")
-        return int(file.value(step).item()) if isinstance(step, Stored) and step.numel == 1 else int(step or 0)
+        if isinstance(step, Stored) and step.numel == 1:
+            return int(file.value(step).item())
+        return step if isinstance(step, int) else 0
     return 0
+
+
+def parameter_group(folder: Path) -> dict[str, Any]:
+    """AdamW's hyperparameters: the plain numbers of the first parameter group."""
+    file = Shards(folder, "optim").file(0)
+    groups = _mapping(file, file.content).get("param_groups")
+    group = groups[0] if isinstance(groups, list) and groups else {}
+    plain = (str, int, float, tuple, type(None))
+    return {k: v for k, v in _mapping(file, group).items() if isinstance(v, plain) and k not in ("params", "param_names")}
 
 
 def read_state(path: Path, blocks: list[int] | None = None) -> Any:

@@ -85,7 +85,11 @@ class Staging:
     """
 
     def __init__(self, mesh: Mesh, timeout_s: float = 1800) -> None:
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if mesh.world > 1 else None
+        self.group: dist.ProcessGroup | None = None
+        if mesh.world > 1:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            assert isinstance(group, dist.ProcessGroup)
+            self.group = group
         self.pending: PendingSave | None = None
         self.mirror: Mirror | None = None
         self._buffers: dict[str, torch.Tensor] = {}

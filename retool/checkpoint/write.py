@@ -10,6 +10,7 @@ told to all, the temporary folder is removed, the previous checkpoint stays, and
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import threading
 import time
@@ -195,10 +196,12 @@ def _commit(snapshot: _Snapshot, final: Path, everyone: list[dict[str, Any]], st
     data = snapshot.temporary / on_disk.DATA
     data.write_bytes(snapshot.data_state)
     on_disk.fsync(data)
+    beside = os.path.relpath(data, target)  # above the model files in reinforcement learning
     files: dict[str, Any] = {name: entry for written in everyone for name, entry in written.items()}
     for path in sorted(p for p in (target / "huggingface").rglob("*") if p.is_file()):
         on_disk.fsync(path)
         files.setdefault(str(path.relative_to(target)), on_disk.checksums(path))
+    files[beside] = on_disk.checksums(data)
     on_disk.write_config(target, snapshot.mesh.world, snapshot.mesh.shards, snapshot.step, files)
     for path in {snapshot.temporary, target, target / "huggingface"}:
         on_disk.fsync(path)

@@ -167,6 +167,13 @@ class Renderer:
         ids = self.tokenizer(anchored, add_special_tokens=False, verbose=False)["input_ids"]
         return [ids[0], *(part[1:] for part in ids[1:])] if self._anchor else ids
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """(start, end) characters of each token of a piece, to show them; one stretch where the tokenizer can't tell."""
+        if not self.tokenizer.is_fast:
+            return [(0, len(text))]
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        return [(int(start), int(end)) for start, end in found]
+
     def tokenise(self, pieces: Sequence[Piece]) -> Sample:
         """Tokens and mask of one sample."""
         ids = self.encode([piece.text for piece in pieces])
@@ -179,6 +186,13 @@ class Renderer:
 
     # -- rollout ------------------------------------------------------------------------------------------------------
 
+    def prompt_pieces(self, conversation: Conversation) -> list[Piece]:
+        """The pieces of a prompt, generation prompt included. Raises RowError as `pieces` does."""
+        turns = self._turns(conversation)
+        text = self._conversation_text(conversation, conversation.messages, True)
+        self._check(conversation, text)
+        return _cut(text, turns, set())
+
     def render_prompt(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, enable_thinking: bool | None = None
     ) -> list[int]:
@@ -187,10 +201,7 @@ class Renderer:
         Give the messages and tools of a checked `Conversation`. Raises RowError as `pieces` does.
         """
         prompt = Conversation([*map(dict, messages)], [*map(dict, tools)] if tools else None, enable_thinking, "prompt")
-        turns = self._turns(prompt)
-        text = self._conversation_text(prompt, prompt.messages, True)
-        self._check(prompt, text)
-        return [token for ids in self.encode([piece.text for piece in _cut(text, turns, set())]) for token in ids]
+        return [token for ids in self.encode([piece.text for piece in self.prompt_pieces(prompt)]) for token in ids]
 
     def render_tool_turn(
         self, messages: Sequence[Mapping[str, Any]], responses: Sequence[Mapping[str, Any]],

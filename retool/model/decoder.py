@@ -62,21 +62,21 @@ class Block(nn.Module):
         c, self.config, self.index, self.run = config, config, index, run
         wide = (c.heads + 2 * c.kv_heads) * c.head_dim
 
-        def weight(*shape: int, present: bool = True) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(*shape)) if present else None
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape))
 
         self.norm_1 = weight(c.hidden)
         self.qkv = weight(wide, c.hidden)
-        self.qkv_bias = weight(wide, present=c.qkv_bias)
-        self.q_norm = weight(c.head_dim, present=c.qk_norm)
-        self.k_norm = weight(c.head_dim, present=c.qk_norm)
+        self.qkv_bias = weight(wide) if c.qkv_bias else None
+        self.q_norm = weight(c.head_dim) if c.qk_norm else None
+        self.k_norm = weight(c.head_dim) if c.qk_norm else None
         self.o = weight(c.hidden, c.heads * c.head_dim)
-        self.o_bias = weight(c.hidden, present=c.o_bias)
+        self.o_bias = weight(c.hidden) if c.o_bias else None
         self.norm_2 = weight(c.hidden)
         self.gate_up = weight(2 * c.ffn, c.hidden)
-        self.gate_up_bias = weight(2 * c.ffn, present=c.mlp_bias)
+        self.gate_up_bias = weight(2 * c.ffn) if c.mlp_bias else None
         self.down = weight(c.hidden, c.ffn)
-        self.down_bias = weight(c.hidden, present=c.mlp_bias)
+        self.down_bias = weight(c.hidden) if c.mlp_bias else None
         self.before_piece, self.after_piece = Block.before, Block.after
         if run.compiled:
             self.before_piece, self.after_piece = compiled_pieces()
@@ -86,7 +86,7 @@ class Block(nn.Module):
         c, plan = self.config, self.run.plan
         heads = F.linear(rms_norm(x_tD, self.norm_1, c.norm_eps), self.qkv, self.qkv_bias)
         q, k, v = heads.view(-1, c.heads + 2 * c.kv_heads, c.head_dim).split([c.heads, c.kv_heads, c.kv_heads], 1)
-        if c.qk_norm:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm, c.norm_eps), rms_norm(k, self.k_norm, c.norm_eps)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return split_heads(q, k, v.to(q.dtype), plan, x_tD.dtype)

@@ -95,4 +95,6 @@ def _mine(partition: list[range], rank: int) -> dist.ProcessGroup | None:
     if len(partition[0]) == 1:
         return None
     groups = [dist.new_group(list(ranks)) for ranks in partition]
-    return next(g for g, ranks in zip(groups, partition, strict=True) if rank in ranks)
+    mine = next(g for g, ranks in zip(groups, partition, strict=True) if rank in ranks)
+    assert isinstance(mine, dist.ProcessGroup)
+    return mine

@@ -20,7 +20,7 @@ from retool.data.loader import Dataset, StepBatch, iterate_steps, iterate_valida
 from retool.metrics import Loggers, RunInfo, open_loggers, printable
 from retool.model.build import ModelOptions
 from retool.model.config import ModelConfig
-from retool.model.decoder import Recompute
+from retool.model.decoder import Decoder, Recompute
 from retool.optim import AdamW, AdamWOptions, learning_rate
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
@@ -144,6 +144,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     model = load_pretrained(report.folder, mesh, model_options(config, report.choice.recompute))
     adamw = AdamWOptions(optim.betas, optim.weight_decay, optim.clip_grad)
     optimizer = AdamW(model, adamw, sharding.optimizer_offload, sharding.param_offload)
+    assert isinstance(model.module, Decoder)
     say(mesh, f"attention: {model.module.run.backend}; recomputation: {report.choice.recompute}")
     state = resume(config, mesh, folder, model, optimizer)
     train_data, val_data = report.train.dataset, report.val.dataset if report.val else None

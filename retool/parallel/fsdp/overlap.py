@@ -73,7 +73,7 @@ class Overlap:
             if free is not None:
                 self.gather_stream.wait_event(free)
             _all_gather(out, shard, group=group)
-            return Pending(event=self.gather_stream.record_event())
+            return Pending(event=recorded())
 
     def reduce(self, flat: torch.Tensor, into: torch.Tensor, group: dist.ProcessGroup) -> Pending:
         """Start summing `flat` over the ranks; this rank's part is added to `into`."""
@@ -86,12 +86,19 @@ class Overlap:
             part = flat.new_empty(into.shape)
             _reduce_scatter(part, flat, group=group)
             into.add_(part)
-            return Pending(event=self.reduce_stream.record_event())
+            return Pending(event=recorded())
 
     def refreshed(self) -> None:
         """The shards were just written on the compute stream: later gathers start after that."""
         if self.gather_stream is not None:
             self.gather_stream.wait_stream(torch.cuda.current_stream())
+
+
+def recorded() -> torch.cuda.Event:
+    """An event after everything that is on the current stream now."""
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def _add(into: torch.Tensor, part: torch.Tensor) -> None:

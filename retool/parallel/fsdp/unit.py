@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from retool.parallel.fsdp.layout import UnitLayout
-from retool.parallel.fsdp.overlap import Buffer, Overlap, Pending
+from retool.parallel.fsdp.overlap import Buffer, Overlap, recorded
 from retool.parallel.mesh import Mesh
 
 
@@ -53,7 +53,7 @@ class Unit:
     def release(self) -> None:
         """What was enqueued so far is the last use for now: the buffer may be given to another unit."""
         if self.mesh.device.type == "cuda" and self.mesh.shard_group is not None:
-            self.weights.free = torch.cuda.current_stream().record_event()
+            self.weights.free = recorded()
 
     def _take_gradient(self, number: int, parameter: torch.Tensor) -> None:
         """Move a finished gradient to the flat buffer (one process: add it to the shard) in the reduction's dtype."""
@@ -79,7 +79,7 @@ class Unit:
             self.written.clear()
 
     def reduce(self) -> None:
-        """Sum the gradients over the ranks that share the parameters; starts now, `finish` orders it before what follows."""
+        """Sum the gradients over the ranks that share the parameters; it starts now and runs beside what follows."""
         if self.grads is None or self.mesh.shard_group is None or not self.layout.slots:
             return
         self._own_gradient_buffer()
@@ -93,7 +93,3 @@ class Unit:
         self.written.clear()
         self.grads.pending = self.overlap.reduce(self.grads.data[: self.layout.numel], self.grad_shard, self.mesh.shard_group)
         self.grads.holder = None
-
-    def finish(self) -> Pending | None:
-        """The reduction under way in this unit's gradient buffer, if any."""
-        return self.grads.pending if self.grads is not None else None

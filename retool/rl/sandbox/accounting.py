@@ -38,31 +38,29 @@ def group_of(root: int, server: int, leads_group: bool) -> list[int]:
 
 
 def usage(pids: list[int], inherited: int) -> Usage:
-    """`inherited` bytes are the warm interpreter's, which the first process shares and needn't answer for.
+    """What the processes use together. `inherited` bytes are the warm interpreter's, shared by every fork of it.
 
-    Every further fork is charged in full, although it shares too: it could have written to all of it, and a limit has to hold.
+    A process answers for what it has beyond those, and for every page it may have copied since: no more than it took page faults.
+    That counts too much rather than too little (large pages, where one fault could bring many, are off for programs).
     """
     tasks = memory = 0
     for pid in pids:
         fields = _stat(pid)
         if fields:
             tasks += int(fields[17])
-            memory += _private(pid)
-    return Usage(tasks, max(0, memory - inherited))
+            private = private_memory(pid)
+            memory += min(private, max(0, private - inherited) + int(fields[7]) * _PAGE)
+    return Usage(tasks, memory)
 
 
-def _private(pid: int) -> int:
+def private_memory(pid: int) -> int:
+    """Anonymous resident bytes of a process; 0 where it's gone."""
     try:
         with open(f"/proc/{pid}/statm", "rb") as file:
             fields = file.read().split()
     except OSError:
         return 0
     return (int(fields[1]) - int(fields[2])) * _PAGE
-
-
-def private_memory(pid: int) -> int:
-    """Anonymous resident bytes of a process; 0 where it's gone."""
-    return _private(pid)
 
 
 def _stat(pid: int) -> list[bytes]:

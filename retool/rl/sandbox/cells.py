@@ -88,23 +88,25 @@ class Cell:
             self.control.sendall(wire.encode(job))
             self.control.shutdown(socket.SHUT_WR)
 
-    def over_limit(self, server: int, inherited: int, nested: bool, private: bool) -> tuple[Status, str] | None:
-        """What the call's processes and files use together, against its limits."""
+    def account(self, pids: list[int], inherited: int, exact_tasks: bool, private: bool) -> None:
+        """Set the verdict where the call's processes `pids` or its files go beyond a limit that the kernel doesn't hold by itself."""
         assert self.call is not None
         limits = self.call.limits
-        usage = accounting.usage(accounting.group_of(self.pid, server, leads_group=not nested), inherited)
+        usage = accounting.usage(pids, inherited)
         files = accounting.folder_bytes(self.folder, private)
-        if files > limits.file_mb << 20:
-            return "output_limit", f"the work folder outgrew {limits.file_mb} MB"
-        if usage.memory + (files if private else 0) > limits.memory_mb << 20:
-            return "memory_limit", f"the call used more than {limits.memory_mb} MB"
-        if usage.tasks > limits.processes:
-            return "process_limit", f"the call ran more than {limits.processes} processes and threads"
-        return None
+        if self.group is not None:
+            full = self.group.kills() > self.kills_before  # the kernel ends one process, we end the call
+        else:
+            full = usage.memory + (files if private else 0) > limits.memory_mb << 20
+        if full:
+            self.call.verdict = "memory_limit", f"the call used more than {limits.memory_mb} MB"
+        elif not private and files > limits.file_mb << 20:
+            self.call.verdict = "output_limit", f"the work folder outgrew {limits.file_mb} MB"
+        elif not exact_tasks and usage.tasks > limits.processes:
+            self.call.verdict = "process_limit", f"the call ran more than {limits.processes} processes and threads"
 
     def flooded(self) -> bool:
-        assert self.call is not None
-        return self.out.total + self.err.total > self.call.limits.flood_mb << 20
+        return self.call is not None and self.out.total + self.err.total > self.call.limits.flood_mb << 20
 
     def finish(self, code: int, cpu: float) -> Result:
         """The result, once the kernel has reported the end: `code` is the exit code, or minus the signal."""
@@ -124,11 +126,10 @@ class Cell:
     def _judge(self, code: int, cpu: float) -> tuple[Status, str]:
         assert self.call is not None
         limits = self.call.limits
-        out_of_memory = ("memory_limit", f"the call used more than {limits.memory_mb} MB")
         if self.call.verdict is not None:
             return self.call.verdict
         if self.group is not None and self.group.kills() > self.kills_before:
-            return "memory_limit", out_of_memory[1]
+            return "memory_limit", f"the call used more than {limits.memory_mb} MB"
         if code == program.OUT_OF_MEMORY:
             return "memory_limit", f"the program asked for more than its {limits.memory_mb} MB"
         if code in (-signal.SIGKILL, -signal.SIGXCPU) and cpu >= max(1, int(limits.cpu_seconds + 0.999)) - 0.5:

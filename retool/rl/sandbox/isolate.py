@@ -32,18 +32,36 @@ def filter_for(plan: Plan) -> seccomp.Filter:
     return seccomp.Filter(True, own_signals=not kept_in, one_group="pid_namespace" not in plan.present, keep_files=not own_folder)
 
 
-def confine(plan: Plan, cell: Cell, granted: list[tuple[int, int]], folder_mb: int) -> int:
-    """Give up everything that `plan` takes away; returns a descriptor of the work folder, the current one from now on.
+@dataclass(frozen=True)
+class Confinement:
+    """What is the same for every child, made once: `granted` are the Landlock rules of the paths that every program may read,
+    `filter` is the system-call program, None where it has to name the child's own pid. `folder_mb` bounds the work folder."""
 
-    `granted` are the Landlock rules of the paths that every program may read.
-    """
+    plan: Plan
+    granted: list[tuple[int, int]]
+    folder_mb: int
+    filter: bytes | None
+
+
+def prepare(plan: Plan, granted: list[tuple[int, int]], folder_mb: int) -> Confinement:
+    """The parts of `confine` that needn't be repeated."""
+    wanted = filter_for(plan)
+    fixed = "seccomp" in plan.present and not wanted.own_signals
+    return Confinement(plan, granted, folder_mb, seccomp.build(wanted, syscalls.machine()) if fixed else None)
+
+
+def confine(common: Confinement, cell: Cell) -> int:
+    """Give up everything that the plan takes away; returns a descriptor of the work folder, the current one from now on."""
+    plan = common.plan
     os.setsid()
     uid = plan.first_uid + cell.slot if plan.first_uid else 0
-    _own_folder(plan, cell, uid, folder_mb)
+    _own_folder(plan, cell, uid, common.folder_mb)
     _give_up_privileges(plan, uid)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     if not plan.keep_search:
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # other processes of this uid can neither trace it nor read its memory
+    if "cgroup" not in plan.present:
+        kernel.prctl(kernel.PR_SET_THP_DISABLE, 1)  # so that page faults bound the memory in `accounting.usage`
     if "pid_namespace" not in plan.present:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)
     folder = os.open(cell.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -53,10 +71,10 @@ def confine(plan: Plan, cell: Cell, granted: list[tuple[int, int]], folder_mb: i
         if "mount_namespace" not in plan.present:
             # A folder on the host is measured by looking at it: an open file whose name is gone would escape that.
             everything &= ~landlock.REMOVE_FILE
-        landlock.restrict(plan.landlock, [*granted, (folder, everything)], "landlock_scopes" in plan.present)
+        landlock.restrict(plan.landlock, [*common.granted, (folder, everything)], "landlock_scopes" in plan.present)
     folder = _keep_descriptors(cell, folder)
     if "seccomp" in plan.present:
-        seccomp.install(seccomp.build(filter_for(plan), syscalls.machine(), os.getpid()))
+        seccomp.install(common.filter or seccomp.build(filter_for(plan), syscalls.machine(), os.getpid()))
     return folder
 
 
@@ -73,7 +91,8 @@ def _own_folder(plan: Plan, cell: Cell, uid: int, folder_mb: int) -> None:
 
 
 def _give_up_privileges(plan: Plan, uid: int) -> None:
-    kernel.drop_bounding_set()
+    if "user_namespace" not in plan.present or plan.keep_search:
+        kernel.drop_bounding_set()  # needs the privileges that go next; a new user namespace starts with a full set again
     if uid:
         if plan.keep_search:
             kernel.prctl(kernel.PR_SET_KEEPCAPS, 1)

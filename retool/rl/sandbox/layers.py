@@ -48,7 +48,7 @@ class Plan:
 
     `first_uid` is the host uid of slot 0 (slot n gets the n-th after it), 0 where programs keep the caller's. `landlock` is the
     ABI version in use. `outer_user`: the server first enters a user namespace of its own, to be allowed the rest.
-    `keep_search`: Python lies where the unprivileged uid can't go, and Landlock alone decides what it reads there.
+    `exact_tasks`: RLIMIT_NPROC counts a call by itself. `keep_search`: Python lies where the unprivileged uid can't go, and Landlock alone decides what it reads there.
     """
 
     present: frozenset[str]
@@ -59,6 +59,7 @@ class Plan:
     outer_user: bool = False
     keep_search: bool = False
     cgroup: str = ""
+    exact_tasks: bool = True
 
     @property
     def uids(self) -> range:
@@ -259,4 +260,13 @@ def find(without: frozenset[str] = frozenset(), slots: int = 64) -> Plan:
     present = frozenset(LAYERS) - missing.keys()
     uid = first_uid if "separate_uid" in present else 0
     hidden = bool(uid) and "mount_namespace" not in present and _unreachable(uid)
-    return Plan(present, missing, uid, slots, version, outer and "user_namespace" in present, hidden and "landlock" in present, group)
+    exact = bool(uid) or ("user_namespace" in present and os.geteuid() != 0 and _counts_per_namespace())
+    return Plan(
+        present, missing, first_uid=uid, slots=slots, landlock=version, outer_user=outer and "user_namespace" in present,
+        keep_search=hidden and "landlock" in present, cgroup=group, exact_tasks=exact,
+    )  # fmt: skip
+
+
+def _counts_per_namespace() -> bool:
+    """Since Linux 5.14 a user namespace has a process count of its own; before, a limit would count all of the user's processes."""
+    return tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2]) >= (5, 14)

@@ -13,6 +13,7 @@ import os
 import random
 import resource
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -30,6 +31,7 @@ def run(job: dict[str, Any], base_address_space: int) -> NoReturn:
     _limit(job, base_address_space)
     sys.argv = [FILE]
     sys.path.insert(0, os.getcwd())
+    tempfile.tempdir = os.getcwd()  # it would look for a folder in which it may remove files
     os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd(), PWD=os.getcwd())
     sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = _writer(1), _writer(2)
@@ -65,7 +67,8 @@ def _lay_out(job: dict[str, Any]) -> None:
 
 def _limit(job: dict[str, Any], base: int) -> None:
     cpu = max(1, int(job["cpu_seconds"] + 0.999))
-    space = base + job["memory_bytes"]
+    # A little less than the whole call's limit, so that a lone process meets an ordinary MemoryError before it is killed.
+    space = base + job["memory_bytes"] - min(_SPARE, job["memory_bytes"] // 8)
     limits = {
         resource.RLIMIT_CPU: (cpu, cpu),
         resource.RLIMIT_AS: (space, space + _SPARE),

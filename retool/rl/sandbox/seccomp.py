@@ -13,9 +13,10 @@ import struct
 from dataclasses import dataclass
 
 from . import kernel
+from .kernel import PR_SET_THP_DISABLE
 from .syscalls import AUDIT_ARCH, LAST_REVIEWED, TABLES
 
-_LOAD, _JEQ, _JGT, _JGE, _JSET, _AND, _RET = 0x20, 0x15, 0x25, 0x35, 0x45, 0x54, 0x06
+_LOAD, _JEQ, _JGE, _JSET, _AND, _RET = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _NR, _ARCH = 0, 4
 _DENY, _MISSING = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS
@@ -68,40 +69,59 @@ def _low(argument: int) -> bytes:
     return _op(_LOAD, 16 + 8 * argument)
 
 
-def _on(number: int, block: list[bytes]) -> list[bytes]:
-    """`block` where the call is `number`; every path through it returns."""
-    return [_op(_JEQ, number, 0, len(block)), *block]
-
-
-def build(wanted: Filter, machine: str, pid: int = 0) -> bytes:
-    """The filter's instructions, for `machine`. `pid` is the process's own, where `own_signals` asks for it."""
+def _rules(wanted: Filter, machine: str, pid: int) -> dict[int, list[bytes]]:
+    """What happens at each call that isn't simply allowed: instructions that start with the number loaded and end in a return."""
     table = TABLES[machine]
     names = PRIVILEGED | SURFACE | OTHERS | HIDDEN_MEMORY
     names |= NETWORK if wanted.network else frozenset()
     names |= frozenset({"setsid", "setpgid"}) if wanted.one_group else frozenset()
     names |= frozenset({"pidfd_send_signal", "rt_tgsigqueueinfo"}) if wanted.own_signals else frozenset()
-    program = [_op(_LOAD, _ARCH), _op(_JEQ, AUDIT_ARCH[machine], 1, 0), _op(_RET, _KILL), _op(_LOAD, _NR)]
-    program += [_op(_JGT, LAST_REVIEWED, 0, 1), _op(_RET, _MISSING)]  # x32 numbers carry bit 30 and end here too
-    for number in sorted(table[name] for name in names if name in table):
-        program += [_op(_JEQ, number, 0, 1), _op(_RET, _DENY)]
-    program += [_op(_JEQ, table["clone3"], 0, 1), _op(_RET, _MISSING)]  # its flags lie in memory, out of a filter's sight
-    program += _on(table["clone"], [_low(0), _op(_JSET, NEW_NAMESPACES, 0, 1), _op(_RET, _DENY), _op(_RET, _ALLOW)])
+    deny, allow = _op(_RET, _DENY), _op(_RET, _ALLOW)
+    rules = {table[name]: [deny] for name in names if name in table}
+    rules[table["clone3"]] = [_op(_RET, _MISSING)]  # its flags lie in memory, out of a filter's sight
+    rules[table["clone"]] = [_low(0), _op(_JSET, NEW_NAMESPACES, 0, 1), deny, allow]
     # Shared anonymous memory stays allocated when no process maps it any more: files in the work folder, which count, do instead.
-    program += _on(table["mmap"], [_low(3), _op(_AND, 0x21), _op(_JEQ, 0x21, 0, 1), _op(_RET, _DENY), _op(_RET, _ALLOW)])
+    rules[table["mmap"]] = [_low(3), _op(_AND, 0x21), _op(_JEQ, 0x21, 0, 1), deny, allow]
+    rules[table["prctl"]] = [_low(0), _op(_JEQ, PR_SET_THP_DISABLE, 0, 1), deny, allow]
     if wanted.network:
         # A connected stream pair can't be pointed at anybody else; asyncio and multiprocessing need one.
-        pair = [_low(0), _op(_JEQ, 1, 1, 0), _op(_RET, _DENY), _low(1), _op(_AND, 0xF), _op(_JEQ, 1, 1, 0), _op(_RET, _DENY)]
-        program += _on(table["socketpair"], [*pair, _op(_RET, _ALLOW)])
+        rules[table["socketpair"]] = [_low(0), _op(_JEQ, 1, 0, 4), _low(1), _op(_AND, 0xF), _op(_JEQ, 1, 0, 1), allow, deny]
     if wanted.keep_files:
-        program += [_op(_JEQ, table["openat2"], 0, 1), _op(_RET, _MISSING)]
+        rules[table["openat2"]] = [_op(_RET, _MISSING)]
         for name, flags in (("open", 1), ("openat", 2)):
             if name in table:
-                program += _on(table[name], [_low(flags), _op(_JSET, _O_TMPFILE, 0, 1), _op(_RET, _DENY), _op(_RET, _ALLOW)])
+                rules[table[name]] = [_low(flags), _op(_JSET, _O_TMPFILE, 0, 1), deny, allow]
     if wanted.own_signals:
         for name in ("kill", "tkill", "tgkill", "rt_sigqueueinfo"):
-            itself = [_low(0), _op(_JEQ, pid, 1, 0), _op(_JEQ, 0, 0, 1), _op(_RET, _ALLOW), _op(_RET, _DENY)]
-            program += _on(table[name], itself)
-    return b"".join([*program, _op(_RET, _ALLOW)])
+            rules[table[name]] = [_low(0), _op(_JEQ, pid, 1, 0), _op(_JEQ, 0, 0, 1), allow, deny]
+    return rules
+
+
+def _search(segments: list[tuple[int, list[bytes]]]) -> list[bytes]:
+    """A binary search over (first number, instructions): a dozen comparisons instead of hundreds.
+
+    The kernel also runs every number through the filter once at installation, which a long chain would make the dearest step.
+    """
+    if len(segments) == 1:
+        return segments[0][1]
+    middle = len(segments) // 2
+    below, above = _search(segments[:middle]), _search(segments[middle:])
+    assert len(below) < 256, "a jump reaches 255 instructions"
+    return [_op(_JGE, segments[middle][0], len(below), 0), *below, *above]
+
+
+def build(wanted: Filter, machine: str, pid: int = 0) -> bytes:
+    """The filter's instructions, for `machine`. `pid` is the process's own, where `own_signals` asks for it."""
+    rules = _rules(wanted, machine, pid)
+    allow = [_op(_RET, _ALLOW)]
+    segments: list[tuple[int, list[bytes]]] = []
+    for number in range(LAST_REVIEWED + 1):
+        block = rules.get(number, allow)
+        if not segments or segments[-1][1] != block:
+            segments.append((number, block))
+    segments.append((LAST_REVIEWED + 1, [_op(_RET, _MISSING)]))  # x32 numbers carry bit 30 and end here too
+    head = [_op(_LOAD, _ARCH), _op(_JEQ, AUDIT_ARCH[machine], 1, 0), _op(_RET, _KILL), _op(_LOAD, _NR)]
+    return b"".join([*head, *_search(segments)])
 
 
 def install(program: bytes) -> None:

@@ -67,18 +67,21 @@ def _stand_by(inner: int) -> NoReturn:
 def _serve(setup: Setup) -> NoReturn:
     statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    memory_map = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
     search_path, rights = rootfs.search_path(), rootfs.rights()
     if "mount_namespace" in setup.plan.present:
         kernel.unshare(kernel.CLONE_NEWNS)
         rootfs.enter(setup.scratch)
     sys.path[:] = search_path
     _warm_up()
+    with open(memory_map) as file:
+        kernel.collapse_into_huge_pages(file.read())
     base = int(os.read(statm, 256).split()[0]) * os.sysconf("SC_PAGE_SIZE")
     granted = landlock.open_paths(rights) if "landlock" in setup.plan.present else []
     if "pid_namespace" not in setup.plan.present:
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     control = socket.socket(fileno=0)
-    server = Server(setup, control, own_pids, granted, base)
+    server = Server(isolate.prepare(setup.plan, granted, setup.folder_mb), control, own_pids, base)
     server.tell({"ready": True})
     server.loop()
 
@@ -111,13 +114,12 @@ def _warm_up() -> None:
 class Server:
     """Children by pid, and the loop that makes and reaps them."""
 
-    def __init__(self, setup: Setup, control: socket.socket, own_pids: int, granted: list[tuple[int, int]], base: int) -> None:
-        self._setup = setup
+    def __init__(self, common: isolate.Confinement, control: socket.socket, own_pids: int, base: int) -> None:
+        self._common = common
         self._control = control
         self._own_pids = own_pids
-        self._granted = granted
         self._base = base
-        self._nested = "pid_namespace" in setup.plan.present
+        self._nested = "pid_namespace" in common.plan.present
         self._pids: dict[int, int] = {}
         self._ids: dict[int, int] = {}
         self._wake, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -175,7 +177,7 @@ class Server:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._control.detach()
-            folder = isolate.confine(self._setup.plan, cell, self._granted, self._setup.folder_mb)
+            folder = isolate.confine(self._common, cell)
             control = socket.socket(fileno=isolate.CONTROL)
             control.sendmsg([b"R"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [folder]))])
             os.close(folder)
