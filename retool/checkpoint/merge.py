@@ -1,0 +1,158 @@
+"""Sharded checkpoint → Hugging Face folder, and the same checkpoint for another number of ranks. No GPU, no process group.
+
+Tensors pass through in pieces of CHUNK elements, so memory doesn't grow with the model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retool.checkpoint import folder as on_disk
+from retool.checkpoint.archive import write_archive
+from retool.checkpoint.content import Place, frozen, model_content, optimizer_content
+from retool.checkpoint.hf import copy_side_files, tied
+from retool.checkpoint.rows import all_rows, rows_numel
+from retool.checkpoint.safetensors import INDEX, SHARD_BYTES, SINGLE, WeightsWriter
+from retool.checkpoint.shards import ShardSource, optimizer_step, parameter_group, read_state
+from retool.checkpoint.source import CHUNK
+from retool.parallel.fsdp.layout import Layout, make_layout
+
+Progress = Callable[[str, int], None]  # (what, elements done since the last call)
+
+
+def _quiet(what: str, done: int) -> None:
+    del what, done
+
+
+def merge(folder: Path, out: Path, dtype: torch.dtype, progress: Progress = _quiet, limit: int = SHARD_BYTES) -> list[Path]:
+    """Write the weights of a sharded checkpoint, ours or verl's, into `out` as safetensors files of at most `limit` bytes.
+
+    The small files of its `huggingface/` come along with the dtype set. ValueError if the checkpoint is incomplete or damaged, or
+    `out` has weights already.
+    """
+    where = _complete(folder)
+    if (out / SINGLE).exists() or (out / INDEX).exists():
+        raise ValueError(f"{out} already holds weights. Give another folder, or delete it first.")
+    source = ShardSource(where)
+    small = where / "huggingface"
+    if small.is_dir():
+        copy_side_files(small, out, dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    writer = WeightsWriter(out, {name: source.shape(name) for name in stored_names(source, small)}, dtype, limit)
+    try:
+        for name, shape in writer.tensors.items():
+            for start in range(0, prod(shape), CHUNK):
+                stop = min(start + CHUNK, prod(shape))
+                writer.write(source.read(name, start, stop))
+                progress(name, stop - start)
+            source.release()
+        writer.close()
+    except BaseException:
+        writer.abandon()
+        for path in writer.files:  # half an export would load, with garbage in it
+            path.unlink(missing_ok=True)
+        raise
+    return writer.files
+
+
+def stored_names(source: ShardSource, config_folder: Path) -> list[str]:
+    """The parameters that an export stores: not a head that config.json says is the embedding."""
+    names = list(source.names())
+    return [n for n in names if n != "lm_head.weight"] if tied(config_folder) and "model.embed_tokens.weight" in names else names
+
+
+def _complete(folder: Path) -> Path:
+    where = on_disk.model_folder(folder)
+    if wrong := on_disk.faults(where):
+        raise ValueError(f"{folder} is not a complete checkpoint: {'; '.join(wrong[:5])}.")
+    return where
+
+
+def convert(folder: Path, world: int, out: Path | None = None, progress: Progress = _quiet) -> Path:
+    """Rewrite a checkpoint's shards for `world` ranks, into `out` or in place of the old one.
+
+    Weights, moments, data position and everything but the random states (derived anew on load) come along. Scratch files stand in
+    for memory: what is held doesn't grow with the model.
+    """
+    if world < 1:
+        raise ValueError(f"--world-size {world}: it must be at least 1.")
+    where = _complete(folder)
+    final = out or folder
+    if out is not None and out.exists():
+        raise ValueError(f"{out} exists. Give another folder, or delete it first.")
+    temporary = final.with_name(final.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        target = temporary / where.relative_to(folder)
+        shutil.copytree(folder, temporary, ignore=lambda _, names: [n for n in names if n.endswith(".pt") and n != on_disk.DATA])
+        for name in (on_disk.CHECKSUMS, on_disk.CONFIG):
+            (target / name).unlink(missing_ok=True)
+        step = _write_ranks(where, target, world, progress)
+        files = {p.relative_to(target).as_posix(): on_disk.checksums(p) for p in sorted(target.rglob("*")) if p.is_file()}
+        if (data := temporary / on_disk.DATA).exists():
+            files[os.path.relpath(data, target)] = on_disk.checksums(data)
+        on_disk.write_config(target, world, world, step, files)
+        on_disk.publish(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def file_layout(source: ShardSource, shards: int) -> Layout:
+    """A layout of a checkpoint's parameters as they are on disk, each a unit of its own. A tied head is an alias."""
+    names = list(source.names())
+    alias = "lm_head.weight", "model.embed_tokens.weight"
+    is_tied = set(alias) <= set(names) and tied(source.folder / "huggingface")
+    kept = [n for n in names if not (is_tied and n == alias[0])]
+    return make_layout([(n, [(n, source.shape(n), [(n, source.shape(n))], True)]) for n in kept], shards, (alias,) if is_tied else ())
+
+
+def _write_ranks(where: Path, target: Path, world: int, progress: Progress) -> int:
+    """All ranks' files, one after the other; the checkpoint's step."""
+    source = ShardSource(where)
+    layout, has_optimizer = file_layout(source, world), any(where.glob("optim_world_size_*_rank_0.pt"))
+    moments = [ShardSource(where, which) for which in ("exp_avg", "exp_avg_sq")] if has_optimizer else []
+    extra = _shared_extra(where)
+    for rank in range(world):
+        place, scratch = Place(rank, world), target / "scratch"
+        params = _fill(layout, rank, source, scratch, progress)
+        write_archive(target / on_disk.shard_name("model", world, rank), model_content(layout, place, params))
+        if moments:
+            first, second = (_fill(layout, rank, m, target / f"scratch{i}", progress) for i, m in enumerate(moments))
+            content = optimizer_content(layout, place, first, second, optimizer_step(where), parameter_group(where))
+            write_archive(target / on_disk.shard_name("optim", world, rank), content)
+        if extra is not None:
+            (target / on_disk.shard_name("extra_state", world, rank)).write_bytes(frozen(extra, "extra"))
+    return int((extra or {}).get("step", 0))
+
+
+def _fill(layout: Layout, rank: int, source: ShardSource, scratch: Path, progress: Progress) -> torch.Tensor:
+    """A rank's row buffer, in an unlinked scratch file that the kernel may write out."""
+    numel = rows_numel(layout, rank)
+    dtype = source.dtype(next(iter(source.names())))
+    buffer = torch.from_file(str(scratch), shared=True, size=numel, dtype=dtype) if numel else torch.empty(0, dtype=dtype)
+    scratch.unlink(missing_ok=True)
+    for rows in all_rows(layout, rank):
+        for start in range(rows.start, rows.stop, CHUNK):
+            stop = min(start + CHUNK, rows.stop)
+            at = rows.offset + start - rows.start
+            buffer[at : at + stop - start] = source.read(rows.member.name, start, stop)
+            progress(rows.member.name, stop - start)
+        source.release()
+    return buffer
+
+
+def _shared_extra(where: Path) -> dict[str, Any] | None:
+    """What all ranks share of our extra state; None for another program's."""
+    files, name = on_disk.recorded(where), on_disk.shard_name("extra_state", on_disk.world_size(where), 0)
+    if name not in files:
+        return None
+    return {k: v for k, v in read_state(where / name, files[name]["crc32"]).items() if k != "rng"}

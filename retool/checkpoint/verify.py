@@ -1,0 +1,87 @@
+"""Everything that can be said about a checkpoint without a model: is it complete, undamaged, consistent and finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import torch
+
+from retool.checkpoint import folder as on_disk
+from retool.checkpoint.archive import TorchFile
+from retool.checkpoint.hf import SafetensorsSource
+from retool.checkpoint.merge import Progress, stored_names
+from retool.checkpoint.shards import ShardSource, read_state
+from retool.checkpoint.source import CHUNK, TensorSource
+
+
+def verify(folder: Path, progress: Progress) -> list[str]:
+    """What is wrong with a checkpoint: empty if nothing is. Reads all of it, in pieces.
+
+    Files and sizes against checksums.json; checksums; every rank's shapes and rows; finite values; moments as large as their
+    parameters; the export equal to the shards in its dtype.
+    """
+    where = on_disk.model_folder(folder)
+    problems = on_disk.faults(where)
+    if problems:
+        return problems
+    for check in (_files(where), _shards(where, progress), _export(where, progress)):
+        try:
+            problems += check
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _files(where: Path) -> Iterator[str]:
+    for name, entry in on_disk.recorded(where).items():
+        if not name.endswith(".pt") and on_disk.checksums(where / name) != entry:
+            yield f"{where / name} differs from {on_disk.CHECKSUMS}: it was changed or is damaged."
+        if name.startswith("extra_state") or name.endswith(on_disk.DATA):
+            TorchFile(where / name, entry["crc32"]).check_all()
+            read_state(where / name, entry["crc32"])
+
+
+def _shards(where: Path, progress: Progress) -> Iterator[str]:
+    if not any(where.glob("model_world_size_*_rank_0.pt")):
+        return
+    kinds = ["model", *(("exp_avg", "exp_avg_sq") if any(where.glob("optim_world_size_*_rank_0.pt")) else ())]
+    sources = {kind: ShardSource(where, kind) for kind in kinds}
+    for kind, source in sources.items():
+        if kind != "exp_avg_sq":  # in the same files as exp_avg
+            source.check_files()
+        for name in source.names():
+            if kind != "model" and source.shape(name) != sources["model"].shape(name):
+                yield f"{where}: {kind} of {name} is {list(source.shape(name))}, the parameter {list(sources['model'].shape(name))}."
+            bad = sum(int((~torch.isfinite(piece)).sum()) for piece in _pieces(source, name, progress))
+            if bad:
+                yield f"{where}: {kind} of {name} has {bad} values that are not finite."
+            source.release()
+
+
+def _export(where: Path, progress: Progress) -> Iterator[str]:
+    folder = where / "huggingface"
+    if not any(folder.glob("*.safetensors")) or not any(where.glob("model_world_size_*_rank_0.pt")):
+        return
+    source, export = ShardSource(where), SafetensorsSource(folder)
+    expected = set(stored_names(source, folder))
+    for name in sorted(expected ^ set(export.names())):
+        yield f"{folder}: {name} is {'missing' if name in expected else 'not in the shards'}."
+    for name in sorted(expected & set(export.names())):
+        if source.shape(name) != export.shape(name):
+            yield f"{folder}: {name} is {list(export.shape(name))}, in the shards {list(source.shape(name))}."
+            continue
+        pairs = zip(_pieces(source, name, progress), _pieces(export, name), strict=True)
+        if not all(torch.equal(a.to(b.dtype).nan_to_num(), b.nan_to_num()) for a, b in pairs):
+            yield f"{folder}: {name} differs from the shards."
+        source.release()
+
+
+def _pieces(source: TensorSource, name: str, progress: Progress | None = None) -> Iterator[torch.Tensor]:
+    numel = prod(source.shape(name))
+    for start in range(0, numel, CHUNK):
+        stop = min(start + CHUNK, numel)
+        yield source.read(name, start, stop)
+        if progress is not None:
+            progress(name, stop - start)
