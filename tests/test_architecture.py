@@ -112,3 +112,10 @@ def test_no_machine_and_no_registry_is_named() -> None:
         text = path.read_text(encoding="utf-8", errors="replace")
         found = named.search(text)
         assert found is None, f"{path.relative_to(ROOT)} names {found and found.group()}"
+
+
+def test_the_package_lists_its_commands() -> None:
+    text = subprocess.run([sys.executable, "-m", "retool"], check=True, capture_output=True, text=True).stdout
+    listed = re.findall(r"python -m (retool\.\w+)", text)
+    there = [f"retool.{p.parent.name}" for p in sorted(PACKAGE.glob("*/__main__.py"))]
+    assert sorted(listed) == there and "retool.sft" in listed
