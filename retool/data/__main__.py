@@ -1,0 +1,83 @@
+"""`python -m retool.data audit FILES --model M`: check a dataset without a GPU.
+
+Exit status 0 when every row can be used, 1 when any is refused, 2 when the audit can't run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from .audit import RowProgress, audit, clean, count_rows, show_audit
+from .chat import HISTORIES, Renderer, load_tokenizer
+from .files import load_function, resolve_files
+from .page import write_page
+from .tokenise import TRUNCATIONS
+
+EXAMPLE = "example: python -m retool.data audit train.parquet --model Qwen/Qwen2.5-0.5B-Instruct --max-length 16384 --html audit.html"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; each option's key in a training run is in its help."""
+    top = argparse.ArgumentParser(prog="python -m retool.data", description="Datasets of conversations.")
+    commands = top.add_subparsers(dest="command", required=True)
+    own = commands.add_parser("audit", help="check and show a dataset", description="Check every row as training would.", epilog=EXAMPLE)
+    own.add_argument("files", nargs="+", help="parquet or JSON-lines files, folders, globs, URLs (data.train_files)")
+    own.add_argument("--model", required=True, help="folder or hub id with the tokenizer (model.partial_pretrain)")
+    own.add_argument("--max-length", type=int, default=4096, help="longest sample in tokens (data.max_length; default %(default)s)")
+    own.add_argument("--truncation", choices=TRUNCATIONS, default="error", help="what becomes of longer ones (data.truncation)")
+    own.add_argument("--history", choices=HISTORIES, default="error", help="templates that rewrite history (data.multiturn.history)")
+    own.add_argument("--chat-template", help="hermes, or a jinja file (data.chat_template)")
+    own.add_argument("--template-kwargs", type=json.loads, default={}, metavar="JSON", help="data.apply_chat_template_kwargs")
+    own.add_argument("--single-turn", action="store_true", help="rows are a prompt and a response (data.multiturn.enable=false)")
+    for key in ("messages", "tools", "enable-thinking", "prompt", "response"):
+        own.add_argument(f"--{key}-key", default=key.replace("-", "_"), help="name of the column (default %(default)s)")
+    own.add_argument("--rows", metavar="FILE:FUNCTION", help="a function (path) -> rows of yours (data.custom_cls.path, name)")
+    own.add_argument("--max-rows", type=int, default=-1, help="only the first rows (data.train_max_samples)")
+    own.add_argument("--show", type=int, help="samples to show (default 3, in a page 50)")
+    own.add_argument("--html", metavar="FILE", help="write one self-contained page")
+    own.add_argument("--num-workers", type=int, default=2, help="processes (data.num_workers; default %(default)s)")
+    own.add_argument("--trust-remote-code", action="store_true", help="model.trust_remote_code")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the audit; returns the exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        return _audit(options)
+    except (ValueError, OSError) as error:
+        print(f"audit: {clean(str(error))}", file=sys.stderr)
+        return 2
+
+
+def _audit(options: argparse.Namespace) -> int:
+    function = None
+    if options.rows:
+        path, _, name = options.rows.rpartition(":")
+        function = load_function(path, name)
+    renderer = Renderer(load_tokenizer(options.model, options.trust_remote_code), options.chat_template, options.template_kwargs)
+    files = resolve_files(options.files, any_suffix=function is not None)
+    on_terminal = 3 if options.show is None else options.show
+    show = max(on_terminal, 50) if options.html and options.show is None else on_terminal
+    with RowProgress(count_rows(files)) as progress:
+        found = audit(
+            files, renderer, max_length=options.max_length, truncation=options.truncation, history=options.history,
+            multiturn=not options.single_turn, messages_key=options.messages_key, tools_key=options.tools_key,
+            enable_thinking_key=options.enable_thinking_key, prompt_key=options.prompt_key, response_key=options.response_key,
+            rows_function=function, max_samples=options.max_rows, num_workers=options.num_workers, show=show, progress=progress,
+        )  # fmt: skip
+    show_audit(found, Console(), on_terminal)
+    if options.html:
+        write_page(found, Path(options.html))
+        print(f"wrote {options.html}")
+    return 1 if found.tally.refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

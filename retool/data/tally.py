@@ -1,0 +1,196 @@
+"""What the audit counts. Tallies of chunks add up, and hold histograms and a few samples, never the rows: memory stays bounded."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..batch import Sample
+from .chat import Piece, Renderer
+from .files import Chunk, RowError
+from .rows import Conversation, RowFormat, to_conversation
+from .tokenise import truncate
+
+KINDS = ("trained", "context", "tool", "template", "masked")
+KEPT_REFUSALS = 500
+LONGEST_REASON = 400
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sample to look at: its tokens as (text, index into KINDS). `key` orders samples at random, the same in every run."""
+
+    key: str
+    file: str
+    row: int
+    tokens: list[tuple[str, int]]
+    length: int
+    trained: int
+    turns: int
+    calls: int
+
+
+@dataclass
+class Tally:
+    """Counts over rows; `lengths`, `shares` (percent trained), `turns` and `calls_per_row` are histograms value → rows."""
+
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    split: int = 0
+    truncated: int = 0
+    dropped_long: int = 0
+    dropped_untrained: int = 0
+    refused: int = 0
+    refused_long: int = 0  # of these, as too long under truncation=error
+    piecewise_differs: int = 0  # samples whose pieces give other tokens than one pass over the text
+    control_text: int = 0  # rows in which a user, tool or system text holds one of the template's own tokens
+    empty_turns: int = 0  # assistant turns without text or call
+    lengths: Counter[int] = field(default_factory=Counter)
+    shares: Counter[int] = field(default_factory=Counter)
+    turns: Counter[int] = field(default_factory=Counter)
+    calls_per_row: Counter[int] = field(default_factory=Counter)
+    roles: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    refusals: list[str] = field(default_factory=list)
+    shown: list[Shown] = field(default_factory=list)
+
+    def add(self, other: Tally, show: int) -> None:
+        """Add another tally, keeping `show` samples."""
+        for name, value in vars(other).items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+            elif isinstance(value, Counter):
+                getattr(self, name).update(value)
+        self.refusals += other.refusals[: KEPT_REFUSALS - len(self.refusals)]
+        self.shown = sorted([*self.shown, *other.shown], key=lambda sample: sample.key)[:show]
+
+    def refuse(self, why: str) -> None:
+        self.refused += 1
+        self.reasons[_kind(why)] += 1
+        if len(self.refusals) < KEPT_REFUSALS:
+            self.refusals.append(why if len(why) <= LONGEST_REASON else why[:LONGEST_REASON] + "…")
+
+
+def percentile(histogram: Counter[int], share: float) -> int:
+    """The smallest value that at least `share` of the entries don't exceed (nearest rank); 0 of nothing."""
+    left = share * sum(histogram.values())
+    for value in sorted(histogram):
+        left -= histogram[value]
+        if left <= 0:
+            return value
+    return max(histogram, default=0)
+
+
+def _kind(why: str) -> str:
+    """A reason without its row, names and numbers, to count like ones together."""
+    text = re.sub(r"^.*?, row \d+(, message \d+)?( \(\w+\))?(, tool call \d+)?: ", "", why, flags=re.DOTALL)
+    text = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "…", text)
+    return re.sub(r"\d[\d,]*", "N", text.split("; ")[0])[:160]
+
+
+def tally_chunk(
+    chunk: Chunk, renderer: Renderer, form: RowFormat, prompts: bool, max_length: int, truncation: str, history: str, show: int
+) -> Tally:
+    """Audit every row of a chunk. `prompts`: the rows are RL prompts, which have nothing to train."""
+    tally, candidates = Tally(), []
+    special = {token.content for token in renderer.tokenizer.added_tokens_decoder.values() if token.special and token.content.strip()}
+    for index, raw in chunk:
+        tally.rows += 1
+        try:
+            if isinstance(raw, RowError):
+                raise raw
+            conversation = to_conversation(raw, chunk.file, index, form, prompt_only=prompts)
+            _count_row(tally, conversation, renderer, prompts, max_length, truncation, history, special)
+        except ValueError as error:
+            why = str(error) if isinstance(error, RowError) else f"{chunk.file}, row {index}: {error}"
+            tally.refuse(why)
+            continue
+        candidates.append((hashlib.sha256(f"{chunk.file}:{index}".encode()).hexdigest()[:16], conversation))
+    for key, conversation in sorted(candidates, key=lambda entry: entry[0])[:show]:
+        tally.shown.append(_show(key, conversation, renderer, prompts, history))
+    return tally
+
+
+def _count_row(
+    tally: Tally, conversation: Conversation, renderer: Renderer, prompts: bool, max_length: int, truncation: str, history: str,
+    special: set[str],
+) -> None:  # fmt: skip
+    pieces = sample_pieces(renderer, conversation, prompts, history)
+    samples = [renderer.tokenise(parts) for parts in pieces]
+    tally.refused_long += truncation == "error" and any(len(sample) > max_length for sample in samples)
+    kept = [truncate(sample, max_length, truncation) for sample in samples]
+    # Nothing else is counted before here: a refused row must leave no trace but its refusal.
+    for parts, whole, sample in zip(pieces, samples, kept, strict=True):
+        _count_sample(tally, whole, sample, prompts)
+        tally.piecewise_differs += len(parts) > 1 and renderer.encode(["".join(p.text for p in parts)])[0] != whole.tokens.tolist()
+    messages = conversation.messages
+    calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", [])]
+    tally.split += len(samples) > 1
+    tally.roles.update(message["role"] for message in messages)
+    tally.turns[len(conversation.assistant_turns)] += 1
+    tally.calls.update(calls)
+    tally.calls_per_row[len(calls)] += 1
+    tally.control_text += any(token in m["content"] for m in messages if m["role"] != "assistant" for token in special)
+    tally.empty_turns += sum(m["role"] == "assistant" and not m["content"].strip() and "tool_calls" not in m for m in messages)
+
+
+def _count_sample(tally: Tally, whole: Sample, sample: Sample | None, prompts: bool) -> None:
+    tally.lengths[len(whole)] += 1
+    if sample is None:
+        tally.dropped_long += 1
+    elif sample.trained == 0 and not prompts:
+        tally.dropped_untrained += 1
+    else:
+        tally.samples += 1
+        tally.tokens += len(sample)
+        tally.trained_tokens += sample.trained
+        tally.truncated += len(sample) < len(whole)
+        tally.shares[round(100 * sample.trained / len(sample))] += 1
+
+
+def sample_pieces(renderer: Renderer, conversation: Conversation, prompts: bool, history: str) -> list[list[Piece]]:
+    """The pieces of every sample; of an RL prompt its one render, generation prompt included."""
+    return [renderer.prompt_pieces(conversation)] if prompts else renderer.pieces(conversation, history)
+
+
+def _show(key: str, conversation: Conversation, renderer: Renderer, prompts: bool, history: str) -> Shown:
+    pieces = sample_pieces(renderer, conversation, prompts, history)[-1]
+    colours = _colour(pieces, conversation)
+    tokens: list[tuple[str, int]] = []
+    at = 0
+    for piece in pieces:
+        offsets = renderer.offsets(piece.text)
+        shown_to = 0
+        for _, end in offsets:  # a character of several tokens is shown with the first of them
+            first = min(shown_to, len(piece.text) - 1)
+            tokens.append((piece.text[shown_to:end], colours[at + first]))
+            shown_to = max(shown_to, end)
+        at += len(piece.text)
+    sample = renderer.tokenise(pieces)
+    calls = sum(len(message.get("tool_calls", [])) for message in conversation.messages)
+    turns = len(conversation.assistant_turns)
+    return Shown(key, conversation.file, conversation.row, tokens, len(sample), sample.trained, turns, calls)
+
+
+def _colour(pieces: Sequence[Piece], conversation: Conversation) -> bytearray:
+    """For each character of the text the index of its kind: messages are looked for in order, the rest is the template's."""
+    text = "".join(piece.text for piece in pieces)
+    colours, at = bytearray([KINDS.index("template")]) * len(text), 0
+    for message in conversation.messages:
+        said = message["content"].strip()
+        found = text.find(said, at) if said and message["role"] != "assistant" else -1
+        if found >= 0:
+            at = found + len(said)
+            colours[found:at] = bytes([KINDS.index("tool" if message["role"] == "tool" else "context")]) * len(said)
+    at = 0
+    for piece in pieces:
+        if piece.turn is not None:
+            colours[at : at + len(piece.text)] = bytes([KINDS.index("trained" if piece.trained else "masked")]) * len(piece.text)
+        at += len(piece.text)
+    return colours
