@@ -1,0 +1,270 @@
+"""The fork server and its children as the supervisor holds them: started, waiting, running, gone."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from . import accounting, cgroups, layers, spawn, wire
+from .cells import Call, Cell, Stream
+from .result import Limits, Result
+
+MOST_FAILURES = 5
+
+Ended = list[tuple[Call, Result]]
+
+
+class Pool:
+    """Cells by number. As many wait confined as may run at once, so that a call never waits for a fork.
+
+    What happened is heard through `select`: each key's data is a function that returns the calls which ended by it.
+    """
+
+    def __init__(self, plan: layers.Plan, limits: Limits, workers: int, select: selectors.BaseSelector) -> None:
+        self.plan, self._limits, self._workers, self._select = plan, limits, workers, select
+        self.cells: dict[int, Cell] = {}
+        self.failures = 0
+        self.complaint = ""
+        self._idle: collections.deque[Cell] = collections.deque()
+        self._starting = 0
+        self._free_slots = list(range(plan.slots))
+        self._next_number = 0
+        self.scratch = tempfile.mkdtemp(prefix="retool-sandbox-")
+        os.chmod(self.scratch, 0o711)
+        self._groups = cgroups.Groups(plan.cgroup) if plan.cgroup else None
+        self._control: socket.socket | None = None
+        self._nested = "pid_namespace" in plan.present
+        self._private = "mount_namespace" in plan.present
+
+    # -- the fork server -----------------------------------------------------------------------------------------------------
+
+    def start_server(self) -> None:
+        """Start it and wait until it is warm; `OSError` where it ends first."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        setup = {"plan": self.plan.to_json(), "scratch": self.scratch, "folder_mb": self._limits.file_mb}
+        self.server = spawn.start("zygote", setup, theirs, path=sys.path)
+        theirs.close()
+        ours.settimeout(120)
+        try:
+            answer = ours.recv(1 << 16)
+        except TimeoutError:
+            self.server.kill()
+            answer = b""
+        if not answer:
+            self.server.wait()
+            ours.close()
+            raise OSError(f"the fork server ended with code {self.server.returncode} before it was ready")
+        ours.settimeout(None)
+        self._control = ours
+        tree = accounting.group_of(self.server.pid, 0, leads_group=False)
+        self.warm_pid = tree[1] if self._nested else self.server.pid
+        self._inherited = accounting.private_memory(self.warm_pid)
+        self._select.register(ours, selectors.EVENT_READ, self._hear_server)
+
+    def revive(self) -> None:
+        """One more attempt after giving up, worth it for a new call."""
+        if self.failures >= MOST_FAILURES:
+            self.failures = MOST_FAILURES - 1
+            if self._control is None:
+                self._restart()
+
+    def _restart(self) -> None:
+        try:
+            self.start_server()
+        except OSError as error:
+            self.failures, self.complaint = MOST_FAILURES, str(error)
+
+    def _order(self, message: dict[str, Any], descriptors: list[int] | None = None) -> None:
+        if self._control is not None:
+            with contextlib.suppress(OSError):  # its end is noticed by _hear_server
+                socket.send_fds(self._control, [json.dumps(message).encode()], descriptors or [])
+
+    def stop(self) -> None:
+        """End every process and remove every file."""
+        if self._control is not None:
+            self._control.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.server.wait(timeout=5)
+            self.server.kill()
+            self.server.wait()
+        for cell in self.cells.values():
+            self._kill_group(cell)
+        if self._groups is not None:
+            self._groups.remove()
+        remove_tree(self.scratch)
+
+    # -- cells ---------------------------------------------------------------------------------------------------------------
+
+    def running(self) -> list[Cell]:
+        return [cell for cell in self.cells.values() if cell.call is not None]
+
+    def refill(self) -> None:
+        """Ask for children until enough of them wait."""
+        if self._control is None or self.failures >= MOST_FAILURES:
+            return
+        while self._free_slots and len(self._idle) + self._starting < self._workers:
+            self._request()
+
+    def _request(self) -> None:
+        self._next_number += 1
+        self._starting += 1
+        number, slot = self._next_number, self._free_slots.pop(0)
+        control, child_control = socket.socketpair()
+        control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        control.settimeout(10)
+        pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(2)]
+        for reader, _ in pipes:
+            os.set_blocking(reader, False)
+        path = "/box" if self._private else f"{self.scratch}/{number}"
+        cell = self.cells[number] = Cell(number, slot, control, Stream(pipes[0][0]), Stream(pipes[1][0]), path)
+        self._order({"start": number, "slot": slot, "folder": path}, [child_control.fileno(), pipes[0][1], pipes[1][1]])
+        child_control.close()
+        for _, writer in pipes:
+            os.close(writer)
+        for stream in (cell.out, cell.err):
+            self._select.register(stream.fd, selectors.EVENT_READ, lambda cell=cell, stream=stream: self._hear_program(cell, stream))
+        self._select.register(control, selectors.EVENT_READ, lambda cell=cell: self._hear_cell(cell))
+
+    def begin(self, call: Call) -> bool:
+        """Run `call` in a waiting cell; False where none waits or enough run."""
+        if not self._idle or len(self.cells) - len(self._idle) - self._starting >= self._workers:
+            return False
+        cell = self._idle.popleft()
+        if self._groups is not None:
+            cell.group = self._groups.slot(cell.slot)
+            cell.kills_before = cell.group.kills()
+        cell.start(call, self.plan.exact_tasks)
+        return True
+
+    def look(self, cell: Cell) -> None:
+        """Compare what a running call uses with its limits, and end it where it goes beyond."""
+        pids = accounting.group_of(cell.pid, self.server.pid, leads_group=not self._nested)
+        cell.account(pids, self._inherited, self.plan.exact_tasks, self._private)
+        if cell.call is not None and cell.call.verdict is not None:
+            self.kill(cell)
+
+    def kill(self, cell: Cell) -> None:
+        """End a call and all its processes; `_hear_server` reports when they are gone."""
+        self._order({"kill": cell.number})
+
+    def _kill_group(self, cell: Cell) -> None:
+        """Without a pid namespace the server's end isn't the programs' end."""
+        if cell.pid and not self._nested:
+            with contextlib.suppress(OSError):
+                os.killpg(cell.pid, signal.SIGKILL)
+
+    def _retire(self, cell: Cell) -> None:
+        """Forget a child that is gone; its slot may be used again."""
+        if cell in self._idle:
+            self._idle.remove(cell)
+        self._starting -= not cell.pid
+        for fileobj in (cell.control, cell.out.fd, cell.err.fd):
+            with contextlib.suppress(KeyError, ValueError):
+                self._select.unregister(fileobj)
+        cell.close()
+        if not self._private:
+            remove_tree(cell.path)
+        del self.cells[cell.number]
+        self._free_slots.append(cell.slot)
+
+    # -- what is heard -------------------------------------------------------------------------------------------------------
+
+    def _hear_cell(self, cell: Cell) -> Ended:
+        """A child is confined and says so, once, by handing over its work folder."""
+        try:
+            data, descriptors, pid = wire.receive_with_credentials(cell.control)
+        except OSError:
+            data, descriptors, pid = b"", [], 0
+        self._select.unregister(cell.control)
+        if data:
+            cell.folder, cell.pid = descriptors[0], pid
+            self._starting -= 1
+            if self._groups is not None:
+                group = self._groups.slot(cell.slot)
+                group.set_limit(self._limits.memory_mb << 20)
+                with contextlib.suppress(ProcessLookupError):
+                    group.add(pid)
+            self.failures = 0
+            self._idle.append(cell)
+        return []
+
+    def _hear_program(self, cell: Cell, stream: Stream) -> Ended:
+        limits = cell.call.limits if cell.call is not None else self._limits
+        stream.read(limits.output_kb << 10)
+        if not stream.open:
+            self._select.unregister(stream.fd)
+        elif cell.flooded() and cell.call is not None and cell.call.verdict is None:
+            cell.call.verdict = ("output_limit", f"the program wrote more than {limits.flood_mb} MB of output")
+            self.kill(cell)
+        return []
+
+    def _hear_server(self) -> Ended:
+        assert self._control is not None
+        try:
+            data = self._control.recv(1 << 16)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            return self._server_died()
+        message = json.loads(data)
+        if "failed" in message:
+            self._failed(self.cells[message["failed"]], f"the fork server could not start a process ({message['why']})")
+            return []
+        cell = self.cells[message["exited"]]
+        if cell.call is None:
+            while cell.err.open and cell.err.read(1 << 12):
+                continue
+            self._failed(cell, f"a process could not be confined ({cell.err.text() or 'code ' + str(message['code'])})")
+            return []
+        ended = (cell.call, cell.finish(message["code"], message["cpu"]))
+        self._retire(cell)
+        return [ended]
+
+    def _failed(self, cell: Cell, why: str) -> None:
+        self.failures += 1
+        self.complaint = f"{why}, {self.failures} times in a row"
+        self._retire(cell)
+
+    def _server_died(self) -> Ended:
+        """Every program went with it, or goes now; start another server."""
+        assert self._control is not None
+        self._select.unregister(self._control)
+        self._control.close()
+        self._control = None
+        self.complaint = f"the fork server died (code {self.server.wait()})"
+        self.failures += 1
+        ended = []
+        for cell in list(self.cells.values()):
+            self._kill_group(cell)
+            if cell.call is not None:
+                ended.append((cell.call, Result("sandbox_error", reason=self.complaint)))
+            self._retire(cell)
+        if self.failures < MOST_FAILURES:
+            self._restart()
+        return ended
+
+
+def remove_tree(path: str) -> None:
+    """Remove a folder a program had to itself, whatever it did to the permissions and however deep it went."""
+
+    def force(_function: object, failed: str, _error: object) -> None:
+        with contextlib.suppress(OSError):
+            os.chmod(os.path.dirname(failed), 0o700)
+            os.chmod(failed, 0o700, follow_symlinks=False) if not os.path.islink(failed) else None
+
+    for _ in range(3):
+        with contextlib.suppress(RecursionError, OSError):
+            shutil.rmtree(path, onerror=force)
+        if not os.path.lexists(path):
+            return
+    subprocess.run(["rm", "-rf", "--", path], check=False, stderr=subprocess.DEVNULL)
