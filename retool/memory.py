@@ -9,8 +9,10 @@ Legend: t tokens of a micro-batch on one GPU (T/sp) · D model · F ffn · N, K 
                    block input D · q, k, v (N+2K)·H · attention output N·H (twice under sp > 1: before and after the
                    all-to-all) · log-sum-exp N
                    without recomputation also the second residual D and gate, up 2·F (Qwen3: q, k before their norm)
-    transient    the larger of one block's backward, t·(6·F + 6·D)·p, and the head's: hidden states, their gradient and
-                 fp32 weight gradient, and one chunk of logits
+    transient    the larger of one block's backward, t·(6·F + 6·D)·p, and the head's: hidden states and their gradient
+                 2·t·D·p, the fp32 weight gradient 4·V·D, one chunk of fp32 logits, 64 bytes a token
+
+State and buffers are exact (a test compares them with what sharding allocates); activations and transients are a model.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder, Run
+from retool.model.logprobs import LOGIT_BYTES
 from retool.parallel.fsdp.layout import Layout, SlotSpec, make_layout
 from retool.parallel.fsdp.overlap import assign_buffers
 from retool.parallel.mesh import Mesh
@@ -32,7 +35,6 @@ from retool.perf import GIB
 Recompute = Literal["none", "selective", "full"]
 LADDER: tuple[Recompute, ...] = ("none", "selective", "full")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
-LOGITS_CHUNK_BYTES = 256 << 20  # fp32 logits that the head holds at a time
 OUTSIDE = 1.5 * GIB  # CUDA context, NCCL buffers, cuBLAS workspaces: not seen by torch's allocator
 SLACK = 1.05  # fragmentation, and what the formula doesn't know
 FILLED = 32_768  # tokens a GPU needs in a micro-batch to be busy; more buys nothing
@@ -142,8 +144,8 @@ def layer_bytes(config: ModelConfig, sp: int, p: int, recompute: Recompute) -> i
 def transient_bytes(config: ModelConfig, tokens: int, p: int) -> float:
     """What comes and goes on top of what is kept, at its largest."""
     block = tokens * (6 * config.ffn + 6 * config.hidden) * p
-    whole = tokens * config.vocab * 4
-    head = 3 * tokens * config.hidden * p + 4 * config.vocab * config.hidden + min(whole, LOGITS_CHUNK_BYTES)
+    logits = min(tokens * config.vocab * 4, LOGIT_BYTES["cuda"])
+    head = tokens * (2 * config.hidden * p + 64) + 4 * config.vocab * config.hidden + logits
     return max(block, head)
 
 
