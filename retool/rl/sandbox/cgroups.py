@@ -42,7 +42,7 @@ def _usable(version: str, folder: str) -> bool:
 
 
 def find() -> str:
-    """"v1:folder" or "v2:folder" under which a group with a memory limit can be made; "" where there is none."""
+    """Where groups with a memory limit can be made, as "v1:folder" or "v2:folder"; "" for nowhere."""
     for version, folder in _parents():
         if not _usable(version, folder):
             continue

@@ -100,7 +100,8 @@ class Sandbox:
         self.server_pid: int = hello["server"]
         self.scratch: str = hello["scratch"]
         if self.unmet:
-            print(f"SANDBOX WARNING: running WITHOUT: {', '.join(self.unmet)}. Generated programs can do harm here.", file=sys.stderr, flush=True)
+            lost = ", ".join(self.unmet)
+            print(f"SANDBOX WARNING: running WITHOUT: {lost}. Generated programs can do harm here.", file=sys.stderr, flush=True)
 
     @property
     def pid(self) -> int:

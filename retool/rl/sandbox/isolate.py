@@ -5,6 +5,7 @@ The order is forced: mounts need privileges, privileges go before the filter, an
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -61,7 +62,8 @@ def confine(common: Confinement, cell: Cell) -> int:
     if not plan.keep_search:
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # other processes of this uid can neither trace it nor read its memory
     if "cgroup" not in plan.present:
-        kernel.prctl(kernel.PR_SET_THP_DISABLE, 1)  # so that page faults bound the memory in `accounting.usage`
+        with contextlib.suppress(OSError):  # unknown to the kernel: it has no such pages
+            kernel.prctl(kernel.PR_SET_THP_DISABLE, 1)  # so that page faults bound the memory in `accounting.usage`
     if "pid_namespace" not in plan.present:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)
     folder = os.open(cell.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -111,7 +113,8 @@ def _give_up_privileges(plan: Plan, uid: int) -> None:
 
 def _keep_descriptors(cell: Cell, folder: int) -> int:
     """0 is empty, 1 and 2 are the pipes, 3 the control socket, 4 the work folder; the rest is closed."""
-    high = [os.dup2(fd, 200 + index) for index, fd in enumerate((os.open("/dev/null", os.O_RDONLY), cell.stdout, cell.stderr, cell.control, folder))]
+    wanted = (os.open("/dev/null", os.O_RDONLY), cell.stdout, cell.stderr, cell.control, folder)
+    high = [os.dup2(fd, 200 + index) for index, fd in enumerate(wanted)]
     for index, fd in enumerate(high):
         os.dup2(fd, index)
     kernel.close_from(len(high))

@@ -19,7 +19,7 @@ LAYERS = (
     "seccomp", "separate_uid", "cgroup",
 )  # fmt: skip
 
-# Guarantee → what upholds it, strongest first; one is enough, all that are there are applied. A "+" needs both sides.
+# Guarantee → what upholds it, strongest first; one is enough, all that are there are applied.
 GUARANTEES: dict[str, tuple[str, ...]] = {
     "no network": ("network_namespace", "seccomp"),
     "no host files": ("mount_namespace", "landlock"),
@@ -48,7 +48,8 @@ class Plan:
 
     `first_uid` is the host uid of slot 0 (slot n gets the n-th after it), 0 where programs keep the caller's. `landlock` is the
     ABI version in use. `outer_user`: the server first enters a user namespace of its own, to be allowed the rest.
-    `exact_tasks`: RLIMIT_NPROC counts a call by itself. `keep_search`: Python lies where the unprivileged uid can't go, and Landlock alone decides what it reads there.
+    `exact_tasks`: RLIMIT_NPROC counts a call by itself. `keep_search`: Python lies where the unprivileged uid can't go, and Landlock
+    alone decides what it reads there.
     """
 
     present: frozenset[str]

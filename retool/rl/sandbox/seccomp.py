@@ -22,27 +22,27 @@ _NR, _ARCH = 0, 4
 _DENY, _MISSING = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS
 
 PRIVILEGED = frozenset(
-    "mount umount2 pivot_root chroot move_mount open_tree fsopen fsconfig fsmount fspick mount_setattr statmount listmount unshare setns "
-    "swapon swapoff reboot kexec_load kexec_file_load init_module finit_module delete_module create_module query_module get_kernel_syms "
-    "acct quotactl quotactl_fd settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname syslog vhangup iopl ioperm "
-    "nfsservctl lookup_dcookie uselib ustat sysfs _sysctl mknod mknodat".split()
+    "mount umount2 pivot_root chroot move_mount open_tree fsopen fsconfig fsmount fspick mount_setattr statmount listmount unshare "
+    "setns swapon swapoff reboot kexec_load kexec_file_load init_module finit_module delete_module create_module query_module "
+    "get_kernel_syms acct quotactl quotactl_fd settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname syslog "
+    "vhangup iopl ioperm nfsservctl lookup_dcookie uselib ustat sysfs _sysctl mknod mknodat".split()
 )
 SURFACE = frozenset(
     "bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register io_setup keyctl add_key request_key "
-    "fanotify_init fanotify_mark name_to_handle_at open_by_handle_at personality modify_ldt remap_file_pages vmsplice "
-    "mbind set_mempolicy get_mempolicy set_mempolicy_home_node migrate_pages move_pages seccomp landlock_create_ruleset "
+    "fanotify_init fanotify_mark name_to_handle_at open_by_handle_at personality modify_ldt remap_file_pages vmsplice mbind "
+    "set_mempolicy get_mempolicy set_mempolicy_home_node migrate_pages move_pages seccomp landlock_create_ruleset "
     "landlock_add_rule landlock_restrict_self lsm_get_self_attr lsm_set_self_attr lsm_list_modules getpmsg putpmsg afs_syscall "
     "tuxcall security vserver".split()
 )
 OTHERS = frozenset("ptrace process_vm_readv process_vm_writev process_madvise process_mrelease kcmp pidfd_getfd".split())
 # Memory that no process's own account shows, or that outlives the call.
 HIDDEN_MEMORY = frozenset(
-    "memfd_create memfd_secret shmget shmat shmctl shmdt semget semop semctl semtimedop msgget msgsnd msgrcv msgctl "
-    "mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr".split()
+    "memfd_create memfd_secret shmget shmat shmctl shmdt semget semop semctl semtimedop msgget msgsnd msgrcv msgctl mq_open "
+    "mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr".split()
 )
 NETWORK = frozenset("socket bind connect listen accept accept4".split())
 _O_TMPFILE = 0o20000000
-NEW_NAMESPACES = 0x7E020000 | 0x02000000  # mnt, cgroup, uts, ipc, user, pid, net
+NEW_NAMESPACES = 0x7E020000  # mnt, cgroup, uts, ipc, user, pid, net
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Filter:
     """What the filter adds to the calls that are always denied.
 
     `network`: no sockets but connected pairs. `own_signals`: signals only to the process itself or its group, for where no pid
-    namespace or Landlock scope keeps them in. `one_group`: nobody leaves the call's process group, so that killing it gets them all. `keep_files`: no files without a name, which a
-    supervisor that measures the work folder couldn't see.
+    namespace or Landlock scope keeps them in. `one_group`: nobody leaves the call's process group, so that killing it gets them all.
+    `keep_files`: no files without a name, which a supervisor that measures the work folder couldn't see.
     """
 
     network: bool = True

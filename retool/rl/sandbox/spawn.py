@@ -23,9 +23,11 @@ from retool.rl.sandbox import {module}
 
 def environment() -> dict[str, str]:
     """All that the server and the programs find in their environment."""
-    fixed = {
-        "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/", "USER": "sandbox", "LOGNAME": "sandbox", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8",
-        "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1", "MALLOC_ARENA_MAX": "2",
+    fixed = {  # one thread: OpenBLAS would start its own, and a fork of threads is a gamble
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "HOME": "/", "USER": "sandbox", "LOGNAME": "sandbox", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8",
+        "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1",
+        "MALLOC_ARENA_MAX": "2",
         "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
     }  # fmt: skip
     if "LD_LIBRARY_PATH" in os.environ:
@@ -51,4 +53,4 @@ def start(
     `launcher` is a command to start it through. stderr is the caller's, so that a failure of the server itself is seen.
     """
     command = [*launcher, python, "-s", "-c", _BOOT.format(module=module), json.dumps(list(path) or import_path()), json.dumps(setup)]
-    return subprocess.Popen(command, stdin=control, stdout=subprocess.DEVNULL, env=environment(), cwd="/", close_fds=True)
+    return subprocess.Popen(command, stdin=control.fileno(), stdout=subprocess.DEVNULL, env=environment(), cwd="/", close_fds=True)

@@ -21,10 +21,11 @@ from typing import Any, NoReturn
 from . import isolate, kernel, landlock, layers, program, rootfs, wire
 
 MODULES = (
-    "numpy numpy.random numpy.linalg numpy.fft sympy mpmath math cmath fractions decimal itertools functools collections operator "
-    "random re json datetime statistics heapq bisect string copy time typing dataclasses enum textwrap warnings calendar contextlib "
-    "tokenize traceback linecache inspect struct hashlib base64 csv pprint numbers queue threading codecs encodings.idna ast abc"
-).split()
+    "numpy", "numpy.random", "numpy.linalg", "numpy.fft", "sympy", "mpmath", "math", "cmath", "fractions", "decimal", "itertools",
+    "functools", "collections", "operator", "random", "re", "json", "datetime", "statistics", "heapq", "bisect", "string", "copy", "time",
+    "typing", "dataclasses", "enum", "textwrap", "warnings", "calendar", "contextlib", "tokenize", "traceback", "linecache", "inspect",
+    "struct", "hashlib", "base64", "csv", "pprint", "numbers", "queue", "threading", "codecs", "ast", "abc",
+)  # fmt: skip
 NOT_ISOLATED = 251
 
 
@@ -66,7 +67,7 @@ def _stand_by(inner: int) -> NoReturn:
 
 def _serve(setup: Setup) -> NoReturn:
     statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-    own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if "pid_namespace" in setup.plan.present else -1
     memory_map = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
     search_path, rights = rootfs.search_path(), rootfs.rights()
     if "mount_namespace" in setup.plan.present:
@@ -87,7 +88,7 @@ def _serve(setup: Setup) -> NoReturn:
 
 
 def _warm_up() -> None:
-    """Import what programs use, and fill sympy's caches; a package that isn't installed is left to the program to miss."""
+    """Import what programs use, and load what sympy loads late; a package that isn't installed is left to the program to miss."""
     for name in MODULES:
         try:
             importlib.import_module(name)
@@ -100,11 +101,10 @@ def _warm_up() -> None:
         sympy.solve(x**2 - 3 * x + 2, x)
         sympy.simplify(sympy.sin(x) ** 2 + sympy.cos(x) ** 2)
         sympy.factorint(360)
-        sympy.cache.clear_cache() if hasattr(sympy, "cache") else None
     if "numpy" in sys.modules:
         import numpy as np
 
-        np.random.seed(0)  # noqa: NPY002 — every call starts from the same state
+        np.random.seed(0)  # every call starts from the same state
     program.warm_up()
     gc.collect()
     gc.disable()

@@ -1,0 +1,207 @@
+"""Tools a model may call: the config file that names them, and the code interpreter.
+
+The file has the form that existing recipes use; class names of theirs are accepted and mean the code interpreter here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from omegaconf import OmegaConf
+
+from .sandbox import Limits, Result, Sandbox
+from .sandbox.fusion_client import SandboxFusion
+
+INTERPRETERS = (
+    "retool.rl.tools.CodeInterpreter",
+    "verl.tools.sandbox_fusion_tools.SandboxFusionTool",
+    "recipe.retool.retool.CustomSandboxFusionTool",
+)
+STDERR_LINES = 12
+
+SCHEMA: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "code_interpreter",
+        "description": "A tool for executing code.",
+        "parameters": {
+            "type": "object",
+            "properties": {"code": {"type": "string", "description": "The code to execute."}},
+            "required": ["code"],
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What a tool call came to: `text` for the model, `status` for the metrics ("success", "error", "timeout", …; see `sandbox.Result`,
+    and "bad_arguments" where the call itself was wrong), and the seconds it took."""
+
+    text: str
+    status: str
+    seconds: float = 0.0
+
+
+@runtime_checkable
+class Tool(Protocol):
+    """A function the model can call. `schema` is what the chat template is given; `name` is the function's."""
+
+    name: str
+    schema: dict[str, Any]
+
+    async def call(self, arguments: Mapping[str, Any]) -> ToolResult: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class InterpreterConfig:
+    """`config:` of the code interpreter. No `sandbox_fusion_url`: programs run on this machine.
+
+    `num_workers` bounds the programs at once (on this machine the number of cores does, too), `rate_limit` the requests under way at a
+    server, where `enable_global_rate_limit`. `default_timeout` in seconds, `memory_limit_mb` per call. `token` is the server's.
+    """
+
+    type: str = "native"
+    sandbox_fusion_url: str | None = None
+    num_workers: int = 128
+    enable_global_rate_limit: bool = True
+    rate_limit: int = 128
+    default_timeout: float = 30
+    default_language: str = "python"
+    memory_limit_mb: int = 1024
+    isolation: str = "strict"
+    token: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.type != "native":
+            raise ValueError(f"tool type={self.type!r} isn't known; 'native' is.")
+        if self.default_language != "python":
+            raise ValueError(f"default_language={self.default_language!r} can't be run; 'python' can.")
+        for name in ("num_workers", "rate_limit", "default_timeout", "memory_limit_mb"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name}={value!r} must be a number above 0.")
+
+
+class CodeInterpreter:
+    """Runs the `code` argument and tells the model what happened. Starts its sandbox at once, so that a fault shows early."""
+
+    def __init__(self, config: InterpreterConfig | None = None, schema: dict[str, Any] | None = None) -> None:
+        self.config = config or InterpreterConfig()
+        self.schema = schema or SCHEMA
+        self.name = str(self.schema["function"]["name"])
+        self._argument = _only_argument(self.schema)
+        self._backend = _backend(self.config)
+
+    async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
+        """`arguments` are those the model wrote, parsed; wrong ones are answered, not raised."""
+        code = arguments.get(self._argument)
+        if not isinstance(code, str):
+            given = ", ".join(map(str, arguments)) or "none"
+            text = f"ArgumentError: {self.name} needs the argument {self._argument!r}, a string (given: {given})."
+            return ToolResult(text, "bad_arguments")
+        result = await self._backend.run(code, timeout=self.config.default_timeout)
+        return ToolResult(result_text(result), result.status, result.execution_time)
+
+    async def close(self) -> None:
+        if isinstance(self._backend, Sandbox):
+            self._backend.close()
+        else:
+            await self._backend.close()
+
+
+def _backend(config: InterpreterConfig) -> Sandbox | SandboxFusion:
+    if config.sandbox_fusion_url:
+        most = config.rate_limit if config.enable_global_rate_limit else None
+        most = config.num_workers if most is None else min(most, config.num_workers)
+        return SandboxFusion(config.sandbox_fusion_url, most, config.default_timeout, config.memory_limit_mb, token=config.token)
+    workers = min(config.num_workers, max(4, len(os.sched_getaffinity(0))))
+    limits = Limits(wall_seconds=config.default_timeout, memory_mb=config.memory_limit_mb)
+    return Sandbox(limits, workers, config.isolation)  # type: ignore[arg-type]  # checked there
+
+
+def _only_argument(schema: Mapping[str, Any]) -> str:
+    parameters = schema["function"].get("parameters", {})
+    names = parameters.get("required") or list(parameters.get("properties", {}))
+    if len(names) != 1:
+        raise ValueError(f"the code interpreter takes one argument, its schema requires {list(names)}.")
+    return str(names[0])
+
+
+def result_text(result: Result) -> str:
+    """What the model reads: stdout, the last lines of stderr, and what stopped the program, if anything did."""
+    parts = [result.stdout.rstrip("\n")] if result.stdout.strip("\n") else []
+    if (left_out := result.stdout_bytes - len(result.stdout.encode("utf-8", "replace"))) > 0:
+        parts.append(f"[{left_out} more bytes of output]")
+    if result.stderr.strip():
+        lines = result.stderr.rstrip("\n").split("\n")
+        parts.append("\n".join((["[…]"] if len(lines) > STDERR_LINES else []) + lines[-STDERR_LINES:]))
+    name = {
+        "timeout": "TimeoutError", "memory_limit": "MemoryError", "output_limit": "OutputLimitError", "process_limit": "ProcessLimitError",
+        "sandbox_error": "SandboxError",
+    }.get(result.status)  # fmt: skip
+    if name is not None:
+        parts.append(f"{name}: {result.reason}")
+    elif result.status == "error" and not result.stderr.strip():
+        parts.append(f"[the program ended with return code {result.return_code}{f', {result.reason}' if result.reason else ''}]")
+    return "\n".join(parts) or "[no output]"
+
+
+def load_tools(path: str | Path | None) -> list[Tool]:
+    """The tools of a config file, started; None: the code interpreter on this machine.
+
+    `ValueError` names the file, the entry and the key at fault.
+    """
+    if path is None:
+        return [CodeInterpreter()]
+    if not Path(path).is_file():
+        raise ValueError(f"tool config file {path} doesn't exist.")
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    entries = content.get("tools") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: expected a list under the key 'tools'.")
+    tools = [_load(entry, f"{path}: tools[{index}]") for index, entry in enumerate(entries)]
+    names = [tool.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: tool names must differ, got {names}.")
+    return tools
+
+
+def _load(entry: Any, where: str) -> Tool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("class_name"), str):
+        raise ValueError(f"{where}: expected a mapping with a class_name, such as {INTERPRETERS[0]}.")
+    name, config, schema = entry["class_name"], entry.get("config") or {}, entry.get("tool_schema")
+    try:
+        if name in INTERPRETERS:
+            return CodeInterpreter(interpreter_config(config), schema)
+        return _import(name)(config, schema)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def interpreter_config(config: Mapping[str, Any]) -> InterpreterConfig:
+    """Typed; an unknown key is named with its nearest neighbour."""
+    known = [field.name for field in fields(InterpreterConfig)]
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            raise ValueError(f"unknown config key {key!r}{f'; did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known)}.")
+    return InterpreterConfig(**{str(key): value for key, value in config.items()})
+
+
+def _import(path: str) -> Any:
+    """A tool of the user's: called with its config and schema, it returns a `Tool`."""
+    module, _, name = path.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"class_name={path} can't be imported ({error}). The code interpreter's is {INTERPRETERS[0]}.") from None
+    return made
