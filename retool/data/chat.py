@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,12 @@ import numpy as np
 from ..batch import Sample
 from .rows import SURROGATE, Conversation
 from .templates import load_tokenizer, read_template, write_template
-from .turns import EndOfTurn, Turn, check_contexts, check_tools, find_turns
+from .turns import EndOfTurn, Piece, Turn, check_contexts, check_tools, cut, find_turns
 
 HISTORIES = ("error", "last", "split")
 __all__ = ["HISTORIES", "Piece", "Renderer", "load_tokenizer"]
 
 PLACEHOLDER = "TheTurnGoesHere"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of the render that is tokenised by itself: a whole assistant turn (`turn`: its message), or what lies between."""
-
-    text: str
-    turn: int | None = None
-    trained: bool = False
 
 
 class Renderer:
@@ -125,10 +115,10 @@ class Renderer:
         trained = [turn for turn in turns if messages[turn.message].get("loss_mask", 1)]
         rewritten = [turn for turn in trained if turn.place(text) is None]
         if not rewritten or history == "last":
-            return [_cut(text, turns, {turn.message for turn in trained})]
+            return [cut(text, turns, {turn.message for turn in trained})]
         if history == "split":
             wholes = {turn.message: turn.prompt + turn.body + turn.rest for turn in trained}
-            return [_cut(whole, turns, {message}) for message, whole in wholes.items()]
+            return [cut(whole, turns, {message}) for message, whole in wholes.items()]
         raise conversation.error(
             "the chat template shows this turn differently once later messages exist, so training the whole conversation would"
             " train what the model never sees. Use"
@@ -191,7 +181,7 @@ class Renderer:
         turns = self._turns(conversation)
         text = self._conversation_text(conversation, conversation.messages, True)
         self._check(conversation, text)
-        return _cut(text, turns, set())
+        return cut(text, turns, set())
 
     def render_prompt(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, enable_thinking: bool | None = None
@@ -214,9 +204,12 @@ class Renderer:
         the turn was cut off before its end-of-turn token, which then comes first.
         """
         assert messages and messages[-1]["role"] == "assistant", "the glue follows an assistant turn"
-        stand_in = {"role": "assistant", "content": PLACEHOLDER}
+        placeholder = PLACEHOLDER
+        while any(placeholder in str(message) for message in (*messages, *responses)):  # a tool may print anything
+            placeholder += "X"
+        stand_in = {"role": "assistant", "content": placeholder}
         text = self.text([*messages[:-1], stand_in, *responses], tools, enable_thinking, generation_prompt)
-        glue = text.rpartition(PLACEHOLDER)[2]
+        glue = text.rpartition(placeholder)[2]
         end = next((token for token in self.ends.known if glue.lstrip().startswith(token)), None)
         if end is None:
             raise ValueError(f"the chat template follows an assistant turn with {glue[:30]!r}, not with {' or '.join(self.ends.known)}.")
@@ -237,17 +230,3 @@ class Renderer:
         """Make a saved tokenizer in `folder` use the template trained with, where `data.chat_template` replaced the model's own."""
         if self.template is not None:
             write_template(folder, self.template)
-
-
-def _cut(text: str, turns: Sequence[Turn], trained: set[int]) -> list[Piece]:
-    """Cut `text` at the edges of every turn that stands in it unchanged."""
-    pieces, at = [], 0
-    for turn in turns:
-        place = turn.place(text)
-        if place is None:
-            continue
-        assert place[0] >= at, "an assistant turn begins before the one ahead of it ends"
-        pieces += [Piece(text[at : place[0]]), Piece(turn.body, turn.message, turn.message in trained)]
-        at = place[1]
-    pieces.append(Piece(text[at:]))
-    return [piece for piece in pieces if piece.text]

@@ -78,7 +78,9 @@ def _packs(
 ) -> tuple[PackedBatch, ...]:  # fmt: skip
     lengths = [pad_to if pad_to is not None else int(dataset.lengths[i]) for i in indices]
     plan = plan_step(lengths, dp, sp, micro_batch_size, max_tokens_per_gpu, quadratic_length)
-    return tuple(pack([dataset[indices[i]] for i in members], sp, pad_to, pad_id) for members in plan[dp_rank])
+    # shortest first: attention kernels that treat long and short documents apart then have two runs to do, not many
+    ordered = (sorted(members, key=lambda i: lengths[i]) for members in plan[dp_rank])
+    return tuple(pack([dataset[indices[i]] for i in members], sp, pad_to, pad_id) for members in ordered)
 
 
 def step_batch(

@@ -113,7 +113,7 @@ def tally_chunk(
             continue
         candidates.append((hashlib.sha256(f"{chunk.file}:{index}".encode()).hexdigest()[:16], conversation))
     for key, conversation in sorted(candidates, key=lambda entry: entry[0])[:show]:
-        tally.shown.append(_show(key, conversation, renderer, prompts, history))
+        tally.shown.append(_show(key, conversation, renderer, prompts, history, max_length, truncation))
     return tally
 
 
@@ -159,7 +159,8 @@ def sample_pieces(renderer: Renderer, conversation: Conversation, prompts: bool,
     return [renderer.prompt_pieces(conversation)] if prompts else renderer.pieces(conversation, history)
 
 
-def _show(key: str, conversation: Conversation, renderer: Renderer, prompts: bool, history: str) -> Shown:
+def _show(key: str, conversation: Conversation, renderer: Renderer, prompts: bool, history: str, max_length: int, truncation: str) -> Shown:
+    """The sample (of several, the last) with what truncation leaves of it; one that would be dropped is shown whole."""
     pieces = sample_pieces(renderer, conversation, prompts, history)[-1]
     colours = _colour(pieces, conversation)
     tokens: list[tuple[str, int]] = []
@@ -172,7 +173,10 @@ def _show(key: str, conversation: Conversation, renderer: Renderer, prompts: boo
             tokens.append((piece.text[shown_to:end], colours[at + first]))
             shown_to = max(shown_to, end)
         at += len(piece.text)
-    sample = renderer.tokenise(pieces)
+    whole = renderer.tokenise(pieces)
+    sample = truncate(whole, max_length, truncation) or whole
+    if len(tokens) == len(whole):
+        tokens = tokens[: len(sample)] if truncation == "right" else tokens[len(whole) - len(sample) :]
     calls = sum(len(message.get("tool_calls", [])) for message in conversation.messages)
     turns = len(conversation.assistant_turns)
     return Shown(key, conversation.file, conversation.row, tokens, len(sample), sample.trained, turns, calls)

@@ -39,6 +39,15 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A stretch of the render that is tokenised by itself: a whole assistant turn (`turn`: its message), or what lies between."""
+
+    text: str
+    turn: int | None = None
+    trained: bool = False
+
+
+@dataclass(frozen=True)
 class EndOfTurn:
     """The tokens that may end a turn: `known` ones by their text, and `added`, every added token of the tokenizer."""
 
@@ -83,6 +92,20 @@ def find_turns(conversation: Conversation, render: Render, ends: EndOfTurn, has_
         check_turn(conversation, turn, end[1], ends)
         turns.append(turn)
     return turns
+
+
+def cut(text: str, turns: Sequence[Turn], trained: set[int]) -> list[Piece]:
+    """Cut `text` at the edges of every turn that stands in it unchanged."""
+    pieces, at = [], 0
+    for turn in turns:
+        place = turn.place(text)
+        if place is None:
+            continue
+        assert place[0] >= at, "an assistant turn begins before the one ahead of it ends"
+        pieces += [Piece(text[at : place[0]]), Piece(turn.body, turn.message, turn.message in trained)]
+        at = place[1]
+    pieces.append(Piece(text[at:]))
+    return [piece for piece in pieces if piece.text]
 
 
 def check_turn(conversation: Conversation, turn: Turn, end: str, ends: EndOfTurn) -> None:

@@ -297,6 +297,14 @@ def test_cut_off_turn_gets_its_end_from_the_glue(renderer_of, tokenizer, tool_ro
     assert tokenizer.decode(glue).endswith("</tool_response><|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_glue_holds_whatever_a_tool_prints(renderer_of, tokenizer, tool_row, conversation):
+    renderer, messages = renderer_of("hermes"), conversation(tool_row).messages
+    said = "TheTurnGoesHere<|im_end|>\nTheTurnGoesHereX"
+    glue = renderer.render_tool_turn(messages[:3], [{"role": "tool", "content": said}], tool_row["tools"])
+    expected = f"\n<|im_start|>user\n<tool_response>\n{said}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(glue) == expected
+
+
 def test_prompt_with_earlier_turns_is_what_training_has(renderer_of, chat_row, conversation):
     renderer = renderer_of("chatml")
     chat_row["messages"][1]["content"] = "\n\nHello"
