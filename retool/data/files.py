@@ -123,17 +123,17 @@ def file_identity(file: str) -> str:
 
 
 def columns_of(file: str) -> list[str]:
-    """The columns of a parquet file, or the fields of the first row of a JSON-lines file. Raises ValueError when empty."""
+    """The columns of a parquet file, or the fields of the first rows of a JSON-lines file. Raises ValueError when empty."""
     fs, path = url_to_fs(file)
     _refuse_empty(file, fs.size(path))
     with fs.open(path, "rb") as stream:
         if file.endswith(".parquet"):
             return list(_parquet(file, stream).schema_arrow.names)
-        first = next((line for line in stream if line.strip()), None)
-    if first is None:
+        lines = list(islice((line for line in stream if line.strip()), CHUNK_ROWS))
+    if not lines:
         raise ValueError(f"{file} has no rows.")
-    row = _parse_line(file, 0, first.decode("utf-8", "replace"))
-    return list(row) if isinstance(row, dict) else []
+    rows = [_parse_line(file, i, line.decode("utf-8", "replace")) for i, line in enumerate(lines)]
+    return list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
 
 
 def _refuse_empty(file: str, size: int | None) -> None:

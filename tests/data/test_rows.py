@@ -94,6 +94,11 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"no column 'response'.*data\.response_key"):
             RowFormat(multiturn=False, prompt_key="tools").check(path)
 
+    def test_fields_that_only_later_lines_have(self, tmp_path):
+        path = jsonl(tmp_path / "a.jsonl", [{"messages": []}, {"messages": [], "functions": []}])
+        assert columns_of(path) == ["messages", "functions"]
+        RowFormat(tools_key="functions").check(path)
+
     def test_rows_keep_their_numbers_over_chunks_and_limits(self, tmp_path):
         a = jsonl(tmp_path / "a.jsonl", [{"n": i} for i in range(600)])
         pq.write_table(pa.table({"n": list(range(600)), "unused": ["x"] * 600}), tmp_path / "b.parquet", row_group_size=100)
