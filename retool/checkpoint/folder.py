@@ -68,6 +68,7 @@ def write_config(folder: Path, world: int, shards: int, step: int, files: dict[s
     """fsdp_config.json and checksums.json."""
     config = {"FSDP_version": 2, "world_size": world, "shards": shards, "step": step, "writer": f"retool {__version__}"}
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    files = {**files, CONFIG: checksums(folder / CONFIG)}
     write_text(folder / CHECKSUMS, json.dumps({"block": BLOCK, "files": files}) + "\n")
 
 

@@ -1,0 +1,144 @@
+"""Copies on a remote store: complete, the tracker last, tried again, and never fatal to the run."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from retool import checkpoint
+from retool.checkpoint import SaveOptions, latest
+from retool.checkpoint.__main__ import main
+from retool.checkpoint.remote import Mirror
+from retool.parallel.mesh import make_mesh
+from tests.checkpoint import states
+
+
+class Flaky(LocalFileSystem):
+    """A local disk that fails now and then, and writes down what it is asked for."""
+
+    protocol = "flaky"
+    cachable = False
+    fail_first = 0
+    log: list[str] = []  # noqa: RUF012
+
+    def put_file(self, path1: Any, path2: Any, callback: Any = None, **kwargs: Any) -> None:
+        Flaky.log.append(str(path2))
+        if Flaky.fail_first > 0:
+            Flaky.fail_first -= 1
+            raise ConnectionError("the store is away")
+        super().put_file(path1, path2, **kwargs)
+
+    def pipe_file(self, path: str, value: bytes, **kwargs: Any) -> None:
+        Flaky.log.append(str(path))
+        super().pipe_file(path, value, **kwargs)
+
+
+fsspec.register_implementation("flaky", Flaky, clobber=True)
+
+
+def _save(root: Path, url: str, steps: tuple[int, ...] = (1,), keep: int | None = None) -> checkpoint.Staging:
+    mesh = make_mesh()
+    staging = checkpoint.Staging(mesh)
+    states.source_model(root.parent / "source")
+    for step in steps:
+        result = checkpoint.save(
+            root, states.state(mesh, step=step), mesh, step=step, extra={}, data_state={}, model_folder=root.parent / "source",
+            options=SaveOptions(remote_url=url, keep=keep), staging=staging,
+        ).wait()  # fmt: skip
+        assert result.error is None
+    staging.close()
+    return staging
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_file_arrives_and_the_copy_can_be_resumed(tmp_path: Path) -> None:
+    staging = _save(tmp_path / "run", f"file://{tmp_path}/far", steps=(1, 2), keep=1)
+    assert staging.mirror is not None and staging.mirror.failures == []
+    assert _content(tmp_path / "far/global_step_2") == _content(tmp_path / "run/global_step_2")
+    assert latest(tmp_path / "far") == tmp_path / "far/global_step_2"
+    assert main(["verify", str(tmp_path / "far/global_step_1")]) == 0
+
+
+def test_the_tracker_comes_last_and_failures_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Flaky, "log", [])
+    monkeypatch.setattr(Flaky, "fail_first", 3)
+    mirror = Mirror(f"flaky://{tmp_path}/far", wait_s=0.001)
+    _save(tmp_path / "run", f"file://{tmp_path}/other")
+    mirror.add(tmp_path / "run/global_step_1")
+    mirror.close()
+    assert mirror.failures == [] and Flaky.log[0] == Flaky.log[3]
+    assert Flaky.log[-1].endswith("latest_checkpointed_iteration.txt") and sum(n.endswith("iteration.txt") for n in Flaky.log) == 1
+    assert _content(tmp_path / "far/global_step_1") == _content(tmp_path / "run/global_step_1")
+
+
+def test_a_store_that_stays_away_is_reported_and_not_fatal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(Flaky, "log", [])
+    monkeypatch.setattr(Flaky, "fail_first", 10**9)
+    _save(tmp_path / "run", f"file://{tmp_path}/other")
+    mirror = Mirror(f"flaky://{tmp_path}/far", wait_s=0.001)
+    mirror.add(tmp_path / "run/global_step_1")
+    mirror.close()
+    assert len(mirror.failures) == 1 and "the store is away" in mirror.failures[0]
+    assert "was not copied" in caplog.text and "The local checkpoint is complete" in caplog.text
+    assert not (tmp_path / "far/latest_checkpointed_iteration.txt").exists(), "the tracker must not name what isn't there"
+    assert latest(tmp_path / "run") == tmp_path / "run/global_step_1"
+
+
+def test_an_unknown_kind_of_store_is_reported(tmp_path: Path) -> None:
+    staging = _save(tmp_path / "run", "nosuchstore://bucket")
+    assert staging.mirror is not None and "nosuchstore" in staging.mirror.failures[0]
+
+
+def test_what_is_being_copied_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    for step in (1, 2, 3):
+        (tmp_path / f"global_step_{step}").mkdir()
+    from retool.checkpoint.folder import prune
+
+    assert prune(tmp_path, 1, frozenset({tmp_path / "global_step_2"})) == [tmp_path / "global_step_1"]
+    assert prune(tmp_path, 1) == [tmp_path / "global_step_2"]
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A real S3 server on this machine (moto's), with a bucket."""
+    pytest.importorskip("moto", reason="the S3 server is moto[server]")
+    pytest.importorskip("s3fs", reason="s3:// needs s3fs")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        for _ in range(200):
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield "s3://bucket/runs/one"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_an_s3_server_gets_every_byte(tmp_path: Path, s3: str) -> None:
+    staging = _save(tmp_path / "run", s3)
+    assert staging.mirror is not None and staging.mirror.failures == []
+    store = fsspec.filesystem("s3")
+    store.get("bucket/runs/one/", f"{tmp_path}/back/", recursive=True)
+    assert _content(tmp_path / "back/global_step_1") == _content(tmp_path / "run/global_step_1")
+    assert latest(tmp_path / "back") == tmp_path / "back/global_step_1"
