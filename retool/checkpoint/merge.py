@@ -20,7 +20,7 @@ from retool.checkpoint.content import Place, frozen, model_content, optimizer_co
 from retool.checkpoint.hf import copy_side_files, tied
 from retool.checkpoint.rows import all_rows, rows_numel
 from retool.checkpoint.safetensors import INDEX, SHARD_BYTES, SINGLE, WeightsWriter
-from retool.checkpoint.shards import ShardSource, optimizer_step, parameter_group, read_state
+from retool.checkpoint.shards import Shards, ShardSource, optimizer_step, parameter_group, read_state
 from retool.checkpoint.source import CHUNK
 from retool.parallel.fsdp.layout import Layout, make_layout
 
@@ -119,7 +119,8 @@ def _write_ranks(where: Path, target: Path, world: int, progress: Progress) -> i
     """All ranks' files, one after the other; the checkpoint's step."""
     source = ShardSource(where)
     layout, has_optimizer = file_layout(source, world), any(where.glob("optim_world_size_*_rank_0.pt"))
-    moments = [ShardSource(where, which) for which in ("exp_avg", "exp_avg_sq")] if has_optimizer else []
+    optim = Shards(where, "optim")
+    moments = [ShardSource(optim, which) for which in ("exp_avg", "exp_avg_sq")] if has_optimizer else []
     extra = _shared_extra(where)
     for rank in range(world):
         place, scratch = Place(rank, world), target / "scratch"
@@ -127,7 +128,7 @@ def _write_ranks(where: Path, target: Path, world: int, progress: Progress) -> i
         write_archive(target / on_disk.shard_name("model", world, rank), model_content(layout, place, params))
         if moments:
             first, second = (_fill(layout, rank, m, target / f"scratch{i}", progress) for i, m in enumerate(moments))
-            content = optimizer_content(layout, place, first, second, optimizer_step(where), parameter_group(where))
+            content = optimizer_content(layout, place, first, second, optimizer_step(optim), parameter_group(optim))
             write_archive(target / on_disk.shard_name("optim", world, rank), content)
         if extra is not None:
             (target / on_disk.shard_name("extra_state", world, rank)).write_bytes(frozen(extra, "extra"))

@@ -12,7 +12,7 @@ import torch
 
 from retool.checkpoint import rng
 from retool.checkpoint.folder import CONFIG, DATA, faults, model_folder, read_json, recorded, shard_name, world_size
-from retool.checkpoint.shards import ShardSource, optimizer_step, read_state
+from retool.checkpoint.shards import Shards, ShardSource, optimizer_step, read_state
 from retool.checkpoint.source import ModelState, load_flat
 from retool.parallel.mesh import Mesh
 
@@ -47,9 +47,10 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
         updates = 0
         if state.exp_avg is not None and state.exp_avg_sq is not None:
             _require_optimizer(where)
-            load_flat(state.layout, mesh.shard_rank, ShardSource(where, "exp_avg"), state.exp_avg)
-            load_flat(state.layout, mesh.shard_rank, ShardSource(where, "exp_avg_sq"), state.exp_avg_sq)
-            updates = optimizer_step(where)
+            optim = Shards(where, "optim")
+            load_flat(state.layout, mesh.shard_rank, ShardSource(optim, "exp_avg"), state.exp_avg)
+            load_flat(state.layout, mesh.shard_rank, ShardSource(optim, "exp_avg_sq"), state.exp_avg_sq)
+            updates = optimizer_step(optim)
     same, extra = _extra(where, mesh)
     named = re.fullmatch(r"global_step_(\d+)(?:\.old)?", top.name)
     step = int(extra.pop("step", named[1] if named else updates))

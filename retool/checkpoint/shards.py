@@ -53,12 +53,13 @@ def _mapping(file: TorchFile, content: Any) -> dict[Any, Any]:
 class ShardSource:
     """A tensor of each parameter across all ranks' files: the weights, or one of AdamW's moments.
 
-    `which` is "model", "exp_avg" or "exp_avg_sq". Only files whose rows are asked for are opened.
+    `which` is "model", "exp_avg" or "exp_avg_sq". Only files whose rows are asked for are opened; sources given the same `Shards`
+    open each once.
     """
 
-    def __init__(self, folder: Path | str, which: str = "model") -> None:
-        self.folder, self.which = Path(folder), which
-        self._shards = Shards(self.folder, "model" if which == "model" else "optim")
+    def __init__(self, folder: Path | str | Shards, which: str = "model") -> None:
+        self._shards = folder if isinstance(folder, Shards) else Shards(Path(folder), "model" if which == "model" else "optim")
+        self.folder, self.which = self._shards.folder, which
         self._indices = None if which == "model" else parameter_indices(self._shards)
         self._entries: dict[int, dict[str, Any]] = {}
 
@@ -174,9 +175,9 @@ def parameter_indices(optim: Shards) -> dict[str, int]:
     return {name: i for name, i in zip(names, indices, strict=True) if i in state}
 
 
-def optimizer_step(folder: Path) -> int:
+def optimizer_step(optim: Shards) -> int:
     """The number of updates that the optimizer of a checkpoint has made."""
-    file = Shards(folder, "optim").file(0)
+    file = optim.file(0)
     for entry in _mapping(file, _mapping(file, file.content).get("state")).values():
         step = _mapping(file, entry).get("step")
         if isinstance(step, Stored) and step.numel == 1:
@@ -185,9 +186,9 @@ def optimizer_step(folder: Path) -> int:
     return 0
 
 
-def parameter_group(folder: Path) -> dict[str, Any]:
+def parameter_group(optim: Shards) -> dict[str, Any]:
     """AdamW's hyperparameters: the plain numbers of the first parameter group."""
-    file = Shards(folder, "optim").file(0)
+    file = optim.file(0)
     groups = _mapping(file, file.content).get("param_groups")
     group = groups[0] if isinstance(groups, list) and groups else {}
     plain = (str, int, float, tuple, type(None))

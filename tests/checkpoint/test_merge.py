@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from retool.checkpoint.__main__ import main
 from retool.checkpoint.merge import merge
-from retool.checkpoint.shards import ShardSource, optimizer_step
+from retool.checkpoint.shards import Shards, ShardSource, optimizer_step
 from retool.checkpoint.source import load_flat
 from retool.parallel.fsdp.layout import make_layout
 from tests.checkpoint import states
@@ -51,7 +51,7 @@ def test_foreign_weights_and_moments_load_onto_any_number_of_ranks(folder: str, 
             load_flat(layout, rank, ShardSource(SHARDS / folder, which), flat)
         for name, value in gathered(layout, flats).items():
             assert torch.equal(value, truth[prefix + name]), (which, name)
-    assert optimizer_step(SHARDS / folder) == 7
+    assert optimizer_step(Shards(SHARDS / folder, "optim")) == 7
 
 
 @pytest.mark.parametrize("world", [1, 3])
