@@ -11,6 +11,7 @@ from its first kernel to its last, optimizer included; padding doesn't count as 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from retool.model.decoder import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
-from retool.perf import GIB, ModelShape, StepTimer, device_peak, mfu, model_flops
+from retool.perf import GIB, StepTimer, device_peak, mfu, model_flops
 from retool.sft.step import train_step
 
 BLANK = {"norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": None, "o_bias": False, "mlp_bias": False, "qk_norm": False, "max_position": 0}
@@ -115,7 +116,7 @@ def random_weights(model: Sharded) -> None:
 def measure(row: Row, config: ModelConfig, mesh: Mesh, scale: int, compiled: Any, profile: Path | None = None) -> dict[str, Any]:
     """Train `row.steps` steps; seconds of the counted ones, tokens and FLOPs of a mean step, peak memory.
 
-    With `profile` the last step's kernels are written there, by total time.
+    With `profile` one step more is run, and its kernels are written there, by total time.
     """
     model = build_decoder(config, mesh, ModelOptions(recompute=row.recompute, use_compile=compiled))
     random_weights(model)
@@ -123,19 +124,21 @@ def measure(row: Row, config: ModelConfig, mesh: Mesh, scale: int, compiled: Any
     data = Documents(row.workload, row.steps, config.vocab, scale)
     if mesh.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    timer, marks, tokens, flops, losses = StepTimer(mesh.device), [], [], [], []
+    timer, marks, tokens, flops, losses, batch = StepTimer(mesh.device), [], [], [], [], None
     pad_to = 16_384 // scale if row.padded else None
     for batch in iterate_steps(
         data, train_batch_size=DOCUMENTS[row.workload], seed=0, stop_step=row.steps, shuffle=False, dp_rank=mesh.dp_rank, dp=mesh.dp,
         sp=mesh.sp, micro_batch_size=row.samples, max_tokens_per_gpu=None if row.tokens is None else row.tokens // scale, pad_to=pad_to,
         prefetch=row.steps,
     ):  # fmt: skip
-        with kernels_of(profile if batch.step == row.steps - 1 and mesh.rank == 0 else None):
-            measured = train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, 1e-5, timer)
+        measured = train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, 1e-5, timer)
         marks.append(timer.take())
         losses.append(measured)
         tokens.append(batch.real_tokens)
-        flops.append(model_flops(shape_of(config), data.lengths[list(batch.samples)].tolist()))
+        flops.append(model_flops(config, data.lengths[list(batch.samples)].tolist()))
+    if profile is not None and batch is not None:
+        with kernels_of(profile if mesh.rank == 0 else None):
+            train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, 1e-5, timer)
     counted = slice(min(COUNTED.start, row.steps - 2), row.steps)
     seconds = [m.seconds()["step"] for m in marks[counted]]
     peak = torch.cuda.max_memory_allocated() / GIB if mesh.device.type == "cuda" else float("nan")
@@ -156,10 +159,6 @@ def kernels_of(path: Path | None) -> Iterator[None]:
         yield
         torch.cuda.synchronize()
     path.write_text(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90))
-
-
-def shape_of(c: ModelConfig) -> ModelShape:
-    return ModelShape(c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, c.tied)
 
 
 def line(name: str, row: Row, runs: list[dict[str, Any]], mesh: Mesh) -> dict[str, Any]:
@@ -208,6 +207,7 @@ def main() -> None:
         for _ in range(args.repeats):
             scale, compiled = args.scale * (2 if name == "8b" else 1), False if args.no_compile else "auto"
             runs.append(measure(row, SHAPES[args.shape], mesh, scale, compiled, args.profile))
+            gc.collect()  # a sharded module and its hooks refer to each other
             if mesh.device.type == "cuda":
                 torch.cuda.empty_cache()
         lines.append(line(name, row, runs, mesh))

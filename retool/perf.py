@@ -45,26 +45,6 @@ class Sizes(Protocol):
     def matmul_parameters(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes without a `config.json`."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    tied: bool = False
-
-    @property
-    def matmul_parameters(self) -> int:
-        """Weights in matrix products, the vocabulary head included."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.ffn) + self.hidden * self.vocab
-
-
 def model_flops(model: Sizes, lengths: Iterable[int]) -> float:
     """Training FLOPs (forward and backward) of documents of these lengths. Padding is not a document: leave it out."""
     tokens = squares = 0

@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 
-from retool.model.config import parse_model_config
-from retool.perf import ModelShape, StepTimer, mfu, model_flops, peak_flops, peak_memory, reset_peak_memory
+from retool.model.config import ModelConfig, parse_model_config
+from retool.perf import StepTimer, mfu, model_flops, peak_flops, peak_memory, reset_peak_memory
 
-QWEN = ModelShape(layers=24, hidden=896, heads=14, kv_heads=2, head_dim=64, ffn=4864, vocab=151936, tied=True)
+QWEN = ModelConfig("qwen2", vocab=151936, hidden=896, ffn=4864, layers=24, heads=14, kv_heads=2, head_dim=64, norm_eps=1e-6, rope_theta=1e6,
+                   rope_scaling=None, tied=True, qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, max_position=32768)  # fmt: skip
 
 
 def test_published_figure_for_qwen2_5_0_5b() -> None:

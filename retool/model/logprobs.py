@@ -32,7 +32,7 @@ from retool.model.logits import (
     workspace,
 )
 
-LOGIT_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}  # default `logit_bytes`
+LOGIT_BYTES = {"cuda": 640 << 20, "cpu": 64 << 20}  # default `logit_bytes`
 CHUNK_TOKENS = 16384  # of a chunk in `logprobs`, where the budget leaves at least CHUNK_ENTRIES vocabulary entries
 CHUNK_ENTRIES = 1024
 ROUND = 128  # chunks of this multiple keep matrix products on their fast path
@@ -54,7 +54,7 @@ def logprobs(
     for the device.
 
     Extra memory, besides the results and gradients, with chunks of C tokens × S entries such that C·S·a ≤ `logit_bytes` (by default
-    1 GiB on a GPU, 64 MiB on a CPU): forward C·S·a, backward C·S·a + S·D·a + T·D·a, and at most 64 bytes per token in both.
+    640 MiB on a GPU, 64 MiB on a CPU): forward C·S·a, backward C·S·a + S·D·a + T·D·a, and at most 64 bytes per token in both.
     On the CPU (and for float64) twice C·S·a, and for bfloat16 there another (C + S)·D·a.
 
     The entropy's gradient with respect to logit j is −p_j (log p_j + entropy) / temperature. Raises ValueError for a temperature ≤ 0.
@@ -75,7 +75,7 @@ def weighted_logprob_sum(
     Shapes and dtypes as in `logprobs`; weights float [T], a constant. Where a weight is 0 the token has no influence, whatever its label.
     The gradients are computed in the forward, from the same logits, and scaled in the backward: three matrix products in all.
 
-    Extra memory with chunks of C tokens such that C·V·a ≤ `logit_bytes` (by default 1 GiB on a GPU, 64 MiB on a CPU; at least a token):
+    Extra memory with chunks of C tokens such that C·V·a ≤ `logit_bytes` (by default 640 MiB on a GPU, 64 MiB on a CPU; at least a token):
     forward C·V·a + V·D·a (weight gradient) + T·D·(bytes of hidden) (hidden gradient) and at most 64 bytes per token. On the CPU (and
     for float64) twice C·V·a and another C·D·a, and for bfloat16 there another (C + V)·D·a. The two gradients stay until the backward,
     which makes each once more, scaled and in the dtype asked for. Without gradients to compute: as `logprobs`.

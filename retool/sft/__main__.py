@@ -19,7 +19,8 @@ def main(words: list[str]) -> int:
     from retool.sft.show import show
 
     report = preflight(read(SFTConfig, [w for w in words if w != "--check"], SYNONYMS), planning=checking)
-    if int(os.environ.get("RANK", 0)) == 0:
+    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0  # what only this machine lacks must be said here
+    if int(os.environ.get("RANK", 0)) == 0 or (report.faults and first_here):
         show(report)
     if report.faults or checking:
         return int(bool(report.faults))

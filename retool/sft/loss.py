@@ -11,11 +11,27 @@ from retool.batch import PackedBatch
 from retool.model.logprobs import weighted_logprob_sum
 from retool.parallel.fsdp import Sharded
 
+MOSTLY = 0.9  # from this share of trained tokens on, choosing them costs more than the head saves
 
-def loss_sum(model: Sharded, batch: PackedBatch) -> torch.Tensor:
-    """Σ −weight · log p(label) over this rank's slice of a pack on its device: a 0-d tensor in at least fp32."""
+
+def loss_sum(model: Sharded, pack: PackedBatch) -> torch.Tensor:
+    """Σ −weight · log p(label) over this rank's slice of a whole pack on the host: a 0-d tensor in at least fp32, on the device.
+
+    The vocabulary head sees trained tokens only. They are counted on the host, so nothing waits for the device.
+    """
+    mesh = model.mesh
+    part = pack.slice(mesh.sp_rank, mesh.sp)
+    trained = part.weights.nonzero()[:, 0]
+    if len(trained) == 0:
+        trained = torch.zeros(1, dtype=torch.int64)  # a weight of 0: every rank runs the same graph and collectives
+    batch = part.to(mesh.device)
+    chosen = None
+    if len(trained) < MOSTLY * len(part.weights):
+        chosen = trained.pin_memory().to(mesh.device, non_blocking=True) if mesh.device.type == "cuda" else trained
 
     def score(hidden_tD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-        return -weighted_logprob_sum(hidden_tD, weight_VD, batch.labels, batch.weights)
+        if chosen is None:
+            return -weighted_logprob_sum(hidden_tD, weight_VD, batch.labels, batch.weights)
+        return -weighted_logprob_sum(hidden_tD[chosen], weight_VD, batch.labels[chosen], batch.weights[chosen])
 
     return model(batch, score)

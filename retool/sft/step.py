@@ -43,7 +43,7 @@ def train_step(
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     with timer.phase("forward_backward"):
         for batch in micro_batches:
-            loss = loss_sum(model, batch.slice(mesh.sp_rank, mesh.sp).to(mesh.device)) / max(trained_tokens, 1)
+            loss = loss_sum(model, batch) / max(trained_tokens, 1)
             loss.backward()
             total += loss.detach()
         model.finish_gradients()

@@ -19,12 +19,11 @@ from retool.data.chat import read_template
 from retool.data.loader import Dataset, StepBatch, iterate_steps, iterate_validation
 from retool.metrics import Loggers, RunInfo, open_loggers, printable
 from retool.model.build import ModelOptions
-from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder, Recompute
 from retool.optim import AdamW, AdamWOptions, learning_rate
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
-from retool.perf import ModelShape, StepTimer, StepTimes, device_peak, mfu, model_flops, peak_memory
+from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, peak_memory
 from retool.preemption import StopRequest, die_with_parent
 from retool.redact import redact
 from retool.sft.config import SFTConfig
@@ -237,7 +236,7 @@ def step_metrics(run: Run, pending: PendingStep, loss: float, norm: float) -> di
     """Every metric of an optimizer step."""
     seconds, batch, world = pending.times.seconds(), pending.batch, run.mesh.world
     assert run.report.model is not None
-    flops = model_flops(shape_of(run.report.model), run.train_data.lengths[list(batch.samples)].tolist())
+    flops = model_flops(run.report.model, run.train_data.lengths[list(batch.samples)].tolist())
     used = mfu(flops, seconds["step"], world, device_peak(run.mesh.device))
     allocated, reserved = peak_memory(run.mesh.device)
     metrics = {
@@ -248,10 +247,6 @@ def step_metrics(run: Run, pending: PendingStep, loss: float, norm: float) -> di
         **{f"timing_s/{name}": value for name, value in {**pending.before, **seconds}.items()},
     }  # fmt: skip
     return metrics if used is None else {**metrics, "train/mfu": used}
-
-
-def shape_of(c: ModelConfig) -> ModelShape:
-    return ModelShape(c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, c.tied)
 
 
 def due(every: int | str, step: int, per_epoch: int) -> bool:

@@ -19,6 +19,6 @@ def validate(model: Sharded, micro_batches: Iterable[PackedBatch], trained_token
     mesh = model.mesh
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for batch in micro_batches:
-        total += loss_sum(model, batch.slice(mesh.sp_rank, mesh.sp).to(mesh.device))
+        total += loss_sum(model, batch)
     loss = float(sum_over(total, mesh.world_group)) / max(trained_tokens, 1)
     return {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
