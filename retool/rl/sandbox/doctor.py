@@ -7,7 +7,8 @@ import platform
 import time
 
 from .embedded import Sandbox
-from .layers import GUARANTEES, HOW_TO_GET, LAYERS, Plan, find
+from .layers import GUARANTEES, HOW_TO_GET, LAYERS, Plan
+from .probe import find
 
 
 def report(plan: Plan) -> str:
@@ -25,9 +26,9 @@ def report(plan: Plan) -> str:
     for guarantee in GUARANTEES:
         found = plan.mechanisms(guarantee)
         lines.append(f"  {guarantee:34} {', '.join(name.removeprefix('always: ') for name in found) or 'NOTHING'}")
-    if plan.keep_search:
-        lines += ["", "Note: Python lies where the programs' uid may not go. They keep CAP_DAC_READ_SEARCH, and Landlock alone decides"]
-        lines += ["what they read; install Python outside /root to avoid it."]
+    if plan.hidden:
+        lines += ["", f"Note: the programs' uid can't read {', '.join(plan.hidden)}, and nothing can be mounted: at each start the server"]
+        lines += ["copies what programs need of it. Python installed outside /root saves that."]
     return "\n".join(lines)
 
 

@@ -59,8 +59,7 @@ def confine(common: Confinement, cell: Cell) -> int:
     _own_folder(plan, cell, uid, common.folder_mb)
     _give_up_privileges(plan, uid)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-    if not plan.keep_search:
-        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # other processes of this uid can neither trace it nor read its memory
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # other processes of this uid can neither trace it nor read its memory
     if "cgroup" not in plan.present:
         with contextlib.suppress(OSError):  # unknown to the kernel: it has no such pages
             kernel.prctl(kernel.PR_SET_THP_DISABLE, 1)  # so that page faults bound the memory in `accounting.usage`
@@ -93,17 +92,12 @@ def _own_folder(plan: Plan, cell: Cell, uid: int, folder_mb: int) -> None:
 
 
 def _give_up_privileges(plan: Plan, uid: int) -> None:
-    if "user_namespace" not in plan.present or plan.keep_search:
+    if "user_namespace" not in plan.present:
         kernel.drop_bounding_set()  # needs the privileges that go next; a new user namespace starts with a full set again
     if uid:
-        if plan.keep_search:
-            kernel.prctl(kernel.PR_SET_KEEPCAPS, 1)
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    if plan.keep_search:
-        kernel.set_capabilities(1 << kernel.CAP_DAC_READ_SEARCH)
-        return
     if "user_namespace" in plan.present:
         # Nothing is mapped into it: no uid to become. It also starts a process count of its own for RLIMIT_NPROC.
         kernel.unshare(kernel.CLONE_NEWUSER)

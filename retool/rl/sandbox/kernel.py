@@ -21,8 +21,8 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVA
 MNT_DETACH = 2
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 36, 38
-PR_SET_KEEPCAPS, PR_SET_THP_DISABLE = 8, 41
-CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_LAST = 2, 21, 40
+PR_SET_THP_DISABLE = 41
+CAP_SYS_ADMIN, CAP_LAST = 21, 40
 
 SYS_MOUNT_SETATTR, SYS_CLOSE_RANGE = 442, 436  # the same on every architecture: numbers above 424 are shared
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
@@ -86,11 +86,9 @@ def close_from(first: int) -> None:
         os.closerange(first, os.sysconf("SC_OPEN_MAX"))
 
 
-def set_capabilities(kept: int = 0) -> None:
-    """Leave only the capabilities in the bit set `kept`: permitted and effective, nothing inheritable."""
-    header = struct.pack("Ii", 0x20080522, 0)
-    low, high = kept & 0xFFFFFFFF, kept >> 32
-    check(libc.capset(header, struct.pack("IIIIII", low, low, 0, high, high, 0)), "capset")
+def set_capabilities() -> None:
+    """Give up every capability: permitted, effective and inheritable."""
+    check(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
 
 
 def drop_bounding_set() -> None:

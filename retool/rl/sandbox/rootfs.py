@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import site
 import sys
 import sysconfig
+from collections.abc import Sequence
 
 from . import kernel, landlock
 
@@ -14,6 +16,7 @@ WORK = "/box"
 PRELOADED = ("numpy", "sympy", "mpmath")
 DEVICES = {"/dev/null": landlock.READ_FILE | landlock.WRITE_FILE, "/dev/urandom": landlock.READ_FILE, "/dev/random": landlock.READ_FILE}
 _SYSTEM = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime")
+_NOT_COPIED = ("site-packages", "test", "tests", "idlelib", "ensurepip", "turtledemo", "lib2to3", "config-*", "lib-dynload")
 
 
 def search_path() -> list[str]:
@@ -29,10 +32,10 @@ def search_path() -> list[str]:
     return [path for path in dict.fromkeys([*sys.path, *wanted]) if path and os.path.realpath(path) in real]
 
 
-def readable_paths() -> list[str]:
-    """Existing real paths that programs may read, none inside another."""
+def readable_paths(more: Sequence[str] = ()) -> list[str]:
+    """Existing real paths that programs may read, `more` among them, none inside another."""
     prefixes = [os.path.join(prefix, name) for prefix in (sys.base_prefix, sys.prefix) for name in ("lib", "lib64", "pyvenv.cfg")]
-    candidates = [*_SYSTEM, *prefixes, *search_path(), sys.executable]
+    candidates = [*_SYSTEM, *prefixes, *search_path(), *more, sys.executable]
     kept: list[str] = []
     for path in sorted({os.path.realpath(path) for path in candidates if os.path.exists(path)}):
         if not any(path == outer or path.startswith(outer + "/") for outer in kept):
@@ -49,9 +52,29 @@ def links() -> dict[str, str]:
     return found
 
 
-def rights() -> dict[str, int]:
+def rights(more: Sequence[str] = ()) -> dict[str, int]:
     """The Landlock rule of every path outside the work folder."""
-    return {**dict.fromkeys(readable_paths(), landlock.READ), **DEVICES}
+    return {**dict.fromkeys(readable_paths(more), landlock.READ), **DEVICES}
+
+
+def copy_hidden(folders: Sequence[str], target: str) -> dict[str, str]:
+    """Copy what programs need of Python's folders that they can't read; returns where each went.
+
+    The standard library goes whole but for its tests; of installed packages, those that are preloaded.
+    """
+    copies = {}
+    for index, folder in enumerate(folders):
+        copies[folder] = copy = f"{target}/python{index}"
+        if os.path.exists(copy):
+            continue
+        if os.path.exists(os.path.join(folder, "os.py")) or os.path.basename(folder) == "lib-dynload":
+            shutil.copytree(folder, copy, symlinks=True, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+        else:
+            os.makedirs(copy)
+            for name in [*PRELOADED, *(f"{package}.libs" for package in PRELOADED)]:
+                if os.path.isdir(os.path.join(folder, name)):
+                    shutil.copytree(os.path.join(folder, name), os.path.join(copy, name), ignore=shutil.ignore_patterns("tests"))
+    return copies
 
 
 def enter(scratch: str) -> None:

@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from . import layers, wire
+from . import layers, probe, wire
 from .cells import Call
 from .pool import MOST_FAILURES, Ended, Pool
 from .result import Limits, Result
@@ -47,7 +47,7 @@ def open_pool(
 ) -> Pool:
     """Find the layers and start the fork server; where a guarantee has no mechanism, tell the caller and end."""
     slots = 2 * workers + 2
-    plan = layers.find(without, slots)
+    plan = probe.find(without, slots)
     if strict and plan.unmet():
         _refuse(caller, "; ".join(f"nothing here guarantees “{name}” ({why})" for name, why in plan.unmet().items()))
     pool = Pool(plan, limits, workers, select)
@@ -56,7 +56,7 @@ def open_pool(
     except OSError as error:
         # Each layer worked alone and they don't work together: do without namespaces, if every guarantee still holds.
         pool.stop()
-        plan = layers.find(without | NAMESPACES, slots)
+        plan = probe.find(without | NAMESPACES, slots)
         if strict and plan.unmet():
             _refuse(caller, f"{error}, and without namespaces nothing guarantees {', '.join(plan.unmet())}")
         pool = Pool(replace(plan, missing={**plan.missing, **dict.fromkeys(NAMESPACES - without, str(error))}), limits, workers, select)

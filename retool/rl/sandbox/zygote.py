@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from . import isolate, kernel, landlock, layers, program, rootfs, wire
+from . import isolate, kernel, landlock, layers, program, rootfs, uids, wire
 
 MODULES = (
     "numpy", "numpy.random", "numpy.linalg", "numpy.fft", "sympy", "mpmath", "math", "cmath", "fractions", "decimal", "itertools",
@@ -45,7 +45,7 @@ def main() -> NoReturn:
     os.umask(0o022)
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     if setup.plan.outer_user:
-        layers.enter_user_namespace(setup.plan.uids)
+        uids.enter_user_namespace(setup.plan.uids)
     if "network_namespace" in setup.plan.present:
         kernel.unshare(kernel.CLONE_NEWNET)
     if "ipc_namespace" in setup.plan.present:
@@ -69,11 +69,13 @@ def _serve(setup: Setup) -> NoReturn:
     statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if "pid_namespace" in setup.plan.present else -1
     memory_map = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
-    search_path, rights = rootfs.search_path(), rootfs.rights()
+    copies = rootfs.copy_hidden(setup.plan.hidden, setup.scratch)
+    search_path, rights = [copies.get(path, path) for path in rootfs.search_path()], rootfs.rights(list(copies.values()))
     if "mount_namespace" in setup.plan.present:
         kernel.unshare(kernel.CLONE_NEWNS)
         rootfs.enter(setup.scratch)
     sys.path[:] = search_path
+    _move_packages(copies)
     _warm_up()
     with open(memory_map) as file:
         kernel.collapse_into_huge_pages(file.read())
@@ -85,6 +87,16 @@ def _serve(setup: Setup) -> NoReturn:
     server = Server(isolate.prepare(setup.plan, granted, setup.folder_mb), control, own_pids, base)
     server.tell({"ready": True})
     server.loop()
+
+
+def _move_packages(copies: dict[str, str]) -> None:
+    """Point packages that are already imported to the copies of their folders, where their other modules can be read."""
+    sys.path_importer_cache.clear()
+    for module in list(sys.modules.values()):
+        places = getattr(module, "__path__", None)
+        if isinstance(places, list):
+            for old, new in copies.items():
+                places[:] = [new + place[len(old) :] if place.startswith(old + "/") else place for place in places]
 
 
 def _warm_up() -> None:

@@ -1,0 +1,154 @@
+"""Which isolation this machine offers.
+
+Each layer is tried in a process of its own that then ends, because that's the only honest test: containers refuse by seccomp,
+Ubuntu by AppArmor, old kernels by not knowing. What is found becomes a `Plan`, which the fork server follows to the letter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from . import cgroups, kernel, landlock, rootfs, seccomp, syscalls
+from .layers import LAYERS, Plan
+from .uids import enter_user_namespace, free_uids
+
+
+def attempt(action: Callable[[], None]) -> str:
+    """Run `action` in a child that then ends; "" or what the kernel said."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+            message = ""
+        except BaseException as error:  # whatever it is, the parent has to hear of it
+            message = str(error) or type(error).__name__
+        os.write(writer, message.encode()[:4000])
+        os._exit(0)
+    os.close(writer)
+    said = b""
+    while part := os.read(reader, 4096):
+        said += part
+    os.close(reader)
+    status = os.waitpid(pid, 0)[1]
+    return said.decode() or ("" if status == 0 else f"ended with wait status {status}")
+
+
+def _inside(outer: bool, uids: range, action: Callable[[], None]) -> Callable[[], None]:
+    """`action` where the server would do it: in its own user namespace, if it needs one."""
+
+    def run() -> None:
+        if outer:
+            enter_user_namespace(uids)
+        action()
+
+    return run
+
+
+def _try_mounts() -> None:
+    """Build the programs' root and mount a folder in it, exactly as the server will."""
+    scratch = "/tmp" if os.access("/tmp", os.X_OK) else "/"
+    kernel.unshare(kernel.CLONE_NEWNS)
+    rootfs.enter(scratch)
+    kernel.unshare(kernel.CLONE_NEWNS)
+    rootfs.private_folder(1, 0)
+    os.close(os.open(rootfs.WORK + "/probe", os.O_CREAT | os.O_WRONLY, 0o600))
+
+
+def _try_pids() -> None:
+    """A pid namespace for the server, and one for each of two children in it."""
+    kernel.unshare(kernel.CLONE_NEWPID)
+    pid = os.fork()
+    if pid == 0:
+        own = os.open("/proc/self/ns/pid", os.O_RDONLY)
+        for _ in range(2):
+            kernel.unshare(kernel.CLONE_NEWPID)
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if os.getpid() == 1 else 1)
+            kernel.setns(own, kernel.CLONE_NEWPID)
+            if os.waitpid(child, 0)[1]:
+                os._exit(1)
+        os._exit(0)
+    if os.waitpid(pid, 0)[1]:
+        raise OSError("a pid namespace for each call is refused inside the server's own")
+
+
+def _try_seccomp() -> None:
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    seccomp.install(seccomp.build(seccomp.Filter(), syscalls.machine()))
+
+
+def _try_landlock() -> None:
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    landlock.restrict(landlock.abi(), landlock.open_paths({"/": landlock.READ}), scope=True)
+
+
+def _hidden_from(uid: int) -> list[str]:
+    """The folders of Python's search path that `uid` can't read, such as those below /root."""
+
+    folders = rootfs.search_path()
+
+    def read() -> None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        hidden = [path for path in folders if not os.access(path, os.R_OK | os.X_OK)]
+        if hidden:
+            raise OSError("\n".join(hidden))
+
+    said = attempt(read)
+    return said.split("\n") if said else []
+
+
+def find(without: frozenset[str] = frozenset(), slots: int = 64) -> Plan:
+    """Try every layer but those in `without` (a test's way to leave layers out) and say what is there."""
+    if unknown := without - set(LAYERS):
+        raise ValueError(f"unknown isolation layers {sorted(unknown)}; there are {', '.join(LAYERS)}.")
+    missing = dict.fromkeys(without, "left out on request")
+    privileged = os.geteuid() == 0 and bool(kernel.effective_capabilities() >> kernel.CAP_SYS_ADMIN & 1)
+    outer = not privileged and "user_namespace" not in missing
+    first_uid = free_uids(slots) if os.geteuid() == 0 and "separate_uid" not in missing else 0
+    uids = range(first_uid, first_uid + slots if first_uid else 0)
+
+    def test(name: str, action: Callable[[], None]) -> None:
+        if name not in missing and (said := attempt(action)):
+            missing[name] = said
+
+    test("user_namespace", lambda: enter_user_namespace(uids if outer else range(0)))
+    for name, action in {
+        "mount_namespace": _try_mounts,
+        "pid_namespace": _try_pids,
+        "network_namespace": lambda: kernel.unshare(kernel.CLONE_NEWNET),
+        "ipc_namespace": lambda: kernel.unshare(kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS),
+    }.items():
+        if not privileged and "user_namespace" in missing:
+            missing.setdefault(name, f"user namespaces are refused ({missing['user_namespace']})")
+        else:
+            test(name, _inside(outer, uids, action))
+    test("seccomp", _try_seccomp)
+    test("landlock", _try_landlock)
+    version = 0 if "landlock" in missing else landlock.abi()
+    if "landlock_scopes" not in missing and not landlock.scopes_signals(version):
+        missing["landlock_scopes"] = f"Landlock ABI {version} can't scope signals (Linux 6.12 can)"
+    if "separate_uid" not in missing and not first_uid:
+        missing["separate_uid"] = "not started as root: programs keep the caller's uid"
+    if "separate_uid" not in missing:
+        test("separate_uid", lambda: os.setresuid(first_uid, first_uid, first_uid))
+    group = "" if "cgroup" in missing else cgroups.find()
+    if "cgroup" not in missing and not group:
+        missing["cgroup"] = "no memory controller that this process may write to: memory is summed by the supervisor"
+    present = frozenset(LAYERS) - missing.keys()
+    uid = first_uid if "separate_uid" in present else 0
+    hidden = _hidden_from(uid) if uid and "mount_namespace" not in present else []
+    exact = bool(uid) or ("user_namespace" in present and os.geteuid() != 0 and _counts_per_namespace())
+    return Plan(
+        present, missing, first_uid=uid, slots=slots, landlock=version, outer_user=outer and "user_namespace" in present,
+        hidden=hidden, cgroup=group, exact_tasks=exact,
+    )  # fmt: skip
+
+
+def _counts_per_namespace() -> bool:
+    """Since Linux 5.14 a user namespace has a process count of its own; before, a limit would count all of the user's processes."""
+    return tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2]) >= (5, 14)
