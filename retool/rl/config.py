@@ -1,0 +1,309 @@
+"""Every key of `python -m retool.rl`, its default and its meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from retool.config import REQUIRED, option
+from retool.metrics import LOGGERS
+
+Dtype = Literal["fp32", "bf16", "fp64"]
+DTYPE_SPELLINGS = {
+    "float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float64": "fp64", "double": "fp64",
+    "torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float64": "fp64",
+}  # fmt: skip
+KL = Literal["k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"]
+KL_SPELLINGS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "kl+": "k1+", "mse+": "k2+", "low_var_kl+": "k3+"}
+ANSWER_FORMAT = "The answer format must be: \\boxed{'The final answer goes here.'}"
+SAVE_CONTENTS = ("model", "optimizer", "extra", "hf_model")
+
+
+@dataclass(frozen=True)
+class KLControlConfig:
+    """The coefficient of the KL penalty in the reward."""
+
+    type: Literal["fixed", "adaptive"] = option("fixed", "adaptive moves the coefficient towards target_kl (arXiv 1909.08593).")
+    kl_coef: float = option(0.001, "Coefficient, or where it starts.", minimum=0)
+    horizon: int = option(10_000, "Trajectories over which the adaptive controller acts.", minimum=1)
+    target_kl: float = option(0.1, "KL per token that the adaptive controller aims at.", above=0)
+
+
+@dataclass(frozen=True)
+class FilterGroupsConfig:
+    """DAPO's dynamic sampling: groups whose samples all score the same teach nothing."""
+
+    enable: bool = option(False, "Sample until the batch is full of groups whose metric differs among their samples.")
+    metric: str = option("acc", "What must differ: acc, score, reward, or another number that the reward function returns.")
+    max_num_gen_batches: int = option(0, "Train on what there is after that many rounds of sampling; 0 = no limit.", minimum=0)
+
+
+@dataclass(frozen=True)
+class RolloutCorrectionConfig:
+    """Importance weights for the difference between the sampler's distribution and the trainer's."""
+
+    rollout_is: Literal["token", "sequence"] | None = option(None, "Weigh by exp(old - logp_behaviour): per token, or per sequence.")
+    rollout_is_threshold: float = option(2.0, "Weights are cut to this.", above=0)
+    bypass_mode: bool = option(False, "Take the sampler's log-probabilities as the old ones, which saves a forward pass.")
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """How rewards become advantages."""
+
+    adv_estimator: str = option("grpo", "grpo, rloo, reinforce_plus_plus or reinforce_plus_plus_baseline.")
+    norm_adv_by_std_in_grpo: bool = option(True, "Divide by the group's standard deviation; false is Dr. GRPO.")
+    gamma: float = option(1.0, "Discount per token (reinforce_plus_plus).", minimum=0, maximum=1)
+    lam: float = option(1.0, "Of generalised advantages; none of the estimators here uses it.", minimum=0, maximum=1)
+    use_kl_in_reward: bool = option(False, "Subtract the KL to the reference policy from the reward, token by token.")
+    kl_penalty: KL = option("k1", "Estimator of that KL.", spellings=KL_SPELLINGS)
+    kl_ctrl: KLControlConfig = field(default_factory=KLControlConfig)
+    filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
+    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
+
+
+@dataclass(frozen=True)
+class FunctionConfig:
+    """A function of the user's."""
+
+    path: str | None = option(None, "Python file.")
+    name: str | None = option(None, "Function in that file.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The questions."""
+
+    train_files: tuple[str, ...] = option(REQUIRED, "Parquet or jsonl: a file, a list [a,b], a folder, a glob, or a URL.")
+    val_files: tuple[str, ...] | None = option(None, "The same, for validation; null = none.")
+    prompt_key: str = option("prompt", "Column with the chat messages (or the question's text).")
+    train_max_samples: int = option(-1, "Use the first N training rows; -1 = all.", minimum=-1)
+    val_max_samples: int = option(-1, "Use the first N validation rows; -1 = all.", minimum=-1)
+    train_batch_size: int = option(512, "Prompts per step over all GPUs, whatever dp or sp.", minimum=1)
+    gen_batch_size: int | None = option(None, "Prompts per round of sampling under filter_groups; null = train_batch_size.", minimum=1)
+    max_prompt_length: int = option(2048, "Longest prompt in tokens, tool schemas included.", minimum=1)
+    max_response_length: int = option(16384, "Longest response in tokens, all turns and tool text together.", minimum=1)
+    filter_overlong_prompts: bool = option(True, "Leave longer prompts out; they are counted.")
+    truncation: Literal["error", "left", "right"] = option(
+        "error", "What happens to longer prompts that aren't filtered: refused, or cut at that side (by tokens)."
+    )
+    return_raw_chat: bool = option(True, "Prompts are always kept as messages here; either value is accepted.")
+    answer_format: str | None = option(
+        ANSWER_FORMAT, "Line added to math questions that don't say how to answer; null = none is added.", spellings={"true": ANSWER_FORMAT}
+    )
+    shuffle: bool = option(True, "Shuffle each epoch; the order is a function of (data.seed, epoch) alone.")
+    seed: int = option("${trainer.seed}", "Seed of the data order.", minimum=0)
+    chat_template: str | None = option(None, "Replaces the model's chat template: a file, or hermes (ours: ChatML with tools).")
+    apply_chat_template_kwargs: dict[str, Any] = option({}, "Passed on to the chat template, e.g. {enable_thinking: false}.")
+    custom_cls: FunctionConfig = field(default_factory=FunctionConfig)
+
+
+@dataclass(frozen=True)
+class FSDPConfig:
+    """How parameters are sharded."""
+
+    model_dtype: Dtype = option("fp32", "Master weights and optimizer state.", spellings=DTYPE_SPELLINGS)
+    param_dtype: Literal["auto", "fp32", "bf16", "fp64"] = option(
+        "auto", "Gathered weights and compute; auto = bf16 on GPUs, model_dtype on the CPU.", spellings=DTYPE_SPELLINGS
+    )
+    reduce_dtype: Dtype = option("fp32", "Gradient reduction.", spellings=DTYPE_SPELLINGS)
+    param_offload: bool = option(False, "Keep master weights in host memory.")
+    optimizer_offload: bool = option(False, "Keep optimizer state in host memory and step there.")
+    fsdp_size: int = option(-1, "Ranks that share a parameter; -1 = all.", minimum=-1)
+    reshard_after_forward: bool = option(True, "Free a block's gathered weights after its forward.")
+    forward_prefetch: bool = option(True, "Gather the next block's weights during this one's forward.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy."""
+
+    path: str = option(REQUIRED, "Hugging Face model folder or hub id, such as global_step_N/huggingface of an SFT run.")
+    use_remove_padding: bool = option(True, "Batches are always packed here; either value is accepted.")
+    enable_gradient_checkpointing: bool | Literal["auto", "selective"] = option("auto", "Recompute activations in backward.")
+    attn: Literal["auto", "flash", "varlen", "cudnn", "reference"] = option("auto", "Attention backend of training.")
+    use_compile: bool | Literal["auto"] = option("auto", "torch.compile for the decoder blocks; auto = on GPUs.")
+    trust_remote_code: bool = option(False, "Run the tokenizer's own Python code from the model folder.")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = option(1e-6, "Peak learning rate.", above=0)
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates.", minimum=0, maximum=0.999999)
+    weight_decay: float = option(0.01, "On every parameter.", minimum=0)
+    lr_scheduler: Literal["constant", "cosine", "wsd"] = option("constant", "Shape of the schedule after warm-up.")
+    warmup_steps_ratio: float = option(0.0, "Share of the optimizer steps that warm up linearly.", minimum=0, maximum=1)
+    min_lr_ratio: float = option(0.0, "Last learning rate as a share of lr.", minimum=0, maximum=1)
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    """Which surrogate."""
+
+    loss_mode: Literal["vanilla", "gspo", "cispo"] = option("vanilla", "PPO with dual clip, GSPO (2507.18071), CISPO (2506.13585).")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a checkpoint holds."""
+
+    save_contents: tuple[str, ...] = option(SAVE_CONTENTS, "What to save: model, optimizer, extra, hf_model.")
+    async_save: bool | None = option(None, "Write in the background; null = on GPUs.")
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    """The update."""
+
+    ppo_mini_batch_size: int = option(64, "Prompts per optimizer step over all GPUs, whatever dp, sp or n.", minimum=1)
+    ppo_micro_batch_size_per_gpu: int | None = option(None, "Trajectories per micro-batch, with use_dynamic_bsz=false.", minimum=1)
+    use_dynamic_bsz: bool = option(True, "Micro-batches by tokens (ppo_max_token_len_per_gpu).")
+    ppo_max_token_len_per_gpu: int = option(16384, "Token budget of a micro-batch per GPU; an sp group holds sp times that.", minimum=1)
+    ppo_epochs: int = option(1, "Passes over a step's batch.", minimum=1)
+    clip_ratio: float = option(0.2, "Both clip ratios, where they aren't given.", above=0)
+    clip_ratio_low: float = option("${actor_rollout_ref.actor.clip_ratio}", "The ratio is clipped below 1 - this.", above=0)
+    clip_ratio_high: float = option("${actor_rollout_ref.actor.clip_ratio}", "The ratio is clipped above 1 + this.", above=0)
+    clip_ratio_c: float = option(3.0, "Dual clip: with a negative advantage the loss is at most this times it.", above=1)
+    use_kl_loss: bool = option(False, "Add the KL to the reference policy to the loss.")
+    kl_loss_coef: float = option(0.001, "Its coefficient.", minimum=0)
+    kl_loss_type: KL = option("k3", "Its estimator; with + its gradient is that of k2.", spellings=KL_SPELLINGS)
+    entropy_coeff: float = option(0.0, "Coefficient of the entropy bonus.")
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = option(
+        "token-mean", "How token losses become one number."
+    )
+    policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    grad_clip: float = option(1.0, "Largest global gradient norm.", above=0)
+    ulysses_sequence_parallel_size: int = option(1, "GPUs that share one sequence in training.", minimum=1)
+    fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    strategy: Literal["fsdp"] = option("fsdp", "fsdp2 means the same.", spellings={"fsdp2": "fsdp"})
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(frozen=True)
+class RefConfig:
+    """Log-probabilities without gradients: of the old policy and of the reference."""
+
+    log_prob_max_token_len_per_gpu: int | None = option(None, "Token budget per GPU; null = the actor's.", minimum=1)
+    param_offload: bool = option(False, "Keep the reference's weights in host memory.")
+
+
+@dataclass(frozen=True)
+class ValKwargsConfig:
+    """Sampling in validation."""
+
+    temperature: float = option(1.0, "0 = the likeliest token.", minimum=0)
+    top_p: float = option(1.0, "Smallest set of tokens with that much probability.", above=0, maximum=1)
+    top_k: int = option(-1, "The k likeliest tokens; -1 = all.", minimum=-1)
+    n: int = option(1, "Samples per question.", minimum=1)
+    do_sample: bool = option(True, "false: the likeliest token, as temperature 0.")
+
+
+@dataclass(frozen=True)
+class MultiTurnConfig:
+    """Tools and turns."""
+
+    enable: bool = option(False, "Let the model call tools.")
+    max_user_turns: int | None = option(None, "Rounds of tool output; null = no limit but the others.", minimum=1)
+    max_assistant_turns: int | None = option(None, "Turns of the model; null = no limit but the others.", minimum=1)
+    tool_config_path: str | None = option(None, "Tools as YAML; null = the code interpreter on this machine.")
+    format: Literal["hermes", "code_block", "retool"] = option("hermes", "How the model writes calls: JSON, ```python or <code>.")
+    max_tool_response_length: int = option(512, "Tokens of tool output per call; the rest is cut, with a marker.", minimum=1)
+    tool_response_truncate_side: Literal["left", "middle", "right"] = option("middle", "Where it is cut: left loses the beginning.")
+    max_parallel_calls: int = option(1, "Calls of one turn that are run; the others are answered that they weren't.", minimum=1)
+    tool_timeout_seconds: float = option(120.0, "A tool that takes longer is given up, whatever its own limit.", above=0)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling."""
+
+    name: Literal["native", "vllm", "sglang", "hf"] = option("native", "Our engine; vllm, sglang and hf mean native here.")
+    mode: Literal["async", "sync"] = option("async", "Trajectories advance independently either way.")
+    n: int = option(16, "Samples per prompt.", minimum=1)
+    temperature: float = option(1.0, "Of the policy, in training too.", above=0)
+    top_p: float = option(1.0, "Smallest set of tokens with that much probability.", above=0, maximum=1)
+    top_k: int = option(-1, "The k likeliest tokens; -1 = all.", minimum=-1)
+    tensor_model_parallel_size: int = option(1, "GPUs that share one copy of the engine's weights.", minimum=1)
+    gpu_memory_utilization: float = option(0.5, "Share of the free memory that the KV cache may take.", above=0, maximum=1)
+    max_num_seqs: int = option(256, "Sequences that decode at once per GPU.", minimum=1)
+    max_num_batched_tokens: int = option(8192, "Tokens of one engine step.", minimum=1)
+    enforce_eager: bool = option(False, "No CUDA graphs.")
+    free_cache_engine: bool = option(True, "Free the engine's buffers during the update.")
+    calculate_log_probs: bool = option(True, "The engine always returns log-probabilities; either value is accepted.")
+    dtype: Literal["auto", "fp32", "bf16", "fp64"] = option("auto", "auto = as training.", spellings={**DTYPE_SPELLINGS})
+    multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)
+    val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
+
+
+@dataclass(frozen=True)
+class ActorRolloutRefConfig:
+    """The policy, its update, its sampling, its reference."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    ref: RefConfig = field(default_factory=RefConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+
+@dataclass(frozen=True)
+class OverlongConfig:
+    """DAPO's soft punishment of long responses (arXiv 2503.14476, eq. 13)."""
+
+    enable: bool = option(False, "Add it to the reward.")
+    len: int = option(4096, "The last tokens before max_response_length over which it grows.", minimum=1)
+    penalty_factor: float = option(1.0, "What it is at max_response_length.", minimum=0)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How answers are judged."""
+
+    name: str | None = option(None, "retool, math, or file.py/function; null = custom_reward_function, else by data_source.")
+    num_workers: int = option(2, "Processes that judge, per rank.", minimum=1)
+    timeout_seconds: float = option(2.0, "An answer that takes longer gets the floor.", above=0)
+    memory_mb: int = option(2048, "Memory of a worker.", minimum=64)
+    floor: float = option(-1.0, "Score where the reward function fails: exception, timeout, NaN.")
+    overlong_buffer: OverlongConfig = field(default_factory=OverlongConfig)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The run."""
+
+    default_local_dir: str = option("checkpoints/${trainer.project_name}/${trainer.experiment_name}", "The run's folder.")
+    default_hdfs_dir: str | None = option(None, "Finished checkpoints are copied to this fsspec/pyarrow URL too.")
+    project_name: str = option("retool-rl", "Project, for the loggers and the folder.")
+    experiment_name: str = option("test", "Experiment, for the loggers and the folder.")
+    logger: tuple[str, ...] = option(("console",), f"Any of {', '.join(LOGGERS)}; jsonl is always on.")
+    total_epochs: int = option(1, "Passes over the prompts.", minimum=1)
+    total_training_steps: int | None = option(None, "Steps (of train_batch_size prompts); overrides total_epochs.", minimum=1)
+    val_before_train: bool = option(True, "Validate before the first step.")
+    val_only: bool = option(False, "Validate and stop.")
+    log_val_generations: int = option(0, "Validation answers shown to the loggers; all are written to report/.", minimum=0)
+    save_freq: int = option(-1, "Steps between checkpoints; the last step is always saved; -1 = only that.", minimum=-1)
+    test_freq: int = option(-1, "Steps between validations; the last step is always validated; -1 = only that.", minimum=-1)
+    max_ckpt_to_keep: int | None = option(None, "Older checkpoints are deleted; null = keep all.", minimum=1)
+    resume_mode: Literal["auto", "disable", "resume_path"] = option("auto", "auto = from the run folder's newest complete checkpoint.")
+    resume_from_path: str | None = option(None, "The global_step_N folder for resume_mode=resume_path.")
+    seed: int = option(1, "Seeds everything.", minimum=0)
+    deterministic: bool = option(False, "Deterministic kernels and batches: a resumed run is bit-equal on the same layout.")
+    nnodes: int | None = option(None, "Machines; null = what the launcher says.", minimum=1)
+    n_gpus_per_node: int | None = option(None, "Processes per machine; null = what the launcher says.", minimum=1)
+    device: Literal["auto", "cuda", "cpu"] = option("auto", "auto = CUDA where there is a GPU.")
+    device_memory_gb: float | None = option(None, "Plan (--check) for GPUs of this many GiB.", above=0)
+    max_grad_skips: int = option(3, "Optimizer steps in a row with a non-finite gradient after which the run stops.", minimum=1)
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """Improve a model by reinforcement learning with tools: GRPO, DAPO and their relatives."""
+
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    actor_rollout_ref: ActorRolloutRefConfig = field(default_factory=ActorRolloutRefConfig)
+    reward_model: RewardConfig = field(default_factory=RewardConfig)
+    custom_reward_function: FunctionConfig = field(default_factory=FunctionConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -1,0 +1,104 @@
+"""What the parts of an RL step hand to each other, and what each value means for training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+
+class Stop(str, Enum):
+    """Why a trajectory ended."""
+
+    EOS = "eos"  # the tokenizer's end of text, where that isn't what ends a turn
+    NO_CALL = "no_call"  # a finished turn without a tool call: the answer
+    MAX_TURNS = "max_turns"  # it would have gone on, but its turns are used up
+    LENGTH = "length"  # its tokens are used up
+    TOOL_ERROR = "tool_error"  # the tool itself broke, which says nothing about the policy
+    ABORTED = "aborted"  # the run was asked to stop, or the engine could not hold it
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question. `ids` int32 [n] is the render, tool schemas and generation prompt included; `index` its row among all prompts."""
+
+    index: int
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    ids: np.ndarray
+    data_source: str
+    ground_truth: str
+    extra_info: Mapping[str, Any] = field(default_factory=dict)
+    ability: str = ""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One answer to a prompt, as token ids.
+
+    `tokens` int32 [n] are prompt and response. `mask` bool [n] is True where the model sampled the token; only those are
+    trained. `logp` float32 [n] is the sampler's log-probability under softmax(logits / temperature) over the whole
+    vocabulary, `logp_behaviour` after top-p and top-k as well; both are 0 where `mask` is False. `assistant_text` is what
+    the model wrote, without tool output; `policy_version` counts the optimizer steps of the weights that sampled it.
+    `num_turns` = user + assistant turns + 1; without a tool call 2.
+    """
+
+    prompt: Prompt
+    sample: int
+    tokens: np.ndarray
+    prompt_length: int
+    mask: np.ndarray
+    logp: np.ndarray
+    logp_behaviour: np.ndarray
+    stop: Stop
+    num_turns: int
+    tool_calls: int
+    tool_errors: int
+    tool_timeouts: int
+    tool_seconds: float
+    policy_version: int
+    assistant_text: str
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.tokens), len(self.mask), len(self.logp), len(self.logp_behaviour)}
+        assert len(sizes) == 1 and self.prompt_length <= len(self.tokens), f"a trajectory's arrays have lengths {sorted(sizes)}"
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def response_length(self) -> int:
+        """Tokens after the prompt, tool text included."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that the model wrote."""
+        return int(self.mask.sum())
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A trajectory with what the reward function gave (`score`), what is trained on (`reward`: with overlong shaping), and
+    whatever else it told (`info`: acc, pred, …)."""
+
+    trajectory: Trajectory
+    score: float
+    reward: float
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The samples of one prompt."""
+
+    prompt: Prompt
+    members: Sequence[Scored]
+
+    @property
+    def policy_version(self) -> int:
+        """The oldest weights that sampled one of them."""
+        return min(member.trajectory.policy_version for member in self.members)

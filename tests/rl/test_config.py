@@ -1,0 +1,122 @@
+"""The command line: the published overrides word for word, synonyms, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from retool.config import help_text, leaves, parse, read
+from retool.rl.config import RLConfig
+from retool.rl.keys import EXAMPLE, SYNONYMS, contradictions, notes
+
+PUBLISHED = """
+algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False algorithm.kl_ctrl.kl_coef=0.0
+data.train_files=['train.parquet'] data.val_files=['val.parquet'] data.return_raw_chat=True
+data.train_batch_size=512 data.max_prompt_length=2048 data.max_response_length=16384
+data.filter_overlong_prompts=True data.truncation='error'
+data.custom_cls.path=recipe.py data.custom_cls.name=CustomRLHFDataset
+custom_reward_function.path=recipe.py custom_reward_function.name=compute_score
+actor_rollout_ref.model.path=sft/global_step_250/huggingface actor_rollout_ref.model.use_remove_padding=True
+actor_rollout_ref.model.enable_gradient_checkpointing=True
+actor_rollout_ref.actor.use_kl_loss=False actor_rollout_ref.actor.kl_loss_coef=0.0
+actor_rollout_ref.actor.clip_ratio_low=0.2 actor_rollout_ref.actor.clip_ratio_high=0.28 actor_rollout_ref.actor.clip_ratio_c=10.0
+actor_rollout_ref.actor.optim.lr=1e-6 actor_rollout_ref.actor.use_dynamic_bsz=True
+actor_rollout_ref.actor.ppo_mini_batch_size=64 actor_rollout_ref.actor.ppo_max_token_len_per_gpu=18432
+actor_rollout_ref.actor.ulysses_sequence_parallel_size=2
+actor_rollout_ref.actor.fsdp_config.param_offload=True actor_rollout_ref.actor.fsdp_config.optimizer_offload=True
+actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=73728
+actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.mode=async actor_rollout_ref.rollout.tensor_model_parallel_size=2
+actor_rollout_ref.rollout.multi_turn.enable=True actor_rollout_ref.rollout.multi_turn.max_user_turns=8
+actor_rollout_ref.rollout.multi_turn.max_assistant_turns=8 actor_rollout_ref.rollout.multi_turn.tool_config_path=tools.yaml
+actor_rollout_ref.rollout.multi_turn.format=hermes actor_rollout_ref.rollout.gpu_memory_utilization=0.9
+actor_rollout_ref.rollout.n=16 actor_rollout_ref.rollout.val_kwargs.top_p=0.6 actor_rollout_ref.rollout.val_kwargs.temperature=1.0
+actor_rollout_ref.rollout.val_kwargs.n=30
+trainer.logger=['console','wandb'] trainer.project_name=wuxibin_retool trainer.experiment_name=qwen2.5-05b_dapo
+trainer.n_gpus_per_node=2 trainer.nnodes=1 trainer.val_before_train=True trainer.log_val_generations=20
+trainer.save_freq=30 trainer.test_freq=5 trainer.default_local_dir=out trainer.total_epochs=1
+""".split()
+REQUIRED = ["data.train_files=a.parquet", "actor_rollout_ref.model.path=m"]
+ARR = "actor_rollout_ref."
+
+
+def faults_of(*words: str) -> list[str]:
+    parsed = read(RLConfig, [*REQUIRED, *words], SYNONYMS)
+    return [str(fault) for fault in (*parsed.faults, *contradictions(parsed.config))]
+
+
+def test_the_published_command_parses_word_for_word() -> None:
+    config = parse(RLConfig, PUBLISHED, SYNONYMS)
+    assert list(contradictions(config)) == []
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c) == (0.2, 0.28, 10.0)
+    assert (rollout.n, rollout.val_kwargs.n, rollout.multi_turn.max_user_turns, rollout.multi_turn.format) == (16, 30, 8, "hermes")
+    assert config.trainer.logger == ("console", "wandb") and config.data.train_files == ("train.parquet",)
+    assert actor.fsdp_config.param_offload and actor.optim.lr == 1e-6 and config.data.truncation == "error"
+    assert list(notes(config)) == ["rollout.name=vllm means native here: the in-process engine samples."]
+
+
+def test_defaults_of_the_contract() -> None:
+    config = parse(RLConfig, REQUIRED)
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert config.algorithm.norm_adv_by_std_in_grpo and config.algorithm.rollout_correction.rollout_is is None
+    assert config.algorithm.rollout_correction.rollout_is_threshold == 2.0
+    assert (actor.ppo_epochs, actor.entropy_coeff, actor.loss_agg_mode, actor.grad_clip) == (1, 0.0, "token-mean", 1.0)
+    assert (actor.policy_loss.loss_mode, rollout.temperature, rollout.top_p, rollout.top_k) == ("vanilla", 1.0, 1.0, -1)
+    multi = rollout.multi_turn
+    assert (multi.max_tool_response_length, multi.tool_response_truncate_side, multi.max_parallel_calls) == (512, "middle", 1)
+    assert rollout.calculate_log_probs and rollout.name == "native" and actor.clip_ratio_low == actor.clip_ratio_high == 0.2
+    assert config.reward_model.timeout_seconds == 2.0 and config.reward_model.memory_mb == 2048
+    assert parse(RLConfig, [*REQUIRED, ARR + "actor.clip_ratio=0.3"]).actor_rollout_ref.actor.clip_ratio_high == 0.3
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        (ARR + "actor.kl_loss_type=low_var_kl", "kl_loss_type", "k3"),
+        (ARR + "actor.kl_loss_type=kl", "kl_loss_type", "k1"),
+        (ARR + "actor.optim.clip_grad=0.5", "grad_clip", 0.5),
+        (ARR + "actor.strategy=fsdp2", "strategy", "fsdp"),
+    ],
+)
+def test_synonyms(word: str, key: str, value: object) -> None:
+    assert getattr(parse(RLConfig, [*REQUIRED, word], SYNONYMS).actor_rollout_ref.actor, key) == value
+
+
+def test_synonyms_name_keys_that_exist() -> None:
+    known = {leaf.key for leaf in leaves(RLConfig)}
+    assert set(SYNONYMS.values()) <= known and not set(SYNONYMS) & known
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("algorithm.adv_estimator=gae", "a value model"),
+        ("algorithm.adv_estimator=remax", "greedy rollout"),
+        ("algorithm.adv_estimator=grop", "Did you mean grpo?"),
+        (ARR + "rollout.name=tensorrt", "native or vllm or sglang or hf"),
+        (ARR + "rollout.mode=asink", "Did you mean async?"),
+        (ARR + "actor.ppo_mini_batch_size=100", "Use 64 or 128"),
+        (ARR + "actor.ppo_mini_batch_size=1024", "Use at most 512"),
+        (ARR + "actor.clip_ratio_low=1.5", "never negative"),
+        (ARR + "actor.use_dynamic_bsz=false", "ppo_micro_batch_size_per_gpu"),
+        (ARR + "rollout.n=1", "nothing to compare"),
+        (ARR + "rollout.temperature=0", "above 0"),
+        (ARR + "rollout.top_k=0", "Use -1"),
+        (ARR + "actor.loss_agg_mode=token_mean", "token-mean"),
+        (ARR + "rollout.multi_turn.max_asistant_turns=3", "Did you mean actor_rollout_ref.rollout.multi_turn.max_assistant_turns?"),
+        ("trainer.save_freq=0", "no number of steps"),
+        ("data.custom_cls.path=x.py", "both path and name"),
+        ("trainer.resume_mode=resume_path", "needs trainer.resume_from_path"),
+    ],
+)
+def test_what_is_refused_and_the_way_out(word: str, said: str) -> None:
+    faults = faults_of(word)
+    assert len(faults) == 1 and said in faults[0], faults
+
+
+def test_every_fault_at_once() -> None:
+    assert len(faults_of("algorithm.adv_estimator=gae", "trainer.save_freq=0", ARR + "rollout.name=x", "trainer.nonsense=1")) == 4
+
+
+def test_help_lists_every_key() -> None:
+    text = help_text(RLConfig, "python -m retool.rl", EXAMPLE, SYNONYMS)
+    assert all(leaf.key in text and leaf.doc for leaf in leaves(RLConfig))
