@@ -1,16 +1,20 @@
 """Peak memory of a training step per GPU, predicted from shapes alone: no GPU and no weights are needed.
 
-Legend: t tokens of a micro-batch on one GPU (T/sp) · D model · F ffn · N, K query, kv heads · H head dim · V vocab
-· p bytes of the compute dtype · m bytes of the master dtype.
+Legend: t tokens of a micro-batch on one GPU (T/sp) · D model · F ffn · N, K query, kv heads · H head dim · E = N·H · V vocab
+· p bytes of the compute dtype · m bytes of the master dtype · r bytes of the reduced gradient.
 
-    state        per owned parameter: master m, gradient max(reduce, 4), two moments 2·m, and a compute copy p where p ≠ m
-    gathered     the buffers that units take turns in, weights (p) and gradients (reduce): `assign_buffers` of the layout
-    activations  per layer and token, what backward keeps (p bytes each, log-sum-exp 4):
-                   block input D · q, k, v (N+2K)·H · attention output N·H (twice under sp > 1: before and after the
-                   all-to-all) · log-sum-exp N
-                   without recomputation also the second residual D and gate, up 2·F (Qwen3: q, k before their norm)
-    transient    the larger of one block's backward, t·(6·F + 6·D)·p, and the head's: hidden states and their gradient
-                 2·t·D·p, the fp32 weight gradient 4·V·D, one chunk of fp32 logits, 64 bytes a token
+    state        per owned parameter: master m, gradient max(r, 4), two moments 2·m, and a compute copy p where p ≠ m
+    gathered     the buffers that units take turns in, weights (p) and gradients (r): `assign_buffers` of the layout
+    kept         per layer and token, what backward finds (`layer_bytes`; p bytes an element, log-sum-exp and norms 4):
+                   full       block input D, attention's result E
+                   selective  also the normed input D, q k v (N+2K)·H, and under sp > 1 the result that came back E
+                   none       also the second residual and its norm 2·D, gate and up 2·F, their product F
+    head         (`head_bytes`) the hidden states through the final norm, their gradient, the fp32 gradient of the vocabulary
+                 matrix 4·V·D, and with it either a chunk of fp32 logits or the same gradient in the compute dtype
+    block        (`block_bytes`) one block's backward: what is recomputed, the MLP's gradients 3·F, the weights' gradients
+    end          the embedding's dense gradient, after everything kept is gone
+
+A tied vocabulary matrix's first gradient (p·V·D) waits through the whole backward for the embedding's.
 
 State and buffers are exact (a test compares them with what sharding allocates); activations and transients are a model.
 """
@@ -106,19 +110,21 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
     if setting.shards > 1:
         sizes = [u.numel for u in layout.units]
         gathered = _rooms(sizes, [not setting.reshard] * len(sizes)) * p + _rooms(sizes, [False] * len(sizes)) * r
-    visiting = 0
-    if setting.param_offload or setting.optimizer_offload:
-        visiting = 3 * m * max(u.shard_numel for u in layout.units)
-    activations = tokens * config.layers * layer_bytes(config, setting.sp, p, recompute)
-    step = state + gathered + activations + transient_bytes(config, tokens, p)
+    units = [u.shard_numel for u in layout.units]
+    pairs = max(a + b for a, b in zip(units, [*units[1:], 0], strict=True))  # the next unit arrives before the last one is let go
+    visiting = pairs * m * (setting.param_offload + 2 * setting.optimizer_offload)
+    kept = tokens * config.layers * layer_bytes(config, setting.sp, p, recompute)
+    table = config.vocab * config.hidden * p  # the vocabulary matrix's gradient, and the embedding's
+    block = block_bytes(config, setting.sp, tokens, p, recompute) + (table if config.tied else 0)
+    end = table * (2 if config.tied else 1) + (r * max(units) if setting.shards > 1 else 0)
     largest = max(u.numel for u in layout.units)
     return Prediction(
-        load=state + gathered,
-        forward_backward=step,
+        load=max(m * owned + copy + gradient * owned + gathered, state + gathered),
+        forward_backward=state + gathered + max(kept + max(head_bytes(config, tokens, p), block), end),
         optimizer=state + gathered + visiting,
         save=state + gathered + (m * largest if setting.shards > 1 else 0),
         state=state + gathered,
-        activations=activations,
+        activations=kept,
     )
 
 
@@ -129,24 +135,35 @@ def _rooms(sizes: list[int], own: list[bool]) -> int:
 
 
 def layer_bytes(config: ModelConfig, sp: int, p: int, recompute: Recompute) -> int:
-    """Bytes that one layer keeps for backward per local token."""
-    heads, kv = config.heads, config.kv_heads
+    """Bytes that one layer keeps for backward per local token: what the compiled block saves, matrix inputs among it."""
+    heads, kv, wide = config.heads, config.kv_heads, config.heads * config.head_dim
     if sp > 1:  # kv heads travel to every rank that reads them
         kv = sum(len(r) for r in HeadPlan(sp, 0, heads, config.kv_heads, config.head_dim).kv_ranges)
-    kept = config.hidden + (heads + 2 * kv) * config.head_dim + heads * config.head_dim * (2 if sp > 1 else 1)
+    elements, singles = config.hidden + wide, heads
+    if recompute != "full":
+        elements += config.hidden + (heads + 2 * kv) * config.head_dim + (wide if sp > 1 else 0)
+        singles += 1
+        if config.qk_norm:
+            elements, singles = elements + (heads + 2 * config.kv_heads) * config.head_dim, singles + heads + config.kv_heads
     if recompute == "none":
-        kept += config.hidden + 2 * config.ffn
-    if recompute != "full" and config.qk_norm:
-        kept += (heads + config.kv_heads) * config.head_dim
-    return kept * p + 4 * heads
+        elements, singles = elements + 2 * config.hidden + 3 * config.ffn, singles + 1
+    return elements * p + 4 * singles
 
 
-def transient_bytes(config: ModelConfig, tokens: int, p: int) -> float:
-    """What comes and goes on top of what is kept, at its largest."""
-    block = tokens * (6 * config.ffn + 6 * config.hidden) * p
-    logits = min(tokens * config.vocab * 4, LOGIT_BYTES["cuda"])
-    head = tokens * (2 * config.hidden * p + 64) + 4 * config.vocab * config.hidden + logits
-    return max(block, head)
+def head_bytes(config: ModelConfig, tokens: int, p: int) -> float:
+    """What the vocabulary head and its loss need at their largest: in the forward with logits, or when its gradients are scaled."""
+    wide = max(p, 4)
+    hidden = tokens * (config.hidden * (4 * p + wide) + 64)
+    table = config.vocab * config.hidden
+    logits = min(tokens * config.vocab * wide, LOGIT_BYTES["cuda"])
+    return hidden + table * wide + max(logits, table * p + tokens * config.hidden * p)
+
+
+def block_bytes(config: ModelConfig, sp: int, tokens: int, p: int, recompute: Recompute) -> float:
+    """What one block's backward needs beside what is kept."""
+    again = layer_bytes(config, sp, p, "none") - layer_bytes(config, sp, p, recompute)
+    weights = 3 * config.ffn * config.hidden * p
+    return tokens * (again + (3 * config.ffn + 2 * config.hidden) * p) + weights
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from retool.batch import Sample, pack
-from retool.memory import DTYPE_BYTES, LADDER, Setting, choose, layer_bytes, plan_layout, predict
+from retool.memory import DTYPE_BYTES, LADDER, Recompute, Setting, choose, layer_bytes, plan_layout, predict
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig, parse_model_config
+from retool.model.logprobs import LOGIT_BYTES
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 from tests.ranks import run_ranks
@@ -80,7 +81,16 @@ def test_orders_that_must_hold() -> None:
     offloaded = predict(config, replace(setting, param_offload=True, optimizer_offload=True), 0, "none")
     assert offloaded.state < 0.6 * predict(config, setting, 0, "none").state < offloaded.state * 3
     assert predict(config, setting, 2048, "none").activations * 2 == predict(config, setting, 4096, "none").activations
-    assert layer_bytes(config, 1, 2, "full") < layer_bytes(config, 2, 2, "full")
+    assert layer_bytes(config, 1, 2, "selective") < layer_bytes(config, 2, 2, "selective")
+    assert layer_bytes(config, 1, 2, "full") == layer_bytes(config, 2, 2, "full")
+
+
+@pytest.mark.parametrize(("rung", "measured"), [("none", 22.25), ("selective", 10.2), ("full", 8.0)])
+def test_peaks_that_were_measured(monkeypatch: pytest.MonkeyPatch, rung: Recompute, measured: float) -> None:
+    """Qwen2.5-0.5B on 2×H200, sp 2, two documents of 16,384 tokens a pack, with chunks of 1 GiB of logits."""
+    monkeypatch.setitem(LOGIT_BYTES, "cuda", 1 << 30)
+    prediction = predict(model(**QWEN), Setting(shards=2, sp=2), 16_384, rung)
+    assert prediction.peak / GIB == pytest.approx(measured, rel=0.02) and prediction.state / GIB == pytest.approx(5.07, abs=0.01)
 
 
 def test_state_of_qwen2_5_0_5b_on_two_gpus() -> None:
