@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "retool-checkpoint-benchmark")
+    parser.add_argument("--rows", type=int, nargs="*", default=range(5), help="which rows, from 0; 3 and 4 are the peer's")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -172,13 +173,21 @@ def main() -> None:
     def load(folder: Path) -> object:
         return checkpoint.load(folder / "global_step_1", state, mesh, seed=0)
 
+    content = peer_state(state, mesh) if max(options.rows) > 2 else {}
+
+    def peer(folder: Path) -> object:
+        return peer_load(content, checkpoint_id=folder)
+
+    runs: list[tuple[str, Callable[[Path], Timed], Callable[[Path], object]]] = [
+        *((name, ours(state, mesh, source, variant), load) for name, variant in variants.items()),
+        ("torch.distributed.checkpoint", theirs(content, mesh, False), peer),
+        ("torch.distributed.checkpoint, async", theirs(content, mesh, True), peer),
+    ]
     results: dict[str, dict[str, Any]] = {}
-    for name, variant in variants.items():
-        results[name] = measure(ours(state, mesh, source, variant), load, mesh, options.folder, options.repeats)
-    content = peer_state(state, mesh)
-    for name, asynchronous in (("torch.distributed.checkpoint", False), ("torch.distributed.checkpoint, async", True)):
-        run = theirs(content, mesh, asynchronous)
-        results[name] = measure(run, lambda folder: peer_load(content, checkpoint_id=folder), mesh, options.folder, options.repeats)
+    for name, run, read in (runs[i] for i in options.rows):
+        results[name] = measure(run, read, mesh, options.folder, options.repeats)
+        if mesh.rank == 0:
+            print(name, {k: v for k, v in results[name].items() if k != "bytes"}, flush=True)
     if mesh.rank == 0:
         elements = sum(m.numel for _, m in state.layout.members)
         report(results, mesh, options, elements)
