@@ -1,0 +1,223 @@
+"""The agent loop: render → generate → parse → run tools → append → …, token ids in and token ids out.
+
+Sampled ids are never changed and nothing is re-tokenised: a turn is decoded only to find its tool calls, and the glue that
+follows (tool text, the next generation prompt) is what the renderer would show there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from retool.data.chat import Renderer
+from retool.rl.toolcall import PARSERS, Call, check
+from retool.rl.tools import Tool, ToolResult
+from retool.rl.types import Prompt, Stop, Trajectory
+
+MARKER = "…[cut]…"
+BROKEN = "sandbox_error"  # the status of a tool that failed itself, whatever the program did
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A turn as the engine made it: ids, log-probabilities (see `Trajectory`), and why it ended: an end token, the token
+    limit, or because the engine or the run gave it up."""
+
+    tokens: Sequence[int]
+    logp: Sequence[float]
+    logp_behaviour: Sequence[float]
+    reason: Literal["stop", "length", "aborted"]
+
+
+class Generate(Protocol):
+    """Go on with a sequence. `ids` are those that are new since the last call: the prompt at first, then the glue."""
+
+    async def __call__(self, ids: Sequence[int], max_tokens: int, /) -> Sampled: ...
+
+
+@dataclass(frozen=True)
+class AgentOptions:
+    """Limits of a trajectory. `max_response_length` counts all turns and tool text; `max_context` the prompt too."""
+
+    max_response_length: int
+    max_context: int | None = None
+    max_assistant_turns: int | None = None
+    max_user_turns: int | None = None
+    format: str = "hermes"
+    max_tool_response_length: int = 512
+    truncate_side: str = "middle"
+    max_parallel_calls: int = 1
+    tool_timeout_seconds: float = 120.0
+
+
+@dataclass
+class _Episode:
+    """A trajectory on its way."""
+
+    tokens: list[int]
+    mask: list[bool]
+    logp: list[float]
+    logp_behaviour: list[float]
+    messages: list[dict[str, Any]]
+    texts: list[str] = field(default_factory=list)
+    assistant_turns: int = 0
+    user_turns: int = 0
+    calls: int = 0
+    errors: int = 0
+    timeouts: int = 0
+    seconds: float = 0.0
+
+    def add_sampled(self, turn: Sampled) -> None:
+        self.tokens += turn.tokens
+        self.mask += [True] * len(turn.tokens)
+        self.logp += turn.logp
+        self.logp_behaviour += turn.logp_behaviour
+
+    def add_glue(self, ids: Sequence[int]) -> None:
+        self.tokens += ids
+        self.mask += [False] * len(ids)
+        self.logp += [0.0] * len(ids)
+        self.logp_behaviour += [0.0] * len(ids)
+
+
+async def run_episode(
+    prompt: Prompt, sample: int, generate: Generate, tools: Mapping[str, Tool], renderer: Renderer, options: AgentOptions, version: int = 0
+) -> Trajectory:
+    """One answer to `prompt`. Without tools it is a single turn. Tools may fail in any way; only `generate` may raise."""
+    n = len(prompt.ids)
+    zeros = [0.0] * n
+    episode = _Episode(prompt.ids.tolist(), [False] * n, list(zeros), list(zeros), [dict(m) for m in prompt.messages])
+    limit = options.max_response_length
+    if options.max_context is not None:
+        limit = min(limit, options.max_context - n)
+    fresh: Sequence[int] = episode.tokens[:]
+    while True:
+        room = limit - (len(episode.tokens) - n)
+        if room <= 0:
+            return _finish(episode, prompt, sample, Stop.LENGTH, version)
+        turn = await generate(fresh, room)
+        episode.add_sampled(turn)
+        stop, calls = _after_turn(episode, turn, tools, renderer, options)
+        if stop is not None:
+            return _finish(episode, prompt, sample, stop, version)
+        responses, broken = await _run_calls(episode, calls, tools, renderer, options)
+        if broken:
+            return _finish(episode, prompt, sample, Stop.TOOL_ERROR, version)
+        fresh = renderer.render_tool_turn(episode.messages, responses, prompt.tools)
+        if len(episode.tokens) - n + len(fresh) >= limit:  # no room for an answer to it
+            return _finish(episode, prompt, sample, Stop.LENGTH, version)
+        episode.messages += responses
+        episode.user_turns += 1
+        episode.add_glue(fresh)
+
+
+def _after_turn(
+    episode: _Episode, turn: Sampled, tools: Mapping[str, Tool], renderer: Renderer, options: AgentOptions
+) -> tuple[Stop | None, list[Call]]:
+    """Record a turn; (why the trajectory ends here or None, the calls to run)."""
+    ends = renderer.end_of_turn_ids
+    ended = bool(turn.tokens) and turn.tokens[-1] in ends
+    text = turn_text(renderer, turn.tokens[:-1] if ended else turn.tokens)
+    episode.texts.append(text)
+    episode.messages.append({"role": "assistant", "content": text})
+    episode.assistant_turns += 1
+    if turn.reason == "aborted":
+        return Stop.ABORTED, []
+    if turn.reason == "length" or not ended:
+        return Stop.LENGTH, []
+    if turn.tokens[-1] != ends[0]:
+        return Stop.EOS, []
+    schemas = [tool.schema for tool in tools.values()]
+    calls = PARSERS[options.format](text, schemas) if tools else []
+    if not calls:
+        return Stop.NO_CALL, []
+    for count, most in ((episode.assistant_turns, options.max_assistant_turns), (episode.user_turns, options.max_user_turns)):
+        if most is not None and count >= most:
+            return Stop.MAX_TURNS, []
+    return None, calls
+
+
+def turn_text(renderer: Renderer, ids: Sequence[int]) -> str:
+    """The text of sampled ids, exactly: special tokens are kept, nothing is cleaned up."""
+    return str(renderer.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+async def _run_calls(
+    episode: _Episode, calls: Sequence[Call], tools: Mapping[str, Tool], renderer: Renderer, options: AgentOptions
+) -> tuple[list[dict[str, Any]], bool]:
+    """The tools' answers as messages, one per call and in order; whether a tool broke. Counts what happened."""
+    most, schemas = options.max_parallel_calls, [tool.schema for tool in tools.values()]
+    running = [_run_call(call, check(call, schemas), tools, options.tool_timeout_seconds) for call in calls[:most]]
+    results = list(await asyncio.gather(*running))
+    over = f"not run: at most {most} call{'s are' if most > 1 else ' is'} run in a turn. Call it again."
+    results += [ToolResult(over, "not_run") for _ in calls[most:]]
+    responses = []
+    for call, result in zip(calls, results, strict=True):
+        episode.calls += result.status != "not_run"
+        episode.errors += result.status not in ("success", "not_run", "timeout")
+        episode.timeouts += result.status == "timeout"
+        episode.seconds += result.seconds
+        text = cut_text(renderer.tokenizer, clean(result.text), options.max_tool_response_length, options.truncate_side)
+        responses.append({"role": "tool", "content": text, **({"name": call.name} if call.name in tools else {})})
+    return responses, any(result.status == BROKEN for result in results)
+
+
+async def _run_call(call: Call, problem: str | None, tools: Mapping[str, Tool], timeout: float) -> ToolResult:
+    """What the tool answers, or why there is no answer: a tool may hang or raise."""
+    if problem is not None:
+        return ToolResult(f"Error: {problem}", "bad_arguments")
+    begin = asyncio.get_running_loop().time()
+    try:
+        return await asyncio.wait_for(tools[call.name].call(call.arguments), timeout)
+    except asyncio.TimeoutError:
+        return ToolResult(f"TimeoutError: {call.name} gave no answer within {timeout:g} s.", "timeout", timeout)
+    except Exception as error:  # whatever a user's tool raises
+        seconds = asyncio.get_running_loop().time() - begin
+        return ToolResult(f"{type(error).__name__}: {error}", "error", seconds)
+
+
+def clean(text: str) -> str:
+    """`text` as valid Unicode: halves of surrogate pairs (bytes that weren't UTF-8) become replacement characters."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def cut_text(tokenizer: Any, text: str, limit: int, side: str) -> str:
+    """`text` in at most `limit` tokens, marker included: what fits is kept as it is, else `left` loses its beginning, `right`
+    its end, `middle` what lies between. It is cut between tokens of the whole text, so no character is halved."""
+    spans = _spans(tokenizer, text)
+    if len(spans) <= limit:
+        return text
+    room = max(limit - len(_spans(tokenizer, MARKER)), 0)
+    while True:
+        head = {"left": 0, "right": room, "middle": (room + 1) // 2}[side]
+        tail = room - head
+        start = text[: spans[head - 1][1]] if head else ""
+        end = text[spans[len(spans) - tail][0] :] if tail else ""
+        shorter = start + MARKER + end
+        over = len(_spans(tokenizer, shorter)) - limit  # the cut text can tokenise otherwise than its parts
+        if over <= 0 or room == 0:
+            return shorter
+        room = max(room - over, 0)
+
+
+def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """(start, end) characters of each token."""
+    if tokenizer.is_fast:
+        return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    count = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    edges = [round(i * len(text) / max(count, 1)) for i in range(count + 1)]  # a slow tokenizer can't tell: evenly
+    return list(pairwise(edges))
+
+
+def _finish(episode: _Episode, prompt: Prompt, sample: int, stop: Stop, version: int) -> Trajectory:
+    return Trajectory(
+        prompt, sample, np.asarray(episode.tokens, np.int32), len(prompt.ids), np.asarray(episode.mask, bool),
+        np.asarray(episode.logp, np.float32), np.asarray(episode.logp_behaviour, np.float32), stop,
+        num_turns=episode.user_turns + episode.assistant_turns + 1, tool_calls=episode.calls, tool_errors=episode.errors,
+        tool_timeouts=episode.timeouts, tool_seconds=episode.seconds, policy_version=version, assistant_text="\n".join(episode.texts),
+    )  # fmt: skip

@@ -1,0 +1,201 @@
+"""Questions from files to rendered prompts: the general schema, three common pairs of columns, or a function of the user's.
+
+    data_source, prompt, ability, reward_model{ground_truth}, extra_info      the general schema
+    Problem, Answer · problem, answer · question, answer                      by their columns (AIME 2024, MATH, GSM8K)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retool.data.chat import Renderer
+from retool.data.files import RowError, RowFunction, iter_chunks
+from retool.data.loader import epoch_order
+from retool.data.rows import RowFormat, plain, to_conversation, without_nulls
+from retool.rl.types import Prompt
+
+PAIRS = (("Problem", "Answer"), ("problem", "answer"), ("question", "answer"))
+HOW_TO_ANSWER = re.compile(r"\\boxed|answer format|####", re.IGNORECASE)
+MATHS = re.compile(r"math|aime|gsm|amc|olympiad", re.IGNORECASE)
+SHOWN_FAULTS = 10
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How rows become prompts. `answer_format` is added to math questions that don't say how to answer (None: never)."""
+
+    prompt_key: str = "prompt"
+    answer_format: str | None = None
+    max_length: int = 2048
+    filter_overlong: bool = True
+    truncation: str = "error"
+    max_samples: int = -1
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """What became of the rows."""
+
+    rows: int
+    kept: int
+    overlong: int
+    truncated: int
+    duplicates: int
+    longest: int
+    sources: Mapping[str, int]
+
+    def sentence(self) -> str:
+        """For the start-up plan."""
+        parts = [f"{self.kept:,} prompts ({', '.join(f'{name}: {n:,}' for name, n in self.sources.items())})", f"longest {self.longest:,}"]
+        if self.overlong:
+            parts.append(f"{self.overlong:,} over-long left out")
+        if self.truncated:
+            parts.append(f"{self.truncated:,} truncated")
+        if self.duplicates:
+            parts.append(f"{self.duplicates:,} exact duplicates")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A checked row, before it is rendered."""
+
+    messages: list[dict[str, Any]]
+    ground_truth: str
+    data_source: str
+    ability: str
+    extra_info: dict[str, Any]
+    where: str
+
+
+def load_prompts(
+    files: Sequence[str], renderer: Renderer, tools: list[dict[str, Any]] | None, options: PromptOptions, rows: RowFunction | None = None
+) -> tuple[list[Prompt], PromptReport]:
+    """Read, check and render every question, tool schemas and generation prompt included; over-long ones are left out and counted.
+
+    `rows` is the user's function (path) -> dicts. ValueError with the first faults when a row can't be used, or nothing is left.
+    """
+    prompts: list[Prompt] = []
+    faults: list[str] = []
+    seen: Counter[str] = Counter()
+    total = overlong = truncated = 0
+    for question in read_questions(files, options, rows):
+        total += 1
+        try:
+            if isinstance(question, RowError):
+                raise question
+            ids = np.asarray(renderer.render_prompt(question.messages, tools), np.int32)
+            if len(ids) > options.max_length:
+                if options.filter_overlong:
+                    overlong += 1
+                    continue
+                ids, truncated = truncate(ids, options, question.where), truncated + 1
+        except ValueError as error:
+            faults.append(_located(error, question))
+            continue
+        seen[json.dumps([question.messages, question.ground_truth], sort_keys=True, default=str)] += 1
+        extra = {**question.extra_info, "row": question.where}
+        prompts.append(
+            Prompt(len(prompts), question.messages, tools, ids, question.data_source, question.ground_truth, extra, question.ability)
+        )
+    if faults:
+        more = f"\n… and {len(faults) - SHOWN_FAULTS} more rows" if len(faults) > SHOWN_FAULTS else ""
+        raise ValueError(f"{len(faults)} of {total} rows can't be used:\n" + "\n".join(faults[:SHOWN_FAULTS]) + more)
+    if not prompts:
+        raise ValueError(f"none of the {total} prompts fits data.max_prompt_length={options.max_length} ({overlong} are longer).")
+    sources = Counter(prompt.data_source for prompt in prompts)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    return prompts, PromptReport(total, len(prompts), overlong, truncated, sum(n - 1 for n in seen.values()), longest, sources)
+
+
+def _located(error: ValueError, question: Question | RowError) -> str:
+    where = question.where if isinstance(question, Question) else ""
+    return str(error) if not where or where in str(error) else f"{where}: {error}"
+
+
+def truncate(ids: np.ndarray, options: PromptOptions, where: str) -> np.ndarray:
+    """`ids` cut to `max_length` tokens: `left` loses its beginning, `right` its end. ValueError under `error`."""
+    if options.truncation == "error":
+        raise ValueError(
+            f"{where}: the prompt has {len(ids)} tokens, more than data.max_prompt_length={options.max_length}. "
+            "Raise it, or use data.filter_overlong_prompts=true."
+        )
+    return ids[-options.max_length :] if options.truncation == "left" else ids[: options.max_length]
+
+
+def read_questions(files: Sequence[str], options: PromptOptions, rows: RowFunction | None = None) -> Iterator[Question | RowError]:
+    """Every row of `files` as a question, or why it isn't one."""
+    for chunk in iter_chunks(files, None, rows, options.max_samples):
+        for index, row in chunk:
+            try:
+                yield row if isinstance(row, RowError) else to_question(row, chunk.file, index, options)
+            except RowError as error:
+                yield error
+
+
+def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOptions) -> Question:
+    """Check and convert one raw row. RowError names file, row and what is wrong."""
+    where = f"{file}, row {index}"
+    pair = next((pair for pair in PAIRS if set(pair) <= set(row)), None) if options.prompt_key not in row else None
+    if pair is None and options.prompt_key not in row:
+        wanted = " or ".join(f"{a!r} and {b!r}" for a, b in PAIRS)
+        raise RowError(f"{where}: there is no {options.prompt_key!r}, nor {wanted}; it has {', '.join(map(str, row))}.")
+    raw = plain(row[pair[0] if pair else options.prompt_key])
+    messages = [{"role": "user", "content": raw}] if isinstance(raw, str) else raw
+    checked = to_conversation({"messages": messages}, file, index, RowFormat(), prompt_only=True).messages
+    if checked[-1]["role"] == "assistant":
+        raise RowError(f"{where}: the prompt ends with an assistant turn; there is nothing left to answer.")
+    truth = answer_of(plain(row[pair[1]]), where) if pair else _ground_truth(row, where)
+    source, ability = str(row.get("data_source") or Path(file).stem), str(row.get("ability") or ("math" if pair else ""))
+    extra = without_nulls(plain(row.get("extra_info"))) or {}
+    if not isinstance(extra, dict):
+        raise RowError(f"{where}: 'extra_info' is a {type(extra).__name__}, not a mapping.")
+    if options.answer_format and (MATHS.search(ability) or MATHS.search(source)):
+        checked = with_answer_format(checked, options.answer_format)
+    return Question(checked, truth, source, ability, extra, where)
+
+
+def _ground_truth(row: Mapping[str, Any], where: str) -> str:
+    judged = plain(row.get("reward_model"))
+    if isinstance(judged, str):
+        try:
+            judged = json.loads(judged)
+        except json.JSONDecodeError as error:
+            raise RowError(f"{where}: 'reward_model' is text but not JSON: {error.msg}.") from error
+    if not isinstance(judged, dict) or judged.get("ground_truth") is None:
+        raise RowError(f"{where}: there is no reward_model.ground_truth, so nothing to judge an answer by.")
+    return answer_of(judged["ground_truth"], where)
+
+
+def answer_of(value: Any, where: str) -> str:
+    """A truth as text; of a worked GSM8K solution what follows `####`."""
+    if value is None:
+        raise RowError(f"{where}: the answer is empty.")
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.rpartition("####")[2].strip().replace(",", "") if "####" in text else text
+
+
+def with_answer_format(messages: list[dict[str, Any]], line: str) -> list[dict[str, Any]]:
+    """The line at the end of the last user message, unless some message says how to answer already."""
+    if any(HOW_TO_ANSWER.search(message["content"]) for message in messages if message["role"] != "assistant"):
+        return messages
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    longer = {**messages[last], "content": messages[last]["content"].rstrip() + "\n" + line}
+    return [*messages[:last], longer, *messages[last + 1 :]]
+
+
+def prompts_at(position: int, count: int, total: int, seed: int, shuffle: bool) -> list[int]:
+    """Indices of the `count` prompts after the first `position` of an endless stream of shuffled epochs over `total` prompts."""
+    found: list[int] = []
+    while len(found) < count:
+        epoch, start = divmod(position + len(found), total)
+        found += epoch_order(total, seed, epoch, shuffle)[start : start + count - len(found)].tolist()
+    return found

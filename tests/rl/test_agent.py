@@ -1,0 +1,249 @@
+"""The agent loop with a scripted model and scripted tools: what is appended, what is counted, and why it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from retool.data.chat import Renderer
+from retool.data.rows import to_conversation
+from retool.rl.agent import AgentOptions, Sampled, cut_text, run_episode
+from retool.rl.tools import ToolResult
+from retool.rl.types import Prompt, Stop
+from tests.data.conftest import TOOLS
+
+OPTIONS = AgentOptions(max_response_length=10_000, max_parallel_calls=8)
+
+
+class Scripted:
+    """Plays back turns given as token ids, and notes what it was asked."""
+
+    def __init__(self, turns):
+        self.turns, self.asked = list(turns), []
+
+    async def __call__(self, ids, max_tokens):
+        self.asked.append((list(ids), max_tokens))
+        turn = self.turns.pop(0)
+        if isinstance(turn, Sampled):
+            return turn
+        turn = turn[:max_tokens]
+        logp = [-0.25 * (i + 1) for i in range(len(turn))]
+        return Sampled(turn, logp, [2 * x for x in logp], "stop" if len(turn) == len(turn[:max_tokens]) else "length")
+
+
+class Answers:
+    """A tool that answers from a list: text, a result, an exception, or a coroutine function."""
+
+    def __init__(self, answers, schema=TOOLS[0]):
+        self.schema, self.name, self.answers, self.calls = schema, schema["function"]["name"], list(answers), []
+
+    async def call(self, arguments):
+        self.calls.append(dict(arguments))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        if callable(answer):
+            return await answer()
+        return answer if isinstance(answer, ToolResult) else ToolResult(answer, "success", 0.5)
+
+    async def close(self):
+        pass
+
+
+def prompt_of(renderer: Renderer, row) -> Prompt:
+    first = next(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
+    checked = to_conversation({**row, "messages": row["messages"][:first]}, "rows", 0, prompt_only=True)
+    ids = np.asarray(renderer.render_prompt(checked.messages, checked.tools), np.int32)
+    return Prompt(0, checked.messages, checked.tools, ids, "rows", "42")
+
+
+def say(renderer, text, end="<|im_end|>"):
+    return renderer.encode(["<|im_start|>assistant\n", text + end])[1]
+
+
+def call_text(code, name="calculator"):
+    return f'<tool_call>\n{json.dumps({"name": name, "arguments": {"code": code}})}\n</tool_call>'
+
+
+def episode(renderer, row, turns, tool, **changes):
+    model = Scripted(turns)
+    tools = {tool.name: tool} if tool is not None else {}
+    trajectory = asyncio.run(run_episode(prompt_of(renderer, row), 0, model, tools, renderer, replace(OPTIONS, **changes), 7))
+    return trajectory, model
+
+
+def replayed(renderer, row):
+    """The conversation of `row` as a rollout: each assistant turn sampled as the SFT render has it, each tool saying what it said."""
+    checked = to_conversation(row, "rows", 0)
+    pieces = renderer.pieces(checked)[0]
+    ids = renderer.encode([piece.text for piece in pieces])
+    turns = [part for part, piece in zip(ids, pieces, strict=True) if piece.turn is not None]
+    tool = Answers([m["content"] for m in checked.messages if m["role"] == "tool"])
+    return renderer.tokenise(pieces), episode(renderer, row, turns, tool)[0], tool
+
+
+@pytest.mark.parametrize("template", ["hermes", "chatml"])
+def test_a_training_conversation_replayed_gives_the_same_stream_and_mask(renderer_of, tool_row, template) -> None:
+    renderer = renderer_of(template)
+    if template == "chatml":
+        tool_row = {**tool_row, "messages": tool_row["messages"][:2] + tool_row["messages"][-1:], "tools": None}
+    sample, trajectory, tool = replayed(renderer, tool_row)
+    n = len(trajectory)
+    assert trajectory.stop is Stop.NO_CALL and not tool.answers
+    assert np.array_equal(sample.tokens[:n], trajectory.tokens) and np.array_equal(sample.mask[:n], trajectory.mask)
+    assert not sample.mask[n:].any() and len(sample.tokens) - n <= 1  # what the template writes after the last turn
+    assert trajectory.num_turns == (6 if tool.calls else 2) and trajectory.tool_calls == len(tool.calls) == (3 if tool.calls else 0)
+
+
+def test_real_conversations_replayed(shared_data, qwen_tokenizer) -> None:
+    import pyarrow.parquet as pq
+
+    renderer = Renderer(qwen_tokenizer)
+    rows = pq.read_table(shared_data / "gsm8k-tool-sft" / "test.parquet").slice(0, 25).to_pylist()
+    for row in rows:
+        checked = to_conversation(row, "rows", 0)
+        pieces = renderer.pieces(checked)[0]
+        ids = renderer.encode([piece.text for piece in pieces])
+        turns = [part for part, piece in zip(ids, pieces, strict=True) if piece.turn is not None]
+        tool = Answers([m["content"] for m in checked.messages if m["role"] == "tool"], (checked.tools or [])[0])
+        trajectory, _ = episode(renderer, {"messages": checked.messages, "tools": checked.tools}, turns, tool)
+        sample, n = renderer.tokenise(pieces), len(trajectory)
+        assert np.array_equal(sample.tokens[:n], trajectory.tokens) and np.array_equal(sample.mask[:n], trajectory.mask)
+        assert not sample.mask[n:].any()
+
+
+def test_sampled_ids_stay_and_log_probs_line_up(renderer_of, tool_row) -> None:
+    """A turn that the tokenizer would write otherwise is kept as sampled, and what follows isn't shifted."""
+    renderer = renderer_of("hermes")
+    text = call_text("1") + "<|im_end|>"
+    letters = [i for c in call_text("1") for i in renderer.encode(["", c])[1]] + say(renderer, "")
+    assert letters != say(renderer, call_text("1")) and renderer.tokenizer.decode(letters) == text
+    last = say(renderer, "42")
+    trajectory, model = episode(renderer, tool_row, [letters, last], Answers(["24"]))
+    sampled = trajectory.tokens[trajectory.mask]
+    assert sampled.tolist() == letters + last
+    assert np.all(trajectory.logp[~trajectory.mask] == 0) and np.all(trajectory.logp_behaviour[~trajectory.mask] == 0)
+    assert trajectory.logp[trajectory.mask].tolist() == [-0.25 * (i + 1) for turn in (letters, last) for i in range(len(turn))]
+    canonical, _ = episode(renderer, tool_row, [say(renderer, call_text("1")), last], Answers(["24"]))
+    glue = len(trajectory) - trajectory.prompt_length - len(sampled)
+    assert np.array_equal(trajectory.tokens[-len(last) - glue :], canonical.tokens[-len(last) - glue :])
+    assert model.asked[0][0] == trajectory.prompt.ids.tolist() and model.asked[1][0] == trajectory.tokens[-len(last) - glue : -len(last)].tolist()
+    assert trajectory.policy_version == 7
+
+
+def test_the_models_mistakes_come_back_to_it(renderer_of, tool_row) -> None:
+    renderer = renderer_of("hermes")
+    turns = [say(renderer, "<tool_call>{oops}</tool_call>"), say(renderer, call_text("1", "abacus")), say(renderer, "I give up.")]
+    trajectory, _ = episode(renderer, tool_row, turns, Answers([]))
+    glue = renderer.tokenizer.decode(trajectory.tokens[trajectory.prompt_length :][~trajectory.mask[trajectory.prompt_length :]])
+    assert "isn't valid JSON" in glue and "there is no tool 'abacus'; there is calculator." in glue
+    assert (trajectory.tool_calls, trajectory.tool_errors, trajectory.tool_timeouts) == (2, 2, 0)
+    assert trajectory.assistant_text == "<tool_call>{oops}</tool_call>\n" + call_text("1", "abacus") + "\nI give up."
+
+
+def test_tool_output_is_no_part_of_what_the_model_wrote(renderer_of, tool_row) -> None:
+    renderer = renderer_of("hermes")
+    trajectory, _ = episode(renderer, tool_row, [say(renderer, call_text("1")), say(renderer, "?")], Answers(["\\boxed{42}"]))
+    assert "boxed" not in trajectory.assistant_text and "boxed" in renderer.tokenizer.decode(trajectory.tokens)
+
+
+def test_tools_that_raise_hang_and_break(renderer_of, tool_row) -> None:
+    renderer = renderer_of("hermes")
+
+    async def forever():
+        await asyncio.sleep(60)
+
+    turns = [say(renderer, call_text("1")), say(renderer, call_text("2")), say(renderer, "Done.")]
+    tool = Answers([KeyError("x"), forever])
+    trajectory, _ = episode(renderer, tool_row, turns, tool, tool_timeout_seconds=0.05)
+    assert (trajectory.stop, trajectory.tool_calls, trajectory.tool_errors, trajectory.tool_timeouts) == (Stop.NO_CALL, 2, 1, 1)
+    assert trajectory.tool_seconds >= 0.05
+    broken, _ = episode(renderer, tool_row, turns, Answers([ToolResult("gone", "sandbox_error")]))
+    assert broken.stop is Stop.TOOL_ERROR and broken.mask[-1] and broken.tool_errors == 1
+
+
+def test_binary_output_is_made_text(renderer_of, tool_row) -> None:
+    renderer = renderer_of("hermes")
+    turns = [say(renderer, call_text("1")), say(renderer, "Done.")]
+    trajectory, _ = episode(renderer, tool_row, turns, Answers(["\udcff\ud800\x00ok"]))
+    assert trajectory.stop is Stop.NO_CALL and "\ufffd" in renderer.tokenizer.decode(trajectory.tokens)
+
+
+def test_parallel_calls_and_those_beyond(renderer_of, tool_row) -> None:
+    renderer = renderer_of("hermes")
+    started: list[int] = []
+
+    async def together():
+        started.append(1)
+        while len(started) < 2:  # neither ends before the other has begun
+            await asyncio.sleep(0.001)
+        return ToolResult("ok", "success")
+
+    turns = [say(renderer, "\n".join(call_text(str(i)) for i in range(4))), say(renderer, "Done.")]
+    trajectory, _ = episode(renderer, tool_row, turns, Answers([together, together]), max_parallel_calls=2)
+    text = renderer.tokenizer.decode(trajectory.tokens)
+    assert trajectory.tool_calls == 2 and text.count("not run: at most 2 calls are run in a turn.") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "turns", "stop", "num_turns"),
+    [
+        ({"max_assistant_turns": 2}, 3, Stop.MAX_TURNS, 4),
+        ({"max_user_turns": 1}, 3, Stop.MAX_TURNS, 4),
+        ({"max_assistant_turns": 1}, 1, Stop.MAX_TURNS, 2),
+    ],
+)
+def test_turn_limits(renderer_of, tool_row, changes, turns, stop, num_turns) -> None:
+    renderer = renderer_of("hermes")
+    trajectory, _ = episode(renderer, tool_row, [say(renderer, call_text("1"))] * turns, Answers(["ok"] * turns), **changes)
+    assert trajectory.stop is stop and trajectory.num_turns == num_turns and trajectory.mask[-1]
+
+
+def test_token_limits(renderer_of, tool_row) -> None:
+    renderer = renderer_of("hermes")
+    first = say(renderer, call_text("1"))
+    for limit, length in ((len(first) - 1, len(first) - 1), (len(first), len(first)), (len(first) + 3, len(first))):
+        trajectory, model = episode(renderer, tool_row, [first, first], Answers(["ok"]), max_response_length=limit)
+        assert trajectory.stop is Stop.LENGTH and trajectory.response_length == length and len(model.asked) == 1
+    n = len(prompt_of(renderer, tool_row).ids)
+    full, model = episode(renderer, tool_row, [], None, max_context=n)
+    assert full.stop is Stop.LENGTH and full.response_length == 0 and not model.asked
+
+
+def test_end_at_once_end_of_text_and_aborted(renderer_of, tool_row) -> None:
+    renderer = renderer_of("hermes")
+    end = say(renderer, "")
+    assert episode(renderer, tool_row, [end], Answers([]))[0].stop is Stop.NO_CALL
+    renderer = renderer_of("hermes")
+    renderer.__dict__["end_of_turn_ids"] = (*end, 0)  # a tokenizer whose end of text isn't the end of a turn
+    trajectory, _ = episode(renderer, tool_row, [[*say(renderer, call_text("1"))[:-1], 0]], Answers([]))
+    assert trajectory.stop is Stop.EOS and trajectory.tool_calls == 0
+    given_up = Sampled([5], [-1.0], [-1.0], "aborted")
+    assert episode(renderer, tool_row, [given_up], Answers([]))[0].stop is Stop.ABORTED
+
+
+def test_without_tools_a_call_is_an_answer(renderer_of, tool_row) -> None:
+    renderer = renderer_of("hermes")
+    trajectory, _ = episode(renderer, tool_row, [say(renderer, call_text("1"))], None)
+    assert trajectory.stop is Stop.NO_CALL and trajectory.num_turns == 2
+
+
+@pytest.mark.parametrize("side", ["left", "middle", "right"])
+def test_tool_text_is_cut_by_tokens(tokenizer, side) -> None:
+    def count(text):
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    text = " ".join(f"line {i} é€𝄞" for i in range(60))
+    assert cut_text(tokenizer, text, count(text), side) == text  # what fits exactly is kept
+    for limit in (count(text) - 1, 100, 31):
+        short = cut_text(tokenizer, text, limit, side)
+        assert count(short) <= limit and "…[cut]…" in short and "\ufffd" not in short
+        head, _, tail = short.partition("…[cut]…")
+        assert text.startswith(head) and text.endswith(tail)
+        assert bool(head) == (side != "left") and bool(tail) == (side != "right")
+    if side == "middle":
+        assert abs(count(head) - count(tail)) <= 6

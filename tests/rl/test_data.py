@@ -1,0 +1,117 @@
+"""Questions: every schema, what is added to them, what is left out and counted, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from retool.data.chat import Renderer
+from retool.rl.config import ANSWER_FORMAT
+from retool.rl.data import PromptOptions, load_prompts, prompts_at, read_questions
+from retool.rl.tools import SCHEMA
+
+OPTIONS = PromptOptions(answer_format=ANSWER_FORMAT)
+
+
+def write(folder, rows, name="rows.jsonl"):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def general(content="1+1?", truth="2", **more):
+    judged = {"style": "rule", "ground_truth": truth}
+    return {"data_source": "sums", "prompt": [{"role": "user", "content": content}], "ability": "math", "reward_model": judged, **more}
+
+
+def test_the_general_schema(tmp_path, renderer_of) -> None:
+    file = write(tmp_path, [general(extra_info={"index": 4, "split": None}), {**general("2+2?", 4), "ability": "poetry", "data_source": "x"}])
+    prompts, said = load_prompts([file], renderer_of("hermes"), None, OPTIONS)
+    assert prompts[0].messages == [{"role": "user", "content": "1+1?\n" + ANSWER_FORMAT}]
+    assert prompts[1].messages == [{"role": "user", "content": "2+2?"}] and prompts[1].ground_truth == "4"
+    assert prompts[0].data_source == "sums" and prompts[0].extra_info["index"] == 4 and "split" not in prompts[0].extra_info
+    assert prompts[0].ids.tolist() == renderer_of("hermes").render_prompt(prompts[0].messages)
+    assert said.sentence().startswith("2 prompts (sums: 1, x: 1)")
+
+
+@pytest.mark.parametrize(("question", "answer"), [("Problem", "Answer"), ("problem", "answer"), ("question", "answer")])
+def test_pairs_of_columns(tmp_path, question, answer) -> None:
+    file = write(tmp_path, [{question: "How many?", answer: "Sum: 1,300\n#### 1,300"}, {question: "How?", answer: 204}], "aime.jsonl")
+    first, second = read_questions([file], OPTIONS)
+    assert first.messages == [{"role": "user", "content": "How many?\n" + ANSWER_FORMAT}]
+    assert (first.ground_truth, second.ground_truth, first.data_source, first.ability) == ("1300", "204", "aime", "math")
+
+
+@pytest.mark.parametrize("said", ["Put it in \\boxed{}.", "The answer format must be: x", "End with #### 5"])
+def test_no_second_answer_format(tmp_path, said) -> None:
+    file = write(tmp_path, [general(said)])
+    assert next(iter(read_questions([file], OPTIONS))).messages[-1]["content"] == said
+    off = PromptOptions(answer_format=None)
+    assert next(iter(read_questions([write(tmp_path, [general()])], off))).messages[-1]["content"] == "1+1?"
+
+
+def test_overlong_prompts_are_counted_with_the_tools_rendered(tmp_path, renderer_of) -> None:
+    renderer = renderer_of("hermes")
+    file = write(tmp_path, [general(), general("long " * 50), general()])
+    bare = len(renderer.render_prompt([{"role": "user", "content": "1+1?\n" + ANSWER_FORMAT}]))
+    prompts, said = load_prompts([file], renderer, None, PromptOptions(answer_format=ANSWER_FORMAT, max_length=bare))
+    assert (len(prompts), said.overlong, said.duplicates, said.longest) == (2, 1, 1, bare)
+    with pytest.raises(ValueError, match=r"none of the 3 prompts fits data.max_prompt_length"):
+        load_prompts([file], renderer, [SCHEMA], PromptOptions(answer_format=ANSWER_FORMAT, max_length=bare))
+
+
+def test_truncation(tmp_path, renderer_of) -> None:
+    renderer, file = renderer_of("hermes"), write(tmp_path, [general("long " * 50)])
+    whole = load_prompts([file], renderer, None, OPTIONS)[0][0].ids
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 0: the prompt has \d+ tokens"):
+        load_prompts([file], renderer, None, PromptOptions(max_length=20, filter_overlong=False))
+    for side, expected in (("left", whole[-20:]), ("right", whole[:20])):
+        options = PromptOptions(answer_format=ANSWER_FORMAT, max_length=20, filter_overlong=False, truncation=side)
+        prompts, said = load_prompts([file], renderer, None, options)
+        assert prompts[0].ids.tolist() == expected.tolist() and said.truncated == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "x"}, "there is no 'prompt'"),
+        ({"prompt": [{"role": "user", "content": "x"}]}, "no reward_model.ground_truth"),
+        (general(truth=None), "no reward_model.ground_truth"),
+        ({**general(), "prompt": 3}, "isn't a list of messages"),
+        ({**general(), "prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "ends with an assistant turn"),
+        ({**general(), "reward_model": "{"}, "not JSON"),
+        ({**general(), "extra_info": 3}, "not a mapping"),
+    ],
+)
+def test_rows_that_are_refused_are_named(tmp_path, renderer_of, row, said) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        load_prompts([write(tmp_path, [general(), row])], renderer_of("hermes"), None, OPTIONS)
+    assert "rows.jsonl, row 1" in str(caught.value) and "1 of 2 rows" in str(caught.value)
+
+
+def test_a_function_of_the_users(tmp_path, renderer_of) -> None:
+    def rows(path):
+        yield from ({"prompt": f"{i}+{i}?", "reward_model": {"ground_truth": 2 * i}, "data_source": path} for i in range(3))
+
+    prompts, _ = load_prompts(["anything"], renderer_of("hermes"), None, OPTIONS, rows)
+    assert [p.ground_truth for p in prompts] == ["0", "2", "4"] and prompts[0].data_source == "anything"
+
+
+def test_the_stream_of_prompts_covers_each_epoch_once() -> None:
+    taken = [prompts_at(position, 3, 7, seed=5, shuffle=True) for position in range(0, 21, 3)]
+    flat = [i for part in taken for i in part]
+    assert [sorted(flat[k : k + 7]) for k in (0, 7, 14)] == [list(range(7))] * 3 and flat[:7] != flat[7:14]
+    assert prompts_at(4, 6, 7, 5, True) == flat[4:10] and prompts_at(5, 4, 7, 0, False) == [5, 6, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("file", "rows", "source"),
+    [("dapo-math-17k/dapo_math_17k.parquet", 40, "DAPO-17k"), ("aime/aime24.parquet", 30, "deepscaler"), ("gsm8k/train_verl.parquet", 40, "openai/gsm8k")],
+)
+def test_real_files(shared_data, qwen_tokenizer, file, rows, source) -> None:
+    options = PromptOptions(answer_format=ANSWER_FORMAT, max_samples=rows)
+    prompts, said = load_prompts([str(shared_data / file)], Renderer(qwen_tokenizer), [SCHEMA], options)
+    assert len(prompts) + said.overlong == rows and set(said.sources) == {source}
+    text = qwen_tokenizer.decode(prompts[0].ids)
+    assert "code_interpreter" in text and text.endswith("<|im_start|>assistant\n") and "\\boxed" in text
