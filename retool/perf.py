@@ -100,6 +100,7 @@ class StepTimer:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._phases: list[tuple[str, Any, Any]] = []
+        self.current = ""  # the phase that the host is in
         self._start = self._mark()
 
     def _mark(self) -> Any:
@@ -112,11 +113,12 @@ class StepTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what is inside; the same name again adds up."""
-        start = self._mark()
+        start, outer, self.current = self._mark(), self.current, name
         try:
             yield
         finally:
             self._phases.append((name, start, self._mark()))
+            self.current = outer
 
     def take(self) -> StepTimes:
         """End the step here and begin the next."""

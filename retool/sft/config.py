@@ -154,6 +154,9 @@ class TrainerConfig:
     n_gpus_per_node: int | None = option(None, "Processes per machine; null = what the launcher says.", minimum=1)
     device: Literal["auto", "cuda", "cpu"] = option("auto", "auto = CUDA where there is a GPU.")
     device_memory_gb: float | None = option(None, "Plan (--check) for GPUs of this many GiB; null = the GPU at hand.", above=0)
+    watchdog_s: float = option(
+        600, "Seconds without progress after which every rank writes its stacks into the run folder and the run ends; 0 = never.", minimum=0
+    )
     max_grad_skips: int = option(3, "Steps in a row with a non-finite gradient norm after which the run stops.", minimum=1)
 
 

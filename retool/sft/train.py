@@ -30,6 +30,7 @@ from retool.sft.config import SFTConfig
 from retool.sft.plan import Report
 from retool.sft.step import Measured, train_step
 from retool.sft.validate import validate
+from retool.watchdog import Watchdog
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -89,23 +90,25 @@ def train(report: Report) -> None:
         stop_step=report.steps, shuffle=config.data.shuffle, **run.batching,
     )  # fmt: skip
     timer = StepTimer(mesh.device)
-    while state.step < report.steps:
-        with timer.phase("data"):
-            batch = next(batches)
-        one_step(run, state, batch, timer)
-        stopping = stop.agreed(mesh)
-        last = state.step == report.steps
-        if last or due(config.trainer.test_freq, state.step, report.steps_per_epoch):
-            with timer.phase("testing"):
-                run_validation(run, state)
-        if last or stopping or due(config.trainer.save_freq, state.step, report.steps_per_epoch):
-            with timer.phase("save"):
-                save(run, state)
-        if not state.pending:  # validation or a save came between two steps: its time isn't the next step's
-            state.between = timer.take().seconds()
-        if stopping and not last:
-            say(mesh, f"asked to stop: saved step {state.step}, resume with the same command.")
-            break
+    with Watchdog(run.folder, mesh.rank, mesh.world, config.trainer.watchdog_s, timer) as watchdog:
+        while state.step < report.steps:
+            watchdog.beat()
+            with timer.phase("data"):
+                batch = next(batches)
+            one_step(run, state, batch, timer)
+            stopping = stop.agreed(mesh)
+            last = state.step == report.steps
+            if last or due(config.trainer.test_freq, state.step, report.steps_per_epoch):
+                with timer.phase("testing"):
+                    run_validation(run, state, watchdog)
+            if last or stopping or due(config.trainer.save_freq, state.step, report.steps_per_epoch):
+                with timer.phase("save"):
+                    save(run, state)
+            if not state.pending:  # validation or a save came between two steps: its time isn't the next step's
+                state.between = timer.take().seconds()
+            if stopping and not last:
+                say(mesh, f"asked to stop: saved step {state.step}, resume with the same command.")
+                break
     finish(run, state)
     stop.restore()
 
@@ -255,12 +258,12 @@ def due(every: int | str, step: int, per_epoch: int) -> bool:
     return period > 0 and step % period == 0
 
 
-def run_validation(run: Run, state: TrainState) -> None:
+def run_validation(run: Run, state: TrainState, watchdog: Watchdog) -> None:
     """Validate on every row and log it."""
     log_pending(run, state)
     if run.val_data is None:
         return
-    batches = iterate_validation(run.val_data, **run.batching)
+    batches = watchdog.each(iterate_validation(run.val_data, **run.batching))
     run.loggers.log(state.step, validate(run.model, batches, int(run.val_data.trained.sum())))
 
 

@@ -1,0 +1,191 @@
+"""A run that hangs says where, and ends. Every rank beats once a step; the first one that stays silent for too long makes all
+of them write down where they are.
+
+    RUN_DIR/hang/rank_N.txt   Python stacks of every thread, the phase, the last collectives that torch recorded
+    RUN_DIR/hang/report.txt   which ranks said what, in a few lines; the same goes to stderr
+
+[Note: who watches whom] A rank that hangs in Python or in a collective lets go of the interpreter's lock, so that a thread of
+its own can still write. The first to notice touches `hang/alarm`; the others look for it every few seconds, so that all
+stacks are of one moment, and nobody ends the run before all have written. A rank that holds the lock for ever (a C extension)
+can't run a thread: `faulthandler`'s timer, which needs no lock, then writes its stacks and ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from retool.perf import StepTimer
+
+T = TypeVar("T")
+EXIT = 70  # the exit status of a run that was ended for its silence
+PATIENCE = 15.0  # seconds that the others have to write down where they are
+UNWATCHED = ("save",)  # phases that may take as long as the disk does
+SHOWN = 5  # collectives
+
+
+class Watchdog:
+    """Watches one rank. `beat` as often as it gets on; `silence_s` without a beat ends the run. 0 watches nothing."""
+
+    def __init__(
+        self, folder: Path, rank: int, world: int, silence_s: float, timer: StepTimer | None = None,
+        end: Callable[[int], None] = os._exit,
+    ) -> None:  # fmt: skip
+        self.folder, self.rank, self.world, self.silence_s, self.timer, self._end = folder / "hang", rank, world, silence_s, timer, end
+        self._beats, self._last, self._stopped = 0, time.monotonic(), threading.Event()
+        self._alarm = self.folder / "alarm"
+        self._heard = _modified(self._alarm)  # an earlier run's alarm isn't ours, nor are its stacks
+        self._old = [_modified(self._stacks_of(r)) for r in range(world)]
+        self._spare: Any = None
+        if silence_s > 0:
+            self._spare = open(os.dup(sys.stderr.fileno() if _real(sys.stderr) else 2), "w")  # noqa: SIM115 - lives as long as the run
+            threading.Thread(target=self._watch, name="retool-watchdog", daemon=True).start()
+            self.beat()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def beat(self) -> None:
+        """This rank gets on."""
+        self._beats, self._last = self._beats + 1, time.monotonic()
+        if self._spare is not None:
+            faulthandler.dump_traceback_later(2 * self.silence_s + 4 * PATIENCE, exit=True, file=self._spare)
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """`items`, with a beat for each."""
+        for item in items:
+            self.beat()
+            yield item
+
+    def stop(self) -> None:
+        """The run is over."""
+        self._stopped.set()
+        if self._spare is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._spare.close()
+            self._spare = None
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(min(2.0, self.silence_s / 5)):
+            phase = self.timer.current if self.timer is not None else ""
+            if phase in UNWATCHED:
+                self.beat()
+            silent = time.monotonic() - self._last
+            if silent > self.silence_s or _modified(self._alarm) != self._heard:
+                self._raise_alarm(silent, phase)
+                return
+
+    def _raise_alarm(self, silent: float, phase: str) -> None:
+        """Write down where this rank is, wait for the others, say it all, end."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            called = _modified(self._alarm) != self._heard
+            mine = self._stacks_of(self.rank)
+            temporary = mine.with_suffix(".tmp")
+            temporary.write_text(self._where(silent, phase), encoding="utf-8", errors="replace")
+            temporary.replace(mine)
+            if not called:
+                self._alarm.touch()
+                os.utime(self._alarm)
+            self._say(self._wait_for_others())
+        except OSError as error:  # a full or vanished disk: stderr is what is left
+            print(f"watchdog: {error}\n{self._where(silent, phase)}", file=sys.stderr, flush=True)
+        finally:
+            self._end(EXIT)
+
+    def _where(self, silent: float, phase: str) -> str:
+        said = f"rank {self.rank} of {self.world}: no beat for {silent:.0f} s, {self._beats} before; in {phase or 'no timed phase'}"
+        return "\n".join([said, *(f"collective: {line}" for line in last_collectives()), "", stacks()])
+
+    def _stacks_of(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank}.txt"
+
+    def _wait_for_others(self) -> list[int]:
+        """Ranks that have written, once all have or patience ends. Ranks of machines that share no folder never appear."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            there = [r for r in range(self.world) if _modified(self._stacks_of(r)) != self._old[r]]
+            if len(there) == self.world or time.monotonic() > until:
+                return there
+            time.sleep(0.1)
+
+    def _say(self, there: list[int]) -> None:
+        """One report for the run, from the lowest rank that is there; stacks of its own from every rank."""
+        print(self._stacks_of(self.rank).read_text(encoding="utf-8"), file=sys.stderr, flush=True)
+        if self.rank == min(there, default=self.rank):
+            lines = [f"The run hung: no progress for {self.silence_s:g} s (trainer.watchdog_s). Each rank's stacks are in {self.folder}."]
+            for rank in there:
+                said, _, stack = self._stacks_of(rank).read_text(encoding="utf-8").partition("\n\n")
+                lines += [f"  {line}" for line in (*said.splitlines(), f"at {_innermost(stack)}")]
+            if missing := sorted(set(range(self.world)) - set(there)):
+                lines.append(f"  nothing from rank {', '.join(map(str, missing))}: dead, on another machine, or stuck outside Python.")
+            lines.append("A rank whose stack differs from the others' is usually the one that they wait for.")
+            report = "\n".join(lines)
+            (self.folder / "report.txt").write_text(report + "\n", encoding="utf-8")
+            print(report, file=sys.stderr, flush=True)
+        else:
+            time.sleep(min(1.0, PATIENCE / 4))  # the launcher ends everybody when the first one goes
+
+
+def stacks() -> str:
+    """Python stacks of all threads, the main thread's first."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        blocks = [block for block in file.read().split("\n\n") if block.strip() and " in _watch\n" not in block + "\n"]
+    main = f"0x{threading.main_thread().ident or 0:016x}"
+    return "\n\n".join(sorted(blocks, key=lambda block: main not in block.splitlines()[0]))
+
+
+def last_collectives() -> list[str]:
+    """The last collectives that torch's flight recorder holds, newest first, in words; none where there is no recorder."""
+    dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_fr_trace_json", None) or getattr(
+        getattr(torch._C, "_distributed_c10d", None), "_dump_nccl_trace_json", None
+    )
+    if dump is None:
+        return []
+    try:
+        entries = json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", [])
+    except (ValueError, TypeError, RuntimeError, AttributeError):  # a private function: what it can't tell isn't worth a failure
+        return []
+    return [
+        f"{entry.get('profiling_name', '?')} #{entry.get('collective_seq_id', '?')} of {entry.get('input_sizes', '')} "
+        f"in group {' '.join(map(str, entry.get('process_group', [])))}: {entry.get('state', '?')}"
+        for entry in reversed(entries[-SHOWN:])
+    ]
+
+
+def _innermost(stack: str) -> str:
+    """The innermost line of the first thread's stack that isn't inside torch or the standard library."""
+    frames = [line.strip() for line in stack.split("\n\n")[0].splitlines() if line.lstrip().startswith("File")]
+    own = [frame for frame in frames if "site-packages" not in frame and f"{os.sep}lib{os.sep}python" not in frame]
+    return (own or frames or ["an unknown place"])[0]
+
+
+def _modified(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime_ns
+    return 0
+
+
+def _real(stream: Any) -> bool:
+    """Whether a stream has a file descriptor (a test's capture may not)."""
+    try:
+        return isinstance(stream.fileno(), int)
+    except (AttributeError, OSError, io.UnsupportedOperation):
+        return False
