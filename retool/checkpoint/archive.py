@@ -10,7 +10,6 @@ import mmap
 import os
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from retool.checkpoint.unpickle import Storage, Stored, parse
 
 PICKLE_LIMIT = 256 << 20
 BLOCK = 1 << 20  # bytes of a file under one of its checksums
-THREADS = 4
 
 
 class TorchFile:
@@ -114,20 +112,11 @@ class TorchFile:
         return place
 
     def _check_blocks(self, first: int, last: int, blocks: list[int]) -> None:
-        view = memoryview(self._map)
-
-        def differs(index: int) -> bool:
-            return index >= len(blocks) or zlib.crc32(view[index * BLOCK : (index + 1) * BLOCK]) != blocks[index]
-
-        fresh = [i for i in range(first // BLOCK, -(-last // BLOCK)) if i not in self._checked]
-        if len(fresh) < 2 * THREADS:
-            bad = [i for i in fresh if differs(i)]
-        else:
-            with ThreadPoolExecutor(THREADS) as pool:  # zlib lets go of the interpreter lock
-                bad = [i for i, wrong in zip(fresh, pool.map(differs, fresh), strict=True) if wrong]
-        if bad:
-            raise self._fault(f"bytes [{bad[0] * BLOCK}, {(bad[0] + 1) * BLOCK}) differ from checksums.json: the file is damaged")
-        self._checked.update(fresh)
+        for index in range(first // BLOCK, -(-last // BLOCK)):
+            if index not in self._checked:
+                if index >= len(blocks) or zlib.crc32(memoryview(self._map)[index * BLOCK : (index + 1) * BLOCK]) != blocks[index]:
+                    raise self._fault(f"bytes [{index * BLOCK}, {(index + 1) * BLOCK}) differ from checksums.json: the file is damaged")
+                self._checked.add(index)
 
     def release(self) -> None:
         """Give back the mapped pages; views of them stay valid and are read again when used."""

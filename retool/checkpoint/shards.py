@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 from math import prod
 from pathlib import Path
@@ -23,16 +24,18 @@ class Shards:
         self.world = world_size(folder)
         self._recorded = recorded(folder)
         self._files: dict[int, TorchFile] = {}
+        self._opening = threading.Lock()
 
     def file(self, rank: int) -> TorchFile:
         """Rank `rank`'s file. ValueError if it is missing, damaged or refused."""
-        if rank not in self._files:
-            name = shard_name(self.kind, self.world, rank)
-            if not (self.folder / name).is_file():
-                raise ValueError(f"{self.folder / name} is missing: the checkpoint is not complete.")
-            entry = self._recorded.get(name)
-            self._files[rank] = TorchFile(self.folder / name, None if entry is None else entry["crc32"])
-        return self._files[rank]
+        with self._opening:
+            if rank not in self._files:
+                name = shard_name(self.kind, self.world, rank)
+                if not (self.folder / name).is_file():
+                    raise ValueError(f"{self.folder / name} is missing: the checkpoint is not complete.")
+                entry = self._recorded.get(name)
+                self._files[rank] = TorchFile(self.folder / name, None if entry is None else entry["crc32"])
+            return self._files[rank]
 
     def release(self) -> None:
         """Give back the memory of what was read."""

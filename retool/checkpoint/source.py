@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +12,7 @@ import torch
 from retool.parallel.fsdp.layout import Layout, Member, local_pieces
 
 CHUNK = 1 << 24  # elements copied at a time: bounds what a conversion of dtype or a move to the device holds at once
+THREADS = 4
 
 
 class TensorSource(Protocol):
@@ -25,7 +27,10 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor: 1-D, on the CPU, in the stored dtype. Reads only those bytes."""
+        """Elements [start, stop) of the flattened tensor: 1-D, on the CPU, in the stored dtype. Reads only those bytes.
+
+        Called from several threads at once.
+        """
         ...
 
 
@@ -56,11 +61,22 @@ def load_flat(layout: Layout, shard_rank: int, source: TensorSource, out: torch.
     assert out.shape == (layout.shard_numel,), f"out has {tuple(out.shape)}, the shard {layout.shard_numel} elements"
     on_disk = match_names(layout, source)
     out.zero_()
-    for piece in local_pieces(layout, shard_rank):
-        for start in range(piece.start, piece.stop, CHUNK):
-            stop = min(start + CHUNK, piece.stop)
-            at = piece.local + start - piece.start
-            out[at : at + stop - start].copy_(source.read(on_disk[piece.member.name], start, stop))
+
+    def fill(at: int, name: str, start: int, stop: int) -> None:
+        out[at : at + stop - start].copy_(source.read(name, start, stop))
+
+    # Checksums, page faults and copies to the device each let go of the interpreter lock, and overlap here.
+    with torch.no_grad(), ThreadPoolExecutor(THREADS) as pool:
+        work = [
+            pool.submit(fill, piece.local + start - piece.start, on_disk[piece.member.name], start, min(start + CHUNK, piece.stop))
+            for piece in local_pieces(layout, shard_rank)
+            for start in range(piece.start, piece.stop, CHUNK)
+        ]
+        try:
+            for part in work:
+                part.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def match_names(layout: Layout, source: TensorSource) -> dict[str, str]:
