@@ -20,9 +20,10 @@ LARGEST_FETCH = 16 << 20
 
 @dataclass
 class Stream:
-    """One output pipe: what is kept of it and how much there was."""
+    """One output pipe: what is kept of it and how much there was. `last`: the end is kept, where a traceback says what went wrong."""
 
     fd: int
+    last: bool = False
     kept: bytearray = field(default_factory=bytearray)
     total: int = 0
     open: bool = True
@@ -37,7 +38,11 @@ class Stream:
             self.open = False
             return False
         self.total += len(data)
-        self.kept += data[: max(0, keep - len(self.kept))]
+        if self.last:
+            self.kept += data
+            del self.kept[: max(0, len(self.kept) - keep)]
+        else:
+            self.kept += data[: max(0, keep - len(self.kept))]
         return True
 
     def text(self) -> str:

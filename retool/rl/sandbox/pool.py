@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
@@ -43,6 +42,7 @@ class Pool:
         os.chmod(self.scratch, 0o711)
         self._groups = cgroups.Groups(plan.cgroup) if plan.cgroup else None
         self._control: socket.socket | None = None
+        self._brooms: list[subprocess.Popen[bytes]] = []
         self._nested = "pid_namespace" in plan.present
         self._private = "mount_namespace" in plan.present
 
@@ -101,12 +101,19 @@ class Pool:
             self._kill_group(cell)
         if self._groups is not None:
             self._groups.remove()
-        remove_tree(self.scratch)
+        for broom in [*self._brooms, sweep(self.scratch)]:
+            if broom is not None:
+                broom.wait()
 
     # -- cells ---------------------------------------------------------------------------------------------------------------
 
     def running(self) -> list[Cell]:
         return [cell for cell in self.cells.values() if cell.call is not None]
+
+    def sweeping(self) -> bool:
+        """Whether folders are still being removed; to be asked again until they aren't."""
+        self._brooms = [broom for broom in self._brooms if broom.poll() is None]
+        return bool(self._brooms)
 
     def refill(self) -> None:
         """Ask for children until enough of them wait."""
@@ -126,7 +133,7 @@ class Pool:
         for reader, _ in pipes:
             os.set_blocking(reader, False)
         path = "/box" if self._private else f"{self.scratch}/{number}"
-        cell = self.cells[number] = Cell(number, slot, control, Stream(pipes[0][0]), Stream(pipes[1][0]), path)
+        cell = self.cells[number] = Cell(number, slot, control, Stream(pipes[0][0]), Stream(pipes[1][0], last=True), path)
         self._order({"start": number, "slot": slot, "folder": path}, [child_control.fileno(), pipes[0][1], pipes[1][1]])
         child_control.close()
         for _, writer in pipes:
@@ -172,8 +179,8 @@ class Pool:
             with contextlib.suppress(KeyError, ValueError):
                 self._select.unregister(fileobj)
         cell.close()
-        if not self._private:
-            remove_tree(cell.path)
+        if not self._private and (broom := sweep(cell.path)) is not None:
+            self._brooms.append(broom)
         del self.cells[cell.number]
         self._free_slots.append(cell.slot)
 
@@ -254,17 +261,15 @@ class Pool:
         return ended
 
 
-def remove_tree(path: str) -> None:
-    """Remove a folder a program had to itself, whatever it did to the permissions and however deep it went."""
+def sweep(path: str) -> subprocess.Popen[bytes] | None:
+    """Remove a folder that a program had to itself, whatever it did to the permissions and however deep it went.
 
-    def force(_function: object, failed: str, _error: object) -> None:
-        with contextlib.suppress(OSError):
-            os.chmod(os.path.dirname(failed), 0o700)
-            os.chmod(failed, 0o700, follow_symlinks=False) if not os.path.islink(failed) else None
-
-    for _ in range(3):
-        with contextlib.suppress(RecursionError, OSError):
-            shutil.rmtree(path, onerror=force)
-        if not os.path.lexists(path):
-            return
-    subprocess.run(["rm", "-rf", "--", path], check=False, stderr=subprocess.DEVNULL)
+    An empty one goes at once; else a process of its own is returned that does it, so that nobody waits.
+    """
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+    if not os.path.lexists(path):
+        return None
+    return subprocess.Popen(
+        ["sh", "-c", 'chmod -R u+rwx -- "$0"; rm -rf -- "$0"', path], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )

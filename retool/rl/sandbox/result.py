@@ -14,7 +14,7 @@ class Limits:
     """Limits of one call. Memory and processes count the whole call: every descendant, and files in the work folder.
 
     `wall_seconds` runs from the moment the program starts (waiting in the queue is free); `cpu_seconds` is per process.
-    `output_kb` is what is kept of stdout and of stderr each: the rest is read, counted and dropped, until `flood_mb` of
+    `output_kb` is what is kept of stdout (its beginning) and stderr (its end): the rest is read, counted and dropped, until `flood_mb` of
     it, when the program is killed. `file_mb` bounds a single file and the whole work folder alike. Beyond `processes`
     processes and threads, starting another fails.
     """

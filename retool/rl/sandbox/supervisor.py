@@ -96,9 +96,10 @@ class Supervisor:
 
     def _patience(self) -> float | None:
         """Seconds until something has to be looked at; None: nothing runs."""
+        sweeping = self._pool.sweeping()
         running = [cell.call for cell in self._pool.running() if cell.call is not None]
         if not running:
-            return None
+            return TICK if sweeping else None
         ends = min(call.started + call.limits.wall_seconds for call in running)
         return max(0.0, min(ends, self._next_look) - time.monotonic())
 

@@ -1,0 +1,217 @@
+"""The engine: token ids in, sampled token ids with their log-probabilities out. It knows nothing of text, tools or rewards.
+
+    engine.sync(model)                                   the trainer's weights, after every update
+    engine.start(key, ids, params, group)                any number of sequences
+    while not engine.idle():
+        for turn in engine.step():                       one forward; turns that ended
+            engine.extend(turn.key, more_ids, params)    … or engine.drop(turn.key)
+
+With a tensor-parallel group all ranks `sync`; then rank 0 does the above and the others `follow()` until it calls `end()`: they get
+each forward's batch from it, so they never schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from retool.model.config import ModelConfig
+from retool.parallel.fsdp import Sharded
+from retool.rl.engine import sequence as seq
+from retool.rl.engine.attention import has_paged_flash
+from retool.rl.engine.batch import make_batch
+from retool.rl.engine.forward import cached_heads, make_model
+from retool.rl.engine.kv_cache import KVCache, PagePool, page_bytes
+from retool.rl.engine.params import EngineOptions, SamplingParams, Stats, TurnDone
+from retool.rl.engine.runner import DecodeLoop, Flight, run_once
+from retool.rl.engine.scheduler import Scheduler
+from retool.rl.engine.weights import Weights, make_decoder
+
+CPU_KV_BYTES = 1 << 30  # at most, of memory that isn't touched before it is used
+
+
+class Flying(NamedTuple):
+    """A forward whose draws weren't looked at: whose they are, how many tokens each had, whether it can simply be repeated."""
+
+    flight: Flight
+    rows: list[seq.Sequence | None]
+    lengths: list[int]
+    repeatable: bool
+
+
+class Engine:
+    """One engine per data-parallel rank, or per tensor-parallel `group` (heads are split over it)."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, options: EngineOptions, group: dist.ProcessGroup | None = None) -> None:
+        """Nothing is allocated before the first `sync`. Raises ValueError for a group larger than the number of query heads."""
+        cuda = device.type == "cuda"
+        self.config, self.device, self.options = config, device, options
+        self.group = group if group is not None and dist.get_world_size(group) > 1 else None
+        self.page_size = options.page_size or (256 if cuda else 16)
+        self.run_ahead = cuda if options.run_ahead == "auto" else options.run_ahead
+        compiled = cuda if options.use_compile == "auto" else options.use_compile
+        self.weights = Weights(make_decoder(config, device, self.group, compiled), options.dtype, device)
+        self.plan = self.weights.decoder.run.plan
+        self.scheduler: Scheduler | None = None
+        self._flying: Flying | None = None
+
+    @torch.no_grad()
+    def sync(self, sharded: Sharded) -> None:
+        """Take the trainer's weights over; a collective call on all ranks of its mesh. Turns under way go on with the new weights."""
+        self.weights.sync(sharded)
+        if self.scheduler is None:
+            self._allocate()
+
+    def start(self, key: Hashable, ids: Sequence[int], params: SamplingParams, group: Hashable | None = None) -> None:
+        """Begin a sequence with a prompt. Sequences of one `group` have one prompt, which is computed once."""
+        self._ready().start(key, [int(i) for i in ids], params, group)
+
+    def extend(self, key: Hashable, ids: Sequence[int], params: SamplingParams) -> None:
+        """Go on with a sequence whose turn is done: `ids` come after its last sampled token."""
+        self._ready().extend(key, [int(i) for i in ids], params)
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a sequence, in whatever state it is."""
+        self._ready().drop(key)
+
+    def idle(self) -> bool:
+        """Whether there is nothing to compute and nothing to report."""
+        s = self.scheduler
+        return s is None or not (s.running or s.waiting or s.refused)
+
+    @property
+    def stats(self) -> Stats:
+        return self._ready().stats
+
+    @torch.no_grad()
+    def step(self) -> list[TurnDone]:
+        """One forward and the turns that ended with it. Where it runs ahead, the next forward starts before this one is read."""
+        scheduler = self._ready()
+        flying = self._flying or self._launch(scheduler)
+        done: list[TurnDone] = []
+        self._flying = None
+        if flying is not None:
+            self._flying = self._repeat(scheduler, flying)
+            tokens, logp, behaviour = flying.flight.read().tolist()
+            for i, (row, length) in enumerate(zip(flying.rows, flying.lengths, strict=True)):
+                if row is not None and row.state is seq.State.RUNNING and len(row.tokens) == length:
+                    turn = scheduler.accept(row, int(tokens[i]), logp[i], behaviour[i])
+                    if turn is not None:
+                        done.append(turn)
+        done += scheduler.refused
+        scheduler.refused = []
+        return done
+
+    def release(self) -> None:
+        """Give back the memory of weights, cache and graphs, until the next `sync`. Every sequence is forgotten."""
+        self.weights.buffers.clear()
+        decoder = make_decoder(self.config, self.device, self.group, self.weights.decoder.run.compiled)
+        self.weights = Weights(decoder, self.options.dtype, self.device)
+        self.scheduler = self._flying = None
+        del self._model, self._loop
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ── tensor-parallel ranks other than 0 ───────────────────────────────────────────────────────────────────────
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Compute what rank 0 sends until it calls `end`."""
+        self._ready()
+        while (message := self._broadcast(None)) is not None:
+            kind, work = message
+            self._execute(kind, work)
+
+    def end(self) -> None:
+        """Rank 0: let the others return from `follow`."""
+        if self.group is not None:
+            self._broadcast(None)
+
+    def _broadcast(self, message: object) -> tuple | None:
+        box = [message]
+        dist.broadcast_object_list(box, group=self.group, group_src=0, device=torch.device("cpu"))
+        return box[0]  # pyright: ignore[reportReturnType]
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _ready(self) -> Scheduler:
+        if self.scheduler is None:
+            raise ValueError("the engine has no weights: call sync(model) first.")
+        return self.scheduler
+
+    def _allocate(self) -> None:
+        o, dtype, heads = self.options, self.weights.dtype, cached_heads(self.plan)
+        assert dtype is not None
+        size = page_bytes(self.config.layers, self.page_size, heads, self.config.head_dim, dtype)
+        longest = o.max_length or self.config.max_position or (1 << 62)
+        pages = self._kv_bytes(dtype, o.max_num_seqs * min(longest, 1 << 40) // self.page_size * size) // size
+        if pages < 2:
+            raise ValueError(
+                f"the KV cache has room for {max(pages - 1, 0)} pages of {self.page_size} tokens ({size:,} bytes each): raise kv_bytes "
+                "(gpu_memory_utilization) or use a smaller page_size."
+            )
+        cache = KVCache(self.config.layers, pages, self.page_size, heads, self.config.head_dim, dtype, self.device)
+        rows = -(-o.max_num_seqs // self.plan.sp) * self.plan.sp
+        self.scheduler = Scheduler(
+            PagePool(pages, self.page_size), o.max_num_seqs, o.max_num_seqs if o.deterministic else o.max_batch_tokens, longest
+        )
+        flash = has_paged_flash(self.device, dtype, self.config.head_dim, self.page_size)
+        self._model = make_model(self.weights.decoder, cache, self.group, flash)
+        width = self.scheduler.pool.pages_for(self.scheduler.max_length)
+        graphs = o.use_cuda_graphs and self.device.type == "cuda"
+        self._loop = DecodeLoop(self._model, rows, width, graphs, o.deterministic) if self.run_ahead else None
+
+    def _kv_bytes(self, dtype: torch.dtype, useful: int) -> int:
+        """Bytes for the cache; the smallest of the group, as one page table serves all."""
+        o, c = self.options, self.config
+        if o.kv_bytes is not None:
+            return o.kv_bytes
+        if self.device.type != "cuda":
+            return min(useful + (1 << 20), CPU_KV_BYTES)
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self.device)
+        work = 2 * 4 * o.max_num_seqs * c.vocab + o.max_batch_tokens * (4 * c.ffn + 12 * c.hidden) * dtype.itemsize
+        box = torch.tensor([max(0, int((free - work) * o.kv_share))], device=self.device)
+        if self.group is not None:
+            dist.all_reduce(box, dist.ReduceOp.MIN, group=self.group)
+        return int(box)
+
+    def _launch(self, scheduler: Scheduler) -> Flying | None:
+        step = scheduler.plan()
+        if step is None:
+            return None
+        fixed, looped = self.options.deterministic, self._loop is not None
+        ranks = self.plan.sp
+        multiple = -(-self.options.max_num_seqs // ranks) * ranks if fixed else ranks
+        batch, rows = make_batch(step, self.page_size, multiple, all_rows=fixed or looped, expand=fixed)
+        looped = looped and batch.decode == len(batch.tokens)
+        flight = self._send("start" if looped else "once", batch)
+        scheduler.stats.steps += 1
+        lengths = [0 if row is None else len(row.tokens) for row in rows]
+        plain = all(item.count == 1 and item.draws for item in step.items)
+        return Flying(flight, rows, lengths, looped and plain)
+
+    def _repeat(self, scheduler: Scheduler, flying: Flying) -> Flying | None:
+        """Start the next decode step of the same sequences, if nothing else is to be done first."""
+        live = [row for row in flying.rows if row is not None]
+        added = scheduler.ahead(live) if flying.repeatable else None
+        if added is None:
+            return None
+        scheduler.stats.steps += 1
+        flight = self._send("again", list(added))
+        return Flying(flight, flying.rows, [n + 1 for n in flying.lengths], True)
+
+    def _send(self, kind: str, work: object) -> Flight:
+        if self.group is not None:
+            self._broadcast((kind, work))
+        return self._execute(kind, work)
+
+    def _execute(self, kind: str, work: object) -> Flight:
+        if kind == "once":
+            return run_once(self._model, work)  # pyright: ignore[reportArgumentType]
+        assert self._loop is not None
+        return self._loop.start(work) if kind == "start" else self._loop.again(work)  # pyright: ignore[reportArgumentType]
+

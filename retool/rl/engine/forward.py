@@ -1,0 +1,89 @@
+"""The training decoder's forward with paged attention in the middle, then a draw for the rows that want one.
+
+t tokens of this rank (all T without a tensor-parallel group) · D model · R rows · r this rank's · J kv heads, keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from retool.model.decoder import Decoder
+from retool.model.logits import product, workspace
+from retool.model.rope import inverse_frequencies, rope_tables
+from retool.parallel.collectives import all_to_all, sum_over
+from retool.parallel.ulysses import HeadPlan, q_k_v
+from retool.rl.engine.attention import Pages, paged_attention
+from retool.rl.engine.kv_cache import KVCache
+from retool.rl.engine.sampling import Draws, sample
+from retool.rl.engine.weights import blocks
+
+
+@dataclass(frozen=True)
+class Model:
+    """What every forward needs, the same from step to step."""
+
+    decoder: Decoder
+    cache: KVCache
+    plan: HeadPlan
+    group: dist.ProcessGroup | None
+    flash: bool
+    frequencies: Tensor
+
+
+def make_model(decoder: Decoder, cache: KVCache, group: dist.ProcessGroup | None, flash: bool) -> Model:
+    return Model(decoder, cache, decoder.run.plan, group, flash, inverse_frequencies(decoder.config, cache.data.device))
+
+
+def cached_heads(plan: HeadPlan) -> int:
+    """Kv heads that this rank's cache holds: one per query head where its query heads don't group evenly."""
+    return len(plan.query_ranges[plan.rank]) if plan.expansion else len(plan.kv_ranges[plan.rank])
+
+
+def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pages) -> Tensor:
+    """Run the blocks: this rank's [t, D] before the final norm. T must be a multiple of the group's size."""
+    plan, t = model.plan, len(tokens_T) // model.plan.sp
+    mine = slice(plan.rank * t, (plan.rank + 1) * t)
+    cos, sin = rope_tables(positions_T[mine], model.frequencies)
+    x_tD = model.decoder.embed(tokens_T[mine])
+    for number, block in enumerate(blocks(model.decoder)):
+        received = all_to_all(block.before_piece(block, x_tD, cos, sin), *plan.to_heads(t), model.group)
+        query, key, value = q_k_v(received, plan)
+        model.cache.write(number, pages.slots, _adjacent(received, key, value, plan))
+        out = paged_attention(query, model.cache, number, pages, model.flash)
+        x_tD = block.after_piece(block, x_tD, all_to_all(out.flatten(), *plan.to_sequence(t), model.group))
+    return x_tD
+
+
+def _adjacent(received: Tensor, key: Tensor, value: Tensor, plan: HeadPlan) -> Tensor:
+    """Keys and values [T, J, H] in one tensor: as they came, unless heads were expanded."""
+    if plan.expansion:
+        return torch.cat([key, value], 1)
+    return received.view(-1, plan.widths[plan.rank], plan.head_dim)[:, len(plan.query_ranges[plan.rank]) :]
+
+
+def logits_of(hidden_rD: Tensor, weight_VD: Tensor) -> Tensor:
+    """[r, V] in fp32 (fp64 for fp64), as the trainer's log-probabilities have them."""
+    return product(hidden_rD, weight_VD, workspace(hidden_rD, len(hidden_rD), len(weight_VD)))
+
+
+def draw(model: Model, x_tD: Tensor, rows_R: Tensor, draws: Draws, filtered: bool, mine: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Draw for the tokens at `rows`: [3, R] of id, logp, logp_behaviour, the same on every rank.
+
+    With a group, `mine` has the places in `rows` of this rank's tokens and their places in x.
+    """
+    if mine is None:
+        return _scored(model, x_tD[rows_R], draws, filtered)
+    places, local = mine
+    dtype = torch.promote_types(x_tD.dtype, torch.float32)
+    out = torch.zeros(3, len(rows_R), dtype=dtype, device=x_tD.device)
+    if len(places):
+        out[:, places] = _scored(model, x_tD[local], Draws(*(d[places] for d in draws)), filtered)
+    return sum_over(out, model.group)
+
+
+def _scored(model: Model, x_rD: Tensor, draws: Draws, filtered: bool) -> Tensor:
+    return sample(model.decoder.head(x_rD, logits_of), draws, filtered)

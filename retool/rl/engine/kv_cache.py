@@ -1,0 +1,91 @@
+"""The paged KV cache: page numbers with reference counts on the host, keys and values on the device.
+
+    sequence A   pages 3 7 9         tokens 0…15 | 16…31 | 32…40
+    sequence B   pages 3 7 12                              └ own copy, made when A or B first wrote to the shared page 9
+
+Page 0 is never given out: rows that pad a batch write there.
+
+Legend: L layers · P tokens of a page · k this rank's kv heads · H head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class PagePool:
+    """Which pages are free, and how many sequences (or groups) refer to each of the others."""
+
+    def __init__(self, pages: int, page_size: int) -> None:
+        self.page_size, self.capacity = page_size, pages - 1
+        self.free = list(range(pages - 1, 0, -1))
+        self.counts = [0] * pages
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def share(self, pages: list[int]) -> None:
+        """One reference more to each."""
+        for page in pages:
+            assert self.counts[page] > 0, f"page {page} is free"
+            self.counts[page] += 1
+
+    def release(self, pages: list[int]) -> None:
+        """One reference less to each; the list is emptied."""
+        for page in pages:
+            assert self.counts[page] > 0, f"page {page} is free already"
+            self.counts[page] -= 1
+            if self.counts[page] == 0:
+                self.free.append(page)
+        pages.clear()
+
+    def missing(self, pages: list[int], start: int, stop: int) -> int:
+        """Pages to take before tokens [start, stop) can be written: those beyond the end, and copies of shared ones."""
+        copies = sum(self.counts[p] > 1 for p in pages[start // self.page_size :])
+        return max(0, self.pages_for(stop) - len(pages)) + copies
+
+    def extend(self, pages: list[int], start: int, stop: int) -> list[tuple[int, int]] | None:
+        """Make tokens [start, stop) writable; returns (from, to) pages to copy, or None, nothing changed, if too few are free."""
+        if self.missing(pages, start, stop) > len(self.free):
+            return None
+        copies = []
+        for i in range(start // self.page_size, len(pages)):
+            if self.counts[pages[i]] > 1:
+                copies.append((pages[i], self._take()))
+                self.release([pages[i]])
+                pages[i] = copies[-1][1]
+        while len(pages) < self.pages_for(stop):
+            pages.append(self._take())
+        return copies
+
+    def _take(self) -> int:
+        page = self.free.pop()
+        self.counts[page] = 1
+        return page
+
+
+class KVCache:
+    """Keys and values of all layers: [L, pages, P, 2k, H], a token's k key heads before its k value heads."""
+
+    def __init__(self, layers: int, pages: int, page_size: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.heads, self.page_size = heads, page_size
+        self.data = torch.zeros(layers, pages, page_size, 2 * heads, head_dim, dtype=dtype, device=device)
+
+    def write(self, layer: int, slots_T: torch.Tensor, kv_TJH: torch.Tensor) -> None:
+        """Store tokens' keys and values (J = 2k heads) at `slots` = page · P + place in the page, int64."""
+        self.data[layer].flatten(0, 1).index_copy_(0, slots_T, kv_TJH)
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, [pages, P, k, H] each, views."""
+        return self.data[layer, :, :, : self.heads], self.data[layer, :, :, self.heads :]
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy pages (from, to), in all layers."""
+        if pairs:
+            sources, targets = torch.tensor(pairs).to(self.data.device).unbind(1)
+            self.data[:, targets] = self.data[:, sources]
+
+
+def page_bytes(layers: int, page_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one page in all layers."""
+    return layers * page_size * 2 * heads * head_dim * dtype.itemsize

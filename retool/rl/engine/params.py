@@ -1,0 +1,109 @@
+"""What goes into the engine and what comes out: plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Reason = Literal["stop", "length", "capacity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one turn is sampled.
+
+    `temperature` 0 takes the most likely token. `top_k` ≤ 0 and `top_p` 1 filter nothing; with both, `top_p` is a share of what
+    `top_k` left. The turn ends with a token of `stop_ids` (it is part of the turn) or after `max_tokens`. The draws are a function
+    of `seed` and of the token's position in the sequence, and of nothing else.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_ids: tuple[int, ...] = ()
+    seed: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise ValueError(f"temperature={self.temperature}, top_p={self.top_p}: temperature must be at least 0 and top_p in (0, 1].")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: a turn has at least one token.")
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens can't be drawn for another reason than their probability."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How an engine runs.
+
+    `max_num_seqs` sequences decode at once; a forward has at most `max_batch_tokens` tokens, longer prompts take several.
+    `page_size` tokens share a page of the KV cache (None: 256 on a GPU, as FlashAttention wants it, else 16). The cache takes
+    `kv_bytes`, or `kv_share` of the GPU memory that is free when it is made. `max_length` bounds a sequence (None: the model's
+    maximum position, or the cache). `dtype` None: that of the weights that come. `run_ahead` starts a decode step before
+    the one before it was looked at ("auto": on a GPU).
+
+    `deterministic`: every forward has exactly `max_num_seqs` rows and every token attends as a sequence of its own, so that a
+    token's numbers depend, to the last bit, only on the tokens before it: not on its neighbours, on chunks or on preemption.
+    """
+
+    max_num_seqs: int = 256
+    page_size: int | None = None
+    kv_bytes: int | None = None
+    kv_share: float = 0.9
+    max_batch_tokens: int = 8192
+    max_length: int | None = None
+    dtype: torch.dtype | None = None
+    use_cuda_graphs: bool = True
+    use_compile: bool | Literal["auto"] = "auto"
+    run_ahead: bool | Literal["auto"] = "auto"
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1:
+            raise ValueError(f"rollout.max_num_seqs={self.max_num_seqs} must be at least 1.")
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_batch_tokens={self.max_batch_tokens} is less than max_num_seqs={self.max_num_seqs}: every sequence decodes one token "
+                f"a step. Use at least {self.max_num_seqs}."
+            )
+
+
+@dataclass(frozen=True)
+class TurnDone:
+    """A finished turn.
+
+    Per sampled token: its id, `logp` = log softmax(logits / temperature) over the whole vocabulary, and `logp_behaviour`, the same
+    after top-k and top-p (temperature 0: `logp` at temperature 1, `logp_behaviour` 0). `reason`: "stop" a stop token, "length"
+    `max_tokens`, "capacity" the sequence doesn't fit the cache (or `max_length`) even alone.
+    """
+
+    key: Hashable
+    tokens: list[int]
+    logp: list[float]
+    logp_behaviour: list[float]
+    reason: Reason
+
+
+@dataclass
+class Stats:
+    """Counted since the engine was made.
+
+    `prefill_tokens` went through the model as given (prompts, tool text) or again after their KV was given up; `decode_tokens`
+    are sampled tokens fed back. `shared_tokens` were not computed because a group's first sample had. `preempted` sequences
+    lost their place and KV while decoding, `evicted` ones their KV while they waited.
+    """
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    sampled_tokens: int = 0
+    shared_tokens: int = 0
+    preempted: int = 0
+    evicted: int = 0

@@ -1,0 +1,167 @@
+"""Runs batches on the device, and brings what was drawn to the host.
+
+[Note: running ahead] A decode step's state (tokens, positions, page tables, seeds) lies in tensors that never move. The step ends by
+writing its draws back as the next step's tokens and adding one to the positions. The next one can therefore start before the
+host has seen them, and is the same work again: on a GPU a CUDA graph, recorded once per number of rows (`bucket`) and again with
+filtered sampling. The host sends only pages that were added. Draws are copied to pinned memory between two replays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retool.parallel.fsdp.overlap import recorded
+from retool.rl.engine.attention import Pages
+from retool.rl.engine.batch import Batch
+from retool.rl.engine.forward import Model, draw, hidden_states
+from retool.rl.engine.sampling import Draws
+
+Added = list[tuple[int, int, int]]  # (row, place in its page table, page)
+
+
+@dataclass(frozen=True)
+class Flight:
+    """Draws [3, R] of a step that may still run."""
+
+    values: Tensor
+    arrived: torch.cuda.Event | None
+
+    def read(self) -> np.ndarray:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.numpy()
+
+
+def launched(values: Tensor) -> Flight:
+    """Start copying draws to the host."""
+    if not values.is_cuda:
+        return Flight(values.clone(), None)
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    return Flight(host, recorded())
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def draws_of(batch: Batch, device: torch.device) -> Draws:
+    per_row = batch.keys, batch.positions[batch.rows] + 1, batch.temperature, batch.top_k, batch.top_p
+    return Draws(*(to_device(x, device) for x in per_row))
+
+
+def run_once(model: Model, batch: Batch) -> Flight:
+    """Any batch, with shapes of its own."""
+    device = model.cache.data.device
+    model.cache.copy(batch.copies)
+    counts, lengths = batch.counts[batch.decode :], batch.lengths[batch.decode :]
+    offsets = [to_device(np.cumsum([0, *x], dtype=np.int32), device) for x in (counts, lengths)] if len(counts) else [None, None]
+    alone = batch.each_alone and not len(counts)
+    pages = Pages(
+        to_device(batch.slots, device), to_device(batch.tables, device), to_device(batch.lengths, device), batch.decode, *offsets,
+        counts=tuple(counts.tolist()), host_lengths=tuple((batch.lengths if alone else lengths).tolist()), each_alone=alone,
+    )  # fmt: skip
+    x = hidden_states(model, to_device(batch.tokens, device), to_device(batch.positions, device), pages)
+    if len(batch.rows) == 0:
+        return launched(torch.empty(3, 0))
+    rows, mine = to_device(batch.rows, device), None
+    if model.group is not None:
+        low = model.plan.rank * len(x)
+        places = np.flatnonzero((batch.rows >= low) & (batch.rows < low + len(x)))
+        mine = to_device(places, device), to_device(batch.rows[places] - low, device)
+    return launched(draw(model, x, rows, draws_of(batch, device), batch.filtered, mine))
+
+
+class DecodeLoop:
+    """One token for each of up to `most` sequences, again and again; see [Note: running ahead]."""
+
+    def __init__(self, model: Model, most: int, width: int, graphs: bool, fixed: bool) -> None:
+        device = model.cache.data.device
+        self.model, self.graphs, self.fixed, self.most = model, graphs, fixed, most
+        self.tokens, self.positions, self.keys, self.top_k = (torch.zeros(most, dtype=torch.int64, device=device) for _ in range(4))
+        self.temperature, self.top_p = torch.zeros(most, device=device), torch.ones(most, device=device)
+        self.tables = torch.zeros(most, width, dtype=torch.int32, device=device)
+        dtype = torch.promote_types(model.cache.data.dtype, torch.float32)
+        self.out = torch.zeros(3, most, dtype=dtype, device=device)
+        self.rows, self.filtered = 0, False
+        self.recorded: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.pool: tuple[int, int] | None = None
+
+    def bucket(self, rows: int) -> int:
+        """Rows of the recorded step that runs `rows` of them: powers of two up to 16, then multiples of 16, of 32 from 128 on."""
+        if self.fixed:
+            return self.most
+        step = 1 << (rows - 1).bit_length() if rows <= 16 else 16 if rows <= 128 else 32
+        ranks = self.model.plan.sp
+        return min(self.most, -(-(-(-rows // step) * step) // ranks) * ranks)
+
+    def start(self, batch: Batch) -> Flight:
+        """Take over a batch of single tokens, all of them rows, and run it."""
+        self.model.cache.copy(batch.copies)
+        self.rows, self.filtered = self.bucket(len(batch.tokens)), batch.filtered
+        n, device = len(batch.tokens), self.tokens.device
+        sources = batch.tokens, batch.positions, batch.keys, batch.temperature, batch.top_k, batch.top_p
+        targets = self.tokens, self.positions, self.keys, self.temperature, self.top_k, self.top_p
+        for target, source in zip(targets, sources, strict=True):
+            target[:n].copy_(to_device(source, device))
+            target[n : self.rows].zero_()
+        self.tables[: self.rows].zero_()
+        self.tables[:n, : batch.tables.shape[1]].copy_(to_device(batch.tables, device))
+        return self._run()
+
+    def again(self, added: Added) -> Flight:
+        """The next token of the same sequences."""
+        if added:
+            row, place, page = to_device(np.array(added, np.int64).T.copy(), self.tables.device)
+            self.tables[row, place] = page.to(torch.int32)
+        return self._run()
+
+    def _run(self) -> Flight:
+        if not self.graphs:
+            self._step(self.rows, self.filtered)
+        else:
+            key = self.rows, self.filtered
+            if key not in self.recorded:
+                self._record(*key)
+            self.recorded[key].replay()
+        return launched(self.out[:, : self.rows])
+
+    def _step(self, rows: int, filtered: bool) -> None:
+        size, width = self.model.cache.page_size, self.tables.shape[1]
+        positions, tables = self.positions[:rows], self.tables[:rows]
+        place = (positions // size).clamp_(max=width - 1)
+        slots = tables.gather(1, place[:, None])[:, 0].long() * size + positions % size
+        pages = Pages(slots, tables, (positions + 1).to(torch.int32), rows, each_alone=self.fixed)
+        x = hidden_states(self.model, self.tokens[:rows], positions, pages)
+        draws = Draws(self.keys[:rows], positions + 1, self.temperature[:rows], self.top_k[:rows], self.top_p[:rows])
+        everything = torch.arange(rows, device=positions.device)
+        mine = None
+        if self.model.group is not None:
+            local = everything[: len(x)]
+            mine = local + self.model.plan.rank * len(x), local
+        out = draw(self.model, x, everything, draws, filtered, mine)
+        self.out[:, :rows].copy_(out)
+        self.tokens[:rows].copy_(out[0].long())
+        self.positions[:rows].add_(1)
+
+    def _record(self, rows: int, filtered: bool) -> None:
+        """Run the step twice on a side stream, as recording wants it, with the state put back, then record it."""
+        state = [x.clone() for x in (self.tokens, self.positions)]
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step(rows, filtered)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self._step(rows, filtered)
+        self.pool = graph.pool()
+        self.recorded[rows, filtered] = graph
+        for target, source in zip((self.tokens, self.positions), state, strict=True):
+            target.copy_(source)

@@ -1,0 +1,283 @@
+"""Who is computed next: host only, no tensors.
+
+    start ──> WAITING ──admit──> RUNNING ──stop / length──> PARKED ──extend──> WAITING        drop: from anywhere
+                 ^                  │
+                 └───── preempt ────┘   no page was free for an older sequence: KV is given up and computed again later
+
+[Note: progress] Sequences have arrival numbers. In every step running sequences are served oldest first, and one that finds
+no free page takes it from, in this order: prompts kept for samples that wait, finished turns and waiting ones that kept their
+KV, the youngest running sequence; never from an older one. The oldest running sequence therefore always advances. A sequence is
+admitted if its whole backlog fits beside a page for each running one, or if nothing runs: then everything else makes
+room. One that needs more pages than there are ends with reason "capacity", so nothing waits for what can't come.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Hashable, Iterator
+
+from retool.rl.engine.kv_cache import PagePool
+from retool.rl.engine.params import Reason, SamplingParams, Stats, TurnDone
+from retool.rl.engine.sampling import seed_key
+from retool.rl.engine.sequence import Group, Item, Sequence, State, Step
+
+
+class Scheduler:
+    """Queues, pages and groups. `max_tokens` of one forward, `max_length` of a sequence."""
+
+    def __init__(self, pool: PagePool, max_num_seqs: int, max_tokens: int, max_length: int) -> None:
+        self.pool, self.max_num_seqs, self.max_tokens = pool, max_num_seqs, max_tokens
+        self.max_length = min(max_length, pool.capacity * pool.page_size)
+        self.sequences: dict[Hashable, Sequence] = {}
+        self.groups: dict[Hashable, Group] = {}
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.refused: list[TurnDone] = []
+        self.stats, self.arrivals, self.changed = Stats(), 0, False
+
+    # ── what the caller asks for ─────────────────────────────────────────────────────────────────────────────────
+
+    def start(self, key: Hashable, ids: list[int], params: SamplingParams, group: Hashable | None) -> None:
+        if key in self.sequences:
+            raise ValueError(f"sequence {key!r} was started already: extend it, or drop it first.")
+        if not ids:
+            raise ValueError(f"sequence {key!r} has an empty prompt: at least one token must be given.")
+        shared = None
+        if group is not None:
+            shared = self.groups.setdefault(group, Group(list(ids)))
+            if shared.ids != ids:
+                raise ValueError(f"sequence {key!r} has another prompt than its group {group!r}: samples of a group share one.")
+            shared.live += 1
+            shared.unserved += 1
+        sequence = Sequence(key, self.arrivals, list(ids), params, seed_key(params.seed), shared, len(ids), len(ids))
+        self.arrivals += 1
+        self.sequences[key] = sequence
+        self._queue(sequence)
+
+    def extend(self, key: Hashable, ids: list[int], params: SamplingParams) -> None:
+        sequence = self._known(key)
+        if sequence.state is not State.PARKED:
+            raise ValueError(f"sequence {key!r} is still {sequence.state.value}: extend it when its turn is done.")
+        sequence.tokens += ids
+        sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
+        sequence.params, sequence.draw_key = params, seed_key(params.seed)
+        sequence.turn_start = sequence.given = len(sequence.tokens)
+        sequence.logp, sequence.logp_behaviour = [], []
+        self._queue(sequence)
+
+    def drop(self, key: Hashable) -> None:
+        sequence = self._known(key)
+        del self.sequences[key]
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.state is State.RUNNING:
+            self.running.remove(sequence)
+        sequence.state, self.changed = State.DROPPED, True
+        self.pool.release(sequence.pages)
+        if sequence.group is not None:
+            self._leave(sequence, sequence.group)
+
+    def _known(self, key: Hashable) -> Sequence:
+        if key not in self.sequences:
+            raise ValueError(f"sequence {key!r} is unknown: it was never started, or was dropped.")
+        return self.sequences[key]
+
+    def _queue(self, sequence: Sequence) -> None:
+        """Line up by arrival, unless it can never be computed."""
+        sequence.state, self.changed = State.WAITING, True
+        if len(sequence.tokens) <= self.max_length:
+            insort(self.waiting, sequence, key=lambda s: s.number)
+        else:
+            self.refused.append(self._finish(sequence, "capacity"))
+            self._forget(sequence)
+
+    def _leave(self, sequence: Sequence, group: Group) -> None:
+        group.live -= 1
+        self._served(sequence, group)
+        if group.leader is sequence:
+            group.leader = None
+        if group.live == 0:
+            self.groups = {k: g for k, g in self.groups.items() if g is not group}
+
+    # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def plan(self) -> Step | None:
+        """The next forward's work, or None if there is nothing to compute. Counts it as computed."""
+        self.changed = False
+        items: list[Item] = []
+        copies: list[tuple[int, int]] = []
+        budget = self.max_tokens - sum(s.pending == 1 for s in self.running)
+        for sequence in sorted(self.running, key=lambda s: s.number):
+            if sequence.state is not State.RUNNING:  # an older one took its pages a moment ago
+                continue
+            count = 1 if sequence.pending == 1 else min(sequence.pending, budget)
+            budget -= count if sequence.pending > 1 else 0
+            room = self._room(sequence, sequence.computed + count) if count else None
+            if room is not None:
+                copies += room
+                items.append(Item(sequence, sequence.computed, count))
+        self._admit(items, copies, budget)
+        for item in items:
+            self._count(item)
+        items.sort(key=lambda i: i.count > 1)
+        return Step(items, copies) if items else None
+
+    def _room(self, sequence: Sequence, stop: int) -> list[tuple[int, int]] | None:
+        """Pages for a running sequence up to token `stop`; None if it had to give up its own place."""
+        while (copies := self.pool.extend(sequence.pages, sequence.computed, stop)) is None:
+            if not self._make_room(sequence):
+                assert any(s.number < sequence.number for s in self.running), "a sequence that fits found no room"
+                self._preempt(sequence)
+                return None
+        return copies
+
+    def _admit(self, items: list[Item], copies: list[tuple[int, int]], budget: int) -> None:
+        for sequence in self.waiting:
+            if budget < 1 or len(self.running) >= self.max_num_seqs:
+                break
+            group = sequence.group
+            if sequence.computed == 0 and group is not None and group.leader is not None:
+                continue  # its prompt is being computed
+            while self._missing(sequence) + len(self.running) > len(self.pool.free):
+                if self.running or not self._make_room(sequence):
+                    break
+            if self._missing(sequence) + len(self.running) > len(self.pool.free):
+                assert self.running, "a sequence that fits found no room in an empty cache"
+                break
+            self._attach(sequence)
+            found = self.pool.extend(sequence.pages, sequence.computed, len(sequence.tokens))
+            assert found is not None
+            copies += found
+            count = min(sequence.pending, budget)
+            budget -= count
+            items.append(Item(sequence, sequence.computed, count))
+            self.running.append(sequence)
+            sequence.state = State.RUNNING
+        self.waiting = [s for s in self.waiting if s.state is State.WAITING]
+
+    def _missing(self, sequence: Sequence) -> int:
+        """Free pages that a waiting sequence needs for all its tokens, a shared prompt taken into account."""
+        group = sequence.group
+        if sequence.computed == 0 and group is not None and group.pages:
+            partial = group.prefix % self.pool.page_size > 0
+            return self.pool.pages_for(len(sequence.tokens)) - len(group.pages) + partial
+        return self.pool.missing(sequence.pages, sequence.computed, len(sequence.tokens))
+
+    def _attach(self, sequence: Sequence) -> None:
+        """Give a sequence without KV its group's, or make it the one that computes it."""
+        group = sequence.group
+        if sequence.computed or group is None or group.prefix == 0:
+            return
+        if group.pages:
+            self.pool.share(group.pages)
+            sequence.pages, sequence.computed = list(group.pages), group.prefix
+            self.stats.shared_tokens += group.prefix
+            self._served(sequence, group)
+        else:
+            group.leader = sequence
+
+    def _served(self, sequence: Sequence, group: Group) -> None:
+        if not sequence.served:
+            sequence.served = True
+            group.unserved -= 1
+        if group.unserved == 0:
+            self.pool.release(group.pages)
+
+    def _count(self, item: Item) -> None:
+        """Book an item as computed; a leader that has the prompt leaves it for those who wait."""
+        sequence, group = item.sequence, item.sequence.group
+        sequence.computed += item.count
+        given = max(0, min(sequence.computed, sequence.given) - item.start)
+        self.stats.prefill_tokens += given
+        self.stats.decode_tokens += item.count - given
+        if group is not None and group.leader is sequence and sequence.computed >= group.prefix:
+            group.leader = None
+            group.pages = sequence.pages[: self.pool.pages_for(group.prefix)]
+            self.pool.share(group.pages)
+            self._served(sequence, group)
+
+    # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Give up the KV that is missed least, see [Note: progress]; False if there is none that `sequence` may take."""
+        holds = [g for g in self.groups.values() if g.pages]
+        for group in holds:
+            if any(self.pool.counts[p] == 1 for p in group.pages):
+                self.pool.release(group.pages)
+                return True
+        idle = [s for s in self.sequences.values() if s.pages and s is not sequence and s.state is not State.RUNNING]
+        if idle:
+            self._forget(max(idle, key=lambda s: (s.state is State.PARKED, s.number)))
+            self.stats.evicted += 1
+            return True
+        for group in holds:
+            self.pool.release(group.pages)
+            return True
+        youngest = max(self.running, key=lambda s: s.number, default=sequence)
+        if youngest.number <= sequence.number:
+            return False
+        self._preempt(youngest)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._forget(sequence)
+        self.running.remove(sequence)
+        self._queue(sequence)
+        self.stats.preempted += 1
+
+    def _forget(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.computed, sequence.given = 0, len(sequence.tokens)
+        if sequence.group is not None and sequence.group.leader is sequence:
+            sequence.group.leader = None
+
+    def ahead(self, sequences: list[Sequence]) -> Iterator[tuple[int, int, int]] | None:
+        """Book another decode step of `sequences` before the last one was looked at.
+
+        Yields (row, place in its page table, page) of pages that were added; None, nothing changed, if not all of
+        them have room for a token more, or something else is to be done first.
+        """
+        live = [(row, s) for row, s in enumerate(sequences) if s.state is State.RUNNING]
+        size, free = self.pool.page_size, len(self.pool.free)
+        if self.changed or not live or len(live) != len(self.running):
+            return None
+        for _, s in live:
+            place = s.computed // size
+            if s.computed >= self.max_length or (place < len(s.pages) and self.pool.counts[s.pages[place]] > 1):
+                return None
+            free -= place >= len(s.pages)
+        return self._advance(live) if free >= 0 else None
+
+    def _advance(self, live: list[tuple[int, Sequence]]) -> Iterator[tuple[int, int, int]]:
+        added = []
+        for row, s in live:
+            if s.computed // self.pool.page_size >= len(s.pages):
+                found = self.pool.extend(s.pages, s.computed, s.computed + 1)
+                assert found == []
+                added.append((row, len(s.pages) - 1, s.pages[-1]))
+            s.computed += 1
+        self.stats.decode_tokens += len(live)
+        return iter(added)
+
+    # ── what came out ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def accept(self, sequence: Sequence, token: int, logp: float, logp_behaviour: float) -> TurnDone | None:
+        """Append a drawn token; the finished turn, if it was its last."""
+        sequence.tokens.append(token)
+        sequence.logp.append(logp)
+        sequence.logp_behaviour.append(logp_behaviour)
+        self.stats.sampled_tokens += 1
+        if token in sequence.params.stop_ids:
+            reason: Reason = "stop"
+        elif len(sequence.logp) >= sequence.params.max_tokens:
+            reason = "length"
+        elif len(sequence.tokens) > self.max_length:
+            reason = "capacity"
+        else:
+            return None
+        self.running.remove(sequence)
+        return self._finish(sequence, reason)
+
+    def _finish(self, sequence: Sequence, reason: Reason) -> TurnDone:
+        sequence.state, self.changed = State.PARKED, True
+        return TurnDone(sequence.key, sequence.tokens[sequence.turn_start :], sequence.logp, sequence.logp_behaviour, reason)

@@ -1,0 +1,82 @@
+"""What the scheduler knows of a sequence, of a group of samples, and of one step's work."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from retool.rl.engine.params import SamplingParams
+
+
+class State(Enum):
+    """Waiting to be computed, being computed, its turn finished and its KV kept, or gone."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PARKED = "parked"
+    DROPPED = "dropped"
+
+
+@dataclass(eq=False)
+class Group:
+    """Samples of one prompt. All but its last token is computed once, by `leader`; `pages` then hold it for who still waits."""
+
+    ids: list[int]
+    live: int = 0
+    unserved: int = 0  # members that never had their prompt's KV
+    leader: Sequence | None = None
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens that are shared: each sample computes the last one itself, and draws from its own copy of the logits."""
+        return len(self.ids) - 1
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens of a trajectory so far; `computed` of them have keys and values in `pages`.
+
+    `number` counts arrivals: the lower one goes first, for room and for memory. `given` marks tokens [0, given) that were
+    not sampled in this turn or were computed before, for the statistics.
+    """
+
+    key: Hashable
+    number: int
+    tokens: list[int]
+    params: SamplingParams
+    draw_key: int
+    group: Group | None
+    turn_start: int
+    given: int
+    served: bool = False
+    computed: int = 0
+    state: State = State.WAITING
+    pages: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    logp_behaviour: list[float] = field(default_factory=list)
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+
+class Item(NamedTuple):
+    """Tokens [start, start + count) of a sequence go through the model; if that is all there are, the next one is drawn."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def draws(self) -> bool:
+        return self.start + self.count == len(self.sequence.tokens)
+
+
+class Step(NamedTuple):
+    """Work of one forward: items, those of one token first, after copying pages (from, to)."""
+
+    items: list[Item]
+    copies: list[tuple[int, int]]

@@ -1,0 +1,143 @@
+"""Judging in processes that can be killed: an answer that hangs, bombs or breaks the reward function costs it its score, no more.
+
+Workers are forked from a server process that is started with a clean environment, before any GPU is touched, so that no
+secret and no device of the training process is ever in them. They have a memory limit and can open no network socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import multiprocessing
+import os
+import resource
+import struct
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from retool.rl.rewards import RewardFunction, RewardSource, judge
+from retool.rl.types import Trajectory
+
+KEPT = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
+KEPT_PREFIXES = ("LC_", "PYTHON", "OMP_", "MKL_")
+PRELOADED = ["retool.rl.rewards", "math_verify"]
+_function: RewardFunction | None = None  # a worker's own
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A score, what else the function told, and why it failed (`exception`, `timeout`, `killed`) with its reason, if it did."""
+
+    score: float
+    info: Mapping[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+    reason: str = ""
+
+
+class RewardPool:
+    """Processes that judge trajectories with one reward function. Close it, or use it as a context."""
+
+    def __init__(self, source: RewardSource, workers: int = 2, timeout: float = 2.0, memory_mb: int = 2048, floor: float = -1.0) -> None:
+        source.load()  # a file that isn't there, or doesn't import, is told here and now
+        self.timeout, self.floor = timeout, floor
+        context = multiprocessing.get_context("forkserver")
+        with _clean_environment():
+            context.set_forkserver_preload(PRELOADED)
+            forkserver.ensure_running()
+            self._pool = ProcessPool(workers, initializer=_start_worker, initargs=(source, memory_mb), context=context)  # pyright: ignore[reportArgumentType]
+
+    async def judge(self, trajectory: Trajectory) -> Judged:
+        """The score of a finished trajectory; `floor` where the function raises, returns no finite number, or takes too long."""
+        prompt = trajectory.prompt
+        extra = {
+            **prompt.extra_info, "num_turns": trajectory.num_turns, "tool_calls": trajectory.tool_calls,
+            "stop_reason": trajectory.stop.value,
+        }  # fmt: skip
+        args = (prompt.data_source, trajectory.assistant_text, prompt.ground_truth, extra)
+        try:
+            future = self._pool.schedule(_work, args=args, timeout=self.timeout)
+            score, info = await asyncio.wrap_future(future)
+            return Judged(score, info)
+        except (FutureTimeout, asyncio.TimeoutError):
+            return Judged(self.floor, {}, "timeout", f"no score within {self.timeout:g} s")
+        except ProcessExpired as error:
+            return Judged(self.floor, {}, "killed", str(error))
+        except Exception as error:  # whatever the user's function raises
+            return Judged(self.floor, {}, "exception", f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Stop the workers, whatever they are doing."""
+        self._pool.stop()
+        self._pool.join()
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _work(data_source: str, solution: str, truth: str, extra: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    assert _function is not None, "the worker has no reward function"
+    return judge(_function, data_source, solution, truth, extra)
+
+
+def _start_worker(source: RewardSource, memory_mb: int) -> None:
+    """In the worker: forget the environment, load the function, then shut the doors."""
+    global _function
+    for name in [name for name in os.environ if not _harmless(name)]:
+        del os.environ[name]
+    _function = source.load()
+    with open("/proc/self/statm", encoding="ascii") as sizes:  # what the interpreter has mapped already doesn't count
+        mapped = int(sizes.read().split()[0]) * resource.getpagesize()
+    limit = mapped + memory_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        _forbid_sockets()
+
+
+def _harmless(name: str) -> bool:
+    return name in KEPT or name.startswith(KEPT_PREFIXES)
+
+
+@contextmanager
+def _clean_environment() -> Iterator[None]:
+    """Without anything that could be a secret, for what is started inside: a process keeps the environment it was started with."""
+    before = dict(os.environ)
+    for name in before:
+        if not _harmless(name):
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _forbid_sockets() -> None:
+    """A system-call filter: sockets but Unix ones can't be made, io_uring (another way to one) neither; see seccomp(2)."""
+    from retool.rl.sandbox.seccomp import install
+    from retool.rl.sandbox.syscalls import AUDIT_ARCH, TABLES
+
+    machine = os.uname().machine
+    if machine not in TABLES:
+        return
+    load, equal, give = 0x20, 0x15, 0x06
+    deny, allow, kill = 0x00050000 | errno.EPERM, 0x7FFF0000, 0x80000000
+    table = TABLES[machine]
+    program = [
+        (load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[machine]), (give, 0, 0, kill),
+        (load, 0, 0, 0), (equal, 3, 0, table["io_uring_setup"]), (equal, 0, 3, table["socket"]),
+        (load, 0, 0, 16), (equal, 1, 0, 1), (give, 0, 0, deny), (give, 0, 0, allow),
+    ]  # fmt: skip
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(38, 1, 0, 0, 0) == 0:  # PR_SET_NO_NEW_PRIVS
+        install(b"".join(struct.pack("HBBI", code, jt, jf, k) for code, jt, jf, k in program))

@@ -1,0 +1,43 @@
+"""Reward functions that behave in every way a user's can."""
+
+import asyncio
+import os
+import socket
+import time
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    if solution_str == "hang":
+        time.sleep(60)
+    if solution_str == "spin":
+        while True:
+            pass
+    if solution_str == "raise":
+        raise KeyError("oops")
+    if solution_str == "die":
+        os._exit(9)
+    if solution_str == "eat":
+        return float(len(bytearray(3 << 30)))
+    if solution_str == "connect":
+        try:
+            socket.socket(socket.AF_INET).close()
+        except PermissionError:
+            return {"score": 1.0, "why": "refused"}
+        return {"score": 0.0, "why": "a socket"}
+    if solution_str == "environment":
+        with open("/proc/self/environ", "rb") as start:
+            seen = os.environ.get("WANDB_API_KEY", "") + start.read().decode()
+        return {"score": float("geheim" in seen), "there": seen}
+    values = {"nan": float("nan"), "inf": float("inf"), "text": "seven", "none": None, "bool": True, "noscore": {"acc": 1}}
+    if solution_str in values:
+        return values[solution_str]
+    return {"score": 0.5, "acc": solution_str == ground_truth, "turns": extra_info["num_turns"], "stop": extra_info["stop_reason"], "list": [1]}
+
+
+async def asynchronous(data_source, solution_str, ground_truth, extra_info):
+    await asyncio.sleep(0.001)
+    return 0.25
+
+
+class Judge:
+    pass

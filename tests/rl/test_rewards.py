@@ -1,0 +1,137 @@
+"""Rewards by hand-checked numbers and published cases; the pool against everything a reward function can do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from retool.rl.reward_pool import RewardPool
+from retool.rl.rewards import (
+    RewardSource,
+    default_name,
+    find_reward,
+    judge,
+    last_boxed,
+    math_equal,
+    math_score,
+    overlong_penalty,
+    retool_score,
+)
+from retool.rl.types import Stop
+from tests.rl.conftest import make_prompt, make_trajectory
+
+HERE = str(Path(__file__).with_name("reward_functions.py"))
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        ("so \\boxed{42}.", "42"),
+        ("\\boxed{1} then \\boxed{2}", "2"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{7} and \\boxed{8", "7"),
+        ("{ \\boxed{9} } }", "9"),
+        ("\\boxed{a \\boxed{b}}", "b"),
+        ("\\boxed{}", ""),
+        ("boxed{3}", None),
+        ("", None),
+    ],
+)
+def test_the_last_balanced_box(text, inside) -> None:
+    assert last_boxed(text) == inside
+
+
+def test_boxes_of_a_hostile_text_are_found_in_linear_time() -> None:
+    begin = time.perf_counter()
+    assert last_boxed("\\boxed{" * 200_000) is None
+    assert time.perf_counter() - begin < 1.0
+
+
+@pytest.mark.parametrize(
+    ("solution", "turns", "score"),
+    [("\\boxed{ 4 }", 2, 1.0), ("\\boxed{5}", 2, -1.0), ("\\boxed{5}", 4, -0.9), ("nothing", 8, -0.7), ("", 10, -0.6), ("", 40, -0.6),
+     ("\\boxed{4.0}", 6, -0.8)],
+)  # fmt: skip
+def test_retool_by_hand(solution, turns, score) -> None:
+    result = retool_score("", solution, "4", {"num_turns": turns})
+    assert result["score"] == pytest.approx(score, abs=1e-12) and result["acc"] == float(score == 1.0)
+
+
+def test_math_agrees_with_the_published_cases(shared_data) -> None:
+    cases = [json.loads(line) for line in (shared_data / "goldens" / "math_verify_cases.jsonl").read_text().splitlines()]
+    assert len(cases) == 140
+    wrong = []
+    for case in cases:
+        options = {key: value for key, value in case["extra"].items() if key != "precision"}
+        if "precision" in case["extra"]:
+            options["float_rounding"] = case["extra"]["precision"]
+        got = math_equal(case["gold"], case["pred"], tuple(case["match_types"] or ("latex", "expr")), **options)
+        if got != bool(case["expected"]):
+            wrong.append(case["gold"])
+    assert wrong == ["f'{math.sqrt(17):.15f}'"]  # a Python f-string that the extraction left unevaluated
+
+
+def test_math_judges_the_last_box() -> None:
+    assert math_score("", "first \\boxed{1}, no: \\boxed{\\frac{1}{2}}", "0.5", {}) == {"score": 1.0, "acc": 1.0, "pred": "\\frac{1}{2}"}
+    assert math_score("", "\\boxed{336}", "336^\\circ", {})["score"] == 1.0
+    assert math_score("", "\\boxed{x+1}", "1+x", {})["acc"] == 1.0 and math_score("", "I don't know", "3", {})["score"] == 0.0
+
+
+def test_overlong_by_hand() -> None:
+    lengths = (0, 80, 81, 90, 100)
+    assert [overlong_penalty(n, 100, 20, 1.0) for n in lengths] == pytest.approx([0, 0, -0.05, -0.5, -1.0])
+    assert overlong_penalty(110, 100, 20, 2.0) == pytest.approx(-3.0) and str(overlong_penalty(80, 100, 20, 1.0)) in ("0.0", "-0.0")
+
+
+def test_where_a_reward_comes_from() -> None:
+    assert find_reward(None, None, None) == RewardSource("default") and default_name("AIME-2024") == "retool"
+    assert default_name("openai/gsm8k") == "math" and find_reward("retool", None, None).load() is retool_score
+    assert find_reward(None, HERE, None) == RewardSource("compute_score", HERE)
+    assert find_reward(f"{HERE}/asynchronous", None, None) == RewardSource("asynchronous", HERE)
+    assert judge(find_reward(f"{HERE}/asynchronous", None, None).load(), "", "", "", {}) == (0.25, {})
+    for name, said in (("maths", "reward_model.name=maths is not known"),):
+        with pytest.raises(ValueError, match=said):
+            find_reward(name, None, None)
+    for source, said in ((RewardSource("nothing", HERE), "has no 'nothing'"), (RewardSource("Judge", HERE), "give a function"),
+                         (RewardSource("f", "nowhere.py"), "doesn't exist")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            RewardPool(source)
+
+
+def judge_all(pool, texts):
+    async def run():
+        prompt = make_prompt(truth="4", extra={"index": 3})
+        return await asyncio.gather(*(pool.judge(make_trajectory(prompt, text=t, num_turns=4, stop=Stop.LENGTH)) for t in texts))
+
+    return asyncio.run(run())
+
+
+def test_everything_a_reward_function_can_do(monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "geheim")
+    texts = ["hang", "raise", "4", "die", "eat", "nan", "inf", "text", "none", "noscore", "bool", "connect", "environment", "5"]
+    with RewardPool(RewardSource("compute_score", HERE), workers=2, timeout=1.0, floor=-2.0) as pool:
+        begin = time.perf_counter()
+        judged = dict(zip(texts, judge_all(pool, texts), strict=True))
+        assert time.perf_counter() - begin < 20
+        assert judge_all(pool, ["4"])[0].score == 0.5  # the pool goes on
+    assert judged["4"].score == 0.5 and judged["4"].info == {"acc": 1.0, "turns": 4, "stop": "length"} and judged["5"].info["acc"] == 0.0
+    for text, failure in (("hang", "timeout"), ("raise", "exception"), ("die", "killed"), ("eat", "exception"), ("nan", "exception"),
+                          ("inf", "exception"), ("text", "exception"), ("none", "exception"), ("noscore", "exception")):  # fmt: skip
+        assert (judged[text].score, judged[text].failure) == (-2.0, failure), text
+    assert "KeyError" in judged["raise"].reason and "MemoryError" in judged["eat"].reason and "nan" in judged["nan"].reason
+    assert judged["bool"].score == 1.0
+    assert judged["connect"].info == {"why": "refused"}
+    assert judged["environment"].score == 0.0 and os.environ["WANDB_API_KEY"] == "geheim"
+
+
+def test_a_tower_of_powers_is_stopped() -> None:
+    with RewardPool(RewardSource("math"), workers=1, timeout=1.0) as pool:
+        begin = time.perf_counter()
+        tower, fine = judge_all(pool, ["\\boxed{9^{9^{9^{9}}}}", "\\boxed{4}"])
+        assert time.perf_counter() - begin < 15
+    assert tower.score in (-1.0, 0.0) and fine.score == 1.0
