@@ -143,9 +143,10 @@ class Engine:
         return self.scheduler
 
     def _allocate(self) -> None:
-        o, dtype, heads = self.options, self.weights.dtype, cached_heads(self.plan)
+        o, dtype = self.options, self.weights.dtype
         assert dtype is not None
-        size = page_bytes(self.config.layers, self.page_size, heads, self.config.head_dim, dtype)
+        shape = self.config.layers, self.page_size, cached_heads(self.plan), self.config.head_dim
+        size = page_bytes(shape, dtype)
         longest = o.max_length or self.config.max_position or (1 << 62)
         pages = self._kv_bytes(dtype, o.max_num_seqs * min(longest, 1 << 40) // self.page_size * size) // size
         if pages < 2:
@@ -153,7 +154,7 @@ class Engine:
                 f"the KV cache has room for {max(pages - 1, 0)} pages of {self.page_size} tokens ({size:,} bytes each): raise kv_bytes "
                 "(gpu_memory_utilization) or use a smaller page_size."
             )
-        cache = KVCache(self.config.layers, pages, self.page_size, heads, self.config.head_dim, dtype, self.device)
+        cache = KVCache(shape, pages, dtype, self.device)
         rows = -(-o.max_num_seqs // self.plan.sp) * self.plan.sp
         self.scheduler = Scheduler(
             PagePool(pages, self.page_size), o.max_num_seqs, o.max_num_seqs if o.deterministic else o.max_batch_tokens, longest

@@ -10,6 +10,8 @@ Legend: L layers · P tokens of a page · k this rank's kv heads · H head dim.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 
@@ -67,9 +69,9 @@ class PagePool:
 class KVCache:
     """Keys and values of all layers: [L, pages, P, 2k, H], a token's k key heads before its k value heads."""
 
-    def __init__(self, layers: int, pages: int, page_size: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.heads, self.page_size = heads, page_size
-        self.data = torch.zeros(layers, pages, page_size, 2 * heads, head_dim, dtype=dtype, device=device)
+    def __init__(self, shape_LPkH: tuple[int, int, int, int], pages: int, dtype: torch.dtype, device: torch.device) -> None:
+        layers, self.page_size, self.heads, head_dim = shape_LPkH
+        self.data = torch.zeros(layers, pages, self.page_size, 2 * self.heads, head_dim, dtype=dtype, device=device)
 
     def write(self, layer: int, slots_T: torch.Tensor, kv_TJH: torch.Tensor) -> None:
         """Store tokens' keys and values (J = 2k heads) at `slots` = page · P + place in the page, int64."""
@@ -86,6 +88,6 @@ class KVCache:
             self.data[:, targets] = self.data[:, sources]
 
 
-def page_bytes(layers: int, page_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+def page_bytes(shape_LPkH: tuple[int, int, int, int], dtype: torch.dtype) -> int:
     """Bytes of one page in all layers."""
-    return layers * page_size * 2 * heads * head_dim * dtype.itemsize
+    return 2 * prod(shape_LPkH) * dtype.itemsize

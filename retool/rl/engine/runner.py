@@ -9,6 +9,7 @@ filtered sampling. The host sends only pages that were added. Draws are copied t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ class DecodeLoop:
         self.out = torch.zeros(3, most, dtype=dtype, device=device)
         self.rows, self.filtered = 0, False
         self.recorded: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self.pool: tuple[int, int] | None = None
+        self.pool: Any = None  # memory that all recordings use in turn
 
     def bucket(self, rows: int) -> int:
         """Rows of the recorded step that runs `rows` of them: powers of two up to 16, then multiples of 16, of 32 from 128 on."""

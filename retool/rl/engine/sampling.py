@@ -21,7 +21,7 @@ MASK = (1 << 64) - 1
 
 
 class Draws(NamedTuple):
-    """Per row: `keys` int64 of the seeds, `positions` int64 that the drawn tokens will have, `temperature` and `top_p` float32, `top_k` int64."""
+    """Per row: the seed's key int64, the position int64 that the drawn token will have, temperature float32, top-k int64, top-p float32."""
 
     keys: Tensor
     positions: Tensor

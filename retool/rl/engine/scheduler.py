@@ -16,10 +16,11 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Hashable, Iterator
 
+from retool.rl.engine.groups import Groups
 from retool.rl.engine.kv_cache import PagePool
 from retool.rl.engine.params import Reason, SamplingParams, Stats, TurnDone
 from retool.rl.engine.sampling import seed_key
-from retool.rl.engine.sequence import Group, Item, Sequence, State, Step
+from retool.rl.engine.sequence import Item, Sequence, State, Step
 
 
 class Scheduler:
@@ -29,11 +30,11 @@ class Scheduler:
         self.pool, self.max_num_seqs, self.max_tokens = pool, max_num_seqs, max_tokens
         self.max_length = min(max_length, pool.capacity * pool.page_size)
         self.sequences: dict[Hashable, Sequence] = {}
-        self.groups: dict[Hashable, Group] = {}
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.refused: list[TurnDone] = []
         self.stats, self.arrivals, self.changed = Stats(), 0, False
+        self.groups = Groups(pool, self.stats)
 
     # ── what the caller asks for ─────────────────────────────────────────────────────────────────────────────────
 
@@ -42,13 +43,7 @@ class Scheduler:
             raise ValueError(f"sequence {key!r} was started already: extend it, or drop it first.")
         if not ids:
             raise ValueError(f"sequence {key!r} has an empty prompt: at least one token must be given.")
-        shared = None
-        if group is not None:
-            shared = self.groups.setdefault(group, Group(list(ids)))
-            if shared.ids != ids:
-                raise ValueError(f"sequence {key!r} has another prompt than its group {group!r}: samples of a group share one.")
-            shared.live += 1
-            shared.unserved += 1
+        shared = self.groups.join(key, group, ids)
         sequence = Sequence(key, self.arrivals, list(ids), params, seed_key(params.seed), shared, len(ids), len(ids))
         self.arrivals += 1
         self.sequences[key] = sequence
@@ -74,8 +69,7 @@ class Scheduler:
             self.running.remove(sequence)
         sequence.state, self.changed = State.DROPPED, True
         self.pool.release(sequence.pages)
-        if sequence.group is not None:
-            self._leave(sequence, sequence.group)
+        self.groups.leave(sequence)
 
     def _known(self, key: Hashable) -> Sequence:
         if key not in self.sequences:
@@ -90,14 +84,6 @@ class Scheduler:
         else:
             self.refused.append(self._finish(sequence, "capacity"))
             self._forget(sequence)
-
-    def _leave(self, sequence: Sequence, group: Group) -> None:
-        group.live -= 1
-        self._served(sequence, group)
-        if group.leader is sequence:
-            group.leader = None
-        if group.live == 0:
-            self.groups = {k: g for k, g in self.groups.items() if g is not group}
 
     # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -135,16 +121,15 @@ class Scheduler:
         for sequence in self.waiting:
             if budget < 1 or len(self.running) >= self.max_num_seqs:
                 break
-            group = sequence.group
-            if sequence.computed == 0 and group is not None and group.leader is not None:
-                continue  # its prompt is being computed
-            while self._missing(sequence) + len(self.running) > len(self.pool.free):
+            if self.groups.must_wait(sequence):
+                continue
+            while self.groups.missing(sequence) + len(self.running) > len(self.pool.free):
                 if self.running or not self._make_room(sequence):
                     break
-            if self._missing(sequence) + len(self.running) > len(self.pool.free):
+            if self.groups.missing(sequence) + len(self.running) > len(self.pool.free):
                 assert self.running, "a sequence that fits found no room in an empty cache"
                 break
-            self._attach(sequence)
+            self.groups.attach(sequence)
             found = self.pool.extend(sequence.pages, sequence.computed, len(sequence.tokens))
             assert found is not None
             copies += found
@@ -155,63 +140,27 @@ class Scheduler:
             sequence.state = State.RUNNING
         self.waiting = [s for s in self.waiting if s.state is State.WAITING]
 
-    def _missing(self, sequence: Sequence) -> int:
-        """Free pages that a waiting sequence needs for all its tokens, a shared prompt taken into account."""
-        group = sequence.group
-        if sequence.computed == 0 and group is not None and group.pages:
-            partial = group.prefix % self.pool.page_size > 0
-            return self.pool.pages_for(len(sequence.tokens)) - len(group.pages) + partial
-        return self.pool.missing(sequence.pages, sequence.computed, len(sequence.tokens))
-
-    def _attach(self, sequence: Sequence) -> None:
-        """Give a sequence without KV its group's, or make it the one that computes it."""
-        group = sequence.group
-        if sequence.computed or group is None or group.prefix == 0:
-            return
-        if group.pages:
-            self.pool.share(group.pages)
-            sequence.pages, sequence.computed = list(group.pages), group.prefix
-            self.stats.shared_tokens += group.prefix
-            self._served(sequence, group)
-        else:
-            group.leader = sequence
-
-    def _served(self, sequence: Sequence, group: Group) -> None:
-        if not sequence.served:
-            sequence.served = True
-            group.unserved -= 1
-        if group.unserved == 0:
-            self.pool.release(group.pages)
-
     def _count(self, item: Item) -> None:
-        """Book an item as computed; a leader that has the prompt leaves it for those who wait."""
-        sequence, group = item.sequence, item.sequence.group
+        """Book an item as computed."""
+        sequence = item.sequence
         sequence.computed += item.count
         given = max(0, min(sequence.computed, sequence.given) - item.start)
         self.stats.prefill_tokens += given
         self.stats.decode_tokens += item.count - given
-        if group is not None and group.leader is sequence and sequence.computed >= group.prefix:
-            group.leader = None
-            group.pages = sequence.pages[: self.pool.pages_for(group.prefix)]
-            self.pool.share(group.pages)
-            self._served(sequence, group)
+        self.groups.computed(sequence)
 
     # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Give up the KV that is missed least, see [Note: progress]; False if there is none that `sequence` may take."""
-        holds = [g for g in self.groups.values() if g.pages]
-        for group in holds:
-            if any(self.pool.counts[p] == 1 for p in group.pages):
-                self.pool.release(group.pages)
-                return True
+        if self.groups.let_go(useful=True):
+            return True
         idle = [s for s in self.sequences.values() if s.pages and s is not sequence and s.state is not State.RUNNING]
         if idle:
             self._forget(max(idle, key=lambda s: (s.state is State.PARKED, s.number)))
             self.stats.evicted += 1
             return True
-        for group in holds:
-            self.pool.release(group.pages)
+        if self.groups.let_go(useful=False):
             return True
         youngest = max(self.running, key=lambda s: s.number, default=sequence)
         if youngest.number <= sequence.number:
@@ -228,8 +177,7 @@ class Scheduler:
     def _forget(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
         sequence.computed, sequence.given = 0, len(sequence.tokens)
-        if sequence.group is not None and sequence.group.leader is sequence:
-            sequence.group.leader = None
+        self.groups.forgot(sequence)
 
     def ahead(self, sequences: list[Sequence]) -> Iterator[tuple[int, int, int]] | None:
         """Book another decode step of `sequences` before the last one was looked at.

@@ -21,8 +21,9 @@ class State(Enum):
 
 @dataclass(eq=False)
 class Group:
-    """Samples of one prompt. All but its last token is computed once, by `leader`; `pages` then hold it for who still waits."""
+    """Samples of one prompt. All but its last token is computed once, by `leader`; `pages` then keep it for who still waits."""
 
+    key: Hashable
     ids: list[int]
     live: int = 0
     unserved: int = 0  # members that never had their prompt's KV
@@ -31,7 +32,7 @@ class Group:
 
     @property
     def prefix(self) -> int:
-        """Tokens that are shared: each sample computes the last one itself, and draws from its own copy of the logits."""
+        """Tokens that are shared."""
         return len(self.ids) - 1
 
 
@@ -63,7 +64,8 @@ class Sequence:
         return len(self.tokens) - self.computed
 
 
-class Item(NamedTuple):
+@dataclass(frozen=True)
+class Item:
     """Tokens [start, start + count) of a sequence go through the model; if that is all there are, the next one is drawn."""
 
     sequence: Sequence
