@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from retool.checkpoint import latest
+from retool.checkpoint import latest, load_flat
+from retool.checkpoint.archive import TorchFile, write_archive
+from retool.checkpoint.folder import checksums
+from retool.checkpoint.shards import ShardSource
+from retool.checkpoint.unpickle import Stored
+from retool.parallel.fsdp.layout import local_pieces
 from tests.checkpoint import states
 from tests.ranks import run_ranks
 
@@ -166,3 +171,46 @@ def test_extra_holds_plain_data_only(tmp_path: Path) -> None:
         states.checkpoint.save(
             tmp_path, states.state(mesh), mesh, step=1, extra={"bad": np.arange(3)}, data_state={}, model_folder=states.source_model(tmp_path / "source")
         )
+
+
+@pytest.mark.parametrize(("writers", "readers"), [(1, 3), (3, 2), (4, 4)])
+def test_each_rank_reads_only_what_it_owns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writers: int, readers: int) -> None:
+    folder, counts, real = saved(tmp_path, writers), [], TorchFile.read
+
+    def counting(file: TorchFile, tensor: Stored, start: int, stop: int) -> torch.Tensor:
+        counts.append(stop - start)
+        return real(file, tensor, start, stop)
+
+    monkeypatch.setattr(TorchFile, "read", counting)
+    layout = states.layout(readers)
+    for rank in range(readers):
+        counts.clear()
+        load_flat(layout, rank, ShardSource(folder), torch.empty(layout.shard_numel))
+        assert sum(counts) == sum(p.stop - p.start for p in local_pieces(layout, rank))
+
+
+def test_checksums_are_compared_for_the_part_that_is_read(tmp_path: Path) -> None:
+    """Damage elsewhere in a large file doesn't stop a rank that reads another part of it; damage in its part does."""
+    content = {"a": torch.arange(2_000_000, dtype=torch.float32)}
+    write_archive(tmp_path / "x.pt", content)
+    blocks = checksums(tmp_path / "x.pt")["crc32"]
+    assert len(blocks) == 8
+    with (tmp_path / "x.pt").open("r+b") as file:
+        file.seek(6 << 20)
+        file.write(b"\xff\xff\xff\xff")
+    file = TorchFile(tmp_path / "x.pt", blocks)
+    assert torch.equal(file.read(file.content["a"], 0, 1_000_000), content["a"][:1_000_000])
+    with pytest.raises(ValueError, match=r"x\.pt: bytes \[6291456, 7340032\) differ from checksums\.json"):
+        file.read(file.content["a"], 1_000_000, 2_000_000)
+
+
+def test_buffers_can_be_made_ahead(tmp_path: Path) -> None:
+    mesh = states.make_mesh()
+    staging, state, options = states.checkpoint.Staging(mesh), states.state(mesh), states.SaveOptions(contents=("model",))
+    staging.prepare(state, mesh, options)
+    staging.ready()
+    assert list(staging._buffers) == ["params"]
+    before = staging._buffers["params"].data_ptr()
+    source = states.source_model(tmp_path / "source")
+    done = states.checkpoint.save(tmp_path, state, mesh, step=1, extra={}, data_state={}, model_folder=source, options=options, staging=staging)
+    assert done.wait().error is None and staging._buffers["params"].data_ptr() == before
