@@ -42,7 +42,7 @@ class Trajectory:
     `tokens` int32 [n] are prompt and response. `mask` bool [n] is True where the model sampled the token; only those are
     trained. `logp` float32 [n] is the sampler's log-probability under softmax(logits / temperature) over the whole
     vocabulary, `logp_behaviour` after top-p and top-k as well; both are 0 where `mask` is False. `assistant_text` is what
-    the model wrote, without tool output; `policy_version` counts the optimizer steps of the weights that sampled it.
+    the model wrote, without tool output; `policy_version` is how many training steps the weights that sampled it had seen.
     `num_turns` = user + assistant turns + 1; without a tool call 2.
     """
 

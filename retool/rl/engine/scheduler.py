@@ -33,7 +33,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.refused: list[TurnDone] = []
-        self.stats, self.arrivals, self.changed = Stats(), 0, False
+        self.stats, self.arrivals, self.changed = Stats(), 0, False  # changed: running ahead must stop for a new plan
         self.groups = Groups(pool, self.stats)
 
     # ── what the caller asks for ─────────────────────────────────────────────────────────────────────────────────
@@ -89,7 +89,6 @@ class Scheduler:
 
     def plan(self) -> Step | None:
         """The next forward's work, or None if there is nothing to compute. Counts it as computed."""
-        self.changed = False
         items: list[Item] = []
         copies: list[tuple[int, int]] = []
         budget = self.max_tokens - sum(s.pending == 1 for s in self.running)
@@ -102,7 +101,7 @@ class Scheduler:
             if room is not None:
                 copies += room
                 items.append(Item(sequence, sequence.computed, count))
-        self._admit(items, copies, budget)
+        self.changed = self._admit(items, copies, budget)
         for item in items:
             self._count(item)
         items.sort(key=lambda i: i.count > 1)
@@ -117,9 +116,12 @@ class Scheduler:
                 return None
         return copies
 
-    def _admit(self, items: list[Item], copies: list[tuple[int, int]], budget: int) -> None:
+    def _admit(self, items: list[Item], copies: list[tuple[int, int]], budget: int) -> bool:
+        """Admit who waits, in order; whether the next step may admit more although nothing else changes."""
+        full = False
         for sequence in self.waiting:
-            if budget < 1 or len(self.running) >= self.max_num_seqs:
+            full = len(self.running) >= self.max_num_seqs
+            if full or budget < 1:
                 break
             if self.groups.must_wait(sequence):
                 continue
@@ -128,6 +130,7 @@ class Scheduler:
                     break
             if self.groups.missing(sequence) + len(self.running) > len(self.pool.free):
                 assert self.running, "a sequence that fits found no room in an empty cache"
+                full = True
                 break
             self.groups.attach(sequence)
             found = self.pool.extend(sequence.pages, sequence.computed, len(sequence.tokens))
@@ -139,6 +142,7 @@ class Scheduler:
             self.running.append(sequence)
             sequence.state = State.RUNNING
         self.waiting = [s for s in self.waiting if s.state is State.WAITING]
+        return bool(self.waiting) and not full
 
     def _count(self, item: Item) -> None:
         """Book an item as computed."""

@@ -13,6 +13,7 @@ from .embedded import strip_fence
 from .fusion_types import RunRequest, result_from_json
 from .result import Result
 
+PATIENCE = 15.0  # seconds a request may take beyond its program's: to queue and to travel
 RETRIED = frozenset({429, 502, 503, 504})
 
 
@@ -43,7 +44,7 @@ class SandboxFusion:
         self, code: str, stdin: str = "", timeout: float | None = None, *,
         memory_mb: int | None = None, files: Mapping[str, bytes] | None = None, fetch: Sequence[str] = (),
     ) -> Result:  # fmt: skip
-        """As `Sandbox.run`. `timeout` is the program's, in seconds; the request may take 15 s more, to queue and travel."""
+        """As `Sandbox.run`. `timeout` is the program's, in seconds; the request may take `PATIENCE` more."""
         request = RunRequest(strip_fence(code), stdin, timeout or self._timeout, memory_mb or self._memory_mb, files, fetch)
         client, gate = self._connections()
         reason = ""
@@ -58,11 +59,11 @@ class SandboxFusion:
 
     async def _once(self, client: httpx.AsyncClient, request: RunRequest) -> tuple[Result | None, str]:
         """One attempt: a result, or what went wrong that another attempt may cure."""
-        limit = httpx.Timeout(request.timeout + 15, connect=10)
+        limit = httpx.Timeout(request.timeout + PATIENCE, connect=10)
         try:
             response = await client.post(self.url, json=request.to_json(), headers=self._headers, timeout=limit)
         except (httpx.ReadTimeout, httpx.WriteTimeout):
-            return Result("sandbox_error", reason=f"{self.url} gave no answer within {request.timeout + 15:g} s"), ""
+            return Result("sandbox_error", reason=f"{self.url} gave no answer within {request.timeout + PATIENCE:g} s"), ""
         except httpx.TransportError as error:
             return None, str(error) or type(error).__name__
         if response.status_code in RETRIED:
