@@ -51,8 +51,8 @@ def merge(folder: Path, out: Path, dtype: torch.dtype, progress: Progress = _qui
             for start in range(0, prod(shape), CHUNK):
                 stop = min(start + CHUNK, prod(shape))
                 writer.write(source.read(name, start, stop))
+                source.release()
                 progress(name, stop - start)
-            source.release()
         writer.close()
     except BaseException:
         writer.abandon()
@@ -146,8 +146,8 @@ def _fill(layout: Layout, rank: int, source: ShardSource, scratch: Path, progres
             stop = min(start + CHUNK, rows.stop)
             at = rows.offset + start - rows.start
             buffer[at : at + stop - start] = source.read(rows.member.name, start, stop)
+            source.release()
             progress(rows.member.name, stop - start)
-        source.release()
     return buffer
 
 

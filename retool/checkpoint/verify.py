@@ -57,7 +57,6 @@ def _shards(where: Path, progress: Progress) -> Iterator[str]:
             bad = sum(int((~torch.isfinite(piece)).sum()) for piece in _pieces(source, name, progress))
             if bad:
                 yield f"{where}: {kind} of {name} has {bad} values that are not finite."
-            source.release()
 
 
 def _export(where: Path, progress: Progress) -> Iterator[str]:
@@ -75,7 +74,6 @@ def _export(where: Path, progress: Progress) -> Iterator[str]:
         pairs = zip(_pieces(source, name, progress), _pieces(export, name), strict=True)
         if not all(torch.equal(a.to(b.dtype).nan_to_num(), b.nan_to_num()) for a, b in pairs):
             yield f"{folder}: {name} differs from the shards."
-        source.release()
 
 
 def _pieces(source: TensorSource, name: str, progress: Progress | None = None) -> Iterator[torch.Tensor]:
@@ -83,5 +81,7 @@ def _pieces(source: TensorSource, name: str, progress: Progress | None = None) -
     for start in range(0, numel, CHUNK):
         stop = min(start + CHUNK, numel)
         yield source.read(name, start, stop)
+        if isinstance(source, ShardSource):
+            source.release()
         if progress is not None:
             progress(name, stop - start)
