@@ -45,7 +45,9 @@ def test_notebook_value(default_sandbox: Sandbox, program: str, printed: str) ->
     assert (result.status, result.stdout, result.stderr) == ("success", printed, "")
 
 
-@pytest.mark.parametrize("fenced", ["```python\nprint(1)\n```", "```py\nprint(1)```", "\n ```\nprint(1)\n``` \n", "```Python  \nprint(1)\n\n```", "print(1)"])
+@pytest.mark.parametrize(
+    "fenced", ["```python\nprint(1)\n```", "```py\nprint(1)```", "\n ```\nprint(1)\n``` \n", "```Python  \nprint(1)\n\n```", "print(1)"]
+)
 def test_fence(fenced: str) -> None:
     assert strip_fence(fenced).strip() == "print(1)"
 
@@ -58,12 +60,14 @@ def test_fence_inside_is_left_alone() -> None:
 def test_traceback_names_the_programs_own_lines(default_sandbox: Sandbox) -> None:
     result = default_sandbox.run_blocking("def f():\n    return 1 / 0\nf()")
     assert result.status == "error" and result.return_code == 1
-    assert result.stderr.startswith("Traceback (most recent call last):\n  File \"main.py\", line 3, in <module>\n    f()")
+    assert result.stderr.startswith('Traceback (most recent call last):\n  File "main.py", line 3, in <module>\n    f()')
     assert result.stderr.endswith("ZeroDivisionError: division by zero\n")
     assert "retool" not in result.stderr
 
 
-@pytest.mark.parametrize(("program", "code", "stderr"), [("import sys\nsys.exit()", 0, ""), ("import sys\nsys.exit(3)", 3, ""), ("exit('why')", 1, "why\n")])
+@pytest.mark.parametrize(
+    ("program", "code", "stderr"), [("import sys\nsys.exit()", 0, ""), ("import sys\nsys.exit(3)", 3, ""), ("exit('why')", 1, "why\n")]
+)
 def test_exit_codes(default_sandbox: Sandbox, program: str, code: int, stderr: str) -> None:
     result = default_sandbox.run_blocking(program)
     assert (result.return_code, result.stderr) == (code, stderr)
@@ -81,7 +85,9 @@ def test_files_in_and_out(default_sandbox: Sandbox) -> None:
         "os.symlink('/etc/passwd', 'link')\nos.symlink('in', 'way')\nos.mkdir('folder')\nos.link('out.bin', 'twice')\nhelper.value"
     )
     result = default_sandbox.run_blocking(
-        program, files={"helper.py": b"value = 42", "in/data": b"tail"}, fetch=["out.bin", "link", "missing", "folder", "in", "way/data", "in/data"]
+        program,
+        files={"helper.py": b"value = 42", "in/data": b"tail"},
+        fetch=["out.bin", "link", "missing", "folder", "in", "way/data", "in/data"],
     )
     assert result.stdout == "42\n"
     assert result.files == {"in/data": b"tail"}  # out.bin has two names, the others are no plain files
@@ -273,7 +279,9 @@ def unprivileged_python() -> str:
     """An interpreter that an ordinary user can start: this one, or the system's of the same version."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for python in (os.path.realpath(sys.executable), f"/usr/bin/{version}"):
-        again = "import subprocess, sys; subprocess.run([sys.executable, '-c', '1'], check=True)"  # setpriv's own start still has privileges
+        again = (
+            "import subprocess, sys; subprocess.run([sys.executable, '-c', '1'], check=True)"  # setpriv's own start still has privileges
+        )
         command = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", python, "-c", again]
         if subprocess.run(command, capture_output=True, check=False).returncode == 0:
             return python
@@ -288,7 +296,15 @@ def test_as_an_ordinary_user() -> None:
             pytest.skip("ordinary users get no isolation here")
         assert not sandbox.unmet
         assert sandbox.run_blocking("import sympy\nsympy.sqrt(8)").stdout == "2*sqrt(2)\n"
-        for program in ("open('/etc/passwd')", "import socket\nsocket.socket()", f"import os\nos.kill({os.getpid()}, 0)", "open('/tmp/../etc/x', 'w')"):
+        for program in (
+            "open('/etc/passwd')",
+            "import socket\nsocket.socket()",
+            f"import os\nos.kill({os.getpid()}, 0)",
+            "open('/tmp/../etc/x', 'w')",
+        ):
             assert sandbox.run_blocking(program).status == "error"
-        assert "Resource temporarily unavailable" in sandbox.run_blocking("import os, time\nfor i in range(99):\n    os.fork() or time.sleep(9)").stderr
+        assert (
+            "Resource temporarily unavailable"
+            in sandbox.run_blocking("import os, time\nfor i in range(99):\n    os.fork() or time.sleep(9)").stderr
+        )
         assert settled(sandbox)

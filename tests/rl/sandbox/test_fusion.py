@@ -68,7 +68,17 @@ def test_ping(server: Server) -> None:
 
 
 def test_a_run_as_the_api_has_it(server: Server) -> None:
-    status, answer = post(server, code="print(1 + 1)", language="python", compile_timeout=10, run_timeout=10, memory_limit_MB=-1, stdin=None, files={}, fetch_files=[])
+    status, answer = post(
+        server,
+        code="print(1 + 1)",
+        language="python",
+        compile_timeout=10,
+        run_timeout=10,
+        memory_limit_MB=-1,
+        stdin=None,
+        files={},
+        fetch_files=[],
+    )
     assert status == 200
     seconds = answer["run_result"].pop("execution_time")
     assert 0 < seconds < 10
@@ -245,7 +255,9 @@ class Faulty:
 def answers(status: int, body: bytes, declared: int | None = None) -> Callable[[socket.socket], None]:
     def step(connection: socket.socket) -> None:
         length = len(body) if declared is None else declared
-        connection.sendall(b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (status, length, body))
+        connection.sendall(
+            b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (status, length, body)
+        )
 
     return step
 

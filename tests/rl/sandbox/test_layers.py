@@ -20,7 +20,9 @@ ABSTRACT = "import socket\nsocket.socket(socket.AF_UNIX).connect(<ABSTRACT>)\npr
 SIGNAL = "import os\nos.kill(<VICTIM>, 0)\nprint('ESCAPED')"
 DEVICE = "import os\nos.open('/dev/zero', os.O_RDONLY)\nprint('ESCAPED')"
 NAMESPACE = "import ctypes\nif ctypes.CDLL(None).unshare(0x10000000):\n    raise PermissionError\nprint('ESCAPED')"
-HOSTNAME = "import socket, os\nos.uname()\nimport ctypes\nif ctypes.CDLL(None).msgget(0x7e57, 0):\n    raise PermissionError\nprint('ESCAPED')"
+HOSTNAME = (
+    "import socket, os\nos.uname()\nimport ctypes\nif ctypes.CDLL(None).msgget(0x7e57, 0):\n    raise PermissionError\nprint('ESCAPED')"
+)
 
 # layer → the attack it stops, what must be there for it to work, and how its refusal reads
 ALONE = {
@@ -91,7 +93,9 @@ def test_summed_memory_alone() -> None:
         result = sandbox.run_blocking(program)
         assert (result.status, result.reason) == ("memory_limit", "the call used more than 256 MB")
         # sixteen forks that share the interpreter's memory are no hog
-        shared = sandbox.run_blocking("import os, time\nfor i in range(16):\n    if os.fork() == 0:\n        time.sleep(1)\n        os._exit(0)\ntime.sleep(0.5)\nprint('fine')")
+        shared = sandbox.run_blocking(
+            "import os, time\nfor i in range(16):\n    if os.fork() == 0:\n        time.sleep(1)\n        os._exit(0)\ntime.sleep(0.5)\nprint('fine')"
+        )
         assert shared.stdout == "fine\n", shared
     assert result.execution_time < 15
 

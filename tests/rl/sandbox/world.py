@@ -117,7 +117,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def settled(sandbox: Sandbox, seconds: float = 5.0) -> bool:
+def settled(sandbox: Sandbox, seconds: float = 20.0) -> bool:
     """Whether only the sandbox's own processes are left, within a while: the fork server, its guard, and the waiting children."""
     own = (2 if "pid_namespace" in sandbox.plan.present else 1) + sandbox.workers
     end = time.monotonic() + seconds

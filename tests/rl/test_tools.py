@@ -1,0 +1,171 @@
+"""The tool config file, and what the model reads about a call."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from retool.rl.sandbox import Result
+from retool.rl.tools import INTERPRETERS, SCHEMA, CodeInterpreter, InterpreterConfig, Tool, ToolResult, load_tools, result_text
+
+RECIPE = """
+tools:
+  - class_name: {class_name}
+    config: {{type: native, {address}num_workers: 2, enable_global_rate_limit: true, rate_limit: 128, default_timeout: 20, default_language: python, memory_limit_mb: 512}}
+    tool_schema: {{type: function, function: {{name: code_interpreter, description: A tool for executing code., parameters: {{type: object, properties: {{code: {{type: string, description: The code to execute.}}}}, required: [code]}}}}}}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "tools.yaml"
+    path.write_text(text)
+    return path
+
+
+def call_and_close(tool: Tool, *arguments: dict) -> list[ToolResult]:
+    async def main() -> list[ToolResult]:
+        try:
+            return list(await asyncio.gather(*(tool.call(one) for one in arguments)))
+        finally:
+            await tool.close()
+
+    return asyncio.run(main())
+
+
+def test_existing_recipes_load(tmp_path: Path) -> None:
+    (tool,) = load_tools(write(tmp_path, RECIPE.format(class_name="recipe.retool.retool.CustomSandboxFusionTool", address="")))
+    assert isinstance(tool, CodeInterpreter) and isinstance(tool, Tool)
+    assert (tool.name, tool.schema) == ("code_interpreter", SCHEMA)
+    assert (tool.config.default_timeout, tool.config.memory_limit_mb) == (20, 512)
+    results = call_and_close(tool, {"code": "1 + 1"}, {"code": "1/0"}, {"code": ""}, {"text": "1"}, {}, {"code": 5})
+    assert [result.status for result in results] == ["success", "error", "success", "bad_arguments", "bad_arguments", "bad_arguments"]
+    assert results[0].text == "2" and results[2].text == "[no output]"
+    assert results[1].text.endswith("ZeroDivisionError: division by zero")
+    assert "'code'" in results[3].text and "text" in results[3].text
+
+
+@pytest.mark.parametrize("class_name", INTERPRETERS)
+def test_every_class_name_and_a_server(class_name: str, tmp_path: Path) -> None:
+    """With an address, programs go to the server: one that counts what it is asked."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            run = {"status": "Finished", "return_code": 0, "stdout": "from afar\n", "stderr": "", "execution_time": 0.1}
+            body = json.dumps({"status": "Success", "message": "", "run_result": run}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f'sandbox_fusion_url: "http://127.0.0.1:{server.server_address[1]}/run_code", '
+        (tool,) = load_tools(write(tmp_path, RECIPE.format(class_name=class_name, address=address)))
+        (result,) = call_and_close(tool, {"code": "print(1)"})
+        server.shutdown()
+        thread.join()
+    assert result == ToolResult("from afar", "success", 0.1)
+    assert asked[0]["code"] == "print(1)" and asked[0]["run_timeout"] == 20 and asked[0]["memory_limit_MB"] == 512
+
+
+def test_no_file_means_the_embedded_interpreter() -> None:
+    (tool,) = load_tools(None)
+    assert tool.schema == SCHEMA
+    assert call_and_close(tool, {"code": "```python\n6 * 7\n```"})[0].text == "42"
+
+
+class Echo:
+    """A tool of somebody else's, at a dotted path."""
+
+    def __init__(self, config: dict, schema: dict) -> None:
+        self.name, self.schema, self.config = "echo", schema, config
+
+    async def call(self, arguments: dict) -> ToolResult:
+        return ToolResult(arguments["text"] + self.config["end"], "success")
+
+    async def close(self) -> None:
+        pass
+
+
+def test_a_tool_of_ones_own(tmp_path: Path) -> None:
+    (tool,) = load_tools(write(tmp_path, f"tools:\n  - class_name: {__name__}.Echo\n    config: {{end: '!'}}\n    tool_schema: {{a: 1}}\n"))
+    assert call_and_close(tool, {"text": "hi"})[0].text == "hi!"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("tools: []", "expected a list"),
+        ("a: 1", "expected a list"),
+        ("tools: [3]", r"tools\[0\].*class_name"),
+        ("tools: [{class_name: no.such.Tool}]", r"tools\[0\].*no.such.Tool can't be imported"),
+        ("tools: [{class_name: nodots}]", "can't be imported"),
+        ("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: {rate_limt: 3}}]", "rate_limt.*did you mean 'rate_limit'"),
+        ("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: {type: mcp}}]", "type='mcp'"),
+        ("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: {default_language: cpp}}]", "default_language='cpp'"),
+        ("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: {num_workers: 0}}]", "num_workers=0"),
+        ("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: {memory_limit_mb: lots}}]", "memory_limit_mb='lots'"),
+        ("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: {sandbox_fusion_url: localhost}}]", "http address"),
+        ("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: {isolation: none}}]", "strict"),
+    ],
+)
+def test_faults_in_the_file_are_named(text: str, named: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=named) as error:
+        load_tools(write(tmp_path, text))
+    assert "tools.yaml" in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="doesn't exist"):
+        load_tools(tmp_path / "none.yaml")
+
+
+def test_a_schema_with_two_arguments_is_refused() -> None:
+    two = {"function": {"name": "x", "parameters": {"properties": {"a": {}, "b": {}}, "required": ["a", "b"]}}}
+    with pytest.raises(ValueError, match="one argument"):
+        CodeInterpreter(InterpreterConfig(sandbox_fusion_url="http://localhost:1"), two)
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        (Result("success", "2\n", stdout_bytes=2), "2"),
+        (Result("success", "\n\n", stdout_bytes=2), "[no output]"),
+        (Result("success"), "[no output]"),
+        (Result("success", "out\n", "warning\n", stdout_bytes=4), "out\nwarning"),
+        (Result("error", "out\n", "Traceback\nE: x\n", 1, stdout_bytes=4), "out\nTraceback\nE: x"),
+        (Result("error", return_code=3), "[the program ended with return code 3]"),
+        (Result("error", return_code=-11, reason="killed by SIGSEGV"), "[the program ended with return code -11, killed by SIGSEGV]"),
+        (
+            Result("timeout", "so far\n", reason="the program ran longer than 30 s", stdout_bytes=7),
+            "so far\nTimeoutError: the program ran longer than 30 s",
+        ),
+        (Result("memory_limit", reason="the call used more than 1024 MB"), "MemoryError: the call used more than 1024 MB"),
+        (Result("output_limit", "xx", reason="flood", stdout_bytes=10), "xx\n[8 more bytes of output]\nOutputLimitError: flood"),
+        (Result("process_limit", reason="many"), "ProcessLimitError: many"),
+        (Result("sandbox_error", reason="the fork server died"), "SandboxError: the fork server died"),
+    ],
+)
+def test_what_the_model_reads(result: Result, text: str) -> None:
+    assert result_text(result) == text
+
+
+def test_only_the_end_of_a_long_stderr_is_shown() -> None:
+    text = result_text(Result("error", stderr="\n".join(map(str, range(100))), return_code=1))
+    assert text.splitlines() == ["[…]", *map(str, range(88, 100))]
+
+
+def test_the_three_silences_differ() -> None:
+    texts = {result_text(Result("success")), result_text(Result("timeout", reason="r")), result_text(Result("sandbox_error", reason="r"))}
+    assert len(texts) == 3
