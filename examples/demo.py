@@ -18,17 +18,20 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is downloaded, so nothing may be tried
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+import transformers
 from quickstart import data, evaluate, listing, training
 from quickstart import model as tiny
 from quickstart.code_tool import run_code
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SEED = 1
 BATCH = 4
 HELD_OUT = 64
 SHOWN = 3
-TURN_TOKENS = 40  # the longest right turn has 25
+TURN_TOKENS = 40  # enough for every turn of the data
 GOAL = 0.9
 
 
@@ -36,6 +39,7 @@ def main() -> int:
     """Five stages, each saying what it did."""
     arguments = parse_arguments()
     console, started = Console(highlight=False, soft_wrap=True), time.monotonic()
+    transformers.utils.logging.disable_progress_bar()
     out: Path = arguments.out
     for name in ("data", "model", "run", "cache"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -50,6 +54,7 @@ def main() -> int:
     heading(console, 3, "Training: two processes, each with half of every sequence")
     words = training.sft_words(out / "data/train.parquet", out / "data/test.parquet", out / "model", out / "run", arguments.steps, BATCH)
     console.print(training.shown(words), style="dim", markup=False)
+    console.print(f"  (its plan and every step are in {out}/train.log)", style="dim")
     losses = training.run_sft(words, out / "train.log", console)
 
     heading(console, 4, "The checkpoint, complete")
@@ -67,7 +72,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for everything that is made (default: demo-run)")
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps of 4 conversations (default: 800)")
+    parser.add_argument("--steps", type=int, default=640, help="optimizer steps of 4 conversations (default: 640)")
     return parser.parse_args()
 
 
@@ -90,11 +95,6 @@ def make_inputs(out: Path, count: int, console: Console) -> list[data.Problem]:
 
 def ask(folder: Path, problems: list[data.Problem]) -> list[evaluate.Dialogue]:
     """Hold the dialogues with the model of a Hugging Face folder."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return evaluate.hold_dialogues(problems, evaluate.greedy(model, tokenizer, TURN_TOKENS), run_code)

@@ -19,7 +19,7 @@ TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")  #
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-VOCAB = 1024
+VOCAB = 1024  # at most; these texts have fewer words
 CONTEXT = 1024
 
 

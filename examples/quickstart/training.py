@@ -28,7 +28,7 @@ def sft_words(train: Path, held_out: Path, model: Path, run: Path, steps: int, b
         f"data.train_files={train}", f"data.val_files={held_out}", "data.max_length=256", f"data.train_batch_size={batch}",
         "data.multiturn.enable=true", "data.multiturn.messages_key=messages", "data.multiturn.tools_key=tools",
         f"data.micro_batch_size_per_gpu={batch}", f"data.cache_dir={run.parent / 'cache'}",
-        f"model.partial_pretrain={model}", "model.strategy=fsdp", "optim.lr=3e-3",
+        f"model.partial_pretrain={model}", "model.strategy=fsdp", "optim.lr=1e-3",
         f"trainer.default_local_dir={run}", "trainer.project_name=demo", "trainer.experiment_name=shop",
         'trainer.logger=["console"]', f"trainer.total_training_steps={steps}", "trainer.device=cpu",
         "ulysses_sequence_parallel_size=2", "use_remove_padding=true",
