@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from retool.checkpoint.unpickle import Storage, Stored, parse
+from retool.checkpoint.stored import Storage, Stored
+from retool.checkpoint.unpickle import parse
 
 PICKLE_LIMIT = 256 << 20
 BLOCK = 1 << 20  # bytes of a file under one of its checksums

@@ -13,7 +13,7 @@ import torch
 from retool.checkpoint.archive import TorchFile
 from retool.checkpoint.folder import recorded, shard_name, world_size
 from retool.checkpoint.rows import row_range
-from retool.checkpoint.unpickle import Sharded, Stored
+from retool.checkpoint.stored import Sharded, Stored
 
 
 class Shards:

@@ -22,7 +22,8 @@ from retool.checkpoint import latest
 from retool.checkpoint.archive import TorchFile
 from retool.checkpoint.folder import recorded
 from retool.checkpoint.shards import ShardSource, read_state
-from retool.checkpoint.unpickle import Sharded, Stored, parse
+from retool.checkpoint.stored import Sharded, Stored
+from retool.checkpoint.unpickle import parse
 from tests.checkpoint.test_round_trip import saved
 
 
