@@ -109,15 +109,18 @@ def kl(logp_T: Tensor, ref_T: Tensor, kind: str) -> Tensor:
     """Estimators of KL(policy ‖ reference) per token (Schulman 2020, http://joschu.net/blog/kl-approx.html), with d = ref - logp:
 
     k1 = -d · abs = |d| · k2 = d²/2 · k3 = e^d - 1 - d. With `+` the value is that kind's and the gradient k2's, whose
-    expectation is the gradient of the KL.
+    expectation is the gradient of the KL. k3 is cut at 10: one token that the policy all but lost would outweigh the rest.
     """
     d = torch.clamp(ref_T - logp_T, -BOUND, BOUND)
-    values = {"k1": lambda: -d, "abs": lambda: d.abs(), "k2": lambda: 0.5 * d.square(), "k3": lambda: torch.expm1(d) - d}
+    values = {
+        "k1": lambda: -d, "abs": lambda: d.abs(), "k2": lambda: 0.5 * d.square(),
+        "k3": lambda: torch.clamp(torch.expm1(d) - d, max=10),
+    }  # fmt: skip
     value = values[kind.removesuffix("+")]()
     if kind.endswith("+"):
         slope = 0.5 * d.square()
         value = slope - slope.detach() + value.detach()
-    return torch.clamp(value, -10, 10) if kind.startswith("k3") else value
+    return value
 
 
 def kl_sum(logp_T: Tensor, ref_T: Tensor, weights_T: Tensor, kind: str) -> Tensor:
