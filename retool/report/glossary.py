@@ -64,10 +64,10 @@ timing_s/step | Time of a step | seconds | Without validation and saving. | down
 """
 # the same for patterns; {0} is the first group
 PATTERNS = r"""
-val-core/(.+)/acc/mean@(\d+) | Accuracy on {0} |  | Share of right answers, {1} tries at each question. | up first
-val-core/(.+)/acc/best@(\d+)/mean | Solved on {0} |  | Questions with a right answer among {1} tries. | up
-val-core/(.+)/acc/maj@(\d+)/mean | Majority vote on {0} |  | Questions where most of {1} answers are right. | up
-stop/(.+) | Ended by {0} |  | Answers that ended for this reason. | noisy
+val-core/(.+)/acc/mean@(\d+) | Accuracy on {0} | share | Share of right answers, {1} tries at each question. | up first
+val-core/(.+)/acc/best@(\d+)/mean | Solved on {0} | share | Questions with a right answer among {1} tries. | up
+val-core/(.+)/acc/maj@(\d+)/mean | Majority vote on {0} | share | Questions where most of {1} answers are right. | up
+stop/(.+) | Ended by {0} | share | Answers that ended for this reason. | noisy
 timing_s/(.+) | Time of {0} | seconds | A phase of a step. | down noisy
 (.+)/(max|min|std) | {0}, {1} |  | Over the answers of a step. | noisy
 val-(core|aux)/(.+) | {1} |  | On validation questions. |

@@ -108,7 +108,8 @@ def default_config(config: Mapping[str, str]) -> dict[str, str]:
 def about(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What the metrics mean, as the page reads it, the best known ones first."""
     order = {name: place for place, name in enumerate(MEANINGS)}
-    return {name: asdict(meaning(name)) for name in sorted(names, key=lambda name: order.get(name, len(order)))}
+    said = {name: asdict(meaning(name)) for name in names}
+    return dict(sorted(said.items(), key=lambda pair: order.get(pair[0], 2 if pair[1]["first"] else len(order))))
 
 
 # --- transcripts ---

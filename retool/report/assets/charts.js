@@ -5,21 +5,17 @@ const VIEW = { smooth: 0.6, log: false, by: "step", hidden: new Set() };
 const DRAWN = new Map(); // chart's place → how to draw it again
 const AXES = { step: "step", tokens: "tokens trained", hours: "hours of training" };
 
-/** The colour of a class as the theme has it now: a canvas knows no variables. */
-function colour(index) {
-  return getComputedStyle(document.documentElement.querySelector(".c" + (index % 8)) || probe("c" + (index % 8))).backgroundColor;
-}
-function probe(name) {
-  const node = el("i", { class: "dot " + name, hidden: true });
-  document.body.append(node);
-  return node;
-}
+/** A colour as the theme has it now: a canvas knows no variables. */
 function inked(variable) {
-  const node = probe("ink");
+  const node = el("i");
   node.style.color = "var(" + variable + ")";
+  document.body.append(node);
   const value = getComputedStyle(node).color;
   node.remove();
   return value;
+}
+function colour(index) {
+  return inked("--s" + (index % 8));
 }
 function pale(rgb) {
   return rgb.replace(/^rgb\((.*)\)$/, "rgba($1, 0.28)");
@@ -70,7 +66,7 @@ function chart(names, options = {}) {
     place.replaceChildren();
     const lines = linesOf(names);
     if (!lines.length) return place.append(el("p", "says", "nothing to show"));
-    drawLines(place, reads, lines, said.noisy && !options.exact);
+    drawLines(place, reads, lines, said.noisy && !options.exact, said.unit);
   };
   DRAWN.set(place, draw);
   SEEN.observe(place);
@@ -78,7 +74,7 @@ function chart(names, options = {}) {
 }
 
 /** Draw lines into `place`; `reads` says the values under the cursor, or the last ones. */
-function drawLines(place, reads, lines, smooth) {
+function drawLines(place, reads, lines, smooth, unit) {
   const weight = smooth && VIEW.smooth > 0 && lines.some((l) => l.y.length > 8) ? VIEW.smooth : 0;
   const tables = lines.map((l) => (weight ? [l.x, l.y, smoothed(l.y, weight)] : [l.x, l.y]));
   const joined = tables.length > 1 ? uPlot.join(tables) : tables[0];
@@ -94,10 +90,10 @@ function drawLines(place, reads, lines, smooth) {
     const at = plot.cursor.idx;
     reads.replaceChildren(...lines.map((l, i) => {
       const value = at === null || at === undefined ? l.y[l.y.length - 1] : near(joined[own[i]], at);
-      return el("i", null, lines.length > 1 || l.label ? el("span", "dot c" + (l.colour % 8)) : null, l.label ? l.label + " " : "", el("b", null, show(value)));
+      return el("i", null, lines.length > 1 || l.label ? el("span", "dot c" + (l.colour % 8)) : null, l.label ? l.label + " " : "", el("b", null, withUnit(value, unit)));
     }), at === null || at === undefined ? el("span", null, "at the end") : el("span", null, "at " + AXES[VIEW.by] + " " + show(joined[0][at])));
   };
-  plotInto(place, joined, specs, { y: { distr: VIEW.log && positive ? 3 : 1 } }, say);
+  plotInto(place, joined, specs, { y: { distr: VIEW.log && positive ? 3 : 1 } }, say, { unit });
 }
 
 /** The value at an index, or the last one before it: runs don't log at the same places. */
@@ -106,19 +102,26 @@ function near(values, index) {
   return null;
 }
 
-function plotInto(place, data, specs, scales, say, bands) {
+function plotInto(place, data, specs, scales, say, { bands, unit } = {}) {
   const axis = { stroke: inked("--soft"), grid: { stroke: inked("--grid"), width: 1 }, ticks: { stroke: inked("--grid"), width: 1 } };
   const ticks = (_, values) => values.map((v) => (v === null ? "" : Math.abs(v) >= 1e4 ? short(Math.abs(v)) : show(v, 3)));
+  const shares = (_, values) => values.map((v) => (v === null ? "" : Number((100 * v).toPrecision(4)) + " %"));
   const log = scales.y.distr === 3;
   const plot = new uPlot({
     width: Math.max(place.clientWidth, 200), height: 210, legend: { show: false }, bands,
     cursor: { sync: { key: "all" }, points: { size: 6 }, drag: { x: true, y: false } },
     scales: { x: { time: false }, y: scales.y },
-    axes: [{ ...axis, size: 32, values: ticks }, { ...axis, size: 58, values: log ? undefined : ticks }],
+    axes: [{ ...axis, size: 32, values: ticks }, { ...axis, size: 58, values: unit === "share" ? shares : log ? undefined : ticks }],
     series: specs, hooks: { setCursor: [say], ready: [say] },
   }, data, place);
   place.uplot = plot;
 }
+
+const PHASES = {
+  gen: "sampling answers", reward: "scoring", old_log_prob: "log-probabilities before", ref: "reference's log-probabilities", adv: "advantages",
+  update_actor: "update", sync_weights: "weights to the sampler", testing: "validation", save: "saving", save_checkpoint: "saving",
+  forward_backward: "forward and backward",
+};
 
 /** Phases of a step stacked: each band is a phase's seconds. */
 function stack(run) {
@@ -128,7 +131,7 @@ function stack(run) {
   const value = (name, i) => run.metrics[name]?.[i] || 0;
   const rows = run.steps.map((_, i) => i).filter((i) => run.metrics["timing_s/step"]?.[i]);
   if (!rows.length) return null;
-  const parts = names.map((name) => ({ name: name.slice(9).replace(/_/g, " "), seconds: rows.map((i) => value(name, i)), outside: outside.includes(name.slice(9)) }));
+  const parts = names.map((name) => ({ name: PHASES[name.slice(9)] || name.slice(9).replace(/_/g, " "), key: name, seconds: rows.map((i) => value(name, i)), outside: outside.includes(name.slice(9)) }));
   const other = rows.map((i, k) => Math.max(0, value("timing_s/step", i) - parts.filter((p) => !p.outside).reduce((t, p) => t + p.seconds[k], 0)));
   if (other.some((v) => v > 0)) parts.push({ name: "other", seconds: other, outside: false });
   const total = (p) => p.seconds.reduce((a, b) => a + b, 0);
@@ -149,16 +152,19 @@ function stackChart(run) {
     const specs = [{}], bands = [];
     tops.forEach((_, k) => {
       const ink = colour(found.parts[k].colour);
-      specs.push({ stroke: ink, width: 1, fill: pale(ink).replace("0.28", "0.55"), points: { show: found.rows.length < 2 } });
+      specs.push({ fill: pale(ink).replace("0.28", "0.75"), paths: uPlot.paths.stepped({ align: 1 }), points: { show: false } });
       if (k) bands.push({ series: [k + 1, k] });
     });
+    const x = found.rows.map((i) => where[i]), end = x.length - 1;
+    x.push(x[end] + (end ? x[end] - x[end - 1] : 1)); // the last step is as wide as the one before
+    for (const top of tops) top.push(top[end]);
     const say = (plot) => {
-      const at = plot.cursor.idx, given = at !== null && at !== undefined;
+      const given = plot.cursor.idx !== null && plot.cursor.idx !== undefined, at = Math.min(plot.cursor.idx, end);
       reads.replaceChildren(...found.parts.map((p) => el("i", null, el("span", "dot c" + p.colour), p.name + " ",
         el("b", null, given ? duration(p.seconds[at]) : (100 * p.share).toFixed(p.share < 0.1 ? 1 : 0) + " %"))),
         el("span", null, given ? "at " + AXES[VIEW.by] + " " + show(where[found.rows[at]]) : "of the run's time"));
     };
-    plotInto(place, [found.rows.map((i) => where[i]), ...tops], specs, { y: { range: (_, low, high) => [0, high * 1.05 || 1] } }, say, bands);
+    plotInto(place, [x, ...tops], specs, { y: { range: (_, low, high) => [0, high * 1.05 || 1] } }, say, { bands });
   });
   SEEN.observe(place);
   return card;

@@ -34,6 +34,11 @@ function show(value, digits = 4) {
   return String(Number(value.toPrecision(digits)));
 }
 
+/** A value with what its unit asks for: shares are percent. */
+function withUnit(value, unit) {
+  return unit === "share" && typeof value === "number" ? (100 * value).toFixed(1) + " %" : show(value);
+}
+
 /** Large counts: 1.2M. */
 function short(value) {
   for (const [size, unit] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e4, "k"]]) {

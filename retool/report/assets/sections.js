@@ -124,7 +124,7 @@ function time() {
   node.append(el("div", "charts", DATA.runs.map(stackChart)));
   const phases = [...new Set(found.flatMap((f) => (f ? f.parts.map((p) => p.name) : [])))];
   node.append(tableOf([el("th", null, "phase"), DATA.runs.map((run) => [el("th", "n", DATA.runs.length > 1 ? run.name : "in all"), el("th", "n", "a step"), el("th", "n", "share")])],
-    phases.map((phase) => el("tr", null, el("td", null, phase), found.map((f) => {
+    phases.map((phase) => el("tr", null, el("td", { title: found.map((f) => f && f.parts.find((p) => p.name === phase)?.key).find(Boolean) }, phase), found.map((f) => {
       const p = f && f.parts.find((part) => part.name === phase), often = p && p.seconds.filter((v) => v > 0).length;
       return [el("td", "n", p ? duration(p.total) : "–"), el("td", "n", p && often ? duration(p.total / often) : "–"), el("td", "n", p ? (100 * p.share).toFixed(1) + " %" : "–")];
     })))));
@@ -153,21 +153,27 @@ function validation() {
   const node = section("validation", "Validation", "On data that isn't trained on, every row counted once. The best of each column is in green.");
   for (const { run, r, source, members } of tables) {
     const core = members.filter((n) => !n.startsWith("val-aux/")), rest = members.filter((n) => n.startsWith("val-aux/"));
-    const title = [DATA.runs.length > 1 ? run.name : "", source].filter(Boolean).join(": ");
+    const title = [DATA.runs.length > 1 ? run.name : "", source || (core.length ? "" : "all questions")].filter(Boolean).join(": ");
     if (title) node.append(el("h3", null, DATA.runs.length > 1 ? el("span", "dot c" + (r % 8)) : null, " ", title));
     if (core.length) node.append(validationTable(run, core, source));
-    if (rest.length) node.append(el("details", null, el("summary", null, "More ", el("small", null, rest.length + " numbers: spread, worst, turns")), validationTable(run, rest, source)));
+    if (rest.length) node.append(el("details", null, el("summary", null, "More ", el("small", null, rest.map((n) => label(n, source)).slice(0, 4).join(", ") + (rest.length > 4 ? " …" : ""))), validationTable(run, rest, source)));
   }
+}
+
+/** A validation metric's column, without the data set that stands above the table. */
+function label(name, source) {
+  return source ? name.slice(name.indexOf(source) + source.length + 1) : name.startsWith("val-") ? name.slice(8) : about(name).title;
 }
 
 function validationTable(run, names, source) {
   const found = names.map((n) => series(run, n)), steps = [...new Set(found.flatMap((f) => f.steps))].sort((a, b) => a - b);
   const best = names.map((n, k) => ({ down: Math.min, up: Math.max }[about(n).better] || (() => NaN))(...found[k].values));
-  const label = (n) => (source ? n.slice(n.indexOf(source) + source.length + 1) : about(n).title);
-  return tableOf([el("th", "n", "step"), names.map((n) => el("th", { class: "n", title: about(n).says }, label(n)))],
+  const digits = found.map((f) => { const high = Math.max(...f.values.map(Math.abs)); return high < 10 ? 4 : high < 1000 ? 2 : 0; });
+  const wide = names.map((n, k) => found[k].values.some((v) => Math.abs(v) >= 1e6 || (v !== 0 && Math.abs(v) < 1e-3)));
+  return tableOf([el("th", "n", "step"), names.map((n) => el("th", { class: "n", title: about(n).says }, label(n, source)))],
     steps.map((step) => el("tr", null, el("td", "n", String(step)), names.map((_, k) => {
       const i = found[k].steps.indexOf(step), value = i < 0 ? null : found[k].values[i];
-      return el("td", value !== null && value === best[k] && steps.length > 1 ? "n best" : "n", show(value, 5));
+      return el("td", value !== null && value === best[k] && steps.length > 1 ? "n best" : "n", value === null || wide[k] ? show(value) : value.toFixed(digits[k]));
     }))));
 }
 

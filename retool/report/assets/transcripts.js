@@ -100,7 +100,7 @@ function fillDetail(detail, list) {
   const tokens = t.segments.flatMap((s) => s.tokens || []).length;
   const modes = Object.entries(MODES).filter(([mode]) => mode === "read" || (tokens && (mode === "mask" || t.segments.some((s) => s[mode] !== undefined))));
   if (!modes.some(([mode]) => mode === CHOSEN.mode)) CHOSEN.mode = "read";
-  const inspect = el("div", { class: "inspect", id: "inspect" }, legend(t));
+  const inspect = el("div", { class: "inspect" }, legend(), el("div", { id: "inspect" }, "Point at a token, or tap it."));
   detail.replaceChildren(
     el("div", "bar", el("button", { type: "button", id: "previous", disabled: CHOSEN.index === 0, onclick: () => go(-1) }, "‹ previous"),
       el("button", { type: "button", id: "next", disabled: CHOSEN.index >= CHOSEN.list.length - 1, onclick: () => go(1) }, "next ›"),
@@ -110,8 +110,8 @@ function fillDetail(detail, list) {
       fact("data", t.data_source), fact("truth", t.ground_truth), tokens ? fact("tokens", tokens.toLocaleString("en")) : null,
       Object.entries(t.info).map(([k, v]) => fact(k, v))),
     CHOSEN.mode === "read" ? "" : inspect,
-    el("details", { class: "turn prompt", open: t.prompt.length < 1500 }, el("summary", "who", "prompt ", el("small", null, "the question, with system message and tools")), el("div", "text", t.prompt)),
-    ...t.segments.map((s) => turn(s, t, inspect)));
+    el("details", { class: "turn prompt", open: t.prompt.length < 1500 }, el("summary", "who", "prompt ", el("small", null, "the question, with system message and tools")), el("div", "text", dimmed(t.prompt))),
+    ...t.segments.map((s) => turn(s, inspect.lastChild)));
 }
 
 function fact(name, value) {
@@ -119,18 +119,24 @@ function fact(name, value) {
 }
 
 /** One segment: as text with its tool calls laid out, or as coloured tokens. */
-function turn(segment, transcript, inspect) {
+function turn(segment, inspect) {
   const role = segment.role === "assistant" ? "assistant" : segment.role === "tool" ? "tool" : "other";
   const who = { assistant: "model", tool: "tool result and template", other: segment.role || "context" }[role];
-  const body = CHOSEN.mode === "read" || !segment.tokens ? (role === "assistant" ? readable(segment.text) : el("div", "text", segment.text)) : coloured(segment, transcript, inspect);
+  const body = CHOSEN.mode === "read" || !segment.tokens ? (role === "assistant" ? readable(segment.text) : el("div", "text", dimmed(segment.text))) : coloured(segment, inspect);
   return el("div", { class: "turn " + role }, el("div", "who", who), body);
+}
+
+/** Text whose template markers stand back: they are true, and in the way of reading. */
+function dimmed(text) {
+  const parts = text.split(/((?:<\|[a-z_]+\|>(?:(?:system|user|assistant|tool|ipython)\b)?|<\/?tool_response>|<\/?tools>)\n?)/);
+  return parts.map((part, i) => (i % 2 ? el("span", "glue", part) : visible(part))).filter((part) => part !== "");
 }
 
 /** Text with each tool call as its name and arguments: code reads as code, not as a line of JSON. */
 function readable(text) {
   const out = el("div", "text");
   for (const [i, part] of text.split(/<tool_call>([\s\S]*?)<\/tool_call>/).entries()) {
-    if (i % 2 === 0) { if (part) out.append(visible(part)); continue; }
+    if (i % 2 === 0) { out.append(...dimmed(part)); continue; }
     let call = null;
     try { call = JSON.parse(part); } catch { /* shown as it is */ }
     const given = call && typeof call === "object" && call.arguments && typeof call.arguments === "object" ? Object.entries(call.arguments) : null;
@@ -145,23 +151,23 @@ function at(value, i) {
   return Array.isArray(value) ? value[i] : value;
 }
 
+let LARGEST; // advantage of all transcripts, by size: the strongest colour
 const LOGP = [0.1, 0.7, 1.6, 3, 5]; // less likely than e^-these: 90, 50, 20, 5, 0.7 percent
-function shade(segment, i, largest) {
+function shade(segment, i) {
   if (CHOSEN.mode === "mask") return at(segment.mask, i) ? "m1" : "m0";
   if (!at(segment.mask, i)) return "m0";
   const value = at(segment[CHOSEN.mode], i);
   if (value === null || value === undefined) return "";
   if (CHOSEN.mode === "logp") { const level = LOGP.filter((limit) => -value > limit).length; return level ? "lp" + level : ""; }
-  const level = Math.ceil(3 * Math.min(Math.abs(value) / largest, 1));
+  const level = Math.ceil(3 * Math.min(Math.abs(value) / LARGEST, 1));
   return level ? (value > 0 ? "ap" : "an") + level : "";
 }
 
-function coloured(segment, transcript, inspect) {
-  const worth = transcript.segments.flatMap((s) => (Array.isArray(s.advantage) ? s.advantage : [s.advantage])).filter((v) => typeof v === "number");
-  const largest = worth.reduce((m, v) => Math.max(m, Math.abs(v)), 1e-9);
+function coloured(segment, inspect) {
+  LARGEST ??= DATA.transcripts.reduce((m, t) => t.segments.reduce((n, s) => [s.advantage].flat().reduce((k, v) => Math.max(k, Math.abs(v || 0)), n), m), 1e-9);
   const out = el("div", "text tokens");
   segment.tokens.forEach((token, i) => {
-    const kind = shade(segment, i, largest), span = el("span", { class: (kind + (/^\n+$/.test(token) ? " nl" : "")).trim() || null, "data-i": i }, token);
+    const kind = shade(segment, i), span = el("span", { class: (kind + (/^\n+$/.test(token) ? " nl" : "")).trim() || null, "data-i": i }, token);
     out.append(span);
   });
   const tell = (event) => {
@@ -180,7 +186,7 @@ function coloured(segment, transcript, inspect) {
   return out;
 }
 
-/** What the colours mean; gives way to what is said of the token under the pointer. */
+/** What the colours mean. */
 function legend() {
   const swatch = (kind, text) => el("span", "swatch " + kind, text);
   if (CHOSEN.mode === "mask") return el("div", "legend", swatch("m1", "written by the model: trained"), swatch("m0", "prompt, template or tool: not trained"));
