@@ -3,6 +3,7 @@ ever used, and the final weights are those of a run that was never killed."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -65,23 +66,31 @@ def _step(out: Path) -> int:
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
+def _under_way(out: Path, since: float) -> bool:
+    """Whether a save that began after `since` is unfinished (an older one is a torn save's remains)."""
+    for folder in out.glob("global_step_*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if folder.stat().st_ctime > since:
+                return True
+    return False
+
+
 def _kill_at_random(ranks: list[BaseProcess], out: Path, chance: random.Random) -> bool:
-    """Wait for the run to save, then SIGKILL one rank or all; whether a save was under way. False too if it ended first."""
-    begin, first = time.monotonic(), _step(out)
-    inside = chance.random() < 0.75
-    while all(p.is_alive() for p in ranks):
+    """SIGKILL one rank or all, inside a save, after one, or anywhere while starting; whether a save was under way."""
+    begin, since, first, when = time.monotonic(), time.time(), _step(out), chance.random()
+    if when > 0.9:  # who isn't connected yet can't notice a dead peer: there a launcher ends the others
+        time.sleep(chance.random() * 3)
+    while when <= 0.9 and all(p.is_alive() for p in ranks):
         assert time.monotonic() - begin < 100, "no save in sight"
-        if inside and list(out.glob("global_step_*.tmp")):
-            break
-        if not inside and _step(out) > first:
+        if _under_way(out, since) if when < 0.7 else _step(out) > first:
+            time.sleep(chance.random() * (0.05 if when < 0.7 else 0.3))
             break
         time.sleep(0.0005)
-    time.sleep(chance.random() * (0.04 if inside else 0.3))
-    under_way = bool(list(out.glob("global_step_*.tmp")))
-    for process in ranks if chance.random() < 0.5 else [chance.choice(ranks)]:
+    inside = _under_way(out, since)
+    for process in ranks if when > 0.9 or chance.random() < 0.5 else [chance.choice(ranks)]:
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGKILL)
-    return under_way
+    return inside
 
 
 def _survive(folder: Path, tmp_path: Path, kills: int, steps: int, seed: int) -> int:
