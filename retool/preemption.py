@@ -18,16 +18,23 @@ from retool.parallel.mesh import Mesh
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
+GRACE = 600  # seconds from a request to stop to the end of the process, whatever it hangs in
 
 
 class StopRequest:
-    """Remembers a signal to stop; `agreed` is True on every rank as soon as one has had one."""
+    """Remembers a signal to stop; `agreed` is True on every rank as soon as one has had one.
+
+    Make it when there is something to save: until then a signal ends the process at once. A process that isn't done
+    `GRACE` seconds later (a peer is dead, a disk hangs) is ended by an alarm.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before = {s: signal.signal(s, self._remember) for s in SIGNALS}
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is None:
+            signal.alarm(GRACE)
         self.received = number
 
     def agreed(self, mesh: Mesh) -> bool:
@@ -38,6 +45,8 @@ class StopRequest:
         return bool(flag)
 
     def restore(self) -> None:
+        """Give the signals back."""
+        signal.alarm(0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

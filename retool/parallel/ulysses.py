@@ -17,21 +17,30 @@ Legend: T tokens of the pack · t tokens of this rank · N / K query / kv heads 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from itertools import pairwise, starmap
 
 import torch
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Which heads each of `sp` ranks computes, for N query and K kv heads (K divides N)."""
+    """Which heads each of `sp` ranks computes, for N query and K kv heads (K divides N).
+
+    `query_ranges`: query heads of each rank, the first N mod sp ranks have one more. `kv_ranges`: kv heads that those read.
+    `widths`: heads (query + key + value) that each rank receives. `expansion`: this rank's local kv head of each local query
+    head, or None where they group uniformly as kernels want it. All plain fields: the compiler reads them.
+    """
 
     sp: int
     rank: int
     heads: int
     kv_heads: int
     head_dim: int
+    query_ranges: tuple[range, ...] = field(init=False, repr=False)
+    kv_ranges: tuple[range, ...] = field(init=False, repr=False)
+    widths: tuple[int, ...] = field(init=False, repr=False)
+    expansion: tuple[int, ...] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.sp <= self.heads:
@@ -39,32 +48,17 @@ class HeadPlan:
                 f"ulysses_sequence_parallel_size={self.sp} exceeds the model's {self.heads} query heads: each rank needs one. "
                 f"Use 1 to {self.heads}."
             )
-
-    @cached_property
-    def query_ranges(self) -> tuple[range, ...]:
-        """Query heads of each rank: the first N mod sp ranks have one more."""
         base, more = divmod(self.heads, self.sp)
         edges = [r * base + min(r, more) for r in range(self.sp + 1)]
-        return tuple(range(edges[r], edges[r + 1]) for r in range(self.sp))
-
-    @cached_property
-    def kv_ranges(self) -> tuple[range, ...]:
-        """Kv heads that each rank's query heads read."""
-        group = self.heads // self.kv_heads
-        return tuple(range(q[0] // group, q[-1] // group + 1) for q in self.query_ranges)
-
-    @cached_property
-    def widths(self) -> tuple[int, ...]:
-        """Heads (query + key + value) that each rank receives."""
-        return tuple(len(q) + 2 * len(kv) for q, kv in zip(self.query_ranges, self.kv_ranges, strict=True))
-
-    @cached_property
-    def expansion(self) -> tuple[int, ...] | None:
-        """This rank's local kv head of each local query head, or None where the heads group uniformly as kernels want it."""
-        group, kv = self.heads // self.kv_heads, self.kv_ranges[self.rank]
-        local = tuple(q // group - kv[0] for q in self.query_ranges[self.rank])
-        uniform = len(local) % len(kv) == 0 and local == tuple(i // (len(local) // len(kv)) for i in range(len(local)))
-        return None if uniform else local
+        queries, group = tuple(starmap(range, pairwise(edges))), self.heads // self.kv_heads
+        kv = tuple(range(q[0] // group, q[-1] // group + 1) for q in queries)
+        local = tuple(q // group - kv[self.rank][0] for q in queries[self.rank])
+        each = len(local) // len(kv[self.rank])
+        uniform = local == tuple(i // each for i in range(len(local)))
+        object.__setattr__(self, "query_ranges", queries)
+        object.__setattr__(self, "kv_ranges", kv)
+        object.__setattr__(self, "widths", tuple(len(q) + 2 * len(k) for q, k in zip(queries, kv, strict=True)))
+        object.__setattr__(self, "expansion", None if uniform else local)
 
     def to_heads(self, t: int) -> tuple[list[int], list[int]]:
         """Elements sent to and received from each rank on the way in, for t tokens a rank."""

@@ -133,3 +133,22 @@ def checkpoint_bytes(model: ModelConfig, config: SFTConfig) -> float:
     master = DTYPE_BYTES[config.model.fsdp_config.model_dtype]
     per_parameter = {"model": master, "optimizer": 2 * master, "extra": 0, "hf_model": 2}
     return parameter_count(model) * sum(per_parameter.get(part, 0) for part in config.trainer.checkpoint.save_contents)
+
+
+def kept_checkpoints(report: Report) -> int:
+    """Checkpoints on the disk at once, at most: an older one is deleted only when a newer one is complete."""
+    trainer, steps = report.config.trainer, report.steps
+    every = report.steps_per_epoch if trainer.save_freq == "after_each_epoch" else int(trainer.save_freq)
+    saves = 1 if every < 1 else -(-steps // every)
+    return saves if trainer.max_ckpt_to_keep is None else min(saves, trainer.max_ckpt_to_keep + 1)
+
+
+def host_bytes(report: Report) -> float:
+    """Pinned host memory that offloading takes on one machine, all its processes together."""
+    config, model = report.config, report.model
+    assert model is not None
+    setting = setting_of(config, report.world)
+    if setting.compute == setting.master and config.trainer.device != "cuda" and not torch.cuda.is_available():
+        return 0.0  # on the CPU nothing is offloaded
+    each = DTYPE_BYTES[setting.master] * (setting.param_offload + 2 * setting.optimizer_offload)
+    return each * parameter_count(model) * report.world.per_node / setting.shards

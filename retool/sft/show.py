@@ -11,7 +11,7 @@ from retool.model.config import ModelConfig
 from retool.perf import GIB
 from retool.preflight import show_faults, show_plan
 from retool.sft.config import SFTConfig
-from retool.sft.plan import Report, checkpoint_bytes, gpu_memory, parameter_count
+from retool.sft.plan import Report, checkpoint_bytes, gpu_memory, host_bytes, parameter_count
 
 
 def show(report: Report, console: Console | None = None) -> None:
@@ -32,9 +32,9 @@ def in_words(report: Report) -> Iterator[tuple[str, str]]:
     yield "model", f"{model.family}, {_count(parameters)} parameters, {model.layers} layers, {heads}"
     yield "processes", f"{world.processes} on {world.nodes} machine(s): {world.processes // sp} data-parallel × {sp} sequence-parallel"
     yield "data", _data_words(report)
-    yield "a step", _step_words(config, choice, world.processes // sp)
+    yield "a step", _step_words(report, choice, world.processes // sp)
     yield "schedule", _schedule_words(config, report.steps)
-    yield "memory", _memory_words(config, choice)
+    yield "memory", _memory_words(report, choice)
     yield "written", _written_words(config, model)
 
 
@@ -48,7 +48,8 @@ def _data_words(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _step_words(config: SFTConfig, choice: Choice, dp: int) -> str:
+def _step_words(report: Report, choice: Choice, dp: int) -> str:
+    config = report.config
     data, sp = config.data, config.ulysses_sequence_parallel_size
     share = -(-data.train_batch_size // dp)
     spread = f"{data.train_batch_size} samples, {share} for each of {dp} groups" if dp > 1 else f"{data.train_batch_size} samples"
@@ -58,8 +59,13 @@ def _step_words(config: SFTConfig, choice: Choice, dp: int) -> str:
     else:
         chosen = "" if data.max_token_len_per_gpu is not None else " (chosen)"
         micro = f"micro-batches of at most {choice.tokens:,} tokens per GPU{chosen}, {choice.tokens * sp:,} per group"
+    tokens = ""
+    if report.train is not None:
+        lengths, trained = report.train.dataset.lengths, report.train.dataset.trained
+        size = data.train_batch_size
+        tokens = f"; {size * float(lengths.mean()):,.0f} tokens on average, {size * float(trained.mean()):,.0f} of them trained"
     padding = "packed without padding" if config.use_remove_padding else f"each sample padded to {data.max_length:,}"
-    return f"{spread}; {micro}; {padding}"
+    return f"{spread}{tokens}; {micro}; {padding}"
 
 
 def _schedule_words(config: SFTConfig, steps: int) -> str:
@@ -69,13 +75,14 @@ def _schedule_words(config: SFTConfig, steps: int) -> str:
     return f"{steps:,} optimizer steps; {warmup}, then {after}; gradient norm clipped at {optim.clip_grad:g}"
 
 
-def _memory_words(config: SFTConfig, choice: Choice) -> str:
-    p, memory = choice.prediction, gpu_memory(config)
+def _memory_words(report: Report, choice: Choice) -> str:
+    p, memory, host = choice.prediction, gpu_memory(report.config), host_bytes(report)
     parts = (("load", p.load), ("forward/backward", p.forward_backward), ("optimizer", p.optimizer), ("save", p.save))
     phases = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
     kept = {"none": "nothing recomputed", "selective": "MLPs recomputed", "full": "all but attention recomputed"}[choice.recompute]
     verdict = "" if memory is None else f"; {'fits' if choice.fits else 'may not fit'} in {memory:.0f} GiB"
-    return f"{phases} GiB predicted per process; {kept}{verdict}"
+    offloaded = f"; {host / GIB:.1f} GiB of host memory on each machine" if host else ""
+    return f"peak by phase, GiB on each GPU (predicted): {phases}; {kept}{verdict}{offloaded}"
 
 
 def _written_words(config: SFTConfig, model: ModelConfig) -> str:

@@ -15,8 +15,8 @@ import yaml
 from retool import checkpoint
 from retool.checkpoint.pretrained import load_pretrained
 from retool.config import to_dict
-from retool.data.chat import read_template
 from retool.data.loader import Dataset, StepBatch, iterate_steps, iterate_validation
+from retool.data.templates import read_template
 from retool.metrics import Loggers, RunInfo, open_loggers, printable
 from retool.model.build import ModelOptions
 from retool.model.decoder import Decoder, Recompute
@@ -81,10 +81,10 @@ def train(report: Report) -> None:
     """Run SFT as preflight found it possible. Collective: every process of the launcher calls it with the same configuration."""
     config = report.config
     die_with_parent()
-    stop = StopRequest()
     mesh = make_mesh(config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size, config.trainer.device)
     seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
     run, state = build_run(report, mesh)
+    stop = StopRequest()
     batches = iterate_steps(
         run.train_data, train_batch_size=config.data.train_batch_size, seed=config.data.seed, start_step=state.step,
         stop_step=report.steps, shuffle=config.data.shuffle, **run.batching,

@@ -24,14 +24,10 @@ class Unit:
         self.index, self.layout, self.mesh, self.overlap = index, layout, mesh, overlap
         self.weights, self.grads = weights, grads
         self.shard = self.grad_shard = torch.empty(0)  # this rank's part in the compute and the reduce dtype, set by `shard`
-        self.written: set[int] = set()
         flat = weights.data.data
         self.parameters = [
             nn.Parameter(flat[s.offset : s.offset + s.numel].view(s.shape), requires_grad=s.trainable) for s in layout.slots
         ]
-        for number, parameter in enumerate(self.parameters):
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda p, n=number: self._take_gradient(n, p))
 
     def start_gather(self) -> None:
         """Begin to fill the buffer, unless it holds this unit already."""
@@ -55,41 +51,48 @@ class Unit:
         if self.mesh.device.type == "cuda" and self.mesh.shard_group is not None:
             self.weights.free = recorded()
 
-    def _take_gradient(self, number: int, parameter: torch.Tensor) -> None:
-        """Move a finished gradient to the flat buffer (one process: add it to the shard) in the reduction's dtype."""
-        slot, grad = self.layout.slots[number], parameter.grad
-        assert grad is not None
-        parameter.grad = None
-        if self.grads is None:
-            self.grad_shard[slot.offset : slot.offset + slot.numel].add_(grad.reshape(-1))
-            return
-        self._own_gradient_buffer()
-        target = self.grads.data[slot.offset : slot.offset + slot.numel]
-        target.add_(grad.reshape(-1)) if number in self.written else target.copy_(grad.reshape(-1))
-        self.written.add(number)
-
-    def _own_gradient_buffer(self) -> None:
-        """Take the gradient buffer over from the unit before, once its reduction has read it."""
-        assert self.grads is not None
-        if self.grads.holder != self.index:
-            if self.grads.pending is not None:
-                self.grads.pending.wait()
-                self.grads.pending = None
-            self.grads.holder = self.index
-            self.written.clear()
+    def has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self.parameters)
 
     def reduce(self) -> None:
-        """Sum the gradients over the ranks that share the parameters; it starts now and runs beside what follows."""
-        if self.grads is None or self.mesh.shard_group is None or not self.layout.slots:
+        """Start to sum the gradients over the ranks that share the parameters, in the reduction's dtype.
+
+        One process adds them to its shard. A unit's gradients move together: a kernel each would cost the host more than the device.
+        """
+        grads = [p.grad for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        if self.grads is None or self.mesh.shard_group is None:
+            _add([(self._part(self.grad_shard, i), g) for i, g in enumerate(grads) if g is not None])
             return
-        self._own_gradient_buffer()
-        end = 0
-        for number, slot in enumerate(self.layout.slots):  # padding, and what this backward didn't reach, counts as zero
-            self.grads.data[end : slot.offset].zero_()
-            end = slot.offset + slot.numel
-            if number not in self.written:
-                self.grads.data[slot.offset : end].zero_()
-        self.grads.data[end : self.layout.numel].zero_()
-        self.written.clear()
-        self.grads.pending = self.overlap.reduce(self.grads.data[: self.layout.numel], self.grad_shard, self.mesh.shard_group)
-        self.grads.holder = None
+        if self.grads.pending is not None:  # the unit before in this buffer: its reduction must have read it
+            self.grads.pending.wait()
+        flat = self.grads.data[: self.layout.numel]
+        for start, stop in self._untouched(grads):
+            flat[start:stop].zero_()
+        _copy([(self._part(flat, i), g) for i, g in enumerate(grads) if g is not None])
+        self.grads.pending = self.overlap.reduce(flat, self.grad_shard, self.mesh.shard_group)
+
+    def _part(self, flat: torch.Tensor, number: int) -> torch.Tensor:
+        slot = self.layout.slots[number]
+        return flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
+
+    def _untouched(self, grads: list[torch.Tensor | None]) -> list[tuple[int, int]]:
+        """Padding, and what this backward didn't reach: it must count as zero."""
+        out, end = [], 0
+        for slot, grad in zip(self.layout.slots, grads, strict=True):
+            if grad is not None:
+                out.append((end, slot.offset))
+                end = slot.offset + slot.numel
+        return [(a, b) for a, b in [*out, (end, self.layout.numel)] if a < b]
+
+
+def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """One kernel for all tensors of a unit, cast included."""
+    if pairs:
+        torch.ops.aten._foreach_copy_([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def _add(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for target, grad in pairs:
+        target.add_(grad)

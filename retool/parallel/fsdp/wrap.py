@@ -111,7 +111,7 @@ class Sharded:
         self._callback_queued = False
         for unit in self.units:
             unit.release()
-            if unit.written:
+            if unit.has_gradients():
                 unit.reduce()
         for buffer in self.grad_buffers:
             if buffer.pending is not None:
@@ -135,6 +135,9 @@ class _Boundary(torch.autograd.Function):
 
 def _mark(tree: Any, action: Callable[[], None]) -> tuple[Any, bool]:
     """Pass the tensors of a nested structure that need gradients through one boundary; whether there were any."""
+    if isinstance(tree, torch.Tensor):
+        marked_one: Any = _Boundary.apply(action, tree) if tree.requires_grad and torch.is_grad_enabled() else None
+        return (tree, False) if marked_one is None else (marked_one[0], True)
     leaves, spec = pytree.tree_flatten(tree)
     places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.requires_grad]
     if not places or not torch.is_grad_enabled():

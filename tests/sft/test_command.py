@@ -1,0 +1,215 @@
+"""`python -m retool.sft` as users start it: the published command, resuming, being asked to stop, what goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from retool.batch import Sample, pack
+from retool.checkpoint.pretrained import load_pretrained
+from retool.metrics import read_jsonl
+from retool.parallel.mesh import make_mesh
+from retool.sft.__main__ import main
+
+PUBLISHED = """data.train_files={work}/train.parquet data.val_files={work}/val.parquet
+    data.max_length=16384 data.train_batch_size=16
+    data.multiturn.enable=true data.multiturn.messages_key=messages data.multiturn.tools_key=tools
+    data.micro_batch_size_per_gpu=2
+    model.partial_pretrain={work}/model model.strategy=fsdp
+    trainer.default_local_dir={out} trainer.project_name=wuxibin-multiturn-sft
+    trainer.experiment_name=multiturn-sft-Qwen2.5-0.5B-Instruct
+    trainer.logger=["console"] trainer.total_epochs=2
+    ulysses_sequence_parallel_size=2 use_remove_padding=true"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m", "retool.sft"]
+
+
+def words(work: Path, out: Path, *more: str, **changed: Any) -> list[str]:
+    """A small single-process run: 4 samples a step, 13 steps an epoch."""
+    keys = {
+        "data.train_files": work / "train.parquet", "model.partial_pretrain": work / "model", "trainer.default_local_dir": out,
+        "data.train_batch_size": 4, "data.micro_batch_size_per_gpu": 2, "optim.lr": 1e-3, "data.num_workers": 0,
+    }  # fmt: skip
+    return [f"{k}={v}" for k, v in keys.items()] + [f"{k.replace('__', '.')}={v}" for k, v in changed.items()] + list(more)
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """The optimizer steps of a run's metrics.jsonl."""
+    return [entry for entry in read_jsonl(folder / "metrics.jsonl") if "train/loss" in entry]
+
+
+def test_published_command(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = subprocess.run([*TORCHRUN, *PUBLISHED.format(work=work, out=out).split(), "optim.lr=1e-3"], capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-3000:]
+    entries = steps(out)
+    assert [e["step"] for e in entries] == [1, 2, 3, 4, 5, 6], "52 rows: 3 full batches of 16 in each of 2 epochs"
+    assert entries[-1]["train/loss"] < entries[0]["train/loss"] - 1
+    assert {"train/grad_norm", "train/lr", "train/global_tokens", "train/trained_tokens", "perf/tokens_per_second_per_gpu",
+            "perf/max_memory_allocated_gb", "perf/max_memory_reserved_gb", "timing_s/step", "timing_s/data", "timing_s/forward_backward",
+            "timing_s/optimizer"} <= set(entries[0])  # fmt: skip
+    assert any("val/perplexity" in e for e in read_jsonl(out / "metrics.jsonl"))
+    folder = out / "global_step_6"
+    assert (out / "latest_checkpointed_iteration.txt").read_text() == "6" and (out / "config.yaml").exists()
+    expected = {f"{kind}_world_size_2_rank_{r}.pt" for kind in ("model", "optim", "extra_state") for r in (0, 1)} | {"fsdp_config.json", "data.pt", "huggingface"}
+    assert expected <= {p.name for p in folder.iterdir()}
+    check_export(folder, work)
+
+
+def check_export(folder: Path, work: Path) -> None:
+    """The export loads in transformers and computes what our decoder computes; `merge` makes the same bytes from the shards."""
+    export = folder / "huggingface"
+    assert {p.name for p in (work / "model").iterdir()} <= {p.name for p in export.iterdir()}
+    AutoTokenizer.from_pretrained(export)
+    reference = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
+    tokens = np.arange(5, 60, dtype=np.int32)
+    with torch.no_grad():
+        ours = load_pretrained(export, make_mesh())(pack([Sample(tokens, tokens > 0)]), lambda hidden, weight: hidden @ weight.t())
+        theirs = reference(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0]
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+    merged = folder.parent / "merged"
+    subprocess.run([sys.executable, "-m", "retool.checkpoint", "merge", str(folder), "--out", str(merged)], check=True, capture_output=True, timeout=100)
+    ours_file, merged_file = load_file(export / "model.safetensors"), load_file(merged / "model.safetensors")
+    assert ours_file.keys() == merged_file.keys()
+    assert all(torch.equal(ours_file[name], merged_file[name]) for name in ours_file)
+    assert all(t.dtype == torch.bfloat16 for t in ours_file.values())
+
+
+def test_stopping_after_any_step_changes_no_bit(work: Path, tmp_path: Path) -> None:
+    """Twelve steps of a data set whose epoch has ten, stopped after each of them: losses, norms and weights are bit-equal."""
+    common = {"data__train_max_samples": 40, "trainer__total_training_steps": 12}
+    whole = tmp_path / "whole"
+    assert main(words(work, whole, trainer__save_freq=1, **common)) == 0
+    reference = steps(whole)
+    assert [e["train/epoch"] for e in reference] == [0] * 10 + [1] * 2
+    final = torch.load(whole / "global_step_12" / "model_world_size_1_rank_0.pt", weights_only=True)
+    for k in (1, 9, 10, 11):  # the epoch ends at 10; tests/checkpoint has every step
+        out = tmp_path / f"from{k}"
+        again = {"trainer__resume_mode": "resume_path", "trainer__resume_from_path": whole / f"global_step_{k}", **common}
+        assert main(words(work, out, **again)) == 0
+        found = [(e["step"], e["train/loss"], e["train/grad_norm"], e["train/lr"]) for e in steps(out)]
+        assert found == [(e["step"], e["train/loss"], e["train/grad_norm"], e["train/lr"]) for e in reference[k:]]
+        weights = torch.load(out / "global_step_12" / "model_world_size_1_rank_0.pt", weights_only=True)
+        assert all(torch.equal(weights[name], final[name]) for name in final)
+
+
+def test_a_resumed_run_continues_its_metrics(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(words(work, out, trainer__save_freq=2, trainer__total_training_steps=3)) == 0
+    assert main(words(work, out, trainer__total_training_steps=5)) == 0
+    assert [e["step"] for e in steps(out)] == [1, 2, 3, 4, 5]
+    before = (out / "metrics.jsonl").read_bytes()
+    assert main(words(work, out, trainer__total_training_steps=5)) == 0, "nothing left to do"
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_padding_and_micro_batches_change_nothing(work: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, more in {
+        "packed": {}, "padded": {"use_remove_padding": "false", "data__max_length": 1024},
+        "one": {"data__micro_batch_size_per_gpu": 1}, "tokens": {"data__micro_batch_size_per_gpu": "null", "data__max_token_len_per_gpu": 700},
+        "recompute": {"model__enable_gradient_checkpointing": "true"},
+    }.items():  # fmt: skip
+        assert main(words(work, tmp_path / name, trainer__total_training_steps=3, trainer__save_freq=-1, **more)) == 0
+        losses.append([e["train/loss"] for e in steps(tmp_path / name)])
+    for found in losses[1:]:
+        np.testing.assert_allclose(found, losses[0], rtol=1e-6)
+
+
+def test_asked_to_stop_under_torchrun(work: Path, tmp_path: Path) -> None:
+    """SIGTERM to the launcher: the workers save within a step; another world size goes on from there."""
+    out = tmp_path / "run"
+    process = subprocess.Popen([*TORCHRUN, *words(work, out, "trainer.total_training_steps=500")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step=3/"):
+            process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    text = "".join(lines)
+    assert "asked to stop: saved step" in text, text[-3000:]
+    stopped = int((out / "latest_checkpointed_iteration.txt").read_text())
+    assert stopped >= 3 and steps(out)[-1]["step"] == stopped
+    assert main(words(work, out, trainer__total_training_steps=stopped + 1)) == 0
+    assert [e["step"] for e in steps(out)] == list(range(1, stopped + 2))
+
+
+def test_workers_stop_when_their_launcher_dies(work: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen([*TORCHRUN, *words(work, out, "trainer.total_training_steps=500")], stdout=file, stderr=file)
+    wait_until(lambda: "step=2/" in log.read_text())
+    children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(children) == 2
+    process.kill()
+    process.wait(timeout=10)
+    wait_until(lambda: not any(alive(p) for p in children))
+    assert (out / "latest_checkpointed_iteration.txt").exists(), log.read_text()[-3000:]
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"nothing happened in {seconds} s"
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_nan_in_the_weights_stops_the_run_and_says_so(work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "model"
+    bad.mkdir()
+    for file in (work / "model").iterdir():
+        os.link(file, bad / file.name)
+    from safetensors.torch import save_file
+
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    (bad / "model.safetensors").unlink()
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "run"
+    assert main(words(work, out, model__partial_pretrain=bad)) == 1
+    printed = capfd.readouterr()
+    assert "3 steps in a row had a non-finite gradient norm" in printed.err
+    assert not list(out.glob("global_step_*")), "a run that was thrown away has no checkpoint"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["train/skipped_steps"] for r in rows] == [1, 2, 3] and rows[0]["train/grad_norm"] is None
+
+
+def test_validation_counts_every_row_once(work: Path, tmp_path: Path) -> None:
+    """val/loss of an untouched model equals the mean over all trained tokens that transformers computes row by row."""
+    from retool.data.chat import Renderer, load_tokenizer
+    from retool.data.loader import open_dataset
+
+    out = tmp_path / "run"
+    assert main(words(work, out, data__val_files=work / "val.parquet", trainer__total_training_steps=1, optim__lr=1e-12)) == 0
+    found = next(e["val/loss"] for e in read_jsonl(out / "metrics.jsonl") if "val/loss" in e)
+    dataset, _ = open_dataset([str(work / "val.parquet")], Renderer(load_tokenizer(str(work / "model"))))
+    reference = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        ids = torch.from_numpy(sample.tokens.astype(np.int64))
+        with torch.no_grad():
+            logp = torch.log_softmax(reference(ids[None]).logits[0, :-1], -1).gather(1, ids[1:, None])[:, 0]
+        mask = torch.from_numpy(sample.mask[1:])
+        total, count = total - float(logp[mask].sum()), count + int(mask.sum())
+    assert found == pytest.approx(total / count, rel=1e-5)
