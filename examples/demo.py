@@ -131,7 +131,7 @@ def comparison(before: list[evaluate.Dialogue], after: list[evaluate.Dialogue]) 
 
 def conclude(console: Console, result: evaluate.Score, checkpoint: Path, seconds: float) -> int:
     learnt = result.well_formed >= GOAL * result.questions and result.right > 0
-    console.print(f"\n{'It works' if learnt else 'It has NOT learnt its tool'}: {seconds:.0f} seconds.")
+    console.print(f"\n{'It works' if learnt else 'It has NOT learnt its tool'} ({seconds:.0f} seconds).")
     if learnt:
         console.print(f"Next: the model is {checkpoint}/huggingface, the numbers {checkpoint.parent}/metrics.jsonl.")
         console.print("      Your own data and model: examples/sft_qwen2_5.sh; every key: python -m retool.sft --help", markup=False)
@@ -143,3 +143,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except ValueError as error:
         sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

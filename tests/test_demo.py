@@ -256,6 +256,7 @@ def test_the_command_is_the_published_one():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_make_demo(tmp_path):
     """As `make demo` runs it: it learns its tool, and says so with exit status 0."""
     done = subprocess.run(

@@ -64,8 +64,8 @@ def run_sft(words: Sequence[str], log: Path, console: Console) -> list[float]:
 
 
 def _print_line(console: Console, losses: Sequence[float], total: int) -> None:
-    """Every so many steps, the mean loss since the last line, as a number and a bar."""
+    """After the first step and then every so many, the mean loss since the last line, as a number and a bar."""
     every = max(1, total // LINES)
-    if len(losses) % every == 0:
-        mean = sum(losses[-every:]) / every
+    if len(losses) == 1 or len(losses) % every == 0:
+        mean = sum(losses[-every:]) / len(losses[-every:])
         console.print(f"  step {len(losses):4d}/{total}  loss {mean:6.3f}  [cyan]{'█' * round(BAR * min(1.0, mean / losses[0]))}[/cyan]")
