@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +192,11 @@ def with_answer_format(messages: list[dict[str, Any]], line: str) -> list[dict[s
     return [*messages[:last], longer, *messages[last + 1 :]]
 
 
-def prompts_at(position: int, count: int, total: int, seed: int, shuffle: bool) -> list[int]:
-    """Indices of the `count` prompts after the first `position` of an endless stream of shuffled epochs over `total` prompts."""
-    found: list[int] = []
+def prompts_at(prompts: Sequence[Prompt], position: int, count: int, seed: int, shuffle: bool) -> list[Prompt]:
+    """The `count` prompts after the first `position` of an endless stream of shuffled epochs; their `index` is their place in it."""
+    found: list[Prompt] = []
     while len(found) < count:
-        epoch, start = divmod(position + len(found), total)
-        found += epoch_order(total, seed, epoch, shuffle)[start : start + count - len(found)].tolist()
+        epoch, start = divmod(position + len(found), len(prompts))
+        rows = epoch_order(len(prompts), seed, epoch, shuffle)[start : start + count - len(found)]
+        found += [replace(prompts[row], index=position + len(found) + i) for i, row in enumerate(rows.tolist())]
     return found

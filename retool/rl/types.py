@@ -23,7 +23,8 @@ class Stop(str, Enum):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question. `ids` int32 [n] is the render, tool schemas and generation prompt included; `index` its row among all prompts."""
+    """A question. `ids` int32 [n] is the render, tool schemas and generation prompt included; `index` its row, and in a rollout its
+    place in the endless stream of prompts, so that a prompt that comes again in another epoch is another one."""
 
     index: int
     messages: list[dict[str, Any]]

@@ -1,11 +1,9 @@
-"""Validation statistics: mean@N, best@k, worst@k and majority votes per data source, by bootstrap; and the report of what was said."""
+"""Validation statistics: mean@N, best@k, worst@k and majority votes per data source, by bootstrap."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -71,21 +69,3 @@ def validation_metrics(groups: Sequence[Group]) -> dict[str, float]:
             out[f"val-{'core' if name in core else 'aux'}/{source}/{name}"] = float(np.mean(values))
         out |= spread_of(f"val-aux/{source}/num_turns", turns[source])
     return out
-
-
-def write_report(folder: Path, step: int, groups: Sequence[Group]) -> Path:
-    """Every validation answer as JSON lines in `report/`: the question, what the model wrote, and how it was judged."""
-    folder = folder / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"val_{step}.jsonl"
-    with path.open("w", encoding="utf-8") as lines:
-        for group in groups:
-            for member in group.members:
-                t = member.trajectory
-                entry = {
-                    "step": step, "data_source": group.prompt.data_source, "prompt": group.prompt.messages, "output": t.assistant_text,
-                    "ground_truth": group.prompt.ground_truth, "score": member.score, **member.info, "stop": t.stop.value,
-                    "num_turns": t.num_turns, "tool_calls": t.tool_calls, "tool_errors": t.tool_errors, "sample": t.sample,
-                }  # fmt: skip
-                lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    return path

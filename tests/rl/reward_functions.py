@@ -31,7 +31,13 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
     values = {"nan": float("nan"), "inf": float("inf"), "text": "seven", "none": None, "bool": True, "noscore": {"acc": 1}}
     if solution_str in values:
         return values[solution_str]
-    return {"score": 0.5, "acc": solution_str == ground_truth, "turns": extra_info["num_turns"], "stop": extra_info["stop_reason"], "list": [1]}
+    return {
+        "score": 0.5,
+        "acc": solution_str == ground_truth,
+        "turns": extra_info["num_turns"],
+        "stop": extra_info["stop_reason"],
+        "list": [1],
+    }
 
 
 async def asynchronous(data_source, solution_str, ground_truth, extra_info):

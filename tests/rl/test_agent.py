@@ -66,7 +66,7 @@ def say(renderer, text, end="<|im_end|>"):
 
 
 def call_text(code, name="calculator"):
-    return f'<tool_call>\n{json.dumps({"name": name, "arguments": {"code": code}})}\n</tool_call>'
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': {'code': code}})}\n</tool_call>"
 
 
 def episode(renderer, row, turns, tool, **changes):
@@ -131,7 +131,10 @@ def test_sampled_ids_stay_and_log_probs_line_up(renderer_of, tool_row) -> None:
     canonical, _ = episode(renderer, tool_row, [say(renderer, call_text("1")), last], Answers(["24"]))
     glue = len(trajectory) - trajectory.prompt_length - len(sampled)
     assert np.array_equal(trajectory.tokens[-len(last) - glue :], canonical.tokens[-len(last) - glue :])
-    assert model.asked[0][0] == trajectory.prompt.ids.tolist() and model.asked[1][0] == trajectory.tokens[-len(last) - glue : -len(last)].tolist()
+    assert (
+        model.asked[0][0] == trajectory.prompt.ids.tolist()
+        and model.asked[1][0] == trajectory.tokens[-len(last) - glue : -len(last)].tolist()
+    )
     assert trajectory.policy_version == 7
 
 

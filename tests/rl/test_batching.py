@@ -65,7 +65,9 @@ def test_every_layout_holds_every_token_once_with_the_same_weight(rng, dp, sp, b
     )  # fmt: skip
     assert [t for t, _ in found] == [t for t, _ in everything]
     assert sum(float(b.weights.double().sum()) for b in batches) == pytest.approx(1.0, abs=1e-6)
-    expected = np.concatenate(token_weights([r.mask for r in rows], "seq-mean-token-mean", 30)) @ np.concatenate([r.advantage for r in rows])
+    expected = np.concatenate(token_weights([r.mask for r in rows], "seq-mean-token-mean", 30)) @ np.concatenate(
+        [r.advantage for r in rows]
+    )
     assert sum(float((b.weights.double() * b.advantages.double()).sum()) for b in batches) == pytest.approx(expected, abs=1e-6)
 
 
@@ -119,15 +121,24 @@ def test_gap_by_hand() -> None:
     mask = np.array([False, True, True])
     sampler, trainer = np.array([0, np.log(0.5), np.log(0.25)]), np.array([5, np.log(0.25), np.log(0.25)])
     gap = gap_metrics([sampler], [trainer], [mask])
-    assert gap["training/rollout_logp_diff_mean"] == pytest.approx(np.log(2) / 2) and gap["training/rollout_logp_diff_max"] == pytest.approx(np.log(2))
-    assert gap["training/rollout_probs_diff_mean"] == pytest.approx(0.125) and gap["training/rollout_probs_diff_std"] == pytest.approx(0.125)
+    assert gap["training/rollout_logp_diff_mean"] == pytest.approx(np.log(2) / 2) and gap[
+        "training/rollout_logp_diff_max"
+    ] == pytest.approx(np.log(2))
+    assert gap["training/rollout_probs_diff_mean"] == pytest.approx(0.125) and gap["training/rollout_probs_diff_std"] == pytest.approx(
+        0.125
+    )
     assert gap["training/rollout_actor_kl_k3"] == pytest.approx((0.5 - 1 + np.log(2)) / 2)
-    assert gap_metrics([sampler], [sampler], [mask])["training/rollout_actor_kl_k3"] == 0 and gap_metrics([sampler], [sampler], [~mask & mask]) == {}
+    assert (
+        gap_metrics([sampler], [sampler], [mask])["training/rollout_actor_kl_k3"] == 0
+        and gap_metrics([sampler], [sampler], [~mask & mask]) == {}
+    )
 
 
 def test_step_metrics_by_hand() -> None:
     prompt = make_prompt(ids=(1, 2, 3, 4))
-    first = make_trajectory(prompt, response=(5, 6, 7), stop=Stop.LENGTH, num_turns=4, tool_calls=3, tool_errors=1, tool_timeouts=1, tool_seconds=6.0)
+    first = make_trajectory(
+        prompt, response=(5, 6, 7), stop=Stop.LENGTH, num_turns=4, tool_calls=3, tool_errors=1, tool_timeouts=1, tool_seconds=6.0
+    )
     members = [Scored(first, 1.0, 0.5, {"acc": 1.0}), Scored(make_trajectory(prompt, response=(5,)), -1.0, -1.0, {"acc": 0.0})]
     scores = score_metrics(members)
     assert (scores["critic/score/mean"], scores["critic/rewards/mean"], scores["critic/acc/mean"]) == (0.0, -0.25, 0.5)

@@ -10,6 +10,7 @@ from retool.data.chat import Renderer
 from retool.rl.config import ANSWER_FORMAT
 from retool.rl.data import PromptOptions, load_prompts, prompts_at, read_questions
 from retool.rl.tools import SCHEMA
+from tests.rl.conftest import make_prompt
 
 OPTIONS = PromptOptions(answer_format=ANSWER_FORMAT)
 
@@ -26,7 +27,9 @@ def general(content="1+1?", truth="2", **more):
 
 
 def test_the_general_schema(tmp_path, renderer_of) -> None:
-    file = write(tmp_path, [general(extra_info={"index": 4, "split": None}), {**general("2+2?", 4), "ability": "poetry", "data_source": "x"}])
+    file = write(
+        tmp_path, [general(extra_info={"index": 4, "split": None}), {**general("2+2?", 4), "ability": "poetry", "data_source": "x"}]
+    )
     prompts, said = load_prompts([file], renderer_of("hermes"), None, OPTIONS)
     assert prompts[0].messages == [{"role": "user", "content": "1+1?\n" + ANSWER_FORMAT}]
     assert prompts[1].messages == [{"role": "user", "content": "2+2?"}] and prompts[1].ground_truth == "4"
@@ -99,15 +102,21 @@ def test_a_function_of_the_users(tmp_path, renderer_of) -> None:
 
 
 def test_the_stream_of_prompts_covers_each_epoch_once() -> None:
-    taken = [prompts_at(position, 3, 7, seed=5, shuffle=True) for position in range(0, 21, 3)]
-    flat = [i for part in taken for i in part]
-    assert [sorted(flat[k : k + 7]) for k in (0, 7, 14)] == [list(range(7))] * 3 and flat[:7] != flat[7:14]
-    assert prompts_at(4, 6, 7, 5, True) == flat[4:10] and prompts_at(5, 4, 7, 0, False) == [5, 6, 0, 1]
+    prompts = [make_prompt(i, truth=str(i)) for i in range(7)]
+    flat = [p for position in range(0, 21, 3) for p in prompts_at(prompts, position, 3, seed=5, shuffle=True)]
+    rows = [int(p.ground_truth) for p in flat]
+    assert [sorted(rows[k : k + 7]) for k in (0, 7, 14)] == [list(range(7))] * 3 and rows[:7] != rows[7:14]
+    assert [p.index for p in flat] == list(range(21)) and prompts_at(prompts, 4, 6, 5, True) == flat[4:10]
+    assert [int(p.ground_truth) for p in prompts_at(prompts, 5, 4, 0, False)] == [5, 6, 0, 1]
 
 
 @pytest.mark.parametrize(
     ("file", "rows", "source"),
-    [("dapo-math-17k/dapo_math_17k.parquet", 40, "DAPO-17k"), ("aime/aime24.parquet", 30, "deepscaler"), ("gsm8k/train_verl.parquet", 40, "openai/gsm8k")],
+    [
+        ("dapo-math-17k/dapo_math_17k.parquet", 40, "DAPO-17k"),
+        ("aime/aime24.parquet", 30, "deepscaler"),
+        ("gsm8k/train_verl.parquet", 40, "openai/gsm8k"),
+    ],
 )
 def test_real_files(shared_data, qwen_tokenizer, file, rows, source) -> None:
     options = PromptOptions(answer_format=ANSWER_FORMAT, max_samples=rows)

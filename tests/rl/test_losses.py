@@ -63,7 +63,9 @@ def test_gspo_by_hand() -> None:
     old, sampled, sequences = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
     means = sequence_means(sequence_sums(logp, old, sampled, sequences, 1), sequences)
     assert means.tolist() == pytest.approx([0.1, 0.1])
-    value, _ = gspo(logp, old, torch.full((2,), 1.5, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64), Clip(0.2, 0.28), means)
+    value, _ = gspo(
+        logp, old, torch.full((2,), 1.5, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64), Clip(0.2, 0.28), means
+    )
     value.backward()
     assert float(value) == pytest.approx(-1.5 * math.exp(0.1)) and logp.grad.tolist() == pytest.approx([-0.75 * math.exp(0.1)] * 2)
     assert at(4.0, -2.0, gspo)[0] == pytest.approx(8.0)  # no dual clip
@@ -163,7 +165,11 @@ def test_any_slicing_gives_the_dense_loss_and_gradient(name, mode, rng) -> None:
     mask[4] = False
     logp, old = rng.normal(-1, 0.6, mask.shape), rng.normal(-1, 0.6, mask.shape)
     adv = np.repeat(rng.normal(size=(6, 1)), 12, 1)
-    table = {"vanilla": dense_vanilla(logp, old, adv, CLIP), "gspo": dense_gspo(logp, old, adv, mask, CLIP), "cispo": dense_cispo(logp, old, adv, CLIP)}
+    table = {
+        "vanilla": dense_vanilla(logp, old, adv, CLIP),
+        "gspo": dense_gspo(logp, old, adv, mask, CLIP),
+        "cispo": dense_cispo(logp, old, adv, CLIP),
+    }
     expected = dense(mask, table[name] * np.ones_like(logp), mode, 12)
 
     weights = np.concatenate(token_weights(list(mask), mode, 12))

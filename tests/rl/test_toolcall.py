@@ -31,7 +31,9 @@ def test_complete_json_without_closing_tag_counts() -> None:
 
 
 def test_arguments_as_a_json_string_are_unwrapped() -> None:
-    assert parse_hermes('<tool_call>{"name": "f", "arguments": "{\\"code\\": \\"print(1)\\"}"}</tool_call>') == [Call("f", {"code": "print(1)"})]
+    assert parse_hermes('<tool_call>{"name": "f", "arguments": "{\\"code\\": \\"print(1)\\"}"}</tool_call>') == [
+        Call("f", {"code": "print(1)"})
+    ]
 
 
 def test_closing_tag_inside_a_string_is_text() -> None:

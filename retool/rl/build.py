@@ -1,0 +1,235 @@
+"""What an RL run is made of: model, optimizer, engine, judges, loggers, put together from a preflight report."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+
+from retool import checkpoint
+from retool.checkpoint.pretrained import load_pretrained
+from retool.config import to_dict
+from retool.data.templates import read_template
+from retool.metrics import Loggers, RunInfo, open_loggers, printable
+from retool.model.build import ModelOptions
+from retool.optim import AdamW, AdamWOptions
+from retool.parallel.fsdp import Sharded
+from retool.parallel.mesh import Mesh
+from retool.preemption import StopRequest
+from retool.redact import redact
+from retool.rl.agent import AgentOptions
+from retool.rl.batching import Budget
+from retool.rl.config import RLConfig
+from retool.rl.data import prompts_at
+from retool.rl.engine import Engine, EngineOptions
+from retool.rl.losses import Clip
+from retool.rl.policy import LossSpec
+from retool.rl.preflight import Report, uses_reference
+from retool.rl.reward_pool import RewardPool
+from retool.rl.rollout import Overlong, RolloutParts, Sampling
+from retool.rl.state import TrainState, restored
+from retool.rl.types import Prompt
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Nothing in it is replaced while a run lasts. `rollout` is None on ranks that follow another one's engine."""
+
+    config: RLConfig
+    report: Report
+    mesh: Mesh
+    folder: Path
+    model: Sharded
+    reference: Sharded | None
+    optimizer: AdamW
+    engine: Engine
+    engines: int
+    rollout: RolloutParts | None
+    pool: RewardPool | None
+    loop: asyncio.AbstractEventLoop
+    stop: StopRequest
+    loggers: Loggers
+    save_options: checkpoint.SaveOptions
+    staging: checkpoint.Staging
+
+    @property
+    def engine_rank(self) -> int:
+        """Which of the engines this rank works for."""
+        return self.mesh.rank // (self.mesh.world // self.engines)
+
+
+def say(mesh: Mesh, text: str) -> None:
+    """One line, from rank 0, for the whole run."""
+    if mesh.rank == 0:
+        print(printable(text), flush=True)
+
+
+def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
+    """Seed Python, numpy and torch with (seed, rank); with `deterministic`, only kernels that give the same bits again."""
+    random.seed(seed * 1_000_003 + rank)
+    np.random.seed((seed * 1_000_003 + rank) % 2**32)
+    torch.manual_seed(seed * 1_000_003 + rank)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
+    """Load the model, make everything, resume if there is something to resume from. Collective."""
+    config, wanted = report.config, report.config.actor_rollout_ref
+    assert report.model is not None and report.folder is not None and report.reward is not None, "train needs a report without faults"
+    engines = mesh.world // wanted.rollout.tensor_model_parallel_size
+    leads = mesh.rank % wanted.rollout.tensor_model_parallel_size == 0
+    judged = config.reward_model
+    pool = RewardPool(report.reward, judged.num_workers, judged.timeout_seconds, judged.memory_mb, judged.floor) if leads else None
+    folder = run_folder(config, mesh)
+    model = load_pretrained(report.folder, mesh, model_options(report))
+    sharding, optim = wanted.actor.fsdp_config, wanted.actor.optim
+    adamw = AdamWOptions(optim.betas, optim.weight_decay, wanted.actor.grad_clip)
+    optimizer = AdamW(model, adamw, sharding.optimizer_offload, sharding.param_offload)
+    reference = load_pretrained(report.folder, mesh, model_options(report, frozen=True)) if uses_reference(config) else None
+    state = resume(report, mesh, folder, model, optimizer)
+    engine = Engine(report.model, mesh.device, engine_options(config), engine_group(mesh, engines))
+    stop = StopRequest()
+    parts = rollout_parts(report, engine, pool, stop) if pool is not None else None
+    trainer = config.trainer
+    info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
+    loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
+    saved, cuda = wanted.actor.checkpoint, mesh.device.type == "cuda"
+    options = checkpoint.SaveOptions(
+        contents=tuple(saved.save_contents), keep=trainer.max_ckpt_to_keep, remote_url=trainer.default_hdfs_dir, subfolder="actor",
+        async_save=cuda if saved.async_save is None else saved.async_save,
+        chat_template=read_template(config.data.chat_template) if config.data.chat_template else None,
+    )  # fmt: skip
+    loop = asyncio.new_event_loop()  # one for the whole run: tools keep their connections
+    run = Run(config, report, mesh, folder, model, reference, optimizer, engine, engines, parts, pool, loop, stop, loggers, options,
+              checkpoint.Staging(mesh))  # fmt: skip
+    return run, state
+
+
+def run_folder(config: RLConfig, mesh: Mesh) -> Path:
+    """Make the run's folder and write the resolved configuration into it, secrets redacted."""
+    folder = Path(config.trainer.default_local_dir)
+    if mesh.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
+    return folder
+
+
+def model_options(report: Report, frozen: bool = False) -> ModelOptions:
+    """How the policy is held; `frozen`: the reference, without master weights of its own precision."""
+    config, choice = report.config, report.choice
+    sharding, wanted = config.actor_rollout_ref.actor.fsdp_config, config.actor_rollout_ref.model
+    cuda = config.trainer.device != "cpu" and torch.cuda.is_available()
+    master = DTYPES[sharding.model_dtype]
+    compute = (torch.bfloat16 if cuda else master) if sharding.param_dtype == "auto" else DTYPES[sharding.param_dtype]
+    assert choice is not None
+    return ModelOptions(
+        param_dtype=compute, master_dtype=compute if frozen else master,
+        reduce_dtype=DTYPES["fp64" if sharding.model_dtype == "fp64" else sharding.reduce_dtype],
+        attn="varlen" if config.trainer.deterministic and wanted.attn == "auto" and cuda else wanted.attn,
+        recompute="none" if frozen else choice.recompute, use_compile=wanted.use_compile,
+        reshard_after_forward=sharding.reshard_after_forward, forward_prefetch=sharding.forward_prefetch,
+    )  # fmt: skip
+
+
+def engine_options(config: RLConfig) -> EngineOptions:
+    rollout, data = config.actor_rollout_ref.rollout, config.data
+    return EngineOptions(
+        max_num_seqs=rollout.max_num_seqs, kv_share=rollout.gpu_memory_utilization,
+        max_batch_tokens=max(rollout.max_num_batched_tokens, rollout.max_num_seqs),
+        max_length=data.max_prompt_length + data.max_response_length, dtype=None if rollout.dtype == "auto" else DTYPES[rollout.dtype],
+        use_cuda_graphs=not rollout.enforce_eager, deterministic=config.trainer.deterministic,
+    )  # fmt: skip
+
+
+def engine_group(mesh: Mesh, engines: int) -> dist.ProcessGroup | None:
+    """The group of this rank's tensor-parallel engine: consecutive ranks; None where it is alone. Collective."""
+    size, mine = mesh.world // engines, None
+    for first in range(0, mesh.world, size) if size > 1 else ():
+        ranks = list(range(first, first + size))
+        group = dist.new_group(ranks)
+        if mesh.rank in ranks:
+            assert isinstance(group, dist.ProcessGroup)
+            mine = group
+    return mine
+
+
+def rollout_parts(report: Report, engine: Engine, pool: RewardPool, stop: StopRequest) -> RolloutParts:
+    """What every rollout of this rank is made of."""
+    config, multi, shaping = report.config, report.config.actor_rollout_ref.rollout.multi_turn, report.config.reward_model.overlong_buffer
+    agent = AgentOptions(
+        config.data.max_response_length, None, multi.max_assistant_turns, multi.max_user_turns, multi.format,
+        multi.max_tool_response_length, multi.tool_response_truncate_side, multi.max_parallel_calls, multi.tool_timeout_seconds,
+    )  # fmt: skip
+    overlong = Overlong(shaping.len, shaping.penalty_factor) if shaping.enable else None
+    assert report.renderer is not None
+    tools = {tool.name: tool for tool in report.tools}
+    return RolloutParts(engine, pool, tools, report.renderer, agent, overlong, lambda: stop.received is not None)
+
+
+def training_sampling(config: RLConfig) -> Sampling:
+    rollout = config.actor_rollout_ref.rollout
+    return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, config.trainer.seed, 0)
+
+
+def validation_sampling(config: RLConfig) -> Sampling:
+    wanted = config.actor_rollout_ref.rollout.val_kwargs
+    return Sampling(wanted.temperature if wanted.do_sample else 0.0, wanted.top_p, wanted.top_k, config.trainer.seed, 1)
+
+
+def loss_spec(config: RLConfig) -> LossSpec:
+    actor = config.actor_rollout_ref.actor
+    clip = Clip(actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c)
+    return LossSpec(
+        actor.policy_loss.loss_mode, clip, config.actor_rollout_ref.rollout.temperature, actor.entropy_coeff, actor.kl_loss_coef,
+        actor.kl_loss_type, actor.use_kl_loss,
+    )  # fmt: skip
+
+
+def update_budget(config: RLConfig) -> Budget:
+    actor = config.actor_rollout_ref.actor
+    if actor.use_dynamic_bsz:
+        return Budget(actor.ppo_max_token_len_per_gpu)
+    return Budget(None, actor.ppo_micro_batch_size_per_gpu)
+
+
+def logprob_budget(config: RLConfig) -> Budget:
+    wanted = config.actor_rollout_ref
+    return Budget(wanted.ref.log_prob_max_token_len_per_gpu or wanted.actor.ppo_max_token_len_per_gpu)
+
+
+def resume(report: Report, mesh: Mesh, folder: Path, model: Sharded, optimizer: AdamW) -> TrainState:
+    """The state to start from: step 0, or the checkpoint that `trainer.resume_mode` says."""
+    trainer, coef = report.config.trainer, report.config.algorithm.kl_ctrl.kl_coef
+    found = Path(str(trainer.resume_from_path)) if trainer.resume_mode == "resume_path" else None
+    if trainer.resume_mode == "auto":
+        found = checkpoint.latest(folder)
+    if found is None:
+        return TrainState(coef)
+    loaded = checkpoint.load(found, model_state(model, optimizer), mesh, trainer.seed)
+    optimizer.steps.fill_(loaded.optimizer_step)
+    model.refresh()
+    say(mesh, f"resumed from {found} (step {loaded.step}).")
+    return restored(loaded.step, loaded.data_state, coef, lambda position: stream(report, position, 1)[0])
+
+
+def stream(report: Report, position: int, count: int) -> list[Prompt]:
+    """Training prompts from `position` on."""
+    data = report.config.data
+    assert report.train is not None
+    return prompts_at(report.train.prompts, position, count, data.seed, data.shuffle)
+
+
+def model_state(model: Sharded, optimizer: AdamW) -> checkpoint.ModelState:
+    """The flat shards that a checkpoint holds."""
+    return checkpoint.ModelState(model.layout, model.master, optimizer.exp_avg, optimizer.exp_avg_sq, int(optimizer.steps))

@@ -1,0 +1,178 @@
+"""Sampling trajectories: every episode is a coroutine, the engine decodes whatever is ready while tools and judges run.
+
+One event loop serves the whole run, so that tools may keep connections. It alternates between one engine step and whatever
+became ready meanwhile; a straggler's tool never holds the engine up while others have tokens to make.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from retool.data.chat import Renderer
+from retool.rl.agent import AgentOptions, Sampled, run_episode
+from retool.rl.engine.params import SamplingParams, TurnDone
+from retool.rl.reward_pool import Judged
+from retool.rl.rewards import overlong_penalty
+from retool.rl.tools import Tool
+from retool.rl.types import Prompt, Scored, Trajectory
+
+
+class Engine(Protocol):
+    """What a rollout needs of an engine; `retool.rl.engine.Engine` has it."""
+
+    def start(self, key: Hashable, ids: Sequence[int], params: SamplingParams, group: Hashable | None = None) -> None: ...
+    def extend(self, key: Hashable, ids: Sequence[int], params: SamplingParams) -> None: ...
+    def drop(self, key: Hashable) -> None: ...
+    def step(self) -> list[TurnDone]: ...
+    def idle(self) -> bool: ...
+
+
+class Judge(Protocol):
+    """Scores a finished trajectory."""
+
+    async def judge(self, trajectory: Trajectory, /) -> Judged: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. `seed` is the run's, `split` 0 in training and 1 in validation: the draws of a trajectory are a
+    function of (seed, split, step, prompt, sample) alone."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    seed: int = 0
+    split: int = 0
+
+
+@dataclass(frozen=True)
+class Overlong:
+    """DAPO's length shaping; see `rewards.overlong_penalty`."""
+
+    buffer: int
+    factor: float
+
+
+@dataclass(frozen=True)
+class RolloutParts:
+    """What a rollout is made of, the same for every one."""
+
+    engine: Engine
+    judge: Judge
+    tools: Mapping[str, Tool]
+    renderer: Renderer
+    agent: AgentOptions
+    overlong: Overlong | None = None
+    stopped: Callable[[], bool] = lambda: False  # asked between engine steps
+
+
+@dataclass
+class RolloutTimes:
+    """Seconds of a rollout: in all, and of those waiting for tools or judges with nothing to decode."""
+
+    total: float = 0.0
+    tools: float = 0.0
+    reward: float = 0.0
+
+
+@dataclass
+class _Flight:
+    """Turns under way, and episodes that still sample (the others are being judged)."""
+
+    turns: dict[Hashable, asyncio.Future[TurnDone]] = field(default_factory=dict)
+    work: asyncio.Event = field(default_factory=asyncio.Event)
+    sampling: int = 0
+
+
+async def roll_out(
+    parts: RolloutParts, requests: Sequence[tuple[Prompt, int]], sampling: Sampling, step: int, times: RolloutTimes | None = None
+) -> list[tuple[Scored, str | None]] | None:
+    """A scored trajectory for each (prompt, sample), in order, and why its reward function failed, if it did. None when
+    `parts.stopped` said so in between: then nothing is left running and the engine is empty."""
+    begin, flight, times = time.perf_counter(), _Flight(), times or RolloutTimes()
+    tasks = [asyncio.create_task(_episode(parts, flight, prompt, sample, sampling, step)) for prompt, sample in requests]
+    flight.sampling = len(tasks)
+    try:
+        await _drive(parts, flight, tasks, times)
+        if not all(task.done() for task in tasks):
+            return None
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        times.total += time.perf_counter() - begin
+
+
+async def _drive(parts: RolloutParts, flight: _Flight, tasks: Sequence[asyncio.Task[object]], times: RolloutTimes) -> None:
+    """Engine steps until every episode is done; an episode's own error ends it all."""
+    waiting: set[asyncio.Task[object]] = set(tasks)
+    while waiting and not parts.stopped():
+        await asyncio.sleep(0)  # whatever became ready goes on: new turns, tool results
+        if not parts.engine.idle():
+            for turn in parts.engine.step():
+                if (future := flight.turns.pop(turn.key, None)) is not None and not future.done():
+                    future.set_result(turn)
+        else:
+            await _wait(flight, waiting, times)
+        for task in [task for task in waiting if task.done()]:
+            waiting.discard(task)
+            task.result()
+
+
+async def _wait(flight: _Flight, waiting: set[asyncio.Task[object]], times: RolloutTimes) -> None:
+    """Nothing to decode: wait for a new turn or for an episode's end, but not for ever (a signal to stop may come)."""
+    flight.work.clear()
+    begin, for_tools = time.perf_counter(), flight.sampling > 0
+    woken = asyncio.create_task(flight.work.wait())
+    await asyncio.wait([*waiting, woken], timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
+    woken.cancel()
+    seconds = time.perf_counter() - begin
+    if for_tools:
+        times.tools += seconds
+    else:
+        times.reward += seconds
+
+
+async def _episode(
+    parts: RolloutParts, flight: _Flight, prompt: Prompt, sample: int, sampling: Sampling, step: int
+) -> tuple[Scored, str | None]:
+    """Sample one trajectory and have it judged."""
+    key, started = (prompt.index, sample), False
+    seed = (sampling.seed, sampling.split, step, prompt.index, sample)
+
+    async def generate(ids: Sequence[int], max_tokens: int) -> Sampled:
+        nonlocal started
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+            stop_ids=parts.renderer.end_of_turn_ids, seed=seed,
+        )  # fmt: skip
+        future: asyncio.Future[TurnDone] = asyncio.get_running_loop().create_future()
+        flight.turns[key] = future
+        if started:
+            parts.engine.extend(key, ids, params)
+        else:
+            parts.engine.start(key, ids, params, group=prompt.index)
+        started = True
+        flight.work.set()
+        turn = await future
+        reason = "aborted" if turn.reason == "capacity" else turn.reason
+        return Sampled(turn.tokens, turn.logp, turn.logp_behaviour, reason)
+
+    try:
+        trajectory = await run_episode(prompt, sample, generate, parts.tools, parts.renderer, parts.agent, step)
+    finally:
+        flight.turns.pop(key, None)
+        flight.sampling -= 1
+        if started:
+            parts.engine.drop(key)
+    judged = await parts.judge.judge(trajectory)
+    reward = judged.score
+    if parts.overlong is not None:
+        longest = parts.agent.max_response_length
+        reward += overlong_penalty(trajectory.response_length, longest, parts.overlong.buffer, parts.overlong.factor)
+    return Scored(trajectory, judged.score, reward, judged.info), judged.failure

@@ -1,0 +1,312 @@
+"""GRPO/DAPO with tools, from a configuration to a finished run folder. `train` reads as a table of contents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from retool import checkpoint
+from retool.optim import learning_rate
+from retool.parallel.mesh import make_mesh
+from retool.perf import device_peak, mfu, model_flops, peak_memory
+from retool.preemption import die_with_parent
+from retool.rl import filter as dynamic
+from retool.rl.batching import mini_batches, rank_batches
+from retool.rl.build import (
+    Run,
+    build_run,
+    logprob_budget,
+    loss_spec,
+    model_state,
+    say,
+    seed_everything,
+    stream,
+    training_sampling,
+    update_budget,
+    validation_sampling,
+)
+from retool.rl.experience import Experience, make_experience, timed
+from retool.rl.metrics import failure_metrics, length_metrics, score_metrics, timing_metrics, tool_metrics
+from retool.rl.policy import update_step
+from retool.rl.preflight import Report
+from retool.rl.report import write_training, write_validation
+from retool.rl.rollout import RolloutTimes, Sampling, roll_out
+from retool.rl.state import TrainState, adapted_kl_coef, regroup
+from retool.rl.types import Group, Prompt, Scored
+from retool.rl.validate import validation_metrics
+
+EMPTY_ROUNDS = 20  # rounds of dynamic sampling in a row without a single group worth training on
+Metrics = dict[str, float]
+
+
+def train(report: Report) -> None:
+    """Run RL as preflight found it possible. Collective: every process of the launcher calls it with the same configuration."""
+    config = report.config
+    die_with_parent()
+    actor = config.actor_rollout_ref.actor
+    mesh = make_mesh(actor.ulysses_sequence_parallel_size, actor.fsdp_config.fsdp_size, config.trainer.device)
+    seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
+    run, state = build_run(report, mesh)
+    if config.trainer.val_before_train or config.trainer.val_only:
+        run_validation(run, state)
+    stopping = run.stop.agreed(mesh)
+    while state.step < report.steps and not config.trainer.val_only and not stopping:
+        times: Metrics = {}
+        with timed(times, "step"):
+            metrics = one_step(run, state, times)
+        stopping = run.stop.agreed(mesh)
+        if metrics is None:  # asked to stop while sampling: the step before is the last
+            break
+        last = state.step == report.steps
+        if last or due(config.trainer.test_freq, state.step):
+            with timed(times, "testing"):
+                run_validation(run, state)
+        if last or stopping or due(config.trainer.save_freq, state.step):
+            with timed(times, "save_checkpoint"):
+                save(run, state)
+        run.loggers.log(state.step, {**metrics, **timing_metrics(times)})
+    finish(run, state, stopping)
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something with frequency `every` (-1: never) happens after `step`."""
+    return every > 0 and step % every == 0
+
+
+def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
+    """Sample, judge, train. None, and nothing changed, when the run was asked to stop in between."""
+    config = run.config
+    collected = collect(run, state, times)
+    if collected is None:
+        return None
+    groups, kept, position, metrics = collected
+    members = [member for group in groups for member in group.members]
+    made = make_experience(
+        groups, state.step, run.model, run.reference, config.algorithm, config.actor_rollout_ref.rollout.temperature,
+        logprob_budget(config), state.kl_coef, times,
+    ) if groups else Experience([], [], {})  # fmt: skip
+    with timed(times, "update_actor"):
+        metrics |= update(run, state, made) if groups else {}
+    if made.kl is not None and config.algorithm.kl_ctrl.type == "adaptive":
+        control = config.algorithm.kl_ctrl
+        state.kl_coef = adapted_kl_coef(state.kl_coef, made.kl, control.target_kl, control.horizon, len(members))
+    state.step, state.position, state.kept = state.step + 1, position, kept
+    if run.mesh.rank == 0 and groups:
+        assert run.report.renderer is not None
+        write_training(run.folder, state.step, groups, [row.advantage for row in made.rows], run.report.renderer)
+    say_saved(run, state, wait=False)
+    data = config.data
+    metrics |= {**made.metrics, **score_metrics(members), **length_metrics(members, data.max_response_length, data.max_prompt_length)}
+    return {**metrics, **tool_metrics(members), **performance(run, made, times)}
+
+
+# --- sampling ---
+
+
+def collect(run: Run, state: TrainState, times: Metrics) -> tuple[list[Group], list[Group], int, Metrics] | None:
+    """A step's groups, what is kept for the next one, the stream's position after it, and metrics; None when asked to stop."""
+    config, wanted = run.config, run.config.data.train_batch_size
+    wish = config.algorithm.filter_groups
+    sync(run, times)
+    collection, position = dynamic.begin(state.kept, state.step), state.position
+    failures: list[str | None] = []
+    empty = 0
+    while not dynamic.complete(collection, wanted, wish.max_num_gen_batches) and empty < EMPTY_ROUNDS:
+        count = (config.data.gen_batch_size or wanted) if wish.enable else wanted
+        prompts = stream(run.report, position, count)
+        found = sample(run, prompts, config.actor_rollout_ref.rollout.n, training_sampling(config), state.step, times)
+        if found is None:
+            release(run)
+            return None
+        groups, failed = found
+        before = len(collection.groups)
+        collection = dynamic.add(collection, groups, wish.metric if wish.enable else None)
+        empty = 0 if len(collection.groups) > before else empty + 1
+        failures += failed
+        position += count
+    release(run)
+    if empty >= EMPTY_ROUNDS and not collection.groups:
+        raise ValueError(
+            f"algorithm.filter_groups: {empty} rounds of sampling in a row gave no group whose {wish.metric} differs: the questions are "
+            "all too easy or too hard. Use others, a larger rollout.n, or filter_groups.max_num_gen_batches to go on regardless."
+        )
+    groups, kept = dynamic.take(collection, wanted)
+    if len(groups) < wanted:
+        rounds = f"{collection.rounds} rounds of sampling"
+        say(run.mesh, f"step {state.step + 1}: {len(groups)} of {wanted} groups after {rounds}; training on them.")
+    seen = [member.trajectory.sampled for group in groups for member in group.members]
+    metrics = {**failure_metrics(failures), "perf/rollout_tokens_per_second": sum(seen) / max(times.get("gen", 0.0), 1e-9)}
+    return groups, kept, position, {**metrics, **(collection.metrics(len(kept)) if wish.enable else {})}
+
+
+def sync(run: Run, times: Metrics) -> None:
+    """Give the engine the present weights. Collective."""
+    with timed(times, "sync_weights"):
+        run.engine.sync(run.model)
+        if run.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def release(run: Run) -> None:
+    """Free the engine's memory for the update, where asked for and where it matters."""
+    if run.config.actor_rollout_ref.rollout.free_cache_engine and run.mesh.device.type == "cuda":
+        run.engine.release()
+
+
+def sample(
+    run: Run, prompts: Sequence[Prompt], n: int, sampling: Sampling, step: int, times: Metrics
+) -> tuple[list[Group], list[str | None]] | None:
+    """`n` scored trajectories for each prompt, on every rank, and why reward functions failed. Collective. None when asked to stop."""
+    mine = [(prompt, k) for prompt in prompts[run.engine_rank :: run.engines] for k in range(n)]
+    spent, found = RolloutTimes(), []
+    with timed(times, "gen"):
+        if run.rollout is None:
+            run.engine.follow()
+        else:
+            try:
+                found = run.loop.run_until_complete(roll_out(run.rollout, mine, sampling, step, spent))
+            finally:
+                run.engine.end()
+        everyone = gathered(run, found)
+    for name, seconds in (("tools", spent.tools), ("reward", spent.reward)):
+        times[name] = times.get(name, 0.0) + seconds
+    if any(part is None for part in everyone):
+        return None
+    pairs: list[tuple[Scored, str | None]] = [pair for part in everyone for pair in part or []]
+    return regroup(prompts, [scored for scored, _ in pairs]), [failure for _, failure in pairs]
+
+
+def gathered(run: Run, mine: Any) -> list[Any]:
+    """Every rank's object, on every rank."""
+    if run.mesh.world_group is None:
+        return [mine]
+    parts: list[Any] = [None] * run.mesh.world
+    dist.all_gather_object(parts, mine, group=run.mesh.world_group)
+    return parts
+
+
+# --- training ---
+
+
+def update(run: Run, state: TrainState, made: Experience) -> Metrics:
+    """The step's optimizer steps; means of what they measured."""
+    config, mesh, report = run.config, run.mesh, run.report
+    actor, spec, total = config.actor_rollout_ref.actor, loss_spec(config), report.steps * report.updates_per_step
+    found: list[Metrics] = []
+    for _ in range(actor.ppo_epochs):
+        for chosen in mini_batches(made.groups, actor.ppo_mini_batch_size):
+            rows = [made.rows[i] for i in chosen]
+            batches, _ = rank_batches(
+                rows, actor.loss_agg_mode, config.data.max_response_length, mesh.dp_rank, mesh.dp, mesh.sp, update_budget(config)
+            )
+            optim = actor.optim
+            lr = learning_rate(state.updates, total, optim.lr, optim.lr_scheduler, optim.warmup_steps_ratio, optim.min_lr_ratio)
+            done = update_step(run.model, run.optimizer, batches, spec, lr)
+            state.updates += 1
+            count_skipped(run, state, done.skipped, done.grad_norm)
+            found.append({**done.metrics, "actor/grad_norm": done.grad_norm, "actor/lr": lr})
+    means = {name: sum(entry[name] for entry in found) / len(found) for name in found[0]}
+    return {**means, "actor/lr": found[-1]["actor/lr"], "actor/skipped_updates": state.skipped}
+
+
+def count_skipped(run: Run, state: TrainState, skipped: bool, norm: float) -> None:
+    """A non-finite gradient changes nothing; too many in a row end the run."""
+    state.skipped += skipped
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+    if skipped:
+        say(run.mesh, f"optimizer step {state.updates} was skipped: its gradient norm is {norm}.")
+    if state.skipped_in_a_row >= run.config.trainer.max_grad_skips:
+        raise ValueError(
+            f"{state.skipped_in_a_row} optimizer steps in a row had a non-finite gradient norm: the run stops. "
+            "Lower actor.optim.lr, or look at the weights (python -m retool.checkpoint verify)."
+        )
+
+
+def performance(run: Run, made: Experience, times: Metrics) -> Metrics:
+    """Tokens per second and GPU of the whole step, the update's MFU, memory."""
+    world, lengths = run.mesh.world, [len(row) for row in made.rows]
+    assert run.report.model is not None
+    seconds = sum(times.get(name, 0.0) for name in ("sync_weights", "gen", "old_log_prob", "ref", "adv", "update_actor"))
+    flops = model_flops(run.report.model, lengths) * run.config.actor_rollout_ref.actor.ppo_epochs
+    used = mfu(flops, times.get("update_actor", 0.0), world, device_peak(run.mesh.device))
+    out = {
+        "perf/throughput": sum(lengths) / max(seconds, 1e-9) / world, "perf/total_num_tokens": sum(lengths),
+        "perf/max_memory_allocated_gb": peak_memory(run.mesh.device)[0],
+    }  # fmt: skip
+    return out if used is None else {**out, "perf/mfu/actor": used}
+
+
+# --- validation and checkpoints ---
+
+
+def run_validation(run: Run, state: TrainState) -> None:
+    """Answer every validation question, write the answers, log the statistics. Nothing where there are none, or when asked to stop."""
+    questions, config = run.report.val, run.config
+    if questions is None:
+        return
+    times: Metrics = {}
+    sync(run, times)
+    found = sample(run, questions.prompts, config.actor_rollout_ref.rollout.val_kwargs.n, validation_sampling(config), state.step, times)
+    release(run)
+    if found is None:
+        return
+    groups, failures = found
+    metrics = validation_metrics(groups)
+    if run.mesh.rank == 0:
+        assert run.report.renderer is not None
+        write_validation(run.folder, state.step, groups, run.report.renderer)
+        for member in [m for group in groups for m in group.members][: config.trainer.log_val_generations]:
+            t = member.trajectory
+            say(run.mesh, f"validation: {t.prompt.messages[-1]['content'][-200:]} → {t.assistant_text[-200:]} [{member.score:g}]")
+    said = {name.replace("reward/", "val-aux/reward/"): value for name, value in failure_metrics(failures).items()}
+    run.loggers.log(state.step, {**metrics, **said})
+
+
+def save(run: Run, state: TrainState) -> None:
+    """Write a checkpoint of this step, unless it has one."""
+    if state.saved_step == state.step:
+        return
+    say_saved(run, state, wait=True)
+    state.save = checkpoint.save(
+        run.folder, model_state(run.model, run.optimizer), run.mesh, step=state.step, extra={}, data_state=state.data_state(),
+        model_folder=run.report.folder or "", options=run.save_options, staging=run.staging,
+    )  # fmt: skip
+    state.saved_step = state.step
+
+
+def say_saved(run: Run, state: TrainState, wait: bool) -> None:
+    """Say how the last save ended, once it has. A failed one is loud, and the run goes on."""
+    result = None if state.save is None else state.save.wait() if wait else state.save.poll()
+    if result is None:
+        return
+    state.save = None
+    if result.error is not None:
+        state.saved_step = -1
+        say(run.mesh, f"step {result.step} was NOT saved: {result.error}")
+    else:
+        say(run.mesh, f"saved {result.folder} ({result.stall_s:.2f} s of waiting, {result.seconds:.1f} s in all)")
+
+
+def finish(run: Run, state: TrainState, stopping: bool) -> None:
+    """Save what isn't yet, wait for it, close everything. ValueError when the last checkpoint isn't there."""
+    if state.step:
+        save(run, state)
+    say_saved(run, state, wait=True)
+    run.staging.close()
+    run.loggers.close()
+    if run.pool is not None:
+        run.pool.close()
+    for tool in run.report.tools:
+        run.loop.run_until_complete(tool.close())
+    run.loop.close()
+    run.stop.restore()
+    if state.step and state.saved_step != state.step:
+        raise ValueError(f"step {state.step} was trained, but its checkpoint could not be saved (see above): {run.folder} has older ones.")
+    ended = "asked to stop" if stopping and state.step < run.report.steps else "finished"
+    say(run.mesh, f"{ended} at step {state.step} of {run.report.steps}: {run.folder}")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
