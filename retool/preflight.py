@@ -146,8 +146,7 @@ def check_tokenizer(folder: Path, chat_template: str | None, key: str = "model.p
 
 def check_output(folder: Path, needed: float, key: str = "trainer.default_local_dir") -> Iterator[Fault]:
     """The output folder can be made and written, and its disk has room for `needed` bytes. Nothing is left behind."""
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    where = f"{key}={folder}"
+    existing, where = _existing(folder), f"{key}={folder}"
     if not existing.is_dir():
         yield Fault(where, f"{existing} is a file, not a folder.", f"Choose another {key}.")
         return
@@ -157,10 +156,20 @@ def check_output(folder: Path, needed: float, key: str = "trainer.default_local_
     except OSError as error:
         yield Fault(where, f"can't be written: {error.strerror or error}.", f"Choose another {key}, or change the folder's permissions.")
         return
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if free < needed:
         problem = f"needs {needed / GIB:.1f} GiB for a checkpoint, and its disk has {free / GIB:.1f} GiB free."
         yield Fault(where, problem, "Free space, choose another folder, or save less (trainer.checkpoint.save_contents).")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk where `folder` is, or would be made."""
+    return shutil.disk_usage(_existing(folder)).free
 
 
 def device_memory_gib(given: float | None, device: str) -> float | None:

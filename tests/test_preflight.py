@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from retool import machine
 from retool.config import Fault, read
 from retool.model.hub import find_model
 from retool.perf import GIB
 from retool.preflight import World, check_mesh, check_output, read_world, show_faults, show_plan
 from retool.sft.__main__ import main
 from retool.sft.config import SYNONYMS, SFTConfig
-from retool.sft.plan import Report
+from retool.sft.plan import Report, checkpoint_bytes, host_bytes, kept_checkpoints, parameter_count
 from retool.sft.preflight import preflight
 from retool.sft.show import in_words
 
@@ -288,3 +290,48 @@ def test_hub_ids_resolve_to_the_local_copy(sound: Path, tmp_path: Path, monkeypa
     for name in ("./org/tiny", "/no/such/model", "justaname"):
         with pytest.raises(ValueError, match="is no folder"):
             find_model(name)
+
+
+def test_checkpoints_that_will_fill_the_disk_are_a_note(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ["trainer.total_epochs=5", "trainer.save_freq=2"]
+    report = check(run, *more)
+    assert kept_checkpoints(report) == 5 and report.steps == 10 and not report.notes
+    assert kept_checkpoints(check(run, *more, "trainer.max_ckpt_to_keep=2")) == 3
+    assert kept_checkpoints(check(run)) == 1 and kept_checkpoints(check(run, "trainer.save_freq=after_each_epoch", "trainer.total_epochs=3")) == 3
+    model = report.model
+    assert model is not None
+    each = checkpoint_bytes(model, report.config)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, int(3.5 * each)))  # type: ignore[attr-defined]
+    (note,) = check(run, *more).notes
+    assert "5 checkpoints" in note and "add trainer.max_ckpt_to_keep=2" in note
+    assert not check(run, *more, "trainer.max_ckpt_to_keep=2").notes
+
+
+def test_offloading_needs_host_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpus = ["trainer.device=auto", "trainer.device_memory_gb=80", "trainer.n_gpus_per_node=2"]
+    more = [*on_gpus, "model.fsdp_config.optimizer_offload=true"]
+    plan = check(run, *more, planning=True)
+    assert plan.model is not None and host_bytes(plan) == 8 * parameter_count(plan.model), "two moments of four bytes, on one machine"
+    assert "GiB of host memory on each machine" in dict(in_words(plan))["memory"]
+    assert "host memory" not in dict(in_words(check(run, *on_gpus, planning=True)))["memory"]
+    monkeypatch.setattr(machine, "host_memory", lambda: host_bytes(plan))
+    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}
+    text = said(check(run, *more, environment=launched))
+    assert "model.fsdp_config.optimizer_offload=true" in text and "of this machine's memory" in text
+
+
+def test_a_taken_port_and_a_store_without_client_stand_in_the_same_table(run: Path) -> None:
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        launched = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+        text = said(check(run, "trainer.default_hdfs_dir=nosuch://bucket", "data.train_batch_size=11", environment=launched))
+    assert f"MASTER_PORT={port}" in text and "nosuch://bucket" in text and "data.train_batch_size=11" in text
+
+
+def test_the_plan_counts_tokens_of_a_step(run: Path) -> None:
+    report = check(run)
+    assert report.train is not None
+    lengths, trained = report.train.dataset.lengths, report.train.dataset.trained
+    assert f"{4 * lengths[0]} tokens on average, {4 * trained[0]} of them trained" in dict(in_words(report))["a step"]

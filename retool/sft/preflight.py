@@ -51,7 +51,8 @@ def preflight(
     devices = check_device(config.trainer.device, world.per_node, config.model.attn, planning)
     room = checkpoint_bytes(report.model, config) if report.model else 0.0
     output = check_output(Path(config.trainer.default_local_dir), room)
-    here = () if planning else (*check_port(launcher), *check_compiler(config.model.use_compile if config.trainer.device != "cpu" else False))
+    compiled = config.trainer.device != "cpu" and config.model.use_compile
+    here = () if planning else (*check_port(launcher), *check_compiler(compiled))
     store = check_store(config.trainer.default_hdfs_dir, "trainer.default_hdfs_dir")
     report = report.blame(*sizes, *devices, *here, *output, *store, *_resume_faults(config))
     report = _with_data(report, progress)

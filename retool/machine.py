@@ -1,0 +1,118 @@
+"""What of this machine a run needs beside its GPUs' number: a free port, a compiler, host memory, clients of remote stores.
+
+Each check yields every fault it finds and raises none; nothing is started and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from importlib.util import find_spec
+from pathlib import Path
+
+import fsspec
+import torch
+
+from retool.config import Fault
+from retool.perf import GIB
+
+DEFAULT_PORT = 29500  # torchrun's, without --standalone
+BF16_FROM = (8, 0)  # CUDA compute capability
+TAKEN = 0.1  # share of a GPU's memory that others may hold before it is worth saying
+MOST_PINNED = 0.8  # of the host's memory
+
+
+def check_port(environment: Mapping[str, str]) -> Iterator[Fault]:
+    """MASTER_PORT is a number, and free on the machine of rank 0 when its process is the one that will open it (torchrun's agent does
+    that itself)."""
+    if "MASTER_PORT" not in environment:
+        return
+    text = environment["MASTER_PORT"]
+    if not text.isdigit() or not 0 <= int(text) < 65536:
+        yield Fault(f"MASTER_PORT={text}", "is no port.", "Use a number from 1024 to 65535, or let torchrun --standalone choose.")
+        return
+    opened_by_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if environment.get("RANK", "0") == "0" and not opened_by_agent and not port_is_free(int(text)):
+        yield Fault(f"MASTER_PORT={text}", "is taken by another process on this machine.", "Choose another one (torchrun --master_port).")
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on it now."""
+    with closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
+def check_compiler(wanted: bool | str) -> Iterator[Fault]:
+    """torch.compile on GPUs needs triton, and triton a C compiler. `wanted`: true, false, or auto (where there is a GPU)."""
+    if wanted is False or (wanted == "auto" and not torch.cuda.is_available()):
+        return
+    where = f"model.use_compile={str(wanted).lower()}"
+    if torch.cuda.is_available() and find_spec("triton") is None:
+        yield Fault(where, "needs the package triton.", "pip install triton, or use model.use_compile=false.")
+    if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
+        yield Fault(where, "needs a C compiler, and there is none.", "Install gcc, or use model.use_compile=false.")
+
+
+def check_store(url: str | None, key: str) -> Iterator[Fault]:
+    """The client package of a remote store is installed; the store itself isn't asked."""
+    if url is None or "://" not in url:
+        return
+    protocol = url.partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        yield Fault(f"{key}={url}", f"needs a package: {error}.", "Install it, or leave the key out.")
+    except ValueError:
+        yield Fault(f"{key}={url}", f"{protocol}:// is no kind of store that fsspec knows.", "Use hdfs://, s3://, gs://, file:// …")
+
+
+def check_host_memory(needed: float, key: str) -> Iterator[Fault]:
+    """`needed` bytes of pinned host memory, all processes of a machine together, fit into what this one has."""
+    total = host_memory()
+    if total is not None and needed > MOST_PINNED * total:
+        problem = f"needs {needed / GIB:.1f} GiB of this machine's memory, which has {total / GIB:.1f} GiB."
+        yield Fault(key, problem, "Offload less, use more machines, or a smaller model.")
+
+
+def host_memory() -> int | None:
+    """Bytes of memory that this machine, or the container's limit, gives; None where that can't be told."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    try:
+        said = limit.read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(said)) if said.isdigit() else total
+
+
+def gpu_notes(per_node: int, compute: str, environment: Mapping[str, str]) -> Iterator[str]:
+    """GPUs of this machine that somebody else uses, or that compute in bf16 slowly: from nvidia-smi, which starts no context on them."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    chosen = ["-i", visible] if visible else []
+    query = ["nvidia-smi", *chosen, "--query-gpu=name,memory.used,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return
+    for index, line in enumerate(said.strip().splitlines()[:per_node]):
+        try:
+            name, used, total, capability = (cell.strip() for cell in line.split(","))
+            taken, whole, (major, minor) = float(used) / 1024, float(total) / 1024, capability.split(".")
+        except ValueError:
+            continue  # "[N/A]", of a part of a GPU
+        if compute == "bf16" and (int(major), int(minor)) < BF16_FROM:
+            yield f"GPU {index} ({name}) has no bf16 arithmetic: it is emulated, slowly. Use model.fsdp_config.param_dtype=fp32."
+        if taken > TAKEN * whole:
+            yield f"GPU {index} ({name}) has {whole - taken:.1f} of {whole:.1f} GiB free: something else runs on it."
