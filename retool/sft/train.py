@@ -160,6 +160,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
     batching = micro_batching(mesh, config, report.choice.tokens)
     staging = checkpoint.Staging(mesh)
+    staging.prepare(model_state(model, optimizer), mesh, save_options)
     return Run(config, report, mesh, folder, model, optimizer, train_data, val_data, batching, loggers, save_options, staging), state
 
 
@@ -191,7 +192,7 @@ def resume(config: SFTConfig, mesh: Mesh, folder: Path, model: Sharded, optimize
     if mode == "resume_path":
         found = Path(str(config.trainer.resume_from_path))
     elif mode == "auto":
-        found = checkpoint.latest(folder)
+        found = from_rank_0(checkpoint.latest(folder), mesh)  # a shared disk may show the others an older listing
     if found is None:
         return TrainState()
     loaded = checkpoint.load(found, model_state(model, optimizer), mesh, config.trainer.seed)
@@ -199,6 +200,14 @@ def resume(config: SFTConfig, mesh: Mesh, folder: Path, model: Sharded, optimize
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")
     return TrainState(step=loaded.step, saved_step=loaded.step, skipped=int(loaded.extra.get("skipped_steps", 0)))
+
+
+def from_rank_0(value: Path | None, mesh: Mesh) -> Path | None:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if mesh.world_group is not None:
+        torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
 
 
 def model_state(model: Sharded, optimizer: AdamW) -> checkpoint.ModelState:
@@ -273,10 +282,12 @@ def save(run: Run, state: TrainState) -> None:
     if state.saved_step == state.step:
         return
     say_saved(run, state, wait=True)
+    optim = run.config.optim
     state.save = checkpoint.save(
         run.folder, model_state(run.model, run.optimizer), run.mesh, step=state.step, extra={"skipped_steps": state.skipped},
         data_state={"step": state.step, "seed": run.config.data.seed, "samples": len(run.train_data)},
         model_folder=run.report.folder or "", options=run.save_options, staging=run.staging,
+        optimizer_group={"lr": optim.lr, "betas": list(optim.betas), "eps": run.optimizer.options.eps, "weight_decay": optim.weight_decay},
     )  # fmt: skip
     state.saved_step = state.step
 
