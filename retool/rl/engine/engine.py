@@ -51,7 +51,6 @@ class Engine:
         self.config, self.device, self.options = config, device, options
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
         self.page_size = options.page_size or (256 if cuda else 16)
-        self.run_ahead = cuda if options.run_ahead == "auto" else options.run_ahead
         compiled = cuda if options.use_compile == "auto" else options.use_compile
         self.weights = Weights(make_decoder(config, device, self.group, compiled), options.dtype, device)
         self.plan = self.weights.decoder.run.plan
@@ -163,7 +162,8 @@ class Engine:
         self._model = make_model(self.weights.decoder, cache, self.group, flash)
         width = self.scheduler.pool.pages_for(self.scheduler.max_length)
         graphs = o.use_cuda_graphs and self.device.type == "cuda"
-        self._loop = DecodeLoop(self._model, rows, width, graphs, o.deterministic) if self.run_ahead else None
+        ahead = flash if o.run_ahead == "auto" else o.run_ahead  # torch's attention would gather whole page tables
+        self._loop = DecodeLoop(self._model, rows, width, graphs, o.deterministic) if ahead else None
 
     def _kv_bytes(self, dtype: torch.dtype, useful: int) -> int:
         """Bytes for the cache; the smallest of the group, as one page table serves all."""

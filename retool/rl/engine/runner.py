@@ -160,7 +160,7 @@ class DecodeLoop:
                 self._step(rows, filtered)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's watchdog has a thread of its own
             self._step(rows, filtered)
         self.pool = graph.pool()
         self.recorded[rows, filtered] = graph

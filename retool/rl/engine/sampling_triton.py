@@ -48,7 +48,9 @@ def _part_kernel(
     greedy = temperature == 0.0
     scale = tl.where(greedy, 1.0, 1.0 / tl.where(greedy, 1.0, temperature))
     key = tl.load(keys_ptr + row)
-    least = tl.load(cutoff_ptr + row) if FILTERED else LOWEST
+    least = LOWEST
+    if FILTERED:
+        least = tl.where(greedy, LOWEST, tl.load(cutoff_ptr + row))
     lanes = tl.arange(0, BLOCK)
     largest = tl.full((BLOCK,), LOWEST, tl.float32)
     whole = tl.zeros((BLOCK,), tl.float32)
@@ -64,7 +66,7 @@ def _part_kernel(
         decay = tl.exp(largest - above)
         e = tl.where(inside, tl.exp(x - above), 0.0)
         whole = whole * decay + e
-        stays = inside & ((x >= least) | greedy)
+        stays = inside & (x >= least)
         kept = kept * decay + tl.where(stays, e, 0.0)
         largest = above
         score = x + tl.where(greedy, 0.0, _gumbel(key, column, GOLDEN, FIRST, SECOND))
