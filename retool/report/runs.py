@@ -6,7 +6,7 @@ Everything may be missing, torn or hostile: the run may still be going, and its 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -61,7 +61,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _six_digits(value: Any) -> float | None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
         return None
     return float(f"{value:.6g}")
 

@@ -19,9 +19,11 @@ function el(tag, what, ...children) {
 
 /** Text with its control and direction characters made visible: they neither vanish nor turn what follows around. */
 function visible(text) {
+  const code = (c) => "⟨U+" + c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0") + "⟩";
   return text
-    .replace(/[\u0000-\u0008\u000b-\u001f]/g, (c) => (c === "\r" ? "␍" : String.fromCharCode(0x2400 + c.charCodeAt(0))))
-    .replace(/[\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, (c) => "⟨U+" + c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0") + "⟩");
+    .replace(/[\u0000-\u0008\u000b-\u001f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)))
+    .replace(/[\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, code)
+    .replace(/[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g, code);
 }
 
 /** A number as short as it reads well. */

@@ -74,7 +74,7 @@ function rewardOf(t) {
 
 /** The question: what the user said last in a rendered prompt, else its end. */
 function question(prompt) {
-  const turns = prompt.split(/<\|im_start\|>user\n|<\|start_header_id\|>user<\|end_header_id\|>\n\n/);
+  const turns = prompt.split(/<\|im_start\|>user\n|<\|start_header_id\|>user<\|end_header_id\|>\n\n|(?:^|\n\n)user: /);
   return turns[turns.length - 1].split(/<\|im_end\|>|<\|eot_id\|>/)[0].trim() || prompt.trim();
 }
 
