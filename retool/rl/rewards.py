@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -57,6 +58,8 @@ def math_equal(truth: str, answer: str, kinds: tuple[str, ...] = ("latex", "expr
     its alarm only works in a main thread, and the reward pool kills what takes too long."""
     import math_verify
 
+    for name in ("math_verify.parser", "math_verify.grader"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they warn of the missing time limit, each time
     known = {"latex": math_verify.LatexExtractionConfig, "expr": math_verify.ExprExtractionConfig}
     targets = [known[kind]() for kind in kinds]
     # A bare \frac{1}{2} is only taken for LaTeX inside a box.

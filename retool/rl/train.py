@@ -88,8 +88,9 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
         groups, state.step, run.model, run.reference, config.algorithm, config.actor_rollout_ref.rollout.temperature,
         logprob_budget(config), state.kl_coef, times,
     ) if groups else Experience([], [], {})  # fmt: skip
-    with timed(times, "update_actor"):
-        metrics |= update(run, state, made) if groups else {}
+    if groups:
+        with timed(times, "update_actor"):
+            metrics |= update(run, state, made)
     if made.kl is not None and config.algorithm.kl_ctrl.type == "adaptive":
         control = config.algorithm.kl_ctrl
         state.kl_coef = adapted_kl_coef(state.kl_coef, made.kl, control.target_kl, control.horizon, len(members))
@@ -113,7 +114,7 @@ def collect(run: Run, state: TrainState, times: Metrics) -> tuple[list[Group], l
     sync(run, times)
     collection, position = dynamic.begin(state.kept, state.step), state.position
     failures: list[str | None] = []
-    empty = 0
+    empty = tokens = 0
     while not dynamic.complete(collection, wanted, wish.max_num_gen_batches) and empty < EMPTY_ROUNDS:
         count = (config.data.gen_batch_size or wanted) if wish.enable else wanted
         prompts = stream(run.report, position, count)
@@ -122,6 +123,7 @@ def collect(run: Run, state: TrainState, times: Metrics) -> tuple[list[Group], l
             release(run)
             return None
         groups, failed = found
+        tokens += sum(member.trajectory.sampled for group in groups for member in group.members)
         before = len(collection.groups)
         collection = dynamic.add(collection, groups, wish.metric if wish.enable else None)
         empty = 0 if len(collection.groups) > before else empty + 1
@@ -136,9 +138,9 @@ def collect(run: Run, state: TrainState, times: Metrics) -> tuple[list[Group], l
     groups, kept = dynamic.take(collection, wanted)
     if len(groups) < wanted:
         rounds = f"{collection.rounds} rounds of sampling"
-        say(run.mesh, f"step {state.step + 1}: {len(groups)} of {wanted} groups after {rounds}; training on them.")
-    seen = [member.trajectory.sampled for group in groups for member in group.members]
-    metrics = {**failure_metrics(failures), "perf/rollout_tokens_per_second": sum(seen) / max(times.get("gen", 0.0), 1e-9)}
+        what = "training on them" if groups else "nothing is trained"
+        say(run.mesh, f"step {state.step + 1}: {len(groups)} of {wanted} groups after {rounds}; {what}.")
+    metrics = {**failure_metrics(failures), "perf/rollout_tokens_per_second": tokens / max(times.get("gen", 0.0), 1e-9)}
     return groups, kept, position, {**metrics, **(collection.metrics(len(kept)) if wish.enable else {})}
 
 

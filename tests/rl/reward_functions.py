@@ -47,3 +47,13 @@ async def asynchronous(data_source, solution_str, ground_truth, extra_info):
 
 class Judge:
     pass
+
+
+def digits(data_source, solution_str, ground_truth, extra_info):
+    """The share of digits in what the model wrote: something that a random model can learn in seconds."""
+    share = sum(c.isdigit() for c in solution_str) / max(len(solution_str), 1)
+    return {"score": share, "acc": float(share > 0.5)}
+
+
+def never(data_source, solution_str, ground_truth, extra_info):
+    return 0.0

@@ -1,0 +1,198 @@
+"""`python -m retool.rl` as users start it: a run that learns, the published overrides on two ranks, resuming, stopping, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.quickstart import data, model
+from retool.data.templates import TEMPLATES
+from retool.metrics import read_jsonl
+from retool.rl.__main__ import main
+from tests.rl.test_config import PUBLISHED
+
+REWARDS = Path(__file__).with_name("reward_functions.py")
+ARR = "actor_rollout_ref."
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m", "retool.rl"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """`model/` (two layers, random), `train.jsonl` (24 questions), `val.jsonl` (3)."""
+    folder = tmp_path_factory.mktemp("rl")
+    problems = data.make_problems(27, seed=0)
+    texts = [message["content"] for p in problems for message in data.to_row(p, "t")["messages"]]
+    tokenizer = model.train_tokenizer([*texts, json.dumps(data.TOOL)])
+    model.write_tokenizer(folder / "model", tokenizer, TEMPLATES["hermes"].read_text())
+    model.write_model(folder / "model", tokenizer, seed=0)
+    for name, part in (("train", problems[3:]), ("val", problems[:3])):
+        rows = [{"data_source": "shop", "prompt": [{"role": "user", "content": p[0].text}], "reward_model": {"ground_truth": str(p[0].answer)}} for p in part]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tools.yaml").write_text("tools:\n  - class_name: retool.rl.tools.CodeInterpreter\n    config: {num_workers: 2, default_timeout: 10}\n")
+    return folder
+
+
+def words(work: Path, out: Path, *more: str) -> list[str]:
+    """A small run without tools that rewards digits."""
+    return [
+        f"data.train_files={work}/train.jsonl", f"{ARR}model.path={work}/model", f"trainer.default_local_dir={out}",
+        "data.train_batch_size=4", "data.max_prompt_length=400", "data.max_response_length=12", f"{ARR}rollout.n=4",
+        f"{ARR}actor.ppo_mini_batch_size=4", f"{ARR}actor.optim.lr=3e-3", f"{ARR}rollout.max_num_seqs=16", "trainer.save_freq=-1",
+        f"custom_reward_function.path={REWARDS}", "custom_reward_function.name=digits", "reward_model.num_workers=1", *more,
+    ]  # fmt: skip
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    return [entry for entry in read_jsonl(folder / "metrics.jsonl") if "timing_s/step" in entry]
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return torch.load(folder / f"global_step_{step}" / "actor" / "model_world_size_1_rank_0.pt", weights_only=True)
+
+
+def test_it_learns_what_is_rewarded(work, tmp_path) -> None:
+    assert main(words(work, tmp_path / "run", "trainer.total_training_steps=8", f"data.val_files={work}/val.jsonl", f"{ARR}rollout.val_kwargs.n=2")) == 0
+    entries = steps(tmp_path / "run")
+    scores = [entry["critic/score/mean"] for entry in entries]
+    assert [entry["step"] for entry in entries] == list(range(1, 9))
+    assert sum(scores[-2:]) / 2 > sum(scores[:2]) / 2 + 0.15, scores
+    assert all(entry["training/rollout_logp_diff_mean"] < 1e-5 for entry in entries)
+    assert all(abs(entry["actor/ppo_kl"]) < 1e-4 and entry["actor/pg_clipfrac"] == 0 for entry in entries), "on-policy: the ratio is 1"
+    validations = [entry for entry in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "val-core/shop/acc/mean@2" in entry]
+    assert [entry["step"] for entry in validations] == [0, 8]
+    assert validations[1]["val-aux/shop/score/mean@2"] > validations[0]["val-aux/shop/score/mean@2"]
+
+
+NAMES = """actor/pg_loss actor/pg_clipfrac actor/pg_clipfrac_lower actor/ppo_kl actor/entropy actor/grad_norm actor/lr
+critic/score/mean critic/rewards/max critic/advantages/min critic/returns/mean response_length/mean response_length/clip_ratio
+prompt_length/mean num_turns/max tool/calls tool/errors tool/timeouts tool/latency stop/eos stop/no_call stop/max_turns stop/length
+stop/tool_error stop/aborted timing_s/gen timing_s/tools timing_s/reward timing_s/old_log_prob timing_s/adv timing_s/update_actor
+timing_s/sync_weights timing_s/step timing_s/testing timing_s/save_checkpoint perf/throughput perf/rollout_tokens_per_second
+perf/max_memory_allocated_gb training/rollout_logp_diff_mean training/rollout_probs_diff_max training/rollout_actor_kl_k3""".split()
+
+
+def test_the_published_command_on_two_ranks(work, tmp_path, repository) -> None:
+    """Every override as published but for paths, sizes and the logger; with sequence-parallel training and a split engine."""
+    out, recipe = tmp_path / "run", repository / "examples" / "retool_recipe.py"
+    changed = {
+        "data.train_files": f"['{work}/train.jsonl']", "data.val_files": f"['{work}/val.jsonl']", "data.custom_cls.path": recipe,
+        "custom_reward_function.path": recipe, f"{ARR}model.path": f"{work}/model", "data.train_batch_size": 4, "data.max_response_length": 24,
+        f"{ARR}actor.ppo_mini_batch_size": 2, f"{ARR}rollout.n": 2, f"{ARR}rollout.val_kwargs.n": 2, "trainer.logger": "['console']",
+        "trainer.default_local_dir": out, f"{ARR}rollout.multi_turn.tool_config_path": f"{work}/tools.yaml",
+    }  # fmt: skip
+    keys = {**dict(word.split("=", 1) for word in PUBLISHED), **changed, "trainer.total_training_steps": 1, f"{ARR}rollout.max_num_seqs": 8,
+            "reward_model.num_workers": 1}  # fmt: skip
+    command = [*TORCHRUN, *(f"{key}={value}" for key, value in keys.items())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "rollout.name=vllm means native here" in done.stdout and "1 engine(s) of 2" in done.stdout
+    (entry,) = steps(out)
+    assert set(NAMES) <= set(entry), set(NAMES) - set(entry)
+    assert entry["stop/length"] + entry["stop/no_call"] + entry["stop/max_turns"] == 8
+    actor = out / "global_step_1" / "actor"
+    files = {f"{kind}_world_size_2_rank_{r}.pt" for kind in ("model", "optim", "extra_state") for r in (0, 1)}
+    assert files <= {p.name for p in actor.iterdir()} and (out / "latest_checkpointed_iteration.txt").read_text() == "1"
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(actor / "huggingface")
+    lines = [json.loads(line) for line in (out / "report" / "val_000001.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and {line["split"] for line in lines} == {"val"} and lines[0]["ground_truth"]
+
+
+FILTER = ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=score", "data.gen_batch_size=6", "trainer.deterministic=true")
+SAME = ("critic/score/mean", "actor/pg_loss", "actor/grad_norm", "actor/lr", "response_length/mean", "filter/groups_reused", "filter/groups_kept")
+
+
+def test_resuming_changes_no_bit(work, tmp_path) -> None:
+    """With groups kept from step to step and the epoch (24 prompts) ending on the way, resumed after each step."""
+    try:
+        whole = tmp_path / "whole"
+        common = [*FILTER, "trainer.total_training_steps=5", "trainer.save_freq=1", f"{ARR}actor.optim.lr_scheduler=cosine"]
+        assert main(words(work, whole, *common)) == 0
+        reference = [[entry[name] for name in SAME] for entry in steps(whole)]
+        assert any(entry["filter/groups_reused"] for entry in steps(whole)), "no group was kept: the test tests nothing"
+        for k in (2, 4):
+            out = tmp_path / f"from{k}"
+            again = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={whole}/global_step_{k}"]
+            assert main(words(work, out, *common, *again)) == 0
+            assert [[entry[name] for name in SAME] for entry in steps(out)] == reference[k:]
+            assert all(torch.equal(a, weights(whole, 5)[name]) for name, a in weights(out, 5).items())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_groups_without_a_signal_are_counted_and_end(work, tmp_path, capsys) -> None:
+    flat = ["custom_reward_function.name=never", "algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=score"]
+    assert main(words(work, tmp_path / "a", *flat, "algorithm.filter_groups.max_num_gen_batches=2", "trainer.total_training_steps=1")) == 0
+    (entry,) = steps(tmp_path / "a")
+    assert (entry["filter/groups_no_signal"], entry["filter/gen_batches"]) == (8, 2) and "actor/pg_loss" not in entry
+    assert main(words(work, tmp_path / "b", *flat, "data.gen_batch_size=1", f"{ARR}rollout.n=2", "trainer.total_training_steps=1")) == 1
+    assert "too easy or too hard" in capsys.readouterr().err
+
+
+def test_everything_at_once(work, tmp_path) -> None:
+    """KL in reward and loss, entropy, GSPO, overlong shaping, correction, two epochs, micro-batches by count: one step runs."""
+    more = [
+        "algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.type=adaptive", f"{ARR}actor.use_kl_loss=true", f"{ARR}actor.entropy_coeff=0.01",
+        f"{ARR}actor.policy_loss.loss_mode=gspo", "reward_model.overlong_buffer.enable=true", "reward_model.overlong_buffer.len=4",
+        "algorithm.rollout_correction.rollout_is=sequence", f"{ARR}actor.ppo_epochs=2", f"{ARR}actor.use_dynamic_bsz=false",
+        f"{ARR}actor.ppo_micro_batch_size_per_gpu=3", f"{ARR}actor.loss_agg_mode=seq-mean-token-mean", f"{ARR}rollout.top_p=0.9",
+        f"{ARR}actor.ppo_mini_batch_size=2", "algorithm.adv_estimator=reinforce_plus_plus", "trainer.total_training_steps=2",
+    ]  # fmt: skip
+    assert main(words(work, tmp_path / "run", *more)) == 0
+    first, second = steps(tmp_path / "run")
+    assert first["actor/kl_loss"] >= 0 and second["actor/kl_loss"] > 0 and first["actor/reward_kl_penalty"] == pytest.approx(0, abs=1e-5)
+    assert second["actor/reward_kl_penalty_coeff"] < first["actor/reward_kl_penalty_coeff"] == 0.001
+    assert first["critic/rewards/mean"] < first["critic/score/mean"] and 0 < first["rollout_correction/mean"] < 1
+
+
+def test_asked_to_stop_in_the_middle_of_sampling(work, tmp_path) -> None:
+    """SIGTERM ends the run within seconds, with a checkpoint of the last whole step from which it goes on."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "retool.rl", *words(work, out, "trainer.total_training_steps=500", "data.max_response_length=200")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or not steps(out):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        text, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, text
+    done = steps(out)[-1]["step"]
+    assert f"asked to stop at step {done} of 500" in text and (out / f"global_step_{done}" / "actor").is_dir()
+    assert main(words(work, out, f"trainer.total_training_steps={done + 1}", "data.max_response_length=200")) == 0
+    assert [entry["step"] for entry in steps(out)] == list(range(1, done + 2))
+
+
+def test_every_fault_in_one_report(work, tmp_path, capsys) -> None:
+    wrong = [
+        f"{ARR}rollout.tensor_model_parallel_size=4", f"{ARR}actor.ulysses_sequence_parallel_size=8", "algorithm.adv_estimator=gae",
+        "custom_reward_function.name=nothing", f"{ARR}rollout.multi_turn.enable=true", f"{ARR}rollout.multi_turn.tool_config_path=none.yaml",
+        "trainer.n_gpus_per_node=2",
+    ]  # fmt: skip
+    assert main([*words(work, tmp_path / "run", *wrong), "--check"]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith(("5 faults", "6 faults")), said
+    for part in ("tensor_model_parallel_size=4: does not fit 2 processes: it must divide the world size. Use 1 or 2",
+                 "actor_rollout_ref.actor.ulysses_sequence_parallel_size=8", "a value model", "has no 'nothing'", "none.yaml doesn't exist"):  # fmt: skip
+        assert part in said, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_of_a_sound_run(work, tmp_path, capsys) -> None:
+    os.environ.pop("WORLD_SIZE", None)
+    assert main([*words(work, tmp_path / "run", "trainer.total_epochs=2"), "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "4 prompts × 4 samples = 16 trajectories" in said and "12 steps, 12 optimizer steps" in said
