@@ -172,7 +172,7 @@ def show(lines: list[dict[str, Any]], config: ModelConfig, device: torch.device,
         decode = statistics.median(entry["decode"]) if "decode" in entry else None
         share = f"{decode / entry['roofline']:.1%}" if decode and "roofline" in entry else ""
         spread = f"{min(entry['all']):,.0f}–{max(entry['all']):,.0f}"
-        print(f"| {entry['name']} | {middle:,.0f} | {spread} | {'' if decode is None else f'{decode:,.0f}'} | {share} | {mine / middle:.1f} |")
+        print(f"| {entry['name']} | {middle:,.0f} | {spread} | {f'{decode:,.0f}' if decode else ''} | {share} | {mine / middle:.1f} |")
     if "sync_ms" in lines[0]:
         print(f"\nweight sync {statistics.median(lines[0]['sync_ms']):.1f} ms · log-prob gap to the training forward: mean "
               f"{lines[0]['gap']['mean']:.1e}, largest {lines[0]['gap']['max']:.1e}"

@@ -7,7 +7,7 @@ On a GPU both are FlashAttention-2's paged kernels (flash-attn ≥ 2.5, pages of
 in fp32 and fp64 it is torch: keys and values are gathered by the page table, scores are in at least fp32.
 
 Legend: T new tokens · S items · D decode items · W pages of the longest sequence · P tokens of a page · N query heads ·
-K kv heads · G query heads per kv head · H head dim · L tokens of a sequence.
+K kv heads · J = 2K, keys before values · G query heads per kv head · H head dim · L tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -50,30 +50,32 @@ def has_paged_flash(device: torch.device, dtype: torch.dtype, head_dim: int, pag
 
 def paged_attention(q_TNH: Tensor, cache: KVCache, layer: int, pages: Pages, flash: bool) -> Tensor:
     """out [T, N, H]. Query head n reads kv head n // G; scores are scaled by 1/sqrt(H)."""
-    keys, values = cache.layer(layer)
     chunk, decode = (_flash_chunks, _flash_decode) if flash else (_torch_chunks, _torch_decode)
+    data = cache.data[layer]
     if not pages.counts:
-        return decode(q_TNH, keys, values, pages)
+        return decode(q_TNH, data, pages)
     if pages.decode == 0:
-        return chunk(q_TNH, keys, values, pages)
-    return torch.cat([decode(q_TNH[: pages.decode], keys, values, pages), chunk(q_TNH[pages.decode :], keys, values, pages)])
+        return chunk(q_TNH, data, pages)
+    return torch.cat([decode(q_TNH[: pages.decode], data, pages), chunk(q_TNH[pages.decode :], data, pages)])
 
 
 # ── flash-attn ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _flash_decode(q_DNH: Tensor, keys: Tensor, values: Tensor, pages: Pages) -> Tensor:
+def _flash_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
     from flash_attn import flash_attn_with_kvcache
 
+    keys, values = data.chunk(2, 2)
     tables, lengths = pages.tables[: pages.decode], pages.lengths[: pages.decode]
     splits = 1 if pages.each_alone else 0  # by itself it splits long sequences by what else is in the batch
     out = flash_attn_with_kvcache(q_DNH[:, None], keys, values, cache_seqlens=lengths, block_table=tables, causal=True, num_splits=splits)
     return out[:, 0]  # pyright: ignore[reportIndexIssue]
 
 
-def _flash_chunks(q_TNH: Tensor, keys: Tensor, values: Tensor, pages: Pages) -> Tensor:
+def _flash_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
+    keys, values = data.chunk(2, 2)
     longest = max(pages.host_lengths)
     return flash_attn_varlen_func(  # pyright: ignore[reportReturnType]
         q_TNH, keys, values, pages.offsets, pages.key_offsets, max(pages.counts), longest, causal=True,
@@ -84,44 +86,42 @@ def _flash_chunks(q_TNH: Tensor, keys: Tensor, values: Tensor, pages: Pages) -> 
 # ── torch ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _attend(q_SCNH: Tensor, keys_SLKH: Tensor, values_SLKH: Tensor, lengths_S: Tensor) -> Tensor:
+def _attend(q_SCNH: Tensor, kv_SLJH: Tensor, lengths_S: Tensor) -> Tensor:
     """Queries are the last C positions of each sequence, of which only the first `lengths` keys exist. → [S, C, N, H]"""
     dtype = torch.promote_types(q_SCNH.dtype, torch.float32)
-    count, kv_heads, length = q_SCNH.shape[1], keys_SLKH.shape[2], keys_SLKH.shape[1]
-    q_SKGCH = q_SCNH.to(dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-    keys, values = (x.to(dtype).transpose(1, 2)[:, :, None] for x in (keys_SLKH, values_SLKH))
-    scores = q_SKGCH @ keys.transpose(-1, -2) * q_SCNH.shape[-1] ** -0.5
+    count, heads, length = q_SCNH.shape[1], kv_SLJH.shape[2] // 2, kv_SLJH.shape[1]
+    groups = q_SCNH.shape[2] // heads
+    keys, values = kv_SLJH.to(dtype).transpose(1, 2).split(heads, 1)
+    q_SKRH = q_SCNH.to(dtype).unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # R: its query heads, each C times
+    scores = (q_SKRH @ keys.transpose(-1, -2)).mul_(q_SCNH.shape[-1] ** -0.5).unflatten(2, (groups, count))
     last = lengths_S[:, None] - count + torch.arange(count, device=q_SCNH.device)
     hidden = torch.arange(length, device=q_SCNH.device) > last[:, :, None]
     p = scores.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1)
-    return (p @ values).permute(0, 3, 1, 2, 4).flatten(2, 3).to(q_SCNH.dtype)
+    out = (p.flatten(2, 3) @ values).unflatten(2, (groups, count))
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q_SCNH.dtype)
 
 
-def _gathered(cached: Tensor, tables_SW: Tensor) -> Tensor:
-    """[S, W·P, K, H]"""
-    return cached[tables_SW.long()].flatten(1, 2)
+def _gathered(data: Tensor, tables_SW: Tensor) -> Tensor:
+    """[S, W·P, 2k, H] of pages [pages, P, 2k, H]."""
+    return data.index_select(0, tables_SW.flatten()).view(len(tables_SW), -1, *data.shape[2:])
 
 
-def _torch_decode(q_DNH: Tensor, keys: Tensor, values: Tensor, pages: Pages) -> Tensor:
+def _torch_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
     tables, lengths = pages.tables[: pages.decode], pages.lengths[: pages.decode]
     if not (pages.each_alone and pages.host_lengths):
-        longest = tables.shape[1] * keys.shape[1]
-        k, v = _gathered(keys, tables)[:, :longest], _gathered(values, tables)[:, :longest]
-        return _attend(q_DNH[:, None], k, v, lengths)[:, 0]
-    size, rows = keys.shape[1], []
+        return _attend(q_DNH[:, None], _gathered(data, tables), lengths)[:, 0]
+    rows = []
     for i, length in enumerate(pages.host_lengths):
-        table = tables[i : i + 1, : -(-length // size)]
-        k, v = _gathered(keys, table)[:, :length], _gathered(values, table)[:, :length]
-        rows.append(_attend(q_DNH[i : i + 1, None], k, v, lengths[i : i + 1])[:, 0])
+        kv = _gathered(data, tables[i : i + 1, : -(-length // data.shape[1])])[:, :length]
+        rows.append(_attend(q_DNH[i : i + 1, None], kv, lengths[i : i + 1])[:, 0])
     return torch.cat(rows)
 
 
-def _torch_chunks(q_TNH: Tensor, keys: Tensor, values: Tensor, pages: Pages) -> Tensor:
-    size, rows, start = keys.shape[1], [], 0
+def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
+    rows, start = [], 0
     for i, (count, length) in enumerate(zip(pages.counts, pages.host_lengths, strict=True)):
         item = slice(pages.decode + i, pages.decode + i + 1)
-        table = pages.tables[item, : -(-length // size)]
-        k, v = _gathered(keys, table)[:, :length], _gathered(values, table)[:, :length]
-        rows.append(_attend(q_TNH[None, start : start + count], k, v, pages.lengths[item])[0])
+        kv = _gathered(data, pages.tables[item, : -(-length // data.shape[1])])[:, :length]
+        rows.append(_attend(q_TNH[None, start : start + count], kv, pages.lengths[item])[0])
         start += count
     return torch.cat(rows)

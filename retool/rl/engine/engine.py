@@ -197,13 +197,13 @@ class Engine:
 
     def _repeat(self, scheduler: Scheduler, flying: Flying) -> Flying | None:
         """Start the next decode step of the same sequences, if nothing else is to be done first."""
-        live = [row for row in flying.rows if row is not None]
-        added = scheduler.ahead(live) if flying.repeatable else None
+        added = scheduler.ahead(flying.rows) if flying.repeatable else None
         if added is None:
             return None
         scheduler.stats.steps += 1
-        flight = self._send("again", list(added))
-        return Flying(flight, flying.rows, [n + 1 for n in flying.lengths], True)
+        over = [i for i, row in enumerate(flying.rows) if row is not None and row.state is not seq.State.RUNNING]
+        rows = [None if row is None or row.state is not seq.State.RUNNING else row for row in flying.rows]
+        return Flying(self._send("again", (added, over)), rows, [n + 1 for n in flying.lengths], True)
 
     def _send(self, kind: str, work: object) -> Flight:
         if self.group is not None:
@@ -214,5 +214,5 @@ class Engine:
         if kind == "once":
             return run_once(self._model, work)  # pyright: ignore[reportArgumentType]
         assert self._loop is not None
-        return self._loop.start(work) if kind == "start" else self._loop.again(work)  # pyright: ignore[reportArgumentType]
+        return self._loop.start(work) if kind == "start" else self._loop.again(*work)  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
 

@@ -77,10 +77,6 @@ class KVCache:
         """Store tokens' keys and values (J = 2k heads) at `slots` = page · P + place in the page, int64."""
         self.data[layer].flatten(0, 1).index_copy_(0, slots_T, kv_TJH)
 
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, [pages, P, k, H] each, views."""
-        return self.data[layer, :, :, : self.heads], self.data[layer, :, :, self.heads :]
-
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy pages (from, to), in all layers."""
         if pairs:

@@ -96,8 +96,8 @@ class Stats:
     """Counted since the engine was made.
 
     `prefill_tokens` went through the model as given (prompts, tool text) or again after their KV was given up; `decode_tokens`
-    are sampled tokens fed back in the same turn. `shared_tokens` were not computed because a group's first sample had. `preempted` sequences
-    lost their place and KV while decoding, `evicted` ones their KV while they waited.
+    are sampled tokens fed back in the same turn. `shared_tokens` were not computed because a group's first sample had.
+    `preempted` sequences lost their place and KV while decoding, `evicted` ones their KV while they waited.
     """
 
     steps: int = 0

@@ -115,10 +115,15 @@ class DecodeLoop:
         self.tables[:n, : batch.tables.shape[1]].copy_(to_device(batch.tables, device))
         return self._run()
 
-    def again(self, added: Added) -> Flight:
-        """The next token of the same sequences."""
+    def again(self, added: Added, over: list[int]) -> Flight:
+        """The next token of the same sequences. Rows that are `over` go on as padding: their pages may soon be another's."""
+        device = self.tables.device
+        if over:
+            rows = to_device(np.array(over, np.int64), device)
+            self.tables[rows] = 0
+            self.positions[rows] = 0
         if added:
-            row, place, page = to_device(np.array(added, np.int64).T.copy(), self.tables.device)
+            row, place, page = to_device(np.array(added, np.int64).T.copy(), device)
             self.tables[row, place] = page.to(torch.int32)
         return self._run()
 
@@ -137,7 +142,8 @@ class DecodeLoop:
         positions, tables = self.positions[:rows], self.tables[:rows]
         place = (positions // size).clamp_(max=width - 1)
         slots = tables.gather(1, place[:, None])[:, 0].long() * size + positions % size
-        pages = Pages(slots, tables, (positions + 1).to(torch.int32), rows, each_alone=self.fixed)
+        lengths = (positions + 1).clamp_(max=width * size).to(torch.int32)
+        pages = Pages(slots, tables, lengths, rows, each_alone=self.fixed)
         x = hidden_states(self.model, self.tokens[:rows], positions, pages)
         draws = Draws(self.keys[:rows], positions + 1, self.temperature[:rows], self.top_k[:rows], self.top_p[:rows])
         everything = torch.arange(rows, device=positions.device)

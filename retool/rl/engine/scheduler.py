@@ -9,18 +9,25 @@ no free page takes it from, in this order: prompts kept for samples that wait, f
 KV, the youngest running sequence; never from an older one. The oldest running sequence therefore always advances. A sequence is
 admitted if its whole backlog fits beside a page for each running one, or if nothing runs: then everything else makes
 room. One that needs more pages than there are ends with reason "capacity", so nothing waits for what can't come.
+
+[Note: running ahead] While all running sequences decode, a step can be repeated before the host has seen its draws. A row whose turn
+turns out to be over is then computed in vain, until a new plan; that is cheaper than stopping the device for every end. A
+new plan is made when more than one row in `TOLERATED` is over, and for newcomers after `PATIENCE` steps.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 
 from retool.rl.engine.groups import Groups
 from retool.rl.engine.kv_cache import PagePool
 from retool.rl.engine.params import Reason, SamplingParams, Stats, TurnDone
 from retool.rl.engine.sampling import seed_key
 from retool.rl.engine.sequence import Item, Sequence, State, Step
+
+TOLERATED = 16
+PATIENCE = 8
 
 
 class Scheduler:
@@ -33,7 +40,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.refused: list[TurnDone] = []
-        self.stats, self.arrivals, self.changed = Stats(), 0, False  # changed: running ahead must stop for a new plan
+        self.stats, self.arrivals, self.changed, self.steps_ahead = Stats(), 0, False, 0
         self.groups = Groups(pool, self.stats)
 
     # ── what the caller asks for ─────────────────────────────────────────────────────────────────────────────────
@@ -101,7 +108,7 @@ class Scheduler:
             if room is not None:
                 copies += room
                 items.append(Item(sequence, sequence.computed, count))
-        self.changed = self._admit(items, copies, budget)
+        self.changed, self.steps_ahead = self._admit(items, copies, budget), 0
         for item in items:
             self._count(item)
         items.sort(key=lambda i: i.count > 1)
@@ -183,15 +190,18 @@ class Scheduler:
         sequence.computed, sequence.given = 0, len(sequence.tokens)
         self.groups.forgot(sequence)
 
-    def ahead(self, sequences: list[Sequence]) -> Iterator[tuple[int, int, int]] | None:
-        """Book another decode step of `sequences` before the last one was looked at.
+    def ahead(self, rows: list[Sequence | None]) -> list[tuple[int, int, int]] | None:
+        """Book another decode step of the same rows before the last one was looked at; see [Note: running ahead].
 
-        Yields (row, place in its page table, page) of pages that were added; None, nothing changed, if not all of
-        them have room for a token more, or something else is to be done first.
+        Returns (row, place in its page table, page) of pages that were added; None, nothing changed, if a running
+        sequence has no room for a token more, or if it is time for a new plan.
         """
-        live = [(row, s) for row, s in enumerate(sequences) if s.state is State.RUNNING]
+        live = [(row, s) for row, s in enumerate(rows) if s is not None and s.state is State.RUNNING]
+        dead = sum(s is not None for s in rows) - len(live)
         size, free = self.pool.page_size, len(self.pool.free)
-        if self.changed or not live or len(live) != len(self.running):
+        self.steps_ahead += 1
+        newcomers = self.changed and self.waiting and len(self.running) < self.max_num_seqs and self.steps_ahead > PATIENCE
+        if not live or dead > len(rows) // TOLERATED or newcomers or len(live) != len(self.running):
             return None
         for _, s in live:
             place = s.computed // size
@@ -200,7 +210,7 @@ class Scheduler:
             free -= place >= len(s.pages)
         return self._advance(live) if free >= 0 else None
 
-    def _advance(self, live: list[tuple[int, Sequence]]) -> Iterator[tuple[int, int, int]]:
+    def _advance(self, live: list[tuple[int, Sequence]]) -> list[tuple[int, int, int]]:
         added = []
         for row, s in live:
             if s.computed // self.pool.page_size >= len(s.pages):
@@ -209,7 +219,7 @@ class Scheduler:
                 added.append((row, len(s.pages) - 1, s.pages[-1]))
             s.computed += 1
         self.stats.decode_tokens += len(live)
-        return iter(added)
+        return added
 
     # ── what came out ────────────────────────────────────────────────────────────────────────────────────────────
 
