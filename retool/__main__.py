@@ -10,8 +10,9 @@ COMMANDS = (
     ("retool.sft", "key=value …", "multi-turn supervised fine-tuning; --check plans and stops"),
     ("retool.rl", "key=value …", "GRPO/DAPO with tools; --check plans and stops"),
     ("retool.data", "audit FILES --model M", "checks a data set and shows what of it is trained"),
-    ("retool.checkpoint", "merge | verify | convert DIR", "turns checkpoints into Hugging Face folders or other world sizes"),
-    ("retool.report", "RUN_DIR …", "one page about a run"),
+    ("retool.checkpoint", "merge | verify | convert | ls DIR", "turns checkpoints into Hugging Face folders or other world sizes"),
+    ("retool.report", "RUN_DIR [RUN_DIR …]", "one HTML page about a run, or a comparison of several"),
+    ("retool.rl.sandbox", "doctor | serve", "says what isolates generated programs here; runs them for others"),
 )
 
 

@@ -10,17 +10,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from retool.config import Fault
 from retool.redact import redact
@@ -36,7 +39,10 @@ HEADLINE = (  # what a terminal line shows, in order: (metric, label, format)
     ("timing_s/step", "s/step", ".2f"),
     ("critic/score/mean", "score", ".3f"),
     ("response_length/mean", "length", ".0f"),
+    ("num_turns/mean", "turns", ".1f"),
+    ("tool/latency", "s/tool", ".2f"),
 )
+PHASES_SHOWN = 5
 
 
 class Logger(Protocol):
@@ -133,8 +139,19 @@ def _finite(value: float) -> float | int | None:
     return number if math.isfinite(number) else None
 
 
+class Display(Progress):
+    """A progress bar with a line below it."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.note:
+            yield Text(self.note, style="dim", no_wrap=True, overflow="ellipsis")
+
+
 class ConsoleLogger:
-    """A line a step. On a terminal also a progress bar with the time left; elsewhere `key=value` lines to parse."""
+    """A line a step. On a terminal also a bar with the time left, and the last step's phases; elsewhere `key=value` lines to parse."""
 
     def __init__(self, info: RunInfo, console: Console | None = None) -> None:
         self._console = console or Console(markup=False, highlight=False, soft_wrap=True)
@@ -142,7 +159,7 @@ class ConsoleLogger:
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                        TextColumn("eta"), TimeRemainingColumn())  # fmt: skip
-            self._bar = Progress(*columns, console=self._console)
+            self._bar = Display(*columns, console=self._console)
             self._task = self._bar.add_task(printable(info.experiment), total=info.total_steps or None, completed=info.first_step)
             self._bar.start()
 
@@ -151,6 +168,7 @@ class ConsoleLogger:
             self._console.print(self._plain(step, metrics))
             return
         shown = (f"{label} {format(metrics[name], form)}" for name, label, form in HEADLINE if name in metrics)
+        self._bar.note = phases(metrics) or self._bar.note
         self._bar.update(self._task, completed=step)
         self._console.print(f"step {step}/{self._info.total_steps}  " + "  ".join(shown))
 
@@ -164,6 +182,21 @@ class ConsoleLogger:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def phases(metrics: Mapping[str, float]) -> str:
+    """Where a step's time went, the longest phases first; empty where nothing was timed."""
+    whole = metrics.get("timing_s/step", 0.0)
+    named = {name.removeprefix("timing_s/"): value for name, value in metrics.items() if name.startswith("timing_s/") and value > 0}
+    longest = sorted((name for name in named if name != "step"), key=lambda name: -named[name])[:PHASES_SHOWN]
+    return f"last step {whole:.2f} s: " + " · ".join(f"{name} {named[name]:.2f}" for name in longest) if whole > 0 and longest else ""
+
+
+def warn_from_first_rank(rank: int) -> None:
+    """Python's warnings and libraries' log lines below errors come from rank 0 alone: every rank has the same to say."""
+    if rank > 0:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
 
 
 class TensorBoardLogger:

@@ -116,6 +116,13 @@ def test_no_machine_and_no_registry_is_named() -> None:
 
 def test_the_package_lists_its_commands() -> None:
     text = subprocess.run([sys.executable, "-m", "retool"], check=True, capture_output=True, text=True).stdout
-    listed = re.findall(r"python -m (retool\.\w+)", text)
-    there = [f"retool.{p.parent.name}" for p in sorted(PACKAGE.glob("*/__main__.py"))]
+    listed = re.findall(r"python -m (retool[.\w]+)", text)
+    there = sorted(".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.glob("*/**/__main__.py"))
     assert sorted(listed) == there and "retool.sft" in listed
+
+
+def test_every_command_explains_itself() -> None:
+    text = subprocess.run([sys.executable, "-m", "retool"], check=True, capture_output=True, text=True).stdout
+    for command in re.findall(r"python -m (retool[.\w]+)", text):
+        said = subprocess.run([sys.executable, "-m", command, "--help"], check=True, capture_output=True, text=True).stdout
+        assert said.startswith("usage: ") and command in said and len(said.splitlines()) > 4, command

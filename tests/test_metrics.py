@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from retool import metrics
-from retool.metrics import ConsoleLogger, JsonlLogger, Loggers, RunInfo, missing_extras, open_loggers, printable, read_jsonl
+from retool.metrics import ConsoleLogger, JsonlLogger, Loggers, RunInfo, missing_extras, open_loggers, phases, printable, read_jsonl
 
 
 def info(folder: Path, first_step: int = 0, total_steps: int = 10) -> RunInfo:
@@ -132,13 +134,37 @@ def test_a_terminal_gets_a_bar_with_the_time_left(tmp_path: Path) -> None:
     console = Console(file=out, force_terminal=True, width=120, markup=False, highlight=False)
     hostile = RunInfo(tmp_path, "p", "[bold]x\x1b]0;title\x07", {}, 0, 4)
     logger = ConsoleLogger(hostile, console)
-    logger.log(1, {"train/loss": 1.5, "perf/tokens_per_second_per_gpu": 12345.6, "train/mfu": 0.412})
+    logger.log(1, {"train/loss": 1.5, "perf/tokens_per_second_per_gpu": 12345.6, "train/mfu": 0.412, "num_turns/mean": 3.26,
+                   "timing_s/step": 4.0, "timing_s/forward_backward": 3.5, "timing_s/data": 0.25})  # fmt: skip
     logger.log(4, {"train/loss": 1.0})
     logger.close()
     text = out.getvalue()
     assert "step 1/4" in text and "loss 1.5000" in text and "tok/s/gpu 12,346" in text and "mfu 41.2%" in text
-    assert "4/4" in text and "eta" in text
+    assert "4/4" in text and "eta" in text and "turns 3.3" in text
+    assert "last step 4.00 s: forward_backward 3.50 · data 0.25" in text
     assert "[bold]x" in text and "\x1b]0;" not in text
+
+
+def test_phases_in_words() -> None:
+    assert phases({"timing_s/step": 2.0}) == "" and phases({"timing_s/gen": 1.0}) == "" and phases({"train/loss": 1.0}) == ""
+    many = {"timing_s/step": 10.0, **{f"timing_s/p{i}": float(i) for i in range(8)}}
+    assert phases(many) == "last step 10.00 s: p7 7.00 · p6 6.00 · p5 5.00 · p4 4.00 · p3 3.00"
+
+
+WARNING = """
+import logging, os, sys, warnings
+from retool.metrics import warn_from_first_rank
+warn_from_first_rank(int(sys.argv[1]))
+warnings.warn("deprecated thing", UserWarning)
+logging.getLogger("some.library").warning("slow path")
+logging.getLogger("some.library").error("broken")
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_warnings_come_from_the_first_rank_alone_and_errors_from_all(rank: int) -> None:
+    said = subprocess.run([sys.executable, "-c", WARNING, str(rank)], capture_output=True, text=True, check=True).stderr
+    assert ("deprecated thing" in said, "slow path" in said, "broken" in said) == (rank == 0, rank == 0, True)
 
 
 def test_printable() -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 
 from retool.config import help_text, read
+from retool.metrics import warn_from_first_rank
 from retool.sft.config import EXAMPLE, SYNONYMS, SFTConfig
 
 
@@ -14,6 +15,7 @@ def main(words: list[str]) -> int:
     if "--help" in words or "-h" in words:
         print(help_text(SFTConfig, "python -m retool.sft", EXAMPLE, SYNONYMS))
         return 0
+    warn_from_first_rank(int(os.environ.get("RANK", 0)))
     checking = "--check" in words
     from retool.sft.preflight import preflight
     from retool.sft.show import show
