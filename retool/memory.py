@@ -21,7 +21,7 @@ State and buffers are exact (a test compares them with what sharding allocates);
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
 
@@ -41,12 +41,16 @@ LADDER: tuple[Recompute, ...] = ("none", "selective", "full")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 OUTSIDE = 1.5 * GIB  # CUDA context, NCCL buffers, cuBLAS workspaces: not seen by torch's allocator
 SLACK = 1.05  # fragmentation, and what the formula doesn't know
+HIDDEN = 2_048  # tokens per GPU whose backward takes longer than reducing the gradients, whatever the model's size
 FILLED = 32_768  # tokens a GPU needs in a micro-batch to be busy; more buys nothing
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What of a run decides its memory. `shards` ranks share a parameter; dtypes are fp32, bf16 or fp64."""
+    """What of a run decides its memory. `shards` ranks share a parameter; dtypes are fp32, bf16 or fp64.
+
+    `hold`: gradients are added up on each rank and reduced once a step, which takes a whole copy of them.
+    """
 
     shards: int = 1
     sp: int = 1
@@ -56,6 +60,7 @@ class Setting:
     param_offload: bool = False
     optimizer_offload: bool = False
     reshard: bool = True
+    hold: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
     if setting.shards > 1:
         sizes = [u.numel for u in layout.units]
         gathered = _rooms(sizes, [not setting.reshard] * len(sizes)) * p + _rooms(sizes, [False] * len(sizes)) * r
+        gathered += sum(sizes) * r * setting.hold
     units = [u.shard_numel for u in layout.units]
     pairs = max(a + b for a, b in zip(units, [*units[1:], 0], strict=True))  # the next unit arrives before the last one is let go
     visiting = pairs * m * (setting.param_offload + 2 * setting.optimizer_offload)
@@ -168,12 +174,16 @@ def block_bytes(config: ModelConfig, sp: int, tokens: int, p: int, recompute: Re
 
 @dataclass(frozen=True)
 class Choice:
-    """A token budget per GPU and the recomputation it needs; `fits` is None where the device's memory is unknown."""
+    """A token budget per GPU, the recomputation it needs, and whether gradients are held until the step's last micro-batch.
+
+    `fits` is None where the device's memory is unknown.
+    """
 
     tokens: int
     recompute: Recompute
     prediction: Prediction
     fits: bool | None
+    hold: bool = False
 
 
 def choose(
@@ -182,18 +192,21 @@ def choose(
     """The least recomputation that fits, and with no `tokens` given a budget that fits too.
 
     `longest`: the longest sample's tokens per GPU, which must fit whatever the budget. Given `tokens` or `recompute` are
-    kept. Without a known device nothing is recomputed and a GPU's share is just filled.
+    kept. Without a known device nothing is recomputed and a GPU's share is just filled. Gradients are held where micro-batches
+    are too short to hide their reduction (always, without a device) and there is room.
     """
     floor = max(longest, tokens or 0)
     rungs = LADDER if recompute is None else (recompute,)
+    held = replace(setting, hold=setting.shards > 1)
     if device_gib is None:
         budget = tokens or max(longest, min(FILLED, 4 * longest))
-        return Choice(budget, rungs[0], predict(config, setting, max(budget, longest), rungs[0]), None)
+        return Choice(budget, rungs[0], predict(config, held, max(budget, longest), rungs[0]), None, held.hold)
     for rung in rungs:
         if not predict(config, setting, floor, rung).fits(device_gib):
             continue
         budget = floor
         while tokens is None and budget < FILLED and predict(config, setting, min(2 * budget, FILLED), rung).fits(device_gib):
             budget = min(2 * budget, FILLED)
-        return Choice(tokens or budget, rung, predict(config, setting, budget, rung), True)
+        hold = held.hold and budget <= HIDDEN and predict(config, held, budget, rung).fits(device_gib)
+        return Choice(tokens or budget, rung, predict(config, held if hold else setting, budget, rung), True, hold)
     return Choice(tokens or floor, rungs[-1], predict(config, setting, floor, rungs[-1]), False)

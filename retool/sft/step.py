@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,19 +33,22 @@ class Measured:
 
 
 def train_step(
-    model: Sharded, optimizer: AdamW, micro_batches: Sequence[PackedBatch], trained_tokens: int, lr: float, timer: StepTimer
-) -> Measured:
+    model: Sharded, optimizer: AdamW, micro_batches: Sequence[PackedBatch], trained_tokens: int, lr: float, timer: StepTimer,
+    hold_gradients: bool = False,
+) -> Measured:  # fmt: skip
     """Forward and backward of this rank's micro-batches (whole packs, as many on every rank), clip, update.
 
-    `trained_tokens` counts the global batch: the loss is its mean over them, whatever the layout.
+    `trained_tokens` counts the global batch: the loss is its mean over them, whatever the layout. With `hold_gradients`
+    they are reduced once, after the last micro-batch, instead of after each (`Sharded.no_sync`).
     """
     mesh = model.mesh
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     with timer.phase("forward_backward"):
-        for batch in micro_batches:
-            loss = loss_sum(model, batch) / max(trained_tokens, 1)
-            loss.backward()
+        for number, batch in enumerate(micro_batches, 1):
+            with model.no_sync() if hold_gradients and number < len(micro_batches) else nullcontext():
+                loss = loss_sum(model, batch) / max(trained_tokens, 1)
+                loss.backward()
             total += loss.detach()
         model.finish_gradients()
     with timer.phase("optimizer"):

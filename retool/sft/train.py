@@ -72,6 +72,7 @@ class Run:
     train_data: Dataset
     val_data: Dataset | None
     batching: dict[str, Any]
+    hold: bool
     loggers: Loggers
     save_options: checkpoint.SaveOptions
     staging: checkpoint.Staging
@@ -161,7 +162,8 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     batching = micro_batching(mesh, config, report.choice.tokens)
     staging = checkpoint.Staging(mesh)
     staging.prepare(model_state(model, optimizer), mesh, save_options)
-    return Run(config, report, mesh, folder, model, optimizer, train_data, val_data, batching, loggers, save_options, staging), state
+    hold = report.choice.hold
+    return Run(config, report, mesh, folder, model, optimizer, train_data, val_data, batching, hold, loggers, save_options, staging), state
 
 
 def model_options(config: SFTConfig, recompute: Recompute) -> ModelOptions:
@@ -219,7 +221,7 @@ def one_step(run: Run, state: TrainState, batch: StepBatch, timer: StepTimer) ->
     """Train on one global batch; read and log the step before it."""
     optim = run.config.optim
     lr = learning_rate(state.step, run.report.steps, optim.lr, optim.lr_scheduler, optim.warmup_steps_ratio, optim.min_lr_ratio)
-    measured = train_step(run.model, run.optimizer, batch.micro_batches, batch.trained_tokens, lr, timer)
+    measured = train_step(run.model, run.optimizer, batch.micro_batches, batch.trained_tokens, lr, timer, run.hold)
     state.step += 1
     log_pending(run, state)
     state.pending.append(PendingStep(batch, lr, measured, timer.take(), state.between))

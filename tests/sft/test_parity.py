@@ -46,7 +46,7 @@ def decoder_config(heads: int, kv_heads: int, tied: bool, family: str = "qwen2")
 
 
 def run(heads: tuple[int, int], tied: bool, sp: int, dtype: torch.dtype, limits: dict[str, Any], fsdp_size: int = -1,
-        recompute: str = "none", family: str = "qwen2") -> dict[str, Any]:  # fmt: skip
+        recompute: str = "none", family: str = "qwen2", hold: bool = False) -> dict[str, Any]:  # fmt: skip
     """Losses, gradient norms and this rank's final weights by (name, start)."""
     mesh = make_mesh(sp=sp, fsdp_size=fsdp_size)
     options = ModelOptions(dtype, dtype, dtype, recompute=recompute)
@@ -59,7 +59,7 @@ def run(heads: tuple[int, int], tied: bool, sp: int, dtype: torch.dtype, limits:
     optimizer, losses, norms = AdamW(model, AdamWOptions()), [], []
     for batch in iterate_steps(Rows(), train_batch_size=BATCH, seed=1, stop_step=STEPS, dp_rank=mesh.dp_rank, dp=mesh.dp, sp=sp, **limits):
         lr = learning_rate(batch.step, STEPS, 1e-3)
-        loss, norm, skipped = train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, lr, StepTimer(mesh.device)).read()
+        loss, norm, skipped = train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, lr, StepTimer(mesh.device), hold).read()
         assert not skipped
         losses.append(loss)
         norms.append(norm)
@@ -122,3 +122,9 @@ def test_layouts_train_alike_in_float32(world: int, sp: int, heads: tuple[int, i
 def test_other_families(family: str) -> None:
     results = run_ranks(run, 2, (6, 2), False, 2, torch.float64, BUDGET, -1, "full", family)
     compare(results, single((6, 2), False, torch.float64, family), loss=1e-10, weight=1e-10, norm=1e-10)
+
+
+@pytest.mark.parametrize(("world", "fsdp_size", "tied"), [(2, -1, True), (3, -1, False), (4, 2, True)])
+def test_reducing_once_a_step_changes_nothing(world: int, fsdp_size: int, tied: bool) -> None:
+    results = run_ranks(run, world, (6, 2), tied, 1, torch.float64, PAIRS, fsdp_size, "none", "qwen2", True)
+    compare(results, single((6, 2), tied, torch.float64), loss=1e-10, weight=1e-10, norm=1e-10)

@@ -24,6 +24,8 @@ class Unit:
         self.index, self.layout, self.mesh, self.overlap = index, layout, mesh, overlap
         self.weights, self.grads = weights, grads
         self.shard = self.grad_shard = torch.empty(0)  # this rank's part in the compute and the reduce dtype, set by `shard`
+        self.held: Buffer | None = None  # gradients of several backwards, the whole unit's; `holds`: it has some
+        self.holds = False
         flat = weights.data.data
         self.parameters = [
             nn.Parameter(flat[s.offset : s.offset + s.numel].view(s.shape), requires_grad=s.trainable) for s in layout.slots
@@ -54,10 +56,12 @@ class Unit:
     def has_gradients(self) -> bool:
         return any(p.grad is not None for p in self.parameters)
 
-    def reduce(self) -> None:
+    def reduce(self, hold: bool = False) -> None:
         """Start to sum the gradients over the ranks that share the parameters, in the reduction's dtype.
 
-        One process adds them to its shard. A unit's gradients move together: a kernel each would cost the host more than the device.
+        With `hold` they are only added up here, in a buffer of the whole unit that is made when first needed, until a call
+        without it. One process adds them to its shard. A unit's gradients move together: a kernel each would cost the host
+        more than the device.
         """
         grads = [p.grad for p in self.parameters]
         for parameter in self.parameters:
@@ -65,13 +69,29 @@ class Unit:
         if self.grads is None or self.mesh.shard_group is None:
             _add([(self._part(self.grad_shard, i), g) for i, g in enumerate(grads) if g is not None])
             return
-        if self.grads.pending is not None:  # the unit before in this buffer: its reduction must have read it
-            self.grads.pending.wait()
-        flat = self.grads.data[: self.layout.numel]
-        for start, stop in self._untouched(grads):
-            flat[start:stop].zero_()
-        _copy([(self._part(flat, i), g) for i, g in enumerate(grads) if g is not None])
-        self.grads.pending = self.overlap.reduce(flat, self.grad_shard, self.mesh.shard_group)
+        if self.held is None and hold:
+            self.held = Buffer(torch.zeros(self.layout.numel, dtype=self.grads.data.dtype, device=self.grads.data.device))
+        buffer = self.held if self.held is not None and (hold or self.holds) else self.grads
+        flat = buffer.data[: self.layout.numel]
+        if self.holds:
+            _add([(self._part(flat, i), g) for i, g in enumerate(grads) if g is not None])
+        else:
+            if buffer.pending is not None:  # what was here before must have been read by its reduction
+                buffer.pending.wait()
+                buffer.pending = None
+            for start, stop in self._untouched(grads):
+                flat[start:stop].zero_()
+            _copy([(self._part(flat, i), g) for i, g in enumerate(grads) if g is not None])
+        self.holds = hold
+        if not hold:
+            buffer.pending = self.overlap.reduce(flat, self.grad_shard, self.mesh.shard_group)
+
+    def wait_reduced(self) -> None:
+        """Order what follows after this unit's reduction."""
+        for buffer in (self.grads, self.held):
+            if buffer is not None and buffer.pending is not None:
+                buffer.pending.wait()
+                buffer.pending = None
 
     def _part(self, flat: torch.Tensor, number: int) -> torch.Tensor:
         slot = self.layout.slots[number]
