@@ -31,7 +31,7 @@ function show(value, digits = 4) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const size = Math.abs(value);
   if (value === 0) return "0";
-  if (size >= 1e15 || size < 1e-3) return value.toExponential(2);
+  if (size >= 1e15 || size < 1e-3) return value.toExponential(2).replace(/\.?0+e/, "e");
   if (size >= 1000) return Math.round(value).toLocaleString("en");
   return String(Number(value.toPrecision(digits)));
 }

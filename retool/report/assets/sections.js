@@ -150,7 +150,8 @@ function validation() {
     for (const [source, members] of groups) tables.push({ run, r, source, members });
   });
   if (!tables.length) return;
-  const node = section("validation", "Validation", "On data that isn't trained on, every row counted once. The best of each column is in green.");
+  const node = section("validation", "Validation", "On data that isn't trained on, every row counted once. The best of each column is in green." +
+    (tables.some((t) => t.source) ? " Each question is tried N times: mean@N is the share of right answers, best@N of questions with a right one among them, maj@N of those where most answers are right." : ""));
   for (const { run, r, source, members } of tables) {
     const core = members.filter((n) => !n.startsWith("val-aux/")), rest = members.filter((n) => n.startsWith("val-aux/"));
     const title = [DATA.runs.length > 1 ? run.name : "", source || (core.length ? "" : "all questions")].filter(Boolean).join(": ");
@@ -173,7 +174,7 @@ function validationTable(run, names, source) {
   return tableOf([el("th", "n", "step"), names.map((n) => el("th", { class: "n", title: about(n).says }, label(n, source)))],
     steps.map((step) => el("tr", null, el("td", "n", String(step)), names.map((_, k) => {
       const i = found[k].steps.indexOf(step), value = i < 0 ? null : found[k].values[i];
-      return el("td", value !== null && value === best[k] && steps.length > 1 ? "n best" : "n", value === null || wide[k] ? show(value) : value.toFixed(digits[k]));
+      return el("td", value !== null && value === best[k] && steps.length > 1 ? "n best" : "n", value === null || wide[k] ? show(value) : about(names[k]).unit === "share" ? withUnit(value, "share") : value.toFixed(digits[k]));
     }))));
 }
 

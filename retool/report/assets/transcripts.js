@@ -8,6 +8,10 @@ const MODES = {
   logp: "log-probability",
   advantage: "advantage",
 };
+const STOPS = {
+  no_call: "gave its answer", eos: "ended the text", max_turns: "used up its turns", length: "used up its tokens", tool_error: "the tool broke",
+  aborted: "not finished",
+};
 const CHOSEN = { shown: PAGE, mode: "read", index: 0, list: [] };
 
 function transcripts() {
@@ -41,7 +45,7 @@ function filterBar(changed) {
     choice("run", "run", DATA.runs.map((run, r) => [r, run.name])),
     choice("split", "from", values("split").map((v) => [v, v === "val" ? "validation" : v === "train" ? "training" : v])),
     choice("source", "data", values("data_source").map((v) => [v, v])),
-    choice("stop", "ended by", values("stop").map((v) => [v, v])),
+    choice("stop", "ended by", values("stop").map((v) => [v, stopped(v)])),
     values("step").length > 1 ? el("label", null, "step", number("step-from", "from"), number("step-to", "to")) : null,
     rewards ? el("label", null, "reward", number("reward-from", "from"), number("reward-to", "to")) : null,
     el("label", null, "order", el("select", { id: "order", onchange: changed }, [["new", "newest first"], ["old", "oldest first"],
@@ -70,6 +74,10 @@ function filterBar(changed) {
 
 function rewardOf(t) {
   return t.reward === null ? null : el("span", "reward " + (t.reward > 0 ? "up" : t.reward < 0 ? "down" : ""), (t.reward > 0 ? "+" : "") + show(t.reward, 3));
+}
+
+function stopped(reason) {
+  return Object.hasOwn(STOPS, reason) ? reason + " (" + STOPS[reason] + ")" : reason;
 }
 
 /** The question: what the user said last in a rendered prompt, else its end. */
@@ -106,7 +114,7 @@ function fillDetail(detail, list) {
       el("button", { type: "button", id: "next", disabled: CHOSEN.index >= CHOSEN.list.length - 1, onclick: () => go(1) }, "next ›"),
       modes.length > 1 ? el("span", { class: "group", id: "modes" }, modes.map(([mode, label]) => el("button", { type: "button", "data-mode": mode,
         "aria-pressed": String(mode === CHOSEN.mode), onclick: () => { CHOSEN.mode = mode; fillDetail(detail, list); } }, label))) : null),
-    el("div", "facts", fact("step", t.step), t.reward === null ? null : el("span", null, "reward ", rewardOf(t)), fact("ended by", t.stop), fact("turns", t.num_turns),
+    el("div", "facts", fact("step", t.step), t.reward === null ? null : el("span", null, "reward ", rewardOf(t)), fact("ended by", t.stop && stopped(t.stop)), fact("turns", t.num_turns),
       fact("data", t.data_source), fact("truth", t.ground_truth), tokens ? fact("tokens", tokens.toLocaleString("en")) : null,
       Object.entries(t.info).map(([k, v]) => fact(k, v))),
     CHOSEN.mode === "read" ? "" : inspect,
