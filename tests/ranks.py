@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
+import queue
 import socket
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -21,10 +25,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _worker(function: Callable[..., Any], rank: int, world: int, port: int, args: tuple[Any, ...], out: Any) -> None:
+def _worker(call: bytes, rank: int, world: int, port: int, out: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     try:
+        function, args = pickle.loads(call)  # here, so that a module that fails on import is reported as everything else is
         out.put((rank, True, function(*args)))
     except BaseException:
         out.put((rank, False, traceback.format_exc()))
@@ -34,15 +39,16 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
     """`function(*args)` on `world` processes with a launcher's environment; the results by rank.
 
     `function` and its arguments and results are pickled: a module-level function; return numbers, lists or numpy arrays.
+    AssertionError with a rank's traceback, or its exit code where it died without one, as soon as that happens.
     """
-    out, port = _context.Queue(), free_port()
-    processes = [_context.Process(target=_worker, args=(function, r, world, port, args, out), daemon=True) for r in range(world)]
+    out, port, call = _context.Queue(), free_port(), pickle.dumps((function, args))
+    processes = [_context.Process(target=_worker, args=(call, r, world, port, out), daemon=True) for r in range(world)]
     for process in processes:
         process.start()
     results: dict[int, Any] = {}
     try:
         for _ in range(world):
-            rank, good, value = out.get(timeout=timeout)
+            rank, good, value = _next(out, processes, results, timeout)
             if not good:
                 raise AssertionError(f"rank {rank} of {world} failed:\n{value}")
             results[rank] = value
@@ -53,3 +59,19 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
                 process.kill()
                 process.join()
     return [results[r] for r in range(world)]
+
+
+def _next(out: Any, processes: list[BaseProcess], done: Collection[int], timeout: float) -> tuple[int, bool, Any]:
+    """The next (rank, good, value). AssertionError when a rank has died without one, or after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while True:
+        # A process flushes what it has put before it ends: who was dead before an empty wait won't report any more.
+        dead = [(r, p.exitcode) for r, p in enumerate(processes) if r not in done and p.exitcode is not None]
+        try:
+            return out.get(timeout=1 if dead else 0.2)
+        except queue.Empty:
+            if dead:
+                raise AssertionError(f"rank {dead[0][0]} of {len(processes)} ended with exit code {dead[0][1]} and said nothing") from None
+            if time.monotonic() > end:
+                silent = [r for r in range(len(processes)) if r not in done]
+                raise AssertionError(f"rank {silent} of {len(processes)}: no result in {timeout:g} s") from None
