@@ -32,6 +32,7 @@ def loss_sum(model: Sharded, pack: PackedBatch) -> torch.Tensor:
     def score(hidden_tD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
         if chosen is None:
             return -weighted_logprob_sum(hidden_tD, weight_VD, batch.labels, batch.weights)
-        return -weighted_logprob_sum(hidden_tD[chosen], weight_VD, batch.labels[chosen], batch.weights[chosen])
+        hidden, labels, weights = (x.index_select(0, chosen) for x in (hidden_tD, batch.labels, batch.weights))
+        return -weighted_logprob_sum(hidden, weight_VD, labels, weights)
 
     return model(batch, score)
