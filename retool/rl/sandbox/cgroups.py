@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 
 _ROOT = "/sys/fs/cgroup"
 
@@ -108,6 +109,7 @@ class Groups:
         self._version, parent = place.split(":", 1)
         self._folder = f"{parent}/retool-sandbox-{os.getpid()}"
         self._groups: dict[int, Group] = {}
+        _remove_abandoned(parent)
         os.mkdir(self._folder)
         if self._version == "v2":
             with open(self._folder + "/cgroup.subtree_control", "w") as file:
@@ -123,8 +125,24 @@ class Groups:
 
     def remove(self) -> None:
         """Remove what this server made; its processes are gone by now."""
-        for group in self._groups.values():
-            with contextlib.suppress(OSError):
-                os.rmdir(group.folder)
-        with contextlib.suppress(OSError):
-            os.rmdir(self._folder)
+        end = time.monotonic() + 2
+        while not _remove(self._folder) and time.monotonic() < end:
+            time.sleep(0.02)  # the last of them are still being taken apart
+
+
+def _remove(folder: str) -> bool:
+    """Whether a server's group and those of its slots are gone."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if entry.is_dir():
+                os.rmdir(entry.path)
+        os.rmdir(folder)
+    return not os.path.exists(folder)
+
+
+def _remove_abandoned(parent: str) -> None:
+    """Groups of servers that were killed before they could clear up."""
+    for name in os.listdir(parent):
+        pid = name.removeprefix("retool-sandbox-")
+        if pid != name and pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+            _remove(f"{parent}/{name}")

@@ -32,6 +32,7 @@ def main() -> NoReturn:
     setup = json.loads(sys.argv[1])
     caller = socket.socket(fileno=0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle; it closes the socket
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # by way of the clean-up below
     select = selectors.DefaultSelector()
     limits = Limits(**setup["limits"])
     pool = open_pool(caller, limits, setup["workers"], frozenset(setup["without"]), setup["isolation"] == "strict", select)
