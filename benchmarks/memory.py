@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Row:
     recompute: Recompute
     long: bool = True
     offload: tuple[bool, bool] = (False, False)  # master weights, moments
+    hold: bool = False  # gradients added up on each GPU, reduced once a step
 
 
 ROWS = {  # rows of one shape and sp together: they share compiled code
@@ -66,6 +67,7 @@ ROWS = {  # rows of one shape and sp together: they share compiled code
     "0.5b-selective": Row("qwen2.5-0.5b", 2, 16_384, "selective"),
     "0.5b-full": Row("qwen2.5-0.5b", 2, 16_384, "full"),
     "0.5b-short": Row("qwen2.5-0.5b", 1, 8_192, "none", long=False),
+    "0.5b-held": Row("qwen2.5-0.5b", 1, 2_048, "none", long=False, hold=True),
     "0.5b-offload": Row("qwen2.5-0.5b", 1, 8_192, "full", offload=(True, True)),
     "8b-full": Row("llama3-8b", 1, 4_096, "full"),
     "8b-short": Row("llama3-8b", 1, 8_192, "selective", long=False),
@@ -124,7 +126,7 @@ def measure(row: Row, config: ModelConfig, mesh: Mesh, tokens: int) -> dict[str,
     peaks = {"load": peak(mesh.device)}
     batch = make_pack(row, tokens, mesh.sp, config.vocab)
     for _ in range(2):
-        train_step(model, optimizer, [batch, batch], 2 * mesh.dp * batch.trained_tokens, 1e-5, timer)
+        train_step(model, optimizer, [batch, batch], 2 * mesh.dp * batch.trained_tokens, 1e-5, timer, row.hold)
     found = torch.tensor([value - before for value in (peaks | timer.peaks).values()], dtype=torch.float64, device=mesh.device)
     if mesh.world_group is not None:
         dist.all_reduce(found, dist.ReduceOp.MAX)
@@ -144,7 +146,7 @@ def line(name: str, row: Row, world: int, prediction: Prediction, measured: dict
     predicted = {"load": prediction.load, "forward_backward": prediction.forward_backward, "optimizer": prediction.optimizer}
     return {
         "name": name, "shape": row.shape, "world": world, "sp": row.sp, "tokens_per_gpu": row.tokens, "recompute": row.recompute,
-        "documents": "long" if row.long else "short",
+        "documents": "long" if row.long else "short", "held": row.hold,
         "offload": [name for name, on in zip(("weights", "moments"), row.offload, strict=True) if on],
         "predicted_gib": {phase: size / GIB for phase, size in predicted.items()},
         "measured_gib": {phase: size / GIB for phase, size in measured.items()},
@@ -155,6 +157,8 @@ def line(name: str, row: Row, world: int, prediction: Prediction, measured: dict
 def in_table(entry: dict[str, Any]) -> list[str]:
     """A row of the Markdown table."""
     what = f"{entry['shape']}, sp {entry['sp']}, {entry['tokens_per_gpu']:,} tokens per GPU ({entry['documents']}), {entry['recompute']}"
+    if entry["held"]:
+        what += ", gradients held"
     if entry["offload"]:
         what += f", {' and '.join(entry['offload'])} offloaded"
     phases = (f"{entry['predicted_gib'][p]:.2f} / {entry['measured_gib'][p]:.2f}" for p in ("load", "forward_backward", "optimizer"))
@@ -174,7 +178,7 @@ def main() -> None:
     left_out = list[str]()
     for name in args.rows.split(","):
         row = ROWS[name]
-        row = Row(args.shape or row.shape, min(row.sp, world.world), row.tokens // args.scale, row.recompute, row.long, row.offload)
+        row = replace(row, shape=args.shape or row.shape, sp=min(row.sp, world.world), tokens=row.tokens // args.scale)
         spent = torch.tensor(time.monotonic() - started)
         if world.world_group is not None:
             dist.broadcast(spent := spent.to(world.device), 0)
@@ -186,7 +190,7 @@ def main() -> None:
             last = row.shape, row.sp
         mesh = meshes.setdefault(row.sp, make_mesh(sp=row.sp))
         setting = Setting(shards=mesh.shards, sp=mesh.sp, compute="bf16" if mesh.device.type == "cuda" else "fp32",
-                          param_offload=row.offload[0], optimizer_offload=row.offload[1])  # fmt: skip
+                          param_offload=row.offload[0], optimizer_offload=row.offload[1], hold=row.hold and mesh.shards > 1)  # fmt: skip
         begun = time.monotonic()
         prediction = predict(MODELS[row.shape], setting, row.tokens, row.recompute)
         measured = measure(row, MODELS[row.shape], mesh, row.tokens)

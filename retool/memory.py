@@ -122,7 +122,7 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
     kept = tokens * config.layers * layer_bytes(config, setting.sp, p, recompute)
     table = config.vocab * config.hidden * p  # the vocabulary matrix's gradient, and the embedding's
     block = block_bytes(config, setting.sp, tokens, p, recompute) + (table if config.tied else 0)
-    end = table * (2 if config.tied else 1) + (r * max(units) if setting.shards > 1 else 0)
+    end = table + max(table if config.tied else 0, r * max(units) if setting.shards > 1 else 0)  # both gradients, or one and its sum
     largest = max(u.numel for u in layout.units)
     return Prediction(
         load=max(m * owned + copy + gradient * owned + gathered, state + gathered),
@@ -168,7 +168,7 @@ def head_bytes(config: ModelConfig, tokens: int, p: int) -> float:
 def block_bytes(config: ModelConfig, sp: int, tokens: int, p: int, recompute: Recompute) -> float:
     """What one block's backward needs beside what is kept."""
     again = layer_bytes(config, sp, p, "none") - layer_bytes(config, sp, p, recompute)
-    weights = 3 * config.ffn * config.hidden * p
+    weights = config.hidden * (3 * config.ffn + 2 * (config.heads + config.kv_heads) * config.head_dim) * p
     return tokens * (again + (3 * config.ffn + 2 * config.hidden) * p) + weights
 
 

@@ -82,7 +82,7 @@ def _memory_words(report: Report, choice: Choice) -> str:
     kept = {"none": "nothing recomputed", "selective": "MLPs recomputed", "full": "all but attention recomputed"}[choice.recompute]
     verdict = "" if memory is None else f"; {'fits' if choice.fits else 'may not fit'} in {memory:.0f} GiB"
     offloaded = f"; {host / GIB:.1f} GiB of host memory on each machine" if host else ""
-    return f"peak by phase, GiB on each GPU (predicted): {phases}; {kept}{verdict}{offloaded}"
+    return f"peak by phase, GiB on each {'GPU' if memory is not None else 'process'} (predicted): {phases}; {kept}{verdict}{offloaded}"
 
 
 def _written_words(config: SFTConfig, model: ModelConfig) -> str:
