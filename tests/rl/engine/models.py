@@ -56,7 +56,7 @@ def prompts(count: int, longest: int, vocab: int, seed: int = 0) -> list[list[in
 def forced(model: Sharded, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
     """log p of ids[1:] through the training forward."""
     tokens = np.array(ids, np.int32)
-    batch = pack([Sample(tokens, np.ones(len(ids), bool))])
+    batch = pack([Sample(tokens, np.ones(len(ids), bool))]).to(model.mesh.device)
     with torch.no_grad():
         return model(batch, lambda hidden, weight: logprobs(hidden, weight, batch.labels, temperature)[0])[:-1]
 
