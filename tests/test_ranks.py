@@ -45,7 +45,7 @@ def test_a_module_that_fails_on_import_is_told_at_once(tmp_path: Path, monkeypat
     (tmp_path / "imported_only_once.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("imported_only_once")
-    with pytest.raises(AssertionError, match="rank . of 2 failed:(.|\n)*not here"):
+    with pytest.raises(AssertionError, match=r"rank . of 2 failed:(.|\n)*not here"):
         run_ranks(module.run, 2)
 
 

@@ -29,7 +29,7 @@ WORLD = 2
 def _words(folder: Path, out: Path, steps: int) -> list[str]:
     keys = {
         "data.train_files": folder / "train.parquet", "model.partial_pretrain": folder / "model", "trainer.default_local_dir": out,
-        "data.train_batch_size": 4, "data.micro_batch_size_per_gpu": 2, "data.train_max_samples": 40, "optim.lr": 1e-3, "data.num_workers": 0,
+        "data.train_batch_size": 2, "data.micro_batch_size_per_gpu": 1, "data.train_max_samples": 20, "optim.lr": 1e-3, "data.num_workers": 0,
         "trainer.total_training_steps": steps, "trainer.save_freq": 1, "trainer.checkpoint.async_save": "true",
         "trainer.max_ckpt_to_keep": 2, "trainer.device": "cpu",
     }  # fmt: skip
@@ -101,10 +101,12 @@ def _survive(folder: Path, tmp_path: Path, kills: int, steps: int, seed: int) ->
     while done < kills:
         ranks, before = _start(_words(folder, out, steps), log), _step(out)
         under_way = _kill_at_random(ranks, out, chance)
-        if _join(ranks, log) == [0] * WORLD:
+        codes = _join(ranks, log)
+        if codes == [0] * WORLD:
             _compare(calm, out, steps)
             shutil.rmtree(out)
             continue
+        assert -signal.SIGKILL in codes, f"a rank ended by itself: {codes}\n{log.read_text()[-3000:]}"
         done, inside = done + 1, inside + under_way
         found = latest(out)
         assert _step(out) >= before, "the tracker went back"
