@@ -27,6 +27,7 @@ class ModelOptions:
     use_compile: bool | Literal["auto"] = "auto"
     reshard_after_forward: bool = True
     forward_prefetch: bool = True
+    backward_overlap: bool = True
 
 
 def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sharded:
@@ -41,5 +42,6 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
     return shard(
         module, module.units(), mesh, param_dtype=dtype, master_dtype=options.master_dtype, reduce_dtype=options.reduce_dtype,
         members=module.members(), aliases=module.aliases(), order=module.order(),
-        reshard_after_forward=options.reshard_after_forward, prefetch=options.forward_prefetch,
+        reshard_after_forward=options.reshard_after_forward, forward_prefetch=options.forward_prefetch,
+        backward_overlap=options.backward_overlap,
     )  # fmt: skip

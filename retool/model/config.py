@@ -91,10 +91,8 @@ def _rope(c: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
     if kind == "default":
         return float(theta), None
     if kind == "llama3":
-        scaling = Llama3Scaling(
-            float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), int(rope["original_max_position_embeddings"])
-        )
-        return float(theta), scaling
+        factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        return float(theta), Llama3Scaling(factor, low, high, int(rope["original_max_position_embeddings"]))
     raise ValueError(f"rope type {kind!r} is not implemented. Implemented: default, llama3.")
 
 

@@ -64,7 +64,9 @@ def train(fsdp_size: int, reshard: bool, prefetch: bool, steps: int = 6, freeze:
         net.blocks[1].requires_grad_(False)
         net.first.bias.requires_grad_(False)
     f64 = torch.float64
-    sharded = shard(net, units_of(net), mesh, param_dtype=f64, master_dtype=f64, reduce_dtype=f64, reshard_after_forward=reshard, prefetch=prefetch)
+    sharded = shard(net, units_of(net), mesh, param_dtype=f64, master_dtype=f64, reduce_dtype=f64,
+                    reshard_after_forward=reshard, forward_prefetch=prefetch,
+                    backward_overlap=prefetch)  # fmt: skip
     optimizer = AdamW(sharded, AdamWOptions(clip_grad=0.5))
     data = torch.randn(steps, 12, 7, dtype=f64, generator=torch.Generator().manual_seed(1))
     losses, norms = [], []

@@ -33,8 +33,9 @@ class Sharded:
     """A module whose parameters are sharded. Call it as the module; `master` and `grad` are this rank's flat shards."""
 
     def __init__(self, module: nn.Module, layout: Layout, mesh: Mesh, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-                 reshard: bool, prefetch: bool) -> None:  # fmt: skip
-        self.module, self.layout, self.mesh, self.prefetch = module, layout, mesh, prefetch
+                 reshard: bool, forward_prefetch: bool, backward_overlap: bool) -> None:  # fmt: skip
+        self.module, self.layout, self.mesh = module, layout, mesh
+        self.forward_prefetch, self.backward_overlap = forward_prefetch, backward_overlap
         param, master, reduce = dtypes
         self.overlap = Overlap(mesh.device)
         self.master = torch.zeros(layout.shard_numel, dtype=master, device=mesh.device)
@@ -107,7 +108,7 @@ class Sharded:
 
     def before_forward(self, index: int) -> None:
         self.units[index].gather()
-        if self.prefetch and index + 1 < len(self.units):
+        if self.forward_prefetch and index + 1 < len(self.units):
             self.units[index + 1].start_gather()
 
     def before_backward(self, index: int) -> None:
@@ -115,12 +116,14 @@ class Sharded:
             self._callback_queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
         self.units[index].gather()
-        if self.prefetch and index > 0:
+        if self.backward_overlap and index > 0:
             self.units[index - 1].start_gather()
 
     def after_unit_backward(self, index: int) -> None:
         self.units[index].release()
         self.units[index].reduce(self._holding)
+        if not self.backward_overlap:
+            self.units[index].wait_reduced()
 
     def _after_backward(self) -> None:
         self._callback_queued = False
@@ -190,14 +193,16 @@ def shard(
     aliases: tuple[tuple[str, str], ...] = (),
     order: tuple[str, ...] = (),
     reshard_after_forward: bool = True,
-    prefetch: bool = True,
+    forward_prefetch: bool = True,
+    backward_overlap: bool = True,
 ) -> Sharded:
     """Shard `module`'s parameters over `mesh.shards` ranks.
 
     `units`: (name, modules) in forward order; every parameter belongs to one of them, tied ones to the first that has
     it. `members` maps a parameter's name to the names and shapes stacked in it on disk (default: itself). Parameters on
     the meta device start as zeros (load them through `layout`, then `refresh`); others keep their values, which must be
-    the same on every rank.
+    the same on every rank. `forward_prefetch` gathers the next unit during a unit's forward; `backward_overlap` the one before
+    during its backward, and lets reductions run beside what follows (both off only to measure what they hide).
 
     Raises ValueError for a parameter in no unit.
     """
@@ -207,7 +212,8 @@ def shard(
     if missing:
         raise ValueError(f"parameter {missing[0]} (and {len(missing) - 1} more) is in no unit: add its module to `units`.")
     layout = make_layout(specs, mesh.shards, aliases, order)
-    sharded = Sharded(module, layout, mesh, (param_dtype, master_dtype, reduce_dtype), reshard_after_forward, prefetch)
+    dtypes = param_dtype, master_dtype, reduce_dtype
+    sharded = Sharded(module, layout, mesh, dtypes, reshard_after_forward, forward_prefetch, backward_overlap)
     replacement: dict[int, nn.Parameter] = {}
     for unit, old in zip(sharded.units, originals, strict=True):
         _keep_values(sharded, unit, old)

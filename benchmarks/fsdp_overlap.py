@@ -1,0 +1,113 @@
+"""How much of the sharding's communication the computation hides, from a profiler trace of one optimizer step.
+
+    torchrun --nproc_per_node=2 benchmarks/fsdp_overlap.py [--shape qwen2.5-0.5b] [--sp 1] [--json out.json]
+
+*communication* is the time with a NCCL kernel on the GPU, *exposed* the part of it with no other kernel beside it. Rows: nothing
+overlapped · the forward's gathers · both directions. With sp 2 the all-to-alls of the attention count too, and are exposed by nature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sft import DOCUMENTS, SHAPES, Documents, random_weights
+from table import hardware, save, show
+from torch.profiler import ProfilerActivity, profile
+
+from retool.data.loader import iterate_steps
+from retool.model.build import ModelOptions, build_decoder
+from retool.model.config import ModelConfig
+from retool.optim import AdamW, AdamWOptions
+from retool.parallel.mesh import Mesh, make_mesh
+from retool.perf import StepTimer
+from retool.sft.step import train_step
+
+ROWS = {"nothing overlapped (baseline)": (False, False), "forward": (True, False), "forward and backward": (True, True)}
+Interval = tuple[float, float]
+
+
+def union(intervals: list[Interval]) -> list[Interval]:
+    """Disjoint, sorted."""
+    out: list[Interval] = []
+    for start, end in sorted(intervals):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(out[-1][1], end))
+        else:
+            out.append((start, end))
+    return out
+
+
+def length(intervals: list[Interval]) -> float:
+    return sum(end - start for start, end in intervals)
+
+
+def exposed(communication: list[Interval], computation: list[Interval]) -> float:
+    """Time in `communication` and not in `computation`."""
+    return length(union(communication + computation)) - length(union(computation))
+
+
+def kernels(found: profile) -> tuple[list[Interval], list[Interval]]:
+    """(communication, computation): device intervals in milliseconds."""
+    communication, computation = [], []
+    for event in found.events() or []:
+        on_device = str(event.device_type).endswith("CUDA")
+        if on_device and not event.name.startswith(("nccl:", "ProfilerStep")):  # annotations, not kernels
+            span = (event.time_range.start / 1e3, event.time_range.end / 1e3)
+            (communication if "nccl" in event.name.lower() else computation).append(span)
+    return communication, computation
+
+
+def measure(config: ModelConfig, mesh: Mesh, overlap: tuple[bool, bool], scale: int) -> dict[str, float]:
+    """One profiled step of the *full* workload, after two to warm up; milliseconds of rank 0."""
+    forward, backward = overlap
+    options = ModelOptions(forward_prefetch=forward, backward_overlap=backward)
+    model = build_decoder(config, mesh, options)
+    random_weights(model)
+    optimizer, timer = AdamW(model, AdamWOptions()), StepTimer(mesh.device)
+    data = Documents("full", 3, config.vocab, scale)
+    batches = list(iterate_steps(data, train_batch_size=DOCUMENTS["full"], seed=0, stop_step=3, shuffle=False, dp_rank=mesh.dp_rank,
+                                 dp=mesh.dp, sp=mesh.sp, micro_batch_size=mesh.sp))  # fmt: skip
+    for batch in batches[:2]:
+        train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, 1e-5, timer)
+    seconds = timer.take().seconds()["step"] if mesh.device.type == "cpu" else 0.0
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        train_step(model, optimizer, batches[2].micro_batches, batches[2].trained_tokens, 1e-5, timer)
+        if mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+    communication, computation = kernels(found)
+    del model, optimizer
+    gc.collect()
+    total = length(union(communication + computation))
+    return {"step": total or seconds * 1e3, "communication": length(union(communication)), "exposed": exposed(communication, computation)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b" if torch.cuda.is_available() else "tiny")
+    parser.add_argument("--sp", type=int, default=1)
+    parser.add_argument("--scale", type=int, default=1 if torch.cuda.is_available() else 64, help="divide all lengths by this")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    mesh, lines = make_mesh(sp=args.sp), []
+    for title, overlap in ROWS.items():
+        found: dict[str, Any] = measure(SHAPES[args.shape], mesh, overlap, args.scale)
+        lines.append({"row": title, **found})
+        if mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if mesh.rank == 0:
+        print(f"{hardware(mesh.device)}, {mesh.world} rank(s), {args.shape}, sp {args.sp}")
+        cells = [[e["row"], *(f"{e[k]:.1f}" for k in ("step", "communication", "exposed")),
+                  f"{e['exposed'] / e['communication']:.0%}" if e["communication"] else ""] for e in lines]  # fmt: skip
+        show("One step of the full workload", ["", "step ms", "communication ms", "exposed ms", "share exposed"], cells)
+        save(args.json, mesh.device, lines)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
