@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -25,21 +25,31 @@ train/loss | Training loss | nats per token | How surprised the model is by a to
 val/loss | Validation loss | nats per token | The same on examples that aren't trained on. | down first
 val/perplexity | Validation perplexity |  | e to the validation loss: among how many tokens it hesitates. | down
 critic/score/mean | Score |  | What the reward function gave an answer, on average. | up noisy first
+critic/acc/mean | Right answers | share | Of the answers that were trained on. | up noisy first
 critic/rewards/mean | Reward |  | Score with the penalty for length, and for KL where there is one. | up noisy
 critic/advantages/mean | Advantage |  | Reward compared with the other answers to the same question. | noisy
 critic/returns/mean | Return |  | What each token is credited with. | noisy
 response_length/mean | Answer length | tokens | Of a whole answer, tool output included. | noisy first
 response_length/clip_ratio | Answers cut off | share | Answers that used up their tokens. | down noisy
+prompt_length/clip_ratio | Questions cut off | share | Questions that used up their tokens. | down noisy
 prompt_length/mean | Question length | tokens | Of a prompt with its tool descriptions. | noisy
 num_turns/mean | Turns |  | Of an answer; 2 is a question and an answer without a tool. | noisy first
-tool/calls | Tool calls | per answer | How often the model called a tool. | noisy first
-tool/errors | Tool errors | per answer | Calls that gave an error back. | down noisy
-tool/timeouts | Tool time-outs | per answer | Calls that were stopped. | down noisy
-tool/latency | Tool latency | seconds | From a call to its result. | down noisy
+tool/calls | Tool calls | in a step | How often the model called a tool, all answers together. | noisy first
+tool/errors | Tool errors | in a step | Calls that gave an error back. | down noisy
+tool/timeouts | Tool time-outs | in a step | Calls that were stopped. | down noisy
+tool/latency | Tool latency | seconds | From a call to its result, on average. | down noisy
+reward/exceptions | Reward failures | in a step | Answers whose reward function raised an error: they got the lowest score. | down
+reward/timeouts | Reward time-outs | in a step | Answers whose reward function took too long: they got the lowest score. | down
+reward/killed | Reward processes killed | in a step | Answers whose reward function took too much memory: they got the lowest score. | down
 actor/pg_loss | Policy loss |  | What the optimizer lowers. Its level says little. | noisy
 actor/entropy | Entropy | nats per token | How undecided the model is; a fall to 0 means that it repeats itself. | noisy first
 actor/ppo_kl | Change of the policy | nats per token | How far the updates of this step moved it. | noisy
 actor/kl_loss | KL to the reference | nats per token | How far the model is from where it started. | noisy
+actor/skipped_updates | Skipped updates |  | So far, for a gradient that wasn't finite. | down
+actor/reward_kl_penalty | KL in the reward | nats per token | What is taken off the reward, before its coefficient. | noisy
+actor/reward_kl_penalty_coeff | KL coefficient |  | Of the penalty in the reward. |
+actor/loss | Loss |  | Policy loss with its KL and entropy terms. | noisy
+actor/entropy_loss | Entropy term |  | What the loss gains from entropy. | noisy
 actor/pg_clipfrac | Clipped tokens | share | Tokens whose probability changed more than is allowed in a step. | noisy
 actor/pg_clipfrac_lower | Clipped tokens, dual | share | Tokens of bad answers that the dual clip held back. | noisy
 actor/grad_norm | Gradient norm |  | Before clipping. Spikes are hard batches; a rise without end is trouble. | noisy first
@@ -55,11 +65,22 @@ train/skipped_steps | Skipped steps |  | So far, for a gradient that wasn't fini
 perf/tokens_per_second_per_gpu | Speed | tokens per second and GPU | Tokens trained, padding left out. | up noisy first
 perf/throughput | Speed | tokens per second and GPU | Tokens of a whole step. | up noisy first
 perf/rollout_tokens_per_second | Sampling speed | tokens per second | Tokens that the model wrote while answering. | up noisy
+perf/total_num_tokens | Tokens in a step | tokens | Questions and answers, tool output included. | noisy
 perf/max_memory_allocated_gb | Memory, in use | GiB | The largest so far on a GPU (on the CPU: of the process). |
 perf/max_memory_reserved_gb | Memory, reserved | GiB | What torch has taken from the device for it. |
 training/rollout_logp_diff_mean | Sampler against trainer | nats | Mean gap of their log-probabilities for one token. | down noisy
 training/rollout_probs_diff_mean | Sampler against trainer | probability | Mean gap of their probabilities. | down noisy
 training/rollout_actor_kl_k3 | KL between sampler and trainer | nats per token | 0 when they agree. | down noisy
+rollout_correction/mean | Correction weight |  | Of a token or an answer, for the gap between sampler and trainer; 1 is none. | noisy
+rollout_correction/cut | Correction cut | share | Weights that reached the threshold. | down noisy
+filter/gen_batches | Rounds of sampling |  | Until the batch was full of questions worth training on. | down noisy
+filter/groups_sampled | Questions sampled | in a step | To fill the batch. | noisy
+filter/groups_no_signal | Questions without signal | in a step | All answers scored alike: nothing to learn from. | down noisy
+filter/groups_expired | Questions thrown away | in a step | Kept from before, and too old by now. | down noisy
+filter/groups_reused | Questions from the step before | in a step | Kept because its batch was full. | noisy
+filter/groups_kept | Questions for the next step | in a step | More than this batch took. | noisy
+timing_s/tools | Waiting for tools | seconds | With no token to make meanwhile. | down noisy
+timing_s/reward | Waiting for scores | seconds | With no token to make meanwhile. | down noisy
 timing_s/step | Time of a step | seconds | Without validation and saving. | down noisy
 """
 # the same for patterns; {0} is the first group
@@ -67,7 +88,8 @@ PATTERNS = r"""
 val-core/(.+)/acc/mean@(\d+) | Accuracy on {0} | share | Share of right answers, {1} tries at each question. | up first
 val-core/(.+)/acc/best@(\d+)/mean | Solved on {0} | share | Questions with a right answer among {1} tries. | up
 val-core/(.+)/acc/maj@(\d+)/mean | Majority vote on {0} | share | Questions where most of {1} answers are right. | up
-stop/(.+) | Ended by {0} | share | Answers that ended for this reason. | noisy
+stop/(.+) | Ended by {0} | answers | Answers of a step that ended for this reason. | noisy
+training/rollout_(logp|probs)_diff_(max|std) | Sampler against trainer, {1} |  | Gap of their {0} for one token. | down noisy
 timing_s/(.+) | Time of {0} | seconds | A phase of a step. | down noisy
 (.+)/(max|min|std) | {0}, {1} |  | Over the answers of a step. | noisy
 val-(core|aux)/(.+) | {1} |  | On validation questions. |
@@ -88,6 +110,10 @@ def meaning(name: str) -> Meaning:
     """What a metric means; of an unknown one its name."""
     if name in MEANINGS:
         return MEANINGS[name]
+    base, _, kind = name.rpartition("/")
+    if kind in KINDS and f"{base}/mean" in MEANINGS:
+        said = MEANINGS[f"{base}/mean"]
+        return replace(said, title=f"{said.title}, {KINDS[kind]}", first=False)
     for pattern, said in BY_PATTERN.items():
         if (found := re.fullmatch(pattern, name)) is not None:
             title, says = said.title, said.says
@@ -97,4 +123,5 @@ def meaning(name: str) -> Meaning:
     return Meaning(name.rpartition("/")[2].replace("_", " "), "", "")
 
 
+KINDS = {"max": "highest", "min": "lowest", "std": "spread"}
 MEANINGS, BY_PATTERN = _rows(TABLE), _rows(PATTERNS)

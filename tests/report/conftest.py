@@ -96,16 +96,16 @@ def rl_run(folder: Path, steps: int = 40, seed: int = 1) -> Path:
         entry = {
             "step": step, "critic/score/mean": score, "critic/score/max": 1.0, "critic/score/min": -1.0, "critic/rewards/mean": score - 0.02,
             "response_length/mean": 2100 + 70 * step + rng.gauss(0, 120), "response_length/max": 16384, "response_length/clip_ratio": 0.04,
-            "num_turns/mean": 3.1 + step / 30, "tool/calls": 1.1 + step / 40, "tool/errors": 0.3 - step / 200, "tool/latency": 0.4,
+            "num_turns/mean": 3.1 + step / 30, "tool/calls": 8000 + 200 * step, "tool/errors": 2000 - 20 * step, "perf/total_num_tokens": 30_000_000, "tool/latency": 0.4,
             "actor/pg_loss": rng.gauss(0, 0.01), "actor/entropy": 0.5 - step / 160 + rng.gauss(0, 0.01), "actor/grad_norm": 0.2 + rng.random() * 0.1,
-            "actor/lr": 1e-6, "actor/ppo_kl": abs(rng.gauss(0, 1e-4)), "stop/no_call": 0.8, "stop/length": 0.04, "perf/throughput": 5200 + rng.gauss(0, 90),
+            "actor/lr": 1e-6, "actor/ppo_kl": abs(rng.gauss(0, 1e-4)), "stop/no_call": 7800, "stop/length": 330, "critic/acc/mean": 0.5 + score / 2, "perf/throughput": 5200 + rng.gauss(0, 90),
             "perf/max_memory_allocated_gb": 61.0, "perf/max_memory_reserved_gb": 66.0, "training/rollout_logp_diff_mean": 0.006,
-            **{f"timing_s/{k}": v for k, v in seconds.items()}, "timing_s/step": sum(seconds.values()) - 22 + 3,
+            **{f"timing_s/{k}": v for k, v in seconds.items()}, "timing_s/step": sum(seconds.values()) - 22 - 1.5 + 3,
         }  # fmt: skip
         if step % 5 == 0:
             accuracy = 0.1 + 0.4 * step / steps
             entry |= {"val-core/aime_2024/acc/mean@30": accuracy, "val-core/aime_2024/acc/best@30/mean": accuracy + 0.2,
-                      "val-core/aime_2024/acc/maj@30/mean": accuracy + 0.08, "val-aux/aime_2024/score/std@30": 0.4, "val-aux/num_turns/mean": 4.0,
+                      "val-core/aime_2024/acc/maj@30/mean": accuracy + 0.08, "val-aux/aime_2024/score/std@30": 0.4, "val-aux/aime_2024/num_turns/mean": 4.0,
                       "timing_s/testing": 240.0}  # fmt: skip
         entries.append(entry)
         write_transcripts(folder, f"train_{step:06d}", [trajectory(step, rng) for _ in range(4)])

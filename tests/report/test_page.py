@@ -160,11 +160,15 @@ def test_token_texts_join_to_the_text(text: str) -> None:
     assert token_texts(list("🙂".encode())[:2], lambda ids: bytes(ids).decode(errors="replace"))[0] == ""
 
 
-def test_metrics_of_both_commands_are_explained(tmp_path: Path) -> None:
+def test_metrics_of_both_commands_are_explained(tmp_path: Path, repository: Path) -> None:
+    sources = "".join(path.read_text() for path in (repository / "retool" / "rl").glob("*.py"))
     for folder in (sft_run(tmp_path / "sft", steps=60), rl_run(tmp_path / "rl", steps=5)):
         for name in read_run(folder, "r").metrics:
             assert meaning(name).says, name
-    assert len({m.title + m.unit for m in MEANINGS.values()}) >= len(MEANINGS) - 4
+    told = [meaning(name) for name in re.findall(r'"((?:actor|filter|perf|reward|rollout_correction|tool)/\w+)"', sources)]
+    assert len(told) > 20 and all(m.says for m in told), [m.title for m in told if not m.says]
+    assert len({m.title + m.unit for m in MEANINGS.values()}) >= len(MEANINGS) - 6
+    assert meaning("critic/score/max").title == "Score, highest" and not meaning("critic/score/max").first
     assert meaning("val-core/a/b/acc/mean@8").title == "Accuracy on a/b" and meaning("some/new_thing").title == "new thing"
 
 

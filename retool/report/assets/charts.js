@@ -37,7 +37,7 @@ function positions(run) {
   if (VIEW.by === "step") return run.steps;
   let total = 0;
   const add = VIEW.by === "tokens"
-    ? (i) => (run.metrics["train/global_tokens"]?.[i] || 0)
+    ? (i) => (run.metrics["train/global_tokens"]?.[i] ?? run.metrics["perf/total_num_tokens"]?.[i] ?? 0)
     : (i) => ["timing_s/step", "timing_s/testing", "timing_s/save", "timing_s/save_checkpoint"].reduce((t, n) => t + (run.metrics[n]?.[i] || 0), 0) / 3600;
   return run.steps.map((_, i) => (total += add(i)));
 }
@@ -118,17 +118,18 @@ function plotInto(place, data, specs, scales, say, { bands, unit } = {}) {
 }
 
 const PHASES = {
-  gen: "sampling answers", reward: "scoring", old_log_prob: "log-probabilities before", ref: "reference's log-probabilities", adv: "advantages",
+  gen: "sampling answers", tools: "waiting for tools", reward: "waiting for scores", old_log_prob: "log-probabilities before", ref: "reference's log-probabilities", adv: "advantages",
   update_actor: "update", sync_weights: "weights to the sampler", testing: "validation", save: "saving", save_checkpoint: "saving",
   forward_backward: "forward and backward",
 };
 
 /** Phases of a step stacked: each band is a phase's seconds. */
 function stack(run) {
-  const outside = ["testing", "save", "save_checkpoint"], inside = ["tools", "step"];
-  const names = Object.keys(run.metrics).filter((n) => n.startsWith("timing_s/") && !inside.includes(n.slice(9)) && series(run, n));
+  const outside = ["testing", "save", "save_checkpoint"];
+  const names = Object.keys(run.metrics).filter((n) => n.startsWith("timing_s/") && n !== "timing_s/step" && series(run, n));
   if (!names.length) return null;
-  const value = (name, i) => run.metrics[name]?.[i] || 0;
+  const given = (name, i) => run.metrics[name]?.[i] || 0; // waiting for tools and scores is part of sampling: shown apart
+  const value = (name, i) => (name === "timing_s/gen" ? Math.max(0, given(name, i) - given("timing_s/tools", i) - given("timing_s/reward", i)) : given(name, i));
   const rows = run.steps.map((_, i) => i).filter((i) => run.metrics["timing_s/step"]?.[i]);
   if (!rows.length) return null;
   const parts = names.map((name) => ({ name: PHASES[name.slice(9)] || name.slice(9).replace(/_/g, " "), key: name, seconds: rows.map((i) => value(name, i)), outside: outside.includes(name.slice(9)) }));

@@ -33,7 +33,7 @@ function facts(run) {
     const e = ends(run, name);
     add(about(name).title.toLowerCase(), (100 * e.last).toFixed(1) + " %", "best " + (100 * e.high).toFixed(1) + " %");
   }
-  const tokens = sum(run, "train/global_tokens"), time = ["step", "testing", "save", "save_checkpoint"].reduce((t, n) => t + sum(run, "timing_s/" + n), 0);
+  const tokens = sum(run, "train/global_tokens") || sum(run, "perf/total_num_tokens"), time = ["step", "testing", "save", "save_checkpoint"].reduce((t, n) => t + sum(run, "timing_s/" + n), 0);
   if (tokens) add("tokens trained on", short(tokens), sum(run, "train/trained_tokens") ? short(sum(run, "train/trained_tokens")) + " in the loss" : "");
   if (time) add("time", duration(time), "validation and saving included");
   for (const [label, name] of [["tokens/s per GPU", "perf/tokens_per_second_per_gpu"], ["tokens/s per GPU", "perf/throughput"]]) {
@@ -78,7 +78,7 @@ function controls() {
     redraw();
   } }, label);
   const has = (name) => DATA.runs.some((run) => series(run, name));
-  const by = Object.keys(AXES).filter((k) => k === "step" || (k === "tokens" && has("train/global_tokens")) || (k === "hours" && has("timing_s/step")));
+  const by = Object.keys(AXES).filter((k) => k === "step" || (k === "tokens" && (has("train/global_tokens") || has("perf/total_num_tokens"))) || (k === "hours" && has("timing_s/step")));
   const reads = el("span", null, VIEW.smooth.toFixed(2));
   return el("div", "bar",
     el("label", null, "smoothing", el("input", { type: "range", id: "smooth", min: 0, max: 0.98, step: 0.02, value: VIEW.smooth, oninput: (event) => {
@@ -143,8 +143,9 @@ function validation() {
   DATA.runs.forEach((run, r) => {
     const names = Object.keys(run.metrics).filter((n) => /^val(-core|-aux)?\//.test(n) && series(run, n));
     const groups = new Map();
+    const sources = [...new Set(names.map((n) => n.match(/^val-(?:core|aux)\/(.+)\/[^/]+\/(?:mean|best|worst|maj|std)@.*$/)?.[1]).filter(Boolean))];
     for (const name of names) {
-      const source = name.match(/^val-(?:core|aux)\/(.+)\/[^/]+\/(?:mean|best|worst|maj|std)@.*$/)?.[1] || "";
+      const source = sources.find((s) => name.replace(/^val-(core|aux)\//, "").startsWith(s + "/")) || "";
       groups.set(source, [...(groups.get(source) || []), name]);
     }
     for (const [source, members] of groups) tables.push({ run, r, source, members });
