@@ -231,7 +231,9 @@ class RolloutConfig:
     max_num_seqs: int = option(256, "Sequences that decode at once per GPU.", minimum=1)
     max_num_batched_tokens: int = option(8192, "Tokens of one engine step.", minimum=1)
     enforce_eager: bool = option(False, "No CUDA graphs.")
-    free_cache_engine: bool = option(True, "Free the engine's buffers during the update.")
+    free_cache_engine: bool | Literal["auto"] = option(
+        "auto", "Free the engine's memory during the update; auto = where the update doesn't fit beside it."
+    )
     calculate_log_probs: bool = option(True, "The engine always returns log-probabilities; either value is accepted.")
     dtype: Literal["auto", "fp32", "bf16", "fp64"] = option("auto", "auto = as training.", spellings={**DTYPE_SPELLINGS})
     multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)

@@ -39,6 +39,7 @@ from retool.rl.types import Group, Prompt, Scored
 from retool.rl.validate import validation_metrics
 
 EMPTY_ROUNDS = 20  # rounds of dynamic sampling in a row without a single group worth training on
+ROOM = 1.3  # times the predicted activations must be free for the engine to keep its memory
 Metrics = dict[str, float]
 
 
@@ -153,8 +154,15 @@ def sync(run: Run, times: Metrics) -> None:
 
 
 def release(run: Run) -> None:
-    """Free the engine's memory for the update, where asked for and where it matters."""
-    if run.config.actor_rollout_ref.rollout.free_cache_engine and run.mesh.device.type == "cuda":
+    """Free the engine's memory for the update, where asked for or needed: its graphs are recorded anew after that. Collective."""
+    wanted, choice = run.config.actor_rollout_ref.rollout.free_cache_engine, run.report.choice
+    if run.mesh.device.type != "cuda":
+        return
+    if wanted == "auto":
+        assert choice is not None
+        needed = ROOM * (choice.prediction.forward_backward - choice.prediction.state)
+        wanted = any(gathered(run, torch.cuda.mem_get_info(run.mesh.device)[0] < needed))  # alike on all ranks, as sync is collective
+    if wanted:
         run.engine.release()
 
 

