@@ -90,12 +90,15 @@ def test_logp_is_the_training_forwards(qwen: Path, way: str, temperature: float)
         assert (behaviour == logp).all() if i % 2 == 0 else ((behaviour >= logp).all() and (behaviour > logp).any())
 
 
+def params_of(i: int) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=9 + i % 5, temperature=(1.0, 0.7, 1.3)[i % 3], top_p=(1.0, 0.9)[i % 2], top_k=(-1, 20)[i // 2 % 2], seed=(7, i)
+    )  # fmt: skip
+
+
 def sampled(engine: Engine, ids: list[list[int]], order: list[int]) -> list[TurnDone]:
     """Every prompt twice, with seeds of its own, at several temperatures and filters, then a second turn of each."""
-    params = [
-        SamplingParams(max_tokens=9 + i % 5, temperature=(1.0, 0.7, 1.3)[i % 3], top_p=(1.0, 0.9)[i % 2], top_k=(-1, 20)[i // 2 % 2], seed=(7, i))
-        for i in range(2 * len(ids))
-    ]  # fmt: skip
+    params = [params_of(i) for i in range(2 * len(ids))]
     for i in order:
         engine.start(i, ids[i // 2], params[i], group=i // 2)
     turns = {}
@@ -129,21 +132,18 @@ def test_draws_depend_on_seed_and_position_only(qwen: Path, way: str, monkeypatc
 
 
 def test_deterministic_numbers_do_not_depend_on_neighbours(qwen: Path) -> None:
-    """To the last bit: alone, in company, preempted, in other chunks."""
-    model, ids = load(qwen), prompts(6, 30, 131, seed=3)
+    """To the last bit: alone, in company of longer and shorter ones, preempted, in other chunks."""
+    model, ids = load(qwen), [*prompts(5, 30, 131, seed=3), *prompts(2, 300, 131, seed=5)]
     options = {"deterministic": True, "max_num_seqs": 16, "page_size": 4}
-    runs = [sampled(engine_of(qwen, model, **options), ids, list(range(12)))]
-    tight = engine_of(qwen, model, **options, pages=29)
-    runs.append(sampled(tight, ids, list(range(11, -1, -1))))
+    want = sampled(engine_of(qwen, model, **options), ids, list(range(14)))
+    tight = engine_of(qwen, model, **options, pages=100)
+    found = sampled(tight, ids, list(range(13, -1, -1)))
     assert tight.stats.preempted + tight.stats.evicted > 0
-    alone = engine_of(qwen, model, **options)
-    runs.append([])
-    params = SamplingParams(max_tokens=9, temperature=1.0, seed=(7, 0))
-    alone.start(0, ids[0], params)
-    runs[-1].append(run(alone)[0])
-    for i, turn in enumerate(runs[0]):
-        assert (turn.tokens, turn.logp, turn.logp_behaviour) == (runs[1][i].tokens, runs[1][i].logp, runs[1][i].logp_behaviour)
-    assert runs[2][0].logp == runs[0][0].logp
+    assert [(t.tokens, t.logp, t.logp_behaviour) for t in found] == [(t.tokens, t.logp, t.logp_behaviour) for t in want]
+    for i in (0, 3, 8):
+        alone = engine_of(qwen, model, **options)
+        alone.start(i, ids[i // 2], params_of(i))
+        assert run(alone)[i].logp == want[2 * i].logp
 
 
 def test_groups_share_one_prefill(qwen: Path) -> None:
