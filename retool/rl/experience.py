@@ -31,6 +31,7 @@ class Experience:
     groups: list[int]
     metrics: dict[str, float]
     kl: float | None = None
+    on_policy: bool = False  # old log-probabilities were left out: they are those of the only update itself
 
 
 @contextmanager
@@ -45,16 +46,20 @@ def timed(times: dict[str, float], name: str) -> Iterator[None]:
 
 def make_experience(
     groups: Sequence[Group], step: int, model: Sharded, reference: Sharded | None, algorithm: AlgorithmConfig, temperature: float,
-    budget: Budget, kl_coef: float, times: dict[str, float],
+    budget: Budget, kl_coef: float, times: dict[str, float], one_update: bool = False,
 ) -> Experience:  # fmt: skip
     """Collective. `step` is how many training steps the weights have seen: older trajectories keep their sampler's log-probabilities
-    as the old ones, since no present weights sampled them."""
+    as the old ones, since no present weights sampled them. `one_update`: a single optimizer step will see these; where nothing else
+    needs the old log-probabilities they aren't computed."""
     members = [member for group in groups for member in group.members]
     found, numbers = [member.trajectory for member in members], [i for i, group in enumerate(groups) for _ in group.members]
     masks, samples = [t.mask for t in found], [Sample(t.tokens, t.mask) for t in found]
     metrics: dict[str, float] = {}
     old = [t.logp for t in found]
-    if not algorithm.rollout_correction.bypass_mode:
+    correction = algorithm.rollout_correction
+    needed = algorithm.use_kl_in_reward or correction.rollout_is or any(t.policy_version != step for t in found)
+    on_policy = one_update and not needed and not correction.bypass_mode
+    if not correction.bypass_mode and not on_policy:
         with timed(times, "old_log_prob"):
             present, entropies = policy_logprobs(model, samples, temperature, budget, entropy=True)
         fresh = [t.policy_version == step for t in found]
@@ -78,14 +83,13 @@ def make_experience(
             algorithm.adv_estimator, rewards, masks, np.array(numbers), algorithm.norm_adv_by_std_in_grpo, algorithm.gamma
         )
         metrics |= advantage_metrics(advantages, returns, masks)
-        wanted = algorithm.rollout_correction
         behaviour = [t.logp_behaviour for t in found]
-        weights = correction_weights(old, behaviour, masks, wanted.rollout_is, wanted.rollout_is_threshold)
-        if wanted.rollout_is:
-            metrics |= weight_metrics(weights, masks, wanted.rollout_is_threshold)
+        weights = correction_weights(old, behaviour, masks, correction.rollout_is, correction.rollout_is_threshold)
+        if correction.rollout_is:
+            metrics |= weight_metrics(weights, masks, correction.rollout_is_threshold)
     refs = ref if ref is not None else [None] * len(found)
     rows = [Row(t.tokens, t.mask, o, a, w, r) for t, o, a, w, r in zip(found, old, advantages, weights, refs, strict=True)]
-    return Experience(rows, numbers, metrics, divergence)
+    return Experience(rows, numbers, metrics, divergence, on_policy)
 
 
 def _mean(values: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> float:

@@ -22,7 +22,7 @@ from retool.optim import AdamW
 from retool.parallel.collectives import sum_over
 from retool.parallel.fsdp import Sharded
 from retool.rl.batching import Budget, RLBatch, unshift
-from retool.rl.losses import LOSSES, Clip, Metrics, entropy_sum, kl_sum, sequence_means, sequence_sums
+from retool.rl.losses import LOSSES, Clip, Metrics, entropy_sum, kl_sum, log_ratio, sequence_means, sequence_sums
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class LossSpec:
     kl_coef: float = 0.0
     kl_kind: str = "k3"
     use_kl: bool = False
+    on_policy: bool = False  # the present weights sampled everything and this is their only update: old = logp without gradient
 
 
 def chosen_positions(part: PackedBatch) -> Tensor:
@@ -113,6 +114,7 @@ def loss_sum(model: Sharded, whole: RLBatch, spec: LossSpec) -> tuple[Tensor, Me
     """This rank's part of the global mini-batch's loss over its slice of a whole pack on the host: (0-d tensor, metric sums).
 
     Everything is weighted by the token's share already: parts of all ranks and micro-batches add up to the loss, no scale is left.
+    With `spec.on_policy` the batch's `old` are the sampler's log-probabilities, which are only compared (`compare`).
     """
     mesh = model.mesh
     part = whole.slice(mesh.sp_rank, mesh.sp)
@@ -121,8 +123,13 @@ def loss_sum(model: Sharded, whole: RLBatch, spec: LossSpec) -> tuple[Tensor, Me
     metrics: Metrics = {}
 
     def score(hidden_tD: Tensor, weight_VD: Tensor) -> Tensor:
-        logp, ent = logprobs(hidden_tD[chosen], weight_VD, batch.pack.labels[chosen], spec.temperature, spec.entropy_coeff != 0)
+        wants_entropy = spec.entropy_coeff != 0 or spec.on_policy
+        logp, ent = logprobs(hidden_tD[chosen], weight_VD, batch.pack.labels[chosen], spec.temperature, wants_entropy)
         old, weights = batch.old[chosen].to(logp.dtype), batch.weights[chosen].to(logp.dtype)
+        if spec.on_policy:
+            assert ent is not None
+            metrics.update(compare(logp, old, ent, batch.pack.weights[chosen] != 0))
+            old = logp.detach()
         advantages = (batch.advantages * batch.correction)[chosen].to(logp.dtype)  # every loss here is linear in A's size
         means = None
         if spec.mode == "gspo":
@@ -131,7 +138,7 @@ def loss_sum(model: Sharded, whole: RLBatch, spec: LossSpec) -> tuple[Tensor, Me
             means = sequence_means(sum_over(sums, mesh.sp_group), sequences)
         loss, found = LOSSES[spec.mode](logp, old, advantages, weights, spec.clip, means)
         metrics.update(found)
-        if ent is not None:
+        if ent is not None and spec.entropy_coeff != 0:
             bonus = entropy_sum(ent, weights)
             loss = loss - spec.entropy_coeff * bonus
             metrics["actor/entropy_loss"] = bonus.detach()
@@ -142,6 +149,32 @@ def loss_sum(model: Sharded, whole: RLBatch, spec: LossSpec) -> tuple[Tensor, Me
         return loss
 
     return model(batch.pack, score), metrics
+
+
+@torch.no_grad()
+def compare(logp: Tensor, sampler: Tensor, entropy: Tensor, sampled: Tensor) -> Metrics:
+    """The sampler's log-probabilities against the trainer's: "sums" [7] (count, |Δ log p|, its square, |Δ p|, its square, k3, entropy)
+    and "most" [2] (|Δ log p|, |Δ p|)."""
+    logs, probs = (sampler - logp).abs(), (sampler.exp() - logp.exp()).abs()
+    d = log_ratio(logp, sampler)
+    columns = torch.stack([torch.ones_like(logs), logs, logs.square(), probs, probs.square(), torch.expm1(d) - d, entropy])
+    columns = torch.where(sampled, columns, 0).double()
+    return {"sums": columns.sum(1), "most": columns[[1, 3]].amax(1)}
+
+
+def gap_of(sums: Tensor, most: Tensor, group: dist.ProcessGroup | None) -> dict[str, float]:
+    """Metrics as `correction.gap_metrics` names them, and the entropy, from all ranks' "sums" and "most"."""
+    sum_over(sums, group)
+    if group is not None:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    count, *total = sums.tolist()
+    log, log2, prob, prob2, k3, entropy = (value / max(count, 1) for value in total)
+    largest = most.tolist()
+    out: dict[str, float] = {"training/rollout_actor_kl_k3": k3, "actor/entropy": entropy}
+    for name, mean, square, top in (("logp", log, log2, largest[0]), ("probs", prob, prob2, largest[1])):
+        values = {"mean": mean, "max": top, "std": max(square - mean * mean, 0.0) ** 0.5}
+        out |= {f"training/rollout_{name}_diff_{kind}": value for kind, value in values.items()}
+    return out
 
 
 @dataclass(frozen=True)
@@ -162,10 +195,12 @@ def update_step(model: Sharded, optimizer: AdamW, batches: Sequence[RLBatch], sp
         loss, metrics = loss_sum(model, batch, spec)
         loss.backward()
         for name, value in {**metrics, "actor/loss": loss.detach()}.items():
-            totals[name] = totals.get(name, 0) + value.double()
+            before, value = totals.get(name, torch.zeros_like(value, dtype=torch.float64)), value.double()
+            totals[name] = torch.maximum(before, value) if name == "most" else before + value
     model.finish_gradients()
     norm, skipped = optimizer.step(lr)
+    gap = gap_of(totals.pop("sums"), totals.pop("most"), mesh.world_group) if spec.on_policy else {}
     names = sorted(totals)
     values = sum_over(torch.stack([totals[name] for name in names]), mesh.world_group)
     *sums, last_norm, last_skipped = torch.cat([values, norm.double()[None], skipped.double()[None]]).tolist()
-    return Updated(dict(zip(names, sums, strict=True)), last_norm, bool(last_skipped))
+    return Updated({**dict(zip(names, sums, strict=True)), **gap}, last_norm, bool(last_skipped))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from retool.rl.build import (
     update_budget,
     validation_sampling,
 )
+from retool.rl.config import RLConfig
 from retool.rl.experience import Experience, make_experience, timed
 from retool.rl.metrics import failure_metrics, length_metrics, score_metrics, timing_metrics, tool_metrics
 from retool.rl.policy import update_step
@@ -72,6 +74,12 @@ def train(report: Report) -> None:
     finish(run, state, stopping)
 
 
+def one_update(config: RLConfig, groups: int) -> bool:
+    """Whether a step of that many groups is a single optimizer step."""
+    actor = config.actor_rollout_ref.actor
+    return groups <= actor.ppo_mini_batch_size and actor.ppo_epochs == 1
+
+
 def due(every: int, step: int) -> bool:
     """Whether something with frequency `every` (-1: never) happens after `step`."""
     return every > 0 and step % every == 0
@@ -87,7 +95,7 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     members = [member for group in groups for member in group.members]
     made = make_experience(
         groups, state.step, run.model, run.reference, config.algorithm, config.actor_rollout_ref.rollout.temperature,
-        logprob_budget(config), state.kl_coef, times,
+        logprob_budget(config), state.kl_coef, times, one_update(config, len(groups)),
     ) if groups else Experience([], [], {})  # fmt: skip
     if groups:
         with timed(times, "update_actor"):
@@ -204,7 +212,8 @@ def gathered(run: Run, mine: Any) -> list[Any]:
 def update(run: Run, state: TrainState, made: Experience) -> Metrics:
     """The step's optimizer steps; means of what they measured."""
     config, mesh, report = run.config, run.mesh, run.report
-    actor, spec, total = config.actor_rollout_ref.actor, loss_spec(config), report.steps * report.updates_per_step
+    actor, total = config.actor_rollout_ref.actor, report.steps * report.updates_per_step
+    spec = replace(loss_spec(config), on_policy=made.on_policy)
     found: list[Metrics] = []
     for _ in range(actor.ppo_epochs):
         for chosen in mini_batches(made.groups, actor.ppo_mini_batch_size):

@@ -70,15 +70,15 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def test_it_learns_what_is_rewarded(work, tmp_path) -> None:
-    assert main(words(work, tmp_path / "run", "trainer.total_training_steps=12", f"{ARR}rollout.n=8", f"{ARR}actor.ppo_mini_batch_size=2", f"data.val_files={work}/val.jsonl", f"{ARR}rollout.val_kwargs.n=2")) == 0
+    assert main(words(work, tmp_path / "run", "trainer.total_training_steps=14", f"{ARR}rollout.n=8", f"{ARR}actor.ppo_mini_batch_size=2", f"data.val_files={work}/val.jsonl", f"{ARR}rollout.val_kwargs.n=2")) == 0
     entries = steps(tmp_path / "run")
     scores = [entry["critic/score/mean"] for entry in entries]
-    assert [entry["step"] for entry in entries] == list(range(1, 13))
+    assert [entry["step"] for entry in entries] == list(range(1, 15))
     assert sum(scores[-2:]) / 2 > sum(scores[:2]) / 2 + 0.15, scores
     assert all(entry["training/rollout_logp_diff_mean"] < 1e-5 for entry in entries)
     assert all(abs(entry["actor/ppo_kl"]) < 0.5 for entry in entries)
     validations = [entry for entry in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "val-core/shop/acc/mean@2" in entry]
-    assert [entry["step"] for entry in validations] == [0, 12]
+    assert [entry["step"] for entry in validations] == [0, 14]
     assert validations[1]["val-aux/shop/score/mean@2"] > validations[0]["val-aux/shop/score/mean@2"]
 
 

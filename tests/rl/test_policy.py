@@ -15,6 +15,7 @@ from retool.model.build import ModelOptions
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import make_mesh
 from retool.rl.batching import Budget, Row, rank_batches
+from retool.rl.correction import gap_metrics
 from retool.rl.losses import Clip
 from retool.rl.policy import LossSpec, loss_sum, policy_logprobs, update_step
 from tests.model.tiny import make
@@ -132,3 +133,25 @@ def test_a_step_makes_good_tokens_likelier(folder) -> None:
     assert abs(done.metrics["actor/ppo_kl"]) < 1e-5 and done.metrics["actor/pg_clipfrac"] == 0  # on-policy: the ratio is 1
     after, _ = policy_logprobs(model, samples, 1.0, Budget(100))
     assert sum(float((s * (a - b)).sum()) for s, a, b in zip(signs, after, before, strict=True)) > 0
+
+
+def test_on_policy_needs_no_old_log_probabilities(folder) -> None:
+    """The same update and the same measured gap as with a forward pass of its own before it."""
+    rows, spec, noise = rows_of(5, 6), LossSpec(temperature=0.8), np.random.default_rng(4)
+    samples, found = [Sample(row.tokens, row.mask) for row in rows], []
+    for on_policy in (False, True):
+        model = model_on(make_mesh(device="cpu"), folder)
+        present, entropy = policy_logprobs(model, samples, spec.temperature, Budget(40), entropy=True)
+        if not on_policy:
+            sampler = [p + 0.01 * r.mask * noise.normal(size=len(r)) for p, r in zip(present, rows, strict=True)]
+        mine = [replace(r, old=s if on_policy else p, correction=r.mask.astype(float)) for r, s, p in zip(rows, sampler, present, strict=True)]
+        batches, _ = rank_batches(mine, "token-mean", 24, 0, 1, 1, Budget(40))
+        done = update_step(model, AdamW(model, AdamWOptions()), batches, replace(spec, on_policy=on_policy), lr=1e-3)
+        found.append((done, model.master.clone()))
+    masks = [row.mask for row in rows]
+    (before, _), (after, _) = found
+    for name, value in gap_metrics(sampler, present, masks).items():
+        assert after.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-9), name
+    assert after.metrics["actor/entropy"] == pytest.approx(float(np.concatenate([e[m] for e, m in zip(entropy, masks, strict=True)]).mean()), rel=1e-5)
+    assert after.metrics["actor/pg_loss"] == pytest.approx(before.metrics["actor/pg_loss"], abs=1e-6)
+    assert after.grad_norm == pytest.approx(before.grad_norm, rel=1e-5) and float((found[0][1] - found[1][1]).abs().max()) < 1e-5
