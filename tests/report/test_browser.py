@@ -254,10 +254,12 @@ def test_a_long_run_opens_quickly(browser: Browser, tmp_path: Path) -> None:
 
 def test_a_run_that_has_just_begun(browser: Browser, tmp_path: Path) -> None:
     write_metrics(tmp_path / "new", [])
-    write_metrics(tmp_path / "one", [{"step": 1, "train/loss": 2.0, "timing_s/step": 1.0, "timing_s/data": 0.1, "val/loss": 2.5}])
+    write_metrics(tmp_path / "one", [{"step": 1, "train/loss": 2.0, "timing_s/step": 1.0, "timing_s/data": 0.1, "val/loss": 2.5, "critic/acc/mean": 0}])
     opened(browser, page_of(tmp_path / "new.html", tmp_path / "new"))
     assert "no metrics yet" in text(browser, "main")
     opened(browser, page_of(tmp_path / "one.html", tmp_path / "one", tmp_path / "new"))
     browser.run("document.querySelector('#time').scrollIntoView()")
     browser.wait("document.querySelectorAll('canvas').length >= 3")
+    scale = "return (({min, max}) => [min, max])(document.querySelector(`[data-metric='${arguments[0]}'] .plot`).uplot.scales.y)"
+    assert browser.run(scale, "train/loss") == [1.8, 2.2] and browser.run(scale, "critic/acc/mean") == [0, 0.1]
     assert browser.log() == []

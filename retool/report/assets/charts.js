@@ -93,8 +93,16 @@ function drawLines(place, reads, lines, smooth, unit) {
       return el("i", null, lines.length > 1 || l.label ? el("span", "dot c" + (l.colour % 8)) : null, l.label ? l.label + " " : "", el("b", null, withUnit(value, unit)));
     }), at === null || at === undefined ? el("span", null, "at the end") : el("span", null, "at " + AXES[VIEW.by] + " " + show(joined[0][at])));
   };
-  plotInto(place, joined, specs, { y: { distr: VIEW.log && positive ? 3 : 1 } }, say, { unit });
+  plotInto(place, joined, specs, { y: VIEW.log && positive ? { distr: 3 } : { distr: 1, range: (_, low, high) => roomy(low, high, unit) } }, say, { unit });
 }
+
+/** The axis around what is drawn; a constant stands in the middle, zero on the ground. */
+function roomy(low, high, unit) {
+  if (low === null || high === null) return [0, 1];
+  if (low !== high) return uPlot.rangeNum(low, high, 0.1, true);
+  return low === 0 ? [0, unit === "share" ? 0.1 : 1] : [low - Math.abs(low) / 10, high + Math.abs(high) / 10];
+}
+const WHOLE = [1, 2, 5].flatMap((n) => Array.from({ length: 14 }, (_, power) => n * 10 ** power)).sort((a, b) => a - b);
 
 /** The value at an index, or the last one before it: runs don't log at the same places. */
 function near(values, index) {
@@ -111,7 +119,7 @@ function plotInto(place, data, specs, scales, say, { bands, unit } = {}) {
     width: Math.max(place.clientWidth, 200), height: 210, legend: { show: false }, bands,
     cursor: { sync: { key: "all" }, points: { size: 6 }, drag: { x: true, y: false } },
     scales: { x: { time: false }, y: scales.y },
-    axes: [{ ...axis, size: 32, values: ticks }, { ...axis, size: 58, values: unit === "share" ? shares : log ? undefined : ticks }],
+    axes: [{ ...axis, size: 32, values: ticks, ...(VIEW.by === "hours" ? {} : { incrs: WHOLE }) }, { ...axis, size: 58, values: unit === "share" ? shares : log ? undefined : ticks }],
     series: specs, hooks: { setCursor: [say], ready: [say] },
   }, data, place);
   place.uplot = plot;
