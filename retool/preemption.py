@@ -1,7 +1,7 @@
 """Being asked to stop: SIGTERM or SIGUSR1 to any worker, or a launcher that died. All ranks agree once a step.
 
 torchrun passes TERM on and kills after 30 seconds; of USR1 it dies itself unless told otherwise, so start it with
-`--signals-to-handle SIGTERM,SIGUSR1` (and a longer `TORCHELASTIC_…` shutdown timeout for a large model).
+`--signals-to-handle SIGTERM,SIGUSR1` (and, for a large model, a longer `--shutdown-timeout` or TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
 """
 
 from __future__ import annotations

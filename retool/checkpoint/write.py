@@ -31,6 +31,7 @@ from retool.checkpoint.remote import Mirror
 from retool.checkpoint.rng import capture
 from retool.checkpoint.source import ModelState
 from retool.checkpoint.staging import PendingSave, SaveOptions, SaveResult, Staging, stage
+from retool.parallel.lost import lost_peer
 from retool.parallel.mesh import Mesh
 
 log = logging.getLogger("retool.checkpoint")
@@ -114,6 +115,8 @@ def _run(snapshot: _Snapshot, staging: Staging, pending: PendingSave, begin: flo
 
 
 def _describe(error: BaseException) -> str:
+    if lost_peer(error):
+        return "another rank is gone"
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 

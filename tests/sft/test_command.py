@@ -129,21 +129,25 @@ def test_padding_and_micro_batches_change_nothing(work: Path, tmp_path: Path) ->
         np.testing.assert_allclose(found, losses[0], rtol=1e-6)
 
 
-def test_asked_to_stop_under_torchrun(work: Path, tmp_path: Path) -> None:
-    """SIGTERM to the launcher: the workers save within a step; another world size goes on from there."""
+@pytest.mark.parametrize(("asked", "flags"), [(signal.SIGTERM, []), (signal.SIGUSR1, ["--signals-to-handle", "SIGTERM,SIGUSR1"])], ids=["TERM", "USR1"])
+def test_asked_to_stop_under_torchrun(work: Path, tmp_path: Path, asked: signal.Signals, flags: list[str]) -> None:
+    """A signal to the launcher: the workers save within a step and leave nobody behind; another world size goes on from there."""
     out = tmp_path / "run"
-    process = subprocess.Popen([*TORCHRUN, *words(work, out, "trainer.total_training_steps=500")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [*TORCHRUN[:3], *flags, *TORCHRUN[3:], *words(work, out, "trainer.total_training_steps=500")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    lines = []
+    lines, workers = [], []
     for line in process.stdout:
         lines.append(line)
         if line.startswith("step=3/"):
-            process.send_signal(signal.SIGTERM)
+            workers = children_of(process.pid)
+            process.send_signal(asked)
     process.wait(timeout=60)
     text = "".join(lines)
+    assert len(workers) == 2 and not any(alive(p) for p in workers)
     assert "asked to stop: saved step" in text, text[-3000:]
     stopped = int((out / "latest_checkpointed_iteration.txt").read_text())
-    assert stopped >= 3 and steps(out)[-1]["step"] == stopped
+    assert 3 <= stopped <= 5 and steps(out)[-1]["step"] == stopped, "a step is said while the next one runs"
     assert main(words(work, out, trainer__total_training_steps=stopped + 1)) == 0
     assert [e["step"] for e in steps(out)] == list(range(1, stopped + 2))
 
@@ -153,7 +157,7 @@ def test_workers_stop_when_their_launcher_dies(work: Path, tmp_path: Path) -> No
     with log.open("w") as file:
         process = subprocess.Popen([*TORCHRUN, *words(work, out, "trainer.total_training_steps=500")], stdout=file, stderr=file)
     wait_until(lambda: "step=2/" in log.read_text())
-    children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    children = children_of(process.pid)
     assert len(children) == 2
     process.kill()
     process.wait(timeout=10)
@@ -166,6 +170,10 @@ def wait_until(true: Callable[[], bool], seconds: float = 90) -> None:
     while not true():
         assert time.monotonic() < end, f"nothing happened in {seconds} s"
         time.sleep(0.1)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def alive(pid: int) -> bool:
