@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from examples.quickstart import data, model
-from retool.data.templates import TEMPLATES
 from retool.metrics import read_jsonl
 from retool.rl.__main__ import main
 from tests.rl.test_config import PUBLISHED
@@ -23,32 +21,6 @@ from tests.rl.test_config import PUBLISHED
 REWARDS = Path(__file__).with_name("reward_functions.py")
 ARR = "actor_rollout_ref."
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m", "retool.rl"]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    """`model/` (two layers, random), `train.jsonl` (24 questions), `val.jsonl` (3)."""
-    folder = tmp_path_factory.mktemp("rl")
-    problems = data.make_problems(27, seed=0)
-    texts = [message["content"] for p in problems for message in data.to_row(p, "t")["messages"]]
-    tokenizer = model.train_tokenizer([*texts, json.dumps(data.TOOL)])
-    model.write_tokenizer(folder / "model", tokenizer, TEMPLATES["hermes"].read_text())
-    write_model(folder / "model", tokenizer.get_vocab_size())
-    for name, part in (("train", problems[3:]), ("val", problems[:3])):
-        rows = [{"data_source": "shop", "prompt": [{"role": "user", "content": p[0].text}], "reward_model": {"ground_truth": str(p[0].answer)}} for p in part]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "tools.yaml").write_text("tools:\n  - class_name: retool.rl.tools.CodeInterpreter\n    config: {num_workers: 2, default_timeout: 10}\n")
-    return folder
-
-
-def write_model(folder: Path, vocab: int) -> None:
-    """One layer of 64 dimensions, random: enough to learn to write digits."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.15)  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
 def words(work: Path, out: Path, *more: str) -> list[str]:
