@@ -59,9 +59,9 @@ class Unit:
     def reduce(self, hold: bool = False) -> None:
         """Start to sum the gradients over the ranks that share the parameters, in the reduction's dtype.
 
-        With `hold` they are only added up here, in a buffer of the whole unit that is made when first needed, until a call
-        without it. One process adds them to its shard. A unit's gradients move together: a kernel each would cost the host
-        more than the device.
+        With `hold` they are only added up here, in at least fp32, in a buffer of the whole unit that is made when first needed,
+        until a call without it. One process adds them to its shard. A unit's gradients move together: a kernel each would cost
+        the host more than the device.
         """
         grads = [p.grad for p in self.parameters]
         for parameter in self.parameters:
@@ -70,28 +70,32 @@ class Unit:
             _add([(self._part(self.grad_shard, i), g) for i, g in enumerate(grads) if g is not None])
             return
         if self.held is None and hold:
-            self.held = Buffer(torch.zeros(self.layout.numel, dtype=self.grads.data.dtype, device=self.grads.data.device))
+            wide = torch.promote_types(self.grads.data.dtype, torch.float32)  # sums of many micro-batches stall in bf16
+            self.held = Buffer(torch.zeros(self.layout.numel, dtype=wide, device=self.grads.data.device))
         buffer = self.held if self.held is not None and (hold or self.holds) else self.grads
         flat = buffer.data[: self.layout.numel]
         if self.holds:
             _add([(self._part(flat, i), g) for i, g in enumerate(grads) if g is not None])
         else:
-            if buffer.pending is not None:  # what was here before must have been read by its reduction
-                buffer.pending.wait()
-                buffer.pending = None
+            _settle(buffer)
             for start, stop in self._untouched(grads):
                 flat[start:stop].zero_()
             _copy([(self._part(flat, i), g) for i, g in enumerate(grads) if g is not None])
         self.holds = hold
-        if not hold:
-            buffer.pending = self.overlap.reduce(flat, self.grad_shard, self.mesh.shard_group)
+        if hold:
+            return
+        if buffer.data.dtype != self.grads.data.dtype:
+            _settle(self.grads)
+            buffer, wide = self.grads, flat
+            flat = buffer.data[: self.layout.numel]
+            flat.copy_(wide)
+        buffer.pending = self.overlap.reduce(flat, self.grad_shard, self.mesh.shard_group)
 
     def wait_reduced(self) -> None:
         """Order what follows after this unit's reduction."""
         for buffer in (self.grads, self.held):
-            if buffer is not None and buffer.pending is not None:
-                buffer.pending.wait()
-                buffer.pending = None
+            if buffer is not None:
+                _settle(buffer)
 
     def _part(self, flat: torch.Tensor, number: int) -> torch.Tensor:
         slot = self.layout.slots[number]
@@ -105,6 +109,13 @@ class Unit:
                 out.append((end, slot.offset))
                 end = slot.offset + slot.numel
         return [(a, b) for a, b in [*out, (end, self.layout.numel)] if a < b]
+
+
+def _settle(buffer: Buffer) -> None:
+    """What was in a gradient buffer must have been read by its reduction before it is written again."""
+    if buffer.pending is not None:
+        buffer.pending.wait()
+        buffer.pending = None
 
 
 def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
