@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import shard
-from retool.parallel.fsdp.overlap import assign_buffers
+from retool.parallel.fsdp.overlap import Pending, assign_buffers
 from retool.parallel.mesh import make_mesh
 from tests.ranks import run_ranks
 
@@ -144,6 +146,59 @@ def test_non_finite_gradient_changes_nothing() -> None:
     assert torch.isnan(norm)
     assert skipped == 1 and optimizer.steps == 0
     assert torch.equal(sharded.master, before) and not optimizer.exp_avg.any()
+
+
+def held_in_bf16(backwards: int) -> list[float]:
+    """Gradients of 1, each from a micro-batch, reduced once in bf16."""
+    mesh = make_mesh()
+    net = nn.Linear(3, 1, bias=False)
+    sharded = shard(net, [("all", [net])], mesh, param_dtype=torch.float32, reduce_dtype=torch.bfloat16)
+    for number in range(1, backwards + 1):
+        with sharded.no_sync() if number < backwards else nullcontext():
+            sharded(torch.ones(1, 3)).sum().backward()
+    return sharded.grad.tolist()
+
+
+def test_held_gradients_add_up_in_fp32() -> None:
+    grads = run_ranks(held_in_bf16, 2, 400)
+    assert grads[0][:3] == [800.0] * 3, "added up in bf16 they would stall at 256 a rank"
+    assert not any(grads[0][3:]) and not any(grads[1])
+
+
+class Tied(nn.Module):
+    """The first and the last module are one unit, as a tied embedding and head are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 32), nn.Linear(32, 4)
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x).square().sum()
+
+
+def gathered_units() -> list[int]:
+    """Which units are gathered, in order, for a forward and a backward."""
+    net = Tied()
+    blocks: list[tuple[str, list[nn.Module]]] = [(f"b{i}", [b]) for i, b in enumerate(net.blocks)]
+    sharded = shard(net, [("ends", [net.first, net.last]), *blocks], make_mesh(), param_dtype=torch.float32)
+    order, gather = [], sharded.overlap.gather
+
+    def noted(out: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup, free: torch.cuda.Event | None) -> Pending:
+        order.extend(unit.index for unit in sharded.units if unit.shard.data_ptr() == shard.data_ptr())
+        return gather(out, shard, group, free)
+
+    sharded.overlap.gather = noted
+    sharded(torch.ones(2, 4)).backward()
+    return order
+
+
+def test_nothing_is_gathered_in_vain() -> None:
+    for order in run_ranks(gathered_units, 2):
+        assert order == [0, 1, 2, 3, 4, 2, 1], "each once in the forward; in the backward what its buffer no longer holds"
 
 
 def test_shared_matrix_and_unreached_parameter() -> None:

@@ -106,9 +106,9 @@ class Sharded:
         held = [unit.held for unit in self.units if unit.held is not None]
         return sum(t.nbytes for t in flats.values()) + sum(b.data.nbytes for b in (*self.buffers, *self.grad_buffers, *held))
 
-    def before_forward(self, index: int) -> None:
+    def before_forward(self, index: int, prefetch: bool = True) -> None:
         self.units[index].gather()
-        if self.forward_prefetch and index + 1 < len(self.units):
+        if prefetch and self.forward_prefetch and index + 1 < len(self.units):
             self.units[index + 1].start_gather()
 
     def before_backward(self, index: int) -> None:
@@ -164,13 +164,16 @@ def _mark(tree: Any, action: Callable[[], None]) -> tuple[Any, bool]:
     return pytree.tree_unflatten(leaves, spec), True
 
 
-def _hook(sharded: Sharded, index: int, module: nn.Module, only: bool) -> None:
-    """Gather around the module's forward; mark its inputs and outputs so that the backward gathers and reduces."""
+def _hook(sharded: Sharded, index: int, module: nn.Module, first: bool, only: bool) -> None:
+    """Gather around the module's forward; mark its inputs and outputs so that the backward gathers and reduces.
+
+    The next unit follows a unit's `first` module; after a later one (a tied head) comes the backward, of the last unit.
+    """
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if only:  # of a unit with several modules no single input marks the end of its backward
             (args, kwargs), _marked = _mark((args, kwargs), lambda: sharded.after_unit_backward(index))
-        sharded.before_forward(index)
+        sharded.before_forward(index, first)
         return args, kwargs
 
     def after(_: nn.Module, args: Any, output: Any) -> Any:
@@ -227,7 +230,7 @@ def shard(
                 child._buffers[name] = buffer.to(mesh.device)
     for index, (_, modules) in enumerate(units):
         for child in modules:
-            _hook(sharded, index, child, only=len(modules) == 1)
+            _hook(sharded, index, child, first=child is modules[0], only=len(modules) == 1)
     sharded.refresh()
     return sharded
 
