@@ -154,15 +154,11 @@ def stacks() -> str:
 
 def last_collectives() -> list[str]:
     """The last collectives that torch's flight recorder holds, newest first, in words; none where there is no recorder."""
-    dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_fr_trace_json", None) or getattr(
-        getattr(torch._C, "_distributed_c10d", None), "_dump_nccl_trace_json", None
-    )
-    if dump is None:
-        return []
-    try:
-        entries = json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", [])
-    except (ValueError, TypeError, RuntimeError, AttributeError):  # a private function: what it can't tell isn't worth a failure
-        return []
+    module, entries = getattr(torch._C, "_distributed_c10d", None), list[dict[str, Any]]()
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # older and newer torch, NCCL and others
+        dump = getattr(module, name, None)
+        with contextlib.suppress(ValueError, TypeError, RuntimeError, AttributeError):  # private: what it can't tell isn't worth a failure
+            entries = entries or (json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", []) if dump else [])
     return [
         f"{entry.get('profiling_name', '?')} #{entry.get('collective_seq_id', '?')} of {entry.get('input_sizes', '')} "
         f"in group {' '.join(map(str, entry.get('process_group', [])))}: {entry.get('state', '?')}"

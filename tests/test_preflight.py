@@ -28,7 +28,7 @@ from retool.sft.__main__ import main
 from retool.sft.config import SYNONYMS, SFTConfig
 from retool.sft.plan import Report, checkpoint_bytes, host_bytes, kept_checkpoints, parameter_count
 from retool.sft.preflight import preflight
-from retool.sft.show import in_words
+from retool.sft.show import in_words, rows_read
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 TOOL = {"type": "function", "function": {"name": "calc", "description": "", "parameters": {"type": "object", "properties": {}}}}
@@ -335,3 +335,13 @@ def test_the_plan_counts_tokens_of_a_step(run: Path) -> None:
     assert report.train is not None
     lengths, trained = report.train.dataset.lengths, report.train.dataset.trained
     assert f"{4 * lengths[0]} tokens on average, {4 * trained[0]} of them trained" in dict(in_words(report))["a step"]
+
+
+def test_rows_are_counted_on_a_terminal_while_they_are_read(run: Path) -> None:
+    out = io.StringIO()
+    with rows_read(Console(file=out, force_terminal=True, width=100)) as progress:
+        parsed = read(SFTConfig, words(run), SYNONYMS)
+        assert preflight(parsed, environment={}, progress=progress).faults == ()
+    assert "10 rows rendered and tokenised" in out.getvalue()
+    with rows_read(Console(file=out)) as progress:
+        assert progress is None

@@ -62,6 +62,8 @@ def test_a_hang_ends_the_run_and_says_where_each_rank_was(tmp_path: Path) -> Non
     assert all(file in out for file, out in zip(files, said, strict=True))
     assert "in stuck_in_a_tool" in files[1].split("\n\n")[1] and "in train_for_ever" in files[1]
     assert "all_reduce" in files[0].split("\n\n")[1] and "stuck_in_a_tool" not in files[0]
+    if hasattr(torch._C._distributed_c10d, "_dump_fr_trace_json"):  # a torch that records gloo's collectives too
+        assert "all_reduce #4" in files[0] and "all_reduce #3" in files[1] and "all_reduce #4" not in files[1]
     first = report.index("rank 1 of 2")
     assert "rank 0 of 2: no beat for" in report[:first] and "4 before; in forward_backward" in report[:first]
     assert "in train_for_ever" in report[:first] and "in stuck_in_a_tool" in report[first:] and "4 before; in no timed phase" in report[first:]

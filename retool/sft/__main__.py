@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 
 from retool.config import help_text, read
 from retool.metrics import warn_from_first_rank
@@ -15,14 +16,16 @@ def main(words: list[str]) -> int:
     if "--help" in words or "-h" in words:
         print(help_text(SFTConfig, "python -m retool.sft", EXAMPLE, SYNONYMS))
         return 0
-    warn_from_first_rank(int(os.environ.get("RANK", 0)))
+    rank = int(os.environ.get("RANK", 0))
+    warn_from_first_rank(rank)
     checking = "--check" in words
     from retool.sft.preflight import preflight
-    from retool.sft.show import show
+    from retool.sft.show import rows_read, show
 
-    report = preflight(read(SFTConfig, [w for w in words if w != "--check"], SYNONYMS), planning=checking)
+    with rows_read() if rank == 0 else nullcontext() as progress:
+        report = preflight(read(SFTConfig, [w for w in words if w != "--check"], SYNONYMS), planning=checking, progress=progress)
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0  # what only this machine lacks must be said here
-    if int(os.environ.get("RANK", 0)) == 0 or (report.faults and first_here):
+    if rank == 0 or (report.faults and first_here):
         show(report)
     if report.faults or checking:
         return int(bool(report.faults))
@@ -37,7 +40,7 @@ def main(words: list[str]) -> int:
     except RuntimeError as error:
         if not lost_peer(error):
             raise
-        return follow(int(os.environ.get("RANK", 0)))
+        return follow(rank)
     return 0
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from retool.memory import Choice
 from retool.model.config import ModelConfig
@@ -21,6 +23,19 @@ def show(report: Report, console: Console | None = None) -> None:
         show_faults(report.faults, console)
     else:
         show_plan(list(in_words(report)), report.notes, console)
+
+
+@contextmanager
+def rows_read(console: Console | None = None) -> Iterator[Callable[[int], None] | None]:
+    """What to tell of rows as they are read: on a terminal a line that counts and goes away, elsewhere nothing."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = SpinnerColumn(), TextColumn("{task.completed:,} rows rendered and tokenised"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda count: bar.update(task, completed=count)
 
 
 def in_words(report: Report) -> Iterator[tuple[str, str]]:
