@@ -4,7 +4,7 @@
     chunk items     several new tokens: the last `count` positions of their sequence, causal among themselves
 
 On a GPU both are FlashAttention-2's paged kernels (flash-attn ≥ 2.5, pages of 256 tokens). Without the package, on the CPU and
-in fp32 and fp64 it is torch: keys and values are gathered by the page table, scores are in at least fp32.
+in fp32 and fp64 it is torch's attention over keys and values gathered by the page table.
 
 Legend: T new tokens · S items · D decode items · W pages of the longest sequence · P tokens of a page · N query heads ·
 K kv heads · J = 2K, keys before values · G query heads per kv head · H head dim · L tokens of a sequence.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from retool.rl.engine.kv_cache import KVCache
@@ -87,18 +88,18 @@ def _flash_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
 
 
 def _attend(q_SCNH: Tensor, kv_SLJH: Tensor, lengths_S: Tensor) -> Tensor:
-    """Queries are the last C positions of each sequence, of which only the first `lengths` keys exist. → [S, C, N, H]"""
-    dtype = torch.promote_types(q_SCNH.dtype, torch.float32)
+    """Queries are the last C positions of each sequence, of which only the first `lengths` keys exist. → [S, C, N, H]
+
+    A kv head's query heads are put behind each other as R = G·C queries, so that no key is copied.
+    """
     count, heads, length = q_SCNH.shape[1], kv_SLJH.shape[2] // 2, kv_SLJH.shape[1]
-    groups = q_SCNH.shape[2] // heads
-    keys, values = kv_SLJH.to(dtype).transpose(1, 2).split(heads, 1)
-    q_SKRH = q_SCNH.to(dtype).unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # R: its query heads, each C times
-    scores = (q_SKRH @ keys.transpose(-1, -2)).mul_(q_SCNH.shape[-1] ** -0.5).unflatten(2, (groups, count))
-    last = lengths_S[:, None] - count + torch.arange(count, device=q_SCNH.device)
-    hidden = torch.arange(length, device=q_SCNH.device) > last[:, :, None]
-    p = scores.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1)
-    out = (p.flatten(2, 3) @ values).unflatten(2, (groups, count))
-    return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q_SCNH.dtype)
+    groups, device = q_SCNH.shape[2] // heads, q_SCNH.device
+    keys, values = kv_SLJH.transpose(1, 2).split(heads, 1)
+    q_SKRH = q_SCNH.unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    last = lengths_S[:, None] - count + torch.arange(count, device=device)
+    seen = torch.arange(length, device=device) <= last.repeat(1, groups)[:, None, :, None]
+    out = F.scaled_dot_product_attention(q_SKRH, keys, values, attn_mask=seen)
+    return out.unflatten(2, (groups, count)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _gathered(data: Tensor, tables_SW: Tensor) -> Tensor:

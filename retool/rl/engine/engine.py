@@ -171,7 +171,7 @@ class Engine:
         if o.kv_bytes is not None:
             return o.kv_bytes
         if self.device.type != "cuda":
-            return min(useful + (1 << 20), CPU_KV_BYTES)
+            return min(2 * useful + (1 << 20), CPU_KV_BYTES)
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         work = 2 * 4 * o.max_num_seqs * c.vocab + o.max_batch_tokens * (4 * c.ffn + 12 * c.hidden) * dtype.itemsize
