@@ -53,24 +53,25 @@ def train(report: Report) -> None:
     mesh = make_mesh(actor.ulysses_sequence_parallel_size, actor.fsdp_config.fsdp_size, config.trainer.device)
     seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
     run, state = build_run(report, mesh)
-    if config.trainer.val_before_train or config.trainer.val_only:
-        run_validation(run, state)
-    stopping = run.stop.agreed(mesh)
-    while state.step < report.steps and not config.trainer.val_only and not stopping:
-        times: Metrics = {}
-        with timed(times, "step"):
-            metrics = one_step(run, state, times)
+    with run.watchdog:
+        if config.trainer.val_before_train or config.trainer.val_only:
+            run_validation(run, state)
         stopping = run.stop.agreed(mesh)
-        if metrics is None:  # asked to stop while sampling: the step before is the last
-            break
-        last = state.step == report.steps
-        if last or due(config.trainer.test_freq, state.step):
-            with timed(times, "testing"):
-                run_validation(run, state)
-        if last or stopping or due(config.trainer.save_freq, state.step):
-            with timed(times, "save_checkpoint"):
-                save(run, state)
-        run.loggers.log(state.step, {**metrics, **timing_metrics(times)})
+        while state.step < report.steps and not config.trainer.val_only and not stopping:
+            times: Metrics = {}
+            with timed(times, "step"):
+                metrics = one_step(run, state, times)
+            stopping = run.stop.agreed(mesh)
+            if metrics is None:  # asked to stop while sampling: the step before is the last
+                break
+            last = state.step == report.steps
+            if last or due(config.trainer.test_freq, state.step):
+                with timed(times, "testing"):
+                    run_validation(run, state)
+            if last or stopping or due(config.trainer.save_freq, state.step):
+                with timed(times, "save_checkpoint"):
+                    save(run, state)
+            run.loggers.log(state.step, {**metrics, **timing_metrics(times)})
     finish(run, state, stopping)
 
 
@@ -169,7 +170,9 @@ def release(run: Run) -> None:
     if wanted == "auto":
         assert choice is not None
         needed = ROOM * (choice.prediction.forward_backward - choice.prediction.state)
-        wanted = any(gathered(run, torch.cuda.mem_get_info(run.mesh.device)[0] < needed))  # alike on all ranks, as sync is collective
+        device = run.mesh.device
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        wanted = any(gathered(run, torch.cuda.mem_get_info(device)[0] + unused < needed))  # alike on all ranks, as sync is collective
     if wanted:
         run.engine.release()
 
@@ -217,6 +220,7 @@ def update(run: Run, state: TrainState, made: Experience) -> Metrics:
     found: list[Metrics] = []
     for _ in range(actor.ppo_epochs):
         for chosen in mini_batches(made.groups, actor.ppo_mini_batch_size):
+            run.watchdog.beat()
             rows = [made.rows[i] for i in chosen]
             batches, _ = rank_batches(
                 rows, actor.loss_agg_mode, config.data.max_response_length, mesh.dp_rank, mesh.dp, mesh.sp, update_budget(config)

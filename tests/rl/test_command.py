@@ -90,6 +90,18 @@ def test_the_published_command_on_two_ranks(work, tmp_path, repository) -> None:
     assert len(lines) == 6 and {line["split"] for line in lines} == {"val"} and lines[0]["ground_truth"]
 
 
+@pytest.mark.slow
+def test_the_number_of_ranks_changes_nothing(work, tmp_path) -> None:
+    """The same tokens are sampled, and the same losses and gradients computed, by one process and by two."""
+    common = ["trainer.total_training_steps=3", f"{ARR}actor.ppo_mini_batch_size=2", f"{ARR}actor.loss_agg_mode=seq-mean-token-mean"]
+    assert main(words(work, tmp_path / "one", *common)) == 0
+    subprocess.run([*TORCHRUN, *words(work, tmp_path / "two", *common)], check=True, capture_output=True, timeout=170)
+    for one, two in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):
+        assert one["critic/score/mean"] == two["critic/score/mean"] and one["response_length/mean"] == two["response_length/mean"]
+        for name in ("actor/pg_loss", "actor/grad_norm", "actor/ppo_kl", "actor/entropy"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
+
+
 FILTER = ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=score", "data.gen_batch_size=6", "trainer.deterministic=true")
 SAME = ("critic/score/mean", "actor/pg_loss", "actor/grad_norm", "actor/lr", "response_length/mean", "filter/groups_reused", "filter/groups_kept")
 
