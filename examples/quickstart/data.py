@@ -119,3 +119,24 @@ def to_row(problem: Problem, source: str) -> dict[str, Any]:
 def write_parquet(path: Path, problems: Sequence[Problem]) -> None:
     """One row a problem. Fields that only some messages have (`tool_calls`) are null in the others, as parquet stores them."""
     pq.write_table(pa.Table.from_pylist([to_row(problem, f"shop/{path.stem}/{i}") for i, problem in enumerate(problems)]), path)
+
+
+def unasked(problems: Sequence[Problem], others: Sequence[Problem]) -> list[Problem]:
+    """Those problems whose first question none of the others has, nor one before."""
+    first: dict[str, Problem] = {}
+    for problem in problems:
+        first.setdefault(problem[0].text, problem)
+    asked = {problem[0].text for problem in others}
+    return [problem for text, problem in first.items() if text not in asked]
+
+
+def to_question(problem: Problem, source: str) -> dict[str, Any]:
+    """A problem's first question as a row for reinforcement learning: asked, not answered."""
+    question = problem[0]
+    prompt, judged = [{"role": "user", "content": question.text}], {"style": "rule", "ground_truth": str(question.answer)}
+    return {"data_source": "shop", "prompt": prompt, "ability": "", "reward_model": judged, "extra_info": {"source": source}}
+
+
+def write_questions(path: Path, problems: Sequence[Problem]) -> None:
+    """One row a problem."""
+    pq.write_table(pa.Table.from_pylist([to_question(problem, f"shop/{path.stem}/{i}") for i, problem in enumerate(problems)]), path)
