@@ -42,7 +42,8 @@ class Generate(Protocol):
 
 @dataclass(frozen=True)
 class AgentOptions:
-    """Limits of a trajectory. `max_response_length` counts all turns and tool text; `max_context` the prompt too."""
+    """Limits of a trajectory. `max_response_length` counts all turns and tool text; `max_context` the prompt too. `eos_ids` are tokens
+    that end everything, besides those that the renderer knows to end a turn."""
 
     max_response_length: int
     max_context: int | None = None
@@ -53,6 +54,7 @@ class AgentOptions:
     truncate_side: str = "middle"
     max_parallel_calls: int = 1
     tool_timeout_seconds: float = 120.0
+    eos_ids: tuple[int, ...] = ()
 
 
 @dataclass
@@ -120,7 +122,7 @@ def _after_turn(
     episode: _Episode, turn: Sampled, tools: Mapping[str, Tool], renderer: Renderer, options: AgentOptions
 ) -> tuple[Stop | None, list[Call]]:
     """Record a turn; (why the trajectory ends here or None, the calls to run)."""
-    ends = renderer.end_of_turn_ids
+    ends = (*renderer.end_of_turn_ids, *options.eos_ids)
     ended = bool(turn.tokens) and turn.tokens[-1] in ends
     text = turn_text(renderer, turn.tokens[:-1] if ended else turn.tokens)
     episode.texts.append(text)

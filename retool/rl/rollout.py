@@ -149,7 +149,7 @@ async def _episode(
         nonlocal started
         params = SamplingParams(
             max_tokens=max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-            stop_ids=parts.renderer.end_of_turn_ids, seed=seed,
+            stop_ids=(*parts.renderer.end_of_turn_ids, *parts.agent.eos_ids), seed=seed,
         )  # fmt: skip
         future: asyncio.Future[TurnDone] = asyncio.get_running_loop().create_future()
         flight.turns[key] = future

@@ -221,9 +221,8 @@ def test_end_at_once_end_of_text_and_aborted(renderer_of, tool_row) -> None:
     renderer = renderer_of("hermes")
     end = say(renderer, "")
     assert episode(renderer, tool_row, [end], Answers([]))[0].stop is Stop.NO_CALL
-    renderer = renderer_of("hermes")
-    renderer.__dict__["end_of_turn_ids"] = (*end, 0)  # a tokenizer whose end of text isn't the end of a turn
-    trajectory, _ = episode(renderer, tool_row, [[*say(renderer, call_text("1"))[:-1], 0]], Answers([]))
+    turn = [*say(renderer, call_text("1"))[:-1], 0]
+    trajectory, _ = episode(renderer, tool_row, [turn], Answers([]), eos_ids=(0,))  # an end of text that isn't the end of a turn
     assert trajectory.stop is Stop.EOS and trajectory.tool_calls == 0
     given_up = Sampled([5], [-1.0], [-1.0], "aborted")
     assert episode(renderer, tool_row, [given_up], Answers([]))[0].stop is Stop.ABORTED
