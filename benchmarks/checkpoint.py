@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ from retool.parallel.mesh import Mesh, make_mesh
 Timed = tuple[float, float]  # stall, whole: seconds
 
 
-def state_of(shape: str, mesh: Mesh) -> ModelState:
+def state_of(shape: str, layers: int | None, mesh: Mesh) -> ModelState:
     """Random weights and moments of a model's shape, sharded over the mesh."""
-    layout = build_decoder(SHAPES[shape], mesh, ModelOptions()).layout
+    config = SHAPES[shape] if layers is None else replace(SHAPES[shape], layers=layers)
+    layout = build_decoder(config, mesh, ModelOptions()).layout
     flats = [torch.rand(layout.shard_numel, device=mesh.device) for _ in range(3)]
     return ModelState(layout, *flats, step=1)
 
@@ -156,6 +158,7 @@ def report(results: dict[str, dict[str, Any]], mesh: Mesh, options: argparse.Nam
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b" if torch.cuda.is_available() else "tiny")
+    parser.add_argument("--layers", type=int, help="only so many layers, where memory is short")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "retool-checkpoint-benchmark")
     parser.add_argument("--rows", type=int, nargs="*", default=range(5), help="which rows, from 0; 3 and 4 are the peer's")
@@ -165,7 +168,7 @@ def main() -> None:
     mesh = make_mesh()
     if mesh.world == 1:
         parser.error("run it with torchrun --nproc_per_node=2 or more: the peer needs a process group.")
-    state, source = state_of(options.shape, mesh), model_files(options.folder / "source")
+    state, source = state_of(options.shape, options.layers, mesh), model_files(options.folder / "source")
     shards = ("model", "optimizer", "extra")
     variants = {
         "retool": SaveOptions(contents=shards), "retool, async": SaveOptions(contents=shards, async_save=True),
