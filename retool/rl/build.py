@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from retool.rl.batching import Budget
 from retool.rl.config import RLConfig
 from retool.rl.data import prompts_at
 from retool.rl.engine import Engine, EngineOptions
+from retool.rl.eos import eos_ids
 from retool.rl.losses import Clip
 from retool.rl.policy import LossSpec
 from retool.rl.preflight import Report, uses_reference
@@ -36,6 +38,7 @@ from retool.rl.reward_pool import RewardPool
 from retool.rl.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
+from retool.watchdog import Watchdog
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -57,6 +60,7 @@ class Run:
     pool: RewardPool | None
     loop: asyncio.AbstractEventLoop
     stop: StopRequest
+    watchdog: Watchdog
     loggers: Loggers
     save_options: checkpoint.SaveOptions
     staging: checkpoint.Staging
@@ -99,9 +103,10 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     reference = load_pretrained(report.folder, mesh, model_options(report, frozen=True)) if uses_reference(config) else None
     state = resume(report, mesh, folder, model, optimizer)
     engine = Engine(report.model, mesh.device, engine_options(config), engine_group(mesh, engines))
-    stop = StopRequest()
-    parts = rollout_parts(report, engine, pool, stop) if pool is not None else None
-    trainer = config.trainer
+    stop, trainer = StopRequest(), config.trainer
+    silence = trainer.watchdog_s and (trainer.watchdog_s if leads else math.inf)  # a follower can't tell its engine's work from waiting
+    watchdog = Watchdog(folder, mesh.rank, mesh.world, silence)
+    parts = rollout_parts(report, engine, pool, stop, watchdog) if pool is not None else None
     info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
     saved, cuda = wanted.actor.checkpoint, mesh.device.type == "cuda"
@@ -111,8 +116,8 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
         chat_template=read_template(config.data.chat_template) if config.data.chat_template else None,
     )  # fmt: skip
     loop = asyncio.new_event_loop()  # one for the whole run: tools keep their connections
-    run = Run(config, report, mesh, folder, model, reference, optimizer, engine, engines, parts, pool, loop, stop, loggers, options,
-              checkpoint.Staging(mesh))  # fmt: skip
+    run = Run(config, report, mesh, folder, model, reference, optimizer, engine, engines, parts, pool, loop, stop, watchdog, loggers,
+              options, checkpoint.Staging(mesh))  # fmt: skip
     return run, state
 
 
@@ -164,17 +169,23 @@ def engine_group(mesh: Mesh, engines: int) -> dist.ProcessGroup | None:
     return mine
 
 
-def rollout_parts(report: Report, engine: Engine, pool: RewardPool, stop: StopRequest) -> RolloutParts:
+def rollout_parts(report: Report, engine: Engine, pool: RewardPool, stop: StopRequest, watchdog: Watchdog) -> RolloutParts:
     """What every rollout of this rank is made of."""
     config, multi, shaping = report.config, report.config.actor_rollout_ref.rollout.multi_turn, report.config.reward_model.overlong_buffer
     agent = AgentOptions(
         config.data.max_response_length, None, multi.max_assistant_turns, multi.max_user_turns, multi.format,
         multi.max_tool_response_length, multi.tool_response_truncate_side, multi.max_parallel_calls, multi.tool_timeout_seconds,
+        eos_ids(report.folder) if report.folder is not None else (),
     )  # fmt: skip
     overlong = Overlong(shaping.len, shaping.penalty_factor) if shaping.enable else None
     assert report.renderer is not None
     tools = {tool.name: tool for tool in report.tools}
-    return RolloutParts(engine, pool, tools, report.renderer, agent, overlong, lambda: stop.received is not None)
+
+    def stopped() -> bool:
+        watchdog.beat()  # it is asked between two steps of the engine
+        return stop.received is not None
+
+    return RolloutParts(engine, pool, tools, report.renderer, agent, overlong, stopped)
 
 
 def training_sampling(config: RLConfig) -> Sampling:
