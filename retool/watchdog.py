@@ -16,6 +16,7 @@ import contextlib
 import faulthandler
 import io
 import json
+import math
 import os
 import sys
 import tempfile
@@ -37,7 +38,10 @@ SHOWN = 5  # collectives
 
 
 class Watchdog:
-    """Watches one rank. `beat` as often as it gets on; `silence_s` without a beat ends the run. 0 watches nothing."""
+    """Watches one rank while it is entered. `beat` as often as it gets on; `silence_s` without a beat ends the run.
+
+    0 watches nothing. A rank that only follows another one may be given an infinite silence: it answers an alarm and raises none.
+    """
 
     def __init__(
         self, folder: Path, rank: int, world: int, silence_s: float, timer: StepTimer | None = None,
@@ -49,12 +53,13 @@ class Watchdog:
         self._heard = _modified(self._alarm)  # an earlier run's alarm isn't ours, nor are its stacks
         self._old = [_modified(self._stacks_of(r)) for r in range(world)]
         self._spare: Any = None
-        if silence_s > 0:
-            self._spare = open(os.dup(sys.stderr.fileno() if _real(sys.stderr) else 2), "w")  # noqa: SIM115 - lives as long as the run
-            threading.Thread(target=self._watch, name="retool-watchdog", daemon=True).start()
-            self.beat()
+        self._armed = -math.inf
 
     def __enter__(self) -> Watchdog:
+        if self.silence_s > 0:
+            self._spare = open(os.dup(sys.stderr.fileno() if _real(sys.stderr) else 2), "w")
+            self.beat()
+            threading.Thread(target=self._watch, name="retool-watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,7 +68,8 @@ class Watchdog:
     def beat(self) -> None:
         """This rank gets on."""
         self._beats, self._last = self._beats + 1, time.monotonic()
-        if self._spare is not None:
+        if self._spare is not None and self.silence_s < math.inf and self._last > self._armed + min(1.0, self.silence_s):
+            self._armed = self._last  # it starts a thread each time
             faulthandler.dump_traceback_later(2 * self.silence_s + 4 * PATIENCE, exit=True, file=self._spare)
 
     def each(self, items: Iterable[T]) -> Iterator[T]:

@@ -37,23 +37,24 @@ def train_for_ever():
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")
 timer = StepTimer(torch.device("cpu"))
-watchdog = Watchdog(Path(sys.argv[1]), rank, 2, 2.0, timer)
-train_for_ever()
+with Watchdog(Path(sys.argv[1]), rank, 2, 2.0 if rank == 0 else float(sys.argv[2]), timer) as watchdog:
+    train_for_ever()
 """
 
 
-def start(program: str, folder: Path, rank: int, port: int) -> subprocess.Popen[str]:
+def start(program: str, folder: Path, rank: int, port: int, silence: float = 2.0) -> subprocess.Popen[str]:
     environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                                 "PYTHONPATH": str(Path(__file__).resolve().parents[1])}  # fmt: skip
-    return subprocess.Popen([sys.executable, "-c", program, str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", program, str(folder), str(silence)], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_hang_ends_the_run_and_says_where_each_rank_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("silence", [2.0, float("inf")], ids=["alike", "one-follows"])
+def test_a_hang_ends_the_run_and_says_where_each_rank_was(tmp_path: Path, silence: float) -> None:
     (tmp_path / "hang").mkdir()
     for name in ("alarm", "rank_0.txt", "rank_1.txt"):  # an earlier hang, which must neither end this run nor pass for its stacks
         (tmp_path / "hang" / name).write_text("old")
     port, begun = free_port(), time.monotonic()
-    ranks = [start(PROGRAM, tmp_path, rank, port) for rank in range(2)]
+    ranks = [start(PROGRAM, tmp_path, rank, port, silence) for rank in range(2)]
     said = [rank.communicate(timeout=100)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [EXIT, EXIT] and time.monotonic() - begun < 60
     report = (tmp_path / "hang" / "report.txt").read_text()
@@ -73,8 +74,8 @@ def test_a_rank_that_is_stuck_outside_python_is_ended_by_the_timer(tmp_path: Pat
     """`ctypes.PyDLL` keeps the interpreter's lock while it sleeps: no thread of Python's can run."""
     program = (
         "import ctypes, sys, retool.watchdog as w; from pathlib import Path; w.PATIENCE = 0.1\n"
-        "watchdog = w.Watchdog(Path(sys.argv[1]), 0, 1, 0.5)\n"
-        "def held():\n    ctypes.PyDLL(None).sleep(100)\nheld()"
+        "def held():\n    ctypes.PyDLL(None).sleep(100)\n"
+        "with w.Watchdog(Path(sys.argv[1]), 0, 1, 0.5):\n    held()"
     )
     rank = start(program, tmp_path, 0, 0)
     said = rank.communicate(timeout=60)[1]
@@ -84,12 +85,11 @@ def test_a_rank_that_is_stuck_outside_python_is_ended_by_the_timer(tmp_path: Pat
 def test_beats_keep_it_quiet_and_stop_ends_it(tmp_path: Path) -> None:
     ended: list[int] = []
     timer = StepTimer(torch.device("cpu"))
-    watchdog = Watchdog(tmp_path, 0, 1, 0.4, timer, ended.append)
-    for _ in watchdog.each(range(4)):
-        time.sleep(0.2)
-    with timer.phase("save"):  # as long as the disk needs
-        time.sleep(0.8)
-    watchdog.stop()
+    with Watchdog(tmp_path, 0, 1, 0.4, timer, ended.append) as watchdog:
+        for _ in watchdog.each(range(4)):
+            time.sleep(0.2)
+        with timer.phase("save"):  # as long as the disk needs
+            time.sleep(0.8)
     time.sleep(0.8)
     assert ended == [] and not (tmp_path / "hang").exists()
 
@@ -105,9 +105,8 @@ def test_none_is_watched_when_it_is_off(tmp_path: Path) -> None:
 def test_an_unwritable_folder_still_ends_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "hang").write_text("a file")
     ended: list[int] = []
-    watchdog = Watchdog(tmp_path, 0, 1, 0.2, None, ended.append)
-    time.sleep(1.0)
-    watchdog.stop()
+    with Watchdog(tmp_path, 0, 1, 0.2, None, ended.append):
+        time.sleep(1.0)
     said = capfd.readouterr().err
     assert ended == [EXIT] and "watchdog:" in said and "test_an_unwritable_folder" in said
 

@@ -296,6 +296,9 @@ class TrainerConfig:
     n_gpus_per_node: int | None = option(None, "Processes per machine; null = what the launcher says.", minimum=1)
     device: Literal["auto", "cuda", "cpu"] = option("auto", "auto = CUDA where there is a GPU.")
     device_memory_gb: float | None = option(None, "Plan (--check) for GPUs of this many GiB.", above=0)
+    watchdog_s: float = option(
+        3600, "Seconds without progress after which all ranks write their stacks into the run folder and the run ends; 0: never.", minimum=0
+    )
     max_grad_skips: int = option(3, "Optimizer steps in a row with a non-finite gradient after which the run stops.", minimum=1)
 
 
