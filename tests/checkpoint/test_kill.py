@@ -88,8 +88,9 @@ def _kill_at_random(ranks: list[BaseProcess], out: Path, chance: random.Random) 
         time.sleep(0.0005)
     inside = _under_way(out, since)
     for process in ranks if when > 0.9 or chance.random() < 0.5 else [chance.choice(ranks)]:
-        if process.is_alive() and process.pid is not None:
-            os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
     return inside
 
 
