@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -34,18 +34,21 @@ class Measured:
 
 def train_step(
     model: Sharded, optimizer: AdamW, micro_batches: Sequence[PackedBatch], trained_tokens: int, lr: float, timer: StepTimer,
-    hold_gradients: bool = False,
+    hold_gradients: bool = False, beat: Callable[[], object] | None = None,
 ) -> Measured:  # fmt: skip
     """Forward and backward of this rank's micro-batches (whole packs, as many on every rank), clip, update.
 
     `trained_tokens` counts the global batch: the loss is its mean over them, whatever the layout. With `hold_gradients`
-    they are reduced once, after the last micro-batch, instead of after each (`Sharded.no_sync`).
+    they are reduced once, after the last micro-batch, instead of after each (`Sharded.no_sync`). `beat` is called before each:
+    a large batch may take longer than a run may be silent.
     """
     mesh = model.mesh
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     with timer.phase("forward_backward"):
         for number, batch in enumerate(micro_batches, 1):
+            if beat is not None:
+                beat()
             with model.no_sync() if hold_gradients and number < len(micro_batches) else nullcontext():
                 loss = loss_sum(model, batch) / max(trained_tokens, 1)
                 loss.backward()

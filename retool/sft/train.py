@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, pea
 from retool.preemption import StopRequest, die_with_parent
 from retool.redact import redact
 from retool.sft.config import SFTConfig
+from retool.sft.identity import agree, changes, order_of
 from retool.sft.plan import Report
 from retool.sft.step import Measured, train_step
 from retool.sft.validate import validate
@@ -84,6 +86,7 @@ def train(report: Report) -> None:
     die_with_parent()
     mesh = make_mesh(config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size, config.trainer.device)
     seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
+    report = agree(report, mesh)
     run, state = build_run(report, mesh)
     stop = StopRequest()
     batches = iterate_steps(
@@ -91,26 +94,27 @@ def train(report: Report) -> None:
         stop_step=report.steps, shuffle=config.data.shuffle, **run.batching,
     )  # fmt: skip
     timer = StepTimer(mesh.device)
-    with Watchdog(run.folder, mesh.rank, mesh.world, config.trainer.watchdog_s, timer) as watchdog:
-        while state.step < report.steps:
-            watchdog.beat()
-            with timer.phase("data"):
-                batch = next(batches)
-            one_step(run, state, batch, timer)
-            stopping = stop.agreed(mesh)
-            last = state.step == report.steps
-            if last or due(config.trainer.test_freq, state.step, report.steps_per_epoch):
-                with timer.phase("testing"):
-                    run_validation(run, state, watchdog)
-            if last or stopping or due(config.trainer.save_freq, state.step, report.steps_per_epoch):
-                with timer.phase("save"):
-                    save(run, state)
-            if not state.pending:  # validation or a save came between two steps: its time isn't the next step's
-                state.between = timer.take().seconds()
-            if stopping and not last:
-                say(mesh, f"asked to stop: saved step {state.step}, resume with the same command.")
-                break
-    finish(run, state)
+    with closing(run.loggers):
+        with Watchdog(run.folder, mesh.rank, mesh.world, config.trainer.watchdog_s, timer) as watchdog:
+            while state.step < report.steps:
+                watchdog.beat()
+                with timer.phase("data"):
+                    batch = next(batches)
+                one_step(run, state, batch, timer, watchdog)
+                stopping = stop.agreed(mesh)
+                last = state.step == report.steps
+                if last or due(config.trainer.test_freq, state.step, report.steps_per_epoch):
+                    with timer.phase("testing"):
+                        run_validation(run, state, watchdog)
+                if last or stopping or due(config.trainer.save_freq, state.step, report.steps_per_epoch):
+                    with timer.phase("save"):
+                        save(run, state)
+                if not state.pending:  # validation or a save came between two steps: its time isn't the next step's
+                    state.between = timer.take().seconds()
+                if stopping and not last:
+                    say(mesh, f"asked to stop: saved step {state.step}, resume with the same command.")
+                    break
+        finish(run, state)
     stop.restore()
 
 
@@ -149,8 +153,8 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     optimizer = AdamW(model, adamw, sharding.optimizer_offload, sharding.param_offload)
     assert isinstance(model.module, Decoder)
     say(mesh, f"attention: {model.module.run.backend}; recomputation: {report.choice.recompute}")
-    state = resume(config, mesh, folder, model, optimizer)
     train_data, val_data = report.train.dataset, report.val.dataset if report.val else None
+    state = resume(config, mesh, folder, model, optimizer, train_data)
     info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
     cuda, wanted = mesh.device.type == "cuda", trainer.checkpoint.async_save
     save_options = checkpoint.SaveOptions(
@@ -187,8 +191,11 @@ def micro_batching(mesh: Mesh, config: SFTConfig, tokens_per_gpu: int) -> dict[s
     }  # fmt: skip
 
 
-def resume(config: SFTConfig, mesh: Mesh, folder: Path, model: Sharded, optimizer: AdamW) -> TrainState:
-    """The state to start from: step 0, or the checkpoint that `trainer.resume_mode` says."""
+def resume(config: SFTConfig, mesh: Mesh, folder: Path, model: Sharded, optimizer: AdamW, data: Dataset) -> TrainState:
+    """The state to start from: step 0, or the checkpoint that `trainer.resume_mode` says.
+
+    ValueError where `auto` finds a run over other data: the samples of its next step wouldn't be those that come next.
+    """
     mode = config.trainer.resume_mode
     found = None
     if mode == "resume_path":
@@ -198,6 +205,13 @@ def resume(config: SFTConfig, mesh: Mesh, folder: Path, model: Sharded, optimize
     if found is None:
         return TrainState()
     loaded = checkpoint.load(found, model_state(model, optimizer), mesh, config.trainer.seed)
+    if other := changes(loaded.data_state, order_of(config, data)):
+        if mode == "auto":
+            raise ValueError(
+                f"{found} is of a run over other data ({other}). Put that back, choose another trainer.default_local_dir, or go on from "
+                f"it all the same: trainer.resume_mode=resume_path trainer.resume_from_path={found}"
+            )
+        say(mesh, f"note: {found} is of a run over other data ({other}); step {loaded.step + 1} is that of the new order.")
     optimizer.steps.fill_(loaded.optimizer_step)
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")
@@ -217,11 +231,11 @@ def model_state(model: Sharded, optimizer: AdamW) -> checkpoint.ModelState:
     return checkpoint.ModelState(model.layout, model.master, optimizer.exp_avg, optimizer.exp_avg_sq, int(optimizer.steps))
 
 
-def one_step(run: Run, state: TrainState, batch: StepBatch, timer: StepTimer) -> None:
+def one_step(run: Run, state: TrainState, batch: StepBatch, timer: StepTimer, watchdog: Watchdog) -> None:
     """Train on one global batch; read and log the step before it."""
     optim = run.config.optim
     lr = learning_rate(state.step, run.report.steps, optim.lr, optim.lr_scheduler, optim.warmup_steps_ratio, optim.min_lr_ratio)
-    measured = train_step(run.model, run.optimizer, batch.micro_batches, batch.trained_tokens, lr, timer, run.hold)
+    measured = train_step(run.model, run.optimizer, batch.micro_batches, batch.trained_tokens, lr, timer, run.hold, watchdog.beat)
     state.step += 1
     log_pending(run, state)
     state.pending.append(PendingStep(batch, lr, measured, timer.take(), state.between))
@@ -239,6 +253,8 @@ def log_pending(run: Run, state: TrainState) -> None:
         if skipped:
             say(run.mesh, f"step {pending.batch.step + 1} was skipped: its gradient norm is {norm}.")
         if state.skipped_in_a_row >= run.config.trainer.max_grad_skips:
+            say_saved(run, state, wait=True)  # the last good checkpoint may still be on its way
+            run.staging.close()
             raise ValueError(
                 f"{state.skipped_in_a_row} steps in a row had a non-finite gradient norm (the last is {pending.batch.step + 1}): "
                 "the run stops. Lower optim.lr, or look at the data and the weights (python -m retool.checkpoint verify)."
@@ -287,7 +303,7 @@ def save(run: Run, state: TrainState) -> None:
     optim = run.config.optim
     state.save = checkpoint.save(
         run.folder, model_state(run.model, run.optimizer), run.mesh, step=state.step, extra={"skipped_steps": state.skipped},
-        data_state={"step": state.step, "seed": run.config.data.seed, "samples": len(run.train_data)},
+        data_state={"step": state.step, **order_of(run.config, run.train_data)},
         model_folder=run.report.folder or "", options=run.save_options, staging=run.staging,
         optimizer_group={"lr": optim.lr, "betas": list(optim.betas), "eps": run.optimizer.options.eps, "weight_decay": optim.weight_decay},
     )  # fmt: skip
@@ -309,11 +325,10 @@ def say_saved(run: Run, state: TrainState, wait: bool) -> None:
 
 
 def finish(run: Run, state: TrainState) -> None:
-    """Log what is left, wait for the last save, close. ValueError when the last checkpoint isn't there."""
+    """Log what is left, wait for the last save. ValueError when the last checkpoint isn't there."""
     log_pending(run, state)
     say_saved(run, state, wait=True)
     run.staging.close()
-    run.loggers.close()
     if state.saved_step != state.step:
         raise ValueError(f"step {state.step} was trained, but its checkpoint could not be saved (see above): {run.folder} has older ones.")
     say(run.mesh, f"finished at step {state.step} of {run.report.steps}: {run.folder}")
