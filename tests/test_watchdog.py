@@ -48,7 +48,7 @@ def start(program: str, folder: Path, rank: int, port: int, silence: float = 2.0
     return subprocess.Popen([sys.executable, "-c", program, str(folder), str(silence)], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("silence", [2.0, float("inf")], ids=["alike", "one-follows"])
+@pytest.mark.parametrize("silence", [2.0, pytest.param(float("inf"), marks=pytest.mark.slow)], ids=["alike", "one-follows"])
 def test_a_hang_ends_the_run_and_says_where_each_rank_was(tmp_path: Path, silence: float) -> None:
     (tmp_path / "hang").mkdir()
     for name in ("alarm", "rank_0.txt", "rank_1.txt"):  # an earlier hang, which must neither end this run nor pass for its stacks

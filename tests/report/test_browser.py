@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import random
 import threading
 import time
@@ -54,7 +55,12 @@ def text(browser: Browser, selector: str) -> str:
 
 
 @pytest.mark.parametrize(("width", "dark"), WIDTHS)
-def test_both_pages_fit_and_draw_at_each_width_and_theme(browser: Browser, compared: Path, dapo: Path, width: int, dark: bool) -> None:
+def test_both_pages_fit_and_draw_at_each_width_and_theme(
+    browser: Browser, compared: Path, dapo: Path, width: int, dark: bool, tmp_path: Path
+) -> None:
+    """With RETOOL_PICTURES set to a folder, each section is left there as a picture to look at."""
+    pictures = Path(os.environ.get("RETOOL_PICTURES") or tmp_path)
+    pictures.mkdir(parents=True, exist_ok=True)
     for page in (compared, dapo):
         opened(browser, page, width, dark)
         assert browser.run("return document.documentElement.scrollWidth") <= width
@@ -63,6 +69,9 @@ def test_both_pages_fit_and_draw_at_each_width_and_theme(browser: Browser, compa
         for section in browser.run("return [...document.querySelectorAll('section')].map(s => s.id)"):
             browser.run("document.getElementById(arguments[0]).scrollIntoView()", section)
             browser.wait(f"[...document.querySelectorAll('#{section} .plot')].every(p => !p.clientWidth || p.getBoundingClientRect().top > 1200 || p.firstChild)")
+            shot = pictures / f"{page.parent.name}-{section}-{width}-{'dark' if dark else 'light'}.png"
+            browser.picture(shot)
+            assert shot.stat().st_size > 8_000
         drawn = browser.run(DRAWN, "#curves .charts")
         assert len(drawn) >= 5 and min(drawn) > 500 and min(browser.run(DRAWN, "#time")) > 3000
         over = browser.run(
