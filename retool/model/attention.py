@@ -32,7 +32,8 @@ from retool.model.eager import eager
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto") -> str:
-    """The kernel for these inputs: `wanted` if it can run them, or for "auto" the fastest that can.
+    """The kernel for these inputs: `wanted` if it can run them, or for "auto" the fastest that can (varlen of the fused ones
+    under `torch.use_deterministic_algorithms(True)`).
 
     Raises ValueError where `wanted` is unknown or can't run, saying what would.
     """
@@ -48,6 +49,10 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, want
     can_cudnn = torch.cuda.get_device_capability(device) >= (9, 0) and head_dim <= CUDNN_LARGEST_HEAD
     if wanted == "cudnn" and not can_cudnn:
         raise ValueError(f"attention backend 'cudnn' needs a Hopper or later GPU and head_dim ≤ {CUDNN_LARGEST_HEAD}. Use flash or varlen.")
+    if torch.are_deterministic_algorithms_enabled():
+        if wanted == "cudnn":
+            raise ValueError("attention backend 'cudnn' adds up gradients in no fixed order: it isn't deterministic. Use varlen or auto.")
+        return "varlen" if wanted == "auto" else wanted
     if wanted == "auto":
         return "cudnn" if can_cudnn else _flash_or_varlen()
     return wanted

@@ -175,8 +175,7 @@ def model_options(config: SFTConfig, recompute: Recompute) -> ModelOptions:
     return ModelOptions(
         param_dtype=None if sharding.param_dtype == "auto" else DTYPES[sharding.param_dtype], master_dtype=DTYPES[sharding.model_dtype],
         reduce_dtype=DTYPES["fp64" if sharding.model_dtype == "fp64" else sharding.reduce_dtype],
-        attn="varlen" if config.trainer.deterministic and attn == "auto" and torch.cuda.is_available() else attn,
-        recompute=recompute, use_compile=config.model.use_compile,
+        attn=attn, recompute=recompute, use_compile=config.model.use_compile,
         reshard_after_forward=sharding.reshard_after_forward, forward_prefetch=sharding.forward_prefetch,
     )  # fmt: skip
 

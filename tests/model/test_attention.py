@@ -171,6 +171,16 @@ def test_choose_backend_names_what_a_kernel_cannot_take(dtype: torch.dtype, head
         choose_backend(gpu, dtype, head_dim, "varlen")
 
 
+def test_a_deterministic_backend_is_chosen_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    gpu = torch.device("cuda", 0)
+    assert choose_backend(gpu, torch.bfloat16, 64) == "varlen"
+    assert choose_backend(gpu, torch.float32, 64) == choose_backend(torch.device("cpu"), torch.float32, 64) == "reference"
+    with pytest.raises(ValueError, match="no fixed order"):
+        choose_backend(gpu, torch.bfloat16, 64, "cudnn")
+
+
 def test_cudnn_runs_cover_the_pack() -> None:
     n = attention_cudnn.CUDNN_SHORTEST
     runs = attention_cudnn._runs((5, 7, n, n, n + 1, 3))
