@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 help:
 	@echo "make install    the package and what it needs, in $(VENV)"
-	@echo "make demo       generate data and a tiny model, train it, watch it call its tool"
+	@echo "make demo       generate data and a tiny model, SFT, then DAPO: watch it call its tool"
 	@echo "make test       the default tests · make test-slow: the long ones · make test-gpu: those for CUDA"
 	@echo "make lint       ruff and basedpyright"
 	@echo "make bench      the benchmark tables (BENCH=benchmarks/….py, ARGS=…)"

@@ -56,7 +56,7 @@ def main() -> int:
     show_score(console, before)
 
     heading(console, 3, "Training: two processes, each with half of every sequence")
-    early = max(1, round(arguments.steps / 3.2))
+    early = max(1, arguments.steps * 5 // 16)
     data_files = out / "data/train.parquet", out / "data/test.parquet"
     words = training.sft_words(*data_files, out / "model", out / "run", arguments.steps, BATCH, early)
     run_command(console, words, out / "train.log", training.loss_line)
@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for everything that is made (default: demo-run)")
     parser.add_argument("--steps", type=int, default=640, help="optimizer steps of 4 conversations (default: 640)")
-    parser.add_argument("--rl-steps", type=int, default=18, help="steps of reinforcement learning afterwards; 0 = none (default: 18)")
+    parser.add_argument("--rl-steps", type=int, default=30, help="steps of reinforcement learning afterwards; 0 = none (default: 30)")
     return parser.parse_args()
 
 

@@ -353,12 +353,12 @@ def test_make_demo(tmp_path):
     assert before <= 5 and after >= 70
     steps = [json.loads(line) for line in (out / "rl/metrics.jsonl").read_text().splitlines()]
     accuracy = [step[improving.ACCURACY] for step in steps if improving.ACCURACY in step]
-    assert 0.2 <= accuracy[0] <= 0.7 and accuracy[-1] >= accuracy[0] + 0.1
+    assert 0.2 <= accuracy[0] <= 0.8 and accuracy[-1] >= accuracy[0] + 0.1
     before, after = cells(done.stdout, "sampled answers right")
     assert (before, after) == (round(100 * accuracy[0]), round(100 * accuracy[-1]))
     before, after = cells(done.stdout, "of them malformed")
     assert after < before
-    assert sum(step.get("tool/calls", 0) for step in steps) > 18 * 100
+    assert sum(step.get("tool/calls", 0) for step in steps) > 30 * 100
 
 
 def cells(said, row):
