@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -79,7 +78,5 @@ def test_the_script_is_the_published_command(work, tmp_path) -> None:
         "data.train_files", "data.val_files", "data.custom_cls.path", "custom_reward_function.path", f"{ARR}model.path", "trainer.logger",
         "trainer.default_local_dir", f"{ARR}rollout.name", f"{ARR}rollout.tensor_model_parallel_size",
     }, different  # fmt: skip
-    command = [sys.executable, "-m", "retool.rl", *(f"{k}={v}" for k, v in given.items()), "trainer.n_gpus_per_node=2", "data.train_batch_size=16",
-               f"{ARR}actor.ppo_mini_batch_size=8", "trainer.device_memory_gb=80", "--check"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    smaller = ["trainer.n_gpus_per_node=2", "data.train_batch_size=16", f"{ARR}actor.ppo_mini_batch_size=8", "trainer.device_memory_gb=80"]
+    assert main([*(f"{key}={value}" for key, value in given.items()), *smaller, "--check"]) == 0
