@@ -42,8 +42,9 @@ class Place:
 def _tensor(buffer: torch.Tensor, rows: Rows, place: Place) -> torch.Tensor:
     """A parameter's rows as they go into the file: a DTensor, or the plain tensor in a world of one."""
     # Through numpy each tensor gets a storage of its own, so that each is a record of the file, without a copy.
-    part = buffer.numpy()[rows.offset : rows.offset + rows.stop - rows.start]
-    local = torch.from_numpy(part).view(rows.shape) if part.size else torch.empty(rows.shape, dtype=buffer.dtype)
+    plain = buffer.view(torch.int16) if buffer.dtype == torch.bfloat16 else buffer  # numpy has no bfloat16
+    part = plain.numpy()[rows.offset : rows.offset + rows.stop - rows.start]
+    local = torch.from_numpy(part).view(buffer.dtype).view(rows.shape) if part.size else torch.empty(rows.shape, dtype=buffer.dtype)
     return local if place.world == 1 else sharded_tensor(local, rows.member.shape, place.replicas, place.shards, place.rank)
 
 

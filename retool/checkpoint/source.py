@@ -36,7 +36,7 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class ModelState:
-    """What a rank owns of the model and its optimizer: flat shards [layout.shard_numel], fp32 or fp64, in `layout`'s order.
+    """What a rank owns of the model and its optimizer: flat shards [layout.shard_numel] in the master's dtype, in `layout`'s order.
 
     The moments are None where there is no optimizer. `step` counts optimizer updates.
     """

@@ -64,6 +64,13 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path: Path, writers
             assert results == run_ranks(states.load_and_compare, readers, str(folder))
 
 
+def test_bfloat16_masters_are_written_and_read(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 2, -1, torch.bfloat16)
+    stored = torch.load(folder / "model_world_size_2_rank_0.pt", weights_only=False)["model.embed_tokens.weight"]
+    assert torch.equal(stored.to_local(), states.truth(torch.bfloat16, 0)["model.embed_tokens.weight"][:6])
+    states.load_and_compare(str(folder), -1, torch.bfloat16)
+
+
 def test_replicas_write_and_read(tmp_path: Path) -> None:
     folder = saved(tmp_path, 4, 2)
     for rank in range(4):
