@@ -21,6 +21,8 @@ from torch import Tensor
 
 from retool.rl.engine.kv_cache import KVCache
 
+QUERIES = 512  # of a chunk that torch's attention takes at a time: their mask has as many bytes as they have keys, per query head
+
 
 @dataclass(frozen=True)
 class Pages:
@@ -121,8 +123,12 @@ def _torch_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
 def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
     rows, start = [], 0
     for i, (count, length) in enumerate(zip(pages.counts, pages.host_lengths, strict=True)):
-        item = slice(pages.decode + i, pages.decode + i + 1)
-        kv = _gathered(data, pages.tables[item, : -(-length // data.shape[1])])[:, :length]
-        rows.append(_attend(q_TNH[None, start : start + count], kv, pages.lengths[item])[0])
+        table = pages.tables[pages.decode + i : pages.decode + i + 1]
+        kv = _gathered(data, table[:, : -(-length // data.shape[1])])
+        for low in range(0, count, QUERIES):
+            high = min(low + QUERIES, count)
+            seen = length - count + high
+            queries = q_TNH[None, start + low : start + high]
+            rows.append(_attend(queries, kv[:, :seen], torch.full((1,), seen, device=q_TNH.device))[0])
         start += count
     return torch.cat(rows)

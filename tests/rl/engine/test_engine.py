@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retool.model.build import ModelOptions
 from retool.model.config import read_model_config
-from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone, scheduler
+from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone, attention, scheduler
 from tests.model.tiny import FAMILIES, make
 from tests.rl.engine.models import CPU, engine_of, forced, leaked, load, prompts, run
 
@@ -144,6 +144,15 @@ def test_deterministic_numbers_do_not_depend_on_neighbours(qwen: Path) -> None:
         alone = engine_of(qwen, model, **options)
         alone.start(i, ids[i // 2], params_of(i))
         assert run(alone)[i].logp == want[2 * i].logp
+
+
+def test_long_prompts_are_attended_in_blocks(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = load(qwen), prompts(1, 100, 131, seed=9)[0] + list(range(100))
+    monkeypatch.setattr(attention, "QUERIES", 7)
+    engine = engine_of(qwen, model, max_batch_tokens=64)
+    engine.start("long", prompt, SamplingParams(max_tokens=8, seed=(1,)))
+    turn = run(engine)["long"]
+    assert (torch.tensor(turn.logp) - forced(model, prompt + turn.tokens)[-8:]).abs().max() < 1e-5
 
 
 def test_groups_share_one_prefill(qwen: Path) -> None:
