@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,15 @@ def load_and_compare(folder: str, fsdp_size: int = -1, dtype: torch.dtype = torc
         "extra": loaded.extra, "data": loaded.data_state, "step": loaded.step, "updates": loaded.optimizer_step,
         "same": loaded.same_layout, "numbers": numbers,
     }  # fmt: skip
+
+
+def under_way(root: Path, since: float) -> bool:
+    """Whether a save that began after `since` (time.time) is unfinished; an older one is a torn save's remains."""
+    for folder in root.glob("global_step_*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if folder.stat().st_ctime > since:
+                return True
+    return False
 
 
 def exported(folder: Path) -> dict[str, torch.Tensor]:

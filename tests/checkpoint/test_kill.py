@@ -20,6 +20,7 @@ from retool.checkpoint import latest
 from retool.checkpoint.__main__ import main as command
 from retool.metrics import read_jsonl
 from retool.sft.__main__ import main as train
+from tests.checkpoint.states import under_way
 from tests.ranks import _context, free_port
 from tests.sft.conftest import work  # noqa: F401  (a fixture)
 
@@ -66,15 +67,6 @@ def _step(out: Path) -> int:
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
-def _under_way(out: Path, since: float) -> bool:
-    """Whether a save that began after `since` is unfinished (an older one is a torn save's remains)."""
-    for folder in out.glob("global_step_*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if folder.stat().st_ctime > since:
-                return True
-    return False
-
-
 def _kill_at_random(ranks: list[BaseProcess], out: Path, chance: random.Random) -> bool:
     """SIGKILL one rank or all, inside a save, after one, or anywhere while starting; whether a save was under way."""
     begin, since, first, when = time.monotonic(), time.time(), _step(out), chance.random()
@@ -82,11 +74,11 @@ def _kill_at_random(ranks: list[BaseProcess], out: Path, chance: random.Random) 
         time.sleep(chance.random() * 3)
     while when <= 0.9 and all(p.is_alive() for p in ranks):
         assert time.monotonic() - begin < 100, "no save in sight"
-        if _under_way(out, since) if when < 0.7 else _step(out) > first:
+        if under_way(out, since) if when < 0.7 else _step(out) > first:
             time.sleep(chance.random() * (0.05 if when < 0.7 else 0.3))
             break
         time.sleep(0.0005)
-    inside = _under_way(out, since)
+    inside = under_way(out, since)
     for process in ranks if when > 0.9 or chance.random() < 0.5 else [chance.choice(ranks)]:
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             if process.pid is not None and process.is_alive():
@@ -101,14 +93,14 @@ def _survive(folder: Path, tmp_path: Path, kills: int, steps: int, seed: int) ->
     done = inside = 0
     while done < kills:
         ranks, before = _start(_words(folder, out, steps), log), _step(out)
-        under_way = _kill_at_random(ranks, out, chance)
+        hit = _kill_at_random(ranks, out, chance)
         codes = _join(ranks, log)
         if codes == [0] * WORLD:
             _compare(calm, out, steps)
             shutil.rmtree(out)
             continue
         assert -signal.SIGKILL in codes, f"a rank ended by itself: {codes}\n{log.read_text()[-3000:]}"
-        done, inside = done + 1, inside + under_way
+        done, inside = done + 1, inside + hit
         found = latest(out)
         assert _step(out) >= before, "the tracker went back"
         if _step(out):

@@ -213,13 +213,16 @@ def _kill_during_saves(tmp_path: Path, kills: int, world: int, seed: int) -> int
     for _ in range(kills):
         for rank in range(world):
             Path(f"{root}.{rank}").unlink(missing_ok=True)
-        port = free_port()
+        port, since = free_port(), time.time()
         ranks = [_context.Process(target=_endless, args=(str(root), r, world, port, completed + 1), daemon=True) for r in range(world)]
         for process in ranks:
             process.start()
         while min(_noted(root, rank) for rank in range(world)) < 0:
             time.sleep(0.01)
-        time.sleep(chance.random() * 0.15)
+        if chance.random() < 0.5:  # inside a save for certain, however slow the machine is
+            while not states.under_way(root, since):
+                time.sleep(0.0005)
+        time.sleep(chance.random() * chance.choice((0.01, 0.15)))
         for process in ranks if chance.random() < 0.5 else [chance.choice(ranks)]:
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
