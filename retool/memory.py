@@ -115,7 +115,7 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
     if setting.shards > 1:
         sizes = [u.numel for u in layout.units]
         gathered = _rooms(sizes, [not setting.reshard] * len(sizes)) * p + _rooms(sizes, [False] * len(sizes)) * r
-        gathered += sum(sizes) * r * setting.hold
+        gathered += sum(sizes) * gradient * setting.hold  # held in at least fp32
     units = [u.shard_numel for u in layout.units]
     pairs = max(a + b for a, b in zip(units, [*units[1:], 0], strict=True))  # the next unit arrives before the last one is let go
     visiting = pairs * m * (setting.param_offload + 2 * setting.optimizer_offload)

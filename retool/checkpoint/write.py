@@ -211,6 +211,9 @@ def _commit(snapshot: _Snapshot, final: Path, everyone: list[dict[str, Any]], st
     on_disk.publish(snapshot.temporary, final)
     on_disk.write_text(snapshot.root / on_disk.TRACKER, f"{snapshot.step}")
     busy = frozenset(staging.mirror.busy()) if staging.mirror is not None else frozenset()
-    on_disk.prune(snapshot.root, options.keep, busy)
+    try:
+        on_disk.prune(snapshot.root, options.keep, busy)
+    except OSError as error:  # the new checkpoint is complete all the same
+        log.warning("older checkpoints in %s could not be deleted: %s", snapshot.root, error)
     if staging.mirror is not None:
         staging.mirror.add(final)

@@ -6,6 +6,8 @@ import asyncio
 import math
 import os
 import random
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,8 +143,7 @@ def model_options(report: Report, frozen: bool = False) -> ModelOptions:
     return ModelOptions(
         param_dtype=compute, master_dtype=compute if frozen else master,
         reduce_dtype=DTYPES["fp64" if sharding.model_dtype == "fp64" else sharding.reduce_dtype],
-        attn="varlen" if config.trainer.deterministic and wanted.attn == "auto" and cuda else wanted.attn,
-        recompute="none" if frozen else choice.recompute, use_compile=wanted.use_compile,
+        attn=wanted.attn, recompute="none" if frozen else choice.recompute, use_compile=wanted.use_compile,
         reshard_after_forward=sharding.reshard_after_forward, forward_prefetch=sharding.forward_prefetch,
     )  # fmt: skip
 
@@ -228,10 +229,31 @@ def resume(report: Report, mesh: Mesh, folder: Path, model: Sharded, optimizer: 
     if found is None:
         return TrainState(coef)
     loaded = checkpoint.load(found, model_state(model, optimizer), mesh, trainer.seed)
+    refuse_other_questions(loaded.data_state.get("stream", {}), stream_identity(report), found)
     optimizer.steps.fill_(loaded.optimizer_step)
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")
     return restored(loaded.step, loaded.data_state, coef, lambda position: stream(report, position, 1)[0])
+
+
+def stream_identity(report: Report) -> dict[str, int]:
+    """What decides which question stands where in the stream; a checkpoint keeps it."""
+    assert report.train is not None
+    data, checksum = report.config.data, 0
+    for prompt in report.train.prompts:
+        checksum = zlib.crc32(prompt.ids.tobytes(), checksum)
+    counts = {"questions": len(report.train.prompts), "their checksum": checksum}
+    return {"data.seed": data.seed, "data.shuffle": int(data.shuffle), **counts}
+
+
+def refuse_other_questions(then: Mapping[str, int], now: Mapping[str, int], found: Path) -> None:
+    """ValueError where a checkpoint's stream was another one: its position, and the groups it kept, mean nothing in this one."""
+    other = [f"{name}: then {then[name]}, now {value}" for name, value in now.items() if then.get(name, value) != value]
+    if other:
+        raise ValueError(
+            f"{found} was trained on other questions ({'; '.join(other)}), so the run can't go on from its place in them. Use the same data "
+            "and seed, or start anew: trainer.resume_mode=disable with actor_rollout_ref.model.path at its huggingface folder."
+        )
 
 
 def stream(report: Report, position: int, count: int) -> list[Prompt]:

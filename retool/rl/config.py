@@ -108,7 +108,7 @@ class FSDPConfig:
     )
     reduce_dtype: Dtype = option("fp32", "Gradient reduction.", spellings=DTYPE_SPELLINGS)
     param_offload: bool = option(False, "Keep master weights in host memory.")
-    optimizer_offload: bool = option(False, "Keep optimizer state in host memory and step there.")
+    optimizer_offload: bool = option(False, "Keep optimizer state in host memory; it visits the device for the update.")
     fsdp_size: int = option(-1, "Ranks that share a parameter; -1 = all.", minimum=-1)
     reshard_after_forward: bool = option(True, "Free a block's gathered weights after its forward.")
     forward_prefetch: bool = option(True, "Gather the next block's weights during this one's forward.")

@@ -7,7 +7,7 @@ t tokens of this sequence-parallel rank · T of a whole pack · D model · V voc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -186,7 +186,7 @@ class Updated:
     skipped: bool
 
 
-def update_step(model: Sharded, optimizer: AdamW, batches: Sequence[RLBatch], spec: LossSpec, lr: float) -> Updated:
+def update_step(model: Sharded, optimizer: AdamW, batches: Iterable[RLBatch], spec: LossSpec, lr: float) -> Updated:
     """Forward and backward of this rank's micro-batches of one global mini-batch, clip, update. Collective."""
     mesh = model.mesh
     model.zero_grad()

@@ -25,6 +25,7 @@ from retool.rl.build import (
     say,
     seed_everything,
     stream,
+    stream_identity,
     training_sampling,
     update_budget,
     validation_sampling,
@@ -220,14 +221,13 @@ def update(run: Run, state: TrainState, made: Experience) -> Metrics:
     found: list[Metrics] = []
     for _ in range(actor.ppo_epochs):
         for chosen in mini_batches(made.groups, actor.ppo_mini_batch_size):
-            run.watchdog.beat()
             rows = [made.rows[i] for i in chosen]
             batches, _ = rank_batches(
                 rows, actor.loss_agg_mode, config.data.max_response_length, mesh.dp_rank, mesh.dp, mesh.sp, update_budget(config)
             )
             optim = actor.optim
             lr = learning_rate(state.updates, total, optim.lr, optim.lr_scheduler, optim.warmup_steps_ratio, optim.min_lr_ratio)
-            done = update_step(run.model, run.optimizer, batches, spec, lr)
+            done = update_step(run.model, run.optimizer, run.watchdog.each(batches), spec, lr)
             state.updates += 1
             count_skipped(run, state, done.skipped, done.grad_norm)
             found.append({**done.metrics, "actor/grad_norm": done.grad_norm, "actor/lr": lr})
@@ -293,8 +293,9 @@ def save(run: Run, state: TrainState) -> None:
     if state.saved_step == state.step:
         return
     say_saved(run, state, wait=True)
+    data_state = {**state.data_state(), "stream": stream_identity(run.report)}
     state.save = checkpoint.save(
-        run.folder, model_state(run.model, run.optimizer), run.mesh, step=state.step, extra={}, data_state=state.data_state(),
+        run.folder, model_state(run.model, run.optimizer), run.mesh, step=state.step, extra={}, data_state=data_state,
         model_folder=run.report.folder or "", options=run.save_options, staging=run.staging,
     )  # fmt: skip
     state.saved_step = state.step
