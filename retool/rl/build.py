@@ -251,8 +251,8 @@ def refuse_other_questions(then: Mapping[str, int], now: Mapping[str, int], foun
     other = [f"{name}: then {then[name]}, now {value}" for name, value in now.items() if then.get(name, value) != value]
     if other:
         raise ValueError(
-            f"{found} was trained on other questions ({'; '.join(other)}), so the run can't go on from its place in them. Use the same data "
-            "and seed, or start anew: trainer.resume_mode=disable with actor_rollout_ref.model.path at its huggingface folder."
+            f"{found} was trained on other questions ({'; '.join(other)}), so the run can't go on from its place in them. Use the same "
+            "data and seed, or start anew: trainer.resume_mode=disable with actor_rollout_ref.model.path at its huggingface folder."
         )
 
 
