@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
-import random
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 
 from retool import checkpoint
 from retool.checkpoint.pretrained import load_pretrained
 from retool.config import to_dict
 from retool.data.templates import read_template
-from retool.metrics import Loggers, RunInfo, open_loggers, printable
+from retool.metrics import Loggers, RunInfo, open_loggers
 from retool.model.build import ModelOptions
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
 from retool.preemption import StopRequest
-from retool.redact import redact
 from retool.rl.agent import AgentOptions
 from retool.rl.batching import Budget
 from retool.rl.config import RLConfig
@@ -40,9 +35,8 @@ from retool.rl.reward_pool import RewardPool
 from retool.rl.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
+from retool.run import DTYPES, make_run_folder, say
 from retool.watchdog import Watchdog
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -73,22 +67,6 @@ class Run:
         return self.mesh.rank // (self.mesh.world // self.engines)
 
 
-def say(mesh: Mesh, text: str) -> None:
-    """One line, from rank 0, for the whole run."""
-    if mesh.rank == 0:
-        print(printable(text), flush=True)
-
-
-def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
-    """Seed Python, numpy and torch with (seed, rank); with `deterministic`, only kernels that give the same bits again."""
-    random.seed(seed * 1_000_003 + rank)
-    np.random.seed((seed * 1_000_003 + rank) % 2**32)
-    torch.manual_seed(seed * 1_000_003 + rank)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
 def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     """Load the model, make everything, resume if there is something to resume from. Collective."""
     config, wanted = report.config, report.config.actor_rollout_ref
@@ -97,7 +75,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     leads = mesh.rank % wanted.rollout.tensor_model_parallel_size == 0
     judged = config.reward_model
     pool = RewardPool(report.reward, judged.num_workers, judged.timeout_seconds, judged.memory_mb, judged.floor) if leads else None
-    folder = run_folder(config, mesh)
+    folder = make_run_folder(config.trainer.default_local_dir, config, mesh)
     model = load_pretrained(report.folder, mesh, model_options(report))
     sharding, optim = wanted.actor.fsdp_config, wanted.actor.optim
     adamw = AdamWOptions(optim.betas, optim.weight_decay, wanted.actor.grad_clip)
@@ -121,15 +99,6 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     run = Run(config, report, mesh, folder, model, reference, optimizer, engine, engines, parts, pool, loop, stop, watchdog, loggers,
               options, checkpoint.Staging(mesh))  # fmt: skip
     return run, state
-
-
-def run_folder(config: RLConfig, mesh: Mesh) -> Path:
-    """Make the run's folder and write the resolved configuration into it, secrets redacted."""
-    folder = Path(config.trainer.default_local_dir)
-    if mesh.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
-    return folder
 
 
 def model_options(report: Report, frozen: bool = False) -> ModelOptions:

@@ -22,8 +22,6 @@ from retool.rl.build import (
     logprob_budget,
     loss_spec,
     model_state,
-    say,
-    seed_everything,
     stream,
     stream_identity,
     training_sampling,
@@ -40,6 +38,7 @@ from retool.rl.rollout import RolloutTimes, Sampling, roll_out
 from retool.rl.state import TrainState, adapted_kl_coef, regroup
 from retool.rl.types import Group, Prompt, Scored
 from retool.rl.validate import validation_metrics
+from retool.run import said_save, say, seed_everything
 
 EMPTY_ROUNDS = 20  # rounds of dynamic sampling in a row without a single group worth training on
 ROOM = 1.3  # times the predicted activations must be free for the engine to keep its memory
@@ -302,16 +301,11 @@ def save(run: Run, state: TrainState) -> None:
 
 
 def say_saved(run: Run, state: TrainState, wait: bool) -> None:
-    """Say how the last save ended, once it has. A failed one is loud, and the run goes on."""
-    result = None if state.save is None else state.save.wait() if wait else state.save.poll()
-    if result is None:
-        return
-    state.save = None
-    if result.error is not None:
-        state.saved_step = -1
-        say(run.mesh, f"step {result.step} was NOT saved: {result.error}")
-    else:
-        say(run.mesh, f"saved {result.folder} ({result.stall_s:.2f} s of waiting, {result.seconds:.1f} s in all)")
+    """Say how the last save ended, once it has; a failed one is no saved step."""
+    result = said_save(state.save, run.mesh, wait)
+    if result is not None:
+        state.save = None
+        state.saved_step = state.saved_step if result.error is None else -1
 
 
 def finish(run: Run, state: TrainState, stopping: bool) -> None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import random
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
 
 from retool import checkpoint
 from retool.checkpoint.pretrained import load_pretrained
 from retool.config import to_dict
 from retool.data.loader import Dataset, StepBatch, iterate_steps, iterate_validation
 from retool.data.templates import read_template
-from retool.metrics import Loggers, RunInfo, open_loggers, printable
+from retool.metrics import Loggers, RunInfo, open_loggers
 from retool.model.build import ModelOptions
 from retool.model.decoder import Decoder, Recompute
 from retool.optim import AdamW, AdamWOptions, learning_rate
@@ -26,15 +22,13 @@ from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, peak_memory
 from retool.preemption import StopRequest, die_with_parent
-from retool.redact import redact
+from retool.run import DTYPES, make_run_folder, said_save, say, seed_everything
 from retool.sft.config import SFTConfig
 from retool.sft.identity import agree, changes, order_of
 from retool.sft.plan import Report
 from retool.sft.step import Measured, train_step
 from retool.sft.validate import validate
 from retool.watchdog import Watchdog
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass
@@ -118,36 +112,11 @@ def train(report: Report) -> None:
     stop.restore()
 
 
-def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
-    """Seed Python, numpy and torch with (seed, rank); with `deterministic`, only kernels that give the same bits again."""
-    random.seed(seed * 1_000_003 + rank)
-    np.random.seed((seed * 1_000_003 + rank) % 2**32)
-    torch.manual_seed(seed * 1_000_003 + rank)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
-def say(mesh: Mesh, text: str) -> None:
-    """One line, from rank 0, for the whole run."""
-    if mesh.rank == 0:
-        print(printable(text), flush=True)
-
-
-def run_folder(config: SFTConfig, mesh: Mesh) -> Path:
-    """Make the run's folder and write the resolved configuration into it, secrets redacted."""
-    folder = Path(config.trainer.default_local_dir)
-    if mesh.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
-    return folder
-
-
 def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     """Load the model, make the optimizer, resume if there is something to resume from, open the loggers."""
     config, trainer, optim, sharding = report.config, report.config.trainer, report.config.optim, report.config.model.fsdp_config
     assert report.train is not None and report.choice is not None and report.folder is not None, "train needs a report without faults"
-    folder = run_folder(config, mesh)
+    folder = make_run_folder(config.trainer.default_local_dir, config, mesh)
     model = load_pretrained(report.folder, mesh, model_options(config, report.choice.recompute))
     adamw = AdamWOptions(optim.betas, optim.weight_decay, optim.clip_grad)
     optimizer = AdamW(model, adamw, sharding.optimizer_offload, sharding.param_offload)
@@ -310,17 +279,11 @@ def save(run: Run, state: TrainState) -> None:
 
 
 def say_saved(run: Run, state: TrainState, wait: bool) -> None:
-    """Say how the last save ended, once it has. A failed one is loud, and the run goes on."""
-    result = None if state.save is None else state.save.wait() if wait else state.save.poll()
-    if result is None:
-        return
-    state.save = None
-    if result.error is not None:
-        state.saved_step = -1
-        say(run.mesh, f"step {result.step} was NOT saved: {result.error}")
-    else:
-        rate = result.bytes / max(result.seconds, 1e-9) / 1e6
-        say(run.mesh, f"saved {result.folder} ({result.stall_s:.2f} s of waiting, {result.seconds:.1f} s in all, {rate:.0f} MB/s a rank)")
+    """Say how the last save ended, once it has; a failed one is no saved step."""
+    result = said_save(state.save, run.mesh, wait)
+    if result is not None:
+        state.save = None
+        state.saved_step = state.saved_step if result.error is None else -1
 
 
 def finish(run: Run, state: TrainState) -> None:

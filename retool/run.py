@@ -1,0 +1,58 @@
+"""What every training run does around its steps: seeds, its folder, one line for all ranks, how a save ended."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from retool.checkpoint import PendingSave, SaveResult
+from retool.config import to_dict
+from retool.metrics import printable
+from retool.parallel.mesh import Mesh
+from retool.redact import redact
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}  # as configurations name them
+
+
+def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
+    """Seed Python, numpy and torch with (seed, rank); with `deterministic`, only kernels that give the same bits again."""
+    random.seed(seed * 1_000_003 + rank)
+    np.random.seed((seed * 1_000_003 + rank) % 2**32)
+    torch.manual_seed(seed * 1_000_003 + rank)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def say(mesh: Mesh, text: str) -> None:
+    """One line, from rank 0, for the whole run."""
+    if mesh.rank == 0:
+        print(printable(text), flush=True)
+
+
+def make_run_folder(folder: str | Path, config: Any, mesh: Mesh) -> Path:
+    """Make a run's folder and write the resolved configuration (a dataclass) into it, secrets redacted."""
+    path = Path(folder)
+    if mesh.rank == 0:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.yaml").write_text(yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
+    return path
+
+
+def said_save(save: PendingSave | None, mesh: Mesh, wait: bool) -> SaveResult | None:
+    """How a save ended, once it has (or, with `wait`, when it has), after saying so. A failed one is loud, and the run goes on."""
+    result = None if save is None else save.wait() if wait else save.poll()
+    if result is None:
+        return None
+    if result.error is not None:
+        say(mesh, f"step {result.step} was NOT saved: {result.error}")
+    else:
+        rate = result.bytes / max(result.seconds, 1e-9) / 1e6
+        say(mesh, f"saved {result.folder} ({result.stall_s:.2f} s of waiting, {result.seconds:.1f} s in all, {rate:.0f} MB/s a rank)")
+    return result
