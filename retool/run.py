@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import yaml
 from retool.checkpoint import PendingSave, SaveResult
 from retool.config import to_dict
 from retool.metrics import printable
+from retool.parallel.lost import follow, lost_peer
 from retool.parallel.mesh import Mesh
 from retool.redact import redact
 
@@ -56,3 +59,17 @@ def said_save(save: PendingSave | None, mesh: Mesh, wait: bool) -> SaveResult | 
         rate = result.bytes / max(result.seconds, 1e-9) / 1e6
         say(mesh, f"saved {result.folder} ({result.stall_s:.2f} s of waiting, {result.seconds:.1f} s in all, {rate:.0f} MB/s a rank)")
     return result
+
+
+def exit_status(train: Callable[[], None], rank: int) -> int:
+    """Run a command's training: 0 when it is done, 1 when the user has something to mend, another when a peer was lost."""
+    try:
+        train()
+    except ValueError as error:  # the user's to mend: the sentence is enough
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        return follow(rank)
+    return 0

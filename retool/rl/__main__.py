@@ -26,19 +26,10 @@ def main(words: list[str]) -> int:
     if report.faults or checking:
         asyncio.run(_close(report.tools))
         return int(bool(report.faults))
-    from retool.parallel.lost import follow, lost_peer
     from retool.rl.train import train
+    from retool.run import exit_status
 
-    try:
-        train(report)
-    except ValueError as error:  # the user's to mend: the sentence is enough
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except RuntimeError as error:
-        if not lost_peer(error):
-            raise
-        return follow(int(os.environ.get("RANK", 0)))
-    return 0
+    return exit_status(lambda: train(report), int(os.environ.get("RANK", 0)))
 
 
 async def _close(tools: object) -> None:

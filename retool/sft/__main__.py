@@ -29,19 +29,10 @@ def main(words: list[str]) -> int:
         show(report)
     if report.faults or checking:
         return int(bool(report.faults))
-    from retool.parallel.lost import follow, lost_peer
+    from retool.run import exit_status
     from retool.sft.train import train
 
-    try:
-        train(report)
-    except ValueError as error:  # the user's to mend: the sentence is enough
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except RuntimeError as error:
-        if not lost_peer(error):
-            raise
-        return follow(rank)
-    return 0
+    return exit_status(lambda: train(report), rank)
 
 
 if __name__ == "__main__":

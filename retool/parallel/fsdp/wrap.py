@@ -149,19 +149,16 @@ class _Boundary(torch.autograd.Function):
         return (None, *grads)
 
 
-def _mark(tree: Any, action: Callable[[], None]) -> tuple[Any, bool]:
-    """Pass the tensors of a nested structure that need gradients through one boundary; whether there were any."""
-    if isinstance(tree, torch.Tensor):
-        marked_one: Any = _Boundary.apply(action, tree) if tree.requires_grad and torch.is_grad_enabled() else None
-        return (tree, False) if marked_one is None else (marked_one[0], True)
+def _mark(tree: Any, action: Callable[[], None]) -> Any:
+    """Pass the tensors of a nested structure that need gradients through one boundary."""
     leaves, spec = pytree.tree_flatten(tree)
     places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.requires_grad]
     if not places or not torch.is_grad_enabled():
-        return tree, False
+        return tree
     marked: Any = _Boundary.apply(action, *(leaves[i] for i in places))
     for i, tensor in zip(places, marked, strict=True):
         leaves[i] = tensor
-    return pytree.tree_unflatten(leaves, spec), True
+    return pytree.tree_unflatten(leaves, spec)
 
 
 def _hook(sharded: Sharded, index: int, module: nn.Module, first: bool, only: bool) -> None:
@@ -172,13 +169,13 @@ def _hook(sharded: Sharded, index: int, module: nn.Module, first: bool, only: bo
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if only:  # of a unit with several modules no single input marks the end of its backward
-            (args, kwargs), _marked = _mark((args, kwargs), lambda: sharded.after_unit_backward(index))
+            args, kwargs = _mark((args, kwargs), lambda: sharded.after_unit_backward(index))
         sharded.before_forward(index, first)
         return args, kwargs
 
     def after(_: nn.Module, args: Any, output: Any) -> Any:
         sharded.units[index].release()
-        return _mark(output, lambda: sharded.before_backward(index))[0]
+        return _mark(output, lambda: sharded.before_backward(index))
 
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after)
