@@ -32,6 +32,7 @@ from retool.model.decoder import Decoder, Run
 from retool.model.logprobs import LOGIT_BYTES
 from retool.parallel.fsdp.layout import Layout, SlotSpec, make_layout
 from retool.parallel.fsdp.overlap import assign_buffers
+from retool.parallel.fsdp.wrap import NORM_CHUNK
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan
 from retool.perf import GIB
@@ -127,7 +128,7 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
     return Prediction(
         load=max(m * owned + copy + gradient * owned + gathered, state + gathered),
         forward_backward=state + gathered + max(kept + max(head_bytes(config, tokens, p), block), end),
-        optimizer=state + gathered + visiting,
+        optimizer=state + gathered + max(visiting, 8 * min(owned, NORM_CHUNK)),
         save=state + gathered + (m * largest if setting.shards > 1 else 0),
         state=state + gathered,
         activations=kept,

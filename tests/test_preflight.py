@@ -21,7 +21,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from retool import machine
 from retool.config import Fault, read
+from retool.data.loader import step_batch
 from retool.model.hub import find_model
+from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 from retool.preflight import World, check_mesh, check_output, read_world, show_faults, show_plan
 from retool.sft.__main__ import main
@@ -29,6 +31,7 @@ from retool.sft.config import SYNONYMS, SFTConfig
 from retool.sft.plan import Report, checkpoint_bytes, host_bytes, kept_checkpoints, parameter_count
 from retool.sft.preflight import preflight
 from retool.sft.show import in_words, rows_read
+from retool.sft.train import micro_batching
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 TOOL = {"type": "function", "function": {"name": "calc", "description": "", "parameters": {"type": "object", "properties": {}}}}
@@ -218,6 +221,19 @@ def test_what_cannot_fit_says_what_would(run: Path) -> None:
     tight = check(run, *settings, "data.max_length=1000000", "trainer.device_memory_gb=7", planning=True)
     assert tight.choice is not None and tight.choice.fits is False
     assert any("data.micro_batch_size_per_gpu=1" in text for text in (*tight.notes, *(f.remedy for f in tight.faults)))
+
+
+@pytest.mark.parametrize(("fill", "expected"), [("true", 1), ("false", 4)])
+def test_short_samples_share_a_micro_batch_within_the_plan(run: Path, fill: str, expected: int) -> None:
+    long = {"messages": [{"role": "user", "content": "2+2?" * 40}, {"role": "assistant", "content": "4"}]}
+    pq.write_table(pa.Table.from_pylist([ROW] * 4 + [long] * 4), run / "train.parquet")
+    report = check(run, "data.micro_batch_size_per_gpu=1", f"data.fill_micro_batches={fill}")
+    assert report.train is not None and report.choice is not None
+    assert ("those of the 1 longest" if fill == "true" else "4 micro-batches of 1 samples") in dict(in_words(report))["a step"]
+    batching = micro_batching(make_mesh(), report.config, report.choice.tokens)
+    for step, count in ((0, expected), (1, 4)):
+        packs = step_batch(step, report.train.dataset, train_batch_size=4, seed=0, shuffle=False, **batching).micro_batches
+        assert len(packs) == count and max(pack.real_tokens for pack in packs) <= report.choice.tokens
 
 
 def test_notes(run: Path) -> None:

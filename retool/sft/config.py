@@ -54,6 +54,11 @@ class DataConfig:
     micro_batch_size_per_gpu: int | None = option(
         None, "Samples per micro-batch of one sequence-parallel group; null = by tokens.", minimum=1
     )
+    fill_micro_batches: bool = option(
+        True,
+        "With data.micro_batch_size_per_gpu: short samples share a micro-batch as long as it holds no more tokens than that many of the "
+        "longest, for which the memory is planned. The results are the same. false: never more samples.",
+    )
     max_token_len_per_gpu: int | None = option(
         None,
         "Token budget of a micro-batch per GPU (an sp group holds sp times that); a single longer sample is its own micro-batch. "

@@ -91,6 +91,11 @@ def asked_recompute(asked: bool | str) -> Recompute | None:
     return policies[asked]
 
 
+def fills(config: SFTConfig) -> bool:
+    """Whether micro-batches are made by tokens: `choose_for`'s, which are those of the longest samples where their number is given."""
+    return config.data.micro_batch_size_per_gpu is None or (config.data.fill_micro_batches and config.use_remove_padding)
+
+
 def choose_for(report: Report) -> Choice:
     """Token budget per GPU and recomputation: as configured, and where left to us, what fits."""
     config, model = report.config, report.model

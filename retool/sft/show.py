@@ -13,7 +13,7 @@ from retool.model.config import ModelConfig
 from retool.perf import GIB
 from retool.preflight import show_faults, show_plan
 from retool.sft.config import SFTConfig
-from retool.sft.plan import Report, checkpoint_bytes, gpu_memory, host_bytes, parameter_count
+from retool.sft.plan import Report, checkpoint_bytes, fills, gpu_memory, host_bytes, parameter_count
 
 
 def show(report: Report, console: Console | None = None) -> None:
@@ -68,11 +68,13 @@ def _step_words(report: Report, choice: Choice, dp: int) -> str:
     data, sp = config.data, config.ulysses_sequence_parallel_size
     share = -(-data.train_batch_size // dp)
     spread = f"{data.train_batch_size} samples, {share} for each of {dp} groups" if dp > 1 else f"{data.train_batch_size} samples"
-    if data.micro_batch_size_per_gpu is not None:
+    if data.micro_batch_size_per_gpu is not None and not fills(config):
         count = -(-share // data.micro_batch_size_per_gpu)
         micro = f"{count} micro-batches of {data.micro_batch_size_per_gpu} samples, at most {choice.tokens:,} tokens per GPU"
     else:
         chosen = "" if data.max_token_len_per_gpu is not None else " (chosen)"
+        if data.micro_batch_size_per_gpu is not None:
+            chosen = f" (those of the {data.micro_batch_size_per_gpu} longest)"
         micro = f"micro-batches of at most {choice.tokens:,} tokens per GPU{chosen}, {choice.tokens * sp:,} per group"
     tokens = ""
     if report.train is not None:

@@ -25,7 +25,7 @@ from retool.preemption import StopRequest, die_with_parent
 from retool.run import DTYPES, make_run_folder, said_save, say, seed_everything
 from retool.sft.config import SFTConfig
 from retool.sft.identity import agree, changes, order_of
-from retool.sft.plan import Report
+from retool.sft.plan import Report, fills
 from retool.sft.step import Measured, train_step
 from retool.sft.validate import validate
 from retool.watchdog import Watchdog
@@ -151,7 +151,7 @@ def model_options(config: SFTConfig, recompute: Recompute) -> ModelOptions:
 
 def micro_batching(mesh: Mesh, config: SFTConfig, tokens_per_gpu: int) -> dict[str, Any]:
     """The loader's arguments that depend on the layout: samples per micro-batch where the user says so, else tokens."""
-    samples = config.data.micro_batch_size_per_gpu
+    samples = None if fills(config) else config.data.micro_batch_size_per_gpu
     return {
         "dp_rank": mesh.dp_rank, "dp": mesh.dp, "sp": mesh.sp, "micro_batch_size": samples,
         "max_tokens_per_gpu": tokens_per_gpu if samples is None else None,

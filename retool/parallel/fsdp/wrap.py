@@ -27,6 +27,7 @@ from retool.parallel.mesh import Mesh
 
 Units = Sequence[tuple[str, Sequence[nn.Module]]]
 Members = Mapping[str, list[tuple[str, tuple[int, ...]]]]
+NORM_CHUNK = 1 << 24  # elements whose float64 copy `grad_norm` holds at once: 128 MiB
 
 
 class Sharded:
@@ -97,8 +98,9 @@ class Sharded:
         sum_over(self.grad, self.mesh.replica_group)
 
     def grad_norm(self) -> torch.Tensor:
-        """Global L2 norm of the gradient, a 0-d tensor on the device; the squares are added in float64."""
-        return sum_over(torch.linalg.vector_norm(self.grad, dtype=torch.float64).square(), self.mesh.shard_group).sqrt()
+        """Global L2 norm of the gradient, a 0-d tensor on the device; the squares are added in float64, which is a copy on CUDA."""
+        squares = [torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in self.grad.split(NORM_CHUNK)]
+        return sum_over(torch.stack(squares).sum(), self.mesh.shard_group).sqrt()
 
     def planned_bytes(self) -> int:
         """What `master`, `grad`, the compute copy and the buffers take on this rank; moments of the optimizer not included."""
