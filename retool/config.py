@@ -89,9 +89,9 @@ def option(
 
 
 def leaves(schema: type, prefix: str = "") -> Iterator[Leaf]:
-    """Every key of a configuration, in the order of its dataclasses."""
+    """Every key of a configuration, in the order of its dataclasses, required ones first in each."""
     hints = typing.get_type_hints(schema)
-    for entry in fields(schema):
+    for entry in sorted(fields(schema), key=lambda entry: entry.default != REQUIRED):
         kind, key = hints[entry.name], prefix + entry.name
         if is_dataclass(kind):
             yield from leaves(typing.cast(type, kind), key + ".")

@@ -215,8 +215,8 @@ def test_contradictions() -> None:
     )  # fmt: skip
     where = [fault.where for fault in contradictions(config)]
     assert where == [
-        "trainer.checkpoint.save_contents=weights", "data.custom_cls", "trainer.resume_mode=resume_path", "trainer.save_freq=0",
-        "model.fsdp_config.fsdp_size=0", "trainer.checkpoint.save_contents",
+        "trainer.checkpoint.save_contents=weights", "trainer.checkpoint.save_contents", "trainer.resume_mode=resume_path",
+        "trainer.save_freq=0", "model.fsdp_config.fsdp_size=0", "data.custom_cls",
     ]  # fmt: skip
     assert [f.where for f in contradictions(sft("trainer.resume_from_path=/x"))] == ["trainer.resume_from_path=/x"]
 
@@ -250,7 +250,7 @@ class Outer:
 def test_it_serves_another_command() -> None:
     assert parse(Outer, ["inner.several=[1,2]", "name=n", "limit=5"]) == Outer(Inner("x", (1, 2)), "n", 5)
     faults = read(Outer, ["inner.several=[-1]", "limit=6"]).faults
-    assert [f.where for f in faults] == ["inner.several=-1", "name", "limit=6"]
+    assert [f.where for f in faults] == ["name", "inner.several=-1", "limit=6"]
     assert str(faults[2]) == "limit=6: must be at least 1 and at most 5. Limit."
     assert str(Fault("a", "is b.")) == "a: is b."
 

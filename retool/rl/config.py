@@ -5,18 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from retool import options
 from retool.config import REQUIRED, option
-from retool.metrics import LOGGERS
+from retool.options import DTYPE_SPELLINGS, AutoDtype, CheckpointConfig, FSDPConfig
 
-Dtype = Literal["fp32", "bf16", "fp64"]
-DTYPE_SPELLINGS = {
-    "float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float64": "fp64", "double": "fp64",
-    "torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float64": "fp64",
-}  # fmt: skip
 KL = Literal["k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"]
 KL_SPELLINGS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "kl+": "k1+", "mse+": "k2+", "low_var_kl+": "k3+"}
 ANSWER_FORMAT = "The answer format must be: \\boxed{'The final answer goes here.'}"
-SAVE_CONTENTS = ("model", "optimizer", "extra", "hf_model")
 
 
 @dataclass(frozen=True)
@@ -99,43 +94,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class FSDPConfig:
-    """How parameters are sharded."""
-
-    model_dtype: Dtype = option("fp32", "Master weights and optimizer state.", spellings=DTYPE_SPELLINGS)
-    param_dtype: Literal["auto", "fp32", "bf16", "fp64"] = option(
-        "auto", "Gathered weights and compute; auto = bf16 on GPUs, model_dtype on the CPU.", spellings=DTYPE_SPELLINGS
-    )
-    reduce_dtype: Dtype = option("fp32", "Gradient reduction.", spellings=DTYPE_SPELLINGS)
-    param_offload: bool = option(False, "Keep master weights in host memory.")
-    optimizer_offload: bool = option(False, "Keep optimizer state in host memory; it visits the device for the update.")
-    fsdp_size: int = option(-1, "Ranks that share a parameter; -1 = all.", minimum=-1)
-    reshard_after_forward: bool = option(True, "Free a block's gathered weights after its forward.")
-    forward_prefetch: bool = option(True, "Gather the next block's weights during this one's forward.")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(options.DecoderConfig):
     """The policy."""
 
     path: str = option(REQUIRED, "Hugging Face model folder or hub id, such as global_step_N/huggingface of an SFT run.")
     use_remove_padding: bool = option(True, "Batches are always packed here; either value is accepted.")
-    enable_gradient_checkpointing: bool | Literal["auto", "selective"] = option("auto", "Recompute activations in backward.")
-    attn: Literal["auto", "flash", "varlen", "cudnn", "reference"] = option("auto", "Attention backend of training.")
-    use_compile: bool | Literal["auto"] = option("auto", "torch.compile for the decoder blocks; auto = on GPUs.")
-    trust_remote_code: bool = option(False, "Run the tokenizer's own Python code from the model folder.")
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(options.AdamWConfig):
     """AdamW and its schedule."""
 
     lr: float = option(1e-6, "Peak learning rate.", above=0)
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates.", minimum=0, maximum=0.999999)
-    weight_decay: float = option(0.01, "On every parameter.", minimum=0)
-    lr_scheduler: Literal["constant", "cosine", "wsd"] = option("constant", "Shape of the schedule after warm-up.")
+    lr_scheduler: Literal["cosine", "wsd", "constant"] = option("constant", "Shape of the schedule after warm-up.")
     warmup_steps_ratio: float = option(0.0, "Share of the optimizer steps that warm up linearly.", minimum=0, maximum=1)
-    min_lr_ratio: float = option(0.0, "Last learning rate as a share of lr.", minimum=0, maximum=1)
 
 
 @dataclass(frozen=True)
@@ -143,14 +116,6 @@ class PolicyLossConfig:
     """Which surrogate."""
 
     loss_mode: Literal["vanilla", "gspo", "cispo"] = option("vanilla", "PPO with dual clip, GSPO (2507.18071), CISPO (2506.13585).")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """What a checkpoint holds."""
-
-    save_contents: tuple[str, ...] = option(SAVE_CONTENTS, "What to save: model, optimizer, extra, hf_model.")
-    async_save: bool | None = option(None, "Write in the background; null = on GPUs.")
 
 
 @dataclass(frozen=True)
@@ -235,7 +200,7 @@ class RolloutConfig:
         "auto", "Free the engine's memory during the update; auto = where the update doesn't fit beside it."
     )
     calculate_log_probs: bool = option(True, "The engine always returns log-probabilities; either value is accepted.")
-    dtype: Literal["auto", "fp32", "bf16", "fp64"] = option("auto", "auto = as training.", spellings={**DTYPE_SPELLINGS})
+    dtype: AutoDtype = option("auto", "auto = as training.", spellings=DTYPE_SPELLINGS)
     multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
 
@@ -272,34 +237,20 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
+class TrainerConfig(options.TrainerConfig):
     """The run."""
 
-    default_local_dir: str = option("checkpoints/${trainer.project_name}/${trainer.experiment_name}", "The run's folder.")
-    default_hdfs_dir: str | None = option(None, "Finished checkpoints are copied to this fsspec/pyarrow URL too.")
     project_name: str = option("retool-rl", "Project, for the loggers and the folder.")
-    experiment_name: str = option("test", "Experiment, for the loggers and the folder.")
-    logger: tuple[str, ...] = option(("console",), f"Any of {', '.join(LOGGERS)}; jsonl is always on.")
-    total_epochs: int = option(1, "Passes over the prompts.", minimum=1)
     total_training_steps: int | None = option(None, "Steps (of train_batch_size prompts); overrides total_epochs.", minimum=1)
     val_before_train: bool = option(True, "Validate before the first step.")
     val_only: bool = option(False, "Validate and stop.")
     log_val_generations: int = option(0, "Validation answers shown to the loggers; all are written to report/.", minimum=0)
     save_freq: int = option(-1, "Steps between checkpoints; the last step is always saved; -1 = only that.", minimum=-1)
     test_freq: int = option(-1, "Steps between validations; the last step is always validated; -1 = only that.", minimum=-1)
-    max_ckpt_to_keep: int | None = option(None, "Older checkpoints are deleted; null = keep all.", minimum=1)
-    resume_mode: Literal["auto", "disable", "resume_path"] = option("auto", "auto = from the run folder's newest complete checkpoint.")
-    resume_from_path: str | None = option(None, "The global_step_N folder for resume_mode=resume_path.")
-    seed: int = option(1, "Seeds everything.", minimum=0)
     deterministic: bool = option(False, "Deterministic kernels and batches: a resumed run is bit-equal on the same layout.")
-    nnodes: int | None = option(None, "Machines; null = what the launcher says.", minimum=1)
-    n_gpus_per_node: int | None = option(None, "Processes per machine; null = what the launcher says.", minimum=1)
-    device: Literal["auto", "cuda", "cpu"] = option("auto", "auto = CUDA where there is a GPU.")
-    device_memory_gb: float | None = option(None, "Plan (--check) for GPUs of this many GiB.", above=0)
     watchdog_s: float = option(
         3600, "Seconds without progress after which all ranks write their stacks into the run folder and the run ends; 0: never.", minimum=0
     )
-    max_grad_skips: int = option(3, "Optimizer steps in a row with a non-finite gradient after which the run stops.", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -312,3 +263,13 @@ class RLConfig:
     reward_model: RewardConfig = field(default_factory=RewardConfig)
     custom_reward_function: FunctionConfig = field(default_factory=FunctionConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def run_options(config: RLConfig) -> options.RunOptions:
+    """What every command has."""
+    wanted, actor = config.actor_rollout_ref, config.actor_rollout_ref.actor
+    keys = ("model.", "actor.fsdp_config.", "actor.checkpoint.", "actor.ulysses_sequence_parallel_size")
+    return options.RunOptions(
+        config.trainer, wanted.model, actor.fsdp_config, actor.checkpoint, actor.ulysses_sequence_parallel_size,
+        *(f"actor_rollout_ref.{key}" for key in keys),
+    )  # fmt: skip

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from retool import options
 from retool.config import Fault, nearest
-from retool.rl.config import SAVE_CONTENTS, RLConfig
+from retool.rl.config import RLConfig, run_options
 
 _ARR = "actor_rollout_ref"
 _SHORT = ("actor", "rollout", "ref", "model")  # `actor.clip_ratio_low=…` for the impatient
 SYNONYMS = {
     f"{_ARR}.actor.optim.clip_grad": f"{_ARR}.actor.grad_clip",
-    f"{_ARR}.actor.optim.lr_warmup_steps_ratio": f"{_ARR}.actor.optim.warmup_steps_ratio",
-    f"{_ARR}.actor.optim.warmup_style": f"{_ARR}.actor.optim.lr_scheduler",
-    f"{_ARR}.actor.optim.lr_scheduler_type": f"{_ARR}.actor.optim.lr_scheduler",
+    **{f"{_ARR}.actor.optim.{other}": f"{_ARR}.actor.optim.{ours}" for other, ours in options.OPTIM_SYNONYMS.items()},
     f"{_ARR}.actor.use_torch_compile": f"{_ARR}.model.use_compile",
     f"{_ARR}.actor.fsdp_config.dtype": f"{_ARR}.actor.fsdp_config.param_dtype",
     f"{_ARR}.actor.fsdp_config.offload_params": f"{_ARR}.actor.fsdp_config.param_offload",
@@ -42,7 +41,7 @@ def contradictions(config: RLConfig) -> Iterator[Fault]:
     yield from _estimator(config.algorithm.adv_estimator)
     yield from _sizes(config)
     yield from _functions(config)
-    yield from _trainer(config)
+    yield from options.contradictions(run_options(config))
 
 
 def notes(config: RLConfig) -> Iterator[str]:
@@ -96,8 +95,6 @@ def _sizes(config: RLConfig) -> Iterator[Fault]:
     for key, value in (("rollout.top_k", rollout.top_k), ("rollout.val_kwargs.top_k", rollout.val_kwargs.top_k)):
         if value == 0:
             yield Fault(f"actor_rollout_ref.{key}=0", "leaves no token to sample.", "Use -1 for all of them.")
-    if config.actor_rollout_ref.actor.fsdp_config.fsdp_size == 0:
-        yield Fault("actor_rollout_ref.actor.fsdp_config.fsdp_size=0", "is no number of ranks.", "Use -1 for all of them.")
 
 
 def _functions(config: RLConfig) -> Iterator[Fault]:
@@ -108,21 +105,3 @@ def _functions(config: RLConfig) -> Iterator[Fault]:
             yield Fault(where, "has a name but no path.", "Give the Python file too.")
     if config.custom_reward_function.path is not None and config.reward_model.name is not None:
         yield Fault("reward_model.name", "and custom_reward_function.path are both given.", "Leave one of them out.")
-
-
-def _trainer(config: RLConfig) -> Iterator[Fault]:
-    trainer, contents = config.trainer, config.actor_rollout_ref.actor.checkpoint.save_contents
-    for name in contents:
-        if name not in SAVE_CONTENTS:
-            where = f"actor_rollout_ref.actor.checkpoint.save_contents={name}"
-            yield Fault(where, "is not known.", f"Use any of {', '.join(SAVE_CONTENTS)}.")
-    if not {"model", "hf_model"} & set(contents):
-        yield Fault("actor_rollout_ref.actor.checkpoint.save_contents", "saves no weights.", "Add model (to resume) or hf_model.")
-    if trainer.resume_mode == "resume_path" and not trainer.resume_from_path:
-        yield Fault("trainer.resume_mode=resume_path", "needs trainer.resume_from_path.", "Give the global_step_N folder.")
-    if trainer.resume_from_path and trainer.resume_mode != "resume_path":
-        where = f"trainer.resume_from_path={trainer.resume_from_path}"
-        yield Fault(where, f"is not used under trainer.resume_mode={trainer.resume_mode}.", "Add trainer.resume_mode=resume_path.")
-    for key, value in (("save_freq", trainer.save_freq), ("test_freq", trainer.test_freq)):
-        if value == 0:
-            yield Fault(f"trainer.{key}=0", "is no number of steps.", "Use a positive number, or -1 (last step only).")
