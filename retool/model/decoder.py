@@ -33,6 +33,7 @@ from retool.parallel.collectives import all_to_all
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v, split_heads
 
+GRAPHS = 64  # of a piece in one process: several models, dtypes and layouts. torch's limit of 8 ends the run
 Recompute = Literal["none", "selective", "full"]
 Score = Callable[[torch.Tensor, torch.Tensor], Any]  # (hidden [t, D], vocabulary matrix [V, D]) → tensors
 
@@ -152,8 +153,12 @@ def _recomputed(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tens
 
 
 def compiled_pieces() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
-    """`before` and `after` through torch.compile, one graph for every layer and every length."""
-    return torch.compile(Block.before, dynamic=True, fullgraph=True), torch.compile(Block.after, dynamic=True, fullgraph=True)
+    """`before` and `after` through torch.compile: a graph for any length and one for length 1, each with gradients and without, for all
+    layers and models of one shape. The compiler distinguishes views by what they are views of, so it gets none from attention."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
+    before, after = torch.compile(Block.before, dynamic=True, fullgraph=True), torch.compile(Block.after, dynamic=True, fullgraph=True)
+    return before, lambda block, x_tD, received: after(block, x_tD, torch.ops.aten._unsafe_view(received, received.shape))
 
 
 class Embedding(nn.Module):

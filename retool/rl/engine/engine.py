@@ -215,4 +215,3 @@ class Engine:
             return run_once(self._model, work)  # pyright: ignore[reportArgumentType]
         assert self._loop is not None
         return self._loop.start(work) if kind == "start" else self._loop.again(*work)  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
-

@@ -76,7 +76,7 @@ def cutoff(x_RV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     ordered = x_RV.sort(-1, descending=True).values
     k = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)[:, None]
     lowest = ordered.gather(1, k - 1)
-    p = ordered.masked_fill(ordered < lowest, float("-inf")).softmax(-1)
+    p = ordered.masked_fill(ordered < lowest, float("-inf")).softmax(-1, dtype=torch.float64)  # fp32 sums miss by a token of 150,000
     before = p.cumsum(-1) - p
     kept = (before < top_p[:, None].to(p.dtype)).sum(-1, keepdim=True).clamp(min=1)
     least = torch.where(top_p[:, None] < 1, ordered.gather(1, kept - 1), lowest)

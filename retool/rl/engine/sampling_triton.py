@@ -93,9 +93,7 @@ def _ordered(x):
 
 
 @triton.jit
-def _cutoff_kernel(
-    x_ptr, stride, columns, temperature_ptr, top_k_ptr, top_p_ptr, out_ptr, BLOCK: tl.constexpr, LOWEST: tl.constexpr
-):
+def _cutoff_kernel(x_ptr, stride, columns, temperature_ptr, top_k_ptr, top_p_ptr, out_ptr, BLOCK: tl.constexpr, LOWEST: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride
     temperature, top_k, top_p = tl.load(temperature_ptr + row), tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)

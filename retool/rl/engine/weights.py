@@ -25,13 +25,14 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  #
 
 
 def make_decoder(config: ModelConfig, device: torch.device, group: dist.ProcessGroup | None, compiled: bool) -> Decoder:
-    """The decoder on the meta device, with its heads split over `group`."""
+    """The decoder on the meta device, with its heads split over `group`. Its parameters ask for gradients as the trainer's do, so that
+    both share compiled graphs; the engine runs without."""
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     mesh = Mesh(rank, ranks, ranks, 1, device, sp_group=group)
     plan = HeadPlan(ranks, rank, config.heads, config.kv_heads, config.head_dim)
     with torch.device("meta"):
         decoder = Decoder(config, Run(plan, mesh, compiled=compiled))
-    return decoder.requires_grad_(False)
+    return decoder
 
 
 class Weights:
@@ -71,7 +72,7 @@ class Weights:
     def _point(self, name: str, view: torch.Tensor) -> None:
         """Make a parameter, and what is tied to it, a view of the buffer."""
         path, _, leaf = name.rpartition(".")
-        old, new = self.decoder.get_submodule(path)._parameters[leaf], nn.Parameter(view, requires_grad=False)
+        old, new = self.decoder.get_submodule(path)._parameters[leaf], nn.Parameter(view)
         for module in self.decoder.modules():
             for key, parameter in list(module._parameters.items()):
                 if parameter is old:

@@ -74,13 +74,14 @@ def test_paged_flash_equals_torch(heads: int, kv_heads: int, head_dim: int) -> N
             tables[row, place] = order.pop()
     offsets = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 130, 430], [0, 700, 1000])]
     slots = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    for alone in (False, True):
-        pages = Pages(slots, tables.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), 4, *offsets, counts=(130, 300),
-                      host_lengths=(700, 300), each_alone=alone)  # fmt: skip
-        fast = paged_attention(q, cache, 0, pages, flash=True).float()
-        cache_32 = KVCache((1, 256, kv_heads, head_dim), 40, torch.float32, DEVICE)
-        cache_32.data.copy_(cache.data)
-        exact = paged_attention(q.float(), cache_32, 0, pages, flash=False)
+    both = slots, tables.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), 4
+    mixed = Pages(*both, *offsets, counts=(130, 300), host_lengths=(700, 300))
+    alone = Pages(*both, host_lengths=tuple(lengths[:4]), each_alone=True)  # single tokens only
+    cache_32 = KVCache((1, 256, kv_heads, head_dim), 40, torch.float32, DEVICE)
+    cache_32.data.copy_(cache.data)
+    for pages, queries in ((mixed, q), (alone, q[:4])):
+        fast = paged_attention(queries, cache, 0, pages, flash=True).float()
+        exact = paged_attention(queries.float(), cache_32, 0, pages, flash=False)
         assert (fast - exact).norm() / exact.norm() < 5e-3
 
 

@@ -37,7 +37,17 @@ def exact(temperature: float, top_k: int, top_p: float) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
-    [(1.0, -1, 1.0), (0.5, -1, 1.0), (2.0, 0, 1.0), (1.0, 4, 1.0), (1.0, 2, 1.0), (1.0, -1, 0.6), (1.0, -1, 0.97), (1.5, 6, 0.8), (1.0, 99, 0.3)],
+    [
+        (1.0, -1, 1.0),
+        (0.5, -1, 1.0),
+        (2.0, 0, 1.0),
+        (1.0, 4, 1.0),
+        (1.0, 2, 1.0),
+        (1.0, -1, 0.6),
+        (1.0, -1, 0.97),
+        (1.5, 6, 0.8),
+        (1.0, 99, 0.3),
+    ],
 )
 def test_draws_follow_the_exact_distribution(temperature: float, top_k: int, top_p: float) -> None:
     """A chi-square test of 40,000 draws at the 1e-4 level; tokens that are filtered are never drawn; both log-probabilities exact."""
@@ -87,7 +97,13 @@ def test_rare_tokens_can_win() -> None:
 
 def test_greedy_rows_beside_sampled_ones() -> None:
     logits = LOGITS.repeat(3, 1)
-    mixed_draws = Draws(torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.tensor([0.0, 1.0, 0.0]), torch.tensor([-1, 2, 1]), torch.tensor([0.1, 1.0, 1.0]))
+    mixed_draws = Draws(
+        torch.zeros(3, dtype=torch.int64),
+        torch.arange(3),
+        torch.tensor([0.0, 1.0, 0.0]),
+        torch.tensor([-1, 2, 1]),
+        torch.tensor([0.1, 1.0, 1.0]),
+    )
     token, logp, behaviour = sample(logits, mixed_draws, True)
     assert token[0] == token[2] == 0 and behaviour[0] == behaviour[2] == 0 and behaviour[1] < 0
     assert abs(logp[0] - LOGITS.log_softmax(-1)[0]) < 1e-12
@@ -97,3 +113,10 @@ def test_cutoff_keeps_ties_and_the_token_that_crosses() -> None:
     x = LOGITS.repeat(4, 1)
     least = cutoff(x, torch.tensor([2, -1, -1, 3]), torch.tensor([1.0, 0.01, 1.0, 0.9]))
     assert least.tolist() == [1.5, 2.0, -8.0, 1.5]
+
+
+def test_cutoff_finds_the_token_that_crosses_among_150_000() -> None:
+    x = torch.randn(24, 151_936, generator=torch.Generator().manual_seed(1)) * 3
+    every, most = torch.full((24,), -1), torch.full((24,), 0.7)
+    kept, want = ((y >= cutoff(y, every, most)[:, None]).sum(1) for y in (x, x.double()))
+    assert torch.equal(kept, want)

@@ -11,7 +11,7 @@ from retool.rl.engine.batch import make_batch
 from retool.rl.engine.kv_cache import PagePool
 from retool.rl.engine.params import SamplingParams
 from retool.rl.engine.scheduler import Scheduler
-from retool.rl.engine.sequence import Sequence, State
+from retool.rl.engine.sequence import Sequence, State, Step
 
 
 class Written:
@@ -20,13 +20,17 @@ class Written:
     def __init__(self, size: int) -> None:
         self.size, self.slots = size, {}
 
-    def apply(self, scheduler: Scheduler, step, multiple: int, expand: bool) -> None:
+    def apply(self, scheduler: Scheduler, step: Step, multiple: int, expand: bool) -> None:
         batch, _ = make_batch(step, self.size, multiple, all_rows=expand, expand=expand)
         old = dict(self.slots)
         for source, target in step.copies:
             for place in range(self.size):
                 self.slots[target * self.size + place] = old.get(source * self.size + place)
-        real = [(slot, token, position) for slot, token, position in zip(batch.slots, batch.tokens, batch.positions, strict=True) if slot >= self.size]
+        real = [
+            (slot, token, position)
+            for slot, token, position in zip(batch.slots, batch.tokens, batch.positions, strict=True)
+            if slot >= self.size
+        ]
         for item in step.items:
             for n in range(item.start, item.start + item.count):
                 slot = item.sequence.pages[n // self.size] * self.size + n % self.size
