@@ -10,6 +10,7 @@ import torch
 from retool.model.attention import choose_backend
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder, Recompute, Run
+from retool.model.offload import Offload
 from retool.parallel.fsdp import Sharded, shard
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan
@@ -36,7 +37,8 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
     dtype = options.param_dtype or (torch.bfloat16 if cuda else options.master_dtype)
     plan = HeadPlan(mesh.sp, mesh.sp_rank, config.heads, config.kv_heads, config.head_dim)
     compiled = cuda if options.use_compile == "auto" else options.use_compile
-    run = Run(plan, mesh, choose_backend(mesh.device, dtype, config.head_dim, options.attn), options.recompute, compiled)
+    offload = Offload(mesh.device) if options.recompute == "offload" else None
+    run = Run(plan, mesh, choose_backend(mesh.device, dtype, config.head_dim, options.attn), options.recompute, compiled, offload)
     with torch.device("meta"):
         module = Decoder(config, run)
     return shard(

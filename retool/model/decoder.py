@@ -9,6 +9,7 @@ What the backward finds, per token and layer in elements (Qwen2.5-0.5B: D 896, E
     none        everything that it needs
     selective   x, q k v, attention's result before and after its all-to-all (D + 3·E + 2·K·H): `after` runs again
     full        x and attention's result with its log-sum-exp (D + E): the block runs again, the attention kernel doesn't
+    offload     the same, in host memory but for the block at hand and the next one
 
 Legend: T tokens of the pack · t tokens of this sequence-parallel rank · N query heads · K kv heads · H head dim · D model
 · F ffn · V vocab.
@@ -28,25 +29,28 @@ from torch.utils.checkpoint import checkpoint
 from retool.batch import PackedBatch
 from retool.model.attention import attention, attention_forward_lse, attention_from_saved
 from retool.model.config import ModelConfig
+from retool.model.offload import Offload
+from retool.model.recompute import recomputed
 from retool.model.rope import inverse_frequencies, rope_tables, rotate
 from retool.parallel.collectives import all_to_all
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v, split_heads
 
 GRAPHS = 64  # of a piece in one process: several models, dtypes and layouts. torch's limit of 8 ends the run
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "full", "offload"]
 Score = Callable[[torch.Tensor, torch.Tensor], Any]  # (hidden [t, D], vocabulary matrix [V, D]) → tensors
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a forward runs: what doesn't change from batch to batch."""
+    """How a forward runs: what doesn't change from batch to batch. `offload` is there where `recompute` is offload."""
 
     plan: HeadPlan
     mesh: Mesh
     backend: str = "reference"
     recompute: Recompute = "none"
     compiled: bool = False
+    offload: Offload | None = None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -92,15 +96,14 @@ class Block(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return split_heads(q, k, v.to(q.dtype), plan, x_tD.dtype)
 
-    def after(self, x_tD: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
-        """Output projection, norm and SwiGLU MLP with their residuals: [t, D] and the heads' buffer → [t, D]."""
-        a_tE = join_heads(received, self.run.plan).flatten(1)
+    def after(self, x_tD: torch.Tensor, a_tE: torch.Tensor) -> torch.Tensor:
+        """Output projection, norm and SwiGLU MLP with their residuals: [t, D] and attention's result [t, E] → [t, D]."""
         x_tD = x_tD + F.linear(a_tE, self.o, self.o_bias)
         gate, up = F.linear(rms_norm(x_tD, self.norm_2, self.config.norm_eps), self.gate_up, self.gate_up_bias).chunk(2, -1)
         return x_tD + F.linear(F.silu(gate) * up, self.down, self.down_bias)
 
     def attend(self, send: torch.Tensor, t: int, batch: PackedBatch, kept: list[tuple[torch.Tensor, torch.Tensor]] | None) -> torch.Tensor:
-        """Sequence → heads, attention over the whole pack, heads → sequence. `kept` remembers the kernel's result for a second run."""
+        """Sequence → heads, attention over the whole pack, heads → sequence [t, E]. `kept` remembers the kernel's result."""
         plan, group = self.run.plan, self.run.mesh.sp_group
         q, k, v = q_k_v(all_to_all(send, *plan.to_heads(t), group), plan)
         pack = batch.cu_seqlens, batch.max_seqlen, self.run.backend, batch.seqlens
@@ -110,20 +113,16 @@ class Block(nn.Module):
             if not kept:
                 kept.append(attention_forward_lse(q, k, v, *pack))
             out = attention_from_saved(q, k, v, *kept[0], *pack)
-        return all_to_all(out.flatten(), *plan.to_sequence(t), group)
-
-    def whole(self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: PackedBatch, kept: list[Any] | None) -> torch.Tensor:
-        """The block: [t, D] → [t, D]."""
-        received = self.attend(self.before_piece(self, x_tD, cos, sin), x_tD.shape[0], batch, kept)
-        if self.run.recompute == "selective":
-            return _recomputed(self.after_piece, self, x_tD, received)
-        return self.after_piece(self, x_tD, received)
+        return join_heads(all_to_all(out.flatten(), *plan.to_sequence(t), group), plan).flatten(1)
 
     def forward(self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """[t, D] → [t, D], keeping for the backward what `run.recompute` says."""
-        if self.run.recompute == "full" and torch.is_grad_enabled():
-            return _recomputed(self.whole, x_tD, cos, sin, batch, [])
-        return self.whole(x_tD, cos, sin, batch, None)
+        if self.run.recompute in ("full", "offload") and torch.is_grad_enabled():
+            return recomputed(self, x_tD, cos, sin, batch, self.run.offload)
+        a_tE = self.attend(self.before_piece(self, x_tD, cos, sin), x_tD.shape[0], batch, None)
+        if self.run.recompute == "selective":  # nothing in a block draws random numbers
+            return _checkpoint(self.after_piece, self, x_tD, a_tE)
+        return self.after_piece(self, x_tD, a_tE)
 
     def members(self) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
         """Hugging Face names and shapes of each parameter's row blocks."""
@@ -146,8 +145,8 @@ class Block(nn.Module):
         return {name: table[name] for name, _ in self.named_parameters()}
 
 
-def _recomputed(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-    """Run keeping only the arguments; the backward runs it again. Nothing in a block draws random numbers."""
+def _checkpoint(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """Run keeping only the arguments; the backward runs it again."""
     out: Any = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
     return out
 

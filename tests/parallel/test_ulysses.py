@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from retool.batch import PackedBatch, Sample, pack
+from retool.model import recompute as chunks
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
+from retool.model.decoder import Recompute
 from retool.parallel.fsdp import Layout, local_pieces
 from retool.parallel.mesh import make_mesh
 from retool.parallel.ulysses import HeadPlan
@@ -35,7 +37,9 @@ def batch() -> PackedBatch:
     return pack(samples, multiple=12)
 
 
-def loss_and_gradients(heads: int, kv_heads: int, sp: int, recompute: str) -> tuple[float, dict[str, np.ndarray]]:
+def loss_and_gradients(heads: int, kv_heads: int, sp: int, recompute: Recompute, chunk: int = 0) -> tuple[float, dict[str, np.ndarray]]:
+    if chunk:
+        chunks.CHUNKED_FROM = chunks.CHUNK = chunks.ROUND = chunk
     mesh = make_mesh(sp=sp)
     f64 = torch.float64
     model = build_decoder(config(heads, kv_heads), mesh, ModelOptions(f64, f64, f64, recompute=recompute))
@@ -54,7 +58,10 @@ def loss_and_gradients(heads: int, kv_heads: int, sp: int, recompute: str) -> tu
     total = loss.detach().clone()
     if mesh.world_group is not None:
         torch.distributed.all_reduce(total)
-    found = {p.member.name + f":{p.start}": model.grad[p.local : p.local + p.stop - p.start].numpy() for p in local_pieces(model.layout, mesh.shard_rank)}
+    found = {
+        p.member.name + f":{p.start}": model.grad[p.local : p.local + p.stop - p.start].numpy()
+        for p in local_pieces(model.layout, mesh.shard_rank)
+    }
     return float(total), found
 
 
@@ -72,7 +79,8 @@ def joined(results: list[tuple[float, dict[str, np.ndarray]]]) -> dict[str, np.n
 @pytest.mark.parametrize("sp", [2, 3, 4])
 def test_sp_equals_one_process(heads: tuple[int, int], sp: int) -> None:
     expected_loss, expected = loss_and_gradients(*heads, 1, "none")
-    results = run_ranks(loss_and_gradients, sp, *heads, sp, {2: "full", 3: "selective", 4: "none"}[sp])
+    how = {2: ("offload", 4), 3: ("selective", 0), 4: ("none", 0)}  # 18 tokens of a rank in chunks of 4
+    results = run_ranks(loss_and_gradients, sp, *heads, sp, *how[sp])
     gradients, reference = joined(results), joined([(0.0, expected)])
     assert results[0][0] == pytest.approx(expected_loss, rel=1e-13)
     assert gradients.keys() == reference.keys()

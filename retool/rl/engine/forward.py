@@ -15,7 +15,7 @@ from retool.model.decoder import Decoder
 from retool.model.logits import product, workspace
 from retool.model.rope import inverse_frequencies, rope_tables
 from retool.parallel.collectives import all_to_all, sum_over
-from retool.parallel.ulysses import HeadPlan, q_k_v
+from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v
 from retool.rl.engine.attention import Pages, paged_attention
 from retool.rl.engine.kv_cache import KVCache
 from retool.rl.engine.sampling import Draws, sample
@@ -54,7 +54,8 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
         query, key, value = q_k_v(received, plan)
         model.cache.write(number, pages.slots, _adjacent(received, key, value, plan))
         out = paged_attention(query, model.cache, number, pages, model.flash)
-        x_tD = block.after_piece(block, x_tD, all_to_all(out.flatten(), *plan.to_sequence(t), model.group))
+        a_tE = join_heads(all_to_all(out.flatten(), *plan.to_sequence(t), model.group), plan).flatten(1)
+        x_tD = block.after_piece(block, x_tD, a_tE)
     return x_tD
 
 

@@ -1,0 +1,105 @@
+"""Activations in host memory: parked in the forward, fetched a block ahead in the backward, on a CUDA stream of their own.
+
+    compute   | block 0 | block 1 | block 2 |     …     | block 2 back | block 1 back | block 0 back |
+    copies              | 0 ↓     | 1 ↓                 | 1 ↑          | 0 ↑
+
+What the last block keeps stays: the backward begins with it. So the device holds two blocks' activations at a time.
+
+[Note: memory that two streams use] Device memory always comes from the compute stream and goes back to it. A tensor that is copied
+out is held until the compute stream waits for its copy, one block later; a tensor to copy into is made by the compute stream, and
+the copy starts after what that stream had enqueued. Host pages are reused in the order of the one copy stream. So nothing needs
+`record_stream`, under which a host that runs ahead of the device would find no memory free; and the host never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retool.parallel.fsdp.overlap import recorded
+
+PAGE = 16 << 20  # bytes. Pinned memory comes in powers of two; pages of one size fit tensors of any length
+
+
+class Parked:
+    """Some tensors of one block, in host memory until `fetch`. `before`: those of the block before it, wanted next."""
+
+    def __init__(self, offload: Offload, before: Parked | None, tensors: Sequence[Tensor]) -> None:
+        self.offload, self.before = offload, before
+        self.shapes = [(t.shape, t.dtype) for t in tensors]
+        self.pages: list[list[Tensor]] = []  # of each tensor; empty while `here` has them
+        self.here: list[Tensor] | None = None
+        self.arrived: torch.cuda.Event | None = None
+
+    def fetch(self) -> list[Tensor]:
+        """The tensors on the device, once: they are let go of here. Starts to fetch the block before."""
+        tensors = self.start_fetch()
+        if self.arrived is not None:
+            torch.cuda.current_stream().wait_event(self.arrived)
+        before, self.before, self.here = self.before, None, None
+        if before is not None:
+            before.start_fetch()
+        return tensors
+
+    def start_fetch(self) -> list[Tensor]:
+        """Begin the copy to the device, unless it has begun."""
+        if self.here is None:
+            assert self.pages, "activations were fetched twice"
+            self.here = [torch.empty(shape, dtype=dtype, device=self.offload.device) for shape, dtype in self.shapes]
+            self.arrived = self.offload.copy_in(self.here, self.pages)
+            self.pages = []
+        return self.here
+
+
+class Offload:
+    """The copy stream (None on the CPU, where copies are done at once) and the host pages of one model."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.free: list[Tensor] = []
+        self.newest: Parked | None = None
+        self.held: list[Tensor] = []  # being copied out, until `sent`
+        self.sent: torch.cuda.Event | None = None
+
+    def park(self, tensors: Sequence[Tensor], first: bool, last: bool) -> Parked:
+        """Start to copy a block's tensors out. `first` block: nothing of this forward came before it; `last`: they stay."""
+        self.settle()
+        parked = Parked(self, None if first else self.newest, tensors)
+        self.newest = None if last else parked
+        if last:
+            parked.here = list(tensors)
+            return parked
+        self.held = [t.contiguous() for t in tensors]
+        parked.pages = [[self._page() for _ in range(-(-t.nbytes // PAGE))] for t in self.held]
+        self.sent = self._copy(self.held, parked.pages, out=True)
+        return parked
+
+    def settle(self) -> None:
+        """What the compute stream does next comes after the last copy out: its tensors can be let go of."""
+        if self.sent is not None:
+            torch.cuda.current_stream().wait_event(self.sent)
+        self.held, self.sent = [], None
+
+    def copy_in(self, tensors: list[Tensor], pages: list[list[Tensor]]) -> torch.cuda.Event | None:
+        """Start to fill `tensors`; the pages are free for what is copied out later."""
+        self.settle()
+        event = self._copy(tensors, pages, out=False)
+        self.free += [page for several in pages for page in several]
+        return event
+
+    def _page(self) -> Tensor:
+        return self.free.pop() if self.free else torch.empty(PAGE, dtype=torch.uint8, pin_memory=self.stream is not None)
+
+    def _copy(self, tensors: list[Tensor], pages: list[list[Tensor]], out: bool) -> torch.cuda.Event | None:
+        """Copy on the copy stream, after what the compute stream has now; the event of its end."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for tensor, several in zip(tensors, pages, strict=True):
+                for part, page in zip(tensor.flatten().view(torch.uint8).split(PAGE), several, strict=True):
+                    host = page[: len(part)]
+                    (host if out else part).copy_(part if out else host, non_blocking=True)
+            return None if self.stream is None else recorded()

@@ -1,0 +1,128 @@
+"""Blocks that run again in the backward: in host memory or not, by chunk or at once, the gradients are the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from retool.batch import PackedBatch, Sample, pack
+from retool.model import offload, recompute
+from retool.model.build import ModelOptions, build_decoder
+from retool.model.config import ModelConfig
+from retool.model.decoder import Decoder, Recompute
+from retool.model.offload import Offload
+from retool.parallel.fsdp import Sharded
+from retool.parallel.mesh import make_mesh
+
+CONFIG = ModelConfig("qwen3", vocab=61, hidden=24, ffn=40, layers=4, heads=6, kv_heads=2, head_dim=8, norm_eps=1e-6, rope_theta=1e4,
+                     rope_scaling=None, tied=False, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, max_position=0)  # fmt: skip
+DTYPES = {"fp64": (torch.float64,) * 3, "fp32": (torch.float32,) * 3, "bf16": (torch.bfloat16, torch.float32, torch.float32)}
+
+
+def decoder(how: Recompute, dtype: str = "fp32", compiled: bool = False) -> Sharded:
+    model = build_decoder(CONFIG, make_mesh(), ModelOptions(*DTYPES[dtype], recompute=how, use_compile=compiled))
+    model.master.copy_(torch.randn(model.master.shape, generator=torch.Generator().manual_seed(0)) * 0.2)
+    model.refresh()
+    return model
+
+
+def batch(tokens: int, seed: int = 0) -> PackedBatch:
+    rng = np.random.default_rng(seed)
+    sizes = [tokens // 2, 1, tokens - tokens // 2 - 1]
+    return pack([Sample(rng.integers(0, 61, n).astype(np.int32), np.ones(n, bool)) for n in sizes])
+
+
+def loss(model: Sharded, documents: PackedBatch) -> torch.Tensor:
+    return model(documents, lambda hidden, weight: (hidden @ weight.t()).double().tanh().sum())
+
+
+def gradients(how: Recompute, dtype: str = "fp32", tokens: int = 60, chunk: int = 0, compiled: bool = False) -> np.ndarray:
+    if chunk:
+        recompute.CHUNKED_FROM = recompute.CHUNK = recompute.ROUND = chunk
+    model = decoder(how, dtype, compiled)
+    loss(model, batch(tokens)).backward()
+    return model.grad.double().numpy()
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several pages a tensor; chunks restored after a test that changes them."""
+    monkeypatch.setattr(offload, "PAGE", 1000)
+    for name in ("CHUNKED_FROM", "CHUNK", "ROUND"):
+        monkeypatch.setattr(recompute, name, getattr(recompute, name))
+
+
+def error(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def store(model: Sharded) -> Offload:
+    assert isinstance(model.module, Decoder) and model.module.run.offload is not None
+    return model.module.run.offload
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_offload_changes_no_bit(dtype: str) -> None:
+    np.testing.assert_array_equal(gradients("offload", dtype), gradients("full", dtype))
+    assert error(gradients("full", dtype), gradients("none", dtype)) < {"fp64": 1e-14, "fp32": 1e-6, "bf16": 1e-2}[dtype]
+
+
+def test_forwards_may_wait_for_their_backwards() -> None:
+    """Two graphs at once don't share host pages; longer and shorter packs later reuse them."""
+    parked, kept = decoder("offload"), decoder("full")
+    for sizes in ((60, 33), (80, 7)):
+        for model in (parked, kept):
+            model.zero_grad()
+            for value in [loss(model, batch(n, seed=n)) for n in sizes]:
+                value.backward()
+        torch.testing.assert_close(parked.grad, kept.grad, rtol=0, atol=0)
+    pages = len(store(parked).free)
+    loss(parked, batch(80)).backward()
+    assert len(store(parked).free) == pages > 0, "one forward needs no more pages than two did"
+    assert not store(parked).held and store(parked).newest is None, "nothing is held after a backward"
+
+
+@pytest.mark.parametrize("how", ["full", "offload"])
+@pytest.mark.parametrize(("dtype", "most"), [("fp64", 1e-14), ("fp32", 1e-6)])
+def test_chunks_equal_the_whole(how: Recompute, dtype: str, most: float) -> None:
+    assert error(gradients(how, dtype, chunk=7), gradients("none", dtype)) < most
+
+
+def test_many_chunks_lose_no_precision_in_bf16() -> None:
+    """Weight gradients are added up in fp32: in bf16 the sum of 300 chunks would stand still."""
+    exact = gradients("none", "fp64", tokens=600)
+    whole = error(gradients("none", "bf16", tokens=600), exact)
+    assert error(gradients("full", "bf16", tokens=600, chunk=2), exact) < 1.1 * whole
+
+
+def test_frozen_weights_are_left_out() -> None:
+    """A frozen embedding gives the first block an input without a gradient; a frozen matrix gets none."""
+    found = {}
+    for how in ("none", "offload"):
+        model = decoder(how)
+        for parameter in model.module.get_submodule("embed").parameters():
+            parameter.requires_grad_(False)
+        frozen = model.module.get_parameter("blocks.1.gate_up").requires_grad_(False)
+        loss(model, batch(60)).backward()
+        assert frozen.grad is None
+        found[how] = model.grad.clone()
+    assert error(found["offload"].numpy(), found["none"].numpy()) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 32_768, 32_769, 40_000, 262_144, 1_000_003])
+def test_chunks_cover_every_token_once(tokens: int) -> None:
+    chunks = recompute.token_chunks(tokens)
+    assert [c.start for c in chunks] == [0, *(c.stop for c in chunks[:-1])] and chunks[-1].stop == tokens
+    sizes = [c.stop - c.start for c in chunks]
+    assert sizes == [tokens] if tokens <= 32_768 else (max(sizes) <= 8_192 and not any(n % 128 for n in sizes[:-1]))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_need_few_graphs() -> None:
+    """Whole and chunked, with and without gradients: lengths and places of chunks make no graph of their own."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for tokens, chunk in ((60, 60), (75, 20), (131, 30)):
+        assert error(gradients("offload", "fp32", tokens, chunk, compiled=True), gradients("none", "fp32", tokens)) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "before and after, each with gradients and without"
