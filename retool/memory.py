@@ -9,9 +9,17 @@ Legend: t tokens of a micro-batch on one GPU (T/sp) · D model · F ffn · N, K 
                    full       block input D, attention's result E
                    selective  also the normed input D, q k v (N+2K)·H, and under sp > 1 the result that came back E
                    none       also the second residual and its norm 2·D, gate and up 2·F, their product F
+                   offload    as full, of two layers: the others' are in host memory
+                 and the rope tables, 4·H
     head         (`head_bytes`) the hidden states through the final norm, their gradient, the fp32 gradient of the vocabulary
                  matrix 4·V·D, and with it either a chunk of fp32 logits or the same gradient in the compute dtype
     block        (`block_bytes`) one block's backward: what is recomputed, the MLP's gradients 3·F, the weights' gradients
+                 by chunk, of long packs (`chunked_block_bytes`): the normed input D, q k v, attention's result E under sp > 1, the
+                 gradients of the block's output, its input and attention's result 2·D + E, and with them the larger of
+                   MLP        of a chunk: second residual, its norm, gate, up, their product and their gradients 4·D + 6·F; the
+                              weights' gradients in p bytes, and their sums in 4
+                   attention  its output's gradient before and after the all-to-all 2·E under sp > 1, gradients of q k v, and the
+                              kernel's sum of the queries' in fp32 2·E
     end          the embedding's dense gradient, after everything kept is gone
 
 A tied vocabulary matrix's first gradient (p·V·D) waits through the whole backward for the embedding's.
@@ -28,8 +36,9 @@ from typing import Literal
 import torch
 
 from retool.model.config import ModelConfig
-from retool.model.decoder import Decoder, Run
+from retool.model.decoder import Decoder, Recompute, Run
 from retool.model.logprobs import LOGIT_BYTES
+from retool.model.recompute import token_chunks
 from retool.parallel.fsdp.layout import Layout, SlotSpec, make_layout
 from retool.parallel.fsdp.overlap import assign_buffers
 from retool.parallel.fsdp.wrap import NORM_CHUNK
@@ -37,8 +46,7 @@ from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan
 from retool.perf import GIB
 
-Recompute = Literal["none", "selective", "full"]
-LADDER: tuple[Recompute, ...] = ("none", "selective", "full")
+LADDER: tuple[Recompute, ...] = ("none", "selective", "full", "offload")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 OUTSIDE = 1.5 * GIB  # CUDA context, NCCL buffers, cuBLAS workspaces: not seen by torch's allocator
 SLACK = 1.05  # fragmentation, and what the formula doesn't know
@@ -66,7 +74,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on one GPU by phase."""
+    """Bytes on one GPU by phase; `host`: activations in its process's host memory."""
 
     load: float
     forward_backward: float
@@ -74,6 +82,7 @@ class Prediction:
     save: float
     state: float
     activations: float
+    host: float = 0.0
 
     @property
     def peak(self) -> float:
@@ -120,7 +129,8 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
     units = [u.shard_numel for u in layout.units]
     pairs = max(a + b for a, b in zip(units, [*units[1:], 0], strict=True))  # the next unit arrives before the last one is let go
     visiting = pairs * m * (setting.param_offload + 2 * setting.optimizer_offload)
-    kept = tokens * config.layers * layer_bytes(config, setting.sp, p, recompute)
+    layers = min(config.layers, 2) if recompute == "offload" else config.layers
+    kept = tokens * (layers * layer_bytes(config, setting.sp, p, recompute) + 4 * config.head_dim)
     table = config.vocab * config.hidden * p  # the vocabulary matrix's gradient, and the embedding's
     block = block_bytes(config, setting.sp, tokens, p, recompute) + (table if config.tied else 0)
     end = table + max(table if config.tied else 0, r * max(units) if setting.shards > 1 else 0)  # both gradients, or one and its sum
@@ -132,6 +142,7 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
         save=state + gathered + (m * largest if setting.shards > 1 else 0),
         state=state + gathered,
         activations=kept,
+        host=tokens * (config.layers - 1) * layer_bytes(config, setting.sp, p, recompute) if recompute == "offload" else 0,
     )
 
 
@@ -143,18 +154,22 @@ def _rooms(sizes: list[int], own: list[bool]) -> int:
 
 def layer_bytes(config: ModelConfig, sp: int, p: int, recompute: Recompute) -> int:
     """Bytes that one layer keeps for backward per local token: what the compiled block saves, matrix inputs among it."""
-    heads, kv, wide = config.heads, config.kv_heads, config.heads * config.head_dim
-    if sp > 1:  # kv heads travel to every rank that reads them
-        kv = sum(len(r) for r in HeadPlan(sp, 0, heads, config.kv_heads, config.head_dim).kv_ranges)
+    heads, wide = config.heads, config.heads * config.head_dim
     elements, singles = config.hidden + wide, heads
-    if recompute != "full":
-        elements += config.hidden + (heads + 2 * kv) * config.head_dim + (wide if sp > 1 else 0)
+    if recompute in ("none", "selective"):
+        elements += config.hidden + _qkv(config, sp) + (wide if sp > 1 else 0)
         singles += 1
         if config.qk_norm:
             elements, singles = elements + (heads + 2 * config.kv_heads) * config.head_dim, singles + heads + config.kv_heads
     if recompute == "none":
         elements, singles = elements + 2 * config.hidden + 3 * config.ffn, singles + 1
     return elements * p + 4 * singles
+
+
+def _qkv(config: ModelConfig, sp: int) -> int:
+    """Elements of q, k and v per local token, after their all-to-all: kv heads travel to every rank that reads them."""
+    kv = sum(len(r) for r in HeadPlan(sp, 0, config.heads, config.kv_heads, config.head_dim).kv_ranges)
+    return (config.heads + 2 * kv) * config.head_dim
 
 
 def head_bytes(config: ModelConfig, tokens: int, p: int) -> float:
@@ -168,9 +183,22 @@ def head_bytes(config: ModelConfig, tokens: int, p: int) -> float:
 
 def block_bytes(config: ModelConfig, sp: int, tokens: int, p: int, recompute: Recompute) -> float:
     """What one block's backward needs beside what is kept."""
+    if recompute in ("full", "offload") and len(token_chunks(tokens)) > 1:
+        return chunked_block_bytes(config, sp, tokens, p)
     again = layer_bytes(config, sp, p, "none") - layer_bytes(config, sp, p, recompute)
     weights = config.hidden * (3 * config.ffn + 2 * (config.heads + config.kv_heads) * config.head_dim) * p
     return tokens * (again + (3 * config.ffn + 2 * config.hidden) * p) + weights
+
+
+def chunked_block_bytes(config: ModelConfig, sp: int, tokens: int, p: int) -> float:
+    """The same where the MLP runs by chunk."""
+    chunk, wide, qkv = token_chunks(tokens)[0].stop, config.heads * config.head_dim, _qkv(config, sp)
+    returned = wide if sp > 1 else 0
+    after = config.hidden * (3 * config.ffn + wide)
+    before = config.hidden * (wide + 2 * config.kv_heads * config.head_dim)
+    mlp = chunk * (4 * config.hidden + 6 * config.ffn) * p + after * (p + max(p, 4))
+    attention = tokens * (2 * returned + qkv + wide * max(p, 4) / p) * p + (before + after) * p
+    return tokens * (3 * config.hidden + qkv + returned + wide) * p + max(mlp, attention)
 
 
 @dataclass(frozen=True)
@@ -187,17 +215,27 @@ class Choice:
     hold: bool = False
 
 
+def ladder(recompute: Recompute | None, offload: bool | Literal["auto"]) -> tuple[Recompute, ...]:
+    """Policies to try in turn, for what was asked for (None: the least that fits) and whether activations may go to host memory."""
+    rungs = LADDER[:3] if recompute is None else (recompute,)
+    if offload is True:
+        return ("offload",)
+    return (*rungs, "offload") if offload == "auto" and rungs[-1] == "full" else rungs
+
+
 def choose(
-    config: ModelConfig, setting: Setting, longest: int, tokens: int | None, recompute: Recompute | None, device_gib: float | None
-) -> Choice:
+    config: ModelConfig, setting: Setting, longest: int, tokens: int | None, recompute: Recompute | None, device_gib: float | None,
+    offload: bool | Literal["auto"] = False,
+) -> Choice:  # fmt: skip
     """The least recomputation that fits, and with no `tokens` given a budget that fits too.
 
     `longest`: the longest sample's tokens per GPU, which must fit whatever the budget. Given `tokens` or `recompute` are
-    kept. Without a known device nothing is recomputed and a GPU's share is just filled. Gradients are held where micro-batches
-    are too short to hide their reduction (always, without a device) and there is room.
+    kept; activations go to host memory only where `offload` says that they shall, or may as the last resort ("auto"). Without a
+    known device nothing is recomputed and a GPU's share is just filled. Gradients are held where micro-batches are too short to
+    hide their reduction (always, without a device) and there is room.
     """
     floor = max(longest, tokens or 0)
-    rungs = LADDER if recompute is None else (recompute,)
+    rungs = ladder(recompute, offload)
     held = replace(setting, hold=setting.shards > 1)
     if device_gib is None:
         budget = tokens or max(longest, min(FILLED, 4 * longest))

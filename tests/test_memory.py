@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from retool.batch import Sample, pack
-from retool.memory import DTYPE_BYTES, LADDER, Recompute, Setting, choose, layer_bytes, plan_layout, predict
+from retool.batch import PackedBatch, Sample, pack
+from retool.memory import DTYPE_BYTES, LADDER, Recompute, Setting, block_bytes, choose, ladder, layer_bytes, plan_layout, predict
+from retool.model import offload
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig, parse_model_config
+from retool.model.decoder import Decoder
 from retool.model.logprobs import LOGIT_BYTES
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
@@ -20,6 +23,8 @@ SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "nu
          "vocab_size": 131, "max_position_embeddings": 512}  # fmt: skip
 QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
         "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True}  # fmt: skip
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "vocab_size": 128256, "max_position_embeddings": 8192}  # fmt: skip
 
 
 def model(family: str = "qwen2", **more: object) -> ModelConfig:
@@ -52,6 +57,10 @@ def test_state_and_buffers_are_exact(world: int, reshard: bool, compute: str) ->
     assert predicted.state == taken + 2 * 4 * owned  # the two moments are the optimizer's
 
 
+def document(tokens: int) -> PackedBatch:
+    return pack([Sample(torch.arange(tokens).remainder(131).int().numpy(), torch.ones(tokens, dtype=torch.bool).numpy())])
+
+
 def test_kept_bytes_are_those_that_autograd_saves_at_least() -> None:
     """Uncompiled code keeps more than the fused one that is predicted, and recomputation of everything keeps no MLP."""
     config, tokens, saved = model(), 256, dict[int, int]()
@@ -60,22 +69,67 @@ def test_kept_bytes_are_those_that_autograd_saves_at_least() -> None:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    batch = pack([Sample(torch.arange(tokens).remainder(131).int().numpy(), torch.ones(tokens, dtype=torch.bool).numpy())])
+    batch = document(tokens)
     measured: dict[str, int] = {}
-    for recompute in LADDER:
+    for recompute in LADDER[:3]:
         saved.clear()
         sharded = build_decoder(config, make_mesh(), ModelOptions(recompute=recompute))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             sharded(batch, lambda hidden, weight: hidden.sum())
         measured[recompute] = sum(saved.values())
-    for recompute in LADDER:
+    for recompute in LADDER[:3]:
         assert measured[recompute] >= tokens * config.layers * layer_bytes(config, 1, 4, recompute) * 0.9
     assert measured["none"] > measured["selective"] >= measured["full"]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_goes_to_the_host_is_exact(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    monkeypatch.setattr(offload, "PAGE", 4)
+    config, tokens = model(family), 8
+    sharded = build_decoder(config, make_mesh(), ModelOptions(recompute="offload"))
+    sharded(document(tokens), lambda hidden, weight: hidden.sum()).backward()
+    assert isinstance(sharded.module, Decoder) and sharded.module.run.offload is not None
+    assert len(sharded.module.run.offload.free) * 4 == predict(config, Setting(compute="fp32"), tokens, "offload").host
+    assert predict(config, Setting(compute="fp32"), tokens, "full").host == 0
+
+
+def test_long_packs() -> None:
+    """Two layers' activations and chunks of the MLP: two million tokens of a 0.5B model on two GPUs of 80 GiB, 512K of an 8B one."""
+    config, setting = model(**QWEN), Setting(shards=2, sp=2)
+    full, parked = (predict(config, setting, 1 << 20, how) for how in ("full", "offload"))
+    assert full.activations - parked.activations == parked.host * 22 / 23, "24 layers against 2 on the device"
+    assert parked.fits(80) and not full.fits(80) and predict(config, setting, 1 << 19, "full").fits(80)
+    whole, chunked = (block_bytes(config, 2, tokens, 2, "full") / tokens for tokens in (32_768, 262_144))
+    assert chunked < 0.5 * whole and block_bytes(config, 2, 262_144, 2, "selective") / 262_144 > chunked
+    large = model("llama", **LLAMA_8B)
+    assert predict(large, replace(setting, param_offload=True, optimizer_offload=True), 1 << 18, "offload").fits(80)
+
+
+@pytest.mark.parametrize(
+    ("asked", "offload", "rungs"),
+    [
+        (None, False, ("none", "selective", "full")),
+        (None, "auto", ("none", "selective", "full", "offload")),
+        ("full", "auto", ("full", "offload")),
+        ("selective", "auto", ("selective",)),
+        (None, True, ("offload",)),
+        ("full", True, ("offload",)),
+    ],
+)
+def test_offload_is_the_last_resort(asked: Recompute | None, offload: Any, rungs: tuple[str, ...]) -> None:
+    assert ladder(asked, offload) == rungs
+
+
+def test_offload_is_chosen_where_nothing_else_fits() -> None:
+    config, setting = model(**QWEN), Setting(shards=2, sp=2)
+    found = [choose(config, setting, n, None, None, 80, "auto") for n in (1 << 14, 1 << 19, 1 << 20)]
+    assert [(choice.recompute, choice.fits) for choice in found] == [("none", True), ("full", True), ("offload", True)]
+    assert choose(config, setting, 1 << 20, None, None, 80).fits is False
+
+
 def test_orders_that_must_hold() -> None:
     config, setting = model(**QWEN), Setting(shards=2)
-    none, selective, full = (predict(config, setting, 16_384, rung).peak for rung in LADDER)
+    none, selective, full = (predict(config, setting, 16_384, rung).peak for rung in LADDER[:3])
     assert none > selective >= full
     assert predict(config, Setting(shards=4), 0, "none").state < predict(config, setting, 0, "none").state
     offloaded = predict(config, replace(setting, param_offload=True, optimizer_offload=True), 0, "none")

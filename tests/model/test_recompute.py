@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retool.batch import PackedBatch, Sample, pack
 from retool.model import offload, recompute
@@ -87,6 +90,27 @@ def test_forwards_may_wait_for_their_backwards() -> None:
 @pytest.mark.parametrize(("dtype", "most"), [("fp64", 1e-14), ("fp32", 1e-6)])
 def test_chunks_equal_the_whole(how: Recompute, dtype: str, most: float) -> None:
     assert error(gradients(how, dtype, chunk=7), gradients("none", dtype)) < most
+
+
+class MLPRows(TorchDispatchMode):
+    """The most rows of any matrix as wide as the MLP is."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.shape[1] == CONFIG.ffn:
+                self.most = max(self.most, len(tensor))
+        return out
+
+
+@pytest.mark.parametrize(("how", "chunk", "rows"), [("none", 6, 60), ("full", 0, 60), ("full", 6, 24), ("offload", 30, 30)])
+def test_the_mlp_exists_for_one_chunk_at_a_time(how: Recompute, chunk: int, rows: int) -> None:
+    """24 rows: those of the `down` matrix, the least that this model can have."""
+    with MLPRows() as seen:
+        gradients(how, chunk=chunk)
+    assert seen.most == rows
 
 
 def test_many_chunks_lose_no_precision_in_bf16() -> None:
