@@ -1,4 +1,4 @@
-"""What of this machine a run needs beside its GPUs' number: a free port, a compiler, host memory, clients of remote stores.
+"""What of this machine a run needs beside its GPUs' number: a free port, a compiler, room on the disk, host memory, clients of stores.
 
 Each check yields every fault it finds and raises none; nothing is started and nothing is left behind.
 """
@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from importlib.util import find_spec
@@ -51,15 +52,15 @@ def port_is_free(port: int) -> bool:
         return True
 
 
-def check_compiler(wanted: bool | str) -> Iterator[Fault]:
+def check_compiler(wanted: bool | str, prefix: str = "model.") -> Iterator[Fault]:
     """torch.compile on GPUs needs triton, and triton a C compiler. `wanted`: true, false, or auto (where there is a GPU)."""
     if wanted is False or (wanted == "auto" and not torch.cuda.is_available()):
         return
-    where = f"model.use_compile={str(wanted).lower()}"
+    where, off = f"{prefix}use_compile={str(wanted).lower()}", f"or use {prefix}use_compile=false."
     if torch.cuda.is_available() and find_spec("triton") is None:
-        yield Fault(where, "needs the package triton.", "pip install triton, or use model.use_compile=false.")
+        yield Fault(where, "needs the package triton.", f"pip install triton, {off}")
     if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
-        yield Fault(where, "needs a C compiler, and there is none.", "Install gcc, or use model.use_compile=false.")
+        yield Fault(where, "needs a C compiler, and there is none.", f"Install gcc, {off}")
 
 
 def check_store(url: str | None, key: str) -> Iterator[Fault]:
@@ -73,6 +74,34 @@ def check_store(url: str | None, key: str) -> Iterator[Fault]:
         yield Fault(f"{key}={url}", f"needs a package: {error}.", "Install it, or leave the key out.")
     except ValueError:
         yield Fault(f"{key}={url}", f"{protocol}:// is no kind of store that fsspec knows.", "Use hdfs://, s3://, gs://, file:// …")
+
+
+def check_output(folder: Path, needed: float, key: str = "trainer.default_local_dir") -> Iterator[Fault]:
+    """The output folder can be made and written, and its disk has room for `needed` bytes. Nothing is left behind."""
+    existing, where = _existing(folder), f"{key}={folder}"
+    if not existing.is_dir():
+        yield Fault(where, f"{existing} is a file, not a folder.", f"Choose another {key}.")
+        return
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        yield Fault(where, f"can't be written: {error.strerror or error}.", f"Choose another {key}, or change the folder's permissions.")
+        return
+    free = free_bytes(folder)
+    if free < needed:
+        problem = f"needs {needed / GIB:.1f} GiB for a checkpoint, and its disk has {free / GIB:.1f} GiB free."
+        yield Fault(where, problem, "Free space, choose another folder, or save less (trainer.checkpoint.save_contents).")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk where `folder` is, or would be made."""
+    return shutil.disk_usage(_existing(folder)).free
 
 
 def check_host_memory(needed: float, key: str) -> Iterator[Fault]:
@@ -113,6 +142,6 @@ def gpu_notes(per_node: int, compute: str, environment: Mapping[str, str]) -> It
         except ValueError:
             continue  # "[N/A]", of a part of a GPU
         if compute == "bf16" and (int(major), int(minor)) < BF16_FROM:
-            yield f"GPU {index} ({name}) has no bf16 arithmetic: it is emulated, slowly. Use model.fsdp_config.param_dtype=fp32."
+            yield f"GPU {index} ({name}) has no bf16 arithmetic: it is emulated, slowly. Use fsdp_config.param_dtype=fp32."
         if taken > TAKEN * whole:
             yield f"GPU {index} ({name}) has {whole - taken:.1f} of {whole:.1f} GiB free: something else runs on it."

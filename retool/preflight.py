@@ -1,44 +1,47 @@
-"""What can be known to be wrong before anything heavy: processes, devices, model folder, tokenizer, weights, output folder.
+"""What can be known to be wrong before anything heavy: processes, devices, model folder, tokenizer, weights, output folder, resume.
 
-Each check returns every fault it finds and raises none. A command's own preflight (`retool.sft.preflight`) puts them together
-with what its configuration and data say, shows one table, and the plan.
+Each check returns every fault it finds and raises none. `check_run` and `notes_of` are what every command asks; its own preflight
+(`retool.sft.preflight`) adds what its configuration and data say.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from retool.checkpoint.folder import faults as lacking
+from retool.checkpoint.folder import model_folder, steps
 from retool.checkpoint.hf import SafetensorsSource
 from retool.checkpoint.source import match_names
 from retool.config import Fault
+from retool.machine import (
+    DEFAULT_PORT,
+    check_compiler,
+    check_host_memory,
+    check_output,
+    check_port,
+    check_store,
+    free_bytes,
+    gpu_notes,
+    port_is_free,
+)
 from retool.memory import plan_layout
-from retool.metrics import printable
+from retool.model.attention import why_not_fused
 from retool.model.config import ModelConfig, read_model_config
+from retool.model.hub import find_model
+from retool.options import RunOptions, resume_notes
 from retool.perf import GIB
+from retool.plan import RunReport, World, checkpoint_bytes, host_bytes, kept_checkpoints, setting_of
+from retool.run import DTYPES
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class World:
-    """How many processes there are, or would be on the box that is planned for."""
-
-    processes: int
-    nodes: int
-    per_node: int
+R = TypeVar("R", bound=RunReport)
 
 
 def attempt(where: str, action: Callable[[], T], faults: list[Fault], remedy: str = "") -> T | None:
@@ -71,18 +74,23 @@ def read_world(nnodes: int | None, per_node: int | None, planning: bool, environ
     return World(processes, nodes, each), faults
 
 
-def check_mesh(processes: int, sp: int, fsdp_size: int, heads: int | None) -> Iterator[Fault]:
+def check_mesh(options: RunOptions, processes: int, heads: int | None) -> Iterator[Fault]:
     """Sizes that must divide the number of processes, and heads that must be enough for the ranks of an sp group."""
+    sp, fsdp_size = options.sp, options.fsdp.fsdp_size
     legal = [n for n in range(1, processes + 1) if processes % n == 0]
-    fit = [n for n in legal if heads is None or n <= heads]
-    key = f"ulysses_sequence_parallel_size={sp}"
-    if processes % sp:
-        yield Fault(key, f"does not fit {processes} processes: it must divide the world size.", f"Use {_choices(fit)}.")
-    if heads is not None and sp > heads:
-        yield Fault(key, f"exceeds the model's {heads} query heads: each rank needs one.", f"Use {_choices(fit)}.")
+    yield from check_heads(f"{options.sp_key}={sp}", sp, processes, heads)
     if fsdp_size > 0 and processes % fsdp_size:
         problem = f"does not fit {processes} processes: it must divide the world size."
-        yield Fault(f"model.fsdp_config.fsdp_size={fsdp_size}", problem, f"Use -1, {_choices(legal)}.")
+        yield Fault(f"{options.fsdp_key}fsdp_size={fsdp_size}", problem, f"Use -1, {_choices(legal)}.")
+
+
+def check_heads(where: str, size: int, processes: int, heads: int | None) -> Iterator[Fault]:
+    """A group of `size` ranks that share the attention heads divides the processes, and has a query head for each rank."""
+    fit = [n for n in range(1, processes + 1) if processes % n == 0 and (heads is None or n <= heads)]
+    if processes % size:
+        yield Fault(where, f"does not fit {processes} processes: it must divide the world size.", f"Use {_choices(fit)}.")
+    if heads is not None and size > heads:
+        yield Fault(where, f"exceeds the model's {heads} query heads: each rank needs one.", f"Use {_choices(fit)}.")
 
 
 def _choices(numbers: Sequence[int]) -> str:
@@ -90,17 +98,28 @@ def _choices(numbers: Sequence[int]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def check_device(device: str, per_node: int, attn: str, planning: bool) -> Iterator[Fault]:
-    """A GPU for each process of this machine, and the attention kernels asked for."""
+def check_device(device: str, per_node: int, planning: bool) -> Iterator[Fault]:
+    """A GPU for each process of this machine."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not found and not planning:
         yield Fault("trainer.device=cuda", "this machine has no usable GPU.", "Use trainer.device=auto, or mend the driver.")
     if found and device != "cpu" and per_node > found and not planning:
         yield Fault(f"{per_node} processes on this machine", f"but {found} GPUs.", f"Start {found}: torchrun --nproc_per_node={found}.")
+
+
+def check_attention(options: RunOptions, head_dim: int, planning: bool) -> Iterator[Fault]:
+    """The attention kernels asked for are installed, and can compute with this dtype on this device."""
+    attn, asked, device = options.model.attn, options.fsdp.param_dtype, options.trainer.device
+    where, way_out = f"{options.model_key}attn={attn}", f"Use {options.model_key}attn=auto"
     if attn == "flash" and find_spec("flash_attn") is None:
-        yield Fault("model.attn=flash", "needs the package flash-attn.", "pip install 'retool[flash]', or use model.attn=auto.")
-    if attn not in ("auto", "reference") and not planning and (device == "cpu" or not found):
-        yield Fault(f"model.attn={attn}", "needs a GPU.", "Use model.attn=auto.")
+        yield Fault(where, "needs the package flash-attn.", f"pip install 'retool[flash]', or use {options.model_key}attn=auto.")
+    if attn in ("auto", "reference"):
+        return
+    on_gpu = device != "cpu" and (planning or torch.cuda.is_available())
+    dtype = DTYPES["bf16" if asked == "auto" else asked]
+    if reason := why_not_fused(torch.device("cuda" if on_gpu else "cpu"), dtype, head_dim):
+        other = f", or {options.fsdp_key}param_dtype=bf16" if on_gpu and asked not in ("auto", "bf16") else ""
+        yield Fault(where, f"{reason}.", f"{way_out}{other}.")
 
 
 def check_model(folder: Path, key: str = "model.partial_pretrain") -> tuple[ModelConfig | None, list[Fault]]:
@@ -144,71 +163,73 @@ def check_tokenizer(folder: Path, chat_template: str | None, key: str = "model.p
         yield Fault(where, "has no chat template.", "Add data.chat_template=hermes, or a file of your own.")
 
 
-def check_output(folder: Path, needed: float, key: str = "trainer.default_local_dir") -> Iterator[Fault]:
-    """The output folder can be made and written, and its disk has room for `needed` bytes. Nothing is left behind."""
-    existing, where = _existing(folder), f"{key}={folder}"
-    if not existing.is_dir():
-        yield Fault(where, f"{existing} is a file, not a folder.", f"Choose another {key}.")
-        return
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        yield Fault(where, f"can't be written: {error.strerror or error}.", f"Choose another {key}, or change the folder's permissions.")
-        return
-    free = free_bytes(folder)
-    if free < needed:
-        problem = f"needs {needed / GIB:.1f} GiB for a checkpoint, and its disk has {free / GIB:.1f} GiB free."
-        yield Fault(where, problem, "Free space, choose another folder, or save less (trainer.checkpoint.save_contents).")
+def check_resume(options: RunOptions, saves: bool = True) -> Iterator[Fault]:
+    """The checkpoint to go on from is whole; a run from the start has (where it `saves`) a folder without another's checkpoints."""
+    trainer = options.trainer
+    if trainer.resume_mode == "resume_path" and trainer.resume_from_path:
+        top, where = Path(trainer.resume_from_path), f"trainer.resume_from_path={trainer.resume_from_path}"
+        folder, way_out = model_folder(top), "Give a checkpoint such as …/global_step_250."
+        if not top.is_dir():
+            yield Fault(where, "is not a folder.", way_out)
+        elif missing := [kind for kind in ("model", "optim") if not any(folder.glob(f"{kind}_world_size_*_rank_*.pt"))]:
+            yield Fault(where, f"holds no {missing[0]}_world_size_N_rank_R.pt.", way_out)
+        elif wrong := lacking(folder):
+            yield Fault(where, f"is not complete: {'; '.join(wrong[:3])}.", way_out)
+    if trainer.resume_mode == "disable" and saves:
+        for _, newest in steps(Path(trainer.default_local_dir)):
+            problem = f"{newest} is there: checkpoints of two runs would stand side by side, and a resume could mix them."
+            remedy = "Choose another trainer.default_local_dir, or move its global_step_* and latest_checkpointed_iteration.txt away."
+            yield Fault("trainer.resume_mode=disable", problem, remedy)
+            return
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+# --- what every command asks ---
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes free on the disk where `folder` is, or would be made."""
-    return shutil.disk_usage(_existing(folder)).free
+def with_model(report: R, name: str, key: str, chat_template: str | None) -> R:
+    """With the model's folder and configuration, and what is wrong with its weights and tokenizer."""
+    faults = list[Fault]()
+    folder = attempt(key, lambda: find_model(name), faults) if name else None
+    if folder is None:
+        return report.blame(*faults)
+    model, faults = check_model(folder, key)
+    return replace(report.blame(*faults, *check_tokenizer(folder, chat_template, key)), folder=folder, model=model)
 
 
-def device_memory_gib(given: float | None, device: str) -> float | None:
-    """GiB of one GPU: as given, else this machine's; None on the CPU."""
-    if given is not None or device == "cpu" or not torch.cuda.is_available():
-        return given
-    return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory / GIB
+def check_run(report: R, planning: bool, environment: Mapping[str, str], saves: bool = True) -> R:
+    """With every fault of sizes, devices, this machine, the run's folder and what it resumes from; `report.model` may be missing."""
+    options, model, world = report.options, report.model, report.world
+    found = [*check_mesh(options, world.processes, model.heads if model else None)]
+    found += check_device(options.trainer.device, world.per_node, planning)
+    found += check_attention(options, model.head_dim if model else 64, planning)
+    if not planning:
+        found += [
+            *check_port(environment),
+            *check_compiler(options.trainer.device != "cpu" and options.model.use_compile, options.model_key),
+        ]
+    found += check_output(Path(options.trainer.default_local_dir), checkpoint_bytes(report) if saves else 0.0)
+    found += [*check_store(options.trainer.default_hdfs_dir, "trainer.default_hdfs_dir"), *check_resume(options, saves)]
+    if model is not None and not planning:
+        offloads = [name for name in ("param_offload", "optimizer_offload") if getattr(options.fsdp, name)]
+        found += check_host_memory(host_bytes(report), " ".join(f"{options.fsdp_key}{name}=true" for name in offloads))
+    return report.blame(*found)
 
 
-def show_faults(faults: Sequence[Fault], console: Console) -> None:
-    """Where, what, and the way out: one table on a terminal, a line each elsewhere. Values are shown as text, never as markup."""
-    title = f"{len(faults)} fault{'s' if len(faults) != 1 else ''}, nothing started"
-    if not console.is_terminal:
-        _print_lines([title, *(f"  {fault}" for fault in faults)], console)
-        return
-    table = Table(title=title, title_justify="left", show_lines=True)
-    for heading, style in (("where", "bold"), ("what is wrong", ""), ("the way out", "green")):
-        table.add_column(heading, style=style, overflow="fold")
-    for fault in faults:
-        table.add_row(*(Text(printable(part)) for part in (fault.where, fault.problem, fault.remedy)))
-    console.print(table)
-
-
-def show_plan(plan: Sequence[tuple[str, str]], notes: Sequence[str], console: Console) -> None:
-    """The plan in plain words, a line or two a topic; notes stand out."""
-    if not console.is_terminal:
-        lines = [f"{topic}: {line}" for topic, words in plan for line in words.splitlines()]
-        _print_lines([*lines, *(f"note: {note}" for note in notes)], console)
-        return
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for topic, words in plan:
-        table.add_row(Text(printable(topic)), Text("\n".join(map(printable, words.splitlines()))))
-    for note in notes:
-        table.add_row(Text("note", style="yellow"), Text(printable(note), style="yellow"))
-    console.print(table)
-
-
-def _print_lines(lines: Sequence[str], console: Console) -> None:
-    for line in lines:
-        console.print(Text(printable(line)), soft_wrap=True)
+def notes_of(report: RunReport, planning: bool, environment: Mapping[str, str]) -> Iterator[str]:
+    """What is allowed but probably not meant, and what this machine may run out of later, or shares with somebody."""
+    options, trainer = report.options, report.options.trainer
+    if isinstance(trainer.save_freq, int) and trainer.save_freq > report.steps:
+        yield f"trainer.save_freq={trainer.save_freq} is more than the {report.steps} steps: only the last is saved."
+    yield from resume_notes(options)
+    each, kept, free = checkpoint_bytes(report), kept_checkpoints(report), free_bytes(Path(trainer.default_local_dir))
+    if kept > 1 and each * kept > free:
+        fit = max(1, int(free // each) - 1)
+        yield (
+            f"{kept} checkpoints of {each / GIB:.1f} GiB need more than the {free / GIB:.1f} GiB that are free in "
+            f"{trainer.default_local_dir}: add trainer.max_ckpt_to_keep={fit}."
+        )
+    if planning:
+        if report.world.processes > 1 and "WORLD_SIZE" not in environment and not port_is_free(DEFAULT_PORT):
+            yield f"port {DEFAULT_PORT}, torchrun's own choice, is taken here: start with torchrun --standalone, or --master_port."
+    elif trainer.device != "cpu":
+        yield from gpu_notes(report.world.per_node, setting_of(options, report.world).compute, environment)

@@ -22,16 +22,20 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from retool import machine
 from retool.config import Fault, read
 from retool.data.loader import step_batch
+from retool.machine import check_output
 from retool.model.hub import find_model
+from retool.options import CheckpointConfig, DecoderConfig, FSDPConfig, RunOptions, TrainerConfig
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
-from retool.preflight import World, check_mesh, check_output, read_world, show_faults, show_plan
+from retool.plan import World, checkpoint_bytes, host_bytes, kept_checkpoints, parameter_count
+from retool.preflight import check_mesh, read_world
 from retool.sft.__main__ import main
 from retool.sft.config import SYNONYMS, SFTConfig
-from retool.sft.plan import Report, checkpoint_bytes, host_bytes, kept_checkpoints, parameter_count
+from retool.sft.plan import BUSY, Report
 from retool.sft.preflight import preflight
 from retool.sft.show import in_words, rows_read
 from retool.sft.train import micro_batching
+from retool.show import show_faults, show_plan
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 TOOL = {"type": "function", "function": {"name": "calc", "description": "", "parameters": {"type": "object", "properties": {}}}}
@@ -88,7 +92,9 @@ def said(report: Report) -> str:
 
 def test_a_sound_run_has_no_fault_and_a_plan(run: Path) -> None:
     seen: list[int] = []
-    parsed = read(SFTConfig, words(run, f"data.val_files={run}/val.jsonl", "trainer.total_epochs=3", "optim.warmup_steps_ratio=0.5"), SYNONYMS)
+    parsed = read(
+        SFTConfig, words(run, f"data.val_files={run}/val.jsonl", "trainer.total_epochs=3", "optim.warmup_steps_ratio=0.5"), SYNONYMS
+    )
     report = preflight(parsed, environment={}, progress=seen.append)
     assert report.faults == () and not (run / "out").exists()
     assert report.model is not None and report.folder == run / "model" and report.choice is not None and report.choice.fits is None
@@ -170,7 +176,11 @@ JSONL = "data.train_files={root}/train.jsonl"
         (lambda r: None, ["trainer.n_gpus_per_node=2"], ["trainer.n_gpus_per_node=2", "there is no launcher", "--nproc_per_node=2"]),
         (lambda r: None, ["data.chat_template=missing.jinja"], ["data.chat_template=missing.jinja", "no such file"]),
         (lambda r: None, ["model.attn=varlen"], ["model.attn=varlen", "needs a GPU"]),
-        (lambda r: None, ["trainer.resume_mode=resume_path", "trainer.resume_from_path=/none"], ["trainer.resume_from_path=/none", "not a folder"]),
+        (
+            lambda r: None,
+            ["trainer.resume_mode=resume_path", "trainer.resume_from_path=/none"],
+            ["trainer.resume_from_path=/none", "not a folder"],
+        ),
         (lambda r: None, ["trainer.resume_mode=resume_path", "trainer.resume_from_path={root}"], ["holds no model_world_size"]),
         (lambda r: None, ["data.custom_cls.path=/none.py", "data.custom_cls.name=rows"], ["/none.py doesn't exist"]),
         (lambda r: None, ["optim.lr=-1"], ["optim.lr=-1", "above 0"]),
@@ -214,7 +224,12 @@ def test_a_plan_for_another_box(run: Path) -> None:
 
 
 def test_what_cannot_fit_says_what_would(run: Path) -> None:
-    settings = ["trainer.device=auto", "data.micro_batch_size_per_gpu=4", "model.enable_gradient_checkpointing=false", "use_remove_padding=false"]
+    settings = [
+        "trainer.device=auto",
+        "data.micro_batch_size_per_gpu=4",
+        "model.enable_gradient_checkpointing=false",
+        "use_remove_padding=false",
+    ]
     hopeless = check(run, *settings, "data.max_length=20000000", "trainer.device_memory_gb=8", planning=True)
     (fault,) = hopeless.faults
     assert fault.where == "memory" and "a GPU has 8.0" in fault.problem and "combine" in fault.remedy, fault
@@ -229,11 +244,24 @@ def test_short_samples_share_a_micro_batch_within_the_plan(run: Path, fill: str,
     pq.write_table(pa.Table.from_pylist([ROW] * 4 + [long] * 4), run / "train.parquet")
     report = check(run, "data.micro_batch_size_per_gpu=1", f"data.fill_micro_batches={fill}")
     assert report.train is not None and report.choice is not None
-    assert ("those of the 1 longest" if fill == "true" else "4 micro-batches of 1 samples") in dict(in_words(report))["a step"]
+    assert ("room for the 1 longest" if fill == "true" else "4 micro-batches of 1 samples") in dict(in_words(report))["a step"]
     batching = micro_batching(make_mesh(), report.config, report.choice.tokens)
     for step, count in ((0, expected), (1, 4)):
         packs = step_batch(step, report.train.dataset, train_batch_size=4, seed=0, shuffle=False, **batching).micro_batches
         assert len(packs) == count and max(pack.real_tokens for pack in packs) <= report.choice.tokens
+
+
+def test_a_micro_batch_is_filled_where_memory_allows(run: Path) -> None:
+    box = ["trainer.device=auto", "data.micro_batch_size_per_gpu=1"]
+    chosen = {
+        name: check(run, *box, *more, planning=True).choice
+        for name, more in {
+            "roomy": ["trainer.device_memory_gb=80"], "tight": ["trainer.device_memory_gb=1.05"],
+            "exact": ["trainer.device_memory_gb=80", "data.fill_micro_batches=false"],
+        }.items()
+    }  # fmt: skip
+    tokens = {name: choice.tokens for name, choice in chosen.items() if choice is not None}
+    assert tokens["roomy"] == BUSY and tokens["tight"] == tokens["exact"] < 100
 
 
 def test_notes(run: Path) -> None:
@@ -264,11 +292,15 @@ def test_world(environment: dict[str, str], nodes: int | None, each: int | None,
 
 
 def test_mesh_faults_name_the_legal_values() -> None:
-    assert [str(f) for f in check_mesh(2, 8, -1, 14)] == [
+    def faults(processes: int, sp: int, fsdp_size: int, heads: int) -> list[Fault]:
+        options = RunOptions(TrainerConfig(), DecoderConfig(), FSDPConfig(fsdp_size=fsdp_size), CheckpointConfig(), sp)
+        return list(check_mesh(options, processes, heads))
+
+    assert [str(f) for f in faults(2, 8, -1, 14)] == [
         "ulysses_sequence_parallel_size=8: does not fit 2 processes: it must divide the world size. Use 1 or 2."
     ]
-    assert [f.remedy for f in check_mesh(8, 8, 3, 6)] == ["Use 1, 2 or 4.", "Use -1, 1, 2, 4 or 8."]
-    assert not list(check_mesh(6, 3, 2, 14))
+    assert [f.remedy for f in faults(8, 8, 3, 6)] == ["Use 1, 2 or 4.", "Use -1, 1, 2, 4 or 8."]
+    assert not faults(6, 3, 2, 14)
 
 
 def test_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,10 +345,13 @@ def test_checkpoints_that_will_fill_the_disk_are_a_note(run: Path, monkeypatch: 
     report = check(run, *more)
     assert kept_checkpoints(report) == 5 and report.steps == 10 and not report.notes
     assert kept_checkpoints(check(run, *more, "trainer.max_ckpt_to_keep=2")) == 3
-    assert kept_checkpoints(check(run)) == 1 and kept_checkpoints(check(run, "trainer.save_freq=after_each_epoch", "trainer.total_epochs=3")) == 3
+    assert (
+        kept_checkpoints(check(run)) == 1
+        and kept_checkpoints(check(run, "trainer.save_freq=after_each_epoch", "trainer.total_epochs=3")) == 3
+    )
     model = report.model
     assert model is not None
-    each = checkpoint_bytes(model, report.config)
+    each = checkpoint_bytes(report)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, int(3.5 * each)))  # type: ignore[attr-defined]
     (note,) = check(run, *more).notes
     assert "5 checkpoints" in note and "add trainer.max_ckpt_to_keep=2" in note

@@ -39,7 +39,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, want
     """
     if wanted not in ("auto", *FORWARD):
         raise ValueError(f"attention backend {wanted!r} is not known. Use auto, {', '.join(FORWARD)}.")
-    reason = _why_not_fused(device, dtype, head_dim)
+    reason = why_not_fused(device, dtype, head_dim)
     if wanted == "reference" or (wanted == "auto" and reason):
         return "reference"
     if reason:
@@ -58,7 +58,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, want
     return wanted
 
 
-def _why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why no fused kernel takes these inputs; empty where they do."""
     if device.type != "cuda":
         return f"needs a GPU, and this is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):

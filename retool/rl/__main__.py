@@ -7,6 +7,7 @@ import os
 import sys
 
 from retool.config import help_text, read
+from retool.metrics import warn_from_first_rank
 from retool.rl.config import RLConfig
 from retool.rl.keys import EXAMPLE, SYNONYMS
 
@@ -16,20 +17,20 @@ def main(words: list[str]) -> int:
     if "--help" in words or "-h" in words:
         print(help_text(RLConfig, "python -m retool.rl", EXAMPLE, SYNONYMS))
         return 0
+    warn_from_first_rank(int(os.environ.get("RANK", 0)))
     checking = "--check" in words
     from retool.rl.preflight import preflight
-    from retool.rl.show import show
+    from retool.rl.show import in_words
+    from retool.start import start
 
     report = preflight(read(RLConfig, [w for w in words if w != "--check"], SYNONYMS), planning=checking)
-    if int(os.environ.get("RANK", 0)) == 0:
-        show(report)
-    if report.faults or checking:
-        asyncio.run(_close(report.tools))
-        return int(bool(report.faults))
-    from retool.rl.train import train
-    from retool.run import exit_status
 
-    return exit_status(lambda: train(report), int(os.environ.get("RANK", 0)))
+    def run() -> None:
+        from retool.rl.train import train
+
+        train(report)
+
+    return start(report, lambda: in_words(report), run, checking, lambda: asyncio.run(_close(report.tools)))
 
 
 async def _close(tools: object) -> None:

@@ -30,7 +30,7 @@ from retool.rl.engine import Engine, EngineOptions
 from retool.rl.eos import eos_ids
 from retool.rl.losses import Clip
 from retool.rl.policy import LossSpec
-from retool.rl.preflight import Report, uses_reference
+from retool.rl.preflight import Questions, Report, uses_reference
 from retool.rl.reward_pool import RewardPool
 from retool.rl.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.state import TrainState, restored
@@ -205,13 +205,17 @@ def resume(report: Report, mesh: Mesh, folder: Path, model: Sharded, optimizer: 
     return restored(loaded.step, loaded.data_state, coef, lambda position: stream(report, position, 1)[0])
 
 
+def fingerprint(questions: Questions | None) -> tuple[int, int]:
+    """(questions, checksum of their tokens)."""
+    checksum, prompts = 0, questions.prompts if questions else []
+    for prompt in prompts:
+        checksum = zlib.crc32(prompt.ids.tobytes(), checksum)
+    return len(prompts), checksum
+
+
 def stream_identity(report: Report) -> dict[str, int]:
     """What decides which question stands where in the stream; a checkpoint keeps it."""
-    assert report.train is not None
-    data, checksum = report.config.data, 0
-    for prompt in report.train.prompts:
-        checksum = zlib.crc32(prompt.ids.tobytes(), checksum)
-    counts = {"questions": len(report.train.prompts), "their checksum": checksum}
+    data, counts = report.config.data, dict(zip(("questions", "their checksum"), fingerprint(report.train), strict=True))
     return {"data.seed": data.seed, "data.shuffle": int(data.shuffle), **counts}
 
 
@@ -221,7 +225,7 @@ def refuse_other_questions(then: Mapping[str, int], now: Mapping[str, int], foun
     if other:
         raise ValueError(
             f"{found} was trained on other questions ({'; '.join(other)}), so the run can't go on from its place in them. Use the same "
-            "data and seed, or start anew: trainer.resume_mode=disable with actor_rollout_ref.model.path at its huggingface folder."
+            "data and seed, or start anew: another trainer.default_local_dir, with actor_rollout_ref.model.path at its huggingface folder."
         )
 
 

@@ -6,31 +6,18 @@ It reads no weights and needs no GPU. The tools are started (a sandbox that can'
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import torch
 
 from retool.config import Fault, Parsed
 from retool.data.chat import Renderer, load_tokenizer
 from retool.data.files import load_function, resolve_files
-from retool.memory import Choice, Recompute, Setting, choose
+from retool.memory import Choice, choose
 from retool.metrics import missing_extras
-from retool.model.config import ModelConfig
-from retool.model.hub import find_model
-from retool.preflight import (
-    World,
-    attempt,
-    check_device,
-    check_mesh,
-    check_model,
-    check_output,
-    check_tokenizer,
-    device_memory_gib,
-    read_world,
-)
-from retool.rl.config import RLConfig
+from retool.options import RunOptions
+from retool.plan import RECOMPUTE, RunReport, gpu_memory, setting_of
+from retool.preflight import attempt, check_heads, check_run, notes_of, read_world, with_model
+from retool.rl.config import RLConfig, run_options
 from retool.rl.data import PromptOptions, PromptReport, load_prompts
 from retool.rl.keys import contradictions, notes
 from retool.rl.rewards import RewardSource, find_reward
@@ -39,7 +26,6 @@ from retool.rl.types import Prompt
 
 ARR = "actor_rollout_ref."
 PATH = ARR + "model.path"
-RECOMPUTE: dict[bool | str, Recompute | None] = {True: "full", False: "none", "selective": "selective", "auto": None}
 
 
 @dataclass(frozen=True)
@@ -51,31 +37,22 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(RunReport):
     """What preflight found. Without faults everything but `val` is there."""
 
     config: RLConfig
-    world: World
-    folder: Path | None = None
-    model: ModelConfig | None = None
     renderer: Renderer | None = None
     tools: tuple[Tool, ...] = ()
     reward: RewardSource | None = None
     train: Questions | None = None
     val: Questions | None = None
-    choice: Choice | None = None
-    faults: tuple[Fault, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def blame(self, *faults: Fault) -> Report:
-        """With more faults."""
-        return replace(self, faults=(*self.faults, *faults))
 
     @property
-    def steps(self) -> int:
-        """Training steps of the whole run."""
-        if self.config.trainer.total_training_steps is not None:
-            return self.config.trainer.total_training_steps
+    def options(self) -> RunOptions:
+        return run_options(self.config)
+
+    @property
+    def steps_of_data(self) -> int:
         prompts = len(self.train.prompts) if self.train else 0
         return prompts * self.config.trainer.total_epochs // self.config.data.train_batch_size
 
@@ -92,51 +69,35 @@ def preflight(parsed: Parsed[RLConfig], planning: bool = False, environment: Map
     faults = [*parsed.faults, *contradictions(config), *missing_extras(config.trainer.logger)]
     launcher = os.environ if environment is None else environment
     world, trouble = read_world(config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher)
-    report = _with_model(Report(config, world, faults=tuple(faults + trouble)))
-    report = report.blame(*_layout_faults(report, planning), *check_output(Path(config.trainer.default_local_dir), 0))
-    report = _with_functions(report)
+    report = Report(config, world, faults=tuple(faults + trouble))
+    report = with_model(report, config.actor_rollout_ref.model.path, PATH, config.data.chat_template)
+    report = check_run(report, planning, launcher, saves=not config.trainer.val_only).blame(*_engine_faults(report))
+    report = _with_functions(_with_renderer(report))
     report = _with_prompts(report)
-    if report.model is not None and not report.faults:
-        report = replace(report, choice=_choice(report))
-    said = () if report.faults else (*notes(config), *_notes(report))
-    return replace(report, faults=tuple(dict.fromkeys(report.faults)), notes=said)
-
-
-def _with_model(report: Report) -> Report:
-    config, faults = report.config, list[Fault]()
-    name, template = config.actor_rollout_ref.model.path, config.data.chat_template
-    folder = attempt(PATH, lambda: find_model(name), faults) if name else None
-    if folder is None:
-        return report.blame(*faults)
-    model, faults = check_model(folder, PATH)
-    trouble = list(check_tokenizer(folder, template, PATH))
-    report = replace(report.blame(*faults, *trouble), folder=folder, model=model)
-    if faults or trouble:
+    if report.faults or report.model is None:
         return report
-    remote = config.actor_rollout_ref.model.trust_remote_code
+    report = replace(report, choice=_choice(report))
+    return replace(report, notes=(*report.notes, *notes(config), *_notes(report), *notes_of(report, planning, launcher)))
+
+
+def _with_renderer(report: Report) -> Report:
+    config, faults, folder = report.config, list[Fault](), report.folder
+    if folder is None or any(fault.where.startswith((PATH, "data.chat_template")) for fault in report.faults):
+        return report
 
     def make() -> Renderer:
-        return Renderer(load_tokenizer(str(folder), remote), template, config.data.apply_chat_template_kwargs)
+        tokenizer = load_tokenizer(str(folder), config.actor_rollout_ref.model.trust_remote_code)
+        return Renderer(tokenizer, config.data.chat_template, config.data.apply_chat_template_kwargs)
 
     renderer = attempt(PATH, make, faults)
     return replace(report.blame(*faults), renderer=renderer)
 
 
-def _layout_faults(report: Report, planning: bool) -> list[Fault]:
-    """Sizes that don't fit the processes or the model, with the nearest that do."""
-    actor, tp = report.config.actor_rollout_ref.actor, report.config.actor_rollout_ref.rollout.tensor_model_parallel_size
-    heads, processes = report.model.heads if report.model else None, report.world.processes
-    found = check_mesh(processes, actor.ulysses_sequence_parallel_size, actor.fsdp_config.fsdp_size, heads)
-    renamed = [replace(f, where=ARR + "actor." + f.where.removeprefix("model."), remedy=f.remedy) for f in found]
-    legal = [n for n in range(1, processes + 1) if processes % n == 0 and (heads is None or n <= heads)]
-    where = f"{ARR}rollout.tensor_model_parallel_size={tp}"
-    if processes % tp:
-        remedy = f"Use {' or '.join(map(str, legal))}."
-        renamed.append(Fault(where, f"does not fit {processes} processes: it must divide the world size.", remedy))
-    elif heads is not None and tp > heads:
-        renamed.append(Fault(where, f"exceeds the model's {heads} query heads.", f"Use {' or '.join(map(str, legal))}."))
-    attn = report.config.actor_rollout_ref.model.attn
-    return [*renamed, *check_device(report.config.trainer.device, report.world.per_node, attn, planning)]
+def _engine_faults(report: Report) -> Iterator[Fault]:
+    """Tensor-parallel sizes that don't fit the processes or the model."""
+    tp = report.config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    heads = report.model.heads if report.model else None
+    yield from check_heads(f"{ARR}rollout.tensor_model_parallel_size={tp}", tp, report.world.processes, heads)
 
 
 def _with_functions(report: Report) -> Report:
@@ -189,19 +150,6 @@ def _read(report: Report, files: Sequence[str], where: str, limit: int, faults: 
     return attempt(where, read, faults)
 
 
-def setting_of(config: RLConfig, world: World) -> Setting:
-    """What of the configuration decides the memory of the update."""
-    actor = config.actor_rollout_ref.actor
-    fsdp = actor.fsdp_config
-    cuda = config.trainer.device != "cpu" and (torch.cuda.is_available() or config.trainer.device_memory_gb is not None)
-    compute = ("bf16" if cuda else fsdp.model_dtype) if fsdp.param_dtype == "auto" else fsdp.param_dtype
-    return Setting(
-        shards=world.processes if fsdp.fsdp_size < 1 else fsdp.fsdp_size, sp=actor.ulysses_sequence_parallel_size,
-        master=fsdp.model_dtype, compute=compute, reduce=fsdp.reduce_dtype, param_offload=fsdp.param_offload,
-        optimizer_offload=fsdp.optimizer_offload, reshard=fsdp.reshard_after_forward,
-    )  # fmt: skip
-
-
 def _choice(report: Report) -> Choice:
     """The recomputation that the update's token budget needs, and the memory it is predicted to take."""
     config, model = report.config, report.model
@@ -209,9 +157,8 @@ def _choice(report: Report) -> Choice:
     actor, longest = config.actor_rollout_ref.actor, config.data.max_prompt_length + config.data.max_response_length
     longest = -(-longest // actor.ulysses_sequence_parallel_size)
     tokens = actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else (actor.ppo_micro_batch_size_per_gpu or 1) * longest
-    memory = device_memory_gib(config.trainer.device_memory_gb, config.trainer.device)
     asked = RECOMPUTE[config.actor_rollout_ref.model.enable_gradient_checkpointing]
-    return choose(model, setting_of(config, report.world), longest, tokens, asked, memory)
+    return choose(model, setting_of(report.options, report.world), longest, tokens, asked, gpu_memory(report.options))
 
 
 def _notes(report: Report) -> list[str]:

@@ -4,38 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich.console import Console
-
-from retool.perf import GIB
-from retool.preflight import show_faults, show_plan
 from retool.rl.preflight import Report
 from retool.rl.rewards import default_name
-
-
-def show(report: Report, console: Console | None = None) -> None:
-    """Print the faults, or else the plan and its notes."""
-    console = console or Console(highlight=False)
-    if report.faults:
-        show_faults(report.faults, console)
-    else:
-        show_plan(list(in_words(report)), report.notes, console)
+from retool.show import memory_words, model_words, written_words
 
 
 def in_words(report: Report) -> Iterator[tuple[str, str]]:
     """(topic, text) of what the run will do."""
-    config, world, model, choice = report.config, report.world, report.model, report.choice
-    assert model is not None and choice is not None and report.train is not None
-    actor = config.actor_rollout_ref.actor
-    sp, tp, processes = actor.ulysses_sequence_parallel_size, config.actor_rollout_ref.rollout.tensor_model_parallel_size, world.processes
-    yield "model", f"{report.folder}: {model.family}, {model.layers} layers, {model.heads}/{model.kv_heads} heads of {model.head_dim}"
+    wanted, processes = report.config.actor_rollout_ref, report.world.processes
+    assert report.train is not None
+    sp, tp = wanted.actor.ulysses_sequence_parallel_size, wanted.rollout.tensor_model_parallel_size
+    yield "model", f"{report.folder}: {model_words(report)}"
     yield "processes", f"{processes}: training {processes // sp} × {sp} sequence-parallel, {processes // tp} engine(s) of {tp}"
     yield "prompts", f"training: {report.train.said.sentence()}\nvalidation: {report.val.said.sentence() if report.val else 'none'}"
     yield "reward", _reward_words(report)
     yield "tools", ", ".join(tool.name for tool in report.tools) or "none"
     yield "a step", _step_words(report)
-    yield "schedule", f"{report.steps:,} steps, {report.steps * report.updates_per_step:,} optimizer steps at {actor.optim.lr:g}"
-    yield "memory", f"{choice.prediction.peak / GIB:.2f} GiB predicted for the update; recomputation: {choice.recompute}"
-    yield "written", f"{config.trainer.default_local_dir}: metrics.jsonl, config.yaml, report/, global_step_N/actor"
+    yield "schedule", f"{report.steps:,} steps, {report.steps * report.updates_per_step:,} optimizer steps at {wanted.actor.optim.lr:g}"
+    yield "memory", memory_words(report)
+    yield "written", written_words(report, ", report/")
 
 
 def _reward_words(report: Report) -> str:

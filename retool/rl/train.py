@@ -13,12 +13,14 @@ from retool import checkpoint
 from retool.optim import learning_rate
 from retool.parallel.mesh import make_mesh
 from retool.perf import device_peak, mfu, model_flops, peak_memory
+from retool.plan import agree
 from retool.preemption import die_with_parent
 from retool.rl import filter as dynamic
 from retool.rl.batching import mini_batches, rank_batches
 from retool.rl.build import (
     Run,
     build_run,
+    fingerprint,
     logprob_budget,
     loss_spec,
     model_state,
@@ -52,6 +54,7 @@ def train(report: Report) -> None:
     actor = config.actor_rollout_ref.actor
     mesh = make_mesh(actor.ulysses_sequence_parallel_size, actor.fsdp_config.fsdp_size, config.trainer.device)
     seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
+    report = agree(report, mesh, {"data.train_files": fingerprint(report.train), "data.val_files": fingerprint(report.val)})
     run, state = build_run(report, mesh)
     with run.watchdog:
         if config.trainer.val_before_train or config.trainer.val_only:

@@ -20,19 +20,18 @@ def main(words: list[str]) -> int:
     warn_from_first_rank(rank)
     checking = "--check" in words
     from retool.sft.preflight import preflight
-    from retool.sft.show import rows_read, show
+    from retool.sft.show import in_words, rows_read
+    from retool.start import start
 
     with rows_read() if rank == 0 else nullcontext() as progress:
         report = preflight(read(SFTConfig, [w for w in words if w != "--check"], SYNONYMS), planning=checking, progress=progress)
-    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0  # what only this machine lacks must be said here
-    if rank == 0 or (report.faults and first_here):
-        show(report)
-    if report.faults or checking:
-        return int(bool(report.faults))
-    from retool.run import exit_status
-    from retool.sft.train import train
 
-    return exit_status(lambda: train(report), rank)
+    def run() -> None:
+        from retool.sft.train import train
+
+        train(report)
+
+    return start(report, lambda: in_words(report), run, checking)
 
 
 if __name__ == "__main__":

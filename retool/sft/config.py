@@ -51,7 +51,7 @@ class DataConfig:
     fill_micro_batches: bool = option(
         True,
         "With data.micro_batch_size_per_gpu: short samples share a micro-batch as long as it holds no more tokens than that many of the "
-        "longest, for which the memory is planned. The results are the same. false: never more samples.",
+        "longest, or 8,192 per GPU where these fit without recomputing more. The results are the same. false: never more samples.",
     )
     max_token_len_per_gpu: int | None = option(
         None,

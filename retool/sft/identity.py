@@ -5,14 +5,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
-from retool.memory import LADDER, Choice
-from retool.parallel.mesh import Mesh
 from retool.sft.config import SFTConfig
 from retool.sft.plan import Report, Split
 
@@ -36,35 +32,13 @@ def changes(before: Mapping[str, Any], now: Mapping[str, int]) -> str:
     return "; ".join(f"{NAMES[key]}: then {before[key]}, now {value}" for key, value in now.items() if before.get(key, value) != value)
 
 
-def agree(report: Report, mesh: Mesh) -> Report:
-    """The same plan on every rank, the most careful of theirs: GPUs may differ. Collective. ValueError where ranks read other rows."""
-    if mesh.world_group is None:
-        return report
-    mine = report.choice, fingerprint(report.train), fingerprint(report.val)
-    everyone: list[Any] = [None] * mesh.world
-    dist.all_gather_object(everyone, mine, group=mesh.world_group)
-    for rank, (_, *read) in enumerate(everyone):
-        for name, first, here in zip(("train", "val"), everyone[0][1:], read, strict=True):
-            if first != here:
-                raise ValueError(
-                    f"data.{name}_files: rank {rank} reads other rows than rank 0 ({here[0]} samples and {first[0]}), or renders them in "
-                    "another way. Every machine needs the same files and the same versions of the packages."
-                )
-    return replace(report, choice=most_careful([choice for choice, *_ in everyone]))
+def fingerprints(report: Report) -> dict[str, tuple[int, ...]]:
+    """What this rank's files hold: (samples, checksums of their lengths and trained tokens)."""
 
+    def of(split: Split | None) -> tuple[int, ...]:
+        if split is None:
+            return (0,)
+        lengths, trained = split.dataset.lengths, split.dataset.trained
+        return len(lengths), zlib.crc32(lengths.tobytes()), zlib.crc32(trained.tobytes())
 
-def fingerprint(split: Split | None) -> tuple[int, ...]:
-    """(samples, checksums of their lengths and trained tokens)."""
-    if split is None:
-        return (0,)
-    lengths, trained = split.dataset.lengths, split.dataset.trained
-    return len(lengths), zlib.crc32(lengths.tobytes()), zlib.crc32(trained.tobytes())
-
-
-def most_careful(choices: list[Choice]) -> Choice:
-    """What fits on every rank."""
-    return replace(
-        max(choices, key=lambda choice: choice.prediction.peak),
-        tokens=min(choice.tokens for choice in choices), recompute=max((choice.recompute for choice in choices), key=LADDER.index),
-        hold=all(choice.hold for choice in choices),
-    )  # fmt: skip
+    return {"data.train_files": of(report.train), "data.val_files": of(report.val)}

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
-
-from retool.config import Fault
 from retool.data.cache import Dataset, DatasetReport
-from retool.memory import DTYPE_BYTES, Choice, Recompute, Setting, choose
-from retool.model.config import ModelConfig
-from retool.preflight import World, device_memory_gib
-from retool.sft.config import SFTConfig
+from retool.memory import Choice, choose
+from retool.options import RunOptions
+from retool.plan import RECOMPUTE, RunReport, gpu_memory, setting_of
+from retool.sft.config import SFTConfig, run_options
+
+BUSY = 8_192  # tokens per GPU whose forward and backward take the device longer than the host needs to enqueue them, at 0.5B parameters
 
 
 @dataclass(frozen=True)
@@ -26,32 +25,19 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What preflight found. Without faults `folder`, `model`, `train` and `choice` are there.
-
-    `folder` is the model's local folder; `choice` holds the token budget per GPU, the recomputation and the memory
-    predicted; `notes` tell what is allowed but probably not meant.
-    """
+class Report(RunReport):
+    """What preflight found. Without faults `train` is there too."""
 
     config: SFTConfig
-    world: World
-    folder: Path | None = None
-    model: ModelConfig | None = None
     train: Split | None = None
     val: Split | None = None
-    choice: Choice | None = None
-    faults: tuple[Fault, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def blame(self, *faults: Fault) -> Report:
-        """With more faults."""
-        return replace(self, faults=(*self.faults, *faults))
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run (0 where the data couldn't be read)."""
-        if self.config.trainer.total_training_steps is not None:
-            return self.config.trainer.total_training_steps
+    def options(self) -> RunOptions:
+        return run_options(self.config)
+
+    @property
+    def steps_of_data(self) -> int:
         return self.steps_per_epoch * self.config.trainer.total_epochs
 
     @property
@@ -68,44 +54,32 @@ class Report:
         return max(int(data.lengths.max()) for data in splits)
 
 
-def setting_of(config: SFTConfig, world: World) -> Setting:
-    """What of the configuration decides the memory; on GPUs where there are any, or some are planned for."""
-    fsdp = config.model.fsdp_config
-    cuda = config.trainer.device != "cpu" and (torch.cuda.is_available() or config.trainer.device_memory_gb is not None)
-    compute = ("bf16" if cuda else fsdp.model_dtype) if fsdp.param_dtype == "auto" else fsdp.param_dtype
-    return Setting(
-        shards=world.processes if fsdp.fsdp_size < 1 else fsdp.fsdp_size, sp=config.ulysses_sequence_parallel_size,
-        master=fsdp.model_dtype, compute=compute, reduce=fsdp.reduce_dtype, param_offload=fsdp.param_offload,
-        optimizer_offload=fsdp.optimizer_offload, reshard=fsdp.reshard_after_forward,
-    )  # fmt: skip
-
-
-def gpu_memory(config: SFTConfig) -> float | None:
-    """GiB of a GPU: trainer.device_memory_gb, else this machine's; None on the CPU."""
-    return device_memory_gib(config.trainer.device_memory_gb, config.trainer.device)
-
-
-def asked_recompute(asked: bool | str) -> Recompute | None:
-    """`model.enable_gradient_checkpointing` as a policy; None leaves it to the memory plan."""
-    policies: dict[bool | str, Recompute | None] = {True: "full", False: "none", "selective": "selective", "auto": None}
-    return policies[asked]
-
-
 def fills(config: SFTConfig) -> bool:
-    """Whether micro-batches are made by tokens: `choose_for`'s, which are those of the longest samples where their number is given."""
+    """Whether micro-batches are made by tokens, of which there are `choose_for`'s."""
     return config.data.micro_batch_size_per_gpu is None or (config.data.fill_micro_batches and config.use_remove_padding)
 
 
 def choose_for(report: Report) -> Choice:
-    """Token budget per GPU and recomputation: as configured, and where left to us, what fits."""
+    """Token budget per GPU and recomputation: as configured, and where left to us, what fits.
+
+    A number of samples is as many tokens as that many of the longest have; and `BUSY`, where that fits just as well.
+    """
     config, model = report.config, report.model
     assert model is not None
     data, longest = config.data, -(-report.longest // config.ulysses_sequence_parallel_size)
     tokens = data.max_token_len_per_gpu
     if data.micro_batch_size_per_gpu is not None:
         tokens = data.micro_batch_size_per_gpu * longest
-    asked = asked_recompute(config.model.enable_gradient_checkpointing)
-    return choose(model, setting_of(config, report.world), longest, tokens, asked, gpu_memory(config))
+    asked = RECOMPUTE[config.model.enable_gradient_checkpointing]
+    decide = partial(
+        choose, model, setting_of(report.options, report.world), longest, recompute=asked, device_gib=gpu_memory(report.options)
+    )
+    choice = decide(tokens)
+    if data.micro_batch_size_per_gpu is not None and fills(config) and choice.tokens < BUSY:
+        fuller = decide(BUSY)
+        if fuller.fits and fuller.recompute == choice.recompute:
+            return fuller
+    return choice
 
 
 def remedies(report: Report) -> str:
@@ -126,34 +100,3 @@ def remedies(report: Report) -> str:
     if fitting:
         return f"Any of these is predicted to fit: {'; '.join(fitting)}."
     return f"No single change is predicted to fit: combine {'; '.join(changes)}, lower data.max_length, or use more GPUs."
-
-
-def parameter_count(model: ModelConfig) -> int:
-    """Parameters, but for norms and biases (less than one in a thousand)."""
-    return model.matmul_parameters + (0 if model.tied else model.vocab * model.hidden)
-
-
-def checkpoint_bytes(model: ModelConfig, config: SFTConfig) -> float:
-    """Bytes of one checkpoint, all ranks together."""
-    master = DTYPE_BYTES[config.model.fsdp_config.model_dtype]
-    per_parameter = {"model": master, "optimizer": 2 * master, "extra": 0, "hf_model": 2}
-    return parameter_count(model) * sum(per_parameter.get(part, 0) for part in config.trainer.checkpoint.save_contents)
-
-
-def kept_checkpoints(report: Report) -> int:
-    """Checkpoints on the disk at once, at most: an older one is deleted only when a newer one is complete."""
-    trainer, steps = report.config.trainer, report.steps
-    every = report.steps_per_epoch if trainer.save_freq == "after_each_epoch" else int(trainer.save_freq)
-    saves = 1 if every < 1 else -(-steps // every)
-    return saves if trainer.max_ckpt_to_keep is None else min(saves, trainer.max_ckpt_to_keep + 1)
-
-
-def host_bytes(report: Report) -> float:
-    """Pinned host memory that offloading takes on one machine, all its processes together."""
-    config, model = report.config, report.model
-    assert model is not None
-    setting = setting_of(config, report.world)
-    if setting.compute == setting.master and config.trainer.device != "cuda" and not torch.cuda.is_available():
-        return 0.0  # on the CPU nothing is offloaded
-    each = DTYPE_BYTES[setting.master] * (setting.param_offload + 2 * setting.optimizer_offload)
-    return each * parameter_count(model) * report.world.per_node / setting.shards

@@ -18,14 +18,13 @@ from retool.data.cache import open_dataset
 from retool.data.chat import Renderer, load_tokenizer
 from retool.data.files import load_function, resolve_files
 from retool.data.rows import RowFormat
-from retool.machine import DEFAULT_PORT, check_compiler, check_host_memory, check_port, check_store, gpu_notes, port_is_free
 from retool.memory import OUTSIDE, SLACK
 from retool.metrics import missing_extras
-from retool.model.hub import find_model
 from retool.perf import GIB
-from retool.preflight import attempt, check_device, check_mesh, check_model, check_output, check_tokenizer, free_bytes, read_world
+from retool.plan import gpu_memory
+from retool.preflight import attempt, check_run, check_tokenizer, notes_of, read_world, with_model
 from retool.sft.config import SFTConfig, contradictions
-from retool.sft.plan import Report, Split, checkpoint_bytes, choose_for, gpu_memory, host_bytes, kept_checkpoints, remedies, setting_of
+from retool.sft.plan import Report, Split, choose_for, remedies
 
 HOPELESS = 1.25  # a predicted peak this many times the device's memory is a fault; a closer one only a note
 Name = Literal["train", "val"]
@@ -44,35 +43,12 @@ def preflight(
     launcher = os.environ if environment is None else environment
     world, trouble = read_world(config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher)
     report = Report(config, world, faults=tuple(faults + trouble))
-    report = _with_model(report)
-    heads = report.model.heads if report.model else None
-    sp = config.ulysses_sequence_parallel_size
-    sizes = check_mesh(world.processes, sp, config.model.fsdp_config.fsdp_size, heads)
-    devices = check_device(config.trainer.device, world.per_node, config.model.attn, planning)
-    room = checkpoint_bytes(report.model, config) if report.model else 0.0
-    output = check_output(Path(config.trainer.default_local_dir), room)
-    compiled = config.trainer.device != "cpu" and config.model.use_compile
-    here = () if planning else (*check_port(launcher), *check_compiler(compiled))
-    store = check_store(config.trainer.default_hdfs_dir, "trainer.default_hdfs_dir")
-    report = report.blame(*sizes, *devices, *here, *output, *store, *_resume_faults(config))
-    report = _with_data(report, progress)
-    report = _with_memory(report, planning)
+    report = with_model(report, config.model.partial_pretrain, "model.partial_pretrain", config.data.chat_template)
+    report = _with_data(check_run(report, planning, launcher), progress)
+    report = _with_memory(report)
     if report.faults:
-        return replace(report, faults=tuple(dict.fromkeys(report.faults)))
-    return replace(report, notes=(*_notes(report), *_machine_notes(report, planning, launcher)))
-
-
-def _with_model(report: Report) -> Report:
-    """Find and check the model's folder."""
-    config, faults = report.config, list[Fault]()
-    name = config.model.partial_pretrain
-    if not name:
         return report
-    folder = attempt("model.partial_pretrain", lambda: find_model(name), faults)
-    if folder is None:
-        return report.blame(*faults)
-    model, faults = check_model(folder)
-    return replace(report.blame(*faults, *check_tokenizer(folder, config.data.chat_template)), folder=folder, model=model)
+    return replace(report, notes=(*report.notes, *_notes(report), *notes_of(report, planning, launcher)))
 
 
 # --- data ---
@@ -153,32 +129,17 @@ def _read(config: SFTConfig, renderer: Renderer, name: Name, files: list[str], p
     return Split(tuple(files), dataset, said)
 
 
-# --- resume and memory ---
+# --- memory ---
 
 
-def _resume_faults(config: SFTConfig) -> Iterator[Fault]:
-    trainer = config.trainer
-    if trainer.resume_mode != "resume_path" or not trainer.resume_from_path:
-        return
-    folder, where = Path(trainer.resume_from_path), f"trainer.resume_from_path={trainer.resume_from_path}"
-    if not folder.is_dir():
-        yield Fault(where, "is not a folder.", "Give a checkpoint such as …/global_step_250.")
-    elif not any(folder.glob("model_world_size_*_rank_*.pt")):
-        yield Fault(where, "holds no model_world_size_N_rank_R.pt.", "Give a checkpoint such as …/global_step_250.")
-
-
-def _with_memory(report: Report, planning: bool) -> Report:
+def _with_memory(report: Report) -> Report:
     """Choose batches and recomputation, and predict the memory, once there is a model and a layout that works."""
     config, model = report.config, report.model
     sp, processes = config.ulysses_sequence_parallel_size, report.world.processes
     if model is None or processes % sp or sp > model.heads:
         return report
     report = replace(report, choice=(choice := choose_for(report)))
-    if not planning:
-        sharding = config.model.fsdp_config
-        asked = " ".join(f"model.fsdp_config.{name}=true" for name in ("param_offload", "optimizer_offload") if getattr(sharding, name))
-        report = report.blame(*check_host_memory(host_bytes(report), asked))
-    memory = gpu_memory(config)
+    memory = gpu_memory(report.options)
     if memory is None or choice.prediction.peak <= HOPELESS * memory * GIB:
         return report
     problem = f"the predicted peak is {choice.prediction.peak / GIB:.1f} GiB, and a GPU has {memory:.1f}."
@@ -187,7 +148,7 @@ def _with_memory(report: Report, planning: bool) -> Report:
 
 def _notes(report: Report) -> Iterator[str]:
     """What is allowed but probably not meant."""
-    config, model, choice, memory = report.config, report.model, report.choice, gpu_memory(report.config)
+    config, model, choice, memory = report.config, report.model, report.choice, gpu_memory(report.options)
     assert model is not None and choice is not None
     data, dp = config.data, report.world.processes // config.ulysses_sequence_parallel_size
     if data.train_batch_size < dp:
@@ -199,24 +160,3 @@ def _notes(report: Report) -> Iterator[str]:
         yield f"{need:.1f} GiB with what CUDA itself takes may not fit in {memory:.1f}. {remedies(report)}"
     if data.micro_batch_size_per_gpu is not None and data.max_token_len_per_gpu is not None:
         yield "data.micro_batch_size_per_gpu is set, so data.max_token_len_per_gpu isn't used."
-    if isinstance(config.trainer.save_freq, int) and config.trainer.save_freq > report.steps:
-        yield f"trainer.save_freq={config.trainer.save_freq} is more than the {report.steps} steps: only the last is saved."
-
-
-def _machine_notes(report: Report, planning: bool, environment: Mapping[str, str]) -> Iterator[str]:
-    """What this machine may run out of later, or shares with somebody."""
-    config, model = report.config, report.model
-    assert model is not None
-    each, kept = checkpoint_bytes(model, config), kept_checkpoints(report)
-    free = free_bytes(Path(config.trainer.default_local_dir))
-    if kept > 1 and each * kept > free:
-        fit = max(1, int(free // each) - 1)
-        yield (
-            f"{kept} checkpoints of {each / GIB:.1f} GiB need more than the {free / GIB:.1f} GiB that are free in "
-            f"{config.trainer.default_local_dir}: add trainer.max_ckpt_to_keep={fit}."
-        )
-    if planning:
-        if report.world.processes > 1 and "WORLD_SIZE" not in environment and not port_is_free(DEFAULT_PORT):
-            yield f"port {DEFAULT_PORT}, torchrun's own choice, is taken here: start with torchrun --standalone, or --master_port."
-    elif config.trainer.device != "cpu":
-        yield from gpu_notes(report.world.per_node, setting_of(config, report.world).compute, environment)

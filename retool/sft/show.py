@@ -9,20 +9,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from retool.memory import Choice
-from retool.model.config import ModelConfig
-from retool.perf import GIB
-from retool.preflight import show_faults, show_plan
 from retool.sft.config import SFTConfig
-from retool.sft.plan import Report, checkpoint_bytes, fills, gpu_memory, host_bytes, parameter_count
-
-
-def show(report: Report, console: Console | None = None) -> None:
-    """Print the faults, or else the plan and its notes."""
-    console = console or Console(highlight=False)
-    if report.faults:
-        show_faults(report.faults, console)
-    else:
-        show_plan(list(in_words(report)), report.notes, console)
+from retool.sft.plan import Report, fills
+from retool.show import memory_words, model_words, written_words
 
 
 @contextmanager
@@ -40,17 +29,15 @@ def rows_read(console: Console | None = None) -> Iterator[Callable[[int], None] 
 
 def in_words(report: Report) -> Iterator[tuple[str, str]]:
     """(topic, text) of what the run will do."""
-    config, world, model, choice = report.config, report.world, report.model, report.choice
-    assert model is not None and choice is not None
-    sp = config.ulysses_sequence_parallel_size
-    parameters, heads = parameter_count(model), f"{model.heads}/{model.kv_heads} heads of {model.head_dim}"
-    yield "model", f"{model.family}, {_count(parameters)} parameters, {model.layers} layers, {heads}"
+    world, choice, sp = report.world, report.choice, report.config.ulysses_sequence_parallel_size
+    assert choice is not None
+    yield "model", model_words(report)
     yield "processes", f"{world.processes} on {world.nodes} machine(s): {world.processes // sp} data-parallel × {sp} sequence-parallel"
     yield "data", _data_words(report)
     yield "a step", _step_words(report, choice, world.processes // sp)
-    yield "schedule", _schedule_words(config, report.steps)
-    yield "memory", _memory_words(report, choice)
-    yield "written", _written_words(config, model)
+    yield "schedule", _schedule_words(report.config, report.steps)
+    yield "memory", memory_words(report)
+    yield "written", written_words(report)
 
 
 def _data_words(report: Report) -> str:
@@ -74,7 +61,7 @@ def _step_words(report: Report, choice: Choice, dp: int) -> str:
     else:
         chosen = "" if data.max_token_len_per_gpu is not None else " (chosen)"
         if data.micro_batch_size_per_gpu is not None:
-            chosen = f" (those of the {data.micro_batch_size_per_gpu} longest)"
+            chosen = f" (room for the {data.micro_batch_size_per_gpu} longest)"
         micro = f"micro-batches of at most {choice.tokens:,} tokens per GPU{chosen}, {choice.tokens * sp:,} per group"
     tokens = ""
     if report.train is not None:
@@ -90,27 +77,3 @@ def _schedule_words(config: SFTConfig, steps: int) -> str:
     after = "constant" if optim.lr_scheduler == "constant" else f"{optim.lr_scheduler} to {optim.lr * optim.min_lr_ratio:g}"
     warmup = f"warm-up over {int(steps * optim.warmup_steps_ratio):,} to {optim.lr:g}"
     return f"{steps:,} optimizer steps; {warmup}, then {after}; gradient norm clipped at {optim.clip_grad:g}"
-
-
-def _memory_words(report: Report, choice: Choice) -> str:
-    p, memory, host = choice.prediction, gpu_memory(report.config), host_bytes(report)
-    parts = (("load", p.load), ("forward/backward", p.forward_backward), ("optimizer", p.optimizer), ("save", p.save))
-    phases = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
-    kept = {"none": "nothing recomputed", "selective": "MLPs recomputed", "full": "all but attention recomputed"}[choice.recompute]
-    verdict = "" if memory is None else f"; {'fits' if choice.fits else 'may not fit'} in {memory:.0f} GiB"
-    offloaded = f"; {host / GIB:.1f} GiB of host memory on each machine" if host else ""
-    return f"peak by phase, GiB on each {'GPU' if memory is not None else 'process'} (predicted): {phases}; {kept}{verdict}{offloaded}"
-
-
-def _written_words(config: SFTConfig, model: ModelConfig) -> str:
-    trainer, each = config.trainer, checkpoint_bytes(model, config) / GIB
-    every = f"every {trainer.save_freq} steps and after the last"
-    often = {"after_each_epoch": "after each epoch", -1: "after the last step"}.get(trainer.save_freq, every)
-    keep = "" if trainer.max_ckpt_to_keep is None else f", the newest {trainer.max_ckpt_to_keep} kept"
-    copy = "" if trainer.default_hdfs_dir is None else f"; copied to {trainer.default_hdfs_dir}"
-    contents = ", ".join(trainer.checkpoint.save_contents)
-    return f"{trainer.default_local_dir}: metrics.jsonl, config.yaml; a checkpoint ({contents}; {each:.2f} GiB) {often}{keep}{copy}"
-
-
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"

@@ -21,10 +21,11 @@ from retool.optim import AdamW, AdamWOptions, learning_rate
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, peak_memory
+from retool.plan import agree
 from retool.preemption import StopRequest, die_with_parent
 from retool.run import DTYPES, make_run_folder, said_save, say, seed_everything
 from retool.sft.config import SFTConfig
-from retool.sft.identity import agree, changes, order_of
+from retool.sft.identity import changes, fingerprints, order_of
 from retool.sft.plan import Report, fills
 from retool.sft.step import Measured, train_step
 from retool.sft.validate import validate
@@ -80,7 +81,7 @@ def train(report: Report) -> None:
     die_with_parent()
     mesh = make_mesh(config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size, config.trainer.device)
     seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
-    report = agree(report, mesh)
+    report = agree(report, mesh, fingerprints(report))
     run, state = build_run(report, mesh)
     stop = StopRequest()
     batches = iterate_steps(

@@ -19,11 +19,11 @@ from retool.model.build import ModelOptions, build_decoder
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
-from retool.preflight import World
+from retool.plan import World, agree
 from retool.sft import train as training
 from retool.sft.__main__ import main
 from retool.sft.config import DataConfig, ModelConfig, SFTConfig
-from retool.sft.identity import agree, changes, order_of
+from retool.sft.identity import changes, fingerprints, order_of
 from retool.sft.plan import Report, Split
 from retool.sft.step import train_step
 from tests.ranks import run_ranks
@@ -49,7 +49,7 @@ def planned() -> list[tuple[int, str, bool] | str]:
     for rows in ([5, 6], [6, 5] if mesh.rank == mesh.world - 1 else [5, 6]):
         report = Report(CONFIG, World(mesh.world, 1, mesh.world), train=split(rows), choice=mine)
         try:
-            agreed = agree(report, mesh).choice
+            agreed = agree(report, mesh, fingerprints(report)).choice
         except ValueError as error:
             out.append(str(error))
             continue

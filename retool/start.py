@@ -1,0 +1,34 @@
+"""From a preflight report to training, or to the reason why not: what both commands do last."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+
+from retool.plan import RunReport
+from retool.run import exit_status
+from retool.show import show_faults, show_plan
+from retool.verdict import verdict
+
+
+def start(
+    report: RunReport, in_words: Callable[[], Iterable[tuple[str, str]]], train: Callable[[], None], checking: bool,
+    close: Callable[[], None] = lambda: None,
+) -> int:  # fmt: skip
+    """Show what preflight found and train, unless a rank found a fault or this is only a check. The exit status.
+
+    `in_words` makes the plan for a report without faults; `close` lets go of what preflight opened, where nothing is trained.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    alone = checking and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # a check needs nobody to meet
+    faults, showing, _store = verdict(report.faults, {} if alone else os.environ)  # the store stays open while this function runs
+    if alone:
+        showing = os.environ.get("LOCAL_RANK", "0") == "0" if faults else rank == 0
+    if showing and faults:
+        show_faults(faults)
+    elif showing:
+        show_plan(in_words(), report.notes)
+    if faults or checking:
+        close()
+        return int(bool(faults))
+    return exit_status(train, rank)

@@ -1,0 +1,78 @@
+"""One verdict of all ranks on all machines before there is a process group: a fault that one rank sees stops all of them, said once.
+
+Ranks meet in the launcher's store (torchrun's own, or one that rank 0 opens at MASTER_PORT), which needs no GPU and no NCCL.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed import DistError
+from torch.distributed.rendezvous import rendezvous
+
+from retool.config import Fault
+
+TIMEOUT = 1800.0  # seconds: another machine may still be reading its data
+LINGER = 10.0  # seconds that rank 0, which may host the store, stays for the others to read the verdict
+
+
+def verdict(mine: Sequence[Fault], environment: Mapping[str, str], timeout_s: float = TIMEOUT) -> tuple[tuple[Fault, ...], bool, Any]:
+    """(every rank's faults, whether this rank is to show them, what keeps the store open until there is a process group).
+
+    Collective over the launcher's processes; one process alone just has its own. Where not all ranks have a fault, it says which.
+    A rank that can't meet the others shows its own faults, and that.
+    """
+    rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    if world == 1:
+        return tuple(mine), True, None
+    if any(fault.where.startswith("MASTER_PORT=") for fault in mine):
+        return tuple(mine), True, None  # there is no meeting at a port that another program has
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        return _exchange(mine, PrefixStore("retool/preflight", store), rank, world), rank == 0, store
+    except (DistError, ValueError) as error:
+        trouble = Fault(
+            f"rank {rank}", f"can't meet the other ranks: {str(error).splitlines()[0]}.", "See what they, or the launcher, said."
+        )
+        return (*mine, trouble), True, None
+
+
+def _exchange(mine: Sequence[Fault], store: Store, rank: int, world: int) -> tuple[Fault, ...]:
+    """Rank 0 collects and judges; the others read what it says."""
+    store.set(f"faults {rank}", json.dumps([socket.gethostname(), [[f.where, f.problem, f.remedy] for f in mine]]))
+    if rank > 0:
+        found = [Fault(*parts) for parts in json.loads(store.get("verdict"))]
+        store.add("read", 1)
+        return tuple(found)
+    said = [json.loads(store.get(f"faults {r}")) for r in range(world)]
+    found = merge([host for host, _ in said], [[Fault(*parts) for parts in faults] for _, faults in said])
+    store.set("verdict", json.dumps([[f.where, f.problem, f.remedy] for f in found]))
+    end = time.monotonic() + LINGER
+    while found and store.add("read", 0) < world - 1 and time.monotonic() < end:
+        time.sleep(0.02)
+    return found
+
+
+def merge(hosts: Sequence[str], faults: Sequence[Sequence[Fault]]) -> tuple[Fault, ...]:
+    """Each fault once; with the ranks, or the machines, that have it where others don't."""
+    owners: dict[Fault, list[int]] = {}
+    for rank, own in enumerate(faults):
+        for fault in dict.fromkeys(own):
+            owners.setdefault(fault, []).append(rank)
+    return tuple(
+        fault if len(ranks) == len(hosts) else Fault(f"{fault.where} ({_who(ranks, hosts)})", fault.problem, fault.remedy)
+        for fault, ranks in owners.items()
+    )
+
+
+def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    machines = list(dict.fromkeys(hosts[rank] for rank in ranks))
+    whole = all(rank in ranks for rank, host in enumerate(hosts) if host in machines)
+    numbers = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    return f"on {', '.join(machines)}" if whole else f"{numbers} on {', '.join(machines)}"
