@@ -16,6 +16,8 @@ many sft
 many memory
 many checkpoint --repeats 3
 many fsdp_overlap
+many ulysses
+many long_context
 one attention
 one logprobs
 one rollout

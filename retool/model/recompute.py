@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from retool.model.decoder import Block
 
 CHUNKED_FROM = 32_768  # tokens of a rank
-CHUNK = 8_192
+CHUNK = 16_384
 ROUND = 128  # chunks of this multiple keep matrix products on their fast path
 
 Gradients = Sequence[Tensor | None]
