@@ -46,6 +46,11 @@ class DecoderConfig:
     enable_gradient_checkpointing: bool | Literal["auto", "selective"] = option(
         "auto", "Recompute activations in backward: auto = the least that fits; selective = only cheap parts."
     )
+    activation_offload: bool | Literal["auto"] = option(
+        False,
+        "Keep what fully recomputed blocks find in the backward in host memory, for very long sequences: true = always; auto = where "
+        "nothing else fits.",
+    )
     trust_remote_code: bool = option(False, "Run the tokenizer's own Python code from the model folder.")
     use_compile: bool | Literal["auto"] = option("auto", "torch.compile for the decoder blocks; auto = on GPUs.")
 
@@ -105,6 +110,7 @@ class RunOptions:
     trainer: TrainerConfig
     model: DecoderConfig
     fsdp: FSDPConfig
+    optim: AdamWConfig
     checkpoint: CheckpointConfig
     sp: int
     model_key: str = "model."
@@ -131,6 +137,11 @@ def contradictions(options: RunOptions) -> Iterator[Fault]:
             yield Fault(f"trainer.{key}=0", "is no number of steps.", "Use a positive number, or -1 (last step only).")
     if options.fsdp.fsdp_size == 0:
         yield Fault(f"{options.fsdp_key}fsdp_size=0", "is no number of ranks.", "Use -1 for all of them.")
+    recomputes = options.model.enable_gradient_checkpointing
+    if options.model.activation_offload and recomputes not in (True, "auto"):
+        where = f"{options.model_key}activation_offload={str(options.model.activation_offload).lower()}"
+        problem = f"moves what fully recomputed blocks keep, against enable_gradient_checkpointing={str(recomputes).lower()}."
+        yield Fault(where, problem, f"Use {options.model_key}enable_gradient_checkpointing=true or auto.")
     if options.model.attn == "cudnn" and trainer.deterministic:
         where = f"{options.model_key}attn=cudnn"
         yield Fault(where, "adds up gradients in no fixed order, against trainer.deterministic=true.", "Use varlen or auto.")

@@ -1,4 +1,4 @@
-"""What every training run does around its steps: seeds, its folder, one line for all ranks, how a save ended."""
+"""What every training run does around its steps: seeds, its folder, one line for all ranks, how it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import yaml
 
-from retool.checkpoint import PendingSave, SaveResult
 from retool.config import to_dict
 from retool.metrics import printable
 from retool.parallel.lost import follow, lost_peer
@@ -46,19 +45,6 @@ def make_run_folder(folder: str | Path, config: Any, mesh: Mesh) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.yaml").write_text(yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
     return path
-
-
-def said_save(save: PendingSave | None, mesh: Mesh, wait: bool) -> SaveResult | None:
-    """How a save ended, once it has (or, with `wait`, when it has), after saying so. A failed one is loud, and the run goes on."""
-    result = None if save is None else save.wait() if wait else save.poll()
-    if result is None:
-        return None
-    if result.error is not None:
-        say(mesh, f"step {result.step} was NOT saved: {result.error}")
-    else:
-        rate = result.bytes / max(result.seconds, 1e-9) / 1e6
-        say(mesh, f"saved {result.folder} ({result.stall_s:.2f} s of waiting, {result.seconds:.1f} s in all, {rate:.0f} MB/s a rank)")
-    return result
 
 
 def exit_status(train: Callable[[], None], rank: int) -> int:

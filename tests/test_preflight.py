@@ -24,7 +24,7 @@ from retool.config import Fault, read
 from retool.data.loader import step_batch
 from retool.machine import check_output
 from retool.model.hub import find_model
-from retool.options import CheckpointConfig, DecoderConfig, FSDPConfig, RunOptions, TrainerConfig
+from retool.options import AdamWConfig, CheckpointConfig, DecoderConfig, FSDPConfig, RunOptions, TrainerConfig
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 from retool.plan import World, checkpoint_bytes, host_bytes, kept_checkpoints, parameter_count
@@ -293,7 +293,7 @@ def test_world(environment: dict[str, str], nodes: int | None, each: int | None,
 
 def test_mesh_faults_name_the_legal_values() -> None:
     def faults(processes: int, sp: int, fsdp_size: int, heads: int) -> list[Fault]:
-        options = RunOptions(TrainerConfig(), DecoderConfig(), FSDPConfig(fsdp_size=fsdp_size), CheckpointConfig(), sp)
+        options = RunOptions(TrainerConfig(), DecoderConfig(), FSDPConfig(fsdp_size=fsdp_size), AdamWConfig(), CheckpointConfig(), sp)
         return list(check_mesh(options, processes, heads))
 
     assert [str(f) for f in faults(2, 8, -1, 14)] == [

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from retool import checkpoint
 from retool.checkpoint.pretrained import load_pretrained
 from retool.config import to_dict
-from retool.data.templates import read_template
 from retool.metrics import Loggers, RunInfo, open_loggers
 from retool.model.build import ModelOptions
 from retool.optim import AdamW, AdamWOptions
@@ -26,9 +25,10 @@ from retool.rl.agent import AgentOptions
 from retool.rl.batching import Budget
 from retool.rl.config import RLConfig
 from retool.rl.data import prompts_at
-from retool.rl.engine import Engine, EngineOptions
+from retool.rl.engine import Engine
 from retool.rl.eos import eos_ids
 from retool.rl.losses import Clip
+from retool.rl.memory import engine_options
 from retool.rl.policy import LossSpec
 from retool.rl.preflight import Questions, Report, uses_reference
 from retool.rl.reward_pool import RewardPool
@@ -36,6 +36,7 @@ from retool.rl.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
 from retool.run import DTYPES, make_run_folder, say
+from retool.saving import model_state, save_options
 from retool.watchdog import Watchdog
 
 
@@ -89,12 +90,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     parts = rollout_parts(report, engine, pool, stop, watchdog) if pool is not None else None
     info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
-    saved, cuda = wanted.actor.checkpoint, mesh.device.type == "cuda"
-    options = checkpoint.SaveOptions(
-        contents=tuple(saved.save_contents), keep=trainer.max_ckpt_to_keep, remote_url=trainer.default_hdfs_dir, subfolder="actor",
-        async_save=cuda if saved.async_save is None else saved.async_save,
-        chat_template=read_template(config.data.chat_template) if config.data.chat_template else None,
-    )  # fmt: skip
+    options = save_options(report.options, mesh, config.data.chat_template, subfolder="actor")
     loop = asyncio.new_event_loop()  # one for the whole run: tools keep their connections
     run = Run(config, report, mesh, folder, model, reference, optimizer, engine, engines, parts, pool, loop, stop, watchdog, loggers,
               options, checkpoint.Staging(mesh))  # fmt: skip
@@ -114,16 +110,6 @@ def model_options(report: Report, frozen: bool = False) -> ModelOptions:
         reduce_dtype=DTYPES["fp64" if sharding.model_dtype == "fp64" else sharding.reduce_dtype],
         attn=wanted.attn, recompute="none" if frozen else choice.recompute, use_compile=wanted.use_compile,
         reshard_after_forward=sharding.reshard_after_forward, forward_prefetch=sharding.forward_prefetch,
-    )  # fmt: skip
-
-
-def engine_options(config: RLConfig) -> EngineOptions:
-    rollout, data = config.actor_rollout_ref.rollout, config.data
-    return EngineOptions(
-        max_num_seqs=rollout.max_num_seqs, kv_share=rollout.gpu_memory_utilization,
-        max_batch_tokens=max(rollout.max_num_batched_tokens, rollout.max_num_seqs),
-        max_length=data.max_prompt_length + data.max_response_length, dtype=None if rollout.dtype == "auto" else DTYPES[rollout.dtype],
-        use_cuda_graphs=not rollout.enforce_eager, deterministic=config.trainer.deterministic,
     )  # fmt: skip
 
 
@@ -234,8 +220,3 @@ def stream(report: Report, position: int, count: int) -> list[Prompt]:
     data = report.config.data
     assert report.train is not None
     return prompts_at(report.train.prompts, position, count, data.seed, data.shuffle)
-
-
-def model_state(model: Sharded, optimizer: AdamW) -> checkpoint.ModelState:
-    """The flat shards that a checkpoint holds."""
-    return checkpoint.ModelState(model.layout, model.master, optimizer.exp_avg, optimizer.exp_avg_sq, int(optimizer.steps))

@@ -270,6 +270,6 @@ def run_options(config: RLConfig) -> options.RunOptions:
     wanted, actor = config.actor_rollout_ref, config.actor_rollout_ref.actor
     keys = ("model.", "actor.fsdp_config.", "actor.checkpoint.", "actor.ulysses_sequence_parallel_size")
     return options.RunOptions(
-        config.trainer, wanted.model, actor.fsdp_config, actor.checkpoint, actor.ulysses_sequence_parallel_size,
+        config.trainer, wanted.model, actor.fsdp_config, actor.optim, actor.checkpoint, actor.ulysses_sequence_parallel_size,
         *(f"actor_rollout_ref.{key}" for key in keys),
     )  # fmt: skip

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from retool import checkpoint
 from retool.optim import learning_rate
 from retool.parallel.mesh import make_mesh
 from retool.perf import device_peak, mfu, model_flops, peak_memory
@@ -23,7 +22,6 @@ from retool.rl.build import (
     fingerprint,
     logprob_budget,
     loss_spec,
-    model_state,
     stream,
     stream_identity,
     training_sampling,
@@ -32,6 +30,7 @@ from retool.rl.build import (
 )
 from retool.rl.config import RLConfig
 from retool.rl.experience import Experience, make_experience, timed
+from retool.rl.memory import ROOM
 from retool.rl.metrics import failure_metrics, length_metrics, score_metrics, timing_metrics, tool_metrics
 from retool.rl.policy import update_step
 from retool.rl.preflight import Report
@@ -40,10 +39,10 @@ from retool.rl.rollout import RolloutTimes, Sampling, roll_out
 from retool.rl.state import TrainState, adapted_kl_coef, regroup
 from retool.rl.types import Group, Prompt, Scored
 from retool.rl.validate import validation_metrics
-from retool.run import said_save, say, seed_everything
+from retool.run import say, seed_everything
+from retool.saving import require_saved, save_step, say_saved
 
 EMPTY_ROUNDS = 20  # rounds of dynamic sampling in a row without a single group worth training on
-ROOM = 1.3  # times the predicted activations must be free for the engine to keep its memory
 Metrics = dict[str, float]
 
 
@@ -292,23 +291,7 @@ def run_validation(run: Run, state: TrainState) -> None:
 
 def save(run: Run, state: TrainState) -> None:
     """Write a checkpoint of this step, unless it has one."""
-    if state.saved_step == state.step:
-        return
-    say_saved(run, state, wait=True)
-    data_state = {**state.data_state(), "stream": stream_identity(run.report)}
-    state.save = checkpoint.save(
-        run.folder, model_state(run.model, run.optimizer), run.mesh, step=state.step, extra={}, data_state=data_state,
-        model_folder=run.report.folder or "", options=run.save_options, staging=run.staging,
-    )  # fmt: skip
-    state.saved_step = state.step
-
-
-def say_saved(run: Run, state: TrainState, wait: bool) -> None:
-    """Say how the last save ended, once it has; a failed one is no saved step."""
-    result = said_save(state.save, run.mesh, wait)
-    if result is not None:
-        state.save = None
-        state.saved_step = state.saved_step if result.error is None else -1
+    save_step(run, state, {**state.data_state(), "stream": stream_identity(run.report)}, {})
 
 
 def finish(run: Run, state: TrainState, stopping: bool) -> None:
@@ -324,8 +307,8 @@ def finish(run: Run, state: TrainState, stopping: bool) -> None:
         run.loop.run_until_complete(tool.close())
     run.loop.close()
     run.stop.restore()
-    if state.step and state.saved_step != state.step:
-        raise ValueError(f"step {state.step} was trained, but its checkpoint could not be saved (see above): {run.folder} has older ones.")
+    if state.step:
+        require_saved(run, state)
     ended = "asked to stop" if stopping and state.step < run.report.steps else "finished"
     say(run.mesh, f"{ended} at step {state.step} of {run.report.steps}: {run.folder}")
     if dist.is_initialized():

@@ -119,6 +119,7 @@ class SFTConfig:
 SYNONYMS = {
     "model.path": "model.partial_pretrain",
     "model.use_remove_padding": "use_remove_padding",
+    "model.enable_activation_offload": "model.activation_offload",
     "model.custom_chat_template": "data.chat_template",
     "engine.strategy": "model.strategy",
     "engine.ulysses_sequence_parallel_size": "ulysses_sequence_parallel_size",
@@ -145,7 +146,7 @@ torchrun --nproc_per_node=2 -m retool.sft \\
 def run_options(config: SFTConfig) -> RunOptions:
     """What every command has."""
     model, trainer = config.model, config.trainer
-    return RunOptions(trainer, model, model.fsdp_config, trainer.checkpoint, config.ulysses_sequence_parallel_size)
+    return RunOptions(trainer, model, model.fsdp_config, config.optim, trainer.checkpoint, config.ulysses_sequence_parallel_size)
 
 
 def contradictions(config: SFTConfig) -> Iterator[Fault]:

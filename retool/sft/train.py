@@ -13,7 +13,6 @@ from retool import checkpoint
 from retool.checkpoint.pretrained import load_pretrained
 from retool.config import to_dict
 from retool.data.loader import Dataset, StepBatch, iterate_steps, iterate_validation
-from retool.data.templates import read_template
 from retool.metrics import Loggers, RunInfo, open_loggers
 from retool.model.build import ModelOptions
 from retool.model.decoder import Decoder, Recompute
@@ -23,7 +22,8 @@ from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, peak_memory
 from retool.plan import agree
 from retool.preemption import StopRequest, die_with_parent
-from retool.run import DTYPES, make_run_folder, said_save, say, seed_everything
+from retool.run import DTYPES, make_run_folder, say, seed_everything
+from retool.saving import model_state, require_saved, save_options, save_step, say_saved
 from retool.sft.config import SFTConfig
 from retool.sft.identity import changes, fingerprints, order_of
 from retool.sft.plan import Report, fills
@@ -126,18 +126,13 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     train_data, val_data = report.train.dataset, report.val.dataset if report.val else None
     state = resume(config, mesh, folder, model, optimizer, train_data)
     info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
-    cuda, wanted = mesh.device.type == "cuda", trainer.checkpoint.async_save
-    save_options = checkpoint.SaveOptions(
-        contents=tuple(trainer.checkpoint.save_contents), keep=trainer.max_ckpt_to_keep, remote_url=trainer.default_hdfs_dir,
-        async_save=cuda if wanted is None else wanted,
-        chat_template=read_template(config.data.chat_template) if config.data.chat_template else None,
-    )  # fmt: skip
+    saved = save_options(report.options, mesh, config.data.chat_template)
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
     batching = micro_batching(mesh, config, report.choice.tokens)
     staging = checkpoint.Staging(mesh)
-    staging.prepare(model_state(model, optimizer), mesh, save_options)
+    staging.prepare(model_state(model, optimizer), mesh, saved)
     hold = report.choice.hold
-    return Run(config, report, mesh, folder, model, optimizer, train_data, val_data, batching, hold, loggers, save_options, staging), state
+    return Run(config, report, mesh, folder, model, optimizer, train_data, val_data, batching, hold, loggers, saved, staging), state
 
 
 def model_options(config: SFTConfig, recompute: Recompute) -> ModelOptions:
@@ -193,11 +188,6 @@ def from_rank_0(value: Path | None, mesh: Mesh) -> Path | None:
     if mesh.world_group is not None:
         torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
-
-
-def model_state(model: Sharded, optimizer: AdamW) -> checkpoint.ModelState:
-    """The flat shards that a checkpoint holds."""
-    return checkpoint.ModelState(model.layout, model.master, optimizer.exp_avg, optimizer.exp_avg_sq, int(optimizer.steps))
 
 
 def one_step(run: Run, state: TrainState, batch: StepBatch, timer: StepTimer, watchdog: Watchdog) -> None:
@@ -266,25 +256,7 @@ def run_validation(run: Run, state: TrainState, watchdog: Watchdog) -> None:
 def save(run: Run, state: TrainState) -> None:
     """Write a checkpoint of this step, unless it has one."""
     log_pending(run, state)
-    if state.saved_step == state.step:
-        return
-    say_saved(run, state, wait=True)
-    optim = run.config.optim
-    state.save = checkpoint.save(
-        run.folder, model_state(run.model, run.optimizer), run.mesh, step=state.step, extra={"skipped_steps": state.skipped},
-        data_state={"step": state.step, **order_of(run.config, run.train_data)},
-        model_folder=run.report.folder or "", options=run.save_options, staging=run.staging,
-        optimizer_group={"lr": optim.lr, "betas": list(optim.betas), "eps": run.optimizer.options.eps, "weight_decay": optim.weight_decay},
-    )  # fmt: skip
-    state.saved_step = state.step
-
-
-def say_saved(run: Run, state: TrainState, wait: bool) -> None:
-    """Say how the last save ended, once it has; a failed one is no saved step."""
-    result = said_save(state.save, run.mesh, wait)
-    if result is not None:
-        state.save = None
-        state.saved_step = state.saved_step if result.error is None else -1
+    save_step(run, state, {"step": state.step, **order_of(run.config, run.train_data)}, {"skipped_steps": state.skipped})
 
 
 def finish(run: Run, state: TrainState) -> None:
@@ -292,8 +264,7 @@ def finish(run: Run, state: TrainState) -> None:
     log_pending(run, state)
     say_saved(run, state, wait=True)
     run.staging.close()
-    if state.saved_step != state.step:
-        raise ValueError(f"step {state.step} was trained, but its checkpoint could not be saved (see above): {run.folder} has older ones.")
+    require_saved(run, state)
     say(run.mesh, f"finished at step {state.step} of {run.report.steps}: {run.folder}")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -1,0 +1,93 @@
+"""A run's checkpoints: what they hold, writing one, saying how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from retool import checkpoint
+from retool.data.templates import read_template
+from retool.optim import AdamW
+from retool.options import RunOptions
+from retool.parallel.fsdp import Sharded
+from retool.parallel.mesh import Mesh
+from retool.plan import RunReport
+from retool.run import say
+
+
+class Run(Protocol):
+    """What a save reads of a run; nothing of it is replaced while the run lasts."""
+
+    @property
+    def report(self) -> RunReport: ...
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def model(self) -> Sharded: ...
+    @property
+    def optimizer(self) -> AdamW: ...
+    @property
+    def save_options(self) -> checkpoint.SaveOptions: ...
+    @property
+    def staging(self) -> checkpoint.Staging: ...
+
+
+class State(Protocol):
+    """Steps done, the last one saved or being saved (-1: none), and its save until the result was said."""
+
+    step: int
+    saved_step: int
+    save: checkpoint.PendingSave | None
+
+
+def save_options(options: RunOptions, mesh: Mesh, chat_template: str | None, subfolder: str = "") -> checkpoint.SaveOptions:
+    """As configured; where that is left to us, in the background on GPUs."""
+    asked = options.checkpoint.async_save
+    return checkpoint.SaveOptions(
+        contents=tuple(options.checkpoint.save_contents), keep=options.trainer.max_ckpt_to_keep,
+        async_save=mesh.device.type == "cuda" if asked is None else asked, remote_url=options.trainer.default_hdfs_dir,
+        chat_template=read_template(chat_template) if chat_template else None, subfolder=subfolder,
+    )  # fmt: skip
+
+
+def model_state(model: Sharded, optimizer: AdamW) -> checkpoint.ModelState:
+    """The flat shards that a checkpoint holds."""
+    return checkpoint.ModelState(model.layout, model.master, optimizer.exp_avg, optimizer.exp_avg_sq, int(optimizer.steps))
+
+
+def save_step(run: Run, state: State, data_state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    """Write a checkpoint of this step, unless it has one; first say how the one before ended. Collective."""
+    if state.saved_step == state.step:
+        return
+    say_saved(run, state, wait=True)
+    optim, adamw = run.report.options.optim, run.optimizer.options
+    state.save = checkpoint.save(
+        run.folder, model_state(run.model, run.optimizer), run.mesh, step=state.step, extra=extra, data_state=data_state,
+        model_folder=run.report.folder or "", options=run.save_options, staging=run.staging,
+        optimizer_group={"lr": optim.lr, "betas": list(adamw.betas), "eps": adamw.eps, "weight_decay": adamw.weight_decay},
+    )  # fmt: skip
+    state.saved_step = state.step
+
+
+def say_saved(run: Run, state: State, wait: bool) -> None:
+    """Say how the last save ended, once it has (`wait`: when it has). A failed one is loud, is no saved step, and the run goes on."""
+    result = None if state.save is None else state.save.wait() if wait else state.save.poll()
+    if result is None:
+        return
+    state.save = None
+    if result.error is not None:
+        state.saved_step = -1
+        say(run.mesh, f"step {result.step} was NOT saved: {result.error}")
+    else:
+        rate = result.bytes / max(result.seconds, 1e-9) / 1e6
+        said = f"saved {result.folder} ({result.stall_s:.2f} s of waiting, {result.seconds:.1f} s in all, {rate:.0f} MB/s a rank)"
+        say(run.mesh, said)
+
+
+def require_saved(run: Run, state: State) -> None:
+    """ValueError when the last step's checkpoint isn't there."""
+    if state.saved_step != state.step:
+        raise ValueError(f"step {state.step} was trained, but its checkpoint could not be saved (see above): {run.folder} has older ones.")
