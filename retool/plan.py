@@ -139,10 +139,11 @@ def kept_checkpoints(report: RunReport) -> int:
 
 
 def host_bytes(report: RunReport) -> float:
-    """Pinned host memory that offloading takes on one machine, all its processes together."""
+    """Pinned host memory that offloading takes on one machine, all its processes together; activations once they are planned."""
     assert report.model is not None
     setting = setting_of(report.options, report.world)
     if setting.compute == setting.master and report.options.trainer.device != "cuda" and not torch.cuda.is_available():
         return 0.0  # on the CPU nothing is offloaded
     each = DTYPE_BYTES[setting.master] * (setting.param_offload + 2 * setting.optimizer_offload)
-    return each * parameter_count(report.model) * report.world.per_node / setting.shards
+    activations = report.choice.prediction.host if report.choice is not None else 0.0
+    return (each * parameter_count(report.model) / setting.shards + activations) * report.world.per_node

@@ -33,6 +33,7 @@ DEFAULTS = {  # the contract's table
     "data.multiturn.enable_thinking_key": "enable_thinking", "data.multiturn.history": "error", "data.shuffle": True, "data.seed": 1,
     "data.num_workers": 2, "data.apply_chat_template_kwargs": {}, "data.custom_cls.path": None, "data.custom_cls.name": None,
     "data.chat_template": None, "model.strategy": "fsdp", "model.attn": "auto", "model.enable_gradient_checkpointing": "auto",
+    "model.activation_offload": False,
     "model.fsdp_config.model_dtype": "fp32", "model.fsdp_config.param_dtype": "auto", "model.fsdp_config.reduce_dtype": "fp32",
     "model.fsdp_config.param_offload": False, "model.fsdp_config.optimizer_offload": False, "model.fsdp_config.fsdp_size": -1,
     "model.fsdp_config.reshard_after_forward": True, "model.fsdp_config.forward_prefetch": True, "model.trust_remote_code": False,
@@ -111,6 +112,8 @@ def test_list_forms(text: str, files: tuple[str, ...]) -> None:
         ("data.truncation='drop'", "data.truncation", "drop"),
         ("model.enable_gradient_checkpointing=True", "model.enable_gradient_checkpointing", True),
         ("model.enable_gradient_checkpointing=selective", "model.enable_gradient_checkpointing", "selective"),
+        ("model.enable_activation_offload=True", "model.activation_offload", True),
+        ("model.activation_offload=auto", "model.activation_offload", "auto"),
         ("trainer.checkpoint.async_save=false", "trainer.checkpoint.async_save", False),
         ("+trainer.seed=3", "trainer.seed", 3),
         ("++trainer.seed=3", "data.seed", 3),
@@ -206,6 +209,12 @@ def test_a_dump_reads_back_to_the_same_configuration(tmp_path: Path) -> None:
 def test_configurations_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         sft().trainer.seed = 2  # pyright: ignore
+
+
+@pytest.mark.parametrize(("recompute", "fault"), [("true", False), ("auto", False), ("selective", True), ("false", True)])
+def test_activations_are_offloaded_under_full_recomputation_only(recompute: str, fault: bool) -> None:
+    found = list(contradictions(sft("model.activation_offload=auto", f"model.enable_gradient_checkpointing={recompute}")))
+    assert [f.where for f in found] == ["model.activation_offload=auto"] * fault
 
 
 def test_contradictions() -> None:

@@ -20,6 +20,7 @@ SYNONYMS = {
     f"{_ARR}.rollout.log_prob_max_token_len_per_gpu": f"{_ARR}.ref.log_prob_max_token_len_per_gpu",
     f"{_ARR}.rollout.multi_turn.tool_response_length": f"{_ARR}.rollout.multi_turn.max_tool_response_length",
     f"{_ARR}.model.custom_chat_template": "data.chat_template",
+    f"{_ARR}.model.enable_activation_offload": f"{_ARR}.model.activation_offload",
     "algorithm.rollout_is": "algorithm.rollout_correction.rollout_is",
     "algorithm.rollout_is_threshold": "algorithm.rollout_correction.rollout_is_threshold",
     "reward_model.reward_kwargs.overlong_buffer_cfg.enable": "reward_model.overlong_buffer.enable",

@@ -158,7 +158,8 @@ def _choice(report: Report) -> Choice:
     longest = -(-longest // actor.ulysses_sequence_parallel_size)
     tokens = actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else (actor.ppo_micro_batch_size_per_gpu or 1) * longest
     asked = RECOMPUTE[config.actor_rollout_ref.model.enable_gradient_checkpointing]
-    return choose(model, setting_of(report.options, report.world), longest, tokens, asked, gpu_memory(report.options))
+    offload, memory = config.actor_rollout_ref.model.activation_offload, gpu_memory(report.options)
+    return choose(model, setting_of(report.options, report.world), longest, tokens, asked, memory, offload)
 
 
 def _notes(report: Report) -> list[str]:

@@ -72,8 +72,9 @@ def choose_for(report: Report) -> Choice:
         tokens = data.micro_batch_size_per_gpu * longest
     asked = RECOMPUTE[config.model.enable_gradient_checkpointing]
     decide = partial(
-        choose, model, setting_of(report.options, report.world), longest, recompute=asked, device_gib=gpu_memory(report.options)
-    )
+        choose, model, setting_of(report.options, report.world), longest, recompute=asked, device_gib=gpu_memory(report.options),
+        offload=config.model.activation_offload,
+    )  # fmt: skip
     choice = decide(tokens)
     if data.micro_batch_size_per_gpu is not None and fills(config) and choice.tokens < BUSY:
         fuller = decide(BUSY)
@@ -92,6 +93,7 @@ def remedies(report: Report) -> str:
     changes: dict[str, dict[str, Any]] = {
         "model.enable_gradient_checkpointing=true": {"model": full},
         "data.micro_batch_size_per_gpu=1": {"data": replace(config.data, micro_batch_size_per_gpu=1, max_token_len_per_gpu=None)},
+        "model.enable_gradient_checkpointing=true model.activation_offload=true": {"model": replace(full, activation_offload=True)},
         "model.fsdp_config.param_offload=true model.fsdp_config.optimizer_offload=true": {"model": offloaded},
     }
     if ranks and ranks[-1] > config.ulysses_sequence_parallel_size:

@@ -18,10 +18,11 @@ from retool.data.cache import open_dataset
 from retool.data.chat import Renderer, load_tokenizer
 from retool.data.files import load_function, resolve_files
 from retool.data.rows import RowFormat
+from retool.machine import check_host_memory
 from retool.memory import OUTSIDE, SLACK
 from retool.metrics import missing_extras
 from retool.perf import GIB
-from retool.plan import gpu_memory
+from retool.plan import gpu_memory, host_bytes
 from retool.preflight import attempt, check_run, check_tokenizer, notes_of, read_world, with_model
 from retool.sft.config import SFTConfig, contradictions
 from retool.sft.plan import Report, Split, choose_for, remedies
@@ -45,7 +46,7 @@ def preflight(
     report = Report(config, world, faults=tuple(faults + trouble))
     report = with_model(report, config.model.partial_pretrain, "model.partial_pretrain", config.data.chat_template)
     report = _with_data(check_run(report, planning, launcher), progress)
-    report = _with_memory(report)
+    report = _with_memory(report, planning)
     if report.faults:
         return report
     return replace(report, notes=(*report.notes, *_notes(report), *notes_of(report, planning, launcher)))
@@ -132,13 +133,15 @@ def _read(config: SFTConfig, renderer: Renderer, name: Name, files: list[str], p
 # --- memory ---
 
 
-def _with_memory(report: Report) -> Report:
+def _with_memory(report: Report, planning: bool) -> Report:
     """Choose batches and recomputation, and predict the memory, once there is a model and a layout that works."""
     config, model = report.config, report.model
     sp, processes = config.ulysses_sequence_parallel_size, report.world.processes
     if model is None or processes % sp or sp > model.heads:
         return report
     report = replace(report, choice=(choice := choose_for(report)))
+    if choice.prediction.host and not planning:
+        report = report.blame(*check_host_memory(host_bytes(report), f"model.activation_offload={config.model.activation_offload}".lower()))
     memory = gpu_memory(report.options)
     if memory is None or choice.prediction.peak <= HOPELESS * memory * GIB:
         return report
