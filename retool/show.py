@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -63,20 +63,21 @@ def model_words(report: RunReport) -> str:
     return f"{model.family}, {size} parameters, {model.layers} layers, {model.heads}/{model.kv_heads} heads of {model.head_dim}"
 
 
-def memory_words(report: RunReport) -> str:
-    """The predicted peak of each phase of training, what is recomputed, and whether it fits."""
+def memory_words(report: RunReport, phases: Mapping[str, float] | None = None, fits: bool | None = None) -> str:
+    """The predicted peak of each phase, of training alone where none are given; what is recomputed, and whether it fits."""
     choice, memory, host = report.choice, gpu_memory(report.options), host_bytes(report)
     assert choice is not None
-    p = choice.prediction
-    parts = (("load", p.load), ("forward/backward", p.forward_backward), ("optimizer", p.optimizer), ("save", p.save))
-    phases = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
+    if phases is None:
+        p, fits = choice.prediction, choice.fits
+        phases = {"load": p.load, "forward/backward": p.forward_backward, "optimizer": p.optimizer, "save": p.save}
+    words = ", ".join(f"{name} {size / GIB:.2f}" for name, size in phases.items())
     kept = {
         "none": "nothing recomputed", "selective": "MLPs recomputed", "full": "all but attention recomputed",
         "offload": "all but attention recomputed, what blocks keep in host memory",
     }[choice.recompute]  # fmt: skip
-    verdict = "" if memory is None else f"; {'fits' if choice.fits else 'may not fit'} in {memory:.0f} GiB"
+    verdict = "" if memory is None else f"; {'fits' if fits else 'may not fit'} in {memory:.0f} GiB"
     offloaded = f"; {host / GIB:.1f} GiB of host memory on each machine" if host else ""
-    return f"peak by phase, GiB on each {'GPU' if memory is not None else 'process'} (predicted): {phases}; {kept}{verdict}{offloaded}"
+    return f"peak by phase, GiB on each {'GPU' if memory is not None else 'process'} (predicted): {words}; {kept}{verdict}{offloaded}"
 
 
 def written_words(report: RunReport, beside: str = "") -> str:

@@ -15,11 +15,13 @@ from retool.data.files import load_function, resolve_files
 from retool.memory import Choice, choose
 from retool.metrics import missing_extras
 from retool.options import RunOptions
+from retool.perf import GIB
 from retool.plan import RECOMPUTE, RunReport, gpu_memory, setting_of
 from retool.preflight import attempt, check_heads, check_run, notes_of, read_world, with_model
 from retool.rl.config import RLConfig, run_options
 from retool.rl.data import PromptOptions, PromptReport, load_prompts
 from retool.rl.keys import contradictions, notes
+from retool.rl.memory import StepMemory, engine_options, step_memory
 from retool.rl.rewards import RewardSource, find_reward
 from retool.rl.tools import Tool, load_tools
 from retool.rl.types import Prompt
@@ -55,6 +57,17 @@ class Report(RunReport):
     def steps_of_data(self) -> int:
         prompts = len(self.train.prompts) if self.train else 0
         return prompts * self.config.trainer.total_epochs // self.config.data.train_batch_size
+
+    @property
+    def memory(self) -> StepMemory:
+        """What a step takes by phase, the engine's part included."""
+        wanted = self.config.actor_rollout_ref
+        assert self.model is not None and self.choice is not None
+        return step_memory(
+            self.model, setting_of(self.options, self.world), self.choice, engine_options(self.config),
+            wanted.rollout.tensor_model_parallel_size, wanted.rollout.free_cache_engine, uses_reference(self.config),
+            gpu_memory(self.options),
+        )  # fmt: skip
 
     @property
     def updates_per_step(self) -> int:
@@ -170,9 +183,27 @@ def _notes(report: Report) -> list[str]:
         found.append(f"prompt and response may have {longest} tokens, more than the {model.max_position} positions the model was made for.")
     if report.choice.fits is False:
         found.append("the update may not fit: lower ppo_max_token_len_per_gpu, or raise ulysses_sequence_parallel_size.")
+    if report.memory.fits is False and report.choice.fits:
+        found.append(_too_much(report))
     if config.actor_rollout_ref.ref.param_offload and uses_reference(config):
         found.append("ref.param_offload: the reference stays on the GPU; its shard is small.")
     return found
+
+
+def _too_much(report: Report) -> str:
+    """What the engine needs beside training and may not find, with the way out."""
+    memory, length = report.memory, report.config.data.max_prompt_length + report.config.data.max_response_length
+    phase, peak = max(memory.phases.items(), key=lambda item: item[1])
+    if memory.sequences < 1:
+        share = f"{memory.cache / GIB:.1f} GiB, {memory.sequences:.2f} of one"
+        what = f"the engine's cache may have no room for a sequence of {length:,} tokens ({share})"
+    else:
+        what = f"{phase} may take {peak / GIB:.1f} GiB and what CUDA takes, which don't fit"
+    offload = f"{ARR}actor.fsdp_config.param_offload=true {ARR}actor.fsdp_config.optimizer_offload=true"
+    return (
+        f"{what}: try {offload}, {ARR}rollout.free_cache_engine=true, a higher {ARR}rollout.tensor_model_parallel_size, or a lower "
+        "data.max_response_length."
+    )
 
 
 def uses_reference(config: RLConfig) -> bool:

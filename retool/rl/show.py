@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from retool.perf import GIB
 from retool.rl.preflight import Report
 from retool.rl.rewards import default_name
 from retool.show import memory_words, model_words, written_words
@@ -21,8 +22,18 @@ def in_words(report: Report) -> Iterator[tuple[str, str]]:
     yield "tools", ", ".join(tool.name for tool in report.tools) or "none"
     yield "a step", _step_words(report)
     yield "schedule", f"{report.steps:,} steps, {report.steps * report.updates_per_step:,} optimizer steps at {wanted.actor.optim.lr:g}"
-    yield "memory", memory_words(report)
+    yield "memory", _memory_words(report)
     yield "written", written_words(report, ", report/")
+
+
+def _memory_words(report: Report) -> str:
+    memory, data = report.memory, report.config.data
+    engine = (
+        f"engine: weights {memory.weights / GIB:.2f} GiB, cache {memory.cache / GIB:.2f} GiB with room for {memory.sequences:,.1f} "
+        f"sequences of {data.max_prompt_length + data.max_response_length:,} tokens; {'freed for' if memory.freed else 'kept during'} "
+        "the update"
+    )
+    return f"{memory_words(report, memory.phases, memory.fits)}\n{engine}"
 
 
 def _reward_words(report: Report) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -191,3 +192,14 @@ def test_the_plan_of_a_sound_run(work, tmp_path, capsys) -> None:
     assert main([*words(work, tmp_path / "run", "trainer.total_epochs=2"), "--check"]) == 0
     said = capsys.readouterr().out
     assert "4 prompts × 4 samples = 16 trajectories" in said and "12 steps, 12 optimizer steps" in said
+
+
+def test_check_plans_the_memory_of_another_box(work, tmp_path, capsys) -> None:
+    box = ["trainer.device=auto", "trainer.n_gpus_per_node=2", "trainer.device_memory_gb=80"]
+    assert main([*words(work, tmp_path / "run", *box), "--check"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{phase} " in said for phase in ("load", "sync", "rollout", "log-probs", "update", "optimizer", "save")) and "fits in 80" in said
+    assert re.search(r"engine: weights 0\.0\d GiB, cache \d\d\.\d\d GiB with room for [\d,.]+ sequences of 412 tokens; \w+ \w+ the update", said), said
+    assert main([*words(work, tmp_path / "run", *box, f"{ARR}rollout.gpu_memory_utilization=1e-7"), "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "the engine's cache may have no room for a sequence of 412 tokens" in said, said

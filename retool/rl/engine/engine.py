@@ -24,7 +24,7 @@ from retool.rl.engine import sequence as seq
 from retool.rl.engine.attention import has_paged_flash
 from retool.rl.engine.batch import make_batch
 from retool.rl.engine.forward import cached_heads, make_model
-from retool.rl.engine.kv_cache import KVCache, PagePool, page_bytes
+from retool.rl.engine.kv_cache import KVCache, PagePool, page_bytes, work_bytes
 from retool.rl.engine.params import EngineOptions, SamplingParams, Stats, TurnDone
 from retool.rl.engine.runner import DecodeLoop, Flight, run_once
 from retool.rl.engine.scheduler import Scheduler
@@ -167,15 +167,14 @@ class Engine:
 
     def _kv_bytes(self, dtype: torch.dtype, useful: int) -> int:
         """Bytes for the cache; the smallest of the group, as one page table serves all."""
-        o, c = self.options, self.config
+        o = self.options
         if o.kv_bytes is not None:
             return o.kv_bytes
         if self.device.type != "cuda":
             return min(2 * useful + (1 << 20), CPU_KV_BYTES)
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
-        work = 2 * 4 * o.max_num_seqs * c.vocab + o.max_batch_tokens * (4 * c.ffn + 12 * c.hidden) * dtype.itemsize
-        box = torch.tensor([max(0, int((free - work) * o.kv_share))], device=self.device)
+        box = torch.tensor([max(0, int((free - work_bytes(o, self.config, dtype)) * o.kv_share))], device=self.device)
         if self.group is not None:
             dist.all_reduce(box, dist.ReduceOp.MIN, group=self.group)
         return int(box)

@@ -14,6 +14,9 @@ from math import prod
 
 import torch
 
+from retool.model.config import ModelConfig
+from retool.rl.engine.params import EngineOptions
+
 
 class PagePool:
     """Which pages are free, and how many sequences (or groups) refer to each of the others."""
@@ -82,6 +85,12 @@ class KVCache:
         if pairs:
             sources, targets = torch.tensor(pairs).to(self.data.device).unbind(1)
             self.data[:, targets] = self.data[:, sources]
+
+
+def work_bytes(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) -> int:
+    """What a forward needs beside weights and cache: fp32 logits of every sequence, twice, and a layer's activations."""
+    logits = 2 * 4 * options.max_num_seqs * config.vocab
+    return logits + options.max_batch_tokens * (4 * config.ffn + 12 * config.hidden) * dtype.itemsize
 
 
 def page_bytes(shape_LPkH: tuple[int, int, int, int], dtype: torch.dtype) -> int:
