@@ -7,7 +7,8 @@
 A short step warms up, then each length is one step, timed from its first kernel to its last, optimizer included. Activations stay on the
 device where the memory plan says that they fit (*full* recomputation), else they go to the host (*offload*); weights and moments
 visit the device where they leave no room for the longest. Time grows with n²: a length whose step would end after `--budget`
-seconds, judged by the one before it, is left out. A length that the plan doesn't let in is left out too.
+seconds, judged by the one before it, is left out; so is one that the device's memory or the host's wouldn't hold. With
+`--device-memory-gb` below the device's own, torch may take no more than that.
 
 *peak*: the allocator's, on the rank that needs most, against `retool.memory`'s prediction, whose formula then gives the longest n
 that fits in 80 GiB and in this device. MFU doesn't count recomputation. Host memory is per GPU: activations, weights and moments.
@@ -32,7 +33,8 @@ from sft import SHAPES, random_weights
 from table import hardware, show
 
 from retool.batch import PackedBatch, Sample, pack
-from retool.memory import DTYPE_BYTES, Setting, choose, predict
+from retool.machine import MOST_PINNED, host_memory
+from retool.memory import DTYPE_BYTES, OUTSIDE, Setting, choose, predict
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
 from retool.model.decoder import Recompute
@@ -45,6 +47,7 @@ from retool.sft.step import train_step
 
 Offload = bool | Literal["auto"]
 WARM_UP = 4_096  # tokens
+HOST_GIB = MOST_PINNED * (host_memory() or math.inf) / GIB
 ACTIVATIONS: dict[str, Offload] = {"auto": "auto", "full": False, "offload": True}
 GUESS = 300e12  # model FLOP/s of a GPU, before one was measured
 
@@ -146,9 +149,14 @@ def run(
         choice = choose(config, setting, -(-tokens // mesh.sp), None, "full", gib, offload)
         estimate = model_flops(config, [tokens]) / (rate or GUESS) / mesh.world if cuda else 0.0
         late = torch.tensor(time.monotonic() - started + estimate > budget, dtype=torch.int32, device=mesh.device)
-        if choice.fits is False or int(sum_over(late, mesh.world_group)):
-            reason = "doesn't fit" if choice.fits is False else f"about {estimate:.0f} s more than --budget {budget:.0f} leaves"
-            say(mesh, f"{tokens:,} tokens left out: {reason}")
+        host = host_gib(config, setting, choice.prediction.host)
+        reasons = {
+            f"needs {choice.prediction.peak / GIB:.1f} GiB": choice.fits is False,
+            f"needs {host:.1f} GiB of host memory for each of {mesh.world} processes": host * mesh.world > HOST_GIB,
+            f"would take about {estimate:.0f} s, more than --budget {budget:.0f} leaves": bool(sum_over(late, mesh.world_group)),
+        }
+        if any(reasons.values()):
+            say(mesh, f"{tokens:,} tokens left out: {next(reason for reason, holds in reasons.items() if holds)}")
             continue
         if model is None or optimizer is None or built != choice.recompute:
             model = optimizer = None
@@ -158,7 +166,7 @@ def run(
             step(model, optimizer, document(min(WARM_UP, lengths[0]), config, mesh.sp))
         seconds, measured = step(model, optimizer, document(tokens, config, mesh.sp))
         plan = predict(config, setting, -(-tokens // mesh.sp), choice.recompute)
-        flops, host = model_flops(config, [tokens]), host_gib(config, setting, plan.host)
+        flops = model_flops(config, [tokens])
         rate = flops / seconds / mesh.world
         lines.append(Line(tokens, choice.recompute, seconds, tokens / seconds / mesh.world, mfu(flops, seconds, mesh.world, peak), measured,
                           plan.peak / GIB, host))  # fmt: skip
@@ -201,7 +209,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     config, mesh = SHAPES[args.shape], make_mesh(sp=int(os.environ.get("WORLD_SIZE", 1)))
-    gib = args.device_memory_gb or (torch.cuda.get_device_properties(mesh.device).total_memory / GIB if cuda else 80.0)
+    whole = torch.cuda.get_device_properties(mesh.device).total_memory / GIB if cuda else 80.0
+    gib = args.device_memory_gb or whole
+    if cuda and gib < whole:
+        torch.cuda.set_per_process_memory_fraction((gib - OUTSIDE / GIB) / whole, mesh.device)
     title: str = f"{mesh.world}× {hardware(mesh.device)}, {args.shape}, sp {mesh.sp}"
     lines = run(config, mesh, [int(n) for n in args.lengths.split(",")], gib, args.budget, ACTIVATIONS[args.activations], args.json, title)
     if mesh.rank == 0:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from retool.batch import Sample, pack
+from retool.model import recompute
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
 from retool.optim import AdamW, AdamWOptions
@@ -32,6 +33,8 @@ def train(device: str, sp: int, tied: bool, dtype: torch.dtype, more: dict[str, 
     mesh = make_mesh(sp=sp, device=device)
     torch.backends.cuda.matmul.allow_tf32 = False
     offload = more.pop("offload", False) if "offload" in more else False
+    if "chunk" in more:
+        recompute.CHUNKED_FROM = recompute.CHUNK = more.pop("chunk")
     options = ModelOptions(param_dtype=dtype, use_compile=more.pop("use_compile", "auto"), **more)
     model = build_decoder(config(tied), mesh, options)
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +61,10 @@ def train(device: str, sp: int, tied: bool, dtype: torch.dtype, more: dict[str, 
         assert not skipped
         losses.append(loss)
         norms.append(norm)
-    owned = {(p.member.name, p.start): model.master[p.local : p.local + p.stop - p.start].cpu().numpy() for p in local_pieces(model.layout, mesh.shard_rank)}
+    owned = {
+        (p.member.name, p.start): model.master[p.local : p.local + p.stop - p.start].cpu().numpy()
+        for p in local_pieces(model.layout, mesh.shard_rank)
+    }
     return {"losses": losses, "norms": norms, "weights": owned}
 
 
@@ -86,6 +92,8 @@ CASES = [  # GPUs, sp, tied, options: every way in which a gathered buffer is re
     (2, 1, True, {"recompute": "none"}),
     (2, 2, True, {"recompute": "full"}),
     (2, 2, False, {"recompute": "selective"}),
+    (1, 1, True, {"recompute": "offload"}),
+    (2, 2, False, {"recompute": "offload", "chunk": 128}),
     (2, 1, False, {"forward_prefetch": False, "use_compile": False}),
     (2, 2, True, {"reshard_after_forward": False}),
     (2, 1, True, {"offload": True}),
@@ -105,8 +113,12 @@ def test_fp32_on_gpus_trains_as_the_cpu(expected: dict[bool, dict[str, Any]], gp
         assert np.linalg.norm(found[name] - value) <= 2e-3 * np.linalg.norm(value), name
 
 
-@pytest.mark.parametrize(("gpus", "sp", "more"), [(1, 1, {}), (2, 2, {"recompute": "full"}), (2, 1, {})])
-def test_bf16_on_gpus_trains_like_fp32_and_never_waits(expected: dict[bool, dict[str, Any]], gpus: int, sp: int, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("gpus", "sp", "more"), [(1, 1, {}), (2, 2, {"recompute": "full"}), (1, 1, {"recompute": "offload", "chunk": 128}), (2, 1, {})]
+)
+def test_bf16_on_gpus_trains_like_fp32_and_never_waits(
+    expected: dict[bool, dict[str, Any]], gpus: int, sp: int, more: dict[str, Any]
+) -> None:
     """The last step runs with every host synchronisation an error."""
     need(gpus)
     results = run_ranks(train, gpus, "cuda", sp, True, torch.bfloat16, dict(more), True)
