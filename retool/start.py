@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 
+from retool.config import Fault
 from retool.plan import RunReport
 from retool.run import exit_status
 from retool.show import show_faults, show_plan
@@ -21,14 +23,15 @@ def start(
     """
     rank = int(os.environ.get("RANK", 0))
     alone = checking and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # a check needs nobody to meet
-    faults, showing, _store = verdict(report.faults, {} if alone else os.environ)  # the store stays open while this function runs
-    if alone:
-        showing = os.environ.get("LOCAL_RANK", "0") == "0" if faults else rank == 0
-    if showing and faults:
-        show_faults(faults)
-    elif showing:
+    faults, _store = verdict(report.faults, {} if alone else os.environ, _show)  # the store stays open while this function runs
+    if not faults and rank == 0:
         show_plan(in_words(), report.notes)
     if faults or checking:
         close()
         return int(bool(faults))
     return exit_status(train, rank)
+
+
+def _show(faults: Sequence[Fault]) -> None:
+    show_faults(faults)
+    sys.stdout.flush()  # the launcher may end this process as soon as another rank ends

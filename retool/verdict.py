@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -22,29 +22,31 @@ TIMEOUT = 1800.0  # seconds: another machine may still be reading its data
 LINGER = 10.0  # seconds that rank 0, which may host the store, stays for the others to read the verdict
 
 
-def verdict(mine: Sequence[Fault], environment: Mapping[str, str], timeout_s: float = TIMEOUT) -> tuple[tuple[Fault, ...], bool, Any]:
-    """(every rank's faults, whether this rank is to show them, what keeps the store open until there is a process group).
+Show = Callable[[Sequence[Fault]], None]
 
-    Collective over the launcher's processes; one process alone just has its own. Where not all ranks have a fault, it says which.
+
+def verdict(mine: Sequence[Fault], environment: Mapping[str, str], show: Show, timeout_s: float = TIMEOUT) -> tuple[tuple[Fault, ...], Any]:
+    """(every rank's faults, what keeps the store open until there is a process group). Collective over the launcher's processes.
+
+    Where not all ranks have a fault, it says which. One rank shows them, before any other can end and have the launcher end all.
     A rank that can't meet the others shows its own faults, and that.
     """
     rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
-    if world == 1:
-        return tuple(mine), True, None
-    if any(fault.where.startswith("MASTER_PORT=") for fault in mine):
-        return tuple(mine), True, None  # there is no meeting at a port that another program has
+    found, store = tuple(mine), None
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-        return _exchange(mine, PrefixStore("retool/preflight", store), rank, world), rank == 0, store
+        if world > 1 and not any(fault.where.startswith("MASTER_PORT=") for fault in mine):  # another program's port is no place to meet
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+            return _exchange(mine, PrefixStore("retool/preflight", store), rank, world, show), store
     except (DistError, ValueError) as error:
-        trouble = Fault(
-            f"rank {rank}", f"can't meet the other ranks: {str(error).splitlines()[0]}.", "See what they, or the launcher, said."
-        )
-        return (*mine, trouble), True, None
+        problem = f"can't meet the other ranks: {str(error).splitlines()[0]}."
+        found = (*found, Fault(f"rank {rank}", problem, "See what they, or the launcher, said."))
+    if found:
+        show(found)
+    return found, store
 
 
-def _exchange(mine: Sequence[Fault], store: Store, rank: int, world: int) -> tuple[Fault, ...]:
-    """Rank 0 collects and judges; the others read what it says."""
+def _exchange(mine: Sequence[Fault], store: Store, rank: int, world: int, show: Show) -> tuple[Fault, ...]:
+    """Rank 0 collects, judges and shows; the others read what it found."""
     store.set(f"faults {rank}", json.dumps([socket.gethostname(), [[f.where, f.problem, f.remedy] for f in mine]]))
     if rank > 0:
         found = [Fault(*parts) for parts in json.loads(store.get("verdict"))]
@@ -52,6 +54,8 @@ def _exchange(mine: Sequence[Fault], store: Store, rank: int, world: int) -> tup
         return tuple(found)
     said = [json.loads(store.get(f"faults {r}")) for r in range(world)]
     found = merge([host for host, _ in said], [[Fault(*parts) for parts in faults] for _, faults in said])
+    if found:
+        show(found)
     store.set("verdict", json.dumps([[f.where, f.problem, f.remedy] for f in found]))
     end = time.monotonic() + LINGER
     while found and store.add("read", 0) < world - 1 and time.monotonic() < end:
