@@ -1,0 +1,212 @@
+"""A run that learns: SFT with a tool, then DAPO, from a real model to accuracy on questions it hasn't seen.
+
+    python benchmarks/learn.py --model SmolLM2-135M-Instruct --data gsm8k-tool-sft --out run [--gpus 2] [--json out.json]
+    python benchmarks/learn.py … --sft-steps 3 --sft-batch 4 --rl-steps 1 --prompts 2 --samples 2 --questions 8 --response 48
+
+Three commands, printed before each: validation of the model as it is, `python -m retool.sft` on conversations with a code interpreter,
+`python -m retool.rl` from the SFT's export, on the questions of the same conversations, programs run in the sandbox. DATA has
+train.parquet and test.parquet with the columns messages, tools and answer; no test question is trained on. Accuracy is that of the
+likeliest answer (temperature 0) to every test question. With `--seconds`, a command that takes too long is asked to stop and saves, and the
+next goes on from there; DAPO validates every `--test-every` steps, so that its last line says how far it came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from table import hardware, save, show
+
+SOURCE = "gsm8k"
+STOPPING = 40  # seconds for a command to save once it is asked to stop
+ARR = "actor_rollout_ref."
+
+
+def questions(path: str) -> Iterator[dict[str, Any]]:
+    """The questions of SFT conversations, in the schema of `retool.rl`: what `data.custom_cls` names."""
+    import pyarrow.parquet as parquet
+
+    for row in parquet.read_table(path, columns=["messages", "answer"]).to_pylist():
+        prompt = [{"role": m["role"], "content": m["content"]} for m in row["messages"][:1]]
+        yield {"data_source": SOURCE, "prompt": prompt, "reward_model": {"ground_truth": row["answer"]}}
+
+
+# --- the three commands ---
+
+
+def rl_words(args: Namespace, model: Path, out: Path) -> list[str]:
+    """What validation and DAPO have alike."""
+    return [
+        f"data.train_files={args.data}/train.parquet", f"data.val_files={args.data}/test.parquet", f"data.val_max_samples={args.questions}",
+        f"data.custom_cls.path={Path(__file__).resolve()}", "data.custom_cls.name=questions", "data.chat_template=hermes",
+        "data.answer_format=null", f"data.train_batch_size={args.prompts}", "data.max_prompt_length=512",
+        f"data.max_response_length={args.response}", "reward_model.name=math", f"{ARR}model.path={model}",
+        f"{ARR}rollout.n={args.samples}", f"{ARR}rollout.max_num_seqs={args.sequences}", f"{ARR}rollout.val_kwargs.do_sample=false",
+        f"{ARR}rollout.multi_turn.enable=true", f"{ARR}rollout.multi_turn.format=hermes", f"{ARR}rollout.multi_turn.max_assistant_turns=10",
+        f"{ARR}rollout.multi_turn.max_tool_response_length=64", f"{ARR}rollout.multi_turn.tool_timeout_seconds=10",
+        f"{ARR}actor.ppo_mini_batch_size={max(1, args.prompts // args.updates)}", f"trainer.default_local_dir={out}",
+        f"trainer.device={args.device}", "trainer.resume_mode=disable", *args.rl_keys,
+    ]  # fmt: skip
+
+
+def dapo_words(args: Namespace) -> list[str]:
+    """Asymmetric clipping, groups without a signal sampled anew, token mean."""
+    return [
+        "algorithm.filter_groups.enable=true", "algorithm.filter_groups.max_num_gen_batches=2",
+        f"data.gen_batch_size={args.prompts * 3 // 2}", f"{ARR}actor.clip_ratio_low=0.2", f"{ARR}actor.clip_ratio_high=0.28",
+        f"{ARR}actor.clip_ratio_c=10", f"{ARR}actor.optim.lr={args.rl_lr}", f"trainer.total_training_steps={args.rl_steps}",
+        f"trainer.test_freq={args.test_every}",
+    ]  # fmt: skip
+
+
+def sft_words(args: Namespace, out: Path) -> list[str]:
+    length = [f"trainer.total_training_steps={args.sft_steps}"] if args.sft_steps else [f"trainer.total_epochs={args.sft_epochs}"]
+    return [
+        f"data.train_files={args.data}/train.parquet", "data.max_length=2048", f"data.train_batch_size={args.sft_batch}",
+        f"data.max_token_len_per_gpu={args.tokens}", "data.chat_template=hermes", f"data.cache_dir={args.out}/cache",
+        f"model.partial_pretrain={args.model}", f"optim.lr={args.sft_lr}", f"trainer.default_local_dir={out}",
+        f"trainer.device={args.device}", "trainer.resume_mode=disable", *length, *args.sft_keys,
+    ]  # fmt: skip
+
+
+def run(args: Namespace, module: str, words: Sequence[str], log: Path, limit: float) -> float:
+    """Run a command for at most about `limit` seconds (then it is asked to stop, and saves); its seconds. RuntimeError if it fails."""
+    said = ["torchrun", f"--nproc_per_node={args.gpus}", "-m", module, *words]
+    print("\n" + " \\\n    ".join(shlex.quote(word) for word in said), flush=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", *said[1:]]
+    here, begin = Path(__file__).resolve().parent, time.monotonic()
+    path = os.pathsep.join(filter(None, (str(here), str(here.parent), os.environ.get("PYTHONPATH", ""))))
+    environment = {**os.environ, "PYTHONPATH": path, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOPPING)}
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            print(f"  after {limit:.0f} s: asked to stop", flush=True)
+            process.send_signal(signal.SIGTERM)  # torchrun passes it on
+            try:
+                process.wait(STOPPING)
+            except subprocess.TimeoutExpired:
+                process.kill()  # its processes end with it
+    seconds = time.monotonic() - begin
+    ended = re.findall(r"^(?:finished|asked to stop) at step .*$", log.read_text(errors="replace"), re.MULTILINE)
+    if not ended:
+        raise RuntimeError(f"{module} ended with status {process.returncode} after {seconds:.0f} s:\n{log.read_text()[-3000:]}")
+    print(f"  {ended[-1]} ({seconds:.0f} s)", flush=True)
+    return seconds
+
+
+# --- what came of it ---
+
+
+def newest(folder: Path) -> Path:
+    """The export of a run's last checkpoint."""
+    step = (folder / "latest_checkpointed_iteration.txt").read_text().strip()
+    return next(path for path in (folder / f"global_step_{step}").rglob("huggingface") if path.is_dir())
+
+
+def validations(folder: Path) -> list[tuple[int, list[dict[str, Any]]]]:
+    """(step, its answers) of every validation of a run."""
+    files = sorted((folder / "report").glob("val_*.jsonl"))
+    return [(int(file.stem[4:]), [json.loads(line) for line in file.read_text().splitlines()]) for file in files]
+
+
+def line_of(name: str, answers: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Counts over a validation's answers. A malformed call is one that was answered with an error of the call, not of the program."""
+    turns = [segment for answer in answers for segment in answer["segments"]]
+    calls = sum(s["role"] == "assistant" and "<tool_call>" in s["text"] for s in turns)
+    return {
+        "name": name, "questions": len(answers), "right": sum(answer["info"]["acc"] == 1 for answer in answers), "calls": calls,
+        "boxed": sum("\\boxed{" in s["text"] for answer in answers for s in answer["segments"][-1:]), "seconds": seconds,
+        "unfinished": sum(answer["stop"] in ("length", "max_turns") for answer in answers),
+    }  # fmt: skip
+
+
+def columns(line: dict[str, Any]) -> list[str]:
+    n = line["questions"]
+    shares = [f"{line[name] / n:.1%}" for name in ("right", "boxed", "unfinished")]
+    error = 100 * (line["right"] / n * (1 - line["right"] / n) / n) ** 0.5
+    return [line["name"], f"{shares[0]} ± {error:.1f}", *shares[1:], f"{line['calls'] / n:.2f}", f"{line['seconds']:.0f}"]
+
+
+def rewards(folder: Path) -> str:
+    """The share of right answers among the samples of DAPO's steps, its first and last five."""
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [entry for entry in entries if "critic/score/mean" in entry]
+    if not steps:
+        return "no step of DAPO found a group of answers that differ"
+    means = [sum(entry["critic/score/mean"] for entry in part) / len(part) for part in (steps[:5], steps[-5:])]
+    seconds = sum(entry["timing_s/step"] for entry in steps) / len(steps)
+    calls, wrong = (sum(entry[f"tool/{name}"] for entry in steps) for name in ("calls", "errors"))
+    return (f"{len(steps)} steps of DAPO, {seconds:.1f} s each: mean score of what was trained on {means[0]:.3f} in the first five, "
+            f"{means[1]:.3f} in the last; {calls:,.0f} tool calls, {wrong:,.0f} failed")  # fmt: skip
+
+
+def main() -> None:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines, end = list[dict[str, Any]](), time.monotonic() + args.seconds
+    before, sft, dapo = args.out / "before", args.out / "sft", args.out / "dapo"
+    spent = run(
+        args, "retool.rl", [*rl_words(args, args.model, before), "trainer.val_only=true"], args.out / "before.log", args.seconds / 3
+    )
+    lines += [line_of("the model", answers, spent) for _, answers in validations(before)]
+    spent = run(args, "retool.sft", sft_words(args, sft), args.out / "sft.log", args.seconds / 3)
+    words = [*rl_words(args, newest(sft), dapo), *dapo_words(args)]
+    total = float("nan")
+    try:
+        total = run(args, "retool.rl", words, args.out / "dapo.log", end - time.monotonic() - STOPPING)
+    except RuntimeError as error:  # what it validated before counts
+        print(error, file=sys.stderr)
+    for step, answers in validations(dapo):
+        lines.append(line_of(f"and {step} steps of DAPO" if step else "after SFT", answers, total if step else spent))
+    device = torch.device(args.device)
+    names = ["", "right answers (± standard error)", "boxed", "cut off", "calls per question", "seconds of its command"]
+    show(f"{hardware(device)}, {args.gpus} processes; {lines[0]['questions']} test questions", names, [columns(line) for line in lines])
+    print(f"\n{rewards(dapo)}")
+    save(args.json, device, lines)
+
+
+def arguments() -> Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="a Hugging Face folder")
+    add("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
+    add("--out", type=Path, required=True, help="folder for everything that is made")
+    add("--gpus", type=int, default=max(1, torch.cuda.device_count()), help="processes")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--questions", type=int, default=-1, help="test questions; -1 = all")
+    add("--sft-epochs", type=int, default=3)
+    add("--sft-steps", type=int, default=0, help="instead of --sft-epochs")
+    add("--sft-batch", type=int, default=64, help="conversations of an optimizer step")
+    add("--sft-lr", type=float, default=3e-4)
+    add("--tokens", type=int, default=32_768, help="of SFT's micro-batches, per GPU")
+    add("--rl-steps", type=int, default=40)
+    add("--prompts", type=int, default=32, help="questions of a step of DAPO")
+    add("--samples", type=int, default=16, help="answers to each")
+    add("--updates", type=int, default=4, help="optimizer steps of a step")
+    add("--rl-lr", type=float, default=1e-5)
+    add("--response", type=int, default=512, help="tokens at most, tool output included")
+    add("--sequences", type=int, default=384, help="that decode at once, per GPU")
+    add("--test-every", type=int, default=10, help="steps of DAPO between validations")
+    add("--seconds", type=float, default=1e9, help="of all three commands; the first two get up to a third each, DAPO what is left")
+    add("--sft-keys", nargs="*", default=[], help="more key=value for retool.sft")
+    add("--rl-keys", nargs="*", default=[], help="more key=value for retool.rl")
+    add("--json", type=Path, help="save the lines here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
