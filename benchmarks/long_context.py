@@ -4,11 +4,11 @@
     torchrun --nproc_per_node=2 benchmarks/long_context.py --shape llama3-8b --lengths 65536,131072
     torchrun --nproc_per_node=2 benchmarks/long_context.py --shape tiny --lengths 256,512        a look at it on the CPU
 
-A short step warms up, then each length is one step, timed from its first kernel to its last, optimizer included. Activations stay on the
-device where the memory plan says that they fit (*full* recomputation), else they go to the host (*offload*); weights and moments
-visit the device where they leave no room for the longest. Time grows with n²: a length whose step would end after `--budget`
-seconds, judged by the one before it, is left out; so is one that the device's memory or the host's wouldn't hold. With
-`--device-memory-gb` below the device's own, torch may take no more than that.
+A short step warms up, then each length is one step, timed from its first kernel to its last, optimizer included. Activations stay on
+the device where the memory plan says that they fit (*full* recomputation), else those of as many layers as must go to the host
+(*offload*); weights and moments visit the device where they leave no room for the longest. Time grows with n²: a length whose step
+would end after `--budget` seconds, judged by the one before it, is left out; so is one that the device's memory or the host's
+wouldn't hold. With `--device-memory-gb` below the device's own, torch may take no more than that.
 
 *peak*: the allocator's, on the rank that needs most, against `retool.memory`'s prediction, whose formula then gives the longest n
 that fits in 80 GiB and in this device. MFU doesn't count recomputation. Host memory is per GPU: activations, weights and moments.
@@ -58,6 +58,7 @@ class Line:
 
     tokens: int
     recompute: Recompute
+    parked: int  # layers whose activations are in host memory
     seconds: float
     tokens_per_second_per_gpu: float
     mfu: float | None
@@ -73,9 +74,9 @@ def document(tokens: int, config: ModelConfig, sp: int) -> PackedBatch:
     return pack([Sample(ids, np.ones(tokens, bool))], multiple=sp)
 
 
-def build(config: ModelConfig, mesh: Mesh, setting: Setting, recompute: Recompute) -> tuple[Sharded, AdamW]:
+def build(config: ModelConfig, mesh: Mesh, setting: Setting, recompute: Recompute, parked: int) -> tuple[Sharded, AdamW]:
     """A model with random weights and its optimizer."""
-    model = build_decoder(config, mesh, ModelOptions(recompute=recompute))
+    model = build_decoder(config, mesh, ModelOptions(recompute=recompute, parked=parked))
     random_weights(model)
     return model, AdamW(model, AdamWOptions(), setting.optimizer_offload, setting.param_offload)
 
@@ -100,7 +101,8 @@ def step(model: Sharded, optimizer: AdamW, batch: PackedBatch) -> tuple[float, f
 def setting_for(config: ModelConfig, mesh: Mesh, tokens: int, gib: float, offload: Offload) -> Setting:
     """Weights and moments on the device, unless that leaves no room for `tokens` tokens."""
     setting = Setting(shards=mesh.shards, sp=mesh.sp, compute="bf16" if mesh.device.type == "cuda" else "fp32")
-    if choose(config, setting, -(-tokens // mesh.sp), None, "full", gib, offload).fits:
+    each = -(-tokens // mesh.sp)
+    if choose(config, setting, each, each, "full", gib, offload).fits:
         return setting
     return replace(setting, param_offload=True, optimizer_offload=True)
 
@@ -130,11 +132,11 @@ def extrapolated(config: ModelConfig, setting: Setting, mesh: Mesh, gib: float, 
         tokens = longest(config, setting, recompute, gib)
         if tokens:
             plan = predict(config, setting, tokens // setting.sp, recompute)
+            parked = (config.layers - 1) * (recompute == "offload")
             seconds = model_flops(config, [tokens]) / rate / mesh.world
             speed, host = tokens / seconds / mesh.world, host_gib(config, setting, plan.host)
-            lines.append(
-                Line(tokens, recompute, seconds, speed, None, math.nan, plan.peak / GIB, host, f"longest in {name}, by the formula")
-            )
+            note = f"longest in {name}, by the formula"
+            lines.append(Line(tokens, recompute, parked, seconds, speed, None, math.nan, plan.peak / GIB, host, note))
     return lines
 
 
@@ -146,30 +148,31 @@ def run(
     setting, peak = setting_for(config, mesh, max(lengths), gib, offload), device_peak(mesh.device)
     model = optimizer = None
     for tokens in lengths:
-        choice = choose(config, setting, -(-tokens // mesh.sp), None, "full", gib, offload)
+        each = -(-tokens // mesh.sp)
+        choice = choose(config, setting, each, each, "full", gib, offload)
+        plan = predict(config, setting, each, choice.recompute, choice.parked)
         estimate = model_flops(config, [tokens]) / (rate or GUESS) / mesh.world if cuda else 0.0
         late = torch.tensor(time.monotonic() - started + estimate > budget, dtype=torch.int32, device=mesh.device)
-        host = host_gib(config, setting, choice.prediction.host)
+        host = host_gib(config, setting, plan.host)
         reasons = {
-            f"needs {choice.prediction.peak / GIB:.1f} GiB": choice.fits is False,
+            f"needs {plan.peak / GIB:.1f} GiB": choice.fits is False,
             f"needs {host:.1f} GiB of host memory for each of {mesh.world} processes": host * mesh.world > HOST_GIB,
             f"would take about {estimate:.0f} s, more than --budget {budget:.0f} leaves": bool(sum_over(late, mesh.world_group)),
         }
         if any(reasons.values()):
             say(mesh, f"{tokens:,} tokens left out: {next(reason for reason, holds in reasons.items() if holds)}")
             continue
-        if model is None or optimizer is None or built != choice.recompute:
+        if model is None or optimizer is None or built != (choice.recompute, choice.parked):
             model = optimizer = None
             gc.collect()
-            model, optimizer = build(config, mesh, setting, choice.recompute)
-            built = choice.recompute
+            built = choice.recompute, choice.parked
+            model, optimizer = build(config, mesh, setting, *built)
             step(model, optimizer, document(min(WARM_UP, lengths[0]), config, mesh.sp))
         seconds, measured = step(model, optimizer, document(tokens, config, mesh.sp))
-        plan = predict(config, setting, -(-tokens // mesh.sp), choice.recompute)
         flops = model_flops(config, [tokens])
         rate = flops / seconds / mesh.world
-        lines.append(Line(tokens, choice.recompute, seconds, tokens / seconds / mesh.world, mfu(flops, seconds, mesh.world, peak), measured,
-                          plan.peak / GIB, host))  # fmt: skip
+        speed, used = tokens / seconds / mesh.world, mfu(flops, seconds, mesh.world, peak)
+        lines.append(Line(tokens, choice.recompute, choice.parked, seconds, speed, used, measured, plan.peak / GIB, host))
         say(mesh, f"{tokens:,} tokens: {seconds:.1f} s, peak {measured:.2f} GiB, {plan.peak / GIB:.2f} predicted")
         save(path, mesh, title, lines)
     for name, size in {"80 GiB": 80.0, **({"this device": gib} if cuda else {})}.items():
@@ -195,7 +198,8 @@ def in_table(line: Line) -> list[str]:
     used = "" if line.mfu is None else f"{line.mfu:.1%}"
     what = f"{line.tokens:,} {line.note}".strip()
     speed = f"{line.seconds:,.1f}", f"{line.tokens_per_second_per_gpu:,.0f}", used
-    return [what, line.recompute, *speed, measured, f"{line.predicted_gib:.2f}", error, f"{line.host_gib:.1f}"]
+    kept = f"{line.recompute}, {line.parked} layers" if line.parked else line.recompute
+    return [what, kept, *speed, measured, f"{line.predicted_gib:.2f}", error, f"{line.host_gib:.1f}"]
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ Legend: t tokens of a micro-batch on one GPU (T/sp) · D model · F ffn · N, K 
                    full       block input D, attention's result E
                    selective  also the normed input D, q k v (N+2K)·H, and under sp > 1 the result that came back E
                    none       also the second residual and its norm 2·D, gate and up 2·F, their product F
-                   offload    as full, of two layers: the others' are in host memory
+                   offload    as full; of the layers that are in host memory, one is on its way
                  and the rope tables, 4·H
     head         (`head_bytes`) the hidden states through the final norm, their gradient, the fp32 gradient of the vocabulary
                  matrix 4·V·D, and with it either a chunk of fp32 logits or the same gradient in the compute dtype
@@ -112,8 +112,11 @@ def plan_layout(config: ModelConfig, shards: int) -> Layout:
     return make_layout(units, shards, decoder.aliases(), decoder.order())
 
 
-def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recompute) -> Prediction:
-    """Memory of a step whose micro-batches have `tokens` tokens per GPU."""
+def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recompute, parked: int | None = None) -> Prediction:
+    """Memory of a step whose micro-batches have `tokens` tokens per GPU.
+
+    `parked`: layers whose activations go to the host where `recompute` is offload; None = all but the last.
+    """
     layout, p, m = plan_layout(config, setting.shards), DTYPE_BYTES[setting.compute], DTYPE_BYTES[setting.master]
     r = DTYPE_BYTES[setting.reduce]
     owned, gradient = layout.shard_numel, max(r, 4)
@@ -129,8 +132,10 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
     units = [u.shard_numel for u in layout.units]
     pairs = max(a + b for a, b in zip(units, [*units[1:], 0], strict=True))  # the next unit arrives before the last one is let go
     visiting = pairs * m * (setting.param_offload + 2 * setting.optimizer_offload)
-    layers = min(config.layers, 2) if recompute == "offload" else config.layers
-    kept = tokens * (layers * layer_bytes(config, setting.sp, p, recompute) + 4 * config.head_dim)
+    away = config.layers - 1 if parked is None else parked
+    away *= recompute == "offload"
+    each = tokens * layer_bytes(config, setting.sp, p, recompute)
+    kept = (config.layers - away + (away > 0)) * each + tokens * 4 * config.head_dim
     table = config.vocab * config.hidden * p  # the vocabulary matrix's gradient, and the embedding's
     block = block_bytes(config, setting.sp, tokens, p, recompute) + (table if config.tied else 0)
     end = table + max(table if config.tied else 0, r * max(units) if setting.shards > 1 else 0)  # both gradients, or one and its sum
@@ -142,7 +147,7 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
         save=state + gathered + (m * largest if setting.shards > 1 else 0),
         state=state + gathered,
         activations=kept,
-        host=tokens * (config.layers - 1) * layer_bytes(config, setting.sp, p, recompute) if recompute == "offload" else 0,
+        host=away * each,
     )
 
 
@@ -205,7 +210,7 @@ def chunked_block_bytes(config: ModelConfig, sp: int, tokens: int, p: int) -> fl
 class Choice:
     """A token budget per GPU, the recomputation it needs, and whether gradients are held until the step's last micro-batch.
 
-    `fits` is None where the device's memory is unknown.
+    `fits` is None where the device's memory is unknown. `parked`: layers whose activations go to host memory.
     """
 
     tokens: int
@@ -213,6 +218,7 @@ class Choice:
     prediction: Prediction
     fits: bool | None
     hold: bool = False
+    parked: int = 0
 
 
 def ladder(recompute: Recompute | None, offload: bool | Literal["auto"]) -> tuple[Recompute, ...]:
@@ -230,16 +236,17 @@ def choose(
     """The least recomputation that fits, and with no `tokens` given a budget that fits too.
 
     `longest`: the longest sample's tokens per GPU, which must fit whatever the budget. Given `tokens` or `recompute` are
-    kept; activations go to host memory only where `offload` says that they shall, or may as the last resort ("auto"). Without a
-    known device nothing is recomputed and a GPU's share is just filled. Gradients are held where micro-batches are too short to
-    hide their reduction (always, without a device) and there is room.
+    kept; activations go to host memory only where `offload` says that all shall, or may as the last resort ("auto": of as few
+    layers as will do). Without a known device nothing is recomputed and a GPU's share is just filled. Gradients are held where
+    micro-batches are too short to hide their reduction (always, without a device) and there is room.
     """
     floor = max(longest, tokens or 0)
-    rungs = ladder(recompute, offload)
+    rungs, all_away = ladder(recompute, offload), config.layers - 1
     held = replace(setting, hold=setting.shards > 1)
     if device_gib is None:
         budget = tokens or max(longest, min(FILLED, 4 * longest))
-        return Choice(budget, rungs[0], predict(config, held, max(budget, longest), rungs[0]), None, held.hold)
+        plan = predict(config, held, max(budget, longest), rungs[0])
+        return Choice(budget, rungs[0], plan, None, held.hold, all_away * (rungs[0] == "offload"))
     for rung in rungs:
         if not predict(config, setting, floor, rung).fits(device_gib):
             continue
@@ -247,5 +254,8 @@ def choose(
         while tokens is None and budget < FILLED and predict(config, setting, min(2 * budget, FILLED), rung).fits(device_gib):
             budget = min(2 * budget, FILLED)
         hold = held.hold and budget <= HIDDEN and predict(config, held, budget, rung).fits(device_gib)
-        return Choice(tokens or budget, rung, predict(config, held if hold else setting, budget, rung), True, hold)
-    return Choice(tokens or floor, rungs[-1], predict(config, setting, floor, rungs[-1]), False)
+        chosen, parked = held if hold else setting, all_away * (rung == "offload")
+        while offload == "auto" and parked > 1 and predict(config, chosen, budget, rung, parked - 1).fits(device_gib):
+            parked -= 1
+        return Choice(tokens or budget, rung, predict(config, chosen, budget, rung, parked), True, hold, parked)
+    return Choice(tokens or floor, rungs[-1], predict(config, setting, floor, rungs[-1]), False, False, all_away * (rungs[-1] == "offload"))

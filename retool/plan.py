@@ -113,7 +113,7 @@ def most_careful(choices: Sequence[Choice]) -> Choice:
     return replace(
         max(choices, key=lambda choice: choice.prediction.peak),
         tokens=min(choice.tokens for choice in choices), recompute=max((choice.recompute for choice in choices), key=LADDER.index),
-        hold=all(choice.hold for choice in choices),
+        hold=all(choice.hold for choice in choices), parked=max(choice.parked for choice in choices),
     )  # fmt: skip
 
 

@@ -124,6 +124,11 @@ def test_offload_is_chosen_where_nothing_else_fits() -> None:
     config, setting = model(**QWEN), Setting(shards=2, sp=2)
     found = [choose(config, setting, n, None, None, 80, "auto") for n in (1 << 14, 1 << 19, 1 << 20)]
     assert [(choice.recompute, choice.fits) for choice in found] == [("none", True), ("full", True), ("offload", True)]
+    parked = found[-1].parked
+    assert [choice.parked for choice in found] == [0, 0, parked] and 0 < parked < config.layers - 1
+    assert found[-1].prediction == predict(config, setting, 1 << 20, "offload", parked)
+    assert not predict(config, setting, 1 << 20, "offload", parked - 1).fits(80), "no more layers than must"
+    assert choose(config, setting, 1 << 20, None, None, 80, True).parked == config.layers - 1, "asked for: all but the last"
     assert choose(config, setting, 1 << 20, None, None, 80).fits is False
 
 

@@ -18,13 +18,17 @@ from retool.parallel.ulysses import HeadPlan
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How to hold and run a model. A dtype of None: bf16 compute on CUDA, the master's dtype on the CPU."""
+    """How to hold and run a model. A dtype of None: bf16 compute on CUDA, the master's dtype on the CPU.
+
+    `parked`: blocks whose activations go to host memory where `recompute` is offload; None = all but the last.
+    """
 
     param_dtype: torch.dtype | None = None
     master_dtype: torch.dtype = torch.float32
     reduce_dtype: torch.dtype = torch.float32
     attn: str = "auto"
     recompute: Recompute = "none"
+    parked: int | None = None
     use_compile: bool | Literal["auto"] = "auto"
     reshard_after_forward: bool = True
     forward_prefetch: bool = True
@@ -37,7 +41,8 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
     dtype = options.param_dtype or (torch.bfloat16 if cuda else options.master_dtype)
     plan = HeadPlan(mesh.sp, mesh.sp_rank, config.heads, config.kv_heads, config.head_dim)
     compiled = cuda if options.use_compile == "auto" else options.use_compile
-    offload = Offload(mesh.device) if options.recompute == "offload" else None
+    parked = config.layers if options.parked is None else options.parked
+    offload = Offload(mesh.device, config.layers, parked) if options.recompute == "offload" else None
     run = Run(plan, mesh, choose_backend(mesh.device, dtype, config.head_dim, options.attn), options.recompute, compiled, offload)
     with torch.device("meta"):
         module = Decoder(config, run)

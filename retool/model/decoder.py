@@ -9,7 +9,7 @@ What the backward finds, per token and layer in elements (Qwen2.5-0.5B: D 896, E
     none        everything that it needs
     selective   x, q k v, attention's result before and after its all-to-all (D + 3·E + 2·K·H): `after` runs again
     full        x and attention's result with its log-sum-exp (D + E): the block runs again, the attention kernel doesn't
-    offload     the same, in host memory but for the block at hand and the next one
+    offload     the same, of the first blocks in host memory
 
 Legend: T tokens of the pack · t tokens of this sequence-parallel rank · N query heads · K kv heads · H head dim · D model
 · F ffn · V vocab.

@@ -3,7 +3,8 @@
     compute   | block 0 | block 1 | block 2 |     …     | block 2 back | block 1 back | block 0 back |
     copies              | 0 ↓     | 1 ↓                 | 1 ↑          | 0 ↑
 
-What the last block keeps stays: the backward begins with it. So the device holds two blocks' activations at a time.
+The last blocks' may stay, the last one's always: the backward begins with them. Of the others the device holds one block's at a time,
+besides those in use.
 
 [Note: memory that two streams use] Device memory always comes from the compute stream and goes back to it. A tensor that is copied
 out is held until the compute stream waits for its copy, one block later; a tensor to copy into is made by the compute stream, and
@@ -25,7 +26,7 @@ PAGE = 16 << 20  # bytes. Pinned memory comes in powers of two; pages of one siz
 
 
 class Parked:
-    """Some tensors of one block, in host memory until `fetch`. `before`: those of the block before it, wanted next."""
+    """Some tensors of one block, in host memory (or staying `here`) until `fetch`. `before`: the block before it, wanted next."""
 
     def __init__(self, offload: Offload, before: Parked | None, tensors: Sequence[Tensor]) -> None:
         self.offload, self.before = offload, before
@@ -55,22 +56,25 @@ class Parked:
 
 
 class Offload:
-    """The copy stream (None on the CPU, where copies are done at once) and the host pages of one model."""
+    """The copy stream (None on the CPU, where copies are done at once) and the host pages of a model.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    The first `parked` of its `blocks` blocks are parked, the others' activations stay on the device.
+    """
+
+    def __init__(self, device: torch.device, blocks: int, parked: int) -> None:
+        self.device, self.blocks, self.parked = device, blocks, min(parked, blocks - 1)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.free: list[Tensor] = []
         self.newest: Parked | None = None
         self.held: list[Tensor] = []  # being copied out, until `sent`
         self.sent: torch.cuda.Event | None = None
 
-    def park(self, tensors: Sequence[Tensor], first: bool, last: bool) -> Parked:
-        """Start to copy a block's tensors out. `first` block: nothing of this forward came before it; `last`: they stay."""
+    def park(self, tensors: Sequence[Tensor], index: int) -> Parked:
+        """Start to copy the tensors of block `index` out, if they don't stay."""
         self.settle()
-        parked = Parked(self, None if first else self.newest, tensors)
-        self.newest = None if last else parked
-        if last:
+        parked = Parked(self, self.newest if index > 0 else None, tensors)
+        self.newest = parked if index + 1 < self.blocks else None
+        if index >= self.parked:
             parked.here = list(tensors)
             return parked
         self.held = [t.contiguous() for t in tensors]

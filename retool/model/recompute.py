@@ -60,7 +60,7 @@ class _Recomputed(torch.autograd.Function):
             ctx.save_for_backward(cos, sin, x_tD, *kept[0])
         else:
             ctx.save_for_backward(cos, sin)
-            ctx.parked = offload.park((x, *kept[0]), first=block.index == 0, last=block.index == block.config.layers - 1)
+            ctx.parked = offload.park((x, *kept[0]), block.index)
         pieces = [block.after_piece(block, _plain(x[chunk]), _plain(a_tE[chunk])) for chunk in token_chunks(len(x))]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

@@ -13,9 +13,10 @@ from retool import checkpoint
 from retool.checkpoint.pretrained import load_pretrained
 from retool.config import to_dict
 from retool.data.loader import Dataset, StepBatch, iterate_steps, iterate_validation
+from retool.memory import Choice
 from retool.metrics import Loggers, RunInfo, open_loggers
 from retool.model.build import ModelOptions
-from retool.model.decoder import Decoder, Recompute
+from retool.model.decoder import Decoder
 from retool.optim import AdamW, AdamWOptions, learning_rate
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
@@ -118,7 +119,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     config, trainer, optim, sharding = report.config, report.config.trainer, report.config.optim, report.config.model.fsdp_config
     assert report.train is not None and report.choice is not None and report.folder is not None, "train needs a report without faults"
     folder = make_run_folder(config.trainer.default_local_dir, config, mesh)
-    model = load_pretrained(report.folder, mesh, model_options(config, report.choice.recompute))
+    model = load_pretrained(report.folder, mesh, model_options(config, report.choice))
     adamw = AdamWOptions(optim.betas, optim.weight_decay, optim.clip_grad)
     optimizer = AdamW(model, adamw, sharding.optimizer_offload, sharding.param_offload)
     assert isinstance(model.module, Decoder)
@@ -135,12 +136,12 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     return Run(config, report, mesh, folder, model, optimizer, train_data, val_data, batching, hold, loggers, saved, staging), state
 
 
-def model_options(config: SFTConfig, recompute: Recompute) -> ModelOptions:
+def model_options(config: SFTConfig, choice: Choice) -> ModelOptions:
     sharding, attn = config.model.fsdp_config, config.model.attn
     return ModelOptions(
         param_dtype=None if sharding.param_dtype == "auto" else DTYPES[sharding.param_dtype], master_dtype=DTYPES[sharding.model_dtype],
         reduce_dtype=DTYPES["fp64" if sharding.model_dtype == "fp64" else sharding.reduce_dtype],
-        attn=attn, recompute=recompute, use_compile=config.model.use_compile,
+        attn=attn, recompute=choice.recompute, parked=choice.parked, use_compile=config.model.use_compile,
         reshard_after_forward=sharding.reshard_after_forward, forward_prefetch=sharding.forward_prefetch,
     )  # fmt: skip
 
