@@ -176,6 +176,12 @@ JSONL = "data.train_files={root}/train.jsonl"
         (lambda r: None, ["trainer.n_gpus_per_node=2"], ["trainer.n_gpus_per_node=2", "there is no launcher", "--nproc_per_node=2"]),
         (lambda r: None, ["data.chat_template=missing.jinja"], ["data.chat_template=missing.jinja", "no such file"]),
         (lambda r: None, ["model.attn=varlen"], ["model.attn=varlen", "needs a GPU"]),
+        (lambda r: None, ["model.attn=cudnn", "trainer.deterministic=true"], ["model.attn=cudnn", "no fixed order", "needs a GPU"]),
+        (
+            lambda r: (r / "out" / "global_step_3").mkdir(parents=True),
+            ["trainer.resume_mode=disable"],
+            ["global_step_3 is there", "two runs"],
+        ),
         (
             lambda r: None,
             ["trainer.resume_mode=resume_path", "trainer.resume_from_path=/none"],
@@ -379,6 +385,17 @@ def test_a_taken_port_and_a_store_without_client_stand_in_the_same_table(run: Pa
         launched = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
         text = said(check(run, "trainer.default_hdfs_dir=nosuch://bucket", "data.train_batch_size=11", environment=launched))
     assert f"MASTER_PORT={port}" in text and "nosuch://bucket" in text and "data.train_batch_size=11" in text
+
+
+def test_fused_attention_in_fp32_is_refused_and_half_a_checkpoint_noted(run: Path) -> None:
+    more = ["trainer.device=auto", "trainer.device_memory_gb=80", "model.fsdp_config.param_dtype=fp32"]
+    text = said(check(run, *more, "model.attn=varlen", planning=True))
+    assert (
+        "model.attn=varlen: computes in bfloat16 or float16, not float32. Use model.attn=auto, or model.fsdp_config.param_dtype=bf16."
+        in text
+    )
+    (note,) = check(run, "trainer.checkpoint.save_contents=[model,hf_model]").notes
+    assert note == "trainer.checkpoint.save_contents leaves out optimizer: a run can't be resumed from these checkpoints."
 
 
 def test_the_plan_counts_tokens_of_a_step(run: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .audit import RowProgress, audit, clean, count_rows, show_audit
-from .chat import HISTORIES, Renderer, load_tokenizer
+from .chat import HISTORIES, Renderer, load_tokenizer, other_tokens
 from .files import load_function, resolve_files
 from .page import write_page
 from .tokenise import TRUNCATIONS
@@ -73,6 +73,8 @@ def _audit(options: argparse.Namespace) -> int:
             rows_function=function, max_samples=options.max_rows, num_workers=options.num_workers, show=show, progress=progress,
         )  # fmt: skip
     show_audit(found, Console(), on_terminal)
+    for note in other_tokens(renderer.tokenizer, options.model):
+        print(f"note: {clean(note)}")
     if options.html:
         write_page(found, Path(options.html))
         print(f"wrote {options.html}")

@@ -21,11 +21,11 @@ import numpy as np
 
 from ..batch import Sample
 from .rows import SURROGATE, Conversation
-from .templates import load_tokenizer, read_template, write_template
+from .templates import load_tokenizer, other_tokens, read_template, write_template
 from .turns import EndOfTurn, Piece, Turn, check_contexts, check_tools, cut, find_turns
 
 HISTORIES = ("error", "last", "split")
-__all__ = ["HISTORIES", "Piece", "Renderer", "load_tokenizer"]
+__all__ = ["HISTORIES", "Piece", "Renderer", "load_tokenizer", "other_tokens"]
 
 PLACEHOLDER = "TheTurnGoesHere"
 

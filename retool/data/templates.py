@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+PROBES = (
+    "In 1999, 31415926 + 0.25 = 7.",
+    "if x:\n    return  y\n\n\n\tz ",
+    "They're, I'LL; don't!\n\n",
+    "naïve Straße 你好吗 🙂🙂",
+    "a_b(c)['d'] -> <e/>",
+)
 TEMPLATES = {"hermes": Path(__file__).with_name("hermes.jinja")}
 
 
@@ -24,6 +32,26 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the tokenizer of {path} can't be loaded: {error}") from error
+
+
+def other_tokens(tokenizer: Any, folder: str | Path) -> Iterator[str]:
+    """A sentence where `tokenizer` splits text otherwise than the folder's own tokenizer.json: transformers ≥ 5 puts a model type's
+    splitting (Qwen2's, for one) in the place of the file's."""
+    from tokenizers import Tokenizer
+
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        return
+    plain = Tokenizer.from_file(str(path))
+    for probe in PROBES:
+        here, there = tokenizer(probe, add_special_tokens=False)["input_ids"], plain.encode(probe, add_special_tokens=False).ids
+        if here != there:
+            yield (
+                f"transformers makes {len(here)} tokens of {probe!r}, and {path} itself {len(there)}, or others: training goes by the "
+                "first, programs that read the file by the second. AutoTokenizer.from_pretrained(folder).save_pretrained(folder) "
+                "makes them agree."
+            )
+            return
 
 
 def read_template(chat_template: str) -> str:

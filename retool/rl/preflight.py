@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from retool.config import Fault, Parsed
-from retool.data.chat import Renderer, load_tokenizer
+from retool.data.chat import Renderer, load_tokenizer, other_tokens
 from retool.data.files import load_function, resolve_files
 from retool.memory import Choice, choose
 from retool.metrics import missing_extras
@@ -103,7 +103,8 @@ def _with_renderer(report: Report) -> Report:
         return Renderer(tokenizer, config.data.chat_template, config.data.apply_chat_template_kwargs)
 
     renderer = attempt(PATH, make, faults)
-    return replace(report.blame(*faults), renderer=renderer)
+    said = other_tokens(renderer.tokenizer, folder) if renderer else ()
+    return replace(report.blame(*faults), renderer=renderer, notes=(*report.notes, *said))
 
 
 def _engine_faults(report: Report) -> Iterator[Fault]:

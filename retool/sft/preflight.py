@@ -15,7 +15,7 @@ from typing import Literal
 
 from retool.config import Fault, Parsed
 from retool.data.cache import open_dataset
-from retool.data.chat import Renderer, load_tokenizer
+from retool.data.chat import Renderer, load_tokenizer, other_tokens
 from retool.data.files import load_function, resolve_files
 from retool.data.rows import RowFormat
 from retool.machine import check_host_memory
@@ -68,6 +68,7 @@ def _with_data(report: Report, progress: Progress | None) -> Report:
     renderer = attempt("model.partial_pretrain", lambda: make_renderer(config, folder), faults)
     if renderer is None:
         return report.blame(*faults)
+    report = replace(report, notes=(*report.notes, *other_tokens(renderer.tokenizer, folder)))
     report = _with_split(report, renderer, "train", train, progress)
     report = _with_split(report, renderer, "val", val, progress)
     samples = None if report.train is None else len(report.train.dataset)

@@ -1,0 +1,89 @@
+"""What an RL run is refused for, in one table, and what is only noted: the checks that SFT has too, under RL's keys."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from retool import machine
+from retool.config import read
+from retool.plan import checkpoint_bytes, host_bytes, kept_checkpoints
+from retool.rl.config import RLConfig
+from retool.rl.keys import SYNONYMS
+from retool.rl.preflight import Report, preflight
+from retool.rl.show import in_words
+
+ACTOR = "actor_rollout_ref.actor."
+
+
+def check(work: Path, out: Path, *more: str, planning: bool = False, environment: dict[str, str] | None = None) -> Report:
+    words = [
+        f"data.train_files={work}/train.jsonl", f"actor_rollout_ref.model.path={work}/model", f"trainer.default_local_dir={out}",
+        "data.train_batch_size=8", f"{ACTOR}ppo_mini_batch_size=8", "actor_rollout_ref.rollout.n=2", "data.max_response_length=64",
+        "reward_model.name=math", *more,
+    ]  # fmt: skip
+    return preflight(read(RLConfig, words, SYNONYMS), planning, environment or {})
+
+
+def said(report: Report) -> str:
+    return "\n".join(map(str, report.faults))
+
+
+def test_a_sound_run_has_a_plan(work: Path, tmp_path: Path) -> None:
+    report = check(work, tmp_path / "out", "trainer.device=cpu", "trainer.total_epochs=2", "trainer.save_freq=2")
+    assert report.faults == () and report.steps == 6 and kept_checkpoints(report) == 3 and checkpoint_bytes(report) > 0
+    plan = dict(in_words(report))
+    assert "1 layers, 4/2 heads of 16" in plan["model"] and "(predicted): load" in plan["memory"]
+    assert "report/" in plan["written"] and "every 2 steps" in plan["written"]
+
+
+def test_every_machine_check_stands_in_one_table(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1))  # type: ignore[attr-defined]
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        launched = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+        asked = ["actor_rollout_ref.model.use_compile=true", "trainer.default_hdfs_dir=nosuch://b", "actor_rollout_ref.model.attn=varlen"]
+        asked += [f"{ACTOR}ulysses_sequence_parallel_size=2", "actor_rollout_ref.rollout.tensor_model_parallel_size=2"]
+        text = said(check(work, tmp_path / "out", *asked, environment=launched))
+    for expected in (
+        f"MASTER_PORT={port}", "actor_rollout_ref.model.use_compile=true: needs a C compiler", "trainer.default_hdfs_dir=nosuch://b",
+        "for a checkpoint", "actor_rollout_ref.model.attn=varlen: needs a GPU", f"{ACTOR}ulysses_sequence_parallel_size=2: does not fit",
+        "actor_rollout_ref.rollout.tensor_model_parallel_size=2: does not fit",
+    ):  # fmt: skip
+        assert expected in text
+
+
+def test_offloading_needs_host_memory(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ["trainer.device_memory_gb=80", f"{ACTOR}fsdp_config.optimizer_offload=true"]
+    needed = host_bytes(check(work, tmp_path / "out", *more, planning=True))
+    assert needed > 0
+    monkeypatch.setattr(machine, "host_memory", lambda: needed)
+    assert f"{ACTOR}fsdp_config.optimizer_offload=true: needs" in said(check(work, tmp_path / "out", *more))
+
+
+def test_kernels_that_cannot_compute_in_fp32_are_refused(work: Path, tmp_path: Path) -> None:
+    wide = [f"{ACTOR}fsdp_config.param_dtype=fp32", "trainer.device_memory_gb=80"]
+    text = said(check(work, tmp_path / "out", *wide, "actor_rollout_ref.model.attn=varlen", planning=True))
+    assert "actor_rollout_ref.model.attn=varlen: computes in bfloat16 or float16, not float32" in text and "param_dtype=bf16" in text
+    assert not check(work, tmp_path / "out", *wide, "actor_rollout_ref.model.attn=reference", planning=True).faults
+
+
+def test_a_run_from_the_start_wants_a_folder_without_checkpoints(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "global_step_30").mkdir()
+    anew = ["trainer.resume_mode=disable", "trainer.device=cpu"]
+    text = said(check(work, tmp_path, *anew))
+    assert "trainer.resume_mode=disable" in text and "global_step_30" in text and "another trainer.default_local_dir" in text
+    assert not check(work, tmp_path / "other", *anew).faults
+    assert not check(work, tmp_path, *anew, "trainer.val_only=true").faults, "nothing is saved"
+
+
+@pytest.mark.parametrize(("contents", "note"), [("[hf_model]", "model and optimizer"), ("[model,optimizer]", "other random numbers")])
+def test_checkpoints_that_are_no_place_to_resume_from_are_noted(work: Path, tmp_path: Path, contents: str, note: str) -> None:
+    report = check(work, tmp_path / "out", "trainer.device=cpu", f"{ACTOR}checkpoint.save_contents={contents}")
+    assert note in "\n".join(report.notes) and f"{ACTOR}checkpoint.save_contents" in report.notes[-1]
