@@ -22,6 +22,7 @@ from retool.model.attention_reference import Gradients, Pack
 
 CUDNN_SHORTEST = 4096  # below it FlashAttention-2 over all documents at once fills the device better
 CUDNN_LARGEST_HEAD = 128
+INDEXABLE = 1 << 31  # elements from a run's start to its end; FlashAttention-2 counts in 64 bits, of cuDNN it isn't known
 
 ShortForward = Callable[[Tensor, Tensor, Tensor, Pack], tuple[Tensor, Tensor]]
 ShortBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Pack], Gradients]
@@ -65,6 +66,10 @@ def _rounded(length: int) -> int:
     return -(-length // step) * step
 
 
+def _by_cudnn(q_TNH: Tensor, run: Run) -> bool:
+    return run.length > 0 and (run.end - run.begin) * q_TNH.stride(0) < INDEXABLE
+
+
 def _batched(x_TNH: Tensor, run: Run) -> Tensor:
     """[T, N, H] → [documents, N, rounded L, H] of a run; a view where L needs no rounding."""
     x = x_TNH[run.begin : run.end].unflatten(0, (-1, run.length))
@@ -78,11 +83,11 @@ def _flattened(x: Tensor, run: Run) -> Tensor:
 
 
 def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack, short: ShortForward) -> tuple[Tensor, Tensor]:
-    """out [T, N, H] and lse float32 [N, T]; `short` computes the documents of fewer than `CUDNN_SHORTEST` tokens."""
+    """out [T, N, H] and lse float32 [N, T]; `short` computes the documents of fewer than `CUDNN_SHORTEST` tokens, and huge ones."""
     out, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     for run in _runs(pack.seqlens):
         tokens = slice(run.begin, run.end)
-        if run.length:
+        if _by_cudnn(q, run):
             out_run, lse_run = _forward_run(q, k, v, run)
         else:
             out_run, lse_run = short(q[tokens], k[tokens], v[tokens], _short_pack(run, pack))
@@ -97,7 +102,7 @@ def cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for run in _runs(pack.seqlens):
         tokens = slice(run.begin, run.end)
-        if run.length:
+        if _by_cudnn(q, run):
             parts = _backward_run(dout, q, k, v, out, lse, run)
         else:
             lse_run = lse[:, tokens].contiguous()

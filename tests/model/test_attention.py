@@ -196,19 +196,28 @@ def test_cudnn_lengths_round_to_16_per_octave() -> None:
     assert all(n <= attention_cudnn._rounded(n) <= n * 17 / 16 for n in lengths)
 
 
+@pytest.mark.parametrize("huge", [1 << 31, 100 * 64])
 @pytest.mark.parametrize("seqlens", [(70, 70, 9, 1, 67, 3), (70, 70), (67,), (3, 2), (64,)])
-def test_cudnn_splitting_and_padding(seqlens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pack is cut into long and short runs, long ones padded, and everything put back in place; a stand-in computes the batches."""
+def test_cudnn_splitting_and_padding(seqlens: tuple[int, ...], huge: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pack is cut into long and short runs, long ones padded, and everything put back in place; a stand-in computes the batches.
+
+    Of runs of 100 tokens (rows of 64 elements) and more it isn't asked to where they are `huge`.
+    """
 
     def forward(q: Tensor, k: Tensor, v: Tensor, bias: None, want_lse: bool, dropout: float, causal: bool):
-        assert (bias, want_lse, dropout, causal) == (None, True, 0.0, True) and q.shape[2] == attention_cudnn._rounded(q.shape[2])
+        assert (
+            q.shape[0] * q.shape[2] * 64 < huge
+            and (bias, want_lse, dropout, causal) == (None, True, 0.0, True)
+            and q.shape[2] == attention_cudnn._rounded(q.shape[2])
+        )
         parts = [attention_reference.plain_forward(*(x[b].transpose(0, 1) for x in (q, k, v))) for b in range(q.shape[0])]
         return torch.stack([o for o, _ in parts]).transpose(1, 2), torch.stack([s for _, s in parts])
 
     def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: object):
         assert rest[2:] == (None, None, None, q.shape[2], q.shape[2], 0.0, True) and lse.is_contiguous()
         parts = [
-            attention_reference.plain_backward(*(x[b].transpose(0, 1) for x in (dout, q, k, v, out)), lse[b, :, :, 0]) for b in range(q.shape[0])
+            attention_reference.plain_backward(*(x[b].transpose(0, 1) for x in (dout, q, k, v, out)), lse[b, :, :, 0])
+            for b in range(q.shape[0])
         ]
         return tuple(torch.stack(grads).transpose(1, 2) for grads in zip(*parts, strict=True))
 
@@ -220,6 +229,7 @@ def test_cudnn_splitting_and_padding(seqlens: tuple[int, ...], monkeypatch: pyte
     weight = torch.randn(sum(seqlens), 4, 8, dtype=torch.float64)
     want = run(buffer, 4, 2, cu_seqlens, longest, "dense", seqlens, weight)
     monkeypatch.setattr(attention_cudnn, "CUDNN_SHORTEST", 10)
+    monkeypatch.setattr(attention_cudnn, "INDEXABLE", huge)
     attention_cudnn._runs.cache_clear()
     q, k, v = buffer.detach().split([4, 2, 2], 1)
     pack = attention_reference.Pack(cu_seqlens, longest, seqlens)
