@@ -51,7 +51,8 @@ def rl_words(args: Namespace, model: Path, out: Path) -> list[str]:
     return [
         f"data.train_files={args.data}/train.parquet", f"data.val_files={args.data}/test.parquet", f"data.val_max_samples={args.questions}",
         f"data.custom_cls.path={Path(__file__).resolve()}", "data.custom_cls.name=questions", "data.chat_template=hermes",
-        "data.answer_format=null", f"data.train_batch_size={args.prompts}", "data.max_prompt_length=512",
+        f"reward_model.num_workers={max(1, min(8, (os.cpu_count() or 1) // (2 * args.gpus)))}", "data.answer_format=null",
+        f"data.train_batch_size={args.prompts}", "data.max_prompt_length=512",
         f"data.max_response_length={args.response}", "reward_model.name=math", f"{ARR}model.path={model}",
         f"{ARR}rollout.n={args.samples}", f"{ARR}rollout.max_num_seqs={args.sequences}", f"{ARR}rollout.val_kwargs.do_sample=false",
         f"{ARR}rollout.multi_turn.enable=true", f"{ARR}rollout.multi_turn.format=hermes", f"{ARR}rollout.multi_turn.max_assistant_turns=10",
@@ -141,17 +142,17 @@ def columns(line: dict[str, Any]) -> list[str]:
     return [line["name"], f"{shares[0]} ± {error:.1f}", *shares[1:], f"{line['calls'] / n:.2f}", f"{line['seconds']:.0f}"]
 
 
-def rewards(folder: Path) -> str:
-    """The share of right answers among the samples of DAPO's steps, its first and last five."""
+def progress(folder: Path) -> str:
+    """The share of right answers among everything that DAPO sampled (temperature 1), in its first and last five steps."""
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [entry for entry in entries if "critic/score/mean" in entry]
+    steps = [entry for entry in entries if "filter/metric_mean" in entry]
     if not steps:
-        return "no step of DAPO found a group of answers that differ"
-    means = [sum(entry["critic/score/mean"] for entry in part) / len(part) for part in (steps[:5], steps[-5:])]
+        return "no step of DAPO was finished"
+    first, last = (sum(entry["filter/metric_mean"] for entry in part) / len(part) for part in (steps[:5], steps[-5:]))
     seconds = sum(entry["timing_s/step"] for entry in steps) / len(steps)
-    calls, wrong = (sum(entry[f"tool/{name}"] for entry in steps) for name in ("calls", "errors"))
-    return (f"{len(steps)} steps of DAPO, {seconds:.1f} s each: mean score of what was trained on {means[0]:.3f} in the first five, "
-            f"{means[1]:.3f} in the last; {calls:,.0f} tool calls, {wrong:,.0f} failed")  # fmt: skip
+    calls, wrong = (sum(entry.get(f"tool/{name}", 0) for entry in steps) for name in ("calls", "errors"))
+    return (f"{len(steps)} steps of DAPO, {seconds:.1f} s each: {first:.1%} of the sampled answers right in the first five, "
+            f"{last:.1%} in the last; {calls:,.0f} tool calls in what was trained on, {wrong:,.0f} of them failed")  # fmt: skip
 
 
 def main() -> None:
@@ -175,7 +176,7 @@ def main() -> None:
     device = torch.device(args.device)
     names = ["", "right answers (± standard error)", "boxed", "cut off", "calls per question", "seconds of its command"]
     show(f"{hardware(device)}, {args.gpus} processes; {lines[0]['questions']} test questions", names, [columns(line) for line in lines])
-    print(f"\n{rewards(dapo)}")
+    print(f"\n{progress(dapo)}")
     save(args.json, device, lines)
 
 

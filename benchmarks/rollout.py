@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=896)
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--group", type=int, default=1, help="samples of each prompt")
-    parser.add_argument("--kv-gib", type=float, default=24.0)
+    parser.add_argument("--kv-gib", type=float, default=24.0 if torch.cuda.is_available() else 0.25)
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--peers", default="generate_batch,generate", help="of transformers; empty: none")

@@ -21,5 +21,6 @@ many long_context
 one attention
 one logprobs
 one rollout
+one rl_step
 one sandbox --seconds 1 --callers 1,8,64
 one packing

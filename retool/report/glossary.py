@@ -78,6 +78,7 @@ filter/groups_sampled | Questions sampled | in a step | To fill the batch. | noi
 filter/groups_no_signal | Questions without signal | in a step | All answers scored alike: nothing to learn from. | down noisy
 filter/groups_expired | Questions thrown away | in a step | Kept from before, and too old by now. | down noisy
 filter/groups_reused | Questions from the step before | in a step | Kept because its batch was full. | noisy
+filter/metric_mean | Mean before filtering |  | Of the metric, over everything that was sampled. | up noisy
 filter/groups_kept | Questions for the next step | in a step | More than this batch took. | noisy
 timing_s/tools | Waiting for tools | seconds | With no token to make meanwhile. | down noisy
 timing_s/reward | Waiting for scores | seconds | With no token to make meanwhile. | down noisy

@@ -6,7 +6,7 @@ Groups with a signal that a step doesn't need are kept for the next one; one tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,20 +32,22 @@ def has_signal(group: Group, metric: str) -> bool:
 
 @dataclass(frozen=True)
 class Collection:
-    """The groups of a step while it is being sampled. `surplus` is what the step before kept."""
+    """The groups of a step while it is being sampled. `total` is the sum of the groups' means of the metric, those without a signal too."""
 
     groups: tuple[Group, ...] = ()
     rounds: int = 0
     sampled: int = 0
     no_signal: int = 0
     expired: int = 0
-    reused: int = field(default=0)
+    reused: int = 0
+    total: float = 0.0
 
     def metrics(self, kept: int) -> dict[str, float]:
         """What became of the groups; `kept` go on to the next step."""
         return {
             "filter/gen_batches": self.rounds, "filter/groups_sampled": self.sampled, "filter/groups_no_signal": self.no_signal,
             "filter/groups_expired": self.expired, "filter/groups_reused": self.reused, "filter/groups_kept": kept,
+            "filter/metric_mean": self.total / max(self.sampled, 1),
         }  # fmt: skip
 
 
@@ -58,9 +60,10 @@ def begin(kept: Sequence[Group], step: int) -> Collection:
 def add(collection: Collection, fresh: Sequence[Group], metric: str | None) -> Collection:
     """Add a round of sampling; with a `metric` only groups with a signal."""
     good = [group for group in fresh if metric is None or has_signal(group, metric)]
+    means = [np.mean([value_of(member, metric) for member in group.members]) for group in fresh] if metric is not None else []
     return replace(
         collection, groups=(*collection.groups, *good), rounds=collection.rounds + 1, sampled=collection.sampled + len(fresh),
-        no_signal=collection.no_signal + len(fresh) - len(good),
+        no_signal=collection.no_signal + len(fresh) - len(good), total=collection.total + float(sum(means)),
     )  # fmt: skip
 
 

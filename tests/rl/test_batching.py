@@ -96,7 +96,7 @@ def test_dynamic_sampling() -> None:
     assert [g.prompt.index for g in batch] == [1, 3] and [g.prompt.index for g in kept] == [4]
     assert c.metrics(len(kept)) == {
         "filter/gen_batches": 2, "filter/groups_sampled": 5, "filter/groups_no_signal": 2, "filter/groups_expired": 0,
-        "filter/groups_reused": 0, "filter/groups_kept": 1,
+        "filter/groups_reused": 0, "filter/groups_kept": 1, "filter/metric_mean": 0.7,
     }  # fmt: skip
 
 
