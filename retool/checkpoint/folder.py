@@ -1,8 +1,8 @@
 """The checkpoint folder: names, the tracker, checksums, and which checkpoint may be resumed.
 
-    root/latest_checkpointed_iteration.txt   the step of the last complete checkpoint
-    root/global_step_N[/actor]/              complete once it has this name
-    root/global_step_N.tmp/                  being written, or torn: never read
+root/latest_checkpointed_iteration.txt   the step of the last complete checkpoint
+root/global_step_N[/actor]/              complete once it has this name
+root/global_step_N.tmp/                  being written, or torn: never read
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import final
 import torch
 import torch.distributed as dist
 
+from retool.checkpoint.agreement import agreed
 from retool.checkpoint.remote import Mirror
 from retool.checkpoint.rows import rows_numel, to_rows
 from retool.checkpoint.source import ModelState
@@ -137,18 +138,17 @@ def staged(state: ModelState, options: SaveOptions) -> dict[str, torch.Tensor]:
 
 
 def stage(state: ModelState, mesh: Mesh, options: SaveOptions, staging: Staging) -> dict[str, torch.Tensor]:
-    """This rank's rows of the weights and moments, in host memory."""
+    """This rank's rows of the weights and moments, in host memory. Collective; `Failed` on all ranks where one has no room for them."""
     staging.ready()
-    total = rows_numel(state.layout, mesh.shard_rank)
-    host: dict[str, torch.Tensor] = {}
-    for key, flat in staged(state, options).items():
-        host[key] = staging.buffer(key, total, flat.dtype, pin=mesh.device.type == "cuda")
+    total, flats, pin = rows_numel(state.layout, mesh.shard_rank), staged(state, options), mesh.device.type == "cuda"
+    host = agreed(mesh.rank, staging.group, lambda: {key: staging.buffer(key, total, flat.dtype, pin) for key, flat in flats.items()})
+    for key, flat in flats.items():
         at = 0
         for unit in state.layout.units:
             part = flat.detach()[unit.start : unit.start + unit.shard_numel].to(mesh.device, non_blocking=True)  # offloaded ones too
             mine = to_rows(unit, state.layout.shards, mesh.shard_rank, part, mesh.shard_group)
             host[key][at : at + mine.numel()].copy_(mine, non_blocking=True)
             at += mine.numel()
-    if mesh.device.type == "cuda":
+    if pin:
         torch.cuda.current_stream(mesh.device).synchronize()
     return host

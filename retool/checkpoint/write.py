@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from retool.checkpoint import folder as on_disk
+from retool.checkpoint.agreement import Failed, agreed, describe
 from retool.checkpoint.archive import write_archive
 from retool.checkpoint.content import Place, frozen, model_content, optimizer_content
 from retool.checkpoint.export import export_weights
@@ -31,7 +32,6 @@ from retool.checkpoint.remote import Mirror
 from retool.checkpoint.rng import capture
 from retool.checkpoint.source import ModelState
 from retool.checkpoint.staging import PendingSave, SaveOptions, SaveResult, Staging, stage
-from retool.parallel.lost import lost_peer
 from retool.parallel.mesh import Mesh
 
 log = logging.getLogger("retool.checkpoint")
@@ -77,25 +77,23 @@ def save(
     options, staging = options or SaveOptions(), staging or Staging(mesh)
     if staging.pending is not None:
         staging.pending.wait()
-    begin = time.perf_counter()
+    begin, pending = time.perf_counter(), PendingSave()
     if mesh.rank == 0 and options.remote_url is not None and staging.mirror is None:
         staging.mirror = Mirror(options.remote_url)
-    snapshot = _Snapshot(
-        state, mesh, Path(root), step, stage(state, mesh, options, staging),
-        frozen({"lr_scheduler": {}, **extra, "step": step, "rng": capture(mesh.device)}, "extra"), frozen(dict(data_state), "data_state"),
-        Path(model_folder), options, optimizer_group or {},
-    )  # fmt: skip
-    pending = staging.pending = PendingSave()
+    own = frozen({"lr_scheduler": {}, **extra, "step": step, "rng": capture(mesh.device)}, "extra")
+    common = frozen(dict(data_state), "data_state")
+    try:
+        host = stage(state, mesh, options, staging)
+    except Failed as failure:
+        return _ended(Path(root), step, mesh, pending, str(failure), begin)
+    snapshot = _Snapshot(state, mesh, Path(root), step, host, own, common, Path(model_folder), options, optimizer_group or {})
+    staging.pending = pending
     stall = time.perf_counter() - begin
     if options.async_save:
         threading.Thread(target=_run, args=(snapshot, staging, pending, begin, stall), name="checkpoint", daemon=True).start()
     else:
         _run(snapshot, staging, pending, begin, None)
     return pending
-
-
-class _Failed(Exception):
-    """A save that all ranks have agreed to give up."""
 
 
 def _run(snapshot: _Snapshot, staging: Staging, pending: PendingSave, begin: float, stall: float | None) -> None:
@@ -105,51 +103,35 @@ def _run(snapshot: _Snapshot, staging: Staging, pending: PendingSave, begin: flo
     try:
         _write(snapshot, final, staging)
     except Exception as failure:
-        error = str(failure) if isinstance(failure, _Failed) else f"rank {snapshot.mesh.rank}: {_describe(failure)}"
+        error = str(failure) if isinstance(failure, Failed) else f"rank {snapshot.mesh.rank}: {describe(failure)}"
         if snapshot.mesh.rank == 0:
             shutil.rmtree(snapshot.temporary, ignore_errors=True)
-            log.error("%s was not saved: %s. The previous checkpoint stays; training goes on.", final, error)
-    seconds = time.perf_counter() - begin
-    size = sum(entry["size"] for entry in snapshot.written.values())
-    pending._finish(SaveResult(snapshot.step, final, error, seconds if stall is None else stall, seconds, size))
+    _ended(snapshot.root, snapshot.step, snapshot.mesh, pending, error, begin, stall, sum(e["size"] for e in snapshot.written.values()))
 
 
-def _describe(error: BaseException) -> str:
-    if lost_peer(error):
-        return "another rank is gone"
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
-
-
-def _agreed(staging: Staging, rank: int, action: Callable[[], None]) -> None:
-    """Run `action` and tell every rank how it went; raise on all of them if it failed on one."""
-    error = None
-    try:
-        action()
-    except Exception as failure:
-        error = f"rank {rank}: {_describe(failure)}"
-    errors = [error]
-    if staging.group is not None:
-        errors = [None] * dist.get_world_size(staging.group)
-        dist.all_gather_object(errors, error, group=staging.group)
-    if failed := [e for e in errors if e is not None]:
-        raise _Failed("; ".join(failed))
+def _ended(
+    root: Path, step: int, mesh: Mesh, pending: PendingSave, error: str | None, begin: float, stall: float | None = None, size: int = 0
+) -> PendingSave:
+    final, seconds = root / f"global_step_{step}", time.perf_counter() - begin
+    if error is not None and mesh.rank == 0:
+        log.error("%s was not saved: %s. The previous checkpoint stays; training goes on.", final, error)
+    pending._finish(SaveResult(step, final, error, seconds if stall is None else stall, seconds, size))
+    return pending
 
 
 def _write(snapshot: _Snapshot, final: Path, staging: Staging) -> None:
     """Write, agree, rename, agree, track, prune."""
     rank, group = snapshot.mesh.rank, staging.group
-    _agreed(staging, rank, lambda: _prepare(snapshot) if rank == 0 else None)
-    _agreed(staging, rank, lambda: _write_shards(snapshot))
+    agreed(rank, group, lambda: _prepare(snapshot) if rank == 0 else None)
+    agreed(rank, group, lambda: _write_shards(snapshot))
     if "hf_model" in snapshot.options.contents:
-        trouble: list[Exception] = []
-        target = snapshot.target / "huggingface"
-        files = export_weights(snapshot.state.layout, snapshot.mesh, snapshot.host["params"], target, group, trouble)
-        _agreed(staging, rank, lambda: _close_export(snapshot, files, trouble))
+        files = export_weights(snapshot.state.layout, snapshot.mesh, snapshot.host["params"], snapshot.target / "huggingface", group)
+        agreed(rank, group, lambda: _close_export(snapshot, files))
     everyone: list[Any] = [snapshot.written]
     if group is not None:
         everyone = [None] * snapshot.mesh.world
         dist.gather_object(snapshot.written, everyone if rank == 0 else None, dst=0, group=group)
-    _agreed(staging, rank, lambda: _commit(snapshot, final, everyone, staging) if rank == 0 else None)
+    agreed(rank, group, lambda: _commit(snapshot, final, everyone, staging) if rank == 0 else None)
 
 
 def _prepare(snapshot: _Snapshot) -> None:
@@ -185,9 +167,7 @@ def _record(snapshot: _Snapshot, kind: str, content: Any) -> None:
     snapshot.written[name] = on_disk.checksums(path)
 
 
-def _close_export(snapshot: _Snapshot, files: list[Path], trouble: list[Exception]) -> None:
-    if trouble:
-        raise trouble[0]
+def _close_export(snapshot: _Snapshot, files: list[Path]) -> None:
     for path in files:
         on_disk.fsync(path)
         snapshot.written[f"huggingface/{path.name}"] = on_disk.checksums(path)

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +55,10 @@ def test_an_unfinished_save_is_ignored_and_said(run: Path, caplog: pytest.LogCap
     assert not list(run.glob("*.tmp")), "the next save clears it away"
 
 
-@pytest.mark.parametrize("name", ["model_world_size_1_rank_0.pt", "huggingface/model.safetensors", "extra_state_world_size_1_rank_0.pt", "fsdp_config.json", "data.pt"])
+@pytest.mark.parametrize(
+    "name",
+    ["model_world_size_1_rank_0.pt", "huggingface/model.safetensors", "extra_state_world_size_1_rank_0.pt", "fsdp_config.json", "data.pt"],
+)
 @pytest.mark.parametrize("how", ["missing", "short"])
 def test_a_damaged_folder_falls_back_to_the_one_before(run: Path, caplog: pytest.LogCaptureFixture, name: str, how: str) -> None:
     path = run / "global_step_6" / name
@@ -97,24 +101,34 @@ def test_only_the_newest_stay(run: Path) -> None:
     assert sorted(p.name for p in run.glob("global_step_*")) == ["global_step_8", "global_step_9"]
 
 
-def _one_rank_fails(root: str, bad: int) -> tuple[str | None, bool]:
+def _one_rank_fails(root: str, bad: int, where: str) -> tuple[str | None, float]:
+    """A save whose `where` (module.function) raises on rank `bad`: its error, its seconds."""
     mesh = make_mesh()
     staging = checkpoint.Staging(mesh)
+
+    def broken(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
     if mesh.rank == bad:
-        def broken(path: Path, content: object) -> None:
-            raise OSError(28, "No space left on device", str(path))
-        write_module.write_archive = broken
+        module, name = where.rsplit(".", 1)
+        setattr(staging if module == "staging" else sys.modules[f"retool.checkpoint.{module}"], name, broken)
+    begin = time.monotonic()
     pending = checkpoint.save(
         root, states.state(mesh), mesh, step=9, extra={}, data_state={}, model_folder=Path(root).parent / "source", staging=staging,
         options=SaveOptions(async_save=True),
     )  # fmt: skip
-    return pending.wait().error, Path(root, "global_step_9.tmp").exists()
+    return pending.wait().error, time.monotonic() - begin
 
 
-@pytest.mark.parametrize("bad", [0, 2])
-def test_all_ranks_hear_of_one_rank_s_failure(run: Path, bad: int) -> None:
-    for error, _ in run_ranks(_one_rank_fails, 3, str(run), bad):
+@pytest.mark.parametrize(
+    ("world", "bad", "where"),
+    [(3, 0, "write.write_archive"), (3, 2, "write.write_archive"), (2, 1, "export._numel"), (2, 0, "export._write_unit"),
+     (2, 0, "export.WeightsWriter"), (2, 1, "staging.buffer"), (2, 0, "write._commit")],
+)  # fmt: skip
+def test_all_ranks_hear_of_one_rank_s_failure(run: Path, world: int, bad: int, where: str) -> None:
+    for error, seconds in run_ranks(_one_rank_fails, world, str(run), bad, where):
         assert error is not None and error.startswith(f"rank {bad}: OSError: [Errno 28] No space left on device")
+        assert seconds < 10
     assert latest(run) == run / "global_step_6" and not list(run.glob("*.tmp"))
 
 
@@ -140,7 +154,11 @@ def test_a_full_disk_fails_loudly_and_keeps_the_old_one(small_disk: Path, world:
     errors = run_ranks(states.save, world, str(root), -1, torch.float32, (1, 2, 3, 4, 5, 6, 7, 8))
     assert errors[0][0] is None and errors[0][-1] is not None and "No space left" in errors[0][-1], errors
     kept = latest(root)
-    assert kept is not None and main(["verify", str(kept)]) == 0 and kept.name == f"global_step_{errors[0].index(next(e for e in errors[0] if e))}"
+    assert (
+        kept is not None
+        and main(["verify", str(kept)]) == 0
+        and kept.name == f"global_step_{errors[0].index(next(e for e in errors[0] if e))}"
+    )
     assert not list(root.glob("*.tmp")), "what the failed save wrote must go: it is the space that the next one needs"
     _remount(small_disk, "size=4m")
     assert run_ranks(states.save, world, str(root), -1, torch.float32, (9,))[0] == [None], "with room again, the next save works"
@@ -183,7 +201,13 @@ def test_a_missing_source_model_is_an_error_not_a_crash(run: Path) -> None:
 
 def _endless(root: str, rank: int, world: int, port: int, first: int) -> None:
     """Save step after step until killed; notes each completed one in a file."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
     mesh = make_mesh(timeout_s=30)
     staging, step = checkpoint.Staging(mesh, timeout_s=30), first
