@@ -18,24 +18,28 @@ key/value head n // G. Nothing waits for the device: what the host must know abo
 from __future__ import annotations
 
 import inspect
+import warnings
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from retool.model.attention_cudnn import CUDNN_LARGEST_HEAD, cudnn_backward, cudnn_forward
+from retool.model.attention_cudnn import CUDNN_LARGEST_HEAD, CUDNN_SHORTEST, cudnn_backward, cudnn_forward
 from retool.model.attention_reference import Gradients, Pack, reference_backward, reference_forward
 from retool.model.eager import eager
+
+TRUSTED = 0.03  # largest `kernel_error` of a kernel that is used
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto") -> str:
     """The kernel for these inputs: `wanted` if it can run them, or for "auto" the fastest that can (varlen of the fused ones
-    under `torch.use_deterministic_algorithms(True)`).
+    under `torch.use_deterministic_algorithms(True)`). A fused kernel is tried on the device first, see `kernel_error`.
 
-    Raises ValueError where `wanted` is unknown or can't run, saying what would.
+    Raises ValueError where `wanted` is unknown, can't run or computes wrongly, saying what would.
     """
     if wanted not in ("auto", *FORWARD):
         raise ValueError(f"attention backend {wanted!r} is not known. Use auto, {', '.join(FORWARD)}.")
@@ -52,10 +56,18 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, want
     if torch.are_deterministic_algorithms_enabled():
         if wanted == "cudnn":
             raise ValueError("attention backend 'cudnn' adds up gradients in no fixed order: it isn't deterministic. Use varlen or auto.")
-        return "varlen" if wanted == "auto" else wanted
-    if wanted == "auto":
-        return "cudnn" if can_cudnn else _flash_or_varlen()
-    return wanted
+        fused = ["varlen"]
+    else:
+        fused = ["cudnn"] * can_cudnn + ["flash"] * (find_spec("flash_attn") is not None) + ["varlen"]
+    for backend in fused if wanted == "auto" else [wanted]:
+        error = kernel_error(backend, device, dtype, head_dim)
+        if error <= TRUSTED:
+            return backend
+        wrong = f"attention backend {backend!r} computes wrongly on this device with heads of {head_dim} (relative error {error:.2g})"
+        if wanted != "auto":
+            raise ValueError(f"{wrong}: its package was built for something else. Install another build, or use auto.")
+        warnings.warn(f"{wrong}: the next one is used.", stacklevel=2)
+    return "reference"
 
 
 def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -69,9 +81,34 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
     return ""
 
 
-@lru_cache(maxsize=1)
-def _flash_or_varlen() -> str:
-    return "flash" if find_spec("flash_attn") else "varlen"
+@lru_cache
+def kernel_error(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
+    """Largest relative error (L2) of a kernel's output and gradients on a small pack of random numbers, against fp32: about 0.005 in bf16.
+
+    A package may import and run, and yet be built without this head dimension or for another GPU. NaN where there are NaNs.
+    """
+    lengths = (5, CUDNN_SHORTEST) if backend == "cudnn" else (5, 67, 1)
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    pack = Pack(cu_seqlens, max(lengths), lengths)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(sum(lengths), 6, head_dim, generator=generator).to(device, dtype)
+    heads, dout = values[:, :4].split([2, 1, 1], 1), values[:, 4:].contiguous()
+
+    def computed(backend: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+        out, lse = FORWARD[backend](q, k, v, pack)
+        return [out, *BACKWARD[backend](dout, q, k, v, out, lse, pack)]
+
+    with torch.no_grad():
+        found = computed(backend, *heads, dout)
+        want = computed("reference", *(x.float() for x in heads), dout.float())
+        return float(torch.stack([(a.float() - b).norm() / b.norm() for a, b in zip(found, want, strict=True)]).max())
+
+
+@lru_cache
+def _flash_or_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """For the short documents of a pack."""
+    flash = find_spec("flash_attn") is not None and kernel_error("flash", device, dtype, head_dim) <= TRUSTED
+    return "flash" if flash else "varlen"
 
 
 @eager  # `seqlens` would be a guard, and every pack a new graph
@@ -206,11 +243,11 @@ def _varlen_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
-    return cudnn_forward(q, k, v, pack, FORWARD[_flash_or_varlen()])
+    return cudnn_forward(q, k, v, pack, FORWARD[_flash_or_varlen(q.device, q.dtype, q.shape[-1])])
 
 
 def _cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack) -> Gradients:
-    return cudnn_backward(dout, q, k, v, out, lse, pack, BACKWARD[_flash_or_varlen()])
+    return cudnn_backward(dout, q, k, v, out, lse, pack, BACKWARD[_flash_or_varlen(q.device, q.dtype, q.shape[-1])])
 
 
 FORWARD = {"flash": _flash_forward, "varlen": _varlen_forward, "cudnn": _cudnn_forward, "reference": reference_forward}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from retool.model import attention as kernels
 from retool.model import attention_cudnn, attention_reference
 from retool.model.attention import attention, attention_backward, attention_forward_lse, attention_from_saved, choose_backend
 
@@ -174,11 +176,48 @@ def test_choose_backend_names_what_a_kernel_cannot_take(dtype: torch.dtype, head
 def test_a_deterministic_backend_is_chosen_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    monkeypatch.setattr(kernels, "kernel_error", lambda *_: 0.005)
     gpu = torch.device("cuda", 0)
     assert choose_backend(gpu, torch.bfloat16, 64) == "varlen"
     assert choose_backend(gpu, torch.float32, 64) == choose_backend(torch.device("cpu"), torch.float32, 64) == "reference"
     with pytest.raises(ValueError, match="no fixed order"):
         choose_backend(gpu, torch.bfloat16, 64, "cudnn")
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+@pytest.mark.parametrize(("spoilt", "least", "most"), [(None, 0, 1e-6), ("out", 0.2, 0.3), ("dq", 0.2, 0.3), ("nan", math.nan, math.nan)])
+def test_a_kernel_that_computes_wrongly_is_found_out(backend: str, spoilt: str | None, least: float, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(q, k, v, pack):
+        out, lse = attention_reference.reference_forward(q, k, v, pack)
+        return out * {"out": 0.75, "nan": math.nan}.get(spoilt, 1), lse
+
+    def backward(*args):
+        dq, dk, dv = attention_reference.reference_backward(*args)
+        return dq * (0.75 if spoilt == "dq" else 1), dk, dv
+
+    monkeypatch.setitem(kernels.FORWARD, backend, forward)
+    monkeypatch.setitem(kernels.BACKWARD, backend, backward)
+    error = kernels.kernel_error.__wrapped__(backend, torch.device("cpu"), torch.float32, 16)
+    assert least <= error <= most if spoilt != "nan" else not error <= kernels.TRUSTED
+
+
+def test_only_kernels_that_compute_rightly_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = {"cudnn": math.nan, "flash": 1.2, "varlen": 0.005}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(kernels, "find_spec", lambda _: True)
+    monkeypatch.setattr(kernels, "kernel_error", lambda backend, *_: errors[backend])
+    inputs = torch.device("cuda", 0), torch.bfloat16, 16
+    with pytest.warns(UserWarning, match=r"'(cudnn|flash)' computes wrongly on this device with heads of 16") as said:
+        assert choose_backend(*inputs) == "varlen"
+    assert len(said) == 2
+    with pytest.raises(ValueError, match=r"'flash' computes wrongly .* \(relative error 1\.2\): .* or use auto"):
+        choose_backend(*inputs, "flash")
+    assert kernels._flash_or_varlen.__wrapped__(*inputs) == "varlen"
+    errors["varlen"] = 0.04
+    with pytest.warns(UserWarning):
+        assert choose_backend(*inputs) == "reference"
+    errors["flash"] = 0.02
+    assert kernels._flash_or_varlen.__wrapped__(*inputs) == choose_backend(*inputs, "flash") == "flash"
 
 
 def test_cudnn_runs_cover_the_pack() -> None:

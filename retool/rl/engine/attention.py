@@ -12,13 +12,16 @@ K kv heads · J = 2K, keys before values · G query heads per kv head · H head 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retool.model.attention import TRUSTED
 from retool.rl.engine.kv_cache import KVCache
 
 QUERIES = 512  # of a chunk that torch's attention takes at a time: their mask has as many bytes as they have keys, per query head
@@ -46,9 +49,32 @@ class Pages:
 
 
 def has_paged_flash(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> bool:
-    """Whether flash-attn's paged kernels can be used."""
+    """Whether flash-attn's paged kernels can be used, and compute rightly on this device."""
     fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256 and page_size % 256 == 0
-    return device.type == "cuda" and fits and find_spec("flash_attn") is not None
+    if device.type != "cuda" or not fits or find_spec("flash_attn") is None:
+        return False
+    error = paged_error(device, dtype, head_dim, page_size)
+    if not error <= TRUSTED:
+        wrong = f"flash-attn's paged kernels compute wrongly on this device with heads of {head_dim} (relative error {error:.2g})"
+        warnings.warn(f"{wrong}: torch's attention is used, which is slower.", stacklevel=2)
+    return error <= TRUSTED
+
+
+@lru_cache
+def paged_error(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> float:
+    """Relative error (L2) of flash-attn's paged kernels on a small step of random numbers, against torch's attention."""
+    generator = torch.Generator().manual_seed(0)
+    cache = KVCache((1, page_size, 1, head_dim), 6, dtype, device)
+    cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
+    lengths, count = (1, page_size + 44, page_size + 30), 40  # two decode items, and a chunk
+    query = torch.randn(2 + count, 2, head_dim, generator=generator).to(device, dtype)
+    on_device = partial(torch.tensor, dtype=torch.int32, device=device)
+    pages = Pages(
+        torch.zeros(1, dtype=torch.int64, device=device), on_device([[1, 0], [4, 2], [5, 3]]), on_device(lengths), 2,
+        on_device([0, count]), on_device([0, lengths[2]]), (count,), lengths[2:],
+    )  # fmt: skip
+    found, want = (paged_attention(query, cache, 0, pages, flash).float() for flash in (True, False))
+    return float((found - want).norm() / want.norm())
 
 
 def paged_attention(q_TNH: Tensor, cache: KVCache, layer: int, pages: Pages, flash: bool) -> Tensor:
