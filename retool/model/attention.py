@@ -91,16 +91,15 @@ def kernel_error(backend: str, device: torch.device, dtype: torch.dtype, head_di
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     pack = Pack(cu_seqlens, max(lengths), lengths)
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(sum(lengths), 6, head_dim, generator=generator).to(device, dtype)
-    heads, dout = values[:, :4].split([2, 1, 1], 1), values[:, 4:].contiguous()
+    heads = torch.randn(sum(lengths), 6, head_dim, generator=generator).to(device, dtype)
 
-    def computed(backend: str, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+    def computed(backend: str, heads: Tensor) -> list[Tensor]:
+        q, k, v, dout = heads.split([2, 1, 1, 2], 1)
         out, lse = FORWARD[backend](q, k, v, pack)
-        return [out, *BACKWARD[backend](dout, q, k, v, out, lse, pack)]
+        return [out, *BACKWARD[backend](dout.contiguous(), q, k, v, out, lse, pack)]
 
     with torch.no_grad():
-        found = computed(backend, *heads, dout)
-        want = computed("reference", *(x.float() for x in heads), dout.float())
+        found, want = computed(backend, heads), computed("reference", heads.float())
         return float(torch.stack([(a.float() - b).norm() / b.norm() for a, b in zip(found, want, strict=True)]).max())
 
 
