@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import mmap
 import os
+import typing
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 
@@ -132,9 +133,52 @@ class TorchFile:
             self._check_blocks(0, len(self._map), self.blocks)
 
 
-def write_archive(path: Path, content: Any) -> None:
-    """`torch.save` and fsync. OSError where the disk says no: through a Python file, torch passes its errors on as they are."""
-    with path.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+@final
+class ChecksummedFile:
+    """A new file, written from beginning to end, and the CRC-32 of every BLOCK of what was to be written, taken as it goes by."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb", buffering=0)
+        self._blocks: list[int] = []
+        self._crc = self._size = 0
+
+    def write(self, data: Any) -> int:
+        """All of `data` (bytes or a buffer). OSError where the disk says no."""
+        view = memoryview(data).cast("B")
+        for start in range(-(self._size % BLOCK), len(view), BLOCK):  # by block, so that one pass over memory serves both
+            piece = view[max(start, 0) : start + BLOCK]
+            self._crc = zlib.crc32(piece, self._crc)
+            self._size += len(piece)
+            if self._size % BLOCK == 0:
+                self._blocks.append(self._crc)
+                self._crc = 0
+            while piece:
+                piece = piece[self._file.write(piece) :]
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing waits in this process."""
+
+    def close(self) -> dict[str, Any]:
+        """Make it survive a power cut; {"size": bytes, "crc32": [one per BLOCK bytes]}."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"size": self._size, "crc32": self._blocks + ([self._crc] if self._size % BLOCK else [])}
+
+    def abandon(self) -> None:
+        """Let go of it after an error."""
+        self._file.close()
+
+
+def write_archive(path: Path, content: Any) -> dict[str, Any]:
+    """`torch.save` (of `bytes`: as they are) and fsync; the file's checksums. OSError where the disk says no: through a Python file,
+    torch passes its errors on as they are."""
+    file = ChecksummedFile(path)
+    try:
+        file.write(content) if isinstance(content, bytes) else torch.save(content, typing.cast(Any, file))
+        return file.close()
+    except RuntimeError as error:  # after a write that failed torch still ends the archive, and complains of its length instead
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    finally:
+        file.abandon()

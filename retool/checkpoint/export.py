@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,8 @@ from retool.parallel.mesh import Mesh
 
 def export_weights(
     layout: Layout, mesh: Mesh, buffer: torch.Tensor, folder: Path, group: dist.ProcessGroup | None, dtype: torch.dtype = torch.bfloat16
-) -> list[Path]:
-    """Rank 0 writes `folder`'s safetensors from every rank's rows of everything; returns the files (rank 0 only).
+) -> dict[str, Any]:
+    """Rank 0 writes `folder`'s safetensors from every rank's rows of everything; returns the files' checksums by name (rank 0 only).
 
     A collective call over `group` (gloo, all ranks). `Failed` on all ranks where one can't go on: they agree before every exchange.
     Tied names are left out: Hugging Face restores them from the config.
@@ -37,7 +38,7 @@ def export_weights(
         if writer is not None:
             writer.abandon()
         raise
-    return writer.files if writer is not None else []
+    return writer.checksums if writer is not None else {}
 
 
 def _prepare(unit: UnitLayout, shards: int, mesh: Mesh, buffer: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -76,16 +76,23 @@ def _segments(unit: UnitLayout, shards: int, owner: int, to: int) -> Iterator[tu
             yield start - low, stop - low, rows.offset + start - begin
 
 
-def to_rows(unit: UnitLayout, shards: int, rank: int, flat: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """This rank's row buffer of a unit, from every rank's flat shard [unit.shard_numel] of it. A collective call of `group`."""
+def to_rows(
+    unit: UnitLayout, shards: int, rank: int, flat: torch.Tensor, group: dist.ProcessGroup | None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """This rank's row buffer of a unit (`out`, or a new one), from every rank's flat shard [unit.shard_numel] of it. A collective call
+    of `group`."""
     incoming = [list(_segments(unit, shards, owner, rank)) for owner in range(shards)]
     outgoing = [list(_segments(unit, shards, rank, to)) for to in range(shards)]
+    if out is None:
+        out = flat.new_empty(sum(_numel(segments) for segments in incoming))
+    for a, b, offset in incoming[rank]:  # what stays here is copied once
+        out[offset : offset + b - a] = flat[a:b]
+    if group is None:
+        return out
+    incoming[rank] = outgoing[rank] = []
     sent = torch.cat([flat[a:b] for segments in outgoing for a, b, _ in segments] or [flat[:0]])
-    received = sent
-    if group is not None:
-        received = flat.new_empty(sum(b - a for segments in incoming for a, b, _ in segments))
-        dist.all_to_all_single(received, sent, [_numel(s) for s in incoming], [_numel(s) for s in outgoing], group=group)
-    out, at = torch.empty_like(received), 0
+    received, at = flat.new_empty(sum(map(_numel, incoming))), 0
+    dist.all_to_all_single(received, sent, [_numel(s) for s in incoming], [_numel(s) for s in outgoing], group=group)
     for segments in incoming:
         for a, b, offset in segments:
             out[offset : offset + b - a] = received[at : at + b - a]

@@ -6,15 +6,16 @@ Sizes are known before any data, so tensors can be written as they come and noth
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+
+from retool.checkpoint.archive import ChecksummedFile
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -86,15 +87,16 @@ class WeightsWriter:
     """Write the weights of `tensors` (name → shape) into `folder`, in that order, piece by piece as they come.
 
     `write(piece)` takes the next elements of the running tensor sequence (a piece never spans two tensors); `close()` checks that
-    everything came and writes the index where there are several files.
+    everything came and writes the index where there are several files. Finished files are on the disk, and in `checksums`.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int = SHARD_BYTES) -> None:
         self.folder, self.tensors, self.dtype = folder, tensors, dtype
         self.plan = plan_files(tensors, dtype, limit)
         self.files = [folder / name for name, _ in self.plan]
+        self.checksums: dict[str, dict[str, Any]] = {}  # by file name, of those that are finished
         self._todo = self._steps()
-        self._file: IO[bytes] | None = None
+        self._file: ChecksummedFile | None = None
         self._left = 0
 
     def _steps(self) -> Iterator[tuple[int, int]]:
@@ -102,8 +104,8 @@ class WeightsWriter:
             for name in names:
                 yield index, prod(self.tensors[name])
 
-    def _open(self, index: int) -> IO[bytes]:
-        file = self.files[index].open("wb")
+    def _open(self, index: int) -> ChecksummedFile:
+        file = ChecksummedFile(self.files[index])
         file.write(header({name: self.tensors[name] for name in self.plan[index][1]}, self.dtype))
         return file
 
@@ -111,7 +113,7 @@ class WeightsWriter:
         """Append `piece` (any shape, CPU; converted to the file's dtype)."""
         while self._left == 0:
             index, self._left = next(self._todo)
-            if self._file is None or self._file.name != str(self.files[index]):
+            if self._file is None or self._file.path != self.files[index]:
                 self._close_file()
                 self._file = self._open(index)
         assert self._file is not None and piece.numel() <= self._left, "a piece runs past the end of its tensor"
@@ -130,12 +132,11 @@ class WeightsWriter:
     def abandon(self) -> None:
         """Close without checking, after an error."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # the buffered rest doesn't fit either: the error that led here says more
-                self._file.close()
+            self._file.abandon()
 
     def _close_file(self) -> None:
         if self._file is not None:
-            self._file.close()
+            self.checksums[self._file.path.name] = self._file.close()
             self._file = None
 
 

@@ -14,7 +14,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from retool.checkpoint.hf import copy_side_files
 from retool.checkpoint.remote import Mirror
 from retool.checkpoint.rng import capture
 from retool.checkpoint.source import ModelState
-from retool.checkpoint.staging import PendingSave, SaveOptions, SaveResult, Staging, stage
+from retool.checkpoint.staging import CONTENTS, PendingSave, SaveOptions, SaveResult, Staging, stage
 from retool.parallel.mesh import Mesh
 
 log = logging.getLogger("retool.checkpoint")
@@ -126,7 +127,7 @@ def _write(snapshot: _Snapshot, final: Path, staging: Staging) -> None:
     agreed(rank, group, lambda: _write_shards(snapshot))
     if "hf_model" in snapshot.options.contents:
         files = export_weights(snapshot.state.layout, snapshot.mesh, snapshot.host["params"], snapshot.target / "huggingface", group)
-        agreed(rank, group, lambda: _close_export(snapshot, files))
+        snapshot.written.update({f"huggingface/{name}": entry for name, entry in files.items()})
     everyone: list[Any] = [snapshot.written]
     if group is not None:
         everyone = [None] * snapshot.mesh.world
@@ -144,47 +145,36 @@ def _prepare(snapshot: _Snapshot) -> None:
 
 
 def _write_shards(snapshot: _Snapshot) -> None:
-    """This rank's files, fsynced, and their checksums."""
+    """This rank's files, fsynced, and their checksums: side by side, as each waits for the disk in its turn."""
     mesh, host, contents, layout = snapshot.mesh, snapshot.host, snapshot.options.contents, snapshot.state.layout
-    place = Place(mesh.rank, mesh.shards, mesh.replicas)
-    if "model" in contents:
-        _record(snapshot, "model", model_content(layout, place, host["params"]))
+    place, step, group = Place(mesh.rank, mesh.shards, mesh.replicas), snapshot.state.step, snapshot.group
+    wanted: dict[str, Callable[[], Any]] = {}
     if "optimizer" in contents and "exp_avg" in host:
-        step, group = snapshot.state.step, snapshot.group
-        _record(snapshot, "optim", optimizer_content(layout, place, host["exp_avg"], host["exp_avg_sq"], step, group))
+        wanted["optim"] = lambda: optimizer_content(layout, place, host["exp_avg"], host["exp_avg_sq"], step, group)
+    if "model" in contents:
+        wanted["model"] = lambda: model_content(layout, place, host["params"])
     if "extra" in contents:
-        _record(snapshot, "extra_state", snapshot.extra)
+        wanted["extra_state"] = lambda: snapshot.extra
 
+    def write(kind: str) -> None:
+        name = on_disk.shard_name(kind, mesh.world, mesh.rank)
+        snapshot.written[name] = write_archive(snapshot.target / name, wanted[kind]())
 
-def _record(snapshot: _Snapshot, kind: str, content: Any) -> None:
-    name = on_disk.shard_name(kind, snapshot.mesh.world, snapshot.mesh.rank)
-    path = snapshot.target / name
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-        on_disk.fsync(path)
-    else:
-        write_archive(path, content)
-    snapshot.written[name] = on_disk.checksums(path)
-
-
-def _close_export(snapshot: _Snapshot, files: list[Path]) -> None:
-    for path in files:
-        on_disk.fsync(path)
-        snapshot.written[f"huggingface/{path.name}"] = on_disk.checksums(path)
+    with ThreadPoolExecutor(len(CONTENTS)) as pool:
+        list(pool.map(write, wanted))
 
 
 def _commit(snapshot: _Snapshot, final: Path, everyone: list[dict[str, Any]], staging: Staging) -> None:
     """Rank 0, when every rank's files are on disk: the small files, the name, the tracker."""
     target, options = snapshot.target, snapshot.options
     data = snapshot.temporary / on_disk.DATA
-    data.write_bytes(snapshot.data_state)
-    on_disk.fsync(data)
     beside = os.path.relpath(data, target)  # above the model files in reinforcement learning
     files: dict[str, Any] = {name: entry for written in everyone for name, entry in written.items()}
     for path in sorted(p for p in (target / "huggingface").rglob("*") if p.is_file()):
-        on_disk.fsync(path)
-        files.setdefault(str(path.relative_to(target)), on_disk.checksums(path))
-    files[beside] = on_disk.checksums(data)
+        if (name := str(path.relative_to(target))) not in files:
+            on_disk.fsync(path)
+            files[name] = on_disk.checksums(path)
+    files[beside] = write_archive(data, snapshot.data_state)
     on_disk.write_config(target, snapshot.mesh.world, snapshot.mesh.shards, snapshot.step, files)
     for path in {snapshot.temporary, target, target / "huggingface"}:
         on_disk.fsync(path)

@@ -176,7 +176,13 @@ def test_extra_holds_plain_data_only(tmp_path: Path) -> None:
     mesh = states.make_mesh()
     with pytest.raises(ValueError, match="extra may hold tensors, strings, numbers, lists and dicts only"):
         states.checkpoint.save(
-            tmp_path, states.state(mesh), mesh, step=1, extra={"bad": np.arange(3)}, data_state={}, model_folder=states.source_model(tmp_path / "source")
+            tmp_path,
+            states.state(mesh),
+            mesh,
+            step=1,
+            extra={"bad": np.arange(3)},
+            data_state={},
+            model_folder=states.source_model(tmp_path / "source"),
         )
 
 
@@ -199,8 +205,9 @@ def test_each_rank_reads_only_what_it_owns(tmp_path: Path, monkeypatch: pytest.M
 def test_checksums_are_compared_for_the_part_that_is_read(tmp_path: Path) -> None:
     """Damage elsewhere in a large file doesn't stop a rank that reads another part of it; damage in its part does."""
     content = {"a": torch.arange(2_000_000, dtype=torch.float32)}
-    write_archive(tmp_path / "x.pt", content)
-    blocks = checksums(tmp_path / "x.pt")["crc32"]
+    written = write_archive(tmp_path / "x.pt", content)
+    assert written == checksums(tmp_path / "x.pt")
+    blocks = written["crc32"]
     assert len(blocks) == 8
     with (tmp_path / "x.pt").open("r+b") as file:
         file.seek(6 << 20)
@@ -219,5 +226,7 @@ def test_buffers_can_be_made_ahead(tmp_path: Path) -> None:
     assert list(staging._buffers) == ["params"]
     before = staging._buffers["params"].data_ptr()
     source = states.source_model(tmp_path / "source")
-    done = states.checkpoint.save(tmp_path, state, mesh, step=1, extra={}, data_state={}, model_folder=source, options=options, staging=staging)
+    done = states.checkpoint.save(
+        tmp_path, state, mesh, step=1, extra={}, data_state={}, model_folder=source, options=options, staging=staging
+    )
     assert done.wait().error is None and staging._buffers["params"].data_ptr() == before
