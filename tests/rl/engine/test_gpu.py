@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 
+from retool.model.attention import choose_backend, kernel_error
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
 from retool.parallel.fsdp import Sharded, local_pieces
 from retool.parallel.mesh import make_mesh
 from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone
-from retool.rl.engine.attention import Pages, has_paged_flash, paged_attention
+from retool.rl.engine.attention import Pages, has_paged_flash, paged_attention, paged_error
 from retool.rl.engine.kv_cache import KVCache
 from retool.rl.engine.sampling import Draws, sample, seed_key
 from tests.ranks import run_ranks
@@ -176,3 +178,31 @@ def test_heads_split_over_two_gpus_with_graphs() -> None:
     want = [t.tokens for t in sampled(engine_of(model), "one", count=10)]
     agree = sum(a == b for x, y in zip(found, want, strict=True) for a, b in zip(x, y, strict=True))
     assert agree > 0.9 * sum(map(len, want))  # bf16 rounds otherwise in another split: a near tie may fall the other way
+
+
+@pytest.mark.parametrize("share", [{"kv_bytes": 1 << 26}, {"kv_bytes": 40 << 30}], ids=["small cache", "cache of more than 2^32 elements"])
+def test_samples_of_a_group_share_its_prompt(share: dict[str, int]) -> None:
+    """As in training: several samples of a prompt, their pages copied when they part, in a cache that takes what there is."""
+    if torch.cuda.mem_get_info()[0] < share["kv_bytes"] + (4 << 30):
+        pytest.skip("needs a GPU with more free memory")
+    model, asked = model_of(4), prompts(6, 600, CONFIG.vocab)
+    engine = engine_of(model, **share)
+    for i, prompt in enumerate(asked):
+        for k in range(4):
+            engine.start((i, k), prompt, SamplingParams(max_tokens=50, temperature=1.0, seed=(i, k)), group=i)
+    gaps = []
+    for (i, _), turn in run(engine).items():
+        want = forced(model, asked[i] + list(turn.tokens))[-len(turn.tokens) :].cpu()
+        gaps.append((torch.tensor(turn.logp) - want).abs())
+    assert len(gaps) == 24 and torch.cat(gaps).mean() < GAP
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128])
+def test_the_kernel_of_every_head_dimension_is_right_or_passed_over(head_dim: int) -> None:
+    """Whatever flash-attn was built for: what is chosen agrees with fp32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        backend = choose_backend(DEVICE, torch.bfloat16, head_dim)
+        paged = has_paged_flash(DEVICE, torch.bfloat16, head_dim, 256)
+    assert backend == "reference" or kernel_error(backend, DEVICE, torch.bfloat16, head_dim) < 0.01
+    assert not paged or paged_error(DEVICE, torch.bfloat16, head_dim, 256) < 0.01
