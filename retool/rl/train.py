@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -77,6 +78,13 @@ def train(report: Report) -> None:
     finish(run, state, stopping)
 
 
+DISAGREEMENT = 0.2  # nats per token between sampler and trainer; bf16 has 0.001 to 0.02
+DISAGREE = (
+    "sampler and trainer disagree on the log-probabilities of sampled tokens (training/rollout_logp_diff_mean): one of their kernels computes "
+    "wrongly here, and the policy gradient means little. Try actor_rollout_ref.model.attn=reference, or do without flash-attn."
+)
+
+
 def one_update(config: RLConfig, groups: int) -> bool:
     """Whether a step of that many groups is a single optimizer step."""
     actor = config.actor_rollout_ref.actor
@@ -113,6 +121,8 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     say_saved(run, state, wait=False)
     data = config.data
     metrics |= {**made.metrics, **score_metrics(members), **length_metrics(members, data.max_response_length, data.max_prompt_length)}
+    if run.mesh.rank == 0 and metrics.get("training/rollout_logp_diff_mean", 0.0) > DISAGREEMENT:
+        warnings.warn(DISAGREE, stacklevel=1)  # once a run: the text is always the same
     return {**metrics, **tool_metrics(members), **performance(run, made, times)}
 
 

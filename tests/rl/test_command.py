@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from retool.metrics import read_jsonl
+from retool.rl import train
 from retool.rl.__main__ import main
 from tests.rl.test_config import PUBLISHED
 
@@ -203,3 +204,11 @@ def test_check_plans_the_memory_of_another_box(work, tmp_path, capsys) -> None:
     assert main([*words(work, tmp_path / "run", *box, f"{ARR}rollout.gpu_memory_utilization=1e-7"), "--check"]) == 0
     said = capsys.readouterr().out
     assert "the engine's cache may have no room for a sequence of 412 tokens" in said, said
+
+
+@pytest.mark.parametrize("limit", [None, -1.0])
+def test_a_sampler_that_disagrees_with_the_trainer_is_told(work, tmp_path, monkeypatch, recwarn, limit) -> None:
+    if limit is not None:
+        monkeypatch.setattr(train, "DISAGREEMENT", limit)
+    assert main(words(work, tmp_path / "run", "trainer.total_training_steps=1")) == 0
+    assert [str(warning.message) for warning in recwarn if "disagree" in str(warning.message)] == ([] if limit is None else [train.DISAGREE])
