@@ -80,8 +80,8 @@ def train(report: Report) -> None:
 
 DISAGREEMENT = 0.2  # nats per token between sampler and trainer; bf16 has 0.001 to 0.02
 DISAGREE = (
-    "sampler and trainer disagree on the log-probabilities of sampled tokens (training/rollout_logp_diff_mean): one of their kernels computes "
-    "wrongly here, and the policy gradient means little. Try actor_rollout_ref.model.attn=reference, or do without flash-attn."
+    "sampler and trainer disagree on the log-probabilities of sampled tokens (training/rollout_logp_diff_mean): one of their kernels "
+    "computes wrongly here, and the policy gradient means little. Try actor_rollout_ref.model.attn=reference, or do without flash-attn."
 )
 
 
