@@ -89,7 +89,9 @@ class TrainerConfig:
     save_freq: int | Literal["after_each_epoch"] = option(-1, "Steps between checkpoints; -1 = only after the last step.", minimum=-1)
     test_freq: int | Literal["after_each_epoch"] = option(-1, "Steps between validations; -1 = only after the last step.", minimum=-1)
     max_ckpt_to_keep: int | None = option(None, "Older checkpoints are deleted once a newer one is complete; null = keep all.", minimum=1)
-    resume_mode: Literal["auto", "disable", "resume_path"] = option("auto", "auto = from the run folder's newest complete checkpoint.")
+    resume_mode: Literal["auto", "disable", "resume_path"] = option(
+        "auto", "auto = from the run folder's newest complete checkpoint; disable = from the start, in a folder without checkpoints."
+    )
     resume_from_path: str | None = option(None, "The global_step_N folder for resume_mode=resume_path.")
     seed: int = option(1, "Seeds everything.", minimum=0)
     deterministic: bool = option(False, "Deterministic kernels: a resumed run is bit-equal on the same layout.")

@@ -20,6 +20,7 @@ from retool.config import Fault
 
 TIMEOUT = 1800.0  # seconds: another machine may still be reading its data
 LINGER = 10.0  # seconds that rank 0, which may host the store, stays for the others to read the verdict
+HEAD_START = 1.0  # seconds that the others leave rank 0 to end first, with its own status: a launcher ends the rest then
 
 
 Show = Callable[[Sequence[Fault]], None]
@@ -51,6 +52,7 @@ def _exchange(mine: Sequence[Fault], store: Store, rank: int, world: int, show: 
     if rank > 0:
         found = [Fault(*parts) for parts in json.loads(store.get("verdict"))]
         store.add("read", 1)
+        time.sleep(HEAD_START if found else 0)
         return tuple(found)
     said = [json.loads(store.get(f"faults {r}")) for r in range(world)]
     found = merge([host for host, _ in said], [[Fault(*parts) for parts in faults] for _, faults in said])

@@ -5,16 +5,23 @@ from __future__ import annotations
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from retool import machine
 from retool.config import read
-from retool.plan import checkpoint_bytes, host_bytes, kept_checkpoints
+from retool.memory import LADDER, Choice, Prediction
+from retool.parallel.mesh import make_mesh
+from retool.plan import World, agree, checkpoint_bytes, host_bytes, kept_checkpoints
+from retool.rl.build import fingerprint
 from retool.rl.config import RLConfig
 from retool.rl.keys import SYNONYMS
 from retool.rl.preflight import Report, preflight
 from retool.rl.show import in_words
+from tests.ranks import run_ranks
 
 ACTOR = "actor_rollout_ref.actor."
 
@@ -87,3 +94,22 @@ def test_a_run_from_the_start_wants_a_folder_without_checkpoints(work: Path, tmp
 def test_checkpoints_that_are_no_place_to_resume_from_are_noted(work: Path, tmp_path: Path, contents: str, note: str) -> None:
     report = check(work, tmp_path / "out", "trainer.device=cpu", f"{ACTOR}checkpoint.save_contents={contents}")
     assert note in "\n".join(report.notes) and f"{ACTOR}checkpoint.save_contents" in report.notes[-1]
+
+
+def agreed(others: bool) -> str | None:
+    """The recomputation that a rank goes on with whose own plan has as much as its number says, or what it is refused for."""
+    mesh = make_mesh()
+    choice = Choice(4096, LADDER[mesh.rank], Prediction(0.0, mesh.rank, 0.0, 0.0, 0.0, 0.0), True)
+    config = read(RLConfig, ["data.train_files=a", "actor_rollout_ref.model.path=m"]).config
+    prompts: Any = SimpleNamespace(prompts=[SimpleNamespace(ids=np.arange(3 + (others and mesh.rank)))])
+    report = Report(config, World(mesh.world, 1, mesh.world), choice=choice, train=prompts)
+    try:
+        choice = agree(report, mesh, {"data.train_files": fingerprint(report.train)}).choice
+    except ValueError as error:
+        return str(error)
+    return choice.recompute if choice else None
+
+
+def test_ranks_of_unequal_gpus_take_the_most_careful_plan_and_the_same_questions() -> None:
+    assert run_ranks(agreed, 2, False) == [LADDER[1]] * 2
+    assert all("data.train_files: rank 1 reads other rows than rank 0" in said for said in run_ranks(agreed, 2, True))
