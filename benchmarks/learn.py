@@ -199,7 +199,7 @@ def arguments() -> Namespace:
     add("--samples", type=int, default=16, help="answers to each")
     add("--updates", type=int, default=4, help="optimizer steps of a step")
     add("--rl-lr", type=float, default=1e-5)
-    add("--response", type=int, default=512, help="tokens at most, tool output included")
+    add("--response", type=int, default=768, help="tokens at most, tool output included")
     add("--sequences", type=int, default=384, help="that decode at once, per GPU")
     add("--test-every", type=int, default=10, help="steps of DAPO between validations")
     add("--seconds", type=float, default=1e9, help="of all three commands; the first two get up to a third each, DAPO what is left")
