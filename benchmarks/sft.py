@@ -4,8 +4,9 @@
     torchrun --nproc_per_node=2 benchmarks/sft.py --shape tiny --scale 64        a look at it on the CPU
 
 *full*: 16 documents of 16,384 tokens a step. *mixed*: 64 documents, lengths lognormal (median 3,200, σ 0.7, clipped to
-256…16,384). Every token is trained, ids are random, data is in memory; bf16 compute, fp32 master and AdamW. A step is timed
-from its first kernel to its last, optimizer included; padding doesn't count as tokens. Steps 4 to 8 of each repeat count.
+256…16,384). *4096*: 64 documents of 4,096 tokens. Every token is trained, ids are random, data is in memory; bf16 compute, fp32
+master and AdamW. A step is timed from its first kernel to its last, optimizer included; padding doesn't count as tokens. Steps
+4 to 8 of each repeat count.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SHAPES = {
                         **BLANK),
 }  # fmt: skip
 STEPS, COUNTED = 8, slice(3, 8)
-DOCUMENTS = {"full": 16, "mixed": 64}
+DOCUMENTS = {"full": 16, "mixed": 64, "4096": 64}
 PEERS = {  # measured by others' code on 2×H100 80GB HBM3, torch 2.11, 2026-11; the row of the same workload is the baseline
     "full": ("verl 0.9.1, published settings", 31_095, 9.7),
     "mixed": ("verl 0.9.1, tuned", 38_452, 7.4),
@@ -75,6 +76,7 @@ ROWS = {
     "full-selective": Row("full, sp 2, selective recomputation", "full", 2, "selective", samples=2),
     "full-recompute": Row("full, sp 2, full recomputation", "full", 2, "full", samples=2),
     "full-sp1": Row("full, sp 1", "full", 1, "none", samples=1),
+    "4096": Row("64 documents of 4,096, sp 1", "4096", 1, "none", tokens=32_768),
     "8b": Row("8,192 tokens per GPU, sp 1, recomputation", "full", 1, "full", samples=1),
 }
 
@@ -84,8 +86,8 @@ class Documents:
 
     def __init__(self, workload: str, steps: int, vocab: int, scale: int) -> None:
         count = DOCUMENTS[workload] * steps
-        if workload == "full":
-            lengths = np.full(count, 16_384)
+        if workload != "mixed":
+            lengths = np.full(count, 16_384 if workload == "full" else 4_096)
         else:
             lengths = np.clip(np.exp(np.random.default_rng(0).normal(np.log(3_200), 0.7, DOCUMENTS[workload] * STEPS)), 256, 16_384)[:count]
         self.lengths = np.maximum(lengths.astype(np.int64) // scale, 2)
@@ -176,7 +178,7 @@ def show(lines: list[dict[str, Any]], shape: str, mesh: Mesh) -> None:
     print(f"\n{mesh.world}× {device}, torch {torch.__version__}, {shape}\n")
     print("| | tok/s/GPU | each run | MFU | peak GiB | reserved | loss |\n|---|---:|---:|---:|---:|---:|---:|")
     for workload in dict.fromkeys(ROWS[entry["name"]].workload for entry in lines):
-        if shape == "qwen2.5-0.5b":
+        if shape == "qwen2.5-0.5b" and workload in PEERS:
             title, rate, gib = PEERS[workload]
             print(f"| baseline: {workload}, {title} (2×H100) | {rate:,} | | | {gib} | | |")
         for entry in (e for e in lines if ROWS[e["name"]].workload == workload):
