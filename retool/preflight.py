@@ -163,8 +163,8 @@ def check_tokenizer(folder: Path, chat_template: str | None, key: str = "model.p
         yield Fault(where, "has no chat template.", "Add data.chat_template=hermes, or a file of your own.")
 
 
-def check_resume(options: RunOptions, saves: bool = True) -> Iterator[Fault]:
-    """The checkpoint to go on from is whole; a run from the start has (where it `saves`) a folder without another's checkpoints."""
+def check_resume(options: RunOptions) -> Iterator[Fault]:
+    """The checkpoint to go on from is whole."""
     trainer = options.trainer
     if trainer.resume_mode == "resume_path" and trainer.resume_from_path:
         top, where = Path(trainer.resume_from_path), f"trainer.resume_from_path={trainer.resume_from_path}"
@@ -175,12 +175,6 @@ def check_resume(options: RunOptions, saves: bool = True) -> Iterator[Fault]:
             yield Fault(where, f"holds no {missing[0]}_world_size_N_rank_R.pt.", way_out)
         elif wrong := lacking(folder):
             yield Fault(where, f"is not complete: {'; '.join(wrong[:3])}.", way_out)
-    if trainer.resume_mode == "disable" and saves:
-        for _, newest in steps(Path(trainer.default_local_dir)):
-            problem = f"{newest} is there: checkpoints of two runs would stand side by side, and a resume could mix them."
-            remedy = "Choose another trainer.default_local_dir, or move its global_step_* and latest_checkpointed_iteration.txt away."
-            yield Fault("trainer.resume_mode=disable", problem, remedy)
-            return
 
 
 # --- what every command asks ---
@@ -208,19 +202,21 @@ def check_run(report: R, planning: bool, environment: Mapping[str, str], saves: 
             *check_compiler(options.trainer.device != "cpu" and options.model.use_compile, options.model_key),
         ]
     found += check_output(Path(options.trainer.default_local_dir), checkpoint_bytes(report) if saves else 0.0)
-    found += [*check_store(options.trainer.default_hdfs_dir, "trainer.default_hdfs_dir"), *check_resume(options, saves)]
+    found += [*check_store(options.trainer.default_hdfs_dir, "trainer.default_hdfs_dir"), *check_resume(options)]
     if model is not None and not planning:
         offloads = [name for name in ("param_offload", "optimizer_offload") if getattr(options.fsdp, name)]
         found += check_host_memory(host_bytes(report), " ".join(f"{options.fsdp_key}{name}=true" for name in offloads))
     return report.blame(*found)
 
 
-def notes_of(report: RunReport, planning: bool, environment: Mapping[str, str]) -> Iterator[str]:
+def notes_of(report: RunReport, planning: bool, environment: Mapping[str, str], saves: bool = True) -> Iterator[str]:
     """What is allowed but probably not meant, and what this machine may run out of later, or shares with somebody."""
     options, trainer = report.options, report.options.trainer
     if isinstance(trainer.save_freq, int) and trainer.save_freq > report.steps:
         yield f"trainer.save_freq={trainer.save_freq} is more than the {report.steps} steps: only the last is saved."
     yield from resume_notes(options)
+    if trainer.resume_mode == "disable" and saves and (old := next(steps(Path(trainer.default_local_dir)), None)):
+        yield f"trainer.resume_mode=disable: {old[1]} and what else that run wrote are moved to a folder previous_N there."
     each, kept, free = checkpoint_bytes(report), kept_checkpoints(report), free_bytes(Path(trainer.default_local_dir))
     if kept > 1 and each * kept > free:
         fit = max(1, int(free // each) - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import yaml
 
+from retool.checkpoint.folder import TRACKER, steps
 from retool.config import to_dict
 from retool.metrics import printable
 from retool.parallel.lost import follow, lost_peer
@@ -20,6 +22,7 @@ from retool.parallel.mesh import Mesh
 from retool.redact import redact
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}  # as configurations name them
+WRITTEN = (TRACKER, "global_step_*", "metrics.jsonl", "config.yaml", "report", "tensorboard", "swanlab", "*_run_id.txt")
 
 
 def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
@@ -38,13 +41,28 @@ def say(mesh: Mesh, text: str) -> None:
         print(printable(text), flush=True)
 
 
-def make_run_folder(folder: str | Path, config: Any, mesh: Mesh) -> Path:
-    """Make a run's folder and write the resolved configuration (a dataclass) into it, secrets redacted."""
+def make_run_folder(folder: str | Path, config: Any, mesh: Mesh, anew: bool = False) -> Path:
+    """Make a run's folder and write the resolved configuration (a dataclass) into it, secrets redacted.
+
+    `anew`: what another run saved there is set aside first, so that checkpoints of two never mix.
+    """
     path = Path(folder)
     if mesh.rank == 0:
         path.mkdir(parents=True, exist_ok=True)
+        if anew and any(steps(path)):
+            say(mesh, f"a run from the start: what was in {path} is in {set_aside(path).name}/ now.")
         (path / "config.yaml").write_text(yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
     return path
+
+
+def set_aside(folder: Path) -> Path:
+    """Move everything that a run writes from `folder` into a new folder in it, previous_1, previous_2 …, which is returned."""
+    target = next(path for n in itertools.count(1) if not (path := folder / f"previous_{n}").exists())
+    target.mkdir()
+    for name in WRITTEN:  # the tracker first: it never names a checkpoint that is elsewhere
+        for path in sorted(folder.glob(name)):
+            path.rename(target / path.name)
+    return target
 
 
 def exit_status(train: Callable[[], None], rank: int) -> int:

@@ -178,11 +178,6 @@ JSONL = "data.train_files={root}/train.jsonl"
         (lambda r: None, ["model.attn=varlen"], ["model.attn=varlen", "needs a GPU"]),
         (lambda r: None, ["model.attn=cudnn", "trainer.deterministic=true"], ["model.attn=cudnn", "no fixed order", "needs a GPU"]),
         (
-            lambda r: (r / "out" / "global_step_3").mkdir(parents=True),
-            ["trainer.resume_mode=disable"],
-            ["global_step_3 is there", "two runs"],
-        ),
-        (
             lambda r: None,
             ["trainer.resume_mode=resume_path", "trainer.resume_from_path=/none"],
             ["trainer.resume_from_path=/none", "not a folder"],
@@ -197,6 +192,13 @@ def test_bad_input(run: Path, spoil: Callable[[Path], object], more: list[str], 
     report = check(run, *(word.format(root=run) for word in more))
     text = said(report)
     assert report.faults and all(part in text for part in expected), text
+
+
+def test_a_run_from_the_start_says_what_becomes_of_the_one_before(run: Path) -> None:
+    (run / "out" / "global_step_3").mkdir(parents=True)
+    report = check(run, "trainer.resume_mode=disable")
+    assert not report.faults and any("global_step_3 and what else" in note and "previous_N" in note for note in report.notes)
+    assert not any("previous" in note for note in check(run).notes)
 
 
 def test_everything_at_once_and_exit_status(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

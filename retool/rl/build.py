@@ -76,7 +76,8 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     leads = mesh.rank % wanted.rollout.tensor_model_parallel_size == 0
     judged = config.reward_model
     pool = RewardPool(report.reward, judged.num_workers, judged.timeout_seconds, judged.memory_mb, judged.floor) if leads else None
-    folder = make_run_folder(config.trainer.default_local_dir, config, mesh)
+    anew = config.trainer.resume_mode == "disable" and not config.trainer.val_only
+    folder = make_run_folder(config.trainer.default_local_dir, config, mesh, anew)
     model = load_pretrained(report.folder, mesh, model_options(report))
     sharding, optim = wanted.actor.fsdp_config, wanted.actor.optim
     adamw = AdamWOptions(optim.betas, optim.weight_decay, wanted.actor.grad_clip)

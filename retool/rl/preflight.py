@@ -90,7 +90,8 @@ def preflight(parsed: Parsed[RLConfig], planning: bool = False, environment: Map
     if report.faults or report.model is None:
         return report
     report = replace(report, choice=_choice(report))
-    return replace(report, notes=(*report.notes, *notes(config), *_notes(report), *notes_of(report, planning, launcher)))
+    found = *notes(config), *_notes(report), *notes_of(report, planning, launcher, saves=not config.trainer.val_only)
+    return replace(report, notes=(*report.notes, *found))
 
 
 def _with_renderer(report: Report) -> Report:

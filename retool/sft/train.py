@@ -118,7 +118,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     """Load the model, make the optimizer, resume if there is something to resume from, open the loggers."""
     config, trainer, optim, sharding = report.config, report.config.trainer, report.config.optim, report.config.model.fsdp_config
     assert report.train is not None and report.choice is not None and report.folder is not None, "train needs a report without faults"
-    folder = make_run_folder(config.trainer.default_local_dir, config, mesh)
+    folder = make_run_folder(trainer.default_local_dir, config, mesh, anew=trainer.resume_mode == "disable")
     model = load_pretrained(report.folder, mesh, model_options(config, report.choice))
     adamw = AdamWOptions(optim.betas, optim.weight_decay, optim.clip_grad)
     optimizer = AdamW(model, adamw, sharding.optimizer_offload, sharding.param_offload)

@@ -116,6 +116,20 @@ def test_a_resumed_run_continues_its_metrics(work: Path, tmp_path: Path) -> None
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_from_the_start_sets_the_one_before_aside(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (out / "previous_1").mkdir(parents=True)
+    (out / "mine.txt").write_text("not the run's")
+    assert main(words(work, out, trainer__total_training_steps=3)) == 0
+    saved = (out / "global_step_3" / "model_world_size_1_rank_0.pt").read_bytes()
+    assert main(words(work, out, trainer__total_training_steps=2, trainer__resume_mode="disable")) == 0
+    assert [e["step"] for e in steps(out)] == [1, 2] and [e["step"] for e in steps(out / "previous_2")] == [1, 2, 3]
+    assert (out / "previous_2" / "global_step_3" / "model_world_size_1_rank_0.pt").read_bytes() == saved
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.yaml", "global_step_2", "latest_checkpointed_iteration.txt", "metrics.jsonl", "mine.txt", "previous_1", "previous_2",
+    ]  # fmt: skip
+
+
 def test_padding_and_micro_batches_change_nothing(work: Path, tmp_path: Path) -> None:
     losses = []
     for name, more in {
