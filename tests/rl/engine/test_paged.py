@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from retool.model.attention import TRUSTED
 from retool.rl.engine import attention as paged
 
 INPUTS = torch.device("cpu"), torch.float32, 16, 16
@@ -13,9 +14,36 @@ INPUTS = torch.device("cpu"), torch.float32, 16, 16
 @pytest.mark.parametrize("wrong", ["", "_flash_decode", "_flash_chunks"])
 def test_paged_kernels_that_compute_wrongly_are_found_out(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for flash, torchs in (("_flash_decode", paged._torch_decode), ("_flash_chunks", paged._torch_chunks)):
-        monkeypatch.setattr(paged, flash, lambda q, data, pages, right=torchs, name=flash: right(q, data, pages) * (0.5 if name == wrong else 1))
+        monkeypatch.setattr(
+            paged, flash, lambda q, data, pages, right=torchs, name=flash: right(q, data, pages) * (0.5 if name == wrong else 1)
+        )
     error = paged.paged_error.__wrapped__(*INPUTS)
     assert (0.05 < error < 0.6) if wrong else error == 0
+
+
+def test_a_kernel_that_mixes_up_the_heads_of_split_sequences_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As flash-attn's does with accumulators narrower than its tiles; what has one part, here the item of one key, is right."""
+
+    def mixed_up(q: torch.Tensor, data: torch.Tensor, pages: paged.Pages) -> torch.Tensor:
+        right = paged._torch_decode(q, data, pages)
+        return torch.where(pages.lengths[: pages.decode, None, None] > 16, right.flip(1), right)
+
+    monkeypatch.setattr(paged, "_flash_decode", mixed_up)
+    monkeypatch.setattr(paged, "_flash_chunks", paged._torch_chunks)
+    assert paged.paged_error.__wrapped__(*INPUTS) > 4 * TRUSTED
+
+
+def test_decoding_gathers_a_bounded_part_of_the_cache_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, lengths = torch.Generator().manual_seed(1), torch.tensor([3, 40, 17, 1, 33], dtype=torch.int32)
+    cache = paged.KVCache((1, 16, 2, 8), 16, torch.float32, INPUTS[0])
+    cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
+    tables = torch.randint(1, 16, (5, 3), generator=generator, dtype=torch.int32)
+    pages, query = paged.Pages(torch.zeros(5), tables, lengths, 5), torch.randn(5, 4, 8, generator=generator)
+    want, gathered, rows = paged.paged_attention(query, cache, 0, pages, False), paged._gathered, []
+    monkeypatch.setattr(paged, "GATHERED", 2 * 3 * cache.data[0, 0].nbytes + 1)
+    monkeypatch.setattr(paged, "_gathered", lambda data, tables: rows.append(len(tables)) or gathered(data, tables))
+    torch.testing.assert_close(paged.paged_attention(query, cache, 0, pages, False), want)
+    assert rows == [2, 2, 1]
 
 
 def test_they_are_not_used_then(monkeypatch: pytest.MonkeyPatch) -> None:
