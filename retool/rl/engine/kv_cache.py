@@ -10,6 +10,8 @@ Legend: L layers · P tokens of a page · k this rank's kv heads · H head dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 
 import torch
@@ -77,14 +79,29 @@ class KVCache:
         self.data = torch.zeros(layers, pages, self.page_size, 2 * self.heads, head_dim, dtype=dtype, device=device)
 
     def write(self, layer: int, slots_T: torch.Tensor, kv_TJH: torch.Tensor) -> None:
-        """Store tokens' keys and values (J = 2k heads) at `slots` = page · P + place in the page, int64."""
-        self.data[layer].flatten(0, 1).index_copy_(0, slots_T, kv_TJH)
+        """Store tokens' keys and values (J = 2k heads) at `slots` = page · P + place in the page, int64.
+
+        Slots are distinct, but for those of page 0 that nobody reads."""
+        with in_any_order():
+            self.data[layer].flatten(0, 1).index_copy_(0, slots_T, kv_TJH)
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy pages (from, to), in all layers."""
         if pairs:
             sources, targets = torch.tensor(pairs).to(self.data.device).unbind(1)
             self.data[:, targets] = self.data[:, sources]
+
+
+@contextmanager
+def in_any_order() -> Iterator[None]:
+    """Writes to distinct places, the same in any order: under `torch.use_deterministic_algorithms(True)` torch would sort the places
+    first, and in some releases wait for the device, which a CUDA graph can't record."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(0)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def work_bytes(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) -> int:

@@ -145,7 +145,16 @@ def test_bf16_gap_to_the_training_forward() -> None:
     assert torch.cat(differences).mean() < GAP
 
 
-def test_deterministic_to_the_last_bit() -> None:
+def test_deterministic_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)  # as a run with trainer.deterministic does: graphs must record under it
+    try:
+        to_the_last_bit()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def to_the_last_bit() -> None:
     model = model_of(3)
     options = {"deterministic": True, "max_num_seqs": 32}
     many = sampled(engine_of(model, **options), "x")
@@ -191,8 +200,9 @@ def test_samples_of_a_group_share_its_prompt(share: dict[str, int]) -> None:
         for k in range(4):
             engine.start((i, k), prompt, SamplingParams(max_tokens=50, temperature=1.0, seed=(i, k)), group=i)
     gaps = []
-    for (i, _), turn in run(engine).items():
-        want = forced(model, asked[i] + list(turn.tokens))[-len(turn.tokens) :].cpu()
+    for key, turn in run(engine).items():
+        assert isinstance(key, tuple)
+        want = forced(model, asked[key[0]] + list(turn.tokens))[-len(turn.tokens) :].cpu()
         gaps.append((torch.tensor(turn.logp) - want).abs())
     assert len(gaps) == 24 and torch.cat(gaps).mean() < GAP
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retool.model.attention import TRUSTED
 from retool.rl.engine import attention as paged
@@ -44,6 +47,26 @@ def test_decoding_gathers_a_bounded_part_of_the_cache_at_a_time(monkeypatch: pyt
     monkeypatch.setattr(paged, "_gathered", lambda data, tables: rows.append(len(tables)) or gathered(data, tables))
     torch.testing.assert_close(paged.paged_attention(query, cache, 0, pages, False), want)
     assert rows == [2, 2, 1]
+
+
+def test_keys_are_written_without_a_sort_in_deterministic_runs_too() -> None:
+    seen: list[bool] = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.index_copy_.default:
+                seen.append(torch.are_deterministic_algorithms_enabled())
+            return function(*args, **(kwargs or {}))
+
+    cache = paged.KVCache((1, 16, 1, 4), 3, torch.float32, INPUTS[0])
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Watched():
+            cache.write(0, torch.tensor([40, 17]), torch.ones(2, 2, 4))
+        assert seen == [False] and torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert cache.data.sum() == 16 and cache.data[0, 2, 8].all() and cache.data[0, 1, 1].all()
 
 
 def test_they_are_not_used_then(monkeypatch: pytest.MonkeyPatch) -> None:
