@@ -17,7 +17,7 @@ from retool.model.rope import inverse_frequencies, rope_tables
 from retool.parallel.collectives import all_to_all, sum_over
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v
 from retool.rl.engine.attention import Pages, paged_attention
-from retool.rl.engine.kv_cache import KVCache
+from retool.rl.engine.kv_cache import KVCache, in_any_order
 from retool.rl.engine.sampling import Draws, sample
 from retool.rl.engine.weights import blocks
 
@@ -82,7 +82,9 @@ def draw(model: Model, x_tD: Tensor, rows_R: Tensor, draws: Draws, filtered: boo
     dtype = torch.promote_types(x_tD.dtype, torch.float32)
     out = torch.zeros(3, len(rows_R), dtype=dtype, device=x_tD.device)
     if len(places):
-        out[:, places] = _scored(model, x_tD[local], Draws(*(d[places] for d in draws)), filtered)
+        found = _scored(model, x_tD[local], Draws(*(d[places] for d in draws)), filtered)
+        with in_any_order():
+            out[:, places] = found
     return sum_over(out, model.group)
 
 
