@@ -92,7 +92,7 @@ def _pack_logprobs(model: Sharded, whole: PackedBatch, temperature: float, entro
     batch = part.to(mesh.device)
 
     def score(hidden_tD: Tensor, weight_VD: Tensor) -> Tensor:
-        logp, ent = logprobs(hidden_tD[chosen], weight_VD, batch.labels[chosen], temperature, entropy)
+        logp, ent = logprobs(hidden_tD.index_select(0, chosen), weight_VD, batch.labels[chosen], temperature, entropy)
         out = torch.zeros(2, len(batch.tokens), dtype=logp.dtype, device=logp.device)
         out[0, chosen] = logp
         if ent is not None:
@@ -124,7 +124,7 @@ def loss_sum(model: Sharded, whole: RLBatch, spec: LossSpec) -> tuple[Tensor, Me
 
     def score(hidden_tD: Tensor, weight_VD: Tensor) -> Tensor:
         wants_entropy = spec.entropy_coeff != 0 or spec.on_policy
-        logp, ent = logprobs(hidden_tD[chosen], weight_VD, batch.pack.labels[chosen], spec.temperature, wants_entropy)
+        logp, ent = logprobs(hidden_tD.index_select(0, chosen), weight_VD, batch.pack.labels[chosen], spec.temperature, wants_entropy)
         old, weights = batch.old[chosen].to(logp.dtype), batch.weights[chosen].to(logp.dtype)
         if spec.on_policy:
             assert ent is not None
