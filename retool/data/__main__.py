@@ -10,9 +10,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from ..model.hub import find_model
 from .audit import RowProgress, audit, clean, count_rows, show_audit
 from .chat import HISTORIES, Renderer, load_tokenizer, other_tokens
 from .files import load_function, resolve_files
@@ -33,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--truncation", choices=TRUNCATIONS, default="error", help="what becomes of longer ones (data.truncation)")
     own.add_argument("--history", choices=HISTORIES, default="error", help="templates that rewrite history (data.multiturn.history)")
     own.add_argument("--chat-template", help="hermes, or a jinja file (data.chat_template)")
-    own.add_argument("--template-kwargs", type=json.loads, default={}, metavar="JSON", help="data.apply_chat_template_kwargs")
+    own.add_argument("--template-kwargs", type=_mapping, default={}, metavar="JSON", help="data.apply_chat_template_kwargs")
     own.add_argument("--single-turn", action="store_true", help="rows are a prompt and a response (data.multiturn.enable=false)")
     for key in ("messages", "tools", "enable-thinking", "prompt", "response"):
         own.add_argument(f"--{key}-key", default=key.replace("-", "_"), help="name of the column (default %(default)s)")
@@ -44,6 +46,16 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--num-workers", type=int, default=2, help="processes (data.num_workers; default %(default)s)")
     own.add_argument("--trust-remote-code", action="store_true", help="model.trust_remote_code")
     return top
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(text + """ isn't a JSON object such as {"enable_thinking": false}""")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,9 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _audit(options: argparse.Namespace) -> int:
     function = None
     if options.rows:
-        path, _, name = options.rows.rpartition(":")
+        path, colon, name = options.rows.rpartition(":")
+        if not colon:
+            raise ValueError(f"--rows {options.rows} names no function: give FILE:FUNCTION.")
         function = load_function(path, name)
-    renderer = Renderer(load_tokenizer(options.model, options.trust_remote_code), options.chat_template, options.template_kwargs)
+    folder = find_model(options.model, weights=False)
+    renderer = Renderer(load_tokenizer(str(folder), options.trust_remote_code), options.chat_template, options.template_kwargs)
     files = resolve_files(options.files, any_suffix=function is not None)
     on_terminal = 3 if options.show is None else options.show
     show = max(on_terminal, 50) if options.html and options.show is None else on_terminal
@@ -73,7 +88,7 @@ def _audit(options: argparse.Namespace) -> int:
             rows_function=function, max_samples=options.max_rows, num_workers=options.num_workers, show=show, progress=progress,
         )  # fmt: skip
     show_audit(found, Console(), on_terminal)
-    for note in other_tokens(renderer.tokenizer, options.model):
+    for note in other_tokens(renderer.tokenizer, folder):
         print(f"note: {clean(note)}")
     if options.html:
         write_page(found, Path(options.html))
@@ -82,4 +97,7 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -24,10 +24,9 @@ from filelock import FileLock
 from ..batch import Sample
 from .chat import HISTORIES, Renderer
 from .files import file_identity, iter_chunks, load_function, resolve_files
+from .refusals import Refusals
 from .rows import RowFormat
 from .tokenise import TRUNCATIONS, DatasetReport, Tokenised, add_reports, map_chunks, tokenise_chunk
-
-SHOWN_REFUSALS = 20
 
 
 class Dataset:
@@ -90,7 +89,7 @@ def open_dataset(
     choices = repr((form, max_length, truncation, history, max_samples))
     identity = [*map(file_identity, found), renderer.fingerprint(), choices, content, _code()]
     folder = Path(cache_dir or default_cache_dir()) / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:32]
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _make(folder.parent)
     with FileLock(f"{folder}.lock"):
         if not _complete(folder):
             task = partial(tokenise_chunk, renderer=renderer, form=form, max_length=max_length, truncation=truncation, history=history)
@@ -98,6 +97,14 @@ def open_dataset(
             _build(folder, found, map_chunks(task, chunks, num_workers), progress or (lambda _: None))
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return Dataset(folder), DatasetReport(**{**report, "files": tuple(report["files"])})
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"data.cache_dir={folder} can't be written ({error.strerror or error}): choose another data.cache_dir.") from error
 
 
 def _code() -> str:
@@ -128,7 +135,7 @@ def _build(folder: Path, files: Sequence[str], parts: Iterable[Tokenised], progr
 
 
 def _write(work: Path, files: list[str], parts: Iterable[Tokenised], progress: Callable[[int], None]) -> DatasetReport:
-    report, refusals, refused = DatasetReport(files=tuple(files)), [], 0
+    report, refusals = DatasetReport(files=tuple(files)), Refusals()
     lengths, trained, rows = [], [], []
     with open(work / "tokens.bin", "wb") as tokens, open(work / "mask.bin", "wb") as masks:
         for part in parts:
@@ -138,13 +145,12 @@ def _write(work: Path, files: list[str], parts: Iterable[Tokenised], progress: C
             lengths += [len(sample) for sample in part.samples]
             trained += [sample.trained for sample in part.samples]
             rows += [(files.index(file), row) for file, row in part.rows]
-            refused += len(part.refusals)
-            refusals += part.refusals[: SHOWN_REFUSALS - len(refusals)]
+            for why in part.refusals:
+                refusals.add(why)
             report = add_reports(report, part.report)
             progress(report.rows)
-    if refused:
-        more = f"\n… and {refused - len(refusals):,} more." if refused > len(refusals) else ""
-        raise ValueError(f"{refused:,} of {report.rows:,} rows can't be used:\n" + "\n".join(refusals) + more)
+    if refusals.count:
+        raise refusals.error(report.rows)
     if not lengths:
         raise ValueError(f"no sample is left of {files}: {report.sentence()}.")
     np.save(work / "lengths.npy", np.asarray(lengths, np.int32))

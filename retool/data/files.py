@@ -9,6 +9,7 @@ import glob
 import importlib.util
 import json
 import os
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -104,7 +105,8 @@ def _expand(name: str, any_suffix: bool) -> list[str]:
         if not inside:
             raise ValueError(f"no file matches {name}.")
     else:
-        raise ValueError(f"{name} doesn't exist.")
+        several = f" Several files are a list: [{name}]." if "," in name else " Check the path."
+        raise ValueError(f"{name} doesn't exist.{several}")
     wrong = [entry for entry in inside if not any_suffix and not entry.endswith(SUFFIXES)]
     if wrong:
         raise ValueError(
@@ -210,7 +212,12 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
     assert spec is not None and spec.loader is not None, f"{path} isn't importable"
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        at = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
+        said = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(f"{path} can't be loaded: {type(error).__name__}: {said} ({at.filename}, line {at.lineno}).") from error
     found = getattr(module, name, None)
     if found is None:
         there = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))

@@ -118,7 +118,9 @@ def to_conversation(
     raw = plain(row[form.messages_key]) if form.multiturn else _single_turn(row, form, where)
     if not isinstance(raw, list) or not raw or not all(isinstance(message, dict) for message in raw):
         found = f"a list of {type(raw[0]).__name__}" if isinstance(raw, list) and raw else "empty" if raw == [] else type(raw).__name__
-        raise RowError(f"{where}: {form.messages_key if form.multiturn else form.prompt_key!r} isn't a list of messages ({found}).")
+        way_out = ": store it as a list, or decode it in a function of yours (data.custom_cls.path, name)" if isinstance(raw, str) else ""
+        key = form.messages_key if form.multiturn else form.prompt_key
+        raise RowError(f"{where}: {key!r} isn't a list of messages ({found}){way_out}.")
     messages = [_message(message, f"{where}, message {i}") for i, message in enumerate(raw)]
     _check_order(messages, where, prompt_only)
     thinking = plain(row.get(form.enable_thinking_key))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from ..batch import Sample
 from .chat import Piece, Renderer
 from .files import Chunk, RowError
+from .refusals import kind_of
 from .rows import Conversation, RowFormat, to_conversation
 from .tokenise import truncate
 
@@ -72,7 +72,7 @@ class Tally:
 
     def refuse(self, why: str) -> None:
         self.refused += 1
-        self.reasons[_kind(why)] += 1
+        self.reasons[kind_of(why)] += 1
         if len(self.refusals) < KEPT_REFUSALS:
             self.refusals.append(why if len(why) <= LONGEST_REASON else why[:LONGEST_REASON] + "…")
 
@@ -85,13 +85,6 @@ def percentile(histogram: Counter[int], share: float) -> int:
         if left <= 0:
             return value
     return max(histogram, default=0)
-
-
-def _kind(why: str) -> str:
-    """A reason without its row, names and numbers, to count like ones together."""
-    text = re.sub(r"^.*?, row \d+(, message \d+)?( \(\w+\))?(, tool call \d+)?: ", "", why, flags=re.DOTALL)
-    text = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "…", text)
-    return re.sub(r"\d[\d,]*", "N", text.split("; ")[0])[:160]
 
 
 def tally_chunk(

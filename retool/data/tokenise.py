@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -122,6 +123,7 @@ _task: Callable[[Chunk], Any]  # what a worker process does with a chunk; sent o
 def _start_worker(task: Callable[[Chunk], Any]) -> None:
     global _task
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _task = task
 
 

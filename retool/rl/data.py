@@ -19,13 +19,13 @@ import numpy as np
 from retool.data.chat import Renderer
 from retool.data.files import RowError, RowFunction, iter_chunks
 from retool.data.loader import epoch_order
+from retool.data.refusals import Refusals
 from retool.data.rows import RowFormat, plain, to_conversation, without_nulls
 from retool.rl.types import Prompt
 
 PAIRS = (("Problem", "Answer"), ("problem", "answer"), ("question", "answer"))
 HOW_TO_ANSWER = re.compile(r"\\boxed|answer format|####", re.IGNORECASE)
 MATHS = re.compile(r"math|aime|gsm|amc|olympiad", re.IGNORECASE)
-SHOWN_FAULTS = 10
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def load_prompts(
     `rows` is the user's function (path) -> dicts. ValueError with the first faults when a row can't be used, or nothing is left.
     """
     prompts: list[Prompt] = []
-    faults: list[str] = []
+    faults = Refusals()
     seen: Counter[str] = Counter()
     total = overlong = truncated = 0
     for question in read_questions(files, options, rows):
@@ -99,18 +99,17 @@ def load_prompts(
                     continue
                 ids, truncated = truncate(ids, options, question.where), truncated + 1
         except ValueError as error:
-            faults.append(_located(error, question))
+            faults.add(_located(error, question))
             continue
         seen[json.dumps([question.messages, question.ground_truth], sort_keys=True, default=str)] += 1
         extra = {**question.extra_info, "row": question.where}
         prompts.append(
             Prompt(len(prompts), question.messages, tools, ids, question.data_source, question.ground_truth, extra, question.ability)
         )
-    if faults:
-        more = f"\n… and {len(faults) - SHOWN_FAULTS} more rows" if len(faults) > SHOWN_FAULTS else ""
-        raise ValueError(f"{len(faults)} of {total} rows can't be used:\n" + "\n".join(faults[:SHOWN_FAULTS]) + more)
+    if faults.count:
+        raise faults.error(total)
     if not prompts:
-        raise ValueError(f"none of the {total} prompts fits data.max_prompt_length={options.max_length} ({overlong} are longer).")
+        raise ValueError(f"none of the {total} prompts fits data.max_prompt_length={options.max_length} ({overlong} are longer). Raise it.")
     sources = Counter(prompt.data_source for prompt in prompts)
     longest = max(len(prompt.ids) for prompt in prompts)
     return prompts, PromptReport(total, len(prompts), overlong, truncated, sum(n - 1 for n in seen.values()), longest, sources)

@@ -162,7 +162,11 @@ def _read(report: Report, files: Sequence[str], where: str, limit: int, faults: 
         found = [file for entry in files for file in resolve_files(entry, any_suffix=rows is not None)]
         return Questions(*load_prompts(found, renderer, schemas, options, rows))
 
-    return attempt(where, read, faults)
+    try:
+        return read()
+    except (ValueError, OSError) as error:
+        faults += [Fault(where, line) for line in str(error).splitlines()]
+        return None
 
 
 def _choice(report: Report) -> Choice:

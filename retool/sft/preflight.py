@@ -7,13 +7,16 @@ and `trainer.device_memory_gb` it plans for another box.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from retool.config import Fault, Parsed
+from retool.data.__main__ import parser as audit_parser
 from retool.data.cache import open_dataset
 from retool.data.chat import Renderer, load_tokenizer, other_tokens
 from retool.data.files import load_function, resolve_files
@@ -126,9 +129,25 @@ def _read(config: SFTConfig, renderer: Renderer, name: Name, files: list[str], p
         )  # fmt: skip
     except (ValueError, OSError) as error:
         first, *rows = str(error).splitlines()
-        audit = f"python -m retool.data audit {' '.join(files)} --model {config.model.partial_pretrain} shows them all."
+        audit = f"{audit_command(config, files)} shows more."
         return [Fault(f"data.{name}_files", first, audit if rows else ""), *(Fault(f"data.{name}_files", row) for row in rows)]
     return Split(tuple(files), dataset, said)
+
+
+def audit_command(config: SFTConfig, files: Sequence[str]) -> str:
+    """The audit of these files, as this run would read them."""
+    data, multi = config.data, config.data.multiturn
+    given: dict[str, Any] = {
+        "--model": config.model.partial_pretrain, "--max-length": data.max_length, "--history": multi.history,
+        "--chat-template": data.chat_template, "--template-kwargs": json.dumps(dict(data.apply_chat_template_kwargs)),
+        "--messages-key": multi.messages_key, "--tools-key": multi.tools_key, "--enable-thinking-key": multi.enable_thinking_key,
+        "--rows": f"{data.custom_cls.path}:{data.custom_cls.name}" if data.custom_cls.path else None,
+    }  # fmt: skip
+    if not multi.enable:
+        given |= {"--prompt-key": data.prompt_key, "--response-key": data.response_key}
+    usual = vars(audit_parser().parse_args(["audit", "FILE", "--model", ""])) | {"template_kwargs": "{}"}
+    words = [word for flag, value in given.items() if value != usual[flag[2:].replace("-", "_")] for word in (flag, str(value))]
+    return shlex.join(["python", "-m", "retool.data", "audit", *files, *words, *([] if multi.enable else ["--single-turn"])])
 
 
 # --- memory ---

@@ -144,6 +144,10 @@ class TestFiles:
             load_function(str(tmp_path / "mine.py"), "row")
         with pytest.raises(ValueError, match="doesn't exist"):
             load_function(str(tmp_path / "other.py"), "rows")
+        for text, said in (("\ndef rows(", r"SyntaxError: .*mine\.py, line 2"), ("\n\n1 / 0", r"ZeroDivisionError: .*, line 3")):
+            (tmp_path / "mine.py").write_text(text)
+            with pytest.raises(ValueError, match=said):
+                load_function(str(tmp_path / "mine.py"), "rows")
         ((_, bad),) = rows_of(["f"], rows_function=lambda path: [3])
         assert "gave a int, not a dict" in str(bad)
 
