@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM or SIGUSR1 to any worker, or a launcher that died. All ranks agree once a step.
+"""Being asked to stop: SIGTERM, SIGUSR1 or Ctrl-C to any worker, or a launcher that died. All ranks agree once a step.
 
 torchrun passes TERM on and kills after 30 seconds; of USR1 it dies itself unless told otherwise, so start it with
 `--signals-to-handle SIGTERM,SIGUSR1` (and, for a large model, a longer `--shutdown-timeout` or TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
@@ -7,8 +7,10 @@ torchrun passes TERM on and kills after 30 seconds; of USR1 it dies itself unles
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
+import time
 from types import FrameType
 
 import torch
@@ -16,26 +18,33 @@ import torch.distributed as dist
 
 from retool.parallel.mesh import Mesh
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
 GRACE = 600  # seconds from a request to stop to the end of the process, whatever it hangs in
+ONE_CTRL_C = 2.0  # seconds in which SIGINT may come twice of one Ctrl-C: from the terminal, and from the launcher
+INTERRUPTED = b"\nstopping: what is done will be saved. Ctrl-C again ends at once, without that.\n"
 
 
 class StopRequest:
     """Remembers a signal to stop; `agreed` is True on every rank as soon as one has had one.
 
     Make it when there is something to save: until then a signal ends the process at once. A process that isn't done
-    `GRACE` seconds later (a peer is dead, a disk hangs) is ended by an alarm.
+    `GRACE` seconds later (a peer is dead, a disk hangs) is ended by an alarm. A second Ctrl-C doesn't wait for anything.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._since = 0.0
         self._before = {s: signal.signal(s, self._remember) for s in SIGNALS}
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received is not None and time.monotonic() - self._since > ONE_CTRL_C:
+            raise KeyboardInterrupt
         if self.received is None:
+            self.received, self._since = number, time.monotonic()
             signal.alarm(GRACE)
-        self.received = number
+            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                os.write(2, INTERRUPTED)  # `print` isn't for signal handlers
 
     def agreed(self, mesh: Mesh) -> bool:
         """Collective, on the host alone: the device isn't waited for."""
@@ -45,10 +54,12 @@ class StopRequest:
         return bool(flag)
 
     def restore(self) -> None:
-        """Give the signals back."""
+        """Give the signals back. KeyboardInterrupt where it was Ctrl-C that stopped the run: scripts must not go on after it."""
         signal.alarm(0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
 
 
 def die_with_parent() -> None:

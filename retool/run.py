@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import json
 import os
 import random
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ import yaml
 from retool.checkpoint.folder import TRACKER, steps
 from retool.config import to_dict
 from retool.metrics import printable
-from retool.parallel.lost import follow, lost_peer
+from retool.parallel.lost import LINGER, follow, lost_peer
 from retool.parallel.mesh import Mesh
 from retool.redact import redact
 
@@ -65,12 +70,66 @@ def set_aside(folder: Path) -> Path:
     return target
 
 
+def say_nothing_left(mesh: Mesh, step: int, steps: int) -> None:
+    """Why a run that resumes after its last step trains nothing, and what to change if more was meant."""
+    if step >= steps:
+        more = "raise trainer.total_epochs or trainer.total_training_steps to train on, or start anew with trainer.resume_mode=disable"
+        say(mesh, f"nothing is left to train: step {step:,} of {steps:,} is done; {more}.")
+
+
+def say_ended(mesh: Mesh, step: int, steps: int, folder: Path) -> None:
+    """The last line: everything is done, or the run was asked to stop before."""
+    if step < steps:
+        say(mesh, f"asked to stop at step {step:,} of {steps:,}: {folder}. The same command goes on from there.")
+    else:
+        say(mesh, f"finished at step {step:,} of {steps:,}: {folder}")
+
+
+def tell_launcher(text: str) -> None:
+    """Have torchrun close its own report, the last thing on the screen, with these words, where it asks for such."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
+@contextmanager
+def sole_user(folder: Path, patience_s: float = 10.0) -> Iterator[None]:
+    """Keep every other run out of `folder`, which is made, for as long as this lasts or the process lives.
+
+    The run before may just be ending, so it is given `patience_s`. ValueError where it has the folder still. Disks that
+    know no such locks (flock of a directory) are used without.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, end = os.open(folder, os.O_RDONLY), time.monotonic() + patience_s
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ValueError("another run is writing there.") from None
+                time.sleep(0.2)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(handle)
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def exit_status(train: Callable[[], None], rank: int) -> int:
     """Run a command's training: 0 when it is done, 1 when the user has something to mend, another when a peer was lost."""
     try:
         train()
     except ValueError as error:  # the user's to mend: the sentence is enough
+        if rank > 0:  # all ranks may have it: rank 0's then ends the others while they wait
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(LINGER)
         print(f"error: {error}", file=sys.stderr, flush=True)
+        tell_launcher(str(error))
         return 1
     except RuntimeError as error:
         if not lost_peer(error):

@@ -78,9 +78,8 @@ def say_saved(run: Run, state: State, wait: bool) -> None:
     if result is None:
         return
     state.save = None
-    if result.error is not None:
+    if result.error is not None:  # which `save` has said
         state.saved_step = -1
-        say(run.mesh, f"step {result.step} was NOT saved: {result.error}")
     else:
         rate = result.bytes / max(result.seconds, 1e-9) / 1e6
         said = f"saved {result.folder} ({result.stall_s:.2f} s of waiting, {result.seconds:.1f} s in all, {rate:.0f} MB/s a rank)"

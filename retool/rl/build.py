@@ -35,7 +35,7 @@ from retool.rl.reward_pool import RewardPool
 from retool.rl.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
-from retool.run import DTYPES, make_run_folder, say
+from retool.run import DTYPES, make_run_folder, say, say_nothing_left
 from retool.saving import model_state, save_options
 from retool.watchdog import Watchdog
 
@@ -189,6 +189,7 @@ def resume(report: Report, mesh: Mesh, folder: Path, model: Sharded, optimizer: 
     optimizer.steps.fill_(loaded.optimizer_step)
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")
+    say_nothing_left(mesh, loaded.step, report.steps)
     return restored(loaded.step, loaded.data_state, coef, lambda position: stream(report, position, 1)[0])
 
 

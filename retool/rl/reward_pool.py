@@ -13,6 +13,7 @@ import importlib
 import multiprocessing
 import os
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Iterator, Mapping
@@ -94,6 +95,7 @@ def _work(data_source: str, solution: str, truth: str, extra: Mapping[str, Any])
 def _start_worker(source: RewardSource, memory_mb: int) -> None:
     """In the worker: forget the environment, load the function, then shut the doors."""
     global _function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     for name in [name for name in os.environ if not _harmless(name)]:
         del os.environ[name]
     _function = source.load()

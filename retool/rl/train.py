@@ -40,7 +40,7 @@ from retool.rl.rollout import RolloutTimes, Sampling, roll_out
 from retool.rl.state import TrainState, adapted_kl_coef, regroup
 from retool.rl.types import Group, Prompt, Scored
 from retool.rl.validate import validation_metrics
-from retool.run import say, seed_everything
+from retool.run import say, say_ended, seed_everything
 from retool.saving import require_saved, save_step, say_saved
 
 EMPTY_ROUNDS = 20  # rounds of dynamic sampling in a row without a single group worth training on
@@ -75,7 +75,7 @@ def train(report: Report) -> None:
                 with timed(times, "save_checkpoint"):
                     save(run, state)
             run.loggers.log(state.step, {**metrics, **timing_metrics(times)})
-    finish(run, state, stopping)
+    finish(run, state)
 
 
 DISAGREEMENT = 0.2  # nats per token between sampler and trainer; bf16 has 0.001 to 0.02
@@ -304,7 +304,7 @@ def save(run: Run, state: TrainState) -> None:
     save_step(run, state, {**state.data_state(), "stream": stream_identity(run.report)}, {})
 
 
-def finish(run: Run, state: TrainState, stopping: bool) -> None:
+def finish(run: Run, state: TrainState) -> None:
     """Save what isn't yet, wait for it, close everything. ValueError when the last checkpoint isn't there."""
     if state.step:
         save(run, state)
@@ -316,11 +316,13 @@ def finish(run: Run, state: TrainState, stopping: bool) -> None:
     for tool in run.report.tools:
         run.loop.run_until_complete(tool.close())
     run.loop.close()
-    run.stop.restore()
     if state.step:
         require_saved(run, state)
-    ended = "asked to stop" if stopping and state.step < run.report.steps else "finished"
-    say(run.mesh, f"{ended} at step {state.step} of {run.report.steps}: {run.folder}")
+    if run.config.trainer.val_only:
+        say(run.mesh, f"validated step {state.step}: {run.folder}")
+    else:
+        say_ended(run.mesh, state.step, run.report.steps, run.folder)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    run.stop.restore()

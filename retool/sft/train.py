@@ -23,7 +23,7 @@ from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, peak_memory
 from retool.plan import agree
 from retool.preemption import StopRequest, die_with_parent
-from retool.run import DTYPES, make_run_folder, say, seed_everything
+from retool.run import DTYPES, make_run_folder, say, say_ended, say_nothing_left, seed_everything
 from retool.saving import model_state, require_saved, save_options, save_step, say_saved
 from retool.sft.config import SFTConfig
 from retool.sft.identity import changes, fingerprints, order_of
@@ -108,7 +108,6 @@ def train(report: Report) -> None:
                 if not state.pending:  # validation or a save came between two steps: its time isn't the next step's
                     state.between = timer.take().seconds()
                 if stopping and not last:
-                    say(mesh, f"asked to stop: saved step {state.step}, resume with the same command.")
                     break
         finish(run, state)
     stop.restore()
@@ -126,6 +125,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     say(mesh, f"attention: {model.module.run.backend}; recomputation: {report.choice.recompute}")
     train_data, val_data = report.train.dataset, report.val.dataset if report.val else None
     state = resume(config, mesh, folder, model, optimizer, train_data)
+    say_nothing_left(mesh, state.step, report.steps)
     info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
     saved = save_options(report.options, mesh, config.data.chat_template)
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
@@ -266,7 +266,7 @@ def finish(run: Run, state: TrainState) -> None:
     say_saved(run, state, wait=True)
     run.staging.close()
     require_saved(run, state)
-    say(run.mesh, f"finished at step {state.step} of {run.report.steps}: {run.folder}")
+    say_ended(run.mesh, state.step, run.report.steps, run.folder)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
