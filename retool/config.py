@@ -164,7 +164,7 @@ def _assignments(words: Sequence[str], known: Mapping[str, Leaf], synonyms: Mapp
         key, equals, text = word.partition("=")
         key = key.lstrip("+")  # Hydra's `+key=value`, which existing scripts use
         if not equals or key.startswith("-"):
-            faults.append(Fault(word, "is not key=value.", "Write data.train_files=train.parquet; --help lists every key."))
+            faults.append(Fault(word, "is not key=value.", f"{_meant(key, bool(equals), known, synonyms)}; --help lists every key."))
         elif key == "config":
             entries, trouble = _from_file(text, known)
             faults += trouble
@@ -173,6 +173,16 @@ def _assignments(words: Sequence[str], known: Mapping[str, Leaf], synonyms: Mapp
         else:
             _place(key, text, word, known, synonyms, out, faults)
     return out, faults
+
+
+def _meant(key: str, complete: bool, known: Mapping[str, Leaf], synonyms: Mapping[str, str]) -> str:
+    """What to write instead of a word that is no key=value."""
+    bare = key.lstrip("-")
+    if bare in known or bare in synonyms:
+        return f"Write {bare}=…, without spaces" + (" and dashes" if key != bare else "")
+    if key.startswith("-"):
+        return f"Options of torchrun stand before -m: torchrun {key}{'=…' if complete else ''} -m …"
+    return "Write data.train_files=train.parquet"
 
 
 def _place(

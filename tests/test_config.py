@@ -279,3 +279,12 @@ def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     }  # fmt: skip
     save_config(dirty, tmp_path / "c.yaml")
     assert yaml.safe_load((tmp_path / "c.yaml").read_text()) == clean
+
+
+@pytest.mark.parametrize(("word", "way_out"), [
+    ("--data.max_length=100", "Write data.max_length=…, without spaces and dashes"), ("data.max_length", "Write data.max_length=…, without spaces;"),
+    ("--nproc_per_node=2", "before -m: torchrun --nproc_per_node=… -m"), ("100", "Write data.train_files=train.parquet"),
+])  # fmt: skip
+def test_a_word_that_is_no_key_and_value(word: str, way_out: str) -> None:
+    (fault,) = read(SFTConfig, [*NEEDED, word], SYNONYMS).faults
+    assert fault.where == word and way_out in fault.remedy and "--help" in fault.remedy
