@@ -90,7 +90,8 @@ class TrainerConfig:
     test_freq: int | Literal["after_each_epoch"] = option(-1, "Steps between validations; -1 = only after the last step.", minimum=-1)
     max_ckpt_to_keep: int | None = option(None, "Older checkpoints are deleted once a newer one is complete; null = keep all.", minimum=1)
     resume_mode: Literal["auto", "disable", "resume_path"] = option(
-        "auto", "auto = from the run folder's newest complete checkpoint; disable = from the start, in a folder without checkpoints."
+        "auto",
+        "auto = from the run folder's newest complete checkpoint; disable = from the start, what is there moved to previous_N in it.",
     )
     resume_from_path: str | None = option(None, "The global_step_N folder for resume_mode=resume_path.")
     seed: int = option(1, "Seeds everything.", minimum=0)

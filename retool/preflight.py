@@ -88,7 +88,10 @@ def check_heads(where: str, size: int, processes: int, heads: int | None) -> Ite
     """A group of `size` ranks that share the attention heads divides the processes, and has a query head for each rank."""
     fit = [n for n in range(1, processes + 1) if processes % n == 0 and (heads is None or n <= heads)]
     if processes % size:
-        yield Fault(where, f"does not fit {processes} processes: it must divide the world size.", f"Use {_choices(fit)}.")
+        count = f"{processes} process{'es' if processes > 1 else ''}"
+        start = f", or start {size}: torchrun --nproc_per_node={size} (to plan only: trainer.n_gpus_per_node={size} --check)"
+        way_out = f"Use {_choices(fit)}{start if processes == 1 else ''}."
+        yield Fault(where, f"does not fit {count}: it must divide the world size.", way_out)
     if heads is not None and size > heads:
         yield Fault(where, f"exceeds the model's {heads} query heads: each rank needs one.", f"Use {_choices(fit)}.")
 

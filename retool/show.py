@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from retool.checkpoint.folder import tracked
 from retool.config import Fault
 from retool.metrics import printable
 from retool.perf import GIB
@@ -89,4 +91,7 @@ def written_words(report: RunReport, beside: str = "") -> str:
     keep = "" if trainer.max_ckpt_to_keep is None else f", the newest {trainer.max_ckpt_to_keep} kept"
     copy = "" if trainer.default_hdfs_dir is None else f"; copied to {trainer.default_hdfs_dir}"
     contents = ", ".join(options.checkpoint.save_contents)
-    return f"{trainer.default_local_dir}: metrics.jsonl, config.yaml{beside}; a checkpoint ({contents}; {each:.2f} GiB) {often}{keep}{copy}"
+    done = tracked(Path(trainer.default_local_dir)) if trainer.resume_mode == "auto" else None
+    there = "" if done is None else f"; goes on from step {done:,}, saved there"
+    folder, holds = trainer.default_local_dir, f"{contents}; {each:.2f} GiB"
+    return f"to {folder}: metrics.jsonl, config.yaml{beside}; a checkpoint ({holds}) {often}{keep}{copy}{there}"

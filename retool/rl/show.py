@@ -28,8 +28,9 @@ def in_words(report: Report) -> Iterator[tuple[str, str]]:
 
 def _memory_words(report: Report) -> str:
     memory, data = report.memory, report.config.data
+    room = f"{memory.sequences:,.1f}".removesuffix(".0")
     engine = (
-        f"engine: weights {memory.weights / GIB:.2f} GiB, cache {memory.cache / GIB:.2f} GiB with room for {memory.sequences:,.1f} "
+        f"engine: weights {memory.weights / GIB:.2f} GiB, cache {memory.cache / GIB:.2f} GiB with room for {room} "
         f"sequences of {data.max_prompt_length + data.max_response_length:,} tokens; {'freed for' if memory.freed else 'kept during'} "
         "the update"
     )
