@@ -155,7 +155,8 @@ class ConsoleLogger:
 
     def __init__(self, info: RunInfo, console: Console | None = None) -> None:
         self._console = console or Console(markup=False, highlight=False, soft_wrap=True)
-        self._info, self._started, self._bar = info, time.monotonic(), None
+        self._info, self._bar = info, None
+        self._first: tuple[int, float] | None = None  # the first step logged and when: what came before it (compiling) isn't the pace
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                        TextColumn("eta"), TimeRemainingColumn())  # fmt: skip
@@ -174,9 +175,10 @@ class ConsoleLogger:
 
     def _plain(self, step: int, metrics: Mapping[str, float]) -> str:
         words = [f"step={step}/{self._info.total_steps}", *(f"{name}={value:.6g}" for name, value in metrics.items())]
-        done, left = step - self._info.first_step, self._info.total_steps - step
-        if done > 0 and left >= 0:
-            words.append(f"eta_s={(time.monotonic() - self._started) / done * left:.0f}")
+        now, left = time.monotonic(), self._info.total_steps - step
+        first, then = self._first = self._first or (step, now)
+        if left == 0 or (step > first and left > 0):
+            words.append(f"eta_s={left and (now - then) / (step - first) * left:.0f}")
         return " ".join(words)
 
     def close(self) -> None:

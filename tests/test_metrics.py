@@ -125,8 +125,16 @@ def test_plain_lines_parse(tmp_path: Path) -> None:
     first, second = out.getvalue().splitlines()
     words = dict(word.split("=") for word in first.split())
     assert words["step"] == "3/10" and float(words["train/loss"]) == pytest.approx(1.23456789, rel=1e-5) and float(words["train/lr"]) == 1e-5
-    assert float(words["eta_s"]) >= 0
     assert "val/loss=inf" in second
+
+
+def test_the_time_left_is_at_the_pace_of_steps_and_not_of_what_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, now = io.StringIO(), iter([100.0, 102.0, 102.5, 104.0, 116.0])  # 100 s of compiling, then 2 s a step
+    monkeypatch.setattr("retool.metrics.time.monotonic", lambda: next(now))
+    logger = ConsoleLogger(info(tmp_path), Console(file=out, width=20, markup=False, highlight=False, soft_wrap=True))
+    for step, found in (1, {"a": 1}), (2, {"a": 1}), (2, {"val/loss": 1}), (3, {"a": 1}), (10, {"a": 1}):
+        logger.log(step, found)
+    assert [line.partition(" eta_s=")[2] for line in out.getvalue().splitlines()] == ["", "16", "20", "14", "0"]
 
 
 def test_a_terminal_gets_a_bar_with_the_time_left(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ JSONL = "data.train_files={root}/train.jsonl"
         (lambda r: shutil.rmtree(r / "model"), [], ["model is no folder"]),
         (lambda r: (r / "out").write_text("a file"), [], ["trainer.default_local_dir=", "is a file, not a folder"]),
         (lambda r: None, ["trainer.default_local_dir=/proc/no/such"], ["trainer.default_local_dir=/proc/no/such", "can't be written"]),
-        (lambda r: None, ["ulysses_sequence_parallel_size=2"], ["does not fit 1 process", "Use 1, or start 2: torchrun --nproc_per_node=2"]),
+        (lambda r: None, ["ulysses_sequence_parallel_size=2"], ["does not fit 1 process", "or start 2: torchrun --nproc_per_node=2"]),
         (lambda r: None, ["trainer.n_gpus_per_node=2"], ["trainer.n_gpus_per_node=2", "there is no launcher", "--nproc_per_node=2"]),
         (lambda r: None, ["data.chat_template=missing.jinja"], ["data.chat_template=missing.jinja", "no such file"]),
         (lambda r: None, ["model.attn=varlen"], ["model.attn=varlen", "needs a GPU"]),
