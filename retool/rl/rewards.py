@@ -77,6 +77,9 @@ def default_name(data_source: str) -> str:
     return "retool" if EXACT.search(data_source) else "math"
 
 
+ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")  # by name, of every reward function
+
+
 @dataclass(frozen=True)
 class RewardSource:
     """Where the reward function is: a built-in `name`, or a function `name` in the file `path`."""
@@ -85,14 +88,20 @@ class RewardSource:
     path: str | None = None
 
     def load(self) -> RewardFunction:
-        """The function. ValueError when it isn't there."""
+        """The function. ValueError when it isn't there, or can't take what it is called with."""
         if self.path is None:
             if self.name not in BUILT_IN:
                 raise ValueError(f"reward_model.name={self.name} is not known: use {', '.join(BUILT_IN)}, or file.py/function.")
             return BUILT_IN[self.name]
         from retool.data.files import load_function
 
-        return load_function(self.path, self.name)
+        function = load_function(self.path, self.name)
+        try:
+            inspect.signature(function).bind(**dict.fromkeys(ARGUMENTS))
+        except TypeError as error:
+            wanted = f"def {self.name}({', '.join(ARGUMENTS)})"
+            raise ValueError(f"{self.name!r} in {self.path} can't be called ({error}): write {wanted}.") from error
+        return function
 
 
 def find_reward(name: str | None, custom_path: str | None, custom_name: str | None) -> RewardSource:

@@ -57,3 +57,7 @@ def digits(data_source, solution_str, ground_truth, extra_info):
 
 def never(data_source, solution_str, ground_truth, extra_info):
     return 0.0
+
+
+def too_few(solution_str: str) -> float:
+    return float(len(solution_str))

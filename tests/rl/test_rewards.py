@@ -98,6 +98,7 @@ def test_where_a_reward_comes_from() -> None:
         with pytest.raises(ValueError, match=said):
             find_reward(name, None, None)
     for source, said in ((RewardSource("nothing", HERE), "has no 'nothing'"), (RewardSource("Judge", HERE), "give a function"),
+                         (RewardSource("too_few", HERE), r"(missing|unexpected).*def too_few\(data_source, solution_str"),
                          (RewardSource("f", "nowhere.py"), "doesn't exist")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             RewardPool(source)
