@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+import torch.distributed as dist
+
 from retool import checkpoint
 from retool.data.templates import read_template
 from retool.optim import AdamW
@@ -51,6 +54,17 @@ def save_options(options: RunOptions, mesh: Mesh, chat_template: str | None, sub
         async_save=mesh.device.type == "cuda" if asked is None else asked, remote_url=options.trainer.default_hdfs_dir,
         chat_template=read_template(chat_template) if chat_template else None, subfolder=subfolder,
     )  # fmt: skip
+
+
+def to_resume(options: RunOptions, folder: Path, mesh: Mesh) -> Path | None:
+    """The checkpoint to go on from, as `trainer.resume_mode` says; None: from the start. The same on every rank: collective."""
+    trainer = options.trainer
+    if trainer.resume_mode != "auto":
+        return Path(str(trainer.resume_from_path)) if trainer.resume_mode == "resume_path" else None
+    found = [checkpoint.latest(folder) if mesh.rank == 0 else None]  # a shared disk may show the others an older listing
+    if mesh.world_group is not None:
+        dist.broadcast_object_list(found, src=0, group=mesh.world_group, device=torch.device("cpu"))
+    return found[0]
 
 
 def model_state(model: Sharded, optimizer: AdamW) -> checkpoint.ModelState:

@@ -91,7 +91,8 @@ def world_size(folder: Path) -> int:
     shard = re.compile(r"model_world_size_(\d+)_rank_\d+\.pt")
     found = {int(m[1]) for p in folder.glob("model_world_size_*.pt") if (m := shard.fullmatch(p.name))}
     if len(found) != 1:
-        raise ValueError(f"{folder} holds {'no model shards' if not found else f'shards of several world sizes: {sorted(found)}'}.")
+        inside = next((f" It is a run; its newest checkpoint is {newest}." for _, newest in steps(folder)), "")
+        raise ValueError(f"{folder} holds {'no model shards' if not found else f'shards of several world sizes: {sorted(found)}'}.{inside}")
     return found.pop()
 
 

@@ -36,7 +36,7 @@ from retool.rl.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
 from retool.run import DTYPES, make_run_folder, say, say_nothing_left
-from retool.saving import model_state, save_options
+from retool.saving import model_state, save_options, to_resume
 from retool.watchdog import Watchdog
 
 
@@ -179,9 +179,7 @@ def logprob_budget(config: RLConfig) -> Budget:
 def resume(report: Report, mesh: Mesh, folder: Path, model: Sharded, optimizer: AdamW) -> TrainState:
     """The state to start from: step 0, or the checkpoint that `trainer.resume_mode` says."""
     trainer, coef = report.config.trainer, report.config.algorithm.kl_ctrl.kl_coef
-    found = Path(str(trainer.resume_from_path)) if trainer.resume_mode == "resume_path" else None
-    if trainer.resume_mode == "auto":
-        found = checkpoint.latest(folder)
+    found = to_resume(report.options, folder, mesh)
     if found is None:
         return TrainState(coef)
     loaded = checkpoint.load(found, model_state(model, optimizer), mesh, trainer.seed)

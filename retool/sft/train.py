@@ -24,8 +24,8 @@ from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, pea
 from retool.plan import agree
 from retool.preemption import StopRequest, die_with_parent
 from retool.run import DTYPES, make_run_folder, say, say_ended, say_nothing_left, seed_everything
-from retool.saving import model_state, require_saved, save_options, save_step, say_saved
-from retool.sft.config import SFTConfig
+from retool.saving import model_state, require_saved, save_options, save_step, say_saved, to_resume
+from retool.sft.config import SFTConfig, run_options
 from retool.sft.identity import changes, fingerprints, order_of
 from retool.sft.plan import Report, fills
 from retool.sft.step import Measured, train_step
@@ -161,17 +161,12 @@ def resume(config: SFTConfig, mesh: Mesh, folder: Path, model: Sharded, optimize
 
     ValueError where `auto` finds a run over other data: the samples of its next step wouldn't be those that come next.
     """
-    mode = config.trainer.resume_mode
-    found = None
-    if mode == "resume_path":
-        found = Path(str(config.trainer.resume_from_path))
-    elif mode == "auto":
-        found = from_rank_0(checkpoint.latest(folder), mesh)  # a shared disk may show the others an older listing
+    found = to_resume(run_options(config), folder, mesh)
     if found is None:
         return TrainState()
     loaded = checkpoint.load(found, model_state(model, optimizer), mesh, config.trainer.seed)
     if other := changes(loaded.data_state, order_of(config, data)):
-        if mode == "auto":
+        if config.trainer.resume_mode == "auto":
             raise ValueError(
                 f"{found} is of a run over other data ({other}). Put that back, choose another trainer.default_local_dir, or go on from "
                 f"it all the same: trainer.resume_mode=resume_path trainer.resume_from_path={found}"
@@ -181,14 +176,6 @@ def resume(config: SFTConfig, mesh: Mesh, folder: Path, model: Sharded, optimize
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")
     return TrainState(step=loaded.step, saved_step=loaded.step, skipped=int(loaded.extra.get("skipped_steps", 0)))
-
-
-def from_rank_0(value: Path | None, mesh: Mesh) -> Path | None:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    if mesh.world_group is not None:
-        torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
 
 
 def one_step(run: Run, state: TrainState, batch: StepBatch, timer: StepTimer, watchdog: Watchdog) -> None:

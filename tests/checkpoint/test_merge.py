@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from retool.checkpoint.__main__ import main
+from retool.checkpoint.folder import world_size
 from retool.checkpoint.merge import merge
 from retool.checkpoint.shards import Shards, ShardSource, optimizer_step
 from retool.checkpoint.source import load_flat
@@ -160,3 +161,11 @@ def test_wrong_usage_ends_with_its_own_status(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as end:
         main(["verify", "--help"])
     assert end.value.code == 0
+
+
+def test_a_run_instead_of_a_checkpoint_is_told_which_to_take(tmp_path: Path) -> None:
+    (tmp_path / "global_step_7").mkdir()
+    with pytest.raises(ValueError, match=r"holds no model shards\. It is a run; its newest checkpoint is .*global_step_7\.$"):
+        world_size(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no model shards\.$"):
+        world_size(tmp_path / "global_step_7")
