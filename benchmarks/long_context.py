@@ -4,10 +4,10 @@
     torchrun --nproc_per_node=2 benchmarks/long_context.py --shape llama3-8b --lengths 65536,131072
     torchrun --nproc_per_node=2 benchmarks/long_context.py --shape tiny --lengths 256,512        a look at it on the CPU
 
-A short step warms up, then each length is one step, timed from its first kernel to its last, optimizer included. Activations stay on
-the device where the memory plan says that they fit (*full* recomputation), else those of as many layers as must go to the host
-(*offload*); weights and moments visit the device where they leave no room for the longest. Time grows with n²: a length whose step
-would end after `--budget` seconds, judged by the one before it, is left out; so is one that the device's memory or the host's
+A step warms up (the first length runs twice), then each length is one step, timed from its first kernel to its last, optimizer included.
+Activations stay on the device where the memory plan says that they fit (*full* recomputation), else those of as many layers as must go to
+the host (*offload*); weights and moments visit the device where they leave no room for the longest. Time grows with n²: a length whose
+step would end after `--budget` seconds, judged by the one before it, is left out; so is one that the device's memory or the host's
 wouldn't hold. With `--device-memory-gb` below the device's own, torch may take no more than that.
 
 *peak*: the allocator's, on the rank that needs most, against `retool.memory`'s prediction, whose formula then gives the longest n
@@ -167,7 +167,7 @@ def run(
             gc.collect()
             built = choice.recompute, choice.parked
             model, optimizer = build(config, mesh, setting, *built)
-            step(model, optimizer, document(min(WARM_UP, lengths[0]), config, mesh.sp))
+            step(model, optimizer, document(min(WARM_UP, tokens) if lines else tokens, config, mesh.sp))  # the first sets the pace
         seconds, measured = step(model, optimizer, document(tokens, config, mesh.sp))
         flops = model_flops(config, [tokens])
         rate = flops / seconds / mesh.world
