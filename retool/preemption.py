@@ -53,12 +53,15 @@ class StopRequest:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=mesh.world_group)
         return bool(flag)
 
-    def restore(self) -> None:
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Give the signals back. KeyboardInterrupt where it was Ctrl-C that stopped the run: scripts must not go on after it."""
         signal.alarm(0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self.received == signal.SIGINT:
+        if kind is None and self.received == signal.SIGINT:
             raise KeyboardInterrupt
 
 

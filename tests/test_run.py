@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from retool.preemption import StopRequest
+from retool.preemption import SIGNALS, StopRequest
 from retool.run import exit_status, sole_user, tell_launcher
 from tests.sft.conftest import work
 from tests.sft.test_command import words
@@ -70,6 +70,7 @@ def test_the_command_refuses_a_folder_in_use(
 
 
 def test_ctrl_c_stops_the_run_and_the_script_around_it(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
     stop = StopRequest()
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)  # the launcher's, of the same Ctrl-C
@@ -77,10 +78,17 @@ def test_ctrl_c_stops_the_run_and_the_script_around_it(monkeypatch: pytest.Monke
     monkeypatch.setattr("retool.preemption.ONE_CTRL_C", -1.0)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        stop.restore()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    StopRequest().restore()
+    with pytest.raises(KeyboardInterrupt), stop:
+        pass
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_that_fails_gives_the_signals_back() -> None:
+    before = [signal.getsignal(s) for s in SIGNALS]
+    with pytest.raises(ValueError, match="its own error"), StopRequest():
+        assert [signal.getsignal(s) for s in SIGNALS] != before
+        raise ValueError("its own error")
+    assert [signal.getsignal(s) for s in SIGNALS] == before
 
 
 def test_an_error_of_all_ranks_is_said_by_rank_0_first(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -56,26 +56,27 @@ def train(report: Report) -> None:
     seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
     report = agree(report, mesh, {"data.train_files": fingerprint(report.train), "data.val_files": fingerprint(report.val)})
     run, state = build_run(report, mesh)
-    with run.watchdog:
-        if config.trainer.val_before_train or config.trainer.val_only:
-            run_validation(run, state)
-        stopping = run.stop.agreed(mesh)
-        while state.step < report.steps and not config.trainer.val_only and not stopping:
-            times: Metrics = {}
-            with timed(times, "step"):
-                metrics = one_step(run, state, times)
+    with run.stop:
+        with run.watchdog:
+            if config.trainer.val_before_train or config.trainer.val_only:
+                run_validation(run, state)
             stopping = run.stop.agreed(mesh)
-            if metrics is None:  # asked to stop while sampling: the step before is the last
-                break
-            last = state.step == report.steps
-            if last or due(config.trainer.test_freq, state.step):
-                with timed(times, "testing"):
-                    run_validation(run, state)
-            if last or stopping or due(config.trainer.save_freq, state.step):
-                with timed(times, "save_checkpoint"):
-                    save(run, state)
-            run.loggers.log(state.step, {**metrics, **timing_metrics(times)})
-    finish(run, state)
+            while state.step < report.steps and not config.trainer.val_only and not stopping:
+                times: Metrics = {}
+                with timed(times, "step"):
+                    metrics = one_step(run, state, times)
+                stopping = run.stop.agreed(mesh)
+                if metrics is None:  # asked to stop while sampling: the step before is the last
+                    break
+                last = state.step == report.steps
+                if last or due(config.trainer.test_freq, state.step):
+                    with timed(times, "testing"):
+                        run_validation(run, state)
+                if last or stopping or due(config.trainer.save_freq, state.step):
+                    with timed(times, "save_checkpoint"):
+                        save(run, state)
+                run.loggers.log(state.step, {**metrics, **timing_metrics(times)})
+        finish(run, state)
 
 
 DISAGREEMENT = 0.2  # nats per token between sampler and trainer; bf16 has 0.001 to 0.02
@@ -325,4 +326,3 @@ def finish(run: Run, state: TrainState) -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    run.stop.restore()

@@ -84,13 +84,12 @@ def train(report: Report) -> None:
     seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
     report = agree(report, mesh, fingerprints(report))
     run, state = build_run(report, mesh)
-    stop = StopRequest()
     batches = iterate_steps(
         run.train_data, train_batch_size=config.data.train_batch_size, seed=config.data.seed, start_step=state.step,
         stop_step=report.steps, shuffle=config.data.shuffle, **run.batching,
     )  # fmt: skip
     timer = StepTimer(mesh.device)
-    with closing(run.loggers):
+    with StopRequest() as stop, closing(run.loggers):
         with Watchdog(run.folder, mesh.rank, mesh.world, config.trainer.watchdog_s, timer) as watchdog:
             while state.step < report.steps:
                 watchdog.beat()
@@ -110,7 +109,6 @@ def train(report: Report) -> None:
                 if stopping and not last:
                     break
         finish(run, state)
-    stop.restore()
 
 
 def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
