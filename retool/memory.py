@@ -74,7 +74,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on one GPU by phase; `host`: activations in its process's host memory."""
+    """Bytes on one GPU by phase; `host`: activations in its process's host memory.
+
+    `state` is there all the time; `buffers`, a part of it, are those in which units are gathered and their gradients reduced.
+    """
 
     load: float
     forward_backward: float
@@ -82,6 +85,7 @@ class Prediction:
     save: float
     state: float
     activations: float
+    buffers: float = 0.0
     host: float = 0.0
 
     @property
@@ -147,6 +151,7 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
         save=state + gathered + (m * largest if setting.shards > 1 else 0),
         state=state + gathered,
         activations=kept,
+        buffers=gathered,
         host=away * each,
     )
 

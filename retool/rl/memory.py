@@ -72,13 +72,12 @@ def step_memory(
     reference: bool, device_gib: float | None,
 ) -> StepMemory:  # fmt: skip
     """Memory of a step that trains under `choice`, with an engine on every `tensor_parallel` ranks; `reference`: with a frozen policy."""
-    training, p = choice.prediction, DTYPE_BYTES[setting.compute]
-    owned = plan_layout(model, setting.shards).shard_numel
+    training, p, layout = choice.prediction, DTYPE_BYTES[setting.compute], plan_layout(model, setting.shards)
     # the reference's shard and (unused) gradient, and buffers like the policy's
-    other = owned * (p + 4) + _gathered(training.state, owned, setting) if reference else 0.0
+    other = layout.shard_numel * (p + 4) + training.buffers if reference else 0.0
     state = training.state + other
     dtype = engine.dtype or DTYPES[setting.compute]
-    weights = sum(u.numel for u in plan_layout(model, setting.shards).units) * dtype.itemsize
+    weights = sum(u.numel for u in layout.units) * dtype.itemsize
     heads = cached_heads(HeadPlan(tensor_parallel, 0, model.heads, model.kv_heads, model.head_dim))
     size, work = engine.page_size or 256, work_bytes(engine, model, dtype)
     page = page_bytes((model.layers, size, heads, model.head_dim), dtype)
@@ -104,12 +103,3 @@ def step_memory(
     if device_gib is not None:
         fits = bool(choice.fits) and sequences >= 1 and max(found.values()) + OUTSIDE <= device_gib * GIB
     return StepMemory(**found, weights=weights, cache=cache, sequences=sequences, freed=freed, fits=fits)
-
-
-def _gathered(state: float, owned: int, setting: Setting) -> float:
-    """The part of a prediction's state that isn't shards: buffers in which units are gathered and their gradients reduced."""
-    p, m = DTYPE_BYTES[setting.compute], DTYPE_BYTES[setting.master]
-    shards = 0 if setting.param_offload else m * owned
-    shards += p * owned if p != m or setting.param_offload else 0
-    shards += max(DTYPE_BYTES[setting.reduce], 4) * owned + (0 if setting.optimizer_offload else 2 * m * owned)
-    return state - shards

@@ -189,16 +189,16 @@ def _notes(report: Report) -> list[str]:
         found.append(f"prompt and response may have {longest} tokens, more than the {model.max_position} positions the model was made for.")
     if report.choice.fits is False:
         found.append("the update may not fit: lower ppo_max_token_len_per_gpu, or raise ulysses_sequence_parallel_size.")
-    if report.memory.fits is False and report.choice.fits:
-        found.append(_too_much(report))
+    memory = report.memory
+    if memory.fits is False and report.choice.fits:
+        found.append(_too_much(memory, longest))
     if config.actor_rollout_ref.ref.param_offload and uses_reference(config):
         found.append("ref.param_offload: the reference stays on the GPU; its shard is small.")
     return found
 
 
-def _too_much(report: Report) -> str:
-    """What the engine needs beside training and may not find, with the way out."""
-    memory, length = report.memory, report.config.data.max_prompt_length + report.config.data.max_response_length
+def _too_much(memory: StepMemory, length: int) -> str:
+    """What the engine needs beside training and may not find, for sequences of `length` tokens, with the way out."""
     phase, peak = max(memory.phases.items(), key=lambda item: item[1])
     if memory.sequences < 1:
         share = f"{memory.cache / GIB:.1f} GiB, {memory.sequences:.2f} of one"
