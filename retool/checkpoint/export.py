@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from retool.checkpoint.agreement import agreed
-from retool.checkpoint.rows import unit_rows
+from retool.checkpoint.rows import unit_numel, unit_rows
 from retool.checkpoint.safetensors import WeightsWriter
 from retool.parallel.fsdp.layout import Layout, UnitLayout
 from retool.parallel.mesh import Mesh
@@ -32,7 +32,7 @@ def export_weights(
             parts = agreed(rank, group, partial(_prepare, unit, layout.shards, mesh, buffer[at:], dtype))
             _gather(parts, rank, group)
             agreed(rank, group, partial(_write_unit, unit, layout.shards, parts, writer))
-            at += _numel(unit, layout.shards, mesh.shard_rank)
+            at += unit_numel(unit, layout.shards, mesh.shard_rank)
         agreed(rank, group, lambda: writer.close() if writer is not None else None)
     except BaseException:
         if writer is not None:
@@ -45,12 +45,8 @@ def _prepare(unit: UnitLayout, shards: int, mesh: Mesh, buffer: torch.Tensor, dt
     """This rank's rows of a unit, which `buffer` begins with; on rank 0 room for the others' too; nothing on replicas."""
     if mesh.replica_rank != 0:
         return []
-    mine = buffer[: _numel(unit, shards, mesh.shard_rank)].to(dtype)
-    return [mine, *(mine.new_empty(_numel(unit, shards, other)) for other in range(1, shards if mesh.rank == 0 else 1))]
-
-
-def _numel(unit: UnitLayout, shards: int, rank: int) -> int:
-    return sum(rows.stop - rows.start for rows in unit_rows(unit, shards, rank))
+    mine = buffer[: unit_numel(unit, shards, mesh.shard_rank)].to(dtype)
+    return [mine, *(mine.new_empty(unit_numel(unit, shards, other)) for other in range(1, shards if mesh.rank == 0 else 1))]
 
 
 def _gather(parts: list[torch.Tensor], rank: int, group: dist.ProcessGroup | None) -> None:

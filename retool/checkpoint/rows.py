@@ -63,7 +63,12 @@ def named_rows(layout: Layout, rank: int) -> list[Rows]:
 
 def rows_numel(layout: Layout, rank: int) -> int:
     """Elements in rank `rank`'s row buffer of everything."""
-    return sum(rows.stop - rows.start for rows in all_rows(layout, rank))
+    return sum(unit_numel(unit, layout.shards, rank) for unit in layout.units)
+
+
+def unit_numel(unit: UnitLayout, shards: int, rank: int) -> int:
+    """Elements in rank `rank`'s row buffer of a unit."""
+    return sum(rows.stop - rows.start for rows in unit_rows(unit, shards, rank))
 
 
 def _segments(unit: UnitLayout, shards: int, owner: int, to: int) -> Iterator[tuple[int, int, int]]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from retool.checkpoint.agreement import agreed
 from retool.checkpoint.remote import Mirror
-from retool.checkpoint.rows import rows_numel, to_rows, unit_rows
+from retool.checkpoint.rows import rows_numel, to_rows, unit_numel
 from retool.checkpoint.source import ModelState
 from retool.parallel.mesh import Mesh
 
@@ -146,7 +146,7 @@ def stage(state: ModelState, mesh: Mesh, options: SaveOptions, staging: Staging)
         at = 0
         for unit in state.layout.units:
             part = flat.detach()[unit.start : unit.start + unit.shard_numel].to(mesh.device, non_blocking=True)  # offloaded ones too
-            room = host[key][at : at + sum(r.stop - r.start for r in unit_rows(unit, state.layout.shards, mesh.shard_rank))]
+            room = host[key][at : at + unit_numel(unit, state.layout.shards, mesh.shard_rank)]
             mine = to_rows(unit, state.layout.shards, mesh.shard_rank, part, mesh.shard_group, None if pin else room)
             if pin:
                 room.copy_(mine, non_blocking=True)

@@ -122,7 +122,7 @@ def _one_rank_fails(root: str, bad: int, where: str) -> tuple[str | None, float]
 
 @pytest.mark.parametrize(
     ("world", "bad", "where"),
-    [(3, 0, "write.write_archive"), (3, 2, "write.write_archive"), (2, 1, "export._numel"), (2, 0, "export._write_unit"),
+    [(3, 0, "write.write_archive"), (3, 2, "write.write_archive"), (2, 1, "export.unit_numel"), (2, 0, "export._write_unit"),
      (2, 0, "export.WeightsWriter"), (2, 1, "staging.buffer"), (2, 0, "write._commit")],
 )  # fmt: skip
 def test_all_ranks_hear_of_one_rank_s_failure(run: Path, world: int, bad: int, where: str) -> None:
