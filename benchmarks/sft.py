@@ -55,7 +55,7 @@ PEERS = {  # measured by others' code on 2×H100 80GB HBM3, torch 2.11, 2026-11;
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. `samples` a micro-batch of an sp group, or `tokens` a GPU; `steps` where fewer will do."""
+    """A line of the table. `samples` a micro-batch of an sp group, or `tokens` a GPU; `keep_copy`: `shard`'s; `steps` where fewer do."""
 
     title: str
     workload: str
@@ -64,6 +64,7 @@ class Row:
     samples: int | None = None
     tokens: int | None = None
     padded: bool = False
+    keep_copy: bool = True
     steps: int = STEPS
 
 
@@ -77,7 +78,7 @@ ROWS = {
     "full-recompute": Row("full, sp 2, full recomputation", "full", 2, "full", samples=2),
     "full-sp1": Row("full, sp 1", "full", 1, "none", samples=1),
     "4096": Row("64 documents of 4,096, sp 1", "4096", 1, "none", tokens=32_768),
-    "8b": Row("8,192 tokens per GPU, sp 1, recomputation", "full", 1, "full", samples=1),
+    "8b": Row("8,192 tokens per GPU, sp 1, recomputation", "full", 1, "full", samples=1, keep_copy=False),  # so that 80 GB suffice
 }
 
 
@@ -120,7 +121,7 @@ def measure(row: Row, config: ModelConfig, mesh: Mesh, scale: int, compiled: Any
 
     With `profile` one step more is run, and its kernels are written there, by total time.
     """
-    model = build_decoder(config, mesh, ModelOptions(recompute=row.recompute, use_compile=compiled))
+    model = build_decoder(config, mesh, ModelOptions(recompute=row.recompute, use_compile=compiled, keep_copy=row.keep_copy))
     random_weights(model)
     optimizer = AdamW(model, AdamWOptions())
     data = Documents(row.workload, row.steps, config.vocab, scale)

@@ -3,7 +3,7 @@
 Legend: t tokens of a micro-batch on one GPU (T/sp) · D model · F ffn · N, K query, kv heads · H head dim · E = N·H · V vocab
 · p bytes of the compute dtype · m bytes of the master dtype · r bytes of the reduced gradient.
 
-    state        per owned parameter: master m, gradient max(r, 4), two moments 2·m, and a compute copy p where p ≠ m
+    state        per owned parameter: master m, gradient max(r, 4), two moments 2·m, and a compute copy p where p ≠ m, if kept
     gathered     the buffers that units take turns in, weights (p) and gradients (r): `assign_buffers` of the layout
     kept         per layer and token, what backward finds (`layer_bytes`; p bytes an element, log-sum-exp and norms 4):
                    full       block input D, attention's result E
@@ -30,7 +30,7 @@ State and buffers are exact (a test compares them with what sharding allocates);
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from typing import Literal
 
 import torch
@@ -58,7 +58,8 @@ FILLED = 32_768  # tokens a GPU needs in a micro-batch to be busy; more buys not
 class Setting:
     """What of a run decides its memory. `shards` ranks share a parameter; dtypes are fp32, bf16 or fp64.
 
-    `hold`: gradients are added up on each rank and reduced once a step, which takes a whole copy of them.
+    `hold`: gradients are added up on each rank and reduced once a step, which takes a whole copy of them. `keep_copy`: a rank's shard is
+    there in the compute dtype too, else cast at every gather.
     """
 
     shards: int = 1
@@ -70,6 +71,12 @@ class Setting:
     optimizer_offload: bool = False
     reshard: bool = True
     hold: bool = False
+    keep_copy: bool = True
+
+    @property
+    def copied(self) -> bool:
+        """Whether there is a copy of the weights in the compute dtype."""
+        return self.param_offload or (self.compute != self.master and (self.keep_copy or self.shards == 1))
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
     r = DTYPE_BYTES[setting.reduce]
     owned, gradient = layout.shard_numel, max(r, 4)
     master = 0 if setting.param_offload else m * owned
-    copy = p * owned if p != m or setting.param_offload else 0
+    copy = p * owned * setting.copied
     moments = 0 if setting.optimizer_offload else 2 * m * owned
     state = master + copy + gradient * owned + moments
     gathered = 0
@@ -215,7 +222,8 @@ def chunked_block_bytes(config: ModelConfig, sp: int, tokens: int, p: int) -> fl
 class Choice:
     """A token budget per GPU, the recomputation it needs, and whether gradients are held until the step's last micro-batch.
 
-    `fits` is None where the device's memory is unknown. `parked`: layers whose activations go to host memory.
+    `fits` is None where the device's memory is unknown. `parked`: layers whose activations go to host memory. Without `keep_copy`
+    a rank's shard is cast to the compute dtype at every gather.
     """
 
     tokens: int
@@ -224,6 +232,7 @@ class Choice:
     fits: bool | None
     hold: bool = False
     parked: int = 0
+    keep_copy: bool = True
 
 
 def ladder(recompute: Recompute | None, offload: bool | Literal["auto"]) -> tuple[Recompute, ...]:
@@ -241,26 +250,32 @@ def choose(
     """The least recomputation that fits, and with no `tokens` given a budget that fits too.
 
     `longest`: the longest sample's tokens per GPU, which must fit whatever the budget. Given `tokens` or `recompute` are
-    kept; activations go to host memory only where `offload` says that all shall, or may as the last resort ("auto": of as few
-    layers as will do). Without a known device nothing is recomputed and a GPU's share is just filled. Gradients are held where
-    micro-batches are too short to hide their reduction (always, without a device) and there is room.
+    kept; the weights' compute copy goes before more is recomputed; activations go to host memory only where `offload` says that all
+    shall, or may as the last resort ("auto": of as few layers as will do). Without a known device nothing is recomputed and a GPU's
+    share is just filled. Gradients are held where micro-batches are too short to hide their reduction (always, without a device)
+    and there is room.
     """
     floor = max(longest, tokens or 0)
     rungs, all_away = ladder(recompute, offload), config.layers - 1
-    held = replace(setting, hold=setting.shards > 1)
     if device_gib is None:
         budget = tokens or max(longest, min(FILLED, 4 * longest))
-        plan = predict(config, held, max(budget, longest), rungs[0])
-        return Choice(budget, rungs[0], plan, None, held.hold, all_away * (rungs[0] == "offload"))
-    for rung in rungs:
+        hold = setting.shards > 1
+        plan = predict(config, replace(setting, hold=hold), max(budget, longest), rungs[0])
+        return Choice(budget, rungs[0], plan, None, hold, all_away * (rungs[0] == "offload"))
+    settings = [setting, replace(setting, keep_copy=False)]
+    settings = settings if settings[1].copied < setting.copied else settings[:1]
+    for rung, setting in product(rungs, settings):
         if not predict(config, setting, floor, rung).fits(device_gib):
             continue
         budget = floor
         while tokens is None and budget < FILLED and predict(config, setting, min(2 * budget, FILLED), rung).fits(device_gib):
             budget = min(2 * budget, FILLED)
-        hold = held.hold and budget <= HIDDEN and predict(config, held, budget, rung).fits(device_gib)
-        chosen, parked = held if hold else setting, all_away * (rung == "offload")
+        held = replace(setting, hold=setting.shards > 1 and budget <= HIDDEN)
+        chosen = held if predict(config, held, budget, rung).fits(device_gib) else setting
+        parked = all_away * (rung == "offload")
         while offload == "auto" and parked > 1 and predict(config, chosen, budget, rung, parked - 1).fits(device_gib):
             parked -= 1
-        return Choice(tokens or budget, rung, predict(config, chosen, budget, rung, parked), True, hold, parked)
-    return Choice(tokens or floor, rungs[-1], predict(config, setting, floor, rungs[-1]), False, False, all_away * (rungs[-1] == "offload"))
+        plan = predict(config, chosen, budget, rung, parked)
+        return Choice(tokens or budget, rung, plan, True, chosen.hold, parked, chosen.keep_copy)
+    plan, parked = predict(config, settings[-1], floor, rungs[-1]), all_away * (rungs[-1] == "offload")
+    return Choice(tokens or floor, rungs[-1], plan, False, False, parked, settings[-1].keep_copy)

@@ -114,6 +114,7 @@ def most_careful(choices: Sequence[Choice]) -> Choice:
         max(choices, key=lambda choice: choice.prediction.peak),
         tokens=min(choice.tokens for choice in choices), recompute=max((choice.recompute for choice in choices), key=LADDER.index),
         hold=all(choice.hold for choice in choices), parked=max(choice.parked for choice in choices),
+        keep_copy=all(choice.keep_copy for choice in choices),
     )  # fmt: skip
 
 

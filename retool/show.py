@@ -77,6 +77,7 @@ def memory_words(report: RunReport, phases: Mapping[str, float] | None = None, f
         "none": "nothing recomputed", "selective": "MLPs recomputed", "full": "all but attention recomputed",
         "offload": "all but attention recomputed, what blocks keep in host memory",
     }[choice.recompute]  # fmt: skip
+    kept += "" if choice.keep_copy else ", weights cast at every gather"
     verdict = "" if memory is None else f"; {'fits' if fits else 'may not fit'} in {memory:.0f} GiB"
     offloaded = f"; {host / GIB:.1f} GiB of host memory on each machine" if host else ""
     return f"peak by phase, GiB on each {'GPU' if memory is not None else 'process'} (predicted): {words}; {kept}{verdict}{offloaded}"

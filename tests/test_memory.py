@@ -31,9 +31,9 @@ def model(family: str = "qwen2", **more: object) -> ModelConfig:
     return parse_model_config({**SHAPE, "model_type": family, **more})
 
 
-def planned(family: str, tied: bool, dtypes: tuple[torch.dtype, torch.dtype], reshard: bool) -> tuple[int, int]:
+def planned(family: str, tied: bool, dtypes: tuple[torch.dtype, torch.dtype], reshard: bool, keep: bool) -> tuple[int, int]:
     """What a real sharded decoder says it takes, and the elements that it owns (module-level: it runs on several ranks)."""
-    options = ModelOptions(param_dtype=dtypes[1], master_dtype=dtypes[0], reshard_after_forward=reshard)
+    options = ModelOptions(param_dtype=dtypes[1], master_dtype=dtypes[0], reshard_after_forward=reshard, keep_copy=keep)
     sharded = build_decoder(model(family, tie_word_embeddings=tied), make_mesh(), options)
     return sharded.planned_bytes(), sharded.layout.shard_numel
 
@@ -48,12 +48,16 @@ def test_the_layout_is_the_one_that_sharding_makes(family: str, tied: bool) -> N
         assert plan_layout(config, shards) == real.reshard(shards)
 
 
-@pytest.mark.parametrize(("world", "reshard", "compute"), [(1, True, "fp32"), (1, True, "bf16"), (2, True, "bf16"), (2, False, "fp32")])
-def test_state_and_buffers_are_exact(world: int, reshard: bool, compute: str) -> None:
+@pytest.mark.parametrize(
+    ("world", "reshard", "compute", "keep"),
+    [(1, True, "fp32", True), (1, True, "bf16", False), (2, True, "bf16", True), (2, True, "bf16", False), (2, False, "fp32", True)],
+)
+def test_state_and_buffers_are_exact(world: int, reshard: bool, compute: str, keep: bool) -> None:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    args = ("qwen2", True, (torch.float32, dtypes[compute]), reshard)
+    args = ("qwen2", True, (torch.float32, dtypes[compute]), reshard, keep)
     taken, owned = planned(*args) if world == 1 else run_ranks(planned, world, *args)[0]
-    predicted = predict(model(tie_word_embeddings=True), Setting(shards=world, compute=compute, reshard=reshard), 0, "none")
+    setting = Setting(shards=world, compute=compute, reshard=reshard, keep_copy=keep)
+    predicted = predict(model(tie_word_embeddings=True), setting, 0, "none")
     assert predicted.state == taken + 2 * 4 * owned  # the two moments are the optimizer's
 
 
@@ -167,6 +171,18 @@ def test_the_least_recomputation_that_fits(gib: float, rung: str) -> None:
     assert choice.recompute == rung and choice.fits is (gib > 4)
     if choice.fits:
         assert choice.prediction.fits(gib) and choice.tokens >= 16_384
+
+
+def test_the_compute_copy_goes_before_more_is_recomputed() -> None:
+    config, setting = parse_model_config({**LLAMA_8B, "model_type": "llama"}), Setting(shards=2)
+    found = [choose(config, setting, 8_192, 8_192, None, gib) for gib in (141, 112, 79, 60)]
+    assert [(c.recompute, c.keep_copy, c.fits) for c in found] == [
+        ("none", True, True), ("none", False, True), ("full", False, True), ("full", False, False)
+    ]  # fmt: skip
+    kept, cast = (predict(config, replace(setting, keep_copy=keep), 0, "none") for keep in (True, False))
+    assert kept.state - cast.state == 2 * plan_layout(config, 2).shard_numel
+    assert choose(config, replace(setting, param_offload=True), 8_192, 8_192, None, 60).keep_copy, "it is all that the device has then"
+    assert choose(config, replace(setting, shards=1), 8_192, 8_192, None, 60).keep_copy, "one process computes with it"
 
 
 def test_what_was_asked_for_is_kept() -> None:

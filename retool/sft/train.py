@@ -140,7 +140,7 @@ def model_options(config: SFTConfig, choice: Choice) -> ModelOptions:
         param_dtype=None if sharding.param_dtype == "auto" else DTYPES[sharding.param_dtype], master_dtype=DTYPES[sharding.model_dtype],
         reduce_dtype=DTYPES["fp64" if sharding.model_dtype == "fp64" else sharding.reduce_dtype],
         attn=attn, recompute=choice.recompute, parked=choice.parked, use_compile=config.model.use_compile,
-        reshard_after_forward=sharding.reshard_after_forward, forward_prefetch=sharding.forward_prefetch,
+        keep_copy=choice.keep_copy, reshard_after_forward=sharding.reshard_after_forward, forward_prefetch=sharding.forward_prefetch,
     )  # fmt: skip
 
 

@@ -165,6 +165,30 @@ def test_held_gradients_add_up_in_fp32() -> None:
     assert not any(grads[0][3:]) and not any(grads[1])
 
 
+def trained_in_bf16(keep_copy: bool, reshard: bool) -> tuple[int, list[float], list[float]]:
+    """Bytes, losses and master weights of a run that computes in bf16."""
+    mesh = make_mesh()
+    torch.manual_seed(0)
+    net = Root()
+    sharded = shard(net, units_of(net), mesh, keep_copy=keep_copy, reshard_after_forward=reshard)
+    optimizer, losses = AdamW(sharded, AdamWOptions()), []
+    for x in torch.randn(4, 6, 7, generator=torch.Generator().manual_seed(1)).bfloat16():
+        sharded.zero_grad()
+        loss = sharded(x[mesh.rank :: mesh.world])
+        loss.backward()
+        sharded.finish_gradients()
+        optimizer.step(1e-2)
+        losses.append(float(loss.detach()))
+    return sharded.planned_bytes(), losses, sharded.master.tolist()
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_weights_cast_at_every_gather_train_bit_for_bit_alike(reshard: bool) -> None:
+    for kept, cast in zip(run_ranks(trained_in_bf16, 2, True, reshard), run_ranks(trained_in_bf16, 2, False, reshard), strict=True):
+        assert cast[1:] == kept[1:]
+        assert kept[0] - cast[0] == 2 * len(kept[2]), "no copy of the shard"
+
+
 class Tied(nn.Module):
     """The first and the last module are one unit, as a tied embedding and head are."""
 

@@ -96,6 +96,7 @@ CASES = [  # GPUs, sp, tied, options: every way in which a gathered buffer is re
     (2, 2, False, {"recompute": "offload", "chunk": 128}),
     (2, 1, False, {"forward_prefetch": False, "use_compile": False}),
     (2, 2, True, {"reshard_after_forward": False}),
+    (2, 1, False, {"keep_copy": False}),
     (2, 1, True, {"offload": True}),
 ]
 
@@ -114,7 +115,7 @@ def test_fp32_on_gpus_trains_as_the_cpu(expected: dict[bool, dict[str, Any]], gp
 
 
 @pytest.mark.parametrize(
-    ("gpus", "sp", "more"), [(1, 1, {}), (2, 2, {"recompute": "full"}), (1, 1, {"recompute": "offload", "chunk": 128}), (2, 1, {})]
+    ("gpus", "sp", "more"), [(1, 1, {}), (2, 2, {"recompute": "full"}), (1, 1, {"recompute": "offload", "chunk": 128}), (2, 1, {}), (2, 1, {"keep_copy": False})]
 )
 def test_bf16_on_gpus_trains_like_fp32_and_never_waits(
     expected: dict[bool, dict[str, Any]], gpus: int, sp: int, more: dict[str, Any]

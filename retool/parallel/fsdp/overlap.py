@@ -66,12 +66,14 @@ class Overlap:
         self.reduce_stream = torch.cuda.Stream(device) if cuda else None
 
     def gather(self, out: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup, free: torch.cuda.Event | None) -> Pending:
-        """Start gathering `shard` of every rank into `out`, once `free` has happened."""
-        if self.gather_stream is None:
-            return Pending(work=_all_gather(out, shard, group=group, async_op=True))
+        """Start gathering `shard` of every rank into `out`, once `free` has happened; one of another dtype is cast into its place there."""
         with torch.cuda.stream(self.gather_stream):
-            if free is not None:
+            if self.gather_stream is not None and free is not None:
                 self.gather_stream.wait_event(free)
+            if shard.dtype != out.dtype:
+                shard = out.view(dist.get_world_size(group), -1)[dist.get_rank(group)].copy_(shard)
+            if self.gather_stream is None:
+                return Pending(work=_all_gather(out, shard, group=group, async_op=True))
             _all_gather(out, shard, group=group)
             return Pending(event=recorded())
 

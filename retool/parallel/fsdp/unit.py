@@ -23,13 +23,11 @@ class Unit:
     def __init__(self, index: int, layout: UnitLayout, mesh: Mesh, overlap: Overlap, weights: Buffer, grads: Buffer | None) -> None:
         self.index, self.layout, self.mesh, self.overlap = index, layout, mesh, overlap
         self.weights, self.grads = weights, grads
-        self.shard = self.grad_shard = torch.empty(0)  # this rank's part in the compute and the reduce dtype, set by `shard`
+        self.shard = self.grad_shard = torch.empty(0)  # this rank's part of what is gathered, and of the gradient, set by `shard`
         self.held: Buffer | None = None  # gradients of several backwards, the whole unit's; `holds`: it has some
         self.holds = False
         flat = weights.data.data
-        self.parameters = [
-            nn.Parameter(flat[s.offset : s.offset + s.numel].view(s.shape), requires_grad=s.trainable) for s in layout.slots
-        ]
+        self.parameters = [nn.Parameter(flat[s.offset : s.offset + s.numel].view(s.shape), requires_grad=s.trainable) for s in layout.slots]
 
     def start_gather(self) -> None:
         """Begin to fill the buffer, unless it holds this unit already."""

@@ -5,8 +5,9 @@
     end of backward:    reduce what has no input gradient (the embedding) · order all reductions before what follows
 
 Memory of one rank, P parameters in S shards, with the largest unit U: fp32 master, gradient and two AdamW moments 16·P/S
-bytes, the bf16 copy that is gathered 2·P/S, two gathered units 2·2·U and two gradient buffers 2·4·U; an embedding or
-head beside blocks of another size has buffers of its own (6 bytes a parameter). `Sharded.planned_bytes` is exact.
+bytes, the bf16 copy that is gathered 2·P/S (without `keep_copy` none: a gather casts), two gathered units 2·2·U and two gradient
+buffers 2·4·U; an embedding or head beside blocks of another size has buffers of its own (6 bytes a parameter).
+`Sharded.planned_bytes` is exact.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ class Sharded:
     """A module whose parameters are sharded. Call it as the module; `master` and `grad` are this rank's flat shards."""
 
     def __init__(self, module: nn.Module, layout: Layout, mesh: Mesh, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-                 reshard: bool, forward_prefetch: bool, backward_overlap: bool) -> None:  # fmt: skip
+                 keep_copy: bool, reshard: bool, forward_prefetch: bool, backward_overlap: bool) -> None:  # fmt: skip
         self.module, self.layout, self.mesh = module, layout, mesh
         self.forward_prefetch, self.backward_overlap = forward_prefetch, backward_overlap
         param, master, reduce = dtypes
         self.overlap = Overlap(mesh.device)
         self.master = torch.zeros(layout.shard_numel, dtype=master, device=mesh.device)
-        self.compute = self.master if param == master else torch.zeros(layout.shard_numel, dtype=param, device=mesh.device)
+        copied = param != master and (keep_copy or mesh.shard_group is None)
+        self.compute = torch.zeros(layout.shard_numel, dtype=param, device=mesh.device) if copied else self.master
+        self.param_dtype = param
         self.grad = torch.zeros(layout.shard_numel, dtype=torch.promote_types(reduce, torch.float32), device=mesh.device)
         self._callback_queued = False
         self._holding = False
@@ -68,6 +71,8 @@ class Sharded:
 
     def offload_master(self) -> None:
         """Keep the master weights in pinned host memory; whoever changes them brings the compute copy up to date."""
+        if self.compute is self.master and self.param_dtype != self.master.dtype:
+            raise ValueError("master weights in host memory can't be gathered from there: shard with keep_copy=True.")
         self.master = self.master.cpu().pin_memory()  # where both were one tensor, the device's goes on as the compute copy
 
     def refresh(self, copied: bool = False) -> None:
@@ -194,6 +199,7 @@ def shard(
     members: Members | None = None,
     aliases: tuple[tuple[str, str], ...] = (),
     order: tuple[str, ...] = (),
+    keep_copy: bool = True,
     reshard_after_forward: bool = True,
     forward_prefetch: bool = True,
     backward_overlap: bool = True,
@@ -203,7 +209,8 @@ def shard(
     `units`: (name, modules) in forward order; every parameter belongs to one of them, tied ones to the first that has
     it. `members` maps a parameter's name to the names and shapes stacked in it on disk (default: itself). Parameters on
     the meta device start as zeros (load them through `layout`, then `refresh`); others keep their values, which must be
-    the same on every rank. `forward_prefetch` gathers the next unit during a unit's forward; `backward_overlap` the one before
+    the same on every rank. Without `keep_copy` there is no copy of a rank's shard in `param_dtype`: the master weights are cast
+    whenever a unit is gathered. `forward_prefetch` gathers the next unit during a unit's forward; `backward_overlap` the one before
     during its backward, and lets reductions run beside what follows (both off only to measure what they hide).
 
     Raises ValueError for a parameter in no unit.
@@ -215,7 +222,7 @@ def shard(
         raise ValueError(f"parameter {missing[0]} (and {len(missing) - 1} more) is in no unit: add its module to `units`.")
     layout = make_layout(specs, mesh.shards, aliases, order)
     dtypes = param_dtype, master_dtype, reduce_dtype
-    sharded = Sharded(module, layout, mesh, dtypes, reshard_after_forward, forward_prefetch, backward_overlap)
+    sharded = Sharded(module, layout, mesh, dtypes, keep_copy, reshard_after_forward, forward_prefetch, backward_overlap)
     replacement: dict[int, nn.Parameter] = {}
     for unit, old in zip(sharded.units, originals, strict=True):
         _keep_values(sharded, unit, old)

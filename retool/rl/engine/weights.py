@@ -48,13 +48,13 @@ class Weights:
         Raises ValueError if the trainer's model has other parameters than the engine's.
         """
         if not self.buffers:
-            self._allocate(sharded.layout, self.dtype or sharded.compute.dtype)
+            self._allocate(sharded.layout, self.dtype or sharded.param_dtype)
         group = sharded.mesh.shard_group
         for unit, buffer in zip(sharded.units, self.buffers, strict=True):
             if group is None:
                 buffer.copy_(unit.shard)
             else:
-                _all_gather(buffer, unit.shard.to(buffer.dtype), group=group)
+                _all_gather(buffer, unit.shard.to(sharded.param_dtype).to(buffer.dtype), group=group)
 
     def _allocate(self, layout: Layout, dtype: torch.dtype) -> None:
         slots = {s.name: s.shape for u in layout.units for s in u.slots}
