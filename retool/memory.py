@@ -39,6 +39,7 @@ from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder, Recompute, Run
 from retool.model.logprobs import LOGIT_BYTES
 from retool.model.recompute import token_chunks
+from retool.optim import VISITING
 from retool.parallel.fsdp.layout import Layout, SlotSpec, make_layout
 from retool.parallel.fsdp.overlap import assign_buffers
 from retool.parallel.fsdp.wrap import NORM_CHUNK
@@ -140,17 +141,16 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
         sizes = [u.numel for u in layout.units]
         gathered = _rooms(sizes, [not setting.reshard] * len(sizes)) * p + _rooms(sizes, [False] * len(sizes)) * r
         gathered += sum(sizes) * gradient * setting.hold  # held in at least fp32
-    units = [u.shard_numel for u in layout.units]
-    pairs = max(a + b for a, b in zip(units, [*units[1:], 0], strict=True))  # the next unit arrives before the last one is let go
-    visiting = pairs * m * (setting.param_offload + 2 * setting.optimizer_offload)
+    visiting = 3 * min(owned, VISITING) * m * (setting.param_offload + 2 * setting.optimizer_offload)
     away = config.layers - 1 if parked is None else parked
     away *= recompute == "offload"
     each = tokens * layer_bytes(config, setting.sp, p, recompute)
     kept = (config.layers - away + (away > 0)) * each + tokens * 4 * config.head_dim
     table = config.vocab * config.hidden * p  # the vocabulary matrix's gradient, and the embedding's
     block = block_bytes(config, setting.sp, tokens, p, recompute) + (table if config.tied else 0)
-    end = table + max(table if config.tied else 0, r * max(units) if setting.shards > 1 else 0)  # both gradients, or one and its sum
     largest = max(u.numel for u in layout.units)
+    summed = r * largest // setting.shards if setting.shards > 1 else 0
+    end = table + max(table if config.tied else 0, summed)  # both gradients, or one and its sum
     return Prediction(
         load=max(m * owned + copy + gradient * owned + gathered, state + gathered),
         forward_backward=state + gathered + max(kept + max(head_bytes(config, tokens, p), block), end),

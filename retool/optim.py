@@ -9,8 +9,10 @@ from itertools import pairwise
 import torch
 
 from retool.parallel.fsdp import Layout, Sharded
+from retool.parallel.fsdp.overlap import copied, recorded, wait_for
 
 Run = tuple[int, int]  # elements [start, stop) of a rank's shard
+VISITING = 1 << 24  # elements of each offloaded tensor in each of the three chunks that the update has on the device
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,19 @@ class AdamW:
     """AdamW over a `Sharded` module's flat shards.
 
     `exp_avg` and `exp_avg_sq` have the shape and dtype of `sharded.master`. With `offload_moments` they live in pinned
-    host memory, with `offload_master` the master weights too; both visit the device unit by unit during `step`.
+    host memory, with `offload_master` the master weights too; both visit the device chunk by chunk during `step`.
     """
 
     def __init__(self, sharded: Sharded, options: AdamWOptions, offload_moments: bool = False, offload_master: bool = False) -> None:
         self.sharded, self.options = sharded, options
-        self.offload_moments = offload_moments and sharded.mesh.device.type == "cuda"
-        if offload_master and sharded.mesh.device.type == "cuda":
+        cuda = sharded.mesh.device.type == "cuda"
+        self.offload_moments, self.offload_master = offload_moments and cuda, offload_master and cuda
+        if self.offload_master:
             sharded.offload_master()
-        self.exp_avg, self.exp_avg_sq = (_moment(sharded.master, self.offload_moments) for _ in range(2))
+        where = torch.device("cpu") if self.offload_moments else sharded.mesh.device
+        self.exp_avg, self.exp_avg_sq = (
+            torch.zeros(sharded.master.shape, dtype=sharded.master.dtype, device=where, pin_memory=self.offload_moments) for _ in range(2)
+        )
         self.steps = torch.zeros((), dtype=torch.float32, device=sharded.mesh.device)
         self.trainable = trainable_runs(sharded.layout, sharded.mesh.shard_rank)
 
@@ -53,7 +59,7 @@ class AdamW:
             sharded.grad.div_(scale)
             scale = torch.ones_like(norm)
         scale = scale.float()
-        offloaded = self.offload_moments or sharded.master.device.type != sharded.mesh.device.type
+        offloaded = self.offload_moments or self.offload_master
         if offloaded:
             self._offloaded_update(lr, scale, skipped)
         else:
@@ -77,22 +83,33 @@ class AdamW:
         )  # fmt: skip
 
     def _offloaded_update(self, lr: float, scale: torch.Tensor, skipped: torch.Tensor) -> None:
-        """Unit by unit: host → device, update, device → host, all in the compute stream's order, from pinned memory."""
-        device = self.sharded.mesh.device
-        for unit in self.sharded.layout.units:
-            part = slice(unit.start, unit.start + unit.shard_numel)
-            runs = [(max(a, part.start) - part.start, min(b, part.stop) - part.start) for a, b in self.trainable]
-            host = [t[part] for t in (self.sharded.master, self.exp_avg, self.exp_avg_sq)]
-            here = [t.to(device, non_blocking=True) for t in host]
-            self._update([r for r in runs if r[0] < r[1]], here[0], self.sharded.grad[part], here[1], here[2], lr, scale, skipped)
-            self.sharded.compute[part].copy_(here[0])  # onto itself where only the moments are offloaded and both are one tensor
-            for target, value in zip(host, here, strict=True):
-                if target.device != device:
-                    target.copy_(value, non_blocking=True)
+        """Chunk by chunk through three slots of device memory, each way in a stream of its own; chunk i takes slot i mod 3.
 
-
-def _moment(like: torch.Tensor, offload: bool) -> torch.Tensor:
-    return torch.zeros(like.shape, dtype=like.dtype, pin_memory=True) if offload else torch.zeros_like(like)
+        gather stream   | 0 ↓ | 1 ↓ | 2 ↓ | 3 ↓ | …     from pinned memory, once the slot's last chunk has left
+        compute               | 0   | 1   | 2   | …
+        reduce stream               | 0 ↑ | 1 ↑ | …
+        """
+        sharded, device = self.sharded, self.sharded.mesh.device
+        arriving, leaving = sharded.overlap.gather_stream, sharded.overlap.reduce_stream
+        flats, away = (sharded.master, self.exp_avg, self.exp_avg_sq), (self.offload_master, self.offload_moments, self.offload_moments)
+        numel = sharded.layout.shard_numel
+        slots = [
+            [torch.empty(min(VISITING, numel), dtype=t.dtype, device=device) if o else t for t, o in zip(flats, away, strict=True)]
+            for _ in range(3)
+        ]
+        free: list[torch.cuda.Event | None] = [recorded() if arriving is not None else None] * 3
+        for number, start in enumerate(range(0, numel, VISITING)):
+            part, slot = slice(start, min(start + VISITING, numel)), number % 3
+            here = [s[: part.stop - start] if o else s[part] for s, o in zip(slots[slot], away, strict=True)]
+            visitors = [(h, t[part]) for h, t, o in zip(here, flats, away, strict=True) if o]
+            wait_for(copied(arriving, visitors, free[slot]))
+            runs = [(max(a, start) - start, min(b, part.stop) - start) for a, b in self.trainable]
+            self._update([r for r in runs if r[0] < r[1]], here[0], sharded.grad[part], here[1], here[2], lr, scale, skipped)
+            if sharded.compute is not sharded.master:
+                sharded.compute[part].copy_(here[0])
+            free[slot] = copied(leaving, [(t, h) for h, t in visitors], None if leaving is None else recorded())
+        for event in free:
+            wait_for(event)
 
 
 def trainable_runs(layout: Layout, shard_rank: int) -> list[Run]:

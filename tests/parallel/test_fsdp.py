@@ -148,6 +148,28 @@ def test_non_finite_gradient_changes_nothing() -> None:
     assert torch.equal(sharded.master, before) and not optimizer.exp_avg.any()
 
 
+@pytest.mark.parametrize(("master", "moments"), [(True, True), (True, False), (False, True)])
+def test_an_offloaded_update_by_chunk_is_the_same(monkeypatch: pytest.MonkeyPatch, master: bool, moments: bool) -> None:
+    """On the CPU the visitors are copies in the same memory: what is left to test is which elements visit, and that they return."""
+    monkeypatch.setattr("retool.optim.VISITING", 256)
+
+    def trained(offload: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        net = Root()
+        net.blocks[1].requires_grad_(False)
+        sharded = shard(net, units_of(net), make_mesh())
+        optimizer = AdamW(sharded, AdamWOptions())
+        optimizer.offload_master, optimizer.offload_moments = offload and master, offload and moments
+        for x in torch.randn(3, 6, 7, generator=torch.Generator().manual_seed(1)).bfloat16():
+            sharded.zero_grad()
+            sharded(x).backward()
+            optimizer.step(1e-2)
+        return [sharded.master, sharded.compute, optimizer.exp_avg, optimizer.exp_avg_sq]
+
+    for found, want in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(found, want)
+
+
 def held_in_bf16(backwards: int) -> list[float]:
     """Gradients of 1, each from a micro-batch, reduced once in bf16."""
     mesh = make_mesh()

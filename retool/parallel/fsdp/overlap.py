@@ -103,6 +103,23 @@ def recorded() -> torch.cuda.Event:
     return event
 
 
+def wait_for(event: torch.cuda.Event | None) -> None:
+    """What the current stream does next comes after the event."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
+
+
+def copied(
+    stream: torch.cuda.Stream | None, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: torch.cuda.Event | None
+) -> torch.cuda.Event | None:
+    """Copy each (target, source) on `stream` once `after` has happened; the event of their end. Without a stream at once."""
+    with torch.cuda.stream(stream):
+        wait_for(after)
+        for target, source in pairs:
+            target.copy_(source, non_blocking=True)
+        return None if stream is None else recorded()
+
+
 def _add(into: torch.Tensor, part: torch.Tensor) -> None:
     into.add_(part)
 
