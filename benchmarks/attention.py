@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import statistics
 from argparse import Namespace
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from table import arguments, hardware, measure, save, show, spread
 
 from retool.model import attention_cudnn
 from retool.model.attention import attention, attention_forward_lse, choose_backend
+from retool.model.attention_flash import available
 
 BASELINE = "varlen"
 
@@ -71,8 +71,8 @@ def backends(device: torch.device) -> list[tuple[str, int]]:
     """(name, shortest document that cuDNN takes)."""
     if device.type != "cuda":
         return [("reference", 0)]
-    fused = [(BASELINE, 0), *([("flash", 0)] if find_spec("flash_attn") else [])]
-    return [*fused, ("cudnn", attention_cudnn.CUDNN_SHORTEST), ("cudnn", 1)]
+    flash = [(name, 0) for name in available(device) if name != BASELINE]
+    return [(BASELINE, 0), *flash, ("cudnn", attention_cudnn.CUDNN_SHORTEST), ("cudnn", 1)]
 
 
 def main() -> None:

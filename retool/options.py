@@ -42,7 +42,10 @@ class FSDPConfig:
 class DecoderConfig:
     """How the model is run in training; where it comes from is the command's own key."""
 
-    attn: Literal["auto", "flash", "varlen", "cudnn", "reference"] = option("auto", "Attention backend of training; the choice is logged.")
+    attn: Literal["auto", "flash", "flash3", "flash4", "varlen", "cudnn", "reference"] = option(
+        "auto",
+        "Attention kernel of training; the choice is logged. flash: the flash-attn package; flash3, flash4: theirs; varlen: torch's.",
+    )
     enable_gradient_checkpointing: bool | Literal["auto", "selective"] = option(
         "auto", "Recompute activations in backward: auto = the least that fits; selective = only cheap parts."
     )

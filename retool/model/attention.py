@@ -1,10 +1,10 @@
-"""Causal attention over packed documents: one function, four kernels behind it.
+"""Causal attention over packed documents: one function, six kernels behind it.
 
 Shapes: T tokens · N query heads · K key/value heads · G query heads per key/value head · L tokens of a document · H head dim · B documents
 
     flash      FlashAttention-2, `flash_attn_varlen_func`'s kernels, from the flash-attn package
-    varlen     torch's own FlashAttention, `torch.nn.attention.varlen`
-    cudnn      documents of at least `CUDNN_SHORTEST` tokens through cuDNN, the shorter ones between them through flash or varlen
+    varlen     torch's own FlashAttention-2, `torch.nn.attention.varlen`; flash3, flash4: the same call with FlashAttention-3 or 4 installed
+    cudnn      documents of at least `CUDNN_SHORTEST` tokens through cuDNN, the shorter ones between them through one of those
     reference  document by document in any precision, on any device: the CPU's kernel, and what the others are tested against
 
 Every token attends to itself and to the tokens before it in its document; scores are scaled by 1/sqrt(H); query head n reads
@@ -17,10 +17,9 @@ key/value head n // G. Nothing waits for the device: what the host must know abo
 
 from __future__ import annotations
 
-import inspect
+import math
 import warnings
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from retool.model import attention_flash
 from retool.model.attention_cudnn import CUDNN_LARGEST_HEAD, CUDNN_SHORTEST, cudnn_backward, cudnn_forward
 from retool.model.attention_reference import Gradients, Pack, reference_backward, reference_forward
 from retool.model.eager import eager
@@ -48,8 +48,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, want
         return "reference"
     if reason:
         raise ValueError(f"attention backend {wanted!r} {reason}. Use reference, or auto.")
-    if wanted == "flash" and find_spec("flash_attn") is None:
-        raise ValueError("attention backend 'flash' needs the flash-attn package. Install retool[flash], or use varlen, part of torch.")
+    if missing := attention_flash.missing(wanted):
+        raise ValueError(f"attention backend {wanted!r} needs the package {missing}. Install it, or use varlen, part of torch, or auto.")
     can_cudnn = torch.cuda.get_device_capability(device) >= (9, 0) and head_dim <= CUDNN_LARGEST_HEAD
     if wanted == "cudnn" and not can_cudnn:
         raise ValueError(f"attention backend 'cudnn' needs a Hopper or later GPU and head_dim ≤ {CUDNN_LARGEST_HEAD}. Use flash or varlen.")
@@ -58,7 +58,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, want
             raise ValueError("attention backend 'cudnn' adds up gradients in no fixed order: it isn't deterministic. Use varlen or auto.")
         fused = ["varlen"]
     else:
-        fused = ["cudnn"] * can_cudnn + ["flash"] * (find_spec("flash_attn") is not None) + ["varlen"]
+        fused = ["cudnn"] * can_cudnn + attention_flash.available(device)
     for backend in fused if wanted == "auto" else [wanted]:
         error = kernel_error(backend, device, dtype, head_dim)
         if error <= TRUSTED:
@@ -85,7 +85,8 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
 def kernel_error(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
     """Largest relative error (L2) of a kernel's output and gradients on a small pack of random numbers, against fp32: about 0.005 in bf16.
 
-    A package may import and run, and yet be built without this head dimension or for another GPU. NaN where there are NaNs.
+    A package may import and run, and yet be built without this head dimension or for another GPU. NaN where there are NaNs, infinite for
+    a package that doesn't run at all.
     """
     lengths = (5, CUDNN_SHORTEST) if backend == "cudnn" else (5, 67, 1)
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
@@ -99,15 +100,22 @@ def kernel_error(backend: str, device: torch.device, dtype: torch.dtype, head_di
         return [out, *BACKWARD[backend](dout.contiguous(), q, k, v, out, lse, pack)]
 
     with torch.no_grad():
-        found, want = computed(backend, heads), computed("reference", heads.float())
+        try:
+            found = computed(backend, heads)
+        except Exception as error:
+            if attention_flash.missing(backend) or backend not in attention_flash.PACKAGE:
+                raise
+            warnings.warn(f"attention backend {backend!r} fails here: {error}", stacklevel=2)
+            return math.inf
+        want = computed("reference", heads.float())
         return float(torch.stack([(a.float() - b).norm() / b.norm() for a, b in zip(found, want, strict=True)]).max())
 
 
 @lru_cache
-def _flash_or_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """For the short documents of a pack."""
-    flash = find_spec("flash_attn") is not None and kernel_error("flash", device, dtype, head_dim) <= TRUSTED
-    return "flash" if flash else "varlen"
+def _for_short(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """For the short documents of a pack: the fastest that computes rightly, varlen as the last."""
+    *others, last = attention_flash.available(device)
+    return next((name for name in others if kernel_error(name, device, dtype, head_dim) <= TRUSTED), last)
 
 
 @eager  # `seqlens` would be a guard, and every pack a new graph
@@ -178,76 +186,16 @@ def _check(q_TNH: Tensor, k_TKH: Tensor, seqlens: tuple[int, ...]) -> None:
     assert q_TNH.shape[1] % k_TKH.shape[1] == 0, f"{q_TNH.shape[1]} query heads don't group over {k_TKH.shape[1]} key/value heads"
 
 
-# ── flash-attn ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _flash_options(head_dim: int, pack: Pack) -> dict[str, Any]:
-    return {
-        "cu_seqlens_q": pack.cu_seqlens,
-        "cu_seqlens_k": pack.cu_seqlens,
-        "max_seqlen_q": pack.max_seqlen,
-        "max_seqlen_k": pack.max_seqlen,
-        "dropout_p": 0.0,
-        "softmax_scale": head_dim**-0.5,
-        "causal": True,
-        "window_size_left": -1,
-        "window_size_right": -1,
-        "softcap": 0.0,
-        "alibi_slopes": None,
-    }
-
-
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
-
-    out, lse, *_ = _flash_attn_varlen_forward(q, k, v, **_flash_options(q.shape[-1], pack))
-    return out, lse
-
-
-def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack) -> Gradients:
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    _flash_attn_varlen_backward(dout, q, k, v, out, lse, dq, dk, dv, deterministic=deterministic, **_flash_options(q.shape[-1], pack))
-    return dq, dk, dv
-
-
-# ── torch.nn.attention.varlen ────────────────────────────────────────────────────────────────────────────────────
-
-
-@lru_cache(maxsize=1)
-def _varlen_options() -> dict[str, Any]:
-    """torch 2.11 groups heads unasked; from 2.12 on they must be asked for. Both take the causal mask as a window."""
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return {"window_size": (-1, 0), "return_aux": AuxRequest(lse=True), **grouped}
-
-
-def _varlen_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    out, lse = varlen_attn(q, k, v, pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen, **_varlen_options())
-    return out, lse
-
-
-def _varlen_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack) -> Gradients:
-    rng, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # of dropout, which isn't used
-    cu, longest = pack.cu_seqlens, pack.max_seqlen
-    return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, cu, cu, longest, longest, 0.0, True, rng, unused)
-
-
 # ── cuDNN for the long documents, one of the above for the rest ──────────────────────────────────────────────────
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
-    return cudnn_forward(q, k, v, pack, FORWARD[_flash_or_varlen(q.device, q.dtype, q.shape[-1])])
+    return cudnn_forward(q, k, v, pack, FORWARD[_for_short(q.device, q.dtype, q.shape[-1])])
 
 
 def _cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack) -> Gradients:
-    return cudnn_backward(dout, q, k, v, out, lse, pack, BACKWARD[_flash_or_varlen(q.device, q.dtype, q.shape[-1])])
+    return cudnn_backward(dout, q, k, v, out, lse, pack, BACKWARD[_for_short(q.device, q.dtype, q.shape[-1])])
 
 
-FORWARD = {"flash": _flash_forward, "varlen": _varlen_forward, "cudnn": _cudnn_forward, "reference": reference_forward}
-BACKWARD = {"flash": _flash_backward, "varlen": _varlen_backward, "cudnn": _cudnn_backward, "reference": reference_backward}
+FORWARD = {**attention_flash.FORWARD, "cudnn": _cudnn_forward, "reference": reference_forward}
+BACKWARD = {**attention_flash.BACKWARD, "cudnn": _cudnn_backward, "reference": reference_backward}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retool.model import attention as kernels
-from retool.model import attention_cudnn, attention_reference
+from retool.model import attention_cudnn, attention_flash, attention_reference
 from retool.model.attention import attention, attention_backward, attention_forward_lse, attention_from_saved, choose_backend
 
 HEADS = [(14, 2), (9, 3), (8, 4), (6, 6)]
@@ -159,7 +159,7 @@ def test_choose_backend_on_the_cpu() -> None:
     assert choose_backend(cpu, torch.bfloat16, 64, "reference") == "reference"
     with pytest.raises(ValueError, match=r"'flash' needs a GPU, and this is cpu\. Use reference"):
         choose_backend(cpu, torch.bfloat16, 64, "flash")
-    with pytest.raises(ValueError, match=r"'flsh' is not known\. Use auto, flash, varlen, cudnn, reference"):
+    with pytest.raises(ValueError, match=r"'flsh' is not known\. Use auto, flash, varlen, flash3, flash4, cudnn, reference"):
         choose_backend(cpu, torch.bfloat16, 64, "flsh")
 
 
@@ -204,7 +204,8 @@ def test_a_kernel_that_computes_wrongly_is_found_out(backend: str, spoilt: str |
 def test_only_kernels_that_compute_rightly_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = {"cudnn": math.nan, "flash": 1.2, "varlen": 0.005}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(kernels, "find_spec", lambda _: True)
+    monkeypatch.setattr(attention_flash, "available", lambda _: ["flash", "varlen"])
+    monkeypatch.setattr(attention_flash, "missing", lambda _: "")
     monkeypatch.setattr(kernels, "kernel_error", lambda backend, *_: errors[backend])
     inputs = torch.device("cuda", 0), torch.bfloat16, 16
     with pytest.warns(UserWarning, match=r"'(cudnn|flash)' computes wrongly on this device with heads of 16") as said:
@@ -212,12 +213,63 @@ def test_only_kernels_that_compute_rightly_are_chosen(monkeypatch: pytest.Monkey
     assert len(said) == 2
     with pytest.raises(ValueError, match=r"'flash' computes wrongly .* \(relative error 1\.2\): .* or use auto"):
         choose_backend(*inputs, "flash")
-    assert kernels._flash_or_varlen.__wrapped__(*inputs) == "varlen"
+    assert kernels._for_short.__wrapped__(*inputs) == "varlen"
     errors["varlen"] = 0.04
     with pytest.warns(UserWarning):
         assert choose_backend(*inputs) == "reference"
     errors["flash"] = 0.02
-    assert kernels._flash_or_varlen.__wrapped__(*inputs) == choose_backend(*inputs, "flash") == "flash"
+    assert kernels._for_short.__wrapped__(*inputs) == choose_backend(*inputs, "flash") == "flash"
+
+
+@pytest.mark.parametrize(
+    ("generation", "installed", "found"),
+    [
+        (8, ["flash_attn_interface", "flash_attn", "flash_attn.cute"], ["flash", "varlen"]),
+        (9, ["flash_attn_interface", "flash_attn", "flash_attn.cute"], ["flash3", "flash", "varlen"]),
+        (10, ["flash_attn_interface", "flash_attn", "flash_attn.cute"], ["flash4", "flash", "varlen"]),
+        (10, ["flash_attn"], ["flash", "varlen"]),
+        (9, [], ["varlen"]),
+    ],
+)
+def test_flash_attention_is_the_newest_that_is_there(generation: int, installed: list[str], found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (generation, 0))
+    monkeypatch.setattr(attention_flash, "find_spec", lambda name: True if name in installed else None)
+    assert attention_flash.available(torch.device("cuda", 0)) == found
+    if "flash4" not in found and len(installed) < 3:
+        with pytest.raises(ValueError, match=r"'flash4' needs the package flash_attn.cute\. Install it"):
+            choose_backend(torch.device("cuda", 0), torch.bfloat16, 64, "flash4")
+
+
+def test_torch_runs_the_version_that_each_call_names() -> None:
+    """With a stand-in for the package: which kernels torch then calls is its own affair."""
+    registry, used = torch.nn.attention, []
+
+    class Handle:
+        def remove(self) -> None:
+            used.append("own")
+
+    def register() -> Handle:
+        used.append("FA3")
+        return Handle()
+
+    before = dict(registry._registry._FLASH_ATTENTION_IMPLS)
+    registry.register_flash_attention_impl("FA3", register_fn=register)
+    try:
+        for version in (None, "FA3", "FA3", None, None):
+            attention_flash._use(version)
+    finally:
+        registry._registry._FLASH_ATTENTION_IMPLS.update(before)
+    assert used == ["FA3", "own"]
+
+
+def test_a_package_that_fails_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Tensor) -> None:
+        raise RuntimeError("built for another GPU")
+
+    monkeypatch.setitem(kernels.FORWARD, "flash3", fails)
+    monkeypatch.setattr(attention_flash, "missing", lambda _: "")
+    with pytest.warns(UserWarning, match="'flash3' fails here: built for another GPU"):
+        assert kernels.kernel_error.__wrapped__("flash3", torch.device("cpu"), torch.float32, 16) == math.inf
 
 
 def test_cudnn_runs_cover_the_pack() -> None:
@@ -303,13 +355,13 @@ BF16 = (4e-3, 1.6e-2)  # what bfloat16 kernels are within of each other; both si
 GPU_SEQLENS = (1, 300, 17, 1, 700, 128, 64)
 
 
-@pytest.fixture(params=["flash", "varlen", "cudnn", "reference"])
+@pytest.fixture(params=["flash", "flash3", "flash4", "varlen", "cudnn", "reference"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A fused kernel; cudnn takes the documents of 100 tokens or more."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    if request.param == "flash":
-        pytest.importorskip("flash_attn")
+    if request.param in attention_flash.PACKAGE and request.param not in attention_flash.available(torch.device("cuda", 0)):
+        pytest.skip("not installed, or for other GPUs")
     monkeypatch.setattr(attention_cudnn, "CUDNN_SHORTEST", 100)
     attention_cudnn._runs.cache_clear()
     yield choose_backend(torch.device("cuda", 0), torch.bfloat16, 64, request.param)
