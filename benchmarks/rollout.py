@@ -1,21 +1,30 @@
 """Rollout throughput of the engine: sampled tokens per second, share of the bandwidth roofline, weight sync, log-prob gap.
 
-    python benchmarks/rollout.py [--shape qwen2.5-0.5b] [--sequences 256] [--prompt 896] [--new 256] [--json out.json]
+    python benchmarks/rollout.py [--shape qwen2.5-0.5b] [--sequences 256] [--prompt 896] [--new 128] [--json out.json]
     python benchmarks/rollout.py --shape tiny --sequences 8 --prompt 24 --new 16        a look at it on the CPU
 
-Every engine gets the same random prompts (or `--group` samples of each) and samples `--new` tokens of each at temperature 1, none
-ends earlier. *all* counts from the first prompt to the last token, *decode* only steps in which every sequence decodes. The
-roofline: weights and the KV of every sequence are read once per step from memory at its nominal bandwidth. transformers runs the same
-shape on the same device in the same process: `generate_batch` (its continuous batching) and `generate` (one padded batch).
+Every engine gets the same random prompts, others in each repeat (or `--group` samples of each), and samples `--new` tokens of each at
+temperature 1, none ends earlier. *all* counts from the first prompt to the last token, *decode* only steps in which every sequence
+decodes. The roofline: weights and the KV of every sequence are read once per step from memory at its nominal bandwidth.
+transformers runs the same shape in the same precision, after us, in a process of its own: `generate_batch` (its continuous batching) and
+`generate` (one padded batch). A peer has `--peer-seconds`; the repeats that it hadn't finished are left out.
 With `--model FOLDER` real weights are used; the log-prob gap to the training forward says something only then.
+
+`generate_batch` gets a KV cache of 1.5 times what the sequences need (it keeps 15 % free before it takes new prompts), and keeps its
+graphs between repeats. Left to itself it takes 90 % of the device for the cache, and up to transformers 5.17 its warm-up attends to
+all of that from 8,192 tokens, in each call: 56 s on an H200.
 """
 
 from __future__ import annotations
 
 import gc
+import json
+import re
 import statistics
+import subprocess
+import sys
 import time
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from sft import SHAPES, random_weights
-from table import arguments, hardware, save
+from table import arguments, failed, hardware, head, row, save
 
 from retool.batch import Sample, pack
 from retool.checkpoint.pretrained import load_pretrained
@@ -56,6 +65,13 @@ def roofline_seconds(config: ModelConfig, contexts: list[int], size: int, per_se
     return (config.matmul_parameters * size + sum(contexts) * kv) / per_second
 
 
+def draw_prompts(config: ModelConfig, args: Namespace, repeat: int) -> list[list[int]]:
+    """Random prompts, the same for everyone, others in every repeat: nothing can be kept from the one before."""
+    rng = np.random.default_rng(repeat)
+    drawn = [rng.integers(0, min(config.vocab, 150_000), args.prompt).tolist() for _ in range(-(-args.sequences // args.group))]
+    return [drawn[i // args.group] for i in range(args.sequences)]
+
+
 def ours(engine: Engine, prompts: list[list[int]], args: Namespace, seed: int) -> dict[str, Any]:
     """Seconds of everything and of the decode-only steps, and the turns."""
     device, stats = engine.device, engine.stats
@@ -75,23 +91,22 @@ def ours(engine: Engine, prompts: list[list[int]], args: Namespace, seed: int) -
     return {"seconds": end - start, "decode_seconds": end - decode_start, "decode_tokens": stats.sampled_tokens - drawn, "turns": turns}
 
 
-def measure_ours(engine: Engine, prompts: list[list[int]], args: Namespace) -> dict[str, Any]:
+def measure_ours(engine: Engine, args: Namespace) -> dict[str, Any]:
     device, config = engine.device, engine.config
     begin = synchronised(device)
-    ours(engine, prompts, args, 0)
+    ours(engine, draw_prompts(config, args, 0), args, 0)
     warm_up = synchronised(device) - begin
-    runs = [ours(engine, prompts, args, 1 + r) for r in range(args.repeats)]
-    total = len(prompts) * args.new
+    runs = [ours(engine, draw_prompts(config, args, 1 + r), args, 1 + r) for r in range(args.repeats)]
     decode = [r["decode_tokens"] / r["decode_seconds"] for r in runs]
-    line: dict[str, Any] = {"name": "retool", "all": [total / r["seconds"] for r in runs], "decode": decode}
+    line: dict[str, Any] = {"name": "retool", "all": [args.sequences * args.new / r["seconds"] for r in runs], "decode": decode}
     line |= {"warm_up_seconds": warm_up, "stats": vars(engine.stats)}
     per_second = bandwidth(device)
     assert engine.weights.dtype is not None
     if per_second is not None:
         steps = args.new - 1
-        contexts = [[len(p) + k for p in prompts] for k in range(1, steps + 1)]
+        contexts = [[args.prompt + k] * args.sequences for k in range(1, steps + 1)]
         seconds = sum(roofline_seconds(config, c, engine.weights.dtype.itemsize, per_second) for c in contexts)
-        line["roofline"] = len(prompts) * steps / seconds
+        line["roofline"] = args.sequences * steps / seconds
     line["turns"] = runs[-1]["turns"]
     return line
 
@@ -137,11 +152,16 @@ def transformers_model(config: ModelConfig, folder: Path | None, device: torch.d
 
 
 def generate_batch(model: Any, prompts: list[list[int]], args: Namespace) -> int:
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     options = GenerationConfig(max_new_tokens=args.new, eos_token_id=-1, pad_token_id=0, **sampling)
-    found = model.generate_batch(prompts, generation_config=options, progress_bar=False)
+    blocks = len(prompts) * -(-(args.prompt + args.new) // 256)
+    batching = ContinuousBatchingConfig(num_blocks=-(-3 * blocks // 2), max_batch_tokens=min(8192, len(prompts) * args.prompt),
+                                        allow_block_sharing=args.group > 1)  # fmt: skip
+    found = model.generate_batch(
+        prompts, generation_config=options, continuous_batching_config=batching, progress_bar=False, persistent_manager=True
+    )
     return sum(len(o.generated_tokens) for o in found.values())
 
 
@@ -152,80 +172,117 @@ def generate(model: Any, prompts: list[list[int]], args: Namespace) -> int:
     return out.numel() - ids.numel()
 
 
-def measure_theirs(name: str, run: Callable[..., int], model: Any, prompts: list[list[int]], args: Namespace) -> dict[str, Any]:
-    rates = []
-    for repeat in range(args.repeats + 1):  # the first one warms up
+PEERS: dict[str, Callable[..., int]] = {"generate_batch": generate_batch, "generate": generate}
+
+
+def run_peer(name: str, config: ModelConfig, args: Namespace) -> None:
+    """In the peer's process: a JSON line of each repeat, the first of which warms up."""
+    device = torch.device(args.device)
+    model = transformers_model(config, args.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    for repeat in range(args.repeats + 1):
         torch.manual_seed(repeat)
-        start = synchronised(model.device)
-        tokens = run(model, prompts, args)
-        rates.append(tokens / (synchronised(model.device) - start))
-    return {"name": name, "all": rates[1:]}
+        prompts = draw_prompts(config, args, repeat)
+        start = synchronised(device)
+        tokens = PEERS[name](model, prompts, args)
+        seconds = synchronised(device) - start
+        if tokens != args.sequences * args.new:
+            raise RuntimeError(f"{tokens:,} tokens came back instead of {args.sequences * args.new:,}")
+        gib = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else float("nan")
+        print(json.dumps({"rate": tokens / seconds, "gib": gib}), flush=True)
+    getattr(model, "destroy_cached_continuous_batching_manager", lambda: None)()
 
 
-def show(lines: list[dict[str, Any]], config: ModelConfig, device: torch.device, args: Namespace) -> None:
-    print(f"\n{hardware(device)}\n{args.shape if args.model is None else args.model}: {args.sequences} sequences, {args.prompt} prompt + "
-          f"{args.new} sampled tokens, {config.layers} layers\n")  # fmt: skip
-    print("| | tok/s, all | spread | decode only | of roofline | retool is × |\n|---|---:|---:|---:|---:|---:|")
-    mine = statistics.median(lines[0]["all"])
-    for entry in lines:
-        middle = statistics.median(entry["all"])
-        decode = statistics.median(entry["decode"]) if "decode" in entry else None
-        share = f"{decode / entry['roofline']:.1%}" if decode and "roofline" in entry else ""
-        spread = f"{min(entry['all']):,.0f}–{max(entry['all']):,.0f}"
-        print(f"| {entry['name']} | {middle:,.0f} | {spread} | {f'{decode:,.0f}' if decode else ''} | {share} | {mine / middle:.1f} |")
-    if "sync_ms" in lines[0]:
-        print(f"\nweight sync {statistics.median(lines[0]['sync_ms']):.1f} ms · log-prob gap to the training forward: mean "
-              f"{lines[0]['gap']['mean']:.1e}, largest {lines[0]['gap']['max']:.1e}"
-              f"{' (random weights)' if args.model is None else ''} · {lines[0]['gib']:.1f} GiB")  # fmt: skip
+def measure_peer(name: str, args: Namespace) -> dict[str, Any]:
+    """The peer's line, from what it had done when it ended or its time did."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            out, errors = process.communicate(timeout=args.peer_seconds)
+            said = [text.strip()[:200] for text in errors.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", text)]
+            note = "" if process.returncode == 0 else (said or [f"exit status {process.returncode}"])[-1]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, errors = process.communicate()
+            note = f"stopped after {args.peer_seconds:.0f} s"
+    sys.stderr.write(errors)
+    found = [json.loads(text) for text in out.splitlines() if text.startswith('{"rate"')]
+    line: dict[str, Any] = {"name": f"transformers {name}", "all": [entry["rate"] for entry in found[1:]], "note": note}
+    if not line["all"]:
+        return line | {"failed": note}
+    return line | {"gib": found[-1]["gib"]}
+
+
+def in_table(line: dict[str, Any], mine: float) -> list[str]:
+    if "failed" in line:
+        return failed(line["name"], line, 7)
+    middle, gib = statistics.median(line["all"]), line["gib"]
+    decode = statistics.median(line["decode"]) if "decode" in line else None
+    share = f"{decode / line['roofline']:.1%}" if decode and "roofline" in line else ""
+    name = f"{line['name']} ({line['note']})" if line.get("note") else line["name"]
+    return [name, f"{middle:,.0f}", f"{min(line['all']):,.0f} … {max(line['all']):,.0f}", f"{decode:,.0f}" if decode else "", share,
+            "" if gib != gib else f"{gib:.1f}", f"{mine / middle:.1f}"]  # fmt: skip
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.set_defaults(repeats=3)
-    parser.add_argument("--shape", default="qwen2.5-0.5b", choices=SHAPES)
-    parser.add_argument("--model", type=Path, help="a Hugging Face folder with real weights, instead of --shape")
-    parser.add_argument("--sequences", type=int, default=256)
-    parser.add_argument("--prompt", type=int, default=896)
-    parser.add_argument("--new", type=int, default=256)
-    parser.add_argument("--group", type=int, default=1, help="samples of each prompt")
-    parser.add_argument("--kv-gib", type=float, default=24.0 if torch.cuda.is_available() else 0.25)
-    parser.add_argument("--no-graphs", action="store_true")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--peers", default="generate_batch,generate", help="of transformers; empty: none")
-    args = parser.parse_args()
+    args = parse()
+    config = SHAPES[args.shape] if args.model is None else read_model_config(args.model)
+    if args.worker:
+        return run_peer(args.worker, config, args)
     device = torch.device(args.device)
     mesh = make_mesh(device=args.device)
-    config = SHAPES[args.shape] if args.model is None else read_model_config(args.model)
     model = build_decoder(config, mesh, ModelOptions()) if args.model is None else load_pretrained(args.model, mesh)
     if args.model is None:
         random_weights(model)
-    rng = np.random.default_rng(0)
-    drawn = [rng.integers(0, min(config.vocab, 150_000), args.prompt).tolist() for _ in range(-(-args.sequences // args.group))]
-    prompts = [drawn[i // args.group] for i in range(args.sequences)]
     engine = Engine(config, device, EngineOptions(
         max_num_seqs=args.sequences, kv_bytes=int(args.kv_gib * GIB), max_length=args.prompt + args.new + 1,
         use_cuda_graphs=not args.no_graphs, max_batch_tokens=max(8192, args.sequences), use_compile=False if args.no_compile else "auto",
     ))  # fmt: skip
     engine.sync(model)
-    lines = [measure_ours(engine, prompts, args)]
-    lines[0] |= {"sync_ms": measure_sync(engine, model, args.repeats), "gap": gap(model, prompts, lines[0].pop("turns"))}
+    lines = [measure_ours(engine, args)]
+    turns, mine = lines[0].pop("turns"), statistics.median(lines[0]["all"])
     lines[0]["gib"] = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else float("nan")
-    dtype = model.compute.dtype
+    head(f"{hardware(device)}\n{args.shape if args.model is None else args.model.name}: {args.sequences} sequences, {args.prompt} prompt + "
+         f"{args.new} sampled tokens, {config.layers} layers", COLUMNS)  # fmt: skip
+    row(in_table(lines[0], mine))
+    save(args.json, device, lines)
+    prompts = draw_prompts(config, args, args.repeats)
+    lines[0] |= {"sync_ms": measure_sync(engine, model, args.repeats), "gap": gap(model, prompts, turns)}
+    save(args.json, device, lines)
     engine.release()
     del engine, model
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     for name in filter(None, args.peers.split(",")):
-        theirs = transformers_model(config, args.model, device, dtype)
-        lines.append(measure_theirs(f"transformers {name}", PEERS[name], theirs, prompts, args))
-        del theirs
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    show(lines, config, device, args)
-    save(args.json, device, lines)
+        lines.append(measure_peer(name, args))
+        row(in_table(lines[-1], mine))
+        save(args.json, device, lines)
+    sync, found, weights = statistics.median(lines[0]["sync_ms"]), lines[0]["gap"], "random" if args.model is None else "real"
+    print(f"\nweight sync {sync:.1f} ms · log-prob gap to the training forward ({weights} weights): mean {found['mean']:.1e}, "
+          f"largest {found['max']:.1e}")  # fmt: skip
 
 
-PEERS: dict[str, Callable[..., int]] = {"generate_batch": generate_batch, "generate": generate}
+COLUMNS = ["", "tok/s, all", "spread", "decode only", "of roofline", "GiB", "retool is ×"]
+
+
+def parse() -> Namespace:
+    parser = arguments(__doc__)
+    parser.set_defaults(repeats=2)
+    add = parser.add_argument
+    add("--shape", default="qwen2.5-0.5b", choices=SHAPES)
+    add("--model", type=Path, help="a Hugging Face folder with real weights, instead of --shape")
+    add("--sequences", type=int, default=256)
+    add("--prompt", type=int, default=896)
+    add("--new", type=int, default=128)
+    add("--group", type=int, default=1, help="samples of each prompt")
+    add("--kv-gib", type=float, default=24.0 if torch.cuda.is_available() else 0.25)
+    add("--no-graphs", action="store_true")
+    add("--no-compile", action="store_true")
+    add("--peers", default="generate_batch,generate", help="of transformers; empty: none")
+    add("--peer-seconds", type=float, default=90, help="of each peer, from its start")
+    add("--worker", default="", choices=["", *PEERS], help=SUPPRESS)
+    return parser.parse_args()
+
 
 if __name__ == "__main__":
     main()

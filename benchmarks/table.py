@@ -1,19 +1,23 @@
-"""What the kernel benchmarks share: timing with device events, the hardware line, the table, `--json`."""
+"""What the benchmarks share: timing with device events, the hardware line, tables that print and save row by row, rows that fail."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from retool.perf import GIB
 
@@ -69,13 +73,63 @@ def spread(ms: list[float]) -> str:
     return f"{statistics.median(ms):.2f} ({min(ms):.2f} … {max(ms):.2f})"
 
 
-def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A Markdown table: the first column is text, the others numbers."""
-    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |", flush=True)
+def head(title: str, columns: Sequence[str]) -> None:
+    """A Markdown table's title and first lines: the first column is text, the others numbers."""
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}", flush=True)
 
 
-def save(path: Path | None, device: torch.device, lines: list[dict[str, Any]]) -> None:
+def row(cells: Sequence[str]) -> None:
+    """A table's next row."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A whole table."""
+    head(title, columns)
+    for cells in rows:
+        row(cells)
+
+
+def save(path: Path | None, device: torch.device, lines: Sequence[dict[str, Any]]) -> None:
+    """What there is so far; whoever is killed meanwhile leaves what was saved before."""
     if path is not None:
-        path.write_text(json.dumps({"hardware": hardware(device), "lines": lines}, indent=1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps({"hardware": hardware(device), "lines": lines}, indent=1))
+        part.replace(path)
+
+
+# --- rows that fail ---
+
+
+@cache
+def _gloo() -> Any:
+    return dist.new_group(backend="gloo")
+
+
+def attempt(make: Callable[[], dict[str, Any]], patience: float = 60) -> dict[str, Any]:
+    """The line that `make` returns, or {"failed": why}: a row that can't be measured doesn't cost the others.
+
+    In a job of several ranks a collective call, the same on all of them: where one failed, the row has. RuntimeError when a rank isn't
+    through `patience` seconds after this one: it waits for what will never come, and the job had better end.
+    """
+    try:
+        line = make()
+    except Exception as error:
+        line = {"failed": f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]}
+    if dist.is_initialized():
+        dist.monitored_barrier(_gloo(), timedelta(seconds=patience), wait_all_ranks=True)
+        reasons: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, line.get("failed"), group=_gloo())
+        if failed := [f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why]:
+            line = {"failed": failed[0]}
+    if "failed" in line:
+        gc.collect()  # what it had on the device
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return line
+
+
+def failed(name: str, line: dict[str, Any], columns: int) -> list[str]:
+    """The cells of a row that failed."""
+    return [name, f"failed: {line['failed']}".replace("|", "/"), *[""] * (columns - 2)]
