@@ -130,7 +130,7 @@ def test_plain_lines_parse(tmp_path: Path) -> None:
 
 def test_the_time_left_is_at_the_pace_of_steps_and_not_of_what_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, now = io.StringIO(), iter([100.0, 102.0, 102.5, 104.0, 116.0])  # 100 s of compiling, then 2 s a step
-    monkeypatch.setattr("retool.metrics.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("retool.metrics.console.time.monotonic", lambda: next(now))
     logger = ConsoleLogger(info(tmp_path), Console(file=out, width=20, markup=False, highlight=False, soft_wrap=True))
     for step, found in (1, {"a": 1}), (2, {"a": 1}), (2, {"val/loss": 1}), (3, {"a": 1}), (10, {"a": 1}):
         logger.log(step, found)

@@ -1,0 +1,91 @@
+"""`metrics.jsonl`: one JSON object per optimizer step and one per validation, each with its `step`.
+
+Non-finite numbers, which JSON lacks, stand as null. A run resumed at step s keeps the entries up to s and goes on from there, so that no
+step is missing or repeated whatever the earlier process had still logged, a torn last line included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retool.metrics.logger import RunInfo
+
+
+class JsonlLogger:
+    """`metrics.jsonl`. A line that couldn't be written (a full disk) is kept and written with the next one."""
+
+    def __init__(self, info: RunInfo) -> None:
+        info.folder.mkdir(parents=True, exist_ok=True)
+        path = info.folder / "metrics.jsonl"
+        resume_jsonl(path, info.first_step)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        self._end = os.lseek(self._file, 0, os.SEEK_END)
+        self._pending = b""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        entry = {"step": step, **{k: _finite(v) for k, v in metrics.items()}}
+        self._pending += json.dumps(entry, allow_nan=False).encode() + b"\n"
+        try:
+            written = os.pwrite(self._file, self._pending, self._end)
+            if written < len(self._pending):
+                raise OSError(f"metrics.jsonl: only {written} of {len(self._pending)} bytes fitted")
+        except OSError:
+            os.ftruncate(self._file, self._end)  # no torn line in the middle
+            raise
+        self._end += written
+        self._pending = b""
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+
+
+def resume_jsonl(path: Path, step: int) -> None:
+    """Keep the entries of `path` up to `step`; a torn line and everything later go. Atomic.
+
+    At step 0 an older run's file is moved to `metrics.N.jsonl`, not emptied.
+    """
+    if not path.exists():
+        return
+    if step == 0:
+        if path.stat().st_size:
+            number = next(n for n in range(1, 10**6) if not path.with_name(f"metrics.{n}.jsonl").exists())
+            path.rename(path.with_name(f"metrics.{number}.jsonl"))
+        return
+    rest = path.with_suffix(".jsonl.tmp")
+    with path.open("rb") as old, rest.open("wb") as new:
+        for line in old:
+            entry = _parse_line(line)
+            if entry is not None and entry["step"] <= step:
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    rest.replace(path)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The entries of a `metrics.jsonl`, a torn last line left out."""
+    with path.open("rb") as lines:
+        return [entry for line in lines if (entry := _parse_line(line)) is not None]
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+
+
+def _finite(value: float) -> float | int | None:
+    number = value if isinstance(value, (int, float)) else float(value)
+    return number if math.isfinite(number) else None
