@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import statistics
 from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from table import arguments, hardware, measure, save, show, spread
+from table import arguments, attempt, failed, hardware, head, measure, row, save, spread
 
 from retool.model import attention_cudnn
 from retool.model.attention import attention, attention_forward_lse, choose_backend
@@ -34,7 +36,7 @@ def packs(scale: int) -> dict[str, tuple[int, ...]]:
     return {name: tuple(max(1, n // scale) for n in seqlens) for name, seqlens in all_packs.items()}
 
 
-def lines_for(heads: int, kv_heads: int, head_dim: int, pack: str, seqlens: tuple[int, ...], args: Namespace) -> list[dict[str, Any]]:
+def lines_for(heads: int, kv_heads: int, head_dim: int, pack: str, seqlens: tuple[int, ...], args: Namespace) -> Iterator[dict[str, Any]]:
     """One line per backend that can run here; `cudnn` with its threshold and with every document long enough."""
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -47,24 +49,26 @@ def lines_for(heads: int, kv_heads: int, head_dim: int, pack: str, seqlens: tupl
     longest = max(seqlens)
     exact, _ = attention_forward_lse(q.float(), k.float(), v.float(), cu_seqlens, longest, "reference", seqlens)
     pairs = sum(n * n for n in seqlens) * heads * head_dim
-    lines = []
-    for name, shortest in backends(device):
-        attention_cudnn.CUDNN_SHORTEST = shortest
-        attention_cudnn._runs.cache_clear()
+
+    def timed(name: str) -> dict[str, Any]:
         backend = choose_backend(device, dtype, head_dim, name)
 
-        def forward(backend: str = backend) -> torch.Tensor:
+        def forward() -> torch.Tensor:
             return attention_forward_lse(q, k, v, cu_seqlens, longest, backend, seqlens)[0]
 
-        def both(backend: str = backend) -> None:
+        def both() -> None:
             torch.autograd.grad(attention(q, k, v, cu_seqlens, longest, backend, seqlens), [q, k, v], d_out)
 
         error = ((forward().float() - exact).norm() / exact.norm()).item()
-        timed = {"forward": measure(forward, device, args.repeats), "both": measure(both, device, args.repeats)}
-        tflops = {key: flops * pairs / statistics.median(timed[key]["ms"]) / 1e9 for key, flops in (("forward", 2), ("both", 7))}
+        found = {"forward": measure(forward, device, args.repeats), "both": measure(both, device, args.repeats)}
+        tflops = {key: flops * pairs / statistics.median(found[key]["ms"]) / 1e9 for key, flops in (("forward", 2), ("both", 7))}
+        return {"error": error, **found, "tflops": tflops}
+
+    for name, shortest in backends(device):
+        attention_cudnn.CUDNN_SHORTEST = shortest
+        attention_cudnn._runs.cache_clear()
         title = f"{name}, documents ≥ {shortest}" if name == "cudnn" else name
-        lines.append({"heads": f"{heads}/{kv_heads}x{head_dim}", "pack": pack, "backend": title, "error": error, **timed, "tflops": tflops})
-    return lines
+        yield {"heads": f"{heads}/{kv_heads}x{head_dim}", "pack": pack, "backend": title, **attempt(partial(timed, name))}
 
 
 def backends(device: torch.device) -> list[tuple[str, int]]:
@@ -75,6 +79,17 @@ def backends(device: torch.device) -> list[tuple[str, int]]:
     return [(BASELINE, 0), *flash, ("cudnn", attention_cudnn.CUDNN_SHORTEST), ("cudnn", 1)]
 
 
+COLUMNS = ["pack", "kernel", "forward ms", "TFLOP/s", "forward + backward ms", "TFLOP/s", "speed", "error"]
+
+
+def in_table(line: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    if "failed" in line:
+        return [line["pack"], *failed(line["backend"], line, len(COLUMNS) - 1)]
+    ratio = "" if "failed" in base else f"{statistics.median(base['both']['ms']) / statistics.median(line['both']['ms']):.2f}×"
+    cells = [part for way in ("forward", "both") for part in (spread(line[way]["ms"]), f"{line['tflops'][way]:.3g}")]
+    return [line["pack"], line["backend"], *cells, ratio, f"{line['error']:.1e}"]
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--heads", default="14/2x64,7/1x64,32/8x128", help="query/key-value heads x head dim, comma-separated")
@@ -82,33 +97,20 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     print(hardware(device))
-    every, chosen = [], packs(1 if device.type == "cuda" else 32)
+    every, chosen = list[dict[str, Any]](), packs(1 if device.type == "cuda" else 32)
     threshold = attention_cudnn.CUDNN_SHORTEST
     for heads in args.heads.split(","):
         counts, head_dim = heads.split("x")
         query_heads, kv_heads = map(int, counts.split("/"))
-        rows = []
+        head(f"heads {counts}, head dim {head_dim}", COLUMNS)
         for pack in args.packs.split(","):
-            lines = lines_for(query_heads, kv_heads, int(head_dim), pack, chosen[pack], args)
+            base = None
+            for line in lines_for(query_heads, kv_heads, int(head_dim), pack, chosen[pack], args):
+                base = base or line
+                row(in_table(line, base))
+                every.append(line)
+                save(args.json, device, every)
             attention_cudnn.CUDNN_SHORTEST = threshold
-            base = statistics.median(lines[0]["both"]["ms"])
-            for x in lines:
-                ratio = f"{base / statistics.median(x['both']['ms']):.2f}×"
-                rows.append([pack, x["backend"], spread(x["forward"]["ms"]), f"{x['tflops']['forward']:.3g}", spread(x["both"]["ms"]),
-                             f"{x['tflops']['both']:.3g}", ratio, f"{x['error']:.1e}"])  # fmt: skip
-            every += lines
-        columns = [
-            "pack",
-            "kernel",
-            "forward ms",
-            "TFLOP/s",
-            "forward + backward ms",
-            "TFLOP/s",
-            "speed",
-            "error",
-        ]
-        show(f"heads {counts}, head dim {head_dim}", columns, rows)
-    save(args.json, device, every)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from sft import DOCUMENTS, SHAPES, Documents, random_weights
-from table import hardware, save, show
+from table import attempt, failed, hardware, head, row, save
 from torch.profiler import ProfilerActivity, profile
 
 from retool.data.loader import iterate_steps
@@ -86,6 +87,16 @@ def measure(config: ModelConfig, mesh: Mesh, overlap: tuple[bool, bool], scale: 
     return {"step": total or seconds * 1e3, "communication": length(union(communication)), "exposed": exposed(communication, computation)}
 
 
+COLUMNS = ["", "step ms", "communication ms", "exposed ms", "share exposed"]
+
+
+def in_table(line: dict[str, Any]) -> list[str]:
+    if "failed" in line:
+        return failed(line["row"], line, len(COLUMNS))
+    share = f"{line['exposed'] / line['communication']:.0%}" if line["communication"] else ""
+    return [line["row"], *(f"{line[key]:.1f}" for key in ("step", "communication", "exposed")), share]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b" if torch.cuda.is_available() else "tiny")
@@ -94,17 +105,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     mesh, lines = make_mesh(sp=args.sp), []
-    for title, overlap in ROWS.items():
-        found: dict[str, Any] = measure(SHAPES[args.shape], mesh, overlap, args.scale)
-        lines.append({"row": title, **found})
-        if mesh.device.type == "cuda":
-            torch.cuda.empty_cache()
     if mesh.rank == 0:
         print(f"{hardware(mesh.device)}, {mesh.world} rank(s), {args.shape}, sp {args.sp}")
-        cells = [[e["row"], *(f"{e[k]:.1f}" for k in ("step", "communication", "exposed")),
-                  f"{e['exposed'] / e['communication']:.0%}" if e["communication"] else ""] for e in lines]  # fmt: skip
-        show("One step of the full workload", ["", "step ms", "communication ms", "exposed ms", "share exposed"], cells)
-        save(args.json, mesh.device, lines)
+        head("One step of the full workload", COLUMNS)
+    for title, overlap in ROWS.items():
+        lines.append({"row": title, **attempt(partial(measure, SHAPES[args.shape], mesh, overlap, args.scale))})
+        if mesh.rank == 0:
+            row(in_table(lines[-1]))
+            save(args.json, mesh.device, lines)
+        if mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from table import arguments, hardware, measure, save, show, spread
+from table import arguments, attempt, failed, hardware, head, measure, row, save, spread
 from torch import Tensor
 
 from retool.model.logprobs import logprobs, weighted_logprob_sum
@@ -71,6 +72,16 @@ def exact_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tens
     return torch.autograd.grad(total, h)[0]
 
 
+COLUMNS = ["", "ms", "× three products", "GiB", "error"]
+
+
+def in_table(line: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    if "failed" in line:
+        return failed(line["name"], line, len(COLUMNS))
+    times = "" if "failed" in base else f"{statistics.median(line['ms']) / statistics.median(base['ms']):.2f}×"
+    return [line["name"], spread(line["ms"]), times, f"{line['gib']:.2f}", "" if line["error"] is None else f"{line['error']:.1e}"]
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=16_384)
@@ -87,20 +98,22 @@ def main() -> None:
     labels = torch.randint(vocab, (tokens,), device=device, generator=generator)
     weights = torch.rand(tokens, device=device, generator=generator) + 0.5
     want = exact_gradient(hidden, weight, labels, weights)
-    lines, rows = [], []
-    for name, step in steps(hidden, weight, labels, weights).items():
+    lines = list[dict[str, Any]]()
+
+    def timed(step: Step) -> dict[str, Any]:
         result = step()
         gradients = isinstance(result, tuple) and isinstance(result[0], Tensor) and result[0].shape == hidden.shape
         error = ((result[0][:64].double() - want).norm() / want.norm()).item() if gradients else None
         del result
-        line = {"name": name, "tokens": tokens, "vocab": vocab, "dim": args.dim, "error": error, **measure(step, device, args.repeats)}
-        lines.append(line)
-        floor, median = (statistics.median(x["ms"]) for x in (lines[0], line))
-        rows.append([name, spread(line["ms"]), f"{median / floor:.2f}×", f"{line['gib']:.2f}", "" if error is None else f"{error:.1e}"])
+        return {"error": error, **measure(step, device, args.repeats)}
+
     print(hardware(device))
     title = f"{tokens:,} tokens, vocabulary {vocab:,}, width {args.dim}; three products are {6e-12 * tokens * vocab * args.dim:.2f} TFLOP"
-    show(title, ["", "ms", "× three products", "GiB", "error"], rows)
-    save(args.json, device, lines)
+    head(title, COLUMNS)
+    for name, step in steps(hidden, weight, labels, weights).items():
+        lines.append({"name": name, "tokens": tokens, "vocab": vocab, "dim": args.dim, **attempt(partial(timed, step))})
+        row(in_table(lines[-1], lines[0]))
+        save(args.json, device, lines)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 FOLDER has the peers' scripts, `run.sh WHEELS TOKENIZER LOGS` (TRL and verl on 2 GPUs) and `single_gpu_bound.py` (no sharding, no
 optimizer: what the kernels give), which print lines that begin with RESULT. Each part's lines are kept in OUT as soon as it has
-ended, so `--only` can spread the parts (peers 8 minutes, ours 3, bound 1) over several calls; the table is of all that OUT has.
+ended, so `--only` can spread the parts (peers 8 minutes, ours 3, bound 1) over several calls; the table is of all that OUT has
+(`--only ""`: just that).
 `benchmarks/sft.py` says what the workloads are.
 """
 
@@ -60,6 +61,7 @@ def ours_of(text: str) -> list[Line]:
     return [
         Line(line["name"].split("-")[0], f"**retool**, {line['row']}", line["tokens_per_second_per_gpu"], line["peak_gib"], line["name"])
         for line in lines
+        if "failed" not in line
     ]
 
 
@@ -95,7 +97,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for part in args.only.split(","):
+    for part in filter(None, args.only.split(",")):
         run(part, args)
     ours, lines = ours_of(read(args.out / "ours.json")), peers_of(read(args.out / "peers.log"))
     rows = []

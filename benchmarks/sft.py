@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from table import attempt, failed, save
 
 from retool.batch import Sample
 from retool.data.loader import iterate_steps
@@ -164,13 +165,13 @@ def kernels_of(path: Path | None) -> Iterator[None]:
     path.write_text(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90))
 
 
-def line(name: str, row: Row, runs: list[dict[str, Any]], mesh: Mesh) -> dict[str, Any]:
+def line(runs: list[dict[str, Any]], mesh: Mesh) -> dict[str, Any]:
     """A table line from the repeats of a row."""
     rates = [t / s / mesh.world for run in runs for t, s in zip(run["tokens"], run["seconds"], strict=True)]
     means = [sum(run["tokens"]) / sum(run["seconds"]) / mesh.world for run in runs]
     used = mfu(sum(map(sum, (r["flops"] for r in runs))), sum(map(sum, (r["seconds"] for r in runs))), mesh.world, device_peak(mesh.device))
-    return {"name": name, "row": row.title, "tokens_per_second_per_gpu": statistics.mean(means), "runs": means, "low": min(rates),
-            "high": max(rates), "mfu": used, "peak_gib": max(r["peak"] for r in runs), "reserved_gib": max(r["reserved"] for r in runs),
+    return {"tokens_per_second_per_gpu": statistics.mean(means), "runs": means, "low": min(rates), "high": max(rates), "mfu": used,
+            "world": mesh.world, "peak_gib": max(r["peak"] for r in runs), "reserved_gib": max(r["reserved"] for r in runs),
             "first_loss": runs[0]["loss"][0], "last_loss": runs[0]["loss"][-1]}  # fmt: skip
 
 
@@ -183,10 +184,25 @@ def show(lines: list[dict[str, Any]], shape: str, mesh: Mesh) -> None:
             title, rate, gib = PEERS[workload]
             print(f"| baseline: {workload}, {title} (2×H100) | {rate:,} | | | {gib} | | |")
         for entry in (e for e in lines if ROWS[e["name"]].workload == workload):
+            if "failed" in entry:
+                print(f"| {' | '.join(failed(entry['row'], entry, 7))} |")
+                continue
             used = "" if entry["mfu"] is None else f"{entry['mfu']:.1%}"
             each = " · ".join(f"{r:,.0f}" for r in entry["runs"])
             print(f"| {entry['row']} | {entry['tokens_per_second_per_gpu']:,.0f} | {each} | {used} | {entry['peak_gib']:.1f} | "
                   f"{entry['reserved_gib']:.1f} | {entry['first_loss']:.2f} → {entry['last_loss']:.2f} |")  # fmt: skip
+
+
+def repeated(name: str, row: Row, mesh: Mesh, args: argparse.Namespace) -> dict[str, Any]:
+    """The line of all repeats."""
+    runs = []
+    for _ in range(args.repeats):
+        scale, compiled = args.scale * (2 if name == "8b" else 1), False if args.no_compile else "auto"
+        runs.append(measure(row, SHAPES[args.shape], mesh, scale, compiled, args.profile))
+        gc.collect()  # a sharded module and its hooks refer to each other
+        if mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return line(runs, mesh)
 
 
 def main() -> None:
@@ -206,22 +222,14 @@ def main() -> None:
         if row.sp > world.world:
             row = replace(row, sp=world.world, title=row.title.replace(f"sp {row.sp}", f"sp {world.world}"))
         mesh = meshes.setdefault(row.sp, make_mesh(sp=row.sp))
-        runs = []
-        for _ in range(args.repeats):
-            scale, compiled = args.scale * (2 if name == "8b" else 1), False if args.no_compile else "auto"
-            runs.append(measure(row, SHAPES[args.shape], mesh, scale, compiled, args.profile))
-            gc.collect()  # a sharded module and its hooks refer to each other
-            if mesh.device.type == "cuda":
-                torch.cuda.empty_cache()
-        lines.append(line(name, row, runs, mesh))
+        lines.append({"name": name, "row": row.title, "shape": args.shape, **attempt(partial(repeated, name, row, mesh, args))})
         if world.rank == 0:
-            rate, gib = lines[-1]["tokens_per_second_per_gpu"], lines[-1]["peak_gib"]
-            print(f"{row.title}: {rate:,.0f} tok/s/GPU, {gib:.1f} GiB", flush=True)
+            last = lines[-1]
+            found = last.get("failed") or f"{last['tokens_per_second_per_gpu']:,.0f} tok/s/GPU, {last['peak_gib']:.1f} GiB"
+            print(f"{row.title}: {found}", flush=True)
+            save(args.json, world.device, lines)
     if world.rank == 0:
         show(lines, args.shape, world)
-        if args.json:
-            found = {"shape": args.shape, "world": world.world, "torch": torch.__version__, "lines": lines}
-            args.json.write_text(json.dumps(found, indent=1))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sft import SHAPES
-from table import arguments, hardware, measure, save, show, spread
+from table import arguments, attempt, failed, hardware, head, measure, row, save, spread
 
 from retool.batch import Sample, pack
 from retool.model.attention import choose_backend
@@ -83,29 +83,29 @@ def exchanges(mesh: Mesh, plan: HeadPlan, tokens: int) -> tuple[Any, Any]:
     return ours, floor
 
 
-def lines_for(config: ModelConfig, meshes: list[Mesh], tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """A line for each sp that the heads allow; the first is sp 1."""
-    lines = []
-    for mesh in meshes:
-        if mesh.sp > config.heads:
-            continue
-        plan = HeadPlan(mesh.sp, mesh.sp_rank, config.heads, config.kv_heads, config.head_dim)
-        line: dict[str, Any] = {"heads": f"{config.heads}/{config.kv_heads}x{config.head_dim}", "tokens": tokens, "sp": mesh.sp}
-        line["block"] = slowest(block_run(config, mesh, plan, tokens), mesh, repeats)
-        if mesh.sp > 1:
-            ours, floor = exchanges(mesh, plan, tokens)
-            line["all_to_alls"], line["floor"] = slowest(ours, mesh, repeats), slowest(floor, mesh, repeats)
-        lines.append(line)
-    return lines
+def line_for(config: ModelConfig, mesh: Mesh, tokens: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds of a block and, beyond sp 1, of its all-to-alls."""
+    plan = HeadPlan(mesh.sp, mesh.sp_rank, config.heads, config.kv_heads, config.head_dim)
+    line: dict[str, Any] = {"block": slowest(block_run(config, mesh, plan, tokens), mesh, repeats)}
+    if mesh.sp > 1:
+        ours, floor = exchanges(mesh, plan, tokens)
+        line["all_to_alls"], line["floor"] = slowest(ours, mesh, repeats), slowest(floor, mesh, repeats)
+    return line
+
+
+COLUMNS = ["tokens/GPU", "sp", "block ms", "all-to-alls ms", "floor ms", "share of the block", "block against sp 1"]
 
 
 def in_table(line: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    if "failed" in line:
+        return [f"{line['tokens']:,}", *failed(str(line["sp"]), line, len(COLUMNS) - 1)]
     block = statistics.median(line["block"])
     cells = [f"{line['tokens']:,}", str(line["sp"]), spread(line["block"])]
     if line["sp"] == 1:
         return [*cells, "", "", "", "1.00× (baseline)"]
     share = statistics.median(line["all_to_alls"]) / block
-    return [*cells, spread(line["all_to_alls"]), spread(line["floor"]), f"{share:.1%}", f"{block / statistics.median(base['block']):.2f}×"]
+    against = "" if "failed" in base else f"{block / statistics.median(base['block']):.2f}×"
+    return [*cells, spread(line["all_to_alls"]), spread(line["floor"]), f"{share:.1%}", against]
 
 
 def main() -> None:
@@ -117,21 +117,24 @@ def main() -> None:
     args = parser.parse_args()
     world = int(os.environ.get("WORLD_SIZE", 1))
     meshes = [make_mesh(sp=sp, device=args.device) for sp in range(1, world + 1) if world % sp == 0]
-    every, mesh = [], meshes[0]
+    every, mesh = list[dict[str, Any]](), meshes[0]
     if mesh.rank == 0:
         print(f"{world}× {hardware(mesh.device)}, {args.shape}")
     for heads in (args.heads or HEADS.get(args.shape, "14/2x64,9/3x64,8/4x128")).split(","):
         counts, head_dim = heads.split("x")
         query_heads, kv_heads = map(int, counts.split("/"))
         config = replace(SHAPES[args.shape], heads=query_heads, kv_heads=kv_heads, head_dim=int(head_dim))
-        make = partial(lines_for, config, meshes, repeats=args.repeats)
-        groups = [make(tokens=int(n)) for n in args.lengths.split(",")]
-        every += [line for group in groups for line in group]
         if mesh.rank == 0:
-            columns = ["tokens/GPU", "sp", "block ms", "all-to-alls ms", "floor ms", "share of the block", "block against sp 1"]
-            show(f"heads {counts}, head dim {head_dim}", columns, [in_table(line, group[0]) for group in groups for line in group])
-    if mesh.rank == 0:
-        save(args.json, mesh.device, every)
+            head(f"heads {counts}, head dim {head_dim}", COLUMNS)
+        for tokens in map(int, args.lengths.split(",")):
+            group = list[dict[str, Any]]()
+            for over in (m for m in meshes if m.sp <= query_heads):
+                found = attempt(partial(line_for, config, over, tokens, args.repeats))
+                group.append({"heads": heads, "tokens": tokens, "sp": over.sp, **found})
+                every.append(group[-1])
+                if mesh.rank == 0:
+                    row(in_table(group[-1], group[0]))
+                    save(args.json, mesh.device, every)
     if dist.is_initialized():
         dist.destroy_process_group()
 
