@@ -1,108 +1,23 @@
-"""Command line and YAML → typed frozen dataclasses, on OmegaConf. Every fault is collected; none stops the search for the next.
+"""`read` accepts dotted `key=value` words and `config=run.yaml` (a file; later words win), `parse` raises what `read` found.
 
-A command's configuration is a frozen dataclass of frozen dataclasses whose fields are made by `option(default, doc)`.
-`read` accepts dotted `key=value` words and `config=run.yaml` (a file; later words win), `parse` raises what `read` found.
+Every fault is collected; none stops the search for the next.
 """
 
 from __future__ import annotations
 
 import difflib
-import inspect
-import textwrap
-import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-C = TypeVar("C")
-REQUIRED = MISSING
+from retool.config.schema import REQUIRED, C, ConfigError, Fault, Leaf, Parsed, is_dict, leaves
+
 NULLS = ("null", "none", "~", "")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something wrong with what the user asked for: where it stands, what is wrong, and the way out."""
-
-    where: str
-    problem: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.problem}" + (f" {self.remedy}" if self.remedy else "")
-
-
-class ConfigError(ValueError):
-    """Every fault of a configuration at once."""
-
-    def __init__(self, faults: Sequence[Fault]) -> None:
-        self.faults = tuple(faults)
-        super().__init__("\n".join(f"- {fault}" for fault in faults))
-
-
-@dataclass(frozen=True)
-class Parsed(Generic[C]):
-    """A configuration (values that had a fault stand at their default, required ones empty) and the faults."""
-
-    config: C
-    faults: tuple[Fault, ...]
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A key: its dotted name, its type with and without None, and what `option` was told."""
-
-    key: str
-    type: Any
-    nullable: bool
-    default: Any
-    doc: str
-    minimum: float | None
-    above: float | None
-    maximum: float | None
-    spellings: Mapping[str, str]
-
-    @property
-    def expected(self) -> str:
-        """The type in plain words."""
-        return _plain(self.type) + (" or null" if self.nullable else "")
-
-
-def option(
-    default: Any, doc: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None,
-    spellings: Mapping[str, str] | None = None,
-) -> Any:  # fmt: skip
-    """A configuration field with its one line of documentation.
-
-    `minimum`/`maximum` are inclusive bounds and `above` an exclusive one; `spellings` maps accepted spellings of a
-    value to ours. `REQUIRED` as the default makes the key mandatory; `"${other.key}"` takes another key's value.
-    """
-    metadata = {"doc": doc, "minimum": minimum, "above": above, "maximum": maximum, "spellings": spellings or {}}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def leaves(schema: type, prefix: str = "") -> Iterator[Leaf]:
-    """Every key of a configuration, in the order of its dataclasses, required ones first in each."""
-    hints = typing.get_type_hints(schema)
-    for entry in sorted(fields(schema), key=lambda entry: entry.default != REQUIRED):
-        kind, key = hints[entry.name], prefix + entry.name
-        if is_dataclass(kind):
-            yield from leaves(typing.cast(type, kind), key + ".")
-            continue
-        options = [t for t in typing.get_args(kind) if t is not type(None)] if _is_union(kind) else [kind]
-        nullable = _is_union(kind) and type(None) in typing.get_args(kind)
-        bare = options[0] if len(options) == 1 else typing.Union[tuple(options)]  # noqa: UP007
-        meta = entry.metadata
-        default = entry.default if entry.default is not NO_DEFAULT else typing.cast(Any, entry.default_factory)()
-        bounds = meta["minimum"], meta["above"], meta["maximum"]
-        yield Leaf(key, bare, nullable, default, meta["doc"], *bounds, meta["spellings"])
 
 
 def read(schema: type[C], words: Sequence[str], synonyms: Mapping[str, str] | None = None) -> Parsed[C]:
@@ -191,7 +106,7 @@ def _place(
     name = synonyms.get(key, key)
     leaf = known.get(name)
     if leaf is None:  # an entry of a dict: data.apply_chat_template_kwargs.enable_thinking=false
-        leaf = next((o for o in known.values() if _is_dict(o.type) and name.startswith(o.key + ".")), None)
+        leaf = next((o for o in known.values() if is_dict(o.type) and name.startswith(o.key + ".")), None)
     if leaf is not None:
         out.append((name, leaf, value, shown))
         return
@@ -269,7 +184,7 @@ def _yaml(text: str) -> Any:
 def _as_list(leaf: Leaf, value: Any) -> Any:
     if typing.get_origin(leaf.type) is tuple and value is not None and not isinstance(value, (list, tuple)):
         return [value]
-    if _is_dict(leaf.type) and isinstance(value, dict) and any(v is None and ":" in str(k) for k, v in value.items()):
+    if is_dict(leaf.type) and isinstance(value, dict) and any(v is None and ":" in str(k) for k, v in value.items()):
         raise ValueError(f"{value} has no space after a colon, which YAML wants")
     return leaf.spellings.get(value, value) if isinstance(value, str) else value
 
@@ -306,55 +221,3 @@ def _parent(node: Any, key: str) -> tuple[Any, str]:
     for part in path:
         node = node[part]
     return node, last
-
-
-def _is_union(kind: Any) -> bool:
-    return typing.get_origin(kind) in (typing.Union, types.UnionType)
-
-
-def _is_dict(kind: Any) -> bool:
-    return kind is dict or typing.get_origin(kind) is dict
-
-
-def _plain(kind: Any) -> str:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if _is_union(kind):
-        return " or ".join(_plain(a) for a in args)
-    if origin is Literal:
-        return " or ".join(str(a) for a in args)
-    if origin is tuple:
-        return f"a list of {_plain(args[0])}" if len(args) == 2 and args[1] is Ellipsis else f"[{', '.join(_plain(a) for a in args)}]"
-    if origin is dict:
-        return "a mapping such as {name: value}"
-    return {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
-
-
-# --- help ---
-
-
-def help_text(schema: type, program: str, example: str, synonyms: Mapping[str, str] | None = None) -> str:
-    """`--help`: every key with its type, default and meaning, made from the dataclasses' own documentation."""
-    spelt: dict[str, list[str]] = {}
-    for other, ours in (synonyms or {}).items():
-        spelt.setdefault(ours, []).append(other)
-    lines = [f"usage: {program} [--help] [--check] [config=run.yaml] key=value …", ""]
-    lines += textwrap.wrap(inspect.cleandoc(schema.__doc__ or ""), 100)
-    lines += ["", "Later words win over earlier ones and over the file. Example:", ""]
-    lines += ["    " + line for line in example.strip().splitlines()]
-    group = None
-    for leaf in leaves(schema):
-        head = leaf.key.rpartition(".")[0]
-        if head != group:
-            lines.append("")
-            group = head
-        default = "required" if leaf.default is REQUIRED else f"default {_shown(leaf.default)}"
-        lines.append(f"  {leaf.key}  ({leaf.expected}; {default})")
-        text = leaf.doc + (f" Also spelt {', '.join(spelt[leaf.key])}." if leaf.key in spelt else "")
-        lines += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
-    return "\n".join(lines) + "\n"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return "[" + ",".join(_shown(v) for v in value) + "]"
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)

@@ -1,0 +1,120 @@
+"""What a configuration is made of: frozen dataclasses whose fields are made by `option(default, doc)`, and faults in what a user asked."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from omegaconf import MISSING
+
+C = TypeVar("C")
+REQUIRED = MISSING
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with what the user asked for: where it stands, what is wrong, and the way out."""
+
+    where: str
+    problem: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}" + (f" {self.remedy}" if self.remedy else "")
+
+
+class ConfigError(ValueError):
+    """Every fault of a configuration at once."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(f"- {fault}" for fault in faults))
+
+
+@dataclass(frozen=True)
+class Parsed(Generic[C]):
+    """A configuration (values that had a fault stand at their default, required ones empty) and the faults."""
+
+    config: C
+    faults: tuple[Fault, ...]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A key: its dotted name, its type with and without None, and what `option` was told."""
+
+    key: str
+    type: Any
+    nullable: bool
+    default: Any
+    doc: str
+    minimum: float | None
+    above: float | None
+    maximum: float | None
+    spellings: Mapping[str, str]
+
+    @property
+    def expected(self) -> str:
+        """The type in plain words."""
+        return plain_words(self.type) + (" or null" if self.nullable else "")
+
+
+def option(
+    default: Any, doc: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None,
+    spellings: Mapping[str, str] | None = None,
+) -> Any:  # fmt: skip
+    """A configuration field with its one line of documentation.
+
+    `minimum`/`maximum` are inclusive bounds and `above` an exclusive one; `spellings` maps accepted spellings of a
+    value to ours. `REQUIRED` as the default makes the key mandatory; `"${other.key}"` takes another key's value.
+    """
+    metadata = {"doc": doc, "minimum": minimum, "above": above, "maximum": maximum, "spellings": spellings or {}}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def leaves(schema: type, prefix: str = "") -> Iterator[Leaf]:
+    """Every key of a configuration, in the order of its dataclasses, required ones first in each."""
+    hints = typing.get_type_hints(schema)
+    for entry in sorted(fields(schema), key=lambda entry: entry.default != REQUIRED):
+        kind, key = hints[entry.name], prefix + entry.name
+        if is_dataclass(kind):
+            yield from leaves(typing.cast(type, kind), key + ".")
+            continue
+        options = [t for t in typing.get_args(kind) if t is not type(None)] if is_union(kind) else [kind]
+        nullable = is_union(kind) and type(None) in typing.get_args(kind)
+        bare = options[0] if len(options) == 1 else typing.Union[tuple(options)]  # noqa: UP007
+        meta = entry.metadata
+        default = entry.default if entry.default is not NO_DEFAULT else typing.cast(Any, entry.default_factory)()
+        bounds = meta["minimum"], meta["above"], meta["maximum"]
+        yield Leaf(key, bare, nullable, default, meta["doc"], *bounds, meta["spellings"])
+
+
+def is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def is_dict(kind: Any) -> bool:
+    return kind is dict or typing.get_origin(kind) is dict
+
+
+def plain_words(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if is_union(kind):
+        return " or ".join(plain_words(a) for a in args)
+    if origin is Literal:
+        return " or ".join(str(a) for a in args)
+    if origin is tuple:
+        return (
+            f"a list of {plain_words(args[0])}"
+            if len(args) == 2 and args[1] is Ellipsis
+            else f"[{', '.join(plain_words(a) for a in args)}]"
+        )
+    if origin is dict:
+        return "a mapping such as {name: value}"
+    return {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]
