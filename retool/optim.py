@@ -48,9 +48,12 @@ class AdamW:
     def step(self, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip, update and refresh the gathered copy. Returns (gradient norm before clipping, 1.0 if it wasn't finite).
 
-        Both stay on the device. A non-finite norm leaves weights, moments and the step count as they were.
+        Both stay on the device. A non-finite norm leaves weights, moments and the step count as they were. A parameter that no gradient
+        reached has one of zero: it decays. ValueError for one that was frozen, or freed, after sharding.
         """
         sharded = self.sharded
+        sharded.finish_gradients()
+        self._check_trainable()
         norm = sharded.grad_norm()
         skipped = (~torch.isfinite(norm)).float()
         limit = self.options.clip_grad
@@ -67,6 +70,13 @@ class AdamW:
         self.steps += 1 - skipped
         sharded.refresh(copied=offloaded)
         return norm, skipped
+
+    def _check_trainable(self) -> None:
+        for unit in self.sharded.units:
+            for slot, parameter in zip(unit.layout.slots, unit.parameters, strict=True):
+                if parameter.requires_grad != slot.trainable:
+                    done = "frozen" if slot.trainable else "made trainable"
+                    raise ValueError(f"parameter {slot.name} was {done} after sharding, and the update doesn't know: do it before `shard`.")
 
     def _update(self, runs: list[Run], master: torch.Tensor, grad: torch.Tensor, first: torch.Tensor, second: torch.Tensor,
                 lr: float, scale: torch.Tensor, skipped: torch.Tensor) -> None:  # fmt: skip

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -49,12 +49,16 @@ class Pending:
 
 @dataclass
 class Buffer:
-    """Memory that units use in turn; `holder` is the index of the unit whose parameters it has, or is getting."""
+    """Memory that units use in turn; `holder` is the index of the unit whose parameters it has, or is getting.
+
+    `in_use`: where the holder is, until it is released; `free`: the end of its last use.
+    """
 
     data: torch.Tensor
     holder: int | None = None
     pending: Pending | None = None
     free: torch.cuda.Event | None = None
+    in_use: Literal["forward", "backward"] | None = None
 
 
 class Overlap:

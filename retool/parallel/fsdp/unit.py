@@ -26,13 +26,14 @@ class Unit:
         self.shard = self.grad_shard = torch.empty(0)  # this rank's part of what is gathered, and of the gradient, set by `shard`
         self.held: Buffer | None = None  # gradients of several backwards, the whole unit's; `holds`: it has some
         self.holds = False
+        self.announced = False  # its weights were gathered for a backward since its last forward
         flat = weights.data.data
         self.parameters = [nn.Parameter(flat[s.offset : s.offset + s.numel].view(s.shape), requires_grad=s.trainable) for s in layout.slots]
 
     def start_gather(self) -> None:
-        """Begin to fill the buffer, unless it holds this unit already."""
+        """Begin to fill the buffer, unless it holds this unit already, or another that is in use."""
         buffer = self.weights
-        if buffer.holder == self.index or self.mesh.shard_group is None:
+        if buffer.holder == self.index or buffer.in_use or self.mesh.shard_group is None:
             return
         if buffer.pending is not None:
             buffer.pending.wait()
@@ -40,7 +41,9 @@ class Unit:
         buffer.pending = self.overlap.gather(buffer.data[: self.layout.numel], self.shard, self.mesh.shard_group, buffer.free)
 
     def gather(self) -> None:
-        """The parameters can be used from here on."""
+        """The parameters can be used from here on. What used the buffer last has been enqueued, even if its end wasn't seen."""
+        if self.weights.in_use and self.weights.holder != self.index:
+            self.release()
         self.start_gather()
         if self.weights.pending is not None:
             self.weights.pending.wait()
@@ -48,8 +51,16 @@ class Unit:
 
     def release(self) -> None:
         """What was enqueued so far is the last use for now: the buffer may be given to another unit."""
+        self.weights.in_use = None
         if self.mesh.device.type == "cuda" and self.mesh.shard_group is not None:
             self.weights.free = recorded()
+
+    def forget_gradients(self) -> None:
+        """Drop what wasn't reduced; what is being reduced comes before what follows."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.holds = False
+        self.wait_reduced()
 
     def has_gradients(self) -> bool:
         return any(p.grad is not None for p in self.parameters)

@@ -12,22 +12,21 @@ buffers 2·4·U; an embedding or head beside blocks of another size has buffers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from retool.parallel.collectives import sum_over
-from retool.parallel.fsdp.layout import Layout, SlotSpec, make_layout
+from retool.parallel.fsdp.collect import Members, Units, check_alike, collect
+from retool.parallel.fsdp.hooks import attach, in_backward
+from retool.parallel.fsdp.layout import Layout, make_layout
 from retool.parallel.fsdp.overlap import Buffer, Overlap, assign_buffers
 from retool.parallel.fsdp.unit import Unit
 from retool.parallel.mesh import Mesh
 
-Units = Sequence[tuple[str, Sequence[nn.Module]]]
-Members = Mapping[str, list[tuple[str, tuple[int, ...]]]]
 NORM_CHUNK = 1 << 24  # elements whose float64 copy `grad_norm` holds at once: 128 MiB
 
 
@@ -35,7 +34,7 @@ class Sharded:
     """A module whose parameters are sharded. Call it as the module; `master` and `grad` are this rank's flat shards."""
 
     def __init__(self, module: nn.Module, layout: Layout, mesh: Mesh, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-                 keep_copy: bool, reshard: bool, forward_prefetch: bool, backward_overlap: bool) -> None:  # fmt: skip
+                 keep_copy: bool, stay: Sequence[bool], forward_prefetch: bool, backward_overlap: bool) -> None:  # fmt: skip
         self.module, self.layout, self.mesh = module, layout, mesh
         self.forward_prefetch, self.backward_overlap = forward_prefetch, backward_overlap
         param, master, reduce = dtypes
@@ -45,15 +44,17 @@ class Sharded:
         self.compute = torch.zeros(layout.shard_numel, dtype=param, device=mesh.device) if copied else self.master
         self.param_dtype = param
         self.grad = torch.zeros(layout.shard_numel, dtype=torch.promote_types(reduce, torch.float32), device=mesh.device)
-        self._callback_queued = False
+        self.version = 0  # of the weights: a backward must find those of its forward
+        self._backward = -1  # the last one that will call `_after_backward`
         self._holding = False
-        self._make_units(param, reduce, reshard)
+        self._replicas_added = False
+        self._make_units(param, reduce, stay)
 
-    def _make_units(self, param: torch.dtype, reduce: torch.dtype, reshard: bool) -> None:
+    def _make_units(self, param: torch.dtype, reduce: torch.dtype, stay: Sequence[bool]) -> None:
         layouts, device, alone = self.layout.units, self.mesh.device, self.mesh.shard_group is None
         shards = [slice(u.start, u.start + u.shard_numel) for u in layouts]
         sizes = [u.numel for u in layouts]
-        weights_of = assign_buffers(sizes, [not reshard] * len(sizes))
+        weights_of = assign_buffers(sizes, stay)
         grads_of = assign_buffers(sizes, [False] * len(sizes))
         room_w = [max(n for n, b in zip(sizes, weights_of, strict=True) if b == k) for k in range(max(weights_of) + 1)]
         room_g = [max(n for n, b in zip(sizes, grads_of, strict=True) if b == k) for k in range(max(grads_of) + 1)]
@@ -79,6 +80,7 @@ class Sharded:
         """The master weights changed: renew the copy that is gathered (unless `copied`); whatever is gathered is stale."""
         if self.compute is not self.master and not copied:
             self.compute.copy_(self.master, non_blocking=True)
+        self.version += 1
         for buffer in self.buffers:
             buffer.holder = None
         self.overlap.refreshed()
@@ -96,11 +98,23 @@ class Sharded:
             self._holding = False
 
     def zero_grad(self) -> None:
+        """Forget all gradients, also held ones and what a backward that failed has left."""
+        for unit in self.units:
+            unit.forget_gradients()
         self.grad.zero_()
+        self._replicas_added = False
 
     def finish_gradients(self) -> None:
-        """After an optimizer step's last backward: add the replicas' gradients (HSDP). `grad` is then the global sum."""
-        sum_over(self.grad, self.mesh.replica_group)
+        """After an optimizer step's last backward: reduce what is still held, add the replicas' gradients (HSDP). `grad` is then the
+        global sum. Calling it again changes nothing; `AdamW.step` does."""
+        for unit in self.units:
+            if unit.holds or unit.has_gradients():
+                self._reduce(unit)
+        for unit in self.units:
+            unit.wait_reduced()
+        if not self._replicas_added:
+            sum_over(self.grad, self.mesh.replica_group)
+            self._replicas_added = True
 
     def grad_norm(self) -> torch.Tensor:
         """Global L2 norm of the gradient, a 0-d tensor on the device; the squares are added in float64, which is a copy on CUDA."""
@@ -114,78 +128,61 @@ class Sharded:
         return sum(t.nbytes for t in flats.values()) + sum(b.data.nbytes for b in (*self.buffers, *self.grad_buffers, *held))
 
     def before_forward(self, index: int, prefetch: bool = True) -> None:
-        self.units[index].gather()
+        """Gather. RuntimeError inside the forward of a unit whose buffer this one shares."""
+        unit, again = self.units[index], in_backward()
+        buffer = unit.weights
+        if buffer.in_use == "forward" and buffer.holder not in (index, None) and not again:
+            raise RuntimeError(
+                f"unit {unit.layout.name!r} runs inside the forward of unit {self.units[buffer.holder].layout.name!r}, whose parameters "
+                "are in the same memory: make both one unit, or call one after the other."
+            )
+        unit.gather()
+        buffer.in_use = "backward" if again else "forward"
+        if again:
+            return
+        unit.announced = False
         if prefetch and self.forward_prefetch and index + 1 < len(self.units):
             self.units[index + 1].start_gather()
 
-    def before_backward(self, index: int) -> None:
-        if not self._callback_queued:
-            self._callback_queued = True
+    def before_backward(self, index: int, version: int) -> None:
+        """Gather. RuntimeError where that would not give the weights of the forward, or where their gradients would be lost."""
+        unit, task = self.units[index], torch._C._current_graph_task_id()  # type: ignore[attr-defined]
+        if version != self.version:
+            raise RuntimeError("the weights have changed since this forward: run it again, or its backward before the optimizer's step.")
+        if torch.is_grad_enabled():
+            raise RuntimeError("a backward of the backward (create_graph=True) would not find the weights: it isn't supported.")
+        if self._replicas_added and self.mesh.replica_group is not None:
+            raise RuntimeError("the gradients were added over the replicas already: call zero_grad before the next backward.")
+        if task != self._backward:
+            self._backward = task
             torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
-        self.units[index].gather()
+        unit.announced = True
+        unit.gather()
+        unit.weights.in_use = "backward"
         if self.backward_overlap and index > 0:
             self.units[index - 1].start_gather()
 
     def after_unit_backward(self, index: int) -> None:
         self.units[index].release()
-        self.units[index].reduce(self._holding)
+        self._reduce(self.units[index])
         if not self.backward_overlap:
             self.units[index].wait_reduced()
 
     def _after_backward(self) -> None:
-        self._callback_queued = False
         for unit in self.units:
             unit.release()
             if unit.has_gradients() or (unit.holds and not self._holding):
-                unit.reduce(self._holding)
+                self._reduce(unit)
         for unit in self.units:
             unit.wait_reduced()
 
-
-class _Boundary(torch.autograd.Function):
-    """Identity; its backward first calls `action`."""
-
-    @staticmethod
-    def forward(ctx: Any, action: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.action = action
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        ctx.action()
-        return (None, *grads)
-
-
-def _mark(tree: Any, action: Callable[[], None]) -> Any:
-    """Pass the tensors of a nested structure that need gradients through one boundary."""
-    leaves, spec = pytree.tree_flatten(tree)
-    places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.requires_grad]
-    if not places or not torch.is_grad_enabled():
-        return tree
-    marked: Any = _Boundary.apply(action, *(leaves[i] for i in places))
-    for i, tensor in zip(places, marked, strict=True):
-        leaves[i] = tensor
-    return pytree.tree_unflatten(leaves, spec)
-
-
-def _hook(sharded: Sharded, index: int, module: nn.Module, first: bool, only: bool) -> None:
-    """Gather around the module's forward; mark its inputs and outputs so that the backward gathers and reduces.
-
-    The next unit follows a unit's `first` module; after a later one (a tied head) comes the backward, of the last unit.
-    """
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if only:  # of a unit with several modules no single input marks the end of its backward
-            args, kwargs = _mark((args, kwargs), lambda: sharded.after_unit_backward(index))
-        sharded.before_forward(index, first)
-        return args, kwargs
-
-    def after(_: nn.Module, args: Any, output: Any) -> Any:
-        sharded.units[index].release()
-        return _mark(output, lambda: sharded.before_backward(index))
-
-    module.register_forward_pre_hook(before, with_kwargs=True)
-    module.register_forward_hook(after)
+    def _reduce(self, unit: Unit) -> None:
+        if unit.has_gradients() and not unit.announced:
+            raise RuntimeError(
+                f"unit {unit.layout.name!r} got gradients, but its weights were not gathered for them: call its module itself, and let "
+                "it return tensors, or tuples, lists, dicts or dataclasses of them."
+            )
+        unit.reduce(self._holding)
 
 
 def shard(
@@ -206,58 +203,40 @@ def shard(
 ) -> Sharded:
     """Shard `module`'s parameters over `mesh.shards` ranks.
 
-    `units`: (name, modules) in forward order; every parameter belongs to one of them, tied ones to the first that has
-    it. `members` maps a parameter's name to the names and shapes stacked in it on disk (default: itself). Parameters on
-    the meta device start as zeros (load them through `layout`, then `refresh`); others keep their values, which must be
-    the same on every rank. Without `keep_copy` there is no copy of a rank's shard in `param_dtype`: the master weights are cast
-    whenever a unit is gathered. `forward_prefetch` gathers the next unit during a unit's forward; `backward_overlap` the one before
+    `units`: (name, modules) in forward order, an outer one before those inside it; every parameter belongs to the innermost one around
+    it, and modules that share one are one unit. Every rank must run the same units in the same order; each may run any number of times.
+    A unit's weights are there while its module is called and in its backward, not between: it returns its results (tensors, or tuples,
+    lists, dicts, dataclasses of them), and doesn't write into its inputs in place. Freeze parameters before.
+
+    `members` maps a parameter's name to the names and shapes stacked in it on disk (default: itself). Parameters on the meta device start
+    as zeros (load them through `layout`, then `refresh`); others keep their values, the same on every rank.
+    Without `keep_copy` there is no copy of a rank's shard in `param_dtype`: the master weights are cast whenever a unit is gathered.
+    `forward_prefetch` gathers the next unit during a unit's forward; `backward_overlap` the one before
     during its backward, and lets reductions run beside what follows (both off only to measure what they hide).
 
-    Raises ValueError for a parameter in no unit.
+    Raises ValueError for units that can't be sharded so, see `collect`.
     """
-    names = {id(p): n for n, p in module.named_parameters()}
-    specs, originals = _collect(units, names, members or {})
-    missing = [n for i, n in names.items() if i not in {id(p) for unit in originals for p in unit}]
-    if missing:
-        raise ValueError(f"parameter {missing[0]} (and {len(missing) - 1} more) is in no unit: add its module to `units`.")
-    layout = make_layout(specs, mesh.shards, aliases, order)
-    dtypes = param_dtype, master_dtype, reduce_dtype
-    sharded = Sharded(module, layout, mesh, dtypes, keep_copy, reshard_after_forward, forward_prefetch, backward_overlap)
+    found = collect(module, units, members or {})
+    check_alike(found, mesh)
+    layout = make_layout([(unit.name, unit.slots) for unit in found], mesh.shards, aliases, order)
+    dtypes, stay = (param_dtype, master_dtype, reduce_dtype), [unit.outer or not reshard_after_forward for unit in found]
+    sharded = Sharded(module, layout, mesh, dtypes, keep_copy, stay, forward_prefetch, backward_overlap)
     replacement: dict[int, nn.Parameter] = {}
-    for unit, old in zip(sharded.units, originals, strict=True):
-        _keep_values(sharded, unit, old)
-        replacement |= {id(o): new for o, new in zip(old, unit.parameters, strict=True)}
+    for unit, old in zip(sharded.units, found, strict=True):
+        _keep_values(sharded, unit, old.parameters)
+        replacement |= {id(o): new for o, new in zip(old.parameters, unit.parameters, strict=True)}
     for child in module.modules():
         for name, parameter in list(child._parameters.items()):
             if parameter is not None:
-                child._parameters[name] = replacement[id(parameter)]
+                setattr(child, name, replacement[id(parameter)])  # recurrent modules keep a list of their own, and update it so
         for name, buffer in child._buffers.items():
             if buffer is not None and buffer.device != mesh.device and buffer.device.type != "meta":
                 child._buffers[name] = buffer.to(mesh.device)
     for index, (_, modules) in enumerate(units):
         for child in modules:
-            _hook(sharded, index, child, first=child is modules[0], only=len(modules) == 1)
+            attach(sharded, index, child, first=child is modules[0], only=len(modules) == 1)
     sharded.refresh()
     return sharded
-
-
-def _collect(units: Units, names: dict[int, str], members: Members) -> tuple[list[tuple[str, list[SlotSpec]]], list[list[nn.Parameter]]]:
-    """Slot specifications and the present parameters of every unit; a parameter counts once."""
-    specs: list[tuple[str, list[SlotSpec]]] = []
-    originals: list[list[nn.Parameter]] = []
-    seen: set[int] = set()
-    for unit_name, modules in units:
-        slots: list[SlotSpec] = []
-        mine: list[nn.Parameter] = []
-        for parameter in (p for m in modules for p in m.parameters()):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                name, shape = names[id(parameter)], tuple(parameter.shape)
-                slots.append((name, shape, members.get(name, [(name, shape)]), parameter.requires_grad))
-                mine.append(parameter)
-        specs.append((unit_name, slots))
-        originals.append(mine)
-    return specs, originals
 
 
 def _keep_values(sharded: Sharded, unit: Unit, old: list[nn.Parameter]) -> None:

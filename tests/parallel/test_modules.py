@@ -1,0 +1,233 @@
+"""Sharding modules that aren't ours: two ranks find the gradients of plain torch in one process, or refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from retool.parallel.fsdp import Sharded, local_pieces, shard
+from retool.parallel.fsdp.wrap import Units
+from retool.parallel.mesh import make_mesh
+from tests.ranks import run_ranks
+
+D = 16
+Case = tuple[nn.Module, Units, Callable[[nn.Module | Sharded, Tensor], Tensor]]  # module, units, (model, [B, 6, D]) → loss
+
+
+def each(name: str, modules: nn.ModuleList) -> Units:
+    return [(f"{name}.{i}", [m]) for i, m in enumerate(modules)]
+
+
+def encoder() -> Case:
+    layer = nn.TransformerEncoderLayer(D, 4, 24, dropout=0, batch_first=True, norm_first=True)
+    net = nn.TransformerEncoder(layer, 3, nn.LayerNorm(D), enable_nested_tensor=False)
+    assert net.norm is not None
+    padded = torch.arange(6) > 3
+    return net, [*each("layers", net.layers), ("norm", [net.norm])], lambda m, x: m(x, src_key_padding_mask=padded.expand(len(x), 6)).square().sum()
+
+
+def gpt2(reentrant: bool | None = None) -> Case:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=31, n_positions=8, n_embd=D, n_layer=3, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    net = GPT2LMHeadModel(config).train()
+    if reentrant is not None:
+        net.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    body = net.transformer
+    units = [("ends", [body.wte, net.lm_head]), ("wpe", [body.wpe]), *each("h", body.h), ("ln_f", [body.ln_f])]
+
+    def loss(m: nn.Module | Sharded, x: Tensor) -> Tensor:
+        tokens = (x[:, :, 0] * 100).long() % 31
+        return m(input_ids=tokens, labels=tokens).loss * len(x)
+
+    return net, units, loss
+
+
+class Images(nn.Module):
+    """Convolutions, one used twice, a frozen one, in-place activations, and a parameter that only some inputs reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(6, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1)
+        self.frozen = nn.Sequential(nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8)).eval().requires_grad_(False)
+        self.relu, self.last, self.rare = nn.ReLU(inplace=True), nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rare = x[0, 0, 0] > 0
+        x = self.relu(self.first(x))
+        x = self.second(self.relu(self.second(x)))
+        x = self.frozen(x)
+        return (self.rare(x) if rare else self.last(x)).square().sum()
+
+
+def images() -> Case:
+    net = Images()
+    return net, [(n, [net.get_submodule(n)]) for n in ("first", "second", "frozen", "rare", "last")], lambda m, x: m(torch.cat([x[:, :, :1].abs(), x[:, :, 1:]], 2))
+
+
+class Twice(nn.Module):
+    """Units called twice, not in their order, with others between that use the same buffers; one of them not always."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(D, D) for _ in range(5))
+
+    def forward(self, x: Tensor, order: tuple[int, ...] = (0, 1, 2, 0, 3, 1, 4, 0)) -> Tensor:
+        for i in order:
+            x = x + torch.tanh(self.blocks[i](x))
+        return x.square().sum()
+
+
+def twice() -> Case:
+    net = Twice()
+    return net, each("blocks", net.blocks), lambda m, x: m(x)
+
+
+def sometimes() -> Case:
+    net = Twice()
+
+    def loss(m: nn.Module | Sharded, x: Tensor) -> Tensor:
+        return m(x, order=(0, 1, 3, 4)) + m(x, order=(4, 2, 1))
+
+    return net, each("blocks", net.blocks), loss
+
+
+@dataclass
+class Out:
+    x: Tensor
+    more: dict[str, tuple[Tensor, str]]
+
+
+class Named(nn.Module):
+    """Keyword arguments in, a dataclass out; of its results one is never used, and infinite in its derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gate = nn.Linear(D, D), nn.Parameter(torch.zeros(D))
+
+    def forward(self, *, x: Tensor, seen: list[Tensor]) -> Out:
+        seen.append(self.inner(x))
+        return Out(x + torch.tanh(seen[-1]), {"unused": (self.gate.sqrt() * x, "")})
+
+
+class Dataclasses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Named() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        for block in self.blocks:
+            out = block(x=x, seen=seen)
+            x = out.x
+        return x.square().sum() + torch.stack(seen).sum()
+
+
+def dataclasses() -> Case:
+    net = Dataclasses()
+    return net, each("blocks", net.blocks), lambda m, x: m(x)
+
+
+class Outer(nn.Module):
+    """A unit around others: it uses a weight of its own before, between and after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+        self.mine = nn.Parameter(torch.randn(D, D) * 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear in self.inner:
+            x = x @ self.mine + torch.tanh(linear(x))
+        return (x @ self.mine).square().sum()
+
+
+def nested(last: bool = False) -> Case:
+    net = Outer()
+    outer, inner = [("outer", [net])], each("inner", net.inner)
+    return net, [*inner, *outer] if last else [*outer, *inner], lambda m, x: m(x)
+
+
+class Recurrent(nn.Module):
+    """A module that keeps its parameters in a list of its own too; units given as dropped-in checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.blocks = nn.GRU(D, D, batch_first=True), nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.rnn(x)
+        for block in self.blocks:
+            x = x + F.relu(checkpoint(block, x, use_reentrant=False), inplace=True)
+        return x.square().sum()
+
+
+def recurrent() -> Case:
+    net = Recurrent()
+    return net, [("rnn", [net.rnn]), *each("blocks", net.blocks)], lambda m, x: m(x)
+
+
+class Towers(nn.Module):
+    """Units whose inputs need no gradient, in the middle: no end of their backward is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([end(x) for end in self.ends]).prod(0).sum()
+
+
+def towers() -> Case:
+    net = Towers()
+    return net, each("ends", net.ends), lambda m, x: m(x)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "encoder": encoder, "gpt2": gpt2, "gpt2 checkpointed": lambda: gpt2(False), "gpt2 reentrant": lambda: gpt2(True), "images": images,
+    "twice": twice, "sometimes": sometimes, "dataclasses": dataclasses, "nested": nested, "nested, the outer last": lambda: nested(True),
+    "recurrent": recurrent, "towers": towers,
+}  # fmt: skip
+
+
+def data() -> Tensor:
+    return torch.randn(2, 2, 3, 6, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))  # micro-batch, rank, B, tokens, D
+
+
+def made(case: str) -> Case:
+    torch.manual_seed(0)
+    module, units, loss = CASES[case]()
+    return module.double(), units, loss
+
+
+def sharded_gradients(case: str) -> list[tuple[str, int, np.ndarray]]:
+    """Two micro-batches on this rank: (name, first element, values) of what it owns."""
+    module, units, loss = made(case)
+    mesh, f64 = make_mesh(), torch.float64
+    model = shard(module, units, mesh, param_dtype=f64, master_dtype=f64, reduce_dtype=f64)
+    for micro_batch in data():
+        loss(model, micro_batch[mesh.rank]).backward()
+    pieces = local_pieces(model.layout, mesh.shard_rank)
+    return [(p.member.name, p.start, model.grad[p.local : p.local + p.stop - p.start].numpy()) for p in pieces]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_find_plain_torchs_gradients(case: str) -> None:
+    module, _, loss = made(case)
+    for part in data().flatten(0, 1):
+        loss(module, part).backward()
+    found: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for name, start, values in (piece for rank in run_ranks(sharded_gradients, 2, case) for piece in rank):
+        found.setdefault(name, []).append((start, values))
+    assert found.keys() == dict(module.named_parameters()).keys()
+    for name, parameter in module.named_parameters():
+        grads = np.concatenate([values for _, values in sorted(found[name], key=lambda piece: piece[0])])
+        wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        np.testing.assert_allclose(grads, wanted.flatten().numpy(), rtol=1e-12, atol=1e-12, err_msg=name)
