@@ -19,13 +19,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from sft import SHAPES
-from table import hardware, save, show
+from table import attempt, failed, hardware, head, row, save
 from torch.distributed.checkpoint.state_dict_loader import load as peer_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as peer_async_save
 from torch.distributed.checkpoint.state_dict_saver import save as peer_save
@@ -141,18 +142,25 @@ def model_files(folder: Path) -> Path:
     return folder
 
 
-def report(results: dict[str, dict[str, Any]], mesh: Mesh, options: argparse.Namespace, elements: int) -> None:
+COLUMNS = ["", "stall s", "first stall s", "whole s", "GB/s", "GB", "load s"]
+
+
+def in_table(line: dict[str, Any]) -> list[str]:
     def cell(values: list[float]) -> str:
         return f"{statistics.median(values):.3f} ({min(values):.3f} … {max(values):.3f})"
 
-    print(hardware(mesh.device), f"{mesh.world} rank(s)", f"{options.shape}: {elements / 1e6:.0f}M parameters", sep=", ")
-    rows = [
-        [name, cell(r["stall"]), f"{r['first'][0]:.3f}", cell(r["whole"]), f"{r['bytes'] / statistics.median(r['whole']) / 1e9:.2f}",
-         f"{r['bytes'] / 1e9:.2f}", cell(r["load"])]
-        for name, r in results.items()
-    ]  # fmt: skip
-    show("Checkpoints", ["", "stall s", "first stall s", "whole s", "GB/s", "GB", "load s"], rows)
-    save(options.json, mesh.device, [{"row": name, "world": mesh.world, "shape": options.shape, **r} for name, r in results.items()])
+    if "failed" in line:
+        return failed(line["row"], line, len(COLUMNS))
+    rate, size = line["bytes"] / statistics.median(line["whole"]) / 1e9, line["bytes"] / 1e9
+    return [
+        line["row"],
+        cell(line["stall"]),
+        f"{line['first'][0]:.3f}",
+        cell(line["whole"]),
+        f"{rate:.2f}",
+        f"{size:.2f}",
+        cell(line["load"]),
+    ]
 
 
 def main() -> None:
@@ -188,14 +196,18 @@ def main() -> None:
         ("torch.distributed.checkpoint", theirs(content, mesh, False), peer),
         ("torch.distributed.checkpoint, async", theirs(content, mesh, True), peer),
     ]
-    results: dict[str, dict[str, Any]] = {}
-    for name, run, read in (runs[i] for i in options.rows):
-        results[name] = measure(run, read, mesh, options.folder, options.repeats)
-        if mesh.rank == 0:
-            print(name, {k: v for k, v in results[name].items() if k != "bytes"}, flush=True)
+    lines = list[dict[str, Any]]()
     if mesh.rank == 0:
         elements = sum(m.numel for _, m in state.layout.members)
-        report(results, mesh, options, elements)
+        print(hardware(mesh.device), f"{mesh.world} rank(s)", f"{options.shape}: {elements / 1e6:.0f}M parameters", sep=", ")
+        head("Checkpoints", COLUMNS)
+    for name, run, read in (runs[i] for i in options.rows):
+        found = attempt(partial(measure, run, read, mesh, options.folder, options.repeats))
+        lines.append({"row": name, "world": mesh.world, "shape": options.shape, **found})
+        if mesh.rank == 0:
+            row(in_table(lines[-1]))
+            save(options.json, mesh.device, lines)
+    if mesh.rank == 0:
         shutil.rmtree(options.folder, ignore_errors=True)
     dist.barrier()
     dist.destroy_process_group()

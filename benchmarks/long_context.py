@@ -23,6 +23,7 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sft import SHAPES, random_weights
-from table import hardware, show
+from table import attempt, failed, hardware, head, row
 
 from retool.batch import PackedBatch, Sample, pack
 from retool.machine import MOST_PINNED, host_memory
@@ -81,8 +82,8 @@ def build(config: ModelConfig, mesh: Mesh, setting: Setting, recompute: Recomput
     return model, AdamW(model, AdamWOptions(), setting.optimizer_offload, setting.param_offload)
 
 
-def step(model: Sharded, optimizer: AdamW, batch: PackedBatch) -> tuple[float, float]:
-    """(seconds, peak GiB) of one optimizer step; the slowest rank's and the fullest one's."""
+def step(model: Sharded, optimizer: AdamW, batch: PackedBatch) -> dict[str, float]:
+    """Seconds and peak GiB of one optimizer step; the slowest rank's and the fullest one's."""
     device, cuda = model.mesh.device, model.mesh.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
@@ -95,7 +96,7 @@ def step(model: Sharded, optimizer: AdamW, batch: PackedBatch) -> tuple[float, f
     found = torch.tensor([seconds, peak], dtype=torch.float64, device=device)
     if model.mesh.world_group is not None:
         dist.all_reduce(found, dist.ReduceOp.MAX)
-    return float(found[0]), float(found[1])
+    return {"seconds": float(found[0]), "peak": float(found[1])}
 
 
 def setting_for(config: ModelConfig, mesh: Mesh, tokens: int, gib: float, offload: Offload) -> Setting:
@@ -160,30 +161,45 @@ def run(
             f"would take about {estimate:.0f} s, more than --budget {budget:.0f} leaves": bool(sum_over(late, mesh.world_group)),
         }
         if any(reasons.values()):
-            say(mesh, f"{tokens:,} tokens left out: {next(reason for reason, holds in reasons.items() if holds)}")
+            reason = next(reason for reason, holds in reasons.items() if holds)
+            say(mesh, [f"{tokens:,}", f"left out: {reason}", *[""] * (len(COLUMNS) - 2)])
             continue
+        found: dict[str, Any] = {}
         if model is None or optimizer is None or built != (choice.recompute, choice.parked):
             model = optimizer = None
             gc.collect()
             built = choice.recompute, choice.parked
             model, optimizer = build(config, mesh, setting, *built)
-            step(model, optimizer, document(min(WARM_UP, tokens) if lines else tokens, config, mesh.sp))  # the first sets the pace
-        seconds, measured = step(model, optimizer, document(tokens, config, mesh.sp))
+            short = document(min(WARM_UP, tokens) if lines else tokens, config, mesh.sp)  # the first sets the pace
+            found = attempt(partial(step, model, optimizer, short))
+        if "failed" not in found:
+            found = attempt(partial(step, model, optimizer, document(tokens, config, mesh.sp)))
+        if "failed" in found:
+            say(mesh, failed(f"{tokens:,}", found, len(COLUMNS)))
+            model = optimizer = None
+            continue
+        seconds, measured = found["seconds"], found["peak"]
         flops = model_flops(config, [tokens])
         rate = flops / seconds / mesh.world
         speed, used = tokens / seconds / mesh.world, mfu(flops, seconds, mesh.world, peak)
         lines.append(Line(tokens, choice.recompute, choice.parked, seconds, speed, used, measured, plan.peak / GIB, host))
-        say(mesh, f"{tokens:,} tokens: {seconds:.1f} s, peak {measured:.2f} GiB, {plan.peak / GIB:.2f} predicted")
+        say(mesh, in_table(lines[-1]))
         save(path, mesh, title, lines)
     for name, size in {"80 GiB": 80.0, **({"this device": gib} if cuda else {})}.items():
-        lines += extrapolated(config, setting, mesh, size, rate or GUESS, name)
+        more = extrapolated(config, setting, mesh, size, rate or GUESS, name)
+        for line in more:
+            say(mesh, in_table(line))
+        lines += more
     save(path, mesh, title, lines)
     return lines
 
 
-def say(mesh: Mesh, text: str) -> None:
+COLUMNS = ["tokens", "activations", "s/step", "tokens/s/GPU", "MFU", "peak GiB", "predicted", "error", "host GiB/GPU"]
+
+
+def say(mesh: Mesh, cells: list[str]) -> None:
     if mesh.rank == 0:
-        print(text, flush=True)
+        row(cells)
 
 
 def save(path: Path | None, mesh: Mesh, title: str, lines: list[Line]) -> None:
@@ -218,10 +234,9 @@ def main() -> None:
     if cuda and gib < whole:
         torch.cuda.set_per_process_memory_fraction((gib - OUTSIDE / GIB) / whole, mesh.device)
     title: str = f"{mesh.world}× {hardware(mesh.device)}, {args.shape}, sp {mesh.sp}"
-    lines = run(config, mesh, [int(n) for n in args.lengths.split(",")], gib, args.budget, ACTIVATIONS[args.activations], args.json, title)
     if mesh.rank == 0:
-        columns: list[Any] = ["tokens", "activations", "s/step", "tokens/s/GPU", "MFU", "peak GiB", "predicted", "error", "host GiB/GPU"]
-        show(title, columns, [in_table(line) for line in lines])
+        head(title, COLUMNS)
+    run(config, mesh, [int(n) for n in args.lengths.split(",")], gib, args.budget, ACTIVATIONS[args.activations], args.json, title)
     if dist.is_initialized():
         dist.destroy_process_group()
 

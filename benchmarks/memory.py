@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sft import BLANK, SHAPES
-from table import hardware, show
+from table import attempt, failed, hardware, head, save
+from table import row as print_row
 
 from retool.batch import PackedBatch, Sample, pack
 from retool.memory import Prediction, Setting, predict
@@ -154,8 +155,13 @@ def line(name: str, row: Row, world: int, prediction: Prediction, measured: dict
     }  # fmt: skip
 
 
+COLUMNS = ["", "load", "forward/backward", "optimizer", "peak", "error"]
+
+
 def in_table(entry: dict[str, Any]) -> list[str]:
     """A row of the Markdown table."""
+    if "failed" in entry:
+        return failed(entry["name"], entry, len(COLUMNS))
     what = f"{entry['shape']}, sp {entry['sp']}, {entry['tokens_per_gpu']:,} tokens per GPU ({entry['documents']}), {entry['recompute']}"
     if entry["held"]:
         what += ", gradients held"
@@ -164,6 +170,13 @@ def in_table(entry: dict[str, Any]) -> list[str]:
     phases = (f"{entry['predicted_gib'][p]:.2f} / {entry['measured_gib'][p]:.2f}" for p in ("load", "forward_backward", "optimizer"))
     whole = f"{max(entry['predicted_gib'].values()):.2f} / {max(entry['measured_gib'].values()):.2f}"
     return [what, *phases, whole, f"{entry['error']:+.1%}"]
+
+
+def measured_line(name: str, row: Row, mesh: Mesh, setting: Setting) -> dict[str, Any]:
+    begun = time.monotonic()
+    prediction = predict(MODELS[row.shape], setting, row.tokens, row.recompute)
+    measured = measure(row, MODELS[row.shape], mesh, row.tokens)
+    return line(name, row, mesh.world, prediction, measured, time.monotonic() - begun)
 
 
 def main() -> None:
@@ -176,6 +189,8 @@ def main() -> None:
     args = parser.parse_args()
     started, world, meshes, lines, last = time.monotonic(), make_mesh(), dict[int, Mesh](), list[dict[str, Any]](), None
     left_out = list[str]()
+    if world.rank == 0:
+        head(f"{world.world}× {hardware(world.device)}: GiB predicted / measured", COLUMNS)
     for name in args.rows.split(","):
         row = ROWS[name]
         row = replace(row, shape=args.shape or row.shape, sp=min(row.sp, world.world), tokens=row.tokens // args.scale)
@@ -191,21 +206,13 @@ def main() -> None:
         mesh = meshes.setdefault(row.sp, make_mesh(sp=row.sp))
         setting = Setting(shards=mesh.shards, sp=mesh.sp, compute="bf16" if mesh.device.type == "cuda" else "fp32",
                           param_offload=row.offload[0], optimizer_offload=row.offload[1], hold=row.hold and mesh.shards > 1)  # fmt: skip
-        begun = time.monotonic()
-        prediction = predict(MODELS[row.shape], setting, row.tokens, row.recompute)
-        measured = measure(row, MODELS[row.shape], mesh, row.tokens)
-        lines.append(line(name, row, world.world, prediction, measured, time.monotonic() - begun))
+        lines.append({"name": name, **attempt(partial(measured_line, name, row, mesh, setting))})
         if world.rank == 0:
-            whole, error = max(lines[-1]["measured_gib"].values()), lines[-1]["error"]
-            print(f"{name}: {lines[-1]['seconds']:.1f} s, peak {whole:.2f} GiB, error {error:+.1%}", flush=True)
-            if args.json:
-                found = {"hardware": f"{world.world}× {hardware(world.device)}", "lines": lines}
-                args.json.write_text(json.dumps(found, indent=1))
+            print_row(in_table(lines[-1]))
+            save(args.json, world.device, lines)
     if world.rank == 0:
-        title = f"{world.world}× {hardware(world.device)}: GiB predicted / measured"
-        show(title, ["", "load", "forward/backward", "optimizer", "peak", "error"], [in_table(entry) for entry in lines])
-        if lines:
-            print(f"\nlargest error {max(abs(e['error']) for e in lines):.1%}; {time.monotonic() - started:.0f} s")
+        if errors := [abs(entry["error"]) for entry in lines if "error" in entry]:
+            print(f"\nlargest error {max(errors):.1%}; {time.monotonic() - started:.0f} s")
         if left_out:
             print(f"left out after {args.budget:.0f} s: {', '.join(left_out)}")
     if dist.is_initialized():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from table import hardware, save, show
+from table import hardware, head, row, save
 
 from retool.data.packing import Plan, cost, plan_step
 
@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    print(f"{hardware(torch.device('cpu'))}, numpy {np.__version__}; {args.steps} steps each, budget {BUDGET:,} tokens a rank")
+    head("Spreading samples", ["", "", "time ÷ ideal", "worst", "padding saved", "plan ms"])
     lines = []
     for title, (samples, dp, median, sigma, longest) in CASES.items():
         found: dict[str, list[tuple[float, float, float]]] = {"in order (baseline)": [], "retool": []}
@@ -71,11 +73,9 @@ def main() -> None:
             ratios, pads, seconds = (list(v) for v in zip(*values, strict=True))
             lines.append({"case": title, "row": name, "over_ideal": statistics.median(ratios), "worst": max(ratios),
                           "padding": statistics.median(pads), "plan_ms": 1e3 * statistics.median(seconds)})  # fmt: skip
-    print(f"{hardware(torch.device('cpu'))}, numpy {np.__version__}; {args.steps} steps each, budget {BUDGET:,} tokens a rank")
-    show("Spreading samples", ["", "", "time ÷ ideal", "worst", "padding saved", "plan ms"], [
-        [e["case"], e["row"], f"{e['over_ideal']:.3f}", f"{e['worst']:.3f}", f"{e['padding']:.0%}" if e["row"] == "retool" else "",
-         f"{e['plan_ms']:.1f}" if e["row"] == "retool" else ""] for e in lines])  # fmt: skip
-    save(args.json, torch.device("cpu"), lines)
+            gains = [f"{lines[-1]['padding']:.0%}", f"{lines[-1]['plan_ms']:.1f}"] if name == "retool" else ["", ""]
+            row([title, name, f"{statistics.median(ratios):.3f}", f"{max(ratios):.3f}", *gains])
+            save(args.json, torch.device("cpu"), lines)
 
 
 if __name__ == "__main__":
