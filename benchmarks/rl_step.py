@@ -23,11 +23,13 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from table import arguments, hardware, save, show
+from table import arguments, attempt, failed, hardware, head, row, save
 
 PARTS = ("gen", "tools", "reward", "log-probs", "update", "sync")
 OURS = {"gen": "gen", "tools": "tools", "reward": "reward", "log-probs": "old_log_prob", "update": "update_actor", "sync": "sync_weights"}
@@ -104,9 +106,14 @@ def run_retool(args: Namespace, model: Path, prompts: Path, folder: Path) -> lis
         f"trainer.total_training_steps={args.warm_up + args.repeats}", f"trainer.default_local_dir={out}",
         f"trainer.device={args.device}", f"{ARR}actor.checkpoint.save_contents=[hf_model]",
     ]  # fmt: skip
-    launch(args, ["-m", "retool.rl", *words], folder / "retool.log")
+    try:
+        launch(args, ["-m", "retool.rl", *words], folder / "retool.log")
+    except RuntimeError as error:
+        print(f"retool: {error}", file=sys.stderr, flush=True)
+        if not (out / "metrics.jsonl").exists():
+            raise
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "timing_s/step" in line]
+    return [parts_of(line) for line in lines if "timing_s/step" in line]
 
 
 def parts_of(line: dict[str, float]) -> dict[str, float]:
@@ -121,25 +128,24 @@ def parts_of(line: dict[str, float]) -> dict[str, float]:
 
 def run_trl(args: Namespace, model: Path, prompts: Path, folder: Path, way: str) -> list[dict[str, float]]:
     """A job of its own, with the fused attention that runs."""
-    out = folder / f"trl-{way}.json"
+    out, why = folder / f"trl-{way}.json", ""
     for kernel in ("flash_attention_2", "sdpa") if args.device == "cuda" else ("sdpa",):
         options = {
             "out": out, "prompts": prompts, "model": model, "way": way, "kernel": kernel, "steps": args.trl_warm_up + args.trl_repeats,
             "batch": args.prompts * args.samples // args.gpus, "micro": args.micro, "samples": args.samples, "response": args.response,
             "cpu": args.device == "cpu",
         }  # fmt: skip
+        out.unlink(missing_ok=True)
         try:
-            launch(
-                args,
-                [str(Path(__file__).resolve()), "--worker", json.dumps(options, default=str)],
-                folder / f"trl-{way}-{kernel}.log",
-                args.trl,
-            )
+            worker = [str(Path(__file__).resolve()), "--worker", json.dumps(options, default=str)]
+            launch(args, worker, folder / f"trl-{way}-{kernel}.log", args.trl)
         except RuntimeError as error:
-            print(f"TRL with {way}, {kernel}: {error}", file=sys.stderr, flush=True)
-        else:
-            return json.loads(out.read_text())
-    return []
+            why = f"{kernel}: {error}"
+            print(f"TRL with {way}, {why}", file=sys.stderr, flush=True)
+        steps = json.loads(out.read_text()) if out.exists() else []
+        if len(steps) > args.trl_warm_up:  # it may have failed later
+            return steps
+    raise RuntimeError(why)
 
 
 def train_with_trl(options: dict[str, Any]) -> None:
@@ -187,6 +193,8 @@ def train_with_trl(options: dict[str, Any]) -> None:
             if "completions/mean_length" in logs:
                 steps[-1]["tokens"] = logs["completions/mean_length"]
                 steps[-1]["gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+            if trainer.accelerator.is_main_process:
+                Path(options["out"]).write_text(json.dumps(steps))
 
     def reward(completions: list[Any], **_: Any) -> list[float]:
         return [compute_score("", completion[0]["content"], "", {}) for completion in completions]
@@ -206,8 +214,6 @@ def train_with_trl(options: dict[str, Any]) -> None:
         processing_class=AutoTokenizer.from_pretrained(options["model"]),
     )  # fmt: skip
     trainer.train()
-    if trainer.accelerator.is_main_process:
-        Path(options["out"]).write_text(json.dumps(steps))
 
 
 # --- the comparison ---
@@ -219,24 +225,39 @@ def launch(args: Namespace, words: list[str], log: Path, *folders: str) -> None:
     here = Path(__file__).resolve().parent
     path = os.pathsep.join(filter(None, (*folders, str(here), str(here.parent), os.environ.get("PYTHONPATH", ""))))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with log.open("w") as out:
-        status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment, timeout=args.timeout).returncode
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as process:
+        try:
+            status = process.wait(args.timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its processes
+            process.wait()
+            raise RuntimeError(f"stopped after {args.timeout:.0f} s") from None
     if status:
         said = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line and "ChildFailed" not in line]
         raise RuntimeError(f"exit status {status}: {said[0].strip() if said else log}")
 
 
-def summary(name: str, steps: list[dict[str, float]]) -> dict[str, Any]:
-    """Medians over the counted steps."""
+def summary(run: Callable[[], list[dict[str, float]]], skipped: int, wanted: int) -> dict[str, Any]:
+    """Medians over the counted steps of a job."""
+    steps = run()[skipped:]
+    if not steps:
+        raise RuntimeError(f"it ended before step {skipped + 1}")
+    note = f" ({len(steps)} of {wanted} steps)" if len(steps) < wanted else ""
     middle = {key: statistics.median(step.get(key, 0.0) for step in steps) for key in (*PARTS, "step", "tokens", "gib")}
-    return {"name": name, **middle, "steps": [step["step"] for step in steps]}
+    return {**middle, "steps": [step["step"] for step in steps], "note": note}
 
 
-def columns(line: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
+COLUMNS = ["seconds", *PARTS, "other", "step", "tokens", "GiB", "× retool"]
+
+
+def in_table(line: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    if "failed" in line:
+        return failed(line["name"], line, len(COLUMNS))
     rest = line["step"] - sum(line[part] for part in PARTS)
     spread = f"{line['step']:.2f} ({min(line['steps']):.2f} … {max(line['steps']):.2f})"
     seconds = [f"{value:.2f}" for value in (*(line[part] for part in PARTS), rest)]
-    return [line["name"], *seconds, spread, f"{line['tokens']:.0f}", f"{line['gib']:.1f}", f"{line['step'] / lines[0]['step']:.2f}"]
+    against = "" if "failed" in base else f"{line['step'] / base['step']:.2f}"
+    return [line["name"] + line["note"], *seconds, spread, f"{line['tokens']:.0f}", f"{line['gib']:.1f}", against]
 
 
 def main() -> None:
@@ -270,15 +291,16 @@ def main() -> None:
             write_model(args.model, args.shape)
         prompts = folder / "prompts.jsonl"
         write_prompts(prompts, args.model, args.prompts * (args.repeats + max(args.warm_up, args.trl_warm_up)), args.prompt)
-        lines = [summary("retool", [parts_of(line) for line in run_retool(args, args.model, prompts, folder)[args.warm_up :]])]
-        for way in filter(None, args.ways.split(",")):
-            if steps := run_trl(args, args.model, prompts, folder, way)[args.trl_warm_up :]:
-                lines.append(summary(f"TRL, {way}", steps))
-    work = f"{args.prompts} prompts of {args.prompt} tokens × {args.samples} samples of {args.response}"
-    title = f"{hardware(torch.device(args.device))}, {args.gpus} processes\n{work}"
-    names = ["seconds", *PARTS, "other", "step", "tokens", "GiB", "× retool"]
-    show(title, names, [columns(line, lines) for line in lines])
-    save(args.json, torch.device(args.device), lines)
+        device, lines = torch.device(args.device), list[dict[str, Any]]()
+        work = f"{args.prompts} prompts of {args.prompt} tokens × {args.samples} samples of {args.response}"
+        head(f"{hardware(device)}, {args.gpus} processes\n{work}", COLUMNS)
+        ways = {"retool": partial(run_retool, args, args.model, prompts, folder)}
+        ways |= {f"TRL, {way}": partial(run_trl, args, args.model, prompts, folder, way) for way in filter(None, args.ways.split(","))}
+        for name, run in ways.items():
+            counts = (args.warm_up, args.repeats) if name == "retool" else (args.trl_warm_up, args.trl_repeats)
+            lines.append({"name": name, **attempt(partial(summary, run, *counts))})
+            row(in_table(lines[-1], lines[0]))
+            save(args.json, device, lines)
 
 
 if __name__ == "__main__":

@@ -108,23 +108,27 @@ def _printed(result: Result) -> str:
     return result.stdout
 
 
-async def compare(options: argparse.Namespace, sandbox: Sandbox, fusion: SandboxFusion) -> list[dict[str, Any]]:
-    """One line per program, number of callers and way; printed as they come."""
+async def compare(options: argparse.Namespace, sandbox: Sandbox, fusion: SandboxFusion, found: dict[str, Any]) -> None:
+    """One line per program, number of callers and way; printed and saved as they come."""
     print("\n| program | callers | way | p50 ms | p99 ms | calls/s (spread) | against subprocess |")
     print("|---|---:|---|---:|---:|---:|---:|", flush=True)
-    lines = []
     share = options.seconds / PIECES
     with ThreadPoolExecutor(8) as threads:
         for name, (program, expected) in PROGRAMS.items():
             for callers in options.callers:
-                found: dict[str, list[tuple[list[float], float]]] = {}
+                timed: dict[str, list[tuple[list[float], float]]] = {}
                 for _ in range(PIECES):
                     for way, run in ways(sandbox, fusion, threads, share).items():
-                        found.setdefault(way, []).append(await piece(run, program, expected, callers, share))
-                group = [{"program": name, "callers": callers, "way": way, **summary(pieces)} for way, pieces in found.items()]
+                        timed.setdefault(way, []).append(await piece(run, program, expected, callers, share))
+                group = [{"program": name, "callers": callers, "way": way, **summary(pieces)} for way, pieces in timed.items()]
                 show(group)
-                lines += group
-    return lines
+                found["lines"] += group
+                save(options.json, found)
+
+
+def save(path: Path | None, found: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1))
 
 
 def summary(pieces: list[tuple[list[float], float]]) -> dict[str, Any]:
@@ -184,16 +188,15 @@ def main() -> None:
         print(f"server warm after {warm:.1f} s; {sandbox.workers} workers; layers: {layers}", flush=True)
         server = Server(sandbox, port=0)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        lines = asyncio.run(compare(options, sandbox, SandboxFusion(f"http://127.0.0.1:{server.port}/run_code", 256)))
-        endurance: dict[str, Any] = {}
+        found: dict[str, Any] = {"hardware": line, "lines": []}
+        asyncio.run(compare(options, sandbox, SandboxFusion(f"http://127.0.0.1:{server.port}/run_code", 256), found))
         if options.calls:
             rate, before, after = asyncio.run(endure(sandbox, options.calls))
-            endurance = {"calls": options.calls, "per_second": rate, "before": before, "after": after}
+            found["endurance"] = {"calls": options.calls, "per_second": rate, "before": before, "after": after}
+            save(options.json, found)
             print(f"\n{options.calls} mixed calls: {rate:.0f} calls/s; before {before}, after {after}")
         server.shutdown()
         server.server_close()
-    if options.json is not None:
-        options.json.write_text(json.dumps({"hardware": line, "lines": lines, "endurance": endurance}, indent=1))
 
 
 if __name__ == "__main__":
