@@ -7,10 +7,11 @@ The last blocks' may stay, the last one's always: the backward begins with them.
 besides those in use.
 
 [Note: memory that two streams use] Device memory always comes from the compute stream and goes back to it. A tensor that is copied
-out is held until the compute stream waits for its copy, one block later; a tensor to copy into is made by the compute stream, and
-the copy starts after what that stream had enqueued. Host pages are reused in the order of the one copy stream. So nothing needs
-`record_stream`, under which a host that runs ahead of the device would find no memory free; and the host never waits. Pages are
-pinned when they are first needed, so the first step of the longest pack takes longer (some 0.3 s/GB).
+is held until the compute stream waits for its copy: out, one block later; in, where it is used, or in the next forward if a backward has
+failed. A tensor to copy into is made by the compute stream, and the copy starts after what that stream had enqueued. Host pages are
+reused in the order of the one copy stream. So nothing needs `record_stream`, under which a host that runs ahead of the device would
+find no memory free; and the host never waits. Pages are pinned when they are first needed, so the first step of the longest pack takes
+longer (some 0.3 s/GB).
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class Parked:
         self.shapes = [(t.shape, t.dtype) for t in tensors]
         self.pages: list[list[Tensor]] = []  # of each tensor; empty while `here` has them
         self.here: list[Tensor] | None = None
-        self.arrived: torch.cuda.Event | None = None
+        self.moved = False  # back to the device, when it has arrived
 
     def fetch(self) -> list[Tensor]:
         """The tensors on the device, once: they are let go of here. Starts to fetch the block before."""
         tensors = self.start_fetch()
-        if self.arrived is not None:
-            torch.cuda.current_stream().wait_event(self.arrived)
+        if self.moved:
+            self.offload.settle()
         before, self.before, self.here = self.before, None, None
         if before is not None:
             before.start_fetch()
@@ -50,8 +51,8 @@ class Parked:
         if self.here is None:
             assert self.pages, "activations were fetched twice"
             self.here = [torch.empty(shape, dtype=dtype, device=self.offload.device) for shape, dtype in self.shapes]
-            self.arrived = self.offload.copy_in(self.here, self.pages)
-            self.pages = []
+            self.offload.copy_in(self.here, self.pages)
+            self.pages, self.moved = [], True
         return self.here
 
 
@@ -66,8 +67,8 @@ class Offload:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.free: list[Tensor] = []
         self.newest: Parked | None = None
-        self.held: list[Tensor] = []  # being copied out, until `sent`
-        self.sent: torch.cuda.Event | None = None
+        self.held: list[Tensor] = []  # being copied, until `done`
+        self.done: torch.cuda.Event | None = None
 
     def park(self, tensors: Sequence[Tensor], index: int) -> Parked:
         """Start to copy the tensors of block `index` out, if they don't stay."""
@@ -79,32 +80,32 @@ class Offload:
             return parked
         self.held = [t.contiguous() for t in tensors]
         parked.pages = [[self._page() for _ in range(-(-t.nbytes // PAGE))] for t in self.held]
-        self.sent = self._copy(self.held, parked.pages, out=True)
+        self._copy(parked.pages, out=True)
         return parked
 
     def settle(self) -> None:
-        """What the compute stream does next comes after the last copy out: its tensors can be let go of."""
-        if self.sent is not None:
-            torch.cuda.current_stream().wait_event(self.sent)
-        self.held, self.sent = [], None
+        """What the compute stream does next comes after the last copy: its tensors can be used, and let go of."""
+        if self.done is not None:
+            torch.cuda.current_stream().wait_event(self.done)
+        self.held, self.done = [], None
 
-    def copy_in(self, tensors: list[Tensor], pages: list[list[Tensor]]) -> torch.cuda.Event | None:
+    def copy_in(self, tensors: list[Tensor], pages: list[list[Tensor]]) -> None:
         """Start to fill `tensors`; the pages are free for what is copied out later."""
         self.settle()
-        event = self._copy(tensors, pages, out=False)
+        self.held = list(tensors)
+        self._copy(pages, out=False)
         self.free += [page for several in pages for page in several]
-        return event
 
     def _page(self) -> Tensor:
         return self.free.pop() if self.free else torch.empty(PAGE, dtype=torch.uint8, pin_memory=self.stream is not None)
 
-    def _copy(self, tensors: list[Tensor], pages: list[list[Tensor]], out: bool) -> torch.cuda.Event | None:
-        """Copy on the copy stream, after what the compute stream has now; the event of its end."""
+    def _copy(self, pages: list[list[Tensor]], out: bool) -> None:
+        """Copy what is held on the copy stream, after what the compute stream has now."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for tensor, several in zip(tensors, pages, strict=True):
+            for tensor, several in zip(self.held, pages, strict=True):
                 for part, page in zip(tensor.flatten().view(torch.uint8).split(PAGE), several, strict=True):
                     host = page[: len(part)]
                     (host if out else part).copy_(part if out else host, non_blocking=True)
-            return None if self.stream is None else recorded()
+            self.done = None if self.stream is None else recorded()

@@ -45,14 +45,12 @@ class Unit:
         if self.weights.in_use and self.weights.holder != self.index:
             self.release()
         self.start_gather()
-        if self.weights.pending is not None:
-            self.weights.pending.wait()
-            self.weights.pending = None
+        settle(self.weights)
 
     def release(self) -> None:
         """What was enqueued so far is the last use for now: the buffer may be given to another unit."""
         self.weights.in_use = None
-        if self.mesh.device.type == "cuda" and self.mesh.shard_group is not None:
+        if self.overlap.gather_stream is not None and self.mesh.shard_group is not None:
             self.weights.free = recorded()
 
     def forget_gradients(self) -> None:
@@ -86,7 +84,7 @@ class Unit:
         if self.holds:
             _add([(self._part(flat, i), g) for i, g in enumerate(grads) if g is not None])
         else:
-            _settle(buffer)
+            settle(buffer)
             for start, stop in self._untouched(grads):
                 flat[start:stop].zero_()
             _copy([(self._part(flat, i), g) for i, g in enumerate(grads) if g is not None])
@@ -94,7 +92,7 @@ class Unit:
         if hold:
             return
         if buffer.data.dtype != self.grads.data.dtype:
-            _settle(self.grads)
+            settle(self.grads)
             buffer, wide = self.grads, flat
             flat = buffer.data[: self.layout.numel]
             flat.copy_(wide)
@@ -104,7 +102,7 @@ class Unit:
         """Order what follows after this unit's reduction."""
         for buffer in (self.grads, self.held):
             if buffer is not None:
-                _settle(buffer)
+                settle(buffer)
 
     def _part(self, flat: torch.Tensor, number: int) -> torch.Tensor:
         slot = self.layout.slots[number]
@@ -120,8 +118,8 @@ class Unit:
         return [(a, b) for a, b in [*out, (end, self.layout.numel)] if a < b]
 
 
-def _settle(buffer: Buffer) -> None:
-    """What was in a gradient buffer must have been read by its reduction before it is written again."""
+def settle(buffer: Buffer) -> None:
+    """What comes next comes after what is under way in the buffer: its gather, or the reduction that reads it."""
     if buffer.pending is not None:
         buffer.pending.wait()
         buffer.pending = None

@@ -24,7 +24,7 @@ from retool.parallel.fsdp.collect import Members, Units, check_alike, collect
 from retool.parallel.fsdp.hooks import attach, in_backward
 from retool.parallel.fsdp.layout import Layout, make_layout
 from retool.parallel.fsdp.overlap import Buffer, Overlap, assign_buffers
-from retool.parallel.fsdp.unit import Unit
+from retool.parallel.fsdp.unit import Unit, settle
 from retool.parallel.mesh import Mesh
 
 NORM_CHUNK = 1 << 24  # elements whose float64 copy `grad_norm` holds at once: 128 MiB
@@ -112,6 +112,8 @@ class Sharded:
                 self._reduce(unit)
         for unit in self.units:
             unit.wait_reduced()
+        for buffer in self.buffers:
+            settle(buffer)  # a unit that was gathered ahead and not run: the weights may change from here on
         if not self._replicas_added:
             sum_over(self.grad, self.mesh.replica_group)
             self._replicas_added = True
