@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ from retool.rl.tools import Tool, ToolResult
 from retool.rl.types import Prompt, Stop, Trajectory
 
 MARKER = "…[cut]…"
+FLOOD, ENDS = 256, 32  # characters per allowed token: of text that surely doesn't fit, and of each of its ends that is looked at then
 BROKEN = "sandbox_error"  # the status of a tool that failed itself, whatever the program did
 
 
@@ -170,17 +171,32 @@ async def _run_calls(
 
 
 async def _run_call(call: Call, problem: str | None, tools: Mapping[str, Tool], timeout: float) -> ToolResult:
-    """What the tool answers, or why there is no answer: a tool may hang or raise."""
+    """What the tool answers, or why there is no answer: a tool may hang, even when it is cancelled (then it is left to itself)."""
     if problem is not None:
         return ToolResult(f"Error: {problem}", "bad_arguments")
-    begin = asyncio.get_running_loop().time()
+    clock = asyncio.get_running_loop().time
+    begin, work = clock(), asyncio.create_task(_answer(tools[call.name], call.arguments))
     try:
-        return await asyncio.wait_for(tools[call.name].call(call.arguments), timeout)
-    except asyncio.TimeoutError:
+        await asyncio.wait([work], timeout=timeout)
+    finally:
+        work.cancel()
+    if not work.done():
         return ToolResult(f"TimeoutError: {call.name} gave no answer within {timeout:g} s.", "timeout", timeout)
-    except Exception as error:  # whatever a user's tool raises
-        seconds = asyncio.get_running_loop().time() - begin
-        return ToolResult(f"{type(error).__name__}: {error}", "error", seconds)
+    result = work.result()
+    return result if result.seconds > 0 else replace(result, seconds=clock() - begin)
+
+
+async def _answer(tool: Tool, arguments: Mapping[str, Any]) -> ToolResult:
+    """What a tool of anybody's answers, or raises: a library in it may even exit, or cancel."""
+    try:
+        result = await tool.call(arguments)
+        if not isinstance(result, ToolResult):
+            raise TypeError(f"{tool.name} answered with a {type(result).__name__}, not a ToolResult")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return ToolResult(f"{type(error).__name__}: {error}", "error")
+    return result
 
 
 def clean(text: str) -> str:
@@ -189,18 +205,21 @@ def clean(text: str) -> str:
 
 
 def cut_text(tokenizer: Any, text: str, limit: int, side: str) -> str:
-    """`text` in at most `limit` tokens, marker included: what fits is kept as it is, else `left` loses its beginning, `right`
-    its end, `middle` what lies between. It is cut between tokens of the whole text, so no character is halved."""
+    """`text` in at most `limit` tokens, marker included (where it fits): what fits is kept as it is, else `left` loses its
+    beginning, `right` its end, `middle` what lies between. It is cut between tokens, so no character is halved."""
+    if len(text) > FLOOD * limit:
+        text = text[: ENDS * limit] + MARKER + text[-ENDS * limit :]
     spans = _spans(tokenizer, text)
     if len(spans) <= limit:
         return text
-    room = max(limit - len(_spans(tokenizer, MARKER)), 0)
+    marker = MARKER if len(_spans(tokenizer, MARKER)) <= limit else ""
+    room = limit - len(_spans(tokenizer, marker))
     while True:
         head = {"left": 0, "right": room, "middle": (room + 1) // 2}[side]
         tail = room - head
         start = text[: spans[head - 1][1]] if head else ""
         end = text[spans[len(spans) - tail][0] :] if tail else ""
-        shorter = start + MARKER + end
+        shorter = start + marker + end
         over = len(_spans(tokenizer, shorter)) - limit  # the cut text can tokenise otherwise than its parts
         if over <= 0 or room == 0:
             return shorter

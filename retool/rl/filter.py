@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from retool.rl.types import Group, Scored
+from retool.rl.types import FAILURE, Group, Scored
 
 OLDEST = 1  # training steps that a kept group may lie
 
 
 def value_of(member: Scored, metric: str) -> float:
-    """A member's metric: score, reward, or a number of the reward function's own (`acc` is the score where it tells none)."""
-    own = {"score": member.score, "reward": member.reward, "seq_reward": member.score, "seq_final_reward": member.reward}
-    value = own.get(metric, member.info.get(metric, member.score if metric == "acc" else None))
+    """A member's metric: score, reward, acc (`Scored.accuracy`), or a number of the reward function's own; the score where it failed."""
+    score, reward = member.score, member.reward
+    own = {"score": score, "reward": reward, "seq_reward": score, "seq_final_reward": reward, "acc": member.accuracy}
+    value = own.get(metric, member.score if FAILURE in member.info else member.info.get(metric))
     if not isinstance(value, (int, float)):
         known = sorted({*own, *(key for key, entry in member.info.items() if isinstance(entry, (int, float)))})
         raise ValueError(f"algorithm.filter_groups.metric={metric}: the reward function gives no such number; it gives {', '.join(known)}.")

@@ -20,7 +20,7 @@ def spread_of(name: str, values: Sequence[float] | np.ndarray) -> dict[str, floa
 
 def score_metrics(members: Sequence[Scored]) -> dict[str, float]:
     """critic/{score,rewards} and acc: `score` as the reward function gave it, `rewards` with overlong shaping."""
-    accuracy = [float(acc) for member in members if isinstance(acc := member.info.get("acc"), (int, float))]
+    accuracy = [member.accuracy for member in members] if any("acc" in member.info for member in members) else []
     scores, rewards = [member.score for member in members], [member.reward for member in members]
     return {**spread_of("critic/score", scores), **spread_of("critic/rewards", rewards), **spread_of("critic/acc", accuracy)}
 

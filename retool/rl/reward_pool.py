@@ -25,8 +25,8 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
-from retool.rl.rewards import RewardFunction, RewardSource, judge
-from retool.rl.types import Trajectory
+from retool.rl.rewards import LONGEST, RewardFunction, RewardSource, judge
+from retool.rl.types import FAILURE, Trajectory
 
 KEPT = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
 KEPT_PREFIXES = ("LC_", "PYTHON", "OMP_", "MKL_")
@@ -36,7 +36,7 @@ _function: RewardFunction | None = None  # a worker's own
 
 @dataclass(frozen=True)
 class Judged:
-    """A score, what else the function told, and why it failed (`exception`, `timeout`, `killed`) with its reason, if it did."""
+    """A score, what else the function told, and how it failed (`exception`, `timeout`, `killed`) and why (in `info` too), if it did."""
 
     score: float
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -65,15 +65,17 @@ class RewardPool:
         }  # fmt: skip
         args = (prompt.data_source, trajectory.assistant_text, prompt.ground_truth, extra)
         try:
-            future = self._pool.schedule(_work, args=args, timeout=self.timeout)
-            score, info = await asyncio.wrap_future(future)
-            return Judged(score, info)
+            found = await asyncio.wrap_future(self._pool.schedule(_work, args=args, timeout=self.timeout))
         except (FutureTimeout, asyncio.TimeoutError):
-            return Judged(self.floor, {}, "timeout", f"no score within {self.timeout:g} s")
+            return self._failed("timeout", f"no score within {self.timeout:g} s")
         except ProcessExpired as error:
-            return Judged(self.floor, {}, "killed", str(error))
-        except Exception as error:  # whatever the user's function raises
-            return Judged(self.floor, {}, "exception", f"{type(error).__name__}: {error}")
+            return self._failed("killed", str(error))
+        except Exception as error:  # the pool's own: what can't be sent
+            return self._failed("exception", f"{type(error).__name__}: {error}")
+        return self._failed("exception", found) if isinstance(found, str) else Judged(*found)
+
+    def _failed(self, failure: str, reason: str) -> Judged:
+        return Judged(self.floor, {FAILURE: reason}, failure, reason)
 
     def close(self) -> None:
         """Stop the workers, whatever they are doing."""
@@ -87,9 +89,18 @@ class RewardPool:
         self.close()
 
 
-def _work(data_source: str, solution: str, truth: str, extra: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+def _work(data_source: str, solution: str, truth: str, extra: Mapping[str, Any]) -> tuple[float, dict[str, Any]] | str:
+    """What `judge` gives, or why it gave nothing, as text: an exception of the user's own may not survive the way to the parent, and
+    SystemExit or CancelledError would be taken for the parent's own."""
     assert _function is not None, "the worker has no reward function"
-    return judge(_function, data_source, solution, truth, extra)
+    worker = os.getpid()
+    try:
+        return judge(_function, data_source, solution, truth, extra)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"[:LONGEST]
+    finally:
+        if os.getpid() != worker:  # the function forked, and this is the child: it must not go on as a second worker
+            os._exit(0)
 
 
 def _start_worker(source: RewardSource, memory_mb: int) -> None:

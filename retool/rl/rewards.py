@@ -19,6 +19,7 @@ RewardFunction = Callable[..., Any]
 BOXED = "\\boxed{"
 EXACT = re.compile(r"aime|dapo|deepscaler", re.IGNORECASE)  # sources whose answers are integers
 FAR = 1000  # characters at the end that are searched where there is no box
+LONGEST = 10_000  # characters of a text that a reward function tells; the rest is cut
 
 
 def last_boxed(text: str) -> str | None:
@@ -142,12 +143,14 @@ async def _await(result: Any) -> Any:
 
 
 def _scalar(value: Any) -> float | int | str | None:
-    """A number (booleans and numpy's too) or text; None for anything else."""
+    """A plain number (of booleans, numpy's and classes of the user's own too) or text; None for anything else."""
     if hasattr(value, "item") and callable(value.item) and getattr(value, "size", 1) == 1:
         value = value.item()
-    if isinstance(value, bool):
-        return float(value)
-    return value if isinstance(value, (int, float, str)) else None
+    if isinstance(value, str):
+        return str(value)[:LONGEST]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, (bool, float)) else None
 
 
 def overlong_penalty(length: int, longest: int, buffer: int, factor: float) -> float:

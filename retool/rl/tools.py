@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -42,16 +43,24 @@ SCHEMA: dict[str, Any] = {
 @dataclass(frozen=True)
 class ToolResult:
     """What a tool call came to: `text` for the model, `status` for the metrics ("success", "error", "timeout", …; see `sandbox.Result`,
-    and "bad_arguments" where the call itself was wrong), and the seconds it took."""
+    and "bad_arguments" where the call itself was wrong), and the seconds it took (0: they are measured). TypeError for anything else."""
 
     text: str
     status: str
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name, kind in (("text", str), ("status", str), ("seconds", (int, float))):
+            if not isinstance(value := getattr(self, name), kind):
+                raise TypeError(f"ToolResult.{name} is a {type(value).__name__}: {value!r:.80}")
+
 
 @runtime_checkable
 class Tool(Protocol):
-    """A function the model can call. `schema` is what the chat template is given; `name` is the function's."""
+    """A function the model can call. `schema` is what the chat template is given; `name` is the function's.
+
+    Many calls are under way at once, on the thread that samples: a `call` must `await` what takes time, not wait for it.
+    """
 
     name: str
     schema: dict[str, Any]
@@ -182,7 +191,7 @@ def _load(entry: Any, where: str) -> Tool:
     try:
         if name in INTERPRETERS:
             return CodeInterpreter(interpreter_config(config), schema)
-        return _import(name)(config, schema)
+        return _made(name, config, schema)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -197,11 +206,20 @@ def interpreter_config(config: Mapping[str, Any]) -> InterpreterConfig:
     return InterpreterConfig(**{str(key): value for key, value in config.items()})
 
 
-def _import(path: str) -> Any:
-    """A tool of the user's: called with its config and schema, it returns a `Tool`."""
+def _made(path: str, config: Mapping[str, Any], schema: Any) -> Tool:
+    """A tool of the user's: what is at `path` is called with its config and schema. ValueError where that isn't a `Tool`."""
     module, _, name = path.rpartition(".")
     try:
-        made = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"class_name={path} can't be imported ({error}). The code interpreter's is {INTERPRETERS[0]}.") from None
-    return made
+        make = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the user's file raises
+        raise ValueError(f"class_name={path} can't be imported ({error}). The code interpreter's is {INTERPRETERS[0]}.") from error
+    try:
+        tool = make(config, schema)
+    except Exception as error:
+        raise ValueError(f"{path} can't be made with its config and tool_schema ({type(error).__name__}: {error}).") from error
+    missing = [part for part in ("name", "schema", "call", "close") if not hasattr(tool, part)]
+    if missing:
+        raise ValueError(f"{path} makes a {type(tool).__name__} without {', '.join(missing)}: see retool.rl.tools.Tool.")
+    if not (inspect.iscoroutinefunction(tool.call) or hasattr(tool.call, "__wrapped__")):
+        raise ValueError(f"{path}.call isn't a coroutine function: write 'async def call', and await in it what takes time.")
+    return tool

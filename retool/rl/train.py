@@ -38,7 +38,7 @@ from retool.rl.preflight import Report
 from retool.rl.report import write_training, write_validation
 from retool.rl.rollout import RolloutTimes, Sampling, roll_out
 from retool.rl.state import TrainState, adapted_kl_coef, regroup
-from retool.rl.types import Group, Prompt, Scored
+from retool.rl.types import FAILURE, Group, Prompt, Scored
 from retool.rl.validate import validation_metrics
 from retool.run import say, say_ended, seed_everything
 from retool.saving import require_saved, save_step, say_saved
@@ -210,6 +210,9 @@ def sample(
     if any(part is None for part in everyone):
         return None
     pairs: list[tuple[Scored, str | None]] = [pair for part in everyone for pair in part or []]
+    reason = next((scored.info.get(FAILURE) for scored, failure in pairs if failure is not None), None)
+    if run.mesh.rank == 0 and reason is not None:
+        warnings.warn(f"the reward function gave no score ({reason}); such an answer gets reward_model.floor.", stacklevel=1)
     return regroup(prompts, [scored for scored, _ in pairs]), [failure for _, failure in pairs]
 
 

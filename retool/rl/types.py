@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+FAILURE = "failure"  # the key in `Scored.info` under which it says why the reward function gave no score
+
 
 class Stop(str, Enum):
     """Why a trajectory ended."""
@@ -84,12 +86,20 @@ class Trajectory:
 @dataclass(frozen=True)
 class Scored:
     """A trajectory with what the reward function gave (`score`), what is trained on (`reward`: with overlong shaping), and
-    whatever else it told (`info`: acc, pred, …)."""
+    whatever else it told (`info`: acc, pred, …; FAILURE where it failed, and `score` is the configured floor)."""
 
     trajectory: Trajectory
     score: float
     reward: float
     info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """`acc` where the reward function told one as a number, else the score; 0 where it failed: the floor isn't an accuracy."""
+        told = self.info.get("acc")
+        if isinstance(told, (int, float)):
+            return float(told)
+        return 0.0 if FAILURE in self.info else self.score
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retool.rl.metrics import spread_of
-from retool.rl.types import Group
+from retool.rl.types import FAILURE, Group
 
 DRAWS, SEED = 1000, 42
 
@@ -48,15 +48,15 @@ def majority(chosen: np.ndarray, answers: Sequence[str], values: np.ndarray) -> 
 
 
 def validation_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """val-core/{source}/acc/{mean@N, best@N/mean, maj@N/mean}; everything else under val-aux. `acc` is the score where the reward
-    function tells none. Each number is a mean over the questions of its source that have it."""
+    """val-core/{source}/acc/{mean@N, best@N/mean, maj@N/mean}; everything else under val-aux. `acc` is `Scored.accuracy`. Each
+    number is a mean over the questions of its source that have it."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     turns: dict[str, list[float]] = defaultdict(list)
     for group in groups:
         source, infos = group.prompt.data_source, [member.info for member in group.members]
-        accuracy = [float(info.get("acc", member.score)) for info, member in zip(infos, group.members, strict=True)]
-        answers = [str(info["pred"]) for info in infos] if all("pred" in info for info in infos) else None
-        for name, value in question_statistics(accuracy, answers).items():
+        told = [info for info in infos if FAILURE not in info]
+        answers = [str(info.get("pred", "")) for info in infos] if told and all("pred" in info for info in told) else None
+        for name, value in question_statistics([member.accuracy for member in group.members], answers).items():
             found[source][f"acc/{name}"].append(value)
         for name, value in question_statistics([member.score for member in group.members], None).items():
             found[source][f"score/{name}"].append(value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -169,6 +171,66 @@ def test_tools_that_raise_hang_and_break(renderer_of, tool_row) -> None:
     assert broken.stop is Stop.TOOL_ERROR and broken.mask[-1] and broken.tool_errors == 1
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda: given(None), "TypeError: calculator answered with a NoneType"),
+        (lambda: given("text"), "TypeError: calculator answered with a str"),
+        (lambda: given(ToolResult, b"\x00\xff", "success"), "TypeError: ToolResult.text is a bytes"),
+        (lambda: given(ToolResult, "1", "success", None), "TypeError: ToolResult.seconds is a NoneType"),
+        (lambda: given(sys.exit, 3), "SystemExit: 3"),
+        (lambda: given(cancelled), "CancelledError"),
+    ],
+)
+def test_whatever_a_tool_gives_or_raises_is_its_error_not_the_runs(renderer_of, tool_row, answer, said) -> None:
+    renderer = renderer_of("hermes")
+    trajectory, _ = episode(renderer, tool_row, [say(renderer, call_text("1")), say(renderer, "Done.")], Answers([answer]))
+    assert (trajectory.stop, trajectory.tool_calls, trajectory.tool_errors) == (Stop.NO_CALL, 1, 1)
+    assert said in renderer.tokenizer.decode(trajectory.tokens)
+
+
+async def given(make, *arguments):
+    return make(*arguments) if callable(make) else make
+
+
+def cancelled():
+    raise asyncio.CancelledError
+
+
+def test_a_tool_that_does_not_heed_being_cancelled_is_left_to_itself(renderer_of, tool_row) -> None:
+    renderer, tries = renderer_of("hermes"), []
+
+    async def stubborn():
+        while len(tries) < 3:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                tries.append(1)
+        return ToolResult("late", "success")
+
+    turns = [say(renderer, call_text("1")), say(renderer, "Done.")]
+    loop = asyncio.new_event_loop()
+    work = run_episode(prompt_of(renderer, tool_row), 0, Scripted(turns), {"calculator": Answers([stubborn])}, renderer, replace(OPTIONS, tool_timeout_seconds=0.05))
+    trajectory = loop.run_until_complete(asyncio.wait_for(work, 5))
+    assert trajectory.tool_timeouts == 1 and trajectory.stop is Stop.NO_CALL
+    for task in [*asyncio.all_tasks(loop)] * 3:
+        task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    assert len(tries) == 3
+
+
+def test_a_call_is_timed_where_the_tool_does_not_tell(renderer_of, tool_row) -> None:
+    renderer = renderer_of("hermes")
+
+    async def slow():
+        await asyncio.sleep(0.05)
+        return ToolResult("ok", "success")
+
+    trajectory, _ = episode(renderer, tool_row, [say(renderer, call_text("1")), say(renderer, "Done.")], Answers([slow]))
+    assert 0.05 <= trajectory.tool_seconds < 5
+
+
 def test_binary_output_is_made_text(renderer_of, tool_row) -> None:
     renderer = renderer_of("hermes")
     turns = [say(renderer, call_text("1")), say(renderer, "Done.")]
@@ -249,3 +311,13 @@ def test_tool_text_is_cut_by_tokens(tokenizer, side) -> None:
         assert bool(head) == (side != "left") and bool(tail) == (side != "right")
     if side == "middle":
         assert abs(count(head) - count(tail)) <= 6
+
+
+@pytest.mark.parametrize("side", ["left", "middle", "right"])
+def test_a_flood_is_cut_at_once_and_a_marker_that_does_not_fit_is_left_out(tokenizer, side) -> None:
+    begin, flood = time.perf_counter(), "first " + "ab 12 " * 4_000_000 + " last"
+    short = cut_text(tokenizer, flood, 64, side)
+    assert time.perf_counter() - begin < 2 and len(tokenizer(short, add_special_tokens=False)["input_ids"]) <= 64 and short.count("…[cut]…") == 1
+    assert short.startswith("first") == (side != "left") and short.endswith("last") == (side != "right")
+    assert 0 < len(tokenizer(cut_text(tokenizer, "a b c d e f g h", 2, side), add_special_tokens=False)["input_ids"]) <= 2
+    assert "…[cut]…" in cut_text(tokenizer, "\n" * 100_000, 100, side)

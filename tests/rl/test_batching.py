@@ -100,6 +100,17 @@ def test_dynamic_sampling() -> None:
     }  # fmt: skip
 
 
+def test_a_failed_judgement_is_a_wrong_answer_not_an_accuracy_of_the_floor() -> None:
+    prompt = make_prompt()
+    members = [Scored(make_trajectory(prompt, 0), -1.0, -1.0, {"failure": "timeout"}), Scored(make_trajectory(prompt, 1), 0.0, 0.0, {"acc": 0.0, "pred": "5", "bleu": 0.5})]
+    assert not has_signal(Group(prompt, members), "acc") and has_signal(Group(prompt, members), "bleu")
+    assert score_metrics(members)["critic/acc/mean"] == 0.0 and score_metrics(members[:1]).get("critic/acc/mean") is None
+    found = validation_metrics([Group(prompt, members)])
+    assert found["val-core/numbers/acc/mean@2"] == 0.0 and found["val-core/numbers/acc/maj@2/mean"] == 0.0 and found["val-aux/numbers/score/mean@2"] == -0.5
+    words = Scored(make_trajectory(prompt), 0.75, 0.75, {"acc": "yes"})
+    assert words.accuracy == 0.75 and validation_metrics([Group(prompt, [words])])["val-core/numbers/acc/mean@1"] == 0.75
+
+
 def test_kept_groups_live_one_step() -> None:
     kept = [group(0, [1, -1], version=4), group(1, [1, -1], version=3)]
     c = begin(kept, 5)

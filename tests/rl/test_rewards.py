@@ -130,6 +130,18 @@ def test_everything_a_reward_function_can_do(monkeypatch) -> None:
     assert judged["environment"].score == 0.0 and os.environ["WANDB_API_KEY"] == "geheim"
 
 
+def test_what_a_reward_function_raises_is_its_own_failure_with_the_reason() -> None:
+    """SystemExit, Ctrl-C and cancelling would end the run if they reached it, and exceptions of the user's can't be pickled."""
+    texts = ["exit", "interrupt", "cancel", "own error", "own types", "print", "fork", "fork", "4"]
+    with RewardPool(RewardSource("compute_score", HERE), workers=1, floor=-2.0) as pool:
+        judged = judge_all(pool, texts)
+    for text, found, said in zip(texts, judged, ("SystemExit: 3", "KeyboardInterrupt", "CancelledError", "NotForPickle: of my own"), strict=False):
+        assert (found.score, found.failure) == (-2.0, "exception") and found.reason.startswith(said) and found.info == {"failure": found.reason}, text
+    own, printed, fork, again, fine = judged[4:]
+    assert own.info == {"pred": "seven", "acc": "yes", "long": "y" * 10_000} and type(own.info["pred"]) is str
+    assert (printed.score, fine.score) == (0.125, 0.5) and fork.score == again.score, "a forked child goes on as a second worker"
+
+
 def test_a_tower_of_powers_is_stopped() -> None:
     with RewardPool(RewardSource("math"), workers=1, timeout=1.0) as pool:
         begin = time.perf_counter()

@@ -103,6 +103,32 @@ def test_a_tool_of_ones_own(tmp_path: Path) -> None:
     assert call_and_close(tool, {"text": "hi"})[0].text == "hi!"
 
 
+class NoSchema:
+    def __init__(self, config: dict, schema: dict | None) -> None:
+        self.name = config["name"]
+
+    async def call(self, arguments: dict) -> ToolResult:
+        return ToolResult("", "success")
+
+
+class Waits(Echo):
+    def call(self, arguments: dict) -> ToolResult:  # type: ignore[override]
+        return ToolResult("", "success")
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ("Waits, config: {}}", r"tools\[0\].*Waits.call isn't a coroutine function: write 'async def call'"),
+        ("NoSchema, config: {name: x}}", r"tools\[0\].*makes a NoSchema without schema, close"),
+        ("NoSchema}", r"tools\[0\].*can't be made with its config and tool_schema \(KeyError: 'name'\)"),
+    ],
+)
+def test_a_tool_that_is_none_is_told_before_the_run(entry: str, named: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=named):
+        load_tools(write(tmp_path, f"tools: [{{class_name: {__name__}.{entry}]"))
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
