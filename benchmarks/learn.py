@@ -7,7 +7,8 @@ Three commands, printed before each: validation of the model as it is, `python -
 `python -m retool.rl` from the SFT's export, on the questions of the same conversations, programs run in the sandbox. DATA has
 train.parquet and test.parquet with the columns messages, tools and answer; no test question is trained on. Accuracy is that of the
 likeliest answer (temperature 0) to every test question. With `--seconds`, a command that takes too long is asked to stop and saves, and the
-next goes on from there; DAPO validates every `--test-every` steps, so that its last line says how far it came.
+next goes on from there; DAPO validates every `--test-every` steps, and every validation is a row as soon as it is through. `--only` spreads
+the parts over several calls with the same `--out`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from table import hardware, save, show
+from table import failed, hardware, head, row, save
 
 SOURCE = "gsm8k"
 STOPPING = 40  # seconds for a command to save once it is asked to stop
@@ -38,9 +40,9 @@ def questions(path: str) -> Iterator[dict[str, Any]]:
     """The questions of SFT conversations, in the schema of `retool.rl`: what `data.custom_cls` names."""
     import pyarrow.parquet as parquet
 
-    for row in parquet.read_table(path, columns=["messages", "answer"]).to_pylist():
-        prompt = [{"role": m["role"], "content": m["content"]} for m in row["messages"][:1]]
-        yield {"data_source": SOURCE, "prompt": prompt, "reward_model": {"ground_truth": row["answer"]}}
+    for said in parquet.read_table(path, columns=["messages", "answer"]).to_pylist():
+        prompt = [{"role": m["role"], "content": m["content"]} for m in said["messages"][:1]]
+        yield {"data_source": SOURCE, "prompt": prompt, "reward_model": {"ground_truth": said["answer"]}}
 
 
 # --- the three commands ---
@@ -82,31 +84,48 @@ def sft_words(args: Namespace, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def run(args: Namespace, module: str, words: Sequence[str], log: Path, limit: float) -> float:
-    """Run a command for at most about `limit` seconds (then it is asked to stop, and saves); its seconds. RuntimeError if it fails."""
+def words_of(args: Namespace, part: str) -> list[str]:
+    """key=value of a part's command."""
+    out = args.out / part
+    if part == "sft":
+        return sft_words(args, out)
+    if part == "before":
+        return [*rl_words(args, args.model, out), "trainer.val_only=true"]
+    return [*rl_words(args, newest(args.out / "sft"), out), *dapo_words(args)]
+
+
+def run(args: Namespace, part: str, limit: float, report: Callable[[float], None]) -> None:
+    """Run a part for at most about `limit` seconds (then it is asked to stop, and saves); what it has reported every two.
+
+    RuntimeError if it fails.
+    """
+    module, words, log = "retool.sft" if part == "sft" else "retool.rl", words_of(args, part), args.out / f"{part}.log"
     said = ["torchrun", f"--nproc_per_node={args.gpus}", "-m", module, *words]
-    print("\n" + " \\\n    ".join(shlex.quote(word) for word in said), flush=True)
+    print("\n" + " \\\n    ".join(shlex.quote(word) for word in said), file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", *said[1:]]
     here, begin = Path(__file__).resolve().parent, time.monotonic()
     path = os.pathsep.join(filter(None, (str(here), str(here.parent), os.environ.get("PYTHONPATH", ""))))
     environment = {**os.environ, "PYTHONPATH": path, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOPPING)}
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            print(f"  after {limit:.0f} s: asked to stop", flush=True)
+        while process.poll() is None and time.monotonic() - begin < limit:
+            time.sleep(2)
+            report(time.monotonic() - begin)
+        if process.poll() is None:
+            print(f"{part}: asked to stop after {limit:.0f} s", file=sys.stderr, flush=True)
             process.send_signal(signal.SIGTERM)  # torchrun passes it on
             try:
                 process.wait(STOPPING)
             except subprocess.TimeoutExpired:
                 process.kill()  # its processes end with it
     seconds = time.monotonic() - begin
-    ended = re.findall(r"^(?:finished|asked to stop) at step .*$", log.read_text(errors="replace"), re.MULTILINE)
+    time.sleep(1.5)  # until the last validation's file is old enough
+    report(seconds)
+    ended = re.findall(r"^(?:(?:finished|asked to stop) at|validated) step .*$", log.read_text(errors="replace"), re.MULTILINE)
     if not ended:
-        raise RuntimeError(f"{module} ended with status {process.returncode} after {seconds:.0f} s:\n{log.read_text()[-3000:]}")
-    print(f"  {ended[-1]} ({seconds:.0f} s)", flush=True)
-    return seconds
+        print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
+        raise RuntimeError(f"{module} ended with status {process.returncode} after {seconds:.0f} s, see {log}")
+    print(f"{part}: {ended[-1]} ({seconds:.0f} s)", file=sys.stderr, flush=True)
 
 
 # --- what came of it ---
@@ -119,8 +138,8 @@ def newest(folder: Path) -> Path:
 
 
 def validations(folder: Path) -> list[tuple[int, list[dict[str, Any]]]]:
-    """(step, its answers) of every validation of a run."""
-    files = sorted((folder / "report").glob("val_*.jsonl"))
+    """(step, its answers) of every validation of a run; one that may still be being written isn't there yet."""
+    files = [file for file in sorted((folder / "report").glob("val_*.jsonl")) if time.time() - file.stat().st_mtime > 1]
     return [(int(file.stem[4:]), [json.loads(line) for line in file.read_text().splitlines()]) for file in files]
 
 
@@ -135,16 +154,22 @@ def line_of(name: str, answers: Sequence[dict[str, Any]], seconds: float) -> dic
     }  # fmt: skip
 
 
-def columns(line: dict[str, Any]) -> list[str]:
+COLUMNS = ["", "right answers (± standard error)", "questions", "boxed", "cut off", "calls per question", "seconds of its command"]
+
+
+def in_table(line: dict[str, Any]) -> list[str]:
+    if "failed" in line:
+        return failed(line["name"], line, len(COLUMNS))
     n = line["questions"]
     shares = [f"{line[name] / n:.1%}" for name in ("right", "boxed", "unfinished")]
     error = 100 * (line["right"] / n * (1 - line["right"] / n) / n) ** 0.5
-    return [line["name"], f"{shares[0]} ± {error:.1f}", *shares[1:], f"{line['calls'] / n:.2f}", f"{line['seconds']:.0f}"]
+    return [line["name"], f"{shares[0]} ± {error:.1f}", str(n), *shares[1:], f"{line['calls'] / n:.2f}", f"{line['seconds']:.0f}"]
 
 
 def progress(folder: Path) -> str:
     """The share of right answers among everything that DAPO sampled (temperature 1), in its first and last five steps."""
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    path = folder / "metrics.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     steps = [entry for entry in entries if "filter/metric_mean" in entry]
     if not steps:
         return "no step of DAPO was finished"
@@ -155,29 +180,39 @@ def progress(folder: Path) -> str:
             f"{last:.1%} in the last; {calls:,.0f} tool calls in what was trained on, {wrong:,.0f} of them failed")  # fmt: skip
 
 
+PARTS = ("before", "sft", "dapo")
+
+
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    lines, end = list[dict[str, Any]](), time.monotonic() + args.seconds
-    before, sft, dapo = args.out / "before", args.out / "sft", args.out / "dapo"
-    spent = run(
-        args, "retool.rl", [*rl_words(args, args.model, before), "trainer.val_only=true"], args.out / "before.log", args.seconds / 3
-    )
-    lines += [line_of("the model", answers, spent) for _, answers in validations(before)]
-    spent = run(args, "retool.sft", sft_words(args, sft), args.out / "sft.log", args.seconds / 3)
-    words = [*rl_words(args, newest(sft), dapo), *dapo_words(args)]
-    total = float("nan")
-    try:
-        total = run(args, "retool.rl", words, args.out / "dapo.log", end - time.monotonic() - STOPPING)
-    except RuntimeError as error:  # what it validated before counts
-        print(error, file=sys.stderr)
-    for step, answers in validations(dapo):
-        lines.append(line_of(f"and {step} steps of DAPO" if step else "after SFT", answers, total if step else spent))
-    device = torch.device(args.device)
-    names = ["", "right answers (± standard error)", "boxed", "cut off", "calls per question", "seconds of its command"]
-    show(f"{hardware(device)}, {args.gpus} processes; {lines[0]['questions']} test questions", names, [columns(line) for line in lines])
-    print(f"\n{progress(dapo)}")
-    save(args.json, device, lines)
+    device, lines, shown, spent = torch.device(args.device), list[dict[str, Any]](), set[tuple[str, int]](), dict[str, float]()
+    end = time.monotonic() + args.seconds
+    head(f"{hardware(device)}, {args.gpus} processes", COLUMNS)
+
+    def show(line: dict[str, Any]) -> None:
+        lines.append(line)
+        row(in_table(line))
+        save(args.json, device, lines)
+
+    def report(part: str, seconds: float) -> None:
+        """Rows of the validations that are new."""
+        spent[part] = seconds
+        for step, answers in validations(args.out / part):
+            if (part, step) not in shown:
+                shown.add((part, step))
+                name = "the model" if part == "before" else f"and {step} steps of DAPO" if step else "after SFT"
+                show(line_of(name, answers, spent.get("sft", float("nan")) if name == "after SFT" else seconds))
+
+    for part in PARTS:
+        if part not in args.only.split(","):
+            report(part, float("nan"))
+            continue
+        try:
+            run(args, part, end - time.monotonic() - STOPPING if part == "dapo" else args.seconds / 3, partial(report, part))
+        except (RuntimeError, OSError) as error:  # without SFT there is nothing to go on from
+            show({"name": part, "failed": str(error)})
+    print(f"\n{progress(args.out / 'dapo')}")
 
 
 def arguments() -> Namespace:
@@ -202,6 +237,7 @@ def arguments() -> Namespace:
     add("--response", type=int, default=768, help="tokens at most, tool output included")
     add("--sequences", type=int, default=384, help="that decode at once, per GPU")
     add("--test-every", type=int, default=10, help="steps of DAPO between validations")
+    add("--only", default=",".join(PARTS), help="parts to run; of the others, what --out has is shown")
     add("--seconds", type=float, default=1e9, help="of all three commands; the first two get up to a third each, DAPO what is left")
     add("--sft-keys", nargs="*", default=[], help="more key=value for retool.sft")
     add("--rl-keys", nargs="*", default=[], help="more key=value for retool.rl")

@@ -103,8 +103,8 @@ def save(path: Path | None, device: torch.device, lines: Sequence[dict[str, Any]
 
 
 @cache
-def _gloo() -> Any:
-    return dist.new_group(backend="gloo")
+def _gloo(world: Any, patience: float) -> Any:
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
 
 
 def attempt(make: Callable[[], dict[str, Any]], patience: float = 60) -> dict[str, Any]:
@@ -118,9 +118,9 @@ def attempt(make: Callable[[], dict[str, Any]], patience: float = 60) -> dict[st
     except Exception as error:
         line = {"failed": f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]}
     if dist.is_initialized():
-        dist.monitored_barrier(_gloo(), timedelta(seconds=patience), wait_all_ranks=True)
+        group = _gloo(dist.group.WORLD, patience)
         reasons: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, line.get("failed"), group=_gloo())
+        dist.all_gather_object(reasons, line.get("failed"), group=group)
         if failed := [f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why]:
             line = {"failed": failed[0]}
     if "failed" in line:

@@ -1,0 +1,145 @@
+"""Every benchmark runs at a tiny size, leaves each row as soon as it has it, and survives a row that fails."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ALONE = {  # one process; arguments → rows
+    "attention": ("--heads 4/2x16 --packs 32×1k,sorted --repeats 1", 2),
+    "fsdp_overlap": ("--scale 2048", 3),
+    "logprobs": ("--tokens 512 --vocab 4096 --dim 32 --repeats 1", 7),
+    "long_context": ("--lengths 64,128", 4),
+    "memory": ("--shape tiny --scale 1024 --rows 0.5b-none,0.5b-offload", 2),
+    "packing": ("--steps 1", 8),
+    "rollout": ("--shape tiny --sequences 4 --prompt 12 --new 6 --repeats 1 --group 2 --peers=", 1),
+    "sft": ("--shape tiny --scale 1024 --repeats 1 --rows full,padded", 2),
+    "ulysses": ("--shape tiny --lengths 32 --repeats 1", 2),
+}
+TOGETHER = {  # two, as torchrun starts them
+    "checkpoint": ("--shape tiny --repeats 1", 5),
+    "fsdp_overlap": ("--scale 1024 --sp 2", 3),
+    "long_context": ("--lengths 64", 3),
+    "memory": ("--shape tiny --scale 1024 --rows 0.5b-none,0.5b-held", 2),
+    "sft": ("--shape tiny --scale 1024 --repeats 1 --rows full", 1),
+    "ulysses": ("--shape tiny --lengths 32 --repeats 1", 4),
+}
+
+
+def benchmark(name: str) -> ModuleType:
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["lines"]
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """Cells of everything below a table's head."""
+    return [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ") and not line.startswith(("|  |", "| tokens", "| pack |"))]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_runs_and_leaves_its_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words, rows = ALONE[name]
+    module = benchmark(name)
+    monkeypatch.setattr(sys, "argv", [name, *words.split(), "--json", str(tmp_path / "out.json")])
+    module.main()
+    assert len(lines := lines_of(tmp_path / "out.json")) == rows
+    assert not [line for line in lines if "failed" in line]
+    assert len(rows_of(capsys.readouterr().out)) >= rows
+
+
+def fail_at(module: ModuleType, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second measurement raises."""
+    inner, calls = module.measure, []
+
+    def measure(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise error
+        return inner(*args)
+
+    monkeypatch.setattr(module, "measure", measure)
+
+
+def test_a_row_that_fails_says_why_and_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    module = benchmark("logprobs")
+    monkeypatch.setattr(sys, "argv", ["logprobs", *ALONE["logprobs"][0].split(), "--json", str(tmp_path / "out.json")])
+    fail_at(module, MemoryError("no room\nat all"), monkeypatch)
+    module.main()
+    lines = lines_of(tmp_path / "out.json")
+    assert [line.get("failed") for line in lines] == [None, "MemoryError: no room", *[None] * 5]
+    assert rows_of(capsys.readouterr().out)[1][:2] == [" dense ", " failed: MemoryError: no room "]
+
+
+def test_killed_it_has_left_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    module = benchmark("logprobs")
+    monkeypatch.setattr(sys, "argv", ["logprobs", *ALONE["logprobs"][0].split(), "--json", str(tmp_path / "out.json")])
+    fail_at(module, KeyboardInterrupt(), monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        module.main()
+    assert [line["name"] for line in lines_of(tmp_path / "out.json")] == ["three products"]
+    assert len(rows_of(capsys.readouterr().out)) == 1
+
+
+def attempts(rank_that_fails: int) -> tuple[dict[str, Any], str]:
+    """A row that fails on one rank, then one that the other rank never comes back from."""
+    from retool.parallel.mesh import make_mesh
+
+    table, mesh = benchmark("table"), make_mesh()
+
+    def row() -> dict[str, Any]:
+        if mesh.rank == rank_that_fails:
+            raise MemoryError("no room")
+        return {"ms": 1}
+
+    first = table.attempt(row)
+    begin = time.monotonic()
+    try:
+        table.attempt(lambda: time.sleep(4 * (mesh.rank != rank_that_fails)) or {}, patience=1)
+    except RuntimeError as error:
+        return first, f"{time.monotonic() - begin < 3} {str(error)[:80]}"
+    return first, "nothing"
+
+
+def test_ranks_agree_on_a_failure_and_wait_for_none_that_is_lost() -> None:
+    (a, _), (b, waited) = run_ranks(attempts, 2, 1)
+    assert a == b == {"failed": "rank 1: MemoryError: no room"}
+    assert waited.startswith("True")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOGETHER)
+def test_runs_on_two_ranks(name: str, tmp_path: Path, repository: Path) -> None:
+    words, rows = TOGETHER[name]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(BENCHMARKS / f"{name}.py")]
+    ran = subprocess.run([*command, *words.split(), "--json", str(tmp_path / "out.json")], cwd=repository, capture_output=True, text=True, timeout=150)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert len(lines := lines_of(tmp_path / "out.json")) == rows and not [line for line in lines if "failed" in line]
+
+
+@pytest.mark.slow
+def test_a_peer_has_a_process_and_a_time_of_its_own(tmp_path: Path, repository: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "rollout.py"), *"--shape tiny --sequences 4 --prompt 12 --new 6 --repeats 1".split()]
+    out = str(tmp_path / "out.json")
+    subprocess.run([*command, "--json", out], cwd=repository, check=True, capture_output=True, timeout=150)
+    lines = lines_of(tmp_path / "out.json")
+    assert [line["name"] for line in lines] == ["retool", "transformers generate_batch", "transformers generate"]
+    assert all(len(line["all"]) == 1 and line["all"][0] > 0 for line in lines)
+    ran = subprocess.run([*command, "--peer-seconds", "0.5", "--json", out], cwd=repository, check=True, capture_output=True, text=True, timeout=150)
+    assert [line.get("failed") for line in lines_of(tmp_path / "out.json")] == [None, *["stopped after 0 s"] * 2]
+    assert len(rows_of(ran.stdout)) == 3
