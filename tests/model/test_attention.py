@@ -262,14 +262,20 @@ def test_torch_runs_the_version_that_each_call_names() -> None:
     assert used == ["FA3", "own"]
 
 
-def test_a_package_that_fails_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Tensor) -> None:
-        raise RuntimeError("built for another GPU")
+@pytest.mark.parametrize("backend", ["flash3", "cudnn"])
+def test_a_kernel_that_fails_is_left_alone(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    failures: list[Exception] = [RuntimeError("built for another GPU"), torch.OutOfMemoryError("no room")]
 
-    monkeypatch.setitem(kernels.FORWARD, "flash3", fails)
+    def fails(*_: Tensor) -> None:
+        raise failures.pop(0)
+
+    monkeypatch.setitem(kernels.FORWARD, backend, fails)
     monkeypatch.setattr(attention_flash, "missing", lambda _: "")
-    with pytest.warns(UserWarning, match="'flash3' fails here: built for another GPU"):
-        assert kernels.kernel_error.__wrapped__("flash3", torch.device("cpu"), torch.float32, 16) == math.inf
+    inputs = backend, torch.device("cpu"), torch.float32, 16
+    with pytest.warns(UserWarning, match=f"'{backend}' fails here: built for another GPU"):
+        assert kernels.kernel_error.__wrapped__(*inputs) == math.inf
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels.kernel_error.__wrapped__(*inputs)
 
 
 def test_cudnn_runs_cover_the_pack() -> None:

@@ -31,31 +31,37 @@ def whole_parameters(layout: Layout) -> dict[str, torch.Tensor]:
     return {m.name: torch.randn(m.shape, generator=generator, dtype=torch.float64) * 0.3 for _, m in layout.members}
 
 
-def batch() -> PackedBatch:
-    rng = np.random.default_rng(0)
+def batch(number: int = 0) -> PackedBatch:
+    rng = np.random.default_rng(number)
     samples = [Sample(rng.integers(0, 61, n).astype(np.int32), rng.random(n) < 0.7) for n in (11, 1, 17, 6)]
     return pack(samples, multiple=12)
 
 
-def loss_and_gradients(heads: int, kv_heads: int, sp: int, recompute: Recompute, chunk: int = 0) -> tuple[float, dict[str, np.ndarray]]:
+def loss_and_gradients(
+    heads: int, kv_heads: int, sp: int, recompute: Recompute, chunk: int = 0, packs: int = 1, fsdp_size: int = -1
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Of the sum over `packs`, dealt to the sp groups in turn: (loss, this rank's part of the gradient)."""
     if chunk:
         chunks.CHUNKED_FROM = chunks.CHUNK = chunks.ROUND = chunk
-    mesh = make_mesh(sp=sp)
+    mesh = make_mesh(sp=sp, fsdp_size=fsdp_size)
     f64 = torch.float64
     model = build_decoder(config(heads, kv_heads), mesh, ModelOptions(f64, f64, f64, recompute=recompute))
     weights = whole_parameters(model.layout)
     for piece in local_pieces(model.layout, mesh.shard_rank):
         model.master[piece.local : piece.local + piece.stop - piece.start] = weights[piece.member.name].flatten()[piece.start : piece.stop]
     model.refresh()
-    part = batch().slice(mesh.sp_rank, mesh.sp)
+    total = torch.zeros((), dtype=f64)
+    for number in range(mesh.dp_rank, packs, mesh.dp):
+        part = batch(number).slice(mesh.sp_rank, mesh.sp)
 
-    def score(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        logp = torch.log_softmax(hidden @ weight.t(), -1)
-        return -(logp.gather(1, part.labels[:, None])[:, 0] * part.weights).sum() / mesh.dp
+        def score(hidden: torch.Tensor, weight: torch.Tensor, part: PackedBatch = part) -> torch.Tensor:
+            logp = torch.log_softmax(hidden @ weight.t(), -1)
+            return -(logp.gather(1, part.labels[:, None])[:, 0] * part.weights).sum()
 
-    loss = model(part, score)
-    loss.backward()
-    total = loss.detach().clone()
+        loss = model(part, score)
+        loss.backward()
+        total += loss.detach()
+    model.finish_gradients()
     if mesh.world_group is not None:
         torch.distributed.all_reduce(total)
     found = {
@@ -88,14 +94,16 @@ def test_sp_equals_one_process(heads: tuple[int, int], sp: int) -> None:
         assert np.linalg.norm(gradients[name] - value) <= 1e-12 * np.linalg.norm(value), name
 
 
-def test_sp_with_dp() -> None:
-    """Two groups of two: both compute the same pack at half weight, so the sum is one pack's gradient."""
-    expected_loss, expected = loss_and_gradients(14, 2, 1, "none")
-    results = run_ranks(loss_and_gradients, 4, 14, 2, 2, "none")
+@pytest.mark.parametrize(("sp", "fsdp_size"), [(2, 4), (2, 2), (2, 1), (4, 2), (1, 2)])
+def test_sp_with_dp_and_replicas(sp: int, fsdp_size: int) -> None:
+    """Four ranks, four packs: every replica has the gradient that one process finds."""
+    expected_loss, expected = loss_and_gradients(14, 2, 1, "none", 0, 4)
+    results = run_ranks(loss_and_gradients, 4, 14, 2, sp, "full", 7, 4, fsdp_size)
     assert results[0][0] == pytest.approx(expected_loss, rel=1e-13)
-    gradients = joined(results)
-    for name, value in joined([(0.0, expected)]).items():
-        assert np.linalg.norm(gradients[name] - value) <= 1e-12 * np.linalg.norm(value), name
+    for first in range(0, 4, fsdp_size):
+        gradients = joined(results[first : first + fsdp_size])
+        for name, value in joined([(0.0, expected)]).items():
+            assert np.linalg.norm(gradients[name] - value) <= 1e-12 * np.linalg.norm(value), name
 
 
 def test_kv_heads_travel_no_further_than_needed() -> None:
