@@ -14,7 +14,7 @@ from retool.model import recompute
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
 from retool.optim import AdamW, AdamWOptions
-from retool.parallel.fsdp import local_pieces
+from retool.parallel.fsdp import local_pieces, shard
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
 from retool.sft.step import train_step
@@ -128,3 +128,29 @@ def test_bf16_on_gpus_trains_like_fp32_and_never_waits(
     results = run_ranks(train, gpus, "cuda", sp, True, torch.bfloat16, dict(more), True)
     np.testing.assert_allclose(results[0]["losses"], expected[True]["losses"], rtol=2e-3)
     np.testing.assert_allclose(results[0]["norms"], expected[True]["norms"], rtol=3e-2)
+
+
+def measured(layers: int, width: int, rows: int) -> tuple[int, int, int]:
+    """Bytes that the allocator says: of sharding, and of a backward beside what was there; and what is planned."""
+    mesh = make_mesh(device="cuda")
+    net = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False, device="meta") for _ in range(layers)))
+    start = torch.cuda.memory_allocated()
+    model = shard(net, [(f"{i}", [unit]) for i, unit in enumerate(net)], mesh)
+    sharded = torch.cuda.memory_allocated() - start
+    x = torch.ones(rows, width, dtype=torch.bfloat16, device=mesh.device)
+    for _ in range(2):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model(x).sum().backward()
+    return sharded, torch.cuda.max_memory_allocated() - before, model.planned_bytes()
+
+
+def test_peak_is_the_formula() -> None:
+    """That of tests/parallel/test_sharded_memory.py, by CUDA's allocator."""
+    need(2)
+    layers, width, rows = 8, 2048, 1024
+    for sharded, backward, planned in run_ranks(measured, 2, layers, width, rows):
+        assert sharded == pytest.approx(planned, rel=1e-3)
+        unit = width * width
+        expected = layers * rows * width * 2 + 2 * unit + max(0, 2 * unit - rows * width * 2)
+        assert backward == pytest.approx(expected, rel=0.02)
