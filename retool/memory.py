@@ -136,11 +136,9 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
     copy = p * owned * setting.copied
     moments = 0 if setting.optimizer_offload else 2 * m * owned
     state = master + copy + gradient * owned + moments
-    gathered = 0
+    buffers = gathered(layout, setting.reshard) * p + gathered(layout, True) * r
     if setting.shards > 1:
-        sizes = [u.numel for u in layout.units]
-        gathered = _rooms(sizes, [not setting.reshard] * len(sizes)) * p + _rooms(sizes, [False] * len(sizes)) * r
-        gathered += sum(sizes) * gradient * setting.hold  # held in at least fp32
+        buffers += sum(u.numel for u in layout.units) * gradient * setting.hold  # held in at least fp32
     visiting = 3 * min(owned, VISITING) * m * (setting.param_offload + 2 * setting.optimizer_offload)
     away = config.layers - 1 if parked is None else parked
     away *= recompute == "offload"
@@ -152,20 +150,23 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
     summed = r * largest // setting.shards if setting.shards > 1 else 0
     end = table + max(table if config.tied else 0, summed)  # both gradients, or one and its sum
     return Prediction(
-        load=max(m * owned + copy + gradient * owned + gathered, state + gathered),
-        forward_backward=state + gathered + max(kept + max(head_bytes(config, tokens, p), block), end),
-        optimizer=state + gathered + max(visiting, 8 * min(owned, NORM_CHUNK)),
-        save=state + gathered + (m * largest if setting.shards > 1 else 0),
-        state=state + gathered,
+        load=max(m * owned + copy + gradient * owned + buffers, state + buffers),
+        forward_backward=state + buffers + max(kept + max(head_bytes(config, tokens, p), block), end),
+        optimizer=state + buffers + max(visiting, 8 * min(owned, NORM_CHUNK)),
+        save=state + buffers + (m * largest if setting.shards > 1 else 0),
+        state=state + buffers,
         activations=kept,
-        buffers=gathered,
+        buffers=buffers,
         host=away * each,
     )
 
 
-def _rooms(sizes: list[int], own: list[bool]) -> int:
-    """Elements of all buffers that units of these sizes take turns in."""
-    buffers = assign_buffers(sizes, own)
+def gathered(layout: Layout, reshard: bool) -> int:
+    """Elements of all buffers that units take turns in, each its own without `reshard`; none where there is one shard."""
+    if layout.shards == 1:
+        return 0
+    sizes = [u.numel for u in layout.units]
+    buffers = assign_buffers(sizes, [not reshard] * len(sizes))
     return sum(max(n for n, b in zip(sizes, buffers, strict=True) if b == k) for k in range(max(buffers) + 1))
 
 

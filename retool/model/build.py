@@ -30,6 +30,7 @@ class ModelOptions:
     recompute: Recompute = "none"
     parked: int | None = None
     use_compile: bool | Literal["auto"] = "auto"
+    trained: bool = True
     keep_copy: bool = True
     reshard_after_forward: bool = True
     forward_prefetch: bool = True
@@ -50,6 +51,6 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
     return shard(
         module, module.units(), mesh, param_dtype=dtype, master_dtype=options.master_dtype, reduce_dtype=options.reduce_dtype,
         members=module.members(), aliases=module.aliases(), order=module.order(),
-        keep_copy=options.keep_copy, reshard_after_forward=options.reshard_after_forward,
+        trained=options.trained, keep_copy=options.keep_copy, reshard_after_forward=options.reshard_after_forward,
         forward_prefetch=options.forward_prefetch, backward_overlap=options.backward_overlap,
     )  # fmt: skip

@@ -99,7 +99,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
 
 
 def model_options(report: Report, frozen: bool = False) -> ModelOptions:
-    """How the policy is held; `frozen`: the reference, without master weights of its own precision."""
+    """How the policy is held; `frozen`: the reference, without gradients and master weights of its own precision."""
     config, choice = report.config, report.choice
     sharding, wanted = config.actor_rollout_ref.actor.fsdp_config, config.actor_rollout_ref.model
     cuda = config.trainer.device != "cpu" and torch.cuda.is_available()
@@ -110,7 +110,8 @@ def model_options(report: Report, frozen: bool = False) -> ModelOptions:
         param_dtype=compute, master_dtype=compute if frozen else master,
         reduce_dtype=DTYPES["fp64" if sharding.model_dtype == "fp64" else sharding.reduce_dtype],
         attn=wanted.attn, recompute="none" if frozen else choice.recompute, parked=choice.parked, use_compile=wanted.use_compile,
-        keep_copy=choice.keep_copy, reshard_after_forward=sharding.reshard_after_forward, forward_prefetch=sharding.forward_prefetch,
+        trained=not frozen, keep_copy=choice.keep_copy, reshard_after_forward=sharding.reshard_after_forward,
+        forward_prefetch=sharding.forward_prefetch,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from retool.memory import DTYPE_BYTES, OUTSIDE, Choice, Setting, head_bytes, layer_bytes, plan_layout
+from retool.memory import DTYPE_BYTES, OUTSIDE, Choice, Setting, gathered, head_bytes, layer_bytes, plan_layout
 from retool.model.config import ModelConfig
 from retool.parallel.ulysses import HeadPlan
 from retool.perf import GIB
@@ -73,8 +73,7 @@ def step_memory(
 ) -> StepMemory:  # fmt: skip
     """Memory of a step that trains under `choice`, with an engine on every `tensor_parallel` ranks; `reference`: with a frozen policy."""
     training, p, layout = choice.prediction, DTYPE_BYTES[setting.compute], plan_layout(model, setting.shards)
-    # the reference's shard and (unused) gradient, and buffers like the policy's
-    other = layout.shard_numel * (p + 4) + training.buffers if reference else 0.0
+    other = (layout.shard_numel + gathered(layout, setting.reshard)) * p if reference else 0.0  # its shard, and what it is gathered in
     state = training.state + other
     dtype = engine.dtype or DTYPES[setting.compute]
     weights = sum(u.numel for u in layout.units) * dtype.itemsize

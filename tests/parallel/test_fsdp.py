@@ -211,6 +211,28 @@ def test_weights_cast_at_every_gather_train_bit_for_bit_alike(reshard: bool) -> 
         assert kept[0] - cast[0] == 2 * len(kept[2]), "no copy of the shard"
 
 
+def untrained() -> int:
+    """Bytes of a module without gradients; its results are those of the module with them."""
+    mesh, x = make_mesh(), torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    sharded = []
+    for trained in (True, False):
+        torch.manual_seed(0)
+        net = Root()
+        sharded.append(shard(net, units_of(net), mesh, param_dtype=torch.float32, trained=trained))
+    with torch.no_grad():
+        assert torch.equal(sharded[0](x), sharded[1](x))
+    sharded[0](x).backward()
+    with pytest.raises(RuntimeError, match="without room for gradients: shard it with trained=True"):
+        sharded[1](x).backward()
+    return sharded[1].planned_bytes()
+
+
+def test_a_module_that_is_not_trained_has_no_room_for_gradients() -> None:
+    numel = sum(p.numel() for p in Root().parameters())
+    assert 4 * numel <= untrained() < 4 * numel + 4 * 128 * 22, "its parameters, each up to a boundary"
+    assert all(4 * numel < taken < 8 * numel + 8 * 128 * 22 for taken in run_ranks(untrained, 2))
+
+
 class Tied(nn.Module):
     """The first and the last module are one unit, as a tied embedding and head are."""
 

@@ -34,8 +34,8 @@ class Sharded:
     """A module whose parameters are sharded. Call it as the module; `master` and `grad` are this rank's flat shards."""
 
     def __init__(self, module: nn.Module, layout: Layout, mesh: Mesh, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-                 keep_copy: bool, stay: Sequence[bool], forward_prefetch: bool, backward_overlap: bool) -> None:  # fmt: skip
-        self.module, self.layout, self.mesh = module, layout, mesh
+                 trained: bool, keep_copy: bool, stay: Sequence[bool], forward_prefetch: bool, backward_overlap: bool) -> None:  # fmt: skip
+        self.module, self.layout, self.mesh, self.trained = module, layout, mesh, trained
         self.forward_prefetch, self.backward_overlap = forward_prefetch, backward_overlap
         param, master, reduce = dtypes
         self.overlap = Overlap(mesh.device)
@@ -43,7 +43,7 @@ class Sharded:
         copied = param != master and (keep_copy or mesh.shard_group is None)
         self.compute = torch.zeros(layout.shard_numel, dtype=param, device=mesh.device) if copied else self.master
         self.param_dtype = param
-        self.grad = torch.zeros(layout.shard_numel, dtype=torch.promote_types(reduce, torch.float32), device=mesh.device)
+        self.grad = torch.zeros(layout.shard_numel if trained else 0, dtype=torch.promote_types(reduce, torch.float32), device=mesh.device)
         self.version = 0  # of the weights: a backward must find those of its forward
         self._backward = -1  # the last one that will call `_after_backward`
         self._holding = False
@@ -52,6 +52,7 @@ class Sharded:
 
     def _make_units(self, param: torch.dtype, reduce: torch.dtype, stay: Sequence[bool]) -> None:
         layouts, device, alone = self.layout.units, self.mesh.device, self.mesh.shard_group is None
+        reduced = self.trained and not alone
         shards = [slice(u.start, u.start + u.shard_numel) for u in layouts]
         sizes = [u.numel for u in layouts]
         weights_of = assign_buffers(sizes, stay)
@@ -59,11 +60,11 @@ class Sharded:
         room_w = [max(n for n, b in zip(sizes, weights_of, strict=True) if b == k) for k in range(max(weights_of) + 1)]
         room_g = [max(n for n, b in zip(sizes, grads_of, strict=True) if b == k) for k in range(max(grads_of) + 1)]
         self.buffers = [] if alone else [Buffer(torch.zeros(n, dtype=param, device=device)) for n in room_w]
-        self.grad_buffers = [] if alone else [Buffer(torch.zeros(n, dtype=reduce, device=device)) for n in room_g]
+        self.grad_buffers = [Buffer(torch.zeros(n, dtype=reduce, device=device)) for n in room_g if reduced]
         self.units: list[Unit] = []
         for i, (layout, part) in enumerate(zip(layouts, shards, strict=True)):
             weights = Buffer(self.compute[part]) if alone else self.buffers[weights_of[i]]
-            unit = Unit(i, layout, self.mesh, self.overlap, weights, None if alone else self.grad_buffers[grads_of[i]])
+            unit = Unit(i, layout, self.mesh, self.overlap, weights, self.grad_buffers[grads_of[i]] if reduced else None)
             unit.shard, unit.grad_shard = self.compute[part], self.grad[part]
             self.units.append(unit)
 
@@ -149,6 +150,8 @@ class Sharded:
     def before_backward(self, index: int, version: int) -> None:
         """Gather. RuntimeError where that would not give the weights of the forward, or where their gradients would be lost."""
         unit, task = self.units[index], torch._C._current_graph_task_id()  # type: ignore[attr-defined]
+        if not self.trained:
+            raise RuntimeError("the module was sharded without room for gradients: shard it with trained=True.")
         if version != self.version:
             raise RuntimeError("the weights have changed since this forward: run it again, or its backward before the optimizer's step.")
         if torch.is_grad_enabled():
@@ -198,6 +201,7 @@ def shard(
     members: Members | None = None,
     aliases: tuple[tuple[str, str], ...] = (),
     order: tuple[str, ...] = (),
+    trained: bool = True,
     keep_copy: bool = True,
     reshard_after_forward: bool = True,
     forward_prefetch: bool = True,
@@ -212,9 +216,10 @@ def shard(
 
     `members` maps a parameter's name to the names and shapes stacked in it on disk (default: itself). Parameters on the meta device start
     as zeros (load them through `layout`, then `refresh`); others keep their values, the same on every rank.
-    Without `keep_copy` there is no copy of a rank's shard in `param_dtype`: the master weights are cast whenever a unit is gathered.
-    `forward_prefetch` gathers the next unit during a unit's forward; `backward_overlap` the one before
-    during its backward, and lets reductions run beside what follows (both off only to measure what they hide).
+    `trained=False`: no gradient is ever wanted, and no memory kept for it. Without `keep_copy` there is no copy of a rank's shard in
+    `param_dtype`: the master weights are cast whenever a unit is gathered. `forward_prefetch` gathers the next unit during a unit's
+    forward; `backward_overlap` the one before during its backward, and lets reductions run beside what follows (both off only to measure
+    what they hide).
 
     Raises ValueError for units that can't be sharded so, see `collect`.
     """
@@ -222,7 +227,7 @@ def shard(
     check_alike(found, mesh)
     layout = make_layout([(unit.name, unit.slots) for unit in found], mesh.shards, aliases, order)
     dtypes, stay = (param_dtype, master_dtype, reduce_dtype), [unit.outer or not reshard_after_forward for unit in found]
-    sharded = Sharded(module, layout, mesh, dtypes, keep_copy, stay, forward_prefetch, backward_overlap)
+    sharded = Sharded(module, layout, mesh, dtypes, trained, keep_copy, stay, forward_prefetch, backward_overlap)
     replacement: dict[int, nn.Parameter] = {}
     for unit, old in zip(sharded.units, found, strict=True):
         _keep_values(sharded, unit, old.parameters)
