@@ -54,6 +54,11 @@ def model_flops(model: Sizes, lengths: Iterable[int]) -> float:
     return 6.0 * model.matmul_parameters * tokens + 6.0 * model.layers * model.heads * model.head_dim * squares
 
 
+def quadratic_length(model: Sizes) -> int:
+    """Tokens of a document whose attention takes as many FLOPs as everything else: 23,000 for 0.5B parameters, 57,000 for 8B."""
+    return max(1, round(model.matmul_parameters / (model.layers * model.heads * model.head_dim)))
+
+
 def peak_flops(name: str) -> float | None:
     """Dense bf16 FLOP/s of the device with this name (`torch.cuda.get_device_name`); None when unknown."""
     words = name.replace("-", " ").split()

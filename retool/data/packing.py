@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-QUADRATIC_LENGTH = 24_000  # where causal attention costs as much as the rest of a 0.5B-parameter model; larger models: later
+QUADRATIC_LENGTH = 24_000  # where causal attention costs as much as the rest of a 0.5B-parameter model; of another: perf.quadratic_length
 
 Plan = list[list[list[int]]]  # [dp rank][micro-batch][index of a sample]; an empty micro-batch is a dummy pack
 

@@ -20,7 +20,7 @@ from retool.model.decoder import Decoder
 from retool.optim import AdamW, AdamWOptions, learning_rate
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
-from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, peak_memory
+from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, peak_memory, quadratic_length
 from retool.plan import agree
 from retool.preemption import StopRequest, die_with_parent
 from retool.run import DTYPES, make_run_folder, say, say_ended, say_nothing_left, seed_everything
@@ -127,7 +127,8 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
     saved = save_options(report.options, mesh, config.data.chat_template)
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
-    batching = micro_batching(mesh, config, report.choice.tokens)
+    assert report.model is not None
+    batching = micro_batching(mesh, config, report.choice.tokens) | {"quadratic_length": quadratic_length(report.model)}
     staging = checkpoint.Staging(mesh)
     staging.prepare(model_state(model, optimizer), mesh, saved)
     hold = report.choice.hold

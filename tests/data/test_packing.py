@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from retool.data.packing import cost, plan_step
+from retool.model.config import parse_model_config
+from retool.perf import model_flops, quadratic_length
 
 
 def check(lengths, dp, sp, size=None, budget=None):
@@ -73,6 +75,22 @@ def test_long_samples_cost_more_than_their_tokens():
     tokens = [sum(lengths[i] for members in rank for i in members) for rank in plan]
     with_long = next(r for r, rank in enumerate(plan) if any(0 in members for members in rank))
     assert tokens[with_long] < tokens[1 - with_long]
+
+
+def test_attention_costs_as_much_as_the_rest_where_the_model_says():
+    """Half of the FLOPs of a document that long are attention's, and a plan for that length is more even than one for another model."""
+    model = parse_model_config({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                                "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192})  # fmt: skip
+    length = quadratic_length(model)
+    assert model_flops(model, [length]) == pytest.approx(2 * 6 * model.matmul_parameters * length, rel=1e-4)
+    lengths = np.random.default_rng(0).lognormal(8, 0.7, 256).astype(int).clip(256, 16_384)
+
+    def slowest(planned_for):
+        plan = plan_step(lengths, 8, 1, None, 16_384, planned_for)
+        work = [[sum(cost(int(lengths[i]), length) for i in members) for members in rank] for rank in plan]
+        return sum(max(rank[j] for rank in work) for j in range(len(work[0])))
+
+    assert slowest(length) < slowest(24_000)
 
 
 def test_deterministic_and_order_of_ties():
