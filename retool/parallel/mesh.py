@@ -7,6 +7,7 @@ ranks (all of them by default) and replicated `world / fsdp_size` times (HSDP).
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -68,10 +69,24 @@ def check_sizes(world: int, sp: int, shards: int) -> None:
             raise ValueError(f"{name}={size} does not fit {world} processes: it must divide the world size. Use one of {legal}.")
 
 
+def grow_segments(device: torch.device) -> None:
+    """Let the CUDA allocator's segments grow (`expandable_segments`): packs have any length, and freed blocks of other sizes are of no
+    use otherwise. Not where PYTORCH_ALLOC_CONF says something, nor where the driver can't."""
+    if any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        return
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+        warnings.warn(f"the allocator's segments can't grow here ({error}): memory may be fragmented.", stacklevel=2)
+
+
 def make_mesh(sp: int = 1, fsdp_size: int = -1, device: str = "auto", timeout_s: float = 1800) -> Mesh:
     """Build the mesh from the launcher's environment (RANK, WORLD_SIZE, …; absent: one process).
 
-    A collective call: every rank makes the same groups in the same order. NCCL on CUDA, gloo on the CPU.
+    A collective call: every rank makes the same groups in the same order. NCCL on CUDA, gloo on the CPU. Sets up CUDA's allocator,
+    see `grow_segments`.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     shards = world if fsdp_size in (-1, 0) else fsdp_size
@@ -79,6 +94,7 @@ def make_mesh(sp: int = 1, fsdp_size: int = -1, device: str = "auto", timeout_s:
     where = pick_device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
+        grow_segments(where)
     if world == 1:
         return Mesh(0, 1, 1, 1, where)
     if not dist.is_initialized():
