@@ -8,7 +8,8 @@ with `generate` and once with transformers' continuous batching. bf16 compute, f
 bf16), one optimizer step per batch, no reference, no recomputation. With random weights (FOLDER's, or fresh ones of `--shape`) a sample
 ends early once in 76,000 tokens; *tokens* has the mean response. A step goes from one optimizer step's end to the next one's, the first
 `--warm-up` not counted. *log-probs*: of the old policy, which neither needs here, and what comes between sampling and the update.
-TRL is looked for in `--trl` (a folder for PYTHONPATH) or where Python finds it.
+TRL is looked for in `--trl` (a folder for PYTHONPATH) or where Python finds it. Its continuous batching gets a cache of three times what
+the samples need (`benchmarks/rollout.py` says why not all of the device).
 """
 
 from __future__ import annotations
@@ -128,12 +129,12 @@ def parts_of(line: dict[str, float]) -> dict[str, float]:
 
 def run_trl(args: Namespace, model: Path, prompts: Path, folder: Path, way: str) -> list[dict[str, float]]:
     """A job of its own, with the fused attention that runs."""
-    out, why = folder / f"trl-{way}.json", ""
+    out, why, batch = folder / f"trl-{way}.json", "", args.prompts * args.samples // args.gpus
     for kernel in ("flash_attention_2", "sdpa") if args.device == "cuda" else ("sdpa",):
         options = {
             "out": out, "prompts": prompts, "model": model, "way": way, "kernel": kernel, "steps": args.trl_warm_up + args.trl_repeats,
-            "batch": args.prompts * args.samples // args.gpus, "micro": args.micro, "samples": args.samples, "response": args.response,
-            "cpu": args.device == "cpu",
+            "batch": batch, "micro": args.micro, "samples": args.samples, "response": args.response,
+            "cpu": args.device == "cpu", "blocks": 3 * batch * -(-(args.prompt + args.response) // 256),
         }  # fmt: skip
         out.unlink(missing_ok=True)
         try:
@@ -205,7 +206,7 @@ def train_with_trl(options: dict[str, Any]) -> None:
         max_completion_length=options["response"], beta=0.0, loss_type="dapo", learning_rate=1e-6, bf16=cuda, use_cpu=not cuda,
         gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to=[], ddp_find_unused_parameters=False,
         use_transformers_continuous_batching=options["way"] == "continuous batching", disable_tqdm=True,
-        transformers_continuous_batching_config=None if cuda else {"num_blocks": 4 * options["batch"], "max_batch_tokens": 512},
+        transformers_continuous_batching_config={"num_blocks": options["blocks"], "max_batch_tokens": 8192 if cuda else 512},
         model_init_kwargs={"dtype": "float32", "attn_implementation": options["kernel"]},
     )  # fmt: skip
     trainer = Timed(

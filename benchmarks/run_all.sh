@@ -1,26 +1,51 @@
 #!/usr/bin/env bash
-# Every table on this machine's GPUs: benchmarks/run_all.sh OUT [SECONDS]. Each benchmark gets at most SECONDS (300); its table and
-# numbers land in OUT as soon as it has ended, so that a run cut short still leaves what it had.
+# The tables of this machine's GPUs: benchmarks/run_all.sh OUT [PART…]. Parts, the most telling first, each within ten minutes on two GPUs:
+#   1  rollout beside transformers, attention, the vocabulary head; a GRPO step beside TRL (installed, or TRL=folder that has it)
+#   2  long sequences: 0.5B up to a million tokens, 8B
+#   3  sequence parallelism, what sharding hides, SFT, checkpoints, memory
+#   4  MODEL=Hugging Face folder, DATA=folder of gsm8k-tool-sft, PROMPTS=parquet with a column prompt: parity on real weights, learning
+#   5  PEERS=folder of the peers' scripts, WHEELS, TOKENIZER: SFT of TRL and verl (benchmarks/peers.py)
+#   6  the code interpreter, packing: no GPU needed
+# NAME.log and NAME.json in OUT have every row as soon as it is measured; what takes too long is stopped and keeps what it had.
+# Without a GPU tiny shapes run, to see whether everything would.
 set -u
-out=${1:?usage: run_all.sh OUT [SECONDS]}; limit=${2:-300}; mkdir -p "$out"; cd "$(dirname "$0")/.."
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TOKENIZERS_PARALLELISM=false
-gpus=$(python3 -c 'import torch; print(max(torch.cuda.device_count(), 1))')
-table() { # NAME COMMAND…: run, keep everything, show the table
-  local name=$1 start=$SECONDS; shift
-  timeout "$limit" "$@" >"$out/$name.log" 2>&1 || echo "$name: exit status $? after $((SECONDS - start)) s, see $out/$name.log"
-  grep -E '^\||^[0-9]×|NVIDIA|^[A-Z][a-z ]+$' "$out/$name.log" | tail -25
+out=$(mkdir -p "${1:?usage: run_all.sh OUT [PART…]}" && cd "$1" && pwd); shift; cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+table() { # NAME SECONDS COMMAND…: run, keep everything, show the rows
+  local name=$1 limit=$2 start=$SECONDS status; shift 2
+  timeout -k 20 "$limit" "$@" --json "$out/$name.json" >"$out/$name.log" 2>&1; status=$?
+  echo; echo "== $name: exit status $status, $((SECONDS - start)) s"; grep -E '^\||torch [0-9]|^weight sync|^[a-z]+: ' "$out/$name.log"
 }
-many() { local name=$1; shift; table "$name" torchrun --standalone --nproc_per_node="$gpus" "benchmarks/$name.py" "$@" --json "$out/$name.json"; }
-one() { local name=$1; shift; table "$name" python3 "benchmarks/$name.py" "$@" --json "$out/$name.json"; }
-many sft
-many memory
-many checkpoint --repeats 3
-many fsdp_overlap
-many ulysses
-many long_context
-one attention
-one logprobs
-one rollout
-one rl_step
-one sandbox --seconds 1 --callers 1,8,64
-one packing
+# NAME[-variant] SECONDS arguments…, on all GPUs or on one
+many() { local name=$1 limit=$2; shift 2; table "$name" "$limit" python3 -m torch.distributed.run --standalone --nproc_per_node=$((gpus ? gpus : 2)) "benchmarks/${name%%-*}.py" "$@"; }
+one() { local name=$1 limit=$2; shift 2; table "$name" "$limit" python3 "benchmarks/${name%%-*}.py" "$@"; }
+on() { local gpu=$1; shift; ((gpus)) && export CUDA_VISIBLE_DEVICES=$((gpu < gpus ? gpu : 0)); "$@"; }
+tiny() { ((gpus)) || echo "$@"; } # only without a GPU
+
+part1() {
+  (on 0 one rollout 200 --peer-seconds 70 $(tiny --shape tiny --sequences 4 --prompt 12 --new 6)) & ((gpus > 1)) || wait
+  (on 1 one logprobs 60 $(tiny --tokens 512 --vocab 4096 --dim 32); on 1 one attention 190 $(tiny --heads 4/2x16)) & wait
+  one rl_step 300 --timeout 130 --logs "$out/rl_step" ${TRL:+--trl "$TRL"} \
+    $(tiny --shape tiny --prompts 2 --samples 2 --prompt 64 --response 8 --repeats 1 --trl-repeats 1)
+}
+part2() {
+  many long_context 370 --budget 340 $( ((gpus)) && echo --lengths 65536,262144,1048576)
+  many long_context-8b 170 --budget 150 $( ((gpus)) && echo --shape llama3-8b --lengths 65536,262144)
+}
+part3() {
+  many ulysses 110 $(tiny --repeats 2)
+  many fsdp_overlap 80 $(tiny --scale 1024)
+  many sft 150 --rows full,mixed,full-recompute $(tiny --shape tiny --scale 1024 --repeats 1)
+  many checkpoint 60 --repeats 2 --rows 0 1 4
+  many memory 140 $(tiny --shape tiny --scale 1024 --rows 0.5b-none,0.5b-full)
+}
+part4() {
+  one parity 60 --model "$MODEL" --data "$PROMPTS" $(tiny --prompts 2 --new 8)
+  one learn 480 --model "$MODEL" --data "$DATA" --out "$out/learn" --seconds 470 $(tiny --gpus 1 --questions 2 --response 48 --sequences 4 \
+    --sft-steps 1 --sft-batch 2 --tokens 2048 --rl-steps 1 --prompts 2 --samples 2 --updates 1)
+}
+part5() { timeout 560 python3 benchmarks/peers.py "$PEERS" "$WHEELS" "$TOKENIZER" "$out/peers" --only peers,bound --gpus "$gpus" 2>&1 | tee "$out/peers.log"; }
+part6() { one sandbox 200 --seconds 1 --callers 1,8,64; one packing 60; }
+
+for part in ${@:-1 2 3 6}; do "part$part"; done

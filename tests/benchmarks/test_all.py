@@ -122,6 +122,39 @@ def test_ranks_agree_on_a_failure_and_wait_for_none_that_is_lost() -> None:
     assert waited.startswith("True")
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    benchmark("rl_step").write_model(folder, "tiny")
+    return folder
+
+
+def test_parity_of_a_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from examples.quickstart.data import make_problems, write_questions
+
+    write_questions(tmp_path / "questions.parquet", make_problems(2, 0))
+    words = ["--model", model, "--data", tmp_path / "questions.parquet", "--new", 6, "--json", tmp_path / "out.json"]
+    monkeypatch.setattr(sys, "argv", ["parity", *map(str, words)])
+    benchmark("parity").main()
+    greedy, ours, theirs = lines_of(tmp_path / "out.json")
+    assert greedy["agree"] == greedy["of"] == 12 and max(ours["max"], theirs["max"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_learning_run_in_two_calls(model: Path, tmp_path: Path, repository: Path) -> None:
+    from examples.quickstart.data import make_problems, write_parquet
+
+    for name, count in (("train", 8), ("test", 2)):
+        write_parquet(tmp_path / f"{name}.parquet", make_problems(count, count))
+    words = "--gpus 1 --device cpu --questions 2 --response 16 --sft-steps 1 --sft-batch 2 --tokens 2048 --rl-steps 1 --prompts 2 --samples 2 --updates 1"
+    command = [sys.executable, str(BENCHMARKS / "learn.py"), "--model", str(model), "--data", str(tmp_path), "--out", str(tmp_path / "run"), *words.split()]
+    for parts, rows in (("before", ["the model"]), ("sft,dapo", ["the model", "after SFT", "and 1 steps of DAPO"])):
+        ran = subprocess.run([*command, "--only", parts, "--json", str(tmp_path / "out.json")], cwd=repository, capture_output=True, text=True, timeout=170)
+        lines = lines_of(tmp_path / "out.json")
+        assert [line["name"] for line in lines] == rows, ran.stderr[-2000:]
+        assert len(rows_of(ran.stdout)) == len(rows) and all(line["questions"] == 2 for line in lines)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOGETHER)
 def test_runs_on_two_ranks(name: str, tmp_path: Path, repository: Path) -> None:
