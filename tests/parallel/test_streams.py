@@ -172,6 +172,23 @@ def given_up(model: Sharded) -> None:
             loss(model, 30).backward()
 
 
+def sharded_and_offloading() -> int:
+    """All streams at once: two ranks, gathers, reductions and parked activations."""
+    with pytest.MonkeyPatch.context() as patch, watched() as streams:
+        model = offloading(patch)
+        optimizer = AdamW(model, AdamWOptions())
+        for tokens in (40, 13):
+            model.zero_grad()
+            for _ in range(2):
+                loss(model, tokens).backward()
+            optimizer.step(1e-3)
+    return streams.operations
+
+
+def test_offloading_activations_of_sharded_blocks() -> None:
+    assert min(run_ranks(sharded_and_offloading, 2)) > 1000
+
+
 def forgotten(offload: Offload) -> None:
     """`settle` that lets go without waiting."""
     offload.held, offload.done = [], None

@@ -38,14 +38,14 @@ def batch(number: int = 0) -> PackedBatch:
 
 
 def loss_and_gradients(
-    heads: int, kv_heads: int, sp: int, recompute: Recompute, chunk: int = 0, packs: int = 1, fsdp_size: int = -1
+    heads: int, kv_heads: int, sp: int, recompute: Recompute, chunk: int = 0, packs: int = 1, fsdp_size: int = -1, compiled: bool = False
 ) -> tuple[float, dict[str, np.ndarray]]:
     """Of the sum over `packs`, dealt to the sp groups in turn: (loss, this rank's part of the gradient)."""
     if chunk:
         chunks.CHUNKED_FROM = chunks.CHUNK = chunks.ROUND = chunk
     mesh = make_mesh(sp=sp, fsdp_size=fsdp_size)
     f64 = torch.float64
-    model = build_decoder(config(heads, kv_heads), mesh, ModelOptions(f64, f64, f64, recompute=recompute))
+    model = build_decoder(config(heads, kv_heads), mesh, ModelOptions(f64, f64, f64, recompute=recompute, use_compile=compiled))
     weights = whole_parameters(model.layout)
     for piece in local_pieces(model.layout, mesh.shard_rank):
         model.master[piece.local : piece.local + piece.stop - piece.start] = weights[piece.member.name].flatten()[piece.start : piece.stop]
@@ -104,6 +104,16 @@ def test_sp_with_dp_and_replicas(sp: int, fsdp_size: int) -> None:
         gradients = joined(results[first : first + fsdp_size])
         for name, value in joined([(0.0, expected)]).items():
             assert np.linalg.norm(gradients[name] - value) <= 1e-12 * np.linalg.norm(value), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sp", "recompute"), [(1, "full"), (2, "selective"), (2, "offload")])
+def test_compiled_blocks_find_their_weights_again(sp: int, recompute: Recompute) -> None:
+    """Weights that are gathered anew for the backward, ahead of it, into memory that the compiled forward has saved."""
+    _, expected = loss_and_gradients(14, 2, 1, "none", 0, 2)
+    gradients = joined(run_ranks(loss_and_gradients, 2, 14, 2, sp, recompute, 0, 2, -1, True))
+    for name, value in joined([(0.0, expected)]).items():
+        assert np.linalg.norm(gradients[name] - value) <= 1e-12 * np.linalg.norm(value), name
 
 
 def test_kv_heads_travel_no_further_than_needed() -> None:
