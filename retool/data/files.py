@@ -199,10 +199,18 @@ def _file_chunks(file: str, columns: Sequence[str] | None, rows_function: RowFun
 
 
 def _function_chunks(file: str, rows_function: RowFunction) -> Iterator[Chunk]:
-    start, rows = 0, iter(rows_function(file))
-    while part := list(islice(rows, CHUNK_ROWS)):
-        yield Chunk(file, start, part)
-        start += len(part)
+    start = 0
+    try:
+        rows = iter(rows_function(file))
+        while part := list(islice(rows, CHUNK_ROWS)):
+            yield Chunk(file, start, part)
+            start += len(part)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever the user's function raises
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
+        raise ValueError(f"{file} can't be read by your function: {said}.") from error
 
 
 def load_function(path: str, name: str) -> Callable[..., Any]:

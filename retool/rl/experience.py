@@ -32,6 +32,7 @@ class Experience:
     metrics: dict[str, float]
     kl: float | None = None
     on_policy: bool = False  # old log-probabilities were left out: they are those of the only update itself
+    compared: bool = False  # they are the sampler's, of the present weights: the first update can tell how far it is from them
 
 
 @contextmanager
@@ -57,7 +58,8 @@ def make_experience(
     metrics: dict[str, float] = {}
     old = [t.logp for t in found]
     correction = algorithm.rollout_correction
-    needed = algorithm.use_kl_in_reward or correction.rollout_is or any(t.policy_version != step for t in found)
+    stale = any(t.policy_version != step for t in found)
+    needed = algorithm.use_kl_in_reward or correction.rollout_is or stale
     on_policy = one_update and not needed and not correction.bypass_mode
     if not correction.bypass_mode and not on_policy:
         with timed(times, "old_log_prob"):
@@ -89,7 +91,7 @@ def make_experience(
             metrics |= weight_metrics(weights, masks, correction.rollout_is_threshold)
     refs = ref if ref is not None else [None] * len(found)
     rows = [Row(t.tokens, t.mask, o, a, w, r) for t, o, a, w, r in zip(found, old, advantages, weights, refs, strict=True)]
-    return Experience(rows, numbers, metrics, divergence, on_policy)
+    return Experience(rows, numbers, metrics, divergence, on_policy, correction.bypass_mode and not stale)
 
 
 def _mean(values: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> float:

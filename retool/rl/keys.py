@@ -52,6 +52,12 @@ def notes(config: RLConfig) -> Iterator[str]:
         yield f"rollout.name={rollout.name} means native here: the in-process engine samples."
     if algorithm.rollout_correction.bypass_mode and algorithm.rollout_correction.rollout_is:
         yield "with rollout_correction.bypass_mode the weights of rollout_is only undo top-p and top-k."
+    if rollout.multi_turn.tool_config_path is not None and not rollout.multi_turn.enable:
+        yield "rollout.multi_turn.tool_config_path is given, but multi_turn.enable is false: no tool is called."
+    if config.data.gen_batch_size is not None and not algorithm.filter_groups.enable:
+        yield "data.gen_batch_size means nothing without algorithm.filter_groups.enable=true."
+    if config.trainer.test_freq > 0 and not config.data.val_files:
+        yield "there is no data.val_files: trainer.test_freq validates nothing."
     if config.data.max_response_length < config.reward_model.overlong_buffer.len and config.reward_model.overlong_buffer.enable:
         yield "reward_model.overlong_buffer.len is more than data.max_response_length: every response is punished."
 
@@ -93,6 +99,10 @@ def _sizes(config: RLConfig) -> Iterator[Fault]:
         )  # fmt: skip
     if config.algorithm.filter_groups.enable and rollout.n == 1:
         yield Fault("actor_rollout_ref.rollout.n=1", "leaves filter_groups no group whose scores differ.", "Use 2 or more.")
+    if not config.data.train_files:
+        yield Fault("data.train_files", "names no file.", "Give a .parquet or .jsonl file, a folder, a glob, or a list of these.")
+    if config.trainer.val_only and not config.data.val_files:
+        yield Fault("trainer.val_only=true", "has nothing to validate on.", "Give data.val_files.")
     for key, value in (("rollout.top_k", rollout.top_k), ("rollout.val_kwargs.top_k", rollout.val_kwargs.top_k)):
         if value == 0:
             yield Fault(f"actor_rollout_ref.{key}=0", "leaves no token to sample.", "Use -1 for all of them.")

@@ -37,6 +37,12 @@ class LossSpec:
     kl_kind: str = "k3"
     use_kl: bool = False
     on_policy: bool = False  # the present weights sampled everything and this is their only update: old = logp without gradient
+    compared: bool = False  # the present weights sampled everything and old is the sampler's: how far they lie apart is measured
+
+    @property
+    def measures(self) -> bool:
+        """Whether the update tells the gap between sampler and trainer, and the entropy."""
+        return self.on_policy or self.compared
 
 
 def chosen_positions(part: PackedBatch) -> Tensor:
@@ -114,7 +120,8 @@ def loss_sum(model: Sharded, whole: RLBatch, spec: LossSpec) -> tuple[Tensor, Me
     """This rank's part of the global mini-batch's loss over its slice of a whole pack on the host: (0-d tensor, metric sums).
 
     Everything is weighted by the token's share already: parts of all ranks and micro-batches add up to the loss, no scale is left.
-    With `spec.on_policy` the batch's `old` are the sampler's log-probabilities, which are only compared (`compare`).
+    With `spec.on_policy` the batch's `old` are the sampler's log-probabilities, which are only compared (`compare`); with
+    `spec.compared` they are compared and the old ones.
     """
     mesh = model.mesh
     part = whole.slice(mesh.sp_rank, mesh.sp)
@@ -123,12 +130,13 @@ def loss_sum(model: Sharded, whole: RLBatch, spec: LossSpec) -> tuple[Tensor, Me
     metrics: Metrics = {}
 
     def score(hidden_tD: Tensor, weight_VD: Tensor) -> Tensor:
-        wants_entropy = spec.entropy_coeff != 0 or spec.on_policy
+        wants_entropy = spec.entropy_coeff != 0 or spec.measures
         logp, ent = logprobs(hidden_tD.index_select(0, chosen), weight_VD, batch.pack.labels[chosen], spec.temperature, wants_entropy)
         old, weights = batch.old[chosen].to(logp.dtype), batch.weights[chosen].to(logp.dtype)
-        if spec.on_policy:
+        if spec.measures:
             assert ent is not None
             metrics.update(compare(logp, old, ent, batch.pack.weights[chosen] != 0))
+        if spec.on_policy:
             old = logp.detach()
         advantages = (batch.advantages * batch.correction)[chosen].to(logp.dtype)  # every loss here is linear in A's size
         means = None
@@ -199,7 +207,7 @@ def update_step(model: Sharded, optimizer: AdamW, batches: Iterable[RLBatch], sp
             totals[name] = torch.maximum(before, value) if name == "most" else before + value
     model.finish_gradients()
     norm, skipped = optimizer.step(lr)
-    gap = gap_of(totals.pop("sums"), totals.pop("most"), mesh.world_group) if spec.on_policy else {}
+    gap = gap_of(totals.pop("sums"), totals.pop("most"), mesh.world_group) if spec.measures else {}
     names = sorted(totals)
     values = sum_over(torch.stack([totals[name] for name in names]), mesh.world_group)
     *sums, last_norm, last_skipped = torch.cat([values, norm.double()[None], skipped.double()[None]]).tolist()

@@ -137,6 +137,7 @@ def _with_prompts(report: Report) -> Report:
     config, faults = report.config, list[Fault]()
     if report.renderer is None or any(fault.where.endswith("tool_config_path") for fault in report.faults):
         return report
+    attempt("data.chat_template", lambda: _show_tool_turn(report), faults)
     train = _read(report, config.data.train_files, "data.train_files", config.data.train_max_samples, faults)
     val = _read(report, config.data.val_files or (), "data.val_files", config.data.val_max_samples, faults)
     report = replace(report.blame(*faults), train=train, val=val)
@@ -144,6 +145,14 @@ def _with_prompts(report: Report) -> Report:
         problem = f"is more than the {len(train.prompts)} prompts of {config.trainer.total_epochs} epoch(s): there is no full batch."
         report = report.blame(Fault(f"data.train_batch_size={config.data.train_batch_size}", problem, "Lower it, or train more epochs."))
     return report
+
+
+def _show_tool_turn(report: Report) -> None:
+    """Render what a tool's answer would look like. ValueError where the chat template can't: it would be found out in mid-run."""
+    if report.tools and report.renderer is not None:
+        asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        answer = {"role": "tool", "content": "1", "name": report.tools[0].name}
+        report.renderer.render_tool_turn(asked, [answer], [tool.schema for tool in report.tools])
 
 
 def _read(report: Report, files: Sequence[str], where: str, limit: int, faults: list[Fault]) -> Questions | None:

@@ -43,6 +43,7 @@ from retool.rl.validate import validation_metrics
 from retool.run import say, say_ended, seed_everything
 from retool.saving import require_saved, save_step, say_saved
 
+PARTS = ("sync_weights", "gen", "tools", "reward", "old_log_prob", "adv", "update_actor")  # of every step, whatever it does without
 EMPTY_ROUNDS = 20  # rounds of dynamic sampling in a row without a single group worth training on
 Metrics = dict[str, float]
 
@@ -62,7 +63,7 @@ def train(report: Report) -> None:
                 run_validation(run, state)
             stopping = run.stop.agreed(mesh)
             while state.step < report.steps and not config.trainer.val_only and not stopping:
-                times: Metrics = {}
+                times: Metrics = dict.fromkeys(PARTS, 0.0)
                 with timed(times, "step"):
                     metrics = one_step(run, state, times)
                 stopping = run.stop.agreed(mesh)
@@ -242,11 +243,13 @@ def update(run: Run, state: TrainState, made: Experience) -> Metrics:
             )
             optim = actor.optim
             lr = learning_rate(state.updates, total, optim.lr, optim.lr_scheduler, optim.warmup_steps_ratio, optim.min_lr_ratio)
-            done = update_step(run.model, run.optimizer, run.watchdog.each(batches), spec, lr)
+            measured = replace(spec, compared=made.compared and not found)  # later updates are of other weights
+            done = update_step(run.model, run.optimizer, run.watchdog.each(batches), measured, lr)
             state.updates += 1
             count_skipped(run, state, done.skipped, done.grad_norm)
             found.append({**done.metrics, "actor/grad_norm": done.grad_norm, "actor/lr": lr})
-    means = {name: sum(entry[name] for entry in found) / len(found) for name in found[0]}
+    told = {name: [entry[name] for entry in found if name in entry] for name in found[0]}
+    means = {name: sum(values) / len(values) for name, values in told.items()}
     return {**means, "actor/lr": found[-1]["actor/lr"], "actor/skipped_updates": state.skipped}
 
 

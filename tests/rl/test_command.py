@@ -151,6 +151,15 @@ def test_everything_at_once(work, tmp_path) -> None:
     assert first["critic/rewards/mean"] < first["critic/score/mean"] and 0 < first["rollout_correction/mean"] < 1
 
 
+def test_the_gap_is_measured_where_the_samplers_log_probabilities_are_the_old_ones(work, tmp_path) -> None:
+    """At any temperature and top-p, by the first of the step's updates; a step without a forward pass of its own has its times too."""
+    more = ["algorithm.rollout_correction.bypass_mode=true", f"{ARR}rollout.temperature=0.7", f"{ARR}rollout.top_p=0.6", f"{ARR}actor.ppo_mini_batch_size=2"]
+    assert main(words(work, tmp_path / "run", *more, "trainer.total_training_steps=1")) == 0
+    (entry,) = steps(tmp_path / "run")
+    assert 0 < entry["training/rollout_logp_diff_mean"] < 1e-5 and entry["actor/entropy"] > 1
+    assert entry["timing_s/old_log_prob"] == 0 < entry["timing_s/gen"]
+
+
 @pytest.mark.slow
 def test_asked_to_stop_in_the_middle_of_sampling(work, tmp_path) -> None:
     """SIGTERM ends the run within seconds, with a checkpoint of the last whole step from which it goes on."""

@@ -106,11 +106,41 @@ def test_synonyms_name_keys_that_exist() -> None:
         ("trainer.save_freq=0", "no number of steps"),
         ("data.custom_cls.path=x.py", "both path and name"),
         ("trainer.resume_mode=resume_path", "needs trainer.resume_from_path"),
+        ("trainer.val_only=true", "nothing to validate on. Give data.val_files"),
+        ("data.train_files=[]", "names no file"),
     ],
 )
 def test_what_is_refused_and_the_way_out(word: str, said: str) -> None:
     faults = faults_of(word)
     assert len(faults) == 1 and said in faults[0], faults
+
+
+def test_what_would_do_nothing_is_noted() -> None:
+    words = [ARR + "rollout.multi_turn.tool_config_path=t.yaml", "data.gen_batch_size=2", "trainer.test_freq=5"]
+    found = " ".join(notes(parse(RLConfig, [*REQUIRED, *words])))
+    assert all(part in found for part in ("no tool is called", "without algorithm.filter_groups", "validates nothing")), found
+
+
+def test_every_key_of_the_contract_is_there() -> None:
+    """Those that the published command has not, with every value that the contract names."""
+    values = {
+        "algorithm.": "norm_adv_by_std_in_grpo=false gamma=0.9 lam=0.9 kl_ctrl.type=adaptive kl_ctrl.horizon=5 kl_ctrl.target_kl=0.2"
+        " filter_groups.enable=true filter_groups.metric=score filter_groups.max_num_gen_batches=3 rollout_correction.rollout_is=token"
+        " rollout_correction.rollout_is=sequence rollout_correction.rollout_is=null rollout_correction.rollout_is_threshold=3 use_kl_in_reward=true"
+        " adv_estimator=grpo adv_estimator=rloo adv_estimator=reinforce_plus_plus adv_estimator=reinforce_plus_plus_baseline",
+        "data.": "gen_batch_size=8 shuffle=false seed=3 chat_template=hermes answer_format=null",
+        ARR + "actor.": "ppo_epochs=2 entropy_coeff=0.1 loss_agg_mode=token-mean loss_agg_mode=seq-mean-token-sum loss_agg_mode=seq-mean-token-mean"
+        " loss_agg_mode=seq-mean-token-sum-norm policy_loss.loss_mode=vanilla policy_loss.loss_mode=gspo policy_loss.loss_mode=cispo"
+        " kl_loss_type=k1 kl_loss_type=k2 kl_loss_type=k3 kl_loss_type=low_var_kl kl_loss_type=abs kl_loss_type=k1+ kl_loss_type=k3+ grad_clip=0.5",
+        ARR + "rollout.": "temperature=0.7 top_p=0.9 top_k=50 max_num_seqs=8 calculate_log_probs=false mode=sync free_cache_engine=true name=native"
+        " name=sglang name=hf multi_turn.max_tool_response_length=9 multi_turn.tool_response_truncate_side=left multi_turn.max_parallel_calls=3"
+        " multi_turn.format=code_block multi_turn.format=retool",
+        "reward_model.": "overlong_buffer.enable=true overlong_buffer.len=5 overlong_buffer.penalty_factor=2 name=retool name=math",
+        "trainer.": "resume_mode=disable max_ckpt_to_keep=2 deterministic=true",
+    }  # fmt: skip
+    for prefix, entries in values.items():
+        for entry in entries.split():
+            assert faults_of(prefix + entry) == [], entry
 
 
 def test_every_fault_at_once() -> None:

@@ -101,6 +101,17 @@ def test_a_function_of_the_users(tmp_path, renderer_of) -> None:
     assert [p.ground_truth for p in prompts] == ["0", "2", "4"] and prompts[0].data_source == "anything"
 
 
+def test_a_users_function_that_raises_or_gives_no_rows_is_a_fault_that_says_where(tmp_path, renderer_of) -> None:
+    def broken(path):
+        yield general()
+        raise KeyError("question")
+
+    with pytest.raises(ValueError, match=r"mine.csv can't be read by your function: KeyError: 'question' \(.*test_data.py, line \d+\)"):
+        load_prompts(["mine.csv"], renderer_of("hermes"), None, OPTIONS, broken)
+    with pytest.raises(ValueError, match=r"mine.csv, row 1: the row function gave a list, not a dict"):
+        load_prompts(["mine.csv"], renderer_of("hermes"), None, OPTIONS, lambda path: [general(), [1]])
+
+
 def test_the_stream_of_prompts_covers_each_epoch_once() -> None:
     prompts = [make_prompt(i, truth=str(i)) for i in range(7)]
     flat = [p for position in range(0, 21, 3) for p in prompts_at(prompts, position, 3, seed=5, shuffle=True)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,15 @@ EXAMPLES = Path(custom_data.__file__).parent
 def test_rl_from_scratch_learns(work) -> None:
     means = rl_from_scratch.main(work / "model", 25)
     assert sum(means[-3:]) > sum(means[:3]) + 0.3, means
+
+
+def test_copied_out_of_the_repository_they_need_nothing_but_the_package(work, tmp_path, repository) -> None:
+    for name in ("rl_from_scratch", "custom_reward", "custom_tool", "custom_data", "retool_recipe"):
+        shutil.copy(EXAMPLES / f"{name}.py", tmp_path)
+    (tmp_path / "retool").symlink_to(repository / "retool")
+    code = "import custom_data, custom_reward, custom_tool, retool_recipe, sys, rl_from_scratch; rl_from_scratch.main(sys.argv[1], 1)"
+    done = subprocess.run([sys.executable, "-c", code, work / "model"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "step 1: score" in done.stdout, done.stderr
 
 
 def test_custom_reward() -> None:

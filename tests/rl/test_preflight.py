@@ -66,6 +66,18 @@ def test_every_machine_check_stands_in_one_table(work: Path, tmp_path: Path, mon
         assert expected in text
 
 
+def test_a_template_that_can_not_show_a_tools_answer_is_refused_before_a_tool_is_called(work: Path, tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('only users here') }}{% endif %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{{ tools }}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (tmp_path / "chat.jinja").write_text(template)
+    turns = "actor_rollout_ref.rollout.multi_turn."
+    more = [f"data.chat_template={tmp_path}/chat.jinja", f"{turns}enable=true", f"{turns}tool_config_path={work}/tools.yaml", "trainer.device=cpu"]
+    assert "data.chat_template: the chat template refuses it: only users here" in said(check(work, tmp_path / "out", *more))
+    assert not check(work, tmp_path / "out", more[0], "trainer.device=cpu").faults
+
+
 def test_offloading_needs_host_memory(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = ["trainer.device_memory_gb=80", f"{ACTOR}fsdp_config.optimizer_offload=true"]
     needed = host_bytes(check(work, tmp_path / "out", *more, planning=True))
@@ -84,7 +96,7 @@ def test_kernels_that_cannot_compute_in_fp32_are_refused(work: Path, tmp_path: P
 def test_a_run_from_the_start_sets_the_one_before_aside_unless_it_only_validates(work: Path, tmp_path: Path) -> None:
     (tmp_path / "global_step_30").mkdir()
     anew = ["trainer.resume_mode=disable", "trainer.device=cpu"]
-    for more, moved in (([], True), (["trainer.val_only=true"], False)):
+    for more, moved in (([], True), (["trainer.val_only=true", f"data.val_files={work}/val.jsonl"], False)):
         report = check(work, tmp_path, *anew, *more)
         assert not report.faults and any("global_step_30" in note for note in report.notes) == moved
 
