@@ -1,0 +1,98 @@
+"""Schedules against transformers' and their formulas; what the update touches, and what it leaves alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+from retool.optim import AdamW, AdamWOptions, learning_rate, trainable_runs
+from retool.parallel.fsdp import shard
+from retool.parallel.mesh import make_mesh
+
+
+def rates(total: int, **more: object) -> list[float]:
+    return [learning_rate(step, total, 2.0, **more) for step in range(total)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("total", "ratio"), [(100, 0.1), (37, 0.0), (7, 0.5), (5, 0.1)])
+def test_cosine_is_transformers_but_for_the_warm_up(total: int, ratio: float) -> None:
+    """Theirs begins at 0; ours, as the reference, at peak / warmup, and reaches the peak a step earlier."""
+    warmup = int(total * ratio)
+    theirs = get_cosine_schedule_with_warmup(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=2.0), warmup, total).lr_lambdas[0]
+    found = rates(total, warmup_ratio=ratio)
+    assert found[:warmup] == pytest.approx([2.0 * (s + 1) / warmup for s in range(warmup)])
+    assert found[warmup:] == pytest.approx([2.0 * theirs(s) for s in range(warmup, total)])
+
+
+def test_the_floor_of_the_schedules() -> None:
+    lowest = rates(1000, min_ratio=0.25)[-1]
+    assert 0.5 < lowest < 0.501 and rates(1000)[-1] < 1e-4
+    assert learning_rate(5000, 1000, 2.0) == 0.0, "after the end it stays down"
+
+
+def test_wsd_is_constant_until_the_last_tenth() -> None:
+    found = rates(100, kind="wsd", warmup_ratio=0.2)
+    assert found[:20] == pytest.approx([2.0 * (s + 1) / 20 for s in range(20)]) and found[20:91] == [2.0] * 71
+    assert found[91:] == pytest.approx([2.0 * k / 10 for k in range(9, 0, -1)])
+    assert rates(3, kind="wsd", warmup_ratio=0) == [2.0] * 3
+
+
+def test_constant_and_unknown() -> None:
+    assert rates(10, kind="constant", warmup_ratio=0.3) == pytest.approx([2 / 3, 4 / 3, *[2.0] * 8])
+    with pytest.raises(ValueError, match=r"optim\.lr_scheduler='cosin' is unknown\. Use cosine, wsd or constant"):
+        learning_rate(9, 10, 1.0, "cosin")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(20, 30) for _ in range(3))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize("frozen", [(), ("blocks.1.weight",), ("blocks.0.bias", "blocks.1.weight", "blocks.2.bias")])
+def test_runs_are_all_that_is_trainable_and_nothing_else(shards: int, frozen: tuple[str, ...]) -> None:
+    net = Net()
+    for name in frozen:
+        net.get_parameter(name).requires_grad_(False)
+    layout = shard(net, [(f"{i}", [b]) for i, b in enumerate(net.blocks)], make_mesh()).layout.reshard(shards)
+    seen = dict.fromkeys((slot.name for unit in layout.units for slot in unit.slots), 0)
+    for rank in range(shards):
+        runs = trainable_runs(layout, rank)
+        assert all(a < b for a, b in runs) and all(b < c for (_, b), (c, _) in pairwise(runs)), "apart, in order"
+        for unit in layout.units:
+            for slot in unit.slots:
+                low = unit.start + slot.offset - rank * unit.shard_numel
+                inside = range(max(low, unit.start), min(low + slot.numel, unit.start + unit.shard_numel))
+                seen[slot.name] += sum(a <= i < b for i in inside for a, b in runs)
+    assert seen == {name: 0 if name in frozen else {"weight": 600, "bias": 30}[name.split(".")[-1]] for name in seen}
+    if not frozen:
+        assert trainable_runs(layout, 0) == [(0, layout.shard_numel)], "one kernel for everything"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clip", [0.0, 0.1, 1e9])
+def test_clipping_and_decay(dtype: torch.dtype, clip: float) -> None:
+    """Five steps as torch's clip and AdamW make them."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(9, 5).to(dtype), torch.randn(4, 9, dtype=dtype)
+    theirs = nn.Linear(9, 5).to(dtype)
+    theirs.load_state_dict(net.state_dict())
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.1, betas=(0.8, 0.9), weight_decay=0.3)
+    model = shard(net, [("all", [net])], make_mesh(), param_dtype=dtype, master_dtype=dtype, reduce_dtype=dtype)
+    optimizer = AdamW(model, AdamWOptions(betas=(0.8, 0.9), weight_decay=0.3, clip_grad=clip))
+    for _ in range(5):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        norm, _ = optimizer.step(0.1)
+        reference.zero_grad()
+        theirs(x).square().sum().backward()
+        wanted = nn.utils.clip_grad_norm_(theirs.parameters(), clip or 1e12)
+        reference.step()
+        assert float(norm) == pytest.approx(float(wanted), rel=1e-5)
+    for found, want in zip(net.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-7)
