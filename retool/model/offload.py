@@ -49,7 +49,8 @@ class Parked:
     def start_fetch(self) -> list[Tensor]:
         """Begin the copy to the device, unless it has begun."""
         if self.here is None:
-            assert self.pages, "activations were fetched twice"
+            if not self.pages:
+                raise RuntimeError("activations in host memory are there for one backward: with retain_graph=True use recompute='full'.")
             self.here = [torch.empty(shape, dtype=dtype, device=self.offload.device) for shape, dtype in self.shapes]
             self.offload.copy_in(self.here, self.pages)
             self.pages, self.moved = [], True

@@ -90,6 +90,20 @@ def test_forwards_may_wait_for_their_backwards(layers: int | None) -> None:
     assert not store(parked).held and store(parked).newest is None, "nothing is held after a backward"
 
 
+def test_a_second_backward_is_refused_where_the_first_took_the_activations() -> None:
+    for how in ("full", "offload"):
+        model = decoder(how)
+        value = loss(model, batch(20))
+        value.backward(retain_graph=True)
+        once = model.grad.clone()
+        if how == "full":
+            value.backward()
+            torch.testing.assert_close(model.grad, 2 * once)
+        else:
+            with pytest.raises(RuntimeError, match="there for one backward: with retain_graph=True use recompute='full'"):
+                value.backward()
+
+
 @pytest.mark.parametrize("how", ["full", "offload"])
 @pytest.mark.parametrize(("dtype", "most"), [("fp64", 1e-14), ("fp32", 1e-6)])
 def test_chunks_equal_the_whole(how: Recompute, dtype: str, most: float) -> None:

@@ -92,11 +92,11 @@ class Sharded:
 
         Saves a reduction per micro-batch at the price of a whole copy of the gradients, P · (bytes of the reduction).
         """
-        self._holding = True
+        before, self._holding = self._holding, True
         try:
             yield
         finally:
-            self._holding = False
+            self._holding = before
 
     def zero_grad(self) -> None:
         """Forget all gradients, also held ones and what a backward that failed has left."""
