@@ -231,3 +231,32 @@ def test_two_ranks_find_plain_torchs_gradients(case: str) -> None:
         grads = np.concatenate([values for _, values in sorted(found[name], key=lambda piece: piece[0])])
         wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         np.testing.assert_allclose(grads, wanted.flatten().numpy(), rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+def mixed_gradients(reduce_dtype: torch.dtype) -> list[tuple[str, int, np.ndarray]]:
+    module, units, loss = made("encoder")
+    mesh = make_mesh()
+    model = shard(module.float(), units, mesh, reduce_dtype=reduce_dtype)
+    assert (model.master.dtype, model.grad.dtype, next(module.parameters()).dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    for micro_batch in data():
+        loss(model, micro_batch[mesh.rank].bfloat16()).backward()
+    pieces = local_pieces(model.layout, mesh.shard_rank)
+    return [(p.member.name, p.start, model.grad[p.local : p.local + p.stop - p.start].numpy()) for p in pieces]
+
+
+@pytest.mark.parametrize("reduce_dtype", [torch.float32, torch.bfloat16])
+def test_mixed_precision(reduce_dtype: torch.dtype) -> None:
+    """Each rank's bf16 gradients, those of two ranks added in the reduction's dtype, those of micro-batches in fp32: to the bit."""
+    module, _, loss = made("encoder")
+    module.float().bfloat16()
+    wanted = {name: torch.zeros(p.shape) for name, p in module.named_parameters()}
+    for ranks in data():
+        found = []
+        for part in ranks:
+            module.zero_grad()
+            loss(module, part.bfloat16()).backward()
+            found.append({n: p.grad.to(reduce_dtype) for n, p in module.named_parameters() if p.grad is not None})
+        for name in wanted:
+            wanted[name] += found[0][name] + found[1][name]
+    for name, start, values in (piece for rank in run_ranks(mixed_gradients, 2, reduce_dtype) for piece in rank):
+        np.testing.assert_array_equal(values, wanted[name].flatten()[start : start + len(values)].numpy(), err_msg=name)
