@@ -32,7 +32,6 @@ import torch
 from table import failed, hardware, head, row, save
 
 SOURCE = "gsm8k"
-STOPPING = 40  # seconds for a command to save once it is asked to stop
 ARR = "actor_rollout_ref."
 
 
@@ -105,7 +104,7 @@ def run(args: Namespace, part: str, limit: float, report: Callable[[float], None
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", *said[1:]]
     here, begin = Path(__file__).resolve().parent, time.monotonic()
     path = os.pathsep.join(filter(None, (str(here), str(here.parent), os.environ.get("PYTHONPATH", ""))))
-    environment = {**os.environ, "PYTHONPATH": path, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOPPING)}
+    environment = {**os.environ, "PYTHONPATH": path, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(args.stopping)}
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
         while process.poll() is None and time.monotonic() - begin < limit:
@@ -115,7 +114,7 @@ def run(args: Namespace, part: str, limit: float, report: Callable[[float], None
             print(f"{part}: asked to stop after {limit:.0f} s", file=sys.stderr, flush=True)
             process.send_signal(signal.SIGTERM)  # torchrun passes it on
             try:
-                process.wait(STOPPING)
+                process.wait(args.stopping)
             except subprocess.TimeoutExpired:
                 process.kill()  # its processes end with it
     seconds = time.monotonic() - begin
@@ -209,7 +208,7 @@ def main() -> None:
             report(part, float("nan"))
             continue
         try:
-            run(args, part, end - time.monotonic() - STOPPING if part == "dapo" else args.seconds / 3, partial(report, part))
+            run(args, part, end - time.monotonic() - args.stopping if part == "dapo" else args.seconds / 3, partial(report, part))
         except (RuntimeError, OSError) as error:  # without SFT there is nothing to go on from
             show({"name": part, "failed": str(error)})
     print(f"\n{progress(args.out / 'dapo')}")
@@ -239,6 +238,8 @@ def arguments() -> Namespace:
     add("--test-every", type=int, default=10, help="steps of DAPO between validations")
     add("--only", default=",".join(PARTS), help="parts to run; of the others, what --out has is shown")
     add("--seconds", type=float, default=1e9, help="of all three commands; the first two get up to a third each, DAPO what is left")
+    stopping = 40 if torch.cuda.is_available() else 300
+    add("--stopping", type=int, default=stopping, help="seconds for a command to finish its step and save once it is asked to stop")
     add("--sft-keys", nargs="*", default=[], help="more key=value for retool.sft")
     add("--rl-keys", nargs="*", default=[], help="more key=value for retool.rl")
     add("--json", type=Path, help="save the lines here")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The tables of this machine's GPUs: benchmarks/run_all.sh OUT [PART…]. Parts, the most telling first, each within ten minutes on two GPUs:
-#   1  rollout beside transformers, attention, the vocabulary head; a GRPO step beside TRL (installed, or TRL=folder that has it)
+#   1  rollout beside transformers, attention, the vocabulary head; a GRPO step beside TRL (installed, or TRL=its folder),
+#     with a random 0.5B or RL_MODEL=Hugging Face folder
 #   2  long sequences: 0.5B up to a million tokens, 8B
 #   3  sequence parallelism, what sharding hides, SFT, checkpoints, memory
 #   4  MODEL=Hugging Face folder, DATA=folder of gsm8k-tool-sft, PROMPTS=parquet with a column prompt: parity on real weights, learning
@@ -15,7 +16,7 @@ gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 table() { # NAME SECONDS COMMAND…: run, keep everything, show the rows
   local name=$1 limit=$2 start=$SECONDS status; shift 2
   timeout -k 20 "$limit" "$@" --json "$out/$name.json" >"$out/$name.log" 2>&1; status=$?
-  echo; echo "== $name: exit status $status, $((SECONDS - start)) s"; grep -E '^\||torch [0-9]|^weight sync|^[a-z]+: ' "$out/$name.log"
+  echo; echo "== $name: exit status $status, $((SECONDS - start)) s"; grep -E '^\||torch [0-9]|^weight sync|tok/s' "$out/$name.log"
 }
 # NAME[-variant] SECONDS arguments…, on all GPUs or on one
 many() { local name=$1 limit=$2; shift 2; table "$name" "$limit" python3 -m torch.distributed.run --standalone --nproc_per_node=$((gpus ? gpus : 2)) "benchmarks/${name%%-*}.py" "$@"; }
@@ -26,7 +27,7 @@ tiny() { ((gpus)) || echo "$@"; } # only without a GPU
 part1() {
   (on 0 one rollout 200 --peer-seconds 70 $(tiny --shape tiny --sequences 4 --prompt 12 --new 6)) & ((gpus > 1)) || wait
   (on 1 one logprobs 60 $(tiny --tokens 512 --vocab 4096 --dim 32); on 1 one attention 190 $(tiny --heads 4/2x16)) & wait
-  one rl_step 300 --timeout 130 --logs "$out/rl_step" ${TRL:+--trl "$TRL"} \
+  one rl_step 300 --timeout 130 --logs "$out/rl_step" ${TRL:+--trl "$TRL"} ${RL_MODEL:+--model "$RL_MODEL"} \
     $(tiny --shape tiny --prompts 2 --samples 2 --prompt 64 --response 8 --repeats 1 --trl-repeats 1)
 }
 part2() {
