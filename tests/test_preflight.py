@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from retool import machine
 from retool.config import Fault, read
 from retool.data.loader import step_batch
 from retool.machine import check_output
+from retool.memory import Choice, choose
 from retool.model.hub import find_model
 from retool.options import AdamWConfig, CheckpointConfig, DecoderConfig, FSDPConfig, RunOptions, TrainerConfig
 from retool.parallel.mesh import make_mesh
@@ -277,6 +279,16 @@ def test_a_micro_batch_is_filled_where_memory_allows(run: Path) -> None:
     }  # fmt: skip
     tokens = {name: choice.tokens for name, choice in chosen.items() if choice is not None}
     assert tokens["roomy"] == BUSY and tokens["tight"] == tokens["exact"] < 100
+
+
+def test_a_micro_batch_is_not_filled_at_the_price_of_the_compute_copy(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def but_for_the_copy(*args: Any, **more: Any) -> Choice:
+        choice = choose(*args, **more)
+        return replace(choice, keep_copy=choice.tokens < BUSY)
+
+    monkeypatch.setattr("retool.sft.plan.choose", but_for_the_copy)
+    choice = check(run, "trainer.device=auto", "data.micro_batch_size_per_gpu=1", "trainer.device_memory_gb=80", planning=True).choice
+    assert choice is not None and choice.tokens < 100 and choice.keep_copy
 
 
 def test_notes(run: Path) -> None:

@@ -78,7 +78,7 @@ def choose_for(report: Report) -> Choice:
     choice = decide(tokens)
     if data.micro_batch_size_per_gpu is not None and fills(config) and choice.tokens < BUSY:
         fuller = decide(BUSY)
-        if fuller.fits and fuller.recompute == choice.recompute:
+        if fuller.fits and replace(fuller, tokens=choice.tokens, prediction=choice.prediction, hold=choice.hold) == choice:
             return fuller
     return choice
 

@@ -56,7 +56,7 @@ OPTIONS: list[tuple[dict[str, Any], bool]] = [
     ({}, True),
     ({"reshard_after_forward": False}, False),
     ({"forward_prefetch": False, "backward_overlap": False}, True),
-    ({"param_dtype": torch.float32, "keep_copy": False, "reduce_dtype": torch.float32}, True),
+    ({"param_dtype": torch.float32, "keep_copy": False, "reduce_dtype": torch.bfloat16}, True),
 ]
 
 
