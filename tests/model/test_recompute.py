@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retool.batch import PackedBatch, Sample, pack
-from retool.model import offload, recompute
+from retool.model import attention, offload, recompute
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder, Recompute
@@ -88,6 +88,19 @@ def test_forwards_may_wait_for_their_backwards(layers: int | None) -> None:
     loss(parked, batch(80)).backward()
     assert len(store(parked).free) == pages, "one forward needs no more pages than two did"
     assert not store(parked).held and store(parked).newest is None, "nothing is held after a backward"
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full", "offload"])
+def test_attention_is_computed_once(monkeypatch: pytest.MonkeyPatch, how: Recompute) -> None:
+    runs, forward = [0], attention.FORWARD["reference"]
+
+    def counted(*args: Any) -> Any:
+        runs[0] += 1
+        return forward(*args)
+
+    monkeypatch.setitem(attention.FORWARD, "reference", counted)
+    loss(decoder(how), batch(20)).backward()
+    assert runs[0] == CONFIG.layers
 
 
 def test_a_second_backward_is_refused_where_the_first_took_the_activations() -> None:

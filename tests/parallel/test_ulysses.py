@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -114,6 +116,31 @@ def test_compiled_blocks_find_their_weights_again(sp: int, recompute: Recompute)
     gradients = joined(run_ranks(loss_and_gradients, 2, 14, 2, sp, recompute, 0, 2, -1, True))
     for name, value in joined([(0.0, expected)]).items():
         assert np.linalg.norm(gradients[name] - value) <= 1e-12 * np.linalg.norm(value), name
+
+
+def exchanged(sp: int, recompute: Recompute) -> list[tuple[int, int]]:
+    """(elements sent, received) of every all-to-all of a forward and backward."""
+    seen, exchange = [], torch.distributed.all_to_all_single
+
+    def noted(out: torch.Tensor, send: torch.Tensor, *args: Any, **more: Any) -> Any:
+        seen.append((send.numel(), out.numel()))
+        return exchange(out, send, *args, **more)
+
+    torch.distributed.all_to_all_single = noted
+    loss_and_gradients(14, 2, sp, recompute)
+    return seen
+
+
+@pytest.mark.parametrize(("recompute", "again"), [("selective", 0), ("full", 2)])
+def test_a_block_needs_two_exchanges_and_two_back(recompute: Recompute, again: int) -> None:
+    """q, k and v in one, without padding: 14 query heads over 4 ranks are 4, 4, 3, 3, and ranks 0 to 3 read 1, 2, 1, 1 kv heads."""
+    layers, head, t = 2, 8, 9
+    widths = [4 + 2 * 1, 4 + 2 * 2, 3 + 2 * 1, 3 + 2 * 1]
+    for rank, seen in enumerate(run_ranks(exchanged, 4, 4, recompute)):
+        there = (t * head * sum(widths), 4 * t * head * widths[rank])
+        back = (4 * t * head * [4, 4, 3, 3][rank], t * head * 14)
+        assert seen[: 2 * layers] == [there, back] * layers
+        assert seen[2 * layers :] == [*[there, back][:again], back[::-1], there[::-1]] * layers
 
 
 def test_kv_heads_travel_no_further_than_needed() -> None:
