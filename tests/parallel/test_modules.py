@@ -102,19 +102,20 @@ def sometimes() -> Case:
 @dataclass
 class Out:
     x: Tensor
-    more: dict[str, tuple[Tensor, str]]
+    more: dict[str, tuple[Tensor, list[Tensor]]]
 
 
 class Named(nn.Module):
-    """Keyword arguments in, a dataclass out; of its results one is never used, and infinite in its derivative."""
+    """Keyword arguments in, a dataclass out. One result only goes into the next block, which doesn't use it (its derivative is infinite);
+    another is a list of what all blocks before have made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.gate = nn.Linear(D, D), nn.Parameter(torch.zeros(D))
 
-    def forward(self, *, x: Tensor, seen: list[Tensor]) -> Out:
+    def forward(self, *, x: Tensor, seen: list[Tensor], spare: Tensor | None) -> Out:
         seen.append(self.inner(x))
-        return Out(x + torch.tanh(seen[-1]), {"unused": (self.gate.sqrt() * x, "")})
+        return Out(x + torch.tanh(seen[-1]), {"more": (self.gate.sqrt() * x, seen)})
 
 
 class Dataclasses(nn.Module):
@@ -123,11 +124,11 @@ class Dataclasses(nn.Module):
         self.blocks = nn.ModuleList(Named() for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        seen: list[Tensor] = []
+        seen, spare = list[Tensor](), None
         for block in self.blocks:
-            out = block(x=x, seen=seen)
-            x = out.x
-        return x.square().sum() + torch.stack(seen).sum()
+            out = block(x=x, seen=seen, spare=spare)
+            x, (spare, _) = out.x, out.more["more"]
+        return x.square().sum() + torch.stack(seen).square().sum()
 
 
 def dataclasses() -> Case:
