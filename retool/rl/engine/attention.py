@@ -12,6 +12,7 @@ K kv heads · J = 2K, keys before values · G query heads per kv head · H head 
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def has_paged_flash(device: torch.device, dtype: torch.dtype, head_dim: int, pag
 @lru_cache
 def paged_error(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> float:
     """Relative error (L2, root mean square over query heads) of flash-attn's paged kernels on a small step of random numbers,
-    against torch's attention in fp32: about 0.005 in bf16."""
+    against torch's attention in fp32: about 0.005 in bf16; infinite where they don't run at all (a build for another torch or GPU)."""
     generator = torch.Generator().manual_seed(0)
     cache = KVCache((1, page_size, 1, head_dim), 6, dtype, device)
     cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
@@ -80,7 +81,14 @@ def paged_error(device: torch.device, dtype: torch.dtype, head_dim: int, page_si
     )  # fmt: skip
     exact = KVCache((1, page_size, 1, head_dim), 6, torch.float32, device)
     exact.data.copy_(cache.data)
-    found, want = paged_attention(query, cache, 0, pages, True).float(), paged_attention(query.float(), exact, 0, pages, False)
+    try:
+        found = paged_attention(query, cache, 0, pages, True).float()
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        warnings.warn(f"flash-attn's paged kernels fail here: {error}", stacklevel=2)
+        return math.inf
+    want = paged_attention(query.float(), exact, 0, pages, False)
     errors = (found - want).norm(dim=-1) / want.norm(dim=-1)  # each counts alike: those of few keys are much larger numbers
     return float(errors.square().mean().sqrt())
 

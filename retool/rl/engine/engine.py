@@ -106,6 +106,8 @@ class Engine:
 
     def release(self) -> None:
         """Give back the memory of weights, cache and graphs, until the next `sync`. Every sequence is forgotten."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a step that was started ahead may still run
         self.weights.buffers.clear()
         decoder = make_decoder(self.config, self.device, self.group, self.weights.decoder.run.compiled)
         self.weights = Weights(decoder, self.options.dtype, self.device)

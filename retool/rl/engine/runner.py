@@ -157,18 +157,19 @@ class DecodeLoop:
         self.positions[:rows].add_(1)
 
     def _record(self, rows: int, filtered: bool) -> None:
-        """Run the step twice on a side stream, as recording wants it, with the state put back, then record it."""
+        """Run the step twice on a side stream, as recording wants it, then record it. The state is put back each time: a step further
+        its keys would go where the sequence may have no page, and with a full table over its first ones of the last page."""
         state = [x.clone() for x in (self.tokens, self.positions)]
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self._step(rows, filtered)
+                self.tokens.copy_(state[0])
+                self.positions.copy_(state[1])
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's watchdog has a thread of its own
             self._step(rows, filtered)
         self.pool = graph.pool()
         self.recorded[rows, filtered] = graph
-        for target, source in zip((self.tokens, self.positions), state, strict=True):
-            target.copy_(source)

@@ -36,6 +36,15 @@ def test_a_kernel_that_mixes_up_the_heads_of_split_sequences_is_found_out(monkey
     assert paged.paged_error.__wrapped__(*INPUTS) > 4 * TRUSTED
 
 
+def test_a_package_that_does_not_run_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> torch.Tensor:
+        raise ImportError("flash_attn_2_cuda.so: undefined symbol")
+
+    monkeypatch.setattr(paged, "_flash_decode", fails)
+    with pytest.warns(UserWarning, match="fail here: flash_attn_2_cuda.so: undefined symbol"):
+        assert paged.paged_error.__wrapped__(*INPUTS) == float("inf")
+
+
 def test_decoding_gathers_a_bounded_part_of_the_cache_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     generator, lengths = torch.Generator().manual_seed(1), torch.tensor([3, 40, 17, 1, 33], dtype=torch.int32)
     cache = paged.KVCache((1, 16, 2, 8), 16, torch.float32, INPUTS[0])

@@ -1,0 +1,58 @@
+"""The GPU's sampler without a GPU: its kernels run by Triton's interpreter (pip install triton), against the definition in torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from retool.rl.engine.sampling import Draws, cutoff, sample, seed_key
+
+FILTERS = [(1, 1.0), (5, 1.0), (1000, 1.0), (-1, 1e-6), (-1, 0.5), (-1, 0.95), (7, 0.9)]
+
+
+def logits_of(kind: str) -> torch.Tensor:
+    long = torch.randn(4, 40_000, generator=torch.Generator().manual_seed(3)) * 2  # several blocks for a part, and for the cutoff
+    normal = long[:, :1500]
+    return {
+        "long": long, "few": normal[:, :7], "far": normal - 1000, "wide": normal * 1e4, "ties": normal.round(), "flat": normal * 0,
+        "masked": torch.where(torch.arange(1500) % 2 == 0, float("-inf"), normal),
+    }[kind].contiguous()  # fmt: skip
+
+
+KINDS = ("long", "few", "far", "wide", "ties", "flat", "masked")
+
+
+def compare() -> None:
+    """Every kind of logits at several temperatures, greedy rows among the others: without a filter, and under two of them."""
+    from retool.rl.engine.sampling_triton import cutoff_rows, sample_rows
+
+    for number, kind in enumerate(KINDS):
+        logits = logits_of(kind)
+        for top_k, top_p in ((-1, 1.0), FILTERS[number - 3], FILTERS[number]):
+            temperature = torch.tensor([0.0, 0.3, 1.0, 5.0])
+            keys = torch.tensor([seed_key((9, i)) for i in range(4)])
+            draws = Draws(keys, torch.arange(4) * 37, temperature, torch.full((4,), top_k), torch.full((4,), top_p))
+            filtered, said = top_k > 0 or top_p < 1, (kind, top_k, top_p)
+            want, found = sample(logits.clone(), draws, filtered), sample_rows(logits.clone(), draws, filtered)
+            assert torch.equal(found[0], want[0]), said
+            size = max(1.0, float(logits[logits > float("-inf")].abs().max()))
+            assert float((found[1:] - want[1:]).abs().max()) < 1e-6 * size, said
+            if filtered:  # the same tokens are kept
+                x = logits * torch.where(temperature == 0, 1.0, 1.0 / temperature)[:, None]
+                kept = [(x >= least[:, None]).sum(1) for least in (cutoff(x, draws.top_k, draws.top_p), cutoff_rows(logits, draws))]
+                assert torch.equal(*kept), said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+def test_kernels_draw_what_the_definition_does() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}  # read when triton is imported
+    command = [sys.executable, "-c", "from tests.rl.engine.test_sampling_triton import compare; compare()"]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
