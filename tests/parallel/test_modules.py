@@ -73,11 +73,14 @@ def images() -> Case:
 
 
 class Twice(nn.Module):
-    """Units called twice, not in their order, with others between that use the same buffers; one of them not always."""
+    """Units called twice, not in their order, with others between that use the same buffers, and with hooks of their own."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Linear(D, D) for _ in range(5))
+        for block in self.blocks:
+            block.register_forward_pre_hook(lambda linear, args: args[0] * linear.weight.norm())
+            block.register_forward_hook(lambda linear, _, out: out + linear.weight.mean())
 
     def forward(self, x: Tensor, order: tuple[int, ...] = (0, 1, 2, 0, 3, 1, 4, 0)) -> Tensor:
         for i in order:

@@ -99,5 +99,5 @@ def attach(sharded: Sharded, index: int, module: nn.Module, first: bool, only: b
 
     pre_hook: Any = torch.compiler.disable(before)
     hook: Any = torch.compiler.disable(after)
-    module.register_forward_pre_hook(pre_hook, with_kwargs=True)
+    module.register_forward_pre_hook(pre_hook, with_kwargs=True, prepend=True)  # the module's own hooks may use its weights
     module.register_forward_hook(hook, always_call=True)
