@@ -179,25 +179,27 @@ def recurrent() -> Case:
 
 
 class Towers(nn.Module):
-    """Units whose inputs need no gradient, in the middle: no end of their backward is seen."""
+    """Units whose inputs need no gradient, in the middle: no end of their backward is seen. `again`: the backward runs them again."""
 
-    def __init__(self) -> None:
+    def __init__(self, again: bool) -> None:
         super().__init__()
+        self.again = again
         self.ends = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([end(x) for end in self.ends]).prod(0).sum()
+        outs = [checkpoint(end, x, use_reentrant=False) if self.again else end(x) for end in self.ends]
+        return torch.stack(outs).prod(0).sum()
 
 
-def towers() -> Case:
-    net = Towers()
+def towers(again: bool = False) -> Case:
+    net = Towers(again)
     return net, each("ends", net.ends), lambda m, x: m(x)
 
 
 CASES: dict[str, Callable[[], Case]] = {
     "encoder": encoder, "gpt2": gpt2, "gpt2 checkpointed": lambda: gpt2(False), "gpt2 reentrant": lambda: gpt2(True), "images": images,
     "twice": twice, "sometimes": sometimes, "dataclasses": dataclasses, "nested": nested, "nested, the outer last": lambda: nested(True),
-    "recurrent": recurrent, "towers": towers,
+    "recurrent": recurrent, "towers": towers, "towers checkpointed": lambda: towers(True),
 }  # fmt: skip
 
 

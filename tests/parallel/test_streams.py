@@ -47,7 +47,7 @@ def step(case: str, more: dict[str, Any], hold: bool) -> None:
 
 
 def steps(more: dict[str, Any], hold: bool) -> None:
-    for case in ("twice", "sometimes", "nested", "towers", "images", "gpt2 checkpointed"):
+    for case in ("twice", "sometimes", "nested", "towers", "towers checkpointed", "images", "gpt2 checkpointed"):
         step(case, more, hold)
 
 
