@@ -159,12 +159,29 @@ def nested(last: bool = False) -> Case:
     return net, [*inner, *outer] if last else [*outer, *inner], lambda m, x: m(x)
 
 
-class Recurrent(nn.Module):
-    """A module that keeps its parameters in a list of its own too; units given as dropped-in checkpoints."""
+class Keeper(nn.Module):
+    """Keeps its parameters in a dictionary of its own too, and that up to date."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rnn, self.blocks = nn.GRU(D, D, batch_first=True), nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+        self.kept: dict[str, Tensor] = {}
+        self.weight = nn.Parameter(torch.randn(D, D) * 0.2)
+
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter):
+            self.kept[name] = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.kept["weight"]
+
+
+class Recurrent(nn.Module):
+    """Modules that keep their parameters in lists of their own, as torch's recurrent ones do; checkpoints around units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.blocks = nn.GRU(D, D, batch_first=True), nn.ModuleList([*(nn.Linear(D, D) for _ in range(3)), Keeper()])
 
     def forward(self, x: Tensor) -> Tensor:
         x, _ = self.rnn(x)

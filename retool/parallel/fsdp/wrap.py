@@ -235,7 +235,7 @@ def shard(
     for child in module.modules():
         for name, parameter in list(child._parameters.items()):
             if parameter is not None:
-                setattr(child, name, replacement[id(parameter)])  # recurrent modules keep a list of their own, and update it so
+                setattr(child, name, replacement[id(parameter)])  # a module that keeps a list of its own brings it up to date
         for name, buffer in child._buffers.items():
             if buffer is not None and buffer.device != mesh.device and buffer.device.type != "meta":
                 child._buffers[name] = buffer.to(mesh.device)
