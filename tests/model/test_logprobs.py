@@ -219,7 +219,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL_CASES = [(dtype, columns) for dtype in (torch.float32, torch.bfloat16) for columns in (1, 100, 128, 1000, 1024)]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None or not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None or not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1 (Triton 3.6: with numpy < 2.3)")
 @pytest.mark.parametrize(("dtype", "columns"), KERNEL_CASES)
 def test_kernels_interpreted(dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check_kernels("cpu", dtype, columns, monkeypatch)
