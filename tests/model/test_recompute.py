@@ -90,6 +90,18 @@ def test_forwards_may_wait_for_their_backwards(layers: int | None) -> None:
     assert not store(parked).held and store(parked).newest is None, "nothing is held after a backward"
 
 
+def test_a_forward_that_failed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kept = decoder("offload"), decoder("full")
+    with monkeypatch.context() as patch:
+        patch.setattr(model.module.get_submodule("blocks.2"), "before_piece", None)
+        with pytest.raises(TypeError):
+            loss(model, batch(60))
+    for each in (model, kept):
+        loss(each, batch(33)).backward()
+    torch.testing.assert_close(model.grad, kept.grad, rtol=0, atol=0)
+    assert not store(model).held, "nothing of the failed forward was fetched"
+
+
 @pytest.mark.parametrize("how", ["none", "selective", "full", "offload"])
 def test_attention_is_computed_once(monkeypatch: pytest.MonkeyPatch, how: Recompute) -> None:
     runs, forward = [0], attention.FORWARD["reference"]

@@ -15,7 +15,7 @@ from retool.model.config import ModelConfig
 from retool.model.decoder import Recompute
 from retool.parallel.fsdp import Layout, local_pieces
 from retool.parallel.mesh import make_mesh
-from retool.parallel.ulysses import HeadPlan
+from retool.parallel.ulysses import HeadPlan, _expand, split_heads
 from tests.ranks import run_ranks
 
 HEADS = [(14, 2), (9, 3), (8, 4), (6, 6)]
@@ -150,6 +150,22 @@ def test_kv_heads_travel_no_further_than_needed() -> None:
     assert plan.expansion == (0, 0, 1, 1, 1), "2 and 3 query heads on two kv heads: no uniform group"
     assert HeadPlan(3, 0, 14, 2, 8).expansion is None
     assert HeadPlan(2, 1, 14, 2, 8).kv_ranges[1] == range(1, 2)
+
+
+def test_gradients_of_kv_copies_are_added_in_fp32() -> None:
+    """Of a kv head that 3 ranks read, and of one that 9 query heads of a rank expand: rounded to bf16 once, or not at all."""
+    generator, plan = torch.Generator().manual_seed(0), HeadPlan(sp=3, rank=0, heads=9, kv_heads=1, head_dim=8)
+    q, k, v = (torch.randn(40, n, 8, generator=generator, requires_grad=True) for n in (9, 1, 1))
+    send = split_heads(q, k, v, plan, torch.bfloat16)
+    there = torch.randn(send.shape, generator=generator).bfloat16()
+    send.backward(there)
+    assert k.grad is not None and torch.equal(k.grad[:, 0], there.view(3, 40, 5, 8)[:, :, 3].float().sum(0))
+    shared = torch.randn(40, 2, 8, generator=generator).bfloat16().requires_grad_()
+    back = torch.randn(40, 10, 8, generator=generator).bfloat16()
+    _expand(shared, (0,) * 9 + (1,)).backward(back)
+    assert shared.grad is not None
+    whole = torch.stack([back[:, :9].double().sum(1), back[:, 9].double()], 1)
+    torch.testing.assert_close(shared.grad.double(), whole, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=lambda h: f"{h[0]}/{h[1]}")
