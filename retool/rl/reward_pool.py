@@ -17,6 +17,7 @@ import signal
 import struct
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import BrokenExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from retool.rl.types import FAILURE, Trajectory
 
 KEPT = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
 KEPT_PREFIXES = ("LC_", "PYTHON", "OMP_", "MKL_")
+LOOK = 5.0  # seconds between looks whether the pool still is: one that broke answers nothing
 PRELOADED = ["retool.rl.rewards", "math_verify"]
 _function: RewardFunction | None = None  # a worker's own
 
@@ -49,12 +51,22 @@ class RewardPool:
 
     def __init__(self, source: RewardSource, workers: int = 2, timeout: float = 2.0, memory_mb: int = 2048, floor: float = -1.0) -> None:
         source.load()  # a file that isn't there, or doesn't import, is told here and now
-        self.timeout, self.floor = timeout, floor
+        self.timeout, self.floor, self._workers, self._arguments = timeout, floor, workers, (source, memory_mb)
+        self._pool = self._open()
+
+    def _open(self) -> ProcessPool:
         context = multiprocessing.get_context("forkserver")
         with _clean_environment():
             context.set_forkserver_preload(PRELOADED)
             forkserver.ensure_running()
-            self._pool = ProcessPool(workers, initializer=_start_worker, initargs=(source, memory_mb), context=context)  # pyright: ignore[reportArgumentType]
+            return ProcessPool(self._workers, initializer=_start_worker, initargs=self._arguments, context=context)  # pyright: ignore[reportArgumentType]
+
+    def _sound(self) -> ProcessPool:
+        """The pool, or a new one where it broke: the server of its processes was killed, for want of memory say."""
+        if not self._pool.active:
+            self.close()
+            self._pool = self._open()
+        return self._pool
 
     async def judge(self, trajectory: Trajectory) -> Judged:
         """The score of a finished trajectory; `floor` where the function raises, returns no finite number, or takes too long."""
@@ -64,13 +76,22 @@ class RewardPool:
             "stop_reason": trajectory.stop.value,
         }  # fmt: skip
         args = (prompt.data_source, trajectory.assistant_text, prompt.ground_truth, extra)
+        pool = self._sound()
+        work = asyncio.wrap_future(pool.schedule(_work, args=args, timeout=self.timeout))
         try:
-            found = await asyncio.wrap_future(self._pool.schedule(_work, args=args, timeout=self.timeout))
+            while not work.done():
+                await asyncio.wait([work], timeout=LOOK)
+                if not (work.done() or pool.active):
+                    return self._failed("killed", "the processes that judge are gone")
+        finally:
+            work.cancel()
+        try:
+            found = work.result()
         except (FutureTimeout, asyncio.TimeoutError):
             return self._failed("timeout", f"no score within {self.timeout:g} s")
-        except ProcessExpired as error:
+        except (ProcessExpired, BrokenExecutor) as error:
             return self._failed("killed", str(error))
-        except Exception as error:  # the pool's own: what can't be sent
+        except (Exception, asyncio.CancelledError) as error:  # the pool's own: what can't be sent, or a pool that breaks
             return self._failed("exception", f"{type(error).__name__}: {error}")
         return self._failed("exception", found) if isinstance(found, str) else Judged(*found)
 

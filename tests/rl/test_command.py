@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -56,12 +57,20 @@ def test_it_learns_what_is_rewarded(work, tmp_path) -> None:
     assert validations[1]["val-aux/shop/score/mean@2"] > validations[0]["val-aux/shop/score/mean@2"]
 
 
-NAMES = """actor/pg_loss actor/pg_clipfrac actor/pg_clipfrac_lower actor/ppo_kl actor/entropy actor/grad_norm actor/lr
-critic/score/mean critic/rewards/max critic/advantages/min critic/returns/mean response_length/mean response_length/clip_ratio
-prompt_length/mean num_turns/max tool/calls tool/errors tool/timeouts tool/latency stop/eos stop/no_call stop/max_turns stop/length
-stop/tool_error stop/aborted timing_s/gen timing_s/tools timing_s/reward timing_s/old_log_prob timing_s/adv timing_s/update_actor
-timing_s/sync_weights timing_s/step timing_s/testing timing_s/save_checkpoint perf/throughput perf/rollout_tokens_per_second
-perf/max_memory_allocated_gb training/rollout_logp_diff_mean training/rollout_probs_diff_max training/rollout_actor_kl_k3""".split()
+NAMES = """actor/{pg_loss,pg_clipfrac,pg_clipfrac_lower,ppo_kl,entropy,grad_norm,lr} critic/{score,rewards,advantages,returns}/{mean,max,min}
+{response_length,prompt_length}/{mean,max,min,clip_ratio} num_turns/{mean,max,min} tool/{calls,errors,timeouts,latency}
+stop/{eos,no_call,max_turns,length,tool_error,aborted} reward/{exceptions,timeouts,killed}
+timing_s/{gen,tools,reward,old_log_prob,adv,update_actor,sync_weights,step,testing,save_checkpoint}
+perf/{throughput,rollout_tokens_per_second,max_memory_allocated_gb} training/rollout_{logp,probs}_diff_{mean,max,std}
+training/rollout_actor_kl_k3""".split()  # and actor/kl_loss, timing_s/ref, filter/* and perf/mfu where there is such a thing
+
+
+def spelt_out(names: list[str]) -> set[str]:
+    """Names with each of the alternatives in their braces."""
+    found = set()
+    for parts in (re.split(r"\{(.*?)\}", name) for name in names):
+        found |= {"".join(chosen) for chosen in itertools.product(*(part.split(",") if i % 2 else [part] for i, part in enumerate(parts)))}
+    return found
 
 
 def test_the_published_command_on_two_ranks(work, tmp_path, repository) -> None:
@@ -80,7 +89,11 @@ def test_the_published_command_on_two_ranks(work, tmp_path, repository) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "rollout.name=vllm means native here" in done.stdout and "1 engine(s) of 2" in done.stdout
     (entry,) = steps(out)
-    assert set(NAMES) <= set(entry), set(NAMES) - set(entry)
+    names = spelt_out(NAMES)
+    assert len(names) > 60 and names <= set(entry), names - set(entry)
+    (validation,) = [e for e in read_jsonl(out / "metrics.jsonl") if e["step"] == 0 and "val-core/shop/acc/mean@2" in e]
+    wanted = ["val-core/shop/acc/{mean@2,best@2/mean,maj@2/mean}", "val-aux/shop/num_turns/{min,max,mean}", "val-aux/shop/acc/{std@2,worst@2/mean,best@2/std}"]
+    assert spelt_out(wanted) <= set(validation)
     assert entry["stop/length"] + entry["stop/no_call"] + entry["stop/max_turns"] == 8
     actor = out / "global_step_1" / "actor"
     files = {f"{kind}_world_size_2_rank_{r}.pt" for kind in ("model", "optim", "extra_state") for r in (0, 1)}
@@ -146,7 +159,7 @@ def test_everything_at_once(work, tmp_path) -> None:
     ]  # fmt: skip
     assert main(words(work, tmp_path / "run", *more)) == 0
     first, second = steps(tmp_path / "run")
-    assert first["actor/kl_loss"] >= 0 and second["actor/kl_loss"] > 0 and first["actor/reward_kl_penalty"] == pytest.approx(0, abs=1e-5)
+    assert first["timing_s/ref"] > 0 and first["actor/kl_loss"] >= 0 and second["actor/kl_loss"] > 0 and first["actor/reward_kl_penalty"] == pytest.approx(0, abs=1e-5)
     assert second["actor/reward_kl_penalty_coeff"] < first["actor/reward_kl_penalty_coeff"] == 0.001
     assert first["critic/rewards/mean"] < first["critic/score/mean"] and 0 < first["rollout_correction/mean"] < 1
 
@@ -158,6 +171,30 @@ def test_the_gap_is_measured_where_the_samplers_log_probabilities_are_the_old_on
     (entry,) = steps(tmp_path / "run")
     assert 0 < entry["training/rollout_logp_diff_mean"] < 1e-5 and entry["actor/entropy"] > 1
     assert entry["timing_s/old_log_prob"] == 0 < entry["timing_s/gen"]
+
+
+@pytest.mark.slow
+def test_killed_in_mid_step_two_ranks_go_on_as_if_nothing_had_been(work, tmp_path) -> None:
+    """kill -9 of launcher and workers, three times, at any moment of a step; with groups kept from step to step."""
+    common = [*FILTER, "trainer.total_training_steps=5", "trainer.save_freq=1", f"{ARR}actor.ppo_mini_batch_size=2"]
+    subprocess.run([*TORCHRUN, *words(work, tmp_path / "whole", *common)], check=True, capture_output=True, timeout=170)
+    out = tmp_path / "killed"
+    for done in (1, 2, 3):
+        process = subprocess.Popen([*TORCHRUN, *words(work, out, *common)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 150
+        while not (out / "metrics.jsonl").exists() or len(steps(out)) < done:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.07 * done)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, workers)):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        assert len(workers) == 2
+        time.sleep(2)
+    subprocess.run([*TORCHRUN, *words(work, out, *common)], check=True, capture_output=True, timeout=170)
+    told = [[{k: v for k, v in entry.items() if not k.startswith(("timing_s", "perf/", "time", "eta"))} for entry in steps(tmp_path / name)] for name in ("whole", "killed")]
+    assert told[0] == told[1] and any(entry["filter/groups_reused"] for entry in told[0])
 
 
 @pytest.mark.slow

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,19 @@ def test_what_a_reward_function_raises_is_its_own_failure_with_the_reason() -> N
     own, printed, fork, again, fine = judged[4:]
     assert own.info == {"pred": "seven", "acc": "yes", "long": "y" * 10_000} and type(own.info["pred"]) is str
     assert (printed.score, fine.score) == (0.125, 0.5) and fork.score == again.score, "a forked child goes on as a second worker"
+
+
+@pytest.mark.slow
+def test_a_pool_whose_server_was_killed_answers_what_it_had_and_goes_on() -> None:
+    async def run(pool):
+        flying = [asyncio.create_task(pool.judge(make_trajectory(make_prompt(truth="4"), text="hang"))) for _ in range(3)]
+        await asyncio.sleep(0.5)
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+        return await asyncio.wait_for(asyncio.gather(*flying), 60)
+
+    with RewardPool(RewardSource("compute_score", HERE), workers=1, timeout=2.0) as pool:
+        assert all(judged.failure in ("killed", "timeout") for judged in asyncio.run(run(pool)))
+        assert [judged.failure for judged in judge_all(pool, ["4", "die", "4"])] == [None, "killed", None]
 
 
 def test_a_tower_of_powers_is_stopped() -> None:
