@@ -21,6 +21,7 @@ def main(words: list[str]) -> int:
     checking = "--check" in words
     from retool.rl.preflight import preflight
     from retool.rl.show import in_words
+    from retool.rl.tools import close_tools
     from retool.start import start
 
     report = preflight(read(RLConfig, [w for w in words if w != "--check"], SYNONYMS), planning=checking)
@@ -30,12 +31,7 @@ def main(words: list[str]) -> int:
 
         train(report)
 
-    return start(report, lambda: in_words(report), run, checking, lambda: asyncio.run(_close(report.tools)))
-
-
-async def _close(tools: object) -> None:
-    for tool in tools:  # pyright: ignore[reportGeneralTypeIssues]
-        await tool.close()
+    return start(report, lambda: in_words(report), run, checking, lambda: asyncio.run(close_tools(report.tools)))
 
 
 if __name__ == "__main__":

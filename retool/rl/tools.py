@@ -5,11 +5,13 @@ The file has the form that existing recipes use; class names of theirs are accep
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import importlib
 import inspect
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -25,6 +27,7 @@ INTERPRETERS = (
     "recipe.retool.retool.CustomSandboxFusionTool",
 )
 STDERR_LINES = 12
+CLOSING = 30.0  # seconds that a tool has to close
 
 SCHEMA: dict[str, Any] = {
     "type": "function",
@@ -182,6 +185,15 @@ def load_tools(path: str | Path | None) -> list[Tool]:
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: tool names must differ, got {names}.")
     return tools
+
+
+async def close_tools(tools: Iterable[Tool]) -> None:
+    """Let every tool go. One that raises, or takes longer than `CLOSING`, is told of and left to itself: the run's work is done."""
+    for tool in tools:
+        try:
+            await asyncio.wait_for(tool.close(), CLOSING)
+        except Exception as error:  # whatever a user's tool raises
+            warnings.warn(f"the tool {tool.name} did not close: {type(error).__name__}: {error}", stacklevel=1)
 
 
 def _load(entry: Any, where: str) -> Tool:

@@ -38,6 +38,7 @@ from retool.rl.preflight import Report
 from retool.rl.report import write_training, write_validation
 from retool.rl.rollout import RolloutTimes, Sampling, roll_out
 from retool.rl.state import TrainState, adapted_kl_coef, regroup
+from retool.rl.tools import close_tools
 from retool.rl.types import FAILURE, Group, Prompt, Scored
 from retool.rl.validate import validation_metrics
 from retool.run import say, say_ended, seed_everything
@@ -320,8 +321,7 @@ def finish(run: Run, state: TrainState) -> None:
     run.loggers.close()
     if run.pool is not None:
         run.pool.close()
-    for tool in run.report.tools:
-        run.loop.run_until_complete(tool.close())
+    run.loop.run_until_complete(close_tools(run.report.tools))
     run.loop.close()
     if state.step:
         require_saved(run, state)

@@ -19,6 +19,7 @@ import torch
 from retool.metrics import read_jsonl
 from retool.rl import train
 from retool.rl.__main__ import main
+from retool.rl.engine import engine
 from tests.rl.test_config import PUBLISHED
 
 REWARDS = Path(__file__).with_name("reward_functions.py")
@@ -250,6 +251,25 @@ def test_check_plans_the_memory_of_another_box(work, tmp_path, capsys) -> None:
     assert main([*words(work, tmp_path / "run", *box, f"{ARR}rollout.gpu_memory_utilization=1e-7"), "--check"]) == 0
     said = capsys.readouterr().out
     assert "the engine's cache may have no room for a sequence of 412 tokens" in said, said
+
+
+def test_a_reward_function_that_always_raises_is_counted_and_told_with_its_reason(work, tmp_path, recwarn) -> None:
+    more = ["custom_reward_function.name=raises", f"data.val_files={work}/val.jsonl", "trainer.total_training_steps=1", "reward_model.floor=-3"]
+    assert main(words(work, tmp_path / "run", *more)) == 0
+    (entry,) = steps(tmp_path / "run")
+    assert (entry["reward/exceptions"], entry["critic/score/min"], entry["critic/score/max"]) == (16, -3, -3)
+    assert any("gave no score (LookupError: no judge today)" in str(warning.message) for warning in recwarn)
+    validation = next(e for e in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "val-core/shop/acc/mean@1" in e)
+    assert validation["val-core/shop/acc/mean@1"] == 0 and validation["val-aux/reward/exceptions"] == 3
+    assert "no judge today" in (tmp_path / "run" / "report" / "train_000001.jsonl").read_text()
+
+
+def test_prompts_that_the_cache_can_not_hold_are_aborted_counted_and_trained_without(work, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "CPU_KV_BYTES", 3 * 4096)  # two pages of 16 tokens, fewer than most prompts have
+    assert main(words(work, tmp_path / "run", "trainer.total_training_steps=2", f"data.val_files={work}/val.jsonl")) == 0
+    for entry in steps(tmp_path / "run"):
+        assert entry["stop/aborted"] >= 8 and entry["stop/aborted"] + entry["stop/length"] + entry["stop/no_call"] == 16
+        assert entry["response_length/min"] == 0 and entry["actor/grad_norm"] >= 0 and entry["actor/skipped_updates"] == 0
 
 
 @pytest.mark.parametrize("limit", [None, -1.0])

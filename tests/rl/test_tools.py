@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from retool.rl import tools
 from retool.rl.sandbox import Result
 from retool.rl.tools import INTERPRETERS, SCHEMA, CodeInterpreter, InterpreterConfig, Tool, ToolResult, load_tools, result_text
 
@@ -101,6 +102,21 @@ class Echo:
 def test_a_tool_of_ones_own(tmp_path: Path) -> None:
     (tool,) = load_tools(write(tmp_path, f"tools:\n  - class_name: {__name__}.Echo\n    config: {{end: '!'}}\n    tool_schema: {{a: 1}}\n"))
     assert call_and_close(tool, {"text": "hi"})[0].text == "hi!"
+
+
+class Clingy(Echo):
+    async def close(self) -> None:
+        if self.config["end"] == "raise":
+            raise KeyError("gone")
+        await asyncio.sleep(self.config["end"])
+
+
+def test_tools_that_do_not_close_are_told_of_and_the_others_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "CLOSING", 0.05)
+    closed: list[Tool] = [Clingy({"end": end}, {}) for end in ("raise", 60, 0)]
+    with pytest.warns(UserWarning) as told:
+        asyncio.run(tools.close_tools(closed))
+    assert [str(w.message) for w in told] == ["the tool echo did not close: KeyError: 'gone'", "the tool echo did not close: TimeoutError: "]
 
 
 class NoSchema:
