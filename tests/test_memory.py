@@ -9,14 +9,31 @@ import pytest
 import torch
 
 from retool.batch import PackedBatch, Sample, pack
-from retool.memory import DTYPE_BYTES, LADDER, Recompute, Setting, block_bytes, choose, ladder, layer_bytes, plan_layout, predict
+from retool.memory import (
+    DTYPE_BYTES,
+    HIDDEN,
+    LADDER,
+    OUTSIDE,
+    SLACK,
+    Recompute,
+    Setting,
+    block_bytes,
+    choose,
+    ladder,
+    layer_bytes,
+    plan_layout,
+    predict,
+)
 from retool.model import offload
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig, parse_model_config
 from retool.model.decoder import Decoder
 from retool.model.logprobs import LOGIT_BYTES
+from retool.model.rope import inverse_frequencies, rope_tables
+from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
+from tests.parallel.test_sharded_memory import Live
 from tests.ranks import run_ranks
 
 SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
@@ -59,6 +76,67 @@ def test_state_and_buffers_are_exact(world: int, reshard: bool, compute: str, ke
     setting = Setting(shards=world, compute=compute, reshard=reshard, keep_copy=keep)
     predicted = predict(model(tie_word_embeddings=True), setting, 0, "none")
     assert predicted.state == taken + 2 * 4 * owned  # the two moments are the optimizer's
+
+
+def holding(reduce: torch.dtype) -> int:
+    """What a decoder takes that has held a backward's gradients."""
+    sharded = build_decoder(model(), make_mesh(), ModelOptions(param_dtype=torch.float32, reduce_dtype=reduce))
+    with sharded.no_sync():
+        sharded(document(8), lambda hidden, weight: hidden.sum()).backward()
+    return sharded.planned_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
+def test_held_gradients_are_exact(dtype: torch.dtype, name: str) -> None:
+    setting = Setting(shards=2, compute="fp32", reduce=name, hold=True)
+    moments = 2 * 4 * plan_layout(model(), 2).shard_numel
+    assert run_ranks(holding, 2, dtype) == [predict(model(), setting, 0, "none").state - moments] * 2
+
+
+@pytest.mark.parametrize(("master", "moments"), [(True, True), (True, False), (False, True)])
+def test_what_visits_the_device_in_an_update_is_exact(monkeypatch: pytest.MonkeyPatch, master: bool, moments: bool) -> None:
+    """On the CPU, where what is away is ordinary memory: all that the update makes are the visitors and the step counts."""
+    for module in ("retool.memory", "retool.optim"):
+        monkeypatch.setattr(f"{module}.VISITING", 1000)
+    monkeypatch.setattr("retool.memory.NORM_CHUNK", 0)
+    with Live() as live:
+        sharded = build_decoder(model(), make_mesh(), ModelOptions(param_dtype=torch.bfloat16))
+        optimizer = AdamW(sharded, AdamWOptions())
+        optimizer.offload_master, optimizer.offload_moments = master, moments
+        before = live.peak = live.bytes()
+        optimizer._offloaded_update(1e-3, torch.ones(()), torch.zeros(()))
+    predicted = predict(model(), Setting(param_offload=master, optimizer_offload=moments), 0, "none")
+    assert 0 <= live.peak - before - (predicted.optimizer - predicted.state) < 100
+    assert predict(model(), Setting(), 0, "none").optimizer == predict(model(), Setting(), 0, "none").state, "nothing visits"
+
+
+def test_what_a_save_and_a_tied_matrix_take() -> None:
+    """A save puts the largest unit together in the master's dtype; a tied matrix's first gradient waits through the blocks' backwards."""
+    config, setting = model(), Setting(shards=2)
+    prediction = predict(config, setting, 64, "full")
+    largest = max(u.numel for u in plan_layout(config, 2).units)
+    assert prediction.save - prediction.state == 4 * largest
+    assert predict(config, Setting(), 0, "full").save == predict(config, Setting(), 0, "full").state, "one process has it"
+    tokens = 1 << 14  # of which a block's backward takes more than the head
+    untied, tied = (predict(model(tie_word_embeddings=t), setting, tokens, "full") for t in (False, True))
+    gradient = 131 * 48 * 2
+    assert tied.forward_backward - tied.state - (untied.forward_backward - untied.state) == gradient
+
+
+def test_rope_tables_are_kept_too() -> None:
+    config, tokens = model(), 640
+    tables = rope_tables(torch.arange(tokens), inverse_frequencies(config, torch.device("cpu")))
+    blocks = tokens * config.layers * layer_bytes(config, 1, 2, "full")
+    assert predict(config, Setting(), tokens, "full").activations == blocks + sum(t.nbytes for t in tables)
+
+
+def test_gradients_are_held_where_their_reduction_would_show() -> None:
+    config = model(**QWEN)
+    held = {n: choose(config, Setting(shards=2), n, n, None, 80).hold for n in (1, HIDDEN, HIDDEN + 1)}
+    assert held == {1: True, HIDDEN: True, HIDDEN + 1: False}
+    assert not choose(config, Setting(), 1, 1, None, 80).hold, "one process has nothing to reduce"
+    full = predict(config, Setting(shards=2), 1024, "none").peak * SLACK + OUTSIDE
+    assert choose(config, Setting(shards=2), 1024, 1024, "none", full / GIB + 0.01).hold is False, "no room for a copy of all gradients"
 
 
 def document(tokens: int) -> PackedBatch:

@@ -89,6 +89,8 @@ class TestSteps:
                 assert batch.trained_tokens == whole.trained_tokens == sum(pack.trained_tokens for pack in packs)
             assert sum(float(pack.weights.sum()) for pack in packs) == whole.trained_tokens
             assert all(len(pack.tokens) % sp == 0 for pack in packs)
+            lengths = [[n for n in pack.seqlens if n >= sp] for pack in packs]  # without the tail
+            assert all(several == sorted(several) for several in lengths), "attention has the short ones side by side"
 
     def test_epochs_cover_everything_but_the_incomplete_batch(self, memory):
         assert steps_per_epoch(53, 16) == 3

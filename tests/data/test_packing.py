@@ -48,6 +48,17 @@ def test_dp_need_not_divide_the_batch():
 def test_a_longer_sample_is_alone():
     plan = check([50, 5000, 60, 70], 2, 1, budget=200)
     assert [1] in [members for rank in plan for members in rank]
+    assert len(check([1000, 5], 1, 1, budget=10)[0]) == 2, "and takes no room of the others"
+
+
+def test_a_tight_filling_is_found():
+    """The dearest first into the cheapest would need a third micro-batch: 7, 5 + 4, 4 on 7, and no room for the last."""
+    assert [sorted(members) for members in check([7, 5, 4, 4, 4], 1, 1, budget=12)[0]] in ([[0, 1], [2, 3, 4]], [[2, 3, 4], [0, 1]])
+
+
+def test_the_dearest_of_a_round_goes_where_least_was_to_do():
+    plan = check([9, 5, 4, 3], 2, 1, size=1)
+    assert plan == [[[0], [3]], [[1], [2]]]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -290,6 +290,15 @@ def test_parameter_in_no_unit_is_named() -> None:
         shard(net, units_of(net)[1:], make_mesh())
 
 
+def test_parameters_start_where_the_compiler_needs_no_copy() -> None:
+    """On 256 bytes in bf16, in the unit and, for its first, in every rank's shard."""
+    net = Root()
+    sharded = shard(net, units_of(net), make_mesh())
+    assert all(p.storage_offset() * p.element_size() % 256 == 0 for p in net.parameters())
+    for unit in sharded.layout.reshard(3).units:
+        assert unit.start % 128 == unit.shard_numel % 128 == 0 and unit.numel == 3 * unit.shard_numel
+
+
 def test_buffers_alternate_and_neighbours_never_share() -> None:
     blocks = assign_buffers([100, 10, 10, 10, 10, 90], [False] * 6)
     assert blocks[0] == blocks[5] and len(set(blocks[1:5])) == 2
