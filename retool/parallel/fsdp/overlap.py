@@ -8,10 +8,11 @@ One stream gathers, one reduces. On the CPU gloo's own threads do the transfer a
 
 [Note: buffers and events] Units take turns in a few buffers made once (`assign_buffers`), so that no allocation is ever
 freed across streams. Three orders must hold, each by an event:
-  * a gather into a buffer starts after the compute stream's last use by the unit that held it   (`Buffer.free`)
+  * a gather into a buffer starts after the compute stream's last use by the unit that held it   (`Buffer.free`; where the end of that
+    use wasn't seen, `Buffer.in_use`, after all that is enqueued)
   * compute starts after the gather has ended                                                     (`Pending.wait`)
   * a gradient buffer is written again only after its reduction has read it                       (`Pending.wait`)
-The host never waits on CUDA.
+The host never waits on CUDA. `tests/parallel/test_streams.py` checks them without a GPU.
 """
 
 from __future__ import annotations
