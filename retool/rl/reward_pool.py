@@ -13,15 +13,19 @@ import importlib
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import struct
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
@@ -34,6 +38,7 @@ KEPT_PREFIXES = ("LC_", "PYTHON", "OMP_", "MKL_")
 LOOK = 5.0  # seconds between looks whether the pool still is: one that broke answers nothing
 PRELOADED = ["retool.rl.rewards", "math_verify"]
 _function: RewardFunction | None = None  # a worker's own
+_longest = 0  # seconds after which it ends itself, in case nobody is left who would
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class RewardPool:
 
     def __init__(self, source: RewardSource, workers: int = 2, timeout: float = 2.0, memory_mb: int = 2048, floor: float = -1.0) -> None:
         source.load()  # a file that isn't there, or doesn't import, is told here and now
-        self.timeout, self.floor, self._workers, self._arguments = timeout, floor, workers, (source, memory_mb)
+        self._leaders = Path(tempfile.mkdtemp(prefix="retool-judges-"))
+        self.timeout, self.floor, self._workers, self._arguments = timeout, floor, workers, (source, memory_mb, timeout, self._leaders)
         self._pool = self._open()
 
     def _open(self) -> ProcessPool:
@@ -64,7 +70,7 @@ class RewardPool:
     def _sound(self) -> ProcessPool:
         """The pool, or a new one where it broke: the server of its processes was killed, for want of memory say."""
         if not self._pool.active:
-            self.close()
+            self._stop()
             self._pool = self._open()
         return self._pool
 
@@ -96,12 +102,32 @@ class RewardPool:
         return self._failed("exception", found) if isinstance(found, str) else Judged(*found)
 
     def _failed(self, failure: str, reason: str) -> Judged:
+        self._sweep()
         return Judged(self.floor, {FAILURE: reason}, failure, reason)
 
     def close(self) -> None:
-        """Stop the workers, whatever they are doing."""
+        """Stop the workers, whatever they are doing, and what they have started."""
+        self._stop()
+        shutil.rmtree(self._leaders, ignore_errors=True)
+
+    def _stop(self) -> None:
         self._pool.stop()
         self._pool.join()
+        deadline = time.monotonic() + 2.0
+        while self._sweep() and time.monotonic() < deadline:  # a process that ended is there until its parent has noticed
+            time.sleep(0.02)
+
+    def _sweep(self) -> bool:
+        """Kill what workers that are gone have left running; whether there are workers still. Each leads a process group, and has a
+        file with its number as name."""
+        for file in self._leaders.iterdir():
+            try:
+                os.kill(int(file.name), 0)
+            except ProcessLookupError:
+                with suppress(ProcessLookupError):
+                    os.killpg(int(file.name), signal.SIGKILL)
+                file.unlink(missing_ok=True)
+        return any(self._leaders.iterdir())
 
     def __enter__(self) -> RewardPool:
         return self
@@ -115,18 +141,23 @@ def _work(data_source: str, solution: str, truth: str, extra: Mapping[str, Any])
     SystemExit or CancelledError would be taken for the parent's own."""
     assert _function is not None, "the worker has no reward function"
     worker = os.getpid()
+    signal.alarm(_longest)
     try:
         return judge(_function, data_source, solution, truth, extra)
     except BaseException as error:
         return f"{type(error).__name__}: {error}"[:LONGEST]
     finally:
+        signal.alarm(0)
         if os.getpid() != worker:  # the function forked, and this is the child: it must not go on as a second worker
             os._exit(0)
 
 
-def _start_worker(source: RewardSource, memory_mb: int) -> None:
+def _start_worker(source: RewardSource, memory_mb: int, timeout: float, leaders: Path) -> None:
     """In the worker: forget the environment, load the function, then shut the doors."""
-    global _function
+    global _function, _longest
+    _longest = int(timeout) + 60
+    (leaders / str(os.getpid())).touch()
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     for name in [name for name in os.environ if not _harmless(name)]:
         del os.environ[name]

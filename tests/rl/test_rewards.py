@@ -144,6 +144,15 @@ def test_what_a_reward_function_raises_is_its_own_failure_with_the_reason() -> N
     assert (printed.score, fine.score) == (0.125, 0.5) and fork.score == again.score, "a forked child goes on as a second worker"
 
 
+def test_what_a_killed_worker_had_started_ends_with_it() -> None:
+    def running():
+        return [p for p in Path("/proc").glob("[0-9]*") if (p / "cmdline").exists() and b"sleep\x00777" in (p / "cmdline").read_bytes()]
+
+    with RewardPool(RewardSource("compute_score", HERE), workers=1, timeout=0.5) as pool:
+        assert judge_all(pool, ["start", "start"])[1].failure == "timeout"
+    assert not running()
+
+
 @pytest.mark.slow
 def test_a_pool_whose_server_was_killed_answers_what_it_had_and_goes_on() -> None:
     async def run(pool):
