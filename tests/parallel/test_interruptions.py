@@ -210,7 +210,14 @@ def integers() -> Sharded:
     return shard(net, units_of(net), make_mesh())
 
 
+def sharded_already() -> Sharded:
+    net = Net()
+    shard(net, units_of(net), make_mesh())
+    return shard(net, [("all", [net])], make_mesh())
+
+
 REFUSED = {
+    sharded_already: r"blocks\.0\.linear\.weight is of a module that was sharded already: shard it once, with all its units",
     shared: r"blocks\.0\.linear\.weight of unit 'blocks\.0' is used by unit 'blocks\.3' too.*put all modules that share it in one unit",
     shared_outside: r"embed\.weight of unit 'embed' is used by module 'head', which is in no unit too",
     container: r"unit 'blocks': 'blocks' is a ModuleList, which is never called itself.*give the modules in it",

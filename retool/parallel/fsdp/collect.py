@@ -71,6 +71,8 @@ def _own(module: nn.Module, roots: set[int]) -> Iterator[nn.Module]:
 def _slot(name: str, parameter: nn.Parameter, members: Members) -> SlotSpec:
     if not parameter.is_floating_point():
         raise ValueError(f"parameter {name} is {parameter.dtype}, and only floating-point parameters are sharded: make it a buffer.")
+    if hasattr(parameter, "gathered"):
+        raise ValueError(f"parameter {name} is of a module that was sharded already: shard it once, with all its units.")
     shape = tuple(parameter.shape)
     return name, shape, members.get(name, [(name, shape)]), parameter.requires_grad
 

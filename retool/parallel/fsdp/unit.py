@@ -29,6 +29,8 @@ class Unit:
         self.announced = False  # its weights were gathered for a backward since its last forward
         flat = weights.data.data
         self.parameters = [nn.Parameter(flat[s.offset : s.offset + s.numel].view(s.shape), requires_grad=s.trainable) for s in layout.slots]
+        for parameter in self.parameters:
+            parameter.gathered = True  # type: ignore[attr-defined]  # not to be sharded once more: it's only a view
 
     def start_gather(self) -> None:
         """Begin to fill the buffer, unless it holds this unit already, or another that is in use."""
