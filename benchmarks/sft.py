@@ -118,12 +118,16 @@ def random_weights(model: Sharded) -> None:
     model.refresh()
 
 
-def measure(row: Row, config: ModelConfig, mesh: Mesh, scale: int, compiled: Any, profile: Path | None = None) -> dict[str, Any]:
-    """Train `row.steps` steps; seconds of the counted ones, tokens and FLOPs of a mean step, peak memory.
+def measure(
+    row: Row, config: ModelConfig, mesh: Mesh, scale: int, compiled: Any, reshard: bool = True, profile: Path | None = None
+) -> dict[str, Any]:
+    """Train `row.steps` steps; seconds of the counted ones, tokens and FLOPs of a mean step, peak memory. On the CPU gradients are held
+    until a step's last micro-batch, as a run's plan has it there.
 
     With `profile` one step more is run, and its kernels are written there, by total time.
     """
-    model = build_decoder(config, mesh, ModelOptions(recompute=row.recompute, use_compile=compiled, keep_copy=row.keep_copy))
+    options = ModelOptions(recompute=row.recompute, use_compile=compiled, keep_copy=row.keep_copy, reshard_after_forward=reshard)
+    model, hold = build_decoder(config, mesh, options), mesh.device.type == "cpu"
     random_weights(model)
     optimizer = AdamW(model, AdamWOptions())
     data = Documents(row.workload, row.steps, config.vocab, scale)
@@ -136,7 +140,7 @@ def measure(row: Row, config: ModelConfig, mesh: Mesh, scale: int, compiled: Any
         sp=mesh.sp, micro_batch_size=row.samples, max_tokens_per_gpu=None if row.tokens is None else row.tokens // scale, pad_to=pad_to,
         prefetch=row.steps,
     ):  # fmt: skip
-        measured = train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, 1e-5, timer)
+        measured = train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, 1e-5, timer, hold)
         marks.append(timer.take())
         losses.append(measured)
         tokens.append(batch.real_tokens)
@@ -199,7 +203,7 @@ def repeated(name: str, row: Row, mesh: Mesh, args: argparse.Namespace) -> dict[
     runs = []
     for _ in range(args.repeats):
         scale, compiled = args.scale * (2 if name.startswith("8b") else 1), False if args.no_compile else "auto"
-        runs.append(measure(row, SHAPES[args.shape], mesh, scale, compiled, args.profile))
+        runs.append(measure(row, SHAPES[args.shape], mesh, scale, compiled, not args.no_reshard, args.profile))
         gc.collect()  # a sharded module and its hooks refer to each other
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -214,6 +218,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="divide all lengths by this, for a look on a small machine")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-reshard", action="store_true", help="weights stay gathered after the forward (reshard_after_forward=false)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path, help="write the last row's kernels, by time, to this file")
     args = parser.parse_args()
