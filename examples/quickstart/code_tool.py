@@ -9,7 +9,7 @@ from retool.rl.sandbox import Limits, Sandbox
 from retool.rl.tools import result_text
 
 SECONDS, MEMORY_MB, WORKERS = 5, 512, 2
-LIMITS = Limits(wall_seconds=SECONDS, cpu_seconds=SECONDS, memory_mb=MEMORY_MB, output_kb=1)
+LIMITS = Limits(wall_seconds=SECONDS, cpu_seconds=2 * SECONDS, memory_mb=MEMORY_MB, output_kb=1)
 
 
 @functools.cache
