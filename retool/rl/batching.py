@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retool.batch import PackedBatch, Sample, pack
-from retool.data.packing import plan_step
+from retool.data.packing import QUADRATIC_LENGTH, Plan, plan_step
 from retool.rl.losses import token_weights
 
 
@@ -118,10 +118,14 @@ def mini_batches(groups: Sequence[int], size: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Budget:
-    """How a mini-batch is cut: trajectories per micro-batch, or tokens per GPU."""
+    """How a mini-batch is cut: trajectories per micro-batch, or tokens per GPU; balanced as `plan_step` does with `quadratic_length`."""
 
     max_tokens_per_gpu: int | None
     micro_batch_size: int | None = None
+    quadratic_length: int = QUADRATIC_LENGTH
+
+    def plan(self, lengths: Sequence[int], dp: int, sp: int) -> Plan:
+        return plan_step(lengths, dp, sp, self.micro_batch_size, self.max_tokens_per_gpu, self.quadratic_length)
 
 
 def rank_batches(
@@ -130,7 +134,7 @@ def rank_batches(
     """(this rank's micro-batches of a global mini-batch, its sampled tokens over all ranks): equally many on every rank, work-balanced,
     and normalised over the whole mini-batch whatever the layout."""
     weights = token_weights([row.mask for row in rows], mode, max_response_length)
-    plan = plan_step([len(row) for row in rows], dp, sp, budget.micro_batch_size, budget.max_tokens_per_gpu)
+    plan = budget.plan([len(row) for row in rows], dp, sp)
     made = []
     for members in plan[dp_rank]:
         ordered = sorted(members, key=lambda i: len(rows[i]))

@@ -20,6 +20,7 @@ from retool.model.build import ModelOptions
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
+from retool.perf import quadratic_length
 from retool.preemption import StopRequest
 from retool.rl.agent import AgentOptions
 from retool.rl.batching import Budget
@@ -165,16 +166,19 @@ def loss_spec(config: RLConfig) -> LossSpec:
     )  # fmt: skip
 
 
-def update_budget(config: RLConfig) -> Budget:
-    actor = config.actor_rollout_ref.actor
+def update_budget(report: Report) -> Budget:
+    assert report.model is not None
+    actor, quadratic = report.config.actor_rollout_ref.actor, quadratic_length(report.model)
     if actor.use_dynamic_bsz:
-        return Budget(actor.ppo_max_token_len_per_gpu)
-    return Budget(None, actor.ppo_micro_batch_size_per_gpu)
+        return Budget(actor.ppo_max_token_len_per_gpu, None, quadratic)
+    return Budget(None, actor.ppo_micro_batch_size_per_gpu, quadratic)
 
 
-def logprob_budget(config: RLConfig) -> Budget:
-    wanted = config.actor_rollout_ref
-    return Budget(wanted.ref.log_prob_max_token_len_per_gpu or wanted.actor.ppo_max_token_len_per_gpu)
+def logprob_budget(report: Report) -> Budget:
+    assert report.model is not None
+    wanted = report.config.actor_rollout_ref
+    tokens = wanted.ref.log_prob_max_token_len_per_gpu or wanted.actor.ppo_max_token_len_per_gpu
+    return Budget(tokens, None, quadratic_length(report.model))
 
 
 def resume(report: Report, mesh: Mesh, folder: Path, model: Sharded, optimizer: AdamW) -> TrainState:

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from retool.batch import PackedBatch, Sample, pack
-from retool.data.packing import plan_step
 from retool.model.logprobs import logprobs
 from retool.optim import AdamW
 from retool.parallel.collectives import sum_over
@@ -67,7 +66,7 @@ def policy_logprobs(
     Collective. The work is split over the data-parallel ranks; `entropy` false leaves those arrays zero.
     """
     mesh = model.mesh
-    plan = plan_step([len(sample) for sample in samples], mesh.dp, mesh.sp, budget.micro_batch_size, budget.max_tokens_per_gpu)
+    plan = budget.plan([len(sample) for sample in samples], mesh.dp, mesh.sp)
     mine: dict[int, np.ndarray] = {}
     for members in plan[mesh.dp_rank]:
         whole = pack([samples[i] for i in members], mesh.sp)

@@ -109,7 +109,7 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     members = [member for group in groups for member in group.members]
     made = make_experience(
         groups, state.step, run.model, run.reference, config.algorithm, config.actor_rollout_ref.rollout.temperature,
-        logprob_budget(config), state.kl_coef, times, one_update(config, len(groups)),
+        logprob_budget(run.report), state.kl_coef, times, one_update(config, len(groups)),
     ) if groups else Experience([], [], {})  # fmt: skip
     if groups:
         with timed(times, "update_actor"):
@@ -240,7 +240,7 @@ def update(run: Run, state: TrainState, made: Experience) -> Metrics:
         for chosen in mini_batches(made.groups, actor.ppo_mini_batch_size):
             rows = [made.rows[i] for i in chosen]
             batches, _ = rank_batches(
-                rows, actor.loss_agg_mode, config.data.max_response_length, mesh.dp_rank, mesh.dp, mesh.sp, update_budget(config)
+                rows, actor.loss_agg_mode, config.data.max_response_length, mesh.dp_rank, mesh.dp, mesh.sp, update_budget(run.report)
             )
             optim = actor.optim
             lr = learning_rate(state.updates, total, optim.lr, optim.lr_scheduler, optim.warmup_steps_ratio, optim.min_lr_ratio)

@@ -25,6 +25,13 @@ def row_of(rng, n, prompt=2, ref=False):
     return Row(rng.integers(0, 50, n).astype(np.int32), mask, values[0], values[1], np.abs(values[2]), values[3] if ref else None)
 
 
+@pytest.mark.parametrize(("quadratic_length", "shares"), [(1 << 30, [[10, 30], [20, 20]]), (1, [[10, 20, 20], [30]])])
+def test_work_is_balanced_by_what_attention_costs(quadratic_length, shares) -> None:
+    lengths = [30, 20, 20, 10]
+    plan = Budget(60, quadratic_length=quadratic_length).plan(lengths, dp=2, sp=1)
+    assert sorted(sorted(lengths[i] for batch in rank for i in batch) for rank in plan) == shares
+
+
 def test_everything_stands_where_its_label_does(rng) -> None:
     rows = [row_of(rng, n, ref=True) for n in (7, 3, 5)]
     weights = token_weights([row.mask for row in rows], "token-mean", 10)
