@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from retool.optim import learning_rate
@@ -15,7 +12,6 @@ from retool.parallel.mesh import make_mesh
 from retool.perf import device_peak, mfu, model_flops, peak_memory
 from retool.plan import agree
 from retool.preemption import die_with_parent
-from retool.rl import filter as dynamic
 from retool.rl.batching import mini_batches, rank_batches
 from retool.rl.build import (
     Run,
@@ -23,29 +19,24 @@ from retool.rl.build import (
     fingerprint,
     logprob_budget,
     loss_spec,
-    stream,
     stream_identity,
-    training_sampling,
     update_budget,
     validation_sampling,
 )
+from retool.rl.collect import collect, release, sample, sync
 from retool.rl.config import RLConfig
 from retool.rl.experience import Experience, make_experience, timed
-from retool.rl.memory import ROOM
 from retool.rl.metrics import failure_metrics, length_metrics, score_metrics, timing_metrics, tool_metrics
 from retool.rl.policy import update_step
 from retool.rl.preflight import Report
 from retool.rl.report import write_training, write_validation
-from retool.rl.rollout import RolloutTimes, Sampling, roll_out
-from retool.rl.state import TrainState, adapted_kl_coef, regroup
+from retool.rl.state import TrainState, adapted_kl_coef
 from retool.rl.tools import close_tools
-from retool.rl.types import FAILURE, Group, Prompt, Scored
 from retool.rl.validate import validation_metrics
 from retool.run import say, say_ended, seed_everything
 from retool.saving import require_saved, save_step, say_saved
 
 PARTS = ("sync_weights", "gen", "tools", "reward", "old_log_prob", "adv", "update_actor")  # of every step, whatever it does without
-EMPTY_ROUNDS = 20  # rounds of dynamic sampling in a row without a single group worth training on
 Metrics = dict[str, float]
 
 
@@ -127,104 +118,6 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     if run.mesh.rank == 0 and metrics.get("training/rollout_logp_diff_mean", 0.0) > DISAGREEMENT:
         warnings.warn(DISAGREE, stacklevel=1)  # once a run: the text is always the same
     return {**metrics, **tool_metrics(members), **performance(run, made, times)}
-
-
-# --- sampling ---
-
-
-def collect(run: Run, state: TrainState, times: Metrics) -> tuple[list[Group], list[Group], int, Metrics] | None:
-    """A step's groups, what is kept for the next one, the stream's position after it, and metrics; None when asked to stop."""
-    config, wanted = run.config, run.config.data.train_batch_size
-    wish = config.algorithm.filter_groups
-    sync(run, times)
-    collection, position = dynamic.begin(state.kept, state.step), state.position
-    failures: list[str | None] = []
-    empty = tokens = 0
-    while not dynamic.complete(collection, wanted, wish.max_num_gen_batches) and empty < EMPTY_ROUNDS:
-        count = (config.data.gen_batch_size or wanted) if wish.enable else wanted
-        prompts = stream(run.report, position, count)
-        found = sample(run, prompts, config.actor_rollout_ref.rollout.n, training_sampling(config), state.step, times)
-        if found is None:
-            release(run)
-            return None
-        groups, failed = found
-        tokens += sum(member.trajectory.sampled for group in groups for member in group.members)
-        before = len(collection.groups)
-        collection = dynamic.add(collection, groups, wish.metric if wish.enable else None)
-        empty = 0 if len(collection.groups) > before else empty + 1
-        failures += failed
-        position += count
-    release(run)
-    if empty >= EMPTY_ROUNDS and not collection.groups:
-        raise ValueError(
-            f"algorithm.filter_groups: {empty} rounds of sampling in a row gave no group whose {wish.metric} differs: the questions are "
-            "all too easy or too hard. Use others, a larger rollout.n, or filter_groups.max_num_gen_batches to go on regardless."
-        )
-    groups, kept = dynamic.take(collection, wanted)
-    if len(groups) < wanted:
-        rounds = f"{collection.rounds} rounds of sampling"
-        what = "training on them" if groups else "nothing is trained"
-        say(run.mesh, f"step {state.step + 1}: {len(groups)} of {wanted} groups after {rounds}; {what}.")
-    metrics = {**failure_metrics(failures), "perf/rollout_tokens_per_second": tokens / max(times.get("gen", 0.0), 1e-9)}
-    return groups, kept, position, {**metrics, **(collection.metrics(len(kept)) if wish.enable else {})}
-
-
-def sync(run: Run, times: Metrics) -> None:
-    """Give the engine the present weights. Collective."""
-    with timed(times, "sync_weights"):
-        run.engine.sync(run.model)
-        if run.mesh.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-def release(run: Run) -> None:
-    """Free the engine's memory for the update, where asked for or needed: its graphs are recorded anew after that. Collective."""
-    wanted, choice = run.config.actor_rollout_ref.rollout.free_cache_engine, run.report.choice
-    if run.mesh.device.type != "cuda":
-        return
-    if wanted == "auto":
-        assert choice is not None
-        needed = ROOM * (choice.prediction.forward_backward - choice.prediction.state)
-        device = run.mesh.device
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        wanted = any(gathered(run, torch.cuda.mem_get_info(device)[0] + unused < needed))  # alike on all ranks, as sync is collective
-    if wanted:
-        run.engine.release()
-
-
-def sample(
-    run: Run, prompts: Sequence[Prompt], n: int, sampling: Sampling, step: int, times: Metrics
-) -> tuple[list[Group], list[str | None]] | None:
-    """`n` scored trajectories for each prompt, on every rank, and why reward functions failed. Collective. None when asked to stop."""
-    mine = [(prompt, k) for prompt in prompts[run.engine_rank :: run.engines] for k in range(n)]
-    spent, found = RolloutTimes(), []
-    with timed(times, "gen"):
-        if run.rollout is None:
-            run.engine.follow()
-        else:
-            try:
-                found = run.loop.run_until_complete(roll_out(run.rollout, mine, sampling, step, spent))
-            finally:
-                run.engine.end()
-        everyone = gathered(run, found)
-    for name, seconds in (("tools", spent.tools), ("reward", spent.reward)):
-        times[name] = times.get(name, 0.0) + seconds
-    if any(part is None for part in everyone):
-        return None
-    pairs: list[tuple[Scored, str | None]] = [pair for part in everyone for pair in part or []]
-    reason = next((scored.info.get(FAILURE) for scored, failure in pairs if failure is not None), None)
-    if run.mesh.rank == 0 and reason is not None:
-        warnings.warn(f"the reward function gave no score ({reason}); such an answer gets reward_model.floor.", stacklevel=1)
-    return regroup(prompts, [scored for scored, _ in pairs]), [failure for _, failure in pairs]
-
-
-def gathered(run: Run, mine: Any) -> list[Any]:
-    """Every rank's object, on every rank."""
-    if run.mesh.world_group is None:
-        return [mine]
-    parts: list[Any] = [None] * run.mesh.world
-    dist.all_gather_object(parts, mine, group=run.mesh.world_group)
-    return parts
 
 
 # --- training ---
