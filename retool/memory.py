@@ -41,7 +41,7 @@ from retool.model.logprobs import LOGIT_BYTES
 from retool.model.recompute import token_chunks
 from retool.optim import VISITING
 from retool.parallel.fsdp.layout import Layout, SlotSpec, make_layout
-from retool.parallel.fsdp.overlap import assign_buffers
+from retool.parallel.fsdp.overlap import assign_buffers, rooms
 from retool.parallel.fsdp.wrap import NORM_CHUNK
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan
@@ -166,8 +166,7 @@ def gathered(layout: Layout, reshard: bool) -> int:
     if layout.shards == 1:
         return 0
     sizes = [u.numel for u in layout.units]
-    buffers = assign_buffers(sizes, [not reshard] * len(sizes))
-    return sum(max(n for n, b in zip(sizes, buffers, strict=True) if b == k) for k in range(max(buffers) + 1))
+    return sum(rooms(sizes, assign_buffers(sizes, [not reshard] * len(sizes))))
 
 
 def layer_bytes(config: ModelConfig, sp: int, p: int, recompute: Recompute) -> int:

@@ -208,9 +208,14 @@ def _function_chunks(file: str, rows_function: RowFunction) -> Iterator[Chunk]:
     except (ValueError, OSError):
         raise
     except Exception as error:  # whatever the user's function raises
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"{type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
-        raise ValueError(f"{file} can't be read by your function: {said}.") from error
+        raise ValueError(f"{file} can't be read by your function: {_told(error)}.") from error
+
+
+def _told(error: Exception) -> str:
+    """What code of the user's raised, and where."""
+    at = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
+    said = error.msg if isinstance(error, SyntaxError) else error
+    return f"{type(error).__name__}: {said} ({at.filename}, line {at.lineno})"
 
 
 def load_function(path: str, name: str) -> Callable[..., Any]:
@@ -223,9 +228,7 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
-        at = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
-        said = error.msg if isinstance(error, SyntaxError) else error
-        raise ValueError(f"{path} can't be loaded: {type(error).__name__}: {said} ({at.filename}, line {at.lineno}).") from error
+        raise ValueError(f"{path} can't be loaded: {_told(error)}.") from error
     found = getattr(module, name, None)
     if found is None:
         there = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retool.parallel.fsdp.overlap import recorded
+from retool.parallel.fsdp.overlap import copied, wait_for
 
 PAGE = 16 << 20  # bytes. Pinned memory comes in powers of two; pages of one size fit tensors of any length
 
@@ -86,8 +86,7 @@ class Offload:
 
     def settle(self) -> None:
         """What the compute stream does next comes after the last copy: its tensors can be used, and let go of."""
-        if self.done is not None:
-            torch.cuda.current_stream().wait_event(self.done)
+        wait_for(self.done)
         self.held, self.done = [], None
 
     def copy_in(self, tensors: list[Tensor], pages: list[list[Tensor]]) -> None:
@@ -102,11 +101,11 @@ class Offload:
 
     def _copy(self, pages: list[list[Tensor]], out: bool) -> None:
         """Copy what is held on the copy stream, after what the compute stream has now."""
+        pairs = [
+            (page[: len(part)], part) if out else (part, page[: len(part)])
+            for tensor, several in zip(self.held, pages, strict=True)
+            for part, page in zip(tensor.flatten().view(torch.uint8).split(PAGE), several, strict=True)
+        ]
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            for tensor, several in zip(self.held, pages, strict=True):
-                for part, page in zip(tensor.flatten().view(torch.uint8).split(PAGE), several, strict=True):
-                    host = page[: len(part)]
-                    (host if out else part).copy_(part if out else host, non_blocking=True)
-            self.done = None if self.stream is None else recorded()
+        self.done = copied(self.stream, pairs, None)

@@ -38,8 +38,7 @@ class Pending:
     then: Callable[[], None] | None = None
 
     def wait(self) -> None:
-        if self.event is not None:
-            torch.cuda.current_stream().wait_event(self.event)
+        wait_for(self.event)
         if self.work is not None:
             self.work.wait()
             self.work = None
@@ -73,8 +72,7 @@ class Overlap:
     def gather(self, out: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup, free: torch.cuda.Event | None) -> Pending:
         """Start gathering `shard` of every rank into `out`, once `free` has happened; one of another dtype is cast into its place there."""
         with torch.cuda.stream(self.gather_stream):
-            if self.gather_stream is not None and free is not None:
-                self.gather_stream.wait_event(free)
+            wait_for(free)
             if shard.dtype != out.dtype:
                 shard = out.view(dist.get_world_size(group), -1)[dist.get_rank(group)].copy_(shard)
             if self.gather_stream is None:
@@ -127,6 +125,11 @@ def copied(
 
 def _add(into: torch.Tensor, part: torch.Tensor) -> None:
     into.add_(part)
+
+
+def rooms(sizes: Sequence[int], buffers: Sequence[int]) -> list[int]:
+    """Elements of each buffer: the largest of the units that take turns in it."""
+    return [max(n for n, b in zip(sizes, buffers, strict=True) if b == k) for k in range(max(buffers) + 1)]
 
 
 def assign_buffers(sizes: Sequence[int], own: Sequence[bool]) -> list[int]:

@@ -23,7 +23,7 @@ from retool.parallel.collectives import sum_over
 from retool.parallel.fsdp.collect import Members, Units, check_alike, collect
 from retool.parallel.fsdp.hooks import attach, in_backward
 from retool.parallel.fsdp.layout import Layout, make_layout
-from retool.parallel.fsdp.overlap import Buffer, Overlap, assign_buffers
+from retool.parallel.fsdp.overlap import Buffer, Overlap, assign_buffers, rooms
 from retool.parallel.fsdp.unit import Unit, settle
 from retool.parallel.mesh import Mesh
 
@@ -57,10 +57,8 @@ class Sharded:
         sizes = [u.numel for u in layouts]
         weights_of = assign_buffers(sizes, stay)
         grads_of = assign_buffers(sizes, [False] * len(sizes))
-        room_w = [max(n for n, b in zip(sizes, weights_of, strict=True) if b == k) for k in range(max(weights_of) + 1)]
-        room_g = [max(n for n, b in zip(sizes, grads_of, strict=True) if b == k) for k in range(max(grads_of) + 1)]
-        self.buffers = [] if alone else [Buffer(torch.zeros(n, dtype=param, device=device)) for n in room_w]
-        self.grad_buffers = [Buffer(torch.zeros(n, dtype=reduce, device=device)) for n in room_g if reduced]
+        self.buffers = [] if alone else [Buffer(torch.zeros(n, dtype=param, device=device)) for n in rooms(sizes, weights_of)]
+        self.grad_buffers = [Buffer(torch.zeros(n, dtype=reduce, device=device)) for n in rooms(sizes, grads_of) if reduced]
         self.units: list[Unit] = []
         for i, (layout, part) in enumerate(zip(layouts, shards, strict=True)):
             weights = Buffer(self.compute[part]) if alone else self.buffers[weights_of[i]]
