@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from retool.model.attention_cudnn import CUDNN_LARGEST_HEAD, CUDNN_SHORTEST, cud
 from retool.model.attention_reference import Gradients, Pack, reference_backward, reference_forward
 from retool.model.eager import eager
 
+T = TypeVar("T")
 TRUSTED = 0.03  # largest `kernel_error` of a kernel that is used
 
 
@@ -100,15 +102,24 @@ def kernel_error(backend: str, device: torch.device, dtype: torch.dtype, head_di
         return [out, *BACKWARD[backend](dout.contiguous(), q, k, v, out, lse, pack)]
 
     with torch.no_grad():
-        try:
-            found = computed(backend, heads)
-        except Exception as error:
-            if attention_flash.missing(backend) or backend == "varlen" or isinstance(error, torch.OutOfMemoryError):
-                raise
-            warnings.warn(f"attention backend {backend!r} fails here: {error}", stacklevel=2)
+        compute = partial(computed, backend, heads)
+        last = attention_flash.missing(backend) or backend == "varlen"
+        found = compute() if last else tried(compute, f"attention backend {backend!r} fails here")
+        if found is None:
             return math.inf
         want = computed("reference", heads.float())
         return float(torch.stack([(a.float() - b).norm() / b.norm() for a, b in zip(found, want, strict=True)]).max())
+
+
+def tried(compute: Callable[[], T], failing: str) -> T | None:
+    """What a kernel computes; None, with a warning that begins with `failing`, where it raises. Memory that runs out isn't its fault."""
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a package that was built for something else raises
+        warnings.warn(f"{failing}: {error}", stacklevel=3)
+        return None
 
 
 @lru_cache

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from retool.model.attention import TRUSTED
+from retool.model.attention import TRUSTED, tried
 from retool.rl.engine.kv_cache import KVCache
 
 QUERIES = 512  # of a chunk that torch's attention takes at a time: their mask has as many bytes as they have keys, per query head
@@ -81,12 +81,8 @@ def paged_error(device: torch.device, dtype: torch.dtype, head_dim: int, page_si
     )  # fmt: skip
     exact = KVCache((1, page_size, 1, head_dim), 6, torch.float32, device)
     exact.data.copy_(cache.data)
-    try:
-        found = paged_attention(query, cache, 0, pages, True).float()
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        warnings.warn(f"flash-attn's paged kernels fail here: {error}", stacklevel=2)
+    found = tried(lambda: paged_attention(query, cache, 0, pages, True).float(), "flash-attn's paged kernels fail here")
+    if found is None:
         return math.inf
     want = paged_attention(query.float(), exact, 0, pages, False)
     errors = (found - want).norm(dim=-1) / want.norm(dim=-1)  # each counts alike: those of few keys are much larger numbers
