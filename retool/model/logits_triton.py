@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
-# pyright: reportMissingParameterType=false, reportIndexIssue=false
+# pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """Triton kernels over the rows of a chunk of float32 logits. One program per row; a row's start is a 64-bit offset.
 
 [Note: gradients over logits] The gradient goes to the matrix products in bfloat16, half the logits' size, and is written over them: with a

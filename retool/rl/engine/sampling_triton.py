@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
-# pyright: reportMissingParameterType=false, reportIndexIssue=false
+# pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """`sample` on a GPU: one pass over the logits for the log-sum-exps and the Gumbel maximum, the noise made on the way.
 
 Each row is cut into `PARTS` pieces, whatever the batch, so that a row's numbers don't depend on it. The cutoff of top-k and top-p is
