@@ -2,7 +2,7 @@
 
     sync       state · engine weights
     rollout    state · engine weights · KV cache · what a forward of the engine needs
-    log-probs  state · a forward without gradients            (+ weights and KV cache where the engine isn't freed)
+    log-probs  state · a forward without gradients            (+ what the engine has, where it isn't freed)
     update     state · activations and the head               (likewise)
     optimizer  state · float64 pieces of the gradient, or what comes from host memory   (likewise)
 
@@ -88,9 +88,10 @@ def step_memory(
     if engine.kv_bytes is not None:
         cache = engine.kv_bytes
     added = training.forward_backward - training.state
-    left = None if device_gib is None else device_gib * GIB - OUTSIDE - state - weights - cache
+    left = None if device_gib is None else device_gib * GIB - OUTSIDE - state - weights - cache - work
     freed = (left is not None and left < ROOM * added) if free == "auto" else free
-    beside = other + (0.0 if freed else weights + cache)
+    kept = weights + cache + (work if engine.use_cuda_graphs else 0)  # recorded steps keep what they work in
+    beside = other + (0.0 if freed else kept)
     forward = choice.tokens * layer_bytes(model, setting.sp, p, "none") + head_bytes(model, choice.tokens, p)
     sequences = cache / (longest * page)
     found = {

@@ -51,7 +51,9 @@ def test_rollout_fills_the_share_that_it_may() -> None:
 def test_the_engine_is_freed_where_the_update_does_not_fit_beside_it() -> None:
     roomy, full = (plan(EngineOptions(max_length=18_000, kv_share=share)) for share in (0.2, 0.95))
     assert (roomy.freed, full.freed) == (False, True)
-    assert roomy.update - full.update == roomy.weights + roomy.cache
+    assert roomy.update - full.update == roomy.rollout - roomy.sync + roomy.weights, "weights, cache and what recorded steps work in"
+    eager = plan(EngineOptions(max_length=18_000, kv_share=0.2, use_cuda_graphs=False))
+    assert eager.update - full.update == roomy.weights + roomy.cache
     assert not plan(EngineOptions(max_length=18_000, kv_share=0.95), free=False).fits
 
 

@@ -23,22 +23,29 @@ from retool.parallel.fsdp import Sharded
 from retool.rl.engine import sequence as seq
 from retool.rl.engine.attention import has_paged_flash
 from retool.rl.engine.batch import make_batch
+from retool.rl.engine.chunks import Chunks
 from retool.rl.engine.forward import cached_heads, make_model
 from retool.rl.engine.kv_cache import KVCache, PagePool, page_bytes, work_bytes
 from retool.rl.engine.params import EngineOptions, SamplingParams, Stats, TurnDone
-from retool.rl.engine.runner import DecodeLoop, Flight, run_once
+from retool.rl.engine.runner import DecodeLoop, Flight, Recordings, run_once
 from retool.rl.engine.scheduler import Scheduler
 from retool.rl.engine.weights import Weights, make_decoder
 
 CPU_KV_BYTES = 1 << 30  # at most, of memory that isn't touched before it is used
 
 
-class Flying(NamedTuple):
-    """A forward whose draws weren't looked at: whose they are, how many tokens each had, whether it can simply be repeated."""
+class Part(NamedTuple):
+    """A forward whose draws weren't looked at: whose they are, and how many tokens each had."""
 
     flight: Flight
     rows: list[seq.Sequence | None]
     lengths: list[int]
+
+
+class Flying(NamedTuple):
+    """A step that was started, single tokens and chunks apart where each has its own recorded graphs; whether it can simply be repeated."""
+
+    parts: list[Part]
     repeatable: bool
 
 
@@ -94,14 +101,20 @@ class Engine:
         self._flying = None
         if flying is not None:
             self._flying = self._repeat(scheduler, flying)
-            tokens, logp, behaviour = flying.flight.read().tolist()
-            for i, (row, length) in enumerate(zip(flying.rows, flying.lengths, strict=True)):
-                if row is not None and row.state is seq.State.RUNNING and len(row.tokens) == length:
-                    turn = scheduler.accept(row, int(tokens[i]), logp[i], behaviour[i])
-                    if turn is not None:
-                        done.append(turn)
+            for part in flying.parts:
+                done += self._accept(scheduler, part)
         done += scheduler.refused
         scheduler.refused = []
+        return done
+
+    def _accept(self, scheduler: Scheduler, part: Part) -> list[TurnDone]:
+        """Append what was drawn, and return the turns that this ends."""
+        done, draws = [], part.flight.read().tolist()
+        for row, length, token, logp, behaviour in zip(part.rows, part.lengths, *draws, strict=False):  # a recorded step may have more rows
+            if row is not None and row.state is seq.State.RUNNING and len(row.tokens) == length:
+                turn = scheduler.accept(row, int(token), logp, behaviour)
+                if turn is not None:
+                    done.append(turn)
         return done
 
     def release(self) -> None:
@@ -112,7 +125,7 @@ class Engine:
         decoder = make_decoder(self.config, self.device, self.group, self.weights.decoder.run.compiled)
         self.weights = Weights(decoder, self.options.dtype, self.device)
         self.scheduler = self._flying = None
-        del self._model, self._loop
+        del self._model, self._loop, self._chunks
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -163,9 +176,11 @@ class Engine:
         flash = has_paged_flash(self.device, dtype, self.config.head_dim, self.page_size)
         self._model = make_model(self.weights.decoder, cache, self.group, flash)
         width = self.scheduler.pool.pages_for(self.scheduler.max_length)
-        graphs = o.use_cuda_graphs and self.device.type == "cuda"
+        recordings = Recordings() if o.use_cuda_graphs and self.device.type == "cuda" else None
         ahead = flash if o.run_ahead == "auto" else o.run_ahead  # torch's attention would gather whole page tables
-        self._loop = DecodeLoop(self._model, rows, width, graphs, o.deterministic) if ahead else None
+        self._loop = DecodeLoop(self._model, rows, width, recordings, o.deterministic) if ahead else None
+        apart = ahead and flash and not o.deterministic  # torch's attention has to know the chunks' lengths on the host
+        self._chunks = Chunks(self._model, o.max_batch_tokens, o.max_num_seqs, width, recordings) if apart else None
 
     def _kv_bytes(self, dtype: torch.dtype, useful: int) -> int:
         """Bytes for the cache; the smallest of the group, as one page table serves all."""
@@ -185,26 +200,33 @@ class Engine:
         step = scheduler.plan()
         if step is None:
             return None
-        fixed, looped = self.options.deterministic, self._loop is not None
-        ranks = self.plan.sp
-        multiple = -(-self.options.max_num_seqs // ranks) * ranks if fixed else ranks
-        batch, rows = make_batch(step, self.page_size, multiple, all_rows=fixed or looped, expand=fixed)
-        looped = looped and batch.decode == len(batch.tokens)
-        flight = self._send("start" if looped else "once", batch)
         scheduler.stats.steps += 1
-        lengths = [0 if row is None else len(row.tokens) for row in rows]
+        singles, chunks = ([i for i in step.items if (i.count > 1) is several] for several in (False, True))
+        items = [singles, chunks] if self._chunks is not None and singles and chunks else [step.items]
+        parts = [self._part(seq.Step(some, step.copies if n == 0 else [])) for n, some in enumerate(items)]
         plain = all(item.count == 1 and item.draws for item in step.items)
-        return Flying(flight, rows, lengths, looped and plain)
+        return Flying(parts, self._loop is not None and plain)
+
+    def _part(self, step: seq.Step) -> Part:
+        """Start a forward: of single tokens in the loop, of chunks alone in graphs of theirs, of anything else as it is."""
+        fixed, looped = self.options.deterministic, self._loop is not None
+        apart, ranks = self._chunks is not None and step.items[0].count > 1, self.plan.sp
+        multiple = 1 if apart else -(-self.options.max_num_seqs // ranks) * ranks if fixed else ranks
+        batch, rows = make_batch(step, self.page_size, multiple, all_rows=fixed or looped, expand=fixed)
+        alone = looped and batch.decode == len(batch.tokens)
+        flight = self._send("chunks" if apart else "start" if alone else "once", batch)
+        return Part(flight, rows, [0 if row is None else len(row.tokens) for row in rows])
 
     def _repeat(self, scheduler: Scheduler, flying: Flying) -> Flying | None:
         """Start the next decode step of the same sequences, if nothing else is to be done first."""
-        added = scheduler.ahead(flying.rows) if flying.repeatable else None
+        added = scheduler.ahead(flying.parts[0].rows) if flying.repeatable else None
         if added is None:
             return None
         scheduler.stats.steps += 1
-        over = [i for i, row in enumerate(flying.rows) if row is not None and row.state is not seq.State.RUNNING]
-        rows = [None if row is None or row.state is not seq.State.RUNNING else row for row in flying.rows]
-        return Flying(self._send("again", (added, over)), rows, [n + 1 for n in flying.lengths], True)
+        (_, before, lengths), *_ = flying.parts
+        over = [i for i, row in enumerate(before) if row is not None and row.state is not seq.State.RUNNING]
+        rows = [None if row is None or row.state is not seq.State.RUNNING else row for row in before]
+        return Flying([Part(self._send("again", (added, over)), rows, [n + 1 for n in lengths])], True)
 
     def _send(self, kind: str, work: object) -> Flight:
         if self.group is not None:
@@ -214,5 +236,8 @@ class Engine:
     def _execute(self, kind: str, work: object) -> Flight:
         if kind == "once":
             return run_once(self._model, work)  # pyright: ignore[reportArgumentType]
+        if kind == "chunks":
+            assert self._chunks is not None
+            return self._chunks.run(work)  # pyright: ignore[reportArgumentType]
         assert self._loop is not None
         return self._loop.start(work) if kind == "start" else self._loop.again(*work)  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]

@@ -8,6 +8,7 @@ filtered sampling. The host sends only pages that were added. Draws are copied t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,19 @@ def draws_of(batch: Batch, device: torch.device) -> Draws:
     return Draws(*(to_device(x, device) for x in per_row))
 
 
+def drawn(model: Model, x_tD: Tensor, batch: Batch) -> Flight:
+    """Draw for the batch's rows from what the blocks made of its tokens."""
+    if len(batch.rows) == 0:
+        return launched(torch.empty(3, 0))
+    device = x_tD.device
+    rows, mine = to_device(batch.rows, device), None
+    if model.group is not None:
+        low = model.plan.rank * len(x_tD)
+        places = np.flatnonzero((batch.rows >= low) & (batch.rows < low + len(x_tD)))
+        mine = to_device(places, device), to_device(batch.rows[places] - low, device)
+    return launched(draw(model, x_tD, rows, draws_of(batch, device), batch.filtered, mine))
+
+
 def run_once(model: Model, batch: Batch) -> Flight:
     """Any batch, with shapes of its own."""
     device = model.cache.data.device
@@ -68,30 +82,50 @@ def run_once(model: Model, batch: Batch) -> Flight:
         counts=tuple(counts.tolist()), host_lengths=tuple((batch.lengths if alone else lengths).tolist()), each_alone=alone,
     )  # fmt: skip
     x = hidden_states(model, to_device(batch.tokens, device), to_device(batch.positions, device), pages)
-    if len(batch.rows) == 0:
-        return launched(torch.empty(3, 0))
-    rows, mine = to_device(batch.rows, device), None
-    if model.group is not None:
-        low = model.plan.rank * len(x)
-        places = np.flatnonzero((batch.rows >= low) & (batch.rows < low + len(x)))
-        mine = to_device(places, device), to_device(batch.rows[places] - low, device)
-    return launched(draw(model, x, rows, draws_of(batch, device), batch.filtered, mine))
+    return drawn(model, x, batch)
+
+
+class Recordings:
+    """CUDA graphs of steps, each recorded when it is first run. A step reads and writes tensors that never move; other memory that it
+    takes is `pool`, which all of them use in turn."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self.pool: Any = None
+
+    def run(self, key: Hashable, step: Callable[[], None], state: Sequence[Tensor] = ()) -> None:
+        """Replay what was recorded as `key`. Recording wants the step run twice before, on a stream of its own; `state`, which it
+        changes, is put back after each: a step further a sequence's keys would go where it may have no page."""
+        if key not in self.graphs:
+            before = [x.clone() for x in state]
+            torch.cuda.synchronize()
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    step()
+                    for tensor, value in zip(state, before, strict=True):
+                        tensor.copy_(value)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's watchdog has a thread of its own
+                step()
+            self.pool = graph.pool()
+            self.graphs[key] = graph
+        self.graphs[key].replay()
 
 
 class DecodeLoop:
     """One token for each of up to `most` sequences, again and again; see [Note: running ahead]."""
 
-    def __init__(self, model: Model, most: int, width: int, graphs: bool, fixed: bool) -> None:
+    def __init__(self, model: Model, most: int, width: int, recordings: Recordings | None, fixed: bool) -> None:
         device = model.cache.data.device
-        self.model, self.graphs, self.fixed, self.most = model, graphs, fixed, most
+        self.model, self.recordings, self.fixed, self.most = model, recordings, fixed, most
         self.tokens, self.positions, self.keys, self.top_k = (torch.zeros(most, dtype=torch.int64, device=device) for _ in range(4))
         self.temperature, self.top_p = torch.zeros(most, device=device), torch.ones(most, device=device)
         self.tables = torch.zeros(most, width, dtype=torch.int32, device=device)
         dtype = torch.promote_types(model.cache.data.dtype, torch.float32)
         self.out = torch.zeros(3, most, dtype=dtype, device=device)
         self.rows, self.filtered = 0, False
-        self.recorded: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self.pool: Any = None  # memory that all recordings use in turn
 
     def bucket(self, rows: int) -> int:
         """Rows of the recorded step that runs `rows` of them: powers of two up to 16, then multiples of 16, of 32 from 128 on."""
@@ -128,14 +162,12 @@ class DecodeLoop:
         return self._run()
 
     def _run(self) -> Flight:
-        if not self.graphs:
-            self._step(self.rows, self.filtered)
+        rows, filtered = self.rows, self.filtered
+        if self.recordings is None:
+            self._step(rows, filtered)
         else:
-            key = self.rows, self.filtered
-            if key not in self.recorded:
-                self._record(*key)
-            self.recorded[key].replay()
-        return launched(self.out[:, : self.rows])
+            self.recordings.run(("decode", rows, filtered), lambda: self._step(rows, filtered), (self.tokens, self.positions))
+        return launched(self.out[:, :rows])
 
     def _step(self, rows: int, filtered: bool) -> None:
         size, width = self.model.cache.page_size, self.tables.shape[1]
@@ -155,21 +187,3 @@ class DecodeLoop:
         self.out[:, :rows].copy_(out)
         self.tokens[:rows].copy_(out[0].long())
         self.positions[:rows].add_(1)
-
-    def _record(self, rows: int, filtered: bool) -> None:
-        """Run the step twice on a side stream, as recording wants it, then record it. The state is put back each time: a step further
-        its keys would go where the sequence may have no page, and with a full table over its first ones of the last page."""
-        state = [x.clone() for x in (self.tokens, self.positions)]
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step(rows, filtered)
-                self.tokens.copy_(state[0])
-                self.positions.copy_(state[1])
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL's watchdog has a thread of its own
-            self._step(rows, filtered)
-        self.pool = graph.pool()
-        self.recorded[rows, filtered] = graph

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -285,54 +282,6 @@ def test_synced_weights_are_the_ones_that_sample(qwen: Path) -> None:
     after = run(engine)["c"]
     assert after.tokens != before and [b.data_ptr() for b in engine.weights.buffers] == where
     assert (torch.tensor(after.logp) - forced(model, [1, 2, 3, *after.tokens])[2:]).abs().max() < 1e-5
-
-
-class Recording:
-    """A CUDA graph in CPU clothes: what is called between begin and end isn't run then, but at each replay."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def pool(self) -> None:
-        pass
-
-    def replay(self) -> None:
-        for step, arguments in self.calls:
-            step(*arguments)
-
-
-def test_recording_a_step_leaves_no_trace(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whenever a graph is recorded, with a full page table too, the draws are those of an engine without graphs."""
-    engine, plain = (engine_of(qwen, load(qwen), run_ahead=True, max_length=24) for _ in range(2))
-    loop = engine._loop
-    assert loop is not None
-    step = loop._step
-
-    @contextmanager
-    def recorder(graph: Recording, **_: object) -> Iterator[None]:
-        loop._step = lambda *arguments: graph.calls.append((step, arguments))  # type: ignore[method-assign]
-        yield
-        loop._step = step  # type: ignore[method-assign]
-
-    stream = SimpleNamespace(wait_stream=lambda _: None)
-    fakes = {"synchronize": lambda: None, "Stream": lambda: stream, "stream": lambda _: nullcontext(), "current_stream": lambda: stream,
-             "CUDAGraph": Recording, "graph": recorder}  # fmt: skip
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    loop.graphs, seen, found = True, 0, []
-    for ends in range(11, 16):
-        found.clear()
-        for one in (engine, plain):
-            loop.recorded.clear()
-            one.start("a", list(range(10)), SamplingParams(max_tokens=ends, seed=(1,)))
-            one.start("b", list(range(30, 40)), SamplingParams(max_tokens=50, seed=(2,)))
-            done = run(one)
-            found.append([(done[key].tokens, done[key].logp, done[key].reason) for key in "ab"])
-            for key in "ab":
-                one.drop(key)
-            seen += len(loop.recorded)
-        assert found[0] == found[1], ends
-    assert seen > 5 and found[0][1][2] == "capacity"
 
 
 def test_released_memory_comes_back_with_the_next_sync(qwen: Path) -> None:

@@ -128,8 +128,9 @@ def test_graphs_change_nothing_and_survive_new_weights() -> None:
     for new, old in ((before[True], before[False]), (after[True], after[False]), (after[True], fresh)):
         assert [t.tokens for t in new] == [t.tokens for t in old]
     assert [t.tokens for t in after[True]] != [t.tokens for t in before[True]]
-    loop = engines[True]._loop
-    assert loop is not None and loop.recorded, "nothing was recorded"
+    chunks = engines[True]._chunks
+    assert chunks is not None and chunks.recordings is not None
+    assert {str(key[0]) for key in chunks.recordings.graphs} == {"decode", "chunks"}  # type: ignore[index]
     turn = after[True][3]
     want = forced(model, prompts(40, 600, CONFIG.vocab)[3] + turn.tokens)[-len(turn.tokens) :].cpu()
     assert (torch.tensor(turn.logp) - want).abs().mean() < GAP, "the graphs run the new weights"

@@ -1,0 +1,73 @@
+"""Chunks: several tokens of a sequence at once, of prompts and tool texts, in one of few shapes that a recorded graph can run.
+
+    tokens    | chunk | chunk | … | padding                          |    T: a power of two, 256 at least
+    items     | chunk | chunk | … | none, no tokens | … | padding    |    S: 16, 64, 256, …
+
+Padding is an item of its own that sees one key; it is written to page 0, which nobody reads. A forward with shapes of its own costs the
+host more than the GPU: see `benchmarks/RESULTS.md`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retool.rl.engine.attention import Pages
+from retool.rl.engine.batch import Batch
+from retool.rl.engine.forward import Model, hidden_states
+from retool.rl.engine.runner import Flight, Recordings, drawn, to_device
+
+
+class Chunks:
+    """Runs batches without single tokens, of up to `tokens` in up to `items` chunks, with page tables of up to `width` pages."""
+
+    def __init__(self, model: Model, tokens: int, items: int, width: int, recordings: Recordings | None) -> None:
+        device, ranks = model.cache.data.device, model.plan.sp
+        self.model, self.recordings = model, recordings
+        self.most_tokens, self.most_items = -(-tokens // ranks) * ranks, items + 1
+        self.inputs = torch.zeros(3, self.most_tokens, dtype=torch.int64, device=device)  # tokens, positions, slots
+        self.tables = torch.zeros(self.most_items, width, dtype=torch.int32, device=device)
+        self.ends = torch.zeros(2, self.most_items + 1, dtype=torch.int32, device=device)  # of every item's tokens and keys, from 0
+        self.hidden: dict[tuple[int, int], Tensor] = {}
+
+    def shape(self, tokens: int, items: int) -> tuple[int, int]:
+        """(T, S) of the recorded step that runs so many, S with room for the padding."""
+        ranks, few = self.model.plan.sp, 16
+        while few <= items:
+            few *= 4
+        many = max(256, 1 << (tokens - 1).bit_length())
+        return min(self.most_tokens, -(-many // ranks) * ranks), min(self.most_items, few)
+
+    def run(self, batch: Batch) -> Flight:
+        """Compute and draw; the batch has chunks only."""
+        self.model.cache.copy(batch.copies)
+        shape = tokens, items = self.shape(len(batch.tokens), len(batch.counts))
+        self._fill(batch, tokens, items)
+        if self.recordings is None:
+            x = self._forward(tokens, items)
+        else:
+            self.recordings.run(("chunks", *shape), lambda: self.hidden.update({shape: self._forward(tokens, items)}))
+            x = self.hidden[shape]
+        return drawn(self.model, x, batch)
+
+    def _fill(self, batch: Batch, tokens: int, items: int) -> None:
+        device, count, chunks = self.inputs.device, len(batch.tokens), len(batch.counts)
+        inputs = np.zeros((3, tokens), np.int64)
+        inputs[:, :count] = batch.tokens, batch.positions, batch.slots
+        tables = np.zeros((items, self.tables.shape[1]), np.int32)
+        tables[:chunks, : batch.tables.shape[1]] = batch.tables
+        ends = np.zeros((2, items + 1), np.int32)
+        ends[:, 1 : chunks + 1] = np.cumsum([batch.counts, batch.lengths], 1)
+        ends[:, chunks + 1 :] = ends[:, chunks, None]
+        ends[:, items] = tokens, ends[1, items] + 1
+        for target, source in ((self.inputs[:, :tokens], inputs), (self.tables[:items], tables), (self.ends[:, : items + 1], ends)):
+            target.copy_(to_device(source, device))
+
+    def _forward(self, tokens: int, items: int) -> Tensor:
+        ids, positions, slots = self.inputs[:, :tokens]
+        offsets, key_offsets = self.ends[:, : items + 1]
+        tables = self.tables[:items]
+        longest = tables.shape[1] * self.model.cache.page_size
+        pages = Pages(slots, tables, key_offsets.diff(), 0, offsets, key_offsets, counts=(tokens,), host_lengths=(longest,))
+        return hidden_states(self.model, ids, positions, pages)

@@ -1,0 +1,220 @@
+"""Steps of shapes that recur, as graphs run them, on the CPU: flash-attn's paged kernels and CUDA graphs are in CPU clothes here.
+
+The kernels look at nothing but tensors, as on a GPU, where a graph goes on reading what lay there when it was recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from retool.checkpoint.pretrained import load_pretrained
+from retool.model.config import read_model_config
+from retool.parallel.mesh import make_mesh
+from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone, attention
+from retool.rl.engine import engine as engine_module
+from retool.rl.engine.attention import Pages, _attend, _gathered
+from retool.rl.engine.chunks import Chunks
+from retool.rl.engine.runner import DecodeLoop
+from tests.model.tiny import make
+from tests.ranks import run_ranks
+from tests.rl.engine.models import CPU, engine_of, leaked, load, prompts, run
+
+
+def chunks_kernel(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
+    """What `flash_attn_varlen_func` computes over pages: the last queries of each item, causal, zeros where a query has no key."""
+    assert pages.offsets is not None and pages.key_offsets is not None
+    out = torch.full_like(q_TNH, float("nan"))  # beyond the last item nothing is written
+    tables, ends = pages.tables[pages.decode :], pages.offsets.tolist()
+    assert len(tables) == len(ends) - 1 and max(pages.counts) >= max(np.diff(ends))
+    for table, start, stop, length in zip(tables, ends[:-1], ends[1:], pages.key_offsets.diff().tolist(), strict=True):
+        kept = min(stop - start, length)
+        out[start:stop] = 0
+        if kept:
+            keys = _gathered(data, table[None, : -(-length // data.shape[1])])[:, :length]
+            out[stop - kept : stop] = _attend(q_TNH[None, stop - kept : stop], keys, torch.tensor([length]))[0]
+    return out
+
+
+class Recording:
+    """A CUDA graph: what is called between begin and end isn't run then, but at each replay, into the tensors of then."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], Any]] = []
+
+    def pool(self) -> None:
+        pass
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def in_cpu_clothes(patch: pytest.MonkeyPatch, graphs: bool) -> None:
+    """Engines made from now on believe in flash-attn, and with `graphs` record their steps."""
+    patch.setattr(attention, "_flash_chunks", chunks_kernel)
+    patch.setattr(attention, "_flash_decode", attention._torch_decode)
+    patch.setattr(engine_module, "has_paged_flash", lambda *_: True)
+    if not graphs:
+        return
+    now: list[Recording] = []
+    step, forward, init, loop_init = DecodeLoop._step, Chunks._forward, Chunks.__init__, DecodeLoop.__init__
+
+    def recorded_step(self: DecodeLoop, *shape: Any) -> None:
+        now[-1].calls.append(lambda: step(self, *shape)) if now else step(self, *shape)
+
+    def recorded_forward(self: Chunks, tokens: int, items: int) -> Tensor:
+        if not now:
+            return forward(self, tokens, items)
+        ranks = self.model.plan.sp
+        place = torch.full((tokens // ranks, self.model.decoder.config.hidden), float("nan"))
+        now[-1].calls.append(lambda: place.copy_(forward(self, tokens, items)))
+        return place
+
+    @contextmanager
+    def recorder(graph: Recording, **_: object) -> Iterator[None]:
+        now.append(graph)
+        yield
+        now.pop()
+
+    recordings: list[Any] = []
+
+    def shared(self: DecodeLoop, *arguments: Any) -> None:
+        recordings.append(engine_module.Recordings())
+        loop_init(self, *arguments)
+        self.recordings = recordings[-1]
+
+    def also(self: Chunks, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.recordings = recordings[-1]
+
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    fakes = {"synchronize": lambda: None, "Stream": lambda: stream, "stream": lambda _: nullcontext(), "current_stream": lambda: stream,
+             "CUDAGraph": Recording, "graph": recorder}  # fmt: skip
+    for name, fake in fakes.items():
+        patch.setattr(torch.cuda, name, fake)
+    for kind, name, fake in ((DecodeLoop, "_step", recorded_step), (Chunks, "_forward", recorded_forward), (Chunks, "__init__", also),
+                             (DecodeLoop, "__init__", shared)):  # fmt: skip
+        patch.setattr(kind, name, fake)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen2")
+    make(folder, "qwen2")
+    return folder
+
+
+def two_turns(engine: Engine, ids: list[list[int]]) -> list[TurnDone]:
+    """Two samples of each prompt, at several lengths and filters, and a second turn after some given tokens."""
+    turns: dict[Any, list[TurnDone]] = {}
+
+    def params(i: int) -> SamplingParams:
+        return SamplingParams(max_tokens=3 + i % 7, temperature=(1.0, 0.7, 0.0)[i % 3], top_p=(1.0, 0.9)[i % 2], seed=(i,))
+
+    for i in range(2 * len(ids)):
+        engine.start(i, ids[i // 2], params(i), group=i // 2)
+    while not engine.idle():
+        for turn in engine.step():
+            turns.setdefault(turn.key, []).append(turn)
+            if len(turns[turn.key]) == 1:
+                engine.extend(turn.key, ids[int(turn.key) // 3][:9], params(int(turn.key)))  # type: ignore[call-overload]
+            else:
+                engine.drop(turn.key)
+    assert leaked(engine) == 0
+    return [turn for i in range(2 * len(ids)) for turn in turns[i]]
+
+
+def same(found: list[TurnDone], want: list[TurnDone]) -> None:
+    assert [t.tokens for t in found] == [t.tokens for t in want]
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_allclose(a.logp, b.logp, atol=3e-5)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("way", [{}, {"max_batch_tokens": 24}, {"page_size": 4, "pages": 40}, {"max_num_seqs": 2}], ids=str)
+def test_chunks_apart_draw_what_whole_steps_draw(qwen: Path, way: dict[str, Any], graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long and short prompts, shared ones, cut ones, preempted ones, and the texts between turns."""
+    model, ids = load(qwen), prompts(7, 60, 131, seed=4)
+    want = two_turns(engine_of(qwen, model), ids)
+    in_cpu_clothes(monkeypatch, graphs)
+    monkeypatch.setattr(engine_module, "run_once", None)  # never needed
+    engine = engine_of(qwen, model, **{"max_length": 120, **way})
+    same(two_turns(engine, ids), want)
+    chunks = engine._chunks
+    assert chunks is not None
+    assert bool(engine._model.cache.data.isfinite().all()), "padding wrote what isn't a number"
+    if graphs:
+        assert chunks.recordings is not None
+        kinds = [key[0] for key in chunks.recordings.graphs]  # type: ignore[index]
+        assert kinds.count("decode") >= 2 and kinds.count("chunks") >= 1
+    if way.get("pages"):
+        assert engine.stats.preempted > 0, "the cache was large enough after all"
+
+
+def test_shapes_are_few_and_large_enough(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_cpu_clothes(monkeypatch, False)
+    engine = engine_of(qwen, load(qwen), max_batch_tokens=5000, max_num_seqs=300)
+    chunks = engine._chunks
+    assert chunks is not None
+    shapes = {(t, n): chunks.shape(t, n) for t in range(2, 5001, 7) for n in {1, 15, 16, 63, 64, 300} if 2 * n <= t}
+    assert all(size >= t and items > n for (t, n), (size, items) in shapes.items())
+    assert {size for size, _ in shapes.values()} == {256, 512, 1024, 2048, 4096, 5000}
+    assert {items for _, items in shapes.values()} == {16, 64, 256, 301}
+
+
+def test_recording_a_step_leaves_no_trace(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever a graph is recorded, with a full page table too, the draws are those of an engine without graphs."""
+    plain = engine_of(qwen, load(qwen), run_ahead=True, max_length=24)
+    in_cpu_clothes(monkeypatch, True)
+    engine = engine_of(qwen, load(qwen), run_ahead=True, max_length=24)
+    assert engine._loop is not None and engine._loop.recordings is not None
+    graphs, seen, found = engine._loop.recordings.graphs, 0, []
+    for ends in range(11, 16):
+        graphs.clear()
+        found.clear()
+        for one in (engine, plain):
+            one.start("a", list(range(10)), SamplingParams(max_tokens=ends, seed=(1,)))
+            one.start("b", list(range(30, 40)), SamplingParams(max_tokens=50, seed=(2,)))
+            done = run(one)
+            found.append([(done[key].tokens, done[key].reason) for key in "ab"])
+            for key in "ab":
+                one.drop(key)
+        seen += len(graphs)
+        assert found[0] == found[1], ends
+    assert seen > 5 and found[0][1][1] == "capacity"
+
+
+def over_two_ranks(folder: str, graphs: bool) -> Any:
+    patch, mesh = pytest.MonkeyPatch(), make_mesh(device="cpu")
+    model = load_pretrained(folder, mesh)
+    in_cpu_clothes(patch, graphs)
+    try:
+        options = EngineOptions(max_num_seqs=5, page_size=8, max_batch_tokens=25, max_length=120)
+        engine = Engine(read_model_config(folder), CPU, options, mesh.world_group)
+        engine.sync(model)
+        if dist.get_rank() == 0:
+            found = [(t.tokens, t.logp) for t in two_turns(engine, prompts(4, 60, 131, seed=5))]
+            engine.end()
+            return found
+        engine.follow()
+    finally:
+        patch.undo()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_chunks_apart_with_heads_over_two_ranks(qwen: Path, graphs: bool) -> None:
+    want = two_turns(engine_of(qwen, load(qwen)), prompts(4, 60, 131, seed=5))
+    found, _ = run_ranks(over_two_ranks, 2, str(qwen), graphs)
+    for (tokens, logp), turn in zip(found, want, strict=True):
+        assert tokens == turn.tokens
+        np.testing.assert_allclose(logp, turn.logp, atol=3e-5)
