@@ -1,10 +1,12 @@
 """Chunks: several tokens of a sequence at once, of prompts and tool texts, in one of few shapes that a recorded graph can run.
 
-    tokens    | chunk | chunk | … | padding                          |    T: a power of two, 256 at least
-    items     | chunk | chunk | … | none, no tokens | … | padding    |    S: 16, 64, 256, …
+    tokens    | chunk | chunk | … | padding | padding | …            |    T: a power of two, 256 at least
+    items     | chunk | chunk | … | padding | padding | … | none | … |    S: 16, 64, 256, …
 
-Padding is an item of its own that sees one key; it is written to page 0, which nobody reads. A forward with shapes of its own costs the
-host more than the GPU: see `benchmarks/RESULTS.md`.
+A forward with shapes of its own costs the host more than the GPU: see `benchmarks/RESULTS.md`.
+
+[Note: padding] Padding is written to page 0, which nobody reads, and attends to that page, in items of up to `PADDING` tokens. Every query
+needs a key: flash-attn's paged kernel (2.8) writes outside of its memory for a block of queries that has none.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from retool.rl.engine.batch import Batch
 from retool.rl.engine.forward import Model, hidden_states
 from retool.rl.engine.runner import Flight, Recordings, drawn, to_device
 
+PADDING = 256
+
 
 class Chunks:
     """Runs batches without single tokens, of up to `tokens` in up to `items` chunks, with page tables of up to `width` pages."""
@@ -25,7 +29,9 @@ class Chunks:
     def __init__(self, model: Model, tokens: int, items: int, width: int, recordings: Recordings | None) -> None:
         device, ranks = model.cache.data.device, model.plan.sp
         self.model, self.recordings = model, recordings
-        self.most_tokens, self.most_items = -(-tokens // ranks) * ranks, items + 1
+        self.padding = min(PADDING, width * model.cache.page_size)
+        self.most_tokens = -(-max(tokens, PADDING) // ranks) * ranks
+        self.most_items = items + -(-self.most_tokens // self.padding)
         self.inputs = torch.zeros(3, self.most_tokens, dtype=torch.int64, device=device)  # tokens, positions, slots
         self.tables = torch.zeros(self.most_items, width, dtype=torch.int32, device=device)
         self.ends = torch.zeros(2, self.most_items + 1, dtype=torch.int32, device=device)  # of every item's tokens and keys, from 0
@@ -34,10 +40,10 @@ class Chunks:
     def shape(self, tokens: int, items: int) -> tuple[int, int]:
         """(T, S) of the recorded step that runs so many, S with room for the padding."""
         ranks, few = self.model.plan.sp, 16
-        while few <= items:
+        many = min(self.most_tokens, -(-max(256, 1 << (tokens - 1).bit_length()) // ranks) * ranks)
+        while few < items + -(-(many - tokens) // self.padding):
             few *= 4
-        many = max(256, 1 << (tokens - 1).bit_length())
-        return min(self.most_tokens, -(-many // ranks) * ranks), min(self.most_items, few)
+        return many, min(self.most_items, few)
 
     def run(self, batch: Batch) -> Flight:
         """Compute and draw; the batch has chunks only."""
@@ -55,12 +61,13 @@ class Chunks:
         device, count, chunks = self.inputs.device, len(batch.tokens), len(batch.counts)
         inputs = np.zeros((3, tokens), np.int64)
         inputs[:, :count] = batch.tokens, batch.positions, batch.slots
+        inputs[1, count:] = np.arange(tokens - count) % self.padding
         tables = np.zeros((items, self.tables.shape[1]), np.int32)
         tables[:chunks, : batch.tables.shape[1]] = batch.tables
         ends = np.zeros((2, items + 1), np.int32)
         ends[:, 1 : chunks + 1] = np.cumsum([batch.counts, batch.lengths], 1)
-        ends[:, chunks + 1 :] = ends[:, chunks, None]
-        ends[:, items] = tokens, ends[1, items] + 1
+        filled = np.minimum(np.arange(1, items - chunks + 1) * self.padding, tokens - count)  # by the padding, item for item
+        ends[:, chunks + 1 :] = ends[:, chunks, None] + filled
         for target, source in ((self.inputs[:, :tokens], inputs), (self.tables[:items], tables), (self.ends[:, : items + 1], ends)):
             target.copy_(to_device(source, device))
 

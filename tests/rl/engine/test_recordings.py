@@ -31,17 +31,17 @@ from tests.rl.engine.models import CPU, engine_of, leaked, load, prompts, run
 
 
 def chunks_kernel(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
-    """What `flash_attn_varlen_func` computes over pages: the last queries of each item, causal, zeros where a query has no key."""
+    """What `flash_attn_varlen_func` computes over pages: the last queries of each item, causal. It breaks where a query has no key."""
     assert pages.offsets is not None and pages.key_offsets is not None
     out = torch.full_like(q_TNH, float("nan"))  # beyond the last item nothing is written
     tables, ends = pages.tables[pages.decode :], pages.offsets.tolist()
     assert len(tables) == len(ends) - 1 and max(pages.counts) >= max(np.diff(ends))
     for table, start, stop, length in zip(tables, ends[:-1], ends[1:], pages.key_offsets.diff().tolist(), strict=True):
-        kept = min(stop - start, length)
-        out[start:stop] = 0
-        if kept:
+        assert stop - start <= length <= max(pages.host_lengths)
+        if stop > start:
+            assert len(table) * data.shape[1] >= length
             keys = _gathered(data, table[None, : -(-length // data.shape[1])])[:, :length]
-            out[stop - kept : stop] = _attend(q_TNH[None, stop - kept : stop], keys, torch.tensor([length]))[0]
+            out[start:stop] = _attend(q_TNH[None, start:stop], keys, torch.tensor([length]))[0]
     return out
 
 
@@ -167,9 +167,9 @@ def test_shapes_are_few_and_large_enough(qwen: Path, monkeypatch: pytest.MonkeyP
     chunks = engine._chunks
     assert chunks is not None
     shapes = {(t, n): chunks.shape(t, n) for t in range(2, 5001, 7) for n in {1, 15, 16, 63, 64, 300} if 2 * n <= t}
-    assert all(size >= t and items > n for (t, n), (size, items) in shapes.items())
+    assert all(size >= t and items >= n + (size - t) / 256 for (t, n), (size, items) in shapes.items())
     assert {size for size, _ in shapes.values()} == {256, 512, 1024, 2048, 4096, 5000}
-    assert {items for _, items in shapes.values()} == {16, 64, 256, 301}
+    assert {items for _, items in shapes.values()} == {16, 64, 256, 320}
 
 
 def test_recording_a_step_leaves_no_trace(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
