@@ -235,7 +235,7 @@ def main() -> None:
         random_weights(model)
     engine = Engine(config, device, EngineOptions(
         max_num_seqs=args.sequences, kv_bytes=int(args.kv_gib * GIB), max_length=args.prompt + args.new + 1,
-        use_cuda_graphs=not args.no_graphs, max_batch_tokens=max(8192, args.sequences), use_compile=False if args.no_compile else "auto",
+        use_cuda_graphs=not args.no_graphs, max_batch_tokens=max(args.batch_tokens, args.sequences), use_compile=False if args.no_compile else "auto",
     ))  # fmt: skip
     engine.sync(model)
     lines = [measure_ours(engine, args)]
@@ -275,6 +275,7 @@ def parse() -> Namespace:
     add("--prompt", type=int, default=896)
     add("--new", type=int, default=128)
     add("--group", type=int, default=1, help="samples of each prompt")
+    add("--batch-tokens", type=int, default=8192, help="of one step of ours")
     add("--kv-gib", type=float, default=24.0 if torch.cuda.is_available() else 0.25)
     add("--no-graphs", action="store_true")
     add("--no-compile", action="store_true")
