@@ -5,7 +5,7 @@
 
 With `expand`, each token of a chunk is an item of its own (they are written before anyone attends, so it sees those before it).
 
-Legend: T tokens · S items · W pages of the longest sequence · R rows.
+Legend: T tokens · S items · W pages of the longest sequence · R rows · J rows that join a step that is repeated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retool.rl.engine.sequence import Item, Sequence, Step
+from retool.rl.engine.sequence import Ahead, Item, Sequence, Step
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,39 @@ def make_batch(step: Step, page_size: int, multiple: int, all_rows: bool, expand
         top_p=np.array([1 if p is None else p.top_p for p in params], np.float32),
         copies=step.copies, each_alone=expand,
     ), [s for _, s in drawing]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a decode step's rows before it is repeated, in this order: pages are copied, rows that are `over` become padding,
+    pages are added to others, and sequences join. `slots`: rows in use then; `anew`: what was in them before is forgotten."""
+
+    slots: int
+    anew: bool
+    copies: list[tuple[int, int]]
+    over: np.ndarray  # int64 [·]
+    added: np.ndarray  # int64 [3, ·]: row, place in its page table, page
+    joins: np.ndarray  # int64 [6, J]: row, the chunks' draw that is its token or -1, token, position, key, top-k
+    chances: np.ndarray  # float32 [2, J]: temperature, top-p
+    tables: np.ndarray  # int32 [J, W]
+
+    @property
+    def filtered(self) -> bool:
+        return bool(((self.joins[5] > 0) | (self.chances[1] < 1))[self.chances[0] > 0].any())
+
+
+def make_change(step: Ahead, over: list[int], anew: bool) -> Change:
+    """The arrays of a repeated step."""
+    who = [join.sequence for join in step.joins]
+    positions = [s.computed - 1 for s in who]
+    tokens = [0 if join.source is not None else s.tokens[n] for join, s, n in zip(step.joins, who, positions, strict=True)]
+    tables = np.zeros((len(who), max((len(s.pages) for s in who), default=0)), np.int32)
+    for place, s in enumerate(who):
+        tables[place, : len(s.pages)] = s.pages
+    sources = [-1 if join.source is None else join.source for join in step.joins]
+    keys, top_k = [s.draw_key for s in who], [s.params.top_k for s in who]
+    return Change(
+        len(step.rows), anew, step.copies, np.array(over, np.int64), np.array(step.added, np.int64).reshape(-1, 3).T.copy(),
+        np.array([[join.slot for join in step.joins], sources, tokens, positions, keys, top_k], np.int64),
+        np.array([[s.params.temperature for s in who], [s.params.top_p for s in who]], np.float32), tables,
+    )  # fmt: skip

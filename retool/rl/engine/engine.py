@@ -13,7 +13,7 @@ each forward's batch from it, so they never schedule.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from retool.model.config import ModelConfig
 from retool.parallel.fsdp import Sharded
 from retool.rl.engine import sequence as seq
 from retool.rl.engine.attention import has_paged_flash
-from retool.rl.engine.batch import make_batch
+from retool.rl.engine.batch import make_batch, make_change
 from retool.rl.engine.chunks import Chunks
 from retool.rl.engine.forward import cached_heads, make_model
 from retool.rl.engine.kv_cache import KVCache, PagePool, page_bytes, work_bytes
@@ -35,7 +35,7 @@ CPU_KV_BYTES = 1 << 30  # at most, of memory that isn't touched before it is use
 
 
 class Part(NamedTuple):
-    """A forward whose draws weren't looked at: whose they are, and how many tokens each had."""
+    """A forward whose draws weren't looked at: whose they are, and how many tokens each had. Who ends meanwhile is taken out of it."""
 
     flight: Flight
     rows: list[seq.Sequence | None]
@@ -43,10 +43,11 @@ class Part(NamedTuple):
 
 
 class Flying(NamedTuple):
-    """A step that was started, single tokens and chunks apart where each has its own recorded graphs; whether it can simply be repeated."""
+    """A step that was started: single tokens in the loop, and chunks beside them; `other` can't be repeated."""
 
-    parts: list[Part]
-    repeatable: bool
+    loop: Part | None = None
+    chunks: Part | None = None
+    other: Part | None = None
 
 
 class Engine:
@@ -63,6 +64,7 @@ class Engine:
         self.plan = self.weights.decoder.run.plan
         self.scheduler: Scheduler | None = None
         self._flying: Flying | None = None
+        self._drawn: torch.Tensor | None = None  # by the last chunks, [3, R]
 
     @torch.no_grad()
     def sync(self, sharded: Sharded) -> None:
@@ -101,7 +103,7 @@ class Engine:
         self._flying = None
         if flying is not None:
             self._flying = self._repeat(scheduler, flying)
-            for part in flying.parts:
+            for part in filter(None, flying):
                 done += self._accept(scheduler, part)
         done += scheduler.refused
         scheduler.refused = []
@@ -111,7 +113,7 @@ class Engine:
         """Append what was drawn, and return the turns that this ends."""
         done, draws = [], part.flight.read().tolist()
         for row, length, token, logp, behaviour in zip(part.rows, part.lengths, *draws, strict=False):  # a recorded step may have more rows
-            if row is not None and row.state is seq.State.RUNNING and len(row.tokens) == length:
+            if row is not None and row.runs and len(row.tokens) == length:
                 turn = scheduler.accept(row, int(token), logp, behaviour)
                 if turn is not None:
                     done.append(turn)
@@ -124,7 +126,7 @@ class Engine:
         self.weights.buffers.clear()
         decoder = make_decoder(self.config, self.device, self.group, self.weights.decoder.run.compiled)
         self.weights = Weights(decoder, self.options.dtype, self.device)
-        self.scheduler = self._flying = None
+        self.scheduler = self._flying = self._drawn = None
         del self._model, self._loop, self._chunks
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -202,42 +204,53 @@ class Engine:
             return None
         scheduler.stats.steps += 1
         singles, chunks = ([i for i in step.items if (i.count > 1) is several] for several in (False, True))
-        items = [singles, chunks] if self._chunks is not None and singles and chunks else [step.items]
-        parts = [self._part(seq.Step(some, step.copies if n == 0 else [])) for n, some in enumerate(items)]
-        plain = all(item.count == 1 and item.draws for item in step.items)
-        return Flying(parts, self._loop is not None and plain)
+        plain = all(item.draws for item in singles)
+        if self._chunks is not None and chunks:
+            loop = self._part("start", seq.Step(singles, step.copies)) if singles else None
+            beside = self._part("chunks", seq.Step(chunks, [] if singles else step.copies))
+            return Flying(loop, beside) if plain else Flying(None, beside, loop)
+        if self._loop is None or (chunks and not self.options.deterministic):
+            return Flying(other=self._part("once", step))
+        part = self._part("start", step)
+        return Flying(part) if plain and not chunks else Flying(other=part)
 
-    def _part(self, step: seq.Step) -> Part:
-        """Start a forward: of single tokens in the loop, of chunks alone in graphs of theirs, of anything else as it is."""
-        fixed, looped = self.options.deterministic, self._loop is not None
-        apart, ranks = self._chunks is not None and step.items[0].count > 1, self.plan.sp
-        multiple = 1 if apart else -(-self.options.max_num_seqs // ranks) * ranks if fixed else ranks
-        batch, rows = make_batch(step, self.page_size, multiple, all_rows=fixed or looped, expand=fixed)
-        alone = looped and batch.decode == len(batch.tokens)
-        flight = self._send("chunks" if apart else "start" if alone else "once", batch)
-        return Part(flight, rows, [0 if row is None else len(row.tokens) for row in rows])
+    def _part(self, kind: str, step: seq.Step) -> Part:
+        """Start a forward."""
+        fixed, ranks = self.options.deterministic, self.plan.sp
+        multiple = 1 if kind == "chunks" else -(-self.options.max_num_seqs // ranks) * ranks if fixed else ranks
+        batch, rows = make_batch(step, self.page_size, multiple, all_rows=fixed or self._loop is not None, expand=fixed)
+        return Part(self._send(kind, batch), rows, [0 if row is None else len(row.tokens) for row in rows])
 
     def _repeat(self, scheduler: Scheduler, flying: Flying) -> Flying | None:
-        """Start the next decode step of the same sequences, if nothing else is to be done first."""
-        added = scheduler.ahead(flying.parts[0].rows) if flying.repeatable else None
-        if added is None:
+        """Start the next decode step of the same sequences, and chunks beside it, if nothing else is to be done first."""
+        over = [slot for slot, row in enumerate(flying.loop.rows) if row is not None and not row.runs] if flying.loop else []
+        for part in filter(None, flying):  # a sequence that ended may run again before its draw in vain is read
+            part.rows[:] = [row if row is not None and row.runs else None for row in part.rows]
+        if flying.other is not None:
+            return None
+        rows = [*flying.loop.rows] if flying.loop else []
+        while rows and rows[-1] is None:
+            rows.pop()
+        step = scheduler.ahead(rows, flying.chunks.rows if flying.chunks else [], self._chunks is not None)
+        if step is None:
             return None
         scheduler.stats.steps += 1
-        (_, before, lengths), *_ = flying.parts
-        over = [i for i, row in enumerate(before) if row is not None and row.state is not seq.State.RUNNING]
-        rows = [None if row is None or row.state is not seq.State.RUNNING else row for row in before]
-        return Flying([Part(self._send("again", (added, over)), rows, [n + 1 for n in lengths])], True)
+        flight = self._send("again", make_change(step, over, flying.loop is None))
+        loop = Part(flight, step.rows, [0 if row is None else row.computed for row in step.rows])
+        return Flying(loop, self._part("chunks", seq.Step(step.chunks, [])) if step.chunks else None)
 
     def _send(self, kind: str, work: object) -> Flight:
         if self.group is not None:
             self._broadcast((kind, work))
         return self._execute(kind, work)
 
-    def _execute(self, kind: str, work: object) -> Flight:
+    def _execute(self, kind: str, work: Any) -> Flight:
         if kind == "once":
-            return run_once(self._model, work)  # pyright: ignore[reportArgumentType]
+            return run_once(self._model, work)
         if kind == "chunks":
             assert self._chunks is not None
-            return self._chunks.run(work)  # pyright: ignore[reportArgumentType]
+            flight = self._chunks.run(work)
+            self._drawn = flight.on_device
+            return flight
         assert self._loop is not None
-        return self._loop.start(work) if kind == "start" else self._loop.again(*work)  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
+        return self._loop.start(work) if kind == "start" else self._loop.again(work, self._drawn)

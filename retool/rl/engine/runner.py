@@ -3,7 +3,8 @@
 [Note: running ahead] A decode step's state (tokens, positions, page tables, seeds) lies in tensors that never move. The step ends by
 writing its draws back as the next step's tokens and adding one to the positions. The next one can therefore start before the
 host has seen them, and is the same work again: on a GPU a CUDA graph, recorded once per number of rows (`bucket`) and again with
-filtered sampling. The host sends only pages that were added. Draws are copied to pinned memory between two replays.
+filtered sampling. The host sends only what changes: pages that were added, rows that are over, and sequences that join, which may bring
+draws of the last step's chunks that it hasn't seen either. Draws are copied to pinned memory between two replays.
 """
 
 from __future__ import annotations
@@ -18,19 +19,18 @@ from torch import Tensor
 
 from retool.parallel.fsdp.overlap import recorded
 from retool.rl.engine.attention import Pages
-from retool.rl.engine.batch import Batch
+from retool.rl.engine.batch import Batch, Change
 from retool.rl.engine.forward import Model, draw, hidden_states
 from retool.rl.engine.sampling import Draws
-
-Added = list[tuple[int, int, int]]  # (row, place in its page table, page)
 
 
 @dataclass(frozen=True)
 class Flight:
-    """Draws [3, R] of a step that may still run."""
+    """Draws [3, R] of a step that may still run, on the host and on the device."""
 
     values: Tensor
     arrived: torch.cuda.Event | None
+    on_device: Tensor
 
     def read(self) -> np.ndarray:
         if self.arrived is not None:
@@ -41,10 +41,10 @@ class Flight:
 def launched(values: Tensor) -> Flight:
     """Start copying draws to the host."""
     if not values.is_cuda:
-        return Flight(values.clone(), None)
+        return Flight(values.clone(), None, values)
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
-    return Flight(host, recorded())
+    return Flight(host, recorded(), values)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -140,26 +140,45 @@ class DecodeLoop:
         self.model.cache.copy(batch.copies)
         self.rows, self.filtered = self.bucket(len(batch.tokens)), batch.filtered
         n, device = len(batch.tokens), self.tokens.device
+        self._clear(slice(0, self.rows))
         sources = batch.tokens, batch.positions, batch.keys, batch.temperature, batch.top_k, batch.top_p
         targets = self.tokens, self.positions, self.keys, self.temperature, self.top_k, self.top_p
         for target, source in zip(targets, sources, strict=True):
             target[:n].copy_(to_device(source, device))
-            target[n : self.rows].zero_()
-        self.tables[: self.rows].zero_()
         self.tables[:n, : batch.tables.shape[1]].copy_(to_device(batch.tables, device))
         return self._run()
 
-    def again(self, added: Added, over: list[int]) -> Flight:
-        """The next token of the same sequences. Rows that are `over` go on as padding: their pages may soon be another's."""
-        device = self.tables.device
-        if over:
-            rows = to_device(np.array(over, np.int64), device)
-            self.tables[rows] = 0
-            self.positions[rows] = 0
-        if added:
-            row, place, page = to_device(np.array(added, np.int64).T.copy(), device)
+    def again(self, change: Change, drawn: Tensor | None) -> Flight:
+        """The next token of the same sequences, and of those who join; `drawn` are the last chunks' draws. Rows that are over go on as
+        padding: their pages may soon be another's."""
+        self.model.cache.copy(change.copies)
+        device, before = self.tables.device, 0 if change.anew else self.rows
+        self.rows = max(before, self.bucket(change.slots))
+        self.filtered = change.filtered or (self.filtered and not change.anew)
+        if self.rows > before:
+            self._clear(slice(before, self.rows))
+        if len(change.over):
+            self._clear(to_device(change.over, device))
+        if change.added.size:
+            row, place, page = to_device(change.added, device)
             self.tables[row, place] = page.to(torch.int32)
+        if change.joins.size:
+            self._join(change, drawn)
         return self._run()
+
+    def _clear(self, rows: slice | Tensor) -> None:
+        for state in (self.tokens, self.positions, self.keys, self.temperature, self.top_k, self.top_p, self.tables):
+            state[rows] = 0
+
+    def _join(self, change: Change, drawn: Tensor | None) -> None:
+        slots, sources, tokens, positions, keys, top_k = to_device(change.joins, self.tables.device)
+        temperature, top_p = to_device(change.chances, self.tables.device)
+        if drawn is not None and (change.joins[1] >= 0).any():
+            tokens = torch.where(sources >= 0, drawn[0, sources.clamp(min=0)].long(), tokens)
+        targets = self.tokens, self.positions, self.keys, self.temperature, self.top_k, self.top_p
+        for target, source in zip(targets, (tokens, positions, keys, temperature, top_k, top_p), strict=True):
+            target[slots] = source
+        self.tables[slots, : change.tables.shape[1]] = to_device(change.tables, self.tables.device)
 
     def _run(self) -> Flight:
         rows, filtered = self.rows, self.filtered

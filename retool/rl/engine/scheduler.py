@@ -10,9 +10,11 @@ KV, the youngest running sequence; never from an older one. The oldest running s
 admitted if its whole backlog fits beside a page for each running one, or if nothing runs: then everything else makes
 room. One that needs more pages than there are ends with reason "capacity", so nothing waits for what can't come.
 
-[Note: running ahead] While all running sequences decode, a step can be repeated before the host has seen its draws. A row whose turn
-turns out to be over is then computed in vain, until a new plan; that is cheaper than stopping the device for every end. A
-new plan is made when more than one row in `TOLERATED` is over, and for newcomers after `PATIENCE` steps.
+[Note: running ahead] A decode step can be repeated before the host has seen its draws. A row whose turn turns out to be over is then
+computed in vain, which is cheaper than stopping the device for every end. Where chunks are computed apart from single tokens (`apart`),
+newcomers are computed beside such a step and join the rows of the next one, with draws that the host hasn't seen either; they are
+admitted several at a time, or after `PATIENCE` steps. Else they wait that long for a new plan. One is made, too, when more than one row
+in `TOLERATED` (`SPARSE` where others may join) is over, or when a page is missing.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from retool.rl.engine.groups import Groups
 from retool.rl.engine.kv_cache import PagePool
 from retool.rl.engine.params import Reason, SamplingParams, Stats, TurnDone
 from retool.rl.engine.sampling import seed_key
-from retool.rl.engine.sequence import Item, Sequence, State, Step
+from retool.rl.engine.sequence import Ahead, Item, Sequence, State, Step
 
 TOLERATED = 16
+SPARSE = 4
 PATIENCE = 8
 
 
@@ -123,8 +126,9 @@ class Scheduler:
                 return None
         return copies
 
-    def _admit(self, items: list[Item], copies: list[tuple[int, int]], budget: int) -> bool:
-        """Admit who waits, in order; whether the next step may admit more although nothing else changes."""
+    def _admit(self, items: list[Item], copies: list[tuple[int, int]], budget: int, cut_to_one: bool = True) -> bool:
+        """Admit who waits, in order; whether the next step may admit more although nothing else changes. `cut_to_one`: a prompt may be
+        cut after its first token."""
         full = False
         for sequence in self.waiting:
             full = len(self.running) >= self.max_num_seqs
@@ -138,6 +142,8 @@ class Scheduler:
             if self.groups.missing(sequence) + len(self.running) > len(self.pool.free):
                 assert self.running, "a sequence that fits found no room in an empty cache"
                 full = True
+                break
+            if budget == 1 and not cut_to_one and not self.groups.one_left(sequence):
                 break
             self.groups.attach(sequence)
             found = self.pool.extend(sequence.pages, sequence.computed, len(sequence.tokens))
@@ -190,36 +196,61 @@ class Scheduler:
         sequence.computed, sequence.given = 0, len(sequence.tokens)
         self.groups.forgot(sequence)
 
-    def ahead(self, rows: list[Sequence | None]) -> list[tuple[int, int, int]] | None:
-        """Book another decode step of the same rows before the last one was looked at; see [Note: running ahead].
-
-        Returns (row, place in its page table, page) of pages that were added; None, nothing changed, if a running
-        sequence has no room for a token more, or if it is time for a new plan.
-        """
-        live = [(row, s) for row, s in enumerate(rows) if s is not None and s.state is State.RUNNING]
-        dead = sum(s is not None for s in rows) - len(live)
-        size, free = self.pool.page_size, len(self.pool.free)
+    def ahead(self, rows: list[Sequence | None], drawn: list[Sequence | None], apart: bool) -> Ahead | None:
+        """Book another decode step of the same rows before the last one was looked at, see [Note: running ahead]; None, nothing changed,
+        if it is time for a new plan. `drawn`: whom the last step's chunks drew for."""
+        fresh = [(source, s) for source, s in enumerate(drawn) if s is not None]
+        going = [s for s in rows if s is not None]
+        live, late = going + [s for _, s in fresh], [s for s in self.running if s.pending > 0]
         self.steps_ahead += 1
-        newcomers = self.changed and self.waiting and len(self.running) < self.max_num_seqs and self.steps_ahead > PATIENCE
-        if not live or dead > len(rows) // TOLERATED or newcomers or len(live) != len(self.running):
+        if not live or len(rows) - len(live) > len(rows) // (SPARSE if apart else TOLERATED) or (late and not apart):
             return None
-        for _, s in live:
-            place = s.computed // size
-            if s.computed >= self.max_length or (place < len(s.pages) and self.pool.counts[s.pages[place]] > 1):
-                return None
-            free -= place >= len(s.pages)
-        return self._advance(live) if free >= 0 else None
+        if any(s.computed >= self.max_length for s in live) or any(self.pool.missing(s.pages, s.computed, len(s.tokens)) for s in late):
+            return None
+        if sum(self.pool.missing(s.pages, s.computed, s.computed + 1) for s in live) > len(self.pool.free):
+            return None
+        ready = min(len(self.waiting), self.max_num_seqs - len(self.running)) if self.changed else 0
+        if ready > 0 and not apart and self.steps_ahead > PATIENCE:
+            return None
+        step = Ahead(list(rows), [], [], [], [])
+        self._advance(step, fresh)
+        if apart and (late or ready * TOLERATED > len(live) or (ready > 0 and self.steps_ahead > PATIENCE)):
+            self._beside(step, late, self.max_tokens - len(live))
+        return step
 
-    def _advance(self, live: list[tuple[int, Sequence]]) -> list[tuple[int, int, int]]:
-        added = []
-        for row, s in live:
-            if s.computed // self.pool.page_size >= len(s.pages):
-                found = self.pool.extend(s.pages, s.computed, s.computed + 1)
-                assert found == []
-                added.append((row, len(s.pages) - 1, s.pages[-1]))
+    def _advance(self, step: Ahead, fresh: list[tuple[int, Sequence]]) -> None:
+        """Book a token more of everyone, and give those who are new among the rows a place."""
+        size = self.pool.page_size
+        for slot, s in enumerate(step.rows):
+            if s is not None:
+                copies, place = self.pool.extend(s.pages, s.computed, s.computed + 1), s.computed // size
+                assert copies == [], "a page that a row has written to is shared"
+                if s.computed % size == 0:
+                    step.added.append((slot, place, s.pages[place]))
+                s.computed += 1
+        for source, s in fresh:
+            copies = self.pool.extend(s.pages, s.computed, s.computed + 1)
+            assert copies is not None
+            step.copies.extend(copies)
             s.computed += 1
-        self.stats.decode_tokens += len(live)
-        return added
+            step.join(s, source)
+        self.stats.decode_tokens += sum(s is not None for s in step.rows)
+
+    def _beside(self, step: Ahead, late: list[Sequence], budget: int) -> None:
+        """Go on with chunks that were cut, and admit who waits."""
+        items: list[Item] = []
+        for s in sorted(late, key=lambda s: s.number):
+            count = min(s.pending, budget)
+            if count > 1 or count == s.pending:
+                items.append(Item(s, s.computed, count))
+                budget -= count
+        self.changed, self.steps_ahead = self._admit(items, step.copies, budget, cut_to_one=False), 0
+        for item in items:
+            self._count(item)
+            if item.count > 1:
+                step.chunks.append(item)
+            else:
+                step.join(item.sequence, None)
 
     # ── what came out ────────────────────────────────────────────────────────────────────────────────────────────
 

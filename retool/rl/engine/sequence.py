@@ -63,6 +63,10 @@ class Sequence:
     def pending(self) -> int:
         return len(self.tokens) - self.computed
 
+    @property
+    def runs(self) -> bool:
+        return self.state is State.RUNNING
+
 
 @dataclass(frozen=True)
 class Item:
@@ -82,3 +86,28 @@ class Step(NamedTuple):
 
     items: list[Item]
     copies: list[tuple[int, int]]
+
+
+class Join(NamedTuple):
+    """A sequence takes a row of the decode step: its token is the last step's chunks' draw number `source`, or known (None)."""
+
+    slot: int
+    sequence: Sequence
+    source: int | None
+
+
+class Ahead(NamedTuple):
+    """Work of a decode step that is planned before the draws of the last one were seen. `rows` of it (None: padding), the pages `added`
+    to rows that go on as (row, place in its page table, page), who `joins`; pages are copied first, and `chunks` computed beside it."""
+
+    rows: list[Sequence | None]
+    added: list[tuple[int, int, int]]
+    joins: list[Join]
+    copies: list[tuple[int, int]]
+    chunks: list[Item]
+
+    def join(self, sequence: Sequence, source: int | None) -> None:
+        """Take the first free row."""
+        slot = next((slot for slot, row in enumerate(self.rows) if row is None), len(self.rows))
+        self.rows[slot : slot + 1] = [sequence]
+        self.joins.append(Join(slot, sequence, source))

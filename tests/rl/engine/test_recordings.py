@@ -5,6 +5,7 @@ The kernels look at nothing but tensors, as on a GPU, where a graph goes on read
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,7 +23,9 @@ from retool.model.config import read_model_config
 from retool.parallel.mesh import make_mesh
 from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone, attention
 from retool.rl.engine import engine as engine_module
+from retool.rl.engine import scheduler as scheduler_module
 from retool.rl.engine.attention import Pages, _attend, _gathered
+from retool.rl.engine.batch import Change
 from retool.rl.engine.chunks import Chunks
 from retool.rl.engine.runner import DecodeLoop
 from tests.model.tiny import make
@@ -159,6 +162,116 @@ def test_chunks_apart_draw_what_whole_steps_draw(qwen: Path, way: dict[str, Any]
         assert kinds.count("decode") >= 2 and kinds.count("chunks") >= 1
     if way.get("pages"):
         assert engine.stats.preempted > 0, "the cache was large enough after all"
+
+
+def hurried(engine: Engine, scripts: list[tuple[list[int], list[list[int]]]], rng: random.Random) -> dict[int, list[TurnDone]]:
+    """Start, extend and drop sequences at any moment: `scripts` has each one's prompt and what is given after each of its turns."""
+    turns: dict[int, list[TurnDone]] = {i: [] for i in range(len(scripts))}
+    to_start, to_extend, gone = list(turns), list[int](), set[int]()
+    rng.shuffle(to_start)
+    for _ in range(4000):
+        while to_start and rng.random() < 0.5:
+            i = to_start.pop()
+            engine.start(i, scripts[i][0], params_of(i, 0), group=i % 4 if i % 4 < 2 else None)
+        for i in [i for i in to_extend if rng.random() < 0.4]:
+            to_extend.remove(i)
+            engine.extend(i, scripts[i][1][len(turns[i]) - 1], params_of(i, len(turns[i])))
+        for turn in engine.step():
+            i = int(turn.key)  # type: ignore[call-overload]
+            turns[i].append(turn)
+            if turn.reason == "length" and len(turns[i]) <= len(scripts[i][1]):
+                to_extend.append(i)
+            else:
+                gone.add(i)
+                engine.drop(i)
+        running = [s for s in engine._ready().running if s.key not in gone]
+        if rng.random() < 0.02 and running:
+            i = int(rng.choice(running).key)  # type: ignore[call-overload]
+            gone.add(i)
+            engine.drop(i)
+        if len(gone) == len(scripts):
+            assert leaked(engine) == 0
+            return turns
+    raise AssertionError(f"stalled: {engine.stats}")
+
+
+def params_of(i: int, turn: int) -> SamplingParams:
+    return SamplingParams(max_tokens=1 + (3 * i + turn) % 11, temperature=(1.0, 0.6)[i % 2], top_p=(1.0, 0.9)[i // 2 % 2], seed=(i, turn))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_moment_is_a_good_one_to_come_or_go(qwen: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences join rows that run ahead and leave them; each draws what it draws alone, in an engine that does one thing at a time."""
+    rng, model = random.Random(seed), load(qwen)
+    heads = prompts(4, 40, 131, seed=seed)
+    scripts = [(heads[i % 4] if i % 4 < 2 else prompts(1, 50, 131, seed=99 * seed + i)[0],
+                [prompts(1, 20, 131, seed=i + n)[0][: rng.randint(0, 20)] for n in range(rng.randint(0, 3))]) for i in range(20)]  # fmt: skip
+    alone = engine_of(qwen, model, max_num_seqs=1)
+    in_cpu_clothes(monkeypatch, graphs=rng.random() < 0.5)
+    for name, few in (("PATIENCE", 2), ("SPARSE", rng.choice([2, 4])), ("TOLERATED", rng.choice([2, 16]))):
+        monkeypatch.setattr(scheduler_module, name, few)
+    most = rng.choice([2, 5, 8])
+    engine = engine_of(qwen, model, max_num_seqs=most, page_size=rng.choice([2, 8]), pages=rng.choice([60, 300]), max_length=150,
+                       max_batch_tokens=rng.choice([most, 24, 200]))  # fmt: skip
+    joined = count_joins(monkeypatch)
+    for i, turns in hurried(engine, scripts, rng).items():
+        if turns:
+            alone.start(i, scripts[i][0], params_of(i, 0))
+        for n, turn in enumerate(turns):
+            (want,) = run(alone).values()
+            same([turn], [want])
+            if n + 1 < len(turns):
+                alone.extend(i, scripts[i][1][n], params_of(i, n + 1))
+    assert joined["drawn"] + joined["known"] > 0 or most == 2
+
+
+def counted(*counts: int) -> list[list[int]]:
+    """Prompts of so many tokens."""
+    return [[(7 * n + k) % 131 for k in range(count)] for n, count in enumerate(counts)]
+
+
+EDGES: dict[str, tuple[dict[str, Any], list[list[int]], list[int], list[int | None]]] = {  # options, prompts, turns' lengths, groups
+    "one token of a shared prompt is left": ({"max_batch_tokens": 9}, [*counted(10)] * 3, [9, 9, 9], [0, 0, 0]),
+    "a text is cut after its first token": ({"max_batch_tokens": 8, "max_num_seqs": 3}, counted(2, 2, 2), [3, 3, 20], [None] * 3),
+    "a leader goes on alone in a shared page": ({"max_num_seqs": 1}, [*counted(10)] * 3, [1, 5, 5], [0, 0, 0]),
+    "a cut prompt has room for one token": ({"max_batch_tokens": 5, "max_num_seqs": 5}, counted(2, 2, 2, 2, 30), [30, 29, 28, 27, 5], [None] * 5),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges_of_chunks_and_pages(qwen: Path, edge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two turns of each, with a text of five tokens between them."""
+    options, heads, lengths, groups = EDGES[edge]
+    model, found = load(qwen), list[list[TurnDone]]()
+    for apart in (False, True):
+        if apart:
+            in_cpu_clothes(monkeypatch, False)
+        engine, turns = engine_of(qwen, model, **options), dict[Any, list[TurnDone]]()
+        for i, (prompt, group) in enumerate(zip(heads, groups, strict=True)):
+            engine.start(i, prompt, SamplingParams(max_tokens=lengths[i], seed=(i,)), group=group)
+        while not engine.idle():
+            for turn in engine.step():
+                turns.setdefault(turn.key, []).append(turn)
+                if len(turns[turn.key]) == 1:
+                    engine.extend(turn.key, [3, 1, 4, 1, 5], SamplingParams(max_tokens=6, seed=(0,)))
+                else:
+                    engine.drop(turn.key)
+        assert leaked(engine) == 0
+        found.append([turn for i in range(len(heads)) for turn in turns[i]])
+    same(found[1], found[0])
+
+
+def count_joins(patch: pytest.MonkeyPatch) -> dict[str, int]:
+    joined, join = {"drawn": 0, "known": 0}, DecodeLoop._join
+
+    def counted(self: DecodeLoop, change: Change, drawn: Tensor | None) -> None:
+        known = int((change.joins[1] < 0).sum())
+        joined["known"] += known
+        joined["drawn"] += change.joins.shape[1] - known
+        join(self, change, drawn)
+
+    patch.setattr(DecodeLoop, "_join", counted)
+    return joined
 
 
 def test_shapes_are_few_and_large_enough(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:

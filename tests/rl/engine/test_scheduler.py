@@ -58,11 +58,11 @@ def go_ahead(scheduler: Scheduler, rows: list[Sequence], written: Written, rng: 
     """Repeat a decode step blindly some times; who then still expects a draw."""
     while rng.random() < 0.6:
         before = [(s.computed, list(s.pages)) for s in rows]
-        added = scheduler.ahead(list(rows))
-        if added is None:
+        ahead = scheduler.ahead([s if s.runs else None for s in rows], [], apart=False)
+        if ahead is None:
             assert before == [(s.computed, s.pages) for s in rows]
             break
-        assert all(rows[row].pages[place] == page for row, place, page in added)
+        assert all(rows[row].pages[place] == page for row, place, page in ahead.added)
         for s, (computed, _) in zip(rows, before, strict=True):
             if s.computed > computed:  # booked; now the draw that it feeds comes in
                 scheduler.accept(s, rng.randint(0, 9), -1.0, -1.0)
