@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from typing import Any
 
@@ -19,6 +20,7 @@ from retool.rl.engine.kv_cache import KVCache
 from retool.rl.engine.sampling import Draws, sample, seed_key
 from tests.ranks import run_ranks
 from tests.rl.engine.models import forced, leaked, prompts, run
+from tests.rl.engine.test_recordings import hurried, params_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 DEVICE = torch.device("cuda")
@@ -144,6 +146,24 @@ def test_bf16_gap_to_the_training_forward() -> None:
         want = forced(model, prompt + turn.tokens)[-len(turn.tokens) :].cpu()
         differences.append((torch.tensor(turn.logp) - want).abs())
     assert torch.cat(differences).mean() < GAP
+
+
+def test_sequences_that_come_and_go_draw_as_the_training_forward_says() -> None:
+    """Turns of several lengths with texts between them, more sequences than rows, some dropped: chunks beside steps that run ahead."""
+    model, rng = model_of(5), random.Random(0)
+    heads = prompts(60, 700, CONFIG.vocab, seed=1)
+    heads = [heads[i % 4] if i % 4 < 2 else prompt for i, prompt in enumerate(heads)]  # two of four are in groups
+    scripts = [(prompt, prompts(rng.randint(0, 3), 80, CONFIG.vocab, seed=i)) for i, prompt in enumerate(heads)]
+    gaps = []
+    for i, turns in hurried(engine_of(model, max_batch_tokens=1024), scripts, rng).items():
+        ids, places = list(scripts[i][0]), []
+        for turn, text in zip(turns, [*scripts[i][1], []], strict=False):
+            places += range(len(ids), len(ids) + len(turn.tokens))
+            ids += [*turn.tokens, *text]
+        if turns:
+            want = forced(model, ids, params_of(i, 0).temperature).cpu()[torch.tensor(places) - 1]
+            gaps.append((torch.tensor([x for turn in turns for x in turn.logp]) - want).abs())
+    assert len(gaps) > 50 and torch.cat(gaps).mean() < GAP
 
 
 def test_deterministic_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
