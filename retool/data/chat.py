@@ -20,14 +20,15 @@ import jinja2
 import numpy as np
 
 from ..batch import Sample
+from .backend import encode_text, token_offsets
 from .rows import SURROGATE, Conversation
-from .templates import load_tokenizer, other_tokens, read_template, write_template
+from .templates import load_tokenizer, other_tokens, read_template, shows_contents_as_they_are, write_template
 from .turns import EndOfTurn, Piece, Turn, check_contexts, check_tools, cut, find_turns
 
 HISTORIES = ("error", "last", "split")
 __all__ = ["HISTORIES", "Piece", "Renderer", "load_tokenizer", "other_tokens"]
 
-PLACEHOLDER = "TheTurnGoesHere"
+PLACEHOLDER, HOLE = "TheTurnGoesHere", "AContentGoesHere"
 
 
 class Renderer:
@@ -44,6 +45,7 @@ class Renderer:
         if self.template is None and not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: choose one with data.chat_template=hermes, or a file.")
         self.ends = self._find_ends()
+        self._frames: dict[tuple[Any, ...], list[str]] = {}
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
@@ -61,9 +63,7 @@ class Renderer:
             )  # fmt: skip
         except (jinja2.TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
-        if SURROGATE.search(text):
-            raise ValueError("the text isn't valid Unicode (bytes that aren't UTF-8, or half of a surrogate pair).")
-        return text
+        return _valid(text)
 
     def _conversation_text(self, conversation: Conversation, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
         try:
@@ -159,10 +159,7 @@ class Renderer:
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """(start, end) characters of each token of a piece, to show them; one stretch where the tokenizer can't tell."""
-        if not self.tokenizer.is_fast:
-            return [(0, len(text))]
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-        return [(int(start), int(end)) for start, end in found]
+        return token_offsets(self.tokenizer, text) if self.tokenizer.is_fast else [(0, len(text))]
 
     def tokenise(self, pieces: Sequence[Piece]) -> Sample:
         """Tokens and mask of one sample."""
@@ -204,6 +201,19 @@ class Renderer:
         the turn was cut off before its end-of-turn token, which then comes first.
         """
         assert messages and messages[-1]["role"] == "assistant", "the glue follows an assistant turn"
+        if self._framed and all(r["role"] in ("tool", "user") and type(r.get("content")) is str for r in responses):
+            frame = self._frame(tuple(r["role"] for r in responses), enable_thinking, ended, generation_prompt)
+            glue = _valid(frame[0] + "".join(r["content"] + after for r, after in zip(responses, frame[1:], strict=True)))
+        else:
+            glue = self._glue(messages, responses, tools, enable_thinking, ended, generation_prompt)
+        ids = encode_text(self.tokenizer, self._anchor + glue)
+        return ids[1:] if self._anchor else ids
+
+    def _glue(
+        self, messages: Sequence[Mapping[str, Any]], responses: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None, enable_thinking: bool | None, ended: bool, generation_prompt: bool,
+    ) -> str:  # fmt: skip
+        """The text of the glue, from a render of everything."""
         placeholder = PLACEHOLDER
         while any(placeholder in str(message) for message in (*messages, *responses)):  # a tool may print anything
             placeholder += "X"
@@ -213,8 +223,19 @@ class Renderer:
         end = next((token for token in self.ends.known if glue.lstrip().startswith(token)), None)
         if end is None:
             raise ValueError(f"the chat template follows an assistant turn with {glue[:30]!r}, not with {' or '.join(self.ends.known)}.")
-        after = glue[glue.index(end) + (len(end) if ended else 0) :]
-        return self.encode(["", after])[1]
+        return glue[glue.index(end) + (len(end) if ended else 0) :]
+
+    @cached_property
+    def _framed(self) -> bool:
+        return shows_contents_as_they_are(self.tokenizer, self.template, self.template_kwargs)
+
+    def _frame(self, roles: tuple[str, ...], enable_thinking: bool | None, ended: bool, generation_prompt: bool) -> list[str]:
+        """What the glue shows before, between and after the contents of messages with these roles."""
+        key = (roles, enable_thinking, ended, generation_prompt)
+        if key not in self._frames:
+            holes = [{"role": role, "content": HOLE} for role in roles]
+            self._frames[key] = self._glue([{"role": "assistant"}], holes, None, enable_thinking, ended, generation_prompt).split(HOLE)
+        return self._frames[key]
 
     # -- identity and export ------------------------------------------------------------------------------------------
 
@@ -230,3 +251,9 @@ class Renderer:
         """Make a saved tokenizer in `folder` use the template trained with, where `data.chat_template` replaced the model's own."""
         if self.template is not None:
             write_template(folder, self.template)
+
+
+def _valid(text: str) -> str:
+    if SURROGATE.search(text):
+        raise ValueError("the text isn't valid Unicode (bytes that aren't UTF-8, or half of a surrogate pair).")
+    return text

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,25 @@ def read_template(chat_template: str) -> str:
     if not path.is_file():
         raise ValueError(f"data.chat_template={chat_template}: there is no such file; give a jinja file, or {', '.join(TEMPLATES)}.")
     return path.read_text(encoding="utf-8")
+
+
+def shows_contents_as_they_are(tokenizer: Any, template: str | None, template_kwargs: Mapping[str, Any]) -> bool:
+    """Whether glue is known to be made of fixed text and of the contents of its messages, unchanged and untested, whatever came before.
+
+    It is where the template is our own, `hermes`: of a tool's or user's message after an assistant's it reads the role, those of its
+    neighbours, and the content, to show it. Of other templates nothing is known.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    render = PreTrainedTokenizerBase.apply_chat_template
+    if type(tokenizer).apply_chat_template is not render or template_kwargs.keys() & inspect.signature(render).parameters.keys():
+        return False
+    return (template or tokenizer.chat_template) == _hermes()
+
+
+@cache
+def _hermes() -> str:
+    return read_template("hermes")
 
 
 def write_template(folder: str | Path, template: str) -> None:

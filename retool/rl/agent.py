@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from retool.data.backend import decode_ids, encode_text, token_offsets
 from retool.data.chat import Renderer
 from retool.rl.toolcall import PARSERS, Call, check
 from retool.rl.tools import Tool, ToolResult
@@ -60,13 +61,13 @@ class AgentOptions:
 
 @dataclass
 class _Episode:
-    """A trajectory on its way."""
+    """A trajectory on its way; tokens and what belongs to them are those after the prompt."""
 
-    tokens: list[int]
-    mask: list[bool]
-    logp: list[float]
-    logp_behaviour: list[float]
     messages: list[dict[str, Any]]
+    tokens: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    logp_behaviour: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     assistant_turns: int = 0
     user_turns: int = 0
@@ -92,15 +93,13 @@ async def run_episode(
     prompt: Prompt, sample: int, generate: Generate, tools: Mapping[str, Tool], renderer: Renderer, options: AgentOptions, version: int = 0
 ) -> Trajectory:
     """One answer to `prompt`. Without tools it is a single turn. Tools may fail in any way; only `generate` may raise."""
-    n = len(prompt.ids)
-    zeros = [0.0] * n
-    episode = _Episode(prompt.ids.tolist(), [False] * n, list(zeros), list(zeros), [dict(m) for m in prompt.messages])
+    episode = _Episode([dict(m) for m in prompt.messages])
     limit = options.max_response_length
     if options.max_context is not None:
-        limit = min(limit, options.max_context - n)
-    fresh: Sequence[int] = episode.tokens[:]
+        limit = min(limit, options.max_context - len(prompt.ids))
+    fresh: Sequence[int] = prompt.ids.tolist()
     while True:
-        room = limit - (len(episode.tokens) - n)
+        room = limit - len(episode.tokens)
         if room <= 0:
             return _finish(episode, prompt, sample, Stop.LENGTH, version)
         turn = await generate(fresh, room)
@@ -112,7 +111,7 @@ async def run_episode(
         if broken:
             return _finish(episode, prompt, sample, Stop.TOOL_ERROR, version)
         fresh = renderer.render_tool_turn(episode.messages, responses, prompt.tools)
-        if len(episode.tokens) - n + len(fresh) >= limit:  # no room for an answer to it
+        if len(episode.tokens) + len(fresh) >= limit:  # no room for an answer to it
             return _finish(episode, prompt, sample, Stop.LENGTH, version)
         episode.messages += responses
         episode.user_turns += 1
@@ -147,7 +146,7 @@ def _after_turn(
 
 def turn_text(renderer: Renderer, ids: Sequence[int]) -> str:
     """The text of sampled ids, exactly: special tokens are kept, nothing is cleaned up."""
-    return str(renderer.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return decode_ids(renderer.tokenizer, ids)
 
 
 async def _run_calls(
@@ -156,7 +155,7 @@ async def _run_calls(
     """The tools' answers as messages, one per call and in order; whether a tool broke. Counts what happened."""
     most, schemas = options.max_parallel_calls, [tool.schema for tool in tools.values()]
     running = [_run_call(call, check(call, schemas), tools, options.tool_timeout_seconds) for call in calls[:most]]
-    results = list(await asyncio.gather(*running))
+    results = [await running[0]] if len(running) == 1 else list(await asyncio.gather(*running))
     over = f"not run: at most {most} call{'s are' if most > 1 else ' is'} run in a turn. Call it again."
     results += [ToolResult(over, "not_run") for _ in calls[most:]]
     responses = []
@@ -174,16 +173,24 @@ async def _run_call(call: Call, problem: str | None, tools: Mapping[str, Tool], 
     """What the tool answers, or why there is no answer: a tool may hang, even when it is cancelled (then it is left to itself)."""
     if problem is not None:
         return ToolResult(f"Error: {problem}", "bad_arguments")
-    clock = asyncio.get_running_loop().time
-    begin, work = clock(), asyncio.create_task(_answer(tools[call.name], call.arguments))
+    loop = asyncio.get_running_loop()
+    begin, work, over = loop.time(), loop.create_task(_answer(tools[call.name], call.arguments)), loop.create_future()
+    timer = loop.call_later(timeout, _settle, over)
+    work.add_done_callback(lambda _: _settle(over))
     try:
-        await asyncio.wait([work], timeout=timeout)
+        await over
     finally:
+        timer.cancel()
         work.cancel()
     if not work.done():
         return ToolResult(f"TimeoutError: {call.name} gave no answer within {timeout:g} s.", "timeout", timeout)
     result = work.result()
-    return result if result.seconds > 0 else replace(result, seconds=clock() - begin)
+    return result if result.seconds > 0 else replace(result, seconds=loop.time() - begin)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 async def _answer(tool: Tool, arguments: Mapping[str, Any]) -> ToolResult:
@@ -201,7 +208,7 @@ async def _answer(tool: Tool, arguments: Mapping[str, Any]) -> ToolResult:
 
 def clean(text: str) -> str:
     """`text` as valid Unicode: halves of surrogate pairs (bytes that weren't UTF-8) become replacement characters."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def cut_text(tokenizer: Any, text: str, limit: int, side: str) -> str:
@@ -209,18 +216,18 @@ def cut_text(tokenizer: Any, text: str, limit: int, side: str) -> str:
     beginning, `right` its end, `middle` what lies between. It is cut between tokens, so no character is halved."""
     if len(text) > FLOOD * limit:
         text = text[: ENDS * limit] + MARKER + text[-ENDS * limit :]
-    spans = _spans(tokenizer, text)
-    if len(spans) <= limit:
+    if len(encode_text(tokenizer, text)) <= limit:
         return text
-    marker = MARKER if len(_spans(tokenizer, MARKER)) <= limit else ""
-    room = limit - len(_spans(tokenizer, marker))
+    spans = _spans(tokenizer, text)
+    marker = MARKER if len(encode_text(tokenizer, MARKER)) <= limit else ""
+    room = limit - len(encode_text(tokenizer, marker))
     while True:
         head = {"left": 0, "right": room, "middle": (room + 1) // 2}[side]
         tail = room - head
         start = text[: spans[head - 1][1]] if head else ""
         end = text[spans[len(spans) - tail][0] :] if tail else ""
         shorter = start + marker + end
-        over = len(_spans(tokenizer, shorter)) - limit  # the cut text can tokenise otherwise than its parts
+        over = len(encode_text(tokenizer, shorter)) - limit  # the cut text can tokenise otherwise than its parts
         if over <= 0 or room == 0:
             return shorter
         room = max(room - over, 0)
@@ -229,16 +236,21 @@ def cut_text(tokenizer: Any, text: str, limit: int, side: str) -> str:
 def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
     """(start, end) characters of each token."""
     if tokenizer.is_fast:
-        return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    count = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return token_offsets(tokenizer, text)
+    count = len(encode_text(tokenizer, text))
     edges = [round(i * len(text) / max(count, 1)) for i in range(count + 1)]  # a slow tokenizer can't tell: evenly
     return list(pairwise(edges))
 
 
 def _finish(episode: _Episode, prompt: Prompt, sample: int, stop: Stop, version: int) -> Trajectory:
+    n = len(prompt.ids)
+
+    def whole(values: Sequence[float], dtype: type) -> np.ndarray:
+        return np.concatenate([np.zeros(n, dtype), np.asarray(values, dtype)])
+
     return Trajectory(
-        prompt, sample, np.asarray(episode.tokens, np.int32), len(prompt.ids), np.asarray(episode.mask, bool),
-        np.asarray(episode.logp, np.float32), np.asarray(episode.logp_behaviour, np.float32), stop,
+        prompt, sample, np.concatenate([prompt.ids.astype(np.int32), np.asarray(episode.tokens, np.int32)]), n, whole(episode.mask, bool),
+        whole(episode.logp, np.float32), whole(episode.logp_behaviour, np.float32), stop,
         num_turns=episode.user_turns + episode.assistant_turns + 1, tool_calls=episode.calls, tool_errors=episode.errors,
         tool_timeouts=episode.timeouts, tool_seconds=episode.seconds, policy_version=version, assistant_text="\n".join(episode.texts),
     )  # fmt: skip

@@ -7,10 +7,11 @@ became ready meanwhile; a straggler's tool never holds the engine up while other
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from retool.data.chat import Renderer
 from retool.rl.agent import AgentOptions, Sampled, run_episode
@@ -81,11 +82,16 @@ class RolloutTimes:
 
 @dataclass
 class _Flight:
-    """Turns under way, and episodes that still sample (the others are being judged)."""
+    """Turns under way, episodes that still sample (the others are being judged), and those that ended since it was looked at."""
 
     turns: dict[Hashable, asyncio.Future[TurnDone]] = field(default_factory=dict)
     work: asyncio.Event = field(default_factory=asyncio.Event)
     sampling: int = 0
+    ended: list[asyncio.Task[Any]] = field(default_factory=list)
+
+    def end(self, task: asyncio.Task[Any]) -> None:
+        self.ended.append(task)
+        self.work.set()
 
 
 async def roll_out(
@@ -96,8 +102,10 @@ async def roll_out(
     begin, flight, times = time.perf_counter(), _Flight(), times or RolloutTimes()
     tasks = [asyncio.create_task(_episode(parts, flight, prompt, sample, sampling, step)) for prompt, sample in requests]
     flight.sampling = len(tasks)
+    for task in tasks:
+        task.add_done_callback(flight.end)
     try:
-        await _drive(parts, flight, tasks, times)
+        await _drive(parts, flight, len(tasks), times)
         if not all(task.done() for task in tasks):
             return None
         return [task.result() for task in tasks]
@@ -108,29 +116,28 @@ async def roll_out(
         times.total += time.perf_counter() - begin
 
 
-async def _drive(parts: RolloutParts, flight: _Flight, tasks: Sequence[asyncio.Task[object]], times: RolloutTimes) -> None:
+async def _drive(parts: RolloutParts, flight: _Flight, episodes: int, times: RolloutTimes) -> None:
     """Engine steps until every episode is done; an episode's own error ends it all."""
-    waiting: set[asyncio.Task[object]] = set(tasks)
-    while waiting and not parts.stopped():
+    while episodes and not parts.stopped():
         await asyncio.sleep(0)  # whatever became ready goes on: new turns, tool results
         if not parts.engine.idle():
             for turn in parts.engine.step():
                 if (future := flight.turns.pop(turn.key, None)) is not None and not future.done():
                     future.set_result(turn)
-        else:
-            await _wait(flight, waiting, times)
-        for task in [task for task in waiting if task.done()]:
-            waiting.discard(task)
+        elif not flight.ended:
+            await _wait(flight, times)
+        for task in flight.ended:
             task.result()
+        episodes -= len(flight.ended)
+        flight.ended.clear()
 
 
-async def _wait(flight: _Flight, waiting: set[asyncio.Task[object]], times: RolloutTimes) -> None:
+async def _wait(flight: _Flight, times: RolloutTimes) -> None:
     """Nothing to decode: wait for a new turn or for an episode's end, but not for ever (a signal to stop may come)."""
     flight.work.clear()
     begin, for_tools = time.perf_counter(), flight.sampling > 0
-    woken = asyncio.create_task(flight.work.wait())
-    await asyncio.wait([*waiting, woken], timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-    woken.cancel()
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(flight.work.wait(), 0.5)
     seconds = time.perf_counter() - begin
     if for_tools:
         times.tools += seconds
@@ -144,12 +151,13 @@ async def _episode(
     """Sample one trajectory and have it judged."""
     key, started = (prompt.index, sample), False
     seed = (sampling.seed, sampling.split, step, prompt.index, sample)
+    stop_ids = (*parts.renderer.end_of_turn_ids, *parts.agent.eos_ids)
 
     async def generate(ids: Sequence[int], max_tokens: int) -> Sampled:
         nonlocal started
         params = SamplingParams(
             max_tokens=max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-            stop_ids=(*parts.renderer.end_of_turn_ids, *parts.agent.eos_ids), seed=seed,
+            stop_ids=stop_ids, seed=seed,
         )  # fmt: skip
         future: asyncio.Future[TurnDone] = asyncio.get_running_loop().create_future()
         flight.turns[key] = future

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from retool.data import backend
 from retool.data.chat import Renderer
 from retool.data.rows import to_conversation
 from retool.rl.agent import AgentOptions, Sampled, cut_text, run_episode
@@ -321,3 +322,13 @@ def test_a_flood_is_cut_at_once_and_a_marker_that_does_not_fit_is_left_out(token
     assert short.startswith("first") == (side != "left") and short.endswith("last") == (side != "right")
     assert 0 < len(tokenizer(cut_text(tokenizer, "a b c d e f g h", 2, side), add_special_tokens=False)["input_ids"]) <= 2
     assert "…[cut]…" in cut_text(tokenizer, "\n" * 100_000, 100, side)
+
+
+def test_cutting_is_as_with_the_tokenizers_own_offsets(tokenizer, monkeypatch) -> None:
+    """The short way to tokens and offsets, and the long one, leave the same text."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(["é", " ", "\n", "𝄞", "<|im_end|>", "24", "answer", "\ufffd"], rng.integers(0, 60))) for _ in range(40)]
+    cases = [(text, limit, side) for text in texts for limit in (1, 9, 40) for side in ("left", "middle", "right")]
+    short = [cut_text(tokenizer, *case) for case in cases]
+    monkeypatch.setattr(backend, "_is_plain", lambda kind: False)
+    assert short == [cut_text(tokenizer, *case) for case in cases] and {text == cut for (text, *_), cut in zip(cases, short, strict=True)} == {True, False}

@@ -145,6 +145,20 @@ def test_stopping_leaves_nothing_behind(renderer_of) -> None:
     assert time.monotonic() < begin + 5 and not engine.live and not engine.queue
 
 
+def test_an_episode_s_error_ends_it_at_once(renderer_of) -> None:
+    class Broken(Judge):
+        async def judge(self, trajectory):
+            if trajectory.prompt.index:
+                raise RuntimeError("no judge")
+            return await super().judge(trajectory)
+
+    parts, engine = parts_of(renderer_of("hermes"), {0: ["42"], 1: ["42"]}, judge=Broken(30.0))
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="no judge"):
+        asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, i), 0) for i in range(2)], Sampling(), 0))
+    assert time.monotonic() < begin + 5 and not engine.live
+
+
 def test_an_engine_s_error_ends_it(renderer_of) -> None:
     parts, engine = parts_of(renderer_of("hermes"), {0: ["42"]})
     engine.step = lambda: (_ for _ in ()).throw(RuntimeError("out of memory"))
