@@ -8,7 +8,7 @@ Three commands, printed before each: validation of the model as it is, `python -
 train.parquet and test.parquet with the columns messages, tools and answer; no test question is trained on. Accuracy is that of the
 likeliest answer (temperature 0) to every test question. With `--seconds`, a command that takes too long is asked to stop and saves, and the
 next goes on from there; DAPO validates every `--test-every` steps, and every validation is a row as soon as it is through. `--only` spreads
-the parts over several calls with the same `--out`.
+the parts over several calls with the same `--out`; `--only dapo` goes on with a run of DAPO that was there.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ def rl_words(args: Namespace, model: Path, out: Path) -> list[str]:
         f"{ARR}rollout.n={args.samples}", f"{ARR}rollout.max_num_seqs={args.sequences}", f"{ARR}rollout.val_kwargs.do_sample=false",
         f"{ARR}rollout.multi_turn.enable=true", f"{ARR}rollout.multi_turn.format=hermes", f"{ARR}rollout.multi_turn.max_assistant_turns=10",
         f"{ARR}rollout.multi_turn.max_tool_response_length=64", f"{ARR}rollout.multi_turn.tool_timeout_seconds=10",
-        f"{ARR}actor.ppo_mini_batch_size={max(1, args.prompts // args.updates)}", f"trainer.default_local_dir={out}",
-        f"trainer.device={args.device}", "trainer.resume_mode=disable", *args.rl_keys,
+        f"{ARR}actor.ppo_mini_batch_size={max(1, args.prompts // args.updates)}", f"{ARR}actor.ppo_max_token_len_per_gpu={args.tokens}",
+        f"trainer.default_local_dir={out}",
+        f"trainer.device={args.device}", f"trainer.resume_mode={'disable' if 'sft' in args.only else 'auto'}", *args.rl_keys,
     ]  # fmt: skip
 
 
@@ -227,7 +228,7 @@ def arguments() -> Namespace:
     add("--sft-steps", type=int, default=0, help="instead of --sft-epochs")
     add("--sft-batch", type=int, default=64, help="conversations of an optimizer step")
     add("--sft-lr", type=float, default=3e-4)
-    add("--tokens", type=int, default=32_768, help="of SFT's micro-batches, per GPU")
+    add("--tokens", type=int, default=32_768, help="of micro-batches, per GPU")
     add("--rl-steps", type=int, default=40)
     add("--prompts", type=int, default=32, help="questions of a step of DAPO")
     add("--samples", type=int, default=16, help="answers to each")

@@ -235,7 +235,8 @@ def main() -> None:
         random_weights(model)
     engine = Engine(config, device, EngineOptions(
         max_num_seqs=args.sequences, kv_bytes=int(args.kv_gib * GIB), max_length=args.prompt + args.new + 1,
-        use_cuda_graphs=not args.no_graphs, max_batch_tokens=max(args.batch_tokens, args.sequences), use_compile=False if args.no_compile else "auto",
+        use_cuda_graphs=not args.no_graphs, max_batch_tokens=max(args.batch_tokens, args.sequences),
+        use_compile=False if args.no_compile else "auto",
     ))  # fmt: skip
     engine.sync(model)
     lines = [measure_ours(engine, args)]

@@ -141,15 +141,16 @@ def test_parity_of_a_model(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_the_learning_run_in_two_calls(model: Path, tmp_path: Path, repository: Path) -> None:
+def test_the_learning_run_in_three_calls(model: Path, tmp_path: Path, repository: Path) -> None:
     from examples.quickstart.data import make_problems, write_parquet
 
     for name, count in (("train", 8), ("test", 2)):
         write_parquet(tmp_path / f"{name}.parquet", make_problems(count, count))
-    words = "--gpus 1 --device cpu --questions 2 --response 16 --sft-steps 1 --sft-batch 2 --tokens 2048 --rl-steps 1 --prompts 2 --samples 2 --updates 1"
+    words = "--gpus 1 --device cpu --questions 2 --response 16 --sft-steps 1 --sft-batch 2 --tokens 2048 --prompts 2 --samples 2 --updates 1 --test-every 1"
     command = [sys.executable, str(BENCHMARKS / "learn.py"), "--model", str(model), "--data", str(tmp_path), "--out", str(tmp_path / "run"), *words.split()]
-    for parts, rows in (("before", ["the model"]), ("sft,dapo", ["the model", "after SFT", "and 1 steps of DAPO"])):
-        ran = subprocess.run([*command, "--only", parts, "--json", str(tmp_path / "out.json")], cwd=repository, capture_output=True, text=True, timeout=170)
+    trained = ["the model", "after SFT", "and 1 steps of DAPO"]
+    for parts, steps, rows in (("before", 1, trained[:1]), ("sft,dapo", 1, trained), ("dapo", 2, [*trained, "and 2 steps of DAPO"])):
+        ran = subprocess.run([*command, "--only", parts, "--rl-steps", str(steps), "--json", str(tmp_path / "out.json")], cwd=repository, capture_output=True, text=True, timeout=170)
         lines = lines_of(tmp_path / "out.json")
         assert [line["name"] for line in lines] == rows, ran.stderr[-2000:]
         assert len(rows_of(ran.stdout)) == len(rows) and all(line["questions"] == 2 for line in lines)

@@ -207,7 +207,8 @@ class Scheduler:
             return None
         if any(s.computed >= self.max_length for s in live) or any(self.pool.missing(s.pages, s.computed, len(s.tokens)) for s in late):
             return None
-        if sum(self.pool.missing(s.pages, s.computed, s.computed + 1) for s in live) > len(self.pool.free):
+        needed = sum(self._at_an_edge(s) for s in going) + sum(self.pool.missing(s.pages, s.computed, s.computed + 1) for _, s in fresh)
+        if needed > len(self.pool.free):
             return None
         ready = min(len(self.waiting), self.max_num_seqs - len(self.running)) if self.changed else 0
         if ready > 0 and not apart and self.steps_ahead > PATIENCE:
@@ -220,13 +221,12 @@ class Scheduler:
 
     def _advance(self, step: Ahead, fresh: list[tuple[int, Sequence]]) -> None:
         """Book a token more of everyone, and give those who are new among the rows a place."""
-        size = self.pool.page_size
         for slot, s in enumerate(step.rows):
             if s is not None:
-                copies, place = self.pool.extend(s.pages, s.computed, s.computed + 1), s.computed // size
-                assert copies == [], "a page that a row has written to is shared"
-                if s.computed % size == 0:
-                    step.added.append((slot, place, s.pages[place]))
+                if self._at_an_edge(s):
+                    self.pool.extend(s.pages, s.computed, s.computed + 1)
+                    step.added.append((slot, len(s.pages) - 1, s.pages[-1]))
+                assert self.pool.counts[s.pages[-1]] == 1, "a row's last page is another's, too"
                 s.computed += 1
         for source, s in fresh:
             copies = self.pool.extend(s.pages, s.computed, s.computed + 1)
@@ -235,6 +235,10 @@ class Scheduler:
             s.computed += 1
             step.join(s, source)
         self.stats.decode_tokens += sum(s is not None for s in step.rows)
+
+    def _at_an_edge(self, s: Sequence) -> bool:
+        """Whether a sequence that decodes needs another page for its next token."""
+        return len(s.pages) * self.pool.page_size == s.computed
 
     def _beside(self, step: Ahead, late: list[Sequence], budget: int) -> None:
         """Go on with chunks that were cut, and admit who waits."""
