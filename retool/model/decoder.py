@@ -54,9 +54,10 @@ class Run:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last dimension (Zhang & Sennrich, arXiv 1910.07467), in at least fp32."""
+    """Root-mean-square norm over the last dimension (Zhang & Sennrich, arXiv 1910.07467), in at least fp32; the result in the weight's
+    dtype, which x may exceed."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(weight.dtype) * weight
 
 
 class Block(nn.Module):
@@ -87,17 +88,17 @@ class Block(nn.Module):
             self.before_piece, self.after_piece = compiled_pieces()
 
     def before(self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Norm, q k v and rope: [t, D] → the flat buffer that goes to the head ranks."""
+        """Norm, q k v and rope: [t, D] → the flat buffer that goes to the head ranks, in the weights' dtype."""
         c, plan = self.config, self.run.plan
         heads = F.linear(rms_norm(x_tD, self.norm_1, c.norm_eps), self.qkv, self.qkv_bias)
         q, k, v = heads.view(-1, c.heads + 2 * c.kv_heads, c.head_dim).split([c.heads, c.kv_heads, c.kv_heads], 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm, c.norm_eps), rms_norm(k, self.k_norm, c.norm_eps)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return split_heads(q, k, v.to(q.dtype), plan, x_tD.dtype)
+        return split_heads(q, k, v.to(q.dtype), plan, self.qkv.dtype)
 
     def after(self, x_tD: torch.Tensor, a_tE: torch.Tensor) -> torch.Tensor:
-        """Output projection, norm and SwiGLU MLP with their residuals: [t, D] and attention's result [t, E] → [t, D]."""
+        """Output projection, norm and SwiGLU MLP with their residuals: [t, D] and attention's result [t, E] → [t, D], in x's dtype."""
         x_tD = x_tD + F.linear(a_tE, self.o, self.o_bias)
         gate, up = F.linear(rms_norm(x_tD, self.norm_2, self.config.norm_eps), self.gate_up, self.gate_up_bias).chunk(2, -1)
         return x_tD + F.linear(F.silu(gate) * up, self.down, self.down_bias)
