@@ -25,9 +25,11 @@ on() { local gpu=$1; shift; ((gpus)) && export CUDA_VISIBLE_DEVICES=$((gpu < gpu
 tiny() { ((gpus)) || echo "$@"; } # only without a GPU
 
 part1() {
-  (on 0 one rollout 200 --peer-seconds 70 $(tiny --shape tiny --sequences 4 --prompt 12 --new 6)) & ((gpus > 1)) || wait
+  (on 0 one rollout 130 --peer-seconds 45 $(tiny --shape tiny --sequences 4 --prompt 12 --new 6)
+   on 0 one rollout-long 100 --prompt 512 --new 1024 --peers generate_batch --peer-seconds 70 $(tiny --shape tiny --sequences 4 --prompt 12 --new 6)
+   on 0 one rollout-groups 80 --group 8 --peers generate_batch --peer-seconds 45 $(tiny --shape tiny --sequences 4 --prompt 12 --new 6)) & ((gpus > 1)) || wait
   (on 1 one logprobs 60 $(tiny --tokens 512 --vocab 4096 --dim 32); on 1 one attention 190 $(tiny --heads 4/2x16)) & wait
-  one rl_step 300 --timeout 130 --logs "$out/rl_step" ${TRL:+--trl "$TRL"} ${RL_MODEL:+--model "$RL_MODEL"} \
+  one rl_step 260 --timeout 120 --logs "$out/rl_step" ${TRL:+--trl "$TRL"} ${RL_MODEL:+--model "$RL_MODEL"} \
     $(tiny --shape tiny --prompts 2 --samples 2 --prompt 64 --response 8 --repeats 1 --trl-repeats 1)
 }
 part2() {
