@@ -21,6 +21,7 @@ from retool.parallel.fsdp.overlap import recorded
 from retool.rl.engine.attention import Pages
 from retool.rl.engine.batch import Batch, Change
 from retool.rl.engine.forward import Model, draw, hidden_states
+from retool.rl.engine.kv_cache import in_any_order
 from retool.rl.engine.sampling import Draws
 
 
@@ -168,17 +169,18 @@ class DecodeLoop:
 
     def _clear(self, rows: slice | Tensor) -> None:
         for state in (self.tokens, self.positions, self.keys, self.temperature, self.top_k, self.top_p, self.tables):
-            state[rows] = 0
+            state[rows].zero_() if isinstance(rows, slice) else state.index_fill_(0, rows, 0)
 
     def _join(self, change: Change, drawn: Tensor | None) -> None:
         slots, sources, tokens, positions, keys, top_k = to_device(change.joins, self.tables.device)
         temperature, top_p = to_device(change.chances, self.tables.device)
         if drawn is not None and (change.joins[1] >= 0).any():
-            tokens = torch.where(sources >= 0, drawn[0, sources.clamp(min=0)].long(), tokens)
-        targets = self.tokens, self.positions, self.keys, self.temperature, self.top_k, self.top_p
-        for target, source in zip(targets, (tokens, positions, keys, temperature, top_k, top_p), strict=True):
-            target[slots] = source
-        self.tables[slots, : change.tables.shape[1]] = to_device(change.tables, self.tables.device)
+            tokens = torch.where(sources >= 0, drawn[0].index_select(0, sources.clamp(min=0)).long(), tokens)
+        tables = to_device(change.tables, self.tables.device)
+        targets = self.tokens, self.positions, self.keys, self.temperature, self.top_k, self.top_p, self.tables[:, : tables.shape[1]]
+        with in_any_order():
+            for target, source in zip(targets, (tokens, positions, keys, temperature, top_k, top_p, tables), strict=True):
+                target.index_copy_(0, slots, source)
 
     def _run(self) -> Flight:
         rows, filtered = self.rows, self.filtered
