@@ -174,27 +174,21 @@ async def _run_call(call: Call, problem: str | None, tools: Mapping[str, Tool], 
     if problem is not None:
         return ToolResult(f"Error: {problem}", "bad_arguments")
     loop = asyncio.get_running_loop()
-    begin, work, over = loop.time(), loop.create_task(_answer(tools[call.name], call.arguments)), loop.create_future()
-    timer = loop.call_later(timeout, _settle, over)
-    work.add_done_callback(lambda _: _settle(over))
+    begin, answered = loop.time(), loop.create_future()
+    work = loop.create_task(_answer(tools[call.name], call.arguments, answered))
+    timer = loop.call_later(timeout, _settle, answered, None)
     try:
-        await over
+        result = await answered
     finally:
         timer.cancel()
         work.cancel()
-    if not work.done():
+    if result is None:
         return ToolResult(f"TimeoutError: {call.name} gave no answer within {timeout:g} s.", "timeout", timeout)
-    result = work.result()
     return result if result.seconds > 0 else replace(result, seconds=loop.time() - begin)
 
 
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-async def _answer(tool: Tool, arguments: Mapping[str, Any]) -> ToolResult:
-    """What a tool of anybody's answers, or raises: a library in it may even exit, or cancel."""
+async def _answer(tool: Tool, arguments: Mapping[str, Any], answered: asyncio.Future[ToolResult | None]) -> None:
+    """Settle `answered` with what a tool of anybody's answers, or raises: a library in it may even exit, or cancel."""
     try:
         result = await tool.call(arguments)
         if not isinstance(result, ToolResult):
@@ -202,8 +196,13 @@ async def _answer(tool: Tool, arguments: Mapping[str, Any]) -> ToolResult:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return ToolResult(f"{type(error).__name__}: {error}", "error")
-    return result
+        result = ToolResult(f"{type(error).__name__}: {error}", "error")
+    _settle(answered, result)
+
+
+def _settle(answered: asyncio.Future[ToolResult | None], result: ToolResult | None) -> None:
+    if not answered.done():
+        answered.set_result(result)
 
 
 def clean(text: str) -> str:

@@ -21,6 +21,8 @@ from retool.rl.rewards import overlong_penalty
 from retool.rl.tools import Tool
 from retool.rl.types import Prompt, Scored, Trajectory
 
+ROUNDS = 3  # of the event loop between engine steps: in so many a finished turn's call is on its way, and a tool's answer in the engine
+
 
 class Engine(Protocol):
     """What a rollout needs of an engine; `retool.rl.engine.Engine` has it."""
@@ -119,7 +121,8 @@ async def roll_out(
 async def _drive(parts: RolloutParts, flight: _Flight, episodes: int, times: RolloutTimes) -> None:
     """Engine steps until every episode is done; an episode's own error ends it all."""
     while episodes and not parts.stopped():
-        await asyncio.sleep(0)  # whatever became ready goes on: new turns, tool results
+        for _ in range(ROUNDS):
+            await asyncio.sleep(0)  # whatever became ready goes on: new turns, tool results
         if not parts.engine.idle():
             for turn in parts.engine.step():
                 if (future := flight.turns.pop(turn.key, None)) is not None and not future.done():

@@ -145,6 +145,32 @@ def test_stopping_leaves_nothing_behind(renderer_of) -> None:
     assert time.monotonic() < begin + 5 and not engine.live and not engine.queue
 
 
+def test_a_quick_tool_s_answer_is_in_the_next_engine_step(renderer_of) -> None:
+    class Busy(PlayedBack):
+        def idle(self):
+            return False
+
+        def step(self):
+            if self.queue:
+                return super().step()
+            self.steps += 1
+            return []
+
+        def extend(self, key, ids, params):
+            extended.append(self.steps)
+            super().extend(key, ids, params)
+
+    class Quick(Tool):
+        async def call(self, arguments):
+            return ToolResult("ok", "success")
+
+    extended, tool = [], Quick(0.0)
+    parts, engine = parts_of(renderer_of("hermes"), {0: [called("1"), called("2"), "42"]}, tool)
+    parts = replace(parts, engine=Busy(engine.renderer, engine.script))
+    asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, 0), 0)], Sampling(), 0))
+    assert extended == [1, 2]
+
+
 def test_an_episode_s_error_ends_it_at_once(renderer_of) -> None:
     class Broken(Judge):
         async def judge(self, trajectory):
