@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -17,6 +19,7 @@ PROBES = (
     "naïve Straße 你好吗 🙂🙂",
     "a_b(c)['d'] -> <e/>",
 )
+QWEN_LOOP = "522ca2c94a1a3b4e419825e275d236bb349c3700b7bcd49775ccc3c994469f27"  # SHA-256
 TEMPLATES = {"hermes": Path(__file__).with_name("hermes.jinja")}
 
 
@@ -67,15 +70,21 @@ def read_template(chat_template: str) -> str:
 def shows_contents_as_they_are(tokenizer: Any, template: str | None, template_kwargs: Mapping[str, Any]) -> bool:
     """Whether glue is known to be made of fixed text and of the contents of its messages, unchanged and untested, whatever came before.
 
-    It is where the template is our own, `hermes`: of a tool's or user's message after an assistant's it reads the role, those of its
-    neighbours, and the content, to show it. Of other templates nothing is known.
+    It is with our own template, `hermes`, and with those of Qwen2.5: of a tool's or user's message after an assistant's they read the
+    role, those of its neighbours, and the content, to show it. Of other templates nothing is known.
     """
     from transformers import PreTrainedTokenizerBase
 
-    render = PreTrainedTokenizerBase.apply_chat_template
+    render, text = PreTrainedTokenizerBase.apply_chat_template, template or tokenizer.chat_template
     if type(tokenizer).apply_chat_template is not render or template_kwargs.keys() & inspect.signature(render).parameters.keys():
         return False
-    return (template or tokenizer.chat_template) == _hermes()
+    return isinstance(text, str) and (text == _hermes() or _has_loop_of_qwen(text))
+
+
+def _has_loop_of_qwen(template: str) -> bool:
+    """Whether it is Qwen2.5's from its loop over the messages on, with nothing set before it: the loop reads nothing but the messages."""
+    before, loop, rest = template.partition("{%- for message in messages %}")
+    return not re.search(r"\bset\b", before) and hashlib.sha256((loop + rest).rstrip().encode()).hexdigest() == QWEN_LOOP
 
 
 @cache

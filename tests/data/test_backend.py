@@ -165,6 +165,19 @@ def test_glue_of_our_template_is_that_of_a_whole_render(each, kwargs) -> None:
         assert renderer.render_tool_turn(messages, responses, *options) == glue(renderer, messages, responses, *options)
 
 
+def test_glue_of_qwen_s_template(qwen_tokenizer) -> None:
+    renderer, rng = Renderer(qwen_tokenizer), random.Random(3)
+    assert renderer._framed
+    for _ in range(150):
+        messages, responses = talk(rng)
+        options = (rng.choice([TOOLS, None]), rng.choice([True, None]), rng.random() < 0.7, rng.random() < 0.7)
+        assert renderer.render_tool_turn(messages, responses, *options) == glue(renderer, messages, responses, *options)
+    for change in (("{%- if tools", "{%- set messages = messages[1:] %}{%- if tools"), ("{{- message.content }}", "{{- message.content | trim }}")):
+        other = copy.deepcopy(qwen_tokenizer)
+        other.chat_template = other.chat_template.replace(*change)
+        assert other.chat_template != qwen_tokenizer.chat_template and not Renderer(other)._framed
+
+
 @pytest.mark.parametrize("name", ["chatml", "smollm2", "qwen3", "llama3"])
 def test_glue_of_other_templates(name, renderer_of) -> None:
     renderer, rng = renderer_of(name), random.Random(2)
