@@ -43,7 +43,10 @@ Score = Callable[[torch.Tensor, torch.Tensor], Any]  # (hidden [t, D], vocabular
 
 @dataclass(frozen=True)
 class Run:
-    """How a forward runs: what doesn't change from batch to batch. `offload` is there where `recompute` is offload."""
+    """How a forward runs: what doesn't change from batch to batch. `offload` is there where `recompute` is offload.
+
+    `fp32_residual`: what blocks add to is in at least fp32, not in the weights' dtype; norms hand that to the products.
+    """
 
     plan: HeadPlan
     mesh: Mesh
@@ -51,6 +54,7 @@ class Run:
     recompute: Recompute = "none"
     compiled: bool = False
     offload: Offload | None = None
+    fp32_residual: bool = False
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -201,10 +205,15 @@ class Decoder(nn.Module):
         if self.inverse is None:
             self.inverse = inverse_frequencies(self.config, batch.tokens.device)
         cos, sin = rope_tables(batch.positions, self.inverse)
-        x_tD = self.embed(batch.tokens)
+        x_tD = self.embedded(batch.tokens)
         for block in self.blocks:
             x_tD = block(x_tD, cos, sin, batch)
         return self.head(x_tD, score)
+
+    def embedded(self, tokens_t: torch.Tensor) -> torch.Tensor:
+        """[t, D] in the dtype of the residual stream."""
+        x_tD = self.embed(tokens_t)
+        return x_tD.to(torch.promote_types(x_tD.dtype, torch.float32)) if self.run.fp32_residual else x_tD
 
     def units(self) -> list[tuple[str, list[nn.Module]]]:
         """What is gathered at once, in forward order. A tied embedding and head are one unit."""

@@ -44,16 +44,11 @@ def cached_heads(plan: HeadPlan) -> int:
 
 
 def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pages) -> Tensor:
-    """Run the blocks: this rank's [t, D] before the final norm. T must be a multiple of the group's size.
-
-    The residual stream is in at least fp32 (norms hand the products the weights' dtype): rounding it to bf16 at each addition is the
-    largest error there is between these log-probabilities and the exact ones of the same weights.
-    """
+    """Run the blocks: this rank's [t, D] before the final norm. T must be a multiple of the group's size."""
     plan, t = model.plan, len(tokens_T) // model.plan.sp
     mine = slice(plan.rank * t, (plan.rank + 1) * t)
     cos, sin = rope_tables(positions_T[mine], model.frequencies)
-    x_tD = model.decoder.embed(tokens_T[mine])
-    x_tD = x_tD.to(torch.promote_types(x_tD.dtype, torch.float32))
+    x_tD = model.decoder.embedded(tokens_T[mine])
     for number, block in enumerate(blocks(model.decoder)):
         received = all_to_all(block.before_piece(block, x_tD, cos, sin), *plan.to_heads(t), model.group)
         query, key, value = q_k_v(received, plan)

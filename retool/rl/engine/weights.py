@@ -10,6 +10,8 @@ number of ranks up to that of the query heads will do. Memory for KV and work ar
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -43,10 +45,13 @@ class Weights:
         self.buffers: list[torch.Tensor] = []
 
     def sync(self, sharded: Sharded) -> None:
-        """Gather every unit of the trainer's compute weights once, in place. A collective call of all ranks that share them.
+        """Gather every unit of the trainer's compute weights once, in place, and round the residual stream where the trainer does: errors
+        that both make cancel in part. A collective call of all ranks that share them.
 
         Raises ValueError if the trainer's model has other parameters than the engine's.
         """
+        assert isinstance(sharded.module, Decoder)
+        self.decoder.run = replace(self.decoder.run, fp32_residual=sharded.module.run.fp32_residual)
         if not self.buffers:
             self._allocate(sharded.layout, self.dtype or sharded.param_dtype)
         group = sharded.mesh.shard_group

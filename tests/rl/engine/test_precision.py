@@ -1,4 +1,4 @@
-"""The engine's residual stream: in fp32 above bf16 weights, untouched where the weights are as precise."""
+"""The residual stream in fp32 above bf16 weights, in trainer and engine; untouched where the weights are as precise."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from retool.batch import Sample, pack
 from retool.model.build import ModelOptions
-from retool.model.decoder import Block, rms_norm
+from retool.model.decoder import Block, Recompute, rms_norm
+from retool.model.logprobs import logprobs
 from retool.rl.engine import SamplingParams
 from retool.rl.engine.weights import blocks
 from tests.model.tiny import make
@@ -19,27 +21,57 @@ from tests.rl.engine.models import engine_of, forced, load, prompts, run
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
-def test_the_sampler_is_nearer_to_exact_log_probabilities_than_a_bf16_residual_stream_is(tmp_path: Path) -> None:
-    """The training forward, whose residual stream has the weights' dtype, is what to be better than. Exact: fp32, the same weights."""
-    make(tmp_path, "llama", num_hidden_layers=32, initializer_range=0.05)
-    model, exact = load(tmp_path, ModelOptions(param_dtype=BF16)), load(tmp_path)
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Many layers that each add a little, as in trained models."""
+    folder = tmp_path_factory.mktemp("deep")
+    make(folder, "llama", num_hidden_layers=32, initializer_range=0.05)
+    return folder
+
+
+def errors(folder: Path, fp32_residual: bool) -> Tensor:
+    """Mean |Δ log p| of sampled tokens: sampler − exact, trainer − exact, sampler − trainer. Exact: fp32, the same weights."""
+    model, exact = load(folder, ModelOptions(param_dtype=BF16, fp32_residual=fp32_residual)), load(folder)
     exact.master.copy_(exact.master.to(BF16))
-    engine, ids, errors = engine_of(tmp_path, model), prompts(8, 20, 131), []
+    engine, ids, found = engine_of(folder, model), prompts(8, 20, 131), []
     for i, prompt in enumerate(ids):
         engine.start(i, prompt, SamplingParams(max_tokens=30, seed=(i,)))
     done = run(engine)
     for i, prompt in enumerate(ids):
-        truth, rounded = (forced(m, [*prompt, *done[i].tokens])[len(prompt) - 1 :] for m in (exact, model))
-        errors.append(torch.stack([torch.tensor(done[i].logp) - truth, rounded - truth]).abs())
-    sampler, trainer = torch.cat(errors, 1).mean(1)
-    assert 1e-4 < sampler < 0.75 * trainer
+        truth, trainer = (forced(m, [*prompt, *done[i].tokens])[len(prompt) - 1 :] for m in (exact, model))
+        sampler = torch.tensor(done[i].logp)
+        found.append(torch.stack([sampler - truth, trainer - truth, sampler - trainer]).abs())
+    return torch.cat(found, 1).mean(1)
 
 
-@pytest.mark.parametrize(("weights", "stream"), [(BF16, FP32), (FP32, FP32), (FP64, FP64)])
-def test_weights_of_fp32_and_more_meet_the_very_embedding(tmp_path: Path, weights: torch.dtype, stream: torch.dtype) -> None:
+def test_log_probabilities_are_nearer_to_the_exact_ones_and_to_each_other(deep: Path) -> None:
+    rounded, wide = errors(deep, False), errors(deep, True)
+    assert (wide > 1e-4).all(), "bf16 weights have rounded products"
+    assert (wide < 0.75 * rounded).all()
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_gradients_are_nearer_to_the_exact_ones_too(deep: Path, recompute: Recompute) -> None:
+    tokens = np.random.default_rng(1).integers(0, 131, 300).astype(np.int32)
+    batch, gradients = pack([Sample(tokens, tokens >= 0)]), list[Tensor]()
+    for dtype, wide in ((FP32, False), (BF16, False), (BF16, True)):
+        model = load(deep, ModelOptions(param_dtype=dtype, fp32_residual=wide, recompute=recompute))
+        if dtype == FP32:
+            model.master.copy_(model.master.to(BF16))
+        model(batch, lambda hidden, weight: logprobs(hidden, weight, batch.labels)[0]).sum().backward()
+        gradients.append(model.grad)
+    exact, rounded, wide = gradients
+    assert (wide - exact).norm() < 0.75 * (rounded - exact).norm()
+
+
+@pytest.mark.parametrize(("weights", "wide", "stream"), [(BF16, True, FP32), (BF16, False, BF16), (FP32, True, FP32), (FP64, True, FP64)])
+def test_an_engine_does_as_the_trainer_and_precise_weights_meet_the_very_embedding(
+    tmp_path: Path, weights: torch.dtype, wide: bool, stream: torch.dtype
+) -> None:
     make(tmp_path, "qwen3")
     master = torch.promote_types(weights, FP32)
-    engine = engine_of(tmp_path, load(tmp_path, ModelOptions(param_dtype=weights, master_dtype=master, reduce_dtype=master)))
+    options = ModelOptions(param_dtype=weights, master_dtype=master, reduce_dtype=master, fp32_residual=wide)
+    engine = engine_of(tmp_path, load(tmp_path, options))
     decoder, embedded, seen = engine.weights.decoder, [], list[Tensor]()
     decoder.embed.register_forward_hook(lambda _module, _inputs, out: embedded.append(out))
 
@@ -52,7 +84,7 @@ def test_weights_of_fp32_and_more_meet_the_very_embedding(tmp_path: Path, weight
     engine.start("a", [1, 2, 3], SamplingParams(max_tokens=1))
     run(engine)
     assert {x.dtype for x in seen} == {stream}
-    assert (embedded[0] is seen[0]) == (weights != BF16)
+    assert (embedded[0] is seen[0]) == (stream == weights)
 
 
 def test_a_norm_has_the_weights_dtype_and_there_the_same_bits_whatever_that_of_x() -> None:
