@@ -21,8 +21,9 @@ class ModelOptions:
     """How to hold and run a model. A dtype of None: bf16 compute on CUDA, the master's dtype on the CPU.
 
     `parked`: blocks whose activations go to host memory where `recompute` is offload; None = all but the last.
-    `fp32_residual`: the residual stream in fp32 above bf16 weights, here and in engines that take these weights. A third less gap
-    between their log-probabilities (not if one side has it alone), for 2·D bytes more per token and layer kept for the backward.
+    `fp32_residual`: the residual stream in fp32 above bf16 weights, here and in engines that take these weights. About a third
+    less gap between their log-probabilities (nothing if one side has it alone), for 2·D bytes more per token and layer kept for the
+    backward, 4·D where nothing is recomputed.
     """
 
     param_dtype: torch.dtype | None = None

@@ -50,7 +50,7 @@ def test_log_probabilities_are_nearer_to_the_exact_ones_and_to_each_other(deep: 
     assert (wide < 0.75 * rounded).all()
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full", "offload"])
 def test_gradients_are_nearer_to_the_exact_ones_too(deep: Path, recompute: Recompute) -> None:
     tokens = np.random.default_rng(1).integers(0, 131, 300).astype(np.int32)
     batch, gradients = pack([Sample(tokens, tokens >= 0)]), list[Tensor]()
