@@ -1,21 +1,22 @@
 """Peak memory of a training step per GPU, predicted from shapes alone: no GPU and no weights are needed.
 
 Legend: t tokens of a micro-batch on one GPU (T/sp) · D model · F ffn · N, K query, kv heads · H head dim · E = N·H · V vocab
-· p bytes of the compute dtype · m bytes of the master dtype · r bytes of the reduced gradient.
+· p bytes of the compute dtype · m bytes of the master dtype · r bytes of the reduced gradient · x bytes
+of the residual stream (p, or 4 under `fp32_residual`).
 
     state        per owned parameter: master m, gradient max(r, 4), two moments 2·m, and a compute copy p where p ≠ m, if kept
     gathered     the buffers that units take turns in, weights (p) and gradients (r): `assign_buffers` of the layout
-    kept         per layer and token, what backward finds (`layer_bytes`; p bytes an element, log-sum-exp and norms 4):
-                   full       block input D, attention's result E
+    kept         per layer and token, what backward finds (`layer_bytes`; p bytes an element, log-sum-exp and norms 4, the residual x):
+                   full       block input D (residual), attention's result E
                    selective  also the normed input D, q k v (N+2K)·H, and under sp > 1 the result that came back E
-                   none       also the second residual and its norm 2·D, gate and up 2·F, their product F
+                   none       also the second residual D and its norm D, gate and up 2·F, their product F
                    offload    as full; of the layers that are in host memory, one is on its way
                  and the rope tables, 4·H
-    head         (`head_bytes`) the hidden states through the final norm, their gradient, the fp32 gradient of the vocabulary
+    head         (`head_bytes`) the hidden states through the final norm, their gradient (both x), the fp32 gradient of the vocabulary
                  matrix 4·V·D, and with it either a chunk of fp32 logits or the same gradient in the compute dtype
     block        (`block_bytes`) one block's backward: what is recomputed, the MLP's gradients 3·F, the weights' gradients
                  by chunk, of long packs (`chunked_block_bytes`): the normed input D, q k v, attention's result E under sp > 1, the
-                 gradients of the block's output, its input and attention's result 2·D + E, and with them the larger of
+                 gradients of the block's output, its input (x) and attention's result 2·D + E, and with them the larger of
                    MLP        of a chunk: second residual, its norm, gate, up, their product and their gradients 4·D + 6·F; the
                               weights' gradients in p bytes, and their sums in 4
                    attention  its output's gradient before and after the all-to-all 2·E under sp > 1, gradients of q k v, and the
@@ -60,7 +61,7 @@ class Setting:
     """What of a run decides its memory. `shards` ranks share a parameter; dtypes are fp32, bf16 or fp64.
 
     `hold`: gradients are added up on each rank and reduced once a step, which takes a whole copy of them. `keep_copy`: a rank's shard is
-    there in the compute dtype too, else cast at every gather.
+    there in the compute dtype too, else cast at every gather. `fp32_residual`: blocks add up in fp32 whatever they compute in.
     """
 
     shards: int = 1
@@ -73,6 +74,12 @@ class Setting:
     reshard: bool = True
     hold: bool = False
     keep_copy: bool = True
+    fp32_residual: bool = False
+
+    @property
+    def residual(self) -> int:
+        """Bytes of an element of the residual stream."""
+        return max(DTYPE_BYTES[self.compute], 4 * self.fp32_residual)
 
     @property
     def copied(self) -> bool:
@@ -130,7 +137,7 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
     `parked`: layers whose activations go to the host where `recompute` is offload; None = all but the last.
     """
     layout, p, m = plan_layout(config, setting.shards), DTYPE_BYTES[setting.compute], DTYPE_BYTES[setting.master]
-    r = DTYPE_BYTES[setting.reduce]
+    r, x = DTYPE_BYTES[setting.reduce], setting.residual
     owned, gradient = layout.shard_numel, max(r, 4)
     master = 0 if setting.param_offload else m * owned
     copy = p * owned * setting.copied
@@ -142,16 +149,16 @@ def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recom
     visiting = 3 * min(owned, VISITING) * m * (setting.param_offload + 2 * setting.optimizer_offload)
     away = config.layers - 1 if parked is None else parked
     away *= recompute == "offload"
-    each = tokens * layer_bytes(config, setting.sp, p, recompute)
+    each = tokens * layer_bytes(config, setting.sp, p, recompute, x)
     kept = (config.layers - away + (away > 0)) * each + tokens * 4 * config.head_dim
     table = config.vocab * config.hidden * p  # the vocabulary matrix's gradient, and the embedding's
-    block = block_bytes(config, setting.sp, tokens, p, recompute) + (table if config.tied else 0)
+    block = block_bytes(config, setting.sp, tokens, p, recompute, x) + (table if config.tied else 0)
     largest = max(u.numel for u in layout.units)
     summed = r * largest // setting.shards if setting.shards > 1 else 0
     end = table + max(table if config.tied else 0, summed)  # both gradients, or one and its sum
     return Prediction(
         load=max(m * owned + copy + gradient * owned + buffers, state + buffers),
-        forward_backward=state + buffers + max(kept + max(head_bytes(config, tokens, p), block), end),
+        forward_backward=state + buffers + max(kept + max(head_bytes(config, tokens, p, x), block), end),
         optimizer=state + buffers + max(visiting, 8 * min(owned, NORM_CHUNK)),
         save=state + buffers + (m * largest if setting.shards > 1 else 0),
         state=state + buffers,
@@ -169,18 +176,18 @@ def gathered(layout: Layout, reshard: bool) -> int:
     return sum(rooms(sizes, assign_buffers(sizes, [not reshard] * len(sizes))))
 
 
-def layer_bytes(config: ModelConfig, sp: int, p: int, recompute: Recompute) -> int:
+def layer_bytes(config: ModelConfig, sp: int, p: int, recompute: Recompute, x: int) -> int:
     """Bytes that one layer keeps for backward per local token: what the compiled block saves, matrix inputs among it."""
     heads, wide = config.heads, config.heads * config.head_dim
-    elements, singles = config.hidden + wide, heads
+    residual, elements, singles = config.hidden, wide, heads
     if recompute in ("none", "selective"):
         elements += config.hidden + _qkv(config, sp) + (wide if sp > 1 else 0)
         singles += 1
         if config.qk_norm:
             elements, singles = elements + (heads + 2 * config.kv_heads) * config.head_dim, singles + heads + config.kv_heads
     if recompute == "none":
-        elements, singles = elements + 2 * config.hidden + 3 * config.ffn, singles + 1
-    return elements * p + 4 * singles
+        residual, elements, singles = residual + config.hidden, elements + config.hidden + 3 * config.ffn, singles + 1
+    return residual * x + elements * p + 4 * singles
 
 
 def _qkv(config: ModelConfig, sp: int) -> int:
@@ -189,33 +196,33 @@ def _qkv(config: ModelConfig, sp: int) -> int:
     return (config.heads + 2 * kv) * config.head_dim
 
 
-def head_bytes(config: ModelConfig, tokens: int, p: int) -> float:
+def head_bytes(config: ModelConfig, tokens: int, p: int, x: int) -> float:
     """What the vocabulary head and its loss need at their largest: in the forward with logits, or when its gradients are scaled."""
     wide = max(p, 4)
-    hidden = tokens * (config.hidden * (4 * p + wide) + 64)
+    hidden = tokens * (config.hidden * (2 * x + 2 * p + wide) + 64)
     table = config.vocab * config.hidden
     logits = min(tokens * config.vocab * wide, LOGIT_BYTES["cuda"])
     return hidden + table * wide + max(logits, table * p + tokens * config.hidden * p)
 
 
-def block_bytes(config: ModelConfig, sp: int, tokens: int, p: int, recompute: Recompute) -> float:
+def block_bytes(config: ModelConfig, sp: int, tokens: int, p: int, recompute: Recompute, x: int) -> float:
     """What one block's backward needs beside what is kept."""
     if recompute in ("full", "offload") and len(token_chunks(tokens)) > 1:
-        return chunked_block_bytes(config, sp, tokens, p)
-    again = layer_bytes(config, sp, p, "none") - layer_bytes(config, sp, p, recompute)
+        return chunked_block_bytes(config, sp, tokens, p, x)
+    again = layer_bytes(config, sp, p, "none", x) - layer_bytes(config, sp, p, recompute, x)
     weights = config.hidden * (3 * config.ffn + 2 * (config.heads + config.kv_heads) * config.head_dim) * p
-    return tokens * (again + (3 * config.ffn + 2 * config.hidden) * p) + weights
+    return tokens * (again + 3 * config.ffn * p + 2 * config.hidden * x) + weights
 
 
-def chunked_block_bytes(config: ModelConfig, sp: int, tokens: int, p: int) -> float:
+def chunked_block_bytes(config: ModelConfig, sp: int, tokens: int, p: int, x: int) -> float:
     """The same where the MLP runs by chunk."""
     chunk, wide, qkv = token_chunks(tokens)[0].stop, config.heads * config.head_dim, _qkv(config, sp)
     returned = wide if sp > 1 else 0
     after = config.hidden * (3 * config.ffn + wide)
     before = config.hidden * (wide + 2 * config.kv_heads * config.head_dim)
-    mlp = chunk * (4 * config.hidden + 6 * config.ffn) * p + after * (p + max(p, 4))
+    mlp = chunk * (2 * config.hidden * (x + p) + 6 * config.ffn * p) + after * (p + max(p, 4))
     attention = tokens * (2 * returned + qkv + wide * max(p, 4) / p) * p + (before + after) * p
-    return tokens * (3 * config.hidden + qkv + returned + wide) * p + max(mlp, attention)
+    return tokens * (2 * config.hidden * x + (config.hidden + qkv + returned + wide) * p) + max(mlp, attention)
 
 
 @dataclass(frozen=True)

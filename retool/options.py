@@ -54,6 +54,11 @@ class DecoderConfig:
         "Keep what fully recomputed blocks find in the backward in host memory, for very long sequences: true = always; auto = where "
         "nothing else fits.",
     )
+    fp32_residual: bool | Literal["auto"] = option(
+        "auto",
+        "Add what the blocks compute in fp32, also above bf16 weights: more exact, for some memory; auto = in retool.rl, where sampler and "
+        "trainer then agree better.",
+    )
     trust_remote_code: bool = option(False, "Run the tokenizer's own Python code from the model folder.")
     use_compile: bool | Literal["auto"] = option("auto", "torch.compile for the decoder blocks; auto = on GPUs.")
 
@@ -111,7 +116,8 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The parts above in a command's configuration, and what their keys there begin with (`sp_key`: the whole key)."""
+    """The parts above in a command's configuration, and what their keys there begin with (`sp_key`: the whole key); `samples`: whether
+    it samples from the policy, too."""
 
     trainer: TrainerConfig
     model: DecoderConfig
@@ -123,6 +129,12 @@ class RunOptions:
     fsdp_key: str = "model.fsdp_config."
     checkpoint_key: str = "trainer.checkpoint."
     sp_key: str = "ulysses_sequence_parallel_size"
+    samples: bool = False
+
+    @property
+    def fp32_residual(self) -> bool:
+        wanted = self.model.fp32_residual
+        return self.samples if wanted == "auto" else wanted
 
 
 def contradictions(options: RunOptions) -> Iterator[Fault]:

@@ -77,7 +77,7 @@ def setting_of(options: RunOptions, world: World) -> Setting:
     return Setting(
         shards=world.processes if fsdp.fsdp_size < 1 else fsdp.fsdp_size, sp=options.sp, master=fsdp.model_dtype, compute=compute,
         reduce=fsdp.reduce_dtype, param_offload=fsdp.param_offload, optimizer_offload=fsdp.optimizer_offload,
-        reshard=fsdp.reshard_after_forward,
+        reshard=fsdp.reshard_after_forward, fp32_residual=options.fp32_residual,
     )  # fmt: skip
 
 

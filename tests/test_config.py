@@ -33,7 +33,7 @@ DEFAULTS = {  # the contract's table
     "data.multiturn.enable_thinking_key": "enable_thinking", "data.multiturn.history": "error", "data.shuffle": True, "data.seed": 1,
     "data.num_workers": 2, "data.apply_chat_template_kwargs": {}, "data.custom_cls.path": None, "data.custom_cls.name": None,
     "data.chat_template": None, "model.strategy": "fsdp", "model.attn": "auto", "model.enable_gradient_checkpointing": "auto",
-    "model.activation_offload": False,
+    "model.activation_offload": False, "model.fp32_residual": "auto",
     "model.fsdp_config.model_dtype": "fp32", "model.fsdp_config.param_dtype": "auto", "model.fsdp_config.reduce_dtype": "fp32",
     "model.fsdp_config.param_offload": False, "model.fsdp_config.optimizer_offload": False, "model.fsdp_config.fsdp_size": -1,
     "model.fsdp_config.reshard_after_forward": True, "model.fsdp_config.forward_prefetch": True, "model.trust_remote_code": False,

@@ -126,7 +126,7 @@ def test_what_a_save_and_a_tied_matrix_take() -> None:
 def test_rope_tables_are_kept_too() -> None:
     config, tokens = model(), 640
     tables = rope_tables(torch.arange(tokens), inverse_frequencies(config, torch.device("cpu")))
-    blocks = tokens * config.layers * layer_bytes(config, 1, 2, "full")
+    blocks = tokens * config.layers * layer_bytes(config, 1, 2, "full", 2)
     assert predict(config, Setting(), tokens, "full").activations == blocks + sum(t.nbytes for t in tables)
 
 
@@ -160,8 +160,30 @@ def test_kept_bytes_are_those_that_autograd_saves_at_least() -> None:
             sharded(batch, lambda hidden, weight: hidden.sum())
         measured[recompute] = sum(saved.values())
     for recompute in LADDER[:3]:
-        assert measured[recompute] >= tokens * config.layers * layer_bytes(config, 1, 4, recompute) * 0.9
+        assert measured[recompute] >= tokens * config.layers * layer_bytes(config, 1, 4, recompute, 4) * 0.9
     assert measured["none"] > measured["selective"] >= measured["full"]
+
+
+def test_a_residual_stream_in_fp32_is_counted() -> None:
+    """Of fully recomputed blocks exactly: their inputs are what is kept of it, and the hidden states before the final norm."""
+    config, tokens, saved = model(), 64, dict[int, int]()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    batch, kept, setting = document(tokens), list[int](), Setting(compute="bf16")
+    for wide in (False, True):
+        saved.clear()
+        sharded = build_decoder(config, make_mesh(), ModelOptions(param_dtype=torch.bfloat16, recompute="full", fp32_residual=wide))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            sharded(batch, lambda hidden, weight: hidden.sum())
+        kept.append(sum(saved.values()))
+    narrow, wide = (predict(config, replace(setting, fp32_residual=wide), tokens, "full") for wide in (False, True))
+    assert wide.activations - narrow.activations == 2 * tokens * config.layers * config.hidden
+    assert 0 <= kept[1] - kept[0] - (wide.activations - narrow.activations) <= 2 * tokens * config.hidden
+    none = [predict(config, replace(setting, fp32_residual=wide), tokens, "none").activations for wide in (False, True)]
+    assert none[1] - none[0] == 4 * tokens * config.layers * config.hidden
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -181,8 +203,8 @@ def test_long_packs() -> None:
     full, parked = (predict(config, setting, 1 << 20, how) for how in ("full", "offload"))
     assert full.activations - parked.activations == parked.host * 22 / 23, "24 layers against 2 on the device"
     assert parked.fits(80) and not full.fits(80) and predict(config, setting, 1 << 19, "full").fits(80)
-    whole, chunked = (block_bytes(config, 2, tokens, 2, "full") / tokens for tokens in (32_768, 262_144))
-    assert chunked < 0.5 * whole and block_bytes(config, 2, 262_144, 2, "selective") / 262_144 > chunked
+    whole, chunked = (block_bytes(config, 2, tokens, 2, "full", 2) / tokens for tokens in (32_768, 262_144))
+    assert chunked < 0.5 * whole and block_bytes(config, 2, 262_144, 2, "selective", 2) / 262_144 > chunked
     large = model("llama", **LLAMA_8B)
     assert predict(large, replace(setting, param_offload=True, optimizer_offload=True), 1 << 18, "offload").fits(80)
 
@@ -222,8 +244,8 @@ def test_orders_that_must_hold() -> None:
     offloaded = predict(config, replace(setting, param_offload=True, optimizer_offload=True), 0, "none")
     assert offloaded.state < 0.6 * predict(config, setting, 0, "none").state < offloaded.state * 3
     assert predict(config, setting, 2048, "none").activations * 2 == predict(config, setting, 4096, "none").activations
-    assert layer_bytes(config, 1, 2, "selective") < layer_bytes(config, 2, 2, "selective")
-    assert layer_bytes(config, 1, 2, "full") == layer_bytes(config, 2, 2, "full")
+    assert layer_bytes(config, 1, 2, "selective", 2) < layer_bytes(config, 2, 2, "selective", 2)
+    assert layer_bytes(config, 1, 2, "full", 2) == layer_bytes(config, 2, 2, "full", 2)
 
 
 @pytest.mark.parametrize(("rung", "measured"), [("none", 22.25), ("selective", 10.2), ("full", 8.0)])

@@ -111,8 +111,8 @@ def model_options(report: Report, frozen: bool = False) -> ModelOptions:
         param_dtype=compute, master_dtype=compute if frozen else master,
         reduce_dtype=DTYPES["fp64" if sharding.model_dtype == "fp64" else sharding.reduce_dtype],
         attn=wanted.attn, recompute="none" if frozen else choice.recompute, parked=choice.parked, use_compile=wanted.use_compile,
-        trained=not frozen, keep_copy=choice.keep_copy, reshard_after_forward=sharding.reshard_after_forward,
-        forward_prefetch=sharding.forward_prefetch,
+        fp32_residual=report.options.fp32_residual, trained=not frozen, keep_copy=choice.keep_copy,
+        reshard_after_forward=sharding.reshard_after_forward, forward_prefetch=sharding.forward_prefetch,
     )  # fmt: skip
 
 

@@ -271,5 +271,5 @@ def run_options(config: RLConfig) -> options.RunOptions:
     keys = ("model.", "actor.fsdp_config.", "actor.checkpoint.", "actor.ulysses_sequence_parallel_size")
     return options.RunOptions(
         config.trainer, wanted.model, actor.fsdp_config, actor.optim, actor.checkpoint, actor.ulysses_sequence_parallel_size,
-        *(f"actor_rollout_ref.{key}" for key in keys),
+        *(f"actor_rollout_ref.{key}" for key in keys), samples=True,
     )  # fmt: skip

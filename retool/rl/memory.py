@@ -92,7 +92,8 @@ def step_memory(
     freed = (left is not None and left < ROOM * added) if free == "auto" else free
     kept = weights + cache + (work if engine.use_cuda_graphs else 0)  # recorded steps keep what they work in
     beside = other + (0.0 if freed else kept)
-    forward = choice.tokens * layer_bytes(model, setting.sp, p, "none") + head_bytes(model, choice.tokens, p)
+    blocks = choice.tokens * layer_bytes(model, setting.sp, p, "none", setting.residual)
+    forward = blocks + head_bytes(model, choice.tokens, p, setting.residual)
     sequences = cache / (longest * page)
     found = {
         "load": training.load + other, "sync": state + weights, "rollout": state + weights + cache + work,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from dataclasses import replace
 
@@ -49,6 +50,8 @@ def train(report: Report) -> None:
     seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
     report = agree(report, mesh, {"data.train_files": fingerprint(report.train), "data.val_files": fingerprint(report.val)})
     run, state = build_run(report, mesh)
+    gc.collect()
+    gc.freeze()  # questions and tokenizer stay: no collection while sampling walks through them
     with run.stop:
         with run.watchdog:
             if config.trainer.val_before_train or config.trainer.val_only:

@@ -141,7 +141,8 @@ def model_options(config: SFTConfig, choice: Choice) -> ModelOptions:
         param_dtype=None if sharding.param_dtype == "auto" else DTYPES[sharding.param_dtype], master_dtype=DTYPES[sharding.model_dtype],
         reduce_dtype=DTYPES["fp64" if sharding.model_dtype == "fp64" else sharding.reduce_dtype],
         attn=attn, recompute=choice.recompute, parked=choice.parked, use_compile=config.model.use_compile,
-        keep_copy=choice.keep_copy, reshard_after_forward=sharding.reshard_after_forward, forward_prefetch=sharding.forward_prefetch,
+        fp32_residual=run_options(config).fp32_residual, keep_copy=choice.keep_copy,
+        reshard_after_forward=sharding.reshard_after_forward, forward_prefetch=sharding.forward_prefetch,
     )  # fmt: skip
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from retool.config import help_text, leaves, parse, read
-from retool.rl.config import RLConfig
+from retool.plan import World, setting_of
+from retool.rl.config import RLConfig, run_options
 from retool.rl.keys import EXAMPLE, SYNONYMS, contradictions, notes
+from retool.sft.config import SFTConfig
+from retool.sft.config import run_options as sft_options
 
 PUBLISHED = """
 algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False algorithm.kl_ctrl.kl_coef=0.0
@@ -141,6 +144,15 @@ def test_every_key_of_the_contract_is_there() -> None:
     for prefix, entries in values.items():
         for entry in entries.split():
             assert faults_of(prefix + entry) == [], entry
+
+
+@pytest.mark.parametrize(("words", "wanted"), [([], (False, True)), (["true"], (True, True)), (["false"], (False, False))])
+def test_who_adds_up_in_fp32(words: list[str], wanted: tuple[bool, bool]) -> None:
+    """By itself the command that samples, so that sampler and trainer agree better; the memory plan knows."""
+    sft = parse(SFTConfig, ["data.train_files=a.parquet", "model.partial_pretrain=m", *(f"model.fp32_residual={w}" for w in words)])
+    rl = parse(RLConfig, [*REQUIRED, *(f"{ARR}model.fp32_residual={w}" for w in words)])
+    for config, options, expected in ((sft, sft_options(sft), wanted[0]), (rl, run_options(rl), wanted[1])):
+        assert options.fp32_residual is setting_of(options, World(1, 1, 1)).fp32_residual is expected, type(config)
 
 
 def test_every_fault_at_once() -> None:
