@@ -92,13 +92,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new", type=int, default=64, help="tokens of each")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if torch.cuda.is_available() else "fp32")
+    parser.add_argument("--narrow", action="store_true", help="the residual stream in the compute dtype, not in fp32 as `retool.rl` has it")
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM
 
     device, dtype, lines = torch.device(args.device), DTYPES[args.dtype], list[dict[str, Any]]()
     prompts = read_prompts(args.model, args.data, args.prompts)
     mesh = make_mesh(device=args.device)
-    model = load_pretrained(args.model, mesh, ModelOptions(param_dtype=dtype))
+    model = load_pretrained(args.model, mesh, ModelOptions(param_dtype=dtype, fp32_residual=not args.narrow))
     longest = max(map(len, prompts)) + args.new + 1
     engine = Engine(read_model_config(args.model), device, EngineOptions(
         max_num_seqs=len(prompts), kv_bytes=GIB // 2, max_length=longest, max_batch_tokens=max(2048, len(prompts))))  # fmt: skip

@@ -44,6 +44,7 @@ from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone
 
+AS_RL = ModelOptions(fp32_residual=True)  # as `retool.rl` holds its policy
 BANDWIDTH = {"H100 80GB HBM3": 3.35e12, "H100 PCIe": 2.0e12, "H200": 4.8e12, "A100": 2.0e12}  # bytes per second
 
 
@@ -230,7 +231,7 @@ def main() -> None:
         return run_peer(args.worker, config, args)
     device = torch.device(args.device)
     mesh = make_mesh(device=args.device)
-    model = build_decoder(config, mesh, ModelOptions()) if args.model is None else load_pretrained(args.model, mesh)
+    model = build_decoder(config, mesh, AS_RL) if args.model is None else load_pretrained(args.model, mesh, AS_RL)
     if args.model is None:
         random_weights(model)
     engine = Engine(config, device, EngineOptions(
