@@ -19,7 +19,7 @@ import torch
 from retool.metrics import read_jsonl
 from retool.rl import train
 from retool.rl.__main__ import main
-from retool.rl.engine import engine
+from retool.rl.engine import kv_cache
 from tests.rl.test_config import PUBLISHED
 
 REWARDS = Path(__file__).with_name("reward_functions.py")
@@ -265,7 +265,7 @@ def test_a_reward_function_that_always_raises_is_counted_and_told_with_its_reaso
 
 
 def test_prompts_that_the_cache_can_not_hold_are_aborted_counted_and_trained_without(work, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(engine, "CPU_KV_BYTES", 3 * 4096)  # two pages of 16 tokens, fewer than most prompts have
+    monkeypatch.setattr(kv_cache, "CPU_KV_BYTES", 3 * 4096)  # two pages of 16 tokens, fewer than most prompts have
     assert main(words(work, tmp_path / "run", "trainer.total_training_steps=2", f"data.val_files={work}/val.jsonl")) == 0
     for entry in steps(tmp_path / "run"):
         assert entry["stop/aborted"] >= 8 and entry["stop/aborted"] + entry["stop/length"] + entry["stop/no_call"] == 16

@@ -25,13 +25,11 @@ from retool.rl.engine.attention import has_paged_flash
 from retool.rl.engine.batch import make_batch, make_change
 from retool.rl.engine.chunks import Chunks
 from retool.rl.engine.forward import cached_heads, make_model
-from retool.rl.engine.kv_cache import KVCache, PagePool, page_bytes, work_bytes
+from retool.rl.engine.kv_cache import KVCache, PagePool, cache_bytes, page_bytes
 from retool.rl.engine.params import EngineOptions, SamplingParams, Stats, TurnDone
 from retool.rl.engine.runner import DecodeLoop, Flight, Recordings, run_once
 from retool.rl.engine.scheduler import Scheduler
 from retool.rl.engine.weights import Weights, make_decoder
-
-CPU_KV_BYTES = 1 << 30  # at most, of memory that isn't touched before it is used
 
 
 class Part(NamedTuple):
@@ -164,7 +162,8 @@ class Engine:
         shape = self.config.layers, self.page_size, cached_heads(self.plan), self.config.head_dim
         size = page_bytes(shape, dtype)
         longest = o.max_length or self.config.max_position or (1 << 62)
-        pages = self._kv_bytes(dtype, o.max_num_seqs * min(longest, 1 << 40) // self.page_size * size) // size
+        useful = o.max_num_seqs * min(longest, 1 << 40) // self.page_size * size
+        pages = cache_bytes(o, self.config, dtype, self.device, self.group, useful) // size
         if pages < 2:
             raise ValueError(
                 f"the KV cache has room for {max(pages - 1, 0)} pages of {self.page_size} tokens ({size:,} bytes each): raise kv_bytes "
@@ -183,20 +182,6 @@ class Engine:
         self._loop = DecodeLoop(self._model, rows, width, recordings, o.deterministic) if ahead else None
         apart = ahead and flash and not o.deterministic  # torch's attention has to know the chunks' lengths on the host
         self._chunks = Chunks(self._model, o.max_batch_tokens, o.max_num_seqs, width, recordings) if apart else None
-
-    def _kv_bytes(self, dtype: torch.dtype, useful: int) -> int:
-        """Bytes for the cache; the smallest of the group, as one page table serves all."""
-        o = self.options
-        if o.kv_bytes is not None:
-            return o.kv_bytes
-        if self.device.type != "cuda":
-            return min(2 * useful + (1 << 20), CPU_KV_BYTES)
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self.device)
-        box = torch.tensor([max(0, int((free - work_bytes(o, self.config, dtype)) * o.kv_share))], device=self.device)
-        if self.group is not None:
-            dist.all_reduce(box, dist.ReduceOp.MIN, group=self.group)
-        return int(box)
 
     def _launch(self, scheduler: Scheduler) -> Flying | None:
         step = scheduler.plan()

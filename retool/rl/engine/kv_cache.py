@@ -15,9 +15,12 @@ from contextlib import contextmanager
 from math import prod
 
 import torch
+import torch.distributed as dist
 
 from retool.model.config import ModelConfig
 from retool.rl.engine.params import EngineOptions
+
+CPU_KV_BYTES = 1 << 30  # at most, of memory that isn't touched before it is used
 
 
 class PagePool:
@@ -108,6 +111,22 @@ def work_bytes(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) 
     """What a forward needs beside weights and cache: fp32 logits of every sequence, twice, and a layer's activations."""
     logits = 2 * 4 * options.max_num_seqs * config.vocab
     return logits + options.max_batch_tokens * (4 * config.ffn + 12 * config.hidden) * dtype.itemsize
+
+
+def cache_bytes(
+    options: EngineOptions, config: ModelConfig, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None, useful: int
+) -> int:
+    """Bytes for the cache, of which `useful` are of use; the smallest of the group's, as one page table serves all. Collective."""
+    if options.kv_bytes is not None:
+        return options.kv_bytes
+    if device.type != "cuda":
+        return min(2 * useful + (1 << 20), CPU_KV_BYTES)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    box = torch.tensor([max(0, int((free - work_bytes(options, config, dtype)) * options.kv_share))], device=device)
+    if group is not None:
+        dist.all_reduce(box, dist.ReduceOp.MIN, group=group)
+    return int(box)
 
 
 def page_bytes(shape_LPkH: tuple[int, int, int, int], dtype: torch.dtype) -> int:
