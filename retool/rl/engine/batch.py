@@ -90,8 +90,10 @@ def make_batch(step: Step, page_size: int, multiple: int, all_rows: bool, expand
 @dataclass(frozen=True)
 class Change:
     """What becomes of a decode step's rows before it is repeated, in this order: pages are copied, rows that are `over` become padding,
-    pages are added to others, and sequences join. `slots`: rows in use then; `anew`: what was in them before is forgotten."""
+    pages are added to others, and sequences join. `slots`: rows in use then; `anew`: what was in them before is forgotten; without `runs`
+    it isn't repeated yet."""
 
+    runs: bool
     slots: int
     anew: bool
     copies: list[tuple[int, int]]
@@ -109,7 +111,7 @@ class Change:
 def make_change(step: Ahead, over: list[int], anew: bool) -> Change:
     """The arrays of a repeated step."""
     who = [join.sequence for join in step.joins]
-    positions = [s.computed - 1 for s in who]
+    positions = [join.position for join in step.joins]
     tokens = [0 if join.source is not None else s.tokens[n] for join, s, n in zip(step.joins, who, positions, strict=True)]
     tables = np.zeros((len(who), max((len(s.pages) for s in who), default=0)), np.int32)
     for place, s in enumerate(who):
@@ -117,7 +119,7 @@ def make_change(step: Ahead, over: list[int], anew: bool) -> Change:
     sources = [-1 if join.source is None else join.source for join in step.joins]
     keys, top_k = [s.draw_key for s in who], [s.params.top_k for s in who]
     return Change(
-        len(step.rows), anew, step.copies, np.array(over, np.int64), np.array(step.added, np.int64).reshape(-1, 3).T.copy(),
+        step.runs, len(step.rows), anew, step.copies, np.array(over, np.int64), np.array(step.added, np.int64).reshape(-1, 3).T.copy(),
         np.array([[join.slot for join in step.joins], sources, tokens, positions, keys, top_k], np.int64),
         np.array([[s.params.temperature for s in who], [s.params.top_p for s in who]], np.float32), tables,
     )  # fmt: skip

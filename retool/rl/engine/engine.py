@@ -33,9 +33,10 @@ from retool.rl.engine.weights import Weights, make_decoder
 
 
 class Part(NamedTuple):
-    """A forward whose draws weren't looked at: whose they are, and how many tokens each had. Who ends meanwhile is taken out of it."""
+    """A forward whose draws weren't looked at: whose they are, and how many tokens each had. Who ends meanwhile is taken out of it. Without
+    a `flight` there are rows only, that wait for the next one."""
 
-    flight: Flight
+    flight: Flight | None
     rows: list[seq.Sequence | None]
     lengths: list[int]
 
@@ -109,7 +110,7 @@ class Engine:
 
     def _accept(self, scheduler: Scheduler, part: Part) -> list[TurnDone]:
         """Append what was drawn, and return the turns that this ends."""
-        done, draws = [], part.flight.read().tolist()
+        done, draws = [], part.flight.read().tolist() if part.flight is not None else [[]] * 3
         for row, length, token, logp, behaviour in zip(part.rows, part.lengths, *draws, strict=False):  # a recorded step may have more rows
             if row is not None and row.runs and len(row.tokens) == length:
                 turn = scheduler.accept(row, int(token), logp, behaviour)
@@ -224,12 +225,12 @@ class Engine:
         loop = Part(flight, step.rows, [0 if row is None else row.computed for row in step.rows])
         return Flying(loop, self._part("chunks", seq.Step(step.chunks, [])) if step.chunks else None)
 
-    def _send(self, kind: str, work: object) -> Flight:
+    def _send(self, kind: str, work: object) -> Flight | None:
         if self.group is not None:
             self._broadcast((kind, work))
         return self._execute(kind, work)
 
-    def _execute(self, kind: str, work: Any) -> Flight:
+    def _execute(self, kind: str, work: Any) -> Flight | None:
         if kind == "once":
             return run_once(self._model, work)
         if kind == "chunks":

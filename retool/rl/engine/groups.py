@@ -54,11 +54,11 @@ class Groups:
             return self.pool.pages_for(len(sequence.tokens)) - len(group.pages) + partial
         return self.pool.missing(sequence.pages, sequence.computed, len(sequence.tokens))
 
-    def one_left(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence has one token to compute, a shared prompt taken into account."""
+    def left(self, sequence: Sequence) -> int:
+        """Tokens that a waiting sequence has to compute, a shared prompt taken into account."""
         group = sequence.group
         shared = group is not None and bool(group.pages) and sequence.computed == 0
-        return len(sequence.tokens) - (group.prefix if shared and group is not None else sequence.computed) == 1
+        return len(sequence.tokens) - (group.prefix if shared and group is not None else sequence.computed)
 
     def attach(self, sequence: Sequence) -> None:
         """Give a sequence without KV its group's, or make it the one that computes it."""

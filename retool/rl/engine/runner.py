@@ -149,9 +149,9 @@ class DecodeLoop:
         self.tables[:n, : batch.tables.shape[1]].copy_(to_device(batch.tables, device))
         return self._run()
 
-    def again(self, change: Change, drawn: Tensor | None) -> Flight:
-        """The next token of the same sequences, and of those who join; `drawn` are the last chunks' draws. Rows that are over go on as
-        padding: their pages may soon be another's."""
+    def again(self, change: Change, drawn: Tensor | None) -> Flight | None:
+        """The next token of the same sequences, and of those who join (not yet, where the change says so); `drawn` are the last chunks'
+        draws. Rows that are over go on as padding: their pages may soon be another's."""
         self.model.cache.copy(change.copies)
         device, before = self.tables.device, 0 if change.anew else self.rows
         self.rows = max(before, self.bucket(change.slots))
@@ -165,7 +165,7 @@ class DecodeLoop:
             self.tables[row, place] = page.to(torch.int32)
         if change.joins.size:
             self._join(change, drawn)
-        return self._run()
+        return self._run() if change.runs else None
 
     def _clear(self, rows: slice | Tensor) -> None:
         for state in (self.tokens, self.positions, self.keys, self.temperature, self.top_k, self.top_p, self.tables):

@@ -13,8 +13,9 @@ room. One that needs more pages than there are ends with reason "capacity", so n
 [Note: running ahead] A decode step can be repeated before the host has seen its draws. A row whose turn turns out to be over is then
 computed in vain, which is cheaper than stopping the device for every end. Where chunks are computed apart from single tokens (`apart`),
 newcomers are computed beside such a step and join the rows of the next one, with draws that the host hasn't seen either; they are
-admitted several at a time, or after `PATIENCE` steps. Else they wait that long for a new plan. One is made, too, when more than one row
-in `TOLERATED` (`SPARSE` where others may join) is over, or when a page is missing.
+admitted several at a time, or after `PATIENCE` steps. While there is more to compute for them than a step takes, the rows that decode
+wait: they would only make the last of all come later. Otherwise newcomers wait `PATIENCE` steps for a new plan. One is made, too, when
+more than one row in `TOLERATED` (`SPARSE` where others may join) is over, or when a page is missing.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class Scheduler:
                 assert self.running, "a sequence that fits found no room in an empty cache"
                 full = True
                 break
-            if budget == 1 and not cut_to_one and not self.groups.one_left(sequence):
+            if budget == 1 and not cut_to_one and self.groups.left(sequence) > 1:
                 break
             self.groups.attach(sequence)
             found = self.pool.extend(sequence.pages, sequence.computed, len(sequence.tokens))
@@ -201,7 +202,8 @@ class Scheduler:
         if it is time for a new plan. `drawn`: whom the last step's chunks drew for."""
         fresh = [(source, s) for source, s in enumerate(drawn) if s is not None]
         going = [s for s in rows if s is not None]
-        live, late = going + [s for _, s in fresh], [s for s in self.running if s.pending > 0]
+        live, here = going + [s for _, s in fresh], {id(s) for s in going}
+        late = [s for s in self.running if s.pending > 0 and id(s) not in here]
         self.steps_ahead += 1
         if not live or len(rows) - len(live) > len(rows) // (SPARSE if apart else TOLERATED) or (late and not apart):
             return None
@@ -213,16 +215,29 @@ class Scheduler:
         ready = min(len(self.waiting), self.max_num_seqs - len(self.running)) if self.changed else 0
         if ready > 0 and not apart and self.steps_ahead > PATIENCE:
             return None
-        step = Ahead(list(rows), [], [], [], [])
+        beside = apart and (bool(late) or ready * TOLERATED > len(live) or (ready > 0 and self.steps_ahead > PATIENCE))
+        step = Ahead(not (beside and self._is_much(late, ready)), list(rows), [], [], [], [])
         self._advance(step, fresh)
-        if apart and (late or ready * TOLERATED > len(live) or (ready > 0 and self.steps_ahead > PATIENCE)):
-            self._beside(step, late, self.max_tokens - len(live))
+        if beside:
+            self._beside(step, late, self.max_tokens - len(live) * step.runs)
         return step
 
+    def _is_much(self, late: list[Sequence], ready: int) -> bool:
+        """Whether what is to be computed for those who wait fills a step."""
+        tokens, led = sum(s.pending for s in late), set[int]()
+        for s in self.waiting[:ready]:
+            if tokens >= self.max_tokens:
+                break
+            alone = s.group is None or s.computed > 0 or bool(s.group.pages)
+            if alone or (not self.groups.must_wait(s) and id(s.group) not in led):  # of samples without their prompt one computes it
+                tokens += self.groups.left(s)
+                led.add(id(s.group))
+        return tokens >= self.max_tokens
+
     def _advance(self, step: Ahead, fresh: list[tuple[int, Sequence]]) -> None:
-        """Book a token more of everyone, and give those who are new among the rows a place."""
+        """Book a token more of everyone if the step runs, and give those who are new among the rows a place."""
         for slot, s in enumerate(step.rows):
-            if s is not None:
+            if s is not None and step.runs:
                 if self._at_an_edge(s):
                     self.pool.extend(s.pages, s.computed, s.computed + 1)
                     step.added.append((slot, len(s.pages) - 1, s.pages[-1]))
@@ -232,9 +247,9 @@ class Scheduler:
             copies = self.pool.extend(s.pages, s.computed, s.computed + 1)
             assert copies is not None
             step.copies.extend(copies)
-            s.computed += 1
-            step.join(s, source)
-        self.stats.decode_tokens += sum(s is not None for s in step.rows)
+            step.join(s, source, s.computed)
+            s.computed += step.runs
+        self.stats.decode_tokens += sum(s is not None for s in step.rows) * step.runs
 
     def _at_an_edge(self, s: Sequence) -> bool:
         """Whether a sequence that decodes needs another page for its next token."""
@@ -250,11 +265,12 @@ class Scheduler:
                 budget -= count
         self.changed, self.steps_ahead = self._admit(items, step.copies, budget, cut_to_one=False), 0
         for item in items:
-            self._count(item)
             if item.count > 1:
                 step.chunks.append(item)
             else:
-                step.join(item.sequence, None)
+                step.join(item.sequence, None, item.start)
+            if item.count > 1 or step.runs:
+                self._count(item)
 
     # ── what came out ────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -89,25 +89,29 @@ class Step(NamedTuple):
 
 
 class Join(NamedTuple):
-    """A sequence takes a row of the decode step: its token is the last step's chunks' draw number `source`, or known (None)."""
+    """A sequence takes a row of the decode step. The token that it computes there is at `position` of it: the draw number `source` of the
+    last step's chunks, or known (None)."""
 
     slot: int
     sequence: Sequence
     source: int | None
+    position: int
 
 
 class Ahead(NamedTuple):
     """Work of a decode step that is planned before the draws of the last one were seen. `rows` of it (None: padding), the pages `added`
-    to rows that go on as (row, place in its page table, page), who `joins`; pages are copied first, and `chunks` computed beside it."""
+    to rows that go on as (row, place in its page table, page), who `joins`; pages are copied first, and `chunks` computed beside it.
+    Without `runs` its rows only get ready, and the chunks are all there is."""
 
+    runs: bool
     rows: list[Sequence | None]
     added: list[tuple[int, int, int]]
     joins: list[Join]
     copies: list[tuple[int, int]]
     chunks: list[Item]
 
-    def join(self, sequence: Sequence, source: int | None) -> None:
+    def join(self, sequence: Sequence, source: int | None, position: int) -> None:
         """Take the first free row."""
         slot = next((slot for slot, row in enumerate(self.rows) if row is None), len(self.rows))
         self.rows[slot : slot + 1] = [sequence]
-        self.joins.append(Join(slot, sequence, source))
+        self.joins.append(Join(slot, sequence, source, position))

@@ -262,7 +262,7 @@ def test_edges_of_chunks_and_pages(qwen: Path, edge: str, monkeypatch: pytest.Mo
 
 
 def count_joins(patch: pytest.MonkeyPatch) -> dict[str, int]:
-    joined, join = {"drawn": 0, "known": 0}, DecodeLoop._join
+    joined, join, again = {"drawn": 0, "known": 0, "held": 0}, DecodeLoop._join, DecodeLoop.again
 
     def counted(self: DecodeLoop, change: Change, drawn: Tensor | None) -> None:
         known = int((change.joins[1] < 0).sum())
@@ -270,8 +270,34 @@ def count_joins(patch: pytest.MonkeyPatch) -> dict[str, int]:
         joined["drawn"] += change.joins.shape[1] - known
         join(self, change, drawn)
 
+    def told(self: DecodeLoop, change: Change, drawn: Tensor | None) -> Any:
+        joined["held"] += not change.runs
+        return again(self, change, drawn)
+
     patch.setattr(DecodeLoop, "_join", counted)
+    patch.setattr(DecodeLoop, "again", told)
     return joined
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_rows_wait_while_prompts_fill_steps(qwen: Path, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All prompts first, then the answers; each draws what it draws in an engine that does both at once."""
+    model, heads = load(qwen), [prompts(1, 131, 131, seed=i)[0][:1] * 20 for i in range(12 // groups)]
+    found, steps, held = list[list[TurnDone]](), list[int](), list[int]()
+    for apart in (False, True):
+        if apart:
+            in_cpu_clothes(monkeypatch, True)
+        joined = count_joins(monkeypatch)
+        engine = engine_of(qwen, model, max_num_seqs=12, max_batch_tokens=40)
+        for i in range(12):
+            engine.start(i, heads[i // groups], SamplingParams(max_tokens=10, seed=(i,)), group=i // groups)
+        done = run(engine)
+        found.append([done[i] for i in range(12)])
+        steps.append(engine.stats.steps)
+        assert engine.stats.sampled_tokens == 120
+        held.append(joined["held"])
+    same(found[1], found[0])
+    assert held == [0, 5 if groups == 1 else 0] and steps[1] <= 6 + 9 + 2, "two prompts a step, six times, then nine tokens each"
 
 
 def test_shapes_are_few_and_large_enough(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
