@@ -21,6 +21,7 @@ import torch.distributed as dist
 from retool.model.config import ModelConfig
 from retool.parallel.fsdp import Sharded
 from retool.rl.engine import sequence as seq
+from retool.rl.engine.ahead import plan_ahead
 from retool.rl.engine.attention import has_paged_flash
 from retool.rl.engine.batch import make_batch, make_change
 from retool.rl.engine.chunks import Chunks
@@ -217,7 +218,7 @@ class Engine:
         rows = [*flying.loop.rows] if flying.loop else []
         while rows and rows[-1] is None:
             rows.pop()
-        step = scheduler.ahead(rows, flying.chunks.rows if flying.chunks else [], self._chunks is not None)
+        step = plan_ahead(scheduler, rows, flying.chunks.rows if flying.chunks else [], self._chunks is not None)
         if step is None:
             return None
         scheduler.stats.steps += 1

@@ -4,7 +4,7 @@
 writing its draws back as the next step's tokens and adding one to the positions. The next one can therefore start before the
 host has seen them, and is the same work again: on a GPU a CUDA graph, recorded once per number of rows (`bucket`) and again with
 filtered sampling. The host sends only what changes: pages that were added, rows that are over, and sequences that join, which may bring
-draws of the last step's chunks that it hasn't seen either. Draws are copied to pinned memory between two replays.
+draws of the last step's chunks that it hasn't seen either (`ahead.py`). Draws are copied to pinned memory between two replays.
 """
 
 from __future__ import annotations

@@ -9,13 +9,6 @@ no free page takes it from, in this order: prompts kept for samples that wait, f
 KV, the youngest running sequence; never from an older one. The oldest running sequence therefore always advances. A sequence is
 admitted if its whole backlog fits beside a page for each running one, or if nothing runs: then everything else makes
 room. One that needs more pages than there are ends with reason "capacity", so nothing waits for what can't come.
-
-[Note: running ahead] A decode step can be repeated before the host has seen its draws. A row whose turn turns out to be over is then
-computed in vain, which is cheaper than stopping the device for every end. Where chunks are computed apart from single tokens (`apart`),
-newcomers are computed beside such a step and join the rows of the next one, with draws that the host hasn't seen either; they are
-admitted several at a time, or after `PATIENCE` steps. While there is more to compute for them than a step takes, the rows that decode
-wait: they would only make the last of all come later. Otherwise newcomers wait `PATIENCE` steps for a new plan. One is made, too, when
-more than one row in `TOLERATED` (`SPARSE` where others may join) is over, or when a page is missing.
 """
 
 from __future__ import annotations
@@ -27,11 +20,7 @@ from retool.rl.engine.groups import Groups
 from retool.rl.engine.kv_cache import PagePool
 from retool.rl.engine.params import Reason, SamplingParams, Stats, TurnDone
 from retool.rl.engine.sampling import seed_key
-from retool.rl.engine.sequence import Ahead, Item, Sequence, State, Step
-
-TOLERATED = 16
-SPARSE = 4
-PATIENCE = 8
+from retool.rl.engine.sequence import Item, Sequence, State, Step
 
 
 class Scheduler:
@@ -112,9 +101,9 @@ class Scheduler:
             if room is not None:
                 copies += room
                 items.append(Item(sequence, sequence.computed, count))
-        self.changed, self.steps_ahead = self._admit(items, copies, budget), 0
+        self.changed, self.steps_ahead = self.admit(items, copies, budget), 0
         for item in items:
-            self._count(item)
+            self.count(item)
         items.sort(key=lambda i: i.count > 1)
         return Step(items, copies) if items else None
 
@@ -127,7 +116,7 @@ class Scheduler:
                 return None
         return copies
 
-    def _admit(self, items: list[Item], copies: list[tuple[int, int]], budget: int, cut_to_one: bool = True) -> bool:
+    def admit(self, items: list[Item], copies: list[tuple[int, int]], budget: int, cut_to_one: bool = True) -> bool:
         """Admit who waits, in order; whether the next step may admit more although nothing else changes. `cut_to_one`: a prompt may be
         cut after its first token."""
         full = False
@@ -158,7 +147,7 @@ class Scheduler:
         self.waiting = [s for s in self.waiting if s.state is State.WAITING]
         return bool(self.waiting) and not full
 
-    def _count(self, item: Item) -> None:
+    def count(self, item: Item) -> None:
         """Book an item as computed."""
         sequence = item.sequence
         sequence.computed += item.count
@@ -196,81 +185,6 @@ class Scheduler:
         self.pool.release(sequence.pages)
         sequence.computed, sequence.given = 0, len(sequence.tokens)
         self.groups.forgot(sequence)
-
-    def ahead(self, rows: list[Sequence | None], drawn: list[Sequence | None], apart: bool) -> Ahead | None:
-        """Book another decode step of the same rows before the last one was looked at, see [Note: running ahead]; None, nothing changed,
-        if it is time for a new plan. `drawn`: whom the last step's chunks drew for."""
-        fresh = [(source, s) for source, s in enumerate(drawn) if s is not None]
-        going = [s for s in rows if s is not None]
-        live, here = going + [s for _, s in fresh], {id(s) for s in going}
-        late = [s for s in self.running if s.pending > 0 and id(s) not in here]
-        self.steps_ahead += 1
-        if not live or len(rows) - len(live) > len(rows) // (SPARSE if apart else TOLERATED) or (late and not apart):
-            return None
-        if any(s.computed >= self.max_length for s in live) or any(self.pool.missing(s.pages, s.computed, len(s.tokens)) for s in late):
-            return None
-        needed = sum(self._at_an_edge(s) for s in going) + sum(self.pool.missing(s.pages, s.computed, s.computed + 1) for _, s in fresh)
-        if needed > len(self.pool.free):
-            return None
-        ready = min(len(self.waiting), self.max_num_seqs - len(self.running)) if self.changed else 0
-        if ready > 0 and not apart and self.steps_ahead > PATIENCE:
-            return None
-        beside = apart and (bool(late) or ready * TOLERATED > len(live) or (ready > 0 and self.steps_ahead > PATIENCE))
-        step = Ahead(not (beside and self._is_much(late, ready)), list(rows), [], [], [], [])
-        self._advance(step, fresh)
-        if beside:
-            self._beside(step, late, self.max_tokens - len(live) * step.runs)
-        return step
-
-    def _is_much(self, late: list[Sequence], ready: int) -> bool:
-        """Whether what is to be computed for those who wait fills a step."""
-        tokens, led = sum(s.pending for s in late), set[int]()
-        for s in self.waiting[:ready]:
-            if tokens >= self.max_tokens:
-                break
-            alone = s.group is None or s.computed > 0 or bool(s.group.pages)
-            if alone or (not self.groups.must_wait(s) and id(s.group) not in led):  # of samples without their prompt one computes it
-                tokens += self.groups.left(s)
-                led.add(id(s.group))
-        return tokens >= self.max_tokens
-
-    def _advance(self, step: Ahead, fresh: list[tuple[int, Sequence]]) -> None:
-        """Book a token more of everyone if the step runs, and give those who are new among the rows a place."""
-        for slot, s in enumerate(step.rows):
-            if s is not None and step.runs:
-                if self._at_an_edge(s):
-                    self.pool.extend(s.pages, s.computed, s.computed + 1)
-                    step.added.append((slot, len(s.pages) - 1, s.pages[-1]))
-                assert self.pool.counts[s.pages[-1]] == 1, "a row's last page is another's, too"
-                s.computed += 1
-        for source, s in fresh:
-            copies = self.pool.extend(s.pages, s.computed, s.computed + 1)
-            assert copies is not None
-            step.copies.extend(copies)
-            step.join(s, source, s.computed)
-            s.computed += step.runs
-        self.stats.decode_tokens += sum(s is not None for s in step.rows) * step.runs
-
-    def _at_an_edge(self, s: Sequence) -> bool:
-        """Whether a sequence that decodes needs another page for its next token."""
-        return len(s.pages) * self.pool.page_size == s.computed
-
-    def _beside(self, step: Ahead, late: list[Sequence], budget: int) -> None:
-        """Go on with chunks that were cut, and admit who waits."""
-        items: list[Item] = []
-        for s in sorted(late, key=lambda s: s.number):
-            count = min(s.pending, budget)
-            if count > 1 or count == s.pending:
-                items.append(Item(s, s.computed, count))
-                budget -= count
-        self.changed, self.steps_ahead = self._admit(items, step.copies, budget, cut_to_one=False), 0
-        for item in items:
-            if item.count > 1:
-                step.chunks.append(item)
-            else:
-                step.join(item.sequence, None, item.start)
-            if item.count > 1 or step.runs:
-                self._count(item)
 
     # ── what came out ────────────────────────────────────────────────────────────────────────────────────────────
 

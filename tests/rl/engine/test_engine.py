@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retool.model.build import ModelOptions
 from retool.model.config import read_model_config
-from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone, attention, scheduler
+from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone, ahead, attention
 from tests.model.tiny import FAMILIES, make
 from tests.rl.engine.models import CPU, engine_of, forced, leaked, load, prompts, run
 
@@ -116,7 +116,7 @@ def sampled(engine: Engine, ids: list[list[int]], order: list[int]) -> list[Turn
 @pytest.mark.parametrize("way", list(WAYS)[1:])
 def test_draws_depend_on_seed_and_position_only(qwen: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch composition, page size, chunks, order of arrival, preemption and running ahead change nothing."""
-    monkeypatch.setattr(scheduler, "TOLERATED", 2)  # run on beside rows that are over
+    monkeypatch.setattr(ahead, "TOLERATED", 2)  # run on beside rows that are over
     model, ids = load(qwen), prompts(6, 30, 131, seed=2)
     want = sampled(engine_of(qwen, model), ids, list(range(12)))
     engine = engine_of(qwen, model, **WAYS[way])
@@ -213,8 +213,8 @@ def test_a_sequence_larger_than_the_cache_ends_and_says_so(qwen: Path, way: str)
 
 def test_the_first_token_may_end_the_turn(qwen: Path) -> None:
     model = load(qwen)
-    for ahead in (False, True):
-        engine = engine_of(qwen, model, run_ahead=ahead)
+    for run_ahead in (False, True):
+        engine = engine_of(qwen, model, run_ahead=run_ahead)
         engine.start("a", [5, 6, 7], GREEDY)
         token = run(engine)["a"].tokens[0]
         engine.start("b", [5, 6, 7], SamplingParams(max_tokens=9, temperature=0, stop_ids=(1, token)))

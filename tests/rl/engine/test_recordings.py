@@ -22,8 +22,8 @@ from retool.checkpoint.pretrained import load_pretrained
 from retool.model.config import read_model_config
 from retool.parallel.mesh import make_mesh
 from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone, attention
+from retool.rl.engine import ahead as ahead_module
 from retool.rl.engine import engine as engine_module
-from retool.rl.engine import scheduler as scheduler_module
 from retool.rl.engine.attention import Pages, _attend, _gathered
 from retool.rl.engine.batch import Change
 from retool.rl.engine.chunks import Chunks
@@ -209,7 +209,7 @@ def test_any_moment_is_a_good_one_to_come_or_go(qwen: Path, seed: int, monkeypat
     alone = engine_of(qwen, model, max_num_seqs=1)
     in_cpu_clothes(monkeypatch, graphs=rng.random() < 0.5)
     for name, few in (("PATIENCE", 2), ("SPARSE", rng.choice([2, 4])), ("TOLERATED", rng.choice([2, 16]))):
-        monkeypatch.setattr(scheduler_module, name, few)
+        monkeypatch.setattr(ahead_module, name, few)
     most = rng.choice([2, 5, 8])
     engine = engine_of(qwen, model, max_num_seqs=most, page_size=rng.choice([2, 8]), pages=rng.choice([60, 300]), max_length=150,
                        max_batch_tokens=rng.choice([most, 24, 200]))  # fmt: skip

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from retool.rl.engine import scheduler as scheduler_module
+from retool.rl.engine import ahead as ahead_module
+from retool.rl.engine.ahead import plan_ahead
 from retool.rl.engine.batch import make_batch
 from retool.rl.engine.kv_cache import PagePool
 from retool.rl.engine.params import SamplingParams
@@ -58,11 +59,11 @@ def go_ahead(scheduler: Scheduler, rows: list[Sequence], written: Written, rng: 
     """Repeat a decode step blindly some times; who then still expects a draw."""
     while rng.random() < 0.6:
         before = [(s.computed, list(s.pages)) for s in rows]
-        ahead = scheduler.ahead([s if s.runs else None for s in rows], [], apart=False)
-        if ahead is None:
+        step = plan_ahead(scheduler, [s if s.runs else None for s in rows], [], apart=False)
+        if step is None:
             assert before == [(s.computed, s.pages) for s in rows]
             break
-        assert all(rows[row].pages[place] == page for row, place, page in ahead.added)
+        assert all(rows[row].pages[place] == page for row, place, page in step.added)
         for s, (computed, _) in zip(rows, before, strict=True):
             if s.computed > computed:  # booked; now the draw that it feeds comes in
                 scheduler.accept(s, rng.randint(0, 9), -1.0, -1.0)
@@ -75,7 +76,7 @@ def go_ahead(scheduler: Scheduler, rows: list[Sequence], written: Written, rng: 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_schedules(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
-    monkeypatch.setattr(scheduler_module, "TOLERATED", rng.choice([1, 16]))
+    monkeypatch.setattr(ahead_module, "TOLERATED", rng.choice([1, 16]))
     size, pages = rng.choice([1, 2, 4, 8]), rng.randint(4, 24)
     most = rng.randint(1, 6)
     scheduler = Scheduler(PagePool(pages + 1, size), most, rng.randint(most, 20), rng.choice([1 << 60, 20]))
