@@ -143,22 +143,23 @@ def document(tokens: int) -> PackedBatch:
     return pack([Sample(torch.arange(tokens).remainder(131).int().numpy(), torch.ones(tokens, dtype=torch.bool).numpy())])
 
 
-def test_kept_bytes_are_those_that_autograd_saves_at_least() -> None:
-    """Uncompiled code keeps more than the fused one that is predicted, and recomputation of everything keeps no MLP."""
-    config, tokens, saved = model(), 256, dict[int, int]()
+def saved_bytes(config: ModelConfig, options: ModelOptions, tokens: int) -> int:
+    """Bytes of the storages that autograd saves in a forward."""
+    saved, sharded, batch = dict[int, int](), build_decoder(config, make_mesh(), options), document(tokens)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    batch = document(tokens)
-    measured: dict[str, int] = {}
-    for recompute in LADDER[:3]:
-        saved.clear()
-        sharded = build_decoder(config, make_mesh(), ModelOptions(recompute=recompute))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            sharded(batch, lambda hidden, weight: hidden.sum())
-        measured[recompute] = sum(saved.values())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sharded(batch, lambda hidden, weight: hidden.sum())
+    return sum(saved.values())
+
+
+def test_kept_bytes_are_those_that_autograd_saves_at_least() -> None:
+    """Uncompiled code keeps more than the fused one that is predicted, and recomputation of everything keeps no MLP."""
+    config, tokens = model(), 256
+    measured = {recompute: saved_bytes(config, ModelOptions(recompute=recompute), tokens) for recompute in LADDER[:3]}
     for recompute in LADDER[:3]:
         assert measured[recompute] >= tokens * config.layers * layer_bytes(config, 1, 4, recompute, 4) * 0.9
     assert measured["none"] > measured["selective"] >= measured["full"]
@@ -166,19 +167,9 @@ def test_kept_bytes_are_those_that_autograd_saves_at_least() -> None:
 
 def test_a_residual_stream_in_fp32_is_counted() -> None:
     """Of fully recomputed blocks exactly: their inputs are what is kept of it, and the hidden states before the final norm."""
-    config, tokens, saved = model(), 64, dict[int, int]()
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    batch, kept, setting = document(tokens), list[int](), Setting(compute="bf16")
-    for wide in (False, True):
-        saved.clear()
-        sharded = build_decoder(config, make_mesh(), ModelOptions(param_dtype=torch.bfloat16, recompute="full", fp32_residual=wide))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            sharded(batch, lambda hidden, weight: hidden.sum())
-        kept.append(sum(saved.values()))
+    config, tokens, setting = model(), 64, Setting(compute="bf16")
+    options = ModelOptions(param_dtype=torch.bfloat16, recompute="full")
+    kept = [saved_bytes(config, replace(options, fp32_residual=wide), tokens) for wide in (False, True)]
     narrow, wide = (predict(config, replace(setting, fp32_residual=wide), tokens, "full") for wide in (False, True))
     assert wide.activations - narrow.activations == 2 * tokens * config.layers * config.hidden
     assert 0 <= kept[1] - kept[0] - (wide.activations - narrow.activations) <= 2 * tokens * config.hidden

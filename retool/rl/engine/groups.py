@@ -48,17 +48,21 @@ class Groups:
 
     def missing(self, sequence: Sequence) -> int:
         """Free pages that a waiting sequence needs for all its tokens, a shared prompt taken into account."""
-        group = sequence.group
-        if sequence.computed == 0 and group is not None and group.pages:
+        group = self._ready_for(sequence)
+        if group is not None:
             partial = group.prefix % self.pool.page_size > 0
             return self.pool.pages_for(len(sequence.tokens)) - len(group.pages) + partial
         return self.pool.missing(sequence.pages, sequence.computed, len(sequence.tokens))
 
     def left(self, sequence: Sequence) -> int:
         """Tokens that a waiting sequence has to compute, a shared prompt taken into account."""
+        group = self._ready_for(sequence)
+        return len(sequence.tokens) - (sequence.computed if group is None else group.prefix)
+
+    def _ready_for(self, sequence: Sequence) -> Group | None:
+        """The sequence's group if it has a prompt for it, and the sequence has none."""
         group = sequence.group
-        shared = group is not None and bool(group.pages) and sequence.computed == 0
-        return len(sequence.tokens) - (group.prefix if shared and group is not None else sequence.computed)
+        return group if sequence.computed == 0 and group is not None and group.pages else None
 
     def attach(self, sequence: Sequence) -> None:
         """Give a sequence without KV its group's, or make it the one that computes it."""

@@ -124,6 +124,7 @@ class DecodeLoop:
         self.tokens, self.positions, self.keys, self.top_k = (torch.zeros(most, dtype=torch.int64, device=device) for _ in range(4))
         self.temperature, self.top_p = torch.zeros(most, device=device), torch.ones(most, device=device)
         self.tables = torch.zeros(most, width, dtype=torch.int32, device=device)
+        self.values = self.tokens, self.positions, self.keys, self.temperature, self.top_k, self.top_p  # one of a row each
         dtype = torch.promote_types(model.cache.data.dtype, torch.float32)
         self.out = torch.zeros(3, most, dtype=dtype, device=device)
         self.rows, self.filtered = 0, False
@@ -143,8 +144,7 @@ class DecodeLoop:
         n, device = len(batch.tokens), self.tokens.device
         self._clear(slice(0, self.rows))
         sources = batch.tokens, batch.positions, batch.keys, batch.temperature, batch.top_k, batch.top_p
-        targets = self.tokens, self.positions, self.keys, self.temperature, self.top_k, self.top_p
-        for target, source in zip(targets, sources, strict=True):
+        for target, source in zip(self.values, sources, strict=True):
             target[:n].copy_(to_device(source, device))
         self.tables[:n, : batch.tables.shape[1]].copy_(to_device(batch.tables, device))
         return self._run()
@@ -168,7 +168,7 @@ class DecodeLoop:
         return self._run() if change.runs else None
 
     def _clear(self, rows: slice | Tensor) -> None:
-        for state in (self.tokens, self.positions, self.keys, self.temperature, self.top_k, self.top_p, self.tables):
+        for state in (*self.values, self.tables):
             state[rows].zero_() if isinstance(rows, slice) else state.index_fill_(0, rows, 0)
 
     def _join(self, change: Change, drawn: Tensor | None) -> None:
@@ -177,7 +177,7 @@ class DecodeLoop:
         if drawn is not None and (change.joins[1] >= 0).any():
             tokens = torch.where(sources >= 0, drawn[0].index_select(0, sources.clamp(min=0)).long(), tokens)
         tables = to_device(change.tables, self.tables.device)
-        targets = self.tokens, self.positions, self.keys, self.temperature, self.top_k, self.top_p, self.tables[:, : tables.shape[1]]
+        targets = *self.values, self.tables[:, : tables.shape[1]]
         with in_any_order():
             for target, source in zip(targets, (tokens, positions, keys, temperature, top_k, top_p, tables), strict=True):
                 target.index_copy_(0, slots, source)

@@ -65,7 +65,7 @@ class Scheduler:
         del self.sequences[key]
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
-        elif sequence.state is State.RUNNING:
+        elif sequence.runs:
             self.running.remove(sequence)
         sequence.state, self.changed = State.DROPPED, True
         self.pool.release(sequence.pages)
@@ -93,7 +93,7 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         budget = self.max_tokens - sum(s.pending == 1 for s in self.running)
         for sequence in sorted(self.running, key=lambda s: s.number):
-            if sequence.state is not State.RUNNING:  # an older one took its pages a moment ago
+            if not sequence.runs:  # an older one took its pages a moment ago
                 continue
             count = 1 if sequence.pending == 1 else min(sequence.pending, budget)
             budget -= count if sequence.pending > 1 else 0
@@ -162,7 +162,7 @@ class Scheduler:
         """Give up the KV that is missed least, see [Note: progress]; False if there is none that `sequence` may take."""
         if self.groups.let_go(useful=True):
             return True
-        idle = [s for s in self.sequences.values() if s.pages and s is not sequence and s.state is not State.RUNNING]
+        idle = [s for s in self.sequences.values() if s.pages and s is not sequence and not s.runs]
         if idle:
             self._forget(max(idle, key=lambda s: (s.state is State.PARKED, s.number)))
             self.stats.evicted += 1
