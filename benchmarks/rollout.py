@@ -81,11 +81,13 @@ def ours(engine: Engine, prompts: list[list[int]], args: Namespace, seed: int) -
         engine.start((seed, i), prompt, SamplingParams(max_tokens=args.new, temperature=1.0, seed=(seed, i)), group=(seed, i // args.group))
     turns: list[TurnDone] = []
     decode_start, drawn = start, stats.sampled_tokens
+    prefilling = True
     while not engine.idle():
-        before = stats.prefill_tokens
+        before, prefilled = stats.prefill_tokens, prefilling
         turns += engine.step()
-        if stats.prefill_tokens > before:  # a prompt is still being computed
-            decode_start, drawn = synchronised(device), stats.sampled_tokens
+        prefilling = stats.prefill_tokens > before
+        if prefilled and not prefilling:  # the last prompt's draws have been read, the first step of single tokens runs
+            decode_start, drawn = time.perf_counter(), stats.sampled_tokens
     end = synchronised(device)
     for i in range(len(prompts)):
         engine.drop((seed, i))

@@ -104,10 +104,15 @@ def paged_attention(q_TNH: Tensor, cache: KVCache, layer: int, pages: Pages, fla
 
 
 def _flash_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
+    tables, lengths = pages.tables[: pages.decode], pages.lengths[: pages.decode]
+    if find_spec("triton") is not None:
+        from retool.rl.engine.attention_triton import decode_rows, fits
+
+        if fits(q_DNH.shape[2], data.shape[1]):
+            return decode_rows(q_DNH, data, tables, lengths)
     from flash_attn import flash_attn_with_kvcache
 
     keys, values = data.chunk(2, 2)
-    tables, lengths = pages.tables[: pages.decode], pages.lengths[: pages.decode]
     splits = 1 if pages.each_alone else 0  # by itself it splits long sequences by what else is in the batch
     out = flash_attn_with_kvcache(q_DNH[:, None], keys, values, cache_seqlens=lengths, block_table=tables, causal=True, num_splits=splits)
     return out[:, 0]  # pyright: ignore[reportIndexIssue]

@@ -1,7 +1,7 @@
 """Chunks: several tokens of a sequence at once, of prompts and tool texts, in one of few shapes that a recorded graph can run.
 
     tokens    | chunk | chunk | … | padding | padding | …            |    T: a power of two, 256 at least
-    items     | chunk | chunk | … | padding | padding | … | none | … |    S: 16, 64, 256, …
+    items     | chunk | chunk | … | padding | padding | … | none | … |    S: 16, 64, 256, …, none longer than M: 256, 1,024, 4,096, …
 
 A forward with shapes of its own costs the host more than the GPU: see `benchmarks/RESULTS.md`.
 
@@ -35,25 +35,27 @@ class Chunks:
         self.inputs = torch.zeros(3, self.most_tokens, dtype=torch.int64, device=device)  # tokens, positions, slots
         self.tables = torch.zeros(self.most_items, width, dtype=torch.int32, device=device)
         self.ends = torch.zeros(2, self.most_items + 1, dtype=torch.int32, device=device)  # of every item's tokens and keys, from 0
-        self.hidden: dict[tuple[int, int], Tensor] = {}
+        self.hidden: dict[tuple[int, int, int], Tensor] = {}
 
-    def shape(self, tokens: int, items: int) -> tuple[int, int]:
-        """(T, S) of the recorded step that runs so many, S with room for the padding."""
-        ranks, few = self.model.plan.sp, 16
+    def shape(self, tokens: int, items: int, longest: int) -> tuple[int, int, int]:
+        """(T, S, M) of the recorded step that runs so many, S with room for the padding. The kernel starts programs for S items of M."""
+        ranks, few, long = self.model.plan.sp, 16, PADDING
         many = min(self.most_tokens, -(-max(256, 1 << (tokens - 1).bit_length()) // ranks) * ranks)
         while few < items + -(-(many - tokens) // self.padding):
             few *= 4
-        return many, min(self.most_items, few)
+        while long < longest:
+            long *= 4
+        return many, min(self.most_items, few), min(many, long)
 
     def run(self, batch: Batch) -> Flight:
         """Compute and draw; the batch has chunks only."""
         self.model.cache.copy(batch.copies)
-        shape = tokens, items = self.shape(len(batch.tokens), len(batch.counts))
-        self._fill(batch, tokens, items)
+        shape = self.shape(len(batch.tokens), len(batch.counts), int(batch.counts.max()))
+        self._fill(batch, *shape[:2])
         if self.recordings is None:
-            x = self._forward(tokens, items)
+            x = self._forward(*shape)
         else:
-            self.recordings.run(("chunks", *shape), lambda: self.hidden.update({shape: self._forward(tokens, items)}))
+            self.recordings.run(("chunks", *shape), lambda: self.hidden.update({shape: self._forward(*shape)}))
             x = self.hidden[shape]
         return drawn(self.model, x, batch)
 
@@ -71,10 +73,10 @@ class Chunks:
         for target, source in ((self.inputs[:, :tokens], inputs), (self.tables[:items], tables), (self.ends[:, : items + 1], ends)):
             target.copy_(to_device(source, device))
 
-    def _forward(self, tokens: int, items: int) -> Tensor:
+    def _forward(self, tokens: int, items: int, longest: int) -> Tensor:
         ids, positions, slots = self.inputs[:, :tokens]
         offsets, key_offsets = self.ends[:, : items + 1]
         tables = self.tables[:items]
-        longest = tables.shape[1] * self.model.cache.page_size
-        pages = Pages(slots, tables, key_offsets.diff(), 0, offsets, key_offsets, counts=(tokens,), host_lengths=(longest,))
+        keys = tables.shape[1] * self.model.cache.page_size
+        pages = Pages(slots, tables, key_offsets.diff(), 0, offsets, key_offsets, counts=(longest,), host_lengths=(keys,))
         return hidden_states(self.model, ids, positions, pages)

@@ -62,13 +62,14 @@ def _part_kernel(
         inside = (column < columns) & (column < (part + 1) * size)
         x = tl.load(x_ptr + row * stride + column, inside, other=LOWEST) * scale
         inside = inside & (x > LOWEST)
-        above = tl.where(inside, tl.maximum(largest, x), largest)
-        decay = tl.exp(largest - above)
-        e = tl.where(inside, tl.exp(x - above), 0.0)
-        whole = whole * decay + e
-        stays = inside & (x >= least)
-        kept = kept * decay + tl.where(stays, e, 0.0)
-        largest = above
+        grows = inside & (x > largest)
+        e = tl.exp(-tl.abs(x - largest))  # what the smaller of the two is worth
+        whole = tl.where(grows, whole * e + 1.0, whole + tl.where(inside, e, 0.0))
+        stays = inside
+        if FILTERED:
+            stays = inside & (x >= least)
+            kept = tl.where(grows, kept * e + stays.to(tl.float32), kept + tl.where(stays, e, 0.0))
+        largest = tl.where(grows, x, largest)
         score = x + tl.where(greedy, 0.0, _gumbel(key, column, GOLDEN, FIRST, SECOND))
         better = stays & (score > best)
         best = tl.where(better, score, best)
@@ -80,7 +81,7 @@ def _part_kernel(
     at = row * parts + part
     tl.store(out_ptr + at, top)
     tl.store(out_ptr + rows * parts + at, tl.sum(whole * share, 0))
-    tl.store(out_ptr + 2 * rows * parts + at, tl.sum(kept * share, 0))
+    tl.store(out_ptr + 2 * rows * parts + at, tl.sum((kept if FILTERED else whole) * share, 0))
     tl.store(out_ptr + 3 * rows * parts + at, winner)
     tl.store(best_ptr + at, first)
 

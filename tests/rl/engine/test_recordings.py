@@ -75,12 +75,12 @@ def in_cpu_clothes(patch: pytest.MonkeyPatch, graphs: bool) -> None:
     def recorded_step(self: DecodeLoop, *shape: Any) -> None:
         now[-1].calls.append(lambda: step(self, *shape)) if now else step(self, *shape)
 
-    def recorded_forward(self: Chunks, tokens: int, items: int) -> Tensor:
+    def recorded_forward(self: Chunks, tokens: int, *shape: int) -> Tensor:
         if not now:
-            return forward(self, tokens, items)
+            return forward(self, tokens, *shape)
         ranks = self.model.plan.sp
         place = torch.full((tokens // ranks, self.model.decoder.config.hidden), float("nan"))
-        now[-1].calls.append(lambda: place.copy_(forward(self, tokens, items)))
+        now[-1].calls.append(lambda: place.copy_(forward(self, tokens, *shape)))
         return place
 
     @contextmanager
@@ -305,10 +305,15 @@ def test_shapes_are_few_and_large_enough(qwen: Path, monkeypatch: pytest.MonkeyP
     engine = engine_of(qwen, load(qwen), max_batch_tokens=5000, max_num_seqs=300)
     chunks = engine._chunks
     assert chunks is not None
-    shapes = {(t, n): chunks.shape(t, n) for t in range(2, 5001, 7) for n in {1, 15, 16, 63, 64, 300} if 2 * n <= t}
-    assert all(size >= t and items >= n + (size - t) / 256 for (t, n), (size, items) in shapes.items())
-    assert {size for size, _ in shapes.values()} == {256, 512, 1024, 2048, 4096, 5000}
-    assert {items for _, items in shapes.values()} == {16, 64, 256, 320}
+    shapes = {
+        (t, n, most): chunks.shape(t, n, most)
+        for t in range(2, 5001, 7) for n in {1, 15, 16, 63, 64, 300} if 2 * n <= t for most in {-(-t // n), t - 2 * (n - 1)}
+    }  # fmt: skip
+    assert all(size >= t and items >= n + (size - t) / 256 and longest >= most for (t, n, most), (size, items, longest) in shapes.items())
+    assert {size for size, *_ in shapes.values()} == {256, 512, 1024, 2048, 4096, 5000}
+    assert {items for _, items, _ in shapes.values()} == {16, 64, 256, 320}
+    assert {longest for *_, longest in shapes.values()} == {256, 512, 1024, 2048, 4096, 5000}
+    assert len(set(shapes.values())) < 60
 
 
 def test_recording_a_step_leaves_no_trace(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,60 @@
+"""The GPU's kernel for single tokens without a GPU: run by Triton's interpreter (pip install triton), against torch's attention in fp64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from retool.rl.engine.attention import Pages, paged_attention
+from retool.rl.engine.kv_cache import KVCache
+
+CPU = torch.device("cpu")
+LENGTHS = [1, 300, 256, 1000, 700, 64]
+
+
+def layer_of(kv_heads: int, dim: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[KVCache, torch.Tensor]:
+    """A cache whose sequences lie on pages in random order, no number where nothing was written; and the page table, wider than need be."""
+    cache = KVCache((1, 256, kv_heads, dim), 14, dtype, CPU)
+    cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
+    order, tables = (torch.randperm(13, generator=generator) + 1).tolist(), torch.zeros(len(LENGTHS), 9, dtype=torch.int32)
+    for row, length in enumerate(LENGTHS):
+        for place in range(-(-length // 256)):
+            tables[row, place] = order.pop()
+        cache.data[0, int(tables[row, place]), (length - 1) % 256 + 1 :] = float("nan")
+    return cache, tables
+
+
+def compare() -> None:
+    """Few and many parts, groups of one to seven query heads, queries that lie apart."""
+    from retool.rl.engine import attention_triton as kernels
+
+    generator, lengths = torch.Generator().manual_seed(0), torch.tensor(LENGTHS, dtype=torch.int32)
+    shapes = (14, 2, 64, torch.float32, 2048), (9, 3, 64, torch.float32, 18), (4, 4, 128, torch.float32, 100), (16, 8, 32, torch.float16, 16)
+    for heads, kv_heads, dim, dtype, programs in shapes:
+        kernels.PROGRAMS = programs
+        cache, tables = layer_of(kv_heads, dim, dtype, generator)
+        query = torch.randn(len(LENGTHS), heads + 3, dim, generator=generator).to(dtype)[:, :heads]
+        found = kernels.decode_rows(query, cache.data[0], tables, lengths)
+        exact = KVCache((1, 256, kv_heads, dim), 14, torch.float64, CPU)
+        exact.data.copy_(cache.data.nan_to_num())
+        want = paged_attention(query.double(), exact, 0, Pages(torch.zeros(1), tables, lengths, len(LENGTHS)), False)
+        error = (found - want).norm(dim=-1) / want.norm(dim=-1)
+        assert float(error.max()) < (1e-6 if dtype == torch.float32 else 1e-3), (heads, kv_heads, dim, programs)
+        alone = kernels.decode_rows(query, cache.data[0], tables[[3] * 6], lengths[[3] * 6])
+        assert torch.equal(alone[3], found[3]), "a sequence's numbers don't depend on the others' lengths"
+    assert [kernels.parts_for(6, k) for k in (1, 8)] == [2, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+def test_the_kernel_attends_as_torch_does() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}  # read when triton is imported
+    command = [sys.executable, "-c", "from tests.rl.engine.test_attention_triton import compare; compare()"]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
