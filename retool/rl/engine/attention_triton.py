@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 64  # keys at a time: within a page
-PROGRAMS = 2048  # about so many parts in all: more than run at once, so that those that are over sooner leave no gap
+PROGRAMS = 1024  # about so many parts in all: more of them only cost more to join
 MOST = 64  # parts of a sequence
-WARPS = 4
-STAGES = 3  # of the pipeline of loads
+WARPS = 2
+STAGES = 4  # of the pipeline of loads
 
 
 @triton.jit
