@@ -87,9 +87,9 @@ class Block(nn.Module):
         self.gate_up_bias = weight(2 * c.ffn) if c.mlp_bias else None
         self.down = weight(c.hidden, c.ffn)
         self.down_bias = weight(c.hidden) if c.mlp_bias else None
-        self.before_piece, self.after_piece = Block.before, Block.after
+        self.before_piece, self.after_piece, self.between_piece = Block.before, Block.after, Block.between
         if run.compiled:
-            self.before_piece, self.after_piece = compiled_pieces()
+            self.before_piece, self.after_piece, self.between_piece = compiled_pieces()
 
     def before(self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Norm, q k v and rope: [t, D] → the flat buffer that goes to the head ranks, in the weights' dtype."""
@@ -106,6 +106,13 @@ class Block(nn.Module):
         x_tD = x_tD + F.linear(a_tE, self.o, self.o_bias)
         gate, up = F.linear(rms_norm(x_tD, self.norm_2, self.config.norm_eps), self.gate_up, self.gate_up_bias).chunk(2, -1)
         return x_tD + F.linear(F.silu(gate) * up, self.down, self.down_bias)
+
+    def between(
+        self, following: Block, x_tD: torch.Tensor, a_tE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`after`, and `before` of the block that follows, for who needs no gradients: the sum and the norm of it are one kernel."""
+        x_tD = self.after(x_tD, a_tE)
+        return x_tD, following.before(x_tD, cos, sin)
 
     def attend(self, send: torch.Tensor, t: int, batch: PackedBatch, kept: list[tuple[torch.Tensor, torch.Tensor]] | None) -> torch.Tensor:
         """Sequence → heads, attention over the whole pack, heads → sequence [t, E]. `kept` remembers the kernel's result."""
@@ -156,13 +163,21 @@ def _checkpoint(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tens
     return out
 
 
-def compiled_pieces() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
-    """`before` and `after` through torch.compile: a graph for any length and one for length 1, each with gradients and without, for all
-    layers and models of one shape. The compiler distinguishes views by what they are views of, so it gets none from attention."""
+def compiled_pieces() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor], Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
+    """`before`, `after` and `between` through torch.compile: a graph for any length and one for length 1, each with gradients and without,
+    for all layers and models of one shape. The compiler distinguishes views by what they are views of, so it gets none from attention."""
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
-    before, after = torch.compile(Block.before, dynamic=True, fullgraph=True), torch.compile(Block.after, dynamic=True, fullgraph=True)
-    return before, lambda block, x_tD, received: after(block, x_tD, torch.ops.aten._unsafe_view(received, received.shape))
+    before, after, between = (torch.compile(f, dynamic=True, fullgraph=True) for f in (Block.before, Block.after, Block.between))
+
+    def plain(received: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._unsafe_view(received, received.shape)
+
+    return (
+        before,
+        lambda block, x_tD, received: after(block, x_tD, plain(received)),
+        lambda block, following, x_tD, received, cos, sin: between(block, following, x_tD, plain(received), cos, sin),
+    )
 
 
 class Embedding(nn.Module):

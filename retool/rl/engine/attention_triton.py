@@ -3,12 +3,14 @@
 """Single tokens over the paged cache on a GPU: each sequence's keys are cut into parts by its own length, so that few or long sequences
 keep every multiprocessor reading (Flash-Decoding: Dao, Haziza, Massa & Sizov 2023; the softmax of parts: arXiv 2205.14135).
 
-    part     (sequence, kv head, part): its query heads over a range of keys, normalised, with their log-sum-exp
+    part     (sequence, kv heads, part): their query heads over a range of keys, normalised, with their log-sum-exp
     joined   (sequence, query head): the parts' results, weighted by their share
 
-flash-attn's kernel cuts by the longest that the page table has room for, which in a rollout is mostly far off.
+flash-attn's kernel cuts by the longest that the page table has room for, which in a rollout is mostly far off. Where kv heads are narrow
+and few query heads read them, a program takes several: it reads longer pieces of memory, and a query is zero where another head's keys are.
 
-Legend: D sequences · N query heads · G query heads per kv head · J kv heads, keys before values · P tokens of a page · H head dim.
+Legend: D sequences · N query heads · G query heads per kv head · J kv heads, keys before values · P tokens of a page · H head dim
+· m kv heads of a program.
 """
 
 from __future__ import annotations
@@ -25,27 +27,30 @@ PROGRAMS = 1024  # about so many parts in all: more of them only cost more to jo
 MOST = 64  # parts of a sequence
 WARPS = 2
 STAGES = 4  # of the pipeline of loads
+WIDEST = 128  # numbers of a token's key that a program reads
 
 
 @triton.jit
 def _part_kernel(
     q_ptr, q_row, data_ptr, page_stride, token_stride, tables_ptr, table_row, lengths_ptr, out_ptr, lse_ptr, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOGETHER: tl.constexpr, QUERIES: tl.constexpr,
+    DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1) * TOGETHER, tl.program_id(2)
     length = tl.load(lengths_ptr + row)
     blocks = tl.cdiv(length, BLOCK)
     each = tl.cdiv(blocks, PARTS)
     first = part * each
     last = tl.minimum(first + each, blocks)
-    queries, lanes, keys = tl.arange(0, QUERIES), tl.arange(0, DIM), tl.arange(0, BLOCK)
+    queries, lanes, keys = tl.arange(0, QUERIES), tl.arange(0, TOGETHER * DIM), tl.arange(0, BLOCK)
     mine = head * GROUP + queries
-    real = queries < GROUP
-    q = tl.load(q_ptr + row * q_row + mine[:, None] * DIM + lanes[None, :], real[:, None], other=0.0)
+    real = queries < TOGETHER * GROUP
+    own = real[:, None] & (queries[:, None] // GROUP == lanes[None, :] // DIM)
+    place = mine[:, None] * DIM + lanes[None, :] % DIM
+    q = tl.load(q_ptr + row * q_row + place, own, other=0.0)
     largest = tl.full((QUERIES,), -float("inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
-    result = tl.zeros((QUERIES, DIM), tl.float32)
+    result = tl.zeros((QUERIES, TOGETHER * DIM), tl.float32)
     for block in range(first, last):
         start = block * BLOCK
         page = tl.load(tables_ptr + row * table_row + start // PAGE).to(tl.int64)
@@ -62,11 +67,9 @@ def _part_kernel(
     if first < last:
         result = result / total[:, None]
     at = (row * HEADS + mine) * PARTS + part
-    if PARTS == 1:
-        tl.store(out_ptr + at[:, None] * DIM + lanes[None, :], result.to(out_ptr.dtype.element_ty), real[:, None])
-    else:
+    if PARTS > 1:
         tl.store(lse_ptr + at, largest + tl.log2(total), real)  # minus infinity for a part without keys
-        tl.store(out_ptr + at[:, None] * DIM + lanes[None, :], result, real[:, None])
+    tl.store(out_ptr + at[:, None] * DIM + lanes[None, :] % DIM, result.to(out_ptr.dtype.element_ty), own)
 
 
 @triton.jit
@@ -84,24 +87,34 @@ def fits(head_dim: int, page_size: int) -> bool:
     return head_dim in (16, 32, 64, 128, 256) and page_size % BLOCK == 0
 
 
-def parts_for(rows: int, kv_heads: int) -> int:
-    """How many parts each sequence is cut into: a power of two, the same for all, whatever their lengths."""
-    return min(MOST, 1 << max(0, (PROGRAMS // (rows * kv_heads)).bit_length() - 1))
+def heads_together(kv_heads: int, group: int, dim: int) -> int:
+    """Kv heads of a program: a power of two that divides them, while their query heads fit in one tile of 16."""
+    together = 1
+    while kv_heads % (2 * together) == 0 and 2 * together * group <= 16 and 2 * together * dim <= WIDEST:
+        together *= 2
+    return together
+
+
+def parts_for(programs: int) -> int:
+    """How many parts each sequence is cut into, of which each takes so many programs: a power of two, whatever the lengths."""
+    return min(MOST, 1 << max(0, (PROGRAMS // programs).bit_length() - 1))
 
 
 def decode_rows(q_DNH: Tensor, data: Tensor, tables_DW: Tensor, lengths_D: Tensor) -> Tensor:
     """out [D, N, H] of a query per sequence over the first `lengths` (at least 1) keys on its pages; `data` is a layer of the cache,
     [pages, P, J, H]. A sequence's numbers depend on the others' number, not on their lengths."""
-    rows, heads, dim = q_DNH.shape
-    kv_heads, parts = data.shape[2] // 2, parts_for(rows, data.shape[2] // 2)
+    (rows, heads, dim), kv_heads = q_DNH.shape, data.shape[2] // 2
     group = heads // kv_heads
+    together = heads_together(kv_heads, group, dim)
+    parts = parts_for(rows * kv_heads // together)
     out = torch.empty(rows, heads, dim, dtype=q_DNH.dtype, device=q_DNH.device)
     found = out if parts == 1 else torch.empty(rows, heads, parts, dim, dtype=torch.float32, device=q_DNH.device)
     lse = found if parts == 1 else torch.empty(rows, heads, parts, dtype=torch.float32, device=q_DNH.device)
-    _part_kernel[(rows, kv_heads, parts)](
+    _part_kernel[(rows, kv_heads // together, parts)](
         q_DNH, q_DNH.stride(0), data, data.stride(0), data.stride(1), tables_DW, tables_DW.stride(0), lengths_D, found, lse,
-        math.log2(math.e) / math.sqrt(dim), HEADS=heads, KV_HEADS=kv_heads, GROUP=group, QUERIES=max(16, triton.next_power_of_2(group)),
-        DIM=dim, PAGE=data.shape[1], BLOCK=BLOCK, PARTS=parts, num_warps=WARPS, num_stages=STAGES,
+        math.log2(math.e) / math.sqrt(dim), HEADS=heads, KV_HEADS=kv_heads, GROUP=group, TOGETHER=together,
+        QUERIES=max(16, triton.next_power_of_2(group)), DIM=dim, PAGE=data.shape[1], BLOCK=BLOCK, PARTS=parts,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     if parts > 1:
         _joined_kernel[(rows * heads,)](found, lse, out, DIM=dim, PARTS=parts, num_warps=1)

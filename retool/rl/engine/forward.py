@@ -49,13 +49,18 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     mine = slice(plan.rank * t, (plan.rank + 1) * t)
     cos, sin = rope_tables(positions_T[mine], model.frequencies)
     x_tD = model.decoder.embedded(tokens_T[mine])
-    for number, block in enumerate(blocks(model.decoder)):
-        received = all_to_all(block.before_piece(block, x_tD, cos, sin), *plan.to_heads(t), model.group)
+    layers = blocks(model.decoder)
+    send = layers[0].before_piece(layers[0], x_tD, cos, sin)
+    for number, block in enumerate(layers):
+        received = all_to_all(send, *plan.to_heads(t), model.group)
         query, key, value = q_k_v(received, plan)
         model.cache.write(number, pages.slots, _adjacent(received, key, value, plan))
         out = paged_attention(query, model.cache, number, pages, model.flash)
         a_tE = join_heads(all_to_all(out.flatten(), *plan.to_sequence(t), model.group), plan).flatten(1)
-        x_tD = block.after_piece(block, x_tD, a_tE)
+        if number + 1 < len(layers):
+            x_tD, send = block.between_piece(block, layers[number + 1], x_tD, a_tE, cos, sin)
+        else:
+            x_tD = block.after_piece(block, x_tD, a_tE)
     return x_tD
 
 

@@ -31,7 +31,7 @@ def layer_of(kv_heads: int, dim: int, dtype: torch.dtype, generator: torch.Gener
 
 
 def compare() -> None:
-    """Few and many parts, groups of one to seven query heads, queries that lie apart."""
+    """Few and many parts, groups of one to seven query heads, one to four kv heads in a program, queries that lie apart."""
     from retool.rl.engine import attention_triton as kernels
 
     generator, lengths = torch.Generator().manual_seed(0), torch.tensor(LENGTHS, dtype=torch.int32)
@@ -48,7 +48,8 @@ def compare() -> None:
         assert float(error.max()) < (1e-6 if dtype == torch.float32 else 1e-3), (heads, kv_heads, dim, programs)
         alone = kernels.decode_rows(query, cache.data[0], tables[[3] * 6], lengths[[3] * 6])
         assert torch.equal(alone[3], found[3]), "a sequence's numbers don't depend on the others' lengths"
-    assert [kernels.parts_for(6, k) for k in (1, 8)] == [2, 1]
+    assert [kernels.heads_together(*shape) for shape in ((2, 7, 64), (3, 3, 64), (4, 1, 128), (8, 2, 32))] == [2, 1, 1, 4]
+    assert [kernels.parts_for(n) for n in (1, 6, 16, 200)] == [16, 2, 1, 1]
 
 
 @pytest.mark.slow

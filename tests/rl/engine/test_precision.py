@@ -79,8 +79,12 @@ def test_an_engine_does_as_the_trainer_and_precise_weights_meet_the_very_embeddi
         seen.append(x_tD)
         return block.before(x_tD, cos, sin)
 
+    def between(block: Block, following: Block, x_tD: Tensor, a_tE: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        x_tD = block.after(x_tD, a_tE)
+        return x_tD, before(following, x_tD, cos, sin)
+
     for block in blocks(decoder):
-        block.before_piece = before
+        block.before_piece, block.between_piece = before, between
     engine.start("a", [1, 2, 3], SamplingParams(max_tokens=1))
     run(engine)
     assert {x.dtype for x in seen} == {stream}
