@@ -60,7 +60,7 @@ def rl_words(args: Namespace, model: Path, out: Path) -> list[str]:
         f"{ARR}rollout.multi_turn.max_tool_response_length=64", f"{ARR}rollout.multi_turn.tool_timeout_seconds=10",
         f"{ARR}actor.ppo_mini_batch_size={max(1, args.prompts // args.updates)}", f"{ARR}actor.ppo_max_token_len_per_gpu={args.tokens}",
         f"trainer.default_local_dir={out}",
-        f"trainer.device={args.device}", f"trainer.resume_mode={'disable' if 'sft' in args.only else 'auto'}", *args.rl_keys,
+        f"trainer.device={args.device}", f"trainer.resume_mode={'disable' if 'sft' in args.only else 'auto'}",
     ]  # fmt: skip
 
 
@@ -90,8 +90,8 @@ def words_of(args: Namespace, part: str) -> list[str]:
     if part == "sft":
         return sft_words(args, out)
     if part == "before":
-        return [*rl_words(args, args.model, out), "trainer.val_only=true"]
-    return [*rl_words(args, newest(args.out / "sft"), out), *dapo_words(args)]
+        return [*rl_words(args, args.model, out), "trainer.val_only=true", *args.rl_keys]
+    return [*rl_words(args, newest(args.out / "sft"), out), *dapo_words(args), *args.rl_keys]
 
 
 def run(args: Namespace, part: str, limit: float, report: Callable[[float], None]) -> None:

@@ -38,6 +38,7 @@ from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v, split_heads
 
 GRAPHS = 64  # of a piece in one process: several models, dtypes and layouts. torch's limit of 8 ends the run
 Recompute = Literal["none", "selective", "full", "offload"]
+Piece = Callable[..., torch.Tensor]  # of a block, called with it
 Score = Callable[[torch.Tensor, torch.Tensor], Any]  # (hidden [t, D], vocabulary matrix [V, D]) → tensors
 
 
@@ -163,12 +164,13 @@ def _checkpoint(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tens
     return out
 
 
-def compiled_pieces() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor], Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
+def compiled_pieces() -> tuple[Piece, Piece, Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
     """`before`, `after` and `between` through torch.compile: a graph for any length and one for length 1, each with gradients and without,
     for all layers and models of one shape. The compiler distinguishes views by what they are views of, so it gets none from attention."""
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
-    before, after, between = (torch.compile(f, dynamic=True, fullgraph=True) for f in (Block.before, Block.after, Block.between))
+    before, after = torch.compile(Block.before, dynamic=True, fullgraph=True), torch.compile(Block.after, dynamic=True, fullgraph=True)
+    between = torch.compile(Block.between, dynamic=True, fullgraph=True)
 
     def plain(received: torch.Tensor) -> torch.Tensor:
         return torch.ops.aten._unsafe_view(received, received.shape)
