@@ -3,8 +3,9 @@
     decode items    one new token each: batched over a padded page table
     chunk items     several new tokens: the last `count` positions of their sequence, causal among themselves
 
-On a GPU both are FlashAttention-2's paged kernels (flash-attn ≥ 2.5, pages of 256 tokens). Without the package, on the CPU and
-in fp32 and fp64 it is torch's attention over keys and values gathered by the page table.
+On a GPU chunks go through FlashAttention-2's paged kernel (flash-attn ≥ 2.5, pages of 256 tokens), single tokens through one of our own
+(`attention_triton.py`), or flash-attn's for head dimensions that ours doesn't take. Without the package, on the CPU and in fp32 and fp64
+it is torch's attention over keys and values gathered by the page table.
 
 Legend: T new tokens · S items · D decode items · W pages of the longest sequence · P tokens of a page · N query heads ·
 K kv heads · J = 2K, keys before values · G query heads per kv head · H head dim · L tokens of a sequence.
@@ -54,34 +55,34 @@ class Pages:
 
 
 def has_paged_flash(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> bool:
-    """Whether flash-attn's paged kernels can be used, and compute rightly on this device."""
+    """Whether the paged kernels can be used, and compute rightly on this device."""
     fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256 and page_size % 256 == 0
     if device.type != "cuda" or not fits or find_spec("flash_attn") is None:
         return False
     error = paged_error(device, dtype, head_dim, page_size)
     if not error <= TRUSTED:
-        wrong = f"flash-attn's paged kernels compute wrongly on this device with heads of {head_dim} (relative error {error:.2g})"
+        wrong = f"the paged kernels compute wrongly on this device with heads of {head_dim} (relative error {error:.2g})"
         warnings.warn(f"{wrong}: torch's attention is used, which is slower.", stacklevel=2)
     return error <= TRUSTED
 
 
 @lru_cache
 def paged_error(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> float:
-    """Relative error (L2, root mean square over query heads) of flash-attn's paged kernels on a small step of random numbers,
+    """Relative error (L2, root mean square over query heads) of the paged kernels on a small step of random numbers,
     against torch's attention in fp32: about 0.005 in bf16; infinite where they don't run at all (a build for another torch or GPU)."""
     generator = torch.Generator().manual_seed(0)
-    cache = KVCache((1, page_size, 1, head_dim), 6, dtype, device)
+    cache = KVCache((1, page_size, 2, head_dim), 6, dtype, device)
     cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
     lengths, count = (1, page_size + 44, page_size + 30), 40  # two decode items, and a chunk
-    query = torch.randn(2 + count, 2, head_dim, generator=generator).to(device, dtype)
+    query = torch.randn(2 + count, 4, head_dim, generator=generator).to(device, dtype)
     on_device = partial(torch.tensor, dtype=torch.int32, device=device)
     pages = Pages(
         torch.zeros(1, dtype=torch.int64, device=device), on_device([[1, 0], [4, 2], [5, 3]]), on_device(lengths), 2,
         on_device([0, count]), on_device([0, lengths[2]]), (count,), lengths[2:],
     )  # fmt: skip
-    exact = KVCache((1, page_size, 1, head_dim), 6, torch.float32, device)
+    exact = KVCache((1, page_size, 2, head_dim), 6, torch.float32, device)
     exact.data.copy_(cache.data)
-    found = tried(lambda: paged_attention(query, cache, 0, pages, True).float(), "flash-attn's paged kernels fail here")
+    found = tried(lambda: paged_attention(query, cache, 0, pages, True).float(), "the paged kernels fail here")
     if found is None:
         return math.inf
     want = paged_attention(query.float(), exact, 0, pages, False)

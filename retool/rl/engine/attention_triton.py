@@ -31,7 +31,7 @@ WIDEST = 128  # numbers of a token's key that a program reads
 
 
 @triton.jit
-def _part_kernel(
+def _attention_kernel(
     q_ptr, q_row, data_ptr, page_stride, token_stride, tables_ptr, table_row, lengths_ptr, out_ptr, lse_ptr, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOGETHER: tl.constexpr, QUERIES: tl.constexpr,
     DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
@@ -110,7 +110,7 @@ def decode_rows(q_DNH: Tensor, data: Tensor, tables_DW: Tensor, lengths_D: Tenso
     out = torch.empty(rows, heads, dim, dtype=q_DNH.dtype, device=q_DNH.device)
     found = out if parts == 1 else torch.empty(rows, heads, parts, dim, dtype=torch.float32, device=q_DNH.device)
     lse = found if parts == 1 else torch.empty(rows, heads, parts, dtype=torch.float32, device=q_DNH.device)
-    _part_kernel[(rows, kv_heads // together, parts)](
+    _attention_kernel[(rows, kv_heads // together, parts)](
         q_DNH, q_DNH.stride(0), data, data.stride(0), data.stride(1), tables_DW, tables_DW.stride(0), lengths_D, found, lse,
         math.log2(math.e) / math.sqrt(dim), HEADS=heads, KV_HEADS=kv_heads, GROUP=group, TOGETHER=together,
         QUERIES=max(16, triton.next_power_of_2(group)), DIM=dim, PAGE=data.shape[1], BLOCK=BLOCK, PARTS=parts,
