@@ -5,7 +5,7 @@ cheaper than stopping the device for every end. Where chunks are computed apart 
 beside such a step and join the rows of the next one, with draws that the host hasn't seen either; they are admitted several at a time, or
 after `PATIENCE` steps. While there is more to compute for them than a step takes, the rows that decode wait: they would only make the last
 of all come later. Otherwise newcomers wait `PATIENCE` steps for a new plan. One is made, too, when more than one row in `TOLERATED`
-(`SPARSE` where others may join) is over, or when a page is missing.
+(`SPARSE` where others may join) is over, when a page is missing, or when every turn is as long as it may be.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ def plan_ahead(scheduler: Scheduler, rows: list[Sequence | None], drawn: list[Se
     if ready > 0 and not apart and scheduler.steps_ahead > PATIENCE:
         return None
     beside = apart and (bool(late) or ready * TOLERATED > len(live) or (ready > 0 and scheduler.steps_ahead > PATIENCE))
+    if not beside and all(s.ends for s in live):
+        return None
     step = Ahead(not (beside and _is_much(scheduler, late, ready)), list(rows), [], [], [], [])
     _advance(scheduler, step, fresh)
     if beside:
-        _beside(scheduler, step, late, scheduler.max_tokens - len(live) * step.runs)
+        _beside(scheduler, step, late)
     return step
 
 
@@ -82,15 +84,15 @@ def _at_an_edge(pool: PagePool, s: Sequence) -> bool:
     return len(s.pages) * pool.page_size == s.computed
 
 
-def _beside(scheduler: Scheduler, step: Ahead, late: list[Sequence], budget: int) -> None:
+def _beside(scheduler: Scheduler, step: Ahead, late: list[Sequence]) -> None:
     """Go on with chunks that were cut, and admit who waits."""
-    items: list[Item] = []
+    items, budget = list[Item](), scheduler.max_tokens
     for s in sorted(late, key=lambda s: s.number):
-        count = min(s.pending, budget)
+        count = min(s.pending, max(budget, 1))
         if count > 1 or count == s.pending:
             items.append(Item(s, s.computed, count))
-            budget -= count
-    scheduler.changed, scheduler.steps_ahead = scheduler.admit(items, step.copies, budget, cut_to_one=False), 0
+            budget -= count if count > 1 else 0
+    scheduler.changed, scheduler.steps_ahead = scheduler.admit(items, step.copies, budget, apart=True), 0
     for item in items:
         if item.count > 1:
             step.chunks.append(item)

@@ -75,11 +75,11 @@ class Engine:
 
     def start(self, key: Hashable, ids: Sequence[int], params: SamplingParams, group: Hashable | None = None) -> None:
         """Begin a sequence with a prompt. Sequences of one `group` have one prompt, which is computed once."""
-        self._ready().start(key, [int(i) for i in ids], params, group)
+        self._ready().start(key, list(ids), params, group)
 
     def extend(self, key: Hashable, ids: Sequence[int], params: SamplingParams) -> None:
         """Go on with a sequence whose turn is done: `ids` come after its last sampled token."""
-        self._ready().extend(key, [int(i) for i in ids], params)
+        self._ready().extend(key, list(ids), params)
 
     def drop(self, key: Hashable) -> None:
         """Forget a sequence, in whatever state it is."""

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from retool.model.config import ModelConfig
 from retool.rl.engine.params import EngineOptions
 
+COPIED = 32  # pages at once: they lie in memory a second time meanwhile
 CPU_KV_BYTES = 1 << 30  # at most, of memory that isn't touched before it is used
 
 
@@ -89,10 +90,12 @@ class KVCache:
             self.data[layer].flatten(0, 1).index_copy_(0, slots_T, kv_TJH)
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy pages (from, to), in all layers."""
+        """Copy pages (from, to), in all layers. The host doesn't wait for it."""
         if pairs:
-            sources, targets = torch.tensor(pairs).to(self.data.device).unbind(1)
-            self.data[:, targets] = self.data[:, sources]
+            places = torch.tensor(pairs, pin_memory=self.data.is_cuda).to(self.data.device, non_blocking=True)
+            for some in places.split(COPIED):
+                sources, targets = some.unbind(1)
+                self.data[:, targets] = self.data[:, sources]
 
 
 @contextmanager

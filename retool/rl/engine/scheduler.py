@@ -116,9 +116,9 @@ class Scheduler:
                 return None
         return copies
 
-    def admit(self, items: list[Item], copies: list[tuple[int, int]], budget: int, cut_to_one: bool = True) -> bool:
-        """Admit who waits, in order; whether the next step may admit more although nothing else changes. `cut_to_one`: a prompt may be
-        cut after its first token."""
+    def admit(self, items: list[Item], copies: list[tuple[int, int]], budget: int, apart: bool = False) -> bool:
+        """Admit who waits, in order; whether the next step may admit more although nothing else changes. `apart`: the budget is that of
+        chunks alone, so single tokens take nothing of it, and no prompt is cut after its first token."""
         full = False
         for sequence in self.waiting:
             full = len(self.running) >= self.max_num_seqs
@@ -133,14 +133,14 @@ class Scheduler:
                 assert self.running, "a sequence that fits found no room in an empty cache"
                 full = True
                 break
-            if budget == 1 and not cut_to_one and self.groups.left(sequence) > 1:
+            if budget == 1 and apart and self.groups.left(sequence) > 1:
                 break
             self.groups.attach(sequence)
             found = self.pool.extend(sequence.pages, sequence.computed, len(sequence.tokens))
             assert found is not None
             copies += found
             count = min(sequence.pending, budget)
-            budget -= count
+            budget -= 0 if apart and count == 1 else count
             items.append(Item(sequence, sequence.computed, count))
             self.running.append(sequence)
             sequence.state = State.RUNNING

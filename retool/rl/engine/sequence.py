@@ -67,6 +67,11 @@ class Sequence:
     def runs(self) -> bool:
         return self.state is State.RUNNING
 
+    @property
+    def ends(self) -> bool:
+        """Whether the draw that follows what is computed is the turn's last one at any rate."""
+        return self.computed - self.turn_start >= self.params.max_tokens - 1
+
 
 @dataclass(frozen=True)
 class Item:

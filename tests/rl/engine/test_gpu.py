@@ -237,3 +237,17 @@ def test_the_kernel_of_every_head_dimension_is_right_or_passed_over(head_dim: in
         paged = has_paged_flash(DEVICE, torch.bfloat16, head_dim, 256)
     assert backend == "reference" or kernel_error(backend, DEVICE, torch.bfloat16, head_dim) < 0.01
     assert not paged or paged_error(DEVICE, torch.bfloat16, head_dim, 256) < 0.01
+
+
+def test_copying_pages_does_not_wait_for_the_device() -> None:
+    cache = KVCache((2, 16, 1, 8), 100, torch.bfloat16, DEVICE)
+    cache.data.normal_()
+    want, pairs = cache.data.clone(), [(1 + i % 9, 10 + i) for i in range(80)]
+    for source, target in pairs:
+        want[:, target] = want[:, source]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cache.copy(pairs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(cache.data, want)

@@ -58,6 +58,15 @@ def test_decoding_gathers_a_bounded_part_of_the_cache_at_a_time(monkeypatch: pyt
     assert rows == [2, 2, 1]
 
 
+def test_any_number_of_pages_is_copied() -> None:
+    cache = paged.KVCache((2, 4, 1, 4), 100, torch.float32, INPUTS[0])
+    cache.data.normal_(generator=torch.Generator().manual_seed(0))
+    before, pairs = cache.data.clone(), [(1 + i % 9, 10 + i) for i in range(80)]
+    cache.copy(pairs)
+    for source, target in (*pairs, *((page, page) for page in [*range(10), *range(90, 100)])):
+        assert torch.equal(cache.data[:, target], before[:, source])
+
+
 def test_keys_are_written_without_a_sort_in_deterministic_runs_too() -> None:
     seen: list[bool] = []
 

@@ -297,7 +297,20 @@ def test_rows_wait_while_prompts_fill_steps(qwen: Path, groups: int, monkeypatch
         assert engine.stats.sampled_tokens == 120
         held.append(joined["held"])
     same(found[1], found[0])
-    assert held == [0, 5 if groups == 1 else 0] and steps[1] <= 6 + 9 + 2, "two prompts a step, six times, then nine tokens each"
+    assert held == [0, 5 if groups == 1 else 0] and steps[1] <= 6 + 9, "two prompts a step, six times, then nine tokens each"
+
+
+def test_single_tokens_take_no_room_from_chunks(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither those of a row that decodes nor the last ones of a prompt that was shared."""
+    in_cpu_clothes(monkeypatch, False)
+    engine, sizes, fill = engine_of(qwen, load(qwen), max_batch_tokens=24), list[int](), Chunks._fill
+    monkeypatch.setattr(Chunks, "_fill", lambda self, batch, *shape: (sizes.append(len(batch.tokens)), fill(self, batch, *shape)))
+    engine.start("decodes", [1, 2, 3], SamplingParams(max_tokens=30))
+    engine.step()
+    for i, prompt in enumerate([[4] * 24] * 3 + [[5] * 24]):
+        engine.start(i, prompt, SamplingParams(max_tokens=2), group=prompt[0])
+    run(engine)
+    assert sizes == [3, 24, 24]
 
 
 def test_shapes_are_few_and_large_enough(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
