@@ -2,7 +2,8 @@
 # pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """`sample` on a GPU: one pass over the logits for the log-sum-exps and the Gumbel maximum, the noise made on the way.
 
-Each row is cut into `PARTS` pieces, whatever the batch, so that a row's numbers don't depend on it. The cutoff of top-k and top-p is
+Each row is cut into `PARTS` pieces, whatever the batch, so that a row's numbers don't depend on it; a second, small kernel joins them.
+The pass is bound by its arithmetic, which the noise's is most of, rather than by memory. The cutoff of top-k and top-p is
 found by bisection over the floats' order, 32 passes that mostly meet the cache.
 """
 
@@ -13,77 +14,137 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retool.rl.engine.sampling import FIRST, GOLDEN, SECOND, Draws, row_keys
+from retool.rl.engine.sampling import FIRST, GOLDEN, SECOND, Draws
 
 BLOCK = 2048
 PARTS = 16
 FILTER_BLOCK = 8192
 LOWEST = -3.0e38
+STEP = (BLOCK * GOLDEN + 2**63) % 2**64 - 2**63  # of the counter from block to block, wrapped
+
+
+@triton.jit
+def _half_mixed(z, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * FIRST
+    return (z ^ ((z >> 27) & ((1 << 37) - 1))) * SECOND
 
 
 @triton.jit
 def _mixed(z, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * FIRST
-    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * SECOND
+    z = _half_mixed(z, FIRST, SECOND)
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
 @triton.jit
-def _gumbel(key, column, GOLDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    z = _mixed(key + (column + 1).to(tl.int64) * GOLDEN, FIRST, SECOND)
-    w = (((z >> 32) & 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    w = tl.minimum(w, 0.99999994)
-    e = tl.where(w < 0.001, w * (1.0 + w * (0.5 + w * 0.33333334)), -tl.log(1.0 - w))  # −log1p(−w)
-    return -tl.log(e)
+def _log_ratio(f):
+    """log(1 + f) / f for |f| ≤ 1/3, to 3e-8 (a minimax polynomial)."""
+    q = f * 0.143742213 - 0.153727228
+    q = f * q + 0.139208999
+    q = f * q - 0.164193539
+    q = f * q + 0.200160608
+    q = f * q - 0.250075986
+    q = f * q + 0.333331063
+    q = f * q - 0.499999402
+    return f * q + 1.0
+
+
+@triton.jit
+def _gumbel(z, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """`gumbel` of a key with its counter added. Numbers here are normal, so a logarithm needs no special cases.
+
+    log x = k log 2 + log m where x = 2^k m, m in [2/3, 4/3): subtracting the bits of 2/3 leaves 2^23 k, and 8.262958e-08 is
+    log 2 / 2^23.
+    """
+    high = (_half_mixed(z, FIRST, SECOND) >> 32).to(tl.int32)  # of `_mixed` just the upper half is wanted: the last of its steps on 32 bits
+    bits = (high ^ ((high >> 31) & 1)).to(tl.uint32, bitcast=True)
+    w = tl.minimum(bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
+    k = ((1.0 - w).to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000
+    scale = (0x3F800000 - k).to(tl.float32, bitcast=True)  # 2^−k
+    f = (scale - 1.0) - w * scale  # of 1 − w without its rounding
+    e = k.to(tl.float32) * -8.262958e-08 - f * _log_ratio(f)  # −log1p(−w)
+    k = (e.to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000
+    f = (e.to(tl.int32, bitcast=True) - k).to(tl.float32, bitcast=True) - 1.0
+    return k.to(tl.float32) * -8.262958e-08 - f * _log_ratio(f)
+
+
+@triton.jit
+def _scale(temperature):
+    return tl.div_rn(1.0, tl.where(temperature == 0.0, 1.0, temperature))
 
 
 @triton.jit
 def _part_kernel(
-    x_ptr, stride, columns, size, keys_ptr, temperature_ptr, cutoff_ptr, out_ptr, best_ptr, rows,
-    FILTERED: tl.constexpr, GOLDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr, LOWEST: tl.constexpr,
+    x_ptr, stride, columns, size, keys_ptr, positions_ptr, temperature_ptr, cutoff_ptr, out_ptr, best_ptr,
+    FILTERED: tl.constexpr, GOLDEN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    BLOCK: tl.constexpr, LOWEST: tl.constexpr,
 ):  # fmt: skip
+    """A part's largest x, the sums of exp(x - largest) over all and over the kept tokens, and the best score, with its token."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     parts = tl.num_programs(1)
     temperature = tl.load(temperature_ptr + row)
-    greedy = temperature == 0.0
-    scale = tl.where(greedy, 1.0, 1.0 / tl.where(greedy, 1.0, temperature))
-    key = tl.load(keys_ptr + row)
-    least = LOWEST
+    scale = _scale(temperature)
+    least = float("-inf")
     if FILTERED:
-        least = tl.where(greedy, LOWEST, tl.load(cutoff_ptr + row))
+        least = tl.where(temperature == 0.0, float("-inf"), tl.load(cutoff_ptr + row))
     lanes = tl.arange(0, BLOCK)
+    end = tl.minimum((part + 1) * size, columns)
+    key = _mixed(tl.load(keys_ptr + row) + _mixed(tl.load(positions_ptr + row) * GOLDEN, FIRST, SECOND), FIRST, SECOND)
+    counter = key + ((part * size).to(tl.int64) + 1) * GOLDEN
+    of_lane = lanes.to(tl.int64) * GOLDEN
     largest = tl.full((BLOCK,), LOWEST, tl.float32)
     whole = tl.zeros((BLOCK,), tl.float32)
     kept = tl.zeros((BLOCK,), tl.float32)
     best = tl.full((BLOCK,), LOWEST, tl.float32)
-    token = tl.zeros((BLOCK,), tl.int32)
-    for start in range(part * size, (part + 1) * size, BLOCK):
-        column = start + lanes
-        inside = (column < columns) & (column < (part + 1) * size)
-        x = tl.load(x_ptr + row * stride + column, inside, other=LOWEST) * scale
-        inside = inside & (x > LOWEST)
-        grows = inside & (x > largest)
-        e = tl.exp(-tl.abs(x - largest))  # what the smaller of the two is worth
-        whole = tl.where(grows, whole * e + 1.0, whole + tl.where(inside, e, 0.0))
-        stays = inside
+    found = tl.zeros((BLOCK,), tl.int32)  # where the block began that the best is from
+    for start in range(part * size, end, BLOCK):
+        x = tl.load(x_ptr + row * stride + start + lanes, start + lanes < end, other=float("-inf"))
+        x *= scale
+        score = x
+        if temperature != 0.0:  # a greedy row needs no noise
+            score = x + _gumbel(counter + of_lane, FIRST, SECOND)
+        counter += STEP
+        grows = x > largest
+        e = tl.exp(-tl.abs(x - largest))  # what the smaller of the two is worth: 0 where x is minus infinity
+        whole = tl.where(grows, whole * e + 1.0, whole + e)
+        better = score > best
         if FILTERED:
-            stays = inside & (x >= least)
+            stays = x >= least
             kept = tl.where(grows, kept * e + stays.to(tl.float32), kept + tl.where(stays, e, 0.0))
-        largest = tl.where(grows, x, largest)
-        score = x + tl.where(greedy, 0.0, _gumbel(key, column, GOLDEN, FIRST, SECOND))
-        better = stays & (score > best)
+            better = better & stays
+        largest = tl.maximum(largest, x)
         best = tl.where(better, score, best)
-        token = tl.where(better, column, token)
+        found = tl.where(better, start, found)
     top = tl.max(largest, 0)
     share = tl.exp(largest - top)
     winner = tl.max(best, 0)
-    first = tl.min(tl.where(best == winner, token, 2147483647), 0)
-    at = row * parts + part
+    at = row * 4 * parts + part
     tl.store(out_ptr + at, top)
-    tl.store(out_ptr + rows * parts + at, tl.sum(whole * share, 0))
-    tl.store(out_ptr + 2 * rows * parts + at, tl.sum((kept if FILTERED else whole) * share, 0))
-    tl.store(out_ptr + 3 * rows * parts + at, winner)
-    tl.store(best_ptr + at, first)
+    tl.store(out_ptr + at + parts, tl.sum(whole * share, 0))
+    if FILTERED:
+        tl.store(out_ptr + at + 2 * parts, tl.sum(kept * share, 0))
+    tl.store(out_ptr + at + 3 * parts, winner)
+    tl.store(best_ptr + row * parts + part, tl.min(tl.where(best == winner, found + lanes, 2147483647), 0))
+
+
+@triton.jit
+def _join_kernel(x_ptr, stride, temperature_ptr, parts_ptr, best_ptr, out_ptr, FILTERED: tl.constexpr, PARTS: tl.constexpr):
+    """A row's token, logp and logp_behaviour of what its parts say."""
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    pieces = tl.arange(0, PARTS)
+    at = parts_ptr + row * 4 * PARTS + pieces
+    top, whole, best = tl.load(at), tl.load(at + PARTS), tl.load(at + 3 * PARTS)
+    token = tl.min(tl.where(best == tl.max(best, 0), tl.load(best_ptr + row * PARTS + pieces), 2147483647), 0)
+    temperature = tl.load(temperature_ptr + row)
+    largest = tl.max(top, 0)
+    share = tl.exp(top - largest)
+    above = tl.load(x_ptr + row * stride + token) * _scale(temperature) - largest
+    logp = above - tl.log(tl.sum(whole * share, 0))
+    behaviour = logp
+    if FILTERED:
+        behaviour = above - tl.log(tl.sum(tl.load(at + 2 * PARTS) * share, 0))
+    tl.store(out_ptr + row, token.to(tl.float32))
+    tl.store(out_ptr + rows + row, logp)
+    tl.store(out_ptr + 2 * rows + row, tl.where(temperature == 0.0, 0.0, behaviour))
 
 
 @triton.jit
@@ -98,7 +159,7 @@ def _cutoff_kernel(x_ptr, stride, columns, temperature_ptr, top_k_ptr, top_p_ptr
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride
     temperature, top_k, top_p = tl.load(temperature_ptr + row), tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
-    scale = 1.0 / tl.where(temperature == 0.0, 1.0, temperature)
+    scale = _scale(temperature)
     lanes = tl.arange(0, BLOCK)
     largest = tl.full((BLOCK,), LOWEST, tl.float32)
     for start in range(0, columns, BLOCK):
@@ -154,21 +215,15 @@ def cutoff_rows(logits: Tensor, draws: Draws) -> Tensor:
 def sample_rows(logits: Tensor, draws: Draws, filtered: bool) -> Tensor:
     """`sample` for float32 logits [R, V] on a GPU, each row contiguous."""
     rows, columns = logits.shape
-    size = triton.cdiv(columns, PARTS)
-    stats = torch.empty(4, rows, PARTS, device=logits.device)
+    size = triton.cdiv(columns, PARTS * 16) * 16  # aligned, so that four logits are loaded at once
+    stats = torch.empty(rows, 4, PARTS, device=logits.device)
     tokens = torch.empty(rows, PARTS, dtype=torch.int32, device=logits.device)
+    out = torch.empty(3, rows, device=logits.device)
     least = cutoff_rows(logits, draws) if filtered else draws.temperature
     _part_kernel[(rows, PARTS)](
-        logits, logits.stride(0), columns, size, row_keys(draws), draws.temperature, least, stats, tokens, rows,
-        FILTERED=filtered, GOLDEN=GOLDEN, FIRST=FIRST, SECOND=SECOND, BLOCK=BLOCK, LOWEST=LOWEST, num_warps=8,
+        logits, logits.stride(0), columns, size, draws.keys, draws.positions, draws.temperature, least, stats, tokens,
+        FILTERED=filtered, GOLDEN=GOLDEN, STEP=STEP, FIRST=FIRST, SECOND=SECOND, BLOCK=BLOCK, LOWEST=LOWEST,
+        num_warps=8, maxnreg=80 if filtered else 64,  # as few as spill nothing
     )  # fmt: skip
-    top, whole, kept, best = stats
-    winner = best.argmax(-1, keepdim=True)
-    token = tokens.gather(1, winner)
-    greedy = draws.temperature == 0
-    x = logits.gather(1, token.long())[:, 0] * torch.where(greedy, 1.0, 1.0 / draws.temperature)
-    largest = top.amax(-1, keepdim=True)
-    share = (top - largest).exp()
-    above = x - largest[:, 0]
-    behaviour = torch.where(greedy, 0.0, above - (kept * share).sum(-1).log())
-    return torch.stack([token[:, 0].float(), above - (whole * share).sum(-1).log(), behaviour])
+    _join_kernel[(rows,)](logits, logits.stride(0), draws.temperature, stats, tokens, out, FILTERED=filtered, PARTS=PARTS, num_warps=1)
+    return out

@@ -47,6 +47,13 @@ def compare() -> None:
                 x = logits * torch.where(temperature == 0, 1.0, 1.0 / temperature)[:, None]
                 kept = [(x >= least[:, None]).sum(1) for least in (cutoff(x, draws.top_k, draws.top_p), cutoff_rows(logits, draws))]
                 assert torch.equal(*kept), said
+    for vocab in (2, 17):  # many rows, keys and positions of all sizes; between two tokens the whole range of the noise decides
+        generator = torch.Generator().manual_seed(vocab)
+        keys, positions = torch.randint(-(2**63), 2**63 - 1, (2, 32), generator=generator)
+        draws = Draws(keys, positions >> torch.arange(0, 64, 2), torch.ones(32), torch.full((32,), -1), torch.ones(32))
+        want, found = (draw(torch.zeros(32, vocab), draws, False) for draw in (sample, sample_rows))
+        assert torch.equal(found[0], want[0])
+        assert len(set(want[0].tolist())) > 1
 
 
 @pytest.mark.slow
