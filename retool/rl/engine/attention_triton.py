@@ -23,10 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 64  # keys at a time: within a page
-PROGRAMS = 1024  # about so many parts in all: more of them only cost more to join
+PROGRAMS = 512  # about so many parts in all: more of them only cost more to join
 MOST = 64  # parts of a sequence
 WARPS = 2
-STAGES = 4  # of the pipeline of loads
+STAGES = 3  # of the pipeline of loads
 WIDEST = 128  # numbers of a token's key that a program reads
 
 
