@@ -3,9 +3,10 @@
     decode items    one new token each: batched over a padded page table
     chunk items     several new tokens: the last `count` positions of their sequence, causal among themselves
 
-On a GPU chunks go through FlashAttention-2's paged kernel (flash-attn ≥ 2.5, pages of 256 tokens), single tokens through one of our own
-(`attention_triton.py`), or flash-attn's for head dimensions that ours doesn't take. Without the package, on the CPU and in fp32 and fp64
-it is torch's attention over keys and values gathered by the page table.
+    flash    chunks through FlashAttention-2's paged kernel (flash-attn ≥ 2.5, pages of 256 tokens); single tokens through ours, or
+             flash-attn's for head dimensions that ours doesn't take
+    triton   both through ours (`attention_triton.py`)
+    torch    torch's attention over keys and values gathered by the page table: on the CPU, and in fp32 and fp64
 
 Legend: T new tokens · S items · D decode items · W pages of the longest sequence · P tokens of a page · N query heads ·
 K kv heads · J = 2K, keys before values · G query heads per kv head · H head dim · L tokens of a sequence.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -54,22 +56,34 @@ class Pages:
     each_alone: bool = False
 
 
-def has_paged_flash(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> bool:
-    """Whether the paged kernels can be used, and compute rightly on this device."""
-    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256 and page_size % 256 == 0
-    if device.type != "cuda" or not fits or find_spec("flash_attn") is None:
-        return False
-    error = paged_error(device, dtype, head_dim, page_size)
-    if not error <= TRUSTED:
-        wrong = f"the paged kernels compute wrongly on this device with heads of {head_dim} (relative error {error:.2g})"
-        warnings.warn(f"{wrong}: torch's attention is used, which is slower.", stacklevel=2)
-    return error <= TRUSTED
+def choose_paged(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> str:
+    """The fastest of `KERNELS` that take these inputs and compute rightly on this device."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "torch"
+    flash = find_spec("flash_attn") is not None and head_dim % 8 == 0 and head_dim <= 256 and page_size % 256 == 0
+    for name in ["flash"] * flash + ["triton"] * _ours(head_dim, page_size):
+        error = paged_error(name, device, dtype, head_dim, page_size)
+        if error <= TRUSTED:
+            return name
+        wrong = f"the paged kernels {name!r} compute wrongly on this device with heads of {head_dim} (relative error {error:.2g})"
+        warnings.warn(f"{wrong}: the next ones are used, which are slower.", stacklevel=2)
+    return "torch"
 
 
 @lru_cache
-def paged_error(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> float:
-    """Relative error (L2, root mean square over query heads) of the paged kernels on a small step of random numbers,
-    against torch's attention in fp32: about 0.005 in bf16; infinite where they don't run at all (a build for another torch or GPU)."""
+def _ours(head_dim: int, page_size: int) -> bool:
+    """Whether our own kernels take this."""
+    if find_spec("triton") is None:
+        return False
+    from retool.rl.engine.attention_triton import fits
+
+    return fits(head_dim, page_size)
+
+
+@lru_cache
+def paged_error(kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> float:
+    """Relative error (L2, root mean square over query heads) of paged kernels on a small step of random numbers, against torch's attention
+    in fp32: about 0.005 in bf16; infinite where they don't run at all (a build for another torch or GPU)."""
     generator = torch.Generator().manual_seed(0)
     cache = KVCache((1, page_size, 2, head_dim), 6, dtype, device)
     cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
@@ -82,17 +96,17 @@ def paged_error(device: torch.device, dtype: torch.dtype, head_dim: int, page_si
     )  # fmt: skip
     exact = KVCache((1, page_size, 2, head_dim), 6, torch.float32, device)
     exact.data.copy_(cache.data)
-    found = tried(lambda: paged_attention(query, cache, 0, pages, True).float(), "the paged kernels fail here")
+    found = tried(lambda: paged_attention(query, cache, 0, pages, kernels).float(), f"the paged kernels {kernels!r} fail here")
     if found is None:
         return math.inf
-    want = paged_attention(query.float(), exact, 0, pages, False)
+    want = paged_attention(query.float(), exact, 0, pages, "torch")
     errors = (found - want).norm(dim=-1) / want.norm(dim=-1)  # each counts alike: those of few keys are much larger numbers
     return float(errors.square().mean().sqrt())
 
 
-def paged_attention(q_TNH: Tensor, cache: KVCache, layer: int, pages: Pages, flash: bool) -> Tensor:
-    """out [T, N, H]. Query head n reads kv head n // G; scores are scaled by 1/sqrt(H)."""
-    chunk, decode = (_flash_chunks, _flash_decode) if flash else (_torch_chunks, _torch_decode)
+def paged_attention(q_TNH: Tensor, cache: KVCache, layer: int, pages: Pages, kernels: str) -> Tensor:
+    """out [T, N, H] by one of `KERNELS`. Query head n reads kv head n // G; scores are scaled by 1/sqrt(H)."""
+    chunk, decode = KERNELS[kernels]
     data = cache.data[layer]
     if not pages.counts:
         return decode(q_TNH, data, pages)
@@ -101,19 +115,16 @@ def paged_attention(q_TNH: Tensor, cache: KVCache, layer: int, pages: Pages, fla
     return torch.cat([decode(q_TNH[: pages.decode], data, pages), chunk(q_TNH[pages.decode :], data, pages)])
 
 
-# ── flash-attn ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── fused ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _flash_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
-    tables, lengths = pages.tables[: pages.decode], pages.lengths[: pages.decode]
-    if find_spec("triton") is not None:
-        from retool.rl.engine.attention_triton import decode_rows, fits
-
-        if fits(q_DNH.shape[2], data.shape[1]):
-            return decode_rows(q_DNH, data, tables, lengths)
+    if _ours(q_DNH.shape[2], data.shape[1]):
+        return _triton_decode(q_DNH, data, pages)
     from flash_attn import flash_attn_with_kvcache
 
     keys, values = data.chunk(2, 2)
+    tables, lengths = pages.tables[: pages.decode], pages.lengths[: pages.decode]
     splits = 1 if pages.each_alone else 0  # by itself it splits long sequences by what else is in the batch
     out = flash_attn_with_kvcache(q_DNH[:, None], keys, values, cache_seqlens=lengths, block_table=tables, causal=True, num_splits=splits)
     return out[:, 0]  # pyright: ignore[reportIndexIssue]
@@ -128,6 +139,19 @@ def _flash_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
         q_TNH, keys, values, pages.offsets, pages.key_offsets, max(pages.counts), longest, causal=True,
         block_table=pages.tables[pages.decode :],
     )  # fmt: skip
+
+
+def _triton_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
+    from retool.rl.engine.attention_triton import decode_rows
+
+    return decode_rows(q_DNH, data, pages.tables[: pages.decode], pages.lengths[: pages.decode])
+
+
+def _triton_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
+    from retool.rl.engine.attention_triton import chunk_rows
+
+    assert pages.offsets is not None
+    return chunk_rows(q_TNH, data, pages.tables[pages.decode :], pages.lengths[pages.decode :], pages.offsets, max(pages.counts))
 
 
 # ── torch ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -179,3 +203,11 @@ def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
             rows.append(_attend(queries, kv[:, :seen], torch.full((1,), seen, device=q_TNH.device))[0])
         start += count
     return torch.cat(rows)
+
+
+Kernel = Callable[[Tensor, Tensor, Pages], Tensor]  # (queries, a layer of the cache, pages) → like the queries
+KERNELS: dict[str, tuple[Kernel, Kernel]] = {  # of chunks, of single tokens
+    "flash": (_flash_chunks, _flash_decode),
+    "triton": (_triton_chunks, _triton_decode),
+    "torch": (_torch_chunks, _torch_decode),
+}

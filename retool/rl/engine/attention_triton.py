@@ -1,16 +1,20 @@
 # ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
 # pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""Single tokens over the paged cache on a GPU: each sequence's keys are cut into parts by its own length, so that few or long sequences
-keep every multiprocessor reading (Flash-Decoding: Dao, Haziza, Massa & Sizov 2023; the softmax of parts: arXiv 2205.14135).
+"""Attention over the paged cache on a GPU, without flash-attn.
+
+Single tokens: each sequence's keys are cut into parts by its own length, so that few or long sequences keep every multiprocessor reading
+(Flash-Decoding: Dao, Haziza, Massa & Sizov 2023; the softmax of parts: arXiv 2205.14135).
 
     part     (sequence, kv heads, part): their query heads over a range of keys, normalised, with their log-sum-exp
     joined   (sequence, query head): the parts' results, weighted by their share
 
-flash-attn's kernel cuts by the longest that the page table has room for, which in a rollout is mostly far off. Where kv heads are narrow
-and few query heads read them, a program takes several: it reads longer pieces of memory, and a query is zero where another head's keys are.
+flash-attn cuts by the longest that the page table has room for, which in a rollout is mostly far off. Where kv heads are narrow and
+few query heads read them, a program takes several: it reads longer pieces of memory, and a query is zero where another head's keys are.
 
-Legend: D sequences · N query heads · G query heads per kv head · J kv heads, keys before values · P tokens of a page · H head dim
-· m kv heads of a program.
+Chunks: a program has `TILE` queries of a head, and goes over the keys that they see.
+
+Legend: T tokens of chunks · S chunks · D sequences · N query heads · G query heads per kv head · J kv heads, keys before values · P tokens
+of a page · W pages of the longest sequence · H head dim.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ MOST = 64  # parts of a sequence
 WARPS = 2
 STAGES = 3  # of the pipeline of loads
 WIDEST = 128  # numbers of a token's key that a program reads
+TILE = 64  # queries of a chunk at a time
 
 
 @triton.jit
@@ -82,6 +87,39 @@ def _joined_kernel(parts_ptr, lse_ptr, out_ptr, DIM: tl.constexpr, PARTS: tl.con
     tl.store(out_ptr + at * DIM + lanes, tl.sum(found * share[:, None], 0).to(out_ptr.dtype.element_ty))
 
 
+@triton.jit
+def _chunk_kernel(
+    q_ptr, q_row, data_ptr, page_stride, token_stride, tables_ptr, table_row, offsets_ptr, lengths_ptr, out_ptr, scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tile, item, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    begin, length = tl.load(offsets_ptr + item).to(tl.int64), tl.load(lengths_ptr + item)
+    count = (tl.load(offsets_ptr + item + 1) - begin).to(tl.int32)
+    if tile * TILE >= count:
+        return
+    queries, lanes, keys = tile * TILE + tl.arange(0, TILE), tl.arange(0, DIM), tl.arange(0, BLOCK)
+    real, position = queries < count, length - count + queries
+    q = tl.load(q_ptr + (begin + queries)[:, None] * q_row + head * DIM + lanes[None, :], real[:, None], other=0.0)
+    largest = tl.full((TILE,), -float("inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    result = tl.zeros((TILE, DIM), tl.float32)
+    for start in range(0, length - count + tl.minimum((tile + 1) * TILE, count), BLOCK):
+        page = tl.load(tables_ptr + item * table_row + start // PAGE).to(tl.int64)
+        token = data_ptr + page * page_stride + (start % PAGE + keys)[:, None] * token_stride + (head // GROUP) * DIM + lanes[None, :]
+        k = tl.load(token)
+        v = tl.load(token + KV_HEADS * DIM, (start + keys < length)[:, None], other=0.0)
+        seen = start + keys[None, :] <= position[:, None]
+        scores = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, -float("inf"))
+        above = tl.maximum(largest, tl.max(scores, 1))
+        decay, p = tl.exp2(largest - above), tl.exp2(scores - above[:, None])
+        total = total * decay + tl.sum(p, 1)
+        result = result * decay[:, None] + tl.dot(p.to(v.dtype), v)
+        largest = above
+    out = out_ptr + ((begin + queries)[:, None] * HEADS + head) * DIM + lanes[None, :]
+    tl.store(out, (result / total[:, None]).to(out_ptr.dtype.element_ty), real[:, None])
+
+
 def fits(head_dim: int, page_size: int) -> bool:
     """Whether the kernels can take these shapes."""
     return head_dim in (16, 32, 64, 128, 256) and page_size % BLOCK == 0
@@ -118,4 +156,17 @@ def decode_rows(q_DNH: Tensor, data: Tensor, tables_DW: Tensor, lengths_D: Tenso
     )  # fmt: skip
     if parts > 1:
         _joined_kernel[(rows * heads,)](found, lse, out, DIM=dim, PARTS=parts, num_warps=1)
+    return out
+
+
+def chunk_rows(q_TNH: Tensor, data: Tensor, tables_SW: Tensor, lengths_S: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """out [T, N, H] of chunks, causal: queries `offsets` [S + 1] are the last of their sequence's `lengths` keys. No chunk is longer than
+    `longest`; what belongs to none isn't written."""
+    (tokens, heads, dim), kv_heads = q_TNH.shape, data.shape[2] // 2
+    out = torch.empty(tokens, heads, dim, dtype=q_TNH.dtype, device=q_TNH.device)
+    _chunk_kernel[(triton.cdiv(longest, TILE), len(tables_SW), heads)](
+        q_TNH, q_TNH.stride(0), data, data.stride(0), data.stride(1), tables_SW, tables_SW.stride(0), offsets, lengths_S, out,
+        math.log2(math.e) / math.sqrt(dim), HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, PAGE=data.shape[1],
+        TILE=TILE, BLOCK=BLOCK, num_warps=4 if dim <= 64 else 8, num_stages=2,
+    )  # fmt: skip
     return out

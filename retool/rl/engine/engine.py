@@ -22,7 +22,7 @@ from retool.model.config import ModelConfig
 from retool.parallel.fsdp import Sharded
 from retool.rl.engine import sequence as seq
 from retool.rl.engine.ahead import plan_ahead
-from retool.rl.engine.attention import has_paged_flash
+from retool.rl.engine.attention import choose_paged
 from retool.rl.engine.batch import make_batch, make_change
 from retool.rl.engine.chunks import Chunks
 from retool.rl.engine.forward import cached_heads, make_model
@@ -176,13 +176,14 @@ class Engine:
         self.scheduler = Scheduler(
             PagePool(pages, self.page_size), o.max_num_seqs, o.max_num_seqs if o.deterministic else o.max_batch_tokens, longest
         )
-        flash = has_paged_flash(self.device, dtype, self.config.head_dim, self.page_size)
-        self._model = make_model(self.weights.decoder, cache, self.group, flash)
+        kernels = choose_paged(self.device, dtype, self.config.head_dim, self.page_size)
+        self._model = make_model(self.weights.decoder, cache, self.group, kernels)
         width = self.scheduler.pool.pages_for(self.scheduler.max_length)
         recordings = Recordings() if o.use_cuda_graphs and self.device.type == "cuda" else None
-        ahead = flash if o.run_ahead == "auto" else o.run_ahead  # torch's attention would gather whole page tables
+        fused = kernels != "torch"
+        ahead = fused if o.run_ahead == "auto" else o.run_ahead  # torch's attention would gather whole page tables
         self._loop = DecodeLoop(self._model, rows, width, recordings, o.deterministic) if ahead else None
-        apart = ahead and flash and not o.deterministic  # torch's attention has to know the chunks' lengths on the host
+        apart = ahead and fused and not o.deterministic  # torch's attention has to know the chunks' lengths on the host
         self._chunks = Chunks(self._model, o.max_batch_tokens, o.max_num_seqs, width, recordings) if apart else None
 
     def _launch(self, scheduler: Scheduler) -> Flying | None:

@@ -30,12 +30,12 @@ class Model:
     cache: KVCache
     plan: HeadPlan
     group: dist.ProcessGroup | None
-    flash: bool
+    kernels: str
     frequencies: Tensor
 
 
-def make_model(decoder: Decoder, cache: KVCache, group: dist.ProcessGroup | None, flash: bool) -> Model:
-    return Model(decoder, cache, decoder.run.plan, group, flash, inverse_frequencies(decoder.config, cache.data.device))
+def make_model(decoder: Decoder, cache: KVCache, group: dist.ProcessGroup | None, kernels: str) -> Model:
+    return Model(decoder, cache, decoder.run.plan, group, kernels, inverse_frequencies(decoder.config, cache.data.device))
 
 
 def cached_heads(plan: HeadPlan) -> int:
@@ -55,7 +55,7 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
         received = all_to_all(send, *plan.to_heads(t), model.group)
         query, key, value = q_k_v(received, plan)
         model.cache.write(number, pages.slots, _adjacent(received, key, value, plan))
-        out = paged_attention(query, model.cache, number, pages, model.flash)
+        out = paged_attention(query, model.cache, number, pages, model.kernels)
         a_tE = join_heads(all_to_all(out.flatten(), *plan.to_sequence(t), model.group), plan).flatten(1)
         if number + 1 < len(layers):
             x_tD, send = block.between_piece(block, layers[number + 1], x_tD, a_tE, cos, sin)

@@ -47,7 +47,7 @@ class EngineOptions:
     `page_size` tokens share a page of the KV cache (None: 256 on a GPU, as FlashAttention wants it, else 16). The cache takes
     `kv_bytes`, or `kv_share` of the GPU memory that is free when it is made. `max_length` bounds a sequence (None: the model's
     maximum position, or the cache). `dtype` None: that of the weights that come. `run_ahead` starts a decode step before
-    the one before it was looked at ("auto": with flash-attn on a GPU); CUDA graphs need it.
+    the one before it was looked at ("auto": with fused kernels on a GPU); CUDA graphs need it.
 
     `deterministic`: every forward has exactly `max_num_seqs` rows and every token attends as a sequence of its own, so that a
     token's numbers depend, to the last bit, only on the tokens before it: not on its neighbours, on chunks or on preemption.

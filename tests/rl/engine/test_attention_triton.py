@@ -1,4 +1,4 @@
-"""The GPU's kernel for single tokens without a GPU: run by Triton's interpreter (pip install triton), against torch's attention in fp64."""
+"""The engine's own attention kernels without a GPU: run by Triton's interpreter (pip install triton), against torch's attention in fp64."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from retool.rl.engine.kv_cache import KVCache
 
 CPU = torch.device("cpu")
 LENGTHS = [1, 300, 256, 1000, 700, 64]
+COUNTS = [1, 300, 70, 2, 129, 0]  # of chunks, and one that is none
 
 
 def layer_of(kv_heads: int, dim: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[KVCache, torch.Tensor]:
@@ -43,18 +45,25 @@ def compare() -> None:
         found = kernels.decode_rows(query, cache.data[0], tables, lengths)
         exact = KVCache((1, 256, kv_heads, dim), 14, torch.float64, CPU)
         exact.data.copy_(cache.data.nan_to_num())
-        want = paged_attention(query.double(), exact, 0, Pages(torch.zeros(1), tables, lengths, len(LENGTHS)), False)
+        want = paged_attention(query.double(), exact, 0, Pages(torch.zeros(1), tables, lengths, len(LENGTHS)), "torch")
         error = (found - want).norm(dim=-1) / want.norm(dim=-1)
         assert float(error.max()) < (1e-6 if dtype == torch.float32 else 1e-3), (heads, kv_heads, dim, programs)
         alone = kernels.decode_rows(query, cache.data[0], tables[[3] * 6], lengths[[3] * 6])
         assert torch.equal(alone[3], found[3]), "a sequence's numbers don't depend on the others' lengths"
+        offsets = torch.tensor([0, *accumulate(COUNTS)], dtype=torch.int32)
+        query = torch.randn(sum(COUNTS), heads + 3, dim, generator=generator).to(dtype)[:, :heads]
+        found = kernels.chunk_rows(query, cache.data[0], tables, lengths, offsets, 384)
+        pages = Pages(torch.zeros(1), tables[:5], lengths[:5], 0, offsets[:6], None, tuple(COUNTS[:5]), tuple(LENGTHS[:5]))
+        want = paged_attention(query.double(), exact, 0, pages, "torch")
+        error = (found - want).norm(dim=-1) / want.norm(dim=-1)
+        assert float(error.max()) < (5e-6 if dtype == torch.float32 else 2e-3), (heads, kv_heads, dim, "chunks")
     assert [kernels.heads_together(*shape) for shape in ((2, 7, 64), (3, 3, 64), (4, 1, 128), (8, 2, 32))] == [2, 1, 1, 4]
     assert [kernels.parts_for(n) for n in (1, 6, 16, 200)] == [16, 2, 1, 1]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-def test_the_kernel_attends_as_torch_does() -> None:
+def test_the_kernels_attend_as_torch_does() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}  # read when triton is imported
     command = [sys.executable, "-c", "from tests.rl.engine.test_attention_triton import compare; compare()"]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""flash-attn's paged kernels are tried before they are used."""
+"""Paged kernels are tried before they are used."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from retool.rl.engine import attention as paged
 INPUTS = torch.device("cpu"), torch.float32, 16, 16
 
 
-@pytest.mark.parametrize("wrong", ["", "_flash_decode", "_flash_chunks"])
-def test_paged_kernels_that_compute_wrongly_are_found_out(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for flash, torchs in (("_flash_decode", paged._torch_decode), ("_flash_chunks", paged._torch_chunks)):
-        monkeypatch.setattr(
-            paged, flash, lambda q, data, pages, right=torchs, name=flash: right(q, data, pages) * (0.5 if name == wrong else 1)
-        )
-    error = paged.paged_error.__wrapped__(*INPUTS)
-    assert (0.05 < error < 0.6) if wrong else error == 0
+@pytest.mark.parametrize("wrong", [None, 0, 1])
+def test_paged_kernels_that_compute_wrongly_are_found_out(wrong: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(number: int) -> paged.Kernel:
+        right = paged.KERNELS["torch"][number]
+        return lambda q, data, pages: right(q, data, pages) * (0.5 if number == wrong else 1)
+
+    monkeypatch.setitem(paged.KERNELS, "flash", (kernel(0), kernel(1)))
+    error = paged.paged_error.__wrapped__("flash", *INPUTS)
+    assert error == 0 if wrong is None else 0.05 < error < 0.6
 
 
 def test_a_kernel_that_mixes_up_the_heads_of_split_sequences_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,18 +32,17 @@ def test_a_kernel_that_mixes_up_the_heads_of_split_sequences_is_found_out(monkey
         right = paged._torch_decode(q, data, pages)
         return torch.where(pages.lengths[: pages.decode, None, None] > 16, right.flip(1), right)
 
-    monkeypatch.setattr(paged, "_flash_decode", mixed_up)
-    monkeypatch.setattr(paged, "_flash_chunks", paged._torch_chunks)
-    assert paged.paged_error.__wrapped__(*INPUTS) > 4 * TRUSTED
+    monkeypatch.setitem(paged.KERNELS, "flash", (paged._torch_chunks, mixed_up))
+    assert paged.paged_error.__wrapped__("flash", *INPUTS) > 4 * TRUSTED
 
 
 def test_a_package_that_does_not_run_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> torch.Tensor:
         raise ImportError("flash_attn_2_cuda.so: undefined symbol")
 
-    monkeypatch.setattr(paged, "_flash_decode", fails)
-    with pytest.warns(UserWarning, match="fail here: flash_attn_2_cuda.so: undefined symbol"):
-        assert paged.paged_error.__wrapped__(*INPUTS) == float("inf")
+    monkeypatch.setitem(paged.KERNELS, "flash", (paged._torch_chunks, fails))
+    with pytest.warns(UserWarning, match="'flash' fail here: flash_attn_2_cuda.so: undefined symbol"):
+        assert paged.paged_error.__wrapped__("flash", *INPUTS) == float("inf")
 
 
 def test_decoding_gathers_a_bounded_part_of_the_cache_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,10 +51,10 @@ def test_decoding_gathers_a_bounded_part_of_the_cache_at_a_time(monkeypatch: pyt
     cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
     tables = torch.randint(1, 16, (5, 3), generator=generator, dtype=torch.int32)
     pages, query = paged.Pages(torch.zeros(5), tables, lengths, 5), torch.randn(5, 4, 8, generator=generator)
-    want, gathered, rows = paged.paged_attention(query, cache, 0, pages, False), paged._gathered, []
+    want, gathered, rows = paged.paged_attention(query, cache, 0, pages, "torch"), paged._gathered, []
     monkeypatch.setattr(paged, "GATHERED", 2 * 3 * cache.data[0, 0].nbytes + 1)
     monkeypatch.setattr(paged, "_gathered", lambda data, tables: rows.append(len(tables)) or gathered(data, tables))
-    torch.testing.assert_close(paged.paged_attention(query, cache, 0, pages, False), want)
+    torch.testing.assert_close(paged.paged_attention(query, cache, 0, pages, "torch"), want)
     assert rows == [2, 2, 1]
 
 
@@ -88,10 +88,19 @@ def test_keys_are_written_without_a_sort_in_deterministic_runs_too() -> None:
 
 
 def test_they_are_not_used_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda", 0), torch.bfloat16, 16, 256
+    gpu, errors = (torch.device("cuda", 0), torch.bfloat16, 16, 256), {"flash": 0.004, "triton": 0.004}
     monkeypatch.setattr(paged, "find_spec", lambda _: True)
-    monkeypatch.setattr(paged, "paged_error", lambda *_: 0.004)
-    assert paged.has_paged_flash(*gpu) and not paged.has_paged_flash(*INPUTS)
-    monkeypatch.setattr(paged, "paged_error", lambda *_: float("nan"))
-    with pytest.warns(UserWarning, match=r"wrongly .* heads of 16 \(relative error nan\)"):
-        assert not paged.has_paged_flash(*gpu)
+    monkeypatch.setattr(paged, "_ours", lambda *_: True)
+    monkeypatch.setattr(paged, "paged_error", lambda name, *_: errors[name])
+    assert paged.choose_paged(*gpu) == "flash" and paged.choose_paged(*INPUTS) == "torch"
+    errors["flash"] = float("nan")
+    with pytest.warns(UserWarning, match=r"'flash' compute wrongly .* heads of 16 \(relative error nan\)"):
+        assert paged.choose_paged(*gpu) == "triton"
+    errors["triton"] = 0.5
+    with pytest.warns(UserWarning, match="'triton' compute wrongly"):
+        assert paged.choose_paged(*gpu) == "torch"
+    errors["triton"] = 0.004
+    monkeypatch.setattr(paged, "find_spec", lambda name: None if name == "flash_attn" else True)
+    assert paged.choose_paged(*gpu) == "triton"
+    monkeypatch.setattr(paged, "_ours", lambda *_: False)
+    assert paged.choose_paged(*gpu) == "torch"

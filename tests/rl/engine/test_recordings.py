@@ -64,9 +64,8 @@ class Recording:
 
 def in_cpu_clothes(patch: pytest.MonkeyPatch, graphs: bool) -> None:
     """Engines made from now on believe in flash-attn, and with `graphs` record their steps."""
-    patch.setattr(attention, "_flash_chunks", chunks_kernel)
-    patch.setattr(attention, "_flash_decode", attention._torch_decode)
-    patch.setattr(engine_module, "has_paged_flash", lambda *_: True)
+    patch.setitem(attention.KERNELS, "flash", (chunks_kernel, attention._torch_decode))
+    patch.setattr(engine_module, "choose_paged", lambda *_: "flash")
     if not graphs:
         return
     now: list[Recording] = []
