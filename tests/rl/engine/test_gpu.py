@@ -15,6 +15,7 @@ from retool.model.config import ModelConfig
 from retool.parallel.fsdp import Sharded, local_pieces
 from retool.parallel.mesh import make_mesh
 from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone
+from retool.rl.engine import engine as engine_module
 from retool.rl.engine.attention import Pages, choose_paged, paged_attention, paged_error
 from retool.rl.engine.kv_cache import KVCache
 from retool.rl.engine.sampling import Draws, sample, seed_key
@@ -139,7 +140,10 @@ def test_graphs_change_nothing_and_survive_new_weights() -> None:
     assert (torch.tensor(turn.logp) - want).abs().mean() < GAP, "the graphs run the new weights"
 
 
-def test_bf16_gap_to_the_training_forward() -> None:
+@pytest.mark.parametrize("kernels", ["chosen", "triton"])
+def test_bf16_gap_to_the_training_forward(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels != "chosen":
+        monkeypatch.setattr(engine_module, "choose_paged", lambda *_: kernels)
     model = model_of(2)
     turns = sampled(engine_of(model), "gap")
     differences = []
