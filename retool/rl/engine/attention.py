@@ -3,9 +3,9 @@
     decode items    one new token each: batched over a padded page table
     chunk items     several new tokens: the last `count` positions of their sequence, causal among themselves
 
-    flash    chunks through FlashAttention-2's paged kernel (flash-attn ≥ 2.5, pages of 256 tokens); single tokens through ours, or
-             flash-attn's for head dimensions that ours doesn't take
-    triton   both through ours (`attention_triton.py`)
+    flash    FlashAttention-2's paged kernels (flash-attn ≥ 2.5, pages of 256 tokens)
+    triton   ours (`attention_triton.py`)
+    mixed    chunks through flash-attn's, single tokens through ours
     torch    torch's attention over keys and values gathered by the page table: on the CPU, and in fp32 and fp64
 
 Legend: T new tokens · S items · D decode items · W pages of the longest sequence · P tokens of a page · N query heads ·
@@ -61,7 +61,8 @@ def choose_paged(device: torch.device, dtype: torch.dtype, head_dim: int, page_s
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "torch"
     flash = find_spec("flash_attn") is not None and head_dim % 8 == 0 and head_dim <= 256 and page_size % 256 == 0
-    for name in ["flash"] * flash + ["triton"] * _ours(head_dim, page_size):
+    ours = _ours(head_dim, page_size)
+    for name in ["mixed"] * (flash and ours) + ["flash"] * flash + ["triton"] * ours:
         error = paged_error(name, device, dtype, head_dim, page_size)
         if error <= TRUSTED:
             return name
@@ -70,7 +71,6 @@ def choose_paged(device: torch.device, dtype: torch.dtype, head_dim: int, page_s
     return "torch"
 
 
-@lru_cache
 def _ours(head_dim: int, page_size: int) -> bool:
     """Whether our own kernels take this."""
     if find_spec("triton") is None:
@@ -119,8 +119,6 @@ def paged_attention(q_TNH: Tensor, cache: KVCache, layer: int, pages: Pages, ker
 
 
 def _flash_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
-    if _ours(q_DNH.shape[2], data.shape[1]):
-        return _triton_decode(q_DNH, data, pages)
     from flash_attn import flash_attn_with_kvcache
 
     keys, values = data.chunk(2, 2)
@@ -207,6 +205,7 @@ def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
 
 Kernel = Callable[[Tensor, Tensor, Pages], Tensor]  # (queries, a layer of the cache, pages) → like the queries
 KERNELS: dict[str, tuple[Kernel, Kernel]] = {  # of chunks, of single tokens
+    "mixed": (_flash_chunks, _triton_decode),
     "flash": (_flash_chunks, _flash_decode),
     "triton": (_triton_chunks, _triton_decode),
     "torch": (_torch_chunks, _torch_decode),

@@ -8,8 +8,9 @@ Single tokens: each sequence's keys are cut into parts by its own length, so tha
     part     (sequence, kv heads, part): their query heads over a range of keys, normalised, with their log-sum-exp
     joined   (sequence, query head): the parts' results, weighted by their share
 
-flash-attn cuts by the longest that the page table has room for, which in a rollout is mostly far off. Where kv heads are narrow and
-few query heads read them, a program takes several: it reads longer pieces of memory, and a query is zero where another head's keys are.
+flash-attn cuts all of them by the longest that the page table has room for, and most sequences of a rollout are much shorter. Where kv
+heads are narrow and few query heads read them, a program takes several: it reads longer pieces of memory, and a query is zero where
+another head's keys are.
 
 Chunks: a program has `TILE` queries of a head, and goes over the keys that they see.
 
@@ -164,9 +165,10 @@ def chunk_rows(q_TNH: Tensor, data: Tensor, tables_SW: Tensor, lengths_S: Tensor
     `longest`; what belongs to none isn't written."""
     (tokens, heads, dim), kv_heads = q_TNH.shape, data.shape[2] // 2
     out = torch.empty(tokens, heads, dim, dtype=q_TNH.dtype, device=q_TNH.device)
-    _chunk_kernel[(triton.cdiv(longest, TILE), len(tables_SW), heads)](
+    tile = TILE if dim <= 128 else TILE // 2  # of wider heads more than some GPUs' shared memory holds
+    _chunk_kernel[(triton.cdiv(longest, tile), len(tables_SW), heads)](
         q_TNH, q_TNH.stride(0), data, data.stride(0), data.stride(1), tables_SW, tables_SW.stride(0), offsets, lengths_S, out,
         math.log2(math.e) / math.sqrt(dim), HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, PAGE=data.shape[1],
-        TILE=TILE, BLOCK=BLOCK, num_warps=4 if dim <= 64 else 8, num_stages=2,
+        TILE=tile, BLOCK=BLOCK, num_warps=4 if dim <= 64 else 8, num_stages=2,
     )  # fmt: skip
     return out

@@ -1,7 +1,7 @@
 """Chunks: several tokens of a sequence at once, of prompts and tool texts, in one of few shapes that a recorded graph can run.
 
     tokens    | chunk | chunk | … | padding | padding | …            |    T: a power of two, 256 at least
-    items     | chunk | chunk | … | padding | padding | … | none | … |    S: 16, 64, 256, …, none longer than M: 256, 1,024, 4,096, …
+    items     | chunk | chunk | … | padding | padding | … | none | … |    S: 16, 64, 256, …, none longer than M: 256, 2,048, …, T
 
 A forward with shapes of its own costs the host more than the GPU: see `benchmarks/RESULTS.md`.
 
@@ -35,7 +35,7 @@ class Chunks:
         self.inputs = torch.zeros(3, self.most_tokens, dtype=torch.int64, device=device)  # tokens, positions, slots
         self.tables = torch.zeros(self.most_items, width, dtype=torch.int32, device=device)
         self.ends = torch.zeros(2, self.most_items + 1, dtype=torch.int32, device=device)  # of every item's tokens and keys, from 0
-        self.hidden: dict[tuple[int, int, int], Tensor] = {}
+        self.hidden = torch.empty(0, device=device)  # what the blocks made of the tokens: one place for all shapes
 
     def shape(self, tokens: int, items: int, longest: int) -> tuple[int, int, int]:
         """(T, S, M) of the recorded step that runs so many, S with room for the padding. The kernel starts programs for S items of M."""
@@ -44,7 +44,7 @@ class Chunks:
         while few < items + -(-(many - tokens) // self.padding):
             few *= 4
         while long < longest:
-            long *= 4
+            long *= 8
         return many, min(self.most_items, few), min(many, long)
 
     def run(self, batch: Batch) -> Flight:
@@ -52,12 +52,20 @@ class Chunks:
         self.model.cache.copy(batch.copies)
         shape = self.shape(len(batch.tokens), len(batch.counts), int(batch.counts.max()))
         self._fill(batch, *shape[:2])
+        x = self._place(shape[0])
         if self.recordings is None:
-            x = self._forward(*shape)
+            self._step(*shape)
         else:
-            self.recordings.run(("chunks", *shape), lambda: self.hidden.update({shape: self._forward(*shape)}))
-            x = self.hidden[shape]
+            self.recordings.run(("chunks", *shape), lambda: self._step(*shape))
         return drawn(self.model, x, batch)
+
+    def _place(self, tokens: int) -> Tensor:
+        """[t, D] of `hidden`, which never moves once a graph writes there."""
+        if not len(self.hidden):
+            weight = self.model.decoder.embed.weight
+            dtype = torch.promote_types(weight.dtype, torch.float32) if self.model.decoder.run.fp32_residual else weight.dtype
+            self.hidden = torch.empty(self.most_tokens // self.model.plan.sp, weight.shape[1], dtype=dtype, device=self.hidden.device)
+        return self.hidden[: tokens // self.model.plan.sp]
 
     def _fill(self, batch: Batch, tokens: int, items: int) -> None:
         device, count, chunks = self.inputs.device, len(batch.tokens), len(batch.counts)
@@ -73,10 +81,10 @@ class Chunks:
         for target, source in ((self.inputs[:, :tokens], inputs), (self.tables[:items], tables), (self.ends[:, : items + 1], ends)):
             target.copy_(to_device(source, device))
 
-    def _forward(self, tokens: int, items: int, longest: int) -> Tensor:
+    def _step(self, tokens: int, items: int, longest: int) -> None:
         ids, positions, slots = self.inputs[:, :tokens]
         offsets, key_offsets = self.ends[:, : items + 1]
         tables = self.tables[:items]
         keys = tables.shape[1] * self.model.cache.page_size
         pages = Pages(slots, tables, key_offsets.diff(), 0, offsets, key_offsets, counts=(longest,), host_lengths=(keys,))
-        return hidden_states(self.model, ids, positions, pages)
+        self._place(tokens).copy_(hidden_states(self.model, ids, positions, pages))

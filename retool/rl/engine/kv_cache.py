@@ -114,7 +114,7 @@ def work_bytes(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) 
     """What a forward needs beside weights and cache: fp32 logits of every sequence, twice, and a layer's activations."""
     logits = 2 * 4 * options.max_num_seqs * config.vocab
     wider = max(0, config.heads * config.head_dim - config.hidden)  # attention than the model
-    return logits + options.max_batch_tokens * (4 * config.ffn + 12 * config.hidden + 16 * wider) * dtype.itemsize
+    return logits + options.max_batch_tokens * (4 * config.ffn + 14 * config.hidden + 16 * wider) * dtype.itemsize
 
 
 def cache_bytes(

@@ -3,8 +3,8 @@
 """`sample` on a GPU: one pass over the logits for the log-sum-exps and the Gumbel maximum, the noise made on the way.
 
 Each row is cut into `PARTS` pieces, whatever the batch, so that a row's numbers don't depend on it; a second, small kernel joins them.
-The pass is bound by its arithmetic, which the noise's is most of, rather than by memory. The cutoff of top-k and top-p is
-found by bisection over the floats' order, 32 passes that mostly meet the cache.
+Its time is arithmetic, mostly the noise's, rather than memory's. The cutoff of top-k and top-p is found by bisection over the floats'
+order, 32 passes that mostly meet the cache.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _gumbel(z, FIRST: tl.constexpr, SECOND: tl.constexpr):
     w = tl.minimum(bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
     k = ((1.0 - w).to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000
     scale = (0x3F800000 - k).to(tl.float32, bitcast=True)  # 2^−k
-    f = (scale - 1.0) - w * scale  # of 1 − w without its rounding
+    f = (scale - 1.0) - w * scale  # of 1 − w, but not of its rounded value
     e = k.to(tl.float32) * -8.262958e-08 - f * _log_ratio(f)  # −log1p(−w)
     k = (e.to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000
     f = (e.to(tl.int32, bitcast=True) - k).to(tl.float32, bitcast=True) - 1.0

@@ -62,11 +62,11 @@ def sampled(engine: Engine, tag: str, temperature: float = 1.0, count: int = 40)
     return [done[tag, i] for i in range(count)]
 
 
-@pytest.mark.parametrize("kernels", ["flash", "triton"])
+@pytest.mark.parametrize("kernels", ["mixed", "flash", "triton"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(14, 2, 64), (4, 4, 128), (16, 8, 64)])
 def test_paged_kernels_equal_torch(heads: int, kv_heads: int, head_dim: int, kernels: str) -> None:
     """Decode rows and chunks in one call, pages in random order; against fp32 on the same bf16 values."""
-    if kernels == "flash" and choose_paged(DEVICE, torch.bfloat16, head_dim, 256) != "flash":
+    if kernels != "triton" and choose_paged(DEVICE, torch.bfloat16, head_dim, 256) != "mixed":
         pytest.skip("needs flash-attn")
     generator = torch.Generator().manual_seed(0)
     lengths, counts = [1, 300, 256, 1000, 700, 300], [1, 1, 1, 1, 130, 300]
@@ -83,9 +83,10 @@ def test_paged_kernels_equal_torch(heads: int, kv_heads: int, head_dim: int, ker
     both = slots, tables.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), 4
     mixed = Pages(*both, *offsets, counts=(130, 300), host_lengths=(700, 300))
     alone = Pages(*both, host_lengths=tuple(lengths[:4]), each_alone=True)  # single tokens only
+    many = Pages(slots, both[1][:4].repeat(300, 1), both[2][:4].repeat(300), 1200)  # a part of each
     cache_32 = KVCache((1, 256, kv_heads, head_dim), 40, torch.float32, DEVICE)
     cache_32.data.copy_(cache.data)
-    for pages, queries in ((mixed, q), (alone, q[:4])):
+    for pages, queries in ((mixed, q), (alone, q[:4]), (many, q[:4].repeat(300, 1, 1))):
         fast = paged_attention(queries, cache, 0, pages, kernels).float()
         exact = paged_attention(queries.float(), cache_32, 0, pages, "torch")
         assert (fast - exact).norm() / exact.norm() < 5e-3
@@ -241,7 +242,7 @@ def test_the_kernel_of_every_head_dimension_is_right_or_passed_over(head_dim: in
         backend = choose_backend(DEVICE, torch.bfloat16, head_dim)
         paged = choose_paged(DEVICE, torch.bfloat16, head_dim, 256)
     assert backend == "reference" or kernel_error(backend, DEVICE, torch.bfloat16, head_dim) < 0.01
-    assert paged != "torch" or head_dim == 96, "our own take the others"
+    assert paged != "torch" or head_dim == 96, "ours take the others"
     assert paged == "torch" or paged_error(paged, DEVICE, torch.bfloat16, head_dim, 256) < 0.01
 
 

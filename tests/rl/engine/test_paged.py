@@ -88,20 +88,23 @@ def test_keys_are_written_without_a_sort_in_deterministic_runs_too() -> None:
 
 
 def test_they_are_not_used_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, errors = (torch.device("cuda", 0), torch.bfloat16, 16, 256), {"flash": 0.004, "triton": 0.004}
-    monkeypatch.setattr(paged, "find_spec", lambda _: True)
-    monkeypatch.setattr(paged, "_ours", lambda *_: True)
-    monkeypatch.setattr(paged, "paged_error", lambda name, *_: errors[name])
-    assert paged.choose_paged(*gpu) == "flash" and paged.choose_paged(*INPUTS) == "torch"
-    errors["flash"] = float("nan")
-    with pytest.warns(UserWarning, match=r"'flash' compute wrongly .* heads of 16 \(relative error nan\)"):
-        assert paged.choose_paged(*gpu) == "triton"
-    errors["triton"] = 0.5
+    """The next that are there and right are, and what they are is said."""
+    gpu = torch.device("cuda", 0), torch.bfloat16, 16, 256
+
+    def chosen(installed: bool, ours: bool, *right: str) -> str:
+        monkeypatch.setattr(paged, "find_spec", lambda _: True if installed else None)
+        monkeypatch.setattr(paged, "_ours", lambda *_: ours)
+        monkeypatch.setattr(paged, "paged_error", lambda name, *_: 0.004 if name in right else float("nan"))
+        return paged.choose_paged(*gpu)
+
+    assert paged.choose_paged(*INPUTS) == "torch"
+    assert chosen(True, True, "mixed", "flash", "triton") == "mixed"
+    assert chosen(False, True, "triton") == "triton"
+    assert chosen(True, False, "flash") == "flash"
+    assert chosen(False, False) == "torch"
+    with pytest.warns(UserWarning, match=r"'mixed' compute wrongly .* heads of 16 \(relative error nan\)"):
+        assert chosen(True, True, "flash", "triton") == "flash"
     with pytest.warns(UserWarning) as said:
-        assert paged.choose_paged(*gpu) == "torch"
-    assert ["'triton'" in str(warning.message) for warning in said] == [False, True]
-    errors["triton"] = 0.004
-    monkeypatch.setattr(paged, "find_spec", lambda name: None if name == "flash_attn" else True)
-    assert paged.choose_paged(*gpu) == "triton"
-    monkeypatch.setattr(paged, "_ours", lambda *_: False)
-    assert paged.choose_paged(*gpu) == "torch"
+        assert [chosen(True, True, "triton"), chosen(True, True), chosen(False, True)] == ["triton", "torch", "torch"]
+    names = [str(warning.message).split("'")[1] for warning in said]
+    assert names == ["mixed", "flash", "mixed", "flash", "triton", "triton"]
