@@ -227,10 +227,14 @@ class Decoder(nn.Module):
             x_tD = block(x_tD, cos, sin, batch)
         return self.head(x_tD, score)
 
+    def residual_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of what blocks with weights in `dtype` add to."""
+        return torch.promote_types(dtype, torch.float32) if self.run.fp32_residual else dtype
+
     def embedded(self, tokens_t: torch.Tensor) -> torch.Tensor:
         """[t, D] in the dtype of the residual stream."""
         x_tD = self.embed(tokens_t)
-        return x_tD.to(torch.promote_types(x_tD.dtype, torch.float32)) if self.run.fp32_residual else x_tD
+        return x_tD.to(self.residual_dtype(x_tD.dtype))
 
     def units(self) -> list[tuple[str, list[nn.Module]]]:
         """What is gathered at once, in forward order. A tied embedding and head are one unit."""

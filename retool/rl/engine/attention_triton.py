@@ -37,6 +37,14 @@ TILE = 64  # queries of a chunk at a time
 
 
 @triton.jit
+def _folded(scores, v, largest, total, result):
+    """A running softmax with a block of keys more: the largest score (of base 2), the sum relative to it, and so the values' sum."""
+    above = tl.maximum(largest, tl.max(scores, 1))
+    decay, p = tl.exp2(largest - above), tl.exp2(scores - above[:, None])
+    return above, total * decay + tl.sum(p, 1), result * decay[:, None] + tl.dot(p.to(v.dtype), v)
+
+
+@triton.jit
 def _attention_kernel(
     q_ptr, q_row, data_ptr, page_stride, token_stride, tables_ptr, table_row, lengths_ptr, out_ptr, lse_ptr, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOGETHER: tl.constexpr, QUERIES: tl.constexpr,
@@ -65,11 +73,7 @@ def _attention_kernel(
         k = tl.load(token)
         v = tl.load(token + KV_HEADS * DIM, seen[:, None], other=0.0)  # what was never written may be no number
         scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)) * scale, -float("inf"))
-        above = tl.maximum(largest, tl.max(scores, 1))
-        decay, p = tl.exp2(largest - above), tl.exp2(scores - above[:, None])
-        total = total * decay + tl.sum(p, 1)
-        result = result * decay[:, None] + tl.dot(p.to(v.dtype), v)
-        largest = above
+        largest, total, result = _folded(scores, v, largest, total, result)
     if first < last:
         result = result / total[:, None]
     at = (row * HEADS + mine) * PARTS + part
@@ -112,11 +116,7 @@ def _chunk_kernel(
         v = tl.load(token + KV_HEADS * DIM, (start + keys < length)[:, None], other=0.0)
         seen = start + keys[None, :] <= position[:, None]
         scores = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, -float("inf"))
-        above = tl.maximum(largest, tl.max(scores, 1))
-        decay, p = tl.exp2(largest - above), tl.exp2(scores - above[:, None])
-        total = total * decay + tl.sum(p, 1)
-        result = result * decay[:, None] + tl.dot(p.to(v.dtype), v)
-        largest = above
+        largest, total, result = _folded(scores, v, largest, total, result)
     out = out_ptr + ((begin + queries)[:, None] * HEADS + head) * DIM + lanes[None, :]
     tl.store(out, (result / total[:, None]).to(out_ptr.dtype.element_ty), real[:, None])
 

@@ -62,9 +62,9 @@ class Chunks:
     def _place(self, tokens: int) -> Tensor:
         """[t, D] of `hidden`, which never moves once a graph writes there."""
         if not len(self.hidden):
-            weight = self.model.decoder.embed.weight
-            dtype = torch.promote_types(weight.dtype, torch.float32) if self.model.decoder.run.fp32_residual else weight.dtype
-            self.hidden = torch.empty(self.most_tokens // self.model.plan.sp, weight.shape[1], dtype=dtype, device=self.hidden.device)
+            decoder, most = self.model.decoder, self.most_tokens // self.model.plan.sp
+            dtype = decoder.residual_dtype(self.model.cache.data.dtype)
+            self.hidden = self.hidden.new_empty(most, decoder.config.hidden, dtype=dtype)
         return self.hidden[: tokens // self.model.plan.sp]
 
     def _fill(self, batch: Batch, tokens: int, items: int) -> None:

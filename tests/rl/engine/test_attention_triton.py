@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from itertools import accumulate
-from pathlib import Path
 
 import pytest
 import torch
 
 from retool.rl.engine.attention import Pages, paged_attention
 from retool.rl.engine.kv_cache import KVCache
+from tests.interpreter import interpreted
 
 CPU = torch.device("cpu")
 LENGTHS = [1, 300, 256, 1000, 700, 64]
@@ -64,7 +61,4 @@ def compare() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 def test_the_kernels_attend_as_torch_does() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}  # read when triton is imported
-    command = [sys.executable, "-c", "from tests.rl.engine.test_attention_triton import compare; compare()"]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpreted(__name__)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
 from retool.rl.engine.sampling import Draws, cutoff, sample, seed_key
+from tests.interpreter import interpreted
 
 FILTERS = [(1, 1.0), (5, 1.0), (1000, 1.0), (-1, 1e-6), (-1, 0.5), (-1, 0.95), (7, 0.9)]
 
@@ -59,7 +56,4 @@ def compare() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 def test_kernels_draw_what_the_definition_does() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}  # read when triton is imported
-    command = [sys.executable, "-c", "from tests.rl.engine.test_sampling_triton import compare; compare()"]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpreted(__name__)
