@@ -88,15 +88,22 @@ class Block(nn.Module):
         self.gate_up_bias = weight(2 * c.ffn) if c.mlp_bias else None
         self.down = weight(c.hidden, c.ffn)
         self.down_bias = weight(c.hidden) if c.mlp_bias else None
-        self.before_piece, self.after_piece, self.between_piece = Block.before, Block.after, Block.between
-        if run.compiled:
-            self.before_piece, self.after_piece, self.between_piece = compiled_pieces()
+        self.before_piece, self.after_piece = compiled_pieces() if run.compiled else (Block.before, Block.after)
 
     def before(self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Norm, q k v and rope: [t, D] → the flat buffer that goes to the head ranks, in the weights' dtype."""
-        c, plan = self.config, self.run.plan
+        return self.rotated(self.projected(x_tD), cos, sin)
+
+    def projected(self, x_tD: torch.Tensor) -> torch.Tensor:
+        """Norm, and q k v of all heads: [t, D] → [t, N + 2·K, H]."""
+        c = self.config
         heads = F.linear(rms_norm(x_tD, self.norm_1, c.norm_eps), self.qkv, self.qkv_bias)
-        q, k, v = heads.view(-1, c.heads + 2 * c.kv_heads, c.head_dim).split([c.heads, c.kv_heads, c.kv_heads], 1)
+        return heads.view(-1, c.heads + 2 * c.kv_heads, c.head_dim)
+
+    def rotated(self, heads_tNH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """q's and k's norms, and rope: `projected` → the flat buffer that goes to the head ranks."""
+        c, plan = self.config, self.run.plan
+        q, k, v = heads_tNH.split([c.heads, c.kv_heads, c.kv_heads], 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm, c.norm_eps), rms_norm(k, self.k_norm, c.norm_eps)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -107,13 +114,6 @@ class Block(nn.Module):
         x_tD = x_tD + F.linear(a_tE, self.o, self.o_bias)
         gate, up = F.linear(rms_norm(x_tD, self.norm_2, self.config.norm_eps), self.gate_up, self.gate_up_bias).chunk(2, -1)
         return x_tD + F.linear(F.silu(gate) * up, self.down, self.down_bias)
-
-    def between(
-        self, following: Block, x_tD: torch.Tensor, a_tE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`after`, and `before` of the block that follows, for who needs no gradients: the sum and the norm of it are one kernel."""
-        x_tD = self.after(x_tD, a_tE)
-        return x_tD, following.before(x_tD, cos, sin)
 
     def attend(self, send: torch.Tensor, t: int, batch: PackedBatch, kept: list[tuple[torch.Tensor, torch.Tensor]] | None) -> torch.Tensor:
         """Sequence → heads, attention over the whole pack, heads → sequence [t, E]. `kept` remembers the kernel's result."""
@@ -164,22 +164,23 @@ def _checkpoint(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tens
     return out
 
 
-def compiled_pieces() -> tuple[Piece, Piece, Callable[..., tuple[torch.Tensor, torch.Tensor]]]:
-    """`before`, `after` and `between` through torch.compile: a graph for any length and one for length 1, each with gradients and without,
-    for all layers and models of one shape. The compiler distinguishes views by what they are views of, so it gets none from attention."""
+def compiled(piece: Callable[..., Any]) -> Callable[..., Any]:
+    """A piece through torch.compile: a graph for any length and one for length 1, each with gradients and without, for all layers and
+    models of one shape."""
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
-    before, after = torch.compile(Block.before, dynamic=True, fullgraph=True), torch.compile(Block.after, dynamic=True, fullgraph=True)
-    between = torch.compile(Block.between, dynamic=True, fullgraph=True)
+    return torch.compile(piece, dynamic=True, fullgraph=True)
 
-    def plain(received: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._unsafe_view(received, received.shape)
 
-    return (
-        before,
-        lambda block, x_tD, received: after(block, x_tD, plain(received)),
-        lambda block, following, x_tD, received, cos, sin: between(block, following, x_tD, plain(received), cos, sin),
-    )
+def unviewed(x: torch.Tensor) -> torch.Tensor:
+    """The same memory: the compiler distinguishes views by what they are views of, so it gets none from attention."""
+    return torch.ops.aten._unsafe_view(x, x.shape)
+
+
+def compiled_pieces() -> tuple[Piece, Piece]:
+    """`before` and `after`."""
+    before, after = compiled(Block.before), compiled(Block.after)
+    return before, lambda block, x_tD, a_tE: after(block, x_tD, unviewed(a_tE))
 
 
 class Embedding(nn.Module):

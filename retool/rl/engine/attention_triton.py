@@ -12,7 +12,7 @@ flash-attn cuts all of them by the longest that the page table has room for, and
 heads are narrow and few query heads read them, a program takes several: it reads longer pieces of memory, and a query is zero where
 another head's keys are.
 
-Chunks: a program has `TILE` queries of a head, and goes over the keys that they see.
+Chunks: a program has a tile of queries of a head, and goes over the keys that all of them see, then over those that only some do.
 
 Legend: T tokens of chunks · S chunks · D sequences · N query heads · G query heads per kv head · J kv heads, keys before values · P tokens
 of a page · W pages of the longest sequence · H head dim.
@@ -33,14 +33,14 @@ MOST = 64  # parts of a sequence
 WARPS = 2
 STAGES = 3  # of the pipeline of loads
 WIDEST = 128  # numbers of a token's key that a program reads
-TILE = 64  # queries of a chunk at a time
+CHUNKS = {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 2)}  # queries and keys at a time, warps, stages: heads up to so wide
 
 
 @triton.jit
-def _folded(scores, v, largest, total, result):
-    """A running softmax with a block of keys more: the largest score (of base 2), the sum relative to it, and so the values' sum."""
-    above = tl.maximum(largest, tl.max(scores, 1))
-    decay, p = tl.exp2(largest - above), tl.exp2(scores - above[:, None])
+def _folded(scores, scale, v, largest, total, result):
+    """A running softmax with a block of keys more: the largest scaled score (of base 2), the sum relative to it, and so the values' sum."""
+    above = tl.maximum(largest, tl.max(scores, 1) * scale)
+    decay, p = tl.exp2(largest - above), tl.exp2(scores * scale - above[:, None])
     return above, total * decay + tl.sum(p, 1), result * decay[:, None] + tl.dot(p.to(v.dtype), v)
 
 
@@ -72,8 +72,8 @@ def _attention_kernel(
         seen = start + keys < length
         k = tl.load(token)
         v = tl.load(token + KV_HEADS * DIM, seen[:, None], other=0.0)  # what was never written may be no number
-        scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)) * scale, -float("inf"))
-        largest, total, result = _folded(scores, v, largest, total, result)
+        scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)), -float("inf"))
+        largest, total, result = _folded(scores, scale, v, largest, total, result)
     if first < last:
         result = result / total[:, None]
     at = (row * HEADS + mine) * PARTS + part
@@ -98,7 +98,7 @@ def _chunk_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tile, item, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, item, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)  # those with most keys first
     begin, length = tl.load(offsets_ptr + item).to(tl.int64), tl.load(lengths_ptr + item)
     count = (tl.load(offsets_ptr + item + 1) - begin).to(tl.int32)
     if tile * TILE >= count:
@@ -106,17 +106,22 @@ def _chunk_kernel(
     queries, lanes, keys = tile * TILE + tl.arange(0, TILE), tl.arange(0, DIM), tl.arange(0, BLOCK)
     real, position = queries < count, length - count + queries
     q = tl.load(q_ptr + (begin + queries)[:, None] * q_row + head * DIM + lanes[None, :], real[:, None], other=0.0)
+    tokens = data_ptr + keys[:, None] * token_stride + (head // GROUP) * DIM + lanes[None, :]
+    table = tables_ptr + item * table_row
     largest = tl.full((TILE,), -float("inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     result = tl.zeros((TILE, DIM), tl.float32)
-    for start in range(0, length - count + tl.minimum((tile + 1) * TILE, count), BLOCK):
-        page = tl.load(tables_ptr + item * table_row + start // PAGE).to(tl.int64)
-        token = data_ptr + page * page_stride + (start % PAGE + keys)[:, None] * token_stride + (head // GROUP) * DIM + lanes[None, :]
-        k = tl.load(token)
+    common = (length - count + tile * TILE + 1) // BLOCK * BLOCK  # whole blocks that even the first query sees
+    for start in range(0, common, BLOCK):
+        token = tokens + tl.load(table + start // PAGE).to(tl.int64) * page_stride + start % PAGE * token_stride
+        scores = tl.dot(q, tl.trans(tl.load(token)))
+        largest, total, result = _folded(scores, scale, tl.load(token + KV_HEADS * DIM), largest, total, result)
+    for start in range(common, length - count + tl.minimum((tile + 1) * TILE, count), BLOCK):
+        token = tokens + tl.load(table + start // PAGE).to(tl.int64) * page_stride + start % PAGE * token_stride
         v = tl.load(token + KV_HEADS * DIM, (start + keys < length)[:, None], other=0.0)
         seen = start + keys[None, :] <= position[:, None]
-        scores = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, -float("inf"))
-        largest, total, result = _folded(scores, v, largest, total, result)
+        scores = tl.where(seen, tl.dot(q, tl.trans(tl.load(token))), -float("inf"))
+        largest, total, result = _folded(scores, scale, v, largest, total, result)
     out = out_ptr + ((begin + queries)[:, None] * HEADS + head) * DIM + lanes[None, :]
     tl.store(out, (result / total[:, None]).to(out_ptr.dtype.element_ty), real[:, None])
 
@@ -165,10 +170,10 @@ def chunk_rows(q_TNH: Tensor, data: Tensor, tables_SW: Tensor, lengths_S: Tensor
     `longest`; what belongs to none isn't written."""
     (tokens, heads, dim), kv_heads = q_TNH.shape, data.shape[2] // 2
     out = torch.empty(tokens, heads, dim, dtype=q_TNH.dtype, device=q_TNH.device)
-    tile = TILE if dim <= 128 else TILE // 2  # of wider heads more than some GPUs' shared memory holds
+    tile, block, warps, stages = next(config for widest, config in CHUNKS.items() if dim <= widest)
     _chunk_kernel[(triton.cdiv(longest, tile), len(tables_SW), heads)](
         q_TNH, q_TNH.stride(0), data, data.stride(0), data.stride(1), tables_SW, tables_SW.stride(0), offsets, lengths_S, out,
         math.log2(math.e) / math.sqrt(dim), HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, PAGE=data.shape[1],
-        TILE=tile, BLOCK=BLOCK, num_warps=4 if dim <= 64 else 8, num_stages=2,
+        TILE=tile, BLOCK=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

@@ -1,30 +1,46 @@
 """The training decoder's forward with paged attention in the middle, then a draw for the rows that want one.
 
+    embed → projected → [rope, to the cache, attention → o, MLP, the next block's norm and projection] × L → head
+
+What is in brackets is two pieces as training has them, cut elsewhere: a sum and the norm of it are one kernel, and so are rope and the
+cache's writes on a GPU.
+
 t tokens of this rank (all T without a tensor-parallel group) · D model · R rows · r this rank's · J kv heads, keys and values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from retool.model.decoder import Decoder
+from retool.model.decoder import Block, Decoder, compiled, unviewed
 from retool.model.logits import product, workspace
 from retool.model.rope import inverse_frequencies, rope_tables
 from retool.parallel.collectives import all_to_all, sum_over
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v
 from retool.rl.engine.attention import Pages, paged_attention
 from retool.rl.engine.kv_cache import KVCache, in_any_order
+from retool.rl.engine.place import can_place, place
 from retool.rl.engine.sampling import Draws, sample
 from retool.rl.engine.weights import blocks
 
 
+class Pieces(NamedTuple):
+    """Of a forward, local to a token; compiled where the decoder is."""
+
+    projected: Callable[[Block, Tensor], Tensor]
+    rotated: Callable[[Block, Tensor, Tensor, Tensor], Tensor]
+    between: Callable[[Block, Block, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Model:
-    """What every forward needs, the same from step to step."""
+    """What every forward needs, the same from step to step. `fused`: rope and the cache's writes are one kernel."""
 
     decoder: Decoder
     cache: KVCache
@@ -32,10 +48,24 @@ class Model:
     group: dist.ProcessGroup | None
     kernels: str
     frequencies: Tensor
+    pieces: Pieces
+    fused: bool
 
 
 def make_model(decoder: Decoder, cache: KVCache, group: dist.ProcessGroup | None, kernels: str) -> Model:
-    return Model(decoder, cache, decoder.run.plan, group, kernels, inverse_frequencies(decoder.config, cache.data.device))
+    device, plan = cache.data.device, decoder.run.plan
+    pieces = Pieces(*map(compiled, PIECES)) if decoder.run.compiled else PIECES
+    fused = kernels != "torch" and plan.sp == 1 and can_place(device, cache.data.dtype, plan.head_dim)
+    return Model(decoder, cache, plan, group, kernels, inverse_frequencies(decoder.config, device), pieces, fused)
+
+
+def _between(block: Block, following: Block, x_tD: Tensor, a_tE: Tensor) -> tuple[Tensor, Tensor]:
+    """From attention's result to what the next block's rope takes."""
+    x_tD = block.after(x_tD, a_tE)
+    return x_tD, following.projected(x_tD)
+
+
+PIECES = Pieces(Block.projected, Block.rotated, _between)
 
 
 def cached_heads(plan: HeadPlan) -> int:
@@ -50,18 +80,29 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     cos, sin = rope_tables(positions_T[mine], model.frequencies)
     x_tD = model.decoder.embedded(tokens_T[mine])
     layers = blocks(model.decoder)
-    send = layers[0].before_piece(layers[0], x_tD, cos, sin)
+    heads = model.pieces.projected(layers[0], x_tD)
     for number, block in enumerate(layers):
-        received = all_to_all(send, *plan.to_heads(t), model.group)
-        query, key, value = q_k_v(received, plan)
-        model.cache.write(number, pages.slots, _adjacent(received, key, value, plan))
+        query = _placed(model, number, block, heads, cos, sin, pages)
         out = paged_attention(query, model.cache, number, pages, model.kernels)
-        a_tE = join_heads(all_to_all(out.flatten(), *plan.to_sequence(t), model.group), plan).flatten(1)
+        a_tE = unviewed(join_heads(all_to_all(out.flatten(), *plan.to_sequence(t), model.group), plan).flatten(1))
         if number + 1 < len(layers):
-            x_tD, send = block.between_piece(block, layers[number + 1], x_tD, a_tE, cos, sin)
+            x_tD, heads = model.pieces.between(block, layers[number + 1], x_tD, a_tE)
         else:
             x_tD = block.after_piece(block, x_tD, a_tE)
     return x_tD
+
+
+def _placed(model: Model, number: int, block: Block, heads_tNH: Tensor, cos: Tensor, sin: Tensor, pages: Pages) -> Tensor:
+    """Keys and values go to the cache; this rank's queries of all tokens [T, n, H]."""
+    plan = model.plan
+    if model.fused:
+        norms = None if block.q_norm is None or block.k_norm is None else (block.q_norm, block.k_norm, model.decoder.config.norm_eps)
+        return place(heads_tNH, cos, sin, norms, pages.slots, model.cache.data[number])
+    send = model.pieces.rotated(block, heads_tNH, cos, sin)
+    received = all_to_all(send, *plan.to_heads(len(heads_tNH)), model.group)
+    query, key, value = q_k_v(received, plan)
+    model.cache.write(number, pages.slots, _adjacent(received, key, value, plan))
+    return query
 
 
 def _adjacent(received: Tensor, key: Tensor, value: Tensor, plan: HeadPlan) -> Tensor:

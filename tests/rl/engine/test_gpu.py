@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone
 from retool.rl.engine import engine as engine_module
 from retool.rl.engine.attention import Pages, choose_paged, paged_attention, paged_error
 from retool.rl.engine.kv_cache import KVCache
+from retool.rl.engine.place import can_place
 from retool.rl.engine.sampling import Draws, sample, seed_key
 from tests.ranks import run_ranks
 from tests.rl.engine.models import forced, leaked, prompts, run
+from tests.rl.engine.test_place_triton import compare as compare_placed
 from tests.rl.engine.test_recordings import hurried, params_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -66,7 +69,7 @@ def sampled(engine: Engine, tag: str, temperature: float = 1.0, count: int = 40)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(14, 2, 64), (4, 4, 128), (16, 8, 64)])
 def test_paged_kernels_equal_torch(heads: int, kv_heads: int, head_dim: int, kernels: str) -> None:
     """Decode rows and chunks in one call, pages in random order; against fp32 on the same bf16 values."""
-    if kernels != "triton" and choose_paged(DEVICE, torch.bfloat16, head_dim, 256) != "mixed":
+    if kernels != "triton" and find_spec("flash_attn") is None:
         pytest.skip("needs flash-attn")
     generator = torch.Generator().manual_seed(0)
     lengths, counts = [1, 300, 256, 1000, 700, 300], [1, 1, 1, 1, 130, 300]
@@ -90,6 +93,11 @@ def test_paged_kernels_equal_torch(heads: int, kv_heads: int, head_dim: int, ker
         fast = paged_attention(queries, cache, 0, pages, kernels).float()
         exact = paged_attention(queries.float(), cache_32, 0, pages, "torch")
         assert (fast - exact).norm() / exact.norm() < 5e-3
+
+
+def test_new_tokens_are_rotated_and_stored_by_one_kernel() -> None:
+    assert can_place(DEVICE, torch.bfloat16, 64)
+    compare_placed(DEVICE)
 
 
 @pytest.mark.parametrize("filtered", [False, True])

@@ -13,8 +13,7 @@ from retool.batch import Sample, pack
 from retool.model.build import ModelOptions
 from retool.model.decoder import Block, Recompute, rms_norm
 from retool.model.logprobs import logprobs
-from retool.rl.engine import SamplingParams
-from retool.rl.engine.weights import blocks
+from retool.rl.engine import SamplingParams, forward
 from tests.model.tiny import make
 from tests.rl.engine.models import engine_of, forced, load, prompts, run
 
@@ -66,25 +65,23 @@ def test_gradients_are_nearer_to_the_exact_ones_too(deep: Path, recompute: Recom
 
 @pytest.mark.parametrize(("weights", "wide", "stream"), [(BF16, True, FP32), (BF16, False, BF16), (FP32, True, FP32), (FP64, True, FP64)])
 def test_an_engine_does_as_the_trainer_and_precise_weights_meet_the_very_embedding(
-    tmp_path: Path, weights: torch.dtype, wide: bool, stream: torch.dtype
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: torch.dtype, wide: bool, stream: torch.dtype
 ) -> None:
     make(tmp_path, "qwen3")
     master = torch.promote_types(weights, FP32)
     options = ModelOptions(param_dtype=weights, master_dtype=master, reduce_dtype=master, fp32_residual=wide)
-    engine = engine_of(tmp_path, load(tmp_path, options))
-    decoder, embedded, seen = engine.weights.decoder, [], list[Tensor]()
-    decoder.embed.register_forward_hook(lambda _module, _inputs, out: embedded.append(out))
+    embedded, seen = [], list[Tensor]()
+    real = Block.projected
 
-    def before(block: Block, x_tD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def projected(block: Block, x_tD: Tensor) -> Tensor:
         seen.append(x_tD)
-        return block.before(x_tD, cos, sin)
+        return real(block, x_tD)
 
-    def between(block: Block, following: Block, x_tD: Tensor, a_tE: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        x_tD = block.after(x_tD, a_tE)
-        return x_tD, before(following, x_tD, cos, sin)
+    monkeypatch.setattr(Block, "projected", projected)
+    monkeypatch.setattr(forward, "PIECES", forward.PIECES._replace(projected=projected))
+    engine = engine_of(tmp_path, load(tmp_path, options))
+    engine.weights.decoder.embed.register_forward_hook(lambda _module, _inputs, out: embedded.append(out))
 
-    for block in blocks(decoder):
-        block.before_piece, block.between_piece = before, between
     engine.start("a", [1, 2, 3], SamplingParams(max_tokens=1))
     run(engine)
     assert {x.dtype for x in seen} == {stream}

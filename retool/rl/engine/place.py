@@ -1,0 +1,53 @@
+"""New tokens' q, k and v on a GPU: norms of heads and rope as the trainer has them, keys and values straight to the cache.
+
+Rotated, laid out and written by separate kernels they take 46 µs of a layer for 8,192 tokens of Qwen2.5-0.5B on an H100, and 5 of the 110
+that a layer of a decode step has.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from retool.model.attention import TRUSTED, tried
+from retool.model.rope import rotate
+
+Norms = tuple[Tensor, Tensor, float]  # weights [H] of q's and k's norm, and its epsilon
+
+
+def place(heads_TJH: Tensor, cos: Tensor, sin: Tensor, norms: Norms | None, slots_T: Tensor, data: Tensor) -> Tensor:
+    """q [T, N, H] of heads q, k, v (J = N + 2·K); k and v are written to `slots` of a layer of the cache, [pages, P, 2·K, H].
+
+    cos and sin are fp32 [T, H/2]. Slots are distinct, but for those of a page that nobody reads.
+    """
+    from retool.rl.engine.place_triton import place_rows
+
+    return place_rows(heads_TJH, cos, sin, norms, slots_T, data)
+
+
+@lru_cache
+def can_place(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `place` takes these inputs and computes rightly on this device: tried on a few random numbers."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim not in (16, 32, 64, 128, 256):
+        return False
+    if find_spec("triton") is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(3, 7, head_dim, generator=generator).to(device, dtype)
+    angles = torch.randn(3, head_dim // 2, generator=generator).to(device)
+    cos, sin, slots = angles.cos(), angles.sin(), torch.tensor([5, 1, 2], device=device)
+    data = torch.zeros(2, 4, 4, head_dim, dtype=dtype, device=device)
+    query = tried(lambda: place(heads, cos, sin, None, slots, data), "the kernel for rope fails here")
+    if query is None:
+        return False
+    found = torch.cat([query, data.flatten(0, 1)[slots]], 1).float()
+    want = torch.cat([rotate(heads[:, :5].float(), cos, sin), heads[:, 5:].float()], 1)
+    right = bool((found - want).norm() <= TRUSTED * want.norm())
+    if not right:
+        wrong = f"the kernel for rope computes wrongly on this device with heads of {head_dim}"
+        warnings.warn(f"{wrong}: torch's are used, which are slower.", stacklevel=2)
+    return right

@@ -1,0 +1,48 @@
+"""The kernel that rotates and stores new tokens without a GPU: run by Triton's interpreter (pip install triton), against the trainer's pieces."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from retool.model.decoder import rms_norm
+from retool.model.rope import rotate
+from retool.rl.engine.kv_cache import KVCache
+from tests.interpreter import interpreted
+
+CPU = torch.device("cpu")
+
+
+def compare(device: torch.device = CPU) -> None:
+    """With and without norms of heads, head counts that are no power of two, tokens whose places are in any order."""
+    from retool.rl.engine.place import place
+
+    generator = torch.Generator().manual_seed(0)
+    for heads, kv_heads, dim, dtype, normed in ((14, 2, 64, torch.float32, False), (4, 1, 16, torch.float16, True), (5, 5, 32, torch.float32, True)):
+        tokens, most = 9, 2e-7 if dtype == torch.float32 else 5e-4
+        x = torch.randn(tokens, heads + 2 * kv_heads, dim, generator=generator).to(dtype)
+        angles = 100 * torch.rand(tokens, dim // 2, generator=generator)
+        q_norm, k_norm = (1 + torch.randn(2, dim, generator=generator) / 4).to(dtype)
+        slots = torch.randperm(3 * 16, generator=generator)[:tokens]
+        cache, wanted = KVCache((2, 16, kv_heads, dim), 3, dtype, device), KVCache((2, 16, kv_heads, dim), 3, torch.float64, CPU)
+        for kept in (cache, wanted):
+            kept.data.fill_(7)
+        on_device = [each.to(device) for each in (x, angles.cos(), angles.sin(), q_norm, k_norm, slots)]
+        norms = (on_device[3], on_device[4], 1e-5) if normed else None
+        found = place(*on_device[:3], norms, on_device[5], cache.data[1]).cpu()
+        q, k, v = x.double().split([heads, kv_heads, kv_heads], 1)
+        if normed:
+            q, k = rms_norm(q, q_norm.double(), 1e-5), rms_norm(k, k_norm.double(), 1e-5)
+        q, k = rotate(q, angles.double().cos(), angles.double().sin()), rotate(k, angles.double().cos(), angles.double().sin())
+        wanted.write(1, slots, torch.cat([k, v], 1))
+        for one, other in ((found, q), (cache.data.cpu(), wanted.data)):
+            assert (one - other).norm() <= most * other.norm(), (heads, dim, dtype)
+        assert torch.equal(cache.data[1].flatten(0, 1).cpu()[slots][:, kv_heads:], x[:, heads + kv_heads :]), "values are as they came"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+def test_the_kernel_rotates_and_stores_as_the_trainers_pieces_do() -> None:
+    interpreted(__name__)
