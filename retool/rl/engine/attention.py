@@ -3,9 +3,8 @@
     decode items    one new token each: batched over a padded page table
     chunk items     several new tokens: the last `count` positions of their sequence, causal among themselves
 
-    flash    FlashAttention-2's paged kernels (flash-attn ≥ 2.5, pages of 256 tokens)
-    triton   ours (`attention_triton.py`)
-    mixed    chunks through flash-attn's, single tokens through ours
+    triton   ours (`attention_triton.py`): on an H100 as fast as the next or faster in every shape that was measured
+    flash    FlashAttention-2's paged kernels (flash-attn ≥ 2.5, pages of 256 tokens): where ours don't fit, heads of 96 for one
     torch    torch's attention over keys and values gathered by the page table: on the CPU, and in fp32 and fp64
 
 Legend: T new tokens · S items · D decode items · W pages of the longest sequence · P tokens of a page · N query heads ·
@@ -61,8 +60,7 @@ def choose_paged(device: torch.device, dtype: torch.dtype, head_dim: int, page_s
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "torch"
     flash = find_spec("flash_attn") is not None and head_dim % 8 == 0 and head_dim <= 256 and page_size % 256 == 0
-    ours = _ours(head_dim, page_size)
-    for name in ["mixed"] * (flash and ours) + ["flash"] * flash + ["triton"] * ours:
+    for name in ["triton"] * _ours(head_dim, page_size) + ["flash"] * flash:
         error = paged_error(name, device, dtype, head_dim, page_size)
         if error <= TRUSTED:
             return name
@@ -205,8 +203,7 @@ def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
 
 Kernel = Callable[[Tensor, Tensor, Pages], Tensor]  # (queries, a layer of the cache, pages) → like the queries
 KERNELS: dict[str, tuple[Kernel, Kernel]] = {  # of chunks, of single tokens
-    "mixed": (_flash_chunks, _triton_decode),
-    "flash": (_flash_chunks, _flash_decode),
     "triton": (_triton_chunks, _triton_decode),
+    "flash": (_flash_chunks, _flash_decode),
     "torch": (_torch_chunks, _torch_decode),
 }

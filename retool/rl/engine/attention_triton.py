@@ -1,6 +1,6 @@
 # ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
 # pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""Attention over the paged cache on a GPU, without flash-attn.
+"""Attention over the paged cache on a GPU.
 
 Single tokens: each sequence's keys are cut into parts by its own length, so that few or long sequences keep every multiprocessor reading
 (Flash-Decoding: Dao, Haziza, Massa & Sizov 2023; the softmax of parts: arXiv 2205.14135).
@@ -33,7 +33,7 @@ MOST = 64  # parts of a sequence
 WARPS = 2
 STAGES = 3  # of the pipeline of loads
 WIDEST = 128  # numbers of a token's key that a program reads
-CHUNKS = {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 2)}  # queries and keys at a time, warps, stages: heads up to so wide
+CHUNKS = {128: (64, 64, 4, 2), 256: (32, 64, 8, 2)}  # queries and keys at a time, warps, stages: heads up to so wide
 
 
 @triton.jit

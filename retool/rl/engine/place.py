@@ -1,7 +1,7 @@
 """New tokens' q, k and v on a GPU: norms of heads and rope as the trainer has them, keys and values straight to the cache.
 
-Rotated, laid out and written by separate kernels they take 46 µs of a layer for 8,192 tokens of Qwen2.5-0.5B on an H100, and 5 of the 110
-that a layer of a decode step has.
+One kernel where there were two (rotate and lay out, write): for 8,192 tokens of Qwen2.5-0.5B on an H100 13 µs a layer instead of 46, for a
+decode step of 256 rows 2.2 instead of 5.4.
 """
 
 from __future__ import annotations
