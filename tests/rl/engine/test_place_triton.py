@@ -29,9 +29,9 @@ def compare(device: torch.device = CPU) -> None:
         cache, wanted = KVCache((2, 16, kv_heads, dim), 3, dtype, device), KVCache((2, 16, kv_heads, dim), 3, torch.float64, CPU)
         for kept in (cache, wanted):
             kept.data.fill_(7)
-        on_device = [each.to(device) for each in (x, angles.cos(), angles.sin(), q_norm, k_norm, slots)]
-        norms = (on_device[3], on_device[4], 1e-5) if normed else None
-        found = place(*on_device[:3], norms, on_device[5], cache.data[1]).cpu()
+        norms = (q_norm.to(device), k_norm.to(device), 1e-5) if normed else None
+        cos, sin = angles.cos().to(device), angles.sin().to(device)
+        found = place(x.to(device), cos, sin, norms, slots.to(device), cache.data[1]).cpu()
         q, k, v = x.double().split([heads, kv_heads, kv_heads], 1)
         if normed:
             q, k = rms_norm(q, q_norm.double(), 1e-5), rms_norm(k, k_norm.double(), 1e-5)
