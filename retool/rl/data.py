@@ -1,7 +1,7 @@
 """Questions from files to rendered prompts: the general schema, three common pairs of columns, or a function of the user's.
 
-data_source, prompt, ability, reward_model{ground_truth}, extra_info      the general schema
-Problem, Answer · problem, answer · question, answer                      by their columns (AIME 2024, MATH, GSM8K)
+    data_source, prompt, ability, reward_model{ground_truth}, extra_info      the general schema
+    Problem, Answer · problem, answer · question, answer                      by their columns (AIME 2024, MATH, GSM8K)
 """
 
 from __future__ import annotations

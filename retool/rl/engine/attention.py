@@ -56,7 +56,7 @@ class Pages:
 
 
 def choose_paged(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> str:
-    """The fastest of `KERNELS` that take these inputs and compute rightly on this device."""
+    """The first of `KERNELS` that take these inputs and compute rightly on this device."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "torch"
     flash = find_spec("flash_attn") is not None and head_dim % 8 == 0 and head_dim <= 256 and page_size % 256 == 0

@@ -33,7 +33,7 @@ MOST = 64  # parts of a sequence
 WARPS = 2
 STAGES = 3  # of the pipeline of loads
 WIDEST = 128  # numbers of a token's key that a program reads
-CHUNKS = {128: (64, 64, 4, 2), 256: (32, 64, 8, 2)}  # queries and keys at a time, warps, stages: heads up to so wide
+CHUNKS = {128: (64, 4), 256: (32, 8)}  # queries at a time and warps: heads up to so wide
 
 
 @triton.jit
@@ -170,10 +170,10 @@ def chunk_rows(q_TNH: Tensor, data: Tensor, tables_SW: Tensor, lengths_S: Tensor
     `longest`; what belongs to none isn't written."""
     (tokens, heads, dim), kv_heads = q_TNH.shape, data.shape[2] // 2
     out = torch.empty(tokens, heads, dim, dtype=q_TNH.dtype, device=q_TNH.device)
-    tile, block, warps, stages = next(config for widest, config in CHUNKS.items() if dim <= widest)
+    tile, warps = next(config for widest, config in CHUNKS.items() if dim <= widest)
     _chunk_kernel[(triton.cdiv(longest, tile), len(tables_SW), heads)](
         q_TNH, q_TNH.stride(0), data, data.stride(0), data.stride(1), tables_SW, tables_SW.stride(0), offsets, lengths_S, out,
         math.log2(math.e) / math.sqrt(dim), HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, PAGE=data.shape[1],
-        TILE=tile, BLOCK=block, num_warps=warps, num_stages=stages,
+        TILE=tile, BLOCK=BLOCK, num_warps=warps, num_stages=2,
     )  # fmt: skip
     return out

@@ -180,10 +180,10 @@ class Engine:
         self._model = make_model(self.weights.decoder, cache, self.group, kernels)
         width = self.scheduler.pool.pages_for(self.scheduler.max_length)
         recordings = Recordings() if o.use_cuda_graphs and self.device.type == "cuda" else None
-        fused = kernels != "torch"
-        ahead = fused if o.run_ahead == "auto" else o.run_ahead  # torch's attention would gather whole page tables
+        paged = kernels != "torch"
+        ahead = paged if o.run_ahead == "auto" else o.run_ahead  # torch's attention would gather whole page tables
         self._loop = DecodeLoop(self._model, rows, width, recordings, o.deterministic) if ahead else None
-        apart = ahead and fused and not o.deterministic  # torch's attention has to know the chunks' lengths on the host
+        apart = ahead and paged and not o.deterministic  # torch's attention has to know the chunks' lengths on the host
         self._chunks = Chunks(self._model, o.max_batch_tokens, o.max_num_seqs, width, recordings) if apart else None
 
     def _launch(self, scheduler: Scheduler) -> Flying | None:

@@ -55,7 +55,7 @@ class Model:
 def make_model(decoder: Decoder, cache: KVCache, group: dist.ProcessGroup | None, kernels: str) -> Model:
     device, plan = cache.data.device, decoder.run.plan
     pieces = Pieces(*map(compiled, PIECES)) if decoder.run.compiled else PIECES
-    fused = kernels != "torch" and plan.sp == 1 and can_place(device, cache.data.dtype, plan.head_dim)
+    fused = kernels != "torch" and plan.sp == 1 and can_place(device, cache.data.dtype, plan.head_dim, decoder.config.qk_norm)
     return Model(decoder, cache, plan, group, kernels, inverse_frequencies(decoder.config, device), pieces, fused)
 
 
@@ -84,9 +84,9 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     for number, block in enumerate(layers):
         query = _placed(model, number, block, heads, cos, sin, pages)
         out = paged_attention(query, model.cache, number, pages, model.kernels)
-        a_tE = unviewed(join_heads(all_to_all(out.flatten(), *plan.to_sequence(t), model.group), plan).flatten(1))
+        a_tE = join_heads(all_to_all(out.flatten(), *plan.to_sequence(t), model.group), plan).flatten(1)
         if number + 1 < len(layers):
-            x_tD, heads = model.pieces.between(block, layers[number + 1], x_tD, a_tE)
+            x_tD, heads = model.pieces.between(block, layers[number + 1], x_tD, unviewed(a_tE))
         else:
             x_tD = block.after_piece(block, x_tD, a_tE)
     return x_tD

@@ -44,7 +44,7 @@ class EngineOptions:
     """How an engine runs.
 
     `max_num_seqs` sequences decode at once; a forward has at most `max_batch_tokens` tokens, longer prompts take several.
-    `page_size` tokens share a page of the KV cache (None: 256 on a GPU, as FlashAttention wants it, else 16). The cache takes
+    `page_size` tokens share a page of the KV cache (None: 256 on a GPU, which all kernels take, else 16). The cache takes
     `kv_bytes`, or `kv_share` of the GPU memory that is free when it is made. `max_length` bounds a sequence (None: the model's
     maximum position, or the cache). `dtype` None: that of the weights that come. `run_ahead` starts a decode step before
     the one before it was looked at ("auto": with fused kernels on a GPU); CUDA graphs need it.

@@ -29,12 +29,10 @@ def _place_kernel(
     sin = tl.load(sin_ptr + token * HALF + lane)
     if NORMS:
         shrink = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
-        q_low, q_high = tl.load(q_norm_ptr + lane), tl.load(q_norm_ptr + HALF + lane)
-        k_low, k_high = tl.load(k_norm_ptr + lane), tl.load(k_norm_ptr + HALF + lane)
-        normed_low = (low * shrink).to(dtype) * tl.where(asks, q_low, k_low)
-        normed_high = (high * shrink).to(dtype) * tl.where(asks, q_high, k_high)
-        low = tl.where(turns, normed_low.to(tl.float32), low)
-        high = tl.where(turns, normed_high.to(tl.float32), high)
+        low_weight = tl.where(asks, tl.load(q_norm_ptr + lane), tl.load(k_norm_ptr + lane)).to(tl.float32)
+        high_weight = tl.where(asks, tl.load(q_norm_ptr + HALF + lane), tl.load(k_norm_ptr + HALF + lane)).to(tl.float32)
+        low = tl.where(turns, low * shrink * low_weight, low)
+        high = tl.where(turns, high * shrink * high_weight, high)
     first = tl.where(turns, low * cos - high * sin, low).to(dtype)
     second = tl.where(turns, high * cos + low * sin, high).to(dtype)
     query = query_ptr + (token * HEADS + head) * 2 * HALF + lane

@@ -28,7 +28,7 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  #
 
 def make_decoder(config: ModelConfig, device: torch.device, group: dist.ProcessGroup | None, compiled: bool) -> Decoder:
     """The decoder on the meta device, with its heads split over `group`. Its parameters ask for gradients as the trainer's do, so that
-    both share compiled graphs; the engine runs without."""
+    both share the compiled graph of `after`; the engine runs without."""
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     mesh = Mesh(rank, ranks, ranks, 1, device, sp_group=group)
     plan = HeadPlan(ranks, rank, config.heads, config.kv_heads, config.head_dim)

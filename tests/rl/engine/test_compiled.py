@@ -57,4 +57,4 @@ def test_any_length_in_any_role_meets_the_same_few_graphs(tmp_path: Path) -> Non
     engines[0].release()
     engines[0].sync(model)
     generate(engines[0], 99, [4, 1])
-    assert graphs() - before == first + 2, "what the engine runs between attentions: for any length, for length 1"
+    assert graphs() - before == first + 6, "three pieces of the engine's own, each for any length and for length 1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
 from retool.parallel.fsdp import Sharded, local_pieces
 from retool.parallel.mesh import make_mesh
-from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone
+from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone, forward
 from retool.rl.engine import engine as engine_module
 from retool.rl.engine.attention import Pages, choose_paged, paged_attention, paged_error
 from retool.rl.engine.kv_cache import KVCache
@@ -95,7 +96,7 @@ def test_paged_kernels_equal_torch(heads: int, kv_heads: int, head_dim: int, ker
 
 
 def test_new_tokens_are_rotated_and_stored_by_one_kernel() -> None:
-    assert can_place(DEVICE, torch.bfloat16, 64)
+    assert can_place(DEVICE, torch.bfloat16, 64, False) and can_place(DEVICE, torch.bfloat16, 128, True)
     compare_placed(DEVICE)
 
 
@@ -148,11 +149,15 @@ def test_graphs_change_nothing_and_survive_new_weights() -> None:
     assert (torch.tensor(turn.logp) - want).abs().mean() < GAP, "the graphs run the new weights"
 
 
-@pytest.mark.parametrize("kernels", ["chosen", "flash"])
+@pytest.mark.parametrize("kernels", ["chosen", "flash", "rope apart", "norms of heads"])
 def test_bf16_gap_to_the_training_forward(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels == "flash":
         pytest.importorskip("flash_attn")
         monkeypatch.setattr(engine_module, "choose_paged", lambda *_: kernels)
+    if kernels == "rope apart":
+        monkeypatch.setattr(forward, "can_place", lambda *_: False)
+    if kernels == "norms of heads":
+        monkeypatch.setitem(globals(), "CONFIG", replace(CONFIG, family="qwen3", qkv_bias=False, qk_norm=True))
     model = model_of(2)
     turns = sampled(engine_of(model), "gap")
     differences = []

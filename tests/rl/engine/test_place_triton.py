@@ -20,8 +20,11 @@ def compare(device: torch.device = CPU) -> None:
     from retool.rl.engine.place import place
 
     generator = torch.Generator().manual_seed(0)
-    for heads, kv_heads, dim, dtype, normed in ((14, 2, 64, torch.float32, False), (4, 1, 16, torch.float16, True), (5, 5, 32, torch.float32, True)):
-        tokens, most = 9, 2e-7 if dtype == torch.float32 else 5e-4
+    shapes = [(14, 2, 64, torch.float32, False), (4, 1, 16, torch.float16, True), (5, 5, 32, torch.float32, True)]
+    if device.type == "cuda":  # the interpreter rounds to bf16 otherwise
+        shapes += [(16, 8, 128, torch.bfloat16, True), (14, 2, 64, torch.bfloat16, False)]
+    for heads, kv_heads, dim, dtype, normed in shapes:
+        tokens, most = 9, {torch.float32: 2e-7, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}[dtype]  # rounded once
         x = torch.randn(tokens, heads + 2 * kv_heads, dim, generator=generator).to(dtype)
         angles = 100 * torch.rand(tokens, dim // 2, generator=generator)
         q_norm, k_norm = (1 + torch.randn(2, dim, generator=generator) / 4).to(dtype)
