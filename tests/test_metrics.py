@@ -195,33 +195,57 @@ def test_tensorboard_writes_what_was_logged(tmp_path: Path) -> None:
     assert [(e.step, round(e.value, 3)) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5), (3, 9.0)]
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+TABLE = [{"question": "2 + 2\n| *a* |", "answer": "4", "score": 1.0}, {"question": "\x1b[31m3 + 3", "answer": "5", "score": -1.0}]
+
+
+def test_texts_reach_the_loggers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = open_loggers(["console", "tensorboard"], info(tmp_path))
+    loggers.log_table(2, "val/generations", TABLE)
+    loggers.log_table(3, "val/generations", [])
+    loggers.close()
+    assert capsys.readouterr().out == "val/generations, step 2: 2 + 2 | *a* | → 4 → 1.0\nval/generations, step 2:  [31m3 + 3 → 5 → -1.0\n"
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("val/generations/text_summary")
+    assert event.step == 2 and b"\n    2 + 2\n    | *a* |\n" in event.tensor_proto.string_val[0]
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     loggers = open_loggers(["wandb"], info(tmp_path))
     loggers.log(1, {"train/loss": 1.0})
+    loggers.log_table(1, "val/generations", TABLE)
     loggers.close()
+    assert "logger fails" not in capsys.readouterr().err
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb")) and (tmp_path / "wandb_run_id.txt").read_text()
     assert not any(b"s3cr3t" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
-def test_mlflow_to_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_to_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
     for first_step in (0, 1):
         loggers = open_loggers(["mlflow"], info(tmp_path, first_step))
         loggers.log(first_step + 1, {"train/loss": 1.0 + first_step})
+        loggers.log_table(1, "val/generations", TABLE)
         loggers.close()
+    assert "logger fails" not in capsys.readouterr().err
     run = (tmp_path / "mlflow_run_id.txt").read_text()
     history = mlflow.MlflowClient().get_metric_history(run, "train/loss")
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 2.0)]
 
 
-def test_swanlab_locally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swanlab_locally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("swanlab")
     monkeypatch.setenv("SWANLAB_MODE", "offline")
     loggers = open_loggers(["swanlab"], info(tmp_path))
     loggers.log(1, {"train/loss": 1.0})
+    loggers.log_table(1, "val/generations", TABLE)
     loggers.close()
+    assert "logger fails" not in capsys.readouterr().err
     assert any((tmp_path / "swanlab").rglob("*"))

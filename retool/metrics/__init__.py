@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from retool.config import Fault
 from retool.metrics.console import ConsoleLogger, phases, printable
 from retool.metrics.jsonl import JsonlLogger, read_jsonl
-from retool.metrics.logger import Logger, RunInfo
+from retool.metrics.logger import Logger, Row, RunInfo
 from retool.metrics.trackers import TRACKERS
 
 __all__ = [
@@ -30,17 +30,21 @@ class Loggers:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log one optimizer step's, or one validation's, metrics."""
-        for name, logger in self._loggers:
-            try:
-                logger.log(step, metrics)
-            except Exception as error:  # whatever a third party's client raises
-                self.failed(name, error)
+        self._each(lambda logger: logger.log(step, metrics))
+
+    def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
+        """Log texts beside the metrics: rows of the same columns. metrics.jsonl has none."""
+        if rows:
+            self._each(lambda logger: logger.log_table(step, name, rows))
 
     def close(self) -> None:
+        self._each(lambda logger: logger.close())
+
+    def _each(self, call: Callable[[Logger], None]) -> None:
         for name, logger in self._loggers:
             try:
-                logger.close()
-            except Exception as error:
+                call(logger)
+            except Exception as error:  # whatever a third party's client raises
                 self.failed(name, error)
 
     def failed(self, name: str, error: Exception) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from retool.metrics.logger import RunInfo
+from retool.metrics.logger import Row, RunInfo
 
 HEADLINE = (  # what a terminal line shows, in order: (metric, label, format)
     ("train/loss", "loss", ".4f"),
@@ -26,6 +26,7 @@ HEADLINE = (  # what a terminal line shows, in order: (metric, label, format)
     ("tool/latency", "s/tool", ".2f"),
 )
 PHASES_SHOWN = 5
+TEXT = 200  # characters shown of a text, its last
 
 
 class Display(Progress):
@@ -61,6 +62,10 @@ class ConsoleLogger:
         self._bar.note = phases(metrics) or self._bar.note
         self._bar.update(self._task, completed=step)
         self._console.print(f"step {step}/{self._info.total_steps}  " + "  ".join(shown))
+
+    def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._console.print(f"{name}, step {step}: " + " → ".join(printable(str(value)[-TEXT:]) for value in row.values()))
 
     def _plain(self, step: int, metrics: Mapping[str, float]) -> str:
         words = [f"step={step}/{self._info.total_steps}", *(f"{name}={value:.6g}" for name, value in metrics.items())]

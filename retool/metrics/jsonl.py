@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retool.metrics.logger import RunInfo
+from retool.metrics.logger import Row, RunInfo
 
 
 class JsonlLogger:
@@ -39,6 +39,9 @@ class JsonlLogger:
             raise
         self._end += written
         self._pending = b""
+
+    def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
+        """Texts stand in the run's `report/`."""
 
     def close(self) -> None:
         if self._file >= 0:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+Row = Mapping[str, str | float]
+
 
 class Logger(Protocol):
-    """A place for metrics. `log` may raise: `Loggers` keeps the run going."""
+    """A place for metrics, and for tables of texts whose rows have the same columns. Both may raise: `Loggers` keeps the run going."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None: ...
     def close(self) -> None: ...
 
 

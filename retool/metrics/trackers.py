@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from retool.metrics.logger import Logger, RunInfo
+from retool.metrics.logger import Logger, Row, RunInfo
 from retool.redact import redact
 
 
@@ -21,6 +22,9 @@ class TensorBoardLogger:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
+    def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
+        self._writer.add_text(name, "\n\n---\n\n".join(map(_as_code, rows)), step)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -29,10 +33,10 @@ class WandbLogger:
     """Weights & Biases. The run's id is kept in the folder, so that a resumed run goes on in the same place."""
 
     def __init__(self, info: RunInfo) -> None:
-        wandb = importlib.import_module("wandb")
+        self._wandb = importlib.import_module("wandb")
         note = info.folder / "wandb_run_id.txt"
         known = note.read_text().strip() if note.exists() and info.first_step else None
-        self._run = wandb.init(
+        self._run = self._wandb.init(
             project=info.project, name=info.experiment, config=redact(info.config), dir=str(info.folder), id=known,
             resume="allow" if known else None,
         )  # fmt: skip
@@ -40,6 +44,10 @@ class WandbLogger:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
+
+    def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
+        table = self._wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
+        self._run.log({name: table}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -60,6 +68,9 @@ class MlflowLogger:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._mlflow.log_metrics({name: float(value) for name, value in metrics.items()}, step=step)
 
+    def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
+        self._mlflow.log_text("".join(json.dumps(dict(row)) + "\n" for row in rows), f"{name}/step_{step}.jsonl")
+
     def close(self) -> None:
         self._mlflow.end_run()
 
@@ -78,8 +89,16 @@ class SwanlabLogger:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._swanlab.log(dict(metrics), step=step)
 
+    def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
+        self._swanlab.log({name: [self._swanlab.Text(_as_code(row)) for row in rows]}, step=step)
+
     def close(self) -> None:
         self._swanlab.finish()
+
+
+def _as_code(row: Row) -> str:
+    """Markdown that shows every text as it is."""
+    return "\n\n".join(f"{name}\n\n    " + str(value).replace("\n", "\n    ") for name, value in row.items())
 
 
 TRACKERS: dict[str, Callable[[RunInfo], Logger]] = {

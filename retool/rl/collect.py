@@ -47,7 +47,7 @@ def collect(run: Run, state: TrainState, times: Metrics) -> tuple[list[Group], l
         position += count
     release(run)
     if empty >= EMPTY_ROUNDS and not collection.groups:
-        raise ValueError(
+        raise dynamic.UnusableSamples(
             f"algorithm.filter_groups: {empty} rounds of sampling in a row gave no group whose {wish.metric} differs: the questions are "
             "all too easy or too hard. Use others, a larger rollout.n, or filter_groups.max_num_gen_batches to go on regardless."
         )

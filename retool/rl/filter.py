@@ -15,6 +15,10 @@ from retool.rl.types import FAILURE, Group, Scored
 OLDEST = 1  # training steps that a kept group may lie
 
 
+class UnusableSamples(ValueError):
+    """What was sampled can't be trained on. All ranks see the same samples: they raise it alike."""
+
+
 def value_of(member: Scored, metric: str) -> float:
     """A member's metric: score, reward, acc (`Scored.accuracy`), or a number of the reward function's own; the score where it failed."""
     score, reward = member.score, member.reward
@@ -22,7 +26,9 @@ def value_of(member: Scored, metric: str) -> float:
     value = own.get(metric, member.score if FAILURE in member.info else member.info.get(metric))
     if not isinstance(value, (int, float)):
         known = sorted({*own, *(key for key, entry in member.info.items() if isinstance(entry, (int, float)))})
-        raise ValueError(f"algorithm.filter_groups.metric={metric}: the reward function gives no such number; it gives {', '.join(known)}.")
+        raise UnusableSamples(
+            f"algorithm.filter_groups.metric={metric}: the reward function gives no such number; it gives {', '.join(known)}."
+        )
     return float(value)
 
 

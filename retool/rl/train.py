@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch.distributed as dist
 
@@ -27,12 +28,14 @@ from retool.rl.build import (
 from retool.rl.collect import collect, release, sample, sync
 from retool.rl.config import RLConfig
 from retool.rl.experience import Experience, make_experience, timed
+from retool.rl.filter import UnusableSamples
 from retool.rl.metrics import failure_metrics, length_metrics, score_metrics, timing_metrics, tool_metrics
 from retool.rl.policy import update_step
 from retool.rl.preflight import Report
 from retool.rl.report import write_training, write_validation
 from retool.rl.state import TrainState, adapted_kl_coef
 from retool.rl.tools import close_tools
+from retool.rl.types import Group
 from retool.rl.validate import validation_metrics
 from retool.run import say, say_ended, seed_everything
 from retool.saving import require_saved, save_step, say_saved
@@ -96,7 +99,13 @@ def due(every: int, step: int) -> bool:
 def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     """Sample, judge, train. None, and nothing changed, when the run was asked to stop in between."""
     config = run.config
-    collected = collect(run, state, times)
+    try:
+        collected = collect(run, state, times)
+    except UnusableSamples:  # on all ranks alike: what was trained so far isn't lost
+        if state.step:
+            save(run, state)
+            say_saved(run, state, wait=True)
+        raise
     if collected is None:
         return None
     groups, kept, position, metrics = collected
@@ -196,11 +205,18 @@ def run_validation(run: Run, state: TrainState) -> None:
     if run.mesh.rank == 0:
         assert run.report.renderer is not None
         write_validation(run.folder, state.step, groups, run.report.renderer)
-        for member in [m for group in groups for m in group.members][: config.trainer.log_val_generations]:
-            t = member.trajectory
-            say(run.mesh, f"validation: {t.prompt.messages[-1]['content'][-200:]} → {t.assistant_text[-200:]} [{member.score:g}]")
+    run.loggers.log_table(state.step, "val/generations", shown(groups, config.trainer.log_val_generations))
     said = {name.replace("reward/", "val-aux/reward/"): value for name, value in failure_metrics(failures).items()}
     run.loggers.log(state.step, {**metrics, **said})
+
+
+def shown(groups: list[Group], most: int) -> list[dict[str, str | float]]:
+    """Question, answer and score of `most` trajectories, from as many questions as there are."""
+    members = [m for turn in zip_longest(*(group.members for group in groups)) for m in turn if m is not None][:most]
+    return [
+        {"question": str(m.trajectory.prompt.messages[-1]["content"]), "answer": m.trajectory.assistant_text, "score": m.score}
+        for m in members
+    ]
 
 
 def save(run: Run, state: TrainState) -> None:

@@ -20,6 +20,7 @@ from retool.metrics import read_jsonl
 from retool.rl import train
 from retool.rl.__main__ import main
 from retool.rl.engine import kv_cache
+from retool.rl.filter import UnusableSamples
 from tests.rl.test_config import PUBLISHED
 
 REWARDS = Path(__file__).with_name("reward_functions.py")
@@ -147,6 +148,22 @@ def test_groups_without_a_signal_are_counted_and_end(work, tmp_path, capsys) -> 
     assert (entry["filter/groups_no_signal"], entry["filter/gen_batches"]) == (8, 2) and "actor/pg_loss" not in entry
     assert main(words(work, tmp_path / "b", *flat, "data.gen_batch_size=1", f"{ARR}rollout.n=2", "trainer.total_training_steps=1")) == 1
     assert "too easy or too hard" in capsys.readouterr().err
+
+
+def test_what_was_trained_is_saved_where_nothing_more_can_be_learnt(work, tmp_path, monkeypatch, capsys) -> None:
+    def spent(run, state, times):
+        if state.step == 2:
+            raise UnusableSamples("all too easy")
+        return collect(run, state, times)
+
+    collect = train.collect
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "collect", spent)
+        assert main(words(work, tmp_path, "trainer.total_training_steps=3")) == 1
+    assert "all too easy" in capsys.readouterr().err
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert main(words(work, tmp_path, "trainer.total_training_steps=3")) == 0
+    assert [entry["step"] for entry in steps(tmp_path)] == [1, 2, 3]
 
 
 def test_everything_at_once(work, tmp_path) -> None:
