@@ -207,11 +207,11 @@ def _function_chunks(file: str, rows_function: RowFunction) -> Iterator[Chunk]:
             start += len(part)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # whatever the user's function raises
+    except (Exception, SystemExit) as error:  # whatever the user's function raises
         raise ValueError(f"{file} can't be read by your function: {_told(error)}.") from error
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """What code of the user's raised, and where."""
     at = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
     said = error.msg if isinstance(error, SyntaxError) else error
@@ -223,12 +223,14 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     if not os.path.isfile(path):
         raise ValueError(f"{path} doesn't exist (it should hold the function {name!r}).")
     spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
-    assert spec is not None and spec.loader is not None, f"{path} isn't importable"
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} isn't a Python file by its name: give it the suffix .py.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
-        raise ValueError(f"{path} can't be loaded: {_told(error)}.") from error
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
+        guard = " Put what a script does under if __name__ == '__main__'." if isinstance(error, SystemExit) else ""
+        raise ValueError(f"{path} can't be loaded: {_told(error)}.{guard}") from error
     found = getattr(module, name, None)
     if found is None:
         there = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))

@@ -144,7 +144,14 @@ class TestFiles:
             load_function(str(tmp_path / "mine.py"), "row")
         with pytest.raises(ValueError, match="doesn't exist"):
             load_function(str(tmp_path / "other.py"), "rows")
-        for text, said in (("\ndef rows(", r"SyntaxError: .*mine\.py, line 2"), ("\n\n1 / 0", r"ZeroDivisionError: .*, line 3")):
+        (tmp_path / "mine").write_text("def rows(path): pass\n")
+        with pytest.raises(ValueError, match=r"mine isn't a Python file.*suffix \.py"):
+            load_function(str(tmp_path / "mine"), "rows")
+        for text, said in (
+            ("\ndef rows(", r"SyntaxError: .*mine\.py, line 2"), ("\n\n1 / 0", r"ZeroDivisionError: .*, line 3"),
+            ("import sys\nsys.exit(0)", r"SystemExit: 0 \(.*mine\.py, line 2\)\. Put .* under if __name__"),
+            ("import argparse\nargparse.ArgumentParser().parse_args(['x'])", "SystemExit: 2"),
+        ):  # fmt: skip
             (tmp_path / "mine.py").write_text(text)
             with pytest.raises(ValueError, match=said):
                 load_function(str(tmp_path / "mine.py"), "rows")

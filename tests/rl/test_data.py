@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -99,6 +100,11 @@ def test_a_function_of_the_users(tmp_path, renderer_of) -> None:
 
     prompts, _ = load_prompts(["anything"], renderer_of("hermes"), None, OPTIONS, rows)
     assert [p.ground_truth for p in prompts] == ["0", "2", "4"] and prompts[0].data_source == "anything"
+
+
+def test_a_users_function_that_ends_the_process_is_a_fault(tmp_path, renderer_of) -> None:
+    with pytest.raises(ValueError, match=r"mine.csv can't be read by your function: SystemExit: 0"):
+        load_prompts(["mine.csv"], renderer_of("hermes"), None, OPTIONS, lambda path: sys.exit(0))
 
 
 def test_a_users_function_that_raises_or_gives_no_rows_is_a_fault_that_says_where(tmp_path, renderer_of) -> None:
