@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +26,11 @@ from retool.rl.config import RLConfig
 from retool.rl.data import prompts_at
 from retool.rl.engine import Engine
 from retool.rl.eos import eos_ids
+from retool.rl.identity import refuse_another_run, stream_identity
 from retool.rl.losses import Clip
 from retool.rl.memory import engine_options
 from retool.rl.policy import LossSpec
-from retool.rl.preflight import Questions, Report, uses_reference
+from retool.rl.preflight import Report, uses_reference
 from retool.rl.reward_pool import RewardPool
 from retool.rl.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.state import TrainState, restored
@@ -188,36 +187,12 @@ def resume(report: Report, mesh: Mesh, folder: Path, model: Sharded, optimizer: 
     if found is None:
         return TrainState(coef)
     loaded = checkpoint.load(found, model_state(model, optimizer), mesh, trainer.seed)
-    refuse_other_questions(loaded.data_state.get("stream", {}), stream_identity(report), found)
+    refuse_another_run(loaded.data_state, stream_identity(report), found)
     optimizer.steps.fill_(loaded.optimizer_step)
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")
     say_nothing_left(mesh, loaded.step, report.steps)
     return restored(loaded.step, loaded.data_state, coef, lambda position: stream(report, position, 1)[0])
-
-
-def fingerprint(questions: Questions | None) -> tuple[int, int]:
-    """(questions, checksum of their tokens)."""
-    checksum, prompts = 0, questions.prompts if questions else []
-    for prompt in prompts:
-        checksum = zlib.crc32(prompt.ids.tobytes(), checksum)
-    return len(prompts), checksum
-
-
-def stream_identity(report: Report) -> dict[str, int]:
-    """What decides which question stands where in the stream; a checkpoint keeps it."""
-    data, counts = report.config.data, dict(zip(("questions", "their checksum"), fingerprint(report.train), strict=True))
-    return {"data.seed": data.seed, "data.shuffle": int(data.shuffle), **counts}
-
-
-def refuse_other_questions(then: Mapping[str, int], now: Mapping[str, int], found: Path) -> None:
-    """ValueError where a checkpoint's stream was another one: its position, and the groups it kept, mean nothing in this one."""
-    other = [f"{name}: then {then[name]}, now {value}" for name, value in now.items() if then.get(name, value) != value]
-    if other:
-        raise ValueError(
-            f"{found} was trained on other questions ({'; '.join(other)}), so the run can't go on from its place in them. Use the same "
-            "data and seed, or start anew: another trainer.default_local_dir, with actor_rollout_ref.model.path at its huggingface folder."
-        )
 
 
 def stream(report: Report, position: int, count: int) -> list[Prompt]:

@@ -18,10 +18,8 @@ from retool.rl.batching import mini_batches, rank_batches
 from retool.rl.build import (
     Run,
     build_run,
-    fingerprint,
     logprob_budget,
     loss_spec,
-    stream_identity,
     update_budget,
     validation_sampling,
 )
@@ -29,6 +27,7 @@ from retool.rl.collect import collect, release, sample, sync
 from retool.rl.config import RLConfig
 from retool.rl.experience import Experience, make_experience, timed
 from retool.rl.filter import UnusableSamples
+from retool.rl.identity import fingerprint, stream_identity
 from retool.rl.metrics import failure_metrics, length_metrics, score_metrics, timing_metrics, tool_metrics
 from retool.rl.policy import update_step
 from retool.rl.preflight import Report

@@ -16,8 +16,8 @@ from retool.config import read
 from retool.memory import LADDER, Choice, Prediction
 from retool.parallel.mesh import make_mesh
 from retool.plan import World, agree, checkpoint_bytes, host_bytes, kept_checkpoints
-from retool.rl.build import fingerprint
 from retool.rl.config import RLConfig
+from retool.rl.identity import fingerprint
 from retool.rl.keys import SYNONYMS
 from retool.rl.preflight import Report, preflight
 from retool.rl.show import in_words
