@@ -89,6 +89,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     silence = trainer.watchdog_s and (trainer.watchdog_s if leads else math.inf)  # a follower can't tell its engine's work from waiting
     watchdog = Watchdog(folder, mesh.rank, mesh.world, silence)
     parts = rollout_parts(report, engine, pool, stop, watchdog) if pool is not None else None
+    require_judges(pool, mesh)
     info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
     options = save_options(report.options, mesh, config.data.chat_template, subfolder="actor")
@@ -96,6 +97,18 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     run = Run(config, report, mesh, folder, model, reference, optimizer, engine, engines, parts, pool, loop, stop, watchdog, loggers,
               options, checkpoint.Staging(mesh))  # fmt: skip
     return run, state
+
+
+def require_judges(pool: RewardPool | None, mesh: Mesh) -> None:
+    """ValueError on every rank where one has workers that can't load the reward function. Collective."""
+    problems: list[str] = [pool.problem() if pool is not None else ""]
+    if mesh.world_group is not None:
+        mine, problems = problems[0], [""] * mesh.world
+        dist.all_gather_object(problems, mine, group=mesh.world_group)
+    if any(problems):
+        if pool is not None:
+            pool.close()
+        raise ValueError(next(filter(None, problems)))
 
 
 def model_options(report: Report, frozen: bool = False) -> ModelOptions:

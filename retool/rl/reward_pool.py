@@ -35,9 +35,11 @@ from retool.rl.types import FAILURE, Trajectory
 
 KEPT = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
 KEPT_PREFIXES = ("LC_", "PYTHON", "OMP_", "MKL_")
+LOAD = 60.0  # seconds that a worker has to load the function
 LOOK = 5.0  # seconds between looks whether the pool still is: one that broke answers nothing
 PRELOADED = ["retool.rl.rewards", "math_verify"]
 _function: RewardFunction | None = None  # a worker's own
+_problem = ""  # why it has none
 _longest = 0  # seconds after which it ends itself, in case nobody is left who would
 
 
@@ -57,8 +59,24 @@ class RewardPool:
     def __init__(self, source: RewardSource, workers: int = 2, timeout: float = 2.0, memory_mb: int = 2048, floor: float = -1.0) -> None:
         source.load()  # a file that isn't there, or doesn't import, is told here and now
         self._leaders = Path(tempfile.mkdtemp(prefix="retool-judges-"))
-        self.timeout, self.floor, self._workers, self._arguments = timeout, floor, workers, (source, memory_mb, timeout, self._leaders)
+        self.timeout, self.floor, self._workers = timeout, floor, workers
+        self._arguments = source, memory_mb, timeout, self._leaders, LOAD
         self._pool = self._open()
+        self._ready = self._pool.schedule(_told)  # workers start meanwhile
+
+    def problem(self) -> str:
+        """Why the function, which loads here, can't be had in a worker, with the way out; "" where it can. Waits up to `LOAD` seconds."""
+        try:
+            reason = self._ready.result(LOAD)
+        except FutureTimeout:
+            reason = f"it isn't loaded after {LOAD:g} s."
+        except (ProcessExpired, BrokenExecutor):
+            reason = f"its process ended meanwhile, or was ended after {LOAD:g} s."
+        source = self._arguments[0]
+        return reason and (
+            f"{source.path or source.name} loads here but not in a reward worker (its environment has no secrets, and it gets no network): "
+            f"{reason} Have the file read what it needs from a file, not from the environment or a server."
+        )
 
     def _open(self) -> ProcessPool:
         context = multiprocessing.get_context("forkserver")
@@ -116,6 +134,9 @@ class RewardPool:
         deadline = time.monotonic() + 2.0
         while self._sweep() and time.monotonic() < deadline:  # a process that ended is there until its parent has noticed
             time.sleep(0.02)
+        for file in self._leaders.iterdir():  # whatever it is doing: none outlives the run
+            with suppress(ProcessLookupError):
+                os.killpg(int(file.name), signal.SIGKILL)
 
     def _sweep(self) -> bool:
         """Kill what workers that are gone have left running; whether there are workers still. Each leads a process group, and has a
@@ -139,7 +160,8 @@ class RewardPool:
 def _work(data_source: str, solution: str, truth: str, extra: Mapping[str, Any]) -> tuple[float, dict[str, Any]] | str:
     """What `judge` gives, or why it gave nothing, as text: an exception of the user's own may not survive the way to the parent, and
     SystemExit or CancelledError would be taken for the parent's own."""
-    assert _function is not None, "the worker has no reward function"
+    if _function is None:
+        return _problem
     worker = os.getpid()
     signal.alarm(_longest)
     try:
@@ -152,16 +174,32 @@ def _work(data_source: str, solution: str, truth: str, extra: Mapping[str, Any])
             os._exit(0)
 
 
-def _start_worker(source: RewardSource, memory_mb: int, timeout: float, leaders: Path) -> None:
-    """In the worker: forget the environment, load the function, then shut the doors."""
-    global _function, _longest
+def _told() -> str:
+    """Why this worker has no function; "" where it has."""
+    return _problem
+
+
+def _start_worker(source: RewardSource, memory_mb: int, timeout: float, leaders: Path, load_s: float) -> None:
+    """In the worker: make ready to judge, or to tell why it can't. One that blocks ends itself: nobody else would, once the run is gone."""
+    global _function, _problem, _longest
     _longest = int(timeout) + 60
     (leaders / str(os.getpid())).touch()
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.setitimer(signal.ITIMER_REAL, load_s)
+    try:
+        _function = _load(source, memory_mb)
+    except BaseException as error:  # the pool would take it for its own end
+        _problem = (str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}.")[:LONGEST]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _load(source: RewardSource, memory_mb: int) -> RewardFunction:
+    """Forget the environment, load the function, then shut the doors."""
     for name in [name for name in os.environ if not _harmless(name)]:
         del os.environ[name]
-    _function = source.load()
+    function = source.load()
     if source.path is None:  # what the built-in ones import when first called would count against that answer's seconds
         importlib.import_module("math_verify")
     with open("/proc/self/statm", encoding="ascii") as sizes:  # what the interpreter has mapped already doesn't count
@@ -171,6 +209,7 @@ def _start_worker(source: RewardSource, memory_mb: int, timeout: float, leaders:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         _forbid_sockets()
+    return function
 
 
 def _harmless(name: str) -> bool:

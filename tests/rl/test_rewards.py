@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from retool.parallel.mesh import make_mesh
+from retool.rl import reward_pool
+from retool.rl.build import require_judges
 from retool.rl.reward_pool import RewardPool
 from retool.rl.rewards import (
     RewardSource,
@@ -25,6 +30,7 @@ from retool.rl.rewards import (
     retool_score,
 )
 from retool.rl.types import Stop
+from tests.ranks import run_ranks
 from tests.rl.conftest import make_prompt, make_trajectory
 
 HERE = str(Path(__file__).with_name("reward_functions.py"))
@@ -151,6 +157,60 @@ def test_what_a_killed_worker_had_started_ends_with_it() -> None:
     with RewardPool(RewardSource("compute_score", HERE), workers=1, timeout=0.5) as pool:
         assert judge_all(pool, ["start", "start"])[1].failure == "timeout"
     assert not running()
+
+
+SECRETIVE = """
+import os, sys, time
+from pathlib import Path
+if "API_KEY" not in os.environ:
+    Path(__file__).with_name("worker").write_text(str(os.getpid()))
+    {}
+def compute_score(data_source, solution_str, ground_truth, extra_info): return 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [('os.environ["API_KEY"]', "KeyError: 'API_KEY'"), ("sys.exit(3)", "SystemExit: 3"), ("os._exit(3)", "process ended"),
+     ("time.sleep(60)", "(isn't loaded|was ended) after 1 s")],
+)  # fmt: skip
+def test_a_function_that_only_the_run_itself_can_load_is_a_fault(tmp_path, monkeypatch, code, said) -> None:
+    monkeypatch.setenv("API_KEY", "geheim")
+    monkeypatch.setattr(reward_pool, "LOAD", 1.0)
+    (file := tmp_path / "judge.py").write_text(SECRETIVE.format(code))
+    with RewardPool(RewardSource("compute_score", str(file)), workers=1, timeout=1.0) as pool:
+        assert re.search(f"judge.py loads here but not in a reward worker .*{said}.* read what it needs from a file", pool.problem())
+        if "sleep" not in code and "_exit" not in code:
+            assert judge_all(pool, ["4"])[0].failure == "exception"
+    assert not Path(f"/proc/{(tmp_path / 'worker').read_text()}").exists()
+
+
+def test_a_worker_that_nobody_ends_ends_itself(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("API_KEY", "geheim")
+    monkeypatch.setattr(reward_pool, "LOAD", 0.5)
+    (file := tmp_path / "judge.py").write_text(SECRETIVE.format("time.sleep(60)"))
+    with RewardPool(RewardSource("compute_score", str(file)), workers=1) as pool:
+        monkeypatch.setattr(reward_pool, "LOAD", 30.0)
+        begin = time.perf_counter()
+        assert "its process ended" in pool.problem() and time.perf_counter() - begin < 15
+
+
+def test_a_pool_with_a_function_has_no_problem() -> None:
+    with RewardPool(RewardSource("compute_score", HERE), workers=1) as pool:
+        assert pool.problem() == ""
+
+
+def one_rank_without_judges() -> tuple[str, bool]:
+    mesh, closed = make_mesh(), []
+    pool = SimpleNamespace(problem=lambda: "no key", close=lambda: closed.append(True)) if mesh.rank == 1 else None
+    with pytest.raises(ValueError, match="no key"):
+        require_judges(pool, mesh)  # type: ignore[arg-type]
+    require_judges(None, mesh)
+    return str(mesh.rank), bool(closed)
+
+
+def test_all_ranks_stop_where_one_has_no_judges() -> None:
+    assert run_ranks(one_rank_without_judges, 2) == [("0", False), ("1", True)]
 
 
 @pytest.mark.slow
