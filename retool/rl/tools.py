@@ -16,10 +16,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from .sandbox import Limits, Result, Sandbox
 from .sandbox.fusion_client import SandboxFusion
+from .schema import check_schema, function_of
 
 INTERPRETERS = (
     "retool.rl.tools.CodeInterpreter",
@@ -109,7 +112,7 @@ class CodeInterpreter:
     def __init__(self, config: InterpreterConfig | None = None, schema: dict[str, Any] | None = None) -> None:
         self.config = config or InterpreterConfig()
         self.schema = schema or SCHEMA
-        self.name = str(self.schema["function"]["name"])
+        self.name = function_of(self.schema)["name"]
         self._argument = _only_argument(self.schema)
         self._backend = _backend(self.config)
 
@@ -141,8 +144,8 @@ def _backend(config: InterpreterConfig) -> Sandbox | SandboxFusion:
 
 
 def _only_argument(schema: Mapping[str, Any]) -> str:
-    parameters = schema["function"].get("parameters", {})
-    names = parameters.get("required") or list(parameters.get("properties", {}))
+    parameters = schema["function"].get("parameters") or {}
+    names = parameters.get("required") or list(parameters.get("properties") or {})
     if len(names) != 1:
         raise ValueError(f"the code interpreter takes one argument, its schema requires {list(names)}.")
     return str(names[0])
@@ -176,7 +179,10 @@ def load_tools(path: str | Path | None) -> list[Tool]:
         return [CodeInterpreter()]
     if not Path(path).is_file():
         raise ValueError(f"tool config file {path} doesn't exist.")
-    content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read as YAML: {' '.join(str(error).split())}.") from error
     entries = content.get("tools") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: expected a list under the key 'tools'.")
@@ -201,6 +207,8 @@ def _load(entry: Any, where: str) -> Tool:
         raise ValueError(f"{where}: expected a mapping with a class_name, such as {INTERPRETERS[0]}.")
     name, config, schema = entry["class_name"], entry.get("config") or {}, entry.get("tool_schema")
     try:
+        if not isinstance(config, dict):
+            raise ValueError(f"config is a {type(config).__name__}, not a mapping.")
         if name in INTERPRETERS:
             return CodeInterpreter(interpreter_config(config), schema)
         return _made(name, config, schema)
@@ -223,15 +231,17 @@ def _made(path: str, config: Mapping[str, Any], schema: Any) -> Tool:
     module, _, name = path.rpartition(".")
     try:
         make = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's file raises
-        raise ValueError(f"class_name={path} can't be imported ({error}). The code interpreter's is {INTERPRETERS[0]}.") from error
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"class_name={path} can't be imported ({said}). The code interpreter's is {INTERPRETERS[0]}.") from error
     try:
         tool = make(config, schema)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path} can't be made with its config and tool_schema ({type(error).__name__}: {error}).") from error
     missing = [part for part in ("name", "schema", "call", "close") if not hasattr(tool, part)]
     if missing:
         raise ValueError(f"{path} makes a {type(tool).__name__} without {', '.join(missing)}: see retool.rl.tools.Tool.")
     if not (inspect.iscoroutinefunction(tool.call) or hasattr(tool.call, "__wrapped__")):
         raise ValueError(f"{path}.call isn't a coroutine function: write 'async def call', and await in it what takes time.")
+    check_schema(tool.name, tool.schema)
     return tool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.server
 import json
+import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from retool.rl import tools
 from retool.rl.sandbox import Result
+from retool.rl.schema import function_of
 from retool.rl.tools import INTERPRETERS, SCHEMA, CodeInterpreter, InterpreterConfig, Tool, ToolResult, load_tools, result_text
 
 RECIPE = """
@@ -90,7 +92,8 @@ class Echo:
     """A tool of somebody else's, at a dotted path."""
 
     def __init__(self, config: dict, schema: dict) -> None:
-        self.name, self.schema, self.config = "echo", schema, config
+        self.name, self.config = "echo", config
+        self.schema = schema or {"function": {"name": "echo", "parameters": {"properties": {"text": {}}}}}
 
     async def call(self, arguments: dict) -> ToolResult:
         return ToolResult(arguments["text"] + self.config["end"], "success")
@@ -100,7 +103,7 @@ class Echo:
 
 
 def test_a_tool_of_ones_own(tmp_path: Path) -> None:
-    (tool,) = load_tools(write(tmp_path, f"tools:\n  - class_name: {__name__}.Echo\n    config: {{end: '!'}}\n    tool_schema: {{a: 1}}\n"))
+    (tool,) = load_tools(write(tmp_path, f"tools:\n  - class_name: {__name__}.Echo\n    config: {{end: '!'}}\n"))
     assert call_and_close(tool, {"text": "hi"})[0].text == "hi!"
 
 
@@ -132,11 +135,22 @@ class Waits(Echo):
         return ToolResult("", "success")
 
 
+def exits(config: dict, schema: dict | None) -> Tool:
+    sys.exit(0)
+
+
 @pytest.mark.parametrize(
     ("entry", "named"),
     [
         ("Waits, config: {}}", r"tools\[0\].*Waits.call isn't a coroutine function: write 'async def call'"),
         ("NoSchema, config: {name: x}}", r"tools\[0\].*makes a NoSchema without schema, close"),
+        ("exits}", r"tools\[0\].*can't be made with its config and tool_schema \(SystemExit: 0\)"),
+        ("Echo, tool_schema: text}", r"tools\[0\].*tool_schema is a str .*not a dict: a schema is {type: function"),
+        ("Echo, tool_schema: {a: 1}}", r"tools\[0\].*tool_schema.function is missing"),
+        ("Echo, tool_schema: {function: {parameters: {}}}}", r"tools\[0\].*function.name is missing"),
+        ("Echo, tool_schema: {function: {name: echo, parameters: [1]}}}", r"tools\[0\].*function.parameters is a list"),
+        ("Echo, tool_schema: {function: {name: echo, parameters: {required: text}}}}", r"tools\[0\].*parameters.required is a str"),
+        ("Echo, tool_schema: {function: {name: other}}}", r"tools\[0\].*name is 'echo', .*function.name 'other': make them the same"),
         ("NoSchema}", r"tools\[0\].*can't be made with its config and tool_schema \(KeyError: 'name'\)"),
     ],
 )
@@ -153,6 +167,13 @@ def test_a_tool_that_is_none_is_told_before_the_run(entry: str, named: str, tmp_
         ("tools: [3]", r"tools\[0\].*class_name"),
         ("tools: [{class_name: no.such.Tool}]", r"tools\[0\].*no.such.Tool can't be imported"),
         ("tools: [{class_name: nodots}]", "can't be imported"),
+        ("tools: [{class_name: exits_at_once.Tool}]", r"tools\[0\].*exits_at_once.Tool can't be imported \(SystemExit: 0\)"),
+        ("tools: [{class_name: x", "can't be read as YAML: .* line 1"),
+        ("tools: ${no.such}", "can't be read as YAML: .*no.such"),
+        ("3", "can't be read as YAML"),
+        ("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: 5}]", "config is a int, not a mapping"),
+        ("tools: [{class_name: retool.rl.tools.CodeInterpreter, tool_schema: {type: function}}]", r"tools\[0\].*tool_schema.function is missing"),
+        ("tools: [{class_name: retool.rl.tools.CodeInterpreter, tool_schema: [1]}]", r"tools\[0\].*tool_schema is a list .*not a dict"),
         ("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: {rate_limt: 3}}]", "rate_limt.*did you mean 'rate_limit'"),
         ("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: {type: mcp}}]", "type='mcp'"),
         ("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: {default_language: cpp}}]", "default_language='cpp'"),
@@ -162,7 +183,9 @@ def test_a_tool_that_is_none_is_told_before_the_run(entry: str, named: str, tmp_
         ("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: {isolation: none}}]", "strict"),
     ],
 )
-def test_faults_in_the_file_are_named(text: str, named: str, tmp_path: Path) -> None:
+def test_faults_in_the_file_are_named(text: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "exits_at_once.py").write_text("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=named) as error:
         load_tools(write(tmp_path, text))
     assert "tools.yaml" in str(error.value)
@@ -171,6 +194,11 @@ def test_faults_in_the_file_are_named(text: str, named: str, tmp_path: Path) -> 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="doesn't exist"):
         load_tools(tmp_path / "none.yaml")
+
+
+def test_a_schema_that_is_no_json_is_refused() -> None:
+    with pytest.raises(ValueError, match="can't be written as JSON"):
+        function_of({"function": {"name": "x", "more": object()}})
 
 
 def test_a_schema_with_two_arguments_is_refused() -> None:
