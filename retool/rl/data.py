@@ -148,6 +148,9 @@ def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOp
         wanted = " or ".join(f"{a!r} and {b!r}" for a, b in PAIRS)
         raise RowError(f"{where}: there is no {options.prompt_key!r}, nor {wanted}; it has {', '.join(map(str, row))}.")
     raw = plain(row[pair[0] if pair else options.prompt_key])
+    if isinstance(raw, str) and _messages_as_text(raw):
+        way_out = "store it as a list, or decode it in a function of yours (data.custom_cls.path, name)"
+        raise RowError(f"{where}: {pair[0] if pair else options.prompt_key!r} is a list of messages as JSON text: {way_out}.")
     messages = [{"role": "user", "content": raw}] if isinstance(raw, str) else raw
     checked = to_conversation({"messages": messages}, file, index, RowFormat(), prompt_only=True).messages
     if checked[-1]["role"] == "assistant":
@@ -158,8 +161,18 @@ def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOp
     if not isinstance(extra, dict):
         raise RowError(f"{where}: 'extra_info' is a {type(extra).__name__}, not a mapping.")
     if options.answer_format and (MATHS.search(ability) or MATHS.search(source)):
-        checked = with_answer_format(checked, options.answer_format)
+        checked = with_answer_format(checked, options.answer_format, where)
     return Question(checked, truth, source, ability, extra, where)
+
+
+def _messages_as_text(text: str) -> bool:
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        found = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return bool(found) and all(isinstance(message, dict) and "role" in message for message in found)
 
 
 def _ground_truth(row: Mapping[str, Any], where: str) -> str:
@@ -175,18 +188,24 @@ def _ground_truth(row: Mapping[str, Any], where: str) -> str:
 
 
 def answer_of(value: Any, where: str) -> str:
-    """A truth as text; of a worked GSM8K solution what follows `####`."""
-    if value is None:
-        raise RowError(f"{where}: the answer is empty.")
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text.rpartition("####")[2].strip().replace(",", "") if "####" in text else text
+    """A truth as text; of a worked GSM8K solution what follows `####`. RowError where nothing is left: an empty box would be right."""
+    text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    truth = text.rpartition("####")[2].strip().replace(",", "") if "####" in text else text
+    if not truth.strip():
+        after = " after '####'" if "####" in text else ""
+        way_out = "leave the row out, or write any text where your own reward function needs no truth"
+        raise RowError(f"{where}: the answer is empty{after}, so nothing to judge by: {way_out}.")
+    return truth
 
 
-def with_answer_format(messages: list[dict[str, Any]], line: str) -> list[dict[str, Any]]:
-    """The line at the end of the last user message, unless some message says how to answer already."""
+def with_answer_format(messages: list[dict[str, Any]], line: str, where: str) -> list[dict[str, Any]]:
+    """The line at the end of the last user message, unless some message says how to answer already. RowError without a user message."""
     if any(HOW_TO_ANSWER.search(message["content"]) for message in messages if message["role"] != "assistant"):
         return messages
-    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        way_out = "Add one, or say in a message how to answer (data.answer_format=null adds nothing)"
+        raise RowError(f"{where}: there is no user message that could be told how to answer. {way_out}.")
     longer = {**messages[last], "content": messages[last]["content"].rstrip() + "\n" + line}
     return [*messages[:last], longer, *messages[last + 1 :]]
 

@@ -135,6 +135,8 @@ def judge(function: RewardFunction, data_source: str, solution: str, truth: str,
         raise ValueError(f"the reward function returned {type(result).__name__}, not a number")
     if not math.isfinite(score):
         raise ValueError(f"the reward function returned {score}")
+    if isinstance(accuracy := info.get("acc"), float) and not math.isfinite(accuracy):
+        raise ValueError(f"the reward function returned acc={accuracy}")
     return float(score), info
 
 

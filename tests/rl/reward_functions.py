@@ -58,7 +58,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
         with open("/proc/self/environ", "rb") as start:
             seen = os.environ.get("WANDB_API_KEY", "") + start.read().decode()
         return {"score": float("geheim" in seen), "there": seen}
-    values = {"nan": float("nan"), "inf": float("inf"), "text": "seven", "none": None, "bool": True, "noscore": {"acc": 1}}
+    values = {"nan": float("nan"), "inf": float("inf"), "text": "seven", "none": None, "bool": True, "noscore": {"acc": 1},
+              "acc nan": {"score": 1.0, "acc": float("nan")}, "acc inf": {"score": 1.0, "acc": float("-inf")}}  # fmt: skip
     if solution_str in values:
         return values[solution_str]
     return {

@@ -86,6 +86,12 @@ def test_truncation(tmp_path, renderer_of) -> None:
         ({**general(), "prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "ends with an assistant turn"),
         ({**general(), "reward_model": "{"}, "not JSON"),
         ({**general(), "extra_info": 3}, "not a mapping"),
+        ({**general(), "prompt": ' [{"role": "user", "content": "x"}]'}, "'prompt' is a list of messages as JSON text: store it as a list"),
+        ({"question": '[{"role": "user", "content": "x"}]', "answer": "4"}, "'question' is a list of messages as JSON text"),
+        ({**general(), "prompt": [{"role": "system", "content": "x"}]}, "no user message.*data.answer_format=null"),
+        (general(truth=" "), "the answer is empty, so.*leave the row out"),
+        ({"question": "x", "answer": "So: ####\n"}, "the answer is empty after '####'"),
+        ({"question": "x", "answer": None}, "the answer is empty"),
     ],
 )
 def test_rows_that_are_refused_are_named(tmp_path, renderer_of, row, said) -> None:
@@ -100,6 +106,17 @@ def test_a_function_of_the_users(tmp_path, renderer_of) -> None:
 
     prompts, _ = load_prompts(["anything"], renderer_of("hermes"), None, OPTIONS, rows)
     assert [p.ground_truth for p in prompts] == ["0", "2", "4"] and prompts[0].data_source == "anything"
+
+
+@pytest.mark.parametrize("text", ["[1, 2] has which sum?", "[3]", "[]", '[{"a": 1}]', "[" * 100_000])
+def test_text_that_only_looks_like_messages_is_a_question(tmp_path, text) -> None:
+    (found,) = read_questions([write(tmp_path, [{**general(), "prompt": text}])], PromptOptions())
+    assert found.messages == [{"role": "user", "content": text}]
+
+
+def test_a_prompt_of_a_system_message_alone_may_say_how_to_answer(tmp_path) -> None:
+    messages = [{"role": "system", "content": "1+1? Use \\boxed{}."}]
+    assert next(iter(read_questions([write(tmp_path, [{**general(), "prompt": messages}])], OPTIONS))).messages == messages
 
 
 def test_a_users_function_that_ends_the_process_is_a_fault(tmp_path, renderer_of) -> None:

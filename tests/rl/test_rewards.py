@@ -122,7 +122,8 @@ def judge_all(pool, texts):
 
 def test_everything_a_reward_function_can_do(monkeypatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "geheim")
-    texts = ["hang", "raise", "4", "die", "eat", "nan", "inf", "text", "none", "noscore", "bool", "connect", "environment", "5"]
+    texts = ["hang", "raise", "4", "die", "eat", "nan", "inf", "text", "none", "noscore", "bool", "connect", "environment", "5", "acc nan",
+             "acc inf"]  # fmt: skip
     with RewardPool(RewardSource("compute_score", HERE), workers=2, timeout=1.0, floor=-2.0) as pool:
         begin = time.perf_counter()
         judged = dict(zip(texts, judge_all(pool, texts), strict=True))
@@ -130,9 +131,10 @@ def test_everything_a_reward_function_can_do(monkeypatch) -> None:
         assert judge_all(pool, ["4"])[0].score == 0.5  # the pool goes on
     assert judged["4"].score == 0.5 and judged["4"].info == {"acc": 1.0, "turns": 4, "stop": "length"} and judged["5"].info["acc"] == 0.0
     for text, failure in (("hang", "timeout"), ("raise", "exception"), ("die", "killed"), ("eat", "exception"), ("nan", "exception"),
-                          ("inf", "exception"), ("text", "exception"), ("none", "exception"), ("noscore", "exception")):  # fmt: skip
+                          ("inf", "exception"), ("text", "exception"), ("none", "exception"), ("noscore", "exception"), ("acc nan", "exception"),
+                          ("acc inf", "exception")):  # fmt: skip
         assert (judged[text].score, judged[text].failure) == (-2.0, failure), text
-    assert "KeyError" in judged["raise"].reason and "MemoryError" in judged["eat"].reason and "nan" in judged["nan"].reason
+    assert "KeyError" in judged["raise"].reason and "MemoryError" in judged["eat"].reason and "nan" in judged["nan"].reason and "acc=nan" in judged["acc nan"].reason
     assert judged["bool"].score == 1.0
     assert judged["connect"].info == {"why": "refused"}
     assert judged["environment"].score == 0.0 and os.environ["WANDB_API_KEY"] == "geheim"
