@@ -166,6 +166,19 @@ def test_what_was_trained_is_saved_where_nothing_more_can_be_learnt(work, tmp_pa
     assert [entry["step"] for entry in steps(tmp_path)] == [1, 2, 3]
 
 
+def test_validation_alone_gives_the_likeliest_answers_and_trains_nothing(work, tmp_path, capsys) -> None:
+    found = []
+    for seed in (1, 2):  # of draws: there are none
+        out = tmp_path / str(seed)
+        alone = ["trainer.val_only=true", f"data.val_files={work}/val.jsonl", f"{ARR}rollout.val_kwargs.do_sample=false", f"trainer.seed={seed}"]
+        assert main(words(work, out, *alone, "trainer.log_val_generations=2")) == 0
+        assert not list(out.glob("global_step_*")) and not steps(out)
+        found.append([json.loads(line)["segments"] for line in (out / "report" / "val_000000.jsonl").read_text().splitlines()])
+        shown = [line.split(" → ") for line in capsys.readouterr().out.splitlines() if line.startswith("val/generations, step 0: ")]
+        assert len({question for question, _, _ in shown}) == 2
+    assert found[0] == found[1] and len(found[0]) > 2
+
+
 def test_everything_at_once(work, tmp_path) -> None:
     """KL in reward and loss, entropy, GSPO, overlong shaping, correction, two epochs, micro-batches by count: one step runs."""
     more = [
