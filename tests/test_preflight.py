@@ -126,6 +126,19 @@ def remove_tokenizer(root: Path) -> None:
         (root / "model" / name).unlink(missing_ok=True)
 
 
+def into_checkpoint(inside: str, kept: str = "*") -> Callable[[Path], None]:
+    """The model's folder becomes a checkpoint that has, of the model's files, those `kept`."""
+
+    def change(root: Path) -> None:
+        files = [(file.name, file.read_bytes()) for file in (root / "model").glob(kept)]
+        shutil.rmtree(root / "model")
+        (root / "model" / inside).mkdir(parents=True)
+        for name, data in files:
+            (root / "model" / inside / name).write_bytes(data)
+
+    return change
+
+
 def shards(root: Path) -> list[Path]:
     return sorted((root / "model").glob("model-*.safetensors"))
 
@@ -164,7 +177,10 @@ JSONL = "data.train_files={root}/train.jsonl"
         (lambda r: None, ["data.train_batch_size=11"], ["data.train_batch_size=11", "10 training samples", "Use at most 10."]),
         (lambda r: edit(r / "model" / "config.json", model_type="mamba"), [], ["model_type 'mamba'", "llama, qwen2, qwen3"]),
         (lambda r: edit(r / "model" / "config.json", hidden_size=None), [], ["config.json lacks 'hidden_size'"]),
-        (lambda r: (r / "model" / "config.json").unlink(), [], ["config.json is missing"]),
+        (lambda r: (r / "model" / "config.json").unlink(), [], ["has no config.json. Give a Hugging Face"]),
+        (into_checkpoint("huggingface"), [], ["has no config.json", "model is in", "model/huggingface: give that"]),
+        (into_checkpoint("actor/huggingface"), [], ["has no config.json", "model is in", "model/actor/huggingface: give that"]),
+        (into_checkpoint("actor/huggingface", "config.json"), [], ["python -m retool.checkpoint merge", "and give DIR"]),
         (lambda r: (r / "model" / "config.json").write_text("{"), [], ["config.json"]),
         (remove_template, [], ["has no chat template", "data.chat_template=hermes"]),
         (remove_tokenizer, [], ["has no tokenizer"]),

@@ -53,11 +53,21 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     """Read `folder/config.json`. ValueError names an unknown `model_type` or a switch that isn't implemented."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: model.partial_pretrain must be a Hugging Face model folder.")
+        raise ValueError(f"the model folder {folder} has no config.json. {_model_inside(path.parent)}")
     try:
         return parse_model_config(json.loads(path.read_text()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _model_inside(folder: Path) -> str:
+    """Where the model is, if `folder` is a checkpoint of a run."""
+    for inside in (folder / "huggingface", folder / "actor" / "huggingface"):
+        if any(inside.glob("*.safetensors")):
+            return f"The checkpoint's model is in {inside}: give that."
+        if (inside / "config.json").is_file():
+            return f"Make a model of this checkpoint: python -m retool.checkpoint merge {folder} --out DIR, and give DIR."
+    return "Give a Hugging Face model folder: config.json, tokenizer and safetensors."
 
 
 def parse_model_config(c: dict[str, Any]) -> ModelConfig:
