@@ -16,6 +16,7 @@ import numpy as np
 
 from retool.data.backend import decode_ids, encode_text, token_offsets
 from retool.data.chat import Renderer
+from retool.rl.rewards import LONGEST
 from retool.rl.toolcall import PARSERS, Call, check
 from retool.rl.tools import Tool, ToolResult
 from retool.rl.types import Prompt, Stop, Trajectory
@@ -108,8 +109,8 @@ async def run_episode(
         if stop is not None:
             return _finish(episode, prompt, sample, stop, version)
         responses, broken = await _run_calls(episode, calls, tools, renderer, options)
-        if broken:
-            return _finish(episode, prompt, sample, Stop.TOOL_ERROR, version)
+        if broken is not None:
+            return _finish(episode, prompt, sample, Stop.TOOL_ERROR, version, broken)
         fresh = renderer.render_tool_turn(episode.messages, responses, prompt.tools)
         if len(episode.tokens) + len(fresh) >= limit:  # no room for an answer to it
             return _finish(episode, prompt, sample, Stop.LENGTH, version)
@@ -151,8 +152,8 @@ def turn_text(renderer: Renderer, ids: Sequence[int]) -> str:
 
 async def _run_calls(
     episode: _Episode, calls: Sequence[Call], tools: Mapping[str, Tool], renderer: Renderer, options: AgentOptions
-) -> tuple[list[dict[str, Any]], bool]:
-    """The tools' answers as messages, one per call and in order; whether a tool broke. Counts what happened."""
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The tools' answers as messages, one per call and in order; what a tool that broke said, if one did. Counts what happened."""
     most, schemas = options.max_parallel_calls, [tool.schema for tool in tools.values()]
     running = [_run_call(call, check(call, schemas), tools, options.tool_timeout_seconds) for call in calls[:most]]
     results = [await running[0]] if len(running) == 1 else list(await asyncio.gather(*running))
@@ -166,7 +167,8 @@ async def _run_calls(
         episode.seconds += result.seconds
         text = cut_text(renderer.tokenizer, clean(result.text), options.max_tool_response_length, options.truncate_side)
         responses.append({"role": "tool", "content": text, **({"name": call.name} if call.name in tools else {})})
-    return responses, any(result.status == BROKEN for result in results)
+    said = (f"{call.name}: {clean(result.text)}"[:LONGEST] for call, result in zip(calls, results, strict=True) if result.status == BROKEN)
+    return responses, next(said, None)
 
 
 async def _run_call(call: Call, problem: str | None, tools: Mapping[str, Tool], timeout: float) -> ToolResult:
@@ -241,7 +243,7 @@ def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _finish(episode: _Episode, prompt: Prompt, sample: int, stop: Stop, version: int) -> Trajectory:
+def _finish(episode: _Episode, prompt: Prompt, sample: int, stop: Stop, version: int, failure: str = "") -> Trajectory:
     n = len(prompt.ids)
 
     def whole(values: Sequence[float], dtype: type) -> np.ndarray:
@@ -252,4 +254,5 @@ def _finish(episode: _Episode, prompt: Prompt, sample: int, stop: Stop, version:
         whole(episode.logp, np.float32), whole(episode.logp_behaviour, np.float32), stop,
         num_turns=episode.user_turns + episode.assistant_turns + 1, tool_calls=episode.calls, tool_errors=episode.errors,
         tool_timeouts=episode.timeouts, tool_seconds=episode.seconds, policy_version=version, assistant_text="\n".join(episode.texts),
+        tool_failure=failure,
     )  # fmt: skip

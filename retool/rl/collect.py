@@ -16,7 +16,7 @@ from retool.rl.memory import ROOM
 from retool.rl.metrics import failure_metrics
 from retool.rl.rollout import RolloutTimes, Sampling, roll_out
 from retool.rl.state import TrainState, regroup
-from retool.rl.types import FAILURE, Group, Prompt, Scored
+from retool.rl.types import FAILURE, TOOL_FAILURE, Group, Prompt, Scored
 from retool.run import say
 
 EMPTY_ROUNDS = 20  # rounds of dynamic sampling in a row without a single group worth training on
@@ -103,10 +103,19 @@ def sample(
     if any(part is None for part in everyone):
         return None
     pairs: list[tuple[Scored, str | None]] = [pair for part in everyone for pair in part or []]
-    reason = next((scored.info.get(FAILURE) for scored, failure in pairs if failure is not None), None)
-    if run.mesh.rank == 0 and reason is not None:
-        warnings.warn(f"the reward function gave no score ({reason}); such an answer gets reward_model.floor.", stacklevel=1)
+    if run.mesh.rank == 0:
+        warn_of_failures(pairs)
     return regroup(prompts, [scored for scored, _ in pairs]), [failure for _, failure in pairs]
+
+
+def warn_of_failures(pairs: Sequence[tuple[Scored, str | None]]) -> None:
+    """Why the first reward that failed did, and the first tool: each reason is shown once a run."""
+    reason = next((scored.info.get(FAILURE) for scored, failure in pairs if failure is not None), None)
+    if reason is not None:
+        warnings.warn(f"the reward function gave no score ({reason}); such an answer gets reward_model.floor.", stacklevel=1)
+    broken = next((scored.info[TOOL_FAILURE] for scored, _ in pairs if TOOL_FAILURE in scored.info), None)
+    if broken is not None:
+        warnings.warn(f"a tool broke ({broken}); such an answer ends there (tool_error) and is judged as it is.", stacklevel=1)
 
 
 def gathered(run: Run, mine: Any) -> list[Any]:

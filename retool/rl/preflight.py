@@ -23,7 +23,8 @@ from retool.rl.data import PromptOptions, PromptReport, load_prompts
 from retool.rl.keys import contradictions, notes
 from retool.rl.memory import StepMemory, engine_options, step_memory
 from retool.rl.rewards import RewardSource, find_reward
-from retool.rl.tools import Tool, load_tools
+from retool.rl.sandbox.fusion_client import unreachable
+from retool.rl.tools import CodeInterpreter, Tool, load_tools
 from retool.rl.types import Prompt
 
 ARR = "actor_rollout_ref."
@@ -123,6 +124,7 @@ def _with_functions(report: Report) -> Report:
     if multi.enable:
         where = f"{ARR}rollout.multi_turn.tool_config_path"
         tools = attempt(where, lambda: load_tools(multi.tool_config_path), faults) or ()
+    faults += _sandbox_faults(tools)
 
     def find() -> RewardSource:
         source = find_reward(config.reward_model.name, custom.path, custom.name)
@@ -131,6 +133,15 @@ def _with_functions(report: Report) -> Report:
 
     reward = attempt("custom_reward_function" if custom.path else "reward_model.name", find, faults)
     return replace(report.blame(*faults), tools=tuple(tools), reward=reward)
+
+
+def _sandbox_faults(tools: Sequence[Tool]) -> Iterator[Fault]:
+    """Sandbox servers that take no connection."""
+    remedy = "Start one there (python -m retool.rl.sandbox serve), correct the address, or leave it out: programs then run on this machine."
+    urls = [tool.config.sandbox_fusion_url for tool in tools if isinstance(tool, CodeInterpreter)]
+    for url in dict.fromkeys(url for url in urls if url):
+        if (reason := unreachable(url)) is not None:
+            yield Fault(f"sandbox_fusion_url={url}", f"no server can be reached there ({reason}).", remedy)
 
 
 def _with_prompts(report: Report) -> Report:

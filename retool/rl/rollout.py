@@ -19,7 +19,7 @@ from retool.rl.engine.params import SamplingParams, TurnDone
 from retool.rl.reward_pool import Judged
 from retool.rl.rewards import overlong_penalty
 from retool.rl.tools import Tool
-from retool.rl.types import Prompt, Scored, Trajectory
+from retool.rl.types import TOOL_FAILURE, Prompt, Scored, Trajectory
 
 ROUNDS = 3  # of the event loop between engine steps: in so many a finished turn's call is on its way, and a tool's answer in the engine
 
@@ -186,4 +186,5 @@ async def _episode(
     if parts.overlong is not None:
         longest = parts.agent.max_response_length
         reward += overlong_penalty(trajectory.response_length, longest, parts.overlong.buffer, parts.overlong.factor)
-    return Scored(trajectory, judged.score, reward, judged.info), judged.failure
+    info = {**judged.info, TOOL_FAILURE: trajectory.tool_failure} if trajectory.tool_failure else judged.info
+    return Scored(trajectory, judged.score, reward, info), judged.failure

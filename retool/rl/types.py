@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 FAILURE = "failure"  # the key in `Scored.info` under which it says why the reward function gave no score
+TOOL_FAILURE = "tool_failure"  # likewise, how a tool itself broke (`Stop.TOOL_ERROR`)
 
 
 class Stop(str, Enum):
@@ -46,7 +47,7 @@ class Trajectory:
     trained. `logp` float32 [n] is the sampler's log-probability under softmax(logits / temperature) over the whole
     vocabulary, `logp_behaviour` after top-p and top-k as well; both are 0 where `mask` is False. `assistant_text` is what
     the model wrote, without tool output; `policy_version` is how many training steps the weights that sampled it had seen.
-    `num_turns` = user + assistant turns + 1; without a tool call 2.
+    `num_turns` = user + assistant turns + 1; without a tool call 2. `tool_failure` is what a tool that broke said.
     """
 
     prompt: Prompt
@@ -64,6 +65,7 @@ class Trajectory:
     tool_seconds: float
     policy_version: int
     assistant_text: str
+    tool_failure: str = ""
 
     def __post_init__(self) -> None:
         sizes = {len(self.tokens), len(self.mask), len(self.logp), len(self.logp_behaviour)}
@@ -86,7 +88,8 @@ class Trajectory:
 @dataclass(frozen=True)
 class Scored:
     """A trajectory with what the reward function gave (`score`), what is trained on (`reward`: with overlong shaping), and
-    whatever else it told (`info`: acc, pred, …; FAILURE where it failed, and `score` is the configured floor)."""
+    whatever else it told (`info`: acc, pred, …; FAILURE where it failed, and `score` is the configured floor;
+    TOOL_FAILURE where a tool broke)."""
 
     trajectory: Trajectory
     score: float

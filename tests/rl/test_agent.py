@@ -170,6 +170,7 @@ def test_tools_that_raise_hang_and_break(renderer_of, tool_row) -> None:
     assert trajectory.tool_seconds >= 0.05
     broken, _ = episode(renderer, tool_row, turns, Answers([ToolResult("gone", "sandbox_error")]))
     assert broken.stop is Stop.TOOL_ERROR and broken.mask[-1] and broken.tool_errors == 1
+    assert broken.tool_failure == "calculator: gone" and trajectory.tool_failure == ""
 
 
 @pytest.mark.parametrize(

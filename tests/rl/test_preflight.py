@@ -20,6 +20,7 @@ from retool.rl.config import RLConfig
 from retool.rl.identity import fingerprint
 from retool.rl.keys import SYNONYMS
 from retool.rl.preflight import Report, preflight
+from retool.rl.sandbox.fusion_client import unreachable
 from retool.rl.show import in_words
 from tests.ranks import run_ranks
 
@@ -76,6 +77,23 @@ def test_a_template_that_can_not_show_a_tools_answer_is_refused_before_a_tool_is
     more = [f"data.chat_template={tmp_path}/chat.jinja", f"{turns}enable=true", f"{turns}tool_config_path={work}/tools.yaml", "trainer.device=cpu"]
     assert "data.chat_template: the chat template refuses it: only users here" in said(check(work, tmp_path / "out", *more))
     assert not check(work, tmp_path / "out", more[0], "trainer.device=cpu").faults
+
+
+def test_a_sandbox_server_that_is_not_there_is_refused(work: Path, tmp_path: Path) -> None:
+    turns, url = "actor_rollout_ref.rollout.multi_turn.", "http://127.0.0.1:{}/run_code"
+    more = [f"{turns}enable=true", f"{turns}tool_config_path={tmp_path}/tools.yaml", "trainer.device=cpu"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        there = url.format(server.getsockname()[1])
+        tool = f"tools: [{{class_name: retool.rl.tools.CodeInterpreter, config: {{sandbox_fusion_url: '{there}'}}}}]"
+        (tmp_path / "tools.yaml").write_text(tool)
+        assert not check(work, tmp_path / "out", *more).faults
+    (fault,) = check(work, tmp_path / "out", *more).faults
+    assert fault.where == f"sandbox_fusion_url={there}" and "refused" in fault.problem and "sandbox serve" in fault.remedy
+
+
+@pytest.mark.parametrize("url", ["http:///run_code", "http://[::1", "http://127.0.0.1:99999/", "http://no.such.host.invalid/"])
+def test_an_address_that_is_none_is_unreachable(url: str) -> None:
+    assert unreachable(url)
 
 
 def test_offloading_needs_host_memory(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 from retool.data.chat import Renderer
 from retool.data.rows import to_conversation
 from retool.rl.agent import AgentOptions
+from retool.rl.collect import warn_of_failures
 from retool.rl.engine.params import TurnDone
 from retool.rl.report import write_training, write_validation
 from retool.rl.reward_pool import Judged
@@ -129,6 +130,23 @@ def test_a_sequence_that_does_not_fit_is_aborted_and_counted(renderer_of) -> Non
     parts, engine = parts_of(renderer_of("hermes"), {0: ["capacity"]})
     ((scored, failure),) = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, 0), 0)], Sampling(), 0))
     assert scored.trajectory.stop is Stop.ABORTED and scored.trajectory.sampled == 0 and failure == "exception" and not engine.live
+
+
+def test_what_a_broken_tool_said_is_kept_told_and_written(renderer_of, tmp_path, recwarn) -> None:
+    class Broken(Tool):
+        async def call(self, arguments):
+            return ToolResult("SandboxError: nobody there", "sandbox_error")
+
+    parts, _ = parts_of(renderer_of("hermes"), {0: [called("1")], 1: ["42"]}, Broken(0))
+    found = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, i), 0) for i in range(2)], Sampling(), 0))
+    reason, (broken, fine) = "code_interpreter: SandboxError: nobody there", [scored for scored, _ in found]
+    assert broken.trajectory.stop is Stop.TOOL_ERROR and broken.info["tool_failure"] == reason and "tool_failure" not in fine.info
+    warn_of_failures([(fine, None)])
+    assert not recwarn
+    warn_of_failures(found)
+    assert f"a tool broke ({reason})" in str(recwarn[-1].message)
+    write_validation(tmp_path, 1, [Group(broken.trajectory.prompt, [broken])], parts.renderer)
+    assert [line["info"]["tool_failure"] for line in read_transcripts(tmp_path)] == [reason]
 
 
 def test_length_shaping_is_in_the_reward_only(renderer_of) -> None:

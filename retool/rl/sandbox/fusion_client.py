@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
 from collections.abc import Mapping, Sequence
 
 import httpx
@@ -15,6 +16,16 @@ from .result import Result
 
 PATIENCE = 15.0  # seconds a request may take beyond its program's: to queue and to travel
 RETRIED = frozenset({429, 502, 503, 504})
+
+
+def unreachable(url: str, timeout: float = 2.0) -> str | None:
+    """Why nothing at `url` takes a connection within `timeout` seconds; None where something does."""
+    try:
+        parts = httpx.URL(url)
+        socket.create_connection((parts.host, parts.port or {"https": 443}.get(parts.scheme, 80)), timeout).close()
+    except (OSError, UnicodeError, httpx.InvalidURL) as error:
+        return str(error) or type(error).__name__
+    return None
 
 
 class SandboxFusion:
