@@ -72,6 +72,9 @@ class RewardPool:
             reason = f"it isn't loaded after {LOAD:g} s."
         except (ProcessExpired, BrokenExecutor):
             reason = f"its process ended meanwhile, or was ended after {LOAD:g} s."
+        except KeyboardInterrupt:  # a worker that blocks would live on for a while
+            self.close()
+            raise
         source = self._arguments[0]
         return reason and (
             f"{source.path or source.name} loads here but not in a reward worker (its environment has no secrets, and it gets no network): "

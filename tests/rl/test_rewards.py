@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from multiprocessing import forkserver
 from pathlib import Path
@@ -195,6 +196,19 @@ def test_a_worker_that_nobody_ends_ends_itself(tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(reward_pool, "LOAD", 30.0)
         begin = time.perf_counter()
         assert "its process ended" in pool.problem() and time.perf_counter() - begin < 15
+
+
+def test_a_worker_that_blocks_does_not_outlive_ctrl_c(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("API_KEY", "geheim")
+    (file := tmp_path / "judge.py").write_text(SECRETIVE.format("time.sleep(60)"))
+    pool, told = RewardPool(RewardSource("compute_score", str(file)), workers=1), tmp_path / "worker"
+    while not (told.exists() and told.read_text()):
+        time.sleep(0.01)
+    assert Path(f"/proc/{told.read_text()}").exists()
+    threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        pool.problem()
+    assert not Path(f"/proc/{told.read_text()}").exists()
 
 
 def test_a_pool_with_a_function_has_no_problem() -> None:
