@@ -229,7 +229,7 @@ class RewardConfig:
     """How answers are judged."""
 
     name: str | None = option(None, "retool, math, or file.py/function; null = custom_reward_function, else by data_source.")
-    num_workers: int = option(2, "Processes that judge, per rank.", minimum=1)
+    num_workers: int = option(2, "Processes that judge, per rank; no secrets in their environment, no network.", minimum=1)
     timeout_seconds: float = option(2.0, "An answer that takes longer gets the floor.", above=0)
     memory_mb: int = option(2048, "Memory of a worker.", minimum=64)
     floor: float = option(-1.0, "Score where the reward function fails: exception, timeout, NaN.")

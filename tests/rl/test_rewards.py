@@ -198,6 +198,18 @@ def test_a_worker_that_nobody_ends_ends_itself(tmp_path, monkeypatch) -> None:
         assert "its process ended" in pool.problem() and time.perf_counter() - begin < 15
 
 
+def test_a_busy_worker_whose_server_was_killed_does_not_outlive_the_pool() -> None:
+    with RewardPool(RewardSource("compute_score", HERE), workers=1) as pool:
+        assert pool.problem() == ""
+        (worker,) = [int(file.name) for file in pool._leaders.iterdir()]
+        os.kill(worker, signal.SIGSTOP)
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+        time.sleep(0.3)
+    time.sleep(0.1)
+    stat = Path(f"/proc/{worker}/stat")
+    assert not stat.exists() or ") Z" in stat.read_text()
+
+
 def test_a_worker_that_blocks_does_not_outlive_ctrl_c(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("API_KEY", "geheim")
     (file := tmp_path / "judge.py").write_text(SECRETIVE.format("time.sleep(60)"))
