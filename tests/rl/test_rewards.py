@@ -217,9 +217,11 @@ def test_a_worker_that_blocks_does_not_outlive_ctrl_c(tmp_path, monkeypatch) -> 
     while not (told.exists() and told.read_text()):
         time.sleep(0.01)
     assert Path(f"/proc/{told.read_text()}").exists()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
     threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         pool.problem()
+    signal.signal(signal.SIGINT, before)
     assert not Path(f"/proc/{told.read_text()}").exists()
 
 
