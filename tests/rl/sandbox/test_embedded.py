@@ -246,7 +246,10 @@ def leaks(sandbox: Sandbox, calls: int) -> None:
 
     def state() -> tuple[int, int, int]:
         assert settled(sandbox)
-        files = len(os.listdir(f"/proc/{sandbox.pid}/fd"))
+        files = 0
+        while (now := len(os.listdir(f"/proc/{sandbox.pid}/fd"))) != files:  # the server closes a child's a moment after the child is gone
+            files = now
+            time.sleep(0.2)
         with open(f"/proc/{sandbox.pid}/statm") as file:
             memory = int(file.read().split()[1]) * 4096
         return files, memory, len(os.listdir(sandbox.scratch))
