@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from retool.config import Fault
 from retool.memory import DTYPE_BYTES, LADDER, Choice, Recompute, Setting
 from retool.model.config import ModelConfig
 from retool.options import RunOptions
+from retool.parallel.collectives import gather_objects
 from retool.parallel.mesh import Mesh
 from retool.perf import GIB
 
@@ -96,8 +96,7 @@ def agree(report: R, mesh: Mesh, read: Mapping[str, tuple[int, ...]]) -> R:
     """
     if mesh.world_group is None:
         return report
-    everyone: list[Any] = [None] * mesh.world
-    dist.all_gather_object(everyone, (report.choice, dict(read)), group=mesh.world_group)
+    everyone: list[Any] = gather_objects((report.choice, dict(read)), mesh.world_group)
     for rank, (_, theirs) in enumerate(everyone):
         for key, first in everyone[0][1].items():
             if theirs[key] != first:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from .files import RowError, columns_of
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+AS_LIST = "store it as a list, or decode it in a function of yours (data.custom_cls.path, name)"  # of messages found as text
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -118,7 +119,7 @@ def to_conversation(
     raw = plain(row[form.messages_key]) if form.multiturn else _single_turn(row, form, where)
     if not isinstance(raw, list) or not raw or not all(isinstance(message, dict) for message in raw):
         found = f"a list of {type(raw[0]).__name__}" if isinstance(raw, list) and raw else "empty" if raw == [] else type(raw).__name__
-        way_out = ": store it as a list, or decode it in a function of yours (data.custom_cls.path, name)" if isinstance(raw, str) else ""
+        way_out = f": {AS_LIST}" if isinstance(raw, str) else ""
         key = form.messages_key if form.multiturn else form.prompt_key
         raise RowError(f"{where}: {key!r} isn't a list of messages ({found}){way_out}.")
     messages = [_message(message, f"{where}, message {i}") for i, message in enumerate(raw)]

@@ -30,7 +30,7 @@ from retool.batch import PackedBatch
 from retool.model.attention import attention, attention_forward_lse, attention_from_saved
 from retool.model.config import ModelConfig
 from retool.model.offload import Offload
-from retool.model.recompute import recomputed
+from retool.model.recompute import recomputed, unviewed
 from retool.model.rope import inverse_frequencies, rope_tables, rotate
 from retool.parallel.collectives import all_to_all
 from retool.parallel.mesh import Mesh
@@ -170,11 +170,6 @@ def compiled(piece: Callable[..., Any]) -> Callable[..., Any]:
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
     return torch.compile(piece, dynamic=True, fullgraph=True)
-
-
-def unviewed(x: torch.Tensor) -> torch.Tensor:
-    """The same memory: the compiler distinguishes views by what they are views of, so it gets none from attention."""
-    return torch.ops.aten._unsafe_view(x, x.shape)
 
 
 def compiled_pieces() -> tuple[Piece, Piece]:

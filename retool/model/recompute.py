@@ -79,10 +79,15 @@ class _Recomputed(torch.autograd.Function):
         return None, None, None, d_x + d_x_before, None, None, *(next(found) if p.requires_grad else None for p in block.parameters())
 
 
+def unviewed(x: Tensor) -> Tensor:
+    """The same memory, to the compiler no view: it makes a graph for each kind of tensor that a view can be of."""
+    return torch.ops.aten._unsafe_view(x, x.shape)
+
+
 def _plain(x: Tensor) -> Tensor:
-    """The same memory without a history, and to the compiler no view: it makes a graph for each kind of tensor that a view can be of."""
+    """`unviewed`, without a history."""
     with torch.no_grad():
-        return torch.ops.aten._unsafe_view(x, x.shape)
+        return unviewed(x)
 
 
 def _trainable(block: Block) -> list[Tensor]:

@@ -1,11 +1,13 @@
-"""Collectives with a meaning for autograd. A group of None is a group of one: nothing is sent."""
+"""Collectives with a meaning for autograd, and of objects. A group of None is a group of one: nothing is sent."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 class _AllToAll(torch.autograd.Function):
@@ -41,3 +43,12 @@ def sum_over(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     if group is not None:
         dist.all_reduce(x, group=group)
     return x
+
+
+def gather_objects(mine: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Every rank's picklable object, on every rank, in rank order."""
+    if group is None:
+        return [mine]
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, mine, group=group)
+    return parts

@@ -16,6 +16,7 @@ from retool.config import to_dict
 from retool.metrics import Loggers, RunInfo, open_loggers
 from retool.model.build import ModelOptions
 from retool.optim import AdamW, AdamWOptions
+from retool.parallel.collectives import gather_objects
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
 from retool.perf import quadratic_length
@@ -42,7 +43,8 @@ from retool.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Run:
-    """Nothing in it is replaced while a run lasts. `rollout` is None on ranks that follow another one's engine."""
+    """Nothing in it is replaced while a run lasts. `rollout` is None on ranks that follow another one's engine; `identity` is what a
+    checkpoint keeps of the run."""
 
     config: RLConfig
     report: Report
@@ -61,6 +63,7 @@ class Run:
     loggers: Loggers
     save_options: checkpoint.SaveOptions
     staging: checkpoint.Staging
+    identity: dict[str, int]
 
     @property
     def engine_rank(self) -> int:
@@ -83,7 +86,8 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     adamw = AdamWOptions(optim.betas, optim.weight_decay, wanted.actor.grad_clip)
     optimizer = AdamW(model, adamw, sharding.optimizer_offload, sharding.param_offload)
     reference = load_pretrained(report.folder, mesh, model_options(report, frozen=True)) if uses_reference(config) else None
-    state = resume(report, mesh, folder, model, optimizer)
+    identity = stream_identity(report)
+    state = resume(report, mesh, folder, model, optimizer, identity)
     engine = Engine(report.model, mesh.device, engine_options(config), engine_group(mesh, engines))
     stop, trainer = StopRequest(), config.trainer
     silence = trainer.watchdog_s and (trainer.watchdog_s if leads else math.inf)  # a follower can't tell its engine's work from waiting
@@ -95,16 +99,13 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     options = save_options(report.options, mesh, config.data.chat_template, subfolder="actor")
     loop = asyncio.new_event_loop()  # one for the whole run: tools keep their connections
     run = Run(config, report, mesh, folder, model, reference, optimizer, engine, engines, parts, pool, loop, stop, watchdog, loggers,
-              options, checkpoint.Staging(mesh))  # fmt: skip
+              options, checkpoint.Staging(mesh), identity)  # fmt: skip
     return run, state
 
 
 def require_judges(pool: RewardPool | None, mesh: Mesh) -> None:
     """ValueError on every rank where one has workers that can't load the reward function. Collective."""
-    problems: list[str] = [pool.problem() if pool is not None else ""]
-    if mesh.world_group is not None:
-        mine, problems = problems[0], [""] * mesh.world
-        dist.all_gather_object(problems, mine, group=mesh.world_group)
+    problems = gather_objects(pool.problem() if pool is not None else "", mesh.world_group)
     if any(problems):
         if pool is not None:
             pool.close()
@@ -193,14 +194,14 @@ def logprob_budget(report: Report) -> Budget:
     return Budget(tokens, None, quadratic_length(report.model))
 
 
-def resume(report: Report, mesh: Mesh, folder: Path, model: Sharded, optimizer: AdamW) -> TrainState:
+def resume(report: Report, mesh: Mesh, folder: Path, model: Sharded, optimizer: AdamW, identity: dict[str, int]) -> TrainState:
     """The state to start from: step 0, or the checkpoint that `trainer.resume_mode` says."""
     trainer, coef = report.config.trainer, report.config.algorithm.kl_ctrl.kl_coef
     found = to_resume(report.options, folder, mesh)
     if found is None:
         return TrainState(coef)
     loaded = checkpoint.load(found, model_state(model, optimizer), mesh, trainer.seed)
-    refuse_another_run(loaded.data_state, stream_identity(report), found)
+    refuse_another_run(loaded.data_state, identity, found)
     optimizer.steps.fill_(loaded.optimizer_step)
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")

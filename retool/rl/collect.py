@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from retool.parallel.collectives import gather_objects
 from retool.rl import filter as dynamic
 from retool.rl.build import Run, stream, training_sampling
 from retool.rl.experience import timed
@@ -78,7 +77,8 @@ def release(run: Run) -> None:
         needed = ROOM * (choice.prediction.forward_backward - choice.prediction.state)
         device = run.mesh.device
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        wanted = any(gathered(run, torch.cuda.mem_get_info(device)[0] + unused < needed))  # alike on all ranks, as sync is collective
+        short = torch.cuda.mem_get_info(device)[0] + unused < needed
+        wanted = any(gather_objects(short, run.mesh.world_group))  # alike on all ranks, as sync is collective
     if wanted:
         run.engine.release()
 
@@ -97,7 +97,7 @@ def sample(
                 found = run.loop.run_until_complete(roll_out(run.rollout, mine, sampling, step, spent))
             finally:
                 run.engine.end()
-        everyone = gathered(run, found)
+        everyone = gather_objects(found, run.mesh.world_group)
     for name, seconds in (("tools", spent.tools), ("reward", spent.reward)):
         times[name] = times.get(name, 0.0) + seconds
     if any(part is None for part in everyone):
@@ -116,12 +116,3 @@ def warn_of_failures(pairs: Sequence[tuple[Scored, str | None]]) -> None:
     broken = next((scored.info[TOOL_FAILURE] for scored, _ in pairs if TOOL_FAILURE in scored.info), None)
     if broken is not None:
         warnings.warn(f"a tool broke ({broken}); such an answer ends there (tool_error) and is judged as it is.", stacklevel=1)
-
-
-def gathered(run: Run, mine: Any) -> list[Any]:
-    """Every rank's object, on every rank."""
-    if run.mesh.world_group is None:
-        return [mine]
-    parts: list[Any] = [None] * run.mesh.world
-    dist.all_gather_object(parts, mine, group=run.mesh.world_group)
-    return parts

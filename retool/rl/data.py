@@ -20,7 +20,7 @@ from retool.data.chat import Renderer
 from retool.data.files import RowError, RowFunction, iter_chunks
 from retool.data.loader import epoch_order
 from retool.data.refusals import Refusals
-from retool.data.rows import RowFormat, plain, to_conversation, without_nulls
+from retool.data.rows import AS_LIST, RowFormat, plain, to_conversation, without_nulls
 from retool.rl.types import Prompt
 
 PAIRS = (("Problem", "Answer"), ("problem", "answer"), ("question", "answer"))
@@ -149,8 +149,7 @@ def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOp
         raise RowError(f"{where}: there is no {options.prompt_key!r}, nor {wanted}; it has {', '.join(map(str, row))}.")
     raw = plain(row[pair[0] if pair else options.prompt_key])
     if isinstance(raw, str) and _messages_as_text(raw):
-        way_out = "store it as a list, or decode it in a function of yours (data.custom_cls.path, name)"
-        raise RowError(f"{where}: {pair[0] if pair else options.prompt_key!r} is a list of messages as JSON text: {way_out}.")
+        raise RowError(f"{where}: {pair[0] if pair else options.prompt_key!r} is a list of messages as JSON text: {AS_LIST}.")
     messages = [{"role": "user", "content": raw}] if isinstance(raw, str) else raw
     checked = to_conversation({"messages": messages}, file, index, RowFormat(), prompt_only=True).messages
     if checked[-1]["role"] == "assistant":

@@ -18,7 +18,7 @@ from torch import Tensor
 from retool.batch import PackedBatch, Sample, pack
 from retool.model.logprobs import logprobs
 from retool.optim import AdamW
-from retool.parallel.collectives import sum_over
+from retool.parallel.collectives import gather_objects, sum_over
 from retool.parallel.fsdp import Sharded
 from retool.rl.batching import Budget, RLBatch, unshift
 from retool.rl.losses import LOSSES, Clip, Metrics, entropy_sum, kl_sum, log_ratio, sequence_means, sequence_sums
@@ -81,11 +81,7 @@ def policy_logprobs(
 
 def gather_dicts(mine: dict[int, np.ndarray], group: dist.ProcessGroup | None) -> dict[int, np.ndarray]:
     """Every rank's entries, on every rank."""
-    if group is None:
-        return mine
-    parts: list[dict[int, np.ndarray]] = [{} for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(parts, mine, group=group)
-    return {key: value for part in parts for key, value in part.items()}
+    return {key: value for part in gather_objects(mine, group) for key, value in part.items()}
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from retool.rl.collect import collect, release, sample, sync
 from retool.rl.config import RLConfig
 from retool.rl.experience import Experience, make_experience, timed
 from retool.rl.filter import UnusableSamples
-from retool.rl.identity import fingerprint, stream_identity
+from retool.rl.identity import fingerprint
 from retool.rl.metrics import failure_metrics, length_metrics, score_metrics, timing_metrics, tool_metrics
 from retool.rl.policy import update_step
 from retool.rl.preflight import Report
@@ -204,7 +204,7 @@ def run_validation(run: Run, state: TrainState) -> None:
     if run.mesh.rank == 0:
         assert run.report.renderer is not None
         write_validation(run.folder, state.step, groups, run.report.renderer)
-    run.loggers.log_table(state.step, "val/generations", shown(groups, config.trainer.log_val_generations))
+        run.loggers.log_table(state.step, "val/generations", shown(groups, config.trainer.log_val_generations))
     said = {name.replace("reward/", "val-aux/reward/"): value for name, value in failure_metrics(failures).items()}
     run.loggers.log(state.step, {**metrics, **said})
 
@@ -220,7 +220,7 @@ def shown(groups: list[Group], most: int) -> list[dict[str, str | float]]:
 
 def save(run: Run, state: TrainState) -> None:
     """Write a checkpoint of this step, unless it has one."""
-    save_step(run, state, {**state.data_state(), "stream": stream_identity(run.report)}, {})
+    save_step(run, state, {**state.data_state(), "stream": run.identity}, {})
 
 
 def finish(run: Run, state: TrainState) -> None:

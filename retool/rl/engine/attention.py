@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from retool.model.attention import TRUSTED, tried
 from retool.rl.engine.kv_cache import KVCache
 
+HEAD_DIMS = 16, 32, 64, 128, 256  # that kernels of ours take
 QUERIES = 512  # of a chunk that torch's attention takes at a time: their mask has as many bytes as they have keys, per query head
 GATHERED = 1 << 29  # bytes of keys and values that it takes at a time, of single tokens
 ON_GPU = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN, torch's choice on Hopper, compiles a plan for every shape

@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retool.rl.engine.attention import HEAD_DIMS
+
 BLOCK = 64  # keys at a time: within a page
 PROGRAMS = 512  # about so many parts in all: more of them only cost more to join
 MOST = 64  # parts of a sequence
@@ -128,7 +130,7 @@ def _chunk_kernel(
 
 def fits(head_dim: int, page_size: int) -> bool:
     """Whether the kernels can take these shapes."""
-    return head_dim in (16, 32, 64, 128, 256) and page_size % BLOCK == 0
+    return head_dim in HEAD_DIMS and page_size % BLOCK == 0
 
 
 def heads_together(kv_heads: int, group: int, dim: int) -> int:

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from retool.model.decoder import Block, Decoder, compiled, unviewed
+from retool.model.decoder import Block, Decoder, compiled
 from retool.model.logits import product, workspace
+from retool.model.recompute import unviewed
 from retool.model.rope import inverse_frequencies, rope_tables
 from retool.parallel.collectives import all_to_all, sum_over
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v

@@ -16,6 +16,7 @@ from torch import Tensor
 from retool.model.attention import TRUSTED, tried
 from retool.model.decoder import rms_norm
 from retool.model.rope import rotate
+from retool.rl.engine.attention import HEAD_DIMS
 
 Norms = tuple[Tensor, Tensor, float]  # weights [H] of q's and k's norm, and its epsilon
 
@@ -33,7 +34,7 @@ def place(heads_TJH: Tensor, cos: Tensor, sin: Tensor, norms: Norms | None, slot
 @lru_cache
 def can_place(device: torch.device, dtype: torch.dtype, head_dim: int, normed: bool) -> bool:
     """Whether `place` takes these inputs, with or without norms, and computes rightly on this device: tried on a few random numbers."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim not in (16, 32, 64, 128, 256):
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim not in HEAD_DIMS:
         return False
     if find_spec("triton") is None:
         return False
