@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # DAPO with a code interpreter on two GPUs, from the export of an SFT run (examples/sft_qwen2_5.sh) or any model that calls tools.
 #   MODEL_PATH=…/global_step_250/huggingface TRAIN=dapo_math_17k.parquet EVAL=aime24.parquet bash examples/dapo_qwen2_5.sh [key=value …]
+# On several machines with a common SAVE_PATH, on each:  NNODES=2 PET_NODE_RANK=0 PET_MASTER_ADDR=its-first-machine bash examples/dapo_qwen2_5.sh …
 # See the plan only:  bash examples/dapo_qwen2_5.sh --check
 set -euo pipefail
 here=$(dirname "$0")
@@ -14,7 +15,7 @@ SP=${SP:-2}
 TP=${TP:-1}
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
-torchrun --nnodes=1 --nproc_per_node="$GPUS" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m retool.rl \
+torchrun --nnodes="${NNODES:-1}" --nproc_per_node="$GPUS" --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m retool.rl \
     algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False algorithm.kl_ctrl.kl_coef=0.0 \
     data.train_files="['$TRAIN']" data.val_files="['$EVAL']" data.return_raw_chat=True \
     data.train_batch_size=512 data.max_prompt_length=2048 data.max_response_length=16384 \

@@ -1,4 +1,4 @@
-"""Run a function on several gloo processes of this machine: what every distributed test stands on."""
+"""Run a function on several processes of this machine, over gloo or NCCL: what every distributed test stands on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import pytest
 import torch
 
 _context = multiprocessing.get_context("forkserver")
@@ -25,8 +26,25 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def need_gpus(count: int) -> None:
+    """Skip a test of `count` ranks where there are fewer GPUs.
+
+    With RANKS_SHARE_GPU=1 they all take the first one: to NCCL each is a machine of its own, so that the data goes over loopback. Right,
+    and slow.
+    """
+    found = torch.cuda.device_count()
+    if found < (1 if _share_gpu() else count):
+        pytest.skip(f"needs {count} GPUs, found {found}")
+
+
+def _share_gpu() -> bool:
+    return os.environ.get("RANKS_SHARE_GPU") == "1"
+
+
 def _worker(call: bytes, rank: int, world: int, port: int, out: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if _share_gpu():
+        os.environ |= {"LOCAL_RANK": "0", "NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     try:
         function, args = pickle.loads(call)  # here, so that a module that fails on import is reported as everything else is

@@ -11,7 +11,7 @@ from retool import checkpoint
 from retool.checkpoint import ModelState, SaveOptions, latest
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states
-from tests.ranks import run_ranks
+from tests.ranks import need_gpus, run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -43,8 +43,7 @@ def _round_trip(root: str) -> list[float]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_round_trip(tmp_path: Path, world: int) -> None:
-    if torch.cuda.device_count() < world:
-        pytest.skip(f"{world} GPUs are needed")
+    need_gpus(world)
     states.source_model(tmp_path / "source")
     run_ranks(_round_trip, world, str(tmp_path / "run"))
     folder = tmp_path / "run/global_step_5"

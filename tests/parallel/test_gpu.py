@@ -18,7 +18,7 @@ from retool.parallel.fsdp import local_pieces, shard
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
 from retool.sft.step import train_step
-from tests.ranks import run_ranks
+from tests.ranks import need_gpus, run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 STEPS = 4
@@ -79,11 +79,6 @@ def joined(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([parts[k] for k in sorted(parts)]) for name, parts in pieces.items()}
 
 
-def need(gpus: int) -> None:
-    if torch.cuda.device_count() < gpus:
-        pytest.skip(f"needs {gpus} GPUs")
-
-
 @pytest.fixture(scope="module")
 def expected() -> dict[bool, dict[str, Any]]:
     return {tied: train("cpu", 1, tied, torch.float32, {}) for tied in (True, False)}
@@ -106,7 +101,7 @@ CASES = [  # GPUs, sp, tied, options: every way in which a gathered buffer is re
 
 @pytest.mark.parametrize(("gpus", "sp", "tied", "more"), CASES)
 def test_fp32_on_gpus_trains_as_the_cpu(expected: dict[bool, dict[str, Any]], gpus: int, sp: int, tied: bool, more: dict[str, Any]) -> None:
-    need(gpus)
+    need_gpus(gpus)
     results = run_ranks(train, gpus, "cuda", sp, tied, torch.float32, dict(more))
     want = expected[tied]
     for result in results:
@@ -124,7 +119,7 @@ def test_bf16_on_gpus_trains_like_fp32_and_never_waits(
     expected: dict[bool, dict[str, Any]], gpus: int, sp: int, more: dict[str, Any]
 ) -> None:
     """The last step runs with every host synchronisation an error."""
-    need(gpus)
+    need_gpus(gpus)
     results = run_ranks(train, gpus, "cuda", sp, True, torch.bfloat16, dict(more), True)
     np.testing.assert_allclose(results[0]["losses"], expected[True]["losses"], rtol=2e-3)
     np.testing.assert_allclose(results[0]["norms"], expected[True]["norms"], rtol=3e-2)
@@ -147,7 +142,7 @@ def measured(layers: int, width: int, rows: int) -> tuple[int, int, int]:
 
 def test_peak_is_the_formula() -> None:
     """That of tests/parallel/test_sharded_memory.py, by CUDA's allocator."""
-    need(2)
+    need_gpus(2)
     layers, width, rows = 8, 2048, 1024
     for sharded, backward, planned in run_ranks(measured, 2, layers, width, rows):
         assert sharded == pytest.approx(planned, rel=1e-3)

@@ -21,7 +21,7 @@ from retool.rl.engine.attention import Pages, choose_paged, paged_attention, pag
 from retool.rl.engine.kv_cache import KVCache
 from retool.rl.engine.place import can_place
 from retool.rl.engine.sampling import Draws, sample, seed_key
-from tests.ranks import run_ranks
+from tests.ranks import need_gpus, run_ranks
 from tests.rl.engine.models import forced, leaked, prompts, run
 from tests.rl.engine.test_place_triton import compare as compare_placed
 from tests.rl.engine.test_recordings import hurried, params_of
@@ -220,8 +220,7 @@ def two_ranks() -> Any:
 
 
 def test_heads_split_over_two_gpus_with_graphs() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 GPUs")
+    need_gpus(2)
     found = run_ranks(two_ranks, 2)[0]
     model = model_of(0)
     want = [t.tokens for t in sampled(engine_of(model), "one", count=10)]
