@@ -22,6 +22,12 @@ atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that aren't marked `gpu` say what a CPU does, on a machine with GPUs too."""
+    if "not gpu" in config.getoption("markexpr"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the repository."""

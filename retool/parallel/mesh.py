@@ -74,11 +74,11 @@ def grow_segments(device: torch.device) -> None:
     use otherwise. Not where PYTORCH_ALLOC_CONF says something, nor where the driver can't."""
     if any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         return
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     try:
         torch.empty(1, device=device)
     except RuntimeError as error:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
         warnings.warn(f"the allocator's segments can't grow here ({error}): memory may be fragmented.", stacklevel=2)
 
 
