@@ -27,7 +27,7 @@ from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def read_prompts(folder: Path, data: Path, count: int) -> list[list[int]]:

@@ -142,6 +142,6 @@ def gpu_notes(per_node: int, compute: str, environment: Mapping[str, str]) -> It
         except ValueError:
             continue  # "[N/A]", of a part of a GPU
         if compute == "bf16" and (int(major), int(minor)) < BF16_FROM:
-            yield f"GPU {index} ({name}) has no bf16 arithmetic: it is emulated, slowly. Use fsdp_config.param_dtype=fp32."
+            yield f"GPU {index} ({name}) has no bf16 arithmetic: it is emulated, slowly. Use fsdp_config.param_dtype=fp16."
         if taken > TAKEN * whole:
             yield f"GPU {index} ({name}) has {whole - taken:.1f} of {whole:.1f} GiB free: something else runs on it."

@@ -49,7 +49,7 @@ from retool.parallel.ulysses import HeadPlan
 from retool.perf import GIB
 
 LADDER: tuple[Recompute, ...] = ("none", "selective", "full", "offload")
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 OUTSIDE = 1.5 * GIB  # CUDA context, NCCL buffers, cuBLAS workspaces: not seen by torch's allocator
 SLACK = 1.05  # fragmentation, and what the formula doesn't know
 HIDDEN = 2_048  # tokens per GPU whose backward takes longer than reducing the gradients, whatever the model's size
@@ -58,7 +58,7 @@ FILLED = 32_768  # tokens a GPU needs in a micro-batch to be busy; more buys not
 
 @dataclass(frozen=True)
 class Setting:
-    """What of a run decides its memory. `shards` ranks share a parameter; dtypes are fp32, bf16 or fp64.
+    """What of a run decides its memory. `shards` ranks share a parameter; dtypes are keys of `DTYPE_BYTES`.
 
     `hold`: gradients are added up on each rank and reduced once a step, which takes a whole copy of them. `keep_copy`: a rank's shard is
     there in the compute dtype too, else cast at every gather. `fp32_residual`: blocks add up in fp32 whatever they compute in.

@@ -1,10 +1,12 @@
-"""AdamW on flat shards, learning-rate schedules, and the global gradient clip: nothing here waits for the device."""
+"""AdamW on flat shards, learning-rate schedules, loss scaling, and the global gradient clip: nothing here waits for the device."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -13,6 +15,8 @@ from retool.parallel.fsdp.overlap import copied, recorded, wait_for
 
 Run = tuple[int, int]  # elements [start, stop) of a rank's shard
 VISITING = 1 << 24  # elements of each offloaded tensor in each of the three chunks that the update has on the device
+HALVINGS = 16  # log2 of the first loss scale in float16
+GROWTH = 2000  # finite gradients in a row after which the loss scale is doubled
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,50 @@ class AdamWOptions:
     eps: float = 1e-8
 
 
+class LossScale:
+    """Dynamic loss scaling (Micikevicius et al., arXiv 1710.03740, section 3.2): gradients that are computed in float16 neither vanish
+    nor overflow. All on the device.
+
+    `value` [] fp32: 2^16 at first, halved by a gradient that isn't finite (not below 1), doubled after 2,000 in a row that are.
+    Where `param_dtype` isn't float16 it is 1 and nothing is done. `halvings`: how many such gradients it takes down to 1.
+    """
+
+    def __init__(self, param_dtype: torch.dtype, device: torch.device) -> None:
+        self.halvings = HALVINGS if param_dtype == torch.float16 else 0
+        self.value = torch.full((), 2.0**self.halvings, device=device)
+        self.finite = torch.zeros((), device=device)  # gradients since it changed
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """What to call `backward` of."""
+        return loss * self.value if self.halvings else loss
+
+    def update(self, skipped: torch.Tensor) -> None:
+        """After a step: `skipped` [] is 1 where its gradient wasn't finite, else 0."""
+        if not self.halvings:
+            return
+        self.finite = (self.finite + 1) * (1 - skipped)
+        grown = (self.finite == GROWTH).float()
+        self.value = torch.clamp(self.value * 2 ** (grown - skipped), min=1.0)
+        self.finite *= 1 - grown
+
+    def state(self) -> dict[str, list[float]]:
+        """What a checkpoint keeps of it."""
+        return {"loss_scale": [float(self.value), float(self.finite)]} if self.halvings else {}
+
+    def restore(self, extra: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's; from the start where it has none."""
+        if self.halvings and "loss_scale" in extra:
+            value, finite = extra["loss_scale"]
+            self.value.fill_(value)
+            self.finite.fill_(finite)
+
+
 class AdamW:
     """AdamW over a `Sharded` module's flat shards.
 
     `exp_avg` and `exp_avg_sq` have the shape and dtype of `sharded.master`. With `offload_moments` they live in pinned
     host memory, with `offload_master` the master weights too; both visit the device chunk by chunk during `step`.
+    The gradients are of `loss_scale.scaled(loss)`.
     """
 
     def __init__(self, sharded: Sharded, options: AdamWOptions, offload_moments: bool = False, offload_master: bool = False) -> None:
@@ -44,6 +87,7 @@ class AdamW:
         )
         self.steps = torch.zeros((), dtype=torch.float32, device=sharded.mesh.device)
         self.trainable = trainable_runs(sharded.layout, sharded.mesh.shard_rank)
+        self.loss_scale = LossScale(sharded.param_dtype, sharded.mesh.device)
 
     def step(self, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip, update and refresh the gathered copy. Returns (gradient norm before clipping, 1.0 if it wasn't finite).
@@ -54,10 +98,11 @@ class AdamW:
         sharded = self.sharded
         sharded.finish_gradients()
         self._check_trainable()
-        norm = sharded.grad_norm()
+        norm = sharded.grad_norm() / self.loss_scale.value
         skipped = (~torch.isfinite(norm)).float()
         limit = self.options.clip_grad
         scale = torch.clamp((norm + 1e-6) / limit, min=1.0) if limit > 0 else torch.ones_like(norm)
+        scale = scale * self.loss_scale.value
         if sharded.master.dtype == torch.float64:  # the fused kernel takes a scale in fp32 only
             sharded.grad.div_(scale)
             scale = torch.ones_like(norm)
@@ -68,6 +113,7 @@ class AdamW:
         else:
             self._update(self.trainable, sharded.master, sharded.grad, self.exp_avg, self.exp_avg_sq, lr, scale, skipped)
         self.steps += 1 - skipped
+        self.loss_scale.update(skipped)
         sharded.refresh(copied=offloaded)
         return norm, skipped
 

@@ -13,10 +13,10 @@ from retool.config import Fault, option
 from retool.metrics import LOGGERS
 
 Dtype = Literal["fp32", "bf16", "fp64"]
-AutoDtype = Literal["auto", "fp32", "bf16", "fp64"]
+AutoDtype = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 DTYPE_SPELLINGS = {
     "float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float64": "fp64", "double": "fp64",
-    "torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float64": "fp64",
+    "float16": "fp16", "half": "fp16", "torch.float16": "fp16", "torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float64": "fp64",
 }  # fmt: skip
 SAVE_CONTENTS = ("model", "optimizer", "extra", "hf_model")
 OPTIM_SYNONYMS = {"lr_warmup_steps_ratio": "warmup_steps_ratio", "lr_scheduler_type": "lr_scheduler", "warmup_style": "lr_scheduler"}
@@ -28,7 +28,10 @@ class FSDPConfig:
 
     model_dtype: Dtype = option("fp32", "Master weights and optimizer state.", spellings=DTYPE_SPELLINGS)
     param_dtype: AutoDtype = option(
-        "auto", "Gathered weights and compute; auto = bf16 on GPUs, model_dtype on the CPU.", spellings=DTYPE_SPELLINGS
+        "auto",
+        "Gathered weights and compute; auto = bf16 on GPUs, model_dtype on the CPU. fp16 is finer than bf16 and overflows sooner: the loss "
+        "is scaled, and steps whose gradient overflows are skipped.",
+        spellings=DTYPE_SPELLINGS,
     )
     reduce_dtype: Dtype = option("fp32", "Gradient reduction.", spellings=DTYPE_SPELLINGS)
     param_offload: bool = option(False, "Keep master weights in host memory.")
@@ -111,7 +114,12 @@ class TrainerConfig:
     watchdog_s: float = option(
         600, "Seconds without progress after which every rank writes its stacks into the run folder and the run ends; 0 = never.", minimum=0
     )
-    max_grad_skips: int = option(3, "Optimizer steps in a row with a non-finite gradient norm after which the run stops.", minimum=1)
+    max_grad_skips: int = option(
+        3,
+        "Optimizer steps in a row with a non-finite gradient norm after which the run stops; in fp16 besides the 16 that bring the loss "
+        "scale down to 1.",
+        minimum=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from retool.parallel.lost import LINGER, follow, lost_peer
 from retool.parallel.mesh import Mesh
 from retool.redact import redact
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}  # as configurations name them
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}  # as configurations name them
 WRITTEN = (TRACKER, "global_step_*", "metrics.jsonl", "config.yaml", "report", "tensorboard", "swanlab", "*_run_id.txt")
 
 

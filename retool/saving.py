@@ -72,12 +72,19 @@ def model_state(model: Sharded, optimizer: AdamW) -> checkpoint.ModelState:
     return checkpoint.ModelState(model.layout, model.master, optimizer.exp_avg, optimizer.exp_avg_sq, int(optimizer.steps))
 
 
+def restore_optimizer(optimizer: AdamW, loaded: checkpoint.Loaded) -> None:
+    """What isn't in the shards: the count of updates, the loss scale."""
+    optimizer.steps.fill_(loaded.optimizer_step)
+    optimizer.loss_scale.restore(loaded.extra)
+
+
 def save_step(run: Run, state: State, data_state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     """Write a checkpoint of this step, unless it has one; first say how the one before ended. Collective."""
     if state.saved_step == state.step:
         return
     say_saved(run, state, wait=True)
     optim, adamw = run.report.options.optim, run.optimizer.options
+    extra = {**extra, **run.optimizer.loss_scale.state()}
     state.save = checkpoint.save(
         run.folder, model_state(run.model, run.optimizer), run.mesh, step=state.step, extra=extra, data_state=data_state,
         model_folder=run.report.folder or "", options=run.save_options, staging=run.staging,

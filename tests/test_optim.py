@@ -1,4 +1,4 @@
-"""Schedules against transformers' and their formulas; what the update touches, and what it leaves alone."""
+"""Schedules against transformers' and their formulas; what the update touches, and what it leaves alone; loss scaling in fp16."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from retool.optim import AdamW, AdamWOptions, learning_rate, trainable_runs
+from retool import optim
+from retool.optim import AdamW, AdamWOptions, LossScale, learning_rate, trainable_runs
 from retool.parallel.fsdp import shard
 from retool.parallel.mesh import make_mesh
 
@@ -96,3 +97,59 @@ def test_clipping_and_decay(dtype: torch.dtype, clip: float) -> None:
         assert float(norm) == pytest.approx(float(wanted), rel=1e-5)
     for found, want in zip(net.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-7)
+
+
+def test_the_loss_scale_follows_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "GROWTH", 3)
+    scale, seen = LossScale(torch.float16, torch.device("cpu")), []
+    for skipped in (1, 0, 0, 1, 0, 0, 0, 0, 0, 0):
+        scale.update(torch.tensor(float(skipped)))
+        seen.append(float(scale.value))
+    assert [value / 2**16 for value in seen] == [0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.5, 0.5, 0.5, 1.0]
+    for _ in range(20):
+        scale.update(torch.tensor(1.0))
+    assert float(scale.value) == 1 and float(scale.scaled(torch.tensor(3.0))) == 3
+
+
+def test_a_loss_scale_goes_on_where_it_was() -> None:
+    first, second = (LossScale(torch.float16, torch.device("cpu")) for _ in range(2))
+    for skipped in (1.0, 0.0, 0.0):
+        first.update(torch.tensor(skipped))
+    second.restore(first.state())
+    assert first.state() == second.state() == {"loss_scale": [2.0**15, 2.0]}
+    wide = LossScale(torch.bfloat16, torch.device("cpu"))
+    wide.update(torch.tensor(1.0))
+    wide.restore(first.state())
+    loss = torch.ones(())
+    assert wide.state() == {} and wide.scaled(loss) is loss and float(wide.value) == 1
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-9])
+def test_gradients_too_small_for_fp16_arrive(clip: float) -> None:
+    """Of 1e-8, less than fp16's least number: updates and norms as in fp32."""
+    x, results = torch.randn(4, 9, generator=torch.Generator().manual_seed(1)).half(), []
+    for dtype in (torch.float16, torch.float32):
+        torch.manual_seed(0)
+        net = nn.Linear(9, 5)
+        start = net.weight.detach().clone()
+        model = shard(net, [("all", [net])], make_mesh(), param_dtype=dtype)
+        optimizer = AdamW(model, AdamWOptions(clip_grad=clip, weight_decay=0.0, eps=1e-12))
+        model.zero_grad()
+        optimizer.loss_scale.scaled(model(x.to(dtype)).float().sum() * 1e-8).backward()
+        norm, skipped = optimizer.step(0.1)
+        assert not skipped
+        results.append((float(norm), model.master[: start.numel()].view_as(start) - start))
+    (norm, moved), (wanted, reference) = results
+    assert norm == pytest.approx(wanted, rel=1e-2) and wanted < 1e-6
+    torch.testing.assert_close(moved, reference, rtol=2e-2, atol=1e-5)
+
+
+def test_a_gradient_that_overflows_halves_the_loss_scale_and_changes_nothing_else() -> None:
+    net = nn.Linear(9, 5)
+    model = shard(net, [("all", [net])], make_mesh(), param_dtype=torch.float16)
+    optimizer, before = AdamW(model, AdamWOptions()), model.master.clone()
+    model.zero_grad()
+    optimizer.loss_scale.scaled(model(torch.ones(4, 9).half()).float().sum()).backward()  # 4 · 2^16 > 65,504
+    norm, skipped = optimizer.step(0.1)
+    assert skipped and not torch.isfinite(norm) and float(optimizer.loss_scale.value) == 2**15
+    assert torch.equal(model.master, before) and float(optimizer.steps) == 0

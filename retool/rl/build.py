@@ -37,7 +37,7 @@ from retool.rl.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
 from retool.run import DTYPES, make_run_folder, say, say_nothing_left
-from retool.saving import model_state, save_options, to_resume
+from retool.saving import model_state, restore_optimizer, save_options, to_resume
 from retool.watchdog import Watchdog
 
 
@@ -202,7 +202,7 @@ def resume(report: Report, mesh: Mesh, folder: Path, model: Sharded, optimizer: 
         return TrainState(coef)
     loaded = checkpoint.load(found, model_state(model, optimizer), mesh, trainer.seed)
     refuse_another_run(loaded.data_state, identity, found)
-    optimizer.steps.fill_(loaded.optimizer_step)
+    restore_optimizer(optimizer, loaded)
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")
     say_nothing_left(mesh, loaded.step, report.steps)

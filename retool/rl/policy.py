@@ -196,7 +196,7 @@ def update_step(model: Sharded, optimizer: AdamW, batches: Iterable[RLBatch], sp
     totals: dict[str, Tensor] = {}
     for batch in batches:
         loss, metrics = loss_sum(model, batch, spec)
-        loss.backward()
+        optimizer.loss_scale.scaled(loss).backward()
         for name, value in {**metrics, "actor/loss": loss.detach()}.items():
             before, value = totals.get(name, torch.zeros_like(value, dtype=torch.float64)), value.double()
             totals[name] = torch.maximum(before, value) if name == "most" else before + value

@@ -164,7 +164,7 @@ def count_skipped(run: Run, state: TrainState, skipped: bool, norm: float) -> No
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
     if skipped:
         say(run.mesh, f"optimizer step {state.updates} was skipped: its gradient norm is {norm}.")
-    if state.skipped_in_a_row >= run.config.trainer.max_grad_skips:
+    if state.skipped_in_a_row >= run.config.trainer.max_grad_skips + run.optimizer.loss_scale.halvings:
         raise ValueError(
             f"{state.skipped_in_a_row} optimizer steps in a row had a non-finite gradient norm: the run stops. "
             "Lower actor.optim.lr, or look at the weights (python -m retool.checkpoint verify)."

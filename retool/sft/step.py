@@ -51,7 +51,7 @@ def train_step(
                 beat()
             with model.no_sync() if hold_gradients and number < len(micro_batches) else nullcontext():
                 loss = loss_sum(model, batch) / max(trained_tokens, 1)
-                loss.backward()
+                optimizer.loss_scale.scaled(loss).backward()
             total += loss.detach()
         model.finish_gradients()
     with timer.phase("optimizer"):

@@ -24,7 +24,7 @@ from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, pea
 from retool.plan import agree
 from retool.preemption import StopRequest, die_with_parent
 from retool.run import DTYPES, make_run_folder, say, say_ended, say_nothing_left, seed_everything
-from retool.saving import model_state, require_saved, save_options, save_step, say_saved, to_resume
+from retool.saving import model_state, require_saved, restore_optimizer, save_options, save_step, say_saved, to_resume
 from retool.sft.config import SFTConfig, run_options
 from retool.sft.identity import changes, fingerprints, order_of
 from retool.sft.plan import Report, fills
@@ -172,7 +172,7 @@ def resume(config: SFTConfig, mesh: Mesh, folder: Path, model: Sharded, optimize
                 f"it all the same: trainer.resume_mode=resume_path trainer.resume_from_path={found}"
             )
         say(mesh, f"note: {found} is of a run over other data ({other}); step {loaded.step + 1} is that of the new order.")
-    optimizer.steps.fill_(loaded.optimizer_step)
+    restore_optimizer(optimizer, loaded)
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")
     return TrainState(step=loaded.step, saved_step=loaded.step, skipped=int(loaded.extra.get("skipped_steps", 0)))
@@ -199,7 +199,7 @@ def log_pending(run: Run, state: TrainState) -> None:
         run.loggers.log(pending.batch.step + 1, step_metrics(run, pending, loss, norm) | {"train/skipped_steps": state.skipped})
         if skipped:
             say(run.mesh, f"step {pending.batch.step + 1} was skipped: its gradient norm is {norm}.")
-        if state.skipped_in_a_row >= run.config.trainer.max_grad_skips:
+        if state.skipped_in_a_row >= run.config.trainer.max_grad_skips + run.optimizer.loss_scale.halvings:
             say_saved(run, state, wait=True)  # the last good checkpoint may still be on its way
             run.staging.close()
             raise ValueError(

@@ -112,15 +112,22 @@ def test_fp32_on_gpus_trains_as_the_cpu(expected: dict[bool, dict[str, Any]], gp
         assert np.linalg.norm(found[name] - value) <= 2e-3 * np.linalg.norm(value), name
 
 
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
 @pytest.mark.parametrize(
-    ("gpus", "sp", "more"), [(1, 1, {}), (2, 2, {"recompute": "full"}), (1, 1, {"recompute": "offload", "chunk": 128}), (2, 1, {}), (2, 1, {"keep_copy": False})]
-)
-def test_bf16_on_gpus_trains_like_fp32_and_never_waits(
-    expected: dict[bool, dict[str, Any]], gpus: int, sp: int, more: dict[str, Any]
+    ("gpus", "sp", "dtype", "more"),
+    [
+        (1, 1, BF16, {}), (2, 2, BF16, {"recompute": "full"}), (1, 1, BF16, {"recompute": "offload", "chunk": 128}), (2, 1, BF16, {}),
+        (2, 1, BF16, {"keep_copy": False}), (1, 1, FP16, {}), (2, 2, FP16, {"recompute": "full"}),
+    ],
+)  # fmt: skip
+def test_narrow_dtypes_on_gpus_train_like_fp32_and_never_wait(
+    expected: dict[bool, dict[str, Any]], gpus: int, sp: int, dtype: torch.dtype, more: dict[str, Any]
 ) -> None:
     """The last step runs with every host synchronisation an error."""
     need_gpus(gpus)
-    results = run_ranks(train, gpus, "cuda", sp, True, torch.bfloat16, dict(more), True)
+    results = run_ranks(train, gpus, "cuda", sp, True, dtype, dict(more), True)
     np.testing.assert_allclose(results[0]["losses"], expected[True]["losses"], rtol=2e-3)
     np.testing.assert_allclose(results[0]["norms"], expected[True]["norms"], rtol=3e-2)
 

@@ -67,6 +67,16 @@ perf/{throughput,rollout_tokens_per_second,max_memory_allocated_gb} training/rol
 training/rollout_actor_kl_k3""".split()  # and actor/kl_loss, timing_s/ref, filter/* and perf/mfu where there is such a thing
 
 
+
+def test_fp16_brings_sampler_and_trainer_together(work, tmp_path) -> None:
+    found = {}
+    for dtype in ("bf16", "fp16"):
+        assert main(words(work, tmp_path / dtype, "trainer.total_training_steps=2", f"{ARR}actor.fsdp_config.param_dtype={dtype}")) == 0
+        found[dtype] = steps(tmp_path / dtype)
+    assert all(b["training/rollout_logp_diff_mean"] < 0.7 * a["training/rollout_logp_diff_mean"] for a, b in zip(*found.values(), strict=True))
+    assert all(entry["actor/skipped_updates"] == 0 < entry["actor/grad_norm"] for entry in found["fp16"])
+
+
 def spelt_out(names: list[str]) -> set[str]:
     """Names with each of the alternatives in their braces."""
     found = set()

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from retool import optim
 from retool.batch import Sample, pack
 from retool.checkpoint.pretrained import load_pretrained
 from retool.metrics import read_jsonl
@@ -104,6 +105,22 @@ def test_stopping_after_any_step_changes_no_bit(work: Path, tmp_path: Path, stop
         assert found == [(e["step"], e["train/loss"], e["train/grad_norm"], e["train/lr"]) for e in reference[k:]]
         weights = torch.load(out / "global_step_12" / "model_world_size_1_rank_0.pt", weights_only=True)
         assert all(torch.equal(weights[name], final[name]) for name in final)
+
+
+def test_fp16_goes_on_with_its_loss_scale_and_trains_as_fp32(work: Path, tmp_path: Path) -> None:
+    small = {"data__train_batch_size": 1, "trainer__total_training_steps": 4}
+    common = {"model__fsdp_config__param_dtype": "fp16", **small}
+    assert main(words(work, tmp_path / "whole", trainer__save_freq=2, **common)) == 0
+    again = {"trainer__resume_mode": "resume_path", "trainer__resume_from_path": tmp_path / "whole/global_step_2", **common}
+    assert main(words(work, tmp_path / "rest", **again)) == 0
+    assert main(words(work, tmp_path / "fp32", **small)) == 0
+    whole, rest, wide = (steps(tmp_path / name) for name in ("whole", "rest", "fp32"))
+    assert [(e["train/loss"], e["train/grad_norm"]) for e in rest] == [(e["train/loss"], e["train/grad_norm"]) for e in whole[2:]]
+    assert whole[-1]["train/skipped_steps"] == 0
+    assert [e["train/loss"] for e in whole] == pytest.approx([e["train/loss"] for e in wide], rel=1e-3)
+    assert [e["train/grad_norm"] for e in whole] == pytest.approx([e["train/grad_norm"] for e in wide], rel=2e-2)
+    saved = [torch.load(tmp_path / f"{run}/global_step_4/extra_state_world_size_1_rank_0.pt", weights_only=False) for run in ("whole", "rest")]
+    assert saved[0]["loss_scale"] == saved[1]["loss_scale"] == [2.0**16, 4.0]
 
 
 def test_a_resumed_run_continues_its_metrics(work: Path, tmp_path: Path) -> None:
@@ -200,7 +217,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_nan_in_the_weights_stops_the_run_and_says_so(work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("dtype", "most"), [("fp32", 3), ("fp16", 4)])
+def test_nan_in_the_weights_stops_the_run_and_says_so(
+    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, dtype: str, most: int
+) -> None:
+    monkeypatch.setattr(optim, "HALVINGS", 1)
     bad = tmp_path / "model"
     bad.mkdir()
     for file in (work / "model").iterdir():
@@ -212,12 +233,12 @@ def test_nan_in_the_weights_stops_the_run_and_says_so(work: Path, tmp_path: Path
     (bad / "model.safetensors").unlink()
     save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "run"
-    assert main(words(work, out, model__partial_pretrain=bad)) == 1
+    assert main(words(work, out, model__partial_pretrain=bad, model__fsdp_config__param_dtype=dtype, data__train_batch_size=1)) == 1
     printed = capfd.readouterr()
-    assert "3 steps in a row had a non-finite gradient norm" in printed.err
+    assert f"{most} steps in a row had a non-finite gradient norm" in printed.err
     assert not list(out.glob("global_step_*")), "a run that was thrown away has no checkpoint"
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [r["train/skipped_steps"] for r in rows] == [1, 2, 3] and rows[0]["train/grad_norm"] is None
+    assert [r["train/skipped_steps"] for r in rows] == [*range(1, most + 1)] and rows[0]["train/grad_norm"] is None
 
 
 def test_validation_counts_every_row_once(work: Path, tmp_path: Path) -> None:

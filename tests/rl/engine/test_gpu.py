@@ -149,8 +149,8 @@ def test_graphs_change_nothing_and_survive_new_weights() -> None:
     assert (torch.tensor(turn.logp) - want).abs().mean() < GAP, "the graphs run the new weights"
 
 
-@pytest.mark.parametrize("kernels", ["chosen", "flash", "rope apart", "norms of heads"])
-def test_bf16_gap_to_the_training_forward(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", ["chosen", "flash", "rope apart", "norms of heads", "fp16"])
+def test_gap_to_the_training_forward(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels == "flash":
         pytest.importorskip("flash_attn")
         monkeypatch.setattr(engine_module, "choose_paged", lambda *_: kernels)
@@ -158,13 +158,14 @@ def test_bf16_gap_to_the_training_forward(kernels: str, monkeypatch: pytest.Monk
         monkeypatch.setattr(forward, "can_place", lambda *_: False)
     if kernels == "norms of heads":
         monkeypatch.setitem(globals(), "CONFIG", replace(CONFIG, family="qwen3", qkv_bias=False, qk_norm=True))
-    model = model_of(2)
+    narrow = kernels == "fp16"
+    model = model_of(2, torch.float16 if narrow else torch.bfloat16)
     turns = sampled(engine_of(model), "gap")
     differences = []
     for turn, prompt in zip(turns, prompts(40, 600, CONFIG.vocab), strict=True):
         want = forced(model, prompt + turn.tokens)[-len(turn.tokens) :].cpu()
         differences.append((torch.tensor(turn.logp) - want).abs())
-    assert torch.cat(differences).mean() < GAP
+    assert torch.cat(differences).mean() < (GAP / 5 if narrow else GAP)
 
 
 def test_sequences_that_come_and_go_draw_as_the_training_forward_says() -> None:

@@ -17,7 +17,7 @@ from retool.rl.engine import SamplingParams, forward
 from tests.model.tiny import make
 from tests.rl.engine.models import engine_of, forced, load, prompts, run
 
-BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,10 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def errors(folder: Path, fp32_residual: bool) -> Tensor:
+def errors(folder: Path, fp32_residual: bool, dtype: torch.dtype = BF16) -> Tensor:
     """Mean |Δ log p| of sampled tokens: sampler − exact, trainer − exact, sampler − trainer. Exact: fp32, the same weights."""
-    model, exact = load(folder, ModelOptions(param_dtype=BF16, fp32_residual=fp32_residual)), load(folder)
-    exact.master.copy_(exact.master.to(BF16))
+    model, exact = load(folder, ModelOptions(param_dtype=dtype, fp32_residual=fp32_residual)), load(folder)
+    exact.master.copy_(exact.master.to(dtype))
     engine, ids, found = engine_of(folder, model), prompts(8, 20, 131), []
     for i, prompt in enumerate(ids):
         engine.start(i, prompt, SamplingParams(max_tokens=30, seed=(i,)))
@@ -47,6 +47,11 @@ def test_log_probabilities_are_nearer_to_the_exact_ones_and_to_each_other(deep: 
     rounded, wide = errors(deep, False), errors(deep, True)
     assert (wide > 1e-4).all(), "bf16 weights have rounded products"
     assert (wide < 0.75 * rounded).all()
+
+
+def test_fp16_is_nearer_still(deep: Path) -> None:
+    """Three more bits of mantissa: 0.125."""
+    assert (errors(deep, True, FP16) < 0.2 * errors(deep, True)).all()
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full", "offload"])
