@@ -26,8 +26,9 @@ from retool.model.config import read_model_config
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone
+from retool.run import DTYPES
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NAMES = ("bf16", "fp16", "fp32")
 
 
 def read_prompts(folder: Path, data: Path, count: int) -> list[list[int]]:
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="parquet with a column prompt")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new", type=int, default=64, help="tokens of each")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if torch.cuda.is_available() else "fp32")
+    parser.add_argument("--dtype", choices=NAMES, default="bf16" if torch.cuda.is_available() else "fp32")
     parser.add_argument("--narrow", action="store_true", help="the residual stream in the compute dtype, not in fp32 as `retool.rl` has it")
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM

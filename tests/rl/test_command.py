@@ -59,15 +59,6 @@ def test_it_learns_what_is_rewarded(work, tmp_path) -> None:
     assert validations[1]["val-aux/shop/score/mean@2"] > validations[0]["val-aux/shop/score/mean@2"]
 
 
-NAMES = """actor/{pg_loss,pg_clipfrac,pg_clipfrac_lower,ppo_kl,entropy,grad_norm,lr} critic/{score,rewards,advantages,returns}/{mean,max,min}
-{response_length,prompt_length}/{mean,max,min,clip_ratio} num_turns/{mean,max,min} tool/{calls,errors,timeouts,latency}
-stop/{eos,no_call,max_turns,length,tool_error,aborted} reward/{exceptions,timeouts,killed}
-timing_s/{gen,tools,reward,old_log_prob,adv,update_actor,sync_weights,step,testing,save_checkpoint}
-perf/{throughput,rollout_tokens_per_second,max_memory_allocated_gb} training/rollout_{logp,probs}_diff_{mean,max,std}
-training/rollout_actor_kl_k3""".split()  # and actor/kl_loss, timing_s/ref, filter/* and perf/mfu where there is such a thing
-
-
-
 def test_fp16_brings_sampler_and_trainer_together(work, tmp_path) -> None:
     found = {}
     for dtype in ("bf16", "fp16"):
@@ -75,6 +66,14 @@ def test_fp16_brings_sampler_and_trainer_together(work, tmp_path) -> None:
         found[dtype] = steps(tmp_path / dtype)
     assert all(b["training/rollout_logp_diff_mean"] < 0.7 * a["training/rollout_logp_diff_mean"] for a, b in zip(*found.values(), strict=True))
     assert all(entry["actor/skipped_updates"] == 0 < entry["actor/grad_norm"] for entry in found["fp16"])
+
+
+NAMES = """actor/{pg_loss,pg_clipfrac,pg_clipfrac_lower,ppo_kl,entropy,grad_norm,lr} critic/{score,rewards,advantages,returns}/{mean,max,min}
+{response_length,prompt_length}/{mean,max,min,clip_ratio} num_turns/{mean,max,min} tool/{calls,errors,timeouts,latency}
+stop/{eos,no_call,max_turns,length,tool_error,aborted} reward/{exceptions,timeouts,killed}
+timing_s/{gen,tools,reward,old_log_prob,adv,update_actor,sync_weights,step,testing,save_checkpoint}
+perf/{throughput,rollout_tokens_per_second,max_memory_allocated_gb} training/rollout_{logp,probs}_diff_{mean,max,std}
+training/rollout_actor_kl_k3""".split()  # and actor/kl_loss, timing_s/ref, filter/* and perf/mfu where there is such a thing
 
 
 def spelt_out(names: list[str]) -> set[str]:

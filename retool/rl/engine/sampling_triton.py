@@ -178,15 +178,9 @@ def _search(x_ptr, columns, scale, top, low, high, wanted, SHARES: tl.constexpr,
             above_third += tl.where(x >= third, weight, 0.0)
             smallest = tl.minimum(smallest, tl.where(x >= low, x, -LOWEST))
             largest = tl.maximum(largest, tl.where(x <= high, x, LOWEST))
-        quarters = 0
-        if tl.sum(above_third, 0) >= wanted:
-            quarters = 3
-        elif tl.sum(above_second, 0) >= wanted:
-            quarters = 2
-        elif tl.sum(above_first, 0) >= wanted:
-            quarters = 1
-        at = tl.where(quarters == 3, third, tl.where(quarters == 2, second, tl.where(quarters == 1, first, low)))
-        end = tl.where(quarters == 3, high, _below(tl.where(quarters == 2, third, tl.where(quarters == 1, second, first))))
+        one, two, three = tl.sum(above_first, 0) >= wanted, tl.sum(above_second, 0) >= wanted, tl.sum(above_third, 0) >= wanted
+        at = tl.where(three, third, tl.where(two, second, tl.where(one, first, low)))
+        end = tl.where(three, high, _below(tl.where(two, third, tl.where(one, second, first))))
         low, high = tl.maximum(at, tl.min(smallest, 0)), tl.minimum(end, tl.max(largest, 0))
         passes += 1
     return low
@@ -219,8 +213,8 @@ def _cutoff_kernel(x_ptr, stride, columns, temperature_ptr, top_k_ptr, top_p_ptr
                 x = tl.load(x_ptr + start + lanes, start + lanes < columns, other=float("-inf")) * scale
                 total += tl.where(x >= least, tl.exp(x - top), 0.0)
             whole = tl.sum(total, 0)
-            out = (1.0 - top_p) * whole / columns  # what is worth less than this is worth less than 1 - top_p together
-            low = tl.maximum(tl.maximum(least, tl.min(smallest, 0)), top + tl.log(out) - 1.0)
+            little = (1.0 - top_p) * whole / columns  # what is worth less than this is worth less than 1 - top_p together
+            low = tl.maximum(tl.maximum(least, tl.min(smallest, 0)), top + tl.log(little) - 1.0)
             least = _search(x_ptr, columns, scale, top, low, top, top_p * whole, True, BLOCK, LOWEST)
     tl.store(out_ptr + row, least)
 
