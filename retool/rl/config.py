@@ -135,8 +135,8 @@ class ActorConfig:
     kl_loss_coef: float = option(0.001, "Its coefficient.", minimum=0)
     kl_loss_type: KL = option("k3", "Its estimator; with + its gradient is that of k2.", spellings=KL_SPELLINGS)
     entropy_coeff: float = option(0.0, "Coefficient of the entropy bonus.")
-    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = option(
-        "token-mean", "How token losses become one number."
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] | None = option(
+        None, "How token losses become one number; null = as the loss was published: gspo seq-mean-token-mean, else token-mean."
     )
     policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     grad_clip: float = option(1.0, "Largest global gradient norm.", above=0)
@@ -228,7 +228,7 @@ class OverlongConfig:
 class RewardConfig:
     """How answers are judged."""
 
-    name: str | None = option(None, "retool, math, or file.py/function; null = custom_reward_function, else by data_source.")
+    name: str | None = option(None, "retool, boxed, math, or file.py/function; null = custom_reward_function, else by data_source.")
     num_workers: int = option(2, "Processes that judge, per rank; no secrets in their environment, no network.", minimum=1)
     timeout_seconds: float = option(2.0, "An answer that takes longer gets the floor.", above=0)
     memory_mb: int = option(2048, "Memory of a worker.", minimum=64)
@@ -263,6 +263,15 @@ class RLConfig:
     reward_model: RewardConfig = field(default_factory=RewardConfig)
     custom_reward_function: FunctionConfig = field(default_factory=FunctionConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+# Losses that are another objective with any other mean: GSPO's eq. 5 averages over sequences, CISPO's eq. 4 over tokens.
+PUBLISHED_AGGREGATION = {"gspo": "seq-mean-token-mean", "cispo": "token-mean"}
+
+
+def aggregation(actor: ActorConfig) -> str:
+    """How token losses become one number: as `loss_agg_mode` says, else as the loss was published."""
+    return actor.loss_agg_mode or PUBLISHED_AGGREGATION.get(actor.policy_loss.loss_mode, "token-mean")
 
 
 def run_options(config: RLConfig) -> options.RunOptions:

@@ -33,8 +33,9 @@ def value_of(member: Scored, metric: str) -> float:
 
 
 def has_signal(group: Group, metric: str) -> bool:
-    """Whether the metric differs among the group's samples."""
-    return float(np.std([value_of(member, metric) for member in group.members])) > 0
+    """Whether the metric differs among the group's samples. Compared, not by a deviation: rounding gives equal numbers one."""
+    values = [value_of(member, metric) for member in group.members]
+    return max(values) > min(values)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from retool import options
 from retool.config import Fault, nearest
-from retool.rl.config import RLConfig, run_options
+from retool.rl.config import PUBLISHED_AGGREGATION, RLConfig, run_options
 
 _ARR = "actor_rollout_ref"
 _SHORT = ("actor", "rollout", "ref", "model")  # `actor.clip_ratio_low=…` for the impatient
@@ -40,6 +40,7 @@ SECOND_MODEL = {"gae": "a value model", "remax": "a greedy rollout of its own fo
 def contradictions(config: RLConfig) -> Iterator[Fault]:
     """Faults that only several keys together make, and what no single type can say."""
     yield from _estimator(config.algorithm.adv_estimator)
+    yield from _aggregation(config)
     yield from _sizes(config)
     yield from _functions(config)
     yield from options.contradictions(run_options(config))
@@ -47,11 +48,16 @@ def contradictions(config: RLConfig) -> Iterator[Fault]:
 
 def notes(config: RLConfig) -> Iterator[str]:
     """What the start-up says of keys whose value means something else here."""
-    rollout, algorithm = config.actor_rollout_ref.rollout, config.algorithm
+    rollout, actor, algorithm = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor, config.algorithm
     if rollout.name != "native":
         yield f"rollout.name={rollout.name} means native here: the in-process engine samples."
     if algorithm.rollout_correction.bypass_mode and algorithm.rollout_correction.rollout_is:
         yield "with rollout_correction.bypass_mode the weights of rollout_is only undo top-p and top-k."
+    if actor.policy_loss.loss_mode == "gspo" and actor.clip_ratio_high > 0.01:
+        yield (
+            f"actor.clip_ratio_low, _high are {actor.clip_ratio_low:g} and {actor.clip_ratio_high:g}: GSPO's ratios are of whole "
+            "sequences and stay near 1; its paper clips at 3e-4 and 4e-4. Wider ones clip next to nothing."
+        )
     if rollout.multi_turn.tool_config_path is not None and not rollout.multi_turn.enable:
         yield "rollout.multi_turn.tool_config_path is given, but multi_turn.enable is false: no tool is called."
     if config.data.gen_batch_size is not None and not algorithm.filter_groups.enable:
@@ -69,6 +75,19 @@ def _estimator(name: str) -> Iterator[Fault]:
     elif name not in ESTIMATORS:
         near = nearest(name, ESTIMATORS)
         yield Fault(where, "is not known.", f"Did you mean {near}?" if near else f"Use {', '.join(ESTIMATORS)}.")
+
+
+def _aggregation(config: RLConfig) -> Iterator[Fault]:
+    """A loss that is defined with one mean isn't that loss with another."""
+    actor = config.actor_rollout_ref.actor
+    mode = actor.policy_loss.loss_mode
+    published = PUBLISHED_AGGREGATION.get(mode)
+    if published and actor.loss_agg_mode not in (None, published):
+        yield Fault(
+            f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}",
+            f"isn't {mode}: as published, its tokens are averaged by {published}.",
+            f"Leave it out, or use policy_loss.loss_mode=vanilla with {actor.loss_agg_mode}.",
+        )
 
 
 def _sizes(config: RLConfig) -> Iterator[Fault]:

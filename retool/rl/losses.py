@@ -109,18 +109,20 @@ def kl(logp_T: Tensor, ref_T: Tensor, kind: str) -> Tensor:
     """Estimators of KL(policy ‖ reference) per token (Schulman 2020, http://joschu.net/blog/kl-approx.html), with d = ref - logp:
 
     k1 = -d · abs = |d| · k2 = d²/2 · k3 = e^d - 1 - d. With `+` the value is that kind's and the gradient k2's, whose
-    expectation is the gradient of the KL. k3 is cut at 10: one token that the policy all but lost would outweigh the rest.
+    expectation is the gradient of the KL. Only k3 has bounds, because e^d overflows: d at ±20, its value at 10, as in verl;
+    one token that the policy all but lost would outweigh the rest.
     """
-    d = torch.clamp(ref_T - logp_T, -BOUND, BOUND)
-    values = {
-        "k1": lambda: -d, "abs": lambda: d.abs(), "k2": lambda: 0.5 * d.square(),
-        "k3": lambda: torch.clamp(torch.expm1(d) - d, max=10),
-    }  # fmt: skip
-    value = values[kind.removesuffix("+")]()
+    d = ref_T - logp_T
+    value = KL_KINDS[kind.removesuffix("+")](d)
     if kind.endswith("+"):
         slope = 0.5 * d.square()
         value = slope - slope.detach() + value.detach()
     return value
+
+
+def _k3(d: Tensor) -> Tensor:
+    bounded = torch.clamp(d, -BOUND, BOUND)
+    return torch.clamp(torch.expm1(bounded) - bounded, max=10)
 
 
 def kl_sum(logp_T: Tensor, ref_T: Tensor, weights_T: Tensor, kind: str) -> Tensor:
@@ -152,3 +154,9 @@ def token_weights(masks: Sequence[np.ndarray], mode: str, max_response_length: i
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Clip, "Tensor | None"], tuple[Tensor, Metrics]]
 LOSSES: dict[str, PolicyLoss] = {"vanilla": vanilla, "gspo": gspo, "cispo": cispo}
+KL_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": torch.neg,
+    "abs": torch.abs,
+    "k2": lambda d: 0.5 * d.square(),
+    "k3": _k3,
+}

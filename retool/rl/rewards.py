@@ -20,6 +20,7 @@ BOXED = "\\boxed{"
 EXACT = re.compile(r"aime|dapo|deepscaler", re.IGNORECASE)  # sources whose answers are integers
 FAR = 1000  # characters at the end that are searched where there is no box
 LONGEST = 10_000  # characters of a text that a reward function tells; the rest is cut
+RECIPE_WINDOW = 100  # characters at the end of an answer that ReTool's published reward searches for the box
 
 
 def last_boxed(text: str) -> str | None:
@@ -36,12 +37,39 @@ def last_boxed(text: str) -> str | None:
     return None if found is None else found[1]
 
 
+def closing_box(text: str) -> str | None:
+    """What is inside the last `\\boxed{` of the last 100 characters; None where there is none there, or it isn't closed."""
+    _, box, rest = text[-RECIPE_WINDOW:].rpartition(BOXED)
+    depth = 1 if box else 0
+    for at, character in enumerate(rest if box else ""):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[:at]
+    return None
+
+
 def retool_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any]) -> dict[str, Any]:
-    """ReTool's: +1 where the last box holds the truth, letter for letter, else -1 plus 0.05 per turn after the second, at most -0.6."""
+    """The reward of ReTool's published recipe (verl's `recipe/retool` over `math_dapo`, strict box), number for number.
+
+    +1 where the last box within the last 100 characters is closed and holds the truth, letter for letter, white space
+    included; else -1 plus 0.05 per turn after the second, at most -0.6. See `boxed_score` for the more lenient one.
+    """
+    del data_source
+    pred = closing_box(solution_str)
+    return _right_or_turns(pred, pred == ground_truth, extra_info)
+
+
+def boxed_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any]) -> dict[str, Any]:
+    """As `retool_score`, but the last balanced box counts wherever it is, and white space around answer and truth doesn't."""
     del data_source
     pred = last_boxed(solution_str)
     right = pred is not None and pred.strip() == ground_truth.strip()
-    turns = int(extra_info.get("num_turns", 2))
+    return _right_or_turns(pred, right, extra_info)
+
+
+def _right_or_turns(pred: str | None, right: bool, extra_info: Mapping[str, Any]) -> dict[str, Any]:
+    """+1 for a right answer; a wrong one loses less the more turns it took, so that calling the tool is worth a try."""
+    turns = int(extra_info.get("num_turns") or 2)
     score = 1.0 if right else min(-0.6, -1.0 + 0.1 * (turns - 2) / 2)
     return {"score": score, "acc": float(right), "pred": "" if pred is None else pred}
 
@@ -160,4 +188,9 @@ def overlong_penalty(length: int, longest: int, buffer: int, factor: float) -> f
     return min(-(length - (longest - buffer)) / buffer * factor, 0.0)
 
 
-BUILT_IN: dict[str, RewardFunction] = {"retool": retool_score, "math": math_score, "default": default_score}
+BUILT_IN: dict[str, RewardFunction] = {
+    "retool": retool_score,
+    "boxed": boxed_score,
+    "math": math_score,
+    "default": default_score,
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from retool.perf import GIB
+from retool.rl.config import aggregation
 from retool.rl.preflight import Report
 from retool.rl.rewards import default_name
 from retool.show import memory_words, model_words, written_words
@@ -53,5 +54,5 @@ def _step_words(report: Report) -> str:
     return (
         f"{prompts:,} prompts × {n} samples = {prompts * n:,} trajectories, at most {tokens:,} response tokens\n"
         f"{updates} optimizer step(s) of {actor.ppo_mini_batch_size * n:,} trajectories, {actor.ppo_max_token_len_per_gpu:,} tokens "
-        f"per GPU and micro-batch; {config.algorithm.adv_estimator}, {actor.policy_loss.loss_mode}, {actor.loss_agg_mode}"
+        f"per GPU and micro-batch; {config.algorithm.adv_estimator}, {actor.policy_loss.loss_mode}, {aggregation(actor)}"
     )

@@ -24,7 +24,7 @@ from retool.rl.build import (
     validation_sampling,
 )
 from retool.rl.collect import collect, release, sample, sync
-from retool.rl.config import RLConfig
+from retool.rl.config import RLConfig, aggregation
 from retool.rl.experience import Experience, make_experience, timed
 from retool.rl.filter import UnusableSamples
 from retool.rl.identity import fingerprint
@@ -144,7 +144,7 @@ def update(run: Run, state: TrainState, made: Experience) -> Metrics:
         for chosen in mini_batches(made.groups, actor.ppo_mini_batch_size):
             rows = [made.rows[i] for i in chosen]
             batches, _ = rank_batches(
-                rows, actor.loss_agg_mode, config.data.max_response_length, mesh.dp_rank, mesh.dp, mesh.sp, update_budget(run.report)
+                rows, aggregation(actor), config.data.max_response_length, mesh.dp_rank, mesh.dp, mesh.sp, update_budget(run.report)
             )
             optim = actor.optim
             lr = learning_rate(state.updates, total, optim.lr, optim.lr_scheduler, optim.warmup_steps_ratio, optim.min_lr_ratio)

@@ -25,12 +25,12 @@ def subset_sizes(n: int) -> list[int]:
 
 def question_statistics(accuracy: Sequence[float], answers: Sequence[str] | None) -> dict[str, float]:
     """Of one question's N samples: mean@N, std@N, and for k = 2, 4, 8 … N best@k, worst@k and, with `answers`, maj@k (mean and
-    std over the draws)."""
+    std over the draws). Every std divides by the count, not by one less, as verl's metrics of these names do."""
     values = np.asarray(accuracy, np.float64)
     n = len(values)
     out = {f"mean@{n}": float(values.mean())}
     if n > 1:
-        out[f"std@{n}"] = float(values.std(ddof=1))
+        out[f"std@{n}"] = float(values.std())
     for k in subset_sizes(n):
         chosen = draws(n, k)
         kinds = {"best": values[chosen].max(1), "worst": values[chosen].min(1)}

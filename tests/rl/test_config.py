@@ -6,7 +6,7 @@ import pytest
 
 from retool.config import help_text, leaves, parse, read
 from retool.plan import World, setting_of
-from retool.rl.config import RLConfig, run_options
+from retool.rl.config import RLConfig, aggregation, run_options
 from retool.rl.keys import EXAMPLE, SYNONYMS, contradictions, notes
 from retool.sft.config import SFTConfig
 from retool.sft.config import run_options as sft_options
@@ -62,7 +62,7 @@ def test_defaults_of_the_contract() -> None:
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     assert config.algorithm.norm_adv_by_std_in_grpo and config.algorithm.rollout_correction.rollout_is is None
     assert config.algorithm.rollout_correction.rollout_is_threshold == 2.0
-    assert (actor.ppo_epochs, actor.entropy_coeff, actor.loss_agg_mode, actor.grad_clip) == (1, 0.0, "token-mean", 1.0)
+    assert (actor.ppo_epochs, actor.entropy_coeff, aggregation(actor), actor.grad_clip) == (1, 0.0, "token-mean", 1.0)
     assert (actor.policy_loss.loss_mode, rollout.temperature, rollout.top_p, rollout.top_k) == ("vanilla", 1.0, 1.0, -1)
     multi = rollout.multi_turn
     assert (multi.max_tool_response_length, multi.tool_response_truncate_side, multi.max_parallel_calls) == (512, "middle", 1)
@@ -105,6 +105,8 @@ def test_synonyms_name_keys_that_exist() -> None:
         (ARR + "rollout.temperature=0", "above 0"),
         (ARR + "rollout.top_k=0", "Use -1"),
         (ARR + "actor.loss_agg_mode=token_mean", "token-mean"),
+        (f"{ARR}actor.loss_agg_mode=token-mean {ARR}actor.policy_loss.loss_mode=gspo", "averaged by seq-mean-token-mean. Leave it out"),
+        (f"{ARR}actor.loss_agg_mode=seq-mean-token-sum {ARR}actor.policy_loss.loss_mode=cispo", "averaged by token-mean. Leave it out"),
         (ARR + "rollout.multi_turn.max_asistant_turns=3", "Did you mean actor_rollout_ref.rollout.multi_turn.max_assistant_turns?"),
         ("trainer.save_freq=0", "no number of steps"),
         ("data.custom_cls.path=x.py", "both path and name"),
@@ -114,8 +116,20 @@ def test_synonyms_name_keys_that_exist() -> None:
     ],
 )
 def test_what_is_refused_and_the_way_out(word: str, said: str) -> None:
-    faults = faults_of(word)
+    faults = faults_of(*word.split())
     assert len(faults) == 1 and said in faults[0], faults
+
+
+@pytest.mark.parametrize(
+    ("mode", "published"), [("vanilla", "token-mean"), ("gspo", "seq-mean-token-mean"), ("cispo", "token-mean")]
+)
+def test_a_loss_brings_its_own_aggregation(mode: str, published: str) -> None:
+    words = [*REQUIRED, f"{ARR}actor.policy_loss.loss_mode={mode}"]
+    assert aggregation(parse(RLConfig, words).actor_rollout_ref.actor) == published
+    same = parse(RLConfig, [*words, f"{ARR}actor.loss_agg_mode={published}"])
+    assert aggregation(same.actor_rollout_ref.actor) == published and not list(contradictions(same))
+    clips = " ".join(notes(parse(RLConfig, words)))
+    assert ("3e-4 and 4e-4" in clips) == (mode == "gspo")
 
 
 def test_what_would_do_nothing_is_noted() -> None:

@@ -102,6 +102,18 @@ def test_kl_by_hand(kind, value, slope) -> None:
     assert (float(out), float(logp.grad)) == (pytest.approx(value), pytest.approx(slope))
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "slope"), [("k1", 30.0, 1.0), ("abs", 30.0, 1.0), ("k2", 450.0, 30.0), ("k1+", 30.0, 30.0), ("k3+", 29.0, 30.0)]
+)
+def test_a_token_far_from_the_reference_keeps_its_gradient(kind, value, slope) -> None:
+    """d = ref - logp = -30. Only k3 is bounded, as e^d overflows on its other side; its own gradient there is as good as 0."""
+    logp = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
+    out = kl_sum(logp, torch.tensor([-31.0], dtype=torch.float64), ONE, kind)
+    out.backward()
+    bounded = kind == "k3+"
+    assert float(out) == pytest.approx(10.0 if bounded else value) and float(logp.grad) == pytest.approx(slope)
+
+
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_kl_estimators_are_unbiased(kind) -> None:
     """Their mean under the policy, exactly summed over a small vocabulary, is the KL divergence."""

@@ -21,6 +21,7 @@ from retool.rl.build import require_judges
 from retool.rl.reward_pool import RewardPool
 from retool.rl.rewards import (
     RewardSource,
+    boxed_score,
     default_name,
     find_reward,
     judge,
@@ -62,13 +63,28 @@ def test_boxes_of_a_hostile_text_are_found_in_linear_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("solution", "turns", "score"),
-    [("\\boxed{ 4 }", 2, 1.0), ("\\boxed{5}", 2, -1.0), ("\\boxed{5}", 4, -0.9), ("nothing", 8, -0.7), ("", 10, -0.6), ("", 40, -0.6),
-     ("\\boxed{4.0}", 6, -0.8)],
-)  # fmt: skip
-def test_retool_by_hand(solution, turns, score) -> None:
-    result = retool_score("", solution, "4", {"num_turns": turns})
-    assert result["score"] == pytest.approx(score, abs=1e-12) and result["acc"] == float(score == 1.0)
+    ("solution", "turns", "recipe", "lenient"),
+    [
+        ("\\boxed{4}", 2, 1.0, 1.0),
+        ("\\boxed{4} " + "." * 90, 2, 1.0, 1.0),
+        ("\\boxed{5}", 2, -1.0, -1.0),
+        ("\\boxed{5}", 4, -0.9, -0.9),
+        ("nothing", 8, -0.7, -0.7),
+        ("", 10, -0.6, -0.6),
+        ("", 40, -0.6, -0.6),
+        ("\\boxed{4.0}", 6, -0.8, -0.8),
+        ("\\boxed{ 4 }", 2, -1.0, 1.0),  # white space counts
+        ("\\boxed{4} " + "." * 100, 2, -1.0, 1.0),  # only the last 100 characters are searched
+        ("\\boxed{4} or \\boxed{5", 2, -1.0, 1.0),  # the last box must be closed
+        ("\\boxed{\\boxed{4}", 2, 1.0, 1.0),
+        ("{ \\boxed{4} }}", 2, 1.0, 1.0),
+    ],
+)
+def test_retool_by_hand(solution, turns, recipe, lenient) -> None:
+    """`retool` is the published recipe's, `boxed` the more lenient one."""
+    for function, score in ((retool_score, recipe), (boxed_score, lenient)):
+        result = function("", solution, "4", {"num_turns": turns})
+        assert result["score"] == pytest.approx(score, abs=1e-12) and result["acc"] == float(score == 1.0)
 
 
 def test_math_agrees_with_the_published_cases(shared_data) -> None:

@@ -67,6 +67,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         elif sequence.runs:
             self.running.remove(sequence)
+        # The key may be started anew before the refusal was handed out: the new sequence must not get it.
+        self.refused = [turn for turn in self.refused if turn.key != key]
         sequence.state, self.changed = State.DROPPED, True
         self.pool.release(sequence.pages)
         self.groups.leave(sequence)

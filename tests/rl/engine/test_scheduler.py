@@ -119,6 +119,16 @@ def test_random_schedules(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(scheduler.pool.free) == pages and not scheduler.groups.by_key
 
 
+def test_a_dropped_key_takes_its_refusal_along() -> None:
+    """Else a sequence started under the same key would be told the capacity of the one before it."""
+    scheduler = Scheduler(PagePool(3, 2), 4, 64, 1 << 60)
+    scheduler.start("other", [1] * 9, SamplingParams(max_tokens=2), None)
+    scheduler.start("key", [1] * 9, SamplingParams(max_tokens=2), None)
+    scheduler.drop("key")
+    scheduler.start("key", [1, 2], SamplingParams(max_tokens=2), None)
+    assert [turn.key for turn in scheduler.refused] == ["other"]
+
+
 def test_the_oldest_is_never_preempted() -> None:
     scheduler = Scheduler(PagePool(9, 2), 4, 64, 1 << 60)
     for key in range(4):
