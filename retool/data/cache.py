@@ -3,7 +3,7 @@
 The folder is named by everything its content depends on, so a second run, or the other ranks of this one, only open it:
   tokens.bin int32 [N]   ids of all samples end to end          lengths.npy int32 [n]   tokens of each sample
   mask.bin   bool  [N]   True where the token is trained        trained.npy int32 [n]   trained tokens of each
-  report.json            what was kept, cut, dropped            rows.npy    int32 [n,2] (file, row) it is from
+  report.json            what was kept, cut, dropped; its hash  rows.npy    int32 [n,2] (file, row) it is from
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from .files import file_identity, iter_chunks, load_function, resolve_files
 from .refusals import Refusals
 from .rows import RowFormat
 from .tokenise import TRUNCATIONS, DatasetReport, Tokenised, add_reports, map_chunks, tokenise_chunk
+
+SCANNED_TOKENS = 1 << 22
 
 
 class Dataset:
@@ -49,6 +51,16 @@ class Dataset:
             raise IndexError(f"sample {index} of {len(self)}")
         part = slice(int(self._ends[index] - self.lengths[index]), int(self._ends[index]))
         return Sample(np.array(self._tokens[part]), np.array(self._mask[part]))
+
+    def find_id(self, at_least: int) -> tuple[int, int] | None:
+        """(sample, token id) of the first token whose id is `at_least` or more. Reads all tokens, a few million at a time."""
+        for start in range(0, len(self._tokens), SCANNED_TOKENS):
+            part = self._tokens[start : start + SCANNED_TOKENS]
+            places = np.flatnonzero(part >= at_least)
+            if len(places):
+                place = start + int(places[0])
+                return int(np.searchsorted(self._ends, place, "right")), int(self._tokens[place])
+        return None
 
     def origin(self, index: int) -> tuple[int, int]:
         """(index into the report's files, row) of a sample."""
@@ -137,11 +149,16 @@ def _build(folder: Path, files: Sequence[str], parts: Iterable[Tokenised], progr
 def _write(work: Path, files: list[str], parts: Iterable[Tokenised], progress: Callable[[int], None]) -> DatasetReport:
     report, refusals = DatasetReport(files=tuple(files)), Refusals()
     lengths, trained, rows = [], [], []
+    content = hashlib.blake2b(digest_size=16)
     with open(work / "tokens.bin", "wb") as tokens, open(work / "mask.bin", "wb") as masks:
         for part in parts:
             for sample in part.samples:
-                tokens.write(sample.tokens.tobytes())
-                masks.write(sample.mask.tobytes())
+                ids = sample.tokens.tobytes()
+                mask = sample.mask.tobytes()
+                tokens.write(ids)
+                masks.write(mask)
+                # With its length, so that no two ways of cutting the same tokens into samples have one hash.
+                content.update(len(sample).to_bytes(8, "little") + ids + mask)
             lengths += [len(sample) for sample in part.samples]
             trained += [sample.trained for sample in part.samples]
             rows += [(files.index(file), row) for file, row in part.rows]
@@ -156,4 +173,4 @@ def _write(work: Path, files: list[str], parts: Iterable[Tokenised], progress: C
     np.save(work / "lengths.npy", np.asarray(lengths, np.int32))
     np.save(work / "trained.npy", np.asarray(trained, np.int32))
     np.save(work / "rows.npy", np.asarray(rows, np.int32))
-    return report
+    return replace(report, content=content.hexdigest())

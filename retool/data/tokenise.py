@@ -35,6 +35,8 @@ class DatasetReport:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0  # tokens, before truncation
+    highest_id: int = -1  # of any token; the model's embedding must have a row for it
+    content: str = ""  # hash of every sample's tokens and mask, in order; parts have none
 
     def sentence(self) -> str:
         """One line for the log."""
@@ -64,7 +66,8 @@ class Tokenised:
 def add_reports(total: DatasetReport, part: DatasetReport) -> DatasetReport:
     summed = {name: getattr(total, name) + getattr(part, name) for name in
               ("rows", "samples", "split", "truncated", "dropped_long", "dropped_untrained", "tokens", "trained_tokens")}  # fmt: skip
-    return replace(total, **summed, longest=max(total.longest, part.longest))
+    longest = max(total.longest, part.longest)
+    return replace(total, **summed, longest=longest, highest_id=max(total.highest_id, part.highest_id))
 
 
 def truncate(sample: Sample, max_length: int, truncation: str) -> Sample | None:
@@ -113,6 +116,7 @@ def tokenise_chunk(chunk: Chunk, renderer: Renderer, form: RowFormat, max_length
     out.report = DatasetReport(
         rows=rows, samples=len(out.samples), split=split, truncated=truncated, dropped_long=long, dropped_untrained=untrained,
         tokens=sum(map(len, out.samples)), trained_tokens=sum(sample.trained for sample in out.samples), longest=longest,
+        highest_id=max((int(sample.tokens.max()) for sample in out.samples), default=-1),
     )  # fmt: skip
     return out
 

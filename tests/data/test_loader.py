@@ -227,6 +227,29 @@ class TestCache:
         dataset, _ = open_dataset(path, renderer_of("chatml"), cache_dir=tmp_path / "cache")
         assert len(calls) == 7 and len(dataset) == 3
 
+    def test_the_content_is_known_by_its_tokens_masks_and_order(self, tmp_path, renderer_of):
+        """Whatever the files are called: same samples in the same order, same content; anything else is another."""
+        one, two = answer("one"), answer("two")
+        masked = {"messages": [*one["messages"], {"role": "user", "content": "Hi"}, {**two["messages"][1], "loss_mask": 0}]}
+        unmasked = {"messages": [*one["messages"], {"role": "user", "content": "Hi"}, two["messages"][1]]}
+        made = {"a": [one], "b": [two], "copy_of_a": [one], "ab": [one, two], "masked": [masked], "unmasked": [unmasked]}
+        files = {name: jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in made.items()}
+
+        def content(*names):
+            _, report = open_dataset([files[name] for name in names], renderer_of("chatml"), cache_dir=tmp_path / "cache", num_workers=0)
+            return report.content
+
+        assert content("a") == content("copy_of_a") and content("a", "b") == content("ab") == content("copy_of_a", "b")
+        assert len({content("a"), content("b"), content("a", "b"), content("b", "a"), content("masked"), content("unmasked")}) == 6
+
+    def test_the_highest_token_id_is_known_and_found(self, tmp_path, renderer_of):
+        file = jsonl(tmp_path / "a.jsonl", [answer("one"), answer("two"), answer("three")])
+        dataset, report = open_dataset(file, renderer_of("chatml"), cache_dir=tmp_path / "cache", num_workers=0)
+        highest = max(int(dataset[i].tokens.max()) for i in range(3))
+        sample, found = dataset.find_id(highest)
+        assert report.highest_id == highest == found and highest in dataset[sample].tokens
+        assert dataset.find_id(highest + 1) is None
+
     def test_a_torn_cache_is_made_anew(self, tmp_path, renderer_of):
         first, _ = self.open(tmp_path, renderer_of("chatml"), [answer("A")])
         tokens = first[0].tokens.tolist()
