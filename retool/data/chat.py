@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
@@ -98,6 +98,14 @@ class Renderer:
     def _has_generation_prompt(self) -> bool:
         messages = [{"role": "user", "content": "Question"}]
         return self.text(messages, generation_prompt=True) != self.text(messages)
+
+    @cached_property
+    def reasoning(self) -> Literal["none", "tagged", "opened"]:
+        """Whether the template knows <think> … </think>, and whether its generation prompt already opens it."""
+        if "</think>" not in str(self.template or self.tokenizer.chat_template):
+            return "none"
+        prompt = self.text([{"role": "user", "content": "Question"}], generation_prompt=True)
+        return "opened" if prompt.rstrip().endswith("<think>") else "tagged"
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 

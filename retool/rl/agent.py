@@ -17,7 +17,7 @@ import numpy as np
 from retool.data.backend import decode_ids, encode_text, token_offsets
 from retool.data.chat import Renderer
 from retool.rl.rewards import LONGEST
-from retool.rl.toolcall import PARSERS, Call, check
+from retool.rl.toolcall import MOST_CALLS, Call, check, read_calls
 from retool.rl.tools import Tool, ToolResult
 from retool.rl.types import Prompt, Stop, Trajectory
 
@@ -136,7 +136,8 @@ def _after_turn(
     if turn.tokens[-1] != ends[0]:
         return Stop.EOS, []
     schemas = [tool.schema for tool in tools.values()]
-    calls = PARSERS[options.format](text, schemas) if tools else []
+    most = max(MOST_CALLS, options.max_parallel_calls)
+    calls = read_calls(options.format, text, schemas, renderer.reasoning, most) if tools else []
     if not calls:
         return Stop.NO_CALL, []
     for count, most in ((episode.assistant_turns, options.max_assistant_turns), (episode.user_turns, options.max_user_turns)):
@@ -158,7 +159,7 @@ async def _run_calls(
     running = [_run_call(call, check(call, schemas), tools, options.tool_timeout_seconds) for call in calls[:most]]
     results = [await running[0]] if len(running) == 1 else list(await asyncio.gather(*running))
     over = f"not run: at most {most} call{'s are' if most > 1 else ' is'} run in a turn. Call it again."
-    results += [ToolResult(over, "not_run") for _ in calls[most:]]
+    results += [ToolResult(f"Error: {call.problem}" if call.problem else over, "not_run") for call in calls[most:]]
     responses = []
     for call, result in zip(calls, results, strict=True):
         episode.calls += result.status != "not_run"

@@ -1,22 +1,34 @@
 """Tool calls in what a model wrote: hermes JSON, fenced Python, or ReTool's `<code>`. Nothing here raises on a model's text.
 
 A call that can't be understood comes back with a `problem`, which goes to the model as the tool's answer.
+
+[Note: reasoning] What stands between <think> and </think> is a draft: templates that know these tags show what follows them as
+the answer, and servers look for calls only there. So do `hermes` and `code_block`. ReTool's `<code>` is written in the middle
+of reasoning and run there (arXiv 2504.11536, section 2.2), so `retool` reads the whole turn.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
+MOST_CALLS = 32  # of a turn are read and answered: a model that repeats itself can write thousands
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+THINK, END_OF_THOUGHT = "<think>", "</think>"
+CALL = re.compile(re.escape(OPEN))
+THOUGHT_OR_CALL = re.compile(f"{re.escape(THINK)}|{re.escape(OPEN)}")
 FENCE = re.compile(r"```(?:python|py)[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
+THOUGHT_OR_FENCE = re.compile(rf"{THINK}.*?(?:{END_OF_THOUGHT}|\Z)|{FENCE.pattern}", re.DOTALL)
 CODE = re.compile(r"<code>(.*?)(?:</code>|\Z)", re.DOTALL)
 INNER_FENCE = re.compile(r"\A\s*```(?:python|py)?[ \t]*\r?\n(.*?)\r?\n?\s*(?:```\s*)?\Z", re.DOTALL)
 SHAPE = 'write <tool_call>{"name": …, "arguments": {…}}</tool_call>'
 Schemas = Sequence[Mapping[str, Any]]
+# Of a turn: the template knows no reasoning · it may begin with <think> · the generation prompt already opened it.
+Reasoning = Literal["none", "tagged", "opened"]
 
 
 @dataclass(frozen=True)
@@ -28,21 +40,37 @@ class Call:
     problem: str | None = None
 
 
-def parse_hermes(text: str, schemas: Schemas = ()) -> list[Call]:
+def read_calls(
+    form: str, text: str, schemas: Schemas = (), reasoning: Reasoning = "none", most: int = MOST_CALLS
+) -> list[Call]:
+    """The calls of a turn that was written in `form` (a name of PARSERS), outside its reasoning, see [Note: reasoning].
+
+    At most `most` are read. One more stands for all that follow, with a `problem` that says so.
+    """
+    if reasoning == "opened" and form != "retool":
+        text = text.partition(END_OF_THOUGHT)[2]
+    calls = list(islice(PARSERS[form](text, schemas, reasoning != "none"), most + 1))
+    if len(calls) > most:
+        calls[most] = Call("", {}, f"a turn has at most {most} calls: this one and those after it weren't read.")
+    return calls
+
+
+def parse_hermes(text: str, schemas: Schemas = (), thinks: bool = False) -> Iterator[Call]:
     """Calls between <tool_call> tags; a complete one that the turn's end left without its closing tag counts.
 
     JSON is read from the opening tag on, so a closing tag inside a string is only text. Arguments that are a string
-    holding a JSON object are unwrapped; other strings stay.
+    holding a JSON object are unwrapped; other strings stay. `thinks`: what <think> … </think> encloses is passed over.
     """
     del schemas  # names are checked where the tools are known
-    calls: list[Call] = []
-    at = text.find(OPEN)
-    while at >= 0:
-        start = at + len(OPEN)
-        call, stop = _hermes_call(text, start)
-        calls.append(call)
-        at = text.find(OPEN, stop)
-    return calls
+    marks = THOUGHT_OR_CALL if thinks else CALL
+    at = 0
+    while found := marks.search(text, at):
+        if found.group() == OPEN:
+            call, at = _hermes_call(text, found.end())
+            yield call
+        else:
+            closing = text.find(END_OF_THOUGHT, found.end())
+            at = len(text) if closing < 0 else closing + len(END_OF_THOUGHT)
 
 
 def _hermes_call(text: str, start: int) -> tuple[Call, int]:
@@ -77,20 +105,24 @@ def _from_json(value: Any) -> Call:
     return Call(value["name"], arguments)
 
 
-def parse_code_block(text: str, schemas: Schemas = ()) -> list[Call]:
-    """Every ```python block, as a call of the tool that takes code."""
-    return _code_calls(FENCE.findall(text), schemas)
-
-
-def parse_retool(text: str, schemas: Schemas = ()) -> list[Call]:
-    """Every `<code>` element (arXiv 2504.11536), a fence inside it taken off."""
-    blocks = [found.group(1) if (found := INNER_FENCE.match(block)) else block.strip("\n") for block in CODE.findall(text)]
-    return _code_calls(blocks, schemas)
-
-
-def _code_calls(blocks: Sequence[str], schemas: Schemas) -> list[Call]:
+def parse_code_block(text: str, schemas: Schemas = (), thinks: bool = False) -> Iterator[Call]:
+    """Every ```python block, as a call of the tool that takes code. `thinks`: those inside <think> … </think> aren't."""
     name, argument = code_tool(schemas)
-    return [Call(name, {argument: block}) for block in blocks if block.strip()]
+    for found in (THOUGHT_OR_FENCE if thinks else FENCE).finditer(text):
+        block = found.group(1)
+        if block is not None and block.strip():
+            yield Call(name, {argument: block})
+
+
+def parse_retool(text: str, schemas: Schemas = (), thinks: bool = False) -> Iterator[Call]:
+    """Every `<code>` element (arXiv 2504.11536), a fence inside it taken off; inside reasoning, too."""
+    del thinks
+    name, argument = code_tool(schemas)
+    for found in CODE.finditer(text):
+        fenced = INNER_FENCE.match(found.group(1))
+        block = fenced.group(1) if fenced else found.group(1).strip("\n")
+        if block.strip():
+            yield Call(name, {argument: block})
 
 
 def code_tool(schemas: Schemas) -> tuple[str, str]:
@@ -120,7 +152,7 @@ def check(call: Call, schemas: Schemas) -> str | None:
     return f"{call.name} needs the argument{'s' if len(missing) > 1 else ''} {', '.join(missing)}." if missing else None
 
 
-PARSERS: dict[str, Callable[[str, Schemas], list[Call]]] = {
+PARSERS: dict[str, Callable[[str, Schemas, bool], Iterator[Call]]] = {
     "hermes": parse_hermes,
     "code_block": parse_code_block,
     "retool": parse_retool,

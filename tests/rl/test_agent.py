@@ -292,6 +292,25 @@ def test_end_at_once_end_of_text_and_aborted(renderer_of, tool_row) -> None:
     assert episode(renderer, tool_row, [given_up], Answers([]))[0].stop is Stop.ABORTED
 
 
+def test_a_call_that_is_only_thought_is_not_run(renderer_of, tool_row) -> None:
+    """Where the template knows <think> (Qwen3's); for one that doesn't (ChatML) the tags are text like any other."""
+    thought = f"<think>maybe {call_text('1')}</think>No, it is 3."
+    for template, calls in (("qwen3", 0), ("chatml", 1)):
+        renderer = renderer_of(template)
+        tool = Answers(["3"])
+        row = tool_row if template == "qwen3" else {**tool_row, "tools": None}
+        trajectory, _ = episode(renderer, row, [say(renderer, thought), say(renderer, "3")], tool)
+        assert len(tool.calls) == trajectory.tool_calls == calls, template
+
+
+def test_a_flood_of_calls_is_answered_once_for_all_that_follow(renderer_of, tool_row) -> None:
+    renderer = renderer_of("hermes")
+    flood = say(renderer, call_text("1") + "<tool_call></tool_call>" * 500)
+    trajectory, model = episode(renderer, tool_row, [flood, say(renderer, "3")], Answers(["3"]))
+    glue = renderer.tokenizer.decode(model.asked[1][0])
+    assert glue.count("<tool_response>") == 33 and "at most 32 calls" in glue and trajectory.tool_calls == 8
+
+
 def test_without_tools_a_call_is_an_answer(renderer_of, tool_row) -> None:
     renderer = renderer_of("hermes")
     trajectory, _ = episode(renderer, tool_row, [say(renderer, call_text("1"))], None)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
+from functools import partial
 
 import pytest
 
-from retool.rl.toolcall import Call, check, code_tool, parse_code_block, parse_hermes, parse_retool
+from retool.rl.toolcall import MOST_CALLS, Call, check, code_tool, read_calls
 from retool.rl.tools import SCHEMA
+
+parse_hermes = partial(read_calls, "hermes")
+parse_code_block = partial(read_calls, "code_block")
+parse_retool = partial(read_calls, "retool")
 
 LOOKUP = {"name": "lookup", "parameters": {"properties": {"key": {}, "place": {}}, "required": ["key", "place"]}}
 
@@ -82,3 +88,49 @@ def test_check_says_what_is_wrong() -> None:
     assert check(Call("lookup", {"key": 1}), [LOOKUP]) == "lookup needs the argument place."
     assert check(Call("lookup", "Rome"), [LOOKUP]) == "the arguments of lookup must be a JSON object, not str."
     assert check(Call("", {}, "broken"), [SCHEMA]) == "broken"
+
+
+def call_of(name: str) -> str:
+    return f'<tool_call>{{"name": "{name}"}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "tagged", "opened"),
+    [
+        (f"<think>{call_of('draft')}</think>{call_of('f')}", ["f"], ["f"]),
+        (f"{call_of('draft')}</think>\n{call_of('f')}", ["draft", "f"], ["f"]),
+        (f"<think>never closed {call_of('draft')}", [], []),
+        (f"{call_of('draft')} never closed", ["draft"], []),
+        (f"</think>{call_of('f')}<think>{call_of('draft')}</think>{call_of('g')}", ["f", "g"], ["f", "g"]),
+        ('</think><tool_call>{"name": "f", "arguments": {"code": "<think>"}}</tool_call>' + call_of("g"), ["f", "g"], ["f", "g"]),
+    ],
+)
+def test_what_is_only_thought_is_not_called(text: str, tagged: list[str], opened: list[str]) -> None:
+    assert [call.name for call in parse_hermes(text, reasoning="tagged")] == tagged
+    assert [call.name for call in parse_hermes(text, reasoning="opened")] == opened
+    assert {call.name for call in parse_hermes(text)} == {name for name in ("draft", "f", "g") if f'"{name}"' in text}
+
+
+def test_code_that_is_only_thought() -> None:
+    text = "<think>```python\ndraft\n```</think>```python\nprint(1)\n```"
+    assert parse_code_block(text, [SCHEMA], reasoning="tagged") == [Call("code_interpreter", {"code": "print(1)\n"})]
+    assert len(parse_code_block(text, [SCHEMA])) == 2
+    inside = "<think>so <code>print(1)</code> it is</think>"
+    assert parse_retool(inside, [SCHEMA], reasoning="tagged") == parse_retool(inside, [SCHEMA], reasoning="opened") != []
+
+
+@pytest.mark.parametrize(
+    ("form", "piece"),
+    [
+        ("hermes", "<tool_call></tool_call>"),
+        ("hermes", call_of("f")),
+        ("code_block", "```python\nx\n```\n"),
+        ("retool", "<code>x</code>"),
+    ],
+)
+def test_a_flood_of_calls_is_cut(form: str, piece: str) -> None:
+    begin = time.perf_counter()
+    calls = read_calls(form, piece * 7_000, [SCHEMA])
+    assert time.perf_counter() - begin < 0.1
+    assert len(calls) == MOST_CALLS + 1 and "at most 32 calls" in str(calls[-1].problem)
+    assert len(read_calls(form, piece * 40, [SCHEMA], most=50)) == 40
