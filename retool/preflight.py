@@ -131,18 +131,11 @@ def check_model(folder: Path, key: str = "model.partial_pretrain") -> tuple[Mode
     if not folder.is_dir():
         return None, [Fault(where, "is not a folder.", "Give a Hugging Face model folder with config.json, tokenizer and safetensors.")]
     faults: list[Fault] = []
-    config = attempt(where, lambda: _model_config(folder), faults)
+    config = attempt(where, lambda: read_model_config(folder), faults)
     source = attempt(where, lambda: SafetensorsSource(folder), faults)
     if config is not None and source is not None:
         attempt(where, lambda: match_names(plan_layout(config, 1), source), faults)
     return config, faults
-
-
-def _model_config(folder: Path) -> ModelConfig:
-    try:
-        return read_model_config(folder)
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks {error}. Fetch it again.") from error
 
 
 def check_tokenizer(folder: Path, chat_template: str | None, key: str = "model.partial_pretrain") -> Iterator[Fault]:

@@ -176,7 +176,7 @@ JSONL = "data.train_files={root}/train.jsonl"
         (lambda r: None, ["data.max_length=10"], ["row 0", "data.max_length=10", "data.truncation=drop"]),
         (lambda r: None, ["data.train_batch_size=11"], ["data.train_batch_size=11", "10 training samples", "Use at most 10."]),
         (lambda r: edit(r / "model" / "config.json", model_type="mamba"), [], ["model_type 'mamba'", "llama, qwen2, qwen3"]),
-        (lambda r: edit(r / "model" / "config.json", hidden_size=None), [], ["config.json lacks 'hidden_size'"]),
+        (lambda r: edit(r / "model" / "config.json", hidden_size=None), [], ["config.json: lacks 'hidden_size'"]),
         (lambda r: (r / "model" / "config.json").unlink(), [], ["has no config.json. Give a Hugging Face"]),
         (into_checkpoint("huggingface"), [], ["has no config.json", "model is in", "model/huggingface: give that"]),
         (into_checkpoint("actor/huggingface"), [], ["has no config.json", "model is in", "model/actor/huggingface: give that"]),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 UNWANTED = ["original/*", "onnx/*", "*.onnx*"]
+MAX_JSON_BYTES = 100 << 20  # a tokenizer.json has 10 or 20 MB
 
 
 def find_model(name: str, weights: bool = True) -> Path:
@@ -30,3 +33,18 @@ def find_model(name: str, weights: bool = True) -> Path:
         reason = str(error).strip().splitlines()[0].removeprefix("Got: ").rstrip(".")
         problem = f"{name} is no local folder, and the hub gives no model of that name ({reason})"
         raise ValueError(f"{problem}. Check the path; without a network, give a local folder.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a file of a model's folder holds. ValueError names the file where it holds anything else."""
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes: that is no file of a model. Fetch it again.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is no JSON file: it is nested without end. Fetch it again.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file ({error}). Fetch it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object. Fetch it again.")
+    return content

@@ -112,7 +112,7 @@ def test_both_rope_spellings_are_read(tmp_path: Path) -> None:
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not implemented"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope type 'yarn'"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"num_key_value_heads": 4}, "num_attention_heads=6 is not a multiple"),

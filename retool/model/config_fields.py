@@ -1,0 +1,149 @@
+"""What is known of the fields of a `config.json`: read, implemented for some values only, or without effect on what a model computes.
+
+A field that is in no table here, and isn't off, may change what the model computes: it is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model type fixes, and what transformers takes where its `config.json` says nothing.
+
+    `attention_bias`: whether q, k and v have biases (None: they and o have, if the field of that name says so). `head_dim` and
+    `kv_heads` of None: hidden size / heads, and as many as there are heads. `reads`: fields that only some families have.
+    """
+
+    attention_bias: bool | None
+    qk_norm: bool
+    head_dim: int | None
+    kv_heads: int | None
+    reads: frozenset[str]
+
+
+WINDOWS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
+FAMILIES = {
+    "llama": Family(attention_bias=None, qk_norm=False, head_dim=None, kv_heads=None, reads=frozenset({"attention_bias", "mlp_bias"})),
+    "qwen2": Family(attention_bias=True, qk_norm=False, head_dim=None, kv_heads=32, reads=WINDOWS),
+    "qwen3": Family(attention_bias=None, qk_norm=True, head_dim=128, kv_heads=32, reads=WINDOWS | {"attention_bias"}),
+}
+
+# The largest value that a size may have: far above any dense model's, and small enough to plan with.
+SIZES = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "max_position_embeddings": 1 << 32,
+    "original_max_position_embeddings": 1 << 32,
+}
+READ = frozenset({
+    *SIZES, "model_type", "rms_norm_eps", "tie_word_embeddings", "layer_types", "rope_theta", "rope_scaling", "rope_parameters",
+})  # fmt: skip
+
+# Fields of which only these values are implemented.
+IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "is_causal": (True,),
+    "attention_dropout": (0, None),
+    "partial_rotary_factor": (1, None),
+    "use_rope": (True, None),
+}
+WAYS_OUT = {
+    "quantization_config": "Give the model's folder as it was before it was quantised.",
+    "quantization": "Give the model's folder as it was before it was quantised.",
+    "auto_map": "The model has code of its own, which isn't run here. Take auto_map out of the file if the weights are a plain model's.",
+}
+
+TOKENS = "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id mask_token_id cls_token_id decoder_start_token_id"
+GENERATION = (
+    "max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature "
+    "top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
+    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values "
+    "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens use_cache cache_implementation generation_config"
+)
+BOOKKEEPING = (
+    "architectures name_or_path torch_dtype dtype use_bfloat16 torchscript tokenizer_class tokenizer_type prefix finetuning_task "
+    "task_specific_params problem_type id2label label2id num_labels output_hidden_states output_attentions return_dict is_decoder "
+    "attn_implementation initializer_range model_max_length max_sequence_length transformers.js_config is_llama_config unsloth_fixed "
+    "model_name license language tags datasets base_model max_seq_len"
+)
+# The same sums in another order, or another order of the work: not other numbers than rounding makes.
+ORDER_OF_WORK = "pretraining_tp chunk_size_feed_forward gradient_checkpointing"
+# Said for programs that only generate, beyond the lengths that the model was trained on.
+BEYOND_TRAINING = "dual_chunk_attention_config"
+INERT = frozenset(" ".join((TOKENS, GENERATION, BOOKKEEPING, ORDER_OF_WORK, BEYOND_TRAINING)).split())
+
+
+def faults_of(c: dict[str, Any], family: Family) -> Iterator[str]:
+    """Every field that would silently compute something else, with the way out."""
+    for name, value in c.items():
+        if name == "auto_map":
+            if isinstance(value, dict) and any(str(kind).startswith("AutoModel") for kind in value):
+                yield refused(name, value)
+        elif name in IMPLEMENTED:
+            if value not in IMPLEMENTED[name]:
+                yield refused(name, value)
+        elif not (name in READ or name in family.reads or without_effect(name) or is_off(value)):
+            yield refused(name, value)
+
+
+def refused(name: str, value: object) -> str:
+    """A field's value is not implemented, and what to do."""
+    if name in READ or name in IMPLEMENTED or name in WINDOWS:
+        way_out = "Use a model without it."
+    else:
+        way_out = "If the model doesn't compute with it, take it out of the file."
+    return f"{shown(name, value)} is not implemented. {WAYS_OUT.get(name, way_out)}"
+
+
+def shown(name: str, value: object) -> str:
+    """A field and its value, both cut to a readable length: the file may hold anything."""
+    return f"{reprlib.repr(name)[1:-1]}={reprlib.repr(value)}"
+
+
+def without_effect(name: str) -> bool:
+    """Whether transformers, or a program around it, keeps a note under this name that no model computes with."""
+    return name in INERT or name.startswith("_") or name.endswith("_version")
+
+
+def is_off(value: object) -> bool:
+    """Whether a switch or a factor that isn't known is said to be absent."""
+    return value is None or value is False or value == 0 or value in ("", [], {})
+
+
+def size(c: dict[str, Any], name: str, default: int | None = None) -> int:
+    """A size's value, a whole number from 1 to its limit; `default` where the file has none, or says null."""
+    value = c.get(name)
+    if value is None and default is not None:
+        return default
+    if name not in c:
+        raise ValueError(f"lacks {name!r}. Fetch it again.")
+    if type(value) is not int or not 1 <= value <= SIZES[name]:
+        raise ValueError(f"{shown(name, value)} is no whole number from 1 to {SIZES[name]:,}. Fetch it again.")
+    return value
+
+
+def number(c: dict[str, Any], name: str, default: float) -> float:
+    """A positive finite number; `default` where the file has none."""
+    value = c.get(name, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{shown(name, value)} is no number above 0. Fetch it again.")
+    return float(value)
+
+
+def switch(c: dict[str, Any], name: str) -> bool:
+    """True or false; false where the file has none."""
+    value = c.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{shown(name, value)} is neither true nor false. Fetch it again.")
+    return bool(value)
