@@ -3,13 +3,16 @@
 The folder is named by everything its content depends on, so a second run, or the other ranks of this one, only open it:
   tokens.bin int32 [N]   ids of all samples end to end          lengths.npy int32 [n]   tokens of each sample
   mask.bin   bool  [N]   True where the token is trained        trained.npy int32 [n]   trained tokens of each
-  report.json            what was kept, cut, dropped; its hash  rows.npy    int32 [n,2] (file, row) it is from
+  report.json            what was kept, cut, dropped; hashes    rows.npy    int32 [n,2] (file, row) it is from
+
+A folder that isn't as it was written (`integrity`) is made again, and a note says so.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
+import logging
 import os
 import shutil
 import tempfile
@@ -24,18 +27,23 @@ from filelock import FileLock
 from ..batch import Sample
 from .chat import HISTORIES, Renderer
 from .files import file_identity, iter_chunks, load_function, resolve_files
+from .integrity import BackgroundCheck, checked_by_this_run, damage, is_small, read_report, seal
 from .refusals import Refusals
 from .rows import RowFormat
 from .tokenise import TRUNCATIONS, DatasetReport, Tokenised, add_reports, map_chunks, tokenise_chunk
 
 SCANNED_TOKENS = 1 << 22
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+log = logging.getLogger("retool.data")
 
 
 class Dataset:
     """Tokenised samples in memory-mapped files. `lengths` and `trained` int32 [n]; index it for a `Sample`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, check: BackgroundCheck | None = None) -> None:
         self.folder = folder
+        self._check = check
         self.lengths: np.ndarray = np.load(folder / "lengths.npy")
         self.trained: np.ndarray = np.load(folder / "trained.npy")
         self._rows: np.ndarray = np.load(folder / "rows.npy", mmap_mode="r")
@@ -61,6 +69,10 @@ class Dataset:
                 place = start + int(places[0])
                 return int(np.searchsorted(self._ends, place, "right")), int(self._tokens[place])
         return None
+
+    def problem(self) -> str | None:
+        """What a comparison in the background has found to be wrong with these files, in words for the user."""
+        return self._check.problem if self._check is not None else None
 
     def origin(self, index: int) -> tuple[int, int]:
         """(index into the report's files, row) of a sample."""
@@ -103,12 +115,50 @@ def open_dataset(
     folder = Path(cache_dir or default_cache_dir()) / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:32]
     _make(folder.parent)
     with FileLock(f"{folder}.lock"):
-        if not _complete(folder):
+        comparing = _is_whole(folder) and _to_compare(folder)
+        if not folder.exists():  # never made, or damaged
             task = partial(tokenise_chunk, renderer=renderer, form=form, max_length=max_length, truncation=truncation, history=history)
             chunks = iter_chunks(found, form.columns, function, max_samples)
             _build(folder, found, map_chunks(task, chunks, num_workers), progress or (lambda _: None))
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return Dataset(folder), DatasetReport(**{**report, "files": tuple(report["files"])})
+            checked_by_this_run(folder)
+        report = read_report(folder)["report"]
+        said = DatasetReport(**{**report, "files": tuple(report["files"])})
+        return Dataset(folder, BackgroundCheck(folder) if comparing else None), said
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cache is there, with the right sizes. A damaged one is said, and renamed out of the way."""
+    if not os.path.lexists(folder):
+        return False
+    wrong = damage(folder, everything=False)
+    if wrong is not None:
+        _discard(folder, wrong)
+    return wrong is None
+
+
+def _to_compare(folder: Path) -> bool:
+    """Compare everything with what was written, once a run, where that is quick; True where it is still to be done."""
+    if checked_by_this_run(folder):
+        return False
+    if not is_small(folder):
+        return True
+    wrong = damage(folder, everything=True)
+    if wrong is not None:
+        _discard(folder, wrong)
+    return False
+
+
+def _discard(folder: Path, wrong: str) -> None:
+    # Not a warning: those of other ranks than the first aren't shown, and any rank may be the one that looks.
+    log.error("note: the token cache %s is damaged (%s). It is made again.", folder, wrong)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_building(folder)))
+    folder.rename(aside / "damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _building(folder: Path) -> str:
+    """What the names of this cache's unfinished folders begin with."""
+    return f"building-{folder.name}-"
 
 
 def _make(folder: Path) -> None:
@@ -128,20 +178,24 @@ def _code() -> str:
     return f"{hashlib.sha256(b''.join(sources)).hexdigest()}:{transformers.__version__}:{tokenizers.__version__}"
 
 
-def _complete(folder: Path) -> bool:
-    if not (folder / "report.json").exists():
-        return False
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return [(folder / name).stat().st_size for name in ("tokens.bin", "mask.bin")] == [4 * report["tokens"], report["tokens"]]
-
-
 def _build(folder: Path, files: Sequence[str], parts: Iterable[Tokenised], progress: Callable[[int], None]) -> None:
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix="building-"))
+    """Tokenise into a folder aside, which gets the cache's name once everything is on disk. The caller holds the cache's lock."""
+    for torn in folder.parent.glob(f"{_building(folder)}*"):
+        shutil.rmtree(torn, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_building(folder)))
+    before = [*map(file_identity, files)]
     try:
         report = _write(work, list(files), parts, progress)
-        (work / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+        for file, then in zip(files, before, strict=True):
+            if file_identity(file) != then:
+                raise ValueError(f"{file} changed while it was read. Start again once nobody writes to it.")
+        seal(work, asdict(report))
         work.rename(folder)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            way_out = "make room, or choose another data.cache_dir"
+            raise ValueError(f"data.cache_dir={folder.parent} can't be written ({error.strerror}): {way_out}.") from error
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
