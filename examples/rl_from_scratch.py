@@ -53,9 +53,8 @@ def main(folder: Path, steps: int) -> list[float]:
     means = []
     for step in range(steps):
         engine.sync(model)
-        found = asyncio.run(roll_out(rollout, [(p, k) for p in prompts for k in range(SAMPLES)], Sampling(seed=1), step))
-        assert found is not None
-        scored = [member for member, _ in found]
+        scored = asyncio.run(roll_out(rollout, [(p, k) for p in prompts for k in range(SAMPLES)], Sampling(seed=1), step))
+        assert scored is not None
         scores, groups = np.array([s.reward for s in scored]), np.array([s.trajectory.prompt.index for s in scored])
         rows = []
         for s, advantage in zip(scored, grpo(scores, groups), strict=True):

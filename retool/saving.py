@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 from retool import checkpoint
 from retool.data.templates import read_template
+from retool.metrics import Loggers
 from retool.optim import AdamW
 from retool.options import RunOptions
 from retool.parallel.fsdp import Sharded
@@ -36,6 +39,8 @@ class Run(Protocol):
     def save_options(self) -> checkpoint.SaveOptions: ...
     @property
     def staging(self) -> checkpoint.Staging: ...
+    @property
+    def loggers(self) -> Loggers: ...
 
 
 class State(Protocol):
@@ -44,6 +49,26 @@ class State(Protocol):
     step: int
     saved_step: int
     save: checkpoint.PendingSave | None
+
+
+PATIENCE_S = 120.0  # that an error waits for the save in flight: with a peer lost, it may never end
+
+
+@contextmanager
+def orderly_end(run: Run, state: State) -> Iterator[None]:
+    """However the run ends, its loggers are closed; an error first waits for the save in flight, so that no checkpoint is lost."""
+    try:
+        yield
+    except Exception:
+        end = time.monotonic() + PATIENCE_S
+        while state.save is not None and time.monotonic() < end:
+            say_saved(run, state, wait=False)
+            time.sleep(0.02)
+        if state.save is None:
+            run.staging.close()  # and for its copy to trainer.default_hdfs_dir
+        raise
+    finally:
+        run.loggers.close()
 
 
 def save_options(options: RunOptions, mesh: Mesh, chat_template: str | None, subfolder: str = "") -> checkpoint.SaveOptions:

@@ -21,13 +21,13 @@ def show_faults(faults: Sequence[Fault], console: Console | None = None) -> None
     console = console or Console(highlight=False)
     title = f"{len(faults)} fault{'s' if len(faults) != 1 else ''}, nothing started"
     if not console.is_terminal:
-        _print_lines([title, *(f"  {fault}" for fault in faults)], console)
+        _print_lines([title, *(f"  {line}" for fault in faults for line in str(fault).splitlines())], console)
         return
     table = Table(title=title, title_justify="left", show_lines=True)
     for heading, style in (("where", "bold"), ("what is wrong", ""), ("the way out", "green")):
         table.add_column(heading, style=style, overflow="fold")
     for fault in faults:
-        table.add_row(*(Text(printable(part)) for part in (fault.where, fault.problem, fault.remedy)))
+        table.add_row(*(Text("\n".join(map(printable, part.splitlines()))) for part in (fault.where, fault.problem, fault.remedy)))
     console.print(table)
 
 

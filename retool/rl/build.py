@@ -98,8 +98,11 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
     options = save_options(report.options, mesh, config.data.chat_template, subfolder="actor")
     loop = asyncio.new_event_loop()  # one for the whole run: tools keep their connections
+    staging = checkpoint.Staging(mesh)
+    if not trainer.val_only:
+        staging.prepare(model_state(model, optimizer), mesh, options)
     run = Run(config, report, mesh, folder, model, reference, optimizer, engine, engines, parts, pool, loop, stop, watchdog, loggers,
-              options, checkpoint.Staging(mesh), identity)  # fmt: skip
+              options, staging, identity)  # fmt: skip
     return run, state
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,11 +11,12 @@ from retool.parallel.collectives import gather_objects
 from retool.rl import filter as dynamic
 from retool.rl.build import Run, stream, training_sampling
 from retool.rl.experience import timed
+from retool.rl.failures import require_scores, warn_of_failures
 from retool.rl.memory import ROOM
 from retool.rl.metrics import failure_metrics
 from retool.rl.rollout import RolloutTimes, Sampling, roll_out
 from retool.rl.state import TrainState, regroup
-from retool.rl.types import FAILURE, TOOL_FAILURE, Group, Prompt, Scored
+from retool.rl.types import Group, Prompt, Scored
 from retool.run import say
 
 EMPTY_ROUNDS = 20  # rounds of dynamic sampling in a row without a single group worth training on
@@ -28,23 +29,24 @@ def collect(run: Run, state: TrainState, times: Metrics) -> tuple[list[Group], l
     wish = config.algorithm.filter_groups
     sync(run, times)
     collection, position = dynamic.begin(state.kept, state.step), state.position
-    failures: list[str | None] = []
-    empty = tokens = 0
+    fresh: list[Scored] = []
+    empty = 0
     while not dynamic.complete(collection, wanted, wish.max_num_gen_batches) and empty < EMPTY_ROUNDS:
         count = (config.data.gen_batch_size or wanted) if wish.enable else wanted
         prompts = stream(run.report, position, count)
-        found = sample(run, prompts, config.actor_rollout_ref.rollout.n, training_sampling(config), state.step, times)
-        if found is None:
+        groups = sample(run, prompts, config.actor_rollout_ref.rollout.n, training_sampling(config), state.step, times)
+        if groups is None:
             release(run)
             return None
-        groups, failed = found
-        tokens += sum(member.trajectory.sampled for group in groups for member in group.members)
+        fresh += [member for group in groups for member in group.members]
+        if len(fresh) >= wanted * config.actor_rollout_ref.rollout.n:  # as many as a step has: enough to tell
+            require_scores(fresh, config.reward_model.max_failed_share, f"step {state.step + 1}")
         before = len(collection.groups)
         collection = dynamic.add(collection, groups, wish.metric if wish.enable else None)
         empty = 0 if len(collection.groups) > before else empty + 1
-        failures += failed
         position += count
     release(run)
+    require_scores(fresh, config.reward_model.max_failed_share, f"step {state.step + 1}")
     if empty >= EMPTY_ROUNDS and not collection.groups:
         raise dynamic.UnusableSamples(
             f"algorithm.filter_groups: {empty} rounds of sampling in a row gave no group whose {wish.metric} differs: the questions are "
@@ -55,7 +57,8 @@ def collect(run: Run, state: TrainState, times: Metrics) -> tuple[list[Group], l
         rounds = f"{collection.rounds} rounds of sampling"
         what = "training on them" if groups else "nothing is trained"
         say(run.mesh, f"step {state.step + 1}: {len(groups)} of {wanted} groups after {rounds}; {what}.")
-    metrics = {**failure_metrics(failures), "perf/rollout_tokens_per_second": tokens / max(times.get("gen", 0.0), 1e-9)}
+    tokens = sum(member.trajectory.sampled for member in fresh)
+    metrics = {**failure_metrics(fresh), "perf/rollout_tokens_per_second": tokens / max(times.get("gen", 0.0), 1e-9)}
     return groups, kept, position, {**metrics, **(collection.metrics(len(kept)) if wish.enable else {})}
 
 
@@ -83,12 +86,10 @@ def release(run: Run) -> None:
         run.engine.release()
 
 
-def sample(
-    run: Run, prompts: Sequence[Prompt], n: int, sampling: Sampling, step: int, times: Metrics
-) -> tuple[list[Group], list[str | None]] | None:
-    """`n` scored trajectories for each prompt, on every rank, and why reward functions failed. Collective. None when asked to stop."""
+def sample(run: Run, prompts: Sequence[Prompt], n: int, sampling: Sampling, step: int, times: Metrics) -> list[Group] | None:
+    """`n` scored trajectories for each prompt, on every rank. Collective. None when asked to stop."""
     mine = [(prompt, k) for prompt in prompts[run.engine_rank :: run.engines] for k in range(n)]
-    spent, found = RolloutTimes(), []
+    spent, found = RolloutTimes(), list[Scored]()
     with timed(times, "gen"):
         if run.rollout is None:
             run.engine.follow()
@@ -97,22 +98,18 @@ def sample(
                 found = run.loop.run_until_complete(roll_out(run.rollout, mine, sampling, step, spent))
             finally:
                 run.engine.end()
-        everyone = gather_objects(found, run.mesh.world_group)
+        everyone = gather_objects(with_one_trace(found), run.mesh.world_group)
     for name, seconds in (("tools", spent.tools), ("reward", spent.reward)):
         times[name] = times.get(name, 0.0) + seconds
     if any(part is None for part in everyone):
         return None
-    pairs: list[tuple[Scored, str | None]] = [pair for part in everyone for pair in part or []]
+    members: list[Scored] = [member for part in everyone for member in part or []]
     if run.mesh.rank == 0:
-        warn_of_failures(pairs)
-    return regroup(prompts, [scored for scored, _ in pairs]), [failure for _, failure in pairs]
+        warn_of_failures(members)
+    return regroup(prompts, members)
 
 
-def warn_of_failures(pairs: Sequence[tuple[Scored, str | None]]) -> None:
-    """Why the first reward that failed did, and the first tool: each reason is shown once a run."""
-    reason = next((scored.info.get(FAILURE) for scored, failure in pairs if failure is not None), None)
-    if reason is not None:
-        warnings.warn(f"the reward function gave no score ({reason}); such an answer gets reward_model.floor.", stacklevel=1)
-    broken = next((scored.info[TOOL_FAILURE] for scored, _ in pairs if TOOL_FAILURE in scored.info), None)
-    if broken is not None:
-        warnings.warn(f"a tool broke ({broken}); such an answer ends there (tool_error) and is judged as it is.", stacklevel=1)
+def with_one_trace(members: list[Scored] | None) -> list[Scored] | None:
+    """The same, but of the tracebacks only the first: thousands of them would travel between the ranks."""
+    first = next((i for i, member in enumerate(members or []) if member.trace), None)
+    return members and [replace(member, trace="") if member.trace and i != first else member for i, member in enumerate(members)]

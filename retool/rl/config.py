@@ -233,6 +233,13 @@ class RewardConfig:
     timeout_seconds: float = option(2.0, "An answer that takes longer gets the floor.", above=0)
     memory_mb: int = option(2048, "Memory of a worker.", minimum=64)
     floor: float = option(-1.0, "Score where the reward function fails: exception, timeout, NaN.")
+    max_failed_share: float = option(
+        0.5, "The run ends where the reward fails on a larger share of a step's answers (or of a validation's), or on all.",
+        above=0, maximum=1,
+    )  # fmt: skip
+    trial_answer: str | None = option(
+        "auto", "Answer on which the reward is tried before the run; auto = the row's truth in a \\boxed{}, null = it isn't tried."
+    )
     overlong_buffer: OverlongConfig = field(default_factory=OverlongConfig)
 
 

@@ -25,12 +25,14 @@ from retool.rl.types import Prompt
 
 PAIRS = (("Problem", "Answer"), ("problem", "answer"), ("question", "answer"))
 HOW_TO_ANSWER = re.compile(r"\\boxed|answer format|####", re.IGNORECASE)
+NO_TRUTH = "leave the row out, or use a reward of your own that needs none (custom_reward_function.path)"
 MATHS = re.compile(r"math|aime|gsm|amc|olympiad", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How rows become prompts. `answer_format` is added to math questions that don't say how to answer (None: never)."""
+    """How rows become prompts. `answer_format` is added to math questions that don't say how to answer (None: never).
+    `needs_truth`: a row without an answer is refused; a reward of the user's own may do without."""
 
     prompt_key: str = "prompt"
     answer_format: str | None = None
@@ -38,6 +40,7 @@ class PromptOptions:
     filter_overlong: bool = True
     truncation: str = "error"
     max_samples: int = -1
+    needs_truth: bool = True
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOp
     checked = to_conversation({"messages": messages}, file, index, RowFormat(), prompt_only=True).messages
     if checked[-1]["role"] == "assistant":
         raise RowError(f"{where}: the prompt ends with an assistant turn; there is nothing left to answer.")
-    truth = answer_of(plain(row[pair[1]]), where) if pair else _ground_truth(row, where)
+    truth = answer_of(plain(row[pair[1]]) if pair else _ground_truth(row, where, options.needs_truth), where, options.needs_truth)
     source, ability = str(row.get("data_source") or Path(file).stem), str(row.get("ability") or ("math" if pair else ""))
     extra = without_nulls(plain(row.get("extra_info"))) or {}
     if not isinstance(extra, dict):
@@ -174,26 +177,27 @@ def _messages_as_text(text: str) -> bool:
     return bool(found) and all(isinstance(message, dict) and "role" in message for message in found)
 
 
-def _ground_truth(row: Mapping[str, Any], where: str) -> str:
+def _ground_truth(row: Mapping[str, Any], where: str, needed: bool) -> Any:
     judged = plain(row.get("reward_model"))
     if isinstance(judged, str):
         try:
             judged = json.loads(judged)
         except json.JSONDecodeError as error:
             raise RowError(f"{where}: 'reward_model' is text but not JSON: {error.msg}.") from error
-    if not isinstance(judged, dict) or judged.get("ground_truth") is None:
-        raise RowError(f"{where}: there is no reward_model.ground_truth, so nothing to judge an answer by.")
-    return answer_of(judged["ground_truth"], where)
+    truth = judged.get("ground_truth") if isinstance(judged, dict) else None
+    if truth is None and needed:
+        raise RowError(f"{where}: there is no reward_model.ground_truth, so nothing to judge an answer by: {NO_TRUTH}.")
+    return truth
 
 
-def answer_of(value: Any, where: str) -> str:
-    """A truth as text; of a worked GSM8K solution what follows `####`. RowError where nothing is left: an empty box would be right."""
+def answer_of(value: Any, where: str, needed: bool = True) -> str:
+    """A truth as text; of a worked GSM8K solution what follows `####`. RowError where it is `needed` and nothing is left: an empty box
+    would be right."""
     text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
     truth = text.rpartition("####")[2].strip().replace(",", "") if "####" in text else text
-    if not truth.strip():
+    if needed and not truth.strip():
         after = " after '####'" if "####" in text else ""
-        way_out = "leave the row out, or write any text where your own reward function needs no truth"
-        raise RowError(f"{where}: the answer is empty{after}, so nothing to judge by: {way_out}.")
+        raise RowError(f"{where}: the answer is empty{after}, so nothing to judge by: {NO_TRUTH}.")
     return truth
 
 

@@ -56,9 +56,9 @@ def tool_metrics(members: Sequence[Scored]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def failure_metrics(failures: Sequence[str | None]) -> dict[str, float]:
+def failure_metrics(members: Sequence[Scored]) -> dict[str, float]:
     """reward/{exceptions,timeouts,killed}: how often the floor stood in for a score."""
-    counts = Counter(failures)
+    counts = Counter(member.failure for member in members)
     return {"reward/exceptions": counts["exception"], "reward/timeouts": counts["timeout"], "reward/killed": counts["killed"]}
 
 

@@ -25,6 +25,7 @@ from retool.rl.memory import StepMemory, engine_options, step_memory
 from retool.rl.rewards import RewardSource, find_reward
 from retool.rl.sandbox.fusion_client import unreachable
 from retool.rl.tools import CodeInterpreter, Tool, load_tools
+from retool.rl.trial import try_reward
 from retool.rl.types import Prompt
 
 ARR = "actor_rollout_ref."
@@ -87,7 +88,7 @@ def preflight(parsed: Parsed[RLConfig], planning: bool = False, environment: Map
     report = with_model(report, config.actor_rollout_ref.model.path, PATH, config.data.chat_template)
     report = check_run(report, planning, launcher, saves=not config.trainer.val_only).blame(*_engine_faults(report))
     report = _with_functions(_with_renderer(report))
-    report = _with_prompts(report)
+    report = _with_trial(_with_prompts(report), launcher)
     if report.faults or report.model is None:
         return report
     report = replace(report, choice=_choice(report))
@@ -158,6 +159,14 @@ def _with_prompts(report: Report) -> Report:
     return report
 
 
+def _with_trial(report: Report, environment: Mapping[str, str]) -> Report:
+    """The reward was asked once for each data source, by one process of each machine."""
+    questions = [part.prompts for part in (report.train, report.val) if part is not None]
+    if report.reward is None or not questions or int(environment.get("LOCAL_RANK", 0)):
+        return report
+    return report.blame(*try_reward(report.reward, report.config.reward_model, [prompt for part in questions for prompt in part]))
+
+
 def _show_tool_turn(report: Report) -> None:
     """Render what a tool's answer would look like. ValueError where the chat template can't: it would be found out in mid-run."""
     if report.tools and report.renderer is not None:
@@ -173,8 +182,9 @@ def _read(report: Report, files: Sequence[str], where: str, limit: int, faults: 
         return None
     schemas = [tool.schema for tool in report.tools] or None
     options = PromptOptions(
-        data.prompt_key, data.answer_format, data.max_prompt_length, data.filter_overlong_prompts, data.truncation, limit
-    )
+        data.prompt_key, data.answer_format, data.max_prompt_length, data.filter_overlong_prompts, data.truncation, limit,
+        needs_truth=report.reward is None or report.reward.path is None,
+    )  # fmt: skip
 
     def read() -> Questions:
         path, name = data.custom_cls.path, data.custom_cls.name

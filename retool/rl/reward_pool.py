@@ -19,6 +19,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -26,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -45,12 +46,30 @@ _longest = 0  # seconds after which it ends itself, in case nobody is left who w
 
 @dataclass(frozen=True)
 class Judged:
-    """A score, what else the function told, and how it failed (`exception`, `timeout`, `killed`) and why (in `info` too), if it did."""
+    """A score, what else the function told, and how it failed (`exception`, `timeout`, `killed`), why (in `info` too) and where
+    (`trace`, of an exception), if it did."""
 
     score: float
     info: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
     reason: str = ""
+    trace: str = ""
+
+
+class Asked(NamedTuple):
+    """What a reward function is called with."""
+
+    data_source: str
+    solution: str
+    truth: str
+    extra: Mapping[str, Any]
+
+
+class Raised(NamedTuple):
+    """What a reward function raised, as text."""
+
+    reason: str
+    trace: str = ""
 
 
 class RewardPool:
@@ -97,14 +116,13 @@ class RewardPool:
 
     async def judge(self, trajectory: Trajectory) -> Judged:
         """The score of a finished trajectory; `floor` where the function raises, returns no finite number, or takes too long."""
-        prompt = trajectory.prompt
-        extra = {
-            **prompt.extra_info, "num_turns": trajectory.num_turns, "tool_calls": trajectory.tool_calls,
-            "stop_reason": trajectory.stop.value,
-        }  # fmt: skip
-        args = (prompt.data_source, trajectory.assistant_text, prompt.ground_truth, extra)
+        return await self.score(asked_of(trajectory))
+
+    async def score(self, asked: Asked, timeout: float | None = None) -> Judged:
+        """What the function says to one call, within `timeout` seconds (None: the pool's own)."""
+        timeout = timeout or self.timeout
         pool = self._sound()
-        work = asyncio.wrap_future(pool.schedule(_work, args=args, timeout=self.timeout))
+        work = asyncio.wrap_future(pool.schedule(_work, args=tuple(asked), timeout=timeout))
         try:
             while not work.done():
                 await asyncio.wait([work], timeout=LOOK)
@@ -115,16 +133,16 @@ class RewardPool:
         try:
             found = work.result()
         except (FutureTimeout, asyncio.TimeoutError):
-            return self._failed("timeout", f"no score within {self.timeout:g} s")
+            return self._failed("timeout", f"no score within {timeout:g} s")
         except (ProcessExpired, BrokenExecutor) as error:
             return self._failed("killed", str(error))
         except (Exception, asyncio.CancelledError) as error:  # the pool's own: what can't be sent, or a pool that breaks
             return self._failed("exception", f"{type(error).__name__}: {error}")
-        return self._failed("exception", found) if isinstance(found, str) else Judged(*found)
+        return self._failed("exception", *found) if isinstance(found, Raised) else Judged(*found)
 
-    def _failed(self, failure: str, reason: str) -> Judged:
+    def _failed(self, failure: str, reason: str, trace: str = "") -> Judged:
         self._sweep()
-        return Judged(self.floor, {FAILURE: reason}, failure, reason)
+        return Judged(self.floor, {FAILURE: reason}, failure, reason, trace)
 
     def close(self) -> None:
         """Stop the workers, whatever they are doing, and what they have started."""
@@ -160,21 +178,41 @@ class RewardPool:
         self.close()
 
 
-def _work(data_source: str, solution: str, truth: str, extra: Mapping[str, Any]) -> tuple[float, dict[str, Any]] | str:
+def asked_of(trajectory: Trajectory) -> Asked:
+    """What the reward function of a finished trajectory is called with."""
+    prompt = trajectory.prompt
+    extra = {
+        **prompt.extra_info,
+        "num_turns": trajectory.num_turns,
+        "tool_calls": trajectory.tool_calls,
+        "stop_reason": trajectory.stop.value,
+    }
+    return Asked(prompt.data_source, trajectory.assistant_text, prompt.ground_truth, extra)
+
+
+def _work(data_source: str, solution: str, truth: str, extra: Mapping[str, Any]) -> tuple[float, dict[str, Any]] | Raised:
     """What `judge` gives, or why it gave nothing, as text: an exception of the user's own may not survive the way to the parent, and
     SystemExit or CancelledError would be taken for the parent's own."""
     if _function is None:
-        return _problem
+        return Raised(_problem)
     worker = os.getpid()
     signal.alarm(_longest)
     try:
         return judge(_function, data_source, solution, truth, extra)
     except BaseException as error:
-        return f"{type(error).__name__}: {error}"[:LONGEST]
+        return Raised(f"{type(error).__name__}: {error}"[:LONGEST], trace_of(error))
     finally:
         signal.alarm(0)
         if os.getpid() != worker:  # the function forked, and this is the child: it must not go on as a second worker
             os._exit(0)
+
+
+def trace_of(error: BaseException) -> str:
+    """The traceback from the user's own function on: what called it is ours."""
+    frames = error.__traceback__
+    while frames is not None and Path(frames.tb_frame.f_code.co_filename).parent == Path(__file__).parent and frames.tb_next:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames))[-LONGEST:].rstrip()
 
 
 def _told() -> str:

@@ -98,9 +98,9 @@ class _Flight:
 
 async def roll_out(
     parts: RolloutParts, requests: Sequence[tuple[Prompt, int]], sampling: Sampling, step: int, times: RolloutTimes | None = None
-) -> list[tuple[Scored, str | None]] | None:
-    """A scored trajectory for each (prompt, sample), in order, and why its reward function failed, if it did. None when
-    `parts.stopped` said so in between: then nothing is left running and the engine is empty."""
+) -> list[Scored] | None:
+    """A scored trajectory for each (prompt, sample), in order. None when `parts.stopped` said so in between: then nothing is left
+    running and the engine is empty."""
     begin, flight, times = time.perf_counter(), _Flight(), times or RolloutTimes()
     tasks = [asyncio.create_task(_episode(parts, flight, prompt, sample, sampling, step)) for prompt, sample in requests]
     flight.sampling = len(tasks)
@@ -148,9 +148,7 @@ async def _wait(flight: _Flight, times: RolloutTimes) -> None:
         times.reward += seconds
 
 
-async def _episode(
-    parts: RolloutParts, flight: _Flight, prompt: Prompt, sample: int, sampling: Sampling, step: int
-) -> tuple[Scored, str | None]:
+async def _episode(parts: RolloutParts, flight: _Flight, prompt: Prompt, sample: int, sampling: Sampling, step: int) -> Scored:
     """Sample one trajectory and have it judged."""
     key, started = (prompt.index, sample), False
     seed = (sampling.seed, sampling.split, step, prompt.index, sample)
@@ -187,4 +185,4 @@ async def _episode(
         longest = parts.agent.max_response_length
         reward += overlong_penalty(trajectory.response_length, longest, parts.overlong.buffer, parts.overlong.factor)
     info = {**judged.info, TOOL_FAILURE: trajectory.tool_failure} if trajectory.tool_failure else judged.info
-    return Scored(trajectory, judged.score, reward, info), judged.failure
+    return Scored(trajectory, judged.score, reward, info, judged.failure, judged.trace)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -26,6 +28,7 @@ from retool.rl.build import (
 from retool.rl.collect import collect, release, sample, sync
 from retool.rl.config import RLConfig, aggregation
 from retool.rl.experience import Experience, make_experience, timed
+from retool.rl.failures import require_scores
 from retool.rl.filter import UnusableSamples
 from retool.rl.identity import fingerprint
 from retool.rl.metrics import failure_metrics, length_metrics, score_metrics, timing_metrics, tool_metrics
@@ -37,7 +40,7 @@ from retool.rl.tools import close_tools
 from retool.rl.types import Group
 from retool.rl.validate import validation_metrics
 from retool.run import say, say_ended, seed_everything
-from retool.saving import require_saved, save_step, say_saved
+from retool.saving import orderly_end, require_saved, save_step, say_saved
 
 PARTS = ("sync_weights", "gen", "tools", "reward", "old_log_prob", "adv", "update_actor")  # of every step, whatever it does without
 Metrics = dict[str, float]
@@ -54,8 +57,8 @@ def train(report: Report) -> None:
     run, state = build_run(report, mesh)
     gc.collect()
     gc.freeze()  # questions and tokenizer stay: no collection while sampling walks through them
-    with run.stop:
-        with run.watchdog:
+    with run.stop, orderly_end(run, state), let_go(run):
+        with run.watchdog, saved_at_least(run, state):
             if config.trainer.val_before_train or config.trainer.val_only:
                 run_validation(run, state)
             stopping = run.stop.agreed(mesh)
@@ -98,13 +101,7 @@ def due(every: int, step: int) -> bool:
 def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     """Sample, judge, train. None, and nothing changed, when the run was asked to stop in between."""
     config = run.config
-    try:
-        collected = collect(run, state, times)
-    except UnusableSamples:  # on all ranks alike: what was trained so far isn't lost
-        if state.step:
-            save(run, state)
-            say_saved(run, state, wait=True)
-        raise
+    collected = collect(run, state, times)
     if collected is None:
         return None
     groups, kept, position, metrics = collected
@@ -195,17 +192,18 @@ def run_validation(run: Run, state: TrainState) -> None:
         return
     times: Metrics = {}
     sync(run, times)
-    found = sample(run, questions.prompts, config.actor_rollout_ref.rollout.val_kwargs.n, validation_sampling(config), state.step, times)
+    groups = sample(run, questions.prompts, config.actor_rollout_ref.rollout.val_kwargs.n, validation_sampling(config), state.step, times)
     release(run)
-    if found is None:
+    if groups is None:
         return
-    groups, failures = found
+    members = [member for group in groups for member in group.members]
+    require_scores(members, config.reward_model.max_failed_share, f"the validation after step {state.step}")
     metrics = validation_metrics(groups)
     if run.mesh.rank == 0:
         assert run.report.renderer is not None
         write_validation(run.folder, state.step, groups, run.report.renderer)
         run.loggers.log_table(state.step, "val/generations", shown(groups, config.trainer.log_val_generations))
-    said = {name.replace("reward/", "val-aux/reward/"): value for name, value in failure_metrics(failures).items()}
+    said = {name.replace("reward/", "val-aux/reward/"): value for name, value in failure_metrics(members).items()}
     run.loggers.log(state.step, {**metrics, **said})
 
 
@@ -223,17 +221,36 @@ def save(run: Run, state: TrainState) -> None:
     save_step(run, state, {**state.data_state(), "stream": run.identity}, {})
 
 
+@contextmanager
+def saved_at_least(run: Run, state: TrainState) -> Iterator[None]:
+    """Where nothing more can be learnt, what was trained so far isn't lost."""
+    try:
+        yield
+    except UnusableSamples:  # on all ranks alike
+        if state.step and not run.config.trainer.val_only:
+            save(run, state)
+            say_saved(run, state, wait=True)
+        raise
+
+
+@contextmanager
+def let_go(run: Run) -> Iterator[None]:
+    """However the run ends, its judges and tools end too."""
+    try:
+        yield
+    finally:
+        if run.pool is not None:
+            run.pool.close()
+        run.loop.run_until_complete(close_tools(run.report.tools))
+        run.loop.close()
+
+
 def finish(run: Run, state: TrainState) -> None:
-    """Save what isn't yet, wait for it, close everything. ValueError when the last checkpoint isn't there."""
+    """Save what isn't yet and wait for it. ValueError when the last checkpoint isn't there."""
     if state.step:
         save(run, state)
     say_saved(run, state, wait=True)
     run.staging.close()
-    run.loggers.close()
-    if run.pool is not None:
-        run.pool.close()
-    run.loop.run_until_complete(close_tools(run.report.tools))
-    run.loop.close()
     if state.step:
         require_saved(run, state)
     if run.config.trainer.val_only:

@@ -89,12 +89,15 @@ class Trajectory:
 class Scored:
     """A trajectory with what the reward function gave (`score`), what is trained on (`reward`: with overlong shaping), and
     whatever else it told (`info`: acc, pred, …; FAILURE where it failed, and `score` is the configured floor;
-    TOOL_FAILURE where a tool broke)."""
+    TOOL_FAILURE where a tool broke). `failure` is how the reward failed (exception, timeout, killed) and `trace` where, if it did:
+    a checkpoint keeps neither."""
 
     trajectory: Trajectory
     score: float
     reward: float
     info: Mapping[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+    trace: str = ""
 
     @property
     def accuracy(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, pea
 from retool.plan import agree
 from retool.preemption import StopRequest, die_with_parent
 from retool.run import DTYPES, make_run_folder, say, say_ended, say_nothing_left, seed_everything
-from retool.saving import model_state, require_saved, restore_optimizer, save_options, save_step, say_saved, to_resume
+from retool.saving import model_state, orderly_end, require_saved, restore_optimizer, save_options, save_step, say_saved, to_resume
 from retool.sft.config import SFTConfig, run_options
 from retool.sft.identity import changes, fingerprints, order_of
 from retool.sft.plan import Report, fills
@@ -89,7 +88,7 @@ def train(report: Report) -> None:
         stop_step=report.steps, shuffle=config.data.shuffle, **run.batching,
     )  # fmt: skip
     timer = StepTimer(mesh.device)
-    with StopRequest() as stop, closing(run.loggers):
+    with StopRequest() as stop, orderly_end(run, state):
         with Watchdog(run.folder, mesh.rank, mesh.world, config.trainer.watchdog_s, timer) as watchdog:
             while state.step < report.steps:
                 watchdog.beat()
@@ -200,8 +199,6 @@ def log_pending(run: Run, state: TrainState) -> None:
         if skipped:
             say(run.mesh, f"step {pending.batch.step + 1} was skipped: its gradient norm is {norm}.")
         if state.skipped_in_a_row >= run.config.trainer.max_grad_skips + run.optimizer.loss_scale.halvings:
-            say_saved(run, state, wait=True)  # the last good checkpoint may still be on its way
-            run.staging.close()
             raise ValueError(
                 f"{state.skipped_in_a_row} steps in a row had a non-finite gradient norm (the last is {pending.batch.step + 1}): "
                 "the run stops. Lower optim.lr, or look at the data and the weights (python -m retool.checkpoint verify)."

@@ -96,3 +96,27 @@ def too_few(solution_str: str) -> float:
 
 def raises(data_source, solution_str, ground_truth, extra_info):
     raise LookupError("no judge today")
+
+
+def raises_on_real(data_source, solution_str, ground_truth, extra_info):
+    """The answer that the reward is tried on is fine."""
+    if "\\boxed" not in solution_str:
+        raises(data_source, solution_str, ground_truth, extra_info)
+    return 0.0
+
+
+def raises_on_some(data_source, solution_str, ground_truth, extra_info):
+    """On every third answer or so, by its text."""
+    if sum(map(ord, solution_str)) % 3 == 0 and "\\boxed" not in solution_str:
+        raise LookupError("not this one")
+    return digits(data_source, solution_str, ground_truth, extra_info)
+
+
+async def by_the_source(data_source, solution_str, ground_truth, extra_info):
+    await asyncio.sleep(0)
+    return {"shop": 1.0}[data_source]
+
+
+def slow(data_source, solution_str, ground_truth, extra_info):
+    time.sleep(0.3)
+    return 0.0

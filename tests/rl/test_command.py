@@ -292,15 +292,39 @@ def test_check_plans_the_memory_of_another_box(work, tmp_path, capsys) -> None:
     assert "the engine's cache may have no room for a sequence of 412 tokens" in said, said
 
 
-def test_a_reward_function_that_always_raises_is_counted_and_told_with_its_reason(work, tmp_path, recwarn) -> None:
-    more = ["custom_reward_function.name=raises", f"data.val_files={work}/val.jsonl", "trainer.total_training_steps=1", "reward_model.floor=-3"]
+def test_a_reward_function_that_always_raises_is_a_fault_and_nothing_starts(work, tmp_path, capsys) -> None:
+    assert main(words(work, tmp_path / "run", "custom_reward_function.name=raises")) == 1
+    said = capsys.readouterr().out
+    assert "custom_reward_function: it fails on a made answer to the first question of shop" in said and "train.jsonl, row 0" in said
+    assert re.search(r'File ".*reward_functions.py", line \d+, in raises\n.*\n  LookupError: no judge today', said), said
+    assert "reward_model.trial_answer=null" in said and "reward_pool.py" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_function_that_fails_on_a_whole_step_ends_the_run_with_its_traceback(work, tmp_path, capsys) -> None:
+    """What was trained before is saved; the same holds for a validation."""
+    broken = ["custom_reward_function.name=raises_on_real", "trainer.total_training_steps=4"]
+    assert main(words(work, tmp_path / "run", *broken)) == 1
+    said = capsys.readouterr().err
+    assert "error: the reward function failed on 16 of the 16 answers of step 1" in said and "max_failed_share" not in said
+    assert re.search(r'File ".*reward_functions.py", line \d+, in raises\n.*\nLookupError: no judge today', said), said
+    assert main(words(work, tmp_path / "run", *broken, f"data.val_files={work}/val.jsonl", "trainer.val_only=true")) == 1
+    assert "failed on 3 of the 3 answers of the validation after step 0" in capsys.readouterr().err
+
+
+def test_a_reward_function_that_fails_on_a_share_is_counted_and_ends_the_run_above_it(work, tmp_path, capsys, recwarn) -> None:
+    more = ["custom_reward_function.name=raises_on_some", f"data.val_files={work}/val.jsonl", "trainer.total_training_steps=1", "reward_model.floor=-3"]
     assert main(words(work, tmp_path / "run", *more)) == 0
     (entry,) = steps(tmp_path / "run")
-    assert (entry["reward/exceptions"], entry["critic/score/min"], entry["critic/score/max"]) == (16, -3, -3)
-    assert any("gave no score (LookupError: no judge today)" in str(warning.message) for warning in recwarn)
-    validation = next(e for e in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "val-core/shop/acc/mean@1" in e)
-    assert validation["val-core/shop/acc/mean@1"] == 0 and validation["val-aux/reward/exceptions"] == 3
-    assert "no judge today" in (tmp_path / "run" / "report" / "train_000001.jsonl").read_text()
+    assert 0 < entry["reward/exceptions"] < 8 and entry["critic/score/min"] == -3 < entry["critic/score/max"]
+    assert any("gave no score (LookupError: not this one)" in str(warning.message) for warning in recwarn)
+    assert "not this one" in (tmp_path / "run" / "report" / "train_000001.jsonl").read_text()
+    assert "val-aux/reward/exceptions" in next(e for e in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "val-core/shop/acc/mean@1" in e)
+    capsys.readouterr()
+    assert main(words(work, tmp_path / "other", *more, "reward_model.max_failed_share=0.01", "trainer.val_before_train=false")) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"failed on \d of the 16 answers of step 1.*or raise reward_model.max_failed_share=0.01", said), said
+    assert "LookupError: not this one" in said
 
 
 def test_prompts_that_the_cache_can_not_hold_are_aborted_counted_and_trained_without(work, tmp_path, monkeypatch) -> None:

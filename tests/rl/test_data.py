@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -98,6 +99,21 @@ def test_rows_that_are_refused_are_named(tmp_path, renderer_of, row, said) -> No
     with pytest.raises(ValueError, match=said) as caught:
         load_prompts([write(tmp_path, [general(), row])], renderer_of("hermes"), None, OPTIONS)
     assert "rows.jsonl, row 1" in str(caught.value) and "1 of 2 rows" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        general(truth=" "),
+        general(truth=None),
+        {"prompt": [{"role": "user", "content": "x"}]},
+        {"question": "x", "answer": "So: ####\n"},
+        {"question": "x", "answer": None},
+    ],
+)
+def test_a_reward_of_the_users_own_may_need_no_truth(tmp_path, renderer_of, row) -> None:
+    (prompt,), _ = load_prompts([write(tmp_path, [row])], renderer_of("hermes"), None, replace(OPTIONS, needs_truth=False))
+    assert prompt.ground_truth.strip() == ""
 
 
 def test_a_function_of_the_users(tmp_path, renderer_of) -> None:

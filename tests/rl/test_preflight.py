@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -94,6 +96,33 @@ def test_a_sandbox_server_that_is_not_there_is_refused(work: Path, tmp_path: Pat
 @pytest.mark.parametrize("url", ["http:///run_code", "http://[::1", "http://127.0.0.1:99999/", "http://no.such.host.invalid/"])
 def test_an_address_that_is_none_is_unreachable(url: str) -> None:
     assert unreachable(url)
+
+
+REWARDS = Path(__file__).with_name("reward_functions.py")
+
+
+def test_the_reward_is_asked_once_for_each_source_before_the_run(work: Path, tmp_path: Path) -> None:
+    """A source that only the validation has counts too; a made answer of the user's own can be given, or none."""
+    row = {"data_source": "other", "prompt": "1+1?", "reward_model": {"ground_truth": ""}}
+    (tmp_path / "val.jsonl").write_text(json.dumps(row))
+    own = ["reward_model.name=null", f"custom_reward_function.path={REWARDS}", "trainer.device=cpu", f"data.val_files={tmp_path}/val.jsonl"]
+    for name, more, expected in (
+        ("asynchronous", [], None),
+        ("by_the_source", [], "custom_reward_function: it fails on a made answer to the first question of other .*row 0.:(?s:.*)KeyError: 'other'"),
+        ("raises", ["reward_model.trial_answer=null"], None),
+        ("raises_on_real", ["reward_model.trial_answer=four"], "LookupError: no judge today"),
+        ("slow", ["reward_model.timeout_seconds=0.1"], r"reward_model.timeout_seconds=0.1: the reward took \d.\d s .* Raise it to \d"),
+        ("compute_score", ["reward_model.trial_answer=die"], "fails on a made answer to the first question of shop .*: Abnormal termination"),
+    ):
+        text = said(check(work, tmp_path / "out", *own, f"custom_reward_function.name={name}", *more))
+        assert re.search(expected, text) if expected else not text, (name, text)
+
+
+def test_a_truth_is_only_needed_where_the_reward_is_ours(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"data_source": "x", "prompt": "1+1?"}))
+    more = [f"data.train_files={tmp_path}/rows.jsonl", "trainer.device=cpu", "data.train_batch_size=1", f"{ACTOR}ppo_mini_batch_size=1"]
+    assert "or use a reward of your own that needs none (custom_reward_function.path)" in said(check(work, tmp_path / "out", *more))
+    assert not check(work, tmp_path / "out", *more, f"reward_model.name={REWARDS}/asynchronous").faults
 
 
 def test_offloading_needs_host_memory(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ import pytest
 from retool.data.chat import Renderer
 from retool.data.rows import to_conversation
 from retool.rl.agent import AgentOptions
-from retool.rl.collect import warn_of_failures
 from retool.rl.engine.params import TurnDone
+from retool.rl.failures import warn_of_failures
 from retool.rl.report import write_training, write_validation
 from retool.rl.reward_pool import Judged
 from retool.rl.rollout import Overlong, RolloutParts, RolloutTimes, Sampling, roll_out
@@ -112,11 +112,11 @@ def test_a_straggler_s_tool_holds_nobody_up(renderer_of) -> None:
     requests = [(prompt_of(renderer, i), k) for i in range(3) for k in range(2)]
     times = RolloutTimes()
     found = asyncio.run(roll_out(parts, requests, Sampling(seed=9, split=1), 5, times))
-    assert [(s.trajectory.prompt.index, s.trajectory.sample, s.score) for s, _ in found] == [
+    assert [(s.trajectory.prompt.index, s.trajectory.sample, s.score) for s in found] == [
         (0, 0, 1.0), (0, 1, 1.0), (1, 0, 0.0), (1, 1, 0.0), (2, 0, 1.0), (2, 1, 1.0),
     ]  # fmt: skip
     assert tool.most == 4 and times.total < 1.0 and 0.2 < times.tools < times.total, "the tools ran at once"
-    assert not engine.live and engine.seeds[(1, 0)] == (9, 1, 5, 1, 0) and all(s.trajectory.policy_version == 5 for s, _ in found)
+    assert not engine.live and engine.seeds[(1, 0)] == (9, 1, 5, 1, 0) and all(s.trajectory.policy_version == 5 for s in found)
 
 
 def test_waiting_for_judges_is_told_apart(renderer_of) -> None:
@@ -128,8 +128,8 @@ def test_waiting_for_judges_is_told_apart(renderer_of) -> None:
 
 def test_a_sequence_that_does_not_fit_is_aborted_and_counted(renderer_of) -> None:
     parts, engine = parts_of(renderer_of("hermes"), {0: ["capacity"]})
-    ((scored, failure),) = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, 0), 0)], Sampling(), 0))
-    assert scored.trajectory.stop is Stop.ABORTED and scored.trajectory.sampled == 0 and failure == "exception" and not engine.live
+    (scored,) = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, 0), 0)], Sampling(), 0))
+    assert scored.trajectory.stop is Stop.ABORTED and scored.trajectory.sampled == 0 and scored.failure == "exception" and not engine.live
 
 
 def test_what_a_broken_tool_said_is_kept_told_and_written(renderer_of, tmp_path, recwarn) -> None:
@@ -139,9 +139,9 @@ def test_what_a_broken_tool_said_is_kept_told_and_written(renderer_of, tmp_path,
 
     parts, _ = parts_of(renderer_of("hermes"), {0: [called("1")], 1: ["42"]}, Broken(0))
     found = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, i), 0) for i in range(2)], Sampling(), 0))
-    reason, (broken, fine) = "code_interpreter: SandboxError: nobody there", [scored for scored, _ in found]
+    reason, (broken, fine) = "code_interpreter: SandboxError: nobody there", found
     assert broken.trajectory.stop is Stop.TOOL_ERROR and broken.info["tool_failure"] == reason and "tool_failure" not in fine.info
-    warn_of_failures([(fine, None)])
+    warn_of_failures([fine])
     assert not recwarn
     warn_of_failures(found)
     assert f"a tool broke ({reason})" in str(recwarn[-1].message)
@@ -151,7 +151,7 @@ def test_what_a_broken_tool_said_is_kept_told_and_written(renderer_of, tmp_path,
 
 def test_length_shaping_is_in_the_reward_only(renderer_of) -> None:
     parts, _ = parts_of(renderer_of("hermes"), {0: ["42"]}, overlong=Overlong(495, 1.0))
-    ((scored, _),) = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, 0), 0)], Sampling(), 0))
+    (scored,) = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, 0), 0)], Sampling(), 0))
     n = scored.trajectory.response_length
     assert scored.score == 1.0 and scored.reward == pytest.approx(1.0 - max(n - 5, 0) / 495)
 
@@ -227,7 +227,7 @@ def test_real_programs(renderer_of) -> None:
         finally:
             await tool.close()
 
-    (good, _), (bad, _) = asyncio.run(run())
+    good, bad = asyncio.run(run())
     texts = [renderer.tokenizer.decode(s.trajectory.tokens[s.trajectory.prompt_length :]) for s in (good, bad)]
     assert "\n42\n</tool_response>" in texts[0] and good.trajectory.tool_errors == 0 and good.trajectory.tool_seconds > 0
     assert "ZeroDivisionError" in texts[1] and "return code 3" in texts[1] and bad.trajectory.tool_errors == 2
