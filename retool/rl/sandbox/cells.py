@@ -58,6 +58,7 @@ class Call:
     job: dict[str, Any]
     limits: Limits
     fetch: list[str]
+    arrived: float = field(default_factory=time.monotonic)
     started: float = 0.0
     verdict: tuple[Status, str] | None = None  # set when the supervisor ends it
 
@@ -124,9 +125,17 @@ class Cell:
         status, reason = self._judge(code, cpu)
         own_end = status in ("success", "error")
         return Result(
-            status, self.out.text(), self.err.text(), code if own_end else None, elapsed, reason,
-            self.out.total, self.err.total, fetch_files(self.folder, call.fetch),
-        )  # fmt: skip
+            status,
+            self.out.text(),
+            self.err.text(),
+            return_code=code if own_end else None,
+            execution_time=elapsed,
+            queue_seconds=call.started - call.arrived,
+            reason=reason,
+            stdout_bytes=self.out.total,
+            stderr_bytes=self.err.total,
+            files=fetch_files(self.folder, call.fetch),
+        )
 
     def _judge(self, code: int, cpu: float) -> tuple[Status, str]:
         assert self.call is not None

@@ -6,7 +6,9 @@ import asyncio
 import os
 import random
 import socket
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import httpx
 
@@ -33,7 +35,8 @@ class SandboxFusion:
 
     At most `rate_limit` requests are under way at a time (None: no bound of its own), over one pool of connections. Connection errors,
     half answers, 429 and 502-504 are tried again up to `retries` times, waiting `backoff`·2ⁿ seconds, half of it at random; a server
-    that still fails gives `sandbox_error` with the reason, never an exception. `token` goes along as a bearer token
+    that still fails gives `sandbox_error` (`Result.infrastructure`) with the reason, never an exception. A result's `queue_seconds` are all
+    those that its program didn't run: at the gate, at the server, on the way. `token` goes along as a bearer token
     (None: the environment's RETOOL_SANDBOX_TOKEN, if set).
     """
 
@@ -59,13 +62,14 @@ class SandboxFusion:
         request = RunRequest(strip_fence(code), stdin, timeout or self._timeout, memory_mb or self._memory_mb, files, fetch)
         client, gate = self._connections()
         reason = ""
+        begun = time.monotonic()
         for attempt in range(self._retries + 1):
             if attempt:
                 await asyncio.sleep(self._backoff * 2 ** (attempt - 1) * (0.5 + random.random() / 2))
             async with gate:
                 result, reason = await self._once(client, request)
             if result is not None:
-                return result
+                return replace(result, queue_seconds=max(0.0, time.monotonic() - begun - result.execution_time))
         return Result("sandbox_error", reason=f"{self.url}: {reason}, {self._retries + 1} times")
 
     async def _once(self, client: httpx.AsyncClient, request: RunRequest) -> tuple[Result | None, str]:

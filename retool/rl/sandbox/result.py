@@ -44,11 +44,13 @@ class Result:
     memory_limit    the call's memory ran out
     output_limit    it flooded its output
     process_limit   it started too many processes where the kernel couldn't refuse them
-    sandbox_error   the program isn't to blame: it didn't run, or the sandbox failed under it
+    sandbox_error   infrastructure: the program isn't to blame. It didn't run, or the sandbox failed under it, and so it did again
+                    when it was tried anew. Never the program's own doing, so never to be scored or trained as if it were
 
     `stdout`/`stderr` hold what was kept, `stdout_bytes`/`stderr_bytes` count all that was written. `reason` is a sentence
-    for every status but the first two. `execution_time` is wall seconds from start to end. `return_code` is None where
-    the program didn't end by itself. `files` are those asked for by name that exist.
+    for every status but the first two. `queue_seconds` is the time it waited for a free worker, `execution_time` the time from the
+    program's start to its end, on which alone its limits bear. `return_code` is None where the program didn't end by itself.
+    `files` are those asked for by name that exist.
     """
 
     status: Status
@@ -60,10 +62,16 @@ class Result:
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     files: Mapping[str, bytes] = field(default_factory=dict)
+    queue_seconds: float = 0.0
 
     @property
     def ok(self) -> bool:
         return self.status == "success"
+
+    @property
+    def infrastructure(self) -> bool:
+        """Whether the sandbox failed, not the program."""
+        return self.status == "sandbox_error"
 
 
 def safe_name(name: str) -> str:

@@ -13,10 +13,17 @@ from pathlib import Path
 
 from .rootfs import PRELOADED
 
+_PACKAGE = Path(__file__).resolve().parent
+
+# This very package, wherever another one of its name may lie on the path of the interpreter.
 _BOOT = """
-import json, sys
+import importlib.util, json, sys
 sys.path[:] = sys.path[1:] + json.loads(sys.argv.pop(1))
-from retool.rl.sandbox import {module}
+folder = sys.argv.pop(1)
+spec = importlib.util.spec_from_file_location("sandbox", folder + "/__init__.py", submodule_search_locations=[folder])
+sys.modules["sandbox"] = package = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+from sandbox import {module}
 {module}.main()
 """
 
@@ -36,8 +43,8 @@ def environment() -> dict[str, str]:
 
 
 def import_path() -> list[str]:
-    """Folders a bare interpreter wouldn't search: ours, and those the preloaded packages come from."""
-    folders = [str(Path(__file__).resolve().parents[3])]
+    """Folders a bare interpreter wouldn't search: those the preloaded packages come from."""
+    folders = []
     for name in PRELOADED:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin is not None:
@@ -52,5 +59,6 @@ def start(
 
     `launcher` is a command to start it through. stderr is the caller's, so that a failure of the server itself is seen.
     """
-    command = [*launcher, python, "-s", "-c", _BOOT.format(module=module), json.dumps(list(path) or import_path()), json.dumps(setup)]
+    search = json.dumps(list(path) or import_path())
+    command = [*launcher, python, "-s", "-c", _BOOT.format(module=module), search, str(_PACKAGE), json.dumps(setup)]
     return subprocess.Popen(command, stdin=control.fileno(), stdout=subprocess.DEVNULL, env=environment(), cwd="/", close_fds=True)

@@ -1,0 +1,109 @@
+"""One conversation with a supervisor: calls go out, results come back, and its end is an answer to every call that still waits."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import contextlib
+import itertools
+import socket
+import threading
+from typing import Any
+
+from . import wire
+from .result import Result
+
+START_SECONDS = 180.0  # a supervisor that has said nothing by then hangs
+GONE = "the sandbox's supervisor is gone"
+
+
+class Connection:
+    """The caller's end of a socket to a supervisor. `hello` is the supervisor's first message: what it found, or that it refuses.
+
+    `OSError` where the supervisor ends, or hangs, before it is ready. Calls may be submitted from any thread.
+    """
+
+    def __init__(self, ours: socket.socket) -> None:
+        self._socket = ours
+        self._frames = wire.Frames()
+        self._pending: dict[int, concurrent.futures.Future[Result]] = {}
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._reason = GONE
+        self.alive = True
+        self.hello = self._greet()
+        threading.Thread(target=self._read, name="sandbox", daemon=True).start()
+
+    def _greet(self) -> dict[str, Any]:
+        self._socket.settimeout(START_SECONDS)
+        messages: list[dict[str, Any]] = []
+        while not messages:
+            try:
+                data = self._socket.recv(1 << 16)
+            except OSError:
+                data = b""
+            if not data:
+                self._socket.close()
+                raise OSError("the sandbox's supervisor ended or hung before it was ready; its stderr says why.")
+            messages = self._frames.feed(data)
+        self._socket.settimeout(None)
+        return messages[0]
+
+    def submit(self, message: dict[str, Any]) -> tuple[int, concurrent.futures.Future[Result]]:
+        """Send a call; returns its number, for `cancel`, and the future of its result."""
+        number = next(self._numbers)
+        future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        self._pending[number] = future
+        self._send({**message, "id": number})
+        if not self.alive:
+            self._fail()  # the reader may have ended before this call was there to be failed
+        return number, future
+
+    def cancel(self, number: int) -> None:
+        """End a call that nobody waits for any more."""
+        self._send({"cancel": number})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            with self._lock:
+                self._socket.sendall(wire.encode(message))
+        except OSError:
+            self._fail()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = self._socket.recv(1 << 20)
+            except OSError:
+                data = b""
+            if not data:
+                self._fail()
+                return
+            for message in self._frames.feed(data):
+                self._settle(message["id"], message["result"])
+
+    def _settle(self, number: int, fields: dict[str, Any]) -> None:
+        future = self._pending.pop(number, None)
+        files = {name: base64.b64decode(content) for name, content in fields.pop("files").items()}
+        if future is not None and future.set_running_or_notify_cancel():
+            future.set_result(Result(**fields, files=files))
+
+    def _fail(self) -> None:
+        """Answer every call that waits: the supervisor won't."""
+        self.alive = False
+        while self._pending:
+            with contextlib.suppress(KeyError):
+                future = self._pending.popitem()[1]
+                if future.set_running_or_notify_cancel():
+                    future.set_result(Result("sandbox_error", reason=self._reason))
+
+    def hang_up(self) -> None:
+        """Tell the supervisor that nobody will call any more; to the owner's supervisor that means to end."""
+        self._reason = "the sandbox is closed"
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.hang_up()
+        self._socket.close()
+        self._fail()
