@@ -174,8 +174,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     mesh = make_mesh()
-    if mesh.world == 1:
-        parser.error("run it with torchrun --nproc_per_node=2 or more: the peer needs a process group.")
+    if mesh.world == 1 and max(options.rows) > 2:
+        parser.error("run it with torchrun --nproc_per_node=2 or more: the peer needs a process group. Or without it: --rows 0 1 2")
     state, source = state_of(options.shape, options.layers, mesh), model_files(options.folder / "source")
     shards = ("model", "optimizer", "extra")
     variants = {
@@ -209,8 +209,9 @@ def main() -> None:
             save(options.json, mesh.device, lines)
     if mesh.rank == 0:
         shutil.rmtree(options.folder, ignore_errors=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    if mesh.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

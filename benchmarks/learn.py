@@ -14,6 +14,7 @@ the parts over several calls with the same `--out`; `--only dapo` goes on with a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -100,16 +101,19 @@ def run(args: Namespace, part: str, limit: float, report: Callable[[float], None
     RuntimeError if it fails.
     """
     module, words, log = "retool.sft" if part == "sft" else "retool.rl", words_of(args, part), args.out / f"{part}.log"
-    said = ["torchrun", f"--nproc_per_node={args.gpus}", "-m", module, *words]
+    several, processes = args.gpus > 1, f"--nproc_per_node={args.gpus}"
+    said = [*(["torchrun", processes] if several else ["python"]), "-m", module, *words]
     print("\n" + " \\\n    ".join(shlex.quote(word) for word in said), file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", *said[1:]]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", processes]
+    command = [sys.executable, *(launcher if several else []), "-m", module, *words]
     here, begin = Path(__file__).resolve().parent, time.monotonic()
     path = os.pathsep.join(filter(None, (str(here), str(here.parent), os.environ.get("PYTHONPATH", ""))))
     environment = {**os.environ, "PYTHONPATH": path, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(args.stopping)}
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
         while process.poll() is None and time.monotonic() - begin < limit:
-            time.sleep(2)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2)
             report(time.monotonic() - begin)
         if process.poll() is None:
             print(f"{part}: asked to stop after {limit:.0f} s", file=sys.stderr, flush=True)

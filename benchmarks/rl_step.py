@@ -3,7 +3,7 @@
     python benchmarks/rl_step.py --model FOLDER [--gpus 2] [--prompts 32] [--samples 8] [--prompt 256] [--response 256] [--json out.json]
     python benchmarks/rl_step.py --shape tiny --prompts 4 --prompt 64 --response 16        a look at it on the CPU
 
-Each side is a job of its own (torchrun, `--gpus` processes): `python -m retool.rl` as users start it, and TRL's trainer with DDP, once
+Each side is a job of its own (`--gpus` processes, by torchrun where there are several): `python -m retool.rl` as users start it, and TRL's trainer with DDP, once
 with `generate` and once with transformers' continuous batching. bf16 compute, fp32 master weights (continuous batching turns TRL's into
 bf16), one optimizer step per batch, no reference, no recomputation. With random weights (FOLDER's, or fresh ones of `--shape`) a sample
 ends early once in 76,000 tokens; *tokens* has the mean response. A step goes from one optimizer step's end to the next one's, the first
@@ -221,8 +221,10 @@ def train_with_trl(options: dict[str, Any]) -> None:
 
 
 def launch(args: Namespace, words: list[str], log: Path, *folders: str) -> None:
-    """torchrun, quietly, with these folders first on Python's path. RuntimeError with the log's first error when it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={args.gpus}", *words]
+    """torchrun (a single process needs none), quietly, with these folders first on Python's path. RuntimeError with the log's first
+    error when it fails."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={args.gpus}"]
+    command = [sys.executable, *(launcher if args.gpus > 1 else []), *words]
     here = Path(__file__).resolve().parent
     path = os.pathsep.join(filter(None, (*folders, str(here), str(here.parent), os.environ.get("PYTHONPATH", ""))))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

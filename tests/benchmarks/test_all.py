@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
@@ -17,13 +19,16 @@ from tests.ranks import run_ranks
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ALONE = {  # one process; arguments → rows
+    "checkpoint": ("--shape tiny --repeats 1 --rows 0 1 2", 3),
     "attention": ("--heads 4/2x16 --packs 32×1k,sorted --repeats 1", 2),
     "fsdp_overlap": ("--scale 2048", 3),
     "logprobs": ("--tokens 512 --vocab 4096 --dim 32 --repeats 1", 7),
     "long_context": ("--lengths 64,128", 4),
     "memory": ("--shape tiny --scale 1024 --rows 0.5b-none,0.5b-offload", 2),
     "packing": ("--steps 1", 8),
+    "rl_step": ("--shape tiny --prompts 2 --samples 2 --prompt 40 --response 4 --warm-up 0 --repeats 1 --ways= --gpus 1 --device cpu", 1),
     "rollout": ("--shape tiny --sequences 4 --prompt 12 --new 6 --repeats 1 --group 2 --peers=", 1),
+    "sandbox": ("--seconds 0.05 --callers 1 --calls 0", 6),
     "sft": ("--shape tiny --scale 1024 --repeats 1 --rows full,padded", 2),
     "ulysses": ("--shape tiny --lengths 32 --repeats 1", 2),
 }
@@ -54,10 +59,12 @@ def rows_of(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_runs_and_leaves_its_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script as users start it: `python benchmarks/NAME.py`, but for the interpreter, which is there already."""
     words, rows = ALONE[name]
-    module = benchmark(name)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(sys, "argv", [name, *words.split(), "--json", str(tmp_path / "out.json")])
-    module.main()
+    runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
     assert len(lines := lines_of(tmp_path / "out.json")) == rows
     assert not [line for line in lines if "failed" in line]
     assert len(rows_of(capsys.readouterr().out)) >= rows
@@ -140,14 +147,36 @@ def test_parity_of_a_model(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert greedy["agree"] == greedy["of"] == 12 and max(ours["max"], theirs["max"]) < 1e-5
 
 
-@pytest.mark.slow
-def test_the_learning_run_in_three_calls(model: Path, tmp_path: Path, repository: Path) -> None:
+def questions(folder: Path) -> None:
+    """train.parquet and test.parquet for the learning run."""
     from examples.quickstart.data import make_problems, write_parquet
 
     for name, count in (("train", 8), ("test", 2)):
-        write_parquet(tmp_path / f"{name}.parquet", make_problems(count, count))
-    words = "--gpus 1 --device cpu --questions 2 --response 16 --sft-steps 1 --sft-batch 2 --tokens 2048 --prompts 2 --samples 2 --updates 1 --test-every 1"
-    command = [sys.executable, str(BENCHMARKS / "learn.py"), "--model", str(model), "--data", str(tmp_path), "--out", str(tmp_path / "run"), *words.split()]
+        write_parquet(folder / f"{name}.parquet", make_problems(count, count))
+
+
+LEARN = "--gpus 1 --device cpu --questions 2 --response 16 --sft-steps 1 --sft-batch 2 --tokens 2048 --prompts 2 --samples 2 --updates 1 --test-every 1"
+
+
+def test_the_learning_run_begins(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first command alone: the others are as slow as it, and among the slow tests."""
+    questions(tmp_path)
+    words = ["--model", model, "--data", tmp_path, "--out", tmp_path / "run", *LEARN.split(), "--only", "before", "--json", tmp_path / "out.json"]
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["learn", *map(str, words)])
+    runpy.run_path(str(BENCHMARKS / "learn.py"), run_name="__main__")
+    assert [(line["name"], line["questions"]) for line in lines_of(tmp_path / "out.json")] == [("the model", 2)]
+
+
+def test_no_benchmark_is_left_out() -> None:
+    elsewhere = {"table", "parity", "learn", "peers"}  # no benchmark, or with a test of its own
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} == {*ALONE, *elsewhere}
+
+
+@pytest.mark.slow
+def test_the_learning_run_in_three_calls(model: Path, tmp_path: Path, repository: Path) -> None:
+    questions(tmp_path)
+    command = [sys.executable, str(BENCHMARKS / "learn.py"), "--model", str(model), "--data", str(tmp_path), "--out", str(tmp_path / "run"), *LEARN.split()]
     trained = ["the model", "after SFT", "and 1 steps of DAPO"]
     for parts, steps, rows in (("before", 1, trained[:1]), ("sft,dapo", 1, trained), ("dapo", 2, [*trained, "and 2 steps of DAPO"])):
         ran = subprocess.run([*command, "--only", parts, "--rl-steps", str(steps), "--json", str(tmp_path / "out.json")], cwd=repository, capture_output=True, text=True, timeout=170)
