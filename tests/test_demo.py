@@ -265,10 +265,10 @@ def test_the_command_is_the_published_one():
     assert "ulysses_sequence_parallel_size=2" in words and "--nproc_per_node=2" in words
 
 
-def test_a_logged_step_is_read():
-    line = "step=3/40 train/loss=0.25 train/lr=1e-05 x=nan eta_s=12\n"
-    assert training.read_step(line) == {"step": 3, "steps": 40, "train/loss": 0.25, "train/lr": 1e-5, "eta_s": 12}
-    assert training.read_step("saved run/global_step_3 (0.01 s of waiting)") is None
+def test_what_was_logged_is_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "train/loss": 0.25, "x": null}\n{"step": 4, "train/l')
+    assert training.logged(tmp_path, "step 3/40  loss 0.2500  eta 0:00:12\n") == [{"step": 3, "steps": 40, "train/loss": 0.25}]
+    assert training.STEP.match("saved run/global_step_3 (0.01 s of waiting)") is None
 
 
 def test_the_loss_is_shown_now_and_then():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -116,25 +117,44 @@ def test_missing_extras_are_said_at_the_start(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_plain_lines_parse(tmp_path: Path) -> None:
+RL_STEP = {
+    "reward/exceptions": 2, "reward/timeouts": 0, "actor/pg_loss": 1e-9, "actor/ppo_kl": 0.00012, "actor/entropy": 0.5, "actor/grad_norm": 1.25,
+    "actor/lr": 1e-6, "critic/score/mean": 0.4, "critic/score/max": 1.0, "critic/acc/mean": 0.7, "response_length/mean": 812.0,
+    "num_turns/mean": 3.26, "stop/aborted": 0, "stop/infrastructure": 3, "perf/throughput": 12345.6, "timing_s/step": 41.2, "timing_s/gen": 30,
+}  # fmt: skip
+VALIDATION = {
+    "val-aux/openai/gsm8k/acc/std@4": 0.1, "val-core/openai/gsm8k/acc/mean@4": 0.625, "val-core/openai/gsm8k/acc/best@4/mean": 0.75,
+    "val-core/openai/gsm8k/acc/maj@4/mean": 0.5, "val-core/aime/acc/mean@4": 0.125, "val-aux/aime/num_turns/mean": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_step_and_a_validation_are_short_lines_for_people(tmp_path: Path, terminal: bool) -> None:
     out = io.StringIO()
-    logger = ConsoleLogger(info(tmp_path, first_step=2), Console(file=out, width=20, markup=False, highlight=False, soft_wrap=True))
-    logger.log(3, {"train/loss": 1.23456789, "train/lr": 1e-5})
-    logger.log(4, {"val/loss": float("inf")})
+    logger = ConsoleLogger(info(tmp_path), Console(file=out, width=200, force_terminal=terminal, markup=False, highlight=False, soft_wrap=True))
+    logger.log(3, {"train/loss": 1.23456789, "train/lr": 1e-5, "train/grad_norm": float("nan"), "train/skipped_steps": 1})
+    logger.log(3, {"val/loss": float("inf")})
+    logger.log(4, RL_STEP)
+    logger.log(4, VALIDATION)
     logger.close()
-    first, second = out.getvalue().splitlines()
-    words = dict(word.split("=") for word in first.split())
-    assert words["step"] == "3/10" and float(words["train/loss"]) == pytest.approx(1.23456789, rel=1e-5) and float(words["train/lr"]) == 1e-5
-    assert "val/loss=inf" in second
+    lines = re.findall(r"step \d+/10  .*", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", out.getvalue()))
+    assert [line.partition("  eta")[0].rstrip() for line in lines] == [
+        "step 3/10  loss 1.2346  grad nan  lr 1.00e-05  skipped 1",
+        "step 3/10  val loss inf",
+        "step 4/10  score 0.400  acc 0.700  length 812  turns 3.3  entropy 0.500  kl 1.2e-04  grad 1.250  lr 1.00e-06  tok/s/gpu 12,346  "
+        "s/step 41.20  reward failed 2  lost to infrastructure 3",
+        "step 4/10  val openai/gsm8k acc  mean@4 0.625  best@4 0.750  maj@4 0.500",
+        "step 4/10  val aime acc  mean@4 0.125",
+    ]
 
 
 def test_the_time_left_is_at_the_pace_of_steps_and_not_of_what_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, now = io.StringIO(), iter([100.0, 102.0, 102.5, 104.0, 116.0])  # 100 s of compiling, then 2 s a step
     monkeypatch.setattr("retool.metrics.console.time.monotonic", lambda: next(now))
     logger = ConsoleLogger(info(tmp_path), Console(file=out, width=20, markup=False, highlight=False, soft_wrap=True))
-    for step, found in (1, {"a": 1}), (2, {"a": 1}), (2, {"val/loss": 1}), (3, {"a": 1}), (10, {"a": 1}):
-        logger.log(step, found)
-    assert [line.partition(" eta_s=")[2] for line in out.getvalue().splitlines()] == ["", "16", "20", "14", "0"]
+    for step, name in (1, "train/loss"), (2, "train/loss"), (2, "val/loss"), (3, "train/loss"), (10, "train/loss"):
+        logger.log(step, {name: 1.0})
+    assert [line.partition("  eta ")[2] for line in out.getvalue().splitlines()] == ["", "0:00:16", "0:00:20", "0:00:14", ""]
 
 
 def test_a_terminal_gets_a_bar_with_the_time_left(tmp_path: Path) -> None:

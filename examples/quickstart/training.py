@@ -13,8 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-STEP = re.compile(r"^step=(\d+)/(\d+) ")
-VALUE = re.compile(r"(\S+)=([-+.\deE]+)(?=\s|$)")
+from retool.metrics import read_jsonl
+
+STEP = re.compile(r"^step (\d+)/(\d+) ")
 LINES = 12  # printed over a run, besides the progress bar of a terminal
 BAR = 40  # characters
 COLUMNS = (TextColumn("  training"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -43,11 +44,12 @@ def shown(words: Sequence[str]) -> str:
 
 
 def run(words: Sequence[str], log: Path, console: Console, line: Callable[[Sequence[Step]], str | None]) -> list[Step]:
-    """Run the command, everything it says kept in `log`; what it logged. After each entry `line` is shown all so far, and what it
-    returns is printed. Raises ValueError with the command's words if it fails."""
+    """Run the command, everything it says kept in `log`; what its metrics.jsonl has. After each entry `line` is shown all so far, and
+    what it returns is printed. Raises ValueError with the command's words if it fails."""
     # A free port instead of torchrun's usual one: another run on this machine mustn't matter.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    folder = next(word.partition("=")[2] for word in words if word.startswith("trainer.default_local_dir="))
     steps: list[Step] = []
     with log.open("w") as file, Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
@@ -55,7 +57,9 @@ def run(words: Sequence[str], log: Path, console: Console, line: Callable[[Seque
             assert process.stdout is not None
             for text in process.stdout:
                 file.write(text)
-                if (step := read_step(text)) is not None:
+                if STEP.match(text) is None:
+                    continue
+                for step in logged(Path(folder), text)[len(steps) :]:
                     steps.append(step)
                     progress.update(task, completed=step["step"], total=step["steps"])
                     if (said := line(steps)) is not None:
@@ -66,12 +70,12 @@ def run(words: Sequence[str], log: Path, console: Console, line: Callable[[Seque
     return steps
 
 
-def read_step(line: str) -> Step | None:
-    """A line of the console logger as numbers; None for any other line."""
+def logged(folder: Path, line: str) -> list[Step]:
+    """What the run has logged so far, as numbers; `line` is the console's about a step, which says how many there will be."""
     found = STEP.match(line)
-    if found is None:
-        return None
-    return {"step": float(found[1]), "steps": float(found[2]), **{name: float(value) for name, value in VALUE.findall(line[found.end() :])}}
+    assert found is not None
+    numbers = ({name: value for name, value in entry.items() if value is not None} for entry in read_jsonl(folder / "metrics.jsonl"))
+    return [{"steps": float(found[2]), **entry} for entry in numbers]
 
 
 def loss_line(steps: Sequence[Step]) -> str | None:

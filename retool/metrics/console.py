@@ -1,9 +1,11 @@
-"""A line a step: on a terminal the headline with a progress bar, elsewhere everything, to be parsed."""
+"""For people: a short line a step and one for each validated source. Everything, to be parsed, is in metrics.jsonl."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -11,20 +13,38 @@ from rich.text import Text
 
 from retool.metrics.logger import Row, RunInfo
 
-HEADLINE = (  # what a terminal line shows, in order: (metric, label, format)
+HEADLINE = (  # what a step's line shows, in order: (metric, label, format)
     ("train/loss", "loss", ".4f"),
     ("val/loss", "val loss", ".4f"),
-    ("train/grad_norm", "grad", ".3f"),
-    ("train/lr", "lr", ".2e"),
-    ("perf/tokens_per_second_per_gpu", "tok/s/gpu", ",.0f"),
-    ("train/mfu", "mfu", ".1%"),
-    ("perf/max_memory_allocated_gb", "GiB", ".1f"),
-    ("timing_s/step", "s/step", ".2f"),
     ("critic/score/mean", "score", ".3f"),
+    ("critic/acc/mean", "acc", ".3f"),
     ("response_length/mean", "length", ".0f"),
     ("num_turns/mean", "turns", ".1f"),
     ("tool/latency", "s/tool", ".2f"),
+    ("actor/entropy", "entropy", ".3f"),
+    ("actor/ppo_kl", "kl", ".1e"),
+    ("train/grad_norm", "grad", ".3f"),
+    ("actor/grad_norm", "grad", ".3f"),
+    ("train/lr", "lr", ".2e"),
+    ("actor/lr", "lr", ".2e"),
+    ("perf/tokens_per_second_per_gpu", "tok/s/gpu", ",.0f"),
+    ("perf/throughput", "tok/s/gpu", ",.0f"),
+    ("train/mfu", "mfu", ".1%"),
+    ("perf/mfu/actor", "mfu", ".1%"),
+    ("perf/max_memory_allocated_gb", "GiB", ".1f"),
+    ("timing_s/step", "s/step", ".2f"),
 )
+TROUBLES = (  # shown where there are any: (metric, label)
+    ("train/skipped_steps", "skipped"),
+    ("actor/skipped_updates", "skipped"),
+    ("reward/exceptions", "reward failed"),
+    ("reward/timeouts", "reward timed out"),
+    ("reward/killed", "reward killed"),
+    ("tool/timeouts", "tool timeouts"),
+    ("stop/infrastructure", "lost to infrastructure"),
+    ("stop/aborted", "aborted"),
+)
+VALIDATED = re.compile(r"val-core/(?P<source>.+)/(?P<what>\w+)/(?P<kind>\w+@\d+)(?:/mean)?")
 PHASES_SHOWN = 5
 TEXT = 200  # characters shown of a text, its last
 
@@ -41,7 +61,8 @@ class Display(Progress):
 
 
 class ConsoleLogger:
-    """A line a step. On a terminal also a bar with the time left, and the last step's phases; elsewhere `key=value` lines to parse."""
+    """A line a step, and one for each source of a validation. On a terminal also a bar with the time left, and the last step's phases;
+    elsewhere the time left stands in the line."""
 
     def __init__(self, info: RunInfo, console: Console | None = None) -> None:
         self._console = console or Console(markup=False, highlight=False, soft_wrap=True)
@@ -55,29 +76,50 @@ class ConsoleLogger:
             self._bar.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._bar is None:
-            self._console.print(self._plain(step, metrics))
-            return
-        shown = (f"{label} {format(metrics[name], form)}" for name, label, form in HEADLINE if name in metrics)
-        self._bar.note = phases(metrics) or self._bar.note
-        self._bar.update(self._task, completed=step)
-        self._console.print(f"step {step}/{self._info.total_steps}  " + "  ".join(shown))
+        place = f"step {step}/{self._info.total_steps}"
+        for line in validation_lines(metrics):
+            self._console.print(f"{place}  {line}")
+        words = headline(metrics)
+        if self._bar is not None:
+            self._bar.note = phases(metrics) or self._bar.note
+            self._bar.update(self._task, completed=step)
+        elif words:
+            words += self._time_left(step)
+        if words:
+            self._console.print("  ".join([place, *words]))
 
     def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
         for row in rows:
             self._console.print(f"{name}, step {step}: " + " → ".join(printable(str(value)[-TEXT:]) for value in row.values()))
 
-    def _plain(self, step: int, metrics: Mapping[str, float]) -> str:
-        words = [f"step={step}/{self._info.total_steps}", *(f"{name}={value:.6g}" for name, value in metrics.items())]
+    def _time_left(self, step: int) -> list[str]:
+        """At the pace since the first step that was logged; nothing where that isn't known yet, or nothing is left."""
         now, left = time.monotonic(), self._info.total_steps - step
         first, then = self._first = self._first or (step, now)
-        if left == 0 or (step > first and left > 0):
-            words.append(f"eta_s={left and (now - then) / (step - first) * left:.0f}")
-        return " ".join(words)
+        if step <= first or left <= 0:
+            return []
+        seconds = (now - then) / (step - first) * left
+        return [f"eta {timedelta(seconds=round(seconds))}"]
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def headline(metrics: Mapping[str, float]) -> list[str]:
+    """The few numbers of a step that people look at, and what went wrong in it, if anything did."""
+    shown = [f"{label} {format(metrics[name], form)}" for name, label, form in HEADLINE if name in metrics]
+    return shown + [f"{label} {metrics[name]:g}" for name, label in TROUBLES if metrics.get(name)]
+
+
+def validation_lines(metrics: Mapping[str, float]) -> Iterator[str]:
+    """The core statistics of a validation, a line for each source of questions."""
+    found: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        if core := VALIDATED.fullmatch(name):
+            found.setdefault(f"{core['source']} {core['what']}", []).append(f"{core['kind']} {value:.3f}")
+    for source, words in found.items():
+        yield printable("  ".join([f"val {source}", *words]))
 
 
 def phases(metrics: Mapping[str, float]) -> str:

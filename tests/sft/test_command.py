@@ -173,7 +173,7 @@ def test_asked_to_stop_under_torchrun(work: Path, tmp_path: Path, asked: signal.
     lines, workers = [], []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("step=3/"):
+        if line.startswith("step 3/"):
             workers = children_of(process.pid)
             process.send_signal(asked)
     process.wait(timeout=60)
@@ -190,7 +190,7 @@ def test_workers_stop_when_their_launcher_dies(work: Path, tmp_path: Path) -> No
     out, log = tmp_path / "run", tmp_path / "log"
     with log.open("w") as file:
         process = subprocess.Popen([*TORCHRUN, *words(work, out, "trainer.total_training_steps=500")], stdout=file, stderr=file)
-    wait_until(lambda: "step=2/" in log.read_text())
+    wait_until(lambda: "step 2/" in log.read_text())
     children = children_of(process.pid)
     assert len(children) == 2
     process.kill()
