@@ -3,12 +3,13 @@
     python benchmarks/rl_step.py --model FOLDER [--gpus 2] [--prompts 32] [--samples 8] [--prompt 256] [--response 256] [--json out.json]
     python benchmarks/rl_step.py --shape tiny --prompts 4 --prompt 64 --response 16        a look at it on the CPU
 
-Each side is a job of its own (`--gpus` processes, by torchrun where there are several): `python -m retool.rl` as users start it, and TRL's
-trainer with DDP, once with `generate` and once with transformers' continuous batching. bf16 compute, fp32 master weights (continuous batching
-turns TRL's into bf16), one optimizer step per batch, no reference, no recomputation. With random weights (FOLDER's, or fresh ones of
-`--shape`) a sample ends early once in 76,000 tokens; *tokens* has the mean response. A step goes from one optimizer step's end to the next
-one's, the first `--warm-up` not counted. *log-probs*: of the old policy, which neither needs here, and what comes between sampling and the
-update.
+Each side is a job of its own (`--gpus` processes, by torchrun where there are several): `python -m retool.rl` as
+users start it, and TRL's trainer with DDP, once with `generate` and once with transformers' continuous batching. bf16
+compute, fp32 master weights (continuous batching turns TRL's into bf16), one optimizer step per batch, no reference,
+no recomputation. With random weights (FOLDER's, or fresh ones of `--shape`) a sample ends early once in 76,000
+tokens; *tokens* has the mean response. A step goes from one optimizer step's end to the next one's, the first
+`--warm-up` not counted. *log-probs*: of the old policy, which neither needs here, and what comes between sampling and
+the update.
 TRL is looked for in `--trl` (a folder for PYTHONPATH) or where Python finds it. Its continuous batching gets a cache of three times what
 the samples need (`benchmarks/rollout.py` says why not all of the device).
 """
