@@ -11,17 +11,20 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from retool.parallel.collectives import gather_objects
 from retool.parallel.mesh import Mesh
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
 GRACE = 600  # seconds from a request to stop to the end of the process, whatever it hangs in
 ONE_CTRL_C = 2.0  # seconds in which SIGINT may come twice of one Ctrl-C: from the terminal, and from the launcher
+PROBLEM = 2  # in place of 1, asked to stop: one all-reduce carries both
 INTERRUPTED = b"\nstopping: what is done will be saved. Ctrl-C again ends at once, without that.\n"
 
 
@@ -30,9 +33,12 @@ class StopRequest:
 
     Make it when there is something to save: until then a signal ends the process at once. A process that isn't done
     `GRACE` seconds later (a peer is dead, a disk hangs) is ended by an alarm. A second Ctrl-C doesn't wait for anything.
+
+    `problems` are asked at every agreement for what ends the run at once: each returns None, or a sentence for the user.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *problems: Callable[[], str | None]) -> None:
+        self._problems = problems
         self.received: int | None = None
         self._since = 0.0
         self._before = {s: signal.signal(s, self._remember) for s in SIGNALS}
@@ -47,10 +53,16 @@ class StopRequest:
                 os.write(2, INTERRUPTED)  # `print` isn't for signal handlers
 
     def agreed(self, mesh: Mesh) -> bool:
-        """Collective, on the host alone: the device isn't waited for."""
-        flag = torch.tensor(int(self.received is not None))
+        """Whether any rank was asked to stop. Collective, on the host alone: the device isn't waited for.
+
+        ValueError on every rank where one of them has a problem, with the first one's sentence.
+        """
+        problem = next((said for ask in self._problems if (said := ask()) is not None), None)
+        flag = torch.tensor(PROBLEM if problem is not None else int(self.received is not None))
         if mesh.world_group is not None:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=mesh.world_group)
+        if int(flag) == PROBLEM:
+            raise ValueError(next(said for said in gather_objects(problem, mesh.world_group) if said is not None))
         return bool(flag)
 
     def __enter__(self) -> StopRequest:

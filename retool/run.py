@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import json
@@ -115,9 +116,11 @@ def sole_user(folder: Path, patience_s: float = 10.0) -> Iterator[None]:
                 break
         yield
     finally:
+        with contextlib.suppress(OSError):  # the folder may be gone
+            # Not another run's, which may have been made in the place of this one.
+            if new and os.path.samestat(os.stat(folder), os.fstat(handle)) and not any(folder.iterdir()):
+                folder.rmdir()
         os.close(handle)
-        if new and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def exit_status(train: Callable[[], None], rank: int) -> int:

@@ -44,3 +44,11 @@ def agreed(rank: int, group: dist.ProcessGroup | None, action: Callable[[], T]) 
     if failed := [e for e in errors if e is not None]:
         raise Failed("; ".join(failed))
     return value  # pyright: ignore[reportReturnType]
+
+
+def shared(rank: int, group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
+    """What rank 0's `action()` returned, on every rank. Collective; Failed, on all of them, where it raised."""
+    value: list[Any] = [agreed(rank, group, lambda: action() if rank == 0 else None)]
+    if group is not None:
+        dist.broadcast_object_list(value, src=0, group=group, device=torch.device("cpu"))
+    return value[0]

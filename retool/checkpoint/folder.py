@@ -3,6 +3,10 @@
 root/latest_checkpointed_iteration.txt   the step of the last complete checkpoint
 root/global_step_N[/actor]/              complete once it has this name
 root/global_step_N.tmp/                  being written, or torn: never read
+root/global_step_N.old/                  what a save of the same step replaces, until it has
+
+Only folders that carry our `MARK` are ever deleted: a link, a file or a folder of somebody else's that has such a name stays, and
+what is in the way of a name makes the writer choose another (`claim`).
 """
 
 from __future__ import annotations
@@ -11,7 +15,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +27,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 CONFIG = "fsdp_config.json"
 DATA = "data.pt"
+MARK = "unfinished.txt"  # first into a folder that may be deleted, and the last file to go
 STEP = re.compile(r"global_step_(\d+)")
 
 log = logging.getLogger("retool.checkpoint")
@@ -137,23 +141,11 @@ def steps(root: Path) -> Iterator[tuple[int, Path]]:
 
 
 def latest(root: Path) -> Path | None:
-    """The checkpoint to resume from: what the tracker names, else the newest complete one. None if there is none.
+    """The newest complete checkpoint of `candidates`, by its files and their sizes. None if there is none.
 
-    Whatever is passed over (a torn save, a damaged folder, one that the tracker doesn't know) is said in a warning.
+    One that is passed over is said in a warning.
     """
-    for torn in sorted(root.glob("global_step_*.tmp")) if root.is_dir() else []:
-        log.warning("%s is an unfinished save: ignored.", torn)
-    named = tracked(root)
-    candidates = list(steps(root))
-    if named is not None:
-        for step, folder in candidates:
-            if step > named:
-                log.warning("%s is newer than what %s names (step %d): ignored.", folder, TRACKER, named)
-        candidates = [(step, folder) for step, folder in candidates if step <= named]
-        aside = root / f"global_step_{named}.old"  # a save of the same step was cut off between its two renames
-        if aside.is_dir() and (not candidates or candidates[0][0] != named):
-            candidates.insert(0, (named, aside))
-    for _, folder in candidates:
+    for folder in candidates(root):
         wrong = faults(model_folder(folder))
         if not wrong:
             return folder
@@ -161,39 +153,38 @@ def latest(root: Path) -> Path | None:
     return None
 
 
+def candidates(root: Path) -> list[Path]:
+    """The checkpoints to resume from, best first: what the tracker names, then the older ones; all of them where it names none.
+
+    Torn saves, and folders that the tracker doesn't know yet, are left out, which is said in warnings.
+    """
+    for torn in sorted(root.glob("global_step_*.tmp")) if root.is_dir() else []:
+        log.warning("%s is an unfinished save: ignored.", torn)
+    named = tracked(root)
+    found = list(steps(root))
+    if named is None:
+        return [folder for _, folder in found]
+    for step, folder in found:
+        if step > named:
+            log.warning("%s is newer than what %s names (step %d): ignored.", folder, TRACKER, named)
+    found = [(step, folder) for step, folder in found if step <= named]
+    aside = root / f"global_step_{named}.old"  # a save of the same step was cut off between its two renames
+    if aside.is_dir() and (not found or found[0][0] != named):
+        found.insert(0, (named, aside))
+    return [folder for _, folder in found]
+
+
 def tracked(root: Path) -> int | None:
     """The step that the tracker names; None, with a warning if it is unreadable, where there is none."""
     path = root / TRACKER
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    text = path.read_bytes()[:32].strip()
+    try:
+        text = path.read_bytes()[:32].strip() if path.is_file() else b""  # reading a pipe would wait for ever
+    except OSError as error:
+        log.warning("%s can't be read (%s): looking for the newest complete checkpoint instead.", path, error.strerror)
+        return None
     if not text.isdigit():
         log.warning("%s does not hold a step: looking for the newest complete checkpoint instead.", path)
         return None
     return int(text)
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Give a fully written folder its name. One of the same name steps aside first and is deleted afterwards."""
-    aside = final.with_name(final.name + ".old")
-    if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
-    temporary.rename(final)
-    fsync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def prune(root: Path, keep: int | None, busy: frozenset[Path] = frozenset()) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints up to the tracked one; those in `busy` stay. Returns what went."""
-    named = tracked(root)
-    if keep is None or keep < 1 or named is None:
-        return []
-    gone = [p for step, p in steps(root) if step <= named][keep:]
-    gone = [p for p in gone if p not in busy]
-    for folder in gone:
-        doomed = folder.with_name(folder.name + ".tmp")  # first out of sight: half of it must never look like a checkpoint
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    return gone

@@ -16,6 +16,7 @@ import torch
 
 from retool.checkpoint import folder as on_disk
 from retool.checkpoint.archive import write_archive
+from retool.checkpoint.claim import claim, publish, remove
 from retool.checkpoint.content import Place, frozen, model_content, optimizer_content
 from retool.checkpoint.hf import copy_side_files, tied
 from retool.checkpoint.rows import all_rows, rows_numel
@@ -87,21 +88,24 @@ def convert(folder: Path, world: int, out: Path | None = None, progress: Progres
     final = out or folder
     if out is not None and out.exists():
         raise ValueError(f"{out} exists. Give another folder, or delete it first.")
-    temporary = final.with_name(final.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = claim(final, "converting")  # not .tmp: a run's next save clears those away
     try:
         target = temporary / where.relative_to(folder)
-        shutil.copytree(folder, temporary, ignore=lambda _, names: [n for n in names if n.endswith(".pt") and n != on_disk.DATA])
+        shutil.copytree(
+            folder, temporary, dirs_exist_ok=True,
+            ignore=lambda _, names: [n for n in names if n == on_disk.MARK or (n.endswith(".pt") and n != on_disk.DATA)],
+        )  # fmt: skip
         for name in (on_disk.CHECKSUMS, on_disk.CONFIG):
             (target / name).unlink(missing_ok=True)
         step = _write_ranks(where, target, world, progress)
-        files = {p.relative_to(target).as_posix(): on_disk.checksums(p) for p in sorted(target.rglob("*")) if p.is_file()}
+        written = [p for p in sorted(target.rglob("*")) if p.is_file() and p.name != on_disk.MARK]
+        files = {p.relative_to(target).as_posix(): on_disk.checksums(p) for p in written}
         if (data := temporary / on_disk.DATA).exists():
             files[os.path.relpath(data, target)] = on_disk.checksums(data)
         on_disk.write_config(target, world, world, step, files)
-        on_disk.publish(temporary, final)
+        publish(temporary, final, ours=True)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         raise
     return final
 

@@ -11,10 +11,11 @@ from typing import final
 import torch
 import torch.distributed as dist
 
-from retool.checkpoint.agreement import agreed
+from retool.checkpoint.agreement import Failed, agreed
 from retool.checkpoint.remote import Mirror
 from retool.checkpoint.rows import rows_numel, to_rows, unit_numel
 from retool.checkpoint.source import ModelState
+from retool.own_folder import OwnFolder
 from retool.parallel.mesh import Mesh
 
 CONTENTS = ("model", "optimizer", "extra", "hf_model")
@@ -85,9 +86,12 @@ class Staging:
     Made once, by all ranks together. Host memory: one copy of this rank's weights and moments, pinned where there is a GPU (torch
     rounds pinned blocks up to a power of two). Pinning takes about half a second per GB: `prepare` does it while the run starts, so
     that the first save doesn't.
+
+    `folder` is the run's: saves are refused once another one has its place. Without, a folder that is missing is made.
     """
 
-    def __init__(self, mesh: Mesh, timeout_s: float = 1800) -> None:
+    def __init__(self, mesh: Mesh, timeout_s: float = 1800, folder: OwnFolder | None = None) -> None:
+        self._folder = folder
         self.group: dist.ProcessGroup | None = None
         if mesh.world > 1:
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -97,6 +101,12 @@ class Staging:
         self.mirror: Mirror | None = None
         self._buffers: dict[str, torch.Tensor] = {}
         self._preparing: threading.Thread | None = None
+
+    def require_folder(self) -> None:
+        """Failed when the run's folder isn't there any more."""
+        problem = self._folder.problem() if self._folder is not None else None
+        if problem is not None:
+            raise Failed(problem)
 
     def prepare(self, state: ModelState, mesh: Mesh, options: SaveOptions) -> None:
         """Make the host buffers that saves of `state` will need, in the background."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,8 +23,9 @@ import torch
 import torch.distributed as dist
 
 from retool.checkpoint import folder as on_disk
-from retool.checkpoint.agreement import Failed, agreed, describe
+from retool.checkpoint.agreement import Failed, agreed, describe, shared
 from retool.checkpoint.archive import write_archive
+from retool.checkpoint.claim import claim, clear_torn, prune, publish, remove, track
 from retool.checkpoint.content import Place, frozen, model_content, optimizer_content
 from retool.checkpoint.export import export_weights
 from retool.checkpoint.hf import copy_side_files
@@ -55,12 +55,8 @@ class _Snapshot:
     written: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def temporary(self) -> Path:
-        return self.root / f"global_step_{self.step}.tmp"
-
-    @property
-    def target(self) -> Path:
-        return self.temporary / self.options.subfolder
+    def final(self) -> Path:
+        return self.root / f"global_step_{self.step}"
 
 
 def save(
@@ -99,14 +95,11 @@ def save(
 
 def _run(snapshot: _Snapshot, staging: Staging, pending: PendingSave, begin: float, stall: float | None) -> None:
     """Write a snapshot, say how it went, and never raise."""
-    final = snapshot.root / f"global_step_{snapshot.step}"
     error = None
     try:
-        _write(snapshot, final, staging)
+        _write(snapshot, staging)
     except Exception as failure:
         error = str(failure) if isinstance(failure, Failed) else f"rank {snapshot.mesh.rank}: {describe(failure)}"
-        if snapshot.mesh.rank == 0:
-            shutil.rmtree(snapshot.temporary, ignore_errors=True)
     _ended(snapshot.root, snapshot.step, snapshot.mesh, pending, error, begin, stall, sum(e["size"] for e in snapshot.written.values()))
 
 
@@ -120,31 +113,48 @@ def _ended(
     return pending
 
 
-def _write(snapshot: _Snapshot, final: Path, staging: Staging) -> None:
-    """Write, agree, rename, agree, track, prune."""
+def _write(snapshot: _Snapshot, staging: Staging) -> None:
+    """Write, agree, rename, agree, track, prune. Whatever was written and has no name yet goes again."""
     rank, group = snapshot.mesh.rank, staging.group
-    agreed(rank, group, lambda: _prepare(snapshot) if rank == 0 else None)
-    agreed(rank, group, lambda: _write_shards(snapshot))
+    temporary = shared(rank, group, lambda: _prepare(snapshot, staging))
+    try:
+        _fill(snapshot, staging, temporary)
+    except BaseException:
+        if rank == 0:
+            remove(temporary)
+        raise
+
+
+def _fill(snapshot: _Snapshot, staging: Staging, temporary: Path) -> None:
+    rank, group, target = snapshot.mesh.rank, staging.group, temporary / snapshot.options.subfolder
+    agreed(rank, group, lambda: _write_shards(snapshot, target))
     if "hf_model" in snapshot.options.contents:
-        files = export_weights(snapshot.state.layout, snapshot.mesh, snapshot.host["params"], snapshot.target / "huggingface", group)
+        files = export_weights(snapshot.state.layout, snapshot.mesh, snapshot.host["params"], target / "huggingface", group)
         snapshot.written.update({f"huggingface/{name}": entry for name, entry in files.items()})
     everyone: list[Any] = [snapshot.written]
     if group is not None:
         everyone = [None] * snapshot.mesh.world
         dist.gather_object(snapshot.written, everyone if rank == 0 else None, dst=0, group=group)
-    agreed(rank, group, lambda: _commit(snapshot, final, everyone, staging) if rank == 0 else None)
+    agreed(rank, group, lambda: _commit(snapshot, temporary, everyone, staging) if rank == 0 else None)
 
 
-def _prepare(snapshot: _Snapshot) -> None:
-    """A fresh temporary folder; what torn saves left is removed."""
+def _prepare(snapshot: _Snapshot, staging: Staging) -> Path:
+    """Rank 0: a fresh folder aside, with the model's small files in it; what torn saves left is removed."""
+    staging.require_folder()
     snapshot.root.mkdir(parents=True, exist_ok=True)
-    for torn in snapshot.root.glob("global_step_*.tmp"):
-        shutil.rmtree(torn)
-    snapshot.target.mkdir(parents=True)
-    copy_side_files(snapshot.model_folder, snapshot.target / "huggingface", torch.bfloat16, snapshot.options.chat_template)
+    clear_torn(snapshot.root)
+    temporary = claim(snapshot.final)
+    try:
+        target = temporary / snapshot.options.subfolder
+        target.mkdir(exist_ok=True)
+        copy_side_files(snapshot.model_folder, target / "huggingface", torch.bfloat16, snapshot.options.chat_template)
+    except BaseException:
+        remove(temporary)
+        raise
+    return temporary
 
 
-def _write_shards(snapshot: _Snapshot) -> None:
+def _write_shards(snapshot: _Snapshot, target: Path) -> None:
     """This rank's files, fsynced, and their checksums: side by side, as each waits for the disk in its turn."""
     mesh, host, contents, layout = snapshot.mesh, snapshot.host, snapshot.options.contents, snapshot.state.layout
     place, step, group = Place(mesh.rank, mesh.shards, mesh.replicas), snapshot.state.step, snapshot.group
@@ -158,16 +168,16 @@ def _write_shards(snapshot: _Snapshot) -> None:
 
     def write(kind: str) -> None:
         name = on_disk.shard_name(kind, mesh.world, mesh.rank)
-        snapshot.written[name] = write_archive(snapshot.target / name, wanted[kind]())
+        snapshot.written[name] = write_archive(target / name, wanted[kind]())
 
     with ThreadPoolExecutor(len(CONTENTS)) as pool:
         list(pool.map(write, wanted))
 
 
-def _commit(snapshot: _Snapshot, final: Path, everyone: list[dict[str, Any]], staging: Staging) -> None:
+def _commit(snapshot: _Snapshot, temporary: Path, everyone: list[dict[str, Any]], staging: Staging) -> None:
     """Rank 0, when every rank's files are on disk: the small files, the name, the tracker."""
-    target, options = snapshot.target, snapshot.options
-    data = snapshot.temporary / on_disk.DATA
+    target, options, root = temporary / snapshot.options.subfolder, snapshot.options, snapshot.root
+    data = temporary / on_disk.DATA
     beside = os.path.relpath(data, target)  # above the model files in reinforcement learning
     files: dict[str, Any] = {name: entry for written in everyone for name, entry in written.items()}
     for path in sorted(p for p in (target / "huggingface").rglob("*") if p.is_file()):
@@ -176,14 +186,11 @@ def _commit(snapshot: _Snapshot, final: Path, everyone: list[dict[str, Any]], st
             files[name] = on_disk.checksums(path)
     files[beside] = write_archive(data, snapshot.data_state)
     on_disk.write_config(target, snapshot.mesh.world, snapshot.mesh.shards, snapshot.step, files)
-    for path in {snapshot.temporary, target, target / "huggingface"}:
+    for path in {temporary, target, target / "huggingface"}:
         on_disk.fsync(path)
-    on_disk.publish(snapshot.temporary, final)
-    on_disk.write_text(snapshot.root / on_disk.TRACKER, f"{snapshot.step}")
-    busy = frozenset(staging.mirror.busy()) if staging.mirror is not None else frozenset()
-    try:
-        on_disk.prune(snapshot.root, options.keep, busy)
-    except OSError as error:  # the new checkpoint is complete all the same
-        log.warning("older checkpoints in %s could not be deleted: %s", snapshot.root, error)
+    staging.require_folder()
+    publish(temporary, snapshot.final)
+    track(root, snapshot.step)
+    prune(root, options.keep, frozenset(staging.mirror.busy()) if staging.mirror is not None else frozenset())
     if staging.mirror is not None:
-        staging.mirror.add(final)
+        staging.mirror.add(snapshot.final)

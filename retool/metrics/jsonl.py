@@ -6,7 +6,9 @@ step is missing or repeated whatever the earlier process had still logged, a tor
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,21 +17,37 @@ from typing import Any
 
 from retool.metrics.logger import Row, RunInfo
 
+log = logging.getLogger("retool.metrics")
+
 
 class JsonlLogger:
     """`metrics.jsonl`. A line that couldn't be written (a full disk) is kept and written with the next one."""
 
     def __init__(self, info: RunInfo) -> None:
         info.folder.mkdir(parents=True, exist_ok=True)
-        path = info.folder / "metrics.jsonl"
-        resume_jsonl(path, info.first_step)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        self._end = os.lseek(self._file, 0, os.SEEK_END)
+        self._path = info.folder / "metrics.jsonl"
+        resume_jsonl(self._path, info.first_step)
+        self._open()
         self._pending = b""
+
+    def _open(self) -> None:
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
+        self._end = os.lseek(self._file, 0, os.SEEK_END)
+
+    def _follow(self, step: int) -> None:
+        """Go on in a new file where somebody removed or replaced ours: what is written into a file without a name is lost."""
+        same = False
+        with contextlib.suppress(FileNotFoundError):
+            same = self._file >= 0 and os.path.samestat(os.stat(self._path), os.fstat(self._file))
+        if not same:
+            self._drop()
+            self._open()
+            log.warning("%s was removed or replaced while the run wrote it: it goes on from step %d in a new one.", self._path, step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         entry = {"step": step, **{k: _finite(v) for k, v in metrics.items()}}
         self._pending += json.dumps(entry, allow_nan=False).encode() + b"\n"
+        self._follow(step)
         try:
             written = os.pwrite(self._file, self._pending, self._end)
             if written < len(self._pending):
@@ -46,8 +64,12 @@ class JsonlLogger:
     def close(self) -> None:
         if self._file >= 0:
             os.fsync(self._file)
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._file >= 0:
             os.close(self._file)
-            self._file = -1
+        self._file = -1
 
 
 def resume_jsonl(path: Path, step: int) -> None:

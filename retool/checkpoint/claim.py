@@ -1,0 +1,156 @@
+"""Folders that are being written, replaced or deleted: made under a mark, and removed only where they carry it.
+
+[Note: what may be deleted] A run's folder may hold more than the run put there: links to checkpoints on another disk, copies that a
+user made, what `convert` is writing. So a name alone never allows a deletion. A folder may go when it is a real folder (no link) and
+holds `MARK`; the mark is written first and removed last, so that whatever instant a process dies at, the rest can be recognised. A
+deletion that fails is said and changes nothing: the next name is chosen so that leftovers are in nobody's way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from retool.checkpoint.folder import CHECKSUMS, MARK, TRACKER, fsync, model_folder, steps, tracked, write_text
+
+UNFINISHED = re.compile(r"global_step_\d+\.(\d+\.)?(tmp|old)")
+WORDS = "This folder is being written or deleted, or was when its process died. It may be deleted, and the next save does.\n"
+
+log = logging.getLogger("retool.checkpoint")
+
+
+def claim(final: Path, kind: str = "tmp") -> Path:
+    """A new, marked folder beside `final` for what will get its name: global_step_5.tmp, global_step_5.2.tmp where that is taken."""
+    path = _free(final, kind)
+    path.mkdir(parents=True)
+    try:
+        _mark(path)
+    except OSError:
+        path.rmdir()
+        raise
+    return path
+
+
+def publish(temporary: Path, final: Path, ours: bool | None = None) -> None:
+    """Give a claimed and fully written folder its name. What has that name steps aside first; it is deleted if it is ours.
+
+    `ours`: whether it is, where the caller knows; else `is_ours`.
+    """
+    aside = None
+    if os.path.lexists(final):
+        aside = _free(final, "old")
+        ours = (is_ours(final) if ours is None else ours) and not final.is_symlink()
+        if ours:
+            _try_to_mark(final)
+        else:
+            log.warning("%s isn't a checkpoint that this program wrote: it is %s now.", final, aside.name)
+        final.rename(aside)
+        aside = aside if ours else None
+    temporary.rename(final)
+    fsync(final.parent)
+    (final / MARK).unlink(missing_ok=True)
+    if aside is not None:
+        remove(aside, ours=True)
+
+
+def remove(folder: Path, ours: bool = False) -> None:
+    """Delete a folder that carries the mark, or is `ours` without, or empty. What can't be deleted is said, and stays."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    try:
+        if not ours and not (folder / MARK).is_file() and any(folder.iterdir()):
+            return
+        for inside in sorted(folder.iterdir()):
+            if inside.name == MARK:
+                continue
+            if inside.is_dir() and not inside.is_symlink():
+                shutil.rmtree(inside)
+            else:
+                inside.unlink()
+        (folder / MARK).unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError as error:
+        log.warning("%s could not be deleted: %s. The run goes on.", folder, error)
+
+
+def clear_torn(root: Path) -> None:
+    """Delete what saves of this folder left when they were cut off. Nothing that fails here is raised."""
+    for path in sorted(root.iterdir()):
+        match = UNFINISHED.fullmatch(path.name)
+        name = path.with_name(path.name.partition(".")[0])
+        if match is None:
+            continue
+        if match[2] == "tmp" or name.is_dir():
+            remove(path)
+        elif not os.path.lexists(name) and (path / MARK).is_file():
+            _restore(path, name)
+
+
+def _restore(aside: Path, name: Path) -> None:
+    """Give a checkpoint its name back: its replacement was cut off before it had it."""
+    try:
+        aside.rename(name)
+        (name / MARK).unlink()
+    except OSError as error:
+        log.warning("%s could not be renamed: %s. The run goes on.", aside, error)
+
+
+def track(root: Path, step: int) -> None:
+    """Have the tracker name a step. What isn't a file in its place steps aside."""
+    path = root / TRACKER
+    if os.path.lexists(path) and not path.is_file():
+        aside = _free(path, "old")
+        log.warning("%s isn't a file: it is %s now.", path, aside.name)
+        path.rename(aside)
+    write_text(path, f"{step}")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that this program wrote: a real folder with our checksums."""
+    return not folder.is_symlink() and (model_folder(folder) / CHECKSUMS).is_file()
+
+
+def prune(root: Path, keep: int | None, busy: frozenset[Path] = frozenset()) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints up to the tracked one. Returns what went.
+
+    Those in `busy` stay, and whatever isn't ours: links, other programs' checkpoints. Nothing that fails here is raised.
+    """
+    named = tracked(root)
+    if keep is None or keep < 1 or named is None:
+        return []
+    older = [path for step, path in steps(root) if step <= named][keep:]
+    gone: list[Path] = []
+    for folder in older:
+        if folder in busy or not is_ours(folder):
+            continue
+        _try_to_mark(folder)
+        try:
+            doomed = _free(folder, "tmp")  # first out of sight: half of it must never look like a checkpoint
+            folder.rename(doomed)
+        except OSError as error:
+            log.warning("%s could not be deleted: %s. The run goes on.", folder, error)
+            continue
+        gone.append(folder)
+        remove(doomed, ours=True)
+    return gone
+
+
+def _free(final: Path, kind: str) -> Path:
+    """A name beside `final` that nothing has, whatever its kind."""
+    names = itertools.chain([f"{final.name}.{kind}"], (f"{final.name}.{n}.{kind}" for n in itertools.count(2)))
+    return next(path for name in names if not os.path.lexists(path := final.with_name(name)))
+
+
+def _mark(folder: Path) -> None:
+    (folder / MARK).write_text(WORDS, encoding="utf-8")
+
+
+def _try_to_mark(folder: Path) -> None:
+    """Mark a folder of ours that is to be deleted. A disk too full for the mark is all the more reason to delete it."""
+    with contextlib.suppress(OSError):
+        _mark(folder)
