@@ -102,9 +102,13 @@ class Staging:
         self._buffers: dict[str, torch.Tensor] = {}
         self._preparing: threading.Thread | None = None
 
+    def problem(self) -> str | None:
+        """What has become of the run's folder, in words for the user; None where nothing has, and on ranks that don't watch it."""
+        return self._folder.problem() if self._folder is not None else None
+
     def require_folder(self) -> None:
         """Failed when the run's folder isn't there any more."""
-        problem = self._folder.problem() if self._folder is not None else None
+        problem = self.problem()
         if problem is not None:
             raise Failed(problem)
 

@@ -16,6 +16,7 @@ from retool.config import to_dict
 from retool.metrics import Loggers, RunInfo, open_loggers
 from retool.model.build import ModelOptions
 from retool.optim import AdamW, AdamWOptions
+from retool.own_folder import OwnFolder
 from retool.parallel.collectives import gather_objects
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
@@ -89,7 +90,8 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     identity = stream_identity(report)
     state = resume(report, mesh, folder, model, optimizer, identity)
     engine = Engine(report.model, mesh.device, engine_options(config), engine_group(mesh, engines))
-    stop, trainer = StopRequest(), config.trainer
+    staging = checkpoint.Staging(mesh, folder=OwnFolder(folder) if mesh.rank == 0 else None)
+    stop, trainer = StopRequest(staging.problem), config.trainer
     silence = trainer.watchdog_s and (trainer.watchdog_s if leads else math.inf)  # a follower can't tell its engine's work from waiting
     watchdog = Watchdog(folder, mesh.rank, mesh.world, silence)
     parts = rollout_parts(report, engine, pool, stop, watchdog) if pool is not None else None
@@ -98,7 +100,6 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
     options = save_options(report.options, mesh, config.data.chat_template, subfolder="actor")
     loop = asyncio.new_event_loop()  # one for the whole run: tools keep their connections
-    staging = checkpoint.Staging(mesh)
     if not trainer.val_only:
         staging.prepare(model_state(model, optimizer), mesh, options)
     run = Run(config, report, mesh, folder, model, reference, optimizer, engine, engines, parts, pool, loop, stop, watchdog, loggers,

@@ -17,6 +17,7 @@ from retool.metrics import Loggers, RunInfo, open_loggers
 from retool.model.build import ModelOptions
 from retool.model.decoder import Decoder
 from retool.optim import AdamW, AdamWOptions, learning_rate
+from retool.own_folder import OwnFolder
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, peak_memory, quadratic_length
@@ -74,6 +75,11 @@ class Run:
     save_options: checkpoint.SaveOptions
     staging: checkpoint.Staging
 
+    def problem(self) -> str | None:
+        """What ends the run at once, as this rank sees it: its folder or its data aren't what they were."""
+        splits = [data for data in (self.train_data, self.val_data) if data is not None]
+        return next((said for ask in (self.staging.problem, *(data.problem for data in splits)) if (said := ask()) is not None), None)
+
 
 def train(report: Report) -> None:
     """Run SFT as preflight found it possible. Collective: every process of the launcher calls it with the same configuration."""
@@ -88,7 +94,7 @@ def train(report: Report) -> None:
         stop_step=report.steps, shuffle=config.data.shuffle, **run.batching,
     )  # fmt: skip
     timer = StepTimer(mesh.device)
-    with StopRequest() as stop, orderly_end(run, state):
+    with StopRequest(run.problem) as stop, orderly_end(run, state):
         with Watchdog(run.folder, mesh.rank, mesh.world, config.trainer.watchdog_s, timer) as watchdog:
             while state.step < report.steps:
                 watchdog.beat()
@@ -128,7 +134,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
     assert report.model is not None
     batching = micro_batching(mesh, config, report.choice.tokens) | {"quadratic_length": quadratic_length(report.model)}
-    staging = checkpoint.Staging(mesh)
+    staging = checkpoint.Staging(mesh, folder=OwnFolder(folder) if mesh.rank == 0 else None)
     staging.prepare(model_state(model, optimizer), mesh, saved)
     hold = report.choice.hold
     return Run(config, report, mesh, folder, model, optimizer, train_data, val_data, batching, hold, loggers, saved, staging), state

@@ -17,6 +17,8 @@ from fsspec.implementations.local import LocalFileSystem
 from retool import checkpoint
 from retool.checkpoint import SaveOptions, latest
 from retool.checkpoint.__main__ import main
+from retool.checkpoint.claim import prune
+from retool.checkpoint.folder import CHECKSUMS
 from retool.checkpoint.remote import Mirror
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states
@@ -105,7 +107,7 @@ def test_what_is_being_copied_is_not_deleted(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     for step in (1, 2, 3):
         (tmp_path / f"global_step_{step}").mkdir()
-    from retool.checkpoint.folder import prune
+        (tmp_path / f"global_step_{step}" / CHECKSUMS).touch()
 
     assert prune(tmp_path, 1, frozenset({tmp_path / "global_step_2"})) == [tmp_path / "global_step_1"]
     assert prune(tmp_path, 1) == [tmp_path / "global_step_2"]

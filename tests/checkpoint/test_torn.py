@@ -20,6 +20,7 @@ from retool import checkpoint
 from retool.checkpoint import SaveOptions, latest
 from retool.checkpoint import write as write_module
 from retool.checkpoint.__main__ import main
+from retool.checkpoint.folder import MARK
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states
 from tests.ranks import _context, free_port, run_ranks
@@ -49,6 +50,7 @@ def _load(folder: Path) -> int:
 
 def test_an_unfinished_save_is_ignored_and_said(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(run / "global_step_6", run / "global_step_7.tmp")
+    (run / "global_step_7.tmp" / MARK).touch()  # as a save that is cut off leaves it
     assert latest(run) == run / "global_step_6"
     assert "global_step_7.tmp is an unfinished save: ignored" in caplog.text
     _save(run, 8)
