@@ -31,20 +31,18 @@ State and buffers are exact (a test compares them with what sharding allocates);
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import chain, product
+from itertools import product
 from typing import Literal
 
-import torch
-
+from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
-from retool.model.decoder import Decoder, Recompute, Run
+from retool.model.decoder import Recompute
 from retool.model.logprobs import LOGIT_BYTES
 from retool.model.recompute import token_chunks
 from retool.optim import VISITING
-from retool.parallel.fsdp.layout import Layout, SlotSpec, make_layout
+from retool.parallel.fsdp.layout import Layout
 from retool.parallel.fsdp.overlap import assign_buffers, rooms
 from retool.parallel.fsdp.wrap import NORM_CHUNK
-from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan
 from retool.perf import GIB
 
@@ -110,25 +108,6 @@ class Prediction:
     def fits(self, device_gib: float) -> bool:
         """Whether it runs on a device of that much memory, with room for what isn't the allocator's."""
         return self.peak * SLACK + OUTSIDE <= device_gib * GIB
-
-
-def plan_layout(config: ModelConfig, shards: int) -> Layout:
-    """The layout that sharding this model over `shards` ranks will have, from a model without memory."""
-    mesh = Mesh(0, 1, 1, 1, torch.device("cpu"))
-    with torch.device("meta"):
-        decoder = Decoder(config, Run(HeadPlan(1, 0, config.heads, config.kv_heads, config.head_dim), mesh))
-    names = {id(p): n for n, p in decoder.named_parameters()}
-    members, seen = decoder.members(), set[int]()
-    units: list[tuple[str, list[SlotSpec]]] = []
-    for unit, modules in decoder.units():
-        slots: list[SlotSpec] = []
-        for parameter in chain.from_iterable(m.parameters() for m in modules):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                name, shape = names[id(parameter)], tuple(parameter.shape)
-                slots.append((name, shape, members.get(name, [(name, shape)]), True))
-        units.append((unit, slots))
-    return make_layout(units, shards, decoder.aliases(), decoder.order())
 
 
 def predict(config: ModelConfig, setting: Setting, tokens: int, recompute: Recompute, parked: int | None = None) -> Prediction:

@@ -18,7 +18,7 @@ import torch
 from retool.checkpoint.folder import faults as lacking
 from retool.checkpoint.folder import model_folder, steps
 from retool.checkpoint.hf import SafetensorsSource
-from retool.checkpoint.source import match_names
+from retool.checkpoint.source import match_names, require_tied
 from retool.config import Fault
 from retool.machine import (
     DEFAULT_PORT,
@@ -31,8 +31,8 @@ from retool.machine import (
     gpu_notes,
     port_is_free,
 )
-from retool.memory import plan_layout
 from retool.model.attention import why_not_fused
+from retool.model.build import plan_layout
 from retool.model.config import ModelConfig, read_model_config
 from retool.model.hub import find_model
 from retool.options import RunOptions, resume_notes
@@ -134,7 +134,9 @@ def check_model(folder: Path, key: str = "model.partial_pretrain") -> tuple[Mode
     config = attempt(where, lambda: read_model_config(folder), faults)
     source = attempt(where, lambda: SafetensorsSource(folder), faults)
     if config is not None and source is not None:
-        attempt(where, lambda: match_names(plan_layout(config, 1), source), faults)
+        layout = plan_layout(config, 1)
+        attempt(where, lambda: match_names(layout, source), faults)
+        attempt(where, lambda: require_tied(layout, source), faults)
     return config, faults
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from retool import checkpoint
+from retool.checkpoint.source import require_finite
 from retool.data.templates import read_template
 from retool.metrics import Loggers
 from retool.optim import AdamW
@@ -103,11 +105,28 @@ def restore_optimizer(optimizer: AdamW, loaded: checkpoint.Loaded) -> None:
     optimizer.loss_scale.restore(loaded.extra)
 
 
+def require_trained(run: Run, state: State, updates: int, skipped: int) -> None:
+    """ValueError at the end of a run where every update was skipped: its checkpoint would pass for a trained model."""
+    if skipped < updates or state.saved_step == state.step:
+        return
+    problem = "no step had anything to train on" if not updates else f"all {updates:,} updates had a gradient that isn't finite"
+    raise ValueError(f"nothing was trained: {problem}, so there is nothing to save in {run.folder}. {look_at_weights(run)}")
+
+
+def look_at_weights(run: Run) -> str:
+    """A sentence that says how to find out whether the model that a run began with is sound."""
+    command = f"python -m retool.checkpoint verify {shlex.quote(str(run.report.folder))}"
+    return f"Look at the data and the learning rate; whether the model is sound says {command}"
+
+
 def save_step(run: Run, state: State, data_state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     """Write a checkpoint of this step, unless it has one; first say how the one before ended. Collective."""
     if state.saved_step == state.step:
         return
     say_saved(run, state, wait=True)
+    mesh = run.mesh
+    way_out = f"The run ends, and older checkpoints stay. {look_at_weights(run)}"
+    require_finite(run.model.layout, mesh.shard_rank, run.model.master, mesh.world_group, f"step {state.step} isn't saved", way_out)
     optim, adamw = run.report.options.optim, run.optimizer.options
     extra = {**extra, **run.optimizer.loss_scale.state()}
     state.save = checkpoint.save(

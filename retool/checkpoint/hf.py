@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from retool.checkpoint.safetensors import INDEX, SINGLE, SafetensorsFile
+from retool.model.hub import read_json
 
 SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 NOT_SIDE = re.compile(r".*\.index\.json|trainer_state\.json|training_args\.json|README.*|requirements\.txt", re.IGNORECASE)
@@ -28,23 +29,27 @@ class SafetensorsSource:
         return str(self.folder)
 
     def _weight_map(self) -> dict[str, str]:
+        """Name → file name. Where there is one file and an index too, the one file counts, as it does for transformers."""
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder. Give a local Hugging Face model folder (config.json and *.safetensors).")
-        index = self.folder / INDEX
-        if index.exists():
-            try:
-                weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-                missing = sorted({f for f in weight_map.values() if f != Path(f).name or not (self.folder / f).is_file()})
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{index} is not a safetensors index ({error!r}). Fetch it again.") from error
-            if missing:
-                raise ValueError(f"{self.folder} lacks {', '.join(missing)}, named by {INDEX}. Fetch the missing files.")
-            return weight_map
         if (self.folder / SINGLE).exists():
             return dict.fromkeys(SafetensorsFile(self.folder / SINGLE).entries, SINGLE)
+        if (self.folder / INDEX).exists():
+            return self._indexed(self.folder / INDEX)
         bins = sorted(p.name for p in self.folder.glob("*.bin"))
         hint = f" It has {bins[0]}: save it again as safetensors." if bins else ""
         raise ValueError(f"{self.folder} holds neither {SINGLE} nor {INDEX}.{hint}")
+
+    def _indexed(self, index: Path) -> dict[str, str]:
+        try:
+            weight_map: dict[str, str] = read_json(index)["weight_map"]
+            missing = sorted({f for f in weight_map.values() if f != Path(f).name or not (self.folder / f).is_file()})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not a safetensors index ({error!r}). Fetch it again.") from error
+        if missing:
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            raise ValueError(f"{self.folder} lacks {', '.join(missing[:8])}{more}, named by {INDEX}. Fetch the missing files.")
+        return weight_map
 
     def _file(self, name: str) -> SafetensorsFile:
         file_name = self._map[name]
@@ -103,11 +108,9 @@ def with_dtype(text: str, dtype: torch.dtype, add: bool) -> str:
 def tied(config_folder: Path) -> bool:
     """Whether config.json says that the head is the embedding. Llama and Qwen default to no where it says nothing."""
     path = config_folder / "config.json"
-    if not path.exists():
-        return False
-    return bool(json.loads(path.read_text()).get("tie_word_embeddings", False))
+    return path.exists() and bool(read_json(path).get("tie_word_embeddings", False))
 
 
-def export_shapes(shapes: Mapping[str, tuple[int, ...]], aliases: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """What an export stores: everything but the tied names, which Hugging Face restores itself."""
-    return {name: shape for name, shape in shapes.items() if name not in aliases}
+def untie(config: Path) -> None:
+    """Let a config.json say that the head isn't the embedding; every other byte stays."""
+    config.write_text(re.sub(r'("tie_word_embeddings"\s*:\s*)true', r"\g<1>false", config.read_text()))

@@ -18,13 +18,15 @@ from retool.checkpoint import folder as on_disk
 from retool.checkpoint.archive import write_archive
 from retool.checkpoint.claim import claim, publish, remove
 from retool.checkpoint.content import Place, frozen, model_content, optimizer_content
-from retool.checkpoint.hf import copy_side_files, tied
+from retool.checkpoint.hf import copy_side_files, tied, untie
 from retool.checkpoint.rows import all_rows, rows_numel
 from retool.checkpoint.safetensors import INDEX, SHARD_BYTES, SINGLE, WeightsWriter
 from retool.checkpoint.shards import Shards, ShardSource, optimizer_step, parameter_group, read_state
-from retool.checkpoint.source import CHUNK
+from retool.checkpoint.source import CHUNK, same_values
 from retool.parallel.fsdp.layout import Layout, make_layout
 
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 Progress = Callable[[str, int], None]  # (what, elements done since the last call)
 
 
@@ -46,7 +48,10 @@ def merge(folder: Path, out: Path, dtype: torch.dtype, progress: Progress = _qui
     if small.is_dir():
         copy_side_files(small, out, dtype)
     out.mkdir(parents=True, exist_ok=True)
-    writer = WeightsWriter(out, {name: source.shape(name) for name in stored_names(source, small)}, dtype, limit)
+    names = stored_names(source, small)
+    if tied(small) and HEAD in names:
+        untie(out / "config.json")
+    writer = WeightsWriter(out, {name: source.shape(name) for name in names}, dtype, limit)
     try:
         for name, shape in writer.tensors.items():
             for start in range(0, prod(shape), CHUNK):
@@ -64,9 +69,14 @@ def merge(folder: Path, out: Path, dtype: torch.dtype, progress: Progress = _qui
 
 
 def stored_names(source: ShardSource, config_folder: Path) -> list[str]:
-    """The parameters that an export stores: not a head that config.json says is the embedding."""
-    names = list(source.names())
-    return [n for n in names if n != "lm_head.weight"] if tied(config_folder) and "model.embed_tokens.weight" in names else names
+    """The parameters that an export stores: not a head that is the embedding."""
+    return [name for name in source.names() if name != HEAD or not _is_embedding(source, config_folder)]
+
+
+def _is_embedding(source: ShardSource, config_folder: Path) -> bool:
+    """Whether the checkpoint's head is its embedding: config.json says so, and the values are the same, whoever wrote them."""
+    names = source.names()
+    return HEAD in names and EMBEDDING in names and tied(config_folder) and same_values(source, HEAD, EMBEDDING)
 
 
 def _complete(folder: Path) -> Path:
@@ -113,10 +123,10 @@ def convert(folder: Path, world: int, out: Path | None = None, progress: Progres
 def file_layout(source: ShardSource, shards: int) -> Layout:
     """A layout of a checkpoint's parameters as they are on disk, each a unit of its own. A tied head is an alias."""
     names = list(source.names())
-    alias = "lm_head.weight", "model.embed_tokens.weight"
-    is_tied = set(alias) <= set(names) and tied(source.folder / "huggingface")
-    kept = [n for n in names if not (is_tied and n == alias[0])]
-    return make_layout([(n, [(n, source.shape(n), [(n, source.shape(n))], True)]) for n in kept], shards, (alias,) if is_tied else ())
+    is_tied = _is_embedding(source, source.folder / "huggingface")
+    kept = [n for n in names if not (is_tied and n == HEAD)]
+    aliases = ((HEAD, EMBEDDING),) if is_tied else ()
+    return make_layout([(n, [(n, source.shape(n), [(n, source.shape(n))], True)]) for n in kept], shards, aliases)
 
 
 def _write_ranks(where: Path, target: Path, world: int, progress: Progress) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from retool.checkpoint.hf import SafetensorsSource
-from retool.checkpoint.source import load_flat
+from retool.checkpoint.source import load_flat, require_finite, require_tied
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import read_model_config
 from retool.parallel.fsdp import Sharded
@@ -13,11 +14,16 @@ from retool.parallel.mesh import Mesh
 
 
 def load_pretrained(folder: str | Path, mesh: Mesh, options: ModelOptions | None = None) -> Sharded:
-    """Build the decoder that `folder/config.json` describes and load its safetensors.
+    """Build the decoder that `folder/config.json` describes and load its safetensors. A collective call.
 
-    Raises ValueError for an unknown model type, a missing shard, and missing or misshapen parameters.
+    Raises ValueError for an unknown model type, a missing shard, missing or misshapen parameters,
+    a head of its own where config.json has none, and values that aren't finite.
     """
     sharded = build_decoder(read_model_config(folder), mesh, options or ModelOptions())
-    load_flat(sharded.layout, mesh.shard_rank, SafetensorsSource(folder), sharded.master)
+    source = SafetensorsSource(folder)
+    require_tied(sharded.layout, source)
+    load_flat(sharded.layout, mesh.shard_rank, source, sharded.master)
+    way_out = f"Fetch the model again; this lists what is wrong with it: python -m retool.checkpoint verify {shlex.quote(str(folder))}"
+    require_finite(sharded.layout, mesh.shard_rank, sharded.master, mesh.world_group, f"the weights of {folder} are damaged", way_out)
     sharded.refresh()
     return sharded

@@ -13,7 +13,7 @@ import torch
 from retool.checkpoint import rng
 from retool.checkpoint.folder import CONFIG, DATA, faults, model_folder, read_json, recorded, shard_name, world_size
 from retool.checkpoint.shards import Shards, ShardSource, optimizer_step, read_state
-from retool.checkpoint.source import ModelState, load_flat
+from retool.checkpoint.source import ModelState, load_flat, require_finite
 from retool.parallel.mesh import Mesh
 
 
@@ -33,7 +33,7 @@ class Loaded:
 
 
 def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded:
-    """Fill `state`'s flats in place from a checkpoint of ours or verl's, written by any number of ranks. No collectives.
+    """Fill `state`'s flats in place from a checkpoint of ours or verl's, written by any number of ranks. A collective call.
 
     Moments are read where `state` has them. Random states are put back where the world size is the same; otherwise they are derived
     (seed, step, rank). ValueError names the file and what is wrong with it.
@@ -48,6 +48,8 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
         raise ValueError(f"{top} can't be resumed: {'; '.join(wrong[:5])}. Resume from an older one (trainer.resume_from_path).")
     with torch.no_grad():
         load_flat(state.layout, mesh.shard_rank, ShardSource(where), state.params)
+        way_out = "Resume from an older one (trainer.resume_from_path)."
+        require_finite(state.layout, mesh.shard_rank, state.params, mesh.world_group, f"{top} can't be resumed", way_out)
         updates = 0
         if state.exp_avg is not None and state.exp_avg_sq is not None:
             _require_optimizer(where)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
+from retool.parallel.collectives import gather_objects
 from retool.parallel.fsdp.layout import Layout, Member, local_pieces
 
 CHUNK = 1 << 24  # elements copied at a time: bounds what a conversion of dtype or a move to the device holds at once
@@ -79,6 +82,49 @@ def load_flat(layout: Layout, shard_rank: int, source: TensorSource, out: torch.
             pool.shutdown(cancel_futures=True)
 
 
+def require_finite(layout: Layout, shard_rank: int, flat: torch.Tensor, group: dist.ProcessGroup | None, what: str, way_out: str) -> None:
+    """ValueError, on every rank of `group`, where any rank's shard of the parameters has a NaN or an infinity. A collective call.
+
+    The message begins with `what`, names the parameters and ends with `way_out`. Reads `flat` [layout.shard_numel] once; the
+    host waits for the device once.
+    """
+    pieces = [*local_pieces(layout, shard_rank)]
+    # Smallest and largest are NaN if any element is, and infinite if one is: nothing as large as the shard is allocated.
+    extremes = [torch.stack(torch.aminmax(flat[p.local : p.local + p.stop - p.start])) for p in pieces]
+    finite = torch.stack(extremes).isfinite().all(1).tolist() if extremes else []
+    mine = [piece.member.name for piece, good in zip(pieces, finite, strict=True) if not good]
+    found = {name for names in gather_objects(mine, group) for name in names}
+    if not found:
+        return
+    named = [member.name for _, member in layout.members if member.name in found]
+    listed = ", ".join(named[:5])
+    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+    raise ValueError(f"{what}: NaN or infinite values in {listed}{more}. {way_out}")
+
+
+def require_tied(layout: Layout, source: TensorSource) -> None:
+    """ValueError where the files hold a matrix of its own for a parameter that config.json says is another one's."""
+    names = set(source.names())
+    for alias, name in layout.aliases:
+        if alias in names and name in names and not same_values(source, alias, name):
+            problem = f"config.json says that {alias} is {name} (tie_word_embeddings), and the files hold two different matrices"
+            raise ValueError(f'{source}: {problem}. With "tie_word_embeddings": false in config.json both are trained.')
+
+
+def same_values(source: TensorSource, one: str, other: str) -> bool:
+    """Whether two tensors hold the same values. Reads no more than it needs to tell."""
+    if source.shape(one) != source.shape(other):
+        return False
+    numel = prod(source.shape(one))
+    for start in range(0, numel, CHUNK):
+        stop = min(start + CHUNK, numel)
+        a, b = (source.read(name, start, stop) for name in (one, other))
+        wider = torch.promote_types(a.dtype, b.dtype)
+        if not torch.equal(a.to(wider), b.to(wider)):
+            return False
+    return True
+
+
 def match_names(layout: Layout, source: TensorSource) -> dict[str, str]:
     """Parameter name → name in `source` (an alias where only that is there). ValueError names everything that doesn't fit."""
     there = set(source.names())
@@ -99,7 +145,10 @@ def match_names(layout: Layout, source: TensorSource) -> dict[str, str]:
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         listed = "; ".join(faults[:8]) + more
-        raise ValueError(f"{source} does not fit the model: {listed}. Check that the weights and config.json belong together.")
+        way_out = "Check that the weights and config.json belong together."
+        if any(name == "lm_head.weight" for _, member in layout.members if (name := member.name) not in found):
+            way_out += ' If the head is the embedding, config.json must say so: "tie_word_embeddings": true.'
+        raise ValueError(f"{source} does not fit the model: {listed}. {way_out}")
     return found
 
 

@@ -1,10 +1,11 @@
-"""Everything that can be said about a checkpoint without a model: is it complete, undamaged, consistent and finite."""
+"""Everything that can be said about weights on disk without running them: are they complete, undamaged, consistent and finite."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -12,17 +13,25 @@ from retool.checkpoint import folder as on_disk
 from retool.checkpoint.archive import TorchFile
 from retool.checkpoint.hf import SafetensorsSource
 from retool.checkpoint.merge import Progress, stored_names
+from retool.checkpoint.safetensors import INDEX
 from retool.checkpoint.shards import ShardSource, read_state
-from retool.checkpoint.source import CHUNK, TensorSource
+from retool.checkpoint.source import CHUNK, TensorSource, match_names, require_tied
+from retool.model.build import plan_layout
+from retool.model.config import read_model_config
+
+T = TypeVar("T")
 
 
 def verify(folder: Path, progress: Progress) -> list[str]:
-    """What is wrong with a checkpoint: empty if nothing is. Reads all of it, in pieces.
+    """What is wrong with a checkpoint, or with a Hugging Face model folder: empty if nothing is. Reads all of it, in pieces.
 
-    Files and sizes against checksums.json; checksums; every rank's shapes and rows; finite values; moments as large as their
-    parameters; the export equal to the shards in its dtype.
+    A checkpoint: files and sizes against checksums.json; checksums; every rank's shapes and rows; finite values; moments as large
+    as their parameters; the export equal to the shards in its dtype. A model folder: config.json, every file that the index names,
+    names and shapes as config.json says, finite values.
     """
     where = on_disk.model_folder(folder)
+    if is_model_folder(where):
+        return _model_faults(where, progress)
     problems = on_disk.faults(where)
     if problems:
         return problems
@@ -32,6 +41,42 @@ def verify(folder: Path, progress: Progress) -> list[str]:
         except ValueError as error:
             problems.append(str(error))
     return problems
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder holds a Hugging Face model, and no shards of a run."""
+    there = any(folder.glob("*.safetensors")) or (folder / INDEX).is_file() or (folder / "config.json").is_file()
+    return there and not any(folder.glob("model_world_size_*.pt")) and not (folder / on_disk.CONFIG).exists()
+
+
+def _model_faults(folder: Path, progress: Progress) -> list[str]:
+    problems: list[str] = []
+
+    def attempt(action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
+    config = attempt(lambda: read_model_config(folder))
+    source = attempt(lambda: SafetensorsSource(folder))
+    if source is None:
+        return problems
+    if config is not None:
+        layout = plan_layout(config, 1)
+        attempt(lambda: match_names(layout, source))
+        attempt(lambda: require_tied(layout, source))
+    for name in source.names():
+        bad = attempt(lambda name=name: _not_finite(source, name, progress))
+        if bad:
+            problems.append(f"{folder}: {name} has {bad} values that are not finite.")
+    return problems
+
+
+def _not_finite(source: TensorSource, name: str, progress: Progress) -> int:
+    """How many values of a tensor are NaN or infinite."""
+    return sum(int((~torch.isfinite(piece)).sum()) for piece in _pieces(source, name, progress))
 
 
 def _files(where: Path) -> Iterator[str]:
@@ -54,8 +99,7 @@ def _shards(where: Path, progress: Progress) -> Iterator[str]:
         for name in source.names():
             if kind != "model" and source.shape(name) != sources["model"].shape(name):
                 yield f"{where}: {kind} of {name} is {list(source.shape(name))}, the parameter {list(sources['model'].shape(name))}."
-            bad = sum(int((~torch.isfinite(piece)).sum()) for piece in _pieces(source, name, progress))
-            if bad:
+            if bad := _not_finite(source, name, progress):
                 yield f"{where}: {kind} of {name} has {bad} values that are not finite."
 
 

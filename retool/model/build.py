@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder, Recompute, Run
 from retool.model.offload import Offload
 from retool.parallel.fsdp import Sharded, shard
+from retool.parallel.fsdp.layout import Layout, SlotSpec, make_layout
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan
 
@@ -59,3 +61,22 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
         trained=options.trained, keep_copy=options.keep_copy, reshard_after_forward=options.reshard_after_forward,
         forward_prefetch=options.forward_prefetch, backward_overlap=options.backward_overlap,
     )  # fmt: skip
+
+
+def plan_layout(config: ModelConfig, shards: int) -> Layout:
+    """The layout that sharding this model over `shards` ranks will have, from a model without memory."""
+    mesh = Mesh(0, 1, 1, 1, torch.device("cpu"))
+    with torch.device("meta"):
+        decoder = Decoder(config, Run(HeadPlan(1, 0, config.heads, config.kv_heads, config.head_dim), mesh))
+    names = {id(p): n for n, p in decoder.named_parameters()}
+    members, seen = decoder.members(), set[int]()
+    units: list[tuple[str, list[SlotSpec]]] = []
+    for unit, modules in decoder.units():
+        slots: list[SlotSpec] = []
+        for parameter in chain.from_iterable(m.parameters() for m in modules):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                name, shape = names[id(parameter)], tuple(parameter.shape)
+                slots.append((name, shape, members.get(name, [(name, shape)]), True))
+        units.append((unit, slots))
+    return make_layout(units, shards, decoder.aliases(), decoder.order())

@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from retool.memory import DTYPE_BYTES, OUTSIDE, Choice, Setting, gathered, head_bytes, layer_bytes, plan_layout
+from retool.memory import DTYPE_BYTES, OUTSIDE, Choice, Setting, gathered, head_bytes, layer_bytes
+from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
 from retool.parallel.ulysses import HeadPlan
 from retool.perf import GIB

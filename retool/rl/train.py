@@ -40,7 +40,7 @@ from retool.rl.tools import close_tools
 from retool.rl.types import Group
 from retool.rl.validate import validation_metrics
 from retool.run import say, say_ended, seed_everything
-from retool.saving import orderly_end, require_saved, save_step, say_saved
+from retool.saving import look_at_weights, orderly_end, require_saved, require_trained, save_step, say_saved
 
 PARTS = ("sync_weights", "gen", "tools", "reward", "old_log_prob", "adv", "update_actor")  # of every step, whatever it does without
 Metrics = dict[str, float]
@@ -163,8 +163,7 @@ def count_skipped(run: Run, state: TrainState, skipped: bool, norm: float) -> No
         say(run.mesh, f"optimizer step {state.updates} was skipped: its gradient norm is {norm}.")
     if state.skipped_in_a_row >= run.config.trainer.max_grad_skips + run.optimizer.loss_scale.halvings:
         raise ValueError(
-            f"{state.skipped_in_a_row} optimizer steps in a row had a non-finite gradient norm: the run stops. "
-            "Lower actor.optim.lr, or look at the weights (python -m retool.checkpoint verify)."
+            f"{state.skipped_in_a_row} optimizer steps in a row had a non-finite gradient norm: the run stops. {look_at_weights(run)}"
         )
 
 
@@ -217,7 +216,9 @@ def shown(groups: list[Group], most: int) -> list[dict[str, str | float]]:
 
 
 def save(run: Run, state: TrainState) -> None:
-    """Write a checkpoint of this step, unless it has one."""
+    """Write a checkpoint of this step, unless it has one. ValueError where the run ends and no update trained anything."""
+    if state.step == run.report.steps:
+        require_trained(run, state, state.updates, state.skipped)
     save_step(run, state, {**state.data_state(), "stream": run.identity}, {})
 
 

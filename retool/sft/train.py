@@ -24,7 +24,18 @@ from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, pea
 from retool.plan import agree
 from retool.preemption import StopRequest, die_with_parent
 from retool.run import DTYPES, make_run_folder, say, say_ended, say_nothing_left, seed_everything
-from retool.saving import model_state, orderly_end, require_saved, restore_optimizer, save_options, save_step, say_saved, to_resume
+from retool.saving import (
+    look_at_weights,
+    model_state,
+    orderly_end,
+    require_saved,
+    require_trained,
+    restore_optimizer,
+    save_options,
+    save_step,
+    say_saved,
+    to_resume,
+)
 from retool.sft.config import SFTConfig, run_options
 from retool.sft.identity import changes, fingerprints, order_of
 from retool.sft.plan import Report, fills
@@ -207,7 +218,7 @@ def log_pending(run: Run, state: TrainState) -> None:
         if state.skipped_in_a_row >= run.config.trainer.max_grad_skips + run.optimizer.loss_scale.halvings:
             raise ValueError(
                 f"{state.skipped_in_a_row} steps in a row had a non-finite gradient norm (the last is {pending.batch.step + 1}): "
-                "the run stops. Lower optim.lr, or look at the data and the weights (python -m retool.checkpoint verify)."
+                f"the run stops. {look_at_weights(run)}"
             )
     state.pending.clear()
 
@@ -245,8 +256,10 @@ def run_validation(run: Run, state: TrainState, watchdog: Watchdog) -> None:
 
 
 def save(run: Run, state: TrainState) -> None:
-    """Write a checkpoint of this step, unless it has one."""
+    """Write a checkpoint of this step, unless it has one. ValueError where the run ends and no step trained anything."""
     log_pending(run, state)
+    if state.step == run.report.steps:
+        require_trained(run, state, state.step, state.skipped)
     save_step(run, state, {"step": state.step, **order_of(run.config, run.train_data)}, {"skipped_steps": state.skipped})
 
 

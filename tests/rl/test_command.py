@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from retool.rl import train
 from retool.rl.__main__ import main
 from retool.rl.engine import kv_cache
 from retool.rl.filter import UnusableSamples
+from retool.rl.policy import update_step
 from tests.rl.test_config import PUBLISHED
 
 REWARDS = Path(__file__).with_name("reward_functions.py")
@@ -66,6 +68,14 @@ def test_fp16_brings_sampler_and_trainer_together(work, tmp_path) -> None:
         found[dtype] = steps(tmp_path / dtype)
     assert all(b["training/rollout_logp_diff_mean"] < 0.7 * a["training/rollout_logp_diff_mean"] for a, b in zip(*found.values(), strict=True))
     assert all(entry["actor/skipped_updates"] == 0 < entry["actor/grad_norm"] for entry in found["fp16"])
+
+
+def test_a_run_that_trained_nothing_ends_with_an_error_and_no_export(work, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(train, "update_step", lambda *args: replace(update_step(*args), skipped=True))
+    assert main(words(work, tmp_path / "run", "trainer.total_training_steps=1")) == 1
+    said = capfd.readouterr().err
+    assert "nothing was trained" in said and f"python -m retool.checkpoint verify {work}/model" in said
+    assert not list((tmp_path / "run").glob("global_step_*"))
 
 
 NAMES = """actor/{pg_loss,pg_clipfrac,pg_clipfrac_lower,ppo_kl,entropy,grad_norm,lr} critic/{score,rewards,advantages,returns}/{mean,max,min}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retool import optim
 from retool.batch import Sample, pack
+from retool.checkpoint.__main__ import main as checkpoints
 from retool.checkpoint.pretrained import load_pretrained
 from retool.metrics import read_jsonl
 from retool.parallel.mesh import make_mesh
+from retool.sft import step
 from retool.sft.__main__ import main
+from retool.sft.loss import loss_sum
 
 PUBLISHED = """data.train_files={work}/train.parquet data.val_files={work}/val.parquet
     data.max_length=16384 data.train_batch_size=16
@@ -217,28 +221,57 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.fixture
+def no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every loss is NaN, whatever the model and the data."""
+    monkeypatch.setattr(step, "loss_sum", lambda model, batch: loss_sum(model, batch) * float("nan"))
+
+
 @pytest.mark.parametrize(("dtype", "most"), [("fp32", 3), ("fp16", 4)])
-def test_nan_in_the_weights_stops_the_run_and_says_so(
-    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, dtype: str, most: int
+def test_gradients_that_are_no_numbers_stop_the_run_and_say_so(
+    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_gradient: None, dtype: str, most: int
 ) -> None:
     monkeypatch.setattr(optim, "HALVINGS", 1)
-    bad = tmp_path / "model"
-    bad.mkdir()
-    for file in (work / "model").iterdir():
-        os.link(file, bad / file.name)
-    from safetensors.torch import save_file
-
-    tensors = load_file(bad / "model.safetensors")
-    tensors["model.norm.weight"][3] = float("nan")
-    (bad / "model.safetensors").unlink()
-    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "run"
-    assert main(words(work, out, model__partial_pretrain=bad, model__fsdp_config__param_dtype=dtype, data__train_batch_size=1)) == 1
+    assert main(words(work, out, model__fsdp_config__param_dtype=dtype, data__train_batch_size=1)) == 1
     printed = capfd.readouterr()
     assert f"{most} steps in a row had a non-finite gradient norm" in printed.err
     assert not list(out.glob("global_step_*")), "a run that was thrown away has no checkpoint"
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["train/skipped_steps"] for r in rows] == [*range(1, most + 1)] and rows[0]["train/grad_norm"] is None
+    command = printed.err.strip().partition("python -m retool.checkpoint ")[2]
+    assert checkpoints(shlex.split(command)) == 0, "the advice is a command that works"
+
+
+def test_a_run_that_trained_nothing_ends_with_an_error_and_no_export(
+    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], no_gradient: None
+) -> None:
+    """Fewer steps than may be skipped in a row."""
+    out = tmp_path / "run"
+    assert main(words(work, out, trainer__total_training_steps=2)) == 1
+    assert "nothing was trained: all 2 updates had a gradient that isn't finite" in capfd.readouterr().err
+    assert not list(out.glob("global_step_*"))
+
+
+def test_weights_that_became_infinite_are_not_saved(work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The gradient of the first step is finite, its update isn't: the checkpoint before, which is good, must stay the newest."""
+    out = tmp_path / "run"
+    assert main(words(work, out, trainer__total_training_steps=1, optim__lr=1e38)) == 1
+    assert "step 1 isn't saved: NaN or infinite values in " in capfd.readouterr().err
+    assert not list(out.glob("global_step_*"))
+
+
+def test_nan_in_the_weights_is_refused_before_the_first_step(
+    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "model"
+    shutil.copytree(work / "model", bad)
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    assert main(words(work, tmp_path / "run", model__partial_pretrain=bad)) == 1
+    assert "NaN or infinite values in model.norm.weight" in capfd.readouterr().err
+    assert not list((tmp_path / "run").glob("global_step_*")) and not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_validation_counts_every_row_once(work: Path, tmp_path: Path) -> None:
