@@ -37,7 +37,8 @@ num_turns/mean | Turns |  | Of an answer; 2 is a question and an answer without 
 tool/calls | Tool calls | in a step | How often the model called a tool, all answers together. | noisy first
 tool/errors | Tool errors | in a step | Calls that gave an error back. | down noisy
 tool/timeouts | Tool time-outs | in a step | Calls that were stopped. | down noisy
-tool/latency | Tool latency | seconds | From a call to its result, on average. | down noisy
+tool/latency | Tool latency | seconds | From a call's start to its result, on average; waiting to start isn't in it. | down noisy
+tool/queue_s | Tool queue | seconds | What a call waited before it could start, on average. More workers shorten it. | down noisy
 reward/exceptions | Reward failures | in a step | Answers whose reward function raised an error: they got the lowest score. | down
 reward/timeouts | Reward time-outs | in a step | Answers whose reward function took too long: they got the lowest score. | down
 reward/killed | Reward processes killed | in a step | Answers whose reward function took too much memory: they got the lowest score. | down

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
+import httpx
 import numpy as np
 
 from retool.data.backend import decode_ids, encode_text, token_offsets
@@ -23,7 +24,6 @@ from retool.rl.types import Prompt, Stop, Trajectory
 
 MARKER = "…[cut]…"
 FLOOD, ENDS = 256, 32  # characters per allowed token: of text that surely doesn't fit, and of each of its ends that is looked at then
-BROKEN = "sandbox_error"  # the status of a tool that failed itself, whatever the program did
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class _Episode:
     errors: int = 0
     timeouts: int = 0
     seconds: float = 0.0
+    queue_seconds: float = 0.0
 
     def add_sampled(self, turn: Sampled) -> None:
         self.tokens += turn.tokens
@@ -110,7 +111,7 @@ async def run_episode(
             return _finish(episode, prompt, sample, stop, version)
         responses, broken = await _run_calls(episode, calls, tools, renderer, options)
         if broken is not None:
-            return _finish(episode, prompt, sample, Stop.TOOL_ERROR, version, broken)
+            return _finish(episode, prompt, sample, Stop.INFRASTRUCTURE, version, broken)
         fresh = renderer.render_tool_turn(episode.messages, responses, prompt.tools)
         if len(episode.tokens) + len(fresh) >= limit:  # no room for an answer to it
             return _finish(episode, prompt, sample, Stop.LENGTH, version)
@@ -166,28 +167,32 @@ async def _run_calls(
         episode.errors += result.status not in ("success", "not_run", "timeout")
         episode.timeouts += result.status == "timeout"
         episode.seconds += result.seconds
+        episode.queue_seconds += result.queue_seconds
         text = cut_text(renderer.tokenizer, clean(result.text), options.max_tool_response_length, options.truncate_side)
         responses.append({"role": "tool", "content": text, **({"name": call.name} if call.name in tools else {})})
-    said = (f"{call.name}: {clean(result.text)}"[:LONGEST] for call, result in zip(calls, results, strict=True) if result.status == BROKEN)
+    said = (f"{call.name}: {clean(result.text)}"[:LONGEST] for call, result in zip(calls, results, strict=True) if result.lost)
     return responses, next(said, None)
 
 
 async def _run_call(call: Call, problem: str | None, tools: Mapping[str, Tool], timeout: float) -> ToolResult:
-    """What the tool answers, or why there is no answer: a tool may hang, even when it is cancelled (then it is left to itself)."""
+    """What the tool answers, or why there is no answer: a tool may hang, even when it is cancelled (then it is left to itself). The clock
+    runs from the call, unless the tool keeps time itself: it knows when its own queue lets the call go."""
     if problem is not None:
         return ToolResult(f"Error: {problem}", "bad_arguments")
     loop = asyncio.get_running_loop()
     begin, answered = loop.time(), loop.create_future()
     work = loop.create_task(_answer(tools[call.name], call.arguments, answered))
-    timer = loop.call_later(timeout, _settle, answered, None)
+    timed = not getattr(tools[call.name], "keeps_time", False)
+    timer = loop.call_later(timeout, _settle, answered, None) if timed else None
     try:
         result = await answered
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
         work.cancel()
     if result is None:
         return ToolResult(f"TimeoutError: {call.name} gave no answer within {timeout:g} s.", "timeout", timeout)
-    return result if result.seconds > 0 else replace(result, seconds=loop.time() - begin)
+    return result if result.seconds > 0 else replace(result, seconds=max(loop.time() - begin - result.queue_seconds, 0.0))
 
 
 async def _answer(tool: Tool, arguments: Mapping[str, Any], answered: asyncio.Future[ToolResult | None]) -> None:
@@ -198,6 +203,8 @@ async def _answer(tool: Tool, arguments: Mapping[str, Any], answered: asyncio.Fu
             raise TypeError(f"{tool.name} answered with a {type(result).__name__}, not a ToolResult")
     except KeyboardInterrupt:
         raise
+    except (ConnectionError, httpx.TransportError) as error:  # nobody there to be called: not the model's doing
+        result = ToolResult(f"{type(error).__name__}: {error}", "infrastructure")
     except BaseException as error:
         result = ToolResult(f"{type(error).__name__}: {error}", "error")
     _settle(answered, result)
@@ -255,5 +262,5 @@ def _finish(episode: _Episode, prompt: Prompt, sample: int, stop: Stop, version:
         whole(episode.logp, np.float32), whole(episode.logp_behaviour, np.float32), stop,
         num_turns=episode.user_turns + episode.assistant_turns + 1, tool_calls=episode.calls, tool_errors=episode.errors,
         tool_timeouts=episode.timeouts, tool_seconds=episode.seconds, policy_version=version, assistant_text="\n".join(episode.texts),
-        tool_failure=failure,
+        tool_failure=failure, tool_queue_seconds=episode.queue_seconds,
     )  # fmt: skip

@@ -11,12 +11,12 @@ from retool.parallel.collectives import gather_objects
 from retool.rl import filter as dynamic
 from retool.rl.build import Run, stream, training_sampling
 from retool.rl.experience import timed
-from retool.rl.failures import require_scores, warn_of_failures
+from retool.rl.failures import count_lost, require_scores, warn_of_failures
 from retool.rl.memory import ROOM
 from retool.rl.metrics import failure_metrics
 from retool.rl.rollout import RolloutTimes, Sampling, roll_out
 from retool.rl.state import TrainState, regroup
-from retool.rl.types import Group, Prompt, Scored
+from retool.rl.types import LOST, Group, Prompt, Scored
 from retool.run import say
 
 EMPTY_ROUNDS = 20  # rounds of dynamic sampling in a row without a single group worth training on
@@ -39,13 +39,17 @@ def collect(run: Run, state: TrainState, times: Metrics) -> tuple[list[Group], l
             release(run)
             return None
         fresh += [member for group in groups for member in group.members]
-        if len(fresh) >= wanted * config.actor_rollout_ref.rollout.n:  # as many as a step has: enough to tell
+        enough = len(fresh) >= wanted * config.actor_rollout_ref.rollout.n  # as many as a step has: enough to tell
+        if enough:
             require_scores(fresh, config.reward_model.max_failed_share, f"step {state.step + 1}")
         before = len(collection.groups)
         collection = dynamic.add(collection, groups, wish.metric if wish.enable else None)
         empty = 0 if len(collection.groups) > before else empty + 1
         position += count
+        if enough and not len(collection.groups) and all(member.lost for member in fresh):
+            break  # more of them would be lost as well
     release(run)
+    count_lost(state, fresh, config.actor_rollout_ref.rollout.max_lost_share)
     require_scores(fresh, config.reward_model.max_failed_share, f"step {state.step + 1}")
     if empty >= EMPTY_ROUNDS and not collection.groups:
         raise dynamic.UnusableSamples(
@@ -58,7 +62,9 @@ def collect(run: Run, state: TrainState, times: Metrics) -> tuple[list[Group], l
         what = "training on them" if groups else "nothing is trained"
         say(run.mesh, f"step {state.step + 1}: {len(groups)} of {wanted} groups after {rounds}; {what}.")
     tokens = sum(member.trajectory.sampled for member in fresh)
-    metrics = {**failure_metrics(fresh), "perf/rollout_tokens_per_second": tokens / max(times.get("gen", 0.0), 1e-9)}
+    stops = [member.trajectory.stop for member in fresh]
+    lost = {f"stop/{stop.value}": float(stops.count(stop)) for stop in LOST}  # of all samples, in groups without a signal too
+    metrics = {**failure_metrics(fresh), **lost, "perf/rollout_tokens_per_second": tokens / max(times.get("gen", 0.0), 1e-9)}
     return groups, kept, position, {**metrics, **(collection.metrics(len(kept)) if wish.enable else {})}
 
 

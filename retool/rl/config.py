@@ -178,7 +178,14 @@ class MultiTurnConfig:
     max_tool_response_length: int = option(512, "Tokens of tool output per call; the rest is cut, with a marker.", minimum=1)
     tool_response_truncate_side: Literal["left", "middle", "right"] = option("middle", "Where it is cut: left loses the beginning.")
     max_parallel_calls: int = option(1, "Calls of one turn that are run; the others are answered that they weren't.", minimum=1)
-    tool_timeout_seconds: float = option(120.0, "A tool that takes longer is given up, whatever its own limit.", above=0)
+    tool_timeout_seconds: float = option(
+        120.0,
+        "A tool that takes longer is given up, whatever its own limit; a program's clock starts when it does, not while it waits.",
+        above=0,
+    )
+    tool_workers: int | None = option(
+        None, "Programs of the code interpreter that run at once; null = the tool's num_workers, at most one a core (or 4).", minimum=1
+    )
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,11 @@ class RolloutConfig:
     )
     calculate_log_probs: bool = option(True, "The engine always returns log-probabilities; either value is accepted.")
     dtype: AutoDtype = option("auto", "auto = as training.", spellings=DTYPE_SPELLINGS)
+    max_lost_share: float = option(
+        0.3, "Samples lost to infrastructure (a dead sandbox, no room in the engine) aren't trained on; more than this share in",
+        minimum=0, maximum=1,
+    )  # fmt: skip
+    max_lost_steps: int = option(3, "so many steps in a row ends the run with the cause.", minimum=1)
     multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)
 

@@ -34,13 +34,14 @@ def value_of(member: Scored, metric: str) -> float:
 
 def has_signal(group: Group, metric: str) -> bool:
     """Whether the metric differs among the group's samples. Compared, not by a deviation: rounding gives equal numbers one."""
-    values = [value_of(member, metric) for member in group.members]
-    return max(values) > min(values)
+    values = [value_of(member, metric) for member in group.sound]
+    return bool(values) and max(values) > min(values)
 
 
 @dataclass(frozen=True)
 class Collection:
-    """The groups of a step while it is being sampled. `total` is the sum of the groups' means of the metric, those without a signal too."""
+    """The groups of a step while it is being sampled. `total` is the sum of the groups' means of the metric, those without a signal too;
+    `measured` of them had one: not all of their members were lost."""
 
     groups: tuple[Group, ...] = ()
     rounds: int = 0
@@ -49,13 +50,14 @@ class Collection:
     expired: int = 0
     reused: int = 0
     total: float = 0.0
+    measured: int = 0
 
     def metrics(self, kept: int) -> dict[str, float]:
         """What became of the groups; `kept` go on to the next step."""
         return {
             "filter/gen_batches": self.rounds, "filter/groups_sampled": self.sampled, "filter/groups_no_signal": self.no_signal,
             "filter/groups_expired": self.expired, "filter/groups_reused": self.reused, "filter/groups_kept": kept,
-            "filter/metric_mean": self.total / max(self.sampled, 1),
+            "filter/metric_mean": self.total / max(self.measured, 1),
         }  # fmt: skip
 
 
@@ -68,10 +70,12 @@ def begin(kept: Sequence[Group], step: int) -> Collection:
 def add(collection: Collection, fresh: Sequence[Group], metric: str | None) -> Collection:
     """Add a round of sampling; with a `metric` only groups with a signal."""
     good = [group for group in fresh if metric is None or has_signal(group, metric)]
-    means = [np.mean([value_of(member, metric) for member in group.members]) for group in fresh] if metric is not None else []
+    sound = [group.sound for group in fresh if group.sound] if metric is not None else []
+    means = [np.mean([value_of(member, metric or "") for member in members]) for members in sound]
     return replace(
         collection, groups=(*collection.groups, *good), rounds=collection.rounds + 1, sampled=collection.sampled + len(fresh),
         no_signal=collection.no_signal + len(fresh) - len(good), total=collection.total + float(sum(means)),
+        measured=collection.measured + len(means),
     )  # fmt: skip
 
 

@@ -19,7 +19,9 @@ def spread_of(name: str, values: Sequence[float] | np.ndarray) -> dict[str, floa
 
 
 def score_metrics(members: Sequence[Scored]) -> dict[str, float]:
-    """critic/{score,rewards} and acc: `score` as the reward function gave it, `rewards` with overlong shaping."""
+    """critic/{score,rewards} and acc: `score` as the reward function gave it, `rewards` with overlong shaping. Of the samples that weren't
+    lost."""
+    members = [member for member in members if not member.lost]
     accuracy = [member.accuracy for member in members] if any("acc" in member.info for member in members) else []
     scores, rewards = [member.score for member in members], [member.reward for member in members]
     return {**spread_of("critic/score", scores), **spread_of("critic/rewards", rewards), **spread_of("critic/acc", accuracy)}
@@ -45,13 +47,15 @@ def length_metrics(members: Sequence[Scored], max_response: int, max_prompt: int
 
 
 def tool_metrics(members: Sequence[Scored]) -> dict[str, float]:
-    """tool/{calls,errors,timeouts} counted over the step, tool/latency in seconds per call, and why trajectories ended."""
+    """tool/{calls,errors,timeouts} counted over the step; in seconds per call tool/latency, while it ran, and tool/queue_s, before it
+    did; and why trajectories ended."""
     found = [member.trajectory for member in members]
     calls = sum(t.tool_calls for t in found)
     stops = Counter(t.stop for t in found)
     return {
         "tool/calls": calls, "tool/errors": sum(t.tool_errors for t in found), "tool/timeouts": sum(t.tool_timeouts for t in found),
-        "tool/latency": sum(t.tool_seconds for t in found) / calls if calls else 0.0,
+        "tool/latency": sum(t.tool_seconds for t in found) / max(calls, 1),
+        "tool/queue_s": sum(t.tool_queue_seconds for t in found) / max(calls, 1),
         **{f"stop/{stop.value}": stops[stop] for stop in Stop},
     }  # fmt: skip
 

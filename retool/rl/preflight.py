@@ -124,7 +124,7 @@ def _with_functions(report: Report) -> Report:
     tools: Sequence[Tool] = ()
     if multi.enable:
         where = f"{ARR}rollout.multi_turn.tool_config_path"
-        tools = attempt(where, lambda: load_tools(multi.tool_config_path), faults) or ()
+        tools = attempt(where, lambda: load_tools(multi.tool_config_path, multi.tool_workers, multi.tool_timeout_seconds), faults) or ()
     faults += _sandbox_faults(tools)
 
     def find() -> RewardSource:

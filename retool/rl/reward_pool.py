@@ -36,6 +36,8 @@ from retool.rl.types import FAILURE, Trajectory
 
 KEPT = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
 KEPT_PREFIXES = ("LC_", "PYTHON", "OMP_", "MKL_")
+JUDGES_LOST = "lost"  # the failure that isn't the function's: the pool broke, and did so again when it was tried anew
+RETRIES = 2  # of an answer whose pool broke under it
 LOAD = 60.0  # seconds that a worker has to load the function
 LOOK = 5.0  # seconds between looks whether the pool still is: one that broke answers nothing
 PRELOADED = ["retool.rl.rewards", "math_verify"]
@@ -46,8 +48,8 @@ _longest = 0  # seconds after which it ends itself, in case nobody is left who w
 
 @dataclass(frozen=True)
 class Judged:
-    """A score, what else the function told, and how it failed (`exception`, `timeout`, `killed`), why (in `info` too) and where
-    (`trace`, of an exception), if it did."""
+    """A score, what else the function told, and how it failed (`exception`, `timeout`, `killed`, or JUDGES_LOST), why (in `info` too) and
+    where (`trace`, of an exception), if it did."""
 
     score: float
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -119,22 +121,33 @@ class RewardPool:
         return await self.score(asked_of(trajectory))
 
     async def score(self, asked: Asked, timeout: float | None = None) -> Judged:
-        """What the function says to one call, within `timeout` seconds (None: the pool's own)."""
-        timeout = timeout or self.timeout
+        """What the function says to one call, within `timeout` seconds (None: the pool's own). A pool that breaks is replaced, and the
+        call made again."""
+        judged = await self._attempt(asked, timeout or self.timeout)
+        for attempt in range(RETRIES):
+            if judged.failure != JUDGES_LOST:
+                break
+            await asyncio.sleep(2**attempt)
+            judged = await self._attempt(asked, timeout or self.timeout)
+        return judged
+
+    async def _attempt(self, asked: Asked, timeout: float) -> Judged:
         pool = self._sound()
         work = asyncio.wrap_future(pool.schedule(_work, args=tuple(asked), timeout=timeout))
         try:
             while not work.done():
                 await asyncio.wait([work], timeout=LOOK)
                 if not (work.done() or pool.active):
-                    return self._failed("killed", "the processes that judge are gone")
+                    return self._failed(JUDGES_LOST, "the processes that judge are gone")
         finally:
             work.cancel()
         try:
             found = work.result()
         except (FutureTimeout, asyncio.TimeoutError):
             return self._failed("timeout", f"no score within {timeout:g} s")
-        except (ProcessExpired, BrokenExecutor) as error:
+        except BrokenExecutor as error:
+            return self._failed(JUDGES_LOST, f"the processes that judge are gone: {error}")
+        except ProcessExpired as error:
             return self._failed("killed", str(error))
         except (Exception, asyncio.CancelledError) as error:  # the pool's own: what can't be sent, or a pool that breaks
             return self._failed("exception", f"{type(error).__name__}: {error}")

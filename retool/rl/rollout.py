@@ -10,16 +10,16 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from retool.data.chat import Renderer
 from retool.rl.agent import AgentOptions, Sampled, run_episode
 from retool.rl.engine.params import SamplingParams, TurnDone
-from retool.rl.reward_pool import Judged
+from retool.rl.reward_pool import JUDGES_LOST, Judged
 from retool.rl.rewards import overlong_penalty
 from retool.rl.tools import Tool
-from retool.rl.types import TOOL_FAILURE, Prompt, Scored, Trajectory
+from retool.rl.types import LOST, TOOL_FAILURE, Prompt, Scored, Stop, Trajectory
 
 ROUNDS = 3  # of the event loop between engine steps: in so many a finished turn's call is on its way, and a tool's answer in the engine
 
@@ -179,10 +179,18 @@ async def _episode(parts: RolloutParts, flight: _Flight, prompt: Prompt, sample:
         flight.sampling -= 1
         if started:
             parts.engine.drop(key)
+    if trajectory.stop not in LOST:
+        return await _judged(parts, trajectory)
+    return Scored(trajectory, 0.0, 0.0, {TOOL_FAILURE: trajectory.tool_failure} if trajectory.tool_failure else {})
+
+
+async def _judged(parts: RolloutParts, trajectory: Trajectory) -> Scored:
+    """The trajectory with its score; lost, where it is the judges that are."""
     judged = await parts.judge.judge(trajectory)
+    if judged.failure == JUDGES_LOST:
+        return Scored(replace(trajectory, stop=Stop.INFRASTRUCTURE), 0.0, 0.0, {TOOL_FAILURE: judged.reason})
     reward = judged.score
     if parts.overlong is not None:
         longest = parts.agent.max_response_length
         reward += overlong_penalty(trajectory.response_length, longest, parts.overlong.buffer, parts.overlong.factor)
-    info = {**judged.info, TOOL_FAILURE: trajectory.tool_failure} if trajectory.tool_failure else judged.info
-    return Scored(trajectory, judged.score, reward, info, judged.failure, judged.trace)
+    return Scored(trajectory, judged.score, reward, judged.info, judged.failure, judged.trace)

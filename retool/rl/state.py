@@ -14,7 +14,7 @@ from retool.rl.types import Group, Prompt, Scored, Stop, Trajectory
 ARRAYS = ("tokens", "mask", "logp", "logp_behaviour")
 NUMBERS = (
     "sample", "prompt_length", "num_turns", "tool_calls", "tool_errors", "tool_timeouts", "tool_seconds", "policy_version",
-    "assistant_text",
+    "assistant_text", "tool_queue_seconds",
 )  # fmt: skip
 
 
@@ -30,6 +30,9 @@ class TrainState:
     kept: list[Group] = field(default_factory=list)
     skipped: int = 0
     skipped_in_a_row: int = 0
+    lost_in_a_row: int = 0  # steps of which too many samples were lost
+    lost_share: float = 0.0  # of the last step's samples
+    lost_to: str = ""  # what the first of them was lost to
     saved_step: int = -1
     save: checkpoint.PendingSave | None = None  # the last one, until its result was said
 
@@ -68,7 +71,7 @@ def group_from_plain(entry: Mapping[str, Any], prompt_of: Any) -> Group:
 
 def _member_from_plain(entry: Mapping[str, Any], prompt: Prompt) -> Scored:
     arrays = {name: entry[name].numpy() for name in ARRAYS}
-    numbers = {name: entry[name] for name in NUMBERS}
+    numbers = {name: entry[name] for name in NUMBERS if name in entry}  # an older checkpoint has fewer
     trajectory = Trajectory(prompt=prompt, stop=Stop(entry["stop"]), **arrays, **numbers)
     return Scored(trajectory, float(entry["score"]), float(entry["reward"]), dict(entry["info"]))
 

@@ -9,10 +9,11 @@ import asyncio
 import difflib
 import importlib
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,6 +32,7 @@ INTERPRETERS = (
 )
 STDERR_LINES = 12
 CLOSING = 30.0  # seconds that a tool has to close
+STALLED = 600.0  # seconds without the end of any program, after which a sandbox counts as dead
 
 SCHEMA: dict[str, Any] = {
     "type": "function",
@@ -49,14 +51,24 @@ SCHEMA: dict[str, Any] = {
 @dataclass(frozen=True)
 class ToolResult:
     """What a tool call came to: `text` for the model, `status` for the metrics ("success", "error", "timeout", …; see `sandbox.Result`,
-    and "bad_arguments" where the call itself was wrong), and the seconds it took (0: they are measured). TypeError for anything else."""
+    and "bad_arguments" where the call itself was wrong), the seconds it ran (0: they are measured) and those it waited to be run.
+
+    `status` "infrastructure" says that no program and no model is to blame: the server is away, say. The trajectory ends there and isn't
+    trained on. TypeError for anything else than these types.
+    """
 
     text: str
     status: str
     seconds: float = 0.0
+    queue_seconds: float = 0.0
+
+    @property
+    def lost(self) -> bool:
+        """Whether the tool failed, not its call."""
+        return self.status in ("infrastructure", "sandbox_error")
 
     def __post_init__(self) -> None:
-        for name, kind in (("text", str), ("status", str), ("seconds", (int, float))):
+        for name, kind in (("text", str), ("status", str), ("seconds", (int, float)), ("queue_seconds", (int, float))):
             if not isinstance(value := getattr(self, name), kind):
                 raise TypeError(f"ToolResult.{name} is a {type(value).__name__}: {value!r:.80}")
 
@@ -65,7 +77,10 @@ class ToolResult:
 class Tool(Protocol):
     """A function the model can call. `schema` is what the chat template is given; `name` is the function's.
 
-    Many calls are under way at once, on the thread that samples: a `call` must `await` what takes time, not wait for it.
+    Many calls are under way at once, on the thread that samples: a `call` must `await` what takes time, not wait for it. It is given up
+    after `multi_turn.tool_timeout_seconds`; a tool that queues its calls sets `keeps_time = True` and limits them itself, from their start.
+    A connection that can't be made (`ConnectionError`, httpx's `TransportError`) loses the trajectory; whatever else it raises is
+    answered to the model.
     """
 
     name: str
@@ -80,8 +95,9 @@ class Tool(Protocol):
 class InterpreterConfig:
     """`config:` of the code interpreter. No `sandbox_fusion_url`: programs run on this machine.
 
-    `num_workers` bounds the programs at once (on this machine the number of cores does, too), `rate_limit` the requests under way at a
-    server, where `enable_global_rate_limit`. `default_timeout` in seconds, `memory_limit_mb` per call. `token` is the server's.
+    `num_workers` bounds the programs at once (on this machine the number of cores does, too, unless `workers` says how many), `rate_limit`
+    the requests under way at a server, where `enable_global_rate_limit`. `default_timeout` in seconds from a program's start,
+    `memory_limit_mb` per call. `token` is the server's.
     """
 
     type: str = "native"
@@ -94,20 +110,29 @@ class InterpreterConfig:
     memory_limit_mb: int = 1024
     isolation: str = "strict"
     token: str | None = None
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         if self.type != "native":
             raise ValueError(f"tool type={self.type!r} isn't known; 'native' is.")
         if self.default_language != "python":
             raise ValueError(f"default_language={self.default_language!r} can't be run; 'python' can.")
-        for name in ("num_workers", "rate_limit", "default_timeout", "memory_limit_mb"):
+        for name in ("num_workers", "rate_limit", "default_timeout", "memory_limit_mb", "workers"):
             value = getattr(self, name)
+            if name == "workers" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 raise ValueError(f"{name}={value!r} must be a number above 0.")
 
 
 class CodeInterpreter:
-    """Runs the `code` argument and tells the model what happened. Starts its sandbox at once, so that a fault shows early."""
+    """Runs the `code` argument and tells the model what happened. Starts its sandbox at once, so that a fault shows early.
+
+    Programs queue; the sandbox limits each from its start. Only where no program has ended for `STALLED` seconds are the ones that wait
+    given up, as infrastructure's failure.
+    """
+
+    keeps_time = True
 
     def __init__(self, config: InterpreterConfig | None = None, schema: dict[str, Any] | None = None) -> None:
         self.config = config or InterpreterConfig()
@@ -115,6 +140,7 @@ class CodeInterpreter:
         self.name = function_of(self.schema)["name"]
         self._argument = _only_argument(self.schema)
         self._backend = _backend(self.config)
+        self._ended = 0.0  # when the last call did, on the event loop's clock
 
     async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
         """`arguments` are those the model wrote, parsed; wrong ones are answered, not raised."""
@@ -123,8 +149,22 @@ class CodeInterpreter:
             given = ", ".join(map(str, arguments)) or "none"
             text = f"ArgumentError: {self.name} needs the argument {self._argument!r}, a string (given: {given})."
             return ToolResult(text, "bad_arguments")
-        result = await self._backend.run(code, timeout=self.config.default_timeout)
-        return ToolResult(result_text(result), result.status, result.execution_time)
+        result = await self._run(code)
+        return ToolResult(result_text(result), result.status, result.execution_time, result.queue_seconds)
+
+    async def _run(self, code: str) -> Result:
+        loop, patience = asyncio.get_running_loop(), STALLED + self.config.default_timeout
+        work = loop.create_task(self._backend.run(code, timeout=self.config.default_timeout))
+        begun = loop.time()
+        try:
+            while not work.done():
+                await asyncio.wait([work], timeout=patience)
+                if not work.done() and loop.time() - max(begun, self._ended) >= patience:
+                    return Result("sandbox_error", reason=f"no program has ended for {patience:g} s")
+            self._ended = loop.time()
+            return work.result()
+        finally:
+            work.cancel()
 
     async def close(self) -> None:
         if isinstance(self._backend, Sandbox):
@@ -138,7 +178,7 @@ def _backend(config: InterpreterConfig) -> Sandbox | SandboxFusion:
         most = config.rate_limit if config.enable_global_rate_limit else None
         most = config.num_workers if most is None else min(most, config.num_workers)
         return SandboxFusion(config.sandbox_fusion_url, most, config.default_timeout, config.memory_limit_mb, token=config.token)
-    workers = min(config.num_workers, max(4, len(os.sched_getaffinity(0))))
+    workers = config.workers or min(config.num_workers, max(4, len(os.sched_getaffinity(0))))
     limits = Limits(wall_seconds=config.default_timeout, memory_mb=config.memory_limit_mb)
     return Sandbox(limits, workers, config.isolation)  # type: ignore[arg-type]  # checked there
 
@@ -170,13 +210,14 @@ def result_text(result: Result) -> str:
     return "\n".join(parts) or "[no output]"
 
 
-def load_tools(path: str | Path | None) -> list[Tool]:
+def load_tools(path: str | Path | None, workers: int | None = None, longest: float = math.inf) -> list[Tool]:
     """The tools of a config file, started; None: the code interpreter on this machine.
 
-    `ValueError` names the file, the entry and the key at fault.
+    `workers` programs run at once (None: what the file says), none longer than `longest` seconds. `ValueError` names the file, the entry
+    and the key at fault.
     """
     if path is None:
-        return [CodeInterpreter()]
+        return [CodeInterpreter(_limited(InterpreterConfig(), workers, longest))]
     if not Path(path).is_file():
         raise ValueError(f"tool config file {path} doesn't exist.")
     try:
@@ -186,7 +227,7 @@ def load_tools(path: str | Path | None) -> list[Tool]:
     entries = content.get("tools") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: expected a list under the key 'tools'.")
-    tools = [_load(entry, f"{path}: tools[{index}]") for index, entry in enumerate(entries)]
+    tools = [_load(entry, f"{path}: tools[{index}]", workers, longest) for index, entry in enumerate(entries)]
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: tool names must differ, got {names}.")
@@ -202,7 +243,12 @@ async def close_tools(tools: Iterable[Tool]) -> None:
             warnings.warn(f"the tool {tool.name} did not close: {type(error).__name__}: {error}", stacklevel=1)
 
 
-def _load(entry: Any, where: str) -> Tool:
+def _limited(config: InterpreterConfig, workers: int | None, longest: float) -> InterpreterConfig:
+    """With what the run's own configuration says above the tool's."""
+    return replace(config, workers=workers or config.workers, default_timeout=min(config.default_timeout, longest))
+
+
+def _load(entry: Any, where: str, workers: int | None, longest: float) -> Tool:
     if not isinstance(entry, dict) or not isinstance(entry.get("class_name"), str):
         raise ValueError(f"{where}: expected a mapping with a class_name, such as {INTERPRETERS[0]}.")
     name, config, schema = entry["class_name"], entry.get("config") or {}, entry.get("tool_schema")
@@ -210,7 +256,7 @@ def _load(entry: Any, where: str) -> Tool:
         if not isinstance(config, dict):
             raise ValueError(f"config is a {type(config).__name__}, not a mapping.")
         if name in INTERPRETERS:
-            return CodeInterpreter(interpreter_config(config), schema)
+            return CodeInterpreter(_limited(interpreter_config(config), workers, longest), schema)
         return _made(name, config, schema)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

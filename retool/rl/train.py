@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
 
+import numpy as np
 import torch.distributed as dist
 
 from retool.optim import learning_rate
@@ -28,7 +29,7 @@ from retool.rl.build import (
 from retool.rl.collect import collect, release, sample, sync
 from retool.rl.config import RLConfig, aggregation
 from retool.rl.experience import Experience, make_experience, timed
-from retool.rl.failures import require_scores
+from retool.rl.failures import lost_to, require_infrastructure, require_scores
 from retool.rl.filter import UnusableSamples
 from retool.rl.identity import fingerprint
 from retool.rl.metrics import failure_metrics, length_metrics, score_metrics, timing_metrics, tool_metrics
@@ -37,7 +38,7 @@ from retool.rl.preflight import Report
 from retool.rl.report import write_training, write_validation
 from retool.rl.state import TrainState, adapted_kl_coef
 from retool.rl.tools import close_tools
-from retool.rl.types import Group
+from retool.rl.types import Group, Scored, trainable
 from retool.rl.validate import validation_metrics
 from retool.run import say, say_ended, seed_everything
 from retool.saving import look_at_weights, orderly_end, require_saved, require_trained, save_step, say_saved
@@ -50,7 +51,7 @@ def train(report: Report) -> None:
     """Run RL as preflight found it possible. Collective: every process of the launcher calls it with the same configuration."""
     config = report.config
     die_with_parent()
-    actor = config.actor_rollout_ref.actor
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     mesh = make_mesh(actor.ulysses_sequence_parallel_size, actor.fsdp_config.fsdp_size, config.trainer.device)
     seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
     report = agree(report, mesh, {"data.train_files": fingerprint(report.train), "data.val_files": fingerprint(report.val)})
@@ -77,6 +78,7 @@ def train(report: Report) -> None:
                     with timed(times, "save_checkpoint"):
                         save(run, state)
                 run.loggers.log(state.step, {**metrics, **timing_metrics(times)})
+                require_infrastructure(state, rollout.max_lost_share, rollout.max_lost_steps)
         finish(run, state)
 
 
@@ -106,26 +108,34 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
         return None
     groups, kept, position, metrics = collected
     members = [member for group in groups for member in group.members]
+    usable = trainable(groups)
     made = make_experience(
-        groups, state.step, run.model, run.reference, config.algorithm, config.actor_rollout_ref.rollout.temperature,
-        logprob_budget(run.report), state.kl_coef, times, one_update(config, len(groups)),
-    ) if groups else Experience([], [], {})  # fmt: skip
-    if groups:
+        usable, state.step, run.model, run.reference, config.algorithm, config.actor_rollout_ref.rollout.temperature,
+        logprob_budget(run.report), state.kl_coef, times, one_update(config, len(usable)),
+    ) if usable else Experience([], [], {})  # fmt: skip
+    if usable:
         with timed(times, "update_actor"):
             metrics |= update(run, state, made)
     if made.kl is not None and config.algorithm.kl_ctrl.type == "adaptive":
         control = config.algorithm.kl_ctrl
-        state.kl_coef = adapted_kl_coef(state.kl_coef, made.kl, control.target_kl, control.horizon, len(members))
+        state.kl_coef = adapted_kl_coef(state.kl_coef, made.kl, control.target_kl, control.horizon, len(made.rows))
     state.step, state.position, state.kept = state.step + 1, position, kept
     if run.mesh.rank == 0 and groups:
         assert run.report.renderer is not None
-        write_training(run.folder, state.step, groups, [row.advantage for row in made.rows], run.report.renderer)
+        write_training(run.folder, state.step, groups, advantages_of(members, usable, made), run.report.renderer)
     say_saved(run, state, wait=False)
     data = config.data
-    metrics |= {**made.metrics, **score_metrics(members), **length_metrics(members, data.max_response_length, data.max_prompt_length)}
+    metrics = {**tool_metrics(members), **metrics, **made.metrics, **score_metrics(members)}
+    metrics |= length_metrics(members, data.max_response_length, data.max_prompt_length)
     if run.mesh.rank == 0 and metrics.get("training/rollout_logp_diff_mean", 0.0) > DISAGREEMENT:
         warnings.warn(DISAGREE, stacklevel=1)  # once a run: the text is always the same
-    return {**metrics, **tool_metrics(members), **performance(run, made, times)}
+    return {**metrics, **performance(run, made, times)}
+
+
+def advantages_of(members: list[Scored], trained: list[Group], made: Experience) -> list[np.ndarray]:
+    """The advantages of all members, in order: 0 for those that were left out."""
+    known = {id(member): row.advantage for member, row in zip((m for group in trained for m in group.members), made.rows, strict=True)}
+    return [known.get(id(member), np.zeros(len(member.trajectory))) for member in members]
 
 
 # --- training ---
@@ -197,7 +207,10 @@ def run_validation(run: Run, state: TrainState) -> None:
         return
     members = [member for group in groups for member in group.members]
     require_scores(members, config.reward_model.max_failed_share, f"the validation after step {state.step}")
-    metrics = validation_metrics(groups)
+    lost = sum(member.lost for member in members)
+    if config.trainer.val_only and lost > config.actor_rollout_ref.rollout.max_lost_share * len(members):
+        raise UnusableSamples(f"{lost} of the {len(members)} answers of the validation were lost: {lost_to(members)}.")
+    metrics = {**validation_metrics(groups), "val-aux/lost": lost}
     if run.mesh.rank == 0:
         assert run.report.renderer is not None
         write_validation(run.folder, state.step, groups, run.report.renderer)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 FAILURE = "failure"  # the key in `Scored.info` under which it says why the reward function gave no score
-TOOL_FAILURE = "tool_failure"  # likewise, how a tool itself broke (`Stop.TOOL_ERROR`)
+TOOL_FAILURE = "tool_failure"  # likewise, what infrastructure did to it (`Stop.INFRASTRUCTURE`)
 
 
 class Stop(str, Enum):
@@ -20,8 +20,11 @@ class Stop(str, Enum):
     NO_CALL = "no_call"  # a finished turn without a tool call: the answer
     MAX_TURNS = "max_turns"  # it would have gone on, but its turns are used up
     LENGTH = "length"  # its tokens are used up
-    TOOL_ERROR = "tool_error"  # the tool itself broke, which says nothing about the policy
-    ABORTED = "aborted"  # the run was asked to stop, or the engine could not hold it
+    INFRASTRUCTURE = "infrastructure"  # its sandbox, tool server or judges failed, which says nothing about the policy
+    ABORTED = "aborted"  # the engine could not hold it, which says as little
+
+
+LOST = (Stop.INFRASTRUCTURE, Stop.ABORTED)  # such a trajectory isn't judged, not trained on, and in no mean of scores
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Trajectory:
     trained. `logp` float32 [n] is the sampler's log-probability under softmax(logits / temperature) over the whole
     vocabulary, `logp_behaviour` after top-p and top-k as well; both are 0 where `mask` is False. `assistant_text` is what
     the model wrote, without tool output; `policy_version` is how many training steps the weights that sampled it had seen.
-    `num_turns` = user + assistant turns + 1; without a tool call 2. `tool_failure` is what a tool that broke said.
+    `num_turns` = user + assistant turns + 1; without a tool call 2. `tool_seconds` are those in which tools ran, `tool_queue_seconds`
+    those in which calls waited to be run. `tool_failure` is what a tool that broke said.
     """
 
     prompt: Prompt
@@ -66,6 +70,7 @@ class Trajectory:
     policy_version: int
     assistant_text: str
     tool_failure: str = ""
+    tool_queue_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = {len(self.tokens), len(self.mask), len(self.logp), len(self.logp_behaviour)}
@@ -100,6 +105,11 @@ class Scored:
     trace: str = ""
 
     @property
+    def lost(self) -> bool:
+        """Whether it says nothing about the policy; its score is 0 then, and means nothing."""
+        return self.trajectory.stop in LOST
+
+    @property
     def accuracy(self) -> float:
         """`acc` where the reward function told one as a number, else the score; 0 where it failed: the floor isn't an accuracy."""
         told = self.info.get("acc")
@@ -116,6 +126,18 @@ class Group:
     members: Sequence[Scored]
 
     @property
+    def sound(self) -> list[Scored]:
+        """The members that weren't lost."""
+        return [member for member in self.members if not member.lost]
+
+    @property
     def policy_version(self) -> int:
         """The oldest weights that sampled one of them."""
         return min(member.trajectory.policy_version for member in self.members)
+
+
+def trainable(groups: Sequence[Group]) -> list[Group]:
+    """What a step can learn from: lost members left out, and groups of which nothing is left, or a single one of several: it would be
+    compared with nobody."""
+    kept = [(group, group.sound) for group in groups]
+    return [Group(group.prompt, sound) for group, sound in kept if len(sound) >= min(2, len(group.members))]

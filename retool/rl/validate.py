@@ -23,16 +23,17 @@ def subset_sizes(n: int) -> list[int]:
     return [*(2**i for i in range(1, n.bit_length()) if 2**i < n), n] if n > 1 else []
 
 
-def question_statistics(accuracy: Sequence[float], answers: Sequence[str] | None) -> dict[str, float]:
+def question_statistics(accuracy: Sequence[float], answers: Sequence[str] | None, asked: int | None = None) -> dict[str, float]:
     """Of one question's N samples: mean@N, std@N, and for k = 2, 4, 8 … N best@k, worst@k and, with `answers`, maj@k (mean and
-    std over the draws). Every std divides by the count, not by one less, as verl's metrics of these names do."""
+    std over the draws). Every std divides by the count, not by one less, as verl's metrics of these names do. N is `asked` where some
+    of that many were lost: the others are drawn from, under the names of all."""
     values = np.asarray(accuracy, np.float64)
-    n = len(values)
+    n = asked or len(values)
     out = {f"mean@{n}": float(values.mean())}
     if n > 1:
         out[f"std@{n}"] = float(values.std())
     for k in subset_sizes(n):
-        chosen = draws(n, k)
+        chosen = draws(len(values), k)
         kinds = {"best": values[chosen].max(1), "worst": values[chosen].min(1)}
         if answers is not None:
             kinds["maj"] = np.array([majority(row, answers, values) for row in chosen])
@@ -49,18 +50,21 @@ def majority(chosen: np.ndarray, answers: Sequence[str], values: np.ndarray) -> 
 
 def validation_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """val-core/{source}/acc/{mean@N, best@N/mean, maj@N/mean}; everything else under val-aux. `acc` is `Scored.accuracy`. Each
-    number is a mean over the questions of its source that have it."""
+    number is a mean over the questions of its source that have it; lost samples are in none."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     turns: dict[str, list[float]] = defaultdict(list)
     for group in groups:
-        source, infos = group.prompt.data_source, [member.info for member in group.members]
+        source, members, asked = group.prompt.data_source, group.sound, len(group.members)
+        if not members:
+            continue
+        infos = [member.info for member in members]
         told = [info for info in infos if FAILURE not in info]
         answers = [str(info.get("pred", "")) for info in infos] if told and all("pred" in info for info in told) else None
-        for name, value in question_statistics([member.accuracy for member in group.members], answers).items():
+        for name, value in question_statistics([member.accuracy for member in members], answers, asked).items():
             found[source][f"acc/{name}"].append(value)
-        for name, value in question_statistics([member.score for member in group.members], None).items():
+        for name, value in question_statistics([member.score for member in members], None, asked).items():
             found[source][f"score/{name}"].append(value)
-        turns[source] += [member.trajectory.num_turns for member in group.members]
+        turns[source] += [member.trajectory.num_turns for member in members]
     out: dict[str, float] = {}
     for source, numbers in found.items():
         most = max(len(group.members) for group in groups if group.prompt.data_source == source)

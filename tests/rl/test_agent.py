@@ -169,7 +169,7 @@ def test_tools_that_raise_hang_and_break(renderer_of, tool_row) -> None:
     assert (trajectory.stop, trajectory.tool_calls, trajectory.tool_errors, trajectory.tool_timeouts) == (Stop.NO_CALL, 2, 1, 1)
     assert trajectory.tool_seconds >= 0.05
     broken, _ = episode(renderer, tool_row, turns, Answers([ToolResult("gone", "sandbox_error")]))
-    assert broken.stop is Stop.TOOL_ERROR and broken.mask[-1] and broken.tool_errors == 1
+    assert broken.stop is Stop.INFRASTRUCTURE and broken.mask[-1] and broken.tool_errors == 1
     assert broken.tool_failure == "calculator: gone" and trajectory.tool_failure == ""
 
 

@@ -158,7 +158,8 @@ def test_gap_by_hand() -> None:
 def test_step_metrics_by_hand() -> None:
     prompt = make_prompt(ids=(1, 2, 3, 4))
     first = make_trajectory(
-        prompt, response=(5, 6, 7), stop=Stop.LENGTH, num_turns=4, tool_calls=3, tool_errors=1, tool_timeouts=1, tool_seconds=6.0
+        prompt, response=(5, 6, 7), stop=Stop.LENGTH, num_turns=4, tool_calls=3, tool_errors=1, tool_timeouts=1, tool_seconds=6.0,
+        tool_queue_seconds=1.5,
     )
     members = [Scored(first, 1.0, 0.5, {"acc": 1.0}), Scored(make_trajectory(prompt, response=(5,)), -1.0, -1.0, {"acc": 0.0})]
     scores = score_metrics(members)
@@ -167,8 +168,8 @@ def test_step_metrics_by_hand() -> None:
     assert (lengths["response_length/mean"], lengths["response_length/clip_ratio"], lengths["prompt_length/max"]) == (2.0, 0.5, 4.0)
     assert lengths["num_turns/max"] == 4 and lengths["prompt_length/clip_ratio"] == 0
     tools = tool_metrics(members)
-    assert (tools["tool/calls"], tools["tool/errors"], tools["tool/timeouts"], tools["tool/latency"]) == (3, 1, 1, 2.0)
-    assert {k: v for k, v in tools.items() if k.startswith("stop/") and v} == {"stop/length": 1, "stop/no_call": 1} and len(tools) == 10
+    assert (tools["tool/calls"], tools["tool/errors"], tools["tool/timeouts"], tools["tool/latency"], tools["tool/queue_s"]) == (3, 1, 1, 2.0, 0.5)
+    assert {k: v for k, v in tools.items() if k.startswith("stop/") and v} == {"stop/length": 1, "stop/no_call": 1} and len(tools) == 11
     values = advantage_metrics([np.array([9, 1.0])], [np.array([9, 3.0])], [np.array([False, True])])
     assert (values["critic/advantages/mean"], values["critic/returns/max"]) == (1.0, 3.0)
 

@@ -129,7 +129,7 @@ def test_waiting_for_judges_is_told_apart(renderer_of) -> None:
 def test_a_sequence_that_does_not_fit_is_aborted_and_counted(renderer_of) -> None:
     parts, engine = parts_of(renderer_of("hermes"), {0: ["capacity"]})
     (scored,) = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, 0), 0)], Sampling(), 0))
-    assert scored.trajectory.stop is Stop.ABORTED and scored.trajectory.sampled == 0 and scored.failure == "exception" and not engine.live
+    assert scored.trajectory.stop is Stop.ABORTED and scored.trajectory.sampled == 0 and scored.lost and not engine.live
 
 
 def test_what_a_broken_tool_said_is_kept_told_and_written(renderer_of, tmp_path, recwarn) -> None:
@@ -140,11 +140,11 @@ def test_what_a_broken_tool_said_is_kept_told_and_written(renderer_of, tmp_path,
     parts, _ = parts_of(renderer_of("hermes"), {0: [called("1")], 1: ["42"]}, Broken(0))
     found = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, i), 0) for i in range(2)], Sampling(), 0))
     reason, (broken, fine) = "code_interpreter: SandboxError: nobody there", found
-    assert broken.trajectory.stop is Stop.TOOL_ERROR and broken.info["tool_failure"] == reason and "tool_failure" not in fine.info
+    assert broken.trajectory.stop is Stop.INFRASTRUCTURE and broken.info["tool_failure"] == reason and "tool_failure" not in fine.info
     warn_of_failures([fine])
     assert not recwarn
     warn_of_failures(found)
-    assert f"a tool broke ({reason})" in str(recwarn[-1].message)
+    assert f"samples are lost ({reason})" in str(recwarn[-1].message)
     write_validation(tmp_path, 1, [Group(broken.trajectory.prompt, [broken])], parts.renderer)
     assert [line["info"]["tool_failure"] for line in read_transcripts(tmp_path)] == [reason]
 

@@ -9,8 +9,8 @@ const MODES = {
   advantage: "advantage",
 };
 const STOPS = {
-  no_call: "gave its answer", eos: "ended the text", max_turns: "used up its turns", length: "used up its tokens", tool_error: "the tool broke",
-  aborted: "not finished",
+  no_call: "gave its answer", eos: "ended the text", max_turns: "used up its turns", length: "used up its tokens",
+  infrastructure: "was lost to infrastructure", aborted: "not finished",
 };
 const CHOSEN = { shown: PAGE, mode: "read", index: 0, list: [] };
 
