@@ -13,7 +13,8 @@ import torch
 from retool.checkpoint.safetensors import INDEX, SINGLE, SafetensorsFile
 from retool.model.hub import read_json
 
-SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}  # .py: tokenizers with code of their own
+MORE_TEMPLATES = "additional_chat_templates"
 NOT_SIDE = re.compile(r".*\.index\.json|trainer_state\.json|training_args\.json|README.*|requirements\.txt", re.IGNORECASE)
 
 
@@ -77,12 +78,11 @@ class SafetensorsSource:
 def copy_side_files(source: Path, target: Path, dtype: torch.dtype, chat_template: str | None = None) -> None:
     """Copy everything but the weights from one Hugging Face folder to another, byte for byte.
 
-    Only the dtype fields of config.json and generation_config.json change. A `chat_template` replaces the model's own, in
-    `chat_template.jinja` and, for readers that look only there, in tokenizer_config.json where it has one.
+    Only the dtype fields of config.json and generation_config.json change. A `chat_template` takes the place of the model's own.
     """
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
-        if path.is_dir() and path.name == "additional_chat_templates":
+        if path.is_dir() and path.name == MORE_TEMPLATES:
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
         elif path.is_file() and path.suffix in SIDE_SUFFIXES and not NOT_SIDE.fullmatch(path.name):
             if path.name in ("config.json", "generation_config.json"):
@@ -90,10 +90,22 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype, chat_templat
             else:
                 shutil.copyfile(path, target / path.name)
     if chat_template is not None:
-        (target / "chat_template.jinja").write_text(chat_template)
-        tokenizer = target / "tokenizer_config.json"
-        if tokenizer.exists() and "chat_template" in (content := json.loads(tokenizer.read_text())):
-            tokenizer.write_text(json.dumps({**content, "chat_template": chat_template}, indent=2, ensure_ascii=False) + "\n")
+        write_template(target, chat_template)
+
+
+def write_template(folder: Path, template: str) -> None:
+    """Make `template` the only one of a tokenizer's folder, wherever its own were written.
+
+    It goes into chat_template.jinja and, for readers that look only there, into tokenizer_config.json where that had one. Named
+    templates go: a reader would take the one for tools, with which nothing was trained.
+    """
+    shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    if config.exists() and "chat_template" in (settings := read_json(config)):
+        settings["chat_template"] = template
+        config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def with_dtype(text: str, dtype: torch.dtype, add: bool) -> str:

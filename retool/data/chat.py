@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
@@ -22,7 +21,7 @@ import numpy as np
 from ..batch import Sample
 from .backend import encode_text, token_offsets
 from .rows import SURROGATE, Conversation
-from .templates import load_tokenizer, other_tokens, read_template, shows_contents_as_they_are, write_template
+from .templates import load_tokenizer, other_tokens, read_template, shows_contents_as_they_are
 from .turns import EndOfTurn, Piece, Turn, check_contexts, check_tools, cut, find_turns
 
 HISTORIES = ("error", "last", "split")
@@ -245,7 +244,7 @@ class Renderer:
             self._frames[key] = self._glue([{"role": "assistant"}], holes, None, enable_thinking, ended, generation_prompt).split(HOLE)
         return self._frames[key]
 
-    # -- identity and export ------------------------------------------------------------------------------------------
+    # -- identity ----------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
         """Changes whenever the tokens could: template, its arguments, tokenizer."""
@@ -254,11 +253,6 @@ class Renderer:
         parts = [self.template or json.dumps(self.tokenizer.chat_template), json.dumps(self.template_kwargs, sort_keys=True, default=str)]
         parts += [json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str), tokenizer]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-    def save_template(self, folder: str | Path) -> None:
-        """Make a saved tokenizer in `folder` use the template trained with, where `data.chat_template` replaced the model's own."""
-        if self.template is not None:
-            write_template(folder, self.template)
 
 
 def _valid(text: str) -> str:

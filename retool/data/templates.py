@@ -1,10 +1,9 @@
-"""Tokenizers and chat templates from disk, and a replaced template back into an export."""
+"""Tokenizers and chat templates from disk."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -90,16 +89,3 @@ def _has_loop_of_qwen(template: str) -> bool:
 @cache
 def _hermes() -> str:
     return read_template("hermes")
-
-
-def write_template(folder: str | Path, template: str) -> None:
-    """Make the tokenizer saved in `folder` use `template`, wherever its own one was written."""
-    folder = Path(folder)
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    for other in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        other.unlink()
-    config = folder / "tokenizer_config.json"
-    if config.exists():
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        if settings.pop("chat_template", None) is not None:
-            config.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")

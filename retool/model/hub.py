@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]  # .py: tokenizers with code of their own
 UNWANTED = ["original/*", "onnx/*", "*.onnx*"]
 MAX_JSON_BYTES = 100 << 20  # a tokenizer.json has 10 or 20 MB
 

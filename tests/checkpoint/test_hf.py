@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from retool.checkpoint.hf import SafetensorsSource, copy_side_files, with_dtype
 from retool.checkpoint.safetensors import WeightsWriter, plan_files
 from retool.checkpoint.source import load_flat
+from retool.model.hub import UNWANTED, WANTED
 from retool.parallel.fsdp.layout import Layout, local_pieces, make_layout
 
 SHAPES = {"embed.weight": (11, 4), "block.q.weight": (4, 4), "block.k.weight": (2, 4), "block.q.bias": (4,), "norm.weight": (4,)}
@@ -160,3 +165,41 @@ def test_side_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     assert (target / "config.json").read_text() == '{"torch_dtype": "bfloat16"}'
     assert json.loads((target / "tokenizer_config.json").read_text()) == {"chat_template": "new", "eos_token": "x"}
     assert (target / "chat_template.jinja").read_text() == "new"
+
+
+@pytest.mark.parametrize("named", [{}, {"default": "old", "tool_use": "old {{ tools }}"}])
+def test_a_replaced_template_is_the_only_one_in_the_export(tmp_path: Path, named: dict[str, str]) -> None:
+    """A reader renders tools with the template named tool_use where there is one, whatever else the folder holds."""
+    source, target = tmp_path / "in", tmp_path / "out"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    tokenizer.chat_template = named or "old"
+    tokenizer.save_pretrained(source)
+    (source / "chat_template.json").write_text('{"chat_template": "old"}')
+    assert (source / "additional_chat_templates").is_dir() == bool(named)
+    copy_side_files(source, target, torch.bfloat16, chat_template="new ü")
+    assert not any("old" in path.read_text() for path in target.rglob("*") if path.is_file())
+    found = AutoTokenizer.from_pretrained(target)
+    assert found.chat_template == "new ü"
+    copy_side_files(source, tmp_path / "kept", torch.bfloat16)
+    assert AutoTokenizer.from_pretrained(tmp_path / "kept").chat_template == tokenizer.chat_template
+
+
+def test_a_tokenizers_own_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `trust_remote_code` a tokenizer is a file of Python, and the model's folder is of no use without it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source = tmp_path / "in"
+    source.mkdir()
+    code = (
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    files = {"tokenization_own.py": code, "config.json": '{"model_type": "llama"}', "tokenizer_config.json": json.dumps({
+        "tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", "tokenization_own.Own"]},
+    })}  # fmt: skip
+    for name, content in files.items():
+        (source / name).write_text(content)
+    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(source / "tokenizer.json"))
+    copy_side_files(source, tmp_path / "out", torch.bfloat16)
+    found = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert found("a").input_ids == [0]
+    assert {*filter_repo_objects(files, allow_patterns=WANTED, ignore_patterns=UNWANTED)} == set(files), "and is fetched from the hub"

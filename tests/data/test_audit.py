@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from retool.checkpoint.hf import write_template
 from retool.data.__main__ import main
 from retool.data.audit import audit, clean, coloured, show_audit, summary
 from retool.data.loader import open_dataset
@@ -54,7 +55,7 @@ def hostile(tmp_path, tool_row):
 def model(tmp_path, tokenizer, renderer_of):
     folder = tmp_path / "model"
     tokenizer.save_pretrained(folder)
-    renderer_of("hermes").save_template(folder)
+    write_template(folder, renderer_of("hermes").template)
     return str(folder)
 
 
