@@ -89,7 +89,7 @@ def say_ended(mesh: Mesh, step: int, steps: int, folder: Path) -> None:
 def tell_launcher(text: str) -> None:
     """Have torchrun close its own report, the last thing on the screen, with these words, where it asks for such."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        message = {"message": redact(text), "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
@@ -131,7 +131,7 @@ def exit_status(train: Callable[[], None], rank: int) -> int:
         if rank > 0:  # all ranks may have it: rank 0's then ends the others while they wait
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(LINGER)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
         tell_launcher(str(error))
         return 1
     except RuntimeError as error:

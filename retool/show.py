@@ -14,6 +14,7 @@ from retool.config import Fault
 from retool.metrics import printable
 from retool.perf import GIB
 from retool.plan import RunReport, checkpoint_bytes, gpu_memory, host_bytes, parameter_count
+from retool.redact import redact_word
 
 
 def show_faults(faults: Sequence[Fault], console: Console | None = None) -> None:
@@ -27,7 +28,8 @@ def show_faults(faults: Sequence[Fault], console: Console | None = None) -> None
     for heading, style in (("where", "bold"), ("what is wrong", ""), ("the way out", "green")):
         table.add_column(heading, style=style, overflow="fold")
     for fault in faults:
-        table.add_row(*(Text("\n".join(map(printable, part.splitlines()))) for part in (fault.where, fault.problem, fault.remedy)))
+        where = redact_word(fault.where)  # first: it remembers the secret, which the problem may repeat
+        table.add_row(*(Text("\n".join(map(printable, part.splitlines()))) for part in (where, fault.problem, fault.remedy)))
     console.print(table)
 
 

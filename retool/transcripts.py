@@ -20,9 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retool.redact import logger, redact
+
 FOLDER = "report"
 DIGITS = 4
 WINDOW = 12  # tokens that one character, or one special token's text, may be spread over
+
+log = logger("retool.report")
 
 
 @dataclass(frozen=True)
@@ -56,25 +60,34 @@ class Transcript:
 def write_transcripts(run: Path, name: str, transcripts: Iterable[Transcript]) -> Path:
     """Write `run/report/name.jsonl`, all or nothing: a step that is run again after a resume replaces what it wrote before."""
     path = run / FOLDER / f"{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for transcript in transcripts:
-            file.write(json.dumps(to_record(transcript), allow_nan=False) + "\n")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            for transcript in transcripts:
+                file.write(json.dumps(to_record(transcript), allow_nan=False) + "\n")
+        temporary.replace(path)
+    except OSError as error:  # a full disk: what people read isn't worth a run
+        log.warning("%s could not be written (%s): the run goes on.", path, error.strerror or error)
+        temporary.unlink(missing_ok=True)
     return path
 
 
 def to_record(transcript: Transcript) -> dict[str, Any]:
-    """A transcript as the JSON object described above; lists of one value are that value."""
-    record = {k: v for k, v in vars(transcript).items() if k not in ("segments", "info", "reward")}
+    """A transcript as the JSON object described above, without secrets; lists of one value are that value."""
+    record = redact({k: v for k, v in vars(transcript).items() if k not in ("segments", "info", "reward")})
     record["reward"] = _number(transcript.reward)
-    record["info"] = {str(k): _number(v) if isinstance(v, float) else v for k, v in transcript.info.items() if _plain(v)}
+    info = {str(k): _number(v) if isinstance(v, float) else v for k, v in transcript.info.items() if _plain(v)}
+    record["info"] = redact(info)
     record["segments"] = [_segment(segment) for segment in transcript.segments]
     return record
 
 
 def _segment(segment: Segment) -> dict[str, Any]:
+    """A segment, with its tokens unless they spell a secret."""
+    text = redact(segment.text)
+    if text != segment.text:
+        return {"role": segment.role, "text": text, **({"mask": segment.mask} if isinstance(segment.mask, bool) else {})}
     lists: dict[str, Any] = {"tokens": list(segment.tokens), "logp": [_number(value) for value in segment.logp]}
     for name, value in (("advantage", segment.advantage), ("mask", segment.mask)):
         entries = [_number(v) for v in value] if isinstance(value, Sequence) else _number(value)

@@ -12,7 +12,6 @@ what is in the way of a name makes the writer choose another (`claim`).
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import zlib
@@ -22,6 +21,7 @@ from typing import Any
 
 from retool import __version__
 from retool.checkpoint.archive import BLOCK
+from retool.redact import logger
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
@@ -30,7 +30,7 @@ DATA = "data.pt"
 MARK = "unfinished.txt"  # first into a folder that may be deleted, and the last file to go
 STEP = re.compile(r"global_step_(\d+)")
 
-log = logging.getLogger("retool.checkpoint")
+log = logger("retool.checkpoint")
 
 
 def shard_name(kind: str, world: int, rank: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -13,10 +12,11 @@ from typing import final
 import fsspec
 
 from retool.checkpoint.folder import TRACKER
+from retool.redact import logger
 
 ATTEMPTS = 4
 
-log = logging.getLogger("retool.checkpoint")
+log = logger("retool.checkpoint")
 
 
 @final

@@ -9,7 +9,6 @@ told to all, the temporary folder is removed, the previous checkpoint stays, and
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -34,8 +33,9 @@ from retool.checkpoint.rng import capture
 from retool.checkpoint.source import ModelState
 from retool.checkpoint.staging import CONTENTS, PendingSave, SaveOptions, SaveResult, Staging, stage
 from retool.parallel.mesh import Mesh
+from retool.redact import logger
 
-log = logging.getLogger("retool.checkpoint")
+log = logger("retool.checkpoint")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from omegaconf import MISSING
 
+from retool.redact import redact, redact_word
+
 C = TypeVar("C")
 REQUIRED = MISSING
 
@@ -24,7 +26,8 @@ class Fault:
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.problem}" + (f" {self.remedy}" if self.remedy else "")
+        where = redact_word(self.where)  # it may be the word that was typed
+        return redact(f"{where}: {self.problem}" + (f" {self.remedy}" if self.remedy else ""))
 
 
 class ConfigError(ValueError):

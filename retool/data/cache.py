@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ import numpy as np
 from filelock import FileLock
 
 from ..batch import Sample
+from ..redact import logger
 from .chat import HISTORIES, Renderer
 from .files import file_identity, iter_chunks, load_function, resolve_files
 from .integrity import BackgroundCheck, checked_by_this_run, damage, is_small, read_report, seal
@@ -35,7 +35,7 @@ from .tokenise import TRUNCATIONS, DatasetReport, Tokenised, add_reports, map_ch
 SCANNED_TOKENS = 1 << 22
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
-log = logging.getLogger("retool.data")
+log = logger("retool.data")
 
 
 class Dataset:

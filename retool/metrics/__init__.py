@@ -7,12 +7,14 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from retool.config import Fault
 from retool.metrics.console import ConsoleLogger, phases, printable
 from retool.metrics.jsonl import JsonlLogger, read_jsonl
 from retool.metrics.logger import Logger, Row, RunInfo
 from retool.metrics.trackers import TRACKERS
+from retool.redact import redact
 
 __all__ = [
     "EXTRAS", "LOGGERS", "ConsoleLogger", "JsonlLogger", "Logger", "Loggers", "RunInfo", "missing_extras", "open_loggers", "phases",
@@ -26,19 +28,30 @@ class Loggers:
     """All loggers of a run behind the one interface. Another rank than 0 has none: `Loggers()`."""
 
     def __init__(self, loggers: Sequence[tuple[str, Logger]] = (), warn: Callable[[str], None] | None = None) -> None:
-        self._loggers, self._failed, self._warn = tuple(loggers), set[str](), warn or _warn
+        self._loggers = tuple(loggers)
+        self._failed = set[str]()
+        self._names: dict[str, str] = {}
+        self._warn = warn or _warn
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log one optimizer step's, or one validation's, metrics."""
-        self._each(lambda logger: logger.log(step, metrics))
+        named = {self._name(name): value for name, value in metrics.items()}
+        self._each(lambda logger: logger.log(step, named))
 
     def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
         """Log texts beside the metrics: rows of the same columns. metrics.jsonl has none."""
         if rows:
-            self._each(lambda logger: logger.log_table(step, name, rows))
+            told = [redact(row) for row in rows]
+            self._each(lambda logger: logger.log_table(step, name, told))
 
     def close(self) -> None:
         self._each(lambda logger: logger.close())
+
+    def _name(self, name: str) -> str:
+        """A metric's name without secrets: a user's reward may make names of its own."""
+        if name not in self._names:
+            self._names[name] = redact(name)
+        return self._names[name]
 
     def _each(self, call: Callable[[Logger], None]) -> None:
         for name, logger in self._loggers:
@@ -68,6 +81,7 @@ def open_loggers(names: Sequence[str], info: RunInfo) -> Loggers:
     faults = list(missing_extras(names))
     if faults:
         raise ValueError("\n".join(map(str, faults)))
+    info = replace(info, **redact({"project": info.project, "experiment": info.experiment, "config": info.config}))
     opened: list[tuple[str, Logger]] = []
     trouble: list[tuple[str, Exception]] = []
     for name in dict.fromkeys(["jsonl", *names]):

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from retool.metrics.logger import Row, RunInfo
+from retool.redact import redact
 
 HEADLINE = (  # what a step's line shows, in order: (metric, label, format)
     ("train/loss", "loss", ".4f"),
@@ -131,5 +132,5 @@ def phases(metrics: Mapping[str, float]) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` on one line without control characters, so that it can't steer a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    """`text` on one line without secrets, and without control characters, so that it can't steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in redact(text))

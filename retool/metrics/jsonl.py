@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from retool.metrics.logger import Row, RunInfo
+from retool.redact import logger
 
-log = logging.getLogger("retool.metrics")
+log = logger("retool.metrics")
 
 
 class JsonlLogger:

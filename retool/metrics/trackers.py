@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 from retool.metrics.logger import Logger, Row, RunInfo
-from retool.redact import redact
 
 
 class TensorBoardLogger:
@@ -37,7 +36,7 @@ class WandbLogger:
         note = info.folder / "wandb_run_id.txt"
         known = note.read_text().strip() if note.exists() and info.first_step else None
         self._run = self._wandb.init(
-            project=info.project, name=info.experiment, config=redact(info.config), dir=str(info.folder), id=known,
+            project=info.project, name=info.experiment, config=info.config, dir=str(info.folder), id=known,
             resume="allow" if known else None,
         )  # fmt: skip
         note.write_text(self._run.id)
@@ -63,7 +62,7 @@ class MlflowLogger:
         known = note.read_text().strip() if note.exists() and info.first_step else None
         run = self._mlflow.start_run(run_id=known, run_name=None if known else info.experiment)
         note.write_text(run.info.run_id)
-        self._mlflow.log_dict(redact(info.config), "config.yaml")
+        self._mlflow.log_dict(info.config, "config.yaml")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._mlflow.log_metrics({name: float(value) for name, value in metrics.items()}, step=step)
@@ -81,7 +80,7 @@ class SwanlabLogger:
     def __init__(self, info: RunInfo) -> None:
         swanlab = importlib.import_module("swanlab")
         self._run = swanlab.init(
-            project=info.project, experiment_name=info.experiment, config=redact(info.config), logdir=str(info.folder / "swanlab"),
+            project=info.project, experiment_name=info.experiment, config=info.config, logdir=str(info.folder / "swanlab"),
             mode=os.environ.get("SWANLAB_MODE"),
         )  # fmt: skip
         self._swanlab = swanlab

@@ -8,6 +8,7 @@ import sys
 
 from retool.config import help_text, read
 from retool.metrics import warn_from_first_rank
+from retool.redact import hide_in_tracebacks
 from retool.rl.config import RLConfig
 from retool.rl.keys import EXAMPLE, SYNONYMS
 
@@ -18,6 +19,7 @@ def main(words: list[str]) -> int:
         print(help_text(RLConfig, "python -m retool.rl", EXAMPLE, SYNONYMS))
         return 0
     warn_from_first_rank(int(os.environ.get("RANK", 0)))
+    hide_in_tracebacks()
     checking = "--check" in words
     from retool.rl.preflight import preflight
     from retool.rl.show import in_words

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 from retool.config import help_text, read
 from retool.metrics import warn_from_first_rank
+from retool.redact import hide_in_tracebacks
 from retool.sft.config import EXAMPLE, SYNONYMS, SFTConfig
 
 
@@ -18,6 +19,7 @@ def main(words: list[str]) -> int:
         return 0
     rank = int(os.environ.get("RANK", 0))
     warn_from_first_rank(rank)
+    hide_in_tracebacks()
     checking = "--check" in words
     from retool.sft.preflight import preflight
     from retool.sft.show import in_words, rows_read
