@@ -23,7 +23,11 @@ from retool.rl.tools import Tool, ToolResult
 from retool.rl.types import Prompt, Stop, Trajectory
 
 MARKER = "…[cut]…"
-FLOOD, ENDS = 256, 32  # characters per allowed token: of text that surely doesn't fit, and of each of its ends that is looked at then
+# Characters per allowed token:
+LIKELY = 2  # a text of so many fits in all likelihood
+FLOOD = 256  # one of more surely doesn't
+START = 6  # so many at the beginning of a long text are tokenised to see that it doesn't
+ENDS = 12  # so many of one that doesn't are looked at
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,26 @@ async def run_episode(
         responses, broken = await _run_calls(episode, calls, tools, renderer, options)
         if broken is not None:
             return _finish(episode, prompt, sample, Stop.INFRASTRUCTURE, version, broken)
-        fresh = renderer.render_tool_turn(episode.messages, responses, prompt.tools)
+        fresh = _tool_turn(episode, prompt, responses, renderer, options)
         if len(episode.tokens) + len(fresh) >= limit:  # no room for an answer to it
             return _finish(episode, prompt, sample, Stop.LENGTH, version)
         episode.messages += responses
         episode.user_turns += 1
         episode.add_glue(fresh)
+
+
+def _tool_turn(
+    episode: _Episode, prompt: Prompt, responses: list[dict[str, Any]], renderer: Renderer, options: AgentOptions
+) -> list[int]:
+    """Token ids of the tools' answers, each cut to its limit in `responses`, and of what the template puts around them."""
+    limit = options.max_tool_response_length
+    if sum(len(response["content"]) for response in responses) <= LIKELY * limit:
+        ids = renderer.render_tool_turn(episode.messages, responses, prompt.tools)
+        if len(ids) <= limit:  # all of them and what is around them are no more than one may have: tokenised once
+            return ids
+    for response in responses:
+        response["content"] = cut_text(renderer.tokenizer, response["content"], limit, options.truncate_side)
+    return renderer.render_tool_turn(episode.messages, responses, prompt.tools)
 
 
 def _after_turn(
@@ -168,8 +186,8 @@ async def _run_calls(
         episode.timeouts += result.status == "timeout"
         episode.seconds += result.seconds
         episode.queue_seconds += result.queue_seconds
-        text = cut_text(renderer.tokenizer, clean(result.text), options.max_tool_response_length, options.truncate_side)
-        responses.append({"role": "tool", "content": text, **({"name": call.name} if call.name in tools else {})})
+        name = {"name": call.name} if call.name in tools else {}
+        responses.append({"role": "tool", "content": clean(result.text), **name})
     said = (f"{call.name}: {clean(result.text)}"[:LONGEST] for call, result in zip(calls, results, strict=True) if result.lost)
     return responses, next(said, None)
 
@@ -223,13 +241,13 @@ def clean(text: str) -> str:
 def cut_text(tokenizer: Any, text: str, limit: int, side: str) -> str:
     """`text` in at most `limit` tokens, marker included (where it fits): what fits is kept as it is, else `left` loses its
     beginning, `right` its end, `middle` what lies between. It is cut between tokens, so no character is halved."""
-    if len(text) > FLOOD * limit:
-        text = text[: ENDS * limit] + MARKER + text[-ENDS * limit :]
-    if len(encode_text(tokenizer, text)) <= limit:
-        return text
+    text = _without_middle(tokenizer, text, limit, side)
     spans = _spans(tokenizer, text)
-    marker = MARKER if len(encode_text(tokenizer, MARKER)) <= limit else ""
-    room = limit - len(encode_text(tokenizer, marker))
+    if len(spans) <= limit:
+        return text
+    marker_tokens = len(encode_text(tokenizer, MARKER))
+    marker = MARKER if marker_tokens <= limit else ""
+    room = limit - marker_tokens if marker else limit
     while True:
         head = {"left": 0, "right": room, "middle": (room + 1) // 2}[side]
         tail = room - head
@@ -240,6 +258,18 @@ def cut_text(tokenizer: Any, text: str, limit: int, side: str) -> str:
         if over <= 0 or room == 0:
             return shorter
         room = max(room - over, 0)
+
+
+def _without_middle(tokenizer: Any, text: str, limit: int, side: str) -> str:
+    """What may be kept of a long text, and more, where its beginning alone has more than `limit` tokens: all of it would take long."""
+    if len(text) <= ENDS * limit:
+        return text
+    # The last token of the beginning may be one that its neighbours would have made longer.
+    if len(text) <= FLOOD * limit and len(encode_text(tokenizer, text[: START * limit])) <= limit + 1:
+        return text
+    head = {"left": 0, "right": ENDS * limit, "middle": ENDS * limit // 2}[side]
+    tail = ENDS * limit - head
+    return text[:head] + MARKER + (text[-tail:] if tail else "")
 
 
 def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from tests.ranks import run_ranks
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ALONE = {  # one process; arguments → rows
+    "agent_loop": ("--trajectories 8 --repeats 1 --answers 20,3000", 4),
     "checkpoint": ("--shape tiny --repeats 1 --rows 0 1 2", 3),
     "attention": ("--heads 4/2x16 --packs 32×1k,sorted --repeats 1", 2),
     "fsdp_overlap": ("--scale 2048", 3),
