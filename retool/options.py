@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from typing import Literal
 
 from retool.config import Fault, option
@@ -19,6 +20,9 @@ DTYPE_SPELLINGS = {
     "float16": "fp16", "half": "fp16", "torch.float16": "fp16", "torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float64": "fp64",
 }  # fmt: skip
 SAVE_CONTENTS = ("model", "optimizer", "extra", "hf_model")
+TEMPLATE_DATE = (
+    "Date, YYYY-MM-DD, for a chat template that asks for today's (strftime_now); null = the day the run began, kept where it goes on."
+)
 OPTIM_SYNONYMS = {"lr_warmup_steps_ratio": "warmup_steps_ratio", "lr_scheduler_type": "lr_scheduler", "warmup_style": "lr_scheduler"}
 
 
@@ -124,8 +128,8 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The parts above in a command's configuration, and what their keys there begin with (`sp_key`: the whole key); `samples`: whether
-    it samples from the policy, too."""
+    """The parts above in a command's configuration, and what their keys there begin with (`sp_key` and `pretrained_key`, of the model to
+    begin with: the whole key); `samples`: whether it samples from the policy, too."""
 
     trainer: TrainerConfig
     model: DecoderConfig
@@ -137,6 +141,8 @@ class RunOptions:
     fsdp_key: str = "model.fsdp_config."
     checkpoint_key: str = "trainer.checkpoint."
     sp_key: str = "ulysses_sequence_parallel_size"
+    pretrained_key: str = "model.partial_pretrain"
+    command: str = "retool.sft"
     samples: bool = False
 
     @property
@@ -171,6 +177,15 @@ def contradictions(options: RunOptions) -> Iterator[Fault]:
     if options.model.attn == "cudnn" and trainer.deterministic:
         where = f"{options.model_key}attn=cudnn"
         yield Fault(where, "adds up gradients in no fixed order, against trainer.deterministic=true.", "Use varlen or auto.")
+
+
+def date_faults(day: str | None) -> Iterator[Fault]:
+    """data.template_date is a date."""
+    try:
+        if day is not None:
+            date.fromisoformat(day)
+    except ValueError:
+        yield Fault(f"data.template_date={day}", "is no date.", "Write it as 2026-11-29, or leave it out.")
 
 
 def resume_notes(options: RunOptions) -> Iterator[str]:

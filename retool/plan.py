@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from retool.config import Fault
+from retool.identity import Identity, record_of
 from retool.memory import DTYPE_BYTES, LADDER, Choice, Recompute, Setting
 from retool.model.config import ModelConfig
 from retool.options import RunOptions
@@ -37,7 +38,8 @@ class RunReport(ABC):
     """What preflight found of a run; each command's own adds its data. Without faults `folder`, `model` and `choice` are there.
 
     `folder` is the model's local folder; `choice` holds the token budget per GPU, the recomputation and the memory
-    predicted; `notes` tell what is allowed but probably not meant.
+    predicted; `notes` tell what is allowed but probably not meant. `identity` is what makes the run this run; `resume` the checkpoint
+    that it goes on from, if it does, and `then` what that knows of the run that wrote it.
     """
 
     config: Any
@@ -47,6 +49,9 @@ class RunReport(ABC):
     choice: Choice | None = None
     faults: tuple[Fault, ...] = ()
     notes: tuple[str, ...] = ()
+    identity: Identity = field(default_factory=dict)
+    resume: Path | None = None
+    then: Mapping[str, Any] = field(default_factory=dict)
 
     def blame(self: R, *faults: Fault) -> R:
         """With more faults, each once."""
@@ -61,6 +66,11 @@ class RunReport(ABC):
     @abstractmethod
     def steps_of_data(self) -> int:
         """Steps that `trainer.total_epochs` passes over the training data make (0 where it couldn't be read)."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the run, for one that goes on from it to compare."""
+        return record_of(self.options.command, self.identity, self.config)
 
     @property
     def steps(self) -> int:
@@ -89,7 +99,7 @@ def gpu_memory(options: RunOptions) -> float | None:
     return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory / GIB
 
 
-def agree(report: R, mesh: Mesh, read: Mapping[str, tuple[int, ...]]) -> R:
+def agree(report: R, mesh: Mesh, read: Mapping[str, tuple[int | str, ...]]) -> R:
     """The same plan on every rank, the most careful of theirs: GPUs may differ. Collective.
 
     `read` says by key what this rank's data files hold, its number first. ValueError where ranks read other data.

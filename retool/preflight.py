@@ -7,16 +7,15 @@ Each check returns every fault it finds and raises none. `check_run` and `notes_
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from retool.checkpoint.folder import faults as lacking
-from retool.checkpoint.folder import model_folder, steps
+from retool.checkpoint.folder import steps
 from retool.checkpoint.hf import SafetensorsSource
 from retool.checkpoint.source import match_names, require_tied
 from retool.config import Fault
@@ -31,11 +30,11 @@ from retool.machine import (
     gpu_notes,
     port_is_free,
 )
-from retool.model.attention import why_not_fused
+from retool.model.attention import choose_backend, why_not
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig, read_model_config
 from retool.model.hub import find_model
-from retool.options import RunOptions, resume_notes
+from retool.options import RunOptions, TrainerConfig, resume_notes
 from retool.perf import GIB
 from retool.plan import RunReport, World, checkpoint_bytes, host_bytes, kept_checkpoints, setting_of
 from retool.run import DTYPES
@@ -51,6 +50,22 @@ def attempt(where: str, action: Callable[[], T], faults: list[Fault], remedy: st
     except (ValueError, OSError) as error:
         faults.append(Fault(where, str(error), remedy))
         return None
+
+
+@dataclass(frozen=True)
+class Box:
+    """The machine that is checked: this one, or (`elsewhere`) another that `--check` plans for, as its keys describe it. `memory` is GiB
+    of a GPU, where it is another's."""
+
+    elsewhere: bool = False
+    memory: float | None = None
+
+
+def box_of(trainer: TrainerConfig, planning: bool, environment: Mapping[str, str]) -> Box:
+    """`planning` (--check) without a launcher is for another box where some key says what that has."""
+    described = any(value is not None for value in (trainer.nnodes, trainer.n_gpus_per_node, trainer.device_memory_gb))
+    elsewhere = planning and described and "WORLD_SIZE" not in environment
+    return Box(elsewhere, trainer.device_memory_gb if elsewhere else None)
 
 
 def read_world(nnodes: int | None, per_node: int | None, planning: bool, environment: Mapping[str, str]) -> tuple[World, list[Fault]]:
@@ -101,28 +116,33 @@ def _choices(numbers: Sequence[int]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def check_device(device: str, per_node: int, planning: bool) -> Iterator[Fault]:
-    """A GPU for each process of this machine."""
+def check_device(device: str, per_node: int, box: Box) -> Iterator[Fault]:
+    """A GPU for each process of this machine, or GPUs that can be planned for."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cuda" and not found and not planning:
-        yield Fault("trainer.device=cuda", "this machine has no usable GPU.", "Use trainer.device=auto, or mend the driver.")
-    if found and device != "cpu" and per_node > found and not planning:
+    if device == "cuda" and not found and box.memory is None:
+        remedy = "Use trainer.device=auto, or mend the driver; to plan for GPUs elsewhere, add --check trainer.device_memory_gb=80."
+        yield Fault("trainer.device=cuda", "this machine has no usable GPU.", remedy)
+    if found and device != "cpu" and per_node > found and not box.elsewhere:
         yield Fault(f"{per_node} processes on this machine", f"but {found} GPUs.", f"Start {found}: torchrun --nproc_per_node={found}.")
 
 
-def check_attention(options: RunOptions, head_dim: int, planning: bool) -> Iterator[Fault]:
-    """The attention kernels asked for are installed, and can compute with this dtype on this device."""
+def check_attention(options: RunOptions, head_dim: int, box: Box) -> Iterator[Fault]:
+    """The attention kernel asked for is installed, and computes with this dtype and head size on this device: it is tried where it is."""
     attn, asked, device = options.model.attn, options.fsdp.param_dtype, options.trainer.device
-    where, way_out = f"{options.model_key}attn={attn}", f"Use {options.model_key}attn=auto"
-    if attn == "flash" and find_spec("flash_attn") is None:
-        yield Fault(where, "needs the package flash-attn.", f"pip install 'retool[flash]', or use {options.model_key}attn=auto.")
     if attn in ("auto", "reference"):
         return
-    on_gpu = device != "cpu" and (planning or torch.cuda.is_available())
+    on_gpu = device != "cpu" and (box.elsewhere or torch.cuda.is_available())
+    where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     dtype = DTYPES["bf16" if asked == "auto" else asked]
-    if reason := why_not_fused(torch.device("cuda" if on_gpu else "cpu"), dtype, head_dim):
+    reason = why_not(attn, where, dtype, head_dim, there=not box.elsewhere)
+    if not reason and not box.elsewhere:
+        try:
+            choose_backend(where, dtype, head_dim, attn)
+        except ValueError as error:
+            reason = str(error).removesuffix(".")
+    if reason:
         other = f", or {options.fsdp_key}param_dtype=bf16" if on_gpu and asked not in ("auto", "bf16") else ""
-        yield Fault(where, f"{reason}.", f"{way_out}{other}.")
+        yield Fault(f"{options.model_key}attn={attn}", f"{reason}.", f"Use {options.model_key}attn=auto{other}.")
 
 
 def check_model(folder: Path, key: str = "model.partial_pretrain") -> tuple[ModelConfig | None, list[Fault]]:
@@ -161,20 +181,6 @@ def check_tokenizer(folder: Path, chat_template: str | None, key: str = "model.p
         yield Fault(where, "has no chat template.", "Add data.chat_template=hermes, or a file of your own.")
 
 
-def check_resume(options: RunOptions) -> Iterator[Fault]:
-    """The checkpoint to go on from is whole."""
-    trainer = options.trainer
-    if trainer.resume_mode == "resume_path" and trainer.resume_from_path:
-        top, where = Path(trainer.resume_from_path), f"trainer.resume_from_path={trainer.resume_from_path}"
-        folder, way_out = model_folder(top), "Give a checkpoint such as …/global_step_250."
-        if not top.is_dir():
-            yield Fault(where, "is not a folder.", way_out)
-        elif missing := [kind for kind in ("model", "optim") if not any(folder.glob(f"{kind}_world_size_*_rank_*.pt"))]:
-            yield Fault(where, f"holds no {missing[0]}_world_size_N_rank_R.pt.", way_out)
-        elif wrong := lacking(folder):
-            yield Fault(where, f"is not complete: {'; '.join(wrong[:3])}.", way_out)
-
-
 # --- what every command asks ---
 
 
@@ -188,26 +194,35 @@ def with_model(report: R, name: str, key: str, chat_template: str | None) -> R:
     return replace(report.blame(*faults, *check_tokenizer(folder, chat_template, key)), folder=folder, model=model)
 
 
-def check_run(report: R, planning: bool, environment: Mapping[str, str], saves: bool = True) -> R:
-    """With every fault of sizes, devices, this machine, the run's folder and what it resumes from; `report.model` may be missing."""
+def check_run(report: R, box: Box, environment: Mapping[str, str], saves: bool = True) -> R:
+    """With every fault of sizes, devices, this machine and the run's folder; `report.model` may be missing."""
     options, model, world = report.options, report.model, report.world
     found = [*check_mesh(options, world.processes, model.heads if model else None)]
-    found += check_device(options.trainer.device, world.per_node, planning)
-    found += check_attention(options, model.head_dim if model else 64, planning)
-    if not planning:
-        found += [
-            *check_port(environment),
-            *check_compiler(options.trainer.device != "cpu" and options.model.use_compile, options.model_key),
-        ]
+    found += check_device(options.trainer.device, world.per_node, box)
+    found += check_attention(options, model.head_dim if model else 64, box)
+    if not box.elsewhere:
+        found += check_port(environment)
+        found += check_compiler(options.trainer.device != "cpu" and options.model.use_compile, options.model_key)
     found += check_output(Path(options.trainer.default_local_dir), checkpoint_bytes(report) if saves else 0.0)
-    found += [*check_store(options.trainer.default_hdfs_dir, "trainer.default_hdfs_dir"), *check_resume(options)]
-    if model is not None and not planning:
+    found += check_store(options.trainer.default_hdfs_dir, "trainer.default_hdfs_dir")
+    if model is not None and not box.elsewhere:
         offloads = [name for name in ("param_offload", "optimizer_offload") if getattr(options.fsdp, name)]
         found += check_host_memory(host_bytes(report), " ".join(f"{options.fsdp_key}{name}=true" for name in offloads))
     return report.blame(*found)
 
 
-def notes_of(report: RunReport, planning: bool, environment: Mapping[str, str], saves: bool = True) -> Iterator[str]:
+def check_ids(report: RunReport, highest: int, where: str, found: str) -> Iterator[Fault]:
+    """The embedding has a row for every token id up to `highest`; `found` says where that one is."""
+    if report.model is not None and highest >= report.model.vocab:
+        problem = f"{found} has token id {highest:,}, and the model's embedding has {report.model.vocab:,} rows."
+        remedy = (
+            "The tokenizer isn't this model's, or tokens were added to it and not to the model: use the model's own tokenizer, or resize "
+            "the embedding (transformers: model.resize_token_embeddings(len(tokenizer))) and save both."
+        )
+        yield Fault(where, problem, remedy)
+
+
+def notes_of(report: RunReport, box: Box, environment: Mapping[str, str], saves: bool = True) -> Iterator[str]:
     """What is allowed but probably not meant, and what this machine may run out of later, or shares with somebody."""
     options, trainer = report.options, report.options.trainer
     if isinstance(trainer.save_freq, int) and trainer.save_freq > report.steps:
@@ -222,8 +237,8 @@ def notes_of(report: RunReport, planning: bool, environment: Mapping[str, str], 
             f"{kept} checkpoints of {each / GIB:.1f} GiB need more than the {free / GIB:.1f} GiB that are free in "
             f"{trainer.default_local_dir}: add trainer.max_ckpt_to_keep={fit}."
         )
-    if planning:
-        if report.world.processes > 1 and "WORLD_SIZE" not in environment and not port_is_free(DEFAULT_PORT):
+    if box.elsewhere:
+        if report.world.processes > 1 and not port_is_free(DEFAULT_PORT):
             yield f"port {DEFAULT_PORT}, torchrun's own choice, is taken here: start with torchrun --standalone, or --master_port."
     elif trainer.device != "cpu":
         yield from gpu_notes(report.world.per_node, setting_of(options, report.world).compute, environment)

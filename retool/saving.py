@@ -9,9 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-import torch.distributed as dist
-
 from retool import checkpoint
 from retool.checkpoint.source import require_finite
 from retool.data.templates import read_template
@@ -83,17 +80,6 @@ def save_options(options: RunOptions, mesh: Mesh, chat_template: str | None, sub
     )  # fmt: skip
 
 
-def to_resume(options: RunOptions, folder: Path, mesh: Mesh) -> Path | None:
-    """The checkpoint to go on from, as `trainer.resume_mode` says; None: from the start. The same on every rank: collective."""
-    trainer = options.trainer
-    if trainer.resume_mode != "auto":
-        return Path(str(trainer.resume_from_path)) if trainer.resume_mode == "resume_path" else None
-    found = [checkpoint.latest(folder) if mesh.rank == 0 else None]  # a shared disk may show the others an older listing
-    if mesh.world_group is not None:
-        dist.broadcast_object_list(found, src=0, group=mesh.world_group, device=torch.device("cpu"))
-    return found[0]
-
-
 def model_state(model: Sharded, optimizer: AdamW) -> checkpoint.ModelState:
     """The flat shards that a checkpoint holds."""
     return checkpoint.ModelState(model.layout, model.master, optimizer.exp_avg, optimizer.exp_avg_sq, int(optimizer.steps))
@@ -130,7 +116,8 @@ def save_step(run: Run, state: State, data_state: Mapping[str, Any], extra: Mapp
     optim, adamw = run.report.options.optim, run.optimizer.options
     extra = {**extra, **run.optimizer.loss_scale.state()}
     state.save = checkpoint.save(
-        run.folder, model_state(run.model, run.optimizer), run.mesh, step=state.step, extra=extra, data_state=data_state,
+        run.folder, model_state(run.model, run.optimizer), run.mesh, step=state.step, extra=extra,
+        data_state={**data_state, "run": run.report.record},
         model_folder=run.report.folder or "", options=run.save_options, staging=run.staging,
         optimizer_group={"lr": optim.lr, "betas": list(adamw.betas), "eps": adamw.eps, "weight_decay": adamw.weight_decay},
     )  # fmt: skip

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from retool.checkpoint.folder import tracked
 from retool.config import Fault
 from retool.metrics import printable
 from retool.perf import GIB
@@ -94,7 +92,6 @@ def written_words(report: RunReport, beside: str = "") -> str:
     keep = "" if trainer.max_ckpt_to_keep is None else f", the newest {trainer.max_ckpt_to_keep} kept"
     copy = "" if trainer.default_hdfs_dir is None else f"; copied to {trainer.default_hdfs_dir}"
     contents = ", ".join(options.checkpoint.save_contents)
-    done = tracked(Path(trainer.default_local_dir)) if trainer.resume_mode == "auto" else None
-    there = "" if done is None else f"; goes on from step {done:,}, saved there"
+    there = "" if report.resume is None else f"; goes on from {report.resume}"
     folder, holds = trainer.default_local_dir, f"{contents}; {each:.2f} GiB"
     return f"to {folder}: metrics.jsonl, config.yaml{beside}; a checkpoint ({holds}) {often}{keep}{copy}{there}"

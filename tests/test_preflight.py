@@ -219,13 +219,6 @@ def test_a_run_from_the_start_says_what_becomes_of_the_one_before(run: Path) -> 
     assert not any("previous" in note for note in check(run).notes)
 
 
-def test_the_plan_says_that_a_run_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "out").mkdir()
-    (run / "out" / "latest_checkpointed_iteration.txt").write_text("1200")
-    assert main([*words(run), "--check"]) == main([*words(run), "--check", "trainer.resume_mode=disable"]) == 0
-    assert capsys.readouterr().out.count("; goes on from step 1,200, saved there\n") == 1
-
-
 def test_everything_at_once_and_exit_status(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards(run)[0].unlink()
     write_rows({"messages": 3}, ROW, {"messages": [{"role": "robot", "content": ""}]})(run)

@@ -65,11 +65,12 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
         rng.restore(states, mesh.device)
     else:
         rng.derive(seed, step, mesh.rank)
-    return Loaded(extra, _data_state(top, where), step, updates, same)
+    return Loaded(extra, data_state(top), step, updates, same)
 
 
-def _data_state(top: Path, where: Path) -> dict[str, Any]:
-    """data.pt, if we wrote it: other programs put pickled classes there."""
+def data_state(top: Path) -> dict[str, Any]:
+    """A checkpoint's data.pt, if we wrote it: other programs put pickled classes there. ValueError where it is damaged."""
+    where = model_folder(top)
     entry = recorded(where).get(os.path.relpath(top / DATA, where))
     return read_state(top / DATA, entry["crc32"]) if entry is not None else {}
 
@@ -88,10 +89,16 @@ def _extra(folder: Path, mesh: Mesh) -> tuple[bool, dict[str, Any]]:
     files = recorded(folder)
     config = read_json(folder / CONFIG) if files else {}
     same = config.get("world_size") == mesh.world and config.get("shards") == mesh.shards
-    name = shard_name("extra_state", world_size(folder), mesh.rank if same else 0)
+    return same, extra_state(folder, mesh.rank if same else 0)
+
+
+def extra_state(folder: Path, rank: int) -> dict[str, Any]:
+    """A rank's extra state, if we wrote it. ValueError where it is damaged."""
+    files = recorded(folder)
+    name = shard_name("extra_state", world_size(folder), rank)
     if name not in files:
-        return same, {}
+        return {}
     extra = read_state(folder / name, files[name]["crc32"])
     if not isinstance(extra, dict):
         raise ValueError(f"{folder / name}: not a dict of states.")
-    return same, extra
+    return extra

@@ -34,8 +34,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
         raise ValueError(f"the model folder {path} doesn't exist.")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the tokenizer of {path} can't be loaded: {error}") from error
+    except Exception as error:  # transformers raises many kinds, for a config.json that contradicts itself, too
+        raise ValueError(f"the tokenizer of {path} can't be loaded: {' '.join(str(error).split())}") from error
 
 
 def other_tokens(tokenizer: Any, folder: str | Path) -> Iterator[str]:

@@ -34,6 +34,7 @@ from retool.model.attention_reference import Gradients, Pack, reference_backward
 from retool.model.eager import eager
 
 T = TypeVar("T")
+CUDNN_FROM = (9, 0)  # compute capability: Hopper
 TRUSTED = 0.03  # largest `kernel_error` of a kernel that is used
 
 
@@ -48,13 +49,9 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, want
     reason = why_not_fused(device, dtype, head_dim)
     if wanted == "reference" or (wanted == "auto" and reason):
         return "reference"
-    if reason:
+    if wanted != "auto" and (reason := why_not(wanted, device, dtype, head_dim)):
         raise ValueError(f"attention backend {wanted!r} {reason}. Use reference, or auto.")
-    if missing := attention_flash.missing(wanted):
-        raise ValueError(f"attention backend {wanted!r} needs the package {missing}. Install it, or use varlen, part of torch, or auto.")
-    can_cudnn = torch.cuda.get_device_capability(device) >= (9, 0) and head_dim <= CUDNN_LARGEST_HEAD
-    if wanted == "cudnn" and not can_cudnn:
-        raise ValueError(f"attention backend 'cudnn' needs a Hopper or later GPU and head_dim ≤ {CUDNN_LARGEST_HEAD}. Use flash or varlen.")
+    can_cudnn = torch.cuda.get_device_capability(device) >= CUDNN_FROM and head_dim <= CUDNN_LARGEST_HEAD
     if torch.are_deterministic_algorithms_enabled():
         if wanted == "cudnn":
             raise ValueError("attention backend 'cudnn' adds up gradients in no fixed order: it isn't deterministic. Use varlen or auto.")
@@ -70,6 +67,28 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, want
             raise ValueError(f"{wrong}: its package was built for something else. Install another build, or use auto.")
         warnings.warn(f"{wrong}: the next one is used.", stacklevel=2)
     return "reference"
+
+
+def why_not(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int, there: bool = True) -> str:
+    """Why the fused kernel `wanted` can't take these inputs, as far as can be known without trying it; empty where it can.
+
+    `there` false: `device` is of a box that is only planned for, so nothing is known of its GPU but that it is one.
+    """
+    if reason := why_not_fused(device, dtype, head_dim):
+        return reason
+    if package := attention_flash.missing(wanted):
+        return f"needs the package {package}. Install it, or use varlen, part of torch"
+    if wanted == "cudnn" and head_dim > CUDNN_LARGEST_HEAD:
+        return f"takes head dimensions up to {CUDNN_LARGEST_HEAD}, not {head_dim}"
+    if not there:
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    if wanted == "cudnn" and capability < CUDNN_FROM:
+        return "needs a Hopper or later GPU"
+    generation = attention_flash.MADE_FOR.get(wanted, capability[0])
+    if generation != capability[0]:
+        return f"is made for GPUs of compute capability {generation}, and this one has {capability[0]}.{capability[1]}"
+    return ""
 
 
 def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

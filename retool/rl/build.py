@@ -28,24 +28,22 @@ from retool.rl.config import RLConfig
 from retool.rl.data import prompts_at
 from retool.rl.engine import Engine
 from retool.rl.eos import eos_ids
-from retool.rl.identity import refuse_another_run, stream_identity
 from retool.rl.losses import Clip
 from retool.rl.memory import engine_options
+from retool.rl.plan import Report, uses_reference
 from retool.rl.policy import LossSpec
-from retool.rl.preflight import Report, uses_reference
 from retool.rl.reward_pool import RewardPool
 from retool.rl.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
 from retool.run import DTYPES, make_run_folder, say, say_nothing_left
-from retool.saving import model_state, restore_optimizer, save_options, to_resume
+from retool.saving import model_state, restore_optimizer, save_options
 from retool.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
 class Run:
-    """Nothing in it is replaced while a run lasts. `rollout` is None on ranks that follow another one's engine; `identity` is what a
-    checkpoint keeps of the run."""
+    """Nothing in it is replaced while a run lasts. `rollout` is None on ranks that follow another one's engine."""
 
     config: RLConfig
     report: Report
@@ -64,7 +62,6 @@ class Run:
     loggers: Loggers
     save_options: checkpoint.SaveOptions
     staging: checkpoint.Staging
-    identity: dict[str, int]
 
     @property
     def engine_rank(self) -> int:
@@ -80,22 +77,22 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     leads = mesh.rank % wanted.rollout.tensor_model_parallel_size == 0
     judged = config.reward_model
     pool = RewardPool(report.reward, judged.num_workers, judged.timeout_seconds, judged.memory_mb, judged.floor) if leads else None
-    anew = config.trainer.resume_mode == "disable" and not config.trainer.val_only
-    folder = make_run_folder(config.trainer.default_local_dir, config, mesh, anew)
     model = load_pretrained(report.folder, mesh, model_options(report))
     sharding, optim = wanted.actor.fsdp_config, wanted.actor.optim
     adamw = AdamWOptions(optim.betas, optim.weight_decay, wanted.actor.grad_clip)
     optimizer = AdamW(model, adamw, sharding.optimizer_offload, sharding.param_offload)
     reference = load_pretrained(report.folder, mesh, model_options(report, frozen=True)) if uses_reference(config) else None
-    identity = stream_identity(report)
-    state = resume(report, mesh, folder, model, optimizer, identity)
+    state = resume(report, mesh, model, optimizer)
+    require_judges(pool, mesh)
+    # From here on nothing is refused: a run that is leaves its folder as it was.
+    anew = config.trainer.resume_mode == "disable" and not config.trainer.val_only
+    folder = make_run_folder(config.trainer.default_local_dir, config, mesh, anew)
     engine = Engine(report.model, mesh.device, engine_options(config), engine_group(mesh, engines))
     staging = checkpoint.Staging(mesh, folder=OwnFolder(folder) if mesh.rank == 0 else None)
     stop, trainer = StopRequest(staging.problem), config.trainer
     silence = trainer.watchdog_s and (trainer.watchdog_s if leads else math.inf)  # a follower can't tell its engine's work from waiting
     watchdog = Watchdog(folder, mesh.rank, mesh.world, silence)
     parts = rollout_parts(report, engine, pool, stop, watchdog) if pool is not None else None
-    require_judges(pool, mesh)
     info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
     options = save_options(report.options, mesh, config.data.chat_template, subfolder="actor")
@@ -103,7 +100,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     if not trainer.val_only:
         staging.prepare(model_state(model, optimizer), mesh, options)
     run = Run(config, report, mesh, folder, model, reference, optimizer, engine, engines, parts, pool, loop, stop, watchdog, loggers,
-              options, staging, identity)  # fmt: skip
+              options, staging)  # fmt: skip
     return run, state
 
 
@@ -198,14 +195,12 @@ def logprob_budget(report: Report) -> Budget:
     return Budget(tokens, None, quadratic_length(report.model))
 
 
-def resume(report: Report, mesh: Mesh, folder: Path, model: Sharded, optimizer: AdamW, identity: dict[str, int]) -> TrainState:
-    """The state to start from: step 0, or the checkpoint that `trainer.resume_mode` says."""
-    trainer, coef = report.config.trainer, report.config.algorithm.kl_ctrl.kl_coef
-    found = to_resume(report.options, folder, mesh)
+def resume(report: Report, mesh: Mesh, model: Sharded, optimizer: AdamW) -> TrainState:
+    """The state to start from: step 0, or that of the checkpoint which preflight found to be this run's."""
+    trainer, coef, found = report.config.trainer, report.config.algorithm.kl_ctrl.kl_coef, report.resume
     if found is None:
         return TrainState(coef)
     loaded = checkpoint.load(found, model_state(model, optimizer), mesh, trainer.seed)
-    refuse_another_run(loaded.data_state, identity, found)
     restore_optimizer(optimizer, loaded)
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")

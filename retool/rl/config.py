@@ -89,6 +89,7 @@ class DataConfig:
     shuffle: bool = option(True, "Shuffle each epoch; the order is a function of (data.seed, epoch) alone.")
     seed: int = option("${trainer.seed}", "Seed of the data order.", minimum=0)
     chat_template: str | None = option(None, "Replaces the model's chat template: a file, or hermes (ours: ChatML with tools).")
+    template_date: str | None = option(None, options.TEMPLATE_DATE)
     apply_chat_template_kwargs: dict[str, Any] = option({}, "Passed on to the chat template, e.g. {enable_thinking: false}.")
     custom_cls: FunctionConfig = field(default_factory=FunctionConfig)
 
@@ -296,8 +297,8 @@ def aggregation(actor: ActorConfig) -> str:
 def run_options(config: RLConfig) -> options.RunOptions:
     """What every command has."""
     wanted, actor = config.actor_rollout_ref, config.actor_rollout_ref.actor
-    keys = ("model.", "actor.fsdp_config.", "actor.checkpoint.", "actor.ulysses_sequence_parallel_size")
+    keys = ("model.", "actor.fsdp_config.", "actor.checkpoint.", "actor.ulysses_sequence_parallel_size", "model.path")
     return options.RunOptions(
         config.trainer, wanted.model, actor.fsdp_config, actor.optim, actor.checkpoint, actor.ulysses_sequence_parallel_size,
-        *(f"actor_rollout_ref.{key}" for key in keys), samples=True,
+        *(f"actor_rollout_ref.{key}" for key in keys), command="retool.rl", samples=True,
     )  # fmt: skip

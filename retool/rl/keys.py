@@ -44,6 +44,7 @@ def contradictions(config: RLConfig) -> Iterator[Fault]:
     yield from _sizes(config)
     yield from _functions(config)
     yield from options.contradictions(run_options(config))
+    yield from options.date_faults(config.data.template_date)
 
 
 def notes(config: RLConfig) -> Iterator[str]:

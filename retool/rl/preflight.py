@@ -1,81 +1,37 @@
 """Everything wrong with an RL run before it starts, at once: configuration, processes, model, tools, reward, and every prompt.
 
-It reads no weights and needs no GPU. The tools are started (a sandbox that can't be is a fault) and kept for the run.
+It reads of weights only what tells them apart, and needs no GPU. The tools are started (a sandbox that can't be is a fault) and kept
+for the run.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from retool.config import Fault, Parsed
 from retool.data.chat import Renderer, load_tokenizer, other_tokens
+from retool.data.dates import fix_date, shows_date
 from retool.data.files import load_function, resolve_files
 from retool.memory import Choice, choose
 from retool.metrics import missing_extras
-from retool.options import RunOptions
 from retool.perf import GIB
-from retool.plan import RECOMPUTE, RunReport, gpu_memory, setting_of
-from retool.preflight import attempt, check_heads, check_run, notes_of, read_world, with_model
-from retool.rl.config import RLConfig, run_options
-from retool.rl.data import PromptOptions, PromptReport, load_prompts
+from retool.plan import RECOMPUTE, gpu_memory, setting_of
+from retool.preflight import attempt, box_of, check_heads, check_ids, check_run, notes_of, read_world, with_model
+from retool.resume import check_checkpoint, find_checkpoint, template_date
+from retool.rl.config import RLConfig
+from retool.rl.data import PromptOptions, load_prompts
+from retool.rl.identity import PATH, with_identity
 from retool.rl.keys import contradictions, notes
-from retool.rl.memory import StepMemory, engine_options, step_memory
+from retool.rl.memory import StepMemory
+from retool.rl.plan import Questions, Report, uses_reference
 from retool.rl.rewards import RewardSource, find_reward
 from retool.rl.sandbox.fusion_client import unreachable
 from retool.rl.tools import CodeInterpreter, Tool, load_tools
 from retool.rl.trial import try_reward
-from retool.rl.types import Prompt
 
 ARR = "actor_rollout_ref."
-PATH = ARR + "model.path"
-
-
-@dataclass(frozen=True)
-class Questions:
-    """The prompts of training or validation, and what became of the rows."""
-
-    prompts: list[Prompt]
-    said: PromptReport
-
-
-@dataclass(frozen=True)
-class Report(RunReport):
-    """What preflight found. Without faults everything but `val` is there."""
-
-    config: RLConfig
-    renderer: Renderer | None = None
-    tools: tuple[Tool, ...] = ()
-    reward: RewardSource | None = None
-    train: Questions | None = None
-    val: Questions | None = None
-
-    @property
-    def options(self) -> RunOptions:
-        return run_options(self.config)
-
-    @property
-    def steps_of_data(self) -> int:
-        prompts = len(self.train.prompts) if self.train else 0
-        return prompts * self.config.trainer.total_epochs // self.config.data.train_batch_size
-
-    @property
-    def memory(self) -> StepMemory:
-        """What a step takes by phase, the engine's part included."""
-        wanted = self.config.actor_rollout_ref
-        assert self.model is not None and self.choice is not None
-        return step_memory(
-            self.model, setting_of(self.options, self.world), self.choice, engine_options(self.config),
-            wanted.rollout.tensor_model_parallel_size, wanted.rollout.free_cache_engine, uses_reference(self.config),
-            gpu_memory(self.options),
-        )  # fmt: skip
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer steps of a full step."""
-        actor = self.config.actor_rollout_ref.actor
-        return -(-self.config.data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
 
 
 def preflight(parsed: Parsed[RLConfig], planning: bool = False, environment: Mapping[str, str] | None = None) -> Report:
@@ -83,29 +39,35 @@ def preflight(parsed: Parsed[RLConfig], planning: bool = False, environment: Map
     config = parsed.config
     faults = [*parsed.faults, *contradictions(config), *missing_extras(config.trainer.logger)]
     launcher = os.environ if environment is None else environment
+    box = box_of(config.trainer, planning, launcher)
     world, trouble = read_world(config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher)
-    report = Report(config, world, faults=tuple(faults + trouble))
+    report = find_checkpoint(Report(config, world, faults=tuple(faults + trouble)))
     report = with_model(report, config.actor_rollout_ref.model.path, PATH, config.data.chat_template)
-    report = check_run(report, planning, launcher, saves=not config.trainer.val_only).blame(*_engine_faults(report))
-    report = _with_functions(_with_renderer(report))
-    report = _with_trial(_with_prompts(report), launcher)
+    report = check_run(report, box, launcher, saves=not config.trainer.val_only).blame(*_engine_faults(report))
+    report = _with_prompts(_with_functions(_with_renderer(report)))
+    report = _with_trial(report, launcher)
+    report = check_checkpoint(with_identity(report))
     if report.faults or report.model is None:
         return report
     report = replace(report, choice=_choice(report))
-    found = *notes(config), *_notes(report), *notes_of(report, planning, launcher, saves=not config.trainer.val_only)
+    found = *notes(config), *_notes(report), *notes_of(report, box, launcher, saves=not config.trainer.val_only)
     return replace(report, notes=(*report.notes, *found))
 
 
 def _with_renderer(report: Report) -> Report:
     config, faults, folder = report.config, list[Fault](), report.folder
+    day = template_date(config.data.template_date, report.then)
     if folder is None or any(fault.where.startswith((PATH, "data.chat_template")) for fault in report.faults):
         return report
 
     def make() -> Renderer:
         tokenizer = load_tokenizer(str(folder), config.actor_rollout_ref.model.trust_remote_code)
-        return Renderer(tokenizer, config.data.chat_template, config.data.apply_chat_template_kwargs)
+        chat_template = fix_date(tokenizer, config.data.chat_template, day)
+        return Renderer(tokenizer, chat_template, config.data.apply_chat_template_kwargs)
 
     renderer = attempt(PATH, make, faults)
+    if renderer is not None and shows_date(renderer):
+        report = replace(report, config=replace(config, data=replace(config.data, template_date=day)))
     said = other_tokens(renderer.tokenizer, folder) if renderer else ()
     return replace(report.blame(*faults), renderer=renderer, notes=(*report.notes, *said))
 
@@ -153,6 +115,7 @@ def _with_prompts(report: Report) -> Report:
     train = _read(report, config.data.train_files, "data.train_files", config.data.train_max_samples, faults)
     val = _read(report, config.data.val_files or (), "data.val_files", config.data.val_max_samples, faults)
     report = replace(report.blame(*faults), train=train, val=val)
+    report = report.blame(*_id_faults(report))
     if train is not None and report.steps == 0:
         problem = f"is more than the {len(train.prompts)} prompts of {config.trainer.total_epochs} epoch(s): there is no full batch."
         report = report.blame(Fault(f"data.train_batch_size={config.data.train_batch_size}", problem, "Lower it, or train more epochs."))
@@ -165,6 +128,17 @@ def _with_trial(report: Report, environment: Mapping[str, str]) -> Report:
     if report.reward is None or not questions or int(environment.get("LOCAL_RANK", 0)):
         return report
     return report.blame(*try_reward(report.reward, report.config.reward_model, [prompt for part in questions for prompt in part]))
+
+
+def _id_faults(report: Report) -> Iterator[Fault]:
+    """Tokens that the model's embedding has no row for: in a prompt, or that a tool's answer may be made of."""
+    for key, questions in (("data.train_files", report.train), ("data.val_files", report.val)):
+        prompts = [] if questions is None else questions.prompts
+        highest = max(prompts, key=lambda prompt: int(prompt.ids.max()), default=None)
+        if highest is not None:
+            yield from check_ids(report, int(highest.ids.max()), key, str(highest.extra_info.get("row", "a prompt")))
+    if report.tools and report.renderer is not None:
+        yield from check_ids(report, max(report.renderer.tokenizer.get_vocab().values()), PATH, "the tokenizer")
 
 
 def _show_tool_turn(report: Report) -> None:
@@ -240,8 +214,3 @@ def _too_much(memory: StepMemory, length: int) -> str:
         f"{what}: try {offload}, {ARR}rollout.free_cache_engine=true, a higher {ARR}rollout.tensor_model_parallel_size, or a lower "
         "data.max_response_length."
     )
-
-
-def uses_reference(config: RLConfig) -> bool:
-    """Whether a reference policy is needed."""
-    return config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from retool.perf import GIB
 from retool.rl.config import aggregation
-from retool.rl.preflight import Report
+from retool.rl.plan import Report
 from retool.rl.rewards import default_name
 from retool.show import memory_words, model_words, written_words
 

@@ -17,6 +17,7 @@ from retool.parallel.mesh import make_mesh
 from retool.perf import device_peak, mfu, model_flops, peak_memory
 from retool.plan import agree
 from retool.preemption import die_with_parent
+from retool.resume import to_resume
 from retool.rl.batching import mini_batches, rank_batches
 from retool.rl.build import (
     Run,
@@ -33,8 +34,8 @@ from retool.rl.failures import lost_to, require_infrastructure, require_scores
 from retool.rl.filter import UnusableSamples
 from retool.rl.identity import fingerprint
 from retool.rl.metrics import failure_metrics, length_metrics, score_metrics, timing_metrics, tool_metrics
+from retool.rl.plan import Report
 from retool.rl.policy import update_step
-from retool.rl.preflight import Report
 from retool.rl.report import write_training, write_validation
 from retool.rl.state import TrainState, adapted_kl_coef
 from retool.rl.tools import close_tools
@@ -55,7 +56,7 @@ def train(report: Report) -> None:
     mesh = make_mesh(actor.ulysses_sequence_parallel_size, actor.fsdp_config.fsdp_size, config.trainer.device)
     seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
     report = agree(report, mesh, {"data.train_files": fingerprint(report.train), "data.val_files": fingerprint(report.val)})
-    run, state = build_run(report, mesh)
+    run, state = build_run(to_resume(report, mesh), mesh)
     gc.collect()
     gc.freeze()  # questions and tokenizer stay: no collection while sampling walks through them
     with run.stop, orderly_end(run, state), let_go(run):
@@ -232,7 +233,7 @@ def save(run: Run, state: TrainState) -> None:
     """Write a checkpoint of this step, unless it has one. ValueError where the run ends and no update trained anything."""
     if state.step == run.report.steps:
         require_trained(run, state, state.updates, state.skipped)
-    save_step(run, state, {**state.data_state(), "stream": run.identity}, {})
+    save_step(run, state, state.data_state(), {})
 
 
 @contextmanager

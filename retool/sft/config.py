@@ -74,6 +74,7 @@ class DataConfig:
         None,
         "Replaces the model's chat template: a file, or hermes (ours: ChatML with tools). It is saved into the export.",
     )
+    template_date: str | None = option(None, options.TEMPLATE_DATE)
     custom_cls: CustomClsConfig = field(default_factory=CustomClsConfig)
     cache_dir: str | None = option(None, "Where rendered data is cached; null = ~/.cache/retool.")
 
@@ -152,5 +153,6 @@ def run_options(config: SFTConfig) -> RunOptions:
 def contradictions(config: SFTConfig) -> Iterator[Fault]:
     """Faults that only several keys together make, and what no single type can say."""
     yield from options.contradictions(run_options(config))
+    yield from options.date_faults(config.data.template_date)
     if (config.data.custom_cls.path is None) != (config.data.custom_cls.name is None):
         yield Fault("data.custom_cls", "needs both path and name.", "Give the Python file and the function in it, or neither.")

@@ -1,44 +1,41 @@
-"""Whether all ranks, and the checkpoint that a run goes on from, are of the same run: a plan or data of another one would not
-fail, but train on something else than was asked for, or hang."""
+"""What makes an SFT run this run: its model, and which samples each of its steps trains on."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
-
-from retool.sft.config import SFTConfig
+from retool.identity import Trait, model_traits
 from retool.sft.plan import Report, Split
 
-NAMES = {  # as `order_of` calls them → as users do
-    "samples": "training samples", "tokens": "their tokens", "trained_tokens": "their trained tokens", "shuffle": "data.shuffle",
-    "seed": "data.seed", "train_batch_size": "data.train_batch_size",
-}  # fmt: skip
+FILES = "data.train_files"
 
 
-def order_of(config: SFTConfig, data: Any) -> dict[str, int]:
-    """What decides which samples step N trains on; a checkpoint keeps it. `data` has `lengths` and `trained`."""
-    lengths, trained = np.asarray(data.lengths), np.asarray(data.trained)
-    return {
-        "samples": len(lengths), "tokens": int(lengths.sum(dtype=np.int64)), "trained_tokens": int(trained.sum(dtype=np.int64)),
-        "shuffle": int(config.data.shuffle), "seed": config.data.seed, "train_batch_size": config.data.train_batch_size,
-    }  # fmt: skip
+def with_identity(report: Report) -> Report:
+    """With what of the run's identity is known: without its model or data where these couldn't be read."""
+    data = report.config.data
+    found: dict[str, Trait] = {}
+    if report.folder is not None and report.model is not None and not _blamed(report, "model.partial_pretrain"):
+        found |= model_traits(report.folder, report.model, "model.partial_pretrain")
+    if report.train is not None:
+        said = report.train.said
+        found["training samples"] = Trait(FILES, said.samples)
+        found["their tokens"] = Trait(FILES, said.tokens)
+        found["their trained tokens"] = Trait(FILES, said.trained_tokens)
+        found["their content and order"] = Trait(FILES, said.content[:16])
+        found["the date in the chat template"] = Trait("data.template_date", data.template_date)
+    for key in ("shuffle", "seed", "train_batch_size"):
+        found[f"data.{key}"] = Trait(f"data.{key}", getattr(data, key))
+    return replace(report, identity=found)
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, int]) -> str:
-    """What of `now` is other than in `before`, in words; what `before` doesn't know isn't compared."""
-    return "; ".join(f"{NAMES[key]}: then {before[key]}, now {value}" for key, value in now.items() if before.get(key, value) != value)
+def _blamed(report: Report, key: str) -> bool:
+    return any(fault.where.startswith(key) for fault in report.faults)
 
 
-def fingerprints(report: Report) -> dict[str, tuple[int, ...]]:
-    """What this rank's files hold: (samples, checksums of their lengths and trained tokens)."""
+def fingerprints(report: Report) -> dict[str, tuple[int | str, ...]]:
+    """What this rank's files hold: (samples, hash of their content)."""
 
-    def of(split: Split | None) -> tuple[int, ...]:
-        if split is None:
-            return (0,)
-        lengths, trained = split.dataset.lengths, split.dataset.trained
-        return len(lengths), zlib.crc32(lengths.tobytes()), zlib.crc32(trained.tobytes())
+    def of(split: Split | None) -> tuple[int | str, ...]:
+        return (0,) if split is None else (split.said.samples, split.said.content)
 
     return {"data.train_files": of(report.train), "data.val_files": of(report.val)}

@@ -1,8 +1,8 @@
 """Everything wrong with an SFT run before it starts, at once.
 
-`preflight` reads configuration, file headers and every row (tokenised once, into the cache that the run then uses), never
-weights; it needs no GPU and starts nothing. `python -m retool.sft … --check` stops after it; with `trainer.n_gpus_per_node`
-and `trainer.device_memory_gb` it plans for another box.
+`preflight` reads configuration, file headers, every row (tokenised once, into the cache that the run then uses), and of weights only what
+tells them apart; it needs no GPU and starts nothing. `python -m retool.sft … --check` stops after it; with `trainer.n_gpus_per_node` and
+`trainer.device_memory_gb` it plans for another box.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from retool.config import Fault, Parsed
 from retool.data.__main__ import parser as audit_parser
 from retool.data.cache import open_dataset
 from retool.data.chat import Renderer, load_tokenizer, other_tokens
+from retool.data.dates import fix_date, shows_date
 from retool.data.files import load_function, resolve_files
 from retool.data.rows import RowFormat
 from retool.machine import check_host_memory
@@ -26,8 +27,10 @@ from retool.memory import OUTSIDE, SLACK
 from retool.metrics import missing_extras
 from retool.perf import GIB
 from retool.plan import gpu_memory, host_bytes
-from retool.preflight import attempt, check_run, check_tokenizer, notes_of, read_world, with_model
+from retool.preflight import Box, attempt, box_of, check_ids, check_run, check_tokenizer, notes_of, read_world, with_model
+from retool.resume import check_checkpoint, find_checkpoint, template_date
 from retool.sft.config import SFTConfig, contradictions
+from retool.sft.identity import with_identity
 from retool.sft.plan import Report, Split, choose_for, remedies
 
 HOPELESS = 1.25  # a predicted peak this many times the device's memory is a fault; a closer one only a note
@@ -45,14 +48,16 @@ def preflight(
     """
     config, faults = parsed.config, [*parsed.faults, *contradictions(parsed.config), *missing_extras(parsed.config.trainer.logger)]
     launcher = os.environ if environment is None else environment
+    box = box_of(config.trainer, planning, launcher)
     world, trouble = read_world(config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher)
-    report = Report(config, world, faults=tuple(faults + trouble))
+    report = find_checkpoint(Report(config, world, faults=tuple(faults + trouble)))
     report = with_model(report, config.model.partial_pretrain, "model.partial_pretrain", config.data.chat_template)
-    report = _with_data(check_run(report, planning, launcher), progress)
-    report = _with_memory(report, planning)
+    report = _with_data(check_run(report, box, launcher), progress)
+    report = _with_memory(report, box)
+    report = check_checkpoint(with_identity(report))
     if report.faults:
         return report
-    return replace(report, notes=(*report.notes, *_notes(report), *notes_of(report, planning, launcher)))
+    return replace(report, notes=(*report.notes, *_notes(report), *notes_of(report, box, launcher)))
 
 
 # --- data ---
@@ -68,17 +73,31 @@ def _with_data(report: Report, progress: Progress | None) -> Report:
     report, folder = report.blame(*faults), report.folder
     if faults or folder is None or report.model is None or any(check_tokenizer(folder, config.data.chat_template)):
         return report  # transformers needs a model type that it can read to find the tokenizer
-    renderer = attempt("model.partial_pretrain", lambda: make_renderer(config, folder), faults)
+    day = template_date(config.data.template_date, report.then)
+    renderer = attempt("model.partial_pretrain", lambda: make_renderer(config, folder, day), faults)
     if renderer is None:
         return report.blame(*faults)
+    if shows_date(renderer):
+        report = replace(report, config=replace(config, data=replace(config.data, template_date=day)))
     report = replace(report, notes=(*report.notes, *other_tokens(renderer.tokenizer, folder)))
     report = _with_split(report, renderer, "train", train, progress)
     report = _with_split(report, renderer, "val", val, progress)
+    report = report.blame(*_id_faults(report))
     samples = None if report.train is None else len(report.train.dataset)
     if samples is not None and samples < config.data.train_batch_size:
         problem = f"is more than the {samples} training samples: an epoch has no full batch."
         report = report.blame(Fault(f"data.train_batch_size={config.data.train_batch_size}", problem, f"Use at most {samples}."))
     return report
+
+
+def _id_faults(report: Report) -> Iterator[Fault]:
+    """Samples with tokens that the model's embedding has no row for."""
+    for key, split in (("data.train_files", report.train), ("data.val_files", report.val)):
+        if split is None or report.model is None or split.said.highest_id < report.model.vocab:
+            continue
+        sample, token = split.dataset.find_id(report.model.vocab) or (0, split.said.highest_id)
+        file, row = split.dataset.origin(sample)
+        yield from check_ids(report, token, key, f"{split.files[file]}, row {row}")
 
 
 def _files(config: SFTConfig, name: Name, faults: list[Fault]) -> list[str]:
@@ -101,10 +120,12 @@ def row_format(config: SFTConfig) -> RowFormat:
     return RowFormat(multi.enable, multi.messages_key, multi.tools_key, multi.enable_thinking_key, data.prompt_key, data.response_key)
 
 
-def make_renderer(config: SFTConfig, folder: Path) -> Renderer:
-    """The renderer of the model in `folder`, with the configured template. ValueError where it can't be made."""
+def make_renderer(config: SFTConfig, folder: Path, day: str) -> Renderer:
+    """The renderer of the model in `folder`, with the configured template; a date that it asks for is `day`. ValueError where it can't
+    be made."""
     tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
-    return Renderer(tokenizer, config.data.chat_template, config.data.apply_chat_template_kwargs)
+    chat_template = fix_date(tokenizer, config.data.chat_template, day)
+    return Renderer(tokenizer, chat_template, config.data.apply_chat_template_kwargs)
 
 
 def _with_split(report: Report, renderer: Renderer, name: Name, files: list[str], progress: Progress | None) -> Report:
@@ -153,14 +174,14 @@ def audit_command(config: SFTConfig, files: Sequence[str]) -> str:
 # --- memory ---
 
 
-def _with_memory(report: Report, planning: bool) -> Report:
+def _with_memory(report: Report, box: Box) -> Report:
     """Choose batches and recomputation, and predict the memory, once there is a model and a layout that works."""
     config, model = report.config, report.model
     sp, processes = config.ulysses_sequence_parallel_size, report.world.processes
     if model is None or processes % sp or sp > model.heads:
         return report
     report = replace(report, choice=(choice := choose_for(report)))
-    if choice.prediction.host and not planning:
+    if choice.prediction.host and not box.elsewhere:
         report = report.blame(*check_host_memory(host_bytes(report), f"model.activation_offload={config.model.activation_offload}".lower()))
     memory = gpu_memory(report.options)
     if memory is None or choice.prediction.peak <= HOPELESS * memory * GIB:

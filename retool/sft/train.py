@@ -23,6 +23,7 @@ from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, peak_memory, quadratic_length
 from retool.plan import agree
 from retool.preemption import StopRequest, die_with_parent
+from retool.resume import to_resume
 from retool.run import DTYPES, make_run_folder, say, say_ended, say_nothing_left, seed_everything
 from retool.saving import (
     look_at_weights,
@@ -34,10 +35,9 @@ from retool.saving import (
     save_options,
     save_step,
     say_saved,
-    to_resume,
 )
 from retool.sft.config import SFTConfig, run_options
-from retool.sft.identity import changes, fingerprints, order_of
+from retool.sft.identity import fingerprints
 from retool.sft.plan import Report, fills
 from retool.sft.step import Measured, train_step
 from retool.sft.validate import validate
@@ -98,7 +98,7 @@ def train(report: Report) -> None:
     die_with_parent()
     mesh = make_mesh(config.ulysses_sequence_parallel_size, config.model.fsdp_config.fsdp_size, config.trainer.device)
     seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
-    report = agree(report, mesh, fingerprints(report))
+    report = to_resume(agree(report, mesh, fingerprints(report)), mesh)
     run, state = build_run(report, mesh)
     batches = iterate_steps(
         run.train_data, train_batch_size=config.data.train_batch_size, seed=config.data.seed, start_step=state.step,
@@ -131,14 +131,15 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     """Load the model, make the optimizer, resume if there is something to resume from, open the loggers."""
     config, trainer, optim, sharding = report.config, report.config.trainer, report.config.optim, report.config.model.fsdp_config
     assert report.train is not None and report.choice is not None and report.folder is not None, "train needs a report without faults"
-    folder = make_run_folder(trainer.default_local_dir, config, mesh, anew=trainer.resume_mode == "disable")
     model = load_pretrained(report.folder, mesh, model_options(config, report.choice))
     adamw = AdamWOptions(optim.betas, optim.weight_decay, optim.clip_grad)
     optimizer = AdamW(model, adamw, sharding.optimizer_offload, sharding.param_offload)
     assert isinstance(model.module, Decoder)
     say(mesh, f"attention: {model.module.run.backend}; recomputation: {report.choice.recompute}")
     train_data, val_data = report.train.dataset, report.val.dataset if report.val else None
-    state = resume(config, mesh, folder, model, optimizer, train_data)
+    state = resume(report, mesh, model, optimizer)
+    # From here on nothing is refused: a run that is leaves its folder as it was.
+    folder = make_run_folder(trainer.default_local_dir, config, mesh, anew=trainer.resume_mode == "disable")
     say_nothing_left(mesh, state.step, report.steps)
     info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
     saved = save_options(report.options, mesh, config.data.chat_template)
@@ -172,22 +173,12 @@ def micro_batching(mesh: Mesh, config: SFTConfig, tokens_per_gpu: int) -> dict[s
     }  # fmt: skip
 
 
-def resume(config: SFTConfig, mesh: Mesh, folder: Path, model: Sharded, optimizer: AdamW, data: Dataset) -> TrainState:
-    """The state to start from: step 0, or the checkpoint that `trainer.resume_mode` says.
-
-    ValueError where `auto` finds a run over other data: the samples of its next step wouldn't be those that come next.
-    """
-    found = to_resume(run_options(config), folder, mesh)
+def resume(report: Report, mesh: Mesh, model: Sharded, optimizer: AdamW) -> TrainState:
+    """The state to start from: step 0, or that of the checkpoint which preflight found to be this run's."""
+    found = report.resume
     if found is None:
         return TrainState()
-    loaded = checkpoint.load(found, model_state(model, optimizer), mesh, config.trainer.seed)
-    if other := changes(loaded.data_state, order_of(config, data)):
-        if config.trainer.resume_mode == "auto":
-            raise ValueError(
-                f"{found} is of a run over other data ({other}). Put that back, choose another trainer.default_local_dir, or go on from "
-                f"it all the same: trainer.resume_mode=resume_path trainer.resume_from_path={found}"
-            )
-        say(mesh, f"note: {found} is of a run over other data ({other}); step {loaded.step + 1} is that of the new order.")
+    loaded = checkpoint.load(found, model_state(model, optimizer), mesh, report.config.trainer.seed)
     restore_optimizer(optimizer, loaded)
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")
@@ -260,7 +251,7 @@ def save(run: Run, state: TrainState) -> None:
     log_pending(run, state)
     if state.step == run.report.steps:
         require_trained(run, state, state.step, state.skipped)
-    save_step(run, state, {"step": state.step, **order_of(run.config, run.train_data)}, {"skipped_steps": state.skipped})
+    save_step(run, state, {"step": state.step}, {"skipped_steps": state.skipped})
 
 
 def finish(run: Run, state: TrainState) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from retool import machine
@@ -25,6 +24,7 @@ from retool.rl.preflight import Report, preflight
 from retool.rl.sandbox.fusion_client import unreachable
 from retool.rl.show import in_words
 from tests.ranks import run_ranks
+from tests.rl.conftest import make_prompt
 
 ACTOR = "actor_rollout_ref.actor."
 
@@ -159,7 +159,7 @@ def agreed(others: bool) -> str | None:
     mesh = make_mesh()
     choice = Choice(4096, LADDER[mesh.rank], Prediction(0.0, mesh.rank, 0.0, 0.0, 0.0, 0.0), True)
     config = read(RLConfig, ["data.train_files=a", "actor_rollout_ref.model.path=m"]).config
-    prompts: Any = SimpleNamespace(prompts=[SimpleNamespace(ids=np.arange(3 + (others and mesh.rank)))])
+    prompts: Any = SimpleNamespace(prompts=[make_prompt(ids=range(3 + (others and mesh.rank)))])
     report = Report(config, World(mesh.world, 1, mesh.world), choice=choice, train=prompts)
     try:
         choice = agree(report, mesh, {"data.train_files": fingerprint(report.train)}).choice

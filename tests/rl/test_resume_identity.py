@@ -1,37 +1,78 @@
-"""A checkpoint's place in the stream of questions is only used in the same stream, its KL only against the same reference."""
+"""What makes an RL run this run: its questions and how they are judged, its reward, its tools, its objective."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from retool.rl.identity import refuse_another_run, weights_checksum
+from retool.identity import changes
+from retool.rl.identity import fingerprint
+from tests.rl.conftest import make_prompt
+from tests.rl.test_preflight import ACTOR, check
 
-NOW = {"data.seed": 1, "data.shuffle": 1, "questions": 40, "their checksum": 123, "checksum of the reference model": 9}
-FOUND = Path("global_step_3")
-
-
-def test_the_same_stream_goes_on() -> None:
-    refuse_another_run({"stream": dict(NOW)}, NOW, FOUND)
-    refuse_another_run({"stream": {"data.seed": 1}}, NOW, FOUND)  # an older one that said less
+ARR = "actor_rollout_ref."
 
 
-@pytest.mark.parametrize(("key", "value"), [("data.seed", 2), ("questions", 41), ("their checksum", 5), ("checksum of the reference model", 8)])
-def test_another_one_is_refused_by_name(key: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{key}: then {value}, now {NOW[key]}"):
-        refuse_another_run({"stream": {**NOW, key: value}}, NOW, FOUND)
+def of(*prompts: Any) -> tuple[int, str]:
+    questions: Any = SimpleNamespace(prompts=prompts)
+    return fingerprint(questions)
 
 
-def test_a_checkpoint_of_another_command_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"global_step_3 wasn't saved by retool.rl .* huggingface"):
-        refuse_another_run({"epoch": 1}, NOW, FOUND)
+def test_questions_are_their_tokens_order_and_answers() -> None:
+    a, b = make_prompt(ids=(1, 2, 3)), make_prompt(ids=(4,))
+    assert of(a, b) == of(replace(a, extra_info={"row": "elsewhere"}), b)
+    found = {of(a, b), of(b, a), of(a), of(make_prompt(ids=(1, 2)), make_prompt(ids=(3, 4))), of(make_prompt(truth="5"), b)}
+    assert len(found) == 5
 
 
-def test_weights_are_told_apart_by_size_and_end(tmp_path: Path) -> None:
-    sums = set()
-    for k, weights in enumerate((b"abc", b"abd", b"zabd")):
-        (tmp_path / str(k)).mkdir()
-        (tmp_path / str(k) / "model.safetensors").write_bytes(weights)
-        sums.add(weights_checksum(tmp_path / str(k)))
-    assert len(sums) == 3
+@pytest.fixture(autouse=True)
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the trial of the reward, which starts processes."""
+    monkeypatch.setattr("retool.rl.preflight.try_reward", lambda *_: [])
+
+
+@pytest.fixture
+def reward(tmp_path: Path) -> Path:
+    path = tmp_path / "judge.py"
+    path.write_text("def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return 1.0\n")
+    return path
+
+
+def test_an_objective_is_compared_where_it_is_used(work: Path, tmp_path: Path, reward: Path) -> None:
+    """Another estimator, loss or reward is another run's; another coefficient or learning rate, or a key without effect, isn't."""
+    base = ["trainer.device=cpu", "reward_model.name=null", f"custom_reward_function.path={reward}"]
+
+    def other(*more: str, before: tuple[str, ...] = ()) -> list[str]:
+        then = check(work, tmp_path / "out", *base, *before)
+        now = check(work, tmp_path / "out", *base, *more)
+        assert not then.faults and not now.faults, (then.faults, now.faults)
+        return [change.where for change in changes({name: trait.value for name, trait in then.identity.items()}, now.identity)]
+
+    assert other(f"{ACTOR}optim.lr=1e-3", f"{ACTOR}clip_ratio=0.1", f"{ACTOR}kl_loss_type=k1", f"{ARR}rollout.temperature=0.5") == []
+    assert other("algorithm.adv_estimator=rloo") == ["algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo"]
+    assert other(f"{ACTOR}policy_loss.loss_mode=gspo") == [f"{ACTOR}policy_loss.loss_mode", f"{ACTOR}loss_agg_mode"]
+    assert other(f"{ACTOR}use_kl_loss=true") == [f"{ACTOR}use_kl_loss", f"{ACTOR}kl_loss_type"]
+    assert other("reward_model.overlong_buffer.enable=true") == ["reward_model.overlong_buffer"]
+    assert other("custom_reward_function.path=null", "reward_model.name=math") == ["reward_model.name"]
+    tools = [f"{ARR}rollout.multi_turn.enable=true", f"{ARR}rollout.multi_turn.tool_config_path={work}/tools.yaml"]
+    assert other(*tools, "data.max_prompt_length=4000") == [
+        "data.train_files", f"{ARR}rollout.multi_turn.tool_config_path", f"{ARR}rollout.multi_turn.format",
+    ]  # fmt: skip
+
+
+def test_a_reward_function_is_what_its_file_says(work: Path, tmp_path: Path, reward: Path) -> None:
+    more = ["trainer.device=cpu", "reward_model.name=null", f"custom_reward_function.path={reward}"]
+    then = {name: trait.value for name, trait in check(work, tmp_path / "out", *more).identity.items()}
+    reward.write_text(reward.read_text().replace("1.0", "0.0"))
+    (change,) = changes(then, check(work, tmp_path / "out", *more).identity)
+    assert change.where == "custom_reward_function.path" and not change.strict and "compute_score in judge.py (" in change.words
+
+
+def test_with_a_reference_its_weights_are_strict(work: Path, tmp_path: Path) -> None:
+    for more, strict in (([], False), ([f"{ACTOR}use_kl_loss=true"], True)):
+        report = check(work, tmp_path / "out", "trainer.device=cpu", *more)
+        assert report.identity["the model's weights"].strict == strict and report.identity["questions"].strict

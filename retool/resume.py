@@ -1,0 +1,208 @@
+"""Going on from a checkpoint: which one, whether it can be loaded, and whether it is this run's. No weights are read.
+
+Preflight asks first (`find_checkpoint`, `check_checkpoint`), for `--check` and for the run alike; the run asks again only where the run
+before it was just ending and saved once more (`to_resume`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from retool import checkpoint
+from retool.checkpoint.folder import DATA, STEP, faults, model_folder, steps, tracked
+from retool.checkpoint.read import data_state, extra_state
+from retool.checkpoint.shards import ShardSource
+from retool.checkpoint.source import match_names
+from retool.config import Fault
+from retool.data.dates import today
+from retool.identity import Change, changed_keys, changes, flat, shown
+from retool.model.build import plan_layout
+from retool.model.config import ModelConfig
+from retool.options import RunOptions
+from retool.parallel.mesh import Mesh
+from retool.plan import RunReport
+
+R = TypeVar("R", bound=RunReport)
+A_CHECKPOINT = "Give a checkpoint such as …/global_step_250."
+
+
+# --- before the run ---
+
+
+def find_checkpoint(report: R) -> R:
+    """With the checkpoint that `trainer.resume_mode` says, and what it knows of the run that wrote it. Only small files are read."""
+    trainer = report.options.trainer
+    if trainer.resume_mode == "disable":
+        return report
+    if trainer.resume_mode == "resume_path":
+        found = _given(Path(trainer.resume_from_path)) if trainer.resume_from_path else None
+    else:
+        found = checkpoint.latest(Path(trainer.default_local_dir))
+    return with_checkpoint(report, found)
+
+
+def with_checkpoint(report: R, found: Path | None) -> R:
+    """With `found` as the checkpoint to go on from, and a fault where it isn't a whole one."""
+    if found is None:
+        return replace(report, resume=None, then={})
+    trouble = list(_incomplete(report.options, found))
+    then: Mapping[str, Any] = {}
+    if not trouble:
+        try:
+            then = record_in(data_state(found))
+        except ValueError as error:
+            trouble = [Fault(_where(report.options), str(error), "Resume from an older one (trainer.resume_from_path).")]
+    return replace(report.blame(*trouble), resume=found, then=then)
+
+
+def check_checkpoint(report: R) -> R:
+    """With everything that keeps the run from going on from its checkpoint, and notes of what is other than it was.
+
+    Ask when everything else is known: what preflight couldn't read isn't compared.
+    """
+    found, then, where = report.resume, report.then, _where(report.options)
+    if found is None or any(fault.where == where for fault in report.faults):
+        return report
+    if then.get("command", report.options.command) != report.options.command:
+        problem = f"{found} was saved by python -m {then['command']}: its steps aren't those of {report.options.command}."
+        return report.blame(Fault(where, problem, f"To train on from its weights, {_anew(report.options, found)}."))
+    if report.options.command == "retool.rl" and not then:
+        problem = f"{found} wasn't saved by retool.rl, so nothing says which questions come next."
+        return report.blame(Fault(where, problem, f"To train on from its weights, {_anew(report.options, found)}."))
+    other = changes(then.get("identity", {}), report.identity)
+    asked = report.options.trainer.resume_mode == "resume_path"
+    refused = [change for change in other if change.strict or not asked]
+    trouble = [_refusal(report, found, change) for change in refused]
+    if report.model is not None and not any(change.where == report.options.pretrained_key for change in refused):
+        trouble += _unloadable(report.options, found, report.model)
+    notes = [f"{change.where}: {found} is of another run ({change.words}); it goes on all the same." for change in other]
+    told = [] if trouble else [*notes, *changed_keys(then.get("config", {}), flat(report.config))]
+    return replace(report.blame(*trouble), notes=(*report.notes, *told))
+
+
+def template_date(given: str | None, then: Mapping[str, Any]) -> str:
+    """The date that a chat template is given for today's: the one asked for, else that of the run that goes on, else today's."""
+    return given or then.get("config", {}).get("data.template_date") or today()
+
+
+def record_in(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint's data state says of the run that wrote it: empty for another program's."""
+    if "run" in state:
+        return state["run"]
+    older = {"stream": "retool.rl", "train_batch_size": "retool.sft"}  # before checkpoints kept more
+    return next(({"command": command} for key, command in older.items() if key in state), {})
+
+
+def _given(path: Path) -> Path:
+    """The checkpoint that the user named: actor/ in it means the whole."""
+    return path.parent if path.name == "actor" and (path.parent / DATA).is_file() else path
+
+
+def _where(options: RunOptions) -> str:
+    trainer = options.trainer
+    if trainer.resume_mode == "resume_path":
+        return f"trainer.resume_from_path={trainer.resume_from_path}"
+    return f"trainer.default_local_dir={trainer.default_local_dir}"
+
+
+def _incomplete(options: RunOptions, found: Path) -> Iterator[Fault]:
+    """No folder, no checkpoint, or one without what training goes on with."""
+    where, folder = _where(options), model_folder(found)
+    if not found.is_dir():
+        yield Fault(where, "is not a folder.", A_CHECKPOINT)
+        return
+    missing = [kind for kind in ("model", "optim") if not any(folder.glob(f"{kind}_world_size_*_rank_*.pt"))]
+    if len(missing) == 2 and not _export(found):
+        yield Fault(where, f"holds no {missing[0]}_world_size_N_rank_R.pt.", _instead(found))
+    elif missing:
+        lacks = {"model": "weights", "optim": "the optimizer"}
+        problem = f"{found} was saved without {' and '.join(lacks[kind] for kind in missing)}, so training can't go on from it."
+        saving = f"and save with {options.checkpoint_key}save_contents=[model,optimizer,extra,hf_model] next time"
+        yield Fault(where, problem, f"To start from its weights, {_anew(options, found)}; {saving}.")
+    elif wrong := faults(folder):
+        yield Fault(where, f"is not complete: {'; '.join(wrong[:3])}.", "Resume from an older one (trainer.resume_from_path).")
+
+
+def _instead(path: Path) -> str:
+    """What the user may have meant by a path that is no checkpoint."""
+    if (newest := next(steps(path), None)) is not None:
+        return f"It is a run's folder: give its newest checkpoint, {newest[1]}."
+    above = next((folder for folder in path.absolute().parents if STEP.fullmatch(folder.name)), None)
+    if above is not None:
+        return f"It is a part of a checkpoint: give {above}."
+    if (path / "config.json").is_file():
+        return f"It is a model, to begin a run with. {A_CHECKPOINT}"
+    return A_CHECKPOINT
+
+
+def _unloadable(options: RunOptions, found: Path, model: ModelConfig) -> Iterator[Fault]:
+    """Shards whose tensors aren't the model's, and state that can't be read."""
+    folder, layout = model_folder(found), plan_layout(model, 1)
+    try:
+        match_names(layout, ShardSource(folder))
+        match_names(layout, ShardSource(folder, "exp_avg"))
+        extra_state(folder, 0)
+    except ValueError as error:
+        yield Fault(_where(options), str(error), f"Give {options.pretrained_key} the model that it is of, or resume from another one.")
+
+
+def _refusal(report: RunReport, found: Path, change: Change) -> Fault:
+    """Another run's checkpoint: what is other, and every way out that there is."""
+    now = flat(report.config).get(change.where)
+    before = report.then.get("config", {}).get(change.where)
+    was = f"; then {change.where}={shown(before)}" if before is not None and before != now else ""
+    problem = f"{found} is of another run ({change.words}{was})."
+    if change.strict:
+        remedy = f"Put that back, or begin anew from its weights: {_anew(report.options, found)}."
+    else:
+        same = f"trainer.resume_mode=resume_path trainer.resume_from_path={found}"
+        remedy = f"Put that back, choose another trainer.default_local_dir, or go on from it all the same: {same}"
+    return Fault(change.where if now is None else f"{change.where}={shown(now)}", problem, remedy)
+
+
+def _export(found: Path) -> Path | None:
+    """The model that a checkpoint holds for others to load, if it does."""
+    folder = model_folder(found) / "huggingface"
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
+def _anew(options: RunOptions, found: Path) -> str:
+    export = _export(found)
+    name = "DIR" if export is None else str(export)
+    merge = "" if export is not None else f" (made by python -m retool.checkpoint merge {found} --out DIR)"
+    return f"give {options.pretrained_key}={name}{merge} and another trainer.default_local_dir"
+
+
+# --- in the run ---
+
+
+def to_resume(report: R, mesh: Mesh) -> R:
+    """The report with the checkpoint to go on from, the same on every rank. Collective.
+
+    The run before may have been ending while this one read its data: what it saved last is taken. ValueError where that can't be.
+    """
+    found = [_newest(report) if mesh.rank == 0 else None]  # a shared disk may show the others an older listing
+    if mesh.world_group is not None:
+        dist.broadcast_object_list(found, src=0, group=mesh.world_group, device=torch.device("cpu"))
+    if found[0] == report.resume:
+        return report
+    again = check_checkpoint(with_checkpoint(report, found[0]))
+    if again.faults:
+        raise ValueError("\n".join(map(str, again.faults)))
+    return again
+
+
+def _newest(report: RunReport) -> Path | None:
+    trainer, found = report.options.trainer, report.resume
+    if trainer.resume_mode != "auto":
+        return found
+    named, known = tracked(Path(trainer.default_local_dir)), None if found is None else STEP.match(found.name)
+    if (named is None and found is None) or (known is not None and named == int(known[1])):
+        return found
+    return checkpoint.latest(Path(trainer.default_local_dir))
