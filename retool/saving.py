@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from retool import checkpoint
 from retool.checkpoint.source import require_finite
-from retool.data.templates import read_template
+from retool.data.templates import exported_template
 from retool.metrics import Loggers
 from retool.optim import AdamW
 from retool.options import RunOptions
@@ -70,13 +70,16 @@ def orderly_end(run: Run, state: State) -> Iterator[None]:
         run.loggers.close()
 
 
-def save_options(options: RunOptions, mesh: Mesh, chat_template: str | None, subfolder: str = "") -> checkpoint.SaveOptions:
+def save_options(
+    options: RunOptions, mesh: Mesh, model_folder: Path, chat_template: str | None, subfolder: str = ""
+) -> checkpoint.SaveOptions:
     """As configured; where that is left to us, in the background on GPUs."""
     asked = options.checkpoint.async_save
+    template = exported_template(model_folder, chat_template, options.model.trust_remote_code)
     return checkpoint.SaveOptions(
         contents=tuple(options.checkpoint.save_contents), keep=options.trainer.max_ckpt_to_keep,
         async_save=mesh.device.type == "cuda" if asked is None else asked, remote_url=options.trainer.default_hdfs_dir,
-        chat_template=read_template(chat_template) if chat_template else None, subfolder=subfolder,
+        chat_template=template, subfolder=subfolder,
     )  # fmt: skip
 
 

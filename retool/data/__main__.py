@@ -36,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--history", choices=HISTORIES, default="error", help="templates that rewrite history (data.multiturn.history)")
     own.add_argument("--chat-template", help="hermes, or a jinja file (data.chat_template)")
     own.add_argument("--template-kwargs", type=_mapping, default={}, metavar="JSON", help="data.apply_chat_template_kwargs")
+    own.add_argument("--reasoning-in-content", action="store_true", help="write thoughts as <think>…</think> (data.reasoning_in_content)")
+    own.add_argument("--drop-reasoning", action="store_true", help="leave thoughts out (data.drop_reasoning)")
     own.add_argument("--single-turn", action="store_true", help="rows are a prompt and a response (data.multiturn.enable=false)")
     for key in ("messages", "tools", "enable-thinking", "prompt", "response"):
         own.add_argument(f"--{key}-key", default=key.replace("-", "_"), help="name of the column (default %(default)s)")
@@ -76,7 +78,15 @@ def _audit(options: argparse.Namespace) -> int:
             raise ValueError(f"--rows {options.rows} names no function: give FILE:FUNCTION.")
         function = load_function(path, name)
     folder = find_model(options.model, weights=False)
-    renderer = Renderer(load_tokenizer(str(folder), options.trust_remote_code), options.chat_template, options.template_kwargs)
+    if options.drop_reasoning and options.reasoning_in_content:
+        raise ValueError("--drop-reasoning and --reasoning-in-content contradict each other: choose one.")
+    renderer = Renderer(
+        load_tokenizer(str(folder), options.trust_remote_code),
+        options.chat_template,
+        options.template_kwargs,
+        drop_reasoning=options.drop_reasoning,
+        reasoning_in_content=options.reasoning_in_content,
+    )
     files = resolve_files(options.files, any_suffix=function is not None)
     on_terminal = 3 if options.show is None else options.show
     show = max(on_terminal, 50) if options.html and options.show is None else on_terminal

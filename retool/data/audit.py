@@ -150,6 +150,7 @@ def summary(audit: Audit) -> list[tuple[str, str]]:
     notes = (
         ("other tokens in one pass", tally.piecewise_differs, "samples: pieces are tokenised as inference does"),
         ("template's tokens in texts", tally.control_text, "rows: a user's, tool's or system's text holds them"),
+        ("reasoning left out", tally.dropped_thoughts, "turns are trained without what they think (data.drop_reasoning)"),
         ("empty assistant turns", tally.empty_turns, "turns without text or call: only their end is trained"),
     )
     return lines + [(what, f"{count:,} {why}") for what, count, why in notes if count]

@@ -11,40 +11,55 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 
 from ..batch import Sample
+from .accounting import TemplateFault, check_contexts, check_tools, fault
 from .backend import encode_text, token_offsets
-from .rows import SURROGATE, Conversation
-from .templates import load_tokenizer, other_tokens, read_template, shows_contents_as_they_are
-from .turns import EndOfTurn, Piece, Turn, check_contexts, check_tools, cut, find_turns
+from .chat_template import ChatTemplate, valid_text
+from .reasoning import settle_thoughts, thoughts
+from .rows import Conversation
+from .templates import load_tokenizer, other_tokens, shows_contents_as_they_are
+from .turns import PLACEHOLDER, Piece, Turn, TurnFinder, cut
+from .ways_out import with_ways_out
 
 HISTORIES = ("error", "last", "split")
 __all__ = ["HISTORIES", "Piece", "Renderer", "load_tokenizer", "other_tokens"]
 
-PLACEHOLDER, HOLE = "TheTurnGoesHere", "AContentGoesHere"
+HOLE = "AContentGoesHere"
 
 
 class Renderer:
     """Renders conversations with a tokenizer and its chat template (or `chat_template`: `hermes` or a file).
 
-    `template_kwargs` are passed to the template. Raises ValueError where there is no template, or no end-of-turn token.
-    Can be pickled, so that worker processes share one.
+    `template_kwargs` are passed to the template. `drop_reasoning` leaves out what assistants think, `reasoning_in_content`
+    writes it as <think>…</think> at the beginning of the content. Raises ValueError where there is no template, or no
+    end-of-turn token. Can be pickled, so that worker processes share one.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None = None, template_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        drop_reasoning: bool = False,
+        reasoning_in_content: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
-        self.template: str | None = read_template(chat_template) if chat_template is not None else None
+        self.chat_template = chat_template
         self.template_kwargs = dict(template_kwargs or {})
-        if self.template is None and not tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template: choose one with data.chat_template=hermes, or a file.")
-        self.ends = self._find_ends()
+        self.drop_reasoning = drop_reasoning
+        self.reasoning_in_content = reasoning_in_content
+        self._template = ChatTemplate(tokenizer, chat_template, self.template_kwargs)
+        self.template: str | None = self._template.source
+        self.ends = self._template.ends
         self._frames: dict[tuple[Any, ...], list[str]] = {}
+        self.variants: dict[str, Renderer] = {}  # made by `ways_out`
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
@@ -53,50 +68,19 @@ class Renderer:
         enable_thinking: bool | None = None, generation_prompt: bool = False,
     ) -> str:  # fmt: skip
         """The template's own text. Raises ValueError with what the template (or Jinja) complains of."""
-        kwargs = self.template_kwargs if enable_thinking is None else {**self.template_kwargs, "enable_thinking": enable_thinking}
-        shown = [{key: value for key, value in message.items() if key != "loss_mask"} for message in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                shown, tools=list(tools) if tools else None, chat_template=self.template,
-                add_generation_prompt=generation_prompt, tokenize=False, **kwargs,
-            )  # fmt: skip
-        except (jinja2.TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
-            raise ValueError(f"the chat template refuses it: {error}") from error
-        return _valid(text)
+        return self._template.show(messages, tools, enable_thinking, generation_prompt)
 
     def _conversation_text(self, conversation: Conversation, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
         try:
             return self.text(messages, conversation.tools, conversation.enable_thinking, generation_prompt)
         except ValueError as error:
-            raise conversation.error(str(error), len(messages) - 1 if len(messages) < len(conversation.messages) else None) from error
-
-    def _find_ends(self) -> EndOfTurn:
-        """The end-of-turn tokens: what the template writes after an answer, and the tokenizer's own."""
-        added = frozenset(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip())
-        probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": PLACEHOLDER}]
-        before, _, tail = self.text(probe).rpartition(PLACEHOLDER)
-        if not before:
-            raise ValueError(
-                "the chat template doesn't show an answer as it is written: use another (data.chat_template=hermes, or a file)."
-            )
-        known = max((token for token in added if tail.lstrip().startswith(token)), key=len, default=None)
-        if known is None:
-            raise ValueError(
-                f"the chat template ends an answer with {tail[:30]!r}, which doesn't begin with a token of its own in this tokenizer:"
-                " the model couldn't learn to stop. Use a template made for this tokenizer (data.chat_template), or add the token to it."
-            )
-        eos = self.tokenizer.eos_token
-        return EndOfTurn(tuple(dict.fromkeys([known, *([eos] if eos in added else [])])), added)
+            turn = len(messages) - 1 if len(messages) < len(conversation.messages) else None
+            raise fault(conversation, str(error).removesuffix("."), turn) from error
 
     @cached_property
     def end_of_turn_ids(self) -> tuple[int, ...]:
         """Token ids that end a turn, for the sampler to stop at."""
         return tuple(int(self.tokenizer.convert_tokens_to_ids(token)) for token in self.ends.known)
-
-    @cached_property
-    def _has_generation_prompt(self) -> bool:
-        messages = [{"role": "user", "content": "Question"}]
-        return self.text(messages, generation_prompt=True) != self.text(messages)
 
     @cached_property
     def reasoning(self) -> Literal["none", "tagged", "opened"]:
@@ -111,41 +95,72 @@ class Renderer:
     def pieces(self, conversation: Conversation, history: str = "error") -> list[list[Piece]]:
         """The pieces of each sample that the conversation makes: one, or one per trained turn when history had to be split.
 
-        Raises RowError, naming file, row and message, for everything that can't be rendered beyond doubt.
+        Raises RowError, naming file, row and message, for everything that can't be rendered beyond doubt, and the settings
+        with which this row can be.
         """
         if history not in HISTORIES:
             raise ValueError(f"data.multiturn.history={history} is unknown: use {', '.join(HISTORIES)}.")
-        messages = conversation.messages
-        turns = self._turns(conversation)
-        text = self._conversation_text(conversation, messages, False)
-        self._check(conversation, text)
-        trained = [turn for turn in turns if messages[turn.message].get("loss_mask", 1)]
-        rewritten = [turn for turn in trained if turn.place(text) is None]
-        if not rewritten or history == "last":
-            return [cut(text, turns, {turn.message for turn in trained})]
-        if history == "split":
-            wholes = {turn.message: turn.prompt + turn.body + turn.rest for turn in trained}
-            return [cut(whole, turns, {message}) for message, whole in wholes.items()]
-        raise conversation.error(
-            "the chat template shows this turn differently once later messages exist, so training the whole conversation would"
-            " train what the model never sees. Use"
-            " data.multiturn.history=split (it makes a sample of every turn) or last (it trains only the turns that stay).",
-            rewritten[0].message,
-        )
+        try:
+            return self.pieces_or_fault(conversation, history)
+        except TemplateFault as error:
+            raise with_ways_out(error, self, conversation, history) from error
 
-    def _turns(self, conversation: Conversation) -> list[Turn]:
+    def pieces_or_fault(self, conversation: Conversation, history: str) -> list[list[Piece]]:
+        """What `pieces` gives; its TemplateFault doesn't say what to do instead."""
+        settled = settle_thoughts(conversation, self.drop_reasoning, self.reasoning_in_content)
+        return self._pieces(settled, history)
+
+    def _pieces(self, conversation: Conversation, history: str) -> list[list[Piece]]:
+        trained = _trained(conversation)
+        turns = self._turns(conversation, trained)
+        text = self._whole(conversation, turns)
+        self._check_tools(conversation)
+        rewritten = [turn for turn in turns if turn.message in trained and turn.place(text) is None]
+        if not rewritten or history == "last":
+            self._check_contexts(conversation, text, len(conversation.messages))
+            return [cut(text, turns, trained)]
+        if history == "error":
+            raise fault(
+                conversation,
+                "the chat template shows this turn differently once later messages exist, so training the whole conversation"
+                " would train what the model never sees",
+                rewritten[0].message,
+            )
+        samples = [turn for turn in turns if turn.message in trained]
+        for turn in samples:
+            self._check_contexts(conversation, turn.whole, turn.message)
+        return [cut(turn.whole, turns, {turn.message}) for turn in samples]
+
+    def dropped_thoughts(self, conversation: Conversation) -> int:
+        """How many trained turns lose what they think to `drop_reasoning`."""
+        trained = [conversation.messages[i] for i in _trained(conversation)]
+        return sum(bool(thoughts(message)) for message in trained) if self.drop_reasoning else 0
+
+    def _turns(self, conversation: Conversation, trained: Collection[int]) -> list[Turn]:
         def show(messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
             return self._conversation_text(conversation, messages, generation_prompt)
 
-        return find_turns(conversation, show, self.ends, self._has_generation_prompt)
+        return TurnFinder(conversation, show, self.ends, self._template.header).turns(trained)
 
-    def _check(self, conversation: Conversation, text: str) -> None:
+    def _whole(self, conversation: Conversation, turns: Sequence[Turn]) -> str:
+        """The text of the whole conversation: after a last turn of the assistant's, what inference shows before it."""
+        last = len(conversation.messages) - 1
+        if turns and turns[-1].message == last:
+            return turns[-1].whole
+        return self._conversation_text(conversation, conversation.messages, False)
+
+    def _check_contexts(self, conversation: Conversation, text: str, end: int) -> None:
         turns = conversation.assistant_turns
-        check_contexts(conversation, text, [i for i in range(len(conversation.messages)) if i not in turns])
-        if conversation.tools:
-            opening = conversation.messages[: turns[0]] if turns else conversation.messages
-            bare = Conversation(list(opening), None, conversation.enable_thinking, conversation.file, conversation.row)
-            check_tools(conversation, self._conversation_text(conversation, opening, False), self._conversation_text(bare, opening, False))
+        check_contexts(conversation, text, [i for i in range(end) if i not in turns])
+
+    def _check_tools(self, conversation: Conversation) -> None:
+        turns = conversation.assistant_turns
+        opening = conversation.messages[: turns[0]] if turns else conversation.messages
+
+        def show(tools: Sequence[Mapping[str, Any]] | None) -> str:
+            return self.text(opening, tools, conversation.enable_thinking, True)
+
+        check_tools(conversation, opening, show)
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
@@ -182,10 +197,11 @@ class Renderer:
 
     def prompt_pieces(self, conversation: Conversation) -> list[Piece]:
         """The pieces of a prompt, generation prompt included. Raises RowError as `pieces` does."""
-        turns = self._turns(conversation)
+        turns = self._turns(conversation, ())
         text = self._conversation_text(conversation, conversation.messages, True)
-        self._check(conversation, text)
-        return cut(text, turns, set())
+        self._check_contexts(conversation, text, len(conversation.messages))
+        self._check_tools(conversation)
+        return cut(text, turns, ())
 
     def render_prompt(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, enable_thinking: bool | None = None
@@ -210,7 +226,7 @@ class Renderer:
         assert messages and messages[-1]["role"] == "assistant", "the glue follows an assistant turn"
         if self._framed and all(r["role"] in ("tool", "user") and type(r.get("content")) is str for r in responses):
             frame = self._frame(tuple(r["role"] for r in responses), enable_thinking, ended, generation_prompt)
-            glue = _valid(frame[0] + "".join(r["content"] + after for r, after in zip(responses, frame[1:], strict=True)))
+            glue = valid_text(frame[0] + "".join(r["content"] + after for r, after in zip(responses, frame[1:], strict=True)))
         else:
             glue = self._glue(messages, responses, tools, enable_thinking, ended, generation_prompt)
         ids = encode_text(self.tokenizer, self._anchor + glue)
@@ -251,11 +267,11 @@ class Renderer:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         tokenizer = backend.to_str() if backend is not None else json.dumps(sorted(self.tokenizer.get_vocab().items()))
         parts = [self.template or json.dumps(self.tokenizer.chat_template), json.dumps(self.template_kwargs, sort_keys=True, default=str)]
+        parts += [repr((self.drop_reasoning, self.reasoning_in_content))]
         parts += [json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str), tokenizer]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _valid(text: str) -> str:
-    if SURROGATE.search(text):
-        raise ValueError("the text isn't valid Unicode (bytes that aren't UTF-8, or half of a surrogate pair).")
-    return text
+def _trained(conversation: Conversation) -> list[int]:
+    """The assistant's messages that aren't switched off."""
+    return [i for i in conversation.assistant_turns if conversation.messages[i].get("loss_mask", 1)]

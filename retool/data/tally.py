@@ -49,6 +49,7 @@ class Tally:
     refused_long: int = 0  # of these, as too long under truncation=error
     piecewise_differs: int = 0  # samples whose pieces give other tokens than one pass over the text
     control_text: int = 0  # rows in which a user, tool or system text holds one of the template's own tokens
+    dropped_thoughts: int = 0  # trained turns without what the row says was thought (data.drop_reasoning)
     empty_turns: int = 0  # assistant turns without text or call
     lengths: Counter[int] = field(default_factory=Counter)
     shares: Counter[int] = field(default_factory=Counter)
@@ -130,6 +131,7 @@ def _count_row(
     tally.calls.update(calls)
     tally.calls_per_row[len(calls)] += 1
     tally.control_text += any(token in m["content"] for m in messages if m["role"] != "assistant" for token in special)
+    tally.dropped_thoughts += 0 if prompts else renderer.dropped_thoughts(conversation)
     tally.empty_turns += sum(m["role"] == "assistant" and not m["content"].strip() and "tool_calls" not in m for m in messages)
 
 

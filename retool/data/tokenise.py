@@ -18,6 +18,17 @@ from .files import Chunk, RowError
 from .rows import RowFormat, to_conversation
 
 TRUNCATIONS = ("error", "left", "right", "drop")
+SUMMED = (
+    "rows",
+    "samples",
+    "split",
+    "truncated",
+    "dropped_long",
+    "dropped_untrained",
+    "tokens",
+    "trained_tokens",
+    "dropped_thoughts",
+)
 INLINE_CHUNKS = 4  # so many are tokenised in this process before workers, which take seconds to start, pay off
 
 
@@ -35,6 +46,7 @@ class DatasetReport:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0  # tokens, before truncation
+    dropped_thoughts: int = 0  # trained turns without what the row says was thought (data.drop_reasoning)
     highest_id: int = -1  # of any token; the model's embedding must have a row for it
     content: str = ""  # hash of every sample's tokens and mask, in order; parts have none
 
@@ -45,6 +57,7 @@ class DatasetReport:
             "truncated": self.truncated,
             "dropped as too long": self.dropped_long,
             "dropped without a trained token": self.dropped_untrained,
+            "turns trained without their reasoning": self.dropped_thoughts,
         }
         lost = [f"{count:,} {what}" for what, count in counts.items() if count]
         return (
@@ -64,8 +77,7 @@ class Tokenised:
 
 
 def add_reports(total: DatasetReport, part: DatasetReport) -> DatasetReport:
-    summed = {name: getattr(total, name) + getattr(part, name) for name in
-              ("rows", "samples", "split", "truncated", "dropped_long", "dropped_untrained", "tokens", "trained_tokens")}  # fmt: skip
+    summed = {name: getattr(total, name) + getattr(part, name) for name in SUMMED}
     longest = max(total.longest, part.longest)
     return replace(total, **summed, longest=longest, highest_id=max(total.highest_id, part.highest_id))
 
@@ -88,6 +100,7 @@ def truncate(sample: Sample, max_length: int, truncation: str) -> Sample | None:
 def tokenise_chunk(chunk: Chunk, renderer: Renderer, form: RowFormat, max_length: int, truncation: str, history: str) -> Tokenised:
     """Render every row of a chunk; refused rows are collected, not raised."""
     out, rows, split, truncated, long, untrained, longest = Tokenised(), 0, 0, 0, 0, 0, 0
+    thoughts = 0
     for index, raw in chunk:
         rows += 1
         try:
@@ -103,6 +116,7 @@ def tokenise_chunk(chunk: Chunk, renderer: Renderer, form: RowFormat, max_length
             out.refusals.append(f"{chunk.file}, row {index}: {error}")
             continue
         split += len(samples) > 1
+        thoughts += renderer.dropped_thoughts(conversation)
         for whole, sample in zip(samples, kept, strict=True):
             longest = max(longest, len(whole))
             if sample is None:
@@ -116,7 +130,7 @@ def tokenise_chunk(chunk: Chunk, renderer: Renderer, form: RowFormat, max_length
     out.report = DatasetReport(
         rows=rows, samples=len(out.samples), split=split, truncated=truncated, dropped_long=long, dropped_untrained=untrained,
         tokens=sum(map(len, out.samples)), trained_tokens=sum(sample.trained for sample in out.samples), longest=longest,
-        highest_id=max((int(sample.tokens.max()) for sample in out.samples), default=-1),
+        highest_id=max((int(sample.tokens.max()) for sample in out.samples), default=-1), dropped_thoughts=thoughts,
     )  # fmt: skip
     return out
 

@@ -2,23 +2,28 @@
 
 [Note: spans] A turn is what the model would have written, so its edges are defined by two renders of the conversation up
 to it: `prompt`, without the turn but with the generation prompt (what a server would feed the model), and `own`, with
-the turn as its last message. `own` must begin with `prompt`; what follows, up to and including the end-of-turn token, is
-the turn's `body`. In a longer render the turn is where it should be exactly when that render begins with
+the turn as its last message. Where `own` begins with `prompt`, what follows, up to and including the end-of-turn token,
+is the turn's `body`. In a longer render the turn is where it should be exactly when that render begins with
 `prompt + body`. If it doesn't, the template rewrites history (Qwen3 drops earlier thoughts, say), and what the longer
 render shows in that place was never a model's output in that context: it must not be trained there.
+
+[Note: other beginnings] Some templates show a finished turn in another way than its prompt announces: they move the system
+message (Mistral), close a tool's result otherwise (Hermes 3), or leave out the thought that their generation prompt opens
+(R1, QwQ). The prompt is then still what inference shows. The body is what `own` has after its own header, which is found
+by a render with a placeholder in the turn's stead; a thought that the prompt opens and `own` lacks comes from the row.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .accounting import check_said, fault, shows_thoughts
+from .reasoning import OpenThought, closes_thought, is_empty_thought, open_thought, think, thoughts, without_thoughts
 from .rows import Conversation
 
-WAY_OUT = "data.chat_template=hermes replaces it with a template that does."
+PLACEHOLDER = "TheTurnGoesHere"
 Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # (messages, with generation prompt) -> text
 
 
@@ -30,6 +35,11 @@ class Turn:
     prompt: str
     body: str
     rest: str  # what the template adds after the end of the turn, when it is the last
+
+    @property
+    def whole(self) -> str:
+        """The conversation that ends with this turn."""
+        return self.prompt + self.body + self.rest
 
     def place(self, text: str) -> tuple[int, int] | None:
         """Where the turn is in `text`, or None where `text` shows another context or other words."""
@@ -59,11 +69,11 @@ class EndOfTurn:
 
         Of several tokens in a row at the end it is the first known one: some templates close the whole text with another.
         """
-        run = list(self._closing(body))
-        known = [entry for entry in run if entry[1] in self.known]
-        return known[-1] if known else run[0] if run else None
+        known = [entry for entry in self.closing(body) if entry[1] in self.known]
+        return known[-1] if known else None
 
-    def _closing(self, body: str) -> Iterator[tuple[int, str]]:
+    def closing(self, body: str) -> Iterator[tuple[int, str]]:
+        """(position after it, token) of each added token in the run that closes `body`, the last one first."""
         sizes = sorted({len(token) for token in self.added}, reverse=True)
         end = len(body.rstrip())
         while token := next((body[end - n : end] for n in sizes if n <= end and body[end - n : end] in self.added), None):
@@ -71,92 +81,125 @@ class EndOfTurn:
             end = len(body[: end - len(token)].rstrip())
 
 
-def find_turns(conversation: Conversation, render: Render, ends: EndOfTurn, has_generation_prompt: bool) -> list[Turn]:
-    """Every assistant turn of the conversation, each from the renders up to it. Raises RowError, naming the turn."""
-    turns = []
-    for i in conversation.assistant_turns:
-        prompt, own = render(conversation.messages[:i], True), render(conversation.messages[: i + 1], False)
-        if not own.startswith(prompt):
-            at = next((k for k, (a, b) in enumerate(zip(own, prompt, strict=False)) if a != b), len(own))
-            raise conversation.error(
-                f"the start of this turn can't be found: its render differs from the generation prompt at character {at}"
-                f" ({own[at : at + 30]!r} where {prompt[at : at + 30]!r} was expected).", i
-            )  # fmt: skip
-        written = own[len(prompt) :]
-        if not has_generation_prompt and any(written.lstrip().startswith(token) for token in ends.added):
-            raise conversation.error(f"the chat template has no generation prompt, so the role header would be trained; {WAY_OUT}", i)
-        end = ends.find(written)
+@dataclass(frozen=True)
+class TurnFinder:
+    """Finds the assistant's turns of one conversation. `header`: what the template writes before an answer that its
+    generation prompt lacks (a role, where there is no generation prompt); it would be trained."""
+
+    conversation: Conversation
+    render: Render
+    ends: EndOfTurn
+    header: str = ""
+
+    def turns(self, trained: Collection[int]) -> list[Turn]:
+        """Every turn, each from the renders up to it; one that isn't trained and can't be found is passed over.
+
+        Raises TemplateFault, naming the turn.
+        """
+        found = [self.turn(i, i in trained) for i in self.conversation.assistant_turns]
+        return [turn for turn in found if turn is not None]
+
+    def turn(self, i: int, trained: bool) -> Turn | None:
+        """The turn of message `i`."""
+        prompt = self.render(self.conversation.messages[:i], True)
+        written = self._written(i, prompt, trained)
+        if written is None:
+            return None
+        if self.header.strip():
+            raise fault(self.conversation, "the chat template has no generation prompt, so the role header would be trained", i)
+        end = self.ends.find(written)
         if end is None:
-            raise conversation.error(f"the end of this turn can't be found: no end-of-turn token closes {written[-30:]!r}.", i)
+            raise fault(self.conversation, f"the end of this turn can't be found: no end-of-turn token closes {written[-30:]!r}", i)
         turn = Turn(i, prompt, written[: end[0]], written[end[0] :])
-        check_turn(conversation, turn, end[1], ends)
-        turns.append(turn)
-    return turns
+        self._check(turn, end[1], trained)
+        return turn
+
+    def _written(self, i: int, prompt: str, trained: bool) -> str | None:
+        """What the model writes after `prompt`, and what the template adds; None for an untrained turn that can't be found."""
+        messages = self.conversation.messages
+        message = messages[i]
+        thinks = trained and bool(thoughts(message))
+        opened = open_thought(prompt)
+        if thinks and closes_thought(prompt):
+            where, _ = thoughts(message)[0]
+            field = "a thought in the content" if where == "content" else where
+            why = f"the generation prompt closes the thought before the turn begins (thinking is off), and the row gives {field}"
+            raise fault(self.conversation, why, i)
+        own = self.render(messages[: i + 1], False)
+        written = own[len(prompt) :] if own.startswith(prompt) else None
+        if written is None or (thinks and opened and not shows_thoughts(message, written)):
+            written = self._after_header(i, prompt, opened, thinks, own)
+        if written is None and trained:
+            at = _first_difference(own, prompt)
+            why = f"its render differs from the generation prompt at character {at}"
+            what = f"{own[at : at + 30]!r} where {prompt[at : at + 30]!r} was expected"
+            raise fault(self.conversation, f"the start of this turn can't be found: {why} ({what})", i)
+        if trained and written is not None and opened and opened.close not in written:
+            raise fault(self.conversation, "the generation prompt opens a thought, and the row gives none for this turn", i)
+        return written
+
+    def _after_header(self, i: int, prompt: str, opened: OpenThought | None, thinks: bool, own: str) -> str | None:
+        """What `own` has after its header, with the thought of the row where the prompt opens one."""
+        before = self.conversation.messages[:i]
+        message = self.conversation.messages[i]
+        bare = self.render(before, False)
+        generation = prompt[len(bare) :] if prompt.startswith(bare) else prompt
+        stand_in = {"role": "assistant", "content": PLACEHOLDER}
+        head, found, _ = self.render([*before, stand_in], False).rpartition(PLACEHOLDER)
+        if not found:
+            return None
+        context = _first_difference(head, bare)  # headers of earlier turns lie before it
+        shared, extra = _shared_header(head, generation, context)
+        if not extra and not (thinks and opened):
+            return own[len(shared) :] if own.startswith(shared) else None
+        # The prompt goes on where the finished turn has nothing: only a thought, empty or to be filled, may stand there.
+        plain = self.render([*before, without_thoughts(message)], False)
+        if not plain.startswith(shared):
+            return None
+        said = plain[len(shared) :]
+        if thinks and opened and len(thoughts(message)) == 1:
+            return think(thoughts(message)[0][1], opened, said)
+        return said if is_empty_thought(extra) else None
+
+    def _check(self, turn: Turn, end: str, trained: bool) -> None:
+        """Everything the message says must be in the body, and the turn's end only at its end. Raises RowError."""
+        content = self.conversation.messages[turn.message]["content"]
+        inside = turn.body[: -len(end)]
+        for token in (end, *self.ends.known):
+            if token in inside or token in content:
+                why = f"the end-of-turn token {token!r} is inside the turn; the model would have stopped there."
+                raise self.conversation.error(why, turn.message)
+        check_said(self.conversation, turn.message, inside, trained)
 
 
-def cut(text: str, turns: Sequence[Turn], trained: set[int]) -> list[Piece]:
+def _first_difference(text: str, other: str) -> int:
+    return next((k for k, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+
+
+def _shared_header(head: str, generation: str, context: int) -> tuple[str, str]:
+    """`head` up to the end of what it shares with the generation prompt, and what that has beyond it.
+
+    `head` is what a finished turn has before its words: `context` characters that aren't the turn's, its header, and maybe
+    markup of the template's.
+    """
+    whole = head.rfind(generation, context)
+    if whole >= 0:
+        return head[: whole + len(generation)], ""
+    size = next((n for n in range(len(generation), 0, -1) if head.endswith(generation[:n])), 0)
+    return head, generation[size:]
+
+
+def cut(text: str, turns: Sequence[Turn], trained: Collection[int]) -> list[Piece]:
     """Cut `text` at the edges of every turn that stands in it unchanged."""
-    pieces, at = [], 0
+    pieces = []
+    at = 0
     for turn in turns:
         place = turn.place(text)
         if place is None:
             continue
-        assert place[0] >= at, "an assistant turn begins before the one ahead of it ends"
-        pieces += [Piece(text[at : place[0]]), Piece(turn.body, turn.message, turn.message in trained)]
-        at = place[1]
+        begin, end = place
+        assert begin >= at, "an assistant turn begins before the one ahead of it ends"
+        pieces += [Piece(text[at:begin]), Piece(turn.body, turn.message, turn.message in trained)]
+        at = end
     pieces.append(Piece(text[at:]))
     return [piece for piece in pieces if piece.text]
-
-
-def check_turn(conversation: Conversation, turn: Turn, end: str, ends: EndOfTurn) -> None:
-    """Everything the message says must be in what is trained, and its end only at the end. Raises RowError."""
-    message = conversation.messages[turn.message]
-    inside = turn.body[: -len(end)]
-    for token in {end, *ends.known}:
-        if token in inside or token in message["content"]:
-            why = f"the end-of-turn token {token!r} is inside the turn; the model would have stopped there."
-            raise conversation.error(why, turn.message)
-    said = message["content"].split("</think>")[-1].strip()
-    if said and said not in inside:
-        why = f"the chat template drops or changes the content ({said[:40]!r}…) of this turn; {WAY_OUT}"
-        raise conversation.error(why, turn.message)
-    needed = Counter(piece for call in message.get("tool_calls", []) for piece in _leaves(call["function"]))
-    without_content = inside.replace(said, "", 1) if said else inside
-    for forms, count in needed.items():
-        if max(without_content.count(form) for form in forms) < count:
-            why = f"the chat template drops the tool call ({forms[0][:40]!r} isn't in the render); {WAY_OUT}"
-            raise conversation.error(why, turn.message)
-
-
-def _leaves(value: Any) -> Iterator[tuple[str, ...]]:
-    """The ways in which each name and each value of a call may be written."""
-    if isinstance(value, dict) and set(value) == {"name", "arguments"}:
-        yield (value["name"],)
-        yield from _leaves(value["arguments"])
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _leaves(key)
-            yield from _leaves(entry)
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _leaves(entry)
-    elif isinstance(value, str):
-        yield value.strip(), json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1]
-    else:
-        yield json.dumps(value), str(value)
-
-
-def check_tools(conversation: Conversation, with_tools: str, without_tools: str) -> None:
-    """Every tool must show in the prompt, beyond what the messages themselves say. Raises RowError."""
-    for tool in conversation.tools or []:
-        name = tool.get("function", tool)["name"]
-        if with_tools.count(name) <= without_tools.count(name):
-            raise conversation.error(f"the chat template doesn't render the tools ({name!r} isn't in the prompt); {WAY_OUT}")
-
-
-def check_contexts(conversation: Conversation, text: str, messages: Collection[int]) -> None:
-    """What users, tools and the system say must be in the render as it is, or as JSON. Raises RowError."""
-    for i in messages:
-        said = conversation.messages[i]["content"].strip()
-        if said and said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text and json.dumps(said)[1:-1] not in text:
-            raise conversation.error(f"the chat template drops or changes the content ({said[:40]!r}…) of this message; {WAY_OUT}", i)

@@ -95,7 +95,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     parts = rollout_parts(report, engine, pool, stop, watchdog) if pool is not None else None
     info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
-    options = save_options(report.options, mesh, config.data.chat_template, subfolder="actor")
+    options = save_options(report.options, mesh, report.folder, config.data.chat_template, subfolder="actor")
     loop = asyncio.new_event_loop()  # one for the whole run: tools keep their connections
     if not trainer.val_only:
         staging.prepare(model_state(model, optimizer), mesh, options)

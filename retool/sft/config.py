@@ -75,6 +75,16 @@ class DataConfig:
         "Replaces the model's chat template: a file, or hermes (ours: ChatML with tools). It is saved into the export.",
     )
     template_date: str | None = option(None, options.TEMPLATE_DATE)
+    reasoning_in_content: bool = option(
+        False,
+        "Write what the assistant thinks (reasoning_content, reasoning, thinking) at the beginning of its content, as <think>…</think>, "
+        "for a template that doesn't show such a field.",
+    )
+    drop_reasoning: bool = option(
+        False,
+        "Train without what the assistant thinks, in a field or between <think> and </think>. Otherwise a row whose template doesn't show "
+        "it is refused.",
+    )
     custom_cls: CustomClsConfig = field(default_factory=CustomClsConfig)
     cache_dir: str | None = option(None, "Where rendered data is cached; null = ~/.cache/retool.")
 
@@ -154,5 +164,7 @@ def contradictions(config: SFTConfig) -> Iterator[Fault]:
     """Faults that only several keys together make, and what no single type can say."""
     yield from options.contradictions(run_options(config))
     yield from options.date_faults(config.data.template_date)
+    if config.data.drop_reasoning and config.data.reasoning_in_content:
+        yield Fault("data.drop_reasoning", "contradicts data.reasoning_in_content=true.", "Choose one: leave thoughts out, or write them.")
     if (config.data.custom_cls.path is None) != (config.data.custom_cls.name is None):
         yield Fault("data.custom_cls", "needs both path and name.", "Give the Python file and the function in it, or neither.")

@@ -124,8 +124,14 @@ def make_renderer(config: SFTConfig, folder: Path, day: str) -> Renderer:
     """The renderer of the model in `folder`, with the configured template; a date that it asks for is `day`. ValueError where it can't
     be made."""
     tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
-    chat_template = fix_date(tokenizer, config.data.chat_template, day)
-    return Renderer(tokenizer, chat_template, config.data.apply_chat_template_kwargs)
+    data = config.data
+    return Renderer(
+        tokenizer,
+        fix_date(tokenizer, data.chat_template, day),
+        data.apply_chat_template_kwargs,
+        drop_reasoning=data.drop_reasoning,
+        reasoning_in_content=data.reasoning_in_content,
+    )
 
 
 def _with_split(report: Report, renderer: Renderer, name: Name, files: list[str], progress: Progress | None) -> Report:
@@ -168,7 +174,13 @@ def audit_command(config: SFTConfig, files: Sequence[str]) -> str:
         given |= {"--prompt-key": data.prompt_key, "--response-key": data.response_key}
     usual = vars(audit_parser().parse_args(["audit", "FILE", "--model", ""])) | {"template_kwargs": "{}"}
     words = [word for flag, value in given.items() if value != usual[flag[2:].replace("-", "_")] for word in (flag, str(value))]
-    return shlex.join(["python", "-m", "retool.data", "audit", *files, *words, *([] if multi.enable else ["--single-turn"])])
+    switches = {
+        "--single-turn": not multi.enable,
+        "--drop-reasoning": data.drop_reasoning,
+        "--reasoning-in-content": data.reasoning_in_content,
+    }
+    words += [flag for flag, on in switches.items() if on]
+    return shlex.join(["python", "-m", "retool.data", "audit", *files, *words])
 
 
 # --- memory ---

@@ -142,7 +142,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     folder = make_run_folder(trainer.default_local_dir, config, mesh, anew=trainer.resume_mode == "disable")
     say_nothing_left(mesh, state.step, report.steps)
     info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
-    saved = save_options(report.options, mesh, config.data.chat_template)
+    saved = save_options(report.options, mesh, report.folder, config.data.chat_template)
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
     assert report.model is not None
     batching = micro_batching(mesh, config, report.choice.tokens) | {"quadratic_length": quadratic_length(report.model)}

@@ -256,8 +256,10 @@ def test_ambiguous_templates_are_refused(tmp_path, tokenizer, chat_row, conversa
     with pytest.raises(ValueError, match="couldn't learn to stop"):
         Renderer(tokenizer, write(tmp_path, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"))
     thought = CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
-    with pytest.raises(RowError, match=r"message 1 .*start of this turn can't be found.*character"):
+    with pytest.raises(RowError, match=r"message 1 .*opens a thought, and the row gives none"):
         Renderer(tokenizer, write(tmp_path, thought)).render(conversation(chat_row))
+    with pytest.raises(RowError, match=r"message 1 .*start of this turn can't be found.*character"):
+        Renderer(tokenizer, write(tmp_path, thought.replace("<think>", "Plan:"))).render(conversation(chat_row))
     shout = CHATML.replace("m.content", "m.content | upper") + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     with pytest.raises(ValueError, match="doesn't show an answer as it is written"):
         Renderer(tokenizer, write(tmp_path, shout))
