@@ -9,13 +9,17 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from retool.checkpoint import folder as on_disk
 from retool.checkpoint.merge import convert, merge
 from retool.checkpoint.shards import ShardSource
-from retool.checkpoint.verify import verify
+from retool.checkpoint.verify import assurance, verify
+from retool.metrics import printable
+from retool.untrusted import shown
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,15 +50,25 @@ def list_checkpoints(root: Path, console: Console) -> int:
     chosen = on_disk.latest(root)
     table = Table("", "step", "ranks", "GiB", "holds", "state")
     for step, path in on_disk.steps(root):
+        row = ("*" if path == chosen else "", str(step), *_described(path))
+        table.add_row(*map(Text, row))  # as text: names of unknown origin would else be read as markup
+    console.print(table if table.row_count else Text(f"{shown(str(root))} holds no checkpoint."), soft_wrap=True)
+    return 0
+
+
+def _described(path: Path) -> tuple[str, str, str, str]:
+    """Ranks, size, contents and state of a checkpoint as `ls` shows them."""
+    try:
         where = on_disk.model_folder(path)
         wrong = on_disk.faults(where)
         kinds = [kind for kind in ("model", "optim", "extra_state") if any(where.glob(f"{kind}_world_size_*.pt"))]
         kinds += ["export"] if any((where / "huggingface").glob("*.safetensors")) else []
-        size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-        ranks, condition = ("?", wrong[0]) if wrong else (str(on_disk.world_size(where)), "complete")
-        table.add_row("*" if path == chosen else "", str(step), ranks, f"{size / 2**30:.2f}", " ".join(kinds), condition)
-    console.print(table if table.row_count else f"{root} holds no checkpoint.", soft_wrap=True)
-    return 0
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        ranks = "?" if wrong else str(on_disk.world_size(where))
+        condition = shown(wrong[0]) if wrong else "complete" if on_disk.recorded(where) else "complete, without checksums"
+    except OSError as error:
+        return "?", "?", "", f"can't be read ({error.strerror or error})"
+    return ranks, f"{size / 2**30:.2f}", " ".join(kinds), condition
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -68,7 +82,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         def progress(what: str, elements: int) -> None:
             nonlocal done
             done += elements
-            bar.update(task, completed=done // 10**6, description=f"{options.command} {what}")
+            bar.update(task, completed=done // 10**6, description=escape(f"{options.command} {what}"))
 
         if options.command == "merge":
             files = merge(options.folder, options.out, DTYPES[options.dtype], progress)
@@ -77,8 +91,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
             message, status = f"{convert(options.folder, options.world_size, options.out, progress)}: {options.world_size} rank(s)", 0
         else:
             problems = verify(options.folder, progress)
-            message, status = "\n".join(problems) or f"{options.folder}: complete, undamaged, finite", int(bool(problems))
-    console.print(message, soft_wrap=True, markup=False, highlight=False)
+            message, status = "\n".join(problems) or assurance(options.folder), int(bool(problems))
+    for line in message.splitlines():
+        console.print(printable(line), soft_wrap=True, markup=False, highlight=False)
     return status
 
 
@@ -100,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(options, Console() if sys.stdout.isatty() else Console(width=200))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
 
 

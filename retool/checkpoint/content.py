@@ -22,6 +22,9 @@ ADAMW = {
 }  # fmt: skip
 
 
+SAVED_AT = "retool_step"  # an attribute of a model file's OrderedDict: the training step. Other readers don't look
+
+
 @dataclass(frozen=True)
 class Place:
     """Whose file it is: rank `rank` of `replicas` × `shards`."""
@@ -48,11 +51,12 @@ def _tensor(buffer: torch.Tensor, rows: Rows, place: Place) -> torch.Tensor:
     return local if place.world == 1 else sharded_tensor(local, rows.member.shape, place.replicas, place.shards, place.rank)
 
 
-def model_content(layout: Layout, place: Place, params: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-    """A rank's model file, from its row buffer: name → rows of it, tied names included."""
+def model_content(layout: Layout, place: Place, params: torch.Tensor, step: int) -> OrderedDict[str, torch.Tensor]:
+    """A rank's model file of training step `step`, from its row buffer: name → rows of it, tied names included."""
     content = OrderedDict((rows.member.name, _tensor(params, rows, place)) for rows in named_rows(layout, place.shard_rank))
     for alias, name in layout.aliases:
         content[alias] = content[name]
+    setattr(content, SAVED_AT, step)
     return content
 
 
@@ -74,9 +78,10 @@ def frozen(content: Mapping[str, Any], what: str) -> bytes:
     pickled = io.BytesIO()
     torch.save(content, pickled)
     with zipfile.ZipFile(pickled) as archive:
-        data = archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+        records = archive.namelist()
+        data = archive.read(next(name for name in records if name.endswith("/data.pkl")))
     try:
-        parse(data)
+        parse(data, len(records))
     except ValueError as error:
         raise ValueError(f"{what} may hold tensors, strings, numbers, lists and dicts only: {error}.") from error
     return pickled.getvalue()

@@ -19,16 +19,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from retool import __version__
+from retool import __version__, untrusted
 from retool.checkpoint.archive import BLOCK
 from retool.redact import logger
+from retool.untrusted import shown
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 CONFIG = "fsdp_config.json"
 DATA = "data.pt"
 MARK = "unfinished.txt"  # first into a folder that may be deleted, and the last file to go
-STEP = re.compile(r"global_step_(\d+)")
+STEP = re.compile(r"global_step_(\d{1,18})")
+SMALL_BYTES = 1 << 20  # fsdp_config.json, and checksums.json of a small checkpoint
+BYTES_OF_A_CHECKSUM = 16  # in checksums.json
+TRACKER_BYTES = 64
 
 log = logger("retool.checkpoint")
 
@@ -76,12 +80,9 @@ def write_config(folder: Path, world: int, shards: int, step: int, files: dict[s
     write_text(folder / CHECKSUMS, json.dumps({"block": BLOCK, "files": files}) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, limit: int = SMALL_BYTES) -> Any:
     """A JSON file's content; ValueError names the file."""
-    try:
-        return json.loads(path.read_text())
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} can't be read as JSON ({error}).") from error
+    return untrusted.read_json(path, limit)
 
 
 def world_size(folder: Path) -> int:
@@ -92,7 +93,7 @@ def world_size(folder: Path) -> int:
         if type(world) is not int or world < 1:
             raise ValueError(f"{folder / CONFIG} has no world_size.")
         return world
-    shard = re.compile(r"model_world_size_(\d+)_rank_\d+\.pt")
+    shard = re.compile(r"model_world_size_(\d{1,9})_rank_\d+\.pt")
     found = {int(m[1]) for p in folder.glob("model_world_size_*.pt") if (m := shard.fullmatch(p.name))}
     if len(found) != 1:
         inside = next((f" It is a run; its newest checkpoint is {newest}." for _, newest in steps(folder)), "")
@@ -100,15 +101,54 @@ def world_size(folder: Path) -> int:
     return found.pop()
 
 
+def first_missing(folder: Path, kind: str, world: int) -> str | None:
+    """The name of the first of `world` ranks' files that isn't there. The work is that of the files that are."""
+    there = {path.name for path in folder.glob(f"{kind}_world_size_{world}_rank_*.pt")}
+    names = (shard_name(kind, world, rank) for rank in range(world))
+    return next((name for name in names if name not in there), None)
+
+
 def recorded(folder: Path) -> dict[str, Any]:
     """What checksums.json says of each file; empty where there is none (not our checkpoint)."""
-    if not (folder / CHECKSUMS).exists():
+    path = folder / CHECKSUMS
+    if not path.exists():
         return {}
-    content = read_json(folder / CHECKSUMS)
+    parts = [part for part in (folder, folder / "huggingface") if part.is_dir()]
+    described = sum(file.stat().st_size for part in parts for file in part.iterdir() if file.is_file())
+    content = read_json(path, SMALL_BYTES + described // BLOCK * BYTES_OF_A_CHECKSUM)
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or content.get("block") != BLOCK:
-        raise ValueError(f"{folder / CHECKSUMS} is not in the form that this version writes.")
+        raise ValueError(f"{path} is not in the form that this version writes.")
+    for name, entry in files.items():
+        if not _is_inside(name):
+            raise ValueError(f"{path} names {shown(name)}, which is no file of this checkpoint: it is damaged, or made up.")
+        if not _is_entry(entry):
+            raise ValueError(f"{path} says nothing sensible of {name}: it is damaged, or made up.")
     return files
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file in the folder. The one exception is data.pt, which is beside `actor/`."""
+    parts = Path(name).parts
+    plain = name == shown(name) and not Path(name).is_absolute() and ".." not in parts and bool(parts)
+    return plain or name == f"../{DATA}"
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    size, checksums = entry.get("size"), entry.get("crc32")
+    if type(size) is not int or size < 0 or not isinstance(checksums, list):
+        return False
+    return len(checksums) == -(-size // BLOCK) and all(type(checksum) is int for checksum in checksums)
+
+
+def written_by_us(folder: Path) -> bool:
+    """Whether retool wrote a checkpoint: only then its states besides the tensors are known to be readable."""
+    if (folder / CHECKSUMS).exists():
+        return True
+    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    return isinstance(config, dict) and str(config.get("writer", "")).startswith("retool ")
 
 
 def faults(folder: Path) -> list[str]:
@@ -116,11 +156,13 @@ def faults(folder: Path) -> list[str]:
     if not folder.is_dir():
         return [f"{folder} is not there"]
     try:
-        world, files = world_size(folder), recorded(folder)
-    except ValueError as error:
+        world = world_size(folder)
+        files = recorded(folder)
+        missing = None if files else first_missing(folder, "model", world)
+    except (ValueError, OSError) as error:
         return [str(error)]
-    expected = list(files) or [shard_name("model", world, rank) for rank in range(world)]
-    out = [f"{name} is missing" for name in expected if not (folder / name).is_file()]
+    out = [f"{name} is missing" for name in files if not (folder / name).is_file()]
+    out += [f"{missing} is missing"] if missing else []
     out += [
         f"{name} has {(folder / name).stat().st_size} bytes instead of {entry['size']}"
         for name, entry in files.items()
@@ -180,9 +222,9 @@ def tracked(root: Path) -> int | None:
     if not os.path.lexists(path):
         return None
     try:
-        text = path.read_bytes()[:32].strip() if path.is_file() else b""  # reading a pipe would wait for ever
-    except OSError as error:
-        log.warning("%s can't be read (%s): looking for the newest complete checkpoint instead.", path, error.strerror)
+        text = untrusted.read_bytes(path, TRACKER_BYTES).strip()
+    except ValueError as error:  # a folder, a pipe, a long text, or a disk that doesn't answer
+        log.warning("%s Looking for the newest complete checkpoint instead.", error)
         return None
     if not text.isdigit():
         log.warning("%s does not hold a step: looking for the newest complete checkpoint instead.", path)

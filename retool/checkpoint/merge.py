@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from retool.checkpoint import folder as on_disk
-from retool.checkpoint.archive import write_archive
+from retool.checkpoint.archive import WAY_OUT, write_archive
 from retool.checkpoint.claim import claim, publish, remove
 from retool.checkpoint.content import Place, frozen, model_content, optimizer_content
 from retool.checkpoint.hf import copy_side_files, tied, untie
+from retool.checkpoint.mixture import require_one_step
 from retool.checkpoint.rows import all_rows, rows_numel
 from retool.checkpoint.safetensors import INDEX, SHARD_BYTES, SINGLE, WeightsWriter
-from retool.checkpoint.shards import Shards, ShardSource, optimizer_step, parameter_group, read_state
+from retool.checkpoint.shards import Shards, ShardSource, extra_state, optimizer_step, parameter_group, step_of
 from retool.checkpoint.source import CHUNK, same_values
 from retool.parallel.fsdp.layout import Layout, make_layout
 
@@ -82,7 +83,9 @@ def _is_embedding(source: ShardSource, config_folder: Path) -> bool:
 def _complete(folder: Path) -> Path:
     where = on_disk.model_folder(folder)
     if wrong := on_disk.faults(where):
-        raise ValueError(f"{folder} is not a complete checkpoint: {'; '.join(wrong[:5])}.")
+        raise ValueError(f"{folder} is not a complete checkpoint: {'; '.join(wrong[:5])}. {WAY_OUT}")
+    if not on_disk.recorded(where):  # else each byte is compared with its checksum when it is read
+        require_one_step(where)
     return where
 
 
@@ -94,9 +97,10 @@ def convert(folder: Path, world: int, out: Path | None = None, progress: Progres
     """
     if world < 1:
         raise ValueError(f"--world-size {world}: it must be at least 1.")
+    folder = folder.resolve()  # "." has no name to put .tmp after
     where = _complete(folder)
-    final = out or folder
-    if out is not None and out.exists():
+    final = folder if out is None else out.resolve()
+    if out is not None and final.exists():
         raise ValueError(f"{out} exists. Give another folder, or delete it first.")
     temporary = claim(final, "converting")  # not .tmp: a run's next save clears those away
     try:
@@ -132,21 +136,25 @@ def file_layout(source: ShardSource, shards: int) -> Layout:
 def _write_ranks(where: Path, target: Path, world: int, progress: Progress) -> int:
     """All ranks' files, one after the other; the checkpoint's step."""
     source = ShardSource(where)
-    layout, has_optimizer = file_layout(source, world), any(where.glob("optim_world_size_*_rank_0.pt"))
-    optim = Shards(where, "optim")
-    moments = [ShardSource(optim, which) for which in ("exp_avg", "exp_avg_sq")] if has_optimizer else []
+    layout = file_layout(source, world)
     extra = _shared_extra(where)
+    step = step_of((extra or {}).get("step", 0), where)
+    moments: list[ShardSource] = []
+    optim: Shards | None = None
+    if any(where.glob("optim_world_size_*_rank_0.pt")):
+        optim = Shards(where, "optim")
+        moments = [ShardSource(optim, which) for which in ("exp_avg", "exp_avg_sq")]
     for rank in range(world):
-        place, scratch = Place(rank, world), target / "scratch"
-        params = _fill(layout, rank, source, scratch, progress)
-        write_archive(target / on_disk.shard_name("model", world, rank), model_content(layout, place, params))
-        if moments:
-            first, second = (_fill(layout, rank, m, target / f"scratch{i}", progress) for i, m in enumerate(moments))
+        place = Place(rank, world)
+        params = _fill(layout, rank, source, target / "scratch", progress)
+        write_archive(target / on_disk.shard_name("model", world, rank), model_content(layout, place, params, step))
+        if optim is not None:
+            first, second = (_fill(layout, rank, moment, target / f"scratch{i}", progress) for i, moment in enumerate(moments))
             content = optimizer_content(layout, place, first, second, optimizer_step(optim), parameter_group(optim))
             write_archive(target / on_disk.shard_name("optim", world, rank), content)
         if extra is not None:
             (target / on_disk.shard_name("extra_state", world, rank)).write_bytes(frozen(extra, "extra"))
-    return int((extra or {}).get("step", 0))
+    return step
 
 
 def _fill(layout: Layout, rank: int, source: ShardSource, scratch: Path, progress: Progress) -> torch.Tensor:
@@ -167,7 +175,5 @@ def _fill(layout: Layout, rank: int, source: ShardSource, scratch: Path, progres
 
 def _shared_extra(where: Path) -> dict[str, Any] | None:
     """What all ranks share of our extra state; None for another program's."""
-    files, name = on_disk.recorded(where), on_disk.shard_name("extra_state", on_disk.world_size(where), 0)
-    if name not in files:
-        return None
-    return {k: v for k, v in read_state(where / name, files[name]["crc32"]).items() if k != "rng"}
+    extra = extra_state(where, 0)
+    return None if extra is None else {key: value for key, value in extra.items() if key != "rng"}

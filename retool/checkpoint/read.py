@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 import torch
 
 from retool.checkpoint import rng
-from retool.checkpoint.folder import CONFIG, DATA, faults, model_folder, read_json, recorded, shard_name, world_size
-from retool.checkpoint.shards import Shards, ShardSource, optimizer_step, read_state
+from retool.checkpoint.archive import WAY_OUT
+from retool.checkpoint.folder import CONFIG, DATA, faults, model_folder, read_json, shard_name, world_size, written_by_us
+from retool.checkpoint.mixture import require_one_step_unless_vouched
+from retool.checkpoint.shards import Shards, ShardSource, optimizer_step, own_state, step_of
 from retool.checkpoint.source import ModelState, load_flat, require_finite
 from retool.parallel.mesh import Mesh
 
@@ -46,6 +47,7 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
     where = model_folder(top)
     if wrong := faults(where):
         raise ValueError(f"{top} can't be resumed: {'; '.join(wrong[:5])}. Resume from an older one (trainer.resume_from_path).")
+    require_one_step_unless_vouched(where)
     with torch.no_grad():
         load_flat(state.layout, mesh.shard_rank, ShardSource(where), state.params)
         way_out = "Resume from an older one (trainer.resume_from_path)."
@@ -58,21 +60,27 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
             load_flat(state.layout, mesh.shard_rank, ShardSource(optim, "exp_avg_sq"), state.exp_avg_sq)
             updates = optimizer_step(optim)
     same, extra = _extra(where, mesh)
-    named = re.fullmatch(r"global_step_(\d+)(?:\.old)?", top.name)
-    step = int(extra.pop("step", named[1] if named else updates))
+    named = re.fullmatch(r"global_step_(\d{1,18})(?:\.old)?", top.name)
+    step = step_of(extra.pop("step", named[1] if named else updates), where)
     states = extra.pop("rng", None)
     if same and states is not None:
-        rng.restore(states, mesh.device)
+        _restore(states, mesh, where)
     else:
         rng.derive(seed, step, mesh.rank)
     return Loaded(extra, data_state(top), step, updates, same)
 
 
+def _restore(states: Any, mesh: Mesh, where: Path) -> None:
+    try:
+        rng.restore(states, mesh.device)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        path = where / shard_name("extra_state", mesh.world, mesh.rank)
+        raise ValueError(f"{path} holds no random states ({type(error).__name__}). {WAY_OUT}") from error
+
+
 def data_state(top: Path) -> dict[str, Any]:
     """A checkpoint's data.pt, if we wrote it: other programs put pickled classes there. ValueError where it is damaged."""
-    where = model_folder(top)
-    entry = recorded(where).get(os.path.relpath(top / DATA, where))
-    return read_state(top / DATA, entry["crc32"]) if entry is not None else {}
+    return own_state(top / DATA, model_folder(top)) or {}
 
 
 def _require_optimizer(folder: Path) -> None:
@@ -86,19 +94,11 @@ def _require_optimizer(folder: Path) -> None:
 
 def _extra(folder: Path, mesh: Mesh) -> tuple[bool, dict[str, Any]]:
     """(whether this layout wrote it, this rank's extra state or rank 0's). Empty for other programs' checkpoints."""
-    files = recorded(folder)
-    config = read_json(folder / CONFIG) if files else {}
+    config = read_json(folder / CONFIG) if written_by_us(folder) else {}
     same = config.get("world_size") == mesh.world and config.get("shards") == mesh.shards
     return same, extra_state(folder, mesh.rank if same else 0)
 
 
 def extra_state(folder: Path, rank: int) -> dict[str, Any]:
     """A rank's extra state, if we wrote it. ValueError where it is damaged."""
-    files = recorded(folder)
-    name = shard_name("extra_state", world_size(folder), rank)
-    if name not in files:
-        return {}
-    extra = read_state(folder / name, files[name]["crc32"])
-    if not isinstance(extra, dict):
-        raise ValueError(f"{folder / name}: not a dict of states.")
-    return extra
+    return own_state(folder / shard_name("extra_state", world_size(folder), rank), folder) or {}

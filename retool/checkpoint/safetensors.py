@@ -7,7 +7,7 @@ Sizes are known before any data, so tensors can be written as they come and noth
 from __future__ import annotations
 
 import json
-import mmap
+import os
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from retool.checkpoint.archive import ChecksummedFile
+from retool.checkpoint.archive import ChecksummedFile, mapped
+from retool.checkpoint.stored import MOST_DIMENSIONS
+from retool.untrusted import open_regular, shown
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -23,6 +25,7 @@ DTYPES = {
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 HEADER_LIMIT = 100 << 20  # the format's own limit
+MOST_BYTES = 1 << 63
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,22 +36,29 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            size = path.stat().st_size
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, HEADER_LIMIT):
-                raise ValueError(f"{path} is not a safetensors file or is truncated: {size} bytes, header of {length}.")
+                raise ValueError(f"{path} is not a safetensors file or is truncated: {size} bytes, header of {length}. Fetch it again.")
             try:
-                header = json.loads(file.read(length))
-                self.entries = {name: _entry(entry, 8 + length) for name, entry in header.items() if name != "__metadata__"}
+                header = json.loads(file.read(length).decode("utf-8"))
+                self.entries = {name: _entry(name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"}
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{path} has a broken safetensors header ({error}). Fetch it again.") from error
-            for name, (dtype, shape, begin, end) in self.entries.items():
-                if not 8 + length <= begin <= end <= size or end - begin != prod(shape) * dtype.itemsize:
-                    where = f"bytes [{begin}, {end}) of {size}"
-                    raise ValueError(f"{path}: {name} {list(shape)} {dtype} does not fit its {where}. Fetch it again.")
-            # Copy-on-write, never written: torch warns about buffers that it could not write to.
-            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                raise ValueError(f"{path} has a broken safetensors header ({shown(str(error))}). Fetch it again.") from error
+            self._check_places(8 + length, size)
+            self.data = mapped(file)
+
+    def _check_places(self, start: int, size: int) -> None:
+        """Each tensor has the bytes that its shape needs, inside the file, and none of another's."""
+        end_of_last = start
+        for name, (dtype, shape, begin, end) in sorted(self.entries.items(), key=lambda item: item[1][2:]):
+            if not start <= begin <= end <= size or end - begin != prod(shape) * dtype.itemsize:
+                where = f"bytes [{begin}, {end}) of {size}"
+                raise ValueError(f"{self.path}: {name} {list(shape)} {dtype} does not fit its {where}. Fetch it again.")
+            if begin < end_of_last:
+                raise ValueError(f"{self.path}: {name} overlaps another tensor. Fetch it again.")
+            end_of_last = end
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, 1-D, a view of the mapped file."""
@@ -58,12 +68,17 @@ class SafetensorsFile:
         return torch.frombuffer(self.data, dtype=dtype, count=stop - start, offset=begin + start * dtype.itemsize)
 
 
-def _entry(entry: dict[str, Any], base: int) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    if entry["dtype"] not in DTYPES:
+def _entry(name: str, entry: dict[str, Any], base: int) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    if name != shown(name):
+        raise ValueError("a name that can't be printed")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {entry['dtype']} is not supported")
-    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError("shapes and offsets must be whole numbers")
+    shape = tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"{name} has {len(shape)} dimensions")
+    if not all(type(n) is int and 0 <= n < MOST_BYTES for n in (*shape, begin, end)):
+        raise ValueError("shapes and offsets must be whole numbers, of sizes that a file can have")
     return DTYPES[entry["dtype"]], shape, base + begin, base + end
 
 

@@ -8,40 +8,55 @@ which tensors' places in the file and their sharding are read; every other name 
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Hashable
+from collections.abc import Sized
 from typing import Any
 
-from retool.checkpoint.stored import Name, Record, Refused, call, expect, instance, name_of, storage_of
+from retool.checkpoint.stored import MOST_DIMENSIONS, Attributed, Name, Record, Refused, call, expect, instance, key_of, name_of, storage_of
+from retool.untrusted import shown
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 LITERALS = {
     "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
 }  # fmt: skip
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# An opcode takes about a microsecond. Real files have 80 to 160 of them for each tensor, and a hundred thousand besides at most.
+WORK_OF_A_FILE = 1_000_000
+WORK_OF_A_RECORD = 500
 
 
-def parse(data: bytes) -> Any:
-    """The object that a pickle describes, tensors as `Stored` and `Sharded`. ValueError for anything else than data."""
-    machine = _Machine()
+def parse(data: bytes, records: int = 0) -> Any:
+    """The object that a pickle describes, tensors as `Stored` and `Sharded`. ValueError for anything else than data.
+
+    `records` is how many tensors the file holds: it bounds the work that the pickle may ask for.
+    """
+    machine = _Machine(WORK_OF_A_FILE + records * WORK_OF_A_RECORD)
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "STOP":
                 return machine.pop()
+            machine.spend(1)
             machine.step(opcode.name, argument)
     except Refused:
         raise
     except Exception as error:  # a broken stream can break the machine anywhere; what matters is that it is broken
-        raise ValueError(f"broken pickle: {type(error).__name__}: {error}") from error
+        raise ValueError(f"broken pickle: {type(error).__name__}: {shown(str(error))}") from error
     raise ValueError("broken pickle: it has no end")
 
 
 class _Machine:
     """The stack machine for the opcodes that torch writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: int) -> None:
+        self.work = work
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+
+    def spend(self, work: int) -> None:
+        """Count opcodes, and items that are copied: shared ones may be copied any number of times."""
+        self.work -= work
+        if self.work < 0:
+            raise Refused("refused: reading it would take more work than any real file of its kind")
 
     def pop(self) -> Any:
         return self.stack.pop()
@@ -86,7 +101,7 @@ class _Machine:
                 expect(list, self.stack[-1]).extend(items)
             case "SETITEM" | "SETITEMS":
                 items = self.pop_mark() if op == "SETITEMS" else [self.pop() for _ in range(2)][::-1]
-                expect(dict, self.stack[-1]).update((_key(k), v) for k, v in zip(items[::2], items[1::2], strict=True))
+                expect(dict, self.stack[-1]).update((key_of(k), v) for k, v in zip(items[::2], items[1::2], strict=True))
             case "GLOBAL":
                 self.stack.append(name_of(argument))
             case "STACK_GLOBAL":
@@ -95,23 +110,29 @@ class _Machine:
             case "BINPERSID":
                 self.stack.append(storage_of(self.pop()))
             case "REDUCE":
-                args, function = self.pop(), self.pop()
-                self.stack.append(call(expect(Name, function).name, expect(tuple, args)))
+                args = self._arguments()
+                self.stack.append(call(expect(Name, self.pop()).name, args))
             case "NEWOBJ":
-                args, cls = self.pop(), self.pop()
-                self.stack.append(instance(expect(Name, cls).name, expect(tuple, args)))
+                args = self._arguments()
+                self.stack.append(instance(expect(Name, self.pop()).name, args))
             case "BUILD":
-                state, target = self.pop(), self.stack[-1]
-                if isinstance(target, Record):
-                    target.state.update(expect(dict, state))
-                else:
-                    expect(dict, target)  # an OrderedDict's attributes (torch's _metadata): nothing that we need
+                self._build(expect(dict, self.pop()), self.stack[-1])
             case _:
                 raise Refused(f"refused pickle opcode {op}: torch writes no such thing for tensors")
 
+    def _arguments(self) -> tuple[Any, ...]:
+        args = expect(tuple, self.pop())
+        if len(args) > MOST_DIMENSIONS:
+            raise ValueError(f"a call with {len(args)} arguments")
+        self.spend(sum(len(arg) for arg in args if isinstance(arg, Sized)))
+        return args
 
-def _key(value: Any) -> Hashable:
-    """Only plain keys: hashing nested tuples can take exponential time."""
-    if not isinstance(value, (str, int, float)):
-        raise ValueError(f"a dict key of type {type(value).__name__}")
-    return value
+    def _build(self, state: dict[Any, Any], target: Any) -> None:
+        """Set an object's attributes."""
+        self.spend(len(state))
+        if isinstance(target, Record):
+            target.state.update(state)
+        elif isinstance(target, Attributed):
+            target.attributes.update(state)
+        else:
+            raise ValueError(f"attributes for a {type(target).__name__}")

@@ -13,6 +13,7 @@ from retool.checkpoint import folder as on_disk
 from retool.checkpoint.archive import TorchFile
 from retool.checkpoint.hf import SafetensorsSource
 from retool.checkpoint.merge import Progress, stored_names
+from retool.checkpoint.mixture import NOTHING_VOUCHES, require_one_step
 from retool.checkpoint.safetensors import INDEX
 from retool.checkpoint.shards import ShardSource, read_state
 from retool.checkpoint.source import CHUNK, TensorSource, match_names, require_tied
@@ -25,9 +26,10 @@ T = TypeVar("T")
 def verify(folder: Path, progress: Progress) -> list[str]:
     """What is wrong with a checkpoint, or with a Hugging Face model folder: empty if nothing is. Reads all of it, in pieces.
 
-    A checkpoint: files and sizes against checksums.json; checksums; every rank's shapes and rows; finite values; moments as large
-    as their parameters; the export equal to the shards in its dtype. A model folder: config.json, every file that the index names,
-    names and shapes as config.json says, finite values.
+    A checkpoint: files and sizes against checksums.json; checksums; one step in all files; every rank's shapes and rows; copies of
+    the same rows; finite values; moments as large as their parameters; the export equal to the shards in its dtype. A model folder:
+    config.json, every file that the index names, names and shapes as config.json says, finite values. See `assurance` for what is
+    known where nothing is wrong.
     """
     where = on_disk.model_folder(folder)
     if is_model_folder(where):
@@ -35,10 +37,10 @@ def verify(folder: Path, progress: Progress) -> list[str]:
     problems = on_disk.faults(where)
     if problems:
         return problems
-    for check in (_files(where), _shards(where, progress), _export(where, progress)):
+    for check in (_files(where), _one_step(where), _shards(where, progress), _export(where, progress)):
         try:
             problems += check
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problems.append(str(error))
     return problems
 
@@ -77,6 +79,19 @@ def _model_faults(folder: Path, progress: Progress) -> list[str]:
 def _not_finite(source: TensorSource, name: str, progress: Progress) -> int:
     """How many values of a tensor are NaN or infinite."""
     return sum(int((~torch.isfinite(piece)).sum()) for piece in _pieces(source, name, progress))
+def assurance(folder: Path) -> str:
+    """What is known of a checkpoint that `verify` found nothing wrong with: without checksums that is less."""
+    where = on_disk.model_folder(folder)
+    if is_model_folder(where):
+        return f"{folder}: complete and finite; a model folder has no checksums, so nothing vouches for its values"
+    if on_disk.recorded(where):
+        return f"{folder}: complete, undamaged, finite"
+    return f"{folder}: complete and finite, but {NOTHING_VOUCHES}"
+
+
+def _one_step(where: Path) -> Iterator[str]:
+    require_one_step(where)
+    yield from ()
 
 
 def _files(where: Path) -> Iterator[str]:

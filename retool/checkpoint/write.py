@@ -162,7 +162,7 @@ def _write_shards(snapshot: _Snapshot, target: Path) -> None:
     if "optimizer" in contents and "exp_avg" in host:
         wanted["optim"] = lambda: optimizer_content(layout, place, host["exp_avg"], host["exp_avg_sq"], step, group)
     if "model" in contents:
-        wanted["model"] = lambda: model_content(layout, place, host["params"])
+        wanted["model"] = lambda: model_content(layout, place, host["params"], snapshot.step)
     if "extra" in contents:
         wanted["extra_state"] = lambda: snapshot.extra
 

@@ -1,0 +1,71 @@
+"""Do the files of a checkpoint belong together? Checksums say so. Without them, the steps that the files themselves tell are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from retool.checkpoint.archive import WAY_OUT
+from retool.checkpoint.content import SAVED_AT
+from retool.checkpoint.folder import CHECKSUMS, CONFIG, read_json, recorded, shard_name, written_by_us
+from retool.checkpoint.shards import Shards, extra_state, optimizer_steps
+from retool.checkpoint.stored import Attributed
+from retool.redact import logger
+
+NOTHING_VOUCHES = (
+    f"it has no {CHECKSUMS}, so nothing vouches for its files belonging together: "
+    "each file's own checksums are right, and the steps that the ranks' files tell agree"
+)
+
+log = logger("retool.checkpoint")
+
+
+def require_one_step(where: Path) -> None:
+    """ValueError if files of a checkpoint were written at different steps.
+
+    Compared are the training step in our files (extra_state, model) with fsdp_config.json's, and of each parameter the number of
+    AdamW's updates with rank 0's. Other programs' model files tell no step.
+    """
+    expected: tuple[Path, int] | None = None
+    for path, step in _training_steps(where):
+        expected = expected or (path, step)
+        if step != expected[1]:
+            raise _mixed(path, step, *expected)
+    if not any(where.glob("optim_world_size_*_rank_0.pt")):
+        return
+    optim = Shards(where, "optim")
+    first = optimizer_steps(optim, 0)
+    for rank in range(1, optim.world):
+        for index, step in optimizer_steps(optim, rank).items():
+            if step != first.get(index, step):
+                raise _mixed(optim.file(rank).path, step, optim.file(0).path, first[index], f"update {{}} of parameter {index}")
+
+
+def require_one_step_unless_vouched(where: Path) -> None:
+    """The same where there are no checksums, and a warning that there are none. With them, each byte is checked when it is read."""
+    if recorded(where):
+        return
+    require_one_step(where)
+    log.warning("%s: %s.", where, NOTHING_VOUCHES)
+
+
+def _mixed(path: Path, step: int, other: Path, expected: int, what: str = "step {}") -> ValueError:
+    return ValueError(
+        f"{path} is of {what.format(step)}, {other} of {what.format(expected)}: files of two checkpoints are mixed. {WAY_OUT}"
+    )
+
+
+def _training_steps(where: Path) -> Iterator[tuple[Path, int]]:
+    """(file, training step that it tells), of each file that tells one."""
+    if not written_by_us(where) or not any(where.glob("model_world_size_*_rank_*.pt")):
+        return
+    config = read_json(where / CONFIG)
+    if isinstance(config, dict) and isinstance(step := config.get("step"), int):
+        yield where / CONFIG, step
+    model = Shards(where, "model")
+    for rank in range(model.world):
+        content = model.file(rank).content
+        if isinstance(content, Attributed) and isinstance(step := content.attributes.get(SAVED_AT), int):
+            yield model.file(rank).path, step
+        if isinstance(step := (extra_state(where, rank) or {}).get("step"), int):
+            yield where / shard_name("extra_state", model.world, rank), step
