@@ -224,7 +224,7 @@ def tracked(root: Path) -> int | None:
     try:
         text = untrusted.read_bytes(path, TRACKER_BYTES).strip()
     except ValueError as error:  # a folder, a pipe, a long text, or a disk that doesn't answer
-        log.warning("%s Looking for the newest complete checkpoint instead.", error)
+        log.warning("%s does not hold a step (%s): looking for the newest complete checkpoint instead.", path, error)
         return None
     if not text.isdigit():
         log.warning("%s does not hold a step: looking for the newest complete checkpoint instead.", path)
