@@ -2,7 +2,8 @@
 
     custom_reward_function.path=examples/custom_reward.py custom_reward_function.name=compute_score
 
-It runs in a process of its own with 2 seconds, 2 GB and no network; whatever it raises costs the answer its score, no more.
+It runs in a process of its own with 2 seconds, 2 GB and no network (`docs/rewards.md` says how to change that). An answer on which it
+raises gets the floor; a step on whose answers it mostly raises ends the run with the traceback.
 """
 
 from __future__ import annotations

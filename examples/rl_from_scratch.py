@@ -22,8 +22,8 @@ from retool.rl.advantages import grpo
 from retool.rl.agent import AgentOptions
 from retool.rl.batching import Budget, Row, rank_batches
 from retool.rl.engine import Engine, EngineOptions
+from retool.rl.judging import Judged
 from retool.rl.policy import LossSpec, update_step
-from retool.rl.reward_pool import Judged
 from retool.rl.rollout import RolloutParts, Sampling, roll_out
 from retool.rl.types import Prompt, Trajectory
 

@@ -28,11 +28,12 @@ from retool.rl.config import RLConfig
 from retool.rl.data import prompts_at
 from retool.rl.engine import Engine
 from retool.rl.eos import eos_ids
+from retool.rl.judges import open_judges
+from retool.rl.judging import Judges
 from retool.rl.losses import Clip
 from retool.rl.memory import engine_options
 from retool.rl.plan import Report, uses_reference
 from retool.rl.policy import LossSpec
-from retool.rl.reward_pool import RewardPool
 from retool.rl.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
@@ -55,7 +56,7 @@ class Run:
     engine: Engine
     engines: int
     rollout: RolloutParts | None
-    pool: RewardPool | None
+    pool: Judges | None
     loop: asyncio.AbstractEventLoop
     stop: StopRequest
     watchdog: Watchdog
@@ -75,8 +76,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     assert report.model is not None and report.folder is not None and report.reward is not None, "train needs a report without faults"
     engines = mesh.world // wanted.rollout.tensor_model_parallel_size
     leads = mesh.rank % wanted.rollout.tensor_model_parallel_size == 0
-    judged = config.reward_model
-    pool = RewardPool(report.reward, judged.num_workers, judged.timeout_seconds, judged.memory_mb, judged.floor) if leads else None
+    pool = open_judges(report.reward, config.reward_model) if leads else None
     model = load_pretrained(report.folder, mesh, model_options(report))
     sharding, optim = wanted.actor.fsdp_config, wanted.actor.optim
     adamw = AdamWOptions(optim.betas, optim.weight_decay, wanted.actor.grad_clip)
@@ -104,7 +104,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     return run, state
 
 
-def require_judges(pool: RewardPool | None, mesh: Mesh) -> None:
+def require_judges(pool: Judges | None, mesh: Mesh) -> None:
     """ValueError on every rank where one has workers that can't load the reward function. Collective."""
     problems = gather_objects(pool.problem() if pool is not None else "", mesh.world_group)
     if any(problems):
@@ -142,7 +142,7 @@ def engine_group(mesh: Mesh, engines: int) -> dist.ProcessGroup | None:
     return mine
 
 
-def rollout_parts(report: Report, engine: Engine, pool: RewardPool, stop: StopRequest, watchdog: Watchdog) -> RolloutParts:
+def rollout_parts(report: Report, engine: Engine, pool: Judges, stop: StopRequest, watchdog: Watchdog) -> RolloutParts:
     """What every rollout of this rank is made of."""
     config, multi, shaping = report.config, report.config.actor_rollout_ref.rollout.multi_turn, report.config.reward_model.overlong_buffer
     agent = AgentOptions(

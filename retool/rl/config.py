@@ -243,6 +243,12 @@ class RewardConfig:
 
     name: str | None = option(None, "retool, boxed, math, or file.py/function; null = custom_reward_function, else by data_source.")
     num_workers: int = option(2, "Processes that judge, per rank; no secrets in their environment, no network.", minimum=1)
+    network: bool = option(False, "Let them use the network: for a judge behind an address.")
+    environment: tuple[str, ...] = option((), "Names of environment variables that they get, such as [OPENAI_API_KEY]; no others.")
+    concurrent: bool = option(
+        False, "Await an async function in the run's own process, many answers at once; it has the run's network and environment."
+    )
+    max_concurrent: int = option(64, "That many at once.", minimum=1)
     timeout_seconds: float = option(2.0, "An answer that takes longer gets the floor.", above=0)
     memory_mb: int = option(2048, "Memory of a worker.", minimum=64)
     floor: float = option(-1.0, "Score where the reward function fails: exception, timeout, NaN.")

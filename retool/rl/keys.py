@@ -61,6 +61,8 @@ def notes(config: RLConfig) -> Iterator[str]:
         )
     if rollout.multi_turn.tool_config_path is not None and not rollout.multi_turn.enable:
         yield "rollout.multi_turn.tool_config_path is given, but multi_turn.enable is false: no tool is called."
+    if config.reward_model.concurrent and (config.reward_model.network or config.reward_model.environment):
+        yield "reward_model.network and .environment mean nothing with reward_model.concurrent=true: it has the run's own."
     if config.data.gen_batch_size is not None and not algorithm.filter_groups.enable:
         yield "data.gen_batch_size means nothing without algorithm.filter_groups.enable=true."
     if config.trainer.test_freq > 0 and not config.data.val_files:
@@ -134,5 +136,9 @@ def _functions(config: RLConfig) -> Iterator[Fault]:
             yield Fault(where, "needs both path and name.", "Give the Python file and the function in it, or neither.")
         if where == "custom_reward_function" and function.path is None and function.name not in (None, "compute_score"):
             yield Fault(where, "has a name but no path.", "Give the Python file too.")
+    judged = config.reward_model
+    if judged.concurrent and config.custom_reward_function.path is None and not (judged.name or "").partition("/")[2]:
+        way_out = "Give custom_reward_function.path, or leave it out."
+        yield Fault("reward_model.concurrent=true", "is for an async function of yours.", way_out)
     if config.custom_reward_function.path is not None and config.reward_model.name is not None:
         yield Fault("reward_model.name", "and custom_reward_function.path are both given.", "Leave one of them out.")

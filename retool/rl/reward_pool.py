@@ -1,7 +1,8 @@
 """Judging in processes that can be killed: an answer that hangs, bombs or breaks the reward function costs it its score, no more.
 
 Workers are forked from a server process that is started with a clean environment, before any GPU is touched, so that no
-secret and no device of the training process is ever in them. They have a memory limit and can open no network socket.
+secret and no device of the training process is ever in them, but what the run names. They have a memory limit, and can open no network
+socket unless the run lets them.
 """
 
 from __future__ import annotations
@@ -19,24 +20,22 @@ import struct
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
+from retool.rl.judging import JUDGES_LOST, Asked, Judged, Raised, asked_of, raised
 from retool.rl.rewards import LONGEST, RewardFunction, RewardSource, judge
 from retool.rl.types import FAILURE, Trajectory
 
 KEPT = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
 KEPT_PREFIXES = ("LC_", "PYTHON", "OMP_", "MKL_")
-JUDGES_LOST = "lost"  # the failure that isn't the function's: the pool broke, and did so again when it was tried anew
 RETRIES = 2  # of an answer whose pool broke under it
 LOAD = 60.0  # seconds that a worker has to load the function
 LOOK = 5.0  # seconds between looks whether the pool still is: one that broke answers nothing
@@ -46,42 +45,25 @@ _problem = ""  # why it has none
 _longest = 0  # seconds after which it ends itself, in case nobody is left who would
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A score, what else the function told, and how it failed (`exception`, `timeout`, `killed`, or JUDGES_LOST), why (in `info` too) and
-    where (`trace`, of an exception), if it did."""
-
-    score: float
-    info: Mapping[str, Any] = field(default_factory=dict)
-    failure: str | None = None
-    reason: str = ""
-    trace: str = ""
-
-
-class Asked(NamedTuple):
-    """What a reward function is called with."""
-
-    data_source: str
-    solution: str
-    truth: str
-    extra: Mapping[str, Any]
-
-
-class Raised(NamedTuple):
-    """What a reward function raised, as text."""
-
-    reason: str
-    trace: str = ""
-
-
 class RewardPool:
     """Processes that judge trajectories with one reward function. Close it, or use it as a context."""
 
-    def __init__(self, source: RewardSource, workers: int = 2, timeout: float = 2.0, memory_mb: int = 2048, floor: float = -1.0) -> None:
+    def __init__(
+        self,
+        source: RewardSource,
+        workers: int = 2,
+        timeout: float = 2.0,
+        memory_mb: int = 2048,
+        floor: float = -1.0,
+        network: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`network`: the workers may open sockets. `environment` is added to what they keep of the run's."""
         source.load()  # a file that isn't there, or doesn't import, is told here and now
         self._leaders = Path(tempfile.mkdtemp(prefix="retool-judges-"))
         self.timeout, self.floor, self._workers = timeout, floor, workers
-        self._arguments = source, memory_mb, timeout, self._leaders, LOAD
+        doors = Doors(memory_mb, network, dict(environment or {}))
+        self._arguments = source, doors, timeout, self._leaders, LOAD
         self._pool = self._open()
         self._ready = self._pool.schedule(_told)  # workers start meanwhile
 
@@ -96,10 +78,12 @@ class RewardPool:
         except KeyboardInterrupt:  # a worker that blocks would live on for a while
             self.close()
             raise
-        source = self._arguments[0]
+        source, doors = self._arguments[:2]
+        without = " and no network" if not doors.network else ""
+        opened = ", or give it the network: reward_model.network=true" if not doors.network else ""
         return reason and (
-            f"{source.path or source.name} loads here but not in a reward worker (its environment has no secrets, and it gets no network): "
-            f"{reason} Have the file read what it needs from a file, not from the environment or a server."
+            f"{source.path or source.name} loads here but not in a reward worker (which has no secrets{without}): {reason} "
+            f"Have the file read what it needs from a file, name the variables that it needs: reward_model.environment=[NAME]{opened}."
         )
 
     def _open(self) -> ProcessPool:
@@ -191,18 +175,6 @@ class RewardPool:
         self.close()
 
 
-def asked_of(trajectory: Trajectory) -> Asked:
-    """What the reward function of a finished trajectory is called with."""
-    prompt = trajectory.prompt
-    extra = {
-        **prompt.extra_info,
-        "num_turns": trajectory.num_turns,
-        "tool_calls": trajectory.tool_calls,
-        "stop_reason": trajectory.stop.value,
-    }
-    return Asked(prompt.data_source, trajectory.assistant_text, prompt.ground_truth, extra)
-
-
 def _work(data_source: str, solution: str, truth: str, extra: Mapping[str, Any]) -> tuple[float, dict[str, Any]] | Raised:
     """What `judge` gives, or why it gave nothing, as text: an exception of the user's own may not survive the way to the parent, and
     SystemExit or CancelledError would be taken for the parent's own."""
@@ -213,19 +185,11 @@ def _work(data_source: str, solution: str, truth: str, extra: Mapping[str, Any])
     try:
         return judge(_function, data_source, solution, truth, extra)
     except BaseException as error:
-        return Raised(f"{type(error).__name__}: {error}"[:LONGEST], trace_of(error))
+        return raised(error)
     finally:
         signal.alarm(0)
         if os.getpid() != worker:  # the function forked, and this is the child: it must not go on as a second worker
             os._exit(0)
-
-
-def trace_of(error: BaseException) -> str:
-    """The traceback from the user's own function on: what called it is ours."""
-    frames = error.__traceback__
-    while frames is not None and Path(frames.tb_frame.f_code.co_filename).parent == Path(__file__).parent and frames.tb_next:
-        frames = frames.tb_next
-    return "".join(traceback.format_exception(type(error), error, frames))[-LONGEST:].rstrip()
 
 
 def _told() -> str:
@@ -233,7 +197,15 @@ def _told() -> str:
     return _problem
 
 
-def _start_worker(source: RewardSource, memory_mb: int, timeout: float, leaders: Path, load_s: float) -> None:
+class Doors(NamedTuple):
+    """What a worker may use: memory beyond the interpreter's own, the network, and variables besides the harmless ones."""
+
+    memory_mb: int
+    network: bool
+    environment: Mapping[str, str]
+
+
+def _start_worker(source: RewardSource, doors: Doors, timeout: float, leaders: Path, load_s: float) -> None:
     """In the worker: make ready to judge, or to tell why it can't. One that blocks ends itself: nobody else would, once the run is gone."""
     global _function, _problem, _longest
     _longest = int(timeout) + 60
@@ -242,26 +214,27 @@ def _start_worker(source: RewardSource, memory_mb: int, timeout: float, leaders:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.setitimer(signal.ITIMER_REAL, load_s)
     try:
-        _function = _load(source, memory_mb)
+        _function = _load(source, doors)
     except BaseException as error:  # the pool would take it for its own end
         _problem = (str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}.")[:LONGEST]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _load(source: RewardSource, memory_mb: int) -> RewardFunction:
+def _load(source: RewardSource, doors: Doors) -> RewardFunction:
     """Forget the environment, load the function, then shut the doors."""
     for name in [name for name in os.environ if not _harmless(name)]:
         del os.environ[name]
+    os.environ.update(doors.environment)
     function = source.load()
     if source.path is None:  # what the built-in ones import when first called would count against that answer's seconds
         importlib.import_module("math_verify")
     with open("/proc/self/statm", encoding="ascii") as sizes:  # what the interpreter has mapped already doesn't count
         mapped = int(sizes.read().split()[0]) * resource.getpagesize()
-    limit = mapped + memory_mb * 2**20
+    limit = mapped + doors.memory_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
+    if sys.platform == "linux" and not doors.network:
         _forbid_sockets()
     return function
 

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 RewardFunction = Callable[..., Any]
@@ -150,8 +151,11 @@ def find_reward(name: str | None, custom_path: str | None, custom_name: str | No
 def judge(function: RewardFunction, data_source: str, solution: str, truth: str, extra: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
     """Call a reward function and check what it gives: (score, everything else it told). Raises what it raises, and ValueError."""
     result = function(data_source=data_source, solution_str=solution, ground_truth=truth, extra_info=dict(extra))
-    if inspect.isawaitable(result):
-        result = asyncio.run(_await(result))
+    return checked(_loop().run_until_complete(_await(result)) if inspect.isawaitable(result) else result)
+
+
+def checked(result: Any) -> tuple[float, dict[str, Any]]:
+    """(score, everything else it told) of what a reward function returned. ValueError where that is no score."""
     info: dict[str, Any] = {}
     if isinstance(result, Mapping):
         if "score" not in result:
@@ -166,6 +170,12 @@ def judge(function: RewardFunction, data_source: str, solution: str, truth: str,
     if isinstance(accuracy := info.get("acc"), float) and not math.isfinite(accuracy):
         raise ValueError(f"the reward function returned acc={accuracy}")
     return float(score), info
+
+
+@lru_cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One event loop for all calls: what an async function keeps between them, connections say, belongs to it."""
+    return asyncio.new_event_loop()
 
 
 async def _await(result: Any) -> Any:

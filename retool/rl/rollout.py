@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from retool.data.chat import Renderer
 from retool.rl.agent import AgentOptions, Sampled, run_episode
 from retool.rl.engine.params import SamplingParams, TurnDone
-from retool.rl.reward_pool import JUDGES_LOST, Judged
+from retool.rl.judging import JUDGES_LOST, Judged
 from retool.rl.rewards import overlong_penalty
 from retool.rl.tools import Tool
 from retool.rl.types import LOST, TOOL_FAILURE, Prompt, Scored, Stop, Trajectory

@@ -120,3 +120,27 @@ async def by_the_source(data_source, solution_str, ground_truth, extra_info):
 def slow(data_source, solution_str, ground_truth, extra_info):
     time.sleep(0.3)
     return 0.0
+
+
+async def over_http(data_source, solution_str, ground_truth, extra_info):
+    """A judge behind an address, which its row tells."""
+    import httpx
+
+    if _client.get("client") is None:
+        _client["client"] = httpx.AsyncClient(trust_env=False)
+    said = await _client["client"].post(extra_info["address"], json={"answer": solution_str})
+    return {"score": said.json()["score"], "key": os.environ.get("JUDGE_API_KEY", ""), "other": os.environ.get("WANDB_API_KEY", "")}
+
+
+_client = {}
+
+
+async def every_way(data_source, solution_str, ground_truth, extra_info):
+    if solution_str == "exit":
+        sys.exit(3)
+    if solution_str == "cancel":
+        raise asyncio.CancelledError
+    if solution_str == "nan":
+        return float("nan")
+    await asyncio.sleep(60.0 if solution_str == "hang" else 0.05)
+    return 1.0

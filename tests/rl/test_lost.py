@@ -15,8 +15,9 @@ import pytest
 from retool.rl import collect, tools
 from retool.rl.__main__ import main
 from retool.rl.filter import add, begin, has_signal
+from retool.rl.judging import JUDGES_LOST, Judged
 from retool.rl.metrics import score_metrics, tool_metrics
-from retool.rl.reward_pool import JUDGES_LOST, Judged, RewardPool
+from retool.rl.reward_pool import RewardPool
 from retool.rl.rewards import RewardSource
 from retool.rl.rollout import Sampling, roll_out
 from retool.rl.sandbox import Result

@@ -15,8 +15,8 @@ from retool.data.rows import to_conversation
 from retool.rl.agent import AgentOptions
 from retool.rl.engine.params import TurnDone
 from retool.rl.failures import warn_of_failures
+from retool.rl.judging import Judged
 from retool.rl.report import write_training, write_validation
-from retool.rl.reward_pool import Judged
 from retool.rl.rollout import Overlong, RolloutParts, RolloutTimes, Sampling, roll_out
 from retool.rl.state import TrainState, adapted_kl_coef, group_to_plain, regroup, restored
 from retool.rl.tools import SCHEMA, CodeInterpreter, ToolResult
