@@ -162,9 +162,10 @@ def test_resuming_changes_no_bit(work, tmp_path) -> None:
 
 def test_groups_without_a_signal_are_counted_and_end(work, tmp_path, capsys) -> None:
     flat = ["custom_reward_function.name=never", "algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=score"]
-    assert main(words(work, tmp_path / "a", *flat, "algorithm.filter_groups.max_num_gen_batches=2", "trainer.total_training_steps=1")) == 0
-    (entry,) = steps(tmp_path / "a")
+    assert main(words(work, tmp_path / "a", *flat, "algorithm.filter_groups.max_num_gen_batches=2", "trainer.total_training_steps=2")) == 1
+    (entry,) = steps(tmp_path / "a")  # of the first step: the run ends with the second
     assert (entry["filter/groups_no_signal"], entry["filter/gen_batches"]) == (8, 2) and "actor/pg_loss" not in entry
+    assert "nothing was trained" in capsys.readouterr().err
     assert main(words(work, tmp_path / "b", *flat, "data.gen_batch_size=1", f"{ARR}rollout.n=2", "trainer.total_training_steps=1")) == 1
     assert "too easy or too hard" in capsys.readouterr().err
 
