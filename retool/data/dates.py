@@ -13,7 +13,7 @@ from .chat import Renderer
 from .templates import read_template
 
 ASKED = "strftime_now"
-DIRECTIVES = "aAbBcdDeFgGhHIjklmMnpPrRsSTuUVwWxXyYzZ"
+DIRECTIVES = "aAbBcdDeFgGhHIjklmMnpPrRSTuUVwWxXyYzZ"
 PADDED = "deHIjklmMSuUVWyY"  # may be written without padding: %-d
 
 

