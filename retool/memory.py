@@ -13,14 +13,17 @@ of the residual stream (p, or 4 under `fp32_residual`).
                    offload    as full; of the layers that are in host memory, one is on its way
                  and the rope tables, 4·H
     head         (`head_bytes`) the hidden states through the final norm, their gradient (both x), the fp32 gradient of the vocabulary
-                 matrix 4·V·D, and with it either a chunk of fp32 logits or the same gradient in the compute dtype
-    block        (`block_bytes`) one block's backward: what is recomputed, the MLP's gradients 3·F, the weights' gradients
+                 matrix 4·V·D, and with it either a chunk of fp32 logits or the same gradient in the compute dtype; of long packs
+                 the final norm's backward: six fp32 tensors of D, and the vocabulary matrix's gradient
+    block        (`block_bytes`) one block's backward: what is recomputed, the MLP's gradients 3·F, the weights' gradients;
+                 under full recomputation one F less, for the product is gone before the gradients of gate and up are there
                  by chunk, of long packs (`chunked_block_bytes`): the normed input D, q k v, attention's result E under sp > 1, the
                  gradients of the block's output, its input (x) and attention's result 2·D + E, and with them the larger of
-                   MLP        of a chunk: second residual, its norm, gate, up, their product and their gradients 4·D + 6·F; the
+                   MLP        of a chunk: second residual, its norm, gate, up and their gradients, and the product's 4·D + 5·F; the
                               weights' gradients in p bytes, and their sums in 4
-                   attention  its output's gradient before and after the all-to-all 2·E under sp > 1, gradients of q k v, and the
-                              kernel's sum of the queries' in fp32 2·E
+                   attention  its output's gradient before and after the all-to-all 2·E under sp > 1, gradients of q k v, the
+                              kernel's sum of the queries' in fp32 2·E, those of keys and values for each query head 2·E where
+                              K < N, and two fp32 numbers a head
     end          the embedding's dense gradient, after everything kept is gone
 
 A tied vocabulary matrix's first gradient (p·V·D) waits through the whole backward for the embedding's.
@@ -181,7 +184,10 @@ def head_bytes(config: ModelConfig, tokens: int, p: int, x: int) -> float:
     hidden = tokens * (config.hidden * (2 * x + 2 * p + wide) + 64)
     table = config.vocab * config.hidden
     logits = min(tokens * config.vocab * wide, LOGIT_BYTES["cuda"])
-    return hidden + table * wide + max(logits, table * p + tokens * config.hidden * p)
+    forward = hidden + table * wide + max(logits, table * p + tokens * config.hidden * p)
+    # The final norm isn't compiled: in the middle of its backward six tensors of [t, D] are alive.
+    norm = tokens * (6 * config.hidden * wide + 64) + table * p
+    return max(forward, norm)
 
 
 def block_bytes(config: ModelConfig, sp: int, tokens: int, p: int, recompute: Recompute, x: int) -> float:
@@ -189,6 +195,8 @@ def block_bytes(config: ModelConfig, sp: int, tokens: int, p: int, recompute: Re
     if recompute in ("full", "offload") and len(token_chunks(tokens)) > 1:
         return chunked_block_bytes(config, sp, tokens, p, x)
     again = layer_bytes(config, sp, p, "none", x) - layer_bytes(config, sp, p, recompute, x)
+    if recompute in ("full", "offload"):
+        again -= config.ffn * p  # the product of gate and up is gone before the gradients of both are there
     weights = config.hidden * (3 * config.ffn + 2 * (config.heads + config.kv_heads) * config.head_dim) * p
     return tokens * (again + 3 * config.ffn * p + 2 * config.hidden * x) + weights
 
@@ -199,8 +207,11 @@ def chunked_block_bytes(config: ModelConfig, sp: int, tokens: int, p: int, x: in
     returned = wide if sp > 1 else 0
     after = config.hidden * (3 * config.ffn + wide)
     before = config.hidden * (wide + 2 * config.kv_heads * config.head_dim)
-    mlp = chunk * (2 * config.hidden * (x + p) + 6 * config.ffn * p) + after * (p + max(p, 4))
-    attention = tokens * (2 * returned + qkv + wide * max(p, 4) / p) * p + (before + after) * p
+    mlp = chunk * (2 * config.hidden * (x + p) + 5 * config.ffn * p) + after * (p + max(p, 4))
+    # cuDNN makes the gradients of keys and values for each query head, and adds those of a group up at the end.
+    grouped = 2 * wide if config.heads > config.kv_heads else 0
+    kernel = wide * max(p, 4) + grouped * p + 8 * config.heads
+    attention = tokens * ((2 * returned + qkv) * p + kernel) + (before + after) * p
     return tokens * (2 * config.hidden * x + (config.hidden + qkv + returned + wide) * p) + max(mlp, attention)
 
 
