@@ -33,13 +33,26 @@ def check_said(conversation: Conversation, i: int, inside: str, trained: bool) -
     if trained:
         check_thought(conversation, i, inside)
     calls = message.get("tool_calls", [])
-    without_words = _without_words(conversation, i, inside, trained)
+    text = _without_words(conversation, i, inside, trained)
+    _check_calls(conversation, i, calls, text)
+    if trained and calls and (thought := thoughts(message)):
+        said = thought[-1][1].strip()
+        _, _, behind = inside.partition(said)
+        try:
+            _check_calls(conversation, i, calls, behind)
+        except TemplateFault as error:
+            why = f"the chat template shows what this turn thinks ({_quote(said)}) only after its calls"
+            raise fault(conversation, why, i) from error
+
+
+def _check_calls(conversation: Conversation, i: int, calls: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Each of the calls must be in `text`, in order. Raises TemplateFault."""
     at = 0
     for k, call in enumerate(calls):
         name = call["function"]["name"]
-        end = _end_of_call(without_words, at, name, call["function"]["arguments"])
+        end = _end_of_call(text, at, name, call["function"]["arguments"])
         if end is None:
-            raise fault(conversation, _why_not_shown(without_words, name, k, len(calls)), i)
+            raise fault(conversation, _why_not_shown(text, name, k, len(calls)), i)
         at = end
 
 
@@ -140,18 +153,20 @@ def _end_of_call(text: str, at: int, name: str, arguments: Mapping[str, Any]) ->
 
 
 def _end_of_arguments(text: str, at: int, arguments: Mapping[str, Any]) -> int | None:
-    """Where arguments that are written one by one end: each key, then its value close behind, in order."""
-    for key, value in arguments.items():
-        end = None
-        while end is None:
-            begin = text.find(key, at)
-            if begin < 0:
-                return None
-            at = begin + len(key)
-            python = text[:begin].endswith("'") and text.startswith("': ", at)
-            end = None if python else _end_of_value(text, at, value)
-        at = end
-    return at
+    """Where arguments that are written one by one end: each key with its value close behind. A template may sort them."""
+    ends = [_end_of_argument(text, at, key, value) for key, value in arguments.items()]
+    found = [end for end in ends if end is not None]
+    return max(found, default=at) if len(found) == len(ends) else None
+
+
+def _end_of_argument(text: str, at: int, key: str, value: Any) -> int | None:
+    while (begin := text.find(key, at)) >= 0:
+        at = begin + len(key)
+        python = text[:begin].endswith("'") and text.startswith("': ", at)
+        end = None if python else _end_of_value(text, at, value)
+        if end is not None:
+            return end
+    return None
 
 
 def _end_of_value(text: str, at: int, value: Any) -> int | None:
