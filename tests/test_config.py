@@ -286,3 +286,8 @@ def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_word_that_is_no_key_and_value(word: str, way_out: str) -> None:
     (fault,) = read(SFTConfig, [*NEEDED, word], SYNONYMS).faults
     assert fault.where == word and way_out in fault.remedy and "--help" in fault.remedy
+
+
+def test_thoughts_are_left_out_or_written_but_not_both() -> None:
+    assert not list(contradictions(sft("data.drop_reasoning=true"))) and not list(contradictions(sft("data.reasoning_in_content=true")))
+    assert [f.where for f in contradictions(sft("data.drop_reasoning=true", "data.reasoning_in_content=true"))] == ["data.drop_reasoning"]

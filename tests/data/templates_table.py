@@ -44,13 +44,13 @@ def small_tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tool(name: str, **types: str) -> dict[str, Any]:
+def tool(name: str, /, **types: str) -> dict[str, Any]:
     properties = {key: {"type": kind, "description": f"The {key}."} for key, kind in types.items()}
     parameters = {"type": "object", "properties": properties, "required": [*types]}
     return {"type": "function", "function": {"name": name, "description": "It looks things up.", "parameters": parameters}}
 
 
-def call(name: str, number: int, **arguments: Any) -> dict[str, Any]:
+def call(name: str, number: int, /, **arguments: Any) -> dict[str, Any]:
     return {"type": "function", "id": f"abcdefgh{number}", "function": {"name": name, "arguments": arguments}}
 
 
