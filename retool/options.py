@@ -109,6 +109,7 @@ class TrainerConfig:
         "auto = from the run folder's newest complete checkpoint; disable = from the start, what is there moved to previous_N in it.",
     )
     resume_from_path: str | None = option(None, "The global_step_N folder for resume_mode=resume_path.")
+    resume_fallback: bool = option(True, "Under auto: pass over a damaged checkpoint for the newest whole one, and say so; false = refuse.")
     seed: int = option(1, "Seeds everything.", minimum=0)
     deterministic: bool = option(False, "Deterministic kernels: a resumed run is bit-equal on the same layout.")
     nnodes: int | None = option(None, "Machines; null = what the launcher says. Another number than the launcher's is an error.", minimum=1)

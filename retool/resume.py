@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from retool import checkpoint
-from retool.checkpoint.folder import DATA, STEP, faults, model_folder, steps, tracked
+from retool.checkpoint.folder import DATA, STEP, TRACKER, candidates, model_folder, steps, tracked
 from retool.checkpoint.read import data_state, extra_state
 from retool.checkpoint.shards import ShardSource
 from retool.checkpoint.source import match_names
+from retool.checkpoint.whole import problems
 from retool.config import Fault
 from retool.data.dates import today
 from retool.identity import Change, changed_keys, changes, flat, shown
@@ -43,8 +44,20 @@ def find_checkpoint(report: R) -> R:
     if trainer.resume_mode == "resume_path":
         found = _given(Path(trainer.resume_from_path)) if trainer.resume_from_path else None
     else:
-        found = checkpoint.latest(Path(trainer.default_local_dir))
+        root = Path(trainer.default_local_dir)
+        found = checkpoint.latest(root, trainer.resume_fallback)
+        if found is None and any(steps(root)):
+            return report.blame(_nothing_whole(report.options, root))
     return with_checkpoint(report, found)
+
+
+def _nothing_whole(options: RunOptions, root: Path) -> Fault:
+    """Checkpoints that are there, of which none can be taken: to begin anew beside them would lose them without a word."""
+    reasons = "; ".join(f"{folder.name}: {' and '.join(problems(folder)[:2])}" for folder in candidates(root, say=False)[:3])
+    problem = f"holds checkpoints, but none to go on from ({reasons or f'{TRACKER} names a step before all of them'})."
+    older = "Resume from an older one: trainer.resume_mode=resume_path trainer.resume_from_path=…"
+    anew = "or begin anew: trainer.resume_mode=disable (what is there is moved aside)"
+    return Fault(_where(options), problem, f"{older}; {anew}.")
 
 
 def with_checkpoint(report: R, found: Path | None) -> R:
@@ -125,8 +138,10 @@ def _incomplete(options: RunOptions, found: Path) -> Iterator[Fault]:
         problem = f"{found} was saved without {' and '.join(lacks[kind] for kind in missing)}, so training can't go on from it."
         saving = f"and save with {options.checkpoint_key}save_contents=[model,optimizer,extra,hf_model] next time"
         yield Fault(where, problem, f"To start from its weights, {_anew(options, found)}; {saving}.")
-    elif wrong := faults(folder):
-        yield Fault(where, f"is not complete: {'; '.join(wrong[:3])}.", "Resume from an older one (trainer.resume_from_path).")
+    elif wrong := problems(found):
+        way_out = "Resume from an older one (trainer.resume_from_path)"
+        by_itself = "" if options.trainer.resume_fallback else ", or have the newest whole one taken: trainer.resume_fallback=true"
+        yield Fault(where, f"is not complete: {'; '.join(wrong[:3])}.", f"{way_out}{by_itself}.")
 
 
 def _instead(path: Path) -> str:
@@ -205,4 +220,25 @@ def _newest(report: RunReport) -> Path | None:
     named, known = tracked(Path(trainer.default_local_dir)), None if found is None else STEP.match(found.name)
     if (named is None and found is None) or (known is not None and named == int(known[1])):
         return found
-    return checkpoint.latest(Path(trainer.default_local_dir))
+    return checkpoint.latest(Path(trainer.default_local_dir), trainer.resume_fallback)
+
+
+def load_checkpoint(report: RunReport, mesh: Mesh, state: checkpoint.ModelState) -> tuple[Path, checkpoint.Loaded]:
+    """The checkpoint that was found, loaded; where reading it shows damage, the newest older one that is whole. Collective.
+
+    ValueError where there is none, or `trainer.resume_fallback=false` insists.
+    """
+    assert report.resume is not None
+    trainer = report.options.trainer
+    folders = [[report.resume]]
+    if trainer.resume_mode == "auto" and trainer.resume_fallback and mesh.rank == 0:
+        known = candidates(Path(trainer.default_local_dir), say=False)
+        folders = [known[known.index(report.resume) :] if report.resume in known else folders[0]]
+    if mesh.world_group is not None:
+        dist.broadcast_object_list(folders, src=0, group=mesh.world_group, device=torch.device("cpu"))
+    found, loaded = checkpoint.load_whole(folders[0], state, mesh, trainer.seed)
+    if found != report.resume:
+        again = check_checkpoint(with_checkpoint(report, found))
+        if again.faults:
+            raise ValueError("\n".join(map(str, again.faults)))
+    return found, loaded

@@ -18,6 +18,7 @@ from retool.checkpoint import folder as on_disk
 from retool.checkpoint.merge import convert, merge
 from retool.checkpoint.shards import ShardSource
 from retool.checkpoint.verify import assurance, verify
+from retool.checkpoint.whole import latest
 from retool.metrics import printable
 from retool.untrusted import shown
 
@@ -47,7 +48,7 @@ def list_checkpoints(root: Path, console: Console) -> int:
     """Steps, sizes, world sizes and contents under a run's folder; * marks the one that a resume takes."""
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder.")
-    chosen = on_disk.latest(root)
+    chosen = latest(root)
     table = Table("", "step", "ranks", "GiB", "holds", "state")
     for step, path in on_disk.steps(root):
         row = ("*" if path == chosen else "", str(step), *_described(path))

@@ -182,37 +182,24 @@ def steps(root: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted(found, reverse=True)
 
 
-def latest(root: Path) -> Path | None:
-    """The newest complete checkpoint of `candidates`, by its files and their sizes. None if there is none.
-
-    One that is passed over is said in a warning.
-    """
-    for folder in candidates(root):
-        wrong = faults(model_folder(folder))
-        if not wrong:
-            return folder
-        log.warning("%s is not complete (%s): ignored.", folder, "; ".join(wrong[:3]))
-    return None
-
-
-def candidates(root: Path) -> list[Path]:
+def candidates(root: Path, say: bool = True) -> list[Path]:
     """The checkpoints to resume from, best first: what the tracker names, then the older ones; all of them where it names none.
 
-    Torn saves, and folders that the tracker doesn't know yet, are left out, which is said in warnings.
+    Torn saves, and folders that the tracker doesn't know yet, are left out; `say`: with a warning.
     """
+    passed_over: list[str] = []
     for torn in sorted(root.glob("global_step_*.tmp")) if root.is_dir() else []:
-        log.warning("%s is an unfinished save: ignored.", torn)
+        passed_over.append(f"{torn} is an unfinished save")
     named = tracked(root)
     found = list(steps(root))
-    if named is None:
-        return [folder for _, folder in found]
-    for step, folder in found:
-        if step > named:
-            log.warning("%s is newer than what %s names (step %d): ignored.", folder, TRACKER, named)
-    found = [(step, folder) for step, folder in found if step <= named]
-    aside = root / f"global_step_{named}.old"  # a save of the same step was cut off between its two renames
-    if aside.is_dir() and (not found or found[0][0] != named):
-        found.insert(0, (named, aside))
+    if named is not None:
+        passed_over += [f"{folder} is newer than what {TRACKER} names (step {named})" for step, folder in found if step > named]
+        found = [(step, folder) for step, folder in found if step <= named]
+        aside = root / f"global_step_{named}.old"  # a save of the same step was cut off between its two renames
+        if aside.is_dir() and (not found or found[0][0] != named):
+            found.insert(0, (named, aside))
+    for what in passed_over if say else []:
+        log.warning("%s: ignored.", what)
     return [folder for _, folder in found]
 
 

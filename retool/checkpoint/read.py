@@ -18,6 +18,10 @@ from retool.checkpoint.source import ModelState, load_flat, require_finite
 from retool.parallel.mesh import Mesh
 
 
+class Unusable(ValueError):
+    """A checkpoint that is whole, but can't be gone on from."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What a checkpoint holds besides the tensors.
@@ -86,7 +90,7 @@ def data_state(top: Path) -> dict[str, Any]:
 def _require_optimizer(folder: Path) -> None:
     name = shard_name("optim", world_size(folder), 0)
     if not (folder / name).exists():
-        raise ValueError(
+        raise Unusable(
             f"{folder} has no {name}: it was saved without the optimizer, so training can't go on from it. Start a new run from its "
             "huggingface/ folder (model.partial_pretrain), and save with checkpoint.save_contents=[model,optimizer,extra] next time."
         )

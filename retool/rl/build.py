@@ -22,6 +22,7 @@ from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
 from retool.perf import quadratic_length
 from retool.preemption import StopRequest
+from retool.resume import load_checkpoint
 from retool.rl.agent import AgentOptions
 from retool.rl.batching import Budget
 from retool.rl.config import RLConfig
@@ -197,10 +198,10 @@ def logprob_budget(report: Report) -> Budget:
 
 def resume(report: Report, mesh: Mesh, model: Sharded, optimizer: AdamW) -> TrainState:
     """The state to start from: step 0, or that of the checkpoint which preflight found to be this run's."""
-    trainer, coef, found = report.config.trainer, report.config.algorithm.kl_ctrl.kl_coef, report.resume
-    if found is None:
+    coef = report.config.algorithm.kl_ctrl.kl_coef
+    if report.resume is None:
         return TrainState(coef)
-    loaded = checkpoint.load(found, model_state(model, optimizer), mesh, trainer.seed)
+    found, loaded = load_checkpoint(report, mesh, model_state(model, optimizer))
     restore_optimizer(optimizer, loaded)
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")

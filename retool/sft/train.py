@@ -23,7 +23,7 @@ from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, peak_memory, quadratic_length
 from retool.plan import agree
 from retool.preemption import StopRequest, die_with_parent
-from retool.resume import to_resume
+from retool.resume import load_checkpoint, to_resume
 from retool.run import DTYPES, make_run_folder, say, say_ended, say_nothing_left, seed_everything
 from retool.saving import (
     look_at_weights,
@@ -175,10 +175,9 @@ def micro_batching(mesh: Mesh, config: SFTConfig, tokens_per_gpu: int) -> dict[s
 
 def resume(report: Report, mesh: Mesh, model: Sharded, optimizer: AdamW) -> TrainState:
     """The state to start from: step 0, or that of the checkpoint which preflight found to be this run's."""
-    found = report.resume
-    if found is None:
+    if report.resume is None:
         return TrainState()
-    loaded = checkpoint.load(found, model_state(model, optimizer), mesh, report.config.trainer.seed)
+    found, loaded = load_checkpoint(report, mesh, model_state(model, optimizer))
     restore_optimizer(optimizer, loaded)
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")
