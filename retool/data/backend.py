@@ -15,14 +15,14 @@ STEPS = ("__call__", "_encode_plus", "_batch_encode_plus", "_convert_encoding", 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of `text`, nothing added."""
-    if (backend := _encoder(tokenizer)) is not None:
+    if (backend := plain_backend(tokenizer)) is not None:
         return backend.encode(text, add_special_tokens=False).ids
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def token_offsets(tokenizer: Any, text: str) -> list[tuple[int, int]]:
     """(start, end) characters of each token of `text`. Only fast tokenizers can tell."""
-    if (backend := _encoder(tokenizer)) is not None:
+    if (backend := plain_backend(tokenizer)) is not None:
         return backend.encode(text, add_special_tokens=False).offsets
     return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
 
@@ -34,7 +34,7 @@ def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _encoder(tokenizer: Any) -> Any:
+def plain_backend(tokenizer: Any) -> Any:
     """The backend, while nothing is set in it that a call of the tokenizer would set otherwise first; None: take the long way."""
     if not _is_plain(type(tokenizer)):
         return None

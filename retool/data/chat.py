@@ -19,18 +19,22 @@ import numpy as np
 
 from ..batch import Sample
 from .accounting import TemplateFault, check_contexts, check_tools, fault
-from .backend import encode_text, token_offsets
-from .chat_template import ChatTemplate, valid_text
-from .reasoning import settle_thoughts, thoughts
+from .chat_template import ChatTemplate
+from .encoder import Encoder
+from .files import RowError
+from .glue import Glue, Setting
+from .hiding import cut_hidden, hidden_text, structure_of
+from .quoting import Controls, find_controls
+from .reasoning import TAG, settle_thoughts, thoughts
 from .rows import Conversation
 from .templates import load_tokenizer, other_tokens, shows_contents_as_they_are
-from .turns import PLACEHOLDER, Piece, Turn, TurnFinder, cut
+from .turns import Piece, Turn, TurnFinder, cut
 from .ways_out import with_ways_out
 
 HISTORIES = ("error", "last", "split")
 __all__ = ["HISTORIES", "Piece", "Renderer", "load_tokenizer", "other_tokens"]
 
-HOLE = "AContentGoesHere"
+ROWS_A_CHECK = 16  # decoding a row costs about a twentieth of making it
 
 
 class Renderer:
@@ -58,7 +62,6 @@ class Renderer:
         self._template = ChatTemplate(tokenizer, chat_template, self.template_kwargs)
         self.template: str | None = self._template.source
         self.ends = self._template.ends
-        self._frames: dict[tuple[Any, ...], list[str]] = {}
         self.variants: dict[str, Renderer] = {}  # made by `ways_out`
 
     # -- text ---------------------------------------------------------------------------------------------------------
@@ -71,8 +74,13 @@ class Renderer:
         return self._template.show(messages, tools, enable_thinking, generation_prompt)
 
     def _conversation_text(self, conversation: Conversation, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
+        def show(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
+            return self.text(messages, tools, conversation.enable_thinking, generation_prompt)
+
         try:
-            return self.text(messages, conversation.tools, conversation.enable_thinking, generation_prompt)
+            if conversation.masks is not None:
+                return hidden_text(conversation.masks, messages, conversation.tools, show)
+            return show(messages, conversation.tools)
         except ValueError as error:
             turn = len(messages) - 1 if len(messages) < len(conversation.messages) else None
             raise fault(conversation, str(error).removesuffix("."), turn) from error
@@ -108,7 +116,7 @@ class Renderer:
     def pieces_or_fault(self, conversation: Conversation, history: str) -> list[list[Piece]]:
         """What `pieces` gives; its TemplateFault doesn't say what to do instead."""
         settled = settle_thoughts(conversation, self.drop_reasoning, self.reasoning_in_content)
-        return self._pieces(settled, history)
+        return cut_hidden(settled, self.controls, lambda hidden: self._pieces(hidden, history))
 
     def _pieces(self, conversation: Conversation, history: str) -> list[list[Piece]]:
         trained = _trained(conversation)
@@ -165,38 +173,50 @@ class Renderer:
     # -- tokens -------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _anchor(self) -> str:
-        """Put before a piece where the tokenizer would otherwise treat its beginning as that of a text (a dummy space)."""
-        end = self.ends.known[0]
-        plain, anchored = self.tokenizer(["a", end + "a"], add_special_tokens=False)["input_ids"]
-        return end if plain != anchored[1:] else ""
+    def encoder(self) -> Encoder:
+        """What makes tokens of pieces."""
+        return Encoder(self.tokenizer, self.ends.known[0], self.controls)
+
+    @cached_property
+    def controls(self) -> Controls:
+        """The control tokens, which data can't write."""
+        source = self.template or self.tokenizer.chat_template
+        template = source if isinstance(source, str) else json.dumps(source)
+        return find_controls(self.tokenizer, template, structure_of(self.text, self.ends), self.ends.known, TAG)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of consecutive pieces of one text, each tokenised by itself; only the first begins the text."""
-        if not texts:
-            return []
-        anchored = [texts[0], *(self._anchor + text for text in texts[1:])]
-        ids = self.tokenizer(anchored, add_special_tokens=False, verbose=False)["input_ids"]
-        return [ids[0], *(part[1:] for part in ids[1:])] if self._anchor else ids
+        """Token ids of consecutive texts of the template's, each tokenised by itself; only the first begins the stream."""
+        return self.encoder.encode([Piece(text) for text in texts])
 
-    def offsets(self, text: str) -> list[tuple[int, int]]:
-        """(start, end) characters of each token of a piece, to show them; one stretch where the tokenizer can't tell."""
-        return token_offsets(self.tokenizer, text) if self.tokenizer.is_fast else [(0, len(text))]
-
-    def tokenise(self, pieces: Sequence[Piece]) -> Sample:
-        """Tokens and mask of one sample."""
-        ids = self.encode([piece.text for piece in pieces])
+    def tokenise(self, pieces: Sequence[Piece], checked: bool = False) -> Sample:
+        """Tokens and mask of one sample. `checked`: ValueError, naming the message, unless what is trained decodes to its text."""
+        ids = self.encoder.encode(pieces)
+        for piece, part in zip(pieces, ids, strict=True):
+            if piece.trained and (checked or piece.quoted):
+                self.encoder.check(piece, part)
         mask = np.repeat([piece.trained for piece in pieces], [len(part) for part in ids])
         return Sample(np.concatenate([np.asarray(part, np.int32) for part in ids]), mask)
 
     def render(self, conversation: Conversation, history: str = "error") -> list[Sample]:
-        """Tokens and masks of a conversation; what `pieces` says of samples and errors holds."""
-        return [self.tokenise(pieces) for pieces in self.pieces(conversation, history)]
+        """Tokens and masks of a conversation; what `pieces` says of samples and errors holds.
+
+        Of one row in `ROWS_A_CHECK` it is checked that the trained tokens decode to the render: a tokenizer that fails, fails there.
+        """
+        checked = conversation.row % ROWS_A_CHECK == 0
+        try:
+            return [self.tokenise(pieces, checked) for pieces in self.pieces(conversation, history)]
+        except RowError:
+            raise
+        except ValueError as error:
+            raise conversation.error(str(error)) from error
 
     # -- rollout ------------------------------------------------------------------------------------------------------
 
     def prompt_pieces(self, conversation: Conversation) -> list[Piece]:
         """The pieces of a prompt, generation prompt included. Raises RowError as `pieces` does."""
+        return cut_hidden(conversation, self.controls, lambda hidden: [self._prompt_pieces(hidden)])[0]
+
+    def _prompt_pieces(self, conversation: Conversation) -> list[Piece]:
         turns = self._turns(conversation, ())
         text = self._conversation_text(conversation, conversation.messages, True)
         self._check_contexts(conversation, text, len(conversation.messages))
@@ -211,7 +231,7 @@ class Renderer:
         Give the messages and tools of a checked `Conversation`. Raises RowError as `pieces` does.
         """
         prompt = Conversation([*map(dict, messages)], [*map(dict, tools)] if tools else None, enable_thinking, "prompt")
-        return [token for ids in self.encode([piece.text for piece in self.prompt_pieces(prompt)]) for token in ids]
+        return [token for ids in self.encoder.encode(self.prompt_pieces(prompt)) for token in ids]
 
     def render_tool_turn(
         self, messages: Sequence[Mapping[str, Any]], responses: Sequence[Mapping[str, Any]],
@@ -224,41 +244,14 @@ class Renderer:
         the turn was cut off before its end-of-turn token, which then comes first.
         """
         assert messages and messages[-1]["role"] == "assistant", "the glue follows an assistant turn"
-        if self._framed and all(r["role"] in ("tool", "user") and type(r.get("content")) is str for r in responses):
-            frame = self._frame(tuple(r["role"] for r in responses), enable_thinking, ended, generation_prompt)
-            glue = valid_text(frame[0] + "".join(r["content"] + after for r, after in zip(responses, frame[1:], strict=True)))
-        else:
-            glue = self._glue(messages, responses, tools, enable_thinking, ended, generation_prompt)
-        ids = encode_text(self.tokenizer, self._anchor + glue)
-        return ids[1:] if self._anchor else ids
-
-    def _glue(
-        self, messages: Sequence[Mapping[str, Any]], responses: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None, enable_thinking: bool | None, ended: bool, generation_prompt: bool,
-    ) -> str:  # fmt: skip
-        """The text of the glue, from a render of everything."""
-        placeholder = PLACEHOLDER
-        while any(placeholder in str(message) for message in (*messages, *responses)):  # a tool may print anything
-            placeholder += "X"
-        stand_in = {"role": "assistant", "content": placeholder}
-        text = self.text([*messages[:-1], stand_in, *responses], tools, enable_thinking, generation_prompt)
-        glue = text.rpartition(placeholder)[2]
-        end = next((token for token in self.ends.known if glue.lstrip().startswith(token)), None)
-        if end is None:
-            raise ValueError(f"the chat template follows an assistant turn with {glue[:30]!r}, not with {' or '.join(self.ends.known)}.")
-        return glue[glue.index(end) + (len(end) if ended else 0) :]
+        glue = self.glue.piece(messages, responses, Setting(tools, enable_thinking, ended, generation_prompt))
+        return self.encoder.encode([glue], begins=False)[0]
 
     @cached_property
-    def _framed(self) -> bool:
-        return shows_contents_as_they_are(self.tokenizer, self.template, self.template_kwargs)
-
-    def _frame(self, roles: tuple[str, ...], enable_thinking: bool | None, ended: bool, generation_prompt: bool) -> list[str]:
-        """What the glue shows before, between and after the contents of messages with these roles."""
-        key = (roles, enable_thinking, ended, generation_prompt)
-        if key not in self._frames:
-            holes = [{"role": role, "content": HOLE} for role in roles]
-            self._frames[key] = self._glue([{"role": "assistant"}], holes, None, enable_thinking, ended, generation_prompt).split(HOLE)
-        return self._frames[key]
+    def glue(self) -> Glue:
+        """What makes the text between turns."""
+        framed = shows_contents_as_they_are(self.tokenizer, self.template, self.template_kwargs)
+        return Glue(self.text, self.ends.known, self.controls, framed)
 
     # -- identity ----------------------------------------------------------------------------------------------------
 

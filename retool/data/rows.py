@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from .files import RowError, columns_of
+from .quoting import Masks
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 AS_LIST = "store it as a list, or decode it in a function of yours (data.custom_cls.path, name)"  # of messages found as text
@@ -23,7 +24,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class Conversation:
     """One checked row: plain Python containers only, no null field, `arguments` parsed, `content` always text.
 
-    `loss_mask` of a message is 0 or 1 where it was given. `file` and `row` say where it is from, for error texts.
+    `loss_mask` of a message is 0 or 1 where it was given. `file` and `row` say where it is from, for error texts. `masks`: the
+    control tokens in its texts are hidden in this way (see `quoting`).
     """
 
     messages: list[dict[str, Any]]
@@ -31,6 +33,7 @@ class Conversation:
     enable_thinking: bool | None = None
     file: str = "conversation"
     row: int = 0
+    masks: Masks | None = None
 
     @property
     def assistant_turns(self) -> list[int]:
@@ -40,7 +43,8 @@ class Conversation:
     def error(self, why: str, turn: int | None = None) -> RowError:
         """The error for this row, and for message `turn` of it."""
         place = "" if turn is None else f", message {turn} ({self.messages[turn]['role']})"
-        return RowError(f"{self.file}, row {self.row}{place}: {why}")
+        told = self.masks.told(why) if self.masks is not None else why
+        return RowError(f"{self.file}, row {self.row}{place}: {told}")
 
 
 @dataclass(frozen=True)

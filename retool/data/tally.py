@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..batch import Sample
-from .chat import Piece, Renderer
+from .chat import ROWS_A_CHECK, Piece, Renderer
 from .files import Chunk, RowError
+from .quoting import PRIVATE_TEXT
 from .refusals import kind_of
 from .rows import Conversation, RowFormat, to_conversation
 from .tokenise import truncate
@@ -17,6 +19,8 @@ from .tokenise import truncate
 KINDS = ("trained", "context", "tool", "template", "masked")
 KEPT_REFUSALS = 500
 LONGEST_REASON = 400
+FIRST_MARK, MOST_MARKED = "\U00100000", 1_000
+MARKS = re.compile(f"([{FIRST_MARK}-{chr(ord(FIRST_MARK) + MOST_MARKED)}])")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Tally:
     refused: int = 0
     refused_long: int = 0  # of these, as too long under truncation=error
     piecewise_differs: int = 0  # samples whose pieces give other tokens than one pass over the text
-    control_text: int = 0  # rows in which a user, tool or system text holds one of the template's own tokens
+    control_text: int = 0  # rows in which somebody's text holds a control token, which stays text
     dropped_thoughts: int = 0  # trained turns without what the row says was thought (data.drop_reasoning)
     empty_turns: int = 0  # assistant turns without text or call
     lengths: Counter[int] = field(default_factory=Counter)
@@ -93,14 +97,13 @@ def tally_chunk(
 ) -> Tally:
     """Audit every row of a chunk. `prompts`: the rows are RL prompts, which have nothing to train."""
     tally, candidates = Tally(), []
-    special = {token.content for token in renderer.tokenizer.added_tokens_decoder.values() if token.special and token.content.strip()}
     for index, raw in chunk:
         tally.rows += 1
         try:
             if isinstance(raw, RowError):
                 raise raw
             conversation = to_conversation(raw, chunk.file, index, form, prompt_only=prompts)
-            _count_row(tally, conversation, renderer, prompts, max_length, truncation, history, special)
+            _count_row(tally, conversation, renderer, prompts, max_length, truncation, history)
         except ValueError as error:
             why = str(error) if isinstance(error, RowError) else f"{chunk.file}, row {index}: {error}"
             tally.refuse(why)
@@ -112,17 +115,17 @@ def tally_chunk(
 
 
 def _count_row(
-    tally: Tally, conversation: Conversation, renderer: Renderer, prompts: bool, max_length: int, truncation: str, history: str,
-    special: set[str],
-) -> None:  # fmt: skip
+    tally: Tally, conversation: Conversation, renderer: Renderer, prompts: bool, max_length: int, truncation: str, history: str
+) -> None:
     pieces = sample_pieces(renderer, conversation, prompts, history)
-    samples = [renderer.tokenise(parts) for parts in pieces]
+    checked = conversation.row % ROWS_A_CHECK == 0
+    samples = [renderer.tokenise(parts, checked) for parts in pieces]
     tally.refused_long += truncation == "error" and any(len(sample) > max_length for sample in samples)
     kept = [truncate(sample, max_length, truncation) for sample in samples]
     # Nothing else is counted before here: a refused row must leave no trace but its refusal.
     for parts, whole, sample in zip(pieces, samples, kept, strict=True):
         _count_sample(tally, whole, sample, prompts)
-        tally.piecewise_differs += len(parts) > 1 and renderer.encode(["".join(p.text for p in parts)])[0] != whole.tokens.tolist()
+        tally.piecewise_differs += len(parts) > 1 and renderer.encoder.encode([joined(parts)])[0] != whole.tokens.tolist()
     messages = conversation.messages
     calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", [])]
     tally.split += len(samples) > 1
@@ -130,8 +133,8 @@ def _count_row(
     tally.turns[len(conversation.assistant_turns)] += 1
     tally.calls.update(calls)
     tally.calls_per_row[len(calls)] += 1
-    tally.control_text += any(token in m["content"] for m in messages if m["role"] != "assistant" for token in special)
     tally.dropped_thoughts += 0 if prompts else renderer.dropped_thoughts(conversation)
+    tally.control_text += any(piece.quoted for parts in pieces for piece in parts)
     tally.empty_turns += sum(m["role"] == "assistant" and not m["content"].strip() and "tool_calls" not in m for m in messages)
 
 
@@ -149,6 +152,15 @@ def _count_sample(tally: Tally, whole: Sample, sample: Sample | None, prompts: b
         tally.shares[round(100 * sample.trained / len(sample))] += 1
 
 
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """All pieces as one."""
+    text, quoted = "", []
+    for piece in pieces:
+        quoted += [(len(text) + start, len(text) + end) for start, end in piece.quoted]
+        text += piece.text
+    return Piece(text, quoted=tuple(quoted))
+
+
 def sample_pieces(renderer: Renderer, conversation: Conversation, prompts: bool, history: str) -> list[list[Piece]]:
     """The pieces of every sample; of an RL prompt its one render, generation prompt included."""
     return [renderer.prompt_pieces(conversation)] if prompts else renderer.pieces(conversation, history)
@@ -157,11 +169,11 @@ def sample_pieces(renderer: Renderer, conversation: Conversation, prompts: bool,
 def _show(key: str, conversation: Conversation, renderer: Renderer, prompts: bool, history: str, max_length: int, truncation: str) -> Shown:
     """The sample (of several, the last) with what truncation leaves of it; one that would be dropped is shown whole."""
     pieces = sample_pieces(renderer, conversation, prompts, history)[-1]
-    colours = _colour(pieces, conversation)
+    colours = colour(pieces, renderer, conversation, prompts, history)
     tokens: list[tuple[str, int]] = []
     at = 0
     for piece in pieces:
-        offsets = renderer.offsets(piece.text)
+        offsets = renderer.encoder.offsets(piece, begins=at == 0)
         shown_to = 0
         for _, end in offsets:  # a character of several tokens is shown with the first of them
             first = min(shown_to, len(piece.text) - 1)
@@ -177,19 +189,70 @@ def _show(key: str, conversation: Conversation, renderer: Renderer, prompts: boo
     return Shown(key, conversation.file, conversation.row, tokens, len(sample), sample.trained, turns, calls)
 
 
-def _colour(pieces: Sequence[Piece], conversation: Conversation) -> bytearray:
-    """For each character of the text the index of its kind: messages are looked for in order, the rest is the template's."""
+def colour(pieces: Sequence[Piece], renderer: Renderer, conversation: Conversation, prompts: bool, history: str) -> bytearray:
+    """For each character of the text the index of its kind: what messages say is theirs, the rest is the template's."""
     text = "".join(piece.text for piece in pieces)
-    colours, at = bytearray([KINDS.index("template")]) * len(text), 0
-    for message in conversation.messages:
-        said = message["content"].strip()
-        found = text.find(said, at) if said and message["role"] != "assistant" else -1
-        if found >= 0:
-            at = found + len(said)
-            colours[found:at] = bytes([KINDS.index("tool" if message["role"] == "tool" else "context")]) * len(said)
+    colours = bytearray([KINDS.index("template")]) * len(text)
+    places = _marked_places(text, renderer, conversation, prompts, history) or _found_places(text, conversation)
+    for message, (start, end) in places:
+        kind = "tool" if conversation.messages[message]["role"] == "tool" else "context"
+        colours[start:end] = bytes([KINDS.index(kind)]) * (end - start)
     at = 0
     for piece in pieces:
         if piece.turn is not None:
             colours[at : at + len(piece.text)] = bytes([KINDS.index("trained" if piece.trained else "masked")]) * len(piece.text)
         at += len(piece.text)
     return colours
+
+
+def _marked_places(
+    text: str, renderer: Renderer, conversation: Conversation, prompts: bool, history: str
+) -> list[tuple[int, tuple[int, int]]]:
+    """(message, where its words stand), from a render in which a character of its own stands before and after the words of each message.
+
+    Nothing where that changes the text otherwise.
+    """
+    said = [message["content"] for message in conversation.messages]
+    first_mark = ord(FIRST_MARK)
+    if PRIVATE_TEXT.search("".join(said)) or len(said) > MOST_MARKED:
+        return []
+    marked = [
+        message if message["role"] == "assistant" else {**message, "content": _marked(message["content"], chr(first_mark + i))}
+        for i, message in enumerate(conversation.messages)
+    ]
+    try:
+        pieces = sample_pieces(renderer, replace(conversation, messages=marked), prompts, history)[-1]
+    except ValueError:
+        return []
+    parts = MARKS.split("".join(piece.text for piece in pieces))  # text, mark, text, mark, …, text
+    if "".join(parts[::2]) != text:
+        return []
+    places: list[tuple[int, tuple[int, int]]] = []
+    opened: dict[str, int] = {}
+    at = 0
+    for words, mark in zip(parts[::2], [*parts[1::2], ""], strict=True):
+        at += len(words)
+        if mark and mark in opened:
+            places.append((ord(mark) - first_mark, (opened.pop(mark), at)))
+        elif mark:
+            opened[mark] = at
+    return places
+
+
+def _marked(text: str, mark: str) -> str:
+    """The text with a mark on each side of its words; white space stays outside, for a template to strip."""
+    words = text.strip()
+    return text.replace(words, mark + words + mark, 1) if words else text
+
+
+def _found_places(text: str, conversation: Conversation) -> list[tuple[int, tuple[int, int]]]:
+    """(message, where its words stand): looked for in order, which can be mistaken where the template says the same before."""
+    places: list[tuple[int, tuple[int, int]]] = []
+    at = 0
+    for i, message in enumerate(conversation.messages):
+        said = message["content"].strip()
+        found = text.find(said, at) if said and message["role"] != "assistant" else -1
+        if found >= 0:
+            at = found + len(said)
+            places.append((i, (found, at)))
+    return places

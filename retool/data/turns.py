@@ -50,11 +50,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the render that is tokenised by itself: a whole assistant turn (`turn`: its message), or what lies between."""
+    """A stretch of the render that is tokenised by itself: a whole assistant turn (`turn`: its message), or what lies between.
+
+    `quoted`: where in it control tokens stand as somebody's text, and not as the template's.
+    """
 
     text: str
     turn: int | None = None
     trained: bool = False
+    quoted: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any, Literal, Protocol
 import httpx
 import numpy as np
 
-from retool.data.backend import decode_ids, encode_text, token_offsets
+from retool.data.backend import decode_ids
 from retool.data.chat import Renderer
+from retool.data.encoder import Encoder
 from retool.rl.rewards import LONGEST
 from retool.rl.toolcall import MOST_CALLS, Call, check, read_calls
 from retool.rl.tools import Tool, ToolResult
@@ -134,7 +135,7 @@ def _tool_turn(
         if len(ids) <= limit:  # all of them and what is around them are no more than one may have: tokenised once
             return ids
     for response in responses:
-        response["content"] = cut_text(renderer.tokenizer, response["content"], limit, options.truncate_side)
+        response["content"] = cut_text(renderer.encoder, response["content"], limit, options.truncate_side)
     return renderer.render_tool_turn(episode.messages, responses, prompt.tools)
 
 
@@ -238,14 +239,15 @@ def clean(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
-def cut_text(tokenizer: Any, text: str, limit: int, side: str) -> str:
+def cut_text(encoder: Encoder, text: str, limit: int, side: str) -> str:
     """`text` in at most `limit` tokens, marker included (where it fits): what fits is kept as it is, else `left` loses its
-    beginning, `right` its end, `middle` what lies between. It is cut between tokens, so no character is halved."""
-    text = _without_middle(tokenizer, text, limit, side)
-    spans = _spans(tokenizer, text)
+    beginning, `right` its end, `middle` what lies between. It is cut between tokens, so no character is halved. The name of a
+    control token in it counts as the text that it is."""
+    text = _without_middle(encoder, text, limit, side)
+    spans = _spans(encoder, text)
     if len(spans) <= limit:
         return text
-    marker_tokens = len(encode_text(tokenizer, MARKER))
+    marker_tokens = len(encoder.data_ids(MARKER))
     marker = MARKER if marker_tokens <= limit else ""
     room = limit - marker_tokens if marker else limit
     while True:
@@ -254,29 +256,29 @@ def cut_text(tokenizer: Any, text: str, limit: int, side: str) -> str:
         start = text[: spans[head - 1][1]] if head else ""
         end = text[spans[len(spans) - tail][0] :] if tail else ""
         shorter = start + marker + end
-        over = len(encode_text(tokenizer, shorter)) - limit  # the cut text can tokenise otherwise than its parts
+        over = len(encoder.data_ids(shorter)) - limit  # the cut text can tokenise otherwise than its parts
         if over <= 0 or room == 0:
             return shorter
         room = max(room - over, 0)
 
 
-def _without_middle(tokenizer: Any, text: str, limit: int, side: str) -> str:
+def _without_middle(encoder: Encoder, text: str, limit: int, side: str) -> str:
     """What may be kept of a long text, and more, where its beginning alone has more than `limit` tokens: all of it would take long."""
     if len(text) <= ENDS * limit:
         return text
     # The last token of the beginning may be one that its neighbours would have made longer.
-    if len(text) <= FLOOD * limit and len(encode_text(tokenizer, text[: START * limit])) <= limit + 1:
+    if len(text) <= FLOOD * limit and len(encoder.data_ids(text[: START * limit])) <= limit + 1:
         return text
     head = {"left": 0, "right": ENDS * limit, "middle": ENDS * limit // 2}[side]
     tail = ENDS * limit - head
     return text[:head] + MARKER + (text[-tail:] if tail else "")
 
 
-def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
+def _spans(encoder: Encoder, text: str) -> list[tuple[int, int]]:
     """(start, end) characters of each token."""
-    if tokenizer.is_fast:
-        return token_offsets(tokenizer, text)
-    count = len(encode_text(tokenizer, text))
+    if encoder.tokenizer.is_fast:
+        return encoder.data_offsets(text)
+    count = len(encoder.data_ids(text))
     edges = [round(i * len(text) / max(count, 1)) for i in range(count + 1)]  # a slow tokenizer can't tell: evenly
     return list(pairwise(edges))
 

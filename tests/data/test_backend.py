@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from functools import cache
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from retool.data import backend
-from retool.data.chat import HOLE, PLACEHOLDER, Renderer
+from retool.data.chat import Renderer
+from retool.data.glue import HOLE
 from retool.data.templates import TEMPLATES
+from retool.data.turns import PLACEHOLDER
 from tests.data.conftest import HERE, LINES, SPECIALS, TOOLS
 
 SCRAPS = [
@@ -134,15 +137,50 @@ def test_what_an_earlier_call_left_set_does_not_count(tokenizer) -> None:
 
 
 def glue(renderer, messages, responses, tools=None, enable_thinking=None, ended=True, generation_prompt=True):
-    """What `render_tool_turn` stands for, by transformers' own render of everything."""
+    """What `render_tool_turn` stands for, by transformers' own render of everything; what messages say of special tokens is letters."""
     kwargs = {**renderer.template_kwargs, **({} if enable_thinking is None else {"enable_thinking": enable_thinking})}
     shown = [*messages[:-1], {"role": "assistant", "content": "Stand-in"}, *responses]
+    if makes_specials(renderer.tokenizer):
+        shown = [{**message, "content": hidden(message["content"])} if message.get("content") else message for message in shown]
     text = renderer.tokenizer.apply_chat_template(
         shown, tools=tools, chat_template=renderer.template, add_generation_prompt=generation_prompt, tokenize=False, **kwargs
     )
     start = text.rindex("Stand-in") + len("Stand-in")
     end = next(token for token in renderer.ends.known if text[start:].lstrip().startswith(token))
-    return renderer.encode(["", text[text.index(end, start) + (len(end) if ended else 0) :]])[1]
+    return letters_and_specials(renderer, text[text.index(end, start) + (len(end) if ended else 0) :])
+
+
+def makes_specials(tokenizer):
+    return long_ids(tokenizer, "<|im_end|>") == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def hidden(text):
+    for i, token in enumerate(SPECIALS):
+        text = text.replace(token, chr(0xE000 + i))
+    return text
+
+
+def letters_and_specials(renderer, text):
+    """Token ids of a text whose special tokens are the template's: where some are hidden, the stretch between two is spelt out."""
+    tokenizer = renderer.tokenizer
+    if text == shown(text):
+        return renderer.encode(["", text])[1]
+    ids = []
+    before = "\n" if long_ids(tokenizer, "a") != long_ids(tokenizer, "<|im_end|>a")[1:] else ""
+    parts = re.split(f"({'|'.join(map(re.escape, SPECIALS))})", text)
+    while parts:
+        # As far as the stretch that hides something, in one pass; then that stretch.
+        plain = next((i for i, part in enumerate(parts) if part != shown(part)), len(parts))
+        ids += (renderer.encode(["", "".join(parts[:plain])])[1] if ids or plain > 1 or parts[0] else []) if plain else []
+        if plain < len(parts):
+            spelt = tokenizer([before + shown(parts[plain])], add_special_tokens=False, split_special_tokens=True)["input_ids"][0]
+            ids += spelt[len(tokenizer(before, add_special_tokens=False)["input_ids"]) if before else 0 :]
+        parts = parts[plain + 1 :]
+    return ids
+
+
+def shown(text):
+    return re.sub("[\ue000-\ue0ff]", lambda found: SPECIALS[ord(found[0]) - 0xE000], text)
 
 
 def talk(rng, tool_role="tool"):
@@ -158,7 +196,7 @@ def talk(rng, tool_role="tool"):
 @pytest.mark.parametrize("kwargs", [None, {"enable_thinking": False, "opening": "x", "loop": 3}], ids=["plain", "template_kwargs"])
 def test_glue_of_our_template_is_that_of_a_whole_render(each, kwargs) -> None:
     renderer, rng = Renderer(each, "hermes", kwargs), random.Random(1)
-    assert renderer._framed
+    assert renderer.glue.framed
     for _ in range(150):
         messages, responses = talk(rng)
         options = (rng.choice([TOOLS, None]), rng.choice([True, None]), rng.random() < 0.7, rng.random() < 0.7)
@@ -167,7 +205,7 @@ def test_glue_of_our_template_is_that_of_a_whole_render(each, kwargs) -> None:
 
 def test_glue_of_qwen_s_template(qwen_tokenizer) -> None:
     renderer, rng = Renderer(qwen_tokenizer), random.Random(3)
-    assert renderer._framed
+    assert renderer.glue.framed
     for _ in range(150):
         messages, responses = talk(rng)
         options = (rng.choice([TOOLS, None]), rng.choice([True, None]), rng.random() < 0.7, rng.random() < 0.7)
@@ -175,13 +213,13 @@ def test_glue_of_qwen_s_template(qwen_tokenizer) -> None:
     for change in (("{%- if tools", "{%- set messages = messages[1:] %}{%- if tools"), ("{{- message.content }}", "{{- message.content | trim }}")):
         other = copy.deepcopy(qwen_tokenizer)
         other.chat_template = other.chat_template.replace(*change)
-        assert other.chat_template != qwen_tokenizer.chat_template and not Renderer(other)._framed
+        assert other.chat_template != qwen_tokenizer.chat_template and not Renderer(other).glue.framed
 
 
 @pytest.mark.parametrize("name", ["chatml", "smollm2", "qwen3", "llama3"])
 def test_glue_of_other_templates(name, renderer_of) -> None:
     renderer, rng = renderer_of(name), random.Random(2)
-    assert not renderer._framed
+    assert not renderer.glue.framed
     for _ in range(30):
         messages, responses = talk(rng, "tool" if name == "qwen3" else "user")
         options = (TOOLS if name == "qwen3" and rng.random() < 0.5 else None, None, rng.random() < 0.7, rng.random() < 0.7)
@@ -193,7 +231,7 @@ def test_what_is_not_a_plain_text_goes_the_long_way(renderer_of) -> None:
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]
     for response in ({"role": "tool", "content": None}, {"role": "tool"}, {"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}):
         assert renderer.render_tool_turn(messages, [response], TOOLS) == glue(renderer, messages, [response], TOOLS)
-    assert not renderer._frames
+    assert not renderer.glue.frames
     for content in ("\ud800", "a\udcff"):
         with pytest.raises(ValueError, match="valid Unicode"):
             renderer.render_tool_turn(messages, [{"role": "tool", "content": content}], TOOLS)
@@ -202,8 +240,8 @@ def test_what_is_not_a_plain_text_goes_the_long_way(renderer_of) -> None:
 def test_only_our_own_template_is_known(tokenizer) -> None:
     text, own = TEMPLATES["hermes"].read_text(), copy.deepcopy(tokenizer)
     own.chat_template = text  # as an export has it
-    assert Renderer(own)._framed and not Renderer(own, str(HERE / "templates" / "chatml.jinja"))._framed
-    assert not Renderer(own, "hermes", {"documents": []})._framed  # an option of apply_chat_template, no template variable
+    assert Renderer(own).glue.framed and not Renderer(own, str(HERE / "templates" / "chatml.jinja")).glue.framed
+    assert not Renderer(own, "hermes", {"documents": []}).glue.framed  # an option of apply_chat_template, no template variable
     own.chat_template = {"default": text, "tool_use": text.replace("message.content", "message.content | trim")}
     renderer = Renderer(own)
     messages, responses = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}], [{"role": "tool", "content": " 24 "}]

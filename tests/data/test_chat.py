@@ -23,14 +23,14 @@ def trained(tokenizer, sample):
 def replay(renderer, conversation):
     """The conversation as a rollout makes it: prompt, sampled turn, glue, sampled turn, …"""
     messages, turns = conversation.messages, conversation.assistant_turns
-    bodies = {piece.turn: piece.text for pieces in renderer.pieces(conversation) for piece in pieces if piece.turn is not None}
+    bodies = {piece.turn: piece for pieces in renderer.pieces(conversation) for piece in pieces if piece.turn is not None}
     stream = renderer.render_prompt(messages[: turns[0]], conversation.tools, conversation.enable_thinking)
     mask = [False] * len(stream)
     history = list(messages[: turns[0]])
     for i, following in zip(turns, [*turns[1:], len(messages)], strict=True):
-        sampled = renderer.encode(["", bodies[i]])[1]
+        sampled = renderer.encoder.encode([bodies[i]], begins=False)[0]
         end = renderer.tokenizer.convert_ids_to_tokens(sampled[-1])
-        history.append({"role": "assistant", "content": bodies[i].removesuffix(end)})
+        history.append({"role": "assistant", "content": bodies[i].text.removesuffix(end)})
         responses = messages[i + 1 : following]
         last = following == len(messages)
         glue = renderer.render_tool_turn(history, responses, conversation.tools, conversation.enable_thinking, generation_prompt=not last)
