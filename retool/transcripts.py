@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from retool.redact import logger, redact
+from retool.untrusted import read_lines
 
 FOLDER = "report"
+LINE_BYTES = 8 << 20  # of a transcript: some 300,000 tokens
 DIGITS = 4
 WINDOW = 12  # tokens that one character, or one special token's text, may be spread over
 
@@ -146,9 +148,11 @@ def read_transcripts(run: Path) -> Iterator[dict[str, Any] | None]:
     """Every line of `run/report/*.jsonl`, newest file last; None for a line that is torn, or no transcript."""
     folder = run / FOLDER
     for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
-        with path.open("rb") as lines:
-            for line in lines:
-                yield _record(line)
+        if not path.is_file():  # a pipe would have no end
+            yield None
+            continue
+        for line in read_lines(path, LINE_BYTES):
+            yield None if line is None else _record(line)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -156,7 +160,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line, parse_constant=lambda _: None, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or not isinstance(record.get("prompt"), str):
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not isinstance(record.get("prompt"), str):
         return None
     segments = record.get("segments")
     if not isinstance(segments, list) or not all(isinstance(s, dict) and isinstance(s.get("text"), str) for s in segments):

@@ -9,9 +9,13 @@ from pathlib import Path
 from retool.metrics import printable
 from retool.report.page import TRANSCRIPT_BYTES, make_page, write_page
 from retool.report.runs import read_run
+from retool.report.series import MOST_VALUES
+
+PAGE_VALUES = 2_000_000  # numbers on a page, of all runs together: some 20 MB
 
 EPILOG = """The page is one file that opens without a network, on a phone too. It shows metrics.jsonl, config.yaml and
-report/*.jsonl (transcripts) of each folder, as far as they are there: it works while a run is going.
+report/*.jsonl (transcripts) of each folder, as far as they are there: it works while a run is going. Of a run with more values than
+a page can hold, neighbouring steps are put together, which the page says.
 
 examples:
   python -m retool.report checkpoints/retool-sft/test
@@ -32,7 +36,8 @@ def main(words: list[str] | None = None) -> int:
     folders = list(dict.fromkeys(folder.resolve() for folder in options.folders))
     out = options.out or folders[0] / "report.html"
     try:
-        runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+        values = min(MOST_VALUES, PAGE_VALUES // len(folders))
+        runs = [read_run(folder, name, values) for folder, name in zip(folders, names_of(folders), strict=True)]
         html = make_page(runs, int(options.transcripts * 2**20))
         write_page(html, out)
     except (ValueError, OSError) as error:

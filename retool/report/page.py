@@ -59,10 +59,13 @@ def make_page(runs: list[Run], transcript_bytes: int = TRANSCRIPT_BYTES) -> str:
 
 
 def write_page(html: str, path: Path) -> None:
-    """Write it whole or not at all; lone surrogates become question marks. OSError where `path` can't be written."""
+    """Write it whole or not at all; lone surrogates become question marks. ValueError where `path` can't be written."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(html, encoding="utf-8", errors="replace", newline="\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(html, encoding="utf-8", errors="replace", newline="\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise ValueError(f"{path} can't be written ({error.strerror or error}). Give another place: --out report.html.") from error
 
 
 def embed(data: Any) -> str:

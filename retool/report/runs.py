@@ -6,21 +6,20 @@ Everything may be missing, torn or hostile: the run may still be going, and its 
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from retool.config import REQUIRED, leaves
-from retool.metrics import read_jsonl
 from retool.redact import redact
 from retool.report.glossary import MEANINGS, meaning
+from retool.report.series import MOST_VALUES, Series, is_number, read_series
+from retool.report.settings import in_words, read_config, require_small
 from retool.transcripts import FOLDER, read_transcripts
 
+TEXT_KEYS = ("split", "data_source", "prompt", "ground_truth", "stop")
 ENTRY_KEYS = ("step", "split", "data_source", "prompt", "ground_truth", "reward", "stop", "num_turns")
 
 
@@ -37,59 +36,32 @@ class Run:
     notes: list[str]
 
 
-def read_run(folder: Path, name: str) -> Run:
-    """Read a run's metrics and configuration. ValueError where the folder is none, or holds nothing of a run."""
+def read_run(folder: Path, name: str, most_values: int = MOST_VALUES) -> Run:
+    """Read a run's metrics, thinned to `most_values` numbers, and its configuration. ValueError where the folder is none, or no run's."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Give the folder of a run: trainer.default_local_dir.")
-    file, settings = folder / "metrics.jsonl", folder / "config.yaml"
+    file = folder / "metrics.jsonl"
+    settings = folder / "config.yaml"
     if not file.is_file() and not settings.is_file() and not (folder / FOLDER).is_dir():
         raise ValueError(f"{folder} has neither metrics.jsonl nor config.yaml nor {FOLDER}/: it is no run's folder.")
+    series = read_series(file, most_values) if file.is_file() else Series()
+    steps, metrics = series.columns()
+    notes = _notes(file, series, steps)
+    config = read_config(settings, notes)
+    return Run(name, folder, steps, metrics, config, file.stat().st_mtime if file.is_file() else None, notes)
+
+
+def _notes(file: Path, series: Series, steps: list[int]) -> list[str]:
     notes: list[str] = []
-    by_step: dict[int, dict[str, Any]] = defaultdict(dict)
-    for entry in read_jsonl(file) if file.is_file() else ():
-        by_step[entry["step"]].update(entry)
-    if not by_step:
+    if file.exists() and not file.is_file():
+        notes.append("metrics.jsonl is no file")
+    if not steps:
         notes.append("no metrics yet")
-    steps = sorted(by_step)
-    names = dict.fromkeys(key for step in steps for key, value in by_step[step].items() if key != "step" and _is_number(value))
-    metrics = {key: [_six_digits(by_step[step].get(key)) for step in steps] for key in names}
-    return Run(name, folder, steps, metrics, _read_config(settings, notes), file.stat().st_mtime if file.is_file() else None, notes)
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-
-
-def _six_digits(value: Any) -> float | None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
-        return None
-    return float(f"{value:.6g}")
-
-
-def _read_config(path: Path, notes: list[str]) -> dict[str, str]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except FileNotFoundError:
-        return {}
-    except (yaml.YAMLError, RecursionError):
-        notes.append("config.yaml isn't readable YAML")
-        return {}
-    return dict(_flat(redact(content))) if isinstance(content, dict) else {}
-
-
-def _flat(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in content.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", in_words(value)
-
-
-def in_words(value: Any) -> str:
-    """A value as one would type it."""
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(in_words, value)) + "]"
-    return str(value) if isinstance(value, str) else json.dumps(value, default=str)
+    if series.stride > 1:
+        notes.append(f"one value for every {series.stride} steps, as all would not fit on a page")
+    if series.left_out:
+        notes.append(f"{series.left_out} lines or values in metrics.jsonl are no metrics")
+    return notes
 
 
 def default_config(config: Mapping[str, str]) -> dict[str, str]:
@@ -125,7 +97,7 @@ def choose_transcripts(runs: list[Run], budget: int) -> tuple[list[dict[str, Any
     torn = 0
     for number, run in enumerate(runs):
         for record in read_transcripts(run.folder):
-            if record is None:
+            if record is None or not _is_shallow(record):
                 torn += 1
                 continue
             sizes[_stratum(number, record)].append(len(json.dumps(record)) + 1)
@@ -133,11 +105,24 @@ def choose_transcripts(runs: list[Run], budget: int) -> tuple[list[dict[str, Any
     kept: list[dict[str, Any]] = []
     for number, run in enumerate(runs):
         taken: dict[tuple[int, int, str], int] = defaultdict(int)
-        for record in read_transcripts(run.folder):
-            if record is not None and taken[_stratum(number, record)] < each:
-                taken[_stratum(number, record)] += 1
+        for record in read_transcripts(run.folder) if each else ():
+            if record is None or not _is_shallow(record):
+                continue
+            stratum = _stratum(number, record)
+            if taken[stratum] < each:
+                taken[stratum] += 1
                 kept.append(entry(number, record))
     return kept, sum(map(len, sizes.values())) - len(kept), torn
+
+
+def _is_shallow(record: Mapping[str, Any]) -> bool:
+    """Whether what a record tells besides its segments is as small as it should be: it may be nested without end."""
+    try:
+        require_small([value for key, value in record.items() if key != "segments"])
+        require_small([segment.get("role") for segment in record["segments"]])
+    except ValueError:
+        return False
+    return True
 
 
 def _stratum(number: int, record: Mapping[str, Any]) -> tuple[int, int, str]:
@@ -146,30 +131,40 @@ def _stratum(number: int, record: Mapping[str, Any]) -> tuple[int, int, str]:
 
 def _fitting(sizes: Mapping[Any, list[int]], budget: int) -> int:
     """The largest number of transcripts of each stratum whose sizes stay within the budget."""
-    most, used = max(map(len, sizes.values()), default=0), 0
-    for index in range(most):
-        used += sum(strata[index] for strata in sizes.values() if index < len(strata))
+    index = 0
+    used = 0
+    longer = [strata for strata in sizes.values() if strata]
+    while longer:
+        used += sum(strata[index] for strata in longer)
         if used > budget:
             return index
-    return most
+        index += 1
+        longer = [strata for strata in longer if len(strata) > index]
+    return index
 
 
 def entry(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
     """A record as the page reads it: known fields only, of the right types, without secrets."""
     shown: dict[str, Any] = {"run": number, **{key: record[key] for key in ENTRY_KEYS if key in record}}
-    for key in ("split", "data_source", "prompt", "ground_truth", "stop"):
-        shown[key] = redact(str(shown.get(key, "train" if key == "split" else "")))
-    for key in ("reward", "num_turns"):
-        shown[key] = shown.get(key) if _is_number(shown.get(key)) else None
+    texts = {key: str(shown.get(key, "train" if key == "split" else "")) for key in TEXT_KEYS}
     info = record.get("info")
-    shown["info"] = {str(k): in_words(v) for k, v in redact(info).items()} if isinstance(info, dict) else {}
-    shown["segments"] = [_segment(segment) for segment in record["segments"]]
+    # One call for all of it: looking up what is a secret here takes longer than looking for it in a few texts.
+    clean = redact({
+        "texts": texts,
+        "info": info if isinstance(info, dict) else {},
+        "segments": [segment["text"] for segment in record["segments"]],
+    })  # fmt: skip
+    shown |= clean["texts"]
+    for key in ("reward", "num_turns"):
+        shown[key] = shown.get(key) if is_number(shown.get(key)) else None
+    shown["info"] = {str(key): in_words(value) for key, value in clean["info"].items()}
+    shown["segments"] = [_segment(segment, text) for segment, text in zip(record["segments"], clean["segments"], strict=True)]
     return shown
 
 
-def _segment(segment: Mapping[str, Any]) -> dict[str, Any]:
-    """A segment; its tokens only where they are sound, and hide no secret."""
-    text, tokens = redact(segment["text"]), segment.get("tokens")
+def _segment(segment: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """A segment whose text without secrets is `text`; its tokens only where they are sound, and hide no secret."""
+    tokens = segment.get("tokens")
     shown: dict[str, Any] = {"role": str(segment.get("role", "")), "text": text, "mask": segment.get("mask") is True}
     if text != segment["text"] or not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         return shown
