@@ -8,13 +8,17 @@ prints for a dict, {'city': 'Paris'}, is neither: no parser of calls reads it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from .reasoning import field_of, segments, thoughts
+from .reasoning import FIELDS, field_of, segments, thoughts
 from .rows import Conversation, RowError
 
 JSON = json.JSONDecoder()
+READS_ID = re.compile(r"""(?:\.|\[['"]|get\(['"])tool_call_id""")
+# Fields of a message that are checked, or that say nothing to a model.
+KNOWN_FIELDS = {"role", "content", "tool_calls", "loss_mask", "weight", "id", "tool_call_id", "refusal", *FIELDS}
 LONGEST_MARKUP = 40  # characters between an argument's key and its value: </arg_key>\n<arg_value> and the like
 
 
@@ -31,6 +35,7 @@ def check_said(conversation: Conversation, i: int, inside: str, trained: bool) -
     """Everything that message `i` says must be `inside` the turn; thoughts only where it is `trained`. Raises TemplateFault."""
     message = conversation.messages[i]
     if trained:
+        check_refusal(conversation, i, inside)
         check_thought(conversation, i, inside)
     calls = message.get("tool_calls", [])
     text = _without_words(conversation, i, inside, trained)
@@ -54,6 +59,41 @@ def _check_calls(conversation: Conversation, i: int, calls: Sequence[Mapping[str
         if end is None:
             raise fault(conversation, _why_not_shown(text, name, k, len(calls)), i)
         at = end
+
+
+def check_refusal(conversation: Conversation, i: int, inside: str) -> None:
+    """What message `i` gives as a refusal (OpenAI's field beside a null content) must be `inside`, too. Raises RowError."""
+    refusal = conversation.messages[i].get("refusal")
+    if isinstance(refusal, str) and refusal.strip() and refusal.strip() not in inside:
+        why = f"its refusal ({_quote(refusal)}) is a field that templates don't show: write it into the content."
+        raise conversation.error(why, i)
+
+
+def check_results(conversation: Conversation, source: str) -> None:
+    """Results must come in the order of their calls where the template (`source`) doesn't show ids. Raises RowError."""
+    if READS_ID.search(source):
+        return
+    order: dict[str, int] = {}
+    last = -1
+    for i, message in enumerate(conversation.messages):
+        if message["role"] == "assistant":
+            order = {call["id"]: k for k, call in enumerate(message.get("tool_calls", [])) if isinstance(call.get("id"), str)}
+            last = -1
+        place = order.get(str(message.get("tool_call_id"))) if message["role"] == "tool" else None
+        if place is None:
+            continue
+        if place < last:
+            why = "the results come in another order than their calls (tool_call_id), and the chat template shows none of these ids:"
+            raise conversation.error(f"{why} put the results in the order of the calls.", i)
+        last = place
+
+
+def unread_fields(conversation: Conversation, source: str) -> Iterator[str]:
+    """role.field of each field that holds something and that neither we nor the template (`source`) read."""
+    for message in conversation.messages:
+        for key, value in message.items():
+            if value and key not in KNOWN_FIELDS and not re.search(rf"\b{re.escape(key)}\b", source):
+                yield f"{message['role']}.{key}"
 
 
 def check_thought(conversation: Conversation, i: int, inside: str) -> None:

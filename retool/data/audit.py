@@ -153,7 +153,10 @@ def summary(audit: Audit) -> list[tuple[str, str]]:
         ("reasoning left out", tally.dropped_thoughts, "turns are trained without what they think (data.drop_reasoning)"),
         ("empty assistant turns", tally.empty_turns, "turns without text or call: only their end is trained"),
     )
-    return lines + [(what, f"{count:,} {why}") for what, count, why in notes if count]
+    said = [(what, f"{count:,} {why}") for what, count, why in notes if count]
+    if tally.unread:
+        said.append(("fields that nothing shows", _counts(tally.unread)))
+    return lines + said
 
 
 def _long(audit: Audit) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..batch import Sample
-from .accounting import TemplateFault, check_contexts, check_tools, fault
+from .accounting import TemplateFault, check_contexts, check_results, check_tools, fault
 from .chat_template import ChatTemplate
 from .encoder import Encoder
 from .files import RowError
@@ -93,7 +93,7 @@ class Renderer:
     @cached_property
     def reasoning(self) -> Literal["none", "tagged", "opened"]:
         """Whether the template knows <think> … </think>, and whether its generation prompt already opens it."""
-        if "</think>" not in str(self.template or self.tokenizer.chat_template):
+        if "</think>" not in self.source:
             return "none"
         prompt = self.text([{"role": "user", "content": "Question"}], generation_prompt=True)
         return "opened" if prompt.rstrip().endswith("<think>") else "tagged"
@@ -161,7 +161,13 @@ class Renderer:
         turns = conversation.assistant_turns
         check_contexts(conversation, text, [i for i in range(end) if i not in turns])
 
+    @property
+    def source(self) -> str:
+        """The text of the template; of several, all of it."""
+        return str(self.template or self.tokenizer.chat_template)
+
     def _check_tools(self, conversation: Conversation) -> None:
+        check_results(conversation, self.source)
         turns = conversation.assistant_turns
         opening = conversation.messages[: turns[0]] if turns else conversation.messages
 

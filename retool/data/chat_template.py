@@ -8,8 +8,8 @@ from typing import Any
 
 import jinja2
 
+from .parts import SURROGATE
 from .probes import TOOL, CallForm, find_call_form, find_ends, find_header, shown_message
-from .rows import SURROGATE
 from .templates import chosen_template, end_of_hermes
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from .files import RowError, columns_of
+from .parts import text_and_thought
 from .quoting import Masks
 
-SURROGATE = re.compile("[\ud800-\udfff]")
 AS_LIST = "store it as a list, or decode it in a function of yours (data.custom_cls.path, name)"  # of messages found as text
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -158,7 +157,9 @@ def _message(raw: dict[str, Any], where: str) -> dict[str, Any]:
     if role not in ROLES:
         raise RowError(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}.")
     where = f"{where} ({role})"
-    message["content"] = _text(message.get("content", ""), where)
+    message["content"], thought = text_and_thought(message.get("content", ""), where)
+    if thought.strip():
+        _take_thought(message, thought, where)
     if "tool_calls" in message:
         calls = message.pop("tool_calls")
         if not isinstance(calls, list):
@@ -172,19 +173,13 @@ def _message(raw: dict[str, Any], where: str) -> dict[str, Any]:
     return message
 
 
-def _text(content: Any, where: str) -> str:
-    if isinstance(content, list):
-        parts = [part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in content]
-        kinds = [part.get("type", "text") if isinstance(part, dict) else "text" for part in content]
-        for kind, part in zip(kinds, parts, strict=True):
-            if kind != "text" or not isinstance(part, str):
-                raise RowError(f"{where}: content has a part of type {kind!r}; only text parts can be trained.")
-        content = "".join(part for part in parts if part is not None)
-    if not isinstance(content, str):
-        raise RowError(f"{where}: content is {type(content).__name__}, not text.")
-    if SURROGATE.search(content):
-        raise RowError(f"{where}: content isn't valid Unicode (bytes that aren't UTF-8, or half of a surrogate pair).")
-    return content
+def _take_thought(message: dict[str, Any], thought: str, where: str) -> None:
+    """Note what the parts of the content say was thought, as the reasoning field does."""
+    if message["role"] != "assistant":
+        raise RowError(f"{where}: content has a part that is a thought, and only the assistant thinks.")
+    given = message.setdefault("reasoning_content", thought)
+    if not isinstance(given, str) or given.strip() != thought.strip():
+        raise RowError(f"{where}: reasoning_content and a part of the content differ: keep one.")
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:

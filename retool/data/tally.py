@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..batch import Sample
+from .accounting import unread_fields
 from .chat import ROWS_A_CHECK, Piece, Renderer
 from .files import Chunk, RowError
 from .quoting import PRIVATE_TEXT
@@ -61,6 +62,7 @@ class Tally:
     calls_per_row: Counter[int] = field(default_factory=Counter)
     roles: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)  # messages with a field (role.field) that nothing reads
     reasons: Counter[str] = field(default_factory=Counter)
     refusals: list[str] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
@@ -133,6 +135,7 @@ def _count_row(
     tally.turns[len(conversation.assistant_turns)] += 1
     tally.calls.update(calls)
     tally.calls_per_row[len(calls)] += 1
+    tally.unread.update(unread_fields(conversation, renderer.source))
     tally.dropped_thoughts += 0 if prompts else renderer.dropped_thoughts(conversation)
     tally.control_text += any(piece.quoted for parts in pieces for piece in parts)
     tally.empty_turns += sum(m["role"] == "assistant" and not m["content"].strip() and "tool_calls" not in m for m in messages)

@@ -94,10 +94,9 @@ def _settings(renderer: Renderer, conversation: Conversation) -> Iterator[tuple[
     answers = [conversation.messages[i] for i in conversation.assistant_turns]
     if _leaves_thoughts(renderer) and any(field_of(message) for message in answers):
         yield "data.reasoning_in_content=true", {"reasoning_in_content": True}
-    source = str(renderer.template or renderer.tokenizer.chat_template)
     for switch in SWITCHES:
         said = switch in renderer.template_kwargs or (switch == "enable_thinking" and conversation.enable_thinking is not None)
-        if said or not re.search(rf"\b{switch}\b", source):
+        if said or not re.search(rf"\b{switch}\b", renderer.source):
             continue
         for value in (True, False):
             kwargs = {**renderer.template_kwargs, switch: value}

@@ -233,3 +233,56 @@ def test_settings_that_refusals_name_are_a_run_s(tmp_path):
         made = make_renderer(config, tmp_path, "2026-11-29")
         assert getattr(made, setting) and made.chat_template == "hermes" and made.template_kwargs == {"enable_thinking": True}
         assert f"--{setting.replace('_', '-')}" in audit_command(config, ["rows.jsonl"]).split()
+
+
+# -- other fields -----------------------------------------------------------------------------------------------------
+
+
+def test_thoughts_as_parts_of_the_content():
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "Adding "}, {"type": "text", "text": "twos."}]},
+        {"type": "text", "text": "Four"},
+        {"type": "text", "text": "."},
+    ]
+    asked = said("user", [{"type": "text", "text": "Two plus two?"}])
+    with pytest.raises(RowError, match=r"doesn't show reasoning_content \('Adding twos\.'\)"):
+        trained(renderer(WORDS), [asked, {"role": "assistant", "content": parts}])
+    texts = trained(renderer(WORDS, chat_template="hermes"), [asked, {"role": "assistant", "content": parts}])
+    assert texts == ["<think>\nAdding twos.\n</think>\n\nFour.<|im_end|>"]
+    with pytest.raises(RowError, match=r"message 1 \(assistant\): content has a part of type 'reasoning' behind text"):
+        trained(renderer(WORDS), [asked, {"role": "assistant", "content": [*parts, {"type": "reasoning", "text": "Done."}]}])
+    with pytest.raises(RowError, match="only the assistant thinks"):
+        trained(renderer(WORDS), [{"role": "user", "content": parts}, said("assistant", "A")])
+    with pytest.raises(RowError, match="reasoning_content and a part of the content differ"):
+        trained(renderer(WORDS), [asked, {"role": "assistant", "content": parts, "reasoning_content": "Else."}])
+
+
+def test_a_refusal_that_is_a_field_is_not_left_out():
+    messages = [said("user", "Q"), said("assistant", refusal="No, never.")]
+    with pytest.raises(RowError, match=r"message 1 \(assistant\): its refusal \('No, never.*write it into the content"):
+        trained(renderer(WORDS), messages)
+    messages[1]["content"] = "No, never."
+    assert trained(renderer(WORDS), messages) == ["No, never.<|im_end|>"]
+
+
+def test_results_in_another_order_than_their_calls_are_refused_where_no_id_is_shown():
+    calls = [call("look", 1, place="Rome"), call("look", 2, place="Oslo")]
+    results = [said("tool", "cold", tool_call_id="abcdefgh2"), said("tool", "warm", tool_call_id="abcdefgh1")]
+    messages = [said("user", "Where?"), said("assistant", tool_calls=calls), *results, said("assistant", "Rome.")]
+    form = calls_as("{{ call.function | tojson }}")
+    with pytest.raises(RowError, match=r"message 3 \(tool\): the results come in another order than their calls"):
+        trained(renderer(form), messages, [tool("look", place="string")])
+    shown = form.replace("{{- m.content or '' -}}", "{{- (m.tool_call_id or '') + ' ' + (m.content or '') -}}")
+    assert len(trained(renderer(shown), messages, [tool("look", place="string")])) == 2
+    in_order = [*messages[:2], *reversed(results), messages[4]]
+    assert len(trained(renderer(form), in_order, [tool("look", place="string")])) == 2
+
+
+def test_the_audit_names_fields_that_nothing_shows(tmp_path):
+    user = said("user", "Q", name="Ann", loss_mask=0)
+    row = {"messages": [user, said("assistant", "A", annotations=["x"], weight=1, id="m1")]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    found = audit(str(tmp_path / "rows.jsonl"), renderer(WORDS), num_workers=0)
+    assert ("fields that nothing shows", "user.name 1 · assistant.annotations 1") in summary(found)
+    reads = renderer(CHATML.replace("BODY", "{{- (m.name or '') + m.content -}}"))
+    assert audit(str(tmp_path / "rows.jsonl"), reads, num_workers=0).tally.unread == {"assistant.annotations": 1}
