@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from retool.checkpoint.folder import STEP
 from retool.config import Fault
 from retool.identity import Identity, record_of
 from retool.memory import DTYPE_BYTES, LADDER, Choice, Recompute, Setting
@@ -66,6 +67,12 @@ class RunReport(ABC):
     @abstractmethod
     def steps_of_data(self) -> int:
         """Steps that `trainer.total_epochs` passes over the training data make (0 where it couldn't be read)."""
+
+    @property
+    def step_then(self) -> int:
+        """The step that the run goes on from; 0 where it begins."""
+        found = None if self.resume is None else STEP.match(self.resume.name)
+        return 0 if found is None else int(found[1])
 
     @property
     def record(self) -> dict[str, Any]:

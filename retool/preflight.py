@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from retool.checkpoint.folder import steps
+from retool.checkpoint.folder import STEP, steps
 from retool.checkpoint.hf import SafetensorsSource
 from retool.checkpoint.source import match_names, require_tied
 from retool.config import Fault
@@ -37,6 +37,7 @@ from retool.model.hub import find_model
 from retool.options import RunOptions, TrainerConfig, resume_notes
 from retool.perf import GIB
 from retool.plan import RunReport, World, checkpoint_bytes, host_bytes, kept_checkpoints, setting_of
+from retool.resume import export_of
 from retool.run import DTYPES
 
 T = TypeVar("T")
@@ -151,7 +152,13 @@ def check_model(folder: Path, key: str = "model.partial_pretrain") -> tuple[Mode
     if not folder.is_dir():
         return None, [Fault(where, "is not a folder.", "Give a Hugging Face model folder with config.json, tokenizer and safetensors.")]
     faults: list[Fault] = []
+    if not (folder / "config.json").is_file() and (newest := next(steps(folder), None)) is not None:
+        export = export_of(newest[1])
+        given = f"{newest[1]}, once merged (python -m retool.checkpoint merge)" if export is None else str(export)
+        return None, [Fault(where, "is a run's folder, not a model's.", f"Give the model of its newest checkpoint: {given}.")]
     config = attempt(where, lambda: read_model_config(folder), faults)
+    if not (folder / "config.json").is_file():
+        return None, faults  # which says where the model is: that a tokenizer isn't there either is no news
     source = attempt(where, lambda: SafetensorsSource(folder), faults)
     if config is not None and source is not None:
         layout = plan_layout(config, 1)
@@ -163,7 +170,7 @@ def check_model(folder: Path, key: str = "model.partial_pretrain") -> tuple[Mode
 def check_tokenizer(folder: Path, chat_template: str | None, key: str = "model.partial_pretrain") -> Iterator[Fault]:
     """The tokenizer's files and a chat template, the model's own or `chat_template` (a file, or hermes)."""
     where = f"{key}={folder}"
-    if not folder.is_dir():
+    if not (folder / "config.json").is_file():
         return
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file() and not (folder / "vocab.json").is_file():
         yield Fault(where, "has no tokenizer (tokenizer.json, tokenizer.model or vocab.json).", "Copy the model's tokenizer files there.")
@@ -204,11 +211,21 @@ def check_run(report: R, box: Box, environment: Mapping[str, str], saves: bool =
         found += check_port(environment)
         found += check_compiler(options.trainer.device != "cpu" and options.model.use_compile, options.model_key)
     found += check_output(Path(options.trainer.default_local_dir), checkpoint_bytes(report) if saves else 0.0)
+    found += check_run_folder(Path(options.trainer.default_local_dir))
     found += check_store(options.trainer.default_hdfs_dir, "trainer.default_hdfs_dir")
     if model is not None and not box.elsewhere:
         offloads = [name for name in ("param_offload", "optimizer_offload") if getattr(options.fsdp, name)]
         found += check_host_memory(host_bytes(report), " ".join(f"{options.fsdp_key}{name}=true" for name in offloads))
     return report.blame(*found)
+
+
+def check_run_folder(folder: Path) -> Iterator[Fault]:
+    """The run's folder is no model's and no checkpoint: a run would write among their files."""
+    where, another = f"trainer.default_local_dir={folder}", "Choose another trainer.default_local_dir"
+    if STEP.fullmatch(folder.name) and folder.is_dir():
+        yield Fault(where, "is a checkpoint, not a run's folder.", f"{another}; to go on from it, {folder.parent}.")
+    elif (folder / "config.json").is_file():
+        yield Fault(where, "is a model's folder: a run would write among its files.", f"{another}.")
 
 
 def check_ids(report: RunReport, highest: int, where: str, found: str) -> Iterator[Fault]:
@@ -225,6 +242,9 @@ def check_ids(report: RunReport, highest: int, where: str, found: str) -> Iterat
 def notes_of(report: RunReport, box: Box, environment: Mapping[str, str], saves: bool = True) -> Iterator[str]:
     """What is allowed but probably not meant, and what this machine may run out of later, or shares with somebody."""
     options, trainer = report.options, report.options.trainer
+    if saves and report.step_then >= report.steps:
+        more = "raise trainer.total_epochs or trainer.total_training_steps to train on, or start anew with trainer.resume_mode=disable"
+        yield f"nothing is left to train: step {report.step_then:,} of {report.steps:,} is done; {more}."
     if isinstance(trainer.save_freq, int) and trainer.save_freq > report.steps:
         yield f"trainer.save_freq={trainer.save_freq} is more than the {report.steps} steps: only the last is saved."
     yield from resume_notes(options)

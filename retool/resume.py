@@ -30,7 +30,6 @@ from retool.parallel.mesh import Mesh
 from retool.plan import RunReport
 
 R = TypeVar("R", bound=RunReport)
-A_CHECKPOINT = "Give a checkpoint such as …/global_step_250."
 
 
 # --- before the run ---
@@ -88,7 +87,8 @@ def check_checkpoint(report: R) -> R:
     if report.options.command == "retool.rl" and not then:
         problem = f"{found} wasn't saved by retool.rl, so nothing says which questions come next."
         return report.blame(Fault(where, problem, f"To train on from its weights, {_anew(report.options, found)}."))
-    other = changes(then.get("identity", {}), report.identity)
+    known = {fault.where.partition("=")[0] for fault in report.faults}  # a key that is wrong by itself is no news twice
+    other = [change for change in changes(then.get("identity", {}), report.identity) if change.where not in known]
     asked = report.options.trainer.resume_mode == "resume_path"
     refused = [change for change in other if change.strict or not asked]
     trouble = [_refusal(report, found, change) for change in refused]
@@ -128,11 +128,12 @@ def _incomplete(options: RunOptions, found: Path) -> Iterator[Fault]:
     """No folder, no checkpoint, or one without what training goes on with."""
     where, folder = _where(options), model_folder(found)
     if not found.is_dir():
-        yield Fault(where, "is not a folder.", A_CHECKPOINT)
+        yield Fault(where, "is not a folder.", _instead(found, Path(options.trainer.default_local_dir)))
         return
     missing = [kind for kind in ("model", "optim") if not any(folder.glob(f"{kind}_world_size_*_rank_*.pt"))]
-    if len(missing) == 2 and not _export(found):
-        yield Fault(where, f"holds no {missing[0]}_world_size_N_rank_R.pt.", _instead(found))
+    if len(missing) == 2 and not export_of(found):
+        remedy = _instead(found, Path(options.trainer.default_local_dir))
+        yield Fault(where, f"holds no {missing[0]}_world_size_N_rank_R.pt.", remedy)
     elif missing:
         lacks = {"model": "weights", "optim": "the optimizer"}
         problem = f"{found} was saved without {' and '.join(lacks[kind] for kind in missing)}, so training can't go on from it."
@@ -144,16 +145,16 @@ def _incomplete(options: RunOptions, found: Path) -> Iterator[Fault]:
         yield Fault(where, f"is not complete: {'; '.join(wrong[:3])}.", f"{way_out}{by_itself}.")
 
 
-def _instead(path: Path) -> str:
-    """What the user may have meant by a path that is no checkpoint."""
+def _instead(path: Path, run: Path) -> str:
+    """What the user may have meant by a path that is no checkpoint; `run` is the run's own folder."""
     if (newest := next(steps(path), None)) is not None:
         return f"It is a run's folder: give its newest checkpoint, {newest[1]}."
     above = next((folder for folder in path.absolute().parents if STEP.fullmatch(folder.name)), None)
-    if above is not None:
+    if above is not None and path.exists():
         return f"It is a part of a checkpoint: give {above}."
-    if (path / "config.json").is_file():
-        return f"It is a model, to begin a run with. {A_CHECKPOINT}"
-    return A_CHECKPOINT
+    here = next(steps(run), None)
+    wanted = f"Give a checkpoint such as {'…/global_step_250' if here is None else here[1]}."
+    return f"It is a model, to begin a run with. {wanted}" if (path / "config.json").is_file() else wanted
 
 
 def _unloadable(options: RunOptions, found: Path, model: ModelConfig) -> Iterator[Fault]:
@@ -171,7 +172,8 @@ def _refusal(report: RunReport, found: Path, change: Change) -> Fault:
     """Another run's checkpoint: what is other, and every way out that there is."""
     now = flat(report.config).get(change.where)
     before = report.then.get("config", {}).get(change.where)
-    was = f"; then {change.where}={shown(before)}" if before is not None and before != now else ""
+    told = before is None or before == now or change.words.startswith(f"{change.where}: ")
+    was = "" if told else f"; then {change.where}={shown(before)}"
     problem = f"{found} is of another run ({change.words}{was})."
     if change.strict:
         remedy = f"Put that back, or begin anew from its weights: {_anew(report.options, found)}."
@@ -181,14 +183,14 @@ def _refusal(report: RunReport, found: Path, change: Change) -> Fault:
     return Fault(change.where if now is None else f"{change.where}={shown(now)}", problem, remedy)
 
 
-def _export(found: Path) -> Path | None:
+def export_of(found: Path) -> Path | None:
     """The model that a checkpoint holds for others to load, if it does."""
     folder = model_folder(found) / "huggingface"
     return folder if any(folder.glob("*.safetensors")) else None
 
 
 def _anew(options: RunOptions, found: Path) -> str:
-    export = _export(found)
+    export = export_of(found)
     name = "DIR" if export is None else str(export)
     merge = "" if export is not None else f" (made by python -m retool.checkpoint merge {found} --out DIR)"
     return f"give {options.pretrained_key}={name}{merge} and another trainer.default_local_dir"

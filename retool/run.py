@@ -71,13 +71,6 @@ def set_aside(folder: Path) -> Path:
     return target
 
 
-def say_nothing_left(mesh: Mesh, step: int, steps: int) -> None:
-    """Why a run that resumes after its last step trains nothing, and what to change if more was meant."""
-    if step >= steps:
-        more = "raise trainer.total_epochs or trainer.total_training_steps to train on, or start anew with trainer.resume_mode=disable"
-        say(mesh, f"nothing is left to train: step {step:,} of {steps:,} is done; {more}.")
-
-
 def say_ended(mesh: Mesh, step: int, steps: int, folder: Path) -> None:
     """The last line: everything is done, or the run was asked to stop before."""
     if step < steps:

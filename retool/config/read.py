@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from retool.config.schema import REQUIRED, C, ConfigError, Fault, Leaf, Parsed, is_dict, leaves
 
+MOST_OF_A_FILE = 10  # unknown keys that are told one by one
 NULLS = ("null", "none", "~", "")
 
 
@@ -41,6 +42,8 @@ def read(schema: type[C], words: Sequence[str], synonyms: Mapping[str, str] | No
                 continue
             value = OmegaConf.select(node, leaf.key, throw_on_missing=True)
             faults += _bound_faults(leaf, value)
+            if value == "" and not leaf.nullable:
+                faults.append(Fault(f"{leaf.key}=", "is empty: perhaps of a shell variable that isn't set.", leaf.doc))
         except OmegaConfBaseException as error:
             faults.append(Fault(leaf.key, str(error).splitlines()[0] + ".", "Interpolate a key that exists: ${trainer.project_name}."))
             fallback = None if leaf.nullable else leaf.default
@@ -78,21 +81,33 @@ def _assignments(words: Sequence[str], known: Mapping[str, Leaf], synonyms: Mapp
     for word in words:
         key, equals, text = word.partition("=")
         key = key.lstrip("+")  # Hydra's `+key=value`, which existing scripts use
-        if not equals or key.startswith("-"):
+        if not equals or not key or key.startswith("-"):
             faults.append(Fault(word, "is not key=value.", f"{_meant(key, bool(equals), known, synonyms)}; --help lists every key."))
         elif key == "config":
             entries, trouble = _from_file(text, known)
             faults += trouble
+            mine: list[Fault] = []
             for name, value in entries:
-                _place(name, value, f"{name} in {text}", known, synonyms, out, faults)
+                _place(name, value, f"{name} in {text}", known, synonyms, out, mine)
+            faults += mine if len(mine) <= MOST_OF_A_FILE else [*mine[:3], _many(text, len(mine), len(entries))]
         else:
             _place(key, text, word, known, synonyms, out, faults)
     return out, faults
 
 
+def _many(path: str, wrong: int, count: int) -> Fault:
+    """For a file with so many unknown keys that it must have been made for something else."""
+    problem = f"{wrong} of its {count} keys are none of this command's."
+    return Fault(f"config={path}", problem, "Give a file of this command: config.yaml in the folder of one of its runs, or your own.")
+
+
 def _meant(key: str, complete: bool, known: Mapping[str, Leaf], synonyms: Mapping[str, str]) -> str:
     """What to write instead of a word that is no key=value."""
     bare = key.lstrip("-")
+    if flag := next((flag for flag in ("check", "help") if key.startswith("-") and bare.lower() == flag), None):
+        return f"Write --{flag}"
+    if not bare:
+        return "Write key=value without spaces"
     if bare in known or bare in synonyms:
         return f"Write {bare}=…, without spaces" + (" and dashes" if key != bare else "")
     if key.startswith("-"):

@@ -38,7 +38,7 @@ from retool.rl.policy import LossSpec
 from retool.rl.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
-from retool.run import DTYPES, make_run_folder, say, say_nothing_left
+from retool.run import DTYPES, make_run_folder, say
 from retool.saving import model_state, restore_optimizer, save_options
 from retool.watchdog import Watchdog
 
@@ -205,7 +205,6 @@ def resume(report: Report, mesh: Mesh, model: Sharded, optimizer: AdamW) -> Trai
     restore_optimizer(optimizer, loaded)
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")
-    say_nothing_left(mesh, loaded.step, report.steps)
     return restored(loaded.step, loaded.data_state, coef, lambda position: stream(report, position, 1)[0])
 
 

@@ -37,7 +37,9 @@ ARR = "actor_rollout_ref."
 def preflight(parsed: Parsed[RLConfig], planning: bool = False, environment: Mapping[str, str] | None = None) -> Report:
     """Check everything. `planning` (`--check`) allows another number of GPUs than are here."""
     config = parsed.config
-    faults = [*parsed.faults, *contradictions(config), *missing_extras(config.trainer.logger)]
+    known = {fault.where for fault in parsed.faults}
+    faults = [*parsed.faults, *(fault for fault in contradictions(config) if fault.where not in known)]
+    faults += missing_extras(config.trainer.logger)
     launcher = os.environ if environment is None else environment
     box = box_of(config.trainer, planning, launcher)
     world, trouble = read_world(config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher)

@@ -207,6 +207,8 @@ def _notes(report: Report) -> Iterator[str]:
     config, model, choice, memory = report.config, report.model, report.choice, gpu_memory(report.options)
     assert model is not None and choice is not None
     data, dp = config.data, report.world.processes // config.ulysses_sequence_parallel_size
+    if report.train is not None and report.val is not None and (both := set(report.train.files) & set(report.val.files)):
+        yield f"{min(both)} is in data.train_files and in data.val_files: val/loss is of rows that are trained."
     if data.train_batch_size < dp:
         yield f"data.train_batch_size={data.train_batch_size} leaves {dp - data.train_batch_size} of {dp} data-parallel groups idle."
     if 0 < model.max_position < report.longest:

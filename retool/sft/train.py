@@ -24,7 +24,7 @@ from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, pea
 from retool.plan import agree
 from retool.preemption import StopRequest, die_with_parent
 from retool.resume import load_checkpoint, to_resume
-from retool.run import DTYPES, make_run_folder, say, say_ended, say_nothing_left, seed_everything
+from retool.run import DTYPES, make_run_folder, say, say_ended, seed_everything
 from retool.saving import (
     look_at_weights,
     model_state,
@@ -140,7 +140,6 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     state = resume(report, mesh, model, optimizer)
     # From here on nothing is refused: a run that is leaves its folder as it was.
     folder = make_run_folder(trainer.default_local_dir, config, mesh, anew=trainer.resume_mode == "disable")
-    say_nothing_left(mesh, state.step, report.steps)
     info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
     saved = save_options(report.options, mesh, report.folder, config.data.chat_template)
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()

@@ -147,6 +147,7 @@ FRESH: dict[str, tuple[list[str], list[str]]] = {
          "attn=flash4: needs a GPU", "data.template_date=2026-13-01: is no date", "has nothing to validate on",
          "is not used under trainer.resume_mode=auto"],
     ),
+    "variables that aren't set": ([f"{ARR}model.path="], [f"{ARR}model.path=: is empty"]),
     "files": (["data.train_files={tmp}/none.jsonl"], ["none.jsonl doesn't exist"]),
     "no prompt": (["data.train_files={tmp}/untold.jsonl"], ["row 0", "there is no 'prompt'"]),
     "prompts too long": (["data.max_prompt_length=2"], ["none of the 24 prompts fits"]),
