@@ -38,7 +38,7 @@ from retool.options import RunOptions, TrainerConfig, resume_notes
 from retool.perf import GIB
 from retool.plan import RunReport, World, checkpoint_bytes, host_bytes, kept_checkpoints, setting_of
 from retool.resume import export_of
-from retool.run import DTYPES
+from retool.run import DTYPES, in_use
 
 T = TypeVar("T")
 R = TypeVar("R", bound=RunReport)
@@ -56,7 +56,7 @@ def attempt(where: str, action: Callable[[], T], faults: list[Fault], remedy: st
 @dataclass(frozen=True)
 class Box:
     """The machine that is checked: this one, or (`elsewhere`) another that `--check` plans for, as its keys describe it. `memory` is GiB
-    of a GPU, where it is another's."""
+    of a GPU, where a key says it."""
 
     elsewhere: bool = False
     memory: float | None = None
@@ -66,7 +66,7 @@ def box_of(trainer: TrainerConfig, planning: bool, environment: Mapping[str, str
     """`planning` (--check) without a launcher is for another box where some key says what that has."""
     described = any(value is not None for value in (trainer.nnodes, trainer.n_gpus_per_node, trainer.device_memory_gb))
     elsewhere = planning and described and "WORLD_SIZE" not in environment
-    return Box(elsewhere, trainer.device_memory_gb if elsewhere else None)
+    return Box(elsewhere, trainer.device_memory_gb)
 
 
 def read_world(nnodes: int | None, per_node: int | None, planning: bool, environment: Mapping[str, str]) -> tuple[World, list[Fault]]:
@@ -120,11 +120,17 @@ def _choices(numbers: Sequence[int]) -> str:
 def check_device(device: str, per_node: int, box: Box) -> Iterator[Fault]:
     """A GPU for each process of this machine, or GPUs that can be planned for."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cuda" and not found and box.memory is None:
+    if device == "cuda" and not found and (box.memory is None or not box.elsewhere):
         remedy = "Use trainer.device=auto, or mend the driver; to plan for GPUs elsewhere, add --check trainer.device_memory_gb=80."
         yield Fault("trainer.device=cuda", "this machine has no usable GPU.", remedy)
-    if found and device != "cpu" and per_node > found and not box.elsewhere:
+    if not found or device == "cpu" or box.elsewhere:
+        return
+    if per_node > found:
         yield Fault(f"{per_node} processes on this machine", f"but {found} GPUs.", f"Start {found}: torchrun --nproc_per_node={found}.")
+    here = torch.cuda.get_device_properties(0).total_memory / GIB
+    if box.memory is not None and box.memory > here:
+        problem = f"this machine's GPU has {here:.1f} GiB, and the run would be planned for more."
+        yield Fault(f"trainer.device_memory_gb={box.memory:g}", problem, "Leave it out: it is for --check, to plan for another box.")
 
 
 def check_attention(options: RunOptions, head_dim: int, box: Box) -> Iterator[Fault]:
@@ -209,7 +215,8 @@ def check_run(report: R, box: Box, environment: Mapping[str, str], saves: bool =
     found += check_attention(options, model.head_dim if model else 64, box)
     if not box.elsewhere:
         found += check_port(environment)
-        found += check_compiler(options.trainer.device != "cpu" and options.model.use_compile, options.model_key)
+        compiles = options.model.use_compile
+        found += check_compiler(False if compiles == "auto" and options.trainer.device == "cpu" else compiles, options.model_key)
     found += check_output(Path(options.trainer.default_local_dir), checkpoint_bytes(report) if saves else 0.0)
     found += check_run_folder(Path(options.trainer.default_local_dir))
     found += check_store(options.trainer.default_hdfs_dir, "trainer.default_hdfs_dir")
@@ -239,7 +246,7 @@ def check_ids(report: RunReport, highest: int, where: str, found: str) -> Iterat
         yield Fault(where, problem, remedy)
 
 
-def notes_of(report: RunReport, box: Box, environment: Mapping[str, str], saves: bool = True) -> Iterator[str]:
+def notes_of(report: RunReport, box: Box, environment: Mapping[str, str], *, planning: bool, saves: bool = True) -> Iterator[str]:
     """What is allowed but probably not meant, and what this machine may run out of later, or shares with somebody."""
     options, trainer = report.options, report.options.trainer
     if saves and report.step_then >= report.steps:
@@ -257,6 +264,8 @@ def notes_of(report: RunReport, box: Box, environment: Mapping[str, str], saves:
             f"{kept} checkpoints of {each / GIB:.1f} GiB need more than the {free / GIB:.1f} GiB that are free in "
             f"{trainer.default_local_dir}: add trainer.max_ckpt_to_keep={fit}."
         )
+    if planning and in_use(Path(trainer.default_local_dir)):
+        yield f"another run is writing in {trainer.default_local_dir} now: this one would wait for ten seconds and then be refused."
     if box.elsewhere:
         if report.world.processes > 1 and not port_is_free(DEFAULT_PORT):
             yield f"port {DEFAULT_PORT}, torchrun's own choice, is taken here: start with torchrun --standalone, or --master_port."

@@ -116,6 +116,23 @@ def sole_user(folder: Path, patience_s: float = 10.0) -> Iterator[None]:
         os.close(handle)
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a run has `folder` to itself at this moment. Nothing is made or kept."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
 def exit_status(train: Callable[[], None], rank: int) -> int:
     """Run a command's training: 0 when it is done, 1 when the user has something to mend, another when a peer was lost."""
     try:

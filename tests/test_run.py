@@ -64,9 +64,11 @@ def test_the_command_refuses_a_folder_in_use(
     monkeypatch.setattr(start, "sole_user", lambda folder: sole_user(folder, patience_s=0.2))
     with sole_user(tmp_path / "run"):
         assert main(words(work, tmp_path / "run")) == 1
+        assert "another run is writing there. Wait for it or stop it" in capsys.readouterr().out
         assert main([*words(work, tmp_path / "run"), "--check"]) == 0, "a check starts nothing"
+        assert "note: another run is writing in " in capsys.readouterr().out
         assert not any((tmp_path / "run").iterdir())
-    assert "another run is writing there. Wait for it or stop it" in capsys.readouterr().out
+    assert main([*words(work, tmp_path / "run"), "--check"]) == 0 and "another run" not in capsys.readouterr().out
 
 
 def test_ctrl_c_stops_the_run_and_the_script_around_it(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

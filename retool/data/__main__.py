@@ -17,6 +17,7 @@ from rich.console import Console
 from ..model.hub import find_model
 from .audit import RowProgress, audit, clean, count_rows, show_audit
 from .chat import HISTORIES, Renderer, load_tokenizer, other_tokens
+from .dates import fix_date, today
 from .files import load_function, resolve_files
 from .page import write_page
 from .tokenise import TRUNCATIONS
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--template-kwargs", type=_mapping, default={}, metavar="JSON", help="data.apply_chat_template_kwargs")
     own.add_argument("--reasoning-in-content", action="store_true", help="write thoughts as <think>…</think> (data.reasoning_in_content)")
     own.add_argument("--drop-reasoning", action="store_true", help="leave thoughts out (data.drop_reasoning)")
+    own.add_argument("--template-date", metavar="DATE", help="the day that the template shows, where it does (data.template_date)")
     own.add_argument("--single-turn", action="store_true", help="rows are a prompt and a response (data.multiturn.enable=false)")
     for key in ("messages", "tools", "enable-thinking", "prompt", "response"):
         own.add_argument(f"--{key}-key", default=key.replace("-", "_"), help="name of the column (default %(default)s)")
@@ -80,9 +82,10 @@ def _audit(options: argparse.Namespace) -> int:
     folder = find_model(options.model, weights=False)
     if options.drop_reasoning and options.reasoning_in_content:
         raise ValueError("--drop-reasoning and --reasoning-in-content contradict each other: choose one.")
+    tokenizer = load_tokenizer(str(folder), options.trust_remote_code)
     renderer = Renderer(
-        load_tokenizer(str(folder), options.trust_remote_code),
-        options.chat_template,
+        tokenizer,
+        fix_date(tokenizer, options.chat_template, options.template_date or today()),
         options.template_kwargs,
         drop_reasoning=options.drop_reasoning,
         reasoning_in_content=options.reasoning_in_content,

@@ -52,7 +52,7 @@ def preflight(parsed: Parsed[RLConfig], planning: bool = False, environment: Map
     if report.faults or report.model is None:
         return report
     report = replace(report, choice=_choice(report))
-    found = *notes(config), *_notes(report), *notes_of(report, box, launcher, saves=not config.trainer.val_only)
+    found = *notes(config), *_notes(report), *notes_of(report, box, launcher, planning=planning, saves=not config.trainer.val_only)
     return replace(report, notes=(*report.notes, *found))
 
 

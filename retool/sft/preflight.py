@@ -57,7 +57,7 @@ def preflight(
     report = check_checkpoint(with_identity(report))
     if report.faults:
         return report
-    return replace(report, notes=(*report.notes, *_notes(report), *notes_of(report, box, launcher)))
+    return replace(report, notes=(*report.notes, *_notes(report), *notes_of(report, box, launcher, planning=planning)))
 
 
 # --- data ---
@@ -166,7 +166,8 @@ def audit_command(config: SFTConfig, files: Sequence[str]) -> str:
     data, multi = config.data, config.data.multiturn
     given: dict[str, Any] = {
         "--model": config.model.partial_pretrain, "--max-length": data.max_length, "--history": multi.history,
-        "--chat-template": data.chat_template, "--template-kwargs": json.dumps(dict(data.apply_chat_template_kwargs)),
+        "--chat-template": data.chat_template, "--template-date": data.template_date,
+        "--template-kwargs": json.dumps(dict(data.apply_chat_template_kwargs)),
         "--messages-key": multi.messages_key, "--tools-key": multi.tools_key, "--enable-thinking-key": multi.enable_thinking_key,
         "--rows": f"{data.custom_cls.path}:{data.custom_cls.name}" if data.custom_cls.path else None,
     }  # fmt: skip

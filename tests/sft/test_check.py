@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -18,11 +19,16 @@ from safetensors.torch import load_file, save_file
 from retool.checkpoint.archive import write_archive
 from retool.checkpoint.folder import CHECKSUMS, DATA, recorded
 from retool.checkpoint.read import data_state
+from retool.config import read
 from retool.data.templates import TEMPLATES
 from retool.model import attention_flash
 from retool.options import AdamWConfig, CheckpointConfig, DecoderConfig, FSDPConfig, RunOptions, TrainerConfig
-from retool.preflight import Box, check_attention
+from retool.parallel.mesh import make_mesh
+from retool.preflight import Box, check_attention, check_device
+from retool.resume import to_resume
 from retool.sft.__main__ import main
+from retool.sft.config import SYNONYMS, SFTConfig
+from retool.sft.preflight import preflight
 from tests.faults import another_model, contents, planned, refused
 from tests.sft.test_command import words
 
@@ -227,6 +233,20 @@ def test_checkpoints_without_an_optimizer_are_no_place_to_go_on_from_by_themselv
     assert f"give model.partial_pretrain={tmp_path}/run/global_step_1/huggingface" in fault
 
 
+def test_what_the_run_before_saved_meanwhile_is_taken_if_it_is_this_runs(work: Path, begun: Path, tmp_path: Path) -> None:
+    """It was just ending while this one read its data."""
+    out = tmp_path / "run"
+    mine, another = (
+        preflight(read(SFTConfig, command(work, begun, out, **FEW, **changed), SYNONYMS), environment={})
+        for changed in ({}, {"data__seed": 9})
+    )
+    assert not mine.faults and mine.resume is None and to_resume(mine, make_mesh()) is mine
+    shutil.copytree(begun / "run", out)
+    assert to_resume(mine, make_mesh()).resume == out / "global_step_1"
+    with pytest.raises(ValueError, match=r"data\.seed: then 1, now 9"):
+        to_resume(another, make_mesh())
+
+
 def test_a_refused_run_from_the_start_moves_nothing(work: Path, begun: Path, out: Path, capfd: pytest.CaptureFixture[str]) -> None:
     refused(main, [*command(work, begun, out, **FEW), "trainer.resume_mode=disable", "trainer.device=cuda"], out, capfd)
 
@@ -325,6 +345,15 @@ def test_attention_that_this_gpu_has_not_is_refused_in_preflight(
     options = RunOptions(TrainerConfig(), DecoderConfig(attn=attn), FSDPConfig(), AdamWConfig(), CheckpointConfig(), 1)  # type: ignore[arg-type]
     (fault,) = check_attention(options, 64, Box())
     assert fault.where == f"model.attn={attn}" and reason in fault.problem
+
+
+def test_a_run_is_not_planned_for_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 << 30))
+    (fault,) = check_device("auto", 1, Box(memory=80))
+    assert fault.where == "trainer.device_memory_gb=80" and "GPU has 24.0 GiB" in fault.problem
+    assert not list(check_device("auto", 1, Box(memory=20))) and not list(check_device("auto", 8, Box(elsewhere=True, memory=80)))
 
 
 def test_cudnn_cannot_take_large_heads_on_any_box() -> None:
