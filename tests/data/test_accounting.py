@@ -14,7 +14,7 @@ from retool.data.cache import open_dataset
 from retool.data.chat import Renderer
 from retool.data.files import RowError
 from retool.data.rows import to_conversation
-from retool.data.templates import exported_template
+from retool.data.templates import exported_template, shows_contents_as_they_are
 from retool.sft.config import SYNONYMS, SFTConfig
 from retool.sft.preflight import audit_command, make_renderer
 
@@ -200,7 +200,7 @@ def test_ours_begins_with_bos_and_ends_with_eos_where_the_tokenizer_has_nothing_
     made = Renderer(llama, "hermes")
     assert made.text([said("user", "Hi")]) == "<|begin_of_text|><|im_start|>user\nHi<|eot_id|>\n"
     assert made.ends.known == ("<|eot_id|>",)
-    assert made._framed  # its glue is still known to be made of the contents alone
+    assert shows_contents_as_they_are(llama, made.template, {})  # its glue is still known to be made of the contents alone
     llama.save_pretrained(tmp_path)
     assert exported_template(tmp_path, "hermes") == made.template
     assert exported_template(tmp_path, None) is None
