@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from retool.rl.config import RewardConfig
-from retool.rl.judging import Asked, Judged, Judges, Raised, asked_of, raised
+from retool.rl.judging import Asked, Judged, Judges, Raised, asked_of, insistently, raised
 from retool.rl.reward_pool import RewardPool
 from retool.rl.rewards import RewardSource, checked
 from retool.rl.types import FAILURE, Trajectory
@@ -40,7 +40,9 @@ class ConcurrentJudge:
 
     async def score(self, asked: Asked, timeout: float | None = None) -> Judged:
         """What the function says to one call, within `timeout` seconds (None: its own) from when its turn comes."""
-        timeout = timeout or self._timeout
+        return await insistently(lambda: self._attempt(asked, timeout or self._timeout))
+
+    async def _attempt(self, asked: Asked, timeout: float) -> Judged:
         async with self._gate():
             work = asyncio.get_running_loop().create_task(self._call(asked))
             try:
@@ -51,9 +53,7 @@ class ConcurrentJudge:
         if found is None:
             reason = f"no score within {timeout:g} s"
             return Judged(self._floor, {FAILURE: reason}, "timeout", reason)
-        if isinstance(found, Raised):
-            return Judged(self._floor, {FAILURE: found.reason}, "exception", *found)
-        return Judged(*found)
+        return found.judged(self._floor) if isinstance(found, Raised) else Judged(*found)
 
     async def _call(self, asked: Asked) -> tuple[float, dict[str, Any]] | Raised:
         """The function's answer. Whatever it raises is its answer too: an exit would end the event loop, and the run with it."""

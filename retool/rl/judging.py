@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import traceback
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from retool.rl.rewards import LONGEST
-from retool.rl.types import Trajectory
+from retool.rl.types import FAILURE, Trajectory
 
-JUDGES_LOST = "lost"  # the failure that isn't the function's: the pool broke, and did so again when it was tried anew
+JUDGES_LOST = "lost"  # the failure that isn't the function's: its processes are gone, or the server that it asks
+RETRIES = 2  # of an answer that is lost so
+AWAY = {  # what clients raise where nobody answers, by the names of their classes: none of them need be installed here
+    "ConnectionError",  # Python's own, requests'
+    "TransportError",  # httpx's
+    "APIConnectionError",  # openai's
+    "ClientConnectionError",  # aiohttp's
+    "URLError",
+}
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,15 @@ class Asked(NamedTuple):
 
 
 class Raised(NamedTuple):
-    """What a reward function raised, as text."""
+    """What a reward function raised, as text; `away`: it says that a server isn't there."""
 
     reason: str
     trace: str = ""
+    away: bool = False
+
+    def judged(self, floor: float) -> Judged:
+        """As a judgement: lost, or the floor."""
+        return Judged(floor, {FAILURE: self.reason}, JUDGES_LOST if self.away else "exception", self.reason, self.trace)
 
 
 class Judges(Protocol):
@@ -52,6 +66,17 @@ class Judges(Protocol):
     async def score(self, asked: Asked, timeout: float | None = None) -> Judged: ...
 
     def close(self) -> None: ...
+
+
+async def insistently(ask: Callable[[], Awaitable[Judged]]) -> Judged:
+    """What `ask` gives; asked again, after a while, where it is lost."""
+    judged = await ask()
+    for attempt in range(RETRIES):
+        if judged.failure != JUDGES_LOST:
+            break
+        await asyncio.sleep(2**attempt)
+        judged = await ask()
+    return judged
 
 
 def asked_of(trajectory: Trajectory) -> Asked:
@@ -68,7 +93,9 @@ def asked_of(trajectory: Trajectory) -> Asked:
 
 def raised(error: BaseException) -> Raised:
     """What a reward function raised, as text: an exception of the user's own may not survive the way to another process."""
-    return Raised(f"{type(error).__name__}: {error}"[:LONGEST], trace_of(error))
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    refused = type(error).__name__ == "HTTPError"  # urllib's URLError of a server that does answer
+    return Raised(f"{type(error).__name__}: {error}"[:LONGEST], trace_of(error), bool(AWAY & kinds) and not refused)
 
 
 def trace_of(error: BaseException) -> str:

@@ -6,6 +6,7 @@ for the run.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -46,8 +47,9 @@ def preflight(parsed: Parsed[RLConfig], planning: bool = False, environment: Map
     report = find_checkpoint(Report(config, world, faults=tuple(faults + trouble)))
     report = with_model(report, config.actor_rollout_ref.model.path, PATH, config.data.chat_template)
     report = check_run(report, box, launcher, saves=not config.trainer.val_only).blame(*_engine_faults(report))
-    report = _with_prompts(_with_functions(_with_renderer(report)))
-    report = _with_trial(report, launcher)
+    first = not int(launcher.get("LOCAL_RANK", 0))
+    report = _with_prompts(_with_functions(_with_renderer(report), first))
+    report = _with_trial(report) if first else report
     report = check_checkpoint(with_identity(report))
     if report.faults or report.model is None:
         return report
@@ -81,15 +83,15 @@ def _engine_faults(report: Report) -> Iterator[Fault]:
     yield from check_heads(f"{ARR}rollout.tensor_model_parallel_size={tp}", tp, report.world.processes, heads)
 
 
-def _with_functions(report: Report) -> Report:
-    """Tools started, the reward found."""
+def _with_functions(report: Report, first: bool) -> Report:
+    """Tools started, the reward found. `first`: this is the machine's first process."""
     config, faults = report.config, list[Fault]()
     multi, custom = config.actor_rollout_ref.rollout.multi_turn, config.custom_reward_function
     tools: Sequence[Tool] = ()
     if multi.enable:
         where = f"{ARR}rollout.multi_turn.tool_config_path"
         tools = attempt(where, lambda: load_tools(multi.tool_config_path, multi.tool_workers, multi.tool_timeout_seconds), faults) or ()
-    faults += _sandbox_faults(tools)
+    faults += _sandbox_faults(tools, first)
 
     def find() -> RewardSource:
         source = find_reward(config.reward_model.name, custom.path, custom.name)
@@ -100,13 +102,19 @@ def _with_functions(report: Report) -> Report:
     return replace(report.blame(*faults), tools=tuple(tools), reward=reward)
 
 
-def _sandbox_faults(tools: Sequence[Tool]) -> Iterator[Fault]:
-    """Sandbox servers that take no connection."""
+def _sandbox_faults(tools: Sequence[Tool], first: bool) -> Iterator[Fault]:
+    """Sandbox servers that take no connection; and, on the `first` process of a machine, sandboxes that don't run a program of ours."""
     remedy = "Start one there (python -m retool.rl.sandbox serve), correct the address, or leave it out: programs then run on this machine."
-    urls = [tool.config.sandbox_fusion_url for tool in tools if isinstance(tool, CodeInterpreter)]
-    for url in dict.fromkeys(url for url in urls if url):
-        if (reason := unreachable(url)) is not None:
+    for tool in tools:
+        if not isinstance(tool, CodeInterpreter):
+            continue
+        url = tool.config.sandbox_fusion_url
+        if url and (reason := unreachable(url)) is not None:
             yield Fault(f"sandbox_fusion_url={url}", f"no server can be reached there ({reason}).", remedy)
+        elif first and (reason := asyncio.run(tool.trial())):
+            where = f"sandbox_fusion_url={url}" if url else f"{ARR}rollout.multi_turn.enable=true"
+            way_out = remedy if url else "Run python -m retool.rl.sandbox doctor for the whole picture."
+            yield Fault(where, f"programs don't run there: {reason}.", way_out)
 
 
 def _with_prompts(report: Report) -> Report:
@@ -124,10 +132,10 @@ def _with_prompts(report: Report) -> Report:
     return report
 
 
-def _with_trial(report: Report, environment: Mapping[str, str]) -> Report:
-    """The reward was asked once for each data source, by one process of each machine."""
+def _with_trial(report: Report) -> Report:
+    """The reward was asked once for each data source."""
     questions = [part.prompts for part in (report.train, report.val) if part is not None]
-    if report.reward is None or not questions or int(environment.get("LOCAL_RANK", 0)):
+    if report.reward is None or not questions:
         return report
     return report.blame(*try_reward(report.reward, report.config.reward_model, [prompt for part in questions for prompt in part]))
 

@@ -30,13 +30,12 @@ from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
-from retool.rl.judging import JUDGES_LOST, Asked, Judged, Raised, asked_of, raised
+from retool.rl.judging import JUDGES_LOST, Asked, Judged, Raised, asked_of, insistently, raised
 from retool.rl.rewards import LONGEST, RewardFunction, RewardSource, judge
 from retool.rl.types import FAILURE, Trajectory
 
 KEPT = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
 KEPT_PREFIXES = ("LC_", "PYTHON", "OMP_", "MKL_")
-RETRIES = 2  # of an answer whose pool broke under it
 LOAD = 60.0  # seconds that a worker has to load the function
 LOOK = 5.0  # seconds between looks whether the pool still is: one that broke answers nothing
 PRELOADED = ["retool.rl.rewards", "math_verify"]
@@ -107,13 +106,7 @@ class RewardPool:
     async def score(self, asked: Asked, timeout: float | None = None) -> Judged:
         """What the function says to one call, within `timeout` seconds (None: the pool's own). A pool that breaks is replaced, and the
         call made again."""
-        judged = await self._attempt(asked, timeout or self.timeout)
-        for attempt in range(RETRIES):
-            if judged.failure != JUDGES_LOST:
-                break
-            await asyncio.sleep(2**attempt)
-            judged = await self._attempt(asked, timeout or self.timeout)
-        return judged
+        return await insistently(lambda: self._attempt(asked, timeout or self.timeout))
 
     async def _attempt(self, asked: Asked, timeout: float) -> Judged:
         pool = self._sound()
@@ -135,11 +128,14 @@ class RewardPool:
             return self._failed("killed", str(error))
         except (Exception, asyncio.CancelledError) as error:  # the pool's own: what can't be sent, or a pool that breaks
             return self._failed("exception", f"{type(error).__name__}: {error}")
-        return self._failed("exception", *found) if isinstance(found, Raised) else Judged(*found)
+        if isinstance(found, Raised):
+            self._sweep()
+            return found.judged(self.floor)
+        return Judged(*found)
 
-    def _failed(self, failure: str, reason: str, trace: str = "") -> Judged:
+    def _failed(self, failure: str, reason: str) -> Judged:
         self._sweep()
-        return Judged(self.floor, {FAILURE: reason}, failure, reason, trace)
+        return Judged(self.floor, {FAILURE: reason}, failure, reason)
 
     def close(self) -> None:
         """Stop the workers, whatever they are doing, and what they have started."""

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .sandbox import Limits, Result, Sandbox
 from .sandbox.fusion_client import SandboxFusion
 from .schema import check_schema, function_of
+from .tool import Tool, ToolResult
 
 INTERPRETERS = (
     "retool.rl.tools.CodeInterpreter",
@@ -32,6 +33,7 @@ INTERPRETERS = (
 )
 STDERR_LINES = 12
 CLOSING = 30.0  # seconds that a tool has to close
+TRIAL = 20.0  # seconds that a program of ours may take before the run
 STALLED = 600.0  # seconds without the end of any program, after which a sandbox counts as dead
 
 SCHEMA: dict[str, Any] = {
@@ -46,49 +48,6 @@ SCHEMA: dict[str, Any] = {
         },
     },
 }
-
-
-@dataclass(frozen=True)
-class ToolResult:
-    """What a tool call came to: `text` for the model, `status` for the metrics ("success", "error", "timeout", …; see `sandbox.Result`,
-    and "bad_arguments" where the call itself was wrong), the seconds it ran (0: they are measured) and those it waited to be run.
-
-    `status` "infrastructure" says that no program and no model is to blame: the server is away, say. The trajectory ends there and isn't
-    trained on. TypeError for anything else than these types.
-    """
-
-    text: str
-    status: str
-    seconds: float = 0.0
-    queue_seconds: float = 0.0
-
-    @property
-    def lost(self) -> bool:
-        """Whether the tool failed, not its call."""
-        return self.status in ("infrastructure", "sandbox_error")
-
-    def __post_init__(self) -> None:
-        for name, kind in (("text", str), ("status", str), ("seconds", (int, float)), ("queue_seconds", (int, float))):
-            if not isinstance(value := getattr(self, name), kind):
-                raise TypeError(f"ToolResult.{name} is a {type(value).__name__}: {value!r:.80}")
-
-
-@runtime_checkable
-class Tool(Protocol):
-    """A function the model can call. `schema` is what the chat template is given; `name` is the function's.
-
-    Many calls are under way at once, on the thread that samples: a `call` must `await` what takes time, not wait for it. It is given up
-    after `multi_turn.tool_timeout_seconds`; a tool that queues its calls sets `keeps_time = True` and limits them itself, from their start.
-    A connection that can't be made (`ConnectionError`, httpx's `TransportError`) loses the trajectory; whatever else it raises is
-    answered to the model.
-    """
-
-    name: str
-    schema: dict[str, Any]
-
-    async def call(self, arguments: Mapping[str, Any]) -> ToolResult: ...
-
-    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -151,6 +110,19 @@ class CodeInterpreter:
             return ToolResult(text, "bad_arguments")
         result = await self._run(code)
         return ToolResult(result_text(result), result.status, result.execution_time, result.queue_seconds)
+
+    async def trial(self) -> str:
+        """Run a program of ours: why it doesn't give what it must; "" where it does."""
+        try:
+            result = await asyncio.wait_for(self._run("print(6 * 7)"), TRIAL)
+        except asyncio.TimeoutError:
+            return f"no answer within {TRIAL:g} s"
+        finally:
+            if isinstance(self._backend, SandboxFusion):
+                await self._backend.close()  # its connections are this event loop's; the run has another
+        if result.ok and result.stdout.strip() == "42":
+            return ""
+        return result.reason or f"print(6 * 7) gives {result_text(result)[:200]!r} ({result.status})"
 
     async def _run(self, code: str) -> Result:
         loop, patience = asyncio.get_running_loop(), STALLED + self.config.default_timeout

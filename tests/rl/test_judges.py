@@ -12,14 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from retool.rl.config import RewardConfig
 from retool.rl.judges import ConcurrentJudge, open_judges
-from retool.rl.judging import Asked, Judged, Judges
+from retool.rl.judging import JUDGES_LOST, Asked, Judged, Judges, raised
 from retool.rl.rewards import RewardSource
 from retool.rl.trial import try_reward
 from tests.rl.conftest import make_prompt
+from tests.rl.test_lost import quickly
 from tests.rl.test_preflight import check, said
 
 HERE = str(Path(__file__).with_name("reward_functions.py"))
@@ -64,7 +66,26 @@ def score_all(judges: Judges, answers: list[str], extra: dict[str, Any] | None =
         judges.close()
 
 
-def test_a_judge_behind_an_address_is_refused_with_what_to_set(address: str) -> None:
+@pytest.mark.parametrize("more", [{"network": True}, {"concurrent": True}])
+def test_a_judge_whose_server_is_away_loses_the_answer_and_is_no_floor(monkeypatch: pytest.MonkeyPatch, more: dict[str, bool]) -> None:
+    quickly(monkeypatch)
+    (found,) = score_all(open_judges(BY_HTTP, replace(SETTINGS, **more)), ["four"], {"address": "http://127.0.0.1:9/"})
+    assert found.failure == JUDGES_LOST and found.reason.startswith("ConnectError")
+
+
+def test_what_says_that_a_server_is_away() -> None:
+    import urllib.error
+
+    class APIConnectionError(Exception):
+        """openai's."""
+
+    away = [ConnectionResetError(), httpx.ReadTimeout(""), urllib.error.URLError("x"), APIConnectionError()]
+    there = [urllib.error.HTTPError("u", 400, "bad", None, None), ValueError(), KeyError("ConnectionError"), PermissionError()]  # type: ignore[arg-type]
+    assert [raised(error).away for error in [*away, *there]] == [True] * 4 + [False] * 4
+
+
+def test_a_judge_behind_an_address_is_refused_with_what_to_set(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    quickly(monkeypatch)
     prompt = make_prompt(extra={"address": address})
     (fault,) = try_reward(BY_HTTP, SETTINGS, [prompt])
     assert "ConnectError" in fault.problem

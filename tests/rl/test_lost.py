@@ -7,12 +7,13 @@ import os
 import re
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from retool.rl import collect, tools
+from retool.rl import collect, judging, tools
 from retool.rl.__main__ import main
 from retool.rl.filter import add, begin, has_signal
 from retool.rl.judging import JUDGES_LOST, Judged
@@ -75,6 +76,11 @@ def test_lost_answers_are_not_judged_and_lost_judges_lose_the_answer(renderer_of
     assert [scored.info[TOOL_FAILURE] for scored in found] == [GONE, "the processes that judge are gone"]
 
 
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits before asking again."""
+    monkeypatch.setattr(judging, "asyncio", SimpleNamespace(sleep=lambda seconds: asyncio.sleep(0)))
+
+
 def test_judges_that_are_gone_are_replaced_and_asked_again(monkeypatch) -> None:
     async def ask(pool):
         inner, broken = pool._attempt, [True]
@@ -86,10 +92,9 @@ def test_judges_that_are_gone_are_replaced_and_asked_again(monkeypatch) -> None:
             return await inner(asked, timeout)
 
         monkeypatch.setattr(pool, "_attempt", attempt)
-        monkeypatch.setattr(asyncio, "sleep", lambda seconds: inner_sleep(0))
         return await pool.judge(make_trajectory(text="4"))
 
-    inner_sleep = asyncio.sleep
+    quickly(monkeypatch)
     with RewardPool(RewardSource("compute_score", HERE), workers=1) as pool:
         assert asyncio.run(ask(pool)).score == 0.5
 

@@ -17,6 +17,7 @@ from retool.config import read
 from retool.memory import LADDER, Choice, Prediction
 from retool.parallel.mesh import make_mesh
 from retool.plan import World, agree, checkpoint_bytes, host_bytes, kept_checkpoints
+from retool.rl import tools
 from retool.rl.config import RLConfig
 from retool.rl.identity import fingerprint
 from retool.rl.keys import SYNONYMS
@@ -81,14 +82,17 @@ def test_a_template_that_can_not_show_a_tools_answer_is_refused_before_a_tool_is
     assert not check(work, tmp_path / "out", more[0], "trainer.device=cpu").faults
 
 
-def test_a_sandbox_server_that_is_not_there_is_refused(work: Path, tmp_path: Path) -> None:
+def test_a_sandbox_server_that_is_not_there_or_runs_nothing_is_refused(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "TRIAL", 0.3)
     turns, url = "actor_rollout_ref.rollout.multi_turn.", "http://127.0.0.1:{}/run_code"
     more = [f"{turns}enable=true", f"{turns}tool_config_path={tmp_path}/tools.yaml", "trainer.device=cpu"]
     with socket.create_server(("127.0.0.1", 0)) as server:
         there = url.format(server.getsockname()[1])
         tool = f"tools: [{{class_name: retool.rl.tools.CodeInterpreter, config: {{sandbox_fusion_url: '{there}'}}}}]"
         (tmp_path / "tools.yaml").write_text(tool)
-        assert not check(work, tmp_path / "out", *more).faults
+        (fault,) = check(work, tmp_path / "out", *more).faults
+        assert fault.where == f"sandbox_fusion_url={there}" and "programs don't run there: no answer within 0.3 s" in fault.problem
+        assert not check(work, tmp_path / "out", *more, environment={"LOCAL_RANK": "1"}).faults, "one process of a machine tries"
     (fault,) = check(work, tmp_path / "out", *more).faults
     assert fault.where == f"sandbox_fusion_url={there}" and "refused" in fault.problem and "sandbox serve" in fault.remedy
 
