@@ -14,6 +14,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
@@ -80,10 +81,30 @@ class Dataset:
 
 
 def default_cache_dir() -> Path:
-    """The user's cache folder, or a temporary one where that can't be written."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """The user's cache folder, or a temporary one of this user's where there is none that can be written. ValueError where that is
+    another user's."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # in containers: no HOME, and no entry in /etc/passwd
+        return _own_temporary()
     there = next(folder for folder in (home, *home.parents) if folder.exists())
-    return home / "retool" if os.access(there, os.W_OK) else Path(tempfile.gettempdir()) / f"retool-{os.getuid()}"
+    return home / "retool" if os.access(there, os.W_OK) else _own_temporary()
+
+
+def _own_temporary() -> Path:
+    """A folder below /tmp that nobody else can write. Its name can be guessed, so another user may have made it, or a link there."""
+    folder = Path(tempfile.gettempdir()) / f"retool-{os.getuid()}"
+    way_out = "Give another place for the tokenised data: data.cache_dir=/a/folder/of/yours."
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise ValueError(f"{folder} can't be made ({error.strerror or error}). {way_out}") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ValueError(f"{folder} is another user's, or a link: what is read from there could be anybody's. {way_out}")
+    if found.st_mode & 0o022:
+        raise ValueError(f"{folder} can be written by other users. chmod 700 {folder}, or: {way_out}")
+    return folder
 
 
 def open_dataset(
