@@ -17,8 +17,9 @@ from retool.optim import AdamW
 from retool.options import RunOptions
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
-from retool.plan import RunReport
+from retool.plan import RunReport, checkpoint_bytes, parameter_count
 from retool.run import say
+from retool.watchdog import Watchdog
 
 
 class Run(Protocol):
@@ -50,6 +51,8 @@ class State(Protocol):
     save: checkpoint.PendingSave | None
 
 
+SLOWEST_MB_S = 5  # of a disk, to a rank, that a run still waits for
+SLOWER = 4  # times that a save may take as long as the slowest before it
 PATIENCE_S = 120.0  # that an error waits for the save in flight: with a peer lost, it may never end
 
 
@@ -68,6 +71,27 @@ def orderly_end(run: Run, state: State) -> Iterator[None]:
         raise
     finally:
         run.loggers.close()
+
+
+@contextmanager
+def watched(run: Run, watchdog: Watchdog) -> Iterator[None]:
+    """Around a save: a hang in it ends the run after a time that its size and the disk's speed allow."""
+    limit, why = save_limit(run)
+    with watchdog.saving(limit, why):
+        yield
+
+
+def save_limit(run: Run) -> tuple[float, str]:
+    """(seconds that a save may take, why): from this run's slowest one, and from its size as long as there is none."""
+    options, size = run.report.options, checkpoint_bytes(run.report)
+    slowest = run.staging.slowest_s
+    if slowest is not None:
+        return options.trainer.watchdog_s + SLOWER * slowest, f"trainer.watchdog_s and {SLOWER} times the {slowest:.1f} s of the slowest"
+    # The first rank alone writes the export; everything else is shared out.
+    export = 2.0 * parameter_count(run.report.model) if run.report.model and "hf_model" in options.checkpoint.save_contents else 0.0
+    share = export + (size - export) / run.mesh.world
+    why = f"trainer.watchdog_s and {share / 1e6:,.0f} MB at {SLOWEST_MB_S} MB/s, as none was measured yet"
+    return options.trainer.watchdog_s + share / SLOWEST_MB_S / 1e6, why
 
 
 def save_options(
@@ -136,6 +160,7 @@ def say_saved(run: Run, state: State, wait: bool) -> None:
     if result.error is not None:  # which `save` has said
         state.saved_step = -1
     else:
+        run.staging.slowest_s = max(run.staging.slowest_s or 0.0, result.seconds)
         rate = result.bytes / max(result.seconds, 1e-9) / 1e6
         said = f"saved {result.folder} ({result.stall_s:.2f} s of waiting, {result.seconds:.1f} s in all, {rate:.0f} MB/s a rank)"
         say(run.mesh, said)

@@ -8,6 +8,8 @@ of them write down where they are.
 its own can still write. The first to notice touches `hang/alarm`; the others look for it every few seconds, so that all
 stacks are of one moment, and nobody ends the run before all have written. A rank that holds the lock for ever (a C extension)
 can't run a thread: `faulthandler`'s timer, which needs no lock, then writes its stacks and ends it.
+
+A save has no beats of its own and takes what the disk takes: while one lasts (`saving`), a limit of its own holds.
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ from retool.perf import StepTimer
 T = TypeVar("T")
 EXIT = 70  # the exit status of a run that was ended for its silence
 PATIENCE = 15.0  # seconds that the others have to write down where they are
-UNWATCHED = ("save",)  # phases that may take as long as the disk does
 SHOWN = 5  # collectives
 
 
@@ -54,6 +55,7 @@ class Watchdog:
         self._old = [_modified(self._stacks_of(r)) for r in range(world)]
         self._spare: Any = None
         self._armed = -math.inf
+        self._save: tuple[float, str] | None = None  # seconds that the save at work may take, and why
 
     def __enter__(self) -> Watchdog:
         if self.silence_s > 0:
@@ -70,7 +72,26 @@ class Watchdog:
         self._beats, self._last = self._beats + 1, time.monotonic()
         if self._spare is not None and self.silence_s < math.inf and self._last > self._armed + min(1.0, self.silence_s):
             self._armed = self._last  # it starts a thread each time
-            faulthandler.dump_traceback_later(2 * self.silence_s + 4 * PATIENCE, exit=True, file=self._spare)
+            faulthandler.dump_traceback_later(2 * self._limit + 4 * PATIENCE, exit=True, file=self._spare)
+
+    @property
+    def _limit(self) -> float:
+        """Seconds without a beat that end the run now."""
+        return self.silence_s if self._save is None else self._save[0]
+
+    @contextlib.contextmanager
+    def saving(self, limit_s: float, why: str) -> Iterator[None]:
+        """While this lasts the run may be silent for `limit_s`, on ranks that only follow, too; `why` is told where it is longer."""
+        before = self._save
+        self._save = (limit_s, why)
+        self._armed = -math.inf  # the timer is set anew
+        self.beat()
+        try:
+            yield
+        finally:
+            self._save = before
+            self._armed = -math.inf
+            self.beat()
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
         """`items`, with a beat for each."""
@@ -89,10 +110,8 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stopped.wait(min(2.0, self.silence_s / 5)):
             phase = self.timer.current if self.timer is not None else ""
-            if phase in UNWATCHED:
-                self.beat()
             silent = time.monotonic() - self._last
-            if silent > self.silence_s or _modified(self._alarm) != self._heard:
+            if silent > self._limit or _modified(self._alarm) != self._heard:
                 self._raise_alarm(silent, phase)
                 return
 
@@ -115,8 +134,15 @@ class Watchdog:
             self._end(EXIT)
 
     def _where(self, silent: float, phase: str) -> str:
-        said = f"rank {self.rank} of {self.world}: no beat for {silent:.0f} s, {self._beats} before; in {phase or 'no timed phase'}"
+        doing = "a save" if self._save is not None else phase or "no timed phase"
+        said = f"rank {self.rank} of {self.world}: no beat for {silent:.0f} s, {self._beats} before; in {doing}"
         return "\n".join([said, *(f"collective: {line}" for line in last_collectives()), "", stacks()])
+
+    def _what_hung(self) -> str:
+        if self._save is None:
+            return f"The run hung: no progress for {self.silence_s:g} s (trainer.watchdog_s)."
+        limit, why = self._save
+        return f"A save hung: it wasn't done after {limit:.0f} s ({why}). The checkpoint before it is complete."
 
     def _stacks_of(self, rank: int) -> Path:
         return self.folder / f"rank_{rank}.txt"
@@ -134,7 +160,7 @@ class Watchdog:
         """One report for the run, from the lowest rank that is there; stacks of its own from every rank."""
         print(self._stacks_of(self.rank).read_text(encoding="utf-8"), file=sys.stderr, flush=True)
         if self.rank == min(there, default=self.rank):
-            lines = [f"The run hung: no progress for {self.silence_s:g} s (trainer.watchdog_s). Each rank's stacks are in {self.folder}."]
+            lines = [f"{self._what_hung()} Each rank's stacks are in {self.folder}."]
             for rank in there:
                 said, _, stack = self._stacks_of(rank).read_text(encoding="utf-8").partition("\n\n")
                 lines += [f"  {line}" for line in (*said.splitlines(), f"at {_innermost(stack)}")]

@@ -194,7 +194,7 @@ def test_a_run_that_trains_tells_none(
     from retool.checkpoint import remote
     from retool.sft.__main__ import main
 
-    def fail(folder: Path, url: str, wait_s: float) -> None:
+    def fail(folder: Path, url: str, *_: object) -> None:
         raise ConnectionError(f"{folder} to {url}: " + "; ".join(TEXTS))
 
     monkeypatch.setattr(remote, "copy", fail)

@@ -88,10 +88,45 @@ def test_beats_keep_it_quiet_and_stop_ends_it(tmp_path: Path) -> None:
     with Watchdog(tmp_path, 0, 1, 0.4, timer, ended.append) as watchdog:
         for _ in watchdog.each(range(4)):
             time.sleep(0.2)
-        with timer.phase("save"):  # as long as the disk needs
+        with watchdog.saving(30, "as long as the disk needs"):
             time.sleep(0.8)
     time.sleep(0.8)
     assert ended == [] and not (tmp_path / "hang").exists()
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+import retool.watchdog as w
+
+w.PATIENCE = 1.0
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+with w.Watchdog(Path(sys.argv[1]), rank, 2, float(sys.argv[2])) as watchdog:
+    watchdog.beat()
+    with watchdog.saving(2.0, "8 MB at 4 MB/s"):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.all_reduce(torch.ones(1))
+"""
+
+
+@pytest.mark.parametrize(
+    "silence", [600.0, pytest.param(float("inf"), marks=pytest.mark.slow)], ids=["watched", "one-that-follows"]
+)
+def test_a_rank_that_is_stopped_in_a_save_is_noticed_by_the_others(tmp_path: Path, silence: float) -> None:
+    port, begun = free_port(), time.monotonic()
+    ranks = [start(STOPPED, tmp_path, rank, port, silence) for rank in range(2)]
+    try:
+        said = ranks[0].communicate(timeout=100)[1]
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert ranks[0].returncode == EXIT and time.monotonic() - begun < 60
+    report = (tmp_path / "hang" / "report.txt").read_text()
+    assert report in said and "A save hung: it wasn't done after 2 s (8 MB at 4 MB/s). The checkpoint before it is complete." in report
+    assert "in a save" in report and "nothing from rank 1: dead, on another machine, or stuck" in report
 
 
 def test_none_is_watched_when_it_is_off(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from retool.checkpoint.folder import TRACKER
 from retool.redact import logger
 
 ATTEMPTS = 4
+STALL_S = 300.0  # that a store may be silent at the end of a run, all attempts at a file included,
+SLOWEST_BYTES_S = 1e6  # besides the time that the file at hand takes at this speed
 
 log = logger("retool.checkpoint")
 
@@ -27,6 +29,7 @@ class Mirror:
         self.url, self._wait_s = url, wait_s
         self._queue: queue.Queue[Path | None] = queue.Queue()
         self._busy: list[Path] = []
+        self._moved, self._current = time.monotonic(), 0
         self.failures: list[str] = []
         self._thread = threading.Thread(target=self._work, name="checkpoint copy", daemon=True)
         self._thread.start()
@@ -41,26 +44,36 @@ class Mirror:
         return list(self._busy)
 
     def close(self) -> None:
-        """Wait until all is copied, or given up."""
+        """Wait until all is copied, or given up: a store that takes nothing for `STALL_S` is waited for no longer."""
         self._queue.put(None)
-        self._thread.join()
+        while self._thread.is_alive() and time.monotonic() - self._moved < STALL_S + self._current / SLOWEST_BYTES_S:
+            self._thread.join(0.2)
+        for folder in self._busy if self._thread.is_alive() else ():
+            self.failures.append(f"{folder} was not copied to {self.url}: the store takes nothing any more")
+            log.error("%s. The local checkpoint is complete.", self.failures[-1])
+
+    def _progress(self, size: int) -> None:
+        """A file of this size begins."""
+        self._moved, self._current = time.monotonic(), size
 
     def _work(self) -> None:
         while (folder := self._queue.get()) is not None:
             try:
-                copy(folder, self.url, self._wait_s)
+                copy(folder, self.url, self._wait_s, self._progress)
             except Exception as error:  # any of a dozen stores' own exceptions; training must not die of one
                 self.failures.append(f"{folder} was not copied to {self.url}: {type(error).__name__}: {error}")
                 log.error("%s. The local checkpoint is complete.", self.failures[-1])
             self._busy.remove(folder)
 
 
-def copy(folder: Path, url: str, wait_s: float = 5.0) -> None:
+def copy(folder: Path, url: str, wait_s: float = 5.0, progress: Callable[[int], None] = lambda size: None) -> None:
     """Copy a checkpoint folder to `url`/<its name>, then the tracker. Each file is tried ATTEMPTS times, `wait_s` · 2ⁿ apart."""
     store, root = fsspec.core.url_to_fs(url)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        progress(path.stat().st_size)
         _put(store, path, f"{root.rstrip('/')}/{folder.name}/{path.relative_to(folder).as_posix()}", wait_s)
     step = folder.name.rpartition("_")[2]
+    progress(0)
     _retry(lambda: store.pipe_file(f"{root.rstrip('/')}/{TRACKER}", step.encode()), f"{url}/{TRACKER}", wait_s)
 
 

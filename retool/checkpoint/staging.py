@@ -92,6 +92,7 @@ class Staging:
 
     def __init__(self, mesh: Mesh, timeout_s: float = 1800, folder: OwnFolder | None = None) -> None:
         self._folder = folder
+        self.slowest_s: float | None = None  # of this run's saves, from their beginning to their tracker
         self.group: dist.ProcessGroup | None = None
         if mesh.world > 1:
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))

@@ -42,7 +42,7 @@ from retool.rl.tools import close_tools
 from retool.rl.types import Group, Scored, trainable
 from retool.rl.validate import validation_metrics
 from retool.run import say, say_ended, seed_everything
-from retool.saving import look_at_weights, orderly_end, require_saved, require_trained, save_step, say_saved
+from retool.saving import look_at_weights, orderly_end, require_saved, require_trained, save_step, say_saved, watched
 
 PARTS = ("sync_weights", "gen", "tools", "reward", "old_log_prob", "adv", "update_actor")  # of every step, whatever it does without
 Metrics = dict[str, float]
@@ -80,7 +80,8 @@ def train(report: Report) -> None:
                         save(run, state)
                 run.loggers.log(state.step, {**metrics, **timing_metrics(times)})
                 require_infrastructure(state, rollout.max_lost_share, rollout.max_lost_steps)
-        finish(run, state)
+            finish(run, state)
+        run.staging.close()
 
 
 DISAGREEMENT = 0.2  # nats per token between sampler and trainer; bf16 has 0.001 to 0.02
@@ -233,7 +234,8 @@ def save(run: Run, state: TrainState) -> None:
     """Write a checkpoint of this step, unless it has one. ValueError where the run ends and no update trained anything."""
     if state.step == run.report.steps:
         require_trained(run, state, state.updates, state.skipped)
-    save_step(run, state, state.data_state(), {})
+    with watched(run, run.watchdog):
+        save_step(run, state, state.data_state(), {})
 
 
 @contextmanager
@@ -264,8 +266,8 @@ def finish(run: Run, state: TrainState) -> None:
     """Save what isn't yet and wait for it. ValueError when the last checkpoint isn't there."""
     if state.step:
         save(run, state)
-    say_saved(run, state, wait=True)
-    run.staging.close()
+    with watched(run, run.watchdog):
+        say_saved(run, state, wait=True)
     if state.step:
         require_saved(run, state)
     if run.config.trainer.val_only:

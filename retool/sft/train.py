@@ -35,6 +35,7 @@ from retool.saving import (
     save_options,
     save_step,
     say_saved,
+    watched,
 )
 from retool.sft.config import SFTConfig, run_options
 from retool.sft.identity import fingerprints
@@ -118,13 +119,15 @@ def train(report: Report) -> None:
                     with timer.phase("testing"):
                         run_validation(run, state, watchdog)
                 if last or stopping or due(config.trainer.save_freq, state.step, report.steps_per_epoch):
-                    with timer.phase("save"):
+                    with timer.phase("save"), watched(run, watchdog):
                         save(run, state)
                 if not state.pending:  # validation or a save came between two steps: its time isn't the next step's
                     state.between = timer.take().seconds()
                 if stopping and not last:
                     break
-        finish(run, state)
+            with watched(run, watchdog):
+                finish(run, state)
+        run.staging.close()
 
 
 def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
@@ -256,7 +259,6 @@ def finish(run: Run, state: TrainState) -> None:
     """Log what is left, wait for the last save. ValueError when the last checkpoint isn't there."""
     log_pending(run, state)
     say_saved(run, state, wait=True)
-    run.staging.close()
     require_saved(run, state)
     say_ended(run.mesh, state.step, run.report.steps, run.folder)
     if torch.distributed.is_initialized():

@@ -144,3 +144,19 @@ def test_an_s3_server_gets_every_byte(tmp_path: Path, s3: str) -> None:
     store.get("bucket/runs/one/", f"{tmp_path}/back/", recursive=True)
     assert _content(tmp_path / "back/global_step_1") == _content(tmp_path / "run/global_step_1")
     assert latest(tmp_path / "back") == tmp_path / "back/global_step_1"
+
+
+def test_a_store_that_takes_nothing_any_more_is_given_up_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from retool.checkpoint import remote
+
+    (tmp_path / "global_step_1").mkdir()
+    (tmp_path / "global_step_1" / "data.pt").write_bytes(b"x")
+    monkeypatch.setattr(Flaky, "put_file", lambda *args, **named: time.sleep(30))
+    monkeypatch.setattr(remote, "STALL_S", 0.5)
+    begin, mirror = time.monotonic(), Mirror(f"flaky://{tmp_path}/far")
+    mirror.add(tmp_path / "global_step_1")
+    mirror.close()
+    assert 0.4 < time.monotonic() - begin < 10 and "takes nothing any more" in mirror.failures[0]
+    assert "The local checkpoint is complete" in caplog.text

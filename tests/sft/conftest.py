@@ -14,7 +14,12 @@ from retool.data.templates import TEMPLATES
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`model/`, `train.parquet` (52 rows) and `val.parquet` (7 rows)."""
-    folder = tmp_path_factory.mktemp("sft")
+    yield make(tmp_path_factory.mktemp("sft"))
+
+
+def make(folder: Path) -> Path:
+    """`work` in a folder of one's own."""
+    folder.mkdir(exist_ok=True)
     train = data.make_problems(52, seed=0)
     data.write_parquet(folder / "train.parquet", train)
     data.write_parquet(folder / "val.parquet", data.make_problems(7, seed=1))
@@ -22,4 +27,4 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     tokenizer = model.train_tokenizer(texts)
     model.write_tokenizer(folder / "model", tokenizer, TEMPLATES["hermes"].read_text())
     model.write_model(folder / "model", tokenizer, seed=0)
-    yield folder
+    return folder
