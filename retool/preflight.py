@@ -6,7 +6,6 @@ Each check returns every fault it finds and raises none. `check_run` and `notes_
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from retool.checkpoint.folder import STEP, steps
-from retool.checkpoint.hf import SafetensorsSource
+from retool.checkpoint.hf import MORE_TEMPLATES, SafetensorsSource
 from retool.checkpoint.source import match_names, require_tied
 from retool.config import Fault
 from retool.machine import (
@@ -33,7 +32,7 @@ from retool.machine import (
 from retool.model.attention import choose_backend, why_not
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig, read_model_config
-from retool.model.hub import find_model
+from retool.model.hub import MAX_JSON_BYTES, find_model, read_json
 from retool.options import RunOptions, TrainerConfig, resume_notes
 from retool.perf import GIB
 from retool.plan import RunReport, World, checkpoint_bytes, host_bytes, kept_checkpoints, setting_of
@@ -173,6 +172,15 @@ def check_model(folder: Path, key: str = "model.partial_pretrain") -> tuple[Mode
     return config, faults
 
 
+def tokenizer_files(folder: Path, chat_template: str | None) -> Iterator[Path]:
+    """What is read to load a tokenizer: its files, and its templates or `chat_template`."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+    yield from (folder / name for name in (*names, "tokenizer.model", "chat_template.jinja", "chat_template.json"))
+    yield from sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
+    if chat_template is not None and chat_template != "hermes":
+        yield Path(chat_template)
+
+
 def check_tokenizer(folder: Path, chat_template: str | None, key: str = "model.partial_pretrain") -> Iterator[Fault]:
     """The tokenizer's files and a chat template, the model's own or `chat_template` (a file, or hermes)."""
     where = f"{key}={folder}"
@@ -180,14 +188,18 @@ def check_tokenizer(folder: Path, chat_template: str | None, key: str = "model.p
         return
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file() and not (folder / "vocab.json").is_file():
         yield Fault(where, "has no tokenizer (tokenizer.json, tokenizer.model or vocab.json).", "Copy the model's tokenizer files there.")
+    if huge := [path for path in tokenizer_files(folder, chat_template) if path.is_file() and path.stat().st_size > MAX_JSON_BYTES]:
+        for path in huge:
+            yield Fault(str(path), f"has {path.stat().st_size:,} bytes: that is no file of a tokenizer.", "Fetch it again.")
+        return
     if chat_template is not None:
         if chat_template != "hermes" and not Path(chat_template).is_file():
             yield Fault(f"data.chat_template={chat_template}", "no such file.", "Give a Jinja file, or hermes.")
         return
     settings = folder / "tokenizer_config.json"
     try:
-        inside = settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
-    except (ValueError, AttributeError):
+        inside = settings.is_file() and bool(read_json(settings).get("chat_template"))
+    except ValueError:
         yield Fault(str(settings), "isn't a JSON object.", "Fetch it again.")
         return
     if not inside and not any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):

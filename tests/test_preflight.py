@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from retool import machine
 from retool.config import Fault, read
+from retool.data import limits
 from retool.data.loader import step_batch
 from retool.machine import check_output
 from retool.memory import Choice, choose
@@ -116,6 +117,15 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
+def write_template(text: str) -> Callable[[Path], object]:
+    return lambda root: (root / "model" / "chat_template.jinja").write_text(text)
+
+
+def huge_template(root: Path) -> None:
+    with (root / "model" / "chat_template.jinja").open("wb") as file:
+        file.truncate(20_000_000_000)  # takes no room on the disk
+
+
 def remove_template(root: Path) -> None:
     (root / "model" / "chat_template.jinja").unlink(missing_ok=True)
     edit(root / "model" / "tokenizer_config.json", chat_template=None)
@@ -182,6 +192,22 @@ JSONL = "data.train_files={root}/train.jsonl"
         (into_checkpoint("actor/huggingface"), [], ["has no config.json", "model is in", "model/actor/huggingface: give that"]),
         (into_checkpoint("actor/huggingface", "config.json"), [], ["python -m retool.checkpoint merge", "and give DIR"]),
         (lambda r: (r / "model" / "config.json").write_text("{"), [], ["config.json"]),
+        (lambda r: (r / "model" / "config.json").write_text("[" * 200_000), [], ["config.json is no JSON file", "nested without end"]),
+        (lambda r: (r / "model" / "config.json").write_text("[]"), [], ["config.json holds a list, not a JSON object"]),
+        (lambda r: edit(r / "model" / "config.json", num_hidden_layers=2e9), [], ["num_hidden_layers=2000000000.0 is no whole number"]),
+        (lambda r: edit(r / "model" / "config.json", num_hidden_layers=-1), [], ["num_hidden_layers=-1 is no whole number"]),
+        (lambda r: edit(r / "model" / "config.json", num_attention_heads=0), [], ["num_attention_heads=0 is no whole number"]),
+        (lambda r: edit(r / "model" / "config.json", hidden_size="64"), [], ["hidden_size='64' is no whole number"]),
+        (
+            lambda r: edit(r / "model" / "config.json", num_hidden_layers=1_000, layer_types=None),
+            [],
+            ["does not fit the model", "is missing"],
+        ),
+        (write_template("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), [], ["was stopped: it calls itself without end"]),
+        (write_template("{{ 'x' * 20000000000 }}"), [], ["was stopped: it makes more text than there is memory for"]),
+        (write_template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"), [], ["it computes for more than"]),
+        (lambda r: (r / "model" / "tokenizer_config.json").write_text("[" * 200_000), [], ["tokenizer_config.json", "isn't a JSON object"]),
+        (huge_template, [], ["chat_template.jinja: has 20,000,000,000 bytes"]),
         (remove_template, [], ["has no chat template", "data.chat_template=hermes"]),
         (remove_tokenizer, [], ["has no tokenizer"]),
         (lambda r: shards(r)[1].unlink(), [], ["lacks model-00002-of"]),
@@ -205,7 +231,11 @@ JSONL = "data.train_files={root}/train.jsonl"
         (lambda r: None, ["optim.lr=-1"], ["optim.lr=-1", "above 0"]),
     ],
 )
-def test_bad_input(run: Path, spoil: Callable[[Path], object], more: list[str], expected: list[str]) -> None:
+def test_bad_input(
+    run: Path, spoil: Callable[[Path], object], more: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MOST_SECONDS", 0.3)
+    monkeypatch.setattr(limits, "TICK_S", 0.05)
     spoil(run)
     report = check(run, *(word.format(root=run) for word in more))
     text = said(report)

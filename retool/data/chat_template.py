@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from .limits import OutOfBounds, check_source, within_bounds
 from .parts import SURROGATE
 from .probes import TOOL, CallForm, find_call_form, find_ends, find_header, shown_message
 from .templates import chosen_template, end_of_hermes
@@ -26,6 +27,16 @@ class ChatTemplate:
         self.source: str | None = chosen_template(chat_template, tokenizer) if chat_template is not None else None
         if self.source is None and not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: choose one with data.chat_template=hermes, or a file.")
+        for source in own_sources(tokenizer) if self.source is None else [self.source]:
+            check_source(source)
+        try:
+            self._look(chat_template)
+        except OutOfBounds as error:
+            raise ValueError(f"the chat template was stopped: {error}. {self._another(chat_template)}") from error
+
+    def _look(self, chat_template: str | None) -> None:
+        """Learn from probes how the template ends a turn, begins an answer and writes a call."""
+        tokenizer = self.tokenizer
         added = frozenset(token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip())
         try:
             ends = find_ends(self._show_probe, added, tokenizer.eos_token)
@@ -43,7 +54,10 @@ class ChatTemplate:
     ) -> str:
         """The template's own text. Raises ValueError with what the template (or Jinja) complains of."""
         kwargs = self.kwargs if enable_thinking is None else {**self.kwargs, "enable_thinking": enable_thinking}
-        return self._show(messages, tools, kwargs, generation_prompt, self._form)
+        try:
+            return self._show(messages, tools, kwargs, generation_prompt, self._form)
+        except OutOfBounds as error:
+            raise ValueError(f"the chat template was stopped: {error}") from error
 
     def _show(
         self,
@@ -55,14 +69,20 @@ class ChatTemplate:
     ) -> str:
         shown = [shown_message(message, form) for message in messages]
         try:
-            text = self.tokenizer.apply_chat_template(
-                shown,
-                tools=list(tools) if tools else None,
-                chat_template=self.source,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                **kwargs,
+            text = within_bounds(
+                lambda: self.tokenizer.apply_chat_template(
+                    shown,
+                    tools=list(tools) if tools else None,
+                    chat_template=self.source,
+                    add_generation_prompt=generation_prompt,
+                    tokenize=False,
+                    **kwargs,
+                )
             )
+        except RecursionError:
+            raise OutOfBounds("it calls itself without end") from None
+        except MemoryError:
+            raise OutOfBounds("it makes more text than there is memory for") from None
         except (jinja2.TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
         return valid_text(text)
@@ -78,6 +98,12 @@ class ChatTemplate:
         if chat_template != "hermes" and end_of_hermes(self.tokenizer) is not None:
             return "Use another one: data.chat_template=hermes fits this tokenizer, or give a file."
         return "Add a token to this tokenizer that ends a turn, and use a template that writes it (data.chat_template: a file)."
+
+
+def own_sources(tokenizer: Any) -> list[str]:
+    """The texts of a tokenizer's own templates: one, or several by name."""
+    own = tokenizer.chat_template
+    return [str(text) for text in own.values()] if isinstance(own, Mapping) else [str(own)]
 
 
 def valid_text(text: str) -> str:

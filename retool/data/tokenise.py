@@ -15,6 +15,7 @@ from typing import Any
 from ..batch import Sample
 from .chat import Renderer
 from .files import Chunk, RowError
+from .limits import bounded
 from .rows import RowFormat, to_conversation
 
 TRUNCATIONS = ("error", "left", "right", "drop")
@@ -107,7 +108,8 @@ def tokenise_chunk(chunk: Chunk, renderer: Renderer, form: RowFormat, max_length
             if isinstance(raw, RowError):
                 raise raw
             conversation = to_conversation(raw, chunk.file, index, form)
-            samples = renderer.render(conversation, history)
+            with bounded():  # once for all that is rendered of a row
+                samples = renderer.render(conversation, history)
             kept = [truncate(sample, max_length, truncation) for sample in samples]
         except RowError as error:
             out.refusals.append(str(error))

@@ -121,7 +121,9 @@ def _windows(c: dict[str, Any], layers: int) -> Iterator[str]:
     """Fields by which a layer would see a part of the sequence only, unless no layer does."""
     given = c.get("layer_types")
     if given is not None:
-        if given != ["full_attention"] * layers:
+        if isinstance(given, list) and len(given) != layers:
+            yield f"layer_types names {len(given)} layers, and num_hidden_layers is {layers}. Fetch it again."
+        elif given != ["full_attention"] * layers:
             yield refused("layer_types", given)
     elif switch(c, "use_sliding_window"):
         window = c.get("sliding_window", 4096)  # where the file says nothing, transformers says this

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from retool.model.hub import read_json
 
 
 def eos_ids(folder: Path) -> tuple[int, ...]:
@@ -11,6 +12,6 @@ def eos_ids(folder: Path) -> tuple[int, ...]:
     found: dict[int, None] = {}
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        ids = read_json(path).get("eos_token_id") if path.is_file() else None
         found |= dict.fromkeys(ids if isinstance(ids, list) else [ids] if ids is not None else [])
     return tuple(int(i) for i in found)
