@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from retool.own_folder import OwnFolder
+from retool.parallel.mesh import make_mesh
 from retool.preemption import SIGNALS, StopRequest
 from retool.run import exit_status, sole_user, tell_launcher
 from tests.sft.conftest import work
@@ -83,6 +85,25 @@ def test_ctrl_c_stops_the_run_and_the_script_around_it(monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt), stop:
         pass
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_problem_ends_the_run_at_the_next_agreement(tmp_path: Path) -> None:
+    folder, mesh = tmp_path / "run", make_mesh()
+    folder.mkdir()
+    with StopRequest(lambda: None, OwnFolder(folder).problem) as stop:
+        assert not stop.agreed(mesh)
+        folder.rename(tmp_path / "away")
+        with pytest.raises(ValueError, match=r"run was removed or renamed while the run was using it.*put it back"):
+            stop.agreed(mesh)
+
+
+def test_a_folder_that_went_is_no_error_of_its_user(tmp_path: Path) -> None:
+    with sole_user(tmp_path / "run"):
+        (tmp_path / "run").rmdir()
+    with sole_user(tmp_path / "run"):
+        (tmp_path / "run").rmdir()
+        (tmp_path / "run").mkdir()  # another run's, which is still empty
+    assert (tmp_path / "run").exists()
 
 
 def test_a_run_that_fails_gives_the_signals_back() -> None:

@@ -33,7 +33,8 @@ def _lose_the_folder(work: str, out: str, how: str) -> tuple[int, str]:
     return main(keys), json.loads(Path(f"{out}.error.{rank}").read_text())["message"]["message"]
 
 
-@pytest.mark.parametrize("how", [pytest.param("removed", marks=pytest.mark.slow), "replaced"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["removed", "replaced"])
 def test_a_run_ends_when_its_folder_goes(work: Path, tmp_path: Path, how: str) -> None:
     out = tmp_path / "run"
     for status, said in run_ranks(_lose_the_folder, 2, str(work), str(out), how):
