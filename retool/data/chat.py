@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -63,6 +64,7 @@ class Renderer:
         self.template: str | None = self._template.source
         self.ends = self._template.ends
         self.variants: dict[str, Renderer] = {}  # made by `ways_out`
+        self.refused: Counter[str] = Counter()  # counted by it
 
     # -- text ---------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .accounting import TemplateFault
 from .reasoning import field_of, thoughts
+from .refusals import kind_of
 from .rows import Conversation
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 SWITCHES = ("enable_thinking", "thinking")  # the names that templates read
 NAMED = 4
+MOST_TRIED = 100  # rows of one kind of fault: trying every setting takes ten times as long as the row itself
 HISTORY = {
     "split": "data.multiturn.history=split (it makes a sample of every turn)",
     "last": "data.multiturn.history=last (it trains only the turns that stay)",
@@ -31,7 +33,11 @@ class WayOut(NamedTuple):
 
 
 def with_ways_out(error: TemplateFault, renderer: Renderer, conversation: Conversation, history: str) -> TemplateFault:
-    """The error with the settings that this row is fine with."""
+    """The error with the settings that this row is fine with; of many rows with one fault only the first are tried."""
+    kind = kind_of(str(error))
+    renderer.refused[kind] += 1
+    if renderer.refused[kind] > MOST_TRIED:
+        return TemplateFault(f"{error}; what works was looked for in the first {MOST_TRIED} rows like it.")
     ways = list(islice(_working(renderer, conversation, history), NAMED))
     if not ways:
         return TemplateFault(f"{error}; no other setting shows all of it: mend the row, or give a template that does (data.chat_template).")

@@ -286,3 +286,14 @@ def test_the_audit_names_fields_that_nothing_shows(tmp_path):
     assert ("fields that nothing shows", "user.name 1 · assistant.annotations 1") in summary(found)
     reads = renderer(CHATML.replace("BODY", "{{- (m.name or '') + m.content -}}"))
     assert audit(str(tmp_path / "rows.jsonl"), reads, num_workers=0).tally.unread == {"assistant.annotations": 1}
+
+
+def test_settings_are_tried_on_the_first_rows_of_a_fault_only(monkeypatch):
+    monkeypatch.setattr("retool.data.ways_out.MOST_TRIED", 2)
+    made = renderer(WORDS)
+    messages = [said("user", "Q"), said("assistant", "A", reasoning="T")]
+    for works in ("what works for it: data", "what works for it: data", "what works was looked for in the first 2 rows like it"):
+        with pytest.raises(RowError, match=works):
+            trained(made, messages)
+    with pytest.raises(RowError, match="what works for it: data"):  # another fault
+        trained(made, [messages[0], said("assistant", "A", tool_calls=[call("look", 1, place="Rome")])])
