@@ -16,7 +16,7 @@ from .embedded import strip_fence
 from .fusion_types import RunRequest, result_from_json
 from .result import Result
 
-PATIENCE = 15.0  # seconds a request may take beyond its program's: to queue and to travel
+PATIENCE = 600.0  # seconds a request may take beyond its program's: where many ask, a server's queue is long
 RETRIED = frozenset({429, 502, 503, 504})
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import httpx
 import pytest
 
 from retool.rl.sandbox import Limits, Result, Sandbox
@@ -300,6 +301,19 @@ def test_other_errors_are_not_retried() -> None:
     with Faulty(answers(400, b"no such thing")) as server:
         result = run(server.url, "1")
         assert result.status == "sandbox_error" and "HTTP 400: no such thing" in result.reason and server.seen == 1
+
+
+def test_a_long_queue_at_the_server_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty programs of three seconds at two workers: the last one's answer comes after a minute."""
+    waited: list[float] = []
+
+    async def post(self: object, url: str, *, timeout: httpx.Timeout, **_: object) -> httpx.Response:
+        waited.append(timeout.read or 0.0)
+        return httpx.Response(400)
+
+    monkeypatch.setattr(httpx.AsyncClient, "post", post)
+    run("http://127.0.0.1:1/run_code", "1", timeout=3)
+    assert waited[0] > 60 + 3
 
 
 def test_a_slow_server_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
