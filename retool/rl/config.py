@@ -185,7 +185,14 @@ class MultiTurnConfig:
         above=0,
     )
     tool_workers: int | None = option(
-        None, "Programs of the code interpreter that run at once; null = the tool's num_workers, at most one a core (or 4).", minimum=1
+        None,
+        "Programs of the code interpreter that run at once on a node; null = the tool's num_workers, at most one a core (or 4).",
+        minimum=1,
+    )
+    tool_isolation: Literal["auto", "strict", "best_effort"] = option(
+        "auto",
+        "strict: programs aren't run where a guarantee of the sandbox can't be given (`doctor` tells); best_effort: say so and run them; "
+        "auto: the tool's own, else strict.",
     )
 
 

@@ -90,7 +90,8 @@ def _with_functions(report: Report, first: bool) -> Report:
     tools: Sequence[Tool] = ()
     if multi.enable:
         where = f"{ARR}rollout.multi_turn.tool_config_path"
-        tools = attempt(where, lambda: load_tools(multi.tool_config_path, multi.tool_workers, multi.tool_timeout_seconds), faults) or ()
+        wanted = multi.tool_workers, multi.tool_timeout_seconds, multi.tool_isolation
+        tools = attempt(where, lambda: load_tools(multi.tool_config_path, *wanted), faults) or ()
     faults += _sandbox_faults(tools, first)
 
     def find() -> RewardSource:

@@ -152,7 +152,16 @@ def _backend(config: InterpreterConfig) -> Sandbox | SandboxFusion:
         return SandboxFusion(config.sandbox_fusion_url, most, config.default_timeout, config.memory_limit_mb, token=config.token)
     workers = config.workers or min(config.num_workers, max(4, len(os.sched_getaffinity(0))))
     limits = Limits(wall_seconds=config.default_timeout, memory_mb=config.memory_limit_mb)
-    return Sandbox(limits, workers, config.isolation)  # type: ignore[arg-type]  # checked there
+    return Sandbox(limits, workers, config.isolation, share=node_of(os.environ))  # type: ignore[arg-type]  # checked there
+
+
+def node_of(environment: Mapping[str, str]) -> str:
+    """A name that all ranks of this run on this node have in common, under which they share one sandbox; "" for a process alone."""
+    ranks = environment.get("LOCAL_WORLD_SIZE") or environment.get("WORLD_SIZE") or "1"
+    if ranks == "1":
+        return ""
+    run = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "GROUP_RANK")
+    return " ".join(environment.get(name, "") for name in run)
 
 
 def _only_argument(schema: Mapping[str, Any]) -> str:
@@ -182,14 +191,16 @@ def result_text(result: Result) -> str:
     return "\n".join(parts) or "[no output]"
 
 
-def load_tools(path: str | Path | None, workers: int | None = None, longest: float = math.inf) -> list[Tool]:
+def load_tools(
+    path: str | Path | None, workers: int | None = None, longest: float = math.inf, isolation: str = "auto"
+) -> list[Tool]:
     """The tools of a config file, started; None: the code interpreter on this machine.
 
-    `workers` programs run at once (None: what the file says), none longer than `longest` seconds. `ValueError` names the file, the entry
-    and the key at fault.
+    `workers` programs run at once (None: what the file says), none longer than `longest` seconds, in `isolation` ("auto": what the file
+    says). `ValueError` names the file, the entry and the key at fault.
     """
     if path is None:
-        return [CodeInterpreter(_limited(InterpreterConfig(), workers, longest))]
+        return [CodeInterpreter(_limited(InterpreterConfig(), workers, longest, isolation))]
     if not Path(path).is_file():
         raise ValueError(f"tool config file {path} doesn't exist.")
     try:
@@ -199,7 +210,7 @@ def load_tools(path: str | Path | None, workers: int | None = None, longest: flo
     entries = content.get("tools") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: expected a list under the key 'tools'.")
-    tools = [_load(entry, f"{path}: tools[{index}]", workers, longest) for index, entry in enumerate(entries)]
+    tools = [_load(entry, f"{path}: tools[{index}]", workers, longest, isolation) for index, entry in enumerate(entries)]
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: tool names must differ, got {names}.")
@@ -215,12 +226,17 @@ async def close_tools(tools: Iterable[Tool]) -> None:
             warnings.warn(f"the tool {tool.name} did not close: {type(error).__name__}: {error}", stacklevel=1)
 
 
-def _limited(config: InterpreterConfig, workers: int | None, longest: float) -> InterpreterConfig:
+def _limited(config: InterpreterConfig, workers: int | None, longest: float, isolation: str) -> InterpreterConfig:
     """With what the run's own configuration says above the tool's."""
-    return replace(config, workers=workers or config.workers, default_timeout=min(config.default_timeout, longest))
+    return replace(
+        config,
+        workers=workers or config.workers,
+        default_timeout=min(config.default_timeout, longest),
+        isolation=config.isolation if isolation == "auto" else isolation,
+    )
 
 
-def _load(entry: Any, where: str, workers: int | None, longest: float) -> Tool:
+def _load(entry: Any, where: str, workers: int | None, longest: float, isolation: str) -> Tool:
     if not isinstance(entry, dict) or not isinstance(entry.get("class_name"), str):
         raise ValueError(f"{where}: expected a mapping with a class_name, such as {INTERPRETERS[0]}.")
     name, config, schema = entry["class_name"], entry.get("config") or {}, entry.get("tool_schema")
@@ -228,7 +244,7 @@ def _load(entry: Any, where: str, workers: int | None, longest: float) -> Tool:
         if not isinstance(config, dict):
             raise ValueError(f"config is a {type(config).__name__}, not a mapping.")
         if name in INTERPRETERS:
-            return CodeInterpreter(_limited(interpreter_config(config), workers, longest), schema)
+            return CodeInterpreter(_limited(interpreter_config(config), workers, longest, isolation), schema)
         return _made(name, config, schema)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

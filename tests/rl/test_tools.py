@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.server
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from retool.rl import tools
-from retool.rl.sandbox import Result
+from retool.rl.sandbox import Result, Sandbox
 from retool.rl.schema import function_of
-from retool.rl.tools import INTERPRETERS, SCHEMA, CodeInterpreter, InterpreterConfig, Tool, ToolResult, load_tools, result_text
+from retool.rl.tools import INTERPRETERS, SCHEMA, CodeInterpreter, InterpreterConfig, Tool, ToolResult, load_tools, node_of, result_text
 
 RECIPE = """
 tools:
@@ -239,3 +240,30 @@ def test_only_the_end_of_a_long_stderr_is_shown() -> None:
 def test_the_three_silences_differ() -> None:
     texts = {result_text(Result("success")), result_text(Result("timeout", reason="r")), result_text(Result("sandbox_error", reason="r"))}
     assert len(texts) == 3
+
+
+def test_ranks_of_a_node_share_a_sandbox() -> None:
+    first = {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1", "GROUP_RANK": "0", "RANK": "0"}
+    assert node_of(first) == node_of({**first, "RANK": "1"}) != ""
+    assert node_of(first) != node_of({**first, "GROUP_RANK": "1"}) and node_of(first) != node_of({**first, "MASTER_PORT": "2"})
+    assert node_of({}) == node_of({"LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "4"}) == ""
+
+
+def test_one_supervisor_for_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(os.getpid())}.items():
+        monkeypatch.setenv(key, value)
+    ranks = [CodeInterpreter(), CodeInterpreter()]
+    try:
+        backends = [rank._backend for rank in ranks]
+        assert all(isinstance(backend, Sandbox) for backend in backends)
+        assert backends[0].pid == backends[1].pid  # type: ignore[union-attr]
+    finally:
+        for rank in reversed(ranks):
+            asyncio.run(rank.close())
+
+
+def test_isolation_of_the_run_goes_before_the_tools(tmp_path: Path) -> None:
+    path = write(tmp_path, "tools:\n  - class_name: retool.rl.tools.CodeInterpreter\n    config: {workers: 1}\n")
+    (tool,) = load_tools(path, isolation="best_effort")
+    assert isinstance(tool, CodeInterpreter) and tool.config.isolation == "best_effort"
+    asyncio.run(tool.close())

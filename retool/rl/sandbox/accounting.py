@@ -21,15 +21,15 @@ class Usage:
     memory: int
 
 
-def group_of(root: int, server: int, leads_group: bool) -> list[int]:
+def group_of(root: int, heir: int, leads_group: bool) -> list[int]:
     """Pids of the call that `root` began.
 
-    Orphans are handed to `root` itself where it is the first of a pid namespace. Elsewhere they go to the fork server
-    (`server`), and the process group, which nobody can leave, tells them apart (`leads_group`).
+    Orphans are handed to `heir`: the first process of the call's pid namespace, or the fork server where there is none. The fork server
+    has other calls' orphans too; there the process group, which nobody can leave, tells them apart (`leads_group`).
     """
-    found, queue = [], [root]
-    if leads_group:
-        queue += [pid for pid in _children(server) if pid != root and _process_group(pid) == root]
+    orphans = [pid for pid in _children(heir) if pid != root and (not leads_group or process_group(pid) == root)]
+    found = []
+    queue = [root, *orphans]
     while queue:
         pid = queue.pop()
         found.append(pid)
@@ -63,6 +63,15 @@ def private_memory(pid: int) -> int:
     return (int(fields[1]) - int(fields[2])) * _PAGE
 
 
+def waited(pid: int) -> float:
+    """Seconds that a process was ready to run and had no processor; 0 where the kernel doesn't say."""
+    try:
+        with open(f"/proc/{pid}/schedstat", "rb") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
 def _stat(pid: int) -> list[bytes]:
     """The fields of /proc/pid/stat after the command name; state first."""
     try:
@@ -72,7 +81,8 @@ def _stat(pid: int) -> list[bytes]:
         return []
 
 
-def _process_group(pid: int) -> int:
+def process_group(pid: int) -> int:
+    """The process group of a process or thread; 0 where it's gone."""
     fields = _stat(pid)
     return int(fields[2]) if fields else 0
 

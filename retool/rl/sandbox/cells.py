@@ -16,6 +16,7 @@ from .result import Limits, Result, Status, safe_name
 
 CHUNK = 1 << 16
 LARGEST_FETCH = 16 << 20
+MOST_POSTPONED = 3.0  # times its limit, that a call may be given for waiting for a processor
 
 
 @dataclass
@@ -58,14 +59,17 @@ class Call:
     job: dict[str, Any]
     limits: Limits
     fetch: list[str]
+    caller: Any  # who is answered
     arrived: float = field(default_factory=time.monotonic)
     started: float = 0.0
+    deadline: float = 0.0
     verdict: tuple[Status, str] | None = None  # set when the supervisor ends it
 
 
 @dataclass
 class Cell:
-    """A child of the fork server. `pid` is the host's name for it, known once it is confined."""
+    """A child of the fork server. `pid` is the host's name for it, known once it is confined; `init` is that of the first process of its
+    pid namespace, if it has one."""
 
     number: int
     slot: int
@@ -74,10 +78,14 @@ class Cell:
     err: Stream
     path: str
     pid: int = 0
+    init: int = 0
     folder: int = -1
+    listener: int = -1
+    buffers: int = 0  # bytes that socket pairs may hold, which no process's account shows
     call: Call | None = None
     group: cgroups.Group | None = None
     kills_before: int = 0
+    waited_before: float = 0.0
 
     def start(self, call: Call, exact_tasks: bool) -> None:
         """Hand the program over; the clock starts."""
@@ -86,6 +94,8 @@ class Cell:
             self.group.set_limit(limits.memory_mb << 20)
         self.call = call
         call.started = time.monotonic()
+        call.deadline = call.started + limits.wall_seconds
+        self.waited_before = accounting.waited(self.pid)
         job = {
             **call.job, "cpu_seconds": limits.cpu_seconds, "memory_bytes": limits.memory_mb << 20, "file_bytes": limits.file_mb << 20,
             "open_files": limits.open_files, "processes": limits.processes if exact_tasks else 0,
@@ -103,13 +113,20 @@ class Cell:
         if self.group is not None:
             full = self.group.kills() > self.kills_before  # the kernel ends one process, we end the call
         else:
-            full = usage.memory + (files if private else 0) > limits.memory_mb << 20
+            full = usage.memory + self.buffers + (files if private else 0) > limits.memory_mb << 20
         if full:
             self.call.verdict = "memory_limit", f"the call used more than {limits.memory_mb} MB"
         elif not private and files > limits.file_mb << 20:
             self.call.verdict = "output_limit", f"the work folder outgrew {limits.file_mb} MB"
         elif not exact_tasks and usage.tasks > limits.processes:
             self.call.verdict = "process_limit", f"the call ran more than {limits.processes} processes and threads"
+
+    def postpone(self, pids: list[int]) -> None:
+        """Give the call the time that it waited for a processor: programs go last, and a busy host isn't their fault."""
+        assert self.call is not None
+        limit = self.call.limits.wall_seconds
+        waited = max((accounting.waited(pid) for pid in pids), default=0.0) - self.waited_before
+        self.call.deadline = self.call.started + limit + min(max(0.0, waited), MOST_POSTPONED * limit)
 
     def flooded(self) -> bool:
         return self.call is not None and self.out.total + self.err.total > self.call.limits.flood_mb << 20
@@ -154,7 +171,7 @@ class Cell:
 
     def close(self) -> None:
         self.control.close()
-        for fd in (self.out.fd, self.err.fd, self.folder):
+        for fd in (self.out.fd, self.err.fd, self.folder, self.listener):
             if fd >= 0:
                 os.close(fd)
 

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from . import wire
@@ -20,16 +21,18 @@ GONE = "the sandbox's supervisor is gone"
 class Connection:
     """The caller's end of a socket to a supervisor. `hello` is the supervisor's first message: what it found, or that it refuses.
 
-    `OSError` where the supervisor ends, or hangs, before it is ready. Calls may be submitted from any thread.
+    `OSError` where the supervisor ends, or hangs, before it is ready. Calls may be submitted from any thread. `lost` is called, on a
+    thread of the connection's own, when the supervisor has gone unasked.
     """
 
-    def __init__(self, ours: socket.socket) -> None:
+    def __init__(self, ours: socket.socket, lost: Callable[[], None] | None = None) -> None:
         self._socket = ours
         self._frames = wire.Frames()
         self._pending: dict[int, concurrent.futures.Future[Result]] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._reason = GONE
+        self._lost = lost
         self.alive = True
         self.hello = self._greet()
         threading.Thread(target=self._read, name="sandbox", daemon=True).start()
@@ -78,6 +81,8 @@ class Connection:
                 data = b""
             if not data:
                 self._fail()
+                if self._reason == GONE and self._lost is not None:
+                    self._lost()
                 return
             for message in self._frames.feed(data):
                 self._settle(message["id"], message["result"])

@@ -7,7 +7,7 @@ import platform
 import time
 
 from .embedded import Sandbox
-from .layers import GUARANTEES, HOW_TO_GET, LAYERS, Plan
+from .layers import GUARANTEES, LAYERS, MEANING, Plan, ways_out
 from .probe import find
 
 
@@ -39,8 +39,10 @@ def verdict(plan: Plan) -> str:
         return "strict isolation: every guarantee has a mechanism."
     lines = ["strict isolation: REFUSED."]
     for guarantee, why in unmet.items():
-        ways = [HOW_TO_GET[name] for name in GUARANTEES[guarantee] if name in HOW_TO_GET]
-        lines.append(f"  nothing guarantees “{guarantee}”. Do one of: {'; '.join(ways)}." if ways else f"  {guarantee}: {why}")
+        meaning = f": {MEANING[guarantee]}" if guarantee in MEANING else ""
+        ways = ways_out(guarantee)
+        lines.append(f"  nothing guarantees “{guarantee}”{meaning}. Do one of: {'; '.join(ways)}." if ways else f"  {guarantee}: {why}")
+    lines.append("  Or accept what is missing with isolation=best_effort.")
     return "\n".join(lines)
 
 

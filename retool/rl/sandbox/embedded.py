@@ -6,30 +6,23 @@ import asyncio
 import atexit
 import base64
 import concurrent.futures
-import contextlib
+import functools
 import os
 import re
-import socket
-import subprocess
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from . import spawn
 from .connection import Connection
+from .keeper import Keeper, backoff
 from .layers import Plan
-from .pool import sweep
 from .result import Limits, Result, safe_name
 
 _FENCE = re.compile(r"\A\s*```(?:python|py|python3)?[ \t]*\n(.*?)\n?```\s*\Z", re.DOTALL | re.IGNORECASE)
 RETRIES = 3  # how often a call is tried again after the sandbox failed under it
-BACKOFF = 0.25  # seconds before the first of those attempts; each further one waits twice as long
-LONGEST_BACKOFF = 30.0
-STEADY = 60.0  # seconds after which a supervisor counts as sound: the next restart is a first one again
 
 
 def strip_fence(code: str) -> str:
@@ -51,6 +44,9 @@ class Sandbox:
     lost with it are run again, up to `RETRIES` times; programs have no effect outside, so running one twice does no harm. What
     still fails comes back as `sandbox_error` (`Result.infrastructure`), never as an exception and never under a program's own status.
     `restarts` counts the supervisors that had to be replaced.
+
+    `share` names a sandbox that all processes of this user on this machine use together, if they ask for the same limits, workers and
+    isolation: the first of them owns it, and when that one ends another takes over, without a call being lost.
     """
 
     def __init__(
@@ -59,6 +55,7 @@ class Sandbox:
         workers: int | None = None,
         isolation: Literal["strict", "best_effort"] = "strict",
         *,
+        share: str = "",
         without: frozenset[str] = frozenset(),
         python: str = sys.executable,
         launcher: Sequence[str] = (),
@@ -69,76 +66,48 @@ class Sandbox:
         self.workers = max(4, len(os.sched_getaffinity(0))) if workers is None else workers
         if self.workers < 1:
             raise ValueError(f"sandbox workers={workers} must be at least 1.")
-        self._setup = {"limits": vars(self.limits), "workers": self.workers, "without": sorted(without), "isolation": isolation}
-        self._python, self._launcher = python, launcher
-        self._restarting = threading.Lock()
-        self._closed = False
-        self._attempts = 0  # restarts in a row
-        self._started = 0.0
-        self.restarts = 0
-        self._start()
-        self._warn()
-        self._at_exit = weakref.WeakMethod(self.close)
-        atexit.register(_close, self._at_exit)
+        setup = {"limits": vars(self.limits), "workers": self.workers, "without": sorted(without), "isolation": isolation}
+        self._keeper = Keeper(setup, share, python, launcher)
+        if self.unmet and self.owner:
+            lost = ", ".join(self.unmet)
+            print(f"SANDBOX WARNING: running WITHOUT: {lost}. Generated programs can do harm here.", file=sys.stderr, flush=True)
+        self._at_exit = functools.partial(_close, weakref.WeakMethod(self.close))
+        atexit.register(self._at_exit)
 
-    # -- the supervisor ------------------------------------------------------------------------------------------------------
+    @property
+    def owner(self) -> bool:
+        """Whether the supervisor is this process's own; a guest of another's only has a connection to it."""
+        return self._keeper.owner
+
+    @property
+    def restarts(self) -> int:
+        """How many supervisors had to be replaced."""
+        return self._keeper.restarts
+
+    @property
+    def plan(self) -> Plan:
+        """The layers of isolation in use."""
+        return self._keeper.plan
+
+    @property
+    def unmet(self) -> dict[str, str]:
+        """Guarantees that nothing upholds here, each with the reasons and the way out; empty under strict isolation."""
+        return self._keeper.hello["unmet"]
 
     @property
     def pid(self) -> int:
         """The supervisor's process id."""
-        return self._process.pid
+        return self._keeper.hello["pid"]
 
-    def _start(self) -> None:
-        """Start a supervisor and hear what it found. ValueError where it refuses, OSError where it fails."""
-        ours, theirs = socket.socketpair()
-        self._process = spawn.start("supervisor", self._setup, theirs, self._python, self._launcher)
-        theirs.close()
-        try:
-            self._connection = Connection(ours)
-        except OSError:
-            self._process.kill()
-            self._process.wait()
-            raise
-        if "refused" in self._connection.hello:
-            self._connection.close()
-            self._process.wait()
-            raise ValueError(
-                f"sandbox.isolation=strict: {self._connection.hello['refused']} "
-                "Run `python -m retool.rl.sandbox doctor` for the whole picture, or accept the risk with sandbox.isolation=best_effort."
-            )
-        hello = self._connection.hello["hello"]
-        self.plan = Plan.from_json(hello["plan"])
-        self.unmet: dict[str, str] = hello["unmet"]
-        self.server_pid: int = hello["server"]
-        self.scratch: str = hello["scratch"]
-        self._started = time.monotonic()
+    @property
+    def server_pid(self) -> int:
+        """The fork server's process id."""
+        return self._keeper.hello["server"]
 
-    def _warn(self) -> None:
-        if self.unmet:
-            lost = ", ".join(self.unmet)
-            print(f"SANDBOX WARNING: running WITHOUT: {lost}. Generated programs can do harm here.", file=sys.stderr, flush=True)
-
-    def _revive(self) -> str:
-        """Start the supervisor again if it is gone, which takes a while; "", or why there is none."""
-        if self._connection.alive:
-            return ""
-        with self._restarting:  # one caller restarts it, the others wait for that
-            if self._closed:
-                return "the sandbox is closed"
-            if self._connection.alive:
-                return ""
-            self._process.kill()  # it may have closed its socket and hang
-            self._process.wait()
-            sweep(self.scratch)
-            self._attempts = 0 if time.monotonic() - self._started > STEADY else self._attempts
-            time.sleep(backoff(self._attempts - 1) if self._attempts else 0.0)
-            self._attempts += 1
-            try:
-                self._start()
-            except (OSError, ValueError) as error:
-                return f"the sandbox's supervisor died and can't be started again: {error}"
-            self.restarts += 1
-            return ""
+    @property
+    def scratch(self) -> str:
+        """The supervisor's folder on the host."""
+        return self._keeper.hello["scratch"]
 
     # -- calls ---------------------------------------------------------------------------------------------------------------
 
@@ -162,7 +131,7 @@ class Sandbox:
         begun = time.monotonic()
         result = await self._attempt(message)
         for attempt in range(RETRIES):
-            if self._closed or not result.infrastructure:
+            if self._keeper.closed or not result.infrastructure:
                 break
             await asyncio.sleep(backoff(attempt))
             result = _since(begun, await self._attempt(message))
@@ -170,7 +139,7 @@ class Sandbox:
 
     async def _attempt(self, message: dict[str, Any]) -> Result:
         """One try: a result, which is infrastructure's where the sandbox failed."""
-        alive = self._connection.alive  # else it has to be started, which takes a while: not on the event loop
+        alive = self._keeper.connection.alive  # else it has to be started, which takes a while: not on the event loop
         connection, number, future = self._submit(message) if alive else await asyncio.to_thread(self._submit, message)
         try:
             return await asyncio.wrap_future(future)
@@ -193,7 +162,7 @@ class Sandbox:
         begun = time.monotonic()
         result = self._submit(message)[2].result()
         for attempt in range(RETRIES):
-            if self._closed or not result.infrastructure:
+            if self._keeper.closed or not result.infrastructure:
                 break
             time.sleep(backoff(attempt))
             result = _since(begun, self._submit(message)[2].result())
@@ -201,12 +170,12 @@ class Sandbox:
 
     def _submit(self, message: dict[str, Any]) -> tuple[Connection, int, concurrent.futures.Future[Result]]:
         """Hand a call over: the connection that has it, its number there, and the future of its result."""
-        problem = self._revive()
+        problem = self._keeper.revive()
         if problem:
             future: concurrent.futures.Future[Result] = concurrent.futures.Future()
             future.set_result(Result("sandbox_error", reason=problem))
-            return self._connection, -1, future
-        connection = self._connection
+            return self._keeper.connection, -1, future
+        connection = self._keeper.connection
         return connection, *connection.submit(message)
 
     def _message(
@@ -223,18 +192,9 @@ class Sandbox:
 
     def close(self) -> None:
         """End every program and every process of the sandbox, and remove its files. Calls in flight get `sandbox_error`."""
-        if self._closed:
-            return
-        self._closed = True
-        with self._restarting:  # nobody starts another meanwhile
-            self._connection.hang_up()
-        try:
-            self._process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._connection.close()
-        atexit.unregister(_close)
+        if not self._keeper.closed:
+            self._keeper.close()
+            atexit.unregister(self._at_exit)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -243,14 +203,8 @@ class Sandbox:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_closed", True) is False:
-            with contextlib.suppress(AttributeError):  # construction failed half-way
-                self.close()
-
-
-def backoff(attempt: int) -> float:
-    """Seconds to wait before attempt number `attempt`, counted from 0."""
-    return min(LONGEST_BACKOFF, BACKOFF * 2**attempt)
+        if hasattr(self, "_at_exit"):  # else construction failed half-way
+            self.close()
 
 
 def _since(begun: float, result: Result) -> Result:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from . import kernel, landlock, rootfs, seccomp, syscalls
 from .layers import Plan
 
+NICENESS = 10  # a tenth of the weight of the host's own processes where they want the same processor; there is no way back up
+NOBODY = 0x7A7A7A7A  # stands in a filter for the pid of the child that it will be made out to
 CONTROL = 3  # the descriptor on which the program text arrives; closed before the program starts
 
 
@@ -27,34 +29,45 @@ class Cell:
 
 
 def filter_for(plan: Plan) -> seccomp.Filter:
-    """The filter takes over what no namespace does here."""
-    kept_in = plan.present & {"pid_namespace", "separate_uid", "landlock_scopes"}
+    """The filter takes over what no namespace and no kernel account does here."""
+    no_pids = "pid_namespace" not in plan.present
     own_folder = "mount_namespace" in plan.present
-    return seccomp.Filter(True, own_signals=not kept_in, one_group="pid_namespace" not in plan.present, keep_files=not own_folder)
+    return seccomp.Filter(
+        own_process=no_pids,
+        one_group=no_pids,
+        keep_files=not own_folder,
+        keep_metadata=not own_folder,
+        nameless="ipc_namespace" not in plan.present,
+        count_pairs="cgroup" not in plan.present,
+        listener="listener" in plan.present,
+    )
 
 
 @dataclass(frozen=True)
 class Confinement:
     """What is the same for every child, made once: `granted` are the Landlock rules of the paths that every program may read,
-    `filter` is the system-call program, None where it has to name the child's own pid. `folder_mb` bounds the work folder."""
+    `filter` is the system-call program, made out to the process `NOBODY`; `listen`: it asks a listener. `folder_mb` bounds the work
+    folder."""
 
     plan: Plan
     granted: list[tuple[int, int]]
     folder_mb: int
-    filter: bytes | None
+    filter: bytes
+    listen: bool
 
 
 def prepare(plan: Plan, granted: list[tuple[int, int]], folder_mb: int) -> Confinement:
     """The parts of `confine` that needn't be repeated."""
     wanted = filter_for(plan)
-    fixed = "seccomp" in plan.present and not wanted.own_signals
-    return Confinement(plan, granted, folder_mb, seccomp.build(wanted, syscalls.machine()) if fixed else None)
+    program = seccomp.build(wanted, syscalls.machine(), NOBODY) if "seccomp" in plan.present else b""
+    return Confinement(plan, granted, folder_mb, program, wanted.asks)
 
 
-def confine(common: Confinement, cell: Cell) -> int:
-    """Give up everything that the plan takes away; returns a descriptor of the work folder, the current one from now on."""
+def confine(common: Confinement, cell: Cell) -> list[int]:
+    """Give up everything that the plan takes away. Returns descriptors for the supervisor: of the work folder, the current one from now
+    on, and of the filter's listener where it has one."""
     plan = common.plan
-    os.setsid()
+    os.setpgid(0, 0)  # not a session of its own: the kernel may give each an equal share of the processors
     uid = plan.first_uid + cell.slot if plan.first_uid else 0
     _own_folder(plan, cell, uid, common.folder_mb)
     _give_up_privileges(plan, uid)
@@ -74,9 +87,11 @@ def confine(common: Confinement, cell: Cell) -> int:
             everything &= ~landlock.REMOVE_FILE
         landlock.restrict(plan.landlock, [*common.granted, (folder, everything)], "landlock_scopes" in plan.present)
     folder = _keep_descriptors(cell, folder)
-    if "seccomp" in plan.present:
-        seccomp.install(common.filter or seccomp.build(filter_for(plan), syscalls.machine(), os.getpid()))
-    return folder
+    os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+    if not common.filter:
+        return [folder]
+    listener = seccomp.install(seccomp.name_owner(common.filter, NOBODY, os.getpid()), common.listen)
+    return [folder, listener] if common.listen else [folder]
 
 
 def _own_folder(plan: Plan, cell: Cell, uid: int, folder_mb: int) -> None:

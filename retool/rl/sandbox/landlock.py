@@ -48,8 +48,9 @@ def restrict(version: int, granted: list[tuple[int, int]], scope: bool) -> None:
     `scope` also keeps signals and abstract sockets inside, and forbids TCP. Needs `no_new_privs`.
     """
     handled = file_rights(version)
-    attributes = struct.pack("QQQ", handled, 3 if scope and version >= 4 else 0, 3 if scope and scopes_signals(version) else 0)
-    size = 8 if version < 4 else 16 if version < 6 else 24
+    scope = scope and scopes_signals(version)
+    attributes = struct.pack("QQQ", handled, 3 if version >= 4 else 0, 3 if scope else 0)
+    size = 8 if version < 4 else 24 if scope else 16  # a kernel refuses attributes that are larger than it knows
     ruleset = kernel.check(kernel.libc.syscall(_CREATE, attributes, ctypes.c_size_t(size), ctypes.c_uint(0)), "landlock_create_ruleset")
     for descriptor, rights in granted:
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)

@@ -7,30 +7,53 @@ from typing import Any
 
 LAYERS = (
     "user_namespace", "mount_namespace", "pid_namespace", "network_namespace", "ipc_namespace", "landlock", "landlock_scopes",
-    "seccomp", "separate_uid", "cgroup",
+    "seccomp", "listener", "separate_uid", "cgroup",
 )  # fmt: skip
 
-# Guarantee → what upholds it, strongest first; one is enough, all that are there are applied.
+# Guarantee → what upholds it, strongest first; one is enough, all that are there are applied. "a + b": both together. The attack suite
+# shows each of these in each mode (docs/sandbox.md has the table): a mechanism is listed for what it was seen to hold alone.
 GUARANTEES: dict[str, tuple[str, ...]] = {
     "no network": ("network_namespace", "seccomp"),
     "no host files": ("mount_namespace", "landlock"),
-    "no writes outside the work folder": ("mount_namespace", "landlock"),
+    "no host file names": ("mount_namespace",),
+    "no writes outside the work folder": ("mount_namespace", "landlock + seccomp"),
     "no devices": ("mount_namespace", "landlock"),
-    "no host processes or signals": ("pid_namespace", "separate_uid", "landlock_scopes", "seccomp"),
+    "no host processes or signals": ("pid_namespace", "seccomp"),
     "nothing outlives the call": ("pid_namespace", "seccomp"),
     "no kernel surface, no privileges": ("seccomp",),
-    "limits hold": ("cgroup", "always: rlimits, and a supervisor that sums the call's processes"),
+    "limits hold": ("cgroup", "seccomp"),
+    "the host's work goes first": ("always: niceness, which nobody can take back",),
     "no secrets": ("always: exec'd server with an environment of its own, no inherited descriptors",),
-    "no state between calls": ("mount_namespace", "always: a fork per call, its folder removed"),
+    "no state between calls": ("mount_namespace + seccomp", "landlock + seccomp"),
 }
 
+# What a guarantee is about, where its name doesn't say it all.
+MEANING = {
+    "no host file names": "programs can ask whether there is a file of a name they guess, its size and dates, or a process of a number",
+}
+
+_NAMESPACES = (
+    "allow user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0 or user.max_user_namespaces; in a container "
+    "docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined)"
+)
 HOW_TO_GET = {
-    "network_namespace": "allow user namespaces (docker run --security-opt seccomp=unconfined, sysctl user.max_user_namespaces)",
-    "mount_namespace": "allow user namespaces, or use Linux 5.13 or newer with Landlock enabled (lsm=landlock,…)",
-    "pid_namespace": "allow user namespaces",
+    "network_namespace": _NAMESPACES,
+    "mount_namespace": _NAMESPACES,
+    "pid_namespace": _NAMESPACES,
     "landlock": "use Linux 5.13 or newer with Landlock enabled (lsm=landlock,…), and a container runtime whose filter permits it",
     "seccomp": "use a kernel built with CONFIG_SECCOMP_FILTER",
 }
+
+
+def parts(mechanism: str) -> list[str]:
+    """The layers that a mechanism needs together."""
+    return [] if mechanism.startswith("always: ") else mechanism.split(" + ")
+
+
+def ways_out(guarantee: str) -> list[str]:
+    """What can be done about a guarantee that isn't met, each once."""
+    wanted = [name for mechanism in GUARANTEES[guarantee] for name in parts(mechanism)]
+    return list(dict.fromkeys(HOW_TO_GET[name] for name in wanted if name in HOW_TO_GET))
 
 
 @dataclass(frozen=True)
@@ -60,7 +83,7 @@ class Plan:
 
     def mechanisms(self, guarantee: str) -> list[str]:
         """What upholds `guarantee` here."""
-        return [name for name in GUARANTEES[guarantee] if name in self.present or name.startswith("always: ")]
+        return [mechanism for mechanism in GUARANTEES[guarantee] if self.present.issuperset(parts(mechanism))]
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "present": sorted(self.present)}
@@ -72,8 +95,11 @@ class Plan:
     def unmet(self) -> dict[str, str]:
         """Guarantees without any mechanism, each with the reasons and the way out."""
         faults = {}
-        for guarantee, names in GUARANTEES.items():
-            if not self.mechanisms(guarantee):
-                reasons = "; ".join(f"{name}: {self.missing.get(name, 'absent')}" for name in names)
-                faults[guarantee] = f"{reasons}. To get it: {' / '.join(HOW_TO_GET[name] for name in names if name in HOW_TO_GET)}."
+        for guarantee, mechanisms in GUARANTEES.items():
+            if self.mechanisms(guarantee):
+                continue
+            absent = dict.fromkeys(name for mechanism in mechanisms for name in parts(mechanism) if name not in self.present)
+            reasons = "; ".join(f"{name}: {self.missing.get(name, 'absent')}" for name in absent)
+            meaning = f"{MEANING[guarantee]}; " if guarantee in MEANING else ""
+            faults[guarantee] = f"{meaning}{reasons}. To get it: {' / '.join(ways_out(guarantee))}."
         return faults

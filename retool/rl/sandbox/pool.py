@@ -14,11 +14,13 @@ import sys
 import tempfile
 from typing import Any
 
-from . import accounting, cgroups, layers, spawn, wire
+from . import accounting, cgroups, layers, listener, spawn, wire
 from .cells import Call, Cell, Stream
 from .result import Limits, Result
+from .rootfs import sweep
 
 MOST_FAILURES = 5
+MOMENT = 0.01  # seconds for which a call isn't given more time
 
 Ended = list[tuple[Call, Result]]
 
@@ -43,6 +45,7 @@ class Pool:
         self._groups = cgroups.Groups(plan.cgroup) if plan.cgroup else None
         self._control: socket.socket | None = None
         self._brooms: list[subprocess.Popen[bytes]] = []
+        self._pair_bytes = listener.pair_bytes()
         self._nested = "pid_namespace" in plan.present
         self._private = "mount_namespace" in plan.present
 
@@ -65,6 +68,7 @@ class Pool:
             ours.close()
             raise OSError(f"the fork server ended with code {self.server.returncode} before it was ready")
         ours.settimeout(None)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._control = ours
         tree = accounting.group_of(self.server.pid, 0, leads_group=False)
         self.warm_pid = tree[1] if self._nested else self.server.pid
@@ -153,10 +157,20 @@ class Pool:
         cell.start(call, self.plan.exact_tasks)
         return True
 
+    def overdue(self, cell: Cell, now: float) -> bool:
+        """Whether a running call has had its time, not counting what it waited for a processor."""
+        if cell.call is None or now < cell.call.deadline:
+            return False
+        cell.postpone(self._processes(cell))
+        return now >= cell.call.deadline - MOMENT
+
+    def _processes(self, cell: Cell) -> list[int]:
+        heir = cell.init if self._nested else self.server.pid
+        return accounting.group_of(cell.pid, heir, leads_group=not self._nested)
+
     def look(self, cell: Cell) -> None:
         """Compare what a running call uses with its limits, and end it where it goes beyond."""
-        pids = accounting.group_of(cell.pid, self.server.pid, leads_group=not self._nested)
-        cell.account(pids, self._inherited, self.plan.exact_tasks, self._private)
+        cell.account(self._processes(cell), self._inherited, self.plan.exact_tasks, self._private)
         if cell.call is not None and cell.call.verdict is not None:
             self.kill(cell)
 
@@ -175,7 +189,7 @@ class Pool:
         if cell in self._idle:
             self._idle.remove(cell)
         self._starting -= not cell.pid
-        for fileobj in (cell.control, cell.out.fd, cell.err.fd):
+        for fileobj in (cell.control, cell.out.fd, cell.err.fd, cell.listener):
             with contextlib.suppress(KeyError, ValueError):
                 self._select.unregister(fileobj)
         cell.close()
@@ -194,7 +208,11 @@ class Pool:
             data, descriptors, pid = b"", [], 0
         self._select.unregister(cell.control)
         if data:
-            cell.folder, cell.pid = descriptors[0], pid
+            cell.folder = descriptors[0]
+            cell.pid = pid
+            if len(descriptors) > 1:
+                cell.listener = descriptors[1]
+                self._select.register(cell.listener, selectors.EVENT_READ, lambda: self._hear_question(cell))
             self._starting -= 1
             if self._groups is not None:
                 group = self._groups.slot(cell.slot)
@@ -204,6 +222,25 @@ class Pool:
             self.failures = 0
             self._idle.append(cell)
         return []
+
+    def _hear_question(self, cell: Cell) -> Ended:
+        """A program's filter asks about a system call, which waits."""
+        if not listener.answer(cell.listener, lambda question: self._allowed(cell, question)):
+            self._select.unregister(cell.listener)
+        return []
+
+    def _allowed(self, cell: Cell, question: listener.Question) -> bool:
+        """Socket pairs while their buffers fit into the call's memory; signals to the call's own processes."""
+        if question.call != "socketpair":
+            return accounting.process_group(question.target) == cell.pid
+        cell.buffers += self._pair_bytes
+        limits = cell.call.limits if cell.call is not None else self._limits
+        if cell.buffers <= limits.memory_mb << 20:
+            return True
+        if cell.call is not None and cell.call.verdict is None:
+            cell.call.verdict = "memory_limit", f"the call used more than {limits.memory_mb} MB, in buffers of socket pairs"
+            self.kill(cell)
+        return False
 
     def _hear_program(self, cell: Cell, stream: Stream) -> Ended:
         limits = cell.call.limits if cell.call is not None else self._limits
@@ -218,12 +255,16 @@ class Pool:
     def _hear_server(self) -> Ended:
         assert self._control is not None
         try:
-            data = self._control.recv(1 << 16)
+            data, _, sender = wire.receive_with_credentials(self._control, 1 << 16)
         except ConnectionResetError:
-            data = b""
+            data, sender = b"", 0
         if not data:
             return self._server_died()
         message = json.loads(data)
+        if "init" in message:
+            if message["init"] in self.cells:
+                self.cells[message["init"]].init = sender
+            return []
         if "failed" in message:
             self._failed(self.cells[message["failed"]], f"the fork server could not start a process ({message['why']})")
             return []
@@ -259,17 +300,3 @@ class Pool:
         if self.failures < MOST_FAILURES:
             self._restart()
         return ended
-
-
-def sweep(path: str) -> subprocess.Popen[bytes] | None:
-    """Remove a folder that a program had to itself, whatever it did to the permissions and however deep it went.
-
-    An empty one goes at once; else a process of its own is returned that does it, so that nobody waits.
-    """
-    with contextlib.suppress(OSError):
-        os.rmdir(path)
-    if not os.path.lexists(path):
-        return None
-    return subprocess.Popen(
-        ["sh", "-c", 'chmod -R u+rwx -- "$0"; rm -rf -- "$0"', path], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )

@@ -7,6 +7,8 @@ Ubuntu by AppArmor, old kernels by not knowing. What is found becomes a `Plan`, 
 from __future__ import annotations
 
 import os
+import signal
+import socket
 from collections.abc import Callable
 
 from . import cgroups, kernel, landlock, rootfs, seccomp, syscalls
@@ -57,22 +59,32 @@ def _try_mounts() -> None:
 
 
 def _try_pids() -> None:
-    """A pid namespace for the server, and one for each of two children in it."""
+    """A pid namespace for the server, and one for each of two children in it, whose first process only waits."""
     kernel.unshare(kernel.CLONE_NEWPID)
     pid = os.fork()
     if pid == 0:
         own = os.open("/proc/self/ns/pid", os.O_RDONLY)
         for _ in range(2):
             kernel.unshare(kernel.CLONE_NEWPID)
+            stack = kernel.Stack()
+            init = kernel.clone_waiting(stack.top)
             child = os.fork()
             if child == 0:
-                os._exit(0 if os.getpid() == 1 else 1)
+                os._exit(0 if os.getpid() == 2 else 1)
             kernel.setns(own, kernel.CLONE_NEWPID)
             if os.waitpid(child, 0)[1]:
                 os._exit(1)
+            os.kill(init, signal.SIGKILL)
+            os.waitpid(init, 0)
         os._exit(0)
     if os.waitpid(pid, 0)[1]:
         raise OSError("a pid namespace for each call is refused inside the server's own")
+
+
+def _try_names() -> None:
+    """Namespaces for System V's memory and for the host's name, which becomes another there."""
+    kernel.unshare(kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS)
+    socket.sethostname("sandbox")
 
 
 def _try_seccomp() -> None:
@@ -80,9 +92,14 @@ def _try_seccomp() -> None:
     seccomp.install(seccomp.build(seccomp.Filter(), syscalls.machine()))
 
 
-def _try_landlock() -> None:
+def _try_listener() -> None:
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-    landlock.restrict(landlock.abi(), landlock.open_paths({"/": landlock.READ}), scope=True)
+    seccomp.install(seccomp.build(seccomp.Filter(), syscalls.machine()), listen=True)
+
+
+def _try_landlock(scope: bool) -> None:
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    landlock.restrict(landlock.abi(), landlock.open_paths({"/": landlock.READ}), scope)
 
 
 def _hidden_from(uid: int) -> list[str]:
@@ -121,17 +138,21 @@ def find(without: frozenset[str] = frozenset(), slots: int = 64) -> Plan:
         "mount_namespace": _try_mounts,
         "pid_namespace": _try_pids,
         "network_namespace": lambda: kernel.unshare(kernel.CLONE_NEWNET),
-        "ipc_namespace": lambda: kernel.unshare(kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS),
+        "ipc_namespace": _try_names,
     }.items():
         if not privileged and "user_namespace" in missing:
             missing.setdefault(name, f"user namespaces are refused ({missing['user_namespace']})")
         else:
             test(name, _inside(outer, uids, action))
     test("seccomp", _try_seccomp)
-    test("landlock", _try_landlock)
+    if "seccomp" in missing:
+        missing.setdefault("listener", "without seccomp there is nothing to listen to")
+    test("listener", _try_listener)
+    test("landlock", lambda: _try_landlock(scope=False))
     version = 0 if "landlock" in missing else landlock.abi()
-    if "landlock_scopes" not in missing and not landlock.scopes_signals(version):
-        missing["landlock_scopes"] = f"Landlock ABI {version} can't scope signals (Linux 6.12 can)"
+    if not landlock.scopes_signals(version):
+        missing.setdefault("landlock_scopes", f"Landlock ABI {version} can't scope signals (Linux 6.12 can)")
+    test("landlock_scopes", lambda: _try_landlock(scope=True))
     if "separate_uid" not in missing and not first_uid:
         missing["separate_uid"] = "not started as root: programs keep the caller's uid"
     if "separate_uid" not in missing:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -89,6 +91,7 @@ def enter(scratch: str) -> None:
         kernel.make_read_only(scratch + path)
     for path in DEVICES:
         _bind(path, scratch + path)
+        kernel.make_read_only(scratch + path, devices=True)  # they can be written to; their dates and modes can't be changed
     os.mkdir(scratch + WORK, 0o755)
     for path, target in links().items():
         if not os.path.lexists(scratch + path):
@@ -115,3 +118,17 @@ def private_folder(size_mb: int, owner: int) -> None:
     """Mount a fresh work folder that only this mount namespace sees; it goes with the namespace."""
     options = f"size={size_mb}m,nr_inodes=16384,mode=700,uid={owner},gid={owner}"
     kernel.mount("tmpfs", WORK, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+
+
+def sweep(path: str) -> subprocess.Popen[bytes] | None:
+    """Remove a folder that a program had to itself, whatever it did to the permissions and however deep it went.
+
+    An empty one goes at once; else a process of its own is returned that does it, so that nobody waits.
+    """
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+    if not os.path.lexists(path):
+        return None
+    return subprocess.Popen(
+        ["sh", "-c", 'chmod -R u+rwx -- "$0"; rm -rf -- "$0"', path], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )

@@ -10,14 +10,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import kernel
 from .kernel import PR_SET_THP_DISABLE
-from .syscalls import AUDIT_ARCH, LAST_REVIEWED, TABLES
+from .syscalls import AUDIT_ARCH, LAST_REVIEWED, TABLES, machine
 
-_LOAD, _JEQ, _JGE, _JSET, _AND, _RET = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
-_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_LOAD, _JUMP, _JEQ, _JGE, _JSET, _AND, _RET = 0x20, 0x05, 0x15, 0x35, 0x45, 0x54, 0x06
+_ALLOW, _KILL, _ERRNO, _ASK = 0x7FFF0000, 0x80000000, 0x00050000, 0x7FC00000
 _NR, _ARCH = 0, 4
 _DENY, _MISSING = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS
 
@@ -40,7 +41,26 @@ HIDDEN_MEMORY = frozenset(
     "memfd_create memfd_secret shmget shmat shmctl shmdt semget semop semctl semtimedop msgget msgsnd msgrcv msgctl mq_open "
     "mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr".split()
 )
-NETWORK = frozenset("socket bind connect listen accept accept4".split())
+NETWORK = frozenset("socket bind connect listen accept accept4 setsockopt".split())
+# What the call leaves for others to see or to wait for, or tells of the machine and of other calls, on files that it may read.
+TRACES = frozenset("inotify_init inotify_init1 inotify_add_watch flock sysinfo capget".split())
+# Programs run at the lowest priority, in one session with its own share of the processors: nobody leaves either.
+PRIORITY = frozenset("sched_setscheduler sched_setparam sched_setattr ioprio_set setsid".split())
+# Landlock knows no right to change these; a read-only mount does.
+METADATA = frozenset(
+    "chmod fchmod fchmodat fchmodat2 chown lchown fchown fchownat utime utimes futimesat utimensat setxattr lsetxattr fsetxattr "
+    "removexattr lremovexattr fremovexattr".split()
+)
+# Calls that ask or change something of a process, by where its number stands: it may only be 0, or the process's own.
+OWN_PROCESS = {
+    "prlimit64": 0, "sched_getparam": 0, "sched_getscheduler": 0, "sched_rr_get_interval": 0, "sched_setaffinity": 0,
+    "sched_getaffinity": 0, "sched_getattr": 0, "getpgid": 0, "getsid": 0, "get_robust_list": 0, "rt_sigqueueinfo": 0,
+}  # fmt: skip
+SIGNALS = ("kill", "tkill", "tgkill")
+_F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _F_SETLEASE, _F_NOTIFY, _F_SETPIPE_SZ = 8, 10, 15, 1024, 1026, 1031
+# Is it a terminal, how large, how much is there to read, don't block, close on exec: all that programs need of ioctl.
+_IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+_PR_SCHED_CORE = 62
 _O_TMPFILE = 0o20000000
 NEW_NAMESPACES = 0x7E020000  # mnt, cgroup, uts, ipc, user, pid, net
 
@@ -49,15 +69,27 @@ NEW_NAMESPACES = 0x7E020000  # mnt, cgroup, uts, ipc, user, pid, net
 class Filter:
     """What the filter adds to the calls that are always denied.
 
-    `network`: no sockets but connected pairs. `own_signals`: signals only to the process itself or its group, for where no pid
-    namespace or Landlock scope keeps them in. `one_group`: nobody leaves the call's process group, so that killing it gets them all.
-    `keep_files`: no files without a name, which a supervisor that measures the work folder couldn't see.
+    `network`: no sockets but connected pairs. `own_process`: no signal, limit, priority or question goes to a process but the caller,
+    for where no pid namespace hides the others. `one_group`: nobody leaves the call's process group, so that killing it gets them all.
+    `keep_files`: no files without a name, which a supervisor that measures the work folder couldn't see. `keep_metadata`: no change of
+    modes, owners, dates and attributes, which Landlock doesn't cover. `nameless`: the host's name isn't told. `count_pairs`: the
+    buffers of socket pairs are in no account. `listener`: whoever holds it is asked about socket pairs that count, and about signals to
+    other processes, which may be the call's own; without it both are denied.
     """
 
     network: bool = True
-    own_signals: bool = False
+    own_process: bool = False
     one_group: bool = False
     keep_files: bool = False
+    keep_metadata: bool = False
+    nameless: bool = False
+    count_pairs: bool = False
+    listener: bool = False
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is anything to ask a listener about."""
+        return self.listener and (self.own_process or self.count_pairs)
 
 
 def _op(code: int, k: int, jt: int = 0, jf: int = 0) -> bytes:
@@ -69,31 +101,54 @@ def _low(argument: int) -> bytes:
     return _op(_LOAD, 16 + 8 * argument)
 
 
-def _rules(wanted: Filter, machine: str, pid: int) -> dict[int, list[bytes]]:
-    """What happens at each call that isn't simply allowed: instructions that start with the number loaded and end in a return."""
-    table = TABLES[machine]
-    names = PRIVILEGED | SURFACE | OTHERS | HIDDEN_MEMORY
+def _one_of(argument: int, values: Sequence[int], found: int, other: int) -> list[bytes]:
+    """The verdict `found` where the argument is one of the values, `other` elsewhere."""
+    last = len(values) - 1
+    tests = [_op(_JEQ, value, last - index, 0 if index < last else 1) for index, value in enumerate(values)]
+    return [_low(argument), *tests, _op(_RET, found), _op(_RET, other)]
+
+
+def _denied(wanted: Filter) -> frozenset[str]:
+    """The calls that are denied whatever their arguments."""
+    names = PRIVILEGED | SURFACE | OTHERS | HIDDEN_MEMORY | TRACES | PRIORITY
     names |= NETWORK if wanted.network else frozenset()
-    names |= frozenset({"setsid", "setpgid"}) if wanted.one_group else frozenset()
-    names |= frozenset({"pidfd_send_signal", "rt_tgsigqueueinfo"}) if wanted.own_signals else frozenset()
+    names |= frozenset({"setpgid"}) if wanted.one_group else frozenset()
+    names |= METADATA if wanted.keep_metadata else frozenset()
+    names |= frozenset({"uname"}) if wanted.nameless else frozenset()
+    names |= frozenset({"pidfd_open", "pidfd_send_signal", "rt_tgsigqueueinfo", "ioprio_get"}) if wanted.own_process else frozenset()
+    return names
+
+
+def _rules(wanted: Filter, architecture: str, pid: int) -> dict[int, list[bytes]]:
+    """What happens at each call that isn't simply allowed: instructions that start with the number loaded and end in a return."""
+    table = TABLES[architecture]
     deny, allow = _op(_RET, _DENY), _op(_RET, _ALLOW)
-    rules = {table[name]: [deny] for name in names if name in table}
+    ask = _ASK if wanted.listener else _DENY
+    rules = {table[name]: [deny] for name in _denied(wanted) if name in table}
     rules[table["clone3"]] = [_op(_RET, _MISSING)]  # its flags lie in memory, out of a filter's sight
     rules[table["clone"]] = [_low(0), _op(_JSET, NEW_NAMESPACES, 0, 1), deny, allow]
     # Shared anonymous memory stays allocated when no process maps it any more: files in the work folder, which count, do instead.
     rules[table["mmap"]] = [_low(3), _op(_AND, 0x21), _op(_JEQ, 0x21, 0, 1), deny, allow]
-    rules[table["prctl"]] = [_low(0), _op(_JEQ, PR_SET_THP_DISABLE, 0, 1), deny, allow]
+    rules[table["prctl"]] = _one_of(0, (PR_SET_THP_DISABLE, _PR_SCHED_CORE), _DENY, _ALLOW)
+    # Signals to whoever the program names as a descriptor's owner; notes about files; memory in pipes.
+    commands = (_F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _F_SETLEASE, _F_NOTIFY, _F_SETPIPE_SZ)
+    rules[table["fcntl"]] = _one_of(1, commands, _DENY, _ALLOW)
+    rules[table["ioctl"]] = _one_of(1, _IOCTLS, _ALLOW, _DENY)
     if wanted.network:
         # A connected stream pair can't be pointed at anybody else; asyncio and multiprocessing need one.
-        rules[table["socketpair"]] = [_low(0), _op(_JEQ, 1, 0, 4), _low(1), _op(_AND, 0xF), _op(_JEQ, 1, 0, 1), allow, deny]
+        made = _op(_RET, ask if wanted.count_pairs else _ALLOW)
+        rules[table["socketpair"]] = [_low(0), _op(_JEQ, 1, 0, 4), _low(1), _op(_AND, 0xF), _op(_JEQ, 1, 0, 1), made, deny]
     if wanted.keep_files:
         rules[table["openat2"]] = [_op(_RET, _MISSING)]
         for name, flags in (("open", 1), ("openat", 2)):
             if name in table:
                 rules[table[name]] = [_low(flags), _op(_JSET, _O_TMPFILE, 0, 1), deny, allow]
-    if wanted.own_signals:
-        for name in ("kill", "tkill", "tgkill", "rt_sigqueueinfo"):
-            rules[table[name]] = [_low(0), _op(_JEQ, pid, 1, 0), _op(_JEQ, 0, 0, 1), allow, deny]
+    if wanted.own_process:
+        rules |= {table[name]: _one_of(argument, (0, pid), _ALLOW, _DENY) for name, argument in OWN_PROCESS.items()}
+        rules |= {table[name]: _one_of(0, (0, pid, -pid), _ALLOW, ask) for name in SIGNALS}
+        for name in ("getpriority", "setpriority"):
+            # Of a process or a group, its own; all processes of a user are others' too.
+            rules[table[name]] = [_low(0), _op(_JEQ, 2, 0, 1), deny, *_one_of(1, (0, pid), _ALLOW, _DENY)]
     return rules
 
 
@@ -106,13 +161,14 @@ def _search(segments: list[tuple[int, list[bytes]]]) -> list[bytes]:
         return segments[0][1]
     middle = len(segments) // 2
     below, above = _search(segments[:middle]), _search(segments[middle:])
-    assert len(below) < 256, "a jump reaches 255 instructions"
-    return [_op(_JGE, segments[middle][0], len(below), 0), *below, *above]
+    if len(below) < 256:
+        return [_op(_JGE, segments[middle][0], len(below), 0), *below, *above]
+    return [_op(_JGE, segments[middle][0], 0, 1), _op(_JUMP, len(below)), *below, *above]  # a test reaches 255 instructions, a jump all
 
 
-def build(wanted: Filter, machine: str, pid: int = 0) -> bytes:
-    """The filter's instructions, for `machine`. `pid` is the process's own, where `own_signals` asks for it."""
-    rules = _rules(wanted, machine, pid)
+def build(wanted: Filter, architecture: str, pid: int = 0) -> bytes:
+    """The filter's instructions, for `architecture`. `pid` is the process's own, where `own_process` asks for it."""
+    rules = _rules(wanted, architecture, pid)
     allow = [_op(_RET, _ALLOW)]
     segments: list[tuple[int, list[bytes]]] = []
     for number in range(LAST_REVIEWED + 1):
@@ -120,12 +176,25 @@ def build(wanted: Filter, machine: str, pid: int = 0) -> bytes:
         if not segments or segments[-1][1] != block:
             segments.append((number, block))
     segments.append((LAST_REVIEWED + 1, [_op(_RET, _MISSING)]))  # x32 numbers carry bit 30 and end here too
-    head = [_op(_LOAD, _ARCH), _op(_JEQ, AUDIT_ARCH[machine], 1, 0), _op(_RET, _KILL), _op(_LOAD, _NR)]
+    head = [_op(_LOAD, _ARCH), _op(_JEQ, AUDIT_ARCH[architecture], 1, 0), _op(_RET, _KILL), _op(_LOAD, _NR)]
     return b"".join([*head, *_search(segments)])
 
 
-def install(program: bytes) -> None:
-    """Filter this thread, and all that it starts, for good. Needs `no_new_privs`."""
+def name_owner(program: bytes, placeholder: int, pid: int) -> bytes:
+    """The instructions built for process `placeholder`, for process `pid`: a filter is built once and named for each child."""
+    for sign in (1, -1):
+        program = program.replace(struct.pack("I", sign * placeholder & 0xFFFFFFFF), struct.pack("I", sign * pid & 0xFFFFFFFF))
+    return program
+
+
+def install(program: bytes, listen: bool = False) -> int:
+    """Filter this thread, and all that it starts, for good. Needs `no_new_privs`. `listen`: returns a descriptor on which another
+    process hears of the calls that the filter wants to ask about, else -1."""
     buffer = ctypes.create_string_buffer(program, len(program))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer)), 16)
-    kernel.prctl(22, 2, ctypes.addressof(header))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    if not listen:
+        kernel.prctl(22, 2, ctypes.addressof(header))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+        return -1
+    number = ctypes.c_long(TABLES[machine()]["seccomp"])
+    set_filter, new_listener = ctypes.c_uint(1), ctypes.c_ulong(8)
+    return kernel.check(kernel.libc.syscall(number, set_filter, new_listener, header), "seccomp with a listener")

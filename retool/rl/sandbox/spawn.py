@@ -24,7 +24,10 @@ spec = importlib.util.spec_from_file_location("sandbox", folder + "/__init__.py"
 sys.modules["sandbox"] = package = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(package)
 from sandbox import {module}
-{module}.main()
+sys.modules["__main__"].__dict__.pop("__file__", None)
+del folder, spec, package
+begin = {module}.main()
+begin()
 """
 
 
@@ -53,12 +56,21 @@ def import_path() -> list[str]:
 
 
 def start(
-    module: str, setup: object, control: socket.socket, python: str = sys.executable, launcher: Sequence[str] = (), path: Sequence[str] = ()
+    module: str,
+    setup: object,
+    control: socket.socket,
+    python: str = sys.executable,
+    launcher: Sequence[str] = (),
+    path: Sequence[str] = (),
+    inherited: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Exec `module`'s main with `control` as descriptor 0 and `setup` as its JSON argument.
 
-    `launcher` is a command to start it through. stderr is the caller's, so that a failure of the server itself is seen.
+    `launcher` is a command to start it through; the descriptors `inherited` stay open under their numbers. stderr is the caller's, so
+    that a failure of the server itself is seen.
     """
     search = json.dumps(list(path) or import_path())
     command = [*launcher, python, "-s", "-c", _BOOT.format(module=module), search, str(_PACKAGE), json.dumps(setup)]
-    return subprocess.Popen(command, stdin=control.fileno(), stdout=subprocess.DEVNULL, env=environment(), cwd="/", close_fds=True)
+    return subprocess.Popen(
+        command, stdin=control.fileno(), stdout=subprocess.DEVNULL, env=environment(), cwd="/", pass_fds=tuple(inherited)
+    )

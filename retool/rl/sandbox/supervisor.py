@@ -1,7 +1,7 @@
 """The process between the caller and the programs: queue, clock, verdicts.
 
-It never runs a program and never forks after its start: the fork server does. One loop, no threads. The caller's socket is
-descriptor 0; when it closes, everything ends.
+It never runs a program and never forks after its start: the fork server does. One loop, no threads. The owner's socket is descriptor 0;
+when it closes, everything ends. Where there is a listener, other processes call too: its guests.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import base64
 import collections
 import contextlib
 import json
+import os
 import selectors
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from . import layers, probe, wire
+from . import layers, probe, sharing, wire
 from .cells import Call
 from .pool import MOST_FAILURES, Ended, Pool
 from .result import Limits, Result
@@ -30,14 +32,15 @@ NAMESPACES = frozenset(name for name in layers.LAYERS if name.endswith("_namespa
 def main() -> NoReturn:
     """Serve the caller at descriptor 0 with the setup in the first argument."""
     setup = json.loads(sys.argv[1])
-    caller = socket.socket(fileno=0)
+    owner = socket.socket(fileno=0)
+    listener = None if setup["listener"] is None else socket.socket(fileno=setup["listener"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle; it closes the socket
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # by way of the clean-up below
     select = selectors.DefaultSelector()
     limits = Limits(**setup["limits"])
-    pool = open_pool(caller, limits, setup["workers"], frozenset(setup["without"]), setup["isolation"] == "strict", select)
+    pool = open_pool(owner, limits, setup["workers"], frozenset(setup["without"]), setup["isolation"] == "strict", select)
     try:
-        Supervisor(caller, limits, pool, select).loop()
+        Supervisor(owner, listener, limits, pool, select).loop()
     finally:
         pool.stop()
     sys.exit(0)
@@ -70,24 +73,86 @@ def _refuse(caller: socket.socket, why: str) -> NoReturn:
     sys.exit(1)
 
 
-class Supervisor:
-    """Calls in order of arrival, and the conversation with the caller."""
+class Caller:
+    """A process that sends calls: its socket, what has arrived of the next message, and what it hasn't taken yet."""
 
-    def __init__(self, caller: socket.socket, limits: Limits, pool: Pool, select: selectors.BaseSelector) -> None:
-        self._caller, self._limits, self._pool, self._select = caller, limits, pool, select
+    def __init__(self, connected: socket.socket, select: selectors.BaseSelector, heard: Callable[[Caller], Ended]) -> None:
+        connected.setblocking(False)
+        self.alive = True
+        self._socket, self._select = connected, select
         self._frames = wire.Frames()
         self._unsent = bytearray()
+        self._heard = lambda: heard(self)
+        select.register(connected, selectors.EVENT_READ, self._heard)
+
+    def receive(self) -> list[dict[str, Any]]:
+        """The messages that are complete now; `alive` is False once it has hung up."""
+        try:
+            data = self._socket.recv(1 << 20)
+            self.alive = bool(data)
+        except BlockingIOError:
+            data = b""
+        except OSError:
+            data = b""
+            self.alive = False
+        return self._frames.feed(data)
+
+    def send(self, message: dict[str, Any]) -> None:
+        self._unsent += wire.encode(message)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the socket takes; the rest waits until it takes more."""
+        try:
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent[: 1 << 18])]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.alive = False
+        with contextlib.suppress(KeyError, ValueError):
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
+            if self._select.get_key(self._socket).events != events:
+                self._select.modify(self._socket, events, self._heard)
+
+    def close(self) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._select.unregister(self._socket)
+        self._socket.close()
+
+
+class Supervisor:
+    """Calls in order of arrival, whoever makes them, and the conversation with those who do."""
+
+    def __init__(
+        self, owner: socket.socket, listener: socket.socket | None, limits: Limits, pool: Pool, select: selectors.BaseSelector
+    ) -> None:
+        self._limits, self._pool, self._select, self._listener = limits, pool, select, listener
         self._queue: collections.deque[Call] = collections.deque()
         self._next_look = 0.0
-        self._alive = True
-        caller.setblocking(False)
-        select.register(caller, selectors.EVENT_READ, self._hear_caller)
-        hello = {"plan": pool.plan.to_json(), "unmet": pool.plan.unmet(), "server": pool.warm_pid, "scratch": pool.scratch}
-        self._send({"hello": hello})
+        self._owner = self._greet(owner)
+        if listener is not None:
+            listener.setblocking(False)
+            listener.set_inheritable(False)
+            select.register(listener, selectors.EVENT_READ, self._hear_guest)
+
+    def _greet(self, connected: socket.socket) -> Caller:
+        pool = self._pool
+        caller = Caller(connected, self._select, self._hear_caller)
+        facts = {"plan": pool.plan.to_json(), "unmet": pool.plan.unmet(), "server": pool.warm_pid, "scratch": pool.scratch}
+        caller.send({"hello": {**facts, "pid": os.getpid()}})
+        return caller
+
+    def _hear_guest(self) -> Ended:
+        assert self._listener is not None
+        guest = sharing.accept(self._listener)
+        if guest is not None:
+            self._greet(guest)
+        return []
 
     def loop(self) -> None:
-        """Until the caller hangs up."""
-        while self._alive:
+        """Until the owner hangs up."""
+        while self._owner.alive:
             self._pool.refill()
             for key, _ in self._select.select(self._patience()):
                 if key.fileobj in self._select.get_map():  # an earlier event may have closed it
@@ -101,7 +166,7 @@ class Supervisor:
         running = [cell.call for cell in self._pool.running() if cell.call is not None]
         if not running:
             return TICK if sweeping else None
-        ends = min(call.started + call.limits.wall_seconds for call in running)
+        ends = min(call.deadline for call in running)
         return max(0.0, min(ends, self._next_look) - time.monotonic())
 
     def _watch(self) -> None:
@@ -114,7 +179,7 @@ class Supervisor:
             call = cell.call
             if call is None or call.verdict is not None:
                 continue
-            if now >= call.started + call.limits.wall_seconds:
+            if self._pool.overdue(cell, now):
                 call.verdict = ("timeout", f"the program ran longer than {call.limits.wall_seconds:g} s")
                 self._pool.kill(cell)
             elif looking and now - call.started > TICK / 2:
@@ -128,52 +193,34 @@ class Supervisor:
             self._queue.clear()
             self._answer(waiting)
 
-    def _hear_caller(self) -> Ended:
-        try:
-            data = self._caller.recv(1 << 20)
-            self._alive = bool(data)
-        except BlockingIOError:
-            data = b""
-        except ConnectionResetError:
-            data, self._alive = b"", False
-        for message in self._frames.feed(data):
+    def _hear_caller(self, caller: Caller) -> Ended:
+        for message in caller.receive():
             if "cancel" in message:
-                self._cancel(message["cancel"])
+                self._cancel(caller, message["cancel"])
                 continue
             self._pool.revive()
             limits = replace(self._limits, **message["limits"])
-            self._queue.append(Call(message["id"], message["job"], limits, message["fetch"]))
-        self._flush()
+            self._queue.append(Call(message["id"], message["job"], limits, message["fetch"], caller))
+        caller.flush()
+        if not caller.alive:
+            self._cancel(caller, None)
+            caller.close()
         return []
 
-    def _cancel(self, number: int) -> None:
-        """The caller no longer waits: free the cell. The answer still goes out and is ignored."""
-        for call in [call for call in self._queue if call.number == number]:
+    def _cancel(self, caller: Caller, number: int | None) -> None:
+        """The caller no longer waits for that call, or any: free the cell. The answer still goes out and is ignored."""
+
+        def meant(call: Call) -> bool:
+            return call.caller is caller and number in (None, call.number)
+
+        for call in [call for call in self._queue if meant(call)]:
             self._queue.remove(call)
         for cell in self._pool.running():
-            if cell.call is not None and cell.call.number == number and cell.call.verdict is None:
+            if cell.call is not None and meant(cell.call) and cell.call.verdict is None:
                 cell.call.verdict = ("sandbox_error", "the call was cancelled")
                 self._pool.kill(cell)
 
     def _answer(self, ended: Ended) -> None:
         for call, result in ended:
             files = {name: base64.b64encode(content).decode() for name, content in result.files.items()}
-            self._send({"id": call.number, "result": {**vars(result), "files": files}})
-
-    def _send(self, message: dict[str, Any]) -> None:
-        self._unsent += wire.encode(message)
-        self._flush()
-
-    def _flush(self) -> None:
-        """Send what the caller's socket takes; the rest waits until it takes more."""
-        try:
-            while self._unsent:
-                del self._unsent[: self._caller.send(self._unsent[: 1 << 18])]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._alive = False
-        with contextlib.suppress(KeyError):
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._unsent else 0)
-            if self._select.get_key(self._caller).events != events:
-                self._select.modify(self._caller, events, self._hear_caller)
+            call.caller.send({"id": call.number, "result": {**vars(result), "files": files}})

@@ -11,14 +11,21 @@ LAST_REVIEWED = 462  # mseal; whatever came later answers ENOSYS until somebody 
 
 _SHARED = {
     "pidfd_send_signal": 424, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "open_tree": 428, "move_mount": 429,
-    "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "clone3": 435, "openat2": 437, "pidfd_getfd": 438,
+    "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "pidfd_open": 434, "clone3": 435, "openat2": 437, "pidfd_getfd": 438,
     "process_madvise": 440,
     "mount_setattr": 442, "quotactl_fd": 443, "landlock_create_ruleset": 444, "landlock_add_rule": 445, "landlock_restrict_self": 446,
-    "memfd_secret": 447, "process_mrelease": 448, "set_mempolicy_home_node": 450, "statmount": 457, "listmount": 458,
+    "memfd_secret": 447, "process_mrelease": 448, "set_mempolicy_home_node": 450, "fchmodat2": 452, "statmount": 457, "listmount": 458,
     "lsm_get_self_attr": 459, "lsm_set_self_attr": 460, "lsm_list_modules": 461,
 }  # fmt: skip
 
 _X86_64 = {
+    "chmod": 90, "fchmod": 91, "fchmodat": 268, "chown": 92, "lchown": 94, "fchown": 93, "fchownat": 260, "utime": 132, "utimes": 235,
+    "futimesat": 261, "utimensat": 280, "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198,
+    "fremovexattr": 199, "inotify_init": 253, "inotify_add_watch": 254, "inotify_init1": 294, "fcntl": 72, "ioctl": 16, "flock": 73,
+    "setsockopt": 54, "uname": 63, "sysinfo": 99, "prlimit64": 302, "getpriority": 140, "setpriority": 141, "sched_setparam": 142,
+    "sched_getparam": 143, "sched_setscheduler": 144, "sched_getscheduler": 145, "sched_rr_get_interval": 148, "sched_setaffinity": 203,
+    "sched_getaffinity": 204, "sched_setattr": 314, "sched_getattr": 315, "ioprio_set": 251, "ioprio_get": 252, "getpgid": 121,
+    "getsid": 124, "get_robust_list": 274, "capget": 125,
     "open": 2, "mmap": 9, "shmget": 29, "shmat": 30, "shmctl": 31, "socket": 41, "connect": 42, "accept": 43, "bind": 49, "listen": 50,
     "socketpair": 53, "clone": 56, "kill": 62, "semget": 64, "semop": 65, "semctl": 66, "shmdt": 67, "msgget": 68, "msgsnd": 69,
     "msgrcv": 70, "msgctl": 71, "ptrace": 101, "syslog": 103, "setpgid": 109, "setsid": 112, "rt_sigqueueinfo": 129, "mknod": 133,
@@ -39,6 +46,12 @@ _X86_64 = {
 }  # fmt: skip
 
 _AARCH64 = {
+    "fchmod": 52, "fchmodat": 53, "fchown": 55, "fchownat": 54, "utimensat": 88, "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7,
+    "removexattr": 14, "lremovexattr": 15, "fremovexattr": 16, "inotify_init1": 26, "inotify_add_watch": 27, "fcntl": 25, "ioctl": 29,
+    "flock": 32, "setsockopt": 208, "uname": 160, "sysinfo": 179, "prlimit64": 261, "setpriority": 140, "getpriority": 141,
+    "sched_setparam": 118, "sched_setscheduler": 119, "sched_getscheduler": 120, "sched_getparam": 121, "sched_setaffinity": 122,
+    "sched_getaffinity": 123, "sched_rr_get_interval": 127, "sched_setattr": 274, "sched_getattr": 275, "ioprio_set": 30,
+    "ioprio_get": 31, "getpgid": 155, "getsid": 156, "get_robust_list": 100, "capget": 90,
     "io_setup": 0, "lookup_dcookie": 18, "mknodat": 33, "umount2": 39, "mount": 40, "pivot_root": 41, "nfsservctl": 42, "chroot": 51,
     "openat": 56, "vhangup": 58, "quotactl": 60, "vmsplice": 75, "acct": 89, "personality": 92, "unshare": 97, "kexec_load": 104,
     "init_module": 105,

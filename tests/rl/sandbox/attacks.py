@@ -19,6 +19,8 @@ class Attack:
     cause: str
     status: tuple[str, ...] = ("error",)
     timeout: float | None = None
+    memory_mb: int | None = None
+    guarantee: str = ""  # the one that forbids it: where it is unmet, the attack is expected to get through
 
 
 # A raw system call, past every check that Python makes: prints ESCAPED where the kernel said yes.
@@ -166,11 +168,11 @@ open("a/b/c", "w").close()
 os.chmod("a/b/c", 0)
 os.chmod("a/b", 0)
 os.chmod("a", 0)
-""", "no output", ("success",)),
+""", "no output|PermissionError", ("success", "error")),
     Attack("open files", "1,000 of them", "kept = [open('f', 'w') for i in range(1000)]\nprint('ESCAPED')", "Too many open files"),
     Attack("raise the limits", "its own rlimits, upwards", """
 import resource
-resource.setrlimit(resource.RLIMIT_NPROC, (4096, 4096))
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
 print("ESCAPED")
 """, "not allowed to raise maximum limit"),
     Attack("endless output", "prints for ever", "while True:\n    print('x' * 1000)", "more bytes of output.*\nOutputLimitError", ("output_limit",)),
@@ -389,7 +391,8 @@ libc = ctypes.CDLL(None)
 data = ctypes.create_string_buffer(24)
 libc.capget(b"\\x22\\x05\\x08\\x20" + bytes(4), data)
 bounding = [number for number in range(41) if libc.prctl(23, number, 0, 0, 0) == 1]
-print("ESCAPED" if any(data.raw) or bounding else "none", libc.prctl(39, 0, 0, 0, 0))
+restrained = libc.prctl(39, 0, 0, 0, 0)  # nothing that it executes can gain what the bounding set would let it
+print("ESCAPED" if any(data.raw) or (bounding and not restrained) else "none", restrained)
 """, "none 1", ("success",)),
 ]  # fmt: skip
 
@@ -469,4 +472,281 @@ os._exit(3)
 """, "return code 3"),
 ]  # fmt: skip
 
-ATTACKS = [*PROCESSES, *RESOURCES, *NETWORK, *FILES, *OTHERS, *PRIVILEGES, *SECRETS, *CRASHES]
+# Numbers on x86_64 and on aarch64, and what is asked about a process: each answers otherwise for one that is there than for none.
+SIGHTS = """
+QUESTIONS = {
+    "kill": (62, 129, "pid", 0), "getpgid": (121, 155, "pid"), "getsid": (124, 156, "pid"), "getpriority": (140, 141, 0, "pid"),
+    "sched_getscheduler": (145, 120, "pid"), "sched_getparam": (143, 121, "pid", "room"),
+    "sched_getaffinity": (204, 123, "pid", 128, "room"), "sched_rr_get_interval": (148, 127, "pid", "room"),
+    "sched_getattr": (315, 275, "pid", "room", 48, 0), "ioprio_get": (252, 31, 1, "pid"), "prlimit64": (302, 261, "pid", 7, 0, "room"),
+    "get_robust_list": (274, 100, "pid", "room", "room"), "pidfd_open": (434, 434, "pid", 0), "tgkill": (234, 131, "pid", "pid", 0),
+    "rt_sigqueueinfo": (129, 138, "pid", 0, "room"), "capget": (125, 90, "header", "room"), "PR_SCHED_CORE": (157, 167, 62, 0, "pid", 0, "room"),
+    "setpgid": (109, 154, "pid", 0), "sched_setaffinity": (203, 122, "pid", 0, "room"), "process_madvise": (440, 440, -1, 0, 0, 0, 0),
+}
+def ask(question, pid):
+    numbers, room = question[:2], ctypes.create_string_buffer(128)
+    header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, pid), 8)
+    meanings = {"pid": L(pid), "room": room, "header": header}
+    arguments = [meanings[part] if isinstance(part, str) else L(part) for part in question[2:]]
+    answer = libc.syscall(L(numbers[0] if x86 else numbers[1]), *arguments)
+    return "there" if answer >= 0 else errno.errorcode[ctypes.get_errno()]
+"""
+
+# A file of Python's own that the program may read: where Python lies below /root, it's a copy.
+LIBRARY = """
+import os, sys
+library = next(path for path in (folder + "/os.py" for folder in sys.path) if os.access(path, os.R_OK))
+"""
+
+MEDDLING = [
+    Attack("limit another process", "its CPU time and open files, by prlimit64: the first kills it", """
+import resource
+for kind, most in ((resource.RLIMIT_NOFILE, 3), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_CPU, 1)):
+    try:
+        resource.prlimit(<VICTIM>, kind, (most, most))
+        print("ESCAPED")
+    except (OSError, ValueError) as error:
+        print(type(error).__name__)
+""", r"\A((PermissionError|ProcessLookupError)\n?)+\Z", ("success",)),
+    Attack("slow another process", "niceness, I/O priority, policy and processors of the victim, or of all that its user runs", SYSCALL + """
+import struct
+call(141, 140, L(0), L(<VICTIM>), L(19))
+call(251, 30, L(1), L(<VICTIM>), L(3 << 13))
+call(203, 122, L(<VICTIM>), L(8), struct.pack("Q", 1))
+call(144, 119, L(<VICTIM>), L(5), bytes(4))
+call(142, 118, L(<VICTIM>), bytes(4))
+call(314, 274, L(<VICTIM>), struct.pack("IIQiIQQQ", 48, 5, 0, 0, 0, 0, 0, 0), L(0))
+for number, *arguments in ((141, L(2), L(0), L(19)), (251, L(3), L(0), L(3 << 13)), (251, L(3), L(os.getuid()), L(3 << 13))):
+    libc.syscall(L(number if x86 else {141: 140, 251: 30}[number]), *arguments)  # all of a user's: whom it met is seen outside
+""", r"\A((EPERM|ENOSYS|EACCES|ESRCH)\n?)+\Z", ("success",)),
+    Attack("signals by the kernel's hand", "a pipe that sends SIGKILL to its owner, who shall be the victim", """
+import fcntl, os, struct, socket
+sources = [os.pipe()]
+try:
+    one, other = socket.socketpair()
+    sources.append((one.fileno(), other.fileno()))
+except OSError:
+    pass
+for reader, writer in sources:
+    for steps in (((8, <VICTIM>), (10, 9)), ((10, 9), (15, struct.pack("ii", 1, <VICTIM>))), ((10, 9), (0x8901, struct.pack("i", <VICTIM>)))):
+        for step, argument in steps:
+            try:
+                (fcntl.ioctl if step > 255 else fcntl.fcntl)(reader, step, argument)
+            except OSError as error:
+                print(type(error).__name__)
+        try:
+            fcntl.fcntl(reader, fcntl.F_SETFL, fcntl.fcntl(reader, fcntl.F_GETFL) | os.O_ASYNC)
+        except OSError as error:
+            print(type(error).__name__)
+        os.write(writer, b"x")
+print("sent")
+""", "sent", ("success",)),
+    Attack("see processes", "twenty calls that answer otherwise for a process that is there", SYSCALL + "import struct" + SIGHTS + """
+for name, question in QUESTIONS.items():
+    nobody = ask(question, 4194000)
+    for pid in (<VICTIM>, <SUPERVISOR>, <SERVER>):
+        if pid > 2 and ask(question, pid) != nobody:
+            print("ESCAPED", name, ask(question, pid), nobody)
+print("seen")
+""", r"\Aseen\Z", ("success",)),
+    Attack("see processes in /proc", "by asking whether /proc/PID is there", """
+import os
+print("ESCAPED" if os.path.exists("/proc/<VICTIM>") or os.access("/proc/<SUPERVISOR>", 0) else "nothing there")
+""", "nothing there", ("success",), guarantee="no host file names"),
+    Attack("raise its own priority", "back to that of everybody else", """
+import os
+before = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)
+for step in (
+    lambda: os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0)), lambda: os.setpriority(os.PRIO_PROCESS, 0, -5), lambda: os.nice(-1),
+    lambda: os.setsid(),
+):
+    try:
+        step()
+    except OSError as error:
+        print(type(error).__name__)
+after = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)
+print("ESCAPED" if after != before or after[1] < 10 else "as low as before")
+""", r"\A(PermissionError\n)+as low as before", ("success",)),
+]  # fmt: skip
+
+METADATA = [
+    Attack("lock a folder", "chmod 0, by every call that does it", LIBRARY + SYSCALL + """
+for path in (<SECRET>.encode(), <FOLDER>.encode()):
+    if x86:
+        call(90, 0, path, L(0))
+    call(268, 53, L(-100), path, L(0))
+    call(452, 452, L(-100), path, L(0), L(0))
+for name in (library, os.path.dirname(library)):
+    descriptor = os.open(name, os.O_RDONLY)
+    call(91, 52, L(descriptor), L(0))
+""", r"\A((EPERM|ENOSYS|EACCES|EROFS|ENOENT)\n?)+\Z", ("success",)),
+    Attack("give files away", "chown, by every call that does it", LIBRARY + SYSCALL + """
+for path in (<SECRET>.encode(), <FOLDER>.encode()):
+    if x86:
+        call(92, 0, path, L(os.getuid()), L(os.getgid()))
+        call(94, 0, path, L(os.getuid()), L(os.getgid()))
+    call(260, 54, L(-100), path, L(os.getuid()), L(os.getgid()), L(0))
+descriptor = os.open(library, os.O_RDONLY)
+call(93, 55, L(descriptor), L(os.getuid()), L(os.getgid()))
+""", r"\A((EPERM|ENOSYS|EACCES|EROFS|ENOENT)\n?)+\Z", ("success",)),
+    Attack("change dates", "of the secret, the folder, a library and the null device, by every call that does it", LIBRARY + SYSCALL + """
+for path in (<SECRET>.encode(), <FOLDER>.encode(), b"/dev/null"):
+    if x86:
+        call(132, 0, path, L(0))
+        call(235, 0, path, L(0))
+        call(261, 0, L(-100), path, L(0))
+    call(280, 88, L(-100), path, L(0), L(0))
+descriptor = os.open(library, os.O_RDONLY)
+call(280, 88, L(descriptor), L(0), L(0), L(0))
+""", r"\A((EPERM|ENOSYS|EACCES|EROFS|ENOENT)\n?)+\Z", ("success",)),
+    Attack("notes on files", "extended attributes, which the next call could read", LIBRARY + SYSCALL + """
+for path in (<SECRET>.encode(), <FOLDER>.encode()):
+    call(188, 5, path, b"user.note", b"x", L(1), L(0))
+    call(189, 6, path, b"user.note", b"x", L(1), L(0))
+    call(197, 14, path, b"user.note")
+    call(198, 15, path, b"user.note")
+    call(463, 463, L(-100), path, L(0), b"user.note", ctypes.create_string_buffer(16), L(16))
+descriptor = os.open(library, os.O_RDONLY)
+call(190, 7, L(descriptor), b"user.note", b"x", L(1), L(0))
+call(199, 16, L(descriptor), b"user.note")
+""", r"\A((EPERM|ENOSYS|EACCES|EROFS|ENOENT)\n?)+\Z", ("success",)),
+    Attack("file flags", "chattr on a library, by ioctl", LIBRARY + """
+import fcntl, os, struct
+for name in (library, os.path.dirname(library)):
+    descriptor = os.open(name, os.O_RDONLY)
+    for command, argument in ((0x40086602, struct.pack("Q", 0x40)), (0x401C5820, bytes(28)), (0x40087602, struct.pack("Q", 1)), (0x80086601, bytes(8))):
+        try:
+            fcntl.ioctl(descriptor, command, argument)
+            print("ESCAPED")
+        except OSError as error:
+            print(type(error).__name__)
+""", r"\A((PermissionError|OSError)\n?)+\Z", ("success",)),
+    Attack("watch files", "inotify on the test's folder and on the library", SYSCALL + """
+call(294, 26, L(0))
+call(253, 26, L(0))
+call(254, 27, L(0), <FOLDER>.encode(), L(0xFFF))
+""", r"\A((EPERM|ENOSYS|EBADF|EINVAL)\n?)+\Z", ("success",)),
+    Attack("watch folders the old way", "dnotify and leases on the library", LIBRARY + """
+import fcntl, os
+for name, command, argument in ((os.path.dirname(library), fcntl.F_NOTIFY, 0x3F), (library, fcntl.F_SETLEASE, fcntl.F_RDLCK)):
+    try:
+        fcntl.fcntl(os.open(name, os.O_RDONLY), command, argument)
+        print("ESCAPED")
+    except OSError as error:
+        print(type(error).__name__)
+""", r"\A((PermissionError|OSError|BlockingIOError)\n?)+\Z", ("success",)),
+    Attack("lock a library", "flock, which would block the next call", LIBRARY + """
+import fcntl, os
+for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):
+    try:
+        fcntl.flock(os.open(library, os.O_RDONLY), kind | fcntl.LOCK_NB)
+        print("ESCAPED")
+    except OSError as error:
+        print(type(error).__name__)
+""", r"\A(PermissionError\n?)+\Z", ("success",)),
+    Attack("names of host files", "whether a file is there, how large and how old", """
+import os
+for step in (
+    lambda: os.stat(<SECRET>), lambda: os.lstat(<FOLDER>), lambda: os.access(<SECRET>, os.F_OK) or 1 / 0, lambda: os.statvfs(<FOLDER>),
+    lambda: os.listxattr(<SECRET>), lambda: os.open(<SECRET>, os.O_PATH), lambda: os.chdir(<FOLDER>),
+):
+    try:
+        print("ESCAPED", step())
+    except (OSError, ArithmeticError) as error:
+        print(type(error).__name__)
+""", r"\A((FileNotFoundError|ZeroDivisionError)\n?)+\Z", ("success",), guarantee="no host file names"),
+    Attack("names of host files, by refusal", "that opening is denied tells that the file is there", """
+for name in (<SECRET>, <SECRET> + ".missing"):
+    try:
+        open(name)
+    except OSError as error:
+        print("ESCAPED" if isinstance(error, PermissionError) else "nothing", type(error).__name__)
+""", r"\A(nothing FileNotFoundError\n?)+\Z", ("success",), guarantee="no host file names"),
+]  # fmt: skip
+
+BUFFERS = [
+    Attack("socket buffers", "memory in socket pairs that no process's account shows", """
+import os, socket, time
+for i in range(4):
+    if os.fork() == 0:
+        kept = []
+        while len(kept) < 120:
+            kept.append(socket.socketpair())
+            for end in kept[-1]:
+                end.setblocking(False)
+                try:
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+                except OSError:
+                    pass
+                try:
+                    while True:
+                        end.send(bytes(1 << 16))
+                except BlockingIOError:
+                    pass
+        time.sleep(20)
+time.sleep(3)
+print("ESCAPED")
+""", "MemoryError", ("memory_limit",), memory_mb=64),
+    Attack("passed descriptors", "socket pairs in flight inside each other", """
+import array, socket
+carrier = socket.socketpair()
+for i in range(200):
+    pair = socket.socketpair()
+    for end in pair:
+        end.setblocking(False)
+        try:
+            while True:
+                end.send(bytes(1 << 14))
+        except BlockingIOError:
+            pass
+    pair[1].recv(1 << 15)
+    carrier, old = pair, carrier
+    try:
+        carrier[0].sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [end.fileno() for end in old]))])
+    except OSError as error:
+        print(error)
+    for end in old:
+        end.close()
+import time
+time.sleep(1)
+print("ESCAPED")
+""", "MemoryError|PermissionError", ("memory_limit", "error"), memory_mb=32),
+    Attack("larger pipes", "a megabyte each", """
+import fcntl, os
+reader, writer = os.pipe()
+fcntl.fcntl(writer, 1031, 1 << 20)
+print("ESCAPED")
+""", "PermissionError"),
+]  # fmt: skip
+
+FACTS = [
+    Attack("the machine's name and load", "uname, sysinfo, load averages", SYSCALL + """
+import socket
+room = ctypes.create_string_buffer(400)
+libc.uname(room)
+try:
+    name = socket.gethostname()
+except OSError:
+    name = ""
+host = <HOSTNAME>
+print("ESCAPED name" if host in (os.uname().nodename, name) or host.encode() in room.raw.split(b"\\0") else "nameless")
+call(99, 179, ctypes.create_string_buffer(400))
+try:
+    print("ESCAPED load", os.getloadavg())
+except OSError:
+    print("loadless")
+""", r"nameless\n(EPERM|ENOSYS)\nloadless", ("success",)),
+    Attack("paths in frames", "where the sandbox lies on the host, in the frames that called the program", """
+import sys
+frame, found = sys._getframe(), []
+while frame is not None:
+    found += [frame.f_code.co_filename, *map(str, frame.f_locals.values())]
+    found += [str(value) for name, value in frame.f_globals.items() if name != "__builtins__"]
+    frame = frame.f_back
+found += sys.argv + getattr(sys, "orig_argv", []) + [str(module) for module in sys.modules.values()]
+place = <BACKWARDS>[::-1]  # the program's own text is in those frames, too
+print("ESCAPED" if any(place in text or "hidden=" + "[" in text or "first" + "_uid" in text for text in found) else "none")
+""", "none", ("success",)),
+]  # fmt: skip
+
+ATTACKS = [*PROCESSES, *RESOURCES, *NETWORK, *FILES, *OTHERS, *PRIVILEGES, *SECRETS, *CRASHES, *MEDDLING, *METADATA, *BUFFERS, *FACTS]

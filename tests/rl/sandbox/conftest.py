@@ -1,46 +1,67 @@
-"""The backends under attack: everything the machine has, and what is left where namespaces are refused."""
+"""The sandbox under attack in every mode there is: see `modes`."""
 
 from __future__ import annotations
 
 import os
-import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from retool.rl.sandbox import Limits, Sandbox
+from retool.rl.sandbox import Sandbox
 
+from .modes import LIMITS, Mode, library, modes_here
 from .world import World
 
-LIMITS = Limits(wall_seconds=20, cpu_seconds=20, memory_mb=512, flood_mb=8, file_mb=32)
-REFUSE = str(Path(__file__).with_name("refuse.py"))
+
+@dataclass(frozen=True)
+class Arena:
+    """A sandbox, and the host around it."""
+
+    mode: Mode
+    sandbox: Sandbox
+    world: World
 
 
 @pytest.fixture(scope="package")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    opened = World.open(tmp_path_factory.mktemp("world"))
+def secrets() -> Iterator[None]:
+    """In this process's environment, for programs not to find."""
     os.environ["WANDB_API_KEY"] = os.environ["HF_TOKEN"] = "retool-canary-token"
-    yield opened
+    yield
     del os.environ["WANDB_API_KEY"], os.environ["HF_TOKEN"]
+
+
+def open_folder() -> Path:
+    """Not in pytest's own folder: that is closed to others, and only the sandbox may stand between a program and the secret."""
+    return Path(tempfile.mkdtemp(prefix="retool-world-"))
+
+
+@pytest.fixture(scope="package")
+def world(secrets: None) -> Iterator[World]:
+    opened = World.open(open_folder())
+    yield opened
     opened.close()
 
 
-def open_sandbox(kind: str) -> Sandbox:
-    """`default`: all layers. `refused`: started the way a default container starts things, its kernel accounts out of reach too."""
-    if kind == "default":
-        return Sandbox(LIMITS, workers=2)
-    return Sandbox(LIMITS, workers=2, launcher=[sys.executable, REFUSE], without=frozenset({"cgroup"}))
-
-
-@pytest.fixture(scope="package", params=["default", "refused"])
-def sandbox(request: pytest.FixtureRequest, world: World) -> Iterator[Sandbox]:
-    """Strict isolation on each backend, after secrets were put into this process's environment."""
-    with open_sandbox(request.param) as opened:
+@pytest.fixture(scope="package")
+def default_sandbox(secrets: None) -> Iterator[Sandbox]:
+    """Strict isolation with all that this machine has."""
+    with Sandbox(LIMITS, workers=2) as opened:
         yield opened
 
 
 @pytest.fixture(scope="package")
-def default_sandbox(world: World) -> Iterator[Sandbox]:
-    with open_sandbox("default") as opened:
+def arenas(secrets: None) -> Iterator[list[Arena]]:
+    """One for each mode, best effort: what holds in which is for the attacks to tell."""
+    opened = []
+    try:
+        for mode in modes_here():
+            around = World.open(open_folder(), mode.uid, library(mode.python))
+            opened.append(Arena(mode, mode.start(), around))
         yield opened
+    finally:
+        for arena in opened:
+            arena.sandbox.close()
+            arena.world.close()

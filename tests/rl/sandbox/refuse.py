@@ -1,7 +1,8 @@
-"""Runs a command the way a default container does: no new namespaces, no mounts, few capabilities. `refuse.py COMMAND…`
+"""Runs a command the way a default container does: no new namespaces, no mounts, few capabilities. `refuse.py [--no-scopes] COMMAND…`
 
 A system-call filter of its own, simpler than the one under test, answers EPERM; the bounding set is cut to what container runtimes
-leave. Whatever it starts meets a real kernel's refusal, not a simulated one.
+leave. Whatever it starts meets a real kernel's refusal, not a simulated one. `--no-scopes`: Landlock takes no rules on signals and
+sockets, as before Linux 6.12.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import struct
 import sys
 
-LOAD, JEQ, JSET, RET = 0x20, 0x15, 0x45, 0x06
+LOAD, JEQ, JGE, JSET, RET = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, EPERM, ENOSYS = 0x7FFF0000, 0x00050001, 0x00050026
 DENIED = {
     "x86_64": {"unshare": 272, "setns": 308, "mount": 165, "umount2": 166, "pivot_root": 155, "open_tree": 428, "move_mount": 429,
@@ -19,18 +20,25 @@ DENIED = {
     "aarch64": {"unshare": 97, "setns": 268, "mount": 40, "umount2": 39, "pivot_root": 41, "open_tree": 428, "move_mount": 429,
                 "fsopen": 430, "fsmount": 432, "mount_setattr": 442},
 }  # fmt: skip
+LANDLOCK_CREATE, SIZE_WITH_SCOPES, E2BIG = 444, 24, 0x00050007
 CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 # CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, NET_RAW, SYS_CHROOT, MKNOD, AUDIT_WRITE, SETFCAP
 KEPT = {0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31}
 
 
 def main() -> None:
+    command = sys.argv[1:]
+    unscoped = command[0] == "--no-scopes"
+    if unscoped:
+        del command[0]
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
     machine = os.uname().machine
     steps = [(LOAD, 0, 0, 0)]
     for number in DENIED[machine].values():
         steps += [(JEQ, 0, 1, number), (RET, 0, 0, EPERM)]
+    if unscoped:
+        steps += [(JEQ, 0, 4, LANDLOCK_CREATE), (LOAD, 0, 0, 24), (JGE, 0, 1, SIZE_WITH_SCOPES), (RET, 0, 0, E2BIG), (LOAD, 0, 0, 0)]
     steps += [(JEQ, 0, 1, CLONE3), (RET, 0, 0, ENOSYS)]
     steps += [(JEQ, 0, 3, CLONE[machine]), (LOAD, 0, 0, 16), (JSET, 0, 1, 0x7E020000), (RET, 0, 0, EPERM), (RET, 0, 0, ALLOW)]
     program = b"".join(struct.pack("HBBI", code, jt, jf, k) for code, jt, jf, k in steps)
@@ -43,7 +51,7 @@ def main() -> None:
     for capability in range(41):
         if capability not in KEPT:
             libc.prctl(24, capability, 0, 0, 0)
-    os.execvp(sys.argv[1], sys.argv[1:])
+    os.execvp(command[0], command)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""Every attack of the suite, on the full sandbox and on what remains where namespaces are refused."""
+"""Every attack of the suite, in every mode of isolation."""
 
 from __future__ import annotations
 
-import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from retool.rl.sandbox import Sandbox
-from retool.rl.tools import result_text
-
 from .attacks import ATTACKS, Attack
-from .world import World
+from .conftest import Arena
+from .trial import attempt
 
 
 def test_the_suite_is_complete() -> None:
@@ -19,12 +17,8 @@ def test_the_suite_is_complete() -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name.replace(" ", "-"))
-def test_attack(attack: Attack, sandbox: Sandbox, world: World) -> None:
-    result = sandbox.run_blocking(world.fill(attack.program, sandbox), timeout=attack.timeout)
-    text = result_text(result)
-    assert "ESCAPED" not in result.stdout, f"{attack.name} ({attack.tries}) got through: {text}"
-    assert result.status in attack.status, f"{result.status}: {text}"
-    assert re.search(attack.cause, text, re.DOTALL), f"the cause isn't named: {text}"
-    following = sandbox.run_blocking("import sympy\nprint(sympy.factorint(91))")
-    assert (following.status, following.stdout) == ("success", "{7: 1, 13: 1}\n")
-    world.assert_unchanged(sandbox)
+def test_attack(attack: Attack, arenas: list[Arena]) -> None:
+    with ThreadPoolExecutor(len(arenas)) as threads:
+        outcomes = list(threads.map(lambda arena: attempt(attack, arena), arenas))
+    wrong = {arena.mode.name: outcome.wrong for arena, outcome in zip(arenas, outcomes, strict=True) if outcome.wrong}
+    assert not wrong

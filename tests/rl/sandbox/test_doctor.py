@@ -31,9 +31,12 @@ def test_doctor_here() -> None:
 
 def test_doctor_where_namespaces_are_refused() -> None:
     done = subprocess.run([sys.executable, REFUSE, *COMMAND, "doctor"], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(r"user_namespace +no +.*Operation not permitted", done.stdout)
     assert re.search(r"no network +seccomp\n", done.stdout) and re.search(r"no host files +landlock\n", done.stdout)
+    assert re.search(r"no host file names +NOTHING\n", done.stdout) and "size and dates" in done.stdout
+    assert "REFUSED" in done.stdout and "apparmor_restrict_unprivileged_userns=0" in done.stdout
+    assert "isolation=best_effort" in done.stdout and "numpy and sympy works" in done.stdout
 
 
 def test_a_guarantee_without_mechanism_is_spelt_out() -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+from pathlib import Path
 
 import pytest
 
 from retool.rl.sandbox import Limits, Sandbox
-from retool.rl.sandbox.layers import GUARANTEES, LAYERS, Plan
+from retool.rl.sandbox.layers import GUARANTEES, LAYERS, Plan, parts
 from retool.rl.sandbox.probe import find
 
-from .world import World
+from .conftest import Arena
+from .modes import modes_here
+from .world import World, descendants
 
 READ = "print('ESCAPED', open(<SECRET>).read())"
 WRITE = "open(<SECRET>, 'r+').close()\nprint('ESCAPED')"
@@ -118,8 +122,28 @@ def test_process_group_alone_ends_everything(here: Plan, world: World) -> None:
 
 
 def test_every_guarantee_names_known_layers() -> None:
-    for names in GUARANTEES.values():
-        assert all(name in LAYERS or name.startswith("always: ") for name in names)
+    for mechanisms in GUARANTEES.values():
+        for mechanism in mechanisms:
+            assert mechanism.startswith("always: ") or set(parts(mechanism)) <= set(LAYERS)
+
+
+def test_strict_refuses_where_names_of_files_are_told() -> None:
+    """Without namespaces nothing keeps a program from asking whether a file is there."""
+    for mode in modes_here():
+        if not mode.refused:
+            continue
+        with pytest.raises(ValueError, match=r"no host file names.*apparmor_restrict_unprivileged_userns.*isolation=best_effort"):
+            mode.start(isolation="strict")
+
+
+def test_best_effort_names_once_what_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
+    mode = next(mode for mode in modes_here() if mode.refused)
+    with mode.start(workers=1) as sandbox:
+        assert list(sandbox.unmet) == ["no host file names"]
+        sandbox.run_blocking("1")
+        os.kill(sandbox.pid, signal.SIGKILL)  # another supervisor doesn't say it again
+        assert sandbox.run_blocking("1").ok
+    assert capfd.readouterr().err.count("running WITHOUT: no host file names") == 1
 
 
 def test_strict_refuses_and_says_which_and_how() -> None:
@@ -127,6 +151,16 @@ def test_strict_refuses_and_says_which_and_how() -> None:
         Sandbox(workers=1, without=frozenset({"seccomp", "network_namespace"}))
     with pytest.raises(ValueError, match=r"no host files.*Landlock"):
         Sandbox(workers=1, without=frozenset({"landlock", "mount_namespace"}))
+
+
+def test_programs_hold_nothing(arenas: list[Arena]) -> None:
+    """No capability, no way to gain one, a filter on every call: by the kernel's word, from outside."""
+    for arena in arenas:
+        waiting = [pid for pid in descendants(arena.sandbox.pid) if "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text()]
+        told = Path(f"/proc/{waiting[-1]}/status").read_text()
+        held = dict(line.split(":\t", 1) for line in told.splitlines() if ":\t" in line)
+        assert all(int(held[name], 16) == 0 for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")), (arena.mode.name, told)
+        assert held["NoNewPrivs"] == "1"
 
 
 def test_unknown_layer_is_refused() -> None:

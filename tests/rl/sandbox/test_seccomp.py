@@ -10,7 +10,7 @@ import pytest
 from retool.rl.sandbox import seccomp
 from retool.rl.sandbox.syscalls import AUDIT_ARCH, LAST_REVIEWED, TABLES
 
-ALLOW, KILL = 0x7FFF0000, 0x80000000
+ALLOW, KILL, ASK = 0x7FFF0000, 0x80000000, 0x7FC00000
 EPERM, ENOSYS = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
 
 
@@ -28,42 +28,84 @@ def execute(program: bytes, arch: int, number: int, arguments: tuple[int, ...] =
             accumulator &= k
         elif code == 0x06:
             return k
+        elif code == 0x05:
+            index += k
         else:
             true = {0x15: accumulator == k, 0x25: accumulator > k, 0x35: accumulator >= k, 0x45: bool(accumulator & k)}[code]
             index += jt if true else jf
 
 
+EVERYTHING = dict.fromkeys(vars(seccomp.Filter()), True)
+FILTERS = [
+    seccomp.Filter(),
+    seccomp.Filter(**EVERYTHING),
+    seccomp.Filter(**{**EVERYTHING, "listener": False}),
+    seccomp.Filter(network=False),
+]
+
+
 @pytest.mark.parametrize("machine", TABLES)
-@pytest.mark.parametrize("wanted", [seccomp.Filter(), seccomp.Filter(True, True, True, True), seccomp.Filter(network=False)], ids=str)
+@pytest.mark.parametrize("wanted", FILTERS, ids=str)
 def test_verdicts(machine: str, wanted: seccomp.Filter) -> None:
     table, arch = TABLES[machine], AUDIT_ARCH[machine]
-    program = seccomp.build(wanted, machine, pid=77)
+    program = seccomp.name_owner(seccomp.build(wanted, machine, pid=0x7A7A7A7A), 0x7A7A7A7A, 77)
+    asked = ASK if wanted.listener else EPERM
 
     def verdict(name: str, *arguments: int) -> int:
-        return execute(program, arch, table[name], arguments)
+        return execute(program, arch, table[name], arguments) if name in table else EPERM
 
-    denied = seccomp.PRIVILEGED | seccomp.SURFACE | seccomp.OTHERS | seccomp.HIDDEN_MEMORY
+    denied = seccomp.PRIVILEGED | seccomp.SURFACE | seccomp.OTHERS | seccomp.HIDDEN_MEMORY | seccomp.TRACES | seccomp.PRIORITY
     for name in denied & table.keys():
         assert verdict(name) == EPERM, name
     for name in seccomp.NETWORK & table.keys():
         assert verdict(name) == (EPERM if wanted.network else ALLOW), name
+    for name in seccomp.METADATA & table.keys():
+        assert verdict(name) == (EPERM if wanted.keep_metadata else ALLOW), name
+    assert verdict("uname") == (EPERM if wanted.nameless else ALLOW)
     assert verdict("clone3") == ENOSYS
     assert verdict("clone", 17) == verdict("clone", 0x3D0F00) == ALLOW  # a fork, a thread
     for kind in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000):
         assert verdict("clone", kind | 17) == EPERM
     assert verdict("mmap", 0, 4096, 3, 0x22) == ALLOW and verdict("mmap", 0, 4096, 3, 0x01) == ALLOW  # private anonymous; a shared file
     assert verdict("mmap", 0, 4096, 3, 0x21) == verdict("mmap", 0, 4096, 3, 0x23) == EPERM
-    assert verdict("prctl", 41, 0) == EPERM and verdict("prctl", 15) == ALLOW
+    assert verdict("prctl", 41, 0) == verdict("prctl", 62, 0) == EPERM and verdict("prctl", 15) == ALLOW
+    for command in (8, 10, 15, 1024, 1026, 1031):  # F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE, F_NOTIFY, F_SETPIPE_SZ
+        assert verdict("fcntl", 3, command) == EPERM
+    assert verdict("fcntl", 3, 4) == verdict("fcntl", 3, 6) == ALLOW  # F_SETFL, F_SETLK
+    assert verdict("ioctl", 0, 0x5401) == verdict("ioctl", 0, 0x5421) == ALLOW  # is it a terminal, don't block
+    for command in (0x8901, 0x8902, 0x40086602, 0x401C5820, 0x5412):  # owners of sockets, file flags, typing into a terminal
+        assert verdict("ioctl", 3, command) == EPERM
     stream, datagram = (1, 1 | 0o2000000), (1, 2)
-    assert verdict("socketpair", *stream) == ALLOW
+    assert verdict("socketpair", *stream) == (asked if wanted.count_pairs and wanted.network else ALLOW)
     assert verdict("socketpair", *datagram) == verdict("socketpair", 2, 1) == (EPERM if wanted.network else ALLOW)
-    for name in ("setsid", "setpgid"):
-        assert verdict(name) == (EPERM if wanted.one_group else ALLOW)
-    for name in ("kill", "tgkill", "tkill", "rt_sigqueueinfo"):
-        assert verdict(name, 77) == verdict(name, 0) == ALLOW
-        assert verdict(name, 78) == verdict(name, 0xFFFFFFFF) == (EPERM if wanted.own_signals else ALLOW)
+    assert verdict("setpgid") == (EPERM if wanted.one_group else ALLOW)
     assert verdict("openat", 0, 0, 0o20200001) == (EPERM if wanted.keep_files else ALLOW)
     assert verdict("openat", 0, 0, 0o100) == ALLOW
+
+
+@pytest.mark.parametrize("machine", TABLES)
+@pytest.mark.parametrize("wanted", FILTERS, ids=str)
+def test_verdicts_on_processes(machine: str, wanted: seccomp.Filter) -> None:
+    """A process may ask and change itself; others only where a pid namespace holds none but the call's own."""
+    program = seccomp.build(wanted, machine, pid=77)
+
+    def verdict(name: str, *arguments: int) -> int:
+        return execute(program, AUDIT_ARCH[machine], TABLES[machine][name], arguments)
+
+    refused = EPERM if wanted.own_process else ALLOW
+    for name, position in seccomp.OWN_PROCESS.items():
+        before = (0,) * position
+        assert verdict(name, *before, 77) == verdict(name, *before, 0) == ALLOW
+        assert verdict(name, *before, 78) == verdict(name, *before, 1) == refused
+    for name in ("getpriority", "setpriority"):
+        assert verdict(name, 0, 0) == verdict(name, 0, 77) == verdict(name, 1, 0) == ALLOW
+        assert verdict(name, 0, 78) == verdict(name, 2, 0) == refused
+    for name in ("pidfd_open", "pidfd_send_signal", "rt_tgsigqueueinfo"):
+        assert verdict(name, 77) == refused
+    for name in seccomp.SIGNALS:
+        assert verdict(name, 77) == verdict(name, 0) == verdict(name, -77 & 0xFFFFFFFF) == ALLOW
+        expected = (ASK if wanted.listener else EPERM) if wanted.own_process else ALLOW
+        assert verdict(name, 78) == verdict(name, 0xFFFFFFFF) == expected
 
 
 @pytest.mark.parametrize("machine", TABLES)
