@@ -157,7 +157,7 @@ def test_a_sandbox_that_answers_nobody_is_infrastructure_s_failure(monkeypatch) 
 
 def test_workers_and_the_programs_limit_are_the_runs(monkeypatch, tmp_path) -> None:
     made = []
-    monkeypatch.setattr(tools, "Sandbox", lambda limits, workers, isolation: made.append((workers, limits.wall_seconds)))
+    monkeypatch.setattr(tools, "Sandbox", lambda limits, workers, isolation, share: made.append((workers, limits.wall_seconds)))
     file = tmp_path / "tools.yaml"
     file.write_text("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: {workers: 7, default_timeout: 9}}]")
     tools.load_tools(None, 33, 5.0)
