@@ -49,8 +49,6 @@ class Pool:
         self._nested = "pid_namespace" in plan.present
         self._private = "mount_namespace" in plan.present
 
-    # -- the fork server -----------------------------------------------------------------------------------------------------
-
     def start_server(self) -> None:
         """Start it and wait until it is warm; `OSError` where it ends first."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -108,8 +106,6 @@ class Pool:
         for broom in [*self._brooms, sweep(self.scratch)]:
             if broom is not None:
                 broom.wait()
-
-    # -- cells ---------------------------------------------------------------------------------------------------------------
 
     def running(self) -> list[Cell]:
         return [cell for cell in self.cells.values() if cell.call is not None]
@@ -197,8 +193,6 @@ class Pool:
             self._brooms.append(broom)
         del self.cells[cell.number]
         self._free_slots.append(cell.slot)
-
-    # -- what is heard -------------------------------------------------------------------------------------------------------
 
     def _hear_cell(self, cell: Cell) -> Ended:
         """A child is confined and says so, once, by handing over its work folder."""
