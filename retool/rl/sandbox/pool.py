@@ -126,21 +126,14 @@ class Pool:
         self._next_number += 1
         self._starting += 1
         number, slot = self._next_number, self._free_slots.pop(0)
-        control, child_control = socket.socketpair()
-        control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        control.settimeout(10)
-        pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(2)]
-        for reader, _ in pipes:
-            os.set_blocking(reader, False)
-        path = "/box" if self._private else f"{self.scratch}/{number}"
-        cell = self.cells[number] = Cell(number, slot, control, Stream(pipes[0][0]), Stream(pipes[1][0], last=True), path)
-        self._order({"start": number, "slot": slot, "folder": path}, [child_control.fileno(), pipes[0][1], pipes[1][1]])
-        child_control.close()
-        for _, writer in pipes:
-            os.close(writer)
+        cell, theirs = open_cell(number, slot, "/box" if self._private else f"{self.scratch}/{number}")
+        self.cells[number] = cell
+        self._order({"start": number, "slot": slot, "folder": cell.path}, theirs)
+        for descriptor in theirs:
+            os.close(descriptor)
         for stream in (cell.out, cell.err):
             self._select.register(stream.fd, selectors.EVENT_READ, lambda cell=cell, stream=stream: self._hear_program(cell, stream))
-        self._select.register(control, selectors.EVENT_READ, lambda cell=cell: self._hear_cell(cell))
+        self._select.register(cell.control, selectors.EVENT_READ, lambda cell=cell: self._hear_cell(cell))
 
     def begin(self, call: Call) -> bool:
         """Run `call` in a waiting cell; False where none waits or enough run."""
@@ -219,22 +212,11 @@ class Pool:
 
     def _hear_question(self, cell: Cell) -> Ended:
         """A program's filter asks about a system call, which waits."""
-        if not listener.answer(cell.listener, lambda question: self._allowed(cell, question)):
+        if not listener.answer(cell.listener, lambda question: allowed(cell, question, self._limits, self._pair_bytes)):
             self._select.unregister(cell.listener)
-        return []
-
-    def _allowed(self, cell: Cell, question: listener.Question) -> bool:
-        """Socket pairs while their buffers fit into the call's memory; signals to the call's own processes."""
-        if question.call != "socketpair":
-            return accounting.process_group(question.target) == cell.pid
-        cell.buffers += self._pair_bytes
-        limits = cell.call.limits if cell.call is not None else self._limits
-        if cell.buffers <= limits.memory_mb << 20:
-            return True
-        if cell.call is not None and cell.call.verdict is None:
-            cell.call.verdict = "memory_limit", f"the call used more than {limits.memory_mb} MB, in buffers of socket pairs"
+        if cell.call is not None and cell.call.verdict is not None:
             self.kill(cell)
-        return False
+        return []
 
     def _hear_program(self, cell: Cell, stream: Stream) -> Ended:
         limits = cell.call.limits if cell.call is not None else self._limits
@@ -256,8 +238,7 @@ class Pool:
             return self._server_died()
         message = json.loads(data)
         if "init" in message:
-            if message["init"] in self.cells:
-                self.cells[message["init"]].init = sender
+            self.cells[message["init"]].init = sender
             return []
         if "failed" in message:
             self._failed(self.cells[message["failed"]], f"the fork server could not start a process ({message['why']})")
@@ -294,3 +275,28 @@ class Pool:
         if self.failures < MOST_FAILURES:
             self._restart()
         return ended
+
+
+def open_cell(number: int, slot: int, path: str) -> tuple[Cell, list[int]]:
+    """A cell with its pipes, and the child's ends of them: control socket, stdout, stderr."""
+    control, child_control = socket.socketpair()
+    control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    control.settimeout(10)
+    out, child_out = os.pipe2(os.O_CLOEXEC)
+    err, child_err = os.pipe2(os.O_CLOEXEC)
+    for reader in (out, err):
+        os.set_blocking(reader, False)
+    return Cell(number, slot, control, Stream(out), Stream(err, last=True), path), [child_control.detach(), child_out, child_err]
+
+
+def allowed(cell: Cell, question: listener.Question, limits: Limits, pair_bytes: int) -> bool:
+    """Socket pairs while their buffers fit into the call's memory, else the call is over; signals to the call's own processes."""
+    if question.call != "socketpair":
+        return accounting.process_group(question.target) == cell.pid
+    cell.buffers += pair_bytes
+    most = (cell.call.limits if cell.call is not None else limits).memory_mb
+    if cell.buffers <= most << 20:
+        return True
+    if cell.call is not None and cell.call.verdict is None:
+        cell.call.verdict = "memory_limit", f"the call used more than {most} MB, in buffers of socket pairs"
+    return False
