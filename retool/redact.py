@@ -39,7 +39,10 @@ TEXT_TOKENS = frozenset(
     "bos eos pad unk sep cls mask stop special added extra start end begin next first last per new max min num image video audio tool "
     "think control turn answer prompt response trained sampled highest eot eom a the of each every".split()
 )  # before `token`: parts of a text, or a count of them
-ABOUT = frozenset("file path dir folder env name length len size count type kind field column policy required".split())  # not it itself
+ABOUT = frozenset(
+    "file path dir directory folder socket sock host port helper provider env name length len size count type kind field column policy "
+    "required".split()
+)  # says something about a secret, and isn't one
 VALUE = frozenset("value plain raw text b64 base64 current".split())  # the thing itself, said once more
 ORDINARY = frozenset("true false none null auto test root user main admin default yes localhost".split())  # no secret, whatever its name
 SHORTEST_WORD = 4  # characters of a password that is looked for in other texts

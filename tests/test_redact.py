@@ -103,7 +103,7 @@ ORDINARY: dict[str, Any] = {
     "prompt_key": "prompt", "messages_key": "messages", "max_token_len_per_gpu": 16384, "data.seed": 1, "tokens": 5, "max_tokens": 512,
     "eos_token": "<|im_end|>", "pad_token_id": 151643, "train/global_tokens": 7.0, "reward_fn_key": "data_source", "key": "messages",
     "default_local_dir": "/home/me/run-2024/ckpt", "files": ["hf://datasets/a/b@main/f.parquet", "s3://bucket/a/b@2x.parquet"],
-    "url": "http://localhost:8080/v1/@me", "token_file": "/run/secrets/token", "model": "Qwen/Qwen2.5-0.5B-Instruct", "flag_secret": False,
+    "url": "http://localhost:8080/v1/@me", "token_file": "/run/secrets/token", "credentials_directory": "/run/credentials", "model": "Qwen/Qwen2.5-0.5B-Instruct", "flag_secret": False,
     "text": "at token: the, 5 tokens; the password is wrong", "address": "git@github.com:me/x.git", "tokenizer": "fast",
 }  # fmt: skip
 
