@@ -12,7 +12,9 @@ import torch
 
 from retool.checkpoint.safetensors import INDEX, SINGLE, SafetensorsFile
 from retool.model.hub import read_json
+from retool.untrusted import read_bytes
 
+SIDE_BYTES = 16 << 20  # of a config.json; real ones have a few thousand
 SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}  # .py: tokenizers with code of their own
 MORE_TEMPLATES = "additional_chat_templates"
 NOT_SIDE = re.compile(r".*\.index\.json|trainer_state\.json|training_args\.json|README.*|requirements\.txt", re.IGNORECASE)
@@ -86,7 +88,7 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype, chat_templat
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
         elif path.is_file() and path.suffix in SIDE_SUFFIXES and not NOT_SIDE.fullmatch(path.name):
             if path.name in ("config.json", "generation_config.json"):
-                (target / path.name).write_text(with_dtype(path.read_text(), dtype, add=path.name == "config.json"))
+                (target / path.name).write_text(with_dtype(_text(path), dtype, add=path.name == "config.json"))
             else:
                 shutil.copyfile(path, target / path.name)
     if chat_template is not None:
@@ -108,6 +110,13 @@ def write_template(folder: Path, template: str) -> None:
         config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _text(path: Path) -> str:
+    try:
+        return read_bytes(path, SIDE_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text. Fetch it again.") from error
+
+
 def with_dtype(text: str, dtype: torch.dtype, add: bool) -> str:
     """A config's text with its dtype fields set; every other byte stays. `add` puts one in where there is none."""
     name = str(dtype).removeprefix("torch.")
@@ -125,4 +134,4 @@ def tied(config_folder: Path) -> bool:
 
 def untie(config: Path) -> None:
     """Let a config.json say that the head isn't the embedding; every other byte stays."""
-    config.write_text(re.sub(r'("tie_word_embeddings"\s*:\s*)true', r"\g<1>false", config.read_text()))
+    config.write_text(re.sub(r'("tie_word_embeddings"\s*:\s*)true', r"\g<1>false", _text(config)))

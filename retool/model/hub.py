@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from retool.untrusted import read_bytes
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]  # .py: tokenizers with code of their own
 UNWANTED = ["original/*", "onnx/*", "*.onnx*"]
@@ -39,8 +41,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object that a file of a model's folder holds. ValueError names the file where it holds anything else."""
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{path} has {size:,} bytes: that is no file of a model. Fetch it again.")
+    data = read_bytes(path, MAX_JSON_BYTES)  # no pipe, which would be waited for
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(data.decode("utf-8"))
     except RecursionError:
         raise ValueError(f"{path} is no JSON file: it is nested without end. Fetch it again.") from None
     except ValueError as error:

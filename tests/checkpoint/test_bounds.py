@@ -18,7 +18,7 @@ from retool.checkpoint import latest, load
 from retool.checkpoint.__main__ import main
 from retool.checkpoint.archive import TorchFile
 from retool.checkpoint.folder import faults, recorded, tracked, world_size
-from retool.checkpoint.hf import SafetensorsSource
+from retool.checkpoint.hf import SafetensorsSource, tied
 from retool.checkpoint.merge import merge
 from retool.checkpoint.safetensors import SafetensorsFile
 from retool.checkpoint.shards import Shards, ShardSource, optimizer_step, parameter_indices, read_state
@@ -28,7 +28,6 @@ from retool.parallel.mesh import make_mesh
 from tests.bounded import Outcome, bounded
 from tests.checkpoint import states
 from tests.checkpoint.test_hostile import _archive
-from tests.checkpoint.test_round_trip import saved
 
 HEAD = b"\x80\x02"
 
@@ -211,7 +210,10 @@ READERS: dict[str, Callable[[Path], Any]] = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one rank, in its run's folder."""
-    return saved(tmp_path_factory.mktemp("whole"), 1)
+    top = tmp_path_factory.mktemp("whole")
+    states.source_model(top / "source")
+    states.save(str(top / "run"))
+    return top / "run" / "global_step_5"
 
 
 @pytest.fixture
@@ -309,3 +311,17 @@ def test_an_honest_file_is_let_through(tmp_path: Path) -> None:
     state = {i: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)} for i in range(3000)}
     torch.save({"state": state, "param_groups": []}, tmp_path / "x.pt")
     assert len(TorchFile(tmp_path / "x.pt").content["state"]) == 3000
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.json", tied),
+        ("model.safetensors.index.json", SafetensorsSource),
+        ("model.safetensors", SafetensorsSource),
+    ],
+)
+def test_a_model_folder_of_pipes_is_not_waited_for(tmp_path: Path, name: str, read: Callable[[Path], Any]) -> None:
+    os.mkfifo(tmp_path / name)
+    outcome = bounded(lambda: str(read(tmp_path)))
+    assert outcome.error.startswith("ValueError") and name in outcome.error, outcome
