@@ -23,6 +23,7 @@ from retool.preflight import attempt, box_of, check_heads, check_ids, check_run,
 from retool.resume import check_checkpoint, find_checkpoint, template_date
 from retool.rl.config import RLConfig
 from retool.rl.data import PromptOptions, load_prompts
+from retool.rl.eos import eos_ids
 from retool.rl.identity import PATH, with_identity
 from retool.rl.keys import contradictions, notes
 from retool.rl.memory import StepMemory
@@ -70,6 +71,7 @@ def _with_renderer(report: Report) -> Report:
         return Renderer(tokenizer, chat_template, config.data.apply_chat_template_kwargs)
 
     renderer = attempt(PATH, make, faults)
+    attempt(PATH, lambda: eos_ids(folder), faults)
     if renderer is not None and shows_date(renderer):
         report = replace(report, config=replace(config, data=replace(config.data, template_date=day)))
     said = other_tokens(renderer.tokenizer, folder) if renderer else ()

@@ -148,6 +148,7 @@ FRESH: dict[str, tuple[list[str], list[str]]] = {
          "is not used under trainer.resume_mode=auto"],
     ),
     "variables that aren't set": ([f"{ARR}model.path="], [f"{ARR}model.path=: is empty"]),
+    "what ends a text": ([f"{ARR}model.path={{tmp}}/endless"], ["generation_config.json holds no token ids as eos_token_id ('never')"]),
     "files": (["data.train_files={tmp}/none.jsonl"], ["none.jsonl doesn't exist"]),
     "no prompt": (["data.train_files={tmp}/untold.jsonl"], ["row 0", "there is no 'prompt'"]),
     "prompts too long": (["data.max_prompt_length=2"], ["none of the 24 prompts fits"]),
@@ -168,6 +169,8 @@ def wrong(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "untold.jsonl").write_text(json.dumps({"data_source": "shop", "question": "2+2?"}) + "\n")
     (folder / "judge.py").write_text("def short(answer):\n    return 1.0\n")
     short_vocabulary(work, folder / "short")
+    shutil.copytree(work / "model", folder / "endless")
+    (folder / "endless" / "generation_config.json").write_text('{"eos_token_id": "never"}')
     (folder / "orange.jsonl").write_text((work / "train.jsonl").read_text().replace('"content": "', '"content": "orange ', 1))
     return folder
 
