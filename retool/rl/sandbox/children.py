@@ -79,6 +79,10 @@ class Server:
         if "kill" in request:
             self._kill(request["kill"])
             return
+        if "heir" in request:
+            if request["heir"] in self._inits:  # to whom the call's orphans are handed
+                self.tell({"init": request["heir"]}, sender=self._inits[request["heir"]].pid)
+            return
         try:
             self._start(request, descriptors)
         except OSError as error:
@@ -107,8 +111,6 @@ class Server:
         self._return_home()
         self._pids[number] = pid
         self._ids[pid] = number
-        if number in self._inits:  # to whom the call's orphans are handed
-            self.tell({"init": number}, sender=self._inits[number].pid)
 
     def _start_init(self, number: int) -> None:
         """The first process of a pid namespace: with it everything there ends, and signals that it doesn't handle pass it by.

@@ -38,6 +38,7 @@ libc.syscall.restype = ctypes.c_long
 SIGNAL_SET, SIG_SETMASK = 128, 2
 _EVERY_SIGNAL = ctypes.create_string_buffer(SIGNAL_SET)
 libc.sigfillset(_EVERY_SIGNAL)
+_PAUSE = ctypes.cast(libc.pause, ctypes.c_void_p)
 libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
@@ -102,8 +103,7 @@ def clone_waiting(stack: int) -> int:
     before = ctypes.create_string_buffer(SIGNAL_SET)
     libc.pthread_sigmask(SIG_SETMASK, _EVERY_SIGNAL, before)  # Python's own makes a hundred objects of it
     try:
-        wait = ctypes.cast(libc.pause, ctypes.c_void_p)
-        return check(libc.clone(wait, ctypes.c_void_p(stack), ctypes.c_int(CLONE_VM | signal.SIGCHLD), None), "clone")
+        return check(libc.clone(_PAUSE, ctypes.c_void_p(stack), ctypes.c_int(CLONE_VM | signal.SIGCHLD), None), "clone")
     finally:
         libc.pthread_sigmask(SIG_SETMASK, before, None)
 

@@ -100,7 +100,7 @@ class Pool:
             self.server.kill()
             self.server.wait()
         for cell in self.cells.values():
-            self._kill_group(cell)
+            kill_group(cell, self._nested)
         if self._groups is not None:
             self._groups.remove()
         for broom in [*self._brooms, sweep(self.scratch)]:
@@ -159,6 +159,8 @@ class Pool:
 
     def look(self, cell: Cell) -> None:
         """Compare what a running call uses with its limits, and end it where it goes beyond."""
+        if self._nested and not cell.init:
+            self._order({"heir": cell.number})  # only calls that last are asked about: the next look knows
         cell.account(self._processes(cell), self._inherited, self.plan.exact_tasks, self._private)
         if cell.call is not None and cell.call.verdict is not None:
             self.kill(cell)
@@ -166,12 +168,6 @@ class Pool:
     def kill(self, cell: Cell) -> None:
         """End a call and all its processes; `_hear_server` reports when they are gone."""
         self._order({"kill": cell.number})
-
-    def _kill_group(self, cell: Cell) -> None:
-        """Without a pid namespace the server's end isn't the programs' end."""
-        if cell.pid and not self._nested:
-            with contextlib.suppress(OSError):
-                os.killpg(cell.pid, signal.SIGKILL)
 
     def _retire(self, cell: Cell) -> None:
         """Forget a child that is gone; its slot may be used again."""
@@ -238,7 +234,8 @@ class Pool:
             return self._server_died()
         message = json.loads(data)
         if "init" in message:
-            self.cells[message["init"]].init = sender
+            if message["init"] in self.cells:
+                self.cells[message["init"]].init = sender
             return []
         if "failed" in message:
             self._failed(self.cells[message["failed"]], f"the fork server could not start a process ({message['why']})")
@@ -268,7 +265,7 @@ class Pool:
         self.failures += 1
         ended = []
         for cell in list(self.cells.values()):
-            self._kill_group(cell)
+            kill_group(cell, self._nested)
             if cell.call is not None:
                 ended.append((cell.call, Result("sandbox_error", reason=self.complaint)))
             self._retire(cell)
@@ -300,3 +297,10 @@ def allowed(cell: Cell, question: listener.Question, limits: Limits, pair_bytes:
     if cell.call is not None and cell.call.verdict is None:
         cell.call.verdict = "memory_limit", f"the call used more than {most} MB, in buffers of socket pairs"
     return False
+
+
+def kill_group(cell: Cell, nested: bool) -> None:
+    """Without a pid namespace the server's end isn't the programs' end."""
+    if cell.pid and not nested:
+        with contextlib.suppress(OSError):
+            os.killpg(cell.pid, signal.SIGKILL)

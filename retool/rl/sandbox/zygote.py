@@ -99,8 +99,8 @@ def _serve(setup: Setup) -> Callable[[], NoReturn]:
         rootfs.enter(setup.scratch)
     sys.path[:] = search_path
     _move_packages(copies)
+    program.forget_origin()  # before the code gets warm: what the interpreter learns about it is kept with it
     _warm_up()
-    program.forget_origin()
     with open(memory_map) as file:
         kernel.collapse_into_huge_pages(file.read())
     base = int(os.read(statm, 256).split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -119,6 +119,18 @@ for i in range(8):
 time.sleep(10)
 print("ESCAPED")
 """, "MemoryError", ("memory_limit",)),
+    Attack("memory in orphans", "4 processes of 150 MB whose parents have ended", """
+import os, time
+for i in range(4):
+    if os.fork() == 0:
+        if os.fork() == 0:
+            hoard = bytearray(b"x") * (150 << 20)
+            time.sleep(60)
+        os._exit(0)
+    os.wait()
+time.sleep(10)
+print("ESCAPED")
+""", "MemoryError", ("memory_limit",)),
     Attack("shared memory nobody maps", "anonymous shared pages, dropped from every account", """
 import mmap
 mmap.mmap(-1, 1 << 20)
