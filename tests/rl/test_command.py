@@ -66,7 +66,9 @@ def test_fp16_brings_sampler_and_trainer_together(work, tmp_path) -> None:
     for dtype in ("bf16", "fp16"):
         assert main(words(work, tmp_path / dtype, "trainer.total_training_steps=2", f"{ARR}actor.fsdp_config.param_dtype={dtype}")) == 0
         found[dtype] = steps(tmp_path / dtype)
-    assert all(b["training/rollout_logp_diff_mean"] < 0.7 * a["training/rollout_logp_diff_mean"] for a, b in zip(*found.values(), strict=True))
+    for name, most in (("mean", 0.7), ("max", 0.5)):  # of both steps together: what a step's kernels round differs between machines
+        coarse, fine = (sum(entry[f"training/rollout_logp_diff_{name}"] for entry in entries) for entries in found.values())
+        assert fine < most * coarse
     assert all(entry["actor/skipped_updates"] == 0 < entry["actor/grad_norm"] for entry in found["fp16"])
 
 
