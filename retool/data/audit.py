@@ -149,13 +149,15 @@ def summary(audit: Audit) -> list[tuple[str, str]]:
         lines.insert(5, ("without a trained token", f"{tally.dropped_untrained:,} dropped"))
     notes = (
         ("other tokens in one pass", tally.piecewise_differs, "samples: pieces are tokenised as inference does"),
-        ("template's tokens in texts", tally.control_text, "rows: a user's, tool's or system's text holds them"),
+        ("control tokens in texts", tally.control_text, "rows: what is only said of them is tokenised as text"),
         ("reasoning left out", tally.dropped_thoughts, "turns are trained without what they think (data.drop_reasoning)"),
         ("empty assistant turns", tally.empty_turns, "turns without text or call: only their end is trained"),
     )
     said = [(what, f"{count:,} {why}") for what, count, why in notes if count]
     if tally.unread:
         said.append(("fields that nothing shows", _counts(tally.unread)))
+    if tally.undeclared:
+        said.append(("calls of undeclared tools", f"{sum(tally.undeclared.values()):,} ({_counts(tally.undeclared, 5)})"))
     return lines + said
 
 

@@ -200,7 +200,7 @@ class Renderer:
         """Tokens and mask of one sample. `checked`: ValueError, naming the message, unless what is trained decodes to its text."""
         ids = self.encoder.encode(pieces)
         for piece, part in zip(pieces, ids, strict=True):
-            if piece.trained and (checked or piece.quoted):
+            if piece.trained and (checked or piece.quoted or self.encoder.unknown in part):
                 self.encoder.check(piece, part)
         mask = np.repeat([piece.trained for piece in pieces], [len(part) for part in ids])
         return Sample(np.concatenate([np.asarray(part, np.int32) for part in ids]), mask)

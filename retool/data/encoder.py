@@ -96,6 +96,11 @@ class Encoder:
         return whole[len(before) :] if whole.startswith(before) else decode_ids(self.tokenizer, ids)
 
     @cached_property
+    def unknown(self) -> int | None:
+        """The token for characters that the vocabulary lacks."""
+        return self.tokenizer.unk_token_id
+
+    @cached_property
     def _some_text(self) -> list[int]:
         return encode_text(self.tokenizer, "a")
 

@@ -47,7 +47,7 @@ class Chunk:
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
         """(row index, row), or the reason why it isn't one. Blank JSON lines are passed over but counted as rows."""
         if not isinstance(self.rows, list):
-            yield from enumerate(self.rows.to_pylist(), self.start)
+            yield from _parquet_rows(self.file, self.start, self.rows)
             return
         for index, raw in enumerate(self.rows, self.start):
             if isinstance(raw, Mapping):
@@ -64,13 +64,32 @@ class Chunk:
 
 
 def _parse_line(file: str, index: int, line: str) -> dict[str, Any] | RowError:
+    where = f"{file}, row {index}: line {index + 1}"
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        return RowError(f"{file}, row {index}: line {index + 1} isn't JSON ({error.msg} at column {error.colno}).")
+        return RowError(f"{where} isn't JSON ({error.msg} at column {error.colno}).")
+    except ValueError as error:  # a number of more digits than Python reads
+        return RowError(f"{where} can't be read: {error}.")
+    except RecursionError:
+        return RowError(f"{where} is nested too deeply to be read.")
     if not isinstance(row, dict):
         return RowError(f"{file}, row {index}: line {index + 1} is a JSON {type(row).__name__}, not an object.")
     return row
+
+
+def _parquet_rows(file: str, start: int, batch: pa.RecordBatch) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+    """(row index, row) of a batch; where it can't be converted as a whole, the rows that can't are told."""
+    try:
+        yield from enumerate(batch.to_pylist(), start)
+        return
+    except (UnicodeDecodeError, pa.ArrowException, RecursionError):
+        pass
+    for i in range(batch.num_rows):
+        try:
+            yield start + i, batch.slice(i, 1).to_pylist()[0]
+        except (UnicodeDecodeError, pa.ArrowException, RecursionError) as error:
+            yield start + i, RowError(f"{file}, row {start + i}: it can't be read: {error}.")
 
 
 def resolve_files(files: str | Sequence[str], any_suffix: bool = False) -> list[str]:
@@ -86,6 +105,10 @@ def resolve_files(files: str | Sequence[str], any_suffix: bool = False) -> list[
     if not names or not all(name.strip() for name in names):
         raise ValueError(f"no data file is named in {files!r}: give a .parquet or .jsonl file, a folder, a glob, or a list of these.")
     found = [path for name in names for path in _expand(name.strip(), any_suffix)]
+    for path in found:
+        if not _is_utf8(path):
+            told = os.fsencode(path).decode("utf-8", "backslashreplace")
+            raise ValueError(f"the name of {told} isn't UTF-8, so nothing could tell of it: rename the file.")
     twice = sorted({path for path in found if found.count(path) > 1})
     if twice:
         raise ValueError(f"{twice[0]} is named more than once in {files!r}: its rows would be trained twice.")
@@ -113,6 +136,14 @@ def _expand(name: str, any_suffix: bool) -> list[str]:
             f"{wrong[0]} is neither {' nor '.join(SUFFIXES)}: convert it, or read it with a function of yours (data.custom_cls.path, name)."
         )
     return [str(fs.unstrip_protocol(entry)) if "://" in name else entry for entry in inside]
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def file_identity(file: str) -> str:
@@ -146,7 +177,7 @@ def _refuse_empty(file: str, size: int | None) -> None:
 def _parquet(file: str, stream: Any) -> pq.ParquetFile:
     try:
         parquet = pq.ParquetFile(stream)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} isn't a readable parquet file: {error}") from error
     if parquet.metadata.num_rows == 0:
         raise ValueError(f"{file} has no rows.")
@@ -188,7 +219,8 @@ def _file_chunks(file: str, columns: Sequence[str] | None, rows_function: RowFun
             parquet = _parquet(file, stream)
             there = None if columns is None else [c for c in parquet.schema_arrow.names if c in columns]
             start = 0
-            for batch in parquet.iter_batches(batch_size=CHUNK_ROWS, columns=there):
+            batches = parquet.iter_batches(batch_size=CHUNK_ROWS, columns=there)
+            while (batch := _next_batch(file, start, batches)) is not None:
                 yield Chunk(file, start, batch)
                 start += batch.num_rows
         else:
@@ -196,6 +228,13 @@ def _file_chunks(file: str, columns: Sequence[str] | None, rows_function: RowFun
             while lines := [line.decode("utf-8", "surrogateescape") for line in islice(stream, CHUNK_ROWS)]:
                 yield Chunk(file, start, lines)
                 start += len(lines)
+
+
+def _next_batch(file: str, start: int, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
+    try:
+        return next(batches, None)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is damaged: it can't be read from row {start:,} on ({error}). Copy it again from its origin.") from error
 
 
 def _function_chunks(file: str, rows_function: RowFunction) -> Iterator[Chunk]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from .quoting import Masks
 
 AS_LIST = "store it as a list, or decode it in a function of yours (data.custom_cls.path, name)"  # of messages found as text
 ROLES = ("system", "developer", "user", "assistant", "tool")
+LEGACY_TOOLS = "functions"  # how OpenAI's format named them before `tools`, with bare functions in it
+TOO_DEEP = "it is nested too deeply to be read."
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class RowFormat:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (*self.required, self.tools_key, self.enable_thinking_key)
+        legacy = (LEGACY_TOOLS,) if self.tools_key == "tools" else ()
+        return (*self.required, self.tools_key, self.enable_thinking_key, *legacy)
 
     def check(self, file: str) -> None:
         """Raises ValueError when a column is missing. An optional one is only missed when it was named on purpose."""
@@ -114,7 +118,20 @@ def to_conversation(
 
     Raises RowError naming file, row and message for anything that isn't exactly what it should be.
     """
-    form = form or RowFormat()
+    try:
+        return _converted(row, file, index, form or RowFormat(), prompt_only)
+    except RecursionError as error:
+        raise RowError(f"{file}, row {index}: {TOO_DEEP}") from error
+
+
+def undeclared_calls(conversation: Conversation) -> Counter[str]:
+    """How often a conversation calls each tool that its `tools` doesn't declare."""
+    known = {tool.get("function", tool)["name"] for tool in conversation.tools or []}
+    names = (call["function"]["name"] for message in conversation.messages for call in message.get("tool_calls", []))
+    return Counter(name for name in names if name not in known)
+
+
+def _converted(row: Mapping[str, Any], file: str, index: int, form: RowFormat, prompt_only: bool) -> Conversation:
     missing = [key for key in form.required if key not in row]
     where = f"{file}, row {index}"
     if missing:
@@ -130,7 +147,22 @@ def to_conversation(
     thinking = plain(row.get(form.enable_thinking_key))
     if thinking is not None and not isinstance(thinking, bool):
         raise RowError(f"{where}: {form.enable_thinking_key!r} is {thinking!r}, not true or false.")
-    return Conversation(messages, _tools(plain(row.get(form.tools_key)), form.tools_key, where), thinking, file, index)
+    return Conversation(messages, _tools_of(row, form, where), thinking, file, index)
+
+
+def _tools_of(row: Mapping[str, Any], form: RowFormat, where: str) -> list[dict[str, Any]] | None:
+    """The tools of a row, or what it has in the older form of OpenAI's."""
+    tools = _tools(plain(row.get(form.tools_key)), form.tools_key, where)
+    legacy = plain(row.get(LEGACY_TOOLS)) if form.tools_key == "tools" else None
+    if isinstance(legacy, str) and not legacy.lstrip().startswith("["):
+        legacy = None  # a column of the same name that holds something else
+    if not legacy or (isinstance(legacy, list) and not all(isinstance(entry, dict) for entry in legacy)):
+        return tools
+    bodies = _tools(legacy, LEGACY_TOOLS, where) or []
+    functions = [body if "function" in body else {"type": "function", "function": body} for body in bodies]
+    if tools is not None and functions and tools != functions:
+        raise RowError(f"{where}: 'tools' and {LEGACY_TOOLS!r} differ: keep one of them.")
+    return tools if tools is not None else functions or None
 
 
 def _single_turn(row: Mapping[str, Any], form: RowFormat, where: str) -> Any:
@@ -153,13 +185,16 @@ def _check_order(messages: Sequence[dict[str, Any]], where: str, prompt_only: bo
 def _message(raw: dict[str, Any], where: str) -> dict[str, Any]:
     # `arguments` given as a dict loses its null fields with the rest; a JSON string is parsed later and keeps them.
     message = without_nulls(raw)
-    role = message.get("role")
+    role = "tool" if message.get("role") == "function" else message.get("role")
+    message["role"] = role
     if role not in ROLES:
         raise RowError(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}.")
     where = f"{where} ({role})"
     message["content"], thought = text_and_thought(message.get("content", ""), where)
     if thought.strip():
         _take_thought(message, thought, where)
+    if "function_call" in message:
+        _modernise_call(message, where)
     if "tool_calls" in message:
         calls = message.pop("tool_calls")
         if not isinstance(calls, list):
@@ -168,8 +203,12 @@ def _message(raw: dict[str, Any], where: str) -> dict[str, Any]:
             raise RowError(f"{where}: only the assistant makes tool calls.")
         if calls:
             message["tool_calls"] = [_tool_call(call, f"{where}, tool call {i}") for i, call in enumerate(calls)]
-    if "loss_mask" in message:
-        _normalise_loss_mask(message, role, where)
+    masks = [_loss_mask(message.pop(key), key, role, where) for key in ("loss_mask", "weight") if key in message]
+    given = {value for value in masks if value is not None}
+    if len(given) > 1:
+        raise RowError(f"{where}: loss_mask and weight say the opposite of each other: keep one of them.")
+    if given:
+        message["loss_mask"] = given.pop()
     return message
 
 
@@ -180,6 +219,16 @@ def _take_thought(message: dict[str, Any], thought: str, where: str) -> None:
     given = message.setdefault("reasoning_content", thought)
     if not isinstance(given, str) or given.strip() != thought.strip():
         raise RowError(f"{where}: reasoning_content and a part of the content differ: keep one.")
+def _modernise_call(message: dict[str, Any], where: str) -> None:
+    """`function_call`, one call in the older form of OpenAI's, becomes `tool_calls`."""
+    call = message.pop("function_call")
+    if not isinstance(call, dict):
+        raise RowError(f"{where}: 'function_call' is {type(call).__name__}, not a call.")
+    if not call:
+        return
+    if message.get("tool_calls"):
+        raise RowError(f"{where}: it has 'function_call' and 'tool_calls': keep one of them.")
+    message["tool_calls"] = [{"type": "function", "function": call}]
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
@@ -192,22 +241,23 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except json.JSONDecodeError as error:
             raise RowError(f"{where}: the arguments of {body['name']!r} can't be parsed: {error.msg} at character {error.pos}.") from error
+        except ValueError as error:  # a number of more digits than Python reads
+            raise RowError(f"{where}: the arguments of {body['name']!r} can't be parsed: {error}.") from error
     if not isinstance(arguments, dict):
         raise RowError(f"{where}: the arguments of {body['name']!r} are a {type(arguments).__name__}, not an object.")
     extra = {key: value for key, value in call.items() if key not in ("function", "name", "arguments", "type")}
     return {"type": call.get("type", "function"), **extra, "function": {"name": body["name"], "arguments": arguments}}
 
 
-def _normalise_loss_mask(message: dict[str, Any], role: str, where: str) -> None:
-    value = message["loss_mask"]
+def _loss_mask(value: Any, key: str, role: str, where: str) -> int | None:
+    """Whether a message is trained, from its `loss_mask`, or its `weight`, which is OpenAI's name for it."""
     if isinstance(value, float) and math.isnan(value):  # pandas writes an absent integer so
-        del message["loss_mask"]
-        return
+        return None
     if value not in (0, 1):
-        raise RowError(f"{where}: loss_mask is {value!r}; it is 0 or 1.")
+        raise RowError(f"{where}: {key} is {value!r}; it is 0 or 1.")
     if value == 1 and role != "assistant":
-        raise RowError(f"{where}: loss_mask is 1, but only what the assistant wrote can be trained.")
-    message["loss_mask"] = int(value)
+        raise RowError(f"{where}: {key} is 1, but only what the assistant wrote can be trained.")
+    return int(value)
 
 
 def _tools(raw: Any, key: str, where: str) -> list[dict[str, Any]] | None:

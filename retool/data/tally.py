@@ -14,7 +14,7 @@ from .chat import ROWS_A_CHECK, Piece, Renderer
 from .files import Chunk, RowError
 from .quoting import PRIVATE_TEXT
 from .refusals import kind_of
-from .rows import Conversation, RowFormat, to_conversation
+from .rows import TOO_DEEP, Conversation, RowFormat, to_conversation, undeclared_calls
 from .tokenise import truncate
 
 KINDS = ("trained", "context", "tool", "template", "masked")
@@ -63,6 +63,7 @@ class Tally:
     roles: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)  # messages with a field (role.field) that nothing reads
+    undeclared: Counter[str] = field(default_factory=Counter)  # of these, calls to tools that the row's `tools` doesn't declare
     reasons: Counter[str] = field(default_factory=Counter)
     refusals: list[str] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
@@ -106,8 +107,9 @@ def tally_chunk(
                 raise raw
             conversation = to_conversation(raw, chunk.file, index, form, prompt_only=prompts)
             _count_row(tally, conversation, renderer, prompts, max_length, truncation, history)
-        except ValueError as error:
-            why = str(error) if isinstance(error, RowError) else f"{chunk.file}, row {index}: {error}"
+        except (ValueError, RecursionError) as error:
+            said = TOO_DEEP if isinstance(error, RecursionError) else error
+            why = str(error) if isinstance(error, RowError) else f"{chunk.file}, row {index}: {said}"
             tally.refuse(why)
             continue
         candidates.append((hashlib.sha256(f"{chunk.file}:{index}".encode()).hexdigest()[:16], conversation))
@@ -134,6 +136,7 @@ def _count_row(
     tally.roles.update(message["role"] for message in messages)
     tally.turns[len(conversation.assistant_turns)] += 1
     tally.calls.update(calls)
+    tally.undeclared.update(undeclared_calls(conversation))
     tally.calls_per_row[len(calls)] += 1
     tally.unread.update(unread_fields(conversation, renderer.source))
     tally.dropped_thoughts += 0 if prompts else renderer.dropped_thoughts(conversation)

@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
@@ -16,7 +17,7 @@ from ..batch import Sample
 from .chat import Renderer
 from .files import Chunk, RowError
 from .limits import bounded
-from .rows import RowFormat, to_conversation
+from .rows import TOO_DEEP, RowFormat, to_conversation, undeclared_calls
 
 TRUNCATIONS = ("error", "left", "right", "drop")
 SUMMED = (
@@ -29,6 +30,8 @@ SUMMED = (
     "tokens",
     "trained_tokens",
     "dropped_thoughts",
+    "undeclared_calls",
+    "quoting",
 )
 INLINE_CHUNKS = 4  # so many are tokenised in this process before workers, which take seconds to start, pay off
 
@@ -44,6 +47,8 @@ class DatasetReport:
     truncated: int = 0
     dropped_long: int = 0
     dropped_untrained: int = 0  # samples that have, or have left, no trained token
+    undeclared_calls: int = 0  # calls to tools that the row's `tools` doesn't declare
+    quoting: int = 0  # rows in which somebody's text holds a control token, which stays text
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0  # tokens, before truncation
@@ -59,6 +64,8 @@ class DatasetReport:
             "dropped as too long": self.dropped_long,
             "dropped without a trained token": self.dropped_untrained,
             "turns trained without their reasoning": self.dropped_thoughts,
+            "calls to tools that their row doesn't declare": self.undeclared_calls,
+            "rows whose texts hold control tokens, as text": self.quoting,
         }
         lost = [f"{count:,} {what}" for what, count in counts.items() if count]
         return (
@@ -101,7 +108,7 @@ def truncate(sample: Sample, max_length: int, truncation: str) -> Sample | None:
 def tokenise_chunk(chunk: Chunk, renderer: Renderer, form: RowFormat, max_length: int, truncation: str, history: str) -> Tokenised:
     """Render every row of a chunk; refused rows are collected, not raised."""
     out, rows, split, truncated, long, untrained, longest = Tokenised(), 0, 0, 0, 0, 0, 0
-    thoughts = 0
+    thoughts = undeclared = quoting = 0
     for index, raw in chunk:
         rows += 1
         try:
@@ -117,8 +124,13 @@ def tokenise_chunk(chunk: Chunk, renderer: Renderer, form: RowFormat, max_length
         except ValueError as error:
             out.refusals.append(f"{chunk.file}, row {index}: {error}")
             continue
+        except RecursionError:
+            out.refusals.append(f"{chunk.file}, row {index}: {TOO_DEEP}")
+            continue
         split += len(samples) > 1
         thoughts += renderer.dropped_thoughts(conversation)
+        undeclared += sum(undeclared_calls(conversation).values())
+        quoting += renderer.controls.quoted_in(conversation.messages, conversation.tools)
         for whole, sample in zip(samples, kept, strict=True):
             longest = max(longest, len(whole))
             if sample is None:
@@ -133,6 +145,7 @@ def tokenise_chunk(chunk: Chunk, renderer: Renderer, form: RowFormat, max_length
         rows=rows, samples=len(out.samples), split=split, truncated=truncated, dropped_long=long, dropped_untrained=untrained,
         tokens=sum(map(len, out.samples)), trained_tokens=sum(sample.trained for sample in out.samples), longest=longest,
         highest_id=max((int(sample.tokens.max()) for sample in out.samples), default=-1), dropped_thoughts=thoughts,
+        undeclared_calls=undeclared, quoting=quoting,
     )  # fmt: skip
     return out
 
@@ -151,6 +164,15 @@ def _run_task(chunk: Chunk) -> Any:
     return _task(chunk)
 
 
+def _killed(chunks: Sequence[Chunk]) -> str:
+    """What to say when a process ended with these chunks in work."""
+    rows = " or ".join(f"{chunk.file}, rows {chunk.start:,} to {chunk.start + len(chunk) - 1:,}" for chunk in chunks)
+    return (
+        f"a tokenising process was killed, at {rows or 'its start'}: the system does that where memory is short."
+        " Take fewer of them (data.num_workers; 0: none), or shorter rows."
+    )
+
+
 def map_chunks(task: Callable[[Chunk], Any], chunks: Iterable[Chunk], num_workers: int) -> Iterator[Any]:
     """`task` of every chunk, in order, by `num_workers` processes (0: this one); a few chunks ahead at most."""
     ahead = iter(chunks)
@@ -162,13 +184,17 @@ def map_chunks(task: Callable[[Chunk], Any], chunks: Iterable[Chunk], num_worker
     # Spawned, not forked: the parent may already hold CUDA and threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=(task,))
-    waiting: deque[Future[Any]] = deque()
+    waiting: deque[tuple[Chunk, Future[Any]]] = deque()
     try:
         for chunk in chain([following], ahead):
-            waiting.append(pool.submit(_run_task, chunk))
+            waiting.append((chunk, pool.submit(_run_task, chunk)))
             if len(waiting) > 2 * num_workers:
-                yield waiting.popleft().result()
+                yield waiting[0][1].result()
+                waiting.popleft()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting[0][1].result()
+            waiting.popleft()
+    except BrokenProcessPool as error:
+        raise ValueError(_killed([chunk for chunk, _ in waiting][:num_workers])) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

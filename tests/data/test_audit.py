@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tracemalloc
 from collections import Counter
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -114,6 +115,38 @@ def test_tool_calls_by_name_and_split_history(tmp_path, renderer_of, tool_row):
     assert tally.calls == Counter(calculator=3) and tally.calls_per_row == Counter({3: 1})
     tally = audit(path, renderer_of("qwen3"), num_workers=0, history="split").tally
     assert (tally.rows, tally.split, tally.samples) == (1, 1, 3)
+
+
+def test_calls_of_undeclared_tools_are_told(tmp_path, renderer_of, tool_row):
+    tool_row["messages"][5]["tool_calls"][0]["function"]["name"] = "abacus"
+    path = jsonl(tmp_path / "rows.jsonl", [tool_row])
+    found = audit(path, renderer_of("hermes"), num_workers=0)
+    assert found.tally.undeclared == Counter(abacus=1)
+    assert dict(summary(found))["calls of undeclared tools"] == "1 (abacus 1)"
+    _, report = open_dataset(path, renderer_of("hermes"), cache_dir=tmp_path / "cache", num_workers=0)
+    assert report.undeclared_calls == 1 and "1 calls to tools that their row doesn't declare" in report.sentence()
+
+
+def test_arguments_may_have_any_names_and_values(tmp_path, renderer_of, tool_row):
+    tool_row["messages"][5]["tool_calls"][0]["function"]["arguments"] = {"name": 5, "arguments": [None, 1.5], "function": {}}
+    found = audit(jsonl(tmp_path / "rows.jsonl", [tool_row]), renderer_of("hermes"), num_workers=0)
+    assert found.tally.refused == 0 and '"name": 5' in "".join(text for text, _ in found.tally.shown[0].tokens)
+
+
+def test_a_result_that_the_template_or_a_call_said_before_is_coloured_where_it_stands(tmp_path, renderer_of, tool_row):
+    """`6` inside `36`, and words of the template's own."""
+    messages = tool_row["messages"]
+    messages[0]["content"] = "user"
+    messages[1]["content"] = "name"
+    messages[3]["content"] = "12"
+    messages[4]["content"] = " 0 "
+    messages[6]["content"] = "6"
+    (shown,) = audit(jsonl(tmp_path / "rows.jsonl", [tool_row]), renderer_of("hermes"), num_workers=0).tally.shown
+    runs = [(KINDS[kind], "".join(text for text, _ in run)) for kind, run in groupby(shown.tokens, key=lambda token: token[1])]
+    told = [(kind, text) for kind, text in runs if kind in ("context", "tool")]
+    assert told == [("context", "user"), ("context", "name"), ("tool", "12"), ("tool", "0"), ("tool", "6")]
+    before = "".join(text for _, text in runs[: runs.index(("tool", "6"))])
+    assert before.endswith("<tool_response>\n")
 
 
 def test_rl_prompts(tmp_path, renderer_of):

@@ -1,6 +1,8 @@
 """Files and rows: every form of naming files, every container, and a clear error for everything else."""
 
 import json
+import os
+import signal
 import tracemalloc
 
 import fsspec
@@ -9,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retool.data.files import RowError, columns_of, file_identity, iter_chunks, load_function, resolve_files
+from retool.data.files import Chunk, RowError, columns_of, file_identity, iter_chunks, load_function, resolve_files
 from retool.data.rows import RowFormat, plain, to_conversation
+from retool.data.tokenise import map_chunks, tokenise_chunk
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
@@ -222,6 +225,107 @@ class TestContainers:
         assert found.messages == [USER, ANSWER]
         system = {"role": "system", "content": "S"}
         assert to_conversation({"question": [system, USER], "answer": "Hello"}, "f", 0, form).messages == [system, USER, ANSWER]
+
+
+class TestWhatOpenAIWrites:
+    @pytest.mark.parametrize("value", [0, 0.0, np.int64(0), False])
+    def test_weight_is_loss_mask(self, value):
+        found = to_conversation({"messages": [USER, {**ANSWER, "weight": value}, USER, {**ANSWER, "weight": 1}]}, "f", 0)
+        assert found.messages == [USER, {**ANSWER, "loss_mask": 0}, USER, {**ANSWER, "loss_mask": 1}]
+        both = {**ANSWER, "weight": value, "loss_mask": 0}
+        assert to_conversation({"messages": [USER, both]}, "f", 0).messages == [USER, {**ANSWER, "loss_mask": 0}]
+
+    def test_weights_that_cannot_be_honoured(self):
+        refused({"messages": [USER, {**ANSWER, "weight": 0.5}]}, r"message 1 \(assistant\): weight is 0.5; it is 0 or 1")
+        refused({"messages": [{**USER, "weight": 1}, ANSWER]}, r"message 0 \(user\): weight is 1, but only what the assistant")
+        both = {**ANSWER, "weight": 0, "loss_mask": 1}
+        refused({"messages": [USER, both]}, r"message 1 \(assistant\): loss_mask and weight say the opposite.*keep one")
+
+    def test_functions_and_function_call(self, tmp_path):
+        call = {"name": "f", "arguments": '{"x": 1}'}
+        body = {"name": "f", "parameters": {"type": "object"}}
+        messages = [USER, {"role": "assistant", "content": None, "function_call": call}, {"role": "function", "name": "f", "content": "2"}, ANSWER]
+        tools = [{"type": "function", "function": body}]
+        for functions in ([body], json.dumps([body]), tools):
+            found = to_conversation({"messages": messages, "functions": functions}, "f", 0)
+            made = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+            assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": made}
+            assert found.messages[2] == {"role": "tool", "name": "f", "content": "2"} and found.tools == tools
+        pq.write_table(pa.Table.from_pylist([{"messages": messages, "functions": [body], "other": 1}]), tmp_path / "a.parquet")
+        ((_, row),) = rows_of([str(tmp_path / "a.parquet")], columns=RowFormat().columns)
+        assert to_conversation(row, "f", 0).tools == tools and "other" not in row
+
+    def test_what_is_said_twice_or_not_by_the_assistant_is_refused(self):
+        call = {"name": "f", "arguments": "{}"}
+        refused({"messages": [USER, {**ANSWER, "function_call": call, "tool_calls": [call]}]}, "'function_call' and 'tool_calls': keep one")
+        refused({"messages": [{**USER, "function_call": call}, ANSWER]}, "only the assistant makes tool calls")
+        refused({"messages": [USER, {**ANSWER, "function_call": "f()"}]}, "'function_call' is str")
+        refused({"messages": [USER, ANSWER], "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "'tools' and 'functions' differ: keep one")
+
+    def test_a_column_of_that_name_may_hold_something_else(self):
+        for other in ("sums", ["a", "b"], None, []):
+            assert to_conversation({"messages": [USER, ANSWER], "functions": other}, "f", 0).tools is None
+
+
+class TestBrokenFiles:
+    """Each ends in an error that names file and row."""
+
+    def test_a_deep_line(self, tmp_path):
+        deep = '{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}\n"
+        (tmp_path / "a.jsonl").write_text('{"n": 1}\n' + deep + '{"n": ' + "9" * 5_000 + "}\n")
+        found = rows_of([str(tmp_path / "a.jsonl")])
+        assert "a.jsonl, row 1: line 2 is nested too deeply" in str(found[1][1])
+        assert "a.jsonl, row 2: line 3 can't be read: Exceeds the limit" in str(found[2][1])
+        assert columns_of(str(tmp_path / "a.jsonl")) == ["n"]
+
+    def test_a_row_that_python_can_hold_and_not_go_through(self, renderer_of):
+        value = []
+        for _ in range(5_000):
+            value = [value]
+        refused({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": {"x": value}}]}]}, "nested too deeply")
+        refused({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"x": ' + "[" * 50_000}]}]}, "nested too deeply")
+        deep = {"x": json.loads("[" * 400 + "]" * 400)}
+        rows = [{"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": deep}]}]}]
+        made = tokenise_chunk(Chunk("rows", 5, rows), renderer_of("hermes"), RowFormat(), 10_000, "error", "error")
+        assert made.report.samples == 1 or "rows, row 5: " in made.refusals[0]
+
+    def test_a_damaged_page(self, tmp_path):
+        path = tmp_path / "a.parquet"
+        table = pa.table({"messages": [json.dumps([i, "x" * 50]) for i in range(3_000)]})
+        pq.write_table(table, path, row_group_size=1_000, compression="zstd", use_dictionary=False)
+        data = bytearray(path.read_bytes())
+        start = pq.read_metadata(path).row_group(1).column(0).data_page_offset
+        data[start + 40 : start + 140] = bytes(100)
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.parquet is damaged: it can't be read from row (768|1,000) on .*Copy it again"):
+            rows_of([str(path)])
+
+    def test_text_that_is_not_utf8_names_its_row(self, tmp_path):
+        values = pa.array([b"good", b"\xff\xfe", b"good"]).cast(pa.binary())
+        text = pa.Array.from_buffers(pa.string(), 3, values.buffers())
+        pq.write_table(pa.table({"n": text}), tmp_path / "a.parquet")
+        found = rows_of([str(tmp_path / "a.parquet")])
+        assert [row for _, row in found[::2]] == [{"n": "good"}] * 2
+        assert "a.parquet, row 1: it can't be read" in str(found[1][1])
+
+    def test_a_name_that_is_not_utf8(self, tmp_path):
+        (tmp_path / "good.jsonl").write_text("{}")
+        with open(os.fsencode(tmp_path) + b"/\xff.jsonl", "w") as file:
+            file.write("{}")
+        for name in (str(tmp_path), str(tmp_path / "*"), os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")):
+            with pytest.raises(ValueError, match=r"\\xff\.jsonl isn't UTF-8.*rename") as caught:
+                resolve_files(name)
+            str(caught.value).encode()
+
+    def test_a_killed_tokenising_process(self, monkeypatch):
+        monkeypatch.setattr("retool.data.tokenise.INLINE_CHUNKS", 0)
+        chunks = [Chunk("train.jsonl", 256 * i, [{}] * 256) for i in range(4)]
+        with pytest.raises(ValueError, match=r"killed, at train\.jsonl, rows (0 to 255|256 to 511).*data\.num_workers"):
+            list(map_chunks(killed, chunks, 1))
+
+
+def killed(chunk):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class TestRefusals:
