@@ -12,6 +12,7 @@ from ..batch import Sample
 from .accounting import unread_fields
 from .chat import ROWS_A_CHECK, Piece, Renderer
 from .files import Chunk, RowError
+from .limits import bounded
 from .quoting import PRIVATE_TEXT
 from .refusals import kind_of
 from .rows import TOO_DEEP, Conversation, RowFormat, to_conversation, undeclared_calls
@@ -169,7 +170,8 @@ def joined(pieces: Sequence[Piece]) -> Piece:
 
 def sample_pieces(renderer: Renderer, conversation: Conversation, prompts: bool, history: str) -> list[list[Piece]]:
     """The pieces of every sample; of an RL prompt its one render, generation prompt included."""
-    return [renderer.prompt_pieces(conversation)] if prompts else renderer.pieces(conversation, history)
+    with bounded():  # once for all that is rendered
+        return [renderer.prompt_pieces(conversation)] if prompts else renderer.pieces(conversation, history)
 
 
 def _show(key: str, conversation: Conversation, renderer: Renderer, prompts: bool, history: str, max_length: int, truncation: str) -> Shown:
