@@ -30,12 +30,12 @@ import torch
 from rl_step import write_model
 from table import arguments, hardware, head, row, save, spread
 
-from retool.data.chat import Renderer, load_tokenizer
-from retool.rl.agent import AgentOptions
-from retool.rl.engine.params import SamplingParams, TurnDone
-from retool.rl.reward_pool import Judged
-from retool.rl.rollout import RolloutParts, Sampling, roll_out
-from retool.rl.tools import SCHEMA, ToolResult
+from retool.data.render.renderer import Renderer, load_tokenizer
+from retool.engine.schedule.params import SamplingParams, TurnDone
+from retool.rl.agent.loop import AgentOptions
+from retool.rl.agent.rollout import RolloutParts, Sampling, roll_out
+from retool.rl.agent.tools import SCHEMA, ToolResult
+from retool.rl.reward.pool import Judged
 from retool.rl.types import Prompt, Trajectory
 
 SAMPLES = 8  # of each prompt

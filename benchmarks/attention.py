@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from table import arguments, attempt, failed, hardware, head, measure, row, save, spread
 
-from retool.model import attention_cudnn
-from retool.model.attention import attention, attention_forward_lse, choose_backend
-from retool.model.attention_flash import available
+from retool.model.attention import cudnn as attention_cudnn
+from retool.model.attention.dispatch import attention, attention_forward_lse, choose_backend
+from retool.model.attention.flash import available
 
 BASELINE = "varlen"
 

@@ -10,7 +10,7 @@ the host (*offload*); weights and moments visit the device where they leave no r
 step would end after `--budget` seconds, judged by the one before it, is left out; so is one that the device's memory or the host's
 wouldn't hold. With `--device-memory-gb` below the device's own, torch may take no more than that.
 
-*peak*: the allocator's, on the rank that needs most, against `retool.memory`'s prediction, whose formula then gives the longest n
+*peak*: the allocator's, on the rank that needs most, against `retool.preflight.memory`'s prediction, whose formula then gives the longest n
 that fits in 80 GiB and in this device. MFU doesn't count recomputation. Host memory is per GPU: activations, weights and moments.
 """
 
@@ -34,8 +34,6 @@ from sft import SHAPES, random_weights
 from table import attempt, failed, hardware, head, row
 
 from retool.batch import PackedBatch, Sample, pack
-from retool.machine import MOST_PINNED, host_memory
-from retool.memory import DTYPE_BYTES, OUTSIDE, Setting, choose, predict
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
 from retool.model.decoder import Recompute
@@ -44,6 +42,8 @@ from retool.parallel.collectives import sum_over
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import GIB, StepTimer, device_peak, mfu, model_flops
+from retool.preflight.machine import MOST_PINNED, host_memory
+from retool.preflight.memory import DTYPE_BYTES, OUTSIDE, Setting, choose, predict
 from retool.sft.step import train_step
 
 Offload = bool | Literal["auto"]

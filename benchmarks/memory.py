@@ -1,4 +1,4 @@
-"""Peak memory of training steps, predicted from shapes alone (`retool.memory`) and measured.
+"""Peak memory of training steps, predicted from shapes alone (`retool.preflight.memory`) and measured.
 
     torchrun --nproc_per_node=2 benchmarks/memory.py [--rows 0.5b-none,…] [--json out.json]
     torchrun --nproc_per_node=2 benchmarks/memory.py --shape tiny --scale 64        a look at it on the CPU
@@ -30,13 +30,13 @@ from table import attempt, failed, hardware, head, save
 from table import row as print_row
 
 from retool.batch import PackedBatch, Sample, pack
-from retool.memory import Prediction, Setting, predict
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
 from retool.model.decoder import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import GIB, StepTimer
+from retool.preflight.memory import Prediction, Setting, predict
 from retool.sft.step import train_step
 
 MODELS = SHAPES | {

@@ -20,13 +20,13 @@ import torch
 from rollout import gap
 from table import arguments, attempt, failed, hardware, head, row, save
 
-from retool.checkpoint.pretrained import load_pretrained
+from retool.checkpoint.hf.pretrained import load_pretrained
+from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone
 from retool.model.build import ModelOptions
 from retool.model.config import read_model_config
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
-from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone
-from retool.run import DTYPES
+from retool.model.build import DTYPES
 
 NAMES = ("bf16", "fp16", "fp32")
 

@@ -54,7 +54,7 @@ def write_model(folder: Path, shape: str) -> None:
 
     from examples.quickstart import data
     from examples.quickstart import model as tiny
-    from retool.data.templates import TEMPLATES
+    from retool.data.render.templates import TEMPLATES
 
     texts = [message["content"] for problem in data.make_problems(300, 0) for message in data.to_row(problem, "")["messages"]]
     tokenizer = tiny.train_tokenizer(texts)

@@ -35,14 +35,14 @@ from sft import SHAPES, random_weights
 from table import arguments, failed, hardware, head, row, save
 
 from retool.batch import Sample, pack
-from retool.checkpoint.pretrained import load_pretrained
+from retool.checkpoint.hf.pretrained import load_pretrained
+from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig, read_model_config
 from retool.model.logprobs import logprobs
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
-from retool.rl.engine import Engine, EngineOptions, SamplingParams, TurnDone
 
 AS_RL = ModelOptions(fp32_residual=True)  # as `retool.rl` holds its policy
 BANDWIDTH = {"H100 80GB HBM3": 3.35e12, "H100 PCIe": 2.0e12, "H200": 4.8e12, "A100": 2.0e12}  # bytes per second

@@ -29,9 +29,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from retool.rl.sandbox import Result, Sandbox
-from retool.rl.sandbox.fusion_client import SandboxFusion
-from retool.rl.sandbox.fusion_server import Server
+from retool.sandbox import Result, Sandbox
+from retool.sandbox.fusion_client import SandboxFusion
+from retool.sandbox.fusion_server import Server
 
 PROGRAMS = {
     "print": ("print(1+1)", "2\n"),

@@ -25,7 +25,7 @@ from sft import SHAPES
 from table import arguments, attempt, failed, hardware, head, measure, row, save, spread
 
 from retool.batch import Sample, pack
-from retool.model.attention import choose_backend
+from retool.model.attention.dispatch import choose_backend
 from retool.model.config import ModelConfig
 from retool.model.decoder import Block, Run
 from retool.model.rope import inverse_frequencies, rope_tables

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from retool.rl.tools import ToolResult
+from retool.rl.agent.tools import ToolResult
 
 SCHEMA: dict[str, Any] = {
     "type": "function",

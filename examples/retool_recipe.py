@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from retool.data.files import iter_chunks
-from retool.rl.rewards import retool_score
+from retool.data.read.files import iter_chunks
+from retool.rl.reward.rewards import retool_score
 
 ANSWER_FORMAT = "\nThe answer format must be: \\boxed{'The final answer goes here.'}"
 

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from retool.checkpoint.pretrained import load_pretrained
-from retool.data.chat import Renderer, load_tokenizer
+from retool.checkpoint.hf.pretrained import load_pretrained
+from retool.data.render.renderer import Renderer, load_tokenizer
+from retool.engine import Engine, EngineOptions
 from retool.model.config import read_model_config
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import make_mesh
-from retool.rl.advantages import grpo
-from retool.rl.agent import AgentOptions
-from retool.rl.batching import Budget, Row, rank_batches
-from retool.rl.engine import Engine, EngineOptions
-from retool.rl.judging import Judged
-from retool.rl.policy import LossSpec, update_step
-from retool.rl.rollout import RolloutParts, Sampling, roll_out
+from retool.rl.agent.loop import AgentOptions
+from retool.rl.agent.rollout import RolloutParts, Sampling, roll_out
+from retool.rl.objective.advantages import grpo
+from retool.rl.objective.batching import Budget, Row, rank_batches
+from retool.rl.objective.policy import LossSpec, update_step
+from retool.rl.reward.judging import Judged
 from retool.rl.types import Prompt, Trajectory
 
 PROMPTS, SAMPLES, TOKENS, LR = 4, 8, 12, 1e-2

@@ -13,7 +13,7 @@ COMMANDS = (
     ("retool.data", "audit FILES --model M", "checks a data set and shows what of it is trained"),
     ("retool.checkpoint", "merge | verify | convert | ls DIR", "turns checkpoints into Hugging Face folders or other world sizes"),
     ("retool.report", "RUN_DIR [RUN_DIR …]", "one HTML page about a run, or a comparison of several"),
-    ("retool.rl.sandbox", "doctor | serve", "says what isolates generated programs here; runs them for others"),
+    ("retool.sandbox", "doctor | serve", "says what isolates generated programs here; runs them for others"),
 )
 
 

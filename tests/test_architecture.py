@@ -15,11 +15,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "retool"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# A part may import from itself and from parts of a lower level; `sft` and `rl`, `data` and `checkpoint` are on one level.
+# A room may import from itself and from rooms of a lower floor; `sft` and `rl`, `data`, `checkpoint` and `engine` are on one floor.
+# The sandbox stands alone: nothing of retool is imported by it, and it runs in an interpreter that can't import retool.
 LEVELS = {
-    "batch": 0, "redact": -1, "config": 0, "own_folder": 0, "untrusted": 0, "metrics": 1, "options": 2, "perf": 1, "parallel": 2, "preemption": 3, "watchdog": 3, "model": 3, "optim": 3,
-    "data": 4, "checkpoint": 4, "machine": 2, "memory": 5, "run": 5, "identity": 5, "verdict": 2, "plan": 6, "saving": 7, "show": 7,
-    "resume": 7, "preflight": 8, "start": 8, "sft": 9, "rl": 9, "transcripts": 1, "report": 10,
+    "files": 0, "sandbox": 0, "batch": 0, "perf": 0,
+    "config": 1,
+    "metrics": 2, "parallel": 2,
+    "optim": 3, "model": 3,
+    "data": 4, "checkpoint": 4, "engine": 4,
+    "preflight": 5,
+    "run": 6,
+    "sft": 7, "rl": 7,
+    "report": 8,
 }  # fmt: skip
 
 

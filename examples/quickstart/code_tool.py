@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 
-from retool.rl.sandbox import Limits, Sandbox
-from retool.rl.tools import result_text
+from retool.rl.agent.tools import result_text
+from retool.sandbox import Limits, Sandbox
 
 SECONDS, MEMORY_MB, WORKERS = 5, 512, 2
 LIMITS = Limits(wall_seconds=SECONDS, cpu_seconds=2 * SECONDS, memory_mb=MEMORY_MB, output_kb=1)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .data import TOOL, Problem
-from .model import TURN_END
+from examples.quickstart.data import TOOL, Problem
+from examples.quickstart.model import TURN_END
 
 CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 BOXED = re.compile(r"\\boxed\{(-?\d+)\}")

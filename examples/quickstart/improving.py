@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from .data import TOOL
-from .evaluate import parse_turn
-from .training import Step, bar
+from examples.quickstart.data import TOOL
+from examples.quickstart.evaluate import parse_turn
+from examples.quickstart.training import Step, bar
 
 PROMPTS, SAMPLES = 16, 8  # of a step: questions, and answers to each
 HELD_OUT_SAMPLES = 4
@@ -24,7 +24,7 @@ ARR = "actor_rollout_ref"
 def write_tools(path: Path, isolation: str, seconds: float, memory_mb: int, workers: int) -> None:
     """The tool file: the SFT data's tool, run by the embedded sandbox."""
     config = {"isolation": isolation, "default_timeout": seconds, "memory_limit_mb": memory_mb, "num_workers": workers}
-    tool = {"class_name": "retool.rl.tools.CodeInterpreter", "config": config, "tool_schema": TOOL}
+    tool = {"class_name": "retool.rl.agent.tools.CodeInterpreter", "config": config, "tool_schema": TOOL}
     path.write_text(yaml.safe_dump({"tools": [tool]}, sort_keys=False))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from .data import TOOL, Problem, to_row
+from examples.quickstart.data import TOOL, Problem, to_row
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM

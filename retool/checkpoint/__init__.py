@@ -1,8 +1,8 @@
 """Checkpoints: sharded files that any world size resumes from, Hugging Face folders in and out."""
 
-from retool.checkpoint.hf import SafetensorsSource
+from retool.checkpoint.format.source import ModelState, TensorSource, load_flat
+from retool.checkpoint.hf.folder import SafetensorsSource
 from retool.checkpoint.read import Loaded, load
-from retool.checkpoint.source import ModelState, TensorSource, load_flat
 from retool.checkpoint.staging import PendingSave, SaveOptions, SaveResult, Staging
 from retool.checkpoint.whole import latest, load_whole
 from retool.checkpoint.write import save

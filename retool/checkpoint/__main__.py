@@ -19,8 +19,8 @@ from retool.checkpoint.merge import convert, merge
 from retool.checkpoint.shards import ShardSource
 from retool.checkpoint.verify import assurance, verify
 from retool.checkpoint.whole import latest
+from retool.files.untrusted import shown
 from retool.metrics import printable
-from retool.untrusted import shown
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -15,8 +15,17 @@ import re
 import shutil
 from pathlib import Path
 
-from retool.checkpoint.folder import CHECKSUMS, MARK, TRACKER, fsync, model_folder, steps, tracked, write_text
-from retool.redact import logger
+from retool.checkpoint.folder import (
+    CHECKSUMS,
+    MARK,
+    TRACKER,
+    fsync,
+    model_folder,
+    steps,
+    tracked,
+    write_text,
+)
+from retool.config.redact import logger
 
 UNFINISHED = re.compile(r"global_step_\d+\.(\d+\.)?(tmp|old)")
 WORDS = "This folder is being written or deleted, or was when its process died. It may be deleted, and the next save does.\n"

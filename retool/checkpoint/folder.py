@@ -19,10 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from retool import __version__, untrusted
-from retool.checkpoint.archive import BLOCK
-from retool.redact import logger
-from retool.untrusted import shown
+from retool import __version__
+from retool.checkpoint.format.archive import BLOCK
+from retool.config.redact import logger
+from retool.files import untrusted
+from retool.files.untrusted import shown
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"

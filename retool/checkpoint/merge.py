@@ -15,15 +15,22 @@ from typing import Any
 import torch
 
 from retool.checkpoint import folder as on_disk
-from retool.checkpoint.archive import WAY_OUT, write_archive
 from retool.checkpoint.claim import claim, publish, remove
-from retool.checkpoint.content import Place, frozen, model_content, optimizer_content
-from retool.checkpoint.hf import copy_side_files, tied, untie
+from retool.checkpoint.format.archive import WAY_OUT, write_archive
+from retool.checkpoint.format.content import Place, frozen, model_content, optimizer_content
+from retool.checkpoint.format.rows import all_rows, rows_numel
+from retool.checkpoint.format.safetensors import INDEX, SHARD_BYTES, SINGLE, WeightsWriter
+from retool.checkpoint.format.source import CHUNK, same_values
+from retool.checkpoint.hf.folder import copy_side_files, tied, untie
 from retool.checkpoint.mixture import require_one_step
-from retool.checkpoint.rows import all_rows, rows_numel
-from retool.checkpoint.safetensors import INDEX, SHARD_BYTES, SINGLE, WeightsWriter
-from retool.checkpoint.shards import Shards, ShardSource, extra_state, optimizer_step, parameter_group, step_of
-from retool.checkpoint.source import CHUNK, same_values
+from retool.checkpoint.shards import (
+    Shards,
+    ShardSource,
+    extra_state,
+    optimizer_step,
+    parameter_group,
+    step_of,
+)
 from retool.parallel.fsdp.layout import Layout, make_layout
 
 HEAD = "lm_head.weight"

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from retool.checkpoint.archive import WAY_OUT
-from retool.checkpoint.content import SAVED_AT
-from retool.checkpoint.folder import CHECKSUMS, CONFIG, read_json, recorded, shard_name, written_by_us
+from retool.checkpoint.folder import (
+    CHECKSUMS,
+    CONFIG,
+    read_json,
+    recorded,
+    shard_name,
+    written_by_us,
+)
+from retool.checkpoint.format.archive import WAY_OUT
+from retool.checkpoint.format.content import SAVED_AT
+from retool.checkpoint.format.stored import Attributed
 from retool.checkpoint.shards import Shards, extra_state, optimizer_steps
-from retool.checkpoint.stored import Attributed
-from retool.redact import logger
+from retool.config.redact import logger
 
 NOTHING_VOUCHES = (
     f"it has no {CHECKSUMS}, so nothing vouches for its files belonging together: "

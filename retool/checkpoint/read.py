@@ -10,11 +10,20 @@ from typing import Any
 import torch
 
 from retool.checkpoint import rng
-from retool.checkpoint.archive import WAY_OUT
-from retool.checkpoint.folder import CONFIG, DATA, faults, model_folder, read_json, shard_name, world_size, written_by_us
+from retool.checkpoint.folder import (
+    CONFIG,
+    DATA,
+    faults,
+    model_folder,
+    read_json,
+    shard_name,
+    world_size,
+    written_by_us,
+)
+from retool.checkpoint.format.archive import WAY_OUT
+from retool.checkpoint.format.source import ModelState, load_flat, require_finite
 from retool.checkpoint.mixture import require_one_step_unless_vouched
 from retool.checkpoint.shards import Shards, ShardSource, optimizer_step, own_state, step_of
-from retool.checkpoint.source import ModelState, load_flat, require_finite
 from retool.parallel.mesh import Mesh
 
 

@@ -12,7 +12,7 @@ from typing import final
 import fsspec
 
 from retool.checkpoint.folder import TRACKER
-from retool.redact import logger
+from retool.config.redact import logger
 
 ATTEMPTS = 4
 STALL_S = 300.0  # that a store may be silent at the end of a run, all attempts at a file included,

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from retool.checkpoint.archive import WAY_OUT, TorchFile
 from retool.checkpoint.folder import first_missing, recorded, shard_name, world_size, written_by_us
-from retool.checkpoint.rows import row_range
-from retool.checkpoint.stored import Sharded, Stored
-from retool.untrusted import shown
+from retool.checkpoint.format.archive import WAY_OUT, TorchFile
+from retool.checkpoint.format.rows import row_range
+from retool.checkpoint.format.stored import Sharded, Stored
+from retool.files.untrusted import shown
 
 MOST_PARAMETERS = 1 << 20
 MOST_STEPS = 1 << 53

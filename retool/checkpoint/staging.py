@@ -11,11 +11,11 @@ from typing import final
 import torch
 import torch.distributed as dist
 
-from retool.checkpoint.agreement import Failed, agreed
+from retool.checkpoint.format.rows import rows_numel, to_rows, unit_numel
+from retool.checkpoint.format.source import ModelState
 from retool.checkpoint.remote import Mirror
-from retool.checkpoint.rows import rows_numel, to_rows, unit_numel
-from retool.checkpoint.source import ModelState
-from retool.own_folder import OwnFolder
+from retool.files.own_folder import OwnFolder
+from retool.parallel.agreement import Failed, agreed
 from retool.parallel.mesh import Mesh
 
 CONTENTS = ("model", "optimizer", "extra", "hf_model")

@@ -10,13 +10,13 @@ from typing import TypeVar
 import torch
 
 from retool.checkpoint import folder as on_disk
-from retool.checkpoint.archive import TorchFile
-from retool.checkpoint.hf import SafetensorsSource
+from retool.checkpoint.format.archive import TorchFile
+from retool.checkpoint.format.safetensors import INDEX
+from retool.checkpoint.format.source import CHUNK, TensorSource, match_names, require_tied
+from retool.checkpoint.hf.folder import SafetensorsSource
 from retool.checkpoint.merge import Progress, stored_names
 from retool.checkpoint.mixture import NOTHING_VOUCHES, require_one_step
-from retool.checkpoint.safetensors import INDEX
 from retool.checkpoint.shards import ShardSource, read_state
-from retool.checkpoint.source import CHUNK, TensorSource, match_names, require_tied
 from retool.model.build import plan_layout
 from retool.model.config import read_model_config
 

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from retool.checkpoint.archive import BLOCK
 from retool.checkpoint.folder import candidates, faults, model_folder, recorded
+from retool.checkpoint.format.archive import BLOCK
+from retool.checkpoint.format.source import ModelState
 from retool.checkpoint.read import Loaded, Unusable, load
-from retool.checkpoint.source import ModelState
+from retool.config.redact import logger
 from retool.parallel.collectives import gather_objects
 from retool.parallel.mesh import Mesh
-from retool.redact import logger
 
 FIRST_RANK = "_rank_0.pt"
 

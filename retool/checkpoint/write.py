@@ -22,18 +22,18 @@ import torch
 import torch.distributed as dist
 
 from retool.checkpoint import folder as on_disk
-from retool.checkpoint.agreement import Failed, agreed, describe, shared
-from retool.checkpoint.archive import write_archive
 from retool.checkpoint.claim import claim, clear_torn, prune, publish, remove, track
-from retool.checkpoint.content import Place, frozen, model_content, optimizer_content
-from retool.checkpoint.export import export_weights
-from retool.checkpoint.hf import copy_side_files
+from retool.checkpoint.format.archive import write_archive
+from retool.checkpoint.format.content import Place, frozen, model_content, optimizer_content
+from retool.checkpoint.format.source import ModelState
+from retool.checkpoint.hf.export import export_weights
+from retool.checkpoint.hf.folder import copy_side_files
 from retool.checkpoint.remote import Mirror
 from retool.checkpoint.rng import capture
-from retool.checkpoint.source import ModelState
 from retool.checkpoint.staging import CONTENTS, PendingSave, SaveOptions, SaveResult, Staging, stage
+from retool.config.redact import logger
+from retool.parallel.agreement import Failed, agreed, describe, shared
 from retool.parallel.mesh import Mesh
-from retool.redact import logger
 
 log = logger("retool.checkpoint")
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from omegaconf import MISSING
 
-from retool.redact import redact, redact_word
+from retool.config.redact import redact, redact_word
 
 C = TypeVar("C")
 REQUIRED = MISSING

@@ -14,13 +14,13 @@ from typing import Any
 
 from rich.console import Console
 
-from ..model.hub import find_model
-from .audit import RowProgress, audit, clean, count_rows, show_audit
-from .chat import HISTORIES, Renderer, load_tokenizer, other_tokens
-from .dates import fix_date, today
-from .files import load_function, resolve_files
-from .page import write_page
-from .tokenise import TRUNCATIONS
+from retool.data.audit.audit import RowProgress, audit, clean, count_rows, show_audit
+from retool.data.audit.page import write_page
+from retool.data.read.files import load_function, resolve_files
+from retool.data.render.dates import fix_date, today
+from retool.data.render.renderer import HISTORIES, Renderer, load_tokenizer, other_tokens
+from retool.data.tokenise import TRUNCATIONS
+from retool.model.hub import find_model
 
 EXAMPLE = "example: python -m retool.data audit train.parquet --model Qwen/Qwen2.5-0.5B-Instruct --max-length 16384 --html audit.html"
 

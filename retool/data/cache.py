@@ -24,14 +24,28 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from ..batch import Sample
-from ..redact import logger
-from .chat import HISTORIES, Renderer
-from .files import file_identity, iter_chunks, load_function, resolve_files
-from .integrity import BackgroundCheck, checked_by_this_run, damage, is_small, read_report, seal
-from .refusals import Refusals
-from .rows import RowFormat
-from .tokenise import TRUNCATIONS, DatasetReport, Tokenised, add_reports, map_chunks, tokenise_chunk
+from retool.batch import Sample
+from retool.config.redact import logger
+from retool.data.integrity import (
+    BackgroundCheck,
+    checked_by_this_run,
+    damage,
+    is_small,
+    read_report,
+    seal,
+)
+from retool.data.read.files import file_identity, iter_chunks, load_function, resolve_files
+from retool.data.read.refusals import Refusals
+from retool.data.read.rows import RowFormat
+from retool.data.render.renderer import HISTORIES, Renderer
+from retool.data.tokenise import (
+    TRUNCATIONS,
+    DatasetReport,
+    Tokenised,
+    add_reports,
+    map_chunks,
+    tokenise_chunk,
+)
 
 SCANNED_TOKENS = 1 << 22
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -195,7 +209,7 @@ def _code() -> str:
     import tokenizers
     import transformers
 
-    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.*")) if path.suffix in (".py", ".jinja")]
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.*")) if path.suffix in (".py", ".jinja")]
     return f"{hashlib.sha256(b''.join(sources)).hexdigest()}:{transformers.__version__}:{tokenizers.__version__}"
 
 

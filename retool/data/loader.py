@@ -11,9 +11,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from ..batch import PackedBatch, Sample, pack
-from .cache import Dataset, DatasetReport, open_dataset
-from .packing import QUADRATIC_LENGTH, plan_step
+from retool.batch import PackedBatch, Sample, pack
+from retool.data.cache import Dataset, DatasetReport, open_dataset
+from retool.data.packing import QUADRATIC_LENGTH, plan_step
 
 __all__ = ["Dataset", "DatasetReport", "Samples", "StepBatch", "epoch_order", "iterate_steps", "iterate_validation", "open_dataset",
            "step_batch", "steps_per_epoch"]  # fmt: skip

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
 
-from ..batch import Sample
-from .chat import Renderer
-from .files import Chunk, RowError
-from .limits import bounded
-from .rows import TOO_DEEP, RowFormat, to_conversation, undeclared_calls
+from retool.batch import Sample
+from retool.data.read.files import Chunk, RowError
+from retool.data.read.rows import TOO_DEEP, RowFormat, to_conversation, undeclared_calls
+from retool.data.render.limits import bounded
+from retool.data.render.renderer import Renderer
 
 TRUNCATIONS = ("error", "left", "right", "drop")
 SUMMED = (

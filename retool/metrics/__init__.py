@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from retool.config import Fault
+from retool.config.redact import redact
 from retool.metrics.console import ConsoleLogger, phases, printable
 from retool.metrics.jsonl import JsonlLogger, read_jsonl
 from retool.metrics.logger import Logger, Row, RunInfo
 from retool.metrics.trackers import TRACKERS
-from retool.redact import redact
 
 __all__ = [
     "EXTRAS", "LOGGERS", "ConsoleLogger", "JsonlLogger", "Logger", "Loggers", "RunInfo", "missing_extras", "open_loggers", "phases",

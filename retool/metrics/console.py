@@ -11,8 +11,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from retool.config.redact import redact
 from retool.metrics.logger import Row, RunInfo
-from retool.redact import redact
 
 HEADLINE = (  # what a step's line shows, in order: (metric, label, format)
     ("train/loss", "loss", ".4f"),

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from retool.config.redact import logger
 from retool.metrics.logger import Row, RunInfo
-from retool.redact import logger
 
 log = logger("retool.metrics")
 

@@ -1,4 +1,4 @@
-"""From a model's configuration to a sharded decoder without weights yet; `retool.checkpoint.pretrained` fills it."""
+"""From a model's configuration to a sharded decoder without weights yet; `retool.checkpoint.hf.pretrained` fills it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from retool.model.attention import choose_backend
+from retool.model.attention.dispatch import choose_backend
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder, Recompute, Run
 from retool.model.offload import Offload
@@ -16,6 +16,8 @@ from retool.parallel.fsdp import Sharded, shard
 from retool.parallel.fsdp.layout import Layout, SlotSpec, make_layout
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}  # as configurations name them
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from retool.batch import PackedBatch
-from retool.model.attention import attention, attention_forward_lse, attention_from_saved
+from retool.model.attention.dispatch import attention, attention_forward_lse, attention_from_saved
 from retool.model.config import ModelConfig
 from retool.model.offload import Offload
 from retool.model.recompute import recomputed, unviewed

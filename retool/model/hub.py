@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from retool.untrusted import read_bytes
+from retool.files.untrusted import read_bytes
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]  # .py: tokenizers with code of their own

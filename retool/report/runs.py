@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from retool.config import REQUIRED, leaves
-from retool.redact import redact
+from retool.config.redact import redact
+from retool.metrics.transcripts import FOLDER, read_transcripts
 from retool.report.glossary import MEANINGS, meaning
 from retool.report.series import MOST_VALUES, Series, is_number, read_series
 from retool.report.settings import in_words, read_config, require_small
-from retool.transcripts import FOLDER, read_transcripts
 
 TEXT_KEYS = ("split", "data_source", "prompt", "ground_truth", "stop")
 ENTRY_KEYS = ("step", "split", "data_source", "prompt", "ground_truth", "reward", "stop", "num_turns")

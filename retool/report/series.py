@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from retool.untrusted import read_lines, shown
+from retool.files.untrusted import read_lines, shown
 
 LINE_BYTES = 1 << 20  # of metrics.jsonl; real lines have one or two thousand
 MOST_STEPS = 10_000  # points of one curve

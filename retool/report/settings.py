@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from retool.redact import redact
-from retool.untrusted import read_bytes
+from retool.config.redact import redact
+from retool.files.untrusted import read_bytes
 
 CONFIG_BYTES = 256 << 10  # real ones have less than ten thousand
 MOST_PARTS = 20_000  # keys and values, each as often as it is referred to

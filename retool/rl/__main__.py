@@ -7,10 +7,10 @@ import os
 import sys
 
 from retool.config import help_text, read
+from retool.config.redact import hide_in_tracebacks
 from retool.metrics import warn_from_first_rank
-from retool.redact import hide_in_tracebacks
 from retool.rl.config import RLConfig
-from retool.rl.keys import EXAMPLE, SYNONYMS
+from retool.rl.preflight.keys import EXAMPLE, SYNONYMS
 
 
 def main(words: list[str]) -> int:
@@ -21,10 +21,10 @@ def main(words: list[str]) -> int:
     warn_from_first_rank(int(os.environ.get("RANK", 0)))
     hide_in_tracebacks()
     checking = "--check" in words
-    from retool.rl.preflight import preflight
-    from retool.rl.show import in_words
-    from retool.rl.tools import close_tools
-    from retool.start import start
+    from retool.rl.agent.tools import close_tools
+    from retool.rl.preflight.checks import preflight
+    from retool.rl.preflight.show import in_words
+    from retool.run.start import start
 
     report = preflight(read(RLConfig, [w for w in words if w != "--check"], SYNONYMS), planning=checking)
 

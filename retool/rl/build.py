@@ -11,36 +11,36 @@ import torch
 import torch.distributed as dist
 
 from retool import checkpoint
-from retool.checkpoint.pretrained import load_pretrained
+from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.config import to_dict
+from retool.engine import Engine
+from retool.files.own_folder import OwnFolder
 from retool.metrics import Loggers, RunInfo, open_loggers
-from retool.model.build import ModelOptions
+from retool.model.build import DTYPES, ModelOptions
 from retool.optim import AdamW, AdamWOptions
-from retool.own_folder import OwnFolder
 from retool.parallel.collectives import gather_objects
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
 from retool.perf import quadratic_length
-from retool.preemption import StopRequest
-from retool.resume import load_checkpoint
-from retool.rl.agent import AgentOptions
-from retool.rl.batching import Budget
+from retool.preflight.resume import load_checkpoint
+from retool.rl.agent.loop import AgentOptions
+from retool.rl.agent.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.config import RLConfig
 from retool.rl.data import prompts_at
-from retool.rl.engine import Engine
 from retool.rl.eos import eos_ids
-from retool.rl.judges import open_judges
-from retool.rl.judging import Judges
-from retool.rl.losses import Clip
-from retool.rl.memory import engine_options
-from retool.rl.plan import Report, uses_reference
-from retool.rl.policy import LossSpec
-from retool.rl.rollout import Overlong, RolloutParts, Sampling
+from retool.rl.objective.batching import Budget
+from retool.rl.objective.losses import Clip
+from retool.rl.objective.policy import LossSpec
+from retool.rl.preflight.memory import engine_options
+from retool.rl.preflight.plan import Report, uses_reference
+from retool.rl.reward.judges import open_judges
+from retool.rl.reward.judging import Judges
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
-from retool.run import DTYPES, make_run_folder, say
-from retool.saving import model_state, restore_optimizer, save_options
-from retool.watchdog import Watchdog
+from retool.run.folder import make_run_folder, say
+from retool.run.preemption import StopRequest
+from retool.run.saving import model_state, restore_optimizer, save_options
+from retool.run.watchdog import Watchdog
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ from dataclasses import replace
 import torch
 
 from retool.parallel.collectives import gather_objects
-from retool.rl import filter as dynamic
+from retool.rl.agent.rollout import RolloutTimes, Sampling, roll_out
 from retool.rl.build import Run, stream, training_sampling
-from retool.rl.experience import timed
 from retool.rl.failures import count_lost, require_scores, warn_of_failures
-from retool.rl.memory import ROOM
 from retool.rl.metrics import failure_metrics
-from retool.rl.rollout import RolloutTimes, Sampling, roll_out
+from retool.rl.objective import filter as dynamic
+from retool.rl.objective.experience import timed
+from retool.rl.preflight.memory import ROOM
 from retool.rl.state import TrainState, regroup
 from retool.rl.types import LOST, Group, Prompt, Scored
-from retool.run import say
+from retool.run.folder import say
 
 EMPTY_ROUNDS = 20  # rounds of dynamic sampling in a row without a single group worth training on
 Metrics = dict[str, float]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from retool import options
-from retool.config import REQUIRED, option
-from retool.options import DTYPE_SPELLINGS, AutoDtype, CheckpointConfig, FSDPConfig
+from retool.config import REQUIRED, option, options
+from retool.config.options import DTYPE_SPELLINGS, AutoDtype, CheckpointConfig, FSDPConfig
 
 KL = Literal["k1", "k2", "k3", "abs", "k1+", "k2+", "k3+", "abs+"]
 KL_SPELLINGS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "kl+": "k1+", "mse+": "k2+", "low_var_kl+": "k3+"}

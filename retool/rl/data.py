@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from retool.data.chat import Renderer
-from retool.data.files import RowError, RowFunction, iter_chunks
 from retool.data.loader import epoch_order
-from retool.data.refusals import Refusals
-from retool.data.rows import AS_LIST, RowFormat, plain, to_conversation, without_nulls
+from retool.data.read.files import RowError, RowFunction, iter_chunks
+from retool.data.read.refusals import Refusals
+from retool.data.read.rows import AS_LIST, RowFormat, plain, to_conversation, without_nulls
+from retool.data.render.renderer import Renderer
 from retool.rl.types import Prompt
 
 PAIRS = (("Problem", "Answer"), ("problem", "answer"), ("question", "answer"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from retool.rl.filter import UnusableSamples
+from retool.rl.objective.filter import UnusableSamples
 from retool.rl.state import TrainState
 from retool.rl.types import FAILURE, TOOL_FAILURE, Scored
 

@@ -8,10 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from retool.data.chat import Renderer
-from retool.rl.agent import turn_text
+from retool.data.render.renderer import Renderer
+from retool.metrics.transcripts import (
+    Segment,
+    Transcript,
+    split_by_mask,
+    token_texts,
+    write_transcripts,
+)
+from retool.rl.agent.loop import turn_text
 from retool.rl.types import Group, Scored
-from retool.transcripts import Segment, Transcript, split_by_mask, token_texts, write_transcripts
 
 SHOWN = 8  # training trajectories a step, with their tokens
 

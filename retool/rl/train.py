@@ -15,10 +15,9 @@ import torch.distributed as dist
 from retool.optim import learning_rate
 from retool.parallel.mesh import make_mesh
 from retool.perf import device_peak, mfu, model_flops, peak_memory
-from retool.plan import agree
-from retool.preemption import die_with_parent
-from retool.resume import to_resume
-from retool.rl.batching import mini_batches, rank_batches
+from retool.preflight.plan import agree
+from retool.preflight.resume import to_resume
+from retool.rl.agent.tools import close_tools
 from retool.rl.build import (
     Run,
     build_run,
@@ -29,20 +28,35 @@ from retool.rl.build import (
 )
 from retool.rl.collect import collect, release, sample, sync
 from retool.rl.config import RLConfig, aggregation
-from retool.rl.experience import Experience, make_experience, timed
 from retool.rl.failures import lost_to, require_infrastructure, require_scores
-from retool.rl.filter import UnusableSamples
-from retool.rl.identity import fingerprint
-from retool.rl.metrics import failure_metrics, length_metrics, score_metrics, timing_metrics, tool_metrics
-from retool.rl.plan import Report
-from retool.rl.policy import update_step
+from retool.rl.metrics import (
+    failure_metrics,
+    length_metrics,
+    score_metrics,
+    timing_metrics,
+    tool_metrics,
+)
+from retool.rl.objective.batching import mini_batches, rank_batches
+from retool.rl.objective.experience import Experience, make_experience, timed
+from retool.rl.objective.filter import UnusableSamples
+from retool.rl.objective.policy import update_step
+from retool.rl.preflight.identity import fingerprint
+from retool.rl.preflight.plan import Report
 from retool.rl.report import write_training, write_validation
 from retool.rl.state import TrainState, adapted_kl_coef
-from retool.rl.tools import close_tools
 from retool.rl.types import Group, Scored, trainable
 from retool.rl.validate import validation_metrics
-from retool.run import say, say_ended, seed_everything
-from retool.saving import look_at_weights, orderly_end, require_saved, require_trained, save_step, say_saved, watched
+from retool.run.folder import say, say_ended, seed_everything
+from retool.run.preemption import die_with_parent
+from retool.run.saving import (
+    look_at_weights,
+    orderly_end,
+    require_saved,
+    require_trained,
+    save_step,
+    say_saved,
+    watched,
+)
 
 PARTS = ("sync_weights", "gen", "tools", "reward", "old_log_prob", "adv", "update_actor")  # of every step, whatever it does without
 Metrics = dict[str, float]

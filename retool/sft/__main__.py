@@ -7,8 +7,8 @@ import sys
 from contextlib import nullcontext
 
 from retool.config import help_text, read
+from retool.config.redact import hide_in_tracebacks
 from retool.metrics import warn_from_first_rank
-from retool.redact import hide_in_tracebacks
 from retool.sft.config import EXAMPLE, SYNONYMS, SFTConfig
 
 
@@ -21,9 +21,9 @@ def main(words: list[str]) -> int:
     warn_from_first_rank(rank)
     hide_in_tracebacks()
     checking = "--check" in words
+    from retool.run.start import start
     from retool.sft.preflight import preflight
     from retool.sft.show import in_words, rows_read
-    from retool.start import start
 
     with rows_read() if rank == 0 else nullcontext() as progress:
         report = preflight(read(SFTConfig, [w for w in words if w != "--check"], SYNONYMS), planning=checking, progress=progress)

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from retool import options
-from retool.config import REQUIRED, Fault, option
-from retool.options import CheckpointConfig, FSDPConfig, RunOptions
+from retool.config import REQUIRED, Fault, option, options
+from retool.config.options import CheckpointConfig, FSDPConfig, RunOptions
 
 
 @dataclass(frozen=True)

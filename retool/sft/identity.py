@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from retool.identity import Trait, model_traits
+from retool.preflight.identity import Trait, model_traits
 from retool.sft.plan import Report, Split
 
 FILES = "data.train_files"

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from retool.config.options import RunOptions
 from retool.data.cache import Dataset, DatasetReport
-from retool.memory import Choice, choose
-from retool.options import RunOptions
-from retool.plan import RECOMPUTE, RunReport, gpu_memory, setting_of
+from retool.preflight.memory import Choice, choose
+from retool.preflight.plan import RECOMPUTE, RunReport, gpu_memory, setting_of
 from retool.sft.config import SFTConfig, run_options
 
 BUSY = 8_192  # tokens per GPU whose forward and backward take the device longer than the host needs to enqueue them, at 0.5B parameters

@@ -18,17 +18,27 @@ from typing import Any, Literal
 from retool.config import Fault, Parsed
 from retool.data.__main__ import parser as audit_parser
 from retool.data.cache import open_dataset
-from retool.data.chat import Renderer, load_tokenizer, other_tokens
-from retool.data.dates import fix_date, shows_date
-from retool.data.files import load_function, resolve_files
-from retool.data.rows import RowFormat
-from retool.machine import check_host_memory
-from retool.memory import OUTSIDE, SLACK
+from retool.data.read.files import load_function, resolve_files
+from retool.data.read.rows import RowFormat
+from retool.data.render.dates import fix_date, shows_date
+from retool.data.render.renderer import Renderer, load_tokenizer, other_tokens
 from retool.metrics import missing_extras
 from retool.perf import GIB
-from retool.plan import gpu_memory, host_bytes
-from retool.preflight import Box, attempt, box_of, check_ids, check_run, check_tokenizer, notes_of, read_world, with_model
-from retool.resume import check_checkpoint, find_checkpoint, template_date
+from retool.preflight.checks import (
+    Box,
+    attempt,
+    box_of,
+    check_ids,
+    check_run,
+    check_tokenizer,
+    notes_of,
+    read_world,
+    with_model,
+)
+from retool.preflight.machine import check_host_memory
+from retool.preflight.memory import OUTSIDE, SLACK
+from retool.preflight.plan import gpu_memory, host_bytes
+from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
 from retool.sft.config import SFTConfig, contradictions
 from retool.sft.identity import with_identity
 from retool.sft.plan import Report, Split, choose_for, remedies

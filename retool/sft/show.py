@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from retool.memory import Choice
+from retool.preflight.memory import Choice
+from retool.preflight.show import memory_words, model_words, written_words
 from retool.sft.config import SFTConfig
 from retool.sft.plan import Report, fills
-from retool.show import memory_words, model_words, written_words
 
 
 @contextmanager

@@ -9,23 +9,31 @@ from typing import Any
 import torch
 
 from retool import checkpoint
-from retool.checkpoint.pretrained import load_pretrained
+from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.config import to_dict
 from retool.data.loader import Dataset, StepBatch, iterate_steps, iterate_validation
-from retool.memory import Choice
+from retool.files.own_folder import OwnFolder
 from retool.metrics import Loggers, RunInfo, open_loggers
-from retool.model.build import ModelOptions
+from retool.model.build import DTYPES, ModelOptions
 from retool.model.decoder import Decoder
 from retool.optim import AdamW, AdamWOptions, learning_rate
-from retool.own_folder import OwnFolder
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
-from retool.perf import StepTimer, StepTimes, device_peak, mfu, model_flops, peak_memory, quadratic_length
-from retool.plan import agree
-from retool.preemption import StopRequest, die_with_parent
-from retool.resume import load_checkpoint, to_resume
-from retool.run import DTYPES, make_run_folder, say, say_ended, seed_everything
-from retool.saving import (
+from retool.perf import (
+    StepTimer,
+    StepTimes,
+    device_peak,
+    mfu,
+    model_flops,
+    peak_memory,
+    quadratic_length,
+)
+from retool.preflight.memory import Choice
+from retool.preflight.plan import agree
+from retool.preflight.resume import load_checkpoint, to_resume
+from retool.run.folder import make_run_folder, say, say_ended, seed_everything
+from retool.run.preemption import StopRequest, die_with_parent
+from retool.run.saving import (
     look_at_weights,
     model_state,
     orderly_end,
@@ -37,12 +45,12 @@ from retool.saving import (
     say_saved,
     watched,
 )
+from retool.run.watchdog import Watchdog
 from retool.sft.config import SFTConfig, run_options
 from retool.sft.identity import fingerprints
 from retool.sft.plan import Report, fills
 from retool.sft.step import Measured, train_step
 from retool.sft.validate import validate
-from retool.watchdog import Watchdog
 
 
 @dataclass

@@ -16,13 +16,19 @@ import torch
 
 from retool.checkpoint import latest, load
 from retool.checkpoint.__main__ import main
-from retool.checkpoint.archive import TorchFile
 from retool.checkpoint.folder import faults, recorded, tracked, world_size
-from retool.checkpoint.hf import SafetensorsSource, tied
+from retool.checkpoint.format.archive import TorchFile
+from retool.checkpoint.format.safetensors import SafetensorsFile
+from retool.checkpoint.format.unpickle import parse
+from retool.checkpoint.hf.folder import SafetensorsSource, tied
 from retool.checkpoint.merge import merge
-from retool.checkpoint.safetensors import SafetensorsFile
-from retool.checkpoint.shards import Shards, ShardSource, optimizer_step, parameter_indices, read_state
-from retool.checkpoint.unpickle import parse
+from retool.checkpoint.shards import (
+    Shards,
+    ShardSource,
+    optimizer_step,
+    parameter_indices,
+    read_state,
+)
 from retool.checkpoint.verify import verify
 from retool.parallel.mesh import make_mesh
 from tests.bounded import Outcome, bounded

@@ -15,7 +15,7 @@ from retool.checkpoint import SaveOptions, latest
 from retool.checkpoint.__main__ import main
 from retool.checkpoint.claim import claim, clear_torn, prune
 from retool.checkpoint.folder import MARK, TRACKER
-from retool.own_folder import OwnFolder
+from retool.files.own_folder import OwnFolder
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states
 from tests.ranks import run_ranks

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from retool import checkpoint
 from retool.batch import pack
 from retool.checkpoint.__main__ import main
-from retool.checkpoint.pretrained import load_pretrained
+from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.model.config import read_model_config
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from retool.checkpoint import latest
-from retool.checkpoint.archive import TorchFile
 from retool.checkpoint.folder import recorded
+from retool.checkpoint.format.archive import TorchFile
+from retool.checkpoint.format.stored import Sharded, Stored
+from retool.checkpoint.format.unpickle import parse
 from retool.checkpoint.shards import ShardSource, read_state
-from retool.checkpoint.stored import Sharded, Stored
-from retool.checkpoint.unpickle import parse
 from tests.checkpoint.test_round_trip import saved
 
 

@@ -13,10 +13,10 @@ import torch
 
 from retool.checkpoint import load
 from retool.checkpoint.__main__ import main
-from retool.checkpoint.content import Place, model_content, optimizer_content
 from retool.checkpoint.folder import DATA, checksums, shard_name, write_config
+from retool.checkpoint.format.content import Place, model_content, optimizer_content
+from retool.checkpoint.format.rows import all_rows
 from retool.checkpoint.merge import convert, merge
-from retool.checkpoint.rows import all_rows
 from retool.checkpoint.verify import verify
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states

@@ -11,10 +11,10 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from retool.checkpoint import latest, load_flat
-from retool.checkpoint.archive import TorchFile, write_archive
 from retool.checkpoint.folder import checksums
+from retool.checkpoint.format.archive import TorchFile, write_archive
+from retool.checkpoint.format.stored import Stored
 from retool.checkpoint.shards import ShardSource
-from retool.checkpoint.stored import Stored
 from retool.parallel.fsdp.layout import local_pieces
 from tests.checkpoint import states
 from tests.ranks import run_ranks

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from retool.data.chat import Renderer
-from retool.data.rows import to_conversation
+from retool.data.read.rows import to_conversation
+from retool.data.render.renderer import Renderer
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared" / "data"
@@ -59,7 +59,7 @@ def qwen_tokenizer():
 
 
 def _shared_tokenizer():
-    from retool.data.chat import load_tokenizer
+    from retool.data.render.renderer import load_tokenizer
 
     return load_tokenizer(str(shared_path("qwen2.5-tokenizer")))
 

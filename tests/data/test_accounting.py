@@ -9,16 +9,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from retool.config import parse
-from retool.data.audit import audit, summary
+from retool.data.audit.audit import audit, summary
 from retool.data.cache import open_dataset
-from retool.data.chat import Renderer
-from retool.data.files import RowError
-from retool.data.rows import to_conversation
-from retool.data.templates import exported_template, shows_contents_as_they_are
+from retool.data.read.files import RowError
+from retool.data.read.rows import to_conversation
+from retool.data.render.renderer import Renderer
+from retool.data.render.templates import exported_template, shows_contents_as_they_are
 from retool.sft.config import SYNONYMS, SFTConfig
 from retool.sft.preflight import audit_command, make_renderer
-
-from .templates_table import CONVERSATIONS, FOLDER, call, said, small_tokenizer, tool
+from tests.data.templates_table import CONVERSATIONS, FOLDER, call, said, small_tokenizer, tool
 
 CHATML = """{%- for m in messages -%}
 {{- '<|im_start|>' + m.role + '\\n' -}}
@@ -289,7 +288,7 @@ def test_the_audit_names_fields_that_nothing_shows(tmp_path):
 
 
 def test_settings_are_tried_on_the_first_rows_of_a_fault_only(monkeypatch):
-    monkeypatch.setattr("retool.data.ways_out.MOST_TRIED", 2)
+    monkeypatch.setattr("retool.data.render.ways_out.MOST_TRIED", 2)
     made = renderer(WORDS)
     messages = [said("user", "Q"), said("assistant", "A", reasoning="T")]
     for works in ("what works for it: data", "what works for it: data", "what works was looked for in the first 2 rows like it"):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from retool.data.chat import Renderer, load_tokenizer
-from retool.data.files import RowError
-from retool.data.rows import to_conversation
+from retool.data.read.files import RowError
+from retool.data.read.rows import to_conversation
+from retool.data.render.renderer import Renderer, load_tokenizer
 from tests.data.conftest import HERE, LINES, SPECIALS
 from tests.data.test_chat import check_replay
 

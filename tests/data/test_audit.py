@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from retool.checkpoint.hf import write_template
+from retool.checkpoint.hf.folder import write_template
 from retool.data.__main__ import main
-from retool.data.audit import audit, clean, coloured, show_audit, summary
+from retool.data.audit.audit import audit, clean, coloured, show_audit, summary
+from retool.data.audit.page import bars, embed, page
+from retool.data.audit.tally import KEPT_REFUSALS, KINDS, Tally, percentile
 from retool.data.loader import open_dataset
-from retool.data.page import bars, embed, page
-from retool.data.tally import KEPT_REFUSALS, KINDS, Tally, percentile
 
 EVIL = (
     "</script><img src=x onerror=\"document.title='owned'\"><!-- [bold red]markup[/] \x1b[31mred \x1b]0;owned\x07 \u2028 \u2029 \u202e &lt;"

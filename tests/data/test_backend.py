@@ -10,11 +10,11 @@ from functools import cache
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from retool.data import backend
-from retool.data.chat import Renderer
-from retool.data.glue import HOLE
-from retool.data.templates import TEMPLATES
-from retool.data.turns import PLACEHOLDER
+from retool.data.read import backend
+from retool.data.render.glue import HOLE
+from retool.data.render.renderer import Renderer
+from retool.data.render.templates import TEMPLATES
+from retool.data.render.turns import PLACEHOLDER
 from tests.data.conftest import HERE, LINES, SPECIALS, TOOLS
 
 SCRAPS = [

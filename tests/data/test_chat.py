@@ -6,10 +6,10 @@ import pickle
 import numpy as np
 import pytest
 
-from retool.checkpoint.hf import write_template
-from retool.data.chat import Renderer, load_tokenizer
-from retool.data.files import RowError, iter_chunks
-from retool.data.rows import to_conversation
+from retool.checkpoint.hf.folder import write_template
+from retool.data.read.files import RowError, iter_chunks
+from retool.data.read.rows import to_conversation
+from retool.data.render.renderer import Renderer, load_tokenizer
 
 TEMPLATES = ("chatml", "smollm2", "qwen3", "llama3", "hermes")
 

@@ -9,8 +9,15 @@ from typing import Any
 import pytest
 from transformers.utils import chat_template_utils
 
-from retool.data.chat import Renderer
-from retool.data.dates import DIRECTIVES, PADDED, asks_for_date, fix_date, shows_date, with_date
+from retool.data.render.dates import (
+    DIRECTIVES,
+    PADDED,
+    asks_for_date,
+    fix_date,
+    shows_date,
+    with_date,
+)
+from retool.data.render.renderer import Renderer
 
 DAY = "2024-03-05"
 ASKS = (

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from retool.data import limits
-from retool.data.chat import Renderer
-from retool.data.limits import OutOfBounds, bounded, check_source
+from retool.data.render import limits
+from retool.data.render.limits import OutOfBounds, bounded, check_source
+from retool.data.render.renderer import Renderer
 
 SHOWN = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}"
 HOSTILE = {

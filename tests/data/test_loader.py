@@ -10,7 +10,13 @@ import pytest
 
 from retool.batch import Sample
 from retool.data import tokenise
-from retool.data.loader import epoch_order, iterate_steps, iterate_validation, open_dataset, steps_per_epoch
+from retool.data.loader import (
+    epoch_order,
+    iterate_steps,
+    iterate_validation,
+    open_dataset,
+    steps_per_epoch,
+)
 from retool.data.tokenise import truncate
 
 
@@ -327,7 +333,7 @@ def _counting(calls):
 
 @pytest.mark.slow
 def test_all_of_gsm8k(shared, qwen_tokenizer, tmp_path):
-    from retool.data.chat import Renderer
+    from retool.data.render.renderer import Renderer
 
     dataset, report = open_dataset(
         str(shared("gsm8k-tool-sft/train.parquet")), Renderer(qwen_tokenizer), max_length=16384, cache_dir=tmp_path

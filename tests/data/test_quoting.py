@@ -7,9 +7,9 @@ import random
 import pytest
 from tokenizers import AddedToken
 
-from retool.data.chat import Renderer
-from retool.data.files import RowError
-from retool.data.rows import to_conversation
+from retool.data.read.files import RowError
+from retool.data.read.rows import to_conversation
+from retool.data.render.renderer import Renderer
 from tests.data.conftest import HERE, SPECIALS, TOOLS, call
 from tests.data.test_backend import metaspace, python_only
 from tests.data.test_chat import check_replay

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from retool.data.chat import Piece, Renderer
-from retool.data.files import RowError
-from retool.data.rows import Conversation, to_conversation
-
-from .templates_table import CONVERSATIONS, FOLDER, small_tokenizer
+from retool.data.read.files import RowError
+from retool.data.read.rows import Conversation, to_conversation
+from retool.data.render.renderer import Piece, Renderer
+from tests.data.templates_table import CONVERSATIONS, FOLDER, small_tokenizer
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja")) or ["none"]
 Samples = list[list[Piece]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from retool.data.refusals import KINDS, Refusals
+from retool.data.read.refusals import KINDS, Refusals
 
 
 def test_like_reasons_are_said_once() -> None:

@@ -11,8 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retool.data.files import Chunk, RowError, columns_of, file_identity, iter_chunks, load_function, resolve_files
-from retool.data.rows import RowFormat, plain, to_conversation
+from retool.data.read.files import (
+    Chunk,
+    RowError,
+    columns_of,
+    file_identity,
+    iter_chunks,
+    load_function,
+    resolve_files,
+)
+from retool.data.read.rows import RowFormat, plain, to_conversation
 from retool.data.tokenise import map_chunks, tokenise_chunk
 
 USER = {"role": "user", "content": "Hi"}

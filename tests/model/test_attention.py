@@ -10,9 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from retool.model import attention as kernels
-from retool.model import attention_cudnn, attention_flash, attention_reference
-from retool.model.attention import attention, attention_backward, attention_forward_lse, attention_from_saved, choose_backend
+from retool.model.attention import (
+    cudnn as attention_cudnn,
+)
+from retool.model.attention import dispatch as kernels
+from retool.model.attention import (
+    flash as attention_flash,
+)
+from retool.model.attention import (
+    reference as attention_reference,
+)
+from retool.model.attention.dispatch import (
+    attention,
+    attention_backward,
+    attention_forward_lse,
+    attention_from_saved,
+    choose_backend,
+)
 
 HEADS = [(14, 2), (9, 3), (8, 4), (6, 6)]
 SEQLENS = (1, 37, 5, 1, 64, 20)

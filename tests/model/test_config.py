@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from retool.batch import pack
-from retool.checkpoint.pretrained import load_pretrained
+from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.model.build import ModelOptions
 from retool.model.config import parse_model_config, read_model_config
 from retool.parallel.mesh import make_mesh

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retool.batch import Sample, pack
-from retool.checkpoint.pretrained import load_pretrained
+from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.model.build import ModelOptions
 from retool.model.config import parse_model_config, read_model_config
 from retool.parallel.mesh import make_mesh

@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retool.batch import PackedBatch, Sample, pack
-from retool.model import attention, offload, recompute
+from retool.model import offload, recompute
+from retool.model.attention import dispatch as attention
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder, Recompute

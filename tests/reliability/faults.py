@@ -230,8 +230,8 @@ def clock_backwards() -> None:
 
 
 def hung_save() -> None:
-    from retool import watchdog
     from retool.checkpoint import write
+    from retool.run import watchdog
 
     watchdog.PATIENCE = 0.5
     real = write.write_archive
@@ -239,9 +239,10 @@ def hung_save() -> None:
 
 
 def impatient() -> None:
-    from retool import run, start
+    from retool.files import lock
+    from retool.run import start
 
-    start.sole_user = functools.partial(run.sole_user, patience_s=0.2)
+    start.sole_user = functools.partial(lock.sole_user, patience_s=0.2)
 
 
 def flaky_store() -> None:
@@ -274,7 +275,7 @@ HOOKS: dict[str, Callable[[], None]] = {
 
 
 def hold_folder(scene: Scene) -> None:
-    from retool.run import sole_user
+    from retool.files.lock import sole_user
 
     stack = contextlib.ExitStack()
     stack.enter_context(sole_user(scene.out))

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from retool.config import to_dict
+from retool.metrics.transcripts import Segment, Transcript, write_transcripts
 from retool.rl.config import RLConfig
 from retool.sft.config import SFTConfig
-from retool.transcripts import Segment, Transcript, write_transcripts
 from tests.report.browser import Browser, chromium, missing
 
 

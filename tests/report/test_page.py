@@ -13,12 +13,19 @@ from typing import Any
 import pytest
 import yaml
 
+from retool.metrics.transcripts import (
+    Segment,
+    Transcript,
+    read_transcripts,
+    split_by_mask,
+    token_texts,
+    write_transcripts,
+)
 from retool.report.__main__ import main, names_of
 from retool.report.glossary import MEANINGS, meaning
 from retool.report.page import ASSETS, embed, make_page
 from retool.report.runs import choose_transcripts, default_config, read_run
 from retool.sft.config import SFTConfig
-from retool.transcripts import Segment, Transcript, read_transcripts, split_by_mask, token_texts, write_transcripts
 from tests.report.conftest import rl_run, sft_run, write_metrics
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from examples.quickstart import data, model
-from retool.data.templates import TEMPLATES
+from retool.data.render.templates import TEMPLATES
 from retool.rl.types import Prompt, Stop, Trajectory
 from tests.data.conftest import conversation, qwen_tokenizer, renderer_of, tokenizer, tool_row
 
@@ -50,7 +50,7 @@ def work(tmp_path_factory) -> Path:
     for name, part in (("train", problems[3:]), ("val", problems[:3])):
         rows = [{"data_source": "shop", "prompt": [{"role": "user", "content": p[0].text}], "reward_model": {"ground_truth": str(p[0].answer)}} for p in part]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "tools.yaml").write_text("tools:\n  - class_name: retool.rl.tools.CodeInterpreter\n    config: {num_workers: 2, default_timeout: 10}\n")
+    (folder / "tools.yaml").write_text("tools:\n  - class_name: retool.rl.agent.tools.CodeInterpreter\n    config: {num_workers: 2, default_timeout: 10}\n")
     return folder
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from retool.rl.__main__ import main
-from retool.rl.tools import ToolResult
+from retool.rl.agent.tools import ToolResult
 from retool.sft.__main__ import main as sft
 from tests.faults import another_model, contents, planned, refused
 from tests.rl.test_command import ARR, REWARDS, words
@@ -56,7 +56,7 @@ def command(work: Path, begun: Path, out: Path, *more: str) -> list[str]:
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the trial of the reward, which starts processes."""
-    monkeypatch.setattr("retool.rl.preflight.try_reward", lambda *_: [])
+    monkeypatch.setattr("retool.rl.preflight.checks.try_reward", lambda *_: [])
 
 
 @pytest.fixture

@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 import torch
 
+from retool.engine.schedule import kv_cache
 from retool.metrics import read_jsonl
 from retool.rl import train
 from retool.rl.__main__ import main
-from retool.rl.engine import kv_cache
-from retool.rl.filter import UnusableSamples
-from retool.rl.policy import update_step
+from retool.rl.objective.filter import UnusableSamples
+from retool.rl.objective.policy import update_step
 from tests.rl.test_config import PUBLISHED
 
-REWARDS = Path(__file__).with_name("reward_functions.py")
+REWARDS = Path(__file__).parent / "reward" / "reward_functions.py"
 ARR = "actor_rollout_ref."
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m", "retool.rl"]
 

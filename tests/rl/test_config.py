@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from retool.config import help_text, leaves, parse, read
-from retool.plan import World, setting_of
+from retool.preflight.plan import World, setting_of
 from retool.rl.config import RLConfig, aggregation, run_options
-from retool.rl.keys import EXAMPLE, SYNONYMS, contradictions, notes
+from retool.rl.preflight.keys import EXAMPLE, SYNONYMS, contradictions, notes
 from retool.sft.config import SFTConfig
 from retool.sft.config import run_options as sft_options
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from retool.data.chat import Renderer
+from retool.data.render.renderer import Renderer
+from retool.rl.agent.tools import SCHEMA
 from retool.rl.config import ANSWER_FORMAT
 from retool.rl.data import PromptOptions, load_prompts, prompts_at, read_questions
-from retool.rl.tools import SCHEMA
 from tests.rl.conftest import make_prompt
 
 OPTIONS = PromptOptions(answer_format=ANSWER_FORMAT)

@@ -13,23 +13,25 @@ from typing import Any
 import httpx
 import pytest
 
-from retool.rl import collect, judging, tools
+from retool.rl import collect
 from retool.rl.__main__ import main
-from retool.rl.filter import add, begin, has_signal
-from retool.rl.judging import JUDGES_LOST, Judged
+from retool.rl.agent import tools
+from retool.rl.agent.rollout import Sampling, roll_out
+from retool.rl.agent.tools import CodeInterpreter, InterpreterConfig, ToolResult
 from retool.rl.metrics import score_metrics, tool_metrics
-from retool.rl.reward_pool import RewardPool
-from retool.rl.rewards import RewardSource
-from retool.rl.rollout import Sampling, roll_out
-from retool.rl.sandbox import Result
-from retool.rl.tools import CodeInterpreter, InterpreterConfig, ToolResult
+from retool.rl.objective.filter import add, begin, has_signal
+from retool.rl.reward import judging
+from retool.rl.reward.judging import JUDGES_LOST, Judged
+from retool.rl.reward.pool import RewardPool
+from retool.rl.reward.rewards import RewardSource
 from retool.rl.types import TOOL_FAILURE, Group, Scored, Stop, trainable
 from retool.rl.validate import validation_metrics
+from retool.sandbox import Result
+from tests.rl.agent.test_agent import Answers, call_text, episode, say
+from tests.rl.agent.test_rollout import Tool, called, parts_of, prompt_of
 from tests.rl.conftest import make_prompt, make_trajectory
-from tests.rl.test_agent import Answers, call_text, episode, say
+from tests.rl.reward.test_rewards import HERE
 from tests.rl.test_command import ARR, FILTER, steps, words
-from tests.rl.test_rewards import HERE
-from tests.rl.test_rollout import Tool, called, parts_of, prompt_of
 
 GONE = "code_interpreter: SandboxError: the supervisor is gone"
 
@@ -159,7 +161,7 @@ def test_workers_and_the_programs_limit_are_the_runs(monkeypatch, tmp_path) -> N
     made = []
     monkeypatch.setattr(tools, "Sandbox", lambda limits, workers, isolation, share: made.append((workers, limits.wall_seconds)))
     file = tmp_path / "tools.yaml"
-    file.write_text("tools: [{class_name: retool.rl.tools.CodeInterpreter, config: {workers: 7, default_timeout: 9}}]")
+    file.write_text("tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {workers: 7, default_timeout: 9}}]")
     tools.load_tools(None, 33, 5.0)
     tools.load_tools(file)
     tools.load_tools(file, 2, 120.0)

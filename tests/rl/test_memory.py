@@ -7,14 +7,14 @@ from typing import Literal
 
 import torch
 
-from retool.memory import OUTSIDE, Setting, choose
+from retool.engine import Engine, EngineOptions
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig, parse_model_config
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
-from retool.rl.engine import Engine, EngineOptions
-from retool.rl.memory import StepMemory, step_memory
-from tests.test_memory import QWEN
+from retool.preflight.memory import OUTSIDE, Setting, choose
+from retool.rl.preflight.memory import StepMemory, step_memory
+from tests.preflight.test_memory import QWEN
 
 BOX = 80.0
 

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from retool import machine
 from retool.config import read
-from retool.memory import LADDER, Choice, Prediction
 from retool.parallel.mesh import make_mesh
-from retool.plan import World, agree, checkpoint_bytes, host_bytes, kept_checkpoints
-from retool.rl import tools
+from retool.preflight import machine
+from retool.preflight.memory import LADDER, Choice, Prediction
+from retool.preflight.plan import World, agree, checkpoint_bytes, host_bytes, kept_checkpoints
+from retool.rl.agent import tools
 from retool.rl.config import RLConfig
-from retool.rl.identity import fingerprint
-from retool.rl.keys import SYNONYMS
-from retool.rl.preflight import Report, preflight
-from retool.rl.sandbox.fusion_client import unreachable
-from retool.rl.show import in_words
+from retool.rl.preflight.checks import Report, preflight
+from retool.rl.preflight.identity import fingerprint
+from retool.rl.preflight.keys import SYNONYMS
+from retool.rl.preflight.show import in_words
+from retool.sandbox.fusion_client import unreachable
 from tests.ranks import run_ranks
 from tests.rl.conftest import make_prompt
 
@@ -88,7 +88,7 @@ def test_a_sandbox_server_that_is_not_there_or_runs_nothing_is_refused(work: Pat
     more = [f"{turns}enable=true", f"{turns}tool_config_path={tmp_path}/tools.yaml", "trainer.device=cpu"]
     with socket.create_server(("127.0.0.1", 0)) as server:
         there = url.format(server.getsockname()[1])
-        tool = f"tools: [{{class_name: retool.rl.tools.CodeInterpreter, config: {{sandbox_fusion_url: '{there}'}}}}]"
+        tool = f"tools: [{{class_name: retool.rl.agent.tools.CodeInterpreter, config: {{sandbox_fusion_url: '{there}'}}}}]"
         (tmp_path / "tools.yaml").write_text(tool)
         (fault,) = check(work, tmp_path / "out", *more).faults
         assert fault.where == f"sandbox_fusion_url={there}" and "programs don't run there: no answer within 0.3 s" in fault.problem
@@ -102,7 +102,7 @@ def test_an_address_that_is_none_is_unreachable(url: str) -> None:
     assert unreachable(url)
 
 
-REWARDS = Path(__file__).with_name("reward_functions.py")
+REWARDS = Path(__file__).parent / "reward" / "reward_functions.py"
 
 
 def test_the_reward_is_asked_once_for_each_source_before_the_run(work: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from retool.identity import changes
-from retool.rl.identity import fingerprint
+from retool.preflight.identity import changes
+from retool.rl.preflight.identity import fingerprint
 from tests.rl.conftest import make_prompt
 from tests.rl.test_preflight import ACTOR, check
 
@@ -32,7 +32,7 @@ def test_questions_are_their_tokens_order_and_answers() -> None:
 @pytest.fixture(autouse=True)
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the trial of the reward, which starts processes."""
-    monkeypatch.setattr("retool.rl.preflight.try_reward", lambda *_: [])
+    monkeypatch.setattr("retool.rl.preflight.checks.try_reward", lambda *_: [])
 
 
 @pytest.fixture

@@ -16,16 +16,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from retool.checkpoint.archive import write_archive
 from retool.checkpoint.folder import CHECKSUMS, DATA, recorded
+from retool.checkpoint.format.archive import write_archive
 from retool.checkpoint.read import data_state
 from retool.config import read
-from retool.data.templates import TEMPLATES
-from retool.model import attention_flash
-from retool.options import AdamWConfig, CheckpointConfig, DecoderConfig, FSDPConfig, RunOptions, TrainerConfig
+from retool.config.options import (
+    AdamWConfig,
+    CheckpointConfig,
+    DecoderConfig,
+    FSDPConfig,
+    RunOptions,
+    TrainerConfig,
+)
+from retool.data.render.templates import TEMPLATES
+from retool.model.attention import flash as attention_flash
 from retool.parallel.mesh import make_mesh
-from retool.preflight import Box, check_attention, check_device
-from retool.resume import to_resume
+from retool.preflight.checks import Box, check_attention, check_device
+from retool.preflight.resume import to_resume
 from retool.sft.__main__ import main
 from retool.sft.config import SYNONYMS, SFTConfig
 from retool.sft.preflight import preflight
@@ -148,10 +155,10 @@ def test_a_run_keeps_the_day_that_its_template_shows(
     """Begun one day, it goes on the next over the same tokens; another date is another run's, and named."""
     (tmp_path / "dated.jinja").write_text("{{- strftime_now('%d %b %Y') }}\n" + TEMPLATES["hermes"].read_text())
     asked = command(work, begun, tmp_path / "run", data__chat_template=tmp_path / "dated.jinja", trainer__save_freq=1)
-    monkeypatch.setattr("retool.resume.today", lambda: "2026-11-29")
+    monkeypatch.setattr("retool.preflight.resume.today", lambda: "2026-11-29")
     assert main([*asked, "trainer.total_training_steps=1"]) == 0
     assert "template_date: '2026-11-29'" in (tmp_path / "run" / "config.yaml").read_text()
-    monkeypatch.setattr("retool.resume.today", lambda: "2026-11-30")
+    monkeypatch.setattr("retool.preflight.resume.today", lambda: "2026-11-30")
     longer = [*asked, "trainer.total_training_steps=2"]
     assert "goes on from" in planned(main, longer, capfd)
     faults = refused(main, [*longer, "data.template_date=2026-11-30"], tmp_path / "run", capfd)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from retool import optim
 from retool.batch import Sample, pack
 from retool.checkpoint.__main__ import main as checkpoints
-from retool.checkpoint.pretrained import load_pretrained
+from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.metrics import read_jsonl
 from retool.parallel.mesh import make_mesh
 from retool.sft import step
@@ -276,8 +276,8 @@ def test_nan_in_the_weights_is_refused_before_the_first_step(
 
 def test_validation_counts_every_row_once(work: Path, tmp_path: Path) -> None:
     """val/loss of an untouched model equals the mean over all trained tokens that transformers computes row by row."""
-    from retool.data.chat import Renderer, load_tokenizer
     from retool.data.loader import open_dataset
+    from retool.data.render.renderer import Renderer, load_tokenizer
 
     out = tmp_path / "run"
     assert main(words(work, out, data__val_files=work / "val.parquet", trainer__total_training_steps=1, optim__lr=1e-12)) == 0

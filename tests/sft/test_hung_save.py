@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from retool import watchdog
 from retool.checkpoint import latest, write
+from retool.run import watchdog
 from retool.sft.__main__ import main
 from tests.ranks import _context
 from tests.sft.conftest import work

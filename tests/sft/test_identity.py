@@ -12,13 +12,13 @@ import pytest
 
 from retool.batch import pack
 from retool.data.cache import DatasetReport
-from retool.memory import Choice, Prediction, Recompute
 from retool.metrics import Loggers
 from retool.model.build import ModelOptions, build_decoder
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
-from retool.plan import World, agree
+from retool.preflight.memory import Choice, Prediction, Recompute
+from retool.preflight.plan import World, agree
 from retool.sft import train as training
 from retool.sft.__main__ import main
 from retool.sft.config import DataConfig, ModelConfig, SFTConfig

@@ -1,0 +1,87 @@
+"""What goes into the shard files: state dicts of the model and the optimizer, as FSDP2 trainers write them."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from retool.checkpoint.format.rows import Rows, named_rows
+from retool.checkpoint.format.sharding import sharded_tensor
+from retool.checkpoint.format.unpickle import parse
+from retool.parallel.fsdp.layout import Layout
+
+ADAMW = {
+    "lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False, "foreach": None,
+    "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True,
+}  # fmt: skip
+
+
+SAVED_AT = "retool_step"  # an attribute of a model file's OrderedDict: the training step. Other readers don't look
+
+
+@dataclass(frozen=True)
+class Place:
+    """Whose file it is: rank `rank` of `replicas` × `shards`."""
+
+    rank: int
+    shards: int
+    replicas: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.replicas * self.shards
+
+    @property
+    def shard_rank(self) -> int:
+        return self.rank % self.shards
+
+
+def _tensor(buffer: torch.Tensor, rows: Rows, place: Place) -> torch.Tensor:
+    """A parameter's rows as they go into the file: a DTensor, or the plain tensor in a world of one."""
+    # Through numpy each tensor gets a storage of its own, so that each is a record of the file, without a copy.
+    plain = buffer.view(torch.int16) if buffer.dtype == torch.bfloat16 else buffer  # numpy has no bfloat16
+    part = plain.numpy()[rows.offset : rows.offset + rows.stop - rows.start]
+    local = torch.from_numpy(part).view(buffer.dtype).view(rows.shape) if part.size else torch.empty(rows.shape, dtype=buffer.dtype)
+    return local if place.world == 1 else sharded_tensor(local, rows.member.shape, place.replicas, place.shards, place.rank)
+
+
+def model_content(layout: Layout, place: Place, params: torch.Tensor, step: int) -> OrderedDict[str, torch.Tensor]:
+    """A rank's model file of training step `step`, from its row buffer: name → rows of it, tied names included."""
+    content = OrderedDict((rows.member.name, _tensor(params, rows, place)) for rows in named_rows(layout, place.shard_rank))
+    for alias, name in layout.aliases:
+        content[alias] = content[name]
+    setattr(content, SAVED_AT, step)
+    return content
+
+
+def optimizer_content(
+    layout: Layout, place: Place, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: int, group: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A rank's optimizer file, from its row buffers: AdamW's state dict with the parameters' names."""
+    rows = named_rows(layout, place.shard_rank)
+    state = {
+        i: {"step": torch.tensor(float(step)), "exp_avg": _tensor(exp_avg, r, place), "exp_avg_sq": _tensor(exp_avg_sq, r, place)}
+        for i, r in enumerate(rows)
+    }
+    names = [r.member.name for r in rows]
+    return {"state": state, "param_groups": [{**ADAMW, **group, "params": list(range(len(names))), "param_names": names}]}
+
+
+def frozen(content: Mapping[str, Any], what: str) -> bytes:
+    """`content` as torch.save writes it, after checking that it reads back without running anything."""
+    pickled = io.BytesIO()
+    torch.save(content, pickled)
+    with zipfile.ZipFile(pickled) as archive:
+        records = archive.namelist()
+        data = archive.read(next(name for name in records if name.endswith("/data.pkl")))
+    try:
+        parse(data, len(records))
+    except ValueError as error:
+        raise ValueError(f"{what} may hold tensors, strings, numbers, lists and dicts only: {error}.") from error
+    return pickled.getvalue()

@@ -1,0 +1,29 @@
+"""A Hugging Face folder → a sharded decoder with its weights, each rank reading only its part."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from retool.checkpoint.format.source import load_flat, require_finite, require_tied
+from retool.checkpoint.hf.folder import SafetensorsSource
+from retool.model.build import ModelOptions, build_decoder
+from retool.model.config import read_model_config
+from retool.parallel.fsdp import Sharded
+from retool.parallel.mesh import Mesh
+
+
+def load_pretrained(folder: str | Path, mesh: Mesh, options: ModelOptions | None = None) -> Sharded:
+    """Build the decoder that `folder/config.json` describes and load its safetensors. A collective call.
+
+    Raises ValueError for an unknown model type, a missing shard, missing or misshapen parameters,
+    a head of its own where config.json has none, and values that aren't finite.
+    """
+    sharded = build_decoder(read_model_config(folder), mesh, options or ModelOptions())
+    source = SafetensorsSource(folder)
+    require_tied(sharded.layout, source)
+    load_flat(sharded.layout, mesh.shard_rank, source, sharded.master)
+    way_out = f"Fetch the model again; this lists what is wrong with it: python -m retool.checkpoint verify {shlex.quote(str(folder))}"
+    require_finite(sharded.layout, mesh.shard_rank, sharded.master, mesh.world_group, f"the weights of {folder} are damaged", way_out)
+    sharded.refresh()
+    return sharded

@@ -1,0 +1,1 @@
+"""What of a data set is trained, counted and shown before it is."""

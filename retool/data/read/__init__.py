@@ -1,0 +1,1 @@
+"""Files into rows, rows into conversations, all of it text that can't forge structure."""

@@ -1,0 +1,1 @@
+"""A conversation into tokens and a mask, by the model's own chat template."""

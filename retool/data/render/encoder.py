@@ -1,0 +1,258 @@
+"""From pieces of a render to token ids: the one place where text that a model is fed is tokenised.
+
+[Note: anchors] Some tokenizers take the beginning of whatever text they are given for that of a word, and put a space
+there: SentencePiece's do, some after every special token too. A piece isn't the beginning of a text, so a few
+characters are tokenised before it, and their tokens dropped again: its *anchor*. What follows a turn is anchored by the
+end-of-turn token, as it stands in one pass over a prompt. A turn itself follows the generation prompt, and is anchored
+by whatever lets its tokens decode to the very text of the turn; no space may be trained that nobody wrote.
+"""
+
+from __future__ import annotations
+
+import copy
+import unicodedata
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from retool.data.read.backend import decode_ids, encode_text, plain_backend, token_offsets
+from retool.data.read.quoting import Controls, Span
+from retool.data.render.turns import Piece
+
+TEXT_ANCHORS = ("\n", ".", ";")  # no letters: a word could go on in what follows
+PROBES = ("a", " a", "a b", "\na", "Hello", "12", "<a>")
+WAY_OUT = "Use a tokenizer that gives text back as it was: byte-level BPE, or SentencePiece that neither lower-cases nor drops characters."
+
+
+class Encoder:
+    """Tokenises pieces with a tokenizer, of whose end-of-turn tokens one is `end`. Can be pickled."""
+
+    def __init__(self, tokenizer: Any, end: str, controls: Controls) -> None:
+        self.tokenizer = tokenizer
+        self.end = end
+        self.controls = controls
+
+    def encode(self, pieces: Sequence[Piece], begins: bool = True) -> list[list[int]]:
+        """Token ids of consecutive pieces of a text, each tokenised by itself; only the first begins it, if `begins`."""
+        if not pieces:
+            return []
+        anchors = [self._anchor(piece) for piece in pieces]
+        if begins:
+            anchors[0] = ""
+        texts = [anchor + piece.text for anchor, piece in zip(anchors, pieces, strict=True)]
+        if len(texts) == 1:
+            ids = [encode_text(self.tokenizer, texts[0])]
+        else:
+            ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [self._own_ids(*entry) for entry in zip(pieces, anchors, ids, strict=True)]
+
+    def _own_ids(self, piece: Piece, anchor: str, ids: list[int]) -> list[int]:
+        """The tokens of a piece, given those of its text behind its anchor."""
+        if piece.quoted:
+            return [token for token, _ in self._tokens(piece, anchor)]
+        if not anchor:
+            return ids
+        found = self._without_anchor(ids, anchor)
+        return found if found is not None else [token for token, _ in self._stretch(piece.text, anchor)]
+
+    def offsets(self, piece: Piece, begins: bool = False) -> list[Span]:
+        """(start, end) characters of each token of a piece, to show them; one stretch where the tokenizer can't tell."""
+        if not self.tokenizer.is_fast:
+            return [(0, len(piece.text))]
+        anchor = "" if begins else self._anchor(piece)
+        if piece.quoted:
+            return [span for _, span in self._tokens(piece, anchor)]
+        return (
+            [span for _, span in self._stretch(piece.text, anchor)]
+            if anchor
+            else token_offsets(self.tokenizer, piece.text)
+        )
+
+    def data_ids(self, text: str) -> list[int]:
+        """Token ids of a text of somebody's, by itself: control tokens in it are text."""
+        spans = self.controls.spans(text)
+        return (
+            [token for token, _ in self._tokens(Piece(text, quoted=spans), "")]
+            if spans
+            else encode_text(self.tokenizer, text)
+        )
+
+    def data_offsets(self, text: str) -> list[Span]:
+        """(start, end) characters of each of those tokens. Only fast tokenizers can tell."""
+        spans = self.controls.spans(text)
+        return (
+            [span for _, span in self._tokens(Piece(text, quoted=spans), "")]
+            if spans
+            else token_offsets(self.tokenizer, text)
+        )
+
+    # -- giving back --------------------------------------------------------------------------------------------------
+
+    def said(self, ids: Sequence[int]) -> str:
+        """The text of tokens that stand amid others: where a text begins, a decoder may take off a space."""
+        before = decode_ids(self.tokenizer, self._some_text)
+        whole = decode_ids(self.tokenizer, [*self._some_text, *ids])
+        return whole[len(before) :] if whole.startswith(before) else decode_ids(self.tokenizer, ids)
+
+    @cached_property
+    def unknown(self) -> int | None:
+        """The token for characters that the vocabulary lacks."""
+        return self.tokenizer.unk_token_id
+
+    @cached_property
+    def _some_text(self) -> list[int]:
+        return encode_text(self.tokenizer, "a")
+
+    def check(self, piece: Piece, ids: Sequence[int]) -> None:
+        """The tokens of a piece must decode to its text (Unicode's compatibility forms may be unified); else ValueError."""
+        said = self.said(ids)
+        if said == piece.text or _unified(said) == _unified(piece.text):
+            return
+        at = next(
+            (i for i, (a, b) in enumerate(zip(said, piece.text, strict=False)) if a != b),
+            min(len(said), len(piece.text)),
+        )
+        where = f"message {piece.turn}: " if piece.turn is not None else ""
+        raise ValueError(
+            f"{where}the tokenizer doesn't give the text back: {piece.text[at : at + 30]!r} has become {said[at : at + 30]!r}. {WAY_OUT}"
+        )
+
+    # -- anchors ------------------------------------------------------------------------------------------------------
+
+    def _anchor(self, piece: Piece) -> str:
+        return self._in_text if piece.turn is not None else self._after_end
+
+    @cached_property
+    def _after_end(self) -> str:
+        """What to put before text that follows an end of turn."""
+        plain, anchored = self.tokenizer(["a", self.end + "a"], add_special_tokens=False)["input_ids"]
+        return self.end if plain != anchored[1:] else ""
+
+    @cached_property
+    def _in_text(self) -> str:
+        """What to put before a turn: of all choices the first that gives most probes back."""
+        choices = dict.fromkeys((self._after_end, "", self.end, *TEXT_ANCHORS))
+        return max(choices, key=self._given_back)
+
+    def _given_back(self, anchor: str) -> int:
+        ids = [self._without_anchor(encode_text(self.tokenizer, anchor + probe), anchor) for probe in PROBES]
+        return sum(part is not None and self.said(part) == probe for part, probe in zip(ids, PROBES, strict=True))
+
+    @cached_property
+    def _anchor_ids(self) -> dict[str, list[int]]:
+        return {anchor: encode_text(self.tokenizer, anchor) for anchor in ("", self.end, *TEXT_ANCHORS)}
+
+    def _without_anchor(self, ids: list[int], anchor: str) -> list[int] | None:
+        """The tokens after those of the anchor; None where it has merged with what follows."""
+        before = self._anchor_ids[anchor]
+        return ids[len(before) :] if ids[: len(before)] == before else None
+
+    # -- text that isn't what the tokenizer takes it for ---------------------------------------------------------------
+
+    def _stretch(self, text: str, anchor: str, backend: Any = None) -> list[tuple[int, Span]]:
+        """(token, characters) of a stretch of text behind its anchor, or behind another where that merges with it."""
+        for choice in dict.fromkeys((anchor, *(TEXT_ANCHORS if anchor else ()))):
+            ids, spans = self._raw(choice + text, backend)
+            before = self._raw(choice, backend)[0]
+            if ids[: len(before)] == before:
+                n = len(choice)
+                moved = [(max(start - n, 0), max(end - n, 0)) for start, end in spans[len(before) :]]
+                return list(zip(ids[len(before) :], moved, strict=True))
+        raise ValueError(
+            f"no character can stand before {text[:30]!r} without merging with it in this tokenizer. {WAY_OUT}"
+        )
+
+    def _raw(self, text: str, backend: Any) -> tuple[list[int], list[Span]]:
+        if backend is not None:
+            found = backend.encode(text, add_special_tokens=False)
+            return found.ids, found.offsets
+        ids = encode_text(self.tokenizer, text)
+        return ids, token_offsets(self.tokenizer, text) if self.tokenizer.is_fast else [(0, len(text))] * len(ids)
+
+    def _tokens(self, piece: Piece, anchor: str) -> Iterator[tuple[int, Span]]:
+        """(token, characters) of a piece in which control tokens are quoted.
+
+        Where the template wrote a control token, the tokenizer begins anew; so each stretch of text between two of them
+        is tokenised by itself, as letters where something in it is quoted.
+        """
+        for start, end in self._cut(piece):
+            quoted = [(a - start, b - start) for a, b in piece.quoted if start <= a < end]
+            text = piece.text[start:end]
+            here = anchor if start == 0 else self._in_text
+            found = self._letters(text, quoted, here) if quoted else self._stretch(text, "" if start else anchor)
+            yield from ((token, (start + a, start + b)) for token, (a, b) in found)
+
+    def _cut(self, piece: Piece) -> list[Span]:
+        """The stretches of a piece: around what is quoted, up to the control tokens that aren't, and between these."""
+        text = piece.text
+        for start, end in piece.quoted:
+            text = text[:start] + "\0" * (end - start) + text[end:]
+        live = [self._with_space(found.group(), found.span(), text) for found in self.controls.pattern.finditer(text)]
+        edges = {0, len(text)}
+        for start, end in piece.quoted:
+            edges.add(max((b for _, b in live if b <= start), default=0))
+            edges.add(min((a for a, _ in live if a >= end), default=len(text)))
+        cuts = sorted(edges)
+        return [(a, b) for a, b in pairwise(cuts) if a < b]
+
+    @cached_property
+    def _takes_space(self) -> dict[str, tuple[bool, bool]]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return {token.content: (token.lstrip, token.rstrip) for token in added}
+
+    def _with_space(self, token: str, span: Span, text: str) -> Span:
+        """Where a control token is, with the white space around it that it takes in."""
+        start, end = span
+        left, right = self._takes_space.get(token, (False, False))
+        if left:
+            start = len(text[:start].rstrip())
+        if right:
+            end = len(text) - len(text[end:].lstrip())
+        return start, end
+
+    def _letters(self, text: str, quoted: Sequence[Span], anchor: str) -> list[tuple[int, Span]]:
+        """(token, characters) of text in which nothing is a control token."""
+        if self._spelling is not None:
+            found = self._stretch(text, anchor, self._spelling)
+            if self._is_spelt(found):
+                return found
+        # A tokenizer that can't leave them unread: it reads the two halves of each.
+        cuts = [0, *((start + end) // 2 for start, end in quoted), len(text)]
+        parts = [(a, self._stretch(text[a:b], self._in_text if a else anchor)) for a, b in pairwise(cuts) if a < b]
+        halves = [(token, (a + start, a + end)) for a, part in parts for token, (start, end) in part]
+        if not self._is_spelt(halves):
+            raise ValueError(f"this tokenizer can't write {text[slice(*quoted[0])]!r} as text: take it out.")
+        return halves
+
+    def _is_spelt(self, found: Sequence[tuple[int, Span]]) -> bool:
+        """Whether no control token is among these. (A vocabulary may hold the text of one as a word.)"""
+        return self._control_ids.isdisjoint(token for token, _ in found)
+
+    @cached_property
+    def _spelling(self) -> Any:
+        """A copy of the tokenizer's backend that reads no control token; None where there is no backend that does it all."""
+        from tokenizers import AddedToken
+
+        backend = plain_backend(self.tokenizer)
+        if backend is None:
+            return None
+        spelling = copy.deepcopy(backend)
+        added = {token.content: token for token in self.tokenizer.added_tokens_decoder.values()}
+        words = [token for token in self.controls.tokens if not added[token].special]
+        spelling.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in words])
+        spelling.encode_special_tokens = True
+        return spelling
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        # The unknown token may come of any character that the vocabulary lacks.
+        backend = plain_backend(self.tokenizer)
+        unknown = {self.tokenizer.unk_token, getattr(backend and backend.model, "unk_token", None)}
+        return frozenset(
+            int(self.tokenizer.convert_tokens_to_ids(token)) for token in self.controls.tokens if token not in unknown
+        )
+
+
+def _unified(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)

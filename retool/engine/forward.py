@@ -1,0 +1,139 @@
+"""The training decoder's forward with paged attention in the middle, then a draw for the rows that want one.
+
+    embed → projected → [rope, to the cache, attention → o, MLP, the next block's norm and projection] × L → head
+
+What is in brackets is two pieces as training has them, cut elsewhere: a sum and the norm of it are one kernel, and so are rope and the
+cache's writes on a GPU.
+
+t tokens of this rank (all T without a tensor-parallel group) · D model · R rows · r this rank's · J kv heads, keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from retool.engine.kernels.attention import Pages, paged_attention
+from retool.engine.kernels.place import can_place, place
+from retool.engine.kernels.sampling import Draws, sample
+from retool.engine.schedule.kv_cache import KVCache, in_any_order
+from retool.engine.weights import blocks
+from retool.model.decoder import Block, Decoder, compiled
+from retool.model.logits import product, workspace
+from retool.model.recompute import unviewed
+from retool.model.rope import inverse_frequencies, rope_tables
+from retool.parallel.collectives import all_to_all, sum_over
+from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v
+
+
+class Pieces(NamedTuple):
+    """Of a forward, local to a token; compiled where the decoder is."""
+
+    projected: Callable[[Block, Tensor], Tensor]
+    rotated: Callable[[Block, Tensor, Tensor, Tensor], Tensor]
+    between: Callable[[Block, Block, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What every forward needs, the same from step to step. `fused`: rope and the cache's writes are one kernel."""
+
+    decoder: Decoder
+    cache: KVCache
+    plan: HeadPlan
+    group: dist.ProcessGroup | None
+    kernels: str
+    frequencies: Tensor
+    pieces: Pieces
+    fused: bool
+
+
+def make_model(decoder: Decoder, cache: KVCache, group: dist.ProcessGroup | None, kernels: str) -> Model:
+    device, plan = cache.data.device, decoder.run.plan
+    pieces = Pieces(*map(compiled, PIECES)) if decoder.run.compiled else PIECES
+    fused = kernels != "torch" and plan.sp == 1 and can_place(device, cache.data.dtype, plan.head_dim, decoder.config.qk_norm)
+    return Model(decoder, cache, plan, group, kernels, inverse_frequencies(decoder.config, device), pieces, fused)
+
+
+def _between(block: Block, following: Block, x_tD: Tensor, a_tE: Tensor) -> tuple[Tensor, Tensor]:
+    """From attention's result to what the next block's rope takes."""
+    x_tD = block.after(x_tD, a_tE)
+    return x_tD, following.projected(x_tD)
+
+
+PIECES = Pieces(Block.projected, Block.rotated, _between)
+
+
+def cached_heads(plan: HeadPlan) -> int:
+    """Kv heads that this rank's cache holds: one per query head where its query heads don't group evenly."""
+    return len(plan.query_ranges[plan.rank]) if plan.expansion else len(plan.kv_ranges[plan.rank])
+
+
+def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pages) -> Tensor:
+    """Run the blocks: this rank's [t, D] before the final norm. T must be a multiple of the group's size."""
+    plan, t = model.plan, len(tokens_T) // model.plan.sp
+    mine = slice(plan.rank * t, (plan.rank + 1) * t)
+    cos, sin = rope_tables(positions_T[mine], model.frequencies)
+    x_tD = model.decoder.embedded(tokens_T[mine])
+    layers = blocks(model.decoder)
+    heads = model.pieces.projected(layers[0], x_tD)
+    for number, block in enumerate(layers):
+        query = _placed(model, number, block, heads, cos, sin, pages)
+        out = paged_attention(query, model.cache, number, pages, model.kernels)
+        a_tE = join_heads(all_to_all(out.flatten(), *plan.to_sequence(t), model.group), plan).flatten(1)
+        if number + 1 < len(layers):
+            x_tD, heads = model.pieces.between(block, layers[number + 1], x_tD, unviewed(a_tE))
+        else:
+            x_tD = block.after_piece(block, x_tD, a_tE)
+    return x_tD
+
+
+def _placed(model: Model, number: int, block: Block, heads_tNH: Tensor, cos: Tensor, sin: Tensor, pages: Pages) -> Tensor:
+    """Keys and values go to the cache; this rank's queries of all tokens [T, n, H]."""
+    plan = model.plan
+    if model.fused:
+        norms = None if block.q_norm is None or block.k_norm is None else (block.q_norm, block.k_norm, model.decoder.config.norm_eps)
+        return place(heads_tNH, cos, sin, norms, pages.slots, model.cache.data[number])
+    send = model.pieces.rotated(block, heads_tNH, cos, sin)
+    received = all_to_all(send, *plan.to_heads(len(heads_tNH)), model.group)
+    query, key, value = q_k_v(received, plan)
+    model.cache.write(number, pages.slots, _adjacent(received, key, value, plan))
+    return query
+
+
+def _adjacent(received: Tensor, key: Tensor, value: Tensor, plan: HeadPlan) -> Tensor:
+    """Keys and values [T, J, H] in one tensor: as they came, unless heads were expanded."""
+    if plan.expansion:
+        return torch.cat([key, value], 1)
+    return received.view(-1, plan.widths[plan.rank], plan.head_dim)[:, len(plan.query_ranges[plan.rank]) :]
+
+
+def logits_of(hidden_rD: Tensor, weight_VD: Tensor) -> Tensor:
+    """[r, V] in fp32 (fp64 for fp64), as the trainer's log-probabilities have them."""
+    return product(hidden_rD, weight_VD, workspace(hidden_rD, len(hidden_rD), len(weight_VD)))
+
+
+def draw(model: Model, x_tD: Tensor, rows_R: Tensor, draws: Draws, filtered: bool, mine: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Draw for the tokens at `rows`: [3, R] of id, logp, logp_behaviour, the same on every rank.
+
+    With a group, `mine` has the places in `rows` of this rank's tokens and their places in x.
+    """
+    if mine is None:
+        return _scored(model, x_tD[rows_R], draws, filtered)
+    places, local = mine
+    dtype = torch.promote_types(x_tD.dtype, torch.float32)
+    out = torch.zeros(3, len(rows_R), dtype=dtype, device=x_tD.device)
+    if len(places):
+        found = _scored(model, x_tD[local], Draws(*(d[places] for d in draws)), filtered)
+        with in_any_order():
+            out[:, places] = found
+    return sum_over(out, model.group)
+
+
+def _scored(model: Model, x_rD: Tensor, draws: Draws, filtered: bool) -> Tensor:
+    return sample(model.decoder.head(x_rD, logits_of), draws, filtered)

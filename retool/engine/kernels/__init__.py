@@ -1,0 +1,1 @@
+"""What the engine computes besides the decoder's layers: paged attention, placing keys and values, sampling."""

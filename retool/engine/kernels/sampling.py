@@ -1,0 +1,108 @@
+"""Seeded sampling: one token per row of logits, its log-probability, and that of the distribution it was drawn from.
+
+The draw is a Gumbel maximum (Gumbel 1954): argmax of x + g over the kept tokens, x = logits / temperature, has the distribution
+softmax(x). The noise g is a function of (seed, position in the sequence, token id) alone, a counter through SplitMix64's mixer
+(Steele, Lea & Flood, OOPSLA 2014). So it doesn't matter which rows are sampled together, in which order, or how often.
+
+Shapes: R rows · V vocab. 64-bit integers are signed here and wrap; logical shifts are masked arithmetic ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
+SECOND = 0x94D049BB133111EB - (1 << 64)
+MASK = (1 << 64) - 1
+
+
+class Draws(NamedTuple):
+    """Per row: the seed's key int64, the position int64 that the drawn token will have, temperature float32, top-k int64, top-p float32."""
+
+    keys: Tensor
+    positions: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+
+
+def seed_key(seed: tuple[int, ...]) -> int:
+    """A signed 64-bit key of a seed; every element and their order count."""
+    key = len(seed)
+    for part in seed:
+        key = _mixed_int((key + (part & MASK) + GOLDEN) & MASK) ^ (part >> 64 & MASK)
+    return key - (1 << 64) if key >= 1 << 63 else key
+
+
+def _mixed_int(z: int) -> int:
+    z = ((z ^ (z >> 30)) * (FIRST & MASK)) & MASK
+    z = ((z ^ (z >> 27)) * (SECOND & MASK)) & MASK
+    return z ^ (z >> 31)
+
+
+def mixed(z: Tensor) -> Tensor:
+    """SplitMix64's output function on int64 of any shape."""
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * FIRST
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * SECOND
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def row_keys(draws: Draws) -> Tensor:
+    """One key per row from its seed and position, int64 [R]."""
+    return mixed(draws.keys + mixed(draws.positions * GOLDEN))
+
+
+def gumbel(keys_R: Tensor, vocab: int) -> Tensor:
+    """Standard Gumbel noise [R, V] in float32 from 32 random bits each.
+
+    −log(−log1p(−w)) with w in (0, 1): what wins lies at small w, where float32 resolves it down to 2^-33, noise up to 22.9.
+    """
+    counters = torch.arange(1, vocab + 1, device=keys_R.device) * GOLDEN
+    bits = (mixed(keys_R[:, None] + counters) >> 32) & 0xFFFFFFFF
+    w = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+    return w.neg_().log1p_().neg_().log_().neg_()
+
+
+def cutoff(x_RV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest x that top-k, then top-p keeps, [R]: tokens with x at least this. Ties with the last one kept are kept.
+
+    `top_k` ≤ 0 keeps all. `top_p` keeps the fewest tokens, likeliest first, whose share of what `top_k` left is at least top_p.
+    """
+    vocab = x_RV.shape[1]
+    ordered = x_RV.sort(-1, descending=True).values
+    k = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)[:, None]
+    lowest = ordered.gather(1, k - 1)
+    p = ordered.masked_fill(ordered < lowest, float("-inf")).softmax(-1, dtype=torch.float64)  # fp32 sums miss by a token of 150,000
+    before = p.cumsum(-1) - p
+    kept = (before < top_p[:, None].to(p.dtype)).sum(-1, keepdim=True).clamp(min=1)
+    least = torch.where(top_p[:, None] < 1, ordered.gather(1, kept - 1), lowest)
+    return torch.maximum(lowest, least)[:, 0]
+
+
+def sample(logits_RV: Tensor, draws: Draws, filtered: bool) -> Tensor:
+    """Draw a token per row: [3, R] of token id, logp and logp_behaviour, in the dtype of the logits (ids are exact below 2^24).
+
+    logits are float32 or float64 and may be overwritten. `filtered`: whether any row has a top-k or top-p. Temperature 0 takes the
+    first largest logit; its logp is that of temperature 1, its logp_behaviour 0.
+    """
+    if logits_RV.is_cuda and logits_RV.dtype == torch.float32:
+        from retool.engine.kernels.sampling_triton import sample_rows
+
+        return sample_rows(logits_RV, draws, filtered)
+    greedy = draws.temperature == 0
+    x = logits_RV.mul_(torch.where(greedy, 1.0, 1.0 / draws.temperature)[:, None])
+    scores = torch.where(greedy[:, None], x, x + gumbel(row_keys(draws), x.shape[1]))
+    kept = x
+    if filtered:
+        out = (x < cutoff(x, draws.top_k, draws.top_p)[:, None]) & ~greedy[:, None]
+        scores, kept = scores.masked_fill_(out, float("-inf")), x.masked_fill(out, float("-inf"))
+    token = scores.argmax(-1)
+    chosen = x.gather(1, token[:, None])[:, 0]
+    whole = x.logsumexp(-1)
+    normal = kept.logsumexp(-1) if filtered else whole
+    behaviour = torch.where(greedy, 0.0, chosen - normal)
+    return torch.stack([token.to(x.dtype), chosen - whole, behaviour])

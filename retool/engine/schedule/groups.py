@@ -1,0 +1,107 @@
+"""Samples of one prompt share its keys and values: one computes them, the others refer to the same pages.
+
+All but the prompt's last token is shared. Each sample computes that one itself (in its own copy of the last, partly filled page) and
+draws from its own logits, so what it draws doesn't depend on who computed the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from retool.engine.schedule.kv_cache import PagePool
+from retool.engine.schedule.params import Stats
+from retool.engine.schedule.sequence import Group, Sequence
+
+
+class Groups:
+    """Groups by key, and the pages that they keep for samples that didn't get their prompt yet."""
+
+    def __init__(self, pool: PagePool, stats: Stats) -> None:
+        self.pool, self.stats = pool, stats
+        self.by_key: dict[Hashable, Group] = {}
+
+    def join(self, key: Hashable, group: Hashable | None, ids: list[int]) -> Group | None:
+        """A new sample. ValueError if its prompt isn't the group's."""
+        if group is None:
+            return None
+        shared = self.by_key.setdefault(group, Group(group, list(ids)))
+        if shared.ids != ids:
+            raise ValueError(f"sequence {key!r} has another prompt than its group {group!r}: samples of a group share one.")
+        shared.live += 1
+        shared.unserved += 1
+        return shared
+
+    def leave(self, sequence: Sequence) -> None:
+        """The sample is dropped."""
+        group = sequence.group
+        if group is not None:
+            self.forgot(sequence)
+            self._serve(sequence, group)
+            group.live -= 1
+            if group.live == 0:
+                del self.by_key[group.key]
+
+    def must_wait(self, sequence: Sequence) -> bool:
+        """Whether the sample's prompt is being computed by another."""
+        group = sequence.group
+        return sequence.computed == 0 and group is not None and group.leader is not None
+
+    def missing(self, sequence: Sequence) -> int:
+        """Free pages that a waiting sequence needs for all its tokens, a shared prompt taken into account."""
+        group = self._ready_for(sequence)
+        if group is not None:
+            partial = group.prefix % self.pool.page_size > 0
+            return self.pool.pages_for(len(sequence.tokens)) - len(group.pages) + partial
+        return self.pool.missing(sequence.pages, sequence.computed, len(sequence.tokens))
+
+    def left(self, sequence: Sequence) -> int:
+        """Tokens that a waiting sequence has to compute, a shared prompt taken into account."""
+        group = self._ready_for(sequence)
+        return len(sequence.tokens) - (sequence.computed if group is None else group.prefix)
+
+    def _ready_for(self, sequence: Sequence) -> Group | None:
+        """The sequence's group if it has a prompt for it, and the sequence has none."""
+        group = sequence.group
+        return group if sequence.computed == 0 and group is not None and group.pages else None
+
+    def attach(self, sequence: Sequence) -> None:
+        """Give a sequence without KV its group's, or make it the one that computes it."""
+        group = sequence.group
+        if sequence.computed or group is None or group.prefix == 0:
+            return
+        if group.pages:
+            self.pool.share(group.pages)
+            sequence.pages, sequence.computed = list(group.pages), group.prefix
+            self.stats.shared_tokens += group.prefix
+            self._serve(sequence, group)
+        else:
+            group.leader = sequence
+
+    def computed(self, sequence: Sequence) -> None:
+        """A leader that has the prompt leaves it for those who wait."""
+        group = sequence.group
+        if group is not None and group.leader is sequence and sequence.computed >= group.prefix:
+            group.leader = None
+            group.pages = sequence.pages[: self.pool.pages_for(group.prefix)]
+            self.pool.share(group.pages)
+            self._serve(sequence, group)
+
+    def forgot(self, sequence: Sequence) -> None:
+        """The sequence gave up its KV."""
+        if sequence.group is not None and sequence.group.leader is sequence:
+            sequence.group.leader = None
+
+    def let_go(self, useful: bool) -> bool:
+        """Release one group's kept pages; with `useful`, only where that frees one. False if there is no such group."""
+        for group in self.by_key.values():
+            if group.pages and (not useful or any(self.pool.counts[p] == 1 for p in group.pages)):
+                self.pool.release(group.pages)
+                return True
+        return False
+
+    def _serve(self, sequence: Sequence, group: Group) -> None:
+        if not sequence.served:
+            sequence.served = True
+            group.unserved -= 1
+        if group.unserved == 0:
+            self.pool.release(group.pages)

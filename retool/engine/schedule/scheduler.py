@@ -1,0 +1,212 @@
+"""Who is computed next: host only, no tensors.
+
+    start ──> WAITING ──admit──> RUNNING ──stop / length──> PARKED ──extend──> WAITING        drop: from anywhere
+                 ^                  │
+                 └───── preempt ────┘   no page was free for an older sequence: KV is given up and computed again later
+
+[Note: progress] Sequences have arrival numbers. In every step running sequences are served oldest first, and one that finds
+no free page takes it from, in this order: prompts kept for samples that wait, finished turns and waiting ones that kept their
+KV, the youngest running sequence; never from an older one. The oldest running sequence therefore always advances. A sequence is
+admitted if its whole backlog fits beside a page for each running one, or if nothing runs: then everything else makes
+room. One that needs more pages than there are ends with reason "capacity", so nothing waits for what can't come.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Hashable
+
+from retool.engine.kernels.sampling import seed_key
+from retool.engine.schedule.groups import Groups
+from retool.engine.schedule.kv_cache import PagePool
+from retool.engine.schedule.params import Reason, SamplingParams, Stats, TurnDone
+from retool.engine.schedule.sequence import Item, Sequence, State, Step
+
+
+class Scheduler:
+    """Queues, pages and groups. `max_tokens` of one forward, `max_length` of a sequence."""
+
+    def __init__(self, pool: PagePool, max_num_seqs: int, max_tokens: int, max_length: int) -> None:
+        self.pool, self.max_num_seqs, self.max_tokens = pool, max_num_seqs, max_tokens
+        self.max_length = min(max_length, pool.capacity * pool.page_size)
+        self.sequences: dict[Hashable, Sequence] = {}
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.refused: list[TurnDone] = []
+        self.stats, self.arrivals, self.changed, self.steps_ahead = Stats(), 0, False, 0
+        self.groups = Groups(pool, self.stats)
+
+    # ── what the caller asks for ─────────────────────────────────────────────────────────────────────────────────
+
+    def start(self, key: Hashable, ids: list[int], params: SamplingParams, group: Hashable | None) -> None:
+        if key in self.sequences:
+            raise ValueError(f"sequence {key!r} was started already: extend it, or drop it first.")
+        if not ids:
+            raise ValueError(f"sequence {key!r} has an empty prompt: at least one token must be given.")
+        shared = self.groups.join(key, group, ids)
+        sequence = Sequence(key, self.arrivals, list(ids), params, seed_key(params.seed), shared, len(ids), len(ids))
+        self.arrivals += 1
+        self.sequences[key] = sequence
+        self._queue(sequence)
+
+    def extend(self, key: Hashable, ids: list[int], params: SamplingParams) -> None:
+        sequence = self._known(key)
+        if sequence.state is not State.PARKED:
+            raise ValueError(f"sequence {key!r} is still {sequence.state.value}: extend it when its turn is done.")
+        sequence.tokens += ids
+        sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
+        sequence.params, sequence.draw_key = params, seed_key(params.seed)
+        sequence.turn_start = sequence.given = len(sequence.tokens)
+        sequence.logp, sequence.logp_behaviour = [], []
+        self._queue(sequence)
+
+    def drop(self, key: Hashable) -> None:
+        sequence = self._known(key)
+        del self.sequences[key]
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.runs:
+            self.running.remove(sequence)
+        # The key may be started anew before the refusal was handed out: the new sequence must not get it.
+        self.refused = [turn for turn in self.refused if turn.key != key]
+        sequence.state, self.changed = State.DROPPED, True
+        self.pool.release(sequence.pages)
+        self.groups.leave(sequence)
+
+    def _known(self, key: Hashable) -> Sequence:
+        if key not in self.sequences:
+            raise ValueError(f"sequence {key!r} is unknown: it was never started, or was dropped.")
+        return self.sequences[key]
+
+    def _queue(self, sequence: Sequence) -> None:
+        """Line up by arrival, unless it can never be computed."""
+        sequence.state, self.changed = State.WAITING, True
+        if len(sequence.tokens) <= self.max_length:
+            insort(self.waiting, sequence, key=lambda s: s.number)
+        else:
+            self.refused.append(self._finish(sequence, "capacity"))
+            self._forget(sequence)
+
+    # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def plan(self) -> Step | None:
+        """The next forward's work, or None if there is nothing to compute. Counts it as computed."""
+        items: list[Item] = []
+        copies: list[tuple[int, int]] = []
+        budget = self.max_tokens - sum(s.pending == 1 for s in self.running)
+        for sequence in sorted(self.running, key=lambda s: s.number):
+            if not sequence.runs:  # an older one took its pages a moment ago
+                continue
+            count = 1 if sequence.pending == 1 else min(sequence.pending, budget)
+            budget -= count if sequence.pending > 1 else 0
+            room = self._room(sequence, sequence.computed + count) if count else None
+            if room is not None:
+                copies += room
+                items.append(Item(sequence, sequence.computed, count))
+        self.changed, self.steps_ahead = self.admit(items, copies, budget), 0
+        for item in items:
+            self.count(item)
+        items.sort(key=lambda i: i.count > 1)
+        return Step(items, copies) if items else None
+
+    def _room(self, sequence: Sequence, stop: int) -> list[tuple[int, int]] | None:
+        """Pages for a running sequence up to token `stop`; None if it had to give up its own place."""
+        while (copies := self.pool.extend(sequence.pages, sequence.computed, stop)) is None:
+            if not self._make_room(sequence):
+                assert any(s.number < sequence.number for s in self.running), "a sequence that fits found no room"
+                self._preempt(sequence)
+                return None
+        return copies
+
+    def admit(self, items: list[Item], copies: list[tuple[int, int]], budget: int, apart: bool = False) -> bool:
+        """Admit who waits, in order; whether the next step may admit more although nothing else changes. `apart`: the budget is that of
+        chunks alone, so single tokens take nothing of it, and no prompt is cut after its first token."""
+        full = False
+        for sequence in self.waiting:
+            full = len(self.running) >= self.max_num_seqs
+            if full or budget < 1:
+                break
+            if self.groups.must_wait(sequence):
+                continue
+            while self.groups.missing(sequence) + len(self.running) > len(self.pool.free):
+                if self.running or not self._make_room(sequence):
+                    break
+            if self.groups.missing(sequence) + len(self.running) > len(self.pool.free):
+                assert self.running, "a sequence that fits found no room in an empty cache"
+                full = True
+                break
+            if budget == 1 and apart and self.groups.left(sequence) > 1:
+                break
+            self.groups.attach(sequence)
+            found = self.pool.extend(sequence.pages, sequence.computed, len(sequence.tokens))
+            assert found is not None
+            copies += found
+            count = min(sequence.pending, budget)
+            budget -= 0 if apart and count == 1 else count
+            items.append(Item(sequence, sequence.computed, count))
+            self.running.append(sequence)
+            sequence.state = State.RUNNING
+        self.waiting = [s for s in self.waiting if s.state is State.WAITING]
+        return bool(self.waiting) and not full
+
+    def count(self, item: Item) -> None:
+        """Book an item as computed."""
+        sequence = item.sequence
+        sequence.computed += item.count
+        given = max(0, min(sequence.computed, sequence.given) - item.start)
+        self.stats.prefill_tokens += given
+        self.stats.decode_tokens += item.count - given
+        self.groups.computed(sequence)
+
+    # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Give up the KV that is missed least, see [Note: progress]; False if there is none that `sequence` may take."""
+        if self.groups.let_go(useful=True):
+            return True
+        idle = [s for s in self.sequences.values() if s.pages and s is not sequence and not s.runs]
+        if idle:
+            self._forget(max(idle, key=lambda s: (s.state is State.PARKED, s.number)))
+            self.stats.evicted += 1
+            return True
+        if self.groups.let_go(useful=False):
+            return True
+        youngest = max(self.running, key=lambda s: s.number, default=sequence)
+        if youngest.number <= sequence.number:
+            return False
+        self._preempt(youngest)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._forget(sequence)
+        self.running.remove(sequence)
+        self._queue(sequence)
+        self.stats.preempted += 1
+
+    def _forget(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.computed, sequence.given = 0, len(sequence.tokens)
+        self.groups.forgot(sequence)
+
+    # ── what came out ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def accept(self, sequence: Sequence, token: int, logp: float, logp_behaviour: float) -> TurnDone | None:
+        """Append a drawn token; the finished turn, if it was its last."""
+        sequence.tokens.append(token)
+        sequence.logp.append(logp)
+        sequence.logp_behaviour.append(logp_behaviour)
+        self.stats.sampled_tokens += 1
+        if token in sequence.params.stop_ids:
+            reason: Reason = "stop"
+        elif len(sequence.logp) >= sequence.params.max_tokens:
+            reason = "length"
+        elif len(sequence.tokens) > self.max_length:
+            reason = "capacity"
+        else:
+            return None
+        self.running.remove(sequence)
+        return self._finish(sequence, reason)
+
+    def _finish(self, sequence: Sequence, reason: Reason) -> TurnDone:
+        sequence.state, self.changed = State.PARKED, True
+        return TurnDone(sequence.key, sequence.tokens[sequence.turn_start :], sequence.logp, sequence.logp_behaviour, reason)

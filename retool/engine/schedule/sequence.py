@@ -1,0 +1,122 @@
+"""What the scheduler knows of a sequence, of a group of samples, and of one step's work."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from retool.engine.schedule.params import SamplingParams
+
+
+class State(Enum):
+    """Waiting to be computed, being computed, its turn finished and its KV kept, or gone."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PARKED = "parked"
+    DROPPED = "dropped"
+
+
+@dataclass(eq=False)
+class Group:
+    """Samples of one prompt. All but its last token is computed once, by `leader`; `pages` then keep it for who still waits."""
+
+    key: Hashable
+    ids: list[int]
+    live: int = 0
+    unserved: int = 0  # members that never had their prompt's KV
+    leader: Sequence | None = None
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens that are shared."""
+        return len(self.ids) - 1
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens of a trajectory so far; `computed` of them have keys and values in `pages`.
+
+    `number` counts arrivals: the lower one goes first, for room and for memory. `given` marks tokens [0, given) that were
+    not sampled in this turn or were computed before, for the statistics.
+    """
+
+    key: Hashable
+    number: int
+    tokens: list[int]
+    params: SamplingParams
+    draw_key: int
+    group: Group | None
+    turn_start: int
+    given: int
+    served: bool = False
+    computed: int = 0
+    state: State = State.WAITING
+    pages: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    logp_behaviour: list[float] = field(default_factory=list)
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+    @property
+    def runs(self) -> bool:
+        return self.state is State.RUNNING
+
+    @property
+    def ends(self) -> bool:
+        """Whether the draw that follows what is computed is the turn's last one at any rate."""
+        return self.computed - self.turn_start >= self.params.max_tokens - 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """Tokens [start, start + count) of a sequence go through the model; if that is all there are, the next one is drawn."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def draws(self) -> bool:
+        return self.start + self.count == len(self.sequence.tokens)
+
+
+class Step(NamedTuple):
+    """Work of one forward: items, those of one token first, after copying pages (from, to)."""
+
+    items: list[Item]
+    copies: list[tuple[int, int]]
+
+
+class Join(NamedTuple):
+    """A sequence takes a row of the decode step. The token that it computes there is at `position` of it: the draw number `source` of the
+    last step's chunks, or known (None)."""
+
+    slot: int
+    sequence: Sequence
+    source: int | None
+    position: int
+
+
+class Ahead(NamedTuple):
+    """Work of a decode step that is planned before the draws of the last one were seen. `rows` of it (None: padding), the pages `added`
+    to rows that go on as (row, place in its page table, page), who `joins`; pages are copied first, and `chunks` computed beside it.
+    Without `runs` its rows only get ready, and the chunks are all there is."""
+
+    runs: bool
+    rows: list[Sequence | None]
+    added: list[tuple[int, int, int]]
+    joins: list[Join]
+    copies: list[tuple[int, int]]
+    chunks: list[Item]
+
+    def join(self, sequence: Sequence, source: int | None, position: int) -> None:
+        """Take the first free row."""
+        slot = next((slot for slot, row in enumerate(self.rows) if row is None), len(self.rows))
+        self.rows[slot : slot + 1] = [sequence]
+        self.joins.append(Join(slot, sequence, source, position))

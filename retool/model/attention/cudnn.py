@@ -1,0 +1,134 @@
+"""cuDNN's attention for the long documents of a pack, another kernel for the short ones between them.
+
+Shapes: T tokens · N query heads · K key/value heads · L tokens of a document · H head dim · B documents
+
+[Note: cuDNN plans] cuDNN compiles a plan per shape (tens of milliseconds, twice: forward and backward), and documents have any length.
+Lengths are rounded up to one of 16 per octave, so a run meets few shapes; the zero tokens at the end come after every real one, so
+causality hides them, and their zero output gradient makes their share of every gradient exactly zero. torch keys its plans on
+the strides of q, k and v alone, so out and dout always have the one layout [documents, L, N, H].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retool.model.attention.reference import Gradients, Pack
+
+CUDNN_SHORTEST = 4096  # below it FlashAttention-2 over all documents at once fills the device better
+CUDNN_LARGEST_HEAD = 128
+INDEXABLE = 1 << 31  # elements from a run's start to its end; FlashAttention-2 counts in 64 bits, of cuDNN it isn't known
+
+ShortForward = Callable[[Tensor, Tensor, Tensor, Pack], tuple[Tensor, Tensor]]
+ShortBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Pack], Gradients]
+
+
+class Run(NamedTuple):
+    """Consecutive documents for one kernel: documents [first, stop), tokens [begin, end); `length` is 0 where they are short."""
+
+    first: int
+    stop: int
+    begin: int
+    end: int
+    length: int
+
+
+@lru_cache(maxsize=256)
+def _runs(seqlens: tuple[int, ...]) -> tuple[Run, ...]:
+    """Long documents of one length that follow each other are one cuDNN batch, short ones that do are one call of the other kernel."""
+    runs: list[Run] = []
+    begin = 0
+    for i, n in enumerate(seqlens):
+        length = n if n >= CUDNN_SHORTEST else 0
+        joins = bool(runs) and runs[-1].length == length
+        first, start = (runs[-1].first, runs[-1].begin) if joins else (i, begin)
+        if joins:
+            runs.pop()
+        runs.append(Run(first, i + 1, start, begin + n, length))
+        begin += n
+    return tuple(runs)
+
+
+def _short_pack(run: Run, pack: Pack) -> Pack:
+    cu_seqlens = pack.cu_seqlens[run.first : run.stop + 1]
+    seqlens = pack.seqlens[run.first : run.stop]
+    return Pack(cu_seqlens if run.first == 0 else cu_seqlens - cu_seqlens[:1], max(seqlens), seqlens)
+
+
+def _rounded(length: int) -> int:
+    """Up to a multiple of a sixteenth of the power of two below, at most 6 % more."""
+    step = max(1 << (length.bit_length() - 5), 1)
+    return -(-length // step) * step
+
+
+def _by_cudnn(q_TNH: Tensor, run: Run) -> bool:
+    return run.length > 0 and (run.end - run.begin) * q_TNH.stride(0) < INDEXABLE
+
+
+def _batched(x_TNH: Tensor, run: Run) -> Tensor:
+    """[T, N, H] → [documents, N, rounded L, H] of a run; a view where L needs no rounding."""
+    x = x_TNH[run.begin : run.end].unflatten(0, (-1, run.length))
+    extra = _rounded(run.length) - run.length
+    return (F.pad(x, (0, 0, 0, 0, 0, extra)) if extra else x).transpose(1, 2)
+
+
+def _flattened(x: Tensor, run: Run) -> Tensor:
+    """The way back: [documents, N, rounded L, H] → [T of the run, N, H]."""
+    return x.transpose(1, 2)[:, : run.length].flatten(0, 1)
+
+
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack, short: ShortForward) -> tuple[Tensor, Tensor]:
+    """out [T, N, H] and lse float32 [N, T]; `short` computes the documents of fewer than `CUDNN_SHORTEST` tokens, and huge ones."""
+    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    for run in _runs(pack.seqlens):
+        tokens = slice(run.begin, run.end)
+        if _by_cudnn(q, run):
+            out_run, lse_run = _forward_run(q, k, v, run)
+        else:
+            out_run, lse_run = short(q[tokens], k[tokens], v[tokens], _short_pack(run, pack))
+        if run.end - run.begin == q.shape[0]:
+            return out_run, lse_run
+        out[tokens], lse[:, tokens] = out_run, lse_run
+    return out, lse
+
+
+def cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack, short: ShortBackward) -> Gradients:
+    """(dq, dk, dv) of what `cudnn_forward` computed."""
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    for run in _runs(pack.seqlens):
+        tokens = slice(run.begin, run.end)
+        if _by_cudnn(q, run):
+            parts = _backward_run(dout, q, k, v, out, lse, run)
+        else:
+            lse_run = lse[:, tokens].contiguous()
+            parts = short(dout[tokens], q[tokens], k[tokens], v[tokens], out[tokens], lse_run, _short_pack(run, pack))
+        if run.end - run.begin == q.shape[0]:
+            return parts
+        for grad, part in zip(grads, parts, strict=True):
+            grad[tokens] = part
+    return grads
+
+
+def _forward_run(q: Tensor, k: Tensor, v: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+    q, k, v = (_batched(x, run) for x in (q, k, v))
+    out, stats, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)
+    lse = stats.reshape(out.shape[:3])[..., : run.length].transpose(0, 1).flatten(1)
+    return _flattened(out, run).contiguous(), lse.contiguous()
+
+
+def _backward_run(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, run: Run) -> Gradients:
+    length = _rounded(run.length)
+    dout, q, k, v, out = (_batched(x, run) for x in (dout, q, k, v, out))
+    stats = lse[:, run.begin : run.end].unflatten(1, (-1, run.length)).transpose(0, 1)
+    stats = F.pad(stats, (0, length - run.length)).contiguous()[..., None]  # cuDNN wants four dimensions
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which isn't used
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, stats, seed, seed, None, None, None, length, length, 0.0, True
+    )
+    dq, dk, dv = (_flattened(g, run) for g in grads)
+    return dq, dk, dv

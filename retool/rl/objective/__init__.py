@@ -1,0 +1,1 @@
+"""Groups into a gradient: advantages, corrections, losses, and the batches that they are computed over."""

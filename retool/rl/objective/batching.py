@@ -1,0 +1,142 @@
+"""Trajectories to packed batches, with everything a loss needs per token.
+
+[Note: alignment] In a pack `labels[i]` is the token after `i`, so whatever belongs to a *sampled token* stands at the position
+before it. Per-token arrays of a trajectory are indexed by token; `shift` moves them, once, here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retool.batch import PackedBatch, Sample, pack
+from retool.data.packing import QUADRATIC_LENGTH, Plan, plan_step
+from retool.rl.objective.losses import token_weights
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trajectory as the update sees it: arrays over all of its tokens, 0 where not sampled.
+
+    `old` and `ref` are log-probabilities (nats), `advantage` the advantage, `correction` the importance weight of the sampler.
+    `ref` is None where no reference policy is used.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    old: np.ndarray
+    advantage: np.ndarray
+    correction: np.ndarray
+    ref: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class RLBatch:
+    """A pack and, at the position of each label, what the loss needs. float32 [T]; `sequences` int64 [T] numbers the documents.
+
+    `weights` is the token's share of the global mini-batch's mean (`losses.token_weights`); 0 where it wasn't sampled.
+    """
+
+    pack: PackedBatch
+    old: Tensor
+    advantages: Tensor
+    correction: Tensor
+    weights: Tensor
+    ref: Tensor
+    sequences: Tensor
+
+    def slice(self, rank: int, size: int) -> RLBatch:
+        """The part of sequence-parallel rank `rank` of `size`."""
+        step = self.old.shape[0] // size
+        part = slice(rank * step, (rank + 1) * step)
+        tensors = {f.name: getattr(self, f.name)[part] for f in fields(self) if f.name != "pack"}
+        return replace(self, pack=self.pack.slice(rank, size), **tensors)
+
+    def to(self, device: torch.device) -> RLBatch:
+        """Copy to `device`."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+        tensors = {f.name: move(getattr(self, f.name)) for f in fields(self) if f.name != "pack"}
+        return replace(self, pack=self.pack.to(device), **tensors)
+
+
+def shift(arrays: Sequence[np.ndarray], total: int) -> np.ndarray:
+    """Arrays over tokens, one after the other, moved to the position before; float32 [total], 0 at the documents' ends and after."""
+    out, at = np.zeros(total, np.float32), 0
+    for values in arrays:
+        out[at : at + len(values) - 1] = values[1:]
+        at += len(values)
+    return out
+
+
+def unshift(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+    """The inverse of `shift` for a whole pack's values: an array per document, 0 at its first token."""
+    out, at = [], 0
+    for n in lengths:
+        own = np.zeros(n, np.float32)
+        own[1:] = values[at : at + n - 1]
+        out.append(own)
+        at += n
+    return out
+
+
+def make_batch(rows: Sequence[Row], weights: Sequence[np.ndarray], multiple: int) -> RLBatch:
+    """Pack rows with their token weights; no rows at all give a dummy pack of weight 0."""
+    packed = pack([Sample(row.tokens, row.mask) for row in rows], multiple)
+    total = len(packed.tokens)
+
+    def tensor(arrays: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(shift(arrays, total))
+
+    refs = [row.ref if row.ref is not None else np.zeros(len(row)) for row in rows]
+    sequences = np.repeat(np.arange(len(packed.seqlens)), packed.seqlens)
+    return RLBatch(
+        packed, tensor([row.old for row in rows]), tensor([row.advantage for row in rows]), tensor([row.correction for row in rows]),
+        tensor(weights), tensor(refs), torch.from_numpy(sequences),
+    )  # fmt: skip
+
+
+def mini_batches(groups: Sequence[int], size: int) -> list[list[int]]:
+    """Indices of trajectories per optimizer step: `size` consecutive groups each (the last may be smaller). `groups` numbers each
+    trajectory's group, those of one group lying together."""
+    order = list(dict.fromkeys(groups))
+    number = {g: i // size for i, g in enumerate(order)}
+    out: list[list[int]] = [[] for _ in range(-(-len(order) // size))]
+    for i, g in enumerate(groups):
+        out[number[g]].append(i)
+    return out
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a mini-batch is cut: trajectories per micro-batch, or tokens per GPU; balanced as `plan_step` does with `quadratic_length`."""
+
+    max_tokens_per_gpu: int | None
+    micro_batch_size: int | None = None
+    quadratic_length: int = QUADRATIC_LENGTH
+
+    def plan(self, lengths: Sequence[int], dp: int, sp: int) -> Plan:
+        return plan_step(lengths, dp, sp, self.micro_batch_size, self.max_tokens_per_gpu, self.quadratic_length)
+
+
+def rank_batches(
+    rows: Sequence[Row], mode: str, max_response_length: int, dp_rank: int, dp: int, sp: int, budget: Budget
+) -> tuple[list[RLBatch], int]:
+    """(this rank's micro-batches of a global mini-batch, its sampled tokens over all ranks): equally many on every rank, work-balanced,
+    and normalised over the whole mini-batch whatever the layout."""
+    weights = token_weights([row.mask for row in rows], mode, max_response_length)
+    plan = budget.plan([len(row) for row in rows], dp, sp)
+    made = []
+    for members in plan[dp_rank]:
+        ordered = sorted(members, key=lambda i: len(rows[i]))
+        made.append(make_batch([rows[i] for i in ordered], [weights[i] for i in ordered], sp))
+    return made, sum(int(row.mask.sum()) for row in rows)

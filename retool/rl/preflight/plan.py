@@ -1,0 +1,66 @@
+"""What preflight finds of an RL run: its prompts, tools and reward, and the memory of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retool.config.options import RunOptions
+from retool.data.render.renderer import Renderer
+from retool.preflight.plan import RunReport, gpu_memory, setting_of
+from retool.rl.agent.tools import Tool
+from retool.rl.config import RLConfig, run_options
+from retool.rl.data import PromptReport
+from retool.rl.preflight.memory import StepMemory, engine_options, step_memory
+from retool.rl.reward.rewards import RewardSource
+from retool.rl.types import Prompt
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The prompts of training or validation, and what became of the rows."""
+
+    prompts: list[Prompt]
+    said: PromptReport
+
+
+@dataclass(frozen=True)
+class Report(RunReport):
+    """What preflight found. Without faults everything but `val` is there."""
+
+    config: RLConfig
+    renderer: Renderer | None = None
+    tools: tuple[Tool, ...] = ()
+    reward: RewardSource | None = None
+    train: Questions | None = None
+    val: Questions | None = None
+
+    @property
+    def options(self) -> RunOptions:
+        return run_options(self.config)
+
+    @property
+    def steps_of_data(self) -> int:
+        prompts = len(self.train.prompts) if self.train else 0
+        return prompts * self.config.trainer.total_epochs // self.config.data.train_batch_size
+
+    @property
+    def memory(self) -> StepMemory:
+        """What a step takes by phase, the engine's part included."""
+        wanted = self.config.actor_rollout_ref
+        assert self.model is not None and self.choice is not None
+        return step_memory(
+            self.model, setting_of(self.options, self.world), self.choice, engine_options(self.config),
+            wanted.rollout.tensor_model_parallel_size, wanted.rollout.free_cache_engine, uses_reference(self.config),
+            gpu_memory(self.options),
+        )  # fmt: skip
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of a full step."""
+        actor = self.config.actor_rollout_ref.actor
+        return -(-self.config.data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
+
+
+def uses_reference(config: RLConfig) -> bool:
+    """Whether a reference policy is needed."""
+    return config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward

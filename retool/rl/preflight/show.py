@@ -1,0 +1,58 @@
+"""The start-up plan in plain words, with the arithmetic of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from retool.perf import GIB
+from retool.preflight.show import memory_words, model_words, written_words
+from retool.rl.config import aggregation
+from retool.rl.preflight.plan import Report
+from retool.rl.reward.rewards import default_name
+
+
+def in_words(report: Report) -> Iterator[tuple[str, str]]:
+    """(topic, text) of what the run will do."""
+    wanted, processes = report.config.actor_rollout_ref, report.world.processes
+    assert report.train is not None
+    sp, tp = wanted.actor.ulysses_sequence_parallel_size, wanted.rollout.tensor_model_parallel_size
+    yield "model", f"{report.folder}: {model_words(report)}"
+    yield "processes", f"{processes}: training {processes // sp} × {sp} sequence-parallel, {processes // tp} engine(s) of {tp}"
+    yield "prompts", f"training: {report.train.said.sentence()}\nvalidation: {report.val.said.sentence() if report.val else 'none'}"
+    yield "reward", _reward_words(report)
+    yield "tools", ", ".join(tool.name for tool in report.tools) or "none"
+    yield "a step", _step_words(report)
+    yield "schedule", f"{report.steps:,} steps, {report.steps * report.updates_per_step:,} optimizer steps at {wanted.actor.optim.lr:g}"
+    yield "memory", _memory_words(report)
+    yield "written", written_words(report, ", report/")
+
+
+def _memory_words(report: Report) -> str:
+    memory, data = report.memory, report.config.data
+    room = f"{memory.sequences:,.1f}".removesuffix(".0")
+    engine = (
+        f"engine: weights {memory.weights / GIB:.2f} GiB, cache {memory.cache / GIB:.2f} GiB with room for {room} "
+        f"sequences of {data.max_prompt_length + data.max_response_length:,} tokens; {'freed for' if memory.freed else 'kept during'} "
+        "the update"
+    )
+    return f"{memory_words(report, memory.phases, memory.fits)}\n{engine}"
+
+
+def _reward_words(report: Report) -> str:
+    source = report.reward
+    assert source is not None and report.train is not None
+    if source.name == "default" and source.path is None:
+        sources = {**report.train.said.sources, **(report.val.said.sources if report.val else {})}
+        return "by data source: " + ", ".join(f"{name} → {default_name(name)}" for name in sources)
+    return source.name if source.path is None else f"{source.name} in {source.path}"
+
+
+def _step_words(report: Report) -> str:
+    config, updates = report.config, report.updates_per_step
+    prompts, n, actor = config.data.train_batch_size, config.actor_rollout_ref.rollout.n, config.actor_rollout_ref.actor
+    tokens = prompts * n * config.data.max_response_length
+    return (
+        f"{prompts:,} prompts × {n} samples = {prompts * n:,} trajectories, at most {tokens:,} response tokens\n"
+        f"{updates} optimizer step(s) of {actor.ppo_mini_batch_size * n:,} trajectories, {actor.ppo_max_token_len_per_gpu:,} tokens "
+        f"per GPU and micro-batch; {config.algorithm.adv_estimator}, {actor.policy_loss.loss_mode}, {aggregation(actor)}"
+    )

@@ -1,0 +1,1 @@
+"""A trajectory into a score, in processes that can be killed."""
