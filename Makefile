@@ -52,6 +52,7 @@ test-gpu: $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check --quiet .
 	$(VENV)/bin/basedpyright --level error
 
 bench: $(VENV)/.installed

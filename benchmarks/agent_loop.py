@@ -1,14 +1,17 @@
-"""What the agent loop itself costs: CPU time per trajectory of the one thread that feeds the engine.
+"""What the agent loop itself costs: CPU time per trajectory of the one thread that feeds the
+engine.
 
-    python benchmarks/agent_loop.py [--model FOLDER] [--trajectories 8192] [--turns 3] [--json out.json]
+    python benchmarks/agent_loop.py [--model FOLDER] [--trajectories 8192] [--turns 3] [--json
+    out.json]
 
-The engine answers at once with turns that were made before, and so do tool and reward: what is left is parsing calls, writing the
-glue, tokenising, bookkeeping and the event loop. The engine stands still meanwhile. A turn is a call of `--code` characters, a
-tool's answer has each of the lengths in `--answers`. FOLDER has a tokenizer with a chat template (Qwen2.5's, say); without it a small
-one is trained, and used with our own template.
+The engine answers at once with turns that were made before, and so do tool and reward: what is left
+is parsing calls, writing the glue, tokenising, bookkeeping and the event loop. The engine stands
+still meanwhile. A turn is a call of `--code` characters, a tool's answer has each of the lengths in
+`--answers`. FOLDER has a tokenizer with a chat template (Qwen2.5's, say); without it a small one is
+trained, and used with our own template.
 
-Baseline: after every turn the whole conversation goes through the chat template and the tokenizer again, as loops do that
-keep messages, not tokens; the loop around it is the same.
+Baseline: after every turn the whole conversation goes through the chat template and the tokenizer
+again, as loops do that keep messages, not tokens; the loop around it is the same.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ SAMPLES = 8  # of each prompt
 
 @dataclass
 class InstantEngine:
-    """Finishes every turn that is under way in one step, with tokens that were made before: the last turn has no call."""
+    """Finishes every turn that is under way in one step, with tokens that were made before: the
+    last turn has no call.
+    """
 
     call: list[int]
     answer: list[int]
@@ -51,7 +56,13 @@ class InstantEngine:
     done: dict[Hashable, int] = field(default_factory=dict)
     queue: deque[Hashable] = field(default_factory=deque)
 
-    def start(self, key: Hashable, ids: Sequence[int], params: SamplingParams, group: Hashable | None = None) -> None:
+    def start(
+        self,
+        key: Hashable,
+        ids: Sequence[int],
+        params: SamplingParams,
+        group: Hashable | None = None,
+    ) -> None:
         self.done[key] = 0
         self.queue.append(key)
 
@@ -99,7 +110,9 @@ class InstantJudge:
 
 
 class RenderedAnew(Renderer):
-    """The baseline: the glue is what a render of the whole conversation has behind the turn, all of it tokenised."""
+    """The baseline: the glue is what a render of the whole conversation has behind the turn, all of
+    it tokenised.
+    """
 
     def render_tool_turn(
         self,
@@ -138,7 +151,9 @@ def make_prompts(renderer: Renderer, count: int) -> list[tuple[Prompt, int]]:
     return requests[:count]
 
 
-def measure(make: Callable[[], Renderer], args: Namespace, answer: int, count: int) -> dict[str, Any]:
+def measure(
+    make: Callable[[], Renderer], args: Namespace, answer: int, count: int
+) -> dict[str, Any]:
     """Milliseconds per trajectory of each repeat, after one that warms up."""
     renderer = make()
     parts = make_parts(renderer, args, answer)
@@ -148,7 +163,9 @@ def measure(make: Callable[[], Renderer], args: Namespace, answer: int, count: i
         begin = time.thread_time()
         found = asyncio.run(roll_out(parts, requests, Sampling(), 0))
         ms.append(1e3 * (time.thread_time() - begin) / len(requests))
-        assert found is not None and all(scored.trajectory.tool_calls == args.turns - 1 for scored in found)
+        assert found is not None and all(
+            scored.trajectory.tool_calls == args.turns - 1 for scored in found
+        )
     return {"ms": ms[1:], "trajectories": count}
 
 
@@ -157,9 +174,13 @@ def main() -> None:
     parser.set_defaults(repeats=3)
     parser.add_argument("--model", type=Path, help="folder with a tokenizer and chat template")
     parser.add_argument("--trajectories", type=int, default=8192)
-    parser.add_argument("--turns", type=int, default=3, help="turns of the model; all but the last call the tool")
+    parser.add_argument(
+        "--turns", type=int, default=3, help="turns of the model; all but the last call the tool"
+    )
     parser.add_argument("--code", type=int, default=300, help="characters of a call's code")
-    parser.add_argument("--answers", default="40,400", help="characters of a tool's answer, one row each")
+    parser.add_argument(
+        "--answers", default="40,400", help="characters of a tool's answer, one row each"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
@@ -171,9 +192,15 @@ def main() -> None:
             write_model(model, "tiny")
         tokenizer = load_tokenizer(str(model))
         print(f"{hardware(cpu)}; {args.turns} turns, calls of {args.code} characters")
-        head("Agent loop", ["way", "answer", "trajectories", "ms per trajectory (median, lowest … highest)"])
+        head(
+            "Agent loop",
+            ["way", "answer", "trajectories", "ms per trajectory (median, lowest … highest)"],
+        )
         ways = {
-            "everything rendered anew (baseline)": (partial(RenderedAnew, tokenizer, template), max(8, args.trajectories // 8)),
+            "everything rendered anew (baseline)": (
+                partial(RenderedAnew, tokenizer, template),
+                max(8, args.trajectories // 8),
+            ),
             "retool": (partial(Renderer, tokenizer, template), args.trajectories),
         }
         for answer in map(int, args.answers.split(",")):

@@ -1,12 +1,15 @@
-"""Saving and loading a model with AdamW's moments, next to torch.distributed.checkpoint on the same tensors.
+"""Saving and loading a model with AdamW's moments, next to torch.distributed.checkpoint on the same
+tensors.
 
-    torchrun --nproc_per_node=2 benchmarks/checkpoint.py [--shape qwen2.5-0.5b] [--repeats 5] [--folder /somewhere] [--json out.json]
-    torchrun --nproc_per_node=2 benchmarks/checkpoint.py --shape tiny            a look at it on the CPU
+    torchrun --nproc_per_node=2 benchmarks/checkpoint.py [--shape qwen2.5-0.5b] [--repeats 5]
+    [--folder /somewhere] [--json out.json] torchrun --nproc_per_node=2 benchmarks/checkpoint.py
+    --shape tiny            a look at it on the CPU
 
-*stall* is how long the call keeps the training loop: what an asynchronous save is for. *whole* is until everything is on disk
-and named. *load* reads weights and both moments back into the ranks' tensors, files in the page cache. The first save of each
-row (buffers are made then) is shown apart. Bytes are all ranks' files. The peer's tensors are the same DTensors, `Shard(0)` rows,
-that our files hold; it writes no Hugging Face export, so the rows to compare are those without.
+*stall* is how long the call keeps the training loop: what an asynchronous save is for. *whole* is
+until everything is on disk and named. *load* reads weights and both moments back into the ranks'
+tensors, files in the page cache. The first save of each row (buffers are made then) is shown apart.
+Bytes are all ranks' files. The peer's tensors are the same DTensors, `Shard(0)` rows, that our
+files hold; it writes no Hugging Face export, so the rows to compare are those without.
 """
 
 from __future__ import annotations
@@ -54,15 +57,35 @@ def peer_state(state: ModelState, mesh: Mesh) -> dict[str, Any]:
     """The same tensors as DTensors on this device, under the peer's names."""
     device_mesh = init_device_mesh(mesh.device.type, (mesh.world,), mesh_dim_names=("fsdp",))
     out: dict[str, Any] = {}
-    for key, flat in (("model", state.params), ("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+    for key, flat in (
+        ("model", state.params),
+        ("exp_avg", state.exp_avg),
+        ("exp_avg_sq", state.exp_avg_sq),
+    ):
         assert flat is not None
-        rows = torch.cat([
-            to_rows(u, mesh.shards, mesh.shard_rank, flat[u.start : u.start + u.shard_numel], mesh.shard_group) for u in state.layout.units
-        ])  # fmt: skip
+        rows = torch.cat(
+            [
+                to_rows(
+                    u,
+                    mesh.shards,
+                    mesh.shard_rank,
+                    flat[u.start : u.start + u.shard_numel],
+                    mesh.shard_group,
+                )
+                for u in state.layout.units
+            ]
+        )
         for r in named_rows(state.layout, mesh.shard_rank):
             local = rows[r.offset : r.offset + r.stop - r.start].view(r.shape).clone()
             stride = torch.empty(r.member.shape, device="meta").stride()
-            tensor = DTensor.from_local(local, device_mesh, (Shard(0),), run_check=False, shape=torch.Size(r.member.shape), stride=stride)
+            tensor = DTensor.from_local(
+                local,
+                device_mesh,
+                (Shard(0),),
+                run_check=False,
+                shape=torch.Size(r.member.shape),
+                stride=stride,
+            )
             out[f"{key}.{r.member.name}"] = tensor
     return out
 
@@ -76,7 +99,9 @@ def together(mesh: Mesh) -> float:
     return time.perf_counter()
 
 
-def ours(state: ModelState, mesh: Mesh, source: Path, options: SaveOptions) -> Callable[[Path], Timed]:
+def ours(
+    state: ModelState, mesh: Mesh, source: Path, options: SaveOptions
+) -> Callable[[Path], Timed]:
     staging = Staging(mesh)
     staging.prepare(state, mesh, options)
     staging.ready()  # a run's first save comes long after its start
@@ -84,7 +109,15 @@ def ours(state: ModelState, mesh: Mesh, source: Path, options: SaveOptions) -> C
     def run(folder: Path) -> Timed:
         begin = together(mesh)
         pending = checkpoint.save(
-            folder, state, mesh, step=1, extra={}, data_state={}, model_folder=source, options=options, staging=staging
+            folder,
+            state,
+            mesh,
+            step=1,
+            extra={},
+            data_state={},
+            model_folder=source,
+            options=options,
+            staging=staging,
         )
         stall = time.perf_counter() - begin
         result = pending.wait()
@@ -109,9 +142,17 @@ def theirs(content: dict[str, Any], mesh: Mesh, asynchronous: bool) -> Callable[
     return run
 
 
-def measure(run: Callable[[Path], Timed], load: Callable[[Path], object], mesh: Mesh, root: Path, repeats: int) -> dict[str, Any]:
+def measure(
+    run: Callable[[Path], Timed],
+    load: Callable[[Path], object],
+    mesh: Mesh,
+    root: Path,
+    repeats: int,
+) -> dict[str, Any]:
     """Save `repeats` + 1 times into fresh folders; load the last one."""
-    times, loads, size = [], [], 0
+    times = []
+    loads = []
+    size = 0
     for repeat in range(repeats + 1):
         folder = root / f"run{repeat}"
         times.append(slowest(run(folder), mesh))
@@ -124,7 +165,13 @@ def measure(run: Callable[[Path], Timed], load: Callable[[Path], object], mesh: 
         together(mesh)
         if mesh.rank == 0:
             shutil.rmtree(folder)
-    return {"first": times[0], "stall": [t[0] for t in times[1:]], "whole": [t[1] for t in times[1:]], "load": loads, "bytes": size}
+    return {
+        "first": times[0],
+        "stall": [t[0] for t in times[1:]],
+        "whole": [t[1] for t in times[1:]],
+        "load": loads,
+        "bytes": size,
+    }
 
 
 def slowest(seconds: tuple[float, ...], mesh: Mesh) -> tuple[float, ...]:
@@ -138,7 +185,9 @@ def slowest(seconds: tuple[float, ...], mesh: Mesh) -> tuple[float, ...]:
 def model_files(folder: Path) -> Path:
     """A source model's small files: the benchmark has no real one."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text('{"model_type": "qwen2", "torch_dtype": "float32", "tie_word_embeddings": true}')
+    (folder / "config.json").write_text(
+        '{"model_type": "qwen2", "torch_dtype": "float32", "tie_word_embeddings": true}'
+    )
     return folder
 
 
@@ -151,7 +200,8 @@ def in_table(line: dict[str, Any]) -> list[str]:
 
     if "failed" in line:
         return failed(line["row"], line, len(COLUMNS))
-    rate, size = line["bytes"] / statistics.median(line["whole"]) / 1e9, line["bytes"] / 1e9
+    rate = line["bytes"] / statistics.median(line["whole"]) / 1e9
+    size = line["bytes"] / 1e9
     return [
         line["row"],
         cell(line["stall"]),
@@ -164,24 +214,41 @@ def in_table(line: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b" if torch.cuda.is_available() else "tiny")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="qwen2.5-0.5b" if torch.cuda.is_available() else "tiny"
+    )
     parser.add_argument("--layers", type=int, help="only so many layers, where memory is short")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "retool-checkpoint-benchmark")
-    parser.add_argument("--rows", type=int, nargs="*", default=range(5), help="which rows, from 0; 3 and 4 are the peer's")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "retool-checkpoint-benchmark"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="*",
+        default=range(5),
+        help="which rows, from 0; 3 and 4 are the peer's",
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     mesh = make_mesh()
     if mesh.world == 1 and max(options.rows) > 2:
-        parser.error("run it with torchrun --nproc_per_node=2 or more: the peer needs a process group. Or without it: --rows 0 1 2")
-    state, source = state_of(options.shape, options.layers, mesh), model_files(options.folder / "source")
+        parser.error(
+            "run it with torchrun --nproc_per_node=2 or more: the peer needs a process group. Or without "
+            "it: --rows 0 1 2"
+        )
+    state = state_of(options.shape, options.layers, mesh)
+    source = model_files(options.folder / "source")
     shards = ("model", "optimizer", "extra")
     variants = {
-        "retool": SaveOptions(contents=shards), "retool, async": SaveOptions(contents=shards, async_save=True),
+        "retool": SaveOptions(contents=shards),
+        "retool, async": SaveOptions(contents=shards, async_save=True),
         "retool, async, with export": SaveOptions(async_save=True),
-    }  # fmt: skip
+    }
 
     def load(folder: Path) -> object:
         return checkpoint.load(folder / "global_step_1", state, mesh, seed=0)
@@ -199,7 +266,12 @@ def main() -> None:
     lines = list[dict[str, Any]]()
     if mesh.rank == 0:
         elements = sum(m.numel for _, m in state.layout.members)
-        print(hardware(mesh.device), f"{mesh.world} rank(s)", f"{options.shape}: {elements / 1e6:.0f}M parameters", sep=", ")
+        print(
+            hardware(mesh.device),
+            f"{mesh.world} rank(s)",
+            f"{options.shape}: {elements / 1e6:.0f}M parameters",
+            sep=", ",
+        )
         head("Checkpoints", COLUMNS)
     for name, run, read in (runs[i] for i in options.rows):
         found = attempt(partial(measure, run, read, mesh, options.folder, options.repeats))

@@ -1,14 +1,19 @@
-"""A run that learns: SFT with a tool, then DAPO, from a real model to accuracy on questions it hasn't seen.
+"""A run that learns: SFT with a tool, then DAPO, from a real model to accuracy on questions it
+hasn't seen.
 
-    python benchmarks/learn.py --model SmolLM2-135M-Instruct --data gsm8k-tool-sft --out run [--gpus 2] [--json out.json]
-    python benchmarks/learn.py … --sft-steps 3 --sft-batch 4 --rl-steps 1 --prompts 2 --samples 2 --questions 8 --response 48
+    python benchmarks/learn.py --model SmolLM2-135M-Instruct --data gsm8k-tool-sft --out run [--gpus
+    2] [--json out.json] python benchmarks/learn.py … --sft-steps 3 --sft-batch 4 --rl-steps 1
+    --prompts 2 --samples 2 --questions 8 --response 48
 
-Three commands, printed before each: validation of the model as it is, `python -m retool.sft` on conversations with a code interpreter,
-`python -m retool.rl` from the SFT's export, on the questions of the same conversations, programs run in the sandbox. DATA has
-train.parquet and test.parquet with the columns messages, tools and answer; no test question is trained on. Accuracy is that of the
-likeliest answer (temperature 0) to every test question. With `--seconds`, a command that takes too long is asked to stop and saves, and the
-next goes on from there; DAPO validates every `--test-every` steps, and every validation is a row as soon as it is through. `--only` spreads
-the parts over several calls with the same `--out`; `--only dapo` goes on with a run of DAPO that was there.
+Three commands, printed before each: validation of the model as it is, `python -m retool.sft` on
+conversations with a code interpreter, `python -m retool.rl` from the SFT's export, on the questions
+of the same conversations, programs run in the sandbox. DATA has train.parquet and test.parquet with
+the columns messages, tools and answer; no test question is trained on. Accuracy is that of the
+likeliest answer (temperature 0) to every test question. With `--seconds`, a command that takes too
+long is asked to stop and saves, and the next goes on from there; DAPO validates every
+`--test-every` steps, and every validation is a row as soon as it is through. `--only` spreads the
+parts over several calls with the same `--out`; `--only dapo` goes on with a run of DAPO that was
+there.
 """
 
 from __future__ import annotations
@@ -37,12 +42,18 @@ ARR = "actor_rollout_ref."
 
 
 def questions(path: str) -> Iterator[dict[str, Any]]:
-    """The questions of SFT conversations, in the schema of `retool.rl`: what `data.custom_cls` names."""
+    """The questions of SFT conversations, in the schema of `retool.rl`: what `data.custom_cls`
+    names.
+    """
     import pyarrow.parquet as parquet
 
     for said in parquet.read_table(path, columns=["messages", "answer"]).to_pylist():
         prompt = [{"role": m["role"], "content": m["content"]} for m in said["messages"][:1]]
-        yield {"data_source": SOURCE, "prompt": prompt, "reward_model": {"ground_truth": said["answer"]}}
+        yield {
+            "data_source": SOURCE,
+            "prompt": prompt,
+            "reward_model": {"ground_truth": said["answer"]},
+        }
 
 
 # --- the three commands ---
@@ -51,38 +62,71 @@ def questions(path: str) -> Iterator[dict[str, Any]]:
 def rl_words(args: Namespace, model: Path, out: Path) -> list[str]:
     """What validation and DAPO have alike."""
     return [
-        f"data.train_files={args.data}/train.parquet", f"data.val_files={args.data}/test.parquet", f"data.val_max_samples={args.questions}",
-        f"data.custom_cls.path={Path(__file__).resolve()}", "data.custom_cls.name=questions", "data.chat_template=hermes",
-        f"reward_model.num_workers={max(1, min(8, (os.cpu_count() or 1) // (2 * args.gpus)))}", "data.answer_format=null",
-        f"data.train_batch_size={args.prompts}", "data.max_prompt_length=512",
-        f"data.max_response_length={args.response}", "reward_model.name=math", f"{ARR}model.path={model}",
-        f"{ARR}rollout.n={args.samples}", f"{ARR}rollout.max_num_seqs={args.sequences}", f"{ARR}rollout.val_kwargs.do_sample=false",
-        f"{ARR}rollout.multi_turn.enable=true", f"{ARR}rollout.multi_turn.format=hermes", f"{ARR}rollout.multi_turn.max_assistant_turns=10",
-        f"{ARR}rollout.multi_turn.max_tool_response_length=64", f"{ARR}rollout.multi_turn.tool_timeout_seconds=10",
-        f"{ARR}actor.ppo_mini_batch_size={max(1, args.prompts // args.updates)}", f"{ARR}actor.ppo_max_token_len_per_gpu={args.tokens}",
+        f"data.train_files={args.data}/train.parquet",
+        f"data.val_files={args.data}/test.parquet",
+        f"data.val_max_samples={args.questions}",
+        f"data.custom_cls.path={Path(__file__).resolve()}",
+        "data.custom_cls.name=questions",
+        "data.chat_template=hermes",
+        f"reward_model.num_workers={max(1, min(8, (os.cpu_count() or 1) // (2 * args.gpus)))}",
+        "data.answer_format=null",
+        f"data.train_batch_size={args.prompts}",
+        "data.max_prompt_length=512",
+        f"data.max_response_length={args.response}",
+        "reward_model.name=math",
+        f"{ARR}model.path={model}",
+        f"{ARR}rollout.n={args.samples}",
+        f"{ARR}rollout.max_num_seqs={args.sequences}",
+        f"{ARR}rollout.val_kwargs.do_sample=false",
+        f"{ARR}rollout.multi_turn.enable=true",
+        f"{ARR}rollout.multi_turn.format=hermes",
+        f"{ARR}rollout.multi_turn.max_assistant_turns=10",
+        f"{ARR}rollout.multi_turn.max_tool_response_length=64",
+        f"{ARR}rollout.multi_turn.tool_timeout_seconds=10",
+        f"{ARR}actor.ppo_mini_batch_size={max(1, args.prompts // args.updates)}",
+        f"{ARR}actor.ppo_max_token_len_per_gpu={args.tokens}",
         f"trainer.default_local_dir={out}",
-        f"trainer.device={args.device}", f"trainer.resume_mode={'disable' if 'sft' in args.only else 'auto'}",
-    ]  # fmt: skip
+        f"trainer.device={args.device}",
+        f"trainer.resume_mode={'disable' if 'sft' in args.only else 'auto'}",
+    ]
 
 
 def dapo_words(args: Namespace) -> list[str]:
     """Asymmetric clipping, groups without a signal sampled anew, token mean."""
     return [
-        "algorithm.filter_groups.enable=true", "algorithm.filter_groups.max_num_gen_batches=2",
-        f"data.gen_batch_size={args.prompts * 3 // 2}", f"{ARR}actor.clip_ratio_low=0.2", f"{ARR}actor.clip_ratio_high=0.28",
-        f"{ARR}actor.clip_ratio_c=10", f"{ARR}actor.optim.lr={args.rl_lr}", f"trainer.total_training_steps={args.rl_steps}",
+        "algorithm.filter_groups.enable=true",
+        "algorithm.filter_groups.max_num_gen_batches=2",
+        f"data.gen_batch_size={args.prompts * 3 // 2}",
+        f"{ARR}actor.clip_ratio_low=0.2",
+        f"{ARR}actor.clip_ratio_high=0.28",
+        f"{ARR}actor.clip_ratio_c=10",
+        f"{ARR}actor.optim.lr={args.rl_lr}",
+        f"trainer.total_training_steps={args.rl_steps}",
         f"trainer.test_freq={args.test_every}",
-    ]  # fmt: skip
+    ]
 
 
 def sft_words(args: Namespace, out: Path) -> list[str]:
-    length = [f"trainer.total_training_steps={args.sft_steps}"] if args.sft_steps else [f"trainer.total_epochs={args.sft_epochs}"]
+    length = (
+        [f"trainer.total_training_steps={args.sft_steps}"]
+        if args.sft_steps
+        else [f"trainer.total_epochs={args.sft_epochs}"]
+    )
     return [
-        f"data.train_files={args.data}/train.parquet", "data.max_length=2048", f"data.train_batch_size={args.sft_batch}",
-        f"data.max_token_len_per_gpu={args.tokens}", "data.chat_template=hermes", f"data.cache_dir={args.out}/cache",
-        f"model.partial_pretrain={args.model}", f"optim.lr={args.sft_lr}", f"trainer.default_local_dir={out}",
-        f"trainer.device={args.device}", "trainer.resume_mode=disable", *length, *args.sft_keys,
-    ]  # fmt: skip
+        f"data.train_files={args.data}/train.parquet",
+        "data.max_length=2048",
+        f"data.train_batch_size={args.sft_batch}",
+        f"data.max_token_len_per_gpu={args.tokens}",
+        "data.chat_template=hermes",
+        f"data.cache_dir={args.out}/cache",
+        f"model.partial_pretrain={args.model}",
+        f"optim.lr={args.sft_lr}",
+        f"trainer.default_local_dir={out}",
+        f"trainer.device={args.device}",
+        "trainer.resume_mode=disable",
+        *length,
+        *args.sft_keys,
+    ]
 
 
 def words_of(args: Namespace, part: str) -> list[str]:
@@ -96,19 +140,30 @@ def words_of(args: Namespace, part: str) -> list[str]:
 
 
 def run(args: Namespace, part: str, limit: float, report: Callable[[float], None]) -> None:
-    """Run a part for at most about `limit` seconds (then it is asked to stop, and saves); what it has reported every two.
+    """Run a part for at most about `limit` seconds (then it is asked to stop, and saves); what it
+    has reported every two.
 
     RuntimeError if it fails.
     """
-    module, words, log = "retool.sft" if part == "sft" else "retool.rl", words_of(args, part), args.out / f"{part}.log"
-    several, processes = args.gpus > 1, f"--nproc_per_node={args.gpus}"
+    module = "retool.sft" if part == "sft" else "retool.rl"
+    words = words_of(args, part)
+    log = args.out / f"{part}.log"
+    several = args.gpus > 1
+    processes = f"--nproc_per_node={args.gpus}"
     said = [*(["torchrun", processes] if several else ["python"]), "-m", module, *words]
     print("\n" + " \\\n    ".join(shlex.quote(word) for word in said), file=sys.stderr, flush=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", processes]
     command = [sys.executable, *(launcher if several else []), "-m", module, *words]
-    here, begin = Path(__file__).resolve().parent, time.monotonic()
-    path = os.pathsep.join(filter(None, (str(here), str(here.parent), os.environ.get("PYTHONPATH", ""))))
-    environment = {**os.environ, "PYTHONPATH": path, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(args.stopping)}
+    here = Path(__file__).resolve().parent
+    begin = time.monotonic()
+    path = os.pathsep.join(
+        filter(None, (str(here), str(here.parent), os.environ.get("PYTHONPATH", "")))
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(args.stopping),
+    }
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
         while process.poll() is None and time.monotonic() - begin < limit:
@@ -125,10 +180,16 @@ def run(args: Namespace, part: str, limit: float, report: Callable[[float], None
     seconds = time.monotonic() - begin
     time.sleep(1.5)  # until the last validation's file is old enough
     report(seconds)
-    ended = re.findall(r"^(?:(?:finished|asked to stop) at|validated) step .*$", log.read_text(errors="replace"), re.MULTILINE)
+    ended = re.findall(
+        r"^(?:(?:finished|asked to stop) at|validated) step .*$",
+        log.read_text(errors="replace"),
+        re.MULTILINE,
+    )
     if not ended:
         print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
-        raise RuntimeError(f"{module} ended with status {process.returncode} after {seconds:.0f} s, see {log}")
+        raise RuntimeError(
+            f"{module} ended with status {process.returncode} after {seconds:.0f} s, see {log}"
+        )
     print(f"{part}: {ended[-1]} ({seconds:.0f} s)", file=sys.stderr, flush=True)
 
 
@@ -138,27 +199,55 @@ def run(args: Namespace, part: str, limit: float, report: Callable[[float], None
 def newest(folder: Path) -> Path:
     """The export of a run's last checkpoint."""
     step = (folder / "latest_checkpointed_iteration.txt").read_text().strip()
-    return next(path for path in (folder / f"global_step_{step}").rglob("huggingface") if path.is_dir())
+    return next(
+        path for path in (folder / f"global_step_{step}").rglob("huggingface") if path.is_dir()
+    )
 
 
 def validations(folder: Path) -> list[tuple[int, list[dict[str, Any]]]]:
-    """(step, its answers) of every validation of a run; one that may still be being written isn't there yet."""
-    files = [file for file in sorted((folder / "report").glob("val_*.jsonl")) if time.time() - file.stat().st_mtime > 1]
-    return [(int(file.stem[4:]), [json.loads(line) for line in file.read_text().splitlines()]) for file in files]
+    """(step, its answers) of every validation of a run; one that may still be being written isn't
+    there yet.
+    """
+    files = [
+        file
+        for file in sorted((folder / "report").glob("val_*.jsonl"))
+        if time.time() - file.stat().st_mtime > 1
+    ]
+    return [
+        (int(file.stem[4:]), [json.loads(line) for line in file.read_text().splitlines()])
+        for file in files
+    ]
 
 
 def line_of(name: str, answers: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """Counts over a validation's answers. A malformed call is one that was answered with an error of the call, not of the program."""
+    """Counts over a validation's answers.
+
+    A malformed call is one that was answered with an error of the call, not of the program.
+    """
     turns = [segment for answer in answers for segment in answer["segments"]]
     calls = sum(s["role"] == "assistant" and "<tool_call>" in s["text"] for s in turns)
     return {
-        "name": name, "questions": len(answers), "right": sum(answer["info"]["acc"] == 1 for answer in answers), "calls": calls,
-        "boxed": sum("\\boxed{" in s["text"] for answer in answers for s in answer["segments"][-1:]), "seconds": seconds,
+        "name": name,
+        "questions": len(answers),
+        "right": sum(answer["info"]["acc"] == 1 for answer in answers),
+        "calls": calls,
+        "boxed": sum(
+            "\\boxed{" in s["text"] for answer in answers for s in answer["segments"][-1:]
+        ),
+        "seconds": seconds,
         "unfinished": sum(answer["stop"] in ("length", "max_turns") for answer in answers),
-    }  # fmt: skip
+    }
 
 
-COLUMNS = ["", "right answers (± standard error)", "questions", "boxed", "cut off", "calls per question", "seconds of its command"]
+COLUMNS = [
+    "",
+    "right answers (± standard error)",
+    "questions",
+    "boxed",
+    "cut off",
+    "calls per question",
+    "seconds of its command",
+]
 
 
 def in_table(line: dict[str, Any]) -> list[str]:
@@ -167,21 +256,38 @@ def in_table(line: dict[str, Any]) -> list[str]:
     n = line["questions"]
     shares = [f"{line[name] / n:.1%}" for name in ("right", "boxed", "unfinished")]
     error = 100 * (line["right"] / n * (1 - line["right"] / n) / n) ** 0.5
-    return [line["name"], f"{shares[0]} ± {error:.1f}", str(n), *shares[1:], f"{line['calls'] / n:.2f}", f"{line['seconds']:.0f}"]
+    return [
+        line["name"],
+        f"{shares[0]} ± {error:.1f}",
+        str(n),
+        *shares[1:],
+        f"{line['calls'] / n:.2f}",
+        f"{line['seconds']:.0f}",
+    ]
 
 
 def progress(folder: Path) -> str:
-    """The share of right answers among everything that DAPO sampled (temperature 1), in its first and last five steps."""
+    """The share of right answers among everything that DAPO sampled (temperature 1), in its first
+    and last five steps.
+    """
     path = folder / "metrics.jsonl"
     entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     steps = [entry for entry in entries if "filter/metric_mean" in entry]
     if not steps:
         return "no step of DAPO was finished"
-    first, last = (sum(entry["filter/metric_mean"] for entry in part) / len(part) for part in (steps[:5], steps[-5:]))
+    first, last = (
+        sum(entry["filter/metric_mean"] for entry in part) / len(part)
+        for part in (steps[:5], steps[-5:])
+    )
     seconds = sum(entry["timing_s/step"] for entry in steps) / len(steps)
-    calls, wrong = (sum(entry.get(f"tool/{name}", 0) for entry in steps) for name in ("calls", "errors"))
-    return (f"{len(steps)} steps of DAPO, {seconds:.1f} s each: {first:.1%} of the sampled answers right in the first five, "
-            f"{last:.1%} in the last; {calls:,.0f} tool calls in what was trained on, {wrong:,.0f} of them failed")  # fmt: skip
+    calls, wrong = (
+        sum(entry.get(f"tool/{name}", 0) for entry in steps) for name in ("calls", "errors")
+    )
+    return (
+        f"{len(steps)} steps of DAPO, {seconds:.1f} s each: {first:.1%} of the sampled answers "
+        f"right in the first five, {last:.1%} in the last; {calls:,.0f} tool calls in what was "
+        f"trained on, {wrong:,.0f} of them failed"
+    )
 
 
 PARTS = ("before", "sft", "dapo")
@@ -190,7 +296,10 @@ PARTS = ("before", "sft", "dapo")
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    device, lines, shown, spent = torch.device(args.device), list[dict[str, Any]](), set[tuple[str, int]](), dict[str, float]()
+    device = torch.device(args.device)
+    lines = list[dict[str, Any]]()
+    shown = set[tuple[str, int]]()
+    spent = dict[str, float]()
     end = time.monotonic() + args.seconds
     head(f"{hardware(device)}, {args.gpus} processes", COLUMNS)
 
@@ -205,22 +314,41 @@ def main() -> None:
         for step, answers in validations(args.out / part):
             if (part, step) not in shown:
                 shown.add((part, step))
-                name = "the model" if part == "before" else f"and {step} steps of DAPO" if step else "after SFT"
-                show(line_of(name, answers, spent.get("sft", float("nan")) if name == "after SFT" else seconds))
+                name = (
+                    "the model"
+                    if part == "before"
+                    else f"and {step} steps of DAPO"
+                    if step
+                    else "after SFT"
+                )
+                show(
+                    line_of(
+                        name,
+                        answers,
+                        spent.get("sft", float("nan")) if name == "after SFT" else seconds,
+                    )
+                )
 
     for part in PARTS:
         if part not in args.only.split(","):
             report(part, float("nan"))
             continue
         try:
-            run(args, part, end - time.monotonic() - args.stopping if part == "dapo" else args.seconds / 3, partial(report, part))
+            run(
+                args,
+                part,
+                end - time.monotonic() - args.stopping if part == "dapo" else args.seconds / 3,
+                partial(report, part),
+            )
         except (RuntimeError, OSError) as error:  # without SFT there is nothing to go on from
             show({"name": part, "failed": str(error)})
     print(f"\n{progress(args.out / 'dapo')}")
 
 
 def arguments() -> Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="a Hugging Face folder")
     add("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
@@ -241,10 +369,24 @@ def arguments() -> Namespace:
     add("--response", type=int, default=768, help="tokens at most, tool output included")
     add("--sequences", type=int, default=384, help="that decode at once, per GPU")
     add("--test-every", type=int, default=10, help="steps of DAPO between validations")
-    add("--only", default=",".join(PARTS), help="parts to run; of the others, what --out has is shown")
-    add("--seconds", type=float, default=1e9, help="of all three commands; the first two get up to a third each, DAPO what is left")
+    add(
+        "--only",
+        default=",".join(PARTS),
+        help="parts to run; of the others, what --out has is shown",
+    )
+    add(
+        "--seconds",
+        type=float,
+        default=1e9,
+        help="of all three commands; the first two get up to a third each, DAPO what is left",
+    )
     stopping = 40 if torch.cuda.is_available() else 300
-    add("--stopping", type=int, default=stopping, help="seconds for a command to finish its step and save once it is asked to stop")
+    add(
+        "--stopping",
+        type=int,
+        default=stopping,
+        help="seconds for a command to finish its step and save once it is asked to stop",
+    )
     add("--sft-keys", nargs="*", default=[], help="more key=value for retool.sft")
     add("--rl-keys", nargs="*", default=[], help="more key=value for retool.rl")
     add("--json", type=Path, help="save the lines here")

@@ -1,10 +1,13 @@
-"""The vocabulary head: log-probabilities and their gradients against the matrix products they can't do without.
+"""The vocabulary head: log-probabilities and their gradients against the matrix products they can't
+do without.
 
     python benchmarks/logprobs.py [--tokens 16384 --vocab 151936 --dim 896] [--json out.json]
 
-The baseline is the three products of a training step (logits, hidden gradient, weight gradient) on bfloat16 matrices of these sizes and
-nothing else. `dense` is `cross_entropy` on whole float32 logits, where it fits. GiB is memory on top of the inputs, results included.
-`error` is the hidden gradient's ‖g − float64‖ / ‖float64‖ on the first 64 tokens. Without a GPU: float32, 1/16 of tokens and vocabulary.
+The baseline is the three products of a training step (logits, hidden gradient, weight gradient) on
+bfloat16 matrices of these sizes and nothing else. `dense` is `cross_entropy` on whole float32
+logits, where it fits. GiB is memory on top of the inputs, results included. `error` is the hidden
+gradient's ‖g − float64‖ / ‖float64‖ on the first 64 tokens. Without a GPU: float32, 1/16 of tokens
+and vocabulary.
 """
 
 from __future__ import annotations
@@ -27,8 +30,11 @@ Step = Callable[[], Any]
 
 def steps(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Step]:
     """What is timed. Those that return gradients return the hidden states' first."""
-    like_logits = torch.randn(min(4096, len(hidden)), len(weight), device=hidden.device, dtype=hidden.dtype)
-    h, w = hidden.detach(), weight.detach()
+    like_logits = torch.randn(
+        min(4096, len(hidden)), len(weight), device=hidden.device, dtype=hidden.dtype
+    )
+    h = hidden.detach()
+    w = weight.detach()
 
     def products() -> None:
         for i in range(0, len(h), len(like_logits)):
@@ -42,7 +48,9 @@ def steps(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> di
         return torch.autograd.grad((losses * -weights).sum(), [hidden, weight])
 
     def summed(logit_bytes: int | None) -> Step:
-        return lambda: torch.autograd.grad(weighted_logprob_sum(hidden, weight, labels, weights, logit_bytes), [hidden, weight])
+        return lambda: torch.autograd.grad(
+            weighted_logprob_sum(hidden, weight, labels, weights, logit_bytes), [hidden, weight]
+        )
 
     def forward(entropy: bool) -> Step:
         return lambda: logprobs(h, w, labels, 1.0, entropy)
@@ -51,7 +59,9 @@ def steps(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> di
         def run() -> tuple[Tensor, ...]:
             logp, ent = logprobs(hidden, weight, labels, 1.0, entropy)
             flow = (logp * weights).sum()
-            return torch.autograd.grad(flow if ent is None else flow + 0 * ent.sum(), [hidden, weight])
+            return torch.autograd.grad(
+                flow if ent is None else flow + 0 * ent.sum(), [hidden, weight]
+            )
 
         return run
 
@@ -59,16 +69,25 @@ def steps(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> di
     if len(hidden) * len(weight) * 14 < 60e9:
         cases["dense"] = dense
     if hidden.is_cuda:
-        cases |= {f"weighted_logprob_sum, {gib} GiB of logits": summed(int(gib * GIB)) for gib in (0.5, 1, 2, 4)}
+        cases |= {
+            f"weighted_logprob_sum, {gib} GiB of logits": summed(int(gib * GIB))
+            for gib in (0.5, 1, 2, 4)
+        }
     else:
         cases["weighted_logprob_sum"] = summed(None)
     cases |= {"logprobs, forward": forward(False), "logprobs + entropy, forward": forward(True)}
-    return cases | {"logprobs, forward + backward": full(False), "logprobs + entropy, forward + backward": full(True)}
+    return cases | {
+        "logprobs, forward + backward": full(False),
+        "logprobs + entropy, forward + backward": full(True),
+    }
 
 
 def exact_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     h = hidden[:64].detach().double().requires_grad_()
-    total = (F.cross_entropy(h @ weight.detach().double().t(), labels[:64], reduction="none") * -weights[:64].double()).sum()
+    total = (
+        F.cross_entropy(h @ weight.detach().double().t(), labels[:64], reduction="none")
+        * -weights[:64].double()
+    ).sum()
     return torch.autograd.grad(total, h)[0]
 
 
@@ -78,8 +97,18 @@ COLUMNS = ["", "ms", "× three products", "GiB", "error"]
 def in_table(line: dict[str, Any], base: dict[str, Any]) -> list[str]:
     if "failed" in line:
         return failed(line["name"], line, len(COLUMNS))
-    times = "" if "failed" in base else f"{statistics.median(line['ms']) / statistics.median(base['ms']):.2f}×"
-    return [line["name"], spread(line["ms"]), times, f"{line['gib']:.2f}", "" if line["error"] is None else f"{line['error']:.1e}"]
+    times = (
+        ""
+        if "failed" in base
+        else f"{statistics.median(line['ms']) / statistics.median(base['ms']):.2f}×"
+    )
+    return [
+        line["name"],
+        spread(line["ms"]),
+        times,
+        f"{line['gib']:.2f}",
+        "" if line["error"] is None else f"{line['error']:.1e}",
+    ]
 
 
 def main() -> None:
@@ -93,8 +122,14 @@ def main() -> None:
     tokens, vocab = (args.tokens, args.vocab) if on_gpu else (args.tokens // 16, args.vocab // 16)
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    hidden = torch.randn(tokens, args.dim, device=device, generator=generator).to(dtype).requires_grad_()
-    weight = (torch.randn(vocab, args.dim, device=device, generator=generator) * 0.05).to(dtype).requires_grad_()
+    hidden = (
+        torch.randn(tokens, args.dim, device=device, generator=generator).to(dtype).requires_grad_()
+    )
+    weight = (
+        (torch.randn(vocab, args.dim, device=device, generator=generator) * 0.05)
+        .to(dtype)
+        .requires_grad_()
+    )
     labels = torch.randint(vocab, (tokens,), device=device, generator=generator)
     weights = torch.rand(tokens, device=device, generator=generator) + 0.5
     want = exact_gradient(hidden, weight, labels, weights)
@@ -102,16 +137,33 @@ def main() -> None:
 
     def timed(step: Step) -> dict[str, Any]:
         result = step()
-        gradients = isinstance(result, tuple) and isinstance(result[0], Tensor) and result[0].shape == hidden.shape
-        error = ((result[0][:64].double() - want).norm() / want.norm()).item() if gradients else None
+        gradients = (
+            isinstance(result, tuple)
+            and isinstance(result[0], Tensor)
+            and result[0].shape == hidden.shape
+        )
+        error = (
+            ((result[0][:64].double() - want).norm() / want.norm()).item() if gradients else None
+        )
         del result
         return {"error": error, **measure(step, device, args.repeats)}
 
     print(hardware(device))
-    title = f"{tokens:,} tokens, vocabulary {vocab:,}, width {args.dim}; three products are {6e-12 * tokens * vocab * args.dim:.2f} TFLOP"
+    title = (
+        f"{tokens:,} tokens, vocabulary {vocab:,}, width {args.dim}; three products are "
+        f"{6e-12 * tokens * vocab * args.dim:.2f} TFLOP"
+    )
     head(title, COLUMNS)
     for name, step in steps(hidden, weight, labels, weights).items():
-        lines.append({"name": name, "tokens": tokens, "vocab": vocab, "dim": args.dim, **attempt(partial(timed, step))})
+        lines.append(
+            {
+                "name": name,
+                "tokens": tokens,
+                "vocab": vocab,
+                "dim": args.dim,
+                **attempt(partial(timed, step)),
+            }
+        )
         row(in_table(lines[-1], lines[0]))
         save(args.json, device, lines)
 

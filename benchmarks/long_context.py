@@ -1,17 +1,22 @@
-"""The longest sequence that trains: one optimizer step on one document of n tokens, sequence-parallel over all GPUs.
+"""The longest sequence that trains: one optimizer step on one document of n tokens,
+sequence-parallel over all GPUs.
 
-    torchrun --nproc_per_node=2 benchmarks/long_context.py [--shape qwen2.5-0.5b] [--lengths 65536,131072,…] [--json out.json]
-    torchrun --nproc_per_node=2 benchmarks/long_context.py --shape llama3-8b --lengths 65536,131072
-    torchrun --nproc_per_node=2 benchmarks/long_context.py --shape tiny --lengths 256,512        a look at it on the CPU
+    torchrun --nproc_per_node=2 benchmarks/long_context.py [--shape qwen2.5-0.5b] [--lengths
+    65536,131072,…] [--json out.json] torchrun --nproc_per_node=2 benchmarks/long_context.py --shape
+    llama3-8b --lengths 65536,131072 torchrun --nproc_per_node=2 benchmarks/long_context.py --shape
+    tiny --lengths 256,512        a look at it on the CPU
 
-A step warms up (the first length runs twice), then each length is one step, timed from its first kernel to its last, optimizer included.
-Activations stay on the device where the memory plan says that they fit (*full* recomputation), else those of as many layers as must go to
-the host (*offload*); weights and moments visit the device where they leave no room for the longest. Time grows with n²: a length whose
-step would end after `--budget` seconds, judged by the one before it, is left out; so is one that the device's memory or the host's
-wouldn't hold. With `--device-memory-gb` below the device's own, torch may take no more than that.
+A step warms up (the first length runs twice), then each length is one step, timed from its first
+kernel to its last, optimizer included. Activations stay on the device where the memory plan says
+that they fit (*full* recomputation), else those of as many layers as must go to the host
+(*offload*); weights and moments visit the device where they leave no room for the longest. Time
+grows with n²: a length whose step would end after `--budget` seconds, judged by the one before it,
+is left out; so is one that the device's memory or the host's wouldn't hold. With
+`--device-memory-gb` below the device's own, torch may take no more than that.
 
-*peak*: the allocator's, on the rank that needs most, against `retool.preflight.memory`'s prediction, whose formula then gives the longest n
-that fits in 80 GiB and in this device. MFU doesn't count recomputation. Host memory is per GPU: activations, weights and moments.
+*peak*: the allocator's, on the rank that needs most, against `retool.preflight.memory`'s
+prediction, whose formula then gives the longest n that fits in 80 GiB and in this device. MFU
+doesn't count recomputation. Host memory is per GPU: activations, weights and moments.
 """
 
 from __future__ import annotations
@@ -55,7 +60,9 @@ GUESS = 300e12  # model FLOP/s of a GPU, before one was measured
 
 @dataclass(frozen=True)
 class Line:
-    """A row: a step that was made, or (`seconds` by FLOPs, nothing measured) what the formula says of one."""
+    """A row: a step that was made, or (`seconds` by FLOPs, nothing measured) what the formula says
+    of one.
+    """
 
     tokens: int
     recompute: Recompute
@@ -75,7 +82,9 @@ def document(tokens: int, config: ModelConfig, sp: int) -> PackedBatch:
     return pack([Sample(ids, np.ones(tokens, bool))], multiple=sp)
 
 
-def build(config: ModelConfig, mesh: Mesh, setting: Setting, recompute: Recompute, parked: int) -> tuple[Sharded, AdamW]:
+def build(
+    config: ModelConfig, mesh: Mesh, setting: Setting, recompute: Recompute, parked: int
+) -> tuple[Sharded, AdamW]:
     """A model with random weights and its optimizer."""
     model = build_decoder(config, mesh, ModelOptions(recompute=recompute, parked=parked))
     random_weights(model)
@@ -84,12 +93,15 @@ def build(config: ModelConfig, mesh: Mesh, setting: Setting, recompute: Recomput
 
 def step(model: Sharded, optimizer: AdamW, batch: PackedBatch) -> dict[str, float]:
     """Seconds and peak GiB of one optimizer step; the slowest rank's and the fullest one's."""
-    device, cuda = model.mesh.device, model.mesh.device.type == "cuda"
+    device = model.mesh.device
+    cuda = model.mesh.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     timer = StepTimer(device)
-    loss, norm, skipped = train_step(model, optimizer, [batch], batch.trained_tokens, 1e-5, timer).read()
+    loss, norm, skipped = train_step(
+        model, optimizer, [batch], batch.trained_tokens, 1e-5, timer
+    ).read()
     seconds = timer.take().seconds()["step"]
     assert math.isfinite(loss) and not skipped, f"loss {loss}, gradient norm {norm}"
     peak = torch.cuda.max_memory_allocated(device) / GIB if cuda else math.nan
@@ -99,9 +111,13 @@ def step(model: Sharded, optimizer: AdamW, batch: PackedBatch) -> dict[str, floa
     return {"seconds": float(found[0]), "peak": float(found[1])}
 
 
-def setting_for(config: ModelConfig, mesh: Mesh, tokens: int, gib: float, offload: Offload) -> Setting:
+def setting_for(
+    config: ModelConfig, mesh: Mesh, tokens: int, gib: float, offload: Offload
+) -> Setting:
     """Weights and moments on the device, unless that leaves no room for `tokens` tokens."""
-    setting = Setting(shards=mesh.shards, sp=mesh.sp, compute="bf16" if mesh.device.type == "cuda" else "fp32")
+    setting = Setting(
+        shards=mesh.shards, sp=mesh.sp, compute="bf16" if mesh.device.type == "cuda" else "fp32"
+    )
     each = -(-tokens // mesh.sp)
     if choose(config, setting, each, each, "full", gib, offload).fits:
         return setting
@@ -117,16 +133,24 @@ def host_gib(config: ModelConfig, setting: Setting, activations: float) -> float
 
 def longest(config: ModelConfig, setting: Setting, recompute: Recompute, gib: float) -> int:
     """The most tokens of a document whose predicted peak fits, a multiple of 1,024 on each rank."""
-    low, high = 0, 1
+    low = 0
+    high = 1
     while predict(config, setting, 1024 * high, recompute).fits(gib):
-        low, high = high, 2 * high
+        low = high
+        high = 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if predict(config, setting, 1024 * middle, recompute).fits(gib) else (low, middle)
+        low, high = (
+            (middle, high)
+            if predict(config, setting, 1024 * middle, recompute).fits(gib)
+            else (low, middle)
+        )
     return 1024 * low * setting.sp
 
 
-def extrapolated(config: ModelConfig, setting: Setting, mesh: Mesh, gib: float, rate: float, name: str) -> list[Line]:
+def extrapolated(
+    config: ModelConfig, setting: Setting, mesh: Mesh, gib: float, rate: float, name: str
+) -> list[Line]:
     """The longest document with activations on the device, and with them on the host."""
     lines = []
     for recompute in ("full", "offload"):
@@ -135,30 +159,62 @@ def extrapolated(config: ModelConfig, setting: Setting, mesh: Mesh, gib: float, 
             plan = predict(config, setting, tokens // setting.sp, recompute)
             parked = (config.layers - 1) * (recompute == "offload")
             seconds = model_flops(config, [tokens]) / rate / mesh.world
-            speed, host = tokens / seconds / mesh.world, host_gib(config, setting, plan.host)
+            speed = tokens / seconds / mesh.world
+            host = host_gib(config, setting, plan.host)
             note = f"longest in {name}, by the formula"
-            lines.append(Line(tokens, recompute, parked, seconds, speed, None, math.nan, plan.peak / GIB, host, note))
+            lines.append(
+                Line(
+                    tokens,
+                    recompute,
+                    parked,
+                    seconds,
+                    speed,
+                    None,
+                    math.nan,
+                    plan.peak / GIB,
+                    host,
+                    note,
+                )
+            )
     return lines
 
 
 def run(
-    config: ModelConfig, mesh: Mesh, lengths: list[int], gib: float, budget: float, offload: Offload, path: Path | None, title: str
+    config: ModelConfig,
+    mesh: Mesh,
+    lengths: list[int],
+    gib: float,
+    budget: float,
+    offload: Offload,
+    path: Path | None,
+    title: str,
 ) -> list[Line]:
     """A line per length that fits into memory and time, then what the formula says of longer ones."""
-    started, lines, built, rate, cuda = time.monotonic(), list[Line](), None, 0.0, mesh.device.type == "cuda"
-    setting, peak = setting_for(config, mesh, max(lengths), gib, offload), device_peak(mesh.device)
+    started = time.monotonic()
+    lines = list[Line]()
+    built = None
+    rate = 0.0
+    cuda = mesh.device.type == "cuda"
+    setting = setting_for(config, mesh, max(lengths), gib, offload)
+    peak = device_peak(mesh.device)
     model = optimizer = None
     for tokens in lengths:
         each = -(-tokens // mesh.sp)
         choice = choose(config, setting, each, each, "full", gib, offload)
         plan = predict(config, setting, each, choice.recompute, choice.parked)
         estimate = model_flops(config, [tokens]) / (rate or GUESS) / mesh.world if cuda else 0.0
-        late = torch.tensor(time.monotonic() - started + estimate > budget, dtype=torch.int32, device=mesh.device)
+        late = torch.tensor(
+            time.monotonic() - started + estimate > budget, dtype=torch.int32, device=mesh.device
+        )
         host = host_gib(config, setting, plan.host)
         reasons = {
             f"needs {plan.peak / GIB:.1f} GiB": choice.fits is False,
-            f"needs {host:.1f} GiB of host memory for each of {mesh.world} processes": host * mesh.world > HOST_GIB,
-            f"would take about {estimate:.0f} s, more than --budget {budget:.0f} leaves": bool(sum_over(late, mesh.world_group)),
+            f"needs {host:.1f} GiB of host memory for each of {mesh.world} processes": host
+            * mesh.world
+            > HOST_GIB,
+            f"would take about {estimate:.0f} s, more than --budget {budget:.0f} leaves": bool(
+                sum_over(late, mesh.world_group)
+            ),
         }
         if any(reasons.values()):
             reason = next(reason for reason, holds in reasons.items() if holds)
@@ -170,7 +226,8 @@ def run(
             gc.collect()
             built = choice.recompute, choice.parked
             model, optimizer = build(config, mesh, setting, *built)
-            short = document(min(WARM_UP, tokens) if lines else tokens, config, mesh.sp)  # the first sets the pace
+            # The first sets the pace
+            short = document(min(WARM_UP, tokens) if lines else tokens, config, mesh.sp)
             found = attempt(partial(step, model, optimizer, short))
         if "failed" not in found:
             found = attempt(partial(step, model, optimizer, document(tokens, config, mesh.sp)))
@@ -178,11 +235,25 @@ def run(
             say(mesh, failed(f"{tokens:,}", found, len(COLUMNS)))
             model = optimizer = None
             continue
-        seconds, measured = found["seconds"], found["peak"]
+        seconds = found["seconds"]
+        measured = found["peak"]
         flops = model_flops(config, [tokens])
         rate = flops / seconds / mesh.world
-        speed, used = tokens / seconds / mesh.world, mfu(flops, seconds, mesh.world, peak)
-        lines.append(Line(tokens, choice.recompute, choice.parked, seconds, speed, used, measured, plan.peak / GIB, host))
+        speed = tokens / seconds / mesh.world
+        used = mfu(flops, seconds, mesh.world, peak)
+        lines.append(
+            Line(
+                tokens,
+                choice.recompute,
+                choice.parked,
+                seconds,
+                speed,
+                used,
+                measured,
+                plan.peak / GIB,
+                host,
+            )
+        )
         say(mesh, in_table(lines[-1]))
         save(path, mesh, title, lines)
     for name, size in {"80 GiB": 80.0, **({"this device": gib} if cuda else {})}.items():
@@ -194,7 +265,17 @@ def run(
     return lines
 
 
-COLUMNS = ["tokens", "activations", "s/step", "tokens/s/GPU", "MFU", "peak GiB", "predicted", "error", "host GiB/GPU"]
+COLUMNS = [
+    "tokens",
+    "activations",
+    "s/step",
+    "tokens/s/GPU",
+    "MFU",
+    "peak GiB",
+    "predicted",
+    "error",
+    "host GiB/GPU",
+]
 
 
 def say(mesh: Mesh, cells: list[str]) -> None:
@@ -205,7 +286,9 @@ def say(mesh: Mesh, cells: list[str]) -> None:
 def save(path: Path | None, mesh: Mesh, title: str, lines: list[Line]) -> None:
     """After every line: a run cut short leaves what it had."""
     if path is not None and mesh.rank == 0:
-        path.write_text(json.dumps({"hardware": title, "lines": [asdict(line) for line in lines]}, indent=1))
+        path.write_text(
+            json.dumps({"hardware": title, "lines": [asdict(line) for line in lines]}, indent=1)
+        )
 
 
 def in_table(line: Line) -> list[str]:
@@ -215,20 +298,46 @@ def in_table(line: Line) -> list[str]:
     what = f"{line.tokens:,} {line.note}".strip()
     speed = f"{line.seconds:,.1f}", f"{line.tokens_per_second_per_gpu:,.0f}", used
     kept = f"{line.recompute}, {line.parked} layers" if line.parked else line.recompute
-    return [what, kept, *speed, measured, f"{line.predicted_gib:.2f}", error, f"{line.host_gib:.1f}"]
+    return [
+        what,
+        kept,
+        *speed,
+        measured,
+        f"{line.predicted_gib:.2f}",
+        error,
+        f"{line.host_gib:.1f}",
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cuda = torch.cuda.is_available()
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b" if cuda else "tiny")
-    parser.add_argument("--lengths", default="65536,131072,262144,524288,1048576" if cuda else "256,512", help="tokens, rising")
-    parser.add_argument("--device-memory-gb", type=float, help="GiB to plan for; default: this GPU's (80 without one)")
-    parser.add_argument("--budget", type=float, default=150, help="seconds after which no step may end")
-    parser.add_argument("--activations", choices=ACTIVATIONS, default="auto", help="keep them on the device, or on the host")
+    parser.add_argument(
+        "--lengths",
+        default="65536,131072,262144,524288,1048576" if cuda else "256,512",
+        help="tokens, rising",
+    )
+    parser.add_argument(
+        "--device-memory-gb",
+        type=float,
+        help="GiB to plan for; default: this GPU's (80 without one)",
+    )
+    parser.add_argument(
+        "--budget", type=float, default=150, help="seconds after which no step may end"
+    )
+    parser.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        default="auto",
+        help="keep them on the device, or on the host",
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    config, mesh = SHAPES[args.shape], make_mesh(sp=int(os.environ.get("WORLD_SIZE", 1)))
+    config = SHAPES[args.shape]
+    mesh = make_mesh(sp=int(os.environ.get("WORLD_SIZE", 1)))
     whole = torch.cuda.get_device_properties(mesh.device).total_memory / GIB if cuda else 80.0
     gib = args.device_memory_gb or whole
     if cuda and gib < whole:
@@ -236,7 +345,16 @@ def main() -> None:
     title: str = f"{mesh.world}× {hardware(mesh.device)}, {args.shape}, sp {mesh.sp}"
     if mesh.rank == 0:
         head(title, COLUMNS)
-    run(config, mesh, [int(n) for n in args.lengths.split(",")], gib, args.budget, ACTIVATIONS[args.activations], args.json, title)
+    run(
+        config,
+        mesh,
+        [int(n) for n in args.lengths.split(",")],
+        gib,
+        args.budget,
+        ACTIVATIONS[args.activations],
+        args.json,
+        title,
+    )
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,12 +1,14 @@
-"""Peak memory of training steps, predicted from shapes alone (`retool.preflight.memory`) and measured.
+"""Peak memory of training steps, predicted from shapes alone (`retool.preflight.memory`) and
+measured.
 
-    torchrun --nproc_per_node=2 benchmarks/memory.py [--rows 0.5b-none,…] [--json out.json]
-    torchrun --nproc_per_node=2 benchmarks/memory.py --shape tiny --scale 64        a look at it on the CPU
+    torchrun --nproc_per_node=2 benchmarks/memory.py [--rows 0.5b-none,…] [--json out.json] torchrun
+    --nproc_per_node=2 benchmarks/memory.py --shape tiny --scale 64        a look at it on the CPU
 
-Each row makes the model and its optimizer, trains one step to warm up and one that counts (two micro-batches through
-`retool.sft.step.train_step`), and compares the allocator's peak, the largest of all ranks, with the prediction, by phase.
-Every token is trained; bf16 compute, fp32 master and AdamW. *long*: one document a pack; *short*: documents of 256 tokens.
-Error = (predicted − measured) / measured of the peak over all phases.
+Each row makes the model and its optimizer, trains one step to warm up and one that counts (two
+micro-batches through `retool.sft.step.train_step`), and compares the allocator's peak, the largest
+of all ranks, with the prediction, by phase. Every token is trained; bf16 compute, fp32 master and
+AdamW. *long*: one document a pack; *short*: documents of 256 tokens. Error = (predicted − measured)
+/ measured of the peak over all phases.
 """
 
 from __future__ import annotations
@@ -40,13 +42,46 @@ from retool.preflight.memory import Prediction, Setting, predict
 from retool.sft.step import train_step
 
 MODELS = SHAPES | {
-    "qwen2.5-1.5b": ModelConfig("qwen2", vocab=151_936, hidden=1536, ffn=8960, layers=28, heads=12, kv_heads=2, head_dim=128, tied=True,
-                                qkv_bias=True, **BLANK),
-    "qwen2.5-3b": ModelConfig("qwen2", vocab=151_936, hidden=2048, ffn=11_008, layers=36, heads=16, kv_heads=2, head_dim=128, tied=True,
-                              qkv_bias=True, **BLANK),
-    "qwen3-1.7b": ModelConfig("qwen3", vocab=151_936, hidden=2048, ffn=6144, layers=28, heads=16, kv_heads=8, head_dim=128, tied=True,
-                              qkv_bias=False, **{**BLANK, "qk_norm": True}),
-}  # fmt: skip
+    "qwen2.5-1.5b": ModelConfig(
+        "qwen2",
+        vocab=151_936,
+        hidden=1536,
+        ffn=8960,
+        layers=28,
+        heads=12,
+        kv_heads=2,
+        head_dim=128,
+        tied=True,
+        qkv_bias=True,
+        **BLANK,
+    ),
+    "qwen2.5-3b": ModelConfig(
+        "qwen2",
+        vocab=151_936,
+        hidden=2048,
+        ffn=11_008,
+        layers=36,
+        heads=16,
+        kv_heads=2,
+        head_dim=128,
+        tied=True,
+        qkv_bias=True,
+        **BLANK,
+    ),
+    "qwen3-1.7b": ModelConfig(
+        "qwen3",
+        vocab=151_936,
+        hidden=2048,
+        ffn=6144,
+        layers=28,
+        heads=16,
+        kv_heads=8,
+        head_dim=128,
+        tied=True,
+        qkv_bias=False,
+        **{**BLANK, "qk_norm": True},
+    ),
+}
 SHORT = 256
 
 
@@ -101,7 +136,9 @@ def restart(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> float:
-    """Largest number of bytes allocated since `restart`; NaN on the CPU, whose allocator doesn't count."""
+    """Largest number of bytes allocated since `restart`; NaN on the CPU, whose allocator doesn't
+    count.
+    """
     if device.type != "cuda":
         return math.nan
     torch.cuda.synchronize(device)
@@ -112,7 +149,10 @@ def make_pack(row: Row, tokens: int, sp: int, vocab: int) -> PackedBatch:
     """A pack of random documents that gives each GPU `tokens` tokens."""
     size = tokens * sp if row.long else min(SHORT, tokens * sp)
     rng = np.random.default_rng(0)
-    documents = [Sample(rng.integers(0, vocab, size).astype(np.int32), np.ones(size, bool)) for _ in range(tokens * sp // size)]
+    documents = [
+        Sample(rng.integers(0, vocab, size).astype(np.int32), np.ones(size, bool))
+        for _ in range(tokens * sp // size)
+    ]
     return pack(documents, multiple=sp)
 
 
@@ -122,13 +162,27 @@ def measure(row: Row, config: ModelConfig, mesh: Mesh, tokens: int) -> dict[str,
     before = torch.cuda.memory_allocated(mesh.device) if mesh.device.type == "cuda" else 0
     restart(mesh.device)
     model = build_decoder(config, mesh, ModelOptions(recompute=row.recompute))
-    optimizer = AdamW(model, AdamWOptions(), offload_master=row.offload[0], offload_moments=row.offload[1])
+    optimizer = AdamW(
+        model, AdamWOptions(), offload_master=row.offload[0], offload_moments=row.offload[1]
+    )
     timer = PeakTimer(mesh.device)
     peaks = {"load": peak(mesh.device)}
     batch = make_pack(row, tokens, mesh.sp, config.vocab)
     for _ in range(2):
-        train_step(model, optimizer, [batch, batch], 2 * mesh.dp * batch.trained_tokens, 1e-5, timer, row.hold)
-    found = torch.tensor([value - before for value in (peaks | timer.peaks).values()], dtype=torch.float64, device=mesh.device)
+        train_step(
+            model,
+            optimizer,
+            [batch, batch],
+            2 * mesh.dp * batch.trained_tokens,
+            1e-5,
+            timer,
+            row.hold,
+        )
+    found = torch.tensor(
+        [value - before for value in (peaks | timer.peaks).values()],
+        dtype=torch.float64,
+        device=mesh.device,
+    )
     if mesh.world_group is not None:
         dist.all_reduce(found, dist.ReduceOp.MAX)
     return dict(zip(peaks | timer.peaks, found.tolist(), strict=True))
@@ -141,18 +195,38 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def line(name: str, row: Row, world: int, prediction: Prediction, measured: dict[str, float], seconds: float) -> dict[str, Any]:
+def line(
+    name: str,
+    row: Row,
+    world: int,
+    prediction: Prediction,
+    measured: dict[str, float],
+    seconds: float,
+) -> dict[str, Any]:
     """What the table and `--json` say of a row, in GiB."""
     whole = max(measured.values())
-    predicted = {"load": prediction.load, "forward_backward": prediction.forward_backward, "optimizer": prediction.optimizer}
+    predicted = {
+        "load": prediction.load,
+        "forward_backward": prediction.forward_backward,
+        "optimizer": prediction.optimizer,
+    }
     return {
-        "name": name, "shape": row.shape, "world": world, "sp": row.sp, "tokens_per_gpu": row.tokens, "recompute": row.recompute,
-        "documents": "long" if row.long else "short", "held": row.hold,
-        "offload": [name for name, on in zip(("weights", "moments"), row.offload, strict=True) if on],
+        "name": name,
+        "shape": row.shape,
+        "world": world,
+        "sp": row.sp,
+        "tokens_per_gpu": row.tokens,
+        "recompute": row.recompute,
+        "documents": "long" if row.long else "short",
+        "held": row.hold,
+        "offload": [
+            name for name, on in zip(("weights", "moments"), row.offload, strict=True) if on
+        ],
         "predicted_gib": {phase: size / GIB for phase, size in predicted.items()},
         "measured_gib": {phase: size / GIB for phase, size in measured.items()},
-        "error": max(predicted.values()) / whole - 1, "seconds": seconds,
-    }  # fmt: skip
+        "error": max(predicted.values()) / whole - 1,
+        "seconds": seconds,
+    }
 
 
 COLUMNS = ["", "load", "forward/backward", "optimizer", "peak", "error"]
@@ -162,13 +236,21 @@ def in_table(entry: dict[str, Any]) -> list[str]:
     """A row of the Markdown table."""
     if "failed" in entry:
         return failed(entry["name"], entry, len(COLUMNS))
-    what = f"{entry['shape']}, sp {entry['sp']}, {entry['tokens_per_gpu']:,} tokens per GPU ({entry['documents']}), {entry['recompute']}"
+    what = (
+        f"{entry['shape']}, sp {entry['sp']}, {entry['tokens_per_gpu']:,} tokens per GPU "
+        f"({entry['documents']}), {entry['recompute']}"
+    )
     if entry["held"]:
         what += ", gradients held"
     if entry["offload"]:
         what += f", {' and '.join(entry['offload'])} offloaded"
-    phases = (f"{entry['predicted_gib'][p]:.2f} / {entry['measured_gib'][p]:.2f}" for p in ("load", "forward_backward", "optimizer"))
-    whole = f"{max(entry['predicted_gib'].values()):.2f} / {max(entry['measured_gib'].values()):.2f}"
+    phases = (
+        f"{entry['predicted_gib'][p]:.2f} / {entry['measured_gib'][p]:.2f}"
+        for p in ("load", "forward_backward", "optimizer")
+    )
+    whole = (
+        f"{max(entry['predicted_gib'].values()):.2f} / {max(entry['measured_gib'].values()):.2f}"
+    )
     return [what, *phases, whole, f"{entry['error']:+.1%}"]
 
 
@@ -180,20 +262,38 @@ def measured_line(name: str, row: Row, mesh: Mesh, setting: Setting) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", default=",".join(ROWS), help="any of " + ", ".join(ROWS))
     parser.add_argument("--shape", choices=MODELS, help="use this shape in every row")
-    parser.add_argument("--scale", type=int, default=1, help="divide all token counts by this, for a look on a small machine")
-    parser.add_argument("--budget", type=float, default=150, help="seconds after which no further row is begun")
+    parser.add_argument(
+        "--scale",
+        type=int,
+        default=1,
+        help="divide all token counts by this, for a look on a small machine",
+    )
+    parser.add_argument(
+        "--budget", type=float, default=150, help="seconds after which no further row is begun"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    started, world, meshes, lines, last = time.monotonic(), make_mesh(), dict[int, Mesh](), list[dict[str, Any]](), None
+    started = time.monotonic()
+    world = make_mesh()
+    meshes = dict[int, Mesh]()
+    lines = list[dict[str, Any]]()
+    last = None
     left_out = list[str]()
     if world.rank == 0:
         head(f"{world.world}× {hardware(world.device)}: GiB predicted / measured", COLUMNS)
     for name in args.rows.split(","):
         row = ROWS[name]
-        row = replace(row, shape=args.shape or row.shape, sp=min(row.sp, world.world), tokens=row.tokens // args.scale)
+        row = replace(
+            row,
+            shape=args.shape or row.shape,
+            sp=min(row.sp, world.world),
+            tokens=row.tokens // args.scale,
+        )
         spent = torch.tensor(time.monotonic() - started)
         if world.world_group is not None:
             dist.broadcast(spent := spent.to(world.device), 0)
@@ -204,8 +304,14 @@ def main() -> None:
             torch._dynamo.reset()  # type: ignore[attr-defined]
             last = row.shape, row.sp
         mesh = meshes.setdefault(row.sp, make_mesh(sp=row.sp))
-        setting = Setting(shards=mesh.shards, sp=mesh.sp, compute="bf16" if mesh.device.type == "cuda" else "fp32",
-                          param_offload=row.offload[0], optimizer_offload=row.offload[1], hold=row.hold and mesh.shards > 1)  # fmt: skip
+        setting = Setting(
+            shards=mesh.shards,
+            sp=mesh.sp,
+            compute="bf16" if mesh.device.type == "cuda" else "fp32",
+            param_offload=row.offload[0],
+            optimizer_offload=row.offload[1],
+            hold=row.hold and mesh.shards > 1,
+        )
         lines.append({"name": name, **attempt(partial(measured_line, name, row, mesh, setting))})
         if world.rank == 0:
             print_row(in_table(lines[-1]))

@@ -1,10 +1,13 @@
-"""How evenly a step's samples are spread over data-parallel ranks and micro-batches, against samples taken in order.
+"""How evenly a step's samples are spread over data-parallel ranks and micro-batches, against
+samples taken in order.
 
     python benchmarks/packing.py [--steps 50] [--json out.json]
 
-*time ÷ ideal*: micro-batch j takes as long as its most expensive rank, so a step costs the sum over j of the largest cost; ideal is
-the total cost divided by the ranks. Cost counts a sample's attention (`retool.data.packing.cost`). *padding*: share of tokens that padding
-every micro-batch to its longest sample would add; packs have none. Baseline: samples in order, as many per micro-batch everywhere.
+*time ÷ ideal*: micro-batch j takes as long as its most expensive rank, so a step costs the sum over
+j of the largest cost; ideal is the total cost divided by the ranks. Cost counts a sample's
+attention (`retool.data.packing.cost`). *padding*: share of tokens that padding every micro-batch to
+its longest sample would add; packs have none. Baseline: samples in order, as many per micro-batch
+everywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from table import hardware, head, row, save
 from retool.data.packing import Plan, cost, plan_step
 
 BUDGET = 16_384
-CASES: dict[str, tuple[int, int, int, float, int]] = {  # samples a step, ranks, median length, σ of its logarithm, longest
+CASES: dict[
+    str, tuple[int, int, int, float, int]
+] = {  # samples a step, ranks, median length, σ of its logarithm, longest
     "conversations of 500 tokens, 2 ranks": (64, 2, 500, 0.5, 4_096),
     "mixed, 2 ranks": (64, 2, 3_200, 0.7, 16_384),
     "mixed, 8 ranks": (256, 8, 3_200, 0.7, 16_384),
@@ -44,7 +49,9 @@ def in_order(n: np.ndarray, dp: int) -> Plan:
 
 def over_ideal(plan: Plan, n: np.ndarray) -> float:
     costs = [[float(np.sum(cost(n[np.array(m, int)]))) for m in rank] for rank in plan]
-    return sum(max(column) for column in zip(*costs, strict=True)) / (sum(map(sum, costs)) / len(plan))
+    return sum(max(column) for column in zip(*costs, strict=True)) / (
+        sum(map(sum, costs)) / len(plan)
+    )
 
 
 def padding(plan: Plan, n: np.ndarray) -> float:
@@ -53,15 +60,23 @@ def padding(plan: Plan, n: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    print(f"{hardware(torch.device('cpu'))}, numpy {np.__version__}; {args.steps} steps each, budget {BUDGET:,} tokens a rank")
+    print(
+        f"{hardware(torch.device('cpu'))}, numpy {np.__version__}; {args.steps} steps each, budget "
+        f"{BUDGET:,} tokens a rank"
+    )
     head("Spreading samples", ["", "", "time ÷ ideal", "worst", "padding saved", "plan ms"])
     lines = []
     for title, (samples, dp, median, sigma, longest) in CASES.items():
-        found: dict[str, list[tuple[float, float, float]]] = {"in order (baseline)": [], "retool": []}
+        found: dict[str, list[tuple[float, float, float]]] = {
+            "in order (baseline)": [],
+            "retool": [],
+        }
         for step in range(args.steps):
             n = lengths(median, sigma, longest, samples, seed=step)
             start = time.perf_counter()
@@ -71,9 +86,21 @@ def main() -> None:
                 found[name].append((over_ideal(plan, n), padding(plan, n), seconds))
         for name, values in found.items():
             ratios, pads, seconds = (list(v) for v in zip(*values, strict=True))
-            lines.append({"case": title, "row": name, "over_ideal": statistics.median(ratios), "worst": max(ratios),
-                          "padding": statistics.median(pads), "plan_ms": 1e3 * statistics.median(seconds)})  # fmt: skip
-            gains = [f"{lines[-1]['padding']:.0%}", f"{lines[-1]['plan_ms']:.1f}"] if name == "retool" else ["", ""]
+            lines.append(
+                {
+                    "case": title,
+                    "row": name,
+                    "over_ideal": statistics.median(ratios),
+                    "worst": max(ratios),
+                    "padding": statistics.median(pads),
+                    "plan_ms": 1e3 * statistics.median(seconds),
+                }
+            )
+            gains = (
+                [f"{lines[-1]['padding']:.0%}", f"{lines[-1]['plan_ms']:.1f}"]
+                if name == "retool"
+                else ["", ""]
+            )
             row([title, name, f"{statistics.median(ratios):.3f}", f"{max(ratios):.3f}", *gains])
             save(args.json, torch.device("cpu"), lines)
 

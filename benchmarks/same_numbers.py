@@ -1,10 +1,12 @@
-"""Has a change to the code changed a number? Seeded runs of two revisions, every metric compared bit by bit.
+"""Has a change to the code changed a number?
+
+Seeded runs of two revisions, every metric compared bit by bit.
 
     python benchmarks/same_numbers.py REVISION      # this tree against a commit, a tag or a branch
 
-Runs short SFT and RL trainings on the CPU, on one and on two processes, with this tree and with a checkout of
-REVISION, and compares each number that their metrics.jsonl hold, but for times, speeds and memory. The exit
-status is 1 if one differs. Both revisions need the same installed packages.
+Runs short SFT and RL trainings on the CPU, on one and on two processes, with this tree and with a
+checkout of REVISION, and compares each number that their metrics.jsonl hold, but for times, speeds
+and memory. The exit status is 1 if one differs. Both revisions need the same installed packages.
 """
 
 from __future__ import annotations
@@ -21,8 +23,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURED = ("timing", "perf/", "tool/latency", "tool/queue_s", "time", "seconds")  # differ from run to run
-TOOLS = ("retool.rl.agent.tools", "retool.rl.tools")  # where the interpreter is now, and where it was
+# Differ from run to run
+MEASURED = (
+    "timing",
+    "perf/",
+    "tool/latency",
+    "tool/queue_s",
+    "time",
+    "seconds",
+)
+# Where the interpreter is now, and where it was
+TOOLS = (
+    "retool.rl.agent.tools",
+    "retool.rl.tools",
+)
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
 
@@ -105,11 +119,24 @@ def overrides(command: str, data: Path, out: Path) -> list[str]:
 def run(tree: Path, name: str, data: Path, out: Path) -> list[dict[str, Any]]:
     """The metrics of one run of `RUNS` by the code in `tree`."""
     command, processes, more = RUNS[name]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    words = [sys.executable, *launcher, "-m", f"retool.{command}", *overrides(command, data, out), *more]
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
+    words = [
+        sys.executable,
+        *launcher,
+        "-m",
+        f"retool.{command}",
+        *overrides(command, data, out),
+        *more,
+    ]
     done = subprocess.run(words, env=environment(tree), cwd=tree, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{name} in {tree} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"{name} in {tree} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [dict(numbers(json.loads(line))) for line in lines]
 
@@ -122,7 +149,12 @@ def numbers(entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def differences(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[str]:
@@ -146,22 +178,35 @@ def make_data(tree: Path, folder: Path) -> None:
     (folder / "reward.py").write_text(REWARD)
 
 
-def runs_of(tree: Path, data: Path, out: Path, names: Sequence[str], jobs: int) -> dict[str, list[dict[str, Any]]]:
+def runs_of(
+    tree: Path, data: Path, out: Path, names: Sequence[str], jobs: int
+) -> dict[str, list[dict[str, Any]]]:
     """The metrics of all runs by the code in `tree`."""
     module = next(name for name in TOOLS if (tree / (name.replace(".", "/") + ".py")).exists())
-    tools = f"tools: [{{class_name: {module}.CodeInterpreter, config: {{num_workers: 1, default_timeout: 10}}}}]\n"
+    tools = (
+        f"tools: [{{class_name: {module}.CodeInterpreter, config: {{num_workers: 1, default_timeout: "
+        f"10}}}}]\n"
+    )
     (data / "tools.yaml").write_text(tools)
     with ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda name: run(tree, name, data, out / name.replace(" ", "_").replace(",", "")), names)
+        found = pool.map(
+            lambda name: run(tree, name, data, out / name.replace(" ", "_").replace(",", "")), names
+        )
         return dict(zip(names, found, strict=True))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("revision", help="the commit to compare with")
     parser.add_argument("--only", default="", help="runs whose name contains this")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--keep", type=Path, help="keep the older revision's numbers here, and read them where they are")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="keep the older revision's numbers here, and read them where they are",
+    )
     asked = parser.parse_args()
     names = [name for name in RUNS if asked.only in name]
     with tempfile.TemporaryDirectory(prefix="same-numbers-") as folder:
@@ -172,17 +217,32 @@ def compare(folder: Path, names: Sequence[str], asked: argparse.Namespace) -> in
     keep = asked.keep or folder / "kept"
     if not (keep / "metrics.json").exists():
         tree = folder / "before"
-        subprocess.run(["git", "worktree", "add", "--detach", "-f", str(tree), asked.revision], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--detach", "-f", str(tree), asked.revision],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+        )
         try:
             make_data(tree, keep / "data")
-            metrics = runs_of(tree, keep / "data", folder / "then", list(RUNS) if asked.keep else names, asked.jobs)
+            metrics = runs_of(
+                tree,
+                keep / "data",
+                folder / "then",
+                list(RUNS) if asked.keep else names,
+                asked.jobs,
+            )
             (keep / "metrics.json").write_text(json.dumps(metrics))
         finally:
-            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
+            subprocess.run(
+                ["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True
+            )
     before = json.loads((keep / "metrics.json").read_text())
     after = runs_of(ROOT, keep / "data", folder / "now", names, asked.jobs)
     changed = 0
-    print(f"| run | metrics lines | numbers | different from {asked.revision} |\n|---|---:|---:|---:|")
+    print(
+        f"| run | metrics lines | numbers | different from {asked.revision} |\n|---|---:|---:|---:|"
+    )
     for name in names:
         found = differences(before[name], after[name])
         changed += len(found)

@@ -1,12 +1,15 @@
-"""The code interpreter next to `subprocess.run([python, "-c", program])` with rlimits, which has no isolation.
+"""The code interpreter next to `subprocess.run([python, "-c", program])` with rlimits, which has no
+isolation.
 
     python benchmarks/sandbox.py [--seconds 4] [--calls 1000] [--workers N] [--json out.json]
 
-*print* is `print(1+1)`, *sympy* imports numpy and sympy and solves an equation. Callers are tasks of one event loop, each asking
-again as soon as it is answered; p50 and p99 are a call's round trip, with its time in the queue. The baseline runs at most 8 at once
-(256 would thrash) and drops what hasn't begun when its time is up. The ways take turns, three times each, in pieces of `--seconds`/3,
-so that a noisy neighbour meets all; the spread of calls/s is over the pieces. `sandbox_fusion` is the same over HTTP, server and client
-on this machine. Then `--calls` calls of mixed outcome, and what they left behind: processes, descriptors, memory, files.
+*print* is `print(1+1)`, *sympy* imports numpy and sympy and solves an equation. Callers are tasks
+of one event loop, each asking again as soon as it is answered; p50 and p99 are a call's round trip,
+with its time in the queue. The baseline runs at most 8 at once (256 would thrash) and drops what
+hasn't begun when its time is up. The ways take turns, three times each, in pieces of `--seconds`/3,
+so that a noisy neighbour meets all; the spread of calls/s is over the pieces. `sandbox_fusion` is
+the same over HTTP, server and client on this machine. Then `--calls` calls of mixed outcome, and
+what they left behind: processes, descriptors, memory, files.
 """
 
 from __future__ import annotations
@@ -35,16 +38,22 @@ from retool.sandbox.fusion_server import Server
 
 PROGRAMS = {
     "print": ("print(1+1)", "2\n"),
-    "sympy": ("import numpy, sympy\nx = sympy.symbols('x')\nprint(sympy.solve(x**2 - 5*x + 6, x))", "[2, 3]\n"),
+    "sympy": (
+        "import numpy, sympy\nx = sympy.symbols('x')\nprint(sympy.solve(x**2 - 5*x + 6, x))",
+        "[2, 3]\n",
+    ),
 }
-BASELINE, PIECES = "subprocess", 3
+BASELINE = "subprocess"
+PIECES = 3
 
 
 def hardware() -> str:
     """One line: what decides the numbers."""
     model = platform.machine()
     with open("/proc/cpuinfo") as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
+        model = next(
+            (line.split(":")[1].strip() for line in file if line.startswith("model name")), model
+        )
     packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "sympy"))
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
@@ -59,7 +68,13 @@ def plain(program: str) -> str:
         resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
         resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, preexec_fn=limit).stdout
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=limit,
+    ).stdout
 
 
 async def piece(
@@ -97,7 +112,9 @@ def ways(
 
     async def bare(program: str) -> str:
         ends.append(time.perf_counter() + seconds)
-        return await asyncio.get_running_loop().run_in_executor(threads, lambda: plain(program) if time.perf_counter() < ends[0] else "")
+        return await asyncio.get_running_loop().run_in_executor(
+            threads, lambda: plain(program) if time.perf_counter() < ends[0] else ""
+        )
 
     return {BASELINE: bare, "embedded": embedded, "sandbox_fusion": over_http}
 
@@ -108,7 +125,9 @@ def _printed(result: Result) -> str:
     return result.stdout
 
 
-async def compare(options: argparse.Namespace, sandbox: Sandbox, fusion: SandboxFusion, found: dict[str, Any]) -> None:
+async def compare(
+    options: argparse.Namespace, sandbox: Sandbox, fusion: SandboxFusion, found: dict[str, Any]
+) -> None:
     """One line per program, number of callers and way; printed and saved as they come."""
     print("\n| program | callers | way | p50 ms | p99 ms | calls/s (spread) | against subprocess |")
     print("|---|---:|---|---:|---:|---:|---:|", flush=True)
@@ -119,8 +138,13 @@ async def compare(options: argparse.Namespace, sandbox: Sandbox, fusion: Sandbox
                 timed: dict[str, list[tuple[list[float], float]]] = {}
                 for _ in range(PIECES):
                     for way, run in ways(sandbox, fusion, threads, share).items():
-                        timed.setdefault(way, []).append(await piece(run, program, expected, callers, share))
-                group = [{"program": name, "callers": callers, "way": way, **summary(pieces)} for way, pieces in timed.items()]
+                        timed.setdefault(way, []).append(
+                            await piece(run, program, expected, callers, share)
+                        )
+                group = [
+                    {"program": name, "callers": callers, "way": way, **summary(pieces)}
+                    for way, pieces in timed.items()
+                ]
                 show(group)
                 found["lines"] += group
                 save(options.json, found)
@@ -136,7 +160,13 @@ def summary(pieces: list[tuple[list[float], float]]) -> dict[str, Any]:
     trips = sorted(trip for those, _ in pieces for trip in those)
     rates = [rate for _, rate in pieces]
     p99 = trips[min(len(trips) - 1, int(0.99 * len(trips)))]
-    return {"calls": len(trips), "p50_ms": statistics.median(trips), "p99_ms": p99, "per_second": statistics.median(rates), "rates": rates}
+    return {
+        "calls": len(trips),
+        "p50_ms": statistics.median(trips),
+        "p99_ms": p99,
+        "per_second": statistics.median(rates),
+        "rates": rates,
+    }
 
 
 def show(group: list[dict[str, Any]]) -> None:
@@ -144,38 +174,63 @@ def show(group: list[dict[str, Any]]) -> None:
     for line in group:
         gain = line["per_second"] / group[0]["per_second"]
         spread = f"{line['per_second']:.0f} ({min(line['rates']):.0f} … {max(line['rates']):.0f})"
-        head = f"| {line['program']} | {line['callers']} | {line['way']} | {line['p50_ms']:.1f} | {line['p99_ms']:.1f}"
+        head = (
+            f"| {line['program']} | {line['callers']} | {line['way']} | {line['p50_ms']:.1f} | "
+            f"{line['p99_ms']:.1f}"
+        )
         print(f"{head} | {spread} | {gain:.1f}× |", flush=True)
 
 
 def footprint(sandbox: Sandbox) -> dict[str, int]:
     """What the sandbox holds while nothing runs."""
     time.sleep(1)
-    processes = subprocess.run(["ps", "-eo", "pid="], capture_output=True, text=True, check=True).stdout.split()
+    processes = subprocess.run(
+        ["ps", "-eo", "pid="], capture_output=True, text=True, check=True
+    ).stdout.split()
     with open(f"/proc/{sandbox.pid}/statm") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 10
     return {
-        "processes": len(processes) - 1, "descriptors": len(os.listdir(f"/proc/{sandbox.pid}/fd")), "supervisor KiB": resident,
+        "processes": len(processes) - 1,
+        "descriptors": len(os.listdir(f"/proc/{sandbox.pid}/fd")),
+        "supervisor KiB": resident,
         "files": len(os.listdir(sandbox.scratch)),
-    }  # fmt: skip
+    }
 
 
 async def endure(sandbox: Sandbox, calls: int) -> tuple[float, dict[str, int], dict[str, int]]:
     """Calls per second over `calls` calls of mixed outcome, and the footprint before and after."""
-    programs = ["print(1+1)", "1/0", "import os\nos._exit(3)", "open('f', 'w').write('x' * 9999)", "import os\nos.fork()"]
+    programs = [
+        "print(1+1)",
+        "1/0",
+        "import os\nos._exit(3)",
+        "open('f', 'w').write('x' * 9999)",
+        "import os\nos.fork()",
+    ]
     for program in programs * 20:
         await sandbox.run(program)
-    before, start = footprint(sandbox), time.perf_counter()
+    before = footprint(sandbox)
+    start = time.perf_counter()
     for first in range(0, calls, 256):
-        await asyncio.gather(*(sandbox.run(programs[i % len(programs)]) for i in range(first, min(first + 256, calls))))
+        await asyncio.gather(
+            *(
+                sandbox.run(programs[i % len(programs)])
+                for i in range(first, min(first + 256, calls))
+            )
+        )
     rate = calls / (time.perf_counter() - start)
     return rate, before, footprint(sandbox)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="per row")
-    parser.add_argument("--callers", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 64, 256])
+    parser.add_argument(
+        "--callers",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=[1, 8, 64, 256],
+    )
     parser.add_argument("--calls", type=int, default=1000, help="of the endurance run; 0: none")
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--json", type=Path, help="save the lines here")
@@ -184,17 +239,35 @@ def main() -> None:
     print(line)
     start = time.perf_counter()
     with Sandbox(workers=options.workers) as sandbox:
-        warm, layers = time.perf_counter() - start, ", ".join(sorted(sandbox.plan.present))
-        print(f"server warm after {warm:.1f} s; {sandbox.workers} workers; layers: {layers}", flush=True)
+        warm = time.perf_counter() - start
+        layers = ", ".join(sorted(sandbox.plan.present))
+        print(
+            f"server warm after {warm:.1f} s; {sandbox.workers} workers; layers: {layers}",
+            flush=True,
+        )
         server = Server(sandbox, port=0)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         found: dict[str, Any] = {"hardware": line, "lines": []}
-        asyncio.run(compare(options, sandbox, SandboxFusion(f"http://127.0.0.1:{server.port}/run_code", 256), found))
+        asyncio.run(
+            compare(
+                options,
+                sandbox,
+                SandboxFusion(f"http://127.0.0.1:{server.port}/run_code", 256),
+                found,
+            )
+        )
         if options.calls:
             rate, before, after = asyncio.run(endure(sandbox, options.calls))
-            found["endurance"] = {"calls": options.calls, "per_second": rate, "before": before, "after": after}
+            found["endurance"] = {
+                "calls": options.calls,
+                "per_second": rate,
+                "before": before,
+                "after": after,
+            }
             save(options.json, found)
-            print(f"\n{options.calls} mixed calls: {rate:.0f} calls/s; before {before}, after {after}")
+            print(
+                f"\n{options.calls} mixed calls: {rate:.0f} calls/s; before {before}, after {after}"
+            )
         server.shutdown()
         server.server_close()
 

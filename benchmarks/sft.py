@@ -1,12 +1,15 @@
-"""SFT throughput on the two workloads of the published comparison: tokens per second per GPU, MFU, peak memory.
+"""SFT throughput on the two workloads of the published comparison: tokens per second per GPU, MFU,
+peak memory.
 
-    torchrun --nproc_per_node=2 benchmarks/sft.py [--rows full,mixed-sp2,…] [--repeats 2] [--json out.json]
-    torchrun --nproc_per_node=2 benchmarks/sft.py --shape tiny --scale 64        a look at it on the CPU
+    torchrun --nproc_per_node=2 benchmarks/sft.py [--rows full,mixed-sp2,…] [--repeats 2] [--json
+    out.json] torchrun --nproc_per_node=2 benchmarks/sft.py --shape tiny --scale 64        a look at
+    it on the CPU
 
-*full*: 16 documents of 16,384 tokens a step. *mixed*: 64 documents, lengths lognormal (median 3,200, σ 0.7, clipped to
-256…16,384). *4096*: 64 documents of 4,096 tokens. Every token is trained, ids are random, data is in memory; bf16 compute, fp32
-master and AdamW. A step is timed from its first kernel to its last, optimizer included; padding doesn't count as tokens. Steps
-4 to 8 of each repeat count.
+*full*: 16 documents of 16,384 tokens a step. *mixed*: 64 documents, lengths lognormal (median
+3,200, σ 0.7, clipped to 256…16,384). *4096*: 64 documents of 4,096 tokens. Every token is trained,
+ids are random, data is in memory; bf16 compute, fp32 master and AdamW. A step is timed from its
+first kernel to its last, optimizer included; padding doesn't count as tokens. Steps 4 to 8 of each
+repeat count.
 """
 
 from __future__ import annotations
@@ -37,18 +40,62 @@ from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import GIB, StepTimer, device_peak, mfu, model_flops
 from retool.sft.step import train_step
 
-BLANK = {"norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": None, "o_bias": False, "mlp_bias": False, "qk_norm": False, "max_position": 0}
+BLANK = {
+    "norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_scaling": None,
+    "o_bias": False,
+    "mlp_bias": False,
+    "qk_norm": False,
+    "max_position": 0,
+}
 SHAPES = {
-    "qwen2.5-0.5b": ModelConfig("qwen2", vocab=151_936, hidden=896, ffn=4864, layers=24, heads=14, kv_heads=2, head_dim=64, tied=True,
-                                qkv_bias=True, **BLANK),
-    "llama3-8b": ModelConfig("llama", vocab=128_256, hidden=4096, ffn=14_336, layers=32, heads=32, kv_heads=8, head_dim=128, tied=False,
-                             qkv_bias=False, **BLANK),
-    "tiny": ModelConfig("qwen2", vocab=512, hidden=64, ffn=128, layers=2, heads=4, kv_heads=2, head_dim=16, tied=True, qkv_bias=True,
-                        **BLANK),
-}  # fmt: skip
-STEPS, COUNTED = 8, slice(3, 8)
+    "qwen2.5-0.5b": ModelConfig(
+        "qwen2",
+        vocab=151_936,
+        hidden=896,
+        ffn=4864,
+        layers=24,
+        heads=14,
+        kv_heads=2,
+        head_dim=64,
+        tied=True,
+        qkv_bias=True,
+        **BLANK,
+    ),
+    "llama3-8b": ModelConfig(
+        "llama",
+        vocab=128_256,
+        hidden=4096,
+        ffn=14_336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        tied=False,
+        qkv_bias=False,
+        **BLANK,
+    ),
+    "tiny": ModelConfig(
+        "qwen2",
+        vocab=512,
+        hidden=64,
+        ffn=128,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        tied=True,
+        qkv_bias=True,
+        **BLANK,
+    ),
+}
+STEPS = 8
+COUNTED = slice(3, 8)
 DOCUMENTS = {"full": 16, "mixed": 64, "4096": 64}
-PEERS = {  # measured by others' code on 2×H100 80GB HBM3, torch 2.11, 2026-11; the row of the same workload is the baseline
+# measured by others' code on 2×H100 80GB HBM3, torch 2.11, 2026-11; the row of the same workload is
+# the baseline
+PEERS = {
     "full": ("verl 0.9.1, published settings", 31_095, 9.7),
     "mixed": ("verl 0.9.1, tuned", 38_452, 7.4),
 }
@@ -56,7 +103,11 @@ PEERS = {  # measured by others' code on 2×H100 80GB HBM3, torch 2.11, 2026-11;
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. `samples` a micro-batch of an sp group, or `tokens` a GPU; `keep_copy`: `shard`'s; `steps` where fewer do."""
+    """A line of the table.
+
+    `samples` a micro-batch of an sp group, or `tokens` a GPU; `keep_copy`: `shard`'s; `steps` where
+    fewer do.
+    """
 
     title: str
     workload: str
@@ -70,7 +121,9 @@ class Row:
 
 
 ROWS = {
-    "padded": Row("mixed, padded to 16,384, sp 1", "mixed", 1, "none", samples=1, padded=True, steps=5),
+    "padded": Row(
+        "mixed, padded to 16,384, sp 1", "mixed", 1, "none", samples=1, padded=True, steps=5
+    ),
     "mixed": Row("mixed, packed, sp 1", "mixed", 1, "none", tokens=32_768),
     "mixed-sp2": Row("mixed, packed, sp 2", "mixed", 2, "none", tokens=32_768),
     "mixed-recompute": Row("mixed, packed, sp 2, recomputation", "mixed", 2, "full", tokens=32_768),
@@ -79,8 +132,12 @@ ROWS = {
     "full-recompute": Row("full, sp 2, full recomputation", "full", 2, "full", samples=2),
     "full-sp1": Row("full, sp 1", "full", 1, "none", samples=1),
     "4096": Row("64 documents of 4,096, sp 1", "4096", 1, "none", tokens=32_768),
-    "8b": Row("8,192 tokens per GPU, sp 1, recomputation", "full", 1, "full", samples=1, keep_copy=False),  # so that 80 GB suffice
-    "8b-none": Row("8,192 tokens per GPU, sp 1, nothing recomputed", "full", 1, "none", samples=1),  # 110 GiB
+    "8b": Row(
+        "8,192 tokens per GPU, sp 1, recomputation", "full", 1, "full", samples=1, keep_copy=False
+    ),  # so that 80 GB suffice
+    "8b-none": Row(
+        "8,192 tokens per GPU, sp 1, nothing recomputed", "full", 1, "none", samples=1
+    ),  # 110 GiB
 }
 
 
@@ -92,11 +149,19 @@ class Documents:
         if workload != "mixed":
             lengths = np.full(count, 16_384 if workload == "full" else 4_096)
         else:
-            lengths = np.clip(np.exp(np.random.default_rng(0).normal(np.log(3_200), 0.7, DOCUMENTS[workload] * STEPS)), 256, 16_384)[:count]
+            lengths = np.clip(
+                np.exp(
+                    np.random.default_rng(0).normal(np.log(3_200), 0.7, DOCUMENTS[workload] * STEPS)
+                ),
+                256,
+                16_384,
+            )[:count]
         self.lengths = np.maximum(lengths.astype(np.int64) // scale, 2)
         self.trained = self.lengths - 1
         rng = np.random.default_rng(1)
-        self._tokens = [rng.integers(0, min(vocab, 150_000), n).astype(np.int32) for n in self.lengths]
+        self._tokens = [
+            rng.integers(0, min(vocab, 150_000), n).astype(np.int32) for n in self.lengths
+        ]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -112,35 +177,65 @@ def random_weights(model: Sharded) -> None:
     for unit in model.layout.units:
         low = model.mesh.shard_rank * unit.shard_numel
         for slot in unit.slots:
-            start, stop = max(low, slot.offset), min(low + unit.shard_numel, slot.offset + slot.numel)
+            start = max(low, slot.offset)
+            stop = min(low + unit.shard_numel, slot.offset + slot.numel)
             if "norm" in slot.name and start < stop:
                 model.master[unit.start + start - low : unit.start + stop - low] = 1.0
     model.refresh()
 
 
 def measure(
-    row: Row, config: ModelConfig, mesh: Mesh, scale: int, compiled: Any, reshard: bool = True, profile: Path | None = None
+    row: Row,
+    config: ModelConfig,
+    mesh: Mesh,
+    scale: int,
+    compiled: Any,
+    reshard: bool = True,
+    profile: Path | None = None,
 ) -> dict[str, Any]:
-    """Train `row.steps` steps; seconds of the counted ones, tokens and FLOPs of a mean step, peak memory. On the CPU gradients are held
-    until a step's last micro-batch, as a run's plan has it there.
+    """Train `row.steps` steps; seconds of the counted ones, tokens and FLOPs of a mean step, peak
+    memory. On the CPU gradients are held until a step's last micro-batch, as a run's plan has it
+    there.
 
     With `profile` one step more is run, and its kernels are written there, by total time.
     """
-    options = ModelOptions(recompute=row.recompute, use_compile=compiled, keep_copy=row.keep_copy, reshard_after_forward=reshard)
-    model, hold = build_decoder(config, mesh, options), mesh.device.type == "cpu"
+    options = ModelOptions(
+        recompute=row.recompute,
+        use_compile=compiled,
+        keep_copy=row.keep_copy,
+        reshard_after_forward=reshard,
+    )
+    model = build_decoder(config, mesh, options)
+    hold = mesh.device.type == "cpu"
     random_weights(model)
     optimizer = AdamW(model, AdamWOptions())
     data = Documents(row.workload, row.steps, config.vocab, scale)
     if mesh.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    timer, marks, tokens, flops, losses, batch = StepTimer(mesh.device), [], [], [], [], None
+    timer = StepTimer(mesh.device)
+    marks = []
+    tokens = []
+    flops = []
+    losses = []
+    batch = None
     pad_to = 16_384 // scale if row.padded else None
     for batch in iterate_steps(
-        data, train_batch_size=DOCUMENTS[row.workload], seed=0, stop_step=row.steps, shuffle=False, dp_rank=mesh.dp_rank, dp=mesh.dp,
-        sp=mesh.sp, micro_batch_size=row.samples, max_tokens_per_gpu=None if row.tokens is None else row.tokens // scale, pad_to=pad_to,
+        data,
+        train_batch_size=DOCUMENTS[row.workload],
+        seed=0,
+        stop_step=row.steps,
+        shuffle=False,
+        dp_rank=mesh.dp_rank,
+        dp=mesh.dp,
+        sp=mesh.sp,
+        micro_batch_size=row.samples,
+        max_tokens_per_gpu=None if row.tokens is None else row.tokens // scale,
+        pad_to=pad_to,
         prefetch=row.steps,
-    ):  # fmt: skip
-        measured = train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, 1e-5, timer, hold)
+    ):
+        measured = train_step(
+            model, optimizer, batch.micro_batches, batch.trained_tokens, 1e-5, timer, hold
+        )
         marks.append(timer.take())
         losses.append(measured)
         tokens.append(batch.real_tokens)
@@ -151,9 +246,17 @@ def measure(
     counted = slice(min(COUNTED.start, row.steps - 2), row.steps)
     seconds = [m.seconds()["step"] for m in marks[counted]]
     peak = torch.cuda.max_memory_allocated() / GIB if mesh.device.type == "cuda" else float("nan")
-    reserved = torch.cuda.max_memory_reserved() / GIB if mesh.device.type == "cuda" else float("nan")
-    return {"seconds": seconds, "tokens": tokens[counted], "flops": flops[counted], "peak": peak, "reserved": reserved,
-            "loss": [m.read()[0] for m in losses]}  # fmt: skip
+    reserved = (
+        torch.cuda.max_memory_reserved() / GIB if mesh.device.type == "cuda" else float("nan")
+    )
+    return {
+        "seconds": seconds,
+        "tokens": tokens[counted],
+        "flops": flops[counted],
+        "peak": peak,
+        "reserved": reserved,
+        "loss": [m.read()[0] for m in losses],
+    }
 
 
 @contextmanager
@@ -167,23 +270,47 @@ def kernels_of(path: Path | None) -> Iterator[None]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         yield
         torch.cuda.synchronize()
-    path.write_text(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90))
+    path.write_text(
+        found.key_averages().table(
+            sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90
+        )
+    )
 
 
 def line(runs: list[dict[str, Any]], mesh: Mesh) -> dict[str, Any]:
     """A table line from the repeats of a row."""
-    rates = [t / s / mesh.world for run in runs for t, s in zip(run["tokens"], run["seconds"], strict=True)]
+    rates = [
+        t / s / mesh.world
+        for run in runs
+        for t, s in zip(run["tokens"], run["seconds"], strict=True)
+    ]
     means = [sum(run["tokens"]) / sum(run["seconds"]) / mesh.world for run in runs]
-    used = mfu(sum(map(sum, (r["flops"] for r in runs))), sum(map(sum, (r["seconds"] for r in runs))), mesh.world, device_peak(mesh.device))
-    return {"tokens_per_second_per_gpu": statistics.mean(means), "runs": means, "low": min(rates), "high": max(rates), "mfu": used,
-            "world": mesh.world, "peak_gib": max(r["peak"] for r in runs), "reserved_gib": max(r["reserved"] for r in runs),
-            "first_loss": runs[0]["loss"][0], "last_loss": runs[0]["loss"][-1]}  # fmt: skip
+    used = mfu(
+        sum(map(sum, (r["flops"] for r in runs))),
+        sum(map(sum, (r["seconds"] for r in runs))),
+        mesh.world,
+        device_peak(mesh.device),
+    )
+    return {
+        "tokens_per_second_per_gpu": statistics.mean(means),
+        "runs": means,
+        "low": min(rates),
+        "high": max(rates),
+        "mfu": used,
+        "world": mesh.world,
+        "peak_gib": max(r["peak"] for r in runs),
+        "reserved_gib": max(r["reserved"] for r in runs),
+        "first_loss": runs[0]["loss"][0],
+        "last_loss": runs[0]["loss"][-1],
+    }
 
 
 def show(lines: list[dict[str, Any]], shape: str, mesh: Mesh) -> None:
     device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else "CPU"
     print(f"\n{mesh.world}× {device}, torch {torch.__version__}, {shape}\n")
-    print("| | tok/s/GPU | each run | MFU | peak GiB | reserved | loss |\n|---|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| | tok/s/GPU | each run | MFU | peak GiB | reserved | loss |\n|---|---:|---:|---:|---:|---:|---:|"
+    )
     for workload in dict.fromkeys(ROWS[entry["name"]].workload for entry in lines):
         if shape == "qwen2.5-0.5b" and workload in PEERS:
             title, rate, gib = PEERS[workload]
@@ -194,16 +321,24 @@ def show(lines: list[dict[str, Any]], shape: str, mesh: Mesh) -> None:
                 continue
             used = "" if entry["mfu"] is None else f"{entry['mfu']:.1%}"
             each = " · ".join(f"{r:,.0f}" for r in entry["runs"])
-            print(f"| {entry['row']} | {entry['tokens_per_second_per_gpu']:,.0f} | {each} | {used} | {entry['peak_gib']:.1f} | "
-                  f"{entry['reserved_gib']:.1f} | {entry['first_loss']:.2f} → {entry['last_loss']:.2f} |")  # fmt: skip
+            print(
+                f"| {entry['row']} | {entry['tokens_per_second_per_gpu']:,.0f} | {each} | {used} | "
+                f"{entry['peak_gib']:.1f} | {entry['reserved_gib']:.1f} | {entry['first_loss']:.2f} "
+                f"→ {entry['last_loss']:.2f} |"
+            )
 
 
 def repeated(name: str, row: Row, mesh: Mesh, args: argparse.Namespace) -> dict[str, Any]:
     """The line of all repeats."""
     runs = []
     for _ in range(args.repeats):
-        scale, compiled = args.scale * (2 if name.startswith("8b") else 1), False if args.no_compile else "auto"
-        runs.append(measure(row, SHAPES[args.shape], mesh, scale, compiled, not args.no_reshard, args.profile))
+        scale = args.scale * (2 if name.startswith("8b") else 1)
+        compiled = False if args.no_compile else "auto"
+        runs.append(
+            measure(
+                row, SHAPES[args.shape], mesh, scale, compiled, not args.no_reshard, args.profile
+            )
+        )
         gc.collect()  # a sharded module and its hooks refer to each other
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -211,27 +346,54 @@ def repeated(name: str, row: Row, mesh: Mesh, args: argparse.Namespace) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     rows = "padded,mixed,mixed-sp2,mixed-recompute,full,full-selective,full-recompute,full-sp1"
     parser.add_argument("--rows", default=rows, help=", ".join(ROWS))
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=SHAPES)
-    parser.add_argument("--scale", type=int, default=1, help="divide all lengths by this, for a look on a small machine")
+    parser.add_argument(
+        "--scale",
+        type=int,
+        default=1,
+        help="divide all lengths by this, for a look on a small machine",
+    )
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--no-reshard", action="store_true", help="weights stay gathered after the forward (reshard_after_forward=false)")
+    parser.add_argument(
+        "--no-reshard",
+        action="store_true",
+        help="weights stay gathered after the forward (reshard_after_forward=false)",
+    )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--profile", type=Path, help="write the last row's kernels, by time, to this file")
+    parser.add_argument(
+        "--profile", type=Path, help="write the last row's kernels, by time, to this file"
+    )
     args = parser.parse_args()
-    world, lines, meshes = make_mesh(), [], {}
+    world = make_mesh()
+    lines = []
+    meshes = {}
     for name in args.rows.split(","):
         row = ROWS[name]
         if row.sp > world.world:
-            row = replace(row, sp=world.world, title=row.title.replace(f"sp {row.sp}", f"sp {world.world}"))
+            row = replace(
+                row, sp=world.world, title=row.title.replace(f"sp {row.sp}", f"sp {world.world}")
+            )
         mesh = meshes.setdefault(row.sp, make_mesh(sp=row.sp))
-        lines.append({"name": name, "row": row.title, "shape": args.shape, **attempt(partial(repeated, name, row, mesh, args))})
+        lines.append(
+            {
+                "name": name,
+                "row": row.title,
+                "shape": args.shape,
+                **attempt(partial(repeated, name, row, mesh, args)),
+            }
+        )
         if world.rank == 0:
             last = lines[-1]
-            found = last.get("failed") or f"{last['tokens_per_second_per_gpu']:,.0f} tok/s/GPU, {last['peak_gib']:.1f} GiB"
+            found = (
+                last.get("failed")
+                or f"{last['tokens_per_second_per_gpu']:,.0f} tok/s/GPU, {last['peak_gib']:.1f} GiB"
+            )
             print(f"{row.title}: {found}", flush=True)
             save(args.json, world.device, lines)
     if world.rank == 0:

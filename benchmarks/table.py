@@ -1,4 +1,6 @@
-"""What the benchmarks share: timing with device events, the hardware line, tables that print and save row by row, rows that fail."""
+"""What the benchmarks share: timing with device events, the hardware line, tables that print and
+save row by row, rows that fail.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from retool.perf import GIB
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path, help="save the lines here")
@@ -33,9 +37,16 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 def hardware(device: torch.device) -> str:
     """One line: the device and the versions that decide its speed."""
     if device.type == "cuda":
-        parts = [torch.cuda.get_device_name(device), f"torch {torch.__version__}", f"cuDNN {torch.backends.cudnn.version()}"]
+        parts = [
+            torch.cuda.get_device_name(device),
+            f"torch {torch.__version__}",
+            f"cuDNN {torch.backends.cudnn.version()}",
+        ]
     else:
-        parts = [f"CPU {platform.machine()}, {torch.get_num_threads()} threads", f"torch {torch.__version__}"]
+        parts = [
+            f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
+            f"torch {torch.__version__}",
+        ]
     for package in ("flash-attn", "triton"):
         try:
             parts.append(f"{package} {version(package)}")
@@ -45,7 +56,9 @@ def hardware(device: torch.device) -> str:
 
 
 def measure(run: Callable[[], Any], device: torch.device, repeats: int) -> dict[str, Any]:
-    """Milliseconds of each of `repeats` runs after two for warming up, and the memory they needed on top (GiB; NaN on the CPU)."""
+    """Milliseconds of each of `repeats` runs after two for warming up, and the memory they needed
+    on top (GiB; NaN on the CPU).
+    """
     for _ in range(2):
         run()
     if device.type != "cuda":
@@ -75,7 +88,9 @@ def spread(ms: list[float]) -> str:
 
 def head(title: str, columns: Sequence[str]) -> None:
     """A Markdown table's title and first lines: the first column is text, the others numbers."""
-    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}", flush=True)
+    print(
+        f"\n{title}\n\n| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}", flush=True
+    )
 
 
 def row(cells: Sequence[str]) -> None:
@@ -108,10 +123,12 @@ def _gloo(world: Any, patience: float) -> Any:
 
 
 def attempt(make: Callable[[], dict[str, Any]], patience: float = 60) -> dict[str, Any]:
-    """The line that `make` returns, or {"failed": why}: a row that can't be measured doesn't cost the others.
+    """The line that `make` returns, or {"failed": why}: a row that can't be measured doesn't cost
+    the others.
 
-    In a job of several ranks a collective call, the same on all of them: where one failed, the row has. RuntimeError when a rank isn't
-    through `patience` seconds after this one: it waits for what will never come, and the job had better end.
+    In a job of several ranks a collective call, the same on all of them: where one failed, the row
+    has. RuntimeError when a rank isn't through `patience` seconds after this one: it waits for what
+    will never come, and the job had better end.
     """
     try:
         line = make()

@@ -1,13 +1,16 @@
-"""What sequence parallelism costs: a decoder block over sp GPUs against the same block on each GPU alone, same tokens and documents.
+"""What sequence parallelism costs: a decoder block over sp GPUs against the same block on each GPU
+alone, same tokens and documents.
 
-    torchrun --nproc_per_node=2 benchmarks/ulysses.py [--heads 14/2x64,9/3x64,8/4x128] [--lengths 4096,…] [--json out.json]
-    torchrun --nproc_per_node=2 benchmarks/ulysses.py --shape tiny        a look at it on the CPU
+    torchrun --nproc_per_node=2 benchmarks/ulysses.py [--heads 14/2x64,9/3x64,8/4x128] [--lengths
+    4096,…] [--json out.json] torchrun --nproc_per_node=2 benchmarks/ulysses.py --shape tiny
+    a look at it on the CPU
 
-A GPU has n tokens. Baseline (sp 1): one document of n tokens a GPU. sp s: the s documents of s GPUs in one pack, so attention's work is
-the same, and what is slower is sequence parallelism: four all-to-alls a layer (q k v and the result, forward and backward), the
-copies around them, and a rank with more heads than the others where they don't divide evenly.
-*all-to-alls*: those four alone. *floor*: `all_to_all_single` of equal parts into memory that is there, with the bytes of the busiest rank.
-Milliseconds of the slowest rank, median (lowest … highest).
+A GPU has n tokens. Baseline (sp 1): one document of n tokens a GPU. sp s: the s documents of s GPUs
+in one pack, so attention's work is the same, and what is slower is sequence parallelism: four
+all-to-alls a layer (q k v and the result, forward and backward), the copies around them, and a rank
+with more heads than the others where they don't divide evenly. *all-to-alls*: those four alone.
+*floor*: `all_to_all_single` of equal parts into memory that is there, with the bytes of the busiest
+rank. Milliseconds of the slowest rank, median (lowest … highest).
 """
 
 from __future__ import annotations
@@ -40,16 +43,27 @@ def slowest(run: Any, mesh: Mesh, repeats: int) -> list[float]:
     """Milliseconds of each repeat on the rank that took longest."""
     if mesh.world_group is not None:
         dist.barrier()
-    ms = torch.tensor(measure(run, mesh.device, repeats)["ms"], dtype=torch.float64, device=mesh.device)
+    ms = torch.tensor(
+        measure(run, mesh.device, repeats)["ms"], dtype=torch.float64, device=mesh.device
+    )
     if mesh.world_group is not None:
         dist.all_reduce(ms, dist.ReduceOp.MAX)
     return ms.tolist()
 
 
 def block_run(config: ModelConfig, mesh: Mesh, plan: HeadPlan, tokens: int) -> Any:
-    """Forward and backward of one block, nothing recomputed, on `mesh.sp` documents of `tokens` tokens."""
-    device, dtype = mesh.device, torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
-    run = Run(plan, mesh, choose_backend(device, dtype, config.head_dim), "none", compiled=device.type == "cuda")
+    """Forward and backward of one block, nothing recomputed, on `mesh.sp` documents of `tokens`
+    tokens.
+    """
+    device = mesh.device
+    dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+    run = Run(
+        plan,
+        mesh,
+        choose_backend(device, dtype, config.head_dim),
+        "none",
+        compiled=device.type == "cuda",
+    )
     with torch.device(device):
         block = Block(config, 0, run).to(dtype)
     for parameter in block.parameters():
@@ -58,19 +72,28 @@ def block_run(config: ModelConfig, mesh: Mesh, plan: HeadPlan, tokens: int) -> A
     batch = pack(documents).slice(mesh.sp_rank, mesh.sp).to(device)
     cos, sin = rope_tables(batch.positions, inverse_frequencies(config, device))
     x = torch.randn(tokens, config.hidden, device=device, dtype=dtype, requires_grad=True)
-    d_out, wanted = torch.randn_like(x), [x, *block.parameters()]
+    d_out = torch.randn_like(x)
+    wanted = [x, *block.parameters()]
     return lambda: torch.autograd.grad(block(x, cos, sin, batch), wanted, d_out)
 
 
 def exchanges(mesh: Mesh, plan: HeadPlan, tokens: int) -> tuple[Any, Any]:
     """(the four all-to-alls of a layer, as many equal ones with the bytes of the busiest rank)."""
-    group, dtype = mesh.sp_group, torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+    group = mesh.sp_group
+    dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
     assert group is not None
-    routes = [sizes for way in (plan.to_heads(tokens), plan.to_sequence(tokens)) for sizes in (way, way[::-1])]
+    routes = [
+        sizes
+        for way in (plan.to_heads(tokens), plan.to_sequence(tokens))
+        for sizes in (way, way[::-1])
+    ]
     sends = [torch.randn(sum(out), device=mesh.device, dtype=dtype) for out, _ in routes]
     busiest = torch.tensor([max(sum(out), sum(back)) for out, back in routes], device=mesh.device)
     dist.all_reduce(busiest, dist.ReduceOp.MAX)
-    pairs = [[torch.zeros(-(-n // mesh.sp) * mesh.sp, device=mesh.device, dtype=dtype) for _ in range(2)] for n in busiest.tolist()]
+    pairs = [
+        [torch.zeros(-(-n // mesh.sp) * mesh.sp, device=mesh.device, dtype=dtype) for _ in range(2)]
+        for n in busiest.tolist()
+    ]
 
     def ours() -> None:
         for send, (out, back) in zip(sends, routes, strict=True):
@@ -89,11 +112,22 @@ def line_for(config: ModelConfig, mesh: Mesh, tokens: int, repeats: int) -> dict
     line: dict[str, Any] = {"block": slowest(block_run(config, mesh, plan, tokens), mesh, repeats)}
     if mesh.sp > 1:
         ours, floor = exchanges(mesh, plan, tokens)
-        line["all_to_alls"], line["floor"] = slowest(ours, mesh, repeats), slowest(floor, mesh, repeats)
+        line["all_to_alls"], line["floor"] = (
+            slowest(ours, mesh, repeats),
+            slowest(floor, mesh, repeats),
+        )
     return line
 
 
-COLUMNS = ["tokens/GPU", "sp", "block ms", "all-to-alls ms", "floor ms", "share of the block", "block against sp 1"]
+COLUMNS = [
+    "tokens/GPU",
+    "sp",
+    "block ms",
+    "all-to-alls ms",
+    "floor ms",
+    "share of the block",
+    "block against sp 1",
+]
 
 
 def in_table(line: dict[str, Any], base: dict[str, Any]) -> list[str]:
@@ -111,19 +145,29 @@ def in_table(line: dict[str, Any], base: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = arguments(__doc__)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b" if cuda else "tiny", help="whose width and MLP")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default="qwen2.5-0.5b" if cuda else "tiny",
+        help="whose width and MLP",
+    )
     parser.add_argument("--heads", help="query/key-value heads x head dim, comma-separated")
-    parser.add_argument("--lengths", default="4096,16384,65536" if cuda else "64,256", help="tokens of a GPU")
+    parser.add_argument(
+        "--lengths", default="4096,16384,65536" if cuda else "64,256", help="tokens of a GPU"
+    )
     args = parser.parse_args()
     world = int(os.environ.get("WORLD_SIZE", 1))
     meshes = [make_mesh(sp=sp, device=args.device) for sp in range(1, world + 1) if world % sp == 0]
-    every, mesh = list[dict[str, Any]](), meshes[0]
+    every = list[dict[str, Any]]()
+    mesh = meshes[0]
     if mesh.rank == 0:
         print(f"{world}× {hardware(mesh.device)}, {args.shape}")
     for heads in (args.heads or HEADS.get(args.shape, "14/2x64,9/3x64,8/4x128")).split(","):
         counts, head_dim = heads.split("x")
         query_heads, kv_heads = map(int, counts.split("/"))
-        config = replace(SHAPES[args.shape], heads=query_heads, kv_heads=kv_heads, head_dim=int(head_dim))
+        config = replace(
+            SHAPES[args.shape], heads=query_heads, kv_heads=kv_heads, head_dim=int(head_dim)
+        )
         if mesh.rank == 0:
             head(f"heads {counts}, head dim {head_dim}", COLUMNS)
         for tokens in map(int, args.lengths.split(",")):

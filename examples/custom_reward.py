@@ -1,9 +1,11 @@
-"""A reward of your own: right answers, with a little for numbers that come close, and nothing for endless text.
+"""A reward of your own: right answers, with a little for numbers that come close, and nothing for
+endless text.
 
     custom_reward_function.path=examples/custom_reward.py custom_reward_function.name=compute_score
 
-It runs in a process of its own with 2 seconds, 2 GB and no network (`docs/rewards.md` says how to change that). An answer on which it
-raises gets the floor; a step on whose answers it mostly raises ends the run with the traceback.
+It runs in a process of its own with 2 seconds, 2 GB and no network (`docs/rewards.md` says how to
+change that). An answer on which it raises gets the floor; a step on whose answers it mostly raises
+ends the run with the traceback.
 """
 
 from __future__ import annotations
@@ -14,8 +16,12 @@ from typing import Any
 from retool.rl.reward.rewards import last_boxed
 
 
-def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any]) -> dict[str, Any]:
-    """`score` is trained on; `acc` and `pred` make validation's accuracy and majority votes; anything else is only shown."""
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`score` is trained on; `acc` and `pred` make validation's accuracy and majority votes;
+    anything else is only shown.
+    """
     del data_source
     answer = (last_boxed(solution_str) or "").strip()
     right = answer == ground_truth.strip()

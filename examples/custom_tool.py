@@ -1,8 +1,10 @@
-"""A tool of your own: looks things up in a table. In the file of `rollout.multi_turn.tool_config_path`:
+"""A tool of your own: looks things up in a table.
 
-    tools:
-      - class_name: custom_tool.PriceList     # importable from where you start the run (PYTHONPATH=examples)
-        config: {prices: {apple: 3, pear: 5}}
+In the file of `rollout.multi_turn.tool_config_path`:
+
+tools:
+  - class_name: custom_tool.PriceList     # importable from where you start the run
+    (PYTHONPATH=examples) config: {prices: {apple: 3, pear: 5}}
 """
 
 from __future__ import annotations
@@ -17,23 +19,32 @@ SCHEMA: dict[str, Any] = {
     "function": {
         "name": "price_of",
         "description": "The price of a piece of fruit.",
-        "parameters": {"type": "object", "properties": {"fruit": {"type": "string"}}, "required": ["fruit"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"fruit": {"type": "string"}},
+            "required": ["fruit"],
+        },
     },
 }
 
 
 class PriceList:
-    """Made once per process with the `config` and `tool_schema` of the file; `call` runs for many trajectories at once."""
+    """Made once per process with the `config` and `tool_schema` of the file; `call` runs for many
+    trajectories at once.
+    """
 
     def __init__(self, config: Mapping[str, Any], schema: dict[str, Any] | None) -> None:
-        self.prices, self.schema = dict(config["prices"]), schema or SCHEMA
+        self.prices = dict(config["prices"])
+        self.schema = schema or SCHEMA
         self.name = str(self.schema["function"]["name"])
 
     async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
         """What the model reads. Required arguments are there; their values may be anything."""
         fruit = str(arguments["fruit"])
         if fruit not in self.prices:
-            return ToolResult(f"KeyError: there is no {fruit!r}; there is {', '.join(self.prices)}.", "error")
+            return ToolResult(
+                f"KeyError: there is no {fruit!r}; there is {', '.join(self.prices)}.", "error"
+            )
         return ToolResult(str(self.prices[fruit]), "success")
 
     async def close(self) -> None:

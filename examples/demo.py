@@ -1,10 +1,13 @@
-"""retool in a few minutes on two CPU cores: a model that knows nothing learns to use a code interpreter.
+"""retool in a few minutes on two CPU cores: a model that knows nothing learns to use a code
+interpreter.
 
-Makes conversations, a tokenizer and a tiny model from nothing; trains with the SFT command on two processes that share every
-sequence; checks the checkpoint; loads its export with plain transformers, and has held-out questions answered with real tool
-calls. Then reinforcement learning (DAPO, programs in the sandbox) goes on from the SFT's checkpoint of a third of the way, where
-the model still gets about half wrong: at the SFT's end there would be nothing left to learn. Everything lands in `--out`
-(demo-run). Exit status 1 when the model hasn't learnt its tool, or reinforcement learning hasn't made it better.
+Makes conversations, a tokenizer and a tiny model from nothing; trains with the SFT command on two
+processes that share every sequence; checks the checkpoint; loads its export with plain
+transformers, and has held-out questions answered with real tool calls. Then reinforcement learning
+(DAPO, programs in the sandbox) goes on from the SFT's checkpoint of a third of the way, where the
+model still gets about half wrong: at the SFT's end there would be nothing left to learn. Everything
+lands in `--out` (demo-run). Exit status 1 when the model hasn't learnt its tool, or reinforcement
+learning hasn't made it better.
 """
 
 from __future__ import annotations
@@ -42,13 +45,16 @@ RL_GAIN = 0.1  # in the share of right answers to held-out questions
 def main() -> int:
     """Seven stages, each saying what it did."""
     arguments = parse_arguments()
-    console, started = Console(highlight=False, soft_wrap=True), time.monotonic()
+    console = Console(highlight=False, soft_wrap=True)
+    started = time.monotonic()
     transformers.utils.logging.disable_progress_bar()
     out: Path = arguments.out
     for name in ("data", "model", "run", "rl", "cache"):
         shutil.rmtree(out / name, ignore_errors=True)
 
-    heading(console, 1, f"Making {arguments.steps * BATCH:,} conversations, a tokenizer and a model")
+    heading(
+        console, 1, f"Making {arguments.steps * BATCH:,} conversations, a tokenizer and a model"
+    )
     held_out = make_inputs(out, arguments.steps * BATCH, console)
 
     heading(console, 2, "Before training: held-out questions")
@@ -58,7 +64,9 @@ def main() -> int:
     heading(console, 3, "Training: two processes, each with half of every sequence")
     early = max(1, arguments.steps * 5 // 16)
     data_files = out / "data/train.parquet", out / "data/test.parquet"
-    words = training.sft_words(*data_files, out / "model", out / "run", arguments.steps, BATCH, early)
+    words = training.sft_words(
+        *data_files, out / "model", out / "run", arguments.steps, BATCH, early
+    )
     run_command(console, words, out / "train.log", training.loss_line)
 
     heading(console, 4, "The checkpoint, complete")
@@ -71,45 +79,93 @@ def main() -> int:
         show_dialogue(console, dialogue)
     console.print(comparison(before, after))
     if not arguments.rl_steps:
-        return conclude(console, evaluate.score(after), None, checkpoint, time.monotonic() - started)
+        return conclude(
+            console, evaluate.score(after), None, checkpoint, time.monotonic() - started
+        )
 
-    heading(console, 6, f"Reinforcement learning, from the SFT's checkpoint of step {early}: DAPO on questions without answers")
+    heading(
+        console,
+        6,
+        (
+            f"Reinforcement learning, from the SFT's checkpoint of step {early}: DAPO on questions without "
+            "answers"
+        ),
+    )
     words = improving.rl_words(
-        out / "data/questions.parquet", out / "data/held_out.parquet", out / "tools.yaml", out / f"run/global_step_{early}/huggingface",
-        out / "rl", arguments.rl_steps, SEED,
-    )  # fmt: skip
-    calls = improving.training_calls(run_command(console, words, out / "rl.log", improving.step_line))
+        out / "data/questions.parquet",
+        out / "data/held_out.parquet",
+        out / "tools.yaml",
+        out / f"run/global_step_{early}/huggingface",
+        out / "rl",
+        arguments.rl_steps,
+        SEED,
+    )
+    calls = improving.training_calls(
+        run_command(console, words, out / "rl.log", improving.step_line)
+    )
 
-    heading(console, 7, f"Held-out questions, {improving.HELD_OUT_SAMPLES} answers each, sampled at temperature 1")
+    heading(
+        console,
+        7,
+        f"Held-out questions, {improving.HELD_OUT_SAMPLES} answers each, sampled at temperature 1",
+    )
     gains = show_gains(console, out / "rl", early, arguments.rl_steps, calls)
     return conclude(console, evaluate.score(after), gains, checkpoint, time.monotonic() - started)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder for everything that is made (default: demo-run)")
-    parser.add_argument("--steps", type=int, default=640, help="optimizer steps of 4 conversations (default: 640)")
-    parser.add_argument("--rl-steps", type=int, default=30, help="steps of reinforcement learning afterwards; 0 = none (default: 30)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-run"),
+        help="folder for everything that is made (default: demo-run)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=640, help="optimizer steps of 4 conversations (default: 640)"
+    )
+    parser.add_argument(
+        "--rl-steps",
+        type=int,
+        default=30,
+        help="steps of reinforcement learning afterwards; 0 = none (default: 30)",
+    )
     return parser.parse_args()
 
 
 def make_inputs(out: Path, count: int, console: Console) -> list[data.Problem]:
-    """Write data/{train,test,questions,held_out}.parquet, tools.yaml and model/; the held-out problems."""
+    """Write data/{train,test,questions,held_out}.parquet, tools.yaml and model/; the held-out
+    problems.
+    """
     problems = data.make_problems(HELD_OUT + count + 2 * RL_QUESTIONS, SEED)
-    held_out, trained = problems[:HELD_OUT], problems[HELD_OUT : HELD_OUT + count]
+    held_out = problems[:HELD_OUT]
+    trained = problems[HELD_OUT : HELD_OUT + count]
     (out / "data").mkdir(parents=True, exist_ok=True)
     data.write_parquet(out / "data/train.parquet", trained)
     data.write_parquet(out / "data/test.parquet", held_out)
     data.write_questions(out / "data/held_out.parquet", held_out)
     unasked = data.unasked(problems[HELD_OUT + count :], problems[: HELD_OUT + count])
     data.write_questions(out / "data/questions.parquet", unasked[:RL_QUESTIONS])
-    improving.write_tools(out / "tools.yaml", code_tool.isolation(), code_tool.SECONDS, code_tool.MEMORY_MB, code_tool.WORKERS)
+    improving.write_tools(
+        out / "tools.yaml",
+        code_tool.isolation(),
+        code_tool.SECONDS,
+        code_tool.MEMORY_MB,
+        code_tool.WORKERS,
+    )
     template = (Path(__file__).parent / "quickstart/chat.jinja").read_text()
     tokenizer = tiny.train_tokenizer(tiny.render(trained[:1000], template))
     tiny.write_tokenizer(out / "model", tokenizer, template)
     model = tiny.write_model(out / "model", tokenizer, SEED)
-    console.print(f"  {out}/data   train.parquet, and test.parquet with {HELD_OUT} held-out ones; {RL_QUESTIONS} questions without answers")
-    console.print(f"  {out}/tools.yaml  the code interpreter: the embedded sandbox, isolation {code_tool.isolation()}")
+    console.print(
+        f"  {out}/data   train.parquet, and test.parquet with {HELD_OUT} held-out ones; {RL_QUESTIONS} "
+        "questions without answers"
+    )
+    console.print(
+        f"  {out}/tools.yaml  the code interpreter: the embedded sandbox, isolation {code_tool.isolation()}"
+    )
     size = f"{model.num_parameters() / 1e6:.1f}M parameters, a vocabulary of {tokenizer.get_vocab_size():,}"
     console.print(f"  {out}/model  Qwen2 with random weights: {size}")
     return held_out
@@ -119,11 +175,16 @@ def ask(folder: Path, problems: list[data.Problem]) -> list[evaluate.Dialogue]:
     """Hold the dialogues with the model of a Hugging Face folder."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return evaluate.hold_dialogues(problems, evaluate.greedy(model, tokenizer, TURN_TOKENS), code_tool.run_code)
+    return evaluate.hold_dialogues(
+        problems, evaluate.greedy(model, tokenizer, TURN_TOKENS), code_tool.run_code
+    )
 
 
 def run_command(
-    console: Console, words: Sequence[str], log: Path, line: Callable[[Sequence[training.Step]], str | None]
+    console: Console,
+    words: Sequence[str],
+    log: Path,
+    line: Callable[[Sequence[training.Step]], str | None],
 ) -> list[training.Step]:
     """Show the command line, run it, show it learn."""
     console.print(training.shown(words), style="dim", markup=False)
@@ -138,7 +199,10 @@ def heading(console: Console, number: int, text: str) -> None:
 def show_score(console: Console, dialogues: list[evaluate.Dialogue]) -> None:
     result = evaluate.score(dialogues)
     wrote = dialogues[0].messages[-1]["content"]
-    console.print(f"  {result.well_formed} of {result.questions} tool calls well-formed, {result.right} answers right. It writes:")
+    console.print(
+        f"  {result.well_formed} of {result.questions} tool calls well-formed, {result.right} answers "
+        "right. It writes:"
+    )
     console.print(f"  {wrote[:100]!r}", style="dim", markup=False)
 
 
@@ -148,7 +212,11 @@ def show_dialogue(console: Console, dialogue: evaluate.Dialogue) -> None:
         style = {"user": "bold", "tool": "cyan"}.get(message["role"])
         console.print(f"  {message['role']:>9}  {message['content']}", style=style, markup=False)
         for call in message.get("tool_calls", []):
-            console.print(f"  {'→ runs':>9}  {call['function']['arguments']['code']}", style="green", markup=False)
+            console.print(
+                f"  {'→ runs':>9}  {call['function']['arguments']['code']}",
+                style="green",
+                markup=False,
+            )
     console.print()
 
 
@@ -160,23 +228,39 @@ def comparison(before: list[evaluate.Dialogue], after: list[evaluate.Dialogue]) 
     return table
 
 
-def show_gains(console: Console, run: Path, early: int, steps: int, calls: int) -> tuple[improving.Answers, improving.Answers]:
+def show_gains(
+    console: Console, run: Path, early: int, steps: int, calls: int
+) -> tuple[improving.Answers, improving.Answers]:
     """One question's answer before and after, and the closing table of reinforcement learning."""
     transcripts = improving.read_answers(run, 0), improving.read_answers(run, steps)
     if (pair := improving.changed(*transcripts)) is not None:
         for name, transcript in zip(("before", "after"), pair, strict=True):
             asked = transcript["prompt"].removeprefix("user: ")
-            console.print(f"  {name}, reward {transcript['reward']:g}: {asked}", style="bold", markup=False)
+            console.print(
+                f"  {name}, reward {transcript['reward']:g}: {asked}", style="bold", markup=False
+            )
             for segment in transcript["segments"]:
-                console.print(indented(segment["text"]), style="cyan" if segment["role"] == "tool" else None, markup=False)
-    before, after = improving.count(transcripts[0]), improving.count(transcripts[1])
-    table = Table("", f"SFT, step {early}", f"and {steps} steps of DAPO", title=f"{before.answers} answers to held-out questions")
+                console.print(
+                    indented(segment["text"]),
+                    style="cyan" if segment["role"] == "tool" else None,
+                    markup=False,
+                )
+    before = improving.count(transcripts[0])
+    after = improving.count(transcripts[1])
+    table = Table(
+        "",
+        f"SFT, step {early}",
+        f"and {steps} steps of DAPO",
+        title=f"{before.answers} answers to held-out questions",
+    )
     table.add_row("sampled answers right", *(f"{a.right / a.answers:.0%}" for a in (before, after)))
     table.add_row("mean reward", *(f"{a.reward:.2f}" for a in (before, after)))
     table.add_row("tool calls", *(f"{a.calls}" for a in (before, after)))
     table.add_row("of them malformed", *(f"{a.malformed}" for a in (before, after)))
     console.print(table)
-    console.print(f"  {calls:,} tool calls were trained on. Every answer: python -m retool.report {run}")
+    console.print(
+        f"  {calls:,} tool calls were trained on. Every answer: python -m retool.report {run}"
+    )
     return before, after
 
 
@@ -185,15 +269,33 @@ def indented(text: str) -> str:
 
 
 def conclude(
-    console: Console, result: evaluate.Score, gains: tuple[improving.Answers, improving.Answers] | None, checkpoint: Path, seconds: float
+    console: Console,
+    result: evaluate.Score,
+    gains: tuple[improving.Answers, improving.Answers] | None,
+    checkpoint: Path,
+    seconds: float,
 ) -> int:
     learnt = result.well_formed >= GOAL * result.questions and result.right > 0
     better = gains is None or gains[1].right - gains[0].right >= RL_GAIN * gains[0].answers
-    said = "It has NOT learnt its tool" if not learnt else "It works" if better else "Reinforcement learning has NOT made it better"
+    said = (
+        "It has NOT learnt its tool"
+        if not learnt
+        else "It works"
+        if better
+        else "Reinforcement learning has NOT made it better"
+    )
     console.print(f"\n{said} ({seconds:.0f} seconds).")
     if learnt and better:
-        console.print(f"Next: the model is {checkpoint}/huggingface, the numbers {checkpoint.parent}/metrics.jsonl.")
-        console.print("      Your own data and model: examples/sft_qwen2_5.sh; every key: python -m retool.{sft,rl} --help", markup=False)
+        console.print(
+            f"Next: the model is {checkpoint}/huggingface, the numbers {checkpoint.parent}/metrics.jsonl."
+        )
+        console.print(
+            (
+                "      Your own data and model: examples/sft_qwen2_5.sh; every key: python -m "
+                "retool.{sft,rl} --help"
+            ),
+            markup=False,
+        )
     return int(not (learnt and better))
 
 

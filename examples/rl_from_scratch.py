@@ -1,4 +1,6 @@
-"""Reinforcement learning on one page: sample groups, judge, GRPO, update, sync, again. No trainer, no configuration.
+"""Reinforcement learning on one page: sample groups, judge, GRPO, update, sync, again.
+
+No trainer, no configuration.
 
     python examples/rl_from_scratch.py MODEL_FOLDER [STEPS]
 
@@ -27,11 +29,17 @@ from retool.rl.objective.policy import LossSpec, update_step
 from retool.rl.reward.judging import Judged
 from retool.rl.types import Prompt, Trajectory
 
-PROMPTS, SAMPLES, TOKENS, LR = 4, 8, 12, 1e-2
+PROMPTS = 4
+SAMPLES = 8
+TOKENS = 12
+LR = 1e-2
 
 
 class Digits:
-    """Scores the share of digits. (A reward that runs code or could hang belongs into a `RewardPool`.)"""
+    """Scores the share of digits.
+
+    (A reward that runs code or could hang belongs into a `RewardPool`.)
+    """
 
     async def judge(self, trajectory: Trajectory) -> Judged:
         text = trajectory.assistant_text
@@ -43,27 +51,56 @@ def main(folder: Path, steps: int) -> list[float]:
     mesh = make_mesh()
     model = load_pretrained(folder, mesh)
     optimizer = AdamW(model, AdamWOptions(betas=(0.9, 0.99), weight_decay=0.0))
-    engine = Engine(read_model_config(folder), mesh.device, EngineOptions(max_num_seqs=PROMPTS * SAMPLES))
+    engine = Engine(
+        read_model_config(folder), mesh.device, EngineOptions(max_num_seqs=PROMPTS * SAMPLES)
+    )
     renderer = Renderer(load_tokenizer(str(folder)))
     rollout = RolloutParts(engine, Digits(), {}, renderer, AgentOptions(max_response_length=TOKENS))
     prompts = []
     for i in range(PROMPTS):
         messages = [{"role": "user", "content": f"What is {3 * i + 1} plus {i + 2}?"}]
-        prompts.append(Prompt(i, messages, None, np.asarray(renderer.render_prompt(messages), np.int32), "sums", str(4 * i + 3)))
+        prompts.append(
+            Prompt(
+                i,
+                messages,
+                None,
+                np.asarray(renderer.render_prompt(messages), np.int32),
+                "sums",
+                str(4 * i + 3),
+            )
+        )
     means = []
     for step in range(steps):
         engine.sync(model)
-        scored = asyncio.run(roll_out(rollout, [(p, k) for p in prompts for k in range(SAMPLES)], Sampling(seed=1), step))
+        scored = asyncio.run(
+            roll_out(
+                rollout, [(p, k) for p in prompts for k in range(SAMPLES)], Sampling(seed=1), step
+            )
+        )
         assert scored is not None
-        scores, groups = np.array([s.reward for s in scored]), np.array([s.trajectory.prompt.index for s in scored])
+        scores = np.array([s.reward for s in scored])
+        groups = np.array([s.trajectory.prompt.index for s in scored])
         rows = []
         for s, advantage in zip(scored, grpo(scores, groups), strict=True):
             t = s.trajectory
-            rows.append(Row(t.tokens, t.mask, t.logp, np.where(t.mask, advantage, 0.0), t.mask.astype(np.float64)))
-        batches, _ = rank_batches(rows, "token-mean", TOKENS, mesh.dp_rank, mesh.dp, mesh.sp, Budget(4096))
+            rows.append(
+                Row(
+                    t.tokens,
+                    t.mask,
+                    t.logp,
+                    np.where(t.mask, advantage, 0.0),
+                    t.mask.astype(np.float64),
+                )
+            )
+        batches, _ = rank_batches(
+            rows, "token-mean", TOKENS, mesh.dp_rank, mesh.dp, mesh.sp, Budget(4096)
+        )
         done = update_step(model, optimizer, batches, LossSpec(on_policy=True), LR)
         means.append(float(scores.mean()))
-        print(f"step {step + 1}: score {means[-1]:.3f}, gradient norm {done.grad_norm:.3f}, entropy {done.metrics['actor/entropy']:.2f}")
+        print(
+            f"step {step + 1}: score {means[-1]:.3f}, gradient norm {done.grad_norm:.3f}, entropy "
+            f"{done.metrics['actor/entropy']:.2f}"
+        )
     return means
 
 

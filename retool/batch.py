@@ -18,8 +18,9 @@ IGNORED_LABEL = 0  # a weight of 0 marks it; any valid id keeps gathers in range
 class Sample:
     """One rendered conversation.
 
-    `tokens` int32 [n]; `mask` bool [n], True where the model itself would have sampled the token, so that
-    it is trained as a *target*. Position 0 can't be a target: its mask is ignored by `pack`.
+    `tokens` int32 [n]; `mask` bool [n], True where the model itself would have sampled the token,
+    so that it is trained as a *target*. Position 0 can't be a target: its mask is ignored by
+    `pack`.
     """
 
     tokens: np.ndarray
@@ -27,7 +28,9 @@ class Sample:
 
     def __post_init__(self) -> None:
         if self.tokens.shape != self.mask.shape or self.tokens.ndim != 1:
-            raise ValueError(f"tokens {self.tokens.shape} and mask {self.mask.shape} must be vectors of one length.")
+            raise ValueError(
+                f"tokens {self.tokens.shape} and mask {self.mask.shape} must be vectors of one length."
+            )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -42,10 +45,11 @@ class Sample:
 class PackedBatch:
     """Documents packed end to end.
 
-    `tokens`, `labels`, `positions` int64 [T] and `weights` float32 [T] are sliced for a sequence-parallel rank;
-    `cu_seqlens` int32 [B+1] and `max_seqlen` always describe the whole pack. `labels[i]` is the token after `i` in
-    the same document; `weights[i]` is 0 where that label isn't trained (a document's last token among them).
-    `real_tokens` and `trained_tokens` count the whole pack without padding.
+    `tokens`, `labels`, `positions` int64 [T] and `weights` float32 [T] are sliced for a
+    sequence-parallel rank; `cu_seqlens` int32 [B+1] and `max_seqlen` always describe the whole
+    pack. `labels[i]` is the token after `i` in the same document; `weights[i]` is 0 where that
+    label isn't trained (a document's last token among them). `real_tokens` and `trained_tokens`
+    count the whole pack without padding.
     """
 
     tokens: torch.Tensor
@@ -61,33 +65,60 @@ class PackedBatch:
     def slice(self, rank: int, size: int) -> PackedBatch:
         """The part of sequence-parallel rank `rank` of `size`: T/size consecutive tokens."""
         total = self.tokens.shape[0]
-        assert total % size == 0, f"a pack of {total} tokens doesn't split over {size} sequence-parallel ranks"
+        assert total % size == 0, (
+            f"a pack of {total} tokens doesn't split over {size} sequence-parallel ranks"
+        )
         part = slice(rank * (total // size), (rank + 1) * (total // size))
-        return replace(self, tokens=self.tokens[part], labels=self.labels[part], weights=self.weights[part], positions=self.positions[part])
+        return replace(
+            self,
+            tokens=self.tokens[part],
+            labels=self.labels[part],
+            weights=self.weights[part],
+            positions=self.positions[part],
+        )
 
     def to(self, device: torch.device) -> PackedBatch:
-        """Copy to `device` without a host synchronisation (the source is pinned on the way to CUDA)."""
+        """Copy to `device` without a host synchronisation (the source is pinned on the way to
+        CUDA).
+        """
 
         def move(x: torch.Tensor) -> torch.Tensor:
-            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+            return (
+                x.pin_memory().to(device, non_blocking=True)
+                if device.type == "cuda"
+                else x.to(device)
+            )
 
         return replace(
-            self, tokens=move(self.tokens), labels=move(self.labels), weights=move(self.weights),
-            positions=move(self.positions), cu_seqlens=move(self.cu_seqlens),
-        )  # fmt: skip
+            self,
+            tokens=move(self.tokens),
+            labels=move(self.labels),
+            weights=move(self.weights),
+            positions=move(self.positions),
+            cu_seqlens=move(self.cu_seqlens),
+        )
 
 
-def pack(samples: Sequence[Sample], multiple: int = 1, pad_to: int | None = None, pad_id: int = 0) -> PackedBatch:
-    """Pack samples; the tail is padded to a multiple of `multiple` as a document of its own with weight 0.
+def pack(
+    samples: Sequence[Sample], multiple: int = 1, pad_to: int | None = None, pad_id: int = 0
+) -> PackedBatch:
+    """Pack samples; the tail is padded to a multiple of `multiple` as a document of its own with
+    weight 0.
 
-    `pad_to` first pads every sample to that length (the `use_remove_padding=false` baseline). No samples at all gives
-    a dummy pack of `multiple` weight-0 tokens, for a rank that must join the collectives of the others.
+    `pad_to` first pads every sample to that length (the `use_remove_padding=false` baseline). No
+    samples at all gives a dummy pack of `multiple` weight-0 tokens, for a rank that must join the
+    collectives of the others.
     """
-    tokens, labels, weights, positions, seqlens = [], [], [], [], []
+    tokens = []
+    labels = []
+    weights = []
+    positions = []
+    seqlens = []
 
     def add(ids: np.ndarray, mask: np.ndarray) -> None:
         n = len(ids)
-        shifted, weight = np.full(n, IGNORED_LABEL, np.int64), np.zeros(n, np.float32)
+        shifted = np.full(n, IGNORED_LABEL, np.int64)
+        weight = np.zeros(n, np.float32)
         shifted[:-1], weight[:-1] = ids[1:], mask[1:]
         tokens.append(ids.astype(np.int64))
         labels.append(shifted)
@@ -99,7 +130,10 @@ def pack(samples: Sequence[Sample], multiple: int = 1, pad_to: int | None = None
         spare = 0 if pad_to is None else pad_to - len(sample)
         if spare < 0:
             raise ValueError(f"a sample of {len(sample)} tokens is longer than pad_to={pad_to}.")
-        add(np.pad(sample.tokens, (0, spare), constant_values=pad_id), np.pad(sample.mask, (0, spare), constant_values=False))
+        add(
+            np.pad(sample.tokens, (0, spare), constant_values=pad_id),
+            np.pad(sample.mask, (0, spare), constant_values=False),
+        )
     total = sum(seqlens)
     tail = multiple if total == 0 else -total % multiple
     if tail:

@@ -1,13 +1,18 @@
 """How fast it goes: model FLOPs, MFU, a step timer, peak memory.
 
-**Model FLOPs** are those of the mathematics, whatever is recomputed: a multiply-add counts 2, backward twice the forward.
+**Model FLOPs** are those of the mathematics, whatever is recomputed: a multiply-add counts 2,
+backward twice the forward.
 
-    matrices:   6 · P per token, P = weights in matrix products (the vocabulary head once, tied or not; no embedding
+    matrices:   6 · P per token, P = weights in matrix products (the vocabulary head once, tied or
+    not; no embedding
                 look-up, norms or biases)
-    attention:  6 · n² · N · H per layer for a document of n tokens, N query heads of dimension H: the two products QKᵀ and
-                PV are 2·2·n²·N·H forward, three times that with backward, and half of it under the causal mask
+    attention:  6 · n² · N · H per layer for a document of n tokens, N query heads of dimension H:
+    the two products QKᵀ and
+                PV are 2·2·n²·N·H forward, three times that with backward, and half of it under the
+                causal mask
 
-Qwen2.5-0.5B at n = 16,384: P = 494.0M → 2.96 GFLOP, attention 2.11 GFLOP, together 5.1 GFLOP per token.
+Qwen2.5-0.5B at n = 16,384: P = 494.0M → 2.96 GFLOP, attention 2.11 GFLOP, together 5.1 GFLOP per
+token.
 """
 
 from __future__ import annotations
@@ -24,12 +29,30 @@ import torch
 
 GIB = 1024**3
 
-# Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets; the longest name that the device's name contains counts.
+# Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets; the longest name that the device's
+# name contains counts.
 PEAK_FLOPS: Mapping[str, float] = {
-    "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H800": 989e12, "H200": 989e12, "GH200": 989e12, "H20": 148e12,
-    "A100": 312e12, "A800": 312e12, "A30": 165e12, "A40": 149.7e12, "A10": 125e12, "A10G": 70e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "B200": 2250e12, "GB200": 2500e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
-}  # fmt: skip
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H800": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
 
 
 class Sizes(Protocol):
@@ -46,21 +69,31 @@ class Sizes(Protocol):
 
 
 def model_flops(model: Sizes, lengths: Iterable[int]) -> float:
-    """Training FLOPs (forward and backward) of documents of these lengths. Padding is not a document: leave it out."""
+    """Training FLOPs (forward and backward) of documents of these lengths.
+
+    Padding is not a document: leave it out.
+    """
     tokens = squares = 0
     for n in lengths:
         tokens += n
         squares += n * n
-    return 6.0 * model.matmul_parameters * tokens + 6.0 * model.layers * model.heads * model.head_dim * squares
+    return (
+        6.0 * model.matmul_parameters * tokens
+        + 6.0 * model.layers * model.heads * model.head_dim * squares
+    )
 
 
 def quadratic_length(model: Sizes) -> int:
-    """Tokens of a document whose attention takes as many FLOPs as everything else: 23,000 for 0.5B parameters, 57,000 for 8B."""
+    """Tokens of a document whose attention takes as many FLOPs as everything else: 23,000 for 0.5B
+    parameters, 57,000 for 8B.
+    """
     return max(1, round(model.matmul_parameters / (model.layers * model.heads * model.head_dim)))
 
 
 def peak_flops(name: str) -> float | None:
-    """Dense bf16 FLOP/s of the device with this name (`torch.cuda.get_device_name`); None when unknown."""
+    """Dense bf16 FLOP/s of the device with this name (`torch.cuda.get_device_name`); None when
+    unknown.
+    """
     words = name.replace("-", " ").split()
     fits = [known for known in PEAK_FLOPS if _holds(words, known.split())]
     return PEAK_FLOPS[max(fits, key=len)] if fits else None
@@ -76,14 +109,21 @@ def device_peak(device: torch.device) -> float | None:
 
 
 def mfu(flops: float, seconds: float, gpus: int, peak: float | None) -> float | None:
-    """Model FLOPs utilisation: the share of the peak of `gpus` devices that `flops` in `seconds` is. None without a peak."""
+    """Model FLOPs utilisation: the share of the peak of `gpus` devices that `flops` in `seconds`
+    is. None without a peak.
+    """
     return None if peak is None or seconds <= 0 else flops / seconds / (gpus * peak)
 
 
 def peak_memory(device: torch.device) -> tuple[float, float]:
-    """Peak (allocated, reserved) GiB since `reset_peak_memory`. On the CPU both are the process's largest resident size."""
+    """Peak (allocated, reserved) GiB since `reset_peak_memory`.
+
+    On the CPU both are the process's largest resident size.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
+        return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(
+            device
+        ) / GIB
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB on Linux
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
     return resident, resident
@@ -98,8 +138,8 @@ def reset_peak_memory(device: torch.device) -> None:
 class StepTimer:
     """Seconds of a step and its phases, on the device's clock, without holding the host back.
 
-    On CUDA a phase is a pair of events on the current stream: it costs the host nothing, and `take` may be read a step
-    later, when the events have long passed. On the CPU it is the wall clock.
+    On CUDA a phase is a pair of events on the current stream: it costs the host nothing, and `take`
+    may be read a step later, when the events have long passed. On the CPU it is the wall clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -118,7 +158,9 @@ class StepTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what is inside; the same name again adds up."""
-        start, outer, self.current = self._mark(), self.current, name
+        start = self._mark()
+        outer = self.current
+        self.current = name
         try:
             yield
         finally:
@@ -129,7 +171,8 @@ class StepTimer:
         """End the step here and begin the next."""
         end = self._mark()
         times = StepTimes((*self._phases, ("step", self._start, end)), self._cuda)
-        self._phases, self._start = [], end
+        self._phases = []
+        self._start = end
         return times
 
 
@@ -146,5 +189,7 @@ class StepTimes:
             self.marks[-1][2].synchronize()
         out: dict[str, float] = {}
         for name, start, end in self.marks:
-            out[name] = out.get(name, 0.0) + (start.elapsed_time(end) / 1000 if self.cuda else end - start)
+            out[name] = out.get(name, 0.0) + (
+                start.elapsed_time(end) / 1000 if self.cuda else end - start
+            )
         return out

@@ -1,4 +1,6 @@
-"""A call in a process of its own with limits: a hang inside a C function answers to no signal, and would take all tests with it."""
+"""A call in a process of its own with limits: a hang inside a C function answers to no signal, and
+would take all tests with it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ class Outcome(NamedTuple):
 
 
 def bounded(call: Callable[[], Any], seconds: float = 5.0, megabytes: int = 300) -> Outcome:
-    """`call()` in a fork of this process, with `megabytes` more memory than it has. The test fails where a limit is passed."""
+    """`call()` in a fork of this process, with `megabytes` more memory than it has.
+
+    The test fails where a limit is passed.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -35,7 +40,9 @@ def bounded(call: Callable[[], Any], seconds: float = 5.0, megabytes: int = 300)
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, killer)
     if not answer:
-        pytest.fail(f"ended by signal {os.waitstatus_to_exitcode(status)} within the limit of {seconds} s and {megabytes} MB")
+        pytest.fail(
+            f"ended by signal {os.waitstatus_to_exitcode(status)} within the limit of {seconds} s and {megabytes} MB"
+        )
     outcome = Outcome(*pickle.loads(answer))
     assert not outcome.error.startswith("MemoryError"), f"more than {megabytes} MB"
     return outcome
@@ -44,7 +51,8 @@ def bounded(call: Callable[[], Any], seconds: float = 5.0, megabytes: int = 300)
 def _run(call: Callable[[], Any], writer: int, megabytes: int) -> None:
     """In the fork: send what comes of `call()`, and end without returning."""
     begin = time.perf_counter()
-    value, error = None, ""
+    value = None
+    error = ""
     try:
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * resource.getpagesize()
@@ -52,7 +60,8 @@ def _run(call: Callable[[], Any], writer: int, megabytes: int) -> None:
         value = call()
         pickle.dumps(value)
     except BaseException as failure:
-        value, error = None, f"{type(failure).__name__}: {failure}"
+        value = None
+        error = f"{type(failure).__name__}: {failure}"
     try:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         with os.fdopen(writer, "wb") as pipe:

@@ -10,10 +10,20 @@ from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; the processes of distributed tests inherit it
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported; the processes of distributed tests inherit it
+)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
-for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+for name in (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+):
     os.environ.pop(name, None)
 _cache = tempfile.mkdtemp(prefix="retool-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache

@@ -1,4 +1,6 @@
-"""What a command is refused for, asked of `--check` and of the run itself: both must say the same, and neither may change a file."""
+"""What a command is refused for, asked of `--check` and of the run itself: both must say the same,
+and neither may change a file.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,28 @@ Main = Callable[[list[str]], int]
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file under a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
-def refused(main: Main, words: Sequence[str], out: Path, capfd: pytest.CaptureFixture[str]) -> list[str]:
-    """The faults of a command that must not start, `--check` first; fails where the run says anything else, or touches `out`."""
+def refused(
+    main: Main, words: Sequence[str], out: Path, capfd: pytest.CaptureFixture[str]
+) -> list[str]:
+    """The faults of a command that must not start, `--check` first; fails where the run says
+    anything else, or touches `out`.
+    """
     before = contents(out)
     capfd.readouterr()
     said: list[list[str]] = []
     for more in (["--check"], []):
         status = main([*words, *more])
         printed = capfd.readouterr()
-        assert status == 1, f"{'the check' if more else 'the run'} found nothing: {printed.out}{printed.err}"
+        assert status == 1, (
+            f"{'the check' if more else 'the run'} found nothing: {printed.out}{printed.err}"
+        )
         said.append(faults_in(printed.out))
         assert not printed.err.startswith("error:"), f"refused late: {printed.err}"
     assert said[0] == said[1] and said[0], "--check isn't the run"
@@ -39,7 +51,10 @@ def refused(main: Main, words: Sequence[str], out: Path, capfd: pytest.CaptureFi
 def faults_in(text: str) -> list[str]:
     """The lines of a printed list of faults."""
     lines = text.splitlines()
-    first = next((i for i, line in enumerate(lines) if re.match(r"\d+ faults?, nothing started", line)), len(lines))
+    first = next(
+        (i for i, line in enumerate(lines) if re.match(r"\d+ faults?, nothing started", line)),
+        len(lines),
+    )
     return [line.strip() for line in lines[first + 1 :] if line.startswith("  ")]
 
 
@@ -53,7 +68,9 @@ def planned(main: Main, words: Sequence[str], capfd: pytest.CaptureFixture[str])
 
 
 def another_model(model: Path, folder: Path, changed: Mapping[str, Any] | None = None) -> Path:
-    """A copy of a model folder, with one value of one matrix changed, or with other values in config.json."""
+    """A copy of a model folder, with one value of one matrix changed, or with other values in
+    config.json.
+    """
     import json
 
     shutil.copytree(model, folder)

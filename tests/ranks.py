@@ -1,4 +1,6 @@
-"""Run a function on several processes of this machine, over gloo or NCCL: what every distributed test stands on."""
+"""Run a function on several processes of this machine, over gloo or NCCL: what every distributed
+test stands on.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ import pytest
 import torch
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "retool.parallel.fsdp", "retool.model.decoder"])
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed", "retool.parallel.fsdp", "retool.model.decoder"]
+)
 
 
 def free_port() -> int:
@@ -29,8 +33,8 @@ def free_port() -> int:
 def need_gpus(count: int) -> None:
     """Skip a test of `count` ranks where there are fewer GPUs.
 
-    With RANKS_SHARE_GPU=1 they all take the first one: to NCCL each is a machine of its own, so that the data goes over loopback. Right,
-    and slow.
+    With RANKS_SHARE_GPU=1 they all take the first one: to NCCL each is a machine of its own, so
+    that the data goes over loopback. Right, and slow.
     """
     found = torch.cuda.device_count()
     if found < (1 if _share_gpu() else count):
@@ -42,25 +46,40 @@ def _share_gpu() -> bool:
 
 
 def _worker(call: bytes, rank: int, world: int, port: int, out: Any) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     if _share_gpu():
         os.environ |= {"LOCAL_RANK": "0", "NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     try:
-        function, args = pickle.loads(call)  # here, so that a module that fails on import is reported as everything else is
+        # here, so that a module that fails on import is reported as everything else is
+        function, args = pickle.loads(call)
         out.put((rank, True, function(*args)))
     except BaseException:
         out.put((rank, False, traceback.format_exc()))
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 240) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world: int, *args: Any, timeout: float = 240
+) -> list[Any]:
     """`function(*args)` on `world` processes with a launcher's environment; the results by rank.
 
-    `function` and its arguments and results are pickled: a module-level function; return numbers, lists or numpy arrays.
-    AssertionError with a rank's traceback, or its exit code where it died without one, as soon as that happens.
+    `function` and its arguments and results are pickled: a module-level function; return numbers,
+    lists or numpy arrays. AssertionError with a rank's traceback, or its exit code where it died
+    without one, as soon as that happens.
     """
-    out, port, call = _context.Queue(), free_port(), pickle.dumps((function, args))
-    processes = [_context.Process(target=_worker, args=(call, r, world, port, out), daemon=True) for r in range(world)]
+    out = _context.Queue()
+    port = free_port()
+    call = pickle.dumps((function, args))
+    processes = [
+        _context.Process(target=_worker, args=(call, r, world, port, out), daemon=True)
+        for r in range(world)
+    ]
     for process in processes:
         process.start()
     results: dict[int, Any] = {}
@@ -79,17 +98,31 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
     return [results[r] for r in range(world)]
 
 
-def _next(out: Any, processes: list[BaseProcess], done: Collection[int], timeout: float) -> tuple[int, bool, Any]:
-    """The next (rank, good, value). AssertionError when a rank has died without one, or after `timeout` seconds."""
+def _next(
+    out: Any, processes: list[BaseProcess], done: Collection[int], timeout: float
+) -> tuple[int, bool, Any]:
+    """The next (rank, good, value).
+
+    AssertionError when a rank has died without one, or after `timeout` seconds.
+    """
     end = time.monotonic() + timeout
     while True:
-        # A process flushes what it has put before it ends: who was dead before an empty wait won't report any more.
-        dead = [(r, p.exitcode) for r, p in enumerate(processes) if r not in done and p.exitcode is not None]
+        # A process flushes what it has put before it ends: who was dead before an empty wait won't
+        # report any more.
+        dead = [
+            (r, p.exitcode)
+            for r, p in enumerate(processes)
+            if r not in done and p.exitcode is not None
+        ]
         try:
             return out.get(timeout=1 if dead else 0.2)
         except queue.Empty:
             if dead:
-                raise AssertionError(f"rank {dead[0][0]} of {len(processes)} ended with exit code {dead[0][1]} and said nothing") from None
+                raise AssertionError(
+                    f"rank {dead[0][0]} of {len(processes)} ended with exit code {dead[0][1]} and said nothing"
+                ) from None
             if time.monotonic() > end:
                 silent = [r for r in range(len(processes)) if r not in done]
-                raise AssertionError(f"rank {silent} of {len(processes)}: no result in {timeout:g} s") from None
+                raise AssertionError(
+                    f"rank {silent} of {len(processes)}: no result in {timeout:g} s"
+                ) from None

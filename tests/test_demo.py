@@ -1,4 +1,6 @@
-"""The demo's parts: data from a seed, a folder that transformers loads, the code tool's limits, what counts as a call; then all of it."""
+"""The demo's parts: data from a seed, a folder that transformers loads, the code tool's limits,
+what counts as a call; then all of it.
+"""
 
 import asyncio
 import functools
@@ -47,7 +49,8 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-# -- data -------------------------------------------------------------------------------------------------------------
+# -- data
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_problems_follow_from_the_seed_and_are_all_different():
@@ -68,7 +71,8 @@ def test_the_truth_is_what_the_program_prints():
 
 def test_the_parquet_has_the_schema_of_real_tool_conversations(tmp_path, shared_data):
     data.write_parquet(tmp_path / "train.parquet", data.make_problems(20, 1))
-    ours, real = pq.read_schema(tmp_path / "train.parquet"), pq.read_schema(shared_data / "gsm8k-tool-sft/train.parquet")
+    ours = pq.read_schema(tmp_path / "train.parquet")
+    real = pq.read_schema(shared_data / "gsm8k-tool-sft/train.parquet")
     assert {field.name: field.type for field in ours} == {field.name: field.type for field in real}
 
 
@@ -79,26 +83,36 @@ def test_rows_render_and_only_the_assistant_is_trained(tmp_path, folder, tokeniz
         conversation = to_conversation(row, "train.parquet", i)
         (sample,) = renderer.render(conversation)
         edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.mask.astype(int), [0]])))
-        turns = [tokenizer.decode(sample.tokens[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+        turns = [
+            tokenizer.decode(sample.tokens[a:b])
+            for a, b in zip(edges[::2], edges[1::2], strict=True)
+        ]
         assert len(turns) == len(conversation.assistant_turns)
         assert all(b - a <= TURN_TOKENS for a, b in zip(edges[::2], edges[1::2], strict=True))
         for turn, at in zip(turns, conversation.assistant_turns, strict=True):
             assert evaluate.parse_turn(turn) == conversation.messages[at]
 
 
-# -- tokenizer and model ----------------------------------------------------------------------------------------------
+# -- tokenizer and model
+# ----------------------------------------------------------------------------------------------
 
 
 def test_the_tokenizer_survives_loading_and_any_text_comes_back(folder, tokenizer):
     from tokenizers import Tokenizer
 
     raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    for text in ("Mia has 23 boxes.\n\n  Ünïcode – 日本 \t<tool_call>\n{}", *tiny.render(data.make_problems(3, 9), tokenizer.chat_template)):
+    for text in (
+        "Mia has 23 boxes.\n\n  Ünïcode – 日本 \t<tool_call>\n{}",
+        *tiny.render(data.make_problems(3, 9), tokenizer.chat_template),
+    ):
         ids = tokenizer.encode(text)
         assert ids == raw.encode(text).ids  # transformers didn't put another splitting in its place
         assert tokenizer.decode(ids) == text
     assert tokenizer.encode("<|im_end|>") == [tokenizer.eos_token_id]
-    assert tokenizer.decode(tokenizer.encode("<tool_call>a<|im_end|>"), skip_special_tokens=True) == "<tool_call>a"
+    assert (
+        tokenizer.decode(tokenizer.encode("<tool_call>a<|im_end|>"), skip_special_tokens=True)
+        == "<tool_call>a"
+    )
 
 
 def test_the_model_loads_in_transformers_and_here(folder):
@@ -108,7 +122,12 @@ def test_the_model_loads_in_transformers_and_here(folder):
     assert type(model).__name__ == "Qwen2ForCausalLM"
     assert 1_000_000 <= model.num_parameters() <= 3_000_000
     config = read_model_config(folder)
-    assert (config.family, config.heads % 2, config.kv_heads % 2, config.tied) == ("qwen2", 0, 0, True)
+    assert (config.family, config.heads % 2, config.kv_heads % 2, config.tied) == (
+        "qwen2",
+        0,
+        0,
+        True,
+    )
     assert config.vocab == model.config.vocab_size
 
 
@@ -121,7 +140,8 @@ def test_the_same_seed_makes_the_same_folder(folder, tmp_path):
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
-# -- the code tool ----------------------------------------------------------------------------------------------------
+# -- the code tool
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -145,7 +165,10 @@ def test_a_program_gives_its_output(code, result):
         ("print(1)\n1/0", "ZeroDivisionError: division by zero"),
         ("print(", "SyntaxError: '(' was never closed"),
         ("print('\ud800')", "surrogates not allowed"),
-        ("x = bytearray(1 << 30)", f"MemoryError: the program asked for more than its {code_tool.MEMORY_MB} MB"),
+        (
+            "x = bytearray(1 << 30)",
+            f"MemoryError: the program asked for more than its {code_tool.MEMORY_MB} MB",
+        ),
         ("while True: pass", f"TimeoutError: the program ran longer than {code_tool.SECONDS} s"),
     ],
 )
@@ -156,8 +179,12 @@ def test_what_went_wrong_is_told_at_the_end(code, error):
 def test_the_program_runs_in_the_sandbox():
     """Not in a plain child process: neither this process's files nor the network are there."""
     assert "Error" in code_tool.run_code(f"open({str(EXAMPLES / 'demo.py')!r})")
-    assert "Error" in code_tool.run_code("import socket; socket.create_connection(('127.0.0.1', 9))")
-    assert code_tool.isolation() in ("strict", "best_effort") and (code_tool.isolation() == "strict") == (not code_tool.sandbox().unmet)
+    assert "Error" in code_tool.run_code(
+        "import socket; socket.create_connection(('127.0.0.1', 9))"
+    )
+    assert code_tool.isolation() in ("strict", "best_effort") and (
+        code_tool.isolation() == "strict"
+    ) == (not code_tool.sandbox().unmet)
 
 
 def test_where_strict_cannot_start_it_says_so_and_goes_on(monkeypatch, capsys):
@@ -172,15 +199,26 @@ def test_where_strict_cannot_start_it_says_so_and_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(code_tool, "Sandbox", start)
     monkeypatch.setattr(code_tool, "sandbox", functools.cache(code_tool.sandbox.__wrapped__))
     assert (code_tool.isolation(), asked) == ("best_effort", ["strict", "best_effort"])
-    assert "no network has no mechanism" in (said := capsys.readouterr().err) and "isolation=best_effort" in said
+    assert (
+        "no network has no mechanism" in (said := capsys.readouterr().err)
+        and "isolation=best_effort" in said
+    )
 
 
-# -- evaluation -------------------------------------------------------------------------------------------------------
+# -- evaluation
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_a_well_formed_call_and_an_answer_are_told_apart():
-    call = {"type": "function", "function": {"name": "code_interpreter", "arguments": {"code": "print(1+2)"}}}
-    assert evaluate.parse_turn(CALL) == {"role": "assistant", "content": "I add.", "tool_calls": [call]}
+    call = {
+        "type": "function",
+        "function": {"name": "code_interpreter", "arguments": {"code": "print(1+2)"}},
+    }
+    assert evaluate.parse_turn(CALL) == {
+        "role": "assistant",
+        "content": "I add.",
+        "tool_calls": [call],
+    }
     assert evaluate.parse_turn(CALL + "<|endoftext|><|endoftext|>") == evaluate.parse_turn(CALL)
     assert evaluate.parse_turn("It is 3.<|im_end|>") == {"role": "assistant", "content": "It is 3."}
 
@@ -211,8 +249,17 @@ def script(*turns):
 
 def test_a_dialogue_runs_the_code_and_counts():
     problem = (data.Question("1+2?", "", "1+2", 3), data.Question("And 4?", "", "3+4", 7))
-    (dialogue,) = evaluate.hold_dialogues([problem], script(CALL, r"\boxed{3}<|im_end|>", CALL, r"\boxed{8}<|im_end|>"), code_tool.run_code)
-    assert [message["role"] for message in dialogue.messages] == ["user", "assistant", "tool", "assistant"] * 2
+    (dialogue,) = evaluate.hold_dialogues(
+        [problem],
+        script(CALL, r"\boxed{3}<|im_end|>", CALL, r"\boxed{8}<|im_end|>"),
+        code_tool.run_code,
+    )
+    assert [message["role"] for message in dialogue.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ] * 2
     assert dialogue.messages[2]["content"] == "3"
     assert evaluate.score([dialogue]) == evaluate.Score(questions=2, well_formed=2, right=1)
 
@@ -222,7 +269,10 @@ def test_a_dialogue_runs_the_code_and_counts():
     [
         (["nonsense"], (2, 0, 0)),  # the second question is never reached, and missed too
         ([CALL, "nonsense"], (2, 1, 0)),
-        ([r"\boxed{3}<|im_end|>", CALL, r"\boxed{7}<|im_end|>"], (2, 1, 2)),  # right without a call: not a call
+        (
+            [r"\boxed{3}<|im_end|>", CALL, r"\boxed{7}<|im_end|>"],
+            (2, 1, 2),
+        ),  # right without a call: not a call
         ([CALL] * 4, (2, 1, 0)),  # never answers
     ],
 )
@@ -236,12 +286,18 @@ def test_greedy_turns_do_not_depend_on_their_neighbours(folder, tokenizer):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    conversations = [[{"role": "user", "content": text}] for text in ("1?", "Mia has 23 boxes with 47 pens each. How many pens?")]
+    conversations = [
+        [{"role": "user", "content": text}]
+        for text in ("1?", "Mia has 23 boxes with 47 pens each. How many pens?")
+    ]
     generate = evaluate.greedy(model, tokenizer, 12)
-    assert generate(conversations) == [generate([conversation])[0] for conversation in conversations]
+    assert generate(conversations) == [
+        generate([conversation])[0] for conversation in conversations
+    ]
 
 
-# -- the run ----------------------------------------------------------------------------------------------------------
+# -- the run
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_missing_file_is_named(tmp_path, folder):
@@ -260,25 +316,43 @@ def test_every_missing_file_is_named(tmp_path, folder):
 def test_the_command_is_the_published_one():
     published = (EXAMPLES / "sft_qwen2_5.sh").read_text()
     words = training.sft_words(Path("t"), Path("e"), Path("m"), Path("r"), 5, 4, 2)
-    for key in ("data.train_files=", "data.multiturn.enable=true", "model.strategy=fsdp", "use_remove_padding=true"):
+    for key in (
+        "data.train_files=",
+        "data.multiturn.enable=true",
+        "model.strategy=fsdp",
+        "use_remove_padding=true",
+    ):
         assert key in published and any(word.startswith(key) for word in words)
     assert "ulysses_sequence_parallel_size=2" in words and "--nproc_per_node=2" in words
 
 
 def test_what_was_logged_is_read(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "train/loss": 0.25, "x": null}\n{"step": 4, "train/l')
-    assert training.logged(tmp_path, "step 3/40  loss 0.2500  eta 0:00:12\n") == [{"step": 3, "steps": 40, "train/loss": 0.25}]
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 3, "train/loss": 0.25, "x": null}\n{"step": 4, "train/l'
+    )
+    assert training.logged(tmp_path, "step 3/40  loss 0.2500  eta 0:00:12\n") == [
+        {"step": 3, "steps": 40, "train/loss": 0.25}
+    ]
     assert training.STEP.match("saved run/global_step_3 (0.01 s of waiting)") is None
 
 
 def test_the_loss_is_shown_now_and_then():
-    steps = [{"step": float(i), "steps": 24.0, "train/loss": loss} for i, loss in enumerate([4.0, 3.0, 2.0, 1.0], 1)]
-    assert [training.loss_line(steps[:n]) is not None for n in (1, 2, 3, 4)] == [True, True, False, True]
+    steps = [
+        {"step": float(i), "steps": 24.0, "train/loss": loss}
+        for i, loss in enumerate([4.0, 3.0, 2.0, 1.0], 1)
+    ]
+    assert [training.loss_line(steps[:n]) is not None for n in (1, 2, 3, 4)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
     assert "step    4/24  loss  1.500" in str(training.loss_line(steps))
     assert training.loss_line([*steps, {"step": 4.0, "steps": 24.0, "val/loss": 1.0}]) is None
 
 
-# -- reinforcement learning -------------------------------------------------------------------------------------------
+# -- reinforcement learning
+# -------------------------------------------------------------------------------------------
 
 
 def test_questions_are_new_and_each_is_there_once():
@@ -288,8 +362,12 @@ def test_questions_are_new_and_each_is_there_once():
     assert kept == problems[100:]
 
 
-def test_the_command_starts_from_the_sft_model_with_the_sandbox(tmp_path, folder, capsys, monkeypatch):
-    """Preflight of the very words: questions, tool file, reward and model are found sound, and rendered as in SFT."""
+def test_the_command_starts_from_the_sft_model_with_the_sandbox(
+    tmp_path, folder, capsys, monkeypatch
+):
+    """Preflight of the very words: questions, tool file, reward and model are found sound, and
+    rendered as in SFT.
+    """
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     problems = data.make_problems(40, 1)
@@ -301,7 +379,11 @@ def test_the_command_starts_from_the_sft_model_with_the_sandbox(tmp_path, folder
     assert words[:4] == ["--nnodes=1", "--nproc_per_node=2", "-m", "retool.rl"]
     assert rl_main([*words[4:], "--check"]) == 0
     said = capsys.readouterr().out
-    assert "16 prompts × 8 samples = 128 trajectories" in said and "reward: retool" in said and "tools: code_interpreter" in said
+    assert (
+        "16 prompts × 8 samples = 128 trajectories" in said
+        and "reward: retool" in said
+        and "tools: code_interpreter" in said
+    )
     assert "32 prompts (shop: 32)" in said and "8 prompts (shop: 8)" in said
     (loaded,) = load_tools(tmp_path / "tools.yaml")
     assert loaded.schema == data.TOOL
@@ -309,7 +391,10 @@ def test_the_command_starts_from_the_sft_model_with_the_sandbox(tmp_path, folder
 
 
 def transcript(acc, reward, *turns):
-    segments = [{"role": "assistant" if i % 2 == 0 else "tool", "text": text} for i, text in enumerate(turns)]
+    segments = [
+        {"role": "assistant" if i % 2 == 0 else "tool", "text": text}
+        for i, text in enumerate(turns)
+    ]
     return {"prompt": "user: 1+2?", "reward": reward, "info": {"acc": acc}, "segments": segments}
 
 
@@ -318,31 +403,56 @@ def test_answers_are_counted_and_a_change_is_found():
     broken = transcript(0.0, -1.0, CALL.replace('"}}', '"}'))
     silent = transcript(0.0, -1.0, "box box")
     right = transcript(1.0, 1.0, CALL, "3", r"\boxed{3}<|im_end|>")
-    assert improving.count([wrong, broken, silent, right]) == improving.Answers(answers=4, right=1, calls=3, malformed=1, reward=-0.475)
+    assert improving.count([wrong, broken, silent, right]) == improving.Answers(
+        answers=4, right=1, calls=3, malformed=1, reward=-0.475
+    )
     assert improving.changed([right, wrong, broken], [right, right, right]) == (broken, right)
     assert improving.changed([wrong, wrong], [wrong, right]) == (wrong, right)
     assert improving.changed([right, wrong], [wrong, wrong]) is None
 
 
 def test_what_is_said_of_a_step():
-    sampled = {"step": 3.0, "steps": 18.0, "critic/score/mean": -0.125, "tool/calls": 120.0, "tool/errors": 7.0}
-    assert improving.step_line([sampled]) == "  step   3/18  reward -0.12, 120 tool calls, 7 of them invalid or failed"
+    sampled = {
+        "step": 3.0,
+        "steps": 18.0,
+        "critic/score/mean": -0.125,
+        "tool/calls": 120.0,
+        "tool/errors": 7.0,
+    }
+    assert (
+        improving.step_line([sampled])
+        == "  step   3/18  reward -0.12, 120 tool calls, 7 of them invalid or failed"
+    )
     assert improving.step_line([{**sampled, "step": 4.0}]) is None
-    untrained = {name: value for name, value in sampled.items() if name != "critic/score/mean"}  # no group had a signal
-    assert improving.step_line([untrained]) == "  step   3/18  120 tool calls, 7 of them invalid or failed"
-    assert "42% right" in str(improving.step_line([{"step": 0.0, "steps": 18.0, improving.ACCURACY: 0.42}]))
+    # No group had a signal
+    untrained = {name: value for name, value in sampled.items() if name != "critic/score/mean"}
+    assert (
+        improving.step_line([untrained])
+        == "  step   3/18  120 tool calls, 7 of them invalid or failed"
+    )
+    assert "42% right" in str(
+        improving.step_line([{"step": 0.0, "steps": 18.0, improving.ACCURACY: 0.42}])
+    )
     assert improving.training_calls([sampled, {"step": 0.0, "steps": 18.0}, sampled]) == 240
 
 
-# -- the whole --------------------------------------------------------------------------------------------------------
+# -- the whole
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_make_demo(tmp_path):
-    """As `make demo` runs it: it learns its tool, reinforcement learning makes it better, and it says so with exit status 0."""
+    """As `make demo` runs it: it learns its tool, reinforcement learning makes it better, and it
+    says so with exit status 0.
+    """
     out = tmp_path / "out"
-    done = subprocess.run([sys.executable, str(EXAMPLES / "demo.py"), "--out", str(out)], cwd=EXAMPLES.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "demo.py"), "--out", str(out)],
+        cwd=EXAMPLES.parent,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     steps = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
     losses = [step["train/loss"] for step in steps if "train/loss" in step]

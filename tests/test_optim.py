@@ -1,4 +1,6 @@
-"""Schedules against transformers' and their formulas; what the update touches, and what it leaves alone; loss scaling in fp16."""
+"""Schedules against transformers' and their formulas; what the update touches, and what it leaves
+alone; loss scaling in fp16.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,13 @@ def rates(total: int, **more: object) -> list[float]:
 
 @pytest.mark.parametrize(("total", "ratio"), [(100, 0.1), (37, 0.0), (7, 0.5), (5, 0.1)])
 def test_cosine_is_transformers_but_for_the_warm_up(total: int, ratio: float) -> None:
-    """Theirs begins at 0; ours, as the reference, at peak / warmup, and reaches the peak a step earlier."""
+    """Theirs begins at 0; ours, as the reference, at peak / warmup, and reaches the peak a step
+    earlier.
+    """
     warmup = int(total * ratio)
-    theirs = get_cosine_schedule_with_warmup(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=2.0), warmup, total).lr_lambdas[0]
+    theirs = get_cosine_schedule_with_warmup(
+        torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=2.0), warmup, total
+    ).lr_lambdas[0]
     found = rates(total, warmup_ratio=ratio)
     assert found[:warmup] == pytest.approx([2.0 * (s + 1) / warmup for s in range(warmup)])
     assert found[warmup:] == pytest.approx([2.0 * theirs(s) for s in range(warmup, total)])
@@ -37,14 +43,19 @@ def test_the_floor_of_the_schedules() -> None:
 
 def test_wsd_is_constant_until_the_last_tenth() -> None:
     found = rates(100, kind="wsd", warmup_ratio=0.2)
-    assert found[:20] == pytest.approx([2.0 * (s + 1) / 20 for s in range(20)]) and found[20:91] == [2.0] * 71
+    assert (
+        found[:20] == pytest.approx([2.0 * (s + 1) / 20 for s in range(20)])
+        and found[20:91] == [2.0] * 71
+    )
     assert found[91:] == pytest.approx([2.0 * k / 10 for k in range(9, 0, -1)])
     assert rates(3, kind="wsd", warmup_ratio=0) == [2.0] * 3
 
 
 def test_constant_and_unknown() -> None:
     assert rates(10, kind="constant", warmup_ratio=0.3) == pytest.approx([2 / 3, 4 / 3, *[2.0] * 8])
-    with pytest.raises(ValueError, match=r"optim\.lr_scheduler='cosin' is unknown\. Use cosine, wsd or constant"):
+    with pytest.raises(
+        ValueError, match=r"optim\.lr_scheduler='cosin' is unknown\. Use cosine, wsd or constant"
+    ):
         learning_rate(9, 10, 1.0, "cosin")
 
 
@@ -55,22 +66,35 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
-@pytest.mark.parametrize("frozen", [(), ("blocks.1.weight",), ("blocks.0.bias", "blocks.1.weight", "blocks.2.bias")])
-def test_runs_are_all_that_is_trainable_and_nothing_else(shards: int, frozen: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "frozen", [(), ("blocks.1.weight",), ("blocks.0.bias", "blocks.1.weight", "blocks.2.bias")]
+)
+def test_runs_are_all_that_is_trainable_and_nothing_else(
+    shards: int, frozen: tuple[str, ...]
+) -> None:
     net = Net()
     for name in frozen:
         net.get_parameter(name).requires_grad_(False)
-    layout = shard(net, [(f"{i}", [b]) for i, b in enumerate(net.blocks)], make_mesh()).layout.reshard(shards)
+    layout = shard(
+        net, [(f"{i}", [b]) for i, b in enumerate(net.blocks)], make_mesh()
+    ).layout.reshard(shards)
     seen = dict.fromkeys((slot.name for unit in layout.units for slot in unit.slots), 0)
     for rank in range(shards):
         runs = trainable_runs(layout, rank)
-        assert all(a < b for a, b in runs) and all(b < c for (_, b), (c, _) in pairwise(runs)), "apart, in order"
+        assert all(a < b for a, b in runs) and all(b < c for (_, b), (c, _) in pairwise(runs)), (
+            "apart, in order"
+        )
         for unit in layout.units:
             for slot in unit.slots:
                 low = unit.start + slot.offset - rank * unit.shard_numel
-                inside = range(max(low, unit.start), min(low + slot.numel, unit.start + unit.shard_numel))
+                inside = range(
+                    max(low, unit.start), min(low + slot.numel, unit.start + unit.shard_numel)
+                )
                 seen[slot.name] += sum(a <= i < b for i in inside for a, b in runs)
-    assert seen == {name: 0 if name in frozen else {"weight": 600, "bias": 30}[name.split(".")[-1]] for name in seen}
+    assert seen == {
+        name: 0 if name in frozen else {"weight": 600, "bias": 30}[name.split(".")[-1]]
+        for name in seen
+    }
     if not frozen:
         assert trainable_runs(layout, 0) == [(0, layout.shard_numel)], "one kernel for everything"
 
@@ -80,11 +104,19 @@ def test_runs_are_all_that_is_trainable_and_nothing_else(shards: int, frozen: tu
 def test_clipping_and_decay(dtype: torch.dtype, clip: float) -> None:
     """Five steps as torch's clip and AdamW make them."""
     torch.manual_seed(0)
-    net, x = nn.Linear(9, 5).to(dtype), torch.randn(4, 9, dtype=dtype)
+    net = nn.Linear(9, 5).to(dtype)
+    x = torch.randn(4, 9, dtype=dtype)
     theirs = nn.Linear(9, 5).to(dtype)
     theirs.load_state_dict(net.state_dict())
     reference = torch.optim.AdamW(theirs.parameters(), lr=0.1, betas=(0.8, 0.9), weight_decay=0.3)
-    model = shard(net, [("all", [net])], make_mesh(), param_dtype=dtype, master_dtype=dtype, reduce_dtype=dtype)
+    model = shard(
+        net,
+        [("all", [net])],
+        make_mesh(),
+        param_dtype=dtype,
+        master_dtype=dtype,
+        reduce_dtype=dtype,
+    )
     optimizer = AdamW(model, AdamWOptions(betas=(0.8, 0.9), weight_decay=0.3, clip_grad=clip))
     for _ in range(5):
         model.zero_grad()
@@ -101,11 +133,23 @@ def test_clipping_and_decay(dtype: torch.dtype, clip: float) -> None:
 
 def test_the_loss_scale_follows_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "GROWTH", 3)
-    scale, seen = LossScale(torch.float16, torch.device("cpu")), []
+    scale = LossScale(torch.float16, torch.device("cpu"))
+    seen = []
     for skipped in (1, 0, 0, 1, 0, 0, 0, 0, 0, 0):
         scale.update(torch.tensor(float(skipped)))
         seen.append(float(scale.value))
-    assert [value / 2**16 for value in seen] == [0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.5, 0.5, 0.5, 1.0]
+    assert [value / 2**16 for value in seen] == [
+        0.5,
+        0.5,
+        0.5,
+        0.25,
+        0.25,
+        0.25,
+        0.5,
+        0.5,
+        0.5,
+        1.0,
+    ]
     for _ in range(20):
         scale.update(torch.tensor(1.0))
     assert float(scale.value) == 1 and float(scale.scaled(torch.tensor(3.0))) == 3
@@ -127,7 +171,8 @@ def test_a_loss_scale_goes_on_where_it_was() -> None:
 @pytest.mark.parametrize("clip", [0.0, 1e-9])
 def test_gradients_too_small_for_fp16_arrive(clip: float) -> None:
     """Of 1e-8, less than fp16's least number: updates and norms as in fp32."""
-    x, results = torch.randn(4, 9, generator=torch.Generator().manual_seed(1)).half(), []
+    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(1)).half()
+    results = []
     for dtype in (torch.float16, torch.float32):
         torch.manual_seed(0)
         net = nn.Linear(9, 5)
@@ -147,9 +192,12 @@ def test_gradients_too_small_for_fp16_arrive(clip: float) -> None:
 def test_a_gradient_that_overflows_halves_the_loss_scale_and_changes_nothing_else() -> None:
     net = nn.Linear(9, 5)
     model = shard(net, [("all", [net])], make_mesh(), param_dtype=torch.float16)
-    optimizer, before = AdamW(model, AdamWOptions()), model.master.clone()
+    optimizer = AdamW(model, AdamWOptions())
+    before = model.master.clone()
     model.zero_grad()
-    optimizer.loss_scale.scaled(model(torch.ones(4, 9).half()).float().sum()).backward()  # 4 · 2^16 > 65,504
+    optimizer.loss_scale.scaled(
+        model(torch.ones(4, 9).half()).float().sum()
+    ).backward()  # 4 · 2^16 > 65,504
     norm, skipped = optimizer.step(0.1)
     assert skipped and not torch.isfinite(norm) and float(optimizer.loss_scale.value) == 2**15
     assert torch.equal(model.master, before) and float(optimizer.steps) == 0

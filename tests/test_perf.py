@@ -10,12 +10,31 @@ import torch
 from retool.model.config import ModelConfig, parse_model_config
 from retool.perf import StepTimer, mfu, model_flops, peak_flops, peak_memory, reset_peak_memory
 
-QWEN = ModelConfig("qwen2", vocab=151936, hidden=896, ffn=4864, layers=24, heads=14, kv_heads=2, head_dim=64, norm_eps=1e-6, rope_theta=1e6,
-                   rope_scaling=None, tied=True, qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, max_position=32768)  # fmt: skip
+QWEN = ModelConfig(
+    "qwen2",
+    vocab=151936,
+    hidden=896,
+    ffn=4864,
+    layers=24,
+    heads=14,
+    kv_heads=2,
+    head_dim=64,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    rope_scaling=None,
+    tied=True,
+    qkv_bias=True,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    max_position=32768,
+)
 
 
 def test_published_figure_for_qwen2_5_0_5b() -> None:
-    """6·494M + 2.1G = 5.1 GFLOP per token at 16,384; 100 % of 989 TFLOP/s is then 194k tokens a second."""
+    """6·494M + 2.1G = 5.1 GFLOP per token at 16,384; 100 % of 989 TFLOP/s is then 194k tokens a
+    second.
+    """
     assert QWEN.matmul_parameters == pytest.approx(494e6, rel=2e-4)
     per_token = model_flops(QWEN, [16_384]) / 16_384
     assert per_token == pytest.approx(6 * 494e6 + 2.114e9, rel=1e-3)
@@ -29,10 +48,17 @@ def test_flops_equal_a_count_by_the_profiler_of_torch() -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        tie_word_embeddings=False, attn_implementation="eager",
-    )  # fmt: skip
-    model, n = Qwen2ForCausalLM(config), 48
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    model = Qwen2ForCausalLM(config)
+    n = 48
     with FlopCounterMode(display=False) as counter:
         model(torch.randint(0, 96, (1, n))).logits.sum().backward()
     attention_full = 12 * n * n * 4 * 8 * 2  # eager attention computes the masked half too
@@ -42,7 +68,11 @@ def test_flops_equal_a_count_by_the_profiler_of_torch() -> None:
 
 
 def test_documents_count_one_by_one_and_padding_not_at_all() -> None:
-    assert model_flops(QWEN, [100, 50]) == model_flops(QWEN, [100]) + model_flops(QWEN, [50]) < model_flops(QWEN, [150])
+    assert (
+        model_flops(QWEN, [100, 50])
+        == model_flops(QWEN, [100]) + model_flops(QWEN, [50])
+        < model_flops(QWEN, [150])
+    )
     assert model_flops(QWEN, []) == 0
 
 

@@ -1,4 +1,6 @@
-"""The harness of distributed tests says at once what went wrong on which rank, whatever way a process ends."""
+"""The harness of distributed tests says at once what went wrong on which rank, whatever way a
+process ends.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,19 @@ def test_results_come_by_rank() -> None:
 
 
 def test_a_dead_or_failing_rank_is_told_at_once() -> None:
-    for function, told in ((_die, "rank 1 of 2 ended with exit code 3"), (_fail, "rank 1 of 2 failed:(.|\n)*nothing works")):
+    for function, told in (
+        (_die, "rank 1 of 2 ended with exit code 3"),
+        (_fail, "rank 1 of 2 failed:(.|\n)*nothing works"),
+    ):
         begin = time.monotonic()
         with pytest.raises(AssertionError, match=told):
             run_ranks(function, 2)
         assert time.monotonic() - begin < 60, "it must not wait for the timeout"
 
 
-def test_a_module_that_fails_on_import_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_fails_on_import_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "import multiprocessing\nif multiprocessing.parent_process() is not None:\n    raise ImportError('not here')\ndef run(): pass\n"
     (tmp_path / "imported_only_once.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)

@@ -10,14 +10,17 @@ from retool.sft.config import SYNONYMS, SFTConfig
 
 
 def blocks(repository: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
+    return re.findall(
+        rf"```{language}\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL
+    )
 
 
 def test_the_library_example_trains(repository: Path) -> None:
     (code,) = blocks(repository, "python")
     names: dict[str, object] = {}
     exec(code + "\nstart = model.module[0][0].weight.detach().clone()\n", names)
-    model, optimizer = names["model"], names["optimizer"]
+    model = names["model"]
+    optimizer = names["optimizer"]
     assert float(optimizer.steps) == 1 and float(model.grad.norm()) > 0  # type: ignore[attr-defined]
 
 

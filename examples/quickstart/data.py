@@ -1,7 +1,9 @@
-"""Conversations about a little shop, from templates and a seed: questions whose answers need a program.
+"""Conversations about a little shop, from templates and a seed: questions whose answers need a
+program.
 
-A problem is one or two questions in a row, the second about the first one's answer ("Then Mia sells 57. How many are
-left?"). For each, the assistant calls `code_interpreter`, reads what it printed and answers in `\\boxed{}`.
+A problem is one or two questions in a row, the second about the first one's answer ("Then Mia sells
+57. How many are left?"). For each, the assistant calls `code_interpreter`, reads what it printed
+and answers in `\\boxed{}`.
 """
 
 from __future__ import annotations
@@ -28,16 +30,44 @@ TOOL = {
     },
 }
 
-NAMES = ("Ada", "Ana", "Ben", "Eva", "Ida", "Jon", "Kim", "Leo", "Max", "Mia", "Noa", "Sam", "Tom", "Uma", "Zoe")
+NAMES = (
+    "Ada",
+    "Ana",
+    "Ben",
+    "Eva",
+    "Ida",
+    "Jon",
+    "Kim",
+    "Leo",
+    "Max",
+    "Mia",
+    "Noa",
+    "Sam",
+    "Tom",
+    "Uma",
+    "Zoe",
+)
 GOODS = (
-    ("boxes", "pens"), ("bags", "apples"), ("shelves", "books"), ("trays", "eggs"), ("rows", "seats"), ("packs", "cards"),
-    ("crates", "plums"), ("jars", "beads"), ("sacks", "nuts"), ("tins", "figs"), ("racks", "hats"), ("tubs", "shells"),
-)  # fmt: skip
+    ("boxes", "pens"),
+    ("bags", "apples"),
+    ("shelves", "books"),
+    ("trays", "eggs"),
+    ("rows", "seats"),
+    ("packs", "cards"),
+    ("crates", "plums"),
+    ("jars", "beads"),
+    ("sacks", "nuts"),
+    ("tins", "figs"),
+    ("racks", "hats"),
+    ("tubs", "shells"),
+)
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the user asks, how the assistant means to find it, the program's expression, and the truth."""
+    """What the user asks, how the assistant means to find it, the program's expression, and the
+    truth.
+    """
 
     text: str
     thought: str
@@ -53,7 +83,10 @@ Problem = tuple[Question, ...]
 
 
 def make_problems(count: int, seed: int) -> list[Problem]:
-    """`count` problems, no two alike, so that any split of the list is clean. The same seed gives the same list."""
+    """`count` problems, no two alike, so that any split of the list is clean.
+
+    The same seed gives the same list.
+    """
     rng = random.Random(seed)
     problems: dict[Problem, None] = {}
     while len(problems) < count:
@@ -86,11 +119,18 @@ def _daily(name: str, container: str, thing: str, a: int, b: int) -> Question:
 
 
 def _bought(name: str, before: int, c: int) -> Question:
-    return Question(f"Then {name} buys {c} more. How many now?", "I add them.", f"{before}+{c}", before + c)
+    return Question(
+        f"Then {name} buys {c} more. How many now?", "I add them.", f"{before}+{c}", before + c
+    )
 
 
 def _sold(name: str, before: int, c: int) -> Question:
-    return Question(f"Then {name} sells {c}. How many are left?", "I take them away.", f"{before}-{c}", before - c)
+    return Question(
+        f"Then {name} sells {c}. How many are left?",
+        "I take them away.",
+        f"{before}-{c}",
+        before - c,
+    )
 
 
 OPENINGS = (_contained, _coloured, _daily)
@@ -103,22 +143,41 @@ def _number(rng: random.Random) -> int:
 
 
 def to_row(problem: Problem, source: str) -> dict[str, Any]:
-    """A problem as a row of the training file: `messages`, `tools`, `answer` (the last one), `source`."""
+    """A problem as a row of the training file: `messages`, `tools`, `answer` (the last one),
+    `source`.
+    """
     messages: list[dict[str, Any]] = []
     for question in problem:
-        call = {"type": "function", "function": {"name": TOOL["function"]["name"], "arguments": {"code": question.code}}}
+        call = {
+            "type": "function",
+            "function": {"name": TOOL["function"]["name"], "arguments": {"code": question.code}},
+        }
         messages += [
             {"role": "user", "content": question.text},
             {"role": "assistant", "content": question.thought, "tool_calls": [call]},
             {"role": "tool", "content": str(question.answer)},
             {"role": "assistant", "content": f"The answer is \\boxed{{{question.answer}}}."},
         ]
-    return {"messages": messages, "tools": [TOOL], "answer": str(problem[-1].answer), "source": source}
+    return {
+        "messages": messages,
+        "tools": [TOOL],
+        "answer": str(problem[-1].answer),
+        "source": source,
+    }
 
 
 def write_parquet(path: Path, problems: Sequence[Problem]) -> None:
-    """One row a problem. Fields that only some messages have (`tool_calls`) are null in the others, as parquet stores them."""
-    pq.write_table(pa.Table.from_pylist([to_row(problem, f"shop/{path.stem}/{i}") for i, problem in enumerate(problems)]), path)
+    """One row a problem.
+
+    Fields that only some messages have (`tool_calls`) are null in the others, as parquet stores
+    them.
+    """
+    pq.write_table(
+        pa.Table.from_pylist(
+            [to_row(problem, f"shop/{path.stem}/{i}") for i, problem in enumerate(problems)]
+        ),
+        path,
+    )
 
 
 def unasked(problems: Sequence[Problem], others: Sequence[Problem]) -> list[Problem]:
@@ -133,10 +192,22 @@ def unasked(problems: Sequence[Problem], others: Sequence[Problem]) -> list[Prob
 def to_question(problem: Problem, source: str) -> dict[str, Any]:
     """A problem's first question as a row for reinforcement learning: asked, not answered."""
     question = problem[0]
-    prompt, judged = [{"role": "user", "content": question.text}], {"style": "rule", "ground_truth": str(question.answer)}
-    return {"data_source": "shop", "prompt": prompt, "ability": "", "reward_model": judged, "extra_info": {"source": source}}
+    prompt = [{"role": "user", "content": question.text}]
+    judged = {"style": "rule", "ground_truth": str(question.answer)}
+    return {
+        "data_source": "shop",
+        "prompt": prompt,
+        "ability": "",
+        "reward_model": judged,
+        "extra_info": {"source": source},
+    }
 
 
 def write_questions(path: Path, problems: Sequence[Problem]) -> None:
     """One row a problem."""
-    pq.write_table(pa.Table.from_pylist([to_question(problem, f"shop/{path.stem}/{i}") for i, problem in enumerate(problems)]), path)
+    pq.write_table(
+        pa.Table.from_pylist(
+            [to_question(problem, f"shop/{path.stem}/{i}") for i, problem in enumerate(problems)]
+        ),
+        path,
+    )

@@ -1,4 +1,6 @@
-"""Held-out problems put to a model with plain transformers: it calls the code tool for real, and the answers are counted."""
+"""Held-out problems put to a model with plain transformers: it calls the code tool for real, and
+the answers are counted.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ BOXED = re.compile(r"\\boxed\{(-?\d+)\}")
 MAX_CALLS = 3  # for one question
 
 Message = dict[str, Any]
-Generate = Callable[[Sequence[Sequence[Message]]], list[str]]  # conversations → the model's next turn in each, as it wrote it
+# Conversations → the model's next turn in each, as it wrote it
+Generate = Callable[[Sequence[Sequence[Message]]], list[str]]
 
 
 @dataclass
@@ -37,12 +40,16 @@ class Dialogue:
             self.open = False
             return
         self.messages.append({"role": "user", "content": self.problem[self.asked].text})
-        self.asked, self.calls = self.asked + 1, 0
+        self.asked = self.asked + 1
+        self.calls = 0
 
 
 @dataclass(frozen=True)
 class Score:
-    """Counts over all questions of all dialogues. A question that a dialogue never reached counts as missed."""
+    """Counts over all questions of all dialogues.
+
+    A question that a dialogue never reached counts as missed.
+    """
 
     questions: int
     well_formed: int
@@ -50,9 +57,11 @@ class Score:
 
 
 def parse_turn(text: str) -> Message | None:
-    """The assistant's turn as a message: with `tool_calls`, or an answer; None when it isn't well-formed.
+    """The assistant's turn as a message: with `tool_calls`, or an answer; None when it isn't
+    well-formed.
 
-    Well-formed: the turn was ended, tags are paired, and a call is the JSON object of `code_interpreter` with a string `code`.
+    Well-formed: the turn was ended, tags are paired, and a call is the JSON object of
+    `code_interpreter` with a string `code`.
     """
     content, ended, _ = text.partition(TURN_END)
     calls = CALL.findall(content)
@@ -71,16 +80,28 @@ def _parse_call(text: str) -> dict[str, Any] | None:
         call = json.loads(text)
     except json.JSONDecodeError:
         return None
-    if not isinstance(call, dict) or set(call) != {"name", "arguments"} or call["name"] != TOOL["function"]["name"]:
+    if (
+        not isinstance(call, dict)
+        or set(call) != {"name", "arguments"}
+        or call["name"] != TOOL["function"]["name"]
+    ):
         return None
     arguments = call["arguments"]
-    if not isinstance(arguments, dict) or set(arguments) != {"code"} or not isinstance(arguments["code"], str):
+    if (
+        not isinstance(arguments, dict)
+        or set(arguments) != {"code"}
+        or not isinstance(arguments["code"], str)
+    ):
         return None
     return {"type": "function", "function": call}
 
 
-def hold_dialogues(problems: Sequence[Problem], generate: Generate, run_code: Callable[[str], str]) -> list[Dialogue]:
-    """Work through all problems side by side, one model turn in each at a time, until every dialogue is over."""
+def hold_dialogues(
+    problems: Sequence[Problem], generate: Generate, run_code: Callable[[str], str]
+) -> list[Dialogue]:
+    """Work through all problems side by side, one model turn in each at a time, until every
+    dialogue is over.
+    """
     dialogues = [Dialogue(problem) for problem in problems]
     for dialogue in dialogues:
         dialogue.ask()
@@ -91,7 +112,10 @@ def hold_dialogues(problems: Sequence[Problem], generate: Generate, run_code: Ca
 
 
 def take_turn(dialogue: Dialogue, text: str, run_code: Callable[[str], str]) -> None:
-    """Enter one turn of the model: run its calls, or judge its answer and ask on. A malformed turn ends the dialogue."""
+    """Enter one turn of the model: run its calls, or judge its answer and ask on.
+
+    A malformed turn ends the dialogue.
+    """
     message = parse_turn(text)
     dialogue.messages.append(message or {"role": "assistant", "content": text})
     if message is None:
@@ -101,16 +125,24 @@ def take_turn(dialogue: Dialogue, text: str, run_code: Callable[[str], str]) -> 
         dialogue.calls += len(calls)
         dialogue.open = dialogue.calls <= MAX_CALLS
         for call in calls:
-            dialogue.messages.append({"role": "tool", "content": run_code(call["function"]["arguments"]["code"])})
+            dialogue.messages.append(
+                {"role": "tool", "content": run_code(call["function"]["arguments"]["code"])}
+            )
     else:
         answers = BOXED.findall(message["content"])
-        dialogue.right += bool(answers) and int(answers[-1]) == dialogue.problem[dialogue.asked - 1].answer
+        dialogue.right += (
+            bool(answers) and int(answers[-1]) == dialogue.problem[dialogue.asked - 1].answer
+        )
         dialogue.ask()
 
 
 def score(dialogues: Sequence[Dialogue]) -> Score:
     """Sum up finished dialogues."""
-    return Score(sum(len(d.problem) for d in dialogues), sum(d.well_formed for d in dialogues), sum(d.right for d in dialogues))
+    return Score(
+        sum(len(d.problem) for d in dialogues),
+        sum(d.well_formed for d in dialogues),
+        sum(d.right for d in dialogues),
+    )
 
 
 def greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Generate:
@@ -121,13 +153,22 @@ def greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Generate:
 
     def generate(conversations: Sequence[Sequence[Message]]) -> list[str]:
         inputs = tokenizer.apply_chat_template(
-            [list(messages) for messages in conversations], tools=[TOOL], add_generation_prompt=True,
-            padding=True, return_tensors="pt", return_dict=True,
-        )  # fmt: skip
+            [list(messages) for messages in conversations],
+            tools=[TOOL],
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
         with torch.inference_mode():
             output = model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens, do_sample=False
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
             )
-        return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
+        return tokenizer.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=False
+        )
 
     return generate

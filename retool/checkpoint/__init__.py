@@ -8,6 +8,17 @@ from retool.checkpoint.whole import latest, load_whole
 from retool.checkpoint.write import save
 
 __all__ = [
-    "Loaded", "ModelState", "PendingSave", "SafetensorsSource", "SaveOptions", "SaveResult", "Staging", "TensorSource", "latest", "load",
-    "load_flat", "load_whole", "save",
-]  # fmt: skip
+    "Loaded",
+    "ModelState",
+    "PendingSave",
+    "SafetensorsSource",
+    "SaveOptions",
+    "SaveResult",
+    "Staging",
+    "TensorSource",
+    "latest",
+    "load",
+    "load_flat",
+    "load_whole",
+    "save",
+]

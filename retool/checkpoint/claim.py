@@ -1,9 +1,12 @@
-"""Folders that are being written, replaced or deleted: made under a mark, and removed only where they carry it.
+"""Folders that are being written, replaced or deleted: made under a mark, and removed only where
+they carry it.
 
-[Note: what may be deleted] A run's folder may hold more than the run put there: links to checkpoints on another disk, copies that a
-user made, what `convert` is writing. So a name alone never allows a deletion. A folder may go when it is a real folder (no link) and
-holds `MARK`; the mark is written first and removed last, so that whatever instant a process dies at, the rest can be recognised. A
-deletion that fails is said and changes nothing: the next name is chosen so that leftovers are in nobody's way.
+[Note: what may be deleted] A run's folder may hold more than the run put there: links to
+checkpoints on another disk, copies that a user made, what `convert` is writing. So a name alone
+never allows a deletion. A folder may go when it is a real folder (no link) and holds `MARK`; the
+mark is written first and removed last, so that whatever instant a process dies at, the rest can be
+recognised. A deletion that fails is said and changes nothing: the next name is chosen so that
+leftovers are in nobody's way.
 """
 
 from __future__ import annotations
@@ -28,13 +31,18 @@ from retool.checkpoint.folder import (
 from retool.config.redact import logger
 
 UNFINISHED = re.compile(r"global_step_\d+\.(\d+\.)?(tmp|old)")
-WORDS = "This folder is being written or deleted, or was when its process died. It may be deleted, and the next save does.\n"
+WORDS = (
+    "This folder is being written or deleted, or was when its process died. It may be deleted, and the "
+    "next save does.\n"
+)
 
 log = logger("retool.checkpoint")
 
 
 def claim(final: Path, kind: str = "tmp") -> Path:
-    """A new, marked folder beside `final` for what will get its name: global_step_5.tmp, global_step_5.2.tmp where that is taken."""
+    """A new, marked folder beside `final` for what will get its name: global_step_5.tmp,
+    global_step_5.2.tmp where that is taken.
+    """
     path = _free(final, kind)
     path.mkdir(parents=True)
     try:
@@ -46,7 +54,9 @@ def claim(final: Path, kind: str = "tmp") -> Path:
 
 
 def publish(temporary: Path, final: Path, ours: bool | None = None) -> None:
-    """Give a claimed and fully written folder its name. What has that name steps aside first; it is deleted if it is ours.
+    """Give a claimed and fully written folder its name.
+
+    What has that name steps aside first; it is deleted if it is ours.
 
     `ours`: whether it is, where the caller knows; else `is_ours`.
     """
@@ -57,7 +67,9 @@ def publish(temporary: Path, final: Path, ours: bool | None = None) -> None:
         if ours:
             _try_to_mark(final)
         else:
-            log.warning("%s isn't a checkpoint that this program wrote: it is %s now.", final, aside.name)
+            log.warning(
+                "%s isn't a checkpoint that this program wrote: it is %s now.", final, aside.name
+            )
         final.rename(aside)
         aside = aside if ours else None
     temporary.rename(final)
@@ -68,7 +80,10 @@ def publish(temporary: Path, final: Path, ours: bool | None = None) -> None:
 
 
 def remove(folder: Path, ours: bool = False) -> None:
-    """Delete a folder that carries the mark, or is `ours` without, or empty. What can't be deleted is said, and stays."""
+    """Delete a folder that carries the mark, or is `ours` without, or empty.
+
+    What can't be deleted is said, and stays.
+    """
     if folder.is_symlink() or not folder.is_dir():
         return
     try:
@@ -88,7 +103,10 @@ def remove(folder: Path, ours: bool = False) -> None:
 
 
 def clear_torn(root: Path) -> None:
-    """Delete what saves of this folder left when they were cut off. Nothing that fails here is raised."""
+    """Delete what saves of this folder left when they were cut off.
+
+    Nothing that fails here is raised.
+    """
     for path in sorted(root.iterdir()):
         match = UNFINISHED.fullmatch(path.name)
         name = path.with_name(path.name.partition(".")[0])
@@ -127,7 +145,8 @@ def is_ours(folder: Path) -> bool:
 def prune(root: Path, keep: int | None, busy: frozenset[Path] = frozenset()) -> list[Path]:
     """Delete all but the newest `keep` checkpoints up to the tracked one. Returns what went.
 
-    Those in `busy` stay, and whatever isn't ours: links, other programs' checkpoints. Nothing that fails here is raised.
+    Those in `busy` stay, and whatever isn't ours: links, other programs' checkpoints. Nothing that
+    fails here is raised.
     """
     named = tracked(root)
     if keep is None or keep < 1 or named is None:
@@ -139,7 +158,8 @@ def prune(root: Path, keep: int | None, busy: frozenset[Path] = frozenset()) -> 
             continue
         _try_to_mark(folder)
         try:
-            doomed = _free(folder, "tmp")  # first out of sight: half of it must never look like a checkpoint
+            # First out of sight: half of it must never look like a checkpoint
+            doomed = _free(folder, "tmp")
             folder.rename(doomed)
         except OSError as error:
             log.warning("%s could not be deleted: %s. The run goes on.", folder, error)
@@ -151,7 +171,9 @@ def prune(root: Path, keep: int | None, busy: frozenset[Path] = frozenset()) -> 
 
 def _free(final: Path, kind: str) -> Path:
     """A name beside `final` that nothing has, whatever its kind."""
-    names = itertools.chain([f"{final.name}.{kind}"], (f"{final.name}.{n}.{kind}" for n in itertools.count(2)))
+    names = itertools.chain(
+        [f"{final.name}.{kind}"], (f"{final.name}.{n}.{kind}" for n in itertools.count(2))
+    )
     return next(path for name in names if not os.path.lexists(path := final.with_name(name)))
 
 
@@ -160,6 +182,9 @@ def _mark(folder: Path) -> None:
 
 
 def _try_to_mark(folder: Path) -> None:
-    """Mark a folder of ours that is to be deleted. A disk too full for the mark is all the more reason to delete it."""
+    """Mark a folder of ours that is to be deleted.
+
+    A disk too full for the mark is all the more reason to delete it.
+    """
     with contextlib.suppress(OSError):
         _mark(folder)

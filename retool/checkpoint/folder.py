@@ -5,8 +5,9 @@ root/global_step_N[/actor]/              complete once it has this name
 root/global_step_N.tmp/                  being written, or torn: never read
 root/global_step_N.old/                  what a save of the same step replaces, until it has
 
-Only folders that carry our `MARK` are ever deleted: a link, a file or a folder of somebody else's that has such a name stays, and
-what is in the way of a name makes the writer choose another (`claim`).
+Only folders that carry our `MARK` are ever deleted: a link, a file or a folder of somebody else's
+that has such a name stays, and what is in the way of a name makes the writer choose another
+(`claim`).
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def write_text(path: Path, text: str) -> None:
 
 def checksums(path: Path) -> dict[str, Any]:
     """{"size": bytes, "crc32": [one per BLOCK bytes]} of a file."""
-    blocks, size = [], 0
+    blocks = []
+    size = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             blocks.append(zlib.crc32(block))
@@ -75,7 +77,13 @@ def checksums(path: Path) -> dict[str, Any]:
 
 def write_config(folder: Path, world: int, shards: int, step: int, files: dict[str, Any]) -> None:
     """fsdp_config.json and checksums.json."""
-    config = {"FSDP_version": 2, "world_size": world, "shards": shards, "step": step, "writer": f"retool {__version__}"}
+    config = {
+        "FSDP_version": 2,
+        "world_size": world,
+        "shards": shards,
+        "step": step,
+        "writer": f"retool {__version__}",
+    }
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     files = {**files, CONFIG: checksums(folder / CONFIG)}
     write_text(folder / CHECKSUMS, json.dumps({"block": BLOCK, "files": files}) + "\n")
@@ -95,15 +103,25 @@ def world_size(folder: Path) -> int:
             raise ValueError(f"{folder / CONFIG} has no world_size.")
         return world
     shard = re.compile(r"model_world_size_(\d{1,9})_rank_\d+\.pt")
-    found = {int(m[1]) for p in folder.glob("model_world_size_*.pt") if (m := shard.fullmatch(p.name))}
+    found = {
+        int(m[1]) for p in folder.glob("model_world_size_*.pt") if (m := shard.fullmatch(p.name))
+    }
     if len(found) != 1:
-        inside = next((f" It is a run; its newest checkpoint is {newest}." for _, newest in steps(folder)), "")
-        raise ValueError(f"{folder} holds {'no model shards' if not found else f'shards of several world sizes: {sorted(found)}'}.{inside}")
+        inside = next(
+            (f" It is a run; its newest checkpoint is {newest}." for _, newest in steps(folder)), ""
+        )
+        raise ValueError(
+            f"{folder} holds "
+            f"{'no model shards' if not found else f'shards of several world sizes: {sorted(found)}'}.{inside}"
+        )
     return found.pop()
 
 
 def first_missing(folder: Path, kind: str, world: int) -> str | None:
-    """The name of the first of `world` ranks' files that isn't there. The work is that of the files that are."""
+    """The name of the first of `world` ranks' files that isn't there.
+
+    The work is that of the files that are.
+    """
     there = {path.name for path in folder.glob(f"{kind}_world_size_{world}_rank_*.pt")}
     names = (shard_name(kind, world, rank) for rank in range(world))
     return next((name for name in names if name not in there), None)
@@ -115,37 +133,51 @@ def recorded(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     parts = [part for part in (folder, folder / "huggingface") if part.is_dir()]
-    described = sum(file.stat().st_size for part in parts for file in part.iterdir() if file.is_file())
+    described = sum(
+        file.stat().st_size for part in parts for file in part.iterdir() if file.is_file()
+    )
     content = read_json(path, SMALL_BYTES + described // BLOCK * BYTES_OF_A_CHECKSUM)
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or content.get("block") != BLOCK:
         raise ValueError(f"{path} is not in the form that this version writes.")
     for name, entry in files.items():
         if not _is_inside(name):
-            raise ValueError(f"{path} names {shown(name)}, which is no file of this checkpoint: it is damaged, or made up.")
+            raise ValueError(
+                f"{path} names {shown(name)}, which is no file of this checkpoint: it is damaged, or made up."
+            )
         if not _is_entry(entry):
             raise ValueError(f"{path} says nothing sensible of {name}: it is damaged, or made up.")
     return files
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name is that of a file in the folder. The one exception is data.pt, which is beside `actor/`."""
+    """Whether a name is that of a file in the folder.
+
+    The one exception is data.pt, which is beside `actor/`.
+    """
     parts = Path(name).parts
-    plain = name == shown(name) and not Path(name).is_absolute() and ".." not in parts and bool(parts)
+    plain = (
+        name == shown(name) and not Path(name).is_absolute() and ".." not in parts and bool(parts)
+    )
     return plain or name == f"../{DATA}"
 
 
 def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, dict):
         return False
-    size, checksums = entry.get("size"), entry.get("crc32")
+    size = entry.get("size")
+    checksums = entry.get("crc32")
     if type(size) is not int or size < 0 or not isinstance(checksums, list):
         return False
-    return len(checksums) == -(-size // BLOCK) and all(type(checksum) is int for checksum in checksums)
+    return len(checksums) == -(-size // BLOCK) and all(
+        type(checksum) is int for checksum in checksums
+    )
 
 
 def written_by_us(folder: Path) -> bool:
-    """Whether retool wrote a checkpoint: only then its states besides the tensors are known to be readable."""
+    """Whether retool wrote a checkpoint: only then its states besides the tensors are known to be
+    readable.
+    """
     if (folder / CHECKSUMS).exists():
         return True
     config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
@@ -153,7 +185,9 @@ def written_by_us(folder: Path) -> bool:
 
 
 def faults(folder: Path) -> list[str]:
-    """What a checkpoint folder lacks, without reading the shards: missing files and files of another size."""
+    """What a checkpoint folder lacks, without reading the shards: missing files and files of
+    another size.
+    """
     if not folder.is_dir():
         return [f"{folder} is not there"]
     try:
@@ -173,18 +207,29 @@ def faults(folder: Path) -> list[str]:
 
 
 def model_folder(folder: Path) -> Path:
-    """Where a checkpoint's shards are: the folder itself, or `actor/` in it (reinforcement learning)."""
-    return folder / "actor" if (folder / "actor").is_dir() and not (folder / CONFIG).exists() else folder
+    """Where a checkpoint's shards are: the folder itself, or `actor/` in it (reinforcement
+    learning).
+    """
+    return (
+        folder / "actor"
+        if (folder / "actor").is_dir() and not (folder / CONFIG).exists()
+        else folder
+    )
 
 
 def steps(root: Path) -> Iterator[tuple[int, Path]]:
     """Every finished folder under `root`: (step, path), newest first."""
-    found = [(int(m[1]), p) for p in root.iterdir() if (m := STEP.fullmatch(p.name)) and p.is_dir()] if root.is_dir() else []
+    found = (
+        [(int(m[1]), p) for p in root.iterdir() if (m := STEP.fullmatch(p.name)) and p.is_dir()]
+        if root.is_dir()
+        else []
+    )
     yield from sorted(found, reverse=True)
 
 
 def candidates(root: Path, say: bool = True) -> list[Path]:
-    """The checkpoints to resume from, best first: what the tracker names, then the older ones; all of them where it names none.
+    """The checkpoints to resume from, best first: what the tracker names, then the older ones; all
+    of them where it names none.
 
     Torn saves, and folders that the tracker doesn't know yet, are left out; `say`: with a warning.
     """
@@ -194,9 +239,14 @@ def candidates(root: Path, say: bool = True) -> list[Path]:
     named = tracked(root)
     found = list(steps(root))
     if named is not None:
-        passed_over += [f"{folder} is newer than what {TRACKER} names (step {named})" for step, folder in found if step > named]
+        passed_over += [
+            f"{folder} is newer than what {TRACKER} names (step {named})"
+            for step, folder in found
+            if step > named
+        ]
         found = [(step, folder) for step, folder in found if step <= named]
-        aside = root / f"global_step_{named}.old"  # a save of the same step was cut off between its two renames
+        # A save of the same step was cut off between its two renames
+        aside = root / f"global_step_{named}.old"
         if aside.is_dir() and (not found or found[0][0] != named):
             found.insert(0, (named, aside))
     for what in passed_over if say else []:
@@ -205,16 +255,24 @@ def candidates(root: Path, say: bool = True) -> list[Path]:
 
 
 def tracked(root: Path) -> int | None:
-    """The step that the tracker names; None, with a warning if it is unreadable, where there is none."""
+    """The step that the tracker names; None, with a warning if it is unreadable, where there is
+    none.
+    """
     path = root / TRACKER
     if not os.path.lexists(path):
         return None
     try:
         text = untrusted.read_bytes(path, TRACKER_BYTES).strip()
     except ValueError as error:  # a folder, a pipe, a long text, or a disk that doesn't answer
-        log.warning("%s does not hold a step (%s): looking for the newest complete checkpoint instead.", path, error)
+        log.warning(
+            "%s does not hold a step (%s): looking for the newest complete checkpoint instead.",
+            path,
+            error,
+        )
         return None
     if not text.isdigit():
-        log.warning("%s does not hold a step: looking for the newest complete checkpoint instead.", path)
+        log.warning(
+            "%s does not hold a step: looking for the newest complete checkpoint instead.", path
+        )
         return None
     return int(text)

@@ -1,4 +1,6 @@
-"""Sharded checkpoint → Hugging Face folder, and the same checkpoint for another number of ranks. No GPU, no process group.
+"""Sharded checkpoint → Hugging Face folder, and the same checkpoint for another number of ranks.
+
+No GPU, no process group.
 
 Tensors pass through in pieces of CHUNK elements, so memory doesn't grow with the model.
 """
@@ -42,11 +44,18 @@ def _quiet(what: str, done: int) -> None:
     del what, done
 
 
-def merge(folder: Path, out: Path, dtype: torch.dtype, progress: Progress = _quiet, limit: int = SHARD_BYTES) -> list[Path]:
-    """Write the weights of a sharded checkpoint, ours or verl's, into `out` as safetensors files of at most `limit` bytes.
+def merge(
+    folder: Path,
+    out: Path,
+    dtype: torch.dtype,
+    progress: Progress = _quiet,
+    limit: int = SHARD_BYTES,
+) -> list[Path]:
+    """Write the weights of a sharded checkpoint, ours or verl's, into `out` as safetensors files of
+    at most `limit` bytes.
 
-    The small files of its `huggingface/` come along with the dtype set. ValueError if the checkpoint is incomplete or damaged, or
-    `out` has weights already.
+    The small files of its `huggingface/` come along with the dtype set. ValueError if the
+    checkpoint is incomplete or damaged, or `out` has weights already.
     """
     where = _complete(folder)
     if (out / SINGLE).exists() or (out / INDEX).exists():
@@ -78,19 +87,30 @@ def merge(folder: Path, out: Path, dtype: torch.dtype, progress: Progress = _qui
 
 def stored_names(source: ShardSource, config_folder: Path) -> list[str]:
     """The parameters that an export stores: not a head that is the embedding."""
-    return [name for name in source.names() if name != HEAD or not _is_embedding(source, config_folder)]
+    return [
+        name for name in source.names() if name != HEAD or not _is_embedding(source, config_folder)
+    ]
 
 
 def _is_embedding(source: ShardSource, config_folder: Path) -> bool:
-    """Whether the checkpoint's head is its embedding: config.json says so, and the values are the same, whoever wrote them."""
+    """Whether the checkpoint's head is its embedding: config.json says so, and the values are the
+    same, whoever wrote them.
+    """
     names = source.names()
-    return HEAD in names and EMBEDDING in names and tied(config_folder) and same_values(source, HEAD, EMBEDDING)
+    return (
+        HEAD in names
+        and EMBEDDING in names
+        and tied(config_folder)
+        and same_values(source, HEAD, EMBEDDING)
+    )
 
 
 def _complete(folder: Path) -> Path:
     where = on_disk.model_folder(folder)
     if wrong := on_disk.faults(where):
-        raise ValueError(f"{folder} is not a complete checkpoint: {'; '.join(wrong[:5])}. {WAY_OUT}")
+        raise ValueError(
+            f"{folder} is not a complete checkpoint: {'; '.join(wrong[:5])}. {WAY_OUT}"
+        )
     if not on_disk.recorded(where):  # else each byte is compared with its checksum when it is read
         require_one_step(where)
     return where
@@ -99,8 +119,8 @@ def _complete(folder: Path) -> Path:
 def convert(folder: Path, world: int, out: Path | None = None, progress: Progress = _quiet) -> Path:
     """Rewrite a checkpoint's shards for `world` ranks, into `out` or in place of the old one.
 
-    Weights, moments, data position and everything but the random states (derived anew on load) come along. Scratch files stand in
-    for memory: what is held doesn't grow with the model.
+    Weights, moments, data position and everything but the random states (derived anew on load) come
+    along. Scratch files stand in for memory: what is held doesn't grow with the model.
     """
     if world < 1:
         raise ValueError(f"--world-size {world}: it must be at least 1.")
@@ -113,9 +133,13 @@ def convert(folder: Path, world: int, out: Path | None = None, progress: Progres
     try:
         target = temporary / where.relative_to(folder)
         shutil.copytree(
-            folder, temporary, dirs_exist_ok=True,
-            ignore=lambda _, names: [n for n in names if n == on_disk.MARK or (n.endswith(".pt") and n != on_disk.DATA)],
-        )  # fmt: skip
+            folder,
+            temporary,
+            dirs_exist_ok=True,
+            ignore=lambda _, names: [
+                n for n in names if n == on_disk.MARK or (n.endswith(".pt") and n != on_disk.DATA)
+            ],
+        )
         for name in (on_disk.CHECKSUMS, on_disk.CONFIG):
             (target / name).unlink(missing_ok=True)
         step = _write_ranks(where, target, world, progress)
@@ -132,12 +156,17 @@ def convert(folder: Path, world: int, out: Path | None = None, progress: Progres
 
 
 def file_layout(source: ShardSource, shards: int) -> Layout:
-    """A layout of a checkpoint's parameters as they are on disk, each a unit of its own. A tied head is an alias."""
+    """A layout of a checkpoint's parameters as they are on disk, each a unit of its own.
+
+    A tied head is an alias.
+    """
     names = list(source.names())
     is_tied = _is_embedding(source, source.folder / "huggingface")
     kept = [n for n in names if not (is_tied and n == HEAD)]
     aliases = ((HEAD, EMBEDDING),) if is_tied else ()
-    return make_layout([(n, [(n, source.shape(n), [(n, source.shape(n))], True)]) for n in kept], shards, aliases)
+    return make_layout(
+        [(n, [(n, source.shape(n), [(n, source.shape(n))], True)]) for n in kept], shards, aliases
+    )
 
 
 def _write_ranks(where: Path, target: Path, world: int, progress: Progress) -> int:
@@ -154,21 +183,37 @@ def _write_ranks(where: Path, target: Path, world: int, progress: Progress) -> i
     for rank in range(world):
         place = Place(rank, world)
         params = _fill(layout, rank, source, target / "scratch", progress)
-        write_archive(target / on_disk.shard_name("model", world, rank), model_content(layout, place, params, step))
+        write_archive(
+            target / on_disk.shard_name("model", world, rank),
+            model_content(layout, place, params, step),
+        )
         if optim is not None:
-            first, second = (_fill(layout, rank, moment, target / f"scratch{i}", progress) for i, moment in enumerate(moments))
-            content = optimizer_content(layout, place, first, second, optimizer_step(optim), parameter_group(optim))
+            first, second = (
+                _fill(layout, rank, moment, target / f"scratch{i}", progress)
+                for i, moment in enumerate(moments)
+            )
+            content = optimizer_content(
+                layout, place, first, second, optimizer_step(optim), parameter_group(optim)
+            )
             write_archive(target / on_disk.shard_name("optim", world, rank), content)
         if extra is not None:
-            (target / on_disk.shard_name("extra_state", world, rank)).write_bytes(frozen(extra, "extra"))
+            (target / on_disk.shard_name("extra_state", world, rank)).write_bytes(
+                frozen(extra, "extra")
+            )
     return step
 
 
-def _fill(layout: Layout, rank: int, source: ShardSource, scratch: Path, progress: Progress) -> torch.Tensor:
+def _fill(
+    layout: Layout, rank: int, source: ShardSource, scratch: Path, progress: Progress
+) -> torch.Tensor:
     """A rank's row buffer, in an unlinked scratch file that the kernel may write out."""
     numel = rows_numel(layout, rank)
     dtype = source.dtype(next(iter(source.names())))
-    buffer = torch.from_file(str(scratch), shared=True, size=numel, dtype=dtype) if numel else torch.empty(0, dtype=dtype)
+    buffer = (
+        torch.from_file(str(scratch), shared=True, size=numel, dtype=dtype)
+        if numel
+        else torch.empty(0, dtype=dtype)
+    )
     scratch.unlink(missing_ok=True)
     for rows in all_rows(layout, rank):
         for start in range(rows.start, rows.stop, CHUNK):

@@ -1,4 +1,7 @@
-"""Do the files of a checkpoint belong together? Checksums say so. Without them, the steps that the files themselves tell are compared."""
+"""Do the files of a checkpoint belong together? Checksums say so.
+
+Without them, the steps that the files themselves tell are compared.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,9 @@ log = logger("retool.checkpoint")
 def require_one_step(where: Path) -> None:
     """ValueError if files of a checkpoint were written at different steps.
 
-    Compared are the training step in our files (extra_state, model) with fsdp_config.json's, and of each parameter the number of
-    AdamW's updates with rank 0's. Other programs' model files tell no step.
+    Compared are the training step in our files (extra_state, model) with fsdp_config.json's, and of
+    each parameter the number of AdamW's updates with rank 0's. Other programs' model files tell no
+    step.
     """
     expected: tuple[Path, int] | None = None
     for path, step in _training_steps(where):
@@ -45,11 +49,20 @@ def require_one_step(where: Path) -> None:
     for rank in range(1, optim.world):
         for index, step in optimizer_steps(optim, rank).items():
             if step != first.get(index, step):
-                raise _mixed(optim.file(rank).path, step, optim.file(0).path, first[index], f"update {{}} of parameter {index}")
+                raise _mixed(
+                    optim.file(rank).path,
+                    step,
+                    optim.file(0).path,
+                    first[index],
+                    f"update {{}} of parameter {index}",
+                )
 
 
 def require_one_step_unless_vouched(where: Path) -> None:
-    """The same where there are no checksums, and a warning that there are none. With them, each byte is checked when it is read."""
+    """The same where there are no checksums, and a warning that there are none.
+
+    With them, each byte is checked when it is read.
+    """
     if recorded(where):
         return
     require_one_step(where)
@@ -58,7 +71,8 @@ def require_one_step_unless_vouched(where: Path) -> None:
 
 def _mixed(path: Path, step: int, other: Path, expected: int, what: str = "step {}") -> ValueError:
     return ValueError(
-        f"{path} is of {what.format(step)}, {other} of {what.format(expected)}: files of two checkpoints are mixed. {WAY_OUT}"
+        f"{path} is of {what.format(step)}, {other} of {what.format(expected)}: files of two checkpoints "
+        f"are mixed. {WAY_OUT}"
     )
 
 
@@ -72,7 +86,9 @@ def _training_steps(where: Path) -> Iterator[tuple[Path, int]]:
     model = Shards(where, "model")
     for rank in range(model.world):
         content = model.file(rank).content
-        if isinstance(content, Attributed) and isinstance(step := content.attributes.get(SAVED_AT), int):
+        if isinstance(content, Attributed) and isinstance(
+            step := content.attributes.get(SAVED_AT), int
+        ):
             yield model.file(rank).path, step
         if isinstance(step := (extra_state(where, rank) or {}).get("step"), int):
             yield where / shard_name("extra_state", model.world, rank), step

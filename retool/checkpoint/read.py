@@ -35,8 +35,9 @@ class Unusable(ValueError):
 class Loaded:
     """What a checkpoint holds besides the tensors.
 
-    `step` is the training step of the checkpoint, `optimizer_step` AdamW's count. `extra` is what was given to `save`: this rank's
-    own where `same_layout`, else rank 0's. Both dicts are empty for a checkpoint that another program wrote.
+    `step` is the training step of the checkpoint, `optimizer_step` AdamW's count. `extra` is what
+    was given to `save`: this rank's own where `same_layout`, else rank 0's. Both dicts are empty
+    for a checkpoint that another program wrote.
     """
 
     extra: dict[str, Any]
@@ -47,30 +48,45 @@ class Loaded:
 
 
 def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded:
-    """Fill `state`'s flats in place from a checkpoint of ours or verl's, written by any number of ranks. A collective call.
+    """Fill `state`'s flats in place from a checkpoint of ours or verl's, written by any number of
+    ranks. A collective call.
 
-    Moments are read where `state` has them. Random states are put back where the world size is the same; otherwise they are derived
-    (seed, step, rank). ValueError names the file and what is wrong with it.
+    Moments are read where `state` has them. Random states are put back where the world size is the
+    same; otherwise they are derived (seed, step, rank). ValueError names the file and what is wrong
+    with it.
 
-    Host memory besides the flats: on the ranks that wrote it, next to nothing; on others, at most `source.THREADS` chunks of
-    `source.CHUNK` elements, where one is put together from two files (256 MB in fp32; 91 MB measured for 0.6 GB of state). The files
-    are mapped: what was read of them is page cache, which the kernel takes back when it is short.
+    Host memory besides the flats: on the ranks that wrote it, next to nothing; on others, at most
+    `source.THREADS` chunks of `source.CHUNK` elements, where one is put together from two files
+    (256 MB in fp32; 91 MB measured for 0.6 GB of state). The files are mapped: what was read of
+    them is page cache, which the kernel takes back when it is short.
     """
     top = Path(folder)
     where = model_folder(top)
     if wrong := faults(where):
-        raise ValueError(f"{top} can't be resumed: {'; '.join(wrong[:5])}. Resume from an older one (trainer.resume_from_path).")
+        raise ValueError(
+            f"{top} can't be resumed: {'; '.join(wrong[:5])}. Resume from an older one "
+            "(trainer.resume_from_path)."
+        )
     require_one_step_unless_vouched(where)
     with torch.no_grad():
         load_flat(state.layout, mesh.shard_rank, ShardSource(where), state.params)
         way_out = "Resume from an older one (trainer.resume_from_path)."
-        require_finite(state.layout, mesh.shard_rank, state.params, mesh.world_group, f"{top} can't be resumed", way_out)
+        require_finite(
+            state.layout,
+            mesh.shard_rank,
+            state.params,
+            mesh.world_group,
+            f"{top} can't be resumed",
+            way_out,
+        )
         updates = 0
         if state.exp_avg is not None and state.exp_avg_sq is not None:
             _require_optimizer(where)
             optim = Shards(where, "optim")
             load_flat(state.layout, mesh.shard_rank, ShardSource(optim, "exp_avg"), state.exp_avg)
-            load_flat(state.layout, mesh.shard_rank, ShardSource(optim, "exp_avg_sq"), state.exp_avg_sq)
+            load_flat(
+                state.layout, mesh.shard_rank, ShardSource(optim, "exp_avg_sq"), state.exp_avg_sq
+            )
             updates = optimizer_step(optim)
     same, extra = _extra(where, mesh)
     named = re.fullmatch(r"global_step_(\d{1,18})(?:\.old)?", top.name)
@@ -88,11 +104,16 @@ def _restore(states: Any, mesh: Mesh, where: Path) -> None:
         rng.restore(states, mesh.device)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         path = where / shard_name("extra_state", mesh.world, mesh.rank)
-        raise ValueError(f"{path} holds no random states ({type(error).__name__}). {WAY_OUT}") from error
+        raise ValueError(
+            f"{path} holds no random states ({type(error).__name__}). {WAY_OUT}"
+        ) from error
 
 
 def data_state(top: Path) -> dict[str, Any]:
-    """A checkpoint's data.pt, if we wrote it: other programs put pickled classes there. ValueError where it is damaged."""
+    """A checkpoint's data.pt, if we wrote it: other programs put pickled classes there.
+
+    ValueError where it is damaged.
+    """
     return own_state(top / DATA, model_folder(top)) or {}
 
 
@@ -100,13 +121,17 @@ def _require_optimizer(folder: Path) -> None:
     name = shard_name("optim", world_size(folder), 0)
     if not (folder / name).exists():
         raise Unusable(
-            f"{folder} has no {name}: it was saved without the optimizer, so training can't go on from it. Start a new run from its "
-            "huggingface/ folder (model.partial_pretrain), and save with checkpoint.save_contents=[model,optimizer,extra] next time."
+            f"{folder} has no {name}: it was saved without the optimizer, so training can't go on "
+            "from it. Start a new run from its huggingface/ folder (model.partial_pretrain), and "
+            "save with checkpoint.save_contents=[model,optimizer,extra] next time."
         )
 
 
 def _extra(folder: Path, mesh: Mesh) -> tuple[bool, dict[str, Any]]:
-    """(whether this layout wrote it, this rank's extra state or rank 0's). Empty for other programs' checkpoints."""
+    """(whether this layout wrote it, this rank's extra state or rank 0's).
+
+    Empty for other programs' checkpoints.
+    """
     config = read_json(folder / CONFIG) if written_by_us(folder) else {}
     same = config.get("world_size") == mesh.world and config.get("shards") == mesh.shards
     return same, extra_state(folder, mesh.rank if same else 0)

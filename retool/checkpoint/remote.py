@@ -1,4 +1,6 @@
-"""Copies of finished checkpoints on a remote store, through fsspec: file by file, the tracker last, never fatal."""
+"""Copies of finished checkpoints on a remote store, through fsspec: file by file, the tracker last,
+never fatal.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,18 @@ log = logger("retool.checkpoint")
 
 @final
 class Mirror:
-    """A thread that copies finished checkpoints to `url`, one after the other. What fails is tried again, then reported."""
+    """A thread that copies finished checkpoints to `url`, one after the other.
+
+    What fails is tried again, then reported.
+    """
 
     def __init__(self, url: str, wait_s: float = 5.0) -> None:
-        self.url, self._wait_s = url, wait_s
+        self.url = url
+        self._wait_s = wait_s
         self._queue: queue.Queue[Path | None] = queue.Queue()
         self._busy: list[Path] = []
-        self._moved, self._current = time.monotonic(), 0
+        self._moved = time.monotonic()
+        self._current = 0
         self.failures: list[str] = []
         self._thread = threading.Thread(target=self._work, name="checkpoint copy", daemon=True)
         self._thread.start()
@@ -44,37 +51,63 @@ class Mirror:
         return list(self._busy)
 
     def close(self) -> None:
-        """Wait until all is copied, or given up: a store that takes nothing for `STALL_S` is waited for no longer."""
+        """Wait until all is copied, or given up: a store that takes nothing for `STALL_S` is waited
+        for no longer.
+        """
         self._queue.put(None)
-        while self._thread.is_alive() and time.monotonic() - self._moved < STALL_S + self._current / SLOWEST_BYTES_S:
+        while (
+            self._thread.is_alive()
+            and time.monotonic() - self._moved < STALL_S + self._current / SLOWEST_BYTES_S
+        ):
             self._thread.join(0.2)
         for folder in self._busy if self._thread.is_alive() else ():
-            self.failures.append(f"{folder} was not copied to {self.url}: the store takes nothing any more")
+            self.failures.append(
+                f"{folder} was not copied to {self.url}: the store takes nothing any more"
+            )
             log.error("%s. The local checkpoint is complete.", self.failures[-1])
 
     def _progress(self, size: int) -> None:
         """A file of this size begins."""
-        self._moved, self._current = time.monotonic(), size
+        self._moved = time.monotonic()
+        self._current = size
 
     def _work(self) -> None:
         while (folder := self._queue.get()) is not None:
             try:
                 copy(folder, self.url, self._wait_s, self._progress)
-            except Exception as error:  # any of a dozen stores' own exceptions; training must not die of one
-                self.failures.append(f"{folder} was not copied to {self.url}: {type(error).__name__}: {error}")
+            except (
+                Exception
+            ) as error:  # any of a dozen stores' own exceptions; training must not die of one
+                self.failures.append(
+                    f"{folder} was not copied to {self.url}: {type(error).__name__}: {error}"
+                )
                 log.error("%s. The local checkpoint is complete.", self.failures[-1])
             self._busy.remove(folder)
 
 
-def copy(folder: Path, url: str, wait_s: float = 5.0, progress: Callable[[int], None] = lambda size: None) -> None:
-    """Copy a checkpoint folder to `url`/<its name>, then the tracker. Each file is tried ATTEMPTS times, `wait_s` · 2ⁿ apart."""
+def copy(
+    folder: Path, url: str, wait_s: float = 5.0, progress: Callable[[int], None] = lambda size: None
+) -> None:
+    """Copy a checkpoint folder to `url`/<its name>, then the tracker.
+
+    Each file is tried ATTEMPTS times, `wait_s` · 2ⁿ apart.
+    """
     store, root = fsspec.core.url_to_fs(url)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         progress(path.stat().st_size)
-        _put(store, path, f"{root.rstrip('/')}/{folder.name}/{path.relative_to(folder).as_posix()}", wait_s)
+        _put(
+            store,
+            path,
+            f"{root.rstrip('/')}/{folder.name}/{path.relative_to(folder).as_posix()}",
+            wait_s,
+        )
     step = folder.name.rpartition("_")[2]
     progress(0)
-    _retry(lambda: store.pipe_file(f"{root.rstrip('/')}/{TRACKER}", step.encode()), f"{url}/{TRACKER}", wait_s)
+    _retry(
+        lambda: store.pipe_file(f"{root.rstrip('/')}/{TRACKER}", step.encode()),
+        f"{url}/{TRACKER}",
+        wait_s,
+    )
 
 
 def _put(store: fsspec.AbstractFileSystem, path: Path, target: str, wait_s: float) -> None:
@@ -83,7 +116,9 @@ def _put(store: fsspec.AbstractFileSystem, path: Path, target: str, wait_s: floa
         store.put_file(str(path), target)
         size = store.info(target)["size"]
         if size != path.stat().st_size:
-            raise OSError(f"{target} has {size} bytes after the copy instead of {path.stat().st_size}")
+            raise OSError(
+                f"{target} has {size} bytes after the copy instead of {path.stat().st_size}"
+            )
 
     _retry(attempt, target, wait_s)
 
@@ -95,5 +130,7 @@ def _retry(action: Callable[[], None], what: str, wait_s: float) -> None:
         except Exception as error:
             if attempt == ATTEMPTS - 1:
                 raise
-            log.warning("copying to %s failed (%s: %s); trying again.", what, type(error).__name__, error)
+            log.warning(
+                "copying to %s failed (%s: %s); trying again.", what, type(error).__name__, error
+            )
             time.sleep(wait_s * 2**attempt)

@@ -1,4 +1,6 @@
-"""What a save is made of before it is written: its options, its result, and the host memory that holds it meanwhile."""
+"""What a save is made of before it is written: its options, its result, and the host memory that
+holds it meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ CONTENTS = ("model", "optimizer", "extra", "hf_model")
 class SaveOptions:
     """What a save writes and how.
 
-    `contents` ⊆ model, optimizer, extra, hf_model. `keep` newest checkpoints stay (None: all). `remote_url` is an fsspec URL that
-    finished checkpoints are copied to. `subfolder` holds the model files (`actor` in reinforcement learning).
+    `contents` ⊆ model, optimizer, extra, hf_model. `keep` newest checkpoints stay (None: all).
+    `remote_url` is an fsspec URL that finished checkpoints are copied to. `subfolder` holds the
+    model files (`actor` in reinforcement learning).
     """
 
     contents: tuple[str, ...] = CONTENTS
@@ -38,14 +41,21 @@ class SaveOptions:
 
     def __post_init__(self) -> None:
         if unknown := set(self.contents) - set(CONTENTS):
-            raise ValueError(f"checkpoint.save_contents: {', '.join(sorted(unknown))} is unknown. Use any of {', '.join(CONTENTS)}.")
+            raise ValueError(
+                f"checkpoint.save_contents: {', '.join(sorted(unknown))} is unknown. Use any of "
+                f"{', '.join(CONTENTS)}."
+            )
 
 
 @dataclass(frozen=True)
 class SaveResult:
-    """How a save ended. `error` is None, or what went wrong on which rank: then the previous checkpoint is still the latest.
+    """How a save ended.
 
-    `stall_s` is how long the training loop waited, `seconds` how long everything took, `bytes` what this rank wrote.
+    `error` is None, or what went wrong on which rank: then the previous checkpoint is still the
+    latest.
+
+    `stall_s` is how long the training loop waited, `seconds` how long everything took, `bytes` what
+    this rank wrote.
     """
 
     step: int
@@ -81,18 +91,25 @@ class PendingSave:
 
 @final
 class Staging:
-    """What saves keep between them: host buffers, a gloo group, and the one save that may be in flight.
+    """What saves keep between them: host buffers, a gloo group, and the one save that may be in
+    flight.
 
-    Made once, by all ranks together. Host memory: one copy of this rank's weights and moments, pinned where there is a GPU (torch
-    rounds pinned blocks up to a power of two). Pinning takes about half a second per GB: `prepare` does it while the run starts, so
-    that the first save doesn't.
+    Made once, by all ranks together. Host memory: one copy of this rank's weights and moments,
+    pinned where there is a GPU (torch rounds pinned blocks up to a power of two). Pinning takes
+    about half a second per GB: `prepare` does it while the run starts, so that the first save
+    doesn't.
 
-    `folder` is the run's: saves are refused once another one has its place. Without, a folder that is missing is made.
+    `folder` is the run's: saves are refused once another one has its place. Without, a folder that
+    is missing is made.
     """
 
-    def __init__(self, mesh: Mesh, timeout_s: float = 1800, folder: OwnFolder | None = None) -> None:
+    def __init__(
+        self, mesh: Mesh, timeout_s: float = 1800, folder: OwnFolder | None = None
+    ) -> None:
         self._folder = folder
-        self.slowest_s: float | None = None  # of this run's saves, from their beginning to their tracker
+        self.slowest_s: float | None = (
+            None  # of this run's saves, from their beginning to their tracker
+        )
         self.group: dist.ProcessGroup | None = None
         if mesh.world > 1:
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -104,7 +121,9 @@ class Staging:
         self._preparing: threading.Thread | None = None
 
     def problem(self) -> str | None:
-        """What has become of the run's folder, in words for the user; None where nothing has, and on ranks that don't watch it."""
+        """What has become of the run's folder, in words for the user; None where nothing has, and
+        on ranks that don't watch it.
+        """
         return self._folder.problem() if self._folder is not None else None
 
     def require_folder(self) -> None:
@@ -148,21 +167,48 @@ class Staging:
 
 def staged(state: ModelState, options: SaveOptions) -> dict[str, torch.Tensor]:
     """The flat shards that a save copies."""
-    moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq} if "optimizer" in options.contents else {}
-    return {key: flat for key, flat in {"params": state.params, **moments}.items() if flat is not None}
+    moments = (
+        {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+        if "optimizer" in options.contents
+        else {}
+    )
+    return {
+        key: flat for key, flat in {"params": state.params, **moments}.items() if flat is not None
+    }
 
 
-def stage(state: ModelState, mesh: Mesh, options: SaveOptions, staging: Staging) -> dict[str, torch.Tensor]:
-    """This rank's rows of the weights and moments, in host memory. Collective; `Failed` on all ranks where one has no room for them."""
+def stage(
+    state: ModelState, mesh: Mesh, options: SaveOptions, staging: Staging
+) -> dict[str, torch.Tensor]:
+    """This rank's rows of the weights and moments, in host memory.
+
+    Collective; `Failed` on all ranks where one has no room for them.
+    """
     staging.ready()
-    total, flats, pin = rows_numel(state.layout, mesh.shard_rank), staged(state, options), mesh.device.type == "cuda"
-    host = agreed(mesh.rank, staging.group, lambda: {key: staging.buffer(key, total, flat.dtype, pin) for key, flat in flats.items()})
+    total = rows_numel(state.layout, mesh.shard_rank)
+    flats = staged(state, options)
+    pin = mesh.device.type == "cuda"
+    host = agreed(
+        mesh.rank,
+        staging.group,
+        lambda: {key: staging.buffer(key, total, flat.dtype, pin) for key, flat in flats.items()},
+    )
     for key, flat in flats.items():
         at = 0
         for unit in state.layout.units:
-            part = flat.detach()[unit.start : unit.start + unit.shard_numel].to(mesh.device, non_blocking=True)  # offloaded ones too
+            # Offloaded ones too
+            part = flat.detach()[unit.start : unit.start + unit.shard_numel].to(
+                mesh.device, non_blocking=True
+            )
             room = host[key][at : at + unit_numel(unit, state.layout.shards, mesh.shard_rank)]
-            mine = to_rows(unit, state.layout.shards, mesh.shard_rank, part, mesh.shard_group, None if pin else room)
+            mine = to_rows(
+                unit,
+                state.layout.shards,
+                mesh.shard_rank,
+                part,
+                mesh.shard_group,
+                None if pin else room,
+            )
             if pin:
                 room.copy_(mine, non_blocking=True)
             at += room.numel()

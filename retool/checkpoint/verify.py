@@ -1,4 +1,6 @@
-"""Everything that can be said about weights on disk without running them: are they complete, undamaged, consistent and finite."""
+"""Everything that can be said about weights on disk without running them: are they complete,
+undamaged, consistent and finite.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,15 @@ T = TypeVar("T")
 
 
 def verify(folder: Path, progress: Progress) -> list[str]:
-    """What is wrong with a checkpoint, or with a Hugging Face model folder: empty if nothing is. Reads all of it, in pieces.
+    """What is wrong with a checkpoint, or with a Hugging Face model folder: empty if nothing is.
 
-    A checkpoint: files and sizes against checksums.json; checksums; one step in all files; every rank's shapes and rows; copies of
-    the same rows; finite values; moments as large as their parameters; the export equal to the shards in its dtype. A model folder:
-    config.json, every file that the index names, names and shapes as config.json says, finite values. See `assurance` for what is
-    known where nothing is wrong.
+    Reads all of it, in pieces.
+
+    A checkpoint: files and sizes against checksums.json; checksums; one step in all files; every
+    rank's shapes and rows; copies of the same rows; finite values; moments as large as their
+    parameters; the export equal to the shards in its dtype. A model folder: config.json, every file
+    that the index names, names and shapes as config.json says, finite values. See `assurance` for
+    what is known where nothing is wrong.
     """
     where = on_disk.model_folder(folder)
     if is_model_folder(where):
@@ -37,7 +42,12 @@ def verify(folder: Path, progress: Progress) -> list[str]:
     problems = on_disk.faults(where)
     if problems:
         return problems
-    for check in (_files(where), _one_step(where), _shards(where, progress), _export(where, progress)):
+    for check in (
+        _files(where),
+        _one_step(where),
+        _shards(where, progress),
+        _export(where, progress),
+    ):
         try:
             problems += check
         except (ValueError, OSError) as error:
@@ -47,8 +57,16 @@ def verify(folder: Path, progress: Progress) -> list[str]:
 
 def is_model_folder(folder: Path) -> bool:
     """Whether a folder holds a Hugging Face model, and no shards of a run."""
-    there = any(folder.glob("*.safetensors")) or (folder / INDEX).is_file() or (folder / "config.json").is_file()
-    return there and not any(folder.glob("model_world_size_*.pt")) and not (folder / on_disk.CONFIG).exists()
+    there = (
+        any(folder.glob("*.safetensors"))
+        or (folder / INDEX).is_file()
+        or (folder / "config.json").is_file()
+    )
+    return (
+        there
+        and not any(folder.glob("model_world_size_*.pt"))
+        and not (folder / on_disk.CONFIG).exists()
+    )
 
 
 def _model_faults(folder: Path, progress: Progress) -> list[str]:
@@ -79,11 +97,18 @@ def _model_faults(folder: Path, progress: Progress) -> list[str]:
 def _not_finite(source: TensorSource, name: str, progress: Progress) -> int:
     """How many values of a tensor are NaN or infinite."""
     return sum(int((~torch.isfinite(piece)).sum()) for piece in _pieces(source, name, progress))
+
+
 def assurance(folder: Path) -> str:
-    """What is known of a checkpoint that `verify` found nothing wrong with: without checksums that is less."""
+    """What is known of a checkpoint that `verify` found nothing wrong with: without checksums that
+    is less.
+    """
     where = on_disk.model_folder(folder)
     if is_model_folder(where):
-        return f"{folder}: complete and finite; a model folder has no checksums, so nothing vouches for its values"
+        return (
+            f"{folder}: complete and finite; a model folder has no checksums, so nothing vouches for its "
+            "values"
+        )
     if on_disk.recorded(where):
         return f"{folder}: complete, undamaged, finite"
     return f"{folder}: complete and finite, but {NOTHING_VOUCHES}"
@@ -106,14 +131,20 @@ def _files(where: Path) -> Iterator[str]:
 def _shards(where: Path, progress: Progress) -> Iterator[str]:
     if not any(where.glob("model_world_size_*_rank_0.pt")):
         return
-    kinds = ["model", *(("exp_avg", "exp_avg_sq") if any(where.glob("optim_world_size_*_rank_0.pt")) else ())]
+    kinds = [
+        "model",
+        *(("exp_avg", "exp_avg_sq") if any(where.glob("optim_world_size_*_rank_0.pt")) else ()),
+    ]
     sources = {kind: ShardSource(where, kind) for kind in kinds}
     for kind, source in sources.items():
         if kind != "exp_avg_sq":  # in the same files as exp_avg
             source.check_files()
         for name in source.names():
             if kind != "model" and source.shape(name) != sources["model"].shape(name):
-                yield f"{where}: {kind} of {name} is {list(source.shape(name))}, the parameter {list(sources['model'].shape(name))}."
+                yield (
+                    f"{where}: {kind} of {name} is {list(source.shape(name))}, the parameter "
+                    f"{list(sources['model'].shape(name))}."
+                )
             if bad := _not_finite(source, name, progress):
                 yield f"{where}: {kind} of {name} has {bad} values that are not finite."
 
@@ -122,7 +153,8 @@ def _export(where: Path, progress: Progress) -> Iterator[str]:
     folder = where / "huggingface"
     if not any(folder.glob("*.safetensors")) or not any(where.glob("model_world_size_*_rank_0.pt")):
         return
-    source, export = ShardSource(where), SafetensorsSource(folder)
+    source = ShardSource(where)
+    export = SafetensorsSource(folder)
     expected = set(stored_names(source, folder))
     for name in sorted(expected ^ set(export.names())):
         yield f"{folder}: {name} is {'missing' if name in expected else 'not in the shards'}."
@@ -135,7 +167,9 @@ def _export(where: Path, progress: Progress) -> Iterator[str]:
             yield f"{folder}: {name} differs from the shards."
 
 
-def _pieces(source: TensorSource, name: str, progress: Progress | None = None) -> Iterator[torch.Tensor]:
+def _pieces(
+    source: TensorSource, name: str, progress: Progress | None = None
+) -> Iterator[torch.Tensor]:
     numel = prod(source.shape(name))
     for start in range(0, numel, CHUNK):
         stop = min(start + CHUNK, numel)

@@ -1,8 +1,9 @@
 """Which checkpoint is whole: by its files before a run, by its content while it is loaded.
 
-[Note: when content is compared] Reading a checkpoint twice would double the time of a resume. So before a run only what is cheap is
-looked at (files, sizes, small files, both ends of the first rank's shards), and everything that is loaded is compared with its
-checksums as it is read, each rank its own part. Where that finds damage, all ranks go on to the next older checkpoint together.
+[Note: when content is compared] Reading a checkpoint twice would double the time of a resume. So
+before a run only what is cheap is looked at (files, sizes, small files, both ends of the first
+rank's shards), and everything that is loaded is compared with its checksums as it is read, each
+rank its own part. Where that finds damage, all ranks go on to the next older checkpoint together.
 """
 
 from __future__ import annotations
@@ -39,16 +40,29 @@ def latest(root: Path, fallback: bool = True) -> Path | None:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, as far as little reading tells: files, sizes, small files, ends of large ones."""
+    """What is wrong with a checkpoint, as far as little reading tells: files, sizes, small files,
+    ends of large ones.
+    """
     where = model_folder(folder)
     try:
-        return faults(where) or [f"{name} is damaged" for name, entry in recorded(where).items() if _differs(where / name, entry)]
-    except (ValueError, OSError, TypeError, KeyError) as error:  # a list of checksums may hold anything
+        return faults(where) or [
+            f"{name} is damaged"
+            for name, entry in recorded(where).items()
+            if _differs(where / name, entry)
+        ]
+    except (
+        ValueError,
+        OSError,
+        TypeError,
+        KeyError,
+    ) as error:  # a list of checksums may hold anything
         return [f"{where} can't be read ({error})"]
 
 
 def _differs(path: Path, entry: dict[str, Any]) -> bool:
-    """Whether a small file, or the beginning or end of the first rank's shards, isn't what was written."""
+    """Whether a small file, or the beginning or end of the first rank's shards, isn't what was
+    written.
+    """
     blocks = entry["crc32"]
     if not blocks or (len(blocks) > 1 and not path.name.endswith(FIRST_RANK)):
         return False
@@ -60,19 +74,28 @@ def _differs(path: Path, entry: dict[str, Any]) -> bool:
     return False
 
 
-def load_whole(folders: Sequence[Path], state: ModelState, mesh: Mesh, seed: int) -> tuple[Path, Loaded]:
-    """Load the first of `folders` (the same on every rank, best first) that is whole on all ranks. Collective.
+def load_whole(
+    folders: Sequence[Path], state: ModelState, mesh: Mesh, seed: int
+) -> tuple[Path, Loaded]:
+    """Load the first of `folders` (the same on every rank, best first) that is whole on all ranks.
 
-    Which were passed over, and why, is said in warnings. ValueError where none is whole, or one can't be gone on from though it is.
+    Collective.
+
+    Which were passed over, and why, is said in warnings. ValueError where none is whole, or one
+    can't be gone on from though it is.
     """
     reasons: list[str] = []
     for folder in folders:
-        loaded, error = None, None
+        loaded = None
+        error = None
         try:
             loaded = load(folder, state, mesh, seed)
         except (ValueError, OSError) as failure:
             error = failure
-        said = gather_objects((str(error), isinstance(error, Unusable)) if error is not None else None, mesh.world_group)
+        said = gather_objects(
+            (str(error), isinstance(error, Unusable)) if error is not None else None,
+            mesh.world_group,
+        )
         found = [each for each in said if each is not None]
         if not found:
             assert loaded is not None
@@ -84,4 +107,6 @@ def load_whole(folders: Sequence[Path], state: ModelState, mesh: Mesh, seed: int
             log.warning("%s is damaged and skipped: %s", folder, reasons[-1])
     if len(folders) == 1:
         raise ValueError(reasons[0])
-    raise ValueError(f"none of the {len(folders)} checkpoints in {folders[0].parent} can be loaded. {' '.join(reasons)}")
+    raise ValueError(
+        f"none of the {len(folders)} checkpoints in {folders[0].parent} can be loaded. {' '.join(reasons)}"
+    )

@@ -10,8 +10,12 @@ from typing import Any
 from retool.config.schema import REQUIRED, leaves
 
 
-def help_text(schema: type, program: str, example: str, synonyms: Mapping[str, str] | None = None) -> str:
-    """`--help`: every key with its type, default and meaning, made from the dataclasses' own documentation."""
+def help_text(
+    schema: type, program: str, example: str, synonyms: Mapping[str, str] | None = None
+) -> str:
+    """`--help`: every key with its type, default and meaning, made from the dataclasses' own
+    documentation.
+    """
     spelt: dict[str, list[str]] = {}
     for other, ours in (synonyms or {}).items():
         spelt.setdefault(ours, []).append(other)
@@ -27,12 +31,20 @@ def help_text(schema: type, program: str, example: str, synonyms: Mapping[str, s
             group = head
         default = "required" if leaf.default is REQUIRED else f"default {_shown(leaf.default)}"
         lines.append(f"  {leaf.key}  ({leaf.expected}; {default})")
-        text = leaf.doc + (f" Also spelt {', '.join(spelt[leaf.key])}." if leaf.key in spelt else "")
-        lines += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+        text = leaf.doc + (
+            f" Also spelt {', '.join(spelt[leaf.key])}." if leaf.key in spelt else ""
+        )
+        lines += textwrap.wrap(
+            text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+        )
     return "\n".join(lines) + "\n"
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "[" + ",".join(_shown(v) for v in value) + "]"
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    return (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )

@@ -1,6 +1,8 @@
-"""The keys that SFT and RL have alike: how weights are sharded, held, updated and saved, and the run around them.
+"""The keys that SFT and RL have alike: how weights are sharded, held, updated and saved, and the
+run around them.
 
-A command's own configuration (`retool.sft.config`, `retool.rl.config`) takes these, or adds to them and overrides defaults.
+A command's own configuration (`retool.sft.config`, `retool.rl.config`) takes these, or adds to them
+and overrides defaults.
 """
 
 from __future__ import annotations
@@ -15,35 +17,68 @@ from retool.config import Fault, option
 Dtype = Literal["fp32", "bf16", "fp64"]
 AutoDtype = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 DTYPE_SPELLINGS = {
-    "float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float64": "fp64", "double": "fp64",
-    "float16": "fp16", "half": "fp16", "torch.float16": "fp16", "torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float64": "fp64",
-}  # fmt: skip
+    "float32": "fp32",
+    "float": "fp32",
+    "bfloat16": "bf16",
+    "float64": "fp64",
+    "double": "fp64",
+    "float16": "fp16",
+    "half": "fp16",
+    "torch.float16": "fp16",
+    "torch.float32": "fp32",
+    "torch.bfloat16": "bf16",
+    "torch.float64": "fp64",
+}
 SAVE_CONTENTS = ("model", "optimizer", "extra", "hf_model")
 TEMPLATE_DATE = (
-    "Date, YYYY-MM-DD, for a chat template that asks for today's (strftime_now); null = the day the run began, kept where it goes on."
+    "Date, YYYY-MM-DD, for a chat template that asks for today's (strftime_now); null = the day "
+    "the run began, kept where it goes on."
 )
-OPTIM_SYNONYMS = {"lr_warmup_steps_ratio": "warmup_steps_ratio", "lr_scheduler_type": "lr_scheduler", "warmup_style": "lr_scheduler"}
+OPTIM_SYNONYMS = {
+    "lr_warmup_steps_ratio": "warmup_steps_ratio",
+    "lr_scheduler_type": "lr_scheduler",
+    "warmup_style": "lr_scheduler",
+}
 
-LOGGERS = ("console", "jsonl", "tensorboard", "wandb", "mlflow", "swanlab")  # what retool.metrics can open
+# What retool.metrics can open
+LOGGERS = (
+    "console",
+    "jsonl",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "swanlab",
+)
 
 
 @dataclass(frozen=True)
 class FSDPConfig:
     """How parameters are sharded."""
 
-    model_dtype: Dtype = option("fp32", "Master weights and optimizer state.", spellings=DTYPE_SPELLINGS)
+    model_dtype: Dtype = option(
+        "fp32", "Master weights and optimizer state.", spellings=DTYPE_SPELLINGS
+    )
     param_dtype: AutoDtype = option(
         "auto",
-        "Gathered weights and compute; auto = bf16 on GPUs, model_dtype on the CPU. fp16 is finer than bf16 and overflows sooner: the loss "
-        "is scaled, and steps whose gradient overflows are skipped.",
+        "Gathered weights and compute; auto = bf16 on GPUs, model_dtype on the CPU. fp16 is finer "
+        "than bf16 and overflows sooner: the loss is scaled, and steps whose gradient overflows "
+        "are skipped.",
         spellings=DTYPE_SPELLINGS,
     )
     reduce_dtype: Dtype = option("fp32", "Gradient reduction.", spellings=DTYPE_SPELLINGS)
     param_offload: bool = option(False, "Keep master weights in host memory.")
-    optimizer_offload: bool = option(False, "Keep optimizer state in host memory; it visits the device for the update.")
-    fsdp_size: int = option(-1, "Ranks that share a parameter; fewer than the world = replicated groups (HSDP); -1 = all.", minimum=-1)
+    optimizer_offload: bool = option(
+        False, "Keep optimizer state in host memory; it visits the device for the update."
+    )
+    fsdp_size: int = option(
+        -1,
+        "Ranks that share a parameter; fewer than the world = replicated groups (HSDP); -1 = all.",
+        minimum=-1,
+    )
     reshard_after_forward: bool = option(True, "Free a block's gathered weights after its forward.")
-    forward_prefetch: bool = option(True, "Gather the next block's weights during this one's forward.")
+    forward_prefetch: bool = option(
+        True, "Gather the next block's weights during this one's forward."
+    )
 
 
 @dataclass(frozen=True)
@@ -52,23 +87,31 @@ class DecoderConfig:
 
     attn: Literal["auto", "flash", "flash3", "flash4", "varlen", "cudnn", "reference"] = option(
         "auto",
-        "Attention kernel of training; the choice is logged. flash: the flash-attn package; flash3, flash4: theirs; varlen: torch's.",
+        (
+            "Attention kernel of training; the choice is logged. flash: the flash-attn package; "
+            "flash3, flash4: theirs; varlen: torch's."
+        ),
     )
     enable_gradient_checkpointing: bool | Literal["auto", "selective"] = option(
-        "auto", "Recompute activations in backward: auto = the least that fits; selective = only cheap parts."
+        "auto",
+        "Recompute activations in backward: auto = the least that fits; selective = only cheap parts.",
     )
     activation_offload: bool | Literal["auto"] = option(
         False,
-        "Keep what fully recomputed blocks find in the backward in host memory, for very long sequences: true = always; auto = where "
-        "nothing else fits.",
+        "Keep what fully recomputed blocks find in the backward in host memory, for very long "
+        "sequences: true = always; auto = where nothing else fits.",
     )
     fp32_residual: bool | Literal["auto"] = option(
         "auto",
-        "Add what the blocks compute in fp32, also above bf16 weights: more exact, for some memory; auto = in retool.rl, where sampler and "
-        "trainer then agree better.",
+        "Add what the blocks compute in fp32, also above bf16 weights: more exact, for some "
+        "memory; auto = in retool.rl, where sampler and trainer then agree better.",
     )
-    trust_remote_code: bool = option(False, "Run the tokenizer's own Python code from the model folder.")
-    use_compile: bool | Literal["auto"] = option("auto", "torch.compile for the decoder blocks; auto = on GPUs.")
+    trust_remote_code: bool = option(
+        False, "Run the tokenizer's own Python code from the model folder."
+    )
+    use_compile: bool | Literal["auto"] = option(
+        "auto", "torch.compile for the decoder blocks; auto = on GPUs."
+    )
 
 
 @dataclass(frozen=True)
@@ -76,10 +119,16 @@ class AdamWConfig:
     """AdamW and its schedule."""
 
     lr: float = option(1e-5, "Peak learning rate.", above=0)
-    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's decay rates.", minimum=0, maximum=0.999999)
+    betas: tuple[float, float] = option(
+        (0.9, 0.95), "AdamW's decay rates.", minimum=0, maximum=0.999999
+    )
     weight_decay: float = option(0.01, "On every parameter, norms and biases too.", minimum=0)
-    lr_scheduler: Literal["cosine", "wsd", "constant"] = option("cosine", "Shape of the schedule after warm-up.")
-    warmup_steps_ratio: float = option(0.1, "Share of the optimizer steps that warm up linearly.", minimum=0, maximum=1)
+    lr_scheduler: Literal["cosine", "wsd", "constant"] = option(
+        "cosine", "Shape of the schedule after warm-up."
+    )
+    warmup_steps_ratio: float = option(
+        0.1, "Share of the optimizer steps that warm up linearly.", minimum=0, maximum=1
+    )
     min_lr_ratio: float = option(0.0, "Last learning rate as a share of lr.", minimum=0, maximum=1)
 
 
@@ -87,51 +136,96 @@ class AdamWConfig:
 class CheckpointConfig:
     """What a checkpoint holds."""
 
-    save_contents: tuple[str, ...] = option(SAVE_CONTENTS, "What to save: model, optimizer, extra, hf_model (for transformers to load).")
-    async_save: bool | None = option(None, "Write in the background, after a copy to host memory; null = on GPUs.")
+    save_contents: tuple[str, ...] = option(
+        SAVE_CONTENTS, "What to save: model, optimizer, extra, hf_model (for transformers to load)."
+    )
+    async_save: bool | None = option(
+        None, "Write in the background, after a copy to host memory; null = on GPUs."
+    )
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
     """The run."""
 
-    default_local_dir: str = option("checkpoints/${trainer.project_name}/${trainer.experiment_name}", "The run's folder.")
-    default_hdfs_dir: str | None = option(None, "Finished checkpoints are copied to this fsspec/pyarrow URL too.")
+    default_local_dir: str = option(
+        "checkpoints/${trainer.project_name}/${trainer.experiment_name}", "The run's folder."
+    )
+    default_hdfs_dir: str | None = option(
+        None, "Finished checkpoints are copied to this fsspec/pyarrow URL too."
+    )
     project_name: str = option("retool", "Project, for the loggers and the folder.")
     experiment_name: str = option("test", "Experiment, for the loggers and the folder.")
-    logger: tuple[str, ...] = option(("console",), f"Any of {', '.join(LOGGERS)}; jsonl is always on.")
+    logger: tuple[str, ...] = option(
+        ("console",), f"Any of {', '.join(LOGGERS)}; jsonl is always on."
+    )
     total_epochs: int = option(1, "Passes over the training data.", minimum=1)
-    total_training_steps: int | None = option(None, "Steps; overrides total_epochs, the schedule included.", minimum=1)
-    save_freq: int | Literal["after_each_epoch"] = option(-1, "Steps between checkpoints; -1 = only after the last step.", minimum=-1)
-    test_freq: int | Literal["after_each_epoch"] = option(-1, "Steps between validations; -1 = only after the last step.", minimum=-1)
-    max_ckpt_to_keep: int | None = option(None, "Older checkpoints are deleted once a newer one is complete; null = keep all.", minimum=1)
+    total_training_steps: int | None = option(
+        None, "Steps; overrides total_epochs, the schedule included.", minimum=1
+    )
+    save_freq: int | Literal["after_each_epoch"] = option(
+        -1, "Steps between checkpoints; -1 = only after the last step.", minimum=-1
+    )
+    test_freq: int | Literal["after_each_epoch"] = option(
+        -1, "Steps between validations; -1 = only after the last step.", minimum=-1
+    )
+    max_ckpt_to_keep: int | None = option(
+        None,
+        "Older checkpoints are deleted once a newer one is complete; null = keep all.",
+        minimum=1,
+    )
     resume_mode: Literal["auto", "disable", "resume_path"] = option(
         "auto",
-        "auto = from the run folder's newest complete checkpoint; disable = from the start, what is there moved to previous_N in it.",
+        (
+            "auto = from the run folder's newest complete checkpoint; disable = from the start, "
+            "what is there moved to previous_N in it."
+        ),
     )
-    resume_from_path: str | None = option(None, "The global_step_N folder for resume_mode=resume_path.")
-    resume_fallback: bool = option(True, "Under auto: pass over a damaged checkpoint for the newest whole one, and say so; false = refuse.")
+    resume_from_path: str | None = option(
+        None, "The global_step_N folder for resume_mode=resume_path."
+    )
+    resume_fallback: bool = option(
+        True,
+        "Under auto: pass over a damaged checkpoint for the newest whole one, and say so; false = refuse.",
+    )
     seed: int = option(1, "Seeds everything.", minimum=0)
-    deterministic: bool = option(False, "Deterministic kernels: a resumed run is bit-equal on the same layout.")
-    nnodes: int | None = option(None, "Machines; null = what the launcher says. Another number than the launcher's is an error.", minimum=1)
-    n_gpus_per_node: int | None = option(None, "Processes per machine; null = what the launcher says.", minimum=1)
+    deterministic: bool = option(
+        False, "Deterministic kernels: a resumed run is bit-equal on the same layout."
+    )
+    nnodes: int | None = option(
+        None,
+        "Machines; null = what the launcher says. Another number than the launcher's is an error.",
+        minimum=1,
+    )
+    n_gpus_per_node: int | None = option(
+        None, "Processes per machine; null = what the launcher says.", minimum=1
+    )
     device: Literal["auto", "cuda", "cpu"] = option("auto", "auto = CUDA where there is a GPU.")
-    device_memory_gb: float | None = option(None, "Plan (--check) for GPUs of this many GiB; null = the GPU at hand.", above=0)
+    device_memory_gb: float | None = option(
+        None, "Plan (--check) for GPUs of this many GiB; null = the GPU at hand.", above=0
+    )
     watchdog_s: float = option(
-        600, "Seconds without progress after which every rank writes its stacks into the run folder and the run ends; 0 = never.", minimum=0
+        600,
+        (
+            "Seconds without progress after which every rank writes its stacks into the run folder "
+            "and the run ends; 0 = never."
+        ),
+        minimum=0,
     )
     max_grad_skips: int = option(
         3,
-        "Optimizer steps in a row with a non-finite gradient norm after which the run stops; in fp16 besides the 16 that bring the loss "
-        "scale down to 1.",
+        "Optimizer steps in a row with a non-finite gradient norm after which the run stops; in "
+        "fp16 besides the 16 that bring the loss scale down to 1.",
         minimum=1,
     )
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The parts above in a command's configuration, and what their keys there begin with (`sp_key` and `pretrained_key`, of the model to
-    begin with: the whole key); `samples`: whether it samples from the policy, too."""
+    """The parts above in a command's configuration, and what their keys there begin with (`sp_key`
+    and `pretrained_key`, of the model to begin with: the whole key); `samples`: whether it samples
+    from the policy, too.
+    """
 
     trainer: TrainerConfig
     model: DecoderConfig
@@ -155,30 +249,64 @@ class RunOptions:
 
 def contradictions(options: RunOptions) -> Iterator[Fault]:
     """Faults that only several keys together make, and what no single type can say."""
-    trainer, saved = options.trainer, options.checkpoint.save_contents
+    trainer = options.trainer
+    saved = options.checkpoint.save_contents
     for name in saved:
         if name not in SAVE_CONTENTS:
-            yield Fault(f"{options.checkpoint_key}save_contents={name}", "is not known.", f"Use any of {', '.join(SAVE_CONTENTS)}.")
+            yield Fault(
+                f"{options.checkpoint_key}save_contents={name}",
+                "is not known.",
+                f"Use any of {', '.join(SAVE_CONTENTS)}.",
+            )
     if not {"model", "hf_model"} & set(saved):
-        yield Fault(f"{options.checkpoint_key}save_contents", "saves no weights.", "Add model (to resume) or hf_model (for transformers).")
+        yield Fault(
+            f"{options.checkpoint_key}save_contents",
+            "saves no weights.",
+            "Add model (to resume) or hf_model (for transformers).",
+        )
     if trainer.resume_mode == "resume_path" and not trainer.resume_from_path:
-        yield Fault("trainer.resume_mode=resume_path", "needs trainer.resume_from_path.", "Give the global_step_N folder.")
+        yield Fault(
+            "trainer.resume_mode=resume_path",
+            "needs trainer.resume_from_path.",
+            "Give the global_step_N folder.",
+        )
     if trainer.resume_from_path and trainer.resume_mode != "resume_path":
         where = f"trainer.resume_from_path={trainer.resume_from_path}"
-        yield Fault(where, f"is not used under trainer.resume_mode={trainer.resume_mode}.", "Add trainer.resume_mode=resume_path.")
+        yield Fault(
+            where,
+            f"is not used under trainer.resume_mode={trainer.resume_mode}.",
+            "Add trainer.resume_mode=resume_path.",
+        )
     for key, value in (("save_freq", trainer.save_freq), ("test_freq", trainer.test_freq)):
         if value == 0:
-            yield Fault(f"trainer.{key}=0", "is no number of steps.", "Use a positive number, or -1 (last step only).")
+            yield Fault(
+                f"trainer.{key}=0",
+                "is no number of steps.",
+                "Use a positive number, or -1 (last step only).",
+            )
     if options.fsdp.fsdp_size == 0:
-        yield Fault(f"{options.fsdp_key}fsdp_size=0", "is no number of ranks.", "Use -1 for all of them.")
+        yield Fault(
+            f"{options.fsdp_key}fsdp_size=0", "is no number of ranks.", "Use -1 for all of them."
+        )
     recomputes = options.model.enable_gradient_checkpointing
     if options.model.activation_offload and recomputes not in (True, "auto"):
-        where = f"{options.model_key}activation_offload={str(options.model.activation_offload).lower()}"
-        problem = f"moves what fully recomputed blocks keep, against enable_gradient_checkpointing={str(recomputes).lower()}."
-        yield Fault(where, problem, f"Use {options.model_key}enable_gradient_checkpointing=true or auto.")
+        where = (
+            f"{options.model_key}activation_offload={str(options.model.activation_offload).lower()}"
+        )
+        problem = (
+            "moves what fully recomputed blocks keep, against "
+            f"enable_gradient_checkpointing={str(recomputes).lower()}."
+        )
+        yield Fault(
+            where, problem, f"Use {options.model_key}enable_gradient_checkpointing=true or auto."
+        )
     if options.model.attn == "cudnn" and trainer.deterministic:
         where = f"{options.model_key}attn=cudnn"
-        yield Fault(where, "adds up gradients in no fixed order, against trainer.deterministic=true.", "Use varlen or auto.")
+        yield Fault(
+            where,
+            "adds up gradients in no fixed order, against trainer.deterministic=true.",
+            "Use varlen or auto.",
+        )
 
 
 def date_faults(day: str | None) -> Iterator[Fault]:
@@ -187,12 +315,15 @@ def date_faults(day: str | None) -> Iterator[Fault]:
         if day is not None:
             date.fromisoformat(day)
     except ValueError:
-        yield Fault(f"data.template_date={day}", "is no date.", "Write it as 2026-11-29, or leave it out.")
+        yield Fault(
+            f"data.template_date={day}", "is no date.", "Write it as 2026-11-29, or leave it out."
+        )
 
 
 def resume_notes(options: RunOptions) -> Iterator[str]:
     """What a run that goes on from these checkpoints would lack."""
-    key, saved = f"{options.checkpoint_key}save_contents", options.checkpoint.save_contents
+    key = f"{options.checkpoint_key}save_contents"
+    saved = options.checkpoint.save_contents
     if lacking := [name for name in ("model", "optimizer") if name not in saved]:
         yield f"{key} leaves out {' and '.join(lacking)}: a run can't be resumed from these checkpoints."
     elif "extra" not in saved:

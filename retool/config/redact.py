@@ -1,9 +1,12 @@
-"""Secrets stay out of whatever leaves a run: console, logs, files, trackers, error reports, tracebacks. One function, `redact`.
+"""Secrets stay out of whatever leaves a run: console, logs, files, trackers, error reports,
+tracebacks. One function, `redact`.
 
-A text is a secret by the name that it stands under (`password`, `X-Api-Key`, `DB_PWD`), by its look (a login in a URL, a token with a
-maker's prefix), or because it was seen elsewhere: in an environment variable or a configuration key with such a name. Ordinary names
-stay readable: `prompt_key`, `max_token_len_per_gpu`, `eos_token`. detect-secrets was tried instead: it knows few of these forms without
-its entropy test, which takes paths and model names for secrets, and needs half a millisecond a line.
+A text is a secret by the name that it stands under (`password`, `X-Api-Key`, `DB_PWD`), by its look
+(a login in a URL, a token with a maker's prefix), or because it was seen elsewhere: in an
+environment variable or a configuration key with such a name. Ordinary names stay readable:
+`prompt_key`, `max_token_len_per_gpu`, `eos_token`. detect-secrets was tried instead: it knows few
+of these forms without its entropy test, which takes paths and model names for secrets, and needs
+half a millisecond a line.
 """
 
 from __future__ import annotations
@@ -26,25 +29,38 @@ HIDDEN = "<redacted>"
 
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 SECRET_WORDS = frozenset(
-    "password passwd passwort passphrase passcode pwd secret credential apikey authorization bearer dsn cookie webhook accesskey secretkey "
+    "password passwd passwort passphrase passcode pwd secret credential apikey authorization bearer dsn "
+    "cookie webhook accesskey secretkey "
     "privatekey accountkey authtoken accesstoken connectionstring clientsecret".split()
 )
-LAST_WORDS = frozenset("auth pass pat sas jwt sig signature".split())  # secrets at the end of a name only
+# Secrets at the end of a name only
+LAST_WORDS = frozenset("auth pass pat sas jwt sig signature".split())
+# Before `key`, which alone, as in prompt_key, is the name of a column
 KEYS = frozenset(
-    "api access private secret account auth encryption signing ssh subscription storage service master session deploy license shared hmac "
+    "api access private secret account auth encryption signing ssh subscription storage service master "
+    "session deploy license shared hmac "
     "client".split()
-)  # before `key`, which alone, as in prompt_key, is the name of a column
-TOKENS = frozenset("api auth access refresh bearer hf hub session bot github gitlab id".split())  # before `tokens`, else they are text
+)
+# Before `tokens`, else they are text
+TOKENS = frozenset("api auth access refresh bearer hf hub session bot github gitlab id".split())
+# Before `token`: parts of a text, or a count of them
 TEXT_TOKENS = frozenset(
-    "bos eos pad unk sep cls mask stop special added extra start end begin next first last per new max min num image video audio tool "
+    "bos eos pad unk sep cls mask stop special added extra start end begin next first last per new max min "
+    "num image video audio tool "
     "think control turn answer prompt response trained sampled highest eot eom a the of each every".split()
-)  # before `token`: parts of a text, or a count of them
+)
+# Says something about a secret, and isn't one
 ABOUT = frozenset(
-    "file path dir directory folder socket sock host port helper provider env name length len size count type kind field column policy "
+    "file path dir directory folder socket sock host port helper provider env name length len size count "
+    "type kind field column policy "
     "required".split()
-)  # says something about a secret, and isn't one
-VALUE = frozenset("value plain raw text b64 base64 current".split())  # the thing itself, said once more
-ORDINARY = frozenset("true false none null auto test root user main admin default yes localhost".split())  # no secret, whatever its name
+)
+# The thing itself, said once more
+VALUE = frozenset("value plain raw text b64 base64 current".split())
+# No secret, whatever its name
+ORDINARY = frozenset(
+    "true false none null auto test root user main admin default yes localhost".split()
+)
 SHORTEST_WORD = 4  # characters of a password that is looked for in other texts
 SHORTEST_TOKEN = 8
 SHORTEST_NUMBER = 6  # digits; a token that is a smaller number counts something
@@ -58,16 +74,24 @@ def is_secret_name(name: str) -> bool:
         words.pop()
     if not words or words[-1] in ABOUT:
         return False
-    single = [word[:-1] if word.endswith("s") and not word.endswith("ss") else word for word in words]
+    single = [
+        word[:-1] if word.endswith("s") and not word.endswith("ss") else word for word in words
+    ]
     pairs = {*itertools.pairwise(single)}
-    if SECRET_WORDS & {*words, *single} or words[-1] in LAST_WORDS or ("connection", "string") in pairs:
+    if (
+        SECRET_WORDS & {*words, *single}
+        or words[-1] in LAST_WORDS
+        or ("connection", "string") in pairs
+    ):
         return True
     return any(first in KEYS and second == "key" for first, second in pairs) or _names_token(words)
 
 
 def _names_token(words: list[str]) -> bool:
     before = words[-2] if len(words) > 1 else ""
-    return (words[-1] == "token" and before not in TEXT_TOKENS) or (words[-1] == "tokens" and before in TOKENS)
+    return (words[-1] == "token" and before not in TEXT_TOKENS) or (
+        words[-1] == "tokens" and before in TOKENS
+    )
 
 
 # --- looks ---
@@ -75,21 +99,47 @@ def _names_token(words: list[str]) -> bool:
 # Lengths are bounded, so that no text, however it is made, takes long.
 
 IN_TEXT: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), HIDDEN),
-    # A login before a host. The password may hold / and @; digits and a slash after the colon are a port, unless a host follows.
-    (re.compile(r"(?<=://)[^\s/@:\"'<>]{0,200}:(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>]{0,400}@"), f"{HIDDEN}@"),
-    (re.compile(r"(?<=://)[^\s/@:\"'<>]{1,200}:\d{1,5}/[^\s\"'<>]{0,400}@(?=[\w-]+\.\w)"), f"{HIDDEN}@"),
-    (re.compile(r"(?<=://)[^\s/@\"'<>]{1,400}@"), f"{HIDDEN}@"),
-    # Addresses that are secrets themselves: whoever knows a webhook can post to it.
-    (re.compile(r"(://hooks\.[^\s/\"']{1,200}/|://[^\s\"'<>]{0,400}?/(?:webhooks?\w*|hooks?)/)[^\s\"'<>]+", re.IGNORECASE), rf"\1{HIDDEN}"),
-    (re.compile(r"(://api\.telegram\.org/bot)[^\s/\"']+"), rf"\1{HIDDEN}"),
     (
         re.compile(
-            r"([?&][^=&\s]{0,60}(?:sig|signature|key|token|secret|password|credential|code)[^=&\s]{0,60}=)[^&\s\"'<>]+", re.IGNORECASE
+            r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+            re.DOTALL,
+        ),
+        HIDDEN,
+    ),
+    # A login before a host. The password may hold / and @; digits and a slash after the colon are a
+    # port, unless a host follows.
+    (
+        re.compile(r"(?<=://)[^\s/@:\"'<>]{0,200}:(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>]{0,400}@"),
+        f"{HIDDEN}@",
+    ),
+    (
+        re.compile(r"(?<=://)[^\s/@:\"'<>]{1,200}:\d{1,5}/[^\s\"'<>]{0,400}@(?=[\w-]+\.\w)"),
+        f"{HIDDEN}@",
+    ),
+    (re.compile(r"(?<=://)[^\s/@\"'<>]{1,400}@"), f"{HIDDEN}@"),
+    # Addresses that are secrets themselves: whoever knows a webhook can post to it.
+    (
+        re.compile(
+            r"(://hooks\.[^\s/\"']{1,200}/|://[^\s\"'<>]{0,400}?/(?:webhooks?\w*|hooks?)/)[^\s\"'<>]+",
+            re.IGNORECASE,
         ),
         rf"\1{HIDDEN}",
     ),
-    (re.compile(r"\b(Bearer|Basic)(\s+)(?=[^\s\"']{0,400}\d)[\w.~+/\-]{8,}={0,2}(?![\w=])", re.IGNORECASE), rf"\1\2{HIDDEN}"),
+    (re.compile(r"(://api\.telegram\.org/bot)[^\s/\"']+"), rf"\1{HIDDEN}"),
+    (
+        re.compile(
+            r"([?&][^=&\s]{0,60}(?:sig|signature|key|token|secret|password|credential|code)[^=&\s]{0,60}=)[^&\s\"'<>]+",
+            re.IGNORECASE,
+        ),
+        rf"\1{HIDDEN}",
+    ),
+    (
+        re.compile(
+            r"\b(Bearer|Basic)(\s+)(?=[^\s\"']{0,400}\d)[\w.~+/\-]{8,}={0,2}(?![\w=])",
+            re.IGNORECASE,
+        ),
+        rf"\1\2{HIDDEN}",
+    ),
     (re.compile(r"\beyJ[\w-]{6,2000}\.[\w-]{6,}(?:\.[\w-]*)?"), HIDDEN),  # a JSON web token
     (re.compile(r"\b(?:AIza|ya29\.)[\w-]{20,}"), HIDDEN),
     (
@@ -100,7 +150,8 @@ IN_TEXT: tuple[tuple[re.Pattern[str], str], ...] = (
         HIDDEN,
     ),
 )
-# `name=value`, `name: value`, `"name": "value"`, `--name value`: whether what follows is a secret, the name says.
+# `name=value`, `name: value`, `"name": "value"`, `--name value`: whether what follows is a secret,
+# the name says.
 NAMED = re.compile(
     r"(?<![\w.\-])(?P<name>[A-Za-z_][\w.\-]{0,100})(?:[\"']?\s?=\s?|[\"']?\s*(?P<colon>:)\s+|[\"']\s*:\s*)|--(?P<option>[\w\-]{1,100})\s+"
 )
@@ -123,7 +174,9 @@ def _hide_named(text: str) -> str:
         last = WORD.findall(name)[-1].lower()
         phrase = named["colon"] and last in PHRASES and text[done : done + 1] not in ("'", '"')
         value = (TO_LINE_END if phrase else ITS_VALUE).match(text, done)
-        if value is None or not _looks_like_one(value[0].strip("\"'"), last, named["colon"] is not None):
+        if value is None or not _looks_like_one(
+            value[0].strip("\"'"), last, named["colon"] is not None
+        ):
             continue
         quote = value[0][0] if value[0][0] in "\"'" else ""
         parts.append(f"{quote}{HIDDEN}{quote}")
@@ -137,7 +190,11 @@ def _looks_like_one(value: str, last_word: str, in_prose: bool) -> bool:
         return False
     if last_word == "token" and value.isdigit():
         return len(value) >= SHORTEST_NUMBER
-    return not in_prose or last_word not in ("token", "auth", "pass") or MIXED.fullmatch(value) is not None
+    return (
+        not in_prose
+        or last_word not in ("token", "auth", "pass")
+        or MIXED.fullmatch(value) is not None
+    )
 
 
 # --- known ones ---
@@ -146,7 +203,9 @@ _remembered: set[str] = set()
 
 
 def remember(value: Any) -> None:
-    """Hide this value from now on wherever it appears, if it is long enough to be told from ordinary text."""
+    """Hide this value from now on wherever it appears, if it is long enough to be told from
+    ordinary text.
+    """
     if isinstance(value, str) and len(value) >= SHORTEST_TOKEN and value.lower() not in ORDINARY:
         _remembered.add(value)
 
@@ -160,9 +219,15 @@ def _in_environment() -> Iterator[str]:
     for name, value in os.environ.items():
         if not is_secret_name(name):
             continue
-        shortest = SHORTEST_WORD if SECRET_WORDS & {word.lower() for word in WORD.findall(name)} else SHORTEST_TOKEN
+        shortest = (
+            SHORTEST_WORD
+            if SECRET_WORDS & {word.lower() for word in WORD.findall(name)}
+            else SHORTEST_TOKEN
+        )
         parts = {value, *re.split(r"[,;\s]+", value)}  # API_KEYS=one,two
-        yield from (part for part in parts if len(part) >= shortest and part.lower() not in ORDINARY)
+        yield from (
+            part for part in parts if len(part) >= shortest and part.lower() not in ORDINARY
+        )
 
 
 @functools.lru_cache(16)
@@ -171,14 +236,21 @@ def _one_of(values: frozenset[str]) -> re.Pattern[str] | None:
         return None
     # A short one only as a word of its own: `test` isn't a part of `latest`.
     longest_first = sorted(values, key=lambda value: (-len(value), value))
-    return re.compile("|".join(re.escape(v) if len(v) >= SHORTEST_TOKEN else rf"(?<!\w){re.escape(v)}(?!\w)" for v in longest_first))
+    return re.compile(
+        "|".join(
+            re.escape(v) if len(v) >= SHORTEST_TOKEN else rf"(?<!\w){re.escape(v)}(?!\w)"
+            for v in longest_first
+        )
+    )
 
 
 # --- what others call ---
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """`value` (a text, a number, nested dicts and lists) without its secrets; `name` is what it stands under."""
+    """`value` (a text, a number, nested dicts and lists) without its secrets; `name` is what it
+    stands under.
+    """
     return _redact(value, name if is_secret_name(name) else "", _known())
 
 
@@ -193,7 +265,12 @@ def _redact(value: Any, secret: str, known: re.Pattern[str] | None) -> Any:
     if isinstance(value, (list, tuple)):
         return [_redact(inner, secret, known) for inner in value]
     if secret and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value if _names_token(WORD.findall(secret.lower())) and abs(value) < 10 ** (SHORTEST_NUMBER - 1) else HIDDEN
+        return (
+            value
+            if _names_token(WORD.findall(secret.lower()))
+            and abs(value) < 10 ** (SHORTEST_NUMBER - 1)
+            else HIDDEN
+        )
     if not isinstance(value, str) or not value:
         return value
     if secret:
@@ -236,8 +313,15 @@ def logger(name: str) -> logging.Logger:
 def hide_in_tracebacks() -> None:
     """Have errors that nobody caught, in any thread, end up on standard error without secrets."""
 
-    def show(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
-        print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
+    def show(
+        kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        print(
+            redact("".join(traceback.format_exception(kind, error, trace))),
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
 
     sys.excepthook = show
     threading.excepthook = lambda args: show(args.exc_type, args.exc_value, args.exc_traceback)

@@ -1,4 +1,6 @@
-"""What a configuration is made of: frozen dataclasses whose fields are made by `option(default, doc)`, and faults in what a user asked."""
+"""What a configuration is made of: frozen dataclasses whose fields are made by `option(default,
+doc)`, and faults in what a user asked.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ REQUIRED = MISSING
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong with what the user asked for: where it stands, what is wrong, and the way out."""
+    """Something wrong with what the user asked for: where it stands, what is wrong, and the way
+    out.
+    """
 
     where: str
     problem: str
@@ -40,7 +44,9 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Parsed(Generic[C]):
-    """A configuration (values that had a fault stand at their default, required ones empty) and the faults."""
+    """A configuration (values that had a fault stand at their default, required ones empty) and the
+    faults.
+    """
 
     config: C
     faults: tuple[Fault, ...]
@@ -67,15 +73,27 @@ class Leaf:
 
 
 def option(
-    default: Any, doc: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None,
+    default: Any,
+    doc: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
     spellings: Mapping[str, str] | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """A configuration field with its one line of documentation.
 
-    `minimum`/`maximum` are inclusive bounds and `above` an exclusive one; `spellings` maps accepted spellings of a
-    value to ours. `REQUIRED` as the default makes the key mandatory; `"${other.key}"` takes another key's value.
+    `minimum`/`maximum` are inclusive bounds and `above` an exclusive one; `spellings` maps accepted
+    spellings of a value to ours. `REQUIRED` as the default makes the key mandatory;
+    `"${other.key}"` takes another key's value.
     """
-    metadata = {"doc": doc, "minimum": minimum, "above": above, "maximum": maximum, "spellings": spellings or {}}
+    metadata = {
+        "doc": doc,
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+        "spellings": spellings or {},
+    }
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -85,15 +103,22 @@ def leaves(schema: type, prefix: str = "") -> Iterator[Leaf]:
     """Every key of a configuration, in the order of its dataclasses, required ones first in each."""
     hints = typing.get_type_hints(schema)
     for entry in sorted(fields(schema), key=lambda entry: entry.default != REQUIRED):
-        kind, key = hints[entry.name], prefix + entry.name
+        kind = hints[entry.name]
+        key = prefix + entry.name
         if is_dataclass(kind):
             yield from leaves(typing.cast(type, kind), key + ".")
             continue
-        options = [t for t in typing.get_args(kind) if t is not type(None)] if is_union(kind) else [kind]
+        options = (
+            [t for t in typing.get_args(kind) if t is not type(None)] if is_union(kind) else [kind]
+        )
         nullable = is_union(kind) and type(None) in typing.get_args(kind)
         bare = options[0] if len(options) == 1 else typing.Union[tuple(options)]  # noqa: UP007
         meta = entry.metadata
-        default = entry.default if entry.default is not NO_DEFAULT else typing.cast(Any, entry.default_factory)()
+        default = (
+            entry.default
+            if entry.default is not NO_DEFAULT
+            else typing.cast(Any, entry.default_factory)()
+        )
         bounds = meta["minimum"], meta["above"], meta["maximum"]
         yield Leaf(key, bare, nullable, default, meta["doc"], *bounds, meta["spellings"])
 
@@ -107,7 +132,8 @@ def is_dict(kind: Any) -> bool:
 
 
 def plain_words(kind: Any) -> str:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    args = typing.get_args(kind)
     if is_union(kind):
         return " or ".join(plain_words(a) for a in args)
     if origin is Literal:

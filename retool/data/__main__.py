@@ -22,32 +22,100 @@ from retool.data.render.renderer import HISTORIES, Renderer, load_tokenizer, oth
 from retool.data.tokenise import TRUNCATIONS
 from retool.model.hub import find_model
 
-EXAMPLE = "example: python -m retool.data audit train.parquet --model Qwen/Qwen2.5-0.5B-Instruct --max-length 16384 --html audit.html"
+EXAMPLE = (
+    "example: python -m retool.data audit train.parquet --model Qwen/Qwen2.5-0.5B-Instruct "
+    "--max-length 16384 --html audit.html"
+)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; each option's key in a training run is in its help."""
-    top = argparse.ArgumentParser(prog="python -m retool.data", description="Datasets of conversations.")
+    top = argparse.ArgumentParser(
+        prog="python -m retool.data", description="Datasets of conversations."
+    )
     commands = top.add_subparsers(dest="command", required=True)
-    own = commands.add_parser("audit", help="check and show a dataset", description="Check every row as training would.", epilog=EXAMPLE)
-    own.add_argument("files", nargs="+", help="parquet or JSON-lines files, folders, globs, URLs (data.train_files)")
-    own.add_argument("--model", required=True, help="folder or hub id with the tokenizer (model.partial_pretrain)")
-    own.add_argument("--max-length", type=int, default=4096, help="longest sample in tokens (data.max_length; default %(default)s)")
-    own.add_argument("--truncation", choices=TRUNCATIONS, default="error", help="what becomes of longer ones (data.truncation)")
-    own.add_argument("--history", choices=HISTORIES, default="error", help="templates that rewrite history (data.multiturn.history)")
+    own = commands.add_parser(
+        "audit",
+        help="check and show a dataset",
+        description="Check every row as training would.",
+        epilog=EXAMPLE,
+    )
+    own.add_argument(
+        "files",
+        nargs="+",
+        help="parquet or JSON-lines files, folders, globs, URLs (data.train_files)",
+    )
+    own.add_argument(
+        "--model",
+        required=True,
+        help="folder or hub id with the tokenizer (model.partial_pretrain)",
+    )
+    own.add_argument(
+        "--max-length",
+        type=int,
+        default=4096,
+        help="longest sample in tokens (data.max_length; default %(default)s)",
+    )
+    own.add_argument(
+        "--truncation",
+        choices=TRUNCATIONS,
+        default="error",
+        help="what becomes of longer ones (data.truncation)",
+    )
+    own.add_argument(
+        "--history",
+        choices=HISTORIES,
+        default="error",
+        help="templates that rewrite history (data.multiturn.history)",
+    )
     own.add_argument("--chat-template", help="hermes, or a jinja file (data.chat_template)")
-    own.add_argument("--template-kwargs", type=_mapping, default={}, metavar="JSON", help="data.apply_chat_template_kwargs")
-    own.add_argument("--reasoning-in-content", action="store_true", help="write thoughts as <think>…</think> (data.reasoning_in_content)")
-    own.add_argument("--drop-reasoning", action="store_true", help="leave thoughts out (data.drop_reasoning)")
-    own.add_argument("--template-date", metavar="DATE", help="the day that the template shows, where it does (data.template_date)")
-    own.add_argument("--single-turn", action="store_true", help="rows are a prompt and a response (data.multiturn.enable=false)")
+    own.add_argument(
+        "--template-kwargs",
+        type=_mapping,
+        default={},
+        metavar="JSON",
+        help="data.apply_chat_template_kwargs",
+    )
+    own.add_argument(
+        "--reasoning-in-content",
+        action="store_true",
+        help="write thoughts as <think>…</think> (data.reasoning_in_content)",
+    )
+    own.add_argument(
+        "--drop-reasoning", action="store_true", help="leave thoughts out (data.drop_reasoning)"
+    )
+    own.add_argument(
+        "--template-date",
+        metavar="DATE",
+        help="the day that the template shows, where it does (data.template_date)",
+    )
+    own.add_argument(
+        "--single-turn",
+        action="store_true",
+        help="rows are a prompt and a response (data.multiturn.enable=false)",
+    )
     for key in ("messages", "tools", "enable-thinking", "prompt", "response"):
-        own.add_argument(f"--{key}-key", default=key.replace("-", "_"), help="name of the column (default %(default)s)")
-    own.add_argument("--rows", metavar="FILE:FUNCTION", help="a function (path) -> rows of yours (data.custom_cls.path, name)")
-    own.add_argument("--max-rows", type=int, default=-1, help="only the first rows (data.train_max_samples)")
+        own.add_argument(
+            f"--{key}-key",
+            default=key.replace("-", "_"),
+            help="name of the column (default %(default)s)",
+        )
+    own.add_argument(
+        "--rows",
+        metavar="FILE:FUNCTION",
+        help="a function (path) -> rows of yours (data.custom_cls.path, name)",
+    )
+    own.add_argument(
+        "--max-rows", type=int, default=-1, help="only the first rows (data.train_max_samples)"
+    )
     own.add_argument("--show", type=int, help="samples to show (default 3, in a page 50)")
     own.add_argument("--html", metavar="FILE", help="write one self-contained page")
-    own.add_argument("--num-workers", type=int, default=2, help="processes (data.num_workers; default %(default)s)")
+    own.add_argument(
+        "--num-workers",
+        type=int,
+        default=2,
+        help="processes (data.num_workers; default %(default)s)",
+    )
     own.add_argument("--trust-remote-code", action="store_true", help="model.trust_remote_code")
     return top
 
@@ -58,7 +126,9 @@ def _mapping(text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(text + """ isn't a JSON object such as {"enable_thinking": false}""")
+        raise argparse.ArgumentTypeError(
+            text + """ isn't a JSON object such as {"enable_thinking": false}"""
+        )
     return value
 
 
@@ -81,7 +151,9 @@ def _audit(options: argparse.Namespace) -> int:
         function = load_function(path, name)
     folder = find_model(options.model, weights=False)
     if options.drop_reasoning and options.reasoning_in_content:
-        raise ValueError("--drop-reasoning and --reasoning-in-content contradict each other: choose one.")
+        raise ValueError(
+            "--drop-reasoning and --reasoning-in-content contradict each other: choose one."
+        )
     tokenizer = load_tokenizer(str(folder), options.trust_remote_code)
     renderer = Renderer(
         tokenizer,
@@ -95,11 +167,23 @@ def _audit(options: argparse.Namespace) -> int:
     show = max(on_terminal, 50) if options.html and options.show is None else on_terminal
     with RowProgress(count_rows(files)) as progress:
         found = audit(
-            files, renderer, max_length=options.max_length, truncation=options.truncation, history=options.history,
-            multiturn=not options.single_turn, messages_key=options.messages_key, tools_key=options.tools_key,
-            enable_thinking_key=options.enable_thinking_key, prompt_key=options.prompt_key, response_key=options.response_key,
-            rows_function=function, max_samples=options.max_rows, num_workers=options.num_workers, show=show, progress=progress,
-        )  # fmt: skip
+            files,
+            renderer,
+            max_length=options.max_length,
+            truncation=options.truncation,
+            history=options.history,
+            multiturn=not options.single_turn,
+            messages_key=options.messages_key,
+            tools_key=options.tools_key,
+            enable_thinking_key=options.enable_thinking_key,
+            prompt_key=options.prompt_key,
+            response_key=options.response_key,
+            rows_function=function,
+            max_samples=options.max_rows,
+            num_workers=options.num_workers,
+            show=show,
+            progress=progress,
+        )
     show_audit(found, Console(), on_terminal)
     for note in other_tokens(renderer.tokenizer, folder):
         print(f"note: {clean(note)}")

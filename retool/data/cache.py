@@ -1,9 +1,11 @@
-"""Every row tokenised once, up front, into a folder of flat arrays that all ranks then map into memory.
+"""Every row tokenised once, up front, into a folder of flat arrays that all ranks then map into
+memory.
 
-The folder is named by everything its content depends on, so a second run, or the other ranks of this one, only open it:
-  tokens.bin int32 [N]   ids of all samples end to end          lengths.npy int32 [n]   tokens of each sample
-  mask.bin   bool  [N]   True where the token is trained        trained.npy int32 [n]   trained tokens of each
-  report.json            what was kept, cut, dropped; hashes    rows.npy    int32 [n,2] (file, row) it is from
+The folder is named by everything its content depends on, so a second run, or the other ranks of
+  this one, only open it: tokens.bin int32 [N]   ids of all samples end to end          lengths.npy
+  int32 [n]   tokens of each sample mask.bin   bool  [N]   True where the token is trained
+  trained.npy int32 [n]   trained tokens of each report.json            what was kept, cut, dropped;
+  hashes    rows.npy    int32 [n,2] (file, row) it is from
 
 A folder that isn't as it was written (`integrity`) is made again, and a note says so.
 """
@@ -54,7 +56,10 @@ log = logger("retool.data")
 
 
 class Dataset:
-    """Tokenised samples in memory-mapped files. `lengths` and `trained` int32 [n]; index it for a `Sample`."""
+    """Tokenised samples in memory-mapped files.
+
+    `lengths` and `trained` int32 [n]; index it for a `Sample`.
+    """
 
     def __init__(self, folder: Path, check: BackgroundCheck | None = None) -> None:
         self.folder = folder
@@ -76,7 +81,10 @@ class Dataset:
         return Sample(np.array(self._tokens[part]), np.array(self._mask[part]))
 
     def find_id(self, at_least: int) -> tuple[int, int] | None:
-        """(sample, token id) of the first token whose id is `at_least` or more. Reads all tokens, a few million at a time."""
+        """(sample, token id) of the first token whose id is `at_least` or more.
+
+        Reads all tokens, a few million at a time.
+        """
         for start in range(0, len(self._tokens), SCANNED_TOKENS):
             part = self._tokens[start : start + SCANNED_TOKENS]
             places = np.flatnonzero(part >= at_least)
@@ -86,7 +94,9 @@ class Dataset:
         return None
 
     def problem(self) -> str | None:
-        """What a comparison in the background has found to be wrong with these files, in words for the user."""
+        """What a comparison in the background has found to be wrong with these files, in words for
+        the user.
+        """
         return self._check.problem if self._check is not None else None
 
     def origin(self, index: int) -> tuple[int, int]:
@@ -95,8 +105,9 @@ class Dataset:
 
 
 def default_cache_dir() -> Path:
-    """The user's cache folder, or a temporary one of this user's where there is none that can be written. ValueError where that is
-    another user's."""
+    """The user's cache folder, or a temporary one of this user's where there is none that can be
+    written. ValueError where that is another user's.
+    """
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # in containers: no HOME, and no entry in /etc/passwd
@@ -106,55 +117,104 @@ def default_cache_dir() -> Path:
 
 
 def _own_temporary() -> Path:
-    """A folder below /tmp that nobody else can write. Its name can be guessed, so another user may have made it, or a link there."""
+    """A folder below /tmp that nobody else can write.
+
+    Its name can be guessed, so another user may have made it, or a link there.
+    """
     folder = Path(tempfile.gettempdir()) / f"retool-{os.getuid()}"
     way_out = "Give another place for the tokenised data: data.cache_dir=/a/folder/of/yours."
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
     except OSError as error:
-        raise ValueError(f"{folder} can't be made ({error.strerror or error}). {way_out}") from error
+        raise ValueError(
+            f"{folder} can't be made ({error.strerror or error}). {way_out}"
+        ) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise ValueError(f"{folder} is another user's, or a link: what is read from there could be anybody's. {way_out}")
+        raise ValueError(
+            f"{folder} is another user's, or a link: what is read from there could be anybody's. {way_out}"
+        )
     if found.st_mode & 0o022:
-        raise ValueError(f"{folder} can be written by other users. chmod 700 {folder}, or: {way_out}")
+        raise ValueError(
+            f"{folder} can be written by other users. chmod 700 {folder}, or: {way_out}"
+        )
     return folder
 
 
 def open_dataset(
-    files: str | Sequence[str], renderer: Renderer, *, max_length: int = 4096, truncation: str = "error", history: str = "error",
-    multiturn: bool = True, messages_key: str = "messages", tools_key: str = "tools", enable_thinking_key: str = "enable_thinking",
-    prompt_key: str = "prompt", response_key: str = "response", custom_path: str | None = None, custom_name: str | None = None,
-    max_samples: int = -1, num_workers: int = 2, cache_dir: str | Path | None = None, progress: Callable[[int], None] | None = None,
-) -> tuple[Dataset, DatasetReport]:  # fmt: skip
-    """Tokenise the rows of `files` (or find them tokenised) and map them. Ranks may call it together: one of them works.
+    files: str | Sequence[str],
+    renderer: Renderer,
+    *,
+    max_length: int = 4096,
+    truncation: str = "error",
+    history: str = "error",
+    multiturn: bool = True,
+    messages_key: str = "messages",
+    tools_key: str = "tools",
+    enable_thinking_key: str = "enable_thinking",
+    prompt_key: str = "prompt",
+    response_key: str = "response",
+    custom_path: str | None = None,
+    custom_name: str | None = None,
+    max_samples: int = -1,
+    num_workers: int = 2,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Dataset, DatasetReport]:
+    """Tokenise the rows of `files` (or find them tokenised) and map them.
 
-    `progress` is called with the number of rows done. `custom_path` and `custom_name` name a function `(path) -> rows`;
-    its file is part of the cache's name, what it imports isn't. Raises ValueError, with the first refused rows, when any
-    row can't be used, a column or file is missing, or nothing is left to train.
+    Ranks may call it together: one of them works.
+
+    `progress` is called with the number of rows done. `custom_path` and `custom_name` name a
+    function `(path) -> rows`; its file is part of the cache's name, what it imports isn't. Raises
+    ValueError, with the first refused rows, when any row can't be used, a column or file is
+    missing, or nothing is left to train.
     """
-    for value, known, key in ((truncation, TRUNCATIONS, "truncation"), (history, HISTORIES, "multiturn.history")):
+    for value, known, key in (
+        (truncation, TRUNCATIONS, "truncation"),
+        (history, HISTORIES, "multiturn.history"),
+    ):
         if value not in known:
             raise ValueError(f"data.{key}={value} is unknown: use {', '.join(known)}.")
     if max_length < 2:
-        raise ValueError(f"data.max_length={max_length} must be at least 2: a token is trained by the one before it.")
-    form = RowFormat(multiturn, messages_key, tools_key, enable_thinking_key, prompt_key, response_key)
+        raise ValueError(
+            f"data.max_length={max_length} must be at least 2: a token is trained by the one before it."
+        )
+    form = RowFormat(
+        multiturn, messages_key, tools_key, enable_thinking_key, prompt_key, response_key
+    )
     function = load_function(custom_path, custom_name or "") if custom_path else None
     found = resolve_files(files, any_suffix=function is not None)
     if function is None:
         for file in found:
             form.check(file)
-    content = "" if custom_path is None else f"{Path(custom_path).read_text(encoding='utf-8')}:{custom_name}"
+    content = (
+        ""
+        if custom_path is None
+        else f"{Path(custom_path).read_text(encoding='utf-8')}:{custom_name}"
+    )
     choices = repr((form, max_length, truncation, history, max_samples))
     identity = [*map(file_identity, found), renderer.fingerprint(), choices, content, _code()]
-    folder = Path(cache_dir or default_cache_dir()) / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:32]
+    folder = (
+        Path(cache_dir or default_cache_dir())
+        / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:32]
+    )
     _make(folder.parent)
     with FileLock(f"{folder}.lock"):
         comparing = _is_whole(folder) and _to_compare(folder)
         if not folder.exists():  # never made, or damaged
-            task = partial(tokenise_chunk, renderer=renderer, form=form, max_length=max_length, truncation=truncation, history=history)
+            task = partial(
+                tokenise_chunk,
+                renderer=renderer,
+                form=form,
+                max_length=max_length,
+                truncation=truncation,
+                history=history,
+            )
             chunks = iter_chunks(found, form.columns, function, max_samples)
-            _build(folder, found, map_chunks(task, chunks, num_workers), progress or (lambda _: None))
+            _build(
+                folder, found, map_chunks(task, chunks, num_workers), progress or (lambda _: None)
+            )
             checked_by_this_run(folder)
         report = read_report(folder)["report"]
         said = DatasetReport(**{**report, "files": tuple(report["files"])})
@@ -162,7 +222,10 @@ def open_dataset(
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a cache is there, with the right sizes. A damaged one is said, and renamed out of the way."""
+    """Whether a cache is there, with the right sizes.
+
+    A damaged one is said, and renamed out of the way.
+    """
     if not os.path.lexists(folder):
         return False
     wrong = damage(folder, everything=False)
@@ -172,7 +235,9 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _to_compare(folder: Path) -> bool:
-    """Compare everything with what was written, once a run, where that is quick; True where it is still to be done."""
+    """Compare everything with what was written, once a run, where that is quick; True where it is
+    still to be done.
+    """
     if checked_by_this_run(folder):
         return False
     if not is_small(folder):
@@ -184,7 +249,8 @@ def _to_compare(folder: Path) -> bool:
 
 
 def _discard(folder: Path, wrong: str) -> None:
-    # Not a warning: those of other ranks than the first aren't shown, and any rank may be the one that looks.
+    # Not a warning: those of other ranks than the first aren't shown, and any rank may be the one
+    # that looks.
     log.error("note: the token cache %s is damaged (%s). It is made again.", folder, wrong)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_building(folder)))
     folder.rename(aside / "damaged")
@@ -201,7 +267,10 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"data.cache_dir={folder} can't be written ({error.strerror or error}): choose another data.cache_dir.") from error
+        raise ValueError(
+            f"data.cache_dir={folder} can't be written ({error.strerror or error}): choose another "
+            "data.cache_dir."
+        ) from error
 
 
 def _code() -> str:
@@ -209,12 +278,21 @@ def _code() -> str:
     import tokenizers
     import transformers
 
-    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.*")) if path.suffix in (".py", ".jinja")]
+    sources = [
+        path.read_bytes()
+        for path in sorted(Path(__file__).parent.rglob("*.*"))
+        if path.suffix in (".py", ".jinja")
+    ]
     return f"{hashlib.sha256(b''.join(sources)).hexdigest()}:{transformers.__version__}:{tokenizers.__version__}"
 
 
-def _build(folder: Path, files: Sequence[str], parts: Iterable[Tokenised], progress: Callable[[int], None]) -> None:
-    """Tokenise into a folder aside, which gets the cache's name once everything is on disk. The caller holds the cache's lock."""
+def _build(
+    folder: Path, files: Sequence[str], parts: Iterable[Tokenised], progress: Callable[[int], None]
+) -> None:
+    """Tokenise into a folder aside, which gets the cache's name once everything is on disk.
+
+    The caller holds the cache's lock.
+    """
     for torn in folder.parent.glob(f"{_building(folder)}*"):
         shutil.rmtree(torn, ignore_errors=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_building(folder)))
@@ -223,21 +301,30 @@ def _build(folder: Path, files: Sequence[str], parts: Iterable[Tokenised], progr
         report = _write(work, list(files), parts, progress)
         for file, then in zip(files, before, strict=True):
             if file_identity(file) != then:
-                raise ValueError(f"{file} changed while it was read. Start again once nobody writes to it.")
+                raise ValueError(
+                    f"{file} changed while it was read. Start again once nobody writes to it."
+                )
         seal(work, asdict(report))
         work.rename(folder)
     except OSError as error:
         if error.errno in NO_ROOM:
             way_out = "make room, or choose another data.cache_dir"
-            raise ValueError(f"data.cache_dir={folder.parent} can't be written ({error.strerror}): {way_out}.") from error
+            raise ValueError(
+                f"data.cache_dir={folder.parent} can't be written ({error.strerror}): {way_out}."
+            ) from error
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(work: Path, files: list[str], parts: Iterable[Tokenised], progress: Callable[[int], None]) -> DatasetReport:
-    report, refusals = DatasetReport(files=tuple(files)), Refusals()
-    lengths, trained, rows = [], [], []
+def _write(
+    work: Path, files: list[str], parts: Iterable[Tokenised], progress: Callable[[int], None]
+) -> DatasetReport:
+    report = DatasetReport(files=tuple(files))
+    refusals = Refusals()
+    lengths = []
+    trained = []
+    rows = []
     content = hashlib.blake2b(digest_size=16)
     with open(work / "tokens.bin", "wb") as tokens, open(work / "mask.bin", "wb") as masks:
         for part in parts:
@@ -246,7 +333,8 @@ def _write(work: Path, files: list[str], parts: Iterable[Tokenised], progress: C
                 mask = sample.mask.tobytes()
                 tokens.write(ids)
                 masks.write(mask)
-                # With its length, so that no two ways of cutting the same tokens into samples have one hash.
+                # With its length, so that no two ways of cutting the same tokens into samples have
+                # one hash.
                 content.update(len(sample).to_bytes(8, "little") + ids + mask)
             lengths += [len(sample) for sample in part.samples]
             trained += [sample.trained for sample in part.samples]

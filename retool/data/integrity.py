@@ -1,6 +1,8 @@
-"""Whether a token cache is still what was written: sizes and small files at every opening, all of it once a run.
+"""Whether a token cache is still what was written: sizes and small files at every opening, all of
+it once a run.
 
-`report.json` holds the size and SHA-256 of every other file and ends with a hash of itself. A cache that differs is made again.
+`report.json` holds the size and SHA-256 of every other file and ends with a hash of itself. A cache
+that differs is made again.
 """
 
 from __future__ import annotations
@@ -15,16 +17,27 @@ from pathlib import Path
 from typing import Any
 
 REPORT = "report.json"
-SMALL = ("lengths.npy", "trained.npy", "rows.npy")  # read whole at every opening, so compared at every opening
+# Read whole at every opening, so compared at every opening
+SMALL = (
+    "lengths.npy",
+    "trained.npy",
+    "rows.npy",
+)
 LARGE = ("tokens.bin", "mask.bin")
 CHECKED = "content_checked.txt"  # the run that last compared everything
 READ_BYTES = 1 << 22
-WAIT_FOR_BYTES = 1 << 30  # a larger cache, which takes more than a second, is compared while the run goes on
+# A larger cache, which takes more than a second, is compared while the run goes on
+WAIT_FOR_BYTES = 1 << 30
 
 
 def seal(work: Path, report: Mapping[str, Any]) -> None:
-    """Write `report.json` beside the finished files of a cache, with their hashes; all of it survives a power cut."""
-    files = {name: {"size": (work / name).stat().st_size, "sha256": _digest(work / name)} for name in (*SMALL, *LARGE)}
+    """Write `report.json` beside the finished files of a cache, with their hashes; all of it
+    survives a power cut.
+    """
+    files = {
+        name: {"size": (work / name).stat().st_size, "sha256": _digest(work / name)}
+        for name in (*SMALL, *LARGE)
+    }
     body = json.dumps({"report": dict(report), "files": files})
     (work / REPORT).write_text(f"{body}\n{_hash(body)}\n", encoding="utf-8")
     for path in (*(work / name for name in files), work / REPORT, work):
@@ -43,7 +56,10 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path, everything: bool) -> str | None:
-    """What is wrong with a cache; None if nothing is. `everything`: its large files are read, too."""
+    """What is wrong with a cache; None if nothing is.
+
+    `everything`: its large files are read, too.
+    """
     try:
         files = read_report(folder)["files"]
         for name, entry in files.items():
@@ -66,7 +82,9 @@ def is_small(folder: Path) -> bool:
 
 
 def checked_by_this_run(folder: Path) -> bool:
-    """Whether another rank of this run has compared everything already; if not, this one is to do it now. Call it under the lock."""
+    """Whether another rank of this run has compared everything already; if not, this one is to do
+    it now. Call it under the lock.
+    """
     run = _this_run()
     note = folder / CHECKED
     with contextlib.suppress(OSError, ValueError):
@@ -78,12 +96,17 @@ def checked_by_this_run(folder: Path) -> bool:
 
 
 class BackgroundCheck:
-    """Compares all of a large cache in a thread. `problem` is None until something is found to be wrong."""
+    """Compares all of a large cache in a thread.
+
+    `problem` is None until something is found to be wrong.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.problem: str | None = None
-        self._thread = threading.Thread(target=self._compare, name="retool-cache-check", daemon=True)
+        self._thread = threading.Thread(
+            target=self._compare, name="retool-cache-check", daemon=True
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -96,13 +119,16 @@ class BackgroundCheck:
             return
         (self.folder / REPORT).unlink(missing_ok=True)  # so that the next start makes it again
         self.problem = (
-            f"the token cache {self.folder} is damaged ({wrong}), and this run has read from it. Start the same command again: it makes "
-            "the cache again and goes on from the last checkpoint. Checkpoints since this start may have been trained on wrong tokens."
+            f"the token cache {self.folder} is damaged ({wrong}), and this run has read from it. "
+            "Start the same command again: it makes the cache again and goes on from the last "
+            "checkpoint. Checkpoints since this start may have been trained on wrong tokens."
         )
 
 
 def _this_run() -> str | None:
-    """What all ranks of a run on one machine have in common, and other runs haven't: their launcher. None without one."""
+    """What all ranks of a run on one machine have in common, and other runs haven't: their
+    launcher. None without one.
+    """
     if "WORLD_SIZE" not in os.environ:
         return None
     launcher = os.getppid()
@@ -110,7 +136,15 @@ def _this_run() -> str | None:
         started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None
-    named = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
+    named = [
+        os.environ.get(name, "")
+        for name in (
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "TORCHELASTIC_RUN_ID",
+            "TORCHELASTIC_RESTART_COUNT",
+        )
+    ]
     return " ".join([str(launcher), started, *named])
 
 

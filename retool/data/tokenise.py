@@ -1,4 +1,6 @@
-"""Chunks of rows to tokenised samples, by worker processes; refused rows are collected and counted, never passed over."""
+"""Chunks of rows to tokenised samples, by worker processes; refused rows are collected and counted,
+never passed over.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ SUMMED = (
     "undeclared_calls",
     "quoting",
 )
-INLINE_CHUNKS = 4  # so many are tokenised in this process before workers, which take seconds to start, pay off
+INLINE_CHUNKS = (
+    4  # so many are tokenised in this process before workers, which take seconds to start, pay off
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ class DatasetReport:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0  # tokens, before truncation
-    dropped_thoughts: int = 0  # trained turns without what the row says was thought (data.drop_reasoning)
+    dropped_thoughts: int = (
+        0  # trained turns without what the row says was thought (data.drop_reasoning)
+    )
     highest_id: int = -1  # of any token; the model's embedding must have a row for it
     content: str = ""  # hash of every sample's tokens and mask, in order; parts have none
 
@@ -69,14 +75,16 @@ class DatasetReport:
         }
         lost = [f"{count:,} {what}" for what, count in counts.items() if count]
         return (
-            f"{self.rows:,} rows, {self.samples:,} samples, {self.tokens:,} tokens, {share:.1%} trained, longest {self.longest:,}"
-            f"{'; ' if lost else ''}{', '.join(lost)}"
+            f"{self.rows:,} rows, {self.samples:,} samples, {self.tokens:,} tokens, {share:.1%} "
+            f"trained, longest {self.longest:,}{'; ' if lost else ''}{', '.join(lost)}"
         )
 
 
 @dataclass
 class Tokenised:
-    """What a chunk of rows became: the samples to keep, the (file, row) of each, and why other rows were refused."""
+    """What a chunk of rows became: the samples to keep, the (file, row) of each, and why other rows
+    were refused.
+    """
 
     samples: list[Sample] = field(default_factory=list)
     rows: list[tuple[str, int]] = field(default_factory=list)
@@ -87,27 +95,47 @@ class Tokenised:
 def add_reports(total: DatasetReport, part: DatasetReport) -> DatasetReport:
     summed = {name: getattr(total, name) + getattr(part, name) for name in SUMMED}
     longest = max(total.longest, part.longest)
-    return replace(total, **summed, longest=longest, highest_id=max(total.highest_id, part.highest_id))
+    return replace(
+        total, **summed, longest=longest, highest_id=max(total.highest_id, part.highest_id)
+    )
 
 
 def truncate(sample: Sample, max_length: int, truncation: str) -> Sample | None:
-    """Cut a sample to `max_length` tokens, mask aligned; None where it is dropped. Raises ValueError under `error`."""
+    """Cut a sample to `max_length` tokens, mask aligned; None where it is dropped.
+
+    Raises ValueError under `error`.
+    """
     if len(sample) <= max_length:
         return sample
     if truncation == "error":
         raise ValueError(
-            f"it has {len(sample):,} tokens, more than data.max_length={max_length}: raise that, or set data.truncation=drop"
-            " (or left, right)."
+            f"it has {len(sample):,} tokens, more than data.max_length={max_length}: raise that, or "
+            "set data.truncation=drop (or left, right)."
         )
     if truncation == "drop":
         return None
-    part = slice(None, max_length) if truncation == "right" else slice(len(sample) - max_length, None)
+    part = (
+        slice(None, max_length) if truncation == "right" else slice(len(sample) - max_length, None)
+    )
     return Sample(sample.tokens[part], sample.mask[part])
 
 
-def tokenise_chunk(chunk: Chunk, renderer: Renderer, form: RowFormat, max_length: int, truncation: str, history: str) -> Tokenised:
+def tokenise_chunk(
+    chunk: Chunk,
+    renderer: Renderer,
+    form: RowFormat,
+    max_length: int,
+    truncation: str,
+    history: str,
+) -> Tokenised:
     """Render every row of a chunk; refused rows are collected, not raised."""
-    out, rows, split, truncated, long, untrained, longest = Tokenised(), 0, 0, 0, 0, 0, 0
+    out = Tokenised()
+    rows = 0
+    split = 0
+    truncated = 0
+    long = 0
+    untrained = 0
+    longest = 0
     thoughts = undeclared = quoting = 0
     for index, raw in chunk:
         rows += 1
@@ -142,11 +170,20 @@ def tokenise_chunk(chunk: Chunk, renderer: Renderer, form: RowFormat, max_length
                 out.samples.append(sample)
                 out.rows.append((chunk.file, index))
     out.report = DatasetReport(
-        rows=rows, samples=len(out.samples), split=split, truncated=truncated, dropped_long=long, dropped_untrained=untrained,
-        tokens=sum(map(len, out.samples)), trained_tokens=sum(sample.trained for sample in out.samples), longest=longest,
-        highest_id=max((int(sample.tokens.max()) for sample in out.samples), default=-1), dropped_thoughts=thoughts,
-        undeclared_calls=undeclared, quoting=quoting,
-    )  # fmt: skip
+        rows=rows,
+        samples=len(out.samples),
+        split=split,
+        truncated=truncated,
+        dropped_long=long,
+        dropped_untrained=untrained,
+        tokens=sum(map(len, out.samples)),
+        trained_tokens=sum(sample.trained for sample in out.samples),
+        longest=longest,
+        highest_id=max((int(sample.tokens.max()) for sample in out.samples), default=-1),
+        dropped_thoughts=thoughts,
+        undeclared_calls=undeclared,
+        quoting=quoting,
+    )
     return out
 
 
@@ -166,15 +203,22 @@ def _run_task(chunk: Chunk) -> Any:
 
 def _killed(chunks: Sequence[Chunk]) -> str:
     """What to say when a process ended with these chunks in work."""
-    rows = " or ".join(f"{chunk.file}, rows {chunk.start:,} to {chunk.start + len(chunk) - 1:,}" for chunk in chunks)
+    rows = " or ".join(
+        f"{chunk.file}, rows {chunk.start:,} to {chunk.start + len(chunk) - 1:,}"
+        for chunk in chunks
+    )
     return (
-        f"a tokenising process was killed, at {rows or 'its start'}: the system does that where memory is short."
-        " Take fewer of them (data.num_workers; 0: none), or shorter rows."
+        f"a tokenising process was killed, at {rows or 'its start'}: the system does that where "
+        "memory is short. Take fewer of them (data.num_workers; 0: none), or shorter rows."
     )
 
 
-def map_chunks(task: Callable[[Chunk], Any], chunks: Iterable[Chunk], num_workers: int) -> Iterator[Any]:
-    """`task` of every chunk, in order, by `num_workers` processes (0: this one); a few chunks ahead at most."""
+def map_chunks(
+    task: Callable[[Chunk], Any], chunks: Iterable[Chunk], num_workers: int
+) -> Iterator[Any]:
+    """`task` of every chunk, in order, by `num_workers` processes (0: this one); a few chunks ahead
+    at most.
+    """
     ahead = iter(chunks)
     for chunk in islice(ahead, INLINE_CHUNKS if num_workers > 0 else None):
         yield task(chunk)
@@ -183,7 +227,9 @@ def map_chunks(task: Callable[[Chunk], Any], chunks: Iterable[Chunk], num_worker
         return
     # Spawned, not forked: the parent may already hold CUDA and threads.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=(task,))
+    pool = ProcessPoolExecutor(
+        num_workers, mp_context=context, initializer=_start_worker, initargs=(task,)
+    )
     waiting: deque[tuple[Chunk, Future[Any]]] = deque()
     try:
         for chunk in chain([following], ahead):

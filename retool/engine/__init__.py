@@ -1,4 +1,6 @@
-"""The rollout engine: continuous batching over a paged KV cache, with the decoder modules that training runs."""
+"""The rollout engine: continuous batching over a paged KV cache, with the decoder modules that
+training runs.
+"""
 
 from retool.engine.engine import Engine
 from retool.engine.schedule.params import EngineOptions, SamplingParams, Stats, TurnDone

@@ -1,12 +1,15 @@
-"""Chunks: several tokens of a sequence at once, of prompts and tool texts, in one of few shapes that a recorded graph can run.
+"""Chunks: several tokens of a sequence at once, of prompts and tool texts, in one of few shapes
+that a recorded graph can run.
 
-    tokens    | chunk | chunk | … | padding | padding | …            |    T: a power of two, 256 at least
-    items     | chunk | chunk | … | padding | padding | … | none | … |    S: 16, 64, 256, …, none longer than M: 256, 2,048, …, T
+    tokens    | chunk | chunk | … | padding | padding | …            |    T: a power of two, 256 at
+    least items     | chunk | chunk | … | padding | padding | … | none | … |    S: 16, 64, 256, …,
+    none longer than M: 256, 2,048, …, T
 
 A forward with shapes of its own costs the host more than the GPU: see `benchmarks/RESULTS.md`.
 
-[Note: padding] Padding is written to page 0, which nobody reads, and attends to that page, in items of up to `PADDING` tokens. Every query
-needs a key: flash-attn's paged kernel (2.8) writes outside of its memory for a block of queries that has none.
+[Note: padding] Padding is written to page 0, which nobody reads, and attends to that page, in items
+of up to `PADDING` tokens. Every query needs a key: flash-attn's paged kernel (2.8) writes outside
+of its memory for a block of queries that has none.
 """
 
 from __future__ import annotations
@@ -24,22 +27,36 @@ PADDING = 256
 
 
 class Chunks:
-    """Runs batches without single tokens, of up to `tokens` in up to `items` chunks, with page tables of up to `width` pages."""
+    """Runs batches without single tokens, of up to `tokens` in up to `items` chunks, with page
+    tables of up to `width` pages.
+    """
 
-    def __init__(self, model: Model, tokens: int, items: int, width: int, recordings: Recordings | None) -> None:
-        device, ranks = model.cache.data.device, model.plan.sp
-        self.model, self.recordings = model, recordings
+    def __init__(
+        self, model: Model, tokens: int, items: int, width: int, recordings: Recordings | None
+    ) -> None:
+        device = model.cache.data.device
+        ranks = model.plan.sp
+        self.model = model
+        self.recordings = recordings
         self.padding = min(PADDING, width * model.cache.page_size)
         self.most_tokens = -(-max(tokens, PADDING) // ranks) * ranks
         self.most_items = items + -(-self.most_tokens // self.padding)
-        self.inputs = torch.zeros(3, self.most_tokens, dtype=torch.int64, device=device)  # tokens, positions, slots
+        # tokens, positions, slots
+        self.inputs = torch.zeros(3, self.most_tokens, dtype=torch.int64, device=device)
         self.tables = torch.zeros(self.most_items, width, dtype=torch.int32, device=device)
-        self.ends = torch.zeros(2, self.most_items + 1, dtype=torch.int32, device=device)  # of every item's tokens and keys, from 0
-        self.hidden = torch.empty(0, device=device)  # what the blocks made of the tokens: one place for all shapes
+        # Of every item's tokens and keys, from 0
+        self.ends = torch.zeros(2, self.most_items + 1, dtype=torch.int32, device=device)
+        # What the blocks made of the tokens: one place for all shapes
+        self.hidden = torch.empty(0, device=device)
 
     def shape(self, tokens: int, items: int, longest: int) -> tuple[int, int, int]:
-        """(T, S, M) of the recorded step that runs so many, S with room for the padding. The kernel starts programs for S items of M."""
-        ranks, few, long = self.model.plan.sp, 16, PADDING
+        """(T, S, M) of the recorded step that runs so many, S with room for the padding.
+
+        The kernel starts programs for S items of M.
+        """
+        ranks = self.model.plan.sp
+        few = 16
+        long = PADDING
         many = min(self.most_tokens, -(-max(256, 1 << (tokens - 1).bit_length()) // ranks) * ranks)
         while few < items + -(-(many - tokens) // self.padding):
             few *= 4
@@ -62,13 +79,16 @@ class Chunks:
     def _place(self, tokens: int) -> Tensor:
         """[t, D] of `hidden`, which never moves once a graph writes there."""
         if not len(self.hidden):
-            decoder, most = self.model.decoder, self.most_tokens // self.model.plan.sp
+            decoder = self.model.decoder
+            most = self.most_tokens // self.model.plan.sp
             dtype = decoder.residual_dtype(self.model.cache.data.dtype)
             self.hidden = self.hidden.new_empty(most, decoder.config.hidden, dtype=dtype)
         return self.hidden[: tokens // self.model.plan.sp]
 
     def _fill(self, batch: Batch, tokens: int, items: int) -> None:
-        device, count, chunks = self.inputs.device, len(batch.tokens), len(batch.counts)
+        device = self.inputs.device
+        count = len(batch.tokens)
+        chunks = len(batch.counts)
         inputs = np.zeros((3, tokens), np.int64)
         inputs[:, :count] = batch.tokens, batch.positions, batch.slots
         inputs[1, count:] = np.arange(tokens - count) % self.padding
@@ -76,9 +96,14 @@ class Chunks:
         tables[:chunks, : batch.tables.shape[1]] = batch.tables
         ends = np.zeros((2, items + 1), np.int32)
         ends[:, 1 : chunks + 1] = np.cumsum([batch.counts, batch.lengths], 1)
-        filled = np.minimum(np.arange(1, items - chunks + 1) * self.padding, tokens - count)  # by the padding, item for item
+        # By the padding, item for item
+        filled = np.minimum(np.arange(1, items - chunks + 1) * self.padding, tokens - count)
         ends[:, chunks + 1 :] = ends[:, chunks, None] + filled
-        for target, source in ((self.inputs[:, :tokens], inputs), (self.tables[:items], tables), (self.ends[:, : items + 1], ends)):
+        for target, source in (
+            (self.inputs[:, :tokens], inputs),
+            (self.tables[:items], tables),
+            (self.ends[:, : items + 1], ends),
+        ):
             target.copy_(to_device(source, device))
 
     def _step(self, tokens: int, items: int, longest: int) -> None:
@@ -86,5 +111,14 @@ class Chunks:
         offsets, key_offsets = self.ends[:, : items + 1]
         tables = self.tables[:items]
         keys = tables.shape[1] * self.model.cache.page_size
-        pages = Pages(slots, tables, key_offsets.diff(), 0, offsets, key_offsets, counts=(longest,), host_lengths=(keys,))
+        pages = Pages(
+            slots,
+            tables,
+            key_offsets.diff(),
+            0,
+            offsets,
+            key_offsets,
+            counts=(longest,),
+            host_lengths=(keys,),
+        )
         self._place(tokens).copy_(hidden_states(self.model, ids, positions, pages))

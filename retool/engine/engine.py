@@ -1,4 +1,6 @@
-"""The engine: token ids in, sampled token ids with their log-probabilities out. It knows nothing of text, tools or rewards.
+"""The engine: token ids in, sampled token ids with their log-probabilities out.
+
+It knows nothing of text, tools or rewards.
 
     engine.sync(model)                                   the trainer's weights, after every update
     engine.start(key, ids, params, group)                any number of sequences
@@ -6,8 +8,8 @@
         for turn in engine.step():                       one forward; turns that ended
             engine.extend(turn.key, more_ids, params)    … or engine.drop(turn.key)
 
-With a tensor-parallel group all ranks `sync`; then rank 0 does the above and the others `follow()` until it calls `end()`: they get
-each forward's batch from it, so they never schedule.
+With a tensor-parallel group all ranks `sync`; then rank 0 does the above and the others `follow()`
+until it calls `end()`: they get each forward's batch from it, so they never schedule.
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ from retool.parallel.fsdp import Sharded
 
 
 class Part(NamedTuple):
-    """A forward whose draws weren't looked at: whose they are, and how many tokens each had. Who ends meanwhile is taken out of it. Without
-    a `flight` there are rows only, that wait for the next one."""
+    """A forward whose draws weren't looked at: whose they are, and how many tokens each had. Who
+    ends meanwhile is taken out of it. Without a `flight` there are rows only, that wait for the
+    next one.
+    """
 
     flight: Flight | None
     rows: list[seq.Sequence | None]
@@ -43,7 +47,9 @@ class Part(NamedTuple):
 
 
 class Flying(NamedTuple):
-    """A step that was started: single tokens in the loop, and chunks beside them; `other` can't be repeated."""
+    """A step that was started: single tokens in the loop, and chunks beside them; `other` can't be
+    repeated.
+    """
 
     loop: Part | None = None
     chunks: Part | None = None
@@ -53,14 +59,27 @@ class Flying(NamedTuple):
 class Engine:
     """One engine per data-parallel rank, or per tensor-parallel `group` (heads are split over it)."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, options: EngineOptions, group: dist.ProcessGroup | None = None) -> None:
-        """Nothing is allocated before the first `sync`. Raises ValueError for a group larger than the number of query heads."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        options: EngineOptions,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Nothing is allocated before the first `sync`.
+
+        Raises ValueError for a group larger than the number of query heads.
+        """
         cuda = device.type == "cuda"
-        self.config, self.device, self.options = config, device, options
+        self.config = config
+        self.device = device
+        self.options = options
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
         self.page_size = options.page_size or (256 if cuda else 16)
         compiled = cuda if options.use_compile == "auto" else options.use_compile
-        self.weights = Weights(make_decoder(config, device, self.group, compiled), options.dtype, device)
+        self.weights = Weights(
+            make_decoder(config, device, self.group, compiled), options.dtype, device
+        )
         self.plan = self.weights.decoder.run.plan
         self.scheduler: Scheduler | None = None
         self._flying: Flying | None = None
@@ -68,13 +87,25 @@ class Engine:
 
     @torch.no_grad()
     def sync(self, sharded: Sharded) -> None:
-        """Take the trainer's weights over; a collective call on all ranks of its mesh. Turns under way go on with the new weights."""
+        """Take the trainer's weights over; a collective call on all ranks of its mesh.
+
+        Turns under way go on with the new weights.
+        """
         self.weights.sync(sharded)
         if self.scheduler is None:
             self._allocate()
 
-    def start(self, key: Hashable, ids: Sequence[int], params: SamplingParams, group: Hashable | None = None) -> None:
-        """Begin a sequence with a prompt. Sequences of one `group` have one prompt, which is computed once."""
+    def start(
+        self,
+        key: Hashable,
+        ids: Sequence[int],
+        params: SamplingParams,
+        group: Hashable | None = None,
+    ) -> None:
+        """Begin a sequence with a prompt.
+
+        Sequences of one `group` have one prompt, which is computed once.
+        """
         self._ready().start(key, list(ids), params, group)
 
     def extend(self, key: Hashable, ids: Sequence[int], params: SamplingParams) -> None:
@@ -96,7 +127,10 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[TurnDone]:
-        """One forward and the turns that ended with it. Where it runs ahead, the next forward starts before this one is read."""
+        """One forward and the turns that ended with it.
+
+        Where it runs ahead, the next forward starts before this one is read.
+        """
         scheduler = self._ready()
         flying = self._flying or self._launch(scheduler)
         done: list[TurnDone] = []
@@ -111,8 +145,12 @@ class Engine:
 
     def _accept(self, scheduler: Scheduler, part: Part) -> list[TurnDone]:
         """Append what was drawn, and return the turns that this ends."""
-        done, draws = [], part.flight.read().tolist() if part.flight is not None else [[]] * 3
-        for row, length, token, logp, behaviour in zip(part.rows, part.lengths, *draws, strict=False):  # a recorded step may have more rows
+        done = []
+        draws = part.flight.read().tolist() if part.flight is not None else [[]] * 3
+        # A recorded step may have more rows
+        for row, length, token, logp, behaviour in zip(
+            part.rows, part.lengths, *draws, strict=False
+        ):
             if row is not None and row.runs and len(row.tokens) == length:
                 turn = scheduler.accept(row, int(token), logp, behaviour)
                 if turn is not None:
@@ -120,18 +158,24 @@ class Engine:
         return done
 
     def release(self) -> None:
-        """Give back the memory of weights, cache and graphs, until the next `sync`. Every sequence is forgotten."""
+        """Give back the memory of weights, cache and graphs, until the next `sync`.
+
+        Every sequence is forgotten.
+        """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a step that was started ahead may still run
         self.weights.buffers.clear()
-        decoder = make_decoder(self.config, self.device, self.group, self.weights.decoder.run.compiled)
+        decoder = make_decoder(
+            self.config, self.device, self.group, self.weights.decoder.run.compiled
+        )
         self.weights = Weights(decoder, self.options.dtype, self.device)
         self.scheduler = self._flying = self._drawn = None
         del self._model, self._loop, self._chunks
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    # ── tensor-parallel ranks other than 0 ───────────────────────────────────────────────────────────────────────
+    # ── tensor-parallel ranks other than 0
+    # ───────────────────────────────────────────────────────────────────────
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -151,7 +195,8 @@ class Engine:
         dist.broadcast_object_list(box, group=self.group, group_src=0, device=torch.device("cpu"))
         return box[0]  # pyright: ignore[reportReturnType]
 
-    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── inside
+    # ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _ready(self) -> Scheduler:
         if self.scheduler is None:
@@ -159,7 +204,8 @@ class Engine:
         return self.scheduler
 
     def _allocate(self) -> None:
-        o, dtype = self.options, self.weights.dtype
+        o = self.options
+        dtype = self.weights.dtype
         assert dtype is not None
         shape = self.config.layers, self.page_size, cached_heads(self.plan), self.config.head_dim
         size = page_bytes(shape, dtype)
@@ -168,30 +214,44 @@ class Engine:
         pages = cache_bytes(o, self.config, dtype, self.device, self.group, useful) // size
         if pages < 2:
             raise ValueError(
-                f"the KV cache has room for {max(pages - 1, 0)} pages of {self.page_size} tokens ({size:,} bytes each): raise kv_bytes "
-                "(gpu_memory_utilization) or use a smaller page_size."
+                f"the KV cache has room for {max(pages - 1, 0)} pages of {self.page_size} tokens "
+                f"({size:,} bytes each): raise kv_bytes (gpu_memory_utilization) or use a smaller "
+                "page_size."
             )
         cache = KVCache(shape, pages, dtype, self.device)
         rows = -(-o.max_num_seqs // self.plan.sp) * self.plan.sp
         self.scheduler = Scheduler(
-            PagePool(pages, self.page_size), o.max_num_seqs, o.max_num_seqs if o.deterministic else o.max_batch_tokens, longest
+            PagePool(pages, self.page_size),
+            o.max_num_seqs,
+            o.max_num_seqs if o.deterministic else o.max_batch_tokens,
+            longest,
         )
         kernels = choose_paged(self.device, dtype, self.config.head_dim, self.page_size)
         self._model = make_model(self.weights.decoder, cache, self.group, kernels)
         width = self.scheduler.pool.pages_for(self.scheduler.max_length)
         recordings = Recordings() if o.use_cuda_graphs and self.device.type == "cuda" else None
         paged = kernels != "torch"
-        ahead = paged if o.run_ahead == "auto" else o.run_ahead  # torch's attention would gather whole page tables
-        self._loop = DecodeLoop(self._model, rows, width, recordings, o.deterministic) if ahead else None
-        apart = ahead and paged and not o.deterministic  # torch's attention has to know the chunks' lengths on the host
-        self._chunks = Chunks(self._model, o.max_batch_tokens, o.max_num_seqs, width, recordings) if apart else None
+        # torch's attention would gather whole page tables
+        ahead = paged if o.run_ahead == "auto" else o.run_ahead
+        self._loop = (
+            DecodeLoop(self._model, rows, width, recordings, o.deterministic) if ahead else None
+        )
+        # torch's attention has to know the chunks' lengths on the host
+        apart = ahead and paged and not o.deterministic
+        self._chunks = (
+            Chunks(self._model, o.max_batch_tokens, o.max_num_seqs, width, recordings)
+            if apart
+            else None
+        )
 
     def _launch(self, scheduler: Scheduler) -> Flying | None:
         step = scheduler.plan()
         if step is None:
             return None
         scheduler.stats.steps += 1
-        singles, chunks = ([i for i in step.items if (i.count > 1) is several] for several in (False, True))
+        singles, chunks = (
+            [i for i in step.items if (i.count > 1) is several] for several in (False, True)
+        )
         plain = all(item.draws for item in singles)
         if self._chunks is not None and chunks:
             loop = self._part("start", seq.Step(singles, step.copies)) if singles else None
@@ -204,28 +264,50 @@ class Engine:
 
     def _part(self, kind: str, step: seq.Step) -> Part:
         """Start a forward."""
-        fixed, ranks = self.options.deterministic, self.plan.sp
-        multiple = 1 if kind == "chunks" else -(-self.options.max_num_seqs // ranks) * ranks if fixed else ranks
-        batch, rows = make_batch(step, self.page_size, multiple, all_rows=fixed or self._loop is not None, expand=fixed)
-        return Part(self._send(kind, batch), rows, [0 if row is None else len(row.tokens) for row in rows])
+        fixed = self.options.deterministic
+        ranks = self.plan.sp
+        multiple = (
+            1
+            if kind == "chunks"
+            else -(-self.options.max_num_seqs // ranks) * ranks
+            if fixed
+            else ranks
+        )
+        batch, rows = make_batch(
+            step, self.page_size, multiple, all_rows=fixed or self._loop is not None, expand=fixed
+        )
+        return Part(
+            self._send(kind, batch), rows, [0 if row is None else len(row.tokens) for row in rows]
+        )
 
     def _repeat(self, scheduler: Scheduler, flying: Flying) -> Flying | None:
-        """Start the next decode step of the same sequences, and chunks beside it, if nothing else is to be done first."""
-        over = [slot for slot, row in enumerate(flying.loop.rows) if row is not None and not row.runs] if flying.loop else []
-        for part in filter(None, flying):  # a sequence that ended may run again before its draw in vain is read
+        """Start the next decode step of the same sequences, and chunks beside it, if nothing else
+        is to be done first.
+        """
+        over = (
+            [slot for slot, row in enumerate(flying.loop.rows) if row is not None and not row.runs]
+            if flying.loop
+            else []
+        )
+        # A sequence that ended may run again before its draw in vain is read
+        for part in filter(None, flying):
             part.rows[:] = [row if row is not None and row.runs else None for row in part.rows]
         if flying.other is not None:
             return None
         rows = [*flying.loop.rows] if flying.loop else []
         while rows and rows[-1] is None:
             rows.pop()
-        step = plan_ahead(scheduler, rows, flying.chunks.rows if flying.chunks else [], self._chunks is not None)
+        step = plan_ahead(
+            scheduler, rows, flying.chunks.rows if flying.chunks else [], self._chunks is not None
+        )
         if step is None:
             return None
         scheduler.stats.steps += 1
         flight = self._send("again", make_change(step, over, flying.loop is None))
         loop = Part(flight, step.rows, [0 if row is None else row.computed for row in step.rows])
-        return Flying(loop, self._part("chunks", seq.Step(step.chunks, [])) if step.chunks else None)
+        return Flying(
+            loop, self._part("chunks", seq.Step(step.chunks, [])) if step.chunks else None
+        )
 
     def _send(self, kind: str, work: object) -> Flight | None:
         if self.group is not None:

@@ -1,11 +1,14 @@
-"""The training decoder's forward with paged attention in the middle, then a draw for the rows that want one.
+"""The training decoder's forward with paged attention in the middle, then a draw for the rows that
+want one.
 
-    embed → projected → [rope, to the cache, attention → o, MLP, the next block's norm and projection] × L → head
+    embed → projected → [rope, to the cache, attention → o, MLP, the next block's norm and
+    projection] × L → head
 
-What is in brackets is two pieces as training has them, cut elsewhere: a sum and the norm of it are one kernel, and so are rope and the
-cache's writes on a GPU.
+What is in brackets is two pieces as training has them, cut elsewhere: a sum and the norm of it are
+one kernel, and so are rope and the cache's writes on a GPU.
 
-t tokens of this rank (all T without a tensor-parallel group) · D model · R rows · r this rank's · J kv heads, keys and values.
+t tokens of this rank (all T without a tensor-parallel group) · D model · R rows · r this rank's · J
+kv heads, keys and values.
 """
 
 from __future__ import annotations
@@ -41,7 +44,10 @@ class Pieces(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """What every forward needs, the same from step to step. `fused`: rope and the cache's writes are one kernel."""
+    """What every forward needs, the same from step to step.
+
+    `fused`: rope and the cache's writes are one kernel.
+    """
 
     decoder: Decoder
     cache: KVCache
@@ -53,11 +59,27 @@ class Model:
     fused: bool
 
 
-def make_model(decoder: Decoder, cache: KVCache, group: dist.ProcessGroup | None, kernels: str) -> Model:
-    device, plan = cache.data.device, decoder.run.plan
+def make_model(
+    decoder: Decoder, cache: KVCache, group: dist.ProcessGroup | None, kernels: str
+) -> Model:
+    device = cache.data.device
+    plan = decoder.run.plan
     pieces = Pieces(*map(compiled, PIECES)) if decoder.run.compiled else PIECES
-    fused = kernels != "torch" and plan.sp == 1 and can_place(device, cache.data.dtype, plan.head_dim, decoder.config.qk_norm)
-    return Model(decoder, cache, plan, group, kernels, inverse_frequencies(decoder.config, device), pieces, fused)
+    fused = (
+        kernels != "torch"
+        and plan.sp == 1
+        and can_place(device, cache.data.dtype, plan.head_dim, decoder.config.qk_norm)
+    )
+    return Model(
+        decoder,
+        cache,
+        plan,
+        group,
+        kernels,
+        inverse_frequencies(decoder.config, device),
+        pieces,
+        fused,
+    )
 
 
 def _between(block: Block, following: Block, x_tD: Tensor, a_tE: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,13 +92,19 @@ PIECES = Pieces(Block.projected, Block.rotated, _between)
 
 
 def cached_heads(plan: HeadPlan) -> int:
-    """Kv heads that this rank's cache holds: one per query head where its query heads don't group evenly."""
+    """Kv heads that this rank's cache holds: one per query head where its query heads don't group
+    evenly.
+    """
     return len(plan.query_ranges[plan.rank]) if plan.expansion else len(plan.kv_ranges[plan.rank])
 
 
 def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pages) -> Tensor:
-    """Run the blocks: this rank's [t, D] before the final norm. T must be a multiple of the group's size."""
-    plan, t = model.plan, len(tokens_T) // model.plan.sp
+    """Run the blocks: this rank's [t, D] before the final norm.
+
+    T must be a multiple of the group's size.
+    """
+    plan = model.plan
+    t = len(tokens_T) // model.plan.sp
     mine = slice(plan.rank * t, (plan.rank + 1) * t)
     cos, sin = rope_tables(positions_T[mine], model.frequencies)
     x_tD = model.decoder.embedded(tokens_T[mine])
@@ -85,7 +113,9 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     for number, block in enumerate(layers):
         query = _placed(model, number, block, heads, cos, sin, pages)
         out = paged_attention(query, model.cache, number, pages, model.kernels)
-        a_tE = join_heads(all_to_all(out.flatten(), *plan.to_sequence(t), model.group), plan).flatten(1)
+        a_tE = join_heads(
+            all_to_all(out.flatten(), *plan.to_sequence(t), model.group), plan
+        ).flatten(1)
         if number + 1 < len(layers):
             x_tD, heads = model.pieces.between(block, layers[number + 1], x_tD, unviewed(a_tE))
         else:
@@ -93,11 +123,23 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     return x_tD
 
 
-def _placed(model: Model, number: int, block: Block, heads_tNH: Tensor, cos: Tensor, sin: Tensor, pages: Pages) -> Tensor:
+def _placed(
+    model: Model,
+    number: int,
+    block: Block,
+    heads_tNH: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pages: Pages,
+) -> Tensor:
     """Keys and values go to the cache; this rank's queries of all tokens [T, n, H]."""
     plan = model.plan
     if model.fused:
-        norms = None if block.q_norm is None or block.k_norm is None else (block.q_norm, block.k_norm, model.decoder.config.norm_eps)
+        norms = (
+            None
+            if block.q_norm is None or block.k_norm is None
+            else (block.q_norm, block.k_norm, model.decoder.config.norm_eps)
+        )
         return place(heads_tNH, cos, sin, norms, pages.slots, model.cache.data[number])
     send = model.pieces.rotated(block, heads_tNH, cos, sin)
     received = all_to_all(send, *plan.to_heads(len(heads_tNH)), model.group)
@@ -110,7 +152,9 @@ def _adjacent(received: Tensor, key: Tensor, value: Tensor, plan: HeadPlan) -> T
     """Keys and values [T, J, H] in one tensor: as they came, unless heads were expanded."""
     if plan.expansion:
         return torch.cat([key, value], 1)
-    return received.view(-1, plan.widths[plan.rank], plan.head_dim)[:, len(plan.query_ranges[plan.rank]) :]
+    return received.view(-1, plan.widths[plan.rank], plan.head_dim)[
+        :, len(plan.query_ranges[plan.rank]) :
+    ]
 
 
 def logits_of(hidden_rD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -118,7 +162,14 @@ def logits_of(hidden_rD: Tensor, weight_VD: Tensor) -> Tensor:
     return product(hidden_rD, weight_VD, workspace(hidden_rD, len(hidden_rD), len(weight_VD)))
 
 
-def draw(model: Model, x_tD: Tensor, rows_R: Tensor, draws: Draws, filtered: bool, mine: tuple[Tensor, Tensor] | None) -> Tensor:
+def draw(
+    model: Model,
+    x_tD: Tensor,
+    rows_R: Tensor,
+    draws: Draws,
+    filtered: bool,
+    mine: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     """Draw for the tokens at `rows`: [3, R] of id, logp, logp_behaviour, the same on every rank.
 
     With a group, `mine` has the places in `rows` of this rank's tokens and their places in x.

@@ -1,11 +1,13 @@
-"""The engine's own copy of the weights: whole units, gathered from the trainer's shards into the same memory each time.
+"""The engine's own copy of the weights: whole units, gathered from the trainer's shards into the
+same memory each time.
 
-The decoder is the training one (`retool.model.decoder`), its parameters are views of these buffers. As they never move, CUDA graphs
-recorded over them stay right when the weights change.
+The decoder is the training one (`retool.model.decoder`), its parameters are views of these buffers.
+As they never move, CUDA graphs recorded over them stay right when the weights change.
 
-[Note: splitting over ranks] With n ranks of a tensor-parallel group each rank keeps all weights and computes its part of a step's
-tokens, but keeps keys and values, and attends, for its part of the heads only: Ulysses' two all-to-alls as in training. Any
-number of ranks up to that of the query heads will do. Memory for KV and work are divided; memory for the weights isn't.
+[Note: splitting over ranks] With n ranks of a tensor-parallel group each rank keeps all weights and
+computes its part of a step's tokens, but keeps keys and values, and attends, for its part of the
+heads only: Ulysses' two all-to-alls as in training. Any number of ranks up to that of the query
+heads will do. Memory for KV and work are divided; memory for the weights isn't.
 """
 
 from __future__ import annotations
@@ -23,12 +25,17 @@ from retool.parallel.fsdp.layout import Layout
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan
 
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+# Renamed in torch 2.13
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
-def make_decoder(config: ModelConfig, device: torch.device, group: dist.ProcessGroup | None, compiled: bool) -> Decoder:
-    """The decoder on the meta device, with its heads split over `group`. Its parameters ask for gradients as the trainer's do, so that
-    both share the compiled graph of `after`; the engine runs without."""
+def make_decoder(
+    config: ModelConfig, device: torch.device, group: dist.ProcessGroup | None, compiled: bool
+) -> Decoder:
+    """The decoder on the meta device, with its heads split over `group`. Its parameters ask for
+    gradients as the trainer's do, so that both share the compiled graph of `after`; the engine runs
+    without.
+    """
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     mesh = Mesh(rank, ranks, ranks, 1, device, sp_group=group)
     plan = HeadPlan(ranks, rank, config.heads, config.kv_heads, config.head_dim)
@@ -41,12 +48,15 @@ class Weights:
     """The decoder and the buffers that its parameters are views of, made by the first `sync`."""
 
     def __init__(self, decoder: Decoder, dtype: torch.dtype | None, device: torch.device) -> None:
-        self.decoder, self.dtype, self.device = decoder, dtype, device
+        self.decoder = decoder
+        self.dtype = dtype
+        self.device = device
         self.buffers: list[torch.Tensor] = []
 
     def sync(self, sharded: Sharded) -> None:
-        """Gather every unit of the trainer's compute weights once, in place, and round the residual stream where the trainer does: errors
-        that both make cancel in part. A collective call of all ranks that share them.
+        """Gather every unit of the trainer's compute weights once, in place, and round the residual
+        stream where the trainer does: errors that both make cancel in part. A collective call of
+        all ranks that share them.
 
         Raises ValueError if the trainer's model has other parameters than the engine's.
         """
@@ -59,25 +69,33 @@ class Weights:
             if group is None:
                 buffer.copy_(unit.shard)
             else:
-                _all_gather(buffer, unit.shard.to(sharded.param_dtype).to(buffer.dtype), group=group)
+                _all_gather(
+                    buffer, unit.shard.to(sharded.param_dtype).to(buffer.dtype), group=group
+                )
 
     def _allocate(self, layout: Layout, dtype: torch.dtype) -> None:
         slots = {s.name: s.shape for u in layout.units for s in u.slots}
         mine = {name: tuple(p.shape) for name, p in self.decoder.named_parameters()}
         if slots != mine:
             names = ", ".join(sorted(set(slots) ^ set(mine))[:3]) or "shapes differ"
-            raise ValueError(f"the weights are not of the engine's model ({names}): make the engine from the same config.json.")
+            raise ValueError(
+                f"the weights are not of the engine's model ({names}): make the engine from the same "
+                "config.json."
+            )
         self.dtype = dtype
         for unit in layout.units:
             buffer = torch.empty(unit.numel, dtype=dtype, device=self.device)
             for slot in unit.slots:
-                self._point(slot.name, buffer[slot.offset : slot.offset + slot.numel].view(slot.shape))
+                self._point(
+                    slot.name, buffer[slot.offset : slot.offset + slot.numel].view(slot.shape)
+                )
             self.buffers.append(buffer)
 
     def _point(self, name: str, view: torch.Tensor) -> None:
         """Make a parameter, and what is tied to it, a view of the buffer."""
         path, _, leaf = name.rpartition(".")
-        old, new = self.decoder.get_submodule(path)._parameters[leaf], nn.Parameter(view)
+        old = self.decoder.get_submodule(path)._parameters[leaf]
+        new = nn.Parameter(view)
         for module in self.decoder.modules():
             for key, parameter in list(module._parameters.items()):
                 if parameter is old:

@@ -1,4 +1,6 @@
-"""One run at a time in a folder: an advisory lock that the kernel lets go of when its process ends, however that is."""
+"""One run at a time in a folder: an advisory lock that the kernel lets go of when its process ends,
+however that is.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,16 @@ from pathlib import Path
 
 @contextmanager
 def sole_user(folder: Path, patience_s: float = 10.0) -> Iterator[None]:
-    """Keep every other run out of `folder`, which is made, for as long as this lasts or the process lives.
+    """Keep every other run out of `folder`, which is made, for as long as this lasts or the process
+    lives.
 
-    The run before may just be ending, so it is given `patience_s`. ValueError where it has the folder still. Disks that
-    know no such locks (flock of a directory) are used without.
+    The run before may just be ending, so it is given `patience_s`. ValueError where it has the
+    folder still. Disks that know no such locks (flock of a directory) are used without.
     """
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    handle, end = os.open(folder, os.O_RDONLY), time.monotonic() + patience_s
+    handle = os.open(folder, os.O_RDONLY)
+    end = time.monotonic() + patience_s
     try:
         while True:
             try:
@@ -36,7 +40,11 @@ def sole_user(folder: Path, patience_s: float = 10.0) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # the folder may be gone
             # Not another run's, which may have been made in the place of this one.
-            if new and os.path.samestat(os.stat(folder), os.fstat(handle)) and not any(folder.iterdir()):
+            if (
+                new
+                and os.path.samestat(os.stat(folder), os.fstat(handle))
+                and not any(folder.iterdir())
+            ):
                 folder.rmdir()
         os.close(handle)
 

@@ -10,7 +10,10 @@ SECOND_LOOK_S = 0.5  # a network disk may answer wrongly once
 
 
 class OwnFolder:
-    """Remembers the folder that is at `path` now. Its open handle keeps the number that tells it from another of the same name."""
+    """Remembers the folder that is at `path` now.
+
+    Its open handle keeps the number that tells it from another of the same name.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,6 +42,7 @@ class OwnFolder:
             return None
         what = "replaced by another one" if self.path.is_dir() else "removed or renamed"
         return (
-            f"the run's folder {self.path} was {what} while the run was using it: nothing more can be saved there, so the run ends. "
-            "What was saved went with the folder: put it back where it was and start the same command again to go on from it."
+            f"the run's folder {self.path} was {what} while the run was using it: nothing more can "
+            "be saved there, so the run ends. What was saved went with the folder: put it back "
+            "where it was and start the same command again to go on from it."
         )

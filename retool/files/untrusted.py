@@ -1,7 +1,8 @@
-"""Files that may hold anything: only regular ones are opened, and no more is read than such a file can honestly have.
+"""Files that may hold anything: only regular ones are opened, and no more is read than such a file
+can honestly have.
 
-A named pipe would block whoever opens it, a device has no end, and a file of a gigabyte where ten lines belong takes all memory. Errors
-are ValueErrors that name the file.
+A named pipe would block whoever opens it, a device has no end, and a file of a gigabyte where ten
+lines belong takes all memory. Errors are ValueErrors that name the file.
 """
 
 from __future__ import annotations
@@ -23,19 +24,26 @@ def open_regular(path: Path) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError(f"{path} is a folder, a pipe or a device where a file is expected. Move it away.")
+        raise ValueError(
+            f"{path} is a folder, a pipe or a device where a file is expected. Move it away."
+        )
     return os.fdopen(descriptor, "rb")
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """All of a file of at most `limit` bytes. ValueError for a larger one, or one that can't be read."""
+    """All of a file of at most `limit` bytes.
+
+    ValueError for a larger one, or one that can't be read.
+    """
     try:
         with open_regular(path) as file:
             data = file.read(limit + 1)
     except OSError as error:
         raise ValueError(f"{path} can't be read ({error.strerror or error}).") from error
     if len(data) > limit:
-        raise ValueError(f"{path} has more than {limit} bytes, which no such file needs: it is damaged, or no such file.")
+        raise ValueError(
+            f"{path} has more than {limit} bytes, which no such file needs: it is damaged, or no such file."
+        )
     return data
 
 
@@ -49,7 +57,9 @@ def read_json(path: Path, limit: int) -> Any:
 
 
 def read_lines(path: Path, limit: int) -> Iterator[bytes | None]:
-    """The lines of a file with their line ends, one in memory at a time; None for each that is longer than `limit` bytes."""
+    """The lines of a file with their line ends, one in memory at a time; None for each that is
+    longer than `limit` bytes.
+    """
     with open_regular(path) as file:
         while line := file.readline(limit + 1):
             if len(line) <= limit:

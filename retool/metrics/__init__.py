@@ -1,4 +1,7 @@
-"""Where a run's numbers go. One small interface; `metrics.jsonl` is always on; a failing logger warns once and never ends a run."""
+"""Where a run's numbers go.
+
+One small interface; `metrics.jsonl` is always on; a failing logger warns once and never ends a run.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,34 @@ from retool.metrics.logger import Logger, Row, RunInfo
 from retool.metrics.trackers import TRACKERS
 
 __all__ = [
-    "EXTRAS", "LOGGERS", "ConsoleLogger", "JsonlLogger", "Logger", "Loggers", "RunInfo", "missing_extras", "open_loggers", "phases",
-    "printable", "read_jsonl", "warn_from_first_rank",
-]  # fmt: skip
-LOGGERS: dict[str, Callable[[RunInfo], Logger]] = {"console": ConsoleLogger, "jsonl": JsonlLogger, **TRACKERS}
+    "EXTRAS",
+    "LOGGERS",
+    "ConsoleLogger",
+    "JsonlLogger",
+    "Logger",
+    "Loggers",
+    "RunInfo",
+    "missing_extras",
+    "open_loggers",
+    "phases",
+    "printable",
+    "read_jsonl",
+    "warn_from_first_rank",
+]
+LOGGERS: dict[str, Callable[[RunInfo], Logger]] = {
+    "console": ConsoleLogger,
+    "jsonl": JsonlLogger,
+    **TRACKERS,
+}
 EXTRAS = {name: name for name in TRACKERS}  # package of each
 
 
 class Loggers:
     """All loggers of a run behind the one interface. Another rank than 0 has none: `Loggers()`."""
 
-    def __init__(self, loggers: Sequence[tuple[str, Logger]] = (), warn: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, loggers: Sequence[tuple[str, Logger]] = (), warn: Callable[[str], None] | None = None
+    ) -> None:
         self._loggers = tuple(loggers)
         self._failed = set[str]()
         self._names: dict[str, str] = {}
@@ -64,24 +84,39 @@ class Loggers:
         """Say once that a logger fails."""
         if name not in self._failed:
             self._failed.add(name)
-            self._warn(f"warning: the {name} logger fails ({type(error).__name__}: {printable(str(error))}); the run goes on.")
+            self._warn(
+                f"warning: the {name} logger fails ({type(error).__name__}: "
+                f"{printable(str(error))}); the run goes on."
+            )
 
 
 def missing_extras(names: Sequence[str]) -> Iterator[Fault]:
     """A fault for each unknown logger and each whose package isn't installed."""
     for name in names:
         if name not in LOGGERS:
-            yield Fault(f"trainer.logger={name}", "is not known.", f"Use any of {', '.join(LOGGERS)}.")
+            yield Fault(
+                f"trainer.logger={name}", "is not known.", f"Use any of {', '.join(LOGGERS)}."
+            )
         elif name in EXTRAS and importlib.util.find_spec(EXTRAS[name]) is None:
-            yield Fault(f"trainer.logger={name}", f"needs the package {EXTRAS[name]}.", f"pip install 'retool[{name}]'")
+            yield Fault(
+                f"trainer.logger={name}",
+                f"needs the package {EXTRAS[name]}.",
+                f"pip install 'retool[{name}]'",
+            )
 
 
 def open_loggers(names: Sequence[str], info: RunInfo) -> Loggers:
-    """Open the named loggers, and jsonl always. ValueError for a missing extra; one that fails to start is warned of."""
+    """Open the named loggers, and jsonl always.
+
+    ValueError for a missing extra; one that fails to start is warned of.
+    """
     faults = list(missing_extras(names))
     if faults:
         raise ValueError("\n".join(map(str, faults)))
-    info = replace(info, **redact({"project": info.project, "experiment": info.experiment, "config": info.config}))
+    info = replace(
+        info,
+        **redact({"project": info.project, "experiment": info.experiment, "config": info.config}),
+    )
     opened: list[tuple[str, Logger]] = []
     trouble: list[tuple[str, Exception]] = []
     for name in dict.fromkeys(["jsonl", *names]):
@@ -96,7 +131,9 @@ def open_loggers(names: Sequence[str], info: RunInfo) -> Loggers:
 
 
 def warn_from_first_rank(rank: int) -> None:
-    """Python's warnings and libraries' log lines below errors come from rank 0 alone: every rank has the same to say."""
+    """Python's warnings and libraries' log lines below errors come from rank 0 alone: every rank
+    has the same to say.
+    """
     if rank > 0:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

@@ -1,4 +1,7 @@
-"""For people: a short line a step and one for each validated source. Everything, to be parsed, is in metrics.jsonl."""
+"""For people: a short line a step and one for each validated source.
+
+Everything, to be parsed, is in metrics.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from retool.config.redact import redact
@@ -62,18 +72,32 @@ class Display(Progress):
 
 
 class ConsoleLogger:
-    """A line a step, and one for each source of a validation. On a terminal also a bar with the time left, and the last step's phases;
-    elsewhere the time left stands in the line."""
+    """A line a step, and one for each source of a validation. On a terminal also a bar with the
+    time left, and the last step's phases; elsewhere the time left stands in the line.
+    """
 
     def __init__(self, info: RunInfo, console: Console | None = None) -> None:
         self._console = console or Console(markup=False, highlight=False, soft_wrap=True)
-        self._info, self._bar = info, None
-        self._first: tuple[int, float] | None = None  # the first step logged and when: what came before it (compiling) isn't the pace
+        self._info = info
+        self._bar = None
+        self._first: tuple[int, float] | None = (
+            None  # the first step logged and when: what came before it (compiling) isn't the pace
+        )
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                       TextColumn("eta"), TimeRemainingColumn())  # fmt: skip
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+            )
             self._bar = Display(*columns, console=self._console)
-            self._task = self._bar.add_task(printable(info.experiment), total=info.total_steps or None, completed=info.first_step)
+            self._task = self._bar.add_task(
+                printable(info.experiment),
+                total=info.total_steps or None,
+                completed=info.first_step,
+            )
             self._bar.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -91,11 +115,17 @@ class ConsoleLogger:
 
     def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
         for row in rows:
-            self._console.print(f"{name}, step {step}: " + " → ".join(printable(str(value)[-TEXT:]) for value in row.values()))
+            self._console.print(
+                f"{name}, step {step}: "
+                + " → ".join(printable(str(value)[-TEXT:]) for value in row.values())
+            )
 
     def _time_left(self, step: int) -> list[str]:
-        """At the pace since the first step that was logged; nothing where that isn't known yet, or nothing is left."""
-        now, left = time.monotonic(), self._info.total_steps - step
+        """At the pace since the first step that was logged; nothing where that isn't known yet, or
+        nothing is left.
+        """
+        now = time.monotonic()
+        left = self._info.total_steps - step
         first, then = self._first = self._first or (step, now)
         if step <= first or left <= 0:
             return []
@@ -109,7 +139,11 @@ class ConsoleLogger:
 
 def headline(metrics: Mapping[str, float]) -> list[str]:
     """The few numbers of a step that people look at, and what went wrong in it, if anything did."""
-    shown = [f"{label} {format(metrics[name], form)}" for name, label, form in HEADLINE if name in metrics]
+    shown = [
+        f"{label} {format(metrics[name], form)}"
+        for name, label, form in HEADLINE
+        if name in metrics
+    ]
     return shown + [f"{label} {metrics[name]:g}" for name, label in TROUBLES if metrics.get(name)]
 
 
@@ -118,7 +152,9 @@ def validation_lines(metrics: Mapping[str, float]) -> Iterator[str]:
     found: dict[str, list[str]] = {}
     for name, value in metrics.items():
         if core := VALIDATED.fullmatch(name):
-            found.setdefault(f"{core['source']} {core['what']}", []).append(f"{core['kind']} {value:.3f}")
+            found.setdefault(f"{core['source']} {core['what']}", []).append(
+                f"{core['kind']} {value:.3f}"
+            )
     for source, words in found.items():
         yield printable("  ".join([f"val {source}", *words]))
 
@@ -126,11 +162,23 @@ def validation_lines(metrics: Mapping[str, float]) -> Iterator[str]:
 def phases(metrics: Mapping[str, float]) -> str:
     """Where a step's time went, the longest phases first; empty where nothing was timed."""
     whole = metrics.get("timing_s/step", 0.0)
-    named = {name.removeprefix("timing_s/"): value for name, value in metrics.items() if name.startswith("timing_s/") and value > 0}
-    longest = sorted((name for name in named if name != "step"), key=lambda name: -named[name])[:PHASES_SHOWN]
-    return f"last step {whole:.2f} s: " + " · ".join(f"{name} {named[name]:.2f}" for name in longest) if whole > 0 and longest else ""
+    named = {
+        name.removeprefix("timing_s/"): value
+        for name, value in metrics.items()
+        if name.startswith("timing_s/") and value > 0
+    }
+    longest = sorted((name for name in named if name != "step"), key=lambda name: -named[name])[
+        :PHASES_SHOWN
+    ]
+    return (
+        f"last step {whole:.2f} s: " + " · ".join(f"{name} {named[name]:.2f}" for name in longest)
+        if whole > 0 and longest
+        else ""
+    )
 
 
 def printable(text: str) -> str:
-    """`text` on one line without secrets, and without control characters, so that it can't steer a terminal."""
+    """`text` on one line without secrets, and without control characters, so that it can't steer a
+    terminal.
+    """
     return "".join(c if c.isprintable() else " " for c in redact(text))

@@ -1,7 +1,8 @@
 """`metrics.jsonl`: one JSON object per optimizer step and one per validation, each with its `step`.
 
-Non-finite numbers, which JSON lacks, stand as null. A run resumed at step s keeps the entries up to s and goes on from there, so that no
-step is missing or repeated whatever the earlier process had still logged, a torn last line included.
+Non-finite numbers, which JSON lacks, stand as null. A run resumed at step s keeps the entries up to
+s and goes on from there, so that no step is missing or repeated whatever the earlier process had
+still logged, a torn last line included.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ log = logger("retool.metrics")
 
 
 class JsonlLogger:
-    """`metrics.jsonl`. A line that couldn't be written (a full disk) is kept and written with the next one."""
+    """`metrics.jsonl`.
+
+    A line that couldn't be written (a full disk) is kept and written with the next one.
+    """
 
     def __init__(self, info: RunInfo) -> None:
         info.folder.mkdir(parents=True, exist_ok=True)
@@ -35,14 +39,20 @@ class JsonlLogger:
         self._end = os.lseek(self._file, 0, os.SEEK_END)
 
     def _follow(self, step: int) -> None:
-        """Go on in a new file where somebody removed or replaced ours: what is written into a file without a name is lost."""
+        """Go on in a new file where somebody removed or replaced ours: what is written into a file
+        without a name is lost.
+        """
         same = False
         with contextlib.suppress(FileNotFoundError):
             same = self._file >= 0 and os.path.samestat(os.stat(self._path), os.fstat(self._file))
         if not same:
             self._drop()
             self._open()
-            log.warning("%s was removed or replaced while the run wrote it: it goes on from step %d in a new one.", self._path, step)
+            log.warning(
+                "%s was removed or replaced while the run wrote it: it goes on from step %d in a new one.",
+                self._path,
+                step,
+            )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         entry = {"step": step, **{k: _finite(v) for k, v in metrics.items()}}
@@ -81,7 +91,9 @@ def resume_jsonl(path: Path, step: int) -> None:
         return
     if step == 0:
         if path.stat().st_size:
-            number = next(n for n in range(1, 10**6) if not path.with_name(f"metrics.{n}.jsonl").exists())
+            number = next(
+                n for n in range(1, 10**6) if not path.with_name(f"metrics.{n}.jsonl").exists()
+            )
             path.rename(path.with_name(f"metrics.{number}.jsonl"))
         return
     rest = path.with_suffix(".jsonl.tmp")

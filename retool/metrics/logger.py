@@ -11,7 +11,10 @@ Row = Mapping[str, str | float]
 
 
 class Logger(Protocol):
-    """A place for metrics, and for tables of texts whose rows have the same columns. Both may raise: `Loggers` keeps the run going."""
+    """A place for metrics, and for tables of texts whose rows have the same columns.
+
+    Both may raise: `Loggers` keeps the run going.
+    """
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None: ...
@@ -20,7 +23,10 @@ class Logger(Protocol):
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a logger is told at start. `first_step` is the step the run resumes after (0 = fresh), `total_steps` the last one."""
+    """What a logger is told at start.
+
+    `first_step` is the step the run resumes after (0 = fresh), `total_steps` the last one.
+    """
 
     folder: Path
     project: str

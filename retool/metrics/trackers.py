@@ -11,11 +11,16 @@ from retool.metrics.logger import Logger, Row, RunInfo
 
 
 class TensorBoardLogger:
-    """Event files under `tensorboard/` of the run's folder; a resumed run hides what came after its step."""
+    """Event files under `tensorboard/` of the run's folder; a resumed run hides what came after its
+    step.
+    """
 
     def __init__(self, info: RunInfo) -> None:
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        self._writer = writer(str(info.folder / "tensorboard"), purge_step=info.first_step + 1 if info.first_step else None)
+        self._writer = writer(
+            str(info.folder / "tensorboard"),
+            purge_step=info.first_step + 1 if info.first_step else None,
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -29,16 +34,23 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Weights & Biases. The run's id is kept in the folder, so that a resumed run goes on in the same place."""
+    """Weights & Biases.
+
+    The run's id is kept in the folder, so that a resumed run goes on in the same place.
+    """
 
     def __init__(self, info: RunInfo) -> None:
         self._wandb = importlib.import_module("wandb")
         note = info.folder / "wandb_run_id.txt"
         known = note.read_text().strip() if note.exists() and info.first_step else None
         self._run = self._wandb.init(
-            project=info.project, name=info.experiment, config=info.config, dir=str(info.folder), id=known,
+            project=info.project,
+            name=info.experiment,
+            config=info.config,
+            dir=str(info.folder),
+            id=known,
             resume="allow" if known else None,
-        )  # fmt: skip
+        )
         note.write_text(self._run.id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -68,7 +80,9 @@ class MlflowLogger:
         self._mlflow.log_metrics({name: float(value) for name, value in metrics.items()}, step=step)
 
     def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
-        self._mlflow.log_text("".join(json.dumps(dict(row)) + "\n" for row in rows), f"{name}/step_{step}.jsonl")
+        self._mlflow.log_text(
+            "".join(json.dumps(dict(row)) + "\n" for row in rows), f"{name}/step_{step}.jsonl"
+        )
 
     def close(self) -> None:
         self._mlflow.end_run()
@@ -80,9 +94,12 @@ class SwanlabLogger:
     def __init__(self, info: RunInfo) -> None:
         swanlab = importlib.import_module("swanlab")
         self._run = swanlab.init(
-            project=info.project, experiment_name=info.experiment, config=info.config, logdir=str(info.folder / "swanlab"),
+            project=info.project,
+            experiment_name=info.experiment,
+            config=info.config,
+            logdir=str(info.folder / "swanlab"),
             mode=os.environ.get("SWANLAB_MODE"),
-        )  # fmt: skip
+        )
         self._swanlab = swanlab
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -97,7 +114,9 @@ class SwanlabLogger:
 
 def _as_code(row: Row) -> str:
     """Markdown that shows every text as it is."""
-    return "\n\n".join(f"{name}\n\n    " + str(value).replace("\n", "\n    ") for name, value in row.items())
+    return "\n\n".join(
+        f"{name}\n\n    " + str(value).replace("\n", "\n    ") for name, value in row.items()
+    )
 
 
 TRACKERS: dict[str, Callable[[RunInfo], Logger]] = {

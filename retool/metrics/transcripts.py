@@ -1,13 +1,16 @@
-"""Trajectories for people: `RUN_DIR/report/*.jsonl`, which `python -m retool.report` shows, one trajectory a line.
+"""Trajectories for people: `RUN_DIR/report/*.jsonl`, which `python -m retool.report` shows, one
+trajectory a line.
 
-    {"step": 12, "split": "train", "data_source": "aime", "prompt": "…", "ground_truth": "42", "reward": -0.8, "stop": "no_call",
-     "num_turns": 4, "info": {"acc": 0, "pred": "41"},
-     "segments": [{"role": "assistant", "text": "Let me…", "tokens": ["Let", " me", "…"], "logp": [-0.1, -2.3, -0.5],
+    {"step": 12, "split": "train", "data_source": "aime", "prompt": "…", "ground_truth": "42",
+    "reward": -0.8, "stop": "no_call",
+     "num_turns": 4, "info": {"acc": 0, "pred": "41"}, "segments": [{"role": "assistant", "text":
+     "Let me…", "tokens": ["Let", " me", "…"], "logp": [-0.1, -2.3, -0.5],
                    "advantage": -0.7, "mask": true}, {"role": "tool", "text": "…", "mask": false}]}
 
-Only step, prompt and segments with role and text must be there. `tokens` are the texts of a segment's tokens; `logp`, `advantage`
-and `mask` are a list with one entry for each of them, or one value for all. Mask is true where the model sampled the token: only
-those are trained. Log-probabilities are natural, of the sampler. Non-finite numbers stand as null.
+Only step, prompt and segments with role and text must be there. `tokens` are the texts of a
+segment's tokens; `logp`, `advantage` and `mask` are a list with one entry for each of them, or one
+value for all. Mask is true where the model sampled the token: only those are trained.
+Log-probabilities are natural, of the sampler. Non-finite numbers stand as null.
 """
 
 from __future__ import annotations
@@ -45,7 +48,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Transcript:
-    """A trajectory. `step` is the optimizer step it was sampled for, `split` train or val, `info` what the reward told beside itself."""
+    """A trajectory.
+
+    `step` is the optimizer step it was sampled for, `split` train or val, `info` what the reward
+    told beside itself.
+    """
 
     step: int
     prompt: str
@@ -60,7 +67,9 @@ class Transcript:
 
 
 def write_transcripts(run: Path, name: str, transcripts: Iterable[Transcript]) -> Path:
-    """Write `run/report/name.jsonl`, all or nothing: a step that is run again after a resume replaces what it wrote before."""
+    """Write `run/report/name.jsonl`, all or nothing: a step that is run again after a resume
+    replaces what it wrote before.
+    """
     path = run / FOLDER / f"{name}.jsonl"
     temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
@@ -76,10 +85,18 @@ def write_transcripts(run: Path, name: str, transcripts: Iterable[Transcript]) -
 
 
 def to_record(transcript: Transcript) -> dict[str, Any]:
-    """A transcript as the JSON object described above, without secrets; lists of one value are that value."""
-    record = redact({k: v for k, v in vars(transcript).items() if k not in ("segments", "info", "reward")})
+    """A transcript as the JSON object described above, without secrets; lists of one value are that
+    value.
+    """
+    record = redact(
+        {k: v for k, v in vars(transcript).items() if k not in ("segments", "info", "reward")}
+    )
     record["reward"] = _number(transcript.reward)
-    info = {str(k): _number(v) if isinstance(v, float) else v for k, v in transcript.info.items() if _plain(v)}
+    info = {
+        str(k): _number(v) if isinstance(v, float) else v
+        for k, v in transcript.info.items()
+        if _plain(v)
+    }
     record["info"] = redact(info)
     record["segments"] = [_segment(segment) for segment in transcript.segments]
     return record
@@ -89,12 +106,27 @@ def _segment(segment: Segment) -> dict[str, Any]:
     """A segment, with its tokens unless they spell a secret."""
     text = redact(segment.text)
     if text != segment.text:
-        return {"role": segment.role, "text": text, **({"mask": segment.mask} if isinstance(segment.mask, bool) else {})}
-    lists: dict[str, Any] = {"tokens": list(segment.tokens), "logp": [_number(value) for value in segment.logp]}
+        return {
+            "role": segment.role,
+            "text": text,
+            **({"mask": segment.mask} if isinstance(segment.mask, bool) else {}),
+        }
+    lists: dict[str, Any] = {
+        "tokens": list(segment.tokens),
+        "logp": [_number(value) for value in segment.logp],
+    }
     for name, value in (("advantage", segment.advantage), ("mask", segment.mask)):
         entries = [_number(v) for v in value] if isinstance(value, Sequence) else _number(value)
-        lists[name] = entries[0] if isinstance(entries, list) and entries and entries.count(entries[0]) == len(entries) else entries
-    return {"role": segment.role, "text": segment.text, **{k: v for k, v in lists.items() if v not in ([], None)}}
+        lists[name] = (
+            entries[0]
+            if isinstance(entries, list) and entries and entries.count(entries[0]) == len(entries)
+            else entries
+        )
+    return {
+        "role": segment.role,
+        "text": segment.text,
+        **{k: v for k, v in lists.items() if v not in ([], None)},
+    }
 
 
 def _number(value: Any) -> Any:
@@ -109,8 +141,11 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool))
 
 
-def split_by_mask(texts: Sequence[str], mask: Sequence[bool], logp: Sequence[float], advantages: Sequence[float]) -> list[Segment]:
-    """Segments of a response from its tokens' texts: what the model sampled is the assistant's, the rest the tools' and the template's.
+def split_by_mask(
+    texts: Sequence[str], mask: Sequence[bool], logp: Sequence[float], advantages: Sequence[float]
+) -> list[Segment]:
+    """Segments of a response from its tokens' texts: what the model sampled is the assistant's, the
+    rest the tools' and the template's.
 
     All four are of one length; `logp` and `advantages` count where `mask` is true.
     """
@@ -119,33 +154,49 @@ def split_by_mask(texts: Sequence[str], mask: Sequence[bool], logp: Sequence[flo
     for stop in range(1, len(texts) + 1):
         if stop < len(texts) and bool(mask[stop]) == bool(mask[start]):
             continue
-        part, sampled = slice(start, stop), bool(mask[start])
+        part = slice(start, stop)
+        sampled = bool(mask[start])
         scores = [float(v) for v in logp[part]] if sampled else []
         worth = [float(v) for v in advantages[part]] if sampled else None
-        out.append(Segment("assistant" if sampled else "tool", "".join(texts[part]), list(texts[part]), scores, worth, sampled))
+        out.append(
+            Segment(
+                "assistant" if sampled else "tool",
+                "".join(texts[part]),
+                list(texts[part]),
+                scores,
+                worth,
+                sampled,
+            )
+        )
         start = stop
     return out
 
 
 def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
-    """The text that each token adds: they join to the text of all. A character of several tokens is its last one's; the others add nothing.
+    """The text that each token adds: they join to the text of all.
+
+    A character of several tokens is its last one's; the others add nothing.
 
     `decode` must keep special tokens and spaces as they are.
     """
     out: list[str] = []
     start = done = 0
     for end in range(1, len(ids) + 1):
-        before, text = decode(list(ids[start:done])), decode(list(ids[start:end]))
+        before = decode(list(ids[start:done]))
+        text = decode(list(ids[start:end]))
         if text.endswith("\ufffd") and end < len(ids) and end - done < WINDOW:
             out.append("")
             continue
         out.append(text[len(before) :])
-        start, done = done, end
+        start = done
+        done = end
     return out
 
 
 def read_transcripts(run: Path) -> Iterator[dict[str, Any] | None]:
-    """Every line of `run/report/*.jsonl`, newest file last; None for a line that is torn, or no transcript."""
+    """Every line of `run/report/*.jsonl`, newest file last; None for a line that is torn, or no
+    transcript.
+    """
     folder = run / FOLDER
     for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
         if not path.is_file():  # a pipe would have no end
@@ -160,10 +211,16 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line, parse_constant=lambda _: None, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int or not isinstance(record.get("prompt"), str):
+    if (
+        not isinstance(record, dict)
+        or type(record.get("step")) is not int
+        or not isinstance(record.get("prompt"), str)
+    ):
         return None
     segments = record.get("segments")
-    if not isinstance(segments, list) or not all(isinstance(s, dict) and isinstance(s.get("text"), str) for s in segments):
+    if not isinstance(segments, list) or not all(
+        isinstance(s, dict) and isinstance(s.get("text"), str) for s in segments
+    ):
         return None
     return record
 

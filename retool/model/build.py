@@ -1,4 +1,6 @@
-"""From a model's configuration to a sharded decoder without weights yet; `retool.checkpoint.hf.pretrained` fills it."""
+"""From a model's configuration to a sharded decoder without weights yet;
+`retool.checkpoint.hf.pretrained` fills it.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,26 @@ from retool.parallel.fsdp.layout import Layout, SlotSpec, make_layout
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}  # as configurations name them
+# As configurations name them
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How to hold and run a model. A dtype of None: bf16 compute on CUDA, the master's dtype on the CPU.
+    """How to hold and run a model.
 
-    `parked`: blocks whose activations go to host memory where `recompute` is offload; None = all but the last.
-    `fp32_residual`: the residual stream in fp32 above bf16 weights, here and in engines that take these weights. About a third
-    less gap between their log-probabilities (nothing if one side has it alone), for 2·D bytes more per token and layer kept for the
-    backward, 4·D where nothing is recomputed.
+    A dtype of None: bf16 compute on CUDA, the master's dtype on the CPU.
+
+    `parked`: blocks whose activations go to host memory where `recompute` is offload; None = all
+    but the last. `fp32_residual`: the residual stream in fp32 above bf16 weights, here and in
+    engines that take these weights. About a third less gap between their log-probabilities (nothing
+    if one side has it alone), for 2·D bytes more per token and layer kept for the backward, 4·D
+    where nothing is recomputed.
     """
 
     param_dtype: torch.dtype | None = None
@@ -46,39 +57,66 @@ class ModelOptions:
 
 
 def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sharded:
-    """A `Sharded` decoder of `config`'s shape with zero weights; its module is a `Decoder`, made on the meta device."""
+    """A `Sharded` decoder of `config`'s shape with zero weights; its module is a `Decoder`, made on
+    the meta device.
+    """
     cuda = mesh.device.type == "cuda"
     dtype = options.param_dtype or (torch.bfloat16 if cuda else options.master_dtype)
     plan = HeadPlan(mesh.sp, mesh.sp_rank, config.heads, config.kv_heads, config.head_dim)
     compiled = cuda if options.use_compile == "auto" else options.use_compile
     parked = config.layers if options.parked is None else options.parked
-    offload = Offload(mesh.device, config.layers, parked) if options.recompute == "offload" else None
-    run = Run(plan, mesh, choose_backend(mesh.device, dtype, config.head_dim, options.attn), options.recompute, compiled, offload,
-              options.fp32_residual)  # fmt: skip
+    offload = (
+        Offload(mesh.device, config.layers, parked) if options.recompute == "offload" else None
+    )
+    run = Run(
+        plan,
+        mesh,
+        choose_backend(mesh.device, dtype, config.head_dim, options.attn),
+        options.recompute,
+        compiled,
+        offload,
+        options.fp32_residual,
+    )
     with torch.device("meta"):
         module = Decoder(config, run)
     return shard(
-        module, module.units(), mesh, param_dtype=dtype, master_dtype=options.master_dtype, reduce_dtype=options.reduce_dtype,
-        members=module.members(), aliases=module.aliases(), order=module.order(),
-        trained=options.trained, keep_copy=options.keep_copy, reshard_after_forward=options.reshard_after_forward,
-        forward_prefetch=options.forward_prefetch, backward_overlap=options.backward_overlap,
-    )  # fmt: skip
+        module,
+        module.units(),
+        mesh,
+        param_dtype=dtype,
+        master_dtype=options.master_dtype,
+        reduce_dtype=options.reduce_dtype,
+        members=module.members(),
+        aliases=module.aliases(),
+        order=module.order(),
+        trained=options.trained,
+        keep_copy=options.keep_copy,
+        reshard_after_forward=options.reshard_after_forward,
+        forward_prefetch=options.forward_prefetch,
+        backward_overlap=options.backward_overlap,
+    )
 
 
 def plan_layout(config: ModelConfig, shards: int) -> Layout:
-    """The layout that sharding this model over `shards` ranks will have, from a model without memory."""
+    """The layout that sharding this model over `shards` ranks will have, from a model without
+    memory.
+    """
     mesh = Mesh(0, 1, 1, 1, torch.device("cpu"))
     with torch.device("meta"):
-        decoder = Decoder(config, Run(HeadPlan(1, 0, config.heads, config.kv_heads, config.head_dim), mesh))
+        decoder = Decoder(
+            config, Run(HeadPlan(1, 0, config.heads, config.kv_heads, config.head_dim), mesh)
+        )
     names = {id(p): n for n, p in decoder.named_parameters()}
-    members, seen = decoder.members(), set[int]()
+    members = decoder.members()
+    seen = set[int]()
     units: list[tuple[str, list[SlotSpec]]] = []
     for unit, modules in decoder.units():
         slots: list[SlotSpec] = []
         for parameter in chain.from_iterable(m.parameters() for m in modules):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                name, shape = names[id(parameter)], tuple(parameter.shape)
+                name = names[id(parameter)]
+                shape = tuple(parameter.shape)
                 slots.append((name, shape, members.get(name, [(name, shape)]), True))
         units.append((unit, slots))
     return make_layout(units, shards, decoder.aliases(), decoder.order())

@@ -1,4 +1,6 @@
-"""What a Hugging Face `config.json` says of a model, for the families that we implement; anything else is refused by name."""
+"""What a Hugging Face `config.json` says of a model, for the families that we implement; anything
+else is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from retool.model.hub import read_json
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's rope scaling: low frequencies divided by `factor`, high ones kept, a ramp between (Meta's `apply_scaling`)."""
+    """Llama 3.1's rope scaling: low frequencies divided by `factor`, high ones kept, a ramp between
+    (Meta's `apply_scaling`).
+    """
 
     factor: float
     low_freq_factor: float
@@ -23,7 +27,10 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and switches of a decoder. D = hidden, F = ffn, N / K = query / kv heads, H = head_dim, V = vocab."""
+    """Shapes and switches of a decoder.
+
+    D = hidden, F = ffn, N / K = query / kv heads, H = head_dim, V = vocab.
+    """
 
     family: str
     vocab: int
@@ -51,10 +58,15 @@ class ModelConfig:
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:
-    """Read `folder/config.json`. ValueError names an unknown `model_type`, or a field that isn't implemented as it stands there."""
+    """Read `folder/config.json`.
+
+    ValueError names an unknown `model_type`, or a field that isn't implemented as it stands there.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"the model folder {folder} has no config.json. {_model_inside(path.parent)}")
+        raise ValueError(
+            f"the model folder {folder} has no config.json. {_model_inside(path.parent)}"
+        )
     content = read_json(path)
     try:
         return parse_model_config(content)
@@ -68,24 +80,39 @@ def _model_inside(folder: Path) -> str:
         if any(inside.glob("*.safetensors")):
             return f"The checkpoint's model is in {inside}: give that."
         if (inside / "config.json").is_file():
-            return f"Make a model of this checkpoint: python -m retool.checkpoint merge {folder} --out DIR, and give DIR."
+            return (
+                f"Make a model of this checkpoint: python -m retool.checkpoint merge {folder} --out DIR, "
+                "and give DIR."
+            )
     return "Give a Hugging Face model folder: config.json, tokenizer and safetensors."
 
 
 def parse_model_config(c: dict[str, Any]) -> ModelConfig:
-    """A `config.json` dict → ModelConfig, with transformers' defaults. ValueError names all that isn't implemented, and how to go on."""
+    """A `config.json` dict → ModelConfig, with transformers' defaults.
+
+    ValueError names all that isn't implemented, and how to go on.
+    """
     name = c.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
-        raise ValueError(f"{shown('model_type', name).replace('=', ' ', 1)} is not implemented. Implemented: {', '.join(FAMILIES)}.")
+        raise ValueError(
+            f"{shown('model_type', name).replace('=', ' ', 1)} is not implemented. Implemented: "
+            f"{', '.join(FAMILIES)}."
+        )
     layers = size(c, "num_hidden_layers")
     if faults := [*faults_of(c, family), *_windows(c, layers)]:
         raise ValueError(" ".join(faults))
     hidden = size(c, "hidden_size")
     heads = size(c, "num_attention_heads")
-    kv_heads = size(c, "num_key_value_heads", default=heads if "num_key_value_heads" in c else family.kv_heads or heads)
+    kv_heads = size(
+        c,
+        "num_key_value_heads",
+        default=heads if "num_key_value_heads" in c else family.kv_heads or heads,
+    )
     if heads % kv_heads:
-        raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}.")
+        raise ValueError(
+            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
+        )
     theta, scaling = _rope(c)
     biased = switch(c, "attention_bias")
     return ModelConfig(
@@ -113,7 +140,9 @@ def _head_dim(c: dict[str, Any], hidden: int, heads: int, default: int | None) -
     """Channels of a head; rotary embedding turns them in pairs."""
     head_dim = size(c, "head_dim", default=default or hidden // heads)
     if head_dim % 2 or not head_dim:
-        raise ValueError(f"head_dim={head_dim} is not implemented: rotary embedding needs an even number.")
+        raise ValueError(
+            f"head_dim={head_dim} is not implemented: rotary embedding needs an even number."
+        )
     return head_dim
 
 
@@ -126,11 +155,15 @@ def _windows(c: dict[str, Any], layers: int) -> Iterator[str]:
         elif given != ["full_attention"] * layers:
             yield refused("layer_types", given)
     elif switch(c, "use_sliding_window"):
-        window = c.get("sliding_window", 4096)  # where the file says nothing, transformers says this
+        # Where the file says nothing, transformers says this
+        window = c.get("sliding_window", 4096)
         first = c.get("max_window_layers", 28)
         if window is not None and (type(first) is not int or first < layers):
             which = f"{shown('sliding_window', window)} from {shown('max_window_layers', first)} on"
-            way_out = "With samples no longer than the window it is the same as use_sliding_window=false: say that in the file."
+            way_out = (
+                "With samples no longer than the window it is the same as use_sliding_window=false: "
+                "say that in the file."
+            )
             yield f"use_sliding_window=True ({which}) is not implemented. {way_out}"
 
 
@@ -138,22 +171,35 @@ def _windows(c: dict[str, Any], layers: int) -> Iterator[str]:
 
 ROPE_KEYS = {
     "default": frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"}),
-    "llama3": frozenset({
-        "rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
-        "original_max_position_embeddings",
-    }),
-}  # fmt: skip
+    "llama3": frozenset(
+        {
+            "rope_theta",
+            "rope_type",
+            "type",
+            "partial_rotary_factor",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        }
+    ),
+}
 
 
 def _rope(c: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    """Theta and scaling from either spelling: transformers 4's `rope_theta` and `rope_scaling`, and 5's `rope_parameters`.
+    """Theta and scaling from either spelling: transformers 4's `rope_theta` and `rope_scaling`, and
+    5's `rope_parameters`.
 
-    Where both are there transformers 5 reads `rope_scaling` and forgets the other: refused unless they say the same.
+    Where both are there transformers 5 reads `rope_scaling` and forgets the other: refused unless
+    they say the same.
     """
     old, new = (_rope_dict(c, name) for name in ("rope_scaling", "rope_parameters"))
     found = _parse_rope(c, old or new)
     if old and new and found != _parse_rope(c, new):
-        problem = "rope_scaling and rope_parameters say different things, and transformers reads rope_scaling only"
+        problem = (
+            "rope_scaling and rope_parameters say different things, and transformers reads "
+            "rope_scaling only"
+        )
         raise ValueError(f"{problem}. Keep one of them in the file, with rope_theta in it.")
     return found
 
@@ -169,24 +215,39 @@ def _parse_rope(c: dict[str, Any], rope: dict[str, Any]) -> tuple[float, Llama3S
     theta = number({"rope_theta": 10_000.0, **c, **rope}, "rope_theta", 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        way_out = "If it was added to generate beyond the length that the model was trained on, take it out of the file to train."
+        way_out = (
+            "If it was added to generate beyond the length that the model was trained on, take it out "
+            "of the file to train."
+        )
         there = ", ".join(ROPE_KEYS)
-        raise ValueError(f"{shown('rope type', kind).replace('=', ' ', 1)} is not implemented. Implemented: {there}. {way_out}")
+        raise ValueError(
+            f"{shown('rope type', kind).replace('=', ' ', 1)} is not implemented. Implemented: {there}. "
+            f"{way_out}"
+        )
     if unknown := sorted(map(str, rope.keys() - ROPE_KEYS[kind])):
-        raise ValueError(f"rope type {kind!r} with {', '.join(shown(name, rope[name]) for name in unknown[:5])} is not implemented.")
+        raise ValueError(
+            f"rope type {kind!r} with {', '.join(shown(name, rope[name]) for name in unknown[:5])} "
+            "is not implemented."
+        )
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(refused("partial_rotary_factor", rope["partial_rotary_factor"]))
     return theta, _llama3(c, rope) if kind == "llama3" else None
 
 
 def _llama3(c: dict[str, Any], rope: dict[str, Any]) -> Llama3Scaling:
-    """Where transformers looks for the original length: in a field of its own, in the scaling, in the length of now."""
-    if missing := [name for name in ("factor", "low_freq_factor", "high_freq_factor") if name not in rope]:
+    """Where transformers looks for the original length: in a field of its own, in the scaling, in
+    the length of now.
+    """
+    if missing := [
+        name for name in ("factor", "low_freq_factor", "high_freq_factor") if name not in rope
+    ]:
         raise ValueError(f"rope type 'llama3' lacks {', '.join(missing)}. Fetch the file again.")
     low = number(rope, "low_freq_factor", 1.0)
     high = number(rope, "high_freq_factor", 4.0)
     if low >= high:
-        raise ValueError(f"low_freq_factor={low} is not below high_freq_factor={high}. Fetch the file again.")
+        raise ValueError(
+            f"low_freq_factor={low} is not below high_freq_factor={high}. Fetch the file again."
+        )
     name = "original_max_position_embeddings"
     places = [c, rope, {name: c.get("max_position_embeddings")}]
     place = next((place for place in places if name in place), rope)

@@ -1,6 +1,8 @@
-"""What is known of the fields of a `config.json`: read, implemented for some values only, or without effect on what a model computes.
+"""What is known of the fields of a `config.json`: read, implemented for some values only, or
+without effect on what a model computes.
 
-A field that is in no table here, and isn't off, may change what the model computes: it is refused by name.
+A field that is in no table here, and isn't off, may change what the model computes: it is refused
+by name.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from typing import Any
 class Family:
     """What a model type fixes, and what transformers takes where its `config.json` says nothing.
 
-    `attention_bias`: whether q, k and v have biases (None: they and o have, if the field of that name says so). `head_dim` and
-    `kv_heads` of None: hidden size / heads, and as many as there are heads. `reads`: fields that only some families have.
+    `attention_bias`: whether q, k and v have biases (None: they and o have, if the field of that
+    name says so). `head_dim` and `kv_heads` of None: hidden size / heads, and as many as there are
+    heads. `reads`: fields that only some families have.
     """
 
     attention_bias: bool | None
@@ -29,12 +32,25 @@ class Family:
 
 WINDOWS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
 FAMILIES = {
-    "llama": Family(attention_bias=None, qk_norm=False, head_dim=None, kv_heads=None, reads=frozenset({"attention_bias", "mlp_bias"})),
+    "llama": Family(
+        attention_bias=None,
+        qk_norm=False,
+        head_dim=None,
+        kv_heads=None,
+        reads=frozenset({"attention_bias", "mlp_bias"}),
+    ),
     "qwen2": Family(attention_bias=True, qk_norm=False, head_dim=None, kv_heads=32, reads=WINDOWS),
-    "qwen3": Family(attention_bias=None, qk_norm=True, head_dim=128, kv_heads=32, reads=WINDOWS | {"attention_bias"}),
+    "qwen3": Family(
+        attention_bias=None,
+        qk_norm=True,
+        head_dim=128,
+        kv_heads=32,
+        reads=WINDOWS | {"attention_bias"},
+    ),
 }
 
-# The largest value that a size may have: far above any dense model's, and small enough to plan with.
+# The largest value that a size may have: far above any dense model's, and small enough to plan
+# with.
 SIZES = {
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 18,
@@ -46,9 +62,18 @@ SIZES = {
     "max_position_embeddings": 1 << 32,
     "original_max_position_embeddings": 1 << 32,
 }
-READ = frozenset({
-    *SIZES, "model_type", "rms_norm_eps", "tie_word_embeddings", "layer_types", "rope_theta", "rope_scaling", "rope_parameters",
-})  # fmt: skip
+READ = frozenset(
+    {
+        *SIZES,
+        "model_type",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "layer_types",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+    }
+)
 
 # Fields of which only these values are implemented.
 IMPLEMENTED: dict[str, tuple[Any, ...]] = {
@@ -61,27 +86,39 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 WAYS_OUT = {
     "quantization_config": "Give the model's folder as it was before it was quantised.",
     "quantization": "Give the model's folder as it was before it was quantised.",
-    "auto_map": "The model has code of its own, which isn't run here. Take auto_map out of the file if the weights are a plain model's.",
+    "auto_map": (
+        "The model has code of its own, which isn't run here. Take auto_map out of the file if the "
+        "weights are a plain model's."
+    ),
 }
 
-TOKENS = "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id mask_token_id cls_token_id decoder_start_token_id"
+TOKENS = (
+    "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id mask_token_id cls_token_id "
+    "decoder_start_token_id"
+)
 GENERATION = (
-    "max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature "
-    "top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
-    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values "
-    "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens use_cache cache_implementation generation_config"
+    "max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams "
+    "num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty "
+    "length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
+    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id "
+    "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens "
+    "begin_suppress_tokens use_cache cache_implementation generation_config"
 )
 BOOKKEEPING = (
-    "architectures name_or_path torch_dtype dtype use_bfloat16 torchscript tokenizer_class tokenizer_type prefix finetuning_task "
-    "task_specific_params problem_type id2label label2id num_labels output_hidden_states output_attentions return_dict is_decoder "
-    "attn_implementation initializer_range model_max_length max_sequence_length transformers.js_config is_llama_config unsloth_fixed "
-    "model_name license language tags datasets base_model max_seq_len"
+    "architectures name_or_path torch_dtype dtype use_bfloat16 torchscript tokenizer_class "
+    "tokenizer_type prefix finetuning_task task_specific_params problem_type id2label label2id "
+    "num_labels output_hidden_states output_attentions return_dict is_decoder attn_implementation "
+    "initializer_range model_max_length max_sequence_length transformers.js_config is_llama_config "
+    "unsloth_fixed model_name license language tags datasets base_model max_seq_len"
 )
-# The same sums in another order, or another order of the work: not other numbers than rounding makes.
+# The same sums in another order, or another order of the work: not other numbers than rounding
+# makes.
 ORDER_OF_WORK = "pretraining_tp chunk_size_feed_forward gradient_checkpointing"
 # Said for programs that only generate, beyond the lengths that the model was trained on.
 BEYOND_TRAINING = "dual_chunk_attention_config"
-INERT = frozenset(" ".join((TOKENS, GENERATION, BOOKKEEPING, ORDER_OF_WORK, BEYOND_TRAINING)).split())
+INERT = frozenset(
+    " ".join((TOKENS, GENERATION, BOOKKEEPING, ORDER_OF_WORK, BEYOND_TRAINING)).split()
+)
 
 
 def faults_of(c: dict[str, Any], family: Family) -> Iterator[str]:
@@ -112,7 +149,9 @@ def shown(name: str, value: object) -> str:
 
 
 def without_effect(name: str) -> bool:
-    """Whether transformers, or a program around it, keeps a note under this name that no model computes with."""
+    """Whether transformers, or a program around it, keeps a note under this name that no model
+    computes with.
+    """
     return name in INERT or name.startswith("_") or name.endswith("_version")
 
 
@@ -122,14 +161,18 @@ def is_off(value: object) -> bool:
 
 
 def size(c: dict[str, Any], name: str, default: int | None = None) -> int:
-    """A size's value, a whole number from 1 to its limit; `default` where the file has none, or says null."""
+    """A size's value, a whole number from 1 to its limit; `default` where the file has none, or
+    says null.
+    """
     value = c.get(name)
     if value is None and default is not None:
         return default
     if name not in c:
         raise ValueError(f"lacks {name!r}. Fetch it again.")
     if type(value) is not int or not 1 <= value <= SIZES[name]:
-        raise ValueError(f"{shown(name, value)} is no whole number from 1 to {SIZES[name]:,}. Fetch it again.")
+        raise ValueError(
+            f"{shown(name, value)} is no whole number from 1 to {SIZES[name]:,}. Fetch it again."
+        )
     return value
 
 

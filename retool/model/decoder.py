@@ -2,16 +2,18 @@
 
     tokens [t] → embed → block × L → norm → score(hidden, vocabulary matrix)
 
-A block is three pieces: `before` (norm, q k v, rope) and `after` (o, norm, MLP) are local to a token and compiled; between
-them stands attention with its all-to-alls, which isn't.
+A block is three pieces: `before` (norm, q k v, rope) and `after` (o, norm, MLP) are local to a
+token and compiled; between them stands attention with its all-to-alls, which isn't.
 
-What the backward finds, per token and layer in elements (Qwen2.5-0.5B: D 896, E = N·H 896, K·H 128, F 4864):
-    none        everything that it needs
-    selective   x, q k v, attention's result before and after its all-to-all (D + 3·E + 2·K·H): `after` runs again
-    full        x and attention's result with its log-sum-exp (D + E): the block runs again, the attention kernel doesn't
-    offload     the same, of the first blocks in host memory
+What the backward finds, per token and layer in elements (Qwen2.5-0.5B: D 896, E = N·H 896, K·H 128,
+F 4864):
+    none        everything that it needs selective   x, q k v, attention's result before and after
+    its all-to-all (D + 3·E + 2·K·H): `after` runs again full        x and attention's result with
+    its log-sum-exp (D + E): the block runs again, the attention kernel doesn't offload     the
+    same, of the first blocks in host memory
 
-Legend: T tokens of the pack · t tokens of this sequence-parallel rank · N query heads · K kv heads · H head dim · D model
+Legend: T tokens of the pack · t tokens of this sequence-parallel rank · N query heads · K kv heads
+· H head dim · D model
 · F ffn · V vocab.
 """
 
@@ -36,17 +38,22 @@ from retool.parallel.collectives import all_to_all
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v, split_heads
 
-GRAPHS = 64  # of a piece in one process: several models, dtypes and layouts. torch's limit of 8 ends the run
+# of a piece in one process: several models, dtypes and layouts. torch's limit of 8 ends the run
+GRAPHS = 64
 Recompute = Literal["none", "selective", "full", "offload"]
 Piece = Callable[..., torch.Tensor]  # of a block, called with it
-Score = Callable[[torch.Tensor, torch.Tensor], Any]  # (hidden [t, D], vocabulary matrix [V, D]) → tensors
+# (hidden [t, D], vocabulary matrix [V, D]) → tensors
+Score = Callable[[torch.Tensor, torch.Tensor], Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a forward runs: what doesn't change from batch to batch. `offload` is there where `recompute` is offload.
+    """How a forward runs: what doesn't change from batch to batch.
 
-    `fp32_residual`: what blocks add to is in at least fp32, not in the weights' dtype; norms hand that to the products.
+    `offload` is there where `recompute` is offload.
+
+    `fp32_residual`: what blocks add to is in at least fp32, not in the weights' dtype; norms hand
+    that to the products.
     """
 
     plan: HeadPlan
@@ -59,18 +66,27 @@ class Run:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last dimension (Zhang & Sennrich, arXiv 1910.07467), in at least fp32; the result in the weight's
-    dtype, which x may exceed."""
+    """Root-mean-square norm over the last dimension (Zhang & Sennrich, arXiv 1910.07467), in at
+    least fp32; the result in the weight's dtype, which x may exceed.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(weight.dtype) * weight
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(
+        weight.dtype
+    ) * weight
 
 
 class Block(nn.Module):
-    """One decoder layer. `qkv` and `gate_up` are the Hugging Face matrices stacked; `members` names them."""
+    """One decoder layer.
+
+    `qkv` and `gate_up` are the Hugging Face matrices stacked; `members` names them.
+    """
 
     def __init__(self, config: ModelConfig, index: int, run: Run) -> None:
         super().__init__()
-        c, self.config, self.index, self.run = config, config, index, run
+        c = config
+        self.config = config
+        self.index = index
+        self.run = run
         wide = (c.heads + 2 * c.kv_heads) * c.head_dim
 
         def weight(*shape: int) -> nn.Parameter:
@@ -88,10 +104,14 @@ class Block(nn.Module):
         self.gate_up_bias = weight(2 * c.ffn) if c.mlp_bias else None
         self.down = weight(c.hidden, c.ffn)
         self.down_bias = weight(c.hidden) if c.mlp_bias else None
-        self.before_piece, self.after_piece = compiled_pieces() if run.compiled else (Block.before, Block.after)
+        self.before_piece, self.after_piece = (
+            compiled_pieces() if run.compiled else (Block.before, Block.after)
+        )
 
     def before(self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Norm, q k v and rope: [t, D] → the flat buffer that goes to the head ranks, in the weights' dtype."""
+        """Norm, q k v and rope: [t, D] → the flat buffer that goes to the head ranks, in the
+        weights' dtype.
+        """
         return self.rotated(self.projected(x_tD), cos, sin)
 
     def projected(self, x_tD: torch.Tensor) -> torch.Tensor:
@@ -100,24 +120,43 @@ class Block(nn.Module):
         heads = F.linear(rms_norm(x_tD, self.norm_1, c.norm_eps), self.qkv, self.qkv_bias)
         return heads.view(-1, c.heads + 2 * c.kv_heads, c.head_dim)
 
-    def rotated(self, heads_tNH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def rotated(
+        self, heads_tNH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
         """q's and k's norms, and rope: `projected` → the flat buffer that goes to the head ranks."""
-        c, plan = self.config, self.run.plan
+        c = self.config
+        plan = self.run.plan
         q, k, v = heads_tNH.split([c.heads, c.kv_heads, c.kv_heads], 1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, self.q_norm, c.norm_eps), rms_norm(k, self.k_norm, c.norm_eps)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q = rms_norm(q, self.q_norm, c.norm_eps)
+            k = rms_norm(k, self.k_norm, c.norm_eps)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
         return split_heads(q, k, v.to(q.dtype), plan, self.qkv.dtype)
 
     def after(self, x_tD: torch.Tensor, a_tE: torch.Tensor) -> torch.Tensor:
-        """Output projection, norm and SwiGLU MLP with their residuals: [t, D] and attention's result [t, E] → [t, D], in x's dtype."""
+        """Output projection, norm and SwiGLU MLP with their residuals: [t, D] and attention's
+        result [t, E] → [t, D], in x's dtype.
+        """
         x_tD = x_tD + F.linear(a_tE, self.o, self.o_bias)
-        gate, up = F.linear(rms_norm(x_tD, self.norm_2, self.config.norm_eps), self.gate_up, self.gate_up_bias).chunk(2, -1)
+        gate, up = F.linear(
+            rms_norm(x_tD, self.norm_2, self.config.norm_eps), self.gate_up, self.gate_up_bias
+        ).chunk(2, -1)
         return x_tD + F.linear(F.silu(gate) * up, self.down, self.down_bias)
 
-    def attend(self, send: torch.Tensor, t: int, batch: PackedBatch, kept: list[tuple[torch.Tensor, torch.Tensor]] | None) -> torch.Tensor:
-        """Sequence → heads, attention over the whole pack, heads → sequence [t, E]. `kept` remembers the kernel's result."""
-        plan, group = self.run.plan, self.run.mesh.sp_group
+    def attend(
+        self,
+        send: torch.Tensor,
+        t: int,
+        batch: PackedBatch,
+        kept: list[tuple[torch.Tensor, torch.Tensor]] | None,
+    ) -> torch.Tensor:
+        """Sequence → heads, attention over the whole pack, heads → sequence [t, E].
+
+        `kept` remembers the kernel's result.
+        """
+        plan = self.run.plan
+        group = self.run.mesh.sp_group
         q, k, v = q_k_v(all_to_all(send, *plan.to_heads(t), group), plan)
         pack = batch.cu_seqlens, batch.max_seqlen, self.run.backend, batch.seqlens
         if kept is None:
@@ -128,7 +167,9 @@ class Block(nn.Module):
             out = attention_from_saved(q, k, v, *kept[0], *pack)
         return join_heads(all_to_all(out.flatten(), *plan.to_sequence(t), group), plan).flatten(1)
 
-    def forward(self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    def forward(
+        self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: PackedBatch
+    ) -> torch.Tensor:
         """[t, D] → [t, D], keeping for the backward what `run.recompute` says."""
         if self.run.recompute in ("full", "offload") and torch.is_grad_enabled():
             return recomputed(self, x_tD, cos, sin, batch, self.run.offload)
@@ -139,8 +180,13 @@ class Block(nn.Module):
 
     def members(self) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
         """Hugging Face names and shapes of each parameter's row blocks."""
-        c, p = self.config, f"model.layers.{self.index}."
-        rows = [("q", c.heads * c.head_dim), ("k", c.kv_heads * c.head_dim), ("v", c.kv_heads * c.head_dim)]
+        c = self.config
+        p = f"model.layers.{self.index}."
+        rows = [
+            ("q", c.heads * c.head_dim),
+            ("k", c.kv_heads * c.head_dim),
+            ("v", c.kv_heads * c.head_dim),
+        ]
         table: dict[str, list[tuple[str, tuple[int, ...]]]] = {
             "norm_1": [(p + "input_layernorm.weight", (c.hidden,))],
             "qkv": [(f"{p}self_attn.{n}_proj.weight", (r, c.hidden)) for n, r in rows],
@@ -160,13 +206,16 @@ class Block(nn.Module):
 
 def _checkpoint(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
     """Run keeping only the arguments; the backward runs it again."""
-    out: Any = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+    out: Any = checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+    )
     return out
 
 
 def compiled(piece: Callable[..., Any]) -> Callable[..., Any]:
-    """A piece through torch.compile: a graph for any length and one for length 1, each with gradients and without, for all layers and
-    models of one shape."""
+    """A piece through torch.compile: a graph for any length and one for length 1, each with
+    gradients and without, for all layers and models of one shape.
+    """
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
     return torch.compile(piece, dynamic=True, fullgraph=True)
@@ -174,7 +223,8 @@ def compiled(piece: Callable[..., Any]) -> Callable[..., Any]:
 
 def compiled_pieces() -> tuple[Piece, Piece]:
     """`before` and `after`."""
-    before, after = compiled(Block.before), compiled(Block.after)
+    before = compiled(Block.before)
+    after = compiled(Block.after)
     return before, lambda block, x_tD, a_tE: after(block, x_tD, unviewed(a_tE))
 
 
@@ -190,24 +240,32 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm and the vocabulary matrix; `score` turns hidden states into what the caller wants, never whole logits."""
+    """Final norm and the vocabulary matrix; `score` turns hidden states into what the caller wants,
+    never whole logits.
+    """
 
     def __init__(self, config: ModelConfig, tied: nn.Parameter | None) -> None:
         super().__init__()
         self.eps = config.norm_eps
         self.norm = nn.Parameter(torch.empty(config.hidden))
-        self.weight = tied if tied is not None else nn.Parameter(torch.empty(config.vocab, config.hidden))
+        self.weight = (
+            tied if tied is not None else nn.Parameter(torch.empty(config.vocab, config.hidden))
+        )
 
     def forward(self, x_tD: torch.Tensor, score: Score) -> Any:
         return score(rms_norm(x_tD, self.norm, self.eps), self.weight)
 
 
 class Decoder(nn.Module):
-    """Llama, Qwen2(.5) or Qwen3 dense. Build it on the meta device; `retool.parallel.fsdp.shard` gives it memory."""
+    """Llama, Qwen2(.5) or Qwen3 dense.
+
+    Build it on the meta device; `retool.parallel.fsdp.shard` gives it memory.
+    """
 
     def __init__(self, config: ModelConfig, run: Run) -> None:
         super().__init__()
-        self.config, self.run = config, run
+        self.config = config
+        self.run = run
         self.embed = Embedding(config)
         self.blocks = nn.ModuleList(Block(config, i, run) for i in range(config.layers))
         self.head = Head(config, self.embed.weight if config.tied else None)
@@ -234,7 +292,9 @@ class Decoder(nn.Module):
 
     def units(self) -> list[tuple[str, list[nn.Module]]]:
         """What is gathered at once, in forward order. A tied embedding and head are one unit."""
-        blocks: list[tuple[str, list[nn.Module]]] = [(f"layers.{i}", [b]) for i, b in enumerate(self.blocks)]
+        blocks: list[tuple[str, list[nn.Module]]] = [
+            (f"layers.{i}", [b]) for i, b in enumerate(self.blocks)
+        ]
         if self.config.tied:
             return [("embed", [self.embed, self.head]), *blocks]
         return [("embed", [self.embed]), *blocks, ("head", [self.head])]
@@ -242,7 +302,10 @@ class Decoder(nn.Module):
     def members(self) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
         """Hugging Face names and shapes behind each of this module's parameters."""
         shape = (self.config.vocab, self.config.hidden)
-        table = {"embed.weight": [("model.embed_tokens.weight", shape)], "head.norm": [("model.norm.weight", (self.config.hidden,))]}
+        table = {
+            "embed.weight": [("model.embed_tokens.weight", shape)],
+            "head.norm": [("model.norm.weight", (self.config.hidden,))],
+        }
         if not self.config.tied:
             table["head.weight"] = [("lm_head.weight", shape)]
         for i, block in enumerate(self.blocks):
@@ -252,14 +315,33 @@ class Decoder(nn.Module):
 
     def order(self) -> tuple[str, ...]:
         """Hugging Face names in the order of the transformers module's `parameters()`."""
-        c, names = self.config, ["model.embed_tokens.weight"]
+        c = self.config
+        names = ["model.embed_tokens.weight"]
         for i in range(c.layers):
-            attention = [f"{n}_proj.{w}" for n in "qkv" for w in ("weight", "bias")[: 1 + c.qkv_bias]]
-            attention += [f"o_proj.{w}" for w in ("weight", "bias")[: 1 + c.o_bias]] + ["q_norm.weight", "k_norm.weight"][: 2 * c.qk_norm]
-            mlp = [f"mlp.{n}_proj.{w}" for n in ("gate", "up", "down") for w in ("weight", "bias")[: 1 + c.mlp_bias]]
-            inside = [*(f"self_attn.{n}" for n in attention), *mlp, "input_layernorm.weight", "post_attention_layernorm.weight"]
+            attention = [
+                f"{n}_proj.{w}" for n in "qkv" for w in ("weight", "bias")[: 1 + c.qkv_bias]
+            ]
+            attention += [f"o_proj.{w}" for w in ("weight", "bias")[: 1 + c.o_bias]] + [
+                "q_norm.weight",
+                "k_norm.weight",
+            ][: 2 * c.qk_norm]
+            mlp = [
+                f"mlp.{n}_proj.{w}"
+                for n in ("gate", "up", "down")
+                for w in ("weight", "bias")[: 1 + c.mlp_bias]
+            ]
+            inside = [
+                *(f"self_attn.{n}" for n in attention),
+                *mlp,
+                "input_layernorm.weight",
+                "post_attention_layernorm.weight",
+            ]
             names += [f"model.layers.{i}.{n}" for n in inside]
-        return (*names, "model.norm.weight") if c.tied else (*names, "model.norm.weight", "lm_head.weight")
+        return (
+            (*names, "model.norm.weight")
+            if c.tied
+            else (*names, "model.norm.weight", "lm_head.weight")
+        )
 
     def aliases(self) -> tuple[tuple[str, str], ...]:
         """Names on disk that are tied to another parameter."""

@@ -11,5 +11,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def eager(function: Function) -> Function:
-    """`torch.compiler.disable` , the signature kept: for functions whose host arguments, document lengths say, would each be a graph."""
+    """`torch.compiler.disable` , the signature kept: for functions whose host arguments, document
+    lengths say, would each be a graph.
+    """
     return cast(Function, torch.compiler.disable(function))

@@ -10,44 +10,68 @@ from typing import Any
 from retool.files.untrusted import read_bytes
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]  # .py: tokenizers with code of their own
+# .py: tokenizers with code of their own
+WANTED = [
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "*.py",
+]
 UNWANTED = ["original/*", "onnx/*", "*.onnx*"]
 MAX_JSON_BYTES = 100 << 20  # a tokenizer.json has 10 or 20 MB
 
 
 def find_model(name: str, weights: bool = True) -> Path:
-    """The folder `name`, or the local copy of the hub model `name`, fetched if it isn't in the cache yet.
+    """The folder `name`, or the local copy of the hub model `name`, fetched if it isn't in the
+    cache yet.
 
-    Without `weights` only what the tokenizer and the configuration need. ValueError when it is neither, or can't be fetched.
-    Fetch on one process and let the others follow.
+    Without `weights` only what the tokenizer and the configuration need. ValueError when it is
+    neither, or can't be fetched. Fetch on one process and let the others follow.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if not HUB_ID.fullmatch(name) or name.startswith("."):
-        raise ValueError(f"{name} is no folder. Give a Hugging Face model folder with config.json, tokenizer and safetensors.")
+        raise ValueError(
+            f"{name} is no folder. Give a Hugging Face model folder with config.json, tokenizer and "
+            "safetensors."
+        )
     from huggingface_hub import snapshot_download
 
     wanted = [pattern for pattern in WANTED if weights or pattern != "*.safetensors"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=UNWANTED))
-    except Exception as error:  # network, authorisation, no such repository: the hub's client raises many kinds
+    except (
+        Exception
+    ) as error:  # network, authorisation, no such repository: the hub's client raises many kinds
         reason = str(error).strip().splitlines()[0].removeprefix("Got: ").rstrip(".")
         problem = f"{name} is no local folder, and the hub gives no model of that name ({reason})"
-        raise ValueError(f"{problem}. Check the path; without a network, give a local folder.") from error
+        raise ValueError(
+            f"{problem}. Check the path; without a network, give a local folder."
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that a file of a model's folder holds. ValueError names the file where it holds anything else."""
+    """The JSON object that a file of a model's folder holds.
+
+    ValueError names the file where it holds anything else.
+    """
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{path} has {size:,} bytes: that is no file of a model. Fetch it again.")
     data = read_bytes(path, MAX_JSON_BYTES)  # no pipe, which would be waited for
     try:
         content = json.loads(data.decode("utf-8"))
     except RecursionError:
-        raise ValueError(f"{path} is no JSON file: it is nested without end. Fetch it again.") from None
+        raise ValueError(
+            f"{path} is no JSON file: it is nested without end. Fetch it again."
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file ({error}). Fetch it again.") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object. Fetch it again.")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, not a JSON object. Fetch it again."
+        )
     return content

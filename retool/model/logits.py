@@ -1,10 +1,13 @@
-"""One chunk of logits: the product that makes it, its softmax statistics, its gradient. Plain torch here, Triton kernels on a GPU.
+"""One chunk of logits: the product that makes it, its softmax statistics, its gradient.
+
+Plain torch here, Triton kernels on a GPU.
 
 Shapes: T tokens · D model · C tokens of a chunk · S vocabulary entries of a chunk
 
-All are in the accumulation dtype (float32, or float64 for float64 inputs) and overwrite the chunk. Statistics of T tokens are the
-rows of one [4, T] tensor: the largest scaled logit x so far, Σ exp(x − largest), Σ (x − largest)·exp(x − largest), and the label's x
-(NaN until met, so that a label outside the vocabulary can't pass as a number).
+All are in the accumulation dtype (float32, or float64 for float64 inputs) and overwrite the chunk.
+Statistics of T tokens are the rows of one [4, T] tensor: the largest scaled logit x so far, Σ exp(x
+− largest), Σ (x − largest)·exp(x − largest), and the label's x (NaN until met, so that a label
+outside the vocabulary can't pass as a number).
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ def _fused(x: Tensor) -> bool:
 
 
 def workspace(hidden: Tensor, rows: int, columns: int) -> Tensor:
-    """Room for a chunk, used by every chunk in turn. Rows start at multiples of 256 bytes, which the fast matrix products need."""
+    """Room for a chunk, used by every chunk in turn.
+
+    Rows start at multiples of 256 bytes, which the fast matrix products need.
+    """
     stride = -(-columns // 64) * 64 if hidden.is_cuda else columns
     return hidden.new_empty((rows, stride), dtype=accumulation_dtype(hidden))
 
@@ -69,11 +75,14 @@ def update(stats: Tensor, logits_CS: Tensor, labels_C: Tensor, scale: float, ent
     x = logits_CS.mul_(scale)
     above = torch.maximum(largest, x.amax(1))
     p = (x - above[:, None]).exp_()
-    decay, sums = (largest - above).exp_(), p.sum(1)
+    decay = (largest - above).exp_()
+    sums = p.sum(1)
     here, index = _locate(labels_C, x.shape[1])
     picked.copy_(torch.where(here, x.gather(1, index)[:, 0], picked))
     if entropy:
-        weighted.addcmul_(total, largest - above).mul_(decay).add_(p.mul_(x.sub_(above[:, None])).sum(1))
+        weighted.addcmul_(total, largest - above).mul_(decay).add_(
+            p.mul_(x.sub_(above[:, None])).sum(1)
+        )
     total.mul_(decay).add_(sums)
     largest.copy_(above)
 
@@ -87,29 +96,47 @@ def finish(stats: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]
 
 
 def gradient(
-    logits_CS: Tensor, labels_C: Tensor, scale: float, lse_C: Tensor, entropy_C: Tensor | None,
-    g_logp_C: Tensor, g_entropy_C: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """What flows into the unscaled logits [C, S] when `g_logp` and `g_entropy` flow into log p(label) and the entropy.
+    logits_CS: Tensor,
+    labels_C: Tensor,
+    scale: float,
+    lse_C: Tensor,
+    entropy_C: Tensor | None,
+    g_logp_C: Tensor,
+    g_entropy_C: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What flows into the unscaled logits [C, S] when `g_logp` and `g_entropy` flow into log
+    p(label) and the entropy.
 
-    scale · (g_logp (1[j = label] − p_j) − g_entropy p_j (log p_j + entropy)), in the chunk's memory; in `dtype` on a GPU.
+    scale · (g_logp (1[j = label] − p_j) − g_entropy p_j (log p_j + entropy)), in the chunk's
+    memory; in `dtype` on a GPU.
     """
     if _fused(logits_CS):
         from retool.model.logits_triton import gradient_rows
 
-        return gradient_rows(logits_CS, labels_C, scale, lse_C, entropy_C, g_logp_C, g_entropy_C, dtype)
+        return gradient_rows(
+            logits_CS, labels_C, scale, lse_C, entropy_C, g_logp_C, g_entropy_C, dtype
+        )
     here, index = _locate(labels_C, logits_CS.shape[1])
     log_p = logits_CS.mul_(scale).sub_(lse_C[:, None])
     if g_entropy_C is None or entropy_C is None:
         out = log_p.exp_().mul_(-g_logp_C[:, None])
     else:
         p = log_p.exp()
-        out = log_p.add_(entropy_C[:, None]).mul_(-g_entropy_C[:, None]).sub_(g_logp_C[:, None]).mul_(p)
+        out = (
+            log_p.add_(entropy_C[:, None])
+            .mul_(-g_entropy_C[:, None])
+            .sub_(g_logp_C[:, None])
+            .mul_(p)
+        )
     return out.scatter_add_(1, index, (g_logp_C * here)[:, None]).mul_(scale)
 
 
-def softmax_gradient(logits_CV: Tensor, labels_C: Tensor, weights_C: Tensor, logp_C: Tensor, dtype: torch.dtype) -> Tensor:
-    """Fills `logp_C` with log p(label) and returns weights (1[j = label] − p_j), in the chunk's memory; in `dtype` on a GPU.
+def softmax_gradient(
+    logits_CV: Tensor, labels_C: Tensor, weights_C: Tensor, logp_C: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Fills `logp_C` with log p(label) and returns weights (1[j = label] − p_j), in the chunk's
+    memory; in `dtype` on a GPU.
 
     These are whole rows of logits. On a GPU, `logp_C` of tokens with weight 0 is left as it was.
     """

@@ -1,12 +1,15 @@
 # ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
 # pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""Triton kernels over the rows of a chunk of float32 logits. One program per row; a row's start is a 64-bit offset.
+"""Triton kernels over the rows of a chunk of float32 logits.
 
-[Note: gradients over logits] The gradient goes to the matrix products in bfloat16, half the logits' size, and is written over them: with a
-row stride of R floats, column j's float lies at slot j and its bfloat16 in the upper half of the row, within slot (R + j) / 2 ≥ j.
-A program walks its row from the end to the start, so what it writes lies over logits it has already read. Its warps must not run
-ahead of each other: a barrier parts the reads of a block from its writes. The walk backwards also meets first what the walk
-forwards left in the cache.
+One program per row; a row's start is a 64-bit offset.
+
+[Note: gradients over logits] The gradient goes to the matrix products in bfloat16, half the logits'
+size, and is written over them: with a row stride of R floats, column j's float lies at slot j and
+its bfloat16 in the upper half of the row, within slot (R + j) / 2 ≥ j. A program walks its row from
+the end to the start, so what it writes lies over logits it has already read. Its warps must not run
+ahead of each other: a barrier parts the reads of a block from its writes. The walk backwards also
+meets first what the walk forwards left in the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ WARPS = 16
 
 @triton.jit
 def _row_stats(x_ptr, columns, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
-    """(largest, Σ exp(x − largest), Σ (x − largest)·exp(x − largest)) of a row; every lane has its own until the end."""
+    """(largest, Σ exp(x − largest), Σ (x − largest)·exp(x − largest)) of a row; every lane has its
+    own until the end.
+    """
     lanes = tl.arange(0, BLOCK)
     largest = tl.full((BLOCK,), -1.7e38, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -44,27 +49,52 @@ def _row_stats(x_ptr, columns, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _update_kernel(
-    x_ptr, stride, columns, labels_ptr, scale, largest_ptr, total_ptr, weighted_ptr, picked_ptr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    stride,
+    columns,
+    labels_ptr,
+    scale,
+    largest_ptr,
+    total_ptr,
+    weighted_ptr,
+    picked_ptr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride
     top, total, weighted = _row_stats(x_ptr, columns, scale, ENTROPY, BLOCK)
     before = tl.load(largest_ptr + row)
     largest = tl.maximum(before, top)
-    old, new = tl.exp(before - largest), tl.exp(top - largest)
+    old = tl.exp(before - largest)
+    new = tl.exp(top - largest)
     total_before = tl.load(total_ptr + row)
     tl.store(largest_ptr + row, largest)
     tl.store(total_ptr + row, total_before * old + total * new)
     if ENTROPY:
         weighted_before = tl.load(weighted_ptr + row) + total_before * (before - largest)
-        tl.store(weighted_ptr + row, weighted_before * old + (weighted + total * (top - largest)) * new)
+        tl.store(
+            weighted_ptr + row, weighted_before * old + (weighted + total * (top - largest)) * new
+        )
     label = tl.load(labels_ptr + row)
     here = (label >= 0) & (label < columns)
     tl.store(picked_ptr + row, tl.load(x_ptr + label, here, other=0.0) * scale, here)
 
 
 @triton.jit
-def _write_gradient(x_ptr, out_ptr, columns, label, scale, lse, entropy, g_logp, g_entropy, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+def _write_gradient(
+    x_ptr,
+    out_ptr,
+    columns,
+    label,
+    scale,
+    lse,
+    entropy,
+    g_logp,
+    g_entropy,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     lanes = tl.arange(0, BLOCK)
     blocks = tl.cdiv(columns, BLOCK)
     for i in range(blocks):
@@ -81,21 +111,53 @@ def _write_gradient(x_ptr, out_ptr, columns, label, scale, lse, entropy, g_logp,
 
 @triton.jit
 def _gradient_kernel(
-    x_ptr, stride, out_ptr, out_stride, columns, labels_ptr, scale, lse_ptr, entropy_ptr, g_logp_ptr, g_entropy_ptr,
-    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    stride,
+    out_ptr,
+    out_stride,
+    columns,
+    labels_ptr,
+    scale,
+    lse_ptr,
+    entropy_ptr,
+    g_logp_ptr,
+    g_entropy_ptr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
-    entropy, g_entropy = 0.0, 0.0
+    entropy = 0.0
+    g_entropy = 0.0
     if ENTROPY:
-        entropy, g_entropy = tl.load(entropy_ptr + row), tl.load(g_entropy_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
+        g_entropy = tl.load(g_entropy_ptr + row)
     _write_gradient(
-        x_ptr + row * stride, out_ptr + row * out_stride, columns, tl.load(labels_ptr + row), scale,
-        tl.load(lse_ptr + row), entropy, tl.load(g_logp_ptr + row), g_entropy, ENTROPY, BLOCK,
-    )  # fmt: skip
+        x_ptr + row * stride,
+        out_ptr + row * out_stride,
+        columns,
+        tl.load(labels_ptr + row),
+        scale,
+        tl.load(lse_ptr + row),
+        entropy,
+        tl.load(g_logp_ptr + row),
+        g_entropy,
+        ENTROPY,
+        BLOCK,
+    )
 
 
 @triton.jit
-def _softmax_gradient_kernel(x_ptr, stride, out_ptr, out_stride, columns, labels_ptr, weights_ptr, logp_ptr, BLOCK: tl.constexpr):
+def _softmax_gradient_kernel(
+    x_ptr,
+    stride,
+    out_ptr,
+    out_stride,
+    columns,
+    labels_ptr,
+    weights_ptr,
+    logp_ptr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride
     out_ptr += row * out_stride
@@ -103,7 +165,11 @@ def _softmax_gradient_kernel(x_ptr, stride, out_ptr, out_stride, columns, labels
     if weight == 0.0:  # an untrained token: nothing of its row is read
         lanes = tl.arange(0, BLOCK)
         for start in range(0, columns, BLOCK):
-            tl.store(out_ptr + start + lanes, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), start + lanes < columns)
+            tl.store(
+                out_ptr + start + lanes,
+                tl.zeros((BLOCK,), out_ptr.dtype.element_ty),
+                start + lanes < columns,
+            )
     else:
         label = tl.load(labels_ptr + row)
         here = (label >= 0) & (label < columns)
@@ -116,36 +182,80 @@ def _softmax_gradient_kernel(x_ptr, stride, out_ptr, out_stride, columns, labels
 
 def update_rows(stats: Tensor, logits: Tensor, labels: Tensor, scale: float, entropy: bool) -> None:
     _update_kernel[(len(logits),)](
-        logits, logits.stride(0), logits.shape[1], labels, scale, *stats, ENTROPY=entropy, BLOCK=BLOCK, num_warps=WARPS, num_stages=1
+        logits,
+        logits.stride(0),
+        logits.shape[1],
+        labels,
+        scale,
+        *stats,
+        ENTROPY=entropy,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        num_stages=1,
     )
 
 
 def _gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where the gradient goes: over the logits themselves in float32, else in the upper half of each row's memory."""
+    """Where the gradient goes: over the logits themselves in float32, else in the upper half of
+    each row's memory.
+    """
     if dtype == torch.float32:
         return logits
     rows, columns = logits.shape
     stride = logits.stride(0)
     assert dtype.itemsize == 2 and stride % 8 == 0
-    return torch.as_strided(logits.view(dtype), (rows, columns), (2 * stride, 1), 2 * logits.storage_offset() + stride)
+    return torch.as_strided(
+        logits.view(dtype), (rows, columns), (2 * stride, 1), 2 * logits.storage_offset() + stride
+    )
 
 
 def gradient_rows(
-    logits: Tensor, labels: Tensor, scale: float, lse: Tensor, entropy: Tensor | None,
-    g_logp: Tensor, g_entropy: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    labels: Tensor,
+    scale: float,
+    lse: Tensor,
+    entropy: Tensor | None,
+    g_logp: Tensor,
+    g_entropy: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     out = _gradient_view(logits, dtype)
     with_entropy = entropy is not None and g_entropy is not None
     _gradient_kernel[(len(logits),)](
-        logits, logits.stride(0), out, out.stride(0), logits.shape[1], labels, scale, lse, entropy if with_entropy else lse,
-        g_logp, g_entropy if with_entropy else lse, ENTROPY=with_entropy, BLOCK=BLOCK, num_warps=WARPS, num_stages=1,
-    )  # fmt: skip
+        logits,
+        logits.stride(0),
+        out,
+        out.stride(0),
+        logits.shape[1],
+        labels,
+        scale,
+        lse,
+        entropy if with_entropy else lse,
+        g_logp,
+        g_entropy if with_entropy else lse,
+        ENTROPY=with_entropy,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        num_stages=1,
+    )
     return out
 
 
-def softmax_gradient_rows(logits: Tensor, labels: Tensor, weights: Tensor, logp: Tensor, dtype: torch.dtype) -> Tensor:
+def softmax_gradient_rows(
+    logits: Tensor, labels: Tensor, weights: Tensor, logp: Tensor, dtype: torch.dtype
+) -> Tensor:
     out = _gradient_view(logits, dtype)
     _softmax_gradient_kernel[(len(logits),)](
-        logits, logits.stride(0), out, out.stride(0), logits.shape[1], labels, weights, logp, BLOCK=BLOCK, num_warps=WARPS, num_stages=1
+        logits,
+        logits.stride(0),
+        out,
+        out.stride(0),
+        logits.shape[1],
+        labels,
+        weights,
+        logp,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+        num_stages=1,
     )
     return out

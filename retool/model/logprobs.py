@@ -1,14 +1,19 @@
-"""Log-probabilities of labels, and their gradients, straight from hidden states: the whole [T, V] never exists.
+"""Log-probabilities of labels, and their gradients, straight from hidden states: the whole [T, V]
+never exists.
 
-Shapes: T tokens · D model · V vocab · C tokens of a chunk · S vocabulary entries of a chunk · a bytes of the accumulation dtype
+Shapes: T tokens · D model · V vocab · C tokens of a chunk · S vocabulary entries of a chunk · a
+bytes of the accumulation dtype
 
-Logits and everything done to them are in the accumulation dtype: float32 (float64 for float64 inputs), also where hidden and
-weight are bfloat16. Products of bfloat16 matrices accumulate and come out in float32.
+Logits and everything done to them are in the accumulation dtype: float32 (float64 for float64
+inputs), also where hidden and weight are bfloat16. Products of bfloat16 matrices accumulate and
+come out in float32.
 
-[Note: which loop is outside] A weight gradient is V·D numbers, a hidden gradient C·D, and V is the largest dimension there is. With
-tokens outside, every chunk reads and writes the whole weight gradient, but one chunk of logits serves the log-probability and both
-gradients: right where the upstream gradient is a scalar (`weighted_logprob_sum`: three products). With the vocabulary outside, each
-part of the weight gradient is finished once, but the logits are computed again when their log-sum-exp is known (`logprobs`: four).
+[Note: which loop is outside] A weight gradient is V·D numbers, a hidden gradient C·D, and V is the
+largest dimension there is. With tokens outside, every chunk reads and writes the whole weight
+gradient, but one chunk of logits serves the log-probability and both gradients: right where the
+upstream gradient is a scalar (`weighted_logprob_sum`: three products). With the vocabulary outside,
+each part of the weight gradient is finished once, but the logits are computed again when their
+log-sum-exp is known (`logprobs`: four).
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ from retool.model.logits import (
 )
 
 LOGIT_BYTES = {"cuda": 640 << 20, "cpu": 64 << 20}  # default `logit_bytes`
-CHUNK_TOKENS = 16384  # of a chunk in `logprobs`, where the budget leaves at least CHUNK_ENTRIES vocabulary entries
+# of a chunk in `logprobs`, where the budget leaves at least CHUNK_ENTRIES vocabulary entries
+CHUNK_TOKENS = 16384
 CHUNK_ENTRIES = 1024
 ROUND = 128  # chunks of this multiple keep matrix products on their fast path
 
@@ -47,38 +53,54 @@ def logprobs(
     entropy: bool = False,
     logit_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(log p(label) [T], entropy [T] or None) of softmax(hidden @ weight.T / temperature); both differentiable, in nats.
+    """(log p(label) [T], entropy [T] or None) of softmax(hidden @ weight.T / temperature); both
+    differentiable, in nats.
 
-    hidden [T, D] and weight [V, D] of one dtype, labels int64 [T] in [0, V). Results are float32 (float64 for float64 inputs);
-    gradients arrive in the dtypes of hidden and weight, the weight's accumulated over all tokens before it is rounded. Nothing waits
-    for the device.
+    hidden [T, D] and weight [V, D] of one dtype, labels int64 [T] in [0, V). Results are float32
+    (float64 for float64 inputs); gradients arrive in the dtypes of hidden and weight, the weight's
+    accumulated over all tokens before it is rounded. Nothing waits for the device.
 
-    Extra memory, besides the results and gradients, with chunks of C tokens × S entries such that C·S·a ≤ `logit_bytes` (by default
-    640 MiB on a GPU, 64 MiB on a CPU): forward C·S·a, backward C·S·a + S·D·a + T·D·a, and at most 64 bytes per token in both.
-    On the CPU (and for float64) twice C·S·a, and for bfloat16 there another (C + S)·D·a.
+    Extra memory, besides the results and gradients, with chunks of C tokens × S entries such that
+    C·S·a ≤ `logit_bytes` (by default 640 MiB on a GPU, 64 MiB on a CPU): forward C·S·a, backward
+    C·S·a + S·D·a + T·D·a, and at most 64 bytes per token in both. On the CPU (and for float64)
+    twice C·S·a, and for bfloat16 there another (C + S)·D·a.
 
-    The entropy's gradient with respect to logit j is −p_j (log p_j + entropy) / temperature. Raises ValueError for a temperature ≤ 0.
+    The entropy's gradient with respect to logit j is −p_j (log p_j + entropy) / temperature. Raises
+    ValueError for a temperature ≤ 0.
     """
     if not temperature > 0:
-        raise ValueError(f"temperature={temperature} does not define a distribution: it must be above 0.")
+        raise ValueError(
+            f"temperature={temperature} does not define a distribution: it must be above 0."
+        )
     _check(hidden_TD, weight_VD, labels_T)
-    logp, ent = _Logprobs.apply(hidden_TD, weight_VD, labels_T, 1.0 / temperature, entropy, _budget(hidden_TD, logit_bytes))
+    logp, ent = _Logprobs.apply(
+        hidden_TD, weight_VD, labels_T, 1.0 / temperature, entropy, _budget(hidden_TD, logit_bytes)
+    )
     return logp, ent if entropy else None
 
 
 @eager
 def weighted_logprob_sum(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, logit_bytes: int | None = None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    weights_T: Tensor,
+    logit_bytes: int | None = None,
 ) -> Tensor:
-    """Σ weights · log p(label): a 0-d tensor, float32 (float64 for float64 inputs). Minus this is the summed SFT loss.
+    """Σ weights · log p(label): a 0-d tensor, float32 (float64 for float64 inputs).
 
-    Shapes and dtypes as in `logprobs`; weights float [T], a constant. Where a weight is 0 the token has no influence, whatever its label.
-    The gradients are computed in the forward, from the same logits, and scaled in the backward: three matrix products in all.
+    Minus this is the summed SFT loss.
 
-    Extra memory with chunks of C tokens such that C·V·a ≤ `logit_bytes` (by default 640 MiB on a GPU, 64 MiB on a CPU; at least a token):
-    forward C·V·a + V·D·a (weight gradient) + T·D·(bytes of hidden) (hidden gradient) and at most 64 bytes per token. On the CPU (and
-    for float64) twice C·V·a and another C·D·a, and for bfloat16 there another (C + V)·D·a. The two gradients stay until the backward,
-    which makes each once more, scaled and in the dtype asked for. Without gradients to compute: as `logprobs`.
+    Shapes and dtypes as in `logprobs`; weights float [T], a constant. Where a weight is 0 the token
+    has no influence, whatever its label. The gradients are computed in the forward, from the same
+    logits, and scaled in the backward: three matrix products in all.
+
+    Extra memory with chunks of C tokens such that C·V·a ≤ `logit_bytes` (by default 640 MiB on a
+    GPU, 64 MiB on a CPU; at least a token): forward C·V·a + V·D·a (weight gradient) + T·D·(bytes of
+    hidden) (hidden gradient) and at most 64 bytes per token. On the CPU (and for float64) twice
+    C·V·a and another C·D·a, and for bfloat16 there another (C + V)·D·a. The two gradients stay
+    until the backward, which makes each once more, scaled and in the dtype asked for. Without
+    gradients to compute: as `logprobs`.
     """
     _check(hidden_TD, weight_VD, labels_T)
     budget = _budget(hidden_TD, logit_bytes)
@@ -89,9 +111,14 @@ def weighted_logprob_sum(
 
 
 def _check(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> None:
-    shapes = f"hidden {tuple(hidden_TD.shape)} {hidden_TD.dtype}, weight {tuple(weight_VD.shape)} {weight_VD.dtype}"
+    shapes = (
+        f"hidden {tuple(hidden_TD.shape)} {hidden_TD.dtype}, weight {tuple(weight_VD.shape)} "
+        f"{weight_VD.dtype}"
+    )
     assert hidden_TD.shape[1] == weight_VD.shape[1] and hidden_TD.dtype == weight_VD.dtype, shapes
-    assert labels_T.shape == hidden_TD.shape[:1] and labels_T.dtype == torch.int64, f"labels {tuple(labels_T.shape)} {labels_T.dtype}"
+    assert labels_T.shape == hidden_TD.shape[:1] and labels_T.dtype == torch.int64, (
+        f"labels {tuple(labels_T.shape)} {labels_T.dtype}"
+    )
 
 
 def _budget(hidden: Tensor, logit_bytes: int | None) -> int:
@@ -106,7 +133,9 @@ def _down(n: int, most: int) -> int:
 
 
 def chunk_shape(tokens: int, vocab: int, budget: int) -> tuple[int, int]:
-    """(C, S) of `logprobs`: as many tokens as CHUNK_TOKENS, unless that leaves fewer than CHUNK_ENTRIES vocabulary entries."""
+    """(C, S) of `logprobs`: as many tokens as CHUNK_TOKENS, unless that leaves fewer than
+    CHUNK_ENTRIES vocabulary entries.
+    """
     rows = _down(budget // min(vocab, CHUNK_ENTRIES), min(tokens, CHUNK_TOKENS))
     return rows, _down(budget // rows, vocab)
 
@@ -118,7 +147,13 @@ def _slices(total: int, size: int) -> list[slice]:
 class _Logprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float, entropy: bool, budget: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: float,
+        entropy: bool,
+        budget: int,
     ) -> tuple[Tensor, Tensor | None]:
         rows, entries = chunk_shape(len(hidden), len(weight), budget)
         stats = new_stats(hidden)
@@ -129,13 +164,16 @@ class _Logprobs(torch.autograd.Function):
                 update(stats[:, tokens], logits, labels[tokens] - columns.start, scale, entropy)
         logp, lse, ent = finish(stats, entropy)
         ctx.save_for_backward(hidden, weight, labels, lse, ent)
-        ctx.scale, ctx.chunks = scale, (rows, entries)
+        ctx.scale = scale
+        ctx.chunks = (rows, entries)
         ctx.set_materialize_grads(False)
         return logp, ent
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_logp: Tensor | None, g_ent: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, g_logp: Tensor | None, g_ent: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, lse, ent = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         rows, entries = ctx.chunks
@@ -150,19 +188,37 @@ class _Logprobs(torch.autograd.Function):
             for tokens in _slices(len(hidden), rows):
                 logits = product(hidden[tokens], weight[columns], buffer)
                 g_e, e = (None, None) if g_ent is None else (g_ent[tokens], ent[tokens])
-                d_logits = gradient(logits, labels[tokens] - columns.start, ctx.scale, lse[tokens], e, g_logp[tokens], g_e, hidden.dtype)
+                d_logits = gradient(
+                    logits,
+                    labels[tokens] - columns.start,
+                    ctx.scale,
+                    lse[tokens],
+                    e,
+                    g_logp[tokens],
+                    g_e,
+                    hidden.dtype,
+                )
                 if d_hidden is not None:
                     add_product(d_hidden[tokens], d_logits, weight[columns])
                 if part is not None:
                     add_product(part, d_logits.t(), hidden[tokens])
             if d_weight is not None and part is not None:
                 d_weight[columns] = part
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None, None
+        return (
+            None if d_hidden is None else d_hidden.to(hidden.dtype),
+            d_weight,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, budget: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, budget: int
+    ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         rows = _down(budget // len(weight), max(1, len(hidden)))
         weights = weights.to(accumulation_dtype(hidden)).contiguous()
@@ -172,7 +228,9 @@ class _WeightedSum(torch.autograd.Function):
         buffer = workspace(hidden, rows, len(weight))
         for tokens in _slices(len(hidden), rows):
             logits = product(hidden[tokens], weight, buffer)
-            d_logits = softmax_gradient(logits, labels[tokens], weights[tokens], logp[tokens], hidden.dtype)
+            d_logits = softmax_gradient(
+                logits, labels[tokens], weights[tokens], logp[tokens], hidden.dtype
+            )
             if d_hidden is not None:
                 d_hidden[tokens] = d_logits @ weight.to(d_logits.dtype)
             if d_weight is not None:
@@ -187,5 +245,7 @@ class _WeightedSum(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         d_hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
         if d_weight is not None:
-            d_weight = torch.mul(d_weight, grad, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
+            d_weight = torch.mul(
+                d_weight, grad, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype)
+            )
         return d_hidden, d_weight, None, None, None

@@ -1,12 +1,15 @@
-"""A decoder block whose backward runs it again: kept are its input x, attention's result and log-sum-exp, in long packs by chunk.
+"""A decoder block whose backward runs it again: kept are its input x, attention's result and
+log-sum-exp, in long packs by chunk.
 
-    forward    before → attention → after, chunk by chunk                                             (without a graph)
-    backward   before → attention's kept result                                                       (with a graph)
+    forward    before → attention → after, chunk by chunk
+    (without a graph) backward   before → attention's kept result
+    (with a graph)
                after and its backward, chunk by chunk → d_x, d_a, weight gradients
                backward of attention and before
 
-`after` (o, norm, MLP) is local to a token, and its [t, 2F] is the largest activation there is. Above `CHUNKED_FROM` tokens it exists for
-`CHUNK` of them at a time; the weights' gradients are added up over chunks in at least fp32 and rounded once.
+`after` (o, norm, MLP) is local to a token, and its [t, 2F] is the largest activation there is.
+Above `CHUNKED_FROM` tokens it exists for `CHUNK` of them at a time; the weights' gradients are
+added up over chunks in at least fp32 and rounded once.
 
 Legend: t tokens of this rank · D model · E = query heads · head dim · F ffn.
 """
@@ -34,14 +37,23 @@ Gradients = Sequence[Tensor | None]
 
 
 def token_chunks(t: int) -> list[slice]:
-    """Chunks of about equal size, at most `CHUNK` and a little; all tokens at once up to `CHUNKED_FROM`."""
+    """Chunks of about equal size, at most `CHUNK` and a little; all tokens at once up to
+    `CHUNKED_FROM`.
+    """
     if t <= CHUNKED_FROM:
         return [slice(0, t)]
     size = -(-t // (-(-t // CHUNK) * ROUND)) * ROUND
     return [slice(i, min(i + size, t)) for i in range(0, t, size)]
 
 
-def recomputed(block: Block, x_tD: Tensor, cos: Tensor, sin: Tensor, batch: PackedBatch, offload: Offload | None) -> Tensor:
+def recomputed(
+    block: Block,
+    x_tD: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    batch: PackedBatch,
+    offload: Offload | None,
+) -> Tensor:
     """The block on [t, D] → [t, D]; what its backward finds waits in host memory with `offload`."""
     out: Any = _Recomputed.apply(block, batch, offload, x_tD, cos, sin, *block.parameters())
     return out
@@ -50,18 +62,30 @@ def recomputed(block: Block, x_tD: Tensor, cos: Tensor, sin: Tensor, batch: Pack
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, block: Block, batch: PackedBatch, offload: Offload | None, x_tD: Tensor, cos: Tensor, sin: Tensor, *_: Tensor
+        ctx: Any,
+        block: Block,
+        batch: PackedBatch,
+        offload: Offload | None,
+        x_tD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *_: Tensor,
     ) -> Tensor:
         kept: list[tuple[Tensor, Tensor]] = []
         x = _plain(x_tD)
         a_tE = block.attend(block.before_piece(block, x, cos, sin), len(x), batch, kept)
-        ctx.block, ctx.batch, ctx.parked = block, batch, None
+        ctx.block = block
+        ctx.batch = batch
+        ctx.parked = None
         if offload is None:
             ctx.save_for_backward(cos, sin, x_tD, *kept[0])
         else:
             ctx.save_for_backward(cos, sin)
             ctx.parked = offload.park((x, *kept[0]), block.index)
-        pieces = [block.after_piece(block, _plain(x[chunk]), _plain(a_tE[chunk])) for chunk in token_chunks(len(x))]
+        pieces = [
+            block.after_piece(block, _plain(x[chunk]), _plain(a_tE[chunk]))
+            for chunk in token_chunks(len(x))
+        ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     @staticmethod
@@ -72,15 +96,30 @@ class _Recomputed(torch.autograd.Function):
         x, out, lse = kept or ctx.parked.fetch()
         x = _plain(x).requires_grad_()
         with torch.enable_grad():
-            a_tE = block.attend(block.before_piece(block, x, cos, sin), len(x), ctx.batch, [(out, lse)])
+            a_tE = block.attend(
+                block.before_piece(block, x, cos, sin), len(x), ctx.batch, [(out, lse)]
+            )
         d_x, d_a, after = _after_backward(block, x, a_tE, d_out)
-        d_x_before, *before = torch.autograd.grad(a_tE, [x, *_trainable(block)], d_a, allow_unused=True)
-        found = iter([b if a is None else a for a, b in zip(after, before, strict=True)])  # a weight is in one of the two
-        return None, None, None, d_x + d_x_before, None, None, *(next(found) if p.requires_grad else None for p in block.parameters())
+        d_x_before, *before = torch.autograd.grad(
+            a_tE, [x, *_trainable(block)], d_a, allow_unused=True
+        )
+        # A weight is in one of the two
+        found = iter([b if a is None else a for a, b in zip(after, before, strict=True)])
+        return (
+            None,
+            None,
+            None,
+            d_x + d_x_before,
+            None,
+            None,
+            *(next(found) if p.requires_grad else None for p in block.parameters()),
+        )
 
 
 def unviewed(x: Tensor) -> Tensor:
-    """The same memory, to the compiler no view: it makes a graph for each kind of tensor that a view can be of."""
+    """The same memory, to the compiler no view: it makes a graph for each kind of tensor that a
+    view can be of.
+    """
     return torch.ops.aten._unsafe_view(x, x.shape)
 
 
@@ -94,26 +133,41 @@ def _trainable(block: Block) -> list[Tensor]:
     return [p for p in block.parameters() if p.requires_grad]
 
 
-def _after_backward(block: Block, x_tD: Tensor, a_tE: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Gradients]:
-    """Run `after` again with a graph: gradients of x, of attention's result, and of the block's trainable weights (None: not in it)."""
-    weights, chunks = _trainable(block), token_chunks(len(x_tD))
-    d_x, d_a = list[Tensor](), list[Tensor]()
+def _after_backward(
+    block: Block, x_tD: Tensor, a_tE: Tensor, d_out: Tensor
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Run `after` again with a graph: gradients of x, of attention's result, and of the block's
+    trainable weights (None: not in it).
+    """
+    weights = _trainable(block)
+    chunks = token_chunks(len(x_tD))
+    d_x = list[Tensor]()
+    d_a = list[Tensor]()
     sums: Gradients = []
     for chunk in chunks:
-        x, a = _plain(x_tD[chunk]).requires_grad_(), _plain(a_tE[chunk]).requires_grad_()
+        x = _plain(x_tD[chunk]).requires_grad_()
+        a = _plain(a_tE[chunk]).requires_grad_()
         with torch.enable_grad():
             y = block.after_piece(block, x, a)
-        d_xc, d_ac, *grads = torch.autograd.grad(y, [x, a, *weights], d_out[chunk], allow_unused=True)
+        d_xc, d_ac, *grads = torch.autograd.grad(
+            y, [x, a, *weights], d_out[chunk], allow_unused=True
+        )
         d_x.append(d_xc)
         d_a.append(d_ac)
         sums = _added(sums, grads) if len(chunks) > 1 else grads
     if len(chunks) == 1:
         return d_x[0], d_a[0], sums
-    return torch.cat(d_x), torch.cat(d_a), [None if s is None else s.to(w.dtype) for s, w in zip(sums, weights, strict=True)]
+    return (
+        torch.cat(d_x),
+        torch.cat(d_a),
+        [None if s is None else s.to(w.dtype) for s, w in zip(sums, weights, strict=True)],
+    )
 
 
 def _added(sums: Gradients, grads: Gradients) -> Gradients:
     """`sums` with `grads` added, in at least fp32."""
     if not sums:
-        return [None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
+        return [
+            None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads
+        ]
     return [None if s is None or g is None else s.add_(g) for s, g in zip(sums, grads, strict=True)]

@@ -1,4 +1,6 @@
-"""All ranks go on, or none does: what fails on one rank is told to all before they meet in the next exchange."""
+"""All ranks go on, or none does: what fails on one rank is told to all before they meet in the next
+exchange.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,13 @@ def describe(error: BaseException) -> str:
 
 
 def agreed(rank: int, group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
-    """This rank's `action()`, which must not talk to other ranks, once all ranks of `group` (gloo) are through with theirs.
+    """This rank's `action()`, which must not talk to other ranks, once all ranks of `group` (gloo)
+    are through with theirs.
 
     A collective call. Failed, on all of them, where one raised: with every failed rank's error.
     """
-    value, error = None, None
+    value = None
+    error = None
     try:
         value = action()
     except Exception as failure:
@@ -47,7 +51,10 @@ def agreed(rank: int, group: dist.ProcessGroup | None, action: Callable[[], T]) 
 
 
 def shared(rank: int, group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
-    """What rank 0's `action()` returned, on every rank. Collective; Failed, on all of them, where it raised."""
+    """What rank 0's `action()` returned, on every rank.
+
+    Collective; Failed, on all of them, where it raised.
+    """
     value: list[Any] = [agreed(rank, group, lambda: action() if rank == 0 else None)]
     if group is not None:
         dist.broadcast_object_list(value, src=0, group=group, device=torch.device("cpu"))

@@ -1,4 +1,7 @@
-"""Collectives with a meaning for autograd, and of objects. A group of None is a group of one: nothing is sent."""
+"""Collectives with a meaning for autograd, and of objects.
+
+A group of None is a group of one: nothing is sent.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,16 @@ class _AllToAll(torch.autograd.Function):
     """All-to-all of a flat buffer; the backward is the other direction."""
 
     @staticmethod
-    def forward(ctx: Any, send: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.send_sizes, ctx.recv_sizes, ctx.group = send_sizes, recv_sizes, group
+    def forward(
+        ctx: Any,
+        send: torch.Tensor,
+        send_sizes: list[int],
+        recv_sizes: list[int],
+        group: dist.ProcessGroup,
+    ) -> torch.Tensor:
+        ctx.send_sizes = send_sizes
+        ctx.recv_sizes = recv_sizes
+        ctx.group = group
         return exchange(send, send_sizes, recv_sizes, group)
 
     @staticmethod
@@ -23,14 +34,23 @@ class _AllToAll(torch.autograd.Function):
         return exchange(grads[0], ctx.recv_sizes, ctx.send_sizes, ctx.group), None, None, None
 
 
-def exchange(send: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """Send `send_sizes[r]` consecutive elements of the flat `send` to rank r; receive `recv_sizes[r]` from it, in rank order."""
+def exchange(
+    send: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Send `send_sizes[r]` consecutive elements of the flat `send` to rank r; receive
+    `recv_sizes[r]` from it, in rank order.
+    """
     received = send.new_empty(sum(recv_sizes))
     dist.all_to_all_single(received, send.contiguous(), recv_sizes, send_sizes, group=group)
     return received
 
 
-def all_to_all(send: torch.Tensor, send_sizes: list[int], recv_sizes: list[int], group: dist.ProcessGroup | None) -> torch.Tensor:
+def all_to_all(
+    send: torch.Tensor,
+    send_sizes: list[int],
+    recv_sizes: list[int],
+    group: dist.ProcessGroup | None,
+) -> torch.Tensor:
     """Differentiable `exchange`."""
     if group is None:
         return send

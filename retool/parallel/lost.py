@@ -1,23 +1,46 @@
-"""Telling the rank that failed from those that only lost it: the user should read one error, the first one's."""
+"""Telling the rank that failed from those that only lost it: the user should read one error, the
+first one's.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 
-SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError", "remote process exit")
-LINGER = 2.0  # seconds; a launcher calls the first process that ends the cause, and it looks every tenth of a second
+SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "ncclRemoteError",
+    "remote process exit",
+)
+# seconds; a launcher calls the first process that ends the cause, and it looks every tenth of a
+# second
+LINGER = 2.0
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone. By its words: torch has no class for it."""
+    """Whether a collective failed because another rank is gone.
+
+    By its words: torch has no class for it.
+    """
     text = str(error)
-    return isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text) and any(sign in text for sign in SIGNS)
+    return (
+        isinstance(error, RuntimeError)
+        and ("gloo" in text or "NCCL" in text)
+        and any(sign in text for sign in SIGNS)
+    )
 
 
 def follow(rank: int) -> int:
-    """End a rank that has lost another: leave it the time to be seen first, then say one line. The exit status."""
+    """End a rank that has lost another: leave it the time to be seen first, then say one line.
+
+    The exit status.
+    """
     time.sleep(LINGER)
-    said = f"rank {rank} ends because another rank is gone: what that one said, or how the launcher says it ended, is the error."
+    said = (
+        f"rank {rank} ends because another rank is gone: what that one said, or how the launcher says it "
+        "ended, is the error."
+    )
     print(said, file=sys.stderr, flush=True)
     return 1

@@ -1,7 +1,8 @@
 """The process mesh: made once, passed down. World size 1 is a case, not a special case.
 
-Ranks are numbered dp-major: `rank = dp_rank * sp + sp_rank`. Parameters are sharded over `fsdp_size` consecutive
-ranks (all of them by default) and replicated `world / fsdp_size` times (HSDP).
+Ranks are numbered dp-major: `rank = dp_rank * sp + sp_rank`. Parameters are sharded over
+`fsdp_size` consecutive ranks (all of them by default) and replicated `world / fsdp_size` times
+(HSDP).
 """
 
 from __future__ import annotations
@@ -63,15 +64,23 @@ def pick_device(wanted: str = "auto") -> torch.device:
 
 def check_sizes(world: int, sp: int, shards: int) -> None:
     """ValueError unless sp and shards divide the world."""
-    for name, size in (("ulysses_sequence_parallel_size", sp), ("model.fsdp_config.fsdp_size", shards)):
+    for name, size in (
+        ("ulysses_sequence_parallel_size", sp),
+        ("model.fsdp_config.fsdp_size", shards),
+    ):
         if size < 1 or world % size:
             legal = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-            raise ValueError(f"{name}={size} does not fit {world} processes: it must divide the world size. Use one of {legal}.")
+            raise ValueError(
+                f"{name}={size} does not fit {world} processes: it must divide the world size. Use "
+                f"one of {legal}."
+            )
 
 
 def grow_segments(device: torch.device) -> None:
-    """Let the CUDA allocator's segments grow (`expandable_segments`): packs have any length, and freed blocks of other sizes are of no
-    use otherwise. Not where PYTORCH_ALLOC_CONF says something, nor where the driver can't."""
+    """Let the CUDA allocator's segments grow (`expandable_segments`): packs have any length, and
+    freed blocks of other sizes are of no use otherwise. Not where PYTORCH_ALLOC_CONF says
+    something, nor where the driver can't.
+    """
     if any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         return
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
@@ -79,16 +88,22 @@ def grow_segments(device: torch.device) -> None:
         torch.empty(1, device=device)
     except RuntimeError as error:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
-        warnings.warn(f"the allocator's segments can't grow here ({error}): memory may be fragmented.", stacklevel=2)
+        warnings.warn(
+            f"the allocator's segments can't grow here ({error}): memory may be fragmented.",
+            stacklevel=2,
+        )
 
 
-def make_mesh(sp: int = 1, fsdp_size: int = -1, device: str = "auto", timeout_s: float = 1800) -> Mesh:
+def make_mesh(
+    sp: int = 1, fsdp_size: int = -1, device: str = "auto", timeout_s: float = 1800
+) -> Mesh:
     """Build the mesh from the launcher's environment (RANK, WORLD_SIZE, …; absent: one process).
 
-    A collective call: every rank makes the same groups in the same order. NCCL on CUDA, gloo on the CPU. Sets up CUDA's allocator,
-    see `grow_segments`.
+    A collective call: every rank makes the same groups in the same order. NCCL on CUDA, gloo on the
+    CPU. Sets up CUDA's allocator, see `grow_segments`.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     shards = world if fsdp_size in (-1, 0) else fsdp_size
     check_sizes(world, sp, shards)
     where = pick_device(device)
@@ -99,15 +114,23 @@ def make_mesh(sp: int = 1, fsdp_size: int = -1, device: str = "auto", timeout_s:
         return Mesh(0, 1, 1, 1, where)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=where if where.type == "cuda" else None)
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=where if where.type == "cuda" else None,
+        )
     sp_group = _mine([range(i, i + sp) for i in range(0, world, sp)], rank)
     shard_group = _mine([range(i, i + shards) for i in range(0, world, shards)], rank)
     replica_group = _mine([range(i, world, shards) for i in range(shards)], rank)
-    return Mesh(rank, world, sp, shards, where, sp_group, shard_group, replica_group, dist.group.WORLD)
+    return Mesh(
+        rank, world, sp, shards, where, sp_group, shard_group, replica_group, dist.group.WORLD
+    )
 
 
 def _mine(partition: list[range], rank: int) -> dist.ProcessGroup | None:
-    """Make every group of a partition of the ranks; return the one with this rank (None for groups of one)."""
+    """Make every group of a partition of the ranks; return the one with this rank (None for groups
+    of one).
+    """
     if len(partition[0]) == 1:
         return None
     groups = [dist.new_group(list(ranks)) for ranks in partition]

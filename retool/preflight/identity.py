@@ -1,7 +1,8 @@
 """What makes a run this run: its model, its data, its reward, tools and objective.
 
-Every checkpoint keeps it. A run that would go on from one compares, so that no folder silently continues with another model's weights or
-on other samples. What one side doesn't know (a checkpoint of an older version) isn't compared.
+Every checkpoint keeps it. A run that would go on from one compares, so that no folder silently
+continues with another model's weights or on other samples. What one side doesn't know (a checkpoint
+of an older version) isn't compared.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from retool.config import to_dict
 from retool.config.redact import redact
 from retool.model.config import ModelConfig
 
-PIECES = 4  # of each tensor, that a model's weights are known by: its beginning and end, and two between
+PIECES = (
+    4  # of each tensor, that a model's weights are known by: its beginning and end, and two between
+)
 PIECE = 2048  # elements
 # Where and how a run computes, not what: other values of these are no news.
 UNTOLD = (
@@ -36,9 +39,11 @@ UNTOLD = (
 
 @dataclass(frozen=True)
 class Trait:
-    """One thing that makes a run what it is: the key that decides it, and its value (or a hash of it).
+    """One thing that makes a run what it is: the key that decides it, and its value (or a hash of
+    it).
 
-    `strict`: what a checkpoint holds means nothing under another value, so nobody can ask to go on all the same.
+    `strict`: what a checkpoint holds means nothing under another value, so nobody can ask to go on
+    all the same.
     """
 
     where: str
@@ -60,7 +65,11 @@ class Change:
 
 def record_of(command: str, identity: Identity, config: Any) -> dict[str, Any]:
     """What a checkpoint keeps of the run that writes it: plain values only, secrets redacted."""
-    return {"command": command, "identity": {name: trait.value for name, trait in identity.items()}, "config": flat(config)}
+    return {
+        "command": command,
+        "identity": {name: trait.value for name, trait in identity.items()},
+        "config": flat(config),
+    }
 
 
 def changes(then: Mapping[str, Any], now: Identity) -> list[Change]:
@@ -70,7 +79,9 @@ def changes(then: Mapping[str, Any], now: Identity) -> list[Change]:
     for name, trait in now.items():
         if name not in then or then[name] == trait.value:
             continue
-        found.setdefault(trait.where, []).append(f"{name}: then {shown(then[name])}, now {shown(trait.value)}")
+        found.setdefault(trait.where, []).append(
+            f"{name}: then {shown(then[name])}, now {shown(trait.value)}"
+        )
         if trait.strict:
             strict.add(trait.where)
     return [Change(where, "; ".join(words), where in strict) for where, words in found.items()]
@@ -105,19 +116,28 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def model_traits(folder: Path, model: ModelConfig, key: str, strict: bool = False) -> dict[str, Trait]:
-    """A model's weights, and what its config.json says. ValueError where the weights can't be read."""
+def model_traits(
+    folder: Path, model: ModelConfig, key: str, strict: bool = False
+) -> dict[str, Trait]:
+    """A model's weights, and what its config.json says.
+
+    ValueError where the weights can't be read.
+    """
     found = {"the model's weights": Trait(key, weights_checksum(folder), strict)}
     for name, value in asdict(model).items():
         if name != "max_position":  # only notes depend on it
-            found[f"the model's {name}"] = Trait(key, value if isinstance(value, (str, int, float, bool)) else str(value), strict)
+            found[f"the model's {name}"] = Trait(
+                key, value if isinstance(value, (str, int, float, bool)) else str(value), strict
+            )
     return found
 
 
 def weights_checksum(folder: Path) -> str:
-    """Hash of what a model folder's tensors are called, their shapes and dtypes, and of `PIECES` pieces of each.
+    """Hash of what a model folder's tensors are called, their shapes and dtypes, and of `PIECES`
+    pieces of each.
 
-    Two trainings of one model differ in some piece of some tensor, whichever part of it was trained. A few MB are read, not the whole.
+    Two trainings of one model differ in some piece of some tensor, whichever part of it was
+    trained. A few MB are read, not the whole.
     """
     source = SafetensorsSource(folder)
     found = hashlib.blake2b(digest_size=6)
@@ -130,7 +150,9 @@ def weights_checksum(folder: Path) -> str:
 
 
 def _pieces(numel: int) -> list[tuple[int, int]]:
-    """Ranges of elements at even distances, the first and the last among them; all of a small tensor."""
+    """Ranges of elements at even distances, the first and the last among them; all of a small
+    tensor.
+    """
     if numel <= PIECES * PIECE:
         return [(0, numel)]
     starts = [place * (numel - PIECE) // (PIECES - 1) for place in range(PIECES)]

@@ -1,6 +1,8 @@
-"""What of this machine a run needs beside its GPUs' number: a free port, a compiler, room on the disk, host memory, clients of stores.
+"""What of this machine a run needs beside its GPUs' number: a free port, a compiler, room on the
+disk, host memory, clients of stores.
 
-Each check yields every fault it finds and raises none; nothing is started and nothing is left behind.
+Each check yields every fault it finds and raises none; nothing is started and nothing is left
+behind.
 """
 
 from __future__ import annotations
@@ -28,17 +30,26 @@ MOST_PINNED = 0.8  # of the host's memory
 
 
 def check_port(environment: Mapping[str, str]) -> Iterator[Fault]:
-    """MASTER_PORT is a number, and free on the machine of rank 0 when its process is the one that will open it (torchrun's agent does
-    that itself)."""
+    """MASTER_PORT is a number, and free on the machine of rank 0 when its process is the one that
+    will open it (torchrun's agent does that itself).
+    """
     if "MASTER_PORT" not in environment:
         return
     text = environment["MASTER_PORT"]
     if not text.isdigit() or not 0 <= int(text) < 65536:
-        yield Fault(f"MASTER_PORT={text}", "is no port.", "Use a number from 1024 to 65535, or let torchrun --standalone choose.")
+        yield Fault(
+            f"MASTER_PORT={text}",
+            "is no port.",
+            "Use a number from 1024 to 65535, or let torchrun --standalone choose.",
+        )
         return
     opened_by_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if environment.get("RANK", "0") == "0" and not opened_by_agent and not port_is_free(int(text)):
-        yield Fault(f"MASTER_PORT={text}", "is taken by another process on this machine.", "Choose another one (torchrun --master_port).")
+        yield Fault(
+            f"MASTER_PORT={text}",
+            "is taken by another process on this machine.",
+            "Choose another one (torchrun --master_port).",
+        )
 
 
 def port_is_free(port: int) -> bool:
@@ -53,10 +64,14 @@ def port_is_free(port: int) -> bool:
 
 
 def check_compiler(wanted: bool | str, prefix: str = "model.") -> Iterator[Fault]:
-    """torch.compile on GPUs needs triton, and triton a C compiler. `wanted`: true, false, or auto (where there is a GPU)."""
+    """torch.compile on GPUs needs triton, and triton a C compiler.
+
+    `wanted`: true, false, or auto (where there is a GPU).
+    """
     if wanted is False or (wanted == "auto" and not torch.cuda.is_available()):
         return
-    where, off = f"{prefix}use_compile={str(wanted).lower()}", f"or use {prefix}use_compile=false."
+    where = f"{prefix}use_compile={str(wanted).lower()}"
+    off = f"or use {prefix}use_compile=false."
     if torch.cuda.is_available() and find_spec("triton") is None:
         yield Fault(where, "needs the package triton.", f"pip install triton, {off}")
     if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
@@ -71,14 +86,26 @@ def check_store(url: str | None, key: str) -> Iterator[Fault]:
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        yield Fault(f"{key}={url}", f"needs a package: {error}.", "Install it, or leave the key out.")
+        yield Fault(
+            f"{key}={url}", f"needs a package: {error}.", "Install it, or leave the key out."
+        )
     except ValueError:
-        yield Fault(f"{key}={url}", f"{protocol}:// is no kind of store that fsspec knows.", "Use hdfs://, s3://, gs://, file:// …")
+        yield Fault(
+            f"{key}={url}",
+            f"{protocol}:// is no kind of store that fsspec knows.",
+            "Use hdfs://, s3://, gs://, file:// …",
+        )
 
 
-def check_output(folder: Path, needed: float, key: str = "trainer.default_local_dir") -> Iterator[Fault]:
-    """The output folder can be made and written, and its disk has room for `needed` bytes. Nothing is left behind."""
-    existing, where = _existing(folder), f"{key}={folder}"
+def check_output(
+    folder: Path, needed: float, key: str = "trainer.default_local_dir"
+) -> Iterator[Fault]:
+    """The output folder can be made and written, and its disk has room for `needed` bytes.
+
+    Nothing is left behind.
+    """
+    existing = _existing(folder)
+    where = f"{key}={folder}"
     if not existing.is_dir():
         yield Fault(where, f"{existing} is a file, not a folder.", f"Choose another {key}.")
         return
@@ -86,12 +113,23 @@ def check_output(folder: Path, needed: float, key: str = "trainer.default_local_
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        yield Fault(where, f"can't be written: {error.strerror or error}.", f"Choose another {key}, or change the folder's permissions.")
+        yield Fault(
+            where,
+            f"can't be written: {error.strerror or error}.",
+            f"Choose another {key}, or change the folder's permissions.",
+        )
         return
     free = free_bytes(folder)
     if free < needed:
-        problem = f"needs {needed / GIB:.1f} GiB for a checkpoint, and its disk has {free / GIB:.1f} GiB free."
-        yield Fault(where, problem, "Free space, choose another folder, or save less (trainer.checkpoint.save_contents).")
+        problem = (
+            f"needs {needed / GIB:.1f} GiB for a checkpoint, and its disk has {free / GIB:.1f} GiB "
+            "free."
+        )
+        yield Fault(
+            where,
+            problem,
+            "Free space, choose another folder, or save less (trainer.checkpoint.save_contents).",
+        )
 
 
 def _existing(folder: Path) -> Path:
@@ -105,7 +143,9 @@ def free_bytes(folder: Path) -> int:
 
 
 def check_host_memory(needed: float, key: str) -> Iterator[Fault]:
-    """`needed` bytes of pinned host memory, all processes of a machine together, fit into what this one has."""
+    """`needed` bytes of pinned host memory, all processes of a machine together, fit into what this
+    one has.
+    """
     total = host_memory()
     if total is not None and needed > MOST_PINNED * total:
         problem = f"needs {needed / GIB:.1f} GiB of this machine's memory, which has {total / GIB:.1f} GiB."
@@ -113,7 +153,9 @@ def check_host_memory(needed: float, key: str) -> Iterator[Fault]:
 
 
 def host_memory() -> int | None:
-    """Bytes of memory that this machine, or the container's limit, gives; None where that can't be told."""
+    """Bytes of memory that this machine, or the container's limit, gives; None where that can't be
+    told.
+    """
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
@@ -127,10 +169,17 @@ def host_memory() -> int | None:
 
 
 def gpu_notes(per_node: int, compute: str, environment: Mapping[str, str]) -> Iterator[str]:
-    """GPUs of this machine that somebody else uses, or that compute in bf16 slowly: from nvidia-smi, which starts no context on them."""
+    """GPUs of this machine that somebody else uses, or that compute in bf16 slowly: from
+    nvidia-smi, which starts no context on them.
+    """
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     chosen = ["-i", visible] if visible else []
-    query = ["nvidia-smi", *chosen, "--query-gpu=name,memory.used,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    query = [
+        "nvidia-smi",
+        *chosen,
+        "--query-gpu=name,memory.used,memory.total,compute_cap",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -138,10 +187,20 @@ def gpu_notes(per_node: int, compute: str, environment: Mapping[str, str]) -> It
     for index, line in enumerate(said.strip().splitlines()[:per_node]):
         try:
             name, used, total, capability = (cell.strip() for cell in line.split(","))
-            taken, whole, (major, minor) = float(used) / 1024, float(total) / 1024, capability.split(".")
+            taken, whole, (major, minor) = (
+                float(used) / 1024,
+                float(total) / 1024,
+                capability.split("."),
+            )
         except ValueError:
             continue  # "[N/A]", of a part of a GPU
         if compute == "bf16" and (int(major), int(minor)) < BF16_FROM:
-            yield f"GPU {index} ({name}) has no bf16 arithmetic: it is emulated, slowly. Use fsdp_config.param_dtype=fp16."
+            yield (
+                f"GPU {index} ({name}) has no bf16 arithmetic: it is emulated, slowly. Use "
+                "fsdp_config.param_dtype=fp16."
+            )
         if taken > TAKEN * whole:
-            yield f"GPU {index} ({name}) has {whole - taken:.1f} of {whole:.1f} GiB free: something else runs on it."
+            yield (
+                f"GPU {index} ({name}) has {whole - taken:.1f} of {whole:.1f} GiB free: something else "
+                "runs on it."
+            )

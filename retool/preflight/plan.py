@@ -1,4 +1,6 @@
-"""What every command's plan is made of: processes, the memory that they take, the room that checkpoints take."""
+"""What every command's plan is made of: processes, the memory that they take, the room that
+checkpoints take.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ from retool.preflight.identity import Identity, record_of
 from retool.preflight.memory import DTYPE_BYTES, LADDER, Choice, Recompute, Setting
 
 R = TypeVar("R", bound="RunReport")
-RECOMPUTE: dict[bool | str, Recompute | None] = {True: "full", False: "none", "selective": "selective", "auto": None}  # None: what fits
+# None: what fits
+RECOMPUTE: dict[bool | str, Recompute | None] = {
+    True: "full",
+    False: "none",
+    "selective": "selective",
+    "auto": None,
+}
 
 
 @dataclass(frozen=True)
@@ -36,11 +44,14 @@ class World:
 
 @dataclass(frozen=True)
 class RunReport(ABC):
-    """What preflight found of a run; each command's own adds its data. Without faults `folder`, `model` and `choice` are there.
+    """What preflight found of a run; each command's own adds its data.
 
-    `folder` is the model's local folder; `choice` holds the token budget per GPU, the recomputation and the memory
-    predicted; `notes` tell what is allowed but probably not meant. `identity` is what makes the run this run; `resume` the checkpoint
-    that it goes on from, if it does, and `then` what that knows of the run that wrote it.
+    Without faults `folder`, `model` and `choice` are there.
+
+    `folder` is the model's local folder; `choice` holds the token budget per GPU, the recomputation
+    and the memory predicted; `notes` tell what is allowed but probably not meant. `identity` is
+    what makes the run this run; `resume` the checkpoint that it goes on from, if it does, and
+    `then` what that knows of the run that wrote it.
     """
 
     config: Any
@@ -66,7 +77,9 @@ class RunReport(ABC):
     @property
     @abstractmethod
     def steps_of_data(self) -> int:
-        """Steps that `trainer.total_epochs` passes over the training data make (0 where it couldn't be read)."""
+        """Steps that `trainer.total_epochs` passes over the training data make (0 where it couldn't
+        be read).
+        """
 
     @property
     def step_then(self) -> int:
@@ -88,20 +101,35 @@ class RunReport(ABC):
 
 def setting_of(options: RunOptions, world: World) -> Setting:
     """What decides the memory of training; on GPUs where there are any, or some are planned for."""
-    fsdp, trainer = options.fsdp, options.trainer
-    cuda = trainer.device != "cpu" and (torch.cuda.is_available() or trainer.device_memory_gb is not None)
-    compute = ("bf16" if cuda else fsdp.model_dtype) if fsdp.param_dtype == "auto" else fsdp.param_dtype
+    fsdp = options.fsdp
+    trainer = options.trainer
+    cuda = trainer.device != "cpu" and (
+        torch.cuda.is_available() or trainer.device_memory_gb is not None
+    )
+    compute = (
+        ("bf16" if cuda else fsdp.model_dtype) if fsdp.param_dtype == "auto" else fsdp.param_dtype
+    )
     return Setting(
-        shards=world.processes if fsdp.fsdp_size < 1 else fsdp.fsdp_size, sp=options.sp, master=fsdp.model_dtype, compute=compute,
-        reduce=fsdp.reduce_dtype, param_offload=fsdp.param_offload, optimizer_offload=fsdp.optimizer_offload,
-        reshard=fsdp.reshard_after_forward, fp32_residual=options.fp32_residual,
-    )  # fmt: skip
+        shards=world.processes if fsdp.fsdp_size < 1 else fsdp.fsdp_size,
+        sp=options.sp,
+        master=fsdp.model_dtype,
+        compute=compute,
+        reduce=fsdp.reduce_dtype,
+        param_offload=fsdp.param_offload,
+        optimizer_offload=fsdp.optimizer_offload,
+        reshard=fsdp.reshard_after_forward,
+        fp32_residual=options.fp32_residual,
+    )
 
 
 def gpu_memory(options: RunOptions) -> float | None:
     """GiB of a GPU: trainer.device_memory_gb, else this machine's; None on the CPU."""
     trainer = options.trainer
-    if trainer.device_memory_gb is not None or trainer.device == "cpu" or not torch.cuda.is_available():
+    if (
+        trainer.device_memory_gb is not None
+        or trainer.device == "cpu"
+        or not torch.cuda.is_available()
+    ):
         return trainer.device_memory_gb
     return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory / GIB
 
@@ -109,7 +137,8 @@ def gpu_memory(options: RunOptions) -> float | None:
 def agree(report: R, mesh: Mesh, read: Mapping[str, tuple[int | str, ...]]) -> R:
     """The same plan on every rank, the most careful of theirs: GPUs may differ. Collective.
 
-    `read` says by key what this rank's data files hold, its number first. ValueError where ranks read other data.
+    `read` says by key what this rank's data files hold, its number first. ValueError where ranks
+    read other data.
     """
     if mesh.world_group is None:
         return report
@@ -118,8 +147,9 @@ def agree(report: R, mesh: Mesh, read: Mapping[str, tuple[int | str, ...]]) -> R
         for key, first in everyone[0][1].items():
             if theirs[key] != first:
                 raise ValueError(
-                    f"{key}: rank {rank} reads other rows than rank 0 ({theirs[key][0]} and {first[0]} of use), or renders them in another "
-                    "way. Every machine needs the same files and the same versions of the packages."
+                    f"{key}: rank {rank} reads other rows than rank 0 ({theirs[key][0]} and "
+                    f"{first[0]} of use), or renders them in another way. Every machine needs the "
+                    "same files and the same versions of the packages."
                 )
     return replace(report, choice=most_careful([choice for choice, _ in everyone]))
 
@@ -128,10 +158,12 @@ def most_careful(choices: Sequence[Choice]) -> Choice:
     """What fits on every rank, from each rank's own."""
     return replace(
         max(choices, key=lambda choice: choice.prediction.peak),
-        tokens=min(choice.tokens for choice in choices), recompute=max((choice.recompute for choice in choices), key=LADDER.index),
-        hold=all(choice.hold for choice in choices), parked=max(choice.parked for choice in choices),
+        tokens=min(choice.tokens for choice in choices),
+        recompute=max((choice.recompute for choice in choices), key=LADDER.index),
+        hold=all(choice.hold for choice in choices),
+        parked=max(choice.parked for choice in choices),
         keep_copy=all(choice.keep_copy for choice in choices),
-    )  # fmt: skip
+    )
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -148,19 +180,33 @@ def checkpoint_bytes(report: RunReport) -> float:
 
 
 def kept_checkpoints(report: RunReport) -> int:
-    """Checkpoints on the disk at once, at most: an older one is deleted only when a newer one is complete."""
+    """Checkpoints on the disk at once, at most: an older one is deleted only when a newer one is
+    complete.
+    """
     trainer = report.options.trainer
-    every = report.steps_of_data // trainer.total_epochs if trainer.save_freq == "after_each_epoch" else int(trainer.save_freq)
+    every = (
+        report.steps_of_data // trainer.total_epochs
+        if trainer.save_freq == "after_each_epoch"
+        else int(trainer.save_freq)
+    )
     saves = 1 if every < 1 else -(-report.steps // every)
     return saves if trainer.max_ckpt_to_keep is None else min(saves, trainer.max_ckpt_to_keep + 1)
 
 
 def host_bytes(report: RunReport) -> float:
-    """Pinned host memory that offloading takes on one machine, all its processes together; activations once they are planned."""
+    """Pinned host memory that offloading takes on one machine, all its processes together;
+    activations once they are planned.
+    """
     assert report.model is not None
     setting = setting_of(report.options, report.world)
-    if setting.compute == setting.master and report.options.trainer.device != "cuda" and not torch.cuda.is_available():
+    if (
+        setting.compute == setting.master
+        and report.options.trainer.device != "cuda"
+        and not torch.cuda.is_available()
+    ):
         return 0.0  # on the CPU nothing is offloaded
     each = DTYPE_BYTES[setting.master] * (setting.param_offload + 2 * setting.optimizer_offload)
     activations = report.choice.prediction.host if report.choice is not None else 0.0
-    return (each * parameter_count(report.model) / setting.shards + activations) * report.world.per_node
+    return (
+        each * parameter_count(report.model) / setting.shards + activations
+    ) * report.world.per_node

@@ -1,7 +1,9 @@
-"""Going on from a checkpoint: which one, whether it can be loaded, and whether it is this run's. No weights are read.
+"""Going on from a checkpoint: which one, whether it can be loaded, and whether it is this run's.
 
-Preflight asks first (`find_checkpoint`, `check_checkpoint`), for `--check` and for the run alike; the run asks again only where the run
-before it was just ending and saved once more (`to_resume`).
+No weights are read.
+
+Preflight asks first (`find_checkpoint`, `check_checkpoint`), for `--check` and for the run alike;
+the run asks again only where the run before it was just ending and saved once more (`to_resume`).
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ R = TypeVar("R", bound=RunReport)
 
 
 def find_checkpoint(report: R) -> R:
-    """With the checkpoint that `trainer.resume_mode` says, and what it knows of the run that wrote it. Only small files are read."""
+    """With the checkpoint that `trainer.resume_mode` says, and what it knows of the run that wrote
+    it. Only small files are read.
+    """
     trainer = report.options.trainer
     if trainer.resume_mode == "disable":
         return report
@@ -51,9 +55,17 @@ def find_checkpoint(report: R) -> R:
 
 
 def _nothing_whole(options: RunOptions, root: Path) -> Fault:
-    """Checkpoints that are there, of which none can be taken: to begin anew beside them would lose them without a word."""
-    reasons = "; ".join(f"{folder.name}: {' and '.join(problems(folder)[:2])}" for folder in candidates(root, say=False)[:3])
-    problem = f"holds checkpoints, but none to go on from ({reasons or f'{TRACKER} names a step before all of them'})."
+    """Checkpoints that are there, of which none can be taken: to begin anew beside them would lose
+    them without a word.
+    """
+    reasons = "; ".join(
+        f"{folder.name}: {' and '.join(problems(folder)[:2])}"
+        for folder in candidates(root, say=False)[:3]
+    )
+    problem = (
+        "holds checkpoints, but none to go on from "
+        f"({reasons or f'{TRACKER} names a step before all of them'})."
+    )
     older = "Resume from an older one: trainer.resume_mode=resume_path trainer.resume_from_path=…"
     anew = "or begin anew: trainer.resume_mode=disable (what is there is moved aside)"
     return Fault(_where(options), problem, f"{older}; {anew}.")
@@ -69,38 +81,66 @@ def with_checkpoint(report: R, found: Path | None) -> R:
         try:
             then = record_in(data_state(found))
         except ValueError as error:
-            trouble = [Fault(_where(report.options), str(error), "Resume from an older one (trainer.resume_from_path).")]
+            trouble = [
+                Fault(
+                    _where(report.options),
+                    str(error),
+                    "Resume from an older one (trainer.resume_from_path).",
+                )
+            ]
     return replace(report.blame(*trouble), resume=found, then=then)
 
 
 def check_checkpoint(report: R) -> R:
-    """With everything that keeps the run from going on from its checkpoint, and notes of what is other than it was.
+    """With everything that keeps the run from going on from its checkpoint, and notes of what is
+    other than it was.
 
     Ask when everything else is known: what preflight couldn't read isn't compared.
     """
-    found, then, where = report.resume, report.then, _where(report.options)
+    found = report.resume
+    then = report.then
+    where = _where(report.options)
     if found is None or any(fault.where == where for fault in report.faults):
         return report
     if then.get("command", report.options.command) != report.options.command:
-        problem = f"{found} was saved by python -m {then['command']}: its steps aren't those of {report.options.command}."
-        return report.blame(Fault(where, problem, f"To train on from its weights, {_anew(report.options, found)}."))
+        problem = (
+            f"{found} was saved by python -m {then['command']}: its steps aren't those of "
+            f"{report.options.command}."
+        )
+        return report.blame(
+            Fault(where, problem, f"To train on from its weights, {_anew(report.options, found)}.")
+        )
     if report.options.command == "retool.rl" and not then:
         problem = f"{found} wasn't saved by retool.rl, so nothing says which questions come next."
-        return report.blame(Fault(where, problem, f"To train on from its weights, {_anew(report.options, found)}."))
-    known = {fault.where.partition("=")[0] for fault in report.faults}  # a key that is wrong by itself is no news twice
-    other = [change for change in changes(then.get("identity", {}), report.identity) if change.where not in known]
+        return report.blame(
+            Fault(where, problem, f"To train on from its weights, {_anew(report.options, found)}.")
+        )
+    # A key that is wrong by itself is no news twice
+    known = {fault.where.partition("=")[0] for fault in report.faults}
+    other = [
+        change
+        for change in changes(then.get("identity", {}), report.identity)
+        if change.where not in known
+    ]
     asked = report.options.trainer.resume_mode == "resume_path"
     refused = [change for change in other if change.strict or not asked]
     trouble = [_refusal(report, found, change) for change in refused]
-    if report.model is not None and not any(change.where == report.options.pretrained_key for change in refused):
+    if report.model is not None and not any(
+        change.where == report.options.pretrained_key for change in refused
+    ):
         trouble += _unloadable(report.options, found, report.model)
-    notes = [f"{change.where}: {found} is of another run ({change.words}); it goes on all the same." for change in other]
+    notes = [
+        f"{change.where}: {found} is of another run ({change.words}); it goes on all the same."
+        for change in other
+    ]
     told = [] if trouble else [*notes, *changed_keys(then.get("config", {}), flat(report.config))]
     return replace(report.blame(*trouble), notes=(*report.notes, *told))
 
 
 def template_date(given: str | None, then: Mapping[str, Any]) -> str:
-    """The date that a chat template is given for today's: the one asked for, else that of the run that goes on, else today's."""
+    """The date that a chat template is given for today's: the one asked for, else that of the run
+    that goes on, else today's.
+    """
     return given or then.get("config", {}).get("data.template_date") or today()
 
 
@@ -108,7 +148,11 @@ def record_in(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a checkpoint's data state says of the run that wrote it: empty for another program's."""
     if "run" in state:
         return state["run"]
-    older = {"stream": "retool.rl", "train_batch_size": "retool.sft"}  # before checkpoints kept more
+    # Before checkpoints kept more
+    older = {
+        "stream": "retool.rl",
+        "train_batch_size": "retool.sft",
+    }
     return next(({"command": command} for key, command in older.items() if key in state), {})
 
 
@@ -126,22 +170,41 @@ def _where(options: RunOptions) -> str:
 
 def _incomplete(options: RunOptions, found: Path) -> Iterator[Fault]:
     """No folder, no checkpoint, or one without what training goes on with."""
-    where, folder = _where(options), model_folder(found)
+    where = _where(options)
+    folder = model_folder(found)
     if not found.is_dir():
-        yield Fault(where, "is not a folder.", _instead(found, Path(options.trainer.default_local_dir)))
+        yield Fault(
+            where, "is not a folder.", _instead(found, Path(options.trainer.default_local_dir))
+        )
         return
-    missing = [kind for kind in ("model", "optim") if not any(folder.glob(f"{kind}_world_size_*_rank_*.pt"))]
+    missing = [
+        kind
+        for kind in ("model", "optim")
+        if not any(folder.glob(f"{kind}_world_size_*_rank_*.pt"))
+    ]
     if len(missing) == 2 and not export_of(found):
         remedy = _instead(found, Path(options.trainer.default_local_dir))
         yield Fault(where, f"holds no {missing[0]}_world_size_N_rank_R.pt.", remedy)
     elif missing:
         lacks = {"model": "weights", "optim": "the optimizer"}
-        problem = f"{found} was saved without {' and '.join(lacks[kind] for kind in missing)}, so training can't go on from it."
-        saving = f"and save with {options.checkpoint_key}save_contents=[model,optimizer,extra,hf_model] next time"
-        yield Fault(where, problem, f"To start from its weights, {_anew(options, found)}; {saving}.")
+        problem = (
+            f"{found} was saved without {' and '.join(lacks[kind] for kind in missing)}, so training "
+            "can't go on from it."
+        )
+        saving = (
+            f"and save with {options.checkpoint_key}save_contents=[model,optimizer,extra,hf_model] "
+            "next time"
+        )
+        yield Fault(
+            where, problem, f"To start from its weights, {_anew(options, found)}; {saving}."
+        )
     elif wrong := problems(found):
         way_out = "Resume from an older one (trainer.resume_from_path)"
-        by_itself = "" if options.trainer.resume_fallback else ", or have the newest whole one taken: trainer.resume_fallback=true"
+        by_itself = (
+            ""
+            if options.trainer.resume_fallback
+            else ", or have the newest whole one taken: trainer.resume_fallback=true"
+        )
         yield Fault(where, f"is not complete: {'; '.join(wrong[:3])}.", f"{way_out}{by_itself}.")
 
 
@@ -149,23 +212,34 @@ def _instead(path: Path, run: Path) -> str:
     """What the user may have meant by a path that is no checkpoint; `run` is the run's own folder."""
     if (newest := next(steps(path), None)) is not None:
         return f"It is a run's folder: give its newest checkpoint, {newest[1]}."
-    above = next((folder for folder in path.absolute().parents if STEP.fullmatch(folder.name)), None)
+    above = next(
+        (folder for folder in path.absolute().parents if STEP.fullmatch(folder.name)), None
+    )
     if above is not None and path.exists():
         return f"It is a part of a checkpoint: give {above}."
     here = next(steps(run), None)
     wanted = f"Give a checkpoint such as {'…/global_step_250' if here is None else here[1]}."
-    return f"It is a model, to begin a run with. {wanted}" if (path / "config.json").is_file() else wanted
+    return (
+        f"It is a model, to begin a run with. {wanted}"
+        if (path / "config.json").is_file()
+        else wanted
+    )
 
 
 def _unloadable(options: RunOptions, found: Path, model: ModelConfig) -> Iterator[Fault]:
     """Shards whose tensors aren't the model's, and state that can't be read."""
-    folder, layout = model_folder(found), plan_layout(model, 1)
+    folder = model_folder(found)
+    layout = plan_layout(model, 1)
     try:
         match_names(layout, ShardSource(folder))
         match_names(layout, ShardSource(folder, "exp_avg"))
         extra_state(folder, 0)
     except ValueError as error:
-        yield Fault(_where(options), str(error), f"Give {options.pretrained_key} the model that it is of, or resume from another one.")
+        yield Fault(
+            _where(options),
+            str(error),
+            f"Give {options.pretrained_key} the model that it is of, or resume from another one.",
+        )
 
 
 def _refusal(report: RunReport, found: Path, change: Change) -> Fault:
@@ -179,7 +253,10 @@ def _refusal(report: RunReport, found: Path, change: Change) -> Fault:
         remedy = f"Put that back, or begin anew from its weights: {_anew(report.options, found)}."
     else:
         same = f"trainer.resume_mode=resume_path trainer.resume_from_path={found}"
-        remedy = f"Put that back, choose another trainer.default_local_dir, or go on from it all the same: {same}"
+        remedy = (
+            "Put that back, choose another trainer.default_local_dir, or go on from it all the same: "
+            f"{same}"
+        )
     return Fault(change.where if now is None else f"{change.where}={shown(now)}", problem, remedy)
 
 
@@ -192,7 +269,11 @@ def export_of(found: Path) -> Path | None:
 def _anew(options: RunOptions, found: Path) -> str:
     export = export_of(found)
     name = "DIR" if export is None else str(export)
-    merge = "" if export is not None else f" (made by python -m retool.checkpoint merge {found} --out DIR)"
+    merge = (
+        ""
+        if export is not None
+        else f" (made by python -m retool.checkpoint merge {found} --out DIR)"
+    )
     return f"give {options.pretrained_key}={name}{merge} and another trainer.default_local_dir"
 
 
@@ -202,9 +283,11 @@ def _anew(options: RunOptions, found: Path) -> str:
 def to_resume(report: R, mesh: Mesh) -> R:
     """The report with the checkpoint to go on from, the same on every rank. Collective.
 
-    The run before may have been ending while this one read its data: what it saved last is taken. ValueError where that can't be.
+    The run before may have been ending while this one read its data: what it saved last is taken.
+    ValueError where that can't be.
     """
-    found = [_newest(report) if mesh.rank == 0 else None]  # a shared disk may show the others an older listing
+    # A shared disk may show the others an older listing
+    found = [_newest(report) if mesh.rank == 0 else None]
     if mesh.world_group is not None:
         dist.broadcast_object_list(found, src=0, group=mesh.world_group, device=torch.device("cpu"))
     if found[0] == report.resume:
@@ -216,17 +299,22 @@ def to_resume(report: R, mesh: Mesh) -> R:
 
 
 def _newest(report: RunReport) -> Path | None:
-    trainer, found = report.options.trainer, report.resume
+    trainer = report.options.trainer
+    found = report.resume
     if trainer.resume_mode != "auto":
         return found
-    named, known = tracked(Path(trainer.default_local_dir)), None if found is None else STEP.match(found.name)
+    named = tracked(Path(trainer.default_local_dir))
+    known = None if found is None else STEP.match(found.name)
     if (named is None and found is None) or (known is not None and named == int(known[1])):
         return found
     return checkpoint.latest(Path(trainer.default_local_dir), trainer.resume_fallback)
 
 
-def load_checkpoint(report: RunReport, mesh: Mesh, state: checkpoint.ModelState) -> tuple[Path, checkpoint.Loaded]:
-    """The checkpoint that was found, loaded; where reading it shows damage, the newest older one that is whole. Collective.
+def load_checkpoint(
+    report: RunReport, mesh: Mesh, state: checkpoint.ModelState
+) -> tuple[Path, checkpoint.Loaded]:
+    """The checkpoint that was found, loaded; where reading it shows damage, the newest older one
+    that is whole. Collective.
 
     ValueError where there is none, or `trainer.resume_fallback=false` insists.
     """
@@ -237,7 +325,9 @@ def load_checkpoint(report: RunReport, mesh: Mesh, state: checkpoint.ModelState)
         known = candidates(Path(trainer.default_local_dir), say=False)
         folders = [known[known.index(report.resume) :] if report.resume in known else folders[0]]
     if mesh.world_group is not None:
-        dist.broadcast_object_list(folders, src=0, group=mesh.world_group, device=torch.device("cpu"))
+        dist.broadcast_object_list(
+            folders, src=0, group=mesh.world_group, device=torch.device("cpu")
+        )
     found, loaded = checkpoint.load_whole(folders[0], state, mesh, trainer.seed)
     if found != report.resume:
         again = check_checkpoint(with_checkpoint(report, found))

@@ -22,22 +22,35 @@ from retool.preflight.plan import (
 
 
 def show_faults(faults: Sequence[Fault], console: Console | None = None) -> None:
-    """Where, what, and the way out: one table on a terminal, a line each elsewhere. Values are shown as text, never as markup."""
+    """Where, what, and the way out: one table on a terminal, a line each elsewhere.
+
+    Values are shown as text, never as markup.
+    """
     console = console or Console(highlight=False)
     title = f"{len(faults)} fault{'s' if len(faults) != 1 else ''}, nothing started"
     if not console.is_terminal:
-        _print_lines([title, *(f"  {line}" for fault in faults for line in str(fault).splitlines())], console)
+        _print_lines(
+            [title, *(f"  {line}" for fault in faults for line in str(fault).splitlines())], console
+        )
         return
     table = Table(title=title, title_justify="left", show_lines=True)
     for heading, style in (("where", "bold"), ("what is wrong", ""), ("the way out", "green")):
         table.add_column(heading, style=style, overflow="fold")
     for fault in faults:
-        where = redact_word(fault.where)  # first: it remembers the secret, which the problem may repeat
-        table.add_row(*(Text("\n".join(map(printable, part.splitlines()))) for part in (where, fault.problem, fault.remedy)))
+        # first: it remembers the secret, which the problem may repeat
+        where = redact_word(fault.where)
+        table.add_row(
+            *(
+                Text("\n".join(map(printable, part.splitlines())))
+                for part in (where, fault.problem, fault.remedy)
+            )
+        )
     console.print(table)
 
 
-def show_plan(plan: Iterable[tuple[str, str]], notes: Sequence[str], console: Console | None = None) -> None:
+def show_plan(
+    plan: Iterable[tuple[str, str]], notes: Sequence[str], console: Console | None = None
+) -> None:
     """The plan in plain words, a line or two a topic; notes stand out."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
@@ -68,36 +81,65 @@ def model_words(report: RunReport) -> str:
     assert model is not None
     count = parameter_count(model)
     size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
-    return f"{model.family}, {size} parameters, {model.layers} layers, {model.heads}/{model.kv_heads} heads of {model.head_dim}"
+    return (
+        f"{model.family}, {size} parameters, {model.layers} layers, {model.heads}/{model.kv_heads} heads "
+        f"of {model.head_dim}"
+    )
 
 
-def memory_words(report: RunReport, phases: Mapping[str, float] | None = None, fits: bool | None = None) -> str:
-    """The predicted peak of each phase, of training alone where none are given; what is recomputed, and whether it fits."""
-    choice, memory, host = report.choice, gpu_memory(report.options), host_bytes(report)
+def memory_words(
+    report: RunReport, phases: Mapping[str, float] | None = None, fits: bool | None = None
+) -> str:
+    """The predicted peak of each phase, of training alone where none are given; what is recomputed,
+    and whether it fits.
+    """
+    choice = report.choice
+    memory = gpu_memory(report.options)
+    host = host_bytes(report)
     assert choice is not None
     if phases is None:
-        p, fits = choice.prediction, choice.fits
-        phases = {"load": p.load, "forward/backward": p.forward_backward, "optimizer": p.optimizer, "save": p.save}
+        p = choice.prediction
+        fits = choice.fits
+        phases = {
+            "load": p.load,
+            "forward/backward": p.forward_backward,
+            "optimizer": p.optimizer,
+            "save": p.save,
+        }
     words = ", ".join(f"{name} {size / GIB:.2f}" for name, size in phases.items())
     kept = {
-        "none": "nothing recomputed", "selective": "MLPs recomputed", "full": "all but attention recomputed",
+        "none": "nothing recomputed",
+        "selective": "MLPs recomputed",
+        "full": "all but attention recomputed",
         "offload": "all but attention recomputed, what blocks keep in host memory",
-    }[choice.recompute]  # fmt: skip
+    }[choice.recompute]
     kept += "" if choice.keep_copy else ", weights cast at every gather"
     verdict = "" if memory is None else f"; {'fits' if fits else 'may not fit'} in {memory:.0f} GiB"
     offloaded = f"; {host / GIB:.1f} GiB of host memory on each machine" if host else ""
-    return f"peak by phase, GiB on each {'GPU' if memory is not None else 'process'} (predicted): {words}; {kept}{verdict}{offloaded}"
+    return (
+        f"peak by phase, GiB on each {'GPU' if memory is not None else 'process'} (predicted): {words}; "
+        f"{kept}{verdict}{offloaded}"
+    )
 
 
 def written_words(report: RunReport, beside: str = "") -> str:
     """The run's folder, what a checkpoint holds, how often and how many."""
-    options, trainer = report.options, report.options.trainer
+    options = report.options
+    trainer = report.options.trainer
     each = checkpoint_bytes(report) / GIB
     every = f"every {trainer.save_freq} steps and after the last"
-    often = {"after_each_epoch": "after each epoch", -1: "after the last step"}.get(trainer.save_freq, every)
-    keep = "" if trainer.max_ckpt_to_keep is None else f", the newest {trainer.max_ckpt_to_keep} kept"
+    often = {"after_each_epoch": "after each epoch", -1: "after the last step"}.get(
+        trainer.save_freq, every
+    )
+    keep = (
+        "" if trainer.max_ckpt_to_keep is None else f", the newest {trainer.max_ckpt_to_keep} kept"
+    )
     copy = "" if trainer.default_hdfs_dir is None else f"; copied to {trainer.default_hdfs_dir}"
     contents = ", ".join(options.checkpoint.save_contents)
     there = "" if report.resume is None else f"; goes on from {report.resume}"
-    folder, holds = trainer.default_local_dir, f"{contents}; {each:.2f} GiB"
-    return f"to {folder}: metrics.jsonl, config.yaml{beside}; a checkpoint ({holds}) {often}{keep}{copy}{there}"
+    folder = trainer.default_local_dir
+    holds = f"{contents}; {each:.2f} GiB"
+    return (
+        f"to {folder}: metrics.jsonl, config.yaml{beside}; a checkpoint ({holds}) "
+        f"{often}{keep}{copy}{there}"
+    )

@@ -1,6 +1,8 @@
-"""One verdict of all ranks on all machines before there is a process group: a fault that one rank sees stops all of them, said once.
+"""One verdict of all ranks on all machines before there is a process group: a fault that one rank
+sees stops all of them, said once.
 
-Ranks meet in the launcher's store (torchrun's own, or one that rank 0 opens at MASTER_PORT), which needs no GPU and no NCCL.
+Ranks meet in the launcher's store (torchrun's own, or one that rank 0 opens at MASTER_PORT), which
+needs no GPU and no NCCL.
 """
 
 from __future__ import annotations
@@ -19,23 +21,34 @@ from torch.distributed.rendezvous import rendezvous
 from retool.config import Fault
 
 TIMEOUT = 1800.0  # seconds: another machine may still be reading its data
-LINGER = 10.0  # seconds that rank 0, which may host the store, stays for the others to read the verdict
-HEAD_START = 1.0  # seconds that the others leave rank 0 to end first, with its own status: a launcher ends the rest then
+LINGER = (
+    10.0  # seconds that rank 0, which may host the store, stays for the others to read the verdict
+)
+# seconds that the others leave rank 0 to end first, with its own status: a launcher ends the rest
+# then
+HEAD_START = 1.0
 
 
 Show = Callable[[Sequence[Fault]], None]
 
 
-def verdict(mine: Sequence[Fault], environment: Mapping[str, str], show: Show, timeout_s: float = TIMEOUT) -> tuple[tuple[Fault, ...], Any]:
-    """(every rank's faults, what keeps the store open until there is a process group). Collective over the launcher's processes.
+def verdict(
+    mine: Sequence[Fault], environment: Mapping[str, str], show: Show, timeout_s: float = TIMEOUT
+) -> tuple[tuple[Fault, ...], Any]:
+    """(every rank's faults, what keeps the store open until there is a process group).
 
-    Where not all ranks have a fault, it says which. One rank shows them, before any other can end and have the launcher end all.
-    A rank that can't meet the others shows its own faults, and that.
+    Collective over the launcher's processes.
+
+    Where not all ranks have a fault, it says which. One rank shows them, before any other can end
+    and have the launcher end all. A rank that can't meet the others shows its own faults, and that.
     """
-    rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
-    found, store = tuple(mine), None
+    rank = int(environment.get("RANK", 0))
+    world = int(environment.get("WORLD_SIZE", 1))
+    found = tuple(mine)
+    store = None
     try:
-        if world > 1 and not any(fault.where.startswith("MASTER_PORT=") for fault in mine):  # another program's port is no place to meet
+        # Another program's port is no place to meet
+        if world > 1 and not any(fault.where.startswith("MASTER_PORT=") for fault in mine):
             store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
             return _exchange(mine, PrefixStore("retool/preflight", store), rank, world, show), store
     except (DistError, ValueError) as error:
@@ -46,16 +59,23 @@ def verdict(mine: Sequence[Fault], environment: Mapping[str, str], show: Show, t
     return found, store
 
 
-def _exchange(mine: Sequence[Fault], store: Store, rank: int, world: int, show: Show) -> tuple[Fault, ...]:
+def _exchange(
+    mine: Sequence[Fault], store: Store, rank: int, world: int, show: Show
+) -> tuple[Fault, ...]:
     """Rank 0 collects, judges and shows; the others read what it found."""
-    store.set(f"faults {rank}", json.dumps([socket.gethostname(), [[f.where, f.problem, f.remedy] for f in mine]]))
+    store.set(
+        f"faults {rank}",
+        json.dumps([socket.gethostname(), [[f.where, f.problem, f.remedy] for f in mine]]),
+    )
     if rank > 0:
         found = [Fault(*parts) for parts in json.loads(store.get("verdict"))]
         store.add("read", 1)
         time.sleep(HEAD_START if found else 0)
         return tuple(found)
     said = [json.loads(store.get(f"faults {r}")) for r in range(world)]
-    found = merge([host for host, _ in said], [[Fault(*parts) for parts in faults] for _, faults in said])
+    found = merge(
+        [host for host, _ in said], [[Fault(*parts) for parts in faults] for _, faults in said]
+    )
     if found:
         show(found)
     store.set("verdict", json.dumps([[f.where, f.problem, f.remedy] for f in found]))
@@ -72,7 +92,9 @@ def merge(hosts: Sequence[str], faults: Sequence[Sequence[Fault]]) -> tuple[Faul
         for fault in dict.fromkeys(own):
             owners.setdefault(fault, []).append(rank)
     return tuple(
-        fault if len(ranks) == len(hosts) else Fault(f"{fault.where} ({_who(ranks, hosts)})", fault.problem, fault.remedy)
+        fault
+        if len(ranks) == len(hosts)
+        else Fault(f"{fault.where} ({_who(ranks, hosts)})", fault.problem, fault.remedy)
         for fault, ranks in owners.items()
     )
 

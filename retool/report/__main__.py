@@ -13,9 +13,10 @@ from retool.report.series import MOST_VALUES
 
 PAGE_VALUES = 2_000_000  # numbers on a page, of all runs together: some 20 MB
 
-EPILOG = """The page is one file that opens without a network, on a phone too. It shows metrics.jsonl, config.yaml and
-report/*.jsonl (transcripts) of each folder, as far as they are there: it works while a run is going. Of a run with more values than
-a page can hold, neighbouring steps are put together, which the page says.
+EPILOG = """The page is one file that opens without a network, on a phone too. It shows metrics.jsonl,
+config.yaml and report/*.jsonl (transcripts) of each folder, as far as they are there: it works
+while a run is going. Of a run with more values than a page can hold, neighbouring steps are put
+together, which the page says.
 
 examples:
   python -m retool.report checkpoints/retool-sft/test
@@ -25,26 +26,47 @@ examples:
 def main(words: list[str] | None = None) -> int:
     """Exit status: 0 written, 1 something is wrong and was said."""
     parser = argparse.ArgumentParser(
-        prog="python -m retool.report", description="Write one self-contained HTML page about a run, or a comparison of several.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run (trainer.default_local_dir)")
-    parser.add_argument("--out", type=Path, help="where to write (default: report.html in the first folder)")
-    parser.add_argument("--transcripts", type=float, default=TRANSCRIPT_BYTES / 2**20, metavar="MB",
-                        help="most megabytes of transcripts to take in (default: %(default)g)")  # fmt: skip
+        prog="python -m retool.report",
+        description="Write one self-contained HTML page about a run, or a comparison of several.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="RUN_DIR",
+        help="folder of a run (trainer.default_local_dir)",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where to write (default: report.html in the first folder)"
+    )
+    parser.add_argument(
+        "--transcripts",
+        type=float,
+        default=TRANSCRIPT_BYTES / 2**20,
+        metavar="MB",
+        help="most megabytes of transcripts to take in (default: %(default)g)",
+    )
     options = parser.parse_args(words)
     folders = list(dict.fromkeys(folder.resolve() for folder in options.folders))
     out = options.out or folders[0] / "report.html"
     try:
         values = min(MOST_VALUES, PAGE_VALUES // len(folders))
-        runs = [read_run(folder, name, values) for folder, name in zip(folders, names_of(folders), strict=True)]
+        runs = [
+            read_run(folder, name, values)
+            for folder, name in zip(folders, names_of(folders), strict=True)
+        ]
         html = make_page(runs, int(options.transcripts * 2**20))
         write_page(html, out)
     except (ValueError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     for run in runs:
-        print(f"{printable(run.name)}: {len(run.steps)} steps with metrics" + "".join(f"; {printable(note)}" for note in run.notes))
+        print(
+            f"{printable(run.name)}: {len(run.steps)} steps with metrics"
+            + "".join(f"; {printable(note)}" for note in run.notes)
+        )
     print(f"wrote {printable(str(out))} ({len(html) / 2**20:.1f} MB)")
     return 0
 

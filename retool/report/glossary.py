@@ -9,7 +9,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Meaning:
-    """`better`: down, up, or "" where neither is. `noisy` metrics are smoothed. `first` ones stand at the top of the page."""
+    """`better`: down, up, or "" where neither is. `noisy` metrics are smoothed.
+
+    `first` ones stand at the top of the page.
+    """
 
     title: str
     unit: str
@@ -103,7 +106,9 @@ def _rows(table: str) -> dict[str, Meaning]:
     for line in table.strip().splitlines():
         name, title, unit, says, flags = (cell.strip() for cell in line.split(" |"))
         words = flags.split()
-        better: Literal["down", "up", ""] = "down" if "down" in words else "up" if "up" in words else ""
+        better: Literal["down", "up", ""] = (
+            "down" if "down" in words else "up" if "up" in words else ""
+        )
         found[name] = Meaning(title, unit, says, better, "noisy" in words, "first" in words)
     return found
 
@@ -118,12 +123,16 @@ def meaning(name: str) -> Meaning:
         return replace(said, title=f"{said.title}, {KINDS[kind]}", first=False)
     for pattern, said in BY_PATTERN.items():
         if (found := re.fullmatch(pattern, name)) is not None:
-            title, says = said.title, said.says
+            title = said.title
+            says = said.says
             for index, group in enumerate(found.groups()):
-                title, says = (text.replace(f"{{{index}}}", group.replace("_", " ")) for text in (title, says))
+                title, says = (
+                    text.replace(f"{{{index}}}", group.replace("_", " ")) for text in (title, says)
+                )
             return Meaning(title, said.unit, says, said.better, said.noisy, said.first)
     return Meaning(name.rpartition("/")[2].replace("_", " "), "", "")
 
 
 KINDS = {"max": "highest", "min": "lowest", "std": "spread"}
-MEANINGS, BY_PATTERN = _rows(TABLE), _rows(PATTERNS)
+MEANINGS = _rows(TABLE)
+BY_PATTERN = _rows(PATTERNS)

@@ -1,7 +1,9 @@
-"""One self-contained page: no network, no build step, and nothing of a run is ever parsed as markup.
+"""One self-contained page: no network, no build step, and nothing of a run is ever parsed as
+markup.
 
-The data goes in as JSON that can't close its element, is read by the page's scripts and set as text. A content security policy
-allows these scripts and styles, by their hashes, and nothing else. Charts are drawn by uPlot (MIT, `assets/uPlot.LICENSE.txt`).
+The data goes in as JSON that can't close its element, is read by the page's scripts and set as
+text. A content security policy allows these scripts and styles, by their hashes, and nothing else.
+Charts are drawn by uPlot (MIT, `assets/uPlot.LICENSE.txt`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from retool import __version__
 from retool.report.runs import Run, about, choose_transcripts, default_config
 
 ASSETS = Path(__file__).with_name("assets")
-SCRIPTS = (("uPlot.iife.min.js",), ("elements.js", "charts.js", "sections.js", "transcripts.js", "main.js"))
+SCRIPTS = (
+    ("uPlot.iife.min.js",),
+    ("elements.js", "charts.js", "sections.js", "transcripts.js", "main.js"),
+)
 STYLES = (("uPlot.min.css",), ("page.css",))
 TRANSCRIPT_BYTES = 24 << 20
 
@@ -29,8 +34,15 @@ def make_page(runs: list[Run], transcript_bytes: int = TRANSCRIPT_BYTES) -> str:
         "version": __version__,
         "made": datetime.now(timezone.utc).timestamp(),
         "runs": [
-            {"name": run.name, "folder": str(run.folder), "steps": run.steps, "metrics": run.metrics, "config": run.config,
-             "written": run.written, "notes": run.notes}
+            {
+                "name": run.name,
+                "folder": str(run.folder),
+                "steps": run.steps,
+                "metrics": run.metrics,
+                "config": run.config,
+                "written": run.written,
+                "notes": run.notes,
+            }
             for run in runs
         ],
         "defaults": [default_config(run.config) for run in runs],
@@ -38,11 +50,12 @@ def make_page(runs: list[Run], transcript_bytes: int = TRANSCRIPT_BYTES) -> str:
         "transcripts": transcripts,
         "left_out": left_out,
         "torn": torn,
-    }  # fmt: skip
-    scripts, styles = [_joined(names) for names in SCRIPTS], [_joined(names) for names in STYLES]
+    }
+    scripts = [_joined(names) for names in SCRIPTS]
+    styles = [_joined(names) for names in STYLES]
     policy = (
-        f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; style-src {' '.join(map(_hash, styles))}; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; style-src "
+        f"{' '.join(map(_hash, styles))}; base-uri 'none'; form-action 'none'"
     )
     parts = {
         "POLICY": policy,
@@ -51,7 +64,8 @@ def make_page(runs: list[Run], transcript_bytes: int = TRANSCRIPT_BYTES) -> str:
         "SCRIPTS": "".join(f"<script>{script}</script>\n" for script in scripts),
     }
     html = (ASSETS / "page.html").read_text(encoding="utf-8")
-    before, pieces = html, []
+    before = html
+    pieces = []
     for name in parts:  # in the order of the template: what is put in is never searched
         head, _, before = before.partition(f"{{{{{name}}}}}")
         pieces += [head, parts[name]]
@@ -59,17 +73,24 @@ def make_page(runs: list[Run], transcript_bytes: int = TRANSCRIPT_BYTES) -> str:
 
 
 def write_page(html: str, path: Path) -> None:
-    """Write it whole or not at all; lone surrogates become question marks. ValueError where `path` can't be written."""
+    """Write it whole or not at all; lone surrogates become question marks.
+
+    ValueError where `path` can't be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(html, encoding="utf-8", errors="replace", newline="\n")
         temporary.replace(path)
     except OSError as error:
-        raise ValueError(f"{path} can't be written ({error.strerror or error}). Give another place: --out report.html.") from error
+        raise ValueError(
+            f"{path} can't be written ({error.strerror or error}). Give another place: --out report.html."
+        ) from error
 
 
 def embed(data: Any) -> str:
-    """JSON that is safe inside a script element: no `<`, `>` or `&`, and no separator that old parsers take for a line's end."""
+    """JSON that is safe inside a script element: no `<`, `>` or `&`, and no separator that old
+    parsers take for a line's end.
+    """
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -77,7 +98,11 @@ def embed(data: Any) -> str:
 
 
 def _joined(names: tuple[str, ...]) -> str:
-    return "\n" + "\n".join((ASSETS / name).read_text(encoding="utf-8").strip() for name in names) + "\n"
+    return (
+        "\n"
+        + "\n".join((ASSETS / name).read_text(encoding="utf-8").strip() for name in names)
+        + "\n"
+    )
 
 
 def _hash(source: str) -> str:

@@ -1,6 +1,8 @@
-"""A run's folder as the page shows it: metrics by step, the configuration as flat keys, transcripts within a budget.
+"""A run's folder as the page shows it: metrics by step, the configuration as flat keys, transcripts
+within a budget.
 
-Everything may be missing, torn or hostile: the run may still be going, and its texts come from datasets and models.
+Everything may be missing, torn or hostile: the run may still be going, and its texts come from
+datasets and models.
 """
 
 from __future__ import annotations
@@ -20,12 +22,24 @@ from retool.report.series import MOST_VALUES, Series, is_number, read_series
 from retool.report.settings import in_words, read_config, require_small
 
 TEXT_KEYS = ("split", "data_source", "prompt", "ground_truth", "stop")
-ENTRY_KEYS = ("step", "split", "data_source", "prompt", "ground_truth", "reward", "stop", "num_turns")
+ENTRY_KEYS = (
+    "step",
+    "split",
+    "data_source",
+    "prompt",
+    "ground_truth",
+    "reward",
+    "stop",
+    "num_turns",
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run. `metrics`: name → values along `steps`, None where a step has none. `config`: dotted key → value as text."""
+    """One run. `metrics`: name → values along `steps`, None where a step has none.
+
+    `config`: dotted key → value as text.
+    """
 
     name: str
     folder: Path
@@ -37,18 +51,33 @@ class Run:
 
 
 def read_run(folder: Path, name: str, most_values: int = MOST_VALUES) -> Run:
-    """Read a run's metrics, thinned to `most_values` numbers, and its configuration. ValueError where the folder is none, or no run's."""
+    """Read a run's metrics, thinned to `most_values` numbers, and its configuration.
+
+    ValueError where the folder is none, or no run's.
+    """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder. Give the folder of a run: trainer.default_local_dir.")
+        raise ValueError(
+            f"{folder} is not a folder. Give the folder of a run: trainer.default_local_dir."
+        )
     file = folder / "metrics.jsonl"
     settings = folder / "config.yaml"
     if not file.is_file() and not settings.is_file() and not (folder / FOLDER).is_dir():
-        raise ValueError(f"{folder} has neither metrics.jsonl nor config.yaml nor {FOLDER}/: it is no run's folder.")
+        raise ValueError(
+            f"{folder} has neither metrics.jsonl nor config.yaml nor {FOLDER}/: it is no run's folder."
+        )
     series = read_series(file, most_values) if file.is_file() else Series()
     steps, metrics = series.columns()
     notes = _notes(file, series, steps)
     config = read_config(settings, notes)
-    return Run(name, folder, steps, metrics, config, file.stat().st_mtime if file.is_file() else None, notes)
+    return Run(
+        name,
+        folder,
+        steps,
+        metrics,
+        config,
+        file.stat().st_mtime if file.is_file() else None,
+        notes,
+    )
 
 
 def _notes(file: Path, series: Series, steps: list[int]) -> list[str]:
@@ -65,7 +94,9 @@ def _notes(file: Path, series: Series, steps: list[int]) -> list[str]:
 
 
 def default_config(config: Mapping[str, str]) -> dict[str, str]:
-    """Defaults of the command that a run's keys belong to; those that follow another key are left out."""
+    """Defaults of the command that a run's keys belong to; those that follow another key are left
+    out.
+    """
     from retool.sft.config import SFTConfig
 
     schema: type = SFTConfig
@@ -81,17 +112,22 @@ def about(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What the metrics mean, as the page reads it, the best known ones first."""
     order = {name: place for place, name in enumerate(MEANINGS)}
     said = {name: asdict(meaning(name)) for name in names}
-    return dict(sorted(said.items(), key=lambda pair: order.get(pair[0], 2 if pair[1]["first"] else len(order))))
+    return dict(
+        sorted(
+            said.items(), key=lambda pair: order.get(pair[0], 2 if pair[1]["first"] else len(order))
+        )
+    )
 
 
 # --- transcripts ---
 
 
 def choose_transcripts(runs: list[Run], budget: int) -> tuple[list[dict[str, Any]], int, int]:
-    """(transcripts for the page, how many were left out, how many lines were unreadable), at most `budget` bytes as JSON.
+    """(transcripts for the page, how many were left out, how many lines were unreadable), at most
+    `budget` bytes as JSON.
 
-    When not all fit, each step of each run and split gives as many as the others do, its first ones. Two passes over the files, one
-    transcript in memory at a time besides those that are kept.
+    When not all fit, each step of each run and split gives as many as the others do, its first
+    ones. Two passes over the files, one transcript in memory at a time besides those that are kept.
     """
     sizes: dict[tuple[int, int, str], list[int]] = defaultdict(list)
     torn = 0
@@ -116,7 +152,9 @@ def choose_transcripts(runs: list[Run], budget: int) -> tuple[list[dict[str, Any
 
 
 def _is_shallow(record: Mapping[str, Any]) -> bool:
-    """Whether what a record tells besides its segments is as small as it should be: it may be nested without end."""
+    """Whether what a record tells besides its segments is as small as it should be: it may be
+    nested without end.
+    """
     try:
         require_small([value for key, value in record.items() if key != "segments"])
         require_small([segment.get("role") for segment in record["segments"]])
@@ -145,36 +183,59 @@ def _fitting(sizes: Mapping[Any, list[int]], budget: int) -> int:
 
 def entry(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
     """A record as the page reads it: known fields only, of the right types, without secrets."""
-    shown: dict[str, Any] = {"run": number, **{key: record[key] for key in ENTRY_KEYS if key in record}}
+    shown: dict[str, Any] = {
+        "run": number,
+        **{key: record[key] for key in ENTRY_KEYS if key in record},
+    }
     texts = {key: str(shown.get(key, "train" if key == "split" else "")) for key in TEXT_KEYS}
     info = record.get("info")
-    # One call for all of it: looking up what is a secret here takes longer than looking for it in a few texts.
-    clean = redact({
-        "texts": texts,
-        "info": info if isinstance(info, dict) else {},
-        "segments": [segment["text"] for segment in record["segments"]],
-    })  # fmt: skip
+    # One call for all of it: looking up what is a secret here takes longer than looking for it in a
+    # few texts.
+    clean = redact(
+        {
+            "texts": texts,
+            "info": info if isinstance(info, dict) else {},
+            "segments": [segment["text"] for segment in record["segments"]],
+        }
+    )
     shown |= clean["texts"]
     for key in ("reward", "num_turns"):
         shown[key] = shown.get(key) if is_number(shown.get(key)) else None
     shown["info"] = {str(key): in_words(value) for key, value in clean["info"].items()}
-    shown["segments"] = [_segment(segment, text) for segment, text in zip(record["segments"], clean["segments"], strict=True)]
+    shown["segments"] = [
+        _segment(segment, text)
+        for segment, text in zip(record["segments"], clean["segments"], strict=True)
+    ]
     return shown
 
 
 def _segment(segment: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """A segment whose text without secrets is `text`; its tokens only where they are sound, and hide no secret."""
+    """A segment whose text without secrets is `text`; its tokens only where they are sound, and
+    hide no secret.
+    """
     tokens = segment.get("tokens")
-    shown: dict[str, Any] = {"role": str(segment.get("role", "")), "text": text, "mask": segment.get("mask") is True}
-    if text != segment["text"] or not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+    shown: dict[str, Any] = {
+        "role": str(segment.get("role", "")),
+        "text": text,
+        "mask": segment.get("mask") is True,
+    }
+    if (
+        text != segment["text"]
+        or not isinstance(tokens, list)
+        or not all(isinstance(token, str) for token in tokens)
+    ):
         return shown
     shown["tokens"] = tokens
     for name in ("logp", "advantage", "mask"):
         value = segment.get(name)
-        if isinstance(value, (int, float, bool)) or (isinstance(value, list) and _fits(value, tokens)):
+        if isinstance(value, (int, float, bool)) or (
+            isinstance(value, list) and _fits(value, tokens)
+        ):
             shown[name] = value
     return shown
 
 
 def _fits(values: list[Any], tokens: list[str]) -> bool:
-    return len(values) == len(tokens) and all(isinstance(value, (int, float, bool, type(None))) for value in values)
+    return len(values) == len(tokens) and all(
+        isinstance(value, (int, float, bool, type(None))) for value in values
+    )

@@ -1,4 +1,6 @@
-"""A run's metrics by step, thinned so that a page can hold them, whatever metrics.jsonl holds and however long it is."""
+"""A run's metrics by step, thinned so that a page can hold them, whatever metrics.jsonl holds and
+however long it is.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ STEP_LIMIT = 1 << 53  # what a browser counts exactly
 
 
 class Series:
-    """Values by step and name. `stride` steps share a row where there are more than a page can hold: each name's last value counts."""
+    """Values by step and name.
+
+    `stride` steps share a row where there are more than a page can hold: each name's last value
+    counts.
+    """
 
     def __init__(self, most_values: int = MOST_VALUES) -> None:
         self.stride = 1
@@ -37,7 +43,9 @@ class Series:
             if name != "step" and is_number(value) and self._knows(name):
                 row[name] = value
         # On the page each name has a place for each step, used or not.
-        while len(self._rows) > 1 and (len(self._rows) > MOST_STEPS or len(self._rows) * len(self._names) > self._most_values):
+        while len(self._rows) > 1 and (
+            len(self._rows) > MOST_STEPS or len(self._rows) * len(self._names) > self._most_values
+        ):
             self._halve()
 
     def _knows(self, name: str) -> bool:
@@ -63,12 +71,18 @@ class Series:
     def columns(self) -> tuple[list[int], dict[str, list[float | None]]]:
         """(steps, name → a value for each of them, None where it has none)."""
         places = sorted(self._rows)
-        columns = {name: [_six_digits(self._rows[place].get(name)) for place in places] for name in self._names}
+        columns = {
+            name: [_six_digits(self._rows[place].get(name)) for place in places]
+            for name in self._names
+        }
         return [self._steps[place] for place in places], columns
 
 
 def read_series(path: Path, most_values: int = MOST_VALUES) -> Series:
-    """The metrics in a metrics.jsonl, one line in memory at a time. A torn last line is left out; others without metrics are counted."""
+    """The metrics in a metrics.jsonl, one line in memory at a time.
+
+    A torn last line is left out; others without metrics are counted.
+    """
     series = Series(most_values)
     for line in read_lines(path, LINE_BYTES):
         if line is not None and not line.endswith(b"\n"):
@@ -86,7 +100,11 @@ def _parsed(line: bytes | None) -> dict[str, Any] | None:
         entry = json.loads(line or b"")
     except (ValueError, RecursionError):
         return None
-    if not isinstance(entry, dict) or type(step := entry.get("step")) is not int or not 0 <= step < STEP_LIMIT:
+    if (
+        not isinstance(entry, dict)
+        or type(step := entry.get("step")) is not int
+        or not 0 <= step < STEP_LIMIT
+    ):
         return None
     return entry
 

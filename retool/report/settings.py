@@ -1,4 +1,7 @@
-"""A run's config.yaml as flat keys. It may be hand-made, broken or hostile: aliases can stand for more than any memory holds."""
+"""A run's config.yaml as flat keys.
+
+It may be hand-made, broken or hostile: aliases can stand for more than any memory holds.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,15 @@ MOST_BITS = 1024  # of a number
 
 
 class _Plain(yaml.SafeLoader):
-    """Mappings, lists, texts and numbers. Dates stay texts: they aren't all dates. No merge keys: nested ones multiply."""
+    """Mappings, lists, texts and numbers. Dates stay texts: they aren't all dates.
+
+    No merge keys: nested ones multiply.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own attribute)
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        first: [
+            (tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -41,7 +49,9 @@ def read_config(path: Path, notes: list[str]) -> dict[str, str]:
         return {}
     try:
         content = yaml.load(text, _Plain)
-    except Exception:  # on broken values PyYAML's constructors raise a dozen kinds besides YAMLError
+    except (
+        Exception
+    ):  # on broken values PyYAML's constructors raise a dozen kinds besides YAMLError
         notes.append("config.yaml isn't readable YAML")
         return {}
     try:
@@ -53,7 +63,9 @@ def read_config(path: Path, notes: list[str]) -> dict[str, str]:
 
 
 def require_small(content: Any) -> None:
-    """ValueError for what has too many parts, or is nested too deeply, when each is counted as often as it is referred to."""
+    """ValueError for what has too many parts, or is nested too deeply, when each is counted as
+    often as it is referred to.
+    """
     ahead = [(content, 0)]
     for _ in range(MOST_PARTS):
         if not ahead:
@@ -63,7 +75,13 @@ def require_small(content: Any) -> None:
             raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep")
         if isinstance(value, int) and value.bit_length() > MOST_BITS:
             raise ValueError("it holds a number of hundreds of digits")
-        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        parts = (
+            [*value.keys(), *value.values()]
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, (list, tuple))
+            else ()
+        )
         ahead += [(part, depth + 1) for part in parts[:MOST_PARTS]]
     raise ValueError(f"it has more than {MOST_PARTS} parts")
 

@@ -1,1 +1,4 @@
-"""Reinforcement learning with tools: rollouts, rewards, losses and the code interpreter. Import the module you need."""
+"""Reinforcement learning with tools: rollouts, rewards, losses and the code interpreter.
+
+Import the module you need.
+"""

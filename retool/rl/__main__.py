@@ -1,4 +1,7 @@
-"""`python -m retool.rl key=value …`: reinforcement learning with tools. `--help` lists the keys, `--check` stops after preflight."""
+"""`python -m retool.rl key=value …`: reinforcement learning with tools.
+
+`--help` lists the keys, `--check` stops after preflight.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,22 @@ def main(words: list[str]) -> int:
     from retool.rl.preflight.show import in_words
     from retool.run.start import start
 
-    report = preflight(read(RLConfig, [w for w in words if w != "--check"], SYNONYMS), planning=checking)
+    report = preflight(
+        read(RLConfig, [w for w in words if w != "--check"], SYNONYMS), planning=checking
+    )
 
     def run() -> None:
         from retool.rl.train import train
 
         train(report)
 
-    return start(report, lambda: in_words(report), run, checking, lambda: asyncio.run(close_tools(report.tools)))
+    return start(
+        report,
+        lambda: in_words(report),
+        run,
+        checking,
+        lambda: asyncio.run(close_tools(report.tools)),
+    )
 
 
 if __name__ == "__main__":

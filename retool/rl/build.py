@@ -1,4 +1,6 @@
-"""What an RL run is made of: model, optimizer, engine, judges, loggers, put together from a preflight report."""
+"""What an RL run is made of: model, optimizer, engine, judges, loggers, put together from a
+preflight report.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,10 @@ from retool.run.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Run:
-    """Nothing in it is replaced while a run lasts. `rollout` is None on ranks that follow another one's engine."""
+    """Nothing in it is replaced while a run lasts.
+
+    `rollout` is None on ranks that follow another one's engine.
+    """
 
     config: RLConfig
     report: Report
@@ -73,16 +78,24 @@ class Run:
 
 def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     """Load the model, make everything, resume if there is something to resume from. Collective."""
-    config, wanted = report.config, report.config.actor_rollout_ref
-    assert report.model is not None and report.folder is not None and report.reward is not None, "train needs a report without faults"
+    config = report.config
+    wanted = report.config.actor_rollout_ref
+    assert report.model is not None and report.folder is not None and report.reward is not None, (
+        "train needs a report without faults"
+    )
     engines = mesh.world // wanted.rollout.tensor_model_parallel_size
     leads = mesh.rank % wanted.rollout.tensor_model_parallel_size == 0
     pool = open_judges(report.reward, config.reward_model) if leads else None
     model = load_pretrained(report.folder, mesh, model_options(report))
-    sharding, optim = wanted.actor.fsdp_config, wanted.actor.optim
+    sharding = wanted.actor.fsdp_config
+    optim = wanted.actor.optim
     adamw = AdamWOptions(optim.betas, optim.weight_decay, wanted.actor.grad_clip)
     optimizer = AdamW(model, adamw, sharding.optimizer_offload, sharding.param_offload)
-    reference = load_pretrained(report.folder, mesh, model_options(report, frozen=True)) if uses_reference(config) else None
+    reference = (
+        load_pretrained(report.folder, mesh, model_options(report, frozen=True))
+        if uses_reference(config)
+        else None
+    )
     state = resume(report, mesh, model, optimizer)
     require_judges(pool, mesh)
     # From here on nothing is refused: a run that is leaves its folder as it was.
@@ -90,23 +103,54 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     folder = make_run_folder(config.trainer.default_local_dir, config, mesh, anew)
     engine = Engine(report.model, mesh.device, engine_options(config), engine_group(mesh, engines))
     staging = checkpoint.Staging(mesh, folder=OwnFolder(folder) if mesh.rank == 0 else None)
-    stop, trainer = StopRequest(staging.problem), config.trainer
-    silence = trainer.watchdog_s and (trainer.watchdog_s if leads else math.inf)  # a follower can't tell its engine's work from waiting
+    stop = StopRequest(staging.problem)
+    trainer = config.trainer
+    # A follower can't tell its engine's work from waiting
+    silence = trainer.watchdog_s and (trainer.watchdog_s if leads else math.inf)
     watchdog = Watchdog(folder, mesh.rank, mesh.world, silence)
     parts = rollout_parts(report, engine, pool, stop, watchdog) if pool is not None else None
-    info = RunInfo(folder, trainer.project_name, trainer.experiment_name, to_dict(config), state.step, report.steps)
+    info = RunInfo(
+        folder,
+        trainer.project_name,
+        trainer.experiment_name,
+        to_dict(config),
+        state.step,
+        report.steps,
+    )
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
-    options = save_options(report.options, mesh, report.folder, config.data.chat_template, subfolder="actor")
+    options = save_options(
+        report.options, mesh, report.folder, config.data.chat_template, subfolder="actor"
+    )
     loop = asyncio.new_event_loop()  # one for the whole run: tools keep their connections
     if not trainer.val_only:
         staging.prepare(model_state(model, optimizer), mesh, options)
-    run = Run(config, report, mesh, folder, model, reference, optimizer, engine, engines, parts, pool, loop, stop, watchdog, loggers,
-              options, staging)  # fmt: skip
+    run = Run(
+        config,
+        report,
+        mesh,
+        folder,
+        model,
+        reference,
+        optimizer,
+        engine,
+        engines,
+        parts,
+        pool,
+        loop,
+        stop,
+        watchdog,
+        loggers,
+        options,
+        staging,
+    )
     return run, state
 
 
 def require_judges(pool: Judges | None, mesh: Mesh) -> None:
-    """ValueError on every rank where one has workers that can't load the reward function. Collective."""
+    """ValueError on every rank where one has workers that can't load the reward function.
+
+    Collective.
+    """
     problems = gather_objects(pool.problem() if pool is not None else "", mesh.world_group)
     if any(problems):
         if pool is not None:
@@ -115,25 +159,44 @@ def require_judges(pool: Judges | None, mesh: Mesh) -> None:
 
 
 def model_options(report: Report, frozen: bool = False) -> ModelOptions:
-    """How the policy is held; `frozen`: the reference, without gradients and master weights of its own precision."""
-    config, choice = report.config, report.choice
-    sharding, wanted = config.actor_rollout_ref.actor.fsdp_config, config.actor_rollout_ref.model
+    """How the policy is held; `frozen`: the reference, without gradients and master weights of its
+    own precision.
+    """
+    config = report.config
+    choice = report.choice
+    sharding = config.actor_rollout_ref.actor.fsdp_config
+    wanted = config.actor_rollout_ref.model
     cuda = config.trainer.device != "cpu" and torch.cuda.is_available()
     master = DTYPES[sharding.model_dtype]
-    compute = (torch.bfloat16 if cuda else master) if sharding.param_dtype == "auto" else DTYPES[sharding.param_dtype]
+    compute = (
+        (torch.bfloat16 if cuda else master)
+        if sharding.param_dtype == "auto"
+        else DTYPES[sharding.param_dtype]
+    )
     assert choice is not None
     return ModelOptions(
-        param_dtype=compute, master_dtype=compute if frozen else master,
+        param_dtype=compute,
+        master_dtype=compute if frozen else master,
         reduce_dtype=DTYPES["fp64" if sharding.model_dtype == "fp64" else sharding.reduce_dtype],
-        attn=wanted.attn, recompute="none" if frozen else choice.recompute, parked=choice.parked, use_compile=wanted.use_compile,
-        fp32_residual=report.options.fp32_residual, trained=not frozen, keep_copy=choice.keep_copy,
-        reshard_after_forward=sharding.reshard_after_forward, forward_prefetch=sharding.forward_prefetch,
-    )  # fmt: skip
+        attn=wanted.attn,
+        recompute="none" if frozen else choice.recompute,
+        parked=choice.parked,
+        use_compile=wanted.use_compile,
+        fp32_residual=report.options.fp32_residual,
+        trained=not frozen,
+        keep_copy=choice.keep_copy,
+        reshard_after_forward=sharding.reshard_after_forward,
+        forward_prefetch=sharding.forward_prefetch,
+    )
 
 
 def engine_group(mesh: Mesh, engines: int) -> dist.ProcessGroup | None:
-    """The group of this rank's tensor-parallel engine: consecutive ranks; None where it is alone. Collective."""
-    size, mine = mesh.world // engines, None
+    """The group of this rank's tensor-parallel engine: consecutive ranks; None where it is alone.
+
+    Collective.
+    """
+    size = mesh.world // engines
+    mine = None
     for first in range(0, mesh.world, size) if size > 1 else ():
         ranks = list(range(first, first + size))
         group = dist.new_group(ranks)
@@ -143,14 +206,25 @@ def engine_group(mesh: Mesh, engines: int) -> dist.ProcessGroup | None:
     return mine
 
 
-def rollout_parts(report: Report, engine: Engine, pool: Judges, stop: StopRequest, watchdog: Watchdog) -> RolloutParts:
+def rollout_parts(
+    report: Report, engine: Engine, pool: Judges, stop: StopRequest, watchdog: Watchdog
+) -> RolloutParts:
     """What every rollout of this rank is made of."""
-    config, multi, shaping = report.config, report.config.actor_rollout_ref.rollout.multi_turn, report.config.reward_model.overlong_buffer
+    config = report.config
+    multi = report.config.actor_rollout_ref.rollout.multi_turn
+    shaping = report.config.reward_model.overlong_buffer
     agent = AgentOptions(
-        config.data.max_response_length, None, multi.max_assistant_turns, multi.max_user_turns, multi.format,
-        multi.max_tool_response_length, multi.tool_response_truncate_side, multi.max_parallel_calls, multi.tool_timeout_seconds,
+        config.data.max_response_length,
+        None,
+        multi.max_assistant_turns,
+        multi.max_user_turns,
+        multi.format,
+        multi.max_tool_response_length,
+        multi.tool_response_truncate_side,
+        multi.max_parallel_calls,
+        multi.tool_timeout_seconds,
         eos_ids(report.folder) if report.folder is not None else (),
-    )  # fmt: skip
+    )
     overlong = Overlong(shaping.len, shaping.penalty_factor) if shaping.enable else None
     assert report.renderer is not None
     tools = {tool.name: tool for tool in report.tools}
@@ -169,21 +243,33 @@ def training_sampling(config: RLConfig) -> Sampling:
 
 def validation_sampling(config: RLConfig) -> Sampling:
     wanted = config.actor_rollout_ref.rollout.val_kwargs
-    return Sampling(wanted.temperature if wanted.do_sample else 0.0, wanted.top_p, wanted.top_k, config.trainer.seed, 1)
+    return Sampling(
+        wanted.temperature if wanted.do_sample else 0.0,
+        wanted.top_p,
+        wanted.top_k,
+        config.trainer.seed,
+        1,
+    )
 
 
 def loss_spec(config: RLConfig) -> LossSpec:
     actor = config.actor_rollout_ref.actor
     clip = Clip(actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c)
     return LossSpec(
-        actor.policy_loss.loss_mode, clip, config.actor_rollout_ref.rollout.temperature, actor.entropy_coeff, actor.kl_loss_coef,
-        actor.kl_loss_type, actor.use_kl_loss,
-    )  # fmt: skip
+        actor.policy_loss.loss_mode,
+        clip,
+        config.actor_rollout_ref.rollout.temperature,
+        actor.entropy_coeff,
+        actor.kl_loss_coef,
+        actor.kl_loss_type,
+        actor.use_kl_loss,
+    )
 
 
 def update_budget(report: Report) -> Budget:
     assert report.model is not None
-    actor, quadratic = report.config.actor_rollout_ref.actor, quadratic_length(report.model)
+    actor = report.config.actor_rollout_ref.actor
+    quadratic = quadratic_length(report.model)
     if actor.use_dynamic_bsz:
         return Budget(actor.ppo_max_token_len_per_gpu, None, quadratic)
     return Budget(None, actor.ppo_micro_batch_size_per_gpu, quadratic)
@@ -197,7 +283,9 @@ def logprob_budget(report: Report) -> Budget:
 
 
 def resume(report: Report, mesh: Mesh, model: Sharded, optimizer: AdamW) -> TrainState:
-    """The state to start from: step 0, or that of the checkpoint which preflight found to be this run's."""
+    """The state to start from: step 0, or that of the checkpoint which preflight found to be this
+    run's.
+    """
     coef = report.config.algorithm.kl_ctrl.kl_coef
     if report.resume is None:
         return TrainState(coef)
@@ -205,7 +293,9 @@ def resume(report: Report, mesh: Mesh, model: Sharded, optimizer: AdamW) -> Trai
     restore_optimizer(optimizer, loaded)
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")
-    return restored(loaded.step, loaded.data_state, coef, lambda position: stream(report, position, 1)[0])
+    return restored(
+        loaded.step, loaded.data_state, coef, lambda position: stream(report, position, 1)[0]
+    )
 
 
 def stream(report: Report, position: int, count: int) -> list[Prompt]:

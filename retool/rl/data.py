@@ -1,7 +1,9 @@
-"""Questions from files to rendered prompts: the general schema, three common pairs of columns, or a function of the user's.
+"""Questions from files to rendered prompts: the general schema, three common pairs of columns, or a
+function of the user's.
 
-    data_source, prompt, ability, reward_model{ground_truth}, extra_info      the general schema
-    Problem, Answer · problem, answer · question, answer                      by their columns (AIME 2024, MATH, GSM8K)
+data_source, prompt, ability, reward_model{ground_truth}, extra_info      the general schema
+Problem, Answer · problem, answer · question, answer                      by their columns (AIME
+2024, MATH, GSM8K)
 """
 
 from __future__ import annotations
@@ -25,14 +27,18 @@ from retool.rl.types import Prompt
 
 PAIRS = (("Problem", "Answer"), ("problem", "answer"), ("question", "answer"))
 HOW_TO_ANSWER = re.compile(r"\\boxed|answer format|####", re.IGNORECASE)
-NO_TRUTH = "leave the row out, or use a reward of your own that needs none (custom_reward_function.path)"
+NO_TRUTH = (
+    "leave the row out, or use a reward of your own that needs none (custom_reward_function.path)"
+)
 MATHS = re.compile(r"math|aime|gsm|amc|olympiad", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How rows become prompts. `answer_format` is added to math questions that don't say how to answer (None: never).
-    `needs_truth`: a row without an answer is refused; a reward of the user's own may do without."""
+    """How rows become prompts. `answer_format` is added to math questions that don't say how to
+    answer (None: never). `needs_truth`: a row without an answer is refused; a reward of the user's
+    own may do without.
+    """
 
     prompt_key: str = "prompt"
     answer_format: str | None = None
@@ -57,7 +63,10 @@ class PromptReport:
 
     def sentence(self) -> str:
         """For the start-up plan."""
-        parts = [f"{self.kept:,} prompts ({', '.join(f'{name}: {n:,}' for name, n in self.sources.items())})", f"longest {self.longest:,}"]
+        parts = [
+            f"{self.kept:,} prompts ({', '.join(f'{name}: {n:,}' for name, n in self.sources.items())})",
+            f"longest {self.longest:,}",
+        ]
         if self.overlong:
             parts.append(f"{self.overlong:,} over-long left out")
         if self.truncated:
@@ -80,11 +89,17 @@ class Question:
 
 
 def load_prompts(
-    files: Sequence[str], renderer: Renderer, tools: list[dict[str, Any]] | None, options: PromptOptions, rows: RowFunction | None = None
+    files: Sequence[str],
+    renderer: Renderer,
+    tools: list[dict[str, Any]] | None,
+    options: PromptOptions,
+    rows: RowFunction | None = None,
 ) -> tuple[list[Prompt], PromptReport]:
-    """Read, check and render every question, tool schemas and generation prompt included; over-long ones are left out and counted.
+    """Read, check and render every question, tool schemas and generation prompt included; over-long
+    ones are left out and counted.
 
-    `rows` is the user's function (path) -> dicts. ValueError with the first faults when a row can't be used, or nothing is left.
+    `rows` is the user's function (path) -> dicts. ValueError with the first faults when a row can't
+    be used, or nothing is left.
     """
     prompts: list[Prompt] = []
     faults = Refusals()
@@ -100,22 +115,45 @@ def load_prompts(
                 if options.filter_overlong:
                     overlong += 1
                     continue
-                ids, truncated = truncate(ids, options, question.where), truncated + 1
+                ids = truncate(ids, options, question.where)
+                truncated = truncated + 1
         except ValueError as error:
             faults.add(_located(error, question))
             continue
-        seen[json.dumps([question.messages, question.ground_truth], sort_keys=True, default=str)] += 1
+        seen[
+            json.dumps([question.messages, question.ground_truth], sort_keys=True, default=str)
+        ] += 1
         extra = {**question.extra_info, "row": question.where}
         prompts.append(
-            Prompt(len(prompts), question.messages, tools, ids, question.data_source, question.ground_truth, extra, question.ability)
+            Prompt(
+                len(prompts),
+                question.messages,
+                tools,
+                ids,
+                question.data_source,
+                question.ground_truth,
+                extra,
+                question.ability,
+            )
         )
     if faults.count:
         raise faults.error(total)
     if not prompts:
-        raise ValueError(f"none of the {total} prompts fits data.max_prompt_length={options.max_length} ({overlong} are longer). Raise it.")
+        raise ValueError(
+            f"none of the {total} prompts fits data.max_prompt_length={options.max_length} "
+            f"({overlong} are longer). Raise it."
+        )
     sources = Counter(prompt.data_source for prompt in prompts)
     longest = max(len(prompt.ids) for prompt in prompts)
-    return prompts, PromptReport(total, len(prompts), overlong, truncated, sum(n - 1 for n in seen.values()), longest, sources)
+    return prompts, PromptReport(
+        total,
+        len(prompts),
+        overlong,
+        truncated,
+        sum(n - 1 for n in seen.values()),
+        longest,
+        sources,
+    )
 
 
 def _located(error: ValueError, question: Question | RowError) -> str:
@@ -124,21 +162,31 @@ def _located(error: ValueError, question: Question | RowError) -> str:
 
 
 def truncate(ids: np.ndarray, options: PromptOptions, where: str) -> np.ndarray:
-    """`ids` cut to `max_length` tokens: `left` loses its beginning, `right` its end. ValueError under `error`."""
+    """`ids` cut to `max_length` tokens: `left` loses its beginning, `right` its end.
+
+    ValueError under `error`.
+    """
     if options.truncation == "error":
         raise ValueError(
-            f"{where}: the prompt has {len(ids)} tokens, more than data.max_prompt_length={options.max_length}. "
-            "Raise it, or use data.filter_overlong_prompts=true."
+            f"{where}: the prompt has {len(ids)} tokens, more than "
+            f"data.max_prompt_length={options.max_length}. Raise it, or use "
+            "data.filter_overlong_prompts=true."
         )
     return ids[-options.max_length :] if options.truncation == "left" else ids[: options.max_length]
 
 
-def read_questions(files: Sequence[str], options: PromptOptions, rows: RowFunction | None = None) -> Iterator[Question | RowError]:
+def read_questions(
+    files: Sequence[str], options: PromptOptions, rows: RowFunction | None = None
+) -> Iterator[Question | RowError]:
     """Every row of `files` as a question, or why it isn't one."""
     for chunk in iter_chunks(files, None, rows, options.max_samples):
         for index, row in chunk:
             try:
-                yield row if isinstance(row, RowError) else to_question(row, chunk.file, index, options)
+                yield (
+                    row
+                    if isinstance(row, RowError)
+                    else to_question(row, chunk.file, index, options)
+                )
             except RowError as error:
                 yield error
 
@@ -146,19 +194,37 @@ def read_questions(files: Sequence[str], options: PromptOptions, rows: RowFuncti
 def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOptions) -> Question:
     """Check and convert one raw row. RowError names file, row and what is wrong."""
     where = f"{file}, row {index}"
-    pair = next((pair for pair in PAIRS if set(pair) <= set(row)), None) if options.prompt_key not in row else None
+    pair = (
+        next((pair for pair in PAIRS if set(pair) <= set(row)), None)
+        if options.prompt_key not in row
+        else None
+    )
     if pair is None and options.prompt_key not in row:
         wanted = " or ".join(f"{a!r} and {b!r}" for a, b in PAIRS)
-        raise RowError(f"{where}: there is no {options.prompt_key!r}, nor {wanted}; it has {', '.join(map(str, row))}.")
+        raise RowError(
+            f"{where}: there is no {options.prompt_key!r}, nor {wanted}; it has {', '.join(map(str, row))}."
+        )
     raw = plain(row[pair[0] if pair else options.prompt_key])
     if isinstance(raw, str) and _messages_as_text(raw):
-        raise RowError(f"{where}: {pair[0] if pair else options.prompt_key!r} is a list of messages as JSON text: {AS_LIST}.")
+        raise RowError(
+            f"{where}: {pair[0] if pair else options.prompt_key!r} is a list of messages as JSON text: "
+            f"{AS_LIST}."
+        )
     messages = [{"role": "user", "content": raw}] if isinstance(raw, str) else raw
-    checked = to_conversation({"messages": messages}, file, index, RowFormat(), prompt_only=True).messages
+    checked = to_conversation(
+        {"messages": messages}, file, index, RowFormat(), prompt_only=True
+    ).messages
     if checked[-1]["role"] == "assistant":
-        raise RowError(f"{where}: the prompt ends with an assistant turn; there is nothing left to answer.")
-    truth = answer_of(plain(row[pair[1]]) if pair else _ground_truth(row, where, options.needs_truth), where, options.needs_truth)
-    source, ability = str(row.get("data_source") or Path(file).stem), str(row.get("ability") or ("math" if pair else ""))
+        raise RowError(
+            f"{where}: the prompt ends with an assistant turn; there is nothing left to answer."
+        )
+    truth = answer_of(
+        plain(row[pair[1]]) if pair else _ground_truth(row, where, options.needs_truth),
+        where,
+        options.needs_truth,
+    )
+    source = str(row.get("data_source") or Path(file).stem)
+    ability = str(row.get("ability") or ("math" if pair else ""))
     extra = without_nulls(plain(row.get("extra_info"))) or {}
     if not isinstance(extra, dict):
         raise RowError(f"{where}: 'extra_info' is a {type(extra).__name__}, not a mapping.")
@@ -186,14 +252,23 @@ def _ground_truth(row: Mapping[str, Any], where: str, needed: bool) -> Any:
             raise RowError(f"{where}: 'reward_model' is text but not JSON: {error.msg}.") from error
     truth = judged.get("ground_truth") if isinstance(judged, dict) else None
     if truth is None and needed:
-        raise RowError(f"{where}: there is no reward_model.ground_truth, so nothing to judge an answer by: {NO_TRUTH}.")
+        raise RowError(
+            f"{where}: there is no reward_model.ground_truth, so nothing to judge an answer by: {NO_TRUTH}."
+        )
     return truth
 
 
 def answer_of(value: Any, where: str, needed: bool = True) -> str:
-    """A truth as text; of a worked GSM8K solution what follows `####`. RowError where it is `needed` and nothing is left: an empty box
-    would be right."""
-    text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    """A truth as text; of a worked GSM8K solution what follows `####`. RowError where it is
+    `needed` and nothing is left: an empty box would be right.
+    """
+    text = (
+        value
+        if isinstance(value, str)
+        else ""
+        if value is None
+        else json.dumps(value, ensure_ascii=False)
+    )
     truth = text.rpartition("####")[2].strip().replace(",", "") if "####" in text else text
     if needed and not truth.strip():
         after = " after '####'" if "####" in text else ""
@@ -201,23 +276,43 @@ def answer_of(value: Any, where: str, needed: bool = True) -> str:
     return truth
 
 
-def with_answer_format(messages: list[dict[str, Any]], line: str, where: str) -> list[dict[str, Any]]:
-    """The line at the end of the last user message, unless some message says how to answer already. RowError without a user message."""
-    if any(HOW_TO_ANSWER.search(message["content"]) for message in messages if message["role"] != "assistant"):
+def with_answer_format(
+    messages: list[dict[str, Any]], line: str, where: str
+) -> list[dict[str, Any]]:
+    """The line at the end of the last user message, unless some message says how to answer already.
+
+    RowError without a user message.
+    """
+    if any(
+        HOW_TO_ANSWER.search(message["content"])
+        for message in messages
+        if message["role"] != "assistant"
+    ):
         return messages
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
-        way_out = "Add one, or say in a message how to answer (data.answer_format=null adds nothing)"
-        raise RowError(f"{where}: there is no user message that could be told how to answer. {way_out}.")
+        way_out = (
+            "Add one, or say in a message how to answer (data.answer_format=null adds nothing)"
+        )
+        raise RowError(
+            f"{where}: there is no user message that could be told how to answer. {way_out}."
+        )
     longer = {**messages[last], "content": messages[last]["content"].rstrip() + "\n" + line}
     return [*messages[:last], longer, *messages[last + 1 :]]
 
 
-def prompts_at(prompts: Sequence[Prompt], position: int, count: int, seed: int, shuffle: bool) -> list[Prompt]:
-    """The `count` prompts after the first `position` of an endless stream of shuffled epochs; their `index` is their place in it."""
+def prompts_at(
+    prompts: Sequence[Prompt], position: int, count: int, seed: int, shuffle: bool
+) -> list[Prompt]:
+    """The `count` prompts after the first `position` of an endless stream of shuffled epochs; their
+    `index` is their place in it.
+    """
     found: list[Prompt] = []
     while len(found) < count:
         epoch, start = divmod(position + len(found), len(prompts))
         rows = epoch_order(len(prompts), seed, epoch, shuffle)[start : start + count - len(found)]
-        found += [replace(prompts[row], index=position + len(found) + i) for i, row in enumerate(rows.tolist())]
+        found += [
+            replace(prompts[row], index=position + len(found) + i)
+            for i, row in enumerate(rows.tolist())
+        ]
     return found

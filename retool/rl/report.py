@@ -24,37 +24,63 @@ SHOWN = 8  # training trajectories a step, with their tokens
 
 def write_validation(folder: Path, step: int, groups: Sequence[Group], renderer: Renderer) -> Path:
     """Every answer of a validation, by turns."""
-    made = (_transcript(member, step, "val", _turns(member, renderer)) for group in groups for member in group.members)
+    made = (
+        _transcript(member, step, "val", _turns(member, renderer))
+        for group in groups
+        for member in group.members
+    )
     return write_transcripts(folder, f"val_{step:06d}", made)
 
 
-def write_training(folder: Path, step: int, groups: Sequence[Group], advantages: Sequence[np.ndarray], renderer: Renderer) -> Path:
-    """A few answers of a training step, by tokens, with log-probabilities and advantages (one array per trajectory, in order)."""
+def write_training(
+    folder: Path,
+    step: int,
+    groups: Sequence[Group],
+    advantages: Sequence[np.ndarray],
+    renderer: Renderer,
+) -> Path:
+    """A few answers of a training step, by tokens, with log-probabilities and advantages (one array
+    per trajectory, in order).
+    """
     members = [member for group in groups for member in group.members]
     made = [
         _transcript(member, step, "train", _tokens(member, worth, renderer))
-        for member, worth in list(zip(members, advantages, strict=True))[: SHOWN]
-    ]  # fmt: skip
+        for member, worth in list(zip(members, advantages, strict=True))[:SHOWN]
+    ]
     return write_transcripts(folder, f"train_{step:06d}", made)
 
 
 def _transcript(member: Scored, step: int, split: str, segments: Sequence[Segment]) -> Transcript:
     t = member.trajectory
-    prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in t.prompt.messages)
+    prompt = "\n\n".join(
+        f"{message['role']}: {message['content']}" for message in t.prompt.messages
+    )
     return Transcript(
-        step, prompt, segments, member.reward, t.stop.value, t.num_turns, t.prompt.data_source, t.prompt.ground_truth, split,
+        step,
+        prompt,
+        segments,
+        member.reward,
+        t.stop.value,
+        t.num_turns,
+        t.prompt.data_source,
+        t.prompt.ground_truth,
+        split,
         {"score": member.score, **member.info},
-    )  # fmt: skip
+    )
 
 
 def _turns(member: Scored, renderer: Renderer) -> list[Segment]:
-    return [Segment("assistant" if own else "tool", turn_text(renderer, ids), mask=own) for own, ids in runs(member)]
+    return [
+        Segment("assistant" if own else "tool", turn_text(renderer, ids), mask=own)
+        for own, ids in runs(member)
+    ]
 
 
 def runs(member: Scored) -> Iterator[tuple[bool, list[int]]]:
     """(sampled by the model, ids) of each stretch of a response."""
     t = member.trajectory
-    ids, mask = t.tokens[t.prompt_length :], t.mask[t.prompt_length :]
+    ids = t.tokens[t.prompt_length :]
+    mask = t.mask[t.prompt_length :]
     edges = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)] if len(ids) else []
     for start, stop in pairwise(edges):
         yield bool(mask[start]), ids[start:stop].tolist()
@@ -64,4 +90,6 @@ def _tokens(member: Scored, advantage: np.ndarray, renderer: Renderer) -> list[S
     t = member.trajectory
     part = slice(t.prompt_length, None)
     texts = token_texts(t.tokens[part].tolist(), lambda ids: turn_text(renderer, ids))
-    return split_by_mask(texts, t.mask[part].tolist(), t.logp[part].tolist(), advantage[part].tolist())
+    return split_by_mask(
+        texts, t.mask[part].tolist(), t.logp[part].tolist(), advantage[part].tolist()
+    )

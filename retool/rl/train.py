@@ -1,4 +1,7 @@
-"""GRPO/DAPO with tools, from a configuration to a finished run folder. `train` reads as a table of contents."""
+"""GRPO/DAPO with tools, from a configuration to a finished run folder.
+
+`train` reads as a table of contents.
+"""
 
 from __future__ import annotations
 
@@ -58,18 +61,37 @@ from retool.run.saving import (
     watched,
 )
 
-PARTS = ("sync_weights", "gen", "tools", "reward", "old_log_prob", "adv", "update_actor")  # of every step, whatever it does without
+# Of every step, whatever it does without
+PARTS = (
+    "sync_weights",
+    "gen",
+    "tools",
+    "reward",
+    "old_log_prob",
+    "adv",
+    "update_actor",
+)
 Metrics = dict[str, float]
 
 
 def train(report: Report) -> None:
-    """Run RL as preflight found it possible. Collective: every process of the launcher calls it with the same configuration."""
+    """Run RL as preflight found it possible.
+
+    Collective: every process of the launcher calls it with the same configuration.
+    """
     config = report.config
     die_with_parent()
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    mesh = make_mesh(actor.ulysses_sequence_parallel_size, actor.fsdp_config.fsdp_size, config.trainer.device)
+    actor = config.actor_rollout_ref.actor
+    rollout = config.actor_rollout_ref.rollout
+    mesh = make_mesh(
+        actor.ulysses_sequence_parallel_size, actor.fsdp_config.fsdp_size, config.trainer.device
+    )
     seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
-    report = agree(report, mesh, {"data.train_files": fingerprint(report.train), "data.val_files": fingerprint(report.val)})
+    report = agree(
+        report,
+        mesh,
+        {"data.train_files": fingerprint(report.train), "data.val_files": fingerprint(report.val)},
+    )
     run, state = build_run(to_resume(report, mesh), mesh)
     gc.collect()
     gc.freeze()  # questions and tokenizer stay: no collection while sampling walks through them
@@ -100,8 +122,9 @@ def train(report: Report) -> None:
 
 DISAGREEMENT = 0.2  # nats per token between sampler and trainer; bf16 has 0.001 to 0.02
 DISAGREE = (
-    "sampler and trainer disagree on the log-probabilities of sampled tokens (training/rollout_logp_diff_mean): one of their kernels "
-    "computes wrongly here, and the policy gradient means little. Try actor_rollout_ref.model.attn=reference, or do without flash-attn."
+    "sampler and trainer disagree on the log-probabilities of sampled tokens "
+    "(training/rollout_logp_diff_mean): one of their kernels computes wrongly here, and the policy "
+    "gradient means little. Try actor_rollout_ref.model.attn=reference, or do without flash-attn."
 )
 
 
@@ -117,7 +140,10 @@ def due(every: int, step: int) -> bool:
 
 
 def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
-    """Sample, judge, train. None, and nothing changed, when the run was asked to stop in between."""
+    """Sample, judge, train.
+
+    None, and nothing changed, when the run was asked to stop in between.
+    """
     config = run.config
     collected = collect(run, state, times)
     if collected is None:
@@ -125,20 +151,42 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     groups, kept, position, metrics = collected
     members = [member for group in groups for member in group.members]
     usable = trainable(groups)
-    made = make_experience(
-        usable, state.step, run.model, run.reference, config.algorithm, config.actor_rollout_ref.rollout.temperature,
-        logprob_budget(run.report), state.kl_coef, times, one_update(config, len(usable)),
-    ) if usable else Experience([], [], {})  # fmt: skip
+    made = (
+        make_experience(
+            usable,
+            state.step,
+            run.model,
+            run.reference,
+            config.algorithm,
+            config.actor_rollout_ref.rollout.temperature,
+            logprob_budget(run.report),
+            state.kl_coef,
+            times,
+            one_update(config, len(usable)),
+        )
+        if usable
+        else Experience([], [], {})
+    )
     if usable:
         with timed(times, "update_actor"):
             metrics |= update(run, state, made)
     if made.kl is not None and config.algorithm.kl_ctrl.type == "adaptive":
         control = config.algorithm.kl_ctrl
-        state.kl_coef = adapted_kl_coef(state.kl_coef, made.kl, control.target_kl, control.horizon, len(made.rows))
-    state.step, state.position, state.kept = state.step + 1, position, kept
+        state.kl_coef = adapted_kl_coef(
+            state.kl_coef, made.kl, control.target_kl, control.horizon, len(made.rows)
+        )
+    state.step = state.step + 1
+    state.position = position
+    state.kept = kept
     if run.mesh.rank == 0 and groups:
         assert run.report.renderer is not None
-        write_training(run.folder, state.step, groups, advantages_of(members, usable, made), run.report.renderer)
+        write_training(
+            run.folder,
+            state.step,
+            groups,
+            advantages_of(members, usable, made),
+            run.report.renderer,
+        )
     say_saved(run, state, wait=False)
     data = config.data
     metrics = {**tool_metrics(members), **metrics, **made.metrics, **score_metrics(members)}
@@ -148,9 +196,16 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     return {**metrics, **performance(run, made, times)}
 
 
-def advantages_of(members: list[Scored], trained: list[Group], made: Experience) -> list[np.ndarray]:
+def advantages_of(
+    members: list[Scored], trained: list[Group], made: Experience
+) -> list[np.ndarray]:
     """The advantages of all members, in order: 0 for those that were left out."""
-    known = {id(member): row.advantage for member, row in zip((m for group in trained for m in group.members), made.rows, strict=True)}
+    known = {
+        id(member): row.advantage
+        for member, row in zip(
+            (m for group in trained for m in group.members), made.rows, strict=True
+        )
+    }
     return [known.get(id(member), np.zeros(len(member.trajectory))) for member in members]
 
 
@@ -159,19 +214,36 @@ def advantages_of(members: list[Scored], trained: list[Group], made: Experience)
 
 def update(run: Run, state: TrainState, made: Experience) -> Metrics:
     """The step's optimizer steps; means of what they measured."""
-    config, mesh, report = run.config, run.mesh, run.report
-    actor, total = config.actor_rollout_ref.actor, report.steps * report.updates_per_step
+    config = run.config
+    mesh = run.mesh
+    report = run.report
+    actor = config.actor_rollout_ref.actor
+    total = report.steps * report.updates_per_step
     spec = replace(loss_spec(config), on_policy=made.on_policy)
     found: list[Metrics] = []
     for _ in range(actor.ppo_epochs):
         for chosen in mini_batches(made.groups, actor.ppo_mini_batch_size):
             rows = [made.rows[i] for i in chosen]
             batches, _ = rank_batches(
-                rows, aggregation(actor), config.data.max_response_length, mesh.dp_rank, mesh.dp, mesh.sp, update_budget(run.report)
+                rows,
+                aggregation(actor),
+                config.data.max_response_length,
+                mesh.dp_rank,
+                mesh.dp,
+                mesh.sp,
+                update_budget(run.report),
             )
             optim = actor.optim
-            lr = learning_rate(state.updates, total, optim.lr, optim.lr_scheduler, optim.warmup_steps_ratio, optim.min_lr_ratio)
-            measured = replace(spec, compared=made.compared and not found)  # later updates are of other weights
+            lr = learning_rate(
+                state.updates,
+                total,
+                optim.lr,
+                optim.lr_scheduler,
+                optim.warmup_steps_ratio,
+                optim.min_lr_ratio,
+            )
+            # Later updates are of other weights
+            measured = replace(spec, compared=made.compared and not found)
             done = update_step(run.model, run.optimizer, run.watchdog.each(batches), measured, lr)
             state.updates += 1
             count_skipped(run, state, done.skipped, done.grad_norm)
@@ -187,23 +259,32 @@ def count_skipped(run: Run, state: TrainState, skipped: bool, norm: float) -> No
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
     if skipped:
         say(run.mesh, f"optimizer step {state.updates} was skipped: its gradient norm is {norm}.")
-    if state.skipped_in_a_row >= run.config.trainer.max_grad_skips + run.optimizer.loss_scale.halvings:
+    if (
+        state.skipped_in_a_row
+        >= run.config.trainer.max_grad_skips + run.optimizer.loss_scale.halvings
+    ):
         raise ValueError(
-            f"{state.skipped_in_a_row} optimizer steps in a row had a non-finite gradient norm: the run stops. {look_at_weights(run)}"
+            f"{state.skipped_in_a_row} optimizer steps in a row had a non-finite gradient norm: the run "
+            f"stops. {look_at_weights(run)}"
         )
 
 
 def performance(run: Run, made: Experience, times: Metrics) -> Metrics:
     """Tokens per second and GPU of the whole step, the update's MFU, memory."""
-    world, lengths = run.mesh.world, [len(row) for row in made.rows]
+    world = run.mesh.world
+    lengths = [len(row) for row in made.rows]
     assert run.report.model is not None
-    seconds = sum(times.get(name, 0.0) for name in ("sync_weights", "gen", "old_log_prob", "ref", "adv", "update_actor"))
+    seconds = sum(
+        times.get(name, 0.0)
+        for name in ("sync_weights", "gen", "old_log_prob", "ref", "adv", "update_actor")
+    )
     flops = model_flops(run.report.model, lengths) * run.config.actor_rollout_ref.actor.ppo_epochs
     used = mfu(flops, times.get("update_actor", 0.0), world, device_peak(run.mesh.device))
     out = {
-        "perf/throughput": sum(lengths) / max(seconds, 1e-9) / world, "perf/total_num_tokens": sum(lengths),
+        "perf/throughput": sum(lengths) / max(seconds, 1e-9) / world,
+        "perf/total_num_tokens": sum(lengths),
         "perf/max_memory_allocated_gb": peak_memory(run.mesh.device)[0],
-    }  # fmt: skip
+    }
     return out if used is None else {**out, "perf/mfu/actor": used}
 
 
@@ -211,41 +292,75 @@ def performance(run: Run, made: Experience, times: Metrics) -> Metrics:
 
 
 def run_validation(run: Run, state: TrainState) -> None:
-    """Answer every validation question, write the answers, log the statistics. Nothing where there are none, or when asked to stop."""
-    questions, config = run.report.val, run.config
+    """Answer every validation question, write the answers, log the statistics.
+
+    Nothing where there are none, or when asked to stop.
+    """
+    questions = run.report.val
+    config = run.config
     if questions is None:
         return
     times: Metrics = {}
     sync(run, times)
-    groups = sample(run, questions.prompts, config.actor_rollout_ref.rollout.val_kwargs.n, validation_sampling(config), state.step, times)
+    groups = sample(
+        run,
+        questions.prompts,
+        config.actor_rollout_ref.rollout.val_kwargs.n,
+        validation_sampling(config),
+        state.step,
+        times,
+    )
     release(run)
     if groups is None:
         return
     members = [member for group in groups for member in group.members]
-    require_scores(members, config.reward_model.max_failed_share, f"the validation after step {state.step}")
+    require_scores(
+        members, config.reward_model.max_failed_share, f"the validation after step {state.step}"
+    )
     lost = sum(member.lost for member in members)
-    if config.trainer.val_only and lost > config.actor_rollout_ref.rollout.max_lost_share * len(members):
-        raise UnusableSamples(f"{lost} of the {len(members)} answers of the validation were lost: {lost_to(members)}.")
+    if config.trainer.val_only and lost > config.actor_rollout_ref.rollout.max_lost_share * len(
+        members
+    ):
+        raise UnusableSamples(
+            f"{lost} of the {len(members)} answers of the validation were lost: {lost_to(members)}."
+        )
     metrics = {**validation_metrics(groups), "val-aux/lost": lost}
     if run.mesh.rank == 0:
         assert run.report.renderer is not None
         write_validation(run.folder, state.step, groups, run.report.renderer)
-        run.loggers.log_table(state.step, "val/generations", shown(groups, config.trainer.log_val_generations))
-    said = {name.replace("reward/", "val-aux/reward/"): value for name, value in failure_metrics(members).items()}
+        run.loggers.log_table(
+            state.step, "val/generations", shown(groups, config.trainer.log_val_generations)
+        )
+    said = {
+        name.replace("reward/", "val-aux/reward/"): value
+        for name, value in failure_metrics(members).items()
+    }
     run.loggers.log(state.step, {**metrics, **said})
 
 
 def shown(groups: list[Group], most: int) -> list[dict[str, str | float]]:
     """Question, answer and score of `most` trajectories, from as many questions as there are."""
-    members = [m for turn in zip_longest(*(group.members for group in groups)) for m in turn if m is not None][:most]
+    members = [
+        m
+        for turn in zip_longest(*(group.members for group in groups))
+        for m in turn
+        if m is not None
+    ][:most]
     return [
-        {"question": str(m.trajectory.prompt.messages[-1]["content"]), "answer": m.trajectory.assistant_text, "score": m.score}
+        {
+            "question": str(m.trajectory.prompt.messages[-1]["content"]),
+            "answer": m.trajectory.assistant_text,
+            "score": m.score,
+        }
         for m in members
     ]
 
 
 def save(run: Run, state: TrainState) -> None:
-    """Write a checkpoint of this step, unless it has one. ValueError where the run ends and no update trained anything."""
+    """Write a checkpoint of this step, unless it has one.
+
+    ValueError where the run ends and no update trained anything.
+    """
     if state.step == run.report.steps:
         require_trained(run, state, state.updates, state.skipped)
     with watched(run, run.watchdog):

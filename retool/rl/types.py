@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-FAILURE = "failure"  # the key in `Scored.info` under which it says why the reward function gave no score
+FAILURE = (
+    "failure"  # the key in `Scored.info` under which it says why the reward function gave no score
+)
 TOOL_FAILURE = "tool_failure"  # likewise, what infrastructure did to it (`Stop.INFRASTRUCTURE`)
 
 
@@ -20,17 +22,24 @@ class Stop(str, Enum):
     NO_CALL = "no_call"  # a finished turn without a tool call: the answer
     MAX_TURNS = "max_turns"  # it would have gone on, but its turns are used up
     LENGTH = "length"  # its tokens are used up
-    INFRASTRUCTURE = "infrastructure"  # its sandbox, tool server or judges failed, which says nothing about the policy
+    # its sandbox, tool server or judges failed, which says nothing about the policy
+    INFRASTRUCTURE = "infrastructure"
     ABORTED = "aborted"  # the engine could not hold it, which says as little
 
 
-LOST = (Stop.INFRASTRUCTURE, Stop.ABORTED)  # such a trajectory isn't judged, not trained on, and in no mean of scores
+# Such a trajectory isn't judged, not trained on, and in no mean of scores
+LOST = (
+    Stop.INFRASTRUCTURE,
+    Stop.ABORTED,
+)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question. `ids` int32 [n] is the render, tool schemas and generation prompt included; `index` its row, and in a rollout its
-    place in the endless stream of prompts, so that a prompt that comes again in another epoch is another one."""
+    """A question. `ids` int32 [n] is the render, tool schemas and generation prompt included;
+    `index` its row, and in a rollout its place in the endless stream of prompts, so that a prompt
+    that comes again in another epoch is another one.
+    """
 
     index: int
     messages: list[dict[str, Any]]
@@ -46,12 +55,14 @@ class Prompt:
 class Trajectory:
     """One answer to a prompt, as token ids.
 
-    `tokens` int32 [n] are prompt and response. `mask` bool [n] is True where the model sampled the token; only those are
-    trained. `logp` float32 [n] is the sampler's log-probability under softmax(logits / temperature) over the whole
-    vocabulary, `logp_behaviour` after top-p and top-k as well; both are 0 where `mask` is False. `assistant_text` is what
-    the model wrote, without tool output; `policy_version` is how many training steps the weights that sampled it had seen.
-    `num_turns` = user + assistant turns + 1; without a tool call 2. `tool_seconds` are those in which tools ran, `tool_queue_seconds`
-    those in which calls waited to be run. `tool_failure` is what a tool that broke said.
+    `tokens` int32 [n] are prompt and response. `mask` bool [n] is True where the model sampled the
+    token; only those are trained. `logp` float32 [n] is the sampler's log-probability under
+    softmax(logits / temperature) over the whole vocabulary, `logp_behaviour` after top-p and top-k
+    as well; both are 0 where `mask` is False. `assistant_text` is what the model wrote, without
+    tool output; `policy_version` is how many training steps the weights that sampled it had seen.
+    `num_turns` = user + assistant turns + 1; without a tool call 2. `tool_seconds` are those in
+    which tools ran, `tool_queue_seconds` those in which calls waited to be run. `tool_failure` is
+    what a tool that broke said.
     """
 
     prompt: Prompt
@@ -74,7 +85,9 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         sizes = {len(self.tokens), len(self.mask), len(self.logp), len(self.logp_behaviour)}
-        assert len(sizes) == 1 and self.prompt_length <= len(self.tokens), f"a trajectory's arrays have lengths {sorted(sizes)}"
+        assert len(sizes) == 1 and self.prompt_length <= len(self.tokens), (
+            f"a trajectory's arrays have lengths {sorted(sizes)}"
+        )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -92,10 +105,11 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Scored:
-    """A trajectory with what the reward function gave (`score`), what is trained on (`reward`: with overlong shaping), and
-    whatever else it told (`info`: acc, pred, …; FAILURE where it failed, and `score` is the configured floor;
-    TOOL_FAILURE where a tool broke). `failure` is how the reward failed (exception, timeout, killed) and `trace` where, if it did:
-    a checkpoint keeps neither."""
+    """A trajectory with what the reward function gave (`score`), what is trained on (`reward`: with
+    overlong shaping), and whatever else it told (`info`: acc, pred, …; FAILURE where it failed, and
+    `score` is the configured floor; TOOL_FAILURE where a tool broke). `failure` is how the reward
+    failed (exception, timeout, killed) and `trace` where, if it did: a checkpoint keeps neither.
+    """
 
     trajectory: Trajectory
     score: float
@@ -111,7 +125,9 @@ class Scored:
 
     @property
     def accuracy(self) -> float:
-        """`acc` where the reward function told one as a number, else the score; 0 where it failed: the floor isn't an accuracy."""
+        """`acc` where the reward function told one as a number, else the score; 0 where it failed:
+        the floor isn't an accuracy.
+        """
         told = self.info.get("acc")
         if isinstance(told, (int, float)):
             return float(told)
@@ -137,7 +153,12 @@ class Group:
 
 
 def trainable(groups: Sequence[Group]) -> list[Group]:
-    """What a step can learn from: lost members left out, and groups of which nothing is left, or a single one of several: it would be
-    compared with nobody."""
+    """What a step can learn from: lost members left out, and groups of which nothing is left, or a
+    single one of several: it would be compared with nobody.
+    """
     kept = [(group, group.sound) for group in groups]
-    return [Group(group.prompt, sound) for group, sound in kept if len(sound) >= min(2, len(group.members))]
+    return [
+        Group(group.prompt, sound)
+        for group, sound in kept
+        if len(sound) >= min(2, len(group.members))
+    ]

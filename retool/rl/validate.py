@@ -10,11 +10,14 @@ import numpy as np
 from retool.rl.metrics import spread_of
 from retool.rl.types import FAILURE, Group
 
-DRAWS, SEED = 1000, 42
+DRAWS = 1000
+SEED = 42
 
 
 def draws(n: int, k: int) -> np.ndarray:
-    """int [1000, k]: indices of `k` of `n` samples, drawn with replacement; the same for every question."""
+    """int [1000, k]: indices of `k` of `n` samples, drawn with replacement; the same for every
+    question.
+    """
     return np.random.RandomState(SEED).randint(0, n, (DRAWS, k))
 
 
@@ -23,10 +26,14 @@ def subset_sizes(n: int) -> list[int]:
     return [*(2**i for i in range(1, n.bit_length()) if 2**i < n), n] if n > 1 else []
 
 
-def question_statistics(accuracy: Sequence[float], answers: Sequence[str] | None, asked: int | None = None) -> dict[str, float]:
-    """Of one question's N samples: mean@N, std@N, and for k = 2, 4, 8 … N best@k, worst@k and, with `answers`, maj@k (mean and
-    std over the draws). Every std divides by the count, not by one less, as verl's metrics of these names do. N is `asked` where some
-    of that many were lost: the others are drawn from, under the names of all."""
+def question_statistics(
+    accuracy: Sequence[float], answers: Sequence[str] | None, asked: int | None = None
+) -> dict[str, float]:
+    """Of one question's N samples: mean@N, std@N, and for k = 2, 4, 8 … N best@k, worst@k and, with
+    `answers`, maj@k (mean and std over the draws). Every std divides by the count, not by one less,
+    as verl's metrics of these names do. N is `asked` where some of that many were lost: the others
+    are drawn from, under the names of all.
+    """
     values = np.asarray(accuracy, np.float64)
     n = asked or len(values)
     out = {f"mean@{n}": float(values.mean())}
@@ -43,26 +50,40 @@ def question_statistics(accuracy: Sequence[float], answers: Sequence[str] | None
 
 
 def majority(chosen: np.ndarray, answers: Sequence[str], values: np.ndarray) -> float:
-    """The value of the answer that most of the chosen samples give; of equally many, the one that comes first."""
+    """The value of the answer that most of the chosen samples give; of equally many, the one that
+    comes first.
+    """
     winner = Counter(answers[i] for i in chosen).most_common(1)[0][0]
     return float(values[next(i for i in chosen if answers[i] == winner)])
 
 
 def validation_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """val-core/{source}/acc/{mean@N, best@N/mean, maj@N/mean}; everything else under val-aux. `acc` is `Scored.accuracy`. Each
-    number is a mean over the questions of its source that have it; lost samples are in none."""
+    """val-core/{source}/acc/{mean@N, best@N/mean, maj@N/mean}; everything else under val-aux. `acc`
+    is `Scored.accuracy`. Each number is a mean over the questions of its source that have it; lost
+    samples are in none.
+    """
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     turns: dict[str, list[float]] = defaultdict(list)
     for group in groups:
-        source, members, asked = group.prompt.data_source, group.sound, len(group.members)
+        source = group.prompt.data_source
+        members = group.sound
+        asked = len(group.members)
         if not members:
             continue
         infos = [member.info for member in members]
         told = [info for info in infos if FAILURE not in info]
-        answers = [str(info.get("pred", "")) for info in infos] if told and all("pred" in info for info in told) else None
-        for name, value in question_statistics([member.accuracy for member in members], answers, asked).items():
+        answers = (
+            [str(info.get("pred", "")) for info in infos]
+            if told and all("pred" in info for info in told)
+            else None
+        )
+        for name, value in question_statistics(
+            [member.accuracy for member in members], answers, asked
+        ).items():
             found[source][f"acc/{name}"].append(value)
-        for name, value in question_statistics([member.score for member in members], None, asked).items():
+        for name, value in question_statistics(
+            [member.score for member in members], None, asked
+        ).items():
             found[source][f"score/{name}"].append(value)
         turns[source] += [member.trajectory.num_turns for member in members]
     out: dict[str, float] = {}

@@ -1,4 +1,6 @@
-"""What every training run does around its steps: seeds, its folder, one line for all ranks, how it ends."""
+"""What every training run does around its steps: seeds, its folder, one line for all ranks, how it
+ends.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,22 @@ from retool.metrics import printable
 from retool.parallel.lost import LINGER, follow, lost_peer
 from retool.parallel.mesh import Mesh
 
-WRITTEN = (TRACKER, "global_step_*", "metrics.jsonl", "config.yaml", "report", "tensorboard", "swanlab", "*_run_id.txt")
+WRITTEN = (
+    TRACKER,
+    "global_step_*",
+    "metrics.jsonl",
+    "config.yaml",
+    "report",
+    "tensorboard",
+    "swanlab",
+    "*_run_id.txt",
+)
 
 
 def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
-    """Seed Python, numpy and torch with (seed, rank); with `deterministic`, only kernels that give the same bits again."""
+    """Seed Python, numpy and torch with (seed, rank); with `deterministic`, only kernels that give
+    the same bits again.
+    """
     random.seed(seed * 1_000_003 + rank)
     np.random.seed((seed * 1_000_003 + rank) % 2**32)
     torch.manual_seed(seed * 1_000_003 + rank)
@@ -44,7 +57,8 @@ def say(mesh: Mesh, text: str) -> None:
 
 
 def make_run_folder(folder: str | Path, config: Any, mesh: Mesh, anew: bool = False) -> Path:
-    """Make a run's folder and write the resolved configuration (a dataclass) into it, secrets redacted.
+    """Make a run's folder and write the resolved configuration (a dataclass) into it, secrets
+    redacted.
 
     `anew`: what another run saved there is set aside first, so that checkpoints of two never mix.
     """
@@ -52,14 +66,20 @@ def make_run_folder(folder: str | Path, config: Any, mesh: Mesh, anew: bool = Fa
     if mesh.rank == 0:
         path.mkdir(parents=True, exist_ok=True)
         if anew and any(steps(path)):
-            say(mesh, f"a run from the start: what was in {path} is in {set_aside(path).name}/ now.")
+            say(
+                mesh, f"a run from the start: what was in {path} is in {set_aside(path).name}/ now."
+            )
         (path / "config.yaml").write_text(yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
     return path
 
 
 def set_aside(folder: Path) -> Path:
-    """Move everything that a run writes from `folder` into a new folder in it, previous_1, previous_2 …, which is returned."""
-    target = next(path for n in itertools.count(1) if not (path := folder / f"previous_{n}").exists())
+    """Move everything that a run writes from `folder` into a new folder in it, previous_1,
+    previous_2 …, which is returned.
+    """
+    target = next(
+        path for n in itertools.count(1) if not (path := folder / f"previous_{n}").exists()
+    )
     target.mkdir()
     for name in WRITTEN:  # the tracker first: it never names a checkpoint that is elsewhere
         for path in sorted(folder.glob(name)):
@@ -70,20 +90,27 @@ def set_aside(folder: Path) -> Path:
 def say_ended(mesh: Mesh, step: int, steps: int, folder: Path) -> None:
     """The last line: everything is done, or the run was asked to stop before."""
     if step < steps:
-        say(mesh, f"asked to stop at step {step:,} of {steps:,}: {folder}. The same command goes on from there.")
+        say(
+            mesh,
+            f"asked to stop at step {step:,} of {steps:,}: {folder}. The same command goes on from there.",
+        )
     else:
         say(mesh, f"finished at step {step:,} of {steps:,}: {folder}")
 
 
 def tell_launcher(text: str) -> None:
-    """Have torchrun close its own report, the last thing on the screen, with these words, where it asks for such."""
+    """Have torchrun close its own report, the last thing on the screen, with these words, where it
+    asks for such.
+    """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = {"message": redact(text), "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def exit_status(train: Callable[[], None], rank: int) -> int:
-    """Run a command's training: 0 when it is done, 1 when the user has something to mend, another when a peer was lost."""
+    """Run a command's training: 0 when it is done, 1 when the user has something to mend, another
+    when a peer was lost.
+    """
     try:
         train()
     except ValueError as error:  # the user's to mend: the sentence is enough

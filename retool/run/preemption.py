@@ -1,7 +1,10 @@
-"""Being asked to stop: SIGTERM, SIGUSR1 or Ctrl-C to any worker, or a launcher that died. All ranks agree once a step.
+"""Being asked to stop: SIGTERM, SIGUSR1 or Ctrl-C to any worker, or a launcher that died.
 
-torchrun passes TERM on and kills after 30 seconds; of USR1 it dies itself unless told otherwise, so start it with
-`--signals-to-handle SIGTERM,SIGUSR1` (and, for a large model, a longer `--shutdown-timeout` or TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
+All ranks agree once a step.
+
+torchrun passes TERM on and kills after 30 seconds; of USR1 it dies itself unless told otherwise, so
+start it with `--signals-to-handle SIGTERM,SIGUSR1` (and, for a large model, a longer
+`--shutdown-timeout` or TORCH_ELASTIC_SHUTDOWN_TIMEOUT).
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from retool.parallel.mesh import Mesh
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
 GRACE = 600  # seconds from a request to stop to the end of the process, whatever it hangs in
-ONE_CTRL_C = 2.0  # seconds in which SIGINT may come twice of one Ctrl-C: from the terminal, and from the launcher
+# seconds in which SIGINT may come twice of one Ctrl-C: from the terminal, and from the launcher
+ONE_CTRL_C = 2.0
 PROBLEM = 2  # in place of 1, asked to stop: one all-reduce carries both
 INTERRUPTED = b"\nstopping: what is done will be saved. Ctrl-C again ends at once, without that.\n"
 
@@ -31,10 +35,12 @@ INTERRUPTED = b"\nstopping: what is done will be saved. Ctrl-C again ends at onc
 class StopRequest:
     """Remembers a signal to stop; `agreed` is True on every rank as soon as one has had one.
 
-    Make it when there is something to save: until then a signal ends the process at once. A process that isn't done
-    `GRACE` seconds later (a peer is dead, a disk hangs) is ended by an alarm. A second Ctrl-C doesn't wait for anything.
+    Make it when there is something to save: until then a signal ends the process at once. A process
+    that isn't done `GRACE` seconds later (a peer is dead, a disk hangs) is ended by an alarm. A
+    second Ctrl-C doesn't wait for anything.
 
-    `problems` are asked at every agreement for what ends the run at once: each returns None, or a sentence for the user.
+    `problems` are asked at every agreement for what ends the run at once: each returns None, or a
+    sentence for the user.
     """
 
     def __init__(self, *problems: Callable[[], str | None]) -> None:
@@ -44,7 +50,11 @@ class StopRequest:
         self._before = {s: signal.signal(s, self._remember) for s in SIGNALS}
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received is not None and time.monotonic() - self._since > ONE_CTRL_C:
+        if (
+            number == signal.SIGINT
+            and self.received is not None
+            and time.monotonic() - self._since > ONE_CTRL_C
+        ):
             raise KeyboardInterrupt
         if self.received is None:
             self.received, self._since = number, time.monotonic()
@@ -53,7 +63,9 @@ class StopRequest:
                 os.write(2, INTERRUPTED)  # `print` isn't for signal handlers
 
     def agreed(self, mesh: Mesh) -> bool:
-        """Whether any rank was asked to stop. Collective, on the host alone: the device isn't waited for.
+        """Whether any rank was asked to stop.
+
+        Collective, on the host alone: the device isn't waited for.
 
         ValueError on every rank where one of them has a problem, with the first one's sentence.
         """
@@ -62,14 +74,19 @@ class StopRequest:
         if mesh.world_group is not None:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=mesh.world_group)
         if int(flag) == PROBLEM:
-            raise ValueError(next(said for said in gather_objects(problem, mesh.world_group) if said is not None))
+            raise ValueError(
+                next(said for said in gather_objects(problem, mesh.world_group) if said is not None)
+            )
         return bool(flag)
 
     def __enter__(self) -> StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Give the signals back. KeyboardInterrupt where it was Ctrl-C that stopped the run: scripts must not go on after it."""
+        """Give the signals back.
+
+        KeyboardInterrupt where it was Ctrl-C that stopped the run: scripts must not go on after it.
+        """
         signal.alarm(0)
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -17,20 +17,28 @@ from retool.run.folder import exit_status, tell_launcher
 
 
 def start(
-    report: RunReport, in_words: Callable[[], Iterable[tuple[str, str]]], train: Callable[[], None], checking: bool,
+    report: RunReport,
+    in_words: Callable[[], Iterable[tuple[str, str]]],
+    train: Callable[[], None],
+    checking: bool,
     close: Callable[[], None] = lambda: None,
-) -> int:  # fmt: skip
-    """Show what preflight found and train, unless a rank found a fault or this is only a check. The exit status.
+) -> int:
+    """Show what preflight found and train, unless a rank found a fault or this is only a check.
 
-    `in_words` makes the plan for a report without faults; `close` lets go of what preflight opened, where nothing is trained.
+    The exit status.
+
+    `in_words` makes the plan for a report without faults; `close` lets go of what preflight opened,
+    where nothing is trained.
     """
     rank = int(os.environ.get("RANK", 0))
-    alone = checking and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # a check needs nobody to meet
+    # A check needs nobody to meet
+    alone = checking and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     with ExitStack() as held:
         mine = list(report.faults)
         if not (checking or mine or rank):
             mine += _hold(Path(report.options.trainer.default_local_dir), held)
-        faults, _store = verdict(mine, {} if alone else os.environ, _show)  # the store stays open while this function runs
+        # The store stays open while this function runs
+        faults, _store = verdict(mine, {} if alone else os.environ, _show)
         if not faults and rank == 0:
             show_plan(in_words(), report.notes)
         if faults or checking:
@@ -44,7 +52,11 @@ def _hold(folder: Path, held: ExitStack) -> Iterator[Fault]:
     try:
         held.enter_context(sole_user(folder))
     except ValueError as error:
-        yield Fault(f"trainer.default_local_dir={folder}", str(error), "Wait for it or stop it, or choose another folder.")
+        yield Fault(
+            f"trainer.default_local_dir={folder}",
+            str(error),
+            "Wait for it or stop it, or choose another folder.",
+        )
 
 
 def _show(faults: Sequence[Fault]) -> None:

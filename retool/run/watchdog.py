@@ -1,15 +1,18 @@
-"""A run that hangs says where, and ends. Every rank beats once a step; the first one that stays silent for too long makes all
-of them write down where they are.
+"""A run that hangs says where, and ends. Every rank beats once a step; the first one that stays
+silent for too long makes all of them write down where they are.
 
-    RUN_DIR/hang/rank_N.txt   Python stacks of every thread, the phase, the last collectives that torch recorded
-    RUN_DIR/hang/report.txt   which ranks said what, in a few lines; the same goes to stderr
+    RUN_DIR/hang/rank_N.txt   Python stacks of every thread, the phase, the last collectives that
+    torch recorded RUN_DIR/hang/report.txt   which ranks said what, in a few lines; the same goes to
+    stderr
 
-[Note: who watches whom] A rank that hangs in Python or in a collective lets go of the interpreter's lock, so that a thread of
-its own can still write. The first to notice touches `hang/alarm`; the others look for it every few seconds, so that all
-stacks are of one moment, and nobody ends the run before all have written. A rank that holds the lock for ever (a C extension)
-can't run a thread: `faulthandler`'s timer, which needs no lock, then writes its stacks and ends it.
+[Note: who watches whom] A rank that hangs in Python or in a collective lets go of the interpreter's
+lock, so that a thread of its own can still write. The first to notice touches `hang/alarm`; the
+others look for it every few seconds, so that all stacks are of one moment, and nobody ends the run
+before all have written. A rank that holds the lock for ever (a C extension) can't run a thread:
+`faulthandler`'s timer, which needs no lock, then writes its stacks and ends it.
 
-A save has no beats of its own and takes what the disk takes: while one lasts (`saving`), a limit of its own holds.
+A save has no beats of its own and takes what the disk takes: while one lasts (`saving`), a limit of
+its own holds.
 """
 
 from __future__ import annotations
@@ -39,23 +42,39 @@ SHOWN = 5  # collectives
 
 
 class Watchdog:
-    """Watches one rank while it is entered. `beat` as often as it gets on; `silence_s` without a beat ends the run.
+    """Watches one rank while it is entered.
 
-    0 watches nothing. A rank that only follows another one may be given an infinite silence: it answers an alarm and raises none.
+    `beat` as often as it gets on; `silence_s` without a beat ends the run.
+
+    0 watches nothing. A rank that only follows another one may be given an infinite silence: it
+    answers an alarm and raises none.
     """
 
     def __init__(
-        self, folder: Path, rank: int, world: int, silence_s: float, timer: StepTimer | None = None,
+        self,
+        folder: Path,
+        rank: int,
+        world: int,
+        silence_s: float,
+        timer: StepTimer | None = None,
         end: Callable[[int], None] = os._exit,
-    ) -> None:  # fmt: skip
-        self.folder, self.rank, self.world, self.silence_s, self.timer, self._end = folder / "hang", rank, world, silence_s, timer, end
+    ) -> None:
+        self.folder = folder / "hang"
+        self.rank = rank
+        self.world = world
+        self.silence_s = silence_s
+        self.timer = timer
+        self._end = end
         self._beats, self._last, self._stopped = 0, time.monotonic(), threading.Event()
         self._alarm = self.folder / "alarm"
-        self._heard = _modified(self._alarm)  # an earlier run's alarm isn't ours, nor are its stacks
+        # An earlier run's alarm isn't ours, nor are its stacks
+        self._heard = _modified(self._alarm)
         self._old = [_modified(self._stacks_of(r)) for r in range(world)]
         self._spare: Any = None
         self._armed = -math.inf
-        self._save: tuple[float, str] | None = None  # seconds that the save at work may take, and why
+        self._save: tuple[float, str] | None = (
+            None  # seconds that the save at work may take, and why
+        )
 
     def __enter__(self) -> Watchdog:
         if self.silence_s > 0:
@@ -70,9 +89,15 @@ class Watchdog:
     def beat(self) -> None:
         """This rank gets on."""
         self._beats, self._last = self._beats + 1, time.monotonic()
-        if self._spare is not None and self.silence_s < math.inf and self._last > self._armed + min(1.0, self.silence_s):
+        if (
+            self._spare is not None
+            and self.silence_s < math.inf
+            and self._last > self._armed + min(1.0, self.silence_s)
+        ):
             self._armed = self._last  # it starts a thread each time
-            faulthandler.dump_traceback_later(2 * self._limit + 4 * PATIENCE, exit=True, file=self._spare)
+            faulthandler.dump_traceback_later(
+                2 * self._limit + 4 * PATIENCE, exit=True, file=self._spare
+            )
 
     @property
     def _limit(self) -> float:
@@ -81,7 +106,9 @@ class Watchdog:
 
     @contextlib.contextmanager
     def saving(self, limit_s: float, why: str) -> Iterator[None]:
-        """While this lasts the run may be silent for `limit_s`, on ranks that only follow, too; `why` is told where it is longer."""
+        """While this lasts the run may be silent for `limit_s`, on ranks that only follow, too;
+        `why` is told where it is longer.
+        """
         before = self._save
         self._save = (limit_s, why)
         self._armed = -math.inf  # the timer is set anew
@@ -135,20 +162,31 @@ class Watchdog:
 
     def _where(self, silent: float, phase: str) -> str:
         doing = "a save" if self._save is not None else phase or "no timed phase"
-        said = f"rank {self.rank} of {self.world}: no beat for {silent:.0f} s, {self._beats} before; in {doing}"
-        return "\n".join([said, *(f"collective: {line}" for line in last_collectives()), "", stacks()])
+        said = (
+            f"rank {self.rank} of {self.world}: no beat for {silent:.0f} s, {self._beats} before; in "
+            f"{doing}"
+        )
+        return "\n".join(
+            [said, *(f"collective: {line}" for line in last_collectives()), "", stacks()]
+        )
 
     def _what_hung(self) -> str:
         if self._save is None:
             return f"The run hung: no progress for {self.silence_s:g} s (trainer.watchdog_s)."
         limit, why = self._save
-        return f"A save hung: it wasn't done after {limit:.0f} s ({why}). The checkpoint before it is complete."
+        return (
+            f"A save hung: it wasn't done after {limit:.0f} s ({why}). The checkpoint before it is "
+            "complete."
+        )
 
     def _stacks_of(self, rank: int) -> Path:
         return self.folder / f"rank_{rank}.txt"
 
     def _wait_for_others(self) -> list[int]:
-        """Ranks that have written, once all have or patience ends. Ranks of machines that share no folder never appear."""
+        """Ranks that have written, once all have or patience ends.
+
+        Ranks of machines that share no folder never appear.
+        """
         until = time.monotonic() + PATIENCE
         while True:
             there = [r for r in range(self.world) if _modified(self._stacks_of(r)) != self._old[r]]
@@ -157,7 +195,9 @@ class Watchdog:
             time.sleep(0.1)
 
     def _say(self, there: list[int]) -> None:
-        """One report for the run, from the lowest rank that is there; stacks of its own from every rank."""
+        """One report for the run, from the lowest rank that is there; stacks of its own from every
+        rank.
+        """
         print(self._stacks_of(self.rank).read_text(encoding="utf-8"), file=sys.stderr, flush=True)
         if self.rank == min(there, default=self.rank):
             lines = [f"{self._what_hung()} Each rank's stacks are in {self.folder}."]
@@ -165,13 +205,19 @@ class Watchdog:
                 said, _, stack = self._stacks_of(rank).read_text(encoding="utf-8").partition("\n\n")
                 lines += [f"  {line}" for line in (*said.splitlines(), f"at {_innermost(stack)}")]
             if missing := sorted(set(range(self.world)) - set(there)):
-                lines.append(f"  nothing from rank {', '.join(map(str, missing))}: dead, on another machine, or stuck outside Python.")
-            lines.append("A rank whose stack differs from the others' is usually the one that they wait for.")
+                lines.append(
+                    f"  nothing from rank {', '.join(map(str, missing))}: dead, on another machine, or "
+                    "stuck outside Python."
+                )
+            lines.append(
+                "A rank whose stack differs from the others' is usually the one that they wait for."
+            )
             report = "\n".join(lines)
             (self.folder / "report.txt").write_text(report + "\n", encoding="utf-8")
             print(report, file=sys.stderr, flush=True)
         else:
-            time.sleep(min(1.0, PATIENCE / 4))  # the launcher ends everybody when the first one goes
+            # The launcher ends everybody when the first one goes
+            time.sleep(min(1.0, PATIENCE / 4))
 
 
 def stacks() -> str:
@@ -179,29 +225,56 @@ def stacks() -> str:
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
-        blocks = [block for block in file.read().split("\n\n") if block.strip() and " in _watch\n" not in block + "\n"]
+        blocks = [
+            block
+            for block in file.read().split("\n\n")
+            if block.strip() and " in _watch\n" not in block + "\n"
+        ]
     main = f"0x{threading.main_thread().ident or 0:016x}"
     return "\n\n".join(sorted(blocks, key=lambda block: main not in block.splitlines()[0]))
 
 
 def last_collectives() -> list[str]:
-    """The last collectives that torch's flight recorder holds, newest first, in words; none where there is no recorder."""
-    module, entries = getattr(torch._C, "_distributed_c10d", None), list[dict[str, Any]]()
-    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # older and newer torch, NCCL and others
+    """The last collectives that torch's flight recorder holds, newest first, in words; none where
+    there is no recorder.
+    """
+    module = getattr(torch._C, "_distributed_c10d", None)
+    entries = list[dict[str, Any]]()
+    # Older and newer torch, NCCL and others
+    for name in (
+        "_dump_nccl_trace_json",
+        "_dump_fr_trace_json",
+    ):
         dump = getattr(module, name, None)
-        with contextlib.suppress(ValueError, TypeError, RuntimeError, AttributeError):  # private: what it can't tell isn't worth a failure
-            entries = entries or (json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", []) if dump else [])
+        # private: what it can't tell isn't worth a failure
+        with contextlib.suppress(ValueError, TypeError, RuntimeError, AttributeError):
+            entries = entries or (
+                json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", [])
+                if dump
+                else []
+            )
     return [
-        f"{entry.get('profiling_name', '?')} #{entry.get('collective_seq_id', '?')} of {entry.get('input_sizes', '')} "
-        f"in group {' '.join(map(str, entry.get('process_group', [])))}: {entry.get('state', '?')}"
+        f"{entry.get('profiling_name', '?')} #{entry.get('collective_seq_id', '?')} of "
+        f"{entry.get('input_sizes', '')} in group "
+        f"{' '.join(map(str, entry.get('process_group', [])))}: {entry.get('state', '?')}"
         for entry in reversed(entries[-SHOWN:])
     ]
 
 
 def _innermost(stack: str) -> str:
-    """The innermost line of the first thread's stack that isn't inside torch or the standard library."""
-    frames = [line.strip() for line in stack.split("\n\n")[0].splitlines() if line.lstrip().startswith("File")]
-    own = [frame for frame in frames if "site-packages" not in frame and f"{os.sep}lib{os.sep}python" not in frame]
+    """The innermost line of the first thread's stack that isn't inside torch or the standard
+    library.
+    """
+    frames = [
+        line.strip()
+        for line in stack.split("\n\n")[0].splitlines()
+        if line.lstrip().startswith("File")
+    ]
+    own = [
+        frame
+        for frame in frames
+        if "site-packages" not in frame and f"{os.sep}lib{os.sep}python" not in frame
+    ]
     return (own or frames or ["an unknown place"])[0]
 
 

@@ -18,13 +18,35 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m retool.sandbox", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="which isolation layers this machine has, and why not the others")
-    serve = commands.add_parser("serve", help="answer SandboxFusion's API from the embedded sandbox")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; beyond loopback a token is required")
+    commands.add_parser(
+        "doctor", help="which isolation layers this machine has, and why not the others"
+    )
+    serve = commands.add_parser(
+        "serve", help="answer SandboxFusion's API from the embedded sandbox"
+    )
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; beyond loopback a token is required",
+    )
     serve.add_argument("--port", type=int, default=8080, help="0: any free port, printed")
-    serve.add_argument("--token", default=os.environ.get("RETOOL_SANDBOX_TOKEN"), help="bearer token to demand (RETOOL_SANDBOX_TOKEN)")
-    serve.add_argument("--workers", type=int, default=None, help="programs at once (default: as many as cores, at least 4)")
-    serve.add_argument("--memory-mb", type=int, default=Limits.memory_mb, help="memory of one call, and the most a request may ask for")
+    serve.add_argument(
+        "--token",
+        default=os.environ.get("RETOOL_SANDBOX_TOKEN"),
+        help="bearer token to demand (RETOOL_SANDBOX_TOKEN)",
+    )
+    serve.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        help="programs at once (default: as many as cores, at least 4)",
+    )
+    serve.add_argument(
+        "--memory-mb",
+        type=int,
+        default=Limits.memory_mb,
+        help="memory of one call, and the most a request may ask for",
+    )
     serve.add_argument("--isolation", choices=("strict", "best_effort"), default="strict")
     return top
 
@@ -42,7 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: threading.Thread(target=server.shutdown).start())
-    print(f"serving http://{options.host}:{server.port}/run_code with {sandbox.workers} workers", flush=True)
+    print(
+        f"serving http://{options.host}:{server.port}/run_code with {sandbox.workers} workers",
+        flush=True,
+    )
     try:
         server.serve_forever()
     finally:

@@ -1,7 +1,9 @@
-"""What a call uses, summed from outside: processes and memory from /proc, files from the work folder.
+"""What a call uses, summed from outside: processes and memory from /proc, files from the work
+folder.
 
-The kernel's own accounts (cgroup, RLIMIT_NPROC in a user namespace or on a uid of its own) are exact and come first; this is for
-where they can't be had. It reads only what /proc shows of any process, because a confined one can't be looked into.
+The kernel's own accounts (cgroup, RLIMIT_NPROC in a user namespace or on a uid of its own) are
+exact and come first; this is for where they can't be had. It reads only what /proc shows of any
+process, because a confined one can't be looked into.
 """
 
 from __future__ import annotations
@@ -24,10 +26,15 @@ class Usage:
 def group_of(root: int, heir: int, leads_group: bool) -> list[int]:
     """Pids of the call that `root` began.
 
-    Orphans are handed to `heir`: the first process of the call's pid namespace, or the fork server where there is none. The fork server
-    has other calls' orphans too; there the process group, which nobody can leave, tells them apart (`leads_group`).
+    Orphans are handed to `heir`: the first process of the call's pid namespace, or the fork server
+    where there is none. The fork server has other calls' orphans too; there the process group,
+    which nobody can leave, tells them apart (`leads_group`).
     """
-    orphans = [pid for pid in _children(heir) if pid != root and (not leads_group or process_group(pid) == root)]
+    orphans = [
+        pid
+        for pid in _children(heir)
+        if pid != root and (not leads_group or process_group(pid) == root)
+    ]
     found = []
     queue = [root, *orphans]
     while queue:
@@ -38,10 +45,13 @@ def group_of(root: int, heir: int, leads_group: bool) -> list[int]:
 
 
 def usage(pids: list[int], inherited: int) -> Usage:
-    """What the processes use together. `inherited` bytes are the warm interpreter's, shared by every fork of it.
+    """What the processes use together.
 
-    A process answers for what it has beyond those, and for every page it may have copied since: no more than it took page faults.
-    That counts too much rather than too little (large pages, where one fault could bring many, are off for programs).
+    `inherited` bytes are the warm interpreter's, shared by every fork of it.
+
+    A process answers for what it has beyond those, and for every page it may have copied since: no
+    more than it took page faults. That counts too much rather than too little (large pages, where
+    one fault could bring many, are off for programs).
     """
     tasks = memory = 0
     for pid in pids:
@@ -94,7 +104,9 @@ def _children(pid: int) -> list[int]:
             with open(f"/proc/{pid}/task/{task}/children", "rb") as file:
                 found += map(int, file.read().split())
     except FileNotFoundError:
-        if os.path.exists(f"/proc/{pid}") and not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"):
+        if os.path.exists(f"/proc/{pid}") and not os.path.exists(
+            f"/proc/{os.getpid()}/task/{os.getpid()}/children"
+        ):
             return _children_by_parent(pid)  # a kernel without CONFIG_PROC_CHILDREN
     except OSError:
         pass

@@ -1,4 +1,6 @@
-"""The supervisor's side of one child: its pipes, what it wrote, its account, and the verdict when it has ended."""
+"""The supervisor's side of one child: its pipes, what it wrote, its account, and the verdict when
+it has ended.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ MOST_POSTPONED = 3.0  # times its limit, that a call may be given for waiting fo
 
 @dataclass
 class Stream:
-    """One output pipe: what is kept of it and how much there was. `last`: the end is kept, where a traceback says what went wrong."""
+    """One output pipe: what is kept of it and how much there was.
+
+    `last`: the end is kept, where a traceback says what went wrong.
+    """
 
     fd: int
     last: bool = False
@@ -68,8 +73,9 @@ class Call:
 
 @dataclass
 class Cell:
-    """A child of the fork server. `pid` is the host's name for it, known once it is confined; `init` is that of the first process of its
-    pid namespace, if it has one."""
+    """A child of the fork server. `pid` is the host's name for it, known once it is confined;
+    `init` is that of the first process of its pid namespace, if it has one.
+    """
 
     number: int
     slot: int
@@ -97,21 +103,28 @@ class Cell:
         call.deadline = call.started + limits.wall_seconds
         self.waited_before = accounting.waited(self.pid)
         job = {
-            **call.job, "cpu_seconds": limits.cpu_seconds, "memory_bytes": limits.memory_mb << 20, "file_bytes": limits.file_mb << 20,
-            "open_files": limits.open_files, "processes": limits.processes if exact_tasks else 0,
-        }  # fmt: skip
+            **call.job,
+            "cpu_seconds": limits.cpu_seconds,
+            "memory_bytes": limits.memory_mb << 20,
+            "file_bytes": limits.file_mb << 20,
+            "open_files": limits.open_files,
+            "processes": limits.processes if exact_tasks else 0,
+        }
         with contextlib.suppress(OSError):  # it may be dying already: then its end tells
             self.control.sendall(wire.encode(job))
             self.control.shutdown(socket.SHUT_WR)
 
     def account(self, pids: list[int], inherited: int, exact_tasks: bool, private: bool) -> None:
-        """Set the verdict where the call's processes `pids` or its files go beyond a limit that the kernel doesn't hold by itself."""
+        """Set the verdict where the call's processes `pids` or its files go beyond a limit that the
+        kernel doesn't hold by itself.
+        """
         assert self.call is not None
         limits = self.call.limits
         usage = accounting.usage(pids, inherited)
         files = accounting.folder_bytes(self.folder, private)
         if self.group is not None:
-            full = self.group.kills() > self.kills_before  # the kernel ends one process, we end the call
+            # The kernel ends one process, we end the call
+            full = self.group.kills() > self.kills_before
         else:
             full = usage.memory + self.buffers + (files if private else 0) > limits.memory_mb << 20
         if full:
@@ -119,22 +132,35 @@ class Cell:
         elif not private and files > limits.file_mb << 20:
             self.call.verdict = "output_limit", f"the work folder outgrew {limits.file_mb} MB"
         elif not exact_tasks and usage.tasks > limits.processes:
-            self.call.verdict = "process_limit", f"the call ran more than {limits.processes} processes and threads"
+            self.call.verdict = (
+                "process_limit",
+                f"the call ran more than {limits.processes} processes and threads",
+            )
 
     def postpone(self, pids: list[int]) -> None:
-        """Give the call the time that it waited for a processor: programs go last, and a busy host isn't their fault."""
+        """Give the call the time that it waited for a processor: programs go last, and a busy host
+        isn't their fault.
+        """
         assert self.call is not None
         limit = self.call.limits.wall_seconds
         waited = max((accounting.waited(pid) for pid in pids), default=0.0) - self.waited_before
-        self.call.deadline = self.call.started + limit + min(max(0.0, waited), MOST_POSTPONED * limit)
+        self.call.deadline = (
+            self.call.started + limit + min(max(0.0, waited), MOST_POSTPONED * limit)
+        )
 
     def flooded(self) -> bool:
-        return self.call is not None and self.out.total + self.err.total > self.call.limits.flood_mb << 20
+        return (
+            self.call is not None
+            and self.out.total + self.err.total > self.call.limits.flood_mb << 20
+        )
 
     def finish(self, code: int, cpu: float) -> Result:
-        """The result, once the kernel has reported the end: `code` is the exit code, or minus the signal."""
+        """The result, once the kernel has reported the end: `code` is the exit code, or minus the
+        signal.
+        """
         assert self.call is not None
-        call, elapsed = self.call, time.monotonic() - self.call.started
+        call = self.call
+        elapsed = time.monotonic() - self.call.started
         keep = call.limits.output_kb << 10
         for stream in (self.out, self.err):
             while stream.open and stream.read(keep):
@@ -163,7 +189,10 @@ class Cell:
             return "memory_limit", f"the call used more than {limits.memory_mb} MB"
         if code == program.OUT_OF_MEMORY:
             return "memory_limit", f"the program asked for more than its {limits.memory_mb} MB"
-        if code in (-signal.SIGKILL, -signal.SIGXCPU) and cpu >= max(1, int(limits.cpu_seconds + 0.999)) - 0.5:
+        if (
+            code in (-signal.SIGKILL, -signal.SIGXCPU)
+            and cpu >= max(1, int(limits.cpu_seconds + 0.999)) - 0.5
+        ):
             return "timeout", f"the program used up its {limits.cpu_seconds:g} s of CPU time"
         if code == 0:
             return "success", ""
@@ -177,7 +206,10 @@ class Cell:
 
 
 def fetch_files(folder: int, names: list[str]) -> dict[str, bytes]:
-    """Regular files of the work folder by name. Nothing on the way may be a link: the program made it all."""
+    """Regular files of the work folder by name.
+
+    Nothing on the way may be a link: the program made it all.
+    """
     found: dict[str, bytes] = {}
     room = LARGEST_FETCH
     for name in names:
@@ -200,7 +232,9 @@ def _read_beneath(folder: int, parts: list[str], most: int) -> bytes:
         if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1 or about.st_size > most:
             raise ValueError("not a plain file of acceptable size")
         content = b""
-        while len(content) < about.st_size and (part := os.read(current, about.st_size - len(content))):
+        while len(content) < about.st_size and (
+            part := os.read(current, about.st_size - len(content))
+        ):
             content += part
         return content
     finally:

@@ -1,6 +1,8 @@
-"""A memory account per call where the kernel lets us keep one: cgroup v2 or v1, whichever is writable.
+"""A memory account per call where the kernel lets us keep one: cgroup v2 or v1, whichever is
+writable.
 
-Groups are made once per slot and used again, because a removed group lives on in the kernel as long as a cached page remembers it.
+Groups are made once per slot and used again, because a removed group lives on in the kernel as long
+as a cached page remembers it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ _ROOT = "/sys/fs/cgroup"
 
 
 def _own(controllers: str) -> str:
-    """This process's group in the hierarchy of `controllers` ("" is v2's), as /proc/self/cgroup has it."""
+    """This process's group in the hierarchy of `controllers` ("" is v2's), as /proc/self/cgroup has
+    it.
+    """
     with open("/proc/self/cgroup") as file:
         for line in file:
             _, names, path = line.rstrip("\n").split(":", 2)
@@ -24,7 +28,12 @@ def _own(controllers: str) -> str:
 
 def _parents() -> list[tuple[str, str]]:
     """(version, folder) of where groups could be made, best first."""
-    places = [("v2", _ROOT + _own("")), ("v2", _ROOT), ("v1", f"{_ROOT}/memory{_own('memory')}"), ("v1", f"{_ROOT}/memory")]
+    places = [
+        ("v2", _ROOT + _own("")),
+        ("v2", _ROOT),
+        ("v1", f"{_ROOT}/memory{_own('memory')}"),
+        ("v1", f"{_ROOT}/memory"),
+    ]
     return [(version, folder.rstrip("/")) for version, folder in places]
 
 

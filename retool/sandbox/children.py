@@ -1,6 +1,7 @@
 """The fork server's loop: children are made on request and reaped, each with what it started.
 
-Requests come as JSON datagrams with the child's three descriptors; answers are `init`, `failed`, `exited`.
+Requests come as JSON datagrams with the child's three descriptors; answers are `init`, `failed`,
+`exited`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ class Server:
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def tell(self, message: dict[str, Any], sender: int = 0) -> None:
-        """Send the supervisor a message. `sender` is a process that it learns of under its own name for it. Where it has gone: the end."""
+        """Send the supervisor a message.
+
+        `sender` is a process that it learns of under its own name for it. Where it has gone: the
+        end.
+        """
         identity = struct.pack("iii", sender, os.getuid(), os.getgid())
         credentials = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, identity)] if sender else []
         try:
@@ -113,9 +118,11 @@ class Server:
         self._ids[pid] = number
 
     def _start_init(self, number: int) -> None:
-        """The first process of a pid namespace: with it everything there ends, and signals that it doesn't handle pass it by.
+        """The first process of a pid namespace: with it everything there ends, and signals that it
+        doesn't handle pass it by.
 
-        So it can't be the program itself, which may signal itself. This one only waits; it can't be reached from the program's memory.
+        So it can't be the program itself, which may signal itself. This one only waits; it can't be
+        reached from the program's memory.
         """
         stack = self._stacks.pop() if self._stacks else kernel.Stack()
         pid = kernel.clone_waiting(stack.top)
@@ -141,7 +148,8 @@ class Server:
             if waiting is None:
                 return
             if not self._nested and waiting.si_pid in self._ids:
-                self._kill(self._ids[waiting.si_pid])  # the group's name is free for others only after the wait below
+                # The group's name is free for others only after the wait below
+                self._kill(self._ids[waiting.si_pid])
             pid, status, usage = os.wait4(waiting.si_pid, 0)
             number = self._ids.pop(pid, None)
             if number is None:
@@ -154,7 +162,12 @@ class Server:
                 continue
             del self._pids[number]
             cpu = usage.ru_utime + usage.ru_stime
-            end = {"exited": number, "code": os.waitstatus_to_exitcode(status), "cpu": cpu, "peak_kb": usage.ru_maxrss}
+            end = {
+                "exited": number,
+                "code": os.waitstatus_to_exitcode(status),
+                "cpu": cpu,
+                "peak_kb": usage.ru_maxrss,
+            }
             self._ends[number] = end
             if init is None:
                 self._tell_end(number)
@@ -168,7 +181,9 @@ class Server:
             self.tell(end)
 
     def _kill(self, number: int) -> None:
-        """End a child and all that it started: its pid namespace goes with it, or its process group, which it can't leave."""
+        """End a child and all that it started: its pid namespace goes with it, or its process
+        group, which it can't leave.
+        """
         pid = self._pids.get(number, 0)
         if not pid:
             return

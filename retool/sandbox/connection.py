@@ -1,4 +1,6 @@
-"""One conversation with a supervisor: calls go out, results come back, and its end is an answer to every call that still waits."""
+"""One conversation with a supervisor: calls go out, results come back, and its end is an answer to
+every call that still waits.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,13 @@ GONE = "the sandbox's supervisor is gone"
 
 
 class Connection:
-    """The caller's end of a socket to a supervisor. `hello` is the supervisor's first message: what it found, or that it refuses.
+    """The caller's end of a socket to a supervisor.
 
-    `OSError` where the supervisor ends, or hangs, before it is ready. Calls may be submitted from any thread. `lost` is called, on a
-    thread of the connection's own, when the supervisor has gone unasked.
+    `hello` is the supervisor's first message: what it found, or that it refuses.
+
+    `OSError` where the supervisor ends, or hangs, before it is ready. Calls may be submitted from
+    any thread. `lost` is called, on a thread of the connection's own, when the supervisor has gone
+    unasked.
     """
 
     def __init__(self, ours: socket.socket, lost: Callable[[], None] | None = None) -> None:
@@ -47,7 +52,9 @@ class Connection:
                 data = b""
             if not data:
                 self._socket.close()
-                raise OSError("the sandbox's supervisor ended or hung before it was ready; its stderr says why.")
+                raise OSError(
+                    "the sandbox's supervisor ended or hung before it was ready; its stderr says why."
+                )
             messages = self._frames.feed(data)
         self._socket.settimeout(None)
         return messages[0]
@@ -103,7 +110,9 @@ class Connection:
                     future.set_result(Result("sandbox_error", reason=self._reason))
 
     def hang_up(self) -> None:
-        """Tell the supervisor that nobody will call any more; to the owner's supervisor that means to end."""
+        """Tell the supervisor that nobody will call any more; to the owner's supervisor that means
+        to end.
+        """
         self._reason = "the sandbox is closed"
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)

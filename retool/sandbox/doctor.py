@@ -14,20 +14,33 @@ from .probe import find
 def report(plan: Plan) -> str:
     """The findings as text."""
     user = "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"
-    lines = [f"Linux {platform.release()} {platform.machine()}, Python {platform.python_version()}, as {user}", "", "Layers"]
+    lines = [
+        f"Linux {platform.release()} {platform.machine()}, Python {platform.python_version()}, as {user}",
+        "",
+        "Layers",
+    ]
     for name in LAYERS:
         state = "yes" if name in plan.present else f"no   {plan.missing[name]}"
         details = {
-            "landlock": f" (ABI {plan.landlock})", "cgroup": f" ({plan.cgroup})",
+            "landlock": f" (ABI {plan.landlock})",
+            "cgroup": f" ({plan.cgroup})",
             "separate_uid": f" ({plan.first_uid} to {plan.first_uid + plan.slots - 1})",
-        }  # fmt: skip
+        }
         lines.append(f"  {name:18} {state}{details.get(name, '') if name in plan.present else ''}")
     lines += ["", "Guarantees"]
     for guarantee in GUARANTEES:
         found = plan.mechanisms(guarantee)
-        lines.append(f"  {guarantee:34} {', '.join(name.removeprefix('always: ') for name in found) or 'NOTHING'}")
+        lines.append(
+            f"  {guarantee:34} {', '.join(name.removeprefix('always: ') for name in found) or 'NOTHING'}"
+        )
     if plan.hidden:
-        lines += ["", f"Note: the programs' uid can't read {', '.join(plan.hidden)}, and nothing can be mounted: at each start the server"]
+        lines += [
+            "",
+            (
+                f"Note: the programs' uid can't read {', '.join(plan.hidden)}, and nothing can be "
+                "mounted: at each start the server"
+            ),
+        ]
         lines += ["copies what programs need of it. Python installed outside /root saves that."]
     return "\n".join(lines)
 
@@ -41,19 +54,27 @@ def verdict(plan: Plan) -> str:
     for guarantee, why in unmet.items():
         meaning = f": {MEANING[guarantee]}" if guarantee in MEANING else ""
         ways = ways_out(guarantee)
-        lines.append(f"  nothing guarantees “{guarantee}”{meaning}. Do one of: {'; '.join(ways)}." if ways else f"  {guarantee}: {why}")
+        lines.append(
+            f"  nothing guarantees “{guarantee}”{meaning}. Do one of: {'; '.join(ways)}."
+            if ways
+            else f"  {guarantee}: {why}"
+        )
     lines.append("  Or accept what is missing with isolation=best_effort.")
     return "\n".join(lines)
 
 
 def trial() -> str:
-    """Start the sandbox and run a program, because layers that work one by one may not work together."""
+    """Start the sandbox and run a program, because layers that work one by one may not work
+    together.
+    """
     begun = time.perf_counter()
     with Sandbox(isolation="best_effort", workers=1) as sandbox:
         started = time.perf_counter()
         result = sandbox.run_blocking("import numpy, sympy\nprint(sympy.factorint(2 * 3 * 7))")
         ended = time.perf_counter()
-    outcome = "works" if result.ok else f"FAILED: {result.status} {result.reason} {result.stderr[-300:]}"
+    outcome = (
+        "works" if result.ok else f"FAILED: {result.status} {result.reason} {result.stderr[-300:]}"
+    )
     times = f"server warm after {started - begun:.1f} s, program {1000 * (ended - started):.0f} ms"
     return f"A program with numpy and sympy {outcome} ({times})."
 

@@ -1,4 +1,6 @@
-"""The caller's side of the embedded backend: starts the sandbox's processes, hands calls over, brings results back."""
+"""The caller's side of the embedded backend: starts the sandbox's processes, hands calls over,
+brings results back.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from .keeper import Keeper, backoff
 from .layers import Plan
 from .result import Limits, Result, safe_name
 
-_FENCE = re.compile(r"\A\s*```(?:python|py|python3)?[ \t]*\n(.*?)\n?```\s*\Z", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(
+    r"\A\s*```(?:python|py|python3)?[ \t]*\n(.*?)\n?```\s*\Z", re.DOTALL | re.IGNORECASE
+)
 RETRIES = 3  # how often a call is tried again after the sandbox failed under it
 
 
@@ -34,19 +38,23 @@ def strip_fence(code: str) -> str:
 class Sandbox:
     """Runs untrusted Python programs on this machine, each in a process the kernel has confined.
 
-    Start one per node, before CUDA is touched if you can (it doesn't matter to the programs: nothing is forked from this process).
-    `workers` programs run at once, the rest wait in order of arrival; None: as many as there are cores, at least 4. Each may use
-    `limits.memory_mb`. With `isolation="strict"` (default) construction fails with `ValueError` where a guarantee has no mechanism on
-    this machine; with `"best_effort"` it warns on stderr once and goes on. `without` leaves isolation layers out and `launcher` is a
-    command to start the server through: both are for tests. Safe to use from several threads and event loops.
+    Start one per node, before CUDA is touched if you can (it doesn't matter to the programs:
+    nothing is forked from this process). `workers` programs run at once, the rest wait in order of
+    arrival; None: as many as there are cores, at least 4. Each may use `limits.memory_mb`. With
+    `isolation="strict"` (default) construction fails with `ValueError` where a guarantee has no
+    mechanism on this machine; with `"best_effort"` it warns on stderr once and goes on. `without`
+    leaves isolation layers out and `launcher` is a command to start the server through: both are
+    for tests. Safe to use from several threads and event loops.
 
-    A supervisor that died, by `kill -9` say, is started again by the next call, later and later while it keeps dying. Calls that were
-    lost with it are run again, up to `RETRIES` times; programs have no effect outside, so running one twice does no harm. What
-    still fails comes back as `sandbox_error` (`Result.infrastructure`), never as an exception and never under a program's own status.
-    `restarts` counts the supervisors that had to be replaced.
+    A supervisor that died, by `kill -9` say, is started again by the next call, later and later
+    while it keeps dying. Calls that were lost with it are run again, up to `RETRIES` times;
+    programs have no effect outside, so running one twice does no harm. What still fails comes back
+    as `sandbox_error` (`Result.infrastructure`), never as an exception and never under a program's
+    own status. `restarts` counts the supervisors that had to be replaced.
 
-    `share` names a sandbox that all processes of this user on this machine use together, if they ask for the same limits, workers and
-    isolation: the first of them owns it, and when that one ends another takes over, without a call being lost.
+    `share` names a sandbox that all processes of this user on this machine use together, if they
+    ask for the same limits, workers and isolation: the first of them owns it, and when that one
+    ends another takes over, without a call being lost.
     """
 
     def __init__(
@@ -66,17 +74,28 @@ class Sandbox:
         self.workers = max(4, len(os.sched_getaffinity(0))) if workers is None else workers
         if self.workers < 1:
             raise ValueError(f"sandbox workers={workers} must be at least 1.")
-        setup = {"limits": vars(self.limits), "workers": self.workers, "without": sorted(without), "isolation": isolation}
+        setup = {
+            "limits": vars(self.limits),
+            "workers": self.workers,
+            "without": sorted(without),
+            "isolation": isolation,
+        }
         self._keeper = Keeper(setup, share, python, launcher)
         if self.unmet and self.owner:
             lost = ", ".join(self.unmet)
-            print(f"SANDBOX WARNING: running WITHOUT: {lost}. Generated programs can do harm here.", file=sys.stderr, flush=True)
+            print(
+                f"SANDBOX WARNING: running WITHOUT: {lost}. Generated programs can do harm here.",
+                file=sys.stderr,
+                flush=True,
+            )
         self._at_exit = functools.partial(_close, weakref.WeakMethod(self.close))
         atexit.register(self._at_exit)
 
     @property
     def owner(self) -> bool:
-        """Whether the supervisor is this process's own; a guest of another's only has a connection to it."""
+        """Whether the supervisor is this process's own; a guest of another's only has a connection
+        to it.
+        """
         return self._keeper.owner
 
     @property
@@ -91,7 +110,9 @@ class Sandbox:
 
     @property
     def unmet(self) -> dict[str, str]:
-        """Guarantees that nothing upholds here, each with the reasons and the way out; empty under strict isolation."""
+        """Guarantees that nothing upholds here, each with the reasons and the way out; empty under
+        strict isolation.
+        """
         return self._keeper.hello["unmet"]
 
     @property
@@ -109,7 +130,8 @@ class Sandbox:
         """The supervisor's folder on the host."""
         return self._keeper.hello["scratch"]
 
-    # -- calls ---------------------------------------------------------------------------------------------------------------
+    # -- calls
+    # ---------------------------------------------------------------------------------------------------------------
 
     async def run(
         self,
@@ -123,9 +145,10 @@ class Sandbox:
     ) -> Result:
         """Run `code` and wait for its end without blocking the event loop.
 
-        `timeout` in wall seconds, from the program's start, and `memory_mb` replace the limits' own. `files` (relative path → content)
-        are laid into the work folder first; `fetch` names files to bring back. Errors of the program are in the result; `ValueError`
-        is for the caller's. Cancelling the task ends the program.
+        `timeout` in wall seconds, from the program's start, and `memory_mb` replace the limits'
+        own. `files` (relative path → content) are laid into the work folder first; `fetch` names
+        files to bring back. Errors of the program are in the result; `ValueError` is for the
+        caller's. Cancelling the task ends the program.
         """
         message = self._message(code, stdin, timeout, memory_mb, files or {}, fetch)
         begun = time.monotonic()
@@ -139,8 +162,11 @@ class Sandbox:
 
     async def _attempt(self, message: dict[str, Any]) -> Result:
         """One try: a result, which is infrastructure's where the sandbox failed."""
-        alive = self._keeper.connection.alive  # else it has to be started, which takes a while: not on the event loop
-        connection, number, future = self._submit(message) if alive else await asyncio.to_thread(self._submit, message)
+        # Else it has to be started, which takes a while: not on the event loop
+        alive = self._keeper.connection.alive
+        connection, number, future = (
+            self._submit(message) if alive else await asyncio.to_thread(self._submit, message)
+        )
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -168,8 +194,12 @@ class Sandbox:
             result = _since(begun, self._submit(message)[2].result())
         return result
 
-    def _submit(self, message: dict[str, Any]) -> tuple[Connection, int, concurrent.futures.Future[Result]]:
-        """Hand a call over: the connection that has it, its number there, and the future of its result."""
+    def _submit(
+        self, message: dict[str, Any]
+    ) -> tuple[Connection, int, concurrent.futures.Future[Result]]:
+        """Hand a call over: the connection that has it, its number there, and the future of its
+        result.
+        """
         problem = self._keeper.revive()
         if problem:
             future: concurrent.futures.Future[Result] = concurrent.futures.Future()
@@ -179,19 +209,35 @@ class Sandbox:
         return connection, *connection.submit(message)
 
     def _message(
-        self, code: str, stdin: str, timeout: float | None, memory_mb: int | None, files: Mapping[str, bytes], fetch: Sequence[str]
+        self,
+        code: str,
+        stdin: str,
+        timeout: float | None,
+        memory_mb: int | None,
+        files: Mapping[str, bytes],
+        fetch: Sequence[str],
     ) -> dict[str, Any]:
         """A call as the supervisor reads it; ValueError for what can't be asked."""
-        limits = {} if timeout is None else {"wall_seconds": timeout, "cpu_seconds": max(timeout, self.limits.cpu_seconds)}
+        limits = (
+            {}
+            if timeout is None
+            else {"wall_seconds": timeout, "cpu_seconds": max(timeout, self.limits.cpu_seconds)}
+        )
         limits |= {} if memory_mb is None else {"memory_mb": memory_mb}
         if any(not value > 0 for value in limits.values()):
             raise ValueError(f"timeout={timeout} and memory_mb={memory_mb} must be above 0.")
-        encoded = {safe_name(name): base64.b64encode(content).decode("ascii") for name, content in files.items()}
+        encoded = {
+            safe_name(name): base64.b64encode(content).decode("ascii")
+            for name, content in files.items()
+        }
         job = {"code": strip_fence(code), "stdin": stdin, "files": encoded}
         return {"job": job, "limits": limits, "fetch": [safe_name(name) for name in fetch]}
 
     def close(self) -> None:
-        """End every program and every process of the sandbox, and remove its files. Calls in flight get `sandbox_error`."""
+        """End every program and every process of the sandbox, and remove its files.
+
+        Calls in flight get `sandbox_error`.
+        """
         if not self._keeper.closed:
             self._keeper.close()
             atexit.unregister(self._at_exit)
@@ -208,7 +254,9 @@ class Sandbox:
 
 
 def _since(begun: float, result: Result) -> Result:
-    """The result with all that went by before its program started, lost attempts too, as time in the queue."""
+    """The result with all that went by before its program started, lost attempts too, as time in
+    the queue.
+    """
     return replace(result, queue_seconds=time.monotonic() - begun - result.execution_time)
 
 

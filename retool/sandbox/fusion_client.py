@@ -16,7 +16,8 @@ from .embedded import strip_fence
 from .fusion_types import RunRequest, result_from_json
 from .result import Result
 
-PATIENCE = 600.0  # seconds a request may take beyond its program's: where many ask, a server's queue is long
+# seconds a request may take beyond its program's: where many ask, a server's queue is long
+PATIENCE = 600.0
 RETRIED = frozenset({429, 502, 503, 504})
 
 
@@ -24,7 +25,9 @@ def unreachable(url: str, timeout: float = 2.0) -> str | None:
     """Why nothing at `url` takes a connection within `timeout` seconds; None where something does."""
     try:
         parts = httpx.URL(url)
-        socket.create_connection((parts.host, parts.port or {"https": 443}.get(parts.scheme, 80)), timeout).close()
+        socket.create_connection(
+            (parts.host, parts.port or {"https": 443}.get(parts.scheme, 80)), timeout
+        ).close()
     except (OSError, UnicodeError, httpx.InvalidURL) as error:
         return str(error) or type(error).__name__
     return None
@@ -33,58 +36,103 @@ def unreachable(url: str, timeout: float = 2.0) -> str | None:
 class SandboxFusion:
     """Runs programs on the SandboxFusion server whose `POST` address is `url`.
 
-    At most `rate_limit` requests are under way at a time (None: no bound of its own), over one pool of connections. Connection errors,
-    half answers, 429 and 502-504 are tried again up to `retries` times, waiting `backoff`·2ⁿ seconds, half of it at random; a server
-    that still fails gives `sandbox_error` (`Result.infrastructure`) with the reason, never an exception. A result's `queue_seconds` are all
-    those that its program didn't run: at the gate, at the server, on the way. `token` goes along as a bearer token
-    (None: the environment's RETOOL_SANDBOX_TOKEN, if set).
+    At most `rate_limit` requests are under way at a time (None: no bound of its own), over one pool
+    of connections. Connection errors, half answers, 429 and 502-504 are tried again up to `retries`
+    times, waiting `backoff`·2ⁿ seconds, half of it at random; a server that still fails gives
+    `sandbox_error` (`Result.infrastructure`) with the reason, never an exception. A result's
+    `queue_seconds` are all those that its program didn't run: at the gate, at the server, on the
+    way. `token` goes along as a bearer token (None: the environment's RETOOL_SANDBOX_TOKEN, if
+    set).
     """
 
     def __init__(
-        self, url: str, rate_limit: int | None = None, timeout: float = 30.0, memory_mb: int | None = None, *,
-        retries: int = 5, backoff: float = 0.5, token: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        url: str,
+        rate_limit: int | None = None,
+        timeout: float = 30.0,
+        memory_mb: int | None = None,
+        *,
+        retries: int = 5,
+        backoff: float = 0.5,
+        token: str | None = None,
+    ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"sandbox_fusion_url={url!r} must be an http address, such as http://localhost:8080/run_code.")
+            raise ValueError(
+                f"sandbox_fusion_url={url!r} must be an http address, such as http://localhost:8080/run_code."
+            )
         if rate_limit is not None and rate_limit < 1:
             raise ValueError(f"rate_limit={rate_limit} must be at least 1.")
-        self.url, self._rate_limit, self._timeout, self._memory_mb = url, rate_limit, timeout, memory_mb
-        self._retries, self._backoff = retries, backoff
+        self.url = url
+        self._rate_limit = rate_limit
+        self._timeout = timeout
+        self._memory_mb = memory_mb
+        self._retries = retries
+        self._backoff = backoff
         token = token or os.environ.get("RETOOL_SANDBOX_TOKEN")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(
-        self, code: str, stdin: str = "", timeout: float | None = None, *,
-        memory_mb: int | None = None, files: Mapping[str, bytes] | None = None, fetch: Sequence[str] = (),
-    ) -> Result:  # fmt: skip
-        """As `Sandbox.run`. `timeout` is the program's, in seconds; the request may take `PATIENCE` more."""
-        request = RunRequest(strip_fence(code), stdin, timeout or self._timeout, memory_mb or self._memory_mb, files, fetch)
+        self,
+        code: str,
+        stdin: str = "",
+        timeout: float | None = None,
+        *,
+        memory_mb: int | None = None,
+        files: Mapping[str, bytes] | None = None,
+        fetch: Sequence[str] = (),
+    ) -> Result:
+        """As `Sandbox.run`.
+
+        `timeout` is the program's, in seconds; the request may take `PATIENCE` more.
+        """
+        request = RunRequest(
+            strip_fence(code),
+            stdin,
+            timeout or self._timeout,
+            memory_mb or self._memory_mb,
+            files,
+            fetch,
+        )
         client, gate = self._connections()
         reason = ""
         begun = time.monotonic()
         for attempt in range(self._retries + 1):
             if attempt:
-                await asyncio.sleep(self._backoff * 2 ** (attempt - 1) * (0.5 + random.random() / 2))
+                await asyncio.sleep(
+                    self._backoff * 2 ** (attempt - 1) * (0.5 + random.random() / 2)
+                )
             async with gate:
                 result, reason = await self._once(client, request)
             if result is not None:
-                return replace(result, queue_seconds=max(0.0, time.monotonic() - begun - result.execution_time))
+                return replace(
+                    result, queue_seconds=max(0.0, time.monotonic() - begun - result.execution_time)
+                )
         return Result("sandbox_error", reason=f"{self.url}: {reason}, {self._retries + 1} times")
 
-    async def _once(self, client: httpx.AsyncClient, request: RunRequest) -> tuple[Result | None, str]:
+    async def _once(
+        self, client: httpx.AsyncClient, request: RunRequest
+    ) -> tuple[Result | None, str]:
         """One attempt: a result, or what went wrong that another attempt may cure."""
         limit = httpx.Timeout(request.timeout + PATIENCE, connect=10)
         try:
-            response = await client.post(self.url, json=request.to_json(), headers=self._headers, timeout=limit)
+            response = await client.post(
+                self.url, json=request.to_json(), headers=self._headers, timeout=limit
+            )
         except (httpx.ReadTimeout, httpx.WriteTimeout):
-            return Result("sandbox_error", reason=f"{self.url} gave no answer within {request.timeout + PATIENCE:g} s"), ""
+            return Result(
+                "sandbox_error",
+                reason=f"{self.url} gave no answer within {request.timeout + PATIENCE:g} s",
+            ), ""
         except httpx.TransportError as error:
             return None, str(error) or type(error).__name__
         if response.status_code in RETRIED:
             return None, f"HTTP {response.status_code}"
         if response.status_code != 200:
-            return Result("sandbox_error", reason=f"{self.url} answers HTTP {response.status_code}: {response.text[:300]}"), ""
+            return Result(
+                "sandbox_error",
+                reason=f"{self.url} answers HTTP {response.status_code}: {response.text[:300]}",
+            ), ""
         try:
             return result_from_json(response.json()), ""
         except ValueError as error:  # json's own errors are ValueErrors too
@@ -96,7 +144,10 @@ class SandboxFusion:
         if loop is not self._loop:
             self._loop = loop
             most = self._rate_limit or 256
-            self._client = httpx.AsyncClient(limits=httpx.Limits(max_connections=most, max_keepalive_connections=most), trust_env=False)
+            self._client = httpx.AsyncClient(
+                limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
+                trust_env=False,
+            )
             self._gate = asyncio.Semaphore(most)
         return self._client, self._gate
 

@@ -1,9 +1,11 @@
-"""SandboxFusion's API in front of the embedded sandbox, so that several nodes, or existing clients, can share one.
+"""SandboxFusion's API in front of the embedded sandbox, so that several nodes, or existing clients,
+can share one.
 
-Built on the standard library's HTTP server: the API is one POST and one GET with small bodies, the work is done elsewhere, and
-everything a web framework would add is one more thing that untrusted requests can reach. A server that runs code is a target for
-any web page open in a browser on this machine, hence: JSON only (a form can't send it without asking), no cross-origin requests, the
-Host header must be this server's (against DNS rebinding), and beyond loopback a token.
+Built on the standard library's HTTP server: the API is one POST and one GET with small bodies, the
+work is done elsewhere, and everything a web framework would add is one more thing that untrusted
+requests can reach. A server that runs code is a target for any web page open in a browser on this
+machine, hence: JSON only (a form can't send it without asking), no cross-origin requests, the Host
+header must be this server's (against DNS rebinding), and beyond loopback a token.
 """
 
 from __future__ import annotations
@@ -44,11 +46,18 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, sandbox: Sandbox, host: str = "127.0.0.1", port: int = 8080, token: str | None = None) -> None:
+    def __init__(
+        self, sandbox: Sandbox, host: str = "127.0.0.1", port: int = 8080, token: str | None = None
+    ) -> None:
         if not is_loopback(host) and not token:
-            raise ValueError(f"host={host} lets other machines run programs here: give a token (--token, or RETOOL_SANDBOX_TOKEN).")
+            raise ValueError(
+                f"host={host} lets other machines run programs here: give a token (--token, or "
+                "RETOOL_SANDBOX_TOKEN)."
+            )
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.sandbox, self.token, self.host = sandbox, token, host
+        self.sandbox = sandbox
+        self.token = token
+        self.host = host
         self._connections = threading.BoundedSemaphore(MOST_CONNECTIONS)
         super().__init__((host.strip("[]"), port), Handler)
 
@@ -69,7 +78,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
-    server_version, sys_version = "retool-sandbox", ""
+    server_version = "retool-sandbox"
+    sys_version = ""
     timeout = 60  # seconds a silent client may hold a connection
     disable_nagle_algorithm = True
 
@@ -80,7 +90,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.path == "/v1/ping":
             self._reply(200, "pong")
         else:
-            self._reply(404, {"detail": f"{self.path} isn't served here; /run_code and /v1/ping are."})
+            self._reply(
+                404, {"detail": f"{self.path} isn't served here; /run_code and /v1/ping are."}
+            )
 
     def do_POST(self) -> None:
         refusal = self._refusal(needs_token=True) or self._body_refusal()
@@ -96,9 +108,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         limits = self.server.sandbox.limits
         result = self.server.sandbox.run_blocking(
-            request.code, request.stdin, min(request.timeout, LONGEST_RUN),
-            memory_mb=min(request.memory_mb or limits.memory_mb, limits.memory_mb), files=request.files, fetch=request.fetch,
-        )  # fmt: skip
+            request.code,
+            request.stdin,
+            min(request.timeout, LONGEST_RUN),
+            memory_mb=min(request.memory_mb or limits.memory_mb, limits.memory_mb),
+            files=request.files,
+            fetch=request.fetch,
+        )
         self._reply(200, result_to_json(result))
 
     def _refusal(self, needs_token: bool) -> tuple[int, dict[str, str]] | None:

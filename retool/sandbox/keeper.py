@@ -1,4 +1,6 @@
-"""The supervisor as its caller keeps it: started or joined, started again when it has gone, ended at last."""
+"""The supervisor as its caller keeps it: started or joined, started again when it has gone, ended
+at last.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,13 @@ from .connection import START_SECONDS, Connection
 from .layers import Plan
 from .rootfs import sweep
 
-BACKOFF = 0.25  # seconds before the first attempt to mend something; each further one waits twice as long
+BACKOFF = (
+    0.25  # seconds before the first attempt to mend something; each further one waits twice as long
+)
 LONGEST_BACKOFF = 30.0
-STEADY = 60.0  # seconds after which a supervisor counts as sound: the next restart is a first one again
+STEADY = (
+    60.0  # seconds after which a supervisor counts as sound: the next restart is a first one again
+)
 
 
 def backoff(attempt: int) -> float:
@@ -27,27 +33,37 @@ def backoff(attempt: int) -> float:
 
 
 class Keeper:
-    """Holds a connection to a supervisor that runs `setup`: one of its own, or, under a name that processes share, perhaps another's.
+    """Holds a connection to a supervisor that runs `setup`: one of its own, or, under a name that
+    processes share, perhaps another's.
 
-    ValueError where strict isolation is refused, OSError where the supervisor fails. `hello` is what the supervisor found.
+    ValueError where strict isolation is refused, OSError where the supervisor fails. `hello` is
+    what the supervisor found.
     """
 
-    def __init__(self, setup: dict[str, Any], share: str, python: str, launcher: Sequence[str]) -> None:
+    def __init__(
+        self, setup: dict[str, Any], share: str, python: str, launcher: Sequence[str]
+    ) -> None:
         self.python = python
         self.restarts = 0
         self.closed = False
         self._setup = setup
         self._launcher = launcher
         self._address = sharing.address(share, setup) if share else ""
-        self._listener: socket.socket | None = None  # the owner's of a shared sandbox; it outlives a supervisor
-        self._process: subprocess.Popen[bytes] | None = None  # the supervisor's, where it is this process's own
+        self._listener: socket.socket | None = (
+            None  # the owner's of a shared sandbox; it outlives a supervisor
+        )
+        self._process: subprocess.Popen[bytes] | None = (
+            None  # the supervisor's, where it is this process's own
+        )
         self._restarting = threading.Lock()
         self._attempts = 0  # restarts in a row
         self._start()
 
     @property
     def owner(self) -> bool:
-        """Whether the supervisor is this process's own; a guest of another's only has a connection to it."""
+        """Whether the supervisor is this process's own; a guest of another's only has a connection
+        to it.
+        """
         return self._process is not None
 
     def _start(self) -> None:
@@ -58,20 +74,25 @@ class Keeper:
             self._end_process()
             self._let_go()
             raise ValueError(
-                f"sandbox.isolation=strict: {self.connection.hello['refused']} "
-                "Run `python -m retool.sandbox doctor` for the whole picture, or accept what is missing: isolation=best_effort "
-                "(in a run, tool_isolation=best_effort)."
+                f"sandbox.isolation=strict: {self.connection.hello['refused']} Run `python -m "
+                "retool.sandbox doctor` for the whole picture, or accept what is missing: "
+                "isolation=best_effort (in a run, tool_isolation=best_effort)."
             )
         self.hello: dict[str, Any] = self.connection.hello["hello"]
         self.plan = Plan.from_json(self.hello["plan"])
         self._started = time.monotonic()
 
     def _own(self) -> Connection:
-        """Start a supervisor. With a listener it serves other processes too, and is started again as soon as it has gone."""
+        """Start a supervisor.
+
+        With a listener it serves other processes too, and is started again as soon as it has gone.
+        """
         ours, theirs = socket.socketpair()
         inherited = [] if self._listener is None else [self._listener.fileno()]
         setup = {**self._setup, "listener": inherited[0] if inherited else None}
-        self._process = spawn.start("supervisor", setup, theirs, self.python, self._launcher, inherited=inherited)
+        self._process = spawn.start(
+            "supervisor", setup, theirs, self.python, self._launcher, inherited=inherited
+        )
         theirs.close()
         myself: weakref.ref[Keeper] = weakref.ref(self)
         try:
@@ -81,7 +102,10 @@ class Keeper:
             raise
 
     def _join(self) -> Connection:
-        """Own the shared sandbox, or be a guest of whoever does. One that ends meanwhile makes room for the next owner."""
+        """Own the shared sandbox, or be a guest of whoever does.
+
+        One that ends meanwhile makes room for the next owner.
+        """
         end = time.monotonic() + START_SECONDS
         while self._listener is None:
             self._listener = sharing.claim(self._address)
@@ -149,7 +173,9 @@ class Keeper:
 
 
 def _start_again(keeper: weakref.ref[Keeper]) -> None:
-    """The owner's duty when its supervisor has gone: guests can't, and may need one before the owner does."""
+    """The owner's duty when its supervisor has gone: guests can't, and may need one before the
+    owner does.
+    """
     alive = keeper()
     while alive is not None and not alive.closed and alive.revive():
         time.sleep(BACKOFF)

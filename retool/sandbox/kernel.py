@@ -1,7 +1,9 @@
-"""The Linux calls that isolation is made of, straight from libc: namespaces, mounts, capabilities, prctl.
+"""The Linux calls that isolation is made of, straight from libc: namespaces, mounts, capabilities,
+prctl.
 
-Each function raises `OSError` with the kernel's errno and the call's name; nothing here decides policy.
-Numbers come from the kernel's uapi headers and hold for x86_64 and aarch64 alike unless `syscalls.py` says otherwise.
+Each function raises `OSError` with the kernel's errno and the call's name; nothing here decides
+policy. Numbers come from the kernel's uapi headers and hold for x86_64 and aarch64 alike unless
+`syscalls.py` says otherwise.
 """
 
 from __future__ import annotations
@@ -20,22 +22,40 @@ CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 36, 38
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_CAPBSET_DROP = 24
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
 PR_SET_THP_DISABLE = 41
-CAP_SYS_ADMIN, CAP_LAST = 21, 40
+CAP_SYS_ADMIN = 21
+CAP_LAST = 40
 
-SYS_MOUNT_SETATTR, SYS_CLOSE_RANGE = 442, 436  # the same on every architecture: numbers above 424 are shared
-AT_FDCWD, AT_RECURSIVE = -100, 0x8000
-MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
+# the same on every architecture: numbers above 424 are shared
+SYS_MOUNT_SETATTR = 442
+SYS_CLOSE_RANGE = 436
+AT_FDCWD = -100
+AT_RECURSIVE = 0x8000
+MOUNT_ATTR_RDONLY = 1
+MOUNT_ATTR_NOSUID = 2
+MOUNT_ATTR_NODEV = 4
 
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
-SIGNAL_SET, SIG_SETMASK = 128, 2
+SIGNAL_SET = 128
+SIG_SETMASK = 2
 _EVERY_SIGNAL = ctypes.create_string_buffer(SIGNAL_SET)
 libc.sigfillset(_EVERY_SIGNAL)
 _PAUSE = ctypes.cast(libc.pause, ctypes.c_void_p)
@@ -60,7 +80,10 @@ def setns(fd: int, kind: int) -> None:
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
     encoded = [None if text is None else os.fsencode(text) for text in (source, target, kind, data)]
-    check(libc.mount(encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3]), f"mount {target}")
+    check(
+        libc.mount(encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3]),
+        f"mount {target}",
+    )
 
 
 def unmount(target: str) -> None:
@@ -73,13 +96,29 @@ def pivot_root(new_root: str, put_old: str) -> None:
 
 
 def make_read_only(target: str, devices: bool = False) -> None:
-    """Make a bind mount and everything below it read-only, without set-uid programs, and without devices unless asked for."""
+    """Make a bind mount and everything below it read-only, without set-uid programs, and without
+    devices unless asked for.
+    """
     no_devices = 0 if devices else MS_NODEV
-    attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | (0 if devices else MOUNT_ATTR_NODEV), 0, 0, 0)
-    result = libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, os.fsencode(target), AT_RECURSIVE, attributes, ctypes.c_size_t(len(attributes)))
+    attributes = struct.pack(
+        "QQQQ",
+        MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | (0 if devices else MOUNT_ATTR_NODEV),
+        0,
+        0,
+        0,
+    )
+    result = libc.syscall(
+        SYS_MOUNT_SETATTR,
+        AT_FDCWD,
+        os.fsencode(target),
+        AT_RECURSIVE,
+        attributes,
+        ctypes.c_size_t(len(attributes)),
+    )
     if result == 0:
         return
-    # Before Linux 5.12: remount by hand. Inside a user namespace the flags already there are locked and must be repeated.
+    # Before Linux 5.12: remount by hand. Inside a user namespace the flags already there are locked
+    # and must be repeated.
     locked = os.statvfs(target).f_flag & ~(MS_RDONLY | 0x1000)
     kept = locked & (MS_NOEXEC | 1024 | 2048 | 1 << 21)
     mount("none", target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | no_devices | kept)
@@ -96,14 +135,22 @@ class Stack:
 
 
 def clone_waiting(stack: int) -> int:
-    """Start a process that shares this one's memory and only ever waits, with every signal blocked; returns its pid.
+    """Start a process that shares this one's memory and only ever waits, with every signal blocked;
+    returns its pid.
 
-    It costs next to nothing, where a fork would copy page tables. `stack` is the top of one that nothing else uses.
+    It costs next to nothing, where a fork would copy page tables. `stack` is the top of one that
+    nothing else uses.
     """
     before = ctypes.create_string_buffer(SIGNAL_SET)
-    libc.pthread_sigmask(SIG_SETMASK, _EVERY_SIGNAL, before)  # Python's own makes a hundred objects of it
+    # Python's own makes a hundred objects of it
+    libc.pthread_sigmask(SIG_SETMASK, _EVERY_SIGNAL, before)
     try:
-        return check(libc.clone(_PAUSE, ctypes.c_void_p(stack), ctypes.c_int(CLONE_VM | signal.SIGCHLD), None), "clone")
+        return check(
+            libc.clone(
+                _PAUSE, ctypes.c_void_p(stack), ctypes.c_int(CLONE_VM | signal.SIGCHLD), None
+            ),
+            "clone",
+        )
     finally:
         libc.pthread_sigmask(SIG_SETMASK, before, None)
 
@@ -114,7 +161,12 @@ def prctl(option: int, a: int = 0, b: int = 0) -> int:
 
 def close_from(first: int) -> None:
     """Close every descriptor from `first` on."""
-    if libc.syscall(SYS_CLOSE_RANGE, ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(0)) < 0:
+    if (
+        libc.syscall(
+            SYS_CLOSE_RANGE, ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(0)
+        )
+        < 0
+    ):
         os.closerange(first, os.sysconf("SC_OPEN_MAX"))
 
 
@@ -124,21 +176,25 @@ def set_capabilities() -> None:
 
 
 def drop_bounding_set() -> None:
-    """No later exec can hand out a capability; needs CAP_SETPCAP, without which there is none to hand out."""
+    """No later exec can hand out a capability; needs CAP_SETPCAP, without which there is none to
+    hand out.
+    """
     for capability in range(CAP_LAST + 1):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
 def effective_capabilities() -> int:
     """The bit set of this process's effective capabilities."""
-    header, data = struct.pack("Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
+    header = struct.pack("Ii", 0x20080522, 0)
+    data = ctypes.create_string_buffer(24)
     check(libc.capget(header, data), "capget")
     words = struct.unpack("IIIIII", data.raw)
     return words[0] | words[3] << 32
 
 
 def collapse_into_huge_pages(memory_map: str) -> None:
-    """Back this process's private memory by 2 MB pages where the kernel can (Linux 6.1): a fork then copies far fewer entries.
+    """Back this process's private memory by 2 MB pages where the kernel can (Linux 6.1): a fork
+    then copies far fewer entries.
 
     `memory_map` is the text of its /proc/self/maps.
     """
@@ -148,4 +204,5 @@ def collapse_into_huge_pages(memory_map: str) -> None:
         if fields[1] != "rw-p" or (len(fields) > 5 and fields[5] != "[heap]"):
             continue
         for address in range(-(-start // size) * size, end - size + 1, size):
-            libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), 25)  # MADV_COLLAPSE; refused is fine
+            # MADV_COLLAPSE; refused is fine
+            libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), 25)

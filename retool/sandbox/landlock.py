@@ -1,5 +1,6 @@
-"""Landlock: the kernel's own path rules for a process that gives rights away. Files always; signals, abstract sockets and TCP
-where the kernel is new enough. Source: Linux `Documentation/userspace-api/landlock.rst`.
+"""Landlock: the kernel's own path rules for a process that gives rights away. Files always;
+signals, abstract sockets and TCP where the kernel is new enough. Source: Linux
+`Documentation/userspace-api/landlock.rst`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,24 @@ import struct
 
 from . import kernel
 
-_CREATE, _ADD, _RESTRICT = 444, 445, 446
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, TRUNCATE, IOCTL_DEV = 1, 2, 4, 8, 32, 1 << 14, 1 << 15
+_CREATE = 444
+_ADD = 445
+_RESTRICT = 446
+EXECUTE = 1
+WRITE_FILE = 2
+READ_FILE = 4
+READ_DIR = 8
+REMOVE_FILE = 32
+TRUNCATE = 1 << 14
+IOCTL_DEV = 1 << 15
 _FILE_RIGHTS = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 READ = EXECUTE | READ_FILE | READ_DIR
 
 
 def abi() -> int:
-    """The kernel's Landlock version; 0 where there is none, it is switched off, or a container's filter hides it."""
+    """The kernel's Landlock version; 0 where there is none, it is switched off, or a container's
+    filter hides it.
+    """
     return max(int(kernel.libc.syscall(_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))), 0)
 
 
@@ -50,11 +61,25 @@ def restrict(version: int, granted: list[tuple[int, int]], scope: bool) -> None:
     handled = file_rights(version)
     scope = scope and scopes_signals(version)
     attributes = struct.pack("QQQ", handled, 3 if version >= 4 else 0, 3 if scope else 0)
-    size = 8 if version < 4 else 24 if scope else 16  # a kernel refuses attributes that are larger than it knows
-    ruleset = kernel.check(kernel.libc.syscall(_CREATE, attributes, ctypes.c_size_t(size), ctypes.c_uint(0)), "landlock_create_ruleset")
+    # A kernel refuses attributes that are larger than it knows
+    size = 8 if version < 4 else 24 if scope else 16
+    ruleset = kernel.check(
+        kernel.libc.syscall(_CREATE, attributes, ctypes.c_size_t(size), ctypes.c_uint(0)),
+        "landlock_create_ruleset",
+    )
     for descriptor, rights in granted:
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        rule = struct.pack("=Qi", rights & handled & (-1 if is_folder else _FILE_RIGHTS), descriptor)
-        kernel.check(kernel.libc.syscall(_ADD, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint(0)), "landlock_add_rule")
-    kernel.check(kernel.libc.syscall(_RESTRICT, ctypes.c_int(ruleset), ctypes.c_uint(0)), "landlock_restrict_self")
+        rule = struct.pack(
+            "=Qi", rights & handled & (-1 if is_folder else _FILE_RIGHTS), descriptor
+        )
+        kernel.check(
+            kernel.libc.syscall(
+                _ADD, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint(0)
+            ),
+            "landlock_add_rule",
+        )
+    kernel.check(
+        kernel.libc.syscall(_RESTRICT, ctypes.c_int(ruleset), ctypes.c_uint(0)),
+        "landlock_restrict_self",
+    )
     os.close(ruleset)

@@ -1,7 +1,9 @@
-"""The supervisor's answers to a program's filter: system calls that are fine for some arguments and wait until somebody has judged.
+"""The supervisor's answers to a program's filter: system calls that are fine for some arguments and
+wait until somebody has judged.
 
-Only numbers are judged, never memory that the program could change meanwhile, so the kernel may go on with the call as it is.
-Source: Linux `Documentation/userspace-api/seccomp_filter.rst`, "Userspace Notification".
+Only numbers are judged, never memory that the program could change meanwhile, so the kernel may go
+on with the call as it is. Source: Linux `Documentation/userspace-api/seccomp_filter.rst`,
+"Userspace Notification".
 """
 
 from __future__ import annotations
@@ -16,17 +18,22 @@ from dataclasses import dataclass
 
 from .syscalls import TABLES, machine
 
-_RECEIVE, _SEND = 0xC0502100, 0xC0182101
+_RECEIVE = 0xC0502100
+_SEND = 0xC0182101
 _GO_ON = 1
 USUAL_BUFFER = 212992  # bytes that a socket may have under way, where the kernel doesn't say
-_REQUEST = struct.Struct("<QIIiIQ6Q")  # id, pid, flags; number, architecture, instruction pointer, arguments
+# id, pid, flags; number, architecture, instruction pointer, arguments
+_REQUEST = struct.Struct("<QIIiIQ6Q")
 _ANSWER = struct.Struct("<QqiI")  # id, value, error, flags
 _NAMES = {TABLES[machine()][name]: name for name in ("socketpair", "kill", "tkill", "tgkill")}
 
 
 @dataclass(frozen=True)
 class Question:
-    """A system call that waits for the answer. `pid` is the caller as this process's pid namespace has it."""
+    """A system call that waits for the answer.
+
+    `pid` is the caller as this process's pid namespace has it.
+    """
 
     number: int
     pid: int
@@ -41,7 +48,10 @@ class Question:
 
 
 def answer(descriptor: int, allowed: Callable[[Question], bool]) -> bool:
-    """Take one question from a listener and answer it: the call goes on, or is not permitted. False once nobody is left who could ask."""
+    """Take one question from a listener and answer it: the call goes on, or is not permitted.
+
+    False once nobody is left who could ask.
+    """
     if not is_asking(descriptor):
         return False  # to receive would wait for ever
     room = bytearray(_REQUEST.size)
@@ -55,15 +65,22 @@ def answer(descriptor: int, allowed: Callable[[Question], bool]) -> bool:
 
 
 def is_asking(descriptor: int) -> bool:
-    """Whether a question waits; a listener whose programs have all ended can be read from, too, but says nothing."""
+    """Whether a question waits; a listener whose programs have all ended can be read from, too, but
+    says nothing.
+    """
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return any(events & select.POLLIN for _, events in poll.poll(0))
 
 
 def pair_bytes() -> int:
-    """What the buffers of one socket pair may hold: either way as much as its sender may have under way, and one piece beyond."""
+    """What the buffers of one socket pair may hold: either way as much as its sender may have under
+    way, and one piece beyond.
+    """
     one_way = USUAL_BUFFER
-    with contextlib.suppress(OSError, ValueError), open("/proc/sys/net/core/wmem_default", encoding="ascii") as file:
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open("/proc/sys/net/core/wmem_default", encoding="ascii") as file,
+    ):
         one_way = int(file.read())
     return 2 * (one_way + (64 << 10))

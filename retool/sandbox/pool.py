@@ -26,13 +26,21 @@ Ended = list[tuple[Call, Result]]
 
 
 class Pool:
-    """Cells by number. As many wait confined as may run at once, so that a call never waits for a fork.
+    """Cells by number.
 
-    What happened is heard through `select`: each key's data is a function that returns the calls which ended by it.
+    As many wait confined as may run at once, so that a call never waits for a fork.
+
+    What happened is heard through `select`: each key's data is a function that returns the calls
+    which ended by it.
     """
 
-    def __init__(self, plan: layers.Plan, limits: Limits, workers: int, select: selectors.BaseSelector) -> None:
-        self.plan, self._limits, self._workers, self._select = plan, limits, workers, select
+    def __init__(
+        self, plan: layers.Plan, limits: Limits, workers: int, select: selectors.BaseSelector
+    ) -> None:
+        self.plan = plan
+        self._limits = limits
+        self._workers = workers
+        self._select = select
         self.cells: dict[int, Cell] = {}
         self.failures = 0
         self.complaint = ""
@@ -52,7 +60,11 @@ class Pool:
     def start_server(self) -> None:
         """Start it and wait until it is warm; `OSError` where it ends first."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        setup = {"plan": self.plan.to_json(), "scratch": self.scratch, "folder_mb": self._limits.file_mb}
+        setup = {
+            "plan": self.plan.to_json(),
+            "scratch": self.scratch,
+            "folder_mb": self._limits.file_mb,
+        }
         self.server = spawn.start("zygote", setup, theirs, path=sys.path)
         theirs.close()
         ours.settimeout(120)
@@ -64,7 +76,9 @@ class Pool:
         if not answer:
             self.server.wait()
             ours.close()
-            raise OSError(f"the fork server ended with code {self.server.returncode} before it was ready")
+            raise OSError(
+                f"the fork server ended with code {self.server.returncode} before it was ready"
+            )
         ours.settimeout(None)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._control = ours
@@ -125,15 +139,24 @@ class Pool:
     def _request(self) -> None:
         self._next_number += 1
         self._starting += 1
-        number, slot = self._next_number, self._free_slots.pop(0)
-        cell, theirs = open_cell(number, slot, "/box" if self._private else f"{self.scratch}/{number}")
+        number = self._next_number
+        slot = self._free_slots.pop(0)
+        cell, theirs = open_cell(
+            number, slot, "/box" if self._private else f"{self.scratch}/{number}"
+        )
         self.cells[number] = cell
         self._order({"start": number, "slot": slot, "folder": cell.path}, theirs)
         for descriptor in theirs:
             os.close(descriptor)
         for stream in (cell.out, cell.err):
-            self._select.register(stream.fd, selectors.EVENT_READ, lambda cell=cell, stream=stream: self._hear_program(cell, stream))
-        self._select.register(cell.control, selectors.EVENT_READ, lambda cell=cell: self._hear_cell(cell))
+            self._select.register(
+                stream.fd,
+                selectors.EVENT_READ,
+                lambda cell=cell, stream=stream: self._hear_program(cell, stream),
+            )
+        self._select.register(
+            cell.control, selectors.EVENT_READ, lambda cell=cell: self._hear_cell(cell)
+        )
 
     def begin(self, call: Call) -> bool:
         """Run `call` in a waiting cell; False where none waits or enough run."""
@@ -160,7 +183,8 @@ class Pool:
     def look(self, cell: Cell) -> None:
         """Compare what a running call uses with its limits, and end it where it goes beyond."""
         if self._nested and not cell.init:
-            self._order({"heir": cell.number})  # only calls that last are asked about: the next look knows
+            # Only calls that last are asked about: the next look knows
+            self._order({"heir": cell.number})
         cell.account(self._processes(cell), self._inherited, self.plan.exact_tasks, self._private)
         if cell.call is not None and cell.call.verdict is not None:
             self.kill(cell)
@@ -188,14 +212,18 @@ class Pool:
         try:
             data, descriptors, pid = wire.receive_with_credentials(cell.control)
         except OSError:
-            data, descriptors, pid = b"", [], 0
+            data = b""
+            descriptors = []
+            pid = 0
         self._select.unregister(cell.control)
         if data:
             cell.folder = descriptors[0]
             cell.pid = pid
             if len(descriptors) > 1:
                 cell.listener = descriptors[1]
-                self._select.register(cell.listener, selectors.EVENT_READ, lambda: self._hear_question(cell))
+                self._select.register(
+                    cell.listener, selectors.EVENT_READ, lambda: self._hear_question(cell)
+                )
             self._starting -= 1
             if self._groups is not None:
                 group = self._groups.slot(cell.slot)
@@ -208,7 +236,9 @@ class Pool:
 
     def _hear_question(self, cell: Cell) -> Ended:
         """A program's filter asks about a system call, which waits."""
-        if not listener.answer(cell.listener, lambda question: allowed(cell, question, self._limits, self._pair_bytes)):
+        if not listener.answer(
+            cell.listener, lambda question: allowed(cell, question, self._limits, self._pair_bytes)
+        ):
             self._select.unregister(cell.listener)
         if cell.call is not None and cell.call.verdict is not None:
             self.kill(cell)
@@ -220,7 +250,10 @@ class Pool:
         if not stream.open:
             self._select.unregister(stream.fd)
         elif cell.flooded() and cell.call is not None and cell.call.verdict is None:
-            cell.call.verdict = ("output_limit", f"the program wrote more than {limits.flood_mb} MB of output")
+            cell.call.verdict = (
+                "output_limit",
+                f"the program wrote more than {limits.flood_mb} MB of output",
+            )
             self.kill(cell)
         return []
 
@@ -229,7 +262,8 @@ class Pool:
         try:
             data, _, sender = wire.receive_with_credentials(self._control, 1 << 16)
         except ConnectionResetError:
-            data, sender = b"", 0
+            data = b""
+            sender = 0
         if not data:
             return self._server_died()
         message = json.loads(data)
@@ -238,13 +272,19 @@ class Pool:
                 self.cells[message["init"]].init = sender
             return []
         if "failed" in message:
-            self._failed(self.cells[message["failed"]], f"the fork server could not start a process ({message['why']})")
+            self._failed(
+                self.cells[message["failed"]],
+                f"the fork server could not start a process ({message['why']})",
+            )
             return []
         cell = self.cells[message["exited"]]
         if cell.call is None:
             while cell.err.open and cell.err.read(1 << 12):
                 continue
-            self._failed(cell, f"a process could not be confined ({cell.err.text() or 'code ' + str(message['code'])})")
+            self._failed(
+                cell,
+                f"a process could not be confined ({cell.err.text() or 'code ' + str(message['code'])})",
+            )
             return []
         ended = (cell.call, cell.finish(message["code"], message["cpu"]))
         self._retire(cell)
@@ -283,11 +323,17 @@ def open_cell(number: int, slot: int, path: str) -> tuple[Cell, list[int]]:
     err, child_err = os.pipe2(os.O_CLOEXEC)
     for reader in (out, err):
         os.set_blocking(reader, False)
-    return Cell(number, slot, control, Stream(out), Stream(err, last=True), path), [child_control.detach(), child_out, child_err]
+    return Cell(number, slot, control, Stream(out), Stream(err, last=True), path), [
+        child_control.detach(),
+        child_out,
+        child_err,
+    ]
 
 
 def allowed(cell: Cell, question: listener.Question, limits: Limits, pair_bytes: int) -> bool:
-    """Socket pairs while their buffers fit into the call's memory, else the call is over; signals to the call's own processes."""
+    """Socket pairs while their buffers fit into the call's memory, else the call is over; signals
+    to the call's own processes.
+    """
     if question.call != "socketpair":
         return accounting.process_group(question.target) == cell.pid
     cell.buffers += pair_bytes
@@ -295,7 +341,10 @@ def allowed(cell: Cell, question: listener.Question, limits: Limits, pair_bytes:
     if cell.buffers <= most << 20:
         return True
     if cell.call is not None and cell.call.verdict is None:
-        cell.call.verdict = "memory_limit", f"the call used more than {most} MB, in buffers of socket pairs"
+        cell.call.verdict = (
+            "memory_limit",
+            f"the call used more than {most} MB, in buffers of socket pairs",
+        )
     return False
 
 

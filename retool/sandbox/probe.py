@@ -1,7 +1,8 @@
 """Which isolation this machine offers.
 
-Each layer is tried in a process of its own that then ends, because that's the only honest test: containers refuse by seccomp,
-Ubuntu by AppArmor, old kernels by not knowing. What is found becomes a `Plan`, which the fork server follows to the letter.
+Each layer is tried in a process of its own that then ends, because that's the only honest test:
+containers refuse by seccomp, Ubuntu by AppArmor, old kernels by not knowing. What is found becomes
+a `Plan`, which the fork server follows to the letter.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def _try_mounts() -> None:
 
 
 def _try_pids() -> None:
-    """A pid namespace for the server, and one for each of two children in it, whose first process only waits."""
+    """A pid namespace for the server, and one for each of two children in it, whose first process
+    only waits.
+    """
     kernel.unshare(kernel.CLONE_NEWPID)
     pid = os.fork()
     if pid == 0:
@@ -120,11 +123,17 @@ def _hidden_from(uid: int) -> list[str]:
 
 
 def find(without: frozenset[str] = frozenset(), slots: int = 64) -> Plan:
-    """Try every layer but those in `without` (a test's way to leave layers out) and say what is there."""
+    """Try every layer but those in `without` (a test's way to leave layers out) and say what is
+    there.
+    """
     if unknown := without - set(LAYERS):
-        raise ValueError(f"unknown isolation layers {sorted(unknown)}; there are {', '.join(LAYERS)}.")
+        raise ValueError(
+            f"unknown isolation layers {sorted(unknown)}; there are {', '.join(LAYERS)}."
+        )
     missing = dict.fromkeys(without, "left out on request")
-    privileged = os.geteuid() == 0 and bool(kernel.effective_capabilities() >> kernel.CAP_SYS_ADMIN & 1)
+    privileged = os.geteuid() == 0 and bool(
+        kernel.effective_capabilities() >> kernel.CAP_SYS_ADMIN & 1
+    )
     outer = not privileged and "user_namespace" not in missing
     first_uid = free_uids(slots) if os.geteuid() == 0 and "separate_uid" not in missing else 0
     uids = range(first_uid, first_uid + slots if first_uid else 0)
@@ -151,7 +160,9 @@ def find(without: frozenset[str] = frozenset(), slots: int = 64) -> Plan:
     test("landlock", lambda: _try_landlock(scope=False))
     version = 0 if "landlock" in missing else landlock.abi()
     if not landlock.scopes_signals(version):
-        missing.setdefault("landlock_scopes", f"Landlock ABI {version} can't scope signals (Linux 6.12 can)")
+        missing.setdefault(
+            "landlock_scopes", f"Landlock ABI {version} can't scope signals (Linux 6.12 can)"
+        )
     test("landlock_scopes", lambda: _try_landlock(scope=True))
     if "separate_uid" not in missing and not first_uid:
         missing["separate_uid"] = "not started as root: programs keep the caller's uid"
@@ -159,17 +170,30 @@ def find(without: frozenset[str] = frozenset(), slots: int = 64) -> Plan:
         test("separate_uid", lambda: os.setresuid(first_uid, first_uid, first_uid))
     group = "" if "cgroup" in missing else cgroups.find()
     if "cgroup" not in missing and not group:
-        missing["cgroup"] = "no memory controller that this process may write to: memory is summed by the supervisor"
+        missing["cgroup"] = (
+            "no memory controller that this process may write to: memory is summed by the supervisor"
+        )
     present = frozenset(LAYERS) - missing.keys()
     uid = first_uid if "separate_uid" in present else 0
     hidden = _hidden_from(uid) if uid and "mount_namespace" not in present else []
-    exact = bool(uid) or ("user_namespace" in present and os.geteuid() != 0 and _counts_per_namespace())
+    exact = bool(uid) or (
+        "user_namespace" in present and os.geteuid() != 0 and _counts_per_namespace()
+    )
     return Plan(
-        present, missing, first_uid=uid, slots=slots, landlock=version, outer_user=outer and "user_namespace" in present,
-        hidden=hidden, cgroup=group, exact_tasks=exact,
-    )  # fmt: skip
+        present,
+        missing,
+        first_uid=uid,
+        slots=slots,
+        landlock=version,
+        outer_user=outer and "user_namespace" in present,
+        hidden=hidden,
+        cgroup=group,
+        exact_tasks=exact,
+    )
 
 
 def _counts_per_namespace() -> bool:
-    """Since Linux 5.14 a user namespace has a process count of its own; before, a limit would count all of the user's processes."""
+    """Since Linux 5.14 a user namespace has a process count of its own; before, a limit would count
+    all of the user's processes.
+    """
     return tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2]) >= (5, 14)

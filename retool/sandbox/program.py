@@ -1,4 +1,7 @@
-"""Runs one program the way a notebook cell runs: what the last expression is worth gets printed. Executes inside the cell."""
+"""Runs one program the way a notebook cell runs: what the last expression is worth gets printed.
+
+Executes inside the cell.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,16 @@ import types
 from typing import Any, NoReturn, TextIO
 
 FILE = "main.py"
-OUT_OF_MEMORY = 250  # the return code that stands for an uncaught MemoryError; the parent reports it as memory_limit
+# the return code that stands for an uncaught MemoryError; the parent reports it as memory_limit
+OUT_OF_MEMORY = 250
 _FUTURE_FLAGS = 0x1FF0000 | 0x1000000
 _SPARE = 64 << 20  # address space freed to print the traceback of a MemoryError
 
 
 def run(job: dict[str, Any], base_address_space: int) -> NoReturn:
-    """Set the limits, lay out the folder, execute `job["code"]` and end the process with its return code."""
+    """Set the limits, lay out the folder, execute `job["code"]` and end the process with its return
+    code.
+    """
     _lay_out(job)
     _limit(job, base_address_space)
     sys.argv = [FILE]
@@ -35,7 +41,9 @@ def run(job: dict[str, Any], base_address_space: int) -> NoReturn:
     os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd(), PWD=os.getcwd())
     sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = _writer(1), _writer(2)
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    sys.__stdin__ = sys.stdin
+    sys.__stdout__ = sys.stdout
+    sys.__stderr__ = sys.stderr
     random.seed(0)
     gc.enable()
     os._exit(_finish(_execute(job["code"])))
@@ -51,7 +59,9 @@ def warm_up() -> None:
 
 
 def forget_origin() -> None:
-    """Leave nothing in this package's modules and functions that says where it lies on the host: programs can look at them."""
+    """Leave nothing in this package's modules and functions that says where it lies on the host:
+    programs can look at them.
+    """
     here = __name__.rpartition(".")[0]
     for name, module in list(sys.modules.items()):
         if name == here or name.startswith(here + "."):
@@ -64,7 +74,9 @@ def forget_origin() -> None:
 
 def _elsewhere(code: types.CodeType) -> types.CodeType:
     """The code as if it came from no file."""
-    inner = tuple(_elsewhere(part) if isinstance(part, types.CodeType) else part for part in code.co_consts)
+    inner = tuple(
+        _elsewhere(part) if isinstance(part, types.CodeType) else part for part in code.co_consts
+    )
     return code.replace(co_filename="<sandbox>", co_consts=inner)
 
 
@@ -85,7 +97,8 @@ def _lay_out(job: dict[str, Any]) -> None:
 
 def _limit(job: dict[str, Any], base: int) -> None:
     cpu = max(1, int(job["cpu_seconds"] + 0.999))
-    # A little less than the whole call's limit, so that a lone process meets an ordinary MemoryError before it is killed.
+    # A little less than the whole call's limit, so that a lone process meets an ordinary
+    # MemoryError before it is killed.
     space = base + job["memory_bytes"] - min(_SPARE, job["memory_bytes"] // 8)
     limits = {
         resource.RLIMIT_CPU: (cpu, cpu),
@@ -104,14 +117,18 @@ def _limit(job: dict[str, Any], base: int) -> None:
     for kind, (soft, hard) in limits.items():
         ceiling = resource.getrlimit(kind)[1]
         if ceiling != resource.RLIM_INFINITY:
-            soft, hard = min(soft, ceiling), min(hard, ceiling)
+            soft = min(soft, ceiling)
+            hard = min(hard, ceiling)
         resource.setrlimit(kind, (soft, hard))
 
 
 def _writer(fd: int) -> TextIO:
     """Unbuffered, as `python -u` is: what was printed before a kill has left the process."""
     raw = io.FileIO(fd, "w", closefd=False)
-    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", newline="\n", write_through=True)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    return io.TextIOWrapper(
+        raw, encoding="utf-8", errors="backslashreplace", newline="\n", write_through=True
+    )
 
 
 def _execute(code: str) -> int:
@@ -142,7 +159,10 @@ def _run_as_cell(code: str, namespace: dict[str, Any]) -> None:
     exec(body, namespace)
     if last is not None:
         flags = body.co_flags & _FUTURE_FLAGS  # its __future__ imports hold for the last line too
-        exec(compile(ast.Interactive([last]), FILE, "single", flags=flags, dont_inherit=True), namespace)
+        exec(
+            compile(ast.Interactive([last]), FILE, "single", flags=flags, dont_inherit=True),
+            namespace,
+        )
 
 
 def _exit_code(value: object) -> int:
@@ -156,7 +176,9 @@ def _exit_code(value: object) -> int:
 
 
 def _print_traceback(error: BaseException) -> None:
-    """Without the sandbox's own frames; a program may have broken stderr or the exception itself, which is its own loss."""
+    """Without the sandbox's own frames; a program may have broken stderr or the exception itself,
+    which is its own loss.
+    """
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename != FILE:
         trace = trace.tb_next

@@ -6,16 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Status = Literal["success", "error", "timeout", "memory_limit", "output_limit", "process_limit", "sandbox_error"]
+Status = Literal[
+    "success", "error", "timeout", "memory_limit", "output_limit", "process_limit", "sandbox_error"
+]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one call. Memory and processes count the whole call: every descendant, and files in the work folder.
+    """Limits of one call.
 
-    `wall_seconds` runs from the moment the program starts (waiting in the queue is free); `cpu_seconds` is per process.
-    `output_kb` is what is kept of stdout (its beginning) and stderr (its end): the rest is read, counted and dropped, until `flood_mb` of
-    it, when the program is killed. `file_mb` bounds a single file and the whole work folder alike. Beyond `processes`
+    Memory and processes count the whole call: every descendant, and files in the work folder.
+
+    `wall_seconds` runs from the moment the program starts (waiting in the queue is free);
+    `cpu_seconds` is per process. `output_kb` is what is kept of stdout (its beginning) and stderr
+    (its end): the rest is read, counted and dropped, until `flood_mb` of it, when the program is
+    killed. `file_mb` bounds a single file and the whole work folder alike. Beyond `processes`
     processes and threads, starting another fails.
     """
 
@@ -36,21 +41,24 @@ class Limits:
 
 @dataclass(frozen=True)
 class Result:
-    """How a call ended. The parent decides `status` from the kernel's wait status, its own clock and its own counters.
+    """How a call ended.
 
-    success         the program ended with return code 0
-    error           it ended with another code or crashed (`return_code` is then minus the signal)
-    timeout         wall or CPU time ran out
-    memory_limit    the call's memory ran out
-    output_limit    it flooded its output
-    process_limit   it started too many processes where the kernel couldn't refuse them
-    sandbox_error   infrastructure: the program isn't to blame. It didn't run, or the sandbox failed under it, and so it did again
-                    when it was tried anew. Never the program's own doing, so never to be scored or trained as if it were
+    The parent decides `status` from the kernel's wait status, its own clock and its own counters.
 
-    `stdout`/`stderr` hold what was kept, `stdout_bytes`/`stderr_bytes` count all that was written. `reason` is a sentence
-    for every status but the first two. `queue_seconds` is the time it waited for a free worker, `execution_time` the time from the
-    program's start to its end, on which alone its limits bear. `return_code` is None where the program didn't end by itself.
-    `files` are those asked for by name that exist.
+    success         the program ended with return code 0 error           it ended with another code
+    or crashed (`return_code` is then minus the signal) timeout         wall or CPU time ran out
+    memory_limit    the call's memory ran out output_limit    it flooded its output process_limit
+    it started too many processes where the kernel couldn't refuse them sandbox_error
+    infrastructure: the program isn't to blame. It didn't run, or the sandbox failed under it, and
+    so it did again
+                    when it was tried anew. Never the program's own doing, so never to be scored or
+                    trained as if it were
+
+    `stdout`/`stderr` hold what was kept, `stdout_bytes`/`stderr_bytes` count all that was written.
+    `reason` is a sentence for every status but the first two. `queue_seconds` is the time it waited
+    for a free worker, `execution_time` the time from the program's start to its end, on which alone
+    its limits bear. `return_code` is None where the program didn't end by itself. `files` are those
+    asked for by name that exist.
     """
 
     status: Status
@@ -75,8 +83,18 @@ class Result:
 
 
 def safe_name(name: str) -> str:
-    """`name` as a relative path inside the work folder; `ValueError` for anything that could lead out of it."""
+    """`name` as a relative path inside the work folder; `ValueError` for anything that could lead
+    out of it.
+    """
     parts = name.split("/")
-    if not name or len(name) > 1024 or "\0" in name or any(part in ("", ".", "..") for part in parts) or name.startswith("/"):
-        raise ValueError(f"file name {name!r} must be a relative path inside the work folder, without '.' or '..' parts.")
+    if (
+        not name
+        or len(name) > 1024
+        or "\0" in name
+        or any(part in ("", ".", "..") for part in parts)
+        or name.startswith("/")
+    ):
+        raise ValueError(
+            f"file name {name!r} must be a relative path inside the work folder, without '.' or '..' parts."
+        )
     return name

@@ -1,4 +1,6 @@
-"""What a program sees of the file system: Python, its libraries, three harmless devices, and the work folder."""
+"""What a program sees of the file system: Python, its libraries, three harmless devices, and the
+work folder.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +18,70 @@ from . import kernel, landlock
 
 WORK = "/box"
 PRELOADED = ("numpy", "sympy", "mpmath")
-DEVICES = {"/dev/null": landlock.READ_FILE | landlock.WRITE_FILE, "/dev/urandom": landlock.READ_FILE, "/dev/random": landlock.READ_FILE}
-_SYSTEM = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime")
-_NOT_COPIED = ("site-packages", "test", "tests", "idlelib", "ensurepip", "turtledemo", "lib2to3", "config-*", "lib-dynload")
+DEVICES = {
+    "/dev/null": landlock.READ_FILE | landlock.WRITE_FILE,
+    "/dev/urandom": landlock.READ_FILE,
+    "/dev/random": landlock.READ_FILE,
+}
+_SYSTEM = (
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib32",
+    "/usr/lib64",
+    "/usr/share/zoneinfo",
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+)
+_NOT_COPIED = (
+    "site-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "ensurepip",
+    "turtledemo",
+    "lib2to3",
+    "config-*",
+    "lib-dynload",
+)
 
 
 def search_path() -> list[str]:
-    """`sys.path` for programs: the standard library, installed packages, and where the preloaded ones came from."""
-    wanted = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")] + site.getsitepackages()
+    """`sys.path` for programs: the standard library, installed packages, and where the preloaded
+    ones came from.
+    """
+    wanted = [
+        sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")
+    ] + site.getsitepackages()
     for name in PRELOADED:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin is not None:
             wanted.append(os.path.dirname(os.path.dirname(spec.origin)))
-    library = os.path.dirname(os.__file__)  # of the base installation; in a virtual environment sysconfig names the wrong platstdlib
-    wanted += [library, os.path.join(library, "lib-dynload"), sysconfig.get_config_var("DESTSHARED") or library]
+    # Of the base installation; in a virtual environment sysconfig names the wrong platstdlib
+    library = os.path.dirname(os.__file__)
+    wanted += [
+        library,
+        os.path.join(library, "lib-dynload"),
+        sysconfig.get_config_var("DESTSHARED") or library,
+    ]
     real = {os.path.realpath(path) for path in wanted if os.path.isdir(path)}
-    return [path for path in dict.fromkeys([*sys.path, *wanted]) if path and os.path.realpath(path) in real]
+    return [
+        path
+        for path in dict.fromkeys([*sys.path, *wanted])
+        if path and os.path.realpath(path) in real
+    ]
 
 
 def _prefixes() -> list[str]:
-    """What an interpreter has below its own folder, and the one that a virtual environment was made with below its."""
-    return [os.path.join(prefix, name) for prefix in (sys.base_prefix, sys.prefix) for name in ("lib", "lib64", "pyvenv.cfg")]
+    """What an interpreter has below its own folder, and the one that a virtual environment was made
+    with below its.
+    """
+    return [
+        os.path.join(prefix, name)
+        for prefix in (sys.base_prefix, sys.prefix)
+        for name in ("lib", "lib64", "pyvenv.cfg")
+    ]
 
 
 def readable_paths(more: Sequence[str] = ()) -> list[str]:
@@ -65,27 +110,39 @@ def rights(more: Sequence[str] = ()) -> dict[str, int]:
 def copy_hidden(folders: Sequence[str], target: str) -> dict[str, str]:
     """Copy what programs need of Python's folders that they can't read; returns where each went.
 
-    The standard library goes whole but for its tests; of installed packages, those that are preloaded.
+    The standard library goes whole but for its tests; of installed packages, those that are
+    preloaded.
     """
     copies = {}
     for index, folder in enumerate(folders):
         copies[folder] = copy = f"{target}/python{index}"
         if os.path.exists(copy):
             continue
-        if os.path.exists(os.path.join(folder, "os.py")) or os.path.basename(folder) == "lib-dynload":
-            shutil.copytree(folder, copy, symlinks=True, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+        if (
+            os.path.exists(os.path.join(folder, "os.py"))
+            or os.path.basename(folder) == "lib-dynload"
+        ):
+            shutil.copytree(
+                folder, copy, symlinks=True, ignore=shutil.ignore_patterns(*_NOT_COPIED)
+            )
         else:
             os.makedirs(copy)
             for name in [*PRELOADED, *(f"{package}.libs" for package in PRELOADED)]:
                 if os.path.isdir(os.path.join(folder, name)):
-                    shutil.copytree(os.path.join(folder, name), os.path.join(copy, name), ignore=shutil.ignore_patterns("tests"))
+                    shutil.copytree(
+                        os.path.join(folder, name),
+                        os.path.join(copy, name),
+                        ignore=shutil.ignore_patterns("tests"),
+                    )
     return copies
 
 
 def enter(scratch: str) -> None:
-    """Swap this mount namespace's root for one that holds only what programs may see; nothing leads back.
+    """Swap this mount namespace's root for one that holds only what programs may see; nothing leads
+    back.
 
-    `scratch` is an empty folder to build it on. The caller is alone in a new mount namespace and may mount.
+    `scratch` is an empty folder to build it on. The caller is alone in a new mount namespace and
+    may mount.
     """
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     kernel.mount("tmpfs", scratch, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=755")
@@ -94,7 +151,8 @@ def enter(scratch: str) -> None:
         kernel.make_read_only(scratch + path)
     for path in DEVICES:
         _bind(path, scratch + path)
-        kernel.make_read_only(scratch + path, devices=True)  # they can be written to; their dates and modes can't be changed
+        # They can be written to; their dates and modes can't be changed
+        kernel.make_read_only(scratch + path, devices=True)
     os.mkdir(scratch + WORK, 0o755)
     for path, target in links().items():
         if not os.path.lexists(scratch + path):
@@ -105,7 +163,12 @@ def enter(scratch: str) -> None:
     os.chdir("/")
     kernel.unmount("/.old")
     os.rmdir("/.old")
-    kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV)
+    kernel.mount(
+        "none",
+        "/",
+        None,
+        kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV,
+    )
 
 
 def _bind(path: str, target: str) -> None:
@@ -124,14 +187,18 @@ def private_folder(size_mb: int, owner: int) -> None:
 
 
 def sweep(path: str) -> subprocess.Popen[bytes] | None:
-    """Remove a folder that a program had to itself, whatever it did to the permissions and however deep it went.
+    """Remove a folder that a program had to itself, whatever it did to the permissions and however
+    deep it went.
 
-    An empty one goes at once; else a process of its own is returned that does it, so that nobody waits.
+    An empty one goes at once; else a process of its own is returned that does it, so that nobody
+    waits.
     """
     with contextlib.suppress(OSError):
         os.rmdir(path)
     if not os.path.lexists(path):
         return None
     return subprocess.Popen(
-        ["sh", "-c", 'chmod -R u+rwx -- "$0"; rm -rf -- "$0"', path], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ["sh", "-c", 'chmod -R u+rwx -- "$0"; rm -rf -- "$0"', path],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )

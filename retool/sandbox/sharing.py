@@ -1,7 +1,9 @@
-"""One sandbox for all processes of a node that name it alike: the first to come owns it, the others are its guests.
+"""One sandbox for all processes of a node that name it alike: the first to come owns it, the others
+are its guests.
 
-The name lies in the kernel's abstract socket space. Whoever binds it is the owner, and listens; the kernel frees it when the owner and
-its supervisor are gone, however they went, and then the next to ask becomes the owner. Only processes of the same user are served.
+The name lies in the kernel's abstract socket space. Whoever binds it is the owner, and listens; the
+kernel frees it when the owner and its supervisor are gone, however they went, and then the next to
+ask becomes the owner. Only processes of the same user are served.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ def claim(where: str) -> socket.socket | None:
 
 
 def join(where: str) -> socket.socket | None:
-    """A connection to the sandbox at `where`; None where it has just ended. ValueError where another user holds the name."""
+    """A connection to the sandbox at `where`; None where it has just ended.
+
+    ValueError where another user holds the name.
+    """
     guest = socket.socket(socket.AF_UNIX)
     try:
         guest.connect(where)
@@ -46,7 +51,10 @@ def join(where: str) -> socket.socket | None:
         return None
     if (uid := peer(guest)) != os.geteuid():
         guest.close()
-        raise ValueError(f"uid {uid} holds the name under which the processes of this run share their sandbox: end that process.")
+        raise ValueError(
+            f"uid {uid} holds the name under which the processes of this run share their sandbox: "
+            "end that process."
+        )
     return guest
 
 

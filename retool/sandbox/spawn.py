@@ -1,4 +1,6 @@
-"""Starting the sandbox's own processes: exec'd, never forked from the caller, with an environment that has nothing of the caller's."""
+"""Starting the sandbox's own processes: exec'd, never forked from the caller, with an environment
+that has nothing of the caller's.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,23 @@ def environment() -> dict[str, str]:
     """All that the server and the programs find in their environment."""
     fixed = {  # one thread: OpenBLAS would start its own, and a fork of threads is a gamble
         "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "HOME": "/", "USER": "sandbox", "LOGNAME": "sandbox", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8",
-        "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1",
+        "HOME": "/",
+        "USER": "sandbox",
+        "LOGNAME": "sandbox",
+        "LANG": "C.UTF-8",
+        "LC_ALL": "C.UTF-8",
+        "PYTHONHASHSEED": "0",
+        "PYTHONUTF8": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONNOUSERSITE": "1",
         "MALLOC_ARENA_MAX": "2",
-        "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-    }  # fmt: skip
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
     if "LD_LIBRARY_PATH" in os.environ:
-        fixed["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]  # some Pythons don't start without it; it names folders, no secrets
+        # Some Pythons don't start without it; it names folders, no secrets
+        fixed["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     return fixed
 
 
@@ -66,11 +78,25 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Exec `module`'s main with `control` as descriptor 0 and `setup` as its JSON argument.
 
-    `launcher` is a command to start it through; the descriptors `inherited` stay open under their numbers. stderr is the caller's, so
-    that a failure of the server itself is seen.
+    `launcher` is a command to start it through; the descriptors `inherited` stay open under their
+    numbers. stderr is the caller's, so that a failure of the server itself is seen.
     """
     search = json.dumps(list(path) or import_path())
-    command = [*launcher, python, "-s", "-c", _BOOT.format(module=module), search, str(_PACKAGE), json.dumps(setup)]
+    command = [
+        *launcher,
+        python,
+        "-s",
+        "-c",
+        _BOOT.format(module=module),
+        search,
+        str(_PACKAGE),
+        json.dumps(setup),
+    ]
     return subprocess.Popen(
-        command, stdin=control.fileno(), stdout=subprocess.DEVNULL, env=environment(), cwd="/", pass_fds=tuple(inherited)
+        command,
+        stdin=control.fileno(),
+        stdout=subprocess.DEVNULL,
+        env=environment(),
+        cwd="/",
+        pass_fds=tuple(inherited),
     )

@@ -1,7 +1,8 @@
 """The process between the caller and the programs: queue, clock, verdicts.
 
-It never runs a program and never forks after its start: the fork server does. One loop, no threads. The owner's socket is descriptor 0;
-when it closes, everything ends. Where there is a listener, other processes call too: its guests.
+It never runs a program and never forks after its start: the fork server does. One loop, no threads.
+The owner's socket is descriptor 0; when it closes, everything ends. Where there is a listener,
+other processes call too: its guests.
 """
 
 from __future__ import annotations
@@ -34,11 +35,19 @@ def main() -> NoReturn:
     setup = json.loads(sys.argv[1])
     owner = socket.socket(fileno=0)
     listener = None if setup["listener"] is None else socket.socket(fileno=setup["listener"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle; it closes the socket
+    # Ctrl-C is the caller's to handle; it closes the socket
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # by way of the clean-up below
     select = selectors.DefaultSelector()
     limits = Limits(**setup["limits"])
-    pool = open_pool(owner, limits, setup["workers"], frozenset(setup["without"]), setup["isolation"] == "strict", select)
+    pool = open_pool(
+        owner,
+        limits,
+        setup["workers"],
+        frozenset(setup["without"]),
+        setup["isolation"] == "strict",
+        select,
+    )
     try:
         Supervisor(owner, listener, limits, pool, select).loop()
     finally:
@@ -47,23 +56,46 @@ def main() -> NoReturn:
 
 
 def open_pool(
-    caller: socket.socket, limits: Limits, workers: int, without: frozenset[str], strict: bool, select: selectors.BaseSelector
+    caller: socket.socket,
+    limits: Limits,
+    workers: int,
+    without: frozenset[str],
+    strict: bool,
+    select: selectors.BaseSelector,
 ) -> Pool:
-    """Find the layers and start the fork server; where a guarantee has no mechanism, tell the caller and end."""
+    """Find the layers and start the fork server; where a guarantee has no mechanism, tell the
+    caller and end.
+    """
     slots = 2 * workers + 2
     plan = probe.find(without, slots)
     if strict and plan.unmet():
-        _refuse(caller, "; ".join(f"nothing here guarantees “{name}” ({why})" for name, why in plan.unmet().items()))
+        _refuse(
+            caller,
+            "; ".join(
+                f"nothing here guarantees “{name}” ({why})" for name, why in plan.unmet().items()
+            ),
+        )
     pool = Pool(plan, limits, workers, select)
     try:
         pool.start_server()
     except OSError as error:
-        # Each layer worked alone and they don't work together: do without namespaces, if every guarantee still holds.
+        # Each layer worked alone and they don't work together: do without namespaces, if every
+        # guarantee still holds.
         pool.stop()
         plan = probe.find(without | NAMESPACES, slots)
         if strict and plan.unmet():
-            _refuse(caller, f"{error}, and without namespaces nothing guarantees {', '.join(plan.unmet())}")
-        pool = Pool(replace(plan, missing={**plan.missing, **dict.fromkeys(NAMESPACES - without, str(error))}), limits, workers, select)
+            _refuse(
+                caller,
+                f"{error}, and without namespaces nothing guarantees {', '.join(plan.unmet())}",
+            )
+        pool = Pool(
+            replace(
+                plan, missing={**plan.missing, **dict.fromkeys(NAMESPACES - without, str(error))}
+            ),
+            limits,
+            workers,
+            select,
+        )
         pool.start_server()
     return pool
 
@@ -74,12 +106,20 @@ def _refuse(caller: socket.socket, why: str) -> NoReturn:
 
 
 class Caller:
-    """A process that sends calls: its socket, what has arrived of the next message, and what it hasn't taken yet."""
+    """A process that sends calls: its socket, what has arrived of the next message, and what it
+    hasn't taken yet.
+    """
 
-    def __init__(self, connected: socket.socket, select: selectors.BaseSelector, heard: Callable[[Caller], Ended]) -> None:
+    def __init__(
+        self,
+        connected: socket.socket,
+        select: selectors.BaseSelector,
+        heard: Callable[[Caller], Ended],
+    ) -> None:
         connected.setblocking(False)
         self.alive = True
-        self._socket, self._select = connected, select
+        self._socket = connected
+        self._select = select
         self._frames = wire.Frames()
         self._unsent = bytearray()
         self._heard = lambda: heard(self)
@@ -125,9 +165,17 @@ class Supervisor:
     """Calls in order of arrival, whoever makes them, and the conversation with those who do."""
 
     def __init__(
-        self, owner: socket.socket, listener: socket.socket | None, limits: Limits, pool: Pool, select: selectors.BaseSelector
+        self,
+        owner: socket.socket,
+        listener: socket.socket | None,
+        limits: Limits,
+        pool: Pool,
+        select: selectors.BaseSelector,
     ) -> None:
-        self._limits, self._pool, self._select, self._listener = limits, pool, select, listener
+        self._limits = limits
+        self._pool = pool
+        self._select = select
+        self._listener = listener
         self._queue: collections.deque[Call] = collections.deque()
         self._next_look = 0.0
         self._owner = self._greet(owner)
@@ -139,7 +187,12 @@ class Supervisor:
     def _greet(self, connected: socket.socket) -> Caller:
         pool = self._pool
         caller = Caller(connected, self._select, self._hear_caller)
-        facts = {"plan": pool.plan.to_json(), "unmet": pool.plan.unmet(), "server": pool.warm_pid, "scratch": pool.scratch}
+        facts = {
+            "plan": pool.plan.to_json(),
+            "unmet": pool.plan.unmet(),
+            "server": pool.warm_pid,
+            "scratch": pool.scratch,
+        }
         caller.send({"hello": {**facts, "pid": os.getpid()}})
         return caller
 
@@ -180,7 +233,10 @@ class Supervisor:
             if call is None or call.verdict is not None:
                 continue
             if self._pool.overdue(cell, now):
-                call.verdict = ("timeout", f"the program ran longer than {call.limits.wall_seconds:g} s")
+                call.verdict = (
+                    "timeout",
+                    f"the program ran longer than {call.limits.wall_seconds:g} s",
+                )
                 self._pool.kill(cell)
             elif looking and now - call.started > TICK / 2:
                 self._pool.look(cell)
@@ -189,7 +245,9 @@ class Supervisor:
         while self._queue and self._pool.begin(self._queue[0]):
             self._queue.popleft()
         if self._pool.failures >= MOST_FAILURES:
-            waiting = [(call, Result("sandbox_error", reason=self._pool.complaint)) for call in self._queue]
+            waiting = [
+                (call, Result("sandbox_error", reason=self._pool.complaint)) for call in self._queue
+            ]
             self._queue.clear()
             self._answer(waiting)
 
@@ -200,7 +258,9 @@ class Supervisor:
                 continue
             self._pool.revive()
             limits = replace(self._limits, **message["limits"])
-            self._queue.append(Call(message["id"], message["job"], limits, message["fetch"], caller))
+            self._queue.append(
+                Call(message["id"], message["job"], limits, message["fetch"], caller)
+            )
         caller.flush()
         if not caller.alive:
             self._cancel(caller, None)
@@ -208,7 +268,10 @@ class Supervisor:
         return []
 
     def _cancel(self, caller: Caller, number: int | None) -> None:
-        """The caller no longer waits for that call, or any: free the cell. The answer still goes out and is ignored."""
+        """The caller no longer waits for that call, or any: free the cell.
+
+        The answer still goes out and is ignored.
+        """
 
         def meant(call: Call) -> bool:
             return call.caller is caller and number in (None, call.number)
@@ -222,5 +285,7 @@ class Supervisor:
 
     def _answer(self, ended: Ended) -> None:
         for call, result in ended:
-            files = {name: base64.b64encode(content).decode() for name, content in result.files.items()}
+            files = {
+                name: base64.b64encode(content).decode() for name, content in result.files.items()
+            }
             call.caller.send({"id": call.number, "result": {**vars(result), "files": files}})

@@ -1,4 +1,5 @@
-"""System-call numbers the filter needs, for the two architectures it is built for (kernel uapi `unistd.h`).
+"""System-call numbers the filter needs, for the two architectures it is built for (kernel uapi
+`unistd.h`).
 
 Numbers from 424 on are the same everywhere. A name absent from an architecture doesn't exist there.
 """
@@ -77,5 +78,7 @@ def machine() -> str:
     """This machine's architecture; `ValueError` where the filter has no table for it."""
     name = os.uname().machine
     if name not in TABLES:
-        raise ValueError(f"the sandbox knows the system calls of {', '.join(TABLES)}, not of {name}.")
+        raise ValueError(
+            f"the sandbox knows the system calls of {', '.join(TABLES)}, not of {name}."
+        )
     return name

@@ -8,11 +8,14 @@ import socket
 
 from . import kernel
 
-_claims: dict[int, socket.socket] = {}  # ranges of uids this process holds; the kernel frees them when it ends
+_claims: dict[
+    int, socket.socket
+] = {}  # ranges of uids this process holds; the kernel frees them when it ends
 
 
 def free_uids(count: int) -> int:
-    """The first of `count` consecutive uids that no account has and no other sandbox of this machine uses.
+    """The first of `count` consecutive uids that no account has and no other sandbox of this
+    machine uses.
 
     A name in the abstract socket space is the claim: nothing is left behind by a crash.
     """
@@ -36,10 +39,12 @@ def free_uids(count: int) -> int:
 def enter_user_namespace(uids: range) -> None:
     """Become root of a new user namespace, so that the other namespaces may be made.
 
-    An ordinary user can map itself only. Root without CAP_SYS_ADMIN (a container's) maps `uids` too, for the programs; that must be
-    written from outside, by a process that stayed there.
+    An ordinary user can map itself only. Root without CAP_SYS_ADMIN (a container's) maps `uids`
+    too, for the programs; that must be written from outside, by a process that stayed there.
     """
-    uid, gid, target = os.geteuid(), os.getegid(), os.getpid()
+    uid = os.geteuid()
+    gid = os.getegid()
+    target = os.getpid()
     if not uids:
         kernel.unshare(kernel.CLONE_NEWUSER)
         _write_maps("self", f"0 {uid} 1", f"0 {gid} 1", deny_groups=True)
@@ -53,7 +58,9 @@ def enter_user_namespace(uids: range) -> None:
             if not os.read(reader, 1):
                 os._exit(1)  # refused over there
             programs = f"{uids.start} {uids.start} {len(uids)}"
-            _write_maps(str(target), f"0 {uid} 1\n{programs}", f"0 {gid} 1\n{programs}", deny_groups=False)
+            _write_maps(
+                str(target), f"0 {uid} 1\n{programs}", f"0 {gid} 1\n{programs}", deny_groups=False
+            )
             code = 0
         finally:
             os._exit(code)
@@ -64,7 +71,9 @@ def enter_user_namespace(uids: range) -> None:
     finally:
         os.close(writer)
     if os.waitpid(helper, 0)[1]:
-        raise OSError("mapping the programs' uids into the user namespace is refused (CAP_SETUID and CAP_SETFCAP do it)")
+        raise OSError(
+            "mapping the programs' uids into the user namespace is refused (CAP_SETUID and CAP_SETFCAP do it)"
+        )
 
 
 def _write_maps(process: str, uid_map: str, gid_map: str, deny_groups: bool) -> None:

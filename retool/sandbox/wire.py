@@ -1,4 +1,6 @@
-"""Messages between the processes of the sandbox: a length, then JSON; descriptors travel beside one byte."""
+"""Messages between the processes of the sandbox: a length, then JSON; descriptors travel beside one
+byte.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,12 @@ def _read_exactly(fd: int, count: int) -> bytes | None:
     return b"".join(parts)
 
 
-def receive_with_credentials(sock: socket.socket, size: int = 4096, descriptors: int = 8) -> tuple[bytes, list[int], int]:
-    """Data, descriptors, and the sender's pid as the kernel translates it into this process's pid namespace (0: not given)."""
+def receive_with_credentials(
+    sock: socket.socket, size: int = 4096, descriptors: int = 8
+) -> tuple[bytes, list[int], int]:
+    """Data, descriptors, and the sender's pid as the kernel translates it into this process's pid
+    namespace (0: not given).
+    """
     space = socket.CMSG_SPACE(descriptors * 4) + socket.CMSG_SPACE(12)
     data, ancillary, _, _ = sock.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
     received: array.array[int] = array.array("i")

@@ -1,7 +1,8 @@
-"""The warm fork server: an interpreter with the usual packages imported that turns into confined children on request.
+"""The warm fork server: an interpreter with the usual packages imported that turns into confined
+children on request.
 
-It holds no program and no output: those pass between the supervisor and the child alone, so a fork inherits nothing of another
-call.
+It holds no program and no output: those pass between the supervisor and the child alone, so a fork
+inherits nothing of another call.
 """
 
 from __future__ import annotations
@@ -25,11 +26,53 @@ from . import isolate, kernel, landlock, layers, program, rootfs, uids, wire
 from .children import Child, Server
 
 MODULES = (
-    "numpy", "numpy.random", "numpy.linalg", "numpy.fft", "sympy", "mpmath", "math", "cmath", "fractions", "decimal", "itertools",
-    "functools", "collections", "operator", "random", "re", "json", "datetime", "statistics", "heapq", "bisect", "string", "copy", "time",
-    "typing", "dataclasses", "enum", "textwrap", "warnings", "calendar", "contextlib", "tokenize", "traceback", "linecache", "inspect",
-    "struct", "hashlib", "base64", "csv", "pprint", "numbers", "queue", "threading", "codecs", "ast", "abc",
-)  # fmt: skip
+    "numpy",
+    "numpy.random",
+    "numpy.linalg",
+    "numpy.fft",
+    "sympy",
+    "mpmath",
+    "math",
+    "cmath",
+    "fractions",
+    "decimal",
+    "itertools",
+    "functools",
+    "collections",
+    "operator",
+    "random",
+    "re",
+    "json",
+    "datetime",
+    "statistics",
+    "heapq",
+    "bisect",
+    "string",
+    "copy",
+    "time",
+    "typing",
+    "dataclasses",
+    "enum",
+    "textwrap",
+    "warnings",
+    "calendar",
+    "contextlib",
+    "tokenize",
+    "traceback",
+    "linecache",
+    "inspect",
+    "struct",
+    "hashlib",
+    "base64",
+    "csv",
+    "pprint",
+    "numbers",
+    "queue",
+    "threading",
+    "codecs",
+    "ast",
+    "abc",
+)
 NOT_ISOLATED = 251
 HOST_NAME = "sandbox"
 
@@ -44,7 +87,9 @@ class Setup:
 
 
 def main() -> Callable[[], NoReturn]:
-    """Run on the control socket at descriptor 0, with the setup in the first argument. Returns in children only: what they are to do.
+    """Run on the control socket at descriptor 0, with the setup in the first argument.
+
+    Returns in children only: what they are to do.
 
     They come back all the way here, so that a program finds no frame of the server's above its own.
     """
@@ -52,7 +97,8 @@ def main() -> Callable[[], NoReturn]:
     sys.argv[:] = sys.orig_argv[:] = []
     setup = Setup(layers.Plan.from_json(fields["plan"]), fields["scratch"], fields["folder_mb"])
     os.umask(0o022)
-    os.setsid()  # one session for all programs: the kernel may share processors out by session first
+    # one session for all programs: the kernel may share processors out by session first
+    os.setsid()
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     if setup.plan.outer_user:
         uids.enter_user_namespace(setup.plan.uids)
@@ -73,33 +119,45 @@ def main() -> Callable[[], NoReturn]:
 
 
 def _hide_host_name() -> None:
-    """Where no namespace gives programs a name of their own, the call that tells the host's is denied: Python has this answer instead."""
+    """Where no namespace gives programs a name of their own, the call that tells the host's is
+    denied: Python has this answer instead.
+    """
     facts = os.uname()
-    hidden = os.uname_result((facts.sysname, HOST_NAME, facts.release, facts.version, facts.machine))
+    hidden = os.uname_result(
+        (facts.sysname, HOST_NAME, facts.release, facts.version, facts.machine)
+    )
     os.uname = lambda: hidden
     socket.gethostname = lambda: HOST_NAME
     platform.uname()  # remembered there
 
 
 def _stand_by(inner: int) -> NoReturn:
-    """The process left outside the pid namespace only carries the inner one's end to the supervisor."""
+    """The process left outside the pid namespace only carries the inner one's end to the
+    supervisor.
+    """
     os.close(0)
     os._exit(1 if os.waitpid(inner, 0)[1] else 0)
 
 
 def _serve(setup: Setup) -> Callable[[], NoReturn]:
     statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-    own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if "pid_namespace" in setup.plan.present else -1
+    own_pids = (
+        os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        if "pid_namespace" in setup.plan.present
+        else -1
+    )
     memory_map = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
     session = _open_session()
     copies = rootfs.copy_hidden(setup.plan.hidden, setup.scratch)
-    search_path, rights = [copies.get(path, path) for path in rootfs.search_path()], rootfs.rights(list(copies.values()))
+    search_path = [copies.get(path, path) for path in rootfs.search_path()]
+    rights = rootfs.rights(list(copies.values()))
     if "mount_namespace" in setup.plan.present:
         kernel.unshare(kernel.CLONE_NEWNS)
         rootfs.enter(setup.scratch)
     sys.path[:] = search_path
     _move_packages(copies)
-    program.forget_origin()  # before the code gets warm: what the interpreter learns about it is kept with it
+    # before the code gets warm: what the interpreter learns about it is kept with it
+    program.forget_origin()
     _warm_up()
     with open(memory_map) as file:
         kernel.collapse_into_huge_pages(file.read())
@@ -108,7 +166,8 @@ def _serve(setup: Setup) -> Callable[[], NoReturn]:
     if "pid_namespace" not in setup.plan.present:
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     with contextlib.suppress(OSError):
-        os.write(session, str(isolate.NICENESS).encode())  # from now on; to get warm is the server's own work
+        # From now on; to get warm is the server's own work
+        os.write(session, str(isolate.NICENESS).encode())
     common = isolate.prepare(setup.plan, granted, setup.folder_mb)
     server = Server(common, socket.socket(fileno=0), own_pids)
     server.tell({"ready": True})
@@ -119,19 +178,25 @@ def _serve(setup: Setup) -> Callable[[], NoReturn]:
 
 
 def _open_session() -> int:
-    """Where this session's share of the processors is set, where the kernel shares them out by session; -1 elsewhere."""
+    """Where this session's share of the processors is set, where the kernel shares them out by
+    session; -1 elsewhere.
+    """
     try:
         return os.open("/proc/self/autogroup", os.O_WRONLY | os.O_CLOEXEC)
     except OSError:
         return -1
 
 
-def _become_program(common: isolate.Confinement, cell: isolate.Cell, base: int) -> Callable[[], NoReturn]:
+def _become_program(
+    common: isolate.Confinement, cell: isolate.Cell, base: int
+) -> Callable[[], NoReturn]:
     """In a child: confine it, wait for its program, and return what runs it."""
     try:
         descriptors = isolate.confine(common, cell)
         control = socket.socket(fileno=isolate.CONTROL)
-        control.sendmsg([b"R"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
+        control.sendmsg(
+            [b"R"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        )
         for descriptor in descriptors:
             os.close(descriptor)
         job = wire.read_frame(control.detach())
@@ -139,23 +204,32 @@ def _become_program(common: isolate.Confinement, cell: isolate.Cell, base: int) 
         if job is not None:
             return functools.partial(program.run, job, base)
     except BaseException as error:  # before the program started: whatever it is, this isn't a cell
-        os.write(cell.stderr if _is_open(cell.stderr) else 2, f"{type(error).__name__}: {error}".encode())
+        os.write(
+            cell.stderr if _is_open(cell.stderr) else 2, f"{type(error).__name__}: {error}".encode()
+        )
         os._exit(NOT_ISOLATED)
     os._exit(0)
 
 
 def _move_packages(copies: dict[str, str]) -> None:
-    """Point packages that are already imported to the copies of their folders, where their other modules can be read."""
+    """Point packages that are already imported to the copies of their folders, where their other
+    modules can be read.
+    """
     sys.path_importer_cache.clear()
     for module in list(sys.modules.values()):
         places = getattr(module, "__path__", None)
         if isinstance(places, list):
             for old, new in copies.items():
-                places[:] = [new + place[len(old) :] if place.startswith(old + "/") else place for place in places]
+                places[:] = [
+                    new + place[len(old) :] if place.startswith(old + "/") else place
+                    for place in places
+                ]
 
 
 def _warm_up() -> None:
-    """Import what programs use, and load what sympy loads late; a package that isn't installed is left to the program to miss."""
+    """Import what programs use, and load what sympy loads late; a package that isn't installed is
+    left to the program to miss.
+    """
     for name in MODULES:
         try:
             importlib.import_module(name)

@@ -1,4 +1,7 @@
-"""`python -m retool.sft key=value …`: multi-turn SFT. `--help` lists the keys, `--check` stops after preflight."""
+"""`python -m retool.sft key=value …`: multi-turn SFT.
+
+`--help` lists the keys, `--check` stops after preflight.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,11 @@ def main(words: list[str]) -> int:
     from retool.sft.show import in_words, rows_read
 
     with rows_read() if rank == 0 else nullcontext() as progress:
-        report = preflight(read(SFTConfig, [w for w in words if w != "--check"], SYNONYMS), planning=checking, progress=progress)
+        report = preflight(
+            read(SFTConfig, [w for w in words if w != "--check"], SYNONYMS),
+            planning=checking,
+            progress=progress,
+        )
 
     def run() -> None:
         from retool.sft.train import train

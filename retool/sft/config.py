@@ -16,12 +16,16 @@ class MultiturnConfig:
 
     enable: bool = option(True, "false: single turn, from data.prompt_key and data.response_key.")
     messages_key: str = option("messages", "Column with the list of messages.")
-    tools_key: str = option("tools", "Column with the function schemas, a list or a JSON string of it; may be absent.")
-    enable_thinking_key: str = option("enable_thinking", "Column with the template's enable_thinking per row; may be absent.")
+    tools_key: str = option(
+        "tools", "Column with the function schemas, a list or a JSON string of it; may be absent."
+    )
+    enable_thinking_key: str = option(
+        "enable_thinking", "Column with the template's enable_thinking per row; may be absent."
+    )
     history: Literal["error", "last", "split"] = option(
         "error",
-        "For templates that rewrite earlier turns: error = refuse; last = train only turns whose context is what inference would show; "
-        "split = one sample per assistant turn.",
+        "For templates that rewrite earlier turns: error = refuse; last = train only turns whose "
+        "context is what inference would show; split = one sample per assistant turn.",
     )
 
 
@@ -29,7 +33,9 @@ class MultiturnConfig:
 class CustomClsConfig:
     """The user's own rows."""
 
-    path: str | None = option(None, "Python file with a function `(path) -> Iterable[dict]` that reads the data files.")
+    path: str | None = option(
+        None, "Python file with a function `(path) -> Iterable[dict]` that reads the data files."
+    )
     name: str | None = option(None, "Name of that function.")
 
 
@@ -38,24 +44,34 @@ class DataConfig:
     """What is trained on."""
 
     train_files: tuple[str, ...] = option(
-        REQUIRED, "Parquet or jsonl: a file, a list [a,b], a folder, a glob, or a URL (hdfs://, s3://) for fsspec/pyarrow."
+        REQUIRED,
+        (
+            "Parquet or jsonl: a file, a list [a,b], a folder, a glob, or a URL (hdfs://, s3://) for "
+            "fsspec/pyarrow."
+        ),
     )
     val_files: tuple[str, ...] | None = option(None, "The same, for validation; null = none.")
     train_max_samples: int = option(-1, "Use the first N training rows; -1 = all.", minimum=-1)
     val_max_samples: int = option(-1, "Use the first N validation rows; -1 = all.", minimum=-1)
-    train_batch_size: int = option(256, "Samples per optimizer step over all GPUs, whatever dp, sp or micro-batching.", minimum=1)
+    train_batch_size: int = option(
+        256,
+        "Samples per optimizer step over all GPUs, whatever dp, sp or micro-batching.",
+        minimum=1,
+    )
     micro_batch_size_per_gpu: int | None = option(
         None, "Samples per micro-batch of one sequence-parallel group; null = by tokens.", minimum=1
     )
     fill_micro_batches: bool = option(
         True,
-        "With data.micro_batch_size_per_gpu: short samples share a micro-batch as long as it holds no more tokens than that many of the "
-        "longest, or 8,192 per GPU where these fit without recomputing more. The results are the same. false: never more samples.",
+        "With data.micro_batch_size_per_gpu: short samples share a micro-batch as long as it holds "
+        "no more tokens than that many of the longest, or 8,192 per GPU where these fit without "
+        "recomputing more. The results are the same. false: never more samples.",
     )
     max_token_len_per_gpu: int | None = option(
         None,
-        "Token budget of a micro-batch per GPU (an sp group holds sp times that); a single longer sample is its own micro-batch. "
-        "With this and data.micro_batch_size_per_gpu null, preflight picks a budget that fits.",
+        "Token budget of a micro-batch per GPU (an sp group holds sp times that); a single longer "
+        "sample is its own micro-batch. With this and data.micro_batch_size_per_gpu null, "
+        "preflight picks a budget that fits.",
         minimum=1,
     )
     max_length: int = option(4096, "Longest sample in tokens.", minimum=2)
@@ -64,25 +80,38 @@ class DataConfig:
     )
     multiturn: MultiturnConfig = field(default_factory=MultiturnConfig)
     prompt_key: str = option("prompt", "Column with the prompt when data.multiturn.enable=false.")
-    response_key: str = option("response", "Column with the response when data.multiturn.enable=false.")
-    shuffle: bool = option(True, "Shuffle each epoch; the order is a function of (data.seed, epoch) alone.")
+    response_key: str = option(
+        "response", "Column with the response when data.multiturn.enable=false."
+    )
+    shuffle: bool = option(
+        True, "Shuffle each epoch; the order is a function of (data.seed, epoch) alone."
+    )
     seed: int = option("${trainer.seed}", "Seed of the data order.", minimum=0)
-    num_workers: int = option(2, "Processes that render and tokenise in the background; 0 = in the main process.", minimum=0)
-    apply_chat_template_kwargs: dict[str, Any] = option({}, "Passed on to the chat template, e.g. {enable_thinking: false}.")
+    num_workers: int = option(
+        2,
+        "Processes that render and tokenise in the background; 0 = in the main process.",
+        minimum=0,
+    )
+    apply_chat_template_kwargs: dict[str, Any] = option(
+        {}, "Passed on to the chat template, e.g. {enable_thinking: false}."
+    )
     chat_template: str | None = option(
         None,
-        "Replaces the model's chat template: a file, or hermes (ours: ChatML with tools). It is saved into the export.",
+        (
+            "Replaces the model's chat template: a file, or hermes (ours: ChatML with tools). It "
+            "is saved into the export."
+        ),
     )
     template_date: str | None = option(None, options.TEMPLATE_DATE)
     reasoning_in_content: bool = option(
         False,
-        "Write what the assistant thinks (reasoning_content, reasoning, thinking) at the beginning of its content, as <think>…</think>, "
-        "for a template that doesn't show such a field.",
+        "Write what the assistant thinks (reasoning_content, reasoning, thinking) at the beginning "
+        "of its content, as <think>…</think>, for a template that doesn't show such a field.",
     )
     drop_reasoning: bool = option(
         False,
-        "Train without what the assistant thinks, in a field or between <think> and </think>. Otherwise a row whose template doesn't show "
-        "it is refused.",
+        "Train without what the assistant thinks, in a field or between <think> and </think>. "
+        "Otherwise a row whose template doesn't show it is refused.",
     )
     custom_cls: CustomClsConfig = field(default_factory=CustomClsConfig)
     cache_dir: str | None = option(None, "Where rendered data is cached; null = ~/.cache/retool.")
@@ -92,7 +121,9 @@ class DataConfig:
 class ModelConfig(options.DecoderConfig):
     """What is trained."""
 
-    partial_pretrain: str = option(REQUIRED, "Hugging Face model folder or hub id: llama, qwen2 or qwen3.")
+    partial_pretrain: str = option(
+        REQUIRED, "Hugging Face model folder or hub id: llama, qwen2 or qwen3."
+    )
     strategy: Literal["fsdp"] = option("fsdp", "fsdp2 means the same.", spellings={"fsdp2": "fsdp"})
     fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
 
@@ -120,7 +151,9 @@ class SFTConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ulysses_sequence_parallel_size: int = option(
-        1, "GPUs that share one sequence: 1 to the number of query heads; must divide the world size.", minimum=1
+        1,
+        "GPUs that share one sequence: 1 to the number of query heads; must divide the world size.",
+        minimum=1,
     )
     use_remove_padding: bool = option(True, "false pads each sample to data.max_length first.")
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -155,8 +188,16 @@ torchrun --nproc_per_node=2 -m retool.sft \\
 
 def run_options(config: SFTConfig) -> RunOptions:
     """What every command has."""
-    model, trainer = config.model, config.trainer
-    return RunOptions(trainer, model, model.fsdp_config, config.optim, trainer.checkpoint, config.ulysses_sequence_parallel_size)
+    model = config.model
+    trainer = config.trainer
+    return RunOptions(
+        trainer,
+        model,
+        model.fsdp_config,
+        config.optim,
+        trainer.checkpoint,
+        config.ulysses_sequence_parallel_size,
+    )
 
 
 def contradictions(config: SFTConfig) -> Iterator[Fault]:
@@ -164,6 +205,14 @@ def contradictions(config: SFTConfig) -> Iterator[Fault]:
     yield from options.contradictions(run_options(config))
     yield from options.date_faults(config.data.template_date)
     if config.data.drop_reasoning and config.data.reasoning_in_content:
-        yield Fault("data.drop_reasoning", "contradicts data.reasoning_in_content=true.", "Choose one: leave thoughts out, or write them.")
+        yield Fault(
+            "data.drop_reasoning",
+            "contradicts data.reasoning_in_content=true.",
+            "Choose one: leave thoughts out, or write them.",
+        )
     if (config.data.custom_cls.path is None) != (config.data.custom_cls.name is None):
-        yield Fault("data.custom_cls", "needs both path and name.", "Give the Python file and the function in it, or neither.")
+        yield Fault(
+            "data.custom_cls",
+            "needs both path and name.",
+            "Give the Python file and the function in it, or neither.",
+        )

@@ -11,10 +11,16 @@ FILES = "data.train_files"
 
 
 def with_identity(report: Report) -> Report:
-    """With what of the run's identity is known: without its model or data where these couldn't be read."""
+    """With what of the run's identity is known: without its model or data where these couldn't be
+    read.
+    """
     data = report.config.data
     found: dict[str, Trait] = {}
-    if report.folder is not None and report.model is not None and not _blamed(report, "model.partial_pretrain"):
+    if (
+        report.folder is not None
+        and report.model is not None
+        and not _blamed(report, "model.partial_pretrain")
+    ):
         found |= model_traits(report.folder, report.model, "model.partial_pretrain")
     if report.train is not None:
         said = report.train.said

@@ -1,4 +1,5 @@
-"""The SFT loss: −log p of every trained token, summed; whoever calls divides by the global number of trained tokens.
+"""The SFT loss: −log p of every trained token, summed; whoever calls divides by the global number
+of trained tokens.
 
 t tokens of this sequence-parallel rank · D model · V vocab.
 """
@@ -15,24 +16,33 @@ MOSTLY = 0.9  # from this share of trained tokens on, choosing them costs more t
 
 
 def loss_sum(model: Sharded, pack: PackedBatch) -> torch.Tensor:
-    """Σ −weight · log p(label) over this rank's slice of a whole pack on the host: a 0-d tensor in at least fp32, on the device.
+    """Σ −weight · log p(label) over this rank's slice of a whole pack on the host: a 0-d tensor in
+    at least fp32, on the device.
 
-    The vocabulary head sees trained tokens only. They are counted on the host, so nothing waits for the device.
+    The vocabulary head sees trained tokens only. They are counted on the host, so nothing waits for
+    the device.
     """
     mesh = model.mesh
     part = pack.slice(mesh.sp_rank, mesh.sp)
     trained = part.weights.nonzero()[:, 0]
     if len(trained) == 0:
-        trained = torch.zeros(1, dtype=torch.int64)  # a weight of 0: every rank runs the same graph and collectives
+        # A weight of 0: every rank runs the same graph and collectives
+        trained = torch.zeros(1, dtype=torch.int64)
     batch = part.to(mesh.device)
     chosen = None
     if len(trained) < MOSTLY * len(part.weights):
-        chosen = trained.pin_memory().to(mesh.device, non_blocking=True) if mesh.device.type == "cuda" else trained
+        chosen = (
+            trained.pin_memory().to(mesh.device, non_blocking=True)
+            if mesh.device.type == "cuda"
+            else trained
+        )
 
     def score(hidden_tD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
         if chosen is None:
             return -weighted_logprob_sum(hidden_tD, weight_VD, batch.labels, batch.weights)
-        hidden, labels, weights = (x.index_select(0, chosen) for x in (hidden_tD, batch.labels, batch.weights))
+        hidden, labels, weights = (
+            x.index_select(0, chosen) for x in (hidden_tD, batch.labels, batch.weights)
+        )
         return -weighted_logprob_sum(hidden, weight_VD, labels, weights)
 
     return model(batch, score)

@@ -1,7 +1,8 @@
 """Everything wrong with an SFT run before it starts, at once.
 
-`preflight` reads configuration, file headers, every row (tokenised once, into the cache that the run then uses), and of weights only what
-tells them apart; it needs no GPU and starts nothing. `python -m retool.sft … --check` stops after it; with `trainer.n_gpus_per_node` and
+`preflight` reads configuration, file headers, every row (tokenised once, into the cache that the
+run then uses), and of weights only what tells them apart; it needs no GPU and starts nothing.
+`python -m retool.sft … --check` stops after it; with `trainer.n_gpus_per_node` and
 `trainer.device_memory_gb` it plans for another box.
 """
 
@@ -43,31 +44,49 @@ from retool.sft.config import SFTConfig, contradictions
 from retool.sft.identity import with_identity
 from retool.sft.plan import Report, Split, choose_for, remedies
 
-HOPELESS = 1.25  # a predicted peak this many times the device's memory is a fault; a closer one only a note
+# a predicted peak this many times the device's memory is a fault; a closer one only a note
+HOPELESS = 1.25
 Name = Literal["train", "val"]
 Progress = Callable[[int], None]
 
 
 def preflight(
-    parsed: Parsed[SFTConfig], planning: bool = False, environment: Mapping[str, str] | None = None, progress: Progress | None = None
+    parsed: Parsed[SFTConfig],
+    planning: bool = False,
+    environment: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
-    """Check everything. Every rank may call it: one tokenises, the others wait and open the same files.
+    """Check everything.
 
-    `planning` (`--check`) allows another number of GPUs than are here; `environment` (default: the process's) says what the
-    launcher started; `progress` is called with the number of rows read.
+    Every rank may call it: one tokenises, the others wait and open the same files.
+
+    `planning` (`--check`) allows another number of GPUs than are here; `environment` (default: the
+    process's) says what the launcher started; `progress` is called with the number of rows read.
     """
-    config, faults = parsed.config, [*parsed.faults, *contradictions(parsed.config), *missing_extras(parsed.config.trainer.logger)]
+    config = parsed.config
+    faults = [
+        *parsed.faults,
+        *contradictions(parsed.config),
+        *missing_extras(parsed.config.trainer.logger),
+    ]
     launcher = os.environ if environment is None else environment
     box = box_of(config.trainer, planning, launcher)
-    world, trouble = read_world(config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher)
+    world, trouble = read_world(
+        config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher
+    )
     report = find_checkpoint(Report(config, world, faults=tuple(faults + trouble)))
-    report = with_model(report, config.model.partial_pretrain, "model.partial_pretrain", config.data.chat_template)
+    report = with_model(
+        report, config.model.partial_pretrain, "model.partial_pretrain", config.data.chat_template
+    )
     report = _with_data(check_run(report, box, launcher), progress)
     report = _with_memory(report, box)
     report = check_checkpoint(with_identity(report))
     if report.faults:
         return report
-    return replace(report, notes=(*report.notes, *_notes(report), *notes_of(report, box, launcher, planning=planning)))
+    return replace(
+        report,
+        notes=(*report.notes, *_notes(report), *notes_of(report, box, launcher, planning=planning)),
+    )
 
 
 # --- data ---
@@ -75,20 +94,31 @@ def preflight(
 
 def _with_data(report: Report, progress: Progress | None) -> Report:
     """Check the data files, then read every row of those that are sound, if the tokenizer is."""
-    config, faults = report.config, list[Fault]()
+    config = report.config
+    faults = list[Fault]()
     custom = config.data.custom_cls
     if custom.path is not None and custom.name is not None:
-        attempt("data.custom_cls", lambda: load_function(str(custom.path), str(custom.name)), faults)
-    train, val = _files(config, "train", faults), _files(config, "val", faults)
+        attempt(
+            "data.custom_cls", lambda: load_function(str(custom.path), str(custom.name)), faults
+        )
+    train = _files(config, "train", faults)
+    val = _files(config, "val", faults)
     report, folder = report.blame(*faults), report.folder
-    if faults or folder is None or report.model is None or any(check_tokenizer(folder, config.data.chat_template)):
+    if (
+        faults
+        or folder is None
+        or report.model is None
+        or any(check_tokenizer(folder, config.data.chat_template))
+    ):
         return report  # transformers needs a model type that it can read to find the tokenizer
     day = template_date(config.data.template_date, report.then)
     renderer = attempt("model.partial_pretrain", lambda: make_renderer(config, folder, day), faults)
     if renderer is None:
         return report.blame(*faults)
     if shows_date(renderer):
-        report = replace(report, config=replace(config, data=replace(config.data, template_date=day)))
+        report = replace(
+            report, config=replace(config, data=replace(config.data, template_date=day))
+        )
     report = replace(report, notes=(*report.notes, *other_tokens(renderer.tokenizer, folder)))
     report = _with_split(report, renderer, "train", train, progress)
     report = _with_split(report, renderer, "val", val, progress)
@@ -96,7 +126,13 @@ def _with_data(report: Report, progress: Progress | None) -> Report:
     samples = None if report.train is None else len(report.train.dataset)
     if samples is not None and samples < config.data.train_batch_size:
         problem = f"is more than the {samples} training samples: an epoch has no full batch."
-        report = report.blame(Fault(f"data.train_batch_size={config.data.train_batch_size}", problem, f"Use at most {samples}."))
+        report = report.blame(
+            Fault(
+                f"data.train_batch_size={config.data.train_batch_size}",
+                problem,
+                f"Use at most {samples}.",
+            )
+        )
     return report
 
 
@@ -111,13 +147,19 @@ def _id_faults(report: Report) -> Iterator[Fault]:
 
 
 def _files(config: SFTConfig, name: Name, faults: list[Fault]) -> list[str]:
-    """The resolved files of data.train_files or data.val_files, with a fault for each that can't be used."""
+    """The resolved files of data.train_files or data.val_files, with a fault for each that can't be
+    used.
+    """
     wanted = config.data.train_files if name == "train" else config.data.val_files or ()
-    custom, form = config.data.custom_cls.path is not None, row_format(config)
+    custom = config.data.custom_cls.path is not None
+    form = row_format(config)
     found: list[str] = []
     for entry in wanted:
         where = f"data.{name}_files={entry}"
-        for file in attempt(where, lambda entry=entry: resolve_files(entry, any_suffix=custom), faults) or []:
+        for file in (
+            attempt(where, lambda entry=entry: resolve_files(entry, any_suffix=custom), faults)
+            or []
+        ):
             if not custom:
                 attempt(where, lambda file=file: form.check(file), faults)
             found.append(file)
@@ -126,13 +168,22 @@ def _files(config: SFTConfig, name: Name, faults: list[Fault]) -> list[str]:
 
 def row_format(config: SFTConfig) -> RowFormat:
     """Which columns make a conversation."""
-    data, multi = config.data, config.data.multiturn
-    return RowFormat(multi.enable, multi.messages_key, multi.tools_key, multi.enable_thinking_key, data.prompt_key, data.response_key)
+    data = config.data
+    multi = config.data.multiturn
+    return RowFormat(
+        multi.enable,
+        multi.messages_key,
+        multi.tools_key,
+        multi.enable_thinking_key,
+        data.prompt_key,
+        data.response_key,
+    )
 
 
 def make_renderer(config: SFTConfig, folder: Path, day: str) -> Renderer:
-    """The renderer of the model in `folder`, with the configured template; a date that it asks for is `day`. ValueError where it can't
-    be made."""
+    """The renderer of the model in `folder`, with the configured template; a date that it asks for
+    is `day`. ValueError where it can't be made.
+    """
     tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
     data = config.data
     return Renderer(
@@ -144,7 +195,9 @@ def make_renderer(config: SFTConfig, folder: Path, day: str) -> Renderer:
     )
 
 
-def _with_split(report: Report, renderer: Renderer, name: Name, files: list[str], progress: Progress | None) -> Report:
+def _with_split(
+    report: Report, renderer: Renderer, name: Name, files: list[str], progress: Progress | None
+) -> Report:
     if not files:
         return report
     split = _read(report.config, renderer, name, files, progress)
@@ -153,38 +206,73 @@ def _with_split(report: Report, renderer: Renderer, name: Name, files: list[str]
     return replace(report, train=split) if name == "train" else replace(report, val=split)
 
 
-def _read(config: SFTConfig, renderer: Renderer, name: Name, files: list[str], progress: Progress | None) -> Split | list[Fault]:
-    """Tokenise (or find tokenised) every row; a fault for each of the first rows that can't be used."""
-    data, form = config.data, row_format(config)
+def _read(
+    config: SFTConfig, renderer: Renderer, name: Name, files: list[str], progress: Progress | None
+) -> Split | list[Fault]:
+    """Tokenise (or find tokenised) every row; a fault for each of the first rows that can't be
+    used.
+    """
+    data = config.data
+    form = row_format(config)
     try:
         dataset, said = open_dataset(
-            files, renderer, max_length=data.max_length, truncation=data.truncation, history=data.multiturn.history,
-            multiturn=form.multiturn, messages_key=form.messages_key, tools_key=form.tools_key,
-            enable_thinking_key=form.enable_thinking_key, prompt_key=form.prompt_key, response_key=form.response_key,
-            custom_path=data.custom_cls.path, custom_name=data.custom_cls.name, num_workers=data.num_workers,
-            max_samples=data.train_max_samples if name == "train" else data.val_max_samples, cache_dir=data.cache_dir, progress=progress,
-        )  # fmt: skip
+            files,
+            renderer,
+            max_length=data.max_length,
+            truncation=data.truncation,
+            history=data.multiturn.history,
+            multiturn=form.multiturn,
+            messages_key=form.messages_key,
+            tools_key=form.tools_key,
+            enable_thinking_key=form.enable_thinking_key,
+            prompt_key=form.prompt_key,
+            response_key=form.response_key,
+            custom_path=data.custom_cls.path,
+            custom_name=data.custom_cls.name,
+            num_workers=data.num_workers,
+            max_samples=data.train_max_samples if name == "train" else data.val_max_samples,
+            cache_dir=data.cache_dir,
+            progress=progress,
+        )
     except (ValueError, OSError) as error:
         first, *rows = str(error).splitlines()
         audit = f"{audit_command(config, files)} shows more."
-        return [Fault(f"data.{name}_files", first, audit if rows else ""), *(Fault(f"data.{name}_files", row) for row in rows)]
+        return [
+            Fault(f"data.{name}_files", first, audit if rows else ""),
+            *(Fault(f"data.{name}_files", row) for row in rows),
+        ]
     return Split(tuple(files), dataset, said)
 
 
 def audit_command(config: SFTConfig, files: Sequence[str]) -> str:
     """The audit of these files, as this run would read them."""
-    data, multi = config.data, config.data.multiturn
+    data = config.data
+    multi = config.data.multiturn
     given: dict[str, Any] = {
-        "--model": config.model.partial_pretrain, "--max-length": data.max_length, "--history": multi.history,
-        "--chat-template": data.chat_template, "--template-date": data.template_date,
+        "--model": config.model.partial_pretrain,
+        "--max-length": data.max_length,
+        "--history": multi.history,
+        "--chat-template": data.chat_template,
+        "--template-date": data.template_date,
         "--template-kwargs": json.dumps(dict(data.apply_chat_template_kwargs)),
-        "--messages-key": multi.messages_key, "--tools-key": multi.tools_key, "--enable-thinking-key": multi.enable_thinking_key,
-        "--rows": f"{data.custom_cls.path}:{data.custom_cls.name}" if data.custom_cls.path else None,
-    }  # fmt: skip
+        "--messages-key": multi.messages_key,
+        "--tools-key": multi.tools_key,
+        "--enable-thinking-key": multi.enable_thinking_key,
+        "--rows": f"{data.custom_cls.path}:{data.custom_cls.name}"
+        if data.custom_cls.path
+        else None,
+    }
     if not multi.enable:
         given |= {"--prompt-key": data.prompt_key, "--response-key": data.response_key}
-    usual = vars(audit_parser().parse_args(["audit", "FILE", "--model", ""])) | {"template_kwargs": "{}"}
-    words = [word for flag, value in given.items() if value != usual[flag[2:].replace("-", "_")] for word in (flag, str(value))]
+    usual = vars(audit_parser().parse_args(["audit", "FILE", "--model", ""])) | {
+        "template_kwargs": "{}"
+    }
+    words = [
+        word
+        for flag, value in given.items()
+        if value != usual[flag[2:].replace("-", "_")]
+        for word in (flag, str(value))
+    ]
     switches = {
         "--single-turn": not multi.enable,
         "--drop-reasoning": data.drop_reasoning,
@@ -198,32 +286,60 @@ def audit_command(config: SFTConfig, files: Sequence[str]) -> str:
 
 
 def _with_memory(report: Report, box: Box) -> Report:
-    """Choose batches and recomputation, and predict the memory, once there is a model and a layout that works."""
-    config, model = report.config, report.model
-    sp, processes = config.ulysses_sequence_parallel_size, report.world.processes
+    """Choose batches and recomputation, and predict the memory, once there is a model and a layout
+    that works.
+    """
+    config = report.config
+    model = report.model
+    sp = config.ulysses_sequence_parallel_size
+    processes = report.world.processes
     if model is None or processes % sp or sp > model.heads:
         return report
     report = replace(report, choice=(choice := choose_for(report)))
     if choice.prediction.host and not box.elsewhere:
-        report = report.blame(*check_host_memory(host_bytes(report), f"model.activation_offload={config.model.activation_offload}".lower()))
+        report = report.blame(
+            *check_host_memory(
+                host_bytes(report),
+                f"model.activation_offload={config.model.activation_offload}".lower(),
+            )
+        )
     memory = gpu_memory(report.options)
     if memory is None or choice.prediction.peak <= HOPELESS * memory * GIB:
         return report
-    problem = f"the predicted peak is {choice.prediction.peak / GIB:.1f} GiB, and a GPU has {memory:.1f}."
+    problem = (
+        f"the predicted peak is {choice.prediction.peak / GIB:.1f} GiB, and a GPU has {memory:.1f}."
+    )
     return report.blame(Fault("memory", problem, remedies(report)))
 
 
 def _notes(report: Report) -> Iterator[str]:
     """What is allowed but probably not meant."""
-    config, model, choice, memory = report.config, report.model, report.choice, gpu_memory(report.options)
+    config = report.config
+    model = report.model
+    choice = report.choice
+    memory = gpu_memory(report.options)
     assert model is not None and choice is not None
-    data, dp = config.data, report.world.processes // config.ulysses_sequence_parallel_size
-    if report.train is not None and report.val is not None and (both := set(report.train.files) & set(report.val.files)):
-        yield f"{min(both)} is in data.train_files and in data.val_files: val/loss is of rows that are trained."
+    data = config.data
+    dp = report.world.processes // config.ulysses_sequence_parallel_size
+    if (
+        report.train is not None
+        and report.val is not None
+        and (both := set(report.train.files) & set(report.val.files))
+    ):
+        yield (
+            f"{min(both)} is in data.train_files and in data.val_files: val/loss is of rows that are "
+            "trained."
+        )
     if data.train_batch_size < dp:
-        yield f"data.train_batch_size={data.train_batch_size} leaves {dp - data.train_batch_size} of {dp} data-parallel groups idle."
+        yield (
+            f"data.train_batch_size={data.train_batch_size} leaves {dp - data.train_batch_size} of {dp} "
+            "data-parallel groups idle."
+        )
     if 0 < model.max_position < report.longest:
-        yield f"samples have up to {report.longest} tokens, more than the {model.max_position} positions that the model was made for."
+        yield (
+            f"samples have up to {report.longest} tokens, more than the {model.max_position} positions "
+            "that the model was made for."
+        )
     if memory is not None and choice.fits is False:
         need = (choice.prediction.peak * SLACK + OUTSIDE) / GIB
         yield f"{need:.1f} GiB with what CUDA itself takes may not fit in {memory:.1f}. {remedies(report)}"

@@ -16,12 +16,18 @@ from retool.sft.plan import Report, fills
 
 @contextmanager
 def rows_read(console: Console | None = None) -> Iterator[Callable[[int], None] | None]:
-    """What to tell of rows as they are read: on a terminal a line that counts and goes away, elsewhere nothing."""
+    """What to tell of rows as they are read: on a terminal a line that counts and goes away,
+    elsewhere nothing.
+    """
     console = console or Console(highlight=False)
     if not console.is_terminal:
         yield None
         return
-    columns = SpinnerColumn(), TextColumn("{task.completed:,} rows rendered and tokenised"), TimeElapsedColumn()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.completed:,} rows rendered and tokenised"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda count: bar.update(task, completed=count)
@@ -29,10 +35,18 @@ def rows_read(console: Console | None = None) -> Iterator[Callable[[int], None] 
 
 def in_words(report: Report) -> Iterator[tuple[str, str]]:
     """(topic, text) of what the run will do."""
-    world, choice, sp = report.world, report.choice, report.config.ulysses_sequence_parallel_size
+    world = report.world
+    choice = report.choice
+    sp = report.config.ulysses_sequence_parallel_size
     assert choice is not None
     yield "model", model_words(report)
-    yield "processes", f"{world.processes} on {world.nodes} machine(s): {world.processes // sp} data-parallel × {sp} sequence-parallel"
+    yield (
+        "processes",
+        (
+            f"{world.processes} on {world.nodes} machine(s): {world.processes // sp} data-parallel × {sp} "
+            "sequence-parallel"
+        ),
+    )
     yield "data", _data_words(report)
     yield "a step", _step_words(report, choice, world.processes // sp)
     yield "schedule", _schedule_words(report.config, report.steps)
@@ -41,39 +55,66 @@ def in_words(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _data_words(report: Report) -> str:
-    batch, lines = report.config.data.train_batch_size, list[str]()
+    batch = report.config.data.train_batch_size
+    lines = list[str]()
     if report.train is not None:
         left = len(report.train.dataset) % batch
         lines.append(f"training: {report.train.said.sentence()}")
-        lines.append(f"{report.steps_per_epoch:,} steps of {batch} an epoch" + (f", its last {left} samples left out" if left else ""))
+        lines.append(
+            f"{report.steps_per_epoch:,} steps of {batch} an epoch"
+            + (f", its last {left} samples left out" if left else "")
+        )
     lines.append(f"validation: {report.val.said.sentence()}" if report.val else "no validation")
     return "\n".join(lines)
 
 
 def _step_words(report: Report, choice: Choice, dp: int) -> str:
     config = report.config
-    data, sp = config.data, config.ulysses_sequence_parallel_size
+    data = config.data
+    sp = config.ulysses_sequence_parallel_size
     share = -(-data.train_batch_size // dp)
-    spread = f"{data.train_batch_size} samples, {share} for each of {dp} groups" if dp > 1 else f"{data.train_batch_size} samples"
+    spread = (
+        f"{data.train_batch_size} samples, {share} for each of {dp} groups"
+        if dp > 1
+        else f"{data.train_batch_size} samples"
+    )
     if data.micro_batch_size_per_gpu is not None and not fills(config):
         count = -(-share // data.micro_batch_size_per_gpu)
-        micro = f"{count} micro-batches of {data.micro_batch_size_per_gpu} samples, at most {choice.tokens:,} tokens per GPU"
+        micro = (
+            f"{count} micro-batches of {data.micro_batch_size_per_gpu} samples, at most "
+            f"{choice.tokens:,} tokens per GPU"
+        )
     else:
         chosen = "" if data.max_token_len_per_gpu is not None else " (chosen)"
         if data.micro_batch_size_per_gpu is not None:
             chosen = f" (room for the {data.micro_batch_size_per_gpu} longest)"
-        micro = f"micro-batches of at most {choice.tokens:,} tokens per GPU{chosen}, {choice.tokens * sp:,} per group"
+        micro = (
+            f"micro-batches of at most {choice.tokens:,} tokens per GPU{chosen}, {choice.tokens * sp:,} "
+            "per group"
+        )
     tokens = ""
     if report.train is not None:
-        lengths, trained = report.train.dataset.lengths, report.train.dataset.trained
+        lengths = report.train.dataset.lengths
+        trained = report.train.dataset.trained
         size = data.train_batch_size
-        tokens = f"; {size * float(lengths.mean()):,.0f} tokens on average, {size * float(trained.mean()):,.0f} of them trained"
-    padding = "packed without padding" if config.use_remove_padding else f"each sample padded to {data.max_length:,}"
+        tokens = (
+            f"; {size * float(lengths.mean()):,.0f} tokens on average, "
+            f"{size * float(trained.mean()):,.0f} of them trained"
+        )
+    padding = (
+        "packed without padding"
+        if config.use_remove_padding
+        else f"each sample padded to {data.max_length:,}"
+    )
     return f"{spread}{tokens}; {micro}; {padding}"
 
 
 def _schedule_words(config: SFTConfig, steps: int) -> str:
     optim = config.optim
-    after = "constant" if optim.lr_scheduler == "constant" else f"{optim.lr_scheduler} to {optim.lr * optim.min_lr_ratio:g}"
+    after = (
+        "constant"
+        if optim.lr_scheduler == "constant"
+        else f"{optim.lr_scheduler} to {optim.lr * optim.min_lr_ratio:g}"
+    )
     warmup = f"warm-up over {int(steps * optim.warmup_steps_ratio):,} to {optim.lr:g}"
     return f"{steps:,} optimizer steps; {warmup}, then {after}; gradient norm clipped at {optim.clip_grad:g}"

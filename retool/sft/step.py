@@ -33,14 +33,22 @@ class Measured:
 
 
 def train_step(
-    model: Sharded, optimizer: AdamW, micro_batches: Sequence[PackedBatch], trained_tokens: int, lr: float, timer: StepTimer,
-    hold_gradients: bool = False, beat: Callable[[], object] | None = None,
-) -> Measured:  # fmt: skip
-    """Forward and backward of this rank's micro-batches (whole packs, as many on every rank), clip, update.
+    model: Sharded,
+    optimizer: AdamW,
+    micro_batches: Sequence[PackedBatch],
+    trained_tokens: int,
+    lr: float,
+    timer: StepTimer,
+    hold_gradients: bool = False,
+    beat: Callable[[], object] | None = None,
+) -> Measured:
+    """Forward and backward of this rank's micro-batches (whole packs, as many on every rank), clip,
+    update.
 
-    `trained_tokens` counts the global batch: the loss is its mean over them, whatever the layout. With `hold_gradients`
-    they are reduced once, after the last micro-batch, instead of after each (`Sharded.no_sync`). `beat` is called before each:
-    a large batch may take longer than a run may be silent.
+    `trained_tokens` counts the global batch: the loss is its mean over them, whatever the layout.
+    With `hold_gradients` they are reduced once, after the last micro-batch, instead of after each
+    (`Sharded.no_sync`). `beat` is called before each: a large batch may take longer than a run may
+    be silent.
     """
     mesh = model.mesh
     model.zero_grad()
@@ -49,7 +57,9 @@ def train_step(
         for number, batch in enumerate(micro_batches, 1):
             if beat is not None:
                 beat()
-            with model.no_sync() if hold_gradients and number < len(micro_batches) else nullcontext():
+            with (
+                model.no_sync() if hold_gradients and number < len(micro_batches) else nullcontext()
+            ):
                 loss = loss_sum(model, batch) / max(trained_tokens, 1)
                 optimizer.loss_scale.scaled(loss).backward()
             total += loss.detach()

@@ -14,8 +14,12 @@ from retool.sft.loss import loss_sum
 
 
 @torch.no_grad()
-def validate(model: Sharded, micro_batches: Iterable[PackedBatch], trained_tokens: int) -> dict[str, float]:
-    """`val/loss` in nats per trained token and `val/perplexity`; `micro_batches` are this rank's, as many on every rank."""
+def validate(
+    model: Sharded, micro_batches: Iterable[PackedBatch], trained_tokens: int
+) -> dict[str, float]:
+    """`val/loss` in nats per trained token and `val/perplexity`; `micro_batches` are this rank's,
+    as many on every rank.
+    """
     mesh = model.mesh
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for batch in micro_batches:

@@ -1,4 +1,6 @@
-"""Every benchmark runs at a tiny size, leaves each row as soon as it has it, and survives a row that fails."""
+"""Every benchmark runs at a tiny size, leaves each row as soon as it has it, and survives a row
+that fails.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ ALONE = {  # one process; arguments → rows
     "long_context": ("--lengths 64,128", 4),
     "memory": ("--shape tiny --scale 1024 --rows 0.5b-none,0.5b-offload", 2),
     "packing": ("--steps 1", 8),
-    "rl_step": ("--shape tiny --prompts 2 --samples 2 --prompt 40 --response 4 --warm-up 0 --repeats 1 --ways= --gpus 1 --device cpu", 1),
+    "rl_step": (
+        "--shape tiny --prompts 2 --samples 2 --prompt 40 --response 4 --warm-up 0 --repeats 1 --ways= --gpus 1 --device cpu",
+        1,
+    ),
     "rollout": ("--shape tiny --sequences 4 --prompt 12 --new 6 --repeats 1 --group 2 --peers=", 1),
     "sandbox": ("--seconds 0.05 --callers 1 --calls 0", 6),
     "sft": ("--shape tiny --scale 1024 --repeats 1 --rows full,padded", 2),
@@ -55,12 +60,20 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def rows_of(text: str) -> list[list[str]]:
     """Cells of everything below a table's head."""
-    return [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ") and not line.startswith(("|  |", "| tokens", "| pack |"))]
+    return [
+        line.strip("|").split("|")
+        for line in text.splitlines()
+        if line.startswith("| ") and not line.startswith(("|  |", "| tokens", "| pack |"))
+    ]
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_runs_and_leaves_its_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The script as users start it: `python benchmarks/NAME.py`, but for the interpreter, which is there already."""
+def test_runs_and_leaves_its_rows(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script as users start it: `python benchmarks/NAME.py`, but for the interpreter, which is
+    there already.
+    """
     words, rows = ALONE[name]
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -73,7 +86,8 @@ def test_runs_and_leaves_its_rows(name: str, tmp_path: Path, monkeypatch: pytest
 
 def fail_at(module: ModuleType, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second measurement raises."""
-    inner, calls = module.measure, []
+    inner = module.measure
+    calls = []
 
     def measure(*args: Any) -> Any:
         calls.append(args)
@@ -84,9 +98,15 @@ def fail_at(module: ModuleType, error: BaseException, monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "measure", measure)
 
 
-def test_a_row_that_fails_says_why_and_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_that_fails_says_why_and_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     module = benchmark("logprobs")
-    monkeypatch.setattr(sys, "argv", ["logprobs", *ALONE["logprobs"][0].split(), "--json", str(tmp_path / "out.json")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["logprobs", *ALONE["logprobs"][0].split(), "--json", str(tmp_path / "out.json")],
+    )
     fail_at(module, MemoryError("no room\nat all"), monkeypatch)
     module.main()
     lines = lines_of(tmp_path / "out.json")
@@ -94,9 +114,15 @@ def test_a_row_that_fails_says_why_and_costs_no_other(tmp_path: Path, monkeypatc
     assert rows_of(capsys.readouterr().out)[1][:2] == [" dense ", " failed: MemoryError: no room "]
 
 
-def test_killed_it_has_left_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_it_has_left_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     module = benchmark("logprobs")
-    monkeypatch.setattr(sys, "argv", ["logprobs", *ALONE["logprobs"][0].split(), "--json", str(tmp_path / "out.json")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["logprobs", *ALONE["logprobs"][0].split(), "--json", str(tmp_path / "out.json")],
+    )
     fail_at(module, KeyboardInterrupt(), monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         module.main()
@@ -108,7 +134,8 @@ def attempts(rank_that_fails: int) -> tuple[dict[str, Any], str]:
     """A row that fails on one rank, then one that the other rank never comes back from."""
     from retool.parallel.mesh import make_mesh
 
-    table, mesh = benchmark("table"), make_mesh()
+    table = benchmark("table")
+    mesh = make_mesh()
 
     def row() -> dict[str, Any]:
         if mesh.rank == rank_that_fails:
@@ -141,7 +168,16 @@ def test_parity_of_a_model(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
     from examples.quickstart.data import make_problems, write_questions
 
     write_questions(tmp_path / "questions.parquet", make_problems(2, 0))
-    words = ["--model", model, "--data", tmp_path / "questions.parquet", "--new", 6, "--json", tmp_path / "out.json"]
+    words = [
+        "--model",
+        model,
+        "--data",
+        tmp_path / "questions.parquet",
+        "--new",
+        6,
+        "--json",
+        tmp_path / "out.json",
+    ]
     monkeypatch.setattr(sys, "argv", ["parity", *map(str, words)])
     benchmark("parity").main()
     greedy, ours, theirs = lines_of(tmp_path / "out.json")
@@ -159,14 +195,30 @@ def questions(folder: Path) -> None:
 LEARN = "--gpus 1 --device cpu --questions 2 --response 16 --sft-steps 1 --sft-batch 2 --tokens 2048 --prompts 2 --samples 2 --updates 1 --test-every 1"
 
 
-def test_the_learning_run_begins(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_learning_run_begins(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its first command alone: the others are as slow as it, and among the slow tests."""
     questions(tmp_path)
-    words = ["--model", model, "--data", tmp_path, "--out", tmp_path / "run", *LEARN.split(), "--only", "before", "--json", tmp_path / "out.json"]
+    words = [
+        "--model",
+        model,
+        "--data",
+        tmp_path,
+        "--out",
+        tmp_path / "run",
+        *LEARN.split(),
+        "--only",
+        "before",
+        "--json",
+        tmp_path / "out.json",
+    ]
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(sys, "argv", ["learn", *map(str, words)])
     runpy.run_path(str(BENCHMARKS / "learn.py"), run_name="__main__")
-    assert [(line["name"], line["questions"]) for line in lines_of(tmp_path / "out.json")] == [("the model", 2)]
+    assert [(line["name"], line["questions"]) for line in lines_of(tmp_path / "out.json")] == [
+        ("the model", 2)
+    ]
 
 
 def test_no_benchmark_is_left_out() -> None:
@@ -177,34 +229,104 @@ def test_no_benchmark_is_left_out() -> None:
 @pytest.mark.slow
 def test_the_learning_run_in_three_calls(model: Path, tmp_path: Path, repository: Path) -> None:
     questions(tmp_path)
-    command = [sys.executable, str(BENCHMARKS / "learn.py"), "--model", str(model), "--data", str(tmp_path), "--out", str(tmp_path / "run"), *LEARN.split()]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "learn.py"),
+        "--model",
+        str(model),
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "run"),
+        *LEARN.split(),
+    ]
     trained = ["the model", "after SFT", "and 1 steps of DAPO"]
-    for parts, steps, rows in (("before", 1, trained[:1]), ("sft,dapo", 1, trained), ("dapo", 2, [*trained, "and 2 steps of DAPO"])):
-        trains = ["--rl-keys", "algorithm.filter_groups.enable=false"]  # a random model's answers are all wrong: nothing would be left
-        ran = subprocess.run([*command, *trains, "--only", parts, "--rl-steps", str(steps), "--json", str(tmp_path / "out.json")], cwd=repository, capture_output=True, text=True, timeout=170)
+    for parts, steps, rows in (
+        ("before", 1, trained[:1]),
+        ("sft,dapo", 1, trained),
+        ("dapo", 2, [*trained, "and 2 steps of DAPO"]),
+    ):
+        # A random model's answers are all wrong: nothing would be left
+        trains = [
+            "--rl-keys",
+            "algorithm.filter_groups.enable=false",
+        ]
+        ran = subprocess.run(
+            [
+                *command,
+                *trains,
+                "--only",
+                parts,
+                "--rl-steps",
+                str(steps),
+                "--json",
+                str(tmp_path / "out.json"),
+            ],
+            cwd=repository,
+            capture_output=True,
+            text=True,
+            timeout=170,
+        )
         lines = lines_of(tmp_path / "out.json")
         assert [line["name"] for line in lines] == rows, ran.stderr[-2000:]
-        assert len(rows_of(ran.stdout)) == len(rows) and all(line["questions"] == 2 for line in lines)
+        assert len(rows_of(ran.stdout)) == len(rows) and all(
+            line["questions"] == 2 for line in lines
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOGETHER)
 def test_runs_on_two_ranks(name: str, tmp_path: Path, repository: Path) -> None:
     words, rows = TOGETHER[name]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(BENCHMARKS / f"{name}.py")]
-    ran = subprocess.run([*command, *words.split(), "--json", str(tmp_path / "out.json")], cwd=repository, capture_output=True, text=True, timeout=150)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(BENCHMARKS / f"{name}.py"),
+    ]
+    ran = subprocess.run(
+        [*command, *words.split(), "--json", str(tmp_path / "out.json")],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert len(lines := lines_of(tmp_path / "out.json")) == rows and not [line for line in lines if "failed" in line]
+    assert len(lines := lines_of(tmp_path / "out.json")) == rows and not [
+        line for line in lines if "failed" in line
+    ]
 
 
 @pytest.mark.slow
 def test_a_peer_has_a_process_and_a_time_of_its_own(tmp_path: Path, repository: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "rollout.py"), *"--shape tiny --sequences 4 --prompt 12 --new 6 --repeats 1".split()]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "rollout.py"),
+        *"--shape tiny --sequences 4 --prompt 12 --new 6 --repeats 1".split(),
+    ]
     out = str(tmp_path / "out.json")
-    subprocess.run([*command, "--json", out], cwd=repository, check=True, capture_output=True, timeout=150)
+    subprocess.run(
+        [*command, "--json", out], cwd=repository, check=True, capture_output=True, timeout=150
+    )
     lines = lines_of(tmp_path / "out.json")
-    assert [line["name"] for line in lines] == ["retool", "transformers generate_batch", "transformers generate"]
+    assert [line["name"] for line in lines] == [
+        "retool",
+        "transformers generate_batch",
+        "transformers generate",
+    ]
     assert all(len(line["all"]) == 1 and line["all"][0] > 0 for line in lines)
-    ran = subprocess.run([*command, "--peer-seconds", "0.5", "--json", out], cwd=repository, check=True, capture_output=True, text=True, timeout=150)
-    assert [line.get("failed") for line in lines_of(tmp_path / "out.json")] == [None, *["stopped after 0 s"] * 2]
+    ran = subprocess.run(
+        [*command, "--peer-seconds", "0.5", "--json", out],
+        cwd=repository,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert [line.get("failed") for line in lines_of(tmp_path / "out.json")] == [
+        None,
+        *["stopped after 0 s"] * 2,
+    ]
     assert len(rows_of(ran.stdout)) == 3

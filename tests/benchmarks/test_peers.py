@@ -17,14 +17,40 @@ BOUND = """print("RESULT bound cudnn 1 x 16384: 1000 tok/s/GPU, 400 model TFLOP/
 def test_one_table_of_everything_that_ran(tmp_path: Path, repository: Path) -> None:
     (tmp_path / "run.sh").write_text(RUN)
     (tmp_path / "single_gpu_bound.py").write_text(BOUND)
-    command = [sys.executable, str(repository / "benchmarks" / "peers.py"), str(tmp_path), str(tmp_path), str(tmp_path), str(tmp_path / "out"),
-               "--shape", "tiny", "--scale", "256", "--gpus", "1"]  # fmt: skip
-    assert subprocess.run([*command, "--only", "peers,bound"], check=True, capture_output=True, text=True).stdout.count("1.00×") == 1
-    said = subprocess.run([*command, "--only", "ours"], check=True, capture_output=True, text=True).stdout
-    rows = {cells[1]: cells[2:] for cells in ([c.strip() for c in line.split("|")] for line in said.splitlines()) if len(cells) > 4}
+    command = [
+        sys.executable,
+        str(repository / "benchmarks" / "peers.py"),
+        str(tmp_path),
+        str(tmp_path),
+        str(tmp_path),
+        str(tmp_path / "out"),
+        "--shape",
+        "tiny",
+        "--scale",
+        "256",
+        "--gpus",
+        "1",
+    ]
+    assert (
+        subprocess.run(
+            [*command, "--only", "peers,bound"], check=True, capture_output=True, text=True
+        ).stdout.count("1.00×")
+        == 1
+    )
+    said = subprocess.run(
+        [*command, "--only", "ours"], check=True, capture_output=True, text=True
+    ).stdout
+    rows = {
+        cells[1]: cells[2:]
+        for cells in ([c.strip() for c in line.split("|")] for line in said.splitlines())
+        if len(cells) > 4
+    }
     assert rows["full: trl liger=True recompute=False batch=1"][:3] == ["55,092", "20.0", "1.00×"]
     assert rows["full: verl published"][2] == "0.56×"
     ours = rows["full: **retool**, full, sp 1: the published command"]
     assert float(ours[0].replace(",", "")) > 0 and ours[2].endswith("×") and ours[2] != "nan×"
     share = rows["**retool**, full, sp 1"]
-    assert share[1] == "cudnn 1,000" and abs(float(share[2]) - float(share[0].replace(",", "")) / 1000) < 0.01
+    assert (
+        share[1] == "cudnn 1,000"
+        and abs(float(share[2]) - float(share[0].replace(",", "")) / 1000) < 0.01
+    )

@@ -1,4 +1,6 @@
-"""What is cleaned up is what saves made, whatever else has such a name; and a clean-up that fails ends nothing."""
+"""What is cleaned up is what saves made, whatever else has such a name; and a clean-up that fails
+ends nothing.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +41,30 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 def _save(root: Path, step: int, folder: OwnFolder | None = None, **options) -> str | None:
     mesh = make_mesh()
-    return checkpoint.save(
-        root, states.state(mesh, step=step), mesh, step=step, extra={}, data_state={"position": step},
-        model_folder=root.parent / "source", options=SaveOptions(**options), staging=checkpoint.Staging(mesh, folder=folder),
-    ).wait().error  # fmt: skip
+    return (
+        checkpoint.save(
+            root,
+            states.state(mesh, step=step),
+            mesh,
+            step=step,
+            extra={},
+            data_state={"position": step},
+            model_folder=root.parent / "source",
+            options=SaveOptions(**options),
+            staging=checkpoint.Staging(mesh, folder=folder),
+        )
+        .wait()
+        .error
+    )
 
 
 def _names(run: Path) -> list[str]:
     return sorted(path.name for path in run.iterdir())
 
 
-def test_a_link_to_an_older_checkpoint_stays_and_no_save_fails_of_it(run: Path, tmp_path: Path) -> None:
+def test_a_link_to_an_older_checkpoint_stays_and_no_save_fails_of_it(
+    run: Path, tmp_path: Path
+) -> None:
     (run / "global_step_1").rename(tmp_path / "big_disk")
     (run / "global_step_1").symlink_to(tmp_path / "big_disk")
     for step in (4, 5, 6):
@@ -80,15 +95,30 @@ KINDS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["global_step_4.tmp", "global_step_4.old", "global_step_1.tmp", "global_step_4", "global_step_notes.tmp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "global_step_4.tmp",
+        "global_step_4.old",
+        "global_step_1.tmp",
+        "global_step_4",
+        "global_step_notes.tmp",
+    ],
+)
 def test_what_saves_did_not_make_stays(run: Path, kind: str, name: str) -> None:
     KINDS[kind](run / name)
     before = (run / name).lstat()
     assert _save(run, 4, keep=2) is None and _save(run, 4, keep=2) is None
-    assert latest(run) == run / "global_step_4" and main(["verify", str(run / "global_step_4")]) == 0
+    assert (
+        latest(run) == run / "global_step_4" and main(["verify", str(run / "global_step_4")]) == 0
+    )
     kept = run / (f"{name}.old" if name == "global_step_4" else name)
-    assert kept.lstat().st_ino == before.st_ino and stat.S_IFMT(kept.lstat().st_mode) == stat.S_IFMT(before.st_mode)
-    assert set(_names(run)) == {kept.name, "global_step_3", "global_step_4", TRACKER}, "and what they made is gone"
+    assert kept.lstat().st_ino == before.st_ino and stat.S_IFMT(
+        kept.lstat().st_mode
+    ) == stat.S_IFMT(before.st_mode)
+    assert set(_names(run)) == {kept.name, "global_step_3", "global_step_4", TRACKER}, (
+        "and what they made is gone"
+    )
 
 
 def test_another_programs_checkpoint_is_not_pruned(run: Path) -> None:
@@ -97,7 +127,9 @@ def test_another_programs_checkpoint_is_not_pruned(run: Path) -> None:
     assert _names(run) == ["global_step_1", "global_step_4", TRACKER]
 
 
-def test_a_conversion_in_progress_is_not_cleared_away(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_in_progress_is_not_cleared_away(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from retool.checkpoint import merge
 
     real = merge._write_ranks
@@ -109,11 +141,22 @@ def test_a_conversion_in_progress_is_not_cleared_away(run: Path, monkeypatch: py
 
     monkeypatch.setattr(merge, "_write_ranks", save_meanwhile)
     assert main(["convert", str(run / "global_step_2"), "--world-size", "3"]) == 0
-    assert _names(run) == ["global_step_1", "global_step_2", "global_step_3", "global_step_4", TRACKER]
-    assert main(["verify", str(run / "global_step_2")]) == 0 and not (run / "global_step_2" / MARK).exists()
+    assert _names(run) == [
+        "global_step_1",
+        "global_step_2",
+        "global_step_3",
+        "global_step_4",
+        TRACKER,
+    ]
+    assert (
+        main(["verify", str(run / "global_step_2")]) == 0
+        and not (run / "global_step_2" / MARK).exists()
+    )
 
 
-def test_a_clean_up_that_fails_ends_nothing(run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_clean_up_that_fails_ends_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     torn = claim(run / "global_step_4")
     (torn / "stuck").mkdir()
 
@@ -157,7 +200,11 @@ def test_a_tracker_of_another_kind_is_no_end(run: Path, caplog: pytest.LogCaptur
     assert _save(run, 4) is None and (run / TRACKER).read_text() == "4"
     (run / TRACKER).unlink()
     os.mkfifo(run / TRACKER)
-    assert latest(run) == run / "global_step_4" and _save(run, 5) is None and (run / TRACKER).read_text() == "5"
+    assert (
+        latest(run) == run / "global_step_4"
+        and _save(run, 5) is None
+        and (run / TRACKER).read_text() == "5"
+    )
 
 
 def _save_elsewhere(root: str) -> str | None:
@@ -169,14 +216,29 @@ def _save_elsewhere(root: str) -> str | None:
     if mesh.rank == 0:
         Path(root).rename(torn_out)
         Path(root).mkdir()
-    return checkpoint.save(
-        root, states.state(mesh), mesh, step=9, extra={}, data_state={}, model_folder=Path(root).parent / "source", staging=staging,
-    ).wait().error  # fmt: skip
+    return (
+        checkpoint.save(
+            root,
+            states.state(mesh),
+            mesh,
+            step=9,
+            extra={},
+            data_state={},
+            model_folder=Path(root).parent / "source",
+            staging=staging,
+        )
+        .wait()
+        .error
+    )
 
 
 def test_a_save_into_another_folder_of_the_same_name_is_refused_on_all_ranks(run: Path) -> None:
     for error in run_ranks(_save_elsewhere, 2, str(run)):
-        assert error is not None and "was replaced by another one while the run was using it" in error and "put it back" in error
+        assert (
+            error is not None
+            and "was replaced by another one while the run was using it" in error
+            and "put it back" in error
+        )
     assert not any(run.iterdir()), "nothing is written into what may be another run's"
 
 

@@ -1,4 +1,6 @@
-"""The same promises on GPUs: staging through pinned memory, redistribution over NCCL, the export over gloo."""
+"""The same promises on GPUs: staging through pinned memory, redistribution over NCCL, the export
+over gloo.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,32 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def _on_device(state: ModelState, device: torch.device) -> ModelState:
-    return ModelState(state.layout, *(None if t is None else t.to(device) for t in (state.params, state.exp_avg, state.exp_avg_sq)), step=state.step)
+    return ModelState(
+        state.layout,
+        *(
+            None if t is None else t.to(device)
+            for t in (state.params, state.exp_avg, state.exp_avg_sq)
+        ),
+        step=state.step,
+    )
 
 
 def _round_trip(root: str) -> list[float]:
     mesh = make_mesh(device="cuda")
     torch.cuda.manual_seed(77 + mesh.rank)
-    staging, tensors = checkpoint.Staging(mesh), _on_device(states.state(mesh), mesh.device)
+    staging = checkpoint.Staging(mesh)
+    tensors = _on_device(states.state(mesh), mesh.device)
     pending = checkpoint.save(
-        root, tensors, mesh, step=5, extra={}, data_state={}, model_folder=Path(root).parent / "source", staging=staging,
+        root,
+        tensors,
+        mesh,
+        step=5,
+        extra={},
+        data_state={},
+        model_folder=Path(root).parent / "source",
+        staging=staging,
         options=SaveOptions(async_save=True),
-    )  # fmt: skip
+    )
     assert all(buffer.is_pinned() for buffer in staging._buffers.values())
     expected = torch.rand(3, device=mesh.device).tolist()
     tensors.params.fill_(float("nan"))
@@ -52,4 +69,6 @@ def test_round_trip(tmp_path: Path, world: int) -> None:
         assert torch.equal(states.exported(folder / "huggingface")[name], value.bfloat16())
     state = states.blank(make_mesh(device="cpu"))
     checkpoint.load(folder, state, make_mesh(device="cpu"), seed=0)
-    assert torch.equal(state.params, states.state(make_mesh(device="cpu")).params), "one CPU process reads what GPUs wrote"
+    assert torch.equal(state.params, states.state(make_mesh(device="cpu")).params), (
+        "one CPU process reads what GPUs wrote"
+    )

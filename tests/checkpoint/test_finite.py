@@ -1,4 +1,6 @@
-"""Weights that aren't numbers, or aren't the model's: refused while loading, on every rank, and found by `verify`."""
+"""Weights that aren't numbers, or aren't the model's: refused while loading, on every rank, and
+found by `verify`.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,11 @@ def refusal(folder: str) -> str:
 
 @pytest.mark.parametrize(
     ("name", "place", "value"),
-    [("model.norm.weight", 3, float("nan")), (EMBEDDING, 0, float("inf")), ("model.layers.2.mlp.down_proj.weight", -1, -float("inf"))],
+    [
+        ("model.norm.weight", 3, float("nan")),
+        (EMBEDDING, 0, float("inf")),
+        ("model.layers.2.mlp.down_proj.weight", -1, -float("inf")),
+    ],
 )
 def test_weights_that_are_no_numbers_are_refused_by_name(
     tmp_path: Path, name: str, place: int, value: float, capsys: pytest.CaptureFixture[str]
@@ -82,7 +88,15 @@ def test_a_checkpoint_with_weights_that_are_no_numbers_is_not_resumed(tmp_path: 
     mesh = make_mesh()
     state = states.state(mesh)
     state.params[2] = float("nan")
-    checkpoint.save(tmp_path / "run", state, mesh, step=1, extra={}, data_state={}, model_folder=tmp_path / "source").wait()
+    checkpoint.save(
+        tmp_path / "run",
+        state,
+        mesh,
+        step=1,
+        extra={},
+        data_state={},
+        model_folder=tmp_path / "source",
+    ).wait()
     with pytest.raises(ValueError, match=rf"can't be resumed: .*{EMBEDDING}.*an older one"):
         checkpoint.load(tmp_path / "run/global_step_1", states.blank(mesh), mesh, seed=0)
 
@@ -90,13 +104,20 @@ def test_a_checkpoint_with_weights_that_are_no_numbers_is_not_resumed(tmp_path: 
 # --- a head of its own, or none ---
 
 
-def test_a_head_that_config_json_says_is_the_embedding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_head_that_config_json_says_is_the_embedding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """transformers unties such a model; we say how to, and then compute the same."""
     make(tmp_path, "qwen2")
-    edit(tmp_path, **{"lm_head.weight": load_file(tmp_path / "model.safetensors")[EMBEDDING].clone()})
+    edit(
+        tmp_path, **{"lm_head.weight": load_file(tmp_path / "model.safetensors")[EMBEDDING].clone()}
+    )
     assert not refusal(str(tmp_path)) and main(["verify", str(tmp_path)]) == 0
     edit(tmp_path, **{"lm_head.weight": torch.randn(131, 48)})
-    assert '"tie_word_embeddings": false' in refusal(str(tmp_path)) and main(["verify", str(tmp_path)]) == 1
+    assert (
+        '"tie_word_embeddings": false' in refusal(str(tmp_path))
+        and main(["verify", str(tmp_path)]) == 1
+    )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": False}))
@@ -109,14 +130,18 @@ def test_a_head_that_config_json_says_is_the_embedding(tmp_path: Path, capsys: p
 def test_a_head_that_is_not_there_says_how_to_tie_it(tmp_path: Path) -> None:
     make(tmp_path, "qwen2-untied")
     edit(tmp_path, **{"lm_head.weight": None})
-    assert "lm_head.weight [131, 48] is missing" in refusal(str(tmp_path)) and '"tie_word_embeddings": true' in refusal(str(tmp_path))
+    assert "lm_head.weight [131, 48] is missing" in refusal(
+        str(tmp_path)
+    ) and '"tie_word_embeddings": true' in refusal(str(tmp_path))
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
     assert not refusal(str(tmp_path))
 
 
 def test_a_merge_keeps_a_head_that_was_trained_apart(tmp_path: Path) -> None:
-    """Another program's checkpoint of such a model has two matrices, under a config.json that says they are one."""
+    """Another program's checkpoint of such a model has two matrices, under a config.json that says
+    they are one.
+    """
     source = tmp_path / "model"
     make(source, "qwen2-untied")
     config = source / "config.json"
@@ -126,20 +151,44 @@ def test_a_merge_keeps_a_head_that_was_trained_apart(tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = checkpoint.SaveOptions(contents=("model", "optimizer", "extra"))
     state = checkpoint.ModelState(model.layout, model.master)
-    checkpoint.save(run, state, mesh, step=1, extra={}, data_state={}, model_folder=source, options=options).wait()
-    assert main(["convert", str(run / "global_step_1"), "--world-size", "2", "--out", str(tmp_path / "two")]) == 0
-    assert main(["merge", str(tmp_path / "two"), "--out", str(tmp_path / "merged"), "--dtype", "fp32"]) == 0
+    checkpoint.save(
+        run, state, mesh, step=1, extra={}, data_state={}, model_folder=source, options=options
+    ).wait()
+    assert (
+        main(
+            [
+                "convert",
+                str(run / "global_step_1"),
+                "--world-size",
+                "2",
+                "--out",
+                str(tmp_path / "two"),
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(["merge", str(tmp_path / "two"), "--out", str(tmp_path / "merged"), "--dtype", "fp32"])
+        == 0
+    )
     assert not read_model_config(tmp_path / "merged").tied
     assert torch.equal(load_pretrained(tmp_path / "merged", mesh).master, model.master)
 
 
 @pytest.mark.parametrize("damage", ["shard", "shape", "config"])
-def test_verify_finds_what_is_wrong_with_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+def test_verify_finds_what_is_wrong_with_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
     make(tmp_path, "llama")
     if damage == "shard":
         (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
-        weight_map = {"model.norm.weight": "model-1.safetensors", "lm_head.weight": "model-2.safetensors"}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        weight_map = {
+            "model.norm.weight": "model-1.safetensors",
+            "lm_head.weight": "model-2.safetensors",
+        }
+        (tmp_path / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": weight_map})
+        )
         expected = "lacks model-2.safetensors"
     elif damage == "shape":
         edit(tmp_path, **{"model.norm.weight": torch.ones(47)})
@@ -155,9 +204,13 @@ def test_one_file_counts_before_an_index_as_it_does_for_transformers(tmp_path: P
     make(tmp_path, "llama")
     save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "old.safetensors")
     names = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "old.safetensors")}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "old.safetensors")})
+    )
     edit(tmp_path, **{"model.norm.weight": torch.full((48,), 7.0)})
     sharded = load_pretrained(tmp_path, make_mesh())
     assert AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight[0].item() == 7.0
-    unit = next(unit for unit, member in sharded.layout.members if member.name == "model.norm.weight")
+    unit = next(
+        unit for unit, member in sharded.layout.members if member.name == "model.norm.weight"
+    )
     assert 7.0 in sharded.master[unit.start : unit.start + unit.numel].tolist()

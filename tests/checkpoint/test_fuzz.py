@@ -1,7 +1,9 @@
-"""Mutated checkpoints, thousands of them: each reader gives a result or a ValueError that names the file, in a moment, in little memory.
+"""Mutated checkpoints, thousands of them: each reader gives a result or a ValueError that names the
+file, in a moment, in little memory.
 
-Bytes are changed anywhere; pickles opcode by opcode, in archives whose checksums are right again; JSON value by value. What a mutant
-reads as can't always be judged (another number is a number), so where checksums are there a read must be the truth.
+Bytes are changed anywhere; pickles opcode by opcode, in archives whose checksums are right again;
+JSON value by value. What a mutant reads as can't always be judged (another number is a number), so
+where checksums are there a read must be the truth.
 """
 
 from __future__ import annotations
@@ -32,7 +34,27 @@ from tests.checkpoint.test_merge import SHARDS
 from tests.checkpoint.test_mixture import _write
 
 SECONDS = 2.0  # a mutant takes some 20 ms; a shared machine may stand still for a moment
-STRANGE: tuple[Any, ...] = (None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, "", "x", "../../etc/passwd", "\x1b[2J", "[/b]", [], {}, [[]], [1] * 100, {"a": {}})
+STRANGE: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**31,
+    2**63,
+    10**30,
+    1e308,
+    "",
+    "x",
+    "../../etc/passwd",
+    "\x1b[2J",
+    "[/b]",
+    [],
+    {},
+    [[]],
+    [1] * 100,
+    {"a": {}},
+)
 
 
 def mutated_bytes(data: bytes, chance: random.Random) -> bytes:
@@ -124,7 +146,10 @@ def loaded(folder: Path) -> tuple[Any, ...]:
     fresh = states.blank(make_mesh())
     told = load(folder, fresh, make_mesh(), seed=1)
     assert fresh.exp_avg is not None and fresh.exp_avg_sq is not None
-    sums = [zlib.crc32(flat.numpy().tobytes()) for flat in (fresh.params, fresh.exp_avg, fresh.exp_avg_sq)]
+    sums = [
+        zlib.crc32(flat.numpy().tobytes())
+        for flat in (fresh.params, fresh.exp_avg, fresh.exp_avg_sq)
+    ]
     return told.step, told.optimizer_step, told.extra, told.data_state, *sums
 
 
@@ -132,7 +157,9 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "faults": faults,
     "latest": lambda folder: str(latest(folder.parent)),
     "verify": lambda folder: verify(folder, quiet),
-    "merge": lambda folder: [path.name for path in merge(folder, folder.parent / "out", torch.float32)],
+    "merge": lambda folder: [
+        path.name for path in merge(folder, folder.parent / "out", torch.float32)
+    ],
     "moments": moments,
     "load": loaded,
 }
@@ -154,7 +181,11 @@ def _sources(tmp_path: Path) -> list[Path]:
     shutil.copytree(tmp_path / "ours" / "global_step_5", tmp_path / "unvouched" / "global_step_5")
     (tmp_path / "unvouched" / "global_step_5" / "checksums.json").unlink()
     real = [SHARDS / release / "w2" for release in ("torch2.8", "torch2.13")]
-    return [tmp_path / "ours" / "global_step_5", tmp_path / "unvouched" / "global_step_5", *(folder for folder in real if folder.is_dir())]
+    return [
+        tmp_path / "ours" / "global_step_5",
+        tmp_path / "unvouched" / "global_step_5",
+        *(folder for folder in real if folder.is_dir()),
+    ]
 
 
 def _fuzz(tmp_path: Path, count: int, seed: int, readers: int) -> None:
@@ -176,7 +207,9 @@ def _fuzz(tmp_path: Path, count: int, seed: int, readers: int) -> None:
         assert not outcome.error, f"{what}: {outcome.error}"
         assert outcome.seconds < SECONDS, f"{what}: {outcome.seconds:.1f} s"
         for reader, (_, error) in outcome.value.items():
-            assert not error or str(tmp_path / "run") in error, f"{what}: {reader} names no file: {error}"
+            assert not error or str(tmp_path / "run") in error, (
+                f"{what}: {reader} names no file: {error}"
+            )
             assert error.isprintable() and len(error) < 5000, f"{what}: {reader}: {error[:200]!r}"
             refused += bool(error)
         value, error = outcome.value.get("load", (None, "not read"))

@@ -19,28 +19,47 @@ from retool.checkpoint.hf.folder import SafetensorsSource, copy_side_files, with
 from retool.model.hub import UNWANTED, WANTED
 from retool.parallel.fsdp.layout import Layout, local_pieces, make_layout
 
-SHAPES = {"embed.weight": (11, 4), "block.q.weight": (4, 4), "block.k.weight": (2, 4), "block.q.bias": (4,), "norm.weight": (4,)}
+SHAPES = {
+    "embed.weight": (11, 4),
+    "block.q.weight": (4, 4),
+    "block.k.weight": (2, 4),
+    "block.q.bias": (4,),
+    "norm.weight": (4,),
+}
 
 
 def small_layout(shards: int) -> Layout:
     units = [
         ("embed", [("embed.weight", (11, 4), [("embed.weight", (11, 4))], True)]),
-        ("block", [
-            ("qk.weight", (6, 4), [("block.q.weight", (4, 4)), ("block.k.weight", (2, 4))], True),
-            ("q.bias", (4,), [("block.q.bias", (4,))], True),
-        ]),
+        (
+            "block",
+            [
+                (
+                    "qk.weight",
+                    (6, 4),
+                    [("block.q.weight", (4, 4)), ("block.k.weight", (2, 4))],
+                    True,
+                ),
+                ("q.bias", (4,), [("block.q.bias", (4,))], True),
+            ],
+        ),
         ("norm", [("norm.weight", (4,), [("norm.weight", (4,))], True)]),
-    ]  # fmt: skip
+    ]
     return make_layout(units, shards, (("lm_head.weight", "embed.weight"),))
 
 
 def random_weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()
+    }
 
 
 def gathered(layout: Layout, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    out = {m.name: torch.full((m.numel,), float("nan"), dtype=flats[0].dtype) for _, m in layout.members}
+    out = {
+        m.name: torch.full((m.numel,), float("nan"), dtype=flats[0].dtype)
+        for _, m in layout.members
+    }
     for rank, flat in enumerate(flats):
         for p in local_pieces(layout, rank):
             out[p.member.name][p.start : p.stop] = flat[p.local : p.local + p.stop - p.start]
@@ -52,11 +71,16 @@ def gathered(layout: Layout, flats: list[torch.Tensor]) -> dict[str, torch.Tenso
 def test_load_flat_fills_every_element(tmp_path: Path, shards: int, split: bool) -> None:
     weights = random_weights(torch.bfloat16)
     if split:
-        parts = {"a.safetensors": ["embed.weight", "norm.weight"], "b.safetensors": ["block.q.weight", "block.k.weight", "block.q.bias"]}
+        parts = {
+            "a.safetensors": ["embed.weight", "norm.weight"],
+            "b.safetensors": ["block.q.weight", "block.k.weight", "block.q.bias"],
+        }
         for file, names in parts.items():
             save_file({n: weights[n] for n in names}, tmp_path / file)
         weight_map = {n: f for f, names in parts.items() for n in names}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (tmp_path / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     else:
         save_file(weights, tmp_path / "model.safetensors")
     layout = small_layout(shards)
@@ -65,7 +89,9 @@ def test_load_flat_fills_every_element(tmp_path: Path, shards: int, split: bool)
         load_flat(layout, rank, SafetensorsSource(tmp_path), flat)
     for name, value in gathered(layout, flats).items():
         assert torch.equal(value, weights[name].double()), name
-    assert sum(f.abs().sum() for f in flats).item() == pytest.approx(sum(w.double().abs().sum() for w in weights.values()).item()), "padding is not 0"
+    assert sum(f.abs().sum() for f in flats).item() == pytest.approx(
+        sum(w.double().abs().sum() for w in weights.values()).item()
+    ), "padding is not 0"
 
 
 def test_an_alias_stands_in_for_its_parameter(tmp_path: Path) -> None:
@@ -86,7 +112,10 @@ def test_everything_that_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
     weights["rotary_emb.inv_freq"] = torch.zeros(5)
     save_file(weights, tmp_path / "model.safetensors")
     layout = small_layout(1)
-    with pytest.raises(ValueError, match=r"block\.q\.bias \[4\] is missing; norm\.weight is \[5\], the model has \[4\]; block\.q\.extra is unexpected\."):
+    with pytest.raises(
+        ValueError,
+        match=r"block\.q\.bias \[4\] is missing; norm\.weight is \[5\], the model has \[4\]; block\.q\.extra is unexpected\.",
+    ):
         load_flat(layout, 0, SafetensorsSource(tmp_path), torch.zeros(layout.shard_numel))
 
 
@@ -95,10 +124,14 @@ def test_bad_folders_say_what_is_wrong(tmp_path: Path) -> None:
         SafetensorsSource(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds neither"):
         SafetensorsSource(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-2.safetensors"}})
+    )
     with pytest.raises(ValueError, match=r"lacks model-2\.safetensors"):
         SafetensorsSource(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model-2.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../model-2.safetensors"}})
+    )
     with pytest.raises(ValueError, match="lacks"):
         SafetensorsSource(tmp_path)
 
@@ -146,32 +179,61 @@ def test_only_the_dtype_fields_change() -> None:
     text = '{\n  "rope_theta": 1000000.0,\n  "torch_dtype": "float32",\n "x": 1e-06\n}\n'
     assert with_dtype(text, torch.bfloat16, add=True) == text.replace("float32", "bfloat16")
     assert with_dtype('{"a": 1}', torch.bfloat16, add=False) == '{"a": 1}'
-    assert json.loads(with_dtype('{"a": 1}', torch.bfloat16, add=True)) == {"torch_dtype": "bfloat16", "a": 1}
+    assert json.loads(with_dtype('{"a": 1}', torch.bfloat16, add=True)) == {
+        "torch_dtype": "bfloat16",
+        "a": 1,
+    }
 
 
 def test_side_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
-    source, target = tmp_path / "in", tmp_path / "out"
+    source = tmp_path / "in"
+    target = tmp_path / "out"
     source.mkdir()
-    kept = {"vocab.json": b'{"a":\xc4\xa0 1}', "merges.txt": b"a b\n", "tokenizer.json": b"{}", "special_tokens_map.json": b"{ }"}
+    kept = {
+        "vocab.json": b'{"a":\xc4\xa0 1}',
+        "merges.txt": b"a b\n",
+        "tokenizer.json": b"{}",
+        "special_tokens_map.json": b"{ }",
+    }
     for name, content in kept.items():
         (source / name).write_bytes(content)
     (source / "tokenizer_config.json").write_text('{"chat_template": "old", "eos_token": "x"}')
     (source / "config.json").write_text('{"torch_dtype": "float32"}')
-    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "README.md"):
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "README.md",
+    ):
         (source / name).write_text("x")
     copy_side_files(source, target, torch.bfloat16, chat_template="new")
-    assert {p.name for p in target.iterdir()} == {*kept, "tokenizer_config.json", "config.json", "chat_template.jinja"}
+    assert {p.name for p in target.iterdir()} == {
+        *kept,
+        "tokenizer_config.json",
+        "config.json",
+        "chat_template.jinja",
+    }
     assert all((target / name).read_bytes() == content for name, content in kept.items())
     assert (target / "config.json").read_text() == '{"torch_dtype": "bfloat16"}'
-    assert json.loads((target / "tokenizer_config.json").read_text()) == {"chat_template": "new", "eos_token": "x"}
+    assert json.loads((target / "tokenizer_config.json").read_text()) == {
+        "chat_template": "new",
+        "eos_token": "x",
+    }
     assert (target / "chat_template.jinja").read_text() == "new"
 
 
 @pytest.mark.parametrize("named", [{}, {"default": "old", "tool_use": "old {{ tools }}"}])
-def test_a_replaced_template_is_the_only_one_in_the_export(tmp_path: Path, named: dict[str, str]) -> None:
-    """A reader renders tools with the template named tool_use where there is one, whatever else the folder holds."""
-    source, target = tmp_path / "in", tmp_path / "out"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+def test_a_replaced_template_is_the_only_one_in_the_export(
+    tmp_path: Path, named: dict[str, str]
+) -> None:
+    """A reader renders tools with the template named tool_use where there is one, whatever else the
+    folder holds.
+    """
+    source = tmp_path / "in"
+    target = tmp_path / "out"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    )
     tokenizer.chat_template = named or "old"
     tokenizer.save_pretrained(source)
     (source / "chat_template.json").write_text('{"chat_template": "old"}')
@@ -185,21 +247,34 @@ def test_a_replaced_template_is_the_only_one_in_the_export(tmp_path: Path, named
 
 
 def test_a_tokenizers_own_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `trust_remote_code` a tokenizer is a file of Python, and the model's folder is of no use without it."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    """With `trust_remote_code` a tokenizer is a file of Python, and the model's folder is of no use
+    without it.
+    """
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     source = tmp_path / "in"
     source.mkdir()
     code = (
         "from transformers import PreTrainedTokenizerFast\n"
         "class Own(PreTrainedTokenizerFast):\n    pass\n"
     )
-    files = {"tokenization_own.py": code, "config.json": '{"model_type": "llama"}', "tokenizer_config.json": json.dumps({
-        "tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", "tokenization_own.Own"]},
-    })}  # fmt: skip
+    files = {
+        "tokenization_own.py": code,
+        "config.json": '{"model_type": "llama"}',
+        "tokenizer_config.json": json.dumps(
+            {
+                "tokenizer_class": "Own",
+                "auto_map": {"AutoTokenizer": ["tokenization_own.Own", "tokenization_own.Own"]},
+            }
+        ),
+    }
     for name, content in files.items():
         (source / name).write_text(content)
     Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(source / "tokenizer.json"))
     copy_side_files(source, tmp_path / "out", torch.bfloat16)
     found = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert found("a").input_ids == [0]
-    assert {*filter_repo_objects(files, allow_patterns=WANTED, ignore_patterns=UNWANTED)} == set(files), "and is fetched from the hub"
+    assert {*filter_repo_objects(files, allow_patterns=WANTED, ignore_patterns=UNWANTED)} == set(
+        files
+    ), "and is fetched from the hub"

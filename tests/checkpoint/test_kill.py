@@ -1,5 +1,7 @@
-"""Real training processes, killed at random instants, most of them inside a save: nothing complete is ever lost, nothing torn is
-ever used, and the final weights are those of a run that was never killed."""
+"""Real training processes, killed at random instants, most of them inside a save: nothing complete
+is ever lost, nothing torn is ever used, and the final weights are those of a run that was never
+killed.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,31 @@ WORLD = 2
 
 def _words(folder: Path, out: Path, steps: int) -> list[str]:
     keys = {
-        "data.train_files": folder / "train.parquet", "model.partial_pretrain": folder / "model", "trainer.default_local_dir": out,
-        "data.train_batch_size": 2, "data.micro_batch_size_per_gpu": 1, "data.train_max_samples": 20, "optim.lr": 1e-3, "data.num_workers": 0,
-        "trainer.total_training_steps": steps, "trainer.save_freq": 1, "trainer.checkpoint.async_save": "true",
-        "trainer.max_ckpt_to_keep": 2, "trainer.device": "cpu",
-    }  # fmt: skip
+        "data.train_files": folder / "train.parquet",
+        "model.partial_pretrain": folder / "model",
+        "trainer.default_local_dir": out,
+        "data.train_batch_size": 2,
+        "data.micro_batch_size_per_gpu": 1,
+        "data.train_max_samples": 20,
+        "optim.lr": 1e-3,
+        "data.num_workers": 0,
+        "trainer.total_training_steps": steps,
+        "trainer.save_freq": 1,
+        "trainer.checkpoint.async_save": "true",
+        "trainer.max_ckpt_to_keep": 2,
+        "trainer.device": "cpu",
+    }
     return [f"{k}={v}" for k, v in keys.items()]
 
 
 def _rank(words: list[str], rank: int, port: int, log: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -48,7 +65,10 @@ def _rank(words: list[str], rank: int, port: int, log: Path) -> None:
 
 def _start(words: list[str], log: Path) -> list[BaseProcess]:
     port = free_port()
-    ranks = [_context.Process(target=_rank, args=(words, r, port, log), daemon=True) for r in range(WORLD)]
+    ranks = [
+        _context.Process(target=_rank, args=(words, r, port, log), daemon=True)
+        for r in range(WORLD)
+    ]
     for process in ranks:
         process.start()
     return ranks
@@ -58,7 +78,9 @@ def _join(ranks: list[BaseProcess], log: Path, limit: float = 60) -> list[int | 
     """Exit codes; none may outlive a dead peer by more than `limit` seconds."""
     for process in ranks:
         process.join(timeout=limit)
-        assert process.exitcode is not None, f"a rank outlives its dead peer:\n{log.read_text()[-3000:]}"
+        assert process.exitcode is not None, (
+            f"a rank outlives its dead peer:\n{log.read_text()[-3000:]}"
+        )
     return [process.exitcode for process in ranks]
 
 
@@ -68,9 +90,15 @@ def _step(out: Path) -> int:
 
 
 def _kill_at_random(ranks: list[BaseProcess], out: Path, chance: random.Random) -> bool:
-    """SIGKILL one rank or all, inside a save, after one, or anywhere while starting; whether a save was under way."""
-    begin, since, first, when = time.monotonic(), time.time(), _step(out), chance.random()
-    if when > 0.9:  # who isn't connected yet can't notice a dead peer: there a launcher ends the others
+    """SIGKILL one rank or all, inside a save, after one, or anywhere while starting; whether a save
+    was under way.
+    """
+    begin = time.monotonic()
+    since = time.time()
+    first = _step(out)
+    when = chance.random()
+    # Who isn't connected yet can't notice a dead peer: there a launcher ends the others
+    if when > 0.9:
         time.sleep(chance.random() * 3)
     while when <= 0.9 and all(p.is_alive() for p in ranks):
         assert time.monotonic() - begin < 100, "no save in sight"
@@ -87,26 +115,41 @@ def _kill_at_random(ranks: list[BaseProcess], out: Path, chance: random.Random) 
 
 
 def _survive(folder: Path, tmp_path: Path, kills: int, steps: int, seed: int) -> int:
-    """Train through `kills` kills, as many runs as that takes, each compared with one that had none; the kills inside a save."""
-    calm, out, log, chance = tmp_path / "calm", tmp_path / "killed", tmp_path / "log", random.Random(seed)
-    assert _join(_start(_words(folder, calm, steps), log), log, 600) == [0] * WORLD, log.read_text()[-3000:]
+    """Train through `kills` kills, as many runs as that takes, each compared with one that had
+    none; the kills inside a save.
+    """
+    calm = tmp_path / "calm"
+    out = tmp_path / "killed"
+    log = tmp_path / "log"
+    chance = random.Random(seed)
+    assert _join(_start(_words(folder, calm, steps), log), log, 600) == [0] * WORLD, (
+        log.read_text()[-3000:]
+    )
     done = inside = 0
     while done < kills:
-        ranks, before = _start(_words(folder, out, steps), log), _step(out)
+        ranks = _start(_words(folder, out, steps), log)
+        before = _step(out)
         hit = _kill_at_random(ranks, out, chance)
         codes = _join(ranks, log)
         if codes == [0] * WORLD:
             _compare(calm, out, steps)
             shutil.rmtree(out)
             continue
-        assert -signal.SIGKILL in codes, f"a rank ended by itself: {codes}\n{log.read_text()[-3000:]}"
-        done, inside = done + 1, inside + hit
+        assert -signal.SIGKILL in codes, (
+            f"a rank ended by itself: {codes}\n{log.read_text()[-3000:]}"
+        )
+        done = done + 1
+        inside = inside + hit
         found = latest(out)
         assert _step(out) >= before, "the tracker went back"
         if _step(out):
-            assert found is not None and int(found.name.split("_")[2].partition(".")[0]) == _step(out), f"step {_step(out)} is lost; left is {found}"
+            assert found is not None and int(found.name.split("_")[2].partition(".")[0]) == _step(
+                out
+            ), f"step {_step(out)} is lost; left is {found}"
             assert command(["verify", str(found)]) == 0
-    assert _join(_start(_words(folder, out, steps), log), log, 600) == [0] * WORLD, log.read_text()[-3000:]
+    assert _join(_start(_words(folder, out, steps), log), log, 600) == [0] * WORLD, log.read_text()[
+        -3000:
+    ]
     _compare(calm, out, steps)
     return inside
 
@@ -116,8 +159,18 @@ def _compare(calm: Path, out: Path, steps: int) -> None:
     for rank in range(WORLD):
         for kind in ("model", "optim"):
             name = f"global_step_{steps}/{kind}_world_size_{WORLD}_rank_{rank}.pt"
-            _same(torch.load(calm / name, weights_only=False), torch.load(out / name, weights_only=False))
-    expected, found = ([(e["step"], e["train/loss"], e["train/grad_norm"]) for e in read_jsonl(f / "metrics.jsonl") if "train/loss" in e] for f in (calm, out))
+            _same(
+                torch.load(calm / name, weights_only=False),
+                torch.load(out / name, weights_only=False),
+            )
+    expected, found = (
+        [
+            (e["step"], e["train/loss"], e["train/grad_norm"])
+            for e in read_jsonl(f / "metrics.jsonl")
+            if "train/loss" in e
+        ]
+        for f in (calm, out)
+    )
     assert found == expected, "steps of the metrics are missing, doubled or different"
 
 
@@ -131,7 +184,9 @@ def _same(a: object, b: object) -> None:
         for x, y in zip(a, b, strict=True):
             _same(x, y)
     elif isinstance(a, torch.Tensor):
-        assert isinstance(b, torch.Tensor) and torch.equal(getattr(a, "_local_tensor", a), getattr(b, "_local_tensor", b))
+        assert isinstance(b, torch.Tensor) and torch.equal(
+            getattr(a, "_local_tensor", a), getattr(b, "_local_tensor", b)
+        )
     else:
         assert a == b
 

@@ -1,4 +1,6 @@
-"""The command line over our shards and over real FSDP2 shards of two torch releases, against the dense truth."""
+"""The command line over our shards and over real FSDP2 shards of two torch releases, against the
+dense truth.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,14 @@ needs_shards = pytest.mark.skipif(not SHARDS.is_dir(), reason=f"{SHARDS} is not 
 def test_foreign_shards_merge_to_the_truth(tmp_path: Path, folder: str) -> None:
     truth = load_file(SHARDS / "truth.safetensors")
     for dtype, code in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        assert main(["merge", str(SHARDS / folder), "--out", str(tmp_path / code), "--dtype", code]) == 0
+        assert (
+            main(["merge", str(SHARDS / folder), "--out", str(tmp_path / code), "--dtype", code])
+            == 0
+        )
         merged = load_file(tmp_path / code / "model.safetensors")
-        assert merged.keys() == {name for name in truth if not name.startswith("exp_avg") and name != "lm_head.weight"}
+        assert merged.keys() == {
+            name for name in truth if not name.startswith("exp_avg") and name != "lm_head.weight"
+        }
         for name, value in merged.items():
             assert torch.equal(value, truth[name].to(dtype)), name
     assert main(["verify", str(SHARDS / folder)]) == 0
@@ -41,11 +48,17 @@ def test_foreign_shards_merge_to_the_truth(tmp_path: Path, folder: str) -> None:
 @needs_shards
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("shards", [1, 3])
-def test_foreign_weights_and_moments_load_onto_any_number_of_ranks(folder: str, shards: int) -> None:
+def test_foreign_weights_and_moments_load_onto_any_number_of_ranks(
+    folder: str, shards: int
+) -> None:
     truth = load_file(SHARDS / "truth.safetensors")
     names = [n for n in truth if not n.startswith("exp_avg") and n != "lm_head.weight"]
     shapes = {n: tuple(truth[n].shape) for n in names}
-    layout = make_layout([(n, [(n, s, [(n, s)], True)]) for n, s in shapes.items()], shards, (("lm_head.weight", "model.embed_tokens.weight"),))
+    layout = make_layout(
+        [(n, [(n, s, [(n, s)], True)]) for n, s in shapes.items()],
+        shards,
+        (("lm_head.weight", "model.embed_tokens.weight"),),
+    )
     for which, prefix in (("model", ""), ("exp_avg", "exp_avg."), ("exp_avg_sq", "exp_avg_sq.")):
         flats = [torch.full((layout.shard_numel,), float("nan")) for _ in range(shards)]
         for rank, flat in enumerate(flats):
@@ -59,31 +72,54 @@ def test_foreign_weights_and_moments_load_onto_any_number_of_ranks(folder: str, 
 def test_merging_our_shards_gives_the_export(tmp_path: Path, world: int) -> None:
     folder = saved(tmp_path, world)
     assert main(["merge", str(folder), "--out", str(tmp_path / "out")]) == 0
-    merged, export = states.exported(tmp_path / "out"), states.exported(folder / "huggingface")
+    merged = states.exported(tmp_path / "out")
+    export = states.exported(folder / "huggingface")
     assert merged.keys() == export.keys() and all(torch.equal(merged[n], export[n]) for n in export)
-    assert (tmp_path / "out/config.json").read_text() == (folder / "huggingface/config.json").read_text()
-    assert main(["merge", str(folder), "--out", str(tmp_path / "out")]) == 1, "it must not mix two exports"
+    assert (tmp_path / "out/config.json").read_text() == (
+        folder / "huggingface/config.json"
+    ).read_text()
+    assert main(["merge", str(folder), "--out", str(tmp_path / "out")]) == 1, (
+        "it must not mix two exports"
+    )
     files = merge(folder, tmp_path / "split", torch.float32, limit=1000)
-    assert len(files) > 3 and all(torch.equal(v, states.truth(torch.float32, 0)[n]) for n, v in states.exported(tmp_path / "split").items())
+    assert len(files) > 3 and all(
+        torch.equal(v, states.truth(torch.float32, 0)[n])
+        for n, v in states.exported(tmp_path / "split").items()
+    )
 
 
 @pytest.mark.parametrize(("writers", "world"), [(1, 3), (3, 1), (3, 2), (2, 4)])
-def test_converted_shards_are_those_that_so_many_ranks_write(tmp_path: Path, writers: int, world: int) -> None:
+def test_converted_shards_are_those_that_so_many_ranks_write(
+    tmp_path: Path, writers: int, world: int
+) -> None:
     folder = saved(tmp_path, writers)
     expected = saved(tmp_path / "direct", world)
-    assert main(["convert", str(folder), "--world-size", str(world), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(["convert", str(folder), "--world-size", str(world), "--out", str(tmp_path / "out")])
+        == 0
+    )
     assert main(["convert", str(folder), "--world-size", str(world)]) == 0  # in place
     for result in (tmp_path / "out", folder):
         assert main(["verify", str(result)]) == 0
         assert {p.name for p in result.iterdir()} == {p.name for p in expected.iterdir()}
         for rank in range(world):
             for kind in ("model", "optim"):
-                a, b = (torch.load(f / f"{kind}_world_size_{world}_rank_{rank}.pt", weights_only=False) for f in (result, expected))
+                a, b = (
+                    torch.load(f / f"{kind}_world_size_{world}_rank_{rank}.pt", weights_only=False)
+                    for f in (result, expected)
+                )
                 for x, y in zip(_tensors(a), _tensors(b), strict=True):
-                    assert type(x) is type(y) and torch.equal(getattr(x, "_local_tensor", x), getattr(y, "_local_tensor", y))
+                    assert type(x) is type(y) and torch.equal(
+                        getattr(x, "_local_tensor", x), getattr(y, "_local_tensor", y)
+                    )
         for readers in (world, 2):
             for loaded in run_ranks(states.load_and_compare, readers, str(result)):
-                assert (loaded["step"], loaded["updates"], loaded["extra"]["epoch"], loaded["data"]) == (5, 7, 2, {"position": 17})
+                assert (
+                    loaded["step"],
+                    loaded["updates"],
+                    loaded["extra"]["epoch"],
+                    loaded["data"],
+                ) == (5, 7, 2, {"position": 17})
     assert not list(folder.parent.glob("*.tmp")) and not list(folder.parent.glob("*.old"))
 
 
@@ -91,17 +127,38 @@ def _tensors(content):
     """Every tensor of a state dict, in order."""
     if isinstance(content, torch.Tensor):
         return [content]
-    parts = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    parts = (
+        content.values()
+        if isinstance(content, dict)
+        else content
+        if isinstance(content, (list, tuple))
+        else ()
+    )
     return [t for part in parts for t in _tensors(part)]
 
 
 @needs_shards
 def test_foreign_shards_convert(tmp_path: Path) -> None:
     shutil.copytree(SHARDS / "torch2.8/w3", tmp_path / "global_step_9")
-    assert main(["convert", str(tmp_path / "global_step_9"), "--world-size", "2", "--out", str(tmp_path / "out")]) == 0
-    truth, source = load_file(SHARDS / "truth.safetensors"), ShardSource(tmp_path / "out", "exp_avg")
+    assert (
+        main(
+            [
+                "convert",
+                str(tmp_path / "global_step_9"),
+                "--world-size",
+                "2",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
+    truth = load_file(SHARDS / "truth.safetensors")
+    source = ShardSource(tmp_path / "out", "exp_avg")
     for name in source.names():
-        assert torch.equal(source.read(name, 0, truth[name].numel()), truth[f"exp_avg.{name}"].view(-1))
+        assert torch.equal(
+            source.read(name, 0, truth[name].numel()), truth[f"exp_avg.{name}"].view(-1)
+        )
 
 
 def test_verify_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,11 +171,21 @@ def test_verify_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
         return output.out + output.err
 
     assert "complete, undamaged, finite" in verdict()
-    for name in ("model_world_size_2_rank_1.pt", "optim_world_size_2_rank_0.pt", "extra_state_world_size_2_rank_1.pt", "data.pt",
-                 "huggingface/model.safetensors", "huggingface/vocab.json"):  # fmt: skip
+    for name in (
+        "model_world_size_2_rank_1.pt",
+        "optim_world_size_2_rank_0.pt",
+        "extra_state_world_size_2_rank_1.pt",
+        "data.pt",
+        "huggingface/model.safetensors",
+        "huggingface/vocab.json",
+    ):
         path = folder / name
         whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 4]) + whole[len(whole) // 2 + 1 :])
+        path.write_bytes(
+            whole[: len(whole) // 2]
+            + bytes([whole[len(whole) // 2] ^ 4])
+            + whole[len(whole) // 2 + 1 :]
+        )
         assert str(path) in verdict(), name
         path.write_bytes(whole[:-1])
         assert Path(name).name in verdict()
@@ -128,12 +195,22 @@ def test_verify_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "complete, undamaged, finite" in verdict()
 
 
-def test_verify_finds_values_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_values_that_are_not_finite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     states.source_model(tmp_path / "source")
     mesh = states.make_mesh()
     state = states.state(mesh)
     state.exp_avg[3], state.params[2] = float("nan"), float("inf")  # type: ignore[index]
-    states.checkpoint.save(tmp_path / "run", state, mesh, step=1, extra={}, data_state={}, model_folder=tmp_path / "source")
+    states.checkpoint.save(
+        tmp_path / "run",
+        state,
+        mesh,
+        step=1,
+        extra={},
+        data_state={},
+        model_folder=tmp_path / "source",
+    )
     assert main(["verify", str(tmp_path / "run/global_step_1")]) == 1
     output = capsys.readouterr().out
     assert "model of model.embed_tokens.weight has 1 values that are not finite" in output
@@ -147,7 +224,10 @@ def test_ls_marks_what_a_resume_takes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["ls", str(tmp_path / "run")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("*" in line and " 5 " in line and "complete" in line for line in lines)
-    assert any("*" not in line and " 6 " in line and "optim_world_size_2_rank_1.pt is missing" in line for line in lines)
+    assert any(
+        "*" not in line and " 6 " in line and "optim_world_size_2_rank_1.pt is missing" in line
+        for line in lines
+    )
     assert main(["ls", str(tmp_path / "nowhere")]) == 1
 
 
@@ -165,7 +245,10 @@ def test_wrong_usage_ends_with_its_own_status(capsys: pytest.CaptureFixture[str]
 
 def test_a_run_instead_of_a_checkpoint_is_told_which_to_take(tmp_path: Path) -> None:
     (tmp_path / "global_step_7").mkdir()
-    with pytest.raises(ValueError, match=r"holds no model shards\. It is a run; its newest checkpoint is .*global_step_7\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds no model shards\. It is a run; its newest checkpoint is .*global_step_7\.$",
+    ):
         world_size(tmp_path)
     with pytest.raises(ValueError, match=r"holds no model shards\.$"):
         world_size(tmp_path / "global_step_7")

@@ -47,22 +47,33 @@ class Flaky(LocalFileSystem):
 fsspec.register_implementation("flaky", Flaky, clobber=True)
 
 
-def _save(root: Path, url: str, steps: tuple[int, ...] = (1,), keep: int | None = None) -> checkpoint.Staging:
+def _save(
+    root: Path, url: str, steps: tuple[int, ...] = (1,), keep: int | None = None
+) -> checkpoint.Staging:
     mesh = make_mesh()
     staging = checkpoint.Staging(mesh)
     states.source_model(root.parent / "source")
     for step in steps:
         result = checkpoint.save(
-            root, states.state(mesh, step=step), mesh, step=step, extra={}, data_state={}, model_folder=root.parent / "source",
-            options=SaveOptions(remote_url=url, keep=keep), staging=staging,
-        ).wait()  # fmt: skip
+            root,
+            states.state(mesh, step=step),
+            mesh,
+            step=step,
+            extra={},
+            data_state={},
+            model_folder=root.parent / "source",
+            options=SaveOptions(remote_url=url, keep=keep),
+            staging=staging,
+        ).wait()
         assert result.error is None
     staging.close()
     return staging
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def test_every_file_arrives_and_the_copy_can_be_resumed(tmp_path: Path) -> None:
@@ -73,7 +84,9 @@ def test_every_file_arrives_and_the_copy_can_be_resumed(tmp_path: Path) -> None:
     assert main(["verify", str(tmp_path / "far/global_step_1")]) == 0
 
 
-def test_the_tracker_comes_last_and_failures_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tracker_comes_last_and_failures_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Flaky, "log", [])
     monkeypatch.setattr(Flaky, "fail_first", 3)
     mirror = Mirror(f"flaky://{tmp_path}/far", wait_s=0.001)
@@ -81,11 +94,16 @@ def test_the_tracker_comes_last_and_failures_are_tried_again(tmp_path: Path, mon
     mirror.add(tmp_path / "run/global_step_1")
     mirror.close()
     assert mirror.failures == [] and Flaky.log[0] == Flaky.log[3]
-    assert Flaky.log[-1].endswith("latest_checkpointed_iteration.txt") and sum(n.endswith("iteration.txt") for n in Flaky.log) == 1
+    assert (
+        Flaky.log[-1].endswith("latest_checkpointed_iteration.txt")
+        and sum(n.endswith("iteration.txt") for n in Flaky.log) == 1
+    )
     assert _content(tmp_path / "far/global_step_1") == _content(tmp_path / "run/global_step_1")
 
 
-def test_a_store_that_stays_away_is_reported_and_not_fatal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_store_that_stays_away_is_reported_and_not_fatal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(Flaky, "log", [])
     monkeypatch.setattr(Flaky, "fail_first", 10**9)
     _save(tmp_path / "run", f"file://{tmp_path}/other")
@@ -94,7 +112,9 @@ def test_a_store_that_stays_away_is_reported_and_not_fatal(tmp_path: Path, monke
     mirror.close()
     assert len(mirror.failures) == 1 and "the store is away" in mirror.failures[0]
     assert "was not copied" in caplog.text and "The local checkpoint is complete" in caplog.text
-    assert not (tmp_path / "far/latest_checkpointed_iteration.txt").exists(), "the tracker must not name what isn't there"
+    assert not (tmp_path / "far/latest_checkpointed_iteration.txt").exists(), (
+        "the tracker must not name what isn't there"
+    )
     assert latest(tmp_path / "run") == tmp_path / "run/global_step_1"
 
 
@@ -109,7 +129,9 @@ def test_what_is_being_copied_is_not_deleted(tmp_path: Path) -> None:
         (tmp_path / f"global_step_{step}").mkdir()
         (tmp_path / f"global_step_{step}" / CHECKSUMS).touch()
 
-    assert prune(tmp_path, 1, frozenset({tmp_path / "global_step_2"})) == [tmp_path / "global_step_1"]
+    assert prune(tmp_path, 1, frozenset({tmp_path / "global_step_2"})) == [
+        tmp_path / "global_step_1"
+    ]
     assert prune(tmp_path, 1) == [tmp_path / "global_step_2"]
 
 
@@ -121,8 +143,17 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }.items():
         monkeypatch.setenv(name, value)
     try:
         for _ in range(200):
@@ -155,7 +186,8 @@ def test_a_store_that_takes_nothing_any_more_is_given_up_at_the_end(
     (tmp_path / "global_step_1" / "data.pt").write_bytes(b"x")
     monkeypatch.setattr(Flaky, "put_file", lambda *args, **named: time.sleep(30))
     monkeypatch.setattr(remote, "STALL_S", 0.5)
-    begin, mirror = time.monotonic(), Mirror(f"flaky://{tmp_path}/far")
+    begin = time.monotonic()
+    mirror = Mirror(f"flaky://{tmp_path}/far")
     mirror.add(tmp_path / "global_step_1")
     mirror.close()
     assert 0.4 < time.monotonic() - begin < 10 and "takes nothing any more" in mirror.failures[0]

@@ -1,4 +1,6 @@
-"""Whatever happens during a save, the previous checkpoint stays usable and the torn one is ignored, and said so."""
+"""Whatever happens during a save, the previous checkpoint stays usable and the torn one is ignored,
+and said so.
+"""
 
 from __future__ import annotations
 
@@ -39,16 +41,24 @@ def run(tmp_path: Path) -> Path:
 def _save(root: Path, step: int, mesh=None, **options) -> checkpoint.SaveResult:
     mesh = mesh or make_mesh()
     return checkpoint.save(
-        root, states.state(mesh, step=step), mesh, step=step, extra={}, data_state={"position": step},
-        model_folder=root.parent / "source", options=SaveOptions(**options),
-    ).wait()  # fmt: skip
+        root,
+        states.state(mesh, step=step),
+        mesh,
+        step=step,
+        extra={},
+        data_state={"position": step},
+        model_folder=root.parent / "source",
+        options=SaveOptions(**options),
+    ).wait()
 
 
 def _load(folder: Path) -> int:
     return states.load_and_compare(str(folder))["step"]
 
 
-def test_an_unfinished_save_is_ignored_and_said(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unfinished_save_is_ignored_and_said(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(run / "global_step_6", run / "global_step_7.tmp")
     (run / "global_step_7.tmp" / MARK).touch()  # as a save that is cut off leaves it
     assert latest(run) == run / "global_step_6"
@@ -59,10 +69,18 @@ def test_an_unfinished_save_is_ignored_and_said(run: Path, caplog: pytest.LogCap
 
 @pytest.mark.parametrize(
     "name",
-    ["model_world_size_1_rank_0.pt", "huggingface/model.safetensors", "extra_state_world_size_1_rank_0.pt", "fsdp_config.json", "data.pt"],
+    [
+        "model_world_size_1_rank_0.pt",
+        "huggingface/model.safetensors",
+        "extra_state_world_size_1_rank_0.pt",
+        "fsdp_config.json",
+        "data.pt",
+    ],
 )
 @pytest.mark.parametrize("how", ["missing", "short"])
-def test_a_damaged_folder_falls_back_to_the_one_before(run: Path, caplog: pytest.LogCaptureFixture, name: str, how: str) -> None:
+def test_a_damaged_folder_falls_back_to_the_one_before(
+    run: Path, caplog: pytest.LogCaptureFixture, name: str, how: str
+) -> None:
     path = run / "global_step_6" / name
     if how == "short":
         path.write_bytes(path.read_bytes()[:-10])
@@ -75,7 +93,10 @@ def test_a_damaged_folder_falls_back_to_the_one_before(run: Path, caplog: pytest
 def test_the_tracker_decides(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run / "latest_checkpointed_iteration.txt").write_text("5")
     assert latest(run) == run / "global_step_5"
-    assert "global_step_6 is newer than what latest_checkpointed_iteration.txt names (step 5): ignored" in caplog.text
+    assert (
+        "global_step_6 is newer than what latest_checkpointed_iteration.txt names (step 5): ignored"
+        in caplog.text
+    )
     for broken in ("", "six", "6\x00\x01"):
         (run / "latest_checkpointed_iteration.txt").write_text(broken)
         assert latest(run) == run / "global_step_6"
@@ -113,23 +134,43 @@ def _one_rank_fails(root: str, bad: int, where: str) -> tuple[str | None, float]
 
     if mesh.rank == bad:
         module, name = where.rsplit(".", 1)
-        setattr(staging if module == "staging" else sys.modules[f"retool.checkpoint.{module}"], name, broken)
+        setattr(
+            staging if module == "staging" else sys.modules[f"retool.checkpoint.{module}"],
+            name,
+            broken,
+        )
     begin = time.monotonic()
     pending = checkpoint.save(
-        root, states.state(mesh), mesh, step=9, extra={}, data_state={}, model_folder=Path(root).parent / "source", staging=staging,
+        root,
+        states.state(mesh),
+        mesh,
+        step=9,
+        extra={},
+        data_state={},
+        model_folder=Path(root).parent / "source",
+        staging=staging,
         options=SaveOptions(async_save=True),
-    )  # fmt: skip
+    )
     return pending.wait().error, time.monotonic() - begin
 
 
 @pytest.mark.parametrize(
     ("world", "bad", "where"),
-    [(3, 0, "write.write_archive"), (3, 2, "write.write_archive"), (2, 1, "export.unit_numel"), (2, 0, "export._write_unit"),
-     (2, 0, "export.WeightsWriter"), (2, 1, "staging.buffer"), (2, 0, "write._commit")],
-)  # fmt: skip
+    [
+        (3, 0, "write.write_archive"),
+        (3, 2, "write.write_archive"),
+        (2, 1, "hf.export.unit_numel"),
+        (2, 0, "export._write_unit"),
+        (2, 0, "hf.export.WeightsWriter"),
+        (2, 1, "staging.buffer"),
+        (2, 0, "write._commit"),
+    ],
+)
 def test_all_ranks_hear_of_one_rank_s_failure(run: Path, world: int, bad: int, where: str) -> None:
     for error, seconds in run_ranks(_one_rank_fails, world, str(run), bad, where):
-        assert error is not None and error.startswith(f"rank {bad}: OSError: [Errno 28] No space left on device")
+        assert error is not None and error.startswith(
+            f"rank {bad}: OSError: [Errno 28] No space left on device"
+        )
         assert seconds < 10
     assert latest(run) == run / "global_step_6" and not list(run.glob("*.tmp"))
 
@@ -139,7 +180,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 400 KB, mounted for the test."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting a small tmpfs needs root")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -150,31 +196,45 @@ def _remount(disk: Path, option: str) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_full_disk_fails_loudly_and_keeps_the_old_one(small_disk: Path, world: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_fails_loudly_and_keeps_the_old_one(
+    small_disk: Path, world: int, caplog: pytest.LogCaptureFixture
+) -> None:
     states.source_model(small_disk / "source")
     root = small_disk / "run"
     errors = run_ranks(states.save, world, str(root), -1, torch.float32, (1, 2, 3, 4, 5, 6, 7, 8))
-    assert errors[0][0] is None and errors[0][-1] is not None and "No space left" in errors[0][-1], errors
+    assert (
+        errors[0][0] is None and errors[0][-1] is not None and "No space left" in errors[0][-1]
+    ), errors
     kept = latest(root)
     assert (
         kept is not None
         and main(["verify", str(kept)]) == 0
         and kept.name == f"global_step_{errors[0].index(next(e for e in errors[0] if e))}"
     )
-    assert not list(root.glob("*.tmp")), "what the failed save wrote must go: it is the space that the next one needs"
+    assert not list(root.glob("*.tmp")), (
+        "what the failed save wrote must go: it is the space that the next one needs"
+    )
     _remount(small_disk, "size=4m")
-    assert run_ranks(states.save, world, str(root), -1, torch.float32, (9,))[0] == [None], "with room again, the next save works"
+    assert run_ranks(states.save, world, str(root), -1, torch.float32, (9,))[0] == [None], (
+        "with room again, the next save works"
+    )
     assert latest(root) == root / "global_step_9"
 
 
-def test_a_read_only_folder_fails_loudly(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_read_only_folder_fails_loudly(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     states.source_model(small_disk / "source")
     root = small_disk / "run"
     assert _save(root, 1).error is None
     _remount(small_disk, "ro")
     with caplog.at_level(logging.ERROR):
         error = _save(root, 2).error
-    assert error is not None and "Read-only file system" in error and "global_step_2 was not saved" in caplog.text
+    assert (
+        error is not None
+        and "Read-only file system" in error
+        and "global_step_2 was not saved" in caplog.text
+    )
     assert latest(root) == root / "global_step_1"
 
 
@@ -183,7 +243,9 @@ def test_a_vanished_folder_is_made_again(run: Path) -> None:
     assert _save(run, 7).error is None and latest(run) == run / "global_step_7"
 
 
-def test_a_folder_that_vanishes_during_the_save_is_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_vanishes_during_the_save_is_an_error(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = write_module.write_archive
 
     def vanish(path: Path, content: object) -> None:
@@ -212,14 +274,22 @@ def _endless(root: str, rank: int, world: int, port: int, first: int) -> None:
     }
     torch.set_num_threads(1)
     mesh = make_mesh(timeout_s=30)
-    staging, step = checkpoint.Staging(mesh, timeout_s=30), first
+    staging = checkpoint.Staging(mesh, timeout_s=30)
+    step = first
     note = os.open(f"{root}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.write(note, b"0\n")
     while True:
         pending = checkpoint.save(
-            root, states.state(mesh, step=step), mesh, step=step, extra={}, data_state={"position": step}, staging=staging,
-            model_folder=Path(root).parent / "source", options=SaveOptions(async_save=True, keep=2),
-        )  # fmt: skip
+            root,
+            states.state(mesh, step=step),
+            mesh,
+            step=step,
+            extra={},
+            data_state={"position": step},
+            staging=staging,
+            model_folder=Path(root).parent / "source",
+            options=SaveOptions(async_save=True, keep=2),
+        )
         if pending.wait().error is not None:
             return  # the other rank is gone
         os.write(note, b"%d\n" % step)
@@ -235,12 +305,21 @@ def _noted(root: Path, rank: int) -> int:
 def _kill_during_saves(tmp_path: Path, kills: int, world: int, seed: int) -> int:
     """Kill one or all of the saving processes again and again; how many of the saves were torn."""
     states.source_model(tmp_path / "source")
-    root, chance, completed, torn = tmp_path / "run", random.Random(seed), 0, 0
+    root = tmp_path / "run"
+    chance = random.Random(seed)
+    completed = 0
+    torn = 0
     for _ in range(kills):
         for rank in range(world):
             Path(f"{root}.{rank}").unlink(missing_ok=True)
-        port, since = free_port(), time.time()
-        ranks = [_context.Process(target=_endless, args=(str(root), r, world, port, completed + 1), daemon=True) for r in range(world)]
+        port = free_port()
+        since = time.time()
+        ranks = [
+            _context.Process(
+                target=_endless, args=(str(root), r, world, port, completed + 1), daemon=True
+            )
+            for r in range(world)
+        ]
         for process in ranks:
             process.start()
         while min(_noted(root, rank) for rank in range(world)) < 0:
@@ -264,13 +343,19 @@ def _kill_during_saves(tmp_path: Path, kills: int, world: int, seed: int) -> int
             assert step >= completed, f"step {completed} was complete; left is {found}"
             assert main(["verify", str(found)]) == 0
             loaded = checkpoint.load(found, states.blank(make_mesh()), make_mesh(), seed=0)
-            assert (loaded.step, loaded.optimizer_step, loaded.data_state) == (step, step, {"position": step})
+            assert (loaded.step, loaded.optimizer_step, loaded.data_state) == (
+                step,
+                step,
+                {"position": step},
+            )
             completed = step
     return torn
 
 
 def test_killed_saves_never_lose_a_completed_checkpoint(tmp_path: Path) -> None:
-    assert _kill_during_saves(tmp_path, kills=6, world=1, seed=1) > 0, "no kill hit a save: the test tests nothing"
+    assert _kill_during_saves(tmp_path, kills=6, world=1, seed=1) > 0, (
+        "no kill hit a save: the test tests nothing"
+    )
     assert _kill_during_saves(tmp_path / "two", kills=4, world=2, seed=2) > 0
 
 

@@ -1,5 +1,6 @@
-"""A damaged newest checkpoint doesn't block a resume: the newest whole one is taken, on every rank the same, and it is said which was
-skipped and why."""
+"""A damaged newest checkpoint doesn't block a resume: the newest whole one is taken, on every rank
+the same, and it is said which was skipped and why.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with complete checkpoints of steps 1, 2 and 3 by two ranks."""
     root = tmp_path_factory.mktemp("whole")
     states.source_model(root / "source")
-    assert run_ranks(states.save, WORLD, str(root / "run"), -1, states.torch.float32, (1, 2, 3)) == [[None] * 3] * WORLD
+    assert (
+        run_ranks(states.save, WORLD, str(root / "run"), -1, states.torch.float32, (1, 2, 3))
+        == [[None] * 3] * WORLD
+    )
     return root
 
 
@@ -50,7 +54,15 @@ def _load(root: str) -> tuple[str, int]:
     return folder.name, loaded.step
 
 
-@pytest.mark.parametrize("name", ["model_world_size_2_rank_1.pt", "optim_world_size_2_rank_0.pt", "extra_state_world_size_2_rank_1.pt", "data.pt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_world_size_2_rank_1.pt",
+        "optim_world_size_2_rank_0.pt",
+        "extra_state_world_size_2_rank_1.pt",
+        "data.pt",
+    ],
+)
 def test_a_flipped_bit_on_one_rank_takes_all_to_the_one_before(run: Path, name: str) -> None:
     flip(run / "global_step_3" / name)
     flip(run / "global_step_2" / "model_world_size_2_rank_0.pt")
@@ -62,14 +74,20 @@ def test_it_is_said_which_was_skipped_and_why(run: Path, caplog: pytest.LogCaptu
     mesh = make_mesh()
     folder, loaded = load_whole(candidates(run), states.blank(mesh), mesh, seed=0)
     assert folder == run / "global_step_2" and loaded.step == 2
-    assert "global_step_3 is damaged and skipped" in caplog.text and "model_world_size_2_rank_1.pt" in caplog.text
+    assert (
+        "global_step_3 is damaged and skipped" in caplog.text
+        and "model_world_size_2_rank_1.pt" in caplog.text
+    )
 
 
 def test_where_none_is_whole_every_reason_is_given(run: Path) -> None:
     mesh = make_mesh()
     for step in (1, 2, 3):
         flip(run / f"global_step_{step}" / "model_world_size_2_rank_1.pt")
-    with pytest.raises(ValueError, match=r"none of the 3 checkpoints in .* can be loaded.*global_step_3.*global_step_2.*global_step_1"):
+    with pytest.raises(
+        ValueError,
+        match=r"none of the 3 checkpoints in .* can be loaded.*global_step_3.*global_step_2.*global_step_1",
+    ):
         load_whole(candidates(run), states.blank(mesh), mesh, seed=0)
     with pytest.raises(ValueError, match=r"model_world_size_2_rank_1\.pt"):
         load_whole([run / "global_step_3"], states.blank(mesh), mesh, seed=0)
@@ -78,9 +96,15 @@ def test_where_none_is_whole_every_reason_is_given(run: Path) -> None:
 def test_one_without_an_optimizer_is_refused_not_skipped(run: Path) -> None:
     mesh = make_mesh()
     result = checkpoint.save(
-        run, states.state(mesh), mesh, step=4, extra={}, data_state={}, model_folder=run.parent / "source",
+        run,
+        states.state(mesh),
+        mesh,
+        step=4,
+        extra={},
+        data_state={},
+        model_folder=run.parent / "source",
         options=checkpoint.SaveOptions(contents=("model", "extra")),
-    ).wait()  # fmt: skip
+    ).wait()
     assert result.error is None
     with pytest.raises(ValueError, match="saved without the optimizer"):
         load_whole(candidates(run), states.blank(mesh), mesh, seed=0)
@@ -89,15 +113,25 @@ def test_one_without_an_optimizer_is_refused_not_skipped(run: Path) -> None:
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "a bit of the data's position": lambda folder: flip(folder / "data.pt"),
     "a bit of the configuration": lambda folder: flip(folder / "fsdp_config.json"),
-    "a bit of the random states": lambda folder: flip(folder / "extra_state_world_size_2_rank_1.pt"),
-    "the first rank's directory": lambda folder: flip(folder / "model_world_size_2_rank_0.pt", 0.999),
+    "a bit of the random states": lambda folder: flip(
+        folder / "extra_state_world_size_2_rank_1.pt"
+    ),
+    "the first rank's directory": lambda folder: flip(
+        folder / "model_world_size_2_rank_0.pt", 0.999
+    ),
     "no list of checksums": lambda folder: (folder / "checksums.json").write_text("{}"),
-    "an odd list of checksums": lambda folder: (folder / "checksums.json").write_text('{"block": 1048576, "files": {"data.pt": {"size": 1}}}'),
+    "an odd list of checksums": lambda folder: (folder / "checksums.json").write_text(
+        '{"block": 1048576, "files": {"data.pt": {"size": 1}}}'
+    ),
 }
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_cheap_looks_find_it_before_the_run(run: Path, what: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_cheap_looks_find_it_before_the_run(
+    run: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
     DAMAGE[what](run / "global_step_3")
     assert latest(run) == run / "global_step_2" and "global_step_3 is not complete" in caplog.text
-    assert latest(run, fallback=False) == run / "global_step_3", "who insists gets the newest, and its fault"
+    assert latest(run, fallback=False) == run / "global_step_3", (
+        "who insists gets the newest, and its fault"
+    )

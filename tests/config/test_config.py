@@ -38,25 +38,70 @@ PUBLISHED = """
     ulysses_sequence_parallel_size=2 use_remove_padding=true
 """
 DEFAULTS = {  # the contract's table
-    "data.val_files": None, "data.train_max_samples": -1, "data.val_max_samples": -1, "data.train_batch_size": 256,
-    "data.micro_batch_size_per_gpu": None, "data.max_token_len_per_gpu": None, "data.max_length": 4096, "data.truncation": "error",
-    "data.multiturn.enable": True, "data.multiturn.messages_key": "messages", "data.multiturn.tools_key": "tools",
-    "data.multiturn.enable_thinking_key": "enable_thinking", "data.multiturn.history": "error", "data.shuffle": True, "data.seed": 1,
-    "data.num_workers": 2, "data.apply_chat_template_kwargs": {}, "data.custom_cls.path": None, "data.custom_cls.name": None,
-    "data.chat_template": None, "model.strategy": "fsdp", "model.attn": "auto", "model.enable_gradient_checkpointing": "auto",
-    "model.activation_offload": False, "model.fp32_residual": "auto",
-    "model.fsdp_config.model_dtype": "fp32", "model.fsdp_config.param_dtype": "auto", "model.fsdp_config.reduce_dtype": "fp32",
-    "model.fsdp_config.param_offload": False, "model.fsdp_config.optimizer_offload": False, "model.fsdp_config.fsdp_size": -1,
-    "model.fsdp_config.reshard_after_forward": True, "model.fsdp_config.forward_prefetch": True, "model.trust_remote_code": False,
-    "model.use_compile": "auto", "optim.lr": 1e-5, "optim.betas": [0.9, 0.95], "optim.weight_decay": 0.01, "optim.clip_grad": 1.0,
-    "optim.lr_scheduler": "cosine", "optim.warmup_steps_ratio": 0.1, "optim.min_lr_ratio": 0.0, "ulysses_sequence_parallel_size": 1,
-    "use_remove_padding": True, "trainer.default_local_dir": "checkpoints/retool-sft/test", "trainer.default_hdfs_dir": None,
-    "trainer.project_name": "retool-sft", "trainer.experiment_name": "test", "trainer.logger": ["console"], "trainer.total_epochs": 1,
-    "trainer.total_training_steps": None, "trainer.save_freq": -1, "trainer.test_freq": -1, "trainer.max_ckpt_to_keep": None,
-    "trainer.resume_mode": "auto", "trainer.resume_from_path": None,
-    "trainer.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"], "trainer.seed": 1, "trainer.nnodes": None,
-    "trainer.n_gpus_per_node": None, "trainer.device": "auto", "trainer.deterministic": False, "trainer.max_grad_skips": 3,
-}  # fmt: skip
+    "data.val_files": None,
+    "data.train_max_samples": -1,
+    "data.val_max_samples": -1,
+    "data.train_batch_size": 256,
+    "data.micro_batch_size_per_gpu": None,
+    "data.max_token_len_per_gpu": None,
+    "data.max_length": 4096,
+    "data.truncation": "error",
+    "data.multiturn.enable": True,
+    "data.multiturn.messages_key": "messages",
+    "data.multiturn.tools_key": "tools",
+    "data.multiturn.enable_thinking_key": "enable_thinking",
+    "data.multiturn.history": "error",
+    "data.shuffle": True,
+    "data.seed": 1,
+    "data.num_workers": 2,
+    "data.apply_chat_template_kwargs": {},
+    "data.custom_cls.path": None,
+    "data.custom_cls.name": None,
+    "data.chat_template": None,
+    "model.strategy": "fsdp",
+    "model.attn": "auto",
+    "model.enable_gradient_checkpointing": "auto",
+    "model.activation_offload": False,
+    "model.fp32_residual": "auto",
+    "model.fsdp_config.model_dtype": "fp32",
+    "model.fsdp_config.param_dtype": "auto",
+    "model.fsdp_config.reduce_dtype": "fp32",
+    "model.fsdp_config.param_offload": False,
+    "model.fsdp_config.optimizer_offload": False,
+    "model.fsdp_config.fsdp_size": -1,
+    "model.fsdp_config.reshard_after_forward": True,
+    "model.fsdp_config.forward_prefetch": True,
+    "model.trust_remote_code": False,
+    "model.use_compile": "auto",
+    "optim.lr": 1e-5,
+    "optim.betas": [0.9, 0.95],
+    "optim.weight_decay": 0.01,
+    "optim.clip_grad": 1.0,
+    "optim.lr_scheduler": "cosine",
+    "optim.warmup_steps_ratio": 0.1,
+    "optim.min_lr_ratio": 0.0,
+    "ulysses_sequence_parallel_size": 1,
+    "use_remove_padding": True,
+    "trainer.default_local_dir": "checkpoints/retool-sft/test",
+    "trainer.default_hdfs_dir": None,
+    "trainer.project_name": "retool-sft",
+    "trainer.experiment_name": "test",
+    "trainer.logger": ["console"],
+    "trainer.total_epochs": 1,
+    "trainer.total_training_steps": None,
+    "trainer.save_freq": -1,
+    "trainer.test_freq": -1,
+    "trainer.max_ckpt_to_keep": None,
+    "trainer.resume_mode": "auto",
+    "trainer.resume_from_path": None,
+    "trainer.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
+    "trainer.seed": 1,
+    "trainer.nnodes": None,
+    "trainer.n_gpus_per_node": None,
+    "trainer.device": "auto",
+    "trainer.deterministic": False,
+    "trainer.max_grad_skips": 3,
+}
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -73,8 +118,14 @@ def sft(*words: str) -> SFTConfig:
 
 def test_the_published_command_line_word_for_word() -> None:
     config = parse(SFTConfig, shlex.split(PUBLISHED), SYNONYMS)
-    assert config.data.train_files == ("/d/train.parquet",) and config.data.val_files == ("/d/eval.parquet",)
-    assert (config.data.max_length, config.data.train_batch_size, config.data.micro_batch_size_per_gpu) == (16384, 16, 2)
+    assert config.data.train_files == ("/d/train.parquet",) and config.data.val_files == (
+        "/d/eval.parquet",
+    )
+    assert (
+        config.data.max_length,
+        config.data.train_batch_size,
+        config.data.micro_batch_size_per_gpu,
+    ) == (16384, 16, 2)
     assert config.trainer.logger == ("console",) and config.trainer.total_epochs == 2
     assert config.ulysses_sequence_parallel_size == 2 and config.use_remove_padding is True
     assert not list(contradictions(config))
@@ -122,7 +173,11 @@ def test_list_forms(text: str, files: tuple[str, ...]) -> None:
         ("data.chat_template=null", "data.chat_template", None),
         ("data.truncation='drop'", "data.truncation", "drop"),
         ("model.enable_gradient_checkpointing=True", "model.enable_gradient_checkpointing", True),
-        ("model.enable_gradient_checkpointing=selective", "model.enable_gradient_checkpointing", "selective"),
+        (
+            "model.enable_gradient_checkpointing=selective",
+            "model.enable_gradient_checkpointing",
+            "selective",
+        ),
         ("model.enable_activation_offload=True", "model.activation_offload", True),
         ("model.activation_offload=auto", "model.activation_offload", "auto"),
         ("trainer.checkpoint.async_save=false", "trainer.checkpoint.async_save", False),
@@ -138,10 +193,26 @@ def test_list_forms(text: str, files: tuple[str, ...]) -> None:
         ("data.messages_key=chat", "data.multiturn.messages_key", "chat"),
         ("optim.lr_scheduler_type=constant", "optim.lr_scheduler", "constant"),
         ("optim.lr_warmup_steps_ratio=0.2", "optim.warmup_steps_ratio", 0.2),
-        ("data.apply_chat_template_kwargs={enable_thinking: false}", "data.apply_chat_template_kwargs", {"enable_thinking": False}),
-        ('data.apply_chat_template_kwargs={"a":{"b":[1,2]}}', "data.apply_chat_template_kwargs", {"a": {"b": [1, 2]}}),
-        ("data.apply_chat_template_kwargs.enable_thinking=true", "data.apply_chat_template_kwargs", {"enable_thinking": True}),
-        ("trainer.default_local_dir=x/${trainer.project_name}/${optim.lr}", "trainer.default_local_dir", "x/retool-sft/1e-05"),
+        (
+            "data.apply_chat_template_kwargs={enable_thinking: false}",
+            "data.apply_chat_template_kwargs",
+            {"enable_thinking": False},
+        ),
+        (
+            'data.apply_chat_template_kwargs={"a":{"b":[1,2]}}',
+            "data.apply_chat_template_kwargs",
+            {"a": {"b": [1, 2]}},
+        ),
+        (
+            "data.apply_chat_template_kwargs.enable_thinking=true",
+            "data.apply_chat_template_kwargs",
+            {"enable_thinking": True},
+        ),
+        (
+            "trainer.default_local_dir=x/${trainer.project_name}/${optim.lr}",
+            "trainer.default_local_dir",
+            "x/retool-sft/1e-05",
+        ),
     ],
 )
 def test_values(word: str, key: str, value: object) -> None:
@@ -156,18 +227,41 @@ def test_every_synonym_leads_to_a_key() -> None:
 
 def test_every_fault_at_once() -> None:
     as_typed = [  # faults that quote the word
-        "optim.lr_schedular=cosine", "optim.lr_scheduler=cosin", "data.max_length=abc", "--foo", "data=3", "nonsense=1", "trainer.seed=null",
-        "config=/no/such.yaml", "data.apply_chat_template_kwargs={x:1}", "trainer.logger=[a", "model.strategy=megatron",
-    ]  # fmt: skip
-    words = [*as_typed, "optim.lr=-1", "trainer.default_local_dir=${trainer.projct_name}", "optim.betas=[0.9,1.0]"]
+        "optim.lr_schedular=cosine",
+        "optim.lr_scheduler=cosin",
+        "data.max_length=abc",
+        "--foo",
+        "data=3",
+        "nonsense=1",
+        "trainer.seed=null",
+        "config=/no/such.yaml",
+        "data.apply_chat_template_kwargs={x:1}",
+        "trainer.logger=[a",
+        "model.strategy=megatron",
+    ]
+    words = [
+        *as_typed,
+        "optim.lr=-1",
+        "trainer.default_local_dir=${trainer.projct_name}",
+        "optim.betas=[0.9,1.0]",
+    ]
     with pytest.raises(ConfigError) as raised:
         parse(SFTConfig, words, SYNONYMS)
     said = {fault.where: f"{fault.problem} {fault.remedy}" for fault in raised.value.faults}
-    by_key = ["optim.lr=-1.0", "trainer.default_local_dir", "optim.betas=1.0", "data.train_files", "model.partial_pretrain"]
+    by_key = [
+        "optim.lr=-1.0",
+        "trainer.default_local_dir",
+        "optim.betas=1.0",
+        "data.train_files",
+        "model.partial_pretrain",
+    ]
     assert sorted(said) == sorted(as_typed + by_key)
     assert len(raised.value.faults) == len(said)
     assert "Did you mean optim.lr_scheduler?" in said["optim.lr_schedular=cosine"]
-    assert "cosine or wsd or constant" in said["optim.lr_scheduler=cosin"] and "Did you mean cosine?" in said["optim.lr_scheduler=cosin"]
+    assert (
+        "cosine or wsd or constant" in said["optim.lr_scheduler=cosin"]
+        and "Did you mean cosine?" in said["optim.lr_scheduler=cosin"]
+    )
     assert "an integer" in said["data.max_length=abc"] and "above 0" in said["optim.lr=-1.0"]
     assert "space after a colon" in said["data.apply_chat_template_kwargs={x:1}"]
     assert "required" in said["data.train_files"] and "fsdp" in said["model.strategy=megatron"]
@@ -177,7 +271,11 @@ def test_every_fault_at_once() -> None:
 def test_faulty_values_leave_a_whole_configuration_to_go_on_with() -> None:
     parsed = read(SFTConfig, ["data.max_length=abc", "trainer.save_freq=soon"], SYNONYMS)
     assert len(parsed.faults) == 4
-    assert parsed.config.data.max_length == 4096 and parsed.config.data.train_files == () and parsed.config.model.partial_pretrain == ""
+    assert (
+        parsed.config.data.max_length == 4096
+        and parsed.config.data.train_files == ()
+        and parsed.config.model.partial_pretrain == ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,11 +298,22 @@ def test_a_file_comes_first_and_later_words_win(tmp_path: Path) -> None:
         "data:\n  train_files: [x.parquet]\n  max_length: 100\n  apply_chat_template_kwargs: {a: 1}\n"
         "model: {path: /m}\noptim:\n  lr: 1e-3\n  lrr: 2\ntrainer.seed: 9\n"
     )
-    parsed = read(SFTConfig, ["data.max_length=50", f"config={file}", "optim.lr=2e-3", "data.train_batch_size=8"], SYNONYMS)
+    parsed = read(
+        SFTConfig,
+        ["data.max_length=50", f"config={file}", "optim.lr=2e-3", "data.train_batch_size=8"],
+        SYNONYMS,
+    )
     assert [f.where for f in parsed.faults] == [f"optim.lrr in {file}"]
     config = parsed.config
-    assert (config.data.max_length, config.optim.lr, config.data.train_batch_size, config.trainer.seed) == (100, 2e-3, 8, 9)
-    assert config.model.partial_pretrain == "/m" and config.data.apply_chat_template_kwargs == {"a": 1}
+    assert (
+        config.data.max_length,
+        config.optim.lr,
+        config.data.train_batch_size,
+        config.trainer.seed,
+    ) == (100, 2e-3, 8, 9)
+    assert config.model.partial_pretrain == "/m" and config.data.apply_chat_template_kwargs == {
+        "a": 1
+    }
     file.write_text("a: [1")
     assert "readable YAML" in read(SFTConfig, [f"config={file}"], SYNONYMS).faults[0].problem
     file.write_text("- 1")
@@ -212,7 +321,11 @@ def test_a_file_comes_first_and_later_words_win(tmp_path: Path) -> None:
 
 
 def test_a_dump_reads_back_to_the_same_configuration(tmp_path: Path) -> None:
-    config = sft("optim.lr=3e-6", "data.val_files=[a,b]", "data.apply_chat_template_kwargs={enable_thinking: true}")
+    config = sft(
+        "optim.lr=3e-6",
+        "data.val_files=[a,b]",
+        "data.apply_chat_template_kwargs={enable_thinking: true}",
+    )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(redact(to_dict(config)), sort_keys=False))
     assert parse(SFTConfig, [f"config={tmp_path}/config.yaml"], SYNONYMS) == config
 
@@ -222,32 +335,60 @@ def test_configurations_are_frozen() -> None:
         sft().trainer.seed = 2  # pyright: ignore
 
 
-@pytest.mark.parametrize(("recompute", "fault"), [("true", False), ("auto", False), ("selective", True), ("false", True)])
-def test_activations_are_offloaded_under_full_recomputation_only(recompute: str, fault: bool) -> None:
-    found = list(contradictions(sft("model.activation_offload=auto", f"model.enable_gradient_checkpointing={recompute}")))
+@pytest.mark.parametrize(
+    ("recompute", "fault"), [("true", False), ("auto", False), ("selective", True), ("false", True)]
+)
+def test_activations_are_offloaded_under_full_recomputation_only(
+    recompute: str, fault: bool
+) -> None:
+    found = list(
+        contradictions(
+            sft("model.activation_offload=auto", f"model.enable_gradient_checkpointing={recompute}")
+        )
+    )
     assert [f.where for f in found] == ["model.activation_offload=auto"] * fault
 
 
 def test_contradictions() -> None:
     config = sft(
-        "data.custom_cls.path=x.py", "trainer.resume_mode=resume_path", "trainer.save_freq=0", "model.fsdp_config.fsdp_size=0",
+        "data.custom_cls.path=x.py",
+        "trainer.resume_mode=resume_path",
+        "trainer.save_freq=0",
+        "model.fsdp_config.fsdp_size=0",
         "trainer.checkpoint.save_contents=[optimizer,weights]",
-    )  # fmt: skip
+    )
     where = [fault.where for fault in contradictions(config)]
     assert where == [
-        "trainer.checkpoint.save_contents=weights", "trainer.checkpoint.save_contents", "trainer.resume_mode=resume_path",
-        "trainer.save_freq=0", "model.fsdp_config.fsdp_size=0", "data.custom_cls",
-    ]  # fmt: skip
-    assert [f.where for f in contradictions(sft("trainer.resume_from_path=/x"))] == ["trainer.resume_from_path=/x"]
+        "trainer.checkpoint.save_contents=weights",
+        "trainer.checkpoint.save_contents",
+        "trainer.resume_mode=resume_path",
+        "trainer.save_freq=0",
+        "model.fsdp_config.fsdp_size=0",
+        "data.custom_cls",
+    ]
+    assert [f.where for f in contradictions(sft("trainer.resume_from_path=/x"))] == [
+        "trainer.resume_from_path=/x"
+    ]
 
 
 def test_help_documents_every_key() -> None:
     text = help_text(SFTConfig, "python -m retool.sft", EXAMPLE, SYNONYMS)
     for leaf in leaves(SFTConfig):
         assert f"  {leaf.key}  (" in text
-    assert "required" in text and "default 1e-05" in text and "model.path" in text and "torchrun" in text and "default [0.9,0.95]" in text
+    assert (
+        "required" in text
+        and "default 1e-05" in text
+        and "model.path" in text
+        and "torchrun" in text
+        and "default [0.9,0.95]" in text
+    )
     words = shlex.split(EXAMPLE.replace("\\\n", " "))
-    assert parse(SFTConfig, [w for w in words if "=" in w and not w.startswith("-")], SYNONYMS).data.train_batch_size == 16
+    assert (
+        parse(
+            SFTConfig, [w for w in words if "=" in w and not w.startswith("-")], SYNONYMS
+        ).data.train_batch_size
+        == 16
+    )
 
 
 @dataclass(frozen=True)
@@ -268,7 +409,9 @@ class Outer:
 
 
 def test_it_serves_another_command() -> None:
-    assert parse(Outer, ["inner.several=[1,2]", "name=n", "limit=5"]) == Outer(Inner("x", (1, 2)), "n", 5)
+    assert parse(Outer, ["inner.several=[1,2]", "name=n", "limit=5"]) == Outer(
+        Inner("x", (1, 2)), "n", 5
+    )
     faults = read(Outer, ["inner.several=[-1]", "limit=6"]).faults
     assert [f.where for f in faults] == ["name", "inner.several=-1", "limit=6"]
     assert str(faults[2]) == "limit=6: must be at least 1 and at most 5. Limit."
@@ -278,27 +421,51 @@ def test_it_serves_another_command() -> None:
 def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     dirty = {
-        "api_key": "xyz", "nested": {"password": "p", "list": ["https://me:pw@host/x", "plain"]}, "hf_token": "t",
-        "name": "run-0123456789abcdef", "url": "s3://b/x?X-Amz-Signature=abc&y=1", "text": "use hf_abcdefghijklmnopqrst now",
-        "prompt_key": "prompt", "messages_key": "messages", "max_token_len_per_gpu": 5, "empty": None,
-    }  # fmt: skip
+        "api_key": "xyz",
+        "nested": {"password": "p", "list": ["https://me:pw@host/x", "plain"]},
+        "hf_token": "t",
+        "name": "run-0123456789abcdef",
+        "url": "s3://b/x?X-Amz-Signature=abc&y=1",
+        "text": "use hf_abcdefghijklmnopqrst now",
+        "prompt_key": "prompt",
+        "messages_key": "messages",
+        "max_token_len_per_gpu": 5,
+        "empty": None,
+    }
     clean = redact(dirty)
     assert clean == {
-        "api_key": HIDDEN, "nested": {"password": HIDDEN, "list": [f"https://{HIDDEN}@host/x", "plain"]}, "hf_token": HIDDEN,
-        "name": f"run-{HIDDEN}", "url": f"s3://b/x?X-Amz-Signature={HIDDEN}&y=1", "text": f"use {HIDDEN} now",
-        "prompt_key": "prompt", "messages_key": "messages", "max_token_len_per_gpu": 5, "empty": None,
-    }  # fmt: skip
+        "api_key": HIDDEN,
+        "nested": {"password": HIDDEN, "list": [f"https://{HIDDEN}@host/x", "plain"]},
+        "hf_token": HIDDEN,
+        "name": f"run-{HIDDEN}",
+        "url": f"s3://b/x?X-Amz-Signature={HIDDEN}&y=1",
+        "text": f"use {HIDDEN} now",
+        "prompt_key": "prompt",
+        "messages_key": "messages",
+        "max_token_len_per_gpu": 5,
+        "empty": None,
+    }
 
 
-@pytest.mark.parametrize(("word", "way_out"), [
-    ("--data.max_length=100", "Write data.max_length=…, without spaces and dashes"), ("data.max_length", "Write data.max_length=…, without spaces;"),
-    ("--nproc_per_node=2", "before -m: torchrun --nproc_per_node=… -m"), ("100", "Write data.train_files=train.parquet"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "way_out"),
+    [
+        ("--data.max_length=100", "Write data.max_length=…, without spaces and dashes"),
+        ("data.max_length", "Write data.max_length=…, without spaces;"),
+        ("--nproc_per_node=2", "before -m: torchrun --nproc_per_node=… -m"),
+        ("100", "Write data.train_files=train.parquet"),
+    ],
+)
 def test_a_word_that_is_no_key_and_value(word: str, way_out: str) -> None:
     (fault,) = read(SFTConfig, [*NEEDED, word], SYNONYMS).faults
     assert fault.where == word and way_out in fault.remedy and "--help" in fault.remedy
 
 
 def test_thoughts_are_left_out_or_written_but_not_both() -> None:
-    assert not list(contradictions(sft("data.drop_reasoning=true"))) and not list(contradictions(sft("data.reasoning_in_content=true")))
-    assert [f.where for f in contradictions(sft("data.drop_reasoning=true", "data.reasoning_in_content=true"))] == ["data.drop_reasoning"]
+    assert not list(contradictions(sft("data.drop_reasoning=true"))) and not list(
+        contradictions(sft("data.reasoning_in_content=true"))
+    )
+    assert [
+        f.where
+        for f in contradictions(sft("data.drop_reasoning=true", "data.reasoning_in_content=true"))
+    ] == ["data.drop_reasoning"]

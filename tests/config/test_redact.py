@@ -1,4 +1,6 @@
-"""Forty secrets, planted wherever a user may put one: none is in what a run prints or leaves, and ordinary words stay as they are."""
+"""Forty secrets, planted wherever a user may put one: none is in what a run prints or leaves, and
+ordinary words stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,11 @@ BY_ENVIRONMENT = {
     "env40secret": ("AZURE_STORAGE_CONNECTION_STRING", "env40secret"),
 }
 SECRETS = [*BY_LOOK, *BY_NAME, *BY_ENVIRONMENT]
-TEXTS = [*BY_LOOK.values(), *BY_NAME.values(), *(f"client said {secret}, twice" for secret in BY_ENVIRONMENT)]
+TEXTS = [
+    *BY_LOOK.values(),
+    *BY_NAME.values(),
+    *(f"client said {secret}, twice" for secret in BY_ENVIRONMENT),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -93,26 +99,54 @@ def test_each_is_hidden_in_a_text(text: str) -> None:
 
 
 def test_each_is_hidden_in_nested_values() -> None:
-    dirty = {"texts": TEXTS, "password": 123456789, "secrets": {"a": ["under a secret name", 987654321]}, "sk-17cdefghijklmnopqrstuvwxyz": 1}
+    dirty = {
+        "texts": TEXTS,
+        "password": 123456789,
+        "secrets": {"a": ["under a secret name", 987654321]},
+        "sk-17cdefghijklmnopqrstuvwxyz": 1,
+    }
     clean = redact(dirty)
-    assert not told(str(clean)) and clean["password"] == HIDDEN and clean["secrets"] == {"a": [HIDDEN, HIDDEN]} and HIDDEN in clean
-    assert redact("the server refused under a secret name") == f"the server refused {HIDDEN}", "a value seen under such a name is known"
+    assert (
+        not told(str(clean))
+        and clean["password"] == HIDDEN
+        and clean["secrets"] == {"a": [HIDDEN, HIDDEN]}
+        and HIDDEN in clean
+    )
+    assert redact("the server refused under a secret name") == f"the server refused {HIDDEN}", (
+        "a value seen under such a name is known"
+    )
 
 
 ORDINARY: dict[str, Any] = {
-    "prompt_key": "prompt", "messages_key": "messages", "max_token_len_per_gpu": 16384, "data.seed": 1, "tokens": 5, "max_tokens": 512,
-    "eos_token": "<|im_end|>", "pad_token_id": 151643, "train/global_tokens": 7.0, "reward_fn_key": "data_source", "key": "messages",
-    "default_local_dir": "/home/me/run-2024/ckpt", "files": ["hf://datasets/a/b@main/f.parquet", "s3://bucket/a/b@2x.parquet"],
-    "url": "http://localhost:8080/v1/@me", "token_file": "/run/secrets/token", "credentials_directory": "/run/credentials", "model": "Qwen/Qwen2.5-0.5B-Instruct", "flag_secret": False,
-    "text": "at token: the, 5 tokens; the password is wrong", "address": "git@github.com:me/x.git", "tokenizer": "fast",
-}  # fmt: skip
+    "prompt_key": "prompt",
+    "messages_key": "messages",
+    "max_token_len_per_gpu": 16384,
+    "data.seed": 1,
+    "tokens": 5,
+    "max_tokens": 512,
+    "eos_token": "<|im_end|>",
+    "pad_token_id": 151643,
+    "train/global_tokens": 7.0,
+    "reward_fn_key": "data_source",
+    "key": "messages",
+    "default_local_dir": "/home/me/run-2024/ckpt",
+    "files": ["hf://datasets/a/b@main/f.parquet", "s3://bucket/a/b@2x.parquet"],
+    "url": "http://localhost:8080/v1/@me",
+    "token_file": "/run/secrets/token",
+    "credentials_directory": "/run/credentials",
+    "model": "Qwen/Qwen2.5-0.5B-Instruct",
+    "flag_secret": False,
+    "text": "at token: the, 5 tokens; the password is wrong",
+    "address": "git@github.com:me/x.git",
+    "tokenizer": "fast",
+}
 
 
 def test_ordinary_names_and_values_stay() -> None:
     assert redact(ORDINARY) == ORDINARY
-    assert redact(" ".join(f"{name}={value}" for name, value in ORDINARY.items() if " " not in str(value))) == " ".join(
-        f"{name}={value}" for name, value in ORDINARY.items() if " " not in str(value)
-    )
+    assert redact(
+        " ".join(f"{name}={value}" for name, value in ORDINARY.items() if " " not in str(value))
+    ) == " ".join(f"{name}={value}" for name, value in ORDINARY.items() if " " not in str(value))
 
 
 @pytest.mark.parametrize("schema", [SFTConfig, RLConfig])
@@ -121,7 +155,10 @@ def test_no_key_of_ours_is_taken_for_a_secret(schema: type) -> None:
 
 
 def test_it_is_fast_enough_for_every_line() -> None:
-    text = "The answer is 42. Let me compute: x = 5 and the token y: 7 of https://example.com/a/b.\n" * 100
+    text = (
+        "The answer is 42. Let me compute: x = 5 and the token y: 7 of https://example.com/a/b.\n"
+        * 100
+    )
     begin = time.perf_counter()
     redact(text)
     redact("://" * 2000 + ":" * 2000 + "@" * 10 + "a" * 20_000)
@@ -130,10 +167,14 @@ def test_it_is_fast_enough_for_every_line() -> None:
     assert time.perf_counter() - begin < 2
 
 
-def test_logs_trackers_and_transcripts_tell_none(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_trackers_and_transcripts_tell_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("tensorboard")
     config = {"keys": TEXTS, "password": "plain34secret", "nested": {"api_key": 2929292929}}
-    loggers = open_loggers(["console", "tensorboard"], RunInfo(tmp_path, TEXTS[0], TEXTS[1], config))
+    loggers = open_loggers(
+        ["console", "tensorboard"], RunInfo(tmp_path, TEXTS[0], TEXTS[1], config)
+    )
     loggers.log(1, {f"reward/{text}": 1.0 for text in TEXTS})
     loggers.log_table(1, "answers", [{"question": text, "answer": text} for text in TEXTS])
     loggers.close()
@@ -141,14 +182,22 @@ def test_logs_trackers_and_transcripts_tell_none(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.INFO):
         for text in TEXTS:
             logger("retool.checkpoint").error("copying to %s failed", text)
-    segments = [Segment("assistant", text, [*text], [-0.5] * len(text), mask=True) for text in TEXTS]
-    write_transcripts(tmp_path, "train_000001", [Transcript(1, text, segments, info={"said": text, "password": text}) for text in TEXTS])
+    segments = [
+        Segment("assistant", text, [*text], [-0.5] * len(text), mask=True) for text in TEXTS
+    ]
+    write_transcripts(
+        tmp_path,
+        "train_000001",
+        [Transcript(1, text, segments, info={"said": text, "password": text}) for text in TEXTS],
+    )
     assert len([record for record in read_transcripts(tmp_path) if record]) == len(TEXTS)
     out = capsys.readouterr()
     assert not told(out.out + out.err + caplog.text + printable(" ".join(TEXTS)))
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or not told(path.read_text(errors="replace")), path
-    assert (tmp_path / "report" / "train_000001.jsonl").stat().st_size > 1000 and (tmp_path / "metrics.jsonl").stat().st_size > 500
+    assert (tmp_path / "report" / "train_000001.jsonl").stat().st_size > 1000 and (
+        tmp_path / "metrics.jsonl"
+    ).stat().st_size > 500
 
 
 class Broken:
@@ -171,26 +220,57 @@ raise RuntimeError(text)
 
 
 def test_tracebacks_tell_none() -> None:
-    done = subprocess.run([sys.executable, "-c", CRASH], input="\n".join(TEXTS), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "Traceback" in done.stderr and "RuntimeError" in done.stderr and "ValueError" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH],
+        input="\n".join(TEXTS),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (
+        done.returncode == 1
+        and "Traceback" in done.stderr
+        and "RuntimeError" in done.stderr
+        and "ValueError" in done.stderr
+    )
     assert not told(done.stderr) and HIDDEN in done.stderr
 
 
-def test_a_refused_run_tells_none(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_run_tells_none(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from retool.sft.__main__ import main
 
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    assert main(words(work, tmp_path / "run", *TEXTS, f"optim.lr={BY_LOOK['hf_16cdefghijklmnopqrstuvwxyz']}")) == 1
+    assert (
+        main(
+            words(
+                work,
+                tmp_path / "run",
+                *TEXTS,
+                f"optim.lr={BY_LOOK['hf_16cdefghijklmnopqrstuvwxyz']}",
+            )
+        )
+        == 1
+    )
     said = capsys.readouterr()
     written = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
     assert "unknown key wandb.api_key" in said.out and "unknown key wandb.api_key" in written
-    assert not told(said.out + said.err + written) and not told(str(Fault("store.pwd=plain24secret", "plain24secret isn't known.")))
+    assert not told(said.out + said.err + written) and not told(
+        str(Fault("store.pwd=plain24secret", "plain24secret isn't known."))
+    )
 
 
 def test_a_run_that_trains_tells_none(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Its own keys hold them: where copies go, what it is called; and its store fails with them in its words."""
+    """Its own keys hold them: where copies go, what it is called; and its store fails with them in
+    its words.
+    """
     from retool.checkpoint import remote
     from retool.sft.__main__ import main
 
@@ -200,11 +280,19 @@ def test_a_run_that_trains_tells_none(
     monkeypatch.setattr(remote, "copy", fail)
     store = f"memory://user:pa/ss1word@host/{tmp_path.name}"
     name = "run-hf_16cdefghijklmnopqrstuvwxyz-env35secret"
-    keys = {"trainer__total_training_steps": 2, "trainer__default_hdfs_dir": store, "trainer__experiment_name": name}
-    assert main(words(work, tmp_path / "run", 'trainer.logger=["console","tensorboard"]', **keys)) == 0
+    keys = {
+        "trainer__total_training_steps": 2,
+        "trainer__default_hdfs_dir": store,
+        "trainer__experiment_name": name,
+    }
+    assert (
+        main(words(work, tmp_path / "run", 'trainer.logger=["console","tensorboard"]', **keys)) == 0
+    )
     said = capfd.readouterr()
     assert "copied to memory://" in said.out and "was not copied to" in caplog.text
     assert not told(said.out + said.err + caplog.text)
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or not told(path.read_bytes().decode("latin-1")), path
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["default_hdfs_dir"].startswith(f"memory://{HIDDEN}@host")
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"][
+        "default_hdfs_dir"
+    ].startswith(f"memory://{HIDDEN}@host")

@@ -1,4 +1,6 @@
-"""A tokenizer made on the spot, templates that behave as the well-known ones, and the shared data where it is there."""
+"""A tokenizer made on the spot, templates that behave as the well-known ones, and the shared data
+where it is there.
+"""
 
 from pathlib import Path
 
@@ -10,7 +12,15 @@ from retool.data.render.renderer import Renderer
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared" / "data"
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIALS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
 LINES = [
     "You are a helpful assistant. The user asks and the assistant answers.\n\n\n",
     '<tool_call>\n{"name": "calculator", "arguments": {"code": "print(12*2)"}}\n</tool_call>\n\n\n',
@@ -22,7 +32,11 @@ TOOLS = [
         "function": {
             "name": "calculator",
             "description": "Runs a program.",
-            "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"code": {"type": "string"}},
+                "required": ["code"],
+            },
         },
     }
 ]
@@ -30,15 +44,25 @@ TOOLS = [
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A byte-level BPE tokenizer of about 400 tokens with ChatML and Llama specials; a run of newlines is one token."""
+    """A byte-level BPE tokenizer of about 400 tokens with ChatML and Llama specials; a run of
+    newlines is one token.
+    """
     from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(LINES * 20, trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIALS, initial_alphabet=alphabet))
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|begin_of_text|>", eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    raw.train_from_iterator(
+        LINES * 20,
+        trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIALS, initial_alphabet=alphabet),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
     fast.chat_template = (HERE / "templates" / "chatml.jinja").read_text()
     return fast
 
@@ -48,7 +72,11 @@ def renderer_of(tokenizer):
     """A renderer with the template of that name in tests/data/templates, or our own `hermes`."""
 
     def make(name, **kwargs):
-        return Renderer(tokenizer, name if name == "hermes" else str(HERE / "templates" / f"{name}.jinja"), kwargs or None)
+        return Renderer(
+            tokenizer,
+            name if name == "hermes" else str(HERE / "templates" / f"{name}.jinja"),
+            kwargs or None,
+        )
 
     return make
 
@@ -88,7 +116,11 @@ def tool_row():
         "messages": [
             {"role": "system", "content": "Be exact."},
             {"role": "user", "content": "How many pages?"},
-            {"role": "assistant", "content": "Two sums.", "tool_calls": [call("print(12*2)"), call('print("é\\n")')]},
+            {
+                "role": "assistant",
+                "content": "Two sums.",
+                "tool_calls": [call("print(12*2)"), call('print("é\\n")')],
+            },
             {"role": "tool", "content": "24"},
             {"role": "tool", "content": "é"},
             {"role": "assistant", "content": "", "tool_calls": [call("print(120-36)")]},

@@ -1,4 +1,6 @@
-"""Real templates without their tokenizers, and the ten conversations that each must show in full or refuse with a way out."""
+"""Real templates without their tokenizers, and the ten conversations that each must show in full or
+refuse with a way out.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data" / "chat-templates"
-TOKEN = re.compile(r"<\|[\w▁]+\|>|<｜[\w▁]+｜>|\[/?[A-Z_]{3,}\]|<(?:start|end)_of_turn>|</?think>|</?tool_call>")
-# What a template's source doesn't tell: the EOS (and BOS) of the model's tokenizer, by the beginning of the file's name.
+TOKEN = re.compile(
+    r"<\|[\w▁]+\|>|<｜[\w▁]+｜>|\[/?[A-Z_]{3,}\]|<(?:start|end)_of_turn>|</?think>|</?tool_call>"
+)
+# What a template's source doesn't tell: the EOS (and BOS) of the model's tokenizer, by the
+# beginning of the file's name.
 ENDS = {
     "deepseek-ai": ("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"),
     "GLM": ("<|endoftext|>", None),
@@ -33,12 +38,24 @@ ENDS = {
 def small_tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
     """Bytes, and the special tokens that the template and its model know."""
     eos, bos = next(ends for start, ends in ENDS.items() if name.startswith(start))
-    raw = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    raw = Tokenizer(
+        models.BPE(
+            {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []
+        )
+    )
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     tokens = sorted({*TOKEN.findall(template), eos, *([bos] if bos else [])})
-    words = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # added to Qwen3's tokenizer, but not special
-    raw.add_tokens([AddedToken(token, special=token not in words, normalized=False) for token in tokens])
+    # Added to Qwen3's tokenizer, but not special
+    words = (
+        "<think>",
+        "</think>",
+        "<tool_call>",
+        "</tool_call>",
+    )
+    raw.add_tokens(
+        [AddedToken(token, special=token not in words, normalized=False) for token in tokens]
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos, bos_token=bos)
     tokenizer.chat_template = template
     return tokenizer
@@ -47,11 +64,18 @@ def small_tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
 def tool(name: str, /, **types: str) -> dict[str, Any]:
     properties = {key: {"type": kind, "description": f"The {key}."} for key, kind in types.items()}
     parameters = {"type": "object", "properties": properties, "required": [*types]}
-    return {"type": "function", "function": {"name": name, "description": "It looks things up.", "parameters": parameters}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": "It looks things up.", "parameters": parameters},
+    }
 
 
 def call(name: str, number: int, /, **arguments: Any) -> dict[str, Any]:
-    return {"type": "function", "id": f"abcdefgh{number}", "function": {"name": name, "arguments": arguments}}
+    return {
+        "type": "function",
+        "id": f"abcdefgh{number}",
+        "function": {"name": name, "arguments": arguments},
+    }
 
 
 def said(role: str, content: str | None = None, **fields: Any) -> dict[str, Any]:
@@ -75,9 +99,18 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
             said("assistant", "Apples."),
         ]
     },
-    "tool call": {"messages": [ASKED, said("assistant", tool_calls=[IN_PARIS]), SUNNY, ANSWER], "tools": [WEATHER]},
+    "tool call": {
+        "messages": [ASKED, said("assistant", tool_calls=[IN_PARIS]), SUNNY, ANSWER],
+        "tools": [WEATHER],
+    },
     "system and two tools": {
-        "messages": [said("system", "Be brief."), ASKED, said("assistant", tool_calls=[IN_PARIS]), SUNNY, ANSWER],
+        "messages": [
+            said("system", "Be brief."),
+            ASKED,
+            said("assistant", tool_calls=[IN_PARIS]),
+            SUNNY,
+            ANSWER,
+        ],
         "tools": [WEATHER, SEARCH],
     },
     "parallel calls": {
@@ -90,7 +123,12 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
         ],
         "tools": [WEATHER, SEARCH],
     },
-    "a thought": {"messages": [said("user", "Two plus two?"), said("assistant", "<think>\nAdding twos.\n</think>\n\nFour.")]},
+    "a thought": {
+        "messages": [
+            said("user", "Two plus two?"),
+            said("assistant", "<think>\nAdding twos.\n</think>\n\nFour."),
+        ]
+    },
     "thoughts in two turns": {
         "messages": [
             said("user", "Two plus two?"),
@@ -108,7 +146,12 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
         ],
         "tools": [WEATHER],
     },
-    "reasoning_content": {"messages": [said("user", "Two plus two?"), said("assistant", "Four.", reasoning_content="Adding twos.")]},
+    "reasoning_content": {
+        "messages": [
+            said("user", "Two plus two?"),
+            said("assistant", "Four.", reasoning_content="Adding twos."),
+        ]
+    },
     "reasoning_content and a call": {
         "messages": [
             ASKED,

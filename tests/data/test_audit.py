@@ -1,4 +1,6 @@
-"""The audit: its counts against what training makes of the same rows, and hostile text that must stay text."""
+"""The audit: its counts against what training makes of the same rows, and hostile text that must
+stay text.
+"""
 
 import base64
 import hashlib
@@ -22,17 +24,21 @@ from retool.data.audit.page import bars, embed, page
 from retool.data.audit.tally import KEPT_REFUSALS, KINDS, Tally, percentile
 from retool.data.loader import open_dataset
 
-EVIL = (
-    "</script><img src=x onerror=\"document.title='owned'\"><!-- [bold red]markup[/] \x1b[31mred \x1b]0;owned\x07 \u2028 \u2029 \u202e &lt;"
-)
+EVIL = "</script><img src=x onerror=\"document.title='owned'\"><!-- [bold red]markup[/] \x1b[31mred \x1b]0;owned\x07 \u2028 \u2029 \u202e &lt;"
 
 
 def rows(n=20):
     made = []
     for i in range(n):
-        messages = [{"role": "user", "content": f"Question {i}"}, {"role": "assistant", "content": "word " * (i % 7 + 1) + "end."}]
+        messages = [
+            {"role": "user", "content": f"Question {i}"},
+            {"role": "assistant", "content": "word " * (i % 7 + 1) + "end."},
+        ]
         if i % 3 == 0:
-            messages += [{"role": "user", "content": "More"}, {"role": "assistant", "content": "Less", "loss_mask": int(i % 2)}]
+            messages += [
+                {"role": "user", "content": "More"},
+                {"role": "assistant", "content": "Less", "loss_mask": int(i % 2)},
+            ]
         made.append({"messages": messages})
     return made
 
@@ -47,7 +53,10 @@ def hostile(tmp_path, tool_row):
     """Rows whose every text is hostile, refused ones among them, in a file with a hostile name."""
     tool_row["messages"][3]["content"] = EVIL
     good = {"messages": [{"role": "user", "content": EVIL}, {"role": "assistant", "content": EVIL}]}
-    bad = [{"messages": [{"role": EVIL, "content": EVIL}]}, {"messages": [{"role": "user", "content": [{"type": EVIL}]}]}]
+    bad = [
+        {"messages": [{"role": EVIL, "content": EVIL}]},
+        {"messages": [{"role": "user", "content": [{"type": EVIL}]}]},
+    ]
     name = "[red]<img src=x onerror=alert(1)>.jsonl"
     return jsonl(tmp_path / name, [good, tool_row, *bad])
 
@@ -75,9 +84,19 @@ def test_counts_are_what_training_gets(tmp_path, renderer_of):
         {"max_length": 40, "truncation": "left"},
         {"max_length": 40, "truncation": "drop"},
     ):
-        dataset, report = open_dataset(path, renderer, cache_dir=tmp_path / "cache", num_workers=0, **kwargs)
+        dataset, report = open_dataset(
+            path, renderer, cache_dir=tmp_path / "cache", num_workers=0, **kwargs
+        )
         tally = audit(path, renderer, num_workers=0, **kwargs).tally
-        for name in ("rows", "samples", "tokens", "trained_tokens", "truncated", "dropped_long", "dropped_untrained"):
+        for name in (
+            "rows",
+            "samples",
+            "tokens",
+            "trained_tokens",
+            "truncated",
+            "dropped_long",
+            "dropped_untrained",
+        ):
             assert getattr(tally, name) == getattr(report, name), name
         assert max(tally.lengths) == report.longest
         if not kwargs:
@@ -85,24 +104,51 @@ def test_counts_are_what_training_gets(tmp_path, renderer_of):
             assert report.truncated + report.dropped_long == 0
         else:
             assert report.truncated + report.dropped_long > 50
-    assert tally.turns == Counter({1: 400, 2: 200}) and tally.roles == Counter(user=800, assistant=800)
+    assert tally.turns == Counter({1: 400, 2: 200}) and tally.roles == Counter(
+        user=800, assistant=800
+    )
 
 
 def test_refusals_are_counted_by_kind_and_listed(tmp_path, renderer_of):
-    bad = [{"messages": [{"role": f"bot{i}", "content": "x"}]} for i in range(3)] + [{"messages": [{"role": "user", "content": "x"}]}]
-    found = audit(jsonl(tmp_path / "rows.jsonl", [*rows(5), *bad]), renderer_of("chatml"), num_workers=0, max_length=30)
+    bad = [{"messages": [{"role": f"bot{i}", "content": "x"}]} for i in range(3)] + [
+        {"messages": [{"role": "user", "content": "x"}]}
+    ]
+    found = audit(
+        jsonl(tmp_path / "rows.jsonl", [*rows(5), *bad]),
+        renderer_of("chatml"),
+        num_workers=0,
+        max_length=30,
+    )
     tally = found.tally
-    assert tally.rows == 9 and tally.refused == 4 + tally.refused_long and tally.samples == 9 - tally.refused and tally.refused_long > 0
+    assert (
+        tally.rows == 9
+        and tally.refused == 4 + tally.refused_long
+        and tally.samples == 9 - tally.refused
+        and tally.refused_long > 0
+    )
     assert tally.reasons["unknown role …"] == 3
     assert sum(tally.reasons.values()) == tally.refused == len(tally.refusals)
     assert any("rows.jsonl, row 6, message 0: unknown role 'bot1'" in why for why in tally.refusals)
-    assert (f"longer than {30}", f"{tally.refused_long} refused (data.truncation=error)") in summary(found)
+    assert (
+        f"longer than {30}",
+        f"{tally.refused_long} refused (data.truncation=error)",
+    ) in summary(found)
 
 
 def test_notes(tmp_path, renderer_of):
     made = [
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\n\nHello"}]},
-        {"messages": [{"role": "user", "content": "Say <|im_start|>"}, {"role": "assistant", "content": "No"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "\n\nHello"},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "Say <|im_start|>"},
+                {"role": "assistant", "content": "No"},
+            ]
+        },
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]},
     ]
     tally = audit(jsonl(tmp_path / "rows.jsonl", made), renderer_of("chatml"), num_workers=0).tally
@@ -123,17 +169,30 @@ def test_calls_of_undeclared_tools_are_told(tmp_path, renderer_of, tool_row):
     found = audit(path, renderer_of("hermes"), num_workers=0)
     assert found.tally.undeclared == Counter(abacus=1)
     assert dict(summary(found))["calls of undeclared tools"] == "1 (abacus 1)"
-    _, report = open_dataset(path, renderer_of("hermes"), cache_dir=tmp_path / "cache", num_workers=0)
-    assert report.undeclared_calls == 1 and "1 calls to tools that their row doesn't declare" in report.sentence()
+    _, report = open_dataset(
+        path, renderer_of("hermes"), cache_dir=tmp_path / "cache", num_workers=0
+    )
+    assert (
+        report.undeclared_calls == 1
+        and "1 calls to tools that their row doesn't declare" in report.sentence()
+    )
 
 
 def test_arguments_may_have_any_names_and_values(tmp_path, renderer_of, tool_row):
-    tool_row["messages"][5]["tool_calls"][0]["function"]["arguments"] = {"name": 5, "arguments": [None, 1.5], "function": {}}
+    tool_row["messages"][5]["tool_calls"][0]["function"]["arguments"] = {
+        "name": 5,
+        "arguments": [None, 1.5],
+        "function": {},
+    }
     found = audit(jsonl(tmp_path / "rows.jsonl", [tool_row]), renderer_of("hermes"), num_workers=0)
-    assert found.tally.refused == 0 and '"name": 5' in "".join(text for text, _ in found.tally.shown[0].tokens)
+    assert found.tally.refused == 0 and '"name": 5' in "".join(
+        text for text, _ in found.tally.shown[0].tokens
+    )
 
 
-def test_a_result_that_the_template_or_a_call_said_before_is_coloured_where_it_stands(tmp_path, renderer_of, tool_row):
+def test_a_result_that_the_template_or_a_call_said_before_is_coloured_where_it_stands(
+    tmp_path, renderer_of, tool_row
+):
     """`6` inside `36`, and words of the template's own."""
     messages = tool_row["messages"]
     messages[0]["content"] = "user"
@@ -141,19 +200,39 @@ def test_a_result_that_the_template_or_a_call_said_before_is_coloured_where_it_s
     messages[3]["content"] = "12"
     messages[4]["content"] = " 0 "
     messages[6]["content"] = "6"
-    (shown,) = audit(jsonl(tmp_path / "rows.jsonl", [tool_row]), renderer_of("hermes"), num_workers=0).tally.shown
-    runs = [(KINDS[kind], "".join(text for text, _ in run)) for kind, run in groupby(shown.tokens, key=lambda token: token[1])]
+    (shown,) = audit(
+        jsonl(tmp_path / "rows.jsonl", [tool_row]), renderer_of("hermes"), num_workers=0
+    ).tally.shown
+    runs = [
+        (KINDS[kind], "".join(text for text, _ in run))
+        for kind, run in groupby(shown.tokens, key=lambda token: token[1])
+    ]
     told = [(kind, text) for kind, text in runs if kind in ("context", "tool")]
-    assert told == [("context", "user"), ("context", "name"), ("tool", "12"), ("tool", "0"), ("tool", "6")]
+    assert told == [
+        ("context", "user"),
+        ("context", "name"),
+        ("tool", "12"),
+        ("tool", "0"),
+        ("tool", "6"),
+    ]
     before = "".join(text for _, text in runs[: runs.index(("tool", "6"))])
     assert before.endswith("<tool_response>\n")
 
 
 def test_rl_prompts(tmp_path, renderer_of):
-    made = [{"prompt": [{"role": "user", "content": "Add 1 and 1."}], "reward_model": {"ground_truth": "2"}}] * 3
+    made = [
+        {
+            "prompt": [{"role": "user", "content": "Add 1 and 1."}],
+            "reward_model": {"ground_truth": "2"},
+        }
+    ] * 3
     found = audit(jsonl(tmp_path / "rows.jsonl", made), renderer_of("chatml"), num_workers=0)
     prompt = renderer_of("chatml").render_prompt(made[0]["prompt"])
-    assert found.prompts and found.tally.lengths == Counter({len(prompt): 3}) and found.tally.refused == 0
+    assert (
+        found.prompts
+        and found.tally.lengths == Counter({len(prompt): 3})
+        and found.tally.refused == 0
+    )
     assert not any("trained" in what for what, _ in summary(found))
     assert "RL prompts" in dict(summary(found))["rows"]
 
@@ -171,7 +250,9 @@ def test_workers_find_the_same(tmp_path, renderer_of, monkeypatch):
 @pytest.mark.parametrize("q", [0.05, 0.5, 0.95, 1.0])
 def test_percentile_is_numpys(q):
     values = np.random.default_rng(1).integers(0, 50, 333)
-    assert percentile(Counter(values.tolist()), q) == np.percentile(values, 100 * q, method="inverted_cdf")
+    assert percentile(Counter(values.tolist()), q) == np.percentile(
+        values, 100 * q, method="inverted_cdf"
+    )
 
 
 def test_bars_hold_everything():
@@ -186,11 +267,17 @@ def test_bars_hold_everything():
 def test_colours_are_the_mask(tmp_path, renderer_of, tool_row, conversation):
     tool_row["messages"][7]["loss_mask"] = 0
     renderer = renderer_of("hermes")
-    (shown,) = audit(jsonl(tmp_path / "rows.jsonl", [tool_row]), renderer, num_workers=0).tally.shown
+    (shown,) = audit(
+        jsonl(tmp_path / "rows.jsonl", [tool_row]), renderer, num_workers=0
+    ).tally.shown
     (sample,) = renderer.render(conversation(tool_row))
-    assert "".join(text for text, _ in shown.tokens) == renderer.text(tool_row["messages"], tool_row["tools"])
+    assert "".join(text for text, _ in shown.tokens) == renderer.text(
+        tool_row["messages"], tool_row["tools"]
+    )
     assert [KINDS[kind] == "trained" for _, kind in shown.tokens] == sample.mask.tolist()
-    by_kind = {name: "".join(text for text, kind in shown.tokens if KINDS[kind] == name) for name in KINDS}
+    by_kind = {
+        name: "".join(text for text, kind in shown.tokens if KINDS[kind] == name) for name in KINDS
+    }
     assert by_kind["context"] == "Be exact.How many pages?" and by_kind["tool"] == "24é84"
     assert by_kind["masked"] == "The answer is 42.<|im_end|>"
     assert "⟦Two sums.↵\n<tool_call>" in coloured(shown, brackets=True).plain
@@ -203,7 +290,11 @@ def test_shown_samples_are_what_truncation_leaves(tmp_path, renderer_of):
     (whole,) = audit(path, renderer, num_workers=0).tally.shown
     (right,) = audit(path, renderer, num_workers=0, max_length=30, truncation="right").tally.shown
     (left,) = audit(path, renderer, num_workers=0, max_length=30, truncation="left").tally.shown
-    assert right.tokens == whole.tokens[:30] and left.tokens == whole.tokens[-30:] and right.length == left.length == 30
+    assert (
+        right.tokens == whole.tokens[:30]
+        and left.tokens == whole.tokens[-30:]
+        and right.length == left.length == 30
+    )
 
 
 def test_terminal_gets_text_and_nothing_else(hostile, renderer_of):
@@ -212,14 +303,23 @@ def test_terminal_gets_text_and_nothing_else(hostile, renderer_of):
     assert "\x1b" not in plain and "\x07" not in plain and "\u202e" not in plain
     assert "[bold red]markup[/]" in plain and "[red]<img src=x" in plain
     coloured_out = terminal(found, force_terminal=True, color_system="standard")
-    assert "\x1b[31mred" not in coloured_out and "\x1b]" not in coloured_out and "\x07" not in coloured_out
+    assert (
+        "\x1b[31mred" not in coloured_out
+        and "\x1b]" not in coloured_out
+        and "\x07" not in coloured_out
+    )
     assert set(re.findall(r"\x1b.", coloured_out)) == {"\x1b["}  # the styles of the report itself
     assert clean("a\x1b[1mb\nc\x00\u202e") == "a [1mb\nc  "
 
 
 def test_page_is_self_contained_and_data_stays_data(hostile, renderer_of):
     html = page(audit(hostile, renderer_of("hermes"), num_workers=0))
-    assert "<img" not in html and html.count("</script>") == 2 and "\u2028" not in html and "\u2029" not in html
+    assert (
+        "<img" not in html
+        and html.count("</script>") == 2
+        and "\u2028" not in html
+        and "\u2029" not in html
+    )
     assert not re.search(r"""(src|href|url|@import)\s*[=(]\s*["']?\s*(https?:)?//""", html)
     block = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
     assert block is not None
@@ -228,11 +328,18 @@ def test_page_is_self_contained_and_data_stays_data(hostile, renderer_of):
     assert len(texts) == 2 and all(EVIL in text for text in texts)
     assert data["refused"] == 2 and any("</script>" in why for why in data["refusals"])
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
-    assert policy is not None and policy[1].startswith("default-src 'none';") and "unsafe" not in policy[1]
+    assert (
+        policy is not None
+        and policy[1].startswith("default-src 'none';")
+        and "unsafe" not in policy[1]
+    )
     for tag in ("script", "style"):
         source = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
         assert source is not None
-        assert f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(source[1].encode()).digest()).decode()}'" in policy[1]
+        assert (
+            f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(source[1].encode()).digest()).decode()}'"
+            in policy[1]
+        )
 
 
 def test_embedded_json_cannot_close_its_element():
@@ -241,7 +348,11 @@ def test_embedded_json_cannot_close_its_element():
 
 
 def test_page_in_a_browser(tmp_path, hostile, renderer_of):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    browser = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if browser is None:
         pytest.skip("there is no Chromium")
     path = tmp_path / "audit.html"
@@ -254,14 +365,29 @@ def test_page_in_a_browser(tmp_path, hostile, renderer_of):
         "--virtual-time-budget=3000",
         "--enable-logging=stderr",
     ]
-    done = subprocess.run([browser, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [browser, *flags, "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     dom = done.stdout
     assert "<title>Audit: [red]&lt;img src=x onerror=alert(1)&gt;.jsonl</title>" in dom
-    assert "2 of 4 rows can't be used." in dom and "2 of 2 samples, chosen at random from 4 rows" in dom
+    assert (
+        "2 of 4 rows can't be used." in dom
+        and "2 of 2 samples, chosen at random from 4 rows" in dom
+    )
     assert dom.count("<details") == 2 and not re.search(r"<img", dom)
-    assert len(re.findall(r'<span class="trained" title="token', dom)) > 3  # the first sample is open
-    assert dom.count('class="bars"') == 4 and re.search(r'style="height: \d', dom)  # the policy lets the page's own script work
-    assert "Refused to" not in done.stderr and "Uncaught" not in done.stderr and "violates" not in done.stderr
+    # The first sample is open
+    assert len(re.findall(r'<span class="trained" title="token', dom)) > 3
+    # The policy lets the page's own script work
+    assert dom.count('class="bars"') == 4 and re.search(r'style="height: \d', dom)
+    assert (
+        "Refused to" not in done.stderr
+        and "Uncaught" not in done.stderr
+        and "violates" not in done.stderr
+    )
 
 
 def test_command_line(tmp_path, model, capsys):
@@ -284,7 +410,22 @@ def test_command_line(tmp_path, model, capsys):
     )
     assert main(["audit", bad, "--model", model, "--rows", f"{tmp_path / 'mine.py'}:rows"]) == 0
     single = jsonl(tmp_path / "single.jsonl", [{"q": "a", "a": "b"}])
-    assert main(["audit", single, "--model", model, "--single-turn", "--prompt-key", "q", "--response-key", "a"]) == 0
+    assert (
+        main(
+            [
+                "audit",
+                single,
+                "--model",
+                model,
+                "--single-turn",
+                "--prompt-key",
+                "q",
+                "--response-key",
+                "a",
+            ]
+        )
+        == 0
+    )
 
 
 def test_a_tally_keeps_no_rows():

@@ -1,4 +1,6 @@
-"""Where the tokenised data goes when nobody says: the user's cache, or a temporary folder that is nobody else's."""
+"""Where the tokenised data goes when nobody says: the user's cache, or a temporary folder that is
+nobody else's.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from tests.bounded import bounded
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user without a home, in a container: no HOME, no entry in /etc/passwd. Returns where /tmp is for him."""
+    """A user without a home, in a container: no HOME, no entry in /etc/passwd.
+
+    Returns where /tmp is for him.
+    """
 
     def nobody(uid: int) -> None:
         raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -32,7 +37,9 @@ def test_without_a_home_it_is_a_private_temporary_folder(temporary: Path) -> Non
     assert temporary.stat().st_mode & 0o777 == 0o700
 
 
-def test_the_users_cache_is_taken_where_it_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_cache_is_taken_where_it_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert default_cache_dir() == tmp_path / "cache" / "retool"
 
@@ -40,7 +47,9 @@ def test_the_users_cache_is_taken_where_it_can_be_written(tmp_path: Path, monkey
 def test_a_folder_that_others_can_write_is_refused(temporary: Path) -> None:
     temporary.mkdir()
     temporary.chmod(0o777)
-    with pytest.raises(ValueError, match=r"can be written by other users\. chmod 700 .*data\.cache_dir="):
+    with pytest.raises(
+        ValueError, match=r"can be written by other users\. chmod 700 .*data\.cache_dir="
+    ):
         default_cache_dir()
 
 
@@ -63,7 +72,9 @@ def test_another_users_folder_is_refused(temporary: Path) -> None:
         default_cache_dir()
 
 
-def test_a_home_that_cannot_be_written_is_none(temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_cannot_be_written_is_none(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As an ordinary user: root may write everywhere."""
     home = tmp_path / "home"
     home.mkdir(mode=0o555)

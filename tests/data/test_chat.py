@@ -1,4 +1,6 @@
-"""Tokens and masks: against goldens, against text written out by hand, and against a rollout of the same conversation."""
+"""Tokens and masks: against goldens, against text written out by hand, and against a rollout of the
+same conversation.
+"""
 
 import json
 import pickle
@@ -17,14 +19,24 @@ TEMPLATES = ("chatml", "smollm2", "qwen3", "llama3", "hermes")
 def trained(tokenizer, sample):
     """The text of each run of trained tokens."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.mask.astype(int), [0]])))
-    return [tokenizer.decode(sample.tokens[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    return [
+        tokenizer.decode(sample.tokens[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)
+    ]
 
 
 def replay(renderer, conversation):
     """The conversation as a rollout makes it: prompt, sampled turn, glue, sampled turn, …"""
-    messages, turns = conversation.messages, conversation.assistant_turns
-    bodies = {piece.turn: piece for pieces in renderer.pieces(conversation) for piece in pieces if piece.turn is not None}
-    stream = renderer.render_prompt(messages[: turns[0]], conversation.tools, conversation.enable_thinking)
+    messages = conversation.messages
+    turns = conversation.assistant_turns
+    bodies = {
+        piece.turn: piece
+        for pieces in renderer.pieces(conversation)
+        for piece in pieces
+        if piece.turn is not None
+    }
+    stream = renderer.render_prompt(
+        messages[: turns[0]], conversation.tools, conversation.enable_thinking
+    )
     mask = [False] * len(stream)
     history = list(messages[: turns[0]])
     for i, following in zip(turns, [*turns[1:], len(messages)], strict=True):
@@ -33,7 +45,13 @@ def replay(renderer, conversation):
         history.append({"role": "assistant", "content": bodies[i].text.removesuffix(end)})
         responses = messages[i + 1 : following]
         last = following == len(messages)
-        glue = renderer.render_tool_turn(history, responses, conversation.tools, conversation.enable_thinking, generation_prompt=not last)
+        glue = renderer.render_tool_turn(
+            history,
+            responses,
+            conversation.tools,
+            conversation.enable_thinking,
+            generation_prompt=not last,
+        )
         history += responses
         stream += sampled + glue
         mask += [True] * len(sampled) + [False] * len(glue)
@@ -48,7 +66,10 @@ def test_goldens_differ_only_by_the_two_newlines(shared, qwen_tokenizer):
         golden = json.loads(line)
         conversation = to_conversation(golden, golden["source"], 0, prompt_only=True)
         assert renderer.text(conversation.messages, conversation.tools) == golden["text"]
-        assert renderer.text(conversation.messages, conversation.tools, generation_prompt=True) == golden["text_generation_prompt"]
+        assert (
+            renderer.text(conversation.messages, conversation.tools, generation_prompt=True)
+            == golden["text_generation_prompt"]
+        )
         (sample,) = renderer.render(conversation)
         assert sample.tokens.tolist() == golden["input_ids"]
         other = np.flatnonzero(sample.mask != np.array(golden["assistant_masks"], bool))
@@ -79,7 +100,9 @@ def test_gsm8k_rows_replay_as_rollouts(shared, qwen_tokenizer):
 
 @pytest.mark.slow
 def test_every_gsm8k_training_row(shared, qwen_tokenizer):
-    renderer, rows, one_pass_differs = Renderer(qwen_tokenizer), 0, 0
+    renderer = Renderer(qwen_tokenizer)
+    rows = 0
+    one_pass_differs = 0
     for chunk in iter_chunks([str(shared("gsm8k-tool-sft/train.parquet"))]):
         for index, row in chunk:
             conversation = to_conversation(row, chunk.file, index)
@@ -94,7 +117,9 @@ def test_every_gsm8k_training_row(shared, qwen_tokenizer):
 
 
 @pytest.mark.parametrize("name", ["chatml", "smollm2", "llama3", "hermes"])
-def test_plain_chat_trains_answers_and_their_ends(name, renderer_of, tokenizer, chat_row, conversation):
+def test_plain_chat_trains_answers_and_their_ends(
+    name, renderer_of, tokenizer, chat_row, conversation
+):
     renderer = renderer_of(name)
     (sample,) = renderer.render(conversation(chat_row))
     end = "<|eot_id|>" if name == "llama3" else "<|im_end|>"
@@ -111,15 +136,21 @@ def test_plain_chat_replays(name, renderer_of, chat_row, conversation):
 def test_tool_conversation_with_hermes(renderer_of, tokenizer, tool_row, conversation):
     renderer = renderer_of("hermes")
     sample = check_replay(renderer, conversation(tool_row))
-    first = '<tool_call>\n{"name": "calculator", "arguments": {"code": "print(12*2)"}}\n</tool_call>'
+    first = (
+        '<tool_call>\n{"name": "calculator", "arguments": {"code": "print(12*2)"}}\n</tool_call>'
+    )
     second = '<tool_call>\n{"name": "calculator", "arguments": {"code": "print(\\"é\\\\n\\")"}}\n</tool_call>'
-    third = '<tool_call>\n{"name": "calculator", "arguments": {"code": "print(120-36)"}}\n</tool_call>'
-    assert trained(tokenizer, sample) == [f"Two sums.\n{first}\n{second}<|im_end|>", f"{third}<|im_end|>", "The answer is 42.<|im_end|>"]
+    third = (
+        '<tool_call>\n{"name": "calculator", "arguments": {"code": "print(120-36)"}}\n</tool_call>'
+    )
+    assert trained(tokenizer, sample) == [
+        f"Two sums.\n{first}\n{second}<|im_end|>",
+        f"{third}<|im_end|>",
+        "The answer is 42.<|im_end|>",
+    ]
     text = tokenizer.decode(sample.tokens)
     assert text.startswith("<|im_start|>system\nBe exact.\n\nYou can call")
-    grouped = (
-        "<|im_start|>user\n<tool_response>\n24\n</tool_response>\n<tool_response>\né\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
-    )
+    grouped = "<|im_start|>user\n<tool_response>\n24\n</tool_response>\n<tool_response>\né\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     assert grouped in text  # consecutive results share one turn
 
 
@@ -130,24 +161,36 @@ def test_llama_turn_with_a_call_and_no_words(renderer_of, tokenizer, tool_row, c
         '{"name": "calculator", "parameters": {"code": "print(120-36)"}}<|eot_id|>',
         "The answer is 42.<|eot_id|>",
     ]
-    assert sample.tokens[0] == tokenizer.bos_token_id and (sample.tokens == tokenizer.bos_token_id).sum() == 1
+    assert (
+        sample.tokens[0] == tokenizer.bos_token_id
+        and (sample.tokens == tokenizer.bos_token_id).sum() == 1
+    )
 
 
 def test_llama_refusals_name_row_and_turn(renderer_of, tool_row, conversation):
     with pytest.raises(RowError, match=r"rows\.jsonl, row 7.*single tool-calls"):
         renderer_of("llama3").render(conversation(tool_row))
     tool_row["messages"][2]["tool_calls"].pop()
-    with pytest.raises(RowError, match=r"row 7, message 2 \(assistant\): .*drops or changes the content \('Two sums"):
+    with pytest.raises(
+        RowError,
+        match=r"row 7, message 2 \(assistant\): .*drops or changes the content \('Two sums",
+    ):
         renderer_of("llama3").render(conversation(tool_row))
 
 
 def test_template_that_drops_tools_or_calls_is_refused(renderer_of, tool_row, conversation):
     renderer = renderer_of("smollm2")
-    with pytest.raises(RowError, match=r"row 7, message 2 \(assistant\): .*drops the tool call.*data\.chat_template=hermes"):
+    with pytest.raises(
+        RowError,
+        match=r"row 7, message 2 \(assistant\): .*drops the tool call.*data\.chat_template=hermes",
+    ):
         renderer.render(conversation(tool_row))
     for message in tool_row["messages"]:
         message.pop("tool_calls", None)
-    with pytest.raises(RowError, match=r"row 7: .*doesn't render the tools \('calculator'.*data\.chat_template=hermes"):
+    with pytest.raises(
+        RowError,
+        match=r"row 7: .*doesn't render the tools \('calculator'.*data\.chat_template=hermes",
+    ):
         renderer.render(conversation(tool_row))
     with pytest.raises(RowError, match="doesn't render the tools"):
         renderer.render_prompt(tool_row["messages"][:2], tool_row["tools"])
@@ -171,12 +214,18 @@ def test_loss_mask_switches_whole_turns(renderer_of, tokenizer, chat_row, conver
 
 
 def test_pieces_are_tokenised_as_inference_does(renderer_of, tokenizer, conversation):
-    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\n\nHello"}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "\n\nHello"},
+        ]
+    }
     renderer = renderer_of("chatml")
     (sample,) = renderer.render(conversation(row))
     text = renderer.text(row["messages"])
     assert tokenizer.decode(sample.tokens) == text
-    assert tokenizer.encode(text) != sample.tokens.tolist()  # one pass merges the prompt's newline with the answer's
+    # One pass merges the prompt's newline with the answer's
+    assert tokenizer.encode(text) != sample.tokens.tolist()
     prompt = renderer.render_prompt(row["messages"][:1])
     assert sample.tokens[: len(prompt)].tolist() == prompt
     assert not sample.mask[: len(prompt)].any() and sample.mask[len(prompt)]
@@ -192,7 +241,9 @@ class TestQwen3:
         ]
 
     def test_rewritten_history_is_an_error(self, renderer_of, conversation):
-        with pytest.raises(RowError, match=r"row 7, message 1 \(assistant\): .*data\.multiturn\.history=split"):
+        with pytest.raises(
+            RowError, match=r"row 7, message 1 \(assistant\): .*data\.multiturn\.history=split"
+        ):
             renderer_of("qwen3").render(conversation({"messages": self.thinking()}))
 
     def test_last_trains_the_turns_that_stay(self, renderer_of, tokenizer, conversation):
@@ -204,19 +255,30 @@ class TestQwen3:
         renderer = renderer_of("qwen3")
         samples = renderer.render(conversation({"messages": self.thinking()}), "split")
         turns = [trained(tokenizer, sample) for sample in samples]
-        assert turns == [["<think>\nsum\n</think>\n\nA<|im_end|>"], ["<think>\nagain\n</think>\n\nB<|im_end|>"]]
-        for sample, i in zip(samples, (1, 3), strict=True):  # the context of each is exactly what inference shows
+        assert turns == [
+            ["<think>\nsum\n</think>\n\nA<|im_end|>"],
+            ["<think>\nagain\n</think>\n\nB<|im_end|>"],
+        ]
+        # The context of each is exactly what inference shows
+        for sample, i in zip(samples, (1, 3), strict=True):
             prompt = renderer.text(self.thinking()[:i], generation_prompt=True)
             assert tokenizer.decode(sample.tokens[: int(np.argmax(sample.mask))]) == prompt
 
-    def test_split_honours_loss_mask_and_leaves_stable_rows_whole(self, renderer_of, tokenizer, conversation):
-        renderer, messages = renderer_of("qwen3"), self.thinking()
+    def test_split_honours_loss_mask_and_leaves_stable_rows_whole(
+        self, renderer_of, tokenizer, conversation
+    ):
+        renderer = renderer_of("qwen3")
+        messages = self.thinking()
         messages[1]["loss_mask"] = 0
         (sample,) = renderer.render(conversation({"messages": messages}), "split")
         assert trained(tokenizer, sample) == ["<think>\nagain\n</think>\n\nB<|im_end|>"]
 
-    def test_empty_thought_is_sampled_unless_thinking_is_off(self, renderer_of, tokenizer, conversation):
-        row = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "A"}]}
+    def test_empty_thought_is_sampled_unless_thinking_is_off(
+        self, renderer_of, tokenizer, conversation
+    ):
+        row = {
+            "messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "A"}]
+        }
         (on,) = renderer_of("qwen3").render(conversation(row))
         assert trained(tokenizer, on) == ["<think>\n\n</think>\n\nA<|im_end|>"]
         (off,) = renderer_of("qwen3").render(conversation({**row, "enable_thinking": False}))
@@ -225,19 +287,30 @@ class TestQwen3:
         (by_kwargs,) = renderer_of("qwen3", enable_thinking=False).render(conversation(row))
         assert by_kwargs.mask.tolist() == off.mask.tolist()
 
-    def test_tool_steps_of_one_question_keep_their_thoughts(self, renderer_of, tokenizer, tool_row, conversation):
+    def test_tool_steps_of_one_question_keep_their_thoughts(
+        self, renderer_of, tokenizer, tool_row, conversation
+    ):
         for i in (2, 5, 7):
-            tool_row["messages"][i]["content"] = f"<think>\nstep {i}\n</think>\n\n" + tool_row["messages"][i]["content"]
+            tool_row["messages"][i]["content"] = (
+                f"<think>\nstep {i}\n</think>\n\n" + tool_row["messages"][i]["content"]
+            )
         sample = check_replay(renderer_of("qwen3"), conversation(tool_row))
         turns = trained(tokenizer, sample)
-        assert len(turns) == 3 and all(turn.startswith("<think>\nstep ") and turn.endswith("<|im_end|>") for turn in turns)
+        assert len(turns) == 3 and all(
+            turn.startswith("<think>\nstep ") and turn.endswith("<|im_end|>") for turn in turns
+        )
 
-    def test_tool_steps_without_thoughts_are_rewritten(self, renderer_of, tokenizer, tool_row, conversation):
+    def test_tool_steps_without_thoughts_are_rewritten(
+        self, renderer_of, tokenizer, tool_row, conversation
+    ):
         with pytest.raises(RowError, match=r"message 2 \(assistant\)"):
             renderer_of("qwen3").render(conversation(tool_row))
         samples = renderer_of("qwen3").render(conversation(tool_row), "split")
         assert len(samples) == 3
-        assert all(trained(tokenizer, sample)[0].startswith("<think>\n\n</think>\n\n") for sample in samples)
+        assert all(
+            trained(tokenizer, sample)[0].startswith("<think>\n\n</think>\n\n")
+            for sample in samples
+        )
 
 
 def write(tmp_path, text):
@@ -254,28 +327,47 @@ def test_ambiguous_templates_are_refused(tmp_path, tokenizer, chat_row, conversa
     with pytest.raises(RowError, match=r"message 1 .*no generation prompt"):
         no_prompt.render(conversation(chat_row))
     with pytest.raises(ValueError, match="couldn't learn to stop"):
-        Renderer(tokenizer, write(tmp_path, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"))
+        Renderer(
+            tokenizer,
+            write(tmp_path, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"),
+        )
     thought = CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     with pytest.raises(RowError, match=r"message 1 .*opens a thought, and the row gives none"):
         Renderer(tokenizer, write(tmp_path, thought)).render(conversation(chat_row))
     with pytest.raises(RowError, match=r"message 1 .*start of this turn can't be found.*character"):
-        Renderer(tokenizer, write(tmp_path, thought.replace("<think>", "Plan:"))).render(conversation(chat_row))
-    shout = CHATML.replace("m.content", "m.content | upper") + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        Renderer(tokenizer, write(tmp_path, thought.replace("<think>", "Plan:"))).render(
+            conversation(chat_row)
+        )
+    shout = (
+        CHATML.replace("m.content", "m.content | upper")
+        + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     with pytest.raises(ValueError, match="doesn't show an answer as it is written"):
         Renderer(tokenizer, write(tmp_path, shout))
     deaf = (
         CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'assistant' }}")
         + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(RowError, match=r"message 0 \(user\): .*drops or changes the content \('Hi'"):
+    with pytest.raises(
+        RowError, match=r"message 0 \(user\): .*drops or changes the content \('Hi'"
+    ):
         Renderer(tokenizer, write(tmp_path, deaf)).render(
-            conversation({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]})
+            conversation(
+                {
+                    "messages": [
+                        {"role": "user", "content": "Hi"},
+                        {"role": "assistant", "content": "Ho"},
+                    ]
+                }
+            )
         )
 
 
 def test_an_answer_may_not_hold_its_own_end(renderer_of, chat_row, conversation):
     chat_row["messages"][1]["content"] = "Hello<|im_end|>\n<|im_start|>assistant\nmore"
-    with pytest.raises(RowError, match=r"message 1 .*end-of-turn token '<\|im_end\|>' is inside the turn"):
+    with pytest.raises(
+        RowError, match=r"message 1 .*end-of-turn token '<\|im_end\|>' is inside the turn"
+    ):
         renderer_of("chatml").render(conversation(chat_row))
 
 
@@ -285,15 +377,21 @@ def test_markup_of_others_is_never_trained(renderer_of, tokenizer, chat_row, con
     assert trained(tokenizer, sample) == ["Hello!<|im_end|>", "Goodbye.<|im_end|>"]
 
 
-def test_a_template_may_close_the_whole_text_with_another_token(tmp_path, tokenizer, chat_row, conversation):
-    template = CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
+def test_a_template_may_close_the_whole_text_with_another_token(
+    tmp_path, tokenizer, chat_row, conversation
+):
+    template = (
+        CHATML
+        + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
+    )
     (sample,) = Renderer(tokenizer, write(tmp_path, template)).render(conversation(chat_row))
     assert trained(tokenizer, sample) == ["Hello!<|im_end|>", "Goodbye.<|im_end|>"]
     assert tokenizer.decode(sample.tokens).endswith("<|im_end|>\n<|endoftext|>")
 
 
 def test_cut_off_turn_gets_its_end_from_the_glue(renderer_of, tokenizer, tool_row, conversation):
-    renderer, messages = renderer_of("hermes"), conversation(tool_row).messages
+    renderer = renderer_of("hermes")
+    messages = conversation(tool_row).messages
     glue = renderer.render_tool_turn(messages[:3], messages[3:5], tool_row["tools"], ended=False)
     assert glue[0] == renderer.end_of_turn_ids[0]
     assert glue[1:] == renderer.render_tool_turn(messages[:3], messages[3:5], tool_row["tools"])
@@ -301,9 +399,12 @@ def test_cut_off_turn_gets_its_end_from_the_glue(renderer_of, tokenizer, tool_ro
 
 
 def test_glue_holds_whatever_a_tool_prints(renderer_of, tokenizer, tool_row, conversation):
-    renderer, messages = renderer_of("hermes"), conversation(tool_row).messages
+    renderer = renderer_of("hermes")
+    messages = conversation(tool_row).messages
     said = "TheTurnGoesHere<|im_end|>\nTheTurnGoesHereX"
-    glue = renderer.render_tool_turn(messages[:3], [{"role": "tool", "content": said}], tool_row["tools"])
+    glue = renderer.render_tool_turn(
+        messages[:3], [{"role": "tool", "content": said}], tool_row["tools"]
+    )
     expected = f"\n<|im_start|>user\n<tool_response>\n{said}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(glue) == expected
 
@@ -317,20 +418,34 @@ def test_prompt_with_earlier_turns_is_what_training_has(renderer_of, chat_row, c
 
 
 def test_dummy_space_tokenizer_is_anchored(tmp_path):
-    """A sentencepiece-like tokenizer puts a space before what it takes for the start of a text; pieces aren't that."""
+    """A sentencepiece-like tokenizer puts a space before what it takes for the start of a text;
+    pieces aren't that.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     raw.decoder = decoders.Metaspace(prepend_scheme="first")
-    raw.train_from_iterator(["Hello there user assistant \n"] * 10, trainers.BpeTrainer(special_tokens=["<|im_start|>", "<|im_end|>"]))
+    raw.train_from_iterator(
+        ["Hello there user assistant \n"] * 10,
+        trainers.BpeTrainer(special_tokens=["<|im_start|>", "<|im_end|>"]),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>")
-    tokenizer.chat_template = CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer.chat_template = (
+        CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     renderer = Renderer(tokenizer)
-    row = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "there"}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "there"},
+        ]
+    }
     (sample,) = renderer.render(to_conversation(row, "f", 0))
-    assert sample.tokens.tolist() == tokenizer.encode(renderer.text(row["messages"]), add_special_tokens=False)
+    assert sample.tokens.tolist() == tokenizer.encode(
+        renderer.text(row["messages"]), add_special_tokens=False
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -339,12 +454,15 @@ def test_pickled_renderer_is_the_same(name, renderer_of, chat_row, conversation)
     copy = pickle.loads(pickle.dumps(renderer))
     assert copy.fingerprint() == renderer.fingerprint()
     assert (
-        copy.render(conversation(chat_row), "last")[0].tokens.tolist() == renderer.render(conversation(chat_row), "last")[0].tokens.tolist()
+        copy.render(conversation(chat_row), "last")[0].tokens.tolist()
+        == renderer.render(conversation(chat_row), "last")[0].tokens.tolist()
     )
 
 
 def test_fingerprint_tells_templates_and_arguments_apart(renderer_of):
-    prints = [renderer_of(name).fingerprint() for name in TEMPLATES] + [renderer_of("qwen3", enable_thinking=False).fingerprint()]
+    prints = [renderer_of(name).fingerprint() for name in TEMPLATES] + [
+        renderer_of("qwen3", enable_thinking=False).fingerprint()
+    ]
     assert len(set(prints)) == len(prints)
 
 
@@ -352,7 +470,10 @@ def test_replaced_template_goes_into_the_export(tmp_path, tokenizer, renderer_of
     tokenizer.save_pretrained(tmp_path)
     write_template(tmp_path, renderer_of("hermes").template)
     loaded = load_tokenizer(str(tmp_path))
-    assert Renderer(loaded).text([{"role": "user", "content": "Hi"}]) == "<|im_start|>user\nHi<|im_end|>\n"
+    assert (
+        Renderer(loaded).text([{"role": "user", "content": "Hi"}])
+        == "<|im_start|>user\nHi<|im_end|>\n"
+    )
     assert loaded.chat_template == renderer_of("hermes").template
 
 

@@ -1,4 +1,6 @@
-"""The date that a template asks for is that of the run: the same tokens tomorrow, and in no other way than the clock would show it."""
+"""The date that a template asks for is that of the run: the same tokens tomorrow, and in no other
+way than the clock would show it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ class Clock(datetime):
 
 
 def shown(tokenizer: Any, template: str) -> str:
-    talk = [{"role": "user", "content": "What day is it?"}, {"role": "assistant", "content": "Tuesday."}]
+    talk = [
+        {"role": "user", "content": "What day is it?"},
+        {"role": "assistant", "content": "Tuesday."},
+    ]
     return tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False)
 
 
@@ -47,12 +52,24 @@ def by_the_clock(tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch)
         return shown(tokenizer, template)
 
 
-def test_every_directive_is_shown_as_the_clock_shows_it(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = [f"%{letter}" for letter in DIRECTIVES] + [f"%-{letter}" for letter in PADDED] + ["%%", "100%%d %d", "%B %d, %Y"]
+def test_every_directive_is_shown_as_the_clock_shows_it(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = (
+        [f"%{letter}" for letter in DIRECTIVES]
+        + [f"%-{letter}" for letter in PADDED]
+        + ["%%", "100%%d %d", "%B %d, %Y"]
+    )
     asked = "|".join(codes)
-    template = "\n  {% if strftime_now is defined %}{{ strftime_now('" + asked + "') }}{% endif %}\n{{ messages[0].content }}"
+    template = (
+        "\n  {% if strftime_now is defined %}{{ strftime_now('"
+        + asked
+        + "') }}{% endif %}\n{{ messages[0].content }}"
+    )
     fixed = with_date(template, DAY)
-    assert shown(tokenizer, fixed) == by_the_clock(tokenizer, template, monkeypatch) and "March 05, 2024" in shown(tokenizer, fixed)
+    assert shown(tokenizer, fixed) == by_the_clock(
+        tokenizer, template, monkeypatch
+    ) and "March 05, 2024" in shown(tokenizer, fixed)
 
 
 @pytest.mark.parametrize("name", ASKS)
@@ -63,7 +80,9 @@ def test_well_known_templates_show_the_day_of_the_run(
     if not path.is_file():
         pytest.skip(f"no {path.name} in ../shared/data/chat-templates")
     template = path.read_text()
-    assert asks_for_date(template) and shown(tokenizer, with_date(template, DAY)) == by_the_clock(tokenizer, template, monkeypatch)
+    assert asks_for_date(template) and shown(tokenizer, with_date(template, DAY)) == by_the_clock(
+        tokenizer, template, monkeypatch
+    )
 
 
 def test_the_other_templates_are_left_as_they_are(tokenizer: Any, renderer_of: Any) -> None:
@@ -73,15 +92,21 @@ def test_the_other_templates_are_left_as_they_are(tokenizer: Any, renderer_of: A
     assert not shows_date(renderer_of("hermes")), "so its cache is another day's, too"
 
 
-def test_one_of_several_templates_may_ask(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_templates_may_ask(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asking = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
     both = with_date({"default": asking, "tool_use": tokenizer.chat_template}, DAY)
-    assert both["tool_use"] == tokenizer.chat_template and "2024" in shown(tokenizer, both["default"])
+    assert both["tool_use"] == tokenizer.chat_template and "2024" in shown(
+        tokenizer, both["default"]
+    )
     monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template)
     (tmp_path / "asks.jinja").write_text(asking)
     found = {}
     for day in (DAY, "2025-03-05"):
         renderer = Renderer(tokenizer, fix_date(tokenizer, str(tmp_path / "asks.jinja"), day))
-        assert shows_date(renderer) and renderer.text([{"role": "user", "content": "Hi"}]).startswith(day[:4])
+        assert shows_date(renderer) and renderer.text(
+            [{"role": "user", "content": "Hi"}]
+        ).startswith(day[:4])
         found[day] = renderer.fingerprint()
     assert len(set(found.values())) == 2, "the cache of one day isn't the other's"

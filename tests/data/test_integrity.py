@@ -1,4 +1,6 @@
-"""A token cache that isn't what was written is noticed and made again; one that is changed while it is made is refused."""
+"""A token cache that isn't what was written is noticed and made again; one that is changed while it
+is made is refused.
+"""
 
 from __future__ import annotations
 
@@ -54,15 +56,21 @@ DAMAGE = {
     "short tokens": ("tokens.bin", lambda p: os.truncate(p, 8)),
     "long tokens": ("tokens.bin", lambda p: p.write_bytes(p.read_bytes() + b"\0\0\0\0")),
     "a folder for tokens": ("tokens.bin", _as_folder),
-    "a flipped mask": ("mask.bin", lambda p: p.write_bytes(bytes([p.read_bytes()[0] ^ 1]) + p.read_bytes()[1:])),
+    "a flipped mask": (
+        "mask.bin",
+        lambda p: p.write_bytes(bytes([p.read_bytes()[0] ^ 1]) + p.read_bytes()[1:]),
+    ),
     "no mask": ("mask.bin", lambda p: p.unlink()),
 }
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_a_damaged_cache_is_made_again_and_said(opened, what: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_cache_is_made_again_and_said(
+    opened, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
     first, report = opened()
-    expected, folder = _content(first), first.folder
+    expected = _content(first)
+    folder = first.folder
     name, harm = DAMAGE[what]
     harm(folder / name)
     again, second = opened()
@@ -77,7 +85,8 @@ def test_a_damaged_cache_is_made_again_and_said(opened, what: str, caplog: pytes
 @pytest.mark.parametrize("kind", ["file", "link to nothing", "link to a folder"])
 def test_what_stands_in_the_place_of_a_cache_makes_room(opened, tmp_path: Path, kind: str) -> None:
     first, _ = opened()
-    expected, folder = _content(first), first.folder
+    expected = _content(first)
+    folder = first.folder
     folder.rename(tmp_path / "elsewhere")
     if kind == "file":
         folder.write_text("mine")
@@ -89,8 +98,11 @@ def test_what_stands_in_the_place_of_a_cache_makes_room(opened, tmp_path: Path, 
     assert kind == "file" or (tmp_path / "full" / "mine").exists()
 
 
-def test_a_large_cache_is_compared_while_the_run_goes_on(opened, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    expected, folder = _content(opened()[0]), opened()[0].folder
+def test_a_large_cache_is_compared_while_the_run_goes_on(
+    opened, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = _content(opened()[0])
+    folder = opened()[0].folder
     monkeypatch.setattr(integrity, "WAIT_FOR_BYTES", 0)
     whole, _ = opened()
     whole._check.wait()
@@ -98,14 +110,22 @@ def test_a_large_cache_is_compared_while_the_run_goes_on(opened, monkeypatch: py
     _flip(folder / "tokens.bin")
     damaged, _ = opened()
     damaged._check.wait()
-    assert "tokens.bin holds other bytes" in damaged.problem() and "Start the same command again" in damaged.problem()
+    assert (
+        "tokens.bin holds other bytes" in damaged.problem()
+        and "Start the same command again" in damaged.problem()
+    )
     assert _content(opened()[0]) == expected and "It is made again" in caplog.text
 
 
-def test_the_ranks_of_a_run_compare_everything_once(opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ranks_of_a_run_compare_everything_once(
+    opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compared = list[bool]()
     real = integrity.damage
-    monkeypatch.setattr("retool.data.cache.damage", lambda folder, everything: compared.append(everything) or real(folder, everything))
+    monkeypatch.setattr(
+        "retool.data.cache.damage",
+        lambda folder, everything: compared.append(everything) or real(folder, everything),
+    )
     opened()
     for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1234")):
         monkeypatch.setenv(name, value)
@@ -117,7 +137,9 @@ def test_the_ranks_of_a_run_compare_everything_once(opened, monkeypatch: pytest.
     assert compared.count(True) == 2
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(opened, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    opened, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from retool.data import cache
 
     real = cache._write
@@ -135,7 +157,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(opened, path: str, tmp_
     assert len(opened()[0]) == 41
 
 
-def test_a_full_disk_names_the_cache_and_leaves_nothing(opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_names_the_cache_and_leaves_nothing(
+    opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -147,7 +171,8 @@ def test_a_full_disk_names_the_cache_and_leaves_nothing(opened, tmp_path: Path, 
 
 def test_what_a_killed_builder_left_is_removed(opened, tmp_path: Path) -> None:
     folder = opened()[0].folder
-    mine, other = folder.parent / f"building-{folder.name}-torn", folder.parent / "building-0123456789abcdef-torn"
+    mine = folder.parent / f"building-{folder.name}-torn"
+    other = folder.parent / "building-0123456789abcdef-torn"
     for torn in (mine, other):
         torn.mkdir()
     (folder / "report.json").unlink()
@@ -155,10 +180,22 @@ def test_what_a_killed_builder_left_is_removed(opened, tmp_path: Path) -> None:
     assert not mine.exists() and other.exists(), "another cache's may be going on"
 
 
-def test_everything_is_on_disk_before_the_cache_has_its_name(opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_on_disk_before_the_cache_has_its_name(
+    opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
     order = list[str]()
-    real_sync, real_rename = integrity._sync, Path.rename
+    real_sync = integrity._sync
+    real_rename = Path.rename
     monkeypatch.setattr(integrity, "_sync", lambda p: order.append(p.name) or real_sync(p))
-    monkeypatch.setattr(Path, "rename", lambda self, to: order.append("renamed") or real_rename(self, to))
+    monkeypatch.setattr(
+        Path, "rename", lambda self, to: order.append("renamed") or real_rename(self, to)
+    )
     opened()
-    assert order[-1] == "renamed" and {"tokens.bin", "mask.bin", "lengths.npy", "trained.npy", "rows.npy", "report.json"} <= set(order[:-1])
+    assert order[-1] == "renamed" and {
+        "tokens.bin",
+        "mask.bin",
+        "lengths.npy",
+        "trained.npy",
+        "rows.npy",
+        "report.json",
+    } <= set(order[:-1])

@@ -1,4 +1,6 @@
-"""The cache and the steps: the same samples in the same step whatever the layout, resumable anywhere, every fault said at once."""
+"""The cache and the steps: the same samples in the same step whatever the layout, resumable
+anywhere, every fault said at once.
+"""
 
 import json
 import threading
@@ -21,7 +23,12 @@ from retool.data.tokenise import truncate
 
 
 def answer(words, **extra):
-    return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": words, **extra}]}
+    return {
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": words, **extra},
+        ]
+    }
 
 
 def jsonl(path, rows):
@@ -49,13 +56,19 @@ class Memory:
 @pytest.fixture(scope="module")
 def memory():
     rng = np.random.default_rng(0)
-    return Memory([Sample(np.full(n, i, np.int32), rng.random(n) < 0.4) for i, n in enumerate(rng.integers(3, 90, 53).tolist())])
+    return Memory(
+        [
+            Sample(np.full(n, i, np.int32), rng.random(n) < 0.4)
+            for i, n in enumerate(rng.integers(3, 90, 53).tolist())
+        ]
+    )
 
 
 def documents(pack):
     """The sample (its token) of every document of a pack that isn't padding."""
     starts = pack.cu_seqlens[:-1].tolist()
-    real, found = pack.real_tokens, []
+    real = pack.real_tokens
+    found = []
     for start, length in zip(starts, pack.seqlens, strict=True):
         if start < real:
             found.append((int(pack.tokens[start]), length))
@@ -64,12 +77,25 @@ def documents(pack):
 
 class TestSteps:
     def test_order_is_a_function_of_seed_and_epoch(self):
-        assert epoch_order(8, 1, 0).tolist() == [2, 4, 7, 5, 0, 6, 3, 1]  # must never change: resumed runs rely on it
+        # Must never change: resumed runs rely on it
+        assert epoch_order(8, 1, 0).tolist() == [
+            2,
+            4,
+            7,
+            5,
+            0,
+            6,
+            3,
+            1,
+        ]
         for seed, epoch in product((0, 1, 7), (0, 1, 2)):
             order = epoch_order(1000, seed, epoch)
             assert sorted(order.tolist()) == list(range(1000))
             assert order.tolist() == epoch_order(1000, seed, epoch).tolist()
-        firsts = {tuple(epoch_order(1000, seed, epoch)[:5].tolist()) for seed, epoch in product(range(4), range(4))}
+        firsts = {
+            tuple(epoch_order(1000, seed, epoch)[:5].tolist())
+            for seed, epoch in product(range(4), range(4))
+        }
         assert len(firsts) == 16
         assert epoch_order(5, 1, 3, shuffle=False).tolist() == [0, 1, 2, 3, 4]
 
@@ -83,7 +109,10 @@ class TestSteps:
         size = 16
         wholes = {"train_batch_size": size, "seed": 3, "stop_step": 7}
         reference = list(iterate_steps(memory, **wholes, micro_batch_size=size))
-        ranks = [list(iterate_steps(memory, **wholes, dp_rank=r, dp=dp, sp=sp, **limit)) for r in range(dp)]
+        ranks = [
+            list(iterate_steps(memory, **wholes, dp_rank=r, dp=dp, sp=sp, **limit))
+            for r in range(dp)
+        ]
         for step, batches in enumerate(zip(*ranks, strict=True)):
             (whole,) = reference[step].micro_batches
             assert len({len(batch.micro_batches) for batch in batches}) == 1
@@ -91,40 +120,87 @@ class TestSteps:
             assert sorted(d for pack in packs for d in documents(pack)) == sorted(documents(whole))
             for batch in batches:
                 assert (batch.step, batch.epoch) == (step, step // 3)
-                assert batch.real_tokens == whole.real_tokens == sum(pack.real_tokens for pack in packs)
-                assert batch.trained_tokens == whole.trained_tokens == sum(pack.trained_tokens for pack in packs)
+                assert (
+                    batch.real_tokens
+                    == whole.real_tokens
+                    == sum(pack.real_tokens for pack in packs)
+                )
+                assert (
+                    batch.trained_tokens
+                    == whole.trained_tokens
+                    == sum(pack.trained_tokens for pack in packs)
+                )
             assert sum(float(pack.weights.sum()) for pack in packs) == whole.trained_tokens
             assert all(len(pack.tokens) % sp == 0 for pack in packs)
             lengths = [[n for n in pack.seqlens if n >= sp] for pack in packs]  # without the tail
-            assert all(several == sorted(several) for several in lengths), "attention has the short ones side by side"
+            assert all(several == sorted(several) for several in lengths), (
+                "attention has the short ones side by side"
+            )
 
     def test_epochs_cover_everything_but_the_incomplete_batch(self, memory):
         assert steps_per_epoch(53, 16) == 3
-        seen = [i for batch in iterate_steps(memory, train_batch_size=16, seed=1, stop_step=6, micro_batch_size=4) for i in batch.samples]
+        seen = [
+            i
+            for batch in iterate_steps(
+                memory, train_batch_size=16, seed=1, stop_step=6, micro_batch_size=4
+            )
+            for i in batch.samples
+        ]
         for epoch in (seen[:48], seen[48:]):
             assert len(set(epoch)) == 48
         assert seen[:48] != seen[48:]
 
     @pytest.mark.parametrize("start", [0, 1, 3, 5])
     def test_resumed_is_the_tail(self, memory, start):
-        args = {"train_batch_size": 16, "seed": 5, "stop_step": 7, "dp": 2, "dp_rank": 1, "max_tokens_per_gpu": 200}
-        whole, tail = list(iterate_steps(memory, **args)), list(iterate_steps(memory, **args, start_step=start))
+        args = {
+            "train_batch_size": 16,
+            "seed": 5,
+            "stop_step": 7,
+            "dp": 2,
+            "dp_rank": 1,
+            "max_tokens_per_gpu": 200,
+        }
+        whole = list(iterate_steps(memory, **args))
+        tail = list(iterate_steps(memory, **args, start_step=start))
         assert [batch.step for batch in tail] == list(range(start, 7))
         for a, b in zip(whole[start:], tail, strict=True):
-            assert (a.samples, a.real_tokens, a.trained_tokens) == (b.samples, b.real_tokens, b.trained_tokens)
+            assert (a.samples, a.real_tokens, a.trained_tokens) == (
+                b.samples,
+                b.real_tokens,
+                b.trained_tokens,
+            )
             for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
-                assert x.tokens.equal(y.tokens) and x.weights.equal(y.weights) and x.cu_seqlens.equal(y.cu_seqlens)
+                assert (
+                    x.tokens.equal(y.tokens)
+                    and x.weights.equal(y.weights)
+                    and x.cu_seqlens.equal(y.cu_seqlens)
+                )
 
     def test_padded_rows(self, memory):
-        (batch,) = iterate_steps(memory, train_batch_size=8, seed=1, stop_step=1, micro_batch_size=4, pad_to=90, pad_id=99)
+        (batch,) = iterate_steps(
+            memory,
+            train_batch_size=8,
+            seed=1,
+            stop_step=1,
+            micro_batch_size=4,
+            pad_to=90,
+            pad_id=99,
+        )
         assert all(pack.seqlens == (90,) * 4 for pack in batch.micro_batches)
         assert batch.real_tokens == sum(int(memory.lengths[i]) for i in batch.samples)
-        (by_tokens,) = iterate_steps(memory, train_batch_size=8, seed=1, stop_step=1, max_tokens_per_gpu=180, pad_to=90)
+        (by_tokens,) = iterate_steps(
+            memory, train_batch_size=8, seed=1, stop_step=1, max_tokens_per_gpu=180, pad_to=90
+        )
         assert len(by_tokens.micro_batches) == 4  # the padding counts against the budget
 
     def test_an_epoch_needs_one_full_batch(self, memory):
-        with pytest.raises(ValueError, match=r"train_batch_size=64 is more than the 53 training samples.*at most 53"):
-            next(iterate_steps(memory, train_batch_size=64, seed=1, stop_step=1, micro_batch_size=1))
+        with pytest.raises(
+            ValueError,
+            match=r"train_batch_size=64 is more than the 53 training samples.*at most 53",
+        ):
+            next(
+                iterate_steps(memory, train_batch_size=64, seed=1, stop_step=1, micro_batch_size=1)
+            )
         with pytest.raises(ValueError, match="at least 1"):
             steps_per_epoch(5, 0)
 
@@ -140,21 +216,30 @@ class TestSteps:
                 return super().__getitem__(index)
 
         before = threading.active_count()
-        steps = iterate_steps(Slow(memory.samples), train_batch_size=16, seed=1, stop_step=3, micro_batch_size=16)
+        steps = iterate_steps(
+            Slow(memory.samples), train_batch_size=16, seed=1, stop_step=3, micro_batch_size=16
+        )
         with pytest.raises(OSError, match="the disk is gone"):
             list(steps)
         assert made.is_set()
-        steps = iterate_steps(memory, train_batch_size=16, seed=1, stop_step=300, micro_batch_size=16)
+        steps = iterate_steps(
+            memory, train_batch_size=16, seed=1, stop_step=300, micro_batch_size=16
+        )
         next(steps)
         steps.close()
         assert threading.active_count() == before
 
     @pytest.mark.parametrize(("dp", "sp"), [(1, 1), (2, 2), (3, 1), (60, 1)])
     def test_validation_covers_every_row_once(self, memory, dp, sp):
-        ranks = [list(iterate_validation(memory, dp_rank=r, dp=dp, sp=sp, max_tokens_per_gpu=150)) for r in range(dp)]
+        ranks = [
+            list(iterate_validation(memory, dp_rank=r, dp=dp, sp=sp, max_tokens_per_gpu=150))
+            for r in range(dp)
+        ]
         assert len({len(packs) for packs in ranks}) == 1
         packs = [pack for rank in ranks for pack in rank]
-        assert sorted(d for pack in packs for d in documents(pack)) == [(i, int(n)) for i, n in enumerate(memory.lengths)]
+        assert sorted(d for pack in packs for d in documents(pack)) == [
+            (i, int(n)) for i, n in enumerate(memory.lengths)
+        ]
         assert sum(float(pack.weights.sum()) for pack in packs) == memory.trained.sum()
 
 
@@ -162,9 +247,15 @@ class TestTruncation:
     sample = Sample(np.arange(10, dtype=np.int32), np.arange(10) >= 6)
 
     def test_masks_stay_aligned(self):
-        right, left = truncate(self.sample, 7, "right"), truncate(self.sample, 7, "left")
-        assert right.tokens.tolist() == list(range(7)) and right.mask.tolist() == [False] * 6 + [True]
-        assert left.tokens.tolist() == list(range(3, 10)) and left.mask.tolist() == [False] * 3 + [True] * 4
+        right = truncate(self.sample, 7, "right")
+        left = truncate(self.sample, 7, "left")
+        assert right.tokens.tolist() == list(range(7)) and right.mask.tolist() == [False] * 6 + [
+            True
+        ]
+        assert (
+            left.tokens.tolist() == list(range(3, 10))
+            and left.mask.tolist() == [False] * 3 + [True] * 4
+        )
         assert truncate(self.sample, 7, "drop") is None
         assert truncate(self.sample, 10, "error") is self.sample
 
@@ -175,7 +266,9 @@ class TestTruncation:
 
 class TestCache:
     def open(self, tmp_path, renderer, rows, **kwargs):
-        return open_dataset(jsonl(tmp_path / "rows.jsonl", rows), renderer, cache_dir=tmp_path / "cache", **kwargs)
+        return open_dataset(
+            jsonl(tmp_path / "rows.jsonl", rows), renderer, cache_dir=tmp_path / "cache", **kwargs
+        )
 
     def test_samples_are_the_renders(self, tmp_path, renderer_of, tool_row, conversation):
         rows = [tool_row, answer("Hello!"), answer("Never", loss_mask=0)]
@@ -183,39 +276,73 @@ class TestCache:
         assert (report.rows, report.samples, report.dropped_untrained, len(dataset)) == (3, 2, 1, 2)
         for i, row in enumerate(rows[:2]):
             (expected,) = renderer_of("hermes").render(conversation(row))
-            assert dataset[i].tokens.tolist() == expected.tokens.tolist() and dataset[i].mask.tolist() == expected.mask.tolist()
-            assert (dataset.lengths[i], dataset.trained[i], dataset.origin(i)) == (len(expected), expected.trained, (0, i))
-        assert report.tokens == dataset.lengths.sum() and report.trained_tokens == dataset.trained.sum()
+            assert (
+                dataset[i].tokens.tolist() == expected.tokens.tolist()
+                and dataset[i].mask.tolist() == expected.mask.tolist()
+            )
+            assert (dataset.lengths[i], dataset.trained[i], dataset.origin(i)) == (
+                len(expected),
+                expected.trained,
+                (0, i),
+            )
+        assert (
+            report.tokens == dataset.lengths.sum()
+            and report.trained_tokens == dataset.trained.sum()
+        )
         assert "1 dropped without a trained token" in report.sentence()
         with pytest.raises(IndexError):
             dataset[2]
 
     def test_truncation_is_decided_and_counted_up_front(self, tmp_path, renderer_of):
-        rows, renderer = [answer("one two three four five six seven"), answer("A")], renderer_of("chatml")
+        rows = [answer("one two three four five six seven"), answer("A")]
+        renderer = renderer_of("chatml")
         whole, _ = self.open(tmp_path, renderer, rows)
         long, short = whole.lengths.tolist()
         right, report = self.open(tmp_path, renderer, rows, max_length=long - 4, truncation="right")
-        assert right.lengths.tolist() == [long - 4, short] and report.truncated == 1 and report.longest == long
-        assert right[0].tokens.tolist() == whole[0].tokens[:-4].tolist() and right[0].mask.tolist() == whole[0].mask[:-4].tolist()
-        dropped, report = self.open(tmp_path, renderer, rows, max_length=long - 1, truncation="drop")
+        assert (
+            right.lengths.tolist() == [long - 4, short]
+            and report.truncated == 1
+            and report.longest == long
+        )
+        assert (
+            right[0].tokens.tolist() == whole[0].tokens[:-4].tolist()
+            and right[0].mask.tolist() == whole[0].mask[:-4].tolist()
+        )
+        dropped, report = self.open(
+            tmp_path, renderer, rows, max_length=long - 1, truncation="drop"
+        )
         assert dropped.lengths.tolist() == [short] and report.dropped_long == 1
-        nothing, report = self.open(tmp_path, renderer, rows, max_length=short - 2, truncation="right")
+        nothing, report = self.open(
+            tmp_path, renderer, rows, max_length=short - 2, truncation="right"
+        )
         assert report.samples == len(nothing) == 2 - report.dropped_untrained
         with pytest.raises(
-            ValueError, match=rf"1 of 2 rows can't be used:\n.*rows\.jsonl, row 0: it has {long} tokens.*data\.truncation=drop"
+            ValueError,
+            match=rf"1 of 2 rows can't be used:\n.*rows\.jsonl, row 0: it has {long} tokens.*data\.truncation=drop",
         ):
             self.open(tmp_path, renderer, rows, max_length=long - 1)
         with pytest.raises(ValueError, match="no sample is left"):
             self.open(tmp_path, renderer, rows, max_length=2, truncation="right")
 
     def test_every_refused_row_is_named_at_once(self, tmp_path, renderer_of):
-        rows = [answer("A"), {"messages": [{"role": "bot", "content": "x"}]}, {"messages": 3}, *[{"messages": []}] * 30]
+        rows = [
+            answer("A"),
+            {"messages": [{"role": "bot", "content": "x"}]},
+            {"messages": 3},
+            *[{"messages": []}] * 30,
+        ]
         with pytest.raises(ValueError) as caught:
             self.open(tmp_path, renderer_of("chatml"), rows)
         text = str(caught.value)
         assert text.startswith("32 of 33 rows can't be used:\n")
-        assert "row 1, message 0: unknown role 'bot'" in text and "row 2: 'messages' isn't a list" in text
-        assert "row 3: 'messages' isn't a list of messages (empty). … and 29 more rows like it." in text
+        assert (
+            "row 1, message 0: unknown role 'bot'" in text
+            and "row 2: 'messages' isn't a list" in text
+        )
+        assert (
+            "row 3: 'messages' isn't a list of messages (empty). … and 29 more rows like it."
+            in text
+        )
         assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
     def test_reused_until_anything_changes(self, tmp_path, renderer_of, monkeypatch):
@@ -223,7 +350,16 @@ class TestCache:
         monkeypatch.setattr("retool.data.cache._build", _counting(calls))
         rows = [answer("A"), answer("B")]
         path = jsonl(tmp_path / "rows.jsonl", rows)
-        for expected, kwargs in enumerate([{}, {"max_length": 99}, {"truncation": "left"}, {"history": "last"}, {"max_samples": 1}], 1):
+        for expected, kwargs in enumerate(
+            [
+                {},
+                {"max_length": 99},
+                {"truncation": "left"},
+                {"history": "last"},
+                {"max_samples": 1},
+            ],
+            1,
+        ):
             for _ in range(2):
                 open_dataset(path, renderer_of("chatml"), cache_dir=tmp_path / "cache", **kwargs)
             assert len(calls) == expected
@@ -234,23 +370,62 @@ class TestCache:
         assert len(calls) == 7 and len(dataset) == 3
 
     def test_the_content_is_known_by_its_tokens_masks_and_order(self, tmp_path, renderer_of):
-        """Whatever the files are called: same samples in the same order, same content; anything else is another."""
-        one, two = answer("one"), answer("two")
-        masked = {"messages": [*one["messages"], {"role": "user", "content": "Hi"}, {**two["messages"][1], "loss_mask": 0}]}
-        unmasked = {"messages": [*one["messages"], {"role": "user", "content": "Hi"}, two["messages"][1]]}
-        made = {"a": [one], "b": [two], "copy_of_a": [one], "ab": [one, two], "masked": [masked], "unmasked": [unmasked]}
+        """Whatever the files are called: same samples in the same order, same content; anything
+        else is another.
+        """
+        one = answer("one")
+        two = answer("two")
+        masked = {
+            "messages": [
+                *one["messages"],
+                {"role": "user", "content": "Hi"},
+                {**two["messages"][1], "loss_mask": 0},
+            ]
+        }
+        unmasked = {
+            "messages": [*one["messages"], {"role": "user", "content": "Hi"}, two["messages"][1]]
+        }
+        made = {
+            "a": [one],
+            "b": [two],
+            "copy_of_a": [one],
+            "ab": [one, two],
+            "masked": [masked],
+            "unmasked": [unmasked],
+        }
         files = {name: jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in made.items()}
 
         def content(*names):
-            _, report = open_dataset([files[name] for name in names], renderer_of("chatml"), cache_dir=tmp_path / "cache", num_workers=0)
+            _, report = open_dataset(
+                [files[name] for name in names],
+                renderer_of("chatml"),
+                cache_dir=tmp_path / "cache",
+                num_workers=0,
+            )
             return report.content
 
-        assert content("a") == content("copy_of_a") and content("a", "b") == content("ab") == content("copy_of_a", "b")
-        assert len({content("a"), content("b"), content("a", "b"), content("b", "a"), content("masked"), content("unmasked")}) == 6
+        assert content("a") == content("copy_of_a") and content("a", "b") == content(
+            "ab"
+        ) == content("copy_of_a", "b")
+        assert (
+            len(
+                {
+                    content("a"),
+                    content("b"),
+                    content("a", "b"),
+                    content("b", "a"),
+                    content("masked"),
+                    content("unmasked"),
+                }
+            )
+            == 6
+        )
 
     def test_the_highest_token_id_is_known_and_found(self, tmp_path, renderer_of):
         file = jsonl(tmp_path / "a.jsonl", [answer("one"), answer("two"), answer("three")])
-        dataset, report = open_dataset(file, renderer_of("chatml"), cache_dir=tmp_path / "cache", num_workers=0)
+        dataset, report = open_dataset(
+            file, renderer_of("chatml"), cache_dir=tmp_path / "cache", num_workers=0
+        )
         highest = max(int(dataset[i].tokens.max()) for i in range(3))
         sample, found = dataset.find_id(highest)
         assert report.highest_id == highest == found and highest in dataset[sample].tokens
@@ -260,16 +435,24 @@ class TestCache:
         first, _ = self.open(tmp_path, renderer_of("chatml"), [answer("A")])
         tokens = first[0].tokens.tolist()
         (first.folder / "tokens.bin").write_bytes(b"\0" * 4)
-        again, _ = open_dataset(str(tmp_path / "rows.jsonl"), renderer_of("chatml"), cache_dir=tmp_path / "cache")
+        again, _ = open_dataset(
+            str(tmp_path / "rows.jsonl"), renderer_of("chatml"), cache_dir=tmp_path / "cache"
+        )
         assert again[0].tokens.tolist() == tokens
 
     def test_ranks_together_build_once(self, tmp_path, renderer_of, monkeypatch):
         calls = []
         monkeypatch.setattr("retool.data.cache._build", _counting(calls))
-        path, found = jsonl(tmp_path / "rows.jsonl", [answer(str(i)) for i in range(50)]), []
+        path = jsonl(tmp_path / "rows.jsonl", [answer(str(i)) for i in range(50)])
+        found = []
         renderer = renderer_of("chatml")
         threads = [
-            threading.Thread(target=lambda: found.append(open_dataset(path, renderer, cache_dir=tmp_path / "cache"))) for _ in range(4)
+            threading.Thread(
+                target=lambda: found.append(
+                    open_dataset(path, renderer, cache_dir=tmp_path / "cache")
+                )
+            )
+            for _ in range(4)
         ]
         for thread in threads:
             thread.start()
@@ -283,11 +466,17 @@ class TestCache:
         monkeypatch.setattr(tokenise, "INLINE_CHUNKS", 1)
         done = []
         together, other = open_dataset(
-            str(tmp_path / "rows.jsonl"), renderer_of("chatml"), cache_dir=tmp_path / "other", num_workers=2, progress=done.append
+            str(tmp_path / "rows.jsonl"),
+            renderer_of("chatml"),
+            cache_dir=tmp_path / "other",
+            num_workers=2,
+            progress=done.append,
         )
         assert other == report and done[-1] == 900 and done == sorted(done)
         assert together.lengths.tolist() == alone.lengths.tolist()
-        assert all(together[i].tokens.tolist() == alone[i].tokens.tolist() for i in range(0, 900, 37))
+        assert all(
+            together[i].tokens.tolist() == alone[i].tokens.tolist() for i in range(0, 900, 37)
+        )
 
     def test_splits_are_counted(self, tmp_path, renderer_of, chat_row):
         dataset, report = self.open(tmp_path, renderer_of("qwen3"), [chat_row], history="split")
@@ -336,9 +525,13 @@ def test_all_of_gsm8k(shared, qwen_tokenizer, tmp_path):
     from retool.data.render.renderer import Renderer
 
     dataset, report = open_dataset(
-        str(shared("gsm8k-tool-sft/train.parquet")), Renderer(qwen_tokenizer), max_length=16384, cache_dir=tmp_path
+        str(shared("gsm8k-tool-sft/train.parquet")),
+        Renderer(qwen_tokenizer),
+        max_length=16384,
+        cache_dir=tmp_path,
     )
     assert (report.rows, report.samples, len(dataset)) == (7378, 7378, 7378)
-    assert np.median(dataset.lengths) == pytest.approx(466, rel=0.02)  # as the data's own description says
+    # As the data's own description says
+    assert np.median(dataset.lengths) == pytest.approx(466, rel=0.02)
     assert np.percentile(dataset.lengths, 95) == pytest.approx(703, rel=0.02)
     assert steps_per_epoch(len(dataset), 16) == 461

@@ -1,4 +1,6 @@
-"""Plans: everything once, equal counts, never above the budget, balanced, and not more micro-batches than needed."""
+"""Plans: everything once, equal counts, never above the budget, balanced, and not more
+micro-batches than needed.
+"""
 
 import math
 from itertools import product
@@ -42,7 +44,9 @@ def test_dp_need_not_divide_the_batch():
     plan = check(list(range(100, 1700, 100)), 3, 1, size=2)
     assert [len(rank) for rank in plan] == [3, 3, 3]
     short = check([5], 4, 1, size=1)
-    assert sum(len(members) for rank in short for members in rank) == 1 and all(len(rank) == 1 for rank in short)
+    assert sum(len(members) for rank in short for members in rank) == 1 and all(
+        len(rank) == 1 for rank in short
+    )
 
 
 def test_a_longer_sample_is_alone():
@@ -52,8 +56,13 @@ def test_a_longer_sample_is_alone():
 
 
 def test_a_tight_filling_is_found():
-    """The dearest first into the cheapest would need a third micro-batch: 7, 5 + 4, 4 on 7, and no room for the last."""
-    assert [sorted(members) for members in check([7, 5, 4, 4, 4], 1, 1, budget=12)[0]] in ([[0, 1], [2, 3, 4]], [[2, 3, 4], [0, 1]])
+    """The dearest first into the cheapest would need a third micro-batch: 7, 5 + 4, 4 on 7, and no
+    room for the last.
+    """
+    assert [sorted(members) for members in check([7, 5, 4, 4, 4], 1, 1, budget=12)[0]] in (
+        [[0, 1], [2, 3, 4]],
+        [[2, 3, 4], [0, 1]],
+    )
 
 
 def test_the_dearest_of_a_round_goes_where_least_was_to_do():
@@ -65,7 +74,8 @@ def test_the_dearest_of_a_round_goes_where_least_was_to_do():
 def test_few_micro_batches_and_even_work(seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(100, 8000, 128)
-    dp, budget = 4, 16_384
+    dp = 4
+    budget = 16_384
     plan = check(lengths.tolist(), dp, 1, budget=budget)
     rounds = len(plan[0])
     assert rounds <= math.ceil(lengths.sum() / budget / dp * 1.1)  # the bound is a perfect filling
@@ -89,16 +99,33 @@ def test_long_samples_cost_more_than_their_tokens():
 
 
 def test_attention_costs_as_much_as_the_rest_where_the_model_says():
-    """Half of the FLOPs of a document that long are attention's, and a plan for that length is more even than one for another model."""
-    model = parse_model_config({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                                "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192})  # fmt: skip
+    """Half of the FLOPs of a document that long are attention's, and a plan for that length is more
+    even than one for another model.
+    """
+    model = parse_model_config(
+        {
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "max_position_embeddings": 8192,
+        }
+    )
     length = quadratic_length(model)
-    assert model_flops(model, [length]) == pytest.approx(2 * 6 * model.matmul_parameters * length, rel=1e-4)
+    assert model_flops(model, [length]) == pytest.approx(
+        2 * 6 * model.matmul_parameters * length, rel=1e-4
+    )
     lengths = np.random.default_rng(0).lognormal(8, 0.7, 256).astype(int).clip(256, 16_384)
 
     def slowest(planned_for):
         plan = plan_step(lengths, 8, 1, None, 16_384, planned_for)
-        work = [[sum(cost(int(lengths[i]), length) for i in members) for members in rank] for rank in plan]
+        work = [
+            [sum(cost(int(lengths[i]), length) for i in members) for members in rank]
+            for rank in plan
+        ]
         return sum(max(rank[j] for rank in work) for j in range(len(work[0])))
 
     assert slowest(length) < slowest(24_000)

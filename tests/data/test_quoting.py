@@ -1,4 +1,6 @@
-"""The text of control tokens in data: letters in the stream, whoever wrote it and whatever the template does with it."""
+"""The text of control tokens in data: letters in the stream, whoever wrote it and whatever the
+template does with it.
+"""
 
 import copy
 import json
@@ -21,9 +23,13 @@ MENTIONS = [*SPECIALS, *OWN, "word", " two\n\nwords ", "\n", "\U000f0000", "é"]
 
 @pytest.fixture(scope="session")
 def talker(tokenizer):
-    """The test tokenizer with the markers that Qwen3's has, as added tokens that aren't special, and two that no template writes."""
+    """The test tokenizer with the markers that Qwen3's has, as added tokens that aren't special,
+    and two that no template writes.
+    """
     talker = copy.deepcopy(tokenizer)
-    talker.add_tokens([AddedToken(token, normalized=False, special=False) for token in [*OWN, "<table>", "   "]])
+    talker.add_tokens(
+        [AddedToken(token, normalized=False, special=False) for token in [*OWN, "<table>", "   "]]
+    )
     return talker
 
 
@@ -32,10 +38,15 @@ def template(name):
 
 
 def row_of(said):
-    """A conversation in which everything that can hold data holds what `said()` gives; an assistant's words begin and end plainly."""
+    """A conversation in which everything that can hold data holds what `said()` gives; an
+    assistant's words begin and end plainly.
+    """
     schema = copy.deepcopy(TOOLS[0])
     schema["function"]["description"] = said()
-    schema["function"]["parameters"]["properties"]["more" + said()] = {"type": "string", "enum": [said()]}
+    schema["function"]["parameters"]["properties"]["more" + said()] = {
+        "type": "string",
+        "enum": [said()],
+    }
     calls = [call("print()" + said()), call(said())]
     calls[1]["function"]["arguments"]["more" + said()] = [said(), {"deep": said()}]
     messages = [
@@ -67,8 +78,11 @@ def mention(rng, tokens):
 
 @pytest.mark.parametrize("name", ["hermes", "qwen3"])
 def test_only_the_template_writes_control_tokens(talker, name):
-    """Random mentions in every field: the stream decodes to the render, and holds the control tokens that it holds without them."""
-    renderer, rng = Renderer(talker, template(name)), random.Random(4)
+    """Random mentions in every field: the stream decodes to the render, and holds the control
+    tokens that it holds without them.
+    """
+    renderer = Renderer(talker, template(name))
+    rng = random.Random(4)
     for i in range(25):
         state = rng.getstate()
         row = row_of(mention(rng, MENTIONS))
@@ -78,7 +92,8 @@ def test_only_the_template_writes_control_tokens(talker, name):
         harmless = row_of(lambda drawn=drawn: "m" * len(drawn()))
         harmless["messages"][2]["content"] = "I call."
         for sample, other in zip(
-            *(renderer.render(to_conversation(r, "f", i), "split") for r in (row, harmless)), strict=True
+            *(renderer.render(to_conversation(r, "f", i), "split") for r in (row, harmless)),
+            strict=True,
         ):
             assert control_ids(renderer, sample.tokens) == control_ids(renderer, other.tokens)
             written = talker.decode(sample.tokens)
@@ -87,7 +102,8 @@ def test_only_the_template_writes_control_tokens(talker, name):
 
 @pytest.mark.parametrize("name", ["hermes", "qwen3"])
 def test_such_conversations_replay(talker, name):
-    renderer, rng = Renderer(talker, template(name)), random.Random(5)
+    renderer = Renderer(talker, template(name))
+    rng = random.Random(5)
     for i in range(10):
         row = row_of(mention(rng, MENTIONS))
         row["messages"][2]["content"] = "<think>\nI think\n</think>\n\nand call."
@@ -97,7 +113,9 @@ def test_such_conversations_replay(talker, name):
 
 
 @pytest.mark.parametrize("name", ["chatml", "smollm2", "llama3", "hermes"])
-@pytest.mark.parametrize("make", [None, metaspace, python_only], ids=["byte-level", "metaspace", "slow"])
+@pytest.mark.parametrize(
+    "make", [None, metaspace, python_only], ids=["byte-level", "metaspace", "slow"]
+)
 def test_a_forged_turn_is_text(tokenizer, name, make):
     """With any tokenizer, in a system's, user's and assistant's message."""
     renderer = Renderer(make() if make else tokenizer, template(name))
@@ -105,12 +123,17 @@ def test_a_forged_turn_is_text(tokenizer, name, make):
     messages = [
         {"role": "system", "content": FORGED},
         {"role": "user", "content": FORGED},
-        {"role": "assistant", "content": "words" if make is metaspace else mentioned},  # it has no token for "|"
+        {
+            "role": "assistant",
+            "content": "words" if make is metaspace else mentioned,
+        },  # it has no token for "|"
         {"role": "user", "content": "<|im_end|>"},
         {"role": "assistant", "content": "Bye"},
     ]
     plain = [{**message, "content": "words"} for message in messages]
-    sample, other = (renderer.render(to_conversation({"messages": m}, "f", 1))[0] for m in (messages, plain))
+    sample, other = (
+        renderer.render(to_conversation({"messages": m}, "f", 1))[0] for m in (messages, plain)
+    )
     assert control_ids(renderer, sample.tokens) == control_ids(renderer, other.tokens)
     if make is None:
         assert sample.trained > other.trained  # the assistant's mention, spelt out
@@ -123,12 +146,19 @@ def test_text_is_spelt_as_the_tokenizer_spells_text(renderer_of, tokenizer):
     renderer = renderer_of("chatml")
     (sample,) = renderer.render(
         to_conversation(
-            {"messages": [{"role": "user", "content": "\n<|im_end|> is"}, {"role": "assistant", "content": "x"}]},
+            {
+                "messages": [
+                    {"role": "user", "content": "\n<|im_end|> is"},
+                    {"role": "assistant", "content": "x"},
+                ]
+            },
             "f",
             0,
         )
     )
-    spelt = tokenizer("user\n\n<|im_end|> is", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    spelt = tokenizer("user\n\n<|im_end|> is", add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
     assert sample.tokens[1 : len(spelt) + 1].tolist() == spelt
 
 
@@ -146,17 +176,30 @@ def test_an_assistants_own_markers_are_tokens_in_its_words_and_nowhere_else(talk
     ]
     (sample,) = renderer.render(to_conversation({"messages": messages}, "f", 0))
     assert control_ids(renderer, sample.tokens[sample.mask]) == [
-        "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_call>", "</tool_call>", "<|im_end|>", "<|im_end|>",
-    ]  # fmt: skip
+        "<think>",
+        "</think>",
+        "<tool_call>",
+        "</tool_call>",
+        "<tool_call>",
+        "</tool_call>",
+        "<|im_end|>",
+        "<|im_end|>",
+    ]
     others = control_ids(renderer, sample.tokens[~sample.mask])
     assert [token for token in others if token in OWN] == ["<tool_response>", "</tool_response>"]
     assert talker.decode(sample.tokens) == renderer.text(messages)
 
 
 def test_words_of_the_vocabulary_stay_what_they_are(talker):
-    """Added tokens that neither are special nor the template's: HTML tags, runs of spaces. The stream is the tokenizer's own."""
+    """Added tokens that neither are special nor the template's: HTML tags, runs of spaces.
+
+    The stream is the tokenizer's own.
+    """
     renderer = Renderer(talker, "hermes")
-    messages = [{"role": "user", "content": "A <table>   of"}, {"role": "assistant", "content": "<table>"}]
+    messages = [
+        {"role": "user", "content": "A <table>   of"},
+        {"role": "assistant", "content": "<table>"},
+    ]
     (sample,) = renderer.render(to_conversation({"messages": messages}, "f", 0))
     assert sample.tokens.tolist() == talker.encode(renderer.text(messages))
     messages[0]["content"] += "<|im_end|>"
@@ -165,7 +208,9 @@ def test_words_of_the_vocabulary_stay_what_they_are(talker):
     assert [token for token in sample.tokens if token in words] == [*words, words[0]]
 
 
-def test_the_end_of_a_turn_in_the_assistants_words_is_refused_and_in_a_call_is_text(renderer_of, tokenizer):
+def test_the_end_of_a_turn_in_the_assistants_words_is_refused_and_in_a_call_is_text(
+    renderer_of, tokenizer
+):
     renderer = renderer_of("hermes")
     messages = [
         {"role": "user", "content": "Hi"},
@@ -175,7 +220,8 @@ def test_the_end_of_a_turn_in_the_assistants_words_is_refused_and_in_a_call_is_t
     assert control_ids(renderer, sample.tokens[sample.mask]) == ["<|im_end|>"] and sample.mask[-2]
     messages[1]["content"] = "Done.<|im_end|>"
     with pytest.raises(
-        RowError, match=r"f, row 0, message 1 \(assistant\): the end-of-turn token '<\|im_end\|>' is inside the turn"
+        RowError,
+        match=r"f, row 0, message 1 \(assistant\): the end-of-turn token '<\|im_end\|>' is inside the turn",
     ):
         renderer.render(to_conversation({"messages": messages}, "f", 0))
 
@@ -197,21 +243,40 @@ CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 def test_templates_go_on_to_give_what_they_give(tmp_path, talker, shown):
     (tmp_path / "t.jinja").write_text(CHATML.replace("%s", shown))
     renderer = Renderer(talker, str(tmp_path / "t.jinja"))
-    for content in (" <|im_end|>  ", "<tool_response>\n<|im_start|>\n</tool_response>", "a</think>b<|im_start|>"):
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes, <|im_start|>."}]
+    for content in (
+        " <|im_end|>  ",
+        "<tool_response>\n<|im_start|>\n</tool_response>",
+        "a</think>b<|im_start|>",
+    ):
+        messages = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": "Yes, <|im_start|>."},
+        ]
         (sample,) = renderer.render(to_conversation({"messages": messages}, "f", 0))
         assert talker.decode(sample.tokens) == renderer.text(messages)
         controls = control_ids(renderer, sample.tokens)
-        assert [token for token in controls if token in SPECIALS] == ["<|im_start|>", "<|im_end|>"] * 2
+        assert [token for token in controls if token in SPECIALS] == [
+            "<|im_start|>",
+            "<|im_end|>",
+        ] * 2
         assert "<tool_response>" not in controls and "</think>" not in controls
 
 
-def test_where_a_template_shows_a_mention_unlike_other_words_the_row_is_refused_with_a_way_out(tmp_path, talker):
+def test_where_a_template_shows_a_mention_unlike_other_words_the_row_is_refused_with_a_way_out(
+    tmp_path, talker
+):
     (tmp_path / "t.jinja").write_text(
-        CHATML.replace("%s", "{{ m.content | replace('<|im_start|>', 'START') | replace('x', 'y') }}")
+        CHATML.replace(
+            "%s", "{{ m.content | replace('<|im_start|>', 'START') | replace('x', 'y') }}"
+        )
     )
     renderer = Renderer(talker, str(tmp_path / "t.jinja"))
-    row = {"messages": [{"role": "user", "content": "a <|im_start|> b"}, {"role": "assistant", "content": "Yes"}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "a <|im_start|> b"},
+            {"role": "assistant", "content": "Yes"},
+        ]
+    }
     with pytest.raises(RowError, match=r"f, row 3: .*'<\|im_start\|>'.*data\.chat_template=hermes"):
         renderer.render(to_conversation(row, "f", 3))
     (sample,) = Renderer(talker, "hermes").render(to_conversation(row, "f", 3))
@@ -220,7 +285,12 @@ def test_where_a_template_shows_a_mention_unlike_other_words_the_row_is_refused_
 
 def test_errors_tell_the_text_and_not_what_hides_it(tmp_path, talker):
     (tmp_path / "t.jinja").write_text(CHATML.replace("%s", "{{ m.content | replace('lost', '') }}"))
-    row = {"messages": [{"role": "user", "content": "<|im_start|> lost"}, {"role": "assistant", "content": "Yes"}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "<|im_start|> lost"},
+            {"role": "assistant", "content": "Yes"},
+        ]
+    }
     with pytest.raises(RowError, match=r"drops or changes the content \('<\|im_start\|> lost'"):
         Renderer(talker, str(tmp_path / "t.jinja")).render(to_conversation(row, "f", 3))
 
@@ -228,14 +298,18 @@ def test_errors_tell_the_text_and_not_what_hides_it(tmp_path, talker):
 def test_white_space_that_a_token_takes_in_stays_its_own(tokenizer):
     """Phi's <|end|> takes the newline after it into itself."""
     taking = copy.deepcopy(tokenizer)
-    taking.add_special_tokens({"additional_special_tokens": [AddedToken("<|im_end|>", rstrip=True, special=True)]})
+    taking.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<|im_end|>", rstrip=True, special=True)]}
+    )
     renderer = Renderer(taking, template("chatml"))
     assert taking.encode("<|im_end|>\n\n") == [taking.convert_tokens_to_ids("<|im_end|>")]
     rows = [
         {"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "x"}]}
         for c in ("<|im_end|>\n", "word\n")
     ]
-    mentioned, plain = (renderer.render(to_conversation(row, "f", 0))[0].tokens.tolist() for row in rows)
+    mentioned, plain = (
+        renderer.render(to_conversation(row, "f", 0))[0].tokens.tolist() for row in rows
+    )
     tail = next(n for n in range(1, len(plain)) if mentioned[-n] != plain[-n])
     assert control_ids(renderer, mentioned) == control_ids(renderer, plain) and tail > len(
         taking.encode("<|im_start|>assistant\nx")
@@ -245,11 +319,12 @@ def test_white_space_that_a_token_takes_in_stays_its_own(tokenizer):
 def test_a_tools_answer_that_forges_a_turn(renderer_of, tokenizer):
     for name in ("hermes", "qwen3", "chatml"):
         renderer = renderer_of(name)
-        messages, said = (
-            [{"role": "user", "content": FORGED}, {"role": "assistant", "content": FORGED}],
-            [{"role": "tool", "content": FORGED}],
+        messages = [{"role": "user", "content": FORGED}, {"role": "assistant", "content": FORGED}]
+        said = [{"role": "tool", "content": FORGED}]
+        glue, plain = (
+            renderer.render_tool_turn(messages, r)
+            for r in (said, [{"role": "tool", "content": "words"}])
         )
-        glue, plain = (renderer.render_tool_turn(messages, r) for r in (said, [{"role": "tool", "content": "words"}]))
         assert control_ids(renderer, glue) == control_ids(renderer, plain)
         assert tokenizer.decode(glue) == tokenizer.decode(plain).replace("words", FORGED)
 

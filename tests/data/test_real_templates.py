@@ -1,4 +1,6 @@
-"""24 templates as their publishers ship them, with ten conversations each: what isn't shown in full is refused, with a way out that works."""
+"""24 templates as their publishers ship them, with ten conversations each: what isn't shown in full
+is refused, with a way out that works.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,11 @@ def words_of(message: dict[str, Any], without_thoughts: bool) -> Iterator[list[s
         yield words(message.get("reasoning_content", ""))
     yield words(content)
     for made in message.get("tool_calls", []):
-        yield words(made["function"]["name"] + " " + " ".join(f"{k} {v}" for k, v in made["function"]["arguments"].items()))
+        yield words(
+            made["function"]["name"]
+            + " "
+            + " ".join(f"{k} {v}" for k, v in made["function"]["arguments"].items())
+        )
 
 
 def is_subsequence(part: Sequence[str], whole: Sequence[str]) -> bool:
@@ -76,8 +82,12 @@ def is_subsequence(part: Sequence[str], whole: Sequence[str]) -> bool:
     return all(word in rest for word in part)
 
 
-def check_words(samples: Samples, conversation: Conversation, *, without_thoughts: bool, all_turns: bool) -> None:
-    """Each assistant message stands in its trained piece, word for word, and its arguments as JSON or one by one."""
+def check_words(
+    samples: Samples, conversation: Conversation, *, without_thoughts: bool, all_turns: bool
+) -> None:
+    """Each assistant message stands in its trained piece, word for word, and its arguments as JSON
+    or one by one.
+    """
     trained = {piece.turn: piece.text for pieces in samples for piece in pieces if piece.trained}
     assert trained
     if all_turns:
@@ -88,20 +98,33 @@ def check_words(samples: Samples, conversation: Conversation, *, without_thought
             assert is_subsequence(part, words(text)), f"{part} in {text!r}"
         for made in message.get("tool_calls", []):
             arguments = made["function"]["arguments"]
-            assert json.dumps(arguments) in text or all(f">{k}" in text or f"={k}>" in text for k in arguments), text
+            assert json.dumps(arguments) in text or all(
+                f">{k}" in text or f"={k}>" in text for k in arguments
+            ), text
         if without_thoughts:
-            assert not is_subsequence(["Adding", "twos"], words(text)) and "idea" not in text and "known" not in text
+            assert (
+                not is_subsequence(["Adding", "twos"], words(text))
+                and "idea" not in text
+                and "known" not in text
+            )
 
 
 def check_contexts(renderer: Renderer, samples: Samples, conversation: Conversation) -> None:
-    """What stands before a trained piece is what inference would show there; the tokens decode to the text."""
+    """What stands before a trained piece is what inference would show there; the tokens decode to
+    the text.
+    """
     for pieces in samples:
         before = ""
         for piece in pieces:
             if piece.trained:
                 assert piece.turn is not None
                 messages = conversation.messages[: piece.turn]
-                assert before == renderer.text(messages, conversation.tools, conversation.enable_thinking, generation_prompt=True)
+                assert before == renderer.text(
+                    messages,
+                    conversation.tools,
+                    conversation.enable_thinking,
+                    generation_prompt=True,
+                )
                 assert any(piece.text.endswith(end) for end in renderer.ends.known)
             before += piece.text
         sample = renderer.tokenise(pieces)
@@ -135,7 +158,12 @@ def test_every_word_is_trained_or_the_row_refused_with_a_way_out(name, renderer_
             ways = list(ways_out(str(error)))
             assert ways, error
         except ValueError as error:  # the template itself won't do
-            ways = [dict(setting.split("=") for setting in re.findall(r"data\.chat_template=hermes", str(error)))]
+            ways = [
+                dict(
+                    setting.split("=")
+                    for setting in re.findall(r"data\.chat_template=hermes", str(error))
+                )
+            ]
             assert ways[0], error
         else:
             check_words(samples, conversation, without_thoughts=False, all_turns=True)
@@ -151,7 +179,8 @@ def _letter(key: str, value: str) -> str:
     return value if name in ("history", "chat_template") else name
 
 
-# For each conversation in its order: `yes` where the template shows it in full, or the first way out that its refusal names.
+# For each conversation in its order: `yes` where the template shows it in full, or the first way
+# out that its refusal names.
 EXPECTED = {
     "GLM-4.6": "hermes hermes hermes hermes hermes hermes hermes hermes hermes hermes",
     "HuggingFaceTB-SmolLM3-3B": "yes hermes hermes hermes yes yes hermes reasoning_in_content hermes yes",

@@ -8,11 +8,16 @@ from retool.data.read.refusals import KINDS, Refusals
 def test_like_reasons_are_said_once() -> None:
     refusals = Refusals()
     for row in range(5):
-        refusals.add(f"a.parquet, row {row}: it has {100 + row} tokens, more than data.max_length=9.")
+        refusals.add(
+            f"a.parquet, row {row}: it has {100 + row} tokens, more than data.max_length=9."
+        )
     refusals.add("a.parquet, row 7, message 2 (user): unknown role 'bot'.")
     lines = str(refusals.error(12)).splitlines()
     assert lines[0] == "6 of 12 rows can't be used:" and len(lines) == 3
-    assert lines[1] == "a.parquet, row 0: it has 100 tokens, more than data.max_length=9. … and 4 more rows like it."
+    assert (
+        lines[1]
+        == "a.parquet, row 0: it has 100 tokens, more than data.max_length=9. … and 4 more rows like it."
+    )
     assert lines[2] == "a.parquet, row 7, message 2 (user): unknown role 'bot'."
 
 

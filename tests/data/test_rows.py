@@ -1,4 +1,6 @@
-"""Files and rows: every form of naming files, every container, and a clear error for everything else."""
+"""Files and rows: every form of naming files, every container, and a clear error for everything
+else.
+"""
 
 import json
 import os
@@ -44,7 +46,8 @@ def refused(row, match, **kwargs):
 
 class TestFiles:
     def test_every_way_to_name_them(self, tmp_path):
-        a, b = jsonl(tmp_path / "a.jsonl", [{}]), jsonl(tmp_path / "b.jsonl", [{}])
+        a = jsonl(tmp_path / "a.jsonl", [{}])
+        b = jsonl(tmp_path / "b.jsonl", [{}])
         pq.write_table(pa.table({"x": [1]}), tmp_path / "c.parquet")
         (tmp_path / "README.md").write_text("not data")
         c = str(tmp_path / "c.parquet")
@@ -70,7 +73,11 @@ class TestFiles:
         assert file_identity(files[0]) != file_identity(files[1])
 
     def test_bad_names(self, tmp_path):
-        for name, match in [("nowhere.parquet", "doesn't exist"), ("*.parquet", "no file matches"), ("", "no .parquet or .jsonl|has no")]:
+        for name, match in [
+            ("nowhere.parquet", "doesn't exist"),
+            ("*.parquet", "no file matches"),
+            ("", "no .parquet or .jsonl|has no"),
+        ]:
             with pytest.raises(ValueError, match=match):
                 resolve_files(str(tmp_path / name) if name else str(tmp_path))
         (tmp_path / "rows.csv").write_text("a,b")
@@ -83,12 +90,19 @@ class TestFiles:
             resolve_files([])
 
     def test_empty_and_broken_files(self, tmp_path):
-        empty, header, broken, blank = (tmp_path / name for name in ("e.parquet", "h.parquet", "b.parquet", "b.jsonl"))
+        empty, header, broken, blank = (
+            tmp_path / name for name in ("e.parquet", "h.parquet", "b.parquet", "b.jsonl")
+        )
         empty.write_bytes(b"")
         pq.write_table(pa.table({"messages": pa.array([], pa.string())}), header)
         broken.write_bytes(b"PAR1 but no more")
         blank.write_text("\n\n")
-        for path, match in [(empty, "is empty"), (header, "has no rows"), (broken, "isn't a readable parquet"), (blank, "has no rows")]:
+        for path, match in [
+            (empty, "is empty"),
+            (header, "has no rows"),
+            (broken, "isn't a readable parquet"),
+            (blank, "has no rows"),
+        ]:
             with pytest.raises(ValueError, match=match):
                 columns_of(str(path))
             if path != blank:
@@ -97,7 +111,10 @@ class TestFiles:
 
     def test_missing_column_says_which_there_are(self, tmp_path):
         path = jsonl(tmp_path / "a.jsonl", [{"conversations": [], "tools": []}])
-        with pytest.raises(ValueError, match=r"no column 'messages'; it has conversations, tools.*data\.multiturn\.messages_key"):
+        with pytest.raises(
+            ValueError,
+            match=r"no column 'messages'; it has conversations, tools.*data\.multiturn\.messages_key",
+        ):
             RowFormat().check(path)
         RowFormat(messages_key="conversations").check(path)
         with pytest.raises(ValueError, match=r"no column 'tool_list'.*data\.multiturn\.tools_key"):
@@ -112,7 +129,11 @@ class TestFiles:
 
     def test_rows_keep_their_numbers_over_chunks_and_limits(self, tmp_path):
         a = jsonl(tmp_path / "a.jsonl", [{"n": i} for i in range(600)])
-        pq.write_table(pa.table({"n": list(range(600)), "unused": ["x"] * 600}), tmp_path / "b.parquet", row_group_size=100)
+        pq.write_table(
+            pa.table({"n": list(range(600)), "unused": ["x"] * 600}),
+            tmp_path / "b.parquet",
+            row_group_size=100,
+        )
         files = [a, str(tmp_path / "b.parquet")]
         both = rows_of(files, columns=["n"])
         assert [i for i, _ in both] == [*range(600), *range(600)]
@@ -129,7 +150,9 @@ class TestFiles:
 
     def test_reading_is_bounded(self, tmp_path):
         """Going through a file of 20 MB never holds more than a few chunks of it."""
-        row = json.dumps({"messages": [USER, {"role": "assistant", "content": "x" * 10_000}]}) + "\n"
+        row = (
+            json.dumps({"messages": [USER, {"role": "assistant", "content": "x" * 10_000}]}) + "\n"
+        )
         (tmp_path / "a.jsonl").write_text(row * 2_000)
         tracemalloc.start()
         rows = sum(len(chunk) for chunk in iter_chunks([str(tmp_path / "a.jsonl")]))
@@ -159,10 +182,14 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"mine isn't a Python file.*suffix \.py"):
             load_function(str(tmp_path / "mine"), "rows")
         for text, said in (
-            ("\ndef rows(", r"SyntaxError: .*mine\.py, line 2"), ("\n\n1 / 0", r"ZeroDivisionError: .*, line 3"),
-            ("import sys\nsys.exit(0)", r"SystemExit: 0 \(.*mine\.py, line 2\)\. Put .* under if __name__"),
+            ("\ndef rows(", r"SyntaxError: .*mine\.py, line 2"),
+            ("\n\n1 / 0", r"ZeroDivisionError: .*, line 3"),
+            (
+                "import sys\nsys.exit(0)",
+                r"SystemExit: 0 \(.*mine\.py, line 2\)\. Put .* under if __name__",
+            ),
             ("import argparse\nargparse.ArgumentParser().parse_args(['x'])", "SystemExit: 2"),
-        ):  # fmt: skip
+        ):
             (tmp_path / "mine.py").write_text(text)
             with pytest.raises(ValueError, match=said):
                 load_function(str(tmp_path / "mine.py"), "rows")
@@ -172,107 +199,209 @@ class TestFiles:
 
 class TestContainers:
     def test_parquet_unions_are_undone(self, tmp_path):
-        calls = [{"function": {"name": "f", "arguments": {"a": 1}}}, {"function": {"name": "g", "arguments": {"b": ["x", None]}}}]
+        calls = [
+            {"function": {"name": "f", "arguments": {"a": 1}}},
+            {"function": {"name": "g", "arguments": {"b": ["x", None]}}},
+        ]
         messages = [
             USER,
             {**ANSWER, "tool_calls": calls},
             {"role": "tool", "content": "r", "name": "f", "tool_call_id": "1"},
             {**ANSWER, "loss_mask": 0},
         ]
-        pq.write_table(pa.Table.from_pylist([{"messages": messages, "tools": None}]), tmp_path / "a.parquet")
+        pq.write_table(
+            pa.Table.from_pylist([{"messages": messages, "tools": None}]), tmp_path / "a.parquet"
+        )
         ((_, row),) = rows_of([str(tmp_path / "a.parquet")])
         assert row["messages"][0]["tool_calls"] is None  # what the format makes of an absent field
         found = to_conversation(row, "f", 0)
         assert found.messages[0] == USER
-        assert [call["function"] for call in found.messages[1]["tool_calls"]] == [call["function"] for call in calls]
+        assert [call["function"] for call in found.messages[1]["tool_calls"]] == [
+            call["function"] for call in calls
+        ]
         assert found.messages[2] == messages[2] and found.messages[3] == messages[3]
         assert found.tools is None
 
     def test_json_strings(self):
         tools = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
         calls = [
-            {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": null, "b": [1]}'}},
+            {
+                "id": "c1",
+                "type": "function",
+                "function": {"name": "f", "arguments": '{"a": null, "b": [1]}'},
+            },
             {"name": "f", "arguments": ""},
         ]
         found = to_conversation(
-            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": calls}], "tools": json.dumps(tools)}, "f", 0
+            {
+                "messages": [USER, {"role": "assistant", "content": None, "tool_calls": calls}],
+                "tools": json.dumps(tools),
+            },
+            "f",
+            0,
         )
         assert found.tools == tools  # a null inside JSON text was written on purpose
         assert found.messages[1]["content"] == ""
-        assert found.messages[1]["tool_calls"][0] == {**calls[0], "function": {"name": "f", "arguments": {"a": None, "b": [1]}}}
-        assert found.messages[1]["tool_calls"][1] == {"type": "function", "function": {"name": "f", "arguments": {}}}
+        assert found.messages[1]["tool_calls"][0] == {
+            **calls[0],
+            "function": {"name": "f", "arguments": {"a": None, "b": [1]}},
+        }
+        assert found.messages[1]["tool_calls"][1] == {
+            "type": "function",
+            "function": {"name": "f", "arguments": {}},
+        }
 
     def test_numpy_and_arrow_all_the_way_down(self):
         raw = {
             "messages": np.array(
-                [USER, {"role": "assistant", "content": np.str_("Hello"), "loss_mask": np.float64(1.0),
-                        "tool_calls": np.array([{"function": {"name": "f", "arguments": {"n": np.int64(3), "xs": np.array([1.5, 2.0]), "t": (1, 2)}}}])}]
+                [
+                    USER,
+                    {
+                        "role": "assistant",
+                        "content": np.str_("Hello"),
+                        "loss_mask": np.float64(1.0),
+                        "tool_calls": np.array(
+                            [
+                                {
+                                    "function": {
+                                        "name": "f",
+                                        "arguments": {
+                                            "n": np.int64(3),
+                                            "xs": np.array([1.5, 2.0]),
+                                            "t": (1, 2),
+                                        },
+                                    }
+                                }
+                            ]
+                        ),
+                    },
+                ]
             ),
             "tools": pa.array([{"name": "f", "parameters": {"required": ["n"]}}]),
             "enable_thinking": np.bool_(True),
-        }  # fmt: skip
+        }
         found = to_conversation(raw, "f", 0)
         assert json.loads(json.dumps(found.messages)) == found.messages
-        assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {"n": 3, "xs": [1.5, 2.0], "t": [1, 2]}
+        assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == {
+            "n": 3,
+            "xs": [1.5, 2.0],
+            "t": [1, 2],
+        }
         assert found.messages[1]["loss_mask"] == 1 and type(found.messages[1]["loss_mask"]) is int
         assert found.tools == [{"name": "f", "parameters": {"required": ["n"]}}]
         assert found.enable_thinking is True
-        assert plain(pa.scalar([1, None])) == [1, None] and plain(pa.chunked_array([[1], [2]])) == [1, 2]
+        assert plain(pa.scalar([1, None])) == [1, None] and plain(pa.chunked_array([[1], [2]])) == [
+            1,
+            2,
+        ]
 
     def test_pandas_writes_an_absent_number_as_nan(self):
-        found = to_conversation({"messages": [{**USER, "loss_mask": float("nan")}, {**ANSWER, "loss_mask": 0.0}]}, "f", 0)
+        found = to_conversation(
+            {"messages": [{**USER, "loss_mask": float("nan")}, {**ANSWER, "loss_mask": 0.0}]},
+            "f",
+            0,
+        )
         assert found.messages == [USER, {**ANSWER, "loss_mask": 0}]
 
     def test_text_parts(self):
         parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
-        assert to_conversation({"messages": [USER, {"role": "assistant", "content": parts}]}, "f", 0).messages[1] == ANSWER
+        assert (
+            to_conversation(
+                {"messages": [USER, {"role": "assistant", "content": parts}]}, "f", 0
+            ).messages[1]
+            == ANSWER
+        )
 
     def test_single_turn(self):
         form = RowFormat(multiturn=False, prompt_key="question", response_key="answer")
         found = to_conversation({"question": "Hi", "answer": "Hello", "messages": 3}, "f", 0, form)
         assert found.messages == [USER, ANSWER]
         system = {"role": "system", "content": "S"}
-        assert to_conversation({"question": [system, USER], "answer": "Hello"}, "f", 0, form).messages == [system, USER, ANSWER]
+        assert to_conversation(
+            {"question": [system, USER], "answer": "Hello"}, "f", 0, form
+        ).messages == [system, USER, ANSWER]
 
 
 class TestWhatOpenAIWrites:
     @pytest.mark.parametrize("value", [0, 0.0, np.int64(0), False])
     def test_weight_is_loss_mask(self, value):
-        found = to_conversation({"messages": [USER, {**ANSWER, "weight": value}, USER, {**ANSWER, "weight": 1}]}, "f", 0)
-        assert found.messages == [USER, {**ANSWER, "loss_mask": 0}, USER, {**ANSWER, "loss_mask": 1}]
+        found = to_conversation(
+            {"messages": [USER, {**ANSWER, "weight": value}, USER, {**ANSWER, "weight": 1}]}, "f", 0
+        )
+        assert found.messages == [
+            USER,
+            {**ANSWER, "loss_mask": 0},
+            USER,
+            {**ANSWER, "loss_mask": 1},
+        ]
         both = {**ANSWER, "weight": value, "loss_mask": 0}
-        assert to_conversation({"messages": [USER, both]}, "f", 0).messages == [USER, {**ANSWER, "loss_mask": 0}]
+        assert to_conversation({"messages": [USER, both]}, "f", 0).messages == [
+            USER,
+            {**ANSWER, "loss_mask": 0},
+        ]
 
     def test_weights_that_cannot_be_honoured(self):
-        refused({"messages": [USER, {**ANSWER, "weight": 0.5}]}, r"message 1 \(assistant\): weight is 0.5; it is 0 or 1")
-        refused({"messages": [{**USER, "weight": 1}, ANSWER]}, r"message 0 \(user\): weight is 1, but only what the assistant")
+        refused(
+            {"messages": [USER, {**ANSWER, "weight": 0.5}]},
+            r"message 1 \(assistant\): weight is 0.5; it is 0 or 1",
+        )
+        refused(
+            {"messages": [{**USER, "weight": 1}, ANSWER]},
+            r"message 0 \(user\): weight is 1, but only what the assistant",
+        )
         both = {**ANSWER, "weight": 0, "loss_mask": 1}
-        refused({"messages": [USER, both]}, r"message 1 \(assistant\): loss_mask and weight say the opposite.*keep one")
+        refused(
+            {"messages": [USER, both]},
+            r"message 1 \(assistant\): loss_mask and weight say the opposite.*keep one",
+        )
 
     def test_functions_and_function_call(self, tmp_path):
         call = {"name": "f", "arguments": '{"x": 1}'}
         body = {"name": "f", "parameters": {"type": "object"}}
-        messages = [USER, {"role": "assistant", "content": None, "function_call": call}, {"role": "function", "name": "f", "content": "2"}, ANSWER]
+        messages = [
+            USER,
+            {"role": "assistant", "content": None, "function_call": call},
+            {"role": "function", "name": "f", "content": "2"},
+            ANSWER,
+        ]
         tools = [{"type": "function", "function": body}]
         for functions in ([body], json.dumps([body]), tools):
             found = to_conversation({"messages": messages, "functions": functions}, "f", 0)
             made = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
             assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": made}
-            assert found.messages[2] == {"role": "tool", "name": "f", "content": "2"} and found.tools == tools
-        pq.write_table(pa.Table.from_pylist([{"messages": messages, "functions": [body], "other": 1}]), tmp_path / "a.parquet")
+            assert (
+                found.messages[2] == {"role": "tool", "name": "f", "content": "2"}
+                and found.tools == tools
+            )
+        pq.write_table(
+            pa.Table.from_pylist([{"messages": messages, "functions": [body], "other": 1}]),
+            tmp_path / "a.parquet",
+        )
         ((_, row),) = rows_of([str(tmp_path / "a.parquet")], columns=RowFormat().columns)
         assert to_conversation(row, "f", 0).tools == tools and "other" not in row
 
     def test_what_is_said_twice_or_not_by_the_assistant_is_refused(self):
         call = {"name": "f", "arguments": "{}"}
-        refused({"messages": [USER, {**ANSWER, "function_call": call, "tool_calls": [call]}]}, "'function_call' and 'tool_calls': keep one")
-        refused({"messages": [{**USER, "function_call": call}, ANSWER]}, "only the assistant makes tool calls")
+        refused(
+            {"messages": [USER, {**ANSWER, "function_call": call, "tool_calls": [call]}]},
+            "'function_call' and 'tool_calls': keep one",
+        )
+        refused(
+            {"messages": [{**USER, "function_call": call}, ANSWER]},
+            "only the assistant makes tool calls",
+        )
         refused({"messages": [USER, {**ANSWER, "function_call": "f()"}]}, "'function_call' is str")
-        refused({"messages": [USER, ANSWER], "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "'tools' and 'functions' differ: keep one")
+        refused(
+            {"messages": [USER, ANSWER], "tools": [{"name": "f"}], "functions": [{"name": "g"}]},
+            "'tools' and 'functions' differ: keep one",
+        )
 
     def test_a_column_of_that_name_may_hold_something_else(self):
         for other in ("sums", ["a", "b"], None, []):
-            assert to_conversation({"messages": [USER, ANSWER], "functions": other}, "f", 0).tools is None
+            assert (
+                to_conversation({"messages": [USER, ANSWER], "functions": other}, "f", 0).tools
+                is None
+            )
 
 
 class TestBrokenFiles:
@@ -290,11 +419,29 @@ class TestBrokenFiles:
         value = []
         for _ in range(5_000):
             value = [value]
-        refused({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": {"x": value}}]}]}, "nested too deeply")
-        refused({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"x": ' + "[" * 50_000}]}]}, "nested too deeply")
+        refused(
+            {
+                "messages": [
+                    USER,
+                    {**ANSWER, "tool_calls": [{"name": "f", "arguments": {"x": value}}]},
+                ]
+            },
+            "nested too deeply",
+        )
+        refused(
+            {
+                "messages": [
+                    USER,
+                    {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"x": ' + "[" * 50_000}]},
+                ]
+            },
+            "nested too deeply",
+        )
         deep = {"x": json.loads("[" * 400 + "]" * 400)}
         rows = [{"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": deep}]}]}]
-        made = tokenise_chunk(Chunk("rows", 5, rows), renderer_of("hermes"), RowFormat(), 10_000, "error", "error")
+        made = tokenise_chunk(
+            Chunk("rows", 5, rows), renderer_of("hermes"), RowFormat(), 10_000, "error", "error"
+        )
         assert made.report.samples == 1 or "rows, row 5: " in made.refusals[0]
 
     def test_a_damaged_page(self, tmp_path):
@@ -305,7 +452,10 @@ class TestBrokenFiles:
         start = pq.read_metadata(path).row_group(1).column(0).data_page_offset
         data[start + 40 : start + 140] = bytes(100)
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"a\.parquet is damaged: it can't be read from row (768|1,000) on .*Copy it again"):
+        with pytest.raises(
+            ValueError,
+            match=r"a\.parquet is damaged: it can't be read from row (768|1,000) on .*Copy it again",
+        ):
             rows_of([str(path)])
 
     def test_text_that_is_not_utf8_names_its_row(self, tmp_path):
@@ -320,7 +470,11 @@ class TestBrokenFiles:
         (tmp_path / "good.jsonl").write_text("{}")
         with open(os.fsencode(tmp_path) + b"/\xff.jsonl", "w") as file:
             file.write("{}")
-        for name in (str(tmp_path), str(tmp_path / "*"), os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")):
+        for name in (
+            str(tmp_path),
+            str(tmp_path / "*"),
+            os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl"),
+        ):
             with pytest.raises(ValueError, match=r"\\xff\.jsonl isn't UTF-8.*rename") as caught:
                 resolve_files(name)
             str(caught.value).encode()
@@ -328,7 +482,10 @@ class TestBrokenFiles:
     def test_a_killed_tokenising_process(self, monkeypatch):
         monkeypatch.setattr("retool.data.tokenise.INLINE_CHUNKS", 0)
         chunks = [Chunk("train.jsonl", 256 * i, [{}] * 256) for i in range(4)]
-        with pytest.raises(ValueError, match=r"killed, at train\.jsonl, rows (0 to 255|256 to 511).*data\.num_workers"):
+        with pytest.raises(
+            ValueError,
+            match=r"killed, at train\.jsonl, rows (0 to 255|256 to 511).*data\.num_workers",
+        ):
             list(map_chunks(killed, chunks, 1))
 
 
@@ -344,19 +501,31 @@ class TestRefusals:
             ("Hi", r"isn't a list of messages \(str\)"),
             ([], r"isn't a list of messages \(empty\)"),
             (["Hi"], r"isn't a list of messages \(a list of str\)"),
-            ([USER, {"role": "bot", "content": "x"}], r"message 1: unknown role 'bot'; known are system"),
+            (
+                [USER, {"role": "bot", "content": "x"}],
+                r"message 1: unknown role 'bot'; known are system",
+            ),
             ([USER, {"content": "x"}], r"message 1: unknown role None"),
             ([ANSWER, USER], "first turn is the assistant's"),
             ([{"role": "system", "content": "s"}, ANSWER], "first turn is the assistant's"),
             ([USER], "no assistant turn"),
             ([USER, {**ANSWER, "content": 3}], r"message 1 \(assistant\): content is int"),
-            ([{"role": "user", "content": [{"type": "image", "url": "x"}]}, ANSWER], r"message 0 \(user\): .*part of type 'image'"),
+            (
+                [{"role": "user", "content": [{"type": "image", "url": "x"}]}, ANSWER],
+                r"message 0 \(user\): .*part of type 'image'",
+            ),
             ([USER, {**ANSWER, "content": "\ud83d"}], "isn't valid Unicode"),
             ([USER, {**ANSWER, "loss_mask": 2}], r"message 1 \(assistant\): loss_mask is 2"),
             ([{**USER, "loss_mask": 1}, ANSWER], r"message 0 \(user\): loss_mask is 1"),
-            ([{**USER, "tool_calls": [{"name": "f"}]}, ANSWER], "only the assistant makes tool calls"),
+            (
+                [{**USER, "tool_calls": [{"name": "f"}]}, ANSWER],
+                "only the assistant makes tool calls",
+            ),
             ([USER, {**ANSWER, "tool_calls": "f()"}], "'tool_calls' is str"),
-            ([USER, {**ANSWER, "tool_calls": [{"function": {"arguments": {}}}]}], r"tool call 0: it has no function name"),
+            (
+                [USER, {**ANSWER, "tool_calls": [{"function": {"arguments": {}}}]}],
+                r"tool call 0: it has no function name",
+            ),
         ],
     )
     def test_messages(self, messages, match):
@@ -373,8 +542,14 @@ class TestRefusals:
     )
     def test_arguments(self, arguments, match):
         good = {"name": "f", "arguments": {}}
-        turn = {**ANSWER, "tool_calls": [good, {"function": {"name": "run", "arguments": arguments}}]}
-        refused({"messages": [USER, turn]}, rf"message 1 \(assistant\), tool call 1: the arguments of 'run' {match}")
+        turn = {
+            **ANSWER,
+            "tool_calls": [good, {"function": {"name": "run", "arguments": arguments}}],
+        }
+        refused(
+            {"messages": [USER, turn]},
+            rf"message 1 \(assistant\), tool call 1: the arguments of 'run' {match}",
+        )
 
     @pytest.mark.parametrize(
         ("tools", "match"),
@@ -390,8 +565,12 @@ class TestRefusals:
     def test_the_rest(self):
         refused({"messages": [USER, ANSWER], "enable_thinking": "yes"}, "not true or false")
         refused({"text": "x", "id": 3}, "there is no 'messages'; it has text, id")
-        refused({"prompt": "x", "response": None}, "'response' is NoneType, not text", multiturn=False)
-        refused({"prompt": 3, "response": "x"}, "'prompt' isn't a list of messages", multiturn=False)
+        refused(
+            {"prompt": "x", "response": None}, "'response' is NoneType, not text", multiturn=False
+        )
+        refused(
+            {"prompt": 3, "response": "x"}, "'prompt' isn't a list of messages", multiturn=False
+        )
 
     def test_prompts_need_no_answer(self):
         assert to_conversation({"messages": [USER]}, "f", 0, prompt_only=True).assistant_turns == []

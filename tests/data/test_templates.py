@@ -17,11 +17,21 @@ from retool.data.render.templates import load_tokenizer, other_tokens
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A Qwen2 folder whose own splitting keeps numbers together, which Qwen2's doesn't."""
-    vocab = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "19", "<|im_end|>"])}
+    vocab = {
+        token: i
+        for i, token in enumerate(
+            [*sorted(pre_tokenizers.ByteLevel.alphabet()), "19", "<|im_end|>"]
+        )
+    }
     raw = Tokenizer(models.BPE(vocab, [("1", "9")]))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>")
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     return tmp_path
@@ -42,6 +52,16 @@ def test_the_same_splitting_is_not(shared_data: Path) -> None:
 def test_the_audit_says_it(folder: Path) -> None:
     row = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
     (folder / "rows.jsonl").write_text(json.dumps(row))
-    command = [sys.executable, "-m", "retool.data", "audit", str(folder / "rows.jsonl"), "--model", str(folder), "--num-workers", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "retool.data",
+        "audit",
+        str(folder / "rows.jsonl"),
+        "--model",
+        str(folder),
+        "--num-workers",
+        "0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "note: transformers makes 29 tokens" in done.stdout, done.stderr

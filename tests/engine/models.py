@@ -1,4 +1,6 @@
-"""Tiny models, engines over them and a loop that runs an engine dry: what the engine tests stand on."""
+"""Tiny models, engines over them and a loop that runs an engine dry: what the engine tests stand
+on.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,12 @@ def load(folder: Path, options: ModelOptions | None = None) -> Sharded:
 
 def engine_of(folder: Path, model: Sharded, pages: int | None = None, **options: Any) -> Engine:
     """An engine with a cache of `pages` that can be used."""
-    options, c = {"max_num_seqs": 8, "page_size": 8, **options}, read_model_config(folder)
+    options = {"max_num_seqs": 8, "page_size": 8, **options}
+    c = read_model_config(folder)
     if pages is not None:
-        options["kv_bytes"] = (pages + 1) * page_bytes((c.layers, options["page_size"], c.kv_heads, c.head_dim), torch.float32)
+        options["kv_bytes"] = (pages + 1) * page_bytes(
+            (c.layers, options["page_size"], c.kv_heads, c.head_dim), torch.float32
+        )
     engine = Engine(c, CPU, EngineOptions(**options))
     engine.sync(model)
     return engine
@@ -50,7 +55,9 @@ def run(engine: Engine, most: int = 5000) -> dict[Hashable, TurnDone]:
 
 def prompts(count: int, longest: int, vocab: int, seed: int = 0) -> list[list[int]]:
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, vocab, int(rng.integers(1, longest + 1))).tolist() for _ in range(count)]
+    return [
+        rng.integers(0, vocab, int(rng.integers(1, longest + 1))).tolist() for _ in range(count)
+    ]
 
 
 def forced(model: Sharded, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
@@ -58,7 +65,9 @@ def forced(model: Sharded, ids: list[int], temperature: float = 1.0) -> torch.Te
     tokens = np.array(ids, np.int32)
     batch = pack([Sample(tokens, np.ones(len(ids), bool))]).to(model.mesh.device)
     with torch.no_grad():
-        return model(batch, lambda hidden, weight: logprobs(hidden, weight, batch.labels, temperature)[0])[:-1]
+        return model(
+            batch, lambda hidden, weight: logprobs(hidden, weight, batch.labels, temperature)[0]
+        )[:-1]
 
 
 def leaked(engine: Engine) -> int:

@@ -1,4 +1,6 @@
-"""The engine's own attention kernels without a GPU: run by Triton's interpreter (pip install triton), against torch's attention in fp64."""
+"""The engine's own attention kernels without a GPU: run by Triton's interpreter (pip install
+triton), against torch's attention in fp64.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,16 @@ LENGTHS = [1, 300, 256, 1000, 700, 64]
 COUNTS = [1, 300, 70, 2, 129, 0]  # of chunks, and one that is none
 
 
-def layer_of(kv_heads: int, dim: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[KVCache, torch.Tensor]:
-    """A cache whose sequences lie on pages in random order, no number where nothing was written; and the page table, wider than need be."""
+def layer_of(
+    kv_heads: int, dim: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[KVCache, torch.Tensor]:
+    """A cache whose sequences lie on pages in random order, no number where nothing was written;
+    and the page table, wider than need be.
+    """
     cache = KVCache((1, 256, kv_heads, dim), 14, dtype, CPU)
     cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
-    order, tables = (torch.randperm(13, generator=generator) + 1).tolist(), torch.zeros(len(LENGTHS), 9, dtype=torch.int32)
+    order = (torch.randperm(13, generator=generator) + 1).tolist()
+    tables = torch.zeros(len(LENGTHS), 9, dtype=torch.int32)
     for row, length in enumerate(LENGTHS):
         for place in range(-(-length // 256)):
             tables[row, place] = order.pop()
@@ -30,11 +37,19 @@ def layer_of(kv_heads: int, dim: int, dtype: torch.dtype, generator: torch.Gener
 
 
 def compare() -> None:
-    """Few and many parts, groups of one to seven query heads, one to four kv heads in a program, queries that lie apart."""
+    """Few and many parts, groups of one to seven query heads, one to four kv heads in a program,
+    queries that lie apart.
+    """
     from retool.engine.kernels import attention_triton as kernels
 
-    generator, lengths = torch.Generator().manual_seed(0), torch.tensor(LENGTHS, dtype=torch.int32)
-    shapes = (14, 2, 64, torch.float32, 2048), (9, 3, 64, torch.float32, 18), (4, 4, 128, torch.float32, 100), (16, 8, 32, torch.float16, 16)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    shapes = (
+        (14, 2, 64, torch.float32, 2048),
+        (9, 3, 64, torch.float32, 18),
+        (4, 4, 128, torch.float32, 100),
+        (16, 8, 32, torch.float16, 16),
+    )
     for heads, kv_heads, dim, dtype, programs in shapes:
         kernels.PROGRAMS = programs
         cache, tables = layer_of(kv_heads, dim, dtype, generator)
@@ -42,19 +57,45 @@ def compare() -> None:
         found = kernels.decode_rows(query, cache.data[0], tables, lengths)
         exact = KVCache((1, 256, kv_heads, dim), 14, torch.float64, CPU)
         exact.data.copy_(cache.data.nan_to_num())
-        want = paged_attention(query.double(), exact, 0, Pages(torch.zeros(1), tables, lengths, len(LENGTHS)), "torch")
+        want = paged_attention(
+            query.double(), exact, 0, Pages(torch.zeros(1), tables, lengths, len(LENGTHS)), "torch"
+        )
         error = (found - want).norm(dim=-1) / want.norm(dim=-1)
-        assert float(error.max()) < (1e-6 if dtype == torch.float32 else 1e-3), (heads, kv_heads, dim, programs)
+        assert float(error.max()) < (1e-6 if dtype == torch.float32 else 1e-3), (
+            heads,
+            kv_heads,
+            dim,
+            programs,
+        )
         alone = kernels.decode_rows(query, cache.data[0], tables[[3] * 6], lengths[[3] * 6])
-        assert torch.equal(alone[3], found[3]), "a sequence's numbers don't depend on the others' lengths"
+        assert torch.equal(alone[3], found[3]), (
+            "a sequence's numbers don't depend on the others' lengths"
+        )
         offsets = torch.tensor([0, *accumulate(COUNTS)], dtype=torch.int32)
         query = torch.randn(sum(COUNTS), heads + 3, dim, generator=generator).to(dtype)[:, :heads]
         found = kernels.chunk_rows(query, cache.data[0], tables, lengths, offsets, 384)
-        pages = Pages(torch.zeros(1), tables[:5], lengths[:5], 0, offsets[:6], None, tuple(COUNTS[:5]), tuple(LENGTHS[:5]))
+        pages = Pages(
+            torch.zeros(1),
+            tables[:5],
+            lengths[:5],
+            0,
+            offsets[:6],
+            None,
+            tuple(COUNTS[:5]),
+            tuple(LENGTHS[:5]),
+        )
         want = paged_attention(query.double(), exact, 0, pages, "torch")
         error = (found - want).norm(dim=-1) / want.norm(dim=-1)
-        assert float(error.max()) < (5e-6 if dtype == torch.float32 else 2e-3), (heads, kv_heads, dim, "chunks")
-    assert [kernels.heads_together(*shape) for shape in ((2, 7, 64), (3, 3, 64), (4, 1, 128), (8, 2, 32))] == [2, 1, 1, 4]
+        assert float(error.max()) < (5e-6 if dtype == torch.float32 else 2e-3), (
+            heads,
+            kv_heads,
+            dim,
+            "chunks",
+        )
+    assert [
+        kernels.heads_together(*shape)
+        for shape in ((2, 7, 64), (3, 3, 64), (4, 1, 128), (8, 2, 32))
+    ] == [2, 1, 1, 4]
     assert [kernels.parts_for(n) for n in (1, 6, 16, 200)] == [16, 2, 1, 1]
 
 

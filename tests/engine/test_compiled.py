@@ -1,4 +1,6 @@
-"""Compiled graphs of a run: trainer, reference and engine share them, and there are few, whatever the lengths."""
+"""Compiled graphs of a run: trainer, reference and engine share them, and there are few, whatever
+the lengths.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ def train(model: Sharded, lengths: tuple[int, ...]) -> None:
 
 def generate(engine: Engine, tag: int, lengths: list[int]) -> None:
     for i, prompt in enumerate(prompts(len(lengths), 1, 100, tag)):
-        engine.start((tag, i), prompt * lengths[i], SamplingParams(max_tokens=2 + 3 * i, seed=(i,), top_p=0.9 if tag % 2 else 1.0))
+        engine.start(
+            (tag, i),
+            prompt * lengths[i],
+            SamplingParams(max_tokens=2 + 3 * i, seed=(i,), top_p=0.9 if tag % 2 else 1.0),
+        )
     for key in run(engine):
         engine.drop(key)
     assert leaked(engine) == 0
@@ -39,22 +45,30 @@ def generate(engine: Engine, tag: int, lengths: list[int]) -> None:
 def test_any_length_in_any_role_meets_the_same_few_graphs(tmp_path: Path) -> None:
     make(tmp_path, "qwen2")
     model, reference = (load(tmp_path, ModelOptions(use_compile=True)) for _ in range(2))
-    engines = [engine_of(tmp_path, model, use_compile=True, max_num_seqs=n, max_batch_tokens=24) for n in (8, 5)]
+    engines = [
+        engine_of(tmp_path, model, use_compile=True, max_num_seqs=n, max_batch_tokens=24)
+        for n in (8, 5)
+    ]
     before = graphs()
     train(model, (9, 30))
     for some in (model, reference):
         forced(some, list(range(40)))
         forced(some, [7])
     first = graphs() - before
-    assert first <= 6, "before and after: for training, for any length without gradients, for length 1 without"
+    assert first <= 6, (
+        "before and after: for training, for any length without gradients, for length 1 without"
+    )
     for round_ in range(3):
         train(model, (5, 17 + round_, 3))
         forced(reference, list(range(3 + 20 * round_)))
         for number, engine in enumerate(engines):
             engine.sync(model)
-            generate(engine, 10 * round_ + number, [5, 1, 13, 2, 50 + round_, 30])  # chunks, decode steps, both; down to one row
+            # chunks, decode steps, both; down to one row
+            generate(engine, 10 * round_ + number, [5, 1, 13, 2, 50 + round_, 30])
             generate(engine, 10 * round_ + number + 5, [1])
     engines[0].release()
     engines[0].sync(model)
     generate(engines[0], 99, [4, 1])
-    assert graphs() - before == first + 6, "three pieces of the engine's own, each for any length and for length 1"
+    assert graphs() - before == first + 6, (
+        "three pieces of the engine's own, each for any length and for length 1"
+    )

@@ -1,4 +1,6 @@
-"""The engine against transformers' `generate` and the training forward, and what must not change its draws."""
+"""The engine against transformers' `generate` and the training forward, and what must not change
+its draws.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,12 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generated(reference: Any, prompt: list[int], count: int) -> list[int]:
     ids = torch.tensor([prompt])
     out = reference.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()
 
@@ -49,7 +56,8 @@ def generated(reference: Any, prompt: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_transformers_generate(tmp_path: Path, family: str) -> None:
     reference = make(tmp_path, family)
-    model, ids = load(tmp_path), prompts(5, 40, 131)
+    model = load(tmp_path)
+    ids = prompts(5, 40, 131)
     want = [generated(reference, p, GREEDY.max_tokens) for p in ids]
     for name, way in WAYS.items():
         engine = engine_of(tmp_path, model, **way)
@@ -74,32 +82,52 @@ def test_stories260k_tells_its_published_story() -> None:
     engine.start("story", prompt, SamplingParams(max_tokens=200, temperature=0))
     story = run(engine)["story"].tokens
     assert story == generated(reference, prompt, 200)
-    assert tokenizer.decode(story).startswith(", there was a little girl named Lily. She loved to play outside in the park.")
+    assert tokenizer.decode(story).startswith(
+        ", there was a little girl named Lily. She loved to play outside in the park."
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logp_is_the_training_forwards(qwen: Path, way: str, temperature: float) -> None:
-    model, ids = load(qwen), prompts(6, 30, 131, seed=1)
+    model = load(qwen)
+    ids = prompts(6, 30, 131, seed=1)
     engine = engine_of(qwen, model, **WAYS[way])
     for i, prompt in enumerate(ids):
-        engine.start(i, prompt, SamplingParams(max_tokens=20, temperature=temperature, top_p=0.8 if i % 2 else 1.0, seed=(i,)))
+        engine.start(
+            i,
+            prompt,
+            SamplingParams(
+                max_tokens=20, temperature=temperature, top_p=0.8 if i % 2 else 1.0, seed=(i,)
+            ),
+        )
     done = run(engine)
     for i, prompt in enumerate(ids):
         want = forced(model, prompt + done[i].tokens, temperature)[len(prompt) - 1 :]
         assert (torch.tensor(done[i].logp) - want).abs().max() < 1e-5 / temperature
-        behaviour, logp = np.array(done[i].logp_behaviour), np.array(done[i].logp)
-        assert (behaviour == logp).all() if i % 2 == 0 else ((behaviour >= logp).all() and (behaviour > logp).any())
+        behaviour = np.array(done[i].logp_behaviour)
+        logp = np.array(done[i].logp)
+        assert (
+            (behaviour == logp).all()
+            if i % 2 == 0
+            else ((behaviour >= logp).all() and (behaviour > logp).any())
+        )
 
 
 def params_of(i: int) -> SamplingParams:
     return SamplingParams(
-        max_tokens=9 + i % 5, temperature=(1.0, 0.7, 1.3)[i % 3], top_p=(1.0, 0.9)[i % 2], top_k=(-1, 20)[i // 2 % 2], seed=(7, i)
-    )  # fmt: skip
+        max_tokens=9 + i % 5,
+        temperature=(1.0, 0.7, 1.3)[i % 3],
+        top_p=(1.0, 0.9)[i % 2],
+        top_k=(-1, 20)[i // 2 % 2],
+        seed=(7, i),
+    )
 
 
 def sampled(engine: Engine, ids: list[list[int]], order: list[int]) -> list[TurnDone]:
-    """Every prompt twice, with seeds of its own, at several temperatures and filters, then a second turn of each."""
+    """Every prompt twice, with seeds of its own, at several temperatures and filters, then a second
+    turn of each.
+    """
     params = [params_of(i) for i in range(2 * len(ids))]
     for i in order:
         engine.start(i, ids[i // 2], params[i], group=i // 2)
@@ -116,10 +144,15 @@ def sampled(engine: Engine, ids: list[list[int]], order: list[int]) -> list[Turn
 
 
 @pytest.mark.parametrize("way", list(WAYS)[1:])
-def test_draws_depend_on_seed_and_position_only(qwen: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batch composition, page size, chunks, order of arrival, preemption and running ahead change nothing."""
+def test_draws_depend_on_seed_and_position_only(
+    qwen: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch composition, page size, chunks, order of arrival, preemption and running ahead change
+    nothing.
+    """
     monkeypatch.setattr(ahead, "TOLERATED", 2)  # run on beside rows that are over
-    model, ids = load(qwen), prompts(6, 30, 131, seed=2)
+    model = load(qwen)
+    ids = prompts(6, 30, 131, seed=2)
     want = sampled(engine_of(qwen, model), ids, list(range(12)))
     engine = engine_of(qwen, model, **WAYS[way])
     found = sampled(engine, ids, np.random.default_rng(0).permutation(12).tolist())
@@ -130,18 +163,23 @@ def test_draws_depend_on_seed_and_position_only(qwen: Path, way: str, monkeypatc
     engine = engine_of(qwen, model)
     for i, params in enumerate(other):
         engine.start(i, ids[0], params, group=0)
-    assert len({tuple(t.tokens) for t in run(engine).values()}) == 4, "seeds must matter, their order too"
+    assert len({tuple(t.tokens) for t in run(engine).values()}) == 4, (
+        "seeds must matter, their order too"
+    )
 
 
 def test_deterministic_numbers_do_not_depend_on_neighbours(qwen: Path) -> None:
     """To the last bit: alone, in company of longer and shorter ones, preempted, in other chunks."""
-    model, ids = load(qwen), [*prompts(5, 30, 131, seed=3), *prompts(2, 300, 131, seed=5)]
+    model = load(qwen)
+    ids = [*prompts(5, 30, 131, seed=3), *prompts(2, 300, 131, seed=5)]
     options = {"deterministic": True, "max_num_seqs": 16, "page_size": 4}
     want = sampled(engine_of(qwen, model, **options), ids, list(range(14)))
     tight = engine_of(qwen, model, **options, pages=100)
     found = sampled(tight, ids, list(range(13, -1, -1)))
     assert tight.stats.preempted + tight.stats.evicted > 0
-    assert [(t.tokens, t.logp, t.logp_behaviour) for t in found] == [(t.tokens, t.logp, t.logp_behaviour) for t in want]
+    assert [(t.tokens, t.logp, t.logp_behaviour) for t in found] == [
+        (t.tokens, t.logp, t.logp_behaviour) for t in want
+    ]
     for i in (0, 3, 8):
         alone = engine_of(qwen, model, **options)
         alone.start(i, ids[i // 2], params_of(i))
@@ -149,7 +187,8 @@ def test_deterministic_numbers_do_not_depend_on_neighbours(qwen: Path) -> None:
 
 
 def test_long_prompts_are_attended_in_blocks(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompt = load(qwen), prompts(1, 100, 131, seed=9)[0] + list(range(100))
+    model = load(qwen)
+    prompt = prompts(1, 100, 131, seed=9)[0] + list(range(100))
     monkeypatch.setattr(attention, "QUERIES", 7)
     engine = engine_of(qwen, model, max_batch_tokens=64)
     engine.start("long", prompt, SamplingParams(max_tokens=8, seed=(1,)))
@@ -158,12 +197,16 @@ def test_long_prompts_are_attended_in_blocks(qwen: Path, monkeypatch: pytest.Mon
 
 
 def test_groups_share_one_prefill(qwen: Path) -> None:
-    model, prompt = load(qwen), list(range(50, 93))
+    model = load(qwen)
+    prompt = list(range(50, 93))
     want = {}
     for shared in (False, True):
-        engine = engine_of(qwen, model, max_num_seqs=3)  # fewer than samples: later ones find the prompt still there
+        # Fewer than samples: later ones find the prompt still there
+        engine = engine_of(qwen, model, max_num_seqs=3)
         for i in range(8):
-            engine.start(i, prompt, SamplingParams(max_tokens=12, seed=(i,)), group="g" if shared else None)
+            engine.start(
+                i, prompt, SamplingParams(max_tokens=12, seed=(i,)), group="g" if shared else None
+            )
         done = run(engine)
         tokens = [done[i].tokens for i in range(8)]
         assert want.setdefault("tokens", tokens) == tokens
@@ -192,7 +235,8 @@ def test_a_turn_goes_on_with_its_cache_and_without(qwen: Path) -> None:
         whole = [*range(30), *first, 9, 8, 7, *second.tokens]
         assert (torch.tensor(second.logp) - forced(model, whole)[-8:]).abs().max() < 1e-5
         assert engine.stats.evicted == evict
-        assert engine.stats.prefill_tokens == (30 + 70 + 43 if evict else 30 + 4)  # the last sampled token was not computed yet
+        # The last sampled token was not computed yet
+        assert engine.stats.prefill_tokens == (30 + 70 + 43 if evict else 30 + 4)
 
 
 @pytest.mark.parametrize("way", ["plain", "running ahead", "deterministic"])
@@ -204,7 +248,11 @@ def test_a_sequence_larger_than_the_cache_ends_and_says_so(qwen: Path, way: str)
     engine.start("fits", list(range(39)), SamplingParams(max_tokens=2, seed=(3,)))
     done = run(engine)
     assert (done["prompt"].reason, done["prompt"].tokens) == ("capacity", [])
-    assert (done["grows"].reason, len(done["grows"].tokens)) == ("capacity", 21)  # the 41st token is drawn, not computed
+    # The 41st token is drawn, not computed
+    assert (done["grows"].reason, len(done["grows"].tokens)) == (
+        "capacity",
+        21,
+    )
     assert (done["fits"].reason, len(done["fits"].tokens)) == ("length", 2)
     want = forced(model, [*range(20), *done["grows"].tokens])[19:]
     assert (torch.tensor(done["grows"].logp) - want).abs().max() < 1e-5
@@ -219,7 +267,9 @@ def test_the_first_token_may_end_the_turn(qwen: Path) -> None:
         engine = engine_of(qwen, model, run_ahead=run_ahead)
         engine.start("a", [5, 6, 7], GREEDY)
         token = run(engine)["a"].tokens[0]
-        engine.start("b", [5, 6, 7], SamplingParams(max_tokens=9, temperature=0, stop_ids=(1, token)))
+        engine.start(
+            "b", [5, 6, 7], SamplingParams(max_tokens=9, temperature=0, stop_ids=(1, token))
+        )
         turn = run(engine)["b"]
         assert (turn.reason, turn.tokens, len(turn.logp)) == ("stop", [token], 1)
 
@@ -260,7 +310,9 @@ def test_mistakes_of_the_caller_are_named(qwen: Path) -> None:
 def test_bf16_and_fp64_run_as_they_are(qwen: Path) -> None:
     for dtype, bound in ((torch.float64, 1e-12), (torch.bfloat16, 0.15)):
         master = dtype if dtype == torch.float64 else torch.float32
-        model = load(qwen, ModelOptions(param_dtype=dtype, master_dtype=master, reduce_dtype=master))
+        model = load(
+            qwen, ModelOptions(param_dtype=dtype, master_dtype=master, reduce_dtype=master)
+        )
         engine = engine_of(qwen, model)
         engine.start("a", list(range(20)), SamplingParams(max_tokens=30, seed=(4,)))
         turn = run(engine)["a"]
@@ -275,7 +327,13 @@ def test_synced_weights_are_the_ones_that_sample(qwen: Path) -> None:
     where = [b.data_ptr() for b in engine.weights.buffers]
     engine.start("a", [1, 2, 3], GREEDY)
     before = run(engine)["a"].tokens
-    model.master.mul_(torch.where(torch.rand(model.master.shape, generator=torch.Generator().manual_seed(0)) < 0.3, 0.0, 1.0))
+    model.master.mul_(
+        torch.where(
+            torch.rand(model.master.shape, generator=torch.Generator().manual_seed(0)) < 0.3,
+            0.0,
+            1.0,
+        )
+    )
     model.refresh()
     engine.start("b", [1, 2, 3], GREEDY)
     assert run(engine)["b"].tokens == before, "weights change with sync, not before"
@@ -283,7 +341,9 @@ def test_synced_weights_are_the_ones_that_sample(qwen: Path) -> None:
     engine.start("c", [1, 2, 3], GREEDY)
     after = run(engine)["c"]
     assert after.tokens != before and [b.data_ptr() for b in engine.weights.buffers] == where
-    assert (torch.tensor(after.logp) - forced(model, [1, 2, 3, *after.tokens])[2:]).abs().max() < 1e-5
+    assert (
+        torch.tensor(after.logp) - forced(model, [1, 2, 3, *after.tokens])[2:]
+    ).abs().max() < 1e-5
 
 
 def test_released_memory_comes_back_with_the_next_sync(qwen: Path) -> None:

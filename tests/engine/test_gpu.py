@@ -1,4 +1,6 @@
-"""The engine on CUDA: kernels against the CPU's, graphs that survive new weights, the bf16 gap to the trainer."""
+"""The engine on CUDA: kernels against the CPU's, graphs that survive new weights, the bf16 gap to
+the trainer.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,28 @@ from tests.ranks import need_gpus, run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 DEVICE = torch.device("cuda")
-CONFIG = ModelConfig("qwen2", vocab=3001, hidden=256, ffn=512, layers=4, heads=4, kv_heads=2, head_dim=64, norm_eps=1e-6, rope_theta=1e4,
-                     rope_scaling=None, tied=True, qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, max_position=2048)  # fmt: skip
-GAP = 2e-2  # bf16, random weights with wide logits: the CPU has 1.0e-2. Other weights or positions are off by more than 1.
+CONFIG = ModelConfig(
+    "qwen2",
+    vocab=3001,
+    hidden=256,
+    ffn=512,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    tied=True,
+    qkv_bias=True,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    max_position=2048,
+)
+# bf16, random weights with wide logits: the CPU has 1.0e-2. Other weights or positions are off by
+# more than 1.
+GAP = 2e-2
 
 
 def model_of(seed: int, dtype: torch.dtype = torch.bfloat16, device: str = DEVICE.type) -> Sharded:
@@ -42,21 +63,32 @@ def model_of(seed: int, dtype: torch.dtype = torch.bfloat16, device: str = DEVIC
 def change(model: Sharded, seed: int) -> None:
     """Other random weights, the same on every device and layout."""
     generator = torch.Generator().manual_seed(seed)
-    values = {m.name: torch.randn(m.shape, generator=generator) * 0.06 + ("norm" in m.name) for _, m in model.layout.members}
+    values = {
+        m.name: torch.randn(m.shape, generator=generator) * 0.06 + ("norm" in m.name)
+        for _, m in model.layout.members
+    }
     for p in local_pieces(model.layout, model.mesh.shard_rank):
-        model.master[p.local : p.local + p.stop - p.start] = values[p.member.name].flatten()[p.start : p.stop].to(model.master)
+        model.master[p.local : p.local + p.stop - p.start] = (
+            values[p.member.name].flatten()[p.start : p.stop].to(model.master)
+        )
     model.refresh()
 
 
 def engine_of(model: Sharded, **options: Any) -> Engine:
-    engine = Engine(CONFIG, model.mesh.device, EngineOptions(**{"max_num_seqs": 24, "kv_bytes": 1 << 26, **options}))
+    engine = Engine(
+        CONFIG,
+        model.mesh.device,
+        EngineOptions(**{"max_num_seqs": 24, "kv_bytes": 1 << 26, **options}),
+    )
     engine.sync(model)
     return engine
 
 
 def sampled(engine: Engine, tag: str, temperature: float = 1.0, count: int = 40) -> list[TurnDone]:
     for i, prompt in enumerate(prompts(count, 600, CONFIG.vocab)):
-        params = SamplingParams(max_tokens=20 + i, temperature=temperature, top_p=0.9 if i % 4 == 1 else 1.0, seed=(i,))
+        params = SamplingParams(
+            max_tokens=20 + i, temperature=temperature, top_p=0.9 if i % 4 == 1 else 1.0, seed=(i,)
+        )
         engine.start((tag, i), prompt, params, group=(tag, i))
     done = run(engine)
     for key in done:
@@ -68,11 +100,14 @@ def sampled(engine: Engine, tag: str, temperature: float = 1.0, count: int = 40)
 @pytest.mark.parametrize("kernels", ["flash", "triton"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(14, 2, 64), (4, 4, 128), (16, 8, 64)])
 def test_paged_kernels_equal_torch(heads: int, kv_heads: int, head_dim: int, kernels: str) -> None:
-    """Decode rows and chunks in one call, pages in random order; against fp32 on the same bf16 values."""
+    """Decode rows and chunks in one call, pages in random order; against fp32 on the same bf16
+    values.
+    """
     if kernels == "flash":
         pytest.importorskip("flash_attn")
     generator = torch.Generator().manual_seed(0)
-    lengths, counts = [1, 300, 256, 1000, 700, 300], [1, 1, 1, 1, 130, 300]
+    lengths = [1, 300, 256, 1000, 700, 300]
+    counts = [1, 1, 1, 1, 130, 300]
     cache = KVCache((1, 256, kv_heads, head_dim), 40, torch.bfloat16, DEVICE)
     cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
     q = torch.randn(sum(counts), heads, head_dim, generator=generator).to(DEVICE, torch.bfloat16)
@@ -81,7 +116,9 @@ def test_paged_kernels_equal_torch(heads: int, kv_heads: int, head_dim: int, ker
     for row, length in enumerate(lengths):
         for place in range(-(-length // 256)):
             tables[row, place] = order.pop()
-    offsets = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 130, 430], [0, 700, 1000])]
+    offsets = [
+        torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 130, 430], [0, 700, 1000])
+    ]
     slots = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     both = slots, tables.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), 4
     mixed = Pages(*both, *offsets, counts=(130, 300), host_lengths=(700, 300))
@@ -96,27 +133,35 @@ def test_paged_kernels_equal_torch(heads: int, kv_heads: int, head_dim: int, ker
 
 
 def test_new_tokens_are_rotated_and_stored_by_one_kernel() -> None:
-    assert can_place(DEVICE, torch.bfloat16, 64, False) and can_place(DEVICE, torch.bfloat16, 128, True)
+    assert can_place(DEVICE, torch.bfloat16, 64, False) and can_place(
+        DEVICE, torch.bfloat16, 128, True
+    )
     compare_placed(DEVICE)
 
 
 @pytest.mark.parametrize("filtered", [False, True])
 def test_triton_sampler_equals_torch(filtered: bool) -> None:
-    rows, vocab = 70, 151_936
+    rows = 70
+    vocab = 151_936
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(rows, vocab, generator=generator) * 3
     pick = torch.arange(rows)
     draws = Draws(
-        torch.tensor([seed_key((i,)) for i in range(rows)]), pick * 37, torch.tensor([1.0, 0.5, 0.0, 1.7])[pick % 4],
+        torch.tensor([seed_key((i,)) for i in range(rows)]),
+        pick * 37,
+        torch.tensor([1.0, 0.5, 0.0, 1.7])[pick % 4],
         torch.where(pick % 3 == 0, 50, -1) if filtered else torch.full((rows,), -1),
         torch.where(pick % 2 == 0, 0.7, 1.0) if filtered else torch.ones(rows),
-    )  # fmt: skip
+    )
     want = sample(logits.clone(), draws, filtered)
     found = sample(logits.to(DEVICE), Draws(*(d.to(DEVICE) for d in draws)), filtered).cpu()
     assert torch.equal(found[0], want[0])
     torch.testing.assert_close(found[1:], want[1:], atol=2e-5, rtol=1e-5)
-    alone = sample(logits[5:6].to(DEVICE), Draws(*(d[5:6].to(DEVICE) for d in draws)), filtered).cpu()
-    torch.testing.assert_close(alone[:, 0], found[:, 5], atol=1e-6, rtol=0)  # a row's numbers don't depend on the others
+    alone = sample(
+        logits[5:6].to(DEVICE), Draws(*(d[5:6].to(DEVICE) for d in draws)), filtered
+    ).cpu()
+    # A row's numbers don't depend on the others
+    torch.testing.assert_close(alone[:, 0], found[:, 5], atol=1e-6, rtol=0)
 
 
 def test_fp32_on_the_gpu_samples_as_the_cpu() -> None:
@@ -126,7 +171,9 @@ def test_fp32_on_the_gpu_samples_as_the_cpu() -> None:
         found = sampled(engine_of(model_of(0, torch.float32), **options), "gpu", count=8)
         for a, b in zip(found, want, strict=True):
             assert a.tokens == b.tokens
-            torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                torch.tensor(a.logp), torch.tensor(b.logp), atol=1e-4, rtol=0
+            )
 
 
 def test_graphs_change_nothing_and_survive_new_weights() -> None:
@@ -138,7 +185,11 @@ def test_graphs_change_nothing_and_survive_new_weights() -> None:
         engine.sync(model)
     after = {graphs: sampled(e, "after") for graphs, e in engines.items()}
     fresh = sampled(engine_of(model, use_cuda_graphs=True), "after")
-    for new, old in ((before[True], before[False]), (after[True], after[False]), (after[True], fresh)):
+    for new, old in (
+        (before[True], before[False]),
+        (after[True], after[False]),
+        (after[True], fresh),
+    ):
         assert [t.tokens for t in new] == [t.tokens for t in old]
     assert [t.tokens for t in after[True]] != [t.tokens for t in before[True]]
     chunks = engines[True]._chunks
@@ -157,7 +208,9 @@ def test_gap_to_the_training_forward(kernels: str, monkeypatch: pytest.MonkeyPat
     if kernels == "rope apart":
         monkeypatch.setattr(forward, "can_place", lambda *_: False)
     if kernels == "norms of heads":
-        monkeypatch.setitem(globals(), "CONFIG", replace(CONFIG, family="qwen3", qkv_bias=False, qk_norm=True))
+        monkeypatch.setitem(
+            globals(), "CONFIG", replace(CONFIG, family="qwen3", qkv_bias=False, qk_norm=True)
+        )
     narrow = kernels == "fp16"
     model = model_of(2, torch.float16 if narrow else torch.bfloat16)
     turns = sampled(engine_of(model), "gap")
@@ -169,14 +222,22 @@ def test_gap_to_the_training_forward(kernels: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_sequences_that_come_and_go_draw_as_the_training_forward_says() -> None:
-    """Turns of several lengths with texts between them, more sequences than rows, some dropped: chunks beside steps that run ahead."""
-    model, rng = model_of(5), random.Random(0)
+    """Turns of several lengths with texts between them, more sequences than rows, some dropped:
+    chunks beside steps that run ahead.
+    """
+    model = model_of(5)
+    rng = random.Random(0)
     heads = prompts(60, 700, CONFIG.vocab, seed=1)
-    heads = [heads[i % 4] if i % 4 < 2 else prompt for i, prompt in enumerate(heads)]  # two of four are in groups
-    scripts = [(prompt, prompts(rng.randint(0, 3), 80, CONFIG.vocab, seed=i)) for i, prompt in enumerate(heads)]
+    # Two of four are in groups
+    heads = [heads[i % 4] if i % 4 < 2 else prompt for i, prompt in enumerate(heads)]
+    scripts = [
+        (prompt, prompts(rng.randint(0, 3), 80, CONFIG.vocab, seed=i))
+        for i, prompt in enumerate(heads)
+    ]
     gaps = []
     for i, turns in hurried(engine_of(model, max_batch_tokens=1024), scripts, rng).items():
-        ids, places = list(scripts[i][0]), []
+        ids = list(scripts[i][0])
+        places = []
         for turn, text in zip(turns, [*scripts[i][1], []], strict=False):
             places += range(len(ids), len(ids) + len(turn.tokens))
             ids += [*turn.tokens, *text]
@@ -188,7 +249,8 @@ def test_sequences_that_come_and_go_draw_as_the_training_forward_says() -> None:
 
 def test_deterministic_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)  # as a run with trainer.deterministic does: graphs must record under it
+    # As a run with trainer.deterministic does: graphs must record under it
+    torch.use_deterministic_algorithms(True)
     try:
         to_the_last_bit()
     finally:
@@ -210,7 +272,9 @@ def two_ranks() -> Any:
     mesh = make_mesh()
     model = build_decoder(CONFIG, mesh, ModelOptions())
     change(model, 0)
-    engine = Engine(CONFIG, mesh.device, EngineOptions(max_num_seqs=24, kv_bytes=1 << 26), mesh.world_group)
+    engine = Engine(
+        CONFIG, mesh.device, EngineOptions(max_num_seqs=24, kv_bytes=1 << 26), mesh.world_group
+    )
     engine.sync(model)
     if mesh.rank:
         engine.follow()
@@ -226,19 +290,29 @@ def test_heads_split_over_two_gpus_with_graphs() -> None:
     model = model_of(0)
     want = [t.tokens for t in sampled(engine_of(model), "one", count=10)]
     agree = sum(a == b for x, y in zip(found, want, strict=True) for a, b in zip(x, y, strict=True))
-    assert agree > 0.9 * sum(map(len, want))  # bf16 rounds otherwise in another split: a near tie may fall the other way
+    # bf16 rounds otherwise in another split: a near tie may fall the other way
+    assert agree > 0.9 * sum(map(len, want))
 
 
-@pytest.mark.parametrize("share", [{"kv_bytes": 1 << 26}, {"kv_bytes": 40 << 30}], ids=["small cache", "cache of more than 2^32 elements"])
+@pytest.mark.parametrize(
+    "share",
+    [{"kv_bytes": 1 << 26}, {"kv_bytes": 40 << 30}],
+    ids=["small cache", "cache of more than 2^32 elements"],
+)
 def test_samples_of_a_group_share_its_prompt(share: dict[str, int]) -> None:
-    """As in training: several samples of a prompt, their pages copied when they part, in a cache that takes what there is."""
+    """As in training: several samples of a prompt, their pages copied when they part, in a cache
+    that takes what there is.
+    """
     if torch.cuda.mem_get_info()[0] < share["kv_bytes"] + (4 << 30):
         pytest.skip("needs a GPU with more free memory")
-    model, asked = model_of(4), prompts(6, 600, CONFIG.vocab)
+    model = model_of(4)
+    asked = prompts(6, 600, CONFIG.vocab)
     engine = engine_of(model, **share)
     for i, prompt in enumerate(asked):
         for k in range(4):
-            engine.start((i, k), prompt, SamplingParams(max_tokens=50, temperature=1.0, seed=(i, k)), group=i)
+            engine.start(
+                (i, k), prompt, SamplingParams(max_tokens=50, temperature=1.0, seed=(i, k)), group=i
+            )
     gaps = []
     for key, turn in run(engine).items():
         assert isinstance(key, tuple)
@@ -262,7 +336,8 @@ def test_the_kernel_of_every_head_dimension_is_right_or_passed_over(head_dim: in
 def test_copying_pages_does_not_wait_for_the_device() -> None:
     cache = KVCache((2, 16, 1, 8), 100, torch.bfloat16, DEVICE)
     cache.data.normal_()
-    want, pairs = cache.data.clone(), [(1 + i % 9, 10 + i) for i in range(80)]
+    want = cache.data.clone()
+    pairs = [(1 + i % 9, 10 + i) for i in range(80)]
     for source, target in pairs:
         want[:, target] = want[:, source]
     torch.cuda.set_sync_debug_mode("error")

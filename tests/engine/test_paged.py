@@ -15,7 +15,9 @@ INPUTS = torch.device("cpu"), torch.float32, 16, 16
 
 
 @pytest.mark.parametrize("wrong", [None, 0, 1])
-def test_paged_kernels_that_compute_wrongly_are_found_out(wrong: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paged_kernels_that_compute_wrongly_are_found_out(
+    wrong: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def kernel(number: int) -> paged.Kernel:
         right = paged.KERNELS["torch"][number]
         return lambda q, data, pages: right(q, data, pages) * (0.5 if number == wrong else 1)
@@ -25,8 +27,12 @@ def test_paged_kernels_that_compute_wrongly_are_found_out(wrong: int | None, mon
     assert error == 0 if wrong is None else 0.05 < error < 0.6
 
 
-def test_a_kernel_that_mixes_up_the_heads_of_split_sequences_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As flash-attn's does with accumulators narrower than its tiles; what has one part, here the item of one key, is right."""
+def test_a_kernel_that_mixes_up_the_heads_of_split_sequences_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As flash-attn's does with accumulators narrower than its tiles; what has one part, here the
+    item of one key, is right.
+    """
 
     def mixed_up(q: torch.Tensor, data: torch.Tensor, pages: paged.Pages) -> torch.Tensor:
         right = paged._torch_decode(q, data, pages)
@@ -41,19 +47,29 @@ def test_a_package_that_does_not_run_is_passed_over(monkeypatch: pytest.MonkeyPa
         raise ImportError("flash_attn_2_cuda.so: undefined symbol")
 
     monkeypatch.setitem(paged.KERNELS, "flash", (paged._torch_chunks, fails))
-    with pytest.warns(UserWarning, match="'flash' fail here: flash_attn_2_cuda.so: undefined symbol"):
+    with pytest.warns(
+        UserWarning, match="'flash' fail here: flash_attn_2_cuda.so: undefined symbol"
+    ):
         assert paged.paged_error.__wrapped__("flash", *INPUTS) == float("inf")
 
 
-def test_decoding_gathers_a_bounded_part_of_the_cache_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator, lengths = torch.Generator().manual_seed(1), torch.tensor([3, 40, 17, 1, 33], dtype=torch.int32)
+def test_decoding_gathers_a_bounded_part_of_the_cache_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([3, 40, 17, 1, 33], dtype=torch.int32)
     cache = paged.KVCache((1, 16, 2, 8), 16, torch.float32, INPUTS[0])
     cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
     tables = torch.randint(1, 16, (5, 3), generator=generator, dtype=torch.int32)
-    pages, query = paged.Pages(torch.zeros(5), tables, lengths, 5), torch.randn(5, 4, 8, generator=generator)
-    want, gathered, rows = paged.paged_attention(query, cache, 0, pages, "torch"), paged._gathered, []
+    pages = paged.Pages(torch.zeros(5), tables, lengths, 5)
+    query = torch.randn(5, 4, 8, generator=generator)
+    want = paged.paged_attention(query, cache, 0, pages, "torch")
+    gathered = paged._gathered
+    rows = []
     monkeypatch.setattr(paged, "GATHERED", 2 * 3 * cache.data[0, 0].nbytes + 1)
-    monkeypatch.setattr(paged, "_gathered", lambda data, tables: rows.append(len(tables)) or gathered(data, tables))
+    monkeypatch.setattr(
+        paged, "_gathered", lambda data, tables: rows.append(len(tables)) or gathered(data, tables)
+    )
     torch.testing.assert_close(paged.paged_attention(query, cache, 0, pages, "torch"), want)
     assert rows == [2, 2, 1]
 
@@ -61,7 +77,8 @@ def test_decoding_gathers_a_bounded_part_of_the_cache_at_a_time(monkeypatch: pyt
 def test_any_number_of_pages_is_copied() -> None:
     cache = paged.KVCache((2, 4, 1, 4), 100, torch.float32, INPUTS[0])
     cache.data.normal_(generator=torch.Generator().manual_seed(0))
-    before, pairs = cache.data.clone(), [(1 + i % 9, 10 + i) for i in range(80)]
+    before = cache.data.clone()
+    pairs = [(1 + i % 9, 10 + i) for i in range(80)]
     cache.copy(pairs)
     for source, target in (*pairs, *((page, page) for page in [*range(10), *range(90, 100)])):
         assert torch.equal(cache.data[:, target], before[:, source])
@@ -71,7 +88,9 @@ def test_keys_are_written_without_a_sort_in_deterministic_runs_too() -> None:
     seen: list[bool] = []
 
     class Watched(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if function is torch.ops.aten.index_copy_.default:
                 seen.append(torch.are_deterministic_algorithms_enabled())
             return function(*args, **(kwargs or {}))
@@ -94,7 +113,9 @@ def test_they_are_not_used_then(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(installed: bool, ours: bool, *right: str) -> str:
         monkeypatch.setattr(paged, "find_spec", lambda _: True if installed else None)
         monkeypatch.setattr(paged, "_ours", lambda *_: ours)
-        monkeypatch.setattr(paged, "paged_error", lambda name, *_: 0.004 if name in right else float("nan"))
+        monkeypatch.setattr(
+            paged, "paged_error", lambda name, *_: 0.004 if name in right else float("nan")
+        )
         return paged.choose_paged(*gpu)
 
     assert paged.choose_paged(*INPUTS) == "torch"
@@ -102,7 +123,9 @@ def test_they_are_not_used_then(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(False, True, "triton") == "triton"
     assert chosen(True, False, "flash") == "flash"
     assert chosen(False, False) == "torch"
-    with pytest.warns(UserWarning, match=r"'triton' compute wrongly .* heads of 16 \(relative error nan\)"):
+    with pytest.warns(
+        UserWarning, match=r"'triton' compute wrongly .* heads of 16 \(relative error nan\)"
+    ):
         assert chosen(True, True, "flash") == "flash"
     with pytest.warns(UserWarning) as said:
         assert [chosen(True, True), chosen(False, True)] == ["torch", "torch"]

@@ -22,7 +22,12 @@ PROMPTS = prompts(6, 30, 131)
 def start(engine: Engine) -> None:
     for i in range(6):
         engine.start(
-            i, PROMPTS[i // 2], SamplingParams(max_tokens=4 + i, temperature=0.8, top_p=0.9 if i % 3 else 1.0, seed=(i,)), group=i // 2
+            i,
+            PROMPTS[i // 2],
+            SamplingParams(
+                max_tokens=4 + i, temperature=0.8, top_p=0.9 if i % 3 else 1.0, seed=(i,)
+            ),
+            group=i // 2,
         )
 
 
@@ -40,7 +45,11 @@ def data_parallel(folder: str) -> Any:
     model = load_pretrained(folder, make_mesh(device="cpu"))
     engine = Engine(read_model_config(folder), CPU, EngineOptions(max_num_seqs=8, page_size=8))
     engine.sync(model)
-    values = {s.name: engine.weights.decoder.get_parameter(s.name).detach().numpy() for u in model.layout.units for s in u.slots}
+    values = {
+        s.name: engine.weights.decoder.get_parameter(s.name).detach().numpy()
+        for u in model.layout.units
+        for s in u.slots
+    }
     return turns(engine), values
 
 
@@ -52,13 +61,20 @@ def test_weights_gathered_from_two_ranks_are_the_whole_ones(tmp_path: Path) -> N
         for found, values in run_ranks(data_parallel, 2, str(tmp_path / family)):
             assert found == want
             for name, value in values.items():
-                assert (value == alone.weights.decoder.get_parameter(name).detach().numpy()).all(), name
+                assert (
+                    value == alone.weights.decoder.get_parameter(name).detach().numpy()
+                ).all(), name
 
 
 def tensor_parallel(folder: str, options: dict[str, Any]) -> Any:
     mesh = make_mesh(device="cpu")
     model = load_pretrained(folder, mesh)
-    engine = Engine(read_model_config(folder), CPU, EngineOptions(**{"max_num_seqs": 5, "page_size": 8, **options}), mesh.world_group)
+    engine = Engine(
+        read_model_config(folder),
+        CPU,
+        EngineOptions(**{"max_num_seqs": 5, "page_size": 8, **options}),
+        mesh.world_group,
+    )
     engine.sync(model)
     found = None
     if dist.get_rank() == 0:
@@ -86,7 +102,9 @@ def test_heads_split_over_two_ranks_sample_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [{}, {"deterministic": True, "run_ahead": True}, {"max_batch_tokens": 7}])
+@pytest.mark.parametrize(
+    "way", [{}, {"deterministic": True, "run_ahead": True}, {"max_batch_tokens": 7}]
+)
 def test_heads_split_over_two_ranks_any_way(tmp_path: Path, way: dict[str, Any]) -> None:
     make(tmp_path, "qwen2")
     same_as_alone(tmp_path, 2, way, 2)

@@ -1,6 +1,8 @@
-"""Steps of shapes that recur, as graphs run them, on the CPU: flash-attn's paged kernels and CUDA graphs are in CPU clothes here.
+"""Steps of shapes that recur, as graphs run them, on the CPU: flash-attn's paged kernels and CUDA
+graphs are in CPU clothes here.
 
-The kernels look at nothing but tensors, as on a GPU, where a graph goes on reading what lay there when it was recorded.
+The kernels look at nothing but tensors, as on a GPU, where a graph goes on reading what lay there
+when it was recorded.
 """
 
 from __future__ import annotations
@@ -35,12 +37,18 @@ from tests.ranks import run_ranks
 
 
 def chunks_kernel(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
-    """What `flash_attn_varlen_func` computes over pages: the last queries of each item, causal. It breaks where a query has no key."""
+    """What `flash_attn_varlen_func` computes over pages: the last queries of each item, causal.
+
+    It breaks where a query has no key.
+    """
     assert pages.offsets is not None and pages.key_offsets is not None
     out = torch.full_like(q_TNH, float("nan"))  # beyond the last item nothing is written
-    tables, ends = pages.tables[pages.decode :], pages.offsets.tolist()
+    tables = pages.tables[pages.decode :]
+    ends = pages.offsets.tolist()
     assert len(tables) == len(ends) - 1 and max(pages.counts) >= max(np.diff(ends))
-    for table, start, stop, length in zip(tables, ends[:-1], ends[1:], pages.key_offsets.diff().tolist(), strict=True):
+    for table, start, stop, length in zip(
+        tables, ends[:-1], ends[1:], pages.key_offsets.diff().tolist(), strict=True
+    ):
         assert stop - start <= length <= max(pages.host_lengths)
         if stop > start:
             assert len(table) * data.shape[1] >= length
@@ -50,7 +58,9 @@ def chunks_kernel(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
 
 
 class Recording:
-    """A CUDA graph: what is called between begin and end isn't run then, but at each replay, into the tensors of then."""
+    """A CUDA graph: what is called between begin and end isn't run then, but at each replay, into
+    the tensors of then.
+    """
 
     def __init__(self) -> None:
         self.calls: list[Callable[[], Any]] = []
@@ -70,7 +80,8 @@ def in_cpu_clothes(patch: pytest.MonkeyPatch, graphs: bool) -> None:
     if not graphs:
         return
     now: list[Recording] = []
-    init, loop_init = Chunks.__init__, DecodeLoop.__init__
+    init = Chunks.__init__
+    loop_init = DecodeLoop.__init__
 
     def recorded(step: Callable[..., None]) -> Callable[..., None]:
         return lambda *words: now[-1].calls.append(lambda: step(*words)) if now else step(*words)
@@ -93,8 +104,14 @@ def in_cpu_clothes(patch: pytest.MonkeyPatch, graphs: bool) -> None:
         self.recordings = recordings[-1]
 
     stream = SimpleNamespace(wait_stream=lambda _: None)
-    fakes = {"synchronize": lambda: None, "Stream": lambda: stream, "stream": lambda _: nullcontext(), "current_stream": lambda: stream,
-             "CUDAGraph": Recording, "graph": recorder}  # fmt: skip
+    fakes = {
+        "synchronize": lambda: None,
+        "Stream": lambda: stream,
+        "stream": lambda _: nullcontext(),
+        "current_stream": lambda: stream,
+        "CUDAGraph": Recording,
+        "graph": recorder,
+    }
     for name, fake in fakes.items():
         patch.setattr(torch.cuda, name, fake)
     for kind, made in ((DecodeLoop, shared), (Chunks, also)):
@@ -110,11 +127,18 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def two_turns(engine: Engine, ids: list[list[int]]) -> list[TurnDone]:
-    """Two samples of each prompt, at several lengths and filters, and a second turn after some given tokens."""
+    """Two samples of each prompt, at several lengths and filters, and a second turn after some
+    given tokens.
+    """
     turns: dict[Any, list[TurnDone]] = {}
 
     def params(i: int) -> SamplingParams:
-        return SamplingParams(max_tokens=3 + i % 7, temperature=(1.0, 0.7, 0.0)[i % 3], top_p=(1.0, 0.9)[i % 2], seed=(i,))
+        return SamplingParams(
+            max_tokens=3 + i % 7,
+            temperature=(1.0, 0.7, 0.0)[i % 3],
+            top_p=(1.0, 0.9)[i % 2],
+            seed=(i,),
+        )
 
     for i in range(2 * len(ids)):
         engine.start(i, ids[i // 2], params(i), group=i // 2)
@@ -136,10 +160,17 @@ def same(found: list[TurnDone], want: list[TurnDone]) -> None:
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("way", [{}, {"max_batch_tokens": 24}, {"page_size": 4, "pages": 40}, {"max_num_seqs": 2}], ids=str)
-def test_chunks_apart_draw_what_whole_steps_draw(qwen: Path, way: dict[str, Any], graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "way",
+    [{}, {"max_batch_tokens": 24}, {"page_size": 4, "pages": 40}, {"max_num_seqs": 2}],
+    ids=str,
+)
+def test_chunks_apart_draw_what_whole_steps_draw(
+    qwen: Path, way: dict[str, Any], graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Long and short prompts, shared ones, cut ones, preempted ones, and the texts between turns."""
-    model, ids = load(qwen), prompts(7, 60, 131, seed=4)
+    model = load(qwen)
+    ids = prompts(7, 60, 131, seed=4)
     want = two_turns(engine_of(qwen, model), ids)
     in_cpu_clothes(monkeypatch, graphs)
     monkeypatch.setattr(engine_module, "run_once", None)  # never needed
@@ -156,10 +187,16 @@ def test_chunks_apart_draw_what_whole_steps_draw(qwen: Path, way: dict[str, Any]
         assert engine.stats.preempted > 0, "the cache was large enough after all"
 
 
-def hurried(engine: Engine, scripts: list[tuple[list[int], list[list[int]]]], rng: random.Random) -> dict[int, list[TurnDone]]:
-    """Start, extend and drop sequences at any moment: `scripts` has each one's prompt and what is given after each of its turns."""
+def hurried(
+    engine: Engine, scripts: list[tuple[list[int], list[list[int]]]], rng: random.Random
+) -> dict[int, list[TurnDone]]:
+    """Start, extend and drop sequences at any moment: `scripts` has each one's prompt and what is
+    given after each of its turns.
+    """
     turns: dict[int, list[TurnDone]] = {i: [] for i in range(len(scripts))}
-    to_start, to_extend, gone = list(turns), list[int](), set[int]()
+    to_start = list(turns)
+    to_extend = list[int]()
+    gone = set[int]()
     rng.shuffle(to_start)
     for _ in range(4000):
         while to_start and rng.random() < 0.5:
@@ -188,23 +225,52 @@ def hurried(engine: Engine, scripts: list[tuple[list[int], list[list[int]]]], rn
 
 
 def params_of(i: int, turn: int) -> SamplingParams:
-    return SamplingParams(max_tokens=1 + (3 * i + turn) % 11, temperature=(1.0, 0.6)[i % 2], top_p=(1.0, 0.9)[i // 2 % 2], seed=(i, turn))
+    return SamplingParams(
+        max_tokens=1 + (3 * i + turn) % 11,
+        temperature=(1.0, 0.6)[i % 2],
+        top_p=(1.0, 0.9)[i // 2 % 2],
+        seed=(i, turn),
+    )
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_moment_is_a_good_one_to_come_or_go(qwen: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences join rows that run ahead and leave them; each draws what it draws alone, in an engine that does one thing at a time."""
-    rng, model = random.Random(seed), load(qwen)
+def test_any_moment_is_a_good_one_to_come_or_go(
+    qwen: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences join rows that run ahead and leave them; each draws what it draws alone, in an
+    engine that does one thing at a time.
+    """
+    rng = random.Random(seed)
+    model = load(qwen)
     heads = prompts(4, 40, 131, seed=seed)
-    scripts = [(heads[i % 4] if i % 4 < 2 else prompts(1, 50, 131, seed=99 * seed + i)[0],
-                [prompts(1, 20, 131, seed=i + n)[0][: rng.randint(0, 20)] for n in range(rng.randint(0, 3))]) for i in range(20)]  # fmt: skip
+    scripts = [
+        (
+            heads[i % 4] if i % 4 < 2 else prompts(1, 50, 131, seed=99 * seed + i)[0],
+            [
+                prompts(1, 20, 131, seed=i + n)[0][: rng.randint(0, 20)]
+                for n in range(rng.randint(0, 3))
+            ],
+        )
+        for i in range(20)
+    ]
     alone = engine_of(qwen, model, max_num_seqs=1)
     in_cpu_clothes(monkeypatch, graphs=rng.random() < 0.5)
-    for name, few in (("PATIENCE", 2), ("SPARSE", rng.choice([2, 4])), ("TOLERATED", rng.choice([2, 16]))):
+    for name, few in (
+        ("PATIENCE", 2),
+        ("SPARSE", rng.choice([2, 4])),
+        ("TOLERATED", rng.choice([2, 16])),
+    ):
         monkeypatch.setattr(ahead_module, name, few)
     most = rng.choice([2, 5, 8])
-    engine = engine_of(qwen, model, max_num_seqs=most, page_size=rng.choice([2, 8]), pages=rng.choice([60, 300]), max_length=150,
-                       max_batch_tokens=rng.choice([most, 24, 200]))  # fmt: skip
+    engine = engine_of(
+        qwen,
+        model,
+        max_num_seqs=most,
+        page_size=rng.choice([2, 8]),
+        pages=rng.choice([60, 300]),
+        max_length=150,
+        max_batch_tokens=rng.choice([most, 24, 200]),
+    )
     joined = count_joins(monkeypatch)
     for i, turns in hurried(engine, scripts, rng).items():
         if turns:
@@ -222,11 +288,33 @@ def counted(*counts: int) -> list[list[int]]:
     return [[(7 * n + k) % 131 for k in range(count)] for n, count in enumerate(counts)]
 
 
-EDGES: dict[str, tuple[dict[str, Any], list[list[int]], list[int], list[int | None]]] = {  # options, prompts, turns' lengths, groups
-    "one token of a shared prompt is left": ({"max_batch_tokens": 9}, [*counted(10)] * 3, [9, 9, 9], [0, 0, 0]),
-    "a text is cut after its first token": ({"max_batch_tokens": 8, "max_num_seqs": 3}, counted(2, 2, 2), [3, 3, 20], [None] * 3),
-    "a leader goes on alone in a shared page": ({"max_num_seqs": 1}, [*counted(10)] * 3, [1, 5, 5], [0, 0, 0]),
-    "a cut prompt has room for one token": ({"max_batch_tokens": 5, "max_num_seqs": 5}, counted(2, 2, 2, 2, 30), [30, 29, 28, 27, 5], [None] * 5),
+EDGES: dict[
+    str, tuple[dict[str, Any], list[list[int]], list[int], list[int | None]]
+] = {  # options, prompts, turns' lengths, groups
+    "one token of a shared prompt is left": (
+        {"max_batch_tokens": 9},
+        [*counted(10)] * 3,
+        [9, 9, 9],
+        [0, 0, 0],
+    ),
+    "a text is cut after its first token": (
+        {"max_batch_tokens": 8, "max_num_seqs": 3},
+        counted(2, 2, 2),
+        [3, 3, 20],
+        [None] * 3,
+    ),
+    "a leader goes on alone in a shared page": (
+        {"max_num_seqs": 1},
+        [*counted(10)] * 3,
+        [1, 5, 5],
+        [0, 0, 0],
+    ),
+    "a cut prompt has room for one token": (
+        {"max_batch_tokens": 5, "max_num_seqs": 5},
+        counted(2, 2, 2, 2, 30),
+        [30, 29, 28, 27, 5],
+        [None] * 5,
+    ),
 }
 
 
@@ -234,18 +322,22 @@ EDGES: dict[str, tuple[dict[str, Any], list[list[int]], list[int], list[int | No
 def test_edges_of_chunks_and_pages(qwen: Path, edge: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two turns of each, with a text of five tokens between them."""
     options, heads, lengths, groups = EDGES[edge]
-    model, found = load(qwen), list[list[TurnDone]]()
+    model = load(qwen)
+    found = list[list[TurnDone]]()
     for apart in (False, True):
         if apart:
             in_cpu_clothes(monkeypatch, False)
-        engine, turns = engine_of(qwen, model, **options), dict[Any, list[TurnDone]]()
+        engine = engine_of(qwen, model, **options)
+        turns = dict[Any, list[TurnDone]]()
         for i, (prompt, group) in enumerate(zip(heads, groups, strict=True)):
             engine.start(i, prompt, SamplingParams(max_tokens=lengths[i], seed=(i,)), group=group)
         while not engine.idle():
             for turn in engine.step():
                 turns.setdefault(turn.key, []).append(turn)
                 if len(turns[turn.key]) == 1:
-                    engine.extend(turn.key, [3, 1, 4, 1, 5], SamplingParams(max_tokens=6, seed=(0,)))
+                    engine.extend(
+                        turn.key, [3, 1, 4, 1, 5], SamplingParams(max_tokens=6, seed=(0,))
+                    )
                 else:
                     engine.drop(turn.key)
         assert leaked(engine) == 0
@@ -254,7 +346,9 @@ def test_edges_of_chunks_and_pages(qwen: Path, edge: str, monkeypatch: pytest.Mo
 
 
 def count_joins(patch: pytest.MonkeyPatch) -> dict[str, int]:
-    joined, join, again = {"drawn": 0, "known": 0, "held": 0}, DecodeLoop._join, DecodeLoop.again
+    joined = {"drawn": 0, "known": 0, "held": 0}
+    join = DecodeLoop._join
+    again = DecodeLoop.again
 
     def counted(self: DecodeLoop, change: Change, drawn: Tensor | None) -> None:
         known = int((change.joins[1] < 0).sum())
@@ -272,31 +366,50 @@ def count_joins(patch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_rows_wait_while_prompts_fill_steps(qwen: Path, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All prompts first, then the answers; each draws what it draws in an engine that does both at once."""
-    model, heads = load(qwen), [prompts(1, 131, 131, seed=i)[0][:1] * 20 for i in range(12 // groups)]
-    found, steps, held = list[list[TurnDone]](), list[int](), list[int]()
+def test_rows_wait_while_prompts_fill_steps(
+    qwen: Path, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All prompts first, then the answers; each draws what it draws in an engine that does both at
+    once.
+    """
+    model = load(qwen)
+    heads = [prompts(1, 131, 131, seed=i)[0][:1] * 20 for i in range(12 // groups)]
+    found = list[list[TurnDone]]()
+    steps = list[int]()
+    held = list[int]()
     for apart in (False, True):
         if apart:
             in_cpu_clothes(monkeypatch, True)
         joined = count_joins(monkeypatch)
         engine = engine_of(qwen, model, max_num_seqs=12, max_batch_tokens=40)
         for i in range(12):
-            engine.start(i, heads[i // groups], SamplingParams(max_tokens=10, seed=(i,)), group=i // groups)
+            engine.start(
+                i, heads[i // groups], SamplingParams(max_tokens=10, seed=(i,)), group=i // groups
+            )
         done = run(engine)
         found.append([done[i] for i in range(12)])
         steps.append(engine.stats.steps)
         assert engine.stats.sampled_tokens == 120
         held.append(joined["held"])
     same(found[1], found[0])
-    assert held == [0, 5 if groups == 1 else 0] and steps[1] <= 6 + 9, "two prompts a step, six times, then nine tokens each"
+    assert held == [0, 5 if groups == 1 else 0] and steps[1] <= 6 + 9, (
+        "two prompts a step, six times, then nine tokens each"
+    )
 
 
-def test_single_tokens_take_no_room_from_chunks(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_tokens_take_no_room_from_chunks(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither those of a row that decodes nor the last ones of a prompt that was shared."""
     in_cpu_clothes(monkeypatch, False)
-    engine, sizes, fill = engine_of(qwen, load(qwen), max_batch_tokens=24), list[int](), Chunks._fill
-    monkeypatch.setattr(Chunks, "_fill", lambda self, batch, *shape: (sizes.append(len(batch.tokens)), fill(self, batch, *shape)))
+    engine = engine_of(qwen, load(qwen), max_batch_tokens=24)
+    sizes = list[int]()
+    fill = Chunks._fill
+    monkeypatch.setattr(
+        Chunks,
+        "_fill",
+        lambda self, batch, *shape: (sizes.append(len(batch.tokens)), fill(self, batch, *shape)),
+    )
     engine.start("decodes", [1, 2, 3], SamplingParams(max_tokens=30))
     engine.step()
     for i, prompt in enumerate([[4] * 24] * 3 + [[5] * 24]):
@@ -312,9 +425,15 @@ def test_shapes_are_few_and_large_enough(qwen: Path, monkeypatch: pytest.MonkeyP
     assert chunks is not None
     shapes = {
         (t, n, most): chunks.shape(t, n, most)
-        for t in range(2, 5001, 7) for n in {1, 15, 16, 63, 64, 300} if 2 * n <= t for most in {-(-t // n), t - 2 * (n - 1)}
-    }  # fmt: skip
-    assert all(size >= t and items >= n + (size - t) / 256 and longest >= most for (t, n, most), (size, items, longest) in shapes.items())
+        for t in range(2, 5001, 7)
+        for n in {1, 15, 16, 63, 64, 300}
+        if 2 * n <= t
+        for most in {-(-t // n), t - 2 * (n - 1)}
+    }
+    assert all(
+        size >= t and items >= n + (size - t) / 256 and longest >= most
+        for (t, n, most), (size, items, longest) in shapes.items()
+    )
     assert {size for size, *_ in shapes.values()} == {256, 512, 1024, 2048, 4096, 5000}
     assert {items for _, items, _ in shapes.values()} == {16, 64, 256, 320}
     assert {longest for *_, longest in shapes.values()} == {256, 512, 1024, 2048, 4096, 5000}
@@ -322,12 +441,16 @@ def test_shapes_are_few_and_large_enough(qwen: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_recording_a_step_leaves_no_trace(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whenever a graph is recorded, with a full page table too, the draws are those of an engine without graphs."""
+    """Whenever a graph is recorded, with a full page table too, the draws are those of an engine
+    without graphs.
+    """
     plain = engine_of(qwen, load(qwen), run_ahead=True, max_length=24)
     in_cpu_clothes(monkeypatch, True)
     engine = engine_of(qwen, load(qwen), run_ahead=True, max_length=24)
     assert engine._loop is not None and engine._loop.recordings is not None
-    graphs, seen, found = engine._loop.recordings.graphs, 0, []
+    graphs = engine._loop.recordings.graphs
+    seen = 0
+    found = []
     for ends in range(11, 16):
         graphs.clear()
         found.clear()
@@ -344,7 +467,8 @@ def test_recording_a_step_leaves_no_trace(qwen: Path, monkeypatch: pytest.Monkey
 
 
 def over_two_ranks(folder: str, graphs: bool) -> Any:
-    patch, mesh = pytest.MonkeyPatch(), make_mesh(device="cpu")
+    patch = pytest.MonkeyPatch()
+    mesh = make_mesh(device="cpu")
     model = load_pretrained(folder, mesh)
     in_cpu_clothes(patch, graphs)
     try:

@@ -1,4 +1,6 @@
-"""The sampler against exact distributions, and against its own definition computed with Python's integers."""
+"""The sampler against exact distributions, and against its own definition computed with Python's
+integers.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +28,37 @@ LOGITS = torch.tensor([2.0, 1.5, 1.5, 0.3, -0.2, -1.0, -3.0, -8.0], dtype=torch.
 def draws(count: int, temperature: float, top_k: int, top_p: float, seed: int = 0) -> Draws:
     """One row per position of a single seed."""
     return Draws(
-        torch.full((count,), seed_key((seed, 5))), torch.arange(count), torch.full((count,), temperature), torch.full((count,), top_k),
+        torch.full((count,), seed_key((seed, 5))),
+        torch.arange(count),
+        torch.full((count,), temperature),
+        torch.full((count,), top_k),
         torch.full((count,), top_p),
-    )  # fmt: skip
+    )
 
 
 def exact(temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """The distribution, by the definition: likeliest first until top_k, then until their share reaches top_p."""
+    """The distribution, by the definition: likeliest first until top_k, then until their share
+    reaches top_p.
+    """
     weights = [math.exp(x / temperature) for x in LOGITS.tolist()]
     order = sorted(range(len(weights)), key=lambda i: -weights[i])
-    kept = [i for i in order if top_k <= 0 or weights[i] >= weights[order[min(top_k, len(order)) - 1]]]
-    total, share, chosen = sum(weights[i] for i in kept), 0.0, []
+    kept = [
+        i for i in order if top_k <= 0 or weights[i] >= weights[order[min(top_k, len(order)) - 1]]
+    ]
+    total = sum(weights[i] for i in kept)
+    share = 0.0
+    chosen = []
     for i in kept:
         if share >= top_p * total and weights[i] < weights[chosen[-1]]:
             break
         chosen.append(i)
         share += weights[i]
-    return np.array([weights[i] / sum(weights[j] for j in chosen) if i in chosen else 0.0 for i in range(len(weights))])
+    return np.array(
+        [
+            weights[i] / sum(weights[j] for j in chosen) if i in chosen else 0.0
+            for i in range(len(weights))
+        ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,9 +76,14 @@ def exact(temperature: float, top_k: int, top_p: float) -> np.ndarray:
     ],
 )
 def test_draws_follow_the_exact_distribution(temperature: float, top_k: int, top_p: float) -> None:
-    """A chi-square test of 40,000 draws at the 1e-4 level; tokens that are filtered are never drawn; both log-probabilities exact."""
-    count, want = 40_000, exact(temperature, top_k, top_p)
-    token, logp, behaviour = sample(LOGITS.repeat(count, 1), draws(count, temperature, top_k, top_p), top_k > 0 or top_p < 1)
+    """A chi-square test of 40,000 draws at the 1e-4 level; tokens that are filtered are never
+    drawn; both log-probabilities exact.
+    """
+    count = 40_000
+    want = exact(temperature, top_k, top_p)
+    token, logp, behaviour = sample(
+        LOGITS.repeat(count, 1), draws(count, temperature, top_k, top_p), top_k > 0 or top_p < 1
+    )
     seen = np.bincount(token.long().numpy(), minlength=len(want))
     assert seen[want == 0].sum() == 0
     possible = want > 0
@@ -73,29 +94,46 @@ def test_draws_follow_the_exact_distribution(temperature: float, top_k: int, top
         assert statistic < degrees * (1 - 2 / (9 * degrees) + z * math.sqrt(2 / (9 * degrees))) ** 3
     whole = torch.log_softmax(LOGITS / temperature, -1)
     torch.testing.assert_close(logp, whole[token.long()], atol=1e-6, rtol=0)
-    torch.testing.assert_close(behaviour, torch.from_numpy(want).log()[token.long()], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        behaviour, torch.from_numpy(want).log()[token.long()], atol=1e-6, rtol=0
+    )
 
 
 def test_neighbouring_positions_seeds_and_tokens_are_independent() -> None:
-    """Correlations of the noise over 2,000 × 64 draws stay within five standard deviations of zero, its moments are Gumbel's."""
+    """Correlations of the noise over 2,000 × 64 draws stay within five standard deviations of zero,
+    its moments are Gumbel's.
+    """
     noise = gumbel(row_keys(draws(2000, 1.0, -1, 1.0)), 64).double()
     other = gumbel(row_keys(draws(2000, 1.0, -1, 1.0, seed=1)), 64).double()
-    euler, deviation = 0.5772156649, math.pi / math.sqrt(6)
+    euler = 0.5772156649
+    deviation = math.pi / math.sqrt(6)
     assert abs(noise.mean() - euler) < 5 * deviation / math.sqrt(noise.numel())
     assert abs(noise.std() - deviation) < 0.02
-    standard, second = (noise - euler) / deviation, (other - euler) / deviation
-    for a, b in ((standard[1:], standard[:-1]), (standard[:, 1:], standard[:, :-1]), (standard, second)):
+    standard = (noise - euler) / deviation
+    second = (other - euler) / deviation
+    for a, b in (
+        (standard[1:], standard[:-1]),
+        (standard[:, 1:], standard[:, :-1]),
+        (standard, second),
+    ):
         assert abs((a * b).mean()) < 5 / math.sqrt(a.numel())
 
 
 def test_the_generator_is_splitmix64() -> None:
-    """The published first outputs for seed 1234567, and the tensor version against Python's integers."""
-    state, out = 1234567, []
+    """The published first outputs for seed 1234567, and the tensor version against Python's
+    integers.
+    """
+    state = 1234567
+    out = []
     for _ in range(3):
         state = (state + (GOLDEN & MASK)) & MASK
-        out.append(int(mixed(torch.tensor([state - (1 << 64) if state >> 63 else state]))[0]) & MASK)
+        out.append(
+            int(mixed(torch.tensor([state - (1 << 64) if state >> 63 else state]))[0]) & MASK
+        )
     assert out == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert len({seed_key(s) for s in ((), (0,), (0, 0), (1,), (1, 0), (0, 1), (-1,), (1 << 64,))}) == 8
+    assert (
+        len({seed_key(s) for s in ((), (0,), (0, 0), (1,), (1, 0), (0, 1), (-1,), (1 << 64,))}) == 8
+    )
 
 
 def test_rare_tokens_can_win() -> None:
@@ -127,6 +165,7 @@ def test_cutoff_keeps_ties_and_the_token_that_crosses() -> None:
 
 def test_cutoff_finds_the_token_that_crosses_among_150_000() -> None:
     x = torch.randn(24, 151_936, generator=torch.Generator().manual_seed(1)) * 3
-    every, most = torch.full((24,), -1), torch.full((24,), 0.7)
+    every = torch.full((24,), -1)
+    most = torch.full((24,), 0.7)
     kept, want = ((y >= cutoff(y, every, most)[:, None]).sum(1) for y in (x, x.double()))
     assert torch.equal(kept, want)

@@ -1,4 +1,6 @@
-"""The GPU's sampler without a GPU: its kernels run by Triton's interpreter (pip install triton), against the definition in torch."""
+"""The GPU's sampler without a GPU: its kernels run by Triton's interpreter (pip install triton),
+against the definition in torch.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,27 @@ FILTERS = [(1, 1.0), (5, 1.0), (1000, 1.0), (-1, 1e-6), (-1, 0.5), (-1, 0.95), (
 
 
 def logits_of(kind: str) -> torch.Tensor:
-    long = torch.randn(4, 40_000, generator=torch.Generator().manual_seed(3)) * 2  # several blocks for a part, and for the cutoff
+    # Several blocks for a part, and for the cutoff
+    long = torch.randn(4, 40_000, generator=torch.Generator().manual_seed(3)) * 2
     normal = long[:, :1500]
     return {
-        "long": long, "few": normal[:, :7], "far": normal - 1000, "wide": normal * 1e4, "ties": normal.round(), "flat": normal * 0,
+        "long": long,
+        "few": normal[:, :7],
+        "far": normal - 1000,
+        "wide": normal * 1e4,
+        "ties": normal.round(),
+        "flat": normal * 0,
         "masked": torch.where(torch.arange(1500) % 2 == 0, float("-inf"), normal),
-    }[kind].contiguous()  # fmt: skip
+    }[kind].contiguous()
 
 
 KINDS = ("long", "few", "far", "wide", "ties", "flat", "masked")
 
 
 def compare() -> None:
-    """Every kind of logits at several temperatures, greedy rows among the others: without a filter, and under two of them."""
+    """Every kind of logits at several temperatures, greedy rows among the others: without a filter,
+    and under two of them.
+    """
     from retool.engine.kernels.sampling_triton import cutoff_rows, sample_rows
 
     for number, kind in enumerate(KINDS):
@@ -34,20 +44,42 @@ def compare() -> None:
         for top_k, top_p in ((-1, 1.0), FILTERS[number - 3], FILTERS[number]):
             temperature = torch.tensor([0.0, 0.3, 1.0, 5.0])
             keys = torch.tensor([seed_key((9, i)) for i in range(4)])
-            draws = Draws(keys, torch.arange(4) * 37, temperature, torch.full((4,), top_k), torch.full((4,), top_p))
-            filtered, said = top_k > 0 or top_p < 1, (kind, top_k, top_p)
-            want, found = sample(logits.clone(), draws, filtered), sample_rows(logits.clone(), draws, filtered)
+            draws = Draws(
+                keys,
+                torch.arange(4) * 37,
+                temperature,
+                torch.full((4,), top_k),
+                torch.full((4,), top_p),
+            )
+            filtered = top_k > 0 or top_p < 1
+            said = (kind, top_k, top_p)
+            want = sample(logits.clone(), draws, filtered)
+            found = sample_rows(logits.clone(), draws, filtered)
             assert torch.equal(found[0], want[0]), said
             size = max(1.0, float(logits[logits > float("-inf")].abs().max()))
             assert float((found[1:] - want[1:]).abs().max()) < 1e-6 * size, said
             if filtered:  # the same tokens are kept
                 x = logits * torch.where(temperature == 0, 1.0, 1.0 / temperature)[:, None]
-                kept = [(x >= least[:, None]).sum(1) for least in (cutoff(x, draws.top_k, draws.top_p), cutoff_rows(logits, draws))]
+                kept = [
+                    (x >= least[:, None]).sum(1)
+                    for least in (cutoff(x, draws.top_k, draws.top_p), cutoff_rows(logits, draws))
+                ]
                 assert torch.equal(*kept), said
-    for vocab in (2, 17):  # many rows, keys and positions of all sizes; between two tokens the whole range of the noise decides
+    # Many rows, keys and positions of all sizes; between two tokens the whole range of the noise
+    # decides
+    for vocab in (
+        2,
+        17,
+    ):
         generator = torch.Generator().manual_seed(vocab)
         keys, positions = torch.randint(-(2**63), 2**63 - 1, (2, 32), generator=generator)
-        draws = Draws(keys, positions >> torch.arange(0, 64, 2), torch.ones(32), torch.full((32,), -1), torch.ones(32))
+        draws = Draws(
+            keys,
+            positions >> torch.arange(0, 64, 2),
+            torch.ones(32),
+            torch.full((32,), -1),
+            torch.ones(32),
+        )
         want, found = (draw(torch.zeros(32, vocab), draws, False) for draw in (sample, sample_rows))
         assert torch.equal(found[0], want[0])
         assert len(set(want[0].tolist())) > 1

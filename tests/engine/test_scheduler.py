@@ -1,4 +1,6 @@
-"""The scheduler alone, without a model: random schedules never leak, never stall, never compute a token twice without need."""
+"""The scheduler alone, without a model: random schedules never leak, never stall, never compute a
+token twice without need.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,13 @@ from retool.engine.schedule.sequence import Sequence, State, Step
 
 
 class Written:
-    """What each page's slots hold, as the device would have it: (token, its position, all tokens before it)."""
+    """What each page's slots hold, as the device would have it: (token, its position, all tokens
+    before it).
+    """
 
     def __init__(self, size: int) -> None:
-        self.size, self.slots = size, {}
+        self.size = size
+        self.slots = {}
 
     def apply(self, scheduler: Scheduler, step: Step, multiple: int, expand: bool) -> None:
         batch, _ = make_batch(step, self.size, multiple, all_rows=expand, expand=expand)
@@ -29,13 +34,17 @@ class Written:
                 self.slots[target * self.size + place] = old.get(source * self.size + place)
         real = [
             (slot, token, position)
-            for slot, token, position in zip(batch.slots, batch.tokens, batch.positions, strict=True)
+            for slot, token, position in zip(
+                batch.slots, batch.tokens, batch.positions, strict=True
+            )
             if slot >= self.size
         ]
         for item in step.items:
             for n in range(item.start, item.start + item.count):
                 slot = item.sequence.pages[n // self.size] * self.size + n % self.size
-                assert (slot, item.sequence.tokens[n], n) in real, "the batch computes other tokens than the step"
+                assert (slot, item.sequence.tokens[n], n) in real, (
+                    "the batch computes other tokens than the step"
+                )
                 self.slots[slot] = tuple(item.sequence.tokens[: n + 1])
         assert len(real) == sum(i.count for i in step.items) and len(batch.tokens) % multiple == 0
 
@@ -43,11 +52,14 @@ class Written:
         """Every live sequence finds its own tokens' KV in its pages."""
         for s in scheduler.sequences.values():
             for n in range(s.computed):
-                assert self.slots[s.pages[n // self.size] * self.size + n % self.size] == tuple(s.tokens[: n + 1])
+                assert self.slots[s.pages[n // self.size] * self.size + n % self.size] == tuple(
+                    s.tokens[: n + 1]
+                )
 
 
 def pages_add_up(scheduler: Scheduler) -> None:
-    pool, counts = scheduler.pool, [0] * len(scheduler.pool.counts)
+    pool = scheduler.pool
+    counts = [0] * len(scheduler.pool.counts)
     for holder in (*scheduler.sequences.values(), *scheduler.groups.by_key.values()):
         for page in holder.pages:
             counts[page] += 1
@@ -55,7 +67,9 @@ def pages_add_up(scheduler: Scheduler) -> None:
     assert sorted(pool.free) == [p for p in range(1, len(counts)) if counts[p] == 0]
 
 
-def go_ahead(scheduler: Scheduler, rows: list[Sequence], written: Written, rng: random.Random) -> list[Sequence]:
+def go_ahead(
+    scheduler: Scheduler, rows: list[Sequence], written: Written, rng: random.Random
+) -> list[Sequence]:
     """Repeat a decode step blindly some times; who then still expects a draw."""
     while rng.random() < 0.6:
         before = [(s.computed, list(s.pages)) for s in rows]
@@ -67,8 +81,11 @@ def go_ahead(scheduler: Scheduler, rows: list[Sequence], written: Written, rng: 
         for s, (computed, _) in zip(rows, before, strict=True):
             if s.computed > computed:  # booked; now the draw that it feeds comes in
                 scheduler.accept(s, rng.randint(0, 9), -1.0, -1.0)
-                place, size = s.computed - 1, written.size
-                written.slots[s.pages[place // size] * size + place % size] = tuple(s.tokens[: s.computed])
+                place = s.computed - 1
+                size = written.size
+                written.slots[s.pages[place // size] * size + place % size] = tuple(
+                    s.tokens[: s.computed]
+                )
         pages_add_up(scheduler)
     return rows
 
@@ -77,22 +94,36 @@ def go_ahead(scheduler: Scheduler, rows: list[Sequence], written: Written, rng: 
 def test_random_schedules(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
     monkeypatch.setattr(ahead_module, "TOLERATED", rng.choice([1, 16]))
-    size, pages = rng.choice([1, 2, 4, 8]), rng.randint(4, 24)
+    size = rng.choice([1, 2, 4, 8])
+    pages = rng.randint(4, 24)
     most = rng.randint(1, 6)
-    scheduler = Scheduler(PagePool(pages + 1, size), most, rng.randint(most, 20), rng.choice([1 << 60, 20]))
-    limit, written, expand = scheduler.max_length, Written(size), rng.random() < 0.3
+    scheduler = Scheduler(
+        PagePool(pages + 1, size), most, rng.randint(most, 20), rng.choice([1 << 60, 20])
+    )
+    limit = scheduler.max_length
+    written = Written(size)
+    expand = rng.random() < 0.3
     more: dict[object, int] = {}  # turns to come
     finished = started = 0
     for _ in range(4000):
         if started < 25 and rng.random() < 0.3:
             group = rng.choice([None, started // 4])
-            prompt = [group or 0] * rng.randint(1, min(limit + 2, 30)) if group is None else [group] * (1 + group * 3 % (limit + 1))
-            scheduler.start(started, prompt, SamplingParams(max_tokens=rng.randint(1, 12), stop_ids=(7,)), group)
+            prompt = (
+                [group or 0] * rng.randint(1, min(limit + 2, 30))
+                if group is None
+                else [group] * (1 + group * 3 % (limit + 1))
+            )
+            scheduler.start(
+                started, prompt, SamplingParams(max_tokens=rng.randint(1, 12), stop_ids=(7,)), group
+            )
             more[started] = rng.randint(0, 2)
             started += 1
         step = scheduler.plan()
         if step is not None:
-            assert sum(i.count for i in step.items) <= scheduler.max_tokens and len(scheduler.running) <= most
+            assert (
+                sum(i.count for i in step.items) <= scheduler.max_tokens
+                and len(scheduler.running) <= most
+            )
             written.apply(scheduler, step, rng.choice([1, 2, 3]), expand)
             rows = [i.sequence for i in step.items if i.draws]
             repeatable = all(i.count == 1 and i.draws for i in step.items)
@@ -106,7 +137,11 @@ def test_random_schedules(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             if rng.random() < 0.3:
                 if more[s.key] > 0:
                     more[s.key] -= 1
-                    scheduler.extend(s.key, [8] * rng.randint(0, 5), SamplingParams(max_tokens=rng.randint(1, 9), stop_ids=(7,)))
+                    scheduler.extend(
+                        s.key,
+                        [8] * rng.randint(0, 5),
+                        SamplingParams(max_tokens=rng.randint(1, 9), stop_ids=(7,)),
+                    )
                 else:
                     scheduler.drop(s.key)
                     finished += 1
@@ -115,7 +150,9 @@ def test_random_schedules(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             finished += 1
         if started == 25 and finished == 25:
             break
-    assert finished == 25, f"stalled: {scheduler.stats}, waiting {len(scheduler.waiting)}, running {len(scheduler.running)}"
+    assert finished == 25, (
+        f"stalled: {scheduler.stats}, waiting {len(scheduler.waiting)}, running {len(scheduler.running)}"
+    )
     assert len(scheduler.pool.free) == pages and not scheduler.groups.by_key
 
 

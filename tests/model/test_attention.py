@@ -34,14 +34,18 @@ SEQLENS = (1, 37, 5, 1, 64, 20)
 
 def dense(q: Tensor, k: Tensor, v: Tensor, seqlens: tuple[int, ...]) -> Tensor:
     """One [T, T] score matrix per head with a block-diagonal causal mask, in the dtype given."""
-    document = torch.repeat_interleave(torch.arange(len(seqlens)), torch.tensor(seqlens)).to(q.device)
+    document = torch.repeat_interleave(torch.arange(len(seqlens)), torch.tensor(seqlens)).to(
+        q.device
+    )
     position = torch.arange(len(document), device=q.device)
     allowed = (document[:, None] == document[None]) & (position[:, None] >= position[None])
     groups = q.shape[1] // k.shape[1]
     outs = []
     for n in range(q.shape[1]):
         scores = q[:, n] @ k[:, n // groups].T / q.shape[2] ** 0.5
-        outs.append(torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1) @ v[:, n // groups])
+        outs.append(
+            torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1) @ v[:, n // groups]
+        )
     return torch.stack(outs, 1)
 
 
@@ -49,66 +53,127 @@ def rel(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def inputs(heads: int, kv_heads: int, seqlens: tuple[int, ...], head_dim: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0):
-    """One [T, N + 2K, H] buffer, and a pack description; q, k and v are strided views of the buffer."""
+def inputs(
+    heads: int,
+    kv_heads: int,
+    seqlens: tuple[int, ...],
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+):
+    """One [T, N + 2K, H] buffer, and a pack description; q, k and v are strided views of the
+    buffer.
+    """
     generator = torch.Generator().manual_seed(seed)
-    buffer = torch.randn(sum(seqlens), heads + 2 * kv_heads, head_dim, dtype=torch.float64, generator=generator).to(device, dtype)
+    buffer = torch.randn(
+        sum(seqlens), heads + 2 * kv_heads, head_dim, dtype=torch.float64, generator=generator
+    ).to(device, dtype)
     cu_seqlens = torch.tensor([0, *seqlens]).cumsum(0).to(device, torch.int32)
     return buffer.requires_grad_(), cu_seqlens, max(seqlens)
 
 
 def run(
-    buffer: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, longest: int, backend: str, seqlens: tuple[int, ...], weight: Tensor
+    buffer: Tensor,
+    heads: int,
+    kv_heads: int,
+    cu_seqlens: Tensor,
+    longest: int,
+    backend: str,
+    seqlens: tuple[int, ...],
+    weight: Tensor,
 ):
     """(out, gradient of the buffer) for the objective (out · weight).sum()."""
     q, k, v = buffer.split([heads, kv_heads, kv_heads], 1)
-    out = dense(q, k, v, seqlens) if backend == "dense" else attention(q, k, v, cu_seqlens, longest, backend, seqlens)
+    out = (
+        dense(q, k, v, seqlens)
+        if backend == "dense"
+        else attention(q, k, v, cu_seqlens, longest, backend, seqlens)
+    )
     (grad,) = torch.autograd.grad((out * weight.to(out)).sum(), buffer)
     return out.detach(), grad
 
 
 def check(
-    heads: int, kv_heads: int, seqlens: tuple[int, ...], head_dim: int, backend: str, dtype: torch.dtype, device: str, bounds
+    heads: int,
+    kv_heads: int,
+    seqlens: tuple[int, ...],
+    head_dim: int,
+    backend: str,
+    dtype: torch.dtype,
+    device: str,
+    bounds,
 ) -> None:
     buffer, cu_seqlens, longest = inputs(heads, kv_heads, seqlens, head_dim, dtype, device)
-    weight = torch.randn(sum(seqlens), heads, head_dim, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    weight = torch.randn(
+        sum(seqlens), heads, head_dim, generator=torch.Generator().manual_seed(1)
+    ).to(device, dtype)
     out, grad = run(buffer, heads, kv_heads, cu_seqlens, longest, backend, seqlens, weight)
     wide = buffer.detach().double().requires_grad_()
     want_out, want_grad = run(wide, heads, kv_heads, cu_seqlens, longest, "dense", seqlens, weight)
     assert out.dtype == dtype and grad.dtype == dtype
     assert rel(out, want_out) < bounds[0]
-    for part, want in zip(grad.split([heads, kv_heads, kv_heads], 1), want_grad.split([heads, kv_heads, kv_heads], 1), strict=True):
-        scale = want.norm() if want.norm() > 0 else want_grad.norm()  # documents of one token: no gradient of q and k
+    for part, want in zip(
+        grad.split([heads, kv_heads, kv_heads], 1),
+        want_grad.split([heads, kv_heads, kv_heads], 1),
+        strict=True,
+    ):
+        # Documents of one token: no gradient of q and k
+        scale = want.norm() if want.norm() > 0 else want_grad.norm()
         assert (part.double() - want).norm() < bounds[1] * scale
 
 
-def check_no_leak(heads: int, kv_heads: int, seqlens: tuple[int, ...], changed: int, backend: str, dtype: torch.dtype, device: str) -> None:
-    """Another content of document `changed` leaves every other document's output and gradients the same, bit for bit.
+def check_no_leak(
+    heads: int,
+    kv_heads: int,
+    seqlens: tuple[int, ...],
+    changed: int,
+    backend: str,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """Another content of document `changed` leaves every other document's output and gradients the
+    same, bit for bit.
 
     cuDNN adds up dq in no fixed order, so its gradients are held to bfloat16's rounding instead.
     """
     buffer, cu_seqlens, longest = inputs(heads, kv_heads, seqlens, 32, dtype, device)
-    weight = torch.randn(sum(seqlens), heads, 32, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    weight = torch.randn(sum(seqlens), heads, 32, generator=torch.Generator().manual_seed(1)).to(
+        device, dtype
+    )
     begin = sum(seqlens[:changed])
     inside = slice(begin, begin + seqlens[changed])
     other = buffer.detach().clone()
     other[inside] = 3 * torch.randn_like(other[inside])
-    results = [run(x, heads, kv_heads, cu_seqlens, longest, backend, seqlens, weight) for x in (buffer, other.requires_grad_())]
+    results = [
+        run(x, heads, kv_heads, cu_seqlens, longest, backend, seqlens, weight)
+        for x in (buffer, other.requires_grad_())
+    ]
     outside = torch.ones(sum(seqlens), dtype=torch.bool, device=device)
     outside[inside] = False
     for name, a, b in zip(("out", "grad"), *results, strict=True):
         assert not torch.equal(a[inside], b[inside])
-        assert torch.equal(a[outside], b[outside]) or (backend == "cudnn" and name == "grad" and rel(a[outside], b[outside]) < 4e-3)
+        assert torch.equal(a[outside], b[outside]) or (
+            backend == "cudnn" and name == "grad" and rel(a[outside], b[outside]) < 4e-3
+        )
 
 
-# ── CPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── CPU
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize(
-    ("dtype", "bounds"), [(torch.float64, (1e-14, 1e-14)), (torch.float32, (1e-6, 1e-6)), (torch.bfloat16, (4e-3, 1.6e-2))]
+    ("dtype", "bounds"),
+    [
+        (torch.float64, (1e-14, 1e-14)),
+        (torch.float32, (1e-6, 1e-6)),
+        (torch.bfloat16, (4e-3, 1.6e-2)),
+    ],
 )
-def test_reference_equals_dense(heads: int, kv_heads: int, dtype: torch.dtype, bounds: tuple[float, float]) -> None:
+def test_reference_equals_dense(
+    heads: int, kv_heads: int, dtype: torch.dtype, bounds: tuple[float, float]
+) -> None:
     check(heads, kv_heads, SEQLENS, 32, "reference", dtype, "cpu", bounds)
 
 
@@ -127,7 +192,9 @@ def test_reference_does_not_leak(changed: int) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-def test_the_formula_equals_dense_in_blocks(heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_formula_equals_dense_in_blocks(
+    heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What runs off the CPU, here with query blocks that don't divide the document."""
     monkeypatch.setattr(attention_reference, "SCORE_BUDGET", heads * 50 * 7)
     monkeypatch.setattr(attention_reference, "_cpu_forward", attention_reference.plain_forward)
@@ -144,15 +211,27 @@ def test_lse_is_the_log_sum_exp_of_the_scores() -> None:
     torch.testing.assert_close(lse[:, 8], torch.stack(want), rtol=1e-14, atol=1e-14)
 
 
-def check_saved(backend: str, dtype: torch.dtype, device: str, seqlens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block recomputed from the kept (out, lse): the same result and gradients, and no second run of the kernel."""
+def check_saved(
+    backend: str,
+    dtype: torch.dtype,
+    device: str,
+    seqlens: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A block recomputed from the kept (out, lse): the same result and gradients, and no second run
+    of the kernel.
+    """
     buffer, cu_seqlens, longest = inputs(8, 4, seqlens, 32, dtype, device)
-    weight = torch.randn(sum(seqlens), 8, 32, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    weight = torch.randn(sum(seqlens), 8, 32, generator=torch.Generator().manual_seed(1)).to(
+        device, dtype
+    )
     out, grad = run(buffer, 8, 4, cu_seqlens, longest, backend, seqlens, weight)
     q, k, v = buffer.split([8, 4, 4], 1)
     kept, lse = attention_forward_lse(q, k, v, cu_seqlens, longest, backend, seqlens)
     assert not kept.requires_grad and torch.equal(kept, out)
-    explicit = attention_backward(weight.to(dtype), q, k, v, kept, lse, cu_seqlens, longest, backend, seqlens)
+    explicit = attention_backward(
+        weight.to(dtype), q, k, v, kept, lse, cu_seqlens, longest, backend, seqlens
+    )
     same = torch.equal if backend != "cudnn" else lambda a, b: rel(a, b) < 4e-3
     assert same(torch.cat(explicit, 1), grad)
     with monkeypatch.context() as patch:
@@ -173,34 +252,54 @@ def test_choose_backend_on_the_cpu() -> None:
     assert choose_backend(cpu, torch.bfloat16, 64, "reference") == "reference"
     with pytest.raises(ValueError, match=r"'flash' needs a GPU, and this is cpu\. Use reference"):
         choose_backend(cpu, torch.bfloat16, 64, "flash")
-    with pytest.raises(ValueError, match=r"'flsh' is not known\. Use auto, flash, varlen, flash3, flash4, cudnn, reference"):
+    with pytest.raises(
+        ValueError,
+        match=r"'flsh' is not known\. Use auto, flash, varlen, flash3, flash4, cudnn, reference",
+    ):
         choose_backend(cpu, torch.bfloat16, 64, "flsh")
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "message"), [(torch.float32, 64, "bfloat16 or float16, not float32"), (torch.bfloat16, 20, "multiples of 8")]
+    ("dtype", "head_dim", "message"),
+    [
+        (torch.float32, 64, "bfloat16 or float16, not float32"),
+        (torch.bfloat16, 20, "multiples of 8"),
+    ],
 )
-def test_choose_backend_names_what_a_kernel_cannot_take(dtype: torch.dtype, head_dim: int, message: str) -> None:
+def test_choose_backend_names_what_a_kernel_cannot_take(
+    dtype: torch.dtype, head_dim: int, message: str
+) -> None:
     gpu = torch.device("cuda", 0)
     assert choose_backend(gpu, dtype, head_dim) == "reference"
     with pytest.raises(ValueError, match=message):
         choose_backend(gpu, dtype, head_dim, "varlen")
 
 
-def test_a_deterministic_backend_is_chosen_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deterministic_backend_is_chosen_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     monkeypatch.setattr(kernels, "kernel_error", lambda *_: 0.005)
     gpu = torch.device("cuda", 0)
     assert choose_backend(gpu, torch.bfloat16, 64) == "varlen"
-    assert choose_backend(gpu, torch.float32, 64) == choose_backend(torch.device("cpu"), torch.float32, 64) == "reference"
+    assert (
+        choose_backend(gpu, torch.float32, 64)
+        == choose_backend(torch.device("cpu"), torch.float32, 64)
+        == "reference"
+    )
     with pytest.raises(ValueError, match="no fixed order"):
         choose_backend(gpu, torch.bfloat16, 64, "cudnn")
 
 
 @pytest.mark.parametrize("backend", ["flash", "cudnn"])
-@pytest.mark.parametrize(("spoilt", "least", "most"), [(None, 0, 1e-6), ("out", 0.2, 0.3), ("dq", 0.2, 0.3), ("nan", math.nan, math.nan)])
-def test_a_kernel_that_computes_wrongly_is_found_out(backend: str, spoilt: str | None, least: float, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("spoilt", "least", "most"),
+    [(None, 0, 1e-6), ("out", 0.2, 0.3), ("dq", 0.2, 0.3), ("nan", math.nan, math.nan)],
+)
+def test_a_kernel_that_computes_wrongly_is_found_out(
+    backend: str, spoilt: str | None, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forward(q, k, v, pack):
         out, lse = attention_reference.reference_forward(q, k, v, pack)
         return out * {"out": 0.75, "nan": math.nan}.get(spoilt, 1), lse
@@ -222,10 +321,14 @@ def test_only_kernels_that_compute_rightly_are_chosen(monkeypatch: pytest.Monkey
     monkeypatch.setattr(attention_flash, "missing", lambda _: "")
     monkeypatch.setattr(kernels, "kernel_error", lambda backend, *_: errors[backend])
     inputs = torch.device("cuda", 0), torch.bfloat16, 16
-    with pytest.warns(UserWarning, match=r"'(cudnn|flash)' computes wrongly on this device with heads of 16") as said:
+    with pytest.warns(
+        UserWarning, match=r"'(cudnn|flash)' computes wrongly on this device with heads of 16"
+    ) as said:
         assert choose_backend(*inputs) == "varlen"
     assert len(said) == 2
-    with pytest.raises(ValueError, match=r"'flash' computes wrongly .* \(relative error 1\.2\): .* or use auto"):
+    with pytest.raises(
+        ValueError, match=r"'flash' computes wrongly .* \(relative error 1\.2\): .* or use auto"
+    ):
         choose_backend(*inputs, "flash")
     assert kernels._for_short.__wrapped__(*inputs) == "varlen"
     errors["varlen"] = 0.04
@@ -239,24 +342,39 @@ def test_only_kernels_that_compute_rightly_are_chosen(monkeypatch: pytest.Monkey
     ("generation", "installed", "found"),
     [
         (8, ["flash_attn_interface", "flash_attn", "flash_attn.cute"], ["flash", "varlen"]),
-        (9, ["flash_attn_interface", "flash_attn", "flash_attn.cute"], ["flash3", "flash", "varlen"]),
-        (10, ["flash_attn_interface", "flash_attn", "flash_attn.cute"], ["flash4", "flash", "varlen"]),
+        (
+            9,
+            ["flash_attn_interface", "flash_attn", "flash_attn.cute"],
+            ["flash3", "flash", "varlen"],
+        ),
+        (
+            10,
+            ["flash_attn_interface", "flash_attn", "flash_attn.cute"],
+            ["flash4", "flash", "varlen"],
+        ),
         (10, ["flash_attn"], ["flash", "varlen"]),
         (9, [], ["varlen"]),
     ],
 )
-def test_flash_attention_is_the_newest_that_is_there(generation: int, installed: list[str], found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_is_the_newest_that_is_there(
+    generation: int, installed: list[str], found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (generation, 0))
-    monkeypatch.setattr(attention_flash, "find_spec", lambda name: True if name in installed else None)
+    monkeypatch.setattr(
+        attention_flash, "find_spec", lambda name: True if name in installed else None
+    )
     assert attention_flash.available(torch.device("cuda", 0)) == found
     if "flash4" not in found and len(installed) < 3:
-        with pytest.raises(ValueError, match=r"'flash4' needs the package flash_attn.cute\. Install it"):
+        with pytest.raises(
+            ValueError, match=r"'flash4' needs the package flash_attn.cute\. Install it"
+        ):
             choose_backend(torch.device("cuda", 0), torch.bfloat16, 64, "flash4")
 
 
 def test_torch_runs_the_version_that_each_call_names() -> None:
     """With a stand-in for the package: which kernels torch then calls is its own affair."""
-    registry, used = torch.nn.attention, []
+    registry = torch.nn.attention
+    used = []
 
     class Handle:
         def remove(self) -> None:
@@ -278,7 +396,10 @@ def test_torch_runs_the_version_that_each_call_names() -> None:
 
 @pytest.mark.parametrize("backend", ["flash3", "cudnn"])
 def test_a_kernel_that_fails_is_left_alone(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    failures: list[Exception] = [RuntimeError("built for another GPU"), torch.OutOfMemoryError("no room")]
+    failures: list[Exception] = [
+        RuntimeError("built for another GPU"),
+        torch.OutOfMemoryError("no room"),
+    ]
 
     def fails(*_: Tensor) -> None:
         raise failures.pop(0)
@@ -296,8 +417,11 @@ def test_cudnn_runs_cover_the_pack() -> None:
     n = attention_cudnn.CUDNN_SHORTEST
     runs = attention_cudnn._runs((5, 7, n, n, n + 1, 3))
     assert [(r.first, r.stop, r.begin, r.end, r.length) for r in runs] == [
-        (0, 2, 0, 12, 0), (2, 4, 12, 12 + 2 * n, n), (4, 5, 12 + 2 * n, 13 + 3 * n, n + 1), (5, 6, 13 + 3 * n, 16 + 3 * n, 0),
-    ]  # fmt: skip
+        (0, 2, 0, 12, 0),
+        (2, 4, 12, 12 + 2 * n, n),
+        (4, 5, 12 + 2 * n, 13 + 3 * n, n + 1),
+        (5, 6, 13 + 3 * n, 16 + 3 * n, 0),
+    ]
 
 
 def test_cudnn_lengths_round_to_16_per_octave() -> None:
@@ -309,25 +433,42 @@ def test_cudnn_lengths_round_to_16_per_octave() -> None:
 
 @pytest.mark.parametrize("huge", [1 << 31, 100 * 64])
 @pytest.mark.parametrize("seqlens", [(70, 70, 9, 1, 67, 3), (70, 70), (67,), (3, 2), (64,)])
-def test_cudnn_splitting_and_padding(seqlens: tuple[int, ...], huge: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pack is cut into long and short runs, long ones padded, and everything put back in place; a stand-in computes the batches.
+def test_cudnn_splitting_and_padding(
+    seqlens: tuple[int, ...], huge: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pack is cut into long and short runs, long ones padded, and everything put back in place;
+    a stand-in computes the batches.
 
     Of runs of 100 tokens (rows of 64 elements) and more it isn't asked to where they are `huge`.
     """
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, bias: None, want_lse: bool, dropout: float, causal: bool):
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, bias: None, want_lse: bool, dropout: float, causal: bool
+    ):
         assert (
             q.shape[0] * q.shape[2] * 64 < huge
             and (bias, want_lse, dropout, causal) == (None, True, 0.0, True)
             and q.shape[2] == attention_cudnn._rounded(q.shape[2])
         )
-        parts = [attention_reference.plain_forward(*(x[b].transpose(0, 1) for x in (q, k, v))) for b in range(q.shape[0])]
-        return torch.stack([o for o, _ in parts]).transpose(1, 2), torch.stack([s for _, s in parts])
-
-    def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: object):
-        assert rest[2:] == (None, None, None, q.shape[2], q.shape[2], 0.0, True) and lse.is_contiguous()
         parts = [
-            attention_reference.plain_backward(*(x[b].transpose(0, 1) for x in (dout, q, k, v, out)), lse[b, :, :, 0])
+            attention_reference.plain_forward(*(x[b].transpose(0, 1) for x in (q, k, v)))
+            for b in range(q.shape[0])
+        ]
+        return torch.stack([o for o, _ in parts]).transpose(1, 2), torch.stack(
+            [s for _, s in parts]
+        )
+
+    def backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: object
+    ):
+        assert (
+            rest[2:] == (None, None, None, q.shape[2], q.shape[2], 0.0, True)
+            and lse.is_contiguous()
+        )
+        parts = [
+            attention_reference.plain_backward(
+                *(x[b].transpose(0, 1) for x in (dout, q, k, v, out)), lse[b, :, :, 0]
+            )
             for b in range(q.shape[0])
         ]
         return tuple(torch.stack(grads).transpose(1, 2) for grads in zip(*parts, strict=True))
@@ -355,23 +496,46 @@ def test_cudnn_splitting_and_padding(seqlens: tuple[int, ...], huge: int, monkey
 
 def documents(pack: attention_reference.Pack) -> Iterator[slice]:
     edges = pack.cu_seqlens.tolist()
-    assert edges[0] == 0 and tuple(b - a for a, b in pairwise(edges)) == pack.seqlens and pack.max_seqlen == max(pack.seqlens)
+    assert (
+        edges[0] == 0
+        and tuple(b - a for a, b in pairwise(edges)) == pack.seqlens
+        and pack.max_seqlen == max(pack.seqlens)
+    )
     return (slice(a, b) for a, b in pairwise(edges))
 
 
-def short_forward(q: Tensor, k: Tensor, v: Tensor, pack: attention_reference.Pack) -> tuple[Tensor, Tensor]:
+def short_forward(
+    q: Tensor, k: Tensor, v: Tensor, pack: attention_reference.Pack
+) -> tuple[Tensor, Tensor]:
     parts = [attention_reference.plain_forward(q[s], k[s], v[s]) for s in documents(pack)]
     return torch.cat([o for o, _ in parts]), torch.cat([s for _, s in parts], 1)
 
 
-def short_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: attention_reference.Pack):
-    parts = [attention_reference.plain_backward(dout[s], q[s], k[s], v[s], out[s], lse[:, s]) for s in documents(pack)]
+def short_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pack: attention_reference.Pack,
+):
+    parts = [
+        attention_reference.plain_backward(dout[s], q[s], k[s], v[s], out[s], lse[:, s])
+        for s in documents(pack)
+    ]
     return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
-# ── GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── GPU
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-BF16 = (4e-3, 1.6e-2)  # what bfloat16 kernels are within of each other; both sides here start from the same bfloat16 inputs
+# What bfloat16 kernels are within of each other; both sides here start from the same bfloat16
+# inputs
+BF16 = (
+    4e-3,
+    1.6e-2,
+)
 GPU_SEQLENS = (1, 300, 17, 1, 700, 128, 64)
 
 
@@ -380,7 +544,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """A fused kernel; cudnn takes the documents of 100 tokens or more."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    if request.param in attention_flash.PACKAGE and request.param not in attention_flash.available(torch.device("cuda", 0)):
+    if request.param in attention_flash.PACKAGE and request.param not in attention_flash.available(
+        torch.device("cuda", 0)
+    ):
         pytest.skip("not installed, or for other GPUs")
     monkeypatch.setattr(attention_cudnn, "CUDNN_SHORTEST", 100)
     attention_cudnn._runs.cache_clear()
@@ -390,7 +556,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def deterministic(backend: str) -> Iterator[None]:
-    """FlashAttention's backward adds up dq in no fixed order unless asked; the others have no such switch or need none."""
+    """FlashAttention's backward adds up dq in no fixed order unless asked; the others have no such
+    switch or need none.
+    """
     torch.use_deterministic_algorithms(backend in ("flash", "varlen"))
     yield
     torch.use_deterministic_algorithms(False)
@@ -416,7 +584,9 @@ def test_kernels_do_not_leak(backend: str, changed: int, deterministic: None) ->
 
 
 @pytest.mark.gpu
-def test_kernels_recompute_without_running_again(backend: str, deterministic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_recompute_without_running_again(
+    backend: str, deterministic: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_saved(backend, torch.bfloat16, "cuda", GPU_SEQLENS, monkeypatch)
 
 
@@ -425,7 +595,9 @@ def test_kernels_agree_on_lse(backend: str) -> None:
     buffer, cu_seqlens, longest = inputs(14, 2, GPU_SEQLENS, 64, torch.bfloat16, "cuda")
     q, k, v = buffer.detach().split([14, 2, 2], 1)
     _, lse = attention_forward_lse(q, k, v, cu_seqlens, longest, backend, GPU_SEQLENS)
-    _, want = attention_forward_lse(q.double(), k.double(), v.double(), cu_seqlens, longest, "reference", GPU_SEQLENS)
+    _, want = attention_forward_lse(
+        q.double(), k.double(), v.double(), cu_seqlens, longest, "reference", GPU_SEQLENS
+    )
     torch.testing.assert_close(lse.double(), want, rtol=1e-4, atol=1e-4)
 
 

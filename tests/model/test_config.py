@@ -1,4 +1,6 @@
-"""What a `config.json` means: real models are taken, and whatever is taken computes what transformers computes from the same file."""
+"""What a `config.json` means: real models are taken, and whatever is taken computes what
+transformers computes from the same file.
+"""
 
 from __future__ import annotations
 
@@ -23,65 +25,200 @@ from tests.model.test_decoder import logits, relative, sample
 from tests.model.tiny import LLAMA3, SHAPE
 
 LLAMA_2 = {
-    "_name_or_path": "meta-llama/Llama-2-7b-chat-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
-    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096,
-    "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
-    "transformers_version": "4.32.0.dev0", "use_cache": True, "vocab_size": 32000,
-}  # fmt: skip
+    "_name_or_path": "meta-llama/Llama-2-7b-chat-hf",
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.32.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
 LLAMA_3 = {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
-    "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama", "num_attention_heads": 32,
-    "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
-    "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
-                     "rope_type": "llama3"},
-    "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0",
-    "use_cache": True, "vocab_size": 128256,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
 QWEN_2 = {
-    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu",
-    "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 21,
-    "model_type": "qwen2", "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-    "transformers_version": "4.43.1", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
-}  # fmt: skip
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "initializer_range": 0.02,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.1",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 QWEN_3 = {
-    **QWEN_2, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_size": 1024,
-    "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "num_attention_heads": 16,
-    "num_hidden_layers": 28, "num_key_value_heads": 8, "rope_scaling": None, "sliding_window": None, "transformers_version": "4.51.0",
-}  # fmt: skip
+    **QWEN_2,
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "transformers_version": "4.51.0",
+}
 SMOLLM_2 = {
-    **LLAMA_2, "hidden_size": 576, "is_llama_config": True, "max_position_embeddings": 8192, "num_attention_heads": 9,
-    "num_hidden_layers": 30, "num_key_value_heads": 3, "pad_token_id": 2, "rope_interleaved": False, "rope_theta": 100000,
-    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}, "tie_word_embeddings": True,
-}  # fmt: skip
+    **LLAMA_2,
+    "hidden_size": 576,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "rope_interleaved": False,
+    "rope_theta": 100000,
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    "tie_word_embeddings": True,
+}
 # As their makers published them, but for numbers that say nothing here.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-2": LLAMA_2,
-    "Llama-3.1": {**LLAMA_3, "rope_scaling": {**LLAMA_3["rope_scaling"], "factor": 8.0}, "tie_word_embeddings": False},
+    "Llama-3.1": {
+        **LLAMA_3,
+        "rope_scaling": {**LLAMA_3["rope_scaling"], "factor": 8.0},
+        "tie_word_embeddings": False,
+    },
     "Llama-3.2": LLAMA_3,
-    "TinyLlama": {**LLAMA_2, "attention_bias": False, "hidden_size": 2048, "num_key_value_heads": 4, "max_position_embeddings": 2048},
+    "TinyLlama": {
+        **LLAMA_2,
+        "attention_bias": False,
+        "hidden_size": 2048,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    },
     "SmolLM2": SMOLLM_2,
     "Qwen2.5": QWEN_2,
-    "Qwen2.5-Math": {**QWEN_2, "sliding_window": 4096, "rope_theta": 10000.0, "max_position_embeddings": 4096, "use_mrope": False},
-    "Qwen2.5-1M": {**QWEN_2, "dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}},
-    "QwQ": {**QWEN_2, "max_window_layers": 64, "sliding_window": 131072, "use_sliding_window": False, "num_hidden_layers": 64},
-    "R1-Distill-Qwen": {**QWEN_2, "use_mrope": False, "tie_word_embeddings": False, "bos_token_id": 151646, "eos_token_id": 151643},
+    "Qwen2.5-Math": {
+        **QWEN_2,
+        "sliding_window": 4096,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "use_mrope": False,
+    },
+    "Qwen2.5-1M": {
+        **QWEN_2,
+        "dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192},
+    },
+    "QwQ": {
+        **QWEN_2,
+        "max_window_layers": 64,
+        "sliding_window": 131072,
+        "use_sliding_window": False,
+        "num_hidden_layers": 64,
+    },
+    "R1-Distill-Qwen": {
+        **QWEN_2,
+        "use_mrope": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 151646,
+        "eos_token_id": 151643,
+    },
     "R1-Distill-Llama": {**LLAMA_3, "tie_word_embeddings": False},
     "Qwen3": QWEN_3,
     "saved by transformers 5": {
-        **QWEN_3, "rope_scaling": None, "rope_theta": None, "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
-        "dtype": "bfloat16", "layer_types": ["full_attention"] * 28, "pad_token_id": None, "transformers_version": "5.24.0",
+        **QWEN_3,
+        "rope_scaling": None,
+        "rope_theta": None,
+        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+        "dtype": "bfloat16",
+        "layer_types": ["full_attention"] * 28,
+        "pad_token_id": None,
+        "transformers_version": "5.24.0",
     },
-    "saved by unsloth": {**QWEN_3, "unsloth_fixed": True, "unsloth_version": "2025.9.1", "pad_token_id": 151654},
+    "saved by unsloth": {
+        **QWEN_3,
+        "unsloth_fixed": True,
+        "unsloth_version": "2025.9.1",
+        "pad_token_id": 151654,
+    },
     "with what transformers 4 wrote": {
-        **LLAMA_3, "return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False, "pruned_heads": {},
-        "is_encoder_decoder": False, "add_cross_attention": False, "chunk_size_feed_forward": 0, "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0}, "max_length": 20, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "tokenizer_class": None,
-        "_attn_implementation_autoset": True, "model_max_length": 131072, "neftune_noise_alpha": None,
+        **LLAMA_3,
+        "return_dict": True,
+        "output_hidden_states": False,
+        "output_attentions": False,
+        "torchscript": False,
+        "pruned_heads": {},
+        "is_encoder_decoder": False,
+        "add_cross_attention": False,
+        "chunk_size_feed_forward": 0,
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "max_length": 20,
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "tokenizer_class": None,
+        "_attn_implementation_autoset": True,
+        "model_max_length": 131072,
+        "neftune_noise_alpha": None,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -89,8 +226,12 @@ def test_what_is_published_is_taken(name: str) -> None:
     config = PUBLISHED[name]
     if config.get("rope_theta", 0) is None:
         config = {k: v for k, v in config.items() if k != "rope_theta"}
-    ours, theirs = parse_model_config(config), AutoConfig.for_model(**config)
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.tied == theirs.tie_word_embeddings
+    ours = parse_model_config(config)
+    theirs = AutoConfig.for_model(**config)
+    assert (
+        ours.rope_theta == theirs.rope_parameters["rope_theta"]
+        and ours.tied == theirs.tie_word_embeddings
+    )
     assert (ours.rope_scaling is None) == (theirs.rope_parameters["rope_type"] == "default")
 
 
@@ -98,12 +239,28 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 PLAIN = {"rope_type": "default", "rope_theta": 77_000.0}
 NOT_DONE: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"rope_parameters": PLAIN, "rope_scaling": YARN}, "rope type 'yarn'"),
-    ("qwen2", {"rope_parameters": PLAIN, "rope_scaling": LLAMA3}, "rope_scaling and rope_parameters"),
-    ("llama", {"rope_parameters": PLAIN, "rope_scaling": {"rope_type": "default"}}, "rope_scaling and rope_parameters"),
-    ("qwen3", {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}}, "full_attention"),
+    (
+        "qwen2",
+        {"rope_parameters": PLAIN, "rope_scaling": LLAMA3},
+        "rope_scaling and rope_parameters",
+    ),
+    (
+        "llama",
+        {"rope_parameters": PLAIN, "rope_scaling": {"rope_type": "default"}},
+        "rope_scaling and rope_parameters",
+    ),
+    (
+        "qwen3",
+        {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}},
+        "full_attention",
+    ),
     ("llama", {"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}}, "factor"),
     ("llama", {"rope_scaling": {"type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-    ("llama", {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    (
+        "llama",
+        {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor",
+    ),
     ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("llama", {"rope_theta": "1e6"}, "rope_theta='1e6'"),
     ("llama", {"rope_scaling": "linear"}, "rope_scaling='linear'"),
@@ -113,8 +270,16 @@ NOT_DONE: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"qk_norm": True}, "qk_norm=True"),
     ("llama", {"attention_multiplier": 0.5}, "attention_multiplier=0.5"),
     ("llama", {"sliding_window": 4096}, "sliding_window=4096"),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "sliding_window"),
-    ("qwen3", {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}, "layer_types"),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        "sliding_window",
+    ),
+    (
+        "qwen3",
+        {"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+        "layer_types",
+    ),
     ("qwen3", {"layer_types": ["full_attention"]}, "layer_types"),
     ("qwen2", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
     ("qwen2", {"quantization": {"bits": 4}}, "quantization="),
@@ -122,11 +287,13 @@ NOT_DONE: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"auto_map": {"AutoModelForCausalLM": "modeling_qwen.Qwen2ForCausalLM"}}, "auto_map"),
     ("qwen2", {"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
     ("llama", {"head_dim": 7}, "head_dim=7"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("family", "change", "named"), NOT_DONE)
-def test_what_would_compute_something_else_is_refused_by_name(family: str, change: dict[str, Any], named: str) -> None:
+def test_what_would_compute_something_else_is_refused_by_name(
+    family: str, change: dict[str, Any], named: str
+) -> None:
     parse_model_config({"model_type": family, **SHAPE})
     with pytest.raises(ValueError) as refusal:
         parse_model_config({"model_type": family, **SHAPE, **change})
@@ -137,8 +304,16 @@ def test_a_window_that_no_layer_has_is_none() -> None:
     sliding = {"model_type": "qwen2", **SHAPE, "use_sliding_window": True, "sliding_window": 4}
     layers = SHAPE["num_hidden_layers"]
     assert parse_model_config({**sliding, "max_window_layers": layers}).layers == layers
-    assert parse_model_config({**sliding, "max_window_layers": 0, "layer_types": ["full_attention"] * 3}).layers == layers
-    assert parse_model_config({**sliding, "max_window_layers": 0, "sliding_window": None}).layers == layers
+    assert (
+        parse_model_config(
+            {**sliding, "max_window_layers": 0, "layer_types": ["full_attention"] * 3}
+        ).layers
+        == layers
+    )
+    assert (
+        parse_model_config({**sliding, "max_window_layers": 0, "sliding_window": None}).layers
+        == layers
+    )
 
 
 def repr_of(value: object) -> str:
@@ -148,20 +323,43 @@ def repr_of(value: object) -> str:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("num_hidden_layers", 2e9), ("hidden_size", -(10**400)), ("num_hidden_layers", 2_000_000_000), ("num_hidden_layers", -1), ("num_hidden_layers", True),
-        ("num_attention_heads", 0), ("hidden_size", "64"), ("hidden_size", None), ("vocab_size", 10**40), ("head_dim", [64]),
-        ("num_key_value_heads", {}), ("rms_norm_eps", float("nan")), ("rms_norm_eps", ["x"] * 10**6), ("rope_theta", 0),
+        ("num_hidden_layers", 2e9),
+        ("hidden_size", -(10**400)),
+        ("num_hidden_layers", 2_000_000_000),
+        ("num_hidden_layers", -1),
+        ("num_hidden_layers", True),
+        ("num_attention_heads", 0),
+        ("hidden_size", "64"),
+        ("hidden_size", None),
+        ("vocab_size", 10**40),
+        ("head_dim", [64]),
+        ("num_key_value_heads", {}),
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", ["x"] * 10**6),
+        ("rope_theta", 0),
         ("max_position_embeddings", -3),
     ],
     ids=repr_of,
-)  # fmt: skip
+)
 def test_a_size_that_is_none_is_refused_at_once(name: str, value: object) -> None:
     with pytest.raises(ValueError) as refusal:
         parse_model_config({"model_type": "llama", **SHAPE, name: value})
     assert name in str(refusal.value) and len(str(refusal.value)) < 300
 
 
-@pytest.mark.parametrize("text", ["[]", "[" * 200_000, "3", "{", "", '{"model_type": ["llama"]}', '{"model_type": "llama"}', "\ud800"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "[" * 200_000,
+        "3",
+        "{",
+        "",
+        '{"model_type": ["llama"]}',
+        '{"model_type": "llama"}',
+        "\ud800",
+    ],
+)
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text, errors="surrogatepass")
     with pytest.raises(ValueError, match=r"config\.json") as refusal:
@@ -179,24 +377,61 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
 # --- the same file read by transformers ---
 
 ROPES: list[dict[str, Any] | None] = [
-    None, {}, PLAIN, {**PLAIN, "rope_theta": 500.0}, LLAMA3, {**LLAMA3, "factor": 2.0}, {"type": "default"}, YARN,
-    {"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}, {"rope_theta": 300.0}, {"factor": 2.0},
-    {k: v for k, v in LLAMA3.items() if k != "rope_theta"}, {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"},
-    {"full_attention": PLAIN, "sliding_attention": {**PLAIN, "rope_theta": 100.0}}, {"full_attention": PLAIN},
-    {**PLAIN, "partial_rotary_factor": 0.5}, {**PLAIN, "partial_rotary_factor": 1.0}, {**YARN, "type": "default"},
-]  # fmt: skip
+    None,
+    {},
+    PLAIN,
+    {**PLAIN, "rope_theta": 500.0},
+    LLAMA3,
+    {**LLAMA3, "factor": 2.0},
+    {"type": "default"},
+    YARN,
+    {"type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_theta": 300.0},
+    {"factor": 2.0},
+    {k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+    {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"},
+    {"full_attention": PLAIN, "sliding_attention": {**PLAIN, "rope_theta": 100.0}},
+    {"full_attention": PLAIN},
+    {**PLAIN, "partial_rotary_factor": 0.5},
+    {**PLAIN, "partial_rotary_factor": 1.0},
+    {**YARN, "type": "default"},
+]
 CHANGES: dict[str, list[Any]] = {
-    "rope_scaling": ROPES, "rope_parameters": ROPES, "rope_theta": [200.0, 1000000, 10000.0],
-    "original_max_position_embeddings": [16, 64], "max_position_embeddings": [16, 4096], "partial_rotary_factor": [0.5, 1.0],
-    "is_causal": [True, False, None], "use_sliding_window": [True, False], "sliding_window": [2, 4, 4096, None],
+    "rope_scaling": ROPES,
+    "rope_parameters": ROPES,
+    "rope_theta": [200.0, 1000000, 10000.0],
+    "original_max_position_embeddings": [16, 64],
+    "max_position_embeddings": [16, 4096],
+    "partial_rotary_factor": [0.5, 1.0],
+    "is_causal": [True, False, None],
+    "use_sliding_window": [True, False],
+    "sliding_window": [2, 4, 4096, None],
     "max_window_layers": [0, 1, 3, 28],
-    "layer_types": [["full_attention"] * 3, ["full_attention", "sliding_attention", "full_attention"], ["sliding_attention"] * 3, None],
-    "attention_bias": [True, False], "mlp_bias": [True, False], "hidden_act": ["silu", "swish", "gelu", "relu"],
-    "rms_norm_eps": [1e-5, 1e-2, 0.5], "tie_word_embeddings": [True, False], "num_key_value_heads": [1, 2, 3, 6, None],
-    "head_dim": [4, 8, 16, None], "attention_dropout": [0.0, 0.3], "pretraining_tp": [1, 2], "use_mrope": [False, True],
-    "rope_interleaved": [False, True], "qk_norm": [True], "no_rope_layers": [[1, 0, 1]], "chunk_size_feed_forward": [0, 8],
-    "per_layer_config": [{"1": {"rms_norm_eps": 0.9}}, {}, None], "initializer_range": [0.02], "pad_token_id": [0, 3],
-}  # fmt: skip
+    "layer_types": [
+        ["full_attention"] * 3,
+        ["full_attention", "sliding_attention", "full_attention"],
+        ["sliding_attention"] * 3,
+        None,
+    ],
+    "attention_bias": [True, False],
+    "mlp_bias": [True, False],
+    "hidden_act": ["silu", "swish", "gelu", "relu"],
+    "rms_norm_eps": [1e-5, 1e-2, 0.5],
+    "tie_word_embeddings": [True, False],
+    "num_key_value_heads": [1, 2, 3, 6, None],
+    "head_dim": [4, 8, 16, None],
+    "attention_dropout": [0.0, 0.3],
+    "pretraining_tp": [1, 2],
+    "use_mrope": [False, True],
+    "rope_interleaved": [False, True],
+    "qk_norm": [True],
+    "no_rope_layers": [[1, 0, 1]],
+    "chunk_size_feed_forward": [0, 8],
+    "per_layer_config": [{"1": {"rms_norm_eps": 0.9}}, {}, None],
+    "initializer_range": [0.02],
+    "pad_token_id": [0, 3],
+}
 
 
 def draw(rng: random.Random) -> dict[str, Any]:
@@ -204,11 +439,15 @@ def draw(rng: random.Random) -> dict[str, Any]:
     config: dict[str, Any] = {"model_type": rng.choice(["llama", "qwen2", "qwen3"]), **SHAPE}
     names = rng.sample(sorted(CHANGES), rng.randint(1, 5))
     ropes = rng.sample(["rope_scaling", "rope_parameters", "rope_theta"], rng.randint(0, 2))
-    return config | {name: json.loads(json.dumps(rng.choice(CHANGES[name]))) for name in (*names, *ropes)}
+    return config | {
+        name: json.loads(json.dumps(rng.choice(CHANGES[name]))) for name in (*names, *ropes)
+    }
 
 
 def compare(folder: Path, config: dict[str, Any]) -> str:
-    """Whether the file was taken (and then computes the same logits), refused by us, or refused by transformers."""
+    """Whether the file was taken (and then computes the same logits), refused by us, or refused by
+    transformers.
+    """
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
@@ -219,11 +458,17 @@ def compare(folder: Path, config: dict[str, Any]) -> str:
         with torch.no_grad():
             for parameter in theirs.parameters():
                 parameter.normal_(std=0.3)
-            rows = [theirs(torch.from_numpy(s.tokens.astype(np.int64))[None]).logits[0] for s in samples]
+            rows = [
+                theirs(torch.from_numpy(s.tokens.astype(np.int64))[None]).logits[0] for s in samples
+            ]
     except Exception:  # whatever transformers raises: there is nothing to compare with
         return "impossible"
     tied = theirs.config.tie_word_embeddings
-    weights = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items() if not (tied and name == "lm_head.weight")}
+    weights = {
+        name: tensor.contiguous()
+        for name, tensor in theirs.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     try:
         ours = load_pretrained(folder, make_mesh(), ModelOptions(master_dtype=torch.float64))

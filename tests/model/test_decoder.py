@@ -1,4 +1,6 @@
-"""The decoders against transformers: logits and all gradients, packed and one by one, and a real model's published text."""
+"""The decoders against transformers: logits and all gradients, packed and one by one, and a real
+model's published text.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_logits_and_gradients_equal_transformers(tmp_path: Path, family: str, recompute: str) -> None:
+def test_logits_and_gradients_equal_transformers(
+    tmp_path: Path, family: str, recompute: str
+) -> None:
     reference = make(tmp_path, family)
     sharded = load_pretrained(tmp_path, make_mesh(), ModelOptions(recompute=recompute))
     rng = np.random.default_rng(0)
@@ -51,19 +55,25 @@ def test_logits_and_gradients_equal_transformers(tmp_path: Path, family: str, re
         start = unit.start + member.offset
         grad = wanted[member.name].grad
         assert grad is not None
-        assert relative(sharded.grad[start : start + member.numel].view(member.shape), grad) < 1e-5, member.name
+        assert (
+            relative(sharded.grad[start : start + member.numel].view(member.shape), grad) < 1e-5
+        ), member.name
         checked += 1
     assert checked == len(wanted)
     assert [m.name for _, m in sharded.layout.members] == list(wanted), "parameters() order"
 
 
 def test_llama3_scaling_changes_the_result(tmp_path: Path) -> None:
-    """The scaled model must differ from the plain one, or the parity above proves nothing about scaling."""
+    """The scaled model must differ from the plain one, or the parity above proves nothing about
+    scaling.
+    """
     for family in ("llama", "llama3"):
         make(tmp_path / family, family)
     batch = pack([sample(np.random.default_rng(0), 60)])
     with torch.no_grad():
-        plain, scaled = (load_pretrained(tmp_path / f, make_mesh())(batch, logits) for f in ("llama", "llama3"))
+        plain, scaled = (
+            load_pretrained(tmp_path / f, make_mesh())(batch, logits) for f in ("llama", "llama3")
+        )
     assert relative(scaled, plain) > 1e-3
 
 
@@ -91,7 +101,9 @@ def test_stories260k_tells_its_published_story() -> None:
         for _ in range(120):
             tokens = np.array(ids, np.int32)
             ids.append(int(sharded(pack([Sample(tokens, tokens >= 0)]), logits)[-1].argmax()))
-        expected = reference.generate(torch.tensor([prompt]), max_new_tokens=120, do_sample=False)[0].tolist()
+        expected = reference.generate(torch.tensor([prompt]), max_new_tokens=120, do_sample=False)[
+            0
+        ].tolist()
     assert ids == expected
     assert tokenizer.decode(ids, skip_special_tokens=True).startswith(
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
@@ -101,10 +113,24 @@ def test_stories260k_tells_its_published_story() -> None:
 def test_both_rope_spellings_are_read(tmp_path: Path) -> None:
     make(tmp_path, "qwen2", rope_parameters={"rope_type": "default", "rope_theta": 123456.0})
     assert read_model_config(tmp_path).rope_theta == 123456.0
-    old = {"model_type": "llama", **SHAPE, "rope_theta": 5e5, "rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 1,
-           "high_freq_factor": 4, "original_max_position_embeddings": 8192}}  # fmt: skip
+    old = {
+        "model_type": "llama",
+        **SHAPE,
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "type": "llama3",
+            "factor": 8,
+            "low_freq_factor": 1,
+            "high_freq_factor": 4,
+            "original_max_position_embeddings": 8192,
+        },
+    }
     parsed = parse_model_config(old)
-    assert parsed.rope_theta == 5e5 and parsed.rope_scaling is not None and parsed.rope_scaling.factor == 8
+    assert (
+        parsed.rope_theta == 5e5
+        and parsed.rope_scaling is not None
+        and parsed.rope_scaling.factor == 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,13 +138,18 @@ def test_both_rope_spellings_are_read(tmp_path: Path) -> None:
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not implemented"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope type 'yarn'"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window=True"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
+            "use_sliding_window=True",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"num_key_value_heads": 4}, "num_attention_heads=6 is not a multiple"),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(change: dict[str, object], message: str) -> None:
+def test_what_is_not_implemented_is_refused_by_name(
+    change: dict[str, object], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         parse_model_config({"model_type": "llama", **SHAPE, **change})
 
@@ -128,7 +159,10 @@ def test_compiled_pieces_equal_eager_ones(tmp_path: Path) -> None:
     """One graph for every layer and length, on every Python that we support."""
     make(tmp_path, "qwen2")
     rng = np.random.default_rng(3)
-    eager, compiled = (load_pretrained(tmp_path, make_mesh(), ModelOptions(use_compile=flag)) for flag in (False, True))
+    eager, compiled = (
+        load_pretrained(tmp_path, make_mesh(), ModelOptions(use_compile=flag))
+        for flag in (False, True)
+    )
     torch._dynamo.utils.counters.clear()
     for lengths in ((9, 30), (5, 17, 3), (64,)):
         batch = pack([sample(rng, n) for n in lengths])
@@ -136,4 +170,6 @@ def test_compiled_pieces_equal_eager_ones(tmp_path: Path) -> None:
             model.zero_grad()
             model(batch, logits).square().sum().backward()
         assert relative(compiled.grad, eager.grad) < 1e-5
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "before and after, each for one and for any length"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, (
+        "before and after, each for one and for any length"
+    )

@@ -13,11 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from retool.model import logits as chunk
 from retool.model.logprobs import chunk_shape, logprobs, weighted_logprob_sum
 
-T, D, V = 37, 24, 331
+T = 37
+D = 24
+V = 331
 BUDGETS = [8 * 500, 8 * 7 * 131, None]  # bytes: chunks that don't divide, and everything at once
 
 
-def inputs(dtype: torch.dtype = torch.float64, device: str = "cpu", tokens: int = T, dim: int = D, vocab: int = V, seed: int = 0):
+def inputs(
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    tokens: int = T,
+    dim: int = D,
+    vocab: int = V,
+    seed: int = 0,
+):
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, dim, generator=g, dtype=torch.float64)
     weight = torch.randn(vocab, dim, generator=g, dtype=torch.float64) * (3 / dim**0.5)
@@ -31,7 +40,9 @@ def inputs(dtype: torch.dtype = torch.float64, device: str = "cpu", tokens: int 
     )
 
 
-def dense(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def dense(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     log_p = torch.log_softmax(hidden @ weight.T / temperature, -1)
     return log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
@@ -40,10 +51,19 @@ def rel(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def check(dtype: torch.dtype, device: str, temperature: float, budget: int | None, bounds: tuple[float, float], **sizes: int) -> None:
+def check(
+    dtype: torch.dtype,
+    device: str,
+    temperature: float,
+    budget: int | None,
+    bounds: tuple[float, float],
+    **sizes: int,
+) -> None:
     """Values and gradients of a random mix of log-probability and entropy."""
     hidden, weight, labels, _ = inputs(dtype, device, **sizes)
-    mix = torch.randn(2, len(hidden), generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
+    mix = torch.randn(
+        2, len(hidden), generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(device)
     logp, entropy = logprobs(hidden, weight, labels, temperature, entropy=True, logit_bytes=budget)
     assert entropy is not None and logp.dtype == entropy.dtype == chunk.accumulation_dtype(hidden)
     grads = torch.autograd.grad((mix[0] * logp + mix[1] * entropy).sum(), (hidden, weight))
@@ -55,7 +75,9 @@ def check(dtype: torch.dtype, device: str, temperature: float, budget: int | Non
         assert got.dtype == like.dtype and rel(got, want) < bounds[1]
 
 
-def check_sum(dtype: torch.dtype, device: str, budget: int | None, bounds: tuple[float, float], **sizes: int) -> None:
+def check_sum(
+    dtype: torch.dtype, device: str, budget: int | None, bounds: tuple[float, float], **sizes: int
+) -> None:
     hidden, weight, labels, weights = inputs(dtype, device, **sizes)
     total = weighted_logprob_sum(hidden, weight, labels, weights, logit_bytes=budget)
     assert total.shape == () and total.dtype == chunk.accumulation_dtype(hidden)
@@ -63,19 +85,30 @@ def check_sum(dtype: torch.dtype, device: str, budget: int | None, bounds: tuple
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     want = (dense(*wide, labels, 1.0)[0] * weights).sum()
     assert rel(total, want) < bounds[0]
-    for got, want_grad, like in zip(grads, torch.autograd.grad(want * -0.37, wide), (hidden, weight), strict=True):
+    for got, want_grad, like in zip(
+        grads, torch.autograd.grad(want * -0.37, wide), (hidden, weight), strict=True
+    ):
         assert got.dtype == like.dtype and rel(got, want_grad) < bounds[1]
     with torch.no_grad():
-        assert rel(weighted_logprob_sum(hidden, weight, labels, weights, logit_bytes=budget), want) < bounds[0]
+        assert (
+            rel(weighted_logprob_sum(hidden, weight, labels, weights, logit_bytes=budget), want)
+            < bounds[0]
+        )
 
 
-DTYPES = [(torch.float64, (1e-13, 1e-13)), (torch.float32, (1e-6, 2e-6)), (torch.bfloat16, (1e-6, 4e-3))]
+DTYPES = [
+    (torch.float64, (1e-13, 1e-13)),
+    (torch.float32, (1e-6, 2e-6)),
+    (torch.bfloat16, (1e-6, 4e-3)),
+]
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 @pytest.mark.parametrize(("dtype", "bounds"), DTYPES)
-def test_values_and_gradients(dtype: torch.dtype, bounds: tuple[float, float], temperature: float, budget: int | None) -> None:
+def test_values_and_gradients(
+    dtype: torch.dtype, bounds: tuple[float, float], temperature: float, budget: int | None
+) -> None:
     check(dtype, "cpu", temperature, budget, bounds)
 
 
@@ -93,12 +126,23 @@ def test_one_logit_at_a_time() -> None:
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
 def test_only_the_gradients_asked_for(wanted: tuple[bool, bool]) -> None:
     hidden, weight, labels, weights = inputs()
-    want = torch.autograd.grad((dense(hidden, weight, labels, 1.0)[0] * weights).sum(), (hidden, weight))
-    for ask in (lambda h, w: (logprobs(h, w, labels)[0] * weights).sum(), lambda h, w: weighted_logprob_sum(h, w, labels, weights)):
-        leaves = [x.detach().requires_grad_(on) for x, on in zip((hidden, weight), wanted, strict=True)]
+    want = torch.autograd.grad(
+        (dense(hidden, weight, labels, 1.0)[0] * weights).sum(), (hidden, weight)
+    )
+    for ask in (
+        lambda h, w: (logprobs(h, w, labels)[0] * weights).sum(),
+        lambda h, w: weighted_logprob_sum(h, w, labels, weights),
+    ):
+        leaves = [
+            x.detach().requires_grad_(on) for x, on in zip((hidden, weight), wanted, strict=True)
+        ]
         ask(*leaves).backward()
         for leaf, on, g in zip(leaves, wanted, want, strict=True):
-            assert (rel(leaf.grad, g) < 1e-13) if on and leaf.grad is not None else leaf.grad is None and not on
+            assert (
+                (rel(leaf.grad, g) < 1e-13)
+                if on and leaf.grad is not None
+                else leaf.grad is None and not on
+            )
 
 
 def test_entropy_alone_is_differentiable() -> None:
@@ -106,7 +150,11 @@ def test_entropy_alone_is_differentiable() -> None:
     _, entropy = logprobs(hidden, weight, labels, entropy=True, logit_bytes=8 * 500)
     assert entropy is not None
     got = torch.autograd.grad(entropy.sum(), (hidden, weight))
-    for a, b in zip(got, torch.autograd.grad(dense(hidden, weight, labels, 1.0)[1].sum(), (hidden, weight)), strict=True):
+    for a, b in zip(
+        got,
+        torch.autograd.grad(dense(hidden, weight, labels, 1.0)[1].sum(), (hidden, weight)),
+        strict=True,
+    ):
         assert rel(a, b) < 1e-13
 
 
@@ -127,7 +175,9 @@ def test_large_logits_stay_finite() -> None:
 
 
 def test_weight_gradient_accumulates_in_float32() -> None:
-    """4,096 equal contributions of 1/4096 make 1 in float32; added up in bfloat16 they stall at a small part of it."""
+    """4,096 equal contributions of 1/4096 make 1 in float32; added up in bfloat16 they stall at a
+    small part of it.
+    """
     tokens = 4096
     hidden = torch.full((tokens, 8), 2.0**-12, dtype=torch.bfloat16)
     weight = torch.zeros(2, 8, dtype=torch.bfloat16, requires_grad=True)
@@ -138,7 +188,9 @@ def test_weight_gradient_accumulates_in_float32() -> None:
         logprobs(hidden, weight, labels, logit_bytes=budget)[0].sum(),
     ):
         (grad,) = torch.autograd.grad(total, weight)
-        torch.testing.assert_close(grad, torch.tensor([[0.5], [-0.5]], dtype=torch.bfloat16).expand(2, 8), rtol=0, atol=0)
+        torch.testing.assert_close(
+            grad, torch.tensor([[0.5], [-0.5]], dtype=torch.bfloat16).expand(2, 8), rtol=0, atol=0
+        )
 
 
 def test_untrained_tokens_have_no_influence() -> None:
@@ -163,7 +215,10 @@ def test_bad_temperature() -> None:
         logprobs(hidden, weight, labels, temperature=0)
 
 
-@pytest.mark.parametrize(("tokens", "vocab", "budget"), [(16384, 151936, 2**29), (3, 151936, 2**29), (100_000, 500, 2**24), (50, 1000, 7)])
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "budget"),
+    [(16384, 151936, 2**29), (3, 151936, 2**29), (100_000, 500, 2**24), (50, 1000, 7)],
+)
 def test_chunks_fit_the_budget(tokens: int, vocab: int, budget: int) -> None:
     rows, entries = chunk_shape(tokens, vocab, budget)
     assert 1 <= rows <= tokens and 1 <= entries <= vocab
@@ -171,7 +226,8 @@ def test_chunks_fit_the_budget(tokens: int, vocab: int, budget: int) -> None:
     assert rows == tokens or entries == vocab or rows * entries > budget // 4  # and use it
 
 
-# ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── memory
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class LargestTensor(TorchDispatchMode):
@@ -189,15 +245,25 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_intermediate_exceeds_the_budget(dtype: torch.dtype) -> None:
-    tokens, dim, vocab = 700, 16, 4000
+    tokens = 700
+    dim = 16
+    vocab = 4000
     budget = 256 * 1024
     whole = tokens * vocab * dtype.itemsize
     results = vocab * dim * dtype.itemsize, tokens * dim * dtype.itemsize
     hidden, weight, labels, weights = inputs(dtype, tokens=tokens, dim=dim, vocab=vocab)
     for run in (
-        lambda: sum(x.sum() for x in logprobs(hidden, weight, labels, 0.9, True, logit_bytes=budget) if x is not None).backward(),
-        lambda: weighted_logprob_sum(hidden, weight, labels, weights, logit_bytes=budget).backward(),
-        lambda: logprobs(hidden.detach(), weight.detach(), labels, entropy=True, logit_bytes=budget),
+        lambda: sum(
+            x.sum()
+            for x in logprobs(hidden, weight, labels, 0.9, True, logit_bytes=budget)
+            if x is not None
+        ).backward(),
+        lambda: weighted_logprob_sum(
+            hidden, weight, labels, weights, logit_bytes=budget
+        ).backward(),
+        lambda: logprobs(
+            hidden.detach(), weight.detach(), labels, entropy=True, logit_bytes=budget
+        ),
     ):
         hidden.grad = weight.grad = None
         with LargestTensor() as seen:
@@ -213,66 +279,104 @@ def test_the_dense_computation_would_exceed_it() -> None:
     assert seen.largest == T * V * 8
 
 
-# ── Triton kernels: compiled on a GPU, interpreted (TRITON_INTERPRET=1) without ──────────────────────────────────
+# ── Triton kernels: compiled on a GPU, interpreted (TRITON_INTERPRET=1) without
+# ──────────────────────────────────
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KERNEL_CASES = [(dtype, columns) for dtype in (torch.float32, torch.bfloat16) for columns in (1, 100, 128, 1000, 1024)]
+KERNEL_CASES = [
+    (dtype, columns)
+    for dtype in (torch.float32, torch.bfloat16)
+    for columns in (1, 100, 128, 1000, 1024)
+]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None or not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1 (Triton 3.6: with numpy < 2.3)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not INTERPRETED,
+    reason="needs Triton and TRITON_INTERPRET=1 (Triton 3.6: with numpy < 2.3)",
+)
 @pytest.mark.parametrize(("dtype", "columns"), KERNEL_CASES)
-def test_kernels_interpreted(dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_interpreted(
+    dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_kernels("cpu", dtype, columns, monkeypatch)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "columns"), KERNEL_CASES)
-def test_kernels_on_the_gpu(gpu: str, dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_on_the_gpu(
+    gpu: str, dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_kernels(gpu, dtype, columns, monkeypatch)
 
 
-def check_kernels(device: str, dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kernel against the plain operations in float64, over blocks that do and don't divide the row."""
+def check_kernels(
+    device: str, dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kernel against the plain operations in float64, over blocks that do and don't divide the
+    row.
+    """
     from retool.model import logits_triton as kernels
 
-    bound = 1e-6 if dtype == torch.float32 else 8e-3 if device == "cpu" else 4e-3  # the interpreter rounds to bfloat16 by cutting off
+    # The interpreter rounds to bfloat16 by cutting off
+    bound = 1e-6 if dtype == torch.float32 else 8e-3 if device == "cpu" else 4e-3
     monkeypatch.setattr(kernels, "BLOCK", 128)
     g = torch.Generator().manual_seed(columns)
-    rows, stride = 5, -(-columns // 64) * 64
+    rows = 5
+    stride = -(-columns // 64) * 64
     data = 5 * torch.randn(rows, columns, generator=g)
-    labels = torch.tensor([0, columns - 1, columns // 2, -3, columns + 2])  # the last two lie in other chunks
+    # The last two lie in other chunks
+    labels = torch.tensor([0, columns - 1, columns // 2, -3, columns + 2])
     stats = torch.stack(
-        [torch.tensor([-1.7e38, 1, 2, 30, -1.7e38]), torch.tensor([0.0, 1.5, 1, 2, 0]), torch.tensor([0, -0.5, 0, -2, 0]), torch.randn(5)]
+        [
+            torch.tensor([-1.7e38, 1, 2, 30, -1.7e38]),
+            torch.tensor([0.0, 1.5, 1, 2, 0]),
+            torch.tensor([0, -0.5, 0, -2, 0]),
+            torch.randn(5),
+        ]
     )
-    lse, entropy, g_logp, g_entropy = torch.randn(4, rows, generator=g).add_(torch.tensor([9.0, 5, 0, 0])[:, None])
+    lse, entropy, g_logp, g_entropy = torch.randn(4, rows, generator=g).add_(
+        torch.tensor([9.0, 5, 0, 0])[:, None]
+    )
     weights = torch.tensor([0.5, 0.0, 2.0, 1.0, 0.0])
 
     def buffer(kind: torch.dtype) -> Tensor:
-        out = torch.full((rows, stride), 1e30, dtype=kind, device=device)[:, :columns]  # what lies beyond the row must not be read
+        # What lies beyond the row must not be read
+        out = torch.full((rows, stride), 1e30, dtype=kind, device=device)[:, :columns]
         return out.copy_(data)
 
     moved = [x.to(device) for x in (labels, lse, entropy, g_logp, g_entropy, weights)]
     for with_entropy in (False, True):
-        got, want = stats.clone().to(device), stats.double()
+        got = stats.clone().to(device)
+        want = stats.double()
         kernels.update_rows(got, buffer(torch.float32), moved[0], 0.7, with_entropy)
         chunk.update(want, data.double(), labels, 0.7, with_entropy)
         torch.testing.assert_close(got.cpu(), want.float(), rtol=2e-6, atol=1e-6)
         e, g_e = (moved[2], moved[4]) if with_entropy else (None, None)
-        out = kernels.gradient_rows(buffer(torch.float32), moved[0], 0.7, moved[1], e, moved[3], g_e, dtype)
+        out = kernels.gradient_rows(
+            buffer(torch.float32), moved[0], 0.7, moved[1], e, moved[3], g_e, dtype
+        )
         wide = [entropy.double(), g_entropy.double()] if with_entropy else [None, None]
-        want = chunk.gradient(data.double(), labels, 0.7, lse.double(), wide[0], g_logp.double(), wide[1], dtype)
+        want = chunk.gradient(
+            data.double(), labels, 0.7, lse.double(), wide[0], g_logp.double(), wide[1], dtype
+        )
         assert out.dtype == dtype and rel(out.cpu(), want) < bound
 
     inside = labels.clamp(0, columns - 1)
-    logp, want_logp = torch.full((rows,), 7.0, device=device), torch.zeros(rows, dtype=torch.float64)
-    out = kernels.softmax_gradient_rows(buffer(torch.float32), inside.to(device), moved[5], logp, dtype)
+    logp = torch.full((rows,), 7.0, device=device)
+    want_logp = torch.zeros(rows, dtype=torch.float64)
+    out = kernels.softmax_gradient_rows(
+        buffer(torch.float32), inside.to(device), moved[5], logp, dtype
+    )
     want = chunk.softmax_gradient(data.double(), inside, weights.double(), want_logp, dtype)
     assert rel(out.cpu(), want) < bound or columns == 1
     assert (out.cpu()[weights == 0] == 0).all()
-    torch.testing.assert_close(logp.cpu(), torch.where(weights == 0, 7.0, want_logp.float()), rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(
+        logp.cpu(), torch.where(weights == 0, 7.0, want_logp.float()), rtol=1e-6, atol=2e-6
+    )
 
 
-# ── GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── GPU
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -283,13 +387,19 @@ def gpu() -> str:
 
 
 GPU_SIZES = {"tokens": 1000, "dim": 256, "vocab": 10_007}
-GPU_DTYPES = [(torch.float64, (1e-12, 1e-12)), (torch.float32, (2e-6, 2e-6)), (torch.bfloat16, (2e-6, 4e-3))]
+GPU_DTYPES = [
+    (torch.float64, (1e-12, 1e-12)),
+    (torch.float32, (2e-6, 2e-6)),
+    (torch.bfloat16, (2e-6, 4e-3)),
+]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("budget", [4 * 300 * 1000, 4 * 129 * 10_007, None])
 @pytest.mark.parametrize(("dtype", "bounds"), GPU_DTYPES)
-def test_values_and_gradients_on_the_gpu(gpu: str, dtype: torch.dtype, bounds: tuple[float, float], budget: int | None) -> None:
+def test_values_and_gradients_on_the_gpu(
+    gpu: str, dtype: torch.dtype, bounds: tuple[float, float], budget: int | None
+) -> None:
     check(dtype, gpu, 0.8, budget, bounds, **GPU_SIZES)
     check_sum(dtype, gpu, budget, bounds, **GPU_SIZES)
 
@@ -297,10 +407,19 @@ def test_values_and_gradients_on_the_gpu(gpu: str, dtype: torch.dtype, bounds: t
 @pytest.mark.gpu
 def test_offsets_beyond_32_bits(gpu: str) -> None:
     """A chunk of 2.4e9 logits: more than a 32-bit offset reaches."""
-    tokens, dim, vocab = 16_000, 64, 150_000
+    tokens = 16_000
+    dim = 64
+    vocab = 150_000
     hidden, weight, labels, weights = inputs(torch.bfloat16, gpu, tokens, dim, vocab)
-    large, small = (weighted_logprob_sum(hidden, weight, labels, weights, logit_bytes=n) for n in (12 << 30, 1 << 30))
-    for a, b in zip(torch.autograd.grad(large, (hidden, weight)), torch.autograd.grad(small, (hidden, weight)), strict=True):
+    large, small = (
+        weighted_logprob_sum(hidden, weight, labels, weights, logit_bytes=n)
+        for n in (12 << 30, 1 << 30)
+    )
+    for a, b in zip(
+        torch.autograd.grad(large, (hidden, weight)),
+        torch.autograd.grad(small, (hidden, weight)),
+        strict=True,
+    ):
         assert rel(a, b) < 4e-3
     assert rel(large, small) < 1e-5
     last = dense(hidden[-8:].detach().double(), weight.detach().double(), labels[-8:], 1.0)[0]
@@ -309,7 +428,10 @@ def test_offsets_beyond_32_bits(gpu: str) -> None:
 
 @pytest.mark.gpu
 def test_peak_memory_is_the_formula(gpu: str) -> None:
-    tokens, dim, vocab, budget = 8192, 512, 60_000, 256 << 20
+    tokens = 8192
+    dim = 512
+    vocab = 60_000
+    budget = 256 << 20
     hidden, weight, labels, weights = inputs(torch.bfloat16, gpu, tokens, dim, vocab)
     slack = 24 << 20  # labels and statistics, allocator rounding
 

@@ -1,4 +1,6 @@
-"""Blocks that run again in the backward: in host memory or not, by chunk or at once, the gradients are the same."""
+"""Blocks that run again in the backward: in host memory or not, by chunk or at once, the gradients
+are the same.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,40 @@ from retool.model.offload import Offload
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import make_mesh
 
-CONFIG = ModelConfig("qwen3", vocab=61, hidden=24, ffn=40, layers=4, heads=6, kv_heads=2, head_dim=8, norm_eps=1e-6, rope_theta=1e4,
-                     rope_scaling=None, tied=False, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, max_position=0)  # fmt: skip
-DTYPES = {"fp64": (torch.float64,) * 3, "fp32": (torch.float32,) * 3, "bf16": (torch.bfloat16, torch.float32, torch.float32)}
+CONFIG = ModelConfig(
+    "qwen3",
+    vocab=61,
+    hidden=24,
+    ffn=40,
+    layers=4,
+    heads=6,
+    kv_heads=2,
+    head_dim=8,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    tied=False,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+    qk_norm=True,
+    max_position=0,
+)
+DTYPES = {
+    "fp64": (torch.float64,) * 3,
+    "fp32": (torch.float32,) * 3,
+    "bf16": (torch.bfloat16, torch.float32, torch.float32),
+}
 
 
-def decoder(how: Recompute, dtype: str = "fp32", compiled: bool = False, parked: int | None = None) -> Sharded:
+def decoder(
+    how: Recompute, dtype: str = "fp32", compiled: bool = False, parked: int | None = None
+) -> Sharded:
     options = ModelOptions(*DTYPES[dtype], recompute=how, use_compile=compiled, parked=parked)
     model = build_decoder(CONFIG, make_mesh(), options)
-    model.master.copy_(torch.randn(model.master.shape, generator=torch.Generator().manual_seed(0)) * 0.2)
+    model.master.copy_(
+        torch.randn(model.master.shape, generator=torch.Generator().manual_seed(0)) * 0.2
+    )
     model.refresh()
     return model
 
@@ -42,7 +69,9 @@ def loss(model: Sharded, documents: PackedBatch) -> torch.Tensor:
     return model(documents, lambda hidden, weight: (hidden @ weight.t()).double().tanh().sum())
 
 
-def gradients(how: Recompute, dtype: str = "fp32", tokens: int = 60, chunk: int = 0, compiled: bool = False) -> np.ndarray:
+def gradients(
+    how: Recompute, dtype: str = "fp32", tokens: int = 60, chunk: int = 0, compiled: bool = False
+) -> np.ndarray:
     if chunk:
         recompute.CHUNKED_FROM = recompute.CHUNK = recompute.ROUND = chunk
     model = decoder(how, dtype, compiled)
@@ -70,29 +99,37 @@ def store(model: Sharded) -> Offload:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_offload_changes_no_bit(dtype: str) -> None:
     np.testing.assert_array_equal(gradients("offload", dtype), gradients("full", dtype))
-    assert error(gradients("full", dtype), gradients("none", dtype)) < {"fp64": 1e-14, "fp32": 1e-6, "bf16": 1e-2}[dtype]
+    assert (
+        error(gradients("full", dtype), gradients("none", dtype))
+        < {"fp64": 1e-14, "fp32": 1e-6, "bf16": 1e-2}[dtype]
+    )
 
 
 @pytest.mark.parametrize("layers", [1, 2, None])
 def test_forwards_may_wait_for_their_backwards(layers: int | None) -> None:
     """Two graphs at once don't share host pages; longer and shorter packs later reuse them."""
-    parked, kept = decoder("offload", parked=layers), decoder("full")
+    parked = decoder("offload", parked=layers)
+    kept = decoder("full")
     for sizes in ((60, 33), (80, 7)):
         for model in (parked, kept):
             model.zero_grad()
             for value in [loss(model, batch(n, seed=n)) for n in sizes]:
                 value.backward()
         torch.testing.assert_close(parked.grad, kept.grad, rtol=0, atol=0)
-    each = [sum(-(-n * size // 1000) for size in (24 * 4, 48 * 4, 6 * 4)) for n in (60, 33, 80, 7)]  # x, attention's result, log-sum-exp
+    # x, attention's result, log-sum-exp
+    each = [sum(-(-n * size // 1000) for size in (24 * 4, 48 * 4, 6 * 4)) for n in (60, 33, 80, 7)]
     pages = (layers or 3) * max(each[0] + each[1], each[2] + each[3])
     assert len(store(parked).free) == pages
     loss(parked, batch(80)).backward()
     assert len(store(parked).free) == pages, "one forward needs no more pages than two did"
-    assert not store(parked).held and store(parked).newest is None, "nothing is held after a backward"
+    assert not store(parked).held and store(parked).newest is None, (
+        "nothing is held after a backward"
+    )
 
 
 def test_a_forward_that_failed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, kept = decoder("offload"), decoder("full")
+    model = decoder("offload")
+    kept = decoder("full")
     with monkeypatch.context() as patch:
         patch.setattr(model.module.get_submodule("blocks.2"), "before_piece", None)
         with pytest.raises(TypeError):
@@ -105,7 +142,8 @@ def test_a_forward_that_failed_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("how", ["none", "selective", "full", "offload"])
 def test_attention_is_computed_once(monkeypatch: pytest.MonkeyPatch, how: Recompute) -> None:
-    runs, forward = [0], attention.FORWARD["reference"]
+    runs = [0]
+    forward = attention.FORWARD["reference"]
 
     def counted(*args: Any) -> Any:
         runs[0] += 1
@@ -126,7 +164,10 @@ def test_a_second_backward_is_refused_where_the_first_took_the_activations() -> 
             value.backward()
             torch.testing.assert_close(model.grad, 2 * once)
         else:
-            with pytest.raises(RuntimeError, match="there for one backward: with retain_graph=True use recompute='full'"):
+            with pytest.raises(
+                RuntimeError,
+                match="there for one backward: with retain_graph=True use recompute='full'",
+            ):
                 value.backward()
 
 
@@ -144,12 +185,19 @@ class MLPRows(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor) and tensor.ndim == 2 and tensor.shape[1] == CONFIG.ffn:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.ndim == 2
+                and tensor.shape[1] == CONFIG.ffn
+            ):
                 self.most = max(self.most, len(tensor))
         return out
 
 
-@pytest.mark.parametrize(("how", "chunk", "rows"), [("none", 6, 60), ("full", 0, 60), ("full", 6, 24), ("offload", 30, 30)])
+@pytest.mark.parametrize(
+    ("how", "chunk", "rows"),
+    [("none", 6, 60), ("full", 0, 60), ("full", 6, 24), ("offload", 30, 30)],
+)
 def test_the_mlp_exists_for_one_chunk_at_a_time(how: Recompute, chunk: int, rows: int) -> None:
     """24 rows: those of the `down` matrix, the least that this model can have."""
     with MLPRows() as seen:
@@ -165,7 +213,9 @@ def test_many_chunks_lose_no_precision_in_bf16() -> None:
 
 
 def test_frozen_weights_are_left_out() -> None:
-    """A frozen embedding gives the first block an input without a gradient; a frozen matrix gets none."""
+    """A frozen embedding gives the first block an input without a gradient; a frozen matrix gets
+    none.
+    """
     found = {}
     for how in ("none", "offload"):
         model = decoder(how)
@@ -181,17 +231,33 @@ def test_frozen_weights_are_left_out() -> None:
 @pytest.mark.parametrize("tokens", [1, 32_768, 32_769, 40_000, 262_144, 1_000_003])
 def test_chunks_cover_every_token_once(tokens: int) -> None:
     chunks = recompute.token_chunks(tokens)
-    assert [c.start for c in chunks] == [0, *(c.stop for c in chunks[:-1])] and chunks[-1].stop == tokens
+    assert [c.start for c in chunks] == [0, *(c.stop for c in chunks[:-1])] and chunks[
+        -1
+    ].stop == tokens
     sizes = [c.stop - c.start for c in chunks]
-    assert sizes == [tokens] if tokens <= 32_768 else (max(sizes) <= 16_384 and not any(n % 128 for n in sizes[:-1]))
+    assert (
+        sizes == [tokens]
+        if tokens <= 32_768
+        else (max(sizes) <= 16_384 and not any(n % 128 for n in sizes[:-1]))
+    )
     assert max(sizes) - min(sizes) <= 128 * len(sizes), "of about one size"
 
 
 @pytest.mark.slow
 def test_compiled_blocks_need_few_graphs() -> None:
-    """Whole and chunked, with and without gradients: lengths and places of chunks make no graph of their own."""
+    """Whole and chunked, with and without gradients: lengths and places of chunks make no graph of
+    their own.
+    """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for tokens, chunk in ((60, 60), (75, 20), (131, 30)):
-        assert error(gradients("offload", "fp32", tokens, chunk, compiled=True), gradients("none", "fp32", tokens)) < 1e-5
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "before and after, each with gradients and without"
+        assert (
+            error(
+                gradients("offload", "fp32", tokens, chunk, compiled=True),
+                gradients("none", "fp32", tokens),
+            )
+            < 1e-5
+        )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, (
+        "before and after, each with gradients and without"
+    )

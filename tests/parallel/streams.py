@@ -1,8 +1,10 @@
-"""CUDA's streams without a GPU: the code that orders them runs on CPU tensors, and every access that nothing orders is an error.
+"""CUDA's streams without a GPU: the code that orders them runs on CPU tensors, and every access
+that nothing orders is an error.
 
-Each stream has a vector clock (Lamport 1978; Fidge, Mattern 1988): what it has done, and what it knows the others to have done, from the
-events it waited for. An operation on some bytes must know of the last writes to them, a write of the last reads too, and the stream
-that memory was made by must know of everything done with it before it may be used for something else.
+Each stream has a vector clock (Lamport 1978; Fidge, Mattern 1988): what it has done, and what it
+knows the others to have done, from the events it waited for. An operation on some bytes must know
+of the last writes to them, a write of the last reads too, and the stream that memory was made by
+must know of everything done with it before it may be used for something else.
 """
 
 from __future__ import annotations
@@ -81,35 +83,63 @@ class Streams(TorchDispatchMode):
         inputs = list(self._inputs(func, args, kwargs))
         known = {t.untyped_storage()._cdata for t, _ in inputs}
         out = func(*args, **kwargs)
-        made = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
+        made = [
+            t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)
+        ]
         new = [t for t in made if t.untyped_storage()._cdata not in known]
         if new or any(writes for _, writes in inputs) or not made:  # else a view
-            self.access([*inputs, *((t, True) for t in new)], str(func), {t.untyped_storage()._cdata for t in new})
+            self.access(
+                [*inputs, *((t, True) for t in new)],
+                str(func),
+                {t.untyped_storage()._cdata for t in new},
+            )
         return out
 
     def _inputs(self, func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, bool]]:
         for i, argument in enumerate(func._schema.arguments):
             value = kwargs.get(argument.name) if argument.kwarg_only or i >= len(args) else args[i]
             writes = argument.alias_info is not None and argument.alias_info.is_write
-            yield from ((t, writes) for t in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(t, Tensor))
+            yield from (
+                (t, writes)
+                for t in (value if isinstance(value, (tuple, list)) else [value])
+                if isinstance(t, Tensor)
+            )
 
-    def access(self, tensors: list[tuple[Tensor, bool]], what: str, new: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+    def access(
+        self, tensors: list[tuple[Tensor, bool]], what: str, new: set[int] = frozenset()
+    ) -> None:  # type: ignore[assignment]
         """One operation on the present stream that reads or writes these tensors."""
         self._reuse_freed()
-        stream, self.operations = Streams.now, self.operations + 1
+        stream = Streams.now
+        self.operations = self.operations + 1
         stream.clock[stream.number] += 1
         for tensor, writes in tensors:
             storage = tensor.untyped_storage()
             memory = self.memory.get(storage._cdata)
             if memory is None:
-                memory = self.memory[storage._cdata] = Memory(StorageWeakRef(storage), stream if storage._cdata in new else None)
+                memory = self.memory[storage._cdata] = Memory(
+                    StorageWeakRef(storage), stream if storage._cdata in new else None
+                )
             low = tensor.storage_offset() * tensor.element_size()
-            high = low + (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * tensor.element_size()
+            high = (
+                low
+                + (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1)
+                * tensor.element_size()
+            )
             mine = Access(low, high, stream.number, stream.clock[stream.number], writes, what)
             for other in memory.accesses:
-                if other.low < high and low < other.high and (writes or other.writes) and not _knows(stream.clock, other):
-                    raise Unordered(f"{what} on stream {stream.number} is in no order with {other.what} on stream {other.stream}")
-            memory.accesses = [a for a in memory.accesses if not (writes and low <= a.low and a.high <= high)]
+                if (
+                    other.low < high
+                    and low < other.high
+                    and (writes or other.writes)
+                    and not _knows(stream.clock, other)
+                ):
+                    raise Unordered(
+                        f"{what} on stream {stream.number} is in no order with {other.what} on stream {other.stream}"
+                    )
+            memory.accesses = [
+                a for a in memory.accesses if not (writes and low <= a.low and a.high <= high)
+            ]
             memory.accesses.append(mine)
 
     def _reuse_freed(self) -> None:
@@ -118,7 +148,9 @@ class Streams(TorchDispatchMode):
             if memory.alive.expired():
                 for access in memory.accesses:
                     if memory.maker is not None and not _knows(memory.maker.clock, access):
-                        raise Unordered(f"memory used by {access.what} on stream {access.stream} is free for stream {memory.maker.number}")
+                        raise Unordered(
+                            f"memory used by {access.what} on stream {access.stream} is free for stream {memory.maker.number}"
+                        )
                 del self.memory[key]
 
 
@@ -138,7 +170,9 @@ def _on(stream: Stream | None) -> Iterator[None]:
 
 @contextmanager
 def watched() -> Iterator[Streams]:
-    """Streams instead of CUDA's for `retool.parallel.fsdp.overlap` and what stands on it; collectives are done at once."""
+    """Streams instead of CUDA's for `retool.parallel.fsdp.overlap` and what stands on it;
+    collectives are done at once.
+    """
     from retool.parallel.fsdp import overlap
 
     streams = Streams()

@@ -24,7 +24,9 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(7, 13)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(13, 13), nn.Tanh(), nn.LayerNorm(13)) for _ in range(5))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(13, 13), nn.Tanh(), nn.LayerNorm(13)) for _ in range(5)
+        )
         self.last = nn.Linear(13, 13, bias=False)
         self.last.weight = self.blocks[0][0].weight  # shared between two units
         self.unused = nn.Parameter(torch.ones(3))
@@ -42,7 +44,9 @@ class Root(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(7, 13)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(13, 13), nn.Tanh(), nn.LayerNorm(13)) for _ in range(5))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(13, 13), nn.Tanh(), nn.LayerNorm(13)) for _ in range(5)
+        )
         self.last = nn.Linear(13, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,8 +61,12 @@ def units_of(net: Root) -> list[tuple[str, list[nn.Module]]]:
     return [("first", [net.first]), *blocks, ("last", [net.last])]
 
 
-def train(fsdp_size: int, reshard: bool, prefetch: bool, steps: int = 6, freeze: bool = False) -> tuple[list[float], list[float], np.ndarray]:
-    """Losses, gradient norms and the final master weights (gathered) of a float64 run with two micro-batches a rank."""
+def train(
+    fsdp_size: int, reshard: bool, prefetch: bool, steps: int = 6, freeze: bool = False
+) -> tuple[list[float], list[float], np.ndarray]:
+    """Losses, gradient norms and the final master weights (gathered) of a float64 run with two
+    micro-batches a rank.
+    """
     mesh = make_mesh(fsdp_size=fsdp_size)
     torch.manual_seed(0)
     net = Root().double()
@@ -66,12 +74,21 @@ def train(fsdp_size: int, reshard: bool, prefetch: bool, steps: int = 6, freeze:
         net.blocks[1].requires_grad_(False)
         net.first.bias.requires_grad_(False)
     f64 = torch.float64
-    sharded = shard(net, units_of(net), mesh, param_dtype=f64, master_dtype=f64, reduce_dtype=f64,
-                    reshard_after_forward=reshard, forward_prefetch=prefetch,
-                    backward_overlap=prefetch)  # fmt: skip
+    sharded = shard(
+        net,
+        units_of(net),
+        mesh,
+        param_dtype=f64,
+        master_dtype=f64,
+        reduce_dtype=f64,
+        reshard_after_forward=reshard,
+        forward_prefetch=prefetch,
+        backward_overlap=prefetch,
+    )
     optimizer = AdamW(sharded, AdamWOptions(clip_grad=0.5))
     data = torch.randn(steps, 12, 7, dtype=f64, generator=torch.Generator().manual_seed(1))
-    losses, norms = [], []
+    losses = []
+    norms = []
     for x in data:
         sharded.zero_grad()
         mine = x[mesh.rank :: mesh.world].chunk(2)
@@ -101,15 +118,26 @@ def single() -> tuple[list[float], list[float], np.ndarray]:
     return train(-1, True, True)
 
 
-@pytest.mark.parametrize(("world", "fsdp_size", "reshard", "prefetch"), [(2, -1, True, True), (3, -1, False, True), (4, 2, True, False), (4, -1, True, True)])
-def test_n_processes_equal_one(single: tuple[list[float], list[float], np.ndarray], world: int, fsdp_size: int, reshard: bool, prefetch: bool) -> None:
+@pytest.mark.parametrize(
+    ("world", "fsdp_size", "reshard", "prefetch"),
+    [(2, -1, True, True), (3, -1, False, True), (4, 2, True, False), (4, -1, True, True)],
+)
+def test_n_processes_equal_one(
+    single: tuple[list[float], list[float], np.ndarray],
+    world: int,
+    fsdp_size: int,
+    reshard: bool,
+    prefetch: bool,
+) -> None:
     for losses, norms, weights in run_ranks(train, world, fsdp_size, reshard, prefetch):
         np.testing.assert_allclose(losses, single[0], rtol=1e-12)
         np.testing.assert_allclose(norms, single[1], rtol=1e-12)
         np.testing.assert_allclose(weights, single[2], rtol=1e-11, atol=1e-13)
 
 
-def test_one_process_equals_plain_torch(single: tuple[list[float], list[float], np.ndarray]) -> None:
+def test_one_process_equals_plain_torch(
+    single: tuple[list[float], list[float], np.ndarray],
+) -> None:
     torch.manual_seed(0)
     net = Root().double()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
@@ -122,13 +150,18 @@ def test_one_process_equals_plain_torch(single: tuple[list[float], list[float], 
         optimizer.step()
         assert float(loss.detach()) == pytest.approx(expected_loss, rel=1e-12)
         assert float(norm) == pytest.approx(expected_norm, rel=1e-12)
-    np.testing.assert_allclose(torch.cat([p.detach().flatten() for p in net.parameters()]).numpy(), single[2], rtol=1e-6)
+    np.testing.assert_allclose(
+        torch.cat([p.detach().flatten() for p in net.parameters()]).numpy(), single[2], rtol=1e-6
+    )
 
 
 def test_frozen_parameters_stay_as_they_are() -> None:
     torch.manual_seed(0)
-    before = torch.cat([p.detach().flatten() for p in Root().double().blocks[1].parameters()]).numpy()
-    ones, twos = train(-1, True, True, freeze=True), run_ranks(train, 2, -1, True, True, 6, True)
+    before = torch.cat(
+        [p.detach().flatten() for p in Root().double().blocks[1].parameters()]
+    ).numpy()
+    ones = train(-1, True, True, freeze=True)
+    twos = run_ranks(train, 2, -1, True, True, 6, True)
     np.testing.assert_allclose(twos[0][2], ones[2], rtol=1e-11, atol=1e-13)
     start = 7 * 13 + 13 + len(before)
     np.testing.assert_array_equal(ones[2][start : start + len(before)], before)
@@ -149,8 +182,12 @@ def test_non_finite_gradient_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("master", "moments"), [(True, True), (True, False), (False, True)])
-def test_an_offloaded_update_by_chunk_is_the_same(monkeypatch: pytest.MonkeyPatch, master: bool, moments: bool) -> None:
-    """On the CPU the visitors are copies in the same memory: what is left to test is which elements visit, and that they return."""
+def test_an_offloaded_update_by_chunk_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, master: bool, moments: bool
+) -> None:
+    """On the CPU the visitors are copies in the same memory: what is left to test is which elements
+    visit, and that they return.
+    """
     monkeypatch.setattr("retool.optim.VISITING", 256)
 
     def trained(offload: bool) -> list[torch.Tensor]:
@@ -159,7 +196,8 @@ def test_an_offloaded_update_by_chunk_is_the_same(monkeypatch: pytest.MonkeyPatc
         net.blocks[1].requires_grad_(False)
         sharded = shard(net, units_of(net), make_mesh())
         optimizer = AdamW(sharded, AdamWOptions())
-        optimizer.offload_master, optimizer.offload_moments = offload and master, offload and moments
+        optimizer.offload_master = offload and master
+        optimizer.offload_moments = offload and moments
         for x in torch.randn(3, 6, 7, generator=torch.Generator().manual_seed(1)).bfloat16():
             sharded.zero_grad()
             sharded(x).backward()
@@ -174,7 +212,9 @@ def held_in_bf16(backwards: int) -> list[float]:
     """Gradients of 1, each from a micro-batch, reduced once in bf16."""
     mesh = make_mesh()
     net = nn.Linear(3, 1, bias=False)
-    sharded = shard(net, [("all", [net])], mesh, param_dtype=torch.float32, reduce_dtype=torch.bfloat16)
+    sharded = shard(
+        net, [("all", [net])], mesh, param_dtype=torch.float32, reduce_dtype=torch.bfloat16
+    )
     for number in range(1, backwards + 1):
         with sharded.no_sync() if number < backwards else nullcontext():
             sharded(torch.ones(1, 3)).sum().backward()
@@ -193,7 +233,8 @@ def trained_in_bf16(keep_copy: bool, reshard: bool) -> tuple[int, list[float], l
     torch.manual_seed(0)
     net = Root()
     sharded = shard(net, units_of(net), mesh, keep_copy=keep_copy, reshard_after_forward=reshard)
-    optimizer, losses = AdamW(sharded, AdamWOptions()), []
+    optimizer = AdamW(sharded, AdamWOptions())
+    losses = []
     for x in torch.randn(4, 6, 7, generator=torch.Generator().manual_seed(1)).bfloat16():
         sharded.zero_grad()
         loss = sharded(x[mesh.rank :: mesh.world])
@@ -206,14 +247,19 @@ def trained_in_bf16(keep_copy: bool, reshard: bool) -> tuple[int, list[float], l
 
 @pytest.mark.parametrize("reshard", [True, False])
 def test_weights_cast_at_every_gather_train_bit_for_bit_alike(reshard: bool) -> None:
-    for kept, cast in zip(run_ranks(trained_in_bf16, 2, True, reshard), run_ranks(trained_in_bf16, 2, False, reshard), strict=True):
+    for kept, cast in zip(
+        run_ranks(trained_in_bf16, 2, True, reshard),
+        run_ranks(trained_in_bf16, 2, False, reshard),
+        strict=True,
+    ):
         assert cast[1:] == kept[1:]
         assert kept[0] - cast[0] == 2 * len(kept[2]), "no copy of the shard"
 
 
 def untrained() -> int:
     """Bytes of a module without gradients; its results are those of the module with them."""
-    mesh, x = make_mesh(), torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    mesh = make_mesh()
+    x = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
     sharded = []
     for trained in (True, False):
         torch.manual_seed(0)
@@ -222,14 +268,18 @@ def untrained() -> int:
     with torch.no_grad():
         assert torch.equal(sharded[0](x), sharded[1](x))
     sharded[0](x).backward()
-    with pytest.raises(RuntimeError, match="without room for gradients: shard it with trained=True"):
+    with pytest.raises(
+        RuntimeError, match="without room for gradients: shard it with trained=True"
+    ):
         sharded[1](x).backward()
     return sharded[1].planned_bytes()
 
 
 def test_a_module_that_is_not_trained_has_no_room_for_gradients() -> None:
     numel = sum(p.numel() for p in Root().parameters())
-    assert 4 * numel <= untrained() < 4 * numel + 4 * 128 * 22, "its parameters, each up to a boundary"
+    assert 4 * numel <= untrained() < 4 * numel + 4 * 128 * 22, (
+        "its parameters, each up to a boundary"
+    )
     assert all(4 * numel < taken < 8 * numel + 8 * 128 * 22 for taken in run_ranks(untrained, 2))
 
 
@@ -252,11 +302,21 @@ def gathered_units() -> list[int]:
     """Which units are gathered, in order, for a forward and a backward."""
     net = Tied()
     blocks: list[tuple[str, list[nn.Module]]] = [(f"b{i}", [b]) for i, b in enumerate(net.blocks)]
-    sharded = shard(net, [("ends", [net.first, net.last]), *blocks], make_mesh(), param_dtype=torch.float32)
-    order, gather = [], sharded.overlap.gather
+    sharded = shard(
+        net, [("ends", [net.first, net.last]), *blocks], make_mesh(), param_dtype=torch.float32
+    )
+    order = []
+    gather = sharded.overlap.gather
 
-    def noted(out: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup, free: torch.cuda.Event | None) -> Pending:
-        order.extend(unit.index for unit in sharded.units if unit.shard.data_ptr() == shard.data_ptr())
+    def noted(
+        out: torch.Tensor,
+        shard: torch.Tensor,
+        group: dist.ProcessGroup,
+        free: torch.cuda.Event | None,
+    ) -> Pending:
+        order.extend(
+            unit.index for unit in sharded.units if unit.shard.data_ptr() == shard.data_ptr()
+        )
         return gather(out, shard, group, free)
 
     sharded.overlap.gather = noted
@@ -266,12 +326,15 @@ def gathered_units() -> list[int]:
 
 def test_nothing_is_gathered_in_vain() -> None:
     for order in run_ranks(gathered_units, 2):
-        assert order == [0, 1, 2, 3, 4, 2, 1], "each once in the forward; in the backward what its buffer no longer holds"
+        assert order == [0, 1, 2, 3, 4, 2, 1], (
+            "each once in the forward; in the backward what its buffer no longer holds"
+        )
 
 
 def test_shared_matrix_and_unreached_parameter() -> None:
     torch.manual_seed(0)
-    net, reference = Net(), Net()
+    net = Net()
+    reference = Net()
     reference.load_state_dict(net.state_dict())
     x = torch.randn(4, 7)
     reference(x).backward()
@@ -296,7 +359,9 @@ def test_parameters_start_where_the_compiler_needs_no_copy() -> None:
     sharded = shard(net, units_of(net), make_mesh())
     assert all(p.storage_offset() * p.element_size() % 256 == 0 for p in net.parameters())
     for unit in sharded.layout.reshard(3).units:
-        assert unit.start % 128 == unit.shard_numel % 128 == 0 and unit.numel == 3 * unit.shard_numel
+        assert (
+            unit.start % 128 == unit.shard_numel % 128 == 0 and unit.numel == 3 * unit.shard_numel
+        )
 
 
 def test_buffers_alternate_and_neighbours_never_share() -> None:

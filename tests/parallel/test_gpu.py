@@ -1,4 +1,6 @@
-"""Sharding and sequence parallelism on CUDA: streams, shared buffers, compiled blocks and recomputation give the CPU's numbers."""
+"""Sharding and sequence parallelism on CUDA: streams, shared buffers, compiled blocks and
+recomputation give the CPU's numbers.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,35 @@ STEPS = 4
 
 
 def config(tied: bool) -> ModelConfig:
-    return ModelConfig("qwen2", vocab=1009, hidden=256, ffn=512, layers=6, heads=14, kv_heads=2, head_dim=64, norm_eps=1e-6, rope_theta=1e4,
-                       rope_scaling=None, tied=tied, qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, max_position=0)  # fmt: skip
+    return ModelConfig(
+        "qwen2",
+        vocab=1009,
+        hidden=256,
+        ffn=512,
+        layers=6,
+        heads=14,
+        kv_heads=2,
+        head_dim=64,
+        norm_eps=1e-6,
+        rope_theta=1e4,
+        rope_scaling=None,
+        tied=tied,
+        qkv_bias=True,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        max_position=0,
+    )
 
 
-def train(device: str, sp: int, tied: bool, dtype: torch.dtype, more: dict[str, Any], check_sync: bool = False) -> dict[str, Any]:
+def train(
+    device: str,
+    sp: int,
+    tied: bool,
+    dtype: torch.dtype,
+    more: dict[str, Any],
+    check_sync: bool = False,
+) -> dict[str, Any]:
     """Losses, norms and this rank's weights after a few steps of two micro-batches."""
     mesh = make_mesh(sp=sp, device=device)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -41,23 +67,44 @@ def train(device: str, sp: int, tied: bool, dtype: torch.dtype, more: dict[str, 
     options = ModelOptions(param_dtype=dtype, use_compile=more.pop("use_compile", "auto"), **more)
     model = build_decoder(config(tied), mesh, options)
     generator = torch.Generator().manual_seed(0)
-    weights = {m.name: torch.randn(m.shape, generator=generator) * 0.05 for _, m in model.layout.members}
+    weights = {
+        m.name: torch.randn(m.shape, generator=generator) * 0.05 for _, m in model.layout.members
+    }
     for p in local_pieces(model.layout, mesh.shard_rank):
-        model.master[p.local : p.local + p.stop - p.start] = weights[p.member.name].flatten()[p.start : p.stop].to(mesh.device)
+        model.master[p.local : p.local + p.stop - p.start] = (
+            weights[p.member.name].flatten()[p.start : p.stop].to(mesh.device)
+        )
     model.refresh()
     optimizer = AdamW(model, AdamWOptions(), offload, offload)
-    rng, losses, norms = np.random.default_rng(0), [], []
+    rng = np.random.default_rng(0)
+    losses = []
+    norms = []
     for step in range(STEPS):
         packs = []
         for _ in range(4):
             lengths = rng.integers(1, 200, 6)
-            packs.append(pack([Sample(rng.integers(0, 1009, n).astype(np.int32), rng.random(n) < 0.6) for n in lengths], multiple=12))
+            packs.append(
+                pack(
+                    [
+                        Sample(rng.integers(0, 1009, n).astype(np.int32), rng.random(n) < 0.6)
+                        for n in lengths
+                    ],
+                    multiple=12,
+                )
+            )
         mine = packs[mesh.dp_rank :: mesh.dp]
         strict = check_sync and step == STEPS - 1
         if strict:
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
-        measured = train_step(model, optimizer, mine, sum(p.trained_tokens for p in packs), 1e-3, StepTimer(mesh.device))
+        measured = train_step(
+            model,
+            optimizer,
+            mine,
+            sum(p.trained_tokens for p in packs),
+            1e-3,
+            StepTimer(mesh.device),
+        )
         if strict:
             torch.cuda.set_sync_debug_mode("default")
         loss, norm, skipped = measured.read()
@@ -76,7 +123,9 @@ def joined(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     for result in results:
         for (name, start), values in result["weights"].items():
             pieces.setdefault(name, {})[start] = values
-    return {name: np.concatenate([parts[k] for k in sorted(parts)]) for name, parts in pieces.items()}
+    return {
+        name: np.concatenate([parts[k] for k in sorted(parts)]) for name, parts in pieces.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +133,8 @@ def expected() -> dict[bool, dict[str, Any]]:
     return {tied: train("cpu", 1, tied, torch.float32, {}) for tied in (True, False)}
 
 
-CASES = [  # GPUs, sp, tied, options: every way in which a gathered buffer is refilled under autograd
+# GPUs, sp, tied, options: every way in which a gathered buffer is refilled under autograd
+CASES = [
     (1, 1, True, {}),
     (1, 1, False, {"recompute": "full"}),
     (2, 1, True, {"recompute": "none"}),
@@ -100,30 +150,43 @@ CASES = [  # GPUs, sp, tied, options: every way in which a gathered buffer is re
 
 
 @pytest.mark.parametrize(("gpus", "sp", "tied", "more"), CASES)
-def test_fp32_on_gpus_trains_as_the_cpu(expected: dict[bool, dict[str, Any]], gpus: int, sp: int, tied: bool, more: dict[str, Any]) -> None:
+def test_fp32_on_gpus_trains_as_the_cpu(
+    expected: dict[bool, dict[str, Any]], gpus: int, sp: int, tied: bool, more: dict[str, Any]
+) -> None:
     need_gpus(gpus)
     results = run_ranks(train, gpus, "cuda", sp, tied, torch.float32, dict(more))
     want = expected[tied]
     for result in results:
         np.testing.assert_allclose(result["losses"], want["losses"], rtol=2e-5)
         np.testing.assert_allclose(result["norms"], want["norms"], rtol=2e-4)
-    found, wanted = joined(results), joined([want])
+    found = joined(results)
+    wanted = joined([want])
     for name, value in wanted.items():
         assert np.linalg.norm(found[name] - value) <= 2e-3 * np.linalg.norm(value), name
 
 
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16 = torch.bfloat16
+FP16 = torch.float16
 
 
 @pytest.mark.parametrize(
     ("gpus", "sp", "dtype", "more"),
     [
-        (1, 1, BF16, {}), (2, 2, BF16, {"recompute": "full"}), (1, 1, BF16, {"recompute": "offload", "chunk": 128}), (2, 1, BF16, {}),
-        (2, 1, BF16, {"keep_copy": False}), (1, 1, FP16, {}), (2, 2, FP16, {"recompute": "full"}),
+        (1, 1, BF16, {}),
+        (2, 2, BF16, {"recompute": "full"}),
+        (1, 1, BF16, {"recompute": "offload", "chunk": 128}),
+        (2, 1, BF16, {}),
+        (2, 1, BF16, {"keep_copy": False}),
+        (1, 1, FP16, {}),
+        (2, 2, FP16, {"recompute": "full"}),
     ],
-)  # fmt: skip
+)
 def test_narrow_dtypes_on_gpus_train_like_fp32_and_never_wait(
-    expected: dict[bool, dict[str, Any]], gpus: int, sp: int, dtype: torch.dtype, more: dict[str, Any]
+    expected: dict[bool, dict[str, Any]],
+    gpus: int,
+    sp: int,
+    dtype: torch.dtype,
+    more: dict[str, Any],
 ) -> None:
     """The last step runs with every host synchronisation an error."""
     need_gpus(gpus)
@@ -133,9 +196,13 @@ def test_narrow_dtypes_on_gpus_train_like_fp32_and_never_wait(
 
 
 def measured(layers: int, width: int, rows: int) -> tuple[int, int, int]:
-    """Bytes that the allocator says: of sharding, and of a backward beside what was there; and what is planned."""
+    """Bytes that the allocator says: of sharding, and of a backward beside what was there; and what
+    is planned.
+    """
     mesh = make_mesh(device="cuda")
-    net = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False, device="meta") for _ in range(layers)))
+    net = torch.nn.Sequential(
+        *(torch.nn.Linear(width, width, bias=False, device="meta") for _ in range(layers))
+    )
     start = torch.cuda.memory_allocated()
     model = shard(net, [(f"{i}", [unit]) for i, unit in enumerate(net)], mesh)
     sharded = torch.cuda.memory_allocated() - start
@@ -150,7 +217,9 @@ def measured(layers: int, width: int, rows: int) -> tuple[int, int, int]:
 def test_peak_is_the_formula() -> None:
     """That of tests/parallel/test_sharded_memory.py, by CUDA's allocator."""
     need_gpus(2)
-    layers, width, rows = 8, 2048, 1024
+    layers = 8
+    width = 2048
+    rows = 1024
     for sharded, backward, planned in run_ranks(measured, 2, layers, width, rows):
         assert sharded == pytest.approx(planned, rel=1e-3)
         unit = width * width

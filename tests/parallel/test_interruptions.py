@@ -1,4 +1,6 @@
-"""What may come between two steps leaves the second as it would have been; what can't be sharded is refused with the way out."""
+"""What may come between two steps leaves the second as it would have been; what can't be sharded is
+refused with the way out.
+"""
 
 from __future__ import annotations
 
@@ -81,27 +83,34 @@ def step(model: Sharded, x: Tensor) -> None:
 
 
 def input_gradient(model: Sharded, x: Tensor) -> None:
-    before, x = model.grad.clone(), x.clone().requires_grad_()
+    before = model.grad.clone()
+    x = x.clone().requires_grad_()
     (grad,) = torch.autograd.grad(model(x), x)
     assert float(grad.norm()) > 0 and torch.equal(model.grad, before)
 
 
 EVENTS: dict[str, Callable[[Sharded, Tensor], None]] = {
-    f.__name__: f for f in (failing_forward, failing_backward, evaluation, held, step, input_gradient)
+    f.__name__: f
+    for f in (failing_forward, failing_backward, evaluation, held, step, input_gradient)
 }
 
 
 def weights_after(event: str) -> list[np.ndarray]:
-    """This rank's weights after two steps of two micro-batches: as they are, and with the event before zero_grad, and before each
-    micro-batch where it leaves no gradients."""
-    mesh, f64 = make_mesh(), torch.float64
+    """This rank's weights after two steps of two micro-batches: as they are, and with the event
+    before zero_grad, and before each micro-batch where it leaves no gradients.
+    """
+    mesh = make_mesh()
+    f64 = torch.float64
     out = []
     for disturbed in (False, True):
         torch.manual_seed(0)
         net = Net().double()
         model = shard(net, units_of(net), mesh, param_dtype=f64, master_dtype=f64, reduce_dtype=f64)
-        optimizer, clean = AdamW(model, AdamWOptions()), event in ("failing_forward", "evaluation", "input_gradient")
-        for pair in torch.randn(2, 2, 3, D, dtype=f64, generator=torch.Generator().manual_seed(mesh.rank)):
+        optimizer = AdamW(model, AdamWOptions())
+        clean = event in ("failing_forward", "evaluation", "input_gradient")
+        for pair in torch.randn(
+            2, 2, 3, D, dtype=f64, generator=torch.Generator().manual_seed(mesh.rank)
+        ):
             if disturbed:
                 EVENTS[event](model, pair[0])
             model.zero_grad()
@@ -122,7 +131,8 @@ def test_a_step_is_the_same_after(event: str) -> None:
 
 def three_replicas() -> list[np.ndarray]:
     """Gradients of a step on replicas: finished twice, by the optimizer alone, and held throughout."""
-    mesh, out = make_mesh(fsdp_size=1), []
+    mesh = make_mesh(fsdp_size=1)
+    out = []
     for how in ("finished twice", "by the optimizer", "held"):
         torch.manual_seed(0)
         net = Net()
@@ -170,11 +180,13 @@ def test_what_is_held_at_the_end_of_a_step_is_reduced() -> None:
     net(torch.ones(3, D)).backward()
     gradient = net.blocks[4].linear.bias.grad
     assert gradient is not None
-    found = np.concatenate([rank.reshape(5, -1)[4] for rank in run_ranks(all_held, 2)])  # a unit: 256 weights, 128 for 16 biases
+    # A unit: 256 weights, 128 for 16 biases
+    found = np.concatenate([rank.reshape(5, -1)[4] for rank in run_ranks(all_held, 2)])
     np.testing.assert_allclose(found[D * D : D * D + D], 4 * gradient.numpy(), rtol=1e-5)
 
 
-# ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is refused
+# ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def shared() -> Sharded:
@@ -270,11 +282,18 @@ class _OddBlock(nn.Module):
 
 def odd(how: str) -> str:
     net = Odd(how)
-    model = shard(net, [(f"blocks.{i}", [b]) for i, b in enumerate(net.blocks)], make_mesh(), param_dtype=torch.float32)
+    model = shard(
+        net,
+        [(f"blocks.{i}", [b]) for i, b in enumerate(net.blocks)],
+        make_mesh(),
+        param_dtype=torch.float32,
+    )
     loss = model(torch.ones(2, D))
     if how == "stale":
         model.refresh()
-    torch.autograd.grad(loss, net.blocks[0].linear.weight, create_graph=True) if how == "twice" else loss.backward()
+    torch.autograd.grad(
+        loss, net.blocks[0].linear.weight, create_graph=True
+    ) if how == "twice" else loss.backward()
     model.finish_gradients()
     return how
 
@@ -310,7 +329,10 @@ def seeded(how: str) -> str:
 def unlike() -> str:
     torch.manual_seed(make_mesh().rank)
     net = Net()
-    with pytest.raises(ValueError, match=r"blocks\.0\.linear\.weight has other values on another rank: seed all ranks alike"):
+    with pytest.raises(
+        ValueError,
+        match=r"blocks\.0\.linear\.weight has other values on another rank: seed all ranks alike",
+    ):
         shard(net, units_of(net), make_mesh())
     return "refused"
 
@@ -324,5 +346,8 @@ def test_freezing_after_sharding_is_refused() -> None:
     model = shard(net, units_of(net), make_mesh())
     optimizer = AdamW(model, AdamWOptions())
     net.blocks[2].requires_grad_(False)
-    with pytest.raises(ValueError, match=r"blocks\.2\.linear\.weight was frozen after sharding.*do it before `shard`"):
+    with pytest.raises(
+        ValueError,
+        match=r"blocks\.2\.linear\.weight was frozen after sharding.*do it before `shard`",
+    ):
         optimizer.step(1e-3)

@@ -1,4 +1,6 @@
-"""Sharding modules that aren't ours: two ranks find the gradients of plain torch in one process, or refuse."""
+"""Sharding modules that aren't ours: two ranks find the gradients of plain torch in one process, or
+refuse.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from retool.parallel.mesh import make_mesh
 from tests.ranks import run_ranks
 
 D = 16
-Case = tuple[nn.Module, Units, Callable[[nn.Module | Sharded, Tensor], Tensor]]  # module, units, (model, [B, 6, D]) → loss
+# module, units, (model, [B, 6, D]) → loss
+Case = tuple[nn.Module, Units, Callable[[nn.Module | Sharded, Tensor], Tensor]]
 
 
 def each(name: str, modules: nn.ModuleList) -> Units:
@@ -30,18 +33,36 @@ def encoder() -> Case:
     net = nn.TransformerEncoder(layer, 3, nn.LayerNorm(D), enable_nested_tensor=False)
     assert net.norm is not None
     padded = torch.arange(6) > 3
-    return net, [*each("layers", net.layers), ("norm", [net.norm])], lambda m, x: m(x, src_key_padding_mask=padded.expand(len(x), 6)).square().sum()
+    return (
+        net,
+        [*each("layers", net.layers), ("norm", [net.norm])],
+        lambda m, x: m(x, src_key_padding_mask=padded.expand(len(x), 6)).square().sum(),
+    )
 
 
 def gpt2(reentrant: bool | None = None) -> Case:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=31, n_positions=8, n_embd=D, n_layer=3, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = GPT2Config(
+        vocab_size=31,
+        n_positions=8,
+        n_embd=D,
+        n_layer=3,
+        n_head=2,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+    )
     net = GPT2LMHeadModel(config).train()
     if reentrant is not None:
         net.gradient_checkpointing_enable({"use_reentrant": reentrant})
     body = net.transformer
-    units = [("ends", [body.wte, net.lm_head]), ("wpe", [body.wpe]), *each("h", body.h), ("ln_f", [body.ln_f])]
+    units = [
+        ("ends", [body.wte, net.lm_head]),
+        ("wpe", [body.wpe]),
+        *each("h", body.h),
+        ("ln_f", [body.ln_f]),
+    ]
 
     def loss(m: nn.Module | Sharded, x: Tensor) -> Tensor:
         tokens = (x[:, :, 0] * 100).long() % 31
@@ -51,12 +72,16 @@ def gpt2(reentrant: bool | None = None) -> Case:
 
 
 class Images(nn.Module):
-    """Convolutions, one used twice, a frozen one, in-place activations, and a parameter that only some inputs reach."""
+    """Convolutions, one used twice, a frozen one, in-place activations, and a parameter that only
+    some inputs reach.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Conv1d(6, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1)
-        self.frozen = nn.Sequential(nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8)).eval().requires_grad_(False)
+        self.frozen = (
+            nn.Sequential(nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8)).eval().requires_grad_(False)
+        )
         self.relu, self.last, self.rare = nn.ReLU(inplace=True), nn.Linear(D, D), nn.Linear(D, D)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,11 +94,17 @@ class Images(nn.Module):
 
 def images() -> Case:
     net = Images()
-    return net, [(n, [net.get_submodule(n)]) for n in ("first", "second", "frozen", "rare", "last")], lambda m, x: m(torch.cat([x[:, :, :1].abs(), x[:, :, 1:]], 2))
+    return (
+        net,
+        [(n, [net.get_submodule(n)]) for n in ("first", "second", "frozen", "rare", "last")],
+        lambda m, x: m(torch.cat([x[:, :, :1].abs(), x[:, :, 1:]], 2)),
+    )
 
 
 class Twice(nn.Module):
-    """Units called twice, not in their order, with others between that use the same buffers, and with hooks of their own."""
+    """Units called twice, not in their order, with others between that use the same buffers, and
+    with hooks of their own.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,8 +140,10 @@ class Out:
 
 
 class Named(nn.Module):
-    """Keyword arguments in, a dataclass out. One result only goes into the next block, which doesn't use it (its derivative is infinite);
-    another is a list of what all blocks before have made."""
+    """Keyword arguments in, a dataclass out. One result only goes into the next block, which
+    doesn't use it (its derivative is infinite); another is a list of what all blocks before have
+    made.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +160,8 @@ class Dataclasses(nn.Module):
         self.blocks = nn.ModuleList(Named() for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        seen, spare = list[Tensor](), None
+        seen = list[Tensor]()
+        spare = None
         for block in self.blocks:
             out = block(x=x, seen=seen, spare=spare)
             x, (spare, _) = out.x, out.more["more"]
@@ -155,7 +189,8 @@ class Outer(nn.Module):
 
 def nested(last: bool = False) -> Case:
     net = Outer()
-    outer, inner = [("outer", [net])], each("inner", net.inner)
+    outer = [("outer", [net])]
+    inner = each("inner", net.inner)
     return net, [*inner, *outer] if last else [*outer, *inner], lambda m, x: m(x)
 
 
@@ -177,11 +212,16 @@ class Keeper(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Modules that keep their parameters in lists of their own, as torch's recurrent ones do; checkpoints around units."""
+    """Modules that keep their parameters in lists of their own, as torch's recurrent ones do;
+    checkpoints around units.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.rnn, self.blocks = nn.GRU(D, D, batch_first=True), nn.ModuleList([*(nn.Linear(D, D) for _ in range(3)), Keeper()])
+        self.rnn, self.blocks = (
+            nn.GRU(D, D, batch_first=True),
+            nn.ModuleList([*(nn.Linear(D, D) for _ in range(3)), Keeper()]),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x, _ = self.rnn(x)
@@ -196,15 +236,22 @@ def recurrent() -> Case:
 
 
 class Towers(nn.Module):
-    """Units whose inputs need no gradient, in the middle: no end of their backward is seen. `again`: the backward runs them again."""
+    """Units whose inputs need no gradient, in the middle: no end of their backward is seen.
+
+    `again`: the backward runs them again.
+    """
 
     def __init__(self, again: bool) -> None:
         super().__init__()
         self.again = again
-        self.ends = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)) for _ in range(4))
+        self.ends = nn.ModuleList(
+            nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)) for _ in range(4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        outs = [checkpoint(end, x, use_reentrant=False) if self.again else end(x) for end in self.ends]
+        outs = [
+            checkpoint(end, x, use_reentrant=False) if self.again else end(x) for end in self.ends
+        ]
         return torch.stack(outs).prod(0).sum()
 
 
@@ -214,14 +261,27 @@ def towers(again: bool = False) -> Case:
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    "encoder": encoder, "gpt2": gpt2, "gpt2 checkpointed": lambda: gpt2(False), "gpt2 reentrant": lambda: gpt2(True), "images": images,
-    "twice": twice, "sometimes": sometimes, "dataclasses": dataclasses, "nested": nested, "nested, the outer last": lambda: nested(True),
-    "recurrent": recurrent, "towers": towers, "towers checkpointed": lambda: towers(True),
-}  # fmt: skip
+    "encoder": encoder,
+    "gpt2": gpt2,
+    "gpt2 checkpointed": lambda: gpt2(False),
+    "gpt2 reentrant": lambda: gpt2(True),
+    "images": images,
+    "twice": twice,
+    "sometimes": sometimes,
+    "dataclasses": dataclasses,
+    "nested": nested,
+    "nested, the outer last": lambda: nested(True),
+    "recurrent": recurrent,
+    "towers": towers,
+    "towers checkpointed": lambda: towers(True),
+}
 
 
 def data() -> Tensor:
-    return torch.randn(2, 2, 3, 6, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))  # micro-batch, rank, B, tokens, D
+    # micro-batch, rank, B, tokens, D
+    return torch.randn(
+        2, 2, 3, 6, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def made(case: str) -> Case:
@@ -233,12 +293,16 @@ def made(case: str) -> Case:
 def sharded_gradients(case: str) -> list[tuple[str, int, np.ndarray]]:
     """Two micro-batches on this rank: (name, first element, values) of what it owns."""
     module, units, loss = made(case)
-    mesh, f64 = make_mesh(), torch.float64
+    mesh = make_mesh()
+    f64 = torch.float64
     model = shard(module, units, mesh, param_dtype=f64, master_dtype=f64, reduce_dtype=f64)
     for micro_batch in data():
         loss(model, micro_batch[mesh.rank]).backward()
     pieces = local_pieces(model.layout, mesh.shard_rank)
-    return [(p.member.name, p.start, model.grad[p.local : p.local + p.stop - p.start].numpy()) for p in pieces]
+    return [
+        (p.member.name, p.start, model.grad[p.local : p.local + p.stop - p.start].numpy())
+        for p in pieces
+    ]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -247,29 +311,44 @@ def test_two_ranks_find_plain_torchs_gradients(case: str) -> None:
     for part in data().flatten(0, 1):
         loss(module, part).backward()
     found: dict[str, list[tuple[int, np.ndarray]]] = {}
-    for name, start, values in (piece for rank in run_ranks(sharded_gradients, 2, case) for piece in rank):
+    for name, start, values in (
+        piece for rank in run_ranks(sharded_gradients, 2, case) for piece in rank
+    ):
         found.setdefault(name, []).append((start, values))
     assert found.keys() == dict(module.named_parameters()).keys()
     for name, parameter in module.named_parameters():
-        grads = np.concatenate([values for _, values in sorted(found[name], key=lambda piece: piece[0])])
+        grads = np.concatenate(
+            [values for _, values in sorted(found[name], key=lambda piece: piece[0])]
+        )
         wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        np.testing.assert_allclose(grads, wanted.flatten().numpy(), rtol=1e-12, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(
+            grads, wanted.flatten().numpy(), rtol=1e-12, atol=1e-12, err_msg=name
+        )
 
 
 def mixed_gradients(reduce_dtype: torch.dtype) -> list[tuple[str, int, np.ndarray]]:
     module, units, loss = made("encoder")
     mesh = make_mesh()
     model = shard(module.float(), units, mesh, reduce_dtype=reduce_dtype)
-    assert (model.master.dtype, model.grad.dtype, next(module.parameters()).dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    assert (model.master.dtype, model.grad.dtype, next(module.parameters()).dtype) == (
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+    )
     for micro_batch in data():
         loss(model, micro_batch[mesh.rank].bfloat16()).backward()
     pieces = local_pieces(model.layout, mesh.shard_rank)
-    return [(p.member.name, p.start, model.grad[p.local : p.local + p.stop - p.start].numpy()) for p in pieces]
+    return [
+        (p.member.name, p.start, model.grad[p.local : p.local + p.stop - p.start].numpy())
+        for p in pieces
+    ]
 
 
 @pytest.mark.parametrize("reduce_dtype", [torch.float32, torch.bfloat16])
 def test_mixed_precision(reduce_dtype: torch.dtype) -> None:
-    """Each rank's bf16 gradients, those of two ranks added in the reduction's dtype, those of micro-batches in fp32: to the bit."""
+    """Each rank's bf16 gradients, those of two ranks added in the reduction's dtype, those of
+    micro-batches in fp32: to the bit.
+    """
     module, _, loss = made("encoder")
     module.float().bfloat16()
     wanted = {name: torch.zeros(p.shape) for name, p in module.named_parameters()}
@@ -278,8 +357,18 @@ def test_mixed_precision(reduce_dtype: torch.dtype) -> None:
         for part in ranks:
             module.zero_grad()
             loss(module, part.bfloat16()).backward()
-            found.append({n: p.grad.to(reduce_dtype) for n, p in module.named_parameters() if p.grad is not None})
+            found.append(
+                {
+                    n: p.grad.to(reduce_dtype)
+                    for n, p in module.named_parameters()
+                    if p.grad is not None
+                }
+            )
         for name in wanted:
             wanted[name] += found[0][name] + found[1][name]
-    for name, start, values in (piece for rank in run_ranks(mixed_gradients, 2, reduce_dtype) for piece in rank):
-        np.testing.assert_array_equal(values, wanted[name].flatten()[start : start + len(values)].numpy(), err_msg=name)
+    for name, start, values in (
+        piece for rank in run_ranks(mixed_gradients, 2, reduce_dtype) for piece in rank
+    ):
+        np.testing.assert_array_equal(
+            values, wanted[name].flatten()[start : start + len(values)].numpy(), err_msg=name
+        )

@@ -1,13 +1,16 @@
-"""What sharding takes is what is written: state and buffers to the byte, and the peak of a step to the last tensor.
+"""What sharding takes is what is written: state and buffers to the byte, and the peak of a step to
+the last tensor.
 
-P parameters over S shards in L units of U = D², B rows of D; bf16 compute, fp32 master, gradients and reduction.
+P parameters over S shards in L units of U = D², B rows of D; bf16 compute, fp32 master, gradients
+and reduction.
 
     state      P/S · (4 master + 2 what is gathered + 4 gradient + 8 moments)
     buffers    2 · U · (2 weights + 4 gradients): two units, whatever L
     activations in the last unit's backward: L - 1 inputs and the gradient of its own, L · B·D·2
     gradients  of its weights 2·U; their sum, 4·U/S, comes when its input B·D·2 has gone
 
-The collectives do nothing here, and the streams are those of tests/parallel/streams.py: CUDA's code path, without its allocator.
+The collectives do nothing here, and the streams are those of tests/parallel/streams.py: CUDA's code
+path, without its allocator.
 """
 
 from __future__ import annotations
@@ -29,12 +32,17 @@ from retool.parallel.fsdp import shard
 from retool.parallel.mesh import make_mesh
 from tests.parallel.streams import watched
 
-L, D, B = 6, 128, 64
-U, P = D * D, L * D * D
+L = 6
+D = 128
+B = 64
+U = D * D
+P = L * D * D
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all tensors that operations have made and that are there still, and the most there were."""
+    """Bytes of all tensors that operations have made and that are there still, and the most there
+    were.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +59,9 @@ class Live(TorchDispatchMode):
         return out
 
     def bytes(self) -> int:
-        self.storages = {key: (ref, size) for key, (ref, size) in self.storages.items() if not ref.expired()}
+        self.storages = {
+            key: (ref, size) for key, (ref, size) in self.storages.items() if not ref.expired()
+        }
         return sum(size for _, size in self.storages.values())
 
 
@@ -67,10 +77,18 @@ class Stack(nn.Module):
 
 
 def taken(shards: int, more: dict[str, Any], hold: bool) -> dict[str, int]:
-    """Bytes: planned, there after sharding, with the optimizer before the second step, and at the most in that step's two phases."""
-    net, x = Stack(), torch.ones(B, D, dtype=torch.bfloat16)
+    """Bytes: planned, there after sharding, with the optimizer before the second step, and at the
+    most in that step's two phases.
+    """
+    net = Stack()
+    x = torch.ones(B, D, dtype=torch.bfloat16)
     with watched(), Live() as live:
-        model = shard(net, [(f"{i}", [u]) for i, u in enumerate(net.units)], make_mesh(fsdp_size=shards), **more)
+        model = shard(
+            net,
+            [(f"{i}", [u]) for i, u in enumerate(net.units)],
+            make_mesh(fsdp_size=shards),
+            **more,
+        )
         found = {"planned": model.planned_bytes(), "sharded": live.bytes()}
         optimizer = AdamW(model, AdamWOptions())
         for _ in range(2):
@@ -96,7 +114,9 @@ def shards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     dist.destroy_process_group()
 
 
-CASES: list[tuple[dict[str, Any], bool, Callable[[int], int]]] = [  # options, whether gradients are held, what differs from the formula
+CASES: list[
+    tuple[dict[str, Any], bool, Callable[[int], int]]
+] = [  # options, whether gradients are held, what differs from the formula
     ({}, False, lambda _: 0),
     ({"reshard_after_forward": False}, False, lambda _: (L - 2) * U * 2),
     ({"keep_copy": False}, False, lambda shards: -P // shards * 2),
@@ -107,12 +127,17 @@ CASES: list[tuple[dict[str, Any], bool, Callable[[int], int]]] = [  # options, w
 
 
 @pytest.mark.parametrize(("more", "hold", "differs"), CASES)
-def test_peak_is_the_formula(shards: int, more: dict[str, Any], hold: bool, differs: Callable[[int], int]) -> None:
+def test_peak_is_the_formula(
+    shards: int, more: dict[str, Any], hold: bool, differs: Callable[[int], int]
+) -> None:
     found = taken(shards, more, hold)
     state = P // shards * (4 + 2 + 4) + 2 * U * (2 + 4) + differs(shards)
     assert found["planned"] == found["sharded"] == state - differs(shards) * hold
     before = state + P // shards * 8
     assert found["before"] - before == 12, "the optimizer counts its steps, and has a loss scale"
     summed = (2 if "reduce_dtype" in more else 4) * U // shards
-    assert found["backward"] - found["before"] == L * B * D * 2 + 2 * U + max(0, summed - B * D * 2) + 4, "4: the loss"
+    assert (
+        found["backward"] - found["before"]
+        == L * B * D * 2 + 2 * U + max(0, summed - B * D * 2) + 4
+    ), "4: the loss"
     assert found["optimizer"] - found["before"] < 100, "the update is in place"

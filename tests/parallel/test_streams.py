@@ -1,4 +1,6 @@
-"""Every order that the streams of sharding, offloading and the optimizer need is there; and without any of them it is missed."""
+"""Every order that the streams of sharding, offloading and the optimizer need is there; and without
+any of them it is missed.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,20 @@ from tests.parallel.streams import Event, Stream, Unordered, watched
 from tests.parallel.test_modules import data, made
 from tests.ranks import run_ranks
 
-# ── sharding, on two ranks ──────────────────────────────────────────────────────────────────────────────────────
+# ── sharding, on two ranks
+# ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def step(case: str, more: dict[str, Any], hold: bool) -> None:
     """Two steps of three micro-batches each, and an evaluation after each."""
     with watched():
         module, units, loss = made(case)
-        dtypes = {"param_dtype": torch.float64, "master_dtype": torch.float64, "reduce_dtype": torch.float64, **more}
+        dtypes = {
+            "param_dtype": torch.float64,
+            "master_dtype": torch.float64,
+            "reduce_dtype": torch.float64,
+            **more,
+        }
         model = shard(module.to(dtypes["param_dtype"]), units, make_mesh(), **dtypes)
         optimizer = AdamW(model, AdamWOptions())
         for _ in range(2):
@@ -47,7 +55,15 @@ def step(case: str, more: dict[str, Any], hold: bool) -> None:
 
 
 def steps(more: dict[str, Any], hold: bool) -> None:
-    for case in ("twice", "sometimes", "nested", "towers", "towers checkpointed", "images", "gpt2 checkpointed"):
+    for case in (
+        "twice",
+        "sometimes",
+        "nested",
+        "towers",
+        "towers checkpointed",
+        "images",
+        "gpt2 checkpointed",
+    ):
         step(case, more, hold)
 
 
@@ -90,7 +106,12 @@ BROKEN: dict[str, tuple[str, type, str, Callable[..., Any]]] = {  # case, what i
     "a use doesn't wait for the gather": ("twice", Pending, "wait", lambda _: None),
     "a gather doesn't wait for new weights": ("twice", Overlap, "refreshed", lambda _: None),
     "a reduction doesn't wait for the gradients": ("twice", Overlap, "reduce", at_once),
-    "the optimizer doesn't wait for the reductions": ("twice", Unit, "wait_reduced", lambda _: None),
+    "the optimizer doesn't wait for the reductions": (
+        "twice",
+        Unit,
+        "wait_reduced",
+        lambda _: None,
+    ),
 }
 
 
@@ -112,16 +133,40 @@ def test_each_order_of_sharding_is_needed() -> None:
         assert found == list(BROKEN)
 
 
-# ── activations in host memory, and offloaded optimizer state, in one process ───────────────────────────────────
+# ── activations in host memory, and offloaded optimizer state, in one process
+# ───────────────────────────────────
 
-CONFIG = ModelConfig("qwen2", vocab=31, hidden=16, ffn=24, layers=5, heads=4, kv_heads=2, head_dim=4, norm_eps=1e-6, rope_theta=1e4,
-                     rope_scaling=None, tied=True, qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, max_position=0)  # fmt: skip
+CONFIG = ModelConfig(
+    "qwen2",
+    vocab=31,
+    hidden=16,
+    ffn=24,
+    layers=5,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    tied=True,
+    qkv_bias=True,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    max_position=0,
+)
 
 
 def offloading(monkeypatch: pytest.MonkeyPatch, parked: int | None = None) -> Sharded:
-    """A decoder whose blocks' activations are copied on a stream of their own, into pages of 1,000 bytes."""
+    """A decoder whose blocks' activations are copied on a stream of their own, into pages of 1,000
+    bytes.
+    """
     monkeypatch.setattr(offload, "PAGE", 1000)
-    monkeypatch.setattr(Offload, "_page", lambda self: self.free.pop() if self.free else torch.empty(1000, dtype=torch.uint8))
+    monkeypatch.setattr(
+        Offload,
+        "_page",
+        lambda self: self.free.pop() if self.free else torch.empty(1000, dtype=torch.uint8),
+    )
     model = build_decoder(CONFIG, make_mesh(), ModelOptions(recompute="offload", parked=parked))
     model.master.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
     model.refresh()
@@ -141,7 +186,9 @@ def loss(model: Sharded, tokens: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("parked", [None, 2])
 def test_offloading_activations(monkeypatch: pytest.MonkeyPatch, parked: int | None) -> None:
-    """Packs of several lengths, two graphs at once, and a forward and a backward that are given up on."""
+    """Packs of several lengths, two graphs at once, and a forward and a backward that are given up
+    on.
+    """
     with watched() as streams:
         model = offloading(monkeypatch, parked)
         for tokens in (40, 13, 55):
@@ -158,7 +205,9 @@ def test_offloading_activations(monkeypatch: pytest.MonkeyPatch, parked: int | N
 
 def given_up(model: Sharded) -> None:
     """A backward that ends before it has used what is being fetched."""
-    attend, calls = type(model.module.blocks[2]).attend, [0]  # type: ignore[union-attr]
+    # type: ignore[union-attr]
+    attend = type(model.module.blocks[2]).attend
+    calls = [0]
 
     def fails(block: Any, *args: Any) -> torch.Tensor:
         calls[0] += 1
@@ -191,7 +240,8 @@ def test_offloading_activations_of_sharded_blocks() -> None:
 
 def forgotten(offload: Offload) -> None:
     """`settle` that lets go without waiting."""
-    offload.held, offload.done = [], None
+    offload.held = []
+    offload.done = None
 
 
 BROKEN_OFFLOAD: dict[str, tuple[type, str, Callable[..., Any]]] = {
@@ -212,14 +262,23 @@ def test_each_order_of_offloading_is_needed(monkeypatch: pytest.MonkeyPatch, nam
 
 
 def offloaded_steps(monkeypatch: pytest.MonkeyPatch, master: bool, moments: bool) -> None:
-    """Three updates in chunks of 300 elements, of which more than three fit; what is away is ordinary memory here."""
+    """Three updates in chunks of 300 elements, of which more than three fit; what is away is
+    ordinary memory here.
+    """
     monkeypatch.setattr(optim, "VISITING", 300)
     with watched():
         module, units, loss_of = made("twice")
-        model = shard(module, units, make_mesh(), param_dtype=torch.float32 if master else torch.float64, master_dtype=torch.float64,
-                      reduce_dtype=torch.float64)  # fmt: skip
+        model = shard(
+            module,
+            units,
+            make_mesh(),
+            param_dtype=torch.float32 if master else torch.float64,
+            master_dtype=torch.float64,
+            reduce_dtype=torch.float64,
+        )
         optimizer = AdamW(model, AdamWOptions())
-        optimizer.offload_master, optimizer.offload_moments = master, moments
+        optimizer.offload_master = master
+        optimizer.offload_moments = moments
         for x in data().flatten(0, 1)[:3].to(model.param_dtype):
             model.zero_grad()
             loss_of(model, x).backward()
@@ -233,9 +292,12 @@ def test_an_offloaded_update(monkeypatch: pytest.MonkeyPatch, master: bool, mome
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
-def test_each_order_of_an_offloaded_update_is_needed(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+def test_each_order_of_an_offloaded_update_is_needed(
+    monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
     """Of every three waits only one is left: for the slot, for the arrival, for the update."""
-    waits, wait = [0], Stream.wait_event
+    waits = [0]
+    wait = Stream.wait_event
 
     def some(stream: Stream, event: Event) -> None:
         waits[0] += 1

@@ -1,4 +1,6 @@
-"""What this machine must have for a run: each check against a machine that has it, and one that doesn't."""
+"""What this machine must have for a run: each check against a machine that has it, and one that
+doesn't.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,14 @@ def test_a_taken_port_is_a_fault_only_for_the_process_that_opens_it() -> None:
         port = server.getsockname()[1]
         launched = {"MASTER_PORT": str(port), "RANK": "0"}
         (fault,) = check_port(launched)
-        assert str(port) in fault.where and "taken" in fault.problem and "--master_port" in fault.remedy
-        assert not list(check_port(launched | {"RANK": "1"})) and not list(check_port(launched | {"TORCHELASTIC_USE_AGENT_STORE": "True"}))
+        assert (
+            str(port) in fault.where
+            and "taken" in fault.problem
+            and "--master_port" in fault.remedy
+        )
+        assert not list(check_port(launched | {"RANK": "1"})) and not list(
+            check_port(launched | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+        )
         assert not port_is_free(port)
     assert not list(check_port({"MASTER_PORT": str(free_port())})) and not list(check_port({}))
 
@@ -46,15 +54,20 @@ def test_compiling_needs_triton_and_a_compiler(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(machine, "find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert [fault.remedy for fault in check_compiler("auto")] == [
-        "pip install triton, or use model.use_compile=false.", "Install gcc, or use model.use_compile=false.",
-    ]  # fmt: skip
+        "pip install triton, or use model.use_compile=false.",
+        "Install gcc, or use model.use_compile=false.",
+    ]
     assert not list(check_compiler(False))
     monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
     assert not list(check_compiler("auto")) and len(list(check_compiler(True))) == 1
 
 
 def test_stores_whose_client_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not list(check_store(None, "k")) and not list(check_store("/mnt/x", "k")) and not list(check_store("file:///mnt/x", "k"))
+    assert (
+        not list(check_store(None, "k"))
+        and not list(check_store("/mnt/x", "k"))
+        and not list(check_store("file:///mnt/x", "k"))
+    )
     (fault,) = check_store("nosuch://x", "trainer.default_hdfs_dir")
     assert "nosuch://" in fault.problem
 
@@ -63,7 +76,9 @@ def test_stores_whose_client_is_missing(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(machine.fsspec, "get_filesystem_class", missing)
     (fault,) = check_store("s3://bucket/x", "trainer.default_hdfs_dir")
-    assert fault.where == "trainer.default_hdfs_dir=s3://bucket/x" and "Install s3fs" in fault.problem
+    assert (
+        fault.where == "trainer.default_hdfs_dir=s3://bucket/x" and "Install s3fs" in fault.problem
+    )
 
 
 def test_host_memory() -> None:
@@ -86,8 +101,16 @@ def test_gpus_that_are_shared_or_old(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", path)
         notes = list(gpu_notes(4, "bf16", {"CUDA_VISIBLE_DEVICES": "1,2"}))
-        assert len(notes) == 2 and notes[0].startswith("GPU 1 (NVIDIA H200) has 52.5 of 140.4 GiB free") and "V100) has no bf16" in notes[1]
+        assert (
+            len(notes) == 2
+            and notes[0].startswith("GPU 1 (NVIDIA H200) has 52.5 of 140.4 GiB free")
+            and "V100) has no bf16" in notes[1]
+        )
         assert "-i 1,2" in (tmp_path / "asked").read_text()
-        assert len(list(gpu_notes(4, "fp32", {}))) == 1 and not list(gpu_notes(1, "bf16", {})) and "-i" not in (tmp_path / "asked").read_text()
+        assert (
+            len(list(gpu_notes(4, "fp32", {}))) == 1
+            and not list(gpu_notes(1, "bf16", {}))
+            and "-i" not in (tmp_path / "asked").read_text()
+        )
         script.write_text("#!/bin/sh\nexit 9\n")
         assert not list(gpu_notes(4, "bf16", {}))

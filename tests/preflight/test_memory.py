@@ -37,21 +37,49 @@ from retool.preflight.memory import (
 from tests.parallel.test_sharded_memory import Live
 from tests.ranks import run_ranks
 
-SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
-         "vocab_size": 131, "max_position_embeddings": 512}  # fmt: skip
-QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-        "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True}  # fmt: skip
-LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-            "vocab_size": 128256, "max_position_embeddings": 8192}  # fmt: skip
+SHAPE = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 131,
+    "max_position_embeddings": 512,
+}
+QWEN = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
 
 
 def model(family: str = "qwen2", **more: object) -> ModelConfig:
     return parse_model_config({**SHAPE, "model_type": family, **more})
 
 
-def planned(family: str, tied: bool, dtypes: tuple[torch.dtype, torch.dtype], reshard: bool, keep: bool) -> tuple[int, int]:
-    """What a real sharded decoder says it takes, and the elements that it owns (module-level: it runs on several ranks)."""
-    options = ModelOptions(param_dtype=dtypes[1], master_dtype=dtypes[0], reshard_after_forward=reshard, keep_copy=keep)
+def planned(
+    family: str, tied: bool, dtypes: tuple[torch.dtype, torch.dtype], reshard: bool, keep: bool
+) -> tuple[int, int]:
+    """What a real sharded decoder says it takes, and the elements that it owns (module-level: it
+    runs on several ranks).
+    """
+    options = ModelOptions(
+        param_dtype=dtypes[1], master_dtype=dtypes[0], reshard_after_forward=reshard, keep_copy=keep
+    )
     sharded = build_decoder(model(family, tie_word_embeddings=tied), make_mesh(), options)
     return sharded.planned_bytes(), sharded.layout.shard_numel
 
@@ -68,7 +96,13 @@ def test_the_layout_is_the_one_that_sharding_makes(family: str, tied: bool) -> N
 
 @pytest.mark.parametrize(
     ("world", "reshard", "compute", "keep"),
-    [(1, True, "fp32", True), (1, True, "bf16", False), (2, True, "bf16", True), (2, True, "bf16", False), (2, False, "fp32", True)],
+    [
+        (1, True, "fp32", True),
+        (1, True, "bf16", False),
+        (2, True, "bf16", True),
+        (2, True, "bf16", False),
+        (2, False, "fp32", True),
+    ],
 )
 def test_state_and_buffers_are_exact(world: int, reshard: bool, compute: str, keep: bool) -> None:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -81,7 +115,9 @@ def test_state_and_buffers_are_exact(world: int, reshard: bool, compute: str, ke
 
 def holding(reduce: torch.dtype) -> int:
     """What a decoder takes that has held a backward's gradients."""
-    sharded = build_decoder(model(), make_mesh(), ModelOptions(param_dtype=torch.float32, reduce_dtype=reduce))
+    sharded = build_decoder(
+        model(), make_mesh(), ModelOptions(param_dtype=torch.float32, reduce_dtype=reduce)
+    )
     with sharded.no_sync():
         sharded(document(8), lambda hidden, weight: hidden.sum()).backward()
     return sharded.planned_bytes()
@@ -91,49 +127,72 @@ def holding(reduce: torch.dtype) -> int:
 def test_held_gradients_are_exact(dtype: torch.dtype, name: str) -> None:
     setting = Setting(shards=2, compute="fp32", reduce=name, hold=True)
     moments = 2 * 4 * plan_layout(model(), 2).shard_numel
-    assert run_ranks(holding, 2, dtype) == [predict(model(), setting, 0, "none").state - moments] * 2
+    assert (
+        run_ranks(holding, 2, dtype) == [predict(model(), setting, 0, "none").state - moments] * 2
+    )
 
 
 @pytest.mark.parametrize(("master", "moments"), [(True, True), (True, False), (False, True)])
-def test_what_visits_the_device_in_an_update_is_exact(monkeypatch: pytest.MonkeyPatch, master: bool, moments: bool) -> None:
-    """On the CPU, where what is away is ordinary memory: all that the update makes are the visitors and the step counts."""
+def test_what_visits_the_device_in_an_update_is_exact(
+    monkeypatch: pytest.MonkeyPatch, master: bool, moments: bool
+) -> None:
+    """On the CPU, where what is away is ordinary memory: all that the update makes are the visitors
+    and the step counts.
+    """
     for module in ("retool.preflight.memory", "retool.optim"):
         monkeypatch.setattr(f"{module}.VISITING", 1000)
     monkeypatch.setattr("retool.preflight.memory.NORM_CHUNK", 0)
     with Live() as live:
         sharded = build_decoder(model(), make_mesh(), ModelOptions(param_dtype=torch.bfloat16))
         optimizer = AdamW(sharded, AdamWOptions())
-        optimizer.offload_master, optimizer.offload_moments = master, moments
+        optimizer.offload_master = master
+        optimizer.offload_moments = moments
         before = live.peak = live.bytes()
         optimizer._offloaded_update(1e-3, torch.ones(()), torch.zeros(()))
-    predicted = predict(model(), Setting(param_offload=master, optimizer_offload=moments), 0, "none")
+    predicted = predict(
+        model(), Setting(param_offload=master, optimizer_offload=moments), 0, "none"
+    )
     assert 0 <= live.peak - before - (predicted.optimizer - predicted.state) < 100
-    assert predict(model(), Setting(), 0, "none").optimizer == predict(model(), Setting(), 0, "none").state, "nothing visits"
+    assert (
+        predict(model(), Setting(), 0, "none").optimizer
+        == predict(model(), Setting(), 0, "none").state
+    ), "nothing visits"
 
 
 def test_what_a_save_and_a_tied_matrix_take() -> None:
-    """A save puts the largest unit together in the master's dtype; a tied matrix's first gradient waits through the blocks' backwards."""
-    config, setting = model(), Setting(shards=2)
+    """A save puts the largest unit together in the master's dtype; a tied matrix's first gradient
+    waits through the blocks' backwards.
+    """
+    config = model()
+    setting = Setting(shards=2)
     prediction = predict(config, setting, 64, "full")
     largest = max(u.numel for u in plan_layout(config, 2).units)
     assert prediction.save - prediction.state == 4 * largest
-    assert predict(config, Setting(), 0, "full").save == predict(config, Setting(), 0, "full").state, "one process has it"
+    assert (
+        predict(config, Setting(), 0, "full").save == predict(config, Setting(), 0, "full").state
+    ), "one process has it"
     tokens = 1 << 14  # of which a block's backward takes more than the head
-    untied, tied = (predict(model(tie_word_embeddings=t), setting, tokens, "full") for t in (False, True))
+    untied, tied = (
+        predict(model(tie_word_embeddings=t), setting, tokens, "full") for t in (False, True)
+    )
     gradient = 131 * 48 * 2
     assert tied.forward_backward - tied.state - (untied.forward_backward - untied.state) == gradient
 
 
 def test_rope_tables_are_kept_too() -> None:
-    config, tokens = model(), 640
+    config = model()
+    tokens = 640
     tables = rope_tables(torch.arange(tokens), inverse_frequencies(config, torch.device("cpu")))
     blocks = tokens * config.layers * layer_bytes(config, 1, 2, "full", 2)
-    assert predict(config, Setting(), tokens, "full").activations == blocks + sum(t.nbytes for t in tables)
+    assert predict(config, Setting(), tokens, "full").activations == blocks + sum(
+        t.nbytes for t in tables
+    )
 
 
 def test_six_tensors_are_alive_in_the_final_norms_backward() -> None:
     """It isn't compiled, and of long packs on many GPUs it may be the peak."""
-    tokens, hidden = 512, 64
+    tokens = 512
+    hidden = 64
     x = torch.randn(tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.ones(hidden, dtype=torch.bfloat16)
     with Live() as live:
@@ -146,20 +205,33 @@ def test_six_tensors_are_alive_in_the_final_norms_backward() -> None:
 
 def test_gradients_are_held_where_their_reduction_would_show() -> None:
     config = model(**QWEN)
-    held = {n: choose(config, Setting(shards=2), n, n, None, 80).hold for n in (1, HIDDEN, HIDDEN + 1)}
+    held = {
+        n: choose(config, Setting(shards=2), n, n, None, 80).hold for n in (1, HIDDEN, HIDDEN + 1)
+    }
     assert held == {1: True, HIDDEN: True, HIDDEN + 1: False}
     assert not choose(config, Setting(), 1, 1, None, 80).hold, "one process has nothing to reduce"
     full = predict(config, Setting(shards=2), 1024, "none").peak * SLACK + OUTSIDE
-    assert choose(config, Setting(shards=2), 1024, 1024, "none", full / GIB + 0.01).hold is False, "no room for a copy of all gradients"
+    assert choose(config, Setting(shards=2), 1024, 1024, "none", full / GIB + 0.01).hold is False, (
+        "no room for a copy of all gradients"
+    )
 
 
 def document(tokens: int) -> PackedBatch:
-    return pack([Sample(torch.arange(tokens).remainder(131).int().numpy(), torch.ones(tokens, dtype=torch.bool).numpy())])
+    return pack(
+        [
+            Sample(
+                torch.arange(tokens).remainder(131).int().numpy(),
+                torch.ones(tokens, dtype=torch.bool).numpy(),
+            )
+        ]
+    )
 
 
 def saved_bytes(config: ModelConfig, options: ModelOptions, tokens: int) -> int:
     """Bytes of the storages that autograd saves in a forward."""
-    saved, sharded, batch = dict[int, int](), build_decoder(config, make_mesh(), options), document(tokens)
+    saved = dict[int, int]()
+    sharded = build_decoder(config, make_mesh(), options)
+    batch = document(tokens)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -171,47 +243,90 @@ def saved_bytes(config: ModelConfig, options: ModelOptions, tokens: int) -> int:
 
 
 def test_kept_bytes_are_those_that_autograd_saves_at_least() -> None:
-    """Uncompiled code keeps more than the fused one that is predicted, and recomputation of everything keeps no MLP."""
-    config, tokens = model(), 256
-    measured = {recompute: saved_bytes(config, ModelOptions(recompute=recompute), tokens) for recompute in LADDER[:3]}
+    """Uncompiled code keeps more than the fused one that is predicted, and recomputation of
+    everything keeps no MLP.
+    """
+    config = model()
+    tokens = 256
+    measured = {
+        recompute: saved_bytes(config, ModelOptions(recompute=recompute), tokens)
+        for recompute in LADDER[:3]
+    }
     for recompute in LADDER[:3]:
-        assert measured[recompute] >= tokens * config.layers * layer_bytes(config, 1, 4, recompute, 4) * 0.9
+        assert (
+            measured[recompute]
+            >= tokens * config.layers * layer_bytes(config, 1, 4, recompute, 4) * 0.9
+        )
     assert measured["none"] > measured["selective"] >= measured["full"]
 
 
 def test_a_residual_stream_in_fp32_is_counted() -> None:
-    """Of fully recomputed blocks exactly: their inputs are what is kept of it, and the hidden states before the final norm."""
-    config, tokens, setting = model(), 64, Setting(compute="bf16")
+    """Of fully recomputed blocks exactly: their inputs are what is kept of it, and the hidden
+    states before the final norm.
+    """
+    config = model()
+    tokens = 64
+    setting = Setting(compute="bf16")
     options = ModelOptions(param_dtype=torch.bfloat16, recompute="full")
-    kept = [saved_bytes(config, replace(options, fp32_residual=wide), tokens) for wide in (False, True)]
-    narrow, wide = (predict(config, replace(setting, fp32_residual=wide), tokens, "full") for wide in (False, True))
+    kept = [
+        saved_bytes(config, replace(options, fp32_residual=wide), tokens) for wide in (False, True)
+    ]
+    narrow, wide = (
+        predict(config, replace(setting, fp32_residual=wide), tokens, "full")
+        for wide in (False, True)
+    )
     assert wide.activations - narrow.activations == 2 * tokens * config.layers * config.hidden
-    assert 0 <= kept[1] - kept[0] - (wide.activations - narrow.activations) <= 2 * tokens * config.hidden
-    none = [predict(config, replace(setting, fp32_residual=wide), tokens, "none").activations for wide in (False, True)]
+    assert (
+        0
+        <= kept[1] - kept[0] - (wide.activations - narrow.activations)
+        <= 2 * tokens * config.hidden
+    )
+    none = [
+        predict(config, replace(setting, fp32_residual=wide), tokens, "none").activations
+        for wide in (False, True)
+    ]
     assert none[1] - none[0] == 4 * tokens * config.layers * config.hidden
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_what_goes_to_the_host_is_exact(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     monkeypatch.setattr(offload, "PAGE", 4)
-    config, tokens = model(family), 8
+    config = model(family)
+    tokens = 8
     sharded = build_decoder(config, make_mesh(), ModelOptions(recompute="offload"))
     sharded(document(tokens), lambda hidden, weight: hidden.sum()).backward()
     assert isinstance(sharded.module, Decoder) and sharded.module.run.offload is not None
-    assert len(sharded.module.run.offload.free) * 4 == predict(config, Setting(compute="fp32"), tokens, "offload").host
+    assert (
+        len(sharded.module.run.offload.free) * 4
+        == predict(config, Setting(compute="fp32"), tokens, "offload").host
+    )
     assert predict(config, Setting(compute="fp32"), tokens, "full").host == 0
 
 
 def test_long_packs() -> None:
-    """Two layers' activations and chunks of the MLP: two million tokens of a 0.5B model on two GPUs of 80 GiB, 512K of an 8B one."""
-    config, setting = model(**QWEN), Setting(shards=2, sp=2)
+    """Two layers' activations and chunks of the MLP: two million tokens of a 0.5B model on two GPUs
+    of 80 GiB, 512K of an 8B one.
+    """
+    config = model(**QWEN)
+    setting = Setting(shards=2, sp=2)
     full, parked = (predict(config, setting, 1 << 20, how) for how in ("full", "offload"))
-    assert full.activations - parked.activations == parked.host * 22 / 23, "24 layers against 2 on the device"
-    assert parked.fits(80) and not full.fits(80) and predict(config, setting, 1 << 19, "full").fits(80)
-    whole, chunked = (block_bytes(config, 2, tokens, 2, "full", 2) / tokens for tokens in (32_768, 262_144))
-    assert chunked < 0.5 * whole and block_bytes(config, 2, 262_144, 2, "selective", 2) / 262_144 > chunked
+    assert full.activations - parked.activations == parked.host * 22 / 23, (
+        "24 layers against 2 on the device"
+    )
+    assert (
+        parked.fits(80) and not full.fits(80) and predict(config, setting, 1 << 19, "full").fits(80)
+    )
+    whole, chunked = (
+        block_bytes(config, 2, tokens, 2, "full", 2) / tokens for tokens in (32_768, 262_144)
+    )
+    assert (
+        chunked < 0.5 * whole
+        and block_bytes(config, 2, 262_144, 2, "selective", 2) / 262_144 > chunked
+    )
     large = model("llama", **LLAMA_8B)
-    assert predict(large, replace(setting, param_offload=True, optimizer_offload=True), 1 << 18, "offload").fits(80)
+    assert predict(
+        large, replace(setting, param_offload=True, optimizer_offload=True), 1 << 18, "offload"
+    ).fits(80)
 
 
 @pytest.mark.parametrize(
@@ -225,45 +340,93 @@ def test_long_packs() -> None:
         ("full", True, ("offload",)),
     ],
 )
-def test_offload_is_the_last_resort(asked: Recompute | None, offload: Any, rungs: tuple[str, ...]) -> None:
+def test_offload_is_the_last_resort(
+    asked: Recompute | None, offload: Any, rungs: tuple[str, ...]
+) -> None:
     assert ladder(asked, offload) == rungs
 
 
 def test_offload_is_chosen_where_nothing_else_fits() -> None:
-    config, setting = model(**QWEN), Setting(shards=2, sp=2)
-    found = [choose(config, setting, n, None, None, 80, "auto") for n in (1 << 14, 1 << 19, 1 << 20)]
-    assert [(choice.recompute, choice.fits) for choice in found] == [("none", True), ("full", True), ("offload", True)]
+    config = model(**QWEN)
+    setting = Setting(shards=2, sp=2)
+    found = [
+        choose(config, setting, n, None, None, 80, "auto") for n in (1 << 14, 1 << 19, 1 << 20)
+    ]
+    assert [(choice.recompute, choice.fits) for choice in found] == [
+        ("none", True),
+        ("full", True),
+        ("offload", True),
+    ]
     parked = found[-1].parked
     assert [choice.parked for choice in found] == [0, 0, parked] and 0 < parked < config.layers - 1
     assert found[-1].prediction == predict(config, setting, 1 << 20, "offload", parked)
-    assert not predict(config, setting, 1 << 20, "offload", parked - 1).fits(80), "no more layers than must"
-    assert choose(config, setting, 1 << 20, None, None, 80, True).parked == config.layers - 1, "asked for: all but the last"
+    assert not predict(config, setting, 1 << 20, "offload", parked - 1).fits(80), (
+        "no more layers than must"
+    )
+    assert choose(config, setting, 1 << 20, None, None, 80, True).parked == config.layers - 1, (
+        "asked for: all but the last"
+    )
     assert choose(config, setting, 1 << 20, None, None, 80).fits is False
 
 
 def test_orders_that_must_hold() -> None:
-    config, setting = model(**QWEN), Setting(shards=2)
+    config = model(**QWEN)
+    setting = Setting(shards=2)
     none, selective, full = (predict(config, setting, 16_384, rung).peak for rung in LADDER[:3])
     assert none > selective >= full
-    assert predict(config, Setting(shards=4), 0, "none").state < predict(config, setting, 0, "none").state
-    offloaded = predict(config, replace(setting, param_offload=True, optimizer_offload=True), 0, "none")
+    assert (
+        predict(config, Setting(shards=4), 0, "none").state
+        < predict(config, setting, 0, "none").state
+    )
+    offloaded = predict(
+        config, replace(setting, param_offload=True, optimizer_offload=True), 0, "none"
+    )
     assert offloaded.state < 0.6 * predict(config, setting, 0, "none").state < offloaded.state * 3
-    assert predict(config, setting, 2048, "none").activations * 2 == predict(config, setting, 4096, "none").activations
+    assert (
+        predict(config, setting, 2048, "none").activations * 2
+        == predict(config, setting, 4096, "none").activations
+    )
     assert layer_bytes(config, 1, 2, "selective", 2) < layer_bytes(config, 2, 2, "selective", 2)
     assert layer_bytes(config, 1, 2, "full", 2) == layer_bytes(config, 2, 2, "full", 2)
 
 
-@pytest.mark.parametrize(("rung", "measured"), [("none", 22.25), ("selective", 10.2), ("full", 8.0)])
-def test_peaks_that_were_measured(monkeypatch: pytest.MonkeyPatch, rung: Recompute, measured: float) -> None:
-    """Qwen2.5-0.5B on 2×H200, sp 2, two documents of 16,384 tokens a pack, with chunks of 1 GiB of logits."""
+@pytest.mark.parametrize(
+    ("rung", "measured"), [("none", 22.25), ("selective", 10.2), ("full", 8.0)]
+)
+def test_peaks_that_were_measured(
+    monkeypatch: pytest.MonkeyPatch, rung: Recompute, measured: float
+) -> None:
+    """Qwen2.5-0.5B on 2×H200, sp 2, two documents of 16,384 tokens a pack, with chunks of 1 GiB of
+    logits.
+    """
     monkeypatch.setitem(LOGIT_BYTES, "cuda", 1 << 30)
     prediction = predict(model(**QWEN), Setting(shards=2, sp=2), 16_384, rung)
-    assert prediction.peak / GIB == pytest.approx(measured, rel=0.02) and prediction.state / GIB == pytest.approx(5.07, abs=0.01)
+    assert prediction.peak / GIB == pytest.approx(
+        measured, rel=0.02
+    ) and prediction.state / GIB == pytest.approx(5.07, abs=0.01)
 
 
-QWEN_1_5B = {**QWEN, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
-QWEN_3B = {**QWEN, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16}
-QWEN3_1_7B = {**QWEN_3B, "intermediate_size": 6144, "num_hidden_layers": 28, "num_key_value_heads": 8, "head_dim": 128}
+QWEN_1_5B = {
+    **QWEN,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+}
+QWEN_3B = {
+    **QWEN,
+    "hidden_size": 2048,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+}
+QWEN3_1_7B = {
+    **QWEN_3B,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
 AWAY = {"optimizer_offload": True}
 MEASURED: list[tuple[str, dict[str, Any], int, int, Recompute, dict[str, bool], float]] = [
     ("qwen2", QWEN, 2, 16_384, "none", {}, 21.88),
@@ -286,15 +449,25 @@ MEASURED: list[tuple[str, dict[str, Any], int, int, Recompute, dict[str, bool], 
 
 @pytest.mark.parametrize(("family", "shape", "sp", "tokens", "rung", "more", "gib"), MEASURED)
 def test_every_peak_that_was_measured_on_two_gpus(
-    family: str, shape: dict[str, Any], sp: int, tokens: int, rung: Recompute, more: dict[str, bool], gib: float
+    family: str,
+    shape: dict[str, Any],
+    sp: int,
+    tokens: int,
+    rung: Recompute,
+    more: dict[str, bool],
+    gib: float,
 ) -> None:
-    """Forward and backward, within 1 %, from 2,048 tokens a GPU to a document of a million: one formula."""
+    """Forward and backward, within 1 %, from 2,048 tokens a GPU to a document of a million: one
+    formula.
+    """
     found = predict(model(family, **shape), Setting(shards=2, sp=sp, **more), tokens, rung)
     assert found.forward_backward / GIB == pytest.approx(gib, rel=0.01)
 
 
 def test_state_of_qwen2_5_0_5b_on_two_gpus() -> None:
-    """494M parameters over 2: 18 bytes each, and buffers of 6 bytes for the embedding and for two blocks."""
+    """494M parameters over 2: 18 bytes each, and buffers of 6 bytes for the embedding and for two
+    blocks.
+    """
     config = model(**QWEN)
     block = 14_909_440 + 896 * 2 + 1152  # matrices, norms, biases
     expected = 18 * 494_032_768 / 2 + 6 * (136_134_656 + 2 * block)
@@ -311,21 +484,33 @@ def test_the_least_recomputation_that_fits(gib: float, rung: str) -> None:
 
 
 def test_the_compute_copy_goes_before_more_is_recomputed() -> None:
-    config, setting = parse_model_config({**LLAMA_8B, "model_type": "llama"}), Setting(shards=2)
+    config = parse_model_config({**LLAMA_8B, "model_type": "llama"})
+    setting = Setting(shards=2)
     found = [choose(config, setting, 8_192, 8_192, None, gib) for gib in (141, 112, 79, 60)]
     assert [(c.recompute, c.keep_copy, c.fits) for c in found] == [
-        ("none", True, True), ("none", False, True), ("full", False, True), ("full", False, False)
-    ]  # fmt: skip
-    kept, cast = (predict(config, replace(setting, keep_copy=keep), 0, "none") for keep in (True, False))
+        ("none", True, True),
+        ("none", False, True),
+        ("full", False, True),
+        ("full", False, False),
+    ]
+    kept, cast = (
+        predict(config, replace(setting, keep_copy=keep), 0, "none") for keep in (True, False)
+    )
     assert kept.state - cast.state == 2 * plan_layout(config, 2).shard_numel
-    assert choose(config, replace(setting, param_offload=True), 8_192, 8_192, None, 60).keep_copy, "it is all that the device has then"
-    assert choose(config, replace(setting, shards=1), 8_192, 8_192, None, 60).keep_copy, "one process computes with it"
+    assert choose(config, replace(setting, param_offload=True), 8_192, 8_192, None, 60).keep_copy, (
+        "it is all that the device has then"
+    )
+    assert choose(config, replace(setting, shards=1), 8_192, 8_192, None, 60).keep_copy, (
+        "one process computes with it"
+    )
 
 
 def test_what_was_asked_for_is_kept() -> None:
-    config, setting = model(**QWEN), Setting(shards=2)
+    config = model(**QWEN)
+    setting = Setting(shards=2)
     assert choose(config, setting, 4096, 5000, "full", 80).tokens == 5000
-    assert choose(config, setting, 4096, 1000, None, 80).tokens == 1000  # a longer sample is a micro-batch of its own
+    # A longer sample is a micro-batch of its own
+    assert choose(config, setting, 4096, 1000, None, 80).tokens == 1000
     assert choose(config, setting, 4096, None, "none", 6).fits is False
     free = choose(config, setting, 500, None, None, None)
     assert (free.tokens, free.recompute, free.fits) == (2000, "none", None)

@@ -19,19 +19,25 @@ from tests.sft.conftest import work
 from tests.sft.test_command import words
 
 __all__ = ["work"]
-A, B = Fault("a", "is wrong.", "Mend it."), Fault("b", "is missing.")
+A = Fault("a", "is wrong.", "Mend it.")
+B = Fault("b", "is missing.")
 
 
 def test_faults_say_whose_they_are_unless_everyone_has_them() -> None:
     hosts = ["one", "one", "two", "two"]
     assert merge(hosts, [[A, A], [A], [A], [A]]) == (A,) and merge(hosts, [[], [], [], []]) == ()
-    assert [f.where for f in merge(hosts, [[], [B], [A], [A, B]])] == ["b (ranks 1, 3 on one, two)", "a (on two)"]
+    assert [f.where for f in merge(hosts, [[], [B], [A], [A, B]])] == [
+        "b (ranks 1, 3 on one, two)",
+        "a (on two)",
+    ]
     assert [f.where for f in merge(["one"] * 3, [[], [], [A]])] == ["a (rank 2 on one)"]
 
 
 def test_one_process_judges_alone() -> None:
     shown: list[Sequence[Fault]] = []
-    assert verdict([A], {}, shown.append) == ((A,), None) and verdict([], {"WORLD_SIZE": "1"}, shown.append) == ((), None)
+    assert verdict([A], {}, shown.append) == ((A,), None) and verdict(
+        [], {"WORLD_SIZE": "1"}, shown.append
+    ) == ((), None)
     assert shown == [(A,)]
 
 
@@ -49,38 +55,77 @@ def test_all_ranks_hear_the_same() -> None:
 
 def test_a_peer_that_never_comes_is_a_fault_and_not_a_hang() -> None:
     shown: list[Sequence[Fault]] = []
-    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
         faults, _ = verdict([A], environment, shown.append, 1)
-    assert shown == [faults] and faults[0] == A and faults[1].where == "rank 1" and "can't meet the other ranks" in faults[1].problem
+    assert (
+        shown == [faults]
+        and faults[0] == A
+        and faults[1].where == "rank 1"
+        and "can't meet the other ranks" in faults[1].problem
+    )
 
 
 @pytest.mark.parametrize("faulty", [0, 1])
 def test_a_fault_of_one_rank_ends_both(work: Path, tmp_path: Path, faulty: int) -> None:
     """The chat template lies at a place that only the other rank's environment knows."""
     (tmp_path / "template.jinja").write_text((work / "model" / "chat_template.jinja").read_text())
-    launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "retool.sft", *words(work, tmp_path / "run"), "data.chat_template=${oc.env:TEMPLATE}"]
-    processes, begin = [], time.monotonic()
+    launcher = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "retool.sft",
+        *words(work, tmp_path / "run"),
+        "data.chat_template=${oc.env:TEMPLATE}",
+    ]
+    processes = []
+    begin = time.monotonic()
     for rank in range(2):
         place = "missing.jinja" if rank == faulty else tmp_path / "template.jinja"
-        environment = os.environ | launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TEMPLATE": str(place)}
+        environment = (
+            os.environ
+            | launcher
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TEMPLATE": str(place)}
+        )
         processes.append(
             subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=Path(__file__).parents[2]
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+                cwd=Path(__file__).parents[2],
             )
         )
     said = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1] and time.monotonic() - begin < 20, said
-    assert "1 fault, nothing started" in said[0] and f"(rank {faulty} on {socket.gethostname()}): no such file" in said[0], said
+    assert [process.returncode for process in processes] == [
+        1,
+        1,
+    ] and time.monotonic() - begin < 20, said
+    assert (
+        "1 fault, nothing started" in said[0]
+        and f"(rank {faulty} on {socket.gethostname()}): no such file" in said[0]
+    ), said
     assert "fault" not in said[1] and not (tmp_path / "run").exists()
 
 
 def test_without_a_fault_both_train(work: Path, tmp_path: Path) -> None:
     """Without torchrun's store, rank 0's own, at the port that the process group then uses too."""
-    assert run_ranks(trained, 2, words(work, tmp_path / "run", trainer__total_training_steps=1)) == [0, 0]
+    assert run_ranks(
+        trained, 2, words(work, tmp_path / "run", trainer__total_training_steps=1)
+    ) == [0, 0]
     assert (tmp_path / "run" / "global_step_1").is_dir()
 
 

@@ -1,4 +1,7 @@
-"""`python -m tests.reliability [--runs N] [--seed S]`: the fault table. Fault → what happens → seconds."""
+"""`python -m tests.reliability [--runs N] [--seed S]`: the fault table.
+
+Fault → what happens → seconds.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +29,25 @@ def table(outcomes: list[Outcome]) -> str:
     rows = defaultdict(list)
     for outcome in outcomes:
         rows[outcome.fault].append(outcome)
-    lines = ["| fault | runs | first run ends with | the same command again | seconds |", "|---|---:|---|---|---:|"]
+    lines = [
+        "| fault | runs | first run ends with | the same command again | seconds |",
+        "|---|---:|---|---|---:|",
+    ]
     for fault in FAULTS:
         if found := rows.get(fault.name):
             ends = Counter(min(o.statuses) or max(o.statuses) for o in found)
-            first = ", ".join(str(status) for status, _ in ends.most_common()) + (f": {fault.told}" if fault.told else "")
-            then = "goes on, same weights bit for bit" if fault.second == 0 else f"refused: {fault.told_then}"
+            first = ", ".join(str(status) for status, _ in ends.most_common()) + (
+                f": {fault.told}" if fault.told else ""
+            )
+            then = (
+                "goes on, same weights bit for bit"
+                if fault.second == 0
+                else f"refused: {fault.told_then}"
+            )
             broken = sum(bool(o.broken) for o in found)
             lines.append(
-                f"| {fault.name} | {len(found)} | {first} | {then}{f' (**{broken} broken**)' if broken else ''} | "
+                f"| {fault.name} | {len(found)} | {first} | "
+                f"{then}{f' (**{broken} broken**)' if broken else ''} | "
                 f"{statistics.median(o.seconds for o in found):.1f} |"
             )
     return "\n".join(lines)
@@ -42,11 +55,17 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m tests.reliability", description=__doc__)
-    parser.add_argument("--runs", type=int, default=len(FAULTS), help="how many, each with one fault (default: each fault once)")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=len(FAULTS),
+        help="how many, each with one fault (default: each fault once)",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="faults with this in their name")
     options = parser.parse_args(words)
-    begin, outcomes = time.monotonic(), list[Outcome]()
+    begin = time.monotonic()
+    outcomes = list[Outcome]()
     with tempfile.TemporaryDirectory(prefix="retool-faults-") as root:
         stage = prepare(make_work(Path(root) / "work"), Path(root))
         chosen = [fault for fault in draw(options.runs, options.seed) if options.only in fault.name]

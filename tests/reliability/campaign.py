@@ -1,4 +1,6 @@
-"""Runs with one fault each, and the rule: what was promised is there, what was refused says why, nothing hangs, no process is left."""
+"""Runs with one fault each, and the rule: what was promised is there, what was refused says why,
+nothing hangs, no process is left.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,21 @@ from tests.reliability.faults import FAULTS, HOOKS, NOTHING, Fault, Scene
 LIMIT_S = 120.0  # that a run of a few seconds may take on a busy machine, whatever happens to it
 LAUNCHER_S = 10.0  # after which the first rank that fails takes the others along
 STEPS = 4
-PRELOADED = ["torch", "torch.distributed", "retool.sft.preflight", "retool.sft.train", "transformers", "tests.reliability.faults"]
+PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "retool.sft.preflight",
+    "retool.sft.train",
+    "transformers",
+    "tests.reliability.faults",
+]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run with a fault ended: the rule's violation if any, the exit statuses, the first run's seconds, its last words."""
+    """How a run with a fault ended: the rule's violation if any, the exit statuses, the first run's
+    seconds, its last words.
+    """
 
     fault: str
     broken: str
@@ -37,7 +48,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Stage:
-    """What all runs share: the tiny model and data, where they go, and what a run that nothing happens to makes of them."""
+    """What all runs share: the tiny model and data, where they go, and what a run that nothing
+    happens to makes of them.
+    """
 
     work: Path
     root: Path
@@ -48,11 +61,20 @@ class Stage:
 def command(scene: Scene, work: Path, chance: random.Random) -> list[str]:
     """A run of `STEPS` steps with a checkpoint of each."""
     keys = {
-        "data.train_files": scene.data, "model.partial_pretrain": work / "model", "trainer.default_local_dir": scene.out,
-        "data.cache_dir": scene.cache, "data.train_batch_size": 4, "data.micro_batch_size_per_gpu": 2, "data.num_workers": 0,
-        "optim.lr": 1e-3, "trainer.total_training_steps": STEPS, "trainer.save_freq": 1, "trainer.device": "cpu",
-        "trainer.checkpoint.async_save": str(chance.random() < 0.5).lower(), **scene.keys,
-    }  # fmt: skip
+        "data.train_files": scene.data,
+        "model.partial_pretrain": work / "model",
+        "trainer.default_local_dir": scene.out,
+        "data.cache_dir": scene.cache,
+        "data.train_batch_size": 4,
+        "data.micro_batch_size_per_gpu": 2,
+        "data.num_workers": 0,
+        "optim.lr": 1e-3,
+        "trainer.total_training_steps": STEPS,
+        "trainer.save_freq": 1,
+        "trainer.device": "cpu",
+        "trainer.checkpoint.async_save": str(chance.random() < 0.5).lower(),
+        **scene.keys,
+    }
     return [f"{key}={value}" for key, value in keys.items()]
 
 
@@ -62,8 +84,17 @@ def _rank(words: list[str], rank: int, world: int, port: int, log: str, hook: st
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     if world > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "LOCAL_WORLD_SIZE": world,
+            "MASTER_PORT": port,
+        }
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            **{name: str(value) for name, value in place.items()},
+        }
     torch.set_num_threads(1)
     from retool.sft.__main__ import main
 
@@ -76,15 +107,26 @@ def _rank(words: list[str], rank: int, world: int, port: int, log: str, hook: st
     raise SystemExit(status)
 
 
-def launch(scene: Scene, words: list[str], world: int, hook: str, log: Path, fault: Fault | None = None) -> tuple[list[int], bool]:
-    """Run a command with its ranks, and `fault.during` beside it. Exit statuses, and whether anything outlived `LIMIT_S`."""
-    ranks = [_context.Process(target=_rank, args=(words, r, world, scene.port, str(log), hook), daemon=True) for r in range(world)]
+def launch(
+    scene: Scene, words: list[str], world: int, hook: str, log: Path, fault: Fault | None = None
+) -> tuple[list[int], bool]:
+    """Run a command with its ranks, and `fault.during` beside it.
+
+    Exit statuses, and whether anything outlived `LIMIT_S`.
+    """
+    ranks = [
+        _context.Process(
+            target=_rank, args=(words, r, world, scene.port, str(log), hook), daemon=True
+        )
+        for r in range(world)
+    ]
     scene.processes = list(ranks)
     for process in ranks:
         process.start()
     if fault is not None:
         fault.during(scene)
-    end, first_down = time.monotonic() + LIMIT_S, None
+    end = time.monotonic() + LIMIT_S
+    first_down = None
     ended = set[int | None]()
     while any(process.is_alive() for process in ranks) and time.monotonic() < end:
         if first_down is None and any(process.exitcode not in (None, 0) for process in ranks):
@@ -102,7 +144,9 @@ def launch(scene: Scene, words: list[str], world: int, hook: str, log: Path, fau
             process.kill()
         process.join()
     left = [pid for pid in _of_sessions(sessions) if pid not in sessions]
-    return [process.exitcode or 0 for process in ranks if process.pid not in ended], hung or bool(left)
+    return [process.exitcode or 0 for process in ranks if process.pid not in ended], hung or bool(
+        left
+    )
 
 
 def _of_sessions(sessions: set[int | None]) -> list[int]:
@@ -123,7 +167,13 @@ def make_scene(stage: Stage, number: int, seed: int, world: int) -> Scene:
     folder = stage.root / f"run_{number}"
     folder.mkdir()
     shutil.copy(stage.work / "train.parquet", folder / "train.parquet")
-    return Scene(folder / "out", folder / "cache", folder / "train.parquet", random.Random(seed), stage.lasts_s.get(world, 5.0))
+    return Scene(
+        folder / "out",
+        folder / "cache",
+        folder / "train.parquet",
+        random.Random(seed),
+        stage.lasts_s.get(world, 5.0),
+    )
 
 
 def prepare(work: Path, root: Path) -> Stage:
@@ -139,13 +189,17 @@ def prepare(work: Path, root: Path) -> Stage:
             statuses, hung = launch(scene, command(scene, work, scene.chance), world, NOTHING, log)
             assert statuses == [0] * world and not hung, log.read_text()[-3000:]
         lasts = {**stage.lasts_s, world: time.monotonic() - begin}
-        stage = replace(stage, lasts_s=lasts, weights={**stage.weights, world: _weights(scene, world)})
+        stage = replace(
+            stage, lasts_s=lasts, weights={**stage.weights, world: _weights(scene, world)}
+        )
     return stage
 
 
 def _weights(scene: Scene, world: int) -> bytes:
     folder = scene.out / f"global_step_{STEPS}"
-    return b"".join((folder / f"model_world_size_{world}_rank_{rank}.pt").read_bytes() for rank in range(world))
+    return b"".join(
+        (folder / f"model_world_size_{world}_rank_{rank}.pt").read_bytes() for rank in range(world)
+    )
 
 
 def play(stage: Stage, number: int, fault: Fault, seed: int) -> Outcome:
@@ -154,18 +208,28 @@ def play(stage: Stage, number: int, fault: Fault, seed: int) -> Outcome:
     log = scene.out.with_name("log")
     fault.before(scene)
     begin = time.monotonic()
-    statuses, hung = launch(scene, command(scene, stage.work, scene.chance), fault.world, fault.inside, log, fault)
+    statuses, hung = launch(
+        scene, command(scene, stage.work, scene.chance), fault.world, fault.inside, log, fault
+    )
     seconds = time.monotonic() - begin
     said = log.read_text(errors="replace")
     broken = "something hung, or was left" if hung else _broken(fault, statuses, said)
     saved = latest(scene.out)
-    then, again = 0, ""
+    then = 0
+    again = ""
     if not broken:
         fault.after(scene)
         second = scene.out.with_name("log_again")
-        codes, hung = launch(scene, command(scene, stage.work, scene.chance), fault.world, fault.inside_then, second)
-        again, then = second.read_text(errors="replace"), max(codes)
-        broken = "the second run hung, or left something" if hung else _broken_then(stage, fault, scene, codes, again)
+        codes, hung = launch(
+            scene, command(scene, stage.work, scene.chance), fault.world, fault.inside_then, second
+        )
+        again = second.read_text(errors="replace")
+        then = max(codes)
+        broken = (
+            "the second run hung, or left something"
+            if hung
+            else _broken_then(stage, fault, scene, codes, again)
+        )
     if broken:
         broken = f"{broken} (statuses {statuses}, then {then}; saved {saved})\n{said[-1500:]}\n--- again\n{again[-1500:]}"
     else:
@@ -186,7 +250,9 @@ def _broken(fault: Fault, statuses: list[int], said: str) -> str:
 
 
 def _broken_then(stage: Stage, fault: Fault, scene: Scene, codes: list[int], said: str) -> str:
-    """What of the rule the second run breaks: it goes on to the end, exactly, or it is refused with the reason."""
+    """What of the rule the second run breaks: it goes on to the end, exactly, or it is refused with
+    the reason.
+    """
     if any(code != fault.second for code in codes):
         return "the second run ended otherwise than promised"
     if fault.told_then and fault.told_then not in said:
@@ -200,14 +266,25 @@ def _broken_then(stage: Stage, fault: Fault, scene: Scene, codes: list[int], sai
 
 def last_words(said: str) -> str:
     """What a user reads last, in short."""
-    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith(("[W", "[rank"))]
-    telling = [line for line in lines if line.startswith(("error:", "trainer.", "MASTER", "optim.", "A save hung", "asked to stop", "finished"))]
+    lines = [
+        line.strip()
+        for line in said.splitlines()
+        if line.strip() and not line.startswith(("[W", "[rank"))
+    ]
+    telling = [
+        line
+        for line in lines
+        if line.startswith(
+            ("error:", "trainer.", "MASTER", "optim.", "A save hung", "asked to stop", "finished")
+        )
+    ]
     return (telling or lines or [""])[-1]
 
 
 def draw(runs: int, seed: int) -> list[Fault]:
     """Every fault in turn, in a random order."""
-    chance, out = random.Random(seed), list[Fault]()
+    chance = random.Random(seed)
+    out = list[Fault]()
     while len(out) < runs:
         out += chance.sample(FAULTS, len(FAULTS))
     return out[:runs]

@@ -1,4 +1,7 @@
-"""What can happen to a run, and what is promised then. Each fault is a function of a `Scene`; `FAULTS` is the list that is drawn from."""
+"""What can happen to a run, and what is promised then.
+
+Each fault is a function of a `Scene`; `FAULTS` is the list that is drawn from.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,19 @@ class Scene:
     chance: random.Random
     lasts_s: float  # of a run that nothing happens to
     processes: list[BaseProcess] = field(default_factory=list)
-    keys: dict[str, str] = field(default_factory=dict)  # of the configuration, besides the usual ones
+    # Of the configuration, besides the usual ones
+    keys: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     held: list[object] = field(default_factory=list)  # what is let go when the scene ends
 
     @property
     def newest(self) -> Path | None:
         """The newest finished checkpoint."""
-        found = [(int(p.name.rpartition("_")[2]), p) for p in self.out.glob("global_step_*") if p.name.rpartition("_")[2].isdigit()]
+        found = [
+            (int(p.name.rpartition("_")[2]), p)
+            for p in self.out.glob("global_step_*")
+            if p.name.rpartition("_")[2].isdigit()
+        ]
         return max(found)[1] if found else None
 
     def wait(self, share: float = 1.0) -> None:
@@ -58,9 +66,10 @@ class Scene:
 class Fault:
     """A fault and what is promised.
 
-    `before` and `during` act on the first run, `after` between it and the second one of the same command; `inside` is the name of a
-    hook that the first run's processes call. `first` and `second` say how they may end: exit statuses, and words that must be told
-    where the status isn't 0. `exact`: once the second is done, the weights are those of a run that nothing happened to.
+    `before` and `during` act on the first run, `after` between it and the second one of the same
+    command; `inside` is the name of a hook that the first run's processes call. `first` and
+    `second` say how they may end: exit statuses, and words that must be told where the status isn't
+    0. `exact`: once the second is done, the weights are those of a run that nothing happened to.
     """
 
     name: str
@@ -90,7 +99,9 @@ def send(scene: Scene, number: int, everyone: bool = True) -> None:
 
 
 def send_in_a_save(scene: Scene, number: int) -> None:
-    while not any(scene.out.glob("global_step_*.tmp")) and any(p.is_alive() for p in scene.processes):
+    while not any(scene.out.glob("global_step_*.tmp")) and any(
+        p.is_alive() for p in scene.processes
+    ):
         time.sleep(0.001)
     time.sleep(scene.chance.random() * 0.03)
     for process in scene.processes:
@@ -181,7 +192,13 @@ def damage_checkpoint(scene: Scene) -> None:
 
 
 def damage_cache(scene: Scene) -> None:
-    path = scene.chance.choice(sorted(p for p in scene.cache.rglob("*") if p.is_file() and p.suffix in (".bin", ".npy", ".json")))
+    path = scene.chance.choice(
+        sorted(
+            p
+            for p in scene.cache.rglob("*")
+            if p.is_file() and p.suffix in (".bin", ".npy", ".json")
+        )
+    )
     how = scene.chance.randrange(3)
     if how == 0:
         path.write_bytes(b"")
@@ -225,7 +242,8 @@ def full_disk() -> None:
 
 
 def clock_backwards() -> None:
-    real, begin = time.time, time.time()
+    real = time.time
+    begin = time.time()
     time.time = lambda: begin - 100 * (real() - begin) - 86_400
 
 
@@ -235,7 +253,9 @@ def hung_save() -> None:
 
     watchdog.PATIENCE = 0.5
     real = write.write_archive
-    write.write_archive = lambda path, content: time.sleep(1000) if "global_step_3" in str(path) else real(path, content)
+    write.write_archive = lambda path, content: (
+        time.sleep(1000) if "global_step_3" in str(path) else real(path, content)
+    )
 
 
 def impatient() -> None:
@@ -269,9 +289,15 @@ def failing_logger() -> None:
 
 
 HOOKS: dict[str, Callable[[], None]] = {
-    NOTHING: lambda: None, "full disk": full_disk, "clock": clock_backwards, "hung save": hung_save, "impatient": impatient,
-    "flaky store": flaky_store, "store": known_store, "failing logger": failing_logger,
-}  # fmt: skip
+    NOTHING: lambda: None,
+    "full disk": full_disk,
+    "clock": clock_backwards,
+    "hung save": hung_save,
+    "impatient": impatient,
+    "flaky store": flaky_store,
+    "store": known_store,
+    "failing logger": failing_logger,
+}
 
 
 def hold_folder(scene: Scene) -> None:
@@ -294,33 +320,95 @@ FAULTS = (
     Fault("nothing"),
     Fault("killed at a random instant", during=lambda s: send(s, signal.SIGKILL), first=KILLED),
     Fault("killed in a save", during=lambda s: send_in_a_save(s, signal.SIGKILL), first=KILLED),
-    Fault("one of two ranks killed", during=lambda s: send(s, signal.SIGKILL, everyone=False), first=(*KILLED, 1), world=2),
+    Fault(
+        "one of two ranks killed",
+        during=lambda s: send(s, signal.SIGKILL, everyone=False),
+        first=(*KILLED, 1),
+        world=2,
+    ),
     Fault("SIGTERM", during=lambda s: send(s, signal.SIGTERM), first=STOPPED),
     Fault("SIGUSR1", during=lambda s: send(s, signal.SIGUSR1), first=STOPPED),
     Fault("Ctrl-C", during=lambda s: send(s, signal.SIGINT), first=STOPPED),
     Fault("disk full in every save", inside="full disk", first=(1,), told="could not be saved"),
     Fault("metrics can't be written", inside="failing logger", said="logger fails"),
-    Fault("run folder renamed", during=take_folder_away, after=put_folder_back, first=(0, 1), told="while the run was using it"),
-    Fault("run folder renamed, two ranks", during=take_folder_away, after=put_folder_back, first=(0, 1), told="while the run was using it",
-          world=2),
+    Fault(
+        "run folder renamed",
+        during=take_folder_away,
+        after=put_folder_back,
+        first=(0, 1),
+        told="while the run was using it",
+    ),
+    Fault(
+        "run folder renamed, two ranks",
+        during=take_folder_away,
+        after=put_folder_back,
+        first=(0, 1),
+        told="while the run was using it",
+        world=2,
+    ),
     Fault("metrics.jsonl removed", during=remove_metrics),
-    Fault("an old checkpoint moved and linked", before=lambda s: ask_for(s, trainer__max_ckpt_to_keep=2), during=link_oldest),
+    Fault(
+        "an old checkpoint moved and linked",
+        before=lambda s: ask_for(s, trainer__max_ckpt_to_keep=2),
+        during=link_oldest,
+    ),
     Fault("things with the names of saves", before=leave_things),
     Fault("data cut short in mid-run", during=change_data, after=restore_data),
     Fault("clock going backwards", inside="clock"),
-    Fault("remote store fails midway", before=lambda s: ask_for(s, trainer__default_hdfs_dir=f"flaky://{s.out.with_name('far')}"),
-          inside="flaky store", inside_then="store"),
-    Fault("a save that never ends", before=lambda s: ask_for(s, trainer__watchdog_s=1), inside="hung save", first=(70,), told="A save hung"),
-    Fault("folder in use", before=hold_folder, after=let_folder_go, inside="impatient", first=(1,), told="another run is writing there"),
-    Fault("port in use", before=hold_port, after=let_port_go, first=(1,), told="MASTER_PORT", world=2),
+    Fault(
+        "remote store fails midway",
+        before=lambda s: ask_for(s, trainer__default_hdfs_dir=f"flaky://{s.out.with_name('far')}"),
+        inside="flaky store",
+        inside_then="store",
+    ),
+    Fault(
+        "a save that never ends",
+        before=lambda s: ask_for(s, trainer__watchdog_s=1),
+        inside="hung save",
+        first=(70,),
+        told="A save hung",
+    ),
+    Fault(
+        "folder in use",
+        before=hold_folder,
+        after=let_folder_go,
+        inside="impatient",
+        first=(1,),
+        told="another run is writing there",
+    ),
+    Fault(
+        "port in use", before=hold_port, after=let_port_go, first=(1,), told="MASTER_PORT", world=2
+    ),
     Fault("checkpoint damaged", after=damage_checkpoint),
     Fault("token cache damaged", after=damage_cache),
     Fault("tracker damaged", after=damage_tracker),
-    Fault("tracker names no step", after=forget_steps, second=1, told_then="none to go on from", exact=False),
+    Fault(
+        "tracker names no step",
+        after=forget_steps,
+        second=1,
+        told_then="none to go on from",
+        exact=False,
+    ),
     Fault("metrics.jsonl torn", after=tear_metrics),
-    Fault("another seed", after=lambda s: ask_for(s, data__seed=7, trainer__total_training_steps=6), second=1, told_then="data.seed", exact=False),
-    Fault("another batch size", after=lambda s: ask_for(s, data__train_batch_size=2, trainer__total_training_steps=6), second=1,
-          told_then="data.train_batch_size", exact=False),
-    Fault("a value of the wrong type", before=lambda s: ask_for(s, optim__lr="fast"), after=lambda s: s.keys.clear(), first=(1,),
-          told="is not a number"),
-)  # fmt: skip
+    Fault(
+        "another seed",
+        after=lambda s: ask_for(s, data__seed=7, trainer__total_training_steps=6),
+        second=1,
+        told_then="data.seed",
+        exact=False,
+    ),
+    Fault(
+        "another batch size",
+        after=lambda s: ask_for(s, data__train_batch_size=2, trainer__total_training_steps=6),
+        second=1,
+        told_then="data.train_batch_size",
+        exact=False,
+    ),
+    Fault(
+        "a value of the wrong type",
+        before=lambda s: ask_for(s, optim__lr="fast"),
+        after=lambda s: s.keys.clear(),
+        first=(1,),
+        told="is not a number",
+    ),
+)

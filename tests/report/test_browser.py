@@ -1,4 +1,6 @@
-"""The page in a real headless Chromium: it draws, filters and compares, on a phone and in the dark, and runs nothing but itself."""
+"""The page in a real headless Chromium: it draws, filters and compares, on a phone and in the dark,
+and runs nothing but itself.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def page_of(path: Path, *folders: Path, **options: Any) -> Path:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sft")
-    return page_of(root / "page.html", sft_run(root / "one"), sft_run(root / "two", lr=3e-5, seed=1))
+    return page_of(
+        root / "page.html", sft_run(root / "one"), sft_run(root / "two", lr=3e-5, seed=1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +70,16 @@ def test_both_pages_fit_and_draw_at_each_width_and_theme(
         assert browser.run("return document.documentElement.scrollWidth") <= width
         light = browser.run(f"return {INK}.match(/\\d+/g).map(Number)[0]")
         assert light < 60 if dark else light > 200
-        for section in browser.run("return [...document.querySelectorAll('section')].map(s => s.id)"):
+        for section in browser.run(
+            "return [...document.querySelectorAll('section')].map(s => s.id)"
+        ):
             browser.run("document.getElementById(arguments[0]).scrollIntoView()", section)
-            browser.wait(f"[...document.querySelectorAll('#{section} .plot')].every(p => !p.clientWidth || p.getBoundingClientRect().top > 1200 || p.firstChild)")
-            shot = pictures / f"{page.parent.name}-{section}-{width}-{'dark' if dark else 'light'}.png"
+            browser.wait(
+                f"[...document.querySelectorAll('#{section} .plot')].every(p => !p.clientWidth || p.getBoundingClientRect().top > 1200 || p.firstChild)"
+            )
+            shot = (
+                pictures / f"{page.parent.name}-{section}-{width}-{'dark' if dark else 'light'}.png"
+            )
             browser.picture(shot)
             assert shot.stat().st_size > 8_000
         drawn = browser.run(DRAWN, "#curves .charts")
@@ -88,16 +98,24 @@ def test_curves_follow_smoothing_axis_scale_and_runs(browser: Browser, compared:
     raw, smooth = browser.run(f"return [{plot}.data[1], {plot}.data[2]]")
     total = mass = 0.0
     for value, shown in zip(raw, smooth, strict=True):  # the average written out again
-        total, mass = 0.6 * total + 0.4 * value, 0.6 * mass + 0.4
+        total = 0.6 * total + 0.4 * value
+        mass = 0.6 * mass + 0.4
         assert shown == pytest.approx(total / mass)
     assert browser.run(f"return {plot}.data.length") == 5  # steps; two runs, measured and smoothed
     browser.run(change, "#smooth", "0")
-    assert browser.run(f"return {plot}.data.length") == 3 and browser.run(f"return {plot}.data[1]") == raw
+    assert (
+        browser.run(f"return {plot}.data.length") == 3
+        and browser.run(f"return {plot}.data[1]") == raw
+    )
     browser.run(change, "#log", None)
     assert browser.run(f"return {plot}.scales.y.distr") == 3
-    browser.run("[...document.querySelectorAll('.group button')].find(b => b.textContent === 'tokens').click()")
+    browser.run(
+        "[...document.querySelectorAll('.group button')].find(b => b.textContent === 'tokens').click()"
+    )
     assert browser.run(f"return {plot}.data[0].slice(0, 3)") == [262_144, 524_288, 786_432]
-    browser.run("[...document.querySelectorAll('.group button')].find(b => b.textContent === 'hours').click()")
+    browser.run(
+        "[...document.querySelectorAll('.group button')].find(b => b.textContent === 'hours').click()"
+    )
     hours = browser.run(f"return {plot}.data[0].at(-1)")
     assert 0.2 < hours < 0.4
     browser.run(change, "[data-run='1']", None)
@@ -108,22 +126,38 @@ def test_curves_follow_smoothing_axis_scale_and_runs(browser: Browser, compared:
     browser.run("document.querySelector('#all').open = true")
     browser.wait("document.querySelectorAll('#all .chart').length > 15")
     browser.run(change, "#all input", "timing_s/opt")
-    assert browser.run("return [...document.querySelectorAll('#all .chart')].filter(c => c.clientWidth).map(c => c.dataset.metric)") == ["timing_s/optimizer"]
+    assert browser.run(
+        "return [...document.querySelectorAll('#all .chart')].filter(c => c.clientWidth).map(c => c.dataset.metric)"
+    ) == ["timing_s/optimizer"]
 
 
 def test_tables_compare_runs(browser: Browser, compared: Path) -> None:
     opened(browser, compared)
-    best = browser.run("return [...document.querySelectorAll('#validation td.best')].map(c => c.parentNode.firstChild.textContent + ':' + c.textContent)")
+    best = browser.run(
+        "return [...document.querySelectorAll('#validation td.best')].map(c => c.parentNode.firstChild.textContent + ':' + c.textContent)"
+    )
     assert len(best) >= 4 and best[0].startswith("250:0.6")
     rows = "return [...document.querySelectorAll('#configuration tbody tr')].filter(r => r.clientHeight).map(r => r.innerText.replace(/\\t/g, ' | '))"
-    assert browser.run(rows) == ["optim.lr | 1e-05 | 3e-05 | 1e-05", "trainer.experiment_name | one | two | test"]
+    assert browser.run(rows) == [
+        "optim.lr | 1e-05 | 3e-05 | 1e-05",
+        "trainer.experiment_name | one | two | test",
+    ]
     browser.run("document.querySelector('#only').click()")
     assert len(browser.run(rows)) > 50
-    browser.run("const e = document.querySelector('#configuration [type=search]'); e.value = 'SAVE_F'; e.dispatchEvent(new Event('input'))")
+    browser.run(
+        "const e = document.querySelector('#configuration [type=search]'); e.value = 'SAVE_F'; e.dispatchEvent(new Event('input'))"
+    )
     assert browser.run(rows) == ["trainer.save_freq | -1 | -1 | -1"]
-    seconds = sum(sft["timing_s/forward_backward"] for sft in map(json.loads, (compared.parent / "one" / "metrics.jsonl").read_text().splitlines())
-                  if "timing_s/step" in sft)  # fmt: skip
-    row = browser.run("return [...document.querySelectorAll('#time tbody tr')].find(r => r.innerText.startsWith('forward')).innerText")
+    seconds = sum(
+        sft["timing_s/forward_backward"]
+        for sft in map(
+            json.loads, (compared.parent / "one" / "metrics.jsonl").read_text().splitlines()
+        )
+        if "timing_s/step" in sft
+    )
+    row = browser.run(
+        "return [...document.querySelectorAll('#time tbody tr')].find(r => r.innerText.startsWith('forward')).innerText"
+    )
     assert f"{round(seconds / 60)} min" in row
 
 
@@ -137,17 +171,24 @@ def test_theme_button(browser: Browser, compared: Path) -> None:
 
 
 def shown(browser: Browser) -> list[str]:
-    return browser.run("return [...document.querySelectorAll('#list [data-index] .first')].map(e => e.innerText)")
+    return browser.run(
+        "return [...document.querySelectorAll('#list [data-index] .first')].map(e => e.innerText)"
+    )
 
 
 def put(browser: Browser, **values: str) -> None:
     for name, value in values.items():
-        browser.run("const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event(e.tagName === 'SELECT' ? 'change' : 'input'))",
-                    name.replace("_", "-"), value)  # fmt: skip
+        browser.run(
+            "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event(e.tagName === 'SELECT' ? 'change' : 'input'))",
+            name.replace("_", "-"),
+            value,
+        )
 
 
 def test_transcripts_are_filtered(browser: Browser, dapo: Path) -> None:
-    records: list[dict[str, Any]] = [r for r in read_transcripts(dapo.parent / "dapo") if r is not None]
+    records: list[dict[str, Any]] = [
+        r for r in read_transcripts(dapo.parent / "dapo") if r is not None
+    ]
     opened(browser, dapo)
     assert text(browser, "#count") == f"{len(records)} of {len(records)}"
     for filters, keep in (
@@ -156,18 +197,25 @@ def test_transcripts_are_filtered(browser: Browser, dapo: Path) -> None:
         ({"reward_to": "-0.6"}, lambda r: r["reward"] <= -0.6),
         ({"step_from": "7", "step_to": "9"}, lambda r: 7 <= r["step"] <= 9),
         ({"split": "val"}, lambda r: r["split"] == "val"),
-        ({"source": "aime_2024", "stop": "no_call"}, lambda r: r["data_source"] == "aime_2024" and r["stop"] == "no_call"),
+        (
+            {"source": "aime_2024", "stop": "no_call"},
+            lambda r: r["data_source"] == "aime_2024" and r["stop"] == "no_call",
+        ),
         ({"words": "BOXED{24}"}, lambda r: "boxed{24}" in r["segments"][-1]["text"]),
     ):
         put(browser, **filters)
         expected = [r for r in records if keep(r)]
-        assert text(browser, "#count") == f"{len(expected)} of {len(records)}" and 0 < len(expected) < len(records), filters
+        assert text(browser, "#count") == f"{len(expected)} of {len(records)}" and 0 < len(
+            expected
+        ) < len(records), filters
         assert len(shown(browser)) == min(len(expected), 100)
         put(browser, **dict.fromkeys(filters, ""))
     put(browser, order="low")
     assert "-0.6" in shown(browser)[0]
     put(browser, order="old", words="nothing has this")
-    assert "Nothing matches" in text(browser, "#list") and "No transcript" in text(browser, "#detail")
+    assert "Nothing matches" in text(browser, "#list") and "No transcript" in text(
+        browser, "#detail"
+    )
 
 
 def test_a_transcript_token_by_token(browser: Browser, dapo: Path) -> None:
@@ -175,38 +223,92 @@ def test_a_transcript_token_by_token(browser: Browser, dapo: Path) -> None:
     put(browser, order="old")
     record = next(r for r in read_transcripts(dapo.parent / "dapo") if r is not None)
     detail = text(browser, "#detail")
-    assert "calls code_interpreter" in detail and "s, t = symbols('s t')" in detail, "code is laid out, not a line of JSON"
+    assert "calls code_interpreter" in detail and "s, t = symbols('s t')" in detail, (
+        "code is laid out, not a line of JSON"
+    )
     assert f"ended by {record['stop']}" in detail and "[(2.5, 0.4)]" in detail
     spans = "[...document.querySelectorAll('#detail .tokens span')]"
     tokens = [token for segment in record["segments"] for token in segment["tokens"]]
-    logp = [value for segment in record["segments"] for value in segment.get("logp", [None] * len(segment["tokens"]))]
+    logp = [
+        value
+        for segment in record["segments"]
+        for value in segment.get("logp", [None] * len(segment["tokens"]))
+    ]
     for mode in ("mask", "logp", "advantage"):
         browser.run("document.querySelector(`[data-mode=${arguments[0]}]`).click()", mode)
         assert browser.run(f"return {spans}.map(s => s.textContent)") == tokens
         kinds = browser.run(f"return {spans}.map(s => s.className)")
         if mode == "logp":
-            levels = [sum(-value > limit for limit in (0.1, 0.7, 1.6, 3, 5)) if value is not None else None for value in logp]
-            assert [kind.replace(" nl", "") for kind in kinds] == ["m0" if n is None else f"lp{n}" if n else "" for n in levels]
+            levels = [
+                sum(-value > limit for limit in (0.1, 0.7, 1.6, 3, 5))
+                if value is not None
+                else None
+                for value in logp
+            ]
+            assert [kind.replace(" nl", "") for kind in kinds] == [
+                "m0" if n is None else f"lp{n}" if n else "" for n in levels
+            ]
         elif mode == "mask":
-            assert [kind.startswith("m1") for kind in kinds] == [value is not None for value in logp]
+            assert [kind.startswith("m1") for kind in kinds] == [
+                value is not None for value in logp
+            ]
         else:
             sign = "ap" if record["segments"][0]["advantage"] > 0 else "an"
-            assert all(kind.startswith(sign if value is not None else "m0") for kind, value in zip(kinds, logp, strict=True))
+            assert all(
+                kind.startswith(sign if value is not None else "m0")
+                for kind, value in zip(kinds, logp, strict=True)
+            )
     browser.run(f"{spans}[3].click()")
     said = text(browser, "#inspect")
-    assert json.dumps(tokens[3]) in said and "written by the model" in said and f"{logp[3]:.4g}" in said and "advantage" in said
+    assert (
+        json.dumps(tokens[3]) in said
+        and "written by the model" in said
+        and f"{logp[3]:.4g}" in said
+        and "advantage" in said
+    )
     browser.run("document.querySelector('#next').click()")
-    assert browser.run("return document.querySelector('#list [aria-current=true]').dataset.index") == "1"
+    assert (
+        browser.run("return document.querySelector('#list [aria-current=true]').dataset.index")
+        == "1"
+    )
     assert browser.log() == []
 
 
 def test_hostile_runs_stay_text(browser: Browser, tmp_path: Path) -> None:
     folder = tmp_path / "</title><img src=x onerror=alert(1)>".replace("/", "∕")
-    write_metrics(folder, [{"step": s, EVIL: 1.0 * s, f"val-core/{EVIL}/acc/mean@4": 0.5, "train/loss": 1.0, f"timing_s/{EVIL}": 1, "timing_s/step": 2} for s in (1, 2)])
-    (folder / "config.yaml").write_text(yaml.safe_dump({"trainer": {EVIL: EVIL.replace("\ud800", "")}}), errors="replace")
-    call = "<tool_call>" + json.dumps({"name": EVIL, "arguments": {EVIL: EVIL}}) + "</tool_call><tool_call>{broken" + EVIL + "</tool_call>"
-    segments = [Segment("assistant", EVIL + call, [EVIL, call], [-1.0, -2.0], 1.0, True), Segment(EVIL, EVIL)]
-    write_transcripts(folder, "train_000001", [Transcript(1, EVIL, segments, 1.0, EVIL, 2, EVIL, EVIL, EVIL, {EVIL: EVIL})])
+    write_metrics(
+        folder,
+        [
+            {
+                "step": s,
+                EVIL: 1.0 * s,
+                f"val-core/{EVIL}/acc/mean@4": 0.5,
+                "train/loss": 1.0,
+                f"timing_s/{EVIL}": 1,
+                "timing_s/step": 2,
+            }
+            for s in (1, 2)
+        ],
+    )
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"trainer": {EVIL: EVIL.replace("\ud800", "")}}), errors="replace"
+    )
+    call = (
+        "<tool_call>"
+        + json.dumps({"name": EVIL, "arguments": {EVIL: EVIL}})
+        + "</tool_call><tool_call>{broken"
+        + EVIL
+        + "</tool_call>"
+    )
+    segments = [
+        Segment("assistant", EVIL + call, [EVIL, call], [-1.0, -2.0], 1.0, True),
+        Segment(EVIL, EVIL),
+    ]
+    write_transcripts(
+        folder,
+        "train_000001",
+        [Transcript(1, EVIL, segments, 1.0, EVIL, 2, EVIL, EVIL, EVIL, {EVIL: EVIL})],
+    )
     page = page_of(tmp_path / "page.html", folder)
     opened(browser, page)
     browser.run("document.querySelector('#all').open = true")
@@ -215,11 +317,22 @@ def test_hostile_runs_stay_text(browser: Browser, tmp_path: Path) -> None:
         browser.run("document.querySelector(`[data-mode=${arguments[0]}]`).click()", mode)
         browser.run("document.querySelector('#detail .tokens span')?.click()")
     time.sleep(0.3)
-    assert browser.run("return [window.owned, document.querySelectorAll('img, iframe, object, embed').length, performance.getEntriesByType('resource').length]") == [None, 0, 0]
+    assert browser.run(
+        "return [window.owned, document.querySelectorAll('img, iframe, object, embed').length, performance.getEntriesByType('resource').length]"
+    ) == [None, 0, 0]
     assert "owned" not in browser.run("return document.title") and browser.log() == []
     detail = text(browser, "#detail")
-    assert detail.count("<img src=x onerror=") >= 6 and "␛[31m" in detail and "⟨U+202E⟩" in detail and "⟨U+2028⟩" in detail
-    assert not set("\x1b\x00\u202e\u2028") & set(browser.run("return document.body.textContent.replace(document.getElementById('data').textContent, '')"))
+    assert (
+        detail.count("<img src=x onerror=") >= 6
+        and "␛[31m" in detail
+        and "⟨U+202E⟩" in detail
+        and "⟨U+2028⟩" in detail
+    )
+    assert not set("\x1b\x00\u202e\u2028") & set(
+        browser.run(
+            "return document.body.textContent.replace(document.getElementById('data').textContent, '')"
+        )
+    )
 
 
 def test_the_policy_holds_against_a_script_in_the_page(browser: Browser, tmp_path: Path) -> None:
@@ -236,11 +349,17 @@ def test_the_policy_holds_against_a_script_in_the_page(browser: Browser, tmp_pat
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         page = page_of(tmp_path / "page.html", sft_run(tmp_path / "run", steps=3))
-        spoilt = page.read_text().replace("<main", f"<img src='{address}/img' onerror='window.owned=1'><script>window.owned=2</script>"
-                                          f"<link rel=stylesheet href='{address}/css'><script src='{address}/js'></script><main", 1)  # fmt: skip
+        spoilt = page.read_text().replace(
+            "<main",
+            f"<img src='{address}/img' onerror='window.owned=1'><script>window.owned=2</script>"
+            f"<link rel=stylesheet href='{address}/css'><script src='{address}/js'></script><main",
+            1,
+        )
         page.write_text(spoilt)
         opened(browser, page)
-        browser.run(f"fetch('{address}/fetch').catch(() => 0); new Image().src = '{address}/image'; navigator.sendBeacon('{address}/beacon')")
+        browser.run(
+            f"fetch('{address}/fetch').catch(() => 0); new Image().src = '{address}/image'; navigator.sendBeacon('{address}/beacon')"
+        )
         time.sleep(0.5)
         server.shutdown()
     assert asked == [] and browser.run("return window.owned ?? null") is None
@@ -249,26 +368,56 @@ def test_the_policy_holds_against_a_script_in_the_page(browser: Browser, tmp_pat
 
 def test_a_long_run_opens_quickly(browser: Browser, tmp_path: Path) -> None:
     rng = random.Random(0)
-    write_metrics(tmp_path / "long", [{"step": s, **{f"group/metric_{k}": rng.random() for k in range(20)}, "train/loss": 1 / s} for s in range(1, 2001)])
+    write_metrics(
+        tmp_path / "long",
+        [
+            {
+                "step": s,
+                **{f"group/metric_{k}": rng.random() for k in range(20)},
+                "train/loss": 1 / s,
+            }
+            for s in range(1, 2001)
+        ],
+    )
     tokens = ["word "] * 16_000
-    long = Transcript(1, "q", [Segment("assistant", "".join(tokens), tokens, [-0.5] * 16_000, 1.0, True)], 1.0)
+    long = Transcript(
+        1, "q", [Segment("assistant", "".join(tokens), tokens, [-0.5] * 16_000, 1.0, True)], 1.0
+    )
     write_transcripts(tmp_path / "long", "train_000001", [long] * 6)
-    page, begun = page_of(tmp_path / "page.html", tmp_path / "long"), time.monotonic()
+    page = page_of(tmp_path / "page.html", tmp_path / "long")
+    begun = time.monotonic()
     opened(browser, page, 390)
     assert time.monotonic() - begun < 20
     begun = time.monotonic()
     browser.run("document.querySelector('[data-mode=logp]').click()")
-    assert browser.run("return document.querySelectorAll('#detail .tokens span').length") == 16_000 and time.monotonic() - begun < 15
+    assert (
+        browser.run("return document.querySelectorAll('#detail .tokens span').length") == 16_000
+        and time.monotonic() - begun < 15
+    )
 
 
 def test_a_run_that_has_just_begun(browser: Browser, tmp_path: Path) -> None:
     write_metrics(tmp_path / "new", [])
-    write_metrics(tmp_path / "one", [{"step": 1, "train/loss": 2.0, "timing_s/step": 1.0, "timing_s/data": 0.1, "val/loss": 2.5, "critic/acc/mean": 0}])
+    write_metrics(
+        tmp_path / "one",
+        [
+            {
+                "step": 1,
+                "train/loss": 2.0,
+                "timing_s/step": 1.0,
+                "timing_s/data": 0.1,
+                "val/loss": 2.5,
+                "critic/acc/mean": 0,
+            }
+        ],
+    )
     opened(browser, page_of(tmp_path / "new.html", tmp_path / "new"))
     assert "no metrics yet" in text(browser, "main")
     opened(browser, page_of(tmp_path / "one.html", tmp_path / "one", tmp_path / "new"))
     browser.run("document.querySelector('#time').scrollIntoView()")
     browser.wait("document.querySelectorAll('canvas').length >= 3")
     scale = "return (({min, max}) => [min, max])(document.querySelector(`[data-metric='${arguments[0]}'] .plot`).uplot.scales.y)"
-    assert browser.run(scale, "train/loss") == [1.8, 2.2] and browser.run(scale, "critic/acc/mean") == [0, 0.1]
+    assert browser.run(scale, "train/loss") == [1.8, 2.2] and browser.run(
+        scale, "critic/acc/mean"
+    ) == [0, 0.1]
     assert browser.log() == []

@@ -49,26 +49,67 @@ def faults_of(*words: str) -> list[str]:
 def test_the_published_command_parses_word_for_word() -> None:
     config = parse(RLConfig, PUBLISHED, SYNONYMS)
     assert list(contradictions(config)) == []
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    actor = config.actor_rollout_ref.actor
+    rollout = config.actor_rollout_ref.rollout
     assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c) == (0.2, 0.28, 10.0)
-    assert (rollout.n, rollout.val_kwargs.n, rollout.multi_turn.max_user_turns, rollout.multi_turn.format) == (16, 30, 8, "hermes")
-    assert config.trainer.logger == ("console", "wandb") and config.data.train_files == ("train.parquet",)
-    assert actor.fsdp_config.param_offload and actor.optim.lr == 1e-6 and config.data.truncation == "error"
-    assert list(notes(config)) == ["rollout.name=vllm means native here: the in-process engine samples."]
+    assert (
+        rollout.n,
+        rollout.val_kwargs.n,
+        rollout.multi_turn.max_user_turns,
+        rollout.multi_turn.format,
+    ) == (16, 30, 8, "hermes")
+    assert config.trainer.logger == ("console", "wandb") and config.data.train_files == (
+        "train.parquet",
+    )
+    assert (
+        actor.fsdp_config.param_offload
+        and actor.optim.lr == 1e-6
+        and config.data.truncation == "error"
+    )
+    assert list(notes(config)) == [
+        "rollout.name=vllm means native here: the in-process engine samples."
+    ]
 
 
 def test_defaults_of_the_contract() -> None:
     config = parse(RLConfig, REQUIRED)
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    assert config.algorithm.norm_adv_by_std_in_grpo and config.algorithm.rollout_correction.rollout_is is None
+    actor = config.actor_rollout_ref.actor
+    rollout = config.actor_rollout_ref.rollout
+    assert (
+        config.algorithm.norm_adv_by_std_in_grpo
+        and config.algorithm.rollout_correction.rollout_is is None
+    )
     assert config.algorithm.rollout_correction.rollout_is_threshold == 2.0
-    assert (actor.ppo_epochs, actor.entropy_coeff, aggregation(actor), actor.grad_clip) == (1, 0.0, "token-mean", 1.0)
-    assert (actor.policy_loss.loss_mode, rollout.temperature, rollout.top_p, rollout.top_k) == ("vanilla", 1.0, 1.0, -1)
+    assert (actor.ppo_epochs, actor.entropy_coeff, aggregation(actor), actor.grad_clip) == (
+        1,
+        0.0,
+        "token-mean",
+        1.0,
+    )
+    assert (actor.policy_loss.loss_mode, rollout.temperature, rollout.top_p, rollout.top_k) == (
+        "vanilla",
+        1.0,
+        1.0,
+        -1,
+    )
     multi = rollout.multi_turn
-    assert (multi.max_tool_response_length, multi.tool_response_truncate_side, multi.max_parallel_calls) == (512, "middle", 1)
-    assert rollout.calculate_log_probs and rollout.name == "native" and actor.clip_ratio_low == actor.clip_ratio_high == 0.2
+    assert (
+        multi.max_tool_response_length,
+        multi.tool_response_truncate_side,
+        multi.max_parallel_calls,
+    ) == (512, "middle", 1)
+    assert (
+        rollout.calculate_log_probs
+        and rollout.name == "native"
+        and actor.clip_ratio_low == actor.clip_ratio_high == 0.2
+    )
     assert config.reward_model.timeout_seconds == 2.0 and config.reward_model.memory_mb == 2048
-    assert parse(RLConfig, [*REQUIRED, ARR + "actor.clip_ratio=0.3"]).actor_rollout_ref.actor.clip_ratio_high == 0.3
+    assert (
+        parse(
+            RLConfig, [*REQUIRED, ARR + "actor.clip_ratio=0.3"]
+        ).actor_rollout_ref.actor.clip_ratio_high
+        == 0.3
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +122,9 @@ def test_defaults_of_the_contract() -> None:
     ],
 )
 def test_synonyms(word: str, key: str, value: object) -> None:
-    assert getattr(parse(RLConfig, [*REQUIRED, word], SYNONYMS).actor_rollout_ref.actor, key) == value
+    assert (
+        getattr(parse(RLConfig, [*REQUIRED, word], SYNONYMS).actor_rollout_ref.actor, key) == value
+    )
 
 
 def test_synonyms_name_keys_that_exist() -> None:
@@ -105,9 +148,18 @@ def test_synonyms_name_keys_that_exist() -> None:
         (ARR + "rollout.temperature=0", "above 0"),
         (ARR + "rollout.top_k=0", "Use -1"),
         (ARR + "actor.loss_agg_mode=token_mean", "token-mean"),
-        (f"{ARR}actor.loss_agg_mode=token-mean {ARR}actor.policy_loss.loss_mode=gspo", "averaged by seq-mean-token-mean. Leave it out"),
-        (f"{ARR}actor.loss_agg_mode=seq-mean-token-sum {ARR}actor.policy_loss.loss_mode=cispo", "averaged by token-mean. Leave it out"),
-        (ARR + "rollout.multi_turn.max_asistant_turns=3", "Did you mean actor_rollout_ref.rollout.multi_turn.max_assistant_turns?"),
+        (
+            f"{ARR}actor.loss_agg_mode=token-mean {ARR}actor.policy_loss.loss_mode=gspo",
+            "averaged by seq-mean-token-mean. Leave it out",
+        ),
+        (
+            f"{ARR}actor.loss_agg_mode=seq-mean-token-sum {ARR}actor.policy_loss.loss_mode=cispo",
+            "averaged by token-mean. Leave it out",
+        ),
+        (
+            ARR + "rollout.multi_turn.max_asistant_turns=3",
+            "Did you mean actor_rollout_ref.rollout.multi_turn.max_assistant_turns?",
+        ),
         ("trainer.save_freq=0", "no number of steps"),
         ("data.custom_cls.path=x.py", "both path and name"),
         ("trainer.resume_mode=resume_path", "needs trainer.resume_from_path"),
@@ -121,7 +173,8 @@ def test_what_is_refused_and_the_way_out(word: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "published"), [("vanilla", "token-mean"), ("gspo", "seq-mean-token-mean"), ("cispo", "token-mean")]
+    ("mode", "published"),
+    [("vanilla", "token-mean"), ("gspo", "seq-mean-token-mean"), ("cispo", "token-mean")],
 )
 def test_a_loss_brings_its_own_aggregation(mode: str, published: str) -> None:
     words = [*REQUIRED, f"{ARR}actor.policy_loss.loss_mode={mode}"]
@@ -133,44 +186,86 @@ def test_a_loss_brings_its_own_aggregation(mode: str, published: str) -> None:
 
 
 def test_what_would_do_nothing_is_noted() -> None:
-    words = [ARR + "rollout.multi_turn.tool_config_path=t.yaml", "data.gen_batch_size=2", "trainer.test_freq=5"]
+    words = [
+        ARR + "rollout.multi_turn.tool_config_path=t.yaml",
+        "data.gen_batch_size=2",
+        "trainer.test_freq=5",
+    ]
     found = " ".join(notes(parse(RLConfig, [*REQUIRED, *words])))
-    assert all(part in found for part in ("no tool is called", "without algorithm.filter_groups", "validates nothing")), found
+    assert all(
+        part in found
+        for part in ("no tool is called", "without algorithm.filter_groups", "validates nothing")
+    ), found
 
 
 def test_every_key_of_the_contract_is_there() -> None:
     """Those that the published command has not, with every value that the contract names."""
     values = {
-        "algorithm.": "norm_adv_by_std_in_grpo=false gamma=0.9 lam=0.9 kl_ctrl.type=adaptive kl_ctrl.horizon=5 kl_ctrl.target_kl=0.2"
-        " filter_groups.enable=true filter_groups.metric=score filter_groups.max_num_gen_batches=3 rollout_correction.rollout_is=token"
-        " rollout_correction.rollout_is=sequence rollout_correction.rollout_is=null rollout_correction.rollout_is_threshold=3 use_kl_in_reward=true"
-        " adv_estimator=grpo adv_estimator=rloo adv_estimator=reinforce_plus_plus adv_estimator=reinforce_plus_plus_baseline",
+        "algorithm.": "norm_adv_by_std_in_grpo=false gamma=0.9 lam=0.9 kl_ctrl.type=adaptive "
+        "kl_ctrl.horizon=5 kl_ctrl.target_kl=0.2 filter_groups.enable=true "
+        "filter_groups.metric=score filter_groups.max_num_gen_batches=3 "
+        "rollout_correction.rollout_is=token rollout_correction.rollout_is=sequence "
+        "rollout_correction.rollout_is=null rollout_correction.rollout_is_threshold=3 "
+        "use_kl_in_reward=true adv_estimator=grpo adv_estimator=rloo "
+        "adv_estimator=reinforce_plus_plus adv_estimator=reinforce_plus_plus_baseline",
         "data.": "gen_batch_size=8 shuffle=false seed=3 chat_template=hermes answer_format=null",
-        ARR + "actor.": "ppo_epochs=2 entropy_coeff=0.1 loss_agg_mode=token-mean loss_agg_mode=seq-mean-token-sum loss_agg_mode=seq-mean-token-mean"
-        " loss_agg_mode=seq-mean-token-sum-norm policy_loss.loss_mode=vanilla policy_loss.loss_mode=gspo policy_loss.loss_mode=cispo"
-        " kl_loss_type=k1 kl_loss_type=k2 kl_loss_type=k3 kl_loss_type=low_var_kl kl_loss_type=abs kl_loss_type=k1+ kl_loss_type=k3+ grad_clip=0.5",
-        ARR + "rollout.": "temperature=0.7 top_p=0.9 top_k=50 max_num_seqs=8 calculate_log_probs=false mode=sync free_cache_engine=true name=native"
-        " name=sglang name=hf multi_turn.max_tool_response_length=9 multi_turn.tool_response_truncate_side=left multi_turn.max_parallel_calls=3"
-        " multi_turn.format=code_block multi_turn.format=retool",
+        ARR
+        + "actor.": "ppo_epochs=2 entropy_coeff=0.1 loss_agg_mode=token-mean loss_agg_mode=seq-mean-token-sum loss_agg_mode=seq-mean-token-mean"
+        " loss_agg_mode=seq-mean-token-sum-norm policy_loss.loss_mode=vanilla "
+        "policy_loss.loss_mode=gspo policy_loss.loss_mode=cispo kl_loss_type=k1 kl_loss_type=k2 "
+        "kl_loss_type=k3 kl_loss_type=low_var_kl kl_loss_type=abs kl_loss_type=k1+ "
+        "kl_loss_type=k3+ grad_clip=0.5",
+        ARR
+        + "rollout.": "temperature=0.7 top_p=0.9 top_k=50 max_num_seqs=8 calculate_log_probs=false mode=sync free_cache_engine=true name=native"
+        " name=sglang name=hf multi_turn.max_tool_response_length=9 "
+        "multi_turn.tool_response_truncate_side=left multi_turn.max_parallel_calls=3 "
+        "multi_turn.format=code_block multi_turn.format=retool",
         "reward_model.": "overlong_buffer.enable=true overlong_buffer.len=5 overlong_buffer.penalty_factor=2 name=retool name=math",
         "trainer.": "resume_mode=disable max_ckpt_to_keep=2 deterministic=true",
-    }  # fmt: skip
+    }
     for prefix, entries in values.items():
         for entry in entries.split():
             assert faults_of(prefix + entry) == [], entry
 
 
-@pytest.mark.parametrize(("words", "wanted"), [([], (False, True)), (["true"], (True, True)), (["false"], (False, False))])
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [([], (False, True)), (["true"], (True, True)), (["false"], (False, False))],
+)
 def test_who_adds_up_in_fp32(words: list[str], wanted: tuple[bool, bool]) -> None:
-    """By itself the command that samples, so that sampler and trainer agree better; the memory plan knows."""
-    sft = parse(SFTConfig, ["data.train_files=a.parquet", "model.partial_pretrain=m", *(f"model.fp32_residual={w}" for w in words)])
+    """By itself the command that samples, so that sampler and trainer agree better; the memory plan
+    knows.
+    """
+    sft = parse(
+        SFTConfig,
+        [
+            "data.train_files=a.parquet",
+            "model.partial_pretrain=m",
+            *(f"model.fp32_residual={w}" for w in words),
+        ],
+    )
     rl = parse(RLConfig, [*REQUIRED, *(f"{ARR}model.fp32_residual={w}" for w in words)])
-    for config, options, expected in ((sft, sft_options(sft), wanted[0]), (rl, run_options(rl), wanted[1])):
-        assert options.fp32_residual is setting_of(options, World(1, 1, 1)).fp32_residual is expected, type(config)
+    for config, options, expected in (
+        (sft, sft_options(sft), wanted[0]),
+        (rl, run_options(rl), wanted[1]),
+    ):
+        assert (
+            options.fp32_residual is setting_of(options, World(1, 1, 1)).fp32_residual is expected
+        ), type(config)
 
 
 def test_every_fault_at_once() -> None:
-    assert len(faults_of("algorithm.adv_estimator=gae", "trainer.save_freq=0", ARR + "rollout.name=x", "trainer.nonsense=1")) == 4
+    assert (
+        len(
+            faults_of(
+                "algorithm.adv_estimator=gae",
+                "trainer.save_freq=0",
+                ARR + "rollout.name=x",
+                "trainer.nonsense=1",
+            )
+        )
+        == 4
+    )
 
 
 def test_help_lists_every_key() -> None:

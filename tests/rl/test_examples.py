@@ -27,25 +27,41 @@ def test_rl_from_scratch_learns(work) -> None:
     assert sum(means[-3:]) > sum(means[:3]) + 0.3, means
 
 
-def test_copied_out_of_the_repository_they_need_nothing_but_the_package(work, tmp_path, repository) -> None:
+def test_copied_out_of_the_repository_they_need_nothing_but_the_package(
+    work, tmp_path, repository
+) -> None:
     for name in ("rl_from_scratch", "custom_reward", "custom_tool", "custom_data", "retool_recipe"):
         shutil.copy(EXAMPLES / f"{name}.py", tmp_path)
     (tmp_path / "retool").symlink_to(repository / "retool")
     code = "import custom_data, custom_reward, custom_tool, retool_recipe, sys, rl_from_scratch; rl_from_scratch.main(sys.argv[1], 1)"
-    done = subprocess.run([sys.executable, "-c", code, work / "model"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code, work / "model"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == 0 and "step 1: score" in done.stdout, done.stderr
 
 
 def test_custom_reward() -> None:
     extra = {"stop_reason": "no_call"}
-    assert custom_reward.compute_score("", "\\boxed{4}", "4", extra) == {"score": 1.0, "acc": 1.0, "pred": "4"}
-    assert custom_reward.compute_score("", "\\boxed{3}", "4", extra)["score"] == pytest.approx(0.3 * 0.75)
+    assert custom_reward.compute_score("", "\\boxed{4}", "4", extra) == {
+        "score": 1.0,
+        "acc": 1.0,
+        "pred": "4",
+    }
+    assert custom_reward.compute_score("", "\\boxed{3}", "4", extra)["score"] == pytest.approx(
+        0.3 * 0.75
+    )
     assert custom_reward.compute_score("", "?", "4", {"stop_reason": "length"})["score"] == -0.5
 
 
 def test_custom_tool(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    (tmp_path / "tools.yaml").write_text("tools:\n  - class_name: custom_tool.PriceList\n    config: {prices: {apple: 3, pear: 5}}\n")
+    (tmp_path / "tools.yaml").write_text(
+        "tools:\n  - class_name: custom_tool.PriceList\n    config: {prices: {apple: 3, pear: 5}}\n"
+    )
     (tool,) = load_tools(tmp_path / "tools.yaml")
     assert asyncio.run(tool.call({"fruit": "pear"})).text == "5" and tool.name == "price_of"
     assert asyncio.run(tool.call({"fruit": 7})).status == "error"
@@ -53,41 +69,84 @@ def test_custom_tool(tmp_path, monkeypatch) -> None:
 
 def test_custom_data_reward_and_tool_in_one_run(work, tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    (tmp_path / "tools.yaml").write_text("tools:\n  - class_name: custom_tool.PriceList\n    config: {prices: {apple: 3}}\n")
-    (tmp_path / "sums.csv").write_text("question,answer,topic\n" + "".join(f"{i} + {i}?,{2 * i},sums\n" for i in range(4)))
+    (tmp_path / "tools.yaml").write_text(
+        "tools:\n  - class_name: custom_tool.PriceList\n    config: {prices: {apple: 3}}\n"
+    )
+    (tmp_path / "sums.csv").write_text(
+        "question,answer,topic\n" + "".join(f"{i} + {i}?,{2 * i},sums\n" for i in range(4))
+    )
     more = [
-        f"data.train_files={tmp_path}/sums.csv", f"data.custom_cls.path={EXAMPLES}/custom_data.py", "data.custom_cls.name=read_csv",
-        f"custom_reward_function.path={EXAMPLES}/custom_reward.py", "custom_reward_function.name=compute_score", "data.max_prompt_length=1500",
-        f"{ARR}rollout.multi_turn.enable=true", f"{ARR}rollout.multi_turn.tool_config_path={tmp_path}/tools.yaml", "trainer.total_training_steps=1",
-    ]  # fmt: skip
+        f"data.train_files={tmp_path}/sums.csv",
+        f"data.custom_cls.path={EXAMPLES}/custom_data.py",
+        "data.custom_cls.name=read_csv",
+        f"custom_reward_function.path={EXAMPLES}/custom_reward.py",
+        "custom_reward_function.name=compute_score",
+        "data.max_prompt_length=1500",
+        f"{ARR}rollout.multi_turn.enable=true",
+        f"{ARR}rollout.multi_turn.tool_config_path={tmp_path}/tools.yaml",
+        "trainer.total_training_steps=1",
+    ]
     assert main(words(work, tmp_path / "run", *more)) == 0
     (entry,) = [e for e in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "timing_s/step" in e]
     assert entry["critic/score/min"] == -0.5 and entry["reward/exceptions"] == 0
 
 
 def test_recipe_reads_both_schemas(shared_data, tmp_path) -> None:
-    first = next(iter(CustomRLHFDataset(str(shared_data / "dapo-math-17k" / "dapo_math_17k.parquet"))))
-    assert first["reward_model"] == {"ground_truth": "34"} and first["prompt"][0]["content"].endswith("goes here.'}")
+    first = next(
+        iter(CustomRLHFDataset(str(shared_data / "dapo-math-17k" / "dapo_math_17k.parquet")))
+    )
+    assert first["reward_model"] == {"ground_truth": "34"} and first["prompt"][0][
+        "content"
+    ].endswith("goes here.'}")
     (tmp_path / "aime.jsonl").write_text('{"Problem": "1+1?", "Answer": 2}\n')
     assert next(iter(CustomRLHFDataset(str(tmp_path / "aime.jsonl"))))["data_source"] == "aime"
     assert compute_score("", "\\boxed{2}", "2", {"num_turns": 2})["score"] == 1.0
 
 
 def test_the_script_is_the_published_command(work, tmp_path) -> None:
-    """Its words are those of the published list but for paths, the engine's name and its split; and it plans for two GPUs."""
+    """Its words are those of the published list but for paths, the engine's name and its split; and
+    it plans for two GPUs.
+    """
     fake = tmp_path / "bin" / "torchrun"
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$WORDS"\n')
     fake.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}", "WORDS": str(tmp_path / "words"), "MODEL_PATH": str(work / "model"),
-                   "TRAIN": f"{work}/train.jsonl", "EVAL": f"{work}/val.jsonl"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "PATH": f"{fake.parent}:{os.environ['PATH']}",
+        "WORDS": str(tmp_path / "words"),
+        "MODEL_PATH": str(work / "model"),
+        "TRAIN": f"{work}/train.jsonl",
+        "EVAL": f"{work}/val.jsonl",
+    }
     subprocess.run(["bash", str(EXAMPLES / "dapo_qwen2_5.sh")], check=True, env=environment)
-    given = dict(word.split("=", 1) for word in (tmp_path / "words").read_text().splitlines() if "=" in word and not word.startswith("-"))
+    given = dict(
+        word.split("=", 1)
+        for word in (tmp_path / "words").read_text().splitlines()
+        if "=" in word and not word.startswith("-")
+    )
     published = dict(word.split("=", 1) for word in PUBLISHED)
-    different = {key for key in given if str(given[key]).replace("'", "").replace('"', "") != str(published.get(key)).replace("'", "")}
+    different = {
+        key
+        for key in given
+        if str(given[key]).replace("'", "").replace('"', "")
+        != str(published.get(key)).replace("'", "")
+    }
     assert different <= {
-        "data.train_files", "data.val_files", "data.custom_cls.path", "custom_reward_function.path", f"{ARR}model.path", "trainer.logger",
-        "trainer.default_local_dir", f"{ARR}rollout.name", f"{ARR}rollout.tensor_model_parallel_size",
-    }, different  # fmt: skip
-    smaller = ["trainer.n_gpus_per_node=2", "data.train_batch_size=16", f"{ARR}actor.ppo_mini_batch_size=8", "trainer.device_memory_gb=80"]
+        "data.train_files",
+        "data.val_files",
+        "data.custom_cls.path",
+        "custom_reward_function.path",
+        f"{ARR}model.path",
+        "trainer.logger",
+        "trainer.default_local_dir",
+        f"{ARR}rollout.name",
+        f"{ARR}rollout.tensor_model_parallel_size",
+    }, different
+    smaller = [
+        "trainer.n_gpus_per_node=2",
+        "data.train_batch_size=16",
+        f"{ARR}actor.ppo_mini_batch_size=8",
+        "trainer.device_memory_gb=80",
+    ]
     assert main([*(f"{key}={value}" for key, value in given.items()), *smaller, "--check"]) == 0

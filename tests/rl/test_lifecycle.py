@@ -1,4 +1,6 @@
-"""How a run begins and ends: nothing that was being saved is lost, and whatever was opened is closed, however it ends."""
+"""How a run begins and ends: nothing that was being saved is lost, and whatever was opened is
+closed, however it ends.
+"""
 
 from __future__ import annotations
 
@@ -54,11 +56,16 @@ def test_a_run_prepares_its_staging_and_closes_what_it_opened(work, tmp_path, ev
 
 
 def test_a_run_that_saves_nothing_prepares_nothing(work, tmp_path, events) -> None:
-    assert main(words(work, tmp_path, "trainer.val_only=true", f"data.val_files={work}/val.jsonl")) == 0
+    assert (
+        main(words(work, tmp_path, "trainer.val_only=true", f"data.val_files={work}/val.jsonl"))
+        == 0
+    )
     assert events == ["tools closed", "loggers closed"]
 
 
-def test_too_many_skipped_updates_end_the_run_after_the_save_in_flight(work, tmp_path, events, monkeypatch, capsys) -> None:
+def test_too_many_skipped_updates_end_the_run_after_the_save_in_flight(
+    work, tmp_path, events, monkeypatch, capsys
+) -> None:
     def overflowing(*args: Any) -> Any:
         done = inner(*args)
         return replace(done, skipped=events.count("sampled") > 2)
@@ -66,16 +73,26 @@ def test_too_many_skipped_updates_end_the_run_after_the_save_in_flight(work, tmp
     inner = train.update_step
     monkeypatch.setattr(train, "update_step", overflowing)
     slow_disk(monkeypatch)
-    more = ["trainer.max_grad_skips=2", "trainer.save_freq=3", "trainer.total_training_steps=9", IN_BACKGROUND]
+    more = [
+        "trainer.max_grad_skips=2",
+        "trainer.save_freq=3",
+        "trainer.total_training_steps=9",
+        IN_BACKGROUND,
+    ]
     assert main(words(work, tmp_path, *more)) == 1
     said = capsys.readouterr()
-    assert "2 optimizer steps in a row had a non-finite gradient norm" in said.err and "global_step_3 (" in said.out
+    assert (
+        "2 optimizer steps in a row had a non-finite gradient norm" in said.err
+        and "global_step_3 (" in said.out
+    )
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
     assert events[-2:] == ["tools closed", "loggers closed"]
     assert [entry["step"] for entry in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_an_error_of_ours_loses_no_save_and_leaves_nothing_open(work, tmp_path, events, monkeypatch) -> None:
+def test_an_error_of_ours_loses_no_save_and_leaves_nothing_open(
+    work, tmp_path, events, monkeypatch
+) -> None:
     def breaking(*args: Any) -> Any:
         if events.count("sampled") == 2:
             raise RuntimeError("out of memory")
@@ -85,6 +102,14 @@ def test_an_error_of_ours_loses_no_save_and_leaves_nothing_open(work, tmp_path, 
     monkeypatch.setattr(train, "update_step", breaking)
     slow_disk(monkeypatch)
     with pytest.raises(RuntimeError, match="out of memory"):
-        main(words(work, tmp_path, "trainer.save_freq=1", "trainer.total_training_steps=9", IN_BACKGROUND))
+        main(
+            words(
+                work,
+                tmp_path,
+                "trainer.save_freq=1",
+                "trainer.total_training_steps=9",
+                IN_BACKGROUND,
+            )
+        )
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
     assert events[-2:] == ["tools closed", "loggers closed"]

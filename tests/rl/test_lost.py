@@ -1,4 +1,6 @@
-"""What isn't the policy's fault isn't trained: samples lost to infrastructure are counted, left out, and end the run when they are many."""
+"""What isn't the policy's fault isn't trained: samples lost to infrastructure are counted, left
+out, and end the run when they are many.
+"""
 
 from __future__ import annotations
 
@@ -50,13 +52,25 @@ def member(score: float, stop: Stop = Stop.NO_CALL, prompt: Any = None, **more: 
         (ToolResult("gone", "infrastructure"), Stop.INFRASTRUCTURE),
         (ConnectionRefusedError("nobody there"), Stop.INFRASTRUCTURE),
         (httpx.ConnectTimeout("nobody there"), Stop.INFRASTRUCTURE),
-        (FileNotFoundError("no such file"), Stop.NO_CALL),  # the model's doing: it is told, and may try again
+        (
+            FileNotFoundError("no such file"),
+            Stop.NO_CALL,
+        ),  # the model's doing: it is told, and may try again
     ],
 )
-def test_a_tool_that_is_away_loses_the_trajectory_and_one_that_refuses_does_not(renderer_of, tool_row, answer, stop) -> None:
+def test_a_tool_that_is_away_loses_the_trajectory_and_one_that_refuses_does_not(
+    renderer_of, tool_row, answer, stop
+) -> None:
     renderer = renderer_of("hermes")
-    trajectory, _ = episode(renderer, tool_row, [say(renderer, call_text("1")), say(renderer, "Done.")], Answers([answer]))
-    assert trajectory.stop is stop and bool(trajectory.tool_failure) == (stop is Stop.INFRASTRUCTURE)
+    trajectory, _ = episode(
+        renderer,
+        tool_row,
+        [say(renderer, call_text("1")), say(renderer, "Done.")],
+        Answers([answer]),
+    )
+    assert trajectory.stop is stop and bool(trajectory.tool_failure) == (
+        stop is Stop.INFRASTRUCTURE
+    )
 
 
 def test_lost_answers_are_not_judged_and_lost_judges_lose_the_answer(renderer_of) -> None:
@@ -73,9 +87,14 @@ def test_lost_answers_are_not_judged_and_lost_judges_lose_the_answer(renderer_of
 
     judges = Judges()
     parts, _ = parts_of(renderer_of("hermes"), {0: [called("1")], 1: ["42"]}, Away(0), judge=judges)
-    found = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, i), 0) for i in range(2)], Sampling(), 0))
+    found = asyncio.run(
+        roll_out(parts, [(prompt_of(parts.renderer, i), 0) for i in range(2)], Sampling(), 0)
+    )
     assert judges.asked == 1 and all(scored.lost and scored.failure is None for scored in found)
-    assert [scored.info[TOOL_FAILURE] for scored in found] == [GONE, "the processes that judge are gone"]
+    assert [scored.info[TOOL_FAILURE] for scored in found] == [
+        GONE,
+        "the processes that judge are gone",
+    ]
 
 
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +104,8 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_judges_that_are_gone_are_replaced_and_asked_again(monkeypatch) -> None:
     async def ask(pool):
-        inner, broken = pool._attempt, [True]
+        inner = pool._attempt
+        broken = [True]
 
         async def attempt(asked, timeout):
             if broken:
@@ -108,7 +128,9 @@ def test_a_sandbox_that_is_killed_is_there_again_for_the_next_program(renderer_o
         tool = CodeInterpreter(InterpreterConfig(workers=1))
     except (ValueError, OSError) as error:
         pytest.skip(f"no sandbox here: {error}")
-    parts, _ = parts_of(renderer, {0: [called("import time; time.sleep(0.3); print(6 * 7)"), "42"]}, tool)
+    parts, _ = parts_of(
+        renderer, {0: [called("import time; time.sleep(0.3); print(6 * 7)"), "42"]}, tool
+    )
 
     async def run():
         asyncio.get_running_loop().call_later(0.15, os.kill, tool._backend.pid, signal.SIGKILL)
@@ -118,7 +140,11 @@ def test_a_sandbox_that_is_killed_is_there_again_for_the_next_program(renderer_o
             await tool.close()
 
     (scored,) = asyncio.run(run())
-    assert scored.trajectory.stop is Stop.NO_CALL and scored.trajectory.tool_errors == 0 and tool._backend.restarts == 1
+    assert (
+        scored.trajectory.stop is Stop.NO_CALL
+        and scored.trajectory.tool_errors == 0
+        and tool._backend.restarts == 1
+    )
     assert "\n42\n</tool_response>" in renderer.tokenizer.decode(scored.trajectory.tokens)
 
 
@@ -144,7 +170,9 @@ def test_waiting_for_a_worker_is_no_time_of_the_program(renderer_of, monkeypatch
     renderer = renderer_of("hermes")
     parts, _ = parts_of(renderer, {i: [called("1"), "42"] for i in range(10)}, CodeInterpreter())
     parts = replace(parts, agent=replace(parts.agent, tool_timeout_seconds=0.1))
-    found = asyncio.run(roll_out(parts, [(prompt_of(renderer, i), 0) for i in range(10)], Sampling(), 0))
+    found = asyncio.run(
+        roll_out(parts, [(prompt_of(renderer, i), 0) for i in range(10)], Sampling(), 0)
+    )
     metrics = tool_metrics(found)
     assert metrics["tool/timeouts"] == metrics["tool/errors"] == 0 and metrics["tool/calls"] == 10
     assert metrics["tool/latency"] == pytest.approx(0.05) and 0.08 < metrics["tool/queue_s"] < 0.5
@@ -153,15 +181,23 @@ def test_waiting_for_a_worker_is_no_time_of_the_program(renderer_of, monkeypatch
 def test_a_sandbox_that_answers_nobody_is_infrastructure_s_failure(monkeypatch) -> None:
     monkeypatch.setattr(tools, "_backend", lambda config: Queueing(3.0))
     monkeypatch.setattr(tools, "STALLED", 0.1)
-    result = asyncio.run(CodeInterpreter(InterpreterConfig(default_timeout=0.1)).call({"code": "1"}))
+    result = asyncio.run(
+        CodeInterpreter(InterpreterConfig(default_timeout=0.1)).call({"code": "1"})
+    )
     assert result.lost and "no program has ended for 0.2 s" in result.text
 
 
 def test_workers_and_the_programs_limit_are_the_runs(monkeypatch, tmp_path) -> None:
     made = []
-    monkeypatch.setattr(tools, "Sandbox", lambda limits, workers, isolation, share: made.append((workers, limits.wall_seconds)))
+    monkeypatch.setattr(
+        tools,
+        "Sandbox",
+        lambda limits, workers, isolation, share: made.append((workers, limits.wall_seconds)),
+    )
     file = tmp_path / "tools.yaml"
-    file.write_text("tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {workers: 7, default_timeout: 9}}]")
+    file.write_text(
+        "tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {workers: 7, default_timeout: 9}}]"
+    )
     tools.load_tools(None, 33, 5.0)
     tools.load_tools(file)
     tools.load_tools(file, 2, 120.0)
@@ -175,14 +211,27 @@ def test_workers_and_the_programs_limit_are_the_runs(monkeypatch, tmp_path) -> N
 
 def test_lost_samples_are_in_no_mean() -> None:
     prompt = make_prompt(3)
-    good, bad = member(1.0, prompt=prompt), member(0.0, prompt=prompt)
-    lost, aborted = member(0.0, Stop.INFRASTRUCTURE, prompt), member(0.0, Stop.ABORTED, prompt)
+    good = member(1.0, prompt=prompt)
+    bad = member(0.0, prompt=prompt)
+    lost = member(0.0, Stop.INFRASTRUCTURE, prompt)
+    aborted = member(0.0, Stop.ABORTED, prompt)
     assert trainable([Group(prompt, [good, lost, bad, aborted])]) == [Group(prompt, [good, bad])]
-    assert trainable([Group(prompt, [good, lost]), Group(prompt, [lost]), Group(prompt, [good])]) == [Group(prompt, [good])]
+    assert trainable(
+        [Group(prompt, [good, lost]), Group(prompt, [lost]), Group(prompt, [good])]
+    ) == [Group(prompt, [good])]
     assert score_metrics([good, lost])["critic/score/mean"] == 1.0
-    assert not has_signal(Group(prompt, [good, lost]), "acc") and not has_signal(Group(prompt, [lost, lost]), "acc")
-    assert add(begin([], 0), [Group(prompt, [good, lost]), Group(prompt, [lost])], "acc").metrics(0)["filter/metric_mean"] == 1.0
-    found = validation_metrics([Group(prompt, [good, lost, good, aborted]), Group(make_prompt(4), [lost] * 4)])
+    assert not has_signal(Group(prompt, [good, lost]), "acc") and not has_signal(
+        Group(prompt, [lost, lost]), "acc"
+    )
+    assert (
+        add(begin([], 0), [Group(prompt, [good, lost]), Group(prompt, [lost])], "acc").metrics(0)[
+            "filter/metric_mean"
+        ]
+        == 1.0
+    )
+    found = validation_metrics(
+        [Group(prompt, [good, lost, good, aborted]), Group(make_prompt(4), [lost] * 4)]
+    )
     assert found["val-core/numbers/acc/mean@4"] == found["val-core/numbers/acc/best@4/mean"] == 1.0
 
 
@@ -194,7 +243,9 @@ def lose(monkeypatch: pytest.MonkeyPatch, which: Any) -> None:
         return [lost(scored) if which(scored.trajectory) else scored for scored in found]
 
     def lost(scored: Scored) -> Scored:
-        return Scored(replace(scored.trajectory, stop=Stop.INFRASTRUCTURE), 0.0, 0.0, {TOOL_FAILURE: GONE})
+        return Scored(
+            replace(scored.trajectory, stop=Stop.INFRASTRUCTURE), 0.0, 0.0, {TOOL_FAILURE: GONE}
+        )
 
     inner = collect.roll_out
     monkeypatch.setattr(collect, "roll_out", some_lost)
@@ -206,27 +257,40 @@ def test_a_step_with_lost_samples_is_the_step_without_them(work, tmp_path, monke
     assert main(words(work, tmp_path / "three", *common, f"{ARR}rollout.n=3")) == 0
     lose(monkeypatch, lambda trajectory: trajectory.sample == 3)
     assert main(words(work, tmp_path / "four", *common)) == 0
-    three, four = steps(tmp_path / "three"), steps(tmp_path / "four")
-    assert [entry["stop/infrastructure"] for entry in four] == [4, 4] and [entry["stop/infrastructure"] for entry in three] == [0, 0]
+    three = steps(tmp_path / "three")
+    four = steps(tmp_path / "four")
+    assert [entry["stop/infrastructure"] for entry in four] == [4, 4] and [
+        entry["stop/infrastructure"] for entry in three
+    ] == [0, 0]
     for name in ("actor/pg_loss", "actor/grad_norm", "critic/score/mean", "critic/advantages/max"):
-        assert [entry[name] for entry in four] == pytest.approx([entry[name] for entry in three], rel=1e-6, abs=1e-9), name
+        assert [entry[name] for entry in four] == pytest.approx(
+            [entry[name] for entry in three], rel=1e-6, abs=1e-9
+        ), name
 
 
 @pytest.mark.parametrize("more", [(), FILTER[:3]])
-def test_a_run_whose_samples_are_lost_ends_with_the_cause_and_its_checkpoint(work, tmp_path, monkeypatch, capsys, more) -> None:
+def test_a_run_whose_samples_are_lost_ends_with_the_cause_and_its_checkpoint(
+    work, tmp_path, monkeypatch, capsys, more
+) -> None:
     lose(monkeypatch, lambda trajectory: trajectory.policy_version >= 1)
     limits = [f"{ARR}rollout.max_lost_steps=2", "trainer.total_training_steps=9"]
     assert main(words(work, tmp_path, *more, *limits)) == 1
     said = capsys.readouterr()
-    assert f"more than 30% in each of the last 2 steps, to what isn't the policy's fault: {GONE}" in said.err
+    assert (
+        f"more than 30% in each of the last 2 steps, to what isn't the policy's fault: {GONE}"
+        in said.err
+    )
     assert [entry["stop/infrastructure"] > 0 for entry in steps(tmp_path)] == [False, True, True]
-    assert "actor/pg_loss" not in steps(tmp_path)[-1] and re.search("lost to infrastructure (16|24)", said.out)
+    assert "actor/pg_loss" not in steps(tmp_path)[-1] and re.search(
+        "lost to infrastructure (16|24)", said.out
+    )
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
 def test_a_validation_that_is_lost_is_no_accuracy(work, tmp_path, monkeypatch, capsys) -> None:
     lose(monkeypatch, lambda trajectory: True)
-    assert main(words(work, tmp_path, "trainer.val_only=true", f"data.val_files={work}/val.jsonl")) == 1
+    assert (
+        main(words(work, tmp_path, "trainer.val_only=true", f"data.val_files={work}/val.jsonl"))
+        == 1
+    )
     assert f"3 of the 3 answers of the validation were lost: {GONE}" in capsys.readouterr().err
-
-

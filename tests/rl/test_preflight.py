@@ -1,4 +1,6 @@
-"""What an RL run is refused for, in one table, and what is only noted: the checks that SFT has too, under RL's keys."""
+"""What an RL run is refused for, in one table, and what is only noted: the checks that SFT has too,
+under RL's keys.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,24 @@ from tests.rl.conftest import make_prompt
 ACTOR = "actor_rollout_ref.actor."
 
 
-def check(work: Path, out: Path, *more: str, planning: bool = False, environment: dict[str, str] | None = None) -> Report:
+def check(
+    work: Path,
+    out: Path,
+    *more: str,
+    planning: bool = False,
+    environment: dict[str, str] | None = None,
+) -> Report:
     words = [
-        f"data.train_files={work}/train.jsonl", f"actor_rollout_ref.model.path={work}/model", f"trainer.default_local_dir={out}",
-        "data.train_batch_size=8", f"{ACTOR}ppo_mini_batch_size=8", "actor_rollout_ref.rollout.n=2", "data.max_response_length=64",
-        "reward_model.name=math", *more,
-    ]  # fmt: skip
+        f"data.train_files={work}/train.jsonl",
+        f"actor_rollout_ref.model.path={work}/model",
+        f"trainer.default_local_dir={out}",
+        "data.train_batch_size=8",
+        f"{ACTOR}ppo_mini_batch_size=8",
+        "actor_rollout_ref.rollout.n=2",
+        "data.max_response_length=64",
+        "reward_model.name=math",
+        *more,
+    ]
     return preflight(read(RLConfig, words, SYNONYMS), planning, environment or {})
 
 
@@ -44,14 +58,27 @@ def said(report: Report) -> str:
 
 
 def test_a_sound_run_has_a_plan(work: Path, tmp_path: Path) -> None:
-    report = check(work, tmp_path / "out", "trainer.device=cpu", "trainer.total_epochs=2", "trainer.save_freq=2")
-    assert report.faults == () and report.steps == 6 and kept_checkpoints(report) == 3 and checkpoint_bytes(report) > 0
+    report = check(
+        work,
+        tmp_path / "out",
+        "trainer.device=cpu",
+        "trainer.total_epochs=2",
+        "trainer.save_freq=2",
+    )
+    assert (
+        report.faults == ()
+        and report.steps == 6
+        and kept_checkpoints(report) == 3
+        and checkpoint_bytes(report) > 0
+    )
     plan = dict(in_words(report))
     assert "1 layers, 4/2 heads of 16" in plan["model"] and "(predicted): load" in plan["memory"]
     assert "report/" in plan["written"] and "every 2 steps" in plan["written"]
 
 
-def test_every_machine_check_stands_in_one_table(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_machine_check_stands_in_one_table(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1))  # type: ignore[attr-defined]
     with socket.socket() as server:
@@ -59,45 +86,84 @@ def test_every_machine_check_stands_in_one_table(work: Path, tmp_path: Path, mon
         server.listen()
         port = str(server.getsockname()[1])
         launched = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
-        asked = ["actor_rollout_ref.model.use_compile=true", "trainer.default_hdfs_dir=nosuch://b", "actor_rollout_ref.model.attn=varlen"]
-        asked += [f"{ACTOR}ulysses_sequence_parallel_size=2", "actor_rollout_ref.rollout.tensor_model_parallel_size=2"]
+        asked = [
+            "actor_rollout_ref.model.use_compile=true",
+            "trainer.default_hdfs_dir=nosuch://b",
+            "actor_rollout_ref.model.attn=varlen",
+        ]
+        asked += [
+            f"{ACTOR}ulysses_sequence_parallel_size=2",
+            "actor_rollout_ref.rollout.tensor_model_parallel_size=2",
+        ]
         text = said(check(work, tmp_path / "out", *asked, environment=launched))
     for expected in (
-        f"MASTER_PORT={port}", "actor_rollout_ref.model.use_compile=true: needs a C compiler", "trainer.default_hdfs_dir=nosuch://b",
-        "for a checkpoint", "actor_rollout_ref.model.attn=varlen: needs a GPU", f"{ACTOR}ulysses_sequence_parallel_size=2: does not fit",
+        f"MASTER_PORT={port}",
+        "actor_rollout_ref.model.use_compile=true: needs a C compiler",
+        "trainer.default_hdfs_dir=nosuch://b",
+        "for a checkpoint",
+        "actor_rollout_ref.model.attn=varlen: needs a GPU",
+        f"{ACTOR}ulysses_sequence_parallel_size=2: does not fit",
         "actor_rollout_ref.rollout.tensor_model_parallel_size=2: does not fit",
-    ):  # fmt: skip
+    ):
         assert expected in text
 
 
-def test_a_template_that_can_not_show_a_tools_answer_is_refused_before_a_tool_is_called(work: Path, tmp_path: Path) -> None:
+def test_a_template_that_can_not_show_a_tools_answer_is_refused_before_a_tool_is_called(
+    work: Path, tmp_path: Path
+) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('only users here') }}{% endif %}<|im_start|>{{ m.role }}\n"
         "{{ m.content }}<|im_end|>\n{% endfor %}{{ tools }}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     (tmp_path / "chat.jinja").write_text(template)
     turns = "actor_rollout_ref.rollout.multi_turn."
-    more = [f"data.chat_template={tmp_path}/chat.jinja", f"{turns}enable=true", f"{turns}tool_config_path={work}/tools.yaml", "trainer.device=cpu"]
-    assert "data.chat_template: the chat template refuses it: only users here" in said(check(work, tmp_path / "out", *more))
+    more = [
+        f"data.chat_template={tmp_path}/chat.jinja",
+        f"{turns}enable=true",
+        f"{turns}tool_config_path={work}/tools.yaml",
+        "trainer.device=cpu",
+    ]
+    assert "data.chat_template: the chat template refuses it: only users here" in said(
+        check(work, tmp_path / "out", *more)
+    )
     assert not check(work, tmp_path / "out", more[0], "trainer.device=cpu").faults
 
 
-def test_a_sandbox_server_that_is_not_there_or_runs_nothing_is_refused(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sandbox_server_that_is_not_there_or_runs_nothing_is_refused(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tools, "TRIAL", 0.3)
-    turns, url = "actor_rollout_ref.rollout.multi_turn.", "http://127.0.0.1:{}/run_code"
-    more = [f"{turns}enable=true", f"{turns}tool_config_path={tmp_path}/tools.yaml", "trainer.device=cpu"]
+    turns = "actor_rollout_ref.rollout.multi_turn."
+    url = "http://127.0.0.1:{}/run_code"
+    more = [
+        f"{turns}enable=true",
+        f"{turns}tool_config_path={tmp_path}/tools.yaml",
+        "trainer.device=cpu",
+    ]
     with socket.create_server(("127.0.0.1", 0)) as server:
         there = url.format(server.getsockname()[1])
         tool = f"tools: [{{class_name: retool.rl.agent.tools.CodeInterpreter, config: {{sandbox_fusion_url: '{there}'}}}}]"
         (tmp_path / "tools.yaml").write_text(tool)
         (fault,) = check(work, tmp_path / "out", *more).faults
-        assert fault.where == f"sandbox_fusion_url={there}" and "programs don't run there: no answer within 0.3 s" in fault.problem
-        assert not check(work, tmp_path / "out", *more, environment={"LOCAL_RANK": "1"}).faults, "one process of a machine tries"
+        assert (
+            fault.where == f"sandbox_fusion_url={there}"
+            and "programs don't run there: no answer within 0.3 s" in fault.problem
+        )
+        assert not check(work, tmp_path / "out", *more, environment={"LOCAL_RANK": "1"}).faults, (
+            "one process of a machine tries"
+        )
     (fault,) = check(work, tmp_path / "out", *more).faults
-    assert fault.where == f"sandbox_fusion_url={there}" and "refused" in fault.problem and "sandbox serve" in fault.remedy
+    assert (
+        fault.where == f"sandbox_fusion_url={there}"
+        and "refused" in fault.problem
+        and "sandbox serve" in fault.remedy
+    )
 
 
-@pytest.mark.parametrize("url", ["http:///run_code", "http://[::1", "http://127.0.0.1:99999/", "http://no.such.host.invalid/"])
+@pytest.mark.parametrize(
+    "url",
+    ["http:///run_code", "http://[::1", "http://127.0.0.1:99999/", "http://no.such.host.invalid/"],
+)
 def test_an_address_that_is_none_is_unreachable(url: str) -> None:
     assert unreachable(url)
 
@@ -105,61 +171,120 @@ def test_an_address_that_is_none_is_unreachable(url: str) -> None:
 REWARDS = Path(__file__).parent / "reward" / "reward_functions.py"
 
 
-def test_the_reward_is_asked_once_for_each_source_before_the_run(work: Path, tmp_path: Path) -> None:
-    """A source that only the validation has counts too; a made answer of the user's own can be given, or none."""
+def test_the_reward_is_asked_once_for_each_source_before_the_run(
+    work: Path, tmp_path: Path
+) -> None:
+    """A source that only the validation has counts too; a made answer of the user's own can be
+    given, or none.
+    """
     row = {"data_source": "other", "prompt": "1+1?", "reward_model": {"ground_truth": ""}}
     (tmp_path / "val.jsonl").write_text(json.dumps(row))
-    own = ["reward_model.name=null", f"custom_reward_function.path={REWARDS}", "trainer.device=cpu", f"data.val_files={tmp_path}/val.jsonl"]
+    own = [
+        "reward_model.name=null",
+        f"custom_reward_function.path={REWARDS}",
+        "trainer.device=cpu",
+        f"data.val_files={tmp_path}/val.jsonl",
+    ]
     for name, more, expected in (
         ("asynchronous", [], None),
-        ("by_the_source", [], "custom_reward_function: it fails on a made answer to the first question of other .*row 0.:(?s:.*)KeyError: 'other'"),
+        (
+            "by_the_source",
+            [],
+            "custom_reward_function: it fails on a made answer to the first question of other .*row 0.:(?s:.*)KeyError: 'other'",
+        ),
         ("raises", ["reward_model.trial_answer=null"], None),
         ("raises_on_real", ["reward_model.trial_answer=four"], "LookupError: no judge today"),
-        ("slow", ["reward_model.timeout_seconds=0.1"], r"reward_model.timeout_seconds=0.1: the reward took \d.\d s .* Raise it to \d"),
-        ("compute_score", ["reward_model.trial_answer=die"], "fails on a made answer to the first question of shop .*: Abnormal termination"),
+        (
+            "slow",
+            ["reward_model.timeout_seconds=0.1"],
+            r"reward_model.timeout_seconds=0.1: the reward took \d.\d s .* Raise it to \d",
+        ),
+        (
+            "compute_score",
+            ["reward_model.trial_answer=die"],
+            "fails on a made answer to the first question of shop .*: Abnormal termination",
+        ),
     ):
-        text = said(check(work, tmp_path / "out", *own, f"custom_reward_function.name={name}", *more))
+        text = said(
+            check(work, tmp_path / "out", *own, f"custom_reward_function.name={name}", *more)
+        )
         assert re.search(expected, text) if expected else not text, (name, text)
 
 
 def test_a_truth_is_only_needed_where_the_reward_is_ours(work: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"data_source": "x", "prompt": "1+1?"}))
-    more = [f"data.train_files={tmp_path}/rows.jsonl", "trainer.device=cpu", "data.train_batch_size=1", f"{ACTOR}ppo_mini_batch_size=1"]
-    assert "or use a reward of your own that needs none (custom_reward_function.path)" in said(check(work, tmp_path / "out", *more))
-    assert not check(work, tmp_path / "out", *more, f"reward_model.name={REWARDS}/asynchronous").faults
+    more = [
+        f"data.train_files={tmp_path}/rows.jsonl",
+        "trainer.device=cpu",
+        "data.train_batch_size=1",
+        f"{ACTOR}ppo_mini_batch_size=1",
+    ]
+    assert "or use a reward of your own that needs none (custom_reward_function.path)" in said(
+        check(work, tmp_path / "out", *more)
+    )
+    assert not check(
+        work, tmp_path / "out", *more, f"reward_model.name={REWARDS}/asynchronous"
+    ).faults
 
 
-def test_offloading_needs_host_memory(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloading_needs_host_memory(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     more = ["trainer.device_memory_gb=80", f"{ACTOR}fsdp_config.optimizer_offload=true"]
     needed = host_bytes(check(work, tmp_path / "out", *more, planning=True))
     assert needed > 0
     monkeypatch.setattr(machine, "host_memory", lambda: needed)
-    assert f"{ACTOR}fsdp_config.optimizer_offload=true: needs" in said(check(work, tmp_path / "out", *more))
+    assert f"{ACTOR}fsdp_config.optimizer_offload=true: needs" in said(
+        check(work, tmp_path / "out", *more)
+    )
 
 
 def test_kernels_that_cannot_compute_in_fp32_are_refused(work: Path, tmp_path: Path) -> None:
     wide = [f"{ACTOR}fsdp_config.param_dtype=fp32", "trainer.device_memory_gb=80"]
-    text = said(check(work, tmp_path / "out", *wide, "actor_rollout_ref.model.attn=varlen", planning=True))
-    assert "actor_rollout_ref.model.attn=varlen: computes in bfloat16 or float16, not float32" in text and "param_dtype=bf16" in text
-    assert not check(work, tmp_path / "out", *wide, "actor_rollout_ref.model.attn=reference", planning=True).faults
+    text = said(
+        check(work, tmp_path / "out", *wide, "actor_rollout_ref.model.attn=varlen", planning=True)
+    )
+    assert (
+        "actor_rollout_ref.model.attn=varlen: computes in bfloat16 or float16, not float32" in text
+        and "param_dtype=bf16" in text
+    )
+    assert not check(
+        work, tmp_path / "out", *wide, "actor_rollout_ref.model.attn=reference", planning=True
+    ).faults
 
 
-def test_a_run_from_the_start_sets_the_one_before_aside_unless_it_only_validates(work: Path, tmp_path: Path) -> None:
+def test_a_run_from_the_start_sets_the_one_before_aside_unless_it_only_validates(
+    work: Path, tmp_path: Path
+) -> None:
     (tmp_path / "global_step_30").mkdir()
     anew = ["trainer.resume_mode=disable", "trainer.device=cpu"]
-    for more, moved in (([], True), (["trainer.val_only=true", f"data.val_files={work}/val.jsonl"], False)):
+    for more, moved in (
+        ([], True),
+        (["trainer.val_only=true", f"data.val_files={work}/val.jsonl"], False),
+    ):
         report = check(work, tmp_path, *anew, *more)
         assert not report.faults and any("global_step_30" in note for note in report.notes) == moved
 
 
-@pytest.mark.parametrize(("contents", "note"), [("[hf_model]", "model and optimizer"), ("[model,optimizer]", "other random numbers")])
-def test_checkpoints_that_are_no_place_to_resume_from_are_noted(work: Path, tmp_path: Path, contents: str, note: str) -> None:
-    report = check(work, tmp_path / "out", "trainer.device=cpu", f"{ACTOR}checkpoint.save_contents={contents}")
-    assert note in "\n".join(report.notes) and f"{ACTOR}checkpoint.save_contents" in report.notes[-1]
+@pytest.mark.parametrize(
+    ("contents", "note"),
+    [("[hf_model]", "model and optimizer"), ("[model,optimizer]", "other random numbers")],
+)
+def test_checkpoints_that_are_no_place_to_resume_from_are_noted(
+    work: Path, tmp_path: Path, contents: str, note: str
+) -> None:
+    report = check(
+        work, tmp_path / "out", "trainer.device=cpu", f"{ACTOR}checkpoint.save_contents={contents}"
+    )
+    assert (
+        note in "\n".join(report.notes) and f"{ACTOR}checkpoint.save_contents" in report.notes[-1]
+    )
 
 
 def agreed(others: bool) -> str | None:
-    """The recomputation that a rank goes on with whose own plan has as much as its number says, or what it is refused for."""
+    """The recomputation that a rank goes on with whose own plan has as much as its number says, or
+    what it is refused for.
+    """
     mesh = make_mesh()
     choice = Choice(4096, LADDER[mesh.rank], Prediction(0.0, mesh.rank, 0.0, 0.0, 0.0, 0.0), True)
     config = read(RLConfig, ["data.train_files=a", "actor_rollout_ref.model.path=m"]).config
@@ -174,4 +299,7 @@ def agreed(others: bool) -> str | None:
 
 def test_ranks_of_unequal_gpus_take_the_most_careful_plan_and_the_same_questions() -> None:
     assert run_ranks(agreed, 2, False) == [LADDER[1]] * 2
-    assert all("data.train_files: rank 1 reads other rows than rank 0" in said for said in run_ranks(agreed, 2, True))
+    assert all(
+        "data.train_files: rank 1 reads other rows than rank 0" in said
+        for said in run_ranks(agreed, 2, True)
+    )

@@ -1,4 +1,6 @@
-"""What makes an RL run this run: its questions and how they are judged, its reward, its tools, its objective."""
+"""What makes an RL run this run: its questions and how they are judged, its reward, its tools, its
+objective.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,16 @@ def of(*prompts: Any) -> tuple[int, str]:
 
 
 def test_questions_are_their_tokens_order_and_answers() -> None:
-    a, b = make_prompt(ids=(1, 2, 3)), make_prompt(ids=(4,))
+    a = make_prompt(ids=(1, 2, 3))
+    b = make_prompt(ids=(4,))
     assert of(a, b) == of(replace(a, extra_info={"row": "elsewhere"}), b)
-    found = {of(a, b), of(b, a), of(a), of(make_prompt(ids=(1, 2)), make_prompt(ids=(3, 4))), of(make_prompt(truth="5"), b)}
+    found = {
+        of(a, b),
+        of(b, a),
+        of(a),
+        of(make_prompt(ids=(1, 2)), make_prompt(ids=(3, 4))),
+        of(make_prompt(truth="5"), b),
+    }
     assert len(found) == 5
 
 
@@ -38,41 +47,82 @@ def untried(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def reward(tmp_path: Path) -> Path:
     path = tmp_path / "judge.py"
-    path.write_text("def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return 1.0\n")
+    path.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return 1.0\n"
+    )
     return path
 
 
-def test_an_objective_is_compared_where_it_is_used(work: Path, tmp_path: Path, reward: Path) -> None:
-    """Another estimator, loss or reward is another run's; another coefficient or learning rate, or a key without effect, isn't."""
+def test_an_objective_is_compared_where_it_is_used(
+    work: Path, tmp_path: Path, reward: Path
+) -> None:
+    """Another estimator, loss or reward is another run's; another coefficient or learning rate, or
+    a key without effect, isn't.
+    """
     base = ["trainer.device=cpu", "reward_model.name=null", f"custom_reward_function.path={reward}"]
 
     def other(*more: str, before: tuple[str, ...] = ()) -> list[str]:
         then = check(work, tmp_path / "out", *base, *before)
         now = check(work, tmp_path / "out", *base, *more)
         assert not then.faults and not now.faults, (then.faults, now.faults)
-        return [change.where for change in changes({name: trait.value for name, trait in then.identity.items()}, now.identity)]
+        return [
+            change.where
+            for change in changes(
+                {name: trait.value for name, trait in then.identity.items()}, now.identity
+            )
+        ]
 
-    assert other(f"{ACTOR}optim.lr=1e-3", f"{ACTOR}clip_ratio=0.1", f"{ACTOR}kl_loss_type=k1", f"{ARR}rollout.temperature=0.5") == []
-    assert other("algorithm.adv_estimator=rloo") == ["algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo"]
-    assert other(f"{ACTOR}policy_loss.loss_mode=gspo") == [f"{ACTOR}policy_loss.loss_mode", f"{ACTOR}loss_agg_mode"]
+    assert (
+        other(
+            f"{ACTOR}optim.lr=1e-3",
+            f"{ACTOR}clip_ratio=0.1",
+            f"{ACTOR}kl_loss_type=k1",
+            f"{ARR}rollout.temperature=0.5",
+        )
+        == []
+    )
+    assert other("algorithm.adv_estimator=rloo") == [
+        "algorithm.adv_estimator",
+        "algorithm.norm_adv_by_std_in_grpo",
+    ]
+    assert other(f"{ACTOR}policy_loss.loss_mode=gspo") == [
+        f"{ACTOR}policy_loss.loss_mode",
+        f"{ACTOR}loss_agg_mode",
+    ]
     assert other(f"{ACTOR}use_kl_loss=true") == [f"{ACTOR}use_kl_loss", f"{ACTOR}kl_loss_type"]
     assert other("reward_model.overlong_buffer.enable=true") == ["reward_model.overlong_buffer"]
-    assert other("custom_reward_function.path=null", "reward_model.name=math") == ["reward_model.name"]
-    tools = [f"{ARR}rollout.multi_turn.enable=true", f"{ARR}rollout.multi_turn.tool_config_path={work}/tools.yaml"]
+    assert other("custom_reward_function.path=null", "reward_model.name=math") == [
+        "reward_model.name"
+    ]
+    tools = [
+        f"{ARR}rollout.multi_turn.enable=true",
+        f"{ARR}rollout.multi_turn.tool_config_path={work}/tools.yaml",
+    ]
     assert other(*tools, "data.max_prompt_length=4000") == [
-        "data.train_files", f"{ARR}rollout.multi_turn.tool_config_path", f"{ARR}rollout.multi_turn.format",
-    ]  # fmt: skip
+        "data.train_files",
+        f"{ARR}rollout.multi_turn.tool_config_path",
+        f"{ARR}rollout.multi_turn.format",
+    ]
 
 
 def test_a_reward_function_is_what_its_file_says(work: Path, tmp_path: Path, reward: Path) -> None:
     more = ["trainer.device=cpu", "reward_model.name=null", f"custom_reward_function.path={reward}"]
-    then = {name: trait.value for name, trait in check(work, tmp_path / "out", *more).identity.items()}
+    then = {
+        name: trait.value for name, trait in check(work, tmp_path / "out", *more).identity.items()
+    }
     reward.write_text(reward.read_text().replace("1.0", "0.0"))
     (change,) = changes(then, check(work, tmp_path / "out", *more).identity)
-    assert change.where == "custom_reward_function.path" and not change.strict and "compute_score in judge.py (" in change.words
+    assert (
+        change.where == "custom_reward_function.path"
+        and not change.strict
+        and "compute_score in judge.py (" in change.words
+    )
 
 
 def test_with_a_reference_its_weights_are_strict(work: Path, tmp_path: Path) -> None:
     for more, strict in (([], False), ([f"{ACTOR}use_kl_loss=true"], True)):
         report = check(work, tmp_path / "out", "trainer.device=cpu", *more)
-        assert report.identity["the model's weights"].strict == strict and report.identity["questions"].strict
+        assert (
+            report.identity["the model's weights"].strict == strict
+            and report.identity["questions"].strict
+        )

@@ -1,4 +1,6 @@
-"""What every run does around its steps: its folder for itself alone, Ctrl-C, one error for all ranks, the launcher's closing words."""
+"""What every run does around its steps: its folder for itself alone, Ctrl-C, one error for all
+ranks, the launcher's closing words.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def fails() -> None:
 
 def test_a_folder_is_for_one_run(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "run"
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None and process.stdout.readline() == "mine\n"
         with pytest.raises(ValueError, match="another run"), sole_user(folder, patience_s=0.3):
@@ -71,15 +75,23 @@ def test_the_command_refuses_a_folder_in_use(
         assert main([*words(work, tmp_path / "run"), "--check"]) == 0, "a check starts nothing"
         assert "note: another run is writing in " in capsys.readouterr().out
         assert not any((tmp_path / "run").iterdir())
-    assert main([*words(work, tmp_path / "run"), "--check"]) == 0 and "another run" not in capsys.readouterr().out
+    assert (
+        main([*words(work, tmp_path / "run"), "--check"]) == 0
+        and "another run" not in capsys.readouterr().out
+    )
 
 
-def test_ctrl_c_stops_the_run_and_the_script_around_it(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_stops_the_run_and_the_script_around_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(signal.SIGINT)
     stop = StopRequest()
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)  # the launcher's, of the same Ctrl-C
-    assert stop.received == signal.SIGINT and capfd.readouterr().err.count("Ctrl-C again ends at once") == 1
+    assert (
+        stop.received == signal.SIGINT
+        and capfd.readouterr().err.count("Ctrl-C again ends at once") == 1
+    )
     monkeypatch.setattr("retool.run.preemption.ONE_CTRL_C", -1.0)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
@@ -89,12 +101,15 @@ def test_ctrl_c_stops_the_run_and_the_script_around_it(monkeypatch: pytest.Monke
 
 
 def test_a_problem_ends_the_run_at_the_next_agreement(tmp_path: Path) -> None:
-    folder, mesh = tmp_path / "run", make_mesh()
+    folder = tmp_path / "run"
+    mesh = make_mesh()
     folder.mkdir()
     with StopRequest(lambda: None, OwnFolder(folder).problem) as stop:
         assert not stop.agreed(mesh)
         folder.rename(tmp_path / "away")
-        with pytest.raises(ValueError, match=r"run was removed or renamed while the run was using it.*put it back"):
+        with pytest.raises(
+            ValueError, match=r"run was removed or renamed while the run was using it.*put it back"
+        ):
             stop.agreed(mesh)
 
 
@@ -115,20 +130,36 @@ def test_a_run_that_fails_gives_the_signals_back() -> None:
     assert [signal.getsignal(s) for s in SIGNALS] == before
 
 
-def test_an_error_of_all_ranks_is_said_by_rank_0_first(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_all_ranks_is_said_by_rank_0_first(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     slept = list[float]()
     monkeypatch.setattr("retool.run.folder.time.sleep", slept.append)
     before = signal.getsignal(signal.SIGTERM)
-    assert exit_status(fails, 0) == 1 and not slept and capfd.readouterr().err == "error: no such thing\n"
-    assert exit_status(fails, 1) == 1 and slept[0] > 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert (
+        exit_status(fails, 0) == 1
+        and not slept
+        and capfd.readouterr().err == "error: no such thing\n"
+    )
+    assert (
+        exit_status(fails, 1) == 1
+        and slept[0] > 1
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
     signal.signal(signal.SIGTERM, before)
 
 
-def test_the_launcher_can_read_what_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launcher_can_read_what_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     tell_launcher("nobody asks")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     tell_launcher("1 fault, nothing started\nfoo=1: unknown key foo.")
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
-    assert json.loads((tmp_path / "error.json").read_text()) and "unknown key foo." in str(ChildFailedError("sft", {0: failure}))
+    failure = ProcessFailure(
+        local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "error.json")
+    )
+    assert json.loads((tmp_path / "error.json").read_text()) and "unknown key foo." in str(
+        ChildFailedError("sft", {0: failure})
+    )

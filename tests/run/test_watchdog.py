@@ -42,18 +42,40 @@ with Watchdog(Path(sys.argv[1]), rank, 2, 3.0 if rank == 0 else float(sys.argv[2
 """
 
 
-def start(program: str, folder: Path, rank: int, port: int, silence: float = 3.0) -> subprocess.Popen[str]:
-    environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                                "PYTHONPATH": str(Path(__file__).resolve().parents[1])}  # fmt: skip
-    return subprocess.Popen([sys.executable, "-c", program, str(folder), str(silence)], env=environment, stderr=subprocess.PIPE, text=True)
+def start(
+    program: str, folder: Path, rank: int, port: int, silence: float = 3.0
+) -> subprocess.Popen[str]:
+    environment = os.environ | {
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(folder), str(silence)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-@pytest.mark.parametrize("silence", [3.0, pytest.param(float("inf"), marks=pytest.mark.slow)], ids=["alike", "one-follows"])
+@pytest.mark.parametrize(
+    "silence",
+    [3.0, pytest.param(float("inf"), marks=pytest.mark.slow)],
+    ids=["alike", "one-follows"],
+)
 def test_a_hang_ends_the_run_and_says_where_each_rank_was(tmp_path: Path, silence: float) -> None:
     (tmp_path / "hang").mkdir()
-    for name in ("alarm", "rank_0.txt", "rank_1.txt"):  # an earlier hang, which must neither end this run nor pass for its stacks
+    # An earlier hang, which must neither end this run nor pass for its stacks
+    for name in (
+        "alarm",
+        "rank_0.txt",
+        "rank_1.txt",
+    ):
         (tmp_path / "hang" / name).write_text("old")
-    port, begun = free_port(), time.monotonic()
+    port = free_port()
+    begun = time.monotonic()
     ranks = [start(PROGRAM, tmp_path, rank, port, silence) for rank in range(2)]
     said = [rank.communicate(timeout=150)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [EXIT, EXIT] and time.monotonic() - begun < 120
@@ -63,11 +85,23 @@ def test_a_hang_ends_the_run_and_says_where_each_rank_was(tmp_path: Path, silenc
     assert all(file in out for file, out in zip(files, said, strict=True))
     assert "in stuck_in_a_tool" in files[1].split("\n\n")[1] and "in train_for_ever" in files[1]
     assert "all_reduce" in files[0].split("\n\n")[1] and "stuck_in_a_tool" not in files[0]
-    if hasattr(torch._C._distributed_c10d, "_dump_fr_trace_json"):  # a torch that records gloo's collectives too
-        assert "all_reduce #4" in files[0] and "all_reduce #3" in files[1] and "all_reduce #4" not in files[1]
+    # A torch that records gloo's collectives too
+    if hasattr(torch._C._distributed_c10d, "_dump_fr_trace_json"):
+        assert (
+            "all_reduce #4" in files[0]
+            and "all_reduce #3" in files[1]
+            and "all_reduce #4" not in files[1]
+        )
     first = report.index("rank 1 of 2")
-    assert "rank 0 of 2: no beat for" in report[:first] and "4 before; in forward_backward" in report[:first]
-    assert "in train_for_ever" in report[:first] and "in stuck_in_a_tool" in report[first:] and "4 before; in no timed phase" in report[first:]
+    assert (
+        "rank 0 of 2: no beat for" in report[:first]
+        and "4 before; in forward_backward" in report[:first]
+    )
+    assert (
+        "in train_for_ever" in report[:first]
+        and "in stuck_in_a_tool" in report[first:]
+        and "4 before; in no timed phase" in report[first:]
+    )
 
 
 def test_a_rank_that_is_stuck_outside_python_is_ended_by_the_timer(tmp_path: Path) -> None:
@@ -113,10 +147,15 @@ with w.Watchdog(Path(sys.argv[1]), rank, 2, float(sys.argv[2])) as watchdog:
 
 
 @pytest.mark.parametrize(
-    "silence", [600.0, pytest.param(float("inf"), marks=pytest.mark.slow)], ids=["watched", "one-that-follows"]
+    "silence",
+    [600.0, pytest.param(float("inf"), marks=pytest.mark.slow)],
+    ids=["watched", "one-that-follows"],
 )
-def test_a_rank_that_is_stopped_in_a_save_is_noticed_by_the_others(tmp_path: Path, silence: float) -> None:
-    port, begun = free_port(), time.monotonic()
+def test_a_rank_that_is_stopped_in_a_save_is_noticed_by_the_others(
+    tmp_path: Path, silence: float
+) -> None:
+    port = free_port()
+    begun = time.monotonic()
     ranks = [start(STOPPED, tmp_path, rank, port, silence) for rank in range(2)]
     try:
         said = ranks[0].communicate(timeout=100)[1]
@@ -125,8 +164,15 @@ def test_a_rank_that_is_stopped_in_a_save_is_noticed_by_the_others(tmp_path: Pat
         ranks[1].communicate()
     assert ranks[0].returncode == EXIT and time.monotonic() - begun < 60
     report = (tmp_path / "hang" / "report.txt").read_text()
-    assert report in said and "A save hung: it wasn't done after 2 s (8 MB at 4 MB/s). The checkpoint before it is complete." in report
-    assert "in a save" in report and "nothing from rank 1: dead, on another machine, or stuck" in report
+    assert (
+        report in said
+        and "A save hung: it wasn't done after 2 s (8 MB at 4 MB/s). The checkpoint before it is complete."
+        in report
+    )
+    assert (
+        "in a save" in report
+        and "nothing from rank 1: dead, on another machine, or stuck" in report
+    )
 
 
 def test_none_is_watched_when_it_is_off(tmp_path: Path) -> None:
@@ -137,7 +183,9 @@ def test_none_is_watched_when_it_is_off(tmp_path: Path) -> None:
     assert ended == []
 
 
-def test_an_unwritable_folder_still_ends_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_folder_still_ends_the_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "hang").write_text("a file")
     ended: list[int] = []
     with Watchdog(tmp_path, 0, 1, 0.2, None, ended.append):

@@ -33,7 +33,9 @@ def secrets() -> Iterator[None]:
 
 
 def open_folder() -> Path:
-    """Not in pytest's own folder: that is closed to others, and only the sandbox may stand between a program and the secret."""
+    """Not in pytest's own folder: that is closed to others, and only the sandbox may stand between
+    a program and the secret.
+    """
     return Path(tempfile.mkdtemp(prefix="retool-world-"))
 
 

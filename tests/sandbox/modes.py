@@ -1,7 +1,9 @@
-"""The five ways a machine lets programs be isolated, each made here by a launcher, so that one machine shows what holds on all of them.
+"""The five ways a machine lets programs be isolated, each made here by a launcher, so that one
+machine shows what holds on all of them.
 
-Root or an ordinary user; namespaces allowed or refused (default containers, AppArmor on Ubuntu 24.04); Landlock with or without scopes
-(Linux 6.12). Where the tests run as an ordinary user, there are no modes of root's.
+Root or an ordinary user; namespaces allowed or refused (default containers, AppArmor on Ubuntu
+24.04); Landlock with or without scopes (Linux 6.12). Where the tests run as an ordinary user, there
+are no modes of root's.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ USER = 54321  # the ordinary user's uid and gid, where the tests run as root
 
 @dataclass(frozen=True)
 class Mode:
-    """`tells` is the mode in words; `user`: as an ordinary user; `refused`: without namespaces; `unscoped`: Landlock as before 6.12."""
+    """`tells` is the mode in words; `user`: as an ordinary user; `refused`: without namespaces;
+    `unscoped`: Landlock as before 6.12.
+    """
 
     name: str
     tells: str
@@ -42,14 +46,26 @@ class Mode:
     @property
     def launcher(self) -> list[str]:
         """The command that the sandbox is started through."""
-        become = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"] if self.uid == USER else []
+        become = (
+            ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
+            if self.uid == USER
+            else []
+        )
         refuse = [self.python, REFUSE, "--no-scopes"] if self.unscoped else [self.python, REFUSE]
         return [*become, *(refuse if self.refused else [])]
 
-    def start(self, limits: Limits = LIMITS, workers: int = 2, isolation: str = "best_effort") -> Sandbox:
-        """A sandbox in this mode. Where root may make memory accounts here, a container couldn't: they count as out of reach."""
+    def start(
+        self, limits: Limits = LIMITS, workers: int = 2, isolation: str = "best_effort"
+    ) -> Sandbox:
+        """A sandbox in this mode.
+
+        Where root may make memory accounts here, a container couldn't: they count as out of reach.
+        """
         without = frozenset({"cgroup"}) if self.refused else frozenset()
-        return Sandbox(limits, workers, isolation, without=without, python=self.python, launcher=self.launcher)  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        return Sandbox(
+            limits, workers, isolation, without=without, python=self.python, launcher=self.launcher
+        )
 
 
 MODES = [
@@ -57,7 +73,13 @@ MODES = [
     Mode("Rr", "root, namespaces refused", refused=True),
     Mode("U", "user", user=True),
     Mode("Ur", "user, namespaces refused", user=True, refused=True),
-    Mode("Ur−", "user, namespaces refused, Landlock without scopes", user=True, refused=True, unscoped=True),
+    Mode(
+        "Ur−",
+        "user, namespaces refused, Landlock without scopes",
+        user=True,
+        refused=True,
+        unscoped=True,
+    ),
 ]
 
 
@@ -70,12 +92,22 @@ def modes_here() -> list[Mode]:
 
 @functools.cache
 def unprivileged_python() -> str:
-    """An interpreter that an ordinary user can start: this one, or the system's of the same version; "" for none."""
+    """An interpreter that an ordinary user can start: this one, or the system's of the same
+    version; "" for none.
+    """
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     # setpriv's own start still has privileges: what it starts has to start another.
     again = "import subprocess, sys; subprocess.run([sys.executable, '-c', '1'], check=True)"
     for python in (os.path.realpath(sys.executable), f"/usr/bin/{version}"):
-        command = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", python, "-c", again]
+        command = [
+            "setpriv",
+            f"--reuid={USER}",
+            f"--regid={USER}",
+            "--clear-groups",
+            python,
+            "-c",
+            again,
+        ]
         if subprocess.run(command, capture_output=True, check=False).returncode == 0:
             return python
     return ""
@@ -84,5 +116,7 @@ def unprivileged_python() -> str:
 @functools.cache
 def library(python: str) -> str:
     """The folder of `python`'s standard library, which every program may read."""
-    told = subprocess.run([python, "-c", "import os; print(os.__file__)"], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [python, "-c", "import os; print(os.__file__)"], capture_output=True, text=True, check=True
+    )
     return os.path.dirname(told.stdout.strip())

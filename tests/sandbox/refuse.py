@@ -1,8 +1,10 @@
-"""Runs a command the way a default container does: no new namespaces, no mounts, few capabilities. `refuse.py [--no-scopes] COMMAND…`
+"""Runs a command the way a default container does: no new namespaces, no mounts, few capabilities.
 
-A system-call filter of its own, simpler than the one under test, answers EPERM; the bounding set is cut to what container runtimes
-leave. Whatever it starts meets a real kernel's refusal, not a simulated one. `--no-scopes`: Landlock takes no rules on signals and
-sockets, as before Linux 6.12.
+`refuse.py [--no-scopes] COMMAND…`
+
+A system-call filter of its own, simpler than the one under test, answers EPERM; the bounding set is
+cut to what container runtimes leave. Whatever it starts meets a real kernel's refusal, not a
+simulated one. `--no-scopes`: Landlock takes no rules on signals and sockets, as before Linux 6.12.
 """
 
 from __future__ import annotations
@@ -12,17 +14,47 @@ import os
 import struct
 import sys
 
-LOAD, JEQ, JGE, JSET, RET = 0x20, 0x15, 0x35, 0x45, 0x06
-ALLOW, EPERM, ENOSYS = 0x7FFF0000, 0x00050001, 0x00050026
+LOAD = 0x20
+JEQ = 0x15
+JGE = 0x35
+JSET = 0x45
+RET = 0x06
+ALLOW = 0x7FFF0000
+EPERM = 0x00050001
+ENOSYS = 0x00050026
 DENIED = {
-    "x86_64": {"unshare": 272, "setns": 308, "mount": 165, "umount2": 166, "pivot_root": 155, "open_tree": 428, "move_mount": 429,
-               "fsopen": 430, "fsmount": 432, "mount_setattr": 442},
-    "aarch64": {"unshare": 97, "setns": 268, "mount": 40, "umount2": 39, "pivot_root": 41, "open_tree": 428, "move_mount": 429,
-                "fsopen": 430, "fsmount": 432, "mount_setattr": 442},
-}  # fmt: skip
-LANDLOCK_CREATE, SIZE_WITH_SCOPES, E2BIG = 444, 24, 0x00050007
-CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
-# CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, NET_RAW, SYS_CHROOT, MKNOD, AUDIT_WRITE, SETFCAP
+    "x86_64": {
+        "unshare": 272,
+        "setns": 308,
+        "mount": 165,
+        "umount2": 166,
+        "pivot_root": 155,
+        "open_tree": 428,
+        "move_mount": 429,
+        "fsopen": 430,
+        "fsmount": 432,
+        "mount_setattr": 442,
+    },
+    "aarch64": {
+        "unshare": 97,
+        "setns": 268,
+        "mount": 40,
+        "umount2": 39,
+        "pivot_root": 41,
+        "open_tree": 428,
+        "move_mount": 429,
+        "fsopen": 430,
+        "fsmount": 432,
+        "mount_setattr": 442,
+    },
+}
+LANDLOCK_CREATE = 444
+SIZE_WITH_SCOPES = 24
+E2BIG = 0x00050007
+CLONE = {"x86_64": 56, "aarch64": 220}
+CLONE3 = 435
+# CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, NET_RAW,
+# SYS_CHROOT, MKNOD, AUDIT_WRITE, SETFCAP
 KEPT = {0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31}
 
 
@@ -38,12 +70,26 @@ def main() -> None:
     for number in DENIED[machine].values():
         steps += [(JEQ, 0, 1, number), (RET, 0, 0, EPERM)]
     if unscoped:
-        steps += [(JEQ, 0, 4, LANDLOCK_CREATE), (LOAD, 0, 0, 24), (JGE, 0, 1, SIZE_WITH_SCOPES), (RET, 0, 0, E2BIG), (LOAD, 0, 0, 0)]
+        steps += [
+            (JEQ, 0, 4, LANDLOCK_CREATE),
+            (LOAD, 0, 0, 24),
+            (JGE, 0, 1, SIZE_WITH_SCOPES),
+            (RET, 0, 0, E2BIG),
+            (LOAD, 0, 0, 0),
+        ]
     steps += [(JEQ, 0, 1, CLONE3), (RET, 0, 0, ENOSYS)]
-    steps += [(JEQ, 0, 3, CLONE[machine]), (LOAD, 0, 0, 16), (JSET, 0, 1, 0x7E020000), (RET, 0, 0, EPERM), (RET, 0, 0, ALLOW)]
+    steps += [
+        (JEQ, 0, 3, CLONE[machine]),
+        (LOAD, 0, 0, 16),
+        (JSET, 0, 1, 0x7E020000),
+        (RET, 0, 0, EPERM),
+        (RET, 0, 0, ALLOW),
+    ]
     program = b"".join(struct.pack("HBBI", code, jt, jf, k) for code, jt, jf, k in steps)
     code = ctypes.create_string_buffer(program, len(program))
-    header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(code)), 16)
+    header = ctypes.create_string_buffer(
+        struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(code)), 16
+    )
     if os.geteuid() != 0 and libc.prctl(38, 1, 0, 0, 0):
         raise SystemExit("no_new_privs refused")
     if libc.prctl(22, 2, ctypes.addressof(header), 0, 0):

@@ -1,7 +1,10 @@
-"""The suite's table: what each attack comes to in each mode. `python -m tests.sandbox.table [NAME …]`; without names, all of them.
+"""The suite's table: what each attack comes to in each mode.
 
-A cell is `held`, or `OPEN` where the program got what it wanted. An attack on a guarantee that a mode doesn't have is expected to get
-through there, and `strict` refuses to start; anything else that isn't as the suite has it ends the command with 1 and is told below.
+`python -m tests.sandbox.table [NAME …]`; without names, all of them.
+
+A cell is `held`, or `OPEN` where the program got what it wanted. An attack on a guarantee that a
+mode doesn't have is expected to get through there, and `strict` refuses to start; anything else
+that isn't as the suite has it ends the command with 1 and is told below.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from tests.sandbox.trial import Outcome, attempt
 from tests.sandbox.world import World
 
 
-def lines(attacks: Sequence[Attack], outcomes: Sequence[Sequence[Outcome]], arenas: Sequence[Arena]) -> list[str]:
+def lines(
+    attacks: Sequence[Attack], outcomes: Sequence[Sequence[Outcome]], arenas: Sequence[Arena]
+) -> list[str]:
     """The table as Markdown."""
     head = "| attack | what it tries | " + " | ".join(arena.mode.name for arena in arenas) + " |"
     rule = "|---|---|" + "---|" * len(arenas)
@@ -32,7 +37,9 @@ def lines(attacks: Sequence[Attack], outcomes: Sequence[Sequence[Outcome]], aren
 
 def main(names: Sequence[str]) -> int:
     attacks = [attack for attack in ATTACKS if not names or attack.name in names]
-    os.environ["WANDB_API_KEY"] = os.environ["HF_TOKEN"] = "retool-canary-token"  # for programs not to find
+    os.environ["WANDB_API_KEY"] = os.environ["HF_TOKEN"] = (
+        "retool-canary-token"  # for programs not to find
+    )
     wrong = []
     with ExitStack() as stack:
         arenas = []
@@ -44,7 +51,11 @@ def main(names: Sequence[str]) -> int:
         with ThreadPoolExecutor(len(arenas)) as threads:
             for attack in attacks:
                 row = list(threads.map(lambda arena, attack=attack: attempt(attack, arena), arenas))
-                wrong += [f"{arena.mode.name}: {one.wrong}" for arena, one in zip(arenas, row, strict=True) if one.wrong]
+                wrong += [
+                    f"{arena.mode.name}: {one.wrong}"
+                    for arena, one in zip(arenas, row, strict=True)
+                    if one.wrong
+                ]
                 outcomes.append(row)
         print("\n".join(lines(attacks, outcomes, arenas)))
     print("\n".join(f"\n{text}" for text in wrong), file=sys.stderr)

@@ -20,5 +20,9 @@ def test_the_suite_is_complete() -> None:
 def test_attack(attack: Attack, arenas: list[Arena]) -> None:
     with ThreadPoolExecutor(len(arenas)) as threads:
         outcomes = list(threads.map(lambda arena: attempt(attack, arena), arenas))
-    wrong = {arena.mode.name: outcome.wrong for arena, outcome in zip(arenas, outcomes, strict=True) if outcome.wrong}
+    wrong = {
+        arena.mode.name: outcome.wrong
+        for arena, outcome in zip(arenas, outcomes, strict=True)
+        if outcome.wrong
+    }
     assert not wrong

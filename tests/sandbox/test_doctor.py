@@ -22,19 +22,33 @@ REFUSE = str(Path(__file__).with_name("refuse.py"))
 
 
 def test_doctor_here() -> None:
-    done = subprocess.run([*COMMAND, "doctor"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [*COMMAND, "doctor"], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for name in (*LAYERS, *GUARANTEES):
         assert name in done.stdout
-    assert "every guarantee has a mechanism" in done.stdout and "numpy and sympy works" in done.stdout
+    assert (
+        "every guarantee has a mechanism" in done.stdout and "numpy and sympy works" in done.stdout
+    )
 
 
 def test_doctor_where_namespaces_are_refused() -> None:
-    done = subprocess.run([sys.executable, REFUSE, *COMMAND, "doctor"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, REFUSE, *COMMAND, "doctor"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(r"user_namespace +no +.*Operation not permitted", done.stdout)
-    assert re.search(r"no network +seccomp\n", done.stdout) and re.search(r"no host files +landlock\n", done.stdout)
-    assert re.search(r"no host file names +NOTHING\n", done.stdout) and "size and dates" in done.stdout
+    assert re.search(r"no network +seccomp\n", done.stdout) and re.search(
+        r"no host files +landlock\n", done.stdout
+    )
+    assert (
+        re.search(r"no host file names +NOTHING\n", done.stdout) and "size and dates" in done.stdout
+    )
     assert "REFUSED" in done.stdout and "apparmor_restrict_unprivileged_userns=0" in done.stdout
     assert "isolation=best_effort" in done.stdout and "numpy and sympy works" in done.stdout
 
@@ -43,23 +57,31 @@ def test_a_guarantee_without_mechanism_is_spelt_out() -> None:
     plan = find(frozenset({"seccomp", "network_namespace", "mount_namespace", "landlock"}))
     text = report(plan) + "\n" + verdict(plan)
     assert re.search(r"no network +NOTHING", text) and "REFUSED" in text
-    assert "CONFIG_SECCOMP_FILTER" in text and "Linux 5.13" in text and "left out on request" in text
+    assert (
+        "CONFIG_SECCOMP_FILTER" in text and "Linux 5.13" in text and "left out on request" in text
+    )
 
 
 def test_serve_answers_and_ends_on_a_signal() -> None:
-    with subprocess.Popen([*COMMAND, "serve", "--port", "0", "--workers", "1"], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*COMMAND, "serve", "--port", "0", "--workers", "1"], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:\d+/run_code", line)
         assert address, line
-        request = urllib.request.Request(address[0], json.dumps({"code": "6*7"}).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            address[0], json.dumps({"code": "6*7"}).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=30) as response:
             assert json.load(response)["run_result"]["stdout"] == "42\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
 
 
-def test_serve_refuses_the_open_network_without_a_token(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_refuses_the_open_network_without_a_token(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RETOOL_SANDBOX_TOKEN", raising=False)
     assert main(["serve", "--host", "0.0.0.0", "--port", "0", "--workers", "1"]) == 1
     assert "give a token" in capsys.readouterr().err

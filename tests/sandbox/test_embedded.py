@@ -1,4 +1,6 @@
-"""What a well-meant program gets: values, streams, files, limits; and what a caller gets: order, cancellation, restarts, no leaks."""
+"""What a well-meant program gets: values, streams, files, limits; and what a caller gets: order,
+cancellation, restarts, no leaks.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,24 @@ from tests.sandbox.world import descendants, settled
         ("for i in range(3):\n    i", ""),
         ("1; 2; 3", "3\n"),
         ("import sympy\nx = sympy.symbols('x')\nsympy.integrate(2 * x, x)", "x**2\n"),
-        ("from __future__ import annotations\ndef f(a: Missing): ...\nf.__annotations__['a']", "'Missing'\n"),
+        (
+            "from __future__ import annotations\ndef f(a: Missing): ...\nf.__annotations__['a']",
+            "'Missing'\n",
+        ),
         ("_ = 1\ndef f():\n    return __name__\nf()", "'__main__'\n"),
-        ("import asyncio\nasync def f():\n    await asyncio.sleep(0)\n    return 3\nasyncio.run(f())", "3\n"),
+        (
+            "import asyncio\nasync def f():\n    await asyncio.sleep(0)\n    return 3\nasyncio.run(f())",
+            "3\n",
+        ),
         ("import atexit\natexit.register(print, 'last')\nprint('first')", "first\nlast\n"),
-        ("import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.05), print('thread'))).start()", "thread\n"),
-        ("import multiprocessing as m\nwith m.get_context('fork').Pool(2) as p:\n    print(p.map(abs, [-1, -2]))", "[1, 2]\n"),
+        (
+            "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.05), print('thread'))).start()",
+            "thread\n",
+        ),
+        (
+            "import multiprocessing as m\nwith m.get_context('fork').Pool(2) as p:\n    print(p.map(abs, [-1, -2]))",
+            "[1, 2]\n",
+        ),
         ("print(end='no newline')", "no newline"),
         ("", ""),
         ("# only a comment", ""),
@@ -48,7 +62,14 @@ def test_notebook_value(default_sandbox: Sandbox, program: str, printed: str) ->
 
 
 @pytest.mark.parametrize(
-    "fenced", ["```python\nprint(1)\n```", "```py\nprint(1)```", "\n ```\nprint(1)\n``` \n", "```Python  \nprint(1)\n\n```", "print(1)"]
+    "fenced",
+    [
+        "```python\nprint(1)\n```",
+        "```py\nprint(1)```",
+        "\n ```\nprint(1)\n``` \n",
+        "```Python  \nprint(1)\n\n```",
+        "print(1)",
+    ],
 )
 def test_fence(fenced: str) -> None:
     assert strip_fence(fenced).strip() == "print(1)"
@@ -62,13 +83,20 @@ def test_fence_inside_is_left_alone() -> None:
 def test_traceback_names_the_programs_own_lines(default_sandbox: Sandbox) -> None:
     result = default_sandbox.run_blocking("def f():\n    return 1 / 0\nf()")
     assert result.status == "error" and result.return_code == 1
-    assert result.stderr.startswith('Traceback (most recent call last):\n  File "main.py", line 3, in <module>\n    f()')
+    assert result.stderr.startswith(
+        'Traceback (most recent call last):\n  File "main.py", line 3, in <module>\n    f()'
+    )
     assert result.stderr.endswith("ZeroDivisionError: division by zero\n")
     assert "retool" not in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("program", "code", "stderr"), [("import sys\nsys.exit()", 0, ""), ("import sys\nsys.exit(3)", 3, ""), ("exit('why')", 1, "why\n")]
+    ("program", "code", "stderr"),
+    [
+        ("import sys\nsys.exit()", 0, ""),
+        ("import sys\nsys.exit(3)", 3, ""),
+        ("exit('why')", 1, "why\n"),
+    ],
 )
 def test_exit_codes(default_sandbox: Sandbox, program: str, code: int, stderr: str) -> None:
     result = default_sandbox.run_blocking(program)
@@ -78,7 +106,10 @@ def test_exit_codes(default_sandbox: Sandbox, program: str, code: int, stderr: s
 def test_stdin(default_sandbox: Sandbox) -> None:
     assert default_sandbox.run_blocking("print(input() + input())", "ab\ncd\n").stdout == "abcd\n"
     big = "x" * (1 << 20)
-    assert default_sandbox.run_blocking("import sys\nprint(len(sys.stdin.read()))", big).stdout == f"{1 << 20}\n"
+    assert (
+        default_sandbox.run_blocking("import sys\nprint(len(sys.stdin.read()))", big).stdout
+        == f"{1 << 20}\n"
+    )
 
 
 def test_files_in_and_out(default_sandbox: Sandbox) -> None:
@@ -92,14 +123,19 @@ def test_files_in_and_out(default_sandbox: Sandbox) -> None:
         fetch=["out.bin", "link", "missing", "folder", "in", "way/data", "in/data"],
     )
     assert result.stdout == "42\n"
-    assert result.files == {"in/data": b"tail"}  # out.bin has two names, the others are no plain files
+    # out.bin has two names, the others are no plain files
+    assert result.files == {"in/data": b"tail"}
     single = default_sandbox.run_blocking("open('out.bin', 'wb').write(b'abc')", fetch=["out.bin"])
     assert single.files == {"out.bin": b"abc"}
-    killed = default_sandbox.run_blocking("open('half', 'w').write('so far')\nwhile True: pass", timeout=0.5, fetch=["half"])
+    killed = default_sandbox.run_blocking(
+        "open('half', 'w').write('so far')\nwhile True: pass", timeout=0.5, fetch=["half"]
+    )
     assert (killed.status, killed.files) == ("timeout", {"half": b"so far"})
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "a//b", ".", "a\0b", "x" * 2000])
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "a/../../x", "", "a//b", ".", "a\0b", "x" * 2000]
+)
 def test_file_names_that_lead_out(default_sandbox: Sandbox, name: str) -> None:
     with pytest.raises(ValueError, match="work folder"):
         default_sandbox.run_blocking("1", files={name: b""})
@@ -121,7 +157,9 @@ def test_same_program_same_result(default_sandbox: Sandbox) -> None:
 
 
 def test_what_was_printed_before_a_limit_is_returned(default_sandbox: Sandbox) -> None:
-    result = default_sandbox.run_blocking("print('first')\nprint('second', end='')\nwhile True: pass", timeout=0.5)
+    result = default_sandbox.run_blocking(
+        "print('first')\nprint('second', end='')\nwhile True: pass", timeout=0.5
+    )
     assert (result.status, result.stdout) == ("timeout", "first\nsecond")
     assert result.return_code is None and 0.4 < result.execution_time < 5
 
@@ -142,7 +180,9 @@ def test_limits_of_one_call(default_sandbox: Sandbox) -> None:
 
 
 def test_stdout_keeps_the_beginning_and_stderr_the_end(default_sandbox: Sandbox) -> None:
-    result = default_sandbox.run_blocking("import sys\nfor i in range(20000):\n    print(i)\n    print(i, file=sys.stderr)")
+    result = default_sandbox.run_blocking(
+        "import sys\nfor i in range(20000):\n    print(i)\n    print(i, file=sys.stderr)"
+    )
     assert result.stdout.startswith("0\n1\n") and len(result.stdout) == 64 << 10
     assert result.stderr.endswith("19998\n19999\n") and len(result.stderr) == 64 << 10
     assert result.stdout_bytes == result.stderr_bytes == sum(len(f"{i}\n") for i in range(20000))
@@ -172,7 +212,11 @@ def test_short_calls_pass_a_long_one(default_sandbox: Sandbox) -> None:
 
 def test_cancelling_ends_the_program(default_sandbox: Sandbox) -> None:
     async def main() -> None:
-        tasks = [asyncio.create_task(default_sandbox.run("import time\ntime.sleep(60)")) for _ in range(4)]  # two run, two wait
+        # Two run, two wait
+        tasks = [
+            asyncio.create_task(default_sandbox.run("import time\ntime.sleep(60)"))
+            for _ in range(4)
+        ]
         await asyncio.sleep(0.3)
         for task in tasks:
             task.cancel()
@@ -190,7 +234,9 @@ SLEEPS = "import time\nprint('begun', flush=True)\ntime.sleep({seconds})"
 def in_background(sandbox: Sandbox, program: str) -> concurrent.futures.Future[Result]:
     """The result to come of a call made on another thread."""
     future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-    threading.Thread(target=lambda: future.set_result(sandbox.run_blocking(program)), daemon=True).start()
+    threading.Thread(
+        target=lambda: future.set_result(sandbox.run_blocking(program)), daemon=True
+    ).start()
     return future
 
 
@@ -209,7 +255,9 @@ def test_a_killed_fork_server_is_replaced_and_its_calls_run_again() -> None:
 
 def test_a_killed_supervisor_takes_all_with_it_and_is_started_again() -> None:
     with Sandbox(Limits(), workers=2) as sandbox:
-        first, family, scratch = sandbox.pid, descendants(sandbox.pid), sandbox.scratch
+        first = sandbox.pid
+        family = descendants(sandbox.pid)
+        scratch = sandbox.scratch
         future = in_background(sandbox, SLEEPS.format(seconds=1))
         time.sleep(0.3)
         os.kill(first, signal.SIGKILL)
@@ -224,14 +272,22 @@ def test_a_killed_supervisor_takes_all_with_it_and_is_started_again() -> None:
         assert not os.path.exists(scratch)
 
 
-def test_a_supervisor_that_keeps_dying_is_infrastructures_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later and later it is tried again, and what still fails is told from every fault of a program."""
+def test_a_supervisor_that_keeps_dying_is_infrastructures_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Later and later it is tried again, and what still fails is told from every fault of a
+    program.
+    """
     monkeypatch.setattr(keeper, "BACKOFF", 0.01)
     with Sandbox(Limits(), workers=1) as sandbox:
         monkeypatch.setattr(sandbox._keeper, "python", "/bin/false")
         os.kill(sandbox.pid, signal.SIGKILL)
         result = sandbox.run_blocking("1")
-        assert result.infrastructure and result.status == "sandbox_error" and "supervisor died" in result.reason
+        assert (
+            result.infrastructure
+            and result.status == "sandbox_error"
+            and "supervisor died" in result.reason
+        )
         assert asyncio.run(sandbox.run("1")).infrastructure
         monkeypatch.setattr(sandbox._keeper, "python", sys.executable)
         assert sandbox.run_blocking("1+1").stdout == "2\n"
@@ -246,7 +302,9 @@ def test_restarts_wait_longer_each_time() -> None:
 def test_waiting_for_a_worker_is_told_apart_from_running() -> None:
     async def main() -> list[Result]:
         with Sandbox(Limits(wall_seconds=1), workers=2) as sandbox:
-            return await asyncio.gather(*(sandbox.run("import time\ntime.sleep(0.4)") for _ in range(8)))
+            return await asyncio.gather(
+                *(sandbox.run("import time\ntime.sleep(0.4)") for _ in range(8))
+            )
 
     results = asyncio.run(main())
     assert all(result.ok and 0.4 <= result.execution_time < 0.9 for result in results)
@@ -277,7 +335,9 @@ def test_close_ends_everything_and_answers_everybody() -> None:
 
 def test_a_forgotten_sandbox_ends_with_its_process() -> None:
     code = "from retool.sandbox import Sandbox\ns = Sandbox(workers=1)\nprint(s.pid, s.scratch, s.run_blocking('1+1').stdout)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     pid, scratch, printed = done.stdout.split()
     assert printed == "2" and not os.path.exists(f"/proc/{pid}") and not os.path.exists(scratch)
 
@@ -295,13 +355,23 @@ def test_bad_settings_are_refused() -> None:
 
 
 def leaks(sandbox: Sandbox, calls: int) -> None:
-    """Processes, descriptors, memory and files are where they were, after `calls` calls of every outcome."""
-    programs = ["print(1+1)", "1/0", "open('f', 'w').write('x' * 10000)", "import os\nos._exit(3)", "import os\nos.fork()"]
+    """Processes, descriptors, memory and files are where they were, after `calls` calls of every
+    outcome.
+    """
+    programs = [
+        "print(1+1)",
+        "1/0",
+        "open('f', 'w').write('x' * 10000)",
+        "import os\nos._exit(3)",
+        "import os\nos.fork()",
+    ]
 
     def state() -> tuple[int, int, int]:
         assert settled(sandbox)
         files = 0
-        while (now := len(os.listdir(f"/proc/{sandbox.pid}/fd"))) != files:  # the server closes a child's a moment after the child is gone
+        while (
+            now := len(os.listdir(f"/proc/{sandbox.pid}/fd"))
+        ) != files:  # the server closes a child's a moment after the child is gone
             files = now
             time.sleep(0.2)
         with open(f"/proc/{sandbox.pid}/statm") as file:
@@ -310,7 +380,12 @@ def leaks(sandbox: Sandbox, calls: int) -> None:
 
     async def main(count: int) -> None:
         for start in range(0, count, 100):
-            results = await asyncio.gather(*(sandbox.run(programs[i % len(programs)]) for i in range(start, min(start + 100, count))))
+            results = await asyncio.gather(
+                *(
+                    sandbox.run(programs[i % len(programs)])
+                    for i in range(start, min(start + 100, count))
+                )
+            )
             assert not [result for result in results if result.status not in ("success", "error")]
 
     asyncio.run(main(200))
@@ -336,14 +411,24 @@ def test_no_leak_over_100000_calls(default_sandbox: Sandbox) -> None:
 def test_signals_to_itself_end_a_program(arenas: list[Arena], name: str) -> None:
     """No program is the first of its pid namespace, whom signals pass by."""
     for arena in arenas:
-        result = arena.sandbox.run_blocking(f"import os, signal\nos.kill(os.getpid(), signal.{name})\nprint('still here')")
-        assert (result.status, result.stdout, result.reason) == ("error", "", f"killed by {name}"), arena.mode.name
-        again = arena.sandbox.run_blocking("import signal\nsignal.setitimer(signal.ITIMER_REAL, 0.05)\nwhile True: pass")
+        result = arena.sandbox.run_blocking(
+            f"import os, signal\nos.kill(os.getpid(), signal.{name})\nprint('still here')"
+        )
+        assert (result.status, result.stdout, result.reason) == (
+            "error",
+            "",
+            f"killed by {name}",
+        ), arena.mode.name
+        again = arena.sandbox.run_blocking(
+            "import signal\nsignal.setitimer(signal.ITIMER_REAL, 0.05)\nwhile True: pass"
+        )
         assert again.reason == "killed by SIGALRM", arena.mode.name
 
 
 def test_programs_in_every_mode(arenas: list[Arena]) -> None:
-    """What ordinary programs do goes on working, whatever isolates them: event loops, processes of their own, signals to those."""
+    """What ordinary programs do goes on working, whatever isolates them: event loops, processes of
+    their own, signals to those.
+    """
     programs = {
         "import sympy\nsympy.sqrt(8)": "2*sqrt(2)\n",
         "import asyncio\nasync def f():\n    await asyncio.sleep(0)\n    return 3\nasyncio.run(f())": "3\n",
@@ -357,7 +442,11 @@ def test_programs_in_every_mode(arenas: list[Arena]) -> None:
     for arena in arenas:
         for program, printed in programs.items():
             result = arena.sandbox.run_blocking(program)
-            assert (result.status, result.stdout) == ("success", printed), (arena.mode.name, program, result)
+            assert (result.status, result.stdout) == ("success", printed), (
+                arena.mode.name,
+                program,
+                result,
+            )
 
 
 def test_an_interpreter_behind_a_link_below_the_temporary_folder(tmp_path) -> None:

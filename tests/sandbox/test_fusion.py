@@ -1,4 +1,6 @@
-"""SandboxFusion: client and server against each other over HTTP, and each against a partner that misbehaves."""
+"""SandboxFusion: client and server against each other over HTTP, and each against a partner that
+misbehaves.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,20 @@ from retool.sandbox.fusion_client import SandboxFusion
 from retool.sandbox.fusion_server import Server
 from retool.sandbox.fusion_types import RunRequest, result_from_json, result_to_json
 
-GOOD = {"status": "Success", "message": "", "compile_result": None, "executor_pod_name": None, "files": {},
-        "run_result": {"status": "Finished", "execution_time": 0.5, "return_code": 0, "stdout": "2\n", "stderr": ""}}  # fmt: skip
+GOOD = {
+    "status": "Success",
+    "message": "",
+    "compile_result": None,
+    "executor_pod_name": None,
+    "files": {},
+    "run_result": {
+        "status": "Finished",
+        "execution_time": 0.5,
+        "return_code": 0,
+        "stdout": "2\n",
+        "stderr": "",
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +48,16 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
-def ask(server: Server, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, object]:
+def ask(
+    server: Server, method: str, path: str, body: bytes | None = None, **headers: str
+) -> tuple[int, object]:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    connection.request(method, path, body, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    connection.request(
+        method,
+        path,
+        body,
+        headers={name.replace("_", "-"): value for name, value in headers.items()},
+    )
     response = connection.getresponse()
     content = response.read()
     connection.close()
@@ -44,7 +65,9 @@ def ask(server: Server, method: str, path: str, body: bytes | None = None, **hea
 
 
 def post(server: Server, **fields: object) -> tuple[int, dict]:
-    status, answer = ask(server, "POST", "/run_code", json.dumps(fields).encode(), Content_Type="application/json")
+    status, answer = ask(
+        server, "POST", "/run_code", json.dumps(fields).encode(), Content_Type="application/json"
+    )
     assert isinstance(answer, dict)
     return status, answer
 
@@ -83,15 +106,26 @@ def test_a_run_as_the_api_has_it(server: Server) -> None:
     assert status == 200
     seconds = answer["run_result"].pop("execution_time")
     assert 0 < seconds < 10
-    assert answer == {**GOOD, "run_result": {"status": "Finished", "return_code": 0, "stdout": "2\n", "stderr": ""}}
+    assert answer == {
+        **GOOD,
+        "run_result": {"status": "Finished", "return_code": 0, "stdout": "2\n", "stderr": ""},
+    }
 
 
 def test_failed_and_timed_out(server: Server) -> None:
     failed = post(server, code="1/0", language="python")[1]
-    assert (failed["status"], failed["run_result"]["status"], failed["run_result"]["return_code"]) == ("Failed", "Finished", 1)
+    assert (
+        failed["status"],
+        failed["run_result"]["status"],
+        failed["run_result"]["return_code"],
+    ) == ("Failed", "Finished", 1)
     assert "ZeroDivisionError" in failed["run_result"]["stderr"]
     late = post(server, code="print('x')\nwhile True: pass", run_timeout=0.5)[1]
-    assert (late["status"], late["run_result"]["status"], late["run_result"]["stdout"]) == ("Failed", "TimeLimitExceeded", "x\n")
+    assert (late["status"], late["run_result"]["status"], late["run_result"]["stdout"]) == (
+        "Failed",
+        "TimeLimitExceeded",
+        "x\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,12 +151,16 @@ def test_requests_that_are_wrong(server: Server, fields: dict, named: str) -> No
 def test_requests_from_where_they_should_not_come(server: Server) -> None:
     body = json.dumps({"code": "1"}).encode()
     jsonish = {"Content_Type": "application/json"}
-    assert ask(server, "POST", "/run_code", body, Content_Type="text/plain")[0] == 415  # what a web page's form can send
+    # What a web page's form can send
+    assert ask(server, "POST", "/run_code", body, Content_Type="text/plain")[0] == 415
     assert ask(server, "POST", "/run_code", body)[0] == 415
-    assert ask(server, "POST", "/run_code", body, **jsonish, Host="evil.example")[0] == 403  # DNS rebinding
+    # DNS rebinding
+    assert ask(server, "POST", "/run_code", body, **jsonish, Host="evil.example")[0] == 403
     assert ask(server, "GET", "/v1/ping", Host=f"evil.example:{server.port}")[0] == 403
     assert ask(server, "POST", "/run_code", body, **jsonish, Origin="http://evil.example")[0] == 403
-    assert ask(server, "POST", "/run_code", body, **jsonish, Host=f"localhost:{server.port}")[0] == 200
+    assert (
+        ask(server, "POST", "/run_code", body, **jsonish, Host=f"localhost:{server.port}")[0] == 200
+    )
     assert ask(server, "POST", "/elsewhere", body, **jsonish)[0] == 404
     assert ask(server, "GET", "/run_code")[0] == 404
     assert ask(server, "POST", "/run_code", b"{", **jsonish)[0] == 422
@@ -141,8 +179,28 @@ def test_beyond_loopback_a_token_is_required() -> None:
         try:
             body = json.dumps({"code": "1"}).encode()
             assert ask(opened, "POST", "/run_code", body, Content_Type="application/json")[0] == 401
-            assert ask(opened, "POST", "/run_code", body, Content_Type="application/json", Authorization="Bearer wrong")[0] == 401
-            assert ask(opened, "POST", "/run_code", body, Content_Type="application/json", Authorization="Bearer s3cret")[0] == 200
+            assert (
+                ask(
+                    opened,
+                    "POST",
+                    "/run_code",
+                    body,
+                    Content_Type="application/json",
+                    Authorization="Bearer wrong",
+                )[0]
+                == 401
+            )
+            assert (
+                ask(
+                    opened,
+                    "POST",
+                    "/run_code",
+                    body,
+                    Content_Type="application/json",
+                    Authorization="Bearer s3cret",
+                )[0]
+                == 200
+            )
             refused = run(address(opened), "1")
             assert refused.status == "sandbox_error" and "401" in refused.reason
 
@@ -173,11 +231,19 @@ def test_every_outcome_survives_the_way(server: Server, code: str, status: str, 
     assert over_http.status == directly.status == status
     assert named in over_http.reason and over_http.reason == directly.reason
     assert over_http.return_code == directly.return_code
-    assert status == "output_limit" or (over_http.stdout, over_http.stderr) == (directly.stdout, directly.stderr)
+    assert status == "output_limit" or (over_http.stdout, over_http.stderr) == (
+        directly.stdout,
+        directly.stderr,
+    )
 
 
 def test_files_travel(server: Server) -> None:
-    result = run(address(server), "open('b', 'wb').write(open('d/a', 'rb').read() * 2)", files={"d/a": b"\x00\xff"}, fetch=["b", "none"])
+    result = run(
+        address(server),
+        "open('b', 'wb').write(open('d/a', 'rb').read() * 2)",
+        files={"d/a": b"\x00\xff"},
+        fetch=["b", "none"],
+    )
     assert result.files == {"b": b"\x00\xff\x00\xff"}
 
 
@@ -198,7 +264,14 @@ def test_answers_of_other_servers() -> None:
     assert result_from_json(pod).stdout == "2\n"
     crashed = {**GOOD, "status": "SandboxError", "message": "no container", "run_result": None}
     assert result_from_json(crashed).reason == "no container"
-    for garbage in ({}, [], "text", None, {"status": "Success"}, {"status": "Success", "run_result": 3}):
+    for garbage in (
+        {},
+        [],
+        "text",
+        None,
+        {"status": "Success"},
+        {"status": "Success", "run_result": 3},
+    ):
         with pytest.raises(ValueError, match="not a SandboxFusion answer"):
             result_from_json(garbage)
 
@@ -210,14 +283,18 @@ def test_requests_survive_json() -> None:
     assert result_from_json(json.loads(json.dumps(result_to_json(result)))) == result
 
 
-# -- a server with faults ---------------------------------------------------------------------------------------------------------
+# -- a server with faults
+# ---------------------------------------------------------------------------------------------------------
 
 
 class Faulty:
-    """A listener on loopback whose n-th connection is treated as `script[n]` says; the last entry repeats."""
+    """A listener on loopback whose n-th connection is treated as `script[n]` says; the last entry
+    repeats.
+    """
 
     def __init__(self, *script: Callable[[socket.socket], None]) -> None:
-        self.script, self.seen = script, 0
+        self.script = script
+        self.seen = 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.settimeout(0.1)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/run_code"
@@ -253,11 +330,14 @@ class Faulty:
         self.listener.close()
 
 
-def answers(status: int, body: bytes, declared: int | None = None) -> Callable[[socket.socket], None]:
+def answers(
+    status: int, body: bytes, declared: int | None = None
+) -> Callable[[socket.socket], None]:
     def step(connection: socket.socket) -> None:
         length = len(body) if declared is None else declared
         connection.sendall(
-            b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (status, length, body)
+            b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+            % (status, length, body)
         )
 
     return step
@@ -269,10 +349,16 @@ def resets(connection: socket.socket) -> None:
 
 good = answers(200, json.dumps(GOOD).encode())
 FAULTS = {
-    "reset": resets, "429": answers(429, b"{}"), "502": answers(502, b"bad gateway"), "503": answers(503, b""), "504": answers(504, b""),
-    "garbage": answers(200, b"<html>"), "wrong json": answers(200, b'{"a": 1}'), "half": answers(200, json.dumps(GOOD).encode()[:40], 400),
+    "reset": resets,
+    "429": answers(429, b"{}"),
+    "502": answers(502, b"bad gateway"),
+    "503": answers(503, b""),
+    "504": answers(504, b""),
+    "garbage": answers(200, b"<html>"),
+    "wrong json": answers(200, b'{"a": 1}'),
+    "half": answers(200, json.dumps(GOOD).encode()[:40], 400),
     "nothing": lambda connection: None,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -286,7 +372,11 @@ def test_a_fault_is_retried_until_it_passes(fault: str) -> None:
 def test_a_fault_that_stays_is_named(fault: str) -> None:
     with Faulty(FAULTS[fault]) as server:
         result = run(server.url, "1+1")
-        assert result.status == "sandbox_error" and "4 times" in result.reason and server.url in result.reason
+        assert (
+            result.status == "sandbox_error"
+            and "4 times" in result.reason
+            and server.url in result.reason
+        )
         assert server.seen == 4
 
 
@@ -300,14 +390,20 @@ def test_a_refused_connection_is_named() -> None:
 def test_other_errors_are_not_retried() -> None:
     with Faulty(answers(400, b"no such thing")) as server:
         result = run(server.url, "1")
-        assert result.status == "sandbox_error" and "HTTP 400: no such thing" in result.reason and server.seen == 1
+        assert (
+            result.status == "sandbox_error"
+            and "HTTP 400: no such thing" in result.reason
+            and server.seen == 1
+        )
 
 
 def test_a_long_queue_at_the_server_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forty programs of three seconds at two workers: the last one's answer comes after a minute."""
     waited: list[float] = []
 
-    async def post(self: object, url: str, *, timeout: httpx.Timeout, **_: object) -> httpx.Response:
+    async def post(
+        self: object, url: str, *, timeout: httpx.Timeout, **_: object
+    ) -> httpx.Response:
         waited.append(timeout.read or 0.0)
         return httpx.Response(400)
 
@@ -353,7 +449,9 @@ def test_the_rate_limit_holds() -> None:
     thread.start()
 
     async def main() -> list[Result]:
-        client = SandboxFusion(f"http://127.0.0.1:{listener.getsockname()[1]}/run_code", rate_limit=3)
+        client = SandboxFusion(
+            f"http://127.0.0.1:{listener.getsockname()[1]}/run_code", rate_limit=3
+        )
         return await asyncio.gather(*(client.run("1") for _ in range(12)))
 
     assert all(result.ok for result in asyncio.run(main()))
@@ -370,7 +468,11 @@ def test_bad_addresses_are_refused() -> None:
 
 
 def test_the_published_client_works(server: Server) -> None:
-    sandbox_fusion = pytest.importorskip("sandbox_fusion", reason="the sandbox-fusion client package isn't installed")
+    sandbox_fusion = pytest.importorskip(
+        "sandbox_fusion", reason="the sandbox-fusion client package isn't installed"
+    )
     sandbox_fusion.set_sandbox_endpoint(f"http://127.0.0.1:{server.port}")
-    answer = sandbox_fusion.run_code(sandbox_fusion.RunCodeRequest(code="print(6 * 7)", language="python"))
+    answer = sandbox_fusion.run_code(
+        sandbox_fusion.RunCodeRequest(code="print(6 * 7)", language="python")
+    )
     assert answer.status.value == "Success" and answer.run_result.stdout == "42\n"

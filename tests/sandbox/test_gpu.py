@@ -41,8 +41,22 @@ print("ESCAPED" if found else "nothing", found)
 """
 
 
-@pytest.mark.parametrize("without", [frozenset(), frozenset({"user_namespace", "mount_namespace", "pid_namespace", "network_namespace", "ipc_namespace"})],
-                         ids=["all layers", "no namespaces"])  # fmt: skip
+@pytest.mark.parametrize(
+    "without",
+    [
+        frozenset(),
+        frozenset(
+            {
+                "user_namespace",
+                "mount_namespace",
+                "pid_namespace",
+                "network_namespace",
+                "ipc_namespace",
+            }
+        ),
+    ],
+    ids=["all layers", "no namespaces"],
+)
 def test_no_gpu_inside(without: frozenset[str]) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
@@ -64,8 +78,13 @@ def test_no_gpu_inside(without: frozenset[str]) -> None:
             raise
         pytest.skip(f"this kernel has no second line: {error}")
     with sandbox:
-        own = {os.readlink(f"/proc/{sandbox.pid}/fd/{name}") for name in os.listdir(f"/proc/{sandbox.pid}/fd")}
-        assert not [target for target in own if "nvidia" in target], "the sandbox's processes inherited the GPU"
+        own = {
+            os.readlink(f"/proc/{sandbox.pid}/fd/{name}")
+            for name in os.listdir(f"/proc/{sandbox.pid}/fd")
+        }
+        assert not [target for target in own if "nvidia" in target], (
+            "the sandbox's processes inherited the GPU"
+        )
         result = sandbox.run_blocking(program)
         assert (result.status, result.stdout) == ("success", "nothing []\n"), result
         assert sandbox.run_blocking("import numpy\nprint(numpy.ones(3).sum())").stdout == "3.0\n"

@@ -1,4 +1,6 @@
-"""Each mechanism on its own: with every other one left out, this one alone stops its attack; without it, the attack gets through."""
+"""Each mechanism on its own: with every other one left out, this one alone stops its attack;
+without it, the attack gets through.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,7 @@ ABSTRACT = "import socket\nsocket.socket(socket.AF_UNIX).connect(<ABSTRACT>)\npr
 SIGNAL = "import os\nos.kill(<VICTIM>, 0)\nprint('ESCAPED')"
 DEVICE = "import os\nos.open('/dev/zero', os.O_RDONLY)\nprint('ESCAPED')"
 NAMESPACE = "import ctypes\nif ctypes.CDLL(None).unshare(0x10000000):\n    raise PermissionError\nprint('ESCAPED')"
-HOSTNAME = (
-    "import socket, os\nos.uname()\nimport ctypes\nif ctypes.CDLL(None).msgget(0x7e57, 0):\n    raise PermissionError\nprint('ESCAPED')"
-)
+HOSTNAME = "import socket, os\nos.uname()\nimport ctypes\nif ctypes.CDLL(None).msgget(0x7e57, 0):\n    raise PermissionError\nprint('ESCAPED')"
 
 # layer → the attack it stops, what must be there for it to work, and how its refusal reads
 ALONE = {
@@ -48,7 +48,9 @@ ALONE = {
 
 def with_only(*layers: str) -> Sandbox:
     """A sandbox of these layers and what they can't do without."""
-    return Sandbox(Limits(wall_seconds=10), 1, "best_effort", without=frozenset(LAYERS) - set(layers))
+    return Sandbox(
+        Limits(wall_seconds=10), 1, "best_effort", without=frozenset(LAYERS) - set(layers)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,9 @@ def test_alone(case: str, world: World, here: Plan, capfd: pytest.CaptureFixture
     program, needed, refusal = ALONE[case]
     wanted = {layer, *needed} | (set() if os.geteuid() == 0 else {"user_namespace"})
     if not wanted <= here.present:
-        pytest.skip(f"this machine lacks {', '.join(wanted - here.present)}: {[here.missing.get(name) for name in wanted - here.present]}")
+        pytest.skip(
+            f"this machine lacks {', '.join(wanted - here.present)}: {[here.missing.get(name) for name in wanted - here.present]}"
+        )
     with with_only(*wanted) as sandbox:
         result = sandbox.run_blocking(world.fill(program, sandbox))
     assert "ESCAPED" not in result.stdout
@@ -70,13 +74,18 @@ def test_alone(case: str, world: World, here: Plan, capfd: pytest.CaptureFixture
     assert "SANDBOX WARNING: running WITHOUT" in capfd.readouterr().err  # named once, loudly
 
 
-@pytest.mark.parametrize(("name", "program"), [("read", READ), ("connect", CONNECT), ("signal", SIGNAL), ("namespace", NAMESPACE)])
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [("read", READ), ("connect", CONNECT), ("signal", SIGNAL), ("namespace", NAMESPACE)],
+)
 def test_the_attacks_are_real(name: str, program: str, world: World) -> None:
     with with_only() as sandbox:
         result = sandbox.run_blocking(world.fill(program, sandbox))
     if name == "connect":
         world.tcp.accept()[0].close()
-    assert "ESCAPED" in result.stdout, f"without any layer the {name} attack ought to work: {result}"
+    assert "ESCAPED" in result.stdout, (
+        f"without any layer the {name} attack ought to work: {result}"
+    )
 
 
 def test_kernel_memory_account_alone(here: Plan) -> None:
@@ -115,7 +124,9 @@ def test_files_count_as_memory() -> None:
 def test_process_group_alone_ends_everything(here: Plan, world: World) -> None:
     """No pid namespace: nobody leaves the group, and killing it gets all."""
     program = "import os, time\nfor i in range(5):\n    if os.fork() == 0:\n        os.fork()\n        time.sleep(60)\ntry:\n    os.setsid()\nexcept PermissionError:\n    print('kept')"
-    with Sandbox(Limits(), 1, "best_effort", without=frozenset({"pid_namespace", "user_namespace"})) as sandbox:
+    with Sandbox(
+        Limits(), 1, "best_effort", without=frozenset({"pid_namespace", "user_namespace"})
+    ) as sandbox:
         assert sandbox.run_blocking(program).stdout == "kept\n"
         world.assert_unchanged(sandbox)
 
@@ -131,7 +142,10 @@ def test_strict_refuses_where_names_of_files_are_told() -> None:
     for mode in modes_here():
         if not mode.refused:
             continue
-        with pytest.raises(ValueError, match=r"no host file names.*apparmor_restrict_unprivileged_userns.*isolation=best_effort"):
+        with pytest.raises(
+            ValueError,
+            match=r"no host file names.*apparmor_restrict_unprivileged_userns.*isolation=best_effort",
+        ):
             mode.start(isolation="strict")
 
 
@@ -146,19 +160,30 @@ def test_best_effort_names_once_what_is_missing(capfd: pytest.CaptureFixture[str
 
 
 def test_strict_refuses_and_says_which_and_how() -> None:
-    with pytest.raises(ValueError, match=r"no network.*seccomp.*CONFIG_SECCOMP_FILTER.*best_effort"):
+    with pytest.raises(
+        ValueError, match=r"no network.*seccomp.*CONFIG_SECCOMP_FILTER.*best_effort"
+    ):
         Sandbox(workers=1, without=frozenset({"seccomp", "network_namespace"}))
     with pytest.raises(ValueError, match=r"no host files.*Landlock"):
         Sandbox(workers=1, without=frozenset({"landlock", "mount_namespace"}))
 
 
 def test_programs_hold_nothing(arenas: list[Arena]) -> None:
-    """No capability, no way to gain one, a filter on every call: by the kernel's word, from outside."""
+    """No capability, no way to gain one, a filter on every call: by the kernel's word, from
+    outside.
+    """
     for arena in arenas:
-        waiting = [pid for pid in descendants(arena.sandbox.pid) if "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text()]
+        waiting = [
+            pid
+            for pid in descendants(arena.sandbox.pid)
+            if "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text()
+        ]
         told = Path(f"/proc/{waiting[-1]}/status").read_text()
         held = dict(line.split(":\t", 1) for line in told.splitlines() if ":\t" in line)
-        assert all(int(held[name], 16) == 0 for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")), (arena.mode.name, told)
+        assert all(int(held[name], 16) == 0 for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")), (
+            arena.mode.name,
+            told,
+        )
         assert held["NoNewPrivs"] == "1"
 
 

@@ -47,7 +47,9 @@ def guest(owner: Sandbox, name: str) -> Iterator[Sandbox]:
 
 def test_programs_of_both_wait_in_one_queue(owner: Sandbox, guest: Sandbox) -> None:
     async def main() -> list[Result]:
-        return await asyncio.gather(*(sandbox.run(SLEEP.format(0.4)) for sandbox in (owner, guest, owner, guest)))
+        return await asyncio.gather(
+            *(sandbox.run(SLEEP.format(0.4)) for sandbox in (owner, guest, owner, guest))
+        )
 
     assert owner.pid == guest.pid
     results = asyncio.run(main())
@@ -82,7 +84,9 @@ def test_another_setup_is_another_sandbox() -> None:
 
 def test_a_guest_takes_over_when_the_owner_dies() -> None:
     name = next(_names)
-    with subprocess.Popen([sys.executable, "-c", OWNER, name], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER, name], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "True\n"
         with Sandbox(workers=1, share=name) as guest:
             assert not guest.owner and guest.run_blocking("1").ok

@@ -10,27 +10,40 @@ from retool.sandbox import Result
 from tests.sandbox.attacks import Attack
 from tests.sandbox.conftest import Arena
 
-HELD, OPEN = "held", "open"
+HELD = "held"
+OPEN = "open"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`kind` is HELD, or OPEN where the program got what it wanted; `wrong` says what isn't as the attack's entry has it."""
+    """`kind` is HELD, or OPEN where the program got what it wanted; `wrong` says what isn't as the
+    attack's entry has it.
+    """
 
     kind: str
     wrong: str = ""
 
 
 def attempt(attack: Attack, arena: Arena) -> Outcome:
-    """Run it, and look at the host and at the next call. The world is mended where it was harmed."""
-    sandbox, world = arena.sandbox, arena.world
+    """Run it, and look at the host and at the next call.
+
+    The world is mended where it was harmed.
+    """
+    sandbox = arena.sandbox
+    world = arena.world
     expected = attack.guarantee not in sandbox.unmet if attack.guarantee else True
-    result = sandbox.run_blocking(world.fill(attack.program, sandbox), timeout=attack.timeout, memory_mb=attack.memory_mb)
+    result = sandbox.run_blocking(
+        world.fill(attack.program, sandbox), timeout=attack.timeout, memory_mb=attack.memory_mb
+    )
     wrong = harm(arena)
     got_through = "ESCAPED" in result.stdout or bool(wrong)
     if got_through == expected:
         told = wrong or result_text(result)
-        wrong = f"{attack.name} ({attack.tries}) got through: {told}" if got_through else f"{attack.name} was held, where nothing should: {told}"
+        wrong = (
+            f"{attack.name} ({attack.tries}) got through: {told}"
+            if got_through
+            else f"{attack.name} was held, where nothing should: {told}"
+        )
     elif not got_through:
         wrong = unlike(attack, result)
     else:

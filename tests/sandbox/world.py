@@ -1,6 +1,8 @@
-"""What an attack aims at, all of it opened by the test itself: a secret file, a folder, listeners, a process. And whether it still stands.
+"""What an attack aims at, all of it opened by the test itself: a secret file, a folder, listeners,
+a process. And whether it still stands.
 
-Everything belongs to the user who starts the sandbox: what keeps a program off must be the sandbox, not somebody else's ownership.
+Everything belongs to the user who starts the sandbox: what keeps a program off must be the sandbox,
+not somebody else's ownership.
 """
 
 from __future__ import annotations
@@ -39,18 +41,23 @@ class World:
     before: dict[str, object] = field(default_factory=dict)
 
     @staticmethod
-    def open(folder: Path, uid: int | None = None, library: str = os.path.dirname(os.__file__)) -> World:
+    def open(
+        folder: Path, uid: int | None = None, library: str = os.path.dirname(os.__file__)
+    ) -> World:
         """`uid`: who owns what is attacked; None: who runs the tests."""
         owner = os.geteuid() if uid is None else uid
         folder.chmod(0o777)
         secret = folder / "secret.txt"
         secret.write_text(SECRET)
         secret.chmod(0o666)
-        tcp, udp = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        tcp = socket.socket()
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         tcp.bind(("127.0.0.1", 0))
         udp.bind(("127.0.0.1", 0))
-        unix, abstract = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
-        path = f"/tmp/retool-canary-{os.getpid()}-{time.monotonic_ns()}.sock"  # a socket's path must be short
+        unix = socket.socket(socket.AF_UNIX)
+        abstract = socket.socket(socket.AF_UNIX)
+        # a socket's path must be short
+        path = f"/tmp/retool-canary-{os.getpid()}-{time.monotonic_ns()}.sock"
         unix.bind(path)
         os.chmod(path, 0o777)
         abstract.bind(f"\0retool-canary-{os.getpid()}-{time.monotonic_ns()}")
@@ -61,7 +68,9 @@ class World:
         if owner != os.geteuid():
             os.chown(folder, owner, owner)
             os.chown(secret, owner, owner)
-        world = World(folder, secret, Path(library, "os.py"), tcp, udp, unix, abstract, sleeper(owner))
+        world = World(
+            folder, secret, Path(library, "os.py"), tcp, udp, unix, abstract, sleeper(owner)
+        )
         world.remember()
         return world
 
@@ -99,8 +108,13 @@ class World:
         self.before = self.state()
 
     def state(self) -> dict[str, object]:
-        """Content, metadata and extended attributes of the files; limits, priorities and processors of the victim."""
-        found: dict[str, object] = {"content": self.secret.read_text(), "names": sorted(os.listdir(self.folder))}
+        """Content, metadata and extended attributes of the files; limits, priorities and processors
+        of the victim.
+        """
+        found: dict[str, object] = {
+            "content": self.secret.read_text(),
+            "names": sorted(os.listdir(self.folder)),
+        }
         for path in (self.folder, self.secret, self.library):
             found[f"metadata of {path}"] = metadata(path)
         if self.victim.poll() is None:
@@ -133,7 +147,11 @@ class World:
     def assert_unchanged(self, sandbox: Sandbox) -> None:
         """Nothing was written, heard, stopped, slowed or left behind."""
         now = self.state()
-        changed = {name: (value, now.get(name)) for name, value in self.before.items() if now.get(name) != value}
+        changed = {
+            name: (value, now.get(name))
+            for name, value in self.before.items()
+            if now.get(name) != value
+        }
         assert not changed, f"then and now: {changed}"
         for listener in (self.tcp, self.unix, self.abstract):
             assert hears_nothing(listener.accept), "a program reached a listener of the host"
@@ -157,7 +175,15 @@ def metadata(path: Path) -> tuple[object, ...]:
     about = path.lstat()
     times = about.st_mtime_ns, about.st_ctime_ns
     attributes = {name: os.getxattr(path, name) for name in os.listxattr(path)}
-    return about.st_mode, about.st_uid, about.st_gid, about.st_size, about.st_nlink, times, attributes
+    return (
+        about.st_mode,
+        about.st_uid,
+        about.st_gid,
+        about.st_size,
+        about.st_nlink,
+        times,
+        attributes,
+    )
 
 
 def hears_nothing(receive: Callable[[], object]) -> bool:
@@ -183,7 +209,8 @@ def descendants(pid: int) -> list[int]:
                     parents[int(name)] = int(file.read().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-    found, queue = [], [pid]
+    found = []
+    queue = [pid]
     while queue:
         parent = queue.pop()
         children = [child for child, its in parents.items() if its == parent]
@@ -193,8 +220,10 @@ def descendants(pid: int) -> list[int]:
 
 
 def settled(sandbox: Sandbox, seconds: float = 20.0) -> bool:
-    """Whether only the sandbox's own processes are left, within a while: the fork server, and the waiting children; with pid namespaces the
-    server's guard, too, and the first process of each child's."""
+    """Whether only the sandbox's own processes are left, within a while: the fork server, and the
+    waiting children; with pid namespaces the server's guard, too, and the first process of each
+    child's.
+    """
     nested = "pid_namespace" in sandbox.plan.present
     own = 2 + 2 * sandbox.workers if nested else 1 + sandbox.workers
     end = time.monotonic() + seconds

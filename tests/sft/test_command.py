@@ -1,4 +1,6 @@
-"""`python -m retool.sft` as users start it: the published command, resuming, being asked to stop, what goes wrong on the way."""
+"""`python -m retool.sft` as users start it: the published command, resuming, being asked to stop,
+what goes wrong on the way.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +40,34 @@ PUBLISHED = """data.train_files={work}/train.parquet data.val_files={work}/val.p
     trainer.experiment_name=multiturn-sft-Qwen2.5-0.5B-Instruct
     trainer.logger=["console"] trainer.total_epochs=2
     ulysses_sequence_parallel_size=2 use_remove_padding=true"""
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m", "retool.sft"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nnodes=1",
+    "--nproc_per_node=2",
+    "-m",
+    "retool.sft",
+]
 
 
 def words(work: Path, out: Path, *more: str, **changed: Any) -> list[str]:
     """A small single-process run: 4 samples a step, 13 steps an epoch."""
     keys = {
-        "data.train_files": work / "train.parquet", "model.partial_pretrain": work / "model", "trainer.default_local_dir": out,
-        "data.train_batch_size": 4, "data.micro_batch_size_per_gpu": 2, "optim.lr": 1e-3, "data.num_workers": 0,
-    }  # fmt: skip
-    return [f"{k}={v}" for k, v in keys.items()] + [f"{k.replace('__', '.')}={v}" for k, v in changed.items()] + list(more)
+        "data.train_files": work / "train.parquet",
+        "model.partial_pretrain": work / "model",
+        "trainer.default_local_dir": out,
+        "data.train_batch_size": 4,
+        "data.micro_batch_size_per_gpu": 2,
+        "optim.lr": 1e-3,
+        "data.num_workers": 0,
+    }
+    return (
+        [f"{k}={v}" for k, v in keys.items()]
+        + [f"{k.replace('__', '.')}={v}" for k, v in changed.items()]
+        + list(more)
+    )
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
@@ -57,44 +77,87 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 
 def test_published_command(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = subprocess.run([*TORCHRUN, *PUBLISHED.format(work=work, out=out).split(), "optim.lr=1e-3"], capture_output=True, text=True, timeout=170)
+    done = subprocess.run(
+        [*TORCHRUN, *PUBLISHED.format(work=work, out=out).split(), "optim.lr=1e-3"],
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     entries = steps(out)
-    assert [e["step"] for e in entries] == [1, 2, 3, 4, 5, 6], "52 rows: 3 full batches of 16 in each of 2 epochs"
+    assert [e["step"] for e in entries] == [1, 2, 3, 4, 5, 6], (
+        "52 rows: 3 full batches of 16 in each of 2 epochs"
+    )
     assert entries[-1]["train/loss"] < entries[0]["train/loss"] - 1
-    assert {"train/grad_norm", "train/lr", "train/global_tokens", "train/trained_tokens", "perf/tokens_per_second_per_gpu",
-            "perf/max_memory_allocated_gb", "perf/max_memory_reserved_gb", "timing_s/step", "timing_s/data", "timing_s/forward_backward",
-            "timing_s/optimizer"} <= set(entries[0])  # fmt: skip
+    assert {
+        "train/grad_norm",
+        "train/lr",
+        "train/global_tokens",
+        "train/trained_tokens",
+        "perf/tokens_per_second_per_gpu",
+        "perf/max_memory_allocated_gb",
+        "perf/max_memory_reserved_gb",
+        "timing_s/step",
+        "timing_s/data",
+        "timing_s/forward_backward",
+        "timing_s/optimizer",
+    } <= set(entries[0])
     assert any("val/perplexity" in e for e in read_jsonl(out / "metrics.jsonl"))
     folder = out / "global_step_6"
-    assert (out / "latest_checkpointed_iteration.txt").read_text() == "6" and (out / "config.yaml").exists()
-    expected = {f"{kind}_world_size_2_rank_{r}.pt" for kind in ("model", "optim", "extra_state") for r in (0, 1)} | {"fsdp_config.json", "data.pt", "huggingface"}
+    assert (out / "latest_checkpointed_iteration.txt").read_text() == "6" and (
+        out / "config.yaml"
+    ).exists()
+    expected = {
+        f"{kind}_world_size_2_rank_{r}.pt"
+        for kind in ("model", "optim", "extra_state")
+        for r in (0, 1)
+    } | {"fsdp_config.json", "data.pt", "huggingface"}
     assert expected <= {p.name for p in folder.iterdir()}
     check_export(folder, work)
 
 
 def check_export(folder: Path, work: Path) -> None:
-    """The export loads in transformers and computes what our decoder computes; `merge` makes the same bytes from the shards."""
+    """The export loads in transformers and computes what our decoder computes; `merge` makes the
+    same bytes from the shards.
+    """
     export = folder / "huggingface"
     assert {p.name for p in (work / "model").iterdir()} <= {p.name for p in export.iterdir()}
     AutoTokenizer.from_pretrained(export)
     reference = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     tokens = np.arange(5, 60, dtype=np.int32)
     with torch.no_grad():
-        ours = load_pretrained(export, make_mesh())(pack([Sample(tokens, tokens > 0)]), lambda hidden, weight: hidden @ weight.t())
+        ours = load_pretrained(export, make_mesh())(
+            pack([Sample(tokens, tokens > 0)]), lambda hidden, weight: hidden @ weight.t()
+        )
         theirs = reference(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0]
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
     merged = folder.parent / "merged"
-    subprocess.run([sys.executable, "-m", "retool.checkpoint", "merge", str(folder), "--out", str(merged)], check=True, capture_output=True, timeout=100)
-    ours_file, merged_file = load_file(export / "model.safetensors"), load_file(merged / "model.safetensors")
+    subprocess.run(
+        [sys.executable, "-m", "retool.checkpoint", "merge", str(folder), "--out", str(merged)],
+        check=True,
+        capture_output=True,
+        timeout=100,
+    )
+    ours_file = load_file(export / "model.safetensors")
+    merged_file = load_file(merged / "model.safetensors")
     assert ours_file.keys() == merged_file.keys()
     assert all(torch.equal(ours_file[name], merged_file[name]) for name in ours_file)
     assert all(t.dtype == torch.bfloat16 for t in ours_file.values())
 
 
-@pytest.mark.parametrize("stops", [pytest.param((1, 9, 10, 11), id="some"), pytest.param(range(1, 12), id="every", marks=pytest.mark.slow)])
-def test_stopping_after_any_step_changes_no_bit(work: Path, tmp_path: Path, stops: Sequence[int]) -> None:
-    """Twelve steps of a data set whose epoch has ten, stopped on the way: losses, norms and weights are bit-equal."""
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param((1, 9, 10, 11), id="some"),
+        pytest.param(range(1, 12), id="every", marks=pytest.mark.slow),
+    ],
+)
+def test_stopping_after_any_step_changes_no_bit(
+    work: Path, tmp_path: Path, stops: Sequence[int]
+) -> None:
+    """Twelve steps of a data set whose epoch has ten, stopped on the way: losses, norms and weights
+    are bit-equal.
+    """
     common = {"data__train_max_samples": 40, "trainer__total_training_steps": 12}
     whole = tmp_path / "whole"
     assert main(words(work, whole, trainer__save_freq=1, **common)) == 0
@@ -103,11 +166,21 @@ def test_stopping_after_any_step_changes_no_bit(work: Path, tmp_path: Path, stop
     final = torch.load(whole / "global_step_12" / "model_world_size_1_rank_0.pt", weights_only=True)
     for k in stops:  # the epoch ends at 10
         out = tmp_path / f"from{k}"
-        again = {"trainer__resume_mode": "resume_path", "trainer__resume_from_path": whole / f"global_step_{k}", **common}
+        again = {
+            "trainer__resume_mode": "resume_path",
+            "trainer__resume_from_path": whole / f"global_step_{k}",
+            **common,
+        }
         assert main(words(work, out, **again)) == 0
-        found = [(e["step"], e["train/loss"], e["train/grad_norm"], e["train/lr"]) for e in steps(out)]
-        assert found == [(e["step"], e["train/loss"], e["train/grad_norm"], e["train/lr"]) for e in reference[k:]]
-        weights = torch.load(out / "global_step_12" / "model_world_size_1_rank_0.pt", weights_only=True)
+        found = [
+            (e["step"], e["train/loss"], e["train/grad_norm"], e["train/lr"]) for e in steps(out)
+        ]
+        assert found == [
+            (e["step"], e["train/loss"], e["train/grad_norm"], e["train/lr"]) for e in reference[k:]
+        ]
+        weights = torch.load(
+            out / "global_step_12" / "model_world_size_1_rank_0.pt", weights_only=True
+        )
         assert all(torch.equal(weights[name], final[name]) for name in final)
 
 
@@ -115,15 +188,30 @@ def test_fp16_goes_on_with_its_loss_scale_and_trains_as_fp32(work: Path, tmp_pat
     small = {"data__train_batch_size": 1, "trainer__total_training_steps": 4}
     common = {"model__fsdp_config__param_dtype": "fp16", **small}
     assert main(words(work, tmp_path / "whole", trainer__save_freq=2, **common)) == 0
-    again = {"trainer__resume_mode": "resume_path", "trainer__resume_from_path": tmp_path / "whole/global_step_2", **common}
+    again = {
+        "trainer__resume_mode": "resume_path",
+        "trainer__resume_from_path": tmp_path / "whole/global_step_2",
+        **common,
+    }
     assert main(words(work, tmp_path / "rest", **again)) == 0
     assert main(words(work, tmp_path / "fp32", **small)) == 0
     whole, rest, wide = (steps(tmp_path / name) for name in ("whole", "rest", "fp32"))
-    assert [(e["train/loss"], e["train/grad_norm"]) for e in rest] == [(e["train/loss"], e["train/grad_norm"]) for e in whole[2:]]
+    assert [(e["train/loss"], e["train/grad_norm"]) for e in rest] == [
+        (e["train/loss"], e["train/grad_norm"]) for e in whole[2:]
+    ]
     assert whole[-1]["train/skipped_steps"] == 0
-    assert [e["train/loss"] for e in whole] == pytest.approx([e["train/loss"] for e in wide], rel=1e-3)
-    assert [e["train/grad_norm"] for e in whole] == pytest.approx([e["train/grad_norm"] for e in wide], rel=2e-2)
-    saved = [torch.load(tmp_path / f"{run}/global_step_4/extra_state_world_size_1_rank_0.pt", weights_only=False) for run in ("whole", "rest")]
+    assert [e["train/loss"] for e in whole] == pytest.approx(
+        [e["train/loss"] for e in wide], rel=1e-3
+    )
+    assert [e["train/grad_norm"] for e in whole] == pytest.approx(
+        [e["train/grad_norm"] for e in wide], rel=2e-2
+    )
+    saved = [
+        torch.load(
+            tmp_path / f"{run}/global_step_4/extra_state_world_size_1_rank_0.pt", weights_only=False
+        )
+        for run in ("whole", "rest")
+    ]
     assert saved[0]["loss_scale"] == saved[1]["loss_scale"] == [2.0**16, 4.0]
 
 
@@ -143,38 +231,79 @@ def test_a_run_from_the_start_sets_the_one_before_aside(work: Path, tmp_path: Pa
     (out / "mine.txt").write_text("not the run's")
     assert main(words(work, out, trainer__total_training_steps=3)) == 0
     saved = (out / "global_step_3" / "model_world_size_1_rank_0.pt").read_bytes()
-    assert main(words(work, out, trainer__total_training_steps=2, trainer__resume_mode="disable")) == 0
-    assert [e["step"] for e in steps(out)] == [1, 2] and [e["step"] for e in steps(out / "previous_2")] == [1, 2, 3]
-    assert (out / "previous_2" / "global_step_3" / "model_world_size_1_rank_0.pt").read_bytes() == saved
+    assert (
+        main(words(work, out, trainer__total_training_steps=2, trainer__resume_mode="disable")) == 0
+    )
+    assert [e["step"] for e in steps(out)] == [1, 2] and [
+        e["step"] for e in steps(out / "previous_2")
+    ] == [1, 2, 3]
+    assert (
+        out / "previous_2" / "global_step_3" / "model_world_size_1_rank_0.pt"
+    ).read_bytes() == saved
     assert sorted(p.name for p in out.iterdir()) == [
-        "config.yaml", "global_step_2", "latest_checkpointed_iteration.txt", "metrics.jsonl", "mine.txt", "previous_1", "previous_2",
-    ]  # fmt: skip
+        "config.yaml",
+        "global_step_2",
+        "latest_checkpointed_iteration.txt",
+        "metrics.jsonl",
+        "mine.txt",
+        "previous_1",
+        "previous_2",
+    ]
 
 
 def test_padding_and_micro_batches_change_nothing(work: Path, tmp_path: Path) -> None:
     losses = []
     for name, more in {
-        "packed": {}, "padded": {"use_remove_padding": "false", "data__max_length": 1024},
-        "one": {"data__micro_batch_size_per_gpu": 1}, "exact": {"data__fill_micro_batches": "false"}, "tokens": {"data__micro_batch_size_per_gpu": "null", "data__max_token_len_per_gpu": 700},
-        "recompute": {"model__enable_gradient_checkpointing": "true"}, "offload": {"model__enable_activation_offload": "true"},
-    }.items():  # fmt: skip
-        assert main(words(work, tmp_path / name, trainer__total_training_steps=3, trainer__save_freq=-1, **more)) == 0
+        "packed": {},
+        "padded": {"use_remove_padding": "false", "data__max_length": 1024},
+        "one": {"data__micro_batch_size_per_gpu": 1},
+        "exact": {"data__fill_micro_batches": "false"},
+        "tokens": {"data__micro_batch_size_per_gpu": "null", "data__max_token_len_per_gpu": 700},
+        "recompute": {"model__enable_gradient_checkpointing": "true"},
+        "offload": {"model__enable_activation_offload": "true"},
+    }.items():
+        assert (
+            main(
+                words(
+                    work,
+                    tmp_path / name,
+                    trainer__total_training_steps=3,
+                    trainer__save_freq=-1,
+                    **more,
+                )
+            )
+            == 0
+        )
         losses.append([e["train/loss"] for e in steps(tmp_path / name)])
     for found in losses[1:]:
         np.testing.assert_allclose(found, losses[0], rtol=1e-6)
 
 
-SIGNALS = [(signal.SIGTERM, []), (signal.SIGINT, []), (signal.SIGUSR1, ["--signals-to-handle", "SIGTERM,SIGUSR1"])]
+SIGNALS = [
+    (signal.SIGTERM, []),
+    (signal.SIGINT, []),
+    (signal.SIGUSR1, ["--signals-to-handle", "SIGTERM,SIGUSR1"]),
+]
 
 
 @pytest.mark.parametrize(("asked", "flags"), SIGNALS, ids=["TERM", "INT", "USR1"])
-def test_asked_to_stop_under_torchrun(work: Path, tmp_path: Path, asked: signal.Signals, flags: list[str]) -> None:
-    """A signal to the launcher: the workers save within a step and leave nobody behind; another world size goes on from there."""
+def test_asked_to_stop_under_torchrun(
+    work: Path, tmp_path: Path, asked: signal.Signals, flags: list[str]
+) -> None:
+    """A signal to the launcher: the workers save within a step and leave nobody behind; another
+    world size goes on from there.
+    """
     out = tmp_path / "run"
-    command = [*TORCHRUN[:3], *flags, *TORCHRUN[3:], *words(work, out, "trainer.total_training_steps=500")]
+    command = [
+        *TORCHRUN[:3],
+        *flags,
+        *TORCHRUN[3:],
+        *words(work, out, "trainer.total_training_steps=500"),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    lines, workers = [], []
+    lines = []
+    workers = []
     for line in process.stdout:
         lines.append(line)
         if line.startswith("step 3/"):
@@ -183,17 +312,26 @@ def test_asked_to_stop_under_torchrun(work: Path, tmp_path: Path, asked: signal.
     process.wait(timeout=60)
     text = "".join(lines)
     assert len(workers) == 2 and not any(alive(p) for p in workers)
-    assert text.count("asked to stop at step") == 1 and "KeyboardInterrupt" not in text, text[-3000:]
+    assert text.count("asked to stop at step") == 1 and "KeyboardInterrupt" not in text, text[
+        -3000:
+    ]
     stopped = int((out / "latest_checkpointed_iteration.txt").read_text())
-    assert 3 <= stopped <= 5 and steps(out)[-1]["step"] == stopped, "a step is said while the next one runs"
+    assert 3 <= stopped <= 5 and steps(out)[-1]["step"] == stopped, (
+        "a step is said while the next one runs"
+    )
     assert main(words(work, out, trainer__total_training_steps=stopped + 1)) == 0
     assert [e["step"] for e in steps(out)] == list(range(1, stopped + 2))
 
 
 def test_workers_stop_when_their_launcher_dies(work: Path, tmp_path: Path) -> None:
-    out, log = tmp_path / "run", tmp_path / "log"
+    out = tmp_path / "run"
+    log = tmp_path / "log"
     with log.open("w") as file:
-        process = subprocess.Popen([*TORCHRUN, *words(work, out, "trainer.total_training_steps=500")], stdout=file, stderr=file)
+        process = subprocess.Popen(
+            [*TORCHRUN, *words(work, out, "trainer.total_training_steps=500")],
+            stdout=file,
+            stderr=file,
+        )
     wait_until(lambda: "step 2/" in log.read_text())
     children = children_of(process.pid)
     assert len(children) == 2
@@ -224,21 +362,33 @@ def alive(pid: int) -> bool:
 @pytest.fixture
 def no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every loss is NaN, whatever the model and the data."""
-    monkeypatch.setattr(step, "loss_sum", lambda model, batch: loss_sum(model, batch) * float("nan"))
+    monkeypatch.setattr(
+        step, "loss_sum", lambda model, batch: loss_sum(model, batch) * float("nan")
+    )
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("fp32", 3), ("fp16", 4)])
 def test_gradients_that_are_no_numbers_stop_the_run_and_say_so(
-    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_gradient: None, dtype: str, most: int
+    work: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    no_gradient: None,
+    dtype: str,
+    most: int,
 ) -> None:
     monkeypatch.setattr(optim, "HALVINGS", 1)
     out = tmp_path / "run"
-    assert main(words(work, out, model__fsdp_config__param_dtype=dtype, data__train_batch_size=1)) == 1
+    assert (
+        main(words(work, out, model__fsdp_config__param_dtype=dtype, data__train_batch_size=1)) == 1
+    )
     printed = capfd.readouterr()
     assert f"{most} steps in a row had a non-finite gradient norm" in printed.err
     assert not list(out.glob("global_step_*")), "a run that was thrown away has no checkpoint"
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [r["train/skipped_steps"] for r in rows] == [*range(1, most + 1)] and rows[0]["train/grad_norm"] is None
+    assert [r["train/skipped_steps"] for r in rows] == [*range(1, most + 1)] and rows[0][
+        "train/grad_norm"
+    ] is None
     command = printed.err.strip().partition("python -m retool.checkpoint ")[2]
     assert checkpoints(shlex.split(command)) == 0, "the advice is a command that works"
 
@@ -249,12 +399,19 @@ def test_a_run_that_trained_nothing_ends_with_an_error_and_no_export(
     """Fewer steps than may be skipped in a row."""
     out = tmp_path / "run"
     assert main(words(work, out, trainer__total_training_steps=2)) == 1
-    assert "nothing was trained: all 2 updates had a gradient that isn't finite" in capfd.readouterr().err
+    assert (
+        "nothing was trained: all 2 updates had a gradient that isn't finite"
+        in capfd.readouterr().err
+    )
     assert not list(out.glob("global_step_*"))
 
 
-def test_weights_that_became_infinite_are_not_saved(work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The gradient of the first step is finite, its update isn't: the checkpoint before, which is good, must stay the newest."""
+def test_weights_that_became_infinite_are_not_saved(
+    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The gradient of the first step is finite, its update isn't: the checkpoint before, which is
+    good, must stay the newest.
+    """
     out = tmp_path / "run"
     assert main(words(work, out, trainer__total_training_steps=1, optim__lr=1e38)) == 1
     assert "step 1 isn't saved: NaN or infinite values in " in capfd.readouterr().err
@@ -271,25 +428,47 @@ def test_nan_in_the_weights_is_refused_before_the_first_step(
     save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
     assert main(words(work, tmp_path / "run", model__partial_pretrain=bad)) == 1
     assert "NaN or infinite values in model.norm.weight" in capfd.readouterr().err
-    assert not list((tmp_path / "run").glob("global_step_*")) and not (tmp_path / "run/metrics.jsonl").exists()
+    assert (
+        not list((tmp_path / "run").glob("global_step_*"))
+        and not (tmp_path / "run/metrics.jsonl").exists()
+    )
 
 
 def test_validation_counts_every_row_once(work: Path, tmp_path: Path) -> None:
-    """val/loss of an untouched model equals the mean over all trained tokens that transformers computes row by row."""
+    """val/loss of an untouched model equals the mean over all trained tokens that transformers
+    computes row by row.
+    """
     from retool.data.loader import open_dataset
     from retool.data.render.renderer import Renderer, load_tokenizer
 
     out = tmp_path / "run"
-    assert main(words(work, out, data__val_files=work / "val.parquet", trainer__total_training_steps=1, optim__lr=1e-12)) == 0
+    assert (
+        main(
+            words(
+                work,
+                out,
+                data__val_files=work / "val.parquet",
+                trainer__total_training_steps=1,
+                optim__lr=1e-12,
+            )
+        )
+        == 0
+    )
     found = next(e["val/loss"] for e in read_jsonl(out / "metrics.jsonl") if "val/loss" in e)
-    dataset, _ = open_dataset([str(work / "val.parquet")], Renderer(load_tokenizer(str(work / "model"))))
+    dataset, _ = open_dataset(
+        [str(work / "val.parquet")], Renderer(load_tokenizer(str(work / "model")))
+    )
     reference = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).eval()
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for i in range(len(dataset)):
         sample = dataset[i]
         ids = torch.from_numpy(sample.tokens.astype(np.int64))
         with torch.no_grad():
-            logp = torch.log_softmax(reference(ids[None]).logits[0, :-1], -1).gather(1, ids[1:, None])[:, 0]
+            logp = torch.log_softmax(reference(ids[None]).logits[0, :-1], -1).gather(
+                1, ids[1:, None]
+            )[:, 0]
         mask = torch.from_numpy(sample.mask[1:])
-        total, count = total - float(logp[mask].sum()), count + int(mask.sum())
+        total = total - float(logp[mask].sum())
+        count = count + int(mask.sum())
     assert found == pytest.approx(total / count, rel=1e-5)

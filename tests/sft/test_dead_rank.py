@@ -1,4 +1,6 @@
-"""A worker that dies in mid-step under torchrun: the others end within seconds, and its own error is what the user sees first."""
+"""A worker that dies in mid-step under torchrun: the others end within seconds, and its own error
+is what the user sees first.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from retool.parallel.lost import SIGNS, lost_peer
 from tests.conftest import REPOSITORY
 from tests.sft.test_command import words
 
-# `python -m retool.sft`, with an accident on rank 1 between the forward and the backward pass of its fourth step.
+# `python -m retool.sft`, with an accident on rank 1 between the forward and the backward pass of
+# its fourth step.
 FAULTY = """
 import os, signal, sys, time
 from retool.sft import __main__ as command, step
@@ -35,27 +38,53 @@ step.loss_sum = loss_sum
 sys.exit(command.main(sys.argv[1:]))
 """
 ACCIDENTS = {
-    "raises": ("raise RuntimeError('rank 1 is out of luck')", "RuntimeError: rank 1 is out of luck"),
+    "raises": (
+        "raise RuntimeError('rank 1 is out of luck')",
+        "RuntimeError: rank 1 is out of luck",
+    ),
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "exitcode  : -9"),
 }
 FOLLOWER = "rank 0 ends because another rank is gone"
 
 
 @pytest.mark.parametrize("accident", ACCIDENTS)
-def test_a_dead_rank_ends_the_others_and_its_error_comes_first(work: Path, tmp_path: Path, accident: str) -> None:
+def test_a_dead_rank_ends_the_others_and_its_error_comes_first(
+    work: Path, tmp_path: Path, accident: str
+) -> None:
     code, own = ACCIDENTS[accident]
-    script, out = tmp_path / "faulty.py", tmp_path / "run"
+    script = tmp_path / "faulty.py"
+    out = tmp_path / "run"
     script.write_text(FAULTY.replace("{ACCIDENT}", code))
     keys = words(work, out, trainer__total_training_steps=50, trainer__save_freq=1)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *keys]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+        *keys,
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=150, env=environment)
-    text, lasted = done.stdout, time.time() - float(done.stdout.split("accident at ")[1].split()[0])
+    done = subprocess.run(
+        torchrun,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=150,
+        env=environment,
+    )
+    text = done.stdout
+    lasted = time.time() - float(done.stdout.split("accident at ")[1].split()[0])
     assert done.returncode == 1 and own in text, text[-5000:]
     assert lasted < 30, f"the others outlive it by {lasted:.0f} s"
-    assert not any(sign in text for sign in SIGNS) and "timed out" not in text, "the consequence hides the cause"
+    assert not any(sign in text for sign in SIGNS) and "timed out" not in text, (
+        "the consequence hides the cause"
+    )
     if accident == "raises":
-        assert text.index(own) == min(text.index(e) for e in (own, FOLLOWER, "ChildFailedError") if e in text), text[-5000:]
+        assert text.index(own) == min(
+            text.index(e) for e in (own, FOLLOWER, "ChildFailedError") if e in text
+        ), text[-5000:]
     cause = text.split("Root Cause")[1]
     assert "(local_rank: 1)" in cause and "(local_rank: 0)" not in cause, cause
     assert latest(out) == out / "global_step_3", "what was complete before is there"
@@ -65,5 +94,10 @@ def test_only_a_lost_peer_is_taken_for_one() -> None:
     gloo = "[/x/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:31154: Connection reset by peer. This is typically caused by"
     nccl = "NCCL error in: NCCLUtils.hpp:268, remote process exited or there was a network error, NCCL version 2.27.3\nncclRemoteError: A call failed"
     assert lost_peer(RuntimeError(gloo)) and lost_peer(RuntimeError(nccl))
-    for error in (RuntimeError("CUDA out of memory"), RuntimeError("[/x/gloo/…] Timed out waiting 1800000ms"), OSError("Broken pipe"), RuntimeError("Broken pipe")):
+    for error in (
+        RuntimeError("CUDA out of memory"),
+        RuntimeError("[/x/gloo/…] Timed out waiting 1800000ms"),
+        OSError("Broken pipe"),
+        RuntimeError("Broken pipe"),
+    ):
         assert not lost_peer(error)

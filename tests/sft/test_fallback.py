@@ -1,4 +1,6 @@
-"""`python -m retool.sft` goes on from the newest checkpoint that is whole, and can be told to insist on the newest."""
+"""`python -m retool.sft` goes on from the newest checkpoint that is whole, and can be told to
+insist on the newest.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ from tests.sft.conftest import work
 from tests.sft.test_command import words
 
 __all__ = ["work"]
-ALIKE = {"trainer__save_freq": 1, "optim__lr_scheduler": "constant", "optim__warmup_steps_ratio": 0}  # whatever the number of steps
+# Whatever the number of steps
+ALIKE = {
+    "trainer__save_freq": 1,
+    "optim__lr_scheduler": "constant",
+    "optim__warmup_steps_ratio": 0,
+}
 MODEL = "model_world_size_1_rank_0.pt"
 
 
@@ -32,21 +39,33 @@ def _go_on(work: Path, out: Path, **more: object) -> int:
 
 
 def test_a_damaged_newest_checkpoint_does_not_block_a_resume(
-    work: Path, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    work: Path,
+    made: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
+    whole = tmp_path / "whole"
+    out = tmp_path / "run"
     shutil.copytree(made, whole)
     shutil.copytree(made, out)
     flip(out / "global_step_4" / MODEL)
     assert _go_on(work, whole) == 0 and _go_on(work, out) == 0
     assert "global_step_4 is damaged and skipped" in caplog.text and MODEL in caplog.text
     assert f"resumed from {out / 'global_step_3'} (step 3)" in capfd.readouterr().out
-    losses = [[(e["step"], e["train/loss"]) for e in read_jsonl(folder / "metrics.jsonl")] for folder in (whole, out)]
+    losses = [
+        [(e["step"], e["train/loss"]) for e in read_jsonl(folder / "metrics.jsonl")]
+        for folder in (whole, out)
+    ]
     assert losses[0] == losses[1] and [step for step, _ in losses[1]] == [1, 2, 3, 4, 5, 6]
-    assert (whole / "global_step_4" / MODEL).read_bytes() == (out / "global_step_4" / MODEL).read_bytes(), "step 4 is trained and saved again"
+    assert (whole / "global_step_4" / MODEL).read_bytes() == (
+        out / "global_step_4" / MODEL
+    ).read_bytes(), "step 4 is trained and saved again"
 
 
-def test_who_insists_is_refused(work: Path, made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_who_insists_is_refused(
+    work: Path, made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     shutil.copytree(made, out)
     flip(out / "global_step_4" / MODEL)
@@ -54,19 +73,29 @@ def test_who_insists_is_refused(work: Path, made: Path, tmp_path: Path, capfd: p
     assert "global_step_4" in capfd.readouterr().err
     (out / "global_step_4" / MODEL).write_bytes(b"short")
     assert _go_on(work, out, trainer__resume_fallback="false") == 1
-    assert "or have the newest whole one taken: trainer.resume_fallback=true" in capfd.readouterr().out
+    assert (
+        "or have the newest whole one taken: trainer.resume_fallback=true" in capfd.readouterr().out
+    )
 
 
-def test_a_run_never_begins_anew_beside_its_checkpoints(work: Path, made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_never_begins_anew_beside_its_checkpoints(
+    work: Path, made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     shutil.copytree(made, out)
     for folder in out.glob("global_step_*"):
         (folder / "data.pt").unlink()
     assert _go_on(work, out) == 1
     said = capfd.readouterr().out
-    assert "none to go on from (global_step_4: data.pt is missing" in said and "trainer.resume_mode=disable" in said
+    assert (
+        "none to go on from (global_step_4: data.pt is missing" in said
+        and "trainer.resume_mode=disable" in said
+    )
     shutil.rmtree(out)
     shutil.copytree(made, out)
     (out / TRACKER).write_text("0")
     assert _go_on(work, out) == 1 and "names a step before all of them" in capfd.readouterr().out
-    assert _go_on(work, out, trainer__resume_mode="disable") == 0 and (out / "previous_1" / "global_step_4").is_dir()
+    assert (
+        _go_on(work, out, trainer__resume_mode="disable") == 0
+        and (out / "previous_1" / "global_step_4").is_dir()
+    )

@@ -29,7 +29,10 @@ from tests.ranks import run_ranks
 from tests.sft.test_command import words
 from tests.sft.test_parity import Rows, decoder_config
 
-CONFIG = SFTConfig(data=DataConfig(train_files=("a",), train_batch_size=4, seed=1), model=ModelConfig(partial_pretrain="m"))
+CONFIG = SFTConfig(
+    data=DataConfig(train_files=("a",), train_batch_size=4, seed=1),
+    model=ModelConfig(partial_pretrain="m"),
+)
 
 
 def choice(tokens: int, recompute: Recompute, hold: bool, peak: float) -> Choice:
@@ -37,14 +40,23 @@ def choice(tokens: int, recompute: Recompute, hold: bool, peak: float) -> Choice
 
 
 def split(lengths: list[int]) -> Split:
-    data: Any = SimpleNamespace(lengths=np.array(lengths, np.int32), trained=np.array(lengths, np.int32) - 1)
+    data: Any = SimpleNamespace(
+        lengths=np.array(lengths, np.int32), trained=np.array(lengths, np.int32) - 1
+    )
     return Split(("a",), data, DatasetReport(samples=len(lengths), content=str(lengths)))
 
 
 def planned() -> list[tuple[int, str, bool] | str]:
-    """What this rank, with a GPU of its own kind, goes on with where all read the same rows, and where the last reads others."""
-    mesh, out = make_mesh(), list[tuple[int, str, bool] | str]()
-    mine = [choice(4096, "none", True, 1.0), choice(2048, "selective", True, 2.0), choice(8192, "none", False, 3.0)][mesh.rank]
+    """What this rank, with a GPU of its own kind, goes on with where all read the same rows, and
+    where the last reads others.
+    """
+    mesh = make_mesh()
+    out = list[tuple[int, str, bool] | str]()
+    mine = [
+        choice(4096, "none", True, 1.0),
+        choice(2048, "selective", True, 2.0),
+        choice(8192, "none", False, 3.0),
+    ][mesh.rank]
     for rows in ([5, 6], [6, 5] if mesh.rank == mesh.world - 1 else [5, 6]):
         report = Report(CONFIG, World(mesh.world, 1, mesh.world), train=split(rows), choice=mine)
         try:
@@ -64,7 +76,9 @@ def test_ranks_take_the_most_careful_plan_and_read_the_same_rows() -> None:
     assert len(said) == 1 and "data.train_files: rank 2 reads other rows than rank 0" in said.pop()
 
 
-def test_resuming_over_other_data_must_be_asked_for(work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_resuming_over_other_data_must_be_asked_for(
+    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     assert main(words(work, out, trainer__total_training_steps=1)) == 0
     other = words(work, out, trainer__total_training_steps=2, data__train_max_samples=40)
@@ -88,7 +102,9 @@ class Recorder:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_loggers_are_closed_once_however_a_run_ends(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+def test_loggers_are_closed_once_however_a_run_ends(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
     def fail(*_: object) -> None:
         raise ValueError("no luck")
 
@@ -102,6 +118,15 @@ def test_loggers_are_closed_once_however_a_run_ends(work: Path, tmp_path: Path, 
 
 def test_every_micro_batch_is_a_sign_of_life() -> None:
     model = build_decoder(decoder_config(4, 2, tied=True), make_mesh(), ModelOptions())
-    packs, beats = [pack([Rows()[i]]) for i in range(3)], []
-    train_step(model, AdamW(model, AdamWOptions()), packs, 1, 1e-3, StepTimer(model.mesh.device), beat=lambda: beats.append(1))
+    packs = [pack([Rows()[i]]) for i in range(3)]
+    beats = []
+    train_step(
+        model,
+        AdamW(model, AdamWOptions()),
+        packs,
+        1,
+        1e-3,
+        StepTimer(model.mesh.device),
+        beat=lambda: beats.append(1),
+    )
     assert len(beats) == 3

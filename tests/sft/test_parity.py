@@ -1,4 +1,6 @@
-"""The promise of the layout: n processes train as one does, for 20 optimizer steps, whatever dp × sp × micro-batching × packing."""
+"""The promise of the layout: n processes train as one does, for 20 optimizer steps, whatever dp ×
+sp × micro-batching × packing.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from retool.perf import StepTimer
 from retool.sft.step import train_step
 from tests.ranks import run_ranks
 
-STEPS, BATCH = 20, 16
+STEPS = 20
+BATCH = 16
 
 
 class Rows:
@@ -28,7 +31,10 @@ class Rows:
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
-        self.samples = [Sample(rng.integers(0, 61, n).astype(np.int32), rng.random(n) < 0.6) for n in rng.integers(2, 31, 64)]
+        self.samples = [
+            Sample(rng.integers(0, 61, n).astype(np.int32), rng.random(n) < 0.6)
+            for n in rng.integers(2, 31, 64)
+        ]
         self.lengths = np.array([len(s) for s in self.samples])
         self.trained = np.array([s.trained for s in self.samples])
 
@@ -40,30 +46,82 @@ class Rows:
 
 
 def decoder_config(heads: int, kv_heads: int, tied: bool, family: str = "qwen2") -> ModelConfig:
-    return ModelConfig(family, vocab=61, hidden=24, ffn=40, layers=2, heads=heads, kv_heads=kv_heads, head_dim=8, norm_eps=1e-6, rope_theta=1e4,
-                       rope_scaling=None, tied=tied, qkv_bias=family == "qwen2", o_bias=False, mlp_bias=False, qk_norm=family == "qwen3",
-                       max_position=0)  # fmt: skip
+    return ModelConfig(
+        family,
+        vocab=61,
+        hidden=24,
+        ffn=40,
+        layers=2,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=8,
+        norm_eps=1e-6,
+        rope_theta=1e4,
+        rope_scaling=None,
+        tied=tied,
+        qkv_bias=family == "qwen2",
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=family == "qwen3",
+        max_position=0,
+    )
 
 
-def run(heads: tuple[int, int], tied: bool, sp: int, dtype: torch.dtype, limits: dict[str, Any], fsdp_size: int = -1,
-        recompute: str = "none", family: str = "qwen2", hold: bool = False) -> dict[str, Any]:  # fmt: skip
+def run(
+    heads: tuple[int, int],
+    tied: bool,
+    sp: int,
+    dtype: torch.dtype,
+    limits: dict[str, Any],
+    fsdp_size: int = -1,
+    recompute: str = "none",
+    family: str = "qwen2",
+    hold: bool = False,
+) -> dict[str, Any]:
     """Losses, gradient norms and this rank's final weights by (name, start)."""
     mesh = make_mesh(sp=sp, fsdp_size=fsdp_size)
     options = ModelOptions(dtype, dtype, dtype, recompute=recompute)
     model = build_decoder(decoder_config(*heads, tied, family), mesh, options)
     generator = torch.Generator().manual_seed(0)
-    weights = {m.name: torch.randn(m.shape, generator=generator, dtype=torch.float64) * 0.2 for _, m in model.layout.members}
+    weights = {
+        m.name: torch.randn(m.shape, generator=generator, dtype=torch.float64) * 0.2
+        for _, m in model.layout.members
+    }
     for p in local_pieces(model.layout, mesh.shard_rank):
-        model.master[p.local : p.local + p.stop - p.start] = weights[p.member.name].flatten()[p.start : p.stop].to(dtype)
+        model.master[p.local : p.local + p.stop - p.start] = (
+            weights[p.member.name].flatten()[p.start : p.stop].to(dtype)
+        )
     model.refresh()
-    optimizer, losses, norms = AdamW(model, AdamWOptions()), [], []
-    for batch in iterate_steps(Rows(), train_batch_size=BATCH, seed=1, stop_step=STEPS, dp_rank=mesh.dp_rank, dp=mesh.dp, sp=sp, **limits):
+    optimizer = AdamW(model, AdamWOptions())
+    losses = []
+    norms = []
+    for batch in iterate_steps(
+        Rows(),
+        train_batch_size=BATCH,
+        seed=1,
+        stop_step=STEPS,
+        dp_rank=mesh.dp_rank,
+        dp=mesh.dp,
+        sp=sp,
+        **limits,
+    ):
         lr = learning_rate(batch.step, STEPS, 1e-3)
-        loss, norm, skipped = train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, lr, StepTimer(mesh.device), hold).read()
+        loss, norm, skipped = train_step(
+            model,
+            optimizer,
+            batch.micro_batches,
+            batch.trained_tokens,
+            lr,
+            StepTimer(mesh.device),
+            hold,
+        ).read()
         assert not skipped
         losses.append(loss)
         norms.append(norm)
-    owned = {(p.member.name, p.start): model.master[p.local : p.local + p.stop - p.start].numpy().copy() for p in local_pieces(model.layout, mesh.shard_rank)}
+    owned = {
+        (p.member.name, p.start): model.master[p.local : p.local + p.stop - p.start].numpy().copy()
+        for p in local_pieces(model.layout, mesh.shard_rank)
+    }
     return {"losses": losses, "norms": norms, "weights": owned}
 
 
@@ -73,24 +131,33 @@ def joined(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     for result in results:
         for (name, start), values in result["weights"].items():
             pieces.setdefault(name, {})[start] = values
-    return {name: np.concatenate([parts[k] for k in sorted(parts)]) for name, parts in pieces.items()}
+    return {
+        name: np.concatenate([parts[k] for k in sorted(parts)]) for name, parts in pieces.items()
+    }
 
 
 @cache
-def single(heads: tuple[int, int], tied: bool, dtype: torch.dtype, family: str = "qwen2") -> dict[str, Any]:
+def single(
+    heads: tuple[int, int], tied: bool, dtype: torch.dtype, family: str = "qwen2"
+) -> dict[str, Any]:
     return run(heads, tied, 1, dtype, {"micro_batch_size": BATCH}, family=family)
 
 
-def compare(results: list[dict[str, Any]], expected: dict[str, Any], loss: float, weight: float, norm: float) -> None:
+def compare(
+    results: list[dict[str, Any]], expected: dict[str, Any], loss: float, weight: float, norm: float
+) -> None:
     for result in results:
         np.testing.assert_allclose(result["losses"], expected["losses"], rtol=loss)
         np.testing.assert_allclose(result["norms"], expected["norms"], rtol=norm)
-    found, wanted = joined(results), joined([expected])
+    found = joined(results)
+    wanted = joined([expected])
     for name, value in wanted.items():
         assert np.linalg.norm(found[name] - value) <= weight * np.linalg.norm(value), name
 
 
-BUDGET, PAIRS, PADDED = {"max_tokens_per_gpu": 40}, {"micro_batch_size": 2}, {"micro_batch_size": 3, "pad_to": 32}
+BUDGET = {"max_tokens_per_gpu": 40}
+PAIRS = {"micro_batch_size": 2}
+PADDED = {"micro_batch_size": 3, "pad_to": 32}
 LAYOUTS = [  # world, sp, heads, tied, limits, fsdp_size, recompute
     (1, 1, (14, 2), True, BUDGET, -1, "full"),
     (1, 1, (14, 2), False, PADDED, -1, "none"),
@@ -105,14 +172,26 @@ LAYOUTS = [  # world, sp, heads, tied, limits, fsdp_size, recompute
 ]
 
 
-@pytest.mark.parametrize(("world", "sp", "heads", "tied", "limits", "fsdp_size", "recompute"), LAYOUTS)
-def test_layouts_train_alike_in_float64(world, sp, heads, tied, limits, fsdp_size, recompute) -> None:
+@pytest.mark.parametrize(
+    ("world", "sp", "heads", "tied", "limits", "fsdp_size", "recompute"), LAYOUTS
+)
+def test_layouts_train_alike_in_float64(
+    world, sp, heads, tied, limits, fsdp_size, recompute
+) -> None:
     expected = single(heads, tied, torch.float64)
     assert expected["losses"][-1] < expected["losses"][0]
-    compare(run_ranks(run, world, heads, tied, sp, torch.float64, limits, fsdp_size, recompute), expected, loss=1e-10, weight=1e-10, norm=1e-10)
+    compare(
+        run_ranks(run, world, heads, tied, sp, torch.float64, limits, fsdp_size, recompute),
+        expected,
+        loss=1e-10,
+        weight=1e-10,
+        norm=1e-10,
+    )
 
 
-@pytest.mark.parametrize(("world", "sp", "heads"), [(2, 2, (14, 2)), (3, 1, (9, 3)), (4, 2, (6, 6))])
+@pytest.mark.parametrize(
+    ("world", "sp", "heads"), [(2, 2, (14, 2)), (3, 1, (9, 3)), (4, 2, (6, 6))]
+)
 def test_layouts_train_alike_in_float32(world: int, sp: int, heads: tuple[int, int]) -> None:
     results = run_ranks(run, world, heads, True, sp, torch.float32, BUDGET)
     compare(results, single(heads, True, torch.float32), loss=1e-6, weight=1e-5, norm=1e-4)
@@ -121,10 +200,16 @@ def test_layouts_train_alike_in_float32(world: int, sp: int, heads: tuple[int, i
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_other_families(family: str) -> None:
     results = run_ranks(run, 2, (6, 2), False, 2, torch.float64, BUDGET, -1, "full", family)
-    compare(results, single((6, 2), False, torch.float64, family), loss=1e-10, weight=1e-10, norm=1e-10)
+    compare(
+        results, single((6, 2), False, torch.float64, family), loss=1e-10, weight=1e-10, norm=1e-10
+    )
 
 
-@pytest.mark.parametrize(("world", "fsdp_size", "tied"), [(2, -1, True), (3, -1, False), (4, 2, True)])
+@pytest.mark.parametrize(
+    ("world", "fsdp_size", "tied"), [(2, -1, True), (3, -1, False), (4, 2, True)]
+)
 def test_reducing_once_a_step_changes_nothing(world: int, fsdp_size: int, tied: bool) -> None:
-    results = run_ranks(run, world, (6, 2), tied, 1, torch.float64, PAIRS, fsdp_size, "none", "qwen2", True)
+    results = run_ranks(
+        run, world, (6, 2), tied, 1, torch.float64, PAIRS, fsdp_size, "none", "qwen2", True
+    )
     compare(results, single((6, 2), tied, torch.float64), loss=1e-10, weight=1e-10, norm=1e-10)

@@ -1,7 +1,8 @@
-"""A file of `torch.save`, memory-mapped: the object without its tensors' data, and any range of a tensor's elements.
+"""A file of `torch.save`, memory-mapped: the object without its tensors' data, and any range of a
+tensor's elements.
 
-Such a file is a zip of uncompressed records. Everything a record claims is compared with the file before it is used: sizes,
-compression, position, and the checksum of what is read.
+Such a file is a zip of uncompressed records. Everything a record claims is compared with the file
+before it is used: sizes, compression, position, and the checksum of what is read.
 """
 
 from __future__ import annotations
@@ -24,17 +25,25 @@ from retool.files.untrusted import open_regular, shown
 PICKLE_LIMIT = 256 << 20
 INDEX_LIMIT = 64 << 20  # bytes of the list of records: of real files some 100 a tensor
 BLOCK = 1 << 20  # bytes of a file under one of its checksums
-MOST_SHARING = 4  # times the file's bytes that its tensors may take: tied weights are the same bytes twice
+MOST_SHARING = (
+    4  # times the file's bytes that its tensors may take: tied weights are the same bytes twice
+)
 READ_AT_ONCE = 64 << 20  # bytes of the mapped file that checking a checksum keeps in memory
 
-WAY_OUT = "Copy the file again from where it was written, or take an older checkpoint (python -m retool.checkpoint ls RUN lists them)."
+WAY_OUT = (
+    "Copy the file again from where it was written, or take an older checkpoint (python -m "
+    "retool.checkpoint ls RUN lists them)."
+)
 
 
 class TorchFile:
-    """`content` is what was saved, tensors as `Stored` or `Sharded`. ValueError, with the file's name, for anything wrong.
+    """`content` is what was saved, tensors as `Stored` or `Sharded`.
 
-    With `blocks` (the file's CRC-32 per BLOCK bytes, from checksums.json) each block is checked when first read, so that reading
-    a part needs no more than that part. Without, a record is compared with its own checksum when some of it is first read.
+    ValueError, with the file's name, for anything wrong.
+
+    With `blocks` (the file's CRC-32 per BLOCK bytes, from checksums.json) each block is checked
+    when first read, so that reading a part needs no more than that part. Without, a record is
+    compared with its own checksum when some of it is first read.
     """
 
     def __init__(self, path: Path, blocks: list[int] | None = None) -> None:
@@ -50,7 +59,9 @@ class TorchFile:
         except OSError as error:
             raise ValueError(f"{path} can't be read: {error.strerror or error}.") from error
         except Exception as error:  # zipfile raises a dozen kinds on broken archives
-            raise ValueError(f"{path} is not a torch checkpoint, or is truncated ({shown(str(error))}). {WAY_OUT}") from error
+            raise ValueError(
+                f"{path} is not a torch checkpoint, or is truncated ({shown(str(error))}). {WAY_OUT}"
+            ) from error
         self._places: dict[str, tuple[int, int, int]] = {}
         for info in infos:
             self._add(info)
@@ -64,16 +75,31 @@ class TorchFile:
         return ValueError(f"{self.path}: {what}. {WAY_OUT}")
 
     def _add(self, info: zipfile.ZipInfo) -> None:
-        """Note where a record's data begins, its size and CRC, by its name without the archive's own folder."""
+        """Note where a record's data begins, its size and CRC, by its name without the archive's
+        own folder.
+        """
         _, _, name = info.filename.partition("/")
         head = self._map[info.header_offset : info.header_offset + 30]
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
-            raise self._fault(f"record {shown(name)} is compressed or encrypted, which torch never does")
+        if (
+            info.compress_type != zipfile.ZIP_STORED
+            or info.flag_bits & 1
+            or info.file_size != info.compress_size
+        ):
+            raise self._fault(
+                f"record {shown(name)} is compressed or encrypted, which torch never does"
+            )
         if len(head) < 30 or head[:4] != b"PK\x03\x04":
             raise self._fault(f"record {shown(name)} is not where the index says")
-        begin = info.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+        begin = (
+            info.header_offset
+            + 30
+            + int.from_bytes(head[26:28], "little")
+            + int.from_bytes(head[28:30], "little")
+        )
         if begin + info.file_size > len(self._map):
-            raise self._fault(f"record {shown(name)} runs past the end of the file: it is truncated")
+            raise self._fault(
+                f"record {shown(name)} runs past the end of the file: it is truncated"
+            )
         if name in self._places:
             raise self._fault(f"record {shown(name)} is there twice")
         self._places[name] = (begin, info.file_size, info.CRC)
@@ -119,7 +145,9 @@ class TorchFile:
             self._check_blocks(first, last, self.blocks)
         else:
             self._check_record(f"data/{tensor.storage.key}")
-        return torch.frombuffer(self._map, dtype=tensor.storage.dtype, count=stop - start, offset=first)
+        return torch.frombuffer(
+            self._map, dtype=tensor.storage.dtype, count=stop - start, offset=first
+        )
 
     def value(self, tensor: Stored) -> torch.Tensor:
         """The whole tensor, a copy."""
@@ -131,17 +159,24 @@ class TorchFile:
         return self._places[f"data/{tensor.storage.key}"][2]
 
     def require_shared_as_ties_are(self, tensors: list[Stored]) -> None:
-        """ValueError if tensors take many times the bytes that the file has: a few megabytes can claim to be thousands of tensors."""
+        """ValueError if tensors take many times the bytes that the file has: a few megabytes can
+        claim to be thousands of tensors.
+        """
         claimed = sum(tensor.numel * tensor.storage.dtype.itemsize for tensor in tensors)
         if claimed > MOST_SHARING * len(self._map):
-            raise self._fault(f"its tensors claim {claimed} bytes, all of them in a file of {len(self._map)}")
+            raise self._fault(
+                f"its tensors claim {claimed} bytes, all of them in a file of {len(self._map)}"
+            )
 
     def _place(self, storage: Storage) -> int:
         """Where a storage's bytes begin, after comparing its size with the record's."""
         place = self._places.get(f"data/{storage.key}")
         if place is None or place[1] != storage.numel * storage.dtype.itemsize:
             found = "nothing" if place is None else f"{place[1]} bytes"
-            raise self._fault(f"storage {storage.key} should hold {storage.numel} elements of {storage.dtype}, the file has {found}")
+            raise self._fault(
+                f"storage {storage.key} should hold {storage.numel} elements of {storage.dtype}, "
+                f"the file has {found}"
+            )
         return place[0]
 
     def _check_blocks(self, first: int, last: int, blocks: list[int]) -> None:
@@ -150,8 +185,13 @@ class TorchFile:
                 continue
             begin = index * BLOCK
             end = begin + BLOCK
-            if index >= len(blocks) or zlib.crc32(memoryview(self._map)[begin:end]) != blocks[index]:
-                raise self._fault(f"bytes [{begin}, {end}) differ from checksums.json: the file is damaged")
+            if (
+                index >= len(blocks)
+                or zlib.crc32(memoryview(self._map)[begin:end]) != blocks[index]
+            ):
+                raise self._fault(
+                    f"bytes [{begin}, {end}) differ from checksums.json: the file is damaged"
+                )
             self._checked_blocks.add(index)
 
     def _check_record(self, name: str) -> None:
@@ -181,7 +221,9 @@ class TorchFile:
 
 
 class _Bounded(io.BufferedReader):
-    """A file of which no more is read at once than an archive's index may take, whatever the archive says about its length."""
+    """A file of which no more is read at once than an archive's index may take, whatever the
+    archive says about its length.
+    """
 
     def __init__(self, file: typing.BinaryIO) -> None:
         super().__init__(io.FileIO(file.fileno(), closefd=False))
@@ -193,15 +235,19 @@ class _Bounded(io.BufferedReader):
 
 
 def mapped(file: typing.BinaryIO) -> mmap.mmap:
-    """A file in memory, read page by page when used. A copy of a page is made where it is written, which nobody does: torch warns of
-    buffers that it could not write to. NORESERVE, as a file may be larger than the memory that all copies would take."""
+    """A file in memory, read page by page when used. A copy of a page is made where it is written,
+    which nobody does: torch warns of buffers that it could not write to. NORESERVE, as a file may
+    be larger than the memory that all copies would take.
+    """
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
     return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 @final
 class ChecksummedFile:
-    """A new file, written from beginning to end, and the CRC-32 of every BLOCK of what was to be written, taken as it goes by."""
+    """A new file, written from beginning to end, and the CRC-32 of every BLOCK of what was to be
+    written, taken as it goes by.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -212,7 +258,8 @@ class ChecksummedFile:
     def write(self, data: Any) -> int:
         """All of `data` (bytes or a buffer). OSError where the disk says no."""
         view = memoryview(data).cast("B")
-        for start in range(-(self._size % BLOCK), len(view), BLOCK):  # by block, so that one pass over memory serves both
+        # By block, so that one pass over memory serves both
+        for start in range(-(self._size % BLOCK), len(view), BLOCK):
             piece = view[max(start, 0) : start + BLOCK]
             self._crc = zlib.crc32(piece, self._crc)
             self._size += len(piece)
@@ -230,7 +277,10 @@ class ChecksummedFile:
         """Make it survive a power cut; {"size": bytes, "crc32": [one per BLOCK bytes]}."""
         os.fsync(self._file.fileno())
         self._file.close()
-        return {"size": self._size, "crc32": self._blocks + ([self._crc] if self._size % BLOCK else [])}
+        return {
+            "size": self._size,
+            "crc32": self._blocks + ([self._crc] if self._size % BLOCK else []),
+        }
 
     def abandon(self) -> None:
         """Let go of it after an error."""
@@ -238,13 +288,17 @@ class ChecksummedFile:
 
 
 def write_archive(path: Path, content: Any) -> dict[str, Any]:
-    """`torch.save` (of `bytes`: as they are) and fsync; the file's checksums. OSError where the disk says no: through a Python file,
-    torch passes its errors on as they are."""
+    """`torch.save` (of `bytes`: as they are) and fsync; the file's checksums. OSError where the
+    disk says no: through a Python file, torch passes its errors on as they are.
+    """
     file = ChecksummedFile(path)
     try:
-        file.write(content) if isinstance(content, bytes) else torch.save(content, typing.cast(Any, file))
+        file.write(content) if isinstance(content, bytes) else torch.save(
+            content, typing.cast(Any, file)
+        )
         return file.close()
-    except RuntimeError as error:  # after a write that failed torch still ends the archive, and complains of its length instead
+    except RuntimeError as error:
+        # After a write that failed torch still ends the archive, and complains of its length instead.
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     finally:
         file.abandon()

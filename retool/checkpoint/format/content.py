@@ -1,4 +1,6 @@
-"""What goes into the shard files: state dicts of the model and the optimizer, as FSDP2 trainers write them."""
+"""What goes into the shard files: state dicts of the model and the optimizer, as FSDP2 trainers
+write them.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,22 @@ from retool.checkpoint.format.unpickle import parse
 from retool.parallel.fsdp.layout import Layout
 
 ADAMW = {
-    "lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False, "foreach": None,
-    "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True,
-}  # fmt: skip
+    "lr": 0.0,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
 
 
-SAVED_AT = "retool_step"  # an attribute of a model file's OrderedDict: the training step. Other readers don't look
+# an attribute of a model file's OrderedDict: the training step. Other readers don't look
+SAVED_AT = "retool_step"
 
 
 @dataclass(frozen=True)
@@ -43,17 +55,36 @@ class Place:
 
 
 def _tensor(buffer: torch.Tensor, rows: Rows, place: Place) -> torch.Tensor:
-    """A parameter's rows as they go into the file: a DTensor, or the plain tensor in a world of one."""
-    # Through numpy each tensor gets a storage of its own, so that each is a record of the file, without a copy.
-    plain = buffer.view(torch.int16) if buffer.dtype == torch.bfloat16 else buffer  # numpy has no bfloat16
+    """A parameter's rows as they go into the file: a DTensor, or the plain tensor in a world of
+    one.
+    """
+    # Through numpy each tensor gets a storage of its own, so that each is a record of the file,
+    # without a copy.
+    # Numpy has no bfloat16
+    plain = buffer.view(torch.int16) if buffer.dtype == torch.bfloat16 else buffer
     part = plain.numpy()[rows.offset : rows.offset + rows.stop - rows.start]
-    local = torch.from_numpy(part).view(buffer.dtype).view(rows.shape) if part.size else torch.empty(rows.shape, dtype=buffer.dtype)
-    return local if place.world == 1 else sharded_tensor(local, rows.member.shape, place.replicas, place.shards, place.rank)
+    local = (
+        torch.from_numpy(part).view(buffer.dtype).view(rows.shape)
+        if part.size
+        else torch.empty(rows.shape, dtype=buffer.dtype)
+    )
+    return (
+        local
+        if place.world == 1
+        else sharded_tensor(local, rows.member.shape, place.replicas, place.shards, place.rank)
+    )
 
 
-def model_content(layout: Layout, place: Place, params: torch.Tensor, step: int) -> OrderedDict[str, torch.Tensor]:
-    """A rank's model file of training step `step`, from its row buffer: name → rows of it, tied names included."""
-    content = OrderedDict((rows.member.name, _tensor(params, rows, place)) for rows in named_rows(layout, place.shard_rank))
+def model_content(
+    layout: Layout, place: Place, params: torch.Tensor, step: int
+) -> OrderedDict[str, torch.Tensor]:
+    """A rank's model file of training step `step`, from its row buffer: name → rows of it, tied
+    names included.
+    """
+    content = OrderedDict(
+        (rows.member.name, _tensor(params, rows, place))
+        for rows in named_rows(layout, place.shard_rank)
+    )
     for alias, name in layout.aliases:
         content[alias] = content[name]
     setattr(content, SAVED_AT, step)
@@ -61,20 +92,36 @@ def model_content(layout: Layout, place: Place, params: torch.Tensor, step: int)
 
 
 def optimizer_content(
-    layout: Layout, place: Place, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: int, group: Mapping[str, Any]
+    layout: Layout,
+    place: Place,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: int,
+    group: Mapping[str, Any],
 ) -> dict[str, Any]:
     """A rank's optimizer file, from its row buffers: AdamW's state dict with the parameters' names."""
     rows = named_rows(layout, place.shard_rank)
     state = {
-        i: {"step": torch.tensor(float(step)), "exp_avg": _tensor(exp_avg, r, place), "exp_avg_sq": _tensor(exp_avg_sq, r, place)}
+        i: {
+            "step": torch.tensor(float(step)),
+            "exp_avg": _tensor(exp_avg, r, place),
+            "exp_avg_sq": _tensor(exp_avg_sq, r, place),
+        }
         for i, r in enumerate(rows)
     }
     names = [r.member.name for r in rows]
-    return {"state": state, "param_groups": [{**ADAMW, **group, "params": list(range(len(names))), "param_names": names}]}
+    return {
+        "state": state,
+        "param_groups": [
+            {**ADAMW, **group, "params": list(range(len(names))), "param_names": names}
+        ],
+    }
 
 
 def frozen(content: Mapping[str, Any], what: str) -> bytes:
-    """`content` as torch.save writes it, after checking that it reads back without running anything."""
+    """`content` as torch.save writes it, after checking that it reads back without running
+    anything.
+    """
     pickled = io.BytesIO()
     torch.save(content, pickled)
     with zipfile.ZipFile(pickled) as archive:
@@ -83,5 +130,7 @@ def frozen(content: Mapping[str, Any], what: str) -> bytes:
     try:
         parse(data, len(records))
     except ValueError as error:
-        raise ValueError(f"{what} may hold tensors, strings, numbers, lists and dicts only: {error}.") from error
+        raise ValueError(
+            f"{what} may hold tensors, strings, numbers, lists and dicts only: {error}."
+        ) from error
     return pickled.getvalue()

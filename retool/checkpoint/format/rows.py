@@ -1,8 +1,10 @@
-"""From flat shards in memory to rows on disk: who sends which elements to whom, and the exchange itself.
+"""From flat shards in memory to rows on disk: who sends which elements to whom, and the exchange
+itself.
 
-In memory, rank r of S owns elements [r·n, (r+1)·n) of a unit's flat buffer, wherever parameters begin and end. On disk every
-parameter is split into rows the way `torch.chunk` does: ceil(rows/S) each, the last ranks fewer or none. A rank's row buffer of
-a unit holds its rows of each parameter, one after the other, without padding.
+In memory, rank r of S owns elements [r·n, (r+1)·n) of a unit's flat buffer, wherever parameters
+begin and end. On disk every parameter is split into rows the way `torch.chunk` does: ceil(rows/S)
+each, the last ranks fewer or none. A rank's row buffer of a unit holds its rows of each parameter,
+one after the other, without padding.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def row_range(rows: int, shards: int, rank: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Rows:
-    """A rank's rows of a parameter: elements [start, stop) of it, at `offset` in the rank's row buffer of all units."""
+    """A rank's rows of a parameter: elements [start, stop) of it, at `offset` in the rank's row
+    buffer of all units.
+    """
 
     member: Member
     start: int
@@ -51,7 +55,12 @@ def all_rows(layout: Layout, rank: int) -> list[Rows]:
     """Rank `rank`'s rows of everything, in the order of the row buffer."""
     rows: list[Rows] = []
     for unit in layout.units:
-        rows += unit_rows(unit, layout.shards, rank, rows[-1].offset + rows[-1].stop - rows[-1].start if rows else 0)
+        rows += unit_rows(
+            unit,
+            layout.shards,
+            rank,
+            rows[-1].offset + rows[-1].stop - rows[-1].start if rows else 0,
+        )
     return rows
 
 
@@ -72,20 +81,29 @@ def unit_numel(unit: UnitLayout, shards: int, rank: int) -> int:
 
 
 def _segments(unit: UnitLayout, shards: int, owner: int, to: int) -> Iterator[tuple[int, int, int]]:
-    """What `owner` holds of rank `to`'s rows: (start, stop) in owner's flat shard of the unit, and where it goes in the row buffer."""
+    """What `owner` holds of rank `to`'s rows: (start, stop) in owner's flat shard of the unit, and
+    where it goes in the row buffer.
+    """
     low = owner * unit.shard_numel
     for rows in unit_rows(unit, shards, to):
         begin = rows.member.offset + rows.start
-        start, stop = max(low, begin), min(low + unit.shard_numel, rows.member.offset + rows.stop)
+        start = max(low, begin)
+        stop = min(low + unit.shard_numel, rows.member.offset + rows.stop)
         if start < stop:
             yield start - low, stop - low, rows.offset + start - begin
 
 
 def to_rows(
-    unit: UnitLayout, shards: int, rank: int, flat: torch.Tensor, group: dist.ProcessGroup | None, out: torch.Tensor | None = None
+    unit: UnitLayout,
+    shards: int,
+    rank: int,
+    flat: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """This rank's row buffer of a unit (`out`, or a new one), from every rank's flat shard [unit.shard_numel] of it. A collective call
-    of `group`."""
+    """This rank's row buffer of a unit (`out`, or a new one), from every rank's flat shard
+    [unit.shard_numel] of it. A collective call of `group`.
+    """
     incoming = [list(_segments(unit, shards, owner, rank)) for owner in range(shards)]
     outgoing = [list(_segments(unit, shards, rank, to)) for to in range(shards)]
     if out is None:
@@ -96,8 +114,11 @@ def to_rows(
         return out
     incoming[rank] = outgoing[rank] = []
     sent = torch.cat([flat[a:b] for segments in outgoing for a, b, _ in segments] or [flat[:0]])
-    received, at = flat.new_empty(sum(map(_numel, incoming))), 0
-    dist.all_to_all_single(received, sent, [_numel(s) for s in incoming], [_numel(s) for s in outgoing], group=group)
+    received = flat.new_empty(sum(map(_numel, incoming)))
+    at = 0
+    dist.all_to_all_single(
+        received, sent, [_numel(s) for s in incoming], [_numel(s) for s in outgoing], group=group
+    )
     for segments in incoming:
         for a, b, offset in segments:
             out[offset : offset + b - a] = received[at : at + b - a]

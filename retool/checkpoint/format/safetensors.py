@@ -1,7 +1,8 @@
 """The safetensors format: a memory-mapped reader for ranges of tensors, and a writer that streams.
 
-A file is an 8-byte little-endian header length, a JSON header (name → dtype, shape, [begin, end) in the data) and the data.
-Sizes are known before any data, so tensors can be written as they come and nothing but the current piece is held.
+A file is an 8-byte little-endian header length, a JSON header (name → dtype, shape, [begin, end) in
+the data) and the data. Sizes are known before any data, so tensors can be written as they come and
+nothing but the current piece is held.
 """
 
 from __future__ import annotations
@@ -20,9 +21,17 @@ from retool.checkpoint.format.stored import MOST_DIMENSIONS
 from retool.files.untrusted import open_regular, shown
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 HEADER_LIMIT = 100 << 20  # the format's own limit
 MOST_BYTES = 1 << 63
@@ -32,7 +41,10 @@ SINGLE = "model.safetensors"
 
 
 class SafetensorsFile:
-    """One memory-mapped file; `entries` is name → (dtype, shape, begin, end) in bytes of the file. ValueError on a bad header."""
+    """One memory-mapped file; `entries` is name → (dtype, shape, begin, end) in bytes of the file.
+
+    ValueError on a bad header.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,22 +52,35 @@ class SafetensorsFile:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, HEADER_LIMIT):
-                raise ValueError(f"{path} is not a safetensors file or is truncated: {size} bytes, header of {length}. Fetch it again.")
+                raise ValueError(
+                    f"{path} is not a safetensors file or is truncated: {size} bytes, header of "
+                    f"{length}. Fetch it again."
+                )
             try:
                 header = json.loads(file.read(length).decode("utf-8"))
-                self.entries = {name: _entry(name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"}
+                self.entries = {
+                    name: _entry(name, entry, 8 + length)
+                    for name, entry in header.items()
+                    if name != "__metadata__"
+                }
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{path} has a broken safetensors header ({shown(str(error))}). Fetch it again.") from error
+                raise ValueError(
+                    f"{path} has a broken safetensors header ({shown(str(error))}). Fetch it again."
+                ) from error
             self._check_places(8 + length, size)
             self.data = mapped(file)
 
     def _check_places(self, start: int, size: int) -> None:
         """Each tensor has the bytes that its shape needs, inside the file, and none of another's."""
         end_of_last = start
-        for name, (dtype, shape, begin, end) in sorted(self.entries.items(), key=lambda item: item[1][2:]):
+        for name, (dtype, shape, begin, end) in sorted(
+            self.entries.items(), key=lambda item: item[1][2:]
+        ):
             if not start <= begin <= end <= size or end - begin != prod(shape) * dtype.itemsize:
                 where = f"bytes [{begin}, {end}) of {size}"
-                raise ValueError(f"{self.path}: {name} {list(shape)} {dtype} does not fit its {where}. Fetch it again.")
+                raise ValueError(
+                    f"{self.path}: {name} {list(shape)} {dtype} does not fit its {where}. Fetch it again."
+                )
             if begin < end_of_last:
                 raise ValueError(f"{self.path}: {name} overlaps another tensor. Fetch it again.")
             end_of_last = end
@@ -65,10 +90,14 @@ class SafetensorsFile:
         dtype, _, begin, _ = self.entries[name]
         if start == stop:
             return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(self.data, dtype=dtype, count=stop - start, offset=begin + start * dtype.itemsize)
+        return torch.frombuffer(
+            self.data, dtype=dtype, count=stop - start, offset=begin + start * dtype.itemsize
+        )
 
 
-def _entry(name: str, entry: dict[str, Any], base: int) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+def _entry(
+    name: str, entry: dict[str, Any], base: int
+) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     if name != shown(name):
         raise ValueError("a name that can't be printed")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
@@ -82,8 +111,12 @@ def _entry(name: str, entry: dict[str, Any], base: int) -> tuple[torch.dtype, tu
     return DTYPES[entry["dtype"]], shape, base + begin, base + end
 
 
-def plan_files(tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int = SHARD_BYTES) -> list[tuple[str, list[str]]]:
-    """Split tensors (name → shape, in order) into files of at most `limit` bytes, one tensor at least: [(file name, names)]."""
+def plan_files(
+    tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int = SHARD_BYTES
+) -> list[tuple[str, list[str]]]:
+    """Split tensors (name → shape, in order) into files of at most `limit` bytes, one tensor at
+    least: [(file name, names)].
+    """
     groups: list[list[str]] = [[]]
     filled = 0
     for name, shape in tensors.items():
@@ -95,18 +128,31 @@ def plan_files(tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit
         filled += size
     if len(groups) == 1:
         return [(SINGLE, groups[0])]
-    return [(f"model-{i:05}-of-{len(groups):05}.safetensors", names) for i, names in enumerate(groups, 1)]
+    return [
+        (f"model-{i:05}-of-{len(groups):05}.safetensors", names)
+        for i, names in enumerate(groups, 1)
+    ]
 
 
 class WeightsWriter:
-    """Write the weights of `tensors` (name → shape) into `folder`, in that order, piece by piece as they come.
+    """Write the weights of `tensors` (name → shape) into `folder`, in that order, piece by piece as
+    they come.
 
-    `write(piece)` takes the next elements of the running tensor sequence (a piece never spans two tensors); `close()` checks that
-    everything came and writes the index where there are several files. Finished files are on the disk, and in `checksums`.
+    `write(piece)` takes the next elements of the running tensor sequence (a piece never spans two
+    tensors); `close()` checks that everything came and writes the index where there are several
+    files. Finished files are on the disk, and in `checksums`.
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit: int = SHARD_BYTES) -> None:
-        self.folder, self.tensors, self.dtype = folder, tensors, dtype
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        limit: int = SHARD_BYTES,
+    ) -> None:
+        self.folder = folder
+        self.tensors = tensors
+        self.dtype = dtype
         self.plan = plan_files(tensors, dtype, limit)
         self.files = [folder / name for name, _ in self.plan]
         self.checksums: dict[str, dict[str, Any]] = {}  # by file name, of those that are finished
@@ -131,7 +177,9 @@ class WeightsWriter:
             if self._file is None or self._file.path != self.files[index]:
                 self._close_file()
                 self._file = self._open(index)
-        assert self._file is not None and piece.numel() <= self._left, "a piece runs past the end of its tensor"
+        assert self._file is not None and piece.numel() <= self._left, (
+            "a piece runs past the end of its tensor"
+        )
         self._left -= piece.numel()
         self._file.write(as_bytes(piece.to(self.dtype)))
 
@@ -141,7 +189,10 @@ class WeightsWriter:
         self._close_file()
         if len(self.plan) > 1:
             total = sum(prod(shape) for shape in self.tensors.values()) * self.dtype.itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, names in self.plan for name in names}}
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {name: file for file, names in self.plan for name in names},
+            }
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def abandon(self) -> None:
@@ -156,7 +207,9 @@ class WeightsWriter:
 
 
 def header(tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """The header of a file that holds `tensors` one after the other, padded so that the data starts 8-byte aligned."""
+    """The header of a file that holds `tensors` one after the other, padded so that the data starts
+    8-byte aligned.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in tensors.items():

@@ -1,4 +1,6 @@
-"""DTensors for files: built without a process group or a collective, from a local tensor and the mesh's shape alone."""
+"""DTensors for files: built without a process group or a collective, from a local tensor and the
+mesh's shape alone.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
-def sharded_tensor(local: torch.Tensor, shape: tuple[int, ...], replicas: int, shards: int, rank: int) -> torch.Tensor:
-    """The DTensor of global `shape` whose rows on `rank` are `local`: Shard(0) on a mesh ("fsdp",), or ("ddp", "fsdp") with replicas."""
+def sharded_tensor(
+    local: torch.Tensor, shape: tuple[int, ...], replicas: int, shards: int, rank: int
+) -> torch.Tensor:
+    """The DTensor of global `shape` whose rows on `rank` are `local`: Shard(0) on a mesh ("fsdp",),
+    or ("ddp", "fsdp") with replicas.
+    """
     placements = (Shard(0),) if replicas == 1 else (Replicate(), Shard(0))
     stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
     mesh = file_mesh(replicas, shards, rank)
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 def file_mesh(replicas: int, shards: int, rank: int) -> DeviceMesh:
@@ -22,4 +30,10 @@ def file_mesh(replicas: int, shards: int, rank: int) -> DeviceMesh:
     ranks = torch.arange(replicas * shards, dtype=torch.int)
     if replicas == 1:
         return DeviceMesh("cpu", ranks, mesh_dim_names=("fsdp",), _init_backend=False, _rank=rank)
-    return DeviceMesh("cpu", ranks.view(replicas, shards), mesh_dim_names=("ddp", "fsdp"), _init_backend=False, _rank=rank)
+    return DeviceMesh(
+        "cpu",
+        ranks.view(replicas, shards),
+        mesh_dim_names=("ddp", "fsdp"),
+        _init_backend=False,
+        _rank=rank,
+    )

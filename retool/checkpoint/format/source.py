@@ -1,4 +1,6 @@
-"""Where parameters come from: anything that can read a range of one, and the function that fills a rank's flat shard from it."""
+"""Where parameters come from: anything that can read a range of one, and the function that fills a
+rank's flat shard from it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ import torch.distributed as dist
 from retool.parallel.collectives import gather_objects
 from retool.parallel.fsdp.layout import Layout, Member, local_pieces
 
-CHUNK = 1 << 24  # elements copied at a time: bounds what a conversion of dtype or a move to the device holds at once
+# Elements copied at a time: bounds what a conversion of dtype or a move to the device holds at once
+CHUNK = 1 << 24
 THREADS = 4
 
 
@@ -30,7 +33,9 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened tensor: 1-D, on the CPU, in the stored dtype. Reads only those bytes.
+        """Elements [start, stop) of the flattened tensor: 1-D, on the CPU, in the stored dtype.
+
+        Reads only those bytes.
 
         Called from several threads at once.
         """
@@ -39,7 +44,8 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class ModelState:
-    """What a rank owns of the model and its optimizer: flat shards [layout.shard_numel] in the master's dtype, in `layout`'s order.
+    """What a rank owns of the model and its optimizer: flat shards [layout.shard_numel] in the
+    master's dtype, in `layout`'s order.
 
     The moments are None where there is no optimizer. `step` counts optimizer updates.
     """
@@ -52,26 +58,39 @@ class ModelState:
 
     def __post_init__(self) -> None:
         for tensor in (self.params, self.exp_avg, self.exp_avg_sq):
-            assert tensor is None or tensor.shape == (self.layout.shard_numel,), "a flat shard has another size than the layout says"
+            assert tensor is None or tensor.shape == (self.layout.shard_numel,), (
+                "a flat shard has another size than the layout says"
+            )
 
 
 def load_flat(layout: Layout, shard_rank: int, source: TensorSource, out: torch.Tensor) -> None:
-    """Fill `out` [layout.shard_numel] with what shard rank `shard_rank` owns of `source`; padding becomes 0.
+    """Fill `out` [layout.shard_numel] with what shard rank `shard_rank` owns of `source`; padding
+    becomes 0.
 
-    Values are converted to `out`'s dtype and device. Every rank checks every name and shape, so all of them raise the same
-    ValueError (missing, misshapen and unexpected parameters, all at once) before anything is read.
+    Values are converted to `out`'s dtype and device. Every rank checks every name and shape, so all
+    of them raise the same ValueError (missing, misshapen and unexpected parameters, all at once)
+    before anything is read.
     """
-    assert out.shape == (layout.shard_numel,), f"out has {tuple(out.shape)}, the shard {layout.shard_numel} elements"
+    assert out.shape == (layout.shard_numel,), (
+        f"out has {tuple(out.shape)}, the shard {layout.shard_numel} elements"
+    )
     on_disk = match_names(layout, source)
     out.zero_()
 
     def fill(at: int, name: str, start: int, stop: int) -> None:
         out[at : at + stop - start].copy_(source.read(name, start, stop))
 
-    # Checksums, page faults and copies to the device each let go of the interpreter lock, and overlap here.
+    # Checksums, page faults and copies to the device each let go of the interpreter lock, and
+    # overlap here.
     with torch.no_grad(), ThreadPoolExecutor(THREADS) as pool:
         work = [
-            pool.submit(fill, piece.local + start - piece.start, on_disk[piece.member.name], start, min(start + CHUNK, piece.stop))
+            pool.submit(
+                fill,
+                piece.local + start - piece.start,
+                on_disk[piece.member.name],
+                start,
+                min(start + CHUNK, piece.stop),
+            )
             for piece in local_pieces(layout, shard_rank)
             for start in range(piece.start, piece.stop, CHUNK)
         ]
@@ -82,15 +101,26 @@ def load_flat(layout: Layout, shard_rank: int, source: TensorSource, out: torch.
             pool.shutdown(cancel_futures=True)
 
 
-def require_finite(layout: Layout, shard_rank: int, flat: torch.Tensor, group: dist.ProcessGroup | None, what: str, way_out: str) -> None:
-    """ValueError, on every rank of `group`, where any rank's shard of the parameters has a NaN or an infinity. A collective call.
+def require_finite(
+    layout: Layout,
+    shard_rank: int,
+    flat: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    what: str,
+    way_out: str,
+) -> None:
+    """ValueError, on every rank of `group`, where any rank's shard of the parameters has a NaN or
+    an infinity. A collective call.
 
-    The message begins with `what`, names the parameters and ends with `way_out`. Reads `flat` [layout.shard_numel] once; the
-    host waits for the device once.
+    The message begins with `what`, names the parameters and ends with `way_out`. Reads `flat`
+    [layout.shard_numel] once; the host waits for the device once.
     """
     pieces = [*local_pieces(layout, shard_rank)]
-    # Smallest and largest are NaN if any element is, and infinite if one is: nothing as large as the shard is allocated.
-    extremes = [torch.stack(torch.aminmax(flat[p.local : p.local + p.stop - p.start])) for p in pieces]
+    # Smallest and largest are NaN if any element is, and infinite if one is: nothing as large as
+    # the shard is allocated.
+    extremes = [
+        torch.stack(torch.aminmax(flat[p.local : p.local + p.stop - p.start])) for p in pieces
+    ]
     finite = torch.stack(extremes).isfinite().all(1).tolist() if extremes else []
     mine = [piece.member.name for piece, good in zip(pieces, finite, strict=True) if not good]
     found = {name for names in gather_objects(mine, group) for name in names}
@@ -103,12 +133,19 @@ def require_finite(layout: Layout, shard_rank: int, flat: torch.Tensor, group: d
 
 
 def require_tied(layout: Layout, source: TensorSource) -> None:
-    """ValueError where the files hold a matrix of its own for a parameter that config.json says is another one's."""
+    """ValueError where the files hold a matrix of its own for a parameter that config.json says is
+    another one's.
+    """
     names = set(source.names())
     for alias, name in layout.aliases:
         if alias in names and name in names and not same_values(source, alias, name):
-            problem = f"config.json says that {alias} is {name} (tie_word_embeddings), and the files hold two different matrices"
-            raise ValueError(f'{source}: {problem}. With "tie_word_embeddings": false in config.json both are trained.')
+            problem = (
+                f"config.json says that {alias} is {name} (tie_word_embeddings), and the files hold "
+                "two different matrices"
+            )
+            raise ValueError(
+                f'{source}: {problem}. With "tie_word_embeddings": false in config.json both are trained.'
+            )
 
 
 def same_values(source: TensorSource, one: str, other: str) -> bool:
@@ -126,12 +163,17 @@ def same_values(source: TensorSource, one: str, other: str) -> bool:
 
 
 def match_names(layout: Layout, source: TensorSource) -> dict[str, str]:
-    """Parameter name → name in `source` (an alias where only that is there). ValueError names everything that doesn't fit."""
+    """Parameter name → name in `source` (an alias where only that is there).
+
+    ValueError names everything that doesn't fit.
+    """
     there = set(source.names())
     aliases: dict[str, list[str]] = {}
     for alias, name in layout.aliases:
         aliases.setdefault(name, []).append(alias)
-    found, faults, known = {}, [], {alias for alias, _ in layout.aliases}
+    found = {}
+    faults = []
+    known = {alias for alias, _ in layout.aliases}
     for _, member in layout.members:
         known.add(member.name)
         name = next((n for n in (member.name, *aliases.get(member.name, ())) if n in there), None)
@@ -141,12 +183,20 @@ def match_names(layout: Layout, source: TensorSource) -> dict[str, str]:
             faults.append(_misshapen(name, source.shape(name), member))
         else:
             found[member.name] = name
-    faults += [f"{name} is unexpected" for name in sorted(there - known) if not name.endswith("rotary_emb.inv_freq")]
+    faults += [
+        f"{name} is unexpected"
+        for name in sorted(there - known)
+        if not name.endswith("rotary_emb.inv_freq")
+    ]
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         listed = "; ".join(faults[:8]) + more
         way_out = "Check that the weights and config.json belong together."
-        if any(name == "lm_head.weight" for _, member in layout.members if (name := member.name) not in found):
+        if any(
+            name == "lm_head.weight"
+            for _, member in layout.members
+            if (name := member.name) not in found
+        ):
             way_out += ' If the head is the embedding, config.json must say so: "tie_word_embeddings": true.'
         raise ValueError(f"{source} does not fit the model: {listed}. {way_out}")
     return found

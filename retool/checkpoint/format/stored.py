@@ -1,6 +1,9 @@
-"""What a pickle may describe: tensors in the file, how they are sharded, and nothing else. Names stay names: nothing is looked up.
+"""What a pickle may describe: tensors in the file, how they are sharded, and nothing else.
 
-Everything has a bound, checked before there is work to do: a few hundred bytes of pickle can otherwise ask for hours or terabytes.
+Names stay names: nothing is looked up.
+
+Everything has a bound, checked before there is work to do: a few hundred bytes of pickle can
+otherwise ask for hours or terabytes.
 """
 
 from __future__ import annotations
@@ -17,12 +20,21 @@ from retool.files.untrusted import shown
 STORAGES = {
     f"torch {name}Storage": dtype
     for name, dtype in {
-        "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64,
-        "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
+        "Double": torch.float64,
+        "Float": torch.float32,
+        "Half": torch.float16,
+        "BFloat16": torch.bfloat16,
+        "Long": torch.int64,
+        "Int": torch.int32,
+        "Short": torch.int16,
+        "Char": torch.int8,
+        "Byte": torch.uint8,
+        "Bool": torch.bool,
     }.items()
-}  # fmt: skip
+}
 DTYPES = {f"torch {str(dtype).removeprefix('torch.')}" for dtype in STORAGES.values()}
-# State of a sharding description, under the names that torch 2.4 to 2.14 give it: kept as inert records. Whole names are compared.
+# State of a sharding description, under the names that torch 2.4 to 2.14 give it: kept as inert
+# records. Whole names are compared.
 DTENSORS = {
     f"{module} DTensor"
     for module in (
@@ -34,12 +46,18 @@ DTENSORS = {
 }
 SPECS = {
     f"{module} {name}"
-    for module in ("torch.distributed.tensor._dtensor_spec", "torch.distributed._tensor.placement_types")
+    for module in (
+        "torch.distributed.tensor._dtensor_spec",
+        "torch.distributed._tensor.placement_types",
+    )
     for name in ("DTensorSpec", "TensorMeta", "ShardOrderEntry")
 }
 PLACEMENTS = {
     f"{module} {name}"
-    for module in ("torch.distributed.tensor.placement_types", "torch.distributed._tensor.placement_types")
+    for module in (
+        "torch.distributed.tensor.placement_types",
+        "torch.distributed._tensor.placement_types",
+    )
     for name in ("Shard", "Replicate", "Partial", "_StridedShard", "_StridedShardOffsetMode")
 }
 MESHES = {
@@ -50,9 +68,15 @@ MESHES = {
 }
 INERT = DTENSORS | SPECS | PLACEMENTS | MESHES
 FUNCTIONS = {
-    "collections OrderedDict", "torch Size", "torch device", "torch.serialization _get_layout", "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter", "torch._tensor _rebuild_from_type_v2", "torch._utils _rebuild_wrapper_subclass",
-}  # fmt: skip
+    "collections OrderedDict",
+    "torch Size",
+    "torch device",
+    "torch.serialization _get_layout",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "torch._tensor _rebuild_from_type_v2",
+    "torch._utils _rebuild_wrapper_subclass",
+}
 NAMES = INERT | FUNCTIONS | DTYPES | STORAGES.keys()
 MOST_ELEMENTS = 1 << 40  # of one tensor: more is a lie
 MOST_DIMENSIONS = 64  # of a tensor or a mesh, as in torch
@@ -81,7 +105,9 @@ class Record:
 
 
 class Attributed(dict[Any, Any]):
-    """An OrderedDict with the attributes that were set on it: torch's `_metadata`, or the step that our model files tell."""
+    """An OrderedDict with the attributes that were set on it: torch's `_metadata`, or the step that
+    our model files tell.
+    """
 
     def __init__(self, *items: Any) -> None:
         super().__init__(*items)
@@ -112,7 +138,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Sharded:
-    """One rank's part of a DTensor. `placements` holds a dimension for Shard(dim) and None for Replicate()."""
+    """One rank's part of a DTensor.
+
+    `placements` holds a dimension for Shard(dim) and None for Replicate().
+    """
 
     local: Stored
     shape: tuple[int, ...]
@@ -146,13 +175,22 @@ def name_of(name: str) -> Name:
     if name in NAMES:
         return Name(name)
     named = shown(name.replace(" ", "."))
-    raise Refused(f"refused: it names {named}, and only tensors and their sharding are read. Don't load it with another tool either")
+    raise Refused(
+        f"refused: it names {named}, and only tensors and their sharding are read. Don't load it with "
+        "another tool either"
+    )
 
 
 def storage_of(pid: Any) -> Storage:
     """A storage from torch's persistent id."""
     kind, cls, key, _location, numel = expect(tuple, pid)
-    if kind != "storage" or not isinstance(key, str) or not key.isascii() or not key.isdigit() or len(key) > MOST_DIGITS:
+    if (
+        kind != "storage"
+        or not isinstance(key, str)
+        or not key.isascii()
+        or not key.isdigit()
+        or len(key) > MOST_DIGITS
+    ):
         raise ValueError("not a tensor storage")
     name = expect(Name, cls).name
     if name not in STORAGES:
@@ -209,19 +247,26 @@ def _stored(storage: Any, offset: Any, shape: Any, stride: Any) -> Stored:
     stride = _sizes(stride)
     expect(Storage, storage)
     if _size(offset) + prod(shape) > storage.numel:
-        raise ValueError(f"a tensor {list(shape)} at {offset} is larger than its storage of {storage.numel} elements")
+        raise ValueError(
+            f"a tensor {list(shape)} at {offset} is larger than its storage of {storage.numel} elements"
+        )
     dense = 1
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
         if size > 1 and step != dense and prod(shape):
-            raise ValueError(f"a tensor {list(shape)} with strides {list(stride)} is not contiguous")
+            raise ValueError(
+                f"a tensor {list(shape)} with strides {list(stride)} is not contiguous"
+            )
         dense *= size
     return Stored(storage, offset, shape)
 
 
 def _sharded(args: tuple[Any, ...]) -> Sharded:
-    """A DTensor out of `_rebuild_from_type_v2(function, DTensor, arguments, {_local_tensor, _spec})`."""
+    """A DTensor out of `_rebuild_from_type_v2(function, DTensor, arguments, {_local_tensor,
+    _spec})`.
+    """
     _, cls, _, state = args
-    parts = state if isinstance(state, tuple) else (state,)  # (attributes, slots), the way of classes with __slots__
+    # (attributes, slots), the way of classes with __slots__
+    parts = state if isinstance(state, tuple) else (state,)
     given = [expect(dict, part) for part in _few(parts) if part is not None]
     if expect(Name, cls).name not in DTENSORS:
         raise Refused(f"refused: a tensor of class {cls.name.replace(' ', '.')}")
@@ -249,7 +294,9 @@ def _placement(record: Any) -> int | None:
 
 
 def _mesh_shape(mesh: Record) -> tuple[int, ...] | None:
-    """The mesh's shape, in the spellings of torch 2.8 (a tensor of ranks) and later (a layout); None if in another one."""
+    """The mesh's shape, in the spellings of torch 2.8 (a tensor of ranks) and later (a layout);
+    None if in another one.
+    """
     ranks = mesh.get("mesh", "_mesh")
     layout = mesh.get("_layout")
     if isinstance(ranks, Stored):
@@ -262,11 +309,16 @@ def _mesh_shape(mesh: Record) -> tuple[int, ...] | None:
     shape = layout.get("shape") if layout.state else layout.args[0]
     if shape is None:
         return None
-    return tuple(prod(_flattened(size)) for size in (_few(shape) if isinstance(shape, tuple) else (shape,)))
+    return tuple(
+        prod(_flattened(size)) for size in (_few(shape) if isinstance(shape, tuple) else (shape,))
+    )
 
 
 def _flattened(sizes: Any) -> tuple[int, ...]:
-    """Nested tuples of sizes as one. Tuples that share their parts could be 2ⁿ sizes on n levels: what is looked at is counted."""
+    """Nested tuples of sizes as one.
+
+    Tuples that share their parts could be 2ⁿ sizes on n levels: what is looked at is counted.
+    """
     out: list[int] = []
     ahead = [sizes]
     for _ in range(2 * MOST_DIMENSIONS):

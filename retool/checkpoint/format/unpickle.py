@@ -1,8 +1,10 @@
-"""A pickle reader that executes nothing: it understands what torch writes for tensors and DTensors, and refuses the rest.
+"""A pickle reader that executes nothing: it understands what torch writes for tensors and DTensors,
+and refuses the rest.
 
-Checkpoints are untrusted input, and pickles of DTensors name torch-internal classes that come and go between releases. So no
-class is ever looked up: a GLOBAL is only a name. Names of tensor storage, placements and meshes become inert records, out of
-which tensors' places in the file and their sharding are read; every other name ends the reading with a ValueError.
+Checkpoints are untrusted input, and pickles of DTensors name torch-internal classes that come and
+go between releases. So no class is ever looked up: a GLOBAL is only a name. Names of tensor
+storage, placements and meshes become inert records, out of which tensors' places in the file and
+their sharding are read; every other name ends the reading with a ValueError.
 """
 
 from __future__ import annotations
@@ -28,16 +30,28 @@ from retool.files.untrusted import shown
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 LITERALS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
-}  # fmt: skip
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-# An opcode takes about a microsecond. Real files have 80 to 160 of them for each tensor, and a hundred thousand besides at most.
+# An opcode takes about a microsecond. Real files have 80 to 160 of them for each tensor, and a
+# hundred thousand besides at most.
 WORK_OF_A_FILE = 1_000_000
 WORK_OF_A_RECORD = 500
 
 
 def parse(data: bytes, records: int = 0) -> Any:
-    """The object that a pickle describes, tensors as `Stored` and `Sharded`. ValueError for anything else than data.
+    """The object that a pickle describes, tensors as `Stored` and `Sharded`.
+
+    ValueError for anything else than data.
 
     `records` is how many tensors the file holds: it bounds the work that the pickle may ask for.
     """
@@ -50,7 +64,9 @@ def parse(data: bytes, records: int = 0) -> Any:
             machine.step(opcode.name, argument)
     except Refused:
         raise
-    except Exception as error:  # a broken stream can break the machine anywhere; what matters is that it is broken
+    except (
+        Exception
+    ) as error:  # a broken stream can break the machine anywhere; what matters is that it is broken
         raise ValueError(f"broken pickle: {type(error).__name__}: {shown(str(error))}") from error
     raise ValueError("broken pickle: it has no end")
 
@@ -112,12 +128,17 @@ class _Machine:
                 items = [self.pop()] if op == "APPEND" else self.pop_mark()
                 expect(list, self.stack[-1]).extend(items)
             case "SETITEM" | "SETITEMS":
-                items = self.pop_mark() if op == "SETITEMS" else [self.pop() for _ in range(2)][::-1]
-                expect(dict, self.stack[-1]).update((key_of(k), v) for k, v in zip(items[::2], items[1::2], strict=True))
+                items = (
+                    self.pop_mark() if op == "SETITEMS" else [self.pop() for _ in range(2)][::-1]
+                )
+                expect(dict, self.stack[-1]).update(
+                    (key_of(k), v) for k, v in zip(items[::2], items[1::2], strict=True)
+                )
             case "GLOBAL":
                 self.stack.append(name_of(argument))
             case "STACK_GLOBAL":
-                name, module = self.pop(), self.pop()
+                name = self.pop()
+                module = self.pop()
                 self.stack.append(name_of(f"{module} {name}"))
             case "BINPERSID":
                 self.stack.append(storage_of(self.pop()))

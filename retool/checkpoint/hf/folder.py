@@ -15,13 +15,27 @@ from retool.files.untrusted import read_bytes
 from retool.model.hub import read_json
 
 SIDE_BYTES = 16 << 20  # of a config.json; real ones have a few thousand
-SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}  # .py: tokenizers with code of their own
+# .py: tokenizers with code of their own
+SIDE_SUFFIXES = {
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+    ".tiktoken",
+    ".py",
+}
 MORE_TEMPLATES = "additional_chat_templates"
-NOT_SIDE = re.compile(r".*\.index\.json|trainer_state\.json|training_args\.json|README.*|requirements\.txt", re.IGNORECASE)
+NOT_SIDE = re.compile(
+    r".*\.index\.json|trainer_state\.json|training_args\.json|README.*|requirements\.txt",
+    re.IGNORECASE,
+)
 
 
 class SafetensorsSource:
-    """The weights of a Hugging Face folder: one `model.safetensors`, or several with an index. Files are mapped on first use."""
+    """The weights of a Hugging Face folder: one `model.safetensors`, or several with an index.
+
+    Files are mapped on first use.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -32,9 +46,15 @@ class SafetensorsSource:
         return str(self.folder)
 
     def _weight_map(self) -> dict[str, str]:
-        """Name → file name. Where there is one file and an index too, the one file counts, as it does for transformers."""
+        """Name → file name.
+
+        Where there is one file and an index too, the one file counts, as it does for transformers.
+        """
         if not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is not a folder. Give a local Hugging Face model folder (config.json and *.safetensors).")
+            raise ValueError(
+                f"{self.folder} is not a folder. Give a local Hugging Face model folder (config.json and "
+                "*.safetensors)."
+            )
         if (self.folder / SINGLE).exists():
             return dict.fromkeys(SafetensorsFile(self.folder / SINGLE).entries, SINGLE)
         if (self.folder / INDEX).exists():
@@ -46,12 +66,23 @@ class SafetensorsSource:
     def _indexed(self, index: Path) -> dict[str, str]:
         try:
             weight_map: dict[str, str] = read_json(index)["weight_map"]
-            missing = sorted({f for f in weight_map.values() if f != Path(f).name or not (self.folder / f).is_file()})
+            missing = sorted(
+                {
+                    f
+                    for f in weight_map.values()
+                    if f != Path(f).name or not (self.folder / f).is_file()
+                }
+            )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not a safetensors index ({error!r}). Fetch it again.") from error
+            raise ValueError(
+                f"{index} is not a safetensors index ({error!r}). Fetch it again."
+            ) from error
         if missing:
             more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-            raise ValueError(f"{self.folder} lacks {', '.join(missing[:8])}{more}, named by {INDEX}. Fetch the missing files.")
+            raise ValueError(
+                f"{self.folder} lacks {', '.join(missing[:8])}{more}, named by {INDEX}. Fetch the "
+                "missing files."
+            )
         return weight_map
 
     def _file(self, name: str) -> SafetensorsFile:
@@ -60,7 +91,9 @@ class SafetensorsSource:
             self._open[file_name] = SafetensorsFile(self.folder / file_name)
         file = self._open[file_name]
         if name not in file.entries:
-            raise ValueError(f"{self.folder / file_name} lacks {name}, which {INDEX} places there. Fetch both again.")
+            raise ValueError(
+                f"{self.folder / file_name} lacks {name}, which {INDEX} places there. Fetch both again."
+            )
         return file
 
     def names(self) -> Collection[str]:
@@ -77,10 +110,13 @@ class SafetensorsSource:
         return self._file(name).read(name, start, stop)
 
 
-def copy_side_files(source: Path, target: Path, dtype: torch.dtype, chat_template: str | None = None) -> None:
+def copy_side_files(
+    source: Path, target: Path, dtype: torch.dtype, chat_template: str | None = None
+) -> None:
     """Copy everything but the weights from one Hugging Face folder to another, byte for byte.
 
-    Only the dtype fields of config.json and generation_config.json change. A `chat_template` takes the place of the model's own.
+    Only the dtype fields of config.json and generation_config.json change. A `chat_template` takes
+    the place of the model's own.
     """
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
@@ -88,7 +124,9 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype, chat_templat
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
         elif path.is_file() and path.suffix in SIDE_SUFFIXES and not NOT_SIDE.fullmatch(path.name):
             if path.name in ("config.json", "generation_config.json"):
-                (target / path.name).write_text(with_dtype(_text(path), dtype, add=path.name == "config.json"))
+                (target / path.name).write_text(
+                    with_dtype(_text(path), dtype, add=path.name == "config.json")
+                )
             else:
                 shutil.copyfile(path, target / path.name)
     if chat_template is not None:
@@ -98,8 +136,9 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype, chat_templat
 def write_template(folder: Path, template: str) -> None:
     """Make `template` the only one of a tokenizer's folder, wherever its own were written.
 
-    It goes into chat_template.jinja and, for readers that look only there, into tokenizer_config.json where that had one. Named
-    templates go: a reader would take the one for tools, with which nothing was trained.
+    It goes into chat_template.jinja and, for readers that look only there, into
+    tokenizer_config.json where that had one. Named templates go: a reader would take the one for
+    tools, with which nothing was trained.
     """
     shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)
     (folder / "chat_template.json").unlink(missing_ok=True)
@@ -107,7 +146,9 @@ def write_template(folder: Path, template: str) -> None:
     config = folder / "tokenizer_config.json"
     if config.exists() and "chat_template" in (settings := read_json(config)):
         settings["chat_template"] = template
-        config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        config.write_text(
+            json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def _text(path: Path) -> str:
@@ -118,7 +159,10 @@ def _text(path: Path) -> str:
 
 
 def with_dtype(text: str, dtype: torch.dtype, add: bool) -> str:
-    """A config's text with its dtype fields set; every other byte stays. `add` puts one in where there is none."""
+    """A config's text with its dtype fields set; every other byte stays.
+
+    `add` puts one in where there is none.
+    """
     name = str(dtype).removeprefix("torch.")
     text, count = re.subn(r'("(?:torch_)?dtype"\s*:\s*)(?:"[^"]*"|null)', rf'\g<1>"{name}"', text)
     if count == 0 and add:
@@ -127,7 +171,10 @@ def with_dtype(text: str, dtype: torch.dtype, add: bool) -> str:
 
 
 def tied(config_folder: Path) -> bool:
-    """Whether config.json says that the head is the embedding. Llama and Qwen default to no where it says nothing."""
+    """Whether config.json says that the head is the embedding.
+
+    Llama and Qwen default to no where it says nothing.
+    """
     path = config_folder / "config.json"
     return path.exists() and bool(read_json(path).get("tie_word_embeddings", False))
 

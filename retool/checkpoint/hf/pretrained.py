@@ -14,7 +14,9 @@ from retool.parallel.mesh import Mesh
 
 
 def load_pretrained(folder: str | Path, mesh: Mesh, options: ModelOptions | None = None) -> Sharded:
-    """Build the decoder that `folder/config.json` describes and load its safetensors. A collective call.
+    """Build the decoder that `folder/config.json` describes and load its safetensors.
+
+    A collective call.
 
     Raises ValueError for an unknown model type, a missing shard, missing or misshapen parameters,
     a head of its own where config.json has none, and values that aren't finite.
@@ -23,7 +25,17 @@ def load_pretrained(folder: str | Path, mesh: Mesh, options: ModelOptions | None
     source = SafetensorsSource(folder)
     require_tied(sharded.layout, source)
     load_flat(sharded.layout, mesh.shard_rank, source, sharded.master)
-    way_out = f"Fetch the model again; this lists what is wrong with it: python -m retool.checkpoint verify {shlex.quote(str(folder))}"
-    require_finite(sharded.layout, mesh.shard_rank, sharded.master, mesh.world_group, f"the weights of {folder} are damaged", way_out)
+    way_out = (
+        "Fetch the model again; this lists what is wrong with it: python -m retool.checkpoint verify "
+        f"{shlex.quote(str(folder))}"
+    )
+    require_finite(
+        sharded.layout,
+        mesh.shard_rank,
+        sharded.master,
+        mesh.world_group,
+        f"the weights of {folder} are damaged",
+        way_out,
+    )
     sharded.refresh()
     return sharded

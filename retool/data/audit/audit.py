@@ -1,4 +1,6 @@
-"""Look before you train: every row of a dataset checked and counted, and a few shown token by token, in colours, on the terminal."""
+"""Look before you train: every row of a dataset checked and counted, and a few shown token by
+token, in colours, on the terminal.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ from retool.data.render.renderer import HISTORIES, Renderer
 from retool.data.tokenise import TRUNCATIONS, map_chunks
 from retool.metrics import printable
 
-STYLES = {"trained": "bold green", "context": "", "tool": "cyan", "template": "dim", "masked": "yellow"}
+STYLES = {
+    "trained": "bold green",
+    "context": "",
+    "tool": "cyan",
+    "template": "dim",
+    "masked": "yellow",
+}
 MEANINGS = {
     "trained": "trained",
     "context": "user and system",
@@ -48,34 +56,63 @@ class Audit:
 
 
 def audit(
-    files: str | Sequence[str], renderer: Renderer, *, max_length: int = 4096, truncation: str = "error", history: str = "error",
-    multiturn: bool = True, messages_key: str = "messages", tools_key: str = "tools", enable_thinking_key: str = "enable_thinking",
-    prompt_key: str = "prompt", response_key: str = "response", rows_function: RowFunction | None = None, max_samples: int = -1,
-    num_workers: int = 2, show: int = 3, progress: Callable[[int], None] | None = None,
-) -> Audit:  # fmt: skip
+    files: str | Sequence[str],
+    renderer: Renderer,
+    *,
+    max_length: int = 4096,
+    truncation: str = "error",
+    history: str = "error",
+    multiturn: bool = True,
+    messages_key: str = "messages",
+    tools_key: str = "tools",
+    enable_thinking_key: str = "enable_thinking",
+    prompt_key: str = "prompt",
+    response_key: str = "response",
+    rows_function: RowFunction | None = None,
+    max_samples: int = -1,
+    num_workers: int = 2,
+    show: int = 3,
+    progress: Callable[[int], None] | None = None,
+) -> Audit:
     """Audit all rows; `show` of them, chosen by a hash of file and row, are kept with their tokens.
 
-    A file that has prompts (`prompt_key`) and no messages or responses holds RL prompts. Raises ValueError for files that
-    can't be read at all; a bad row is a counted refusal.
+    A file that has prompts (`prompt_key`) and no messages or responses holds RL prompts. Raises
+    ValueError for files that can't be read at all; a bad row is a counted refusal.
     """
-    for value, known, key in ((truncation, TRUNCATIONS, "truncation"), (history, HISTORIES, "multiturn.history")):
+    for value, known, key in (
+        (truncation, TRUNCATIONS, "truncation"),
+        (history, HISTORIES, "multiturn.history"),
+    ):
         if value not in known:
             raise ValueError(f"data.{key}={value} is unknown: use {', '.join(known)}.")
     found = resolve_files(files, any_suffix=rows_function is not None)
-    form = RowFormat(multiturn, messages_key, tools_key, enable_thinking_key, prompt_key, response_key)
+    form = RowFormat(
+        multiturn, messages_key, tools_key, enable_thinking_key, prompt_key, response_key
+    )
     prompts = False
     if rows_function is None:
         columns = columns_of(found[0])
-        prompts = messages_key not in columns and prompt_key in columns and response_key not in columns
+        prompts = (
+            messages_key not in columns and prompt_key in columns and response_key not in columns
+        )
         if prompts:
             form = RowFormat(True, prompt_key, tools_key, enable_thinking_key)
         for file in found:
             form.check(file)
     task = partial(
-        tally_chunk, renderer=renderer, form=form, prompts=prompts, max_length=max_length, truncation=truncation, history=history, show=show
+        tally_chunk,
+        renderer=renderer,
+        form=form,
+        prompts=prompts,
+        max_length=max_length,
+        truncation=truncation,
+        history=history,
+        show=show,
     )
     total = Tally()
-    for part in map_chunks(task, iter_chunks(found, form.columns, rows_function, max_samples), num_workers):
+    for part in map_chunks(
+        task, iter_chunks(found, form.columns, rows_function, max_samples), num_workers
+    ):
         total.add(part, show)
         if progress is not None:
             progress(total.rows)
@@ -100,7 +137,9 @@ class RowProgress:
     def __init__(self, total: int | None) -> None:
         console = Console(stderr=True)
         columns = (TextColumn("auditing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        self._bar = (
+            Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        )
         self._task = self._bar.add_task("", total=total) if self._bar is not None else None
         self._said = 0
 
@@ -129,35 +168,72 @@ def clean(text: str) -> str:
 def summary(audit: Audit) -> list[tuple[str, str]]:
     """The table of the first screen: (what, how much)."""
     tally = audit.tally
-    lengths = " · ".join(f"{name} {percentile(tally.lengths, q):,}" for name, q in (("p50", 0.5), ("p95", 0.95), ("max", 1.0)))
+    lengths = " · ".join(
+        f"{name} {percentile(tally.lengths, q):,}"
+        for name, q in (("p50", 0.5), ("p95", 0.95), ("max", 1.0))
+    )
     lines = [
         ("files", f"{len(audit.files)}"),
         ("rows", f"{tally.rows:,}{' RL prompts' if audit.prompts else ''}"),
         ("refused", f"{tally.refused:,}"),
-        ("samples", f"{tally.samples:,}" + (f" ({tally.split:,} rows split by history)" if tally.split else "")),
+        (
+            "samples",
+            f"{tally.samples:,}"
+            + (f" ({tally.split:,} rows split by history)" if tally.split else ""),
+        ),
         (f"longer than {audit.max_length:,}", _long(audit)),
         ("tokens", f"{tally.tokens:,}"),
         ("length", lengths),
         ("roles", _counts(tally.roles)),
         ("assistant turns a row", _spread(tally.turns)),
-        ("tool calls", f"{sum(tally.calls.values()):,}" + (f" ({_counts(tally.calls, 5)})" if tally.calls else "")),
+        (
+            "tool calls",
+            f"{sum(tally.calls.values()):,}"
+            + (f" ({_counts(tally.calls, 5)})" if tally.calls else ""),
+        ),
     ]
     if not audit.prompts:
         share = tally.trained_tokens / max(tally.tokens, 1)
-        spread = f"p5 {percentile(tally.shares, 0.05)} % · p50 {percentile(tally.shares, 0.5)} % · p95 {percentile(tally.shares, 0.95)} %"
-        lines.insert(6, ("trained", f"{tally.trained_tokens:,} tokens, {share:.1%} (by sample: {spread})"))
+        spread = (
+            f"p5 {percentile(tally.shares, 0.05)} % · p50 {percentile(tally.shares, 0.5)} % · p95 "
+            f"{percentile(tally.shares, 0.95)} %"
+        )
+        lines.insert(
+            6, ("trained", f"{tally.trained_tokens:,} tokens, {share:.1%} (by sample: {spread})")
+        )
         lines.insert(5, ("without a trained token", f"{tally.dropped_untrained:,} dropped"))
     notes = (
-        ("other tokens in one pass", tally.piecewise_differs, "samples: pieces are tokenised as inference does"),
-        ("control tokens in texts", tally.control_text, "rows: what is only said of them is tokenised as text"),
-        ("reasoning left out", tally.dropped_thoughts, "turns are trained without what they think (data.drop_reasoning)"),
-        ("empty assistant turns", tally.empty_turns, "turns without text or call: only their end is trained"),
+        (
+            "other tokens in one pass",
+            tally.piecewise_differs,
+            "samples: pieces are tokenised as inference does",
+        ),
+        (
+            "control tokens in texts",
+            tally.control_text,
+            "rows: what is only said of them is tokenised as text",
+        ),
+        (
+            "reasoning left out",
+            tally.dropped_thoughts,
+            "turns are trained without what they think (data.drop_reasoning)",
+        ),
+        (
+            "empty assistant turns",
+            tally.empty_turns,
+            "turns without text or call: only their end is trained",
+        ),
     )
     said = [(what, f"{count:,} {why}") for what, count, why in notes if count]
     if tally.unread:
         said.append(("fields that nothing shows", _counts(tally.unread)))
     if tally.undeclared:
-        said.append(("calls of undeclared tools", f"{sum(tally.undeclared.values()):,} ({_counts(tally.undeclared, 5)})"))
+        said.append(
+            (
+                "calls of undeclared tools",
+                f"{sum(tally.undeclared.values()):,} ({_counts(tally.undeclared, 5)})",
+            )
+        )
     return lines + said
 
 
@@ -174,7 +250,10 @@ def _counts(counter: Counter[str], most: int = 8) -> str:
 
 
 def _spread(histogram: Counter[int]) -> str:
-    return f"min {min(histogram, default=0)} · p50 {percentile(histogram, 0.5)} · max {max(histogram, default=0)}"
+    return (
+        f"min {min(histogram, default=0)} · p50 {percentile(histogram, 0.5)} · max "
+        f"{max(histogram, default=0)}"
+    )
 
 
 def coloured(sample: Shown, brackets: bool = False) -> Text:
@@ -193,7 +272,10 @@ def coloured(sample: Shown, brackets: bool = False) -> Text:
 
 
 def show_audit(audit: Audit, console: Console, samples: int = 3) -> None:
-    """The report on a terminal: summary, refused rows with their reasons, `samples` samples. Data is shown as text, never as markup."""
+    """The report on a terminal: summary, refused rows with their reasons, `samples` samples.
+
+    Data is shown as text, never as markup.
+    """
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for what, much in summary(audit):
         bad = what == "refused" and audit.tally.refused > 0
@@ -206,7 +288,10 @@ def show_audit(audit: Audit, console: Console, samples: int = 3) -> None:
         legend = [Text(f"{MEANINGS[name]}   ", style=STYLES[name]) for name in KINDS]
         console.print(Text.assemble("Samples: ", *(["⟦trained⟧"] if brackets else legend)))
     for sample in audit.tally.shown[:samples]:
-        facts = f"{sample.length:,} tokens, {sample.trained:,} trained, {sample.turns} turns, {sample.calls} tool calls"
+        facts = (
+            f"{sample.length:,} tokens, {sample.trained:,} trained, {sample.turns} turns, "
+            f"{sample.calls} tool calls"
+        )
         console.print(Rule(Text(f"{_name(sample.file)}, row {sample.row}: {facts}"), align="left"))
         console.print(coloured(sample, brackets))
 

@@ -1,7 +1,8 @@
-"""The audit as one self-contained page: no network, no build step, and nothing of a dataset is ever parsed as markup.
+"""The audit as one self-contained page: no network, no build step, and nothing of a dataset is ever
+parsed as markup.
 
-The data goes in as JSON that can't close its element, is read by the page's one script and set as text. A content security
-policy allows that script and style, by their hashes, and nothing else.
+The data goes in as JSON that can't close its element, is read by the page's one script and set as
+text. A content security policy allows that script and style, by their hashes, and nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def page(audit: Audit) -> str:
     """The page's HTML."""
     tally = audit.tally
     data = {
-        "title": ", ".join(Path(file).name for file in audit.files[:4]) + (" …" if len(audit.files) > 4 else ""),
+        "title": ", ".join(Path(file).name for file in audit.files[:4])
+        + (" …" if len(audit.files) > 4 else ""),
         "files": list(audit.files),
         "refused": tally.refused,
         "rows": tally.rows,
@@ -46,13 +48,19 @@ def page(audit: Audit) -> str:
         "samples": [_sample(sample) for sample in tally.shown],
     }
     html = TEMPLATE.read_text(encoding="utf-8")
-    script, style = _between(html, "<script>", "</script>"), _between(html, "<style>", "</style>")
-    policy = f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; form-action 'none'"
+    script = _between(html, "<script>", "</script>")
+    style = _between(html, "<style>", "</style>")
+    policy = (
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri "
+        "'none'; form-action 'none'"
+    )
     return html.replace("POLICY", policy, 1).replace("DATA", embed(data), 1)
 
 
 def embed(data: Any) -> str:
-    """JSON that is safe inside a script element: no `<`, `>` or `&`, and no separator that old parsers take for a line's end."""
+    """JSON that is safe inside a script element: no `<`, `>` or `&`, and no separator that old
+    parsers take for a line's end.
+    """
     text = json.dumps(data, ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -63,20 +71,29 @@ def bars(histogram: Counter[int]) -> list[tuple[int, int, int]]:
     """A histogram in at most 32 bars of one whole width: (first value, last value, count)."""
     if not histogram:
         return []
-    low, high = min(histogram), max(histogram)
+    low = min(histogram)
+    high = max(histogram)
     width = -(-(high - low + 1) // BARS)
     counts: Counter[int] = Counter()
     for value, count in histogram.items():
         counts[(value - low) // width] += count
-    return [(low + i * width, low + (i + 1) * width - 1, counts[i]) for i in range((high - low) // width + 1)]
+    return [
+        (low + i * width, low + (i + 1) * width - 1, counts[i])
+        for i in range((high - low) // width + 1)
+    ]
 
 
 def _sample(sample: Shown) -> dict[str, Any]:
     return {
-        "file": Path(sample.file).name, "row": sample.row, "length": sample.length, "trained": sample.trained,
-        "turns": sample.turns, "calls": sample.calls,
-        "texts": [text for text, _ in sample.tokens], "kinds": "".join(str(kind) for _, kind in sample.tokens),
-    }  # fmt: skip
+        "file": Path(sample.file).name,
+        "row": sample.row,
+        "length": sample.length,
+        "trained": sample.trained,
+        "turns": sample.turns,
+        "calls": sample.calls,
+        "texts": [text for text, _ in sample.tokens],
+        "kinds": "".join(str(kind) for _, kind in sample.tokens),
+    }
 
 
 def _between(html: str, start: str, end: str) -> str:

@@ -1,4 +1,8 @@
-"""What the audit counts. Tallies of chunks add up, and hold histograms and a few samples, never the rows: memory stays bounded."""
+"""What the audit counts.
+
+Tallies of chunks add up, and hold histograms and a few samples, never the rows: memory stays
+bounded.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +31,17 @@ from retool.data.tokenise import truncate
 KINDS = ("trained", "context", "tool", "template", "masked")
 KEPT_REFUSALS = 500
 LONGEST_REASON = 400
-FIRST_MARK, MOST_MARKED = "\U00100000", 1_000
+FIRST_MARK = "\U00100000"
+MOST_MARKED = 1_000
 MARKS = re.compile(f"([{FIRST_MARK}-{chr(ord(FIRST_MARK) + MOST_MARKED)}])")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One sample to look at: its tokens as (text, index into KINDS). `key` orders samples at random, the same in every run."""
+    """One sample to look at: its tokens as (text, index into KINDS).
+
+    `key` orders samples at random, the same in every run.
+    """
 
     key: str
     file: str
@@ -47,7 +55,9 @@ class Shown:
 
 @dataclass
 class Tally:
-    """Counts over rows; `lengths`, `shares` (percent trained), `turns` and `calls_per_row` are histograms value → rows."""
+    """Counts over rows; `lengths`, `shares` (percent trained), `turns` and `calls_per_row` are
+    histograms value → rows.
+    """
 
     rows: int = 0
     samples: int = 0
@@ -61,7 +71,9 @@ class Tally:
     refused_long: int = 0  # of these, as too long under truncation=error
     piecewise_differs: int = 0  # samples whose pieces give other tokens than one pass over the text
     control_text: int = 0  # rows in which somebody's text holds a control token, which stays text
-    dropped_thoughts: int = 0  # trained turns without what the row says was thought (data.drop_reasoning)
+    dropped_thoughts: int = (
+        0  # trained turns without what the row says was thought (data.drop_reasoning)
+    )
     empty_turns: int = 0  # assistant turns without text or call
     lengths: Counter[int] = field(default_factory=Counter)
     shares: Counter[int] = field(default_factory=Counter)
@@ -69,8 +81,10 @@ class Tally:
     calls_per_row: Counter[int] = field(default_factory=Counter)
     roles: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
-    unread: Counter[str] = field(default_factory=Counter)  # messages with a field (role.field) that nothing reads
-    undeclared: Counter[str] = field(default_factory=Counter)  # of these, calls to tools that the row's `tools` doesn't declare
+    # Messages with a field (role.field) that nothing reads
+    unread: Counter[str] = field(default_factory=Counter)
+    # Of these, calls to tools that the row's `tools` doesn't declare
+    undeclared: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     refusals: list[str] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
@@ -93,7 +107,9 @@ class Tally:
 
 
 def percentile(histogram: Counter[int], share: float) -> int:
-    """The smallest value that at least `share` of the entries don't exceed (nearest rank); 0 of nothing."""
+    """The smallest value that at least `share` of the entries don't exceed (nearest rank); 0 of
+    nothing.
+    """
     left = share * sum(histogram.values())
     for value in sorted(histogram):
         left -= histogram[value]
@@ -103,10 +119,21 @@ def percentile(histogram: Counter[int], share: float) -> int:
 
 
 def tally_chunk(
-    chunk: Chunk, renderer: Renderer, form: RowFormat, prompts: bool, max_length: int, truncation: str, history: str, show: int
+    chunk: Chunk,
+    renderer: Renderer,
+    form: RowFormat,
+    prompts: bool,
+    max_length: int,
+    truncation: str,
+    history: str,
+    show: int,
 ) -> Tally:
-    """Audit every row of a chunk. `prompts`: the rows are RL prompts, which have nothing to train."""
-    tally, candidates = Tally(), []
+    """Audit every row of a chunk.
+
+    `prompts`: the rows are RL prompts, which have nothing to train.
+    """
+    tally = Tally()
+    candidates = []
     for index, raw in chunk:
         tally.rows += 1
         try:
@@ -116,29 +143,47 @@ def tally_chunk(
             _count_row(tally, conversation, renderer, prompts, max_length, truncation, history)
         except (ValueError, RecursionError) as error:
             said = TOO_DEEP if isinstance(error, RecursionError) else error
-            why = str(error) if isinstance(error, RowError) else f"{chunk.file}, row {index}: {said}"
+            why = (
+                str(error) if isinstance(error, RowError) else f"{chunk.file}, row {index}: {said}"
+            )
             tally.refuse(why)
             continue
-        candidates.append((hashlib.sha256(f"{chunk.file}:{index}".encode()).hexdigest()[:16], conversation))
+        candidates.append(
+            (hashlib.sha256(f"{chunk.file}:{index}".encode()).hexdigest()[:16], conversation)
+        )
     for key, conversation in sorted(candidates, key=lambda entry: entry[0])[:show]:
-        tally.shown.append(_show(key, conversation, renderer, prompts, history, max_length, truncation))
+        tally.shown.append(
+            _show(key, conversation, renderer, prompts, history, max_length, truncation)
+        )
     return tally
 
 
 def _count_row(
-    tally: Tally, conversation: Conversation, renderer: Renderer, prompts: bool, max_length: int, truncation: str, history: str
+    tally: Tally,
+    conversation: Conversation,
+    renderer: Renderer,
+    prompts: bool,
+    max_length: int,
+    truncation: str,
+    history: str,
 ) -> None:
     pieces = sample_pieces(renderer, conversation, prompts, history)
     checked = conversation.row % ROWS_A_CHECK == 0
     samples = [renderer.tokenise(parts, checked) for parts in pieces]
-    tally.refused_long += truncation == "error" and any(len(sample) > max_length for sample in samples)
+    tally.refused_long += truncation == "error" and any(
+        len(sample) > max_length for sample in samples
+    )
     kept = [truncate(sample, max_length, truncation) for sample in samples]
     # Nothing else is counted before here: a refused row must leave no trace but its refusal.
     for parts, whole, sample in zip(pieces, samples, kept, strict=True):
         _count_sample(tally, whole, sample, prompts)
-        tally.piecewise_differs += len(parts) > 1 and renderer.encoder.encode([joined(parts)])[0] != whole.tokens.tolist()
+        tally.piecewise_differs += (
+            len(parts) > 1 and renderer.encoder.encode([joined(parts)])[0] != whole.tokens.tolist()
+        )
     messages = conversation.messages
-    calls = [call["function"]["name"] for message in messages for call in message.get("tool_calls", [])]
+    calls = [
+        call["function"]["name"] for message in messages for call in message.get("tool_calls", [])
+    ]
     tally.split += len(samples) > 1
     tally.roles.update(message["role"] for message in messages)
     tally.turns[len(conversation.assistant_turns)] += 1
@@ -148,7 +193,10 @@ def _count_row(
     tally.unread.update(unread_fields(conversation, renderer.source))
     tally.dropped_thoughts += 0 if prompts else renderer.dropped_thoughts(conversation)
     tally.control_text += any(piece.quoted for parts in pieces for piece in parts)
-    tally.empty_turns += sum(m["role"] == "assistant" and not m["content"].strip() and "tool_calls" not in m for m in messages)
+    tally.empty_turns += sum(
+        m["role"] == "assistant" and not m["content"].strip() and "tool_calls" not in m
+        for m in messages
+    )
 
 
 def _count_sample(tally: Tally, whole: Sample, sample: Sample | None, prompts: bool) -> None:
@@ -167,21 +215,38 @@ def _count_sample(tally: Tally, whole: Sample, sample: Sample | None, prompts: b
 
 def joined(pieces: Sequence[Piece]) -> Piece:
     """All pieces as one."""
-    text, quoted = "", []
+    text = ""
+    quoted = []
     for piece in pieces:
         quoted += [(len(text) + start, len(text) + end) for start, end in piece.quoted]
         text += piece.text
     return Piece(text, quoted=tuple(quoted))
 
 
-def sample_pieces(renderer: Renderer, conversation: Conversation, prompts: bool, history: str) -> list[list[Piece]]:
+def sample_pieces(
+    renderer: Renderer, conversation: Conversation, prompts: bool, history: str
+) -> list[list[Piece]]:
     """The pieces of every sample; of an RL prompt its one render, generation prompt included."""
     with bounded():  # once for all that is rendered
-        return [renderer.prompt_pieces(conversation)] if prompts else renderer.pieces(conversation, history)
+        return (
+            [renderer.prompt_pieces(conversation)]
+            if prompts
+            else renderer.pieces(conversation, history)
+        )
 
 
-def _show(key: str, conversation: Conversation, renderer: Renderer, prompts: bool, history: str, max_length: int, truncation: str) -> Shown:
-    """The sample (of several, the last) with what truncation leaves of it; one that would be dropped is shown whole."""
+def _show(
+    key: str,
+    conversation: Conversation,
+    renderer: Renderer,
+    prompts: bool,
+    history: str,
+    max_length: int,
+    truncation: str,
+) -> Shown:
+    """The sample (of several, the last) with what truncation leaves of it; one that would be
+    dropped is shown whole.
+    """
     pieces = sample_pieces(renderer, conversation, prompts, history)[-1]
     colours = colour(pieces, renderer, conversation, prompts, history)
     tokens: list[tuple[str, int]] = []
@@ -197,24 +262,40 @@ def _show(key: str, conversation: Conversation, renderer: Renderer, prompts: boo
     whole = renderer.tokenise(pieces)
     sample = truncate(whole, max_length, truncation) or whole
     if len(tokens) == len(whole):
-        tokens = tokens[: len(sample)] if truncation == "right" else tokens[len(whole) - len(sample) :]
+        tokens = (
+            tokens[: len(sample)] if truncation == "right" else tokens[len(whole) - len(sample) :]
+        )
     calls = sum(len(message.get("tool_calls", [])) for message in conversation.messages)
     turns = len(conversation.assistant_turns)
-    return Shown(key, conversation.file, conversation.row, tokens, len(sample), sample.trained, turns, calls)
+    return Shown(
+        key, conversation.file, conversation.row, tokens, len(sample), sample.trained, turns, calls
+    )
 
 
-def colour(pieces: Sequence[Piece], renderer: Renderer, conversation: Conversation, prompts: bool, history: str) -> bytearray:
-    """For each character of the text the index of its kind: what messages say is theirs, the rest is the template's."""
+def colour(
+    pieces: Sequence[Piece],
+    renderer: Renderer,
+    conversation: Conversation,
+    prompts: bool,
+    history: str,
+) -> bytearray:
+    """For each character of the text the index of its kind: what messages say is theirs, the rest
+    is the template's.
+    """
     text = "".join(piece.text for piece in pieces)
     colours = bytearray([KINDS.index("template")]) * len(text)
-    places = _marked_places(text, renderer, conversation, prompts, history) or _found_places(text, conversation)
+    places = _marked_places(text, renderer, conversation, prompts, history) or _found_places(
+        text, conversation
+    )
     for message, (start, end) in places:
         kind = "tool" if conversation.messages[message]["role"] == "tool" else "context"
         colours[start:end] = bytes([KINDS.index(kind)]) * (end - start)
     at = 0
     for piece in pieces:
         if piece.turn is not None:
-            colours[at : at + len(piece.text)] = bytes([KINDS.index("trained" if piece.trained else "masked")]) * len(piece.text)
+            colours[at : at + len(piece.text)] = bytes(
+                [KINDS.index("trained" if piece.trained else "masked")]
+            ) * len(piece.text)
         at += len(piece.text)
     return colours
 
@@ -222,7 +303,8 @@ def colour(pieces: Sequence[Piece], renderer: Renderer, conversation: Conversati
 def _marked_places(
     text: str, renderer: Renderer, conversation: Conversation, prompts: bool, history: str
 ) -> list[tuple[int, tuple[int, int]]]:
-    """(message, where its words stand), from a render in which a character of its own stands before and after the words of each message.
+    """(message, where its words stand), from a render in which a character of its own stands before
+    and after the words of each message.
 
     Nothing where that changes the text otherwise.
     """
@@ -231,11 +313,15 @@ def _marked_places(
     if PRIVATE_TEXT.search("".join(said)) or len(said) > MOST_MARKED:
         return []
     marked = [
-        message if message["role"] == "assistant" else {**message, "content": _marked(message["content"], chr(first_mark + i))}
+        message
+        if message["role"] == "assistant"
+        else {**message, "content": _marked(message["content"], chr(first_mark + i))}
         for i, message in enumerate(conversation.messages)
     ]
     try:
-        pieces = sample_pieces(renderer, replace(conversation, messages=marked), prompts, history)[-1]
+        pieces = sample_pieces(renderer, replace(conversation, messages=marked), prompts, history)[
+            -1
+        ]
     except ValueError:
         return []
     parts = MARKS.split("".join(piece.text for piece in pieces))  # text, mark, text, mark, …, text
@@ -254,13 +340,17 @@ def _marked_places(
 
 
 def _marked(text: str, mark: str) -> str:
-    """The text with a mark on each side of its words; white space stays outside, for a template to strip."""
+    """The text with a mark on each side of its words; white space stays outside, for a template to
+    strip.
+    """
     words = text.strip()
     return text.replace(words, mark + words + mark, 1) if words else text
 
 
 def _found_places(text: str, conversation: Conversation) -> list[tuple[int, tuple[int, int]]]:
-    """(message, where its words stand): looked for in order, which can be mistaken where the template says the same before."""
+    """(message, where its words stand): looked for in order, which can be mistaken where the
+    template says the same before.
+    """
     places: list[tuple[int, tuple[int, int]]] = []
     at = 0
     for i, message in enumerate(conversation.messages):

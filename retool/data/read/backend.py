@@ -1,7 +1,9 @@
-"""One text, or one turn's ids, through a fast tokenizer's own backend: what `tokenizer(text)` and `tokenizer.decode(ids)` give.
+"""One text, or one turn's ids, through a fast tokenizer's own backend: what `tokenizer(text)` and
+`tokenizer.decode(ids)` give.
 
-A rollout does this for every turn on the one thread that feeds the engine. There transformers' preparation, and the thread pool that
-its batches go through, cost more than the tokens themselves. Whatever a tokenizer does besides its backend goes the long way.
+A rollout does this for every turn on the one thread that feeds the engine. There transformers'
+preparation, and the thread pool that its batches go through, cost more than the tokens themselves.
+Whatever a tokenizer does besides its backend goes the long way.
 """
 
 from __future__ import annotations
@@ -10,7 +12,15 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-STEPS = ("__call__", "_encode_plus", "_batch_encode_plus", "_convert_encoding", "_switch_to_input_mode", "decode", "_decode")
+STEPS = (
+    "__call__",
+    "_encode_plus",
+    "_batch_encode_plus",
+    "_convert_encoding",
+    "_switch_to_input_mode",
+    "decode",
+    "_decode",
+)
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -24,29 +34,45 @@ def token_offsets(tokenizer: Any, text: str) -> list[tuple[int, int]]:
     """(start, end) characters of each token of `text`. Only fast tokenizers can tell."""
     if (backend := plain_backend(tokenizer)) is not None:
         return backend.encode(text, add_special_tokens=False).offsets
-    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+        "offset_mapping"
+    ]
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of `ids`, exactly: special tokens are kept, nothing is cleaned up."""
     if _is_plain(type(tokenizer)):
         return tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
 
 
 def plain_backend(tokenizer: Any) -> Any:
-    """The backend, while nothing is set in it that a call of the tokenizer would set otherwise first; None: take the long way."""
+    """The backend, while nothing is set in it that a call of the tokenizer would set otherwise
+    first; None: take the long way.
+    """
     if not _is_plain(type(tokenizer)):
         return None
     backend = tokenizer.backend_tokenizer
     as_called = backend.truncation is None and backend.padding is None
-    return backend if as_called and backend.encode_special_tokens == tokenizer.split_special_tokens else None
+    return (
+        backend
+        if as_called and backend.encode_special_tokens == tokenizer.split_special_tokens
+        else None
+    )
 
 
 @cache
 def _is_plain(kind: type) -> bool:
-    """Whether a tokenizer of this class only passes texts and ids on: a fast one that has none of the steps in between of its own."""
+    """Whether a tokenizer of this class only passes texts and ids on: a fast one that has none of
+    the steps in between of its own.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    own = kind.__mro__[: kind.__mro__.index(PreTrainedTokenizerFast)] if issubclass(kind, PreTrainedTokenizerFast) else None
+    own = (
+        kind.__mro__[: kind.__mro__.index(PreTrainedTokenizerFast)]
+        if issubclass(kind, PreTrainedTokenizerFast)
+        else None
+    )
     return own is not None and not any(step in vars(base) for base in own for step in STEPS)

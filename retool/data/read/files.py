@@ -1,4 +1,5 @@
-"""From what the user typed to chunks of raw rows: paths, folders, globs and URLs; parquet, JSON lines, or a user's function.
+"""From what the user typed to chunks of raw rows: paths, folders, globs and URLs; parquet, JSON
+lines, or a user's function.
 
 Everything streams: at most one chunk of rows is in memory at a time, whatever the size of the file.
 """
@@ -34,7 +35,8 @@ class RowError(ValueError):
 class Chunk:
     """Consecutive raw rows of one file, from row `start`; cheap to send to a worker process.
 
-    `rows` is an Arrow batch (parquet), a list of text lines (JSON lines) or a list of mappings (a user's function).
+    `rows` is an Arrow batch (parquet), a list of text lines (JSON lines) or a list of mappings (a
+    user's function).
     """
 
     file: str
@@ -45,7 +47,10 @@ class Chunk:
         return len(self.rows) if isinstance(self.rows, list) else self.rows.num_rows
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-        """(row index, row), or the reason why it isn't one. Blank JSON lines are passed over but counted as rows."""
+        """(row index, row), or the reason why it isn't one.
+
+        Blank JSON lines are passed over but counted as rows.
+        """
         if not isinstance(self.rows, list):
             yield from _parquet_rows(self.file, self.start, self.rows)
             return
@@ -53,7 +58,12 @@ class Chunk:
             if isinstance(raw, Mapping):
                 yield index, dict(raw)
             elif not isinstance(raw, str):
-                yield index, RowError(f"{self.file}, row {index}: the row function gave a {type(raw).__name__}, not a dict.")
+                yield (
+                    index,
+                    RowError(
+                        f"{self.file}, row {index}: the row function gave a {type(raw).__name__}, not a dict."
+                    ),
+                )
             elif raw.strip():
                 yield index, _parse_line(self.file, index, raw)
 
@@ -74,12 +84,18 @@ def _parse_line(file: str, index: int, line: str) -> dict[str, Any] | RowError:
     except RecursionError:
         return RowError(f"{where} is nested too deeply to be read.")
     if not isinstance(row, dict):
-        return RowError(f"{file}, row {index}: line {index + 1} is a JSON {type(row).__name__}, not an object.")
+        return RowError(
+            f"{file}, row {index}: line {index + 1} is a JSON {type(row).__name__}, not an object."
+        )
     return row
 
 
-def _parquet_rows(file: str, start: int, batch: pa.RecordBatch) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    """(row index, row) of a batch; where it can't be converted as a whole, the rows that can't are told."""
+def _parquet_rows(
+    file: str, start: int, batch: pa.RecordBatch
+) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+    """(row index, row) of a batch; where it can't be converted as a whole, the rows that can't are
+    told.
+    """
     try:
         yield from enumerate(batch.to_pylist(), start)
         return
@@ -93,32 +109,47 @@ def _parquet_rows(file: str, start: int, batch: pa.RecordBatch) -> Iterator[tupl
 
 
 def resolve_files(files: str | Sequence[str], any_suffix: bool = False) -> list[str]:
-    """Every data file that `files` names, in order: a path, a folder, a glob or a URL, one or a list, the list as text too.
+    """Every data file that `files` names, in order: a path, a folder, a glob or a URL, one or a
+    list, the list as text too.
 
-    `any_suffix` leaves the format to a user's row function. Raises ValueError for a missing file, an empty folder, an
-    unknown suffix and a file named twice.
+    `any_suffix` leaves the format to a user's row function. Raises ValueError for a missing file,
+    an empty folder, an unknown suffix and a file named twice.
     """
-    if isinstance(files, str) and files.strip().startswith("[") and files.strip().endswith("]") and not os.path.exists(files):
+    if (
+        isinstance(files, str)
+        and files.strip().startswith("[")
+        and files.strip().endswith("]")
+        and not os.path.exists(files)
+    ):
         parsed = yaml.safe_load(files)
         files = [str(entry) for entry in parsed]
     names = [files] if isinstance(files, str) else [str(entry) for entry in files]
     if not names or not all(name.strip() for name in names):
-        raise ValueError(f"no data file is named in {files!r}: give a .parquet or .jsonl file, a folder, a glob, or a list of these.")
+        raise ValueError(
+            f"no data file is named in {files!r}: give a .parquet or .jsonl file, a folder, a glob, or a "
+            "list of these."
+        )
     found = [path for name in names for path in _expand(name.strip(), any_suffix)]
     for path in found:
         if not _is_utf8(path):
             told = os.fsencode(path).decode("utf-8", "backslashreplace")
-            raise ValueError(f"the name of {told} isn't UTF-8, so nothing could tell of it: rename the file.")
+            raise ValueError(
+                f"the name of {told} isn't UTF-8, so nothing could tell of it: rename the file."
+            )
     twice = sorted({path for path in found if found.count(path) > 1})
     if twice:
-        raise ValueError(f"{twice[0]} is named more than once in {files!r}: its rows would be trained twice.")
+        raise ValueError(
+            f"{twice[0]} is named more than once in {files!r}: its rows would be trained twice."
+        )
     return found
 
 
 def _expand(name: str, any_suffix: bool) -> list[str]:
     fs, path = url_to_fs(os.path.expanduser(name))
     if fs.isdir(path):
-        inside = sorted(entry for entry in fs.ls(path, detail=False) if any_suffix or entry.endswith(SUFFIXES))
+        inside = sorted(
+            entry for entry in fs.ls(path, detail=False) if any_suffix or entry.endswith(SUFFIXES)
+        )
         if not inside:
             raise ValueError(f"the folder {name} has no {' or '.join(SUFFIXES)} file in it.")
     elif fs.exists(path):
@@ -133,7 +164,8 @@ def _expand(name: str, any_suffix: bool) -> list[str]:
     wrong = [entry for entry in inside if not any_suffix and not entry.endswith(SUFFIXES)]
     if wrong:
         raise ValueError(
-            f"{wrong[0]} is neither {' nor '.join(SUFFIXES)}: convert it, or read it with a function of yours (data.custom_cls.path, name)."
+            f"{wrong[0]} is neither {' nor '.join(SUFFIXES)}: convert it, or read it with a function of "
+            "yours (data.custom_cls.path, name)."
         )
     return [str(fs.unstrip_protocol(entry)) if "://" in name else entry for entry in inside]
 
@@ -147,7 +179,9 @@ def _is_utf8(name: str) -> bool:
 
 
 def file_identity(file: str) -> str:
-    """Changes when the file changes: path, size and modification time (or what the remote store says of it)."""
+    """Changes when the file changes: path, size and modification time (or what the remote store
+    says of it).
+    """
     fs, path = url_to_fs(file)
     if "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol):
         stat = os.stat(path)
@@ -156,7 +190,10 @@ def file_identity(file: str) -> str:
 
 
 def columns_of(file: str) -> list[str]:
-    """The columns of a parquet file, or the fields of the first rows of a JSON-lines file. Raises ValueError when empty."""
+    """The columns of a parquet file, or the fields of the first rows of a JSON-lines file.
+
+    Raises ValueError when empty.
+    """
     fs, path = url_to_fs(file)
     _refuse_empty(file, fs.size(path))
     with fs.open(path, "rb") as stream:
@@ -185,11 +222,16 @@ def _parquet(file: str, stream: Any) -> pq.ParquetFile:
 
 
 def iter_chunks(
-    files: Sequence[str], columns: Sequence[str] | None = None, rows_function: RowFunction | None = None, limit: int = -1
+    files: Sequence[str],
+    columns: Sequence[str] | None = None,
+    rows_function: RowFunction | None = None,
+    limit: int = -1,
 ) -> Iterator[Chunk]:
-    """Every row of `files` in order, as chunks; of a parquet file only `columns` (those it has) are read.
+    """Every row of `files` in order, as chunks; of a parquet file only `columns` (those it has) are
+    read.
 
-    `limit` keeps the first rows over all files (-1: all). Raises ValueError for a file that is empty or unreadable.
+    `limit` keeps the first rows over all files (-1: all). Raises ValueError for a file that is
+    empty or unreadable.
     """
     left = limit if limit >= 0 else None
     for file in files:
@@ -208,7 +250,9 @@ def iter_chunks(
             raise ValueError(f"{file} has no rows.")
 
 
-def _file_chunks(file: str, columns: Sequence[str] | None, rows_function: RowFunction | None) -> Iterator[Chunk]:
+def _file_chunks(
+    file: str, columns: Sequence[str] | None, rows_function: RowFunction | None
+) -> Iterator[Chunk]:
     if rows_function is not None:
         yield from _function_chunks(file, rows_function)
         return
@@ -217,7 +261,9 @@ def _file_chunks(file: str, columns: Sequence[str] | None, rows_function: RowFun
     with fs.open(path, "rb") as stream:
         if file.endswith(".parquet"):
             parquet = _parquet(file, stream)
-            there = None if columns is None else [c for c in parquet.schema_arrow.names if c in columns]
+            there = (
+                None if columns is None else [c for c in parquet.schema_arrow.names if c in columns]
+            )
             start = 0
             batches = parquet.iter_batches(batch_size=CHUNK_ROWS, columns=there)
             while (batch := _next_batch(file, start, batches)) is not None:
@@ -225,7 +271,9 @@ def _file_chunks(file: str, columns: Sequence[str] | None, rows_function: RowFun
                 start += batch.num_rows
         else:
             start = 0
-            while lines := [line.decode("utf-8", "surrogateescape") for line in islice(stream, CHUNK_ROWS)]:
+            while lines := [
+                line.decode("utf-8", "surrogateescape") for line in islice(stream, CHUNK_ROWS)
+            ]:
                 yield Chunk(file, start, lines)
                 start += len(lines)
 
@@ -234,7 +282,10 @@ def _next_batch(file: str, start: int, batches: Iterator[pa.RecordBatch]) -> pa.
     try:
         return next(batches, None)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is damaged: it can't be read from row {start:,} on ({error}). Copy it again from its origin.") from error
+        raise ValueError(
+            f"{file} is damaged: it can't be read from row {start:,} on ({error}). Copy it again "
+            "from its origin."
+        ) from error
 
 
 def _function_chunks(file: str, rows_function: RowFunction) -> Iterator[Chunk]:
@@ -258,7 +309,10 @@ def _told(error: BaseException) -> str:
 
 
 def load_function(path: str, name: str) -> Callable[..., Any]:
-    """The function `name` of the Python file `path`. A class is refused: torch datasets aren't rows."""
+    """The function `name` of the Python file `path`.
+
+    A class is refused: torch datasets aren't rows.
+    """
     if not os.path.isfile(path):
         raise ValueError(f"{path} doesn't exist (it should hold the function {name!r}).")
     spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
@@ -268,12 +322,23 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file raises
-        guard = " Put what a script does under if __name__ == '__main__'." if isinstance(error, SystemExit) else ""
+        guard = (
+            " Put what a script does under if __name__ == '__main__'."
+            if isinstance(error, SystemExit)
+            else ""
+        )
         raise ValueError(f"{path} can't be loaded: {_told(error)}.{guard}") from error
     found = getattr(module, name, None)
     if found is None:
-        there = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        there = sorted(
+            key
+            for key, value in vars(module).items()
+            if callable(value) and not key.startswith("_")
+        )
         raise ValueError(f"{path} has no {name!r}; it has {', '.join(there) or 'no function'}.")
     if isinstance(found, type) or not callable(found):
-        raise ValueError(f"{name!r} in {path} is a {type(found).__name__}: give a function (path) -> rows (dicts), not a Dataset class.")
+        raise ValueError(
+            f"{name!r} in {path} is a {type(found).__name__}: give a function (path) -> rows "
+            "(dicts), not a Dataset class."
+        )
     return cast("Callable[..., Any]", found)

@@ -8,13 +8,18 @@ from typing import Any
 from retool.data.read.files import RowError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-THOUGHTS = ("thinking", "reasoning")  # kinds of parts; the text stands under the same name, or under `text`
+# Kinds of parts; the text stands under the same name, or under `text`
+THOUGHTS = (
+    "thinking",
+    "reasoning",
+)
 
 
 def text_and_thought(content: Any, where: str) -> tuple[str, str]:
     """The text of a content, and what parts ahead of it say was thought ("" where there is none).
 
-    Raises RowError for what isn't text, and for a thought behind text, which no field could put in its place.
+    Raises RowError for what isn't text, and for a thought behind text, which no field could put in
+    its place.
     """
     parts = content if isinstance(content, list) else [content]
     said: list[str] = []
@@ -23,20 +28,33 @@ def text_and_thought(content: Any, where: str) -> tuple[str, str]:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if kind in THOUGHTS:
             if "".join(said).strip():
-                raise RowError(f"{where}: content has a part of type {kind!r} behind text: write it into the text, as <think>…</think>.")
-            thought.append(_text(part.get(kind, part.get("text")), f"{where}: the part of type {kind!r}"))
+                raise RowError(
+                    f"{where}: content has a part of type {kind!r} behind text: write it into the "
+                    "text, as <think>…</think>."
+                )
+            thought.append(
+                _text(part.get(kind, part.get("text")), f"{where}: the part of type {kind!r}")
+            )
             continue
         if kind != "text":
-            raise RowError(f"{where}: content has a part of type {kind!r}; only text parts can be trained.")
-        said.append(_text(part.get("text") if isinstance(part, dict) else part, f"{where}: content"))
+            raise RowError(
+                f"{where}: content has a part of type {kind!r}; only text parts can be trained."
+            )
+        said.append(
+            _text(part.get("text") if isinstance(part, dict) else part, f"{where}: content")
+        )
     return "".join(said), "\n\n".join(thought)
 
 
 def _text(value: Any, what: str) -> str:
-    if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
+    if isinstance(value, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in value
+    ):
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
         raise RowError(f"{what} is {type(value).__name__}, not text.")
     if SURROGATE.search(value):
-        raise RowError(f"{what} isn't valid Unicode (bytes that aren't UTF-8, or half of a surrogate pair).")
+        raise RowError(
+            f"{what} isn't valid Unicode (bytes that aren't UTF-8, or half of a surrogate pair)."
+        )
     return value

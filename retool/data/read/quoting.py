@@ -1,19 +1,23 @@
-"""Control tokens that a row or a tool only mentions stay text: `<|im_end|>` in what somebody says ends no turn.
+"""Control tokens that a row or a tool only mentions stay text: `<|im_end|>` in what somebody says
+ends no turn.
 
-[Note: control tokens] A *control token* is an added token that the tokenizer calls special, that the chat template
-writes, or that is a marker by its name (`<|…|>`, `<think>`, `<tool_call>`). Other added tokens (runs of spaces, HTML
-tags) are vocabulary and stay what the tokenizer makes of them. Only the template may write a control token. The text of
-one in a message, a call's arguments or a tool's schema is *quoted*: it is tokenised as the letters that it consists of.
-There is one exception, because inference makes it. What the assistant says itself may hold the tokens that a model
-samples there as words: control tokens that aren't special (`<tool_call>`), and tags of thoughts (`<think>`). In the
-arguments of a call they are quoted too.
+[Note: control tokens] A *control token* is an added token that the tokenizer calls special, that
+the chat template writes, or that is a marker by its name (`<|…|>`, `<think>`, `<tool_call>`). Other
+added tokens (runs of spaces, HTML tags) are vocabulary and stay what the tokenizer makes of them.
+Only the template may write a control token. The text of one in a message, a call's arguments or a
+tool's schema is *quoted*: it is tokenised as the letters that it consists of. There is one
+exception, because inference makes it. What the assistant says itself may hold the tokens that a
+model samples there as words: control tokens that aren't special (`<tool_call>`), and tags of
+thoughts (`<think>`). In the arguments of a call they are quoted too.
 
-[Note: masks] A rendered text doesn't tell who wrote what. So before the template sees a conversation that holds the
-text of a control token, each is hidden: one private character stands for it. The template strips, splits, escapes and
-joins as ever, turns are looked for in a text that nobody but the template can have structured, and where the characters
-come out, there was data. That the template gives the same text either way is checked for each render. A template may
-test how a text begins or ends (Qwen3: `content.startswith('<tool_response>')`); where hiding changes its mind, a token
-on the very edge of a text is left as it is, with a private character beside it that says so.
+[Note: masks] A rendered text doesn't tell who wrote what. So before the template sees a
+conversation that holds the text of a control token, each is hidden: one private character stands
+for it. The template strips, splits, escapes and joins as ever, turns are looked for in a text that
+nobody but the template can have structured, and where the characters come out, there was data. That
+the template gives the same text either way is checked for each render. A template may test how a
+text begins or ends (Qwen3: `content.startswith('<tool_response>')`); where hiding changes its mind,
+a token on the very edge of a text is left as it is, with a private character beside it that says
+so.
 """
 
 from __future__ import annotations
@@ -33,7 +37,9 @@ PRIVATE_TEXT = re.compile("[\U000f0000-\U0010fffd]")
 
 
 class UnplacedError(Exception):
-    """A template that shows a text otherwise when the control tokens in it are hidden: their places aren't known."""
+    """A template that shows a text otherwise when the control tokens in it are hidden: their places
+    aren't known.
+    """
 
 
 def change_strings(value: Any, change: Callable[[str], str]) -> Any:
@@ -42,7 +48,8 @@ def change_strings(value: Any, change: Callable[[str], str]) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         return {
-            change(key) if isinstance(key, str) else key: change_strings(entry, change) for key, entry in value.items()
+            change(key) if isinstance(key, str) else key: change_strings(entry, change)
+            for key, entry in value.items()
         }
     return [change_strings(entry, change) for entry in value] if isinstance(value, list) else value
 
@@ -66,8 +73,8 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 class Masks:
     """One way to hide `tokens`: token k is the private character `base + k`.
 
-    With `edges`, a token on the edge of what others than the assistant say stays, and a private character beside it,
-    on the inner side, says that it is data.
+    With `edges`, a token on the edge of what others than the assistant say stays, and a private
+    character beside it, on the inner side, says that it is data.
     """
 
     tokens: tuple[str, ...]
@@ -89,8 +96,12 @@ class Masks:
         return chr(self.base + len(self.tokens) + 1)
 
     def hide(self, text: str, pattern: re.Pattern[str], on_edges: bool = False) -> str:
-        """`text` with every match of `pattern` hidden. `on_edges`: it is a text whose edges a template may test."""
-        first, last = len(text) - len(text.lstrip()), len(text.rstrip())
+        """`text` with every match of `pattern` hidden.
+
+        `on_edges`: it is a text whose edges a template may test.
+        """
+        first = len(text) - len(text.lstrip())
+        last = len(text.rstrip())
 
         def one(found: re.Match[str]) -> str:
             if on_edges and self.edges and found.start() == first:
@@ -152,7 +163,11 @@ class Controls:
 
     def quoted_in(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> bool:
         """Whether anything has to be hidden."""
-        found = any(holds(value, pattern) for message in messages for _, value, pattern in self._fields(message))
+        found = any(
+            holds(value, pattern)
+            for message in messages
+            for _, value, pattern in self._fields(message)
+        )
         return found or (bool(tools) and holds(tools, self.pattern))
 
     def _fields(self, message: Mapping[str, Any]) -> Iterator[tuple[str, Any, re.Pattern[str]]]:
@@ -160,10 +175,17 @@ class Controls:
         own_words = message.get("role") == "assistant"
         for name, value in message.items():
             if name != "role":
-                yield name, value, self._not_own if own_words and name != "tool_calls" else self.pattern
+                yield (
+                    name,
+                    value,
+                    self._not_own if own_words and name != "tool_calls" else self.pattern,
+                )
 
     def masks(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Iterator[Masks]:
-        """The ways to hide control tokens in these messages and tools, the best first. ValueError: no character is left."""
+        """The ways to hide control tokens in these messages and tools, the best first.
+
+        ValueError: no character is left.
+        """
         taken: set[int] = set()
 
         def note(text: str) -> str:
@@ -173,11 +195,17 @@ class Controls:
         change_strings([*map(dict, messages), tools], note)
         size = len(self.tokens) + 2
         base = next(
-            (k for k in range(PRIVATE.start, PRIVATE.stop - size, size) if taken.isdisjoint(range(k, k + size))), None
+            (
+                k
+                for k in range(PRIVATE.start, PRIVATE.stop - size, size)
+                if taken.isdisjoint(range(k, k + size))
+            ),
+            None,
         )
         if base is None:
             raise ValueError(
-                "its texts hold the tokenizer's control tokens and every private character of Unicode: take these out."
+                "its texts hold the tokenizer's control tokens and every private character of "
+                "Unicode: take these out."
             )
         yield Masks(self.tokens, base)
         yield Masks(self.tokens, base, edges=True)
@@ -190,7 +218,9 @@ class Controls:
         hidden = dict(message)
         on_edges = message.get("role") != "assistant"
         for name, value, pattern in self._fields(message):
-            hidden[name] = change_strings(value, lambda text, pattern=pattern: masks.hide(text, pattern, on_edges))
+            hidden[name] = change_strings(
+                value, lambda text, pattern=pattern: masks.hide(text, pattern, on_edges)
+            )
         return hidden
 
     def hide_tools(self, tools: Any, masks: Masks) -> Any:
@@ -198,18 +228,27 @@ class Controls:
         return change_strings(tools, lambda text: masks.hide(text, self.pattern))
 
 
-def find_controls(tokenizer: Any, template: str, structure: str, ends: Sequence[str], thought: re.Pattern[str]) -> Controls:
+def find_controls(
+    tokenizer: Any, template: str, structure: str, ends: Sequence[str], thought: re.Pattern[str]
+) -> Controls:
     """The control tokens of `tokenizer` with a template of this source.
 
-    `structure` is text that the template writes around messages and before an answer: its tokens are never the
-    assistant's own. End-of-turn tokens (`ends`) in the assistant's words aren't hidden either: they are looked at, and
-    refused. `thought` finds tags of thoughts, which a model samples itself even where the tokenizer calls them special.
+    `structure` is text that the template writes around messages and before an answer: its tokens
+    are never the assistant's own. End-of-turn tokens (`ends`) in the assistant's words aren't
+    hidden either: they are looked at, and refused. `thought` finds tags of thoughts, which a model
+    samples itself even where the tokenizer calls them special.
     """
     added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
-    known = [token for token in added if token.special or token.content in template or MARKER.fullmatch(token.content)]
+    known = [
+        token
+        for token in added
+        if token.special or token.content in template or MARKER.fullmatch(token.content)
+    ]
     # A tokenizer that makes letters of them anyway has nothing that could be quoted.
     control = [token for token in known if _is_read(tokenizer, token.content)]
-    words = {token.content for token in control if not token.special or thought.fullmatch(token.content)}
+    words = {
+        token.content for token in control if not token.special or thought.fullmatch(token.content)
+    }
     own = {token for token in words if token not in structure}
     everything = {token.content for token in control}
     return Controls(tuple(sorted(everything)), frozenset(own | ({*ends} & everything)))

@@ -1,4 +1,6 @@
-"""Rows that can't be used: counted, like ones together, so that a fault that every row has is read once."""
+"""Rows that can't be used: counted, like ones together, so that a fault that every row has is read
+once.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ class Refusals:
     def error(self, rows: int) -> ValueError:
         """All of them, of `rows` read: a first line, then a line a kind, the commonest first."""
         kinds = sorted(self.kinds.values(), key=lambda entry: -entry[1])
-        lines = [first + (f" … and {count - 1:,} more rows like it." if count > 1 else "") for first, count in kinds[:KINDS]]
+        lines = [
+            first + (f" … and {count - 1:,} more rows like it." if count > 1 else "")
+            for first, count in kinds[:KINDS]
+        ]
         if rest := sum(count for _, count in kinds[KINDS:]):
             lines.append(f"… and {rest:,} more rows.")
         return ValueError("\n".join([f"{self.count:,} of {rows:,} rows can't be used:", *lines]))
@@ -32,6 +37,8 @@ class Refusals:
 
 def kind_of(why: str) -> str:
     """A reason without its row, names and numbers, to count like ones together."""
-    text = re.sub(r"^.*?, row \d+(, message \d+)?( \(\w+\))?(, tool call \d+)?: ", "", why, flags=re.DOTALL)
+    text = re.sub(
+        r"^.*?, row \d+(, message \d+)?( \(\w+\))?(, tool call \d+)?: ", "", why, flags=re.DOTALL
+    )
     text = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "…", text)
     return re.sub(r"\d[\d,]*", "N", text.split("; ")[0])[:160]

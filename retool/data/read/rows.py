@@ -1,4 +1,6 @@
-"""From a raw row to a checked `Conversation`: containers converted, absent fields dropped, every doubt an error that names the row."""
+"""From a raw row to a checked `Conversation`: containers converted, absent fields dropped, every
+doubt an error that names the row.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,23 @@ from retool.data.read.files import RowError, columns_of
 from retool.data.read.parts import text_and_thought
 from retool.data.read.quoting import Masks
 
-AS_LIST = "store it as a list, or decode it in a function of yours (data.custom_cls.path, name)"  # of messages found as text
+# of messages found as text
+AS_LIST = "store it as a list, or decode it in a function of yours (data.custom_cls.path, name)"
 ROLES = ("system", "developer", "user", "assistant", "tool")
-LEGACY_TOOLS = "functions"  # how OpenAI's format named them before `tools`, with bare functions in it
+LEGACY_TOOLS = (
+    "functions"  # how OpenAI's format named them before `tools`, with bare functions in it
+)
 TOO_DEEP = "it is nested too deeply to be read."
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One checked row: plain Python containers only, no null field, `arguments` parsed, `content` always text.
+    """One checked row: plain Python containers only, no null field, `arguments` parsed, `content`
+    always text.
 
-    `loss_mask` of a message is 0 or 1 where it was given. `file` and `row` say where it is from, for error texts. `masks`: the
-    control tokens in its texts are hidden in this way (see `quoting`).
+    `loss_mask` of a message is 0 or 1 where it was given. `file` and `row` say where it is from,
+    for error texts. `masks`: the control tokens in its texts are hidden in this way (see
+    `quoting`).
     """
 
     messages: list[dict[str, Any]]
@@ -51,7 +58,9 @@ class Conversation:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Which columns make a conversation: a list of messages, or (`multiturn` false) a prompt and its response."""
+    """Which columns make a conversation: a list of messages, or (`multiturn` false) a prompt and
+    its response.
+    """
 
     multiturn: bool = True
     messages_key: str = "messages"
@@ -70,24 +79,37 @@ class RowFormat:
         return (*self.required, self.tools_key, self.enable_thinking_key, *legacy)
 
     def check(self, file: str) -> None:
-        """Raises ValueError when a column is missing. An optional one is only missed when it was named on purpose."""
+        """Raises ValueError when a column is missing.
+
+        An optional one is only missed when it was named on purpose.
+        """
         there = columns_of(file)
-        optional = [key for key in (self.tools_key, self.enable_thinking_key) if key not in ("tools", "enable_thinking")]
+        optional = [
+            key
+            for key in (self.tools_key, self.enable_thinking_key)
+            if key not in ("tools", "enable_thinking")
+        ]
         for column in [*self.required, *optional]:
             if column not in there:
-                raise ValueError(f"{file} has no column {column!r}; it has {', '.join(there)}. {self._way_out(column)}")
+                raise ValueError(
+                    f"{file} has no column {column!r}; it has {', '.join(there)}. {self._way_out(column)}"
+                )
 
     def _way_out(self, column: str) -> str:
         keys = {
-            self.messages_key: "data.multiturn.messages_key", self.tools_key: "data.multiturn.tools_key",
+            self.messages_key: "data.multiturn.messages_key",
+            self.tools_key: "data.multiturn.tools_key",
             self.enable_thinking_key: "data.multiturn.enable_thinking_key",
-            self.prompt_key: "data.prompt_key", self.response_key: "data.response_key",
-        }  # fmt: skip
+            self.prompt_key: "data.prompt_key",
+            self.response_key: "data.response_key",
+        }
         return f"Name the right one with {keys[column]}."
 
 
 def plain(value: Any) -> Any:
-    """numpy and Arrow containers and scalars, tuples and mappings, recursively, as dict, list and Python scalars."""
+    """numpy and Arrow containers and scalars, tuples and mappings, recursively, as dict, list and
+    Python scalars.
+    """
     if isinstance(value, (pa.Array, pa.ChunkedArray)):
         value = value.to_pylist()
     elif isinstance(value, pa.Scalar):
@@ -102,9 +124,11 @@ def plain(value: Any) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """Drop null fields of mappings, recursively: that is how parquet stores a field that only other rows have.
+    """Drop null fields of mappings, recursively: that is how parquet stores a field that only other
+    rows have.
 
-    Nulls that are elements of a list stay. To keep a null field of `arguments` or `tools`, write them as a JSON string.
+    Nulls that are elements of a list stay. To keep a null field of `arguments` or `tools`, write
+    them as a JSON string.
     """
     if isinstance(value, dict):
         return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
@@ -112,9 +136,15 @@ def without_nulls(value: Any) -> Any:
 
 
 def to_conversation(
-    row: Mapping[str, Any], file: str, index: int, form: RowFormat | None = None, prompt_only: bool = False
+    row: Mapping[str, Any],
+    file: str,
+    index: int,
+    form: RowFormat | None = None,
+    prompt_only: bool = False,
 ) -> Conversation:
-    """Check and convert one raw row. `prompt_only` allows rows without an assistant turn (RL prompts).
+    """Check and convert one raw row.
+
+    `prompt_only` allows rows without an assistant turn (RL prompts).
 
     Raises RowError naming file, row and message for anything that isn't exactly what it should be.
     """
@@ -127,18 +157,36 @@ def to_conversation(
 def undeclared_calls(conversation: Conversation) -> Counter[str]:
     """How often a conversation calls each tool that its `tools` doesn't declare."""
     known = {tool.get("function", tool)["name"] for tool in conversation.tools or []}
-    names = (call["function"]["name"] for message in conversation.messages for call in message.get("tool_calls", []))
+    names = (
+        call["function"]["name"]
+        for message in conversation.messages
+        for call in message.get("tool_calls", [])
+    )
     return Counter(name for name in names if name not in known)
 
 
-def _converted(row: Mapping[str, Any], file: str, index: int, form: RowFormat, prompt_only: bool) -> Conversation:
+def _converted(
+    row: Mapping[str, Any], file: str, index: int, form: RowFormat, prompt_only: bool
+) -> Conversation:
     missing = [key for key in form.required if key not in row]
     where = f"{file}, row {index}"
     if missing:
-        raise RowError(f"{where}: there is no {missing[0]!r}; it has {', '.join(map(str, row)) or 'nothing'}.")
+        raise RowError(
+            f"{where}: there is no {missing[0]!r}; it has {', '.join(map(str, row)) or 'nothing'}."
+        )
     raw = plain(row[form.messages_key]) if form.multiturn else _single_turn(row, form, where)
-    if not isinstance(raw, list) or not raw or not all(isinstance(message, dict) for message in raw):
-        found = f"a list of {type(raw[0]).__name__}" if isinstance(raw, list) and raw else "empty" if raw == [] else type(raw).__name__
+    if (
+        not isinstance(raw, list)
+        or not raw
+        or not all(isinstance(message, dict) for message in raw)
+    ):
+        found = (
+            f"a list of {type(raw[0]).__name__}"
+            if isinstance(raw, list) and raw
+            else "empty"
+            if raw == []
+            else type(raw).__name__
+        )
         way_out = f": {AS_LIST}" if isinstance(raw, str) else ""
         key = form.messages_key if form.multiturn else form.prompt_key
         raise RowError(f"{where}: {key!r} isn't a list of messages ({found}){way_out}.")
@@ -156,34 +204,47 @@ def _tools_of(row: Mapping[str, Any], form: RowFormat, where: str) -> list[dict[
     legacy = plain(row.get(LEGACY_TOOLS)) if form.tools_key == "tools" else None
     if isinstance(legacy, str) and not legacy.lstrip().startswith("["):
         legacy = None  # a column of the same name that holds something else
-    if not legacy or (isinstance(legacy, list) and not all(isinstance(entry, dict) for entry in legacy)):
+    if not legacy or (
+        isinstance(legacy, list) and not all(isinstance(entry, dict) for entry in legacy)
+    ):
         return tools
     bodies = _tools(legacy, LEGACY_TOOLS, where) or []
-    functions = [body if "function" in body else {"type": "function", "function": body} for body in bodies]
+    functions = [
+        body if "function" in body else {"type": "function", "function": body} for body in bodies
+    ]
     if tools is not None and functions and tools != functions:
         raise RowError(f"{where}: 'tools' and {LEGACY_TOOLS!r} differ: keep one of them.")
     return tools if tools is not None else functions or None
 
 
 def _single_turn(row: Mapping[str, Any], form: RowFormat, where: str) -> Any:
-    prompt, response = plain(row[form.prompt_key]), plain(row[form.response_key])
+    prompt = plain(row[form.prompt_key])
+    response = plain(row[form.response_key])
     if not isinstance(response, str):
         raise RowError(f"{where}: {form.response_key!r} is {type(response).__name__}, not text.")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    return [*prompt, {"role": "assistant", "content": response}] if isinstance(prompt, list) else prompt
+    return (
+        [*prompt, {"role": "assistant", "content": response}]
+        if isinstance(prompt, list)
+        else prompt
+    )
 
 
 def _check_order(messages: Sequence[dict[str, Any]], where: str, prompt_only: bool) -> None:
     first = next((m["role"] for m in messages if m["role"] not in ("system", "developer")), None)
     if first == "assistant":
-        raise RowError(f"{where}: the first turn is the assistant's; it has nothing to answer. Begin with a user message.")
+        raise RowError(
+            f"{where}: the first turn is the assistant's; it has nothing to answer. Begin with a user "
+            "message."
+        )
     if not prompt_only and not any(m["role"] == "assistant" for m in messages):
         raise RowError(f"{where}: there is no assistant turn, so nothing to train.")
 
 
 def _message(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    # `arguments` given as a dict loses its null fields with the rest; a JSON string is parsed later and keeps them.
+    # `arguments` given as a dict loses its null fields with the rest; a JSON string is parsed later
+    # and keeps them.
     message = without_nulls(raw)
     role = "tool" if message.get("role") == "function" else message.get("role")
     message["role"] = role
@@ -202,11 +263,19 @@ def _message(raw: dict[str, Any], where: str) -> dict[str, Any]:
         if calls and role != "assistant":
             raise RowError(f"{where}: only the assistant makes tool calls.")
         if calls:
-            message["tool_calls"] = [_tool_call(call, f"{where}, tool call {i}") for i, call in enumerate(calls)]
-    masks = [_loss_mask(message.pop(key), key, role, where) for key in ("loss_mask", "weight") if key in message]
+            message["tool_calls"] = [
+                _tool_call(call, f"{where}, tool call {i}") for i, call in enumerate(calls)
+            ]
+    masks = [
+        _loss_mask(message.pop(key), key, role, where)
+        for key in ("loss_mask", "weight")
+        if key in message
+    ]
     given = {value for value in masks if value is not None}
     if len(given) > 1:
-        raise RowError(f"{where}: loss_mask and weight say the opposite of each other: keep one of them.")
+        raise RowError(
+            f"{where}: loss_mask and weight say the opposite of each other: keep one of them."
+        )
     if given:
         message["loss_mask"] = given.pop()
     return message
@@ -215,10 +284,14 @@ def _message(raw: dict[str, Any], where: str) -> dict[str, Any]:
 def _take_thought(message: dict[str, Any], thought: str, where: str) -> None:
     """Note what the parts of the content say was thought, as the reasoning field does."""
     if message["role"] != "assistant":
-        raise RowError(f"{where}: content has a part that is a thought, and only the assistant thinks.")
+        raise RowError(
+            f"{where}: content has a part that is a thought, and only the assistant thinks."
+        )
     given = message.setdefault("reasoning_content", thought)
     if not isinstance(given, str) or given.strip() != thought.strip():
         raise RowError(f"{where}: reasoning_content and a part of the content differ: keep one.")
+
+
 def _modernise_call(message: dict[str, Any], where: str) -> None:
     """`function_call`, one call in the older form of OpenAI's, becomes `tool_calls`."""
     call = message.pop("function_call")
@@ -240,17 +313,34 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except json.JSONDecodeError as error:
-            raise RowError(f"{where}: the arguments of {body['name']!r} can't be parsed: {error.msg} at character {error.pos}.") from error
+            raise RowError(
+                f"{where}: the arguments of {body['name']!r} can't be parsed: {error.msg} at character "
+                f"{error.pos}."
+            ) from error
         except ValueError as error:  # a number of more digits than Python reads
-            raise RowError(f"{where}: the arguments of {body['name']!r} can't be parsed: {error}.") from error
+            raise RowError(
+                f"{where}: the arguments of {body['name']!r} can't be parsed: {error}."
+            ) from error
     if not isinstance(arguments, dict):
-        raise RowError(f"{where}: the arguments of {body['name']!r} are a {type(arguments).__name__}, not an object.")
-    extra = {key: value for key, value in call.items() if key not in ("function", "name", "arguments", "type")}
-    return {"type": call.get("type", "function"), **extra, "function": {"name": body["name"], "arguments": arguments}}
+        raise RowError(
+            f"{where}: the arguments of {body['name']!r} are a {type(arguments).__name__}, not an object."
+        )
+    extra = {
+        key: value
+        for key, value in call.items()
+        if key not in ("function", "name", "arguments", "type")
+    }
+    return {
+        "type": call.get("type", "function"),
+        **extra,
+        "function": {"name": body["name"], "arguments": arguments},
+    }
 
 
 def _loss_mask(value: Any, key: str, role: str, where: str) -> int | None:
-    """Whether a message is trained, from its `loss_mask`, or its `weight`, which is OpenAI's name for it."""
+    """Whether a message is trained, from its `loss_mask`, or its `weight`, which is OpenAI's name
+    for it.
+    """
     if isinstance(value, float) and math.isnan(value):  # pandas writes an absent integer so
         return None
     if value not in (0, 1):
@@ -265,13 +355,17 @@ def _tools(raw: Any, key: str, where: str) -> list[dict[str, Any]] | None:
         try:
             tools = json.loads(raw) if raw.strip() else None
         except json.JSONDecodeError as error:
-            raise RowError(f"{where}: {key!r} is text but not JSON: {error.msg} at character {error.pos}.") from error
+            raise RowError(
+                f"{where}: {key!r} is text but not JSON: {error.msg} at character {error.pos}."
+            ) from error
     else:
         tools = without_nulls(raw)
     if tools is None or tools == []:
         return None
     if not isinstance(tools, list):
-        raise RowError(f"{where}: {key!r} is a {type(tools).__name__}, not a list of function schemas.")
+        raise RowError(
+            f"{where}: {key!r} is a {type(tools).__name__}, not a list of function schemas."
+        )
     for i, tool in enumerate(tools):
         body = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(body, dict) or not isinstance(body.get("name"), str):

@@ -1,8 +1,10 @@
-"""Whether a render holds everything a row says: the assistant's words, thoughts and calls in what is trained, the rest around it.
+"""Whether a render holds everything a row says: the assistant's words, thoughts and calls in what
+is trained, the rest around it.
 
-[Note: calls] The arguments of a call stand in the trained text as JSON equal to the row's, or one by one (each key before
-its value) where the template was written for a form of its own, such as <parameter=city>Paris</parameter>. What Python
-prints for a dict, {'city': 'Paris'}, is neither: no parser of calls reads it.
+[Note: calls] The arguments of a call stand in the trained text as JSON equal to the row's, or one
+by one (each key before its value) where the template was written for a form of its own, such as
+<parameter=city>Paris</parameter>. What Python prints for a dict, {'city': 'Paris'}, is neither: no
+parser of calls reads it.
 """
 
 from __future__ import annotations
@@ -18,8 +20,20 @@ from retool.data.render.reasoning import FIELDS, field_of, segments, thoughts
 JSON = json.JSONDecoder()
 READS_ID = re.compile(r"""(?:\.|\[['"]|get\(['"])tool_call_id""")
 # Fields of a message that are checked, or that say nothing to a model.
-KNOWN_FIELDS = {"role", "content", "tool_calls", "loss_mask", "weight", "id", "tool_call_id", "refusal", *FIELDS}
-LONGEST_MARKUP = 40  # characters between an argument's key and its value: </arg_key>\n<arg_value> and the like
+KNOWN_FIELDS = {
+    "role",
+    "content",
+    "tool_calls",
+    "loss_mask",
+    "weight",
+    "id",
+    "tool_call_id",
+    "refusal",
+    *FIELDS,
+}
+LONGEST_MARKUP = (
+    40  # characters between an argument's key and its value: </arg_key>\n<arg_value> and the like
+)
 
 
 class TemplateFault(RowError):
@@ -32,7 +46,9 @@ def fault(conversation: Conversation, why: str, turn: int | None = None) -> Temp
 
 
 def check_said(conversation: Conversation, i: int, inside: str, trained: bool) -> None:
-    """Everything that message `i` says must be `inside` the turn; thoughts only where it is `trained`. Raises TemplateFault."""
+    """Everything that message `i` says must be `inside` the turn; thoughts only where it is
+    `trained`. Raises TemplateFault.
+    """
     message = conversation.messages[i]
     if trained:
         check_refusal(conversation, i, inside)
@@ -50,7 +66,9 @@ def check_said(conversation: Conversation, i: int, inside: str, trained: bool) -
             raise fault(conversation, why, i) from error
 
 
-def _check_calls(conversation: Conversation, i: int, calls: Sequence[Mapping[str, Any]], text: str) -> None:
+def _check_calls(
+    conversation: Conversation, i: int, calls: Sequence[Mapping[str, Any]], text: str
+) -> None:
     """Each of the calls must be in `text`, in order. Raises TemplateFault."""
     at = 0
     for k, call in enumerate(calls):
@@ -62,49 +80,76 @@ def _check_calls(conversation: Conversation, i: int, calls: Sequence[Mapping[str
 
 
 def check_refusal(conversation: Conversation, i: int, inside: str) -> None:
-    """What message `i` gives as a refusal (OpenAI's field beside a null content) must be `inside`, too. Raises RowError."""
+    """What message `i` gives as a refusal (OpenAI's field beside a null content) must be `inside`,
+    too. Raises RowError.
+    """
     refusal = conversation.messages[i].get("refusal")
     if isinstance(refusal, str) and refusal.strip() and refusal.strip() not in inside:
-        why = f"its refusal ({_quote(refusal)}) is a field that templates don't show: write it into the content."
+        why = (
+            f"its refusal ({_quote(refusal)}) is a field that templates don't show: write it into the "
+            "content."
+        )
         raise conversation.error(why, i)
 
 
 def check_results(conversation: Conversation, source: str) -> None:
-    """Results must come in the order of their calls where the template (`source`) doesn't show ids. Raises RowError."""
+    """Results must come in the order of their calls where the template (`source`) doesn't show ids.
+
+    Raises RowError.
+    """
     if READS_ID.search(source):
         return
     order: dict[str, int] = {}
     last = -1
     for i, message in enumerate(conversation.messages):
         if message["role"] == "assistant":
-            order = {call["id"]: k for k, call in enumerate(message.get("tool_calls", [])) if isinstance(call.get("id"), str)}
+            order = {
+                call["id"]: k
+                for k, call in enumerate(message.get("tool_calls", []))
+                if isinstance(call.get("id"), str)
+            }
             last = -1
         place = order.get(str(message.get("tool_call_id"))) if message["role"] == "tool" else None
         if place is None:
             continue
         if place < last:
-            why = "the results come in another order than their calls (tool_call_id), and the chat template shows none of these ids:"
+            why = (
+                "the results come in another order than their calls (tool_call_id), and the chat template "
+                "shows none of these ids:"
+            )
             raise conversation.error(f"{why} put the results in the order of the calls.", i)
         last = place
 
 
 def unread_fields(conversation: Conversation, source: str) -> Iterator[str]:
-    """role.field of each field that holds something and that neither we nor the template (`source`) read."""
+    """role.field of each field that holds something and that neither we nor the template (`source`)
+    read.
+    """
     for message in conversation.messages:
         for key, value in message.items():
-            if value and key not in KNOWN_FIELDS and not re.search(rf"\b{re.escape(key)}\b", source):
+            if (
+                value
+                and key not in KNOWN_FIELDS
+                and not re.search(rf"\b{re.escape(key)}\b", source)
+            ):
                 yield f"{message['role']}.{key}"
 
 
 def check_thought(conversation: Conversation, i: int, inside: str) -> None:
-    """Each thought of message `i` must be `inside` the turn. Raises TemplateFault that names its field."""
+    """Each thought of message `i` must be `inside` the turn.
+
+    Raises TemplateFault that names its field.
+    """
     for where, text in thoughts(conversation.messages[i]):
         if text.strip() in inside:
             continue
         field = "the thought in the content" if where == "content" else where
         raise fault(
             conversation,
-            f"the chat template doesn't show {field} ({_quote(text)}) in this turn, so the model would be trained to go without it",
+            (
+                f"the chat template doesn't show {field} ({_quote(text)}) in this turn, so the "
+                "model would be trained to go without it"
+            ),
             i,
         )
 
@@ -114,8 +159,12 @@ def shows_thoughts(message: Mapping[str, Any], inside: str) -> bool:
     return all(text.strip() in inside for _, text in thoughts(message))
 
 
-def check_tools(conversation: Conversation, opening: Sequence[Mapping[str, Any]], show: Callable[[Any], str]) -> None:
-    """Every tool must show in the first prompt, beyond what its messages (`opening`) say. Raises TemplateFault.
+def check_tools(
+    conversation: Conversation, opening: Sequence[Mapping[str, Any]], show: Callable[[Any], str]
+) -> None:
+    """Every tool must show in the first prompt, beyond what its messages (`opening`) say.
+
+    Raises TemplateFault.
 
     `show` is the prompt with these tools.
     """
@@ -132,22 +181,36 @@ def check_tools(conversation: Conversation, opening: Sequence[Mapping[str, Any]]
     for tool in conversation.tools:
         name = tool.get("function", tool)["name"]
         if with_tools.count(name) <= without_tools.count(name):
-            raise fault(conversation, f"the chat template doesn't render the tools ({name!r} isn't in the prompt)")
+            raise fault(
+                conversation,
+                f"the chat template doesn't render the tools ({name!r} isn't in the prompt)",
+            )
 
 
 def check_contexts(conversation: Conversation, text: str, messages: Collection[int]) -> None:
-    """What users, tools and the system say must be in the render as it is, or as JSON. Raises TemplateFault."""
+    """What users, tools and the system say must be in the render as it is, or as JSON.
+
+    Raises TemplateFault.
+    """
     for i in messages:
         said = conversation.messages[i]["content"].strip()
         if said and not any(form in text for form in _forms_of_text(said)):
-            raise fault(conversation, f"the chat template drops or changes the content ({_quote(said)}) of this message", i)
+            raise fault(
+                conversation,
+                f"the chat template drops or changes the content ({_quote(said)}) of this message",
+                i,
+            )
 
 
-# -- words ------------------------------------------------------------------------------------------------------------
+# -- words
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _without_words(conversation: Conversation, i: int, inside: str, trained: bool) -> str:
-    """`inside` without the words of message `i`: a call that they quote isn't a call. Raises TemplateFault."""
+    """`inside` without the words of message `i`: a call that they quote isn't a call.
+
+    Raises TemplateFault.
+    """
     message = conversation.messages[i]
     content = message["content"].strip()
     if field := field_of(message):
@@ -162,7 +225,11 @@ def _without_words(conversation: Conversation, i: int, inside: str, trained: boo
             inside = inside[:place] + inside[place + len(said) :]
             at = place
         elif trained or not is_thought:
-            raise fault(conversation, f"the chat template drops or changes the content ({_quote(said)}) of this turn", i)
+            raise fault(
+                conversation,
+                f"the chat template drops or changes the content ({_quote(said)}) of this turn",
+                i,
+            )
     return inside
 
 
@@ -176,7 +243,8 @@ def _forms_of_text(text: str) -> tuple[str, ...]:
     return text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
 
 
-# -- calls ------------------------------------------------------------------------------------------------------------
+# -- calls
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _end_of_call(text: str, at: int, name: str, arguments: Mapping[str, Any]) -> int | None:
@@ -193,7 +261,10 @@ def _end_of_call(text: str, at: int, name: str, arguments: Mapping[str, Any]) ->
 
 
 def _end_of_arguments(text: str, at: int, arguments: Mapping[str, Any]) -> int | None:
-    """Where arguments that are written one by one end: each key with its value close behind. A template may sort them."""
+    """Where arguments that are written one by one end: each key with its value close behind.
+
+    A template may sort them.
+    """
     ends = [_end_of_argument(text, at, key, value) for key, value in arguments.items()]
     found = [end for end in ends if end is not None]
     return max(found, default=at) if len(found) == len(ends) else None
@@ -215,8 +286,14 @@ def _end_of_value(text: str, at: int, value: Any) -> int | None:
     if isinstance(value, (dict, list)):
         place = _find_json(text, at, value)
         return place[1] if place and place[0] <= latest else None
-    forms = _forms_of_text(value.strip()) if isinstance(value, str) else (json.dumps(value), str(value))
-    ends = [begin + len(form) for form in forms if (begin := text.find(form, at, latest + len(form))) >= 0]
+    forms = (
+        _forms_of_text(value.strip()) if isinstance(value, str) else (json.dumps(value), str(value))
+    )
+    ends = [
+        begin + len(form)
+        for form in forms
+        if (begin := text.find(form, at, latest + len(form))) >= 0
+    ]
     return min(ends, default=None)
 
 
@@ -245,4 +322,7 @@ def _why_not_shown(text: str, name: str, k: int, calls: int) -> str:
     which = f"{name!r}, {k + 1} of {calls}," if calls > 1 else repr(name)
     if name not in text:
         return f"the chat template drops the tool call ({which} isn't in the render)"
-    return f"the chat template changes the tool call (the arguments of {which} stand there neither as JSON nor one by one)"
+    return (
+        f"the chat template changes the tool call (the arguments of {which} stand there neither as JSON "
+        "nor one by one)"
+    )

@@ -22,33 +22,49 @@ from retool.data.render.templates import chosen_template, end_of_hermes
 
 
 class ChatTemplate:
-    """The template named by `chat_template` (`hermes`, a file; None: the tokenizer's own), with arguments `kwargs`.
+    """The template named by `chat_template` (`hermes`, a file; None: the tokenizer's own), with
+    arguments `kwargs`.
 
-    `source` is its text where it isn't the tokenizer's own, `ends` the tokens that end a turn, `header` what it writes before
-    an answer if it has no generation prompt. Raises ValueError where there is no template, or no end-of-turn token.
+    `source` is its text where it isn't the tokenizer's own, `ends` the tokens that end a turn,
+    `header` what it writes before an answer if it has no generation prompt. Raises ValueError where
+    there is no template, or no end-of-turn token.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None, kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tokenizer: Any, chat_template: str | None, kwargs: Mapping[str, Any]
+    ) -> None:
         self.tokenizer = tokenizer
         self.kwargs = kwargs
-        self.source: str | None = chosen_template(chat_template, tokenizer) if chat_template is not None else None
+        self.source: str | None = (
+            chosen_template(chat_template, tokenizer) if chat_template is not None else None
+        )
         if self.source is None and not tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template: choose one with data.chat_template=hermes, or a file.")
+            raise ValueError(
+                "the tokenizer has no chat template: choose one with data.chat_template=hermes, or a file."
+            )
         for source in own_sources(tokenizer) if self.source is None else [self.source]:
             check_source(source)
         try:
             self._look(chat_template)
         except OutOfBounds as error:
-            raise ValueError(f"the chat template was stopped: {error}. {self._another(chat_template)}") from error
+            raise ValueError(
+                f"the chat template was stopped: {error}. {self._another(chat_template)}"
+            ) from error
 
     def _look(self, chat_template: str | None) -> None:
         """Learn from probes how the template ends a turn, begins an answer and writes a call."""
         tokenizer = self.tokenizer
-        added = frozenset(token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip())
+        added = frozenset(
+            token.content
+            for token in tokenizer.added_tokens_decoder.values()
+            if token.content.strip()
+        )
         try:
             ends = find_ends(self._show_probe, added, tokenizer.eos_token)
         except ValueError as error:
-            raise ValueError(f"{str(error).removesuffix('.')}. {self._another(chat_template)}") from error
+            raise ValueError(
+                f"{str(error).removesuffix('.')}. {self._another(chat_template)}"
+            ) from error
         self.header = find_header(self._show_probe)
         self._form, self.ends = find_call_form(self._show_probe, ends)
 
@@ -59,8 +75,15 @@ class ChatTemplate:
         enable_thinking: bool | None,
         generation_prompt: bool,
     ) -> str:
-        """The template's own text. Raises ValueError with what the template (or Jinja) complains of."""
-        kwargs = self.kwargs if enable_thinking is None else {**self.kwargs, "enable_thinking": enable_thinking}
+        """The template's own text.
+
+        Raises ValueError with what the template (or Jinja) complains of.
+        """
+        kwargs = (
+            self.kwargs
+            if enable_thinking is None
+            else {**self.kwargs, "enable_thinking": enable_thinking}
+        )
         try:
             return self._show(messages, tools, kwargs, generation_prompt, self._form)
         except OutOfBounds as error:
@@ -94,7 +117,13 @@ class ChatTemplate:
             raise ValueError(f"the chat template refuses it: {error}") from error
         return valid_text(text)
 
-    def _show_probe(self, messages: Sequence[Mapping[str, Any]], generation_prompt: bool, with_tool: bool, form: CallForm) -> str:
+    def _show_probe(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        generation_prompt: bool,
+        with_tool: bool,
+        form: CallForm,
+    ) -> str:
         """A small conversation of ours; with a tool too where the template is made for tools alone."""
         if not with_tool:
             with suppress(ValueError):
@@ -104,7 +133,10 @@ class ChatTemplate:
     def _another(self, chat_template: str | None) -> str:
         if chat_template != "hermes" and end_of_hermes(self.tokenizer) is not None:
             return "Use another one: data.chat_template=hermes fits this tokenizer, or give a file."
-        return "Add a token to this tokenizer that ends a turn, and use a template that writes it (data.chat_template: a file)."
+        return (
+            "Add a token to this tokenizer that ends a turn, and use a template that writes it "
+            "(data.chat_template: a file)."
+        )
 
 
 def own_sources(tokenizer: Any) -> list[str]:
@@ -116,5 +148,7 @@ def own_sources(tokenizer: Any) -> list[str]:
 def valid_text(text: str) -> str:
     """The text. Raises ValueError where it isn't Unicode."""
     if SURROGATE.search(text):
-        raise ValueError("the text isn't valid Unicode (bytes that aren't UTF-8, or half of a surrogate pair).")
+        raise ValueError(
+            "the text isn't valid Unicode (bytes that aren't UTF-8, or half of a surrogate pair)."
+        )
     return text

@@ -1,6 +1,8 @@
-"""The date that a chat template asks for (`strftime_now`), fixed for a whole run: the tokens of a run's rows must not change overnight.
+"""The date that a chat template asks for (`strftime_now`), fixed for a whole run: the tokens of a
+run's rows must not change overnight.
 
-transformers gives templates the clock. A macro of the same name at a template's beginning takes its place there.
+transformers gives templates the clock. A macro of the same name at a template's beginning takes its
+place there.
 """
 
 from __future__ import annotations
@@ -29,16 +31,20 @@ def asks_for_date(template: str | Mapping[str, str] | None) -> bool:
 
 
 def with_date(template: Any, day: str) -> Any:
-    """The template, or each of several by name, with `day` (YYYY-MM-DD, at midnight) in place of the clock."""
+    """The template, or each of several by name, with `day` (YYYY-MM-DD, at midnight) in place of
+    the clock.
+    """
     if isinstance(template, Mapping):
         return {name: with_date(text, day) for name, text in template.items()}
     return _macro(date.fromisoformat(day)) + template if asks_for_date(template) else template
 
 
 def fix_date(tokenizer: Any, chat_template: str | None, day: str) -> str | None:
-    """Make a tokenizer's chat template (or `chat_template`, as `data.chat_template` names it) show `day` where it asks for the date.
+    """Make a tokenizer's chat template (or `chat_template`, as `data.chat_template` names it) show
+    `day` where it asks for the date.
 
-    Returns what to give `Renderer` as its template. Where none asks for the date, nothing is changed.
+    Returns what to give `Renderer` as its template. Where none asks for the date, nothing is
+    changed.
     """
     template = tokenizer.chat_template if chat_template is None else read_template(chat_template)
     if not asks_for_date(template):
@@ -53,11 +59,13 @@ def shows_date(renderer: Renderer) -> bool:
 
 
 def _macro(day: date) -> str:
-    """`strftime_now(format)` in Jinja: each directive of the format replaced by what it says of `day`. It shows nothing by itself, and
-    leaves the text after it as it is (`+%}`)."""
+    """`strftime_now(format)` in Jinja: each directive of the format replaced by what it says of
+    `day`. It shows nothing by itself, and leaves the text after it as it is (`+%}`).
+    """
     midnight = datetime(day.year, day.month, day.day, tzinfo=timezone.utc)
     codes = [f"%-{letter}" for letter in PADDED] + [f"%{letter}" for letter in DIRECTIVES]
     replaced = "".join(f".replace({code!r}, {midnight.strftime(code)!r})" for code in codes)
-    # A doubled percent sign is a plain one: out of the way first, so that what follows it isn't taken for a directive.
+    # A doubled percent sign is a plain one: out of the way first, so that what follows it isn't
+    # taken for a directive.
     shown = f"format.replace('%%', '\\x00'){replaced}.replace('\\x00', '%')"
     return f"{{%- macro {ASKED}(format) -%}}{{{{- {shown} -}}}}{{%- endmacro +%}}"

@@ -1,10 +1,11 @@
 """From pieces of a render to token ids: the one place where text that a model is fed is tokenised.
 
-[Note: anchors] Some tokenizers take the beginning of whatever text they are given for that of a word, and put a space
-there: SentencePiece's do, some after every special token too. A piece isn't the beginning of a text, so a few
-characters are tokenised before it, and their tokens dropped again: its *anchor*. What follows a turn is anchored by the
-end-of-turn token, as it stands in one pass over a prompt. A turn itself follows the generation prompt, and is anchored
-by whatever lets its tokens decode to the very text of the turn; no space may be trained that nobody wrote.
+[Note: anchors] Some tokenizers take the beginning of whatever text they are given for that of a
+word, and put a space there: SentencePiece's do, some after every special token too. A piece isn't
+the beginning of a text, so a few characters are tokenised before it, and their tokens dropped
+again: its *anchor*. What follows a turn is anchored by the end-of-turn token, as it stands in one
+pass over a prompt. A turn itself follows the generation prompt, and is anchored by whatever lets
+its tokens decode to the very text of the turn; no space may be trained that nobody wrote.
 """
 
 from __future__ import annotations
@@ -22,11 +23,17 @@ from retool.data.render.turns import Piece
 
 TEXT_ANCHORS = ("\n", ".", ";")  # no letters: a word could go on in what follows
 PROBES = ("a", " a", "a b", "\na", "Hello", "12", "<a>")
-WAY_OUT = "Use a tokenizer that gives text back as it was: byte-level BPE, or SentencePiece that neither lower-cases nor drops characters."
+WAY_OUT = (
+    "Use a tokenizer that gives text back as it was: byte-level BPE, or SentencePiece that neither "
+    "lower-cases nor drops characters."
+)
 
 
 class Encoder:
-    """Tokenises pieces with a tokenizer, of whose end-of-turn tokens one is `end`. Can be pickled."""
+    """Tokenises pieces with a tokenizer, of whose end-of-turn tokens one is `end`.
+
+    Can be pickled.
+    """
 
     def __init__(self, tokenizer: Any, end: str, controls: Controls) -> None:
         self.tokenizer = tokenizer
@@ -34,7 +41,9 @@ class Encoder:
         self.controls = controls
 
     def encode(self, pieces: Sequence[Piece], begins: bool = True) -> list[list[int]]:
-        """Token ids of consecutive pieces of a text, each tokenised by itself; only the first begins it, if `begins`."""
+        """Token ids of consecutive pieces of a text, each tokenised by itself; only the first
+        begins it, if `begins`.
+        """
         if not pieces:
             return []
         anchors = [self._anchor(piece) for piece in pieces]
@@ -54,10 +63,16 @@ class Encoder:
         if not anchor:
             return ids
         found = self._without_anchor(ids, anchor)
-        return found if found is not None else [token for token, _ in self._stretch(piece.text, anchor)]
+        return (
+            found
+            if found is not None
+            else [token for token, _ in self._stretch(piece.text, anchor)]
+        )
 
     def offsets(self, piece: Piece, begins: bool = False) -> list[Span]:
-        """(start, end) characters of each token of a piece, to show them; one stretch where the tokenizer can't tell."""
+        """(start, end) characters of each token of a piece, to show them; one stretch where the
+        tokenizer can't tell.
+        """
         if not self.tokenizer.is_fast:
             return [(0, len(piece.text))]
         anchor = "" if begins else self._anchor(piece)
@@ -87,10 +102,13 @@ class Encoder:
             else token_offsets(self.tokenizer, text)
         )
 
-    # -- giving back --------------------------------------------------------------------------------------------------
+    # -- giving back
+    # --------------------------------------------------------------------------------------------------
 
     def said(self, ids: Sequence[int]) -> str:
-        """The text of tokens that stand amid others: where a text begins, a decoder may take off a space."""
+        """The text of tokens that stand amid others: where a text begins, a decoder may take off a
+        space.
+        """
         before = decode_ids(self.tokenizer, self._some_text)
         whole = decode_ids(self.tokenizer, [*self._some_text, *ids])
         return whole[len(before) :] if whole.startswith(before) else decode_ids(self.tokenizer, ids)
@@ -105,7 +123,9 @@ class Encoder:
         return encode_text(self.tokenizer, "a")
 
     def check(self, piece: Piece, ids: Sequence[int]) -> None:
-        """The tokens of a piece must decode to its text (Unicode's compatibility forms may be unified); else ValueError."""
+        """The tokens of a piece must decode to its text (Unicode's compatibility forms may be
+        unified); else ValueError.
+        """
         said = self.said(ids)
         if said == piece.text or _unified(said) == _unified(piece.text):
             return
@@ -115,10 +135,12 @@ class Encoder:
         )
         where = f"message {piece.turn}: " if piece.turn is not None else ""
         raise ValueError(
-            f"{where}the tokenizer doesn't give the text back: {piece.text[at : at + 30]!r} has become {said[at : at + 30]!r}. {WAY_OUT}"
+            f"{where}the tokenizer doesn't give the text back: {piece.text[at : at + 30]!r} has become "
+            f"{said[at : at + 30]!r}. {WAY_OUT}"
         )
 
-    # -- anchors ------------------------------------------------------------------------------------------------------
+    # -- anchors
+    # ------------------------------------------------------------------------------------------------------
 
     def _anchor(self, piece: Piece) -> str:
         return self._in_text if piece.turn is not None else self._after_end
@@ -126,7 +148,9 @@ class Encoder:
     @cached_property
     def _after_end(self) -> str:
         """What to put before text that follows an end of turn."""
-        plain, anchored = self.tokenizer(["a", self.end + "a"], add_special_tokens=False)["input_ids"]
+        plain, anchored = self.tokenizer(["a", self.end + "a"], add_special_tokens=False)[
+            "input_ids"
+        ]
         return self.end if plain != anchored[1:] else ""
 
     @cached_property
@@ -136,31 +160,45 @@ class Encoder:
         return max(choices, key=self._given_back)
 
     def _given_back(self, anchor: str) -> int:
-        ids = [self._without_anchor(encode_text(self.tokenizer, anchor + probe), anchor) for probe in PROBES]
-        return sum(part is not None and self.said(part) == probe for part, probe in zip(ids, PROBES, strict=True))
+        ids = [
+            self._without_anchor(encode_text(self.tokenizer, anchor + probe), anchor)
+            for probe in PROBES
+        ]
+        return sum(
+            part is not None and self.said(part) == probe
+            for part, probe in zip(ids, PROBES, strict=True)
+        )
 
     @cached_property
     def _anchor_ids(self) -> dict[str, list[int]]:
-        return {anchor: encode_text(self.tokenizer, anchor) for anchor in ("", self.end, *TEXT_ANCHORS)}
+        return {
+            anchor: encode_text(self.tokenizer, anchor) for anchor in ("", self.end, *TEXT_ANCHORS)
+        }
 
     def _without_anchor(self, ids: list[int], anchor: str) -> list[int] | None:
         """The tokens after those of the anchor; None where it has merged with what follows."""
         before = self._anchor_ids[anchor]
         return ids[len(before) :] if ids[: len(before)] == before else None
 
-    # -- text that isn't what the tokenizer takes it for ---------------------------------------------------------------
+    # -- text that isn't what the tokenizer takes it for
+    # ---------------------------------------------------------------
 
     def _stretch(self, text: str, anchor: str, backend: Any = None) -> list[tuple[int, Span]]:
-        """(token, characters) of a stretch of text behind its anchor, or behind another where that merges with it."""
+        """(token, characters) of a stretch of text behind its anchor, or behind another where that
+        merges with it.
+        """
         for choice in dict.fromkeys((anchor, *(TEXT_ANCHORS if anchor else ()))):
             ids, spans = self._raw(choice + text, backend)
             before = self._raw(choice, backend)[0]
             if ids[: len(before)] == before:
                 n = len(choice)
-                moved = [(max(start - n, 0), max(end - n, 0)) for start, end in spans[len(before) :]]
+                moved = [
+                    (max(start - n, 0), max(end - n, 0)) for start, end in spans[len(before) :]
+                ]
                 return list(zip(ids[len(before) :], moved, strict=True))
         raise ValueError(
-            f"no character can stand before {text[:30]!r} without merging with it in this tokenizer. {WAY_OUT}"
+            f"no character can stand before {text[:30]!r} without merging with it in this tokenizer. "
+            f"{WAY_OUT}"
         )
 
     def _raw(self, text: str, backend: Any) -> tuple[list[int], list[Span]]:
@@ -168,27 +206,38 @@ class Encoder:
             found = backend.encode(text, add_special_tokens=False)
             return found.ids, found.offsets
         ids = encode_text(self.tokenizer, text)
-        return ids, token_offsets(self.tokenizer, text) if self.tokenizer.is_fast else [(0, len(text))] * len(ids)
+        return ids, token_offsets(self.tokenizer, text) if self.tokenizer.is_fast else [
+            (0, len(text))
+        ] * len(ids)
 
     def _tokens(self, piece: Piece, anchor: str) -> Iterator[tuple[int, Span]]:
         """(token, characters) of a piece in which control tokens are quoted.
 
-        Where the template wrote a control token, the tokenizer begins anew; so each stretch of text between two of them
-        is tokenised by itself, as letters where something in it is quoted.
+        Where the template wrote a control token, the tokenizer begins anew; so each stretch of text
+        between two of them is tokenised by itself, as letters where something in it is quoted.
         """
         for start, end in self._cut(piece):
             quoted = [(a - start, b - start) for a, b in piece.quoted if start <= a < end]
             text = piece.text[start:end]
             here = anchor if start == 0 else self._in_text
-            found = self._letters(text, quoted, here) if quoted else self._stretch(text, "" if start else anchor)
+            found = (
+                self._letters(text, quoted, here)
+                if quoted
+                else self._stretch(text, "" if start else anchor)
+            )
             yield from ((token, (start + a, start + b)) for token, (a, b) in found)
 
     def _cut(self, piece: Piece) -> list[Span]:
-        """The stretches of a piece: around what is quoted, up to the control tokens that aren't, and between these."""
+        """The stretches of a piece: around what is quoted, up to the control tokens that aren't,
+        and between these.
+        """
         text = piece.text
         for start, end in piece.quoted:
             text = text[:start] + "\0" * (end - start) + text[end:]
-        live = [self._with_space(found.group(), found.span(), text) for found in self.controls.pattern.finditer(text)]
+        live = [
+            self._with_space(found.group(), found.span(), text)
+            for found in self.controls.pattern.finditer(text)
+        ]
         edges = {0, len(text)}
         for start, end in piece.quoted:
             edges.add(max((b for _, b in live if b <= start), default=0))
@@ -219,19 +268,32 @@ class Encoder:
                 return found
         # A tokenizer that can't leave them unread: it reads the two halves of each.
         cuts = [0, *((start + end) // 2 for start, end in quoted), len(text)]
-        parts = [(a, self._stretch(text[a:b], self._in_text if a else anchor)) for a, b in pairwise(cuts) if a < b]
-        halves = [(token, (a + start, a + end)) for a, part in parts for token, (start, end) in part]
+        parts = [
+            (a, self._stretch(text[a:b], self._in_text if a else anchor))
+            for a, b in pairwise(cuts)
+            if a < b
+        ]
+        halves = [
+            (token, (a + start, a + end)) for a, part in parts for token, (start, end) in part
+        ]
         if not self._is_spelt(halves):
-            raise ValueError(f"this tokenizer can't write {text[slice(*quoted[0])]!r} as text: take it out.")
+            raise ValueError(
+                f"this tokenizer can't write {text[slice(*quoted[0])]!r} as text: take it out."
+            )
         return halves
 
     def _is_spelt(self, found: Sequence[tuple[int, Span]]) -> bool:
-        """Whether no control token is among these. (A vocabulary may hold the text of one as a word.)"""
+        """Whether no control token is among these.
+
+        (A vocabulary may hold the text of one as a word.)
+        """
         return self._control_ids.isdisjoint(token for token, _ in found)
 
     @cached_property
     def _spelling(self) -> Any:
-        """A copy of the tokenizer's backend that reads no control token; None where there is no backend that does it all."""
+        """A copy of the tokenizer's backend that reads no control token; None where there is no
+        backend that does it all.
+        """
         from tokenizers import AddedToken
 
         backend = plain_backend(self.tokenizer)
@@ -240,7 +302,9 @@ class Encoder:
         spelling = copy.deepcopy(backend)
         added = {token.content: token for token in self.tokenizer.added_tokens_decoder.values()}
         words = [token for token in self.controls.tokens if not added[token].special]
-        spelling.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in words])
+        spelling.add_special_tokens(
+            [AddedToken(token, special=True, normalized=False) for token in words]
+        )
         spelling.encode_special_tokens = True
         return spelling
 
@@ -250,7 +314,9 @@ class Encoder:
         backend = plain_backend(self.tokenizer)
         unknown = {self.tokenizer.unk_token, getattr(backend and backend.model, "unk_token", None)}
         return frozenset(
-            int(self.tokenizer.convert_tokens_to_ids(token)) for token in self.controls.tokens if token not in unknown
+            int(self.tokenizer.convert_tokens_to_ids(token))
+            for token in self.controls.tokens
+            if token not in unknown
         )
 
 

@@ -1,4 +1,6 @@
-"""What stands between a sampled turn and the next: the end of the turn where it lacks one, messages, a generation prompt."""
+"""What stands between a sampled turn and the next: the end of the turn where it lacks one,
+messages, a generation prompt.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ Text = Callable[[Sequence[Message], Sequence[Message] | None, bool | None, bool]
 
 @dataclass(frozen=True)
 class Setting:
-    """How a glue is rendered: the tools of the conversation, and what the template and the sampler are told.
+    """How a glue is rendered: the tools of the conversation, and what the template and the sampler
+    are told.
 
     `ended`: the turn before it has its end-of-turn token, so the glue begins after that.
     """
@@ -33,8 +36,9 @@ class Setting:
 class Glue:
     """Makes the glue after assistant turns that end with one of `ends`.
 
-    `text` renders messages with (tools, enable_thinking, generation prompt). `framed`: the template shows contents of tool and
-    user messages as they are, whatever came before, so a glue is made once for each sequence of roles and then filled in.
+    `text` renders messages with (tools, enable_thinking, generation prompt). `framed`: the template
+    shows contents of tool and user messages as they are, whatever came before, so a glue is made
+    once for each sequence of roles and then filled in.
     """
 
     text: Text
@@ -43,10 +47,19 @@ class Glue:
     framed: bool
     frames: dict[Any, list[str]] = field(default_factory=dict)
 
-    def piece(self, messages: Sequence[Message], responses: Sequence[Message], setting: Setting) -> Piece:
-        """The glue between the last of `messages`, an assistant's turn, and the next, with `responses` in it."""
-        if self.framed and all(r["role"] in ("tool", "user") and type(r.get("content")) is str for r in responses):
-            return self._filled(self._frame(tuple(r["role"] for r in responses), setting), [r["content"] for r in responses])
+    def piece(
+        self, messages: Sequence[Message], responses: Sequence[Message], setting: Setting
+    ) -> Piece:
+        """The glue between the last of `messages`, an assistant's turn, and the next, with
+        `responses` in it.
+        """
+        if self.framed and all(
+            r["role"] in ("tool", "user") and type(r.get("content")) is str for r in responses
+        ):
+            return self._filled(
+                self._frame(tuple(r["role"] for r in responses), setting),
+                [r["content"] for r in responses],
+            )
         if self.controls.quoted_in([*messages[:-1], *responses], setting.tools):
             return self._masked(messages, responses, setting)
         return Piece(self._whole(messages, responses, setting))
@@ -56,7 +69,9 @@ class Glue:
         text = frame[0]
         quoted: list[tuple[int, int]] = []
         for content, after in zip(contents, frame[1:], strict=True):
-            quoted += [(len(text) + start, len(text) + end) for start, end in self.controls.spans(content)]
+            quoted += [
+                (len(text) + start, len(text) + end) for start, end in self.controls.spans(content)
+            ]
             text += content + after
         return Piece(valid_text(text), quoted=tuple(quoted))
 
@@ -69,26 +84,38 @@ class Glue:
             self.frames[key] = self._whole([{"role": "assistant"}], holes, bare).split(HOLE)
         return self.frames[key]
 
-    def _masked(self, messages: Sequence[Message], responses: Sequence[Message], setting: Setting) -> Piece:
+    def _masked(
+        self, messages: Sequence[Message], responses: Sequence[Message], setting: Setting
+    ) -> Piece:
         """The glue where something holds the text of a control token."""
         plain = self._whole(messages, responses, setting)
         for masks in self.controls.masks([*messages, *responses], setting.tools):
-            before, after = self.controls.hide(messages, masks), self.controls.hide(responses, masks)
+            before = self.controls.hide(messages, masks)
+            after = self.controls.hide(responses, masks)
             tools = self.controls.hide_tools(setting.tools, masks)
-            hidden = Setting(tools, setting.enable_thinking, setting.ended, setting.generation_prompt)
+            hidden = Setting(
+                tools, setting.enable_thinking, setting.ended, setting.generation_prompt
+            )
             with suppress(ValueError):
                 masked = self._whole(before, after, hidden)
                 text, quoted = masks.show(masked)
                 if text == plain:
                     return Piece(text, quoted=quoted)
                 if self.controls.pattern.findall(masked) == self.controls.pattern.findall(plain):
-                    return Piece(plain)  # the template shows what it was told of them in another way, and not as tokens
-        raise ValueError("the chat template shows a message that holds a control token unlike others: use data.chat_template=hermes.")
+                    # The template shows what it was told of them in another way, and not as tokens
+                    return Piece(plain)
+        raise ValueError(
+            "the chat template shows a message that holds a control token unlike others: use "
+            "data.chat_template=hermes."
+        )
 
-    def _whole(self, messages: Sequence[Message], responses: Sequence[Message], setting: Setting) -> str:
+    def _whole(
+        self, messages: Sequence[Message], responses: Sequence[Message], setting: Setting
+    ) -> str:
         """The text of the glue, from a render of everything."""
         placeholder = PLACEHOLDER
-        while any(placeholder in str(message) for message in (*messages, *responses)):  # a tool may print anything
+        # A tool may print anything
+        while any(placeholder in str(message) for message in (*messages, *responses)):
             placeholder += "X"
         stand_in = {"role": "assistant", "content": placeholder}
         shown = [*messages[:-1], stand_in, *responses]
@@ -97,5 +124,7 @@ class Glue:
         end = next((token for token in self.ends if glue.lstrip().startswith(token)), None)
         if end is None:
             known = " or ".join(self.ends)
-            raise ValueError(f"the chat template follows an assistant turn with {glue[:30]!r}, not with {known}.")
+            raise ValueError(
+                f"the chat template follows an assistant turn with {glue[:30]!r}, not with {known}."
+            )
         return glue[glue.index(end) + (len(end) if setting.ended else 0) :]

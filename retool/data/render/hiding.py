@@ -18,9 +18,12 @@ Shown = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | Non
 
 
 def cut_hidden(
-    conversation: Conversation, controls: Controls, cut_up: Callable[[Conversation], list[list[Piece]]]
+    conversation: Conversation,
+    controls: Controls,
+    cut_up: Callable[[Conversation], list[list[Piece]]],
 ) -> list[list[Piece]]:
-    """The pieces that `cut_up` makes; it gets the conversation with quoted control tokens hidden, and their places are noted.
+    """The pieces that `cut_up` makes; it gets the conversation with quoted control tokens hidden,
+    and their places are noted.
 
     Raises TemplateFault where the template shows them unlike other text.
     """
@@ -40,8 +43,15 @@ def cut_hidden(
         except UnplacedError:
             continue
         return [[_placed(piece, masks) for piece in pieces] for pieces in found]
-    token = next(token for token in controls.tokens if token in json.dumps([messages, tools], ensure_ascii=False))
-    why = f"the chat template shows a text that holds {token!r} unlike other texts, so it can't be told where it stands"
+    token = next(
+        token
+        for token in controls.tokens
+        if token in json.dumps([messages, tools], ensure_ascii=False)
+    )
+    why = (
+        f"the chat template shows a text that holds {token!r} unlike other texts, so it can't be told "
+        "where it stands"
+    )
     raise fault(conversation, why)
 
 
@@ -51,9 +61,15 @@ def _placed(piece: Piece, masks: Masks) -> Piece:
 
 
 def hidden_text(
-    masks: Masks, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, show: Shown
+    masks: Masks,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    show: Shown,
 ) -> str:
-    """What `show` gives for messages with control tokens hidden. Raises UnplacedError where that is another text."""
+    """What `show` gives for messages with control tokens hidden.
+
+    Raises UnplacedError where that is another text.
+    """
     plain = show(masks.plain(list(messages)), masks.plain(tools))
     try:
         hidden = show(messages, tools)
@@ -65,7 +81,10 @@ def hidden_text(
 
 
 def structure_of(text: Callable[..., str], ends: EndOfTurn) -> str:
-    """What a template writes around the messages of others, and first of all before an answer. `text` renders."""
+    """What a template writes around the messages of others, and first of all before an answer.
+
+    `text` renders.
+    """
     user = {"role": "user", "content": HOLE}
     assistant = {"role": "assistant", "content": PLACEHOLDER}
     found: list[str] = []
@@ -75,5 +94,7 @@ def structure_of(text: Callable[..., str], ends: EndOfTurn) -> str:
         found += any_of(ends.added).findall(opening)[:1]
     for role in ("user", "tool"):
         with suppress(ValueError):
-            found.append(text([user, assistant, {"role": role, "content": HOLE}]).rpartition(PLACEHOLDER)[2])
+            found.append(
+                text([user, assistant, {"role": role, "content": HOLE}]).rpartition(PLACEHOLDER)[2]
+            )
     return "\n".join(found)

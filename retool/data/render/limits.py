@@ -1,4 +1,6 @@
-"""Bounds on a program that a model's maker wrote: a chat template may loop without end, or make more text than there is memory for."""
+"""Bounds on a program that a model's maker wrote: a chat template may loop without end, or make
+more text than there is memory for.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from typing import TypeVar
 import jinja2
 
 T = TypeVar("T")
-MOST_SECONDS = 10.0  # of this thread's processor time: the longest conversations take a few tenths of one
+MOST_SECONDS = (
+    10.0  # of this thread's processor time: the longest conversations take a few tenths of one
+)
 MOST_BYTES = 4 << 30  # more than there were before
 TICK_S = 0.5  # of the process's processor time between two looks at the clock
 LONGEST_TEMPLATE = 4 << 20  # bytes; the longest known has 30 KB
@@ -26,20 +30,27 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class OutOfBounds(Exception):
-    """A template was stopped; the message says at which bound. No ValueError: another try with other messages won't help."""
+    """A template was stopped; the message says at which bound.
+
+    No ValueError: another try with other messages won't help.
+    """
 
 
 class Bounds:
-    """Whether bounds are set already: inner ones cost next to nothing then, and a row of many renderings pays for one."""
+    """Whether bounds are set already: inner ones cost next to nothing then, and a row of many
+    renderings pays for one.
+    """
 
     set = False
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Raise OutOfBounds where the body computes for longer than MOST_SECONDS, MemoryError where it allocates more than MOST_BYTES.
+    """Raise OutOfBounds where the body computes for longer than MOST_SECONDS, MemoryError where it
+    allocates more than MOST_BYTES.
 
-    Costs some ten microseconds. Python gives signals to its main thread only, so in others the body isn't bounded.
+    Costs some ten microseconds. Python gives signals to its main thread only, so in others the body
+    isn't bounded.
     """
     if Bounds.set or threading.current_thread() is not threading.main_thread():
         yield
@@ -51,11 +62,15 @@ def bounded() -> Iterator[None]:
         if time.thread_time() - began > MOST_SECONDS:
             raise OutOfBounds(f"it computes for more than {MOST_SECONDS:g} seconds")
 
-    # A clock of the process's own work: SIGALRM belongs to others, and a busy machine is no fault of the template.
+    # A clock of the process's own work: SIGALRM belongs to others, and a busy machine is no fault
+    # of the template.
     before = signal.signal(signal.SIGVTALRM, look_at_clock)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     try:
-        resource.setrlimit(resource.RLIMIT_DATA, (_at_most(_private_bytes(int(began)) + MOST_BYTES, soft, hard), hard))
+        resource.setrlimit(
+            resource.RLIMIT_DATA,
+            (_at_most(_private_bytes(int(began)) + MOST_BYTES, soft, hard), hard),
+        )
         signal.setitimer(signal.ITIMER_VIRTUAL, min(TICK_S, MOST_SECONDS), TICK_S)
         Bounds.set = True
         yield
@@ -88,13 +103,26 @@ def _private_bytes(second: int) -> int:
 
 
 def check_source(template: str) -> None:
-    """ValueError for a template that no bound could stop: one that is huge, or takes powers (one instruction may last for days)."""
+    """ValueError for a template that no bound could stop: one that is huge, or takes powers (one
+    instruction may last for days).
+    """
     if len(template) > LONGEST_TEMPLATE:
-        raise ValueError(f"the chat template has {len(template):,} characters: that is no template. Give another (data.chat_template).")
+        raise ValueError(
+            f"the chat template has {len(template):,} characters: that is no template. Give another "
+            "(data.chat_template)."
+        )
     try:
-        tokens = [value for _, kind, value in jinja2.Environment().lex(template) if kind not in ("whitespace", "data")]
+        tokens = [
+            value
+            for _, kind, value in jinja2.Environment().lex(template)
+            if kind not in ("whitespace", "data")
+        ]
     except jinja2.TemplateError:
         return  # it is told with its line where it is compiled
     for before, value in pairwise(tokens):
-        if value == "**" and not re.fullmatch(r"[(,]", before):  # after these it spreads a mapping over arguments
-            raise ValueError("the chat template takes powers (**), which may compute without end. Give another (data.chat_template).")
+        # After these it spreads a mapping over arguments
+        if value == "**" and not re.fullmatch(r"[(,]", before):
+            raise ValueError(
+                "the chat template takes powers (**), which may compute without end. Give another "
+                "(data.chat_template)."
+            )

@@ -1,4 +1,6 @@
-"""What a chat template does, found by rendering small conversations with it: how turns end, and how it wants calls given."""
+"""What a chat template does, found by rendering small conversations with it: how turns end, and how
+it wants calls given.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ TOOL = {
         "description": "Looks it up.",
         "parameters": {
             "type": "object",
-            "properties": {"place": {"type": "string", "description": "Where."}, "days": {"type": "integer", "description": "When."}},
+            "properties": {
+                "place": {"type": "string", "description": "Where."},
+                "days": {"type": "integer", "description": "When."},
+            },
             "required": ["place", "days"],
         },
     },
@@ -26,23 +31,34 @@ TOOL = {
 
 
 class CallForm(NamedTuple):
-    """How a template wants a message with calls: arguments as JSON text or as a dict, absent words as null or as ""."""
+    """How a template wants a message with calls: arguments as JSON text or as a dict, absent words
+    as null or as "".
+    """
 
     arguments_as_text: bool = False
     no_words_as_null: bool = False
 
 
 # The first form is transformers', the last OpenAI's.
-FORMS = (CallForm(), CallForm(no_words_as_null=True), CallForm(arguments_as_text=True), CallForm(True, True))
+FORMS = (
+    CallForm(),
+    CallForm(no_words_as_null=True),
+    CallForm(arguments_as_text=True),
+    CallForm(True, True),
+)
 # (messages, with generation prompt, with a tool, form) -> text
 Show = Callable[[Sequence[Mapping[str, Any]], bool, bool, CallForm], str]
 
 
 def shown_message(message: Mapping[str, Any], form: CallForm) -> dict[str, Any]:
-    """The message as the template gets it: without our own keys, its thought under every name that templates read."""
+    """The message as the template gets it: without our own keys, its thought under every name that
+    templates read.
+    """
     calls = message.get("tool_calls")
     given = _without_blank_words(message) if calls and form.no_words_as_null else message
-    shown = {key: value for key, value in given.items() if key not in ("loss_mask", "weight", *FIELDS)}
+    shown = {
+        key: value for key, value in given.items() if key not in ("loss_mask", "weight", *FIELDS)
+    }
     if field := field_of(given):
         shown |= dict.fromkeys(FIELDS, field[1])
     if calls and form.arguments_as_text:
@@ -51,11 +67,19 @@ def shown_message(message: Mapping[str, Any], form: CallForm) -> dict[str, Any]:
 
 
 def _without_blank_words(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with null for a content that says nothing aloud; what it thinks moves to the field, as servers give it back."""
+    """The message with null for a content that says nothing aloud; what it thinks moves to the
+    field, as servers give it back.
+    """
     if without_thoughts(message)["content"].strip():
         return message
     thought = "\n\n".join(text.strip() for _, text in thoughts(message))
-    return {**message, "content": None, "reasoning_content": thought, "reasoning": None, "thinking": None}
+    return {
+        **message,
+        "content": None,
+        "reasoning_content": thought,
+        "reasoning": None,
+        "thinking": None,
+    }
 
 
 def _with_arguments_as_text(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,40 +90,56 @@ def _with_arguments_as_text(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_ends(show: Show, added: frozenset[str], eos: str | None) -> EndOfTurn:
-    """The end-of-turn tokens of an answer: what the template writes after one, and the tokenizer's own. Raises ValueError."""
-    before, _, tail = show([QUESTION, {"role": "assistant", "content": PLACEHOLDER}], False, False, FORMS[0]).rpartition(PLACEHOLDER)
+    """The end-of-turn tokens of an answer: what the template writes after one, and the tokenizer's
+    own. Raises ValueError.
+    """
+    before, _, tail = show(
+        [QUESTION, {"role": "assistant", "content": PLACEHOLDER}], False, False, FORMS[0]
+    ).rpartition(PLACEHOLDER)
     if not before:
         raise ValueError("the chat template doesn't show an answer as it is written")
-    known = max((token for token in added if tail.lstrip().startswith(token)), key=len, default=None)
+    known = max(
+        (token for token in added if tail.lstrip().startswith(token)), key=len, default=None
+    )
     if known is None:
         raise ValueError(
-            f"the chat template ends an answer with {tail[:30]!r}, which doesn't begin with a token of its own in this tokenizer,"
-            " so the model couldn't learn to stop"
+            f"the chat template ends an answer with {tail[:30]!r}, which doesn't begin with a token "
+            "of its own in this tokenizer, so the model couldn't learn to stop"
         )
     return EndOfTurn(tuple(dict.fromkeys([known, *([eos] if eos in added else [])])), added)
 
 
 def find_header(show: Show) -> str:
-    """What stands between a prompt and an answer where the template has no generation prompt: a role header, or nothing."""
+    """What stands between a prompt and an answer where the template has no generation prompt: a
+    role header, or nothing.
+    """
     try:
         prompt = show([QUESTION], True, False, FORMS[0])
         bare = show([QUESTION], False, False, FORMS[0])
     except ValueError:  # no prompt of one message; what it says of longer ones, rows will tell
         return ""
     own = show([QUESTION, {"role": "assistant", "content": PLACEHOLDER}], False, False, FORMS[0])
-    return own.removeprefix(prompt).partition(PLACEHOLDER)[0] if prompt == bare and own.startswith(prompt) else ""
+    return (
+        own.removeprefix(prompt).partition(PLACEHOLDER)[0]
+        if prompt == bare and own.startswith(prompt)
+        else ""
+    )
 
 
 def find_call_form(show: Show, ends: EndOfTurn) -> tuple[CallForm, EndOfTurn]:
-    """The first form in which the template shows a call in full, and the ends with the token that closes such a turn.
+    """The first form in which the template shows a call in full, and the ends with the token that
+    closes such a turn.
 
-    Of a template that shows calls in none of them, the first form: its rows are refused one by one, saying why.
+    Of a template that shows calls in none of them, the first form: its rows are refused one by one,
+    saying why.
     """
     for form in FORMS:
         closed = _ends_with_call(show, ends, form)
         conversation = Conversation([QUESTION, _calls(1)], [TOOL])
 
-        def render(messages: Sequence[Mapping[str, Any]], generation_prompt: bool, form: CallForm = form) -> str:
+        def render(
+            messages: Sequence[Mapping[str, Any]], generation_prompt: bool, form: CallForm = form
+        ) -> str:
             return show(messages, generation_prompt, True, form)
 
         try:
@@ -112,12 +152,20 @@ def find_call_form(show: Show, ends: EndOfTurn) -> tuple[CallForm, EndOfTurn]:
 
 def _calls(count: int) -> dict[str, Any]:
     arguments = {"place": 'the "Old" Town', "days": 3}
-    calls = [{"type": "function", "id": f"{k}abcdefgh", "function": {"name": "look_up", "arguments": arguments}} for k in range(count)]
+    calls = [
+        {
+            "type": "function",
+            "id": f"{k}abcdefgh",
+            "function": {"name": "look_up", "arguments": arguments},
+        }
+        for k in range(count)
+    ]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 def _ends_with_call(show: Show, ends: EndOfTurn, form: CallForm) -> EndOfTurn:
-    """`ends` with the token that closes a turn of one call, if it isn't one of them (<|eom_id|>, <|call|>).
+    """`ends` with the token that closes a turn of one call, if it isn't one of them (<|eom_id|>,
+    <|call|>).
 
     A token that closes each of several calls ends a call, not the turn.
     """

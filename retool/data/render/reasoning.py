@@ -1,8 +1,9 @@
 """What an assistant thought before it spoke, however a row writes it.
 
-A thought comes in a field of its own (`reasoning_content`, `reasoning`, `thinking`: three names for one thing) or inside
-the content, between tags such as <think> and </think>. A template may show one, both or neither, and its generation
-prompt may open a thought (the model goes on inside it) or close an empty one (thinking is off).
+A thought comes in a field of its own (`reasoning_content`, `reasoning`, `thinking`: three names for
+one thing) or inside the content, between tags such as <think> and </think>. A template may show
+one, both or neither, and its generation prompt may open a thought (the model goes on inside it) or
+close an empty one (thinking is off).
 """
 
 from __future__ import annotations
@@ -25,21 +26,28 @@ TAG = re.compile(
 
 
 class OpenThought(NamedTuple):
-    """A thought that a prompt opens: the tag that will close it, and the white space after the one that opened it."""
+    """A thought that a prompt opens: the tag that will close it, and the white space after the one
+    that opened it.
+    """
 
     close: str
     gap: str
 
 
 def field_of(message: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(name, text) of the reasoning field that the message gives. Raises ValueError for what isn't text, or two different texts."""
+    """(name, text) of the reasoning field that the message gives.
+
+    Raises ValueError for what isn't text, or two different texts.
+    """
     found = [(name, message[name]) for name in FIELDS if message.get(name) is not None]
     for name, text in found:
         if not isinstance(text, str):
             raise ValueError(f"{name} is a {type(text).__name__}, not text.")
     said = [(name, text) for name, text in found if text.strip()]
     if len({text.strip() for _, text in said}) > 1:
-        raise ValueError(f"{said[0][0]} and {said[1][0]} are two names for one thing, and differ here: keep one.")
+        raise ValueError(
+            f"{said[0][0]} and {said[1][0]} are two names for one thing, and differ here: keep one."
+        )
     return said[0] if said else None
 
 
@@ -63,7 +71,9 @@ def segments(content: str) -> list[tuple[bool, str]]:
 def thoughts(message: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(where it stands, text) of everything that the message thinks."""
     field = field_of(message)
-    inside = [("content", text) for thought, text in segments(message.get("content") or "") if thought]
+    inside = [
+        ("content", text) for thought, text in segments(message.get("content") or "") if thought
+    ]
     return [*([field] if field else []), *inside]
 
 
@@ -88,7 +98,10 @@ def with_thought_in_content(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settle_thoughts(conversation: Conversation, drop: bool, in_content: bool) -> Conversation:
-    """The conversation with its thoughts where they are to be trained. Raises RowError for one that is given twice."""
+    """The conversation with its thoughts where they are to be trained.
+
+    Raises RowError for one that is given twice.
+    """
     for i in conversation.assistant_turns:
         message = conversation.messages[i]
         try:
@@ -96,18 +109,25 @@ def settle_thoughts(conversation: Conversation, drop: bool, in_content: bool) ->
         except ValueError as error:
             raise conversation.error(str(error), i) from error
         if field and any(where == "content" for where, _ in thoughts(message)):
-            raise conversation.error(f"the thought is given twice, in {field[0]} and in the content: keep one.", i)
+            raise conversation.error(
+                f"the thought is given twice, in {field[0]} and in the content: keep one.", i
+            )
     if not drop and not in_content:
         return conversation
     change = without_thoughts if drop else with_thought_in_content
-    messages = [change(message) if message["role"] == "assistant" else message for message in conversation.messages]
+    messages = [
+        change(message) if message["role"] == "assistant" else message
+        for message in conversation.messages
+    ]
     return replace(conversation, messages=messages)
 
 
 def open_thought(prompt: str) -> OpenThought | None:
     """The thought that the prompt ends inside of, just opened."""
     tag = _last_tag(prompt)
-    return None if tag is None or _closes(tag) else OpenThought(_closing(tag), tag.string[tag.end() :])
+    return (
+        None if tag is None or _closes(tag) else OpenThought(_closing(tag), tag.string[tag.end() :])
+    )
 
 
 def closes_thought(prompt: str) -> bool:
@@ -122,7 +142,9 @@ def is_empty_thought(text: str) -> bool:
 
 
 def think(thought: str, opened: OpenThought, rest: str) -> str:
-    """What the model writes after a prompt that opened a thought: the thought, its end, and `rest`, what it says then."""
+    """What the model writes after a prompt that opened a thought: the thought, its end, and `rest`,
+    what it says then.
+    """
     if not rest.lstrip().startswith(opened.close):
         return thought.strip() + opened.gap + opened.close + 2 * opened.gap + rest
     # The template closes the thought by itself, so the space around the tag is its own.

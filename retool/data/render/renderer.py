@@ -1,10 +1,12 @@
-"""The one renderer: every token that training, rollout and evaluation feed a model, and which of them the model itself would write.
+"""The one renderer: every token that training, rollout and evaluation feed a model, and which of
+them the model itself would write.
 
-[Note: pieces] A conversation is rendered once, as text. The text is cut at the edges of the assistant's turns and every
-piece is tokenised by itself, because that is how inference makes the stream: a prompt is tokenised, the model samples a
-turn, the glue up to the next generation prompt is tokenised, and so on. A tokenizer run over the whole text could merge
-across an edge (a turn that begins with a newline, after a generation prompt that ends with one) into a token that the
-model can never be asked to produce.
+[Note: pieces] A conversation is rendered once, as text. The text is cut at the edges of the
+assistant's turns and every piece is tokenised by itself, because that is how inference makes the
+stream: a prompt is tokenised, the model samples a turn, the glue up to the next generation prompt
+is tokenised, and so on. A tokenizer run over the whole text could merge across an edge (a turn that
+begins with a newline, after a generation prompt that ends with one) into a token that the model can
+never be asked to produce.
 """
 
 from __future__ import annotations
@@ -45,11 +47,13 @@ ROWS_A_CHECK = 16  # decoding a row costs about a twentieth of making it
 
 
 class Renderer:
-    """Renders conversations with a tokenizer and its chat template (or `chat_template`: `hermes` or a file).
+    """Renders conversations with a tokenizer and its chat template (or `chat_template`: `hermes` or
+    a file).
 
-    `template_kwargs` are passed to the template. `drop_reasoning` leaves out what assistants think, `reasoning_in_content`
-    writes it as <think>…</think> at the beginning of the content. Raises ValueError where there is no template, or no
-    end-of-turn token. Can be pickled, so that worker processes share one.
+    `template_kwargs` are passed to the template. `drop_reasoning` leaves out what assistants think,
+    `reasoning_in_content` writes it as <think>…</think> at the beginning of the content. Raises
+    ValueError where there is no template, or no end-of-turn token. Can be pickled, so that worker
+    processes share one.
     """
 
     def __init__(
@@ -72,17 +76,31 @@ class Renderer:
         self.variants: dict[str, Renderer] = {}  # made by `ways_out`
         self.refused: Counter[str] = Counter()  # counted by it
 
-    # -- text ---------------------------------------------------------------------------------------------------------
+    # -- text
+    # ---------------------------------------------------------------------------------------------------------
 
     def text(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
-        enable_thinking: bool | None = None, generation_prompt: bool = False,
-    ) -> str:  # fmt: skip
-        """The template's own text. Raises ValueError with what the template (or Jinja) complains of."""
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+        generation_prompt: bool = False,
+    ) -> str:
+        """The template's own text.
+
+        Raises ValueError with what the template (or Jinja) complains of.
+        """
         return self._template.show(messages, tools, enable_thinking, generation_prompt)
 
-    def _conversation_text(self, conversation: Conversation, messages: Sequence[Mapping[str, Any]], generation_prompt: bool) -> str:
-        def show(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
+    def _conversation_text(
+        self,
+        conversation: Conversation,
+        messages: Sequence[Mapping[str, Any]],
+        generation_prompt: bool,
+    ) -> str:
+        def show(
+            messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+        ) -> str:
             return self.text(messages, tools, conversation.enable_thinking, generation_prompt)
 
         try:
@@ -100,22 +118,28 @@ class Renderer:
 
     @cached_property
     def reasoning(self) -> Literal["none", "tagged", "opened"]:
-        """Whether the template knows <think> … </think>, and whether its generation prompt already opens it."""
+        """Whether the template knows <think> … </think>, and whether its generation prompt already
+        opens it.
+        """
         if "</think>" not in self.source:
             return "none"
         prompt = self.text([{"role": "user", "content": "Question"}], generation_prompt=True)
         return "opened" if prompt.rstrip().endswith("<think>") else "tagged"
 
-    # -- pieces -------------------------------------------------------------------------------------------------------
+    # -- pieces
+    # -------------------------------------------------------------------------------------------------------
 
     def pieces(self, conversation: Conversation, history: str = "error") -> list[list[Piece]]:
-        """The pieces of each sample that the conversation makes: one, or one per trained turn when history had to be split.
+        """The pieces of each sample that the conversation makes: one, or one per trained turn when
+        history had to be split.
 
-        Raises RowError, naming file, row and message, for everything that can't be rendered beyond doubt, and the settings
-        with which this row can be.
+        Raises RowError, naming file, row and message, for everything that can't be rendered beyond
+        doubt, and the settings with which this row can be.
         """
         if history not in HISTORIES:
-            raise ValueError(f"data.multiturn.history={history} is unknown: use {', '.join(HISTORIES)}.")
+            raise ValueError(
+                f"data.multiturn.history={history} is unknown: use {', '.join(HISTORIES)}."
+            )
         try:
             return self.pieces_or_fault(conversation, history)
         except TemplateFault as error:
@@ -138,8 +162,8 @@ class Renderer:
         if history == "error":
             raise fault(
                 conversation,
-                "the chat template shows this turn differently once later messages exist, so training the whole conversation"
-                " would train what the model never sees",
+                "the chat template shows this turn differently once later messages exist, so "
+                "training the whole conversation would train what the model never sees",
                 rewritten[0].message,
             )
         samples = [turn for turn in turns if turn.message in trained]
@@ -159,7 +183,9 @@ class Renderer:
         return TurnFinder(conversation, show, self.ends, self._template.header).turns(trained)
 
     def _whole(self, conversation: Conversation, turns: Sequence[Turn]) -> str:
-        """The text of the whole conversation: after a last turn of the assistant's, what inference shows before it."""
+        """The text of the whole conversation: after a last turn of the assistant's, what inference
+        shows before it.
+        """
         last = len(conversation.messages) - 1
         if turns and turns[-1].message == last:
             return turns[-1].whole
@@ -184,7 +210,8 @@ class Renderer:
 
         check_tools(conversation, opening, show)
 
-    # -- tokens -------------------------------------------------------------------------------------------------------
+    # -- tokens
+    # -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -196,14 +223,21 @@ class Renderer:
         """The control tokens, which data can't write."""
         source = self.template or self.tokenizer.chat_template
         template = source if isinstance(source, str) else json.dumps(source)
-        return find_controls(self.tokenizer, template, structure_of(self.text, self.ends), self.ends.known, TAG)
+        return find_controls(
+            self.tokenizer, template, structure_of(self.text, self.ends), self.ends.known, TAG
+        )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of consecutive texts of the template's, each tokenised by itself; only the first begins the stream."""
+        """Token ids of consecutive texts of the template's, each tokenised by itself; only the
+        first begins the stream.
+        """
         return self.encoder.encode([Piece(text) for text in texts])
 
     def tokenise(self, pieces: Sequence[Piece], checked: bool = False) -> Sample:
-        """Tokens and mask of one sample. `checked`: ValueError, naming the message, unless what is trained decodes to its text."""
+        """Tokens and mask of one sample.
+
+        `checked`: ValueError, naming the message, unless what is trained decodes to its text.
+        """
         ids = self.encoder.encode(pieces)
         for piece, part in zip(pieces, ids, strict=True):
             if piece.trained and (checked or piece.quoted or self.encoder.unknown in part):
@@ -214,7 +248,8 @@ class Renderer:
     def render(self, conversation: Conversation, history: str = "error") -> list[Sample]:
         """Tokens and masks of a conversation; what `pieces` says of samples and errors holds.
 
-        Of one row in `ROWS_A_CHECK` it is checked that the trained tokens decode to the render: a tokenizer that fails, fails there.
+        Of one row in `ROWS_A_CHECK` it is checked that the trained tokens decode to the render: a
+        tokenizer that fails, fails there.
         """
         checked = conversation.row % ROWS_A_CHECK == 0
         try:
@@ -224,11 +259,14 @@ class Renderer:
         except ValueError as error:
             raise conversation.error(str(error)) from error
 
-    # -- rollout ------------------------------------------------------------------------------------------------------
+    # -- rollout
+    # ------------------------------------------------------------------------------------------------------
 
     def prompt_pieces(self, conversation: Conversation) -> list[Piece]:
         """The pieces of a prompt, generation prompt included. Raises RowError as `pieces` does."""
-        return cut_hidden(conversation, self.controls, lambda hidden: [self._prompt_pieces(hidden)])[0]
+        return cut_hidden(
+            conversation, self.controls, lambda hidden: [self._prompt_pieces(hidden)]
+        )[0]
 
     def _prompt_pieces(self, conversation: Conversation) -> list[Piece]:
         turns = self._turns(conversation, ())
@@ -238,27 +276,46 @@ class Renderer:
         return cut(text, turns, ())
 
     def render_prompt(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, enable_thinking: bool | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
     ) -> list[int]:
-        """Token ids of a prompt, generation prompt included: what a training sample has before its next assistant turn.
+        """Token ids of a prompt, generation prompt included: what a training sample has before its
+        next assistant turn.
 
         Give the messages and tools of a checked `Conversation`. Raises RowError as `pieces` does.
         """
-        prompt = Conversation([*map(dict, messages)], [*map(dict, tools)] if tools else None, enable_thinking, "prompt")
+        prompt = Conversation(
+            [*map(dict, messages)],
+            [*map(dict, tools)] if tools else None,
+            enable_thinking,
+            "prompt",
+        )
         return [token for ids in self.encoder.encode(self.prompt_pieces(prompt)) for token in ids]
 
     def render_tool_turn(
-        self, messages: Sequence[Mapping[str, Any]], responses: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None, enable_thinking: bool | None = None, ended: bool = True,
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        responses: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+        ended: bool = True,
         generation_prompt: bool = True,
-    ) -> list[int]:  # fmt: skip
-        """Token ids of the glue after a sampled turn: tool (or user) messages and the next generation prompt.
+    ) -> list[int]:
+        """Token ids of the glue after a sampled turn: tool (or user) messages and the next
+        generation prompt.
 
-        `messages` ends with the assistant's turn, whose text isn't looked at: sampled ids stay as they are. `ended` false:
-        the turn was cut off before its end-of-turn token, which then comes first.
+        `messages` ends with the assistant's turn, whose text isn't looked at: sampled ids stay as
+        they are. `ended` false: the turn was cut off before its end-of-turn token, which then comes
+        first.
         """
-        assert messages and messages[-1]["role"] == "assistant", "the glue follows an assistant turn"
-        glue = self.glue.piece(messages, responses, Setting(tools, enable_thinking, ended, generation_prompt))
+        assert messages and messages[-1]["role"] == "assistant", (
+            "the glue follows an assistant turn"
+        )
+        glue = self.glue.piece(
+            messages, responses, Setting(tools, enable_thinking, ended, generation_prompt)
+        )
         return self.encoder.encode([glue], begins=False)[0]
 
     @cached_property
@@ -267,15 +324,26 @@ class Renderer:
         framed = shows_contents_as_they_are(self.tokenizer, self.template, self.template_kwargs)
         return Glue(self.text, self.ends.known, self.controls, framed)
 
-    # -- identity ----------------------------------------------------------------------------------------------------
+    # -- identity
+    # ----------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
         """Changes whenever the tokens could: template, its arguments, tokenizer."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        tokenizer = backend.to_str() if backend is not None else json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        parts = [self.template or json.dumps(self.tokenizer.chat_template), json.dumps(self.template_kwargs, sort_keys=True, default=str)]
+        tokenizer = (
+            backend.to_str()
+            if backend is not None
+            else json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        )
+        parts = [
+            self.template or json.dumps(self.tokenizer.chat_template),
+            json.dumps(self.template_kwargs, sort_keys=True, default=str),
+        ]
         parts += [repr((self.drop_reasoning, self.reasoning_in_content))]
-        parts += [json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str), tokenizer]
+        parts += [
+            json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str),
+            tokenizer,
+        ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

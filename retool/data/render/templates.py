@@ -31,20 +31,34 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     if os.path.isdir(path):
-        known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+        known = (
+            "tokenizer.json",
+            "tokenizer.model",
+            "vocab.json",
+            "vocab.txt",
+            "tokenizer_config.json",
+        )
         if not any(os.path.exists(os.path.join(path, name)) for name in known):
-            raise ValueError(f"the folder {path} has no tokenizer (none of {', '.join(known)}): copy it from the model's origin.")
+            raise ValueError(
+                f"the folder {path} has no tokenizer (none of {', '.join(known)}): copy it from the "
+                "model's origin."
+            )
     elif path.startswith((".", "/", "~")):
         raise ValueError(f"the model folder {path} doesn't exist.")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds, for a config.json that contradicts itself, too
-        raise ValueError(f"the tokenizer of {path} can't be loaded: {' '.join(str(error).split())}") from error
+    except (
+        Exception
+    ) as error:  # transformers raises many kinds, for a config.json that contradicts itself, too
+        raise ValueError(
+            f"the tokenizer of {path} can't be loaded: {' '.join(str(error).split())}"
+        ) from error
 
 
 def other_tokens(tokenizer: Any, folder: str | Path) -> Iterator[str]:
-    """A sentence where `tokenizer` splits text otherwise than the folder's own tokenizer.json: transformers ≥ 5 puts a model type's
-    splitting (Qwen2's, for one) in the place of the file's."""
+    """A sentence where `tokenizer` splits text otherwise than the folder's own tokenizer.json:
+    transformers ≥ 5 puts a model type's splitting (Qwen2's, for one) in the place of the file's.
+    """
     from tokenizers import Tokenizer
 
     path = Path(folder) / "tokenizer.json"
@@ -52,11 +66,13 @@ def other_tokens(tokenizer: Any, folder: str | Path) -> Iterator[str]:
         return
     plain = Tokenizer.from_file(str(path))
     for probe in PROBES:
-        here, there = tokenizer(probe, add_special_tokens=False)["input_ids"], plain.encode(probe, add_special_tokens=False).ids
+        here = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        there = plain.encode(probe, add_special_tokens=False).ids
         if here != there:
             yield (
-                f"transformers makes {len(here)} tokens of {probe!r}, and {path} itself {len(there)}, or others: training goes by the "
-                "first, programs that read the file by the second. AutoTokenizer.from_pretrained(folder).save_pretrained(folder) "
+                f"transformers makes {len(here)} tokens of {probe!r}, and {path} itself "
+                f"{len(there)}, or others: training goes by the first, programs that read the file "
+                "by the second. AutoTokenizer.from_pretrained(folder).save_pretrained(folder) "
                 "makes them agree."
             )
             return
@@ -66,28 +82,42 @@ def read_template(chat_template: str) -> str:
     """The text of a template named by `data.chat_template`: `hermes`, or a file."""
     path = TEMPLATES.get(chat_template, Path(chat_template))
     if not path.is_file():
-        raise ValueError(f"data.chat_template={chat_template}: there is no such file; give a jinja file, or {', '.join(TEMPLATES)}.")
+        raise ValueError(
+            f"data.chat_template={chat_template}: there is no such file; give a jinja file, or "
+            f"{', '.join(TEMPLATES)}."
+        )
     return path.read_text(encoding="utf-8")
 
 
 def chosen_template(chat_template: str, tokenizer: Any) -> str:
-    """The text of the template that `data.chat_template` names, as `tokenizer` needs it. Raises ValueError.
+    """The text of the template that `data.chat_template` names, as `tokenizer` needs it.
 
-    Ours begins with the tokenizer's BOS where it wants one, and ends turns with its EOS where it lacks ChatML's token: any
-    tokenizer that can end a text can learn it.
+    Raises ValueError.
+
+    Ours begins with the tokenizer's BOS where it wants one, and ends turns with its EOS where it
+    lacks ChatML's token: any tokenizer that can end a text can learn it.
     """
     text = read_template(chat_template)
     if chat_template != "hermes":
         return text
     end = end_of_hermes(tokenizer)
     if end is None:
-        raise ValueError("data.chat_template=hermes: this tokenizer has neither <|im_end|> nor an eos_token to end turns with.")
+        raise ValueError(
+            "data.chat_template=hermes: this tokenizer has neither <|im_end|> nor an eos_token to "
+            "end turns with."
+        )
     begin = tokenizer.bos_token if _wants_bos(tokenizer) else ""
-    return text.replace(HERMES_BEGIN, _set("begin", begin), 1).replace(HERMES_END, _set("end", end), 1)
+    return text.replace(HERMES_BEGIN, _set("begin", begin), 1).replace(
+        HERMES_END, _set("end", end), 1
+    )
 
 
-def exported_template(folder: str | Path, chat_template: str | None, trust_remote_code: bool = False) -> str | None:
-    """What `data.chat_template` puts in the place of the template of the model in `folder`; None where it names nothing."""
+def exported_template(
+    folder: str | Path, chat_template: str | None, trust_remote_code: bool = False
+) -> str | None:
+    """What `data.chat_template` puts in the place of the template of the model in `folder`; None
+    where it names nothing.
+    """
     if chat_template != "hermes":
         return None if chat_template is None else read_template(chat_template)
     return chosen_template(chat_template, load_tokenizer(str(folder), trust_remote_code))
@@ -114,24 +144,37 @@ def _set(name: str, value: str) -> str:
     return f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}"
 
 
-def shows_contents_as_they_are(tokenizer: Any, template: str | None, template_kwargs: Mapping[str, Any]) -> bool:
-    """Whether glue is known to be made of fixed text and of the contents of its messages, unchanged and untested, whatever came before.
+def shows_contents_as_they_are(
+    tokenizer: Any, template: str | None, template_kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether glue is known to be made of fixed text and of the contents of its messages, unchanged
+    and untested, whatever came before.
 
-    It is with our own template, `hermes`, and with those of Qwen2.5: of a tool's or user's message after an assistant's they read the
-    role, those of its neighbours, and the content, to show it. Of other templates nothing is known.
+    It is with our own template, `hermes`, and with those of Qwen2.5: of a tool's or user's message
+    after an assistant's they read the role, those of its neighbours, and the content, to show it.
+    Of other templates nothing is known.
     """
     from transformers import PreTrainedTokenizerBase
 
-    render, text = PreTrainedTokenizerBase.apply_chat_template, template or tokenizer.chat_template
-    if type(tokenizer).apply_chat_template is not render or template_kwargs.keys() & inspect.signature(render).parameters.keys():
+    render = PreTrainedTokenizerBase.apply_chat_template
+    text = template or tokenizer.chat_template
+    if (
+        type(tokenizer).apply_chat_template is not render
+        or template_kwargs.keys() & inspect.signature(render).parameters.keys()
+    ):
         return False
     return isinstance(text, str) and (_is_hermes(text) or _has_loop_of_qwen(text))
 
 
 def _has_loop_of_qwen(template: str) -> bool:
-    """Whether it is Qwen2.5's from its loop over the messages on, with nothing set before it: the loop reads nothing but the messages."""
+    """Whether it is Qwen2.5's from its loop over the messages on, with nothing set before it: the
+    loop reads nothing but the messages.
+    """
     before, loop, rest = template.partition("{%- for message in messages %}")
-    return not re.search(r"\bset\b", before) and hashlib.sha256((loop + rest).rstrip().encode()).hexdigest() == QWEN_LOOP
+    return (
+        not re.search(r"\bset\b", before)
+        and hashlib.sha256((loop + rest).rstrip().encode()).hexdigest() == QWEN_LOOP
+    )
 
 
 def _is_hermes(text: str) -> bool:

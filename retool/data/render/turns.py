@@ -1,16 +1,19 @@
-"""Where the assistant's turns lie in a rendered conversation, found by what inference would show, never by markers or guesses.
+"""Where the assistant's turns lie in a rendered conversation, found by what inference would show,
+never by markers or guesses.
 
-[Note: spans] A turn is what the model would have written, so its edges are defined by two renders of the conversation up
-to it: `prompt`, without the turn but with the generation prompt (what a server would feed the model), and `own`, with
-the turn as its last message. Where `own` begins with `prompt`, what follows, up to and including the end-of-turn token,
-is the turn's `body`. In a longer render the turn is where it should be exactly when that render begins with
-`prompt + body`. If it doesn't, the template rewrites history (Qwen3 drops earlier thoughts, say), and what the longer
+[Note: spans] A turn is what the model would have written, so its edges are defined by two renders
+of the conversation up to it: `prompt`, without the turn but with the generation prompt (what a
+server would feed the model), and `own`, with the turn as its last message. Where `own` begins with
+`prompt`, what follows, up to and including the end-of-turn token, is the turn's `body`. In a longer
+render the turn is where it should be exactly when that render begins with `prompt + body`. If it
+doesn't, the template rewrites history (Qwen3 drops earlier thoughts, say), and what the longer
 render shows in that place was never a model's output in that context: it must not be trained there.
 
-[Note: other beginnings] Some templates show a finished turn in another way than its prompt announces: they move the system
-message (Mistral), close a tool's result otherwise (Hermes 3), or leave out the thought that their generation prompt opens
-(R1, QwQ). The prompt is then still what inference shows. The body is what `own` has after its own header, which is found
-by a render with a placeholder in the turn's stead; a thought that the prompt opens and `own` lacks comes from the row.
+[Note: other beginnings] Some templates show a finished turn in another way than its prompt
+announces: they move the system message (Mistral), close a tool's result otherwise (Hermes 3), or
+leave out the thought that their generation prompt opens (R1, QwQ). The prompt is then still what
+inference shows. The body is what `own` has after its own header, which is found by a render with a
+placeholder in the turn's stead; a thought that the prompt opens and `own` lacks comes from the row.
 """
 
 from __future__ import annotations
@@ -32,12 +35,15 @@ from retool.data.render.reasoning import (
 )
 
 PLACEHOLDER = "TheTurnGoesHere"
-Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # (messages, with generation prompt) -> text
+# (messages, with generation prompt) -> text
+Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant turn: message index, the text inference shows before it, and the text the model writes."""
+    """One assistant turn: message index, the text inference shows before it, and the text the model
+    writes.
+    """
 
     message: int
     prompt: str
@@ -58,7 +64,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the render that is tokenised by itself: a whole assistant turn (`turn`: its message), or what lies between.
+    """A stretch of the render that is tokenised by itself: a whole assistant turn (`turn`: its
+    message), or what lies between.
 
     `quoted`: where in it control tokens stand as somebody's text, and not as the template's.
     """
@@ -71,32 +78,43 @@ class Piece:
 
 @dataclass(frozen=True)
 class EndOfTurn:
-    """The tokens that may end a turn: `known` ones by their text, and `added`, every added token of the tokenizer."""
+    """The tokens that may end a turn: `known` ones by their text, and `added`, every added token of
+    the tokenizer.
+    """
 
     known: tuple[str, ...]
     added: frozenset[str]
 
     def find(self, body: str) -> tuple[int, str] | None:
-        """(position after it, token) of the end of the turn that closes `body`; white space may follow.
+        """(position after it, token) of the end of the turn that closes `body`; white space may
+        follow.
 
-        Of several tokens in a row at the end it is the first known one: some templates close the whole text with another.
+        Of several tokens in a row at the end it is the first known one: some templates close the
+        whole text with another.
         """
         known = [entry for entry in self.closing(body) if entry[1] in self.known]
         return known[-1] if known else None
 
     def closing(self, body: str) -> Iterator[tuple[int, str]]:
-        """(position after it, token) of each added token in the run that closes `body`, the last one first."""
+        """(position after it, token) of each added token in the run that closes `body`, the last
+        one first.
+        """
         sizes = sorted({len(token) for token in self.added}, reverse=True)
         end = len(body.rstrip())
-        while token := next((body[end - n : end] for n in sizes if n <= end and body[end - n : end] in self.added), None):
+        while token := next(
+            (body[end - n : end] for n in sizes if n <= end and body[end - n : end] in self.added),
+            None,
+        ):
             yield end, token
             end = len(body[: end - len(token)].rstrip())
 
 
 @dataclass(frozen=True)
 class TurnFinder:
-    """Finds the assistant's turns of one conversation. `header`: what the template writes before an answer that its
-    generation prompt lacks (a role, where there is no generation prompt); it would be trained."""
+    """Finds the assistant's turns of one conversation. `header`: what the template writes before an
+    answer that its generation prompt lacks (a role, where there is no generation prompt); it would
+    be trained.
+    """
 
     conversation: Conversation
     render: Render
@@ -104,7 +122,8 @@ class TurnFinder:
     header: str = ""
 
     def turns(self, trained: Collection[int]) -> list[Turn]:
-        """Every turn, each from the renders up to it; one that isn't trained and can't be found is passed over.
+        """Every turn, each from the renders up to it; one that isn't trained and can't be found is
+        passed over.
 
         Raises TemplateFault, naming the turn.
         """
@@ -118,16 +137,26 @@ class TurnFinder:
         if written is None:
             return None
         if self.header.strip():
-            raise fault(self.conversation, "the chat template has no generation prompt, so the role header would be trained", i)
+            raise fault(
+                self.conversation,
+                "the chat template has no generation prompt, so the role header would be trained",
+                i,
+            )
         end = self.ends.find(written)
         if end is None:
-            raise fault(self.conversation, f"the end of this turn can't be found: no end-of-turn token closes {written[-30:]!r}", i)
+            raise fault(
+                self.conversation,
+                f"the end of this turn can't be found: no end-of-turn token closes {written[-30:]!r}",
+                i,
+            )
         turn = Turn(i, prompt, written[: end[0]], written[end[0] :])
         self._check(turn, end[1], trained)
         return turn
 
     def _written(self, i: int, prompt: str, trained: bool) -> str | None:
-        """What the model writes after `prompt`, and what the template adds; None for an untrained turn that can't be found."""
+        """What the model writes after `prompt`, and what the template adds; None for an untrained
+        turn that can't be found.
+        """
         messages = self.conversation.messages
         message = messages[i]
         thinks = trained and bool(thoughts(message))
@@ -135,7 +164,10 @@ class TurnFinder:
         if thinks and closes_thought(prompt):
             where, _ = thoughts(message)[0]
             field = "a thought in the content" if where == "content" else where
-            why = f"the generation prompt closes the thought before the turn begins (thinking is off), and the row gives {field}"
+            why = (
+                "the generation prompt closes the thought before the turn begins (thinking is off), and "
+                f"the row gives {field}"
+            )
             raise fault(self.conversation, why, i)
         own = self.render(messages[: i + 1], False)
         written = own[len(prompt) :] if own.startswith(prompt) else None
@@ -145,12 +177,20 @@ class TurnFinder:
             at = _first_difference(own, prompt)
             why = f"its render differs from the generation prompt at character {at}"
             what = f"{own[at : at + 30]!r} where {prompt[at : at + 30]!r} was expected"
-            raise fault(self.conversation, f"the start of this turn can't be found: {why} ({what})", i)
+            raise fault(
+                self.conversation, f"the start of this turn can't be found: {why} ({what})", i
+            )
         if trained and written is not None and opened and opened.close not in written:
-            raise fault(self.conversation, "the generation prompt opens a thought, and the row gives none for this turn", i)
+            raise fault(
+                self.conversation,
+                "the generation prompt opens a thought, and the row gives none for this turn",
+                i,
+            )
         return written
 
-    def _after_header(self, i: int, prompt: str, opened: OpenThought | None, thinks: bool, own: str) -> str | None:
+    def _after_header(
+        self, i: int, prompt: str, opened: OpenThought | None, thinks: bool, own: str
+    ) -> str | None:
         """What `own` has after its header, with the thought of the row where the prompt opens one."""
         before = self.conversation.messages[:i]
         message = self.conversation.messages[i]
@@ -164,7 +204,8 @@ class TurnFinder:
         shared, extra = _shared_header(head, generation, context)
         if not extra and not (thinks and opened):
             return own[len(shared) :] if own.startswith(shared) else None
-        # The prompt goes on where the finished turn has nothing: only a thought, empty or to be filled, may stand there.
+        # The prompt goes on where the finished turn has nothing: only a thought, empty or to be
+        # filled, may stand there.
         plain = self.render([*before, without_thoughts(message)], False)
         if not plain.startswith(shared):
             return None
@@ -174,25 +215,35 @@ class TurnFinder:
         return said if is_empty_thought(extra) else None
 
     def _check(self, turn: Turn, end: str, trained: bool) -> None:
-        """Everything the message says must be in the body, and the turn's end only at its end. Raises RowError."""
+        """Everything the message says must be in the body, and the turn's end only at its end.
+
+        Raises RowError.
+        """
         content = self.conversation.messages[turn.message]["content"]
         inside = turn.body[: -len(end)]
         for token in (end, *self.ends.known):
             if token in inside or token in content:
-                why = f"the end-of-turn token {token!r} is inside the turn; the model would have stopped there."
+                why = (
+                    f"the end-of-turn token {token!r} is inside the turn; the model would have stopped "
+                    "there."
+                )
                 raise self.conversation.error(why, turn.message)
         check_said(self.conversation, turn.message, inside, trained)
 
 
 def _first_difference(text: str, other: str) -> int:
-    return next((k for k, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return next(
+        (k for k, (a, b) in enumerate(zip(text, other, strict=False)) if a != b),
+        min(len(text), len(other)),
+    )
 
 
 def _shared_header(head: str, generation: str, context: int) -> tuple[str, str]:
-    """`head` up to the end of what it shares with the generation prompt, and what that has beyond it.
+    """`head` up to the end of what it shares with the generation prompt, and what that has beyond
+    it.
 
-    `head` is what a finished turn has before its words: `context` characters that aren't the turn's, its header, and maybe
-    markup of the template's.
+    `head` is what a finished turn has before its words: `context` characters that aren't the
+    turn's, its header, and maybe markup of the template's.
     """
     whole = head.rfind(generation, context)
     if whole >= 0:

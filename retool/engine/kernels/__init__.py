@@ -1,1 +1,3 @@
-"""What the engine computes besides the decoder's layers: paged attention, placing keys and values, sampling."""
+"""What the engine computes besides the decoder's layers: paged attention, placing keys and values,
+sampling.
+"""

@@ -1,14 +1,17 @@
-"""Attention of new tokens over the paged KV cache, after their own keys and values were written to it.
+"""Attention of new tokens over the paged KV cache, after their own keys and values were written to
+it.
 
-    decode items    one new token each: batched over a padded page table
-    chunk items     several new tokens: the last `count` positions of their sequence, causal among themselves
+    decode items    one new token each: batched over a padded page table chunk items     several new
+    tokens: the last `count` positions of their sequence, causal among themselves
 
-    triton   ours (`attention_triton.py`): on an H100 as fast as the next or faster in every shape that was measured
-    flash    FlashAttention-2's paged kernels (flash-attn ≥ 2.5, pages of 256 tokens): where ours don't fit, heads of 96 for one
-    torch    torch's attention over keys and values gathered by the page table: on the CPU, and in fp32 and fp64
+    triton   ours (`attention_triton.py`): on an H100 as fast as the next or faster in every shape
+    that was measured flash    FlashAttention-2's paged kernels (flash-attn ≥ 2.5, pages of 256
+    tokens): where ours don't fit, heads of 96 for one torch    torch's attention over keys and
+    values gathered by the page table: on the CPU, and in fp32 and fp64
 
-Legend: T new tokens · S items · D decode items · W pages of the longest sequence · P tokens of a page · N query heads ·
-K kv heads · J = 2K, keys before values · G query heads per kv head · H head dim · L tokens of a sequence.
+Legend: T new tokens · S items · D decode items · W pages of the longest sequence · P tokens of a
+page · N query heads · K kv heads · J = 2K, keys before values · G query heads per kv head · H head
+dim · L tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -30,19 +33,26 @@ from retool.engine.schedule.kv_cache import KVCache
 from retool.model.attention.dispatch import TRUSTED, tried
 
 HEAD_DIMS = 16, 32, 64, 128, 256  # that kernels of ours take
-QUERIES = 512  # of a chunk that torch's attention takes at a time: their mask has as many bytes as they have keys, per query head
+# of a chunk that torch's attention takes at a time: their mask has as many bytes as they have keys,
+# per query head
+QUERIES = 512
 GATHERED = 1 << 29  # bytes of keys and values that it takes at a time, of single tokens
-ON_GPU = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN, torch's choice on Hopper, compiles a plan for every shape
+# cuDNN, torch's choice on Hopper, compiles a plan for every shape
+ON_GPU = [
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 @dataclass(frozen=True)
 class Pages:
     """Where a step's tokens are and what they see.
 
-    `slots` int64 [T]: where their KV goes. Per item, decode items first: `tables` int32 [S, W], `lengths` int32 [S] with the new
-    tokens. Of the chunk items also `offsets` int32 [chunks + 1] (their queries), `key_offsets` (their keys), and on the host `counts`
-    of new tokens and `host_lengths`. `each_alone`: no item's numbers may depend on another one's length; torch then needs
-    the decode items' `host_lengths`.
+    `slots` int64 [T]: where their KV goes. Per item, decode items first: `tables` int32 [S, W],
+    `lengths` int32 [S] with the new tokens. Of the chunk items also `offsets` int32 [chunks + 1]
+    (their queries), `key_offsets` (their keys), and on the host `counts` of new tokens and
+    `host_lengths`. `each_alone`: no item's numbers may depend on another one's length; torch then
+    needs the decode items' `host_lengths`.
     """
 
     slots: Tensor
@@ -60,12 +70,20 @@ def choose_paged(device: torch.device, dtype: torch.dtype, head_dim: int, page_s
     """The first of `KERNELS` that take these inputs and compute rightly on this device."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "torch"
-    flash = find_spec("flash_attn") is not None and head_dim % 8 == 0 and head_dim <= 256 and page_size % 256 == 0
+    flash = (
+        find_spec("flash_attn") is not None
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and page_size % 256 == 0
+    )
     for name in ["triton"] * _ours(head_dim, page_size) + ["flash"] * flash:
         error = paged_error(name, device, dtype, head_dim, page_size)
         if error <= TRUSTED:
             return name
-        wrong = f"the paged kernels {name!r} compute wrongly on this device with heads of {head_dim} (relative error {error:.2g})"
+        wrong = (
+            f"the paged kernels {name!r} compute wrongly on this device with heads of {head_dim} "
+            f"(relative error {error:.2g})"
+        )
         warnings.warn(f"{wrong}: the next ones are used, which are slower.", stacklevel=2)
     return "torch"
 
@@ -80,50 +98,84 @@ def _ours(head_dim: int, page_size: int) -> bool:
 
 
 @lru_cache
-def paged_error(kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> float:
-    """Relative error (L2, root mean square over query heads) of paged kernels on a small step of random numbers, against torch's attention
-    in fp32: about 0.005 in bf16; infinite where they don't run at all (a build for another torch or GPU)."""
+def paged_error(
+    kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int
+) -> float:
+    """Relative error (L2, root mean square over query heads) of paged kernels on a small step of
+    random numbers, against torch's attention in fp32: about 0.005 in bf16; infinite where they
+    don't run at all (a build for another torch or GPU).
+    """
     generator = torch.Generator().manual_seed(0)
     cache = KVCache((1, page_size, 2, head_dim), 6, dtype, device)
     cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
-    lengths, count = (1, page_size + 44, page_size + 30), 40  # two decode items, and a chunk
+    # two decode items, and a chunk
+    lengths = (1, page_size + 44, page_size + 30)
+    count = 40
     query = torch.randn(2 + count, 4, head_dim, generator=generator).to(device, dtype)
     on_device = partial(torch.tensor, dtype=torch.int32, device=device)
     pages = Pages(
-        torch.zeros(1, dtype=torch.int64, device=device), on_device([[1, 0], [4, 2], [5, 3]]), on_device(lengths), 2,
-        on_device([0, count]), on_device([0, lengths[2]]), (count,), lengths[2:],
-    )  # fmt: skip
+        torch.zeros(1, dtype=torch.int64, device=device),
+        on_device([[1, 0], [4, 2], [5, 3]]),
+        on_device(lengths),
+        2,
+        on_device([0, count]),
+        on_device([0, lengths[2]]),
+        (count,),
+        lengths[2:],
+    )
     exact = KVCache((1, page_size, 2, head_dim), 6, torch.float32, device)
     exact.data.copy_(cache.data)
-    found = tried(lambda: paged_attention(query, cache, 0, pages, kernels).float(), f"the paged kernels {kernels!r} fail here")
+    found = tried(
+        lambda: paged_attention(query, cache, 0, pages, kernels).float(),
+        f"the paged kernels {kernels!r} fail here",
+    )
     if found is None:
         return math.inf
     want = paged_attention(query.float(), exact, 0, pages, "torch")
-    errors = (found - want).norm(dim=-1) / want.norm(dim=-1)  # each counts alike: those of few keys are much larger numbers
+    # Each counts alike: those of few keys are much larger numbers
+    errors = (found - want).norm(dim=-1) / want.norm(dim=-1)
     return float(errors.square().mean().sqrt())
 
 
-def paged_attention(q_TNH: Tensor, cache: KVCache, layer: int, pages: Pages, kernels: str) -> Tensor:
-    """out [T, N, H] by one of `KERNELS`. Query head n reads kv head n // G; scores are scaled by 1/sqrt(H)."""
+def paged_attention(
+    q_TNH: Tensor, cache: KVCache, layer: int, pages: Pages, kernels: str
+) -> Tensor:
+    """out [T, N, H] by one of `KERNELS`.
+
+    Query head n reads kv head n // G; scores are scaled by 1/sqrt(H).
+    """
     chunk, decode = KERNELS[kernels]
     data = cache.data[layer]
     if not pages.counts:
         return decode(q_TNH, data, pages)
     if pages.decode == 0:
         return chunk(q_TNH, data, pages)
-    return torch.cat([decode(q_TNH[: pages.decode], data, pages), chunk(q_TNH[pages.decode :], data, pages)])
+    return torch.cat(
+        [decode(q_TNH[: pages.decode], data, pages), chunk(q_TNH[pages.decode :], data, pages)]
+    )
 
 
-# ── fused ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── fused
+# ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _flash_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
     from flash_attn import flash_attn_with_kvcache
 
     keys, values = data.chunk(2, 2)
-    tables, lengths = pages.tables[: pages.decode], pages.lengths[: pages.decode]
-    splits = 1 if pages.each_alone else 0  # by itself it splits long sequences by what else is in the batch
-    out = flash_attn_with_kvcache(q_DNH[:, None], keys, values, cache_seqlens=lengths, block_table=tables, causal=True, num_splits=splits)
+    tables = pages.tables[: pages.decode]
+    lengths = pages.lengths[: pages.decode]
+    # By itself it splits long sequences by what else is in the batch
+    splits = 1 if pages.each_alone else 0
+    out = flash_attn_with_kvcache(
+        q_DNH[:, None],
+        keys,
+        values,
+        cache_seqlens=lengths,
+        block_table=tables,
+        causal=True,
+        num_splits=splits,
+    )
     return out[:, 0]  # pyright: ignore[reportIndexIssue]
 
 
@@ -133,9 +185,16 @@ def _flash_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
     keys, values = data.chunk(2, 2)
     longest = max(pages.host_lengths)
     return flash_attn_varlen_func(  # pyright: ignore[reportReturnType]
-        q_TNH, keys, values, pages.offsets, pages.key_offsets, max(pages.counts), longest, causal=True,
+        q_TNH,
+        keys,
+        values,
+        pages.offsets,
+        pages.key_offsets,
+        max(pages.counts),
+        longest,
+        causal=True,
         block_table=pages.tables[pages.decode :],
-    )  # fmt: skip
+    )
 
 
 def _triton_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
@@ -148,19 +207,31 @@ def _triton_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
     from retool.engine.kernels.attention_triton import chunk_rows
 
     assert pages.offsets is not None
-    return chunk_rows(q_TNH, data, pages.tables[pages.decode :], pages.lengths[pages.decode :], pages.offsets, max(pages.counts))
+    return chunk_rows(
+        q_TNH,
+        data,
+        pages.tables[pages.decode :],
+        pages.lengths[pages.decode :],
+        pages.offsets,
+        max(pages.counts),
+    )
 
 
-# ── torch ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── torch
+# ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _attend(q_SCNH: Tensor, kv_SLJH: Tensor, lengths_S: Tensor) -> Tensor:
-    """Queries are the last C positions of each sequence, of which only the first `lengths` keys exist. → [S, C, N, H]
+    """Queries are the last C positions of each sequence, of which only the first `lengths` keys
+    exist. → [S, C, N, H]
 
     A kv head's query heads are put behind each other as R = G·C queries, so that no key is copied.
     """
-    count, heads, length = q_SCNH.shape[1], kv_SLJH.shape[2] // 2, kv_SLJH.shape[1]
-    groups, device = q_SCNH.shape[2] // heads, q_SCNH.device
+    count = q_SCNH.shape[1]
+    heads = kv_SLJH.shape[2] // 2
+    length = kv_SLJH.shape[1]
+    groups = q_SCNH.shape[2] // heads
+    device = q_SCNH.device
     keys, values = kv_SLJH.transpose(1, 2).split(heads, 1)
     q_SKRH = q_SCNH.unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     last = lengths_S[:, None] - count + torch.arange(count, device=device)
@@ -176,11 +247,17 @@ def _gathered(data: Tensor, tables_SW: Tensor) -> Tensor:
 
 
 def _torch_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
-    tables, lengths = pages.tables[: pages.decode], pages.lengths[: pages.decode]
+    tables = pages.tables[: pages.decode]
+    lengths = pages.lengths[: pages.decode]
     if not (pages.each_alone and pages.host_lengths):
         rows = max(1, GATHERED // (tables.shape[1] * data[0].nbytes))
         parts = zip(q_DNH.split(rows), tables.split(rows), lengths.split(rows), strict=True)
-        return torch.cat([_attend(q[:, None], _gathered(data, table), length)[:, 0] for q, table, length in parts])
+        return torch.cat(
+            [
+                _attend(q[:, None], _gathered(data, table), length)[:, 0]
+                for q, table, length in parts
+            ]
+        )
     rows = []
     for i, length in enumerate(pages.host_lengths):
         kv = _gathered(data, tables[i : i + 1, : -(-length // data.shape[1])])[:, :length]
@@ -189,7 +266,8 @@ def _torch_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
 
 
 def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
-    rows, start = [], 0
+    rows = []
+    start = 0
     for i, (count, length) in enumerate(zip(pages.counts, pages.host_lengths, strict=True)):
         table = pages.tables[pages.decode + i : pages.decode + i + 1]
         kv = _gathered(data, table[:, : -(-length // data.shape[1])])
@@ -197,12 +275,15 @@ def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
             high = min(low + QUERIES, count)
             seen = length - count + high
             queries = q_TNH[None, start + low : start + high]
-            rows.append(_attend(queries, kv[:, :seen], torch.full((1,), seen, device=q_TNH.device))[0])
+            rows.append(
+                _attend(queries, kv[:, :seen], torch.full((1,), seen, device=q_TNH.device))[0]
+            )
         start += count
     return torch.cat(rows)
 
 
-Kernel = Callable[[Tensor, Tensor, Pages], Tensor]  # (queries, a layer of the cache, pages) → like the queries
+# (queries, a layer of the cache, pages) → like the queries
+Kernel = Callable[[Tensor, Tensor, Pages], Tensor]
 KERNELS: dict[str, tuple[Kernel, Kernel]] = {  # of chunks, of single tokens
     "triton": (_triton_chunks, _triton_decode),
     "flash": (_flash_chunks, _flash_decode),

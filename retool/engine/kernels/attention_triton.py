@@ -2,20 +2,22 @@
 # pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """Attention over the paged cache on a GPU.
 
-Single tokens: each sequence's keys are cut into parts by its own length, so that few or long sequences keep every multiprocessor reading
-(Flash-Decoding: Dao, Haziza, Massa & Sizov 2023; the softmax of parts: arXiv 2205.14135).
+Single tokens: each sequence's keys are cut into parts by its own length, so that few or long
+sequences keep every multiprocessor reading (Flash-Decoding: Dao, Haziza, Massa & Sizov 2023; the
+softmax of parts: arXiv 2205.14135).
 
-    part     (sequence, kv heads, part): their query heads over a range of keys, normalised, with their log-sum-exp
-    joined   (sequence, query head): the parts' results, weighted by their share
+    part     (sequence, kv heads, part): their query heads over a range of keys, normalised, with
+    their log-sum-exp joined   (sequence, query head): the parts' results, weighted by their share
 
-flash-attn cuts all of them by the longest that the page table has room for, and most sequences of a rollout are much shorter. Where kv
-heads are narrow and few query heads read them, a program takes several: it reads longer pieces of memory, and a query is zero where
-another head's keys are.
+flash-attn cuts all of them by the longest that the page table has room for, and most sequences of a
+rollout are much shorter. Where kv heads are narrow and few query heads read them, a program takes
+several: it reads longer pieces of memory, and a query is zero where another head's keys are.
 
-Chunks: a program has a tile of queries of a head, and goes over the keys that all of them see, then over those that only some do.
+Chunks: a program has a tile of queries of a head, and goes over the keys that all of them see, then
+over those that only some do.
 
-Legend: T tokens of chunks · S chunks · D sequences · N query heads · G query heads per kv head · J kv heads, keys before values · P tokens
-of a page · W pages of the longest sequence · H head dim.
+Legend: T tokens of chunks · S chunks · D sequences · N query heads · G query heads per kv head · J
+kv heads, keys before values · P tokens of a page · W pages of the longest sequence · H head dim.
 """
 
 from __future__ import annotations
@@ -40,25 +42,49 @@ CHUNKS = {128: (64, 4), 256: (32, 8)}  # queries at a time and warps: heads up t
 
 @triton.jit
 def _folded(scores, scale, v, largest, total, result):
-    """A running softmax with a block of keys more: the largest scaled score (of base 2), the sum relative to it, and so the values' sum."""
+    """A running softmax with a block of keys more: the largest scaled score (of base 2), the sum
+    relative to it, and so the values' sum.
+    """
     above = tl.maximum(largest, tl.max(scores, 1) * scale)
-    decay, p = tl.exp2(largest - above), tl.exp2(scores * scale - above[:, None])
+    decay = tl.exp2(largest - above)
+    p = tl.exp2(scores * scale - above[:, None])
     return above, total * decay + tl.sum(p, 1), result * decay[:, None] + tl.dot(p.to(v.dtype), v)
 
 
 @triton.jit
 def _attention_kernel(
-    q_ptr, q_row, data_ptr, page_stride, token_stride, tables_ptr, table_row, lengths_ptr, out_ptr, lse_ptr, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOGETHER: tl.constexpr, QUERIES: tl.constexpr,
-    DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1) * TOGETHER, tl.program_id(2)
+    q_ptr,
+    q_row,
+    data_ptr,
+    page_stride,
+    token_stride,
+    tables_ptr,
+    table_row,
+    lengths_ptr,
+    out_ptr,
+    lse_ptr,
+    scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * TOGETHER
+    part = tl.program_id(2)
     length = tl.load(lengths_ptr + row)
     blocks = tl.cdiv(length, BLOCK)
     each = tl.cdiv(blocks, PARTS)
     first = part * each
     last = tl.minimum(first + each, blocks)
-    queries, lanes, keys = tl.arange(0, QUERIES), tl.arange(0, TOGETHER * DIM), tl.arange(0, BLOCK)
+    queries = tl.arange(0, QUERIES)
+    lanes = tl.arange(0, TOGETHER * DIM)
+    keys = tl.arange(0, BLOCK)
     mine = head * GROUP + queries
     real = queries < TOGETHER * GROUP
     own = real[:, None] & (queries[:, None] // GROUP == lanes[None, :] // DIM)
@@ -70,56 +96,107 @@ def _attention_kernel(
     for block in range(first, last):
         start = block * BLOCK
         page = tl.load(tables_ptr + row * table_row + start // PAGE).to(tl.int64)
-        token = data_ptr + page * page_stride + (start % PAGE + keys)[:, None] * token_stride + head * DIM + lanes[None, :]
+        token = (
+            data_ptr
+            + page * page_stride
+            + (start % PAGE + keys)[:, None] * token_stride
+            + head * DIM
+            + lanes[None, :]
+        )
         seen = start + keys < length
         k = tl.load(token)
-        v = tl.load(token + KV_HEADS * DIM, seen[:, None], other=0.0)  # what was never written may be no number
+        # What was never written may be no number
+        v = tl.load(token + KV_HEADS * DIM, seen[:, None], other=0.0)
         scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)), -float("inf"))
         largest, total, result = _folded(scores, scale, v, largest, total, result)
     if first < last:
         result = result / total[:, None]
     at = (row * HEADS + mine) * PARTS + part
     if PARTS > 1:
-        tl.store(lse_ptr + at, largest + tl.log2(total), real)  # minus infinity for a part without keys
-    tl.store(out_ptr + at[:, None] * DIM + lanes[None, :] % DIM, result.to(out_ptr.dtype.element_ty), own)
+        # Minus infinity for a part without keys
+        tl.store(lse_ptr + at, largest + tl.log2(total), real)
+    tl.store(
+        out_ptr + at[:, None] * DIM + lanes[None, :] % DIM, result.to(out_ptr.dtype.element_ty), own
+    )
 
 
 @triton.jit
 def _joined_kernel(parts_ptr, lse_ptr, out_ptr, DIM: tl.constexpr, PARTS: tl.constexpr):
-    at, lanes, parts = tl.program_id(0).to(tl.int64), tl.arange(0, DIM), tl.arange(0, PARTS)
+    at = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, DIM)
+    parts = tl.arange(0, PARTS)
     lse = tl.load(lse_ptr + at * PARTS + parts)
     share = tl.exp2(lse - tl.max(lse, 0))
     share = share / tl.sum(share, 0)
     found = tl.load(parts_ptr + (at * PARTS + parts)[:, None] * DIM + lanes[None, :])
-    tl.store(out_ptr + at * DIM + lanes, tl.sum(found * share[:, None], 0).to(out_ptr.dtype.element_ty))
+    tl.store(
+        out_ptr + at * DIM + lanes, tl.sum(found * share[:, None], 0).to(out_ptr.dtype.element_ty)
+    )
 
 
 @triton.jit
 def _chunk_kernel(
-    q_ptr, q_row, data_ptr, page_stride, token_stride, tables_ptr, table_row, offsets_ptr, lengths_ptr, out_ptr, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    tile, item, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)  # those with most keys first
-    begin, length = tl.load(offsets_ptr + item).to(tl.int64), tl.load(lengths_ptr + item)
+    q_ptr,
+    q_row,
+    data_ptr,
+    page_stride,
+    token_stride,
+    tables_ptr,
+    table_row,
+    offsets_ptr,
+    lengths_ptr,
+    out_ptr,
+    scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # those with most keys first
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    item = tl.program_id(1)
+    head = tl.program_id(2)
+    begin = tl.load(offsets_ptr + item).to(tl.int64)
+    length = tl.load(lengths_ptr + item)
     count = (tl.load(offsets_ptr + item + 1) - begin).to(tl.int32)
     if tile * TILE >= count:
         return
-    queries, lanes, keys = tile * TILE + tl.arange(0, TILE), tl.arange(0, DIM), tl.arange(0, BLOCK)
-    real, position = queries < count, length - count + queries
-    q = tl.load(q_ptr + (begin + queries)[:, None] * q_row + head * DIM + lanes[None, :], real[:, None], other=0.0)
+    queries = tile * TILE + tl.arange(0, TILE)
+    lanes = tl.arange(0, DIM)
+    keys = tl.arange(0, BLOCK)
+    real = queries < count
+    position = length - count + queries
+    q = tl.load(
+        q_ptr + (begin + queries)[:, None] * q_row + head * DIM + lanes[None, :],
+        real[:, None],
+        other=0.0,
+    )
     tokens = data_ptr + keys[:, None] * token_stride + (head // GROUP) * DIM + lanes[None, :]
     table = tables_ptr + item * table_row
     largest = tl.full((TILE,), -float("inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     result = tl.zeros((TILE, DIM), tl.float32)
-    common = (length - count + tile * TILE + 1) // BLOCK * BLOCK  # whole blocks that even the first query sees
+    # Whole blocks that even the first query sees
+    common = (length - count + tile * TILE + 1) // BLOCK * BLOCK
     for start in range(0, common, BLOCK):
-        token = tokens + tl.load(table + start // PAGE).to(tl.int64) * page_stride + start % PAGE * token_stride
+        token = (
+            tokens
+            + tl.load(table + start // PAGE).to(tl.int64) * page_stride
+            + start % PAGE * token_stride
+        )
         scores = tl.dot(q, tl.trans(tl.load(token)))
-        largest, total, result = _folded(scores, scale, tl.load(token + KV_HEADS * DIM), largest, total, result)
+        largest, total, result = _folded(
+            scores, scale, tl.load(token + KV_HEADS * DIM), largest, total, result
+        )
     for start in range(common, length - count + tl.minimum((tile + 1) * TILE, count), BLOCK):
-        token = tokens + tl.load(table + start // PAGE).to(tl.int64) * page_stride + start % PAGE * token_stride
+        token = (
+            tokens
+            + tl.load(table + start // PAGE).to(tl.int64) * page_stride
+            + start % PAGE * token_stride
+        )
         v = tl.load(token + KV_HEADS * DIM, (start + keys < length)[:, None], other=0.0)
         seen = start + keys[None, :] <= position[:, None]
         scores = tl.where(seen, tl.dot(q, tl.trans(tl.load(token))), -float("inf"))
@@ -134,48 +211,104 @@ def fits(head_dim: int, page_size: int) -> bool:
 
 
 def heads_together(kv_heads: int, group: int, dim: int) -> int:
-    """Kv heads of a program: a power of two that divides them, while their query heads fit in one tile of 16."""
+    """Kv heads of a program: a power of two that divides them, while their query heads fit in one
+    tile of 16.
+    """
     together = 1
-    while kv_heads % (2 * together) == 0 and 2 * together * group <= 16 and 2 * together * dim <= WIDEST:
+    while (
+        kv_heads % (2 * together) == 0
+        and 2 * together * group <= 16
+        and 2 * together * dim <= WIDEST
+    ):
         together *= 2
     return together
 
 
 def parts_for(programs: int) -> int:
-    """How many parts each sequence is cut into, of which each takes so many programs: a power of two, whatever the lengths."""
+    """How many parts each sequence is cut into, of which each takes so many programs: a power of
+    two, whatever the lengths.
+    """
     return min(MOST, 1 << max(0, (PROGRAMS // programs).bit_length() - 1))
 
 
 def decode_rows(q_DNH: Tensor, data: Tensor, tables_DW: Tensor, lengths_D: Tensor) -> Tensor:
-    """out [D, N, H] of a query per sequence over the first `lengths` (at least 1) keys on its pages; `data` is a layer of the cache,
-    [pages, P, J, H]. A sequence's numbers depend on the others' number, not on their lengths."""
+    """out [D, N, H] of a query per sequence over the first `lengths` (at least 1) keys on its
+    pages; `data` is a layer of the cache, [pages, P, J, H]. A sequence's numbers depend on the
+    others' number, not on their lengths.
+    """
     (rows, heads, dim), kv_heads = q_DNH.shape, data.shape[2] // 2
     group = heads // kv_heads
     together = heads_together(kv_heads, group, dim)
     parts = parts_for(rows * kv_heads // together)
     out = torch.empty(rows, heads, dim, dtype=q_DNH.dtype, device=q_DNH.device)
-    found = out if parts == 1 else torch.empty(rows, heads, parts, dim, dtype=torch.float32, device=q_DNH.device)
-    lse = found if parts == 1 else torch.empty(rows, heads, parts, dtype=torch.float32, device=q_DNH.device)
+    found = (
+        out
+        if parts == 1
+        else torch.empty(rows, heads, parts, dim, dtype=torch.float32, device=q_DNH.device)
+    )
+    lse = (
+        found
+        if parts == 1
+        else torch.empty(rows, heads, parts, dtype=torch.float32, device=q_DNH.device)
+    )
     _attention_kernel[(rows, kv_heads // together, parts)](
-        q_DNH, q_DNH.stride(0), data, data.stride(0), data.stride(1), tables_DW, tables_DW.stride(0), lengths_D, found, lse,
-        math.log2(math.e) / math.sqrt(dim), HEADS=heads, KV_HEADS=kv_heads, GROUP=group, TOGETHER=together,
-        QUERIES=max(16, triton.next_power_of_2(group)), DIM=dim, PAGE=data.shape[1], BLOCK=BLOCK, PARTS=parts,
-        num_warps=WARPS, num_stages=STAGES,
-    )  # fmt: skip
+        q_DNH,
+        q_DNH.stride(0),
+        data,
+        data.stride(0),
+        data.stride(1),
+        tables_DW,
+        tables_DW.stride(0),
+        lengths_D,
+        found,
+        lse,
+        math.log2(math.e) / math.sqrt(dim),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        TOGETHER=together,
+        QUERIES=max(16, triton.next_power_of_2(group)),
+        DIM=dim,
+        PAGE=data.shape[1],
+        BLOCK=BLOCK,
+        PARTS=parts,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
     if parts > 1:
         _joined_kernel[(rows * heads,)](found, lse, out, DIM=dim, PARTS=parts, num_warps=1)
     return out
 
 
-def chunk_rows(q_TNH: Tensor, data: Tensor, tables_SW: Tensor, lengths_S: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """out [T, N, H] of chunks, causal: queries `offsets` [S + 1] are the last of their sequence's `lengths` keys. No chunk is longer than
-    `longest`; what belongs to none isn't written."""
+def chunk_rows(
+    q_TNH: Tensor, data: Tensor, tables_SW: Tensor, lengths_S: Tensor, offsets: Tensor, longest: int
+) -> Tensor:
+    """out [T, N, H] of chunks, causal: queries `offsets` [S + 1] are the last of their sequence's
+    `lengths` keys. No chunk is longer than `longest`; what belongs to none isn't written.
+    """
     (tokens, heads, dim), kv_heads = q_TNH.shape, data.shape[2] // 2
     out = torch.empty(tokens, heads, dim, dtype=q_TNH.dtype, device=q_TNH.device)
     tile, warps = next(config for widest, config in CHUNKS.items() if dim <= widest)
     _chunk_kernel[(triton.cdiv(longest, tile), len(tables_SW), heads)](
-        q_TNH, q_TNH.stride(0), data, data.stride(0), data.stride(1), tables_SW, tables_SW.stride(0), offsets, lengths_S, out,
-        math.log2(math.e) / math.sqrt(dim), HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, PAGE=data.shape[1],
-        TILE=tile, BLOCK=BLOCK, num_warps=warps, num_stages=2,
-    )  # fmt: skip
+        q_TNH,
+        q_TNH.stride(0),
+        data,
+        data.stride(0),
+        data.stride(1),
+        tables_SW,
+        tables_SW.stride(0),
+        offsets,
+        lengths_S,
+        out,
+        math.log2(math.e) / math.sqrt(dim),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        DIM=dim,
+        PAGE=data.shape[1],
+        TILE=tile,
+        BLOCK=BLOCK,
+        num_warps=warps,
+        num_stages=2,
+    )
     return out

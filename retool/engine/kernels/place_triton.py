@@ -1,6 +1,8 @@
 # ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
 # pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""q, k and v of new tokens in one kernel, see `place.py`: a program has all heads of a token, each as two halves that rope turns."""
+"""q, k and v of new tokens in one kernel, see `place.py`: a program has all heads of a token, each
+as two halves that rope turns.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +16,47 @@ from retool.engine.kernels.place import Norms
 
 @triton.jit
 def _place_kernel(
-    heads_ptr, row, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, eps, slots_ptr, query_ptr, data_ptr, token_stride,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, MANY: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr,
-):  # fmt: skip
+    heads_ptr,
+    row,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    eps,
+    slots_ptr,
+    query_ptr,
+    data_ptr,
+    token_stride,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    MANY: tl.constexpr,
+    HALF: tl.constexpr,
+    NORMS: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
-    head, lane = tl.arange(0, MANY)[:, None], tl.arange(0, HALF)[None, :]
+    head = tl.arange(0, MANY)[:, None]
+    lane = tl.arange(0, HALF)[None, :]
     at = heads_ptr + token * row + head * 2 * HALF + lane
-    there, asks, turns = head < HEADS + 2 * KV_HEADS, head < HEADS, head < HEADS + KV_HEADS
+    there = head < HEADS + 2 * KV_HEADS
+    asks = head < HEADS
+    turns = head < HEADS + KV_HEADS
     low = tl.load(at, there, other=0.0)
     high = tl.load(at + HALF, there, other=0.0)
     dtype = low.dtype
-    low, high = low.to(tl.float32), high.to(tl.float32)
+    low = low.to(tl.float32)
+    high = high.to(tl.float32)
     cos = tl.load(cos_ptr + token * HALF + lane)
     sin = tl.load(sin_ptr + token * HALF + lane)
     if NORMS:
-        shrink = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
-        low_weight = tl.where(asks, tl.load(q_norm_ptr + lane), tl.load(k_norm_ptr + lane)).to(tl.float32)
-        high_weight = tl.where(asks, tl.load(q_norm_ptr + HALF + lane), tl.load(k_norm_ptr + HALF + lane)).to(tl.float32)
+        shrink = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[
+            :, None
+        ]
+        low_weight = tl.where(asks, tl.load(q_norm_ptr + lane), tl.load(k_norm_ptr + lane)).to(
+            tl.float32
+        )
+        high_weight = tl.where(
+            asks, tl.load(q_norm_ptr + HALF + lane), tl.load(k_norm_ptr + HALF + lane)
+        ).to(tl.float32)
         low = tl.where(turns, low * shrink * low_weight, low)
         high = tl.where(turns, high * shrink * high_weight, high)
     first = tl.where(turns, low * cos - high * sin, low).to(dtype)
@@ -43,17 +69,34 @@ def _place_kernel(
     tl.store(kept + HALF, second, there & (head >= HEADS))
 
 
-def place_rows(heads_TJH: Tensor, cos: Tensor, sin: Tensor, norms: Norms | None, slots_T: Tensor, data: Tensor) -> Tensor:
+def place_rows(
+    heads_TJH: Tensor, cos: Tensor, sin: Tensor, norms: Norms | None, slots_T: Tensor, data: Tensor
+) -> Tensor:
     """`place`, on a GPU."""
     tokens, all_heads, dim = heads_TJH.shape
     kv_heads = data.shape[2] // 2
     heads = all_heads - 2 * kv_heads
     query = torch.empty(tokens, heads, dim, dtype=heads_TJH.dtype, device=heads_TJH.device)
-    many, half = triton.next_power_of_2(all_heads), dim // 2
+    many = triton.next_power_of_2(all_heads)
+    half = dim // 2
     q_norm, k_norm, eps = norms or (heads_TJH, heads_TJH, 0.0)
     _place_kernel[(tokens,)](
-        heads_TJH, heads_TJH.stride(0), cos, sin, q_norm, k_norm, eps, slots_T, query, data, data.stride(1),
-        HEADS=heads, KV_HEADS=kv_heads, MANY=many, HALF=half, NORMS=norms is not None,
+        heads_TJH,
+        heads_TJH.stride(0),
+        cos,
+        sin,
+        q_norm,
+        k_norm,
+        eps,
+        slots_T,
+        query,
+        data,
+        data.stride(1),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        MANY=many,
+        HALF=half,
+        NORMS=norms is not None,
         num_warps=4 if many * half <= 2048 else 8,
-    )  # fmt: skip
+    )
     return query

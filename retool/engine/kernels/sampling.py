@@ -1,10 +1,13 @@
-"""Seeded sampling: one token per row of logits, its log-probability, and that of the distribution it was drawn from.
+"""Seeded sampling: one token per row of logits, its log-probability, and that of the distribution
+it was drawn from.
 
-The draw is a Gumbel maximum (Gumbel 1954): argmax of x + g over the kept tokens, x = logits / temperature, has the distribution
-softmax(x). The noise g is a function of (seed, position in the sequence, token id) alone, a counter through SplitMix64's mixer
-(Steele, Lea & Flood, OOPSLA 2014). So it doesn't matter which rows are sampled together, in which order, or how often.
+The draw is a Gumbel maximum (Gumbel 1954): argmax of x + g over the kept tokens, x = logits /
+temperature, has the distribution softmax(x). The noise g is a function of (seed, position in the
+sequence, token id) alone, a counter through SplitMix64's mixer (Steele, Lea & Flood, OOPSLA 2014).
+So it doesn't matter which rows are sampled together, in which order, or how often.
 
-Shapes: R rows · V vocab. 64-bit integers are signed here and wrap; logical shifts are masked arithmetic ones.
+Shapes: R rows · V vocab. 64-bit integers are signed here and wrap; logical shifts are masked
+arithmetic ones.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ MASK = (1 << 64) - 1
 
 
 class Draws(NamedTuple):
-    """Per row: the seed's key int64, the position int64 that the drawn token will have, temperature float32, top-k int64, top-p float32."""
+    """Per row: the seed's key int64, the position int64 that the drawn token will have, temperature
+    float32, top-k int64, top-p float32.
+    """
 
     keys: Tensor
     positions: Tensor
@@ -59,7 +64,8 @@ def row_keys(draws: Draws) -> Tensor:
 def gumbel(keys_R: Tensor, vocab: int) -> Tensor:
     """Standard Gumbel noise [R, V] in float32 from 32 random bits each.
 
-    −log(−log1p(−w)) with w in (0, 1): what wins lies at small w, where float32 resolves it down to 2^-33, noise up to 22.9.
+    −log(−log1p(−w)) with w in (0, 1): what wins lies at small w, where float32 resolves it down to
+    2^-33, noise up to 22.9.
     """
     counters = torch.arange(1, vocab + 1, device=keys_R.device) * GOLDEN
     bits = (mixed(keys_R[:, None] + counters) >> 32) & 0xFFFFFFFF
@@ -68,15 +74,19 @@ def gumbel(keys_R: Tensor, vocab: int) -> Tensor:
 
 
 def cutoff(x_RV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The smallest x that top-k, then top-p keeps, [R]: tokens with x at least this. Ties with the last one kept are kept.
+    """The smallest x that top-k, then top-p keeps, [R]: tokens with x at least this.
 
-    `top_k` ≤ 0 keeps all. `top_p` keeps the fewest tokens, likeliest first, whose share of what `top_k` left is at least top_p.
+    Ties with the last one kept are kept.
+
+    `top_k` ≤ 0 keeps all. `top_p` keeps the fewest tokens, likeliest first, whose share of what
+    `top_k` left is at least top_p.
     """
     vocab = x_RV.shape[1]
     ordered = x_RV.sort(-1, descending=True).values
     k = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)[:, None]
     lowest = ordered.gather(1, k - 1)
-    p = ordered.masked_fill(ordered < lowest, float("-inf")).softmax(-1, dtype=torch.float64)  # fp32 sums miss by a token of 150,000
+    # fp32 sums miss by a token of 150,000
+    p = ordered.masked_fill(ordered < lowest, float("-inf")).softmax(-1, dtype=torch.float64)
     before = p.cumsum(-1) - p
     kept = (before < top_p[:, None].to(p.dtype)).sum(-1, keepdim=True).clamp(min=1)
     least = torch.where(top_p[:, None] < 1, ordered.gather(1, kept - 1), lowest)
@@ -84,10 +94,12 @@ def cutoff(x_RV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 
 
 def sample(logits_RV: Tensor, draws: Draws, filtered: bool) -> Tensor:
-    """Draw a token per row: [3, R] of token id, logp and logp_behaviour, in the dtype of the logits (ids are exact below 2^24).
+    """Draw a token per row: [3, R] of token id, logp and logp_behaviour, in the dtype of the logits
+    (ids are exact below 2^24).
 
-    logits are float32 or float64 and may be overwritten. `filtered`: whether any row has a top-k or top-p. Temperature 0 takes the
-    first largest logit; its logp is that of temperature 1, its logp_behaviour 0.
+    logits are float32 or float64 and may be overwritten. `filtered`: whether any row has a top-k or
+    top-p. Temperature 0 takes the first largest logit; its logp is that of temperature 1, its
+    logp_behaviour 0.
     """
     if logits_RV.is_cuda and logits_RV.dtype == torch.float32:
         from retool.engine.kernels.sampling_triton import sample_rows
@@ -99,7 +111,8 @@ def sample(logits_RV: Tensor, draws: Draws, filtered: bool) -> Tensor:
     kept = x
     if filtered:
         out = (x < cutoff(x, draws.top_k, draws.top_p)[:, None]) & ~greedy[:, None]
-        scores, kept = scores.masked_fill_(out, float("-inf")), x.masked_fill(out, float("-inf"))
+        scores = scores.masked_fill_(out, float("-inf"))
+        kept = x.masked_fill(out, float("-inf"))
     token = scores.argmax(-1)
     chosen = x.gather(1, token[:, None])[:, 0]
     whole = x.logsumexp(-1)

@@ -1,10 +1,12 @@
 # ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
 # pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""`sample` on a GPU: one pass over the logits for the log-sum-exps and the Gumbel maximum, the noise made on the way.
+"""`sample` on a GPU: one pass over the logits for the log-sum-exps and the Gumbel maximum, the
+noise made on the way.
 
-Each row is cut into `PARTS` pieces, whatever the batch, so that a row's numbers don't depend on it; a second, small kernel joins them.
-Its time is arithmetic, mostly the noise's, rather than memory's. The cutoff of top-k and top-p is searched for in passes over the row that
-mostly meet the cache; nothing is sorted.
+Each row is cut into `PARTS` pieces, whatever the batch, so that a row's numbers don't depend on it;
+a second, small kernel joins them. Its time is arithmetic, mostly the noise's, rather than memory's.
+The cutoff of top-k and top-p is searched for in passes over the row that mostly meet the cache;
+nothing is sorted.
 """
 
 from __future__ import annotations
@@ -50,14 +52,19 @@ def _log_ratio(f):
 
 @triton.jit
 def _gumbel(z, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """`gumbel` of a key with its counter added. Numbers here are normal, so a logarithm needs no special cases.
+    """`gumbel` of a key with its counter added.
 
-    log x = k log 2 + log m where x = 2^k m, m in [2/3, 4/3): subtracting the bits of 2/3 leaves 2^23 k, and 8.262958e-08 is
-    log 2 / 2^23.
+    Numbers here are normal, so a logarithm needs no special cases.
+
+    log x = k log 2 + log m where x = 2^k m, m in [2/3, 4/3): subtracting the bits of 2/3 leaves
+    2^23 k, and 8.262958e-08 is log 2 / 2^23.
     """
-    high = (_half_mixed(z, FIRST, SECOND) >> 32).to(tl.int32)  # of `_mixed` just the upper half is wanted: the last of its steps on 32 bits
+    # Of `_mixed` just the upper half is wanted: the last of its steps on 32 bits
+    high = (_half_mixed(z, FIRST, SECOND) >> 32).to(tl.int32)
     bits = (high ^ ((high >> 31) & 1)).to(tl.uint32, bitcast=True)
-    w = tl.minimum(bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
+    w = tl.minimum(
+        bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994
+    )
     k = ((1.0 - w).to(tl.int32, bitcast=True) - 0x3F2AAAAB) & -0x800000
     scale = (0x3F800000 - k).to(tl.float32, bitcast=True)  # 2^−k
     f = (scale - 1.0) - w * scale  # of 1 − w, but not of its rounded value
@@ -74,12 +81,29 @@ def _scale(temperature):
 
 @triton.jit
 def _part_kernel(
-    x_ptr, stride, columns, size, keys_ptr, positions_ptr, temperature_ptr, cutoff_ptr, out_ptr, best_ptr,
-    FILTERED: tl.constexpr, GOLDEN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    BLOCK: tl.constexpr, LOWEST: tl.constexpr,
-):  # fmt: skip
-    """A part's largest x, the sums of exp(x - largest) over all and over the kept tokens, and the best score, with its token."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x_ptr,
+    stride,
+    columns,
+    size,
+    keys_ptr,
+    positions_ptr,
+    temperature_ptr,
+    cutoff_ptr,
+    out_ptr,
+    best_ptr,
+    FILTERED: tl.constexpr,
+    GOLDEN: tl.constexpr,
+    STEP: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOWEST: tl.constexpr,
+):
+    """A part's largest x, the sums of exp(x - largest) over all and over the kept tokens, and the
+    best score, with its token.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     parts = tl.num_programs(1)
     temperature = tl.load(temperature_ptr + row)
     scale = _scale(temperature)
@@ -88,7 +112,11 @@ def _part_kernel(
         least = tl.where(temperature == 0.0, float("-inf"), tl.load(cutoff_ptr + row))
     lanes = tl.arange(0, BLOCK)
     end = tl.minimum((part + 1) * size, columns)
-    key = _mixed(tl.load(keys_ptr + row) + _mixed(tl.load(positions_ptr + row) * GOLDEN, FIRST, SECOND), FIRST, SECOND)
+    key = _mixed(
+        tl.load(keys_ptr + row) + _mixed(tl.load(positions_ptr + row) * GOLDEN, FIRST, SECOND),
+        FIRST,
+        SECOND,
+    )
     counter = key + ((part * size).to(tl.int64) + 1) * GOLDEN
     of_lane = lanes.to(tl.int64) * GOLDEN
     largest = tl.full((BLOCK,), LOWEST, tl.float32)
@@ -104,7 +132,8 @@ def _part_kernel(
             score = x + _gumbel(counter + of_lane, FIRST, SECOND)
         counter += STEP
         grows = x > largest
-        e = tl.exp(-tl.abs(x - largest))  # what the smaller of the two is worth: 0 where x is minus infinity
+        # What the smaller of the two is worth: 0 where x is minus infinity
+        e = tl.exp(-tl.abs(x - largest))
         whole = tl.where(grows, whole * e + 1.0, whole + e)
         better = score > best
         if FILTERED:
@@ -123,17 +152,34 @@ def _part_kernel(
     if FILTERED:
         tl.store(out_ptr + at + 2 * parts, tl.sum(kept * share, 0))
     tl.store(out_ptr + at + 3 * parts, winner)
-    tl.store(best_ptr + row * parts + part, tl.min(tl.where(best == winner, found + lanes, 2147483647), 0))
+    tl.store(
+        best_ptr + row * parts + part,
+        tl.min(tl.where(best == winner, found + lanes, 2147483647), 0),
+    )
 
 
 @triton.jit
-def _join_kernel(x_ptr, stride, temperature_ptr, parts_ptr, best_ptr, out_ptr, FILTERED: tl.constexpr, PARTS: tl.constexpr):
+def _join_kernel(
+    x_ptr,
+    stride,
+    temperature_ptr,
+    parts_ptr,
+    best_ptr,
+    out_ptr,
+    FILTERED: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """A row's token, logp and logp_behaviour of what its parts say."""
-    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0)
     pieces = tl.arange(0, PARTS)
     at = parts_ptr + row * 4 * PARTS + pieces
-    top, whole, best = tl.load(at), tl.load(at + PARTS), tl.load(at + 3 * PARTS)
-    token = tl.min(tl.where(best == tl.max(best, 0), tl.load(best_ptr + row * PARTS + pieces), 2147483647), 0)
+    top = tl.load(at)
+    whole = tl.load(at + PARTS)
+    best = tl.load(at + 3 * PARTS)
+    token = tl.min(
+        tl.where(best == tl.max(best, 0), tl.load(best_ptr + row * PARTS + pieces), 2147483647), 0
+    )
     temperature = tl.load(temperature_ptr + row)
     largest = tl.max(top, 0)
     share = tl.exp(top - largest)
@@ -156,15 +202,30 @@ def _below(x):
 
 
 @triton.jit
-def _search(x_ptr, columns, scale, top, low, high, wanted, SHARES: tl.constexpr, BLOCK: tl.constexpr, LOWEST: tl.constexpr):
-    """The largest of the row's x whose equals and betters weigh at least `wanted`: each 1, or exp(x - top) with SHARES. It lies in
-    [low, high], and a pass over the row, which weighs at three places in between, leaves a quarter, cut to the x that are in it: 2 or 3
-    passes for the logits of a trained model, about 10 for random ones."""
+def _search(
+    x_ptr,
+    columns,
+    scale,
+    top,
+    low,
+    high,
+    wanted,
+    SHARES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOWEST: tl.constexpr,
+):
+    """The largest of the row's x whose equals and betters weigh at least `wanted`: each 1, or exp(x
+    - top) with SHARES. It lies in [low, high], and a pass over the row, which weighs at three
+    places in between, leaves a quarter, cut to the x that are in it: 2 or 3 passes for the logits
+    of a trained model, about 10 for random ones.
+    """
     lanes = tl.arange(0, BLOCK)
     passes = 0
     while (low < high) & (passes < 64):
         width = tl.minimum(high - low, -LOWEST)
-        first, second, third = low + width * 0.25, low + width * 0.5, low + width * 0.75
+        first = low + width * 0.25
+        second = low + width * 0.5
+        third = low + width * 0.75
         above_first = tl.zeros((BLOCK,), tl.float32)
         above_second = tl.zeros((BLOCK,), tl.float32)
         above_third = tl.zeros((BLOCK,), tl.float32)
@@ -178,19 +239,34 @@ def _search(x_ptr, columns, scale, top, low, high, wanted, SHARES: tl.constexpr,
             above_third += tl.where(x >= third, weight, 0.0)
             smallest = tl.minimum(smallest, tl.where(x >= low, x, -LOWEST))
             largest = tl.maximum(largest, tl.where(x <= high, x, LOWEST))
-        one, two, three = tl.sum(above_first, 0) >= wanted, tl.sum(above_second, 0) >= wanted, tl.sum(above_third, 0) >= wanted
+        one = tl.sum(above_first, 0) >= wanted
+        two = tl.sum(above_second, 0) >= wanted
+        three = tl.sum(above_third, 0) >= wanted
         at = tl.where(three, third, tl.where(two, second, tl.where(one, first, low)))
         end = tl.where(three, high, _below(tl.where(two, third, tl.where(one, second, first))))
-        low, high = tl.maximum(at, tl.min(smallest, 0)), tl.minimum(end, tl.max(largest, 0))
+        low = tl.maximum(at, tl.min(smallest, 0))
+        high = tl.minimum(end, tl.max(largest, 0))
         passes += 1
     return low
 
 
 @triton.jit
-def _cutoff_kernel(x_ptr, stride, columns, temperature_ptr, top_k_ptr, top_p_ptr, out_ptr, BLOCK: tl.constexpr, LOWEST: tl.constexpr):
+def _cutoff_kernel(
+    x_ptr,
+    stride,
+    columns,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    out_ptr,
+    BLOCK: tl.constexpr,
+    LOWEST: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride
-    temperature, top_k, top_p = tl.load(temperature_ptr + row), tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
     scale = _scale(temperature)
     lanes = tl.arange(0, BLOCK)
     least = float("-inf")
@@ -206,16 +282,33 @@ def _cutoff_kernel(x_ptr, stride, columns, temperature_ptr, top_k_ptr, top_p_ptr
             count += finite.to(tl.int32)
         top = tl.max(largest, 0)
         if top_k > 0 and top_k < tl.sum(count, 0):
-            least = _search(x_ptr, columns, scale, top, tl.min(smallest, 0), top, top_k.to(tl.float32), False, BLOCK, LOWEST)
+            least = _search(
+                x_ptr,
+                columns,
+                scale,
+                top,
+                tl.min(smallest, 0),
+                top,
+                top_k.to(tl.float32),
+                False,
+                BLOCK,
+                LOWEST,
+            )
         if top_p < 1.0:
             total = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, columns, BLOCK):
-                x = tl.load(x_ptr + start + lanes, start + lanes < columns, other=float("-inf")) * scale
+                x = (
+                    tl.load(x_ptr + start + lanes, start + lanes < columns, other=float("-inf"))
+                    * scale
+                )
                 total += tl.where(x >= least, tl.exp(x - top), 0.0)
             whole = tl.sum(total, 0)
-            little = (1.0 - top_p) * whole / columns  # what is worth less than this is worth less than 1 - top_p together
+            # What is worth less than this is worth less than 1 - top_p together
+            little = (1.0 - top_p) * whole / columns
             low = tl.maximum(tl.maximum(least, tl.min(smallest, 0)), top + tl.log(little) - 1.0)
-            least = _search(x_ptr, columns, scale, top, low, top, top_p * whole, True, BLOCK, LOWEST)
+            least = _search(
+                x_ptr, columns, scale, top, low, top, top_p * whole, True, BLOCK, LOWEST
+            )
     tl.store(out_ptr + row, least)
 
 
@@ -223,9 +316,17 @@ def cutoff_rows(logits: Tensor, draws: Draws) -> Tensor:
     """`cutoff` of logits / temperature, float32 [R]; nothing is sorted or written but the result."""
     out = torch.empty(len(logits), device=logits.device)
     _cutoff_kernel[(len(logits),)](
-        logits, logits.stride(0), logits.shape[1], draws.temperature, draws.top_k, draws.top_p, out,
-        BLOCK=FILTER_BLOCK, LOWEST=LOWEST, num_warps=16,
-    )  # fmt: skip
+        logits,
+        logits.stride(0),
+        logits.shape[1],
+        draws.temperature,
+        draws.top_k,
+        draws.top_p,
+        out,
+        BLOCK=FILTER_BLOCK,
+        LOWEST=LOWEST,
+        num_warps=16,
+    )
     return out
 
 
@@ -238,9 +339,35 @@ def sample_rows(logits: Tensor, draws: Draws, filtered: bool) -> Tensor:
     out = torch.empty(3, rows, device=logits.device)
     least = cutoff_rows(logits, draws) if filtered else draws.temperature
     _part_kernel[(rows, PARTS)](
-        logits, logits.stride(0), columns, size, draws.keys, draws.positions, draws.temperature, least, stats, tokens,
-        FILTERED=filtered, GOLDEN=GOLDEN, STEP=STEP, FIRST=FIRST, SECOND=SECOND, BLOCK=BLOCK, LOWEST=LOWEST,
-        num_warps=8, maxnreg=80 if filtered else 64,  # as few as spill nothing
-    )  # fmt: skip
-    _join_kernel[(rows,)](logits, logits.stride(0), draws.temperature, stats, tokens, out, FILTERED=filtered, PARTS=PARTS, num_warps=1)
+        logits,
+        logits.stride(0),
+        columns,
+        size,
+        draws.keys,
+        draws.positions,
+        draws.temperature,
+        least,
+        stats,
+        tokens,
+        FILTERED=filtered,
+        GOLDEN=GOLDEN,
+        STEP=STEP,
+        FIRST=FIRST,
+        SECOND=SECOND,
+        BLOCK=BLOCK,
+        LOWEST=LOWEST,
+        num_warps=8,
+        maxnreg=80 if filtered else 64,  # as few as spill nothing
+    )
+    _join_kernel[(rows,)](
+        logits,
+        logits.stride(0),
+        draws.temperature,
+        stats,
+        tokens,
+        out,
+        FILTERED=filtered,
+        PARTS=PARTS,
+        num_warps=1,
+    )
     return out

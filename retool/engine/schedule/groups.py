@@ -1,7 +1,9 @@
-"""Samples of one prompt share its keys and values: one computes them, the others refer to the same pages.
+"""Samples of one prompt share its keys and values: one computes them, the others refer to the same
+pages.
 
-All but the prompt's last token is shared. Each sample computes that one itself (in its own copy of the last, partly filled page) and
-draws from its own logits, so what it draws doesn't depend on who computed the rest.
+All but the prompt's last token is shared. Each sample computes that one itself (in its own copy of
+the last, partly filled page) and draws from its own logits, so what it draws doesn't depend on who
+computed the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ class Groups:
     """Groups by key, and the pages that they keep for samples that didn't get their prompt yet."""
 
     def __init__(self, pool: PagePool, stats: Stats) -> None:
-        self.pool, self.stats = pool, stats
+        self.pool = pool
+        self.stats = stats
         self.by_key: dict[Hashable, Group] = {}
 
     def join(self, key: Hashable, group: Hashable | None, ids: list[int]) -> Group | None:
@@ -26,7 +29,9 @@ class Groups:
             return None
         shared = self.by_key.setdefault(group, Group(group, list(ids)))
         if shared.ids != ids:
-            raise ValueError(f"sequence {key!r} has another prompt than its group {group!r}: samples of a group share one.")
+            raise ValueError(
+                f"sequence {key!r} has another prompt than its group {group!r}: samples of a group share one."
+            )
         shared.live += 1
         shared.unserved += 1
         return shared
@@ -47,7 +52,9 @@ class Groups:
         return sequence.computed == 0 and group is not None and group.leader is not None
 
     def missing(self, sequence: Sequence) -> int:
-        """Free pages that a waiting sequence needs for all its tokens, a shared prompt taken into account."""
+        """Free pages that a waiting sequence needs for all its tokens, a shared prompt taken into
+        account.
+        """
         group = self._ready_for(sequence)
         if group is not None:
             partial = group.prefix % self.pool.page_size > 0
@@ -71,7 +78,8 @@ class Groups:
             return
         if group.pages:
             self.pool.share(group.pages)
-            sequence.pages, sequence.computed = list(group.pages), group.prefix
+            sequence.pages = list(group.pages)
+            sequence.computed = group.prefix
             self.stats.shared_tokens += group.prefix
             self._serve(sequence, group)
         else:
@@ -92,7 +100,10 @@ class Groups:
             sequence.group.leader = None
 
     def let_go(self, useful: bool) -> bool:
-        """Release one group's kept pages; with `useful`, only where that frees one. False if there is no such group."""
+        """Release one group's kept pages; with `useful`, only where that frees one.
+
+        False if there is no such group.
+        """
         for group in self.by_key.values():
             if group.pages and (not useful or any(self.pool.counts[p] == 1 for p in group.pages)):
                 self.pool.release(group.pages)

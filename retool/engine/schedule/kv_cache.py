@@ -1,7 +1,8 @@
-"""The paged KV cache: page numbers with reference counts on the host, keys and values on the device.
+"""The paged KV cache: page numbers with reference counts on the host, keys and values on the
+device.
 
-    sequence A   pages 3 7 9         tokens 0…15 | 16…31 | 32…40
-    sequence B   pages 3 7 12                              └ own copy, made when A or B first wrote to the shared page 9
+    sequence A   pages 3 7 9         tokens 0…15 | 16…31 | 32…40 sequence B   pages 3 7 12
+    └ own copy, made when A or B first wrote to the shared page 9
 
 Page 0 is never given out: rows that pad a batch write there.
 
@@ -28,7 +29,8 @@ class PagePool:
     """Which pages are free, and how many sequences (or groups) refer to each of the others."""
 
     def __init__(self, pages: int, page_size: int) -> None:
-        self.page_size, self.capacity = page_size, pages - 1
+        self.page_size = page_size
+        self.capacity = pages - 1
         self.free = list(range(pages - 1, 0, -1))
         self.counts = [0] * pages
 
@@ -51,12 +53,16 @@ class PagePool:
         pages.clear()
 
     def missing(self, pages: list[int], start: int, stop: int) -> int:
-        """Pages to take before tokens [start, stop) can be written: those beyond the end, and copies of shared ones."""
+        """Pages to take before tokens [start, stop) can be written: those beyond the end, and
+        copies of shared ones.
+        """
         copies = sum(self.counts[p] > 1 for p in pages[start // self.page_size :])
         return max(0, self.pages_for(stop) - len(pages)) + copies
 
     def extend(self, pages: list[int], start: int, stop: int) -> list[tuple[int, int]] | None:
-        """Make tokens [start, stop) writable; returns (from, to) pages to copy, or None, nothing changed, if too few are free."""
+        """Make tokens [start, stop) writable; returns (from, to) pages to copy, or None, nothing
+        changed, if too few are free.
+        """
         if self.missing(pages, start, stop) > len(self.free):
             return None
         copies = []
@@ -76,23 +82,37 @@ class PagePool:
 
 
 class KVCache:
-    """Keys and values of all layers: [L, pages, P, 2k, H], a token's k key heads before its k value heads."""
+    """Keys and values of all layers: [L, pages, P, 2k, H], a token's k key heads before its k value
+    heads.
+    """
 
-    def __init__(self, shape_LPkH: tuple[int, int, int, int], pages: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape_LPkH: tuple[int, int, int, int],
+        pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         layers, self.page_size, self.heads, head_dim = shape_LPkH
-        self.data = torch.zeros(layers, pages, self.page_size, 2 * self.heads, head_dim, dtype=dtype, device=device)
+        self.data = torch.zeros(
+            layers, pages, self.page_size, 2 * self.heads, head_dim, dtype=dtype, device=device
+        )
 
     def write(self, layer: int, slots_T: torch.Tensor, kv_TJH: torch.Tensor) -> None:
-        """Store tokens' keys and values (J = 2k heads) at `slots` = page · P + place in the page, int64.
+        """Store tokens' keys and values (J = 2k heads) at `slots` = page · P + place in the page,
+        int64.
 
-        Slots are distinct, but for those of page 0 that nobody reads."""
+        Slots are distinct, but for those of page 0 that nobody reads.
+        """
         with in_any_order():
             self.data[layer].flatten(0, 1).index_copy_(0, slots_T, kv_TJH)
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy pages (from, to), in all layers. The host doesn't wait for it."""
         if pairs:
-            places = torch.tensor(pairs, pin_memory=self.data.is_cuda).to(self.data.device, non_blocking=True)
+            places = torch.tensor(pairs, pin_memory=self.data.is_cuda).to(
+                self.data.device, non_blocking=True
+            )
             for some in places.split(COPIED):
                 sources, targets = some.unbind(1)
                 self.data[:, targets] = self.data[:, sources]
@@ -100,8 +120,10 @@ class KVCache:
 
 @contextmanager
 def in_any_order() -> Iterator[None]:
-    """Writes to distinct places, the same in any order: under `torch.use_deterministic_algorithms(True)` torch would sort the places
-    first, and in some releases wait for the device, which a CUDA graph can't record."""
+    """Writes to distinct places, the same in any order: under
+    `torch.use_deterministic_algorithms(True)` torch would sort the places first, and in some
+    releases wait for the device, which a CUDA graph can't record.
+    """
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode(0)
     try:
@@ -111,23 +133,39 @@ def in_any_order() -> Iterator[None]:
 
 
 def work_bytes(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) -> int:
-    """What a forward needs beside weights and cache: fp32 logits of every sequence, twice, and a layer's activations."""
+    """What a forward needs beside weights and cache: fp32 logits of every sequence, twice, and a
+    layer's activations.
+    """
     logits = 2 * 4 * options.max_num_seqs * config.vocab
     wider = max(0, config.heads * config.head_dim - config.hidden)  # attention than the model
-    return logits + options.max_batch_tokens * (4 * config.ffn + 14 * config.hidden + 16 * wider) * dtype.itemsize
+    return (
+        logits
+        + options.max_batch_tokens
+        * (4 * config.ffn + 14 * config.hidden + 16 * wider)
+        * dtype.itemsize
+    )
 
 
 def cache_bytes(
-    options: EngineOptions, config: ModelConfig, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None, useful: int
+    options: EngineOptions,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    useful: int,
 ) -> int:
-    """Bytes for the cache, of which `useful` are of use; the smallest of the group's, as one page table serves all. Collective."""
+    """Bytes for the cache, of which `useful` are of use; the smallest of the group's, as one page
+    table serves all. Collective.
+    """
     if options.kv_bytes is not None:
         return options.kv_bytes
     if device.type != "cuda":
         return min(2 * useful + (1 << 20), CPU_KV_BYTES)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    box = torch.tensor([max(0, int((free - work_bytes(options, config, dtype)) * options.kv_share))], device=device)
+    box = torch.tensor(
+        [max(0, int((free - work_bytes(options, config, dtype)) * options.kv_share))], device=device
+    )
     if group is not None:
         dist.all_reduce(box, dist.ReduceOp.MIN, group=group)
     return int(box)

@@ -15,9 +15,10 @@ Reason = Literal["stop", "length", "capacity"]
 class SamplingParams:
     """How one turn is sampled.
 
-    `temperature` 0 takes the most likely token. `top_k` ≤ 0 and `top_p` 1 filter nothing; with both, `top_p` is a share of what
-    `top_k` left. The turn ends with a token of `stop_ids` (it is part of the turn) or after `max_tokens`. The draws are a function
-    of `seed` and of the token's position in the sequence, and of nothing else.
+    `temperature` 0 takes the most likely token. `top_k` ≤ 0 and `top_p` 1 filter nothing; with
+    both, `top_p` is a share of what `top_k` left. The turn ends with a token of `stop_ids` (it is
+    part of the turn) or after `max_tokens`. The draws are a function of `seed` and of the token's
+    position in the sequence, and of nothing else.
     """
 
     max_tokens: int
@@ -29,7 +30,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and 0 < self.top_p <= 1):
-            raise ValueError(f"temperature={self.temperature}, top_p={self.top_p}: temperature must be at least 0 and top_p in (0, 1].")
+            raise ValueError(
+                f"temperature={self.temperature}, top_p={self.top_p}: temperature must be at least 0 and "
+                "top_p in (0, 1]."
+            )
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: a turn has at least one token.")
 
@@ -43,14 +47,16 @@ class SamplingParams:
 class EngineOptions:
     """How an engine runs.
 
-    `max_num_seqs` sequences decode at once; a forward has at most `max_batch_tokens` tokens, longer prompts take several.
-    `page_size` tokens share a page of the KV cache (None: 256 on a GPU, which all kernels take, else 16). The cache takes
-    `kv_bytes`, or `kv_share` of the GPU memory that is free when it is made. `max_length` bounds a sequence (None: the model's
-    maximum position, or the cache). `dtype` None: that of the weights that come. `run_ahead` starts a decode step before
-    the one before it was looked at ("auto": with fused kernels on a GPU); CUDA graphs need it.
+    `max_num_seqs` sequences decode at once; a forward has at most `max_batch_tokens` tokens, longer
+    prompts take several. `page_size` tokens share a page of the KV cache (None: 256 on a GPU, which
+    all kernels take, else 16). The cache takes `kv_bytes`, or `kv_share` of the GPU memory that is
+    free when it is made. `max_length` bounds a sequence (None: the model's maximum position, or the
+    cache). `dtype` None: that of the weights that come. `run_ahead` starts a decode step before the
+    one before it was looked at ("auto": with fused kernels on a GPU); CUDA graphs need it.
 
-    `deterministic`: every forward has exactly `max_num_seqs` rows and every token attends as a sequence of its own, so that a
-    token's numbers depend, to the last bit, only on the tokens before it: not on its neighbours, on chunks or on preemption.
+    `deterministic`: every forward has exactly `max_num_seqs` rows and every token attends as a
+    sequence of its own, so that a token's numbers depend, to the last bit, only on the tokens
+    before it: not on its neighbours, on chunks or on preemption.
     """
 
     max_num_seqs: int = 256
@@ -70,8 +76,9 @@ class EngineOptions:
             raise ValueError(f"rollout.max_num_seqs={self.max_num_seqs} must be at least 1.")
         if self.max_batch_tokens < self.max_num_seqs:
             raise ValueError(
-                f"max_batch_tokens={self.max_batch_tokens} is less than max_num_seqs={self.max_num_seqs}: every sequence decodes one token "
-                f"a step. Use at least {self.max_num_seqs}."
+                f"max_batch_tokens={self.max_batch_tokens} is less than "
+                f"max_num_seqs={self.max_num_seqs}: every sequence decodes one token a step. Use at "
+                f"least {self.max_num_seqs}."
             )
 
 
@@ -79,9 +86,10 @@ class EngineOptions:
 class TurnDone:
     """A finished turn.
 
-    Per sampled token: its id, `logp` = log softmax(logits / temperature) over the whole vocabulary, and `logp_behaviour`, the same
-    after top-k and top-p (temperature 0: `logp` at temperature 1, `logp_behaviour` 0). `reason`: "stop" a stop token, "length"
-    `max_tokens`, "capacity" the sequence doesn't fit the cache (or `max_length`) even alone.
+    Per sampled token: its id, `logp` = log softmax(logits / temperature) over the whole vocabulary,
+    and `logp_behaviour`, the same after top-k and top-p (temperature 0: `logp` at temperature 1,
+    `logp_behaviour` 0). `reason`: "stop" a stop token, "length" `max_tokens`, "capacity" the
+    sequence doesn't fit the cache (or `max_length`) even alone.
     """
 
     key: Hashable
@@ -95,9 +103,10 @@ class TurnDone:
 class Stats:
     """Counted since the engine was made.
 
-    `prefill_tokens` went through the model as given (prompts, tool text) or again after their KV was given up; `decode_tokens`
-    are sampled tokens fed back in the same turn. `shared_tokens` were not computed because a group's first sample had.
-    `preempted` sequences lost their place and KV while decoding, `evicted` ones their KV while they waited.
+    `prefill_tokens` went through the model as given (prompts, tool text) or again after their KV
+    was given up; `decode_tokens` are sampled tokens fed back in the same turn. `shared_tokens` were
+    not computed because a group's first sample had. `preempted` sequences lost their place and KV
+    while decoding, `evicted` ones their KV while they waited.
     """
 
     steps: int = 0

@@ -1,14 +1,17 @@
 """Who is computed next: host only, no tensors.
 
-    start ──> WAITING ──admit──> RUNNING ──stop / length──> PARKED ──extend──> WAITING        drop: from anywhere
-                 ^                  │
-                 └───── preempt ────┘   no page was free for an older sequence: KV is given up and computed again later
+    start ──> WAITING ──admit──> RUNNING ──stop / length──> PARKED ──extend──> WAITING        drop:
+    from anywhere
+                 ^                  │ └───── preempt ────┘   no page was free for an older sequence:
+                 KV is given up and computed again later
 
-[Note: progress] Sequences have arrival numbers. In every step running sequences are served oldest first, and one that finds
-no free page takes it from, in this order: prompts kept for samples that wait, finished turns and waiting ones that kept their
-KV, the youngest running sequence; never from an older one. The oldest running sequence therefore always advances. A sequence is
-admitted if its whole backlog fits beside a page for each running one, or if nothing runs: then everything else makes
-room. One that needs more pages than there are ends with reason "capacity", so nothing waits for what can't come.
+[Note: progress] Sequences have arrival numbers. In every step running sequences are served oldest
+first, and one that finds no free page takes it from, in this order: prompts kept for samples that
+wait, finished turns and waiting ones that kept their KV, the youngest running sequence; never from
+an older one. The oldest running sequence therefore always advances. A sequence is admitted if its
+whole backlog fits beside a page for each running one, or if nothing runs: then everything else
+makes room. One that needs more pages than there are ends with reason "capacity", so nothing waits
+for what can't come.
 """
 
 from __future__ import annotations
@@ -27,24 +30,36 @@ class Scheduler:
     """Queues, pages and groups. `max_tokens` of one forward, `max_length` of a sequence."""
 
     def __init__(self, pool: PagePool, max_num_seqs: int, max_tokens: int, max_length: int) -> None:
-        self.pool, self.max_num_seqs, self.max_tokens = pool, max_num_seqs, max_tokens
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_tokens = max_tokens
         self.max_length = min(max_length, pool.capacity * pool.page_size)
         self.sequences: dict[Hashable, Sequence] = {}
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.refused: list[TurnDone] = []
-        self.stats, self.arrivals, self.changed, self.steps_ahead = Stats(), 0, False, 0
+        self.stats = Stats()
+        self.arrivals = 0
+        self.changed = False
+        self.steps_ahead = 0
         self.groups = Groups(pool, self.stats)
 
-    # ── what the caller asks for ─────────────────────────────────────────────────────────────────────────────────
+    # ── what the caller asks for
+    # ─────────────────────────────────────────────────────────────────────────────────
 
-    def start(self, key: Hashable, ids: list[int], params: SamplingParams, group: Hashable | None) -> None:
+    def start(
+        self, key: Hashable, ids: list[int], params: SamplingParams, group: Hashable | None
+    ) -> None:
         if key in self.sequences:
             raise ValueError(f"sequence {key!r} was started already: extend it, or drop it first.")
         if not ids:
-            raise ValueError(f"sequence {key!r} has an empty prompt: at least one token must be given.")
+            raise ValueError(
+                f"sequence {key!r} has an empty prompt: at least one token must be given."
+            )
         shared = self.groups.join(key, group, ids)
-        sequence = Sequence(key, self.arrivals, list(ids), params, seed_key(params.seed), shared, len(ids), len(ids))
+        sequence = Sequence(
+            key, self.arrivals, list(ids), params, seed_key(params.seed), shared, len(ids), len(ids)
+        )
         self.arrivals += 1
         self.sequences[key] = sequence
         self._queue(sequence)
@@ -52,12 +67,15 @@ class Scheduler:
     def extend(self, key: Hashable, ids: list[int], params: SamplingParams) -> None:
         sequence = self._known(key)
         if sequence.state is not State.PARKED:
-            raise ValueError(f"sequence {key!r} is still {sequence.state.value}: extend it when its turn is done.")
+            raise ValueError(
+                f"sequence {key!r} is still {sequence.state.value}: extend it when its turn is done."
+            )
         sequence.tokens += ids
         sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
         sequence.params, sequence.draw_key = params, seed_key(params.seed)
         sequence.turn_start = sequence.given = len(sequence.tokens)
-        sequence.logp, sequence.logp_behaviour = [], []
+        sequence.logp = []
+        sequence.logp_behaviour = []
         self._queue(sequence)
 
     def drop(self, key: Hashable) -> None:
@@ -67,9 +85,11 @@ class Scheduler:
             self.waiting.remove(sequence)
         elif sequence.runs:
             self.running.remove(sequence)
-        # The key may be started anew before the refusal was handed out: the new sequence must not get it.
+        # The key may be started anew before the refusal was handed out: the new sequence must not
+        # get it.
         self.refused = [turn for turn in self.refused if turn.key != key]
-        sequence.state, self.changed = State.DROPPED, True
+        sequence.state = State.DROPPED
+        self.changed = True
         self.pool.release(sequence.pages)
         self.groups.leave(sequence)
 
@@ -80,17 +100,22 @@ class Scheduler:
 
     def _queue(self, sequence: Sequence) -> None:
         """Line up by arrival, unless it can never be computed."""
-        sequence.state, self.changed = State.WAITING, True
+        sequence.state = State.WAITING
+        self.changed = True
         if len(sequence.tokens) <= self.max_length:
             insort(self.waiting, sequence, key=lambda s: s.number)
         else:
             self.refused.append(self._finish(sequence, "capacity"))
             self._forget(sequence)
 
-    # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── one step
+    # ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def plan(self) -> Step | None:
-        """The next forward's work, or None if there is nothing to compute. Counts it as computed."""
+        """The next forward's work, or None if there is nothing to compute.
+
+        Counts it as computed.
+        """
         items: list[Item] = []
         copies: list[tuple[int, int]] = []
         budget = self.max_tokens - sum(s.pending == 1 for s in self.running)
@@ -103,7 +128,8 @@ class Scheduler:
             if room is not None:
                 copies += room
                 items.append(Item(sequence, sequence.computed, count))
-        self.changed, self.steps_ahead = self.admit(items, copies, budget), 0
+        self.changed = self.admit(items, copies, budget)
+        self.steps_ahead = 0
         for item in items:
             self.count(item)
         items.sort(key=lambda i: i.count > 1)
@@ -113,14 +139,20 @@ class Scheduler:
         """Pages for a running sequence up to token `stop`; None if it had to give up its own place."""
         while (copies := self.pool.extend(sequence.pages, sequence.computed, stop)) is None:
             if not self._make_room(sequence):
-                assert any(s.number < sequence.number for s in self.running), "a sequence that fits found no room"
+                assert any(s.number < sequence.number for s in self.running), (
+                    "a sequence that fits found no room"
+                )
                 self._preempt(sequence)
                 return None
         return copies
 
-    def admit(self, items: list[Item], copies: list[tuple[int, int]], budget: int, apart: bool = False) -> bool:
-        """Admit who waits, in order; whether the next step may admit more although nothing else changes. `apart`: the budget is that of
-        chunks alone, so single tokens take nothing of it, and no prompt is cut after its first token."""
+    def admit(
+        self, items: list[Item], copies: list[tuple[int, int]], budget: int, apart: bool = False
+    ) -> bool:
+        """Admit who waits, in order; whether the next step may admit more although nothing else
+        changes. `apart`: the budget is that of chunks alone, so single tokens take nothing of it,
+        and no prompt is cut after its first token.
+        """
         full = False
         for sequence in self.waiting:
             full = len(self.running) >= self.max_num_seqs
@@ -158,10 +190,13 @@ class Scheduler:
         self.stats.decode_tokens += item.count - given
         self.groups.computed(sequence)
 
-    # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── memory
+    # ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Give up the KV that is missed least, see [Note: progress]; False if there is none that `sequence` may take."""
+        """Give up the KV that is missed least, see [Note: progress]; False if there is none that
+        `sequence` may take.
+        """
         if self.groups.let_go(useful=True):
             return True
         idle = [s for s in self.sequences.values() if s.pages and s is not sequence and not s.runs]
@@ -188,9 +223,12 @@ class Scheduler:
         sequence.computed, sequence.given = 0, len(sequence.tokens)
         self.groups.forgot(sequence)
 
-    # ── what came out ────────────────────────────────────────────────────────────────────────────────────────────
+    # ── what came out
+    # ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def accept(self, sequence: Sequence, token: int, logp: float, logp_behaviour: float) -> TurnDone | None:
+    def accept(
+        self, sequence: Sequence, token: int, logp: float, logp_behaviour: float
+    ) -> TurnDone | None:
         """Append a drawn token; the finished turn, if it was its last."""
         sequence.tokens.append(token)
         sequence.logp.append(logp)
@@ -208,5 +246,12 @@ class Scheduler:
         return self._finish(sequence, reason)
 
     def _finish(self, sequence: Sequence, reason: Reason) -> TurnDone:
-        sequence.state, self.changed = State.PARKED, True
-        return TurnDone(sequence.key, sequence.tokens[sequence.turn_start :], sequence.logp, sequence.logp_behaviour, reason)
+        sequence.state = State.PARKED
+        self.changed = True
+        return TurnDone(
+            sequence.key,
+            sequence.tokens[sequence.turn_start :],
+            sequence.logp,
+            sequence.logp_behaviour,
+            reason,
+        )

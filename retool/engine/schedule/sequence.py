@@ -21,7 +21,10 @@ class State(Enum):
 
 @dataclass(eq=False)
 class Group:
-    """Samples of one prompt. All but its last token is computed once, by `leader`; `pages` then keep it for who still waits."""
+    """Samples of one prompt.
+
+    All but its last token is computed once, by `leader`; `pages` then keep it for who still waits.
+    """
 
     key: Hashable
     ids: list[int]
@@ -40,8 +43,9 @@ class Group:
 class Sequence:
     """Tokens of a trajectory so far; `computed` of them have keys and values in `pages`.
 
-    `number` counts arrivals: the lower one goes first, for room and for memory. `given` marks tokens [0, given) that were
-    not sampled in this turn or were computed before, for the statistics.
+    `number` counts arrivals: the lower one goes first, for room and for memory. `given` marks
+    tokens [0, given) that were not sampled in this turn or were computed before, for the
+    statistics.
     """
 
     key: Hashable
@@ -75,7 +79,9 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Item:
-    """Tokens [start, start + count) of a sequence go through the model; if that is all there are, the next one is drawn."""
+    """Tokens [start, start + count) of a sequence go through the model; if that is all there are,
+    the next one is drawn.
+    """
 
     sequence: Sequence
     start: int
@@ -94,8 +100,9 @@ class Step(NamedTuple):
 
 
 class Join(NamedTuple):
-    """A sequence takes a row of the decode step. The token that it computes there is at `position` of it: the draw number `source` of the
-    last step's chunks, or known (None)."""
+    """A sequence takes a row of the decode step. The token that it computes there is at `position`
+    of it: the draw number `source` of the last step's chunks, or known (None).
+    """
 
     slot: int
     sequence: Sequence
@@ -104,9 +111,11 @@ class Join(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """Work of a decode step that is planned before the draws of the last one were seen. `rows` of it (None: padding), the pages `added`
-    to rows that go on as (row, place in its page table, page), who `joins`; pages are copied first, and `chunks` computed beside it.
-    Without `runs` its rows only get ready, and the chunks are all there is."""
+    """Work of a decode step that is planned before the draws of the last one were seen. `rows` of
+    it (None: padding), the pages `added` to rows that go on as (row, place in its page table,
+    page), who `joins`; pages are copied first, and `chunks` computed beside it. Without `runs` its
+    rows only get ready, and the chunks are all there is.
+    """
 
     runs: bool
     rows: list[Sequence | None]

@@ -1,10 +1,13 @@
-"""cuDNN's attention for the long documents of a pack, another kernel for the short ones between them.
+"""cuDNN's attention for the long documents of a pack, another kernel for the short ones between
+them.
 
-Shapes: T tokens · N query heads · K key/value heads · L tokens of a document · H head dim · B documents
+Shapes: T tokens · N query heads · K key/value heads · L tokens of a document · H head dim · B
+documents
 
-[Note: cuDNN plans] cuDNN compiles a plan per shape (tens of milliseconds, twice: forward and backward), and documents have any length.
-Lengths are rounded up to one of 16 per octave, so a run meets few shapes; the zero tokens at the end come after every real one, so
-causality hides them, and their zero output gradient makes their share of every gradient exactly zero. torch keys its plans on
+[Note: cuDNN plans] cuDNN compiles a plan per shape (tens of milliseconds, twice: forward and
+backward), and documents have any length. Lengths are rounded up to one of 16 per octave, so a run
+meets few shapes; the zero tokens at the end come after every real one, so causality hides them, and
+their zero output gradient makes their share of every gradient exactly zero. torch keys its plans on
 the strides of q, k and v alone, so out and dout always have the one layout [documents, L, N, H].
 """
 
@@ -20,16 +23,22 @@ from torch import Tensor
 
 from retool.model.attention.reference import Gradients, Pack
 
-CUDNN_SHORTEST = 4096  # below it FlashAttention-2 over all documents at once fills the device better
+CUDNN_SHORTEST = (
+    4096  # below it FlashAttention-2 over all documents at once fills the device better
+)
 CUDNN_LARGEST_HEAD = 128
-INDEXABLE = 1 << 31  # elements from a run's start to its end; FlashAttention-2 counts in 64 bits, of cuDNN it isn't known
+# Elements from a run's start to its end; FlashAttention-2 counts in 64 bits, of cuDNN it isn't
+# known
+INDEXABLE = 1 << 31
 
 ShortForward = Callable[[Tensor, Tensor, Tensor, Pack], tuple[Tensor, Tensor]]
 ShortBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Pack], Gradients]
 
 
 class Run(NamedTuple):
-    """Consecutive documents for one kernel: documents [first, stop), tokens [begin, end); `length` is 0 where they are short."""
+    """Consecutive documents for one kernel: documents [first, stop), tokens [begin, end); `length`
+    is 0 where they are short.
+    """
 
     first: int
     stop: int
@@ -40,7 +49,9 @@ class Run(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _runs(seqlens: tuple[int, ...]) -> tuple[Run, ...]:
-    """Long documents of one length that follow each other are one cuDNN batch, short ones that do are one call of the other kernel."""
+    """Long documents of one length that follow each other are one cuDNN batch, short ones that do
+    are one call of the other kernel.
+    """
     runs: list[Run] = []
     begin = 0
     for i, n in enumerate(seqlens):
@@ -57,7 +68,9 @@ def _runs(seqlens: tuple[int, ...]) -> tuple[Run, ...]:
 def _short_pack(run: Run, pack: Pack) -> Pack:
     cu_seqlens = pack.cu_seqlens[run.first : run.stop + 1]
     seqlens = pack.seqlens[run.first : run.stop]
-    return Pack(cu_seqlens if run.first == 0 else cu_seqlens - cu_seqlens[:1], max(seqlens), seqlens)
+    return Pack(
+        cu_seqlens if run.first == 0 else cu_seqlens - cu_seqlens[:1], max(seqlens), seqlens
+    )
 
 
 def _rounded(length: int) -> int:
@@ -82,9 +95,14 @@ def _flattened(x: Tensor, run: Run) -> Tensor:
     return x.transpose(1, 2)[:, : run.length].flatten(0, 1)
 
 
-def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack, short: ShortForward) -> tuple[Tensor, Tensor]:
-    """out [T, N, H] and lse float32 [N, T]; `short` computes the documents of fewer than `CUDNN_SHORTEST` tokens, and huge ones."""
-    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+def cudnn_forward(
+    q: Tensor, k: Tensor, v: Tensor, pack: Pack, short: ShortForward
+) -> tuple[Tensor, Tensor]:
+    """out [T, N, H] and lse float32 [N, T]; `short` computes the documents of fewer than
+    `CUDNN_SHORTEST` tokens, and huge ones.
+    """
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     for run in _runs(pack.seqlens):
         tokens = slice(run.begin, run.end)
         if _by_cudnn(q, run):
@@ -97,7 +115,16 @@ def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack, short: ShortForwa
     return out, lse
 
 
-def cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack, short: ShortBackward) -> Gradients:
+def cudnn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pack: Pack,
+    short: ShortBackward,
+) -> Gradients:
     """(dq, dk, dv) of what `cudnn_forward` computed."""
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     for run in _runs(pack.seqlens):
@@ -106,7 +133,15 @@ def cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
             parts = _backward_run(dout, q, k, v, out, lse, run)
         else:
             lse_run = lse[:, tokens].contiguous()
-            parts = short(dout[tokens], q[tokens], k[tokens], v[tokens], out[tokens], lse_run, _short_pack(run, pack))
+            parts = short(
+                dout[tokens],
+                q[tokens],
+                k[tokens],
+                v[tokens],
+                out[tokens],
+                lse_run,
+                _short_pack(run, pack),
+            )
         if run.end - run.begin == q.shape[0]:
             return parts
         for grad, part in zip(grads, parts, strict=True):
@@ -116,16 +151,21 @@ def cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 
 def _forward_run(q: Tensor, k: Tensor, v: Tensor, run: Run) -> tuple[Tensor, Tensor]:
     q, k, v = (_batched(x, run) for x in (q, k, v))
-    out, stats, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)
+    out, stats, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True
+    )
     lse = stats.reshape(out.shape[:3])[..., : run.length].transpose(0, 1).flatten(1)
     return _flattened(out, run).contiguous(), lse.contiguous()
 
 
-def _backward_run(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, run: Run) -> Gradients:
+def _backward_run(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, run: Run
+) -> Gradients:
     length = _rounded(run.length)
     dout, q, k, v, out = (_batched(x, run) for x in (dout, q, k, v, out))
     stats = lse[:, run.begin : run.end].unflatten(1, (-1, run.length)).transpose(0, 1)
-    stats = F.pad(stats, (0, length - run.length)).contiguous()[..., None]  # cuDNN wants four dimensions
+    # cuDNN wants four dimensions
+    stats = F.pad(stats, (0, length - run.length)).contiguous()[..., None]
     seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which isn't used
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, stats, seed, seed, None, None, None, length, length, 0.0, True

@@ -1,18 +1,23 @@
 """Causal attention over packed documents: one function, six kernels behind it.
 
-Shapes: T tokens · N query heads · K key/value heads · G query heads per key/value head · L tokens of a document · H head dim · B documents
+Shapes: T tokens · N query heads · K key/value heads · G query heads per key/value head · L tokens
+of a document · H head dim · B documents
 
     flash      FlashAttention-2, `flash_attn_varlen_func`'s kernels, from the flash-attn package
-    varlen     torch's own FlashAttention-2, `torch.nn.attention.varlen`; flash3, flash4: the same call with FlashAttention-3 or 4 installed
-    cudnn      documents of at least `CUDNN_SHORTEST` tokens through cuDNN, the shorter ones between them through one of those
-    reference  document by document in any precision, on any device: the CPU's kernel, and what the others are tested against
+    varlen     torch's own FlashAttention-2, `torch.nn.attention.varlen`; flash3, flash4: the same
+    call with FlashAttention-3 or 4 installed cudnn      documents of at least `CUDNN_SHORTEST`
+    tokens through cuDNN, the shorter ones between them through one of those reference  document by
+    document in any precision, on any device: the CPU's kernel, and what the others are tested
+    against
 
-Every token attends to itself and to the tokens before it in its document; scores are scaled by 1/sqrt(H); query head n reads
-key/value head n // G. Nothing waits for the device: what the host must know about the pack comes in `seqlens` and `max_seqlen`.
+Every token attends to itself and to the tokens before it in its document; scores are scaled by
+1/sqrt(H); query head n reads key/value head n // G. Nothing waits for the device: what the host
+must know about the pack comes in `seqlens` and `max_seqlen`.
 
-[Note: attention without running it again] A block that recomputes its activations keeps `out` and `lse` from
-`attention_forward_lse` (T·N·(H + 2) elements of 2 bytes in bf16) and calls `attention_from_saved` in the recomputation: it returns the kept
-`out` and its backward starts from both. The most expensive part of a long block is then never computed twice.
+[Note: attention without running it again] A block that recomputes its activations keeps `out` and
+`lse` from `attention_forward_lse` (T·N·(H + 2) elements of 2 bytes in bf16) and calls
+`attention_from_saved` in the recomputation: it returns the kept `out` and its backward starts from
+both. The most expensive part of a long block is then never computed twice.
 """
 
 from __future__ import annotations
@@ -43,23 +48,33 @@ CUDNN_FROM = (9, 0)  # compute capability: Hopper
 TRUSTED = 0.03  # largest `kernel_error` of a kernel that is used
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto") -> str:
-    """The kernel for these inputs: `wanted` if it can run them, or for "auto" the fastest that can (varlen of the fused ones
-    under `torch.use_deterministic_algorithms(True)`). A fused kernel is tried on the device first, see `kernel_error`.
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto"
+) -> str:
+    """The kernel for these inputs: `wanted` if it can run them, or for "auto" the fastest that can
+    (varlen of the fused ones under `torch.use_deterministic_algorithms(True)`). A fused kernel is
+    tried on the device first, see `kernel_error`.
 
     Raises ValueError where `wanted` is unknown, can't run or computes wrongly, saying what would.
     """
     if wanted not in ("auto", *FORWARD):
-        raise ValueError(f"attention backend {wanted!r} is not known. Use auto, {', '.join(FORWARD)}.")
+        raise ValueError(
+            f"attention backend {wanted!r} is not known. Use auto, {', '.join(FORWARD)}."
+        )
     reason = why_not_fused(device, dtype, head_dim)
     if wanted == "reference" or (wanted == "auto" and reason):
         return "reference"
     if wanted != "auto" and (reason := why_not(wanted, device, dtype, head_dim)):
         raise ValueError(f"attention backend {wanted!r} {reason}. Use reference, or auto.")
-    can_cudnn = torch.cuda.get_device_capability(device) >= CUDNN_FROM and head_dim <= CUDNN_LARGEST_HEAD
+    can_cudnn = (
+        torch.cuda.get_device_capability(device) >= CUDNN_FROM and head_dim <= CUDNN_LARGEST_HEAD
+    )
     if torch.are_deterministic_algorithms_enabled():
         if wanted == "cudnn":
-            raise ValueError("attention backend 'cudnn' adds up gradients in no fixed order: it isn't deterministic. Use varlen or auto.")
+            raise ValueError(
+                "attention backend 'cudnn' adds up gradients in no fixed order: it isn't "
+                "deterministic. Use varlen or auto."
+            )
         fused = ["varlen"]
     else:
         fused = ["cudnn"] * can_cudnn + attention_flash.available(device)
@@ -67,17 +82,26 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, want
         error = kernel_error(backend, device, dtype, head_dim)
         if error <= TRUSTED:
             return backend
-        wrong = f"attention backend {backend!r} computes wrongly on this device with heads of {head_dim} (relative error {error:.2g})"
+        wrong = (
+            f"attention backend {backend!r} computes wrongly on this device with heads of {head_dim} "
+            f"(relative error {error:.2g})"
+        )
         if wanted != "auto":
-            raise ValueError(f"{wrong}: its package was built for something else. Install another build, or use auto.")
+            raise ValueError(
+                f"{wrong}: its package was built for something else. Install another build, or use auto."
+            )
         warnings.warn(f"{wrong}: the next one is used.", stacklevel=2)
     return "reference"
 
 
-def why_not(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int, there: bool = True) -> str:
-    """Why the fused kernel `wanted` can't take these inputs, as far as can be known without trying it; empty where it can.
+def why_not(
+    wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int, there: bool = True
+) -> str:
+    """Why the fused kernel `wanted` can't take these inputs, as far as can be known without trying
+    it; empty where it can.
 
-    `there` false: `device` is of a box that is only planned for, so nothing is known of its GPU but that it is one.
+    `there` false: `device` is of a box that is only planned for, so nothing is known of its GPU but
+    that it is one.
     """
     if reason := why_not_fused(device, dtype, head_dim):
         return reason
@@ -92,7 +116,10 @@ def why_not(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int
         return "needs a Hopper or later GPU"
     generation = attention_flash.MADE_FOR.get(wanted, capability[0])
     if generation != capability[0]:
-        return f"is made for GPUs of compute capability {generation}, and this one has {capability[0]}.{capability[1]}"
+        return (
+            f"is made for GPUs of compute capability {generation}, and this one has "
+            f"{capability[0]}.{capability[1]}"
+        )
     return ""
 
 
@@ -109,10 +136,11 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
 
 @lru_cache
 def kernel_error(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
-    """Largest relative error (L2) of a kernel's output and gradients on a small pack of random numbers, against fp32: about 0.005 in bf16.
+    """Largest relative error (L2) of a kernel's output and gradients on a small pack of random
+    numbers, against fp32: about 0.005 in bf16.
 
-    A package may import and run, and yet be built without this head dimension or for another GPU. NaN where there are NaNs, infinite for
-    one that doesn't run at all (varlen, the last, raises).
+    A package may import and run, and yet be built without this head dimension or for another GPU.
+    NaN where there are NaNs, infinite for one that doesn't run at all (varlen, the last, raises).
     """
     lengths = (5, CUDNN_SHORTEST) if backend == "cudnn" else (5, 67, 1)
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
@@ -132,11 +160,18 @@ def kernel_error(backend: str, device: torch.device, dtype: torch.dtype, head_di
         if found is None:
             return math.inf
         want = computed("reference", heads.float())
-        return float(torch.stack([(a.float() - b).norm() / b.norm() for a, b in zip(found, want, strict=True)]).max())
+        return float(
+            torch.stack(
+                [(a.float() - b).norm() / b.norm() for a, b in zip(found, want, strict=True)]
+            ).max()
+        )
 
 
 def tried(compute: Callable[[], T], failing: str) -> T | None:
-    """What a kernel computes; None, with a warning that begins with `failing`, where it raises. Memory that runs out isn't its fault."""
+    """What a kernel computes; None, with a warning that begins with `failing`, where it raises.
+
+    Memory that runs out isn't its fault.
+    """
     try:
         return compute()
     except torch.OutOfMemoryError:
@@ -150,62 +185,119 @@ def tried(compute: Callable[[], T], failing: str) -> T | None:
 def _for_short(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """For the short documents of a pack: the fastest that computes rightly, varlen as the last."""
     *others, last = attention_flash.available(device)
-    return next((name for name in others if kernel_error(name, device, dtype, head_dim) <= TRUSTED), last)
+    return next(
+        (name for name in others if kernel_error(name, device, dtype, head_dim) <= TRUSTED), last
+    )
 
 
 @eager  # `seqlens` would be a guard, and every pack a new graph
 def attention(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, seqlens: tuple[int, ...]
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    backend: str,
+    seqlens: tuple[int, ...],
 ) -> Tensor:
     """Causal attention within each document → out [T, N, H] in q's dtype, differentiable.
 
-    `cu_seqlens` int32 [B+1] on the device, `seqlens` the same lengths on the host (they add up to T), `max_seqlen` their largest,
-    `backend` a name from `choose_backend`. N must be a multiple of K. q, k, v may be views of one buffer, as long as H is contiguous.
+    `cu_seqlens` int32 [B+1] on the device, `seqlens` the same lengths on the host (they add up to
+    T), `max_seqlen` their largest, `backend` a name from `choose_backend`. N must be a multiple of
+    K. q, k, v may be views of one buffer, as long as H is contiguous.
     """
     _check(q_TNH, k_TKH, seqlens)
-    return _Attention.apply(q_TNH, k_TKH, v_TKH, None, None, cu_seqlens, max_seqlen, backend, seqlens)
+    return _Attention.apply(
+        q_TNH, k_TKH, v_TKH, None, None, cu_seqlens, max_seqlen, backend, seqlens
+    )
 
 
 @eager
 def attention_from_saved(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NT: Tensor,
-    cu_seqlens: Tensor, max_seqlen: int, backend: str, seqlens: tuple[int, ...],
-) -> Tensor:  # fmt: skip
-    """`attention` whose result is known: gives `out_TNH` back without computing it, and the same gradients.
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    out_TNH: Tensor,
+    lse_NT: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    backend: str,
+    seqlens: tuple[int, ...],
+) -> Tensor:
+    """`attention` whose result is known: gives `out_TNH` back without computing it, and the same
+    gradients.
 
-    See [Note: attention without running it again]. q, k, v must be what `out_TNH` and `lse_NT` were computed from.
+    See [Note: attention without running it again]. q, k, v must be what `out_TNH` and `lse_NT` were
+    computed from.
     """
     _check(q_TNH, k_TKH, seqlens)
-    return _Attention.apply(q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, cu_seqlens, max_seqlen, backend, seqlens)
+    return _Attention.apply(
+        q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, cu_seqlens, max_seqlen, backend, seqlens
+    )
 
 
 def attention_forward_lse(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, seqlens: tuple[int, ...]
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    backend: str,
+    seqlens: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
     """(out [T, N, H], lse [N, T]) without a graph.
 
-    lse is the natural log-sum-exp of each query's scaled scores: float32, or float64 for float64 inputs.
+    lse is the natural log-sum-exp of each query's scaled scores: float32, or float64 for float64
+    inputs.
     """
     with torch.no_grad():
         return FORWARD[backend](q_TNH, k_TKH, v_TKH, Pack(cu_seqlens, max_seqlen, seqlens))
 
 
 def attention_backward(
-    dout_TNH: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NT: Tensor,
-    cu_seqlens: Tensor, max_seqlen: int, backend: str, seqlens: tuple[int, ...],
-) -> Gradients:  # fmt: skip
-    """(dq, dk, dv) of what `attention_forward_lse` computed. Deterministic under `torch.use_deterministic_algorithms(True)` (not cudnn)."""
+    dout_TNH: Tensor,
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    out_TNH: Tensor,
+    lse_NT: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    backend: str,
+    seqlens: tuple[int, ...],
+) -> Gradients:
+    """(dq, dk, dv) of what `attention_forward_lse` computed.
+
+    Deterministic under `torch.use_deterministic_algorithms(True)` (not cudnn).
+    """
     with torch.no_grad():
-        return BACKWARD[backend](dout_TNH.contiguous(), q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, Pack(cu_seqlens, max_seqlen, seqlens))
+        return BACKWARD[backend](
+            dout_TNH.contiguous(),
+            q_TNH,
+            k_TKH,
+            v_TKH,
+            out_TNH,
+            lse_NT,
+            Pack(cu_seqlens, max_seqlen, seqlens),
+        )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, *pack: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor | None,
+        *pack: Any,
+    ) -> Tensor:
         if out is None or lse is None:
             out, lse = attention_forward_lse(q, k, v, *pack)
         else:
-            out = out.view_as(out)  # a new tensor over the kept one's memory: this node's output, not its input
+            # A new tensor over the kept one's memory: this node's output, not its input
+            out = out.view_as(out)
         cu_seqlens, *ctx.pack = pack
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         return out
@@ -217,19 +309,28 @@ class _Attention(torch.autograd.Function):
 
 
 def _check(q_TNH: Tensor, k_TKH: Tensor, seqlens: tuple[int, ...]) -> None:
-    assert q_TNH.shape[0] == sum(seqlens), f"{q_TNH.shape[0]} query tokens in documents of {sum(seqlens)} tokens"
-    assert q_TNH.shape[1] % k_TKH.shape[1] == 0, f"{q_TNH.shape[1]} query heads don't group over {k_TKH.shape[1]} key/value heads"
+    assert q_TNH.shape[0] == sum(seqlens), (
+        f"{q_TNH.shape[0]} query tokens in documents of {sum(seqlens)} tokens"
+    )
+    assert q_TNH.shape[1] % k_TKH.shape[1] == 0, (
+        f"{q_TNH.shape[1]} query heads don't group over {k_TKH.shape[1]} key/value heads"
+    )
 
 
-# ── cuDNN for the long documents, one of the above for the rest ──────────────────────────────────────────────────
+# ── cuDNN for the long documents, one of the above for the rest
+# ──────────────────────────────────────────────────
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
     return cudnn_forward(q, k, v, pack, FORWARD[_for_short(q.device, q.dtype, q.shape[-1])])
 
 
-def _cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack) -> Gradients:
-    return cudnn_backward(dout, q, k, v, out, lse, pack, BACKWARD[_for_short(q.device, q.dtype, q.shape[-1])])
+def _cudnn_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack
+) -> Gradients:
+    return cudnn_backward(
+        dout, q, k, v, out, lse, pack, BACKWARD[_for_short(q.device, q.dtype, q.shape[-1])]
+    )
 
 
 FORWARD = {**attention_flash.FORWARD, "cudnn": _cudnn_forward, "reference": reference_forward}

@@ -1,8 +1,8 @@
-"""FlashAttention's versions: 2 from the flash-attn package (flash), 2 that torch has in it (varlen), and 3 and 4 (flash3, flash4), which
-torch runs where their packages are installed.
+"""FlashAttention's versions: 2 from the flash-attn package (flash), 2 that torch has in it
+(varlen), and 3 and 4 (flash3, flash4), which torch runs where their packages are installed.
 
-[Note: one of torch's at a time] torch puts another version in the place of its own for the whole process, so every call here says which it
-wants. A run trains with one: it changes once.
+[Note: one of torch's at a time] torch puts another version in the place of its own for the whole
+process, so every call here says which it wants. A run trains with one: it changes once.
 """
 
 from __future__ import annotations
@@ -30,14 +30,19 @@ MADE_FOR = {"flash3": 9, "flash4": 10}  # generation of GPUs: Hopper, Blackwell
 def missing(backend: str) -> str:
     """The package that a backend needs and that isn't installed; empty where nothing is missing."""
     package = PACKAGE.get(backend, "")
-    parents = accumulate(package.split("."), "{}.{}".format) if package else []  # a package is looked for only where its parent is
+    # A package is looked for only where its parent is
+    parents = accumulate(package.split("."), "{}.{}".format) if package else []
     return "" if all(find_spec(name) is not None for name in parents) else package
 
 
 def available(device: torch.device) -> list[str]:
     """What can be had on a GPU, fastest first; varlen always."""
     generation, _ = torch.cuda.get_device_capability(device)
-    return [name for name in ("flash3", "flash4", "flash", "varlen") if MADE_FOR.get(name, generation) == generation and not missing(name)]
+    return [
+        name
+        for name in ("flash3", "flash4", "flash", "varlen")
+        if MADE_FOR.get(name, generation) == generation and not missing(name)
+    ]
 
 
 def _options(head_dim: int, pack: Pack) -> dict[str, Any]:
@@ -63,21 +68,42 @@ def _package_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tenso
     return out, lse
 
 
-def _package_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack) -> Gradients:
+def _package_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack
+) -> Gradients:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq = q.new_empty(q.shape)
+    dk = k.new_empty(k.shape)
+    dv = v.new_empty(v.shape)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    _flash_attn_varlen_backward(dout, q, k, v, out, lse, dq, dk, dv, deterministic=deterministic, **_options(q.shape[-1], pack))
+    _flash_attn_varlen_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dq,
+        dk,
+        dv,
+        deterministic=deterministic,
+        **_options(q.shape[-1], pack),
+    )
     return dq, dk, dv
 
 
 @lru_cache(maxsize=1)
 def _varlen_options() -> dict[str, Any]:
-    """torch 2.11 groups heads unasked; from 2.12 on they must be asked for. Both take the causal mask as a window."""
+    """torch 2.11 groups heads unasked; from 2.12 on they must be asked for.
+
+    Both take the causal mask as a window.
+    """
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    grouped = (
+        {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    )
     return {"window_size": (-1, 0), "return_aux": AuxRequest(lse=True), **grouped}
 
 
@@ -93,19 +119,44 @@ def _use(version: str | None) -> None:
         attention.activate_flash_attention_impl(version)
 
 
-def _torch_forward(version: str | None, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+def _torch_forward(
+    version: str | None, q: Tensor, k: Tensor, v: Tensor, pack: Pack
+) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.varlen import varlen_attn
 
     _use(version)
-    out, lse = varlen_attn(q, k, v, pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen, **_varlen_options())
+    out, lse = varlen_attn(
+        q,
+        k,
+        v,
+        pack.cu_seqlens,
+        pack.cu_seqlens,
+        pack.max_seqlen,
+        pack.max_seqlen,
+        **_varlen_options(),
+    )
     return out, lse
 
 
-def _torch_backward(version: str | None, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack) -> Gradients:
+def _torch_backward(
+    version: str | None,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pack: Pack,
+) -> Gradients:
     _use(version)
-    rng, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # of dropout, which isn't used
-    cu, longest = pack.cu_seqlens, pack.max_seqlen
-    return torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, cu, cu, longest, longest, 0.0, True, rng, unused)
+    # of dropout, which isn't used
+    rng = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, device=q.device)
+    cu = pack.cu_seqlens
+    longest = pack.max_seqlen
+    return torch.ops.aten._flash_attention_backward(
+        dout, q, k, v, out, lse, cu, cu, longest, longest, 0.0, True, rng, unused
+    )
 
 
 FORWARD: dict[str, Forward] = {

@@ -1,4 +1,6 @@
-"""Which parameters belong to which unit, and what can't be sharded so: refused here, as on several ranks it would be silently wrong."""
+"""Which parameters belong to which unit, and what can't be sharded so: refused here, as on several
+ranks it would be silently wrong.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ Members = Mapping[str, list[tuple[str, tuple[int, ...]]]]
 
 @dataclass
 class Collected:
-    """A unit's slot specifications and present parameters; `outer` where another unit's module lies in one of its own."""
+    """A unit's slot specifications and present parameters; `outer` where another unit's module lies
+    in one of its own.
+    """
 
     name: str
     outer: bool
@@ -27,7 +31,10 @@ class Collected:
 
 
 def collect(module: nn.Module, units: Units, members: Members) -> list[Collected]:
-    """Every parameter once, in the innermost unit around the module that has it. ValueError for what can't be, with the way out."""
+    """Every parameter once, in the innermost unit around the module that has it.
+
+    ValueError for what can't be, with the way out.
+    """
     names = {id(p): n for n, p in module.named_parameters()}
     places = {id(m): n for n, m in module.named_modules()}
     roots = [id(m) for _, modules in units for m in modules]
@@ -36,23 +43,36 @@ def collect(module: nn.Module, units: Units, members: Members) -> list[Collected
     found: list[Collected] = []
     for index, (unit, modules) in enumerate(units):
         mine = {id(m) for m in modules}
-        found.append(Collected(unit, any(id(d) in roots and id(d) not in mine for m in modules for d in m.modules())))
+        found.append(
+            Collected(
+                unit,
+                any(id(d) in roots and id(d) not in mine for m in modules for d in m.modules()),
+            )
+        )
         for part in modules:
             _check_module(unit, part, places, roots)
             for inside in _own(part, set(roots)):
                 covered.add(id(inside))
                 for parameter in _direct(inside):
                     if owner.setdefault(id(parameter), index) != index:
-                        raise _shared(names[id(parameter)], units[owner[id(parameter)]][0], f"unit {unit!r}")
+                        raise _shared(
+                            names[id(parameter)], units[owner[id(parameter)]][0], f"unit {unit!r}"
+                        )
                     if all(parameter is not p for p in found[-1].parameters):
                         found[-1].parameters.append(parameter)
                         found[-1].slots.append(_slot(names[id(parameter)], parameter, members))
     missing = [n for i, n in names.items() if i not in owner]
     if missing:
-        raise ValueError(f"parameter {missing[0]} (and {len(missing) - 1} more) is in no unit: add its module to `units`.")
+        raise ValueError(
+            f"parameter {missing[0]} (and {len(missing) - 1} more) is in no unit: add its module to `units`."
+        )
     for place, inside in module.named_modules():
         for parameter in _direct(inside) if id(inside) not in covered else ():
-            raise _shared(names[id(parameter)], units[owner[id(parameter)]][0], f"module {place!r}, which is in no unit")
+            raise _shared(
+                names[id(parameter)],
+                units[owner[id(parameter)]][0],
+                f"module {place!r}, which is in no unit",
+            )
     return found
 
 
@@ -70,9 +90,14 @@ def _own(module: nn.Module, roots: set[int]) -> Iterator[nn.Module]:
 
 def _slot(name: str, parameter: nn.Parameter, members: Members) -> SlotSpec:
     if not parameter.is_floating_point():
-        raise ValueError(f"parameter {name} is {parameter.dtype}, and only floating-point parameters are sharded: make it a buffer.")
+        raise ValueError(
+            f"parameter {name} is {parameter.dtype}, and only floating-point parameters are "
+            "sharded: make it a buffer."
+        )
     if hasattr(parameter, "gathered"):
-        raise ValueError(f"parameter {name} is of a module that was sharded already: shard it once, with all its units.")
+        raise ValueError(
+            f"parameter {name} is of a module that was sharded already: shard it once, with all its units."
+        )
     shape = tuple(parameter.shape)
     return name, shape, members.get(name, [(name, shape)]), parameter.requires_grad
 
@@ -86,7 +111,10 @@ def _shared(parameter: str, unit: str, other: str) -> ValueError:
 
 def _check_module(unit: str, part: nn.Module, places: dict[int, str], roots: list[int]) -> None:
     if id(part) not in places:
-        raise ValueError(f"unit {unit!r} has a {type(part).__name__} that isn't in the module: give modules of the one that is sharded.")
+        raise ValueError(
+            f"unit {unit!r} has a {type(part).__name__} that isn't in the module: give modules of "
+            "the one that is sharded."
+        )
     name = places[id(part)]
     if roots.count(id(part)) > 1:
         raise ValueError(f"module {name!r} is in `units` more than once: name it once.")
@@ -99,13 +127,28 @@ def _check_module(unit: str, part: nn.Module, places: dict[int, str], roots: lis
 
 
 def check_alike(found: Sequence[Collected], mesh: Mesh) -> None:
-    """ValueError unless parameters that have values have the same ones on every rank: shards of different models fit no model."""
-    here = [(s[0], p) for unit in found for s, p in zip(unit.slots, unit.parameters, strict=True) if p.device.type != "meta"]
+    """ValueError unless parameters that have values have the same ones on every rank: shards of
+    different models fit no model.
+    """
+    here = [
+        (s[0], p)
+        for unit in found
+        for s, p in zip(unit.slots, unit.parameters, strict=True)
+        if p.device.type != "meta"
+    ]
     if mesh.world_group is None or not here:
         return
-    sums = torch.stack([p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).to(mesh.device) for _, p in here])
+    sums = torch.stack(
+        [
+            p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).to(mesh.device)
+            for _, p in here
+        ]
+    )
     both = torch.stack([sums, -sums])
     dist.all_reduce(both, op=dist.ReduceOp.MAX, group=mesh.world_group)
     for (name, _), differs in zip(here, both.sum(0).tolist(), strict=True):
         if differs:
-            raise ValueError(f"parameter {name} has other values on another rank: seed all ranks alike before the module is made.")
+            raise ValueError(
+                f"parameter {name} has other values on another rank: seed all ranks alike before "
+                "the module is made."
+            )

@@ -1,10 +1,12 @@
 """What tells a sharded module that a unit's forward or backward begins or ends.
 
-[Note: where a unit's backward begins and ends] Autograd runs what is ready latest-made first. So a hook on a unit's result runs before
-anything of the unit's backward (the tensor must have been made in the unit: a result that is only passed on belongs to another), and the
-backward of a node made before the unit's forward runs after everything of it, whether the gradient passes through that node or not.
-Only what can't be seen is wrong: weights used outside of the module's call, and results that leave it in an object of one's own.
-`Sharded` raises where gradients come without the first hook.
+[Note: where a unit's backward begins and ends] Autograd runs what is ready latest-made first. So a
+hook on a unit's result runs before anything of the unit's backward (the tensor must have been made
+in the unit: a result that is only passed on belongs to another), and the backward of a node made
+before the unit's forward runs after everything of it, whether the gradient passes through that node
+or not. Only what can't be seen is wrong: weights used outside of the module's call, and results
+that leave it in an object of one's own. `Sharded` raises where gradients come without the first
+hook.
 """
 
 from __future__ import annotations
@@ -41,9 +43,15 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
 
 
-def _mark(args: tuple[Any, ...], kwargs: dict[str, Any], action: Callable[[], None]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pass the arguments that need gradients through one `UnitInput`; those in lists and other objects, which may be written to, stay."""
-    leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda node: not isinstance(node, tuple) and node is not kwargs)
+def _mark(
+    args: tuple[Any, ...], kwargs: dict[str, Any], action: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pass the arguments that need gradients through one `UnitInput`; those in lists and other
+    objects, which may be written to, stay.
+    """
+    leaves, spec = pytree.tree_flatten(
+        (args, kwargs), is_leaf=lambda node: not isinstance(node, tuple) and node is not kwargs
+    )
     places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
     if places:
         marked: Any = UnitInput.apply(action, *(leaves[i] for i in places))
@@ -64,12 +72,15 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def attach(sharded: Sharded, index: int, module: nn.Module, first: bool, only: bool) -> None:
-    """Gather around the module's forward; mark its inputs and hook its results so that the backward gathers and reduces.
+    """Gather around the module's forward; mark its inputs and hook its results so that the backward
+    gathers and reduces.
 
-    The next unit follows a unit's `first` module; after a later one (a tied head) comes the backward, of the last unit. Of a unit with
-    several modules no input marks the end of its backward, only the end of this use.
+    The next unit follows a unit's `first` module; after a later one (a tied head) comes the
+    backward, of the last unit. Of a unit with several modules no input marks the end of its
+    backward, only the end of this use.
     """
-    unit, began = sharded.units[index], 0
+    unit = sharded.units[index]
+    began = 0
 
     def ended() -> None:
         if only:
@@ -77,7 +88,9 @@ def attach(sharded: Sharded, index: int, module: nn.Module, first: bool, only: b
         else:
             unit.release()
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         nonlocal began
         if torch.is_grad_enabled():
             args, kwargs = _mark(args, kwargs, ended)
@@ -88,16 +101,19 @@ def attach(sharded: Sharded, index: int, module: nn.Module, first: bool, only: b
     def after(_: nn.Module, args: Any, output: Any) -> None:
         if not in_backward():
             unit.release()
-        version, memory = sharded.version, unit.weights.data.untyped_storage().data_ptr()
+        version = sharded.version
+        memory = unit.weights.data.untyped_storage().data_ptr()
         for tensor in _tensors(output):
             if tensor.untyped_storage().data_ptr() == memory:
                 raise RuntimeError(
-                    f"unit {unit.layout.name!r} returns its own parameter, or a view of it, and others take its memory: return a clone."
+                    f"unit {unit.layout.name!r} returns its own parameter, or a view of it, and "
+                    "others take its memory: return a clone."
                 )
             if tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= began:
                 tensor.register_hook(lambda _: sharded.before_backward(index, version))
 
     pre_hook: Any = torch.compiler.disable(before)
     hook: Any = torch.compiler.disable(after)
-    module.register_forward_pre_hook(pre_hook, with_kwargs=True, prepend=True)  # the module's own hooks may use its weights
+    # The module's own hooks may use its weights
+    module.register_forward_pre_hook(pre_hook, with_kwargs=True, prepend=True)
     module.register_forward_hook(hook, always_call=True)

@@ -1,13 +1,17 @@
-"""Which element of which parameter is where: one frozen table, read by FSDP, the optimizer, the checkpoint and the merger.
+"""Which element of which parameter is where: one frozen table, read by FSDP, the optimizer, the
+checkpoint and the merger.
 
-A *unit* is what is gathered at once (the embedding, a decoder block, the head). Its parameters lie in one flat buffer:
+A *unit* is what is gathered at once (the embedding, a decoder block, the head). Its parameters lie
+in one flat buffer:
 
     unit:   | q_proj k_proj v_proj ·· | o_proj ··· | gate_proj up_proj · | down_proj · | ···· |
-            ^ slot (used as one matrix) ^ 256-byte boundary                              ^ padded to a multiple of `shards`
+            ^ slot (used as one matrix) ^ 256-byte boundary                              ^ padded to
+            a multiple of `shards`
     rank r owns elements [r·shard_numel, (r+1)·shard_numel)
 
-A *slot* is one tensor of the module (`nn.Parameter`); its *members* are the Hugging Face parameters that it holds, row
-blocks on top of each other. So `qkv.weight` is a single matrix for the compute and three names on disk.
+A *slot* is one tensor of the module (`nn.Parameter`); its *members* are the Hugging Face parameters
+that it holds, row blocks on top of each other. So `qkv.weight` is a single matrix for the compute
+and three names on disk.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-ALIGNMENT = 128  # elements: 256 bytes in bf16, more in fp32 and fp64. The compiler copies misaligned inputs.
+# elements: 256 bytes in bf16, more in fp32 and fp64. The compiler copies misaligned inputs.
+ALIGNMENT = 128
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class UnitLayout:
-    """A unit's flat buffer. `start` is where this unit's part begins in a rank's own shard of everything."""
+    """A unit's flat buffer.
+
+    `start` is where this unit's part begins in a rank's own shard of everything.
+    """
 
     name: str
     slots: tuple[Slot, ...]
@@ -65,11 +73,16 @@ class UnitLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """Every unit, for `shards` ranks. A rank's shard is `shard_numel` elements: its part of each unit, in order."""
+    """Every unit, for `shards` ranks.
+
+    A rank's shard is `shard_numel` elements: its part of each unit, in order.
+    """
 
     units: tuple[UnitLayout, ...]
     shards: int
-    aliases: tuple[tuple[str, str], ...] = ()  # (name on disk, name of the parameter that it is tied to)
+    aliases: tuple[
+        tuple[str, str], ...
+    ] = ()  # (name on disk, name of the parameter that it is tied to)
     order: tuple[str, ...] = ()  # Hugging Face names in `parameters()` order; empty: unit by unit
 
     @cached_property
@@ -84,7 +97,16 @@ class Layout:
 
     def reshard(self, shards: int) -> Layout:
         """The same units split over another number of ranks."""
-        specs = [(u.name, [(s.name, s.shape, [(m.name, m.shape) for m in s.members], s.trainable) for s in u.slots]) for u in self.units]
+        specs = [
+            (
+                u.name,
+                [
+                    (s.name, s.shape, [(m.name, m.shape) for m in s.members], s.trainable)
+                    for s in u.slots
+                ],
+            )
+            for u in self.units
+        ]
         return make_layout(specs, shards, self.aliases, self.order)
 
 
@@ -92,18 +114,28 @@ SlotSpec = tuple[str, tuple[int, ...], list[tuple[str, tuple[int, ...]]], bool]
 
 
 def make_layout(
-    units: list[tuple[str, list[SlotSpec]]], shards: int, aliases: tuple[tuple[str, str], ...] = (), order: tuple[str, ...] = ()
+    units: list[tuple[str, list[SlotSpec]]],
+    shards: int,
+    aliases: tuple[tuple[str, str], ...] = (),
+    order: tuple[str, ...] = (),
 ) -> Layout:
-    """Lay out units given as (unit name, [(slot name, slot shape, [(HF name, HF shape), …], trainable), …])."""
-    out, start = [], 0
+    """Lay out units given as (unit name, [(slot name, slot shape, [(HF name, HF shape), …],
+    trainable), …]).
+    """
+    out = []
+    start = 0
     for name, specs in units:
-        slots, offset = [], 0
+        slots = []
+        offset = 0
         for slot_name, shape, members, trainable in specs:
-            inside, placed = offset, []
+            inside = offset
+            placed = []
             for member_name, member_shape in members:
                 placed.append(Member(member_name, tuple(member_shape), inside))
                 inside += prod(member_shape)
-            assert inside - offset == prod(shape), f"{slot_name}: members hold {inside - offset} elements, the tensor {prod(shape)}"
+            assert inside - offset == prod(shape), (
+                f"{slot_name}: members hold {inside - offset} elements, the tensor {prod(shape)}"
+            )
             slots.append(Slot(slot_name, tuple(shape), offset, tuple(placed), trainable))
             offset += -(-prod(shape) // ALIGNMENT) * ALIGNMENT
         shard = -(-max(offset, 1) // (shards * ALIGNMENT)) * ALIGNMENT
@@ -125,8 +157,12 @@ class Piece:
 def local_pieces(layout: Layout, shard_rank: int) -> Iterator[Piece]:
     """What rank `shard_rank` of `layout.shards` owns, in memory order; padding is in no piece."""
     for unit in layout.units:
-        low, high = shard_rank * unit.shard_numel, (shard_rank + 1) * unit.shard_numel
+        low = shard_rank * unit.shard_numel
+        high = (shard_rank + 1) * unit.shard_numel
         for member in unit.members:
-            start, stop = max(low, member.offset), min(high, member.offset + member.numel)
+            start = max(low, member.offset)
+            stop = min(high, member.offset + member.numel)
             if start < stop:
-                yield Piece(member, start - member.offset, stop - member.offset, unit.start + start - low)
+                yield Piece(
+                    member, start - member.offset, stop - member.offset, unit.start + start - low
+                )

@@ -4,14 +4,18 @@
     gather    |  g1    |  g2    |                       g1          |  g0         |
     reduce                                                          |  r2         | r1
 
-One stream gathers, one reduces. On the CPU gloo's own threads do the transfer and `Pending.wait` blocks.
+One stream gathers, one reduces. On the CPU gloo's own threads do the transfer and `Pending.wait`
+blocks.
 
-[Note: buffers and events] Units take turns in a few buffers made once (`assign_buffers`), so that no allocation is ever
-freed across streams. Three orders must hold, each by an event:
-  * a gather into a buffer starts after the compute stream's last use by the unit that held it   (`Buffer.free`; where the end of that
-    use wasn't seen, `Buffer.in_use`, after all that is enqueued)
-  * compute starts after the gather has ended                                                     (`Pending.wait`)
-  * a gradient buffer is written again only after its reduction has read it                       (`Pending.wait`)
+[Note: buffers and events] Units take turns in a few buffers made once (`assign_buffers`), so that
+no allocation is ever freed across streams. Three orders must hold, each by an event:
+  * a gather into a buffer starts after the compute stream's last use by the unit that held it
+    (`Buffer.free`; where the end of that use wasn't seen, `Buffer.in_use`, after all that is
+    enqueued)
+  * compute starts after the gather has ended
+    (`Pending.wait`)
+  * a gradient buffer is written again only after its reduction has read it
+    (`Pending.wait`)
 The host never waits on CUDA. `tests/parallel/test_streams.py` checks them without a GPU.
 """
 
@@ -25,7 +29,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+# Renamed in torch 2.13
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
@@ -49,7 +54,8 @@ class Pending:
 
 @dataclass
 class Buffer:
-    """Memory that units use in turn; `holder` is the index of the unit whose parameters it has, or is getting.
+    """Memory that units use in turn; `holder` is the index of the unit whose parameters it has, or
+    is getting.
 
     `in_use`: where the holder is, until it is released; `free`: the end of its last use.
     """
@@ -69,8 +75,16 @@ class Overlap:
         self.gather_stream = torch.cuda.Stream(device) if cuda else None
         self.reduce_stream = torch.cuda.Stream(device) if cuda else None
 
-    def gather(self, out: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup, free: torch.cuda.Event | None) -> Pending:
-        """Start gathering `shard` of every rank into `out`, once `free` has happened; one of another dtype is cast into its place there."""
+    def gather(
+        self,
+        out: torch.Tensor,
+        shard: torch.Tensor,
+        group: dist.ProcessGroup,
+        free: torch.cuda.Event | None,
+    ) -> Pending:
+        """Start gathering `shard` of every rank into `out`, once `free` has happened; one of
+        another dtype is cast into its place there.
+        """
         with torch.cuda.stream(self.gather_stream):
             wait_for(free)
             if shard.dtype != out.dtype:
@@ -113,9 +127,14 @@ def wait_for(event: torch.cuda.Event | None) -> None:
 
 
 def copied(
-    stream: torch.cuda.Stream | None, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: torch.cuda.Event | None
+    stream: torch.cuda.Stream | None,
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    after: torch.cuda.Event | None,
 ) -> torch.cuda.Event | None:
-    """Copy each (target, source) on `stream` once `after` has happened; the event of their end. Without a stream at once."""
+    """Copy each (target, source) on `stream` once `after` has happened; the event of their end.
+
+    Without a stream at once.
+    """
     with torch.cuda.stream(stream):
         wait_for(after)
         for target, source in pairs:
@@ -129,23 +148,35 @@ def _add(into: torch.Tensor, part: torch.Tensor) -> None:
 
 def rooms(sizes: Sequence[int], buffers: Sequence[int]) -> list[int]:
     """Elements of each buffer: the largest of the units that take turns in it."""
-    return [max(n for n, b in zip(sizes, buffers, strict=True) if b == k) for k in range(max(buffers) + 1)]
+    return [
+        max(n for n, b in zip(sizes, buffers, strict=True) if b == k)
+        for k in range(max(buffers) + 1)
+    ]
 
 
 def assign_buffers(sizes: Sequence[int], own: Sequence[bool]) -> list[int]:
     """A buffer number for each unit, in forward order; neighbours never share one.
 
-    Units of like size (within a factor of two) alternate between two buffers, or use a single one if no two of them are
-    neighbours; a unit with `own` has its own. So a decoder keeps two blocks and the embedding or the head.
+    Units of like size (within a factor of two) alternate between two buffers, or use a single one
+    if no two of them are neighbours; a unit with `own` has its own. So a decoder keeps two blocks
+    and the embedding or the head.
     """
     groups: list[list[int]] = []
     for i, size in enumerate(sizes):
-        fit = next((g for g in groups if not own[i] and not own[g[0]] and 0.5 <= size / max(sizes[g[0]], 1) <= 2), None)
+        fit = next(
+            (
+                g
+                for g in groups
+                if not own[i] and not own[g[0]] and 0.5 <= size / max(sizes[g[0]], 1) <= 2
+            ),
+            None,
+        )
         if fit is None:
             groups.append([i])
         else:
             fit.append(i)
-    out, count = [0] * len(sizes), 0
+    out = [0] * len(sizes)
+    count = 0
     for members in groups:
         several = 2 if any(b - a == 1 for a, b in pairwise(members)) else 1
         for position, unit in enumerate(members):

@@ -1,7 +1,9 @@
-"""Sampling trajectories: every episode is a coroutine, the engine decodes whatever is ready while tools and judges run.
+"""Sampling trajectories: every episode is a coroutine, the engine decodes whatever is ready while
+tools and judges run.
 
-One event loop serves the whole run, so that tools may keep connections. It alternates between one engine step and whatever
-became ready meanwhile; a straggler's tool never holds the engine up while others have tokens to make.
+One event loop serves the whole run, so that tools may keep connections. It alternates between one
+engine step and whatever became ready meanwhile; a straggler's tool never holds the engine up while
+others have tokens to make.
 """
 
 from __future__ import annotations
@@ -21,13 +23,21 @@ from retool.rl.reward.judging import JUDGES_LOST, Judged
 from retool.rl.reward.rewards import overlong_penalty
 from retool.rl.types import LOST, TOOL_FAILURE, Prompt, Scored, Stop, Trajectory
 
-ROUNDS = 3  # of the event loop between engine steps: in so many a finished turn's call is on its way, and a tool's answer in the engine
+# of the event loop between engine steps: in so many a finished turn's call is on its way, and a
+# tool's answer in the engine
+ROUNDS = 3
 
 
 class Engine(Protocol):
     """What a rollout needs of an engine; `retool.engine.Engine` has it."""
 
-    def start(self, key: Hashable, ids: Sequence[int], params: SamplingParams, group: Hashable | None = None) -> None: ...
+    def start(
+        self,
+        key: Hashable,
+        ids: Sequence[int],
+        params: SamplingParams,
+        group: Hashable | None = None,
+    ) -> None: ...
     def extend(self, key: Hashable, ids: Sequence[int], params: SamplingParams) -> None: ...
     def drop(self, key: Hashable) -> None: ...
     def step(self) -> list[TurnDone]: ...
@@ -42,8 +52,9 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `seed` is the run's, `split` 0 in training and 1 in validation: the draws of a trajectory are a
-    function of (seed, split, step, prompt, sample) alone."""
+    """How tokens are drawn. `seed` is the run's, `split` 0 in training and 1 in validation: the
+    draws of a trajectory are a function of (seed, split, step, prompt, sample) alone.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -75,7 +86,9 @@ class RolloutParts:
 
 @dataclass
 class RolloutTimes:
-    """Seconds of a rollout: in all, and of those waiting for tools or judges with nothing to decode."""
+    """Seconds of a rollout: in all, and of those waiting for tools or judges with nothing to
+    decode.
+    """
 
     total: float = 0.0
     tools: float = 0.0
@@ -84,7 +97,9 @@ class RolloutTimes:
 
 @dataclass
 class _Flight:
-    """Turns under way, episodes that still sample (the others are being judged), and those that ended since it was looked at."""
+    """Turns under way, episodes that still sample (the others are being judged), and those that
+    ended since it was looked at.
+    """
 
     turns: dict[Hashable, asyncio.Future[TurnDone]] = field(default_factory=dict)
     work: asyncio.Event = field(default_factory=asyncio.Event)
@@ -97,12 +112,22 @@ class _Flight:
 
 
 async def roll_out(
-    parts: RolloutParts, requests: Sequence[tuple[Prompt, int]], sampling: Sampling, step: int, times: RolloutTimes | None = None
+    parts: RolloutParts,
+    requests: Sequence[tuple[Prompt, int]],
+    sampling: Sampling,
+    step: int,
+    times: RolloutTimes | None = None,
 ) -> list[Scored] | None:
-    """A scored trajectory for each (prompt, sample), in order. None when `parts.stopped` said so in between: then nothing is left
-    running and the engine is empty."""
-    begin, flight, times = time.perf_counter(), _Flight(), times or RolloutTimes()
-    tasks = [asyncio.create_task(_episode(parts, flight, prompt, sample, sampling, step)) for prompt, sample in requests]
+    """A scored trajectory for each (prompt, sample), in order. None when `parts.stopped` said so in
+    between: then nothing is left running and the engine is empty.
+    """
+    begin = time.perf_counter()
+    flight = _Flight()
+    times = times or RolloutTimes()
+    tasks = [
+        asyncio.create_task(_episode(parts, flight, prompt, sample, sampling, step))
+        for prompt, sample in requests
+    ]
     flight.sampling = len(tasks)
     for task in tasks:
         task.add_done_callback(flight.end)
@@ -136,9 +161,12 @@ async def _drive(parts: RolloutParts, flight: _Flight, episodes: int, times: Rol
 
 
 async def _wait(flight: _Flight, times: RolloutTimes) -> None:
-    """Nothing to decode: wait for a new turn or for an episode's end, but not for ever (a signal to stop may come)."""
+    """Nothing to decode: wait for a new turn or for an episode's end, but not for ever (a signal to
+    stop may come).
+    """
     flight.work.clear()
-    begin, for_tools = time.perf_counter(), flight.sampling > 0
+    begin = time.perf_counter()
+    for_tools = flight.sampling > 0
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(flight.work.wait(), 0.5)
     seconds = time.perf_counter() - begin
@@ -148,18 +176,25 @@ async def _wait(flight: _Flight, times: RolloutTimes) -> None:
         times.reward += seconds
 
 
-async def _episode(parts: RolloutParts, flight: _Flight, prompt: Prompt, sample: int, sampling: Sampling, step: int) -> Scored:
+async def _episode(
+    parts: RolloutParts, flight: _Flight, prompt: Prompt, sample: int, sampling: Sampling, step: int
+) -> Scored:
     """Sample one trajectory and have it judged."""
-    key, started = (prompt.index, sample), False
+    key = (prompt.index, sample)
+    started = False
     seed = (sampling.seed, sampling.split, step, prompt.index, sample)
     stop_ids = (*parts.renderer.end_of_turn_ids, *parts.agent.eos_ids)
 
     async def generate(ids: Sequence[int], max_tokens: int) -> Sampled:
         nonlocal started
         params = SamplingParams(
-            max_tokens=max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-            stop_ids=stop_ids, seed=seed,
-        )  # fmt: skip
+            max_tokens=max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_ids=stop_ids,
+            seed=seed,
+        )
         future: asyncio.Future[TurnDone] = asyncio.get_running_loop().create_future()
         flight.turns[key] = future
         if started:
@@ -173,7 +208,9 @@ async def _episode(parts: RolloutParts, flight: _Flight, prompt: Prompt, sample:
         return Sampled(turn.tokens, turn.logp, turn.logp_behaviour, reason)
 
     try:
-        trajectory = await run_episode(prompt, sample, generate, parts.tools, parts.renderer, parts.agent, step)
+        trajectory = await run_episode(
+            prompt, sample, generate, parts.tools, parts.renderer, parts.agent, step
+        )
     finally:
         flight.turns.pop(key, None)
         flight.sampling -= 1
@@ -181,16 +218,25 @@ async def _episode(parts: RolloutParts, flight: _Flight, prompt: Prompt, sample:
             parts.engine.drop(key)
     if trajectory.stop not in LOST:
         return await _judged(parts, trajectory)
-    return Scored(trajectory, 0.0, 0.0, {TOOL_FAILURE: trajectory.tool_failure} if trajectory.tool_failure else {})
+    return Scored(
+        trajectory,
+        0.0,
+        0.0,
+        {TOOL_FAILURE: trajectory.tool_failure} if trajectory.tool_failure else {},
+    )
 
 
 async def _judged(parts: RolloutParts, trajectory: Trajectory) -> Scored:
     """The trajectory with its score; lost, where it is the judges that are."""
     judged = await parts.judge.judge(trajectory)
     if judged.failure == JUDGES_LOST:
-        return Scored(replace(trajectory, stop=Stop.INFRASTRUCTURE), 0.0, 0.0, {TOOL_FAILURE: judged.reason})
+        return Scored(
+            replace(trajectory, stop=Stop.INFRASTRUCTURE), 0.0, 0.0, {TOOL_FAILURE: judged.reason}
+        )
     reward = judged.score
     if parts.overlong is not None:
         longest = parts.agent.max_response_length
-        reward += overlong_penalty(trajectory.response_length, longest, parts.overlong.buffer, parts.overlong.factor)
+        reward += overlong_penalty(
+            trajectory.response_length, longest, parts.overlong.buffer, parts.overlong.factor
+        )
     return Scored(trajectory, judged.score, reward, judged.info, judged.failure, judged.trace)

@@ -1,1 +1,3 @@
-"""Groups into a gradient: advantages, corrections, losses, and the batches that they are computed over."""
+"""Groups into a gradient: advantages, corrections, losses, and the batches that they are computed
+over.
+"""

@@ -1,7 +1,8 @@
 """Trajectories to packed batches, with everything a loss needs per token.
 
-[Note: alignment] In a pack `labels[i]` is the token after `i`, so whatever belongs to a *sampled token* stands at the position
-before it. Per-token arrays of a trajectory are indexed by token; `shift` moves them, once, here.
+[Note: alignment] In a pack `labels[i]` is the token after `i`, so whatever belongs to a *sampled
+token* stands at the position before it. Per-token arrays of a trajectory are indexed by token;
+`shift` moves them, once, here.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from retool.rl.objective.losses import token_weights
 class Row:
     """A trajectory as the update sees it: arrays over all of its tokens, 0 where not sampled.
 
-    `old` and `ref` are log-probabilities (nats), `advantage` the advantage, `correction` the importance weight of the sampler.
-    `ref` is None where no reference policy is used.
+    `old` and `ref` are log-probabilities (nats), `advantage` the advantage, `correction` the
+    importance weight of the sampler. `ref` is None where no reference policy is used.
     """
 
     tokens: np.ndarray
@@ -39,9 +40,11 @@ class Row:
 
 @dataclass(frozen=True)
 class RLBatch:
-    """A pack and, at the position of each label, what the loss needs. float32 [T]; `sequences` int64 [T] numbers the documents.
+    """A pack and, at the position of each label, what the loss needs. float32 [T]; `sequences`
+    int64 [T] numbers the documents.
 
-    `weights` is the token's share of the global mini-batch's mean (`losses.token_weights`); 0 where it wasn't sampled.
+    `weights` is the token's share of the global mini-batch's mean (`losses.token_weights`); 0 where
+    it wasn't sampled.
     """
 
     pack: PackedBatch
@@ -70,8 +73,11 @@ class RLBatch:
 
 
 def shift(arrays: Sequence[np.ndarray], total: int) -> np.ndarray:
-    """Arrays over tokens, one after the other, moved to the position before; float32 [total], 0 at the documents' ends and after."""
-    out, at = np.zeros(total, np.float32), 0
+    """Arrays over tokens, one after the other, moved to the position before; float32 [total], 0 at
+    the documents' ends and after.
+    """
+    out = np.zeros(total, np.float32)
+    at = 0
     for values in arrays:
         out[at : at + len(values) - 1] = values[1:]
         at += len(values)
@@ -79,8 +85,11 @@ def shift(arrays: Sequence[np.ndarray], total: int) -> np.ndarray:
 
 
 def unshift(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
-    """The inverse of `shift` for a whole pack's values: an array per document, 0 at its first token."""
-    out, at = [], 0
+    """The inverse of `shift` for a whole pack's values: an array per document, 0 at its first
+    token.
+    """
+    out = []
+    at = 0
     for n in lengths:
         own = np.zeros(n, np.float32)
         own[1:] = values[at : at + n - 1]
@@ -100,14 +109,20 @@ def make_batch(rows: Sequence[Row], weights: Sequence[np.ndarray], multiple: int
     refs = [row.ref if row.ref is not None else np.zeros(len(row)) for row in rows]
     sequences = np.repeat(np.arange(len(packed.seqlens)), packed.seqlens)
     return RLBatch(
-        packed, tensor([row.old for row in rows]), tensor([row.advantage for row in rows]), tensor([row.correction for row in rows]),
-        tensor(weights), tensor(refs), torch.from_numpy(sequences),
-    )  # fmt: skip
+        packed,
+        tensor([row.old for row in rows]),
+        tensor([row.advantage for row in rows]),
+        tensor([row.correction for row in rows]),
+        tensor(weights),
+        tensor(refs),
+        torch.from_numpy(sequences),
+    )
 
 
 def mini_batches(groups: Sequence[int], size: int) -> list[list[int]]:
-    """Indices of trajectories per optimizer step: `size` consecutive groups each (the last may be smaller). `groups` numbers each
-    trajectory's group, those of one group lying together."""
+    """Indices of trajectories per optimizer step: `size` consecutive groups each (the last may be
+    smaller). `groups` numbers each trajectory's group, those of one group lying together.
+    """
     order = list(dict.fromkeys(groups))
     number = {g: i // size for i, g in enumerate(order)}
     out: list[list[int]] = [[] for _ in range(-(-len(order) // size))]
@@ -118,21 +133,33 @@ def mini_batches(groups: Sequence[int], size: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Budget:
-    """How a mini-batch is cut: trajectories per micro-batch, or tokens per GPU; balanced as `plan_step` does with `quadratic_length`."""
+    """How a mini-batch is cut: trajectories per micro-batch, or tokens per GPU; balanced as
+    `plan_step` does with `quadratic_length`.
+    """
 
     max_tokens_per_gpu: int | None
     micro_batch_size: int | None = None
     quadratic_length: int = QUADRATIC_LENGTH
 
     def plan(self, lengths: Sequence[int], dp: int, sp: int) -> Plan:
-        return plan_step(lengths, dp, sp, self.micro_batch_size, self.max_tokens_per_gpu, self.quadratic_length)
+        return plan_step(
+            lengths, dp, sp, self.micro_batch_size, self.max_tokens_per_gpu, self.quadratic_length
+        )
 
 
 def rank_batches(
-    rows: Sequence[Row], mode: str, max_response_length: int, dp_rank: int, dp: int, sp: int, budget: Budget
+    rows: Sequence[Row],
+    mode: str,
+    max_response_length: int,
+    dp_rank: int,
+    dp: int,
+    sp: int,
+    budget: Budget,
 ) -> tuple[list[RLBatch], int]:
-    """(this rank's micro-batches of a global mini-batch, its sampled tokens over all ranks): equally many on every rank, work-balanced,
-    and normalised over the whole mini-batch whatever the layout."""
+    """(this rank's micro-batches of a global mini-batch, its sampled tokens over all ranks):
+    equally many on every rank, work-balanced, and normalised over the whole mini-batch whatever the
+    layout.
+    """
     weights = token_weights([row.mask for row in rows], mode, max_response_length)
     plan = budget.plan([len(row) for row in rows], dp, sp)
     made = []

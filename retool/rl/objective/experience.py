@@ -1,4 +1,6 @@
-"""From a step's groups to the rows of its update: old and reference log-probabilities, KL in the reward, advantages, correction."""
+"""From a step's groups to the rows of its update: old and reference log-probabilities, KL in the
+reward, advantages, correction.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,20 @@ from retool.rl.types import Group
 
 @dataclass(frozen=True)
 class Experience:
-    """A step's trajectories as the update sees them, on every rank alike. `groups` numbers each row's group; `kl` is the mean KL to
-    the reference per token, where it is in the reward."""
+    """A step's trajectories as the update sees them, on every rank alike. `groups` numbers each
+    row's group; `kl` is the mean KL to the reference per token, where it is in the reward.
+    """
 
     rows: list[Row]
     groups: list[int]
     metrics: dict[str, float]
     kl: float | None = None
-    on_policy: bool = False  # old log-probabilities were left out: they are those of the only update itself
-    compared: bool = False  # they are the sampler's, of the present weights: the first update can tell how far it is from them
+    on_policy: bool = (
+        False  # old log-probabilities were left out: they are those of the only update itself
+    )
+    # they are the sampler's, of the present weights: the first update can tell how far it is from
+    # them
+    compared: bool = False
 
 
 @contextmanager
@@ -46,15 +53,27 @@ def timed(times: dict[str, float], name: str) -> Iterator[None]:
 
 
 def make_experience(
-    groups: Sequence[Group], step: int, model: Sharded, reference: Sharded | None, algorithm: AlgorithmConfig, temperature: float,
-    budget: Budget, kl_coef: float, times: dict[str, float], one_update: bool = False,
-) -> Experience:  # fmt: skip
-    """Collective. `step` is how many training steps the weights have seen: older trajectories keep their sampler's log-probabilities
-    as the old ones, since no present weights sampled them. `one_update`: a single optimizer step will see these; where nothing else
-    needs the old log-probabilities they aren't computed."""
+    groups: Sequence[Group],
+    step: int,
+    model: Sharded,
+    reference: Sharded | None,
+    algorithm: AlgorithmConfig,
+    temperature: float,
+    budget: Budget,
+    kl_coef: float,
+    times: dict[str, float],
+    one_update: bool = False,
+) -> Experience:
+    """Collective. `step` is how many training steps the weights have seen: older trajectories keep
+    their sampler's log-probabilities as the old ones, since no present weights sampled them.
+    `one_update`: a single optimizer step will see these; where nothing else needs the old
+    log-probabilities they aren't computed.
+    """
     members = [member for group in groups for member in group.members]
-    found, numbers = [member.trajectory for member in members], [i for i, group in enumerate(groups) for _ in group.members]
-    masks, samples = [t.mask for t in found], [Sample(t.tokens, t.mask) for t in found]
+    found = [member.trajectory for member in members]
+    numbers = [i for i, group in enumerate(groups) for _ in group.members]
+    masks = [t.mask for t in found]
+    samples = [Sample(t.tokens, t.mask) for t in found]
     metrics: dict[str, float] = {}
     old = [t.logp for t in found]
     correction = algorithm.rollout_correction
@@ -67,34 +86,67 @@ def make_experience(
         fresh = [t.policy_version == step for t in found]
         old = [p if new else t.logp for p, t, new in zip(present, found, fresh, strict=True)]
         chosen = [i for i, new in enumerate(fresh) if new]
-        metrics |= gap_metrics([found[i].logp for i in chosen], [present[i] for i in chosen], [masks[i] for i in chosen]) if chosen else {}
+        metrics |= (
+            gap_metrics(
+                [found[i].logp for i in chosen],
+                [present[i] for i in chosen],
+                [masks[i] for i in chosen],
+            )
+            if chosen
+            else {}
+        )
         metrics["actor/entropy"] = _mean(entropies, masks)
     ref = None
     if reference is not None:
         with timed(times, "ref"):
             ref, _ = policy_logprobs(reference, samples, temperature, budget)
     with timed(times, "adv"):
-        rewards = [place_reward(member.reward, mask) for member, mask in zip(members, masks, strict=True)]
+        rewards = [
+            place_reward(member.reward, mask) for member, mask in zip(members, masks, strict=True)
+        ]
         divergence = None
         if algorithm.use_kl_in_reward and ref is not None:
-            penalties = [kl(torch.from_numpy(o), torch.from_numpy(r), algorithm.kl_penalty).numpy() for o, r in zip(old, ref, strict=True)]
-            rewards = [r - np.where(m, kl_coef * p, 0.0) for r, m, p in zip(rewards, masks, penalties, strict=True)]
+            penalties = [
+                kl(torch.from_numpy(o), torch.from_numpy(r), algorithm.kl_penalty).numpy()
+                for o, r in zip(old, ref, strict=True)
+            ]
+            rewards = [
+                r - np.where(m, kl_coef * p, 0.0)
+                for r, m, p in zip(rewards, masks, penalties, strict=True)
+            ]
             divergence = _mean(penalties, masks)
-            metrics |= {"actor/reward_kl_penalty": divergence, "actor/reward_kl_penalty_coeff": kl_coef}
+            metrics |= {
+                "actor/reward_kl_penalty": divergence,
+                "actor/reward_kl_penalty_coeff": kl_coef,
+            }
         advantages, returns = estimate(
-            algorithm.adv_estimator, rewards, masks, np.array(numbers), algorithm.norm_adv_by_std_in_grpo, algorithm.gamma
+            algorithm.adv_estimator,
+            rewards,
+            masks,
+            np.array(numbers),
+            algorithm.norm_adv_by_std_in_grpo,
+            algorithm.gamma,
         )
         metrics |= advantage_metrics(advantages, returns, masks)
         behaviour = [t.logp_behaviour for t in found]
-        weights = correction_weights(old, behaviour, masks, correction.rollout_is, correction.rollout_is_threshold)
+        weights = correction_weights(
+            old, behaviour, masks, correction.rollout_is, correction.rollout_is_threshold
+        )
         if correction.rollout_is:
             metrics |= weight_metrics(weights, masks, correction.rollout_is_threshold)
     refs = ref if ref is not None else [None] * len(found)
-    rows = [Row(t.tokens, t.mask, o, a, w, r) for t, o, a, w, r in zip(found, old, advantages, weights, refs, strict=True)]
-    return Experience(rows, numbers, metrics, divergence, on_policy, correction.bypass_mode and not stale)
+    rows = [
+        Row(t.tokens, t.mask, o, a, w, r)
+        for t, o, a, w, r in zip(found, old, advantages, weights, refs, strict=True)
+    ]
+    return Experience(
+        rows, numbers, metrics, divergence, on_policy, correction.bypass_mode and not stale
+    )
 
 
 def _mean(values: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> float:
     """Mean over sampled tokens; 0 where there are none."""
     count = sum(int(mask.sum()) for mask in masks)
-    return float(sum(v[m].sum(dtype=np.float64) for v, m in zip(values, masks, strict=True))) / max(count, 1)
+    return float(sum(v[m].sum(dtype=np.float64) for v, m in zip(values, masks, strict=True))) / max(
+        count, 1
+    )

@@ -1,7 +1,8 @@
-"""Everything wrong with an RL run before it starts, at once: configuration, processes, model, tools, reward, and every prompt.
+"""Everything wrong with an RL run before it starts, at once: configuration, processes, model,
+tools, reward, and every prompt.
 
-It reads of weights only what tells them apart, and needs no GPU. The tools are started (a sandbox that can't be is a fault) and kept
-for the run.
+It reads of weights only what tells them apart, and needs no GPU. The tools are started (a sandbox
+that can't be is a fault) and kept for the run.
 """
 
 from __future__ import annotations
@@ -45,18 +46,29 @@ from retool.sandbox.fusion_client import unreachable
 ARR = "actor_rollout_ref."
 
 
-def preflight(parsed: Parsed[RLConfig], planning: bool = False, environment: Mapping[str, str] | None = None) -> Report:
+def preflight(
+    parsed: Parsed[RLConfig], planning: bool = False, environment: Mapping[str, str] | None = None
+) -> Report:
     """Check everything. `planning` (`--check`) allows another number of GPUs than are here."""
     config = parsed.config
     known = {fault.where for fault in parsed.faults}
-    faults = [*parsed.faults, *(fault for fault in contradictions(config) if fault.where not in known)]
+    faults = [
+        *parsed.faults,
+        *(fault for fault in contradictions(config) if fault.where not in known),
+    ]
     faults += missing_extras(config.trainer.logger)
     launcher = os.environ if environment is None else environment
     box = box_of(config.trainer, planning, launcher)
-    world, trouble = read_world(config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher)
+    world, trouble = read_world(
+        config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher
+    )
     report = find_checkpoint(Report(config, world, faults=tuple(faults + trouble)))
-    report = with_model(report, config.actor_rollout_ref.model.path, PATH, config.data.chat_template)
-    report = check_run(report, box, launcher, saves=not config.trainer.val_only).blame(*_engine_faults(report))
+    report = with_model(
+        report, config.actor_rollout_ref.model.path, PATH, config.data.chat_template
+    )
+    report = check_run(report, box, launcher, saves=not config.trainer.val_only).blame(
+        *_engine_faults(report)
+    )
     first = not int(launcher.get("LOCAL_RANK", 0))
     report = _with_prompts(_with_functions(_with_renderer(report), first))
     report = _with_trial(report) if first else report
@@ -64,14 +76,22 @@ def preflight(parsed: Parsed[RLConfig], planning: bool = False, environment: Map
     if report.faults or report.model is None:
         return report
     report = replace(report, choice=_choice(report))
-    found = *notes(config), *_notes(report), *notes_of(report, box, launcher, planning=planning, saves=not config.trainer.val_only)
+    found = (
+        *notes(config),
+        *_notes(report),
+        *notes_of(report, box, launcher, planning=planning, saves=not config.trainer.val_only),
+    )
     return replace(report, notes=(*report.notes, *found))
 
 
 def _with_renderer(report: Report) -> Report:
-    config, faults, folder = report.config, list[Fault](), report.folder
+    config = report.config
+    faults = list[Fault]()
+    folder = report.folder
     day = template_date(config.data.template_date, report.then)
-    if folder is None or any(fault.where.startswith((PATH, "data.chat_template")) for fault in report.faults):
+    if folder is None or any(
+        fault.where.startswith((PATH, "data.chat_template")) for fault in report.faults
+    ):
         return report
 
     def make() -> Renderer:
@@ -82,7 +102,9 @@ def _with_renderer(report: Report) -> Report:
     renderer = attempt(PATH, make, faults)
     attempt(PATH, lambda: eos_ids(folder), faults)
     if renderer is not None and shows_date(renderer):
-        report = replace(report, config=replace(config, data=replace(config.data, template_date=day)))
+        report = replace(
+            report, config=replace(config, data=replace(config.data, template_date=day))
+        )
     said = other_tokens(renderer.tokenizer, folder) if renderer else ()
     return replace(report.blame(*faults), renderer=renderer, notes=(*report.notes, *said))
 
@@ -91,13 +113,17 @@ def _engine_faults(report: Report) -> Iterator[Fault]:
     """Tensor-parallel sizes that don't fit the processes or the model."""
     tp = report.config.actor_rollout_ref.rollout.tensor_model_parallel_size
     heads = report.model.heads if report.model else None
-    yield from check_heads(f"{ARR}rollout.tensor_model_parallel_size={tp}", tp, report.world.processes, heads)
+    yield from check_heads(
+        f"{ARR}rollout.tensor_model_parallel_size={tp}", tp, report.world.processes, heads
+    )
 
 
 def _with_functions(report: Report, first: bool) -> Report:
     """Tools started, the reward found. `first`: this is the machine's first process."""
-    config, faults = report.config, list[Fault]()
-    multi, custom = config.actor_rollout_ref.rollout.multi_turn, config.custom_reward_function
+    config = report.config
+    faults = list[Fault]()
+    multi = config.actor_rollout_ref.rollout.multi_turn
+    custom = config.custom_reward_function
     tools: Sequence[Tool] = ()
     if multi.enable:
         where = f"{ARR}rollout.multi_turn.tool_config_path"
@@ -115,32 +141,57 @@ def _with_functions(report: Report, first: bool) -> Report:
 
 
 def _sandbox_faults(tools: Sequence[Tool], first: bool) -> Iterator[Fault]:
-    """Sandbox servers that take no connection; and, on the `first` process of a machine, sandboxes that don't run a program of ours."""
-    remedy = "Start one there (python -m retool.sandbox serve), correct the address, or leave it out: programs then run on this machine."
+    """Sandbox servers that take no connection; and, on the `first` process of a machine, sandboxes
+    that don't run a program of ours.
+    """
+    remedy = (
+        "Start one there (python -m retool.sandbox serve), correct the address, or leave it out: "
+        "programs then run on this machine."
+    )
     for tool in tools:
         if not isinstance(tool, CodeInterpreter):
             continue
         url = tool.config.sandbox_fusion_url
         if url and (reason := unreachable(url)) is not None:
-            yield Fault(f"sandbox_fusion_url={url}", f"no server can be reached there ({reason}).", remedy)
+            yield Fault(
+                f"sandbox_fusion_url={url}", f"no server can be reached there ({reason}).", remedy
+            )
         elif first and (reason := asyncio.run(tool.trial())):
             where = f"sandbox_fusion_url={url}" if url else f"{ARR}rollout.multi_turn.enable=true"
-            way_out = remedy if url else "Run python -m retool.sandbox doctor for the whole picture."
+            way_out = (
+                remedy if url else "Run python -m retool.sandbox doctor for the whole picture."
+            )
             yield Fault(where, f"programs don't run there: {reason}.", way_out)
 
 
 def _with_prompts(report: Report) -> Report:
-    config, faults = report.config, list[Fault]()
-    if report.renderer is None or any(fault.where.endswith("tool_config_path") for fault in report.faults):
+    config = report.config
+    faults = list[Fault]()
+    if report.renderer is None or any(
+        fault.where.endswith("tool_config_path") for fault in report.faults
+    ):
         return report
     attempt("data.chat_template", lambda: _show_tool_turn(report), faults)
-    train = _read(report, config.data.train_files, "data.train_files", config.data.train_max_samples, faults)
-    val = _read(report, config.data.val_files or (), "data.val_files", config.data.val_max_samples, faults)
+    train = _read(
+        report, config.data.train_files, "data.train_files", config.data.train_max_samples, faults
+    )
+    val = _read(
+        report, config.data.val_files or (), "data.val_files", config.data.val_max_samples, faults
+    )
     report = replace(report.blame(*faults), train=train, val=val)
     report = report.blame(*_id_faults(report))
     if train is not None and report.steps == 0:
-        problem = f"is more than the {len(train.prompts)} prompts of {config.trainer.total_epochs} epoch(s): there is no full batch."
-        report = report.blame(Fault(f"data.train_batch_size={config.data.train_batch_size}", problem, "Lower it, or train more epochs."))
+        problem = (
+            f"is more than the {len(train.prompts)} prompts of {config.trainer.total_epochs} "
+            "epoch(s): there is no full batch."
+        )
+        report = report.blame(
+            Fault(
+                f"data.train_batch_size={config.data.train_batch_size}",
+                problem,
+                "Lower it, or train more epochs.",
+            )
+        )
     return report
 
 
@@ -149,43 +200,69 @@ def _with_trial(report: Report) -> Report:
     questions = [part.prompts for part in (report.train, report.val) if part is not None]
     if report.reward is None or not questions:
         return report
-    return report.blame(*try_reward(report.reward, report.config.reward_model, [prompt for part in questions for prompt in part]))
+    return report.blame(
+        *try_reward(
+            report.reward,
+            report.config.reward_model,
+            [prompt for part in questions for prompt in part],
+        )
+    )
 
 
 def _id_faults(report: Report) -> Iterator[Fault]:
-    """Tokens that the model's embedding has no row for: in a prompt, or that a tool's answer may be made of."""
+    """Tokens that the model's embedding has no row for: in a prompt, or that a tool's answer may be
+    made of.
+    """
     for key, questions in (("data.train_files", report.train), ("data.val_files", report.val)):
         prompts = [] if questions is None else questions.prompts
         highest = max(prompts, key=lambda prompt: int(prompt.ids.max()), default=None)
         if highest is not None:
-            yield from check_ids(report, int(highest.ids.max()), key, str(highest.extra_info.get("row", "a prompt")))
+            yield from check_ids(
+                report, int(highest.ids.max()), key, str(highest.extra_info.get("row", "a prompt"))
+            )
     if report.tools and report.renderer is not None:
-        yield from check_ids(report, max(report.renderer.tokenizer.get_vocab().values()), PATH, "the tokenizer")
+        yield from check_ids(
+            report, max(report.renderer.tokenizer.get_vocab().values()), PATH, "the tokenizer"
+        )
 
 
 def _show_tool_turn(report: Report) -> None:
-    """Render what a tool's answer would look like. ValueError where the chat template can't: it would be found out in mid-run."""
+    """Render what a tool's answer would look like.
+
+    ValueError where the chat template can't: it would be found out in mid-run.
+    """
     if report.tools and report.renderer is not None:
         asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         answer = {"role": "tool", "content": "1", "name": report.tools[0].name}
         report.renderer.render_tool_turn(asked, [answer], [tool.schema for tool in report.tools])
 
 
-def _read(report: Report, files: Sequence[str], where: str, limit: int, faults: list[Fault]) -> Questions | None:
-    data, renderer = report.config.data, report.renderer
+def _read(
+    report: Report, files: Sequence[str], where: str, limit: int, faults: list[Fault]
+) -> Questions | None:
+    data = report.config.data
+    renderer = report.renderer
     assert renderer is not None
     if not files:
         return None
     schemas = [tool.schema for tool in report.tools] or None
     options = PromptOptions(
-        data.prompt_key, data.answer_format, data.max_prompt_length, data.filter_overlong_prompts, data.truncation, limit,
+        data.prompt_key,
+        data.answer_format,
+        data.max_prompt_length,
+        data.filter_overlong_prompts,
+        data.truncation,
+        limit,
         needs_truth=report.reward is None or report.reward.path is None,
-    )  # fmt: skip
+    )
 
     def read() -> Questions:
-        path, name = data.custom_cls.path, data.custom_cls.name
+        path = data.custom_cls.path
+        name = data.custom_cls.name
         rows = load_function(path, name) if path is not None and name is not None else None
-        found = [file for entry in files for file in resolve_files(entry, any_suffix=rows is not None)]
+        found = [
+            file for entry in files for file in resolve_files(entry, any_suffix=rows is not None)
+        ]
         return Questions(*load_prompts(found, renderer, schemas, options, rows))
 
     try:
@@ -196,25 +273,44 @@ def _read(report: Report, files: Sequence[str], where: str, limit: int, faults: 
 
 
 def _choice(report: Report) -> Choice:
-    """The recomputation that the update's token budget needs, and the memory it is predicted to take."""
-    config, model = report.config, report.model
+    """The recomputation that the update's token budget needs, and the memory it is predicted to
+    take.
+    """
+    config = report.config
+    model = report.model
     assert model is not None
-    actor, longest = config.actor_rollout_ref.actor, config.data.max_prompt_length + config.data.max_response_length
+    actor = config.actor_rollout_ref.actor
+    longest = config.data.max_prompt_length + config.data.max_response_length
     longest = -(-longest // actor.ulysses_sequence_parallel_size)
-    tokens = actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else (actor.ppo_micro_batch_size_per_gpu or 1) * longest
+    tokens = (
+        actor.ppo_max_token_len_per_gpu
+        if actor.use_dynamic_bsz
+        else (actor.ppo_micro_batch_size_per_gpu or 1) * longest
+    )
     asked = RECOMPUTE[config.actor_rollout_ref.model.enable_gradient_checkpointing]
-    offload, memory = config.actor_rollout_ref.model.activation_offload, gpu_memory(report.options)
-    return choose(model, setting_of(report.options, report.world), longest, tokens, asked, memory, offload)
+    offload = config.actor_rollout_ref.model.activation_offload
+    memory = gpu_memory(report.options)
+    return choose(
+        model, setting_of(report.options, report.world), longest, tokens, asked, memory, offload
+    )
 
 
 def _notes(report: Report) -> list[str]:
-    config, model = report.config, report.model
+    config = report.config
+    model = report.model
     assert model is not None and report.choice is not None
-    longest, found = config.data.max_prompt_length + config.data.max_response_length, []
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    found = []
     if 0 < model.max_position < longest:
-        found.append(f"prompt and response may have {longest} tokens, more than the {model.max_position} positions the model was made for.")
+        found.append(
+            f"prompt and response may have {longest} tokens, more than the {model.max_position} "
+            "positions the model was made for."
+        )
     if report.choice.fits is False:
-        found.append("the update may not fit: lower ppo_max_token_len_per_gpu, or raise ulysses_sequence_parallel_size.")
+        found.append(
+            "the update may not fit: lower ppo_max_token_len_per_gpu, or raise "
+            "ulysses_sequence_parallel_size."
+        )
     memory = report.memory
     if memory.fits is False and report.choice.fits:
         found.append(_too_much(memory, longest))
@@ -224,15 +320,19 @@ def _notes(report: Report) -> list[str]:
 
 
 def _too_much(memory: StepMemory, length: int) -> str:
-    """What the engine needs beside training and may not find, for sequences of `length` tokens, with the way out."""
+    """What the engine needs beside training and may not find, for sequences of `length` tokens,
+    with the way out.
+    """
     phase, peak = max(memory.phases.items(), key=lambda item: item[1])
     if memory.sequences < 1:
         share = f"{memory.cache / GIB:.1f} GiB, {memory.sequences:.2f} of one"
         what = f"the engine's cache may have no room for a sequence of {length:,} tokens ({share})"
     else:
         what = f"{phase} may take {peak / GIB:.1f} GiB and what CUDA takes, which don't fit"
-    offload = f"{ARR}actor.fsdp_config.param_offload=true {ARR}actor.fsdp_config.optimizer_offload=true"
+    offload = (
+        f"{ARR}actor.fsdp_config.param_offload=true {ARR}actor.fsdp_config.optimizer_offload=true"
+    )
     return (
-        f"{what}: try {offload}, {ARR}rollout.free_cache_engine=true, a higher {ARR}rollout.tensor_model_parallel_size, or a lower "
-        "data.max_response_length."
+        f"{what}: try {offload}, {ARR}rollout.free_cache_engine=true, a higher "
+        f"{ARR}rollout.tensor_model_parallel_size, or a lower data.max_response_length."
     )

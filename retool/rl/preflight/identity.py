@@ -1,7 +1,9 @@
-"""What makes an RL run this run: its questions in their order, its model, and what is asked of it: reward, tools, objective.
+"""What makes an RL run this run: its questions in their order, its model, and what is asked of it:
+reward, tools, objective.
 
-A checkpoint's place in the stream of questions, and the groups that it keeps of them, mean nothing in another stream; and its KL nothing
-against another reference. Nobody can ask to go on all the same over another of these.
+A checkpoint's place in the stream of questions, and the groups that it keeps of them, mean nothing
+in another stream; and its KL nothing against another reference. Nobody can ask to go on all the
+same over another of these.
 """
 
 from __future__ import annotations
@@ -23,15 +25,24 @@ PATH = "actor_rollout_ref.model.path"
 
 
 def with_identity(report: Report) -> Report:
-    """With what of the run's identity is known: without its model, questions, reward or tools where these couldn't be read."""
-    config, found = report.config, dict[str, Trait]()
-    if report.folder is not None and report.model is not None and not any(f.where.startswith(PATH) for f in report.faults):
+    """With what of the run's identity is known: without its model, questions, reward or tools where
+    these couldn't be read.
+    """
+    config = report.config
+    found = dict[str, Trait]()
+    if (
+        report.folder is not None
+        and report.model is not None
+        and not any(f.where.startswith(PATH) for f in report.faults)
+    ):
         found |= model_traits(report.folder, report.model, PATH, strict=uses_reference(config))
     if report.train is not None:
         count, content = fingerprint(report.train)
         found["questions"] = Trait(FILES, count, strict=True)
         found["their content and order"] = Trait(FILES, content, strict=True)
-        found["the date in the chat template"] = Trait("data.template_date", config.data.template_date, strict=True)
+        found["the date in the chat template"] = Trait(
+            "data.template_date", config.data.template_date, strict=True
+        )
     for key in ("shuffle", "seed"):
         found[f"data.{key}"] = Trait(f"data.{key}", getattr(config.data, key), strict=True)
     if report.reward is not None:
@@ -44,15 +55,24 @@ def with_identity(report: Report) -> Report:
 def fingerprint(questions: Questions | None) -> tuple[int, str]:
     """(questions, hash of their tokens, of what their answers are judged by, and of their order)."""
     prompts = questions.prompts if questions else []
-    parts = (part for prompt in prompts for part in (prompt.ids.tobytes(), prompt.data_source, prompt.ground_truth))
+    parts = (
+        part
+        for prompt in prompts
+        for part in (prompt.ids.tobytes(), prompt.data_source, prompt.ground_truth)
+    )
     return len(prompts), digest(*parts)
 
 
 def _reward(config: RLConfig, source: RewardSource) -> dict[str, Trait]:
     """The function by its name and its file's content, and what is added to its scores."""
-    custom, shaping = config.custom_reward_function.path, config.reward_model.overlong_buffer
+    custom = config.custom_reward_function.path
+    shaping = config.reward_model.overlong_buffer
     where = "reward_model.name" if custom is None else "custom_reward_function.path"
-    name = source.name if source.path is None else f"{source.name} in {Path(source.path).name} ({file_digest(source.path)})"
+    name = (
+        source.name
+        if source.path is None
+        else f"{source.name} in {Path(source.path).name} ({file_digest(source.path)})"
+    )
     length = f"{shaping.len} tokens, factor {shaping.penalty_factor:g}" if shaping.enable else "off"
     return {
         "the reward function": Trait(where, name),
@@ -61,18 +81,28 @@ def _reward(config: RLConfig, source: RewardSource) -> dict[str, Trait]:
 
 
 def _tools(config: RLConfig, tools: Sequence[Tool]) -> dict[str, Trait]:
-    """Each tool by its name, and by what the model is told of it and the code behind it; how calls are written."""
+    """Each tool by its name, and by what the model is told of it and the code behind it; how calls
+    are written.
+    """
     multi = config.actor_rollout_ref.rollout.multi_turn
     where = "actor_rollout_ref.rollout.multi_turn"
-    known = [f"{tool.name} ({digest(json.dumps(tool.schema, sort_keys=True), *_code(tool))})" for tool in tools]
+    known = [
+        f"{tool.name} ({digest(json.dumps(tool.schema, sort_keys=True), *_code(tool))})"
+        for tool in tools
+    ]
     return {
         "the tools": Trait(f"{where}.tool_config_path", listed(known)),
-        "how calls are written": Trait(f"{where}.format", multi.format if multi.enable else "none are read"),
+        "how calls are written": Trait(
+            f"{where}.format", multi.format if multi.enable else "none are read"
+        ),
     }
 
 
 def _code(tool: Tool) -> Iterator[str | bytes]:
-    """What a user's tool is: its class and its file. Ours changes with the version, which is no other tool."""
+    """What a user's tool is: its class and its file.
+
+    Ours changes with the version, which is no other tool.
+    """
     kind = type(tool)
     yield kind.__qualname__
     if not kind.__module__.startswith("retool."):
@@ -84,10 +114,13 @@ def _code(tool: Tool) -> Iterator[str | bytes]:
 
 def _objective(config: RLConfig) -> Iterator[tuple[str, Trait]]:
     """What is maximised, by key; not how fast or how carefully. None for what isn't in use."""
-    algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
+    algorithm = config.algorithm
+    actor = config.actor_rollout_ref.actor
     keys = {
         "algorithm.adv_estimator": algorithm.adv_estimator,
-        "algorithm.norm_adv_by_std_in_grpo": algorithm.norm_adv_by_std_in_grpo if algorithm.adv_estimator == "grpo" else None,
+        "algorithm.norm_adv_by_std_in_grpo": algorithm.norm_adv_by_std_in_grpo
+        if algorithm.adv_estimator == "grpo"
+        else None,
         "algorithm.use_kl_in_reward": algorithm.use_kl_in_reward,
         "algorithm.kl_penalty": algorithm.kl_penalty if algorithm.use_kl_in_reward else None,
         "actor_rollout_ref.actor.policy_loss.loss_mode": actor.policy_loss.loss_mode,

@@ -11,7 +11,10 @@ _ARR = "actor_rollout_ref"
 _SHORT = ("actor", "rollout", "ref", "model")  # `actor.clip_ratio_low=…` for the impatient
 SYNONYMS = {
     f"{_ARR}.actor.optim.clip_grad": f"{_ARR}.actor.grad_clip",
-    **{f"{_ARR}.actor.optim.{other}": f"{_ARR}.actor.optim.{ours}" for other, ours in options.OPTIM_SYNONYMS.items()},
+    **{
+        f"{_ARR}.actor.optim.{other}": f"{_ARR}.actor.optim.{ours}"
+        for other, ours in options.OPTIM_SYNONYMS.items()
+    },
     f"{_ARR}.actor.use_torch_compile": f"{_ARR}.model.use_compile",
     f"{_ARR}.actor.fsdp_config.dtype": f"{_ARR}.actor.fsdp_config.param_dtype",
     f"{_ARR}.actor.fsdp_config.offload_params": f"{_ARR}.actor.fsdp_config.param_offload",
@@ -48,35 +51,60 @@ def contradictions(config: RLConfig) -> Iterator[Fault]:
 
 def notes(config: RLConfig) -> Iterator[str]:
     """What the start-up says of keys whose value means something else here."""
-    rollout, actor, algorithm = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor, config.algorithm
+    rollout = config.actor_rollout_ref.rollout
+    actor = config.actor_rollout_ref.actor
+    algorithm = config.algorithm
     if rollout.name != "native":
         yield f"rollout.name={rollout.name} means native here: the in-process engine samples."
     if algorithm.rollout_correction.bypass_mode and algorithm.rollout_correction.rollout_is:
         yield "with rollout_correction.bypass_mode the weights of rollout_is only undo top-p and top-k."
     if actor.policy_loss.loss_mode == "gspo" and actor.clip_ratio_high > 0.01:
         yield (
-            f"actor.clip_ratio_low, _high are {actor.clip_ratio_low:g} and {actor.clip_ratio_high:g}: GSPO's ratios are of whole "
-            "sequences and stay near 1; its paper clips at 3e-4 and 4e-4. Wider ones clip next to nothing."
+            f"actor.clip_ratio_low, _high are {actor.clip_ratio_low:g} and "
+            f"{actor.clip_ratio_high:g}: GSPO's ratios are of whole sequences and stay near 1; its "
+            "paper clips at 3e-4 and 4e-4. Wider ones clip next to nothing."
         )
     if rollout.multi_turn.tool_config_path is not None and not rollout.multi_turn.enable:
-        yield "rollout.multi_turn.tool_config_path is given, but multi_turn.enable is false: no tool is called."
-    if config.reward_model.concurrent and (config.reward_model.network or config.reward_model.environment):
-        yield "reward_model.network and .environment mean nothing with reward_model.concurrent=true: it has the run's own."
+        yield (
+            "rollout.multi_turn.tool_config_path is given, but multi_turn.enable is false: no tool is "
+            "called."
+        )
+    if config.reward_model.concurrent and (
+        config.reward_model.network or config.reward_model.environment
+    ):
+        yield (
+            "reward_model.network and .environment mean nothing with reward_model.concurrent=true: it has "
+            "the run's own."
+        )
     if config.data.gen_batch_size is not None and not algorithm.filter_groups.enable:
         yield "data.gen_batch_size means nothing without algorithm.filter_groups.enable=true."
     if config.trainer.test_freq > 0 and not config.data.val_files:
         yield "there is no data.val_files: trainer.test_freq validates nothing."
-    if config.data.max_response_length < config.reward_model.overlong_buffer.len and config.reward_model.overlong_buffer.enable:
-        yield "reward_model.overlong_buffer.len is more than data.max_response_length: every response is punished."
+    if (
+        config.data.max_response_length < config.reward_model.overlong_buffer.len
+        and config.reward_model.overlong_buffer.enable
+    ):
+        yield (
+            "reward_model.overlong_buffer.len is more than data.max_response_length: every response is "
+            "punished."
+        )
 
 
 def _estimator(name: str) -> Iterator[Fault]:
     where = f"algorithm.adv_estimator={name}"
     if name in SECOND_MODEL:
-        yield Fault(where, f"needs {SECOND_MODEL[name]}, which isn't built.", f"Use {', '.join(ESTIMATORS)}.")
+        yield Fault(
+            where,
+            f"needs {SECOND_MODEL[name]}, which isn't built.",
+            f"Use {', '.join(ESTIMATORS)}.",
+        )
     elif name not in ESTIMATORS:
         near = nearest(name, ESTIMATORS)
-        yield Fault(where, "is not known.", f"Did you mean {near}?" if near else f"Use {', '.join(ESTIMATORS)}.")
+        yield Fault(
+            where,
+            "is not known.",
+            f"Did you mean {near}?" if near else f"Use {', '.join(ESTIMATORS)}.",
+        )
 
 
 def _aggregation(config: RLConfig) -> Iterator[Fault]:
@@ -93,51 +121,95 @@ def _aggregation(config: RLConfig) -> Iterator[Fault]:
 
 
 def _sizes(config: RLConfig) -> Iterator[Fault]:
-    data, actor, rollout = config.data, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    data = config.data
+    actor = config.actor_rollout_ref.actor
+    rollout = config.actor_rollout_ref.rollout
     if actor.ppo_mini_batch_size > data.train_batch_size:
         yield Fault(
             f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}",
-            f"is more prompts than data.train_batch_size={data.train_batch_size}.", f"Use at most {data.train_batch_size}.",
-        )  # fmt: skip
+            f"is more prompts than data.train_batch_size={data.train_batch_size}.",
+            f"Use at most {data.train_batch_size}.",
+        )
     elif data.train_batch_size % actor.ppo_mini_batch_size:
         legal = [n for n in range(1, data.train_batch_size + 1) if data.train_batch_size % n == 0]
         near = sorted(sorted(legal, key=lambda n: abs(n - actor.ppo_mini_batch_size))[:2])
         yield Fault(
             f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}",
-            f"does not divide data.train_batch_size={data.train_batch_size}.", f"Use {' or '.join(map(str, near))}.",
-        )  # fmt: skip
+            f"does not divide data.train_batch_size={data.train_batch_size}.",
+            f"Use {' or '.join(map(str, near))}.",
+        )
     if not actor.use_dynamic_bsz and actor.ppo_micro_batch_size_per_gpu is None:
         yield Fault(
-            "actor_rollout_ref.actor.use_dynamic_bsz=false", "needs actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu.",
+            "actor_rollout_ref.actor.use_dynamic_bsz=false",
+            "needs actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu.",
             "Give it, or use use_dynamic_bsz=true.",
-        )  # fmt: skip
+        )
     if actor.clip_ratio_low >= 1:
-        yield Fault("actor_rollout_ref.actor.clip_ratio_low", "must be below 1: a ratio is never negative.", "DAPO uses 0.2.")
+        yield Fault(
+            "actor_rollout_ref.actor.clip_ratio_low",
+            "must be below 1: a ratio is never negative.",
+            "DAPO uses 0.2.",
+        )
     if config.algorithm.adv_estimator in ("grpo", "rloo") and rollout.n == 1:
         yield Fault(
-            "actor_rollout_ref.rollout.n=1", f"gives algorithm.adv_estimator={config.algorithm.adv_estimator} nothing to compare with.",
+            "actor_rollout_ref.rollout.n=1",
+            f"gives algorithm.adv_estimator={config.algorithm.adv_estimator} nothing to compare with.",
             "Use 2 or more, or reinforce_plus_plus.",
-        )  # fmt: skip
+        )
     if config.algorithm.filter_groups.enable and rollout.n == 1:
-        yield Fault("actor_rollout_ref.rollout.n=1", "leaves filter_groups no group whose scores differ.", "Use 2 or more.")
+        yield Fault(
+            "actor_rollout_ref.rollout.n=1",
+            "leaves filter_groups no group whose scores differ.",
+            "Use 2 or more.",
+        )
     if not config.data.train_files:
-        yield Fault("data.train_files", "names no file.", "Give a .parquet or .jsonl file, a folder, a glob, or a list of these.")
+        yield Fault(
+            "data.train_files",
+            "names no file.",
+            "Give a .parquet or .jsonl file, a folder, a glob, or a list of these.",
+        )
     if config.trainer.val_only and not config.data.val_files:
         yield Fault("trainer.val_only=true", "has nothing to validate on.", "Give data.val_files.")
-    for key, value in (("rollout.top_k", rollout.top_k), ("rollout.val_kwargs.top_k", rollout.val_kwargs.top_k)):
+    for key, value in (
+        ("rollout.top_k", rollout.top_k),
+        ("rollout.val_kwargs.top_k", rollout.val_kwargs.top_k),
+    ):
         if value == 0:
-            yield Fault(f"actor_rollout_ref.{key}=0", "leaves no token to sample.", "Use -1 for all of them.")
+            yield Fault(
+                f"actor_rollout_ref.{key}=0",
+                "leaves no token to sample.",
+                "Use -1 for all of them.",
+            )
 
 
 def _functions(config: RLConfig) -> Iterator[Fault]:
-    for where, function in (("data.custom_cls", config.data.custom_cls), ("custom_reward_function", config.custom_reward_function)):
+    for where, function in (
+        ("data.custom_cls", config.data.custom_cls),
+        ("custom_reward_function", config.custom_reward_function),
+    ):
         if where == "data.custom_cls" and (function.path is None) != (function.name is None):
-            yield Fault(where, "needs both path and name.", "Give the Python file and the function in it, or neither.")
-        if where == "custom_reward_function" and function.path is None and function.name not in (None, "compute_score"):
+            yield Fault(
+                where,
+                "needs both path and name.",
+                "Give the Python file and the function in it, or neither.",
+            )
+        if (
+            where == "custom_reward_function"
+            and function.path is None
+            and function.name not in (None, "compute_score")
+        ):
             yield Fault(where, "has a name but no path.", "Give the Python file too.")
     judged = config.reward_model
-    if judged.concurrent and config.custom_reward_function.path is None and not (judged.name or "").partition("/")[2]:
+    if (
+        judged.concurrent
+        and config.custom_reward_function.path is None
+        and not (judged.name or "").partition("/")[2]
+    ):
         way_out = "Give custom_reward_function.path, or leave it out."
         yield Fault("reward_model.concurrent=true", "is for an async function of yours.", way_out)
     if config.custom_reward_function.path is not None and config.reward_model.name is not None:
-        yield Fault("reward_model.name", "and custom_reward_function.path are both given.", "Leave one of them out.")
+        yield Fault(
+            "reward_model.name",
+            "and custom_reward_function.path are both given.",
+            "Leave one of them out.",
+        )

@@ -49,10 +49,15 @@ class Report(RunReport):
         wanted = self.config.actor_rollout_ref
         assert self.model is not None and self.choice is not None
         return step_memory(
-            self.model, setting_of(self.options, self.world), self.choice, engine_options(self.config),
-            wanted.rollout.tensor_model_parallel_size, wanted.rollout.free_cache_engine, uses_reference(self.config),
+            self.model,
+            setting_of(self.options, self.world),
+            self.choice,
+            engine_options(self.config),
+            wanted.rollout.tensor_model_parallel_size,
+            wanted.rollout.free_cache_engine,
+            uses_reference(self.config),
             gpu_memory(self.options),
-        )  # fmt: skip
+        )
 
     @property
     def updates_per_step(self) -> int:

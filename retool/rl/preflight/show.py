@@ -13,27 +13,48 @@ from retool.rl.reward.rewards import default_name
 
 def in_words(report: Report) -> Iterator[tuple[str, str]]:
     """(topic, text) of what the run will do."""
-    wanted, processes = report.config.actor_rollout_ref, report.world.processes
+    wanted = report.config.actor_rollout_ref
+    processes = report.world.processes
     assert report.train is not None
-    sp, tp = wanted.actor.ulysses_sequence_parallel_size, wanted.rollout.tensor_model_parallel_size
+    sp = wanted.actor.ulysses_sequence_parallel_size
+    tp = wanted.rollout.tensor_model_parallel_size
     yield "model", f"{report.folder}: {model_words(report)}"
-    yield "processes", f"{processes}: training {processes // sp} × {sp} sequence-parallel, {processes // tp} engine(s) of {tp}"
-    yield "prompts", f"training: {report.train.said.sentence()}\nvalidation: {report.val.said.sentence() if report.val else 'none'}"
+    yield (
+        "processes",
+        (
+            f"{processes}: training {processes // sp} × {sp} sequence-parallel, {processes // tp} "
+            f"engine(s) of {tp}"
+        ),
+    )
+    yield (
+        "prompts",
+        (
+            f"training: {report.train.said.sentence()}\nvalidation: "
+            f"{report.val.said.sentence() if report.val else 'none'}"
+        ),
+    )
     yield "reward", _reward_words(report)
     yield "tools", ", ".join(tool.name for tool in report.tools) or "none"
     yield "a step", _step_words(report)
-    yield "schedule", f"{report.steps:,} steps, {report.steps * report.updates_per_step:,} optimizer steps at {wanted.actor.optim.lr:g}"
+    yield (
+        "schedule",
+        (
+            f"{report.steps:,} steps, {report.steps * report.updates_per_step:,} optimizer steps at "
+            f"{wanted.actor.optim.lr:g}"
+        ),
+    )
     yield "memory", _memory_words(report)
     yield "written", written_words(report, ", report/")
 
 
 def _memory_words(report: Report) -> str:
-    memory, data = report.memory, report.config.data
+    memory = report.memory
+    data = report.config.data
     room = f"{memory.sequences:,.1f}".removesuffix(".0")
     engine = (
-        f"engine: weights {memory.weights / GIB:.2f} GiB, cache {memory.cache / GIB:.2f} GiB with room for {room} "
-        f"sequences of {data.max_prompt_length + data.max_response_length:,} tokens; {'freed for' if memory.freed else 'kept during'} "
-        "the update"
+        f"engine: weights {memory.weights / GIB:.2f} GiB, cache {memory.cache / GIB:.2f} GiB with "
+        f"room for {room} sequences of {data.max_prompt_length + data.max_response_length:,} "
+        f"tokens; {'freed for' if memory.freed else 'kept during'} the update"
     )
     return f"{memory_words(report, memory.phases, memory.fits)}\n{engine}"
 
@@ -48,11 +69,16 @@ def _reward_words(report: Report) -> str:
 
 
 def _step_words(report: Report) -> str:
-    config, updates = report.config, report.updates_per_step
-    prompts, n, actor = config.data.train_batch_size, config.actor_rollout_ref.rollout.n, config.actor_rollout_ref.actor
+    config = report.config
+    updates = report.updates_per_step
+    prompts = config.data.train_batch_size
+    n = config.actor_rollout_ref.rollout.n
+    actor = config.actor_rollout_ref.actor
     tokens = prompts * n * config.data.max_response_length
     return (
-        f"{prompts:,} prompts × {n} samples = {prompts * n:,} trajectories, at most {tokens:,} response tokens\n"
-        f"{updates} optimizer step(s) of {actor.ppo_mini_batch_size * n:,} trajectories, {actor.ppo_max_token_len_per_gpu:,} tokens "
-        f"per GPU and micro-batch; {config.algorithm.adv_estimator}, {actor.policy_loss.loss_mode}, {aggregation(actor)}"
+        f"{prompts:,} prompts × {n} samples = {prompts * n:,} trajectories, at most {tokens:,} response "
+        "tokens\n"
+        f"{updates} optimizer step(s) of {actor.ppo_mini_batch_size * n:,} trajectories, "
+        f"{actor.ppo_max_token_len_per_gpu:,} tokens per GPU and micro-batch; "
+        f"{config.algorithm.adv_estimator}, {actor.policy_loss.loss_mode}, {aggregation(actor)}"
     )

@@ -1,4 +1,6 @@
-"""The reward, asked before the run: a real question and a made answer, in a process as the run's judges have."""
+"""The reward, asked before the run: a real question and a made answer, in a process as the run's
+judges have.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,20 @@ from retool.rl.reward.pool import LOAD
 from retool.rl.reward.rewards import RewardSource
 from retool.rl.types import Prompt, Stop
 
-NO_NETWORK = re.compile(r"not permitted|Errno 1\b|Connect(ion)?Error|getaddrinfo|resol", re.IGNORECASE)  # how libraries tell of it
+# How libraries tell of it
+NO_NETWORK = re.compile(
+    r"not permitted|Errno 1\b|Connect(ion)?Error|getaddrinfo|resol", re.IGNORECASE
+)
 NO_VARIABLE = re.compile(r"environ|api.?key|KeyError: '[A-Z_]+'|credential|token", re.IGNORECASE)
 MOST_SOURCES = 16  # data sources whose first question is tried
 
 
-def try_reward(source: RewardSource, settings: RewardConfig, prompts: Sequence[Prompt]) -> Iterator[Fault]:
-    """A fault where the reward can't be had in a worker, fails on a made answer to the first question of a data source, or is too slow."""
+def try_reward(
+    source: RewardSource, settings: RewardConfig, prompts: Sequence[Prompt]
+) -> Iterator[Fault]:
+    """A fault where the reward can't be had in a worker, fails on a made answer to the first
+    question of a data source, or is too slow.
+    """
     where = "custom_reward_function" if source.path else "reward_model.name"
     if settings.trial_answer is None:
         return
@@ -36,7 +45,9 @@ def try_reward(source: RewardSource, settings: RewardConfig, prompts: Sequence[P
         judges.close()
 
 
-def _asked(judges: Judges, where: str, settings: RewardConfig, prompts: Sequence[Prompt]) -> Iterator[Fault]:
+def _asked(
+    judges: Judges, where: str, settings: RewardConfig, prompts: Sequence[Prompt]
+) -> Iterator[Fault]:
     if problem := judges.problem():
         yield Fault(where, problem)
         return
@@ -47,13 +58,23 @@ def _asked(judges: Judges, where: str, settings: RewardConfig, prompts: Sequence
         if judged.failure is not None:
             yield _failed(where, judged, prompt, settings)
         elif seconds > settings.timeout_seconds:
-            way_out = f"Raise it to {2 * seconds:.0f}, or have the file load what it needs when it is imported."
-            problem = f"the reward took {seconds:.1f} s for a made answer to {named(prompt)}: all answers would get the floor."
-            yield Fault(f"reward_model.timeout_seconds={settings.timeout_seconds:g}", problem, way_out)
+            way_out = (
+                f"Raise it to {2 * seconds:.0f}, or have the file load what it needs when it is "
+                "imported."
+            )
+            problem = (
+                f"the reward took {seconds:.1f} s for a made answer to {named(prompt)}: all answers "
+                "would get the floor."
+            )
+            yield Fault(
+                f"reward_model.timeout_seconds={settings.timeout_seconds:g}", problem, way_out
+            )
 
 
 async def _answers(judges: Judges, asked: Sequence[Asked]) -> list[tuple[Judged, float]]:
-    """Scores and seconds, one after the other, up to the first that fails: one event loop, since a function may keep connections."""
+    """Scores and seconds, one after the other, up to the first that fails: one event loop, since a
+    function may keep connections.
+    """
     found: list[tuple[Judged, float]] = []
     for one in asked:
         begin = time.perf_counter()
@@ -75,7 +96,12 @@ def first_of_each_source(prompts: Sequence[Prompt]) -> list[Prompt]:
 def made_answer(prompt: Prompt, answer: str) -> Asked:
     """`answer` ("auto": the truth in a box) as if the model had given it at once."""
     text = f"The answer is \\boxed{{{prompt.ground_truth}}}." if answer == "auto" else answer
-    extra = {**prompt.extra_info, "num_turns": 2, "tool_calls": 0, "stop_reason": Stop.NO_CALL.value}
+    extra = {
+        **prompt.extra_info,
+        "num_turns": 2,
+        "tool_calls": 0,
+        "stop_reason": Stop.NO_CALL.value,
+    }
     return Asked(prompt.data_source, text, prompt.ground_truth, extra)
 
 
@@ -88,9 +114,20 @@ def _failed(where: str, judged: Judged, prompt: Prompt, settings: RewardConfig) 
     said = f"\n{judged.trace}\n" if judged.trace else f" {judged.reason}."
     way_out = "Mend the function."
     if not (settings.network or settings.concurrent) and NO_NETWORK.search(told):
-        way_out += " Its processes have no network: if it needs one, give it to them, reward_model.network=true (an async function may"
-        way_out += " instead run in the run's own process, many answers at once: reward_model.concurrent=true)."
+        way_out += (
+            " Its processes have no network: if it needs one, give it to them, "
+            "reward_model.network=true (an async function may"
+        )
+        way_out += (
+            " instead run in the run's own process, many answers at once: "
+            "reward_model.concurrent=true)."
+        )
     if not settings.concurrent and NO_VARIABLE.search(told):
-        way_out += " Environment variables that it needs are to be named: reward_model.environment=[NAME]."
-    way_out += " If only real answers suit it: give one as reward_model.trial_answer='…', or try none (reward_model.trial_answer=null)."
+        way_out += (
+            " Environment variables that it needs are to be named: reward_model.environment=[NAME]."
+        )
+    way_out += (
+        " If only real answers suit it: give one as reward_model.trial_answer='…', or try none "
+        "(reward_model.trial_answer=null)."
+    )
     return Fault(where, f"it fails on a made answer to {named(prompt)}:{said}", way_out)

@@ -1,4 +1,6 @@
-"""Who judges: processes that can be killed (`reward_pool`), or, when asked, an async function in the run's own process."""
+"""Who judges: processes that can be killed (`reward_pool`), or, when asked, an async function in
+the run's own process.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +17,39 @@ from retool.rl.types import FAILURE, Trajectory
 
 
 class ConcurrentJudge:
-    """An async reward function, awaited in the run's own process, `most` calls at once: for judges that are somewhere else.
+    """An async reward function, awaited in the run's own process, `most` calls at once: for judges
+    that are somewhere else.
 
-    It has the run's network and environment. What it doesn't await holds up the sampling; no memory limit applies, and a call that
-    takes too long is cancelled, not killed.
+    It has the run's network and environment. What it doesn't await holds up the sampling; no memory
+    limit applies, and a call that takes too long is cancelled, not killed.
     """
 
     def __init__(self, source: RewardSource, most: int, timeout: float, floor: float) -> None:
         self._function = source.load()
         if not inspect.iscoroutinefunction(self._function):
             raise ValueError(
-                f"reward_model.concurrent=true needs an async function, and {source.name} is none: write 'async def {source.name}' and "
-                "await in it what takes time, or leave the key out (reward_model.network=true gives the judging processes the network)."
+                f"reward_model.concurrent=true needs an async function, and {source.name} is none: "
+                f"write 'async def {source.name}' and await in it what takes time, or leave the key "
+                "out (reward_model.network=true gives the judging processes the network)."
             )
-        self._most, self._timeout, self._floor = most, timeout, floor
+        self._most = most
+        self._timeout = timeout
+        self._floor = floor
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def problem(self) -> str:
         return ""
 
     async def judge(self, trajectory: Trajectory) -> Judged:
-        """The score of a finished trajectory; the floor where the function raises, returns no finite number, or takes too long."""
+        """The score of a finished trajectory; the floor where the function raises, returns no
+        finite number, or takes too long.
+        """
         return await self.score(asked_of(trajectory))
 
     async def score(self, asked: Asked, timeout: float | None = None) -> Judged:
-        """What the function says to one call, within `timeout` seconds (None: its own) from when its turn comes."""
+        """What the function says to one call, within `timeout` seconds (None: its own) from when
+        its turn comes.
+        """
         return await insistently(lambda: self._attempt(asked, timeout or self._timeout))
 
     async def _attempt(self, asked: Asked, timeout: float) -> Judged:
@@ -56,11 +66,17 @@ class ConcurrentJudge:
         return found.judged(self._floor) if isinstance(found, Raised) else Judged(*found)
 
     async def _call(self, asked: Asked) -> tuple[float, dict[str, Any]] | Raised:
-        """The function's answer. Whatever it raises is its answer too: an exit would end the event loop, and the run with it."""
+        """The function's answer.
+
+        Whatever it raises is its answer too: an exit would end the event loop, and the run with it.
+        """
         try:
             extra = dict(asked.extra)
             answer = await self._function(
-                data_source=asked.data_source, solution_str=asked.solution, ground_truth=asked.truth, extra_info=extra
+                data_source=asked.data_source,
+                solution_str=asked.solution,
+                ground_truth=asked.truth,
+                extra_info=extra,
             )
             return checked(answer)
         except BaseException as error:
@@ -79,9 +95,14 @@ class ConcurrentJudge:
 
 
 def open_judges(source: RewardSource, settings: RewardConfig, workers: int | None = None) -> Judges:
-    """As configured; `workers` processes, where it is processes and not as many as configured. ValueError where that can't be."""
+    """As configured; `workers` processes, where it is processes and not as many as configured.
+
+    ValueError where that can't be.
+    """
     if settings.concurrent:
-        return ConcurrentJudge(source, settings.max_concurrent, settings.timeout_seconds, settings.floor)
+        return ConcurrentJudge(
+            source, settings.max_concurrent, settings.timeout_seconds, settings.floor
+        )
     return RewardPool(
         source,
         workers or settings.num_workers,
@@ -94,9 +115,15 @@ def open_judges(source: RewardSource, settings: RewardConfig, workers: int | Non
 
 
 def named_variables(settings: RewardConfig) -> dict[str, str]:
-    """The environment variables that reward workers get besides the harmless ones. ValueError where one isn't set."""
+    """The environment variables that reward workers get besides the harmless ones.
+
+    ValueError where one isn't set.
+    """
     missing = [name for name in settings.environment if name not in os.environ]
     if missing:
         lacking = ", ".join(missing)
-        raise ValueError(f"reward_model.environment names {lacking}, which the run's environment lacks: set it, or don't name it.")
+        raise ValueError(
+            f"reward_model.environment names {lacking}, which the run's environment lacks: set it, "
+            "or don't name it."
+        )
     return {name: os.environ[name] for name in settings.environment}

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple, Protocol
 from retool.rl.reward.rewards import LONGEST
 from retool.rl.types import FAILURE, Trajectory
 
-JUDGES_LOST = "lost"  # the failure that isn't the function's: its processes are gone, or the server that it asks
+# the failure that isn't the function's: its processes are gone, or the server that it asks
+JUDGES_LOST = "lost"
 RETRIES = 2  # of an answer that is lost so
-AWAY = {  # what clients raise where nobody answers, by the names of their classes: none of them need be installed here
+# what clients raise where nobody answers, by the names of their classes: none of them need be
+# installed here
+AWAY = {
     "ConnectionError",  # Python's own, requests'
     "TransportError",  # httpx's
     "APIConnectionError",  # openai's
@@ -25,8 +28,9 @@ AWAY = {  # what clients raise where nobody answers, by the names of their class
 
 @dataclass(frozen=True)
 class Judged:
-    """A score, what else the function told, and how it failed (`exception`, `timeout`, `killed`, or JUDGES_LOST), why (in `info` too) and
-    where (`trace`, of an exception), if it did."""
+    """A score, what else the function told, and how it failed (`exception`, `timeout`, `killed`, or
+    JUDGES_LOST), why (in `info` too) and where (`trace`, of an exception), if it did.
+    """
 
     score: float
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -53,11 +57,20 @@ class Raised(NamedTuple):
 
     def judged(self, floor: float) -> Judged:
         """As a judgement: lost, or the floor."""
-        return Judged(floor, {FAILURE: self.reason}, JUDGES_LOST if self.away else "exception", self.reason, self.trace)
+        return Judged(
+            floor,
+            {FAILURE: self.reason},
+            JUDGES_LOST if self.away else "exception",
+            self.reason,
+            self.trace,
+        )
 
 
 class Judges(Protocol):
-    """Whoever judges a rank's answers. `problem` says why they can't, with the way out; "" where they can."""
+    """Whoever judges a rank's answers.
+
+    `problem` says why they can't, with the way out; "" where they can.
+    """
 
     def problem(self) -> str: ...
 
@@ -92,15 +105,25 @@ def asked_of(trajectory: Trajectory) -> Asked:
 
 
 def raised(error: BaseException) -> Raised:
-    """What a reward function raised, as text: an exception of the user's own may not survive the way to another process."""
+    """What a reward function raised, as text: an exception of the user's own may not survive the
+    way to another process.
+    """
     kinds = {kind.__name__ for kind in type(error).__mro__}
     refused = type(error).__name__ == "HTTPError"  # urllib's URLError of a server that does answer
-    return Raised(f"{type(error).__name__}: {error}"[:LONGEST], trace_of(error), bool(AWAY & kinds) and not refused)
+    return Raised(
+        f"{type(error).__name__}: {error}"[:LONGEST],
+        trace_of(error),
+        bool(AWAY & kinds) and not refused,
+    )
 
 
 def trace_of(error: BaseException) -> str:
     """The traceback from the user's own function on: what called it is ours."""
     frames = error.__traceback__
-    while frames is not None and Path(frames.tb_frame.f_code.co_filename).parent == Path(__file__).parent and frames.tb_next:
+    while (
+        frames is not None
+        and Path(frames.tb_frame.f_code.co_filename).parent == Path(__file__).parent
+        and frames.tb_next
+    ):
         frames = frames.tb_next
     return "".join(traceback.format_exception(type(error), error, frames))[-LONGEST:].rstrip()

@@ -1,4 +1,6 @@
-"""Rollouts with an engine that plays turns back: who waits for whom, what is counted, and that nothing is left behind."""
+"""Rollouts with an engine that plays turns back: who waits for whom, what is counted, and that
+nothing is left behind.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from tests.rl.conftest import make_prompt, make_trajectory
 
 @dataclass
 class PlayedBack:
-    """An engine that gives the turns of `script[prompt index]` in order, one finished turn per step."""
+    """An engine that gives the turns of `script[prompt index]` in order, one finished turn per
+    step.
+    """
 
     renderer: Renderer
     script: dict
@@ -37,7 +41,11 @@ class PlayedBack:
     steps: int = 0
 
     def start(self, key, ids, params, group=None):
-        assert key not in self.live and group == key[0] and params.stop_ids == self.renderer.end_of_turn_ids
+        assert (
+            key not in self.live
+            and group == key[0]
+            and params.stop_ids == self.renderer.end_of_turn_ids
+        )
         self.live[key], self.seeds[key] = list(self.script[key[0]]), params.seed
         self.queue.append(key)
 
@@ -69,14 +77,19 @@ class Judge:
     async def judge(self, trajectory):
         await asyncio.sleep(self.delay)
         good = "42" in trajectory.assistant_text
-        return Judged(float(good), {"acc": float(good)}, None if trajectory.sampled else "exception")
+        return Judged(
+            float(good), {"acc": float(good)}, None if trajectory.sampled else "exception"
+        )
 
 
 class Tool:
-    schema, name = SCHEMA, "code_interpreter"
+    schema = SCHEMA
+    name = "code_interpreter"
 
     def __init__(self, seconds):
-        self.seconds, self.running, self.most = seconds, 0, 0
+        self.seconds = seconds
+        self.running = 0
+        self.most = 0
 
     async def call(self, arguments):
         self.running += 1
@@ -90,33 +103,52 @@ class Tool:
 
 
 def prompt_of(renderer, index) -> Prompt:
-    checked = to_conversation({"messages": [{"role": "user", "content": "?"}], "tools": [SCHEMA]}, "rows", 0, prompt_only=True)
+    checked = to_conversation(
+        {"messages": [{"role": "user", "content": "?"}], "tools": [SCHEMA]},
+        "rows",
+        0,
+        prompt_only=True,
+    )
     ids = np.asarray(renderer.render_prompt(checked.messages, checked.tools), np.int32)
     return Prompt(index, checked.messages, checked.tools, ids, "rows", "42")
 
 
 def called(code) -> str:
-    return f'<tool_call>\n{json.dumps({"name": "code_interpreter", "arguments": {"code": code}})}\n</tool_call>'
+    return f"<tool_call>\n{json.dumps({'name': 'code_interpreter', 'arguments': {'code': code}})}\n</tool_call>"
 
 
 def parts_of(renderer, script, tool=None, **changes):
     engine = PlayedBack(renderer, script)
     agent = AgentOptions(max_response_length=500, max_assistant_turns=4)
-    return replace(RolloutParts(engine, Judge(), {tool.name: tool} if tool else {}, renderer, agent), **changes), engine
+    return replace(
+        RolloutParts(engine, Judge(), {tool.name: tool} if tool else {}, renderer, agent), **changes
+    ), engine
 
 
 def test_a_straggler_s_tool_holds_nobody_up(renderer_of) -> None:
-    renderer, tool = renderer_of("hermes"), Tool(0.3)
+    renderer = renderer_of("hermes")
+    tool = Tool(0.3)
     script = {0: [called("1"), "42"], 1: [called("2"), "7"], 2: ["42"]}
     parts, engine = parts_of(renderer, script, tool)
     requests = [(prompt_of(renderer, i), k) for i in range(3) for k in range(2)]
     times = RolloutTimes()
     found = asyncio.run(roll_out(parts, requests, Sampling(seed=9, split=1), 5, times))
     assert [(s.trajectory.prompt.index, s.trajectory.sample, s.score) for s in found] == [
-        (0, 0, 1.0), (0, 1, 1.0), (1, 0, 0.0), (1, 1, 0.0), (2, 0, 1.0), (2, 1, 1.0),
-    ]  # fmt: skip
-    assert tool.most == 4 and times.total < 1.0 and 0.2 < times.tools < times.total, "the tools ran at once"
-    assert not engine.live and engine.seeds[(1, 0)] == (9, 1, 5, 1, 0) and all(s.trajectory.policy_version == 5 for s in found)
+        (0, 0, 1.0),
+        (0, 1, 1.0),
+        (1, 0, 0.0),
+        (1, 1, 0.0),
+        (2, 0, 1.0),
+        (2, 1, 1.0),
+    ]
+    assert tool.most == 4 and times.total < 1.0 and 0.2 < times.tools < times.total, (
+        "the tools ran at once"
+    )
+    assert (
+        not engine.live
+        and engine.seeds[(1, 0)] == (9, 1, 5, 1, 0)
+        and all(s.trajectory.policy_version == 5 for s in found)
+    )
 
 
 def test_waiting_for_judges_is_told_apart(renderer_of) -> None:
@@ -129,7 +161,12 @@ def test_waiting_for_judges_is_told_apart(renderer_of) -> None:
 def test_a_sequence_that_does_not_fit_is_aborted_and_counted(renderer_of) -> None:
     parts, engine = parts_of(renderer_of("hermes"), {0: ["capacity"]})
     (scored,) = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, 0), 0)], Sampling(), 0))
-    assert scored.trajectory.stop is Stop.ABORTED and scored.trajectory.sampled == 0 and scored.lost and not engine.live
+    assert (
+        scored.trajectory.stop is Stop.ABORTED
+        and scored.trajectory.sampled == 0
+        and scored.lost
+        and not engine.live
+    )
 
 
 def test_what_a_broken_tool_said_is_kept_told_and_written(renderer_of, tmp_path, recwarn) -> None:
@@ -138,9 +175,15 @@ def test_what_a_broken_tool_said_is_kept_told_and_written(renderer_of, tmp_path,
             return ToolResult("SandboxError: nobody there", "sandbox_error")
 
     parts, _ = parts_of(renderer_of("hermes"), {0: [called("1")], 1: ["42"]}, Broken(0))
-    found = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, i), 0) for i in range(2)], Sampling(), 0))
+    found = asyncio.run(
+        roll_out(parts, [(prompt_of(parts.renderer, i), 0) for i in range(2)], Sampling(), 0)
+    )
     reason, (broken, fine) = "code_interpreter: SandboxError: nobody there", found
-    assert broken.trajectory.stop is Stop.INFRASTRUCTURE and broken.info["tool_failure"] == reason and "tool_failure" not in fine.info
+    assert (
+        broken.trajectory.stop is Stop.INFRASTRUCTURE
+        and broken.info["tool_failure"] == reason
+        and "tool_failure" not in fine.info
+    )
     warn_of_failures([fine])
     assert not recwarn
     warn_of_failures(found)
@@ -157,9 +200,19 @@ def test_length_shaping_is_in_the_reward_only(renderer_of) -> None:
 
 
 def test_stopping_leaves_nothing_behind(renderer_of) -> None:
-    renderer, tool, begin = renderer_of("hermes"), Tool(30.0), time.monotonic()
-    parts, engine = parts_of(renderer, {0: [called("1"), "42"], 1: ["42"]}, tool, stopped=lambda: time.monotonic() > begin + 0.3)
-    assert asyncio.run(roll_out(parts, [(prompt_of(renderer, i), 0) for i in range(2)], Sampling(), 0)) is None
+    renderer = renderer_of("hermes")
+    tool = Tool(30.0)
+    begin = time.monotonic()
+    parts, engine = parts_of(
+        renderer,
+        {0: [called("1"), "42"], 1: ["42"]},
+        tool,
+        stopped=lambda: time.monotonic() > begin + 0.3,
+    )
+    assert (
+        asyncio.run(roll_out(parts, [(prompt_of(renderer, i), 0) for i in range(2)], Sampling(), 0))
+        is None
+    )
     assert time.monotonic() < begin + 5 and not engine.live and not engine.queue
 
 
@@ -182,7 +235,8 @@ def test_a_quick_tool_s_answer_is_in_the_next_engine_step(renderer_of) -> None:
         async def call(self, arguments):
             return ToolResult("ok", "success")
 
-    extended, tool = [], Quick(0.0)
+    extended = []
+    tool = Quick(0.0)
     parts, engine = parts_of(renderer_of("hermes"), {0: [called("1"), called("2"), "42"]}, tool)
     parts = replace(parts, engine=Busy(engine.renderer, engine.script))
     asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, 0), 0)], Sampling(), 0))
@@ -199,7 +253,9 @@ def test_an_episode_s_error_ends_it_at_once(renderer_of) -> None:
     parts, engine = parts_of(renderer_of("hermes"), {0: ["42"], 1: ["42"]}, judge=Broken(30.0))
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match="no judge"):
-        asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, i), 0) for i in range(2)], Sampling(), 0))
+        asyncio.run(
+            roll_out(parts, [(prompt_of(parts.renderer, i), 0) for i in range(2)], Sampling(), 0)
+        )
     assert time.monotonic() < begin + 5 and not engine.live
 
 
@@ -212,29 +268,54 @@ def test_an_engine_s_error_ends_it(renderer_of) -> None:
 
 
 def test_real_programs(renderer_of) -> None:
-    """The model's program runs in the sandbox; what it prints comes back, errors too, and the sandbox outlives them."""
+    """The model's program runs in the sandbox; what it prints comes back, errors too, and the
+    sandbox outlives them.
+    """
     renderer = renderer_of("hermes")
     try:
         tool = CodeInterpreter()
     except (ValueError, OSError) as error:
         pytest.skip(f"no sandbox here: {error}")
-    script = {0: [called("print(6 * 7)"), "42"], 1: [called("1 / 0"), called("import os; os._exit(3)"), "7"]}
+    script = {
+        0: [called("print(6 * 7)"), "42"],
+        1: [called("1 / 0"), called("import os; os._exit(3)"), "7"],
+    }
     parts, _ = parts_of(renderer, script, tool)
 
     async def run():
         try:
-            return await roll_out(parts, [(prompt_of(renderer, i), 0) for i in range(2)], Sampling(), 0)
+            return await roll_out(
+                parts, [(prompt_of(renderer, i), 0) for i in range(2)], Sampling(), 0
+            )
         finally:
             await tool.close()
 
     good, bad = asyncio.run(run())
-    texts = [renderer.tokenizer.decode(s.trajectory.tokens[s.trajectory.prompt_length :]) for s in (good, bad)]
-    assert "\n42\n</tool_response>" in texts[0] and good.trajectory.tool_errors == 0 and good.trajectory.tool_seconds > 0
-    assert "ZeroDivisionError" in texts[1] and "return code 3" in texts[1] and bad.trajectory.tool_errors == 2
+    texts = [
+        renderer.tokenizer.decode(s.trajectory.tokens[s.trajectory.prompt_length :])
+        for s in (good, bad)
+    ]
+    assert (
+        "\n42\n</tool_response>" in texts[0]
+        and good.trajectory.tool_errors == 0
+        and good.trajectory.tool_seconds > 0
+    )
+    assert (
+        "ZeroDivisionError" in texts[1]
+        and "return code 3" in texts[1]
+        and bad.trajectory.tool_errors == 2
+    )
 
 
 def scored(prompt, sample, score, version=3):
-    trajectory = make_trajectory(prompt, sample, response=(5, 6, 7, 8), mask=(True, False, True, True), version=version, text="é")
+    trajectory = make_trajectory(
+        prompt,
+        sample,
+        response=(5, 6, 7, 8),
+        mask=(True, False, True, True),
+        version=version,
+        text="é",
+    )
     return Scored(trajectory, score, score - 0.5, {"acc": 1.0, "pred": "x"})
 
 
@@ -242,7 +323,10 @@ def test_groups_come_together_in_order_whoever_made_them() -> None:
     prompts = [make_prompt(7), make_prompt(3)]
     members = [scored(p, k, float(k)) for k in (1, 0) for p in prompts]
     groups = regroup(prompts, members)
-    assert [(g.prompt.index, [m.trajectory.sample for m in g.members]) for g in groups] == [(7, [0, 1]), (3, [0, 1])]
+    assert [(g.prompt.index, [m.trajectory.sample for m in g.members]) for g in groups] == [
+        (7, [0, 1]),
+        (3, [0, 1]),
+    ]
 
 
 def test_kept_groups_survive_a_checkpoint(tmp_path) -> None:
@@ -251,14 +335,32 @@ def test_kept_groups_survive_a_checkpoint(tmp_path) -> None:
     from retool.checkpoint.format.content import frozen
 
     prompt = make_prompt(11)
-    state = TrainState(0.5, step=4, updates=8, position=24, kept=[Group(prompt, [scored(prompt, k, 1.0) for k in range(2)])])
+    state = TrainState(
+        0.5,
+        step=4,
+        updates=8,
+        position=24,
+        kept=[Group(prompt, [scored(prompt, k, 1.0) for k in range(2)])],
+    )
     (tmp_path / "data.pt").write_bytes(frozen(state.data_state(), "data_state"))
     data = torch.load(tmp_path / "data.pt", weights_only=True)
     back = restored(4, data, 0.0, lambda index: {11: prompt}[index])
-    assert (back.kl_coef, back.step, back.updates, back.position, back.saved_step) == (0.5, 4, 8, 24, 4)
-    before, after = group_to_plain(state.kept[0]), group_to_plain(back.kept[0])
+    assert (back.kl_coef, back.step, back.updates, back.position, back.saved_step) == (
+        0.5,
+        4,
+        8,
+        24,
+        4,
+    )
+    before = group_to_plain(state.kept[0])
+    after = group_to_plain(back.kept[0])
     for one, other in zip(before["members"], after["members"], strict=True):
-        assert all(torch.equal(one[k], other[k]) if isinstance(one[k], torch.Tensor) else one[k] == other[k] for k in one)
+        assert all(
+            torch.equal(one[k], other[k])
+            if isinstance(one[k], torch.Tensor)
+            else one[k] == other[k]
+            for k in one
+        )
     assert restored(4, {}, 0.25, None).kl_coef == 0.25
 
 
@@ -274,6 +376,17 @@ def test_reports_show_what_was_sampled(tmp_path, renderer_of) -> None:
     group = Group(prompt, [scored(prompt, k, 1.0) for k in range(2)])
     write_validation(tmp_path, 3, [group], renderer)
     write_training(tmp_path, 3, [group], [np.arange(7.0), np.arange(7.0)], renderer)
-    train, val = ([line for line in read_transcripts(tmp_path) if line["split"] == split] for split in ("train", "val"))
-    assert len(train) == len(val) == 2 and [s["role"] for s in val[0]["segments"]] == ["assistant", "tool", "assistant"]
-    assert train[0]["segments"][2]["advantage"] == [5.0, 6.0] and train[0]["reward"] == 0.5 and train[0]["info"]["score"] == 1.0
+    train, val = (
+        [line for line in read_transcripts(tmp_path) if line["split"] == split]
+        for split in ("train", "val")
+    )
+    assert len(train) == len(val) == 2 and [s["role"] for s in val[0]["segments"]] == [
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert (
+        train[0]["segments"][2]["advantage"] == [5.0, 6.0]
+        and train[0]["reward"] == 0.5
+        and train[0]["info"]["score"] == 1.0
+    )

@@ -15,15 +15,25 @@ parse_hermes = partial(read_calls, "hermes")
 parse_code_block = partial(read_calls, "code_block")
 parse_retool = partial(read_calls, "retool")
 
-LOOKUP = {"name": "lookup", "parameters": {"properties": {"key": {}, "place": {}}, "required": ["key", "place"]}}
+LOOKUP = {
+    "name": "lookup",
+    "parameters": {"properties": {"key": {}, "place": {}}, "required": ["key", "place"]},
+}
 
 
 def test_published_cases(shared_data) -> None:
-    cases = [json.loads(line) for line in (shared_data / "goldens" / "hermes_tool_parser_cases.jsonl").read_text().splitlines()]
+    cases = [
+        json.loads(line)
+        for line in (shared_data / "goldens" / "hermes_tool_parser_cases.jsonl")
+        .read_text()
+        .splitlines()
+    ]
     assert len(cases) == 5
     for case in cases:
         good = [call for call in parse_hermes(case["text"]) if call.problem is None]
-        assert [{"name": c.name, "arguments": c.arguments} for c in good] == case["calls"], case["id"]
+        assert [{"name": c.name, "arguments": c.arguments} for c in good] == case["calls"], case[
+            "id"
+        ]
         assert bool(good) == case["tools_called"]
 
 
@@ -33,25 +43,39 @@ def test_several_calls_and_text_between() -> None:
 
 
 def test_complete_json_without_closing_tag_counts() -> None:
-    assert parse_hermes('<tool_call>{"name": "f", "arguments": {"x": "}"}}  \n') == [Call("f", {"x": "}"})]
+    assert parse_hermes('<tool_call>{"name": "f", "arguments": {"x": "}"}}  \n') == [
+        Call("f", {"x": "}"})
+    ]
 
 
 def test_arguments_as_a_json_string_are_unwrapped() -> None:
-    assert parse_hermes('<tool_call>{"name": "f", "arguments": "{\\"code\\": \\"print(1)\\"}"}</tool_call>') == [
-        Call("f", {"code": "print(1)"})
-    ]
+    assert parse_hermes(
+        '<tool_call>{"name": "f", "arguments": "{\\"code\\": \\"print(1)\\"}"}</tool_call>'
+    ) == [Call("f", {"code": "print(1)"})]
 
 
 def test_closing_tag_inside_a_string_is_text() -> None:
     body = json.dumps({"name": "f", "arguments": {"code": "print('</tool_call><tool_call>')"}})
-    assert parse_hermes(f"<tool_call>{body}</tool_call>") == [Call("f", {"code": "print('</tool_call><tool_call>')"})]
+    assert parse_hermes(f"<tool_call>{body}</tool_call>") == [
+        Call("f", {"code": "print('</tool_call><tool_call>')"})
+    ]
 
 
 @pytest.mark.parametrize(
     "body",
-    ["{'name': 'f'}", '{"name": "f", "arguments": {"x": 1}', "", "[1, 2]", '{"arguments": {}}', '{"name": 3}', '{"name": "f"} and more',
-     "[" * 100_000, '{"name": "f", "arguments": {"n": ' + "9" * 5000 + "}}", "\x00"],
-)  # fmt: skip
+    [
+        "{'name': 'f'}",
+        '{"name": "f", "arguments": {"x": 1}',
+        "",
+        "[1, 2]",
+        '{"arguments": {}}',
+        '{"name": 3}',
+        '{"name": "f"} and more',
+        "[" * 100_000,
+        '{"name": "f", "arguments": {"n": ' + "9" * 5000 + "}}",
+        "\x00",
+    ],
+)
 def test_what_can_not_be_understood_is_one_problem(body: str) -> None:
     calls = parse_hermes(f"<tool_call>{body}</tool_call>")
     assert len(calls) == 1 and calls[0].problem is not None and len(calls[0].problem) < 300
@@ -64,29 +88,48 @@ def test_a_bad_call_does_not_hide_the_next() -> None:
 
 def test_code_blocks() -> None:
     assert parse_code_block("Look:\n```python\nprint(1)\n```\nand ```py\nx = 2\n```", [SCHEMA]) == [
-        Call("code_interpreter", {"code": "print(1)\n"}), Call("code_interpreter", {"code": "x = 2\n"}),
-    ]  # fmt: skip
+        Call("code_interpreter", {"code": "print(1)\n"}),
+        Call("code_interpreter", {"code": "x = 2\n"}),
+    ]
     assert parse_code_block("```json\n{}\n```\n```\nplain\n```", [SCHEMA]) == []
-    assert parse_code_block("```python\nprint(1)", [SCHEMA]) == [Call("code_interpreter", {"code": "print(1)"})]
+    assert parse_code_block("```python\nprint(1)", [SCHEMA]) == [
+        Call("code_interpreter", {"code": "print(1)"})
+    ]
 
 
 def test_retool_elements() -> None:
-    assert parse_retool("<code>\nprint(1)\n</code>", [SCHEMA]) == [Call("code_interpreter", {"code": "print(1)"})]
-    assert parse_retool("<code>\n```python\nprint(1)\n```\n</code>", [SCHEMA]) == [Call("code_interpreter", {"code": "print(1)"})]
+    assert parse_retool("<code>\nprint(1)\n</code>", [SCHEMA]) == [
+        Call("code_interpreter", {"code": "print(1)"})
+    ]
+    assert parse_retool("<code>\n```python\nprint(1)\n```\n</code>", [SCHEMA]) == [
+        Call("code_interpreter", {"code": "print(1)"})
+    ]
     assert parse_retool("no code, <code></code>", [SCHEMA]) == []
 
 
 def test_the_tool_that_takes_code() -> None:
-    python = {"type": "function", "function": {"name": "python", "parameters": {"properties": {"source": {}}, "required": ["source"]}}}
+    python = {
+        "type": "function",
+        "function": {
+            "name": "python",
+            "parameters": {"properties": {"source": {}}, "required": ["source"]},
+        },
+    }
     assert code_tool([SCHEMA, python]) == ("code_interpreter", "code")
     assert code_tool([LOOKUP, python]) == ("python", "source")
 
 
 def test_check_says_what_is_wrong() -> None:
     assert check(Call("code_interpreter", {"code": "1"}), [SCHEMA]) is None
-    assert check(Call("calculator", {}), [SCHEMA]) == "there is no tool 'calculator'; there is code_interpreter."
+    assert (
+        check(Call("calculator", {}), [SCHEMA])
+        == "there is no tool 'calculator'; there is code_interpreter."
+    )
     assert check(Call("lookup", {"key": 1}), [LOOKUP]) == "lookup needs the argument place."
-    assert check(Call("lookup", "Rome"), [LOOKUP]) == "the arguments of lookup must be a JSON object, not str."
+    assert (
+        check(Call("lookup", "Rome"), [LOOKUP])
+        == "the arguments of lookup must be a JSON object, not str."
+    )
     assert check(Call("", {}, "broken"), [SCHEMA]) == "broken"
 
 
@@ -101,22 +144,41 @@ def call_of(name: str) -> str:
         (f"{call_of('draft')}</think>\n{call_of('f')}", ["draft", "f"], ["f"]),
         (f"<think>never closed {call_of('draft')}", [], []),
         (f"{call_of('draft')} never closed", ["draft"], []),
-        (f"</think>{call_of('f')}<think>{call_of('draft')}</think>{call_of('g')}", ["f", "g"], ["f", "g"]),
-        ('</think><tool_call>{"name": "f", "arguments": {"code": "<think>"}}</tool_call>' + call_of("g"), ["f", "g"], ["f", "g"]),
+        (
+            f"</think>{call_of('f')}<think>{call_of('draft')}</think>{call_of('g')}",
+            ["f", "g"],
+            ["f", "g"],
+        ),
+        (
+            '</think><tool_call>{"name": "f", "arguments": {"code": "<think>"}}</tool_call>'
+            + call_of("g"),
+            ["f", "g"],
+            ["f", "g"],
+        ),
     ],
 )
-def test_what_is_only_thought_is_not_called(text: str, tagged: list[str], opened: list[str]) -> None:
+def test_what_is_only_thought_is_not_called(
+    text: str, tagged: list[str], opened: list[str]
+) -> None:
     assert [call.name for call in parse_hermes(text, reasoning="tagged")] == tagged
     assert [call.name for call in parse_hermes(text, reasoning="opened")] == opened
-    assert {call.name for call in parse_hermes(text)} == {name for name in ("draft", "f", "g") if f'"{name}"' in text}
+    assert {call.name for call in parse_hermes(text)} == {
+        name for name in ("draft", "f", "g") if f'"{name}"' in text
+    }
 
 
 def test_code_that_is_only_thought() -> None:
     text = "<think>```python\ndraft\n```</think>```python\nprint(1)\n```"
-    assert parse_code_block(text, [SCHEMA], reasoning="tagged") == [Call("code_interpreter", {"code": "print(1)\n"})]
+    assert parse_code_block(text, [SCHEMA], reasoning="tagged") == [
+        Call("code_interpreter", {"code": "print(1)\n"})
+    ]
     assert len(parse_code_block(text, [SCHEMA])) == 2
     inside = "<think>so <code>print(1)</code> it is</think>"
-    assert parse_retool(inside, [SCHEMA], reasoning="tagged") == parse_retool(inside, [SCHEMA], reasoning="opened") != []
+    assert (
+        parse_retool(inside, [SCHEMA], reasoning="tagged")
+        == parse_retool(inside, [SCHEMA], reasoning="opened")
+        != []
+    )
 
 
 @pytest.mark.parametrize(

@@ -52,12 +52,26 @@ def call_and_close(tool: Tool, *arguments: dict) -> list[ToolResult]:
 
 
 def test_existing_recipes_load(tmp_path: Path) -> None:
-    (tool,) = load_tools(write(tmp_path, RECIPE.format(class_name="recipe.retool.retool.CustomSandboxFusionTool", address="")))
+    (tool,) = load_tools(
+        write(
+            tmp_path,
+            RECIPE.format(class_name="recipe.retool.retool.CustomSandboxFusionTool", address=""),
+        )
+    )
     assert isinstance(tool, CodeInterpreter) and isinstance(tool, Tool)
     assert (tool.name, tool.schema) == ("code_interpreter", SCHEMA)
     assert (tool.config.default_timeout, tool.config.memory_limit_mb) == (20, 512)
-    results = call_and_close(tool, {"code": "1 + 1"}, {"code": "1/0"}, {"code": ""}, {"text": "1"}, {}, {"code": 5})
-    assert [result.status for result in results] == ["success", "error", "success", "bad_arguments", "bad_arguments", "bad_arguments"]
+    results = call_and_close(
+        tool, {"code": "1 + 1"}, {"code": "1/0"}, {"code": ""}, {"text": "1"}, {}, {"code": 5}
+    )
+    assert [result.status for result in results] == [
+        "success",
+        "error",
+        "success",
+        "bad_arguments",
+        "bad_arguments",
+        "bad_arguments",
+    ]
     assert results[0].text == "2" and results[2].text == "[no output]"
     assert results[1].text.endswith("ZeroDivisionError: division by zero")
     assert "'code'" in results[3].text and "text" in results[3].text
@@ -71,7 +85,13 @@ def test_every_class_name_and_a_server(class_name: str, tmp_path: Path) -> None:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            run = {"status": "Finished", "return_code": 0, "stdout": "from afar\n", "stderr": "", "execution_time": 0.1}
+            run = {
+                "status": "Finished",
+                "return_code": 0,
+                "stdout": "from afar\n",
+                "stderr": "",
+                "execution_time": 0.1,
+            }
             body = json.dumps({"status": "Success", "message": "", "run_result": run}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -90,7 +110,11 @@ def test_every_class_name_and_a_server(class_name: str, tmp_path: Path) -> None:
         server.shutdown()
         thread.join()
     assert result == ToolResult("from afar", "success", 0.1)
-    assert asked[0]["code"] == "print(1)" and asked[0]["run_timeout"] == 20 and asked[0]["memory_limit_MB"] == 512
+    assert (
+        asked[0]["code"] == "print(1)"
+        and asked[0]["run_timeout"] == 20
+        and asked[0]["memory_limit_MB"] == 512
+    )
 
 
 def test_no_file_means_the_embedded_interpreter() -> None:
@@ -103,8 +127,11 @@ class Echo:
     """A tool of somebody else's, at a dotted path."""
 
     def __init__(self, config: dict, schema: dict) -> None:
-        self.name, self.config = "echo", config
-        self.schema = schema or {"function": {"name": "echo", "parameters": {"properties": {"text": {}}}}}
+        self.name = "echo"
+        self.config = config
+        self.schema = schema or {
+            "function": {"name": "echo", "parameters": {"properties": {"text": {}}}}
+        }
 
     async def call(self, arguments: dict) -> ToolResult:
         return ToolResult(arguments["text"] + self.config["end"], "success")
@@ -114,7 +141,9 @@ class Echo:
 
 
 def test_a_tool_of_ones_own(tmp_path: Path) -> None:
-    (tool,) = load_tools(write(tmp_path, f"tools:\n  - class_name: {__name__}.Echo\n    config: {{end: '!'}}\n"))
+    (tool,) = load_tools(
+        write(tmp_path, f"tools:\n  - class_name: {__name__}.Echo\n    config: {{end: '!'}}\n")
+    )
     assert call_and_close(tool, {"text": "hi"})[0].text == "hi!"
 
 
@@ -125,12 +154,17 @@ class Clingy(Echo):
         await asyncio.sleep(self.config["end"])
 
 
-def test_tools_that_do_not_close_are_told_of_and_the_others_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tools_that_do_not_close_are_told_of_and_the_others_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(tools, "CLOSING", 0.05)
     closed: list[Tool] = [Clingy({"end": end}, {}) for end in ("raise", 60, 0)]
     with pytest.warns(UserWarning) as told:
         asyncio.run(tools.close_tools(closed))
-    assert [str(w.message) for w in told] == ["the tool echo did not close: KeyError: 'gone'", "the tool echo did not close: TimeoutError: "]
+    assert [str(w.message) for w in told] == [
+        "the tool echo did not close: KeyError: 'gone'",
+        "the tool echo did not close: TimeoutError: ",
+    ]
 
 
 class NoSchema:
@@ -153,16 +187,37 @@ def exits(config: dict, schema: dict | None) -> Tool:
 @pytest.mark.parametrize(
     ("entry", "named"),
     [
-        ("Waits, config: {}}", r"tools\[0\].*Waits.call isn't a coroutine function: write 'async def call'"),
+        (
+            "Waits, config: {}}",
+            r"tools\[0\].*Waits.call isn't a coroutine function: write 'async def call'",
+        ),
         ("NoSchema, config: {name: x}}", r"tools\[0\].*makes a NoSchema without schema, close"),
         ("exits}", r"tools\[0\].*can't be made with its config and tool_schema \(SystemExit: 0\)"),
-        ("Echo, tool_schema: text}", r"tools\[0\].*tool_schema is a str .*not a dict: a schema is {type: function"),
+        (
+            "Echo, tool_schema: text}",
+            r"tools\[0\].*tool_schema is a str .*not a dict: a schema is {type: function",
+        ),
         ("Echo, tool_schema: {a: 1}}", r"tools\[0\].*tool_schema.function is missing"),
-        ("Echo, tool_schema: {function: {parameters: {}}}}", r"tools\[0\].*function.name is missing"),
-        ("Echo, tool_schema: {function: {name: echo, parameters: [1]}}}", r"tools\[0\].*function.parameters is a list"),
-        ("Echo, tool_schema: {function: {name: echo, parameters: {required: text}}}}", r"tools\[0\].*parameters.required is a str"),
-        ("Echo, tool_schema: {function: {name: other}}}", r"tools\[0\].*name is 'echo', .*function.name 'other': make them the same"),
-        ("NoSchema}", r"tools\[0\].*can't be made with its config and tool_schema \(KeyError: 'name'\)"),
+        (
+            "Echo, tool_schema: {function: {parameters: {}}}}",
+            r"tools\[0\].*function.name is missing",
+        ),
+        (
+            "Echo, tool_schema: {function: {name: echo, parameters: [1]}}}",
+            r"tools\[0\].*function.parameters is a list",
+        ),
+        (
+            "Echo, tool_schema: {function: {name: echo, parameters: {required: text}}}}",
+            r"tools\[0\].*parameters.required is a str",
+        ),
+        (
+            "Echo, tool_schema: {function: {name: other}}}",
+            r"tools\[0\].*name is 'echo', .*function.name 'other': make them the same",
+        ),
+        (
+            "NoSchema}",
+            r"tools\[0\].*can't be made with its config and tool_schema \(KeyError: 'name'\)",
+        ),
     ],
 )
 def test_a_tool_that_is_none_is_told_before_the_run(entry: str, named: str, tmp_path: Path) -> None:
@@ -178,23 +233,58 @@ def test_a_tool_that_is_none_is_told_before_the_run(entry: str, named: str, tmp_
         ("tools: [3]", r"tools\[0\].*class_name"),
         ("tools: [{class_name: no.such.Tool}]", r"tools\[0\].*no.such.Tool can't be imported"),
         ("tools: [{class_name: nodots}]", "can't be imported"),
-        ("tools: [{class_name: exits_at_once.Tool}]", r"tools\[0\].*exits_at_once.Tool can't be imported \(SystemExit: 0\)"),
+        (
+            "tools: [{class_name: exits_at_once.Tool}]",
+            r"tools\[0\].*exits_at_once.Tool can't be imported \(SystemExit: 0\)",
+        ),
         ("tools: [{class_name: x", "can't be read as YAML: .* line 1"),
         ("tools: ${no.such}", "can't be read as YAML: .*no.such"),
         ("3", "can't be read as YAML"),
-        ("tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: 5}]", "config is a int, not a mapping"),
-        ("tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, tool_schema: {type: function}}]", r"tools\[0\].*tool_schema.function is missing"),
-        ("tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, tool_schema: [1]}]", r"tools\[0\].*tool_schema is a list .*not a dict"),
-        ("tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {rate_limt: 3}}]", "rate_limt.*did you mean 'rate_limit'"),
-        ("tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {type: mcp}}]", "type='mcp'"),
-        ("tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {default_language: cpp}}]", "default_language='cpp'"),
-        ("tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {num_workers: 0}}]", "num_workers=0"),
-        ("tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {memory_limit_mb: lots}}]", "memory_limit_mb='lots'"),
-        ("tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {sandbox_fusion_url: localhost}}]", "http address"),
-        ("tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {isolation: none}}]", "strict"),
+        (
+            "tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: 5}]",
+            "config is a int, not a mapping",
+        ),
+        (
+            "tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, tool_schema: {type: function}}]",
+            r"tools\[0\].*tool_schema.function is missing",
+        ),
+        (
+            "tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, tool_schema: [1]}]",
+            r"tools\[0\].*tool_schema is a list .*not a dict",
+        ),
+        (
+            "tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {rate_limt: 3}}]",
+            "rate_limt.*did you mean 'rate_limit'",
+        ),
+        (
+            "tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {type: mcp}}]",
+            "type='mcp'",
+        ),
+        (
+            "tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {default_language: cpp}}]",
+            "default_language='cpp'",
+        ),
+        (
+            "tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {num_workers: 0}}]",
+            "num_workers=0",
+        ),
+        (
+            "tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {memory_limit_mb: lots}}]",
+            "memory_limit_mb='lots'",
+        ),
+        (
+            "tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {sandbox_fusion_url: localhost}}]",
+            "http address",
+        ),
+        (
+            "tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {isolation: none}}]",
+            "strict",
+        ),
     ],
 )
-def test_faults_in_the_file_are_named(text: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_in_the_file_are_named(
+    text: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "exits_at_once.py").write_text("raise SystemExit(0)")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=named) as error:
@@ -213,7 +303,12 @@ def test_a_schema_that_is_no_json_is_refused() -> None:
 
 
 def test_a_schema_with_two_arguments_is_refused() -> None:
-    two = {"function": {"name": "x", "parameters": {"properties": {"a": {}, "b": {}}, "required": ["a", "b"]}}}
+    two = {
+        "function": {
+            "name": "x",
+            "parameters": {"properties": {"a": {}, "b": {}}, "required": ["a", "b"]},
+        }
+    }
     with pytest.raises(ValueError, match="one argument"):
         CodeInterpreter(InterpreterConfig(sandbox_fusion_url="http://localhost:1"), two)
 
@@ -227,15 +322,29 @@ def test_a_schema_with_two_arguments_is_refused() -> None:
         (Result("success", "out\n", "warning\n", stdout_bytes=4), "out\nwarning"),
         (Result("error", "out\n", "Traceback\nE: x\n", 1, stdout_bytes=4), "out\nTraceback\nE: x"),
         (Result("error", return_code=3), "[the program ended with return code 3]"),
-        (Result("error", return_code=-11, reason="killed by SIGSEGV"), "[the program ended with return code -11, killed by SIGSEGV]"),
         (
-            Result("timeout", "so far\n", reason="the program ran longer than 30 s", stdout_bytes=7),
+            Result("error", return_code=-11, reason="killed by SIGSEGV"),
+            "[the program ended with return code -11, killed by SIGSEGV]",
+        ),
+        (
+            Result(
+                "timeout", "so far\n", reason="the program ran longer than 30 s", stdout_bytes=7
+            ),
             "so far\nTimeoutError: the program ran longer than 30 s",
         ),
-        (Result("memory_limit", reason="the call used more than 1024 MB"), "MemoryError: the call used more than 1024 MB"),
-        (Result("output_limit", "xx", reason="flood", stdout_bytes=10), "xx\n[8 more bytes of output]\nOutputLimitError: flood"),
+        (
+            Result("memory_limit", reason="the call used more than 1024 MB"),
+            "MemoryError: the call used more than 1024 MB",
+        ),
+        (
+            Result("output_limit", "xx", reason="flood", stdout_bytes=10),
+            "xx\n[8 more bytes of output]\nOutputLimitError: flood",
+        ),
         (Result("process_limit", reason="many"), "ProcessLimitError: many"),
-        (Result("sandbox_error", reason="the fork server died"), "SandboxError: the fork server died"),
+        (
+            Result("sandbox_error", reason="the fork server died"),
+            "SandboxError: the fork server died",
+        ),
     ],
 )
 def test_what_the_model_reads(result: Result, text: str) -> None:
@@ -248,19 +357,36 @@ def test_only_the_end_of_a_long_stderr_is_shown() -> None:
 
 
 def test_the_three_silences_differ() -> None:
-    texts = {result_text(Result("success")), result_text(Result("timeout", reason="r")), result_text(Result("sandbox_error", reason="r"))}
+    texts = {
+        result_text(Result("success")),
+        result_text(Result("timeout", reason="r")),
+        result_text(Result("sandbox_error", reason="r")),
+    }
     assert len(texts) == 3
 
 
 def test_ranks_of_a_node_share_a_sandbox() -> None:
-    first = {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1", "GROUP_RANK": "0", "RANK": "0"}
+    first = {
+        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+        "GROUP_RANK": "0",
+        "RANK": "0",
+    }
     assert node_of(first) == node_of({**first, "RANK": "1"}) != ""
-    assert node_of(first) != node_of({**first, "GROUP_RANK": "1"}) and node_of(first) != node_of({**first, "MASTER_PORT": "2"})
+    assert node_of(first) != node_of({**first, "GROUP_RANK": "1"}) and node_of(first) != node_of(
+        {**first, "MASTER_PORT": "2"}
+    )
     assert node_of({}) == node_of({"LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "4"}) == ""
 
 
 def test_one_supervisor_for_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(os.getpid())}.items():
+    for key, value in {
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(os.getpid()),
+    }.items():
         monkeypatch.setenv(key, value)
     ranks = [CodeInterpreter(), CodeInterpreter()]
     try:
@@ -273,7 +399,10 @@ def test_one_supervisor_for_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_isolation_of_the_run_goes_before_the_tools(tmp_path: Path) -> None:
-    path = write(tmp_path, "tools:\n  - class_name: retool.rl.agent.tools.CodeInterpreter\n    config: {workers: 1}\n")
+    path = write(
+        tmp_path,
+        "tools:\n  - class_name: retool.rl.agent.tools.CodeInterpreter\n    config: {workers: 1}\n",
+    )
     (tool,) = load_tools(path, isolation="best_effort")
     assert isinstance(tool, CodeInterpreter) and tool.config.isolation == "best_effort"
     asyncio.run(tool.close())

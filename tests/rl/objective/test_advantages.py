@@ -17,41 +17,61 @@ from retool.rl.objective.advantages import (
 
 
 def test_grpo_by_hand() -> None:
-    scores, groups = np.array([1.0, 0.0, 0.0, 1.0, 5.0, 2.0, 2.0]), np.array([3, 3, 3, 3, 9, 4, 4])
-    # group 3: mean 1/2, unbiased variance 4·(1/4)/3 = 1/3, so ±(1/2)/(0.5773503 + 1e-6); group 9 is alone; group 4 is flat
+    scores = np.array([1.0, 0.0, 0.0, 1.0, 5.0, 2.0, 2.0])
+    groups = np.array([3, 3, 3, 3, 9, 4, 4])
+    # group 3: mean 1/2, unbiased variance 4·(1/4)/3 = 1/3, so ±(1/2)/(0.5773503 + 1e-6); group 9 is
+    # alone; group 4 is flat
     expected = 0.5 / (np.sqrt(1 / 3) + 1e-6)
-    assert grpo(scores, groups) == pytest.approx([expected, -expected, -expected, expected, 5.0, 0.0, 0.0], rel=1e-12)
+    assert grpo(scores, groups) == pytest.approx(
+        [expected, -expected, -expected, expected, 5.0, 0.0, 0.0], rel=1e-12
+    )
     assert expected == pytest.approx(0.8660239, abs=1e-7)
-    assert grpo(scores, groups, norm_by_std=False) == pytest.approx([0.5, -0.5, -0.5, 0.5, 5.0, 0, 0])
+    assert grpo(scores, groups, norm_by_std=False) == pytest.approx(
+        [0.5, -0.5, -0.5, 0.5, 5.0, 0, 0]
+    )
 
 
 def test_rloo_by_hand() -> None:
-    scores, groups = np.array([1.0, 2.0, 6.0, 7.0]), np.array([0, 0, 0, 1])
+    scores = np.array([1.0, 2.0, 6.0, 7.0])
+    groups = np.array([0, 0, 0, 1])
     assert rloo(scores, groups) == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5, 7.0])
 
 
 def test_groups_needn_t_lie_together(rng) -> None:
-    scores, groups = rng.normal(size=24), np.repeat(np.arange(6), 4)
+    scores = rng.normal(size=24)
+    groups = np.repeat(np.arange(6), 4)
     order = rng.permutation(24)
     for estimator in (grpo, rloo):
-        assert estimator(scores[order], groups[order]) == pytest.approx(estimator(scores, groups)[order])
+        assert estimator(scores[order], groups[order]) == pytest.approx(
+            estimator(scores, groups)[order]
+        )
 
 
 def test_reinforce_plus_plus_by_hand() -> None:
-    """Two trajectories: rewards 1 at the end and -2 at the end, discount 1/2, tool text between sampled tokens passed over."""
+    """Two trajectories: rewards 1 at the end and -2 at the end, discount 1/2, tool text between
+    sampled tokens passed over.
+    """
     masks = [np.array([False, True, False, True]), np.array([False, True, True])]
     rewards = [place_reward(1.0, masks[0]), place_reward(-2.0, masks[1])]
     advantages, returns = reinforce_plus_plus(rewards, masks, gamma=0.5)
     assert returns[0].tolist() == [0, 0.5, 0, 1.0] and returns[1].tolist() == [0, -1.0, -2.0]
     flat = np.array([0.5, 1.0, -1.0, -2.0])
     z = (flat - flat.mean()) / np.sqrt(flat.var(ddof=1) + 1e-8)
-    assert [advantages[0][1], advantages[0][3], advantages[1][1], advantages[1][2]] == pytest.approx(z.tolist())
+    assert [
+        advantages[0][1],
+        advantages[0][3],
+        advantages[1][1],
+        advantages[1][2],
+    ] == pytest.approx(z.tolist())
     assert advantages[0][0] == advantages[0][2] == 0
 
 
 def dense_reinforce_plus_plus(rewards, mask, gamma):
-    """As published, on padded matrices: a backward recursion in which tokens that weren't sampled hand the return on."""
-    returns, running = np.zeros_like(rewards), np.zeros(len(rewards))
+    """As published, on padded matrices: a backward recursion in which tokens that weren't sampled
+    hand the return on.
+    """
+    returns = np.zeros_like(rewards)
+    running = np.zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
         running = np.where(mask[:, t], rewards[:, t] + gamma * running, running)
         returns[:, t] = running
@@ -64,7 +84,9 @@ def test_reinforce_plus_plus_against_the_dense_form(rng) -> None:
     mask[:, 0] = False
     rewards = np.where(mask, rng.normal(size=mask.shape), 0)
     advantages, _ = reinforce_plus_plus(list(rewards), list(mask), gamma=0.97)
-    assert np.stack(advantages) == pytest.approx(dense_reinforce_plus_plus(rewards, mask, 0.97), abs=1e-12)
+    assert np.stack(advantages) == pytest.approx(
+        dense_reinforce_plus_plus(rewards, mask, 0.97), abs=1e-12
+    )
 
 
 def test_baseline_by_hand() -> None:
@@ -75,7 +97,9 @@ def test_baseline_by_hand() -> None:
     assert [*advantages[0], advantages[1][0]] == pytest.approx(z.tolist()) and advantages[1][1] == 0
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+@pytest.mark.parametrize(
+    "name", ["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+)
 def test_only_sampled_tokens_have_advantages(name, rng) -> None:
     masks = [rng.random(n) < 0.5 for n in (5, 9, 3, 7)] + [np.zeros(4, bool)]
     rewards = [place_reward(r, m) for r, m in zip(rng.normal(size=5), masks, strict=True)]
@@ -98,4 +122,6 @@ def test_rewards_sit_on_the_last_sampled_token() -> None:
 
 
 def test_whitening_nothing() -> None:
-    assert whiten([np.zeros(3)], [np.zeros(3, bool)])[0].tolist() == [0, 0, 0] and whiten([], []) == []
+    assert (
+        whiten([np.zeros(3)], [np.zeros(3, bool)])[0].tolist() == [0, 0, 0] and whiten([], []) == []
+    )

@@ -1,4 +1,6 @@
-"""Losses against hand-checked numbers, an independent dense computation, and themselves on every slicing."""
+"""Losses against hand-checked numbers, an independent dense computation, and themselves on every
+slicing.
+"""
 
 from __future__ import annotations
 
@@ -49,32 +51,48 @@ def test_vanilla_by_hand(ratio, advantage, loss, slope, clipped, lower) -> None:
     value, gradient, metrics = at(ratio, advantage)
     assert (value, gradient) == (pytest.approx(loss, abs=1e-12), pytest.approx(slope, abs=1e-12))
     assert (metrics["actor/pg_clipfrac"], metrics["actor/pg_clipfrac_lower"]) == (clipped, lower)
-    assert metrics["actor/ppo_kl"] == pytest.approx(-math.log(ratio)) and metrics["actor/pg_loss"] == pytest.approx(loss)
+    assert metrics["actor/ppo_kl"] == pytest.approx(-math.log(ratio)) and metrics[
+        "actor/pg_loss"
+    ] == pytest.approx(loss)
 
 
 def test_cispo_by_hand() -> None:
-    assert at(1.5, 2.0, cispo)[:2] == pytest.approx((-1.28 * 2 * math.log(1.5), -2.56))  # clipped, and still with a gradient
+    # clipped, and still with a gradient
+    assert at(1.5, 2.0, cispo)[:2] == pytest.approx((-1.28 * 2 * math.log(1.5), -2.56))
     assert at(0.5, -2.0, cispo)[:2] == pytest.approx((0.8 * 2 * math.log(0.5), 1.6))
 
 
 def test_gspo_by_hand() -> None:
-    """Log ratios 0.3 and -0.1: the sequence's ratio is e^0.1 for both tokens, each with half its gradient."""
+    """Log ratios 0.3 and -0.1: the sequence's ratio is e^0.1 for both tokens, each with half its
+    gradient.
+    """
     logp = torch.tensor([0.3, -0.1], dtype=torch.float64, requires_grad=True)
-    old, sampled, sequences = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
+    old = torch.zeros(2, dtype=torch.float64)
+    sampled = torch.ones(2, dtype=torch.bool)
+    sequences = torch.zeros(2, dtype=torch.int64)
     means = sequence_means(sequence_sums(logp, old, sampled, sequences, 1), sequences)
     assert means.tolist() == pytest.approx([0.1, 0.1])
     value, _ = gspo(
-        logp, old, torch.full((2,), 1.5, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64), Clip(0.2, 0.28), means
+        logp,
+        old,
+        torch.full((2,), 1.5, dtype=torch.float64),
+        torch.full((2,), 0.5, dtype=torch.float64),
+        Clip(0.2, 0.28),
+        means,
     )
     value.backward()
-    assert float(value) == pytest.approx(-1.5 * math.exp(0.1)) and logp.grad.tolist() == pytest.approx([-0.75 * math.exp(0.1)] * 2)
+    assert float(value) == pytest.approx(
+        -1.5 * math.exp(0.1)
+    ) and logp.grad.tolist() == pytest.approx([-0.75 * math.exp(0.1)] * 2)
     assert at(4.0, -2.0, gspo)[0] == pytest.approx(8.0)  # no dual clip
 
 
 def test_huge_ratios_stay_finite() -> None:
     for loss in LOSSES.values():
         logp = torch.tensor([500.0, -500.0], requires_grad=True)
-        value, _ = loss(logp, torch.zeros(2), torch.tensor([-1.0, 1.0]), torch.ones(2), CLIP, logp.detach())
+        value, _ = loss(
+            logp, torch.zeros(2), torch.tensor([-1.0, 1.0]), torch.ones(2), CLIP, logp.detach()
+        )
         value.backward()
         assert torch.isfinite(value) and torch.isfinite(logp.grad).all()
 
@@ -91,10 +109,16 @@ def test_tokens_of_weight_0_have_no_say() -> None:
 @pytest.mark.parametrize(
     ("kind", "value", "slope"),
     [  # d = ref - logp = 0.5; slopes with respect to logp
-        ("k1", -0.5, 1.0), ("abs", 0.5, -1.0), ("k2", 0.125, -0.5), ("k3", math.exp(0.5) - 1.5, 1 - math.exp(0.5)),
-        ("k1+", -0.5, -0.5), ("k2+", 0.125, -0.5), ("k3+", math.exp(0.5) - 1.5, -0.5), ("abs+", 0.5, -0.5),
+        ("k1", -0.5, 1.0),
+        ("abs", 0.5, -1.0),
+        ("k2", 0.125, -0.5),
+        ("k3", math.exp(0.5) - 1.5, 1 - math.exp(0.5)),
+        ("k1+", -0.5, -0.5),
+        ("k2+", 0.125, -0.5),
+        ("k3+", math.exp(0.5) - 1.5, -0.5),
+        ("abs+", 0.5, -0.5),
     ],
-)  # fmt: skip
+)
 def test_kl_by_hand(kind, value, slope) -> None:
     logp = torch.tensor([-1.5], dtype=torch.float64, requires_grad=True)
     out = kl_sum(logp, torch.tensor([-1.0], dtype=torch.float64), ONE, kind)
@@ -103,22 +127,37 @@ def test_kl_by_hand(kind, value, slope) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "value", "slope"), [("k1", 30.0, 1.0), ("abs", 30.0, 1.0), ("k2", 450.0, 30.0), ("k1+", 30.0, 30.0), ("k3+", 29.0, 30.0)]
+    ("kind", "value", "slope"),
+    [
+        ("k1", 30.0, 1.0),
+        ("abs", 30.0, 1.0),
+        ("k2", 450.0, 30.0),
+        ("k1+", 30.0, 30.0),
+        ("k3+", 29.0, 30.0),
+    ],
 )
 def test_a_token_far_from_the_reference_keeps_its_gradient(kind, value, slope) -> None:
-    """d = ref - logp = -30. Only k3 is bounded, as e^d overflows on its other side; its own gradient there is as good as 0."""
+    """d = ref - logp = -30.
+
+    Only k3 is bounded, as e^d overflows on its other side; its own gradient there is as good as 0.
+    """
     logp = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
     out = kl_sum(logp, torch.tensor([-31.0], dtype=torch.float64), ONE, kind)
     out.backward()
     bounded = kind == "k3+"
-    assert float(out) == pytest.approx(10.0 if bounded else value) and float(logp.grad) == pytest.approx(slope)
+    assert float(out) == pytest.approx(10.0 if bounded else value) and float(
+        logp.grad
+    ) == pytest.approx(slope)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_kl_estimators_are_unbiased(kind) -> None:
     """Their mean under the policy, exactly summed over a small vocabulary, is the KL divergence."""
-    p, q = torch.softmax(torch.tensor([0.3, -1.0, 0.8, 0.1]).double(), 0), torch.softmax(torch.tensor([0.0, 0.2, 0.5, -0.4]).double(), 0)
-    assert float((p * kl(p.log(), q.log(), kind)).sum()) == pytest.approx(float((p * (p.log() - q.log())).sum()))
+    p = torch.softmax(torch.tensor([0.3, -1.0, 0.8, 0.1]).double(), 0)
+    q = torch.softmax(torch.tensor([0.0, 0.2, 0.5, -0.4]).double(), 0)
+    assert float((p * kl(p.log(), q.log(), kind)).sum()) == pytest.approx(
+        float((p * (p.log() - q.log())).sum())
+    )
 
 
 def test_the_gradient_of_plus_is_that_of_the_kl() -> None:
@@ -132,7 +171,9 @@ def test_the_gradient_of_plus_is_that_of_the_kl() -> None:
 
 
 def dense(mask, values, mode, longest):
-    """Aggregation as the literature writes it, on padded matrices; sequences without a sampled token left out."""
+    """Aggregation as the literature writes it, on padded matrices; sequences without a sampled
+    token left out.
+    """
     mask, values = mask[mask.any(1)], values[mask.any(1)]
     sums = (mask * values).sum(1)
     return {
@@ -148,10 +189,26 @@ MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-to
 
 def test_token_weights_by_hand() -> None:
     masks = [np.array([False, True, True]), np.array([False, True]), np.array([False])]
-    assert [w.tolist() for w in token_weights(masks, "token-mean", 10)] == [[0, 1 / 3, 1 / 3], [0, 1 / 3], [0]]
-    assert [w.tolist() for w in token_weights(masks, "seq-mean-token-sum", 10)] == [[0, 0.5, 0.5], [0, 0.5], [0]]
-    assert [w.tolist() for w in token_weights(masks, "seq-mean-token-mean", 10)] == [[0, 0.25, 0.25], [0, 0.5], [0]]
-    assert [w.tolist() for w in token_weights(masks, "seq-mean-token-sum-norm", 10)] == [[0, 0.05, 0.05], [0, 0.05], [0]]
+    assert [w.tolist() for w in token_weights(masks, "token-mean", 10)] == [
+        [0, 1 / 3, 1 / 3],
+        [0, 1 / 3],
+        [0],
+    ]
+    assert [w.tolist() for w in token_weights(masks, "seq-mean-token-sum", 10)] == [
+        [0, 0.5, 0.5],
+        [0, 0.5],
+        [0],
+    ]
+    assert [w.tolist() for w in token_weights(masks, "seq-mean-token-mean", 10)] == [
+        [0, 0.25, 0.25],
+        [0, 0.5],
+        [0],
+    ]
+    assert [w.tolist() for w in token_weights(masks, "seq-mean-token-sum-norm", 10)] == [
+        [0, 0.05, 0.05],
+        [0, 0.05],
+        [0],
+    ]
 
 
 def dense_vanilla(logp, old, adv, clip):
@@ -172,10 +229,13 @@ def dense_cispo(logp, old, adv, clip):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", LOSSES)
 def test_any_slicing_gives_the_dense_loss_and_gradient(name, mode, rng) -> None:
-    """Six sequences, one of them empty, flattened, shuffled and cut into uneven slices: the sums agree to 1e-12 in float64."""
+    """Six sequences, one of them empty, flattened, shuffled and cut into uneven slices: the sums
+    agree to 1e-12 in float64.
+    """
     mask = rng.random((6, 12)) < 0.6
     mask[4] = False
-    logp, old = rng.normal(-1, 0.6, mask.shape), rng.normal(-1, 0.6, mask.shape)
+    logp = rng.normal(-1, 0.6, mask.shape)
+    old = rng.normal(-1, 0.6, mask.shape)
     adv = np.repeat(rng.normal(size=(6, 1)), 12, 1)
     table = {
         "vanilla": dense_vanilla(logp, old, adv, CLIP),
@@ -186,16 +246,28 @@ def test_any_slicing_gives_the_dense_loss_and_gradient(name, mode, rng) -> None:
 
     weights = np.concatenate(token_weights(list(mask), mode, 12))
     order = rng.permutation(mask.size)
-    flat = {k: torch.tensor(v.reshape(-1)[order]) for k, v in (("logp", logp), ("old", old), ("adv", adv), ("w", weights), ("mask", mask))}
+    flat = {
+        k: torch.tensor(v.reshape(-1)[order])
+        for k, v in (("logp", logp), ("old", old), ("adv", adv), ("w", weights), ("mask", mask))
+    }
     sequences = torch.tensor(np.repeat(np.arange(6), 12)[order])
     gradients = []
     for cuts in ([72], [5, 30, 37], [1] * 72):
         leaf = flat["logp"].clone().requires_grad_()
         parts = [torch.arange(72)[sum(cuts[:i]) : sum(cuts[: i + 1])] for i in range(len(cuts))]
-        sums = sum(sequence_sums(leaf[p], flat["old"][p], flat["mask"][p], sequences[p], 6) for p in parts)
+        sums = sum(
+            sequence_sums(leaf[p], flat["old"][p], flat["mask"][p], sequences[p], 6) for p in parts
+        )
         total = 0.0
         for p in parts:
-            value, _ = LOSSES[name](leaf[p], flat["old"][p], flat["adv"][p], flat["w"][p], CLIP, sequence_means(sums, sequences[p]))
+            value, _ = LOSSES[name](
+                leaf[p],
+                flat["old"][p],
+                flat["adv"][p],
+                flat["w"][p],
+                CLIP,
+                sequence_means(sums, sequences[p]),
+            )
             value.backward()
             total += float(value)
         assert total == pytest.approx(expected, abs=1e-12)
@@ -206,12 +278,23 @@ def test_any_slicing_gives_the_dense_loss_and_gradient(name, mode, rng) -> None:
 
 def test_on_policy_the_gradient_is_reinforce(rng) -> None:
     """With old = logp every loss has the gradient -A·∇logp."""
-    logp, adv = torch.tensor(rng.normal(size=9)), torch.tensor(rng.normal(size=9))
+    logp = torch.tensor(rng.normal(size=9))
+    adv = torch.tensor(rng.normal(size=9))
     for loss in LOSSES.values():
         leaf = logp.clone().requires_grad_()
-        loss(leaf, logp, adv, torch.full((9,), 1 / 9, dtype=torch.float64), CLIP, torch.zeros(9, dtype=torch.float64))[0].backward()
+        loss(
+            leaf,
+            logp,
+            adv,
+            torch.full((9,), 1 / 9, dtype=torch.float64),
+            CLIP,
+            torch.zeros(9, dtype=torch.float64),
+        )[0].backward()
         assert leaf.grad.tolist() == pytest.approx((-adv / 9).tolist())
 
 
 def test_entropy_is_a_weighted_mean() -> None:
-    assert float(entropy_sum(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([0.5, 0.5, 0.0]))) == 2.0
+    assert (
+        float(entropy_sum(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([0.5, 0.5, 0.0])))
+        == 2.0
+    )

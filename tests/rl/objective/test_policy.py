@@ -1,4 +1,6 @@
-"""Log-probabilities and updates of a tiny model: against transformers, and the same on every layout."""
+"""Log-probabilities and updates of a tiny model: against transformers, and the same on every
+layout.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,27 @@ def rows_of(seed=0, count=9):
         mask[:2] = False
         values = [np.where(mask, rng.normal(size=n), 0) for _ in range(2)]
         old = np.where(mask, -4 + 0.3 * rng.normal(size=n), 0)
-        rows.append(Row(rng.integers(0, VOCAB, n).astype(np.int32), mask, old, values[0], np.where(mask, rng.random(n), 0), old + 0.1 * values[1]))
+        rows.append(
+            Row(
+                rng.integers(0, VOCAB, n).astype(np.int32),
+                mask,
+                old,
+                values[0],
+                np.where(mask, rng.random(n), 0),
+                old + 0.1 * values[1],
+            )
+        )
     return rows
 
 
 def model_on(mesh, folder):
-    return load_pretrained(folder, mesh, ModelOptions(master_dtype=torch.float64, reduce_dtype=torch.float64, param_dtype=torch.float64))
+    return load_pretrained(
+        folder,
+        mesh,
+        ModelOptions(
+            master_dtype=torch.float64, reduce_dtype=torch.float64, param_dtype=torch.float64
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +65,40 @@ def folder(tmp_path_factory):
 
 
 SPECS = {
-    "vanilla": LossSpec(clip=Clip(0.2, 0.28, 3.0), temperature=0.7, entropy_coeff=0.01, use_kl=True, kl_coef=0.1, kl_kind="k3+"),
+    "vanilla": LossSpec(
+        clip=Clip(0.2, 0.28, 3.0),
+        temperature=0.7,
+        entropy_coeff=0.01,
+        use_kl=True,
+        kl_coef=0.1,
+        kl_kind="k3+",
+    ),
     "gspo": LossSpec(mode="gspo", clip=Clip(0.05, 0.05)),
     "cispo": LossSpec(mode="cispo", clip=Clip(0.2, 0.3), temperature=1.3),
 }
 
 
 def run_layout(folder: str, sp: int, budget: Budget, name: str):
-    """One update on whatever processes there are: (old log-probs, loss metrics, gradient norm, weights' checksum)."""
+    """One update on whatever processes there are: (old log-probs, loss metrics, gradient norm,
+    weights' checksum).
+    """
     mesh = make_mesh(sp, device="cpu")
-    model, rows = model_on(mesh, folder), rows_of()
+    model = model_on(mesh, folder)
+    rows = rows_of()
     samples = [Sample(row.tokens, row.mask) for row in rows]
     logp, entropy = policy_logprobs(model, samples, SPECS[name].temperature, budget, entropy=True)
-    batches, _ = rank_batches(rows, "seq-mean-token-mean", 24, mesh.dp_rank, mesh.dp, mesh.sp, budget)
+    batches, _ = rank_batches(
+        rows, "seq-mean-token-mean", 24, mesh.dp_rank, mesh.dp, mesh.sp, budget
+    )
     done = update_step(model, AdamW(model, AdamWOptions()), batches, SPECS[name], lr=1e-3)
     again, _ = policy_logprobs(model, samples, 1.0, budget)
-    return np.concatenate(logp), np.concatenate(entropy), done.metrics, done.grad_norm, np.concatenate(again)
+    return (
+        np.concatenate(logp),
+        np.concatenate(entropy),
+        done.metrics,
+        done.grad_norm,
+        np.concatenate(again),
+    )
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -73,29 +108,54 @@ def test_no_layout_changes_the_update(folder, name) -> None:
     for world, sp in {"gspo": ((2, 2), (3, 1)), "vanilla": ((2, 1),), "cispo": ()}[name]:
         others += run_ranks(run_layout, world, folder, sp, Budget(16), name)
     for logp, entropy, metrics, norm, again in others:
-        assert np.allclose(logp, reference[0], atol=1e-6) and np.allclose(entropy, reference[1], atol=1e-6)
-        assert norm == pytest.approx(reference[3], rel=1e-6) and np.allclose(again, reference[4], atol=1e-6)
+        assert np.allclose(logp, reference[0], atol=1e-6) and np.allclose(
+            entropy, reference[1], atol=1e-6
+        )
+        assert norm == pytest.approx(reference[3], rel=1e-6) and np.allclose(
+            again, reference[4], atol=1e-6
+        )
         for key, value in reference[2].items():
             assert metrics[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
     assert reference[3] > 1e-3
 
 
 def test_against_a_dense_computation(folder) -> None:
-    """Loss and gradient of the head's weight from whole logits, written anew: temperature, clip, entropy, KL, correction."""
-    model, rows, spec = model_on(make_mesh(device="cpu"), folder), rows_of(3, 5), SPECS["vanilla"]
-    near, _ = policy_logprobs(model, [Sample(r.tokens, r.mask) for r in rows], spec.temperature, Budget(30))
+    """Loss and gradient of the head's weight from whole logits, written anew: temperature, clip,
+    entropy, KL, correction.
+    """
+    model = model_on(make_mesh(device="cpu"), folder)
+    rows = rows_of(3, 5)
+    spec = SPECS["vanilla"]
+    near, _ = policy_logprobs(
+        model, [Sample(r.tokens, r.mask) for r in rows], spec.temperature, Budget(30)
+    )
     noise = np.random.default_rng(9)
-    rows = [replace(r, old=n + 0.3 * r.mask * noise.normal(size=len(r)), ref=n + 0.5 * r.mask * noise.normal(size=len(r)))
-            for r, n in zip(rows, near, strict=True)]  # fmt: skip
+    rows = [
+        replace(
+            r,
+            old=n + 0.3 * r.mask * noise.normal(size=len(r)),
+            ref=n + 0.5 * r.mask * noise.normal(size=len(r)),
+        )
+        for r, n in zip(rows, near, strict=True)
+    ]
     total = sum(int(row.mask.sum()) for row in rows)
     expected = torch.zeros((), dtype=torch.float64)
     logps = []
     for row in rows:
-        logits = model(pack([Sample(row.tokens, row.mask)]), lambda hidden, weight: hidden @ weight.t())[:-1] / spec.temperature
+        logits = (
+            model(pack([Sample(row.tokens, row.mask)]), lambda hidden, weight: hidden @ weight.t())[
+                :-1
+            ]
+            / spec.temperature
+        )
         dist = F.log_softmax(logits, -1)
         logp = dist.gather(1, torch.tensor(row.tokens[1:], dtype=torch.int64)[:, None])[:, 0]
-        entropy, mask = -(dist.exp() * dist).sum(-1), torch.tensor(row.mask[1:])
-        adv, old, ref = (torch.tensor(np.float32(v[1:]).astype(np.float64)) for v in (row.advantage, row.old, row.ref))
+        entropy = -(dist.exp() * dist).sum(-1)
+        mask = torch.tensor(row.mask[1:])
+        adv, old, ref = (
+            torch.tensor(np.float32(v[1:]).astype(np.float64))
+            for v in (row.advantage, row.old, row.ref)
+        )
         # the batch holds float32: the product of advantage and correction is rounded there too
         adv = (adv.float() * torch.tensor(np.float32(row.correction[1:]))).double()
         ratio = (logp - old).exp()
@@ -118,40 +178,74 @@ def test_against_a_dense_computation(folder) -> None:
         got += float(loss.detach())
     assert count == total and got == pytest.approx(float(expected.detach()), rel=1e-6)
     assert float((model.grad - gradient).norm() / gradient.norm()) < 1e-6
-    found, _ = policy_logprobs(model, [Sample(r.tokens, r.mask) for r in rows], spec.temperature, Budget(30))
-    assert all(np.allclose(f[1:], expected_logp, atol=1e-5) for f, expected_logp in zip(found, logps, strict=True))
+    found, _ = policy_logprobs(
+        model, [Sample(r.tokens, r.mask) for r in rows], spec.temperature, Budget(30)
+    )
+    assert all(
+        np.allclose(f[1:], expected_logp, atol=1e-5)
+        for f, expected_logp in zip(found, logps, strict=True)
+    )
 
 
 def test_a_step_makes_good_tokens_likelier(folder) -> None:
-    model, rows = model_on(make_mesh(device="cpu"), folder), rows_of()
+    model = model_on(make_mesh(device="cpu"), folder)
+    rows = rows_of()
     samples = [Sample(row.tokens, row.mask) for row in rows]
     before, _ = policy_logprobs(model, samples, 1.0, Budget(100))
     signs = [np.where(row.mask, 1.0 if i % 2 else -1.0, 0) for i, row in enumerate(rows)]
-    rows = [Row(r.tokens, r.mask, b, a, r.mask.astype(float)) for r, b, a in zip(rows, before, signs, strict=True)]
+    rows = [
+        Row(r.tokens, r.mask, b, a, r.mask.astype(float))
+        for r, b, a in zip(rows, before, signs, strict=True)
+    ]
     batches, _ = rank_batches(rows, "token-mean", 24, 0, 1, 1, Budget(100))
     done = update_step(model, AdamW(model, AdamWOptions()), batches, LossSpec(), lr=1e-3)
-    assert abs(done.metrics["actor/ppo_kl"]) < 1e-5 and done.metrics["actor/pg_clipfrac"] == 0  # on-policy: the ratio is 1
+    # on-policy: the ratio is 1
+    assert abs(done.metrics["actor/ppo_kl"]) < 1e-5 and done.metrics["actor/pg_clipfrac"] == 0
     after, _ = policy_logprobs(model, samples, 1.0, Budget(100))
     assert sum(float((s * (a - b)).sum()) for s, a, b in zip(signs, after, before, strict=True)) > 0
 
 
 def test_on_policy_needs_no_old_log_probabilities(folder) -> None:
     """The same update and the same measured gap as with a forward pass of its own before it."""
-    rows, spec, noise = rows_of(5, 6), LossSpec(temperature=0.8), np.random.default_rng(4)
-    samples, found = [Sample(row.tokens, row.mask) for row in rows], []
+    rows = rows_of(5, 6)
+    spec = LossSpec(temperature=0.8)
+    noise = np.random.default_rng(4)
+    samples = [Sample(row.tokens, row.mask) for row in rows]
+    found = []
     for on_policy in (False, True):
         model = model_on(make_mesh(device="cpu"), folder)
-        present, entropy = policy_logprobs(model, samples, spec.temperature, Budget(40), entropy=True)
+        present, entropy = policy_logprobs(
+            model, samples, spec.temperature, Budget(40), entropy=True
+        )
         if not on_policy:
-            sampler = [p + 0.01 * r.mask * noise.normal(size=len(r)) for p, r in zip(present, rows, strict=True)]
-        mine = [replace(r, old=s if on_policy else p, correction=r.mask.astype(float)) for r, s, p in zip(rows, sampler, present, strict=True)]
+            sampler = [
+                p + 0.01 * r.mask * noise.normal(size=len(r))
+                for p, r in zip(present, rows, strict=True)
+            ]
+        mine = [
+            replace(r, old=s if on_policy else p, correction=r.mask.astype(float))
+            for r, s, p in zip(rows, sampler, present, strict=True)
+        ]
         batches, _ = rank_batches(mine, "token-mean", 24, 0, 1, 1, Budget(40))
-        done = update_step(model, AdamW(model, AdamWOptions()), batches, replace(spec, on_policy=on_policy), lr=1e-3)
+        done = update_step(
+            model,
+            AdamW(model, AdamWOptions()),
+            batches,
+            replace(spec, on_policy=on_policy),
+            lr=1e-3,
+        )
         found.append((done, model.master.clone()))
     masks = [row.mask for row in rows]
     (before, _), (after, _) = found
     for name, value in gap_metrics(sampler, present, masks).items():
         assert after.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-9), name
-    assert after.metrics["actor/entropy"] == pytest.approx(float(np.concatenate([e[m] for e, m in zip(entropy, masks, strict=True)]).mean()), rel=1e-5)
-    assert after.metrics["actor/pg_loss"] == pytest.approx(before.metrics["actor/pg_loss"], abs=1e-6)
-    assert after.grad_norm == pytest.approx(before.grad_norm, rel=1e-5) and float((found[0][1] - found[1][1]).abs().max()) < 1e-5
+    assert after.metrics["actor/entropy"] == pytest.approx(
+        float(np.concatenate([e[m] for e, m in zip(entropy, masks, strict=True)]).mean()), rel=1e-5
+    )
+    assert after.metrics["actor/pg_loss"] == pytest.approx(
+        before.metrics["actor/pg_loss"], abs=1e-6
+    )
+    assert (
+        after.grad_norm == pytest.approx(before.grad_norm, rel=1e-5)
+        and float((found[0][1] - found[1][1]).abs().max()) < 1e-5
+    )

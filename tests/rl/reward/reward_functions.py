@@ -58,8 +58,16 @@ def compute_score(data_source, solution_str, ground_truth, extra_info):
         with open("/proc/self/environ", "rb") as start:
             seen = os.environ.get("WANDB_API_KEY", "") + start.read().decode()
         return {"score": float("geheim" in seen), "there": seen}
-    values = {"nan": float("nan"), "inf": float("inf"), "text": "seven", "none": None, "bool": True, "noscore": {"acc": 1},
-              "acc nan": {"score": 1.0, "acc": float("nan")}, "acc inf": {"score": 1.0, "acc": float("-inf")}}  # fmt: skip
+    values = {
+        "nan": float("nan"),
+        "inf": float("inf"),
+        "text": "seven",
+        "none": None,
+        "bool": True,
+        "noscore": {"acc": 1},
+        "acc nan": {"score": 1.0, "acc": float("nan")},
+        "acc inf": {"score": 1.0, "acc": float("-inf")},
+    }
     if solution_str in values:
         return values[solution_str]
     return {
@@ -81,7 +89,9 @@ class Judge:
 
 
 def digits(data_source, solution_str, ground_truth, extra_info):
-    """The share of digits in what the model wrote: something that a random model can learn in seconds."""
+    """The share of digits in what the model wrote: something that a random model can learn in
+    seconds.
+    """
     share = sum(c.isdigit() for c in solution_str) / max(len(solution_str), 1)
     return {"score": share, "acc": float(share > 0.5)}
 
@@ -129,7 +139,11 @@ async def over_http(data_source, solution_str, ground_truth, extra_info):
     if _client.get("client") is None:
         _client["client"] = httpx.AsyncClient(trust_env=False)
     said = await _client["client"].post(extra_info["address"], json={"answer": solution_str})
-    return {"score": said.json()["score"], "key": os.environ.get("JUDGE_API_KEY", ""), "other": os.environ.get("WANDB_API_KEY", "")}
+    return {
+        "score": said.json()["score"],
+        "key": os.environ.get("JUDGE_API_KEY", ""),
+        "other": os.environ.get("WANDB_API_KEY", ""),
+    }
 
 
 _client = {}

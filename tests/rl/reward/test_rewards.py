@@ -1,4 +1,6 @@
-"""Rewards by hand-checked numbers and published cases; the pool against everything a reward function can do."""
+"""Rewards by hand-checked numbers and published cases; the pool against everything a reward
+function can do.
+"""
 
 from __future__ import annotations
 
@@ -84,47 +86,81 @@ def test_retool_by_hand(solution, turns, recipe, lenient) -> None:
     """`retool` is the published recipe's, `boxed` the more lenient one."""
     for function, score in ((retool_score, recipe), (boxed_score, lenient)):
         result = function("", solution, "4", {"num_turns": turns})
-        assert result["score"] == pytest.approx(score, abs=1e-12) and result["acc"] == float(score == 1.0)
+        assert result["score"] == pytest.approx(score, abs=1e-12) and result["acc"] == float(
+            score == 1.0
+        )
 
 
 def test_math_agrees_with_the_published_cases(shared_data) -> None:
-    cases = [json.loads(line) for line in (shared_data / "goldens" / "math_verify_cases.jsonl").read_text().splitlines()]
+    cases = [
+        json.loads(line)
+        for line in (shared_data / "goldens" / "math_verify_cases.jsonl").read_text().splitlines()
+    ]
     assert len(cases) == 140
     wrong = []
     for case in cases:
         options = {key: value for key, value in case["extra"].items() if key != "precision"}
         if "precision" in case["extra"]:
             options["float_rounding"] = case["extra"]["precision"]
-        got = math_equal(case["gold"], case["pred"], tuple(case["match_types"] or ("latex", "expr")), **options)
+        got = math_equal(
+            case["gold"], case["pred"], tuple(case["match_types"] or ("latex", "expr")), **options
+        )
         if got != bool(case["expected"]):
             wrong.append(case["gold"])
-    assert wrong == ["f'{math.sqrt(17):.15f}'"]  # a Python f-string that the extraction left unevaluated
+    # A Python f-string that the extraction left unevaluated
+    assert wrong == ["f'{math.sqrt(17):.15f}'"]
 
 
 def test_math_judges_the_last_box() -> None:
-    assert math_score("", "first \\boxed{1}, no: \\boxed{\\frac{1}{2}}", "0.5", {}) == {"score": 1.0, "acc": 1.0, "pred": "\\frac{1}{2}"}
+    assert math_score("", "first \\boxed{1}, no: \\boxed{\\frac{1}{2}}", "0.5", {}) == {
+        "score": 1.0,
+        "acc": 1.0,
+        "pred": "\\frac{1}{2}",
+    }
     assert math_score("", "\\boxed{336}", "336^\\circ", {})["score"] == 1.0
-    assert math_score("", "\\boxed{x+1}", "1+x", {})["acc"] == 1.0 and math_score("", "I don't know", "3", {})["score"] == 0.0
+    assert (
+        math_score("", "\\boxed{x+1}", "1+x", {})["acc"] == 1.0
+        and math_score("", "I don't know", "3", {})["score"] == 0.0
+    )
 
 
 def test_overlong_by_hand() -> None:
     lengths = (0, 80, 81, 90, 100)
-    assert [overlong_penalty(n, 100, 20, 1.0) for n in lengths] == pytest.approx([0, 0, -0.05, -0.5, -1.0])
-    assert overlong_penalty(110, 100, 20, 2.0) == pytest.approx(-3.0) and str(overlong_penalty(80, 100, 20, 1.0)) in ("0.0", "-0.0")
+    assert [overlong_penalty(n, 100, 20, 1.0) for n in lengths] == pytest.approx(
+        [0, 0, -0.05, -0.5, -1.0]
+    )
+    assert overlong_penalty(110, 100, 20, 2.0) == pytest.approx(-3.0) and str(
+        overlong_penalty(80, 100, 20, 1.0)
+    ) in ("0.0", "-0.0")
 
 
 def test_where_a_reward_comes_from() -> None:
-    assert find_reward(None, None, None) == RewardSource("default") and default_name("AIME-2024") == "retool"
-    assert default_name("openai/gsm8k") == "math" and find_reward("retool", None, None).load() is retool_score
+    assert (
+        find_reward(None, None, None) == RewardSource("default")
+        and default_name("AIME-2024") == "retool"
+    )
+    assert (
+        default_name("openai/gsm8k") == "math"
+        and find_reward("retool", None, None).load() is retool_score
+    )
     assert find_reward(None, HERE, None) == RewardSource("compute_score", HERE)
     assert find_reward(f"{HERE}/asynchronous", None, None) == RewardSource("asynchronous", HERE)
-    assert judge(find_reward(f"{HERE}/asynchronous", None, None).load(), "", "", "", {}) == (0.25, {})
+    assert judge(find_reward(f"{HERE}/asynchronous", None, None).load(), "", "", "", {}) == (
+        0.25,
+        {},
+    )
     for name, said in (("maths", "reward_model.name=maths is not known"),):
         with pytest.raises(ValueError, match=said):
             find_reward(name, None, None)
-    for source, said in ((RewardSource("nothing", HERE), "has no 'nothing'"), (RewardSource("Judge", HERE), "give a function"),
-                         (RewardSource("too_few", HERE), r"(missing|unexpected).*def too_few\(data_source, solution_str"),
-                         (RewardSource("f", "nowhere.py"), "doesn't exist")):  # fmt: skip
+    for source, said in (
+        (RewardSource("nothing", HERE), "has no 'nothing'"),
+        (RewardSource("Judge", HERE), "give a function"),
+        (
+            RewardSource("too_few", HERE),
+            r"(missing|unexpected).*def too_few\(data_source, solution_str",
+        ),
+        (RewardSource("f", "nowhere.py"), "doesn't exist"),
+    ):
         with pytest.raises(ValueError, match=said):
             RewardPool(source)
 
@@ -132,46 +168,108 @@ def test_where_a_reward_comes_from() -> None:
 def judge_all(pool, texts):
     async def run():
         prompt = make_prompt(truth="4", extra={"index": 3})
-        return await asyncio.gather(*(pool.judge(make_trajectory(prompt, text=t, num_turns=4, stop=Stop.LENGTH)) for t in texts))
+        return await asyncio.gather(
+            *(
+                pool.judge(make_trajectory(prompt, text=t, num_turns=4, stop=Stop.LENGTH))
+                for t in texts
+            )
+        )
 
     return asyncio.run(run())
 
 
 def test_everything_a_reward_function_can_do(monkeypatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "geheim")
-    texts = ["hang", "raise", "4", "die", "eat", "nan", "inf", "text", "none", "noscore", "bool", "connect", "environment", "5", "acc nan",
-             "acc inf"]  # fmt: skip
-    with RewardPool(RewardSource("compute_score", HERE), workers=2, timeout=1.0, floor=-2.0) as pool:
+    texts = [
+        "hang",
+        "raise",
+        "4",
+        "die",
+        "eat",
+        "nan",
+        "inf",
+        "text",
+        "none",
+        "noscore",
+        "bool",
+        "connect",
+        "environment",
+        "5",
+        "acc nan",
+        "acc inf",
+    ]
+    with RewardPool(
+        RewardSource("compute_score", HERE), workers=2, timeout=1.0, floor=-2.0
+    ) as pool:
         begin = time.perf_counter()
         judged = dict(zip(texts, judge_all(pool, texts), strict=True))
         assert time.perf_counter() - begin < 20
         assert judge_all(pool, ["4"])[0].score == 0.5  # the pool goes on
-    assert judged["4"].score == 0.5 and judged["4"].info == {"acc": 1.0, "turns": 4, "stop": "length"} and judged["5"].info["acc"] == 0.0
-    for text, failure in (("hang", "timeout"), ("raise", "exception"), ("die", "killed"), ("eat", "exception"), ("nan", "exception"),
-                          ("inf", "exception"), ("text", "exception"), ("none", "exception"), ("noscore", "exception"), ("acc nan", "exception"),
-                          ("acc inf", "exception")):  # fmt: skip
+    assert (
+        judged["4"].score == 0.5
+        and judged["4"].info == {"acc": 1.0, "turns": 4, "stop": "length"}
+        and judged["5"].info["acc"] == 0.0
+    )
+    for text, failure in (
+        ("hang", "timeout"),
+        ("raise", "exception"),
+        ("die", "killed"),
+        ("eat", "exception"),
+        ("nan", "exception"),
+        ("inf", "exception"),
+        ("text", "exception"),
+        ("none", "exception"),
+        ("noscore", "exception"),
+        ("acc nan", "exception"),
+        ("acc inf", "exception"),
+    ):
         assert (judged[text].score, judged[text].failure) == (-2.0, failure), text
-    assert "KeyError" in judged["raise"].reason and "MemoryError" in judged["eat"].reason and "nan" in judged["nan"].reason and "acc=nan" in judged["acc nan"].reason
+    assert (
+        "KeyError" in judged["raise"].reason
+        and "MemoryError" in judged["eat"].reason
+        and "nan" in judged["nan"].reason
+        and "acc=nan" in judged["acc nan"].reason
+    )
     assert judged["bool"].score == 1.0
     assert judged["connect"].info == {"why": "refused"}
     assert judged["environment"].score == 0.0 and os.environ["WANDB_API_KEY"] == "geheim"
 
 
 def test_what_a_reward_function_raises_is_its_own_failure_with_the_reason() -> None:
-    """SystemExit, Ctrl-C and cancelling would end the run if they reached it, and exceptions of the user's can't be pickled."""
+    """SystemExit, Ctrl-C and cancelling would end the run if they reached it, and exceptions of the
+    user's can't be pickled.
+    """
     texts = ["exit", "interrupt", "cancel", "own error", "own types", "print", "fork", "fork", "4"]
     with RewardPool(RewardSource("compute_score", HERE), workers=1, floor=-2.0) as pool:
         judged = judge_all(pool, texts)
-    for text, found, said in zip(texts, judged, ("SystemExit: 3", "KeyboardInterrupt", "CancelledError", "NotForPickle: of my own"), strict=False):
-        assert (found.score, found.failure) == (-2.0, "exception") and found.reason.startswith(said) and found.info == {"failure": found.reason}, text
+    for text, found, said in zip(
+        texts,
+        judged,
+        ("SystemExit: 3", "KeyboardInterrupt", "CancelledError", "NotForPickle: of my own"),
+        strict=False,
+    ):
+        assert (
+            (found.score, found.failure) == (-2.0, "exception")
+            and found.reason.startswith(said)
+            and found.info == {"failure": found.reason}
+        ), text
     own, printed, fork, again, fine = judged[4:]
-    assert own.info == {"pred": "seven", "acc": "yes", "long": "y" * 10_000} and type(own.info["pred"]) is str
-    assert (printed.score, fine.score) == (0.125, 0.5) and fork.score == again.score, "a forked child goes on as a second worker"
+    assert (
+        own.info == {"pred": "seven", "acc": "yes", "long": "y" * 10_000}
+        and type(own.info["pred"]) is str
+    )
+    assert (printed.score, fine.score) == (0.125, 0.5) and fork.score == again.score, (
+        "a forked child goes on as a second worker"
+    )
 
 
 def test_what_a_killed_worker_had_started_ends_with_it() -> None:
     def running():
-        return [p for p in Path("/proc").glob("[0-9]*") if (p / "cmdline").exists() and b"sleep\x00777" in (p / "cmdline").read_bytes()]
+        return [
+            p
+            for p in Path("/proc").glob("[0-9]*")
+            if (p / "cmdline").exists() and b"sleep\x00777" in (p / "cmdline").read_bytes()
+        ]
 
     with RewardPool(RewardSource("compute_score", HERE), workers=1, timeout=0.5) as pool:
         assert judge_all(pool, ["start", "start"])[1].failure == "timeout"
@@ -190,15 +288,24 @@ def compute_score(data_source, solution_str, ground_truth, extra_info): return 1
 
 @pytest.mark.parametrize(
     ("code", "said"),
-    [('os.environ["API_KEY"]', "KeyError: 'API_KEY'"), ("sys.exit(3)", "SystemExit: 3"), ("os._exit(3)", "process ended"),
-     ("time.sleep(60)", "(isn't loaded|was ended) after 1 s")],
-)  # fmt: skip
-def test_a_function_that_only_the_run_itself_can_load_is_a_fault(tmp_path, monkeypatch, code, said) -> None:
+    [
+        ('os.environ["API_KEY"]', "KeyError: 'API_KEY'"),
+        ("sys.exit(3)", "SystemExit: 3"),
+        ("os._exit(3)", "process ended"),
+        ("time.sleep(60)", "(isn't loaded|was ended) after 1 s"),
+    ],
+)
+def test_a_function_that_only_the_run_itself_can_load_is_a_fault(
+    tmp_path, monkeypatch, code, said
+) -> None:
     monkeypatch.setenv("API_KEY", "geheim")
     monkeypatch.setattr(reward_pool, "LOAD", 1.0)
     (file := tmp_path / "judge.py").write_text(SECRETIVE.format(code))
     with RewardPool(RewardSource("compute_score", str(file)), workers=1, timeout=1.0) as pool:
-        assert re.search(f"judge.py loads here but not in a reward worker .*{said}.* read what it needs from a file", pool.problem())
+        assert re.search(
+            f"judge.py loads here but not in a reward worker .*{said}.* read what it needs from a file",
+            pool.problem(),
+        )
         if "sleep" not in code and "_exit" not in code:
             assert judge_all(pool, ["4"])[0].failure == "exception"
     assert not Path(f"/proc/{(tmp_path / 'worker').read_text()}").exists()
@@ -229,12 +336,16 @@ def test_a_busy_worker_whose_server_was_killed_does_not_outlive_the_pool() -> No
 def test_a_worker_that_blocks_does_not_outlive_ctrl_c(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("API_KEY", "geheim")
     (file := tmp_path / "judge.py").write_text(SECRETIVE.format("time.sleep(60)"))
-    pool, told = RewardPool(RewardSource("compute_score", str(file)), workers=1), tmp_path / "worker"
+    pool = RewardPool(RewardSource("compute_score", str(file)), workers=1)
+    told = tmp_path / "worker"
     while not (told.exists() and told.read_text()):
         time.sleep(0.01)
     assert Path(f"/proc/{told.read_text()}").exists()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
-    threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    # A shell's background jobs are started with it ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(
+        0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)
+    ).start()
     with pytest.raises(KeyboardInterrupt):
         pool.problem()
     signal.signal(signal.SIGINT, before)
@@ -247,8 +358,13 @@ def test_a_pool_with_a_function_has_no_problem() -> None:
 
 
 def one_rank_without_judges() -> tuple[str, bool]:
-    mesh, closed = make_mesh(), []
-    pool = SimpleNamespace(problem=lambda: "no key", close=lambda: closed.append(True)) if mesh.rank == 1 else None
+    mesh = make_mesh()
+    closed = []
+    pool = (
+        SimpleNamespace(problem=lambda: "no key", close=lambda: closed.append(True))
+        if mesh.rank == 1
+        else None
+    )
     with pytest.raises(ValueError, match="no key"):
         require_judges(pool, mesh)  # type: ignore[arg-type]
     require_judges(None, mesh)
@@ -262,14 +378,21 @@ def test_all_ranks_stop_where_one_has_no_judges() -> None:
 @pytest.mark.slow
 def test_a_pool_whose_server_was_killed_answers_what_it_had_and_goes_on() -> None:
     async def run(pool):
-        flying = [asyncio.create_task(pool.judge(make_trajectory(make_prompt(truth="4"), text="hang"))) for _ in range(3)]
+        flying = [
+            asyncio.create_task(pool.judge(make_trajectory(make_prompt(truth="4"), text="hang")))
+            for _ in range(3)
+        ]
         await asyncio.sleep(0.5)
         os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
         return await asyncio.wait_for(asyncio.gather(*flying), 60)
 
     with RewardPool(RewardSource("compute_score", HERE), workers=1, timeout=2.0) as pool:
         assert all(judged.failure in ("killed", "timeout") for judged in asyncio.run(run(pool)))
-        assert [judged.failure for judged in judge_all(pool, ["4", "die", "4"])] == [None, "killed", None]
+        assert [judged.failure for judged in judge_all(pool, ["4", "die", "4"])] == [
+            None,
+            "killed",
+            None,
+        ]
 
 
 def test_a_tower_of_powers_is_stopped() -> None:
