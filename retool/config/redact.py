@@ -144,7 +144,8 @@ IN_TEXT: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\b(?:AIza|ya29\.)[\w-]{20,}"), HIDDEN),
     (
         re.compile(
-            r"\b(?:hf_|r8_|sk-|pk-lf-|sk_live_|rk_live_|sk_test_|whsec_|gh[opsur]_|github_pat_|glpat-|xox[abeprs]-|xapp-|npm_|pypi-|gsk_|xai-|"
+            r"\b(?:hf_|r8_|sk-|pk-lf-|sk_live_|rk_live_|sk_test_|whsec_|gh[opsur]_|github_pat_|"
+            r"glpat-|xox[abeprs]-|xapp-|npm_|pypi-|gsk_|xai-|"
             r"pplx-|tvly-|nvapi-|lsv2_|dop_v1_|dapi|SG\.|AKIA|ASIA|AGE-SECRET-KEY-)[\w.\-]{12,}"
         ),
         HIDDEN,
@@ -153,7 +154,9 @@ IN_TEXT: tuple[tuple[re.Pattern[str], str], ...] = (
 # `name=value`, `name: value`, `"name": "value"`, `--name value`: whether what follows is a secret,
 # the name says.
 NAMED = re.compile(
-    r"(?<![\w.\-])(?P<name>[A-Za-z_][\w.\-]{0,100})(?:[\"']?\s?=\s?|[\"']?\s*(?P<colon>:)\s+|[\"']\s*:\s*)|--(?P<option>[\w\-]{1,100})\s+"
+    r"(?<![\w.\-])(?P<name>[A-Za-z_][\w.\-]{0,100})"
+    r"(?:[\"']?\s?=\s?|[\"']?\s*(?P<colon>:)\s+|[\"']\s*:\s*)"
+    r"|--(?P<option>[\w\-]{1,100})\s+"
 )
 ITS_VALUE = re.compile(r"\"[^\"\n]*\"|'[^'\n]*'|[^\s\"']+")
 TO_LINE_END = re.compile(r"[^\n]+")

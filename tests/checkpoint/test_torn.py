@@ -160,7 +160,7 @@ def _one_rank_fails(root: str, bad: int, where: str) -> tuple[str | None, float]
         (3, 0, "write.write_archive"),
         (3, 2, "write.write_archive"),
         (2, 1, "hf.export.unit_numel"),
-        (2, 0, "export._write_unit"),
+        (2, 0, "hf.export._write_unit"),
         (2, 0, "hf.export.WeightsWriter"),
         (2, 1, "staging.buffer"),
         (2, 0, "write._commit"),

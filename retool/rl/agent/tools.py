@@ -177,7 +177,9 @@ def _backend(config: InterpreterConfig) -> Sandbox | SandboxFusion:
         )
     workers = config.workers or min(config.num_workers, max(4, len(os.sched_getaffinity(0))))
     limits = Limits(wall_seconds=config.default_timeout, memory_mb=config.memory_limit_mb)
-    return Sandbox(limits, workers, config.isolation, share=node_of(os.environ))  # type: ignore[arg-type]  # checked there
+    # `isolation` is a text, which was checked when the configuration was read.
+    isolation: Any = config.isolation
+    return Sandbox(limits, workers, isolation, share=node_of(os.environ))
 
 
 def node_of(environment: Mapping[str, str]) -> str:
