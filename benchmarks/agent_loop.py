@@ -1,8 +1,7 @@
 """What the agent loop itself costs: CPU time per trajectory of the one thread that feeds the
 engine.
 
-    python benchmarks/agent_loop.py [--model FOLDER] [--trajectories 8192] [--turns 3] [--json
-    out.json]
+    python benchmarks/agent_loop.py [--model FOLDER] [--trajectories 8192] [--turns 3] [--json out.json]
 
 The engine answers at once with turns that were made before, and so do tool and reward: what is left
 is parsing calls, writing the glue, tokenising, bookkeeping and the event loop. The engine stands

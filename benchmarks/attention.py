@@ -1,7 +1,6 @@
 """Attention kernels, forward and forward + backward, on the packs that training sees.
 
-    python benchmarks/attention.py [--heads 14/2x64,7/1x64,32/8x128] [--packs full,mixed,…] [--json
-    out.json]
+    python benchmarks/attention.py [--heads 14/2x64,7/1x64,32/8x128] [--packs full,mixed,…] [--json out.json]
 
 *full*: one document of 16,384 tokens. *8×4k*, *16×2k*, *32×1k*: 32,768 tokens in equal documents.
 *mixed*: 32,768 tokens in documents of lognormal length (median 3,200, σ 0.7, clipped to

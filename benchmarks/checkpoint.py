@@ -1,9 +1,9 @@
 """Saving and loading a model with AdamW's moments, next to torch.distributed.checkpoint on the same
 tensors.
 
-    torchrun --nproc_per_node=2 benchmarks/checkpoint.py [--shape qwen2.5-0.5b] [--repeats 5]
-    [--folder /somewhere] [--json out.json] torchrun --nproc_per_node=2 benchmarks/checkpoint.py
-    --shape tiny            a look at it on the CPU
+    torchrun --nproc_per_node=2 benchmarks/checkpoint.py [--shape qwen2.5-0.5b] [--repeats 5] \\
+        [--folder /somewhere] [--json out.json]
+    torchrun --nproc_per_node=2 benchmarks/checkpoint.py --shape tiny            a look at it on the CPU
 
 *stall* is how long the call keeps the training loop: what an asynchronous save is for. *whole* is
 until everything is on disk and named. *load* reads weights and both moments back into the ranks'

@@ -1,8 +1,7 @@
 """How much of the sharding's communication the computation hides, from a profiler trace of one
 optimizer step.
 
-    torchrun --nproc_per_node=2 benchmarks/fsdp_overlap.py [--shape qwen2.5-0.5b] [--sp 1] [--json
-    out.json]
+    torchrun --nproc_per_node=2 benchmarks/fsdp_overlap.py [--shape qwen2.5-0.5b] [--sp 1] [--json out.json]
 
 *communication* is the time with a NCCL kernel on the GPU, *exposed* the part of it with no other
 kernel beside it. Rows: nothing overlapped · the forward's gathers · both directions. With sp 2 the

@@ -1,9 +1,10 @@
 """A run that learns: SFT with a tool, then DAPO, from a real model to accuracy on questions it
 hasn't seen.
 
-    python benchmarks/learn.py --model SmolLM2-135M-Instruct --data gsm8k-tool-sft --out run [--gpus
-    2] [--json out.json] python benchmarks/learn.py … --sft-steps 3 --sft-batch 4 --rl-steps 1
-    --prompts 2 --samples 2 --questions 8 --response 48
+    python benchmarks/learn.py --model SmolLM2-135M-Instruct --data gsm8k-tool-sft --out run \\
+        [--gpus 2] [--json out.json]
+    python benchmarks/learn.py … --sft-steps 3 --sft-batch 4 --rl-steps 1 --prompts 2 --samples 2 \\
+        --questions 8 --response 48
 
 Three commands, printed before each: validation of the model as it is, `python -m retool.sft` on
 conversations with a code interpreter, `python -m retool.rl` from the SFT's export, on the questions

@@ -1,10 +1,10 @@
 """The longest sequence that trains: one optimizer step on one document of n tokens,
 sequence-parallel over all GPUs.
 
-    torchrun --nproc_per_node=2 benchmarks/long_context.py [--shape qwen2.5-0.5b] [--lengths
-    65536,131072,…] [--json out.json] torchrun --nproc_per_node=2 benchmarks/long_context.py --shape
-    llama3-8b --lengths 65536,131072 torchrun --nproc_per_node=2 benchmarks/long_context.py --shape
-    tiny --lengths 256,512        a look at it on the CPU
+    torchrun --nproc_per_node=2 benchmarks/long_context.py [--shape qwen2.5-0.5b] \\
+        [--lengths 65536,131072,…] [--json out.json]
+    torchrun --nproc_per_node=2 benchmarks/long_context.py --shape llama3-8b --lengths 65536,131072
+    torchrun --nproc_per_node=2 benchmarks/long_context.py --shape tiny --lengths 256,512        a look at it on the CPU
 
 A step warms up (the first length runs twice), then each length is one step, timed from its first
 kernel to its last, optimizer included. Activations stay on the device where the memory plan says

@@ -1,8 +1,8 @@
 """Peak memory of training steps, predicted from shapes alone (`retool.preflight.memory`) and
 measured.
 
-    torchrun --nproc_per_node=2 benchmarks/memory.py [--rows 0.5b-none,…] [--json out.json] torchrun
-    --nproc_per_node=2 benchmarks/memory.py --shape tiny --scale 64        a look at it on the CPU
+    torchrun --nproc_per_node=2 benchmarks/memory.py [--rows 0.5b-none,…] [--json out.json]
+    torchrun --nproc_per_node=2 benchmarks/memory.py --shape tiny --scale 64        a look at it on the CPU
 
 Each row makes the model and its optimizer, trains one step to warm up and one that counts (two
 micro-batches through `retool.sft.step.train_step`), and compares the allocator's peak, the largest

@@ -1,8 +1,8 @@
 """One policy, three ways to compute it, on a real model and real prompts: the engine, the training
 forward, transformers.
 
-    python benchmarks/parity.py --model FOLDER --data gsm8k/test_verl.parquet [--prompts 8] [--new
-    64] [--dtype fp32] [--json out.json]
+    python benchmarks/parity.py --model FOLDER --data gsm8k/test_verl.parquet [--prompts 8] \\
+        [--new 64] [--dtype fp32] [--json out.json]
 
 *greedy*: the engine decodes all prompts together (temperature 0), transformers' `generate` each
 alone; tokens that agree up to where a prompt's two continuations part, and how far apart the two

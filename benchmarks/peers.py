@@ -1,7 +1,7 @@
 """retool beside TRL, verl and a lean single-GPU loop, on the same GPUs in one go, in one table.
 
-    python benchmarks/peers.py FOLDER WHEELS TOKENIZER OUT [--only ours,peers,bound] [--shape
-    qwen2.5-0.5b] [--scale 1] [--gpus 2]
+    python benchmarks/peers.py FOLDER WHEELS TOKENIZER OUT [--only ours,peers,bound] \\
+        [--shape qwen2.5-0.5b] [--scale 1] [--gpus 2]
 
 FOLDER has the peers' scripts, `run.sh WHEELS TOKENIZER LOGS` (TRL and verl on 2 GPUs) and
 `single_gpu_bound.py` (no sharding, no optimizer: what the kernels give), which print lines that

@@ -1,9 +1,9 @@
 """A whole GRPO step, split into its parts, against TRL's GRPOTrainer on the same prompts, lengths
 and samples.
 
-    python benchmarks/rl_step.py --model FOLDER [--gpus 2] [--prompts 32] [--samples 8] [--prompt
-    256] [--response 256] [--json out.json] python benchmarks/rl_step.py --shape tiny --prompts 4
-    --prompt 64 --response 16        a look at it on the CPU
+    python benchmarks/rl_step.py --model FOLDER [--gpus 2] [--prompts 32] [--samples 8] \\
+        [--prompt 256] [--response 256] [--json out.json]
+    python benchmarks/rl_step.py --shape tiny --prompts 4 --prompt 64 --response 16        a look at it on the CPU
 
 Each side is a job of its own (`--gpus` processes, by torchrun where there are several): `python -m
 retool.rl` as users start it, and TRL's trainer with DDP, once with `generate` and once with

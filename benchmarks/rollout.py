@@ -1,9 +1,8 @@
 """Rollout throughput of the engine: sampled tokens per second, share of the bandwidth roofline,
 weight sync, log-prob gap.
 
-    python benchmarks/rollout.py [--shape qwen2.5-0.5b] [--sequences 256] [--prompt 896] [--new 128]
-    [--json out.json] python benchmarks/rollout.py --shape tiny --sequences 8 --prompt 24 --new 16
-    a look at it on the CPU
+    python benchmarks/rollout.py [--shape qwen2.5-0.5b] [--sequences 256] [--prompt 896] [--new 128] [--json out.json]
+    python benchmarks/rollout.py --shape tiny --sequences 8 --prompt 24 --new 16        a look at it on the CPU
 
 Every engine gets the same random prompts, others in each repeat (or `--group` samples of each), and
 samples `--new` tokens of each at temperature 1, none ends earlier. *all* counts from the first

@@ -1,9 +1,8 @@
 """SFT throughput on the two workloads of the published comparison: tokens per second per GPU, MFU,
 peak memory.
 
-    torchrun --nproc_per_node=2 benchmarks/sft.py [--rows full,mixed-sp2,…] [--repeats 2] [--json
-    out.json] torchrun --nproc_per_node=2 benchmarks/sft.py --shape tiny --scale 64        a look at
-    it on the CPU
+    torchrun --nproc_per_node=2 benchmarks/sft.py [--rows full,mixed-sp2,…] [--repeats 2] [--json out.json]
+    torchrun --nproc_per_node=2 benchmarks/sft.py --shape tiny --scale 64        a look at it on the CPU
 
 *full*: 16 documents of 16,384 tokens a step. *mixed*: 64 documents, lengths lognormal (median
 3,200, σ 0.7, clipped to 256…16,384). *4096*: 64 documents of 4,096 tokens. Every token is trained,

@@ -1,9 +1,9 @@
 """What sequence parallelism costs: a decoder block over sp GPUs against the same block on each GPU
 alone, same tokens and documents.
 
-    torchrun --nproc_per_node=2 benchmarks/ulysses.py [--heads 14/2x64,9/3x64,8/4x128] [--lengths
-    4096,…] [--json out.json] torchrun --nproc_per_node=2 benchmarks/ulysses.py --shape tiny
-    a look at it on the CPU
+    torchrun --nproc_per_node=2 benchmarks/ulysses.py [--heads 14/2x64,9/3x64,8/4x128] \\
+        [--lengths 4096,…] [--json out.json]
+    torchrun --nproc_per_node=2 benchmarks/ulysses.py --shape tiny        a look at it on the CPU
 
 A GPU has n tokens. Baseline (sp 1): one document of n tokens a GPU. sp s: the s documents of s GPUs
 in one pack, so attention's work is the same, and what is slower is sequence parallelism: four

@@ -1,10 +1,9 @@
-"""A tool of your own: looks things up in a table.
-
-In the file of `rollout.multi_turn.tool_config_path`:
+"""A tool of your own: looks things up in a table. In the file of
+`rollout.multi_turn.tool_config_path`:
 
 tools:
-  - class_name: custom_tool.PriceList     # importable from where you start the run
-    (PYTHONPATH=examples) config: {prices: {apple: 3, pear: 5}}
+  - class_name: custom_tool.PriceList     # importable from where you start the run (PYTHONPATH=examples)
+    config: {prices: {apple: 3, pear: 5}}
 """
 
 from __future__ import annotations

@@ -198,9 +198,9 @@ class AdamW:
         """Chunk by chunk through three slots of device memory, each way in a stream of its own;
         chunk i takes slot i mod 3.
 
-        gather stream   | 0 ↓ | 1 ↓ | 2 ↓ | 3 ↓ | …     from pinned memory, once the slot's last
-        chunk has left compute               | 0   | 1   | 2   | … reduce stream               | 0 ↑
-        | 1 ↑ | …
+        gather stream   | 0 ↓ | 1 ↓ | 2 ↓ | 3 ↓ | …     from pinned memory, once the slot's last chunk has left
+        compute               | 0   | 1   | 2   | …
+        reduce stream               | 0 ↑ | 1 ↑ | …
         """
         sharded = self.sharded
         device = self.sharded.mesh.device

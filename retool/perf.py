@@ -4,12 +4,10 @@
 backward twice the forward.
 
     matrices:   6 · P per token, P = weights in matrix products (the vocabulary head once, tied or
-    not; no embedding
-                look-up, norms or biases)
+                not; no embedding look-up, norms or biases)
     attention:  6 · n² · N · H per layer for a document of n tokens, N query heads of dimension H:
-    the two products QKᵀ and
-                PV are 2·2·n²·N·H forward, three times that with backward, and half of it under the
-                causal mask
+                the two products QKᵀ and PV are 2·2·n²·N·H forward, three times that with backward,
+                and half of it under the causal mask
 
 Qwen2.5-0.5B at n = 16,384: P = 494.0M → 2.96 GFLOP, attention 2.11 GFLOP, together 5.1 GFLOP per
 token.

@@ -2,8 +2,7 @@
 ranks, then the tracker.
 
     save() ── to_rows per unit ── host buffers ──┬── returns to training
-                                                 └── thread: shards, export | all agree | rename |
-                                                 tracker | prune
+                                                 └── thread: shards, export | all agree | rename | tracker | prune
 
 The thread talks over a gloo group of its own, so it never meets the training's collectives.
 Whatever goes wrong on one rank is told to all, the temporary folder is removed, the previous

@@ -2,10 +2,10 @@
 memory.
 
 The folder is named by everything its content depends on, so a second run, or the other ranks of
-  this one, only open it: tokens.bin int32 [N]   ids of all samples end to end          lengths.npy
-  int32 [n]   tokens of each sample mask.bin   bool  [N]   True where the token is trained
-  trained.npy int32 [n]   trained tokens of each report.json            what was kept, cut, dropped;
-  hashes    rows.npy    int32 [n,2] (file, row) it is from
+this one, only open it:
+  tokens.bin int32 [N]   ids of all samples end to end          lengths.npy int32 [n]   tokens of each sample
+  mask.bin   bool  [N]   True where the token is trained        trained.npy int32 [n]   trained tokens of each
+  report.json            what was kept, cut, dropped; hashes    rows.npy    int32 [n,2] (file, row) it is from
 
 A folder that isn't as it was written (`integrity`) is made again, and a note says so.
 """

@@ -1,9 +1,11 @@
 """Chunks: several tokens of a sequence at once, of prompts and tool texts, in one of few shapes
 that a recorded graph can run.
 
-    tokens    | chunk | chunk | … | padding | padding | …            |    T: a power of two, 256 at
-    least items     | chunk | chunk | … | padding | padding | … | none | … |    S: 16, 64, 256, …,
-    none longer than M: 256, 2,048, …, T
+    tokens    | chunk | chunk | … | padding | padding | …            |
+    items     | chunk | chunk | … | padding | padding | … | none | … |
+
+There are T tokens, a power of two and 256 at least; S items (16, 64, 256, …), none of them longer
+than M tokens (256, 2,048, …, T).
 
 A forward with shapes of its own costs the host more than the GPU: see `benchmarks/RESULTS.md`.
 

@@ -1,8 +1,7 @@
 """The training decoder's forward with paged attention in the middle, then a draw for the rows that
 want one.
 
-    embed → projected → [rope, to the cache, attention → o, MLP, the next block's norm and
-    projection] × L → head
+    embed → projected → [rope, to the cache, attention → o, MLP, the next block's norm and projection] × L → head
 
 What is in brackets is two pieces as training has them, cut elsewhere: a sum and the norm of it are
 one kernel, and so are rope and the cache's writes on a GPU.

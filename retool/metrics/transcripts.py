@@ -2,10 +2,10 @@
 trajectory a line.
 
     {"step": 12, "split": "train", "data_source": "aime", "prompt": "…", "ground_truth": "42",
-    "reward": -0.8, "stop": "no_call",
-     "num_turns": 4, "info": {"acc": 0, "pred": "41"}, "segments": [{"role": "assistant", "text":
-     "Let me…", "tokens": ["Let", " me", "…"], "logp": [-0.1, -2.3, -0.5],
-                   "advantage": -0.7, "mask": true}, {"role": "tool", "text": "…", "mask": false}]}
+     "reward": -0.8, "stop": "no_call", "num_turns": 4, "info": {"acc": 0, "pred": "41"},
+     "segments": [{"role": "assistant", "text": "Let me…", "tokens": ["Let", " me", "…"],
+                   "logp": [-0.1, -2.3, -0.5], "advantage": -0.7, "mask": true},
+                  {"role": "tool", "text": "…", "mask": false}]}
 
 Only step, prompt and segments with role and text must be there. `tokens` are the texts of a
 segment's tokens; `logp`, `advantage` and `mask` are a list with one entry for each of them, or one

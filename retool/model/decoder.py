@@ -7,14 +7,15 @@ token and compiled; between them stands attention with its all-to-alls, which is
 
 What the backward finds, per token and layer in elements (Qwen2.5-0.5B: D 896, E = N·H 896, K·H 128,
 F 4864):
-    none        everything that it needs selective   x, q k v, attention's result before and after
-    its all-to-all (D + 3·E + 2·K·H): `after` runs again full        x and attention's result with
-    its log-sum-exp (D + E): the block runs again, the attention kernel doesn't offload     the
-    same, of the first blocks in host memory
+    none        everything that it needs
+    selective   x, q k v, attention's result before and after its all-to-all (D + 3·E + 2·K·H):
+                `after` runs again
+    full        x and attention's result with its log-sum-exp (D + E): the block runs again, the
+                attention kernel doesn't
+    offload     the same, of the first blocks in host memory
 
 Legend: T tokens of the pack · t tokens of this sequence-parallel rank · N query heads · K kv heads
-· H head dim · D model
-· F ffn · V vocab.
+· H head dim · D model · F ffn · V vocab.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Activations in host memory: parked in the forward, fetched a block ahead in the backward, on a
 CUDA stream of their own.
 
-    compute   | block 0 | block 1 | block 2 |     …     | block 2 back | block 1 back | block 0 back
-    | copies              | 0 ↓     | 1 ↓                 | 1 ↑          | 0 ↑
+    compute   | block 0 | block 1 | block 2 |     …     | block 2 back | block 1 back | block 0 back |
+    copies              | 0 ↓     | 1 ↓                 | 1 ↑          | 0 ↑
 
 The last blocks' may stay, the last one's always: the backward begins with them. Of the others the
 device holds one block's at a time, besides those in use.

@@ -1,9 +1,8 @@
 """A decoder block whose backward runs it again: kept are its input x, attention's result and
 log-sum-exp, in long packs by chunk.
 
-    forward    before → attention → after, chunk by chunk
-    (without a graph) backward   before → attention's kept result
-    (with a graph)
+    forward    before → attention → after, chunk by chunk                                             (without a graph)
+    backward   before → attention's kept result                                                       (with a graph)
                after and its backward, chunk by chunk → d_x, d_a, weight gradients
                backward of attention and before
 

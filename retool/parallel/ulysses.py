@@ -2,12 +2,12 @@
 attention, heads inside it.
 
     [t, N+2K, H] of this rank's tokens, all heads
-        split_heads   one buffer: for each rank its query heads, then the kv heads that those need
-        (local) all_to_all    one collective for q, k and v q_k_v         [T, n, H], [T, k, H], [T,
-        k, H]: all tokens, this rank's heads                 (local) attention all_to_all    rows of
-        the output go back to the ranks that own those tokens                 (already in order)
-        join_heads    [t, N, H]
-        (local)
+        split_heads   one buffer: for each rank its query heads, then the kv heads that those need   (local)
+        all_to_all    one collective for q, k and v
+        q_k_v         [T, n, H], [T, k, H], [T, k, H]: all tokens, this rank's heads                 (local)
+        attention
+        all_to_all    rows of the output go back to the ranks that own those tokens                 (already in order)
+        join_heads    [t, N, H]                                                                       (local)
 
 Any sp from 1 to N. Query heads are split as evenly as they go; a kv head travels to each rank with
 a query head that reads it, and no further. Copies of a kv head come from one slice each, taken

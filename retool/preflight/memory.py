@@ -2,39 +2,39 @@
 needed.
 
 Legend: t tokens of a micro-batch on one GPU (T/sp) · D model · F ffn · N, K query, kv heads · H
-head dim · E = N·H · V vocab
-· p bytes of the compute dtype · m bytes of the master dtype · r bytes of the reduced gradient · x
-  bytes
-of the residual stream (p, or 4 under `fp32_residual`).
+head dim · E = N·H · V vocab · p bytes of the compute dtype · m bytes of the master dtype · r bytes
+of the reduced gradient · x bytes of the residual stream (p, or 4 under `fp32_residual`).
 
     state        per owned parameter: master m, gradient max(r, 4), two moments 2·m, and a compute
-    copy p where p ≠ m, if kept gathered     the buffers that units take turns in, weights (p) and
-    gradients (r): `assign_buffers` of the layout kept         per layer and token, what backward
-    finds (`layer_bytes`; p bytes an element, log-sum-exp and norms 4, the residual x):
-                   full       block input D (residual), attention's result E selective  also the
-                   normed input D, q k v (N+2K)·H, and under sp > 1 the result that came back E none
-                   also the second residual D and its norm D, gate and up 2·F, their product F
+                 copy p where p ≠ m, if kept
+    gathered     the buffers that units take turns in, weights (p) and gradients (r):
+                 `assign_buffers` of the layout
+    kept         per layer and token, what backward finds (`layer_bytes`; p bytes an element,
+                 log-sum-exp and norms 4, the residual x):
+                   full       block input D (residual), attention's result E
+                   selective  also the normed input D, q k v (N+2K)·H, and under sp > 1 the result
+                              that came back E
+                   none       also the second residual D and its norm D, gate and up 2·F, their
+                              product F
                    offload    as full; of the layers that are in host memory, one is on its way
                  and the rope tables, 4·H
     head         (`head_bytes`) the hidden states through the final norm, their gradient (both x),
-    the fp32 gradient of the vocabulary
-                 matrix 4·V·D, and with it either a chunk of fp32 logits or the same gradient in the
-                 compute dtype; of long packs the final norm's backward: six fp32 tensors of D, and
-                 the vocabulary matrix's gradient
+                 the fp32 gradient of the vocabulary matrix 4·V·D, and with it either a chunk of
+                 fp32 logits or the same gradient in the compute dtype; of long packs the final
+                 norm's backward: six fp32 tensors of D, and the vocabulary matrix's gradient
     block        (`block_bytes`) one block's backward: what is recomputed, the MLP's gradients 3·F,
-    the weights' gradients;
-                 under full recomputation one F less, for the product is gone before the gradients
-                 of gate and up are there by chunk, of long packs (`chunked_block_bytes`): the
-                 normed input D, q k v, attention's result E under sp > 1, the gradients of the
-                 block's output, its input (x) and attention's result 2·D + E, and with them the
-                 larger of
+                 the weights' gradients; under full recomputation one F less, for the product is
+                 gone before the gradients of gate and up are there by chunk, of long packs
+                 (`chunked_block_bytes`): the normed input D, q k v, attention's result E under sp >
+                 1, the gradients of the block's output, its input (x) and attention's result 2·D +
+                 E, and with them the larger of
                    MLP        of a chunk: second residual, its norm, gate, up and their gradients,
-                   and the product's 4·D + 5·F; the
-                              weights' gradients in p bytes, and their sums in 4
+                              and the product's 4·D + 5·F; the weights' gradients in p bytes, and
+                              their sums in 4
                    attention  its output's gradient before and after the all-to-all 2·E under sp >
-                   1, gradients of q k v, the
-                              kernel's sum of the queries' in fp32 2·E, those of keys and values for
-                              each query head 2·E where K < N, and two fp32 numbers a head
+                              1, gradients of q k v, the kernel's sum of the queries' in fp32 2·E,
+                              those of keys and values for each query head 2·E where K < N, and two
+                              fp32 numbers a head
     end          the embedding's dense gradient, after everything kept is gone
 
 A tied vocabulary matrix's first gradient (p·V·D) waits through the whole backward for the

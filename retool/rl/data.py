@@ -2,8 +2,7 @@
 function of the user's.
 
 data_source, prompt, ability, reward_model{ground_truth}, extra_info      the general schema
-Problem, Answer · problem, answer · question, answer                      by their columns (AIME
-2024, MATH, GSM8K)
+Problem, Answer · problem, answer · question, answer                      by their columns (AIME 2024, MATH, GSM8K)
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """A run that hangs says where, and ends. Every rank beats once a step; the first one that stays
 silent for too long makes all of them write down where they are.
 
-    RUN_DIR/hang/rank_N.txt   Python stacks of every thread, the phase, the last collectives that
-    torch recorded RUN_DIR/hang/report.txt   which ranks said what, in a few lines; the same goes to
-    stderr
+    RUN_DIR/hang/rank_N.txt   Python stacks of every thread, the phase, the last collectives that torch recorded
+    RUN_DIR/hang/report.txt   which ranks said what, in a few lines; the same goes to stderr
 
 [Note: who watches whom] A rank that hangs in Python or in a collective lets go of the interpreter's
 lock, so that a thread of its own can still write. The first to notice touches `hang/alarm`; the

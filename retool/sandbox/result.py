@@ -41,18 +41,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Result:
-    """How a call ended.
+    """How a call ended. The parent decides `status` from the kernel's wait status, its own clock
+    and its own counters.
 
-    The parent decides `status` from the kernel's wait status, its own clock and its own counters.
-
-    success         the program ended with return code 0 error           it ended with another code
-    or crashed (`return_code` is then minus the signal) timeout         wall or CPU time ran out
-    memory_limit    the call's memory ran out output_limit    it flooded its output process_limit
-    it started too many processes where the kernel couldn't refuse them sandbox_error
-    infrastructure: the program isn't to blame. It didn't run, or the sandbox failed under it, and
-    so it did again
-                    when it was tried anew. Never the program's own doing, so never to be scored or
-                    trained as if it were
+    success         the program ended with return code 0
+    error           it ended with another code or crashed (`return_code` is then minus the signal)
+    timeout         wall or CPU time ran out
+    memory_limit    the call's memory ran out
+    output_limit    it flooded its output
+    process_limit   it started too many processes where the kernel couldn't refuse them
+    sandbox_error   infrastructure: the program isn't to blame. It didn't run, or the sandbox failed
+                    under it, and so it did again when it was tried anew. Never the program's own
+                    doing, so never to be scored or trained as if it were
 
     `stdout`/`stderr` hold what was kept, `stdout_bytes`/`stderr_bytes` count all that was written.
     `reason` is a sentence for every status but the first two. `queue_seconds` is the time it waited

@@ -1,13 +1,16 @@
 """Attention of new tokens over the paged KV cache, after their own keys and values were written to
 it.
 
-    decode items    one new token each: batched over a padded page table chunk items     several new
-    tokens: the last `count` positions of their sequence, causal among themselves
+    decode items    one new token each: batched over a padded page table
+    chunk items     several new tokens: the last `count` positions of their sequence, causal among
+                    themselves
 
     triton   ours (`attention_triton.py`): on an H100 as fast as the next or faster in every shape
-    that was measured flash    FlashAttention-2's paged kernels (flash-attn ≥ 2.5, pages of 256
-    tokens): where ours don't fit, heads of 96 for one torch    torch's attention over keys and
-    values gathered by the page table: on the CPU, and in fp32 and fp64
+             that was measured
+    flash    FlashAttention-2's paged kernels (flash-attn ≥ 2.5, pages of 256 tokens): where ours
+             don't fit, heads of 96 for one
+    torch    torch's attention over keys and values gathered by the page table: on the CPU, and in
+             fp32 and fp64
 
 Legend: T new tokens · S items · D decode items · W pages of the longest sequence · P tokens of a
 page · N query heads · K kv heads · J = 2K, keys before values · G query heads per kv head · H head

@@ -6,8 +6,8 @@ Single tokens: each sequence's keys are cut into parts by its own length, so tha
 sequences keep every multiprocessor reading (Flash-Decoding: Dao, Haziza, Massa & Sizov 2023; the
 softmax of parts: arXiv 2205.14135).
 
-    part     (sequence, kv heads, part): their query heads over a range of keys, normalised, with
-    their log-sum-exp joined   (sequence, query head): the parts' results, weighted by their share
+    part     (sequence, kv heads, part): their query heads over a range of keys, normalised, with their log-sum-exp
+    joined   (sequence, query head): the parts' results, weighted by their share
 
 flash-attn cuts all of them by the longest that the page table has room for, and most sequences of a
 rollout are much shorter. Where kv heads are narrow and few query heads read them, a program takes

@@ -1,8 +1,8 @@
 """The paged KV cache: page numbers with reference counts on the host, keys and values on the
 device.
 
-    sequence A   pages 3 7 9         tokens 0…15 | 16…31 | 32…40 sequence B   pages 3 7 12
-    └ own copy, made when A or B first wrote to the shared page 9
+    sequence A   pages 3 7 9         tokens 0…15 | 16…31 | 32…40
+    sequence B   pages 3 7 12                              └ own copy, made when A or B first wrote to the shared page 9
 
 Page 0 is never given out: rows that pad a batch write there.
 

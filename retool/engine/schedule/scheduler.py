@@ -1,9 +1,8 @@
 """Who is computed next: host only, no tensors.
 
-    start ──> WAITING ──admit──> RUNNING ──stop / length──> PARKED ──extend──> WAITING        drop:
-    from anywhere
-                 ^                  │ └───── preempt ────┘   no page was free for an older sequence:
-                 KV is given up and computed again later
+    start ──> WAITING ──admit──> RUNNING ──stop / length──> PARKED ──extend──> WAITING        drop: from anywhere
+                 ^                  │
+                 └───── preempt ────┘   no page was free for an older sequence: KV is given up and computed again later
 
 [Note: progress] Sequences have arrival numbers. In every step running sequences are served oldest
 first, and one that finds no free page takes it from, in this order: prompts kept for samples that

@@ -5,10 +5,11 @@ of a document · H head dim · B documents
 
     flash      FlashAttention-2, `flash_attn_varlen_func`'s kernels, from the flash-attn package
     varlen     torch's own FlashAttention-2, `torch.nn.attention.varlen`; flash3, flash4: the same
-    call with FlashAttention-3 or 4 installed cudnn      documents of at least `CUDNN_SHORTEST`
-    tokens through cuDNN, the shorter ones between them through one of those reference  document by
-    document in any precision, on any device: the CPU's kernel, and what the others are tested
-    against
+               call with FlashAttention-3 or 4 installed
+    cudnn      documents of at least `CUDNN_SHORTEST` tokens through cuDNN, the shorter ones between
+               them through one of those
+    reference  document by document in any precision, on any device: the CPU's kernel, and what the
+               others are tested against
 
 Every token attends to itself and to the tokens before it in its document; scores are scaled by
 1/sqrt(H); query head n reads key/value head n // G. Nothing waits for the device: what the host

@@ -5,8 +5,8 @@ A *unit* is what is gathered at once (the embedding, a decoder block, the head).
 in one flat buffer:
 
     unit:   | q_proj k_proj v_proj ·· | o_proj ··· | gate_proj up_proj · | down_proj · | ···· |
-            ^ slot (used as one matrix) ^ 256-byte boundary                              ^ padded to
-            a multiple of `shards`
+            ^ slot (used as one matrix) ^ 256-byte boundary      padding to a multiple of
+                                                                 `shards` ends the buffer ^
     rank r owns elements [r·shard_numel, (r+1)·shard_numel)
 
 A *slot* is one tensor of the module (`nn.Parameter`); its *members* are the Hugging Face parameters

@@ -11,11 +11,10 @@ blocks.
 no allocation is ever freed across streams. Three orders must hold, each by an event:
   * a gather into a buffer starts after the compute stream's last use by the unit that held it
     (`Buffer.free`; where the end of that use wasn't seen, `Buffer.in_use`, after all that is
-    enqueued)
-  * compute starts after the gather has ended
-    (`Pending.wait`)
-  * a gradient buffer is written again only after its reduction has read it
-    (`Pending.wait`)
+    enqueued);
+  * compute starts after the gather has ended (`Pending.wait`);
+  * a gradient buffer is written again only after its reduction has read it (`Pending.wait`).
+
 The host never waits on CUDA. `tests/parallel/test_streams.py` checks them without a GPU.
 """
 

@@ -1,9 +1,9 @@
 """`shard(module, units, mesh)`: fully sharded data parallelism for any module, given what to gather
 at once.
 
-    forward, unit i:    gather(i) · start gather(i+1) · compute · release backward, unit i:
-    gather(i) · start gather(i-1) · compute · start reduce(i) end of backward:    reduce what has no
-    input gradient (the embedding) · order all reductions before what follows
+    forward, unit i:    gather(i) · start gather(i+1) · compute · release
+    backward, unit i:   gather(i) · start gather(i-1) · compute · start reduce(i)
+    end of backward:    reduce what has no input gradient (the embedding) · order all reductions before what follows
 
 Memory of one rank, P parameters in S shards, with the largest unit U: fp32 master, gradient and two
 AdamW moments 16·P/S bytes, the bf16 copy that is gathered 2·P/S (without `keep_copy` none: a gather

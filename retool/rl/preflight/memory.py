@@ -1,9 +1,10 @@
 """Peak memory of an RL step by phase, on one GPU: what training keeps all the time, and what the
 engine and the update add in turn.
 
-    sync       state · engine weights rollout    state · engine weights · KV cache · what a forward
-    of the engine needs log-probs  state · a forward without gradients            (+ what the engine
-    has, where it isn't freed) update     state · activations and the head               (likewise)
+    sync       state · engine weights
+    rollout    state · engine weights · KV cache · what a forward of the engine needs
+    log-probs  state · a forward without gradients            (+ what the engine has, where it isn't freed)
+    update     state · activations and the head               (likewise)
     optimizer  state · float64 pieces of the gradient, or what comes from host memory   (likewise)
 
 The cache takes `gpu_memory_utilization` of what is free when it is made, so rollout fills the GPU
