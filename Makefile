@@ -6,6 +6,8 @@ PYTHON    := $(VENV)/bin/python
 # A machine with an NVIDIA GPU takes the newest torch; any other the release that constraints/cpu.txt names. CONSTRAINTS= takes none.
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,constraints/cpu.txt)
 PIP       := $(PYTHON) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+# Tests run in so many processes, a whole file in one of them: what its tests share is built once.
+WORKERS   ?= 2
 BENCH     ?= $(wildcard benchmarks/sft.py)
 
 export OMP_NUM_THREADS ?= 1
@@ -42,7 +44,7 @@ demo: $(VENV)/.installed
 	$(PYTHON) examples/demo.py $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(PYTHON) -m pytest -q $(ARGS)
+	$(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(PYTHON) -m pytest -q -m 'slow and not gpu' --timeout 1800 $(ARGS)

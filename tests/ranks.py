@@ -18,10 +18,24 @@ from typing import Any
 import pytest
 import torch
 
+# Every rank is a fork of one process that has imported already what ranks need and what is slow to
+# import: seconds for each rank otherwise. Nothing that starts a thread, which a fork would lose:
+# pyarrow has one, so no module of `retool.data` either.
+PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "torch.distributed.tensor",
+    "torch._dynamo",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "pytest",
+    "retool.parallel.fsdp",
+    "retool.model.build",
+    "retool.checkpoint",
+    "retool.optim",
+]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "torch.distributed", "retool.parallel.fsdp", "retool.model.decoder"]
-)
+_context.set_forkserver_preload(PRELOADED)
 
 
 def free_port() -> int:

@@ -7,7 +7,9 @@ from __future__ import annotations
 import importlib
 import os
 import time
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +61,10 @@ def test_a_module_that_fails_on_import_is_told_at_once(
 def test_a_rank_that_hangs_is_told_after_the_timeout() -> None:
     with pytest.raises(AssertionError, match=r"rank \[0\] of 1: no result in 0.5 s"):
         run_ranks(time.sleep, 1, 100, timeout=0.5)
+
+
+def test_a_rank_is_a_fork_of_one_thread() -> None:
+    """What ranks find imported has started no thread: none that a fork would lose."""
+    run_ranks(_rank, 1)
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    assert len(os.listdir(f"/proc/{server._forkserver_pid}/task")) == 1
