@@ -34,9 +34,10 @@ from table import arguments, hardware, head, row, save, spread
 
 from retool.data.render.renderer import Renderer, load_tokenizer
 from retool.engine.schedule.params import SamplingParams, TurnDone
-from retool.rl.agent.loop import AgentOptions
+from retool.rl.agent.options import AgentOptions
 from retool.rl.agent.rollout import RolloutParts, Sampling, roll_out
-from retool.rl.agent.tools import SCHEMA, ToolResult
+from retool.rl.agent.tools.interpreter import SCHEMA
+from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.reward.pool import Judged
 from retool.rl.types import Prompt, Trajectory
 

@@ -178,11 +178,17 @@ def make_data(tree: Path, folder: Path) -> None:
     (folder / "reward.py").write_text(REWARD)
 
 
+def importable(tree: Path, module: str) -> bool:
+    """Whether the code in `tree` has a file or a folder for `module`."""
+    path = tree / module.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
 def runs_of(
     tree: Path, data: Path, out: Path, names: Sequence[str], jobs: int
 ) -> dict[str, list[dict[str, Any]]]:
     """The metrics of all runs by the code in `tree`."""
-    module = next(name for name in TOOLS if (tree / (name.replace(".", "/") + ".py")).exists())
+    module = next(name for name in TOOLS if importable(tree, name))
     tools = (
         f"tools: [{{class_name: {module}.CodeInterpreter, config: {{num_workers: 1, default_timeout: "
         f"10}}}}]\n"

@@ -21,7 +21,7 @@ from retool.engine import Engine, EngineOptions
 from retool.model.config import read_model_config
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import make_mesh
-from retool.rl.agent.loop import AgentOptions
+from retool.rl.agent.options import AgentOptions
 from retool.rl.agent.rollout import RolloutParts, Sampling, roll_out
 from retool.rl.objective.advantages import grpo
 from retool.rl.objective.batching import Budget, Row, rank_batches

@@ -19,7 +19,7 @@ from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
 from retool.model.config import read_model_config
 from retool.rl.__main__ import main as rl_main
-from retool.rl.agent.tools import load_tools
+from retool.rl.agent.tools.load import load_tools
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))

@@ -24,7 +24,7 @@ def main(words: list[str]) -> int:
     warn_from_first_rank(int(os.environ.get("RANK", 0)))
     hide_in_tracebacks()
     checking = "--check" in words
-    from retool.rl.agent.tools import close_tools
+    from retool.rl.agent.tools.load import close_tools
     from retool.rl.preflight.checks import preflight
     from retool.rl.preflight.show import in_words
     from retool.run.start import start

@@ -25,7 +25,7 @@ from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
 from retool.perf import quadratic_length
 from retool.preflight.resume import load_checkpoint
-from retool.rl.agent.loop import AgentOptions
+from retool.rl.agent.options import AgentOptions
 from retool.rl.agent.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.config import RLConfig
 from retool.rl.data import prompts_at
@@ -214,16 +214,15 @@ def rollout_parts(
     multi = report.config.actor_rollout_ref.rollout.multi_turn
     shaping = report.config.reward_model.overlong_buffer
     agent = AgentOptions(
-        config.data.max_response_length,
-        None,
-        multi.max_assistant_turns,
-        multi.max_user_turns,
-        multi.format,
-        multi.max_tool_response_length,
-        multi.tool_response_truncate_side,
-        multi.max_parallel_calls,
-        multi.tool_timeout_seconds,
-        eos_ids(report.folder) if report.folder is not None else (),
+        max_response_length=config.data.max_response_length,
+        max_assistant_turns=multi.max_assistant_turns,
+        max_user_turns=multi.max_user_turns,
+        format=multi.format,
+        max_tool_response_length=multi.max_tool_response_length,
+        truncate_side=multi.tool_response_truncate_side,
+        max_parallel_calls=multi.max_parallel_calls,
+        tool_timeout_seconds=multi.tool_timeout_seconds,
+        eos_ids=eos_ids(report.folder) if report.folder is not None else (),
     )
     overlong = Overlong(shaping.len, shaping.penalty_factor) if shaping.enable else None
     assert report.renderer is not None

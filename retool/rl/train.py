@@ -20,7 +20,7 @@ from retool.parallel.mesh import make_mesh
 from retool.perf import device_peak, mfu, model_flops, peak_memory
 from retool.preflight.plan import agree
 from retool.preflight.resume import to_resume
-from retool.rl.agent.tools import close_tools
+from retool.rl.agent.tools.load import close_tools
 from retool.rl.build import (
     Run,
     build_run,

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from retool.data.render.renderer import Renderer
-from retool.rl.agent.tools import SCHEMA
+from retool.rl.agent.tools.interpreter import SCHEMA
 from retool.rl.config import ANSWER_FORMAT
 from retool.rl.data import PromptOptions, load_prompts, prompts_at, read_questions
 from tests.rl.conftest import make_prompt

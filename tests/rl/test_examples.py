@@ -15,7 +15,7 @@ from examples import custom_data, custom_reward, rl_from_scratch
 from examples.retool_recipe import CustomRLHFDataset, compute_score
 from retool.metrics import read_jsonl
 from retool.rl.__main__ import main
-from retool.rl.agent.tools import load_tools
+from retool.rl.agent.tools.load import load_tools
 from tests.rl.test_command import ARR, words
 from tests.rl.test_config import PUBLISHED
 

@@ -17,9 +17,11 @@ import pytest
 
 from retool.rl import collect
 from retool.rl.__main__ import main
-from retool.rl.agent import tools
 from retool.rl.agent.rollout import Sampling, roll_out
-from retool.rl.agent.tools import CodeInterpreter, InterpreterConfig, ToolResult
+from retool.rl.agent.tools import interpreter
+from retool.rl.agent.tools.interpreter import CodeInterpreter, InterpreterConfig
+from retool.rl.agent.tools.load import load_tools
+from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.metrics import score_metrics, tool_metrics
 from retool.rl.objective.filter import add, begin, has_signal
 from retool.rl.reward import judging
@@ -166,7 +168,7 @@ class Queueing:
 
 
 def test_waiting_for_a_worker_is_no_time_of_the_program(renderer_of, monkeypatch) -> None:
-    monkeypatch.setattr(tools, "_backend", lambda config: Queueing(0.05))
+    monkeypatch.setattr(interpreter, "_open_backend", lambda config: Queueing(0.05))
     renderer = renderer_of("hermes")
     parts, _ = parts_of(renderer, {i: [called("1"), "42"] for i in range(10)}, CodeInterpreter())
     parts = replace(parts, agent=replace(parts.agent, tool_timeout_seconds=0.1))
@@ -179,8 +181,8 @@ def test_waiting_for_a_worker_is_no_time_of_the_program(renderer_of, monkeypatch
 
 
 def test_a_sandbox_that_answers_nobody_is_infrastructure_s_failure(monkeypatch) -> None:
-    monkeypatch.setattr(tools, "_backend", lambda config: Queueing(3.0))
-    monkeypatch.setattr(tools, "STALLED", 0.1)
+    monkeypatch.setattr(interpreter, "_open_backend", lambda config: Queueing(3.0))
+    monkeypatch.setattr(interpreter, "STALLED_SECONDS", 0.1)
     result = asyncio.run(
         CodeInterpreter(InterpreterConfig(default_timeout=0.1)).call({"code": "1"})
     )
@@ -190,7 +192,7 @@ def test_a_sandbox_that_answers_nobody_is_infrastructure_s_failure(monkeypatch) 
 def test_workers_and_the_programs_limit_are_the_runs(monkeypatch, tmp_path) -> None:
     made = []
     monkeypatch.setattr(
-        tools,
+        interpreter,
         "Sandbox",
         lambda limits, workers, isolation, share: made.append((workers, limits.wall_seconds)),
     )
@@ -198,9 +200,9 @@ def test_workers_and_the_programs_limit_are_the_runs(monkeypatch, tmp_path) -> N
     file.write_text(
         "tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {workers: 7, default_timeout: 9}}]"
     )
-    tools.load_tools(None, 33, 5.0)
-    tools.load_tools(file)
-    tools.load_tools(file, 2, 120.0)
+    load_tools(None, 33, 5.0)
+    load_tools(file)
+    load_tools(file, 2, 120.0)
     assert made == [(33, 5.0), (7, 9), (2, 9)]
     with pytest.raises(ValueError, match="workers=0 must be a number above 0"):
         InterpreterConfig(workers=0)

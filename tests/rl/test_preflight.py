@@ -19,7 +19,7 @@ from retool.parallel.mesh import make_mesh
 from retool.preflight import machine
 from retool.preflight.memory import LADDER, Choice, Prediction
 from retool.preflight.plan import World, agree, checkpoint_bytes, host_bytes, kept_checkpoints
-from retool.rl.agent import tools
+from retool.rl.agent.tools import interpreter
 from retool.rl.config import RLConfig
 from retool.rl.preflight.checks import Report, preflight
 from retool.rl.preflight.identity import fingerprint
@@ -132,7 +132,7 @@ def test_a_template_that_can_not_show_a_tools_answer_is_refused_before_a_tool_is
 def test_a_sandbox_server_that_is_not_there_or_runs_nothing_is_refused(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tools, "TRIAL", 0.3)
+    monkeypatch.setattr(interpreter, "TRIAL_SECONDS", 0.3)
     turns = "actor_rollout_ref.rollout.multi_turn."
     url = "http://127.0.0.1:{}/run_code"
     more = [

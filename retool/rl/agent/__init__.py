@@ -1,3 +1,6 @@
-"""A prompt into a trajectory: the loop of turns, the calls that a model writes, the tools that
-answer them.
+"""From a prompt to a trajectory.
+
+`loop` takes the turns of one episode: render, generate, `formats` reads the calls that the model
+wrote, `calls` has the `tools` answer them, `truncation` cuts what they say. `rollout` keeps many
+episodes and the engine busy.
 """

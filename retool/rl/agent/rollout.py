@@ -17,8 +17,10 @@ from typing import Any, Protocol
 
 from retool.data.render.renderer import Renderer
 from retool.engine.schedule.params import SamplingParams, TurnDone
-from retool.rl.agent.loop import AgentOptions, Sampled, run_episode
-from retool.rl.agent.tools import Tool
+from retool.rl.agent.episode import Sampled
+from retool.rl.agent.loop import run_episode
+from retool.rl.agent.options import Agent, AgentOptions
+from retool.rl.agent.tools.protocol import Tool
 from retool.rl.reward.judging import JUDGES_LOST, Judged
 from retool.rl.reward.rewards import overlong_penalty
 from retool.rl.types import LOST, TOOL_FAILURE, Prompt, Scored, Stop, Trajectory
@@ -208,9 +210,8 @@ async def _episode(
         return Sampled(turn.tokens, turn.logp, turn.logp_behaviour, reason)
 
     try:
-        trajectory = await run_episode(
-            prompt, sample, generate, parts.tools, parts.renderer, parts.agent, step
-        )
+        agent = Agent(parts.tools, parts.renderer, parts.agent)
+        trajectory = await run_episode(prompt, sample, generate, agent, step)
     finally:
         flight.turns.pop(key, None)
         flight.sampling -= 1

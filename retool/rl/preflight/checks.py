@@ -31,7 +31,9 @@ from retool.preflight.checks import (
 from retool.preflight.memory import Choice, choose
 from retool.preflight.plan import RECOMPUTE, gpu_memory, setting_of
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
-from retool.rl.agent.tools import CodeInterpreter, Tool, load_tools
+from retool.rl.agent.tools.interpreter import CodeInterpreter
+from retool.rl.agent.tools.load import load_tools
+from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig
 from retool.rl.data import PromptOptions, load_prompts
 from retool.rl.eos import eos_ids

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from retool.preflight.identity import Trait, digest, file_digest, listed, model_traits
-from retool.rl.agent.tools import Tool
+from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig, aggregation
 from retool.rl.preflight.plan import Questions, Report, uses_reference
 from retool.rl.reward.rewards import RewardSource

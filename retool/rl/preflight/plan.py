@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from retool.config.options import RunOptions
 from retool.data.render.renderer import Renderer
 from retool.preflight.plan import RunReport, gpu_memory, setting_of
-from retool.rl.agent.tools import Tool
+from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig, run_options
 from retool.rl.data import PromptReport
 from retool.rl.preflight.memory import StepMemory, engine_options, step_memory

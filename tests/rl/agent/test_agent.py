@@ -16,8 +16,11 @@ import pytest
 from retool.data.read import backend
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
-from retool.rl.agent.loop import AgentOptions, Sampled, cut_text, run_episode
-from retool.rl.agent.tools import ToolResult
+from retool.rl.agent.episode import Sampled
+from retool.rl.agent.loop import run_episode
+from retool.rl.agent.options import Agent, AgentOptions
+from retool.rl.agent.tools.protocol import ToolResult
+from retool.rl.agent.truncation import cut_text
 from retool.rl.types import Prompt, Stop
 from tests.data.conftest import TOOLS
 
@@ -92,7 +95,11 @@ def episode(renderer, row, turns, tool, **changes):
     tools = {tool.name: tool} if tool is not None else {}
     trajectory = asyncio.run(
         run_episode(
-            prompt_of(renderer, row), 0, model, tools, renderer, replace(OPTIONS, **changes), 7
+            prompt_of(renderer, row),
+            0,
+            model,
+            Agent(tools, renderer, replace(OPTIONS, **changes)),
+            version=7,
         )
     )
     return trajectory, model
@@ -338,9 +345,11 @@ def test_a_tool_that_does_not_heed_being_cancelled_is_left_to_itself(renderer_of
         prompt_of(renderer, tool_row),
         0,
         Scripted(turns),
-        {"calculator": Answers([stubborn])},
-        renderer,
-        replace(OPTIONS, tool_timeout_seconds=0.05),
+        Agent(
+            {"calculator": Answers([stubborn])},
+            renderer,
+            replace(OPTIONS, tool_timeout_seconds=0.05),
+        ),
     )
     trajectory = loop.run_until_complete(asyncio.wait_for(work, 5))
     assert trajectory.tool_timeouts == 1 and trajectory.stop is Stop.NO_CALL
@@ -430,9 +439,6 @@ def test_token_limits(renderer_of, tool_row) -> None:
             and trajectory.response_length == length
             and len(model.asked) == 1
         )
-    n = len(prompt_of(renderer, tool_row).ids)
-    full, model = episode(renderer, tool_row, [], None, max_context=n)
-    assert full.stop is Stop.LENGTH and full.response_length == 0 and not model.asked
 
 
 def test_end_at_once_end_of_text_and_aborted(renderer_of, tool_row) -> None:

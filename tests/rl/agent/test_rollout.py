@@ -16,9 +16,10 @@ from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
 from retool.engine.schedule.params import TurnDone
 from retool.metrics.transcripts import read_transcripts
-from retool.rl.agent.loop import AgentOptions
+from retool.rl.agent.options import AgentOptions
 from retool.rl.agent.rollout import Overlong, RolloutParts, RolloutTimes, Sampling, roll_out
-from retool.rl.agent.tools import SCHEMA, CodeInterpreter, ToolResult
+from retool.rl.agent.tools.interpreter import SCHEMA, CodeInterpreter
+from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.failures import warn_of_failures
 from retool.rl.report import write_training, write_validation
 from retool.rl.reward.judging import Judged

@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 
-from retool.rl.agent.formats import MOST_CALLS, Call, check, code_tool, read_calls
-from retool.rl.agent.tools import SCHEMA
+from retool.rl.agent.formats import MAX_CALLS_READ, Call, check, code_tool, read_calls
+from retool.rl.agent.tools.interpreter import SCHEMA
 
 parse_hermes = partial(read_calls, "hermes")
 parse_code_block = partial(read_calls, "code_block")
@@ -194,5 +194,5 @@ def test_a_flood_of_calls_is_cut(form: str, piece: str) -> None:
     begin = time.perf_counter()
     calls = read_calls(form, piece * 7_000, [SCHEMA])
     assert time.perf_counter() - begin < 0.1
-    assert len(calls) == MOST_CALLS + 1 and "at most 32 calls" in str(calls[-1].problem)
+    assert len(calls) == MAX_CALLS_READ + 1 and "at most 32 calls" in str(calls[-1].problem)
     assert len(read_calls(form, piece * 40, [SCHEMA], most=50)) == 40

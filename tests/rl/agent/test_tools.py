@@ -12,19 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from retool.rl.agent import tools
-from retool.rl.agent.schema import function_of
-from retool.rl.agent.tools import (
-    INTERPRETERS,
+from retool.rl.agent.tools import load
+from retool.rl.agent.tools.interpreter import (
     SCHEMA,
     CodeInterpreter,
     InterpreterConfig,
-    Tool,
-    ToolResult,
-    load_tools,
     node_of,
     result_text,
 )
+from retool.rl.agent.tools.load import INTERPRETERS, close_tools, load_tools
+from retool.rl.agent.tools.protocol import Tool, ToolResult, function_of
 from retool.sandbox import Result, Sandbox
 
 RECIPE = """
@@ -157,10 +154,10 @@ class Clingy(Echo):
 def test_tools_that_do_not_close_are_told_of_and_the_others_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tools, "CLOSING", 0.05)
+    monkeypatch.setattr(load, "CLOSE_SECONDS", 0.05)
     closed: list[Tool] = [Clingy({"end": end}, {}) for end in ("raise", 60, 0)]
     with pytest.warns(UserWarning) as told:
-        asyncio.run(tools.close_tools(closed))
+        asyncio.run(close_tools(closed))
     assert [str(w.message) for w in told] == [
         "the tool echo did not close: KeyError: 'gone'",
         "the tool echo did not close: TimeoutError: ",

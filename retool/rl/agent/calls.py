@@ -1,0 +1,128 @@
+"""From the calls of a turn to the tools' answers: checked, run side by side, each within its time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import httpx
+
+from retool.rl.agent.episode import Episode
+from retool.rl.agent.formats import Call, check
+from retool.rl.agent.options import Agent
+from retool.rl.agent.tools.protocol import Tool, ToolResult
+
+MAX_FAILURE_CHARACTERS = 10_000  # of what a tool that broke said; the rest is cut
+
+
+async def run_calls(
+    episode: Episode, calls: Sequence[Call], agent: Agent
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The tools' answers as messages, one per call and in order; and what a tool that broke said,
+    if one did. The episode counts what happened.
+    """
+    results = await _results(calls, agent)
+    responses = []
+    failure = None
+    for call, result in zip(calls, results, strict=True):
+        _count(episode, result)
+        text = clean(result.text)
+        response = {"role": "tool", "content": text}
+        if call.name in agent.tools:
+            response["name"] = call.name
+        responses.append(response)
+        if result.lost and failure is None:
+            failure = f"{call.name}: {text}"[:MAX_FAILURE_CHARACTERS]
+    return responses, failure
+
+
+async def _results(calls: Sequence[Call], agent: Agent) -> list[ToolResult]:
+    """A result for every call: of those beyond the limit, that they weren't run."""
+    most = agent.options.max_parallel_calls
+    running = [_run_call(call, agent) for call in calls[:most]]
+    # A lone call, which is most of them, needs no task of its own
+    results = [await running[0]] if len(running) == 1 else list(await asyncio.gather(*running))
+    limit = "1 call is" if most <= 1 else f"{most} calls are"
+    over = f"not run: at most {limit} run in a turn. Call it again."
+    for call in calls[most:]:
+        text = f"Error: {call.problem}" if call.problem else over
+        results.append(ToolResult(text, "not_run"))
+    return results
+
+
+def _count(episode: Episode, result: ToolResult) -> None:
+    episode.tool_calls += result.status != "not_run"
+    episode.tool_errors += result.status not in ("success", "not_run", "timeout")
+    episode.tool_timeouts += result.status == "timeout"
+    episode.tool_seconds += result.seconds
+    episode.tool_queue_seconds += result.queue_seconds
+
+
+async def _run_call(call: Call, agent: Agent) -> ToolResult:
+    """What the tool answers, or why there is no answer.
+
+    A tool may hang, even when it is cancelled: then it is left to itself. The clock runs from the
+    call, unless the tool keeps time itself: it knows when its own queue lets the call go.
+    """
+    problem = check(call, agent.schemas)
+    if problem is not None:
+        return ToolResult(f"Error: {problem}", "bad_arguments")
+    tool = agent.tools[call.name]
+    timeout = agent.options.tool_timeout_seconds
+    loop = asyncio.get_running_loop()
+    begin = loop.time()
+    answered = loop.create_future()
+    work = loop.create_task(_answer(tool, call.arguments, answered))
+    timer = None
+    if not getattr(tool, "keeps_time", False):
+        timer = loop.call_later(timeout, _settle, answered, None)
+    try:
+        result = await answered
+    finally:
+        if timer is not None:
+            timer.cancel()
+        work.cancel()
+    if result is None:
+        text = f"TimeoutError: {call.name} gave no answer within {timeout:g} s."
+        return ToolResult(text, "timeout", timeout)
+    if result.seconds > 0:
+        return result
+    return replace(result, seconds=max(loop.time() - begin - result.queue_seconds, 0.0))
+
+
+async def _answer(
+    tool: Tool, arguments: Mapping[str, Any], answered: asyncio.Future[ToolResult | None]
+) -> None:
+    """Settle `answered` with what a tool of anybody's answers, or raises: a library in it may even
+    exit, or cancel.
+    """
+    try:
+        result = await tool.call(arguments)
+        if not isinstance(result, ToolResult):
+            raise TypeError(
+                f"{tool.name} answered with a {type(result).__name__}, not a ToolResult"
+            )
+    except KeyboardInterrupt:
+        raise
+    # Nobody there to be called: not the model's doing
+    except (ConnectionError, httpx.TransportError) as error:
+        result = ToolResult(f"{type(error).__name__}: {error}", "infrastructure")
+    except BaseException as error:
+        result = ToolResult(f"{type(error).__name__}: {error}", "error")
+    _settle(answered, result)
+
+
+def _settle(answered: asyncio.Future[ToolResult | None], result: ToolResult | None) -> None:
+    if not answered.done():
+        answered.set_result(result)
+
+
+def clean(text: str) -> str:
+    """`text` as valid Unicode: halves of surrogate pairs (bytes that weren't UTF-8) become
+    replacement characters.
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

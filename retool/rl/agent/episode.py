@@ -1,0 +1,96 @@
+"""A trajectory on its way: what was sampled, what stood between, and what the tools did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from retool.rl.types import Prompt, Stop, Trajectory
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A turn as the engine made it: ids, log-probabilities (see `Trajectory`), and why it ended: an
+    end token, the token limit, or because the engine or the run gave it up.
+    """
+
+    tokens: Sequence[int]
+    logp: Sequence[float]
+    logp_behaviour: Sequence[float]
+    reason: Literal["stop", "length", "aborted"]
+
+
+@dataclass
+class Episode:
+    """A trajectory on its way. Tokens, and what belongs to them, are those after the prompt."""
+
+    prompt: Prompt
+    messages: list[dict[str, Any]]
+    tokens: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    logp_behaviour: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    assistant_turns: int = 0
+    user_turns: int = 0
+    tool_calls: int = 0
+    tool_errors: int = 0
+    tool_timeouts: int = 0
+    tool_seconds: float = 0.0
+    tool_queue_seconds: float = 0.0
+
+    @staticmethod
+    def begin(prompt: Prompt) -> Episode:
+        return Episode(prompt, [dict(message) for message in prompt.messages])
+
+    def add_turn(self, turn: Sampled, text: str) -> None:
+        """What the model wrote: its ids are trained."""
+        count = len(turn.tokens)
+        self.tokens += turn.tokens
+        self.mask += [True] * count
+        self.logp += turn.logp
+        self.logp_behaviour += turn.logp_behaviour
+        self.texts.append(text)
+        self.messages.append({"role": "assistant", "content": text})
+        self.assistant_turns += 1
+
+    def add_tool_turn(self, responses: Sequence[dict[str, Any]], ids: Sequence[int]) -> None:
+        """What the tools answered, with all that the template puts around it: never trained."""
+        self.tokens += ids
+        self.mask += [False] * len(ids)
+        self.logp += [0.0] * len(ids)
+        self.logp_behaviour += [0.0] * len(ids)
+        self.messages += responses
+        self.user_turns += 1
+
+    def finish(self, sample: int, stop: Stop, version: int, tool_failure: str = "") -> Trajectory:
+        """The trajectory, which ended for the reason `stop`."""
+        prompt_ids = self.prompt.ids.astype(np.int32)
+        response_ids = np.asarray(self.tokens, np.int32)
+        return Trajectory(
+            self.prompt,
+            sample,
+            np.concatenate([prompt_ids, response_ids]),
+            len(prompt_ids),
+            self._after_prompt(self.mask, bool),
+            self._after_prompt(self.logp, np.float32),
+            self._after_prompt(self.logp_behaviour, np.float32),
+            stop,
+            num_turns=self.user_turns + self.assistant_turns + 1,
+            tool_calls=self.tool_calls,
+            tool_errors=self.tool_errors,
+            tool_timeouts=self.tool_timeouts,
+            tool_seconds=self.tool_seconds,
+            policy_version=version,
+            assistant_text="\n".join(self.texts),
+            tool_failure=tool_failure,
+            tool_queue_seconds=self.tool_queue_seconds,
+        )
+
+    def _after_prompt(self, values: Sequence[float], dtype: type) -> np.ndarray:
+        """Values of the response's tokens, behind zeros for the prompt's."""
+        zeros = np.zeros(len(self.prompt.ids), dtype)
+        return np.concatenate([zeros, np.asarray(values, dtype)])

@@ -1,0 +1,220 @@
+"""The code interpreter as a tool: programs go to the sandbox of this machine, or to a server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from retool.rl.agent.tools.protocol import ToolResult, function_of
+from retool.sandbox import Limits, Result, Sandbox
+from retool.sandbox.fusion_client import SandboxFusion
+
+MAX_STDERR_LINES = 12  # that the model reads, the last ones
+TRIAL_SECONDS = 20.0  # that a program of ours may take before the run
+STALLED_SECONDS = 600.0  # without the end of any program, after which a sandbox counts as dead
+
+SCHEMA: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "code_interpreter",
+        "description": "A tool for executing code.",
+        "parameters": {
+            "type": "object",
+            "properties": {"code": {"type": "string", "description": "The code to execute."}},
+            "required": ["code"],
+        },
+    },
+}
+
+# What the model is told a program died of, by the status of its result
+ERROR_NAMES = {
+    "timeout": "TimeoutError",
+    "memory_limit": "MemoryError",
+    "output_limit": "OutputLimitError",
+    "process_limit": "ProcessLimitError",
+    "sandbox_error": "SandboxError",
+}
+
+
+@dataclass(frozen=True)
+class InterpreterConfig:
+    """`config:` of the code interpreter. Without `sandbox_fusion_url`, programs run on this machine.
+
+    `num_workers` bounds the programs at once. On this machine the number of cores does, too, unless
+    `workers` says how many. `rate_limit` bounds the requests under way at a server, where
+    `enable_global_rate_limit`. `default_timeout` counts seconds from a program's start,
+    `memory_limit_mb` is per call, `token` is the server's.
+    """
+
+    type: str = "native"
+    sandbox_fusion_url: str | None = None
+    num_workers: int = 128
+    enable_global_rate_limit: bool = True
+    rate_limit: int = 128
+    default_timeout: float = 30
+    default_language: str = "python"
+    memory_limit_mb: int = 1024
+    isolation: str = "strict"
+    token: str | None = None
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.type != "native":
+            raise ValueError(f"tool type={self.type!r} isn't known; 'native' is.")
+        if self.default_language != "python":
+            raise ValueError(
+                f"default_language={self.default_language!r} can't be run; 'python' can."
+            )
+        for name in ("num_workers", "rate_limit", "default_timeout", "memory_limit_mb", "workers"):
+            value = getattr(self, name)
+            if name == "workers" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name}={value!r} must be a number above 0.")
+
+
+class CodeInterpreter:
+    """Runs the program in its one argument and tells the model what happened.
+
+    It starts its sandbox at once, so that a fault shows early. Programs queue, and the sandbox
+    limits each from its start. Only where no program has ended for `STALLED_SECONDS` are those that
+    wait given up, as a failure of the infrastructure.
+    """
+
+    keeps_time = True
+
+    def __init__(
+        self, config: InterpreterConfig | None = None, schema: dict[str, Any] | None = None
+    ) -> None:
+        self.config = config or InterpreterConfig()
+        self.schema = schema or SCHEMA
+        self.name = function_of(self.schema)["name"]
+        self._argument = _only_argument(self.schema)
+        self._backend = _open_backend(self.config)
+        self._last_end = 0.0  # of a program, on the event loop's clock
+
+    async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
+        """`arguments` are those the model wrote, parsed; wrong ones are answered, not raised."""
+        code = arguments.get(self._argument)
+        if not isinstance(code, str):
+            given = ", ".join(map(str, arguments)) or "none"
+            text = (
+                f"ArgumentError: {self.name} needs the argument {self._argument!r}, a string "
+                f"(given: {given})."
+            )
+            return ToolResult(text, "bad_arguments")
+        result = await self._run(code)
+        return ToolResult(
+            result_text(result), result.status, result.execution_time, result.queue_seconds
+        )
+
+    async def trial(self) -> str:
+        """Run a program of ours: why it doesn't give what it must; "" where it does."""
+        try:
+            result = await asyncio.wait_for(self._run("print(6 * 7)"), TRIAL_SECONDS)
+        except asyncio.TimeoutError:
+            return f"no answer within {TRIAL_SECONDS:g} s"
+        finally:
+            # A client's connections belong to this event loop; the run has another
+            if isinstance(self._backend, SandboxFusion):
+                await self._backend.close()
+        if result.ok and result.stdout.strip() == "42":
+            return ""
+        if result.reason:
+            return result.reason
+        return f"print(6 * 7) gives {result_text(result)[:200]!r} ({result.status})"
+
+    async def _run(self, code: str) -> Result:
+        loop = asyncio.get_running_loop()
+        patience = STALLED_SECONDS + self.config.default_timeout
+        work = loop.create_task(self._backend.run(code, timeout=self.config.default_timeout))
+        begin = loop.time()
+        try:
+            while not work.done():
+                await asyncio.wait([work], timeout=patience)
+                quiet_since = max(begin, self._last_end)
+                if not work.done() and loop.time() - quiet_since >= patience:
+                    reason = f"no program has ended for {patience:g} s"
+                    return Result("sandbox_error", reason=reason)
+            self._last_end = loop.time()
+            return work.result()
+        finally:
+            work.cancel()
+
+    async def close(self) -> None:
+        if isinstance(self._backend, Sandbox):
+            self._backend.close()
+        else:
+            await self._backend.close()
+
+
+def _only_argument(schema: Mapping[str, Any]) -> str:
+    """The name of the argument that holds the program."""
+    parameters = schema["function"].get("parameters") or {}
+    names = parameters.get("required") or list(parameters.get("properties") or {})
+    if len(names) != 1:
+        raise ValueError(
+            f"the code interpreter takes one argument, its schema requires {list(names)}."
+        )
+    return str(names[0])
+
+
+def _open_backend(config: InterpreterConfig) -> Sandbox | SandboxFusion:
+    """The server that the configuration names, or a sandbox on this machine."""
+    if config.sandbox_fusion_url:
+        most_requests = config.num_workers
+        if config.enable_global_rate_limit:
+            most_requests = min(most_requests, config.rate_limit)
+        return SandboxFusion(
+            config.sandbox_fusion_url,
+            most_requests,
+            config.default_timeout,
+            config.memory_limit_mb,
+            token=config.token,
+        )
+    cores = len(os.sched_getaffinity(0))
+    # `isolation` is a text, which the sandbox checks
+    isolation: Any = config.isolation
+    return Sandbox(
+        Limits(wall_seconds=config.default_timeout, memory_mb=config.memory_limit_mb),
+        config.workers or min(config.num_workers, max(4, cores)),
+        isolation,
+        share=node_of(os.environ),
+    )
+
+
+def node_of(environment: Mapping[str, str]) -> str:
+    """A name that all ranks of this run on this node have in common, under which they share one
+    sandbox; "" for a process alone.
+    """
+    ranks = environment.get("LOCAL_WORLD_SIZE") or environment.get("WORLD_SIZE") or "1"
+    if ranks == "1":
+        return ""
+    run = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "GROUP_RANK")
+    return " ".join(environment.get(name, "") for name in run)
+
+
+def result_text(result: Result) -> str:
+    """What the model reads: stdout, the last lines of stderr, and what stopped the program, if
+    anything did.
+    """
+    parts = []
+    if result.stdout.strip("\n"):
+        parts.append(result.stdout.rstrip("\n"))
+    bytes_left_out = result.stdout_bytes - len(result.stdout.encode("utf-8", "replace"))
+    if bytes_left_out > 0:
+        parts.append(f"[{bytes_left_out} more bytes of output]")
+    if result.stderr.strip():
+        lines = result.stderr.rstrip("\n").split("\n")
+        if len(lines) > MAX_STDERR_LINES:
+            parts.append("[…]")
+        parts += lines[-MAX_STDERR_LINES:]
+    if result.status in ERROR_NAMES:
+        parts.append(f"{ERROR_NAMES[result.status]}: {result.reason}")
+    elif result.status == "error" and not result.stderr.strip():
+        reason = f", {result.reason}" if result.reason else ""
+        parts.append(f"[the program ended with return code {result.return_code}{reason}]")
+    return "\n".join(parts) or "[no output]"
