@@ -33,7 +33,7 @@ from rl_step import write_model
 from table import arguments, hardware, head, row, save, spread
 
 from retool.data.render.renderer import Renderer, load_tokenizer
-from retool.engine.schedule.params import SamplingParams, TurnDone
+from retool.engine.types import SamplingParams, TurnDone
 from retool.rl.agent.options import AgentOptions
 from retool.rl.agent.rollout import RolloutParts, Sampling, roll_out
 from retool.rl.agent.tools.interpreter import SCHEMA

@@ -3,6 +3,6 @@ training runs.
 """
 
 from retool.engine.engine import Engine
-from retool.engine.schedule.params import EngineOptions, SamplingParams, Stats, TurnDone
+from retool.engine.types import EngineOptions, SamplingParams, Stats, TurnDone
 
 __all__ = ["Engine", "EngineOptions", "SamplingParams", "Stats", "TurnDone"]

@@ -21,15 +21,17 @@ import torch
 import torch.distributed as dist
 
 from retool.engine.chunks import Chunks
-from retool.engine.forward import cached_heads, make_model
+from retool.engine.forward import make_model
 from retool.engine.kernels.attention import choose_paged
+from retool.engine.kernels.kv_cache import KVCache
+from retool.engine.memory import cache_bytes, cached_heads, page_bytes
 from retool.engine.runner import DecodeLoop, Flight, Recordings, run_once
 from retool.engine.schedule import sequence as seq
 from retool.engine.schedule.ahead import plan_ahead
 from retool.engine.schedule.batch import make_batch, make_change
-from retool.engine.schedule.kv_cache import KVCache, PagePool, cache_bytes, page_bytes
-from retool.engine.schedule.params import EngineOptions, SamplingParams, Stats, TurnDone
+from retool.engine.schedule.pages import PagePool
 from retool.engine.schedule.scheduler import Scheduler
+from retool.engine.types import EngineOptions, SamplingParams, Stats, TurnDone
 from retool.engine.weights import Weights, make_decoder
 from retool.model.config import ModelConfig
 from retool.parallel.fsdp import Sharded

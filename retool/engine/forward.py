@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from retool.engine.kernels.attention import Pages, paged_attention
+from retool.engine.kernels.draws import Draws
+from retool.engine.kernels.kv_cache import KVCache, in_any_order
 from retool.engine.kernels.place import can_place, place
-from retool.engine.kernels.sampling import Draws, sample
-from retool.engine.schedule.kv_cache import KVCache, in_any_order
+from retool.engine.kernels.sampling import sample
 from retool.engine.weights import blocks
 from retool.model.decoder import Block, Decoder, compiled
 from retool.model.logits import product, workspace
@@ -88,13 +89,6 @@ def _between(block: Block, following: Block, x_tD: Tensor, a_tE: Tensor) -> tupl
 
 
 PIECES = Pieces(Block.projected, Block.rotated, _between)
-
-
-def cached_heads(plan: HeadPlan) -> int:
-    """Kv heads that this rank's cache holds: one per query head where its query heads don't group
-    evenly.
-    """
-    return len(plan.query_ranges[plan.rank]) if plan.expansion else len(plan.kv_ranges[plan.rank])
 
 
 def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pages) -> Tensor:

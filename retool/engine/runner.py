@@ -21,9 +21,9 @@ from torch import Tensor
 
 from retool.engine.forward import Model, draw, hidden_states
 from retool.engine.kernels.attention import Pages
-from retool.engine.kernels.sampling import Draws
+from retool.engine.kernels.draws import Draws
+from retool.engine.kernels.kv_cache import in_any_order
 from retool.engine.schedule.batch import Batch, Change
-from retool.engine.schedule.kv_cache import in_any_order
 from retool.parallel.fsdp.overlap import recorded
 
 

@@ -14,7 +14,7 @@ import torch
 from retool.batch import Sample, pack
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.engine import Engine, EngineOptions, TurnDone
-from retool.engine.schedule.kv_cache import page_bytes
+from retool.engine.memory import page_bytes
 from retool.model.build import ModelOptions
 from retool.model.config import read_model_config
 from retool.model.logprobs import logprobs

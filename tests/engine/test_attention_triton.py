@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from retool.engine.kernels.attention import Pages, paged_attention
-from retool.engine.schedule.kv_cache import KVCache
+from retool.engine.kernels.kv_cache import KVCache
 from tests.interpreter import interpreted
 
 CPU = torch.device("cpu")

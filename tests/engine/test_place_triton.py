@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from retool.engine.schedule.kv_cache import KVCache
+from retool.engine.kernels.kv_cache import KVCache
 from retool.model.decoder import rms_norm
 from retool.model.rope import rotate
 from tests.interpreter import interpreted

@@ -10,17 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from retool.engine.kernels.sampling import (
-    GOLDEN,
-    MASK,
-    Draws,
-    cutoff,
-    gumbel,
-    mixed,
-    row_keys,
-    sample,
-    seed_key,
-)
+from retool.engine.kernels.draws import GOLDEN, MASK, Draws, seed_key
+from retool.engine.kernels.sampling import cutoff, gumbel, mixed, row_keys, sample
 
 LOGITS = torch.tensor([2.0, 1.5, 1.5, 0.3, -0.2, -1.0, -3.0, -8.0], dtype=torch.float64)
 

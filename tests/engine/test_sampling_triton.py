@@ -9,7 +9,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from retool.engine.kernels.sampling import Draws, cutoff, sample, seed_key
+from retool.engine.kernels.draws import Draws, seed_key
+from retool.engine.kernels.sampling import cutoff, sample
 from tests.interpreter import interpreted
 
 FILTERS = [(1, 1.0), (5, 1.0), (1000, 1.0), (-1, 1e-6), (-1, 0.5), (-1, 0.95), (7, 0.9)]

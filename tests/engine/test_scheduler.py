@@ -11,10 +11,10 @@ import pytest
 from retool.engine.schedule import ahead as ahead_module
 from retool.engine.schedule.ahead import plan_ahead
 from retool.engine.schedule.batch import make_batch
-from retool.engine.schedule.kv_cache import PagePool
-from retool.engine.schedule.params import SamplingParams
+from retool.engine.schedule.pages import PagePool
 from retool.engine.schedule.scheduler import Scheduler
 from retool.engine.schedule.sequence import Sequence, State, Step
+from retool.engine.types import SamplingParams
 
 
 class Written:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from retool.engine.schedule import kv_cache
+from retool.engine import memory
 from retool.metrics import read_jsonl
 from retool.rl import train
 from retool.rl.__main__ import main
@@ -704,7 +704,7 @@ def test_prompts_that_the_cache_can_not_hold_are_aborted_counted_and_trained_wit
     work, tmp_path, monkeypatch, capsys
 ) -> None:
     # Two pages of 16 tokens, fewer than most prompts have
-    monkeypatch.setattr(kv_cache, "CPU_KV_BYTES", 3 * 4096)
+    monkeypatch.setattr(memory, "MAX_CPU_KV_BYTES", 3 * 4096)
     assert (
         main(
             words(

@@ -32,10 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from retool.engine.schedule.kv_cache import KVCache
+from retool.engine.kernels.kv_cache import KVCache
 from retool.model.attention.dispatch import TRUSTED, tried
 
-HEAD_DIMS = 16, 32, 64, 128, 256  # that kernels of ours take
 # of a chunk that torch's attention takes at a time: their mask has as many bytes as they have keys,
 # per query head
 QUERIES = 512

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retool.engine.kernels.attention import HEAD_DIMS
+from retool.engine.kernels.kv_cache import HEAD_DIMS
 
 BLOCK = 64  # keys at a time: within a page
 PROGRAMS = 512  # about so many parts in all: more of them only cost more to join

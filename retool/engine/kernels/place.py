@@ -10,16 +10,18 @@ from __future__ import annotations
 import warnings
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from retool.engine.kernels.attention import HEAD_DIMS
+from retool.engine.kernels.kv_cache import HEAD_DIMS
 from retool.model.attention.dispatch import TRUSTED, tried
 from retool.model.decoder import rms_norm
 from retool.model.rope import rotate
 
-Norms = tuple[Tensor, Tensor, float]  # weights [H] of q's and k's norm, and its epsilon
+if TYPE_CHECKING:
+    from retool.engine.kernels.place_triton import Norms
 
 
 def place(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retool.engine.kernels.place import Norms
+Norms = tuple[Tensor, Tensor, float]  # weights [H] of q's and k's norm, and its epsilon
 
 
 @triton.jit

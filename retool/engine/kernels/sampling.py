@@ -12,41 +12,10 @@ arithmetic ones.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
-SECOND = 0x94D049BB133111EB - (1 << 64)
-MASK = (1 << 64) - 1
-
-
-class Draws(NamedTuple):
-    """Per row: the seed's key int64, the position int64 that the drawn token will have, temperature
-    float32, top-k int64, top-p float32.
-    """
-
-    keys: Tensor
-    positions: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-
-
-def seed_key(seed: tuple[int, ...]) -> int:
-    """A signed 64-bit key of a seed; every element and their order count."""
-    key = len(seed)
-    for part in seed:
-        key = _mixed_int((key + (part & MASK) + GOLDEN) & MASK) ^ (part >> 64 & MASK)
-    return key - (1 << 64) if key >= 1 << 63 else key
-
-
-def _mixed_int(z: int) -> int:
-    z = ((z ^ (z >> 30)) * (FIRST & MASK)) & MASK
-    z = ((z ^ (z >> 27)) * (SECOND & MASK)) & MASK
-    return z ^ (z >> 31)
+from retool.engine.kernels.draws import FIRST, GOLDEN, SECOND, Draws
 
 
 def mixed(z: Tensor) -> Tensor:

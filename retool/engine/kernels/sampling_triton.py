@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retool.engine.kernels.sampling import FIRST, GOLDEN, SECOND, Draws
+from retool.engine.kernels.draws import FIRST, GOLDEN, SECOND, Draws
 
 BLOCK = 2048
 PARTS = 16

@@ -13,7 +13,7 @@ where others may join) is over, when a page is missing, or when every turn is as
 
 from __future__ import annotations
 
-from retool.engine.schedule.kv_cache import PagePool
+from retool.engine.schedule.pages import PagePool
 from retool.engine.schedule.scheduler import Scheduler
 from retool.engine.schedule.sequence import Ahead, Item, Sequence
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from retool.engine.schedule.kv_cache import PagePool
-from retool.engine.schedule.params import Stats
+from retool.engine.schedule.pages import PagePool
 from retool.engine.schedule.sequence import Group, Sequence
+from retool.engine.types import Stats
 
 
 class Groups:

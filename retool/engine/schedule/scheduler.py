@@ -18,11 +18,11 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Hashable
 
-from retool.engine.kernels.sampling import seed_key
+from retool.engine.kernels.draws import seed_key
 from retool.engine.schedule.groups import Groups
-from retool.engine.schedule.kv_cache import PagePool
-from retool.engine.schedule.params import Reason, SamplingParams, Stats, TurnDone
+from retool.engine.schedule.pages import PagePool
 from retool.engine.schedule.sequence import Item, Sequence, State, Step
+from retool.engine.types import Reason, SamplingParams, Stats, TurnDone
 
 
 class Scheduler:

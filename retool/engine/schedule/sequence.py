@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from retool.engine.schedule.params import SamplingParams
+from retool.engine.types import SamplingParams
 
 
 class State(Enum):

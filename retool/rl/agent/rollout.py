@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from retool.data.render.renderer import Renderer
-from retool.engine.schedule.params import SamplingParams, TurnDone
+from retool.engine.types import SamplingParams, TurnDone
 from retool.rl.agent.episode import Sampled
 from retool.rl.agent.loop import run_episode
 from retool.rl.agent.options import Agent, AgentOptions

@@ -16,9 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from retool.engine.forward import cached_heads
-from retool.engine.schedule.kv_cache import page_bytes, work_bytes
-from retool.engine.schedule.params import EngineOptions
+from retool.engine.memory import cached_heads, page_bytes, work_bytes
+from retool.engine.types import EngineOptions
 from retool.model.build import DTYPES, plan_layout
 from retool.model.config import ModelConfig
 from retool.parallel.ulysses import HeadPlan

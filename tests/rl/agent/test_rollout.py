@@ -14,7 +14,7 @@ import pytest
 
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
-from retool.engine.schedule.params import TurnDone
+from retool.engine.types import TurnDone
 from retool.metrics.transcripts import read_transcripts
 from retool.rl.agent.options import AgentOptions
 from retool.rl.agent.rollout import Overlong, RolloutParts, RolloutTimes, Sampling, roll_out

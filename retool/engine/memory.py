@@ -1,0 +1,68 @@
+"""How many bytes an engine takes on one GPU: weights, a forward's work, and the KV cache.
+
+Preflight plans with the same functions that the engine allocates by.
+
+Legend: L layers · P tokens of a page · k kv heads that this rank caches · H head dim.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.distributed as dist
+
+from retool.engine.types import EngineOptions
+from retool.model.config import ModelConfig
+from retool.parallel.ulysses import HeadPlan
+
+MAX_CPU_KV_BYTES = 1 << 30  # of memory that isn't touched before it is used
+
+
+def cached_heads(plan: HeadPlan) -> int:
+    """Kv heads that this rank's cache holds: one per query head where its query heads don't group
+    evenly.
+    """
+    ranges = plan.query_ranges if plan.expansion else plan.kv_ranges
+    return len(ranges[plan.rank])
+
+
+def page_bytes(shape_LPkH: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+    """Bytes of one page, keys and values, in all layers."""
+    return 2 * prod(shape_LPkH) * dtype.itemsize
+
+
+def work_bytes(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) -> int:
+    """What a forward needs beside weights and cache: fp32 logits of every sequence, twice, and a
+    layer's activations.
+    """
+    logits = 2 * 4 * options.max_num_seqs * config.vocab
+    # Where attention is wider than the model
+    wider = max(0, config.heads * config.head_dim - config.hidden)
+    per_token = 4 * config.ffn + 14 * config.hidden + 16 * wider
+    return logits + options.max_batch_tokens * per_token * dtype.itemsize
+
+
+def cache_bytes(
+    options: EngineOptions,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    useful: int,
+) -> int:
+    """Bytes for the KV cache, of which `useful` are of use. Collective.
+
+    The smallest of the group's, as one page table serves all of its ranks.
+    """
+    if options.kv_bytes is not None:
+        return options.kv_bytes
+    if device.type != "cuda":
+        return min(2 * useful + (1 << 20), MAX_CPU_KV_BYTES)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    share = int((free - work_bytes(options, config, dtype)) * options.kv_share)
+    box = torch.tensor([max(0, share)], device=device)
+    if group is not None:
+        dist.all_reduce(box, dist.ReduceOp.MIN, group=group)
+    return int(box)
