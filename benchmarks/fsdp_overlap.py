@@ -22,7 +22,8 @@ from sft import DOCUMENTS, SHAPES, Documents, random_weights
 from table import attempt, failed, hardware, head, row, save
 from torch.profiler import ProfilerActivity, profile
 
-from retool.data.loader import iterate_steps
+from retool.data.loader import StepOrder, iterate_steps
+from retool.data.packing import Budget, Packing
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
 from retool.optim import AdamW, AdamWOptions
@@ -85,14 +86,9 @@ def measure(
     batches = list(
         iterate_steps(
             data,
-            train_batch_size=DOCUMENTS["full"],
-            seed=0,
+            StepOrder(DOCUMENTS["full"], seed=0, shuffle=False),
+            Packing(Budget(micro_batch_size=mesh.sp), mesh.dp_rank, mesh.dp, mesh.sp),
             stop_step=3,
-            shuffle=False,
-            dp_rank=mesh.dp_rank,
-            dp=mesh.dp,
-            sp=mesh.sp,
-            micro_batch_size=mesh.sp,
         )
     )
     for batch in batches[:2]:

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from table import hardware, head, row, save
 
-from retool.data.packing import Plan, cost, plan_step
+from retool.data.packing import Budget, Plan, cost, plan_step
 
-BUDGET = 16_384
+MAX_TOKENS = 16_384
 CASES: dict[
     str, tuple[int, int, int, float, int]
 ] = {  # samples a step, ranks, median length, σ of its logarithm, longest
@@ -41,7 +41,7 @@ def lengths(median: int, sigma: float, longest: int, count: int, seed: int) -> n
 
 def in_order(n: np.ndarray, dp: int) -> Plan:
     """As many samples per micro-batch as fit the budget in the worst case; ranks take turns."""
-    size = max(1, BUDGET // int(n.max()))
+    size = max(1, MAX_TOKENS // int(n.max()))
     groups = [list(range(i, min(i + size, len(n)))) for i in range(0, len(n), size)]
     groups += [[] for _ in range(-len(groups) % dp)]
     return [groups[rank::dp] for rank in range(dp)]
@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     print(
         f"{hardware(torch.device('cpu'))}, numpy {np.__version__}; {args.steps} steps each, budget "
-        f"{BUDGET:,} tokens a rank"
+        f"{MAX_TOKENS:,} tokens a rank"
     )
     head("Spreading samples", ["", "", "time ÷ ideal", "worst", "padding saved", "plan ms"])
     lines = []
@@ -80,7 +80,7 @@ def main() -> None:
         for step in range(args.steps):
             n = lengths(median, sigma, longest, samples, seed=step)
             start = time.perf_counter()
-            ours = plan_step(n, dp, max_tokens_per_gpu=BUDGET)
+            ours = plan_step(n, Budget(MAX_TOKENS), dp)
             seconds = time.perf_counter() - start
             for name, plan in (("in order (baseline)", in_order(n, dp)), ("retool", ours)):
                 found[name].append((over_ideal(plan, n), padding(plan, n), seconds))

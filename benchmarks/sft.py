@@ -29,7 +29,8 @@ import torch.distributed as dist
 from table import attempt, failed, save
 
 from retool.batch import Sample
-from retool.data.loader import iterate_steps
+from retool.data.loader import StepOrder, iterate_steps
+from retool.data.packing import Budget, Packing
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
 from retool.model.decoder import Recompute
@@ -218,18 +219,12 @@ def measure(
     losses = []
     batch = None
     pad_to = 16_384 // scale if row.padded else None
+    budget = Budget(None if row.tokens is None else row.tokens // scale, row.samples)
     for batch in iterate_steps(
         data,
-        train_batch_size=DOCUMENTS[row.workload],
-        seed=0,
+        StepOrder(DOCUMENTS[row.workload], seed=0, shuffle=False),
+        Packing(budget, mesh.dp_rank, mesh.dp, mesh.sp, pad_to),
         stop_step=row.steps,
-        shuffle=False,
-        dp_rank=mesh.dp_rank,
-        dp=mesh.dp,
-        sp=mesh.sp,
-        micro_batch_size=row.samples,
-        max_tokens_per_gpu=None if row.tokens is None else row.tokens // scale,
-        pad_to=pad_to,
         prefetch=row.steps,
     ):
         measured = train_step(

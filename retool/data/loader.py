@@ -1,5 +1,6 @@
-"""Optimizer steps, as a function of the step number alone: same samples in the same step whatever
-the layout, resumable anywhere.
+"""Optimizer steps as a function of the step number alone.
+
+A step has the same samples whatever the layout, and a run resumes at any of them.
 """
 
 from __future__ import annotations
@@ -8,14 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from retool.batch import PackedBatch, Sample, pack
 from retool.data.cache import Dataset, DatasetReport, open_dataset
-from retool.data.packing import QUADRATIC_LENGTH, plan_step
+from retool.data.packing import Packing, plan_step
 
 __all__ = [
     "Dataset",
@@ -30,7 +30,7 @@ __all__ = [
     "steps_per_epoch",
 ]
 
-VALIDATION_WINDOW = 1024
+SAMPLES_A_VALIDATION_PLAN = 1024
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
@@ -49,9 +49,9 @@ class Samples(Protocol):
 class StepBatch:
     """One optimizer step of one data-parallel rank.
 
-    `micro_batches` are whole packs (slice them for a sequence-parallel rank), equally many on every
-    rank, a dummy pack of weight 0 where this rank has nothing. `real_tokens`, `trained_tokens` and
-    `samples` count all ranks together.
+    `micro_batches` are whole packs: slice them for a sequence-parallel rank. Every rank has equally
+    many; where it has nothing to do, a dummy pack of weight 0. `samples` are the indices of all
+    ranks together, `real_tokens` and `trained_tokens` count them.
     """
 
     step: int
@@ -78,164 +78,102 @@ def steps_per_epoch(samples: int, train_batch_size: int) -> int:
 
 
 def epoch_order(samples: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
-    """The order of an epoch, int64 [samples]: a function of these arguments alone, on every machine
-    and numpy.
-
-    Samples are sorted by random 64-bit keys; raw bit streams are what numpy promises never to
-    change.
-    """
+    """The order of an epoch, int64 [samples]; the same on every machine and with every numpy."""
     if not shuffle:
         return np.arange(samples)
+    # Sorted by random 64-bit keys: raw bit streams are what numpy promises never to change.
     keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(samples)
     return np.argsort(keys, kind="stable")
 
 
-def _packs(
-    dataset: Samples,
-    indices: Sequence[int],
-    dp_rank: int,
-    dp: int,
-    sp: int,
-    micro_batch_size: int | None,
-    max_tokens_per_gpu: int | None,
-    quadratic_length: int,
-    pad_to: int | None,
-    pad_id: int,
-) -> tuple[PackedBatch, ...]:
-    lengths = [pad_to if pad_to is not None else int(dataset.lengths[i]) for i in indices]
-    plan = plan_step(lengths, dp, sp, micro_batch_size, max_tokens_per_gpu, quadratic_length)
-    # shortest first: attention kernels that treat long and short documents apart then have two runs
-    # to do, not many
-    ordered = (sorted(members, key=lambda i: lengths[i]) for members in plan[dp_rank])
-    return tuple(
-        pack([dataset[indices[i]] for i in members], sp, pad_to, pad_id) for members in ordered
-    )
+@dataclass(frozen=True)
+class StepOrder:
+    """Which samples a step takes: the next `train_batch_size` of an epoch, whose order `seed` makes.
+
+    `shuffle` false: as they lie in the files.
+    """
+
+    train_batch_size: int
+    seed: int
+    shuffle: bool = True
 
 
-def step_batch(
-    step: int,
-    dataset: Samples,
-    *,
-    train_batch_size: int,
-    seed: int,
-    dp_rank: int = 0,
-    dp: int = 1,
-    sp: int = 1,
-    micro_batch_size: int | None = None,
-    max_tokens_per_gpu: int | None = None,
-    quadratic_length: int = QUADRATIC_LENGTH,
-    pad_to: int | None = None,
-    pad_id: int = 0,
-    shuffle: bool = True,
-) -> StepBatch:
+def step_batch(step: int, dataset: Samples, order: StepOrder, packing: Packing) -> StepBatch:
     """The batch of global step `step` (from 0, counted over epochs) for one data-parallel rank."""
-    epoch, position = divmod(step, steps_per_epoch(len(dataset), train_batch_size))
-    order = epoch_order(len(dataset), seed, epoch, shuffle)
-    indices = order[position * train_batch_size : (position + 1) * train_batch_size].tolist()
-    packs = _packs(
-        dataset,
-        indices,
-        dp_rank,
-        dp,
-        sp,
-        micro_batch_size,
-        max_tokens_per_gpu,
-        quadratic_length,
-        pad_to,
-        pad_id,
+    size = order.train_batch_size
+    epoch, position = divmod(step, steps_per_epoch(len(dataset), size))
+    whole_epoch = epoch_order(len(dataset), order.seed, epoch, order.shuffle)
+    indices = whole_epoch[position * size : (position + 1) * size].tolist()
+    return StepBatch(
+        step=step,
+        epoch=epoch,
+        micro_batches=_packs(dataset, indices, packing),
+        samples=tuple(indices),
+        real_tokens=int(np.sum(dataset.lengths[indices], dtype=np.int64)),
+        trained_tokens=int(np.sum(dataset.trained[indices], dtype=np.int64)),
     )
-    real = int(np.sum(dataset.lengths[indices], dtype=np.int64))
-    trained = int(np.sum(dataset.trained[indices], dtype=np.int64))
-    return StepBatch(step, epoch, packs, tuple(indices), real, trained)
 
 
 def iterate_steps(
     dataset: Samples,
+    order: StepOrder,
+    packing: Packing,
     *,
-    train_batch_size: int,
-    seed: int,
     stop_step: int,
     start_step: int = 0,
-    dp_rank: int = 0,
-    dp: int = 1,
-    sp: int = 1,
-    micro_batch_size: int | None = None,
-    max_tokens_per_gpu: int | None = None,
-    quadratic_length: int = QUADRATIC_LENGTH,
-    pad_to: int | None = None,
-    pad_id: int = 0,
-    shuffle: bool = True,
     prefetch: int = 2,
 ) -> Iterator[StepBatch]:
-    """Steps start_step … stop_step - 1, over as many epochs as that takes; `prefetch` of them are
-    made ahead in a thread.
+    """Steps start_step … stop_step - 1, over as many epochs as that takes.
 
-    To resume, give the next step: nothing else is needed. `micro_batch_size` or
-    `max_tokens_per_gpu` as in `plan_step`; `pad_to` pads every sample to that length first. Raises
-    ValueError when an epoch has no full batch.
+    To resume, give the next step: nothing else is needed. A thread makes `prefetch` steps ahead.
+    Raises ValueError when an epoch has no full batch.
     """
-    steps_per_epoch(len(dataset), train_batch_size)
-    make = partial(
-        step_batch,
-        dataset=dataset,
-        train_batch_size=train_batch_size,
-        seed=seed,
-        dp_rank=dp_rank,
-        dp=dp,
-        sp=sp,
-        micro_batch_size=micro_batch_size,
-        max_tokens_per_gpu=max_tokens_per_gpu,
-        quadratic_length=quadratic_length,
-        pad_to=pad_to,
-        pad_id=pad_id,
-        shuffle=shuffle,
-    )
+    steps_per_epoch(len(dataset), order.train_batch_size)
+
+    def make(step: int) -> StepBatch:
+        return step_batch(step, dataset, order, packing)
+
     return _ahead(make, range(start_step, stop_step), prefetch)
 
 
 def iterate_validation(
-    dataset: Samples,
-    *,
-    dp_rank: int = 0,
-    dp: int = 1,
-    sp: int = 1,
-    micro_batch_size: int | None = None,
-    max_tokens_per_gpu: int | None = None,
-    quadratic_length: int = QUADRATIC_LENGTH,
-    pad_to: int | None = None,
-    pad_id: int = 0,
-    prefetch: int = 2,
+    dataset: Samples, packing: Packing, *, prefetch: int = 2
 ) -> Iterator[PackedBatch]:
-    """Every sample once over all ranks, as this rank's micro-batches; equally many (dummies of
-    weight 0 among them) on every rank.
+    """Every sample once over all ranks, as this rank's micro-batches.
 
-    The mean loss is the sum over all ranks divided by `dataset.trained.sum()`.
+    Every rank gets equally many, dummies of weight 0 among them. The mean loss is the sum over all
+    ranks divided by `dataset.trained.sum()`.
     """
 
     def make(first: int) -> tuple[PackedBatch, ...]:
-        window = list(range(first, min(first + VALIDATION_WINDOW, len(dataset))))
-        return _packs(
-            dataset,
-            window,
-            dp_rank,
-            dp,
-            sp,
-            micro_batch_size,
-            max_tokens_per_gpu,
-            quadratic_length,
-            pad_to,
-            pad_id,
-        )
+        last = min(first + SAMPLES_A_VALIDATION_PLAN, len(dataset))
+        return _packs(dataset, range(first, last), packing)
 
-    for packs in _ahead(make, range(0, len(dataset), VALIDATION_WINDOW), prefetch):
+    for packs in _ahead(make, range(0, len(dataset), SAMPLES_A_VALIDATION_PLAN), prefetch):
         yield from packs
+
+
+def _packs(dataset: Samples, indices: Sequence[int], packing: Packing) -> tuple[PackedBatch, ...]:
+    """The packs of one rank for the samples that all ranks take together."""
+    pad_to = packing.pad_to
+    lengths = [pad_to if pad_to is not None else int(dataset.lengths[i]) for i in indices]
+    plan = plan_step(lengths, packing.budget, packing.dp, packing.sp)
+    packs = []
+    for members in plan[packing.dp_rank]:
+        # Shortest first: attention kernels that treat long and short documents apart then have two
+        # runs to do, not many.
+        ordered = sorted(members, key=lambda i: lengths[i])
+        samples = [dataset[indices[i]] for i in ordered]
+        packs.append(pack(samples, packing.sp, pad_to, packing.pad_id))
+    return tuple(packs)
 
 
 def _ahead(
     make: Callable[[_Item], _Made], items: Iterable[_Item], prefetch: int
 ) -> Iterator[_Made]:
-    """`make(item)` in order, up to `prefetch` of them ahead in a background thread; its errors are
-    raised here.
+    """`make(item)` in order; a background thread makes up to `prefetch` of them ahead.
+
+    Its errors are raised here.
     """
     waiting: deque[Future[Any]] = deque()
     pool = ThreadPoolExecutor(1, thread_name_prefix="retool-data")

@@ -11,15 +11,59 @@ quadratic, and equals everything else at `quadratic_length` tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-# where causal attention costs as much as the rest of a 0.5B-parameter model; of another:
-# perf.quadratic_length
+# Tokens at which causal attention costs as much as the rest of a 0.5B-parameter model. For another
+# model: `perf.quadratic_length`.
 QUADRATIC_LENGTH = 24_000
 
-# [dp rank][micro-batch][index of a sample]; an empty micro-batch is a dummy pack
+# [data-parallel rank][micro-batch][index of a sample]; an empty micro-batch is a dummy pack
 Plan = list[list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one micro-batch may hold: tokens per GPU, or a number of samples. Give one of them.
+
+    A group of sp sequence-parallel ranks shares a micro-batch, so it holds sp times
+    `max_tokens_per_gpu`. `quadratic_length` balances the work (see the note above).
+
+    Raises ValueError for none or both, and for a limit below 1.
+    """
+
+    max_tokens_per_gpu: int | None = None
+    micro_batch_size: int | None = None
+    quadratic_length: int = QUADRATIC_LENGTH
+
+    def __post_init__(self) -> None:
+        limits = {
+            "data.micro_batch_size_per_gpu": self.micro_batch_size,
+            "data.max_token_len_per_gpu": self.max_tokens_per_gpu,
+        }
+        given = {key: limit for key, limit in limits.items() if limit is not None}
+        if len(given) != 1:
+            raise ValueError(f"give one of {' and '.join(limits)}.")
+        for key, limit in given.items():
+            if limit < 1:
+                raise ValueError(f"{key}={limit} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the samples of a step become the packs of data-parallel rank `dp_rank` of `dp`.
+
+    A pack's length is a multiple of `sp`. `pad_to` first pads every sample to that length with the
+    token `pad_id`: the baseline of data.use_remove_padding=false.
+    """
+
+    budget: Budget
+    dp_rank: int = 0
+    dp: int = 1
+    sp: int = 1
+    pad_to: int | None = None
+    pad_id: int = 0
 
 
 def cost(length: int | np.ndarray, quadratic_length: int = QUADRATIC_LENGTH) -> float | np.ndarray:
@@ -27,91 +71,93 @@ def cost(length: int | np.ndarray, quadratic_length: int = QUADRATIC_LENGTH) -> 
     return length + length * (length / quadratic_length)
 
 
-def plan_step(
-    lengths: Sequence[int] | np.ndarray,
-    dp: int,
-    sp: int = 1,
-    micro_batch_size: int | None = None,
-    max_tokens_per_gpu: int | None = None,
-    quadratic_length: int = QUADRATIC_LENGTH,
-) -> Plan:
-    """Plan one optimizer step over samples of these `lengths`; every sample is in exactly one
-    micro-batch.
+def plan_step(lengths: Sequence[int] | np.ndarray, budget: Budget, dp: int, sp: int = 1) -> Plan:
+    """Plan one optimizer step over samples of these `lengths`; each is in exactly one micro-batch.
 
-    Either `micro_batch_size` samples at most per micro-batch of one sp group, or a budget of
-    `max_tokens_per_gpu` (a group of sp ranks holds sp times that; a longer sample is a micro-batch
-    of its own). Every rank gets the same number of micro-batches; a short rank has empty ones. A
-    function of its arguments alone. Raises ValueError for nonsense limits.
+    A sample that is longer than a budget of tokens is a micro-batch of its own. Every rank gets the
+    same number of micro-batches; a short rank has empty ones. The plan depends on the arguments
+    alone, so every rank makes the same one.
     """
-    if (micro_batch_size is None) == (max_tokens_per_gpu is None):
-        raise ValueError(
-            "give one of data.micro_batch_size_per_gpu and data.max_token_len_per_gpu."
-        )
-    limit = micro_batch_size if micro_batch_size is not None else max_tokens_per_gpu
-    if limit is None or limit < 1:
-        name = (
-            "data.micro_batch_size_per_gpu"
-            if micro_batch_size is not None
-            else "data.max_token_len_per_gpu"
-        )
-        raise ValueError(f"{name}={limit} must be at least 1.")
     sizes = np.asarray(lengths, np.int64)
     if len(sizes) == 0:
         return [[] for _ in range(dp)]
-    costs = np.asarray(cost(sizes, quadratic_length), np.float64)
-    weights, capacity = (
-        (np.ones_like(sizes), limit) if micro_batch_size is not None else (sizes, limit * sp)
-    )
-    bins = _fill(weights, costs, capacity, dp)
-    return _deal(bins, costs, dp)
+    costs = np.asarray(cost(sizes, budget.quadratic_length), np.float64)
+    if budget.max_tokens_per_gpu is not None:
+        micro_batches = _fill(sizes, costs, budget.max_tokens_per_gpu * sp, dp)
+    else:
+        assert budget.micro_batch_size is not None
+        micro_batches = _fill(np.ones_like(sizes), costs, budget.micro_batch_size, dp)
+    return _deal(micro_batches, costs, dp)
 
 
 def _fill(weights: np.ndarray, costs: np.ndarray, capacity: int, dp: int) -> list[list[int]]:
-    """The fewest micro-batches (a multiple of dp) that hold everything, as evenly as they can."""
+    """The fewest micro-batches (a multiple of dp) that hold everything, with even costs.
+
+    `weights` [n] is what each sample takes of `capacity`.
+    """
     alone = weights > capacity
-    fewest = int(alone.sum()) + -(-int(weights[~alone].sum()) // capacity)
-    count = -(-max(fewest, 1) // dp) * dp
+    fewest = int(alone.sum()) + _divide_up(int(weights[~alone].sum()), capacity)
+    count = _divide_up(max(fewest, 1), dp) * dp
     while True:
-        for key in (costs, None):
-            bins = _fill_into(count, weights, capacity, key)
-            if bins is not None:
-                return bins
+        # Even costs may need more micro-batches than the tightest filling does.
+        filled = _fill_evenly(count, weights, capacity, costs)
+        if filled is None:
+            filled = _fill_tightly(count, weights, capacity)
+        if filled is not None:
+            return filled
         count += dp
 
 
-def _fill_into(
-    count: int, weights: np.ndarray, capacity: int, costs: np.ndarray | None
+def _fill_evenly(
+    count: int, weights: np.ndarray, capacity: int, costs: np.ndarray
 ) -> list[list[int]] | None:
-    """Fill `count` bins: each sample, largest first, into the cheapest bin with room (or, without
-    costs, the fullest). None: no room.
-    """
-    order = np.argsort(-(weights if costs is None else costs), kind="stable")
-    bins: list[list[int]] = [[] for _ in range(count)]
+    """Each sample, dearest first, into the cheapest micro-batch with room; None without room."""
+    micro_batches: list[list[int]] = [[] for _ in range(count)]
     held = np.zeros(count, np.int64)
     spent = np.zeros(count)
-    for i in order.tolist():
+    for i in np.argsort(-costs, kind="stable").tolist():
         fits = (held + weights[i] <= capacity) | (held == 0)
         if not fits.any():
             return None
-        best = int(np.argmin(np.where(fits, spent if costs is not None else -held, np.inf)))
-        bins[best].append(i)
-        held[best] += weights[i]
-        if costs is not None:
-            spent[best] += costs[i]
-    return bins
+        cheapest = int(np.argmin(np.where(fits, spent, np.inf)))
+        micro_batches[cheapest].append(i)
+        held[cheapest] += weights[i]
+        spent[cheapest] += costs[i]
+    return micro_batches
 
 
-def _deal(bins: list[list[int]], costs: np.ndarray, dp: int) -> Plan:
-    """Deal the bins, dearest first, in rounds of dp: in each round the dearest goes to the rank
-    with the least work so far.
+def _fill_tightly(count: int, weights: np.ndarray, capacity: int) -> list[list[int]] | None:
+    """Each sample, largest first, into the fullest micro-batch with room; None without room."""
+    micro_batches: list[list[int]] = [[] for _ in range(count)]
+    held = np.zeros(count, np.int64)
+    for i in np.argsort(-weights, kind="stable").tolist():
+        fits = (held + weights[i] <= capacity) | (held == 0)
+        if not fits.any():
+            return None
+        fullest = int(np.argmin(np.where(fits, -held, np.inf)))
+        micro_batches[fullest].append(i)
+        held[fullest] += weights[i]
+    return micro_batches
+
+
+def _deal(micro_batches: list[list[int]], costs: np.ndarray, dp: int) -> Plan:
+    """Deal the micro-batches to the ranks in rounds of dp, dearest first.
+
+    In each round the dearest goes to the rank with the least work so far.
     """
-    totals = [float(costs[members].sum()) for members in bins]
-    order = sorted(range(len(bins)), key=lambda b: (-totals[b], b))
+    totals = [float(costs[members].sum()) for members in micro_batches]
+    dearest_first = sorted(range(len(micro_batches)), key=lambda b: (-totals[b], b))
     plan: Plan = [[] for _ in range(dp)]
     work = [0.0] * dp
-    for first in range(0, len(order), dp):
+    for first in range(0, len(dearest_first), dp):
         ranks = sorted(range(dp), key=lambda rank: (work[rank], rank))
-        for rank, b in zip(ranks, order[first : first + dp], strict=True):
-            plan[rank].append(sorted(bins[b]))
+        dealt = dearest_first[first : first + dp]
+        for rank, b in zip(ranks, dealt, strict=True):
+            plan[rank].append(sorted(micro_batches[b]))
             work[rank] += totals[b]
     return plan
+
+
+def _divide_up(total: int, part: int) -> int:
+    """`total / part`, rounded up."""
+    return -(-total // part)

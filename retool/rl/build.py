@@ -15,6 +15,7 @@ import torch.distributed as dist
 from retool import checkpoint
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.config import to_dict
+from retool.data.packing import Budget
 from retool.engine import Engine
 from retool.files.own_folder import OwnFolder
 from retool.metrics import Loggers, RunInfo, open_loggers
@@ -30,7 +31,6 @@ from retool.rl.agent.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.config import RLConfig
 from retool.rl.data import prompts_at
 from retool.rl.eos import eos_ids
-from retool.rl.objective.batching import Budget
 from retool.rl.objective.losses import Clip
 from retool.rl.objective.policy import LossSpec
 from retool.rl.preflight.memory import engine_options

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from retool import checkpoint
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.config import to_dict
-from retool.data.loader import Dataset, StepBatch, iterate_steps, iterate_validation
+from retool.data.loader import (
+    Dataset,
+    StepBatch,
+    StepOrder,
+    iterate_steps,
+    iterate_validation,
+)
+from retool.data.packing import Budget, Packing
 from retool.files.own_folder import OwnFolder
 from retool.metrics import Loggers, RunInfo, open_loggers
 from retool.model.build import DTYPES, ModelOptions
@@ -93,7 +99,7 @@ class Run:
     optimizer: AdamW
     train_data: Dataset
     val_data: Dataset | None
-    batching: dict[str, Any]
+    packing: Packing
     hold: bool
     loggers: Loggers
     save_options: checkpoint.SaveOptions
@@ -131,12 +137,10 @@ def train(report: Report) -> None:
     run, state = build_run(report, mesh)
     batches = iterate_steps(
         run.train_data,
-        train_batch_size=config.data.train_batch_size,
-        seed=config.data.seed,
+        StepOrder(config.data.train_batch_size, config.data.seed, config.data.shuffle),
+        run.packing,
         start_step=state.step,
         stop_step=report.steps,
-        shuffle=config.data.shuffle,
-        **run.batching,
     )
     timer = StepTimer(mesh.device)
     with StopRequest(run.problem) as stop, orderly_end(run, state):
@@ -204,9 +208,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     saved = save_options(report.options, mesh, report.folder, config.data.chat_template)
     loggers = open_loggers(trainer.logger, info) if mesh.rank == 0 else Loggers()
     assert report.model is not None
-    batching = micro_batching(mesh, config, report.choice.tokens) | {
-        "quadratic_length": quadratic_length(report.model)
-    }
+    packing = make_packing(mesh, config, report.choice.tokens, quadratic_length(report.model))
     staging = checkpoint.Staging(mesh, folder=OwnFolder(folder) if mesh.rank == 0 else None)
     staging.prepare(model_state(model, optimizer), mesh, saved)
     hold = report.choice.hold
@@ -219,7 +221,7 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
         optimizer,
         train_data,
         val_data,
-        batching,
+        packing,
         hold,
         loggers,
         saved,
@@ -245,19 +247,23 @@ def model_options(config: SFTConfig, choice: Choice) -> ModelOptions:
     )
 
 
-def micro_batching(mesh: Mesh, config: SFTConfig, tokens_per_gpu: int) -> dict[str, Any]:
-    """The loader's arguments that depend on the layout: samples per micro-batch where the user says
-    so, else tokens.
-    """
+def make_packing(
+    mesh: Mesh, config: SFTConfig, tokens_per_gpu: int, quadratic_length: int
+) -> Packing:
+    """This rank's packs: samples per micro-batch where the user says so, else tokens."""
     samples = None if fills(config) else config.data.micro_batch_size_per_gpu
-    return {
-        "dp_rank": mesh.dp_rank,
-        "dp": mesh.dp,
-        "sp": mesh.sp,
-        "micro_batch_size": samples,
-        "max_tokens_per_gpu": tokens_per_gpu if samples is None else None,
-        "pad_to": None if config.use_remove_padding else config.data.max_length,
-    }
+    budget = Budget(
+        max_tokens_per_gpu=tokens_per_gpu if samples is None else None,
+        micro_batch_size=samples,
+        quadratic_length=quadratic_length,
+    )
+    return Packing(
+        budget,
+        dp_rank=mesh.dp_rank,
+        dp=mesh.dp,
+        sp=mesh.sp,
+        pad_to=None if config.use_remove_padding else config.data.max_length,
+    )
 
 
 def resume(report: Report, mesh: Mesh, model: Sharded, optimizer: AdamW) -> TrainState:
@@ -367,7 +373,7 @@ def run_validation(run: Run, state: TrainState, watchdog: Watchdog) -> None:
     log_pending(run, state)
     if run.val_data is None:
         return
-    batches = watchdog.each(iterate_validation(run.val_data, **run.batching))
+    batches = watchdog.each(iterate_validation(run.val_data, run.packing))
     run.loggers.log(state.step, validate(run.model, batches, int(run.val_data.trained.sum())))
 
 

@@ -4,7 +4,7 @@ anywhere, every fault said at once.
 
 import json
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -13,12 +13,14 @@ import pytest
 from retool.batch import Sample
 from retool.data import tokenise
 from retool.data.loader import (
+    StepOrder,
     epoch_order,
     iterate_steps,
     iterate_validation,
     open_dataset,
     steps_per_epoch,
 )
+from retool.data.packing import Budget, Packing
 from retool.data.tokenise import truncate
 
 
@@ -75,6 +77,9 @@ def documents(pack):
     return found
 
 
+FOURS = Packing(Budget(micro_batch_size=4))
+
+
 class TestSteps:
     def test_order_is_a_function_of_seed_and_epoch(self):
         # Must never change: resumed runs rely on it
@@ -104,13 +109,14 @@ class TestSteps:
         assert abs(places.mean(0) - 4.5).max() < 0.3
 
     @pytest.mark.parametrize(("dp", "sp"), [(1, 1), (1, 2), (2, 1), (3, 1), (4, 2), (5, 3)])
-    @pytest.mark.parametrize("limit", [{"micro_batch_size": 2}, {"max_tokens_per_gpu": 100}])
-    def test_same_samples_in_the_same_step_whatever_the_layout(self, memory, dp, sp, limit):
+    @pytest.mark.parametrize("budget", [Budget(micro_batch_size=2), Budget(100)])
+    def test_same_samples_in_the_same_step_whatever_the_layout(self, memory, dp, sp, budget):
         size = 16
-        wholes = {"train_batch_size": size, "seed": 3, "stop_step": 7}
-        reference = list(iterate_steps(memory, **wholes, micro_batch_size=size))
+        order = StepOrder(size, seed=3)
+        whole_batch = Packing(Budget(micro_batch_size=size))
+        reference = list(iterate_steps(memory, order, whole_batch, stop_step=7))
         ranks = [
-            list(iterate_steps(memory, **wholes, dp_rank=r, dp=dp, sp=sp, **limit))
+            list(iterate_steps(memory, order, Packing(budget, r, dp, sp), stop_step=7))
             for r in range(dp)
         ]
         for step, batches in enumerate(zip(*ranks, strict=True)):
@@ -139,29 +145,18 @@ class TestSteps:
 
     def test_epochs_cover_everything_but_the_incomplete_batch(self, memory):
         assert steps_per_epoch(53, 16) == 3
-        seen = [
-            i
-            for batch in iterate_steps(
-                memory, train_batch_size=16, seed=1, stop_step=6, micro_batch_size=4
-            )
-            for i in batch.samples
-        ]
+        batches = iterate_steps(memory, StepOrder(16, seed=1), FOURS, stop_step=6)
+        seen = [i for batch in batches for i in batch.samples]
         for epoch in (seen[:48], seen[48:]):
             assert len(set(epoch)) == 48
         assert seen[:48] != seen[48:]
 
     @pytest.mark.parametrize("start", [0, 1, 3, 5])
     def test_resumed_is_the_tail(self, memory, start):
-        args = {
-            "train_batch_size": 16,
-            "seed": 5,
-            "stop_step": 7,
-            "dp": 2,
-            "dp_rank": 1,
-            "max_tokens_per_gpu": 200,
-        }
-        whole = list(iterate_steps(memory, **args))
-        tail = list(iterate_steps(memory, **args, start_step=start))
+        order = StepOrder(16, seed=5)
+        packing = Packing(Budget(200), dp_rank=1, dp=2)
+        whole = list(iterate_steps(memory, order, packing, stop_step=7))
+        tail = list(iterate_steps(memory, order, packing, stop_step=7, start_step=start))
         assert [batch.step for batch in tail] == list(range(start, 7))
         for a, b in zip(whole[start:], tail, strict=True):
             assert (a.samples, a.real_tokens, a.trained_tokens) == (
@@ -177,20 +172,13 @@ class TestSteps:
                 )
 
     def test_padded_rows(self, memory):
-        (batch,) = iterate_steps(
-            memory,
-            train_batch_size=8,
-            seed=1,
-            stop_step=1,
-            micro_batch_size=4,
-            pad_to=90,
-            pad_id=99,
-        )
+        order = StepOrder(8, seed=1)
+        padded = replace(FOURS, pad_to=90, pad_id=99)
+        (batch,) = iterate_steps(memory, order, padded, stop_step=1)
         assert all(pack.seqlens == (90,) * 4 for pack in batch.micro_batches)
         assert batch.real_tokens == sum(int(memory.lengths[i]) for i in batch.samples)
-        (by_tokens,) = iterate_steps(
-            memory, train_batch_size=8, seed=1, stop_step=1, max_tokens_per_gpu=180, pad_to=90
-        )
+        two_rows = Packing(Budget(180), pad_to=90)
+        (by_tokens,) = iterate_steps(memory, order, two_rows, stop_step=1)
         assert len(by_tokens.micro_batches) == 4  # the padding counts against the budget
 
     def test_an_epoch_needs_one_full_batch(self, memory):
@@ -198,9 +186,7 @@ class TestSteps:
             ValueError,
             match=r"train_batch_size=64 is more than the 53 training samples.*at most 53",
         ):
-            next(
-                iterate_steps(memory, train_batch_size=64, seed=1, stop_step=1, micro_batch_size=1)
-            )
+            next(iterate_steps(memory, StepOrder(64, seed=1), FOURS, stop_step=1))
         with pytest.raises(ValueError, match="at least 1"):
             steps_per_epoch(5, 0)
 
@@ -216,15 +202,12 @@ class TestSteps:
                 return super().__getitem__(index)
 
         before = threading.active_count()
-        steps = iterate_steps(
-            Slow(memory.samples), train_batch_size=16, seed=1, stop_step=3, micro_batch_size=16
-        )
+        order = StepOrder(16, seed=1)
+        steps = iterate_steps(Slow(memory.samples), order, FOURS, stop_step=3)
         with pytest.raises(OSError, match="the disk is gone"):
             list(steps)
         assert made.is_set()
-        steps = iterate_steps(
-            memory, train_batch_size=16, seed=1, stop_step=300, micro_batch_size=16
-        )
+        steps = iterate_steps(memory, order, FOURS, stop_step=300)
         next(steps)
         steps.close()
         assert threading.active_count() == before
@@ -232,8 +215,7 @@ class TestSteps:
     @pytest.mark.parametrize(("dp", "sp"), [(1, 1), (2, 2), (3, 1), (60, 1)])
     def test_validation_covers_every_row_once(self, memory, dp, sp):
         ranks = [
-            list(iterate_validation(memory, dp_rank=r, dp=dp, sp=sp, max_tokens_per_gpu=150))
-            for r in range(dp)
+            list(iterate_validation(memory, Packing(Budget(150), r, dp, sp))) for r in range(dp)
         ]
         assert len({len(packs) for packs in ranks}) == 1
         packs = [pack for rank in ranks for pack in rank]

@@ -8,13 +8,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from retool.data.packing import cost, plan_step
+from retool.data.packing import Budget, cost, plan_step
 from retool.model.config import parse_model_config
 from retool.perf import model_flops, quadratic_length
 
 
 def check(lengths, dp, sp, size=None, budget=None):
-    plan = plan_step(lengths, dp, sp, size, budget)
+    plan = plan_step(lengths, Budget(budget, size), dp, sp)
     assert len(plan) == dp and len({len(rank) for rank in plan}) == 1
     everything = sorted(i for rank in plan for members in rank for i in members)
     assert everything == list(range(len(lengths)))
@@ -121,7 +121,7 @@ def test_attention_costs_as_much_as_the_rest_where_the_model_says():
     lengths = np.random.default_rng(0).lognormal(8, 0.7, 256).astype(int).clip(256, 16_384)
 
     def slowest(planned_for):
-        plan = plan_step(lengths, 8, 1, None, 16_384, planned_for)
+        plan = plan_step(lengths, Budget(16_384, quadratic_length=planned_for), dp=8)
         work = [
             [sum(cost(int(lengths[i]), length) for i in members) for members in rank]
             for rank in plan
@@ -133,19 +133,20 @@ def test_attention_costs_as_much_as_the_rest_where_the_model_says():
 
 def test_deterministic_and_order_of_ties():
     lengths = [7, 7, 7, 9, 9, 1, 1, 1]
-    assert plan_step(lengths, 2, 1, 2) == plan_step(np.array(lengths, np.int32), 2, 1, 2)
+    pairs = Budget(micro_batch_size=2)
+    assert plan_step(lengths, pairs, dp=2) == plan_step(np.array(lengths, np.int32), pairs, dp=2)
 
 
 def test_bad_limits():
     with pytest.raises(ValueError, match="give one of"):
-        plan_step([1], 1)
+        Budget()
     with pytest.raises(ValueError, match="give one of"):
-        plan_step([1], 1, 1, 1, 1)
+        Budget(1, 1)
     with pytest.raises(ValueError, match=r"micro_batch_size_per_gpu=0"):
-        plan_step([1], 1, 1, 0)
+        Budget(micro_batch_size=0)
     with pytest.raises(ValueError, match=r"max_token_len_per_gpu=-1"):
-        plan_step([1], 1, 1, None, -1)
+        Budget(-1)
 
 
 def test_nothing_to_plan():
-    assert plan_step([], 3, 1, 2) == [[], [], []]
+    assert plan_step([], Budget(micro_batch_size=2), dp=3) == [[], [], []]

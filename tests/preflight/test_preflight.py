@@ -29,7 +29,8 @@ from retool.config.options import (
     RunOptions,
     TrainerConfig,
 )
-from retool.data.loader import step_batch
+from retool.data.loader import StepOrder, step_batch
+from retool.data.packing import QUADRATIC_LENGTH
 from retool.data.render import limits
 from retool.model.hub import find_model
 from retool.parallel.mesh import make_mesh
@@ -51,7 +52,7 @@ from retool.sft.config import SYNONYMS, SFTConfig
 from retool.sft.plan import BUSY, Report
 from retool.sft.preflight import preflight
 from retool.sft.show import in_words, rows_read
-from retool.sft.train import micro_batching
+from retool.sft.train import make_packing
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 TOOL = {
@@ -550,11 +551,10 @@ def test_short_samples_share_a_micro_batch_within_the_plan(
     assert ("room for the 1 longest" if fill == "true" else "4 micro-batches of 1 samples") in dict(
         in_words(report)
     )["a step"]
-    batching = micro_batching(make_mesh(), report.config, report.choice.tokens)
+    packing = make_packing(make_mesh(), report.config, report.choice.tokens, QUADRATIC_LENGTH)
+    order = StepOrder(4, seed=0, shuffle=False)
     for step, count in ((0, expected), (1, 4)):
-        packs = step_batch(
-            step, report.train.dataset, train_batch_size=4, seed=0, shuffle=False, **batching
-        ).micro_batches
+        packs = step_batch(step, report.train.dataset, order, packing).micro_batches
         assert (
             len(packs) == count and max(pack.real_tokens for pack in packs) <= report.choice.tokens
         )

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from retool import checkpoint
-from retool.data.loader import iterate_steps
+from retool.data.loader import StepOrder, iterate_steps
+from retool.data.packing import Budget, Packing
 from retool.model.build import ModelOptions, build_decoder
 from retool.optim import AdamW, AdamWOptions, learning_rate
 from retool.parallel.fsdp import local_pieces
@@ -66,14 +67,10 @@ def run(
     model.refresh()
     for batch in iterate_steps(
         Rows(),
-        train_batch_size=BATCH,
-        seed=1,
+        StepOrder(BATCH, seed=1),
+        Packing(Budget(40), mesh.dp_rank, mesh.dp, sp),
         start_step=done,
         stop_step=stop,
-        dp_rank=mesh.dp_rank,
-        dp=mesh.dp,
-        sp=sp,
-        max_tokens_per_gpu=40,
     ):
         lr = learning_rate(batch.step, STEPS, 1e-3)
         loss, norm, _ = train_step(

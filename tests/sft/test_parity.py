@@ -4,6 +4,7 @@ sp × micro-batching × packing.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from retool.batch import Sample
-from retool.data.loader import iterate_steps
+from retool.data.loader import StepOrder, iterate_steps
+from retool.data.packing import Budget, Packing
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
 from retool.optim import AdamW, AdamWOptions, learning_rate
@@ -72,7 +74,7 @@ def run(
     tied: bool,
     sp: int,
     dtype: torch.dtype,
-    limits: dict[str, Any],
+    packing: Packing,
     fsdp_size: int = -1,
     recompute: str = "none",
     family: str = "qwen2",
@@ -97,13 +99,9 @@ def run(
     norms = []
     for batch in iterate_steps(
         Rows(),
-        train_batch_size=BATCH,
-        seed=1,
+        StepOrder(BATCH, seed=1),
+        replace(packing, dp_rank=mesh.dp_rank, dp=mesh.dp, sp=sp),
         stop_step=STEPS,
-        dp_rank=mesh.dp_rank,
-        dp=mesh.dp,
-        sp=sp,
-        **limits,
     ):
         lr = learning_rate(batch.step, STEPS, 1e-3)
         loss, norm, skipped = train_step(
@@ -140,7 +138,7 @@ def joined(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 def single(
     heads: tuple[int, int], tied: bool, dtype: torch.dtype, family: str = "qwen2"
 ) -> dict[str, Any]:
-    return run(heads, tied, 1, dtype, {"micro_batch_size": BATCH}, family=family)
+    return run(heads, tied, 1, dtype, Packing(Budget(micro_batch_size=BATCH)), family=family)
 
 
 def compare(
@@ -155,10 +153,10 @@ def compare(
         assert np.linalg.norm(found[name] - value) <= weight * np.linalg.norm(value), name
 
 
-BUDGET = {"max_tokens_per_gpu": 40}
-PAIRS = {"micro_batch_size": 2}
-PADDED = {"micro_batch_size": 3, "pad_to": 32}
-LAYOUTS = [  # world, sp, heads, tied, limits, fsdp_size, recompute
+BUDGET = Packing(Budget(max_tokens_per_gpu=40))
+PAIRS = Packing(Budget(micro_batch_size=2))
+PADDED = Packing(Budget(micro_batch_size=3), pad_to=32)
+LAYOUTS = [  # world, sp, heads, tied, packing, fsdp_size, recompute
     (1, 1, (14, 2), True, BUDGET, -1, "full"),
     (1, 1, (14, 2), False, PADDED, -1, "none"),
     (2, 1, (9, 3), True, PAIRS, -1, "selective"),
@@ -173,15 +171,15 @@ LAYOUTS = [  # world, sp, heads, tied, limits, fsdp_size, recompute
 
 
 @pytest.mark.parametrize(
-    ("world", "sp", "heads", "tied", "limits", "fsdp_size", "recompute"), LAYOUTS
+    ("world", "sp", "heads", "tied", "packing", "fsdp_size", "recompute"), LAYOUTS
 )
 def test_layouts_train_alike_in_float64(
-    world, sp, heads, tied, limits, fsdp_size, recompute
+    world, sp, heads, tied, packing, fsdp_size, recompute
 ) -> None:
     expected = single(heads, tied, torch.float64)
     assert expected["losses"][-1] < expected["losses"][0]
     compare(
-        run_ranks(run, world, heads, tied, sp, torch.float64, limits, fsdp_size, recompute),
+        run_ranks(run, world, heads, tied, sp, torch.float64, packing, fsdp_size, recompute),
         expected,
         loss=1e-10,
         weight=1e-10,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from retool.batch import PackedBatch, Sample, pack
-from retool.data.packing import QUADRATIC_LENGTH, Plan, plan_step
+from retool.data.packing import Budget, plan_step
 from retool.rl.objective.losses import token_weights
 
 
@@ -131,22 +131,6 @@ def mini_batches(groups: Sequence[int], size: int) -> list[list[int]]:
     return out
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How a mini-batch is cut: trajectories per micro-batch, or tokens per GPU; balanced as
-    `plan_step` does with `quadratic_length`.
-    """
-
-    max_tokens_per_gpu: int | None
-    micro_batch_size: int | None = None
-    quadratic_length: int = QUADRATIC_LENGTH
-
-    def plan(self, lengths: Sequence[int], dp: int, sp: int) -> Plan:
-        return plan_step(
-            lengths, dp, sp, self.micro_batch_size, self.max_tokens_per_gpu, self.quadratic_length
-        )
-
-
 def rank_batches(
     rows: Sequence[Row],
     mode: str,
@@ -161,7 +145,7 @@ def rank_batches(
     layout.
     """
     weights = token_weights([row.mask for row in rows], mode, max_response_length)
-    plan = budget.plan([len(row) for row in rows], dp, sp)
+    plan = plan_step([len(row) for row in rows], budget, dp, sp)
     made = []
     for members in plan[dp_rank]:
         ordered = sorted(members, key=lambda i: len(rows[i]))

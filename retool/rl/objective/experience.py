@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from retool.batch import Sample
+from retool.data.packing import Budget
 from retool.parallel.fsdp import Sharded
 from retool.rl.config import AlgorithmConfig
 from retool.rl.metrics import advantage_metrics
 from retool.rl.objective.advantages import estimate, place_reward
-from retool.rl.objective.batching import Budget, Row
+from retool.rl.objective.batching import Row
 from retool.rl.objective.correction import correction_weights, gap_metrics, weight_metrics
 from retool.rl.objective.losses import kl
 from retool.rl.objective.policy import policy_logprobs

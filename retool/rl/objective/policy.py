@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from retool.batch import PackedBatch, Sample, pack
+from retool.data.packing import Budget, plan_step
 from retool.model.logprobs import logprobs
 from retool.optim import AdamW
 from retool.parallel.collectives import gather_objects, sum_over
 from retool.parallel.fsdp import Sharded
-from retool.rl.objective.batching import Budget, RLBatch, unshift
+from retool.rl.objective.batching import RLBatch, unshift
 from retool.rl.objective.losses import (
     LOSSES,
     Clip,
@@ -88,7 +89,7 @@ def policy_logprobs(
     zero.
     """
     mesh = model.mesh
-    plan = budget.plan([len(sample) for sample in samples], mesh.dp, mesh.sp)
+    plan = plan_step([len(sample) for sample in samples], budget, mesh.dp, mesh.sp)
     mine: dict[int, np.ndarray] = {}
     for members in plan[mesh.dp_rank]:
         whole = pack([samples[i] for i in members], mesh.sp)

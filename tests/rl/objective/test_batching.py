@@ -11,9 +11,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from retool.data.packing import Budget, plan_step
 from retool.rl.metrics import advantage_metrics, length_metrics, score_metrics, tool_metrics
 from retool.rl.objective.batching import (
-    Budget,
     Row,
     make_batch,
     mini_batches,
@@ -48,7 +48,7 @@ def row_of(rng, n, prompt=2, ref=False):
 )
 def test_work_is_balanced_by_what_attention_costs(quadratic_length, shares) -> None:
     lengths = [30, 20, 20, 10]
-    plan = Budget(60, quadratic_length=quadratic_length).plan(lengths, dp=2, sp=1)
+    plan = plan_step(lengths, Budget(60, quadratic_length=quadratic_length), dp=2)
     assert sorted(sorted(lengths[i] for batch in rank for i in batch) for rank in plan) == shares
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from retool.batch import Sample
+from retool.data.packing import Budget
 from retool.parallel.mesh import make_mesh
 from retool.rl.config import AlgorithmConfig, RolloutCorrectionConfig
 from retool.rl.objective.advantages import grpo
-from retool.rl.objective.batching import Budget
 from retool.rl.objective.experience import make_experience
 from retool.rl.objective.policy import policy_logprobs
 from retool.rl.types import Group, Scored

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 
 from retool.batch import Sample, pack
 from retool.checkpoint.hf.pretrained import load_pretrained
+from retool.data.packing import Budget
 from retool.model.build import ModelOptions
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import make_mesh
-from retool.rl.objective.batching import Budget, Row, rank_batches
+from retool.rl.objective.batching import Row, rank_batches
 from retool.rl.objective.correction import gap_metrics
 from retool.rl.objective.losses import Clip
 from retool.rl.objective.policy import LossSpec, loss_sum, policy_logprobs, update_step
