@@ -153,7 +153,7 @@ class Engine:
         for row, length, token, logp, behaviour in zip(
             part.rows, part.lengths, *draws, strict=False
         ):
-            if row is not None and row.runs and len(row.tokens) == length:
+            if row is not None and row.is_running and len(row.tokens) == length:
                 turn = scheduler.accept(row, int(token), logp, behaviour)
                 if turn is not None:
                     done.append(turn)
@@ -287,13 +287,19 @@ class Engine:
         is to be done first.
         """
         over = (
-            [slot for slot, row in enumerate(flying.loop.rows) if row is not None and not row.runs]
+            [
+                slot
+                for slot, row in enumerate(flying.loop.rows)
+                if row is not None and not row.is_running
+            ]
             if flying.loop
             else []
         )
         # A sequence that ended may run again before its draw in vain is read
         for part in filter(None, flying):
-            part.rows[:] = [row if row is not None and row.runs else None for row in part.rows]
+            part.rows[:] = [
+                row if row is not None and row.is_running else None for row in part.rows
+            ]
         if flying.other is not None:
             return None
         rows = [*flying.loop.rows] if flying.loop else []

@@ -150,7 +150,9 @@ def test_draws_depend_on_seed_and_position_only(
     """Batch composition, page size, chunks, order of arrival, preemption and running ahead change
     nothing.
     """
-    monkeypatch.setattr(ahead, "TOLERATED", 2)  # run on beside rows that are over
+    # Run on beside rows that are over
+    monkeypatch.setattr(ahead, "MAX_EMPTY_SHARE", {False: 1 / 2, True: 1 / 4})
+    monkeypatch.setattr(ahead, "MIN_NEWCOMER_SHARE", 1 / 2)
     model = load(qwen)
     ids = prompts(6, 30, 131, seed=2)
     want = sampled(engine_of(qwen, model), ids, list(range(12)))

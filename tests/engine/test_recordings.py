@@ -255,12 +255,11 @@ def test_any_moment_is_a_good_one_to_come_or_go(
     ]
     alone = engine_of(qwen, model, max_num_seqs=1)
     in_cpu_clothes(monkeypatch, graphs=rng.random() < 0.5)
-    for name, few in (
-        ("PATIENCE", 2),
-        ("SPARSE", rng.choice([2, 4])),
-        ("TOLERATED", rng.choice([2, 16])),
-    ):
-        monkeypatch.setattr(ahead_module, name, few)
+    monkeypatch.setattr(ahead_module, "MAX_STEPS_TO_WAIT", 2)
+    sparse = rng.choice([2, 4])
+    tolerated = rng.choice([2, 16])
+    monkeypatch.setattr(ahead_module, "MAX_EMPTY_SHARE", {False: 1 / tolerated, True: 1 / sparse})
+    monkeypatch.setattr(ahead_module, "MIN_NEWCOMER_SHARE", 1 / tolerated)
     most = rng.choice([2, 5, 8])
     engine = engine_of(
         qwen,

@@ -73,7 +73,7 @@ def go_ahead(
     """Repeat a decode step blindly some times; who then still expects a draw."""
     while rng.random() < 0.6:
         before = [(s.computed, list(s.pages)) for s in rows]
-        step = plan_ahead(scheduler, [s if s.runs else None for s in rows], [], apart=False)
+        step = plan_ahead(scheduler, [s if s.is_running else None for s in rows], [], apart=False)
         if step is None:
             assert before == [(s.computed, s.pages) for s in rows]
             break
@@ -93,7 +93,9 @@ def go_ahead(
 @pytest.mark.parametrize("seed", range(40))
 def test_random_schedules(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
-    monkeypatch.setattr(ahead_module, "TOLERATED", rng.choice([1, 16]))
+    empty = rng.choice([1, 1 / 16])
+    monkeypatch.setattr(ahead_module, "MAX_EMPTY_SHARE", {False: empty, True: empty})
+    monkeypatch.setattr(ahead_module, "MIN_NEWCOMER_SHARE", empty)
     size = rng.choice([1, 2, 4, 8])
     pages = rng.randint(4, 24)
     most = rng.randint(1, 6)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retool.engine.schedule.sequence import Ahead, Item, Sequence, Step
+from retool.engine.schedule.sequence import Item, Sequence, Step, StepAhead
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Change:
         return bool(((self.joins[5] > 0) | (self.chances[1] < 1))[self.chances[0] > 0].any())
 
 
-def make_change(step: Ahead, over: list[int], anew: bool) -> Change:
+def make_change(step: StepAhead, over: list[int], anew: bool) -> Change:
     """The arrays of a repeated step."""
     who = [join.sequence for join in step.joins]
     positions = [join.position for join in step.joins]

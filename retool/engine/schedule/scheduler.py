@@ -39,7 +39,7 @@ class Scheduler:
         self.refused: list[TurnDone] = []
         self.stats = Stats()
         self.arrivals = 0
-        self.changed = False
+        self.may_admit = False
         self.steps_ahead = 0
         self.groups = Groups(pool, self.stats)
 
@@ -82,13 +82,13 @@ class Scheduler:
         del self.sequences[key]
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
-        elif sequence.runs:
+        elif sequence.is_running:
             self.running.remove(sequence)
         # The key may be started anew before the refusal was handed out: the new sequence must not
         # get it.
         self.refused = [turn for turn in self.refused if turn.key != key]
         sequence.state = State.DROPPED
-        self.changed = True
+        self.may_admit = True
         self.pool.release(sequence.pages)
         self.groups.leave(sequence)
 
@@ -100,7 +100,7 @@ class Scheduler:
     def _queue(self, sequence: Sequence) -> None:
         """Line up by arrival, unless it can never be computed."""
         sequence.state = State.WAITING
-        self.changed = True
+        self.may_admit = True
         if len(sequence.tokens) <= self.max_length:
             insort(self.waiting, sequence, key=lambda s: s.number)
         else:
@@ -119,7 +119,7 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         budget = self.max_tokens - sum(s.pending == 1 for s in self.running)
         for sequence in sorted(self.running, key=lambda s: s.number):
-            if not sequence.runs:  # an older one took its pages a moment ago
+            if not sequence.is_running:  # an older one took its pages a moment ago
                 continue
             count = 1 if sequence.pending == 1 else min(sequence.pending, budget)
             budget -= count if sequence.pending > 1 else 0
@@ -127,7 +127,7 @@ class Scheduler:
             if room is not None:
                 copies += room
                 items.append(Item(sequence, sequence.computed, count))
-        self.changed = self.admit(items, copies, budget)
+        self.may_admit = self.admit(items, copies, budget)
         self.steps_ahead = 0
         for item in items:
             self.count(item)
@@ -198,7 +198,9 @@ class Scheduler:
         """
         if self.groups.let_go(useful=True):
             return True
-        idle = [s for s in self.sequences.values() if s.pages and s is not sequence and not s.runs]
+        idle = [
+            s for s in self.sequences.values() if s.pages and s is not sequence and not s.is_running
+        ]
         if idle:
             self._forget(max(idle, key=lambda s: (s.state is State.PARKED, s.number)))
             self.stats.evicted += 1
@@ -246,7 +248,7 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence, reason: Reason) -> TurnDone:
         sequence.state = State.PARKED
-        self.changed = True
+        self.may_admit = True
         return TurnDone(
             sequence.key,
             sequence.tokens[sequence.turn_start :],

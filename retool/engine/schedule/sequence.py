@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from retool.engine.schedule.pages import PageCopy
 from retool.engine.types import SamplingParams
 
 
@@ -68,11 +69,11 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         return self.state is State.RUNNING
 
     @property
-    def ends(self) -> bool:
+    def draws_last(self) -> bool:
         """Whether the draw that follows what is computed is the turn's last one at any rate."""
         return self.computed - self.turn_start >= self.params.max_tokens - 1
 
@@ -96,12 +97,14 @@ class Step(NamedTuple):
     """Work of one forward: items, those of one token first, after copying pages (from, to)."""
 
     items: list[Item]
-    copies: list[tuple[int, int]]
+    copies: list[PageCopy]
 
 
 class Join(NamedTuple):
-    """A sequence takes a row of the decode step. The token that it computes there is at `position`
-    of it: the draw number `source` of the last step's chunks, or known (None).
+    """A sequence takes the row `slot` of a decode step that runs ahead.
+
+    It computes the token at `position` there. The host may not have seen that token yet: then it is
+    draw number `source` of the last step's chunks (None: it is known).
     """
 
     slot: int
@@ -110,18 +113,19 @@ class Join(NamedTuple):
     position: int
 
 
-class Ahead(NamedTuple):
-    """Work of a decode step that is planned before the draws of the last one were seen. `rows` of
-    it (None: padding), the pages `added` to rows that go on as (row, place in its page table,
-    page), who `joins`; pages are copied first, and `chunks` computed beside it. Without `runs` its
-    rows only get ready, and the chunks are all there is.
+class StepAhead(NamedTuple):
+    """A decode step that is planned before the draws of the last one were seen.
+
+    `rows` has who is in which row (None: padding). For rows that go on, `added` pages as (row, place
+    in its page table, page); for the others, who `joins`. `copies` of pages come first, and `chunks`
+    are computed beside it. Without `runs` the rows only get ready, and the chunks are all there is.
     """
 
     runs: bool
     rows: list[Sequence | None]
     added: list[tuple[int, int, int]]
     joins: list[Join]
-    copies: list[tuple[int, int]]
+    copies: list[PageCopy]
     chunks: list[Item]
 
     def join(self, sequence: Sequence, source: int | None, position: int) -> None:
