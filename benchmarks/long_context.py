@@ -41,7 +41,7 @@ from table import attempt, failed, hardware, head, row
 from retool.batch import PackedBatch, Sample, pack
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
-from retool.model.decoder import Recompute
+from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.collectives import sum_over
 from retool.parallel.fsdp import Sharded

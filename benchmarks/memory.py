@@ -34,7 +34,7 @@ from table import row as print_row
 from retool.batch import PackedBatch, Sample, pack
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
-from retool.model.decoder import Recompute
+from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import GIB, StepTimer

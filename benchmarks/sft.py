@@ -33,7 +33,7 @@ from retool.data.loader import StepOrder, iterate_steps
 from retool.data.packing import Budget, Packing
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
-from retool.model.decoder import Recompute
+from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh

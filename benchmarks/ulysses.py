@@ -29,8 +29,9 @@ from table import arguments, attempt, failed, hardware, head, measure, row, save
 
 from retool.batch import Sample, pack
 from retool.model.attention.dispatch import choose_backend
+from retool.model.block import Execution
 from retool.model.config import ModelConfig
-from retool.model.decoder import Block, Run
+from retool.model.families.read import FAMILIES
 from retool.model.rope import inverse_frequencies, rope_tables
 from retool.parallel.collectives import exchange
 from retool.parallel.mesh import Mesh, make_mesh
@@ -57,7 +58,7 @@ def block_run(config: ModelConfig, mesh: Mesh, plan: HeadPlan, tokens: int) -> A
     """
     device = mesh.device
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
-    run = Run(
+    execution = Execution(
         plan,
         mesh,
         choose_backend(device, dtype, config.head_dim),
@@ -65,7 +66,7 @@ def block_run(config: ModelConfig, mesh: Mesh, plan: HeadPlan, tokens: int) -> A
         compiled=device.type == "cuda",
     )
     with torch.device(device):
-        block = Block(config, 0, run).to(dtype)
+        block = FAMILIES[config.family].Block(config, 0, execution).to(dtype)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     documents = [Sample(np.zeros(tokens, np.int32), np.ones(tokens, bool))] * mesh.sp

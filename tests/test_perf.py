@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from retool.model.config import ModelConfig, parse_model_config
+from retool.model.config import ModelConfig
+from retool.model.families.read import parse_model_config
 from retool.perf import StepTimer, mfu, model_flops, peak_flops, peak_memory, reset_peak_memory
 
 QWEN = ModelConfig(

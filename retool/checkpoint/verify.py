@@ -20,7 +20,7 @@ from retool.checkpoint.merge import Progress, stored_names
 from retool.checkpoint.mixture import NOTHING_VOUCHES, require_one_step
 from retool.checkpoint.shards import ShardSource, read_state
 from retool.model.build import plan_layout
-from retool.model.config import read_model_config
+from retool.model.families.read import read_model_config
 
 T = TypeVar("T")
 

@@ -82,7 +82,7 @@ class Engine:
         self.weights = Weights(
             make_decoder(config, device, self.group, compiled), options.dtype, device
         )
-        self.plan = self.weights.decoder.run.plan
+        self.plan = self.weights.decoder.execution.plan
         self.scheduler: Scheduler | None = None
         self._flying: Flying | None = None
         self._drawn: torch.Tensor | None = None  # by the last chunks, [3, R]
@@ -168,7 +168,7 @@ class Engine:
             torch.cuda.synchronize(self.device)  # a step that was started ahead may still run
         self.weights.buffers.clear()
         decoder = make_decoder(
-            self.config, self.device, self.group, self.weights.decoder.run.compiled
+            self.config, self.device, self.group, self.weights.decoder.execution.compiled
         )
         self.weights = Weights(decoder, self.options.dtype, self.device)
         self.scheduler = self._flying = self._drawn = None

@@ -26,9 +26,10 @@ from retool.engine.kernels.kv_cache import KVCache, in_any_order
 from retool.engine.kernels.place import can_place, place
 from retool.engine.kernels.sampling import sample
 from retool.engine.weights import blocks
-from retool.model.decoder import Block, Decoder, compiled
+from retool.model.block import Block
+from retool.model.compile import compiled, unviewed
+from retool.model.decoder import Decoder
 from retool.model.logits import product, workspace
-from retool.model.recompute import unviewed
 from retool.model.rope import inverse_frequencies, rope_tables
 from retool.parallel.collectives import all_to_all, sum_over
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v
@@ -63,11 +64,12 @@ def make_model(
     decoder: Decoder, cache: KVCache, group: dist.ProcessGroup | None, kernels: str
 ) -> Model:
     device = cache.data.device
-    plan = decoder.run.plan
-    pieces = Pieces(*map(compiled, PIECES)) if decoder.run.compiled else PIECES
+    plan = decoder.execution.plan
+    pieces = Pieces(*map(compiled, PIECES)) if decoder.execution.compiled else PIECES
     fused = (
         kernels != "torch"
         and plan.sp == 1
+        and decoder.layers[0].rope_is_fusible
         and can_place(device, cache.data.dtype, plan.head_dim, decoder.config.qk_norm)
     )
     return Model(
@@ -82,13 +84,22 @@ def make_model(
     )
 
 
+def _projected(block: Block, x_tD: Tensor) -> Tensor:
+    return block.projected(x_tD)
+
+
+def _rotated(block: Block, heads_tNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What goes to the head ranks."""
+    return block.laid_out(*block.rotated(heads_tNH, cos, sin))
+
+
 def _between(block: Block, following: Block, x_tD: Tensor, a_tE: Tensor) -> tuple[Tensor, Tensor]:
     """From attention's result to what the next block's rope takes."""
     x_tD = block.after(x_tD, a_tE)
     return x_tD, following.projected(x_tD)
 
 
-PIECES = Pieces(Block.projected, Block.rotated, _between)
+PIECES = Pieces(_projected, _rotated, _between)
 
 
 def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pages) -> Tensor:
@@ -128,11 +139,8 @@ def _placed(
     """Keys and values go to the cache; this rank's queries of all tokens [T, n, H]."""
     plan = model.plan
     if model.fused:
-        norms = (
-            None
-            if block.q_norm is None or block.k_norm is None
-            else (block.q_norm, block.k_norm, model.decoder.config.norm_eps)
-        )
+        weights = block.head_norms()
+        norms = None if weights is None else (*weights, model.decoder.config.norm_eps)
         return place(heads_tNH, cos, sin, norms, pages.slots, model.cache.data[number])
     send = model.pieces.rotated(block, heads_tNH, cos, sin)
     received = all_to_all(send, *plan.to_heads(len(heads_tNH)), model.group)

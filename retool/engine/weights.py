@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from retool.model.block import Block, Execution
 from retool.model.config import ModelConfig
-from retool.model.decoder import Block, Decoder, Run
+from retool.model.decoder import Decoder
 from retool.parallel.fsdp import Sharded
 from retool.parallel.fsdp.layout import Layout
 from retool.parallel.mesh import Mesh
@@ -40,7 +41,7 @@ def make_decoder(
     mesh = Mesh(rank, ranks, ranks, 1, device, sp_group=group)
     plan = HeadPlan(ranks, rank, config.heads, config.kv_heads, config.head_dim)
     with torch.device("meta"):
-        decoder = Decoder(config, Run(plan, mesh, compiled=compiled))
+        decoder = Decoder(config, Execution(plan, mesh, compiled=compiled))
     return decoder
 
 
@@ -61,7 +62,9 @@ class Weights:
         Raises ValueError if the trainer's model has other parameters than the engine's.
         """
         assert isinstance(sharded.module, Decoder)
-        self.decoder.run = replace(self.decoder.run, fp32_residual=sharded.module.run.fp32_residual)
+        self.decoder.execution = replace(
+            self.decoder.execution, fp32_residual=sharded.module.execution.fp32_residual
+        )
         if not self.buffers:
             self._allocate(sharded.layout, self.dtype or sharded.param_dtype)
         group = sharded.mesh.shard_group
@@ -108,4 +111,4 @@ class Weights:
 
 def blocks(decoder: Decoder) -> list[Block]:
     """The decoder's layers."""
-    return [b for b in decoder.blocks if isinstance(b, Block)]
+    return decoder.layers

@@ -5,17 +5,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
 import torch
 
 from retool.model.attention.dispatch import choose_backend
+from retool.model.block import Execution
 from retool.model.config import ModelConfig
-from retool.model.decoder import Decoder, Recompute, Run
+from retool.model.decoder import Decoder
 from retool.model.offload import Offload
+from retool.model.recompute import Recompute
 from retool.parallel.fsdp import Sharded, shard
-from retool.parallel.fsdp.layout import Layout, SlotSpec, make_layout
+from retool.parallel.fsdp.collect import collect
+from retool.parallel.fsdp.layout import Layout, make_layout
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan
 
@@ -57,28 +59,27 @@ class ModelOptions:
 
 
 def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sharded:
-    """A `Sharded` decoder of `config`'s shape with zero weights; its module is a `Decoder`, made on
-    the meta device.
+    """A `Sharded` decoder of `config`'s shape with zero weights.
+
+    Its module is a `Decoder`, made on the meta device.
     """
     cuda = mesh.device.type == "cuda"
     dtype = options.param_dtype or (torch.bfloat16 if cuda else options.master_dtype)
-    plan = HeadPlan(mesh.sp, mesh.sp_rank, config.heads, config.kv_heads, config.head_dim)
-    compiled = cuda if options.use_compile == "auto" else options.use_compile
-    parked = config.layers if options.parked is None else options.parked
-    offload = (
-        Offload(mesh.device, config.layers, parked) if options.recompute == "offload" else None
-    )
-    run = Run(
-        plan,
-        mesh,
-        choose_backend(mesh.device, dtype, config.head_dim, options.attn),
-        options.recompute,
-        compiled,
-        offload,
-        options.fp32_residual,
+    offload = None
+    if options.recompute == "offload":
+        parked = config.layers if options.parked is None else options.parked
+        offload = Offload(mesh.device, config.layers, parked)
+    execution = Execution(
+        plan=HeadPlan(mesh.sp, mesh.sp_rank, config.heads, config.kv_heads, config.head_dim),
+        mesh=mesh,
+        backend=choose_backend(mesh.device, dtype, config.head_dim, options.attn),
+        recompute=options.recompute,
+        compiled=cuda if options.use_compile == "auto" else options.use_compile,
+        offload=offload,
+        fp32_residual=options.fp32_residual,
     )
     with torch.device("meta"):
-        module = Decoder(config, run)
+        module = Decoder(config, execution)
     return shard(
         module,
         module.units(),
@@ -88,7 +89,7 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
         reduce_dtype=options.reduce_dtype,
         members=module.members(),
         aliases=module.aliases(),
-        order=module.order(),
+        order=tuple(stored.name for stored in module.stored()),
         trained=options.trained,
         keep_copy=options.keep_copy,
         reshard_after_forward=options.reshard_after_forward,
@@ -98,25 +99,15 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
 
 
 def plan_layout(config: ModelConfig, shards: int) -> Layout:
-    """The layout that sharding this model over `shards` ranks will have, from a model without
-    memory.
+    """The layout that sharding this model over `shards` ranks will have.
+
+    It comes from a model without memory, on one process.
     """
     mesh = Mesh(0, 1, 1, 1, torch.device("cpu"))
+    heads = HeadPlan(1, 0, config.heads, config.kv_heads, config.head_dim)
     with torch.device("meta"):
-        decoder = Decoder(
-            config, Run(HeadPlan(1, 0, config.heads, config.kv_heads, config.head_dim), mesh)
-        )
-    names = {id(p): n for n, p in decoder.named_parameters()}
-    members = decoder.members()
-    seen = set[int]()
-    units: list[tuple[str, list[SlotSpec]]] = []
-    for unit, modules in decoder.units():
-        slots: list[SlotSpec] = []
-        for parameter in chain.from_iterable(m.parameters() for m in modules):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                name = names[id(parameter)]
-                shape = tuple(parameter.shape)
-                slots.append((name, shape, members.get(name, [(name, shape)]), True))
-        units.append((unit, slots))
-    return make_layout(units, shards, decoder.aliases(), decoder.order())
+        decoder = Decoder(config, Execution(heads, mesh))
+    units = collect(decoder, decoder.units(), decoder.members())
+    order = tuple(stored.name for stored in decoder.stored())
+    slots = [(unit.name, unit.slots) for unit in units]
+    return make_layout(slots, shards, decoder.aliases(), order)

@@ -1,22 +1,15 @@
-"""What a Hugging Face `config.json` says of a model, for the families that we implement; anything
-else is refused by name.
-"""
+"""The shape of a decoder, as every family reads it from its `config.json` (`retool.model.families`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from retool.model.config_fields import FAMILIES, faults_of, number, refused, shown, size, switch
-from retool.model.hub import read_json
 
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's rope scaling: low frequencies divided by `factor`, high ones kept, a ramp between
-    (Meta's `apply_scaling`).
+    """Llama 3.1's rope scaling (Meta's `apply_scaling`).
+
+    Low frequencies are divided by `factor`, high ones are kept, with a ramp between the two.
     """
 
     factor: float
@@ -27,9 +20,10 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and switches of a decoder.
+    """Sizes and switches of a decoder.
 
-    D = hidden, F = ffn, N / K = query / kv heads, H = head_dim, V = vocab.
+    `family` is a key of `retool.model.families.FAMILIES`. `tied`: the vocabulary matrix is the
+    embedding. The biases and `qk_norm` are what the family and its file say.
     """
 
     family: str
@@ -51,204 +45,17 @@ class ModelConfig:
     max_position: int
 
     @property
+    def query_width(self) -> int:
+        """Channels of all query heads, and of attention's result."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Channels of all key heads; of all value heads too."""
+        return self.kv_heads * self.head_dim
+
+    @property
     def matmul_parameters(self) -> int:
         """Parameters that every token is multiplied with: all of them but an untied embedding."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.ffn) + self.vocab * self.hidden
-
-
-def read_model_config(folder: str | Path) -> ModelConfig:
-    """Read `folder/config.json`.
-
-    ValueError names an unknown `model_type`, or a field that isn't implemented as it stands there.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"the model folder {folder} has no config.json. {_model_inside(path.parent)}"
-        )
-    content = read_json(path)
-    try:
-        return parse_model_config(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _model_inside(folder: Path) -> str:
-    """Where the model is, if `folder` is a checkpoint of a run."""
-    for inside in (folder / "huggingface", folder / "actor" / "huggingface"):
-        if any(inside.glob("*.safetensors")):
-            return f"The checkpoint's model is in {inside}: give that."
-        if (inside / "config.json").is_file():
-            return (
-                f"Make a model of this checkpoint: python -m retool.checkpoint merge {folder} --out DIR, "
-                "and give DIR."
-            )
-    return "Give a Hugging Face model folder: config.json, tokenizer and safetensors."
-
-
-def parse_model_config(c: dict[str, Any]) -> ModelConfig:
-    """A `config.json` dict → ModelConfig, with transformers' defaults.
-
-    ValueError names all that isn't implemented, and how to go on.
-    """
-    name = c.get("model_type")
-    family = FAMILIES.get(name) if isinstance(name, str) else None
-    if family is None:
-        raise ValueError(
-            f"{shown('model_type', name).replace('=', ' ', 1)} is not implemented. Implemented: "
-            f"{', '.join(FAMILIES)}."
-        )
-    layers = size(c, "num_hidden_layers")
-    if faults := [*faults_of(c, family), *_windows(c, layers)]:
-        raise ValueError(" ".join(faults))
-    hidden = size(c, "hidden_size")
-    heads = size(c, "num_attention_heads")
-    kv_heads = size(
-        c,
-        "num_key_value_heads",
-        default=heads if "num_key_value_heads" in c else family.kv_heads or heads,
-    )
-    if heads % kv_heads:
-        raise ValueError(
-            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
-        )
-    theta, scaling = _rope(c)
-    biased = switch(c, "attention_bias")
-    return ModelConfig(
-        family=str(name),
-        vocab=size(c, "vocab_size"),
-        hidden=hidden,
-        ffn=size(c, "intermediate_size"),
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=_head_dim(c, hidden, heads, None if "head_dim" in c else family.head_dim),
-        norm_eps=number(c, "rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tied=switch(c, "tie_word_embeddings"),
-        qkv_bias=biased if family.attention_bias is None else family.attention_bias,
-        o_bias=biased if family.attention_bias is None else False,
-        mlp_bias="mlp_bias" in family.reads and switch(c, "mlp_bias"),
-        qk_norm=family.qk_norm,
-        max_position=size(c, "max_position_embeddings", default=0),
-    )
-
-
-def _head_dim(c: dict[str, Any], hidden: int, heads: int, default: int | None) -> int:
-    """Channels of a head; rotary embedding turns them in pairs."""
-    head_dim = size(c, "head_dim", default=default or hidden // heads)
-    if head_dim % 2 or not head_dim:
-        raise ValueError(
-            f"head_dim={head_dim} is not implemented: rotary embedding needs an even number."
-        )
-    return head_dim
-
-
-def _windows(c: dict[str, Any], layers: int) -> Iterator[str]:
-    """Fields by which a layer would see a part of the sequence only, unless no layer does."""
-    given = c.get("layer_types")
-    if given is not None:
-        if isinstance(given, list) and len(given) != layers:
-            yield f"layer_types names {len(given)} layers, and num_hidden_layers is {layers}. Fetch it again."
-        elif given != ["full_attention"] * layers:
-            yield refused("layer_types", given)
-    elif switch(c, "use_sliding_window"):
-        # Where the file says nothing, transformers says this
-        window = c.get("sliding_window", 4096)
-        first = c.get("max_window_layers", 28)
-        if window is not None and (type(first) is not int or first < layers):
-            which = f"{shown('sliding_window', window)} from {shown('max_window_layers', first)} on"
-            way_out = (
-                "With samples no longer than the window it is the same as use_sliding_window=false: "
-                "say that in the file."
-            )
-            yield f"use_sliding_window=True ({which}) is not implemented. {way_out}"
-
-
-# --- rotary embedding ---
-
-ROPE_KEYS = {
-    "default": frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"}),
-    "llama3": frozenset(
-        {
-            "rope_theta",
-            "rope_type",
-            "type",
-            "partial_rotary_factor",
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        }
-    ),
-}
-
-
-def _rope(c: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    """Theta and scaling from either spelling: transformers 4's `rope_theta` and `rope_scaling`, and
-    5's `rope_parameters`.
-
-    Where both are there transformers 5 reads `rope_scaling` and forgets the other: refused unless
-    they say the same.
-    """
-    old, new = (_rope_dict(c, name) for name in ("rope_scaling", "rope_parameters"))
-    found = _parse_rope(c, old or new)
-    if old and new and found != _parse_rope(c, new):
-        problem = (
-            "rope_scaling and rope_parameters say different things, and transformers reads "
-            "rope_scaling only"
-        )
-        raise ValueError(f"{problem}. Keep one of them in the file, with rope_theta in it.")
-    return found
-
-
-def _rope_dict(c: dict[str, Any], name: str) -> dict[str, Any]:
-    value = c.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{shown(name, value)} is not a JSON object. Fetch the file again.")
-    return value or {}
-
-
-def _parse_rope(c: dict[str, Any], rope: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    theta = number({"rope_theta": 10_000.0, **c, **rope}, "rope_theta", 10_000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        way_out = (
-            "If it was added to generate beyond the length that the model was trained on, take it out "
-            "of the file to train."
-        )
-        there = ", ".join(ROPE_KEYS)
-        raise ValueError(
-            f"{shown('rope type', kind).replace('=', ' ', 1)} is not implemented. Implemented: {there}. "
-            f"{way_out}"
-        )
-    if unknown := sorted(map(str, rope.keys() - ROPE_KEYS[kind])):
-        raise ValueError(
-            f"rope type {kind!r} with {', '.join(shown(name, rope[name]) for name in unknown[:5])} "
-            "is not implemented."
-        )
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(refused("partial_rotary_factor", rope["partial_rotary_factor"]))
-    return theta, _llama3(c, rope) if kind == "llama3" else None
-
-
-def _llama3(c: dict[str, Any], rope: dict[str, Any]) -> Llama3Scaling:
-    """Where transformers looks for the original length: in a field of its own, in the scaling, in
-    the length of now.
-    """
-    if missing := [
-        name for name in ("factor", "low_freq_factor", "high_freq_factor") if name not in rope
-    ]:
-        raise ValueError(f"rope type 'llama3' lacks {', '.join(missing)}. Fetch the file again.")
-    low = number(rope, "low_freq_factor", 1.0)
-    high = number(rope, "high_freq_factor", 4.0)
-    if low >= high:
-        raise ValueError(
-            f"low_freq_factor={low} is not below high_freq_factor={high}. Fetch the file again."
-        )
-    name = "original_max_position_embeddings"
-    places = [c, rope, {name: c.get("max_position_embeddings")}]
-    place = next((place for place in places if name in place), rope)
-    return Llama3Scaling(number(rope, "factor", 1.0), low, high, size(place, name))

@@ -15,24 +15,41 @@ Legend: t tokens of this rank · D model · E = query heads · head dim · F ffn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from retool.batch import PackedBatch
+from retool.model.compile import unviewed
 from retool.model.offload import Offload
 
-if TYPE_CHECKING:
-    from retool.model.decoder import Block
+Recompute = Literal["none", "selective", "full", "offload"]
+Kernel = tuple[Tensor, Tensor]  # attention's result [T, n, H] and its log-sum-exp [n, T]
 
 CHUNKED_FROM = 32_768  # tokens of a rank
 CHUNK = 16_384
 ROUND = 128  # chunks of this multiple keep matrix products on their fast path
 
 Gradients = Sequence[Tensor | None]
+
+
+class Block(Protocol):
+    """What is used here of a `retool.model.block.Block`."""
+
+    index: int
+    before_piece: Callable[..., Tensor]
+    after_piece: Callable[..., Tensor]
+
+    def attend(
+        self, sent: Tensor, t: int, batch: PackedBatch, saved: Kernel | None = None
+    ) -> Tensor: ...
+    def attend_and_save(
+        self, sent: Tensor, t: int, batch: PackedBatch
+    ) -> tuple[Tensor, Kernel]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 def token_chunks(t: int) -> list[slice]:
@@ -70,17 +87,17 @@ class _Recomputed(torch.autograd.Function):
         sin: Tensor,
         *_: Tensor,
     ) -> Tensor:
-        kept: list[tuple[Tensor, Tensor]] = []
         x = _plain(x_tD)
-        a_tE = block.attend(block.before_piece(block, x, cos, sin), len(x), batch, kept)
+        sent = block.before_piece(block, x, cos, sin)
+        a_tE, kernel = block.attend_and_save(sent, len(x), batch)
         ctx.block = block
         ctx.batch = batch
         ctx.parked = None
         if offload is None:
-            ctx.save_for_backward(cos, sin, x_tD, *kept[0])
+            ctx.save_for_backward(cos, sin, x_tD, *kernel)
         else:
             ctx.save_for_backward(cos, sin)
-            ctx.parked = offload.park((x, *kept[0]), block.index)
+            ctx.parked = offload.park((x, *kernel), block.index)
         pieces = [
             block.after_piece(block, _plain(x[chunk]), _plain(a_tE[chunk]))
             for chunk in token_chunks(len(x))
@@ -95,9 +112,8 @@ class _Recomputed(torch.autograd.Function):
         x, out, lse = kept or ctx.parked.fetch()
         x = _plain(x).requires_grad_()
         with torch.enable_grad():
-            a_tE = block.attend(
-                block.before_piece(block, x, cos, sin), len(x), ctx.batch, [(out, lse)]
-            )
+            sent = block.before_piece(block, x, cos, sin)
+            a_tE = block.attend(sent, len(x), ctx.batch, (out, lse))
         d_x, d_a, after = _after_backward(block, x, a_tE, d_out)
         d_x_before, *before = torch.autograd.grad(
             a_tE, [x, *_trainable(block)], d_a, allow_unused=True
@@ -113,13 +129,6 @@ class _Recomputed(torch.autograd.Function):
             None,
             *(next(found) if p.requires_grad else None for p in block.parameters()),
         )
-
-
-def unviewed(x: Tensor) -> Tensor:
-    """The same memory, to the compiler no view: it makes a graph for each kind of tensor that a
-    view can be of.
-    """
-    return torch.ops.aten._unsafe_view(x, x.shape)
 
 
 def _plain(x: Tensor) -> Tensor:

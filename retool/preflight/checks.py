@@ -23,7 +23,8 @@ from retool.config.options import RunOptions, TrainerConfig, resume_notes
 from retool.files.lock import in_use
 from retool.model.attention.dispatch import choose_backend, why_not
 from retool.model.build import DTYPES, plan_layout
-from retool.model.config import ModelConfig, read_model_config
+from retool.model.config import ModelConfig
+from retool.model.families.read import read_model_config
 from retool.model.hub import MAX_JSON_BYTES, find_model, read_json
 from retool.perf import GIB
 from retool.preflight.machine import (

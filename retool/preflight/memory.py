@@ -52,9 +52,8 @@ from typing import Literal
 
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
-from retool.model.decoder import Recompute
 from retool.model.logprobs import LOGIT_BYTES
-from retool.model.recompute import token_chunks
+from retool.model.recompute import Recompute, token_chunks
 from retool.optim import VISITING
 from retool.parallel.fsdp.layout import Layout
 from retool.parallel.fsdp.overlap import assign_buffers, rooms

@@ -189,7 +189,10 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     adamw = AdamWOptions(optim.betas, optim.weight_decay, optim.clip_grad)
     optimizer = AdamW(model, adamw, sharding.optimizer_offload, sharding.param_offload)
     assert isinstance(model.module, Decoder)
-    say(mesh, f"attention: {model.module.run.backend}; recomputation: {report.choice.recompute}")
+    say(
+        mesh,
+        f"attention: {model.module.execution.backend}; recomputation: {report.choice.recompute}",
+    )
     train_data = report.train.dataset
     val_data = report.val.dataset if report.val else None
     state = resume(report, mesh, model, optimizer)

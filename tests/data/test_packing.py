@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from retool.data.packing import Budget, cost, plan_step
-from retool.model.config import parse_model_config
+from retool.model.families.read import parse_model_config
 from retool.perf import model_flops, quadratic_length
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from retool.engine.kernels.kv_cache import KVCache
-from retool.model.decoder import rms_norm
+from retool.model.block import rms_norm
 from retool.model.rope import rotate
 from tests.interpreter import interpreted
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from retool.batch import Sample, pack
-from retool.engine import SamplingParams, forward
+from retool.engine import SamplingParams
+from retool.model.block import rms_norm
 from retool.model.build import ModelOptions
-from retool.model.decoder import Block, Recompute, rms_norm
+from retool.model.families import qwen3
 from retool.model.logprobs import logprobs
+from retool.model.recompute import Recompute
 from tests.engine.models import engine_of, forced, load, prompts, run
 from tests.model.tiny import make
 
@@ -103,14 +105,13 @@ def test_an_engine_does_as_the_trainer_and_precise_weights_meet_the_very_embeddi
     )
     embedded = []
     seen = list[Tensor]()
-    real = Block.projected
+    real = qwen3.Block.projected
 
-    def projected(block: Block, x_tD: Tensor) -> Tensor:
+    def projected(block: qwen3.Block, x_tD: Tensor) -> Tensor:
         seen.append(x_tD)
         return real(block, x_tD)
 
-    monkeypatch.setattr(Block, "projected", projected)
-    monkeypatch.setattr(forward, "PIECES", forward.PIECES._replace(projected=projected))
+    monkeypatch.setattr(qwen3.Block, "projected", projected)
     engine = engine_of(tmp_path, load(tmp_path, options))
     engine.weights.decoder.embed.register_forward_hook(
         lambda _module, _inputs, out: embedded.append(out)

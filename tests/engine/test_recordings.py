@@ -29,7 +29,7 @@ from retool.engine.kernels.attention import Pages, _attend, _gathered
 from retool.engine.runner import DecodeLoop
 from retool.engine.schedule import ahead as ahead_module
 from retool.engine.schedule.batch import Change
-from retool.model.config import read_model_config
+from retool.model.families.read import read_model_config
 from retool.parallel.mesh import make_mesh
 from tests.engine.models import CPU, engine_of, leaked, load, prompts, run
 from tests.model.tiny import make

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from retool.batch import Sample, pack
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.model.build import ModelOptions
-from retool.model.config import parse_model_config, read_model_config
+from retool.model.families.read import parse_model_config, read_model_config
 from retool.parallel.mesh import make_mesh
 from tests.model.tiny import FAMILIES, SHAPE, make
 

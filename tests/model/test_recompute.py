@@ -16,8 +16,9 @@ from retool.model import offload, recompute
 from retool.model.attention import dispatch as attention
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
-from retool.model.decoder import Decoder, Recompute
+from retool.model.decoder import Decoder
 from retool.model.offload import Offload
+from retool.model.recompute import Recompute
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import make_mesh
 
@@ -36,7 +37,7 @@ CONFIG = ModelConfig(
     tied=False,
     qkv_bias=True,
     o_bias=True,
-    mlp_bias=True,
+    mlp_bias=False,
     qk_norm=True,
     max_position=0,
 )
@@ -92,8 +93,8 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def store(model: Sharded) -> Offload:
-    assert isinstance(model.module, Decoder) and model.module.run.offload is not None
-    return model.module.run.offload
+    assert isinstance(model.module, Decoder) and model.module.execution.offload is not None
+    return model.module.execution.offload
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

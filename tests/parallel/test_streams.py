@@ -175,8 +175,8 @@ def offloading(monkeypatch: pytest.MonkeyPatch, parked: int | None = None) -> Sh
 
 
 def store(model: Sharded) -> Offload:
-    assert isinstance(model.module, Decoder) and model.module.run.offload is not None
-    return model.module.run.offload
+    assert isinstance(model.module, Decoder) and model.module.execution.offload is not None
+    return model.module.execution.offload
 
 
 def loss(model: Sharded, tokens: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from retool.batch import PackedBatch, Sample, pack
 from retool.model import recompute as chunks
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
-from retool.model.decoder import Recompute
+from retool.model.recompute import Recompute
 from retool.parallel.fsdp import Layout, local_pieces
 from retool.parallel.mesh import make_mesh
 from retool.parallel.ulysses import HeadPlan, _expand, split_heads

@@ -10,9 +10,11 @@ import torch
 
 from retool.batch import PackedBatch, Sample, pack
 from retool.model import offload
+from retool.model.block import rms_norm
 from retool.model.build import ModelOptions, build_decoder
-from retool.model.config import ModelConfig, parse_model_config
-from retool.model.decoder import Decoder, rms_norm
+from retool.model.config import ModelConfig
+from retool.model.decoder import Decoder
+from retool.model.families.read import parse_model_config
 from retool.model.logprobs import LOGIT_BYTES
 from retool.model.rope import inverse_frequencies, rope_tables
 from retool.optim import AdamW, AdamWOptions
@@ -295,9 +297,9 @@ def test_what_goes_to_the_host_is_exact(monkeypatch: pytest.MonkeyPatch, family:
     tokens = 8
     sharded = build_decoder(config, make_mesh(), ModelOptions(recompute="offload"))
     sharded(document(tokens), lambda hidden, weight: hidden.sum()).backward()
-    assert isinstance(sharded.module, Decoder) and sharded.module.run.offload is not None
+    assert isinstance(sharded.module, Decoder) and sharded.module.execution.offload is not None
     assert (
-        len(sharded.module.run.offload.free) * 4
+        len(sharded.module.execution.offload.free) * 4
         == predict(config, Setting(compute="fp32"), tokens, "offload").host
     )
     assert predict(config, Setting(compute="fp32"), tokens, "full").host == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from retool.checkpoint.format.source import load_flat, require_finite, require_tied
 from retool.checkpoint.hf.folder import SafetensorsSource
 from retool.model.build import ModelOptions, build_decoder
-from retool.model.config import read_model_config
+from retool.model.families.read import read_model_config
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
 

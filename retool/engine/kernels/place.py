@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retool.engine.kernels.kv_cache import HEAD_DIMS
 from retool.model.attention.dispatch import TRUSTED, tried
-from retool.model.decoder import rms_norm
+from retool.model.block import rms_norm
 from retool.model.rope import rotate
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ from retool.model.attention.cudnn import (
     cudnn_forward,
 )
 from retool.model.attention.reference import Gradients, Pack, reference_backward, reference_forward
-from retool.model.eager import eager
+from retool.model.compile import eager
 
 T = TypeVar("T")
 CUDNN_FROM = (9, 0)  # compute capability: Hopper

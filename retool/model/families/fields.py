@@ -10,44 +10,10 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Family:
-    """What a model type fixes, and what transformers takes where its `config.json` says nothing.
-
-    `attention_bias`: whether q, k and v have biases (None: they and o have, if the field of that
-    name says so). `head_dim` and `kv_heads` of None: hidden size / heads, and as many as there are
-    heads. `reads`: fields that only some families have.
-    """
-
-    attention_bias: bool | None
-    qk_norm: bool
-    head_dim: int | None
-    kv_heads: int | None
-    reads: frozenset[str]
-
-
+# Fields that only some families read: through them a layer may see a part of the sequence only.
 WINDOWS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
-FAMILIES = {
-    "llama": Family(
-        attention_bias=None,
-        qk_norm=False,
-        head_dim=None,
-        kv_heads=None,
-        reads=frozenset({"attention_bias", "mlp_bias"}),
-    ),
-    "qwen2": Family(attention_bias=True, qk_norm=False, head_dim=None, kv_heads=32, reads=WINDOWS),
-    "qwen3": Family(
-        attention_bias=None,
-        qk_norm=True,
-        head_dim=128,
-        kv_heads=32,
-        reads=WINDOWS | {"attention_bias"},
-    ),
-}
 
 # The largest value that a size may have: far above any dense model's, and small enough to plan
 # with.
@@ -121,8 +87,11 @@ INERT = frozenset(
 )
 
 
-def faults_of(c: dict[str, Any], family: Family) -> Iterator[str]:
-    """Every field that would silently compute something else, with the way out."""
+def faults_of(c: dict[str, Any], family: frozenset[str]) -> Iterator[str]:
+    """Every field that would silently compute something else, with the way out.
+
+    `family` has the fields that the family reads beside those of every family.
+    """
     for name, value in c.items():
         if name == "auto_map":
             if isinstance(value, dict) and any(str(kind).startswith("AutoModel") for kind in value):
@@ -130,7 +99,7 @@ def faults_of(c: dict[str, Any], family: Family) -> Iterator[str]:
         elif name in IMPLEMENTED:
             if value not in IMPLEMENTED[name]:
                 yield refused(name, value)
-        elif not (name in READ or name in family.reads or without_effect(name) or is_off(value)):
+        elif not (name in READ or name in family or without_effect(name) or is_off(value)):
             yield refused(name, value)
 
 

@@ -1,0 +1,220 @@
+"""One decoder layer: what the blocks of all families have in common.
+
+    x [t, D] → before → attend → after → [t, D]
+
+`before` (norm, q k v, rope) and `after` (output projection, norm, MLP) are the family's. They are
+local to a token, and compiled. `attend` between them does Ulysses' two all-to-alls around the
+attention kernel, and isn't compiled.
+
+What a backward finds, per token and layer (E = N·H):
+
+    none         everything that it needs
+    selective    x, q k v, attention's result before and after its all-to-all: `after` runs again
+    full         x, attention's result and its log-sum-exp: the block runs again, its kernel doesn't
+    offload      as full, but the first blocks' are in host memory
+
+Legend: t tokens of this rank · N query heads · K kv heads · J = N + 2·K heads · H head dim · D model
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from retool.batch import PackedBatch
+from retool.model.attention.dispatch import attention, attention_forward_lse, attention_from_saved
+from retool.model.compile import compiled, unviewed
+from retool.model.config import ModelConfig
+from retool.model.families.names import Stored
+from retool.model.offload import Offload
+from retool.model.recompute import Kernel, Recompute, recomputed
+from retool.parallel.collectives import all_to_all
+from retool.parallel.mesh import Mesh
+from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v, split_heads
+
+Part = Callable[..., torch.Tensor]  # of a block, called with it
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a forward runs: what doesn't change from batch to batch.
+
+    `offload` is there where `recompute` is offload. `fp32_residual`: what blocks add to is in at
+    least fp32, not in the weights' dtype; norms hand on the weights' dtype to the products.
+    """
+
+    plan: HeadPlan
+    mesh: Mesh
+    backend: str = "reference"
+    recompute: Recompute = "none"
+    compiled: bool = False
+    offload: Offload | None = None
+    fp32_residual: bool = False
+
+
+class Block(nn.Module, ABC):
+    """A decoder layer; a family gives its parameters, `projected`, `rotated`, `after`, `stored`."""
+
+    # Whether `rotated` is `head_norms` and rope alone, so that the engine's kernel may do it instead
+    rope_is_fusible: ClassVar[bool] = False
+
+    def __init__(self, config: ModelConfig, index: int, execution: Execution) -> None:
+        super().__init__()
+        self.config = config
+        self.index = index
+        self.execution = execution
+        before = type(self).sent
+        after = type(self).after
+        self.before_piece: Part = compiled(before) if execution.compiled else before
+        self.after_piece: Part = _compiled_after(after) if execution.compiled else after
+
+    @abstractmethod
+    def projected(self, x_tD: torch.Tensor) -> torch.Tensor:
+        """Norm, and q k v of all heads: [t, D] → [t, J, H]."""
+
+    @abstractmethod
+    def rotated(
+        self, heads_tJH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`projected` → q [t, N, H] and k [t, K, H] after rope, in at least fp32; v as it was."""
+
+    @abstractmethod
+    def after(self, x_tD: torch.Tensor, a_tE: torch.Tensor) -> torch.Tensor:
+        """The block's input and attention's result → [t, D] in x's dtype, residuals added."""
+
+    @abstractmethod
+    def stored(self) -> list[Stored]:
+        """Hugging Face's names of this layer's parameters, in the order of transformers' module.
+
+        They come without the layer's prefix. A name whose parameter is None isn't there.
+        """
+
+    def head_norms(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Weights [H] of the norms that q's and k's heads have before rope; None without."""
+        return None
+
+    def before(
+        self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[t, D] → q [t, N, H], k and v [t, K, H]."""
+        return self.rotated(self.projected(x_tD), cos, sin)
+
+    def sent(self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """`before` as the flat buffer that goes to the head ranks, in the weights' dtype."""
+        return self.laid_out(*self.before(x_tD, cos, sin))
+
+    def laid_out(
+        self, q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor
+    ) -> torch.Tensor:
+        """q, k and v in one flat buffer, rank after rank, rounded once to the weights' dtype."""
+        plan = self.execution.plan
+        return split_heads(q_tNH, k_tKH, v_tKH.to(q_tNH.dtype), plan, v_tKH.dtype)
+
+    def by_head(self, qkv: torch.Tensor) -> torch.Tensor:
+        """[t, J·H] → [t, J, H]."""
+        c = self.config
+        return qkv.view(-1, c.heads + 2 * c.kv_heads, c.head_dim)
+
+    def q_k_v(self, heads_tJH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[t, J, H] → q [t, N, H], k and v [t, K, H]."""
+        c = self.config
+        q, k, v = heads_tJH.split([c.heads, c.kv_heads, c.kv_heads], 1)
+        return q, k, v
+
+    def attend(
+        self, sent: torch.Tensor, t: int, batch: PackedBatch, saved: Kernel | None = None
+    ) -> torch.Tensor:
+        """Sequence → heads, attention over the whole pack, heads → sequence [t, E].
+
+        `saved` is what `attend_and_save` gave for the same q, k and v: the kernel doesn't run.
+        """
+        q, k, v = self._gathered(sent, t)
+        pack = batch.cu_seqlens, batch.max_seqlen, self.execution.backend, batch.seqlens
+        if saved is None:
+            out = attention(q, k, v, *pack)
+        else:
+            out = attention_from_saved(q, k, v, *saved, *pack)
+        return self._returned(out, t)
+
+    def attend_and_save(
+        self, sent: torch.Tensor, t: int, batch: PackedBatch
+    ) -> tuple[torch.Tensor, Kernel]:
+        """`attend` without a graph, and the kernel's own result with its log-sum-exp."""
+        q, k, v = self._gathered(sent, t)
+        pack = batch.cu_seqlens, batch.max_seqlen, self.execution.backend, batch.seqlens
+        out, lse = attention_forward_lse(q, k, v, *pack)
+        return self._returned(out, t), (out, lse)
+
+    def _gathered(
+        self, sent: torch.Tensor, t: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All tokens of this rank's heads."""
+        plan = self.execution.plan
+        received = all_to_all(sent, *plan.to_heads(t), self.execution.mesh.sp_group)
+        return q_k_v(received, plan)
+
+    def _returned(self, out_TnH: torch.Tensor, t: int) -> torch.Tensor:
+        """All heads of this rank's tokens, [t, E]."""
+        plan = self.execution.plan
+        group = self.execution.mesh.sp_group
+        received = all_to_all(out_TnH.flatten(), *plan.to_sequence(t), group)
+        return join_heads(received, plan).flatten(1)
+
+    def forward(
+        self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: PackedBatch
+    ) -> torch.Tensor:
+        """[t, D] → [t, D], keeping for the backward what `execution.recompute` says."""
+        how = self.execution.recompute
+        if how in ("full", "offload") and torch.is_grad_enabled():
+            return recomputed(self, x_tD, cos, sin, batch, self.execution.offload)
+        a_tE = self.attend(self.before_piece(self, x_tD, cos, sin), len(x_tD), batch)
+        if how == "selective":
+            return _run_again_in_backward(self.after_piece, self, x_tD, a_tE)
+        return self.after_piece(self, x_tD, a_tE)
+
+
+def new_parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension (Zhang & Sennrich, arXiv 1910.07467).
+
+    Computed in at least fp32; the result is in the weight's dtype, which x may exceed.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean_square = wide.square().mean(-1, keepdim=True)
+    return (wide * torch.rsqrt(mean_square + eps)).to(weight.dtype) * weight
+
+
+def swiglu(
+    x_tD: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202); `gate_up` [2·F, D] is both stacked."""
+    gate, up = F.linear(x_tD, gate_up, gate_up_bias).chunk(2, -1)
+    return F.linear(F.silu(gate) * up, down, down_bias)
+
+
+def _compiled_after(after: Part) -> Part:
+    """Compiled `after`; attention's result comes as a view of one kind or another."""
+    fast = compiled(after)
+    return lambda block, x_tD, a_tE: fast(block, x_tD, unviewed(a_tE))
+
+
+def _run_again_in_backward(function: Part, *args: Any) -> torch.Tensor:
+    """Run keeping only the arguments; nothing in a block draws random numbers."""
+    out: Any = checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+    )
+    return out

@@ -1,0 +1,79 @@
+"""Qwen2 and Qwen2.5, and what has their shape: QwQ, R1-Distill-Qwen.
+
+q, k and v have biases, nothing else has.
+
+Legend: t tokens of this rank · N query heads · K kv heads · H head dim · D model · E = N·H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from retool.model import block
+from retool.model.block import Execution, new_parameter, rms_norm, swiglu
+from retool.model.config import ModelConfig
+from retool.model.families.fields import WINDOWS
+from retool.model.families.names import Stored
+from retool.model.families.shape import read_shape
+from retool.model.rope import rotate
+
+FIELDS = WINDOWS  # beside those that every family has
+KV_HEADS = 32  # transformers' default
+
+
+def read_config(c: dict[str, Any]) -> ModelConfig:
+    return replace(read_shape(c, FIELDS, kv_heads=KV_HEADS), qkv_bias=True)
+
+
+class Block(block.Block):
+    """norm → q k v with biases → rope → attention → o → norm → SwiGLU."""
+
+    rope_is_fusible = True
+
+    def __init__(self, config: ModelConfig, index: int, execution: Execution) -> None:
+        super().__init__(config, index, execution)
+        c = config
+        qkv_rows = c.query_width + 2 * c.key_width
+        self.norm_1 = new_parameter(c.hidden)
+        self.qkv = new_parameter(qkv_rows, c.hidden)
+        self.qkv_bias = new_parameter(qkv_rows)
+        self.o = new_parameter(c.hidden, c.query_width)
+        self.norm_2 = new_parameter(c.hidden)
+        self.gate_up = new_parameter(2 * c.ffn, c.hidden)
+        self.down = new_parameter(c.hidden, c.ffn)
+
+    def projected(self, x_tD: torch.Tensor) -> torch.Tensor:
+        normed_tD = rms_norm(x_tD, self.norm_1, self.config.norm_eps)
+        return self.by_head(F.linear(normed_tD, self.qkv, self.qkv_bias))
+
+    def rotated(
+        self, heads_tJH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = self.q_k_v(heads_tJH)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def after(self, x_tD: torch.Tensor, a_tE: torch.Tensor) -> torch.Tensor:
+        x_tD = x_tD + F.linear(a_tE, self.o)
+        normed_tD = rms_norm(x_tD, self.norm_2, self.config.norm_eps)
+        return x_tD + swiglu(normed_tD, self.gate_up, self.down)
+
+    def stored(self) -> list[Stored]:
+        c = self.config
+        return [
+            Stored("self_attn.q_proj.weight", "qkv", c.query_width),
+            Stored("self_attn.q_proj.bias", "qkv_bias", c.query_width),
+            Stored("self_attn.k_proj.weight", "qkv", c.key_width),
+            Stored("self_attn.k_proj.bias", "qkv_bias", c.key_width),
+            Stored("self_attn.v_proj.weight", "qkv", c.key_width),
+            Stored("self_attn.v_proj.bias", "qkv_bias", c.key_width),
+            Stored("self_attn.o_proj.weight", "o"),
+            Stored("mlp.gate_proj.weight", "gate_up", c.ffn),
+            Stored("mlp.up_proj.weight", "gate_up", c.ffn),
+            Stored("mlp.down_proj.weight", "down"),
+            Stored("input_layernorm.weight", "norm_1"),
+            Stored("post_attention_layernorm.weight", "norm_2"),
+        ]

@@ -1,0 +1,95 @@
+"""Qwen3, the dense models.
+
+Each head of q and k has a norm before rope. There are biases only where `config.json` asks for
+them, in attention.
+
+Legend: t tokens of this rank · N query heads · K kv heads · H head dim · D model · E = N·H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from retool.model import block
+from retool.model.block import Execution, new_parameter, rms_norm, swiglu
+from retool.model.config import ModelConfig
+from retool.model.families.fields import WINDOWS, switch
+from retool.model.families.names import Stored
+from retool.model.families.shape import read_shape
+from retool.model.rope import rotate
+
+FIELDS = WINDOWS | {"attention_bias"}  # beside those that every family has
+KV_HEADS = 32  # transformers' defaults
+HEAD_DIM = 128
+
+
+def read_config(c: dict[str, Any]) -> ModelConfig:
+    """`attention_bias` gives biases to q, k, v and o."""
+    shape = read_shape(c, FIELDS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    biased = switch(c, "attention_bias")
+    return replace(shape, qkv_bias=biased, o_bias=biased, qk_norm=True)
+
+
+class Block(block.Block):
+    """norm → q k v → norms of q and k → rope → attention → o → norm → SwiGLU."""
+
+    rope_is_fusible = True
+
+    def __init__(self, config: ModelConfig, index: int, execution: Execution) -> None:
+        super().__init__(config, index, execution)
+        c = config
+        qkv_rows = c.query_width + 2 * c.key_width
+        self.norm_1 = new_parameter(c.hidden)
+        self.qkv = new_parameter(qkv_rows, c.hidden)
+        self.qkv_bias = new_parameter(qkv_rows) if c.qkv_bias else None
+        self.q_norm = new_parameter(c.head_dim)
+        self.k_norm = new_parameter(c.head_dim)
+        self.o = new_parameter(c.hidden, c.query_width)
+        self.o_bias = new_parameter(c.hidden) if c.o_bias else None
+        self.norm_2 = new_parameter(c.hidden)
+        self.gate_up = new_parameter(2 * c.ffn, c.hidden)
+        self.down = new_parameter(c.hidden, c.ffn)
+
+    def projected(self, x_tD: torch.Tensor) -> torch.Tensor:
+        normed_tD = rms_norm(x_tD, self.norm_1, self.config.norm_eps)
+        return self.by_head(F.linear(normed_tD, self.qkv, self.qkv_bias))
+
+    def rotated(
+        self, heads_tJH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = self.q_k_v(heads_tJH)
+        q = rms_norm(q, self.q_norm, self.config.norm_eps)
+        k = rms_norm(k, self.k_norm, self.config.norm_eps)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def after(self, x_tD: torch.Tensor, a_tE: torch.Tensor) -> torch.Tensor:
+        x_tD = x_tD + F.linear(a_tE, self.o, self.o_bias)
+        normed_tD = rms_norm(x_tD, self.norm_2, self.config.norm_eps)
+        return x_tD + swiglu(normed_tD, self.gate_up, self.down)
+
+    def head_norms(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.q_norm, self.k_norm
+
+    def stored(self) -> list[Stored]:
+        c = self.config
+        return [
+            Stored("self_attn.q_proj.weight", "qkv", c.query_width),
+            Stored("self_attn.q_proj.bias", "qkv_bias", c.query_width),
+            Stored("self_attn.k_proj.weight", "qkv", c.key_width),
+            Stored("self_attn.k_proj.bias", "qkv_bias", c.key_width),
+            Stored("self_attn.v_proj.weight", "qkv", c.key_width),
+            Stored("self_attn.v_proj.bias", "qkv_bias", c.key_width),
+            Stored("self_attn.o_proj.weight", "o"),
+            Stored("self_attn.o_proj.bias", "o_bias"),
+            Stored("self_attn.q_norm.weight", "q_norm"),
+            Stored("self_attn.k_norm.weight", "k_norm"),
+            Stored("mlp.gate_proj.weight", "gate_up", c.ffn),
+            Stored("mlp.up_proj.weight", "gate_up", c.ffn),
+            Stored("mlp.down_proj.weight", "down"),
+            Stored("input_layernorm.weight", "norm_1"),
+            Stored("post_attention_layernorm.weight", "norm_2"),
+        ]
