@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from retool import checkpoint
 from retool.checkpoint import ModelState, SaveOptions, Staging
-from retool.checkpoint.format.rows import named_rows, to_rows
+from retool.checkpoint.flat.rows import named_rows, to_rows
 from retool.model.build import ModelOptions, build_decoder
 from retool.parallel.mesh import Mesh, make_mesh
 

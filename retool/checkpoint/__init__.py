@@ -1,10 +1,12 @@
 """Checkpoints: sharded files that any world size resumes from, Hugging Face folders in and out."""
 
-from retool.checkpoint.format.source import ModelState, TensorSource, load_flat
-from retool.checkpoint.hf.folder import SafetensorsSource
+from retool.checkpoint.flat.fill import TensorSource, load_flat
+from retool.checkpoint.flat.state import ModelState
+from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.checkpoint.read import Loaded, load
-from retool.checkpoint.staging import PendingSave, SaveOptions, SaveResult, Staging
-from retool.checkpoint.whole import latest, load_whole
+from retool.checkpoint.resume import latest, load_whole
+from retool.checkpoint.staging import Staging
+from retool.checkpoint.types import PendingSave, SaveOptions, SaveResult
 from retool.checkpoint.write import save
 
 __all__ = [

@@ -11,15 +11,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from retool.checkpoint import folder as on_disk
-from retool.checkpoint.merge import convert, merge
-from retool.checkpoint.shards import ShardSource
+from retool.checkpoint.convert import convert
+from retool.checkpoint.format.folder import faulty_files, model_folder
+from retool.checkpoint.listing import list_checkpoints
+from retool.checkpoint.merge import merge
+from retool.checkpoint.shards.source import ShardSource
 from retool.checkpoint.verify import assurance, verify
-from retool.checkpoint.whole import latest
-from retool.files.untrusted import shown
 from retool.metrics import printable
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,50 +71,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def list_checkpoints(root: Path, console: Console) -> int:
-    """Steps, sizes, world sizes and contents under a run's folder; * marks the one that a resume
-    takes.
-    """
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder.")
-    chosen = latest(root)
-    table = Table("", "step", "ranks", "GiB", "holds", "state")
-    for step, path in on_disk.steps(root):
-        row = ("*" if path == chosen else "", str(step), *_described(path))
-        # As text: names of unknown origin would else be read as markup
-        table.add_row(*map(Text, row))
-    console.print(
-        table if table.row_count else Text(f"{shown(str(root))} holds no checkpoint."),
-        soft_wrap=True,
-    )
-    return 0
-
-
-def _described(path: Path) -> tuple[str, str, str, str]:
-    """Ranks, size, contents and state of a checkpoint as `ls` shows them."""
-    try:
-        where = on_disk.model_folder(path)
-        wrong = on_disk.faults(where)
-        kinds = [
-            kind
-            for kind in ("model", "optim", "extra_state")
-            if any(where.glob(f"{kind}_world_size_*.pt"))
-        ]
-        kinds += ["export"] if any((where / "huggingface").glob("*.safetensors")) else []
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        ranks = "?" if wrong else str(on_disk.world_size(where))
-        condition = (
-            shown(wrong[0])
-            if wrong
-            else "complete"
-            if on_disk.recorded(where)
-            else "complete, without checksums"
-        )
-    except OSError as error:
-        return "?", "?", "", f"can't be read ({error.strerror or error})"
-    return ranks, f"{size / 2**30:.2f}", " ".join(kinds), condition
-
-
 def run(options: argparse.Namespace, console: Console) -> int:
     """Run a parsed command; its exit status."""
     if options.command == "ls":
@@ -163,8 +117,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 def work(options: argparse.Namespace) -> int | None:
     """Millions of elements that a command will go through; None where the folder doesn't say."""
-    where = on_disk.model_folder(options.folder)
-    if on_disk.faults(where) or not any(where.glob("model_world_size_*_rank_0.pt")):
+    where = model_folder(options.folder)
+    if faulty_files(where) or not any(where.glob("model_world_size_*_rank_0.pt")):
         return None
     source = ShardSource(where)
     elements = sum(prod(source.shape(name)) for name in source.names())

@@ -10,20 +10,24 @@ from typing import Any
 import torch
 
 from retool.checkpoint import rng
-from retool.checkpoint.folder import (
+from retool.checkpoint.flat.fill import load_flat
+from retool.checkpoint.flat.state import ModelState, require_finite
+from retool.checkpoint.format.folder import (
     CONFIG,
     DATA,
-    faults,
+    faulty_files,
     model_folder,
     read_json,
     shard_name,
     world_size,
     written_by_us,
 )
-from retool.checkpoint.format.archive import WAY_OUT
-from retool.checkpoint.format.source import ModelState, load_flat, require_finite
-from retool.checkpoint.mixture import require_one_step_unless_vouched
-from retool.checkpoint.shards import Shards, ShardSource, optimizer_step, own_state, step_of
+from retool.checkpoint.format.torch_file import WAY_OUT
+from retool.checkpoint.shards.files import Shards
+from retool.checkpoint.shards.optimizer import optimizer_step
+from retool.checkpoint.shards.same_step import require_one_step_unless_vouched
+from retool.checkpoint.shards.source import ShardSource
+from retool.checkpoint.shards.states import own_state, step_of
 from retool.parallel.mesh import Mesh
 
 
@@ -62,7 +66,7 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
     """
     top = Path(folder)
     where = model_folder(top)
-    if wrong := faults(where):
+    if wrong := faulty_files(where):
         raise ValueError(
             f"{top} can't be resumed: {'; '.join(wrong[:5])}. Resume from an older one "
             "(trainer.resume_from_path)."

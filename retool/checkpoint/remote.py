@@ -13,7 +13,7 @@ from typing import final
 
 import fsspec
 
-from retool.checkpoint.folder import TRACKER
+from retool.checkpoint.format.tracker import TRACKER
 from retool.config.redact import logger
 
 ATTEMPTS = 4

@@ -1,92 +1,21 @@
-"""What a save is made of before it is written: its options, its result, and the host memory that
-holds it meanwhile.
-"""
+"""The host memory that holds a save while it is written, and everything else that saves keep between them."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import final
 
 import torch
 import torch.distributed as dist
 
-from retool.checkpoint.format.rows import rows_numel, to_rows, unit_numel
-from retool.checkpoint.format.source import ModelState
+from retool.checkpoint.flat.rows import rows_numel, to_rows, unit_numel
+from retool.checkpoint.flat.state import ModelState
 from retool.checkpoint.remote import Mirror
+from retool.checkpoint.types import PendingSave, SaveOptions, SaveResult
 from retool.files.own_folder import OwnFolder
 from retool.parallel.agreement import Failed, agreed
 from retool.parallel.mesh import Mesh
-
-CONTENTS = ("model", "optimizer", "extra", "hf_model")
-
-
-@dataclass(frozen=True)
-class SaveOptions:
-    """What a save writes and how.
-
-    `contents` ⊆ model, optimizer, extra, hf_model. `keep` newest checkpoints stay (None: all).
-    `remote_url` is an fsspec URL that finished checkpoints are copied to. `subfolder` holds the
-    model files (`actor` in reinforcement learning).
-    """
-
-    contents: tuple[str, ...] = CONTENTS
-    keep: int | None = None
-    async_save: bool = False
-    remote_url: str | None = None
-    chat_template: str | None = None
-    subfolder: str = ""
-
-    def __post_init__(self) -> None:
-        if unknown := set(self.contents) - set(CONTENTS):
-            raise ValueError(
-                f"checkpoint.save_contents: {', '.join(sorted(unknown))} is unknown. Use any of "
-                f"{', '.join(CONTENTS)}."
-            )
-
-
-@dataclass(frozen=True)
-class SaveResult:
-    """How a save ended.
-
-    `error` is None, or what went wrong on which rank: then the previous checkpoint is still the
-    latest.
-
-    `stall_s` is how long the training loop waited, `seconds` how long everything took, `bytes` what
-    this rank wrote.
-    """
-
-    step: int
-    folder: Path
-    error: str | None
-    stall_s: float
-    seconds: float
-    bytes: int
-
-
-@final
-class PendingSave:
-    """A save that may still be running."""
-
-    def __init__(self) -> None:
-        self._done = threading.Event()
-        self._result: SaveResult | None = None
-
-    def _finish(self, result: SaveResult) -> None:
-        self._result = result
-        self._done.set()
-
-    def poll(self) -> SaveResult | None:
-        """The result, or None while the files are being written."""
-        return self._result if self._done.is_set() else None
-
-    def wait(self) -> SaveResult:
-        """Wait until everything is on disk, or has failed."""
-        self._done.wait()
-        assert self._result is not None
-        return self._result
 
 
 @final

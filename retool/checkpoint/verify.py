@@ -11,14 +11,23 @@ from typing import TypeVar
 
 import torch
 
-from retool.checkpoint import folder as on_disk
-from retool.checkpoint.format.archive import TorchFile
+from retool.checkpoint.flat.fill import CHUNK, TensorSource, match_names, require_tied
+from retool.checkpoint.format.checksums import checksums_of
+from retool.checkpoint.format.folder import (
+    CHECKSUMS,
+    CONFIG,
+    DATA,
+    faulty_files,
+    model_folder,
+    recorded_files,
+)
 from retool.checkpoint.format.safetensors import INDEX
-from retool.checkpoint.format.source import CHUNK, TensorSource, match_names, require_tied
-from retool.checkpoint.hf.folder import SafetensorsSource
+from retool.checkpoint.format.torch_file import TorchFile
+from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.checkpoint.merge import Progress, stored_names
-from retool.checkpoint.mixture import NOTHING_VOUCHES, require_one_step
-from retool.checkpoint.shards import ShardSource, read_state
+from retool.checkpoint.shards.same_step import NOTHING_VOUCHES, require_one_step
+from retool.checkpoint.shards.source import ShardSource
+from retool.checkpoint.shards.states import read_state
 from retool.model.build import plan_layout
 from retool.model.families.read import read_model_config
 
@@ -36,10 +45,10 @@ def verify(folder: Path, progress: Progress) -> list[str]:
     that the index names, names and shapes as config.json says, finite values. See `assurance` for
     what is known where nothing is wrong.
     """
-    where = on_disk.model_folder(folder)
+    where = model_folder(folder)
     if is_model_folder(where):
         return _model_faults(where, progress)
-    problems = on_disk.faults(where)
+    problems = faulty_files(where)
     if problems:
         return problems
     for check in (
@@ -63,9 +72,7 @@ def is_model_folder(folder: Path) -> bool:
         or (folder / "config.json").is_file()
     )
     return (
-        there
-        and not any(folder.glob("model_world_size_*.pt"))
-        and not (folder / on_disk.CONFIG).exists()
+        there and not any(folder.glob("model_world_size_*.pt")) and not (folder / CONFIG).exists()
     )
 
 
@@ -103,13 +110,13 @@ def assurance(folder: Path) -> str:
     """What is known of a checkpoint that `verify` found nothing wrong with: without checksums that
     is less.
     """
-    where = on_disk.model_folder(folder)
+    where = model_folder(folder)
     if is_model_folder(where):
         return (
             f"{folder}: complete and finite; a model folder has no checksums, so nothing vouches for its "
             "values"
         )
-    if on_disk.recorded(where):
+    if recorded_files(where):
         return f"{folder}: complete, undamaged, finite"
     return f"{folder}: complete and finite, but {NOTHING_VOUCHES}"
 
@@ -120,10 +127,10 @@ def _one_step(where: Path) -> Iterator[str]:
 
 
 def _files(where: Path) -> Iterator[str]:
-    for name, entry in on_disk.recorded(where).items():
-        if not name.endswith(".pt") and on_disk.checksums(where / name) != entry:
-            yield f"{where / name} differs from {on_disk.CHECKSUMS}: it was changed or is damaged."
-        if name.startswith("extra_state") or name.endswith(on_disk.DATA):
+    for name, entry in recorded_files(where).items():
+        if not name.endswith(".pt") and checksums_of(where / name) != entry:
+            yield f"{where / name} differs from {CHECKSUMS}: it was changed or is damaged."
+        if name.startswith("extra_state") or name.endswith(DATA):
             TorchFile(where / name, entry["crc32"]).check_all()
             read_state(where / name, entry["crc32"])
 

@@ -23,16 +23,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from retool.checkpoint import folder as on_disk
-from retool.checkpoint.claim import claim, clear_torn, prune, publish, remove, track
-from retool.checkpoint.format.archive import write_archive
-from retool.checkpoint.format.content import Place, frozen, model_content, optimizer_content
-from retool.checkpoint.format.source import ModelState
+from retool.checkpoint.flat.state import ModelState
+from retool.checkpoint.format.checksums import checksums_of, write_archive
+from retool.checkpoint.format.folder import DATA, fsync, shard_name, write_config
+from retool.checkpoint.format.state_dicts import Place, frozen, model_content, optimizer_content
 from retool.checkpoint.hf.export import export_weights
-from retool.checkpoint.hf.folder import copy_side_files
+from retool.checkpoint.hf.side_files import copy_side_files
+from retool.checkpoint.publish import claim, clear_torn, prune, publish, remove, track
 from retool.checkpoint.remote import Mirror
 from retool.checkpoint.rng import capture
-from retool.checkpoint.staging import CONTENTS, PendingSave, SaveOptions, SaveResult, Staging, stage
+from retool.checkpoint.staging import Staging, stage
+from retool.checkpoint.types import CONTENTS, PendingSave, SaveOptions, SaveResult
 from retool.config.redact import logger
 from retool.parallel.agreement import Failed, agreed, describe, shared
 from retool.parallel.mesh import Mesh
@@ -256,7 +257,7 @@ def _write_shards(snapshot: _Snapshot, target: Path) -> None:
         wanted["extra_state"] = lambda: snapshot.extra
 
     def write(kind: str) -> None:
-        name = on_disk.shard_name(kind, mesh.world, mesh.rank)
+        name = shard_name(kind, mesh.world, mesh.rank)
         snapshot.written[name] = write_archive(target / name, wanted[kind]())
 
     with ThreadPoolExecutor(len(CONTENTS)) as pool:
@@ -270,17 +271,17 @@ def _commit(
     target = temporary / snapshot.options.subfolder
     options = snapshot.options
     root = snapshot.root
-    data = temporary / on_disk.DATA
+    data = temporary / DATA
     beside = os.path.relpath(data, target)  # above the model files in reinforcement learning
     files: dict[str, Any] = {name: entry for written in everyone for name, entry in written.items()}
     for path in sorted(p for p in (target / "huggingface").rglob("*") if p.is_file()):
         if (name := str(path.relative_to(target))) not in files:
-            on_disk.fsync(path)
-            files[name] = on_disk.checksums(path)
+            fsync(path)
+            files[name] = checksums_of(path)
     files[beside] = write_archive(data, snapshot.data_state)
-    on_disk.write_config(target, snapshot.mesh.world, snapshot.mesh.shards, snapshot.step, files)
+    write_config(target, snapshot.mesh.world, snapshot.mesh.shards, snapshot.step, files)
     for path in {temporary, target, target / "huggingface"}:
-        on_disk.fsync(path)
+        fsync(path)
     staging.require_folder()
     publish(temporary, snapshot.final)
     track(root, snapshot.step)

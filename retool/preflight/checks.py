@@ -15,9 +15,10 @@ from typing import TypeVar
 
 import torch
 
-from retool.checkpoint.folder import STEP, steps
-from retool.checkpoint.format.source import match_names, require_tied
-from retool.checkpoint.hf.folder import MORE_TEMPLATES, SafetensorsSource
+from retool.checkpoint.flat.fill import match_names, require_tied
+from retool.checkpoint.format.tracker import STEP, checkpoints
+from retool.checkpoint.hf.side_files import MORE_TEMPLATES
+from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.config import Fault
 from retool.config.options import RunOptions, TrainerConfig, resume_notes
 from retool.files.lock import in_use
@@ -233,7 +234,10 @@ def check_model(
             )
         ]
     faults: list[Fault] = []
-    if not (folder / "config.json").is_file() and (newest := next(steps(folder), None)) is not None:
+    if (
+        not (folder / "config.json").is_file()
+        and (newest := next(checkpoints(folder), None)) is not None
+    ):
         export = export_of(newest[1])
         given = (
             f"{newest[1]}, once merged (python -m retool.checkpoint merge)"
@@ -440,7 +444,7 @@ def notes_of(
     if (
         trainer.resume_mode == "disable"
         and saves
-        and (old := next(steps(Path(trainer.default_local_dir)), None))
+        and (old := next(checkpoints(Path(trainer.default_local_dir)), None))
     ):
         yield (
             f"trainer.resume_mode=disable: {old[1]} and what else that run wrote are moved to a folder "

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from retool.checkpoint.hf.folder import SafetensorsSource
+from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.config import to_dict
 from retool.config.redact import redact
 from retool.model.config import ModelConfig

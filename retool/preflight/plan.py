@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from retool.checkpoint.folder import STEP
+from retool.checkpoint.format.tracker import STEP
 from retool.config import Fault
 from retool.config.options import RunOptions
 from retool.model.config import ModelConfig

@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 
 from retool import checkpoint
-from retool.checkpoint.folder import DATA, STEP, TRACKER, candidates, model_folder, steps, tracked
-from retool.checkpoint.format.source import match_names
+from retool.checkpoint.flat.fill import match_names
+from retool.checkpoint.format.folder import DATA, model_folder
+from retool.checkpoint.format.tracker import STEP, TRACKER, candidates, checkpoints, tracked
 from retool.checkpoint.read import data_state, extra_state
-from retool.checkpoint.shards import ShardSource
-from retool.checkpoint.whole import problems
+from retool.checkpoint.resume import problems
+from retool.checkpoint.shards.source import ShardSource
 from retool.config import Fault
 from retool.config.options import RunOptions
 from retool.data.render.dates import today
@@ -49,7 +50,7 @@ def find_checkpoint(report: R) -> R:
     else:
         root = Path(trainer.default_local_dir)
         found = checkpoint.latest(root, trainer.resume_fallback)
-        if found is None and any(steps(root)):
+        if found is None and any(checkpoints(root)):
             return report.blame(_nothing_whole(report.options, root))
     return with_checkpoint(report, found)
 
@@ -210,14 +211,14 @@ def _incomplete(options: RunOptions, found: Path) -> Iterator[Fault]:
 
 def _instead(path: Path, run: Path) -> str:
     """What the user may have meant by a path that is no checkpoint; `run` is the run's own folder."""
-    if (newest := next(steps(path), None)) is not None:
+    if (newest := next(checkpoints(path), None)) is not None:
         return f"It is a run's folder: give its newest checkpoint, {newest[1]}."
     above = next(
         (folder for folder in path.absolute().parents if STEP.fullmatch(folder.name)), None
     )
     if above is not None and path.exists():
         return f"It is a part of a checkpoint: give {above}."
-    here = next(steps(run), None)
+    here = next(checkpoints(run), None)
     wanted = f"Give a checkpoint such as {'…/global_step_250' if here is None else here[1]}."
     return (
         f"It is a model, to begin a run with. {wanted}"

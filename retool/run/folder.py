@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import yaml
 
-from retool.checkpoint.folder import TRACKER, steps
+from retool.checkpoint.format.tracker import TRACKER, checkpoints
 from retool.config import to_dict
 from retool.config.redact import redact
 from retool.metrics import printable
@@ -65,7 +65,7 @@ def make_run_folder(folder: str | Path, config: Any, mesh: Mesh, anew: bool = Fa
     path = Path(folder)
     if mesh.rank == 0:
         path.mkdir(parents=True, exist_ok=True)
-        if anew and any(steps(path)):
+        if anew and any(checkpoints(path)):
             say(
                 mesh, f"a run from the start: what was in {path} is in {set_aside(path).name}/ now."
             )

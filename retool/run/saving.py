@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from retool import checkpoint
-from retool.checkpoint.format.source import require_finite
+from retool.checkpoint.flat.state import require_finite
 from retool.config.options import RunOptions
 from retool.data.render.templates import exported_template
 from retool.metrics import Loggers

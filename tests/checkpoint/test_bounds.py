@@ -18,19 +18,18 @@ import torch
 
 from retool.checkpoint import latest, load
 from retool.checkpoint.__main__ import main
-from retool.checkpoint.folder import faults, recorded, tracked, world_size
-from retool.checkpoint.format.archive import TorchFile
+from retool.checkpoint.format.folder import faulty_files, recorded_files, world_size
 from retool.checkpoint.format.safetensors import SafetensorsFile
+from retool.checkpoint.format.torch_file import TorchFile
+from retool.checkpoint.format.tracker import tracked
 from retool.checkpoint.format.unpickle import parse
-from retool.checkpoint.hf.folder import SafetensorsSource, tied
+from retool.checkpoint.hf.side_files import tied
+from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.checkpoint.merge import merge
-from retool.checkpoint.shards import (
-    Shards,
-    ShardSource,
-    optimizer_step,
-    parameter_indices,
-    read_state,
-)
+from retool.checkpoint.shards.files import Shards
+from retool.checkpoint.shards.optimizer import optimizer_step, parameter_indices
+from retool.checkpoint.shards.source import ShardSource
+from retool.checkpoint.shards.states import read_state
 from retool.checkpoint.verify import verify
 from retool.parallel.mesh import make_mesh
 from tests.bounded import Outcome, bounded
@@ -315,10 +314,10 @@ def test_lying_safetensors_headers_are_refused_at_once(tmp_path: Path, content: 
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    "faults": faults,
+    "faults": faulty_files,
     "latest": lambda folder: latest(folder.parent),
     "world_size": world_size,
-    "recorded": recorded,
+    "recorded": recorded_files,
     "verify": lambda folder: verify(folder, quiet),
     "merge": lambda folder: merge(folder, folder.parent / "out", torch.float32),
     "the weights": lambda folder: ShardSource(folder).read("model.norm.weight", 0, 2),
@@ -423,7 +422,7 @@ def test_checksums_that_say_nonsense(
     content = json.loads((folder / "checksums.json").read_text())
     content["files"] |= entry
     (folder / "checksums.json").write_text(json.dumps(content))
-    (found,) = faults(folder)
+    (found,) = faulty_files(folder)
     assert match in found and found.replace("\n", "").isprintable()
     assert latest(folder.parent) is None
     assert main(["verify", str(folder)]) == 1 and main(["ls", str(folder.parent)]) == 0

@@ -23,15 +23,15 @@ import pytest
 import torch
 
 from retool.checkpoint import latest, load
-from retool.checkpoint.folder import faults
+from retool.checkpoint.format.folder import faulty_files
 from retool.checkpoint.merge import merge
-from retool.checkpoint.shards import ShardSource
+from retool.checkpoint.shards.source import ShardSource
 from retool.checkpoint.verify import verify
 from retool.parallel.mesh import make_mesh
 from tests.bounded import bounded
 from tests.checkpoint import states
 from tests.checkpoint.test_merge import SHARDS
-from tests.checkpoint.test_mixture import _write
+from tests.checkpoint.test_same_step import _write
 
 SECONDS = 2.0  # a mutant takes some 20 ms; a shared machine may stand still for a moment
 STRANGE: tuple[Any, ...] = (
@@ -154,7 +154,7 @@ def loaded(folder: Path) -> tuple[Any, ...]:
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    "faults": faults,
+    "faults": faulty_files,
     "latest": lambda folder: str(latest(folder.parent)),
     "verify": lambda folder: verify(folder, quiet),
     "merge": lambda folder: [

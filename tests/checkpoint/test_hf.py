@@ -13,9 +13,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from retool.checkpoint.flat.fill import load_flat
 from retool.checkpoint.format.safetensors import WeightsWriter, plan_files
-from retool.checkpoint.format.source import load_flat
-from retool.checkpoint.hf.folder import SafetensorsSource, copy_side_files, with_dtype
+from retool.checkpoint.hf.side_files import copy_side_files, with_dtype
+from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.model.hub import UNWANTED, WANTED
 from retool.parallel.fsdp.layout import Layout, local_pieces, make_layout
 

@@ -21,11 +21,12 @@ import pytest
 import torch
 
 from retool.checkpoint import latest
-from retool.checkpoint.folder import recorded
-from retool.checkpoint.format.archive import TorchFile
+from retool.checkpoint.format.folder import recorded_files
 from retool.checkpoint.format.stored import Sharded, Stored
+from retool.checkpoint.format.torch_file import TorchFile
 from retool.checkpoint.format.unpickle import parse
-from retool.checkpoint.shards import ShardSource, read_state
+from retool.checkpoint.shards.source import ShardSource
+from retool.checkpoint.shards.states import read_state
 from tests.checkpoint.test_round_trip import saved
 
 
@@ -284,7 +285,8 @@ def test_a_thousand_mutated_files_end_in_clear_errors(tmp_path: Path, with_check
     """
     folder = saved(tmp_path, 2)
     blocks = {
-        name: entry["crc32"] if with_checksums else None for name, entry in recorded(folder).items()
+        name: entry["crc32"] if with_checksums else None
+        for name, entry in recorded_files(folder).items()
     }
     good = {
         p: (p.read_bytes(), _everything(p, blocks[p.name]))

@@ -13,7 +13,7 @@ import torch
 
 from retool import checkpoint
 from retool.checkpoint import ModelState, SaveOptions
-from retool.checkpoint.format.source import CHUNK, THREADS
+from retool.checkpoint.flat.fill import CHUNK, THREADS
 from retool.parallel.fsdp.layout import Layout, make_layout
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from retool.checkpoint.__main__ import main
-from retool.checkpoint.folder import world_size
-from retool.checkpoint.format.source import load_flat
+from retool.checkpoint.flat.fill import load_flat
+from retool.checkpoint.format.folder import world_size
 from retool.checkpoint.merge import merge
-from retool.checkpoint.shards import Shards, ShardSource, optimizer_step
+from retool.checkpoint.shards.files import Shards
+from retool.checkpoint.shards.optimizer import optimizer_step
+from retool.checkpoint.shards.source import ShardSource
 from retool.parallel.fsdp.layout import make_layout
 from tests.checkpoint import states
 from tests.checkpoint.test_hf import gathered

@@ -17,8 +17,8 @@ from fsspec.implementations.local import LocalFileSystem
 from retool import checkpoint
 from retool.checkpoint import SaveOptions, latest
 from retool.checkpoint.__main__ import main
-from retool.checkpoint.claim import prune
-from retool.checkpoint.folder import CHECKSUMS
+from retool.checkpoint.format.folder import CHECKSUMS
+from retool.checkpoint.publish import prune
 from retool.checkpoint.remote import Mirror
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states

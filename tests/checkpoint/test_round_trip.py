@@ -11,10 +11,10 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from retool.checkpoint import latest, load_flat
-from retool.checkpoint.folder import checksums
-from retool.checkpoint.format.archive import TorchFile, write_archive
+from retool.checkpoint.format.checksums import checksums_of, write_archive
 from retool.checkpoint.format.stored import Stored
-from retool.checkpoint.shards import ShardSource
+from retool.checkpoint.format.torch_file import TorchFile
+from retool.checkpoint.shards.source import ShardSource
 from retool.parallel.fsdp.layout import local_pieces
 from tests.checkpoint import states
 from tests.ranks import run_ranks
@@ -282,7 +282,7 @@ def test_checksums_are_compared_for_the_part_that_is_read(tmp_path: Path) -> Non
     """
     content = {"a": torch.arange(2_000_000, dtype=torch.float32)}
     written = write_archive(tmp_path / "x.pt", content)
-    assert written == checksums(tmp_path / "x.pt")
+    assert written == checksums_of(tmp_path / "x.pt")
     blocks = written["crc32"]
     assert len(blocks) == 8
     with (tmp_path / "x.pt").open("r+b") as file:

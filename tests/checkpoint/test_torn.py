@@ -22,7 +22,7 @@ from retool import checkpoint
 from retool.checkpoint import SaveOptions, latest
 from retool.checkpoint import write as write_module
 from retool.checkpoint.__main__ import main
-from retool.checkpoint.folder import MARK
+from retool.checkpoint.format.folder import MARK
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states
 from tests.ranks import _context, free_port, run_ranks

@@ -12,7 +12,7 @@ import torch
 
 from retool import checkpoint
 from retool.checkpoint import ModelState, SafetensorsSource, SaveOptions, load_flat
-from retool.checkpoint.format.source import TensorSource
+from retool.checkpoint.flat.fill import TensorSource
 from retool.parallel.fsdp.layout import make_layout
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint.states import exported

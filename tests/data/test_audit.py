@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from retool.checkpoint.hf.folder import write_template
+from retool.checkpoint.hf.side_files import write_template
 from retool.data.__main__ import main
 from retool.data.audit.audit import audit, clean, coloured, show_audit, summary
 from retool.data.audit.page import bars, embed, page

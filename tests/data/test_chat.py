@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from retool.checkpoint.hf.folder import write_template
+from retool.checkpoint.hf.side_files import write_template
 from retool.data.read.files import RowError, iter_chunks
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer, load_tokenizer

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from retool.checkpoint.folder import TRACKER
+from retool.checkpoint.format.tracker import TRACKER
 from tests.ranks import free_port
 
 NOTHING = "nothing"

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from retool.checkpoint.folder import CHECKSUMS, DATA, recorded
-from retool.checkpoint.format.archive import write_archive
+from retool.checkpoint.format.checksums import write_archive
+from retool.checkpoint.format.folder import CHECKSUMS, DATA, recorded_files
 from retool.checkpoint.read import data_state
 from retool.config import read
 from retool.config.options import (
@@ -314,7 +314,9 @@ def as_saved_by(out: Path, name: str) -> None:
     state = data_state(top)
     entry = write_archive(top / DATA, {**state, "run": {**state["run"], "command": name}})
     content = json.loads((top / CHECKSUMS).read_text())
-    (top / CHECKSUMS).write_text(json.dumps({**content, "files": {**recorded(top), DATA: entry}}))
+    (top / CHECKSUMS).write_text(
+        json.dumps({**content, "files": {**recorded_files(top), DATA: entry}})
+    )
 
 
 @pytest.mark.parametrize("name", STATES)

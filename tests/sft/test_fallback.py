@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from retool.checkpoint.folder import TRACKER
+from retool.checkpoint.format.tracker import TRACKER
 from retool.metrics import read_jsonl
 from retool.sft.__main__ import main
-from tests.checkpoint.test_whole import flip
+from tests.checkpoint.test_resume import flip
 from tests.sft.conftest import work
 from tests.sft.test_command import words
 

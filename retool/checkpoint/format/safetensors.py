@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from retool.checkpoint.format.archive import ChecksummedFile, mapped
+from retool.checkpoint.format.checksums import ChecksummedFile
 from retool.checkpoint.format.stored import MOST_DIMENSIONS
+from retool.checkpoint.format.torch_file import mapped
 from retool.files.untrusted import open_regular, shown
 
 DTYPES = {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from retool.checkpoint.format.rows import unit_numel, unit_rows
+from retool.checkpoint.flat.rows import unit_numel, unit_rows
 from retool.checkpoint.format.safetensors import WeightsWriter
 from retool.parallel.agreement import agreed
 from retool.parallel.fsdp.layout import Layout, UnitLayout

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from retool.checkpoint.format.source import load_flat, require_finite, require_tied
-from retool.checkpoint.hf.folder import SafetensorsSource
+from retool.checkpoint.flat.fill import load_flat, require_tied
+from retool.checkpoint.flat.state import require_finite
+from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.families.read import read_model_config
 from retool.parallel.fsdp import Sharded

@@ -333,7 +333,7 @@ def test_groups_come_together_in_order_whoever_made_them() -> None:
 def test_kept_groups_survive_a_checkpoint(tmp_path) -> None:
     import torch
 
-    from retool.checkpoint.format.content import frozen
+    from retool.checkpoint.format.state_dicts import frozen
 
     prompt = make_prompt(11)
     state = TrainState(

@@ -8,25 +8,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from retool.checkpoint.folder import (
+from retool.checkpoint.format.folder import (
     CHECKSUMS,
     CONFIG,
     read_json,
-    recorded,
+    recorded_files,
     shard_name,
     written_by_us,
 )
-from retool.checkpoint.format.archive import WAY_OUT
-from retool.checkpoint.format.content import SAVED_AT
+from retool.checkpoint.format.state_dicts import SAVED_AT
 from retool.checkpoint.format.stored import Attributed
-from retool.checkpoint.shards import Shards, extra_state, optimizer_steps
+from retool.checkpoint.format.torch_file import WAY_OUT
+from retool.checkpoint.shards.files import Shards
+from retool.checkpoint.shards.optimizer import optimizer_steps
+from retool.checkpoint.shards.states import extra_state
 from retool.config.redact import logger
 
 NOTHING_VOUCHES = (
     f"it has no {CHECKSUMS}, so nothing vouches for its files belonging together: "
     "each file's own checksums are right, and the steps that the ranks' files tell agree"
 )
-
 log = logger("retool.checkpoint")
 
 
@@ -63,7 +64,7 @@ def require_one_step_unless_vouched(where: Path) -> None:
 
     With them, each byte is checked when it is read.
     """
-    if recorded(where):
+    if recorded_files(where):
         return
     require_one_step(where)
     log.warning("%s: %s.", where, NOTHING_VOUCHES)

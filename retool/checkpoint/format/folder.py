@@ -1,41 +1,26 @@
-"""The checkpoint folder: names, the tracker, checksums, and which checkpoint may be resumed.
-
-root/latest_checkpointed_iteration.txt   the step of the last complete checkpoint
-root/global_step_N[/actor]/              complete once it has this name
-root/global_step_N.tmp/                  being written, or torn: never read
-root/global_step_N.old/                  what a save of the same step replaces, until it has
-
-Only folders that carry our `MARK` are ever deleted: a link, a file or a folder of somebody else's
-that has such a name stays, and what is in the way of a name makes the writer choose another
-(`claim`).
-"""
+"""One checkpoint's folder: the names of its files, fsdp_config.json, checksums.json, what is missing."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from retool import __version__
-from retool.checkpoint.format.archive import BLOCK
+from retool.checkpoint.format.checksums import BLOCK, checksums_of
+from retool.checkpoint.format.tracker import checkpoints
 from retool.config.redact import logger
 from retool.files import untrusted
 from retool.files.untrusted import shown
 
-TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 CONFIG = "fsdp_config.json"
 DATA = "data.pt"
 MARK = "unfinished.txt"  # first into a folder that may be deleted, and the last file to go
-STEP = re.compile(r"global_step_(\d{1,18})")
 SMALL_BYTES = 1 << 20  # fsdp_config.json, and checksums.json of a small checkpoint
 BYTES_OF_A_CHECKSUM = 16  # in checksums.json
-TRACKER_BYTES = 64
-
 log = logger("retool.checkpoint")
 
 
@@ -64,17 +49,6 @@ def write_text(path: Path, text: str) -> None:
     fsync(path.parent)
 
 
-def checksums(path: Path) -> dict[str, Any]:
-    """{"size": bytes, "crc32": [one per BLOCK bytes]} of a file."""
-    blocks = []
-    size = 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            blocks.append(zlib.crc32(block))
-            size += len(block)
-    return {"size": size, "crc32": blocks}
-
-
 def write_config(folder: Path, world: int, shards: int, step: int, files: dict[str, Any]) -> None:
     """fsdp_config.json and checksums.json."""
     config = {
@@ -85,7 +59,7 @@ def write_config(folder: Path, world: int, shards: int, step: int, files: dict[s
         "writer": f"retool {__version__}",
     }
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    files = {**files, CONFIG: checksums(folder / CONFIG)}
+    files = {**files, CONFIG: checksums_of(folder / CONFIG)}
     write_text(folder / CHECKSUMS, json.dumps({"block": BLOCK, "files": files}) + "\n")
 
 
@@ -108,7 +82,11 @@ def world_size(folder: Path) -> int:
     }
     if len(found) != 1:
         inside = next(
-            (f" It is a run; its newest checkpoint is {newest}." for _, newest in steps(folder)), ""
+            (
+                f" It is a run; its newest checkpoint is {newest}."
+                for _, newest in checkpoints(folder)
+            ),
+            "",
         )
         raise ValueError(
             f"{folder} holds "
@@ -127,7 +105,7 @@ def first_missing(folder: Path, kind: str, world: int) -> str | None:
     return next((name for name in names if name not in there), None)
 
 
-def recorded(folder: Path) -> dict[str, Any]:
+def recorded_files(folder: Path) -> dict[str, Any]:
     """What checksums.json says of each file; empty where there is none (not our checkpoint)."""
     path = folder / CHECKSUMS
     if not path.exists():
@@ -184,7 +162,7 @@ def written_by_us(folder: Path) -> bool:
     return isinstance(config, dict) and str(config.get("writer", "")).startswith("retool ")
 
 
-def faults(folder: Path) -> list[str]:
+def faulty_files(folder: Path) -> list[str]:
     """What a checkpoint folder lacks, without reading the shards: missing files and files of
     another size.
     """
@@ -192,7 +170,7 @@ def faults(folder: Path) -> list[str]:
         return [f"{folder} is not there"]
     try:
         world = world_size(folder)
-        files = recorded(folder)
+        files = recorded_files(folder)
         missing = None if files else first_missing(folder, "model", world)
     except (ValueError, OSError) as error:
         return [str(error)]
@@ -215,64 +193,3 @@ def model_folder(folder: Path) -> Path:
         if (folder / "actor").is_dir() and not (folder / CONFIG).exists()
         else folder
     )
-
-
-def steps(root: Path) -> Iterator[tuple[int, Path]]:
-    """Every finished folder under `root`: (step, path), newest first."""
-    found = (
-        [(int(m[1]), p) for p in root.iterdir() if (m := STEP.fullmatch(p.name)) and p.is_dir()]
-        if root.is_dir()
-        else []
-    )
-    yield from sorted(found, reverse=True)
-
-
-def candidates(root: Path, say: bool = True) -> list[Path]:
-    """The checkpoints to resume from, best first: what the tracker names, then the older ones; all
-    of them where it names none.
-
-    Torn saves, and folders that the tracker doesn't know yet, are left out; `say`: with a warning.
-    """
-    passed_over: list[str] = []
-    for torn in sorted(root.glob("global_step_*.tmp")) if root.is_dir() else []:
-        passed_over.append(f"{torn} is an unfinished save")
-    named = tracked(root)
-    found = list(steps(root))
-    if named is not None:
-        passed_over += [
-            f"{folder} is newer than what {TRACKER} names (step {named})"
-            for step, folder in found
-            if step > named
-        ]
-        found = [(step, folder) for step, folder in found if step <= named]
-        # A save of the same step was cut off between its two renames
-        aside = root / f"global_step_{named}.old"
-        if aside.is_dir() and (not found or found[0][0] != named):
-            found.insert(0, (named, aside))
-    for what in passed_over if say else []:
-        log.warning("%s: ignored.", what)
-    return [folder for _, folder in found]
-
-
-def tracked(root: Path) -> int | None:
-    """The step that the tracker names; None, with a warning if it is unreadable, where there is
-    none.
-    """
-    path = root / TRACKER
-    if not os.path.lexists(path):
-        return None
-    try:
-        text = untrusted.read_bytes(path, TRACKER_BYTES).strip()
-    except ValueError as error:  # a folder, a pipe, a long text, or a disk that doesn't answer
-        log.warning(
-            "%s does not hold a step (%s): looking for the newest complete checkpoint instead.",
-            path,
-            error,
-        )
-        return None
-    if not text.isdigit():
-        log.warning(
-            "%s does not hold a step: looking for the newest complete checkpoint instead.", path
-        )
-        return None
-    return int(text)

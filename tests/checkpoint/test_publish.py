@@ -15,8 +15,9 @@ import pytest
 from retool import checkpoint
 from retool.checkpoint import SaveOptions, latest
 from retool.checkpoint.__main__ import main
-from retool.checkpoint.claim import claim, clear_torn, prune
-from retool.checkpoint.folder import MARK, TRACKER
+from retool.checkpoint.format.folder import MARK
+from retool.checkpoint.format.tracker import TRACKER
+from retool.checkpoint.publish import claim, clear_torn, prune
 from retool.files.own_folder import OwnFolder
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states
@@ -130,16 +131,16 @@ def test_another_programs_checkpoint_is_not_pruned(run: Path) -> None:
 def test_a_conversion_in_progress_is_not_cleared_away(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from retool.checkpoint import merge
+    from retool.checkpoint import convert
 
-    real = merge._write_ranks
+    real = convert._write_ranks
 
     def save_meanwhile(*args):
         done = real(*args)
         assert _save(run, 4) is None
         return done
 
-    monkeypatch.setattr(merge, "_write_ranks", save_meanwhile)
+    monkeypatch.setattr(convert, "_write_ranks", save_meanwhile)
     assert main(["convert", str(run / "global_step_2"), "--world-size", "3"]) == 0
     assert _names(run) == [
         "global_step_1",

@@ -9,27 +9,25 @@ from __future__ import annotations
 
 import io
 import mmap
-import os
 import typing
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 
+from retool.checkpoint.format.checksums import BLOCK
 from retool.checkpoint.format.stored import Storage, Stored
 from retool.checkpoint.format.unpickle import parse
 from retool.files.untrusted import open_regular, shown
 
 PICKLE_LIMIT = 256 << 20
 INDEX_LIMIT = 64 << 20  # bytes of the list of records: of real files some 100 a tensor
-BLOCK = 1 << 20  # bytes of a file under one of its checksums
 MOST_SHARING = (
     4  # times the file's bytes that its tensors may take: tied weights are the same bytes twice
 )
 READ_AT_ONCE = 64 << 20  # bytes of the mapped file that checking a checksum keeps in memory
-
 WAY_OUT = (
     "Copy the file again from where it was written, or take an older checkpoint (python -m "
     "retool.checkpoint ls RUN lists them)."
@@ -241,64 +239,3 @@ def mapped(file: typing.BinaryIO) -> mmap.mmap:
     """
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
     return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-
-
-@final
-class ChecksummedFile:
-    """A new file, written from beginning to end, and the CRC-32 of every BLOCK of what was to be
-    written, taken as it goes by.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("wb", buffering=0)
-        self._blocks: list[int] = []
-        self._crc = self._size = 0
-
-    def write(self, data: Any) -> int:
-        """All of `data` (bytes or a buffer). OSError where the disk says no."""
-        view = memoryview(data).cast("B")
-        # By block, so that one pass over memory serves both
-        for start in range(-(self._size % BLOCK), len(view), BLOCK):
-            piece = view[max(start, 0) : start + BLOCK]
-            self._crc = zlib.crc32(piece, self._crc)
-            self._size += len(piece)
-            if self._size % BLOCK == 0:
-                self._blocks.append(self._crc)
-                self._crc = 0
-            while piece:
-                piece = piece[self._file.write(piece) :]
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing waits in this process."""
-
-    def close(self) -> dict[str, Any]:
-        """Make it survive a power cut; {"size": bytes, "crc32": [one per BLOCK bytes]}."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return {
-            "size": self._size,
-            "crc32": self._blocks + ([self._crc] if self._size % BLOCK else []),
-        }
-
-    def abandon(self) -> None:
-        """Let go of it after an error."""
-        self._file.close()
-
-
-def write_archive(path: Path, content: Any) -> dict[str, Any]:
-    """`torch.save` (of `bytes`: as they are) and fsync; the file's checksums. OSError where the
-    disk says no: through a Python file, torch passes its errors on as they are.
-    """
-    file = ChecksummedFile(path)
-    try:
-        file.write(content) if isinstance(content, bytes) else torch.save(
-            content, typing.cast(Any, file)
-        )
-        return file.close()
-    except RuntimeError as error:
-        # After a write that failed torch still ends the archive, and complains of its length instead.
-        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    finally:
-        file.abandon()

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from retool.checkpoint.folder import candidates, faults, model_folder, recorded
-from retool.checkpoint.format.archive import BLOCK
-from retool.checkpoint.format.source import ModelState
+from retool.checkpoint.flat.state import ModelState
+from retool.checkpoint.format.checksums import BLOCK
+from retool.checkpoint.format.folder import faulty_files, model_folder, recorded_files
+from retool.checkpoint.format.tracker import candidates
 from retool.checkpoint.read import Loaded, Unusable, load
 from retool.config.redact import logger
 from retool.parallel.collectives import gather_objects
 from retool.parallel.mesh import Mesh
 
 FIRST_RANK = "_rank_0.pt"
-
 log = logger("retool.checkpoint")
 
 
@@ -45,9 +45,9 @@ def problems(folder: Path) -> list[str]:
     """
     where = model_folder(folder)
     try:
-        return faults(where) or [
+        return faulty_files(where) or [
             f"{name} is damaged"
-            for name, entry in recorded(where).items()
+            for name, entry in recorded_files(where).items()
             if _differs(where / name, entry)
         ]
     except (

@@ -12,7 +12,7 @@ import pytest
 
 from retool import checkpoint
 from retool.checkpoint import latest, load_whole
-from retool.checkpoint.folder import candidates
+from retool.checkpoint.format.tracker import candidates
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states
 from tests.ranks import run_ranks

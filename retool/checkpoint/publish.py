@@ -18,16 +18,8 @@ import re
 import shutil
 from pathlib import Path
 
-from retool.checkpoint.folder import (
-    CHECKSUMS,
-    MARK,
-    TRACKER,
-    fsync,
-    model_folder,
-    steps,
-    tracked,
-    write_text,
-)
+from retool.checkpoint.format.folder import CHECKSUMS, MARK, fsync, model_folder, write_text
+from retool.checkpoint.format.tracker import TRACKER, checkpoints, tracked
 from retool.config.redact import logger
 
 UNFINISHED = re.compile(r"global_step_\d+\.(\d+\.)?(tmp|old)")
@@ -35,7 +27,6 @@ WORDS = (
     "This folder is being written or deleted, or was when its process died. It may be deleted, and the "
     "next save does.\n"
 )
-
 log = logger("retool.checkpoint")
 
 
@@ -151,7 +142,7 @@ def prune(root: Path, keep: int | None, busy: frozenset[Path] = frozenset()) -> 
     named = tracked(root)
     if keep is None or keep < 1 or named is None:
         return []
-    older = [path for step, path in steps(root) if step <= named][keep:]
+    older = [path for step, path in checkpoints(root) if step <= named][keep:]
     gone: list[Path] = []
     for folder in older:
         if folder in busy or not is_ours(folder):

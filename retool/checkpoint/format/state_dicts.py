@@ -9,12 +9,14 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from retool.checkpoint.format.rows import Rows, named_rows
-from retool.checkpoint.format.sharding import sharded_tensor
+from retool.checkpoint.flat.rows import Rows, named_rows
 from retool.checkpoint.format.unpickle import parse
 from retool.parallel.fsdp.layout import Layout
 
@@ -31,8 +33,6 @@ ADAMW = {
     "fused": None,
     "decoupled_weight_decay": True,
 }
-
-
 # an attribute of a model file's OrderedDict: the training step. Other readers don't look
 SAVED_AT = "retool_step"
 
@@ -134,3 +134,31 @@ def frozen(content: Mapping[str, Any], what: str) -> bytes:
             f"{what} may hold tensors, strings, numbers, lists and dicts only: {error}."
         ) from error
     return pickled.getvalue()
+
+
+def sharded_tensor(
+    local: torch.Tensor, shape: tuple[int, ...], replicas: int, shards: int, rank: int
+) -> torch.Tensor:
+    """The DTensor of global `shape` whose rows on `rank` are `local`: Shard(0) on a mesh ("fsdp",),
+    or ("ddp", "fsdp") with replicas.
+    """
+    placements = (Shard(0),) if replicas == 1 else (Replicate(), Shard(0))
+    stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    mesh = file_mesh(replicas, shards, rank)
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def file_mesh(replicas: int, shards: int, rank: int) -> DeviceMesh:
+    """A mesh that is only a description: `_init_backend=False` makes no groups, `_rank` asks none."""
+    ranks = torch.arange(replicas * shards, dtype=torch.int)
+    if replicas == 1:
+        return DeviceMesh("cpu", ranks, mesh_dim_names=("fsdp",), _init_backend=False, _rank=rank)
+    return DeviceMesh(
+        "cpu",
+        ranks.view(replicas, shards),
+        mesh_dim_names=("ddp", "fsdp"),
+        _init_backend=False,
+        _rank=rank,
+    )

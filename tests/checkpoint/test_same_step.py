@@ -15,10 +15,12 @@ import torch
 
 from retool.checkpoint import load
 from retool.checkpoint.__main__ import main
-from retool.checkpoint.folder import DATA, checksums, shard_name, write_config
-from retool.checkpoint.format.content import Place, model_content, optimizer_content
-from retool.checkpoint.format.rows import all_rows
-from retool.checkpoint.merge import convert, merge
+from retool.checkpoint.convert import convert
+from retool.checkpoint.flat.rows import all_rows
+from retool.checkpoint.format.checksums import checksums_of
+from retool.checkpoint.format.folder import DATA, shard_name, write_config
+from retool.checkpoint.format.state_dicts import Place, model_content, optimizer_content
+from retool.checkpoint.merge import merge
 from retool.checkpoint.verify import verify
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states
@@ -55,7 +57,7 @@ def _write(folder: Path, step: int) -> None:
         WORLD,
         SHARDS_EACH,
         step,
-        {path.name: checksums(path) for path in folder.glob("*.pt")},
+        {path.name: checksums_of(path) for path in folder.glob("*.pt")},
     )
 
 

@@ -1,0 +1,78 @@
+"""A run's folder: which checkpoints it holds, and which of them the tracker names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from retool.config.redact import logger
+from retool.files import untrusted
+
+TRACKER = "latest_checkpointed_iteration.txt"
+STEP = re.compile(r"global_step_(\d{1,18})")
+TRACKER_BYTES = 64
+
+log = logger("retool.checkpoint")
+
+
+def checkpoints(root: Path) -> Iterator[tuple[int, Path]]:
+    """Every finished folder under `root`: (step, path), newest first."""
+    found = (
+        [(int(m[1]), p) for p in root.iterdir() if (m := STEP.fullmatch(p.name)) and p.is_dir()]
+        if root.is_dir()
+        else []
+    )
+    yield from sorted(found, reverse=True)
+
+
+def candidates(root: Path, say: bool = True) -> list[Path]:
+    """The checkpoints to resume from, best first: what the tracker names, then the older ones; all
+    of them where it names none.
+
+    Torn saves, and folders that the tracker doesn't know yet, are left out; `say`: with a warning.
+    """
+    passed_over: list[str] = []
+    for torn in sorted(root.glob("global_step_*.tmp")) if root.is_dir() else []:
+        passed_over.append(f"{torn} is an unfinished save")
+    named = tracked(root)
+    found = list(checkpoints(root))
+    if named is not None:
+        passed_over += [
+            f"{folder} is newer than what {TRACKER} names (step {named})"
+            for step, folder in found
+            if step > named
+        ]
+        found = [(step, folder) for step, folder in found if step <= named]
+        # A save of the same step was cut off between its two renames
+        aside = root / f"global_step_{named}.old"
+        if aside.is_dir() and (not found or found[0][0] != named):
+            found.insert(0, (named, aside))
+    for what in passed_over if say else []:
+        log.warning("%s: ignored.", what)
+    return [folder for _, folder in found]
+
+
+def tracked(root: Path) -> int | None:
+    """The step that the tracker names; None, with a warning if it is unreadable, where there is
+    none.
+    """
+    path = root / TRACKER
+    if not os.path.lexists(path):
+        return None
+    try:
+        text = untrusted.read_bytes(path, TRACKER_BYTES).strip()
+    except ValueError as error:  # a folder, a pipe, a long text, or a disk that doesn't answer
+        log.warning(
+            "%s does not hold a step (%s): looking for the newest complete checkpoint instead.",
+            path,
+            error,
+        )
+        return None
+    if not text.isdigit():
+        log.warning(
+            "%s does not hold a step: looking for the newest complete checkpoint instead.", path
+        )
+        return None
+    return int(text)

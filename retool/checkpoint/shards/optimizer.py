@@ -1,0 +1,110 @@
+"""What the optimizer files say besides moments: which state is whose, how many updates, hyperparameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from retool.checkpoint.format.stored import Stored
+from retool.checkpoint.format.torch_file import WAY_OUT, TorchFile
+from retool.checkpoint.shards.files import Shards, require_dict
+from retool.checkpoint.shards.states import MOST_STEPS
+
+MOST_PARAMETERS = 1 << 20
+MOST_BETAS = 8  # numbers in one hyperparameter
+
+
+def parameter_indices(optim: Shards) -> dict[str, int]:
+    """Parameter name → its index in the optimizer's state.
+
+    From the names in the file where it has them (ours does). Else the parameters are the model
+    file's entries in order, without a tied head, which is the same parameter as the embedding and
+    has no state of its own.
+    """
+    file = optim.file(0)
+    states = optim.states(0)
+    indices, names = _grouped_parameters(file)
+    if not names:
+        entries = Shards(optim.folder, "model").entries(0)
+        names = list(entries)
+        if len(names) == len(indices) + 1 and "lm_head.weight" in entries:
+            names.remove("lm_head.weight")
+    sound = all(isinstance(name, str) for name in names) and all(
+        type(index) is int for index in indices
+    )
+    if not sound or len(names) != len(indices) or len(set(names)) != len(names):
+        raise ValueError(
+            f"{file.path}: {len(indices)} optimizer states for {len(names)} parameters; which "
+            "belongs to which can't be told. Start a new run from its weights (python -m "
+            "retool.checkpoint merge)."
+        )
+    return {name: index for name, index in zip(names, indices, strict=True) if index in states}
+
+
+def _grouped_parameters(file: TorchFile) -> tuple[list[Any], list[Any]]:
+    """The indices and the names (none in other programs' files) of all parameter groups, one after
+    the other.
+    """
+    indices: list[Any] = []
+    names: list[Any] = []
+    for group in _groups(file):
+        indices += _listed(file, group.get("params"))
+        names += _listed(file, group.get("param_names", []))
+        if max(len(indices), len(names)) > MOST_PARAMETERS:
+            raise ValueError(
+                f"{file.path}: more than {MOST_PARAMETERS} parameters in its param_groups. {WAY_OUT}"
+            )
+    return indices, names
+
+
+def _groups(file: TorchFile) -> list[dict[Any, Any]]:
+    return [
+        require_dict(file, group)
+        for group in _listed(file, require_dict(file, file.content).get("param_groups"))
+    ]
+
+
+def _listed(file: TorchFile, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{file.path}: its param_groups are not AdamW's. {WAY_OUT}")
+    return value
+
+
+def optimizer_steps(optim: Shards, rank: int) -> dict[int, int]:
+    """Parameter's index → how many updates a rank's optimizer file says it has had; parameters of
+    which it says nothing are left out.
+    """
+    file = optim.file(rank)
+    counts: dict[int, int] = {}
+    for index, state in optim.states(rank).items():
+        step = require_dict(file, state).get("step")
+        if isinstance(step, Stored) and step.numel == 1:
+            step = file.value(step).double().item()
+        if step is None:
+            continue
+        if not isinstance(step, (int, float)) or not 0 <= step < MOST_STEPS:
+            raise ValueError(
+                f"{file.path}: the step of parameter {index} is no number of updates. {WAY_OUT}"
+            )
+        counts[index] = int(step)
+    return counts
+
+
+def optimizer_step(optim: Shards) -> int:
+    """The number of updates that the optimizer of a checkpoint has made."""
+    return next(iter(optimizer_steps(optim, 0).values()), 0)
+
+
+def parameter_group(optim: Shards) -> dict[str, Any]:
+    """AdamW's hyperparameters: the plain numbers of the first parameter group."""
+    group = next(iter(_groups(optim.file(0))), {})
+    return {
+        k: v
+        for k, v in group.items()
+        if isinstance(k, str) and _is_plain(v) and k not in ("params", "param_names")
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return len(value) <= MOST_BETAS and all(isinstance(part, (int, float)) for part in value)
+    return value is None or isinstance(value, (str, int, float))
