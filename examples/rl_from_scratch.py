@@ -92,7 +92,7 @@ def main(folder: Path, steps: int) -> list[float]:
                     t.mask.astype(np.float64),
                 )
             )
-        batches, _ = rank_batches(
+        batches = rank_batches(
             rows, "token-mean", TOKENS, mesh.dp_rank, mesh.dp, mesh.sp, Budget(4096)
         )
         done = update_step(model, optimizer, batches, LossSpec(on_policy=True), LR)

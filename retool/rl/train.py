@@ -224,7 +224,7 @@ def update(run: Run, state: TrainState, made: Experience) -> Metrics:
     for _ in range(actor.ppo_epochs):
         for chosen in mini_batches(made.groups, actor.ppo_mini_batch_size):
             rows = [made.rows[i] for i in chosen]
-            batches, _ = rank_batches(
+            batches = rank_batches(
                 rows,
                 aggregation(actor),
                 config.data.max_response_length,

@@ -139,10 +139,11 @@ def rank_batches(
     dp: int,
     sp: int,
     budget: Budget,
-) -> tuple[list[RLBatch], int]:
-    """(this rank's micro-batches of a global mini-batch, its sampled tokens over all ranks):
-    equally many on every rank, work-balanced, and normalised over the whole mini-batch whatever the
-    layout.
+) -> list[RLBatch]:
+    """This rank's micro-batches of a global mini-batch.
+
+    Equally many on every rank, work-balanced, and normalised over the whole mini-batch, whatever
+    the layout.
     """
     weights = token_weights([row.mask for row in rows], mode, max_response_length)
     plan = plan_step([len(row) for row in rows], budget, dp, sp)
@@ -150,4 +151,4 @@ def rank_batches(
     for members in plan[dp_rank]:
         ordered = sorted(members, key=lambda i: len(rows[i]))
         made.append(make_batch([rows[i] for i in ordered], [weights[i] for i in ordered], sp))
-    return made, sum(int(row.mask.sum()) for row in rows)
+    return made

@@ -8,7 +8,6 @@ from retool.config import Fault, nearest, options
 from retool.rl.config import PUBLISHED_AGGREGATION, RLConfig, run_options
 
 _ARR = "actor_rollout_ref"
-_SHORT = ("actor", "rollout", "ref", "model")  # `actor.clip_ratio_low=…` for the impatient
 SYNONYMS = {
     f"{_ARR}.actor.optim.clip_grad": f"{_ARR}.actor.grad_clip",
     **{

@@ -100,13 +100,8 @@ def test_every_layout_holds_every_token_once_with_the_same_weight(rng, dp, sp, b
             strict=True,
         )
     )
-    made, counts = zip(
-        *(rank_batches(rows, "seq-mean-token-mean", 30, d, dp, sp, budget) for d in range(dp)),
-        strict=True,
-    )
-    assert len({len(batches) for batches in made}) == 1 and set(counts) == {
-        sum(int(r.mask.sum()) for r in rows)
-    }
+    made = [rank_batches(rows, "seq-mean-token-mean", 30, d, dp, sp, budget) for d in range(dp)]
+    assert len({len(batches) for batches in made}) == 1
     batches = list(itertools.chain(*made))
     found = sorted(
         (int(b.pack.labels[i]), float(b.advantages[i]))
