@@ -87,9 +87,10 @@ def main(folder: Path, steps: int) -> list[float]:
                 Row(
                     t.tokens,
                     t.mask,
-                    t.logp,
-                    np.where(t.mask, advantage, 0.0),
-                    t.mask.astype(np.float64),
+                    old=t.logp,
+                    sampler=t.logp,
+                    advantage=np.where(t.mask, advantage, 0.0),
+                    correction=t.mask.astype(np.float64),
                 )
             )
         batches = rank_batches(

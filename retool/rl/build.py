@@ -31,6 +31,7 @@ from retool.rl.agent.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.config import RLConfig
 from retool.rl.data import prompts_at
 from retool.rl.eos import eos_ids
+from retool.rl.objective.experience import ExperienceOptions
 from retool.rl.objective.losses import Clip
 from retool.rl.objective.policy import LossSpec
 from retool.rl.preflight.memory import engine_options
@@ -251,17 +252,31 @@ def validation_sampling(config: RLConfig) -> Sampling:
     )
 
 
-def loss_spec(config: RLConfig) -> LossSpec:
-    actor = config.actor_rollout_ref.actor
-    clip = Clip(actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c)
+def experience_options(report: Report, state: TrainState, one_update: bool) -> ExperienceOptions:
+    """How this step's experience is made; `one_update`: a single optimizer step will see it."""
+    assert report.estimator is not None
+    return ExperienceOptions(
+        algorithm=report.config.algorithm,
+        estimator=report.estimator,
+        temperature=report.config.actor_rollout_ref.rollout.temperature,
+        budget=logprob_budget(report),
+        step=state.step,
+        kl_coef=state.kl_coef,
+        one_update=one_update,
+    )
+
+
+def loss_spec(report: Report) -> LossSpec:
+    assert report.loss is not None
+    actor = report.config.actor_rollout_ref.actor
     return LossSpec(
-        actor.policy_loss.loss_mode,
-        clip,
-        config.actor_rollout_ref.rollout.temperature,
-        actor.entropy_coeff,
-        actor.kl_loss_coef,
-        actor.kl_loss_type,
-        actor.use_kl_loss,
+        loss=report.loss,
+        clip=Clip(actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c),
+        temperature=report.config.actor_rollout_ref.rollout.temperature,
+        entropy_coeff=actor.entropy_coeff,
+        kl_coef=actor.kl_loss_coef,
+        kl_kind=actor.kl_loss_type,
+        use_kl=actor.use_kl_loss,
     )
 
 

@@ -68,7 +68,8 @@ class AlgorithmConfig:
     """How rewards become advantages."""
 
     adv_estimator: str = option(
-        "grpo", "grpo, rloo, reinforce_plus_plus or reinforce_plus_plus_baseline."
+        "grpo",
+        "grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, or file.py/function.",
     )
     norm_adv_by_std_in_grpo: bool = option(
         True, "Divide by the group's standard deviation; false is Dr. GRPO."
@@ -179,8 +180,10 @@ class OptimConfig(options.AdamWConfig):
 class PolicyLossConfig:
     """Which surrogate."""
 
-    loss_mode: Literal["vanilla", "gspo", "cispo"] = option(
-        "vanilla", "PPO with dual clip, GSPO (2507.18071), CISPO (2506.13585)."
+    loss_mode: str = option(
+        "vanilla",
+        "vanilla (PPO with dual clip), gspo (arXiv 2507.18071), cispo (arXiv 2506.13585), or "
+        "file.py/function.",
     )
 
 
@@ -469,18 +472,6 @@ class RLConfig:
     reward_model: RewardConfig = field(default_factory=RewardConfig)
     custom_reward_function: FunctionConfig = field(default_factory=FunctionConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-
-
-# Losses that are another objective with any other mean: GSPO's eq. 5 averages over sequences,
-# CISPO's eq. 4 over tokens.
-PUBLISHED_AGGREGATION = {"gspo": "seq-mean-token-mean", "cispo": "token-mean"}
-
-
-def aggregation(actor: ActorConfig) -> str:
-    """How token losses become one number: as `loss_agg_mode` says, else as the loss was published."""
-    return actor.loss_agg_mode or PUBLISHED_AGGREGATION.get(
-        actor.policy_loss.loss_mode, "token-mean"
-    )
 
 
 def run_options(config: RLConfig) -> options.RunOptions:

@@ -24,13 +24,13 @@ from retool.rl.agent.tools.load import close_tools
 from retool.rl.build import (
     Run,
     build_run,
-    logprob_budget,
+    experience_options,
     loss_spec,
     update_budget,
     validation_sampling,
 )
 from retool.rl.collect import collect, release, sample, sync
-from retool.rl.config import RLConfig, aggregation
+from retool.rl.config import RLConfig
 from retool.rl.failures import lost_to, require_infrastructure, require_scores
 from retool.rl.metrics import (
     failure_metrics,
@@ -154,15 +154,10 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     made = (
         make_experience(
             usable,
-            state.step,
             run.model,
             run.reference,
-            config.algorithm,
-            config.actor_rollout_ref.rollout.temperature,
-            logprob_budget(run.report),
-            state.kl_coef,
+            experience_options(run.report, state, one_update(config, len(usable))),
             times,
-            one_update(config, len(usable)),
         )
         if usable
         else Experience([], [], {})
@@ -219,14 +214,14 @@ def update(run: Run, state: TrainState, made: Experience) -> Metrics:
     report = run.report
     actor = config.actor_rollout_ref.actor
     total = report.steps * report.updates_per_step
-    spec = replace(loss_spec(config), on_policy=made.on_policy)
+    spec = replace(loss_spec(report), on_policy=made.on_policy)
     found: list[Metrics] = []
     for _ in range(actor.ppo_epochs):
         for chosen in mini_batches(made.groups, actor.ppo_mini_batch_size):
             rows = [made.rows[i] for i in chosen]
             batches = rank_batches(
                 rows,
-                aggregation(actor),
+                report.aggregation,
                 config.data.max_response_length,
                 mesh.dp_rank,
                 mesh.dp,

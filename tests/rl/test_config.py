@@ -6,7 +6,9 @@ import pytest
 
 from retool.config import help_text, leaves, parse, read
 from retool.preflight.plan import World, setting_of
-from retool.rl.config import RLConfig, aggregation, run_options
+from retool.rl.config import RLConfig, run_options
+from retool.rl.objective.advantages import ESTIMATORS
+from retool.rl.objective.losses import LOSSES
 from retool.rl.preflight.keys import EXAMPLE, SYNONYMS, contradictions, notes
 from retool.sft.config import SFTConfig
 from retool.sft.config import run_options as sft_options
@@ -80,12 +82,8 @@ def test_defaults_of_the_contract() -> None:
         and config.algorithm.rollout_correction.rollout_is is None
     )
     assert config.algorithm.rollout_correction.rollout_is_threshold == 2.0
-    assert (actor.ppo_epochs, actor.entropy_coeff, aggregation(actor), actor.grad_clip) == (
-        1,
-        0.0,
-        "token-mean",
-        1.0,
-    )
+    assert (actor.ppo_epochs, actor.entropy_coeff, actor.grad_clip) == (1, 0.0, 1.0)
+    assert LOSSES["vanilla"].aggregated_by(actor.loss_agg_mode) == "token-mean"
     assert (actor.policy_loss.loss_mode, rollout.temperature, rollout.top_p, rollout.top_k) == (
         "vanilla",
         1.0,
@@ -138,6 +136,8 @@ def test_synonyms_name_keys_that_exist() -> None:
         ("algorithm.adv_estimator=gae", "a value model"),
         ("algorithm.adv_estimator=remax", "greedy rollout"),
         ("algorithm.adv_estimator=grop", "Did you mean grpo?"),
+        (ARR + "actor.policy_loss.loss_mode=gsop", "Did you mean gspo?"),
+        (ARR + "actor.policy_loss.loss_mode=x", "Use vanilla, gspo, cispo, or file.py/function."),
         (ARR + "rollout.name=tensorrt", "native or vllm or sglang or hf"),
         (ARR + "rollout.mode=asink", "Did you mean async?"),
         (ARR + "actor.ppo_mini_batch_size=100", "Use 64 or 128"),
@@ -178,11 +178,18 @@ def test_what_is_refused_and_the_way_out(word: str, said: str) -> None:
 )
 def test_a_loss_brings_its_own_aggregation(mode: str, published: str) -> None:
     words = [*REQUIRED, f"{ARR}actor.policy_loss.loss_mode={mode}"]
-    assert aggregation(parse(RLConfig, words).actor_rollout_ref.actor) == published
+    assert LOSSES[mode].aggregated_by(None) == published
     same = parse(RLConfig, [*words, f"{ARR}actor.loss_agg_mode={published}"])
-    assert aggregation(same.actor_rollout_ref.actor) == published and not list(contradictions(same))
+    assert not list(contradictions(same))
     clips = " ".join(notes(parse(RLConfig, words)))
-    assert ("3e-4 and 4e-4" in clips) == (mode == "gspo")
+    assert ("its paper clips at 0.0003 and 0.0004" in clips) == (mode == "gspo")
+
+
+def test_help_names_every_loss_and_estimator() -> None:
+    """The dicts are the only lists; the keys' documentation names what is in them."""
+    documented = {leaf.key: leaf.doc for leaf in leaves(RLConfig)}
+    assert all(name in documented[ARR + "actor.policy_loss.loss_mode"] for name in LOSSES)
+    assert all(name in documented["algorithm.adv_estimator"] for name in ESTIMATORS)
 
 
 def test_what_would_do_nothing_is_noted() -> None:

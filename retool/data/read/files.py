@@ -308,10 +308,12 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {said} ({at.filename}, line {at.lineno})"
 
 
-def load_function(path: str, name: str) -> Callable[..., Any]:
+def load_function(
+    path: str, name: str, signature: str = "(path) -> rows (dicts), not a Dataset class"
+) -> Callable[..., Any]:
     """The function `name` of the Python file `path`.
 
-    A class is refused: torch datasets aren't rows.
+    A class is refused: torch datasets aren't rows. `signature` is what the message asks for then.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path} doesn't exist (it should hold the function {name!r}).")
@@ -338,7 +340,6 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
         raise ValueError(f"{path} has no {name!r}; it has {', '.join(there) or 'no function'}.")
     if isinstance(found, type) or not callable(found):
         raise ValueError(
-            f"{name!r} in {path} is a {type(found).__name__}: give a function (path) -> rows "
-            "(dicts), not a Dataset class."
+            f"{name!r} in {path} is a {type(found).__name__}: give a function {signature}."
         )
     return cast("Callable[..., Any]", found)

@@ -1,30 +1,82 @@
-"""Advantages from scores: pure functions on numbers of the whole step's batch, in float64.
+"""Advantages from rewards: pure functions on numbers of the whole step's batch, in float64.
 
-`scores` float [n], one per trajectory; `groups` int [n], equal for samples of one prompt.
-`token_rewards` and `masks` are one array per trajectory, over all of its tokens; only sampled
-tokens (`masks` True) have advantages.
+`ESTIMATORS` at the end is the only list of them; a user's own is a function (see `objective.own`).
+Per-token values are one array per trajectory, over all of its tokens; only sampled tokens (`masks`
+True) have advantages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 EPS = 1e-6
-Tokens = Sequence[np.ndarray]
+VARIANCE_EPS = 1e-8
+PerToken = Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class AdvantageInputs:
+    """A step's trajectories as an estimator sees them.
+
+    `token_rewards` has each trajectory's reward on its last sampled token and, where the KL is in
+    the reward, its penalty on every sampled token. `groups` int [n] is equal for samples of one
+    prompt. `norm_by_std` and `gamma` are `algorithm.norm_adv_by_std_in_grpo` and `.gamma`.
+    """
+
+    token_rewards: PerToken
+    masks: PerToken
+    groups: np.ndarray
+    norm_by_std: bool = True
+    gamma: float = 1.0
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """float64 [n]: the sum of each trajectory's token rewards."""
+        sums = [
+            float(rewards[mask].sum())
+            for rewards, mask in zip(self.token_rewards, self.masks, strict=True)
+        ]
+        return np.array(sums, np.float64)
+
+
+# (advantages, returns): an array per trajectory each, over all of its tokens
+Estimated = tuple[list[np.ndarray], list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An advantage estimator and what it needs.
+
+    `compares_samples`: with one sample per prompt it has nothing to compare. `reads_norm_by_std`:
+    it is another estimator with another `AdvantageInputs.norm_by_std`.
+    """
+
+    function: Callable[[AdvantageInputs], Estimated]
+    compares_samples: bool = False
+    reads_norm_by_std: bool = False
+
+
+# --- by trajectory ---
 
 
 def grpo(scores: np.ndarray, groups: np.ndarray, norm_by_std: bool = True) -> np.ndarray:
     """(s - mean)/(std + 1e-6) within the group, std unbiased: DeepSeekMath, arXiv 2402.03300.
+
     Without `norm_by_std` only the mean is subtracted: Dr. GRPO, arXiv 2503.20783. A group of one
     keeps its score.
     """
     out = np.array(scores, np.float64)
-    for members in _groups(groups):
-        if len(members) > 1:
-            centred = out[members] - out[members].mean()
-            out[members] = centred / (out[members].std(ddof=1) + EPS) if norm_by_std else centred
+    for members in _members(groups):
+        if len(members) == 1:
+            continue
+        centred = out[members] - out[members].mean()
+        if norm_by_std:
+            centred = centred / (out[members].std(ddof=1) + EPS)
+        out[members] = centred
     return out
 
 
@@ -34,34 +86,41 @@ def rloo(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
     A group of one keeps its score.
     """
     out = np.array(scores, np.float64)
-    for members in _groups(groups):
+    for members in _members(groups):
         n = len(members)
         if n > 1:
+            # s - (n·mean - s)/(n - 1)
             out[members] = (out[members] - out[members].mean()) * n / (n - 1)
     return out
 
 
-def reinforce_plus_plus(
-    token_rewards: Tokens, masks: Tokens, gamma: float = 1.0
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(advantages, returns): discounted returns over sampled tokens, whitened over the whole batch:
-    arXiv 2501.03262, eq. 7-9.
+def _members(groups: np.ndarray) -> list[np.ndarray]:
+    """The trajectories of each group, by their places."""
+    return [np.flatnonzero(groups == group) for group in np.unique(groups)]
+
+
+# --- by token ---
+
+
+def reinforce_plus_plus(token_rewards: PerToken, masks: PerToken, gamma: float = 1.0) -> Estimated:
+    """Discounted returns over sampled tokens, whitened over the whole batch: arXiv 2501.03262,
+    eq. 7-9.
 
     Tokens that weren't sampled are passed over: they neither discount nor carry a reward.
     """
     returns = []
     for rewards, mask in zip(token_rewards, masks, strict=True):
-        total = 0.0
+        running = 0.0
         out = np.zeros(len(rewards))
         for i in np.flatnonzero(mask)[::-1]:
-            total = float(rewards[i]) + gamma * total
-            out[i] = total
+            running = float(rewards[i]) + gamma * running
+            out[i] = running
         returns.append(out)
     return whiten(returns, masks), returns
 
 
 def reinforce_plus_plus_baseline(
-    scores: np.ndarray, groups: np.ndarray, masks: Tokens
+    scores: np.ndarray, groups: np.ndarray, masks: PerToken
 ) -> list[np.ndarray]:
     """The group's mean subtracted, then whitened over all sampled tokens of the batch: arXiv
     2501.03262, section 3.3.
@@ -69,21 +128,20 @@ def reinforce_plus_plus_baseline(
     return whiten(spread(grpo(scores, groups, norm_by_std=False), masks), masks)
 
 
-def whiten(values: Tokens, masks: Tokens) -> list[np.ndarray]:
-    """(x - mean)/sqrt(var + 1e-8) over all sampled tokens of the batch, the variance unbiased; 0
-    elsewhere.
+def whiten(values: PerToken, masks: PerToken) -> list[np.ndarray]:
+    """(x - mean)/sqrt(var + 1e-8) over all sampled tokens of the batch; 0 elsewhere.
+
+    The variance is unbiased.
     """
-    chosen = (
-        np.concatenate([v[m] for v, m in zip(values, masks, strict=True)])
-        if len(values)
-        else np.zeros(0)
-    )
+    sampled = [v[mask] for v, mask in zip(values, masks, strict=True)]
+    chosen = np.concatenate(sampled) if sampled else np.zeros(0)
     mean = chosen.mean() if len(chosen) else 0.0
-    scale = np.sqrt((chosen.var(ddof=1) if len(chosen) > 1 else 0.0) + 1e-8)
-    return [np.where(m, (v - mean) / scale, 0.0) for v, m in zip(values, masks, strict=True)]
+    variance = chosen.var(ddof=1) if len(chosen) > 1 else 0.0
+    scale = np.sqrt(variance + VARIANCE_EPS)
+    return [np.where(mask, (v - mean) / scale, 0.0) for v, mask in zip(values, masks, strict=True)]
 
 
-def spread(values: np.ndarray, masks: Tokens) -> list[np.ndarray]:
+def spread(values: np.ndarray, masks: PerToken) -> list[np.ndarray]:
     """A number per trajectory as the same number on each of its sampled tokens, 0 elsewhere."""
     return [np.where(mask, value, 0.0) for value, mask in zip(values, masks, strict=True)]
 
@@ -97,37 +155,50 @@ def place_reward(reward: float, mask: np.ndarray) -> np.ndarray:
     return out
 
 
-def estimate(
-    name: str,
-    token_rewards: Tokens,
-    masks: Tokens,
-    groups: np.ndarray,
-    norm_by_std: bool = True,
-    gamma: float = 1.0,
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(advantages, returns) per token for `algorithm.adv_estimator=name`. Outcome estimators score
-    a trajectory by the sum of its token rewards (with the KL in the reward that isn't one number);
-    their returns are their advantages.
-    """
-    if name == "reinforce_plus_plus":
-        return reinforce_plus_plus(token_rewards, masks, gamma)
-    scores = np.array(
-        [float(rewards[mask].sum()) for rewards, mask in zip(token_rewards, masks, strict=True)],
-        np.float64,
-    )
-    made = OUTCOME[name](scores, groups, masks, norm_by_std)
+# --- estimators ---
+
+
+def estimate(estimator: Estimator, inputs: AdvantageInputs) -> Estimated:
+    """(advantages, returns) per token. ValueError where a user's estimator gives anything else."""
+    advantages, returns = estimator.function(inputs)
+    for name, arrays in (("advantages", advantages), ("returns", returns)):
+        lengths = [len(values) for values in arrays]
+        wanted = [len(mask) for mask in inputs.masks]
+        if lengths != wanted:
+            raise ValueError(
+                f"the advantage estimator gave {name} of {len(lengths)} trajectories, with "
+                f"{sum(lengths)} tokens; there are {len(wanted)}, with {sum(wanted)}. Give an array "
+                "over all tokens of each trajectory, 0 where `inputs.masks` is False."
+            )
+    return advantages, returns
+
+
+def by_trajectory(values: np.ndarray, inputs: AdvantageInputs) -> Estimated:
+    """A number per trajectory as the advantage and the return of each of its sampled tokens."""
+    advantages = spread(values, inputs.masks)
+    return advantages, advantages
+
+
+def _grpo(inputs: AdvantageInputs) -> Estimated:
+    return by_trajectory(grpo(inputs.scores, inputs.groups, inputs.norm_by_std), inputs)
+
+
+def _rloo(inputs: AdvantageInputs) -> Estimated:
+    return by_trajectory(rloo(inputs.scores, inputs.groups), inputs)
+
+
+def _reinforce_plus_plus(inputs: AdvantageInputs) -> Estimated:
+    return reinforce_plus_plus(inputs.token_rewards, inputs.masks, inputs.gamma)
+
+
+def _reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> Estimated:
+    made = reinforce_plus_plus_baseline(inputs.scores, inputs.groups, inputs.masks)
     return made, made
 
 
-def _groups(groups: np.ndarray) -> list[np.ndarray]:
-    return [np.flatnonzero(groups == g) for g in np.unique(groups)]
-
-
-Outcome = Callable[[np.ndarray, np.ndarray, Tokens, bool], list[np.ndarray]]
-OUTCOME: dict[str, Outcome] = {
-    "grpo": lambda scores, groups, masks, norm: spread(grpo(scores, groups, norm), masks),
-    "rloo": lambda scores, groups, masks, norm: spread(rloo(scores, groups), masks),
-    "reinforce_plus_plus_baseline": lambda scores, groups, masks, norm: (
-        reinforce_plus_plus_baseline(scores, groups, masks)
-    ),
+ESTIMATORS: dict[str, Estimator] = {
+    "grpo": Estimator(_grpo, compares_samples=True, reads_norm_by_std=True),
+    "rloo": Estimator(_rloo, compares_samples=True),
+    "reinforce_plus_plus": Estimator(_reinforce_plus_plus),
+    "reinforce_plus_plus_baseline": Estimator(_reinforce_plus_plus_baseline),
 }

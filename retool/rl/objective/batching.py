@@ -23,13 +23,15 @@ from retool.rl.objective.losses import token_weights
 class Row:
     """A trajectory as the update sees it: arrays over all of its tokens, 0 where not sampled.
 
-    `old` and `ref` are log-probabilities (nats), `advantage` the advantage, `correction` the
-    importance weight of the sampler. `ref` is None where no reference policy is used.
+    `old`, `sampler` and `ref` are log-probabilities (nats): of the weights before the step's first
+    update, as the engine told them when it sampled, and of the reference policy (None where there
+    is none). `correction` is the importance weight of the sampler.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     old: np.ndarray
+    sampler: np.ndarray
     advantage: np.ndarray
     correction: np.ndarray
     ref: np.ndarray | None = None
@@ -40,47 +42,56 @@ class Row:
 
 @dataclass(frozen=True)
 class RLBatch:
-    """A pack and, at the position of each label, what the loss needs. float32 [T]; `sequences`
-    int64 [T] numbers the documents.
+    """A pack and, at the position of each label, what the loss needs: float32 [T].
 
     `weights` is the token's share of the global mini-batch's mean (`losses.token_weights`); 0 where
-    it wasn't sampled.
+    it wasn't sampled. `sequences` int64 [T] numbers the documents.
     """
 
     pack: PackedBatch
     old: Tensor
+    sampler: Tensor
     advantages: Tensor
     correction: Tensor
     weights: Tensor
     ref: Tensor
     sequences: Tensor
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the pack, by name."""
+        names = [entry.name for entry in fields(self) if entry.name != "pack"]
+        return {name: getattr(self, name) for name in names}
+
     def slice(self, rank: int, size: int) -> RLBatch:
         """The part of sequence-parallel rank `rank` of `size`."""
         step = self.old.shape[0] // size
         part = slice(rank * step, (rank + 1) * step)
-        tensors = {f.name: getattr(self, f.name)[part] for f in fields(self) if f.name != "pack"}
+        tensors = {name: tensor[part] for name, tensor in self.tensors().items()}
         return replace(self, pack=self.pack.slice(rank, size), **tensors)
 
     def to(self, device: torch.device) -> RLBatch:
         """Copy to `device`."""
-
-        def move(x: Tensor) -> Tensor:
-            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
-        tensors = {f.name: move(getattr(self, f.name)) for f in fields(self) if f.name != "pack"}
+        tensors = {name: to_device(tensor, device) for name, tensor in self.tensors().items()}
         return replace(self, pack=self.pack.to(device), **tensors)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy from host to `device` without waiting for it."""
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def shift(arrays: Sequence[np.ndarray], total: int) -> np.ndarray:
-    """Arrays over tokens, one after the other, moved to the position before; float32 [total], 0 at
-    the documents' ends and after.
+    """Arrays over tokens, one after the other, moved to the position before.
+
+    float32 [total], 0 at the documents' ends and after.
     """
     out = np.zeros(total, np.float32)
-    at = 0
+    start = 0
     for values in arrays:
-        out[at : at + len(values) - 1] = values[1:]
-        at += len(values)
+        out[start : start + len(values) - 1] = values[1:]
+        start += len(values)
     return out
 
 
@@ -89,12 +100,12 @@ def unshift(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
     token.
     """
     out = []
-    at = 0
-    for n in lengths:
-        own = np.zeros(n, np.float32)
-        own[1:] = values[at : at + n - 1]
+    start = 0
+    for length in lengths:
+        own = np.zeros(length, np.float32)
+        own[1:] = values[start : start + length - 1]
         out.append(own)
-        at += n
+        start += length
     return out
 
 
@@ -106,29 +117,31 @@ def make_batch(rows: Sequence[Row], weights: Sequence[np.ndarray], multiple: int
     def tensor(arrays: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(shift(arrays, total))
 
-    refs = [row.ref if row.ref is not None else np.zeros(len(row)) for row in rows]
     sequences = np.repeat(np.arange(len(packed.seqlens)), packed.seqlens)
     return RLBatch(
         packed,
-        tensor([row.old for row in rows]),
-        tensor([row.advantage for row in rows]),
-        tensor([row.correction for row in rows]),
-        tensor(weights),
-        tensor(refs),
-        torch.from_numpy(sequences),
+        old=tensor([row.old for row in rows]),
+        sampler=tensor([row.sampler for row in rows]),
+        advantages=tensor([row.advantage for row in rows]),
+        correction=tensor([row.correction for row in rows]),
+        weights=tensor(weights),
+        ref=tensor([row.ref if row.ref is not None else np.zeros(len(row)) for row in rows]),
+        sequences=torch.from_numpy(sequences),
     )
 
 
 def mini_batches(groups: Sequence[int], size: int) -> list[list[int]]:
-    """Indices of trajectories per optimizer step: `size` consecutive groups each (the last may be
-    smaller). `groups` numbers each trajectory's group, those of one group lying together.
+    """Indices of trajectories per optimizer step: `size` consecutive groups each.
+
+    The last may be smaller. `groups` numbers each trajectory's group, those of one group lying
+    together.
     """
     order = list(dict.fromkeys(groups))
-    number = {g: i // size for i, g in enumerate(order)}
-    out: list[list[int]] = [[] for _ in range(-(-len(order) // size))]
-    for i, g in enumerate(groups):
-        out[number[g]].append(i)
-    return out
+    step_of = {group: place // size for place, group in enumerate(order)}
+    steps: list[list[int]] = [[] for _ in range(-(-len(order) // size))]
+    for i, group in enumerate(groups):
+        steps[step_of[group]].append(i)
+    return steps
 
 
 def rank_batches(

@@ -1,5 +1,8 @@
 """The sampler's distribution against the trainer's: measured each step, and corrected where asked
 for.
+
+Per-token values are one array per trajectory, over all of its tokens; `masks` say which the model
+sampled.
 """
 
 from __future__ import annotations
@@ -8,57 +11,58 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Tokens = Sequence[np.ndarray]
-BOUND = 20.0
+PerToken = Sequence[np.ndarray]
+MAX_LOG_RATIO = 20.0  # exp(20) is finite, and far beyond every threshold
 
 
 def correction_weights(
-    old: Tokens, behaviour: Tokens, masks: Tokens, level: str | None, threshold: float
+    old: PerToken, behaviour: PerToken, masks: PerToken, level: str | None, threshold: float
 ) -> list[np.ndarray]:
-    """Truncated importance weights min(exp(old - behaviour), threshold) per sampled token; with
-    `level` sequence the product over the sequence on each of its tokens (truncated importance
-    sampling, arXiv 0711.2243; 1 everywhere for level None).
+    """Truncated importance weights min(exp(old - behaviour), threshold) per sampled token.
+
+    Truncated importance sampling, Ionides 2008. With `level` "sequence" each token gets the product
+    over its sequence; with None the weights are 1. They are 0 where not sampled.
     """
     weights = []
-    for o, b, mask in zip(old, behaviour, masks, strict=True):
-        difference = np.where(mask, o.astype(np.float64) - b, 0.0)
+    for old_logp, drawn_logp, mask in zip(old, behaviour, masks, strict=True):
+        if level is None:
+            weights.append(np.where(mask, 1.0, 0.0))
+            continue
+        log_ratio = np.where(mask, old_logp.astype(np.float64) - drawn_logp, 0.0)
         if level == "sequence":
-            difference = np.full(len(mask), difference.sum())
-        weight = (
-            np.minimum(np.exp(np.clip(difference, -BOUND, BOUND)), threshold)
-            if level
-            else np.ones(len(mask))
-        )
-        weights.append(np.where(mask, weight, 0.0))
+            log_ratio = np.full(len(mask), log_ratio.sum())
+        weight = np.exp(np.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+        weights.append(np.where(mask, np.minimum(weight, threshold), 0.0))
     return weights
 
 
-def gap_metrics(sampler: Tokens, trainer: Tokens, masks: Tokens) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from the trainer's over sampled tokens: mean, max
-    and std of |Δ log p| and |Δ p|, and the k3 estimate of KL(sampler ‖ trainer) on the sampler's
-    own tokens.
+def gap_metrics(sampler: PerToken, trainer: PerToken, masks: PerToken) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from the trainer's over sampled tokens.
+
+    Mean, max and std of |Δ log p| and |Δ p|, and the k3 estimate of KL(sampler ‖ trainer) on the
+    sampler's own tokens (http://joschu.net/blog/kl-approx.html).
     """
-    s, t = (
-        np.concatenate([v[m] for v, m in zip(values, masks, strict=True)]).astype(np.float64)
-        for values in (sampler, trainer)
-    )
-    if not len(s):
+    sampled = _chosen(sampler, masks).astype(np.float64)
+    trained = _chosen(trainer, masks).astype(np.float64)
+    if not len(sampled):
         return {}
-    logs = np.abs(s - t)
-    probs = np.abs(np.exp(s) - np.exp(t))
-    d = np.clip(t - s, -BOUND, BOUND)
-    out = {}
-    for name, values in (("logp", logs), ("probs", probs)):
-        out |= {
-            f"training/rollout_{name}_diff_{kind}": float(getattr(values, kind)())
-            for kind in ("mean", "max", "std")
-        }
-    return {**out, "training/rollout_actor_kl_k3": float((np.expm1(d) - d).mean())}
+    differences = {
+        "logp": np.abs(sampled - trained),
+        "probs": np.abs(np.exp(sampled) - np.exp(trained)),
+    }
+    metrics = {}
+    for name, values in differences.items():
+        metrics[f"training/rollout_{name}_diff_mean"] = float(values.mean())
+        metrics[f"training/rollout_{name}_diff_max"] = float(values.max())
+        metrics[f"training/rollout_{name}_diff_std"] = float(values.std())
+    d = np.clip(trained - sampled, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    metrics["training/rollout_actor_kl_k3"] = float((np.expm1(d) - d).mean())
+    return metrics
 
 
-def weight_metrics(weights: Tokens, masks: Tokens, threshold: float) -> dict[str, float]:
+def weight_metrics(weights: PerToken, masks: PerToken, threshold: float) -> dict[str, float]:
     """Mean and extremes of the correction, and the share of tokens at the threshold."""
-    chosen = np.concatenate([w[m] for w, m in zip(weights, masks, strict=True)])
+    chosen = _chosen(weights, masks)
     if not len(chosen):
         return {}
     return {
@@ -67,3 +71,8 @@ def weight_metrics(weights: Tokens, masks: Tokens, threshold: float) -> dict[str
         "rollout_correction/min": float(chosen.min()),
         "rollout_correction/cut": float((chosen >= threshold).mean()),
     }
+
+
+def _chosen(values: PerToken, masks: PerToken) -> np.ndarray:
+    """Those of sampled tokens, one after the other."""
+    return np.concatenate([v[mask] for v, mask in zip(values, masks, strict=True)])

@@ -1,5 +1,7 @@
-"""From a step's groups to the rows of its update: old and reference log-probabilities, KL in the
-reward, advantages, correction.
+"""From a step's groups to the rows of its update.
+
+In order: old log-probabilities, those of the reference, rewards by token (with the KL), advantages,
+the sampler's correction; then one row per trajectory.
 """
 
 from __future__ import annotations
@@ -7,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,30 +19,48 @@ from retool.data.packing import Budget
 from retool.parallel.fsdp import Sharded
 from retool.rl.config import AlgorithmConfig
 from retool.rl.metrics import advantage_metrics
-from retool.rl.objective.advantages import estimate, place_reward
+from retool.rl.objective.advantages import AdvantageInputs, Estimator, estimate, place_reward
 from retool.rl.objective.batching import Row
 from retool.rl.objective.correction import correction_weights, gap_metrics, weight_metrics
 from retool.rl.objective.losses import kl
 from retool.rl.objective.policy import policy_logprobs
-from retool.rl.types import Group
+from retool.rl.types import Group, Scored, Trajectory
+
+PerToken = list[np.ndarray]  # one array per trajectory, over all of its tokens
 
 
 @dataclass(frozen=True)
 class Experience:
-    """A step's trajectories as the update sees them, on every rank alike. `groups` numbers each
-    row's group; `kl` is the mean KL to the reference per token, where it is in the reward.
+    """A step's trajectories as the update sees them, on every rank alike.
+
+    `groups` numbers each row's group. `kl` is the mean KL to the reference per token, where it is
+    in the reward. `on_policy` and `compared` are as in `policy.LossSpec`, for the first update.
     """
 
     rows: list[Row]
     groups: list[int]
     metrics: dict[str, float]
     kl: float | None = None
-    on_policy: bool = (
-        False  # old log-probabilities were left out: they are those of the only update itself
-    )
-    # they are the sampler's, of the present weights: the first update can tell how far it is from
-    # them
+    on_policy: bool = False
     compared: bool = False
+
+
+@dataclass(frozen=True)
+class ExperienceOptions:
+    """How experience is made of groups.
+
+    `step` is how many training steps the weights have seen: only trajectories of that version were
+    sampled by the present ones. `one_update`: a single optimizer step will see all of them.
+    `kl_coef` weighs the KL in the reward.
+    """
+
+    algorithm: AlgorithmConfig
+    estimator: Estimator
+    temperature: float
+    budget: Budget
+    step: int
+    kl_coef: float = 0.0
+    one_update: bool = False
 
 
 @contextmanager
@@ -55,99 +75,165 @@ def timed(times: dict[str, float], name: str) -> Iterator[None]:
 
 def make_experience(
     groups: Sequence[Group],
-    step: int,
     model: Sharded,
     reference: Sharded | None,
-    algorithm: AlgorithmConfig,
-    temperature: float,
-    budget: Budget,
-    kl_coef: float,
+    options: ExperienceOptions,
     times: dict[str, float],
-    one_update: bool = False,
 ) -> Experience:
-    """Collective. `step` is how many training steps the weights have seen: older trajectories keep
-    their sampler's log-probabilities as the old ones, since no present weights sampled them.
-    `one_update`: a single optimizer step will see these; where nothing else needs the old
-    log-probabilities they aren't computed.
+    """What the update of `model` learns from: collective, and alike on every rank.
+
+    `reference` is there where the loss or the reward has a KL to it. Seconds are added to `times`.
     """
     members = [member for group in groups for member in group.members]
-    found = [member.trajectory for member in members]
+    trajectories = [member.trajectory for member in members]
     numbers = [i for i, group in enumerate(groups) for _ in group.members]
-    masks = [t.mask for t in found]
-    samples = [Sample(t.tokens, t.mask) for t in found]
-    metrics: dict[str, float] = {}
-    old = [t.logp for t in found]
-    correction = algorithm.rollout_correction
-    stale = any(t.policy_version != step for t in found)
-    needed = algorithm.use_kl_in_reward or correction.rollout_is or stale
-    on_policy = one_update and not needed and not correction.bypass_mode
-    if not correction.bypass_mode and not on_policy:
-        with timed(times, "old_log_prob"):
-            present, entropies = policy_logprobs(model, samples, temperature, budget, entropy=True)
-        fresh = [t.policy_version == step for t in found]
-        old = [p if new else t.logp for p, t, new in zip(present, found, fresh, strict=True)]
-        chosen = [i for i, new in enumerate(fresh) if new]
-        metrics |= (
-            gap_metrics(
-                [found[i].logp for i in chosen],
-                [present[i] for i in chosen],
-                [masks[i] for i in chosen],
-            )
-            if chosen
-            else {}
-        )
-        metrics["actor/entropy"] = _mean(entropies, masks)
+    old = _old_logprobs(trajectories, model, options, times)
     ref = None
     if reference is not None:
         with timed(times, "ref"):
-            ref, _ = policy_logprobs(reference, samples, temperature, budget)
+            ref, _ = policy_logprobs(
+                reference, _samples(trajectories), options.temperature, options.budget
+            )
     with timed(times, "adv"):
-        rewards = [
-            place_reward(member.reward, mask) for member, mask in zip(members, masks, strict=True)
-        ]
-        divergence = None
-        if algorithm.use_kl_in_reward and ref is not None:
-            penalties = [
-                kl(torch.from_numpy(o), torch.from_numpy(r), algorithm.kl_penalty).numpy()
-                for o, r in zip(old, ref, strict=True)
-            ]
-            rewards = [
-                r - np.where(m, kl_coef * p, 0.0)
-                for r, m, p in zip(rewards, masks, penalties, strict=True)
-            ]
-            divergence = _mean(penalties, masks)
-            metrics |= {
-                "actor/reward_kl_penalty": divergence,
-                "actor/reward_kl_penalty_coeff": kl_coef,
-            }
-        advantages, returns = estimate(
-            algorithm.adv_estimator,
-            rewards,
-            masks,
+        rewards = _token_rewards(members, old.logp, ref, options)
+        inputs = AdvantageInputs(
+            rewards.values,
+            [trajectory.mask for trajectory in trajectories],
             np.array(numbers),
-            algorithm.norm_adv_by_std_in_grpo,
-            algorithm.gamma,
+            options.algorithm.norm_adv_by_std_in_grpo,
+            options.algorithm.gamma,
         )
-        metrics |= advantage_metrics(advantages, returns, masks)
-        behaviour = [t.logp_behaviour for t in found]
-        weights = correction_weights(
-            old, behaviour, masks, correction.rollout_is, correction.rollout_is_threshold
-        )
-        if correction.rollout_is:
-            metrics |= weight_metrics(weights, masks, correction.rollout_is_threshold)
-    refs = ref if ref is not None else [None] * len(found)
+        advantages, returns = estimate(options.estimator, inputs)
+        weights, weights_said = _correction(trajectories, old.logp, options.algorithm)
+    metrics = {
+        **old.metrics,
+        **rewards.metrics,
+        **advantage_metrics(advantages, returns, inputs.masks),
+        **weights_said,
+    }
     rows = [
-        Row(t.tokens, t.mask, o, a, w, r)
-        for t, o, a, w, r in zip(found, old, advantages, weights, refs, strict=True)
+        Row(
+            trajectory.tokens,
+            trajectory.mask,
+            old=old.logp[i],
+            sampler=trajectory.logp,
+            advantage=advantages[i],
+            correction=weights[i],
+            ref=None if ref is None else ref[i],
+        )
+        for i, trajectory in enumerate(trajectories)
     ]
-    return Experience(
-        rows, numbers, metrics, divergence, on_policy, correction.bypass_mode and not stale
+    return Experience(rows, numbers, metrics, rewards.kl, old.on_policy, old.compared)
+
+
+# --- old log-probabilities ---
+
+
+@dataclass(frozen=True)
+class _Old:
+    """Log-probabilities before the step's first update, and whose they are."""
+
+    logp: PerToken
+    metrics: dict[str, float] = field(default_factory=dict)
+    on_policy: bool = False
+    compared: bool = False
+
+
+def _old_logprobs(
+    trajectories: Sequence[Trajectory],
+    model: Sharded,
+    options: ExperienceOptions,
+    times: dict[str, float],
+) -> _Old:
+    """The sampler's own, where asked for or where the update needs none; else a forward pass of
+    the present weights tells.
+
+    Trajectories of older weights keep their sampler's: no present weights sampled them.
+    """
+    algorithm = options.algorithm
+    sampler = [trajectory.logp for trajectory in trajectories]
+    is_fresh = [trajectory.policy_version == options.step for trajectory in trajectories]
+    if algorithm.rollout_correction.bypass_mode:
+        # The distance to older weights is none between two kernels, and isn't measured.
+        return _Old(sampler, compared=all(is_fresh))
+    read_before_the_update = algorithm.use_kl_in_reward or algorithm.rollout_correction.rollout_is
+    if options.one_update and all(is_fresh) and not read_before_the_update:
+        return _Old(sampler, on_policy=True)
+    with timed(times, "old_log_prob"):
+        present, entropies = policy_logprobs(
+            model, _samples(trajectories), options.temperature, options.budget, entropy=True
+        )
+    masks = [trajectory.mask for trajectory in trajectories]
+    fresh = [i for i, new in enumerate(is_fresh) if new]
+    metrics = {}
+    if fresh:
+        metrics = gap_metrics(
+            [sampler[i] for i in fresh], [present[i] for i in fresh], [masks[i] for i in fresh]
+        )
+    metrics["actor/entropy"] = _mean(entropies, masks)
+    logp = [present[i] if new else sampler[i] for i, new in enumerate(is_fresh)]
+    return _Old(logp, metrics)
+
+
+def _samples(trajectories: Sequence[Trajectory]) -> list[Sample]:
+    return [Sample(trajectory.tokens, trajectory.mask) for trajectory in trajectories]
+
+
+# --- rewards by token ---
+
+
+@dataclass(frozen=True)
+class _TokenRewards:
+    values: PerToken
+    metrics: dict[str, float] = field(default_factory=dict)
+    kl: float | None = None
+
+
+def _token_rewards(
+    members: Sequence[Scored], old: PerToken, ref: PerToken | None, options: ExperienceOptions
+) -> _TokenRewards:
+    """Each reward on its trajectory's last sampled token; less the KL on each, where asked for."""
+    masks = [member.trajectory.mask for member in members]
+    rewards = [place_reward(member.reward, member.trajectory.mask) for member in members]
+    if not options.algorithm.use_kl_in_reward or ref is None:
+        return _TokenRewards(rewards)
+    kind = options.algorithm.kl_penalty
+    penalties = [
+        kl(torch.from_numpy(mine), torch.from_numpy(theirs), kind).numpy()
+        for mine, theirs in zip(old, ref, strict=True)
+    ]
+    values = [
+        reward - np.where(mask, options.kl_coef * penalty, 0.0)
+        for reward, mask, penalty in zip(rewards, masks, penalties, strict=True)
+    ]
+    mean = _mean(penalties, masks)
+    metrics = {
+        "actor/reward_kl_penalty": mean,
+        "actor/reward_kl_penalty_coeff": options.kl_coef,
+    }
+    return _TokenRewards(values, metrics, mean)
+
+
+# --- the sampler's correction ---
+
+
+def _correction(
+    trajectories: Sequence[Trajectory], old: PerToken, algorithm: AlgorithmConfig
+) -> tuple[PerToken, dict[str, float]]:
+    """Importance weights of the sampler, 1 where none are asked for, and what they are like."""
+    wanted = algorithm.rollout_correction
+    masks = [trajectory.mask for trajectory in trajectories]
+    behaviour = [trajectory.logp_behaviour for trajectory in trajectories]
+    weights = correction_weights(
+        old, behaviour, masks, wanted.rollout_is, wanted.rollout_is_threshold
     )
+    if wanted.rollout_is is None:
+        return weights, {}
+    return weights, weight_metrics(weights, masks, wanted.rollout_is_threshold)
 
 
 def _mean(values: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> float:
     """Mean over sampled tokens; 0 where there are none."""
     count = sum(int(mask.sum()) for mask in masks)
-    return float(sum(v[m].sum(dtype=np.float64) for v, m in zip(values, masks, strict=True))) / max(
-        count, 1
-    )
+    total = sum(v[mask].sum(dtype=np.float64) for v, mask in zip(values, masks, strict=True))
+    return float(total) / max(count, 1)

@@ -8,7 +8,7 @@ t tokens of this sequence-parallel rank · T of a whole pack · D model · V voc
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from retool.model.logprobs import logprobs
 from retool.optim import AdamW
 from retool.parallel.collectives import gather_objects, sum_over
 from retool.parallel.fsdp import Sharded
-from retool.rl.objective.batching import RLBatch, unshift
+from retool.rl.objective.batching import RLBatch, to_device, unshift
 from retool.rl.objective.losses import (
     LOSSES,
     Clip,
+    LossInputs,
     Metrics,
-    entropy_sum,
-    kl_sum,
+    PolicyLoss,
+    kl,
     log_ratio,
     sequence_means,
     sequence_sums,
@@ -36,22 +37,22 @@ from retool.rl.objective.losses import (
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What the update minimises: policy loss - entropy_coeff · entropy + kl_coef · KL(policy ‖
+    """What an update minimises: policy loss - entropy_coeff · entropy + kl_coef · KL(policy ‖
     reference).
+
+    `on_policy`: the present weights sampled everything and this is their only update, so that the
+    old log-probabilities are the present ones without gradient. `compared`: the present weights
+    sampled everything and the sampler's log-probabilities are the old ones.
     """
 
-    mode: str = "vanilla"
+    loss: PolicyLoss = LOSSES["vanilla"]
     clip: Clip = field(default_factory=Clip)
     temperature: float = 1.0
     entropy_coeff: float = 0.0
     kl_coef: float = 0.0
     kl_kind: str = "k3"
     use_kl: bool = False
-    # the present weights sampled everything and this is their only update: old = logp without
-    # gradient
     on_policy: bool = False
-    # the present weights sampled everything and old is the sampler's: how far they lie apart is
-    # measured
     compared: bool = False
 
     @property
@@ -60,16 +61,13 @@ class LossSpec:
         return self.on_policy or self.compared
 
 
-def chosen_positions(part: PackedBatch) -> Tensor:
-    """int64: positions of a rank's slice whose label was sampled; one of weight 0 where there is
-    none, so that every rank runs the same graph and collectives. On the host.
+def sampled_positions(part: PackedBatch) -> Tensor:
+    """int64: positions of a rank's slice whose label was sampled. On the host.
+
+    One of weight 0 where there is none, so that every rank runs the same graph and collectives.
     """
-    found = part.weights.nonzero()[:, 0]
-    return found if len(found) else torch.zeros(1, dtype=torch.int64)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    positions = part.weights.nonzero()[:, 0]
+    return positions if len(positions) else torch.zeros(1, dtype=torch.int64)
 
 
 # --- log-probabilities without gradients ---
@@ -82,26 +80,27 @@ def policy_logprobs(
     budget: Budget,
     entropy: bool = False,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(log p, entropy) of every sampled token of every sample, on every rank: float32 [n] per
-    sample, 0 where not sampled.
+    """(log p, entropy) of every sampled token of every sample, on every rank.
 
-    Collective. The work is split over the data-parallel ranks; `entropy` false leaves those arrays
-    zero.
+    float32 [n] per sample, 0 where not sampled; the entropy is 0 everywhere without `entropy`.
+    Collective: the work is split over the data-parallel ranks.
     """
     mesh = model.mesh
-    plan = plan_step([len(sample) for sample in samples], budget, mesh.dp, mesh.sp)
+    lengths = [len(sample) for sample in samples]
+    plan = plan_step(lengths, budget, mesh.dp, mesh.sp)
     mine: dict[int, np.ndarray] = {}
     for members in plan[mesh.dp_rank]:
         whole = pack([samples[i] for i in members], mesh.sp)
         values = _pack_logprobs(model, whole, temperature, entropy).cpu().numpy()
-        lengths = [len(samples[i]) for i in members]
-        both = [unshift(row, lengths) for row in values]
-        mine |= {i: np.stack([both[0][k], both[1][k]]) for k, i in enumerate(members)}
-    found = gather_dicts(mine if mesh.sp_rank == 0 else {}, mesh.world_group)
+        logps, entropies = (unshift(row, [lengths[i] for i in members]) for row in values)
+        for place, i in enumerate(members):
+            mine[i] = np.stack([logps[place], entropies[place]])
+    # The ranks of a sequence-parallel group have the same: one of them is enough.
+    everyone = gather_dicts(mine if mesh.sp_rank == 0 else {}, mesh.world_group)
     masked = [
-        np.where(samples[i].mask, found[i], 0).astype(np.float32) for i in range(len(samples))
+        np.where(sample.mask, everyone[i], 0).astype(np.float32) for i, sample in enumerate(samples)
     ]
-    return [m[0] for m in masked], [m[1] for m in masked]
+    return [both[0] for both in masked], [both[1] for both in masked]
 
 
 def gather_dicts(
@@ -116,17 +115,16 @@ def _pack_logprobs(model: Sharded, whole: PackedBatch, temperature: float, entro
     """[2, T]: log p of each sampled label of a whole pack, and the entropy there; 0 elsewhere."""
     mesh = model.mesh
     part = whole.slice(mesh.sp_rank, mesh.sp)
-    chosen = to_device(chosen_positions(part), mesh.device)
+    chosen = to_device(sampled_positions(part), mesh.device)
     batch = part.to(mesh.device)
 
     def score(hidden_tD: Tensor, weight_VD: Tensor) -> Tensor:
-        logp, ent = logprobs(
-            hidden_tD.index_select(0, chosen), weight_VD, batch.labels[chosen], temperature, entropy
-        )
+        hidden = hidden_tD.index_select(0, chosen)
+        logp, entropies = logprobs(hidden, weight_VD, batch.labels[chosen], temperature, entropy)
         out = torch.zeros(2, len(batch.tokens), dtype=logp.dtype, device=logp.device)
         out[0, chosen] = logp
-        if ent is not None:
-            out[1, chosen] = ent
+        if entropies is not None:
+            out[1, chosen] = entropies
         return out
 
     own: Tensor = model(batch, score)
@@ -141,106 +139,119 @@ def _pack_logprobs(model: Sharded, whole: PackedBatch, temperature: float, entro
 
 
 def loss_sum(model: Sharded, whole: RLBatch, spec: LossSpec) -> tuple[Tensor, Metrics]:
-    """This rank's part of the global mini-batch's loss over its slice of a whole pack on the host:
-    (0-d tensor, metric sums).
+    """This rank's part of the global mini-batch's loss: (0-d tensor, metric sums).
 
-    Everything is weighted by the token's share already: parts of all ranks and micro-batches add up
-    to the loss, no scale is left. With `spec.on_policy` the batch's `old` are the sampler's
-    log-probabilities, which are only compared (`compare`); with `spec.compared` they are compared
-    and the old ones.
+    `whole` is a pack on the host, of which this rank computes its slice. Everything is weighted by
+    the token's share already: parts of all ranks and micro-batches add up to the loss, no scale is
+    left.
     """
     mesh = model.mesh
     part = whole.slice(mesh.sp_rank, mesh.sp)
-    chosen = to_device(chosen_positions(part.pack), mesh.device)
+    chosen = to_device(sampled_positions(part.pack), mesh.device)
     batch = part.to(mesh.device)
     documents = len(whole.pack.seqlens)
     metrics: Metrics = {}
 
     def score(hidden_tD: Tensor, weight_VD: Tensor) -> Tensor:
+        hidden = hidden_tD.index_select(0, chosen)
+        labels = batch.pack.labels[chosen]
         wants_entropy = spec.entropy_coeff != 0 or spec.measures
-        logp, ent = logprobs(
-            hidden_tD.index_select(0, chosen),
-            weight_VD,
-            batch.pack.labels[chosen],
-            spec.temperature,
-            wants_entropy,
-        )
-        old = batch.old[chosen].to(logp.dtype)
-        weights = batch.weights[chosen].to(logp.dtype)
-        if spec.measures:
-            assert ent is not None
-            metrics.update(compare(logp, old, ent, batch.pack.weights[chosen] != 0))
-        if spec.on_policy:
-            old = logp.detach()
-        # Every loss here is linear in A's size
-        advantages = (batch.advantages * batch.correction)[chosen].to(logp.dtype)
-        means = None
-        if spec.mode == "gspo":
-            sequences = batch.sequences[chosen]
-            sums = sequence_sums(logp, old, batch.pack.weights[chosen] != 0, sequences, documents)
-            means = sequence_means(sum_over(sums, mesh.sp_group), sequences)
-        loss, found = LOSSES[spec.mode](logp, old, advantages, weights, spec.clip, means)
+        logp, entropy = logprobs(hidden, weight_VD, labels, spec.temperature, wants_entropy)
+        inputs = loss_inputs(batch, chosen, logp, spec)
+        if spec.loss.sequence_level:
+            numbers = batch.sequences[chosen]
+            sums = sequence_sums(logp, inputs.old_T, inputs.sampled_T, numbers, documents)
+            means = sequence_means(sum_over(sums, mesh.sp_group), numbers)
+            inputs = replace(inputs, sequence_log_ratio_T=means)
+        loss, found = _whole_loss(inputs, entropy, spec)
         metrics.update(found)
-        if ent is not None and spec.entropy_coeff != 0:
-            bonus = entropy_sum(ent, weights)
-            loss = loss - spec.entropy_coeff * bonus
-            metrics["actor/entropy_loss"] = bonus.detach()
-        if spec.use_kl:
-            divergence = kl_sum(logp, batch.ref[chosen].to(logp.dtype), weights, spec.kl_kind)
-            loss = loss + spec.kl_coef * divergence
-            metrics["actor/kl_loss"] = divergence.detach()
         return loss
 
     return model(batch.pack, score), metrics
 
 
-@torch.no_grad()
-def compare(logp: Tensor, sampler: Tensor, entropy: Tensor, sampled: Tensor) -> Metrics:
-    """The sampler's log-probabilities against the trainer's: "sums" [7] (count, |Δ log p|, its
-    square, |Δ p|, its square, k3, entropy) and "most" [2] (|Δ log p|, |Δ p|).
-    """
-    logs = (sampler - logp).abs()
-    probs = (sampler.exp() - logp.exp()).abs()
-    d = log_ratio(logp, sampler)
-    columns = torch.stack(
-        [
-            torch.ones_like(logs),
-            logs,
-            logs.square(),
-            probs,
-            probs.square(),
-            torch.expm1(d) - d,
-            entropy,
-        ]
+def loss_inputs(batch: RLBatch, chosen: Tensor, logp_T: Tensor, spec: LossSpec) -> LossInputs:
+    """The sampled tokens of a rank's slice, whose present log-probabilities are `logp_T`."""
+    dtype = logp_T.dtype
+    # One factor for both: every loss here is linear in the advantage's size.
+    advantages = batch.advantages * batch.correction
+    return LossInputs(
+        logp_T=logp_T,
+        old_T=logp_T.detach() if spec.on_policy else batch.old[chosen].to(dtype),
+        sampler_T=batch.sampler[chosen].to(dtype),
+        advantages_T=advantages[chosen].to(dtype),
+        weights_T=batch.weights[chosen].to(dtype),
+        sampled_T=batch.pack.weights[chosen] != 0,
+        clip=spec.clip,
+        ref_T=batch.ref[chosen].to(dtype) if spec.use_kl else None,
     )
-    columns = torch.where(sampled, columns, 0).double()
+
+
+def _whole_loss(
+    inputs: LossInputs, entropy_T: Tensor | None, spec: LossSpec
+) -> tuple[Tensor, Metrics]:
+    """The policy loss with what `spec` adds to it, and what is measured beside."""
+    loss, policy_metrics = spec.loss.function(inputs)
+    metrics = dict(policy_metrics)
+    if spec.measures:
+        assert entropy_T is not None
+        metrics |= compare(inputs.logp_T, inputs.sampler_T, entropy_T, inputs.sampled_T)
+    if entropy_T is not None and spec.entropy_coeff != 0:
+        bonus = inputs.sum(entropy_T)
+        loss = loss - spec.entropy_coeff * bonus
+        metrics["actor/entropy_loss"] = bonus.detach()
+    if inputs.ref_T is not None:
+        divergence = inputs.sum(kl(inputs.logp_T, inputs.ref_T, spec.kl_kind))
+        loss = loss + spec.kl_coef * divergence
+        metrics["actor/kl_loss"] = divergence.detach()
+    return loss, metrics
+
+
+@torch.no_grad()
+def compare(logp_T: Tensor, sampler_T: Tensor, entropy_T: Tensor, sampled_T: Tensor) -> Metrics:
+    """The sampler's log-probabilities against the trainer's, over sampled tokens, in float64.
+
+    "sums" [7]: count, |Δ log p|, its square, |Δ p|, its square, k3, entropy. "most" [2]: the
+    largest |Δ log p| and |Δ p|.
+    """
+    logs = (sampler_T - logp_T).abs()
+    probs = (sampler_T.exp() - logp_T.exp()).abs()
+    d = log_ratio(logp_T, sampler_T)
+    k3 = torch.expm1(d) - d
+    columns = torch.stack(
+        [torch.ones_like(logs), logs, logs.square(), probs, probs.square(), k3, entropy_T]
+    )
+    columns = torch.where(sampled_T, columns, 0).double()
     return {"sums": columns.sum(1), "most": columns[[1, 3]].amax(1)}
 
 
 def gap_of(sums: Tensor, most: Tensor, group: dist.ProcessGroup | None) -> dict[str, float]:
-    """Metrics as `correction.gap_metrics` names them, and the entropy, from all ranks' "sums" and
-    "most".
-    """
+    """Metrics as `correction.gap_metrics` names them, and the entropy, of all ranks' `compare`."""
     sum_over(sums, group)
     if group is not None:
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
-    count, *total = sums.tolist()
-    log, log2, prob, prob2, k3, entropy = (value / max(count, 1) for value in total)
-    largest = most.tolist()
-    out: dict[str, float] = {"training/rollout_actor_kl_k3": k3, "actor/entropy": entropy}
-    for name, mean, square, top in (
-        ("logp", log, log2, largest[0]),
-        ("probs", prob, prob2, largest[1]),
-    ):
-        values = {"mean": mean, "max": top, "std": max(square - mean * mean, 0.0) ** 0.5}
-        out |= {f"training/rollout_{name}_diff_{kind}": value for kind, value in values.items()}
-    return out
+    count, *totals = sums.tolist()
+    log, log_square, prob, prob_square, k3, entropy = (total / max(count, 1) for total in totals)
+    largest_log, largest_prob = most.tolist()
+    return {
+        "training/rollout_actor_kl_k3": k3,
+        "actor/entropy": entropy,
+        **_differences("logp", log, log_square, largest_log),
+        **_differences("probs", prob, prob_square, largest_prob),
+    }
+
+
+def _differences(name: str, mean: float, mean_square: float, largest: float) -> dict[str, float]:
+    std = max(mean_square - mean * mean, 0.0) ** 0.5
+    values = {"mean": mean, "max": largest, "std": std}
+    return {f"training/rollout_{name}_diff_{kind}": value for kind, value in values.items()}
 
 
 @dataclass(frozen=True)
 class Updated:
-    """What an optimizer step measured, summed over all ranks; `skipped` where the gradient norm
-    wasn't finite.
+    """What an optimizer step measured, summed over all ranks.
+
+    `skipped` where the gradient norm wasn't finite.
     """
 
     metrics: dict[str, float]
@@ -255,22 +266,29 @@ def update_step(
 
     Collective.
     """
-    mesh = model.mesh
+    group = model.mesh.world_group
     model.zero_grad()
     totals: dict[str, Tensor] = {}
     for batch in batches:
         loss, metrics = loss_sum(model, batch, spec)
         optimizer.loss_scale.scaled(loss).backward()
-        for name, value in {**metrics, "actor/loss": loss.detach()}.items():
-            before = totals.get(name, torch.zeros_like(value, dtype=torch.float64))
-            value = value.double()
-            totals[name] = torch.maximum(before, value) if name == "most" else before + value
+        metrics["actor/loss"] = loss.detach()
+        _add_up(totals, metrics)
     model.finish_gradients()
     norm, skipped = optimizer.step(lr)
-    gap = gap_of(totals.pop("sums"), totals.pop("most"), mesh.world_group) if spec.measures else {}
+    gap = gap_of(totals.pop("sums"), totals.pop("most"), group) if spec.measures else {}
     names = sorted(totals)
-    values = sum_over(torch.stack([totals[name] for name in names]), mesh.world_group)
+    values = sum_over(torch.stack([totals[name] for name in names]), group)
+    # One copy to the host for all of them: each waits for the device.
     *sums, last_norm, last_skipped = torch.cat(
         [values, norm.double()[None], skipped.double()[None]]
     ).tolist()
     return Updated({**dict(zip(names, sums, strict=True)), **gap}, last_norm, bool(last_skipped))
+
+
+def _add_up(totals: dict[str, Tensor], metrics: Metrics) -> None:
+    """Add a micro-batch's metrics, in float64; of "most" the larger one stays."""
+    for name, metric in metrics.items():
+        value = metric.double()
+        before = totals.get(name, torch.zeros_like(value))
+        totals[name] = torch.maximum(before, value) if name == "most" else before + value

@@ -37,8 +37,9 @@ from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig
 from retool.rl.data import PromptOptions, load_prompts
 from retool.rl.eos import eos_ids
+from retool.rl.objective.own import find_estimator, find_loss
 from retool.rl.preflight.identity import PATH, with_identity
-from retool.rl.preflight.keys import contradictions, notes
+from retool.rl.preflight.keys import ESTIMATOR_KEY, LOSS_KEY, contradictions, notes
 from retool.rl.preflight.memory import StepMemory
 from retool.rl.preflight.plan import Questions, Report, uses_reference
 from retool.rl.preflight.trial import try_reward
@@ -72,7 +73,8 @@ def preflight(
         *_engine_faults(report)
     )
     first = not int(launcher.get("LOCAL_RANK", 0))
-    report = _with_prompts(_with_functions(_with_renderer(report), first))
+    report = _with_functions(_with_objective(_with_renderer(report)), first)
+    report = _with_prompts(report)
     report = _with_trial(report) if first else report
     report = check_checkpoint(with_identity(report))
     if report.faults or report.model is None:
@@ -118,6 +120,20 @@ def _engine_faults(report: Report) -> Iterator[Fault]:
     yield from check_heads(
         f"{ARR}rollout.tensor_model_parallel_size={tp}", tp, report.world.processes, heads
     )
+
+
+def _with_objective(report: Report) -> Report:
+    """The advantage estimator and the policy loss, a user's own tried on made-up tokens."""
+    faults = list[Fault]()
+    estimator = report.config.algorithm.adv_estimator
+    loss = report.config.actor_rollout_ref.actor.policy_loss.loss_mode
+    known = {fault.where for fault in report.faults}
+    if f"{ESTIMATOR_KEY}={estimator}" not in known:
+        found = attempt(ESTIMATOR_KEY, lambda: find_estimator(estimator), faults)
+        report = replace(report, estimator=found)
+    if f"{LOSS_KEY}={loss}" not in known:
+        report = replace(report, loss=attempt(LOSS_KEY, lambda: find_loss(loss), faults))
+    return report.blame(*faults)
 
 
 def _with_functions(report: Report, first: bool) -> Report:

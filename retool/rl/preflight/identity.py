@@ -16,12 +16,14 @@ from pathlib import Path
 
 from retool.preflight.identity import Trait, digest, file_digest, listed, model_traits
 from retool.rl.agent.tools.protocol import Tool
-from retool.rl.config import RLConfig, aggregation
+from retool.rl.config import RLConfig
+from retool.rl.objective.own import own_function
 from retool.rl.preflight.plan import Questions, Report, uses_reference
 from retool.rl.reward.rewards import RewardSource
 
 FILES = "data.train_files"
 PATH = "actor_rollout_ref.model.path"
+ACTOR = "actor_rollout_ref.actor"
 
 
 def with_identity(report: Report) -> Report:
@@ -49,7 +51,7 @@ def with_identity(report: Report) -> Report:
         found |= _reward(config, report.reward)
     if not any(fault.where.endswith("tool_config_path") for fault in report.faults):
         found |= _tools(config, report.tools)
-    return replace(report, identity={**found, **dict(_objective(config))})
+    return replace(report, identity={**found, **_objective(report)})
 
 
 def fingerprint(questions: Questions | None) -> tuple[int, str]:
@@ -112,21 +114,33 @@ def _code(tool: Tool) -> Iterator[str | bytes]:
             return
 
 
-def _objective(config: RLConfig) -> Iterator[tuple[str, Trait]]:
-    """What is maximised, by key; not how fast or how carefully. None for what isn't in use."""
-    algorithm = config.algorithm
-    actor = config.actor_rollout_ref.actor
-    keys = {
-        "algorithm.adv_estimator": algorithm.adv_estimator,
-        "algorithm.norm_adv_by_std_in_grpo": algorithm.norm_adv_by_std_in_grpo
-        if algorithm.adv_estimator == "grpo"
-        else None,
+def _objective(report: Report) -> dict[str, Trait]:
+    """What is maximised, by key; not how fast or how carefully. None for what isn't in use.
+
+    Without the estimator or the loss where there is none of that name.
+    """
+    algorithm = report.config.algorithm
+    actor = report.config.actor_rollout_ref.actor
+    traits: dict[str, str | bool | None] = {
         "algorithm.use_kl_in_reward": algorithm.use_kl_in_reward,
         "algorithm.kl_penalty": algorithm.kl_penalty if algorithm.use_kl_in_reward else None,
-        "actor_rollout_ref.actor.policy_loss.loss_mode": actor.policy_loss.loss_mode,
-        "actor_rollout_ref.actor.loss_agg_mode": aggregation(actor),
-        "actor_rollout_ref.actor.use_kl_loss": actor.use_kl_loss,
-        "actor_rollout_ref.actor.kl_loss_type": actor.kl_loss_type if actor.use_kl_loss else None,
+        f"{ACTOR}.use_kl_loss": actor.use_kl_loss,
+        f"{ACTOR}.kl_loss_type": actor.kl_loss_type if actor.use_kl_loss else None,
     }
-    for key, value in keys.items():
-        yield key, Trait(key, value)
+    if report.estimator is not None:
+        normed = algorithm.norm_adv_by_std_in_grpo if report.estimator.reads_norm_by_std else None
+        traits["algorithm.adv_estimator"] = _by_code(algorithm.adv_estimator)
+        traits["algorithm.norm_adv_by_std_in_grpo"] = normed
+    if report.loss is not None:
+        traits[f"{ACTOR}.policy_loss.loss_mode"] = _by_code(actor.policy_loss.loss_mode)
+        traits[f"{ACTOR}.loss_agg_mode"] = report.aggregation
+    return {key: Trait(key, value) for key, value in traits.items()}
+
+
+def _by_code(name: str) -> str:
+    """A loss or estimator of ours by its name, a user's by its file's content too."""
+    own = own_function(name)
+    if own is None:
+        return name
+    path, function = own
+    return f"{function} in {Path(path).name} ({file_digest(path)})"

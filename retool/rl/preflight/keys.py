@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from retool.config import Fault, nearest, options
-from retool.rl.config import PUBLISHED_AGGREGATION, RLConfig, run_options
+from retool.rl.config import ActorConfig, RLConfig, run_options
+from retool.rl.objective.advantages import ESTIMATORS
+from retool.rl.objective.losses import LOSSES
+from retool.rl.objective.own import own_function
 
 _ARR = "actor_rollout_ref"
 SYNONYMS = {
@@ -34,13 +37,17 @@ torchrun --nproc_per_node=2 -m retool.rl \\
     actor_rollout_ref.model.path=checkpoints/sft/global_step_250/huggingface \\
     actor_rollout_ref.rollout.n=16 actor_rollout_ref.rollout.multi_turn.enable=true
 """
-ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
+MOST_TIMES_PUBLISHED = 25  # a clip ratio, of what the loss was published with
+LOSS_KEY = f"{_ARR}.actor.policy_loss.loss_mode"
+ESTIMATOR_KEY = "algorithm.adv_estimator"
+# Estimators that exist elsewhere
 SECOND_MODEL = {"gae": "a value model", "remax": "a greedy rollout of its own for each prompt"}
 
 
 def contradictions(config: RLConfig) -> Iterator[Fault]:
     """Faults that only several keys together make, and what no single type can say."""
     yield from _estimator(config.algorithm.adv_estimator)
+    yield from _known(LOSS_KEY, config.actor_rollout_ref.actor.policy_loss.loss_mode, LOSSES)
     yield from _aggregation(config)
     yield from _sizes(config)
     yield from _functions(config)
@@ -57,12 +64,7 @@ def notes(config: RLConfig) -> Iterator[str]:
         yield f"rollout.name={rollout.name} means native here: the in-process engine samples."
     if algorithm.rollout_correction.bypass_mode and algorithm.rollout_correction.rollout_is:
         yield "with rollout_correction.bypass_mode the weights of rollout_is only undo top-p and top-k."
-    if actor.policy_loss.loss_mode == "gspo" and actor.clip_ratio_high > 0.01:
-        yield (
-            f"actor.clip_ratio_low, _high are {actor.clip_ratio_low:g} and "
-            f"{actor.clip_ratio_high:g}: GSPO's ratios are of whole sequences and stay near 1; its "
-            "paper clips at 3e-4 and 4e-4. Wider ones clip next to nothing."
-        )
+    yield from _clip_notes(actor)
     if rollout.multi_turn.tool_config_path is not None and not rollout.multi_turn.enable:
         yield (
             "rollout.multi_turn.tool_config_path is given, but multi_turn.enable is false: no tool is "
@@ -90,19 +92,35 @@ def notes(config: RLConfig) -> Iterator[str]:
 
 
 def _estimator(name: str) -> Iterator[Fault]:
-    where = f"algorithm.adv_estimator={name}"
+    where = f"{ESTIMATOR_KEY}={name}"
     if name in SECOND_MODEL:
         yield Fault(
             where,
             f"needs {SECOND_MODEL[name]}, which isn't built.",
             f"Use {', '.join(ESTIMATORS)}.",
         )
-    elif name not in ESTIMATORS:
-        near = nearest(name, ESTIMATORS)
-        yield Fault(
-            where,
-            "is not known.",
-            f"Did you mean {near}?" if near else f"Use {', '.join(ESTIMATORS)}.",
+    else:
+        yield from _known(ESTIMATOR_KEY, name, ESTIMATORS)
+
+
+def _known(key: str, name: str, table: Mapping[str, object]) -> Iterator[Fault]:
+    """A name that is neither in the table nor a user's file and function."""
+    if name in table or own_function(name) is not None:
+        return
+    near = nearest(name, table)
+    way_out = f"Did you mean {near}?" if near else f"Use {', '.join(table)}, or file.py/function."
+    yield Fault(f"{key}={name}", "is not known.", way_out)
+
+
+def _clip_notes(actor: ActorConfig) -> Iterator[str]:
+    """Clips that suit token ratios, given to a loss whose ratios vary much less."""
+    mode = actor.policy_loss.loss_mode
+    clip = LOSSES[mode].published_clip if mode in LOSSES else None
+    if clip is not None and actor.clip_ratio_high > MOST_TIMES_PUBLISHED * clip.high:
+        yield (
+            f"actor.clip_ratio_low, _high are {actor.clip_ratio_low:g} and "
+            f"{actor.clip_ratio_high:g}: {mode}'s ratios are of whole sequences and stay near 1; "
+            f"its paper clips at {clip.low:g} and {clip.high:g}. Wider ones clip next to nothing."
         )
 
 
@@ -110,7 +128,7 @@ def _aggregation(config: RLConfig) -> Iterator[Fault]:
     """A loss that is defined with one mean isn't that loss with another."""
     actor = config.actor_rollout_ref.actor
     mode = actor.policy_loss.loss_mode
-    published = PUBLISHED_AGGREGATION.get(mode)
+    published = LOSSES[mode].aggregation if mode in LOSSES else None
     if published and actor.loss_agg_mode not in (None, published):
         yield Fault(
             f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}",
@@ -149,7 +167,8 @@ def _sizes(config: RLConfig) -> Iterator[Fault]:
             "must be below 1: a ratio is never negative.",
             "DAPO uses 0.2.",
         )
-    if config.algorithm.adv_estimator in ("grpo", "rloo") and rollout.n == 1:
+    estimator = ESTIMATORS.get(config.algorithm.adv_estimator)
+    if estimator is not None and estimator.compares_samples and rollout.n == 1:
         yield Fault(
             "actor_rollout_ref.rollout.n=1",
             f"gives algorithm.adv_estimator={config.algorithm.adv_estimator} nothing to compare with.",

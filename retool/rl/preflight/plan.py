@@ -10,6 +10,8 @@ from retool.preflight.plan import RunReport, gpu_memory, setting_of
 from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig, run_options
 from retool.rl.data import PromptReport
+from retool.rl.objective.advantages import Estimator
+from retool.rl.objective.losses import PolicyLoss
 from retool.rl.preflight.memory import StepMemory, engine_options, step_memory
 from retool.rl.reward.rewards import RewardSource
 from retool.rl.types import Prompt
@@ -31,6 +33,8 @@ class Report(RunReport):
     renderer: Renderer | None = None
     tools: tuple[Tool, ...] = ()
     reward: RewardSource | None = None
+    estimator: Estimator | None = None
+    loss: PolicyLoss | None = None
     train: Questions | None = None
     val: Questions | None = None
 
@@ -58,6 +62,12 @@ class Report(RunReport):
             uses_reference(self.config),
             gpu_memory(self.options),
         )
+
+    @property
+    def aggregation(self) -> str:
+        """How token losses become one number."""
+        assert self.loss is not None
+        return self.loss.aggregated_by(self.config.actor_rollout_ref.actor.loss_agg_mode)
 
     @property
     def updates_per_step(self) -> int:

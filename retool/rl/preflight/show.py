@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from retool.perf import GIB
 from retool.preflight.show import memory_words, model_words, written_words
-from retool.rl.config import aggregation
 from retool.rl.preflight.plan import Report
 from retool.rl.reward.rewards import default_name
 
@@ -80,5 +79,5 @@ def _step_words(report: Report) -> str:
         "tokens\n"
         f"{updates} optimizer step(s) of {actor.ppo_mini_batch_size * n:,} trajectories, "
         f"{actor.ppo_max_token_len_per_gpu:,} tokens per GPU and micro-batch; "
-        f"{config.algorithm.adv_estimator}, {actor.policy_loss.loss_mode}, {aggregation(actor)}"
+        f"{config.algorithm.adv_estimator}, {actor.policy_loss.loss_mode}, {report.aggregation}"
     )

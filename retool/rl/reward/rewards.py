@@ -167,7 +167,7 @@ class RewardSource:
             return BUILT_IN[self.name]
         from retool.data.read.files import load_function
 
-        function = load_function(self.path, self.name)
+        function = load_function(self.path, self.name, f"({', '.join(ARGUMENTS)}) -> score")
         try:
             inspect.signature(function).bind(**dict.fromkeys(ARGUMENTS))
         except TypeError as error:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from retool.rl.objective.advantages import (
+    ESTIMATORS,
+    AdvantageInputs,
     estimate,
     grpo,
     place_reward,
@@ -97,13 +99,12 @@ def test_baseline_by_hand() -> None:
     assert [*advantages[0], advantages[1][0]] == pytest.approx(z.tolist()) and advantages[1][1] == 0
 
 
-@pytest.mark.parametrize(
-    "name", ["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
-)
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_only_sampled_tokens_have_advantages(name, rng) -> None:
     masks = [rng.random(n) < 0.5 for n in (5, 9, 3, 7)] + [np.zeros(4, bool)]
     rewards = [place_reward(r, m) for r, m in zip(rng.normal(size=5), masks, strict=True)]
-    advantages, returns = estimate(name, rewards, masks, np.array([0, 0, 1, 1, 1]))
+    inputs = AdvantageInputs(rewards, masks, np.array([0, 0, 1, 1, 1]))
+    advantages, returns = estimate(ESTIMATORS[name], inputs)
     for a, r, m in zip(advantages, returns, masks, strict=True):
         assert np.all(a[~m] == 0) and np.all(r[~m] == 0) and np.all(np.isfinite(a))
 
@@ -112,7 +113,8 @@ def test_a_trajectory_s_score_is_the_sum_of_its_token_rewards() -> None:
     """So that a KL penalty per token counts in the outcome estimators too."""
     mask = np.array([False, True, True])
     rewards = [np.array([0, -0.25, 1.0]), np.array([0, 0, 0.25])]
-    advantages, _ = estimate("grpo", rewards, [mask, mask], np.array([0, 0]), norm_by_std=False)
+    inputs = AdvantageInputs(rewards, [mask, mask], np.array([0, 0]), norm_by_std=False)
+    advantages, _ = estimate(ESTIMATORS["grpo"], inputs)
     assert [a.tolist() for a in advantages] == [[0, 0.25, 0.25], [0, -0.25, -0.25]]
 
 

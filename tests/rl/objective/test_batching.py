@@ -32,14 +32,15 @@ from tests.rl.conftest import make_prompt, make_trajectory
 def row_of(rng, n, prompt=2, ref=False):
     mask = rng.random(n) < 0.7
     mask[:prompt] = False
-    values = [np.where(mask, rng.normal(size=n), 0) for _ in range(4)]
+    values = [np.where(mask, rng.normal(size=n), 0) for _ in range(5)]
     return Row(
         rng.integers(0, 50, n).astype(np.int32),
         mask,
-        values[0],
-        values[1],
-        np.abs(values[2]),
-        values[3] if ref else None,
+        old=values[0],
+        sampler=values[4],
+        advantage=values[1],
+        correction=np.abs(values[2]),
+        ref=values[3] if ref else None,
     )
 
 
@@ -67,6 +68,7 @@ def test_everything_stands_where_its_label_does(rng) -> None:
             )
             for tensor, values in (
                 (batch.old, row.old),
+                (batch.sampler, row.sampler),
                 (batch.advantages, row.advantage),
                 (batch.correction, row.correction),
                 (batch.weights, weight),

@@ -13,8 +13,8 @@ from retool.batch import Sample
 from retool.data.packing import Budget
 from retool.parallel.mesh import make_mesh
 from retool.rl.config import AlgorithmConfig, RolloutCorrectionConfig
-from retool.rl.objective.advantages import grpo
-from retool.rl.objective.experience import make_experience
+from retool.rl.objective.advantages import ESTIMATORS, grpo
+from retool.rl.objective.experience import ExperienceOptions, make_experience
 from retool.rl.objective.policy import policy_logprobs
 from retool.rl.types import Group, Scored
 from tests.model.tiny import make
@@ -72,9 +72,10 @@ PLAIN = AlgorithmConfig()
 
 
 def made_of(models, groups, algorithm=PLAIN, kl_coef=0.0, one_update=True, reference=None):
-    return make_experience(
-        groups, STEP, models[0], reference, algorithm, TEMPERATURE, BUDGET, kl_coef, {}, one_update
+    options = ExperienceOptions(
+        algorithm, ESTIMATORS["grpo"], TEMPERATURE, BUDGET, STEP, kl_coef, one_update
     )
+    return make_experience(groups, models[0], reference, options, {})
 
 
 def present(model, groups):
@@ -91,6 +92,7 @@ def test_fresh_trajectories_get_the_trainers_old_ones_their_own(models) -> None:
         assert (
             np.array_equal(row.old, logp[i] if i < 3 else t.logp)
             and np.array_equal(row.mask, t.mask)
+            and np.array_equal(row.sampler, t.logp)
             and row.correction.tolist() == t.mask.tolist()
         )
     assert made.groups == [0, 0, 0, 1, 1, 1] and not made.on_policy and not made.compared

@@ -13,25 +13,39 @@ import torch
 from retool.rl.objective.losses import (
     LOSSES,
     Clip,
+    LossInputs,
     cispo,
-    entropy_sum,
     gspo,
     kl,
-    kl_sum,
     sequence_means,
     sequence_sums,
     token_weights,
     vanilla,
+    weighted_sum,
 )
 
 ONE = torch.ones(1, dtype=torch.float64)
 CLIP = Clip(low=0.2, high=0.28, c=3.0)
 
 
+def inputs_of(logp, old, advantages, weights, clip=CLIP, mean=None):
+    """What a loss gets: everything sampled that has a weight."""
+    return LossInputs(
+        logp_T=logp,
+        old_T=old,
+        sampler_T=old,
+        advantages_T=advantages,
+        weights_T=weights,
+        sampled_T=weights != 0,
+        clip=clip,
+        sequence_log_ratio_T=mean,
+    )
+
+
 def at(ratio, advantage, loss=vanilla, clip=CLIP):
     """(loss, d loss / d logp, metrics) of one token."""
     logp = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    value, metrics = loss(logp, 0 * ONE, advantage * ONE, ONE, clip, logp.detach())
+    value, metrics = loss(inputs_of(logp, 0 * ONE, advantage * ONE, ONE, clip, logp.detach()))
     value.backward()
     return float(value), float(logp.grad), {key: float(v) for key, v in metrics.items()}
 
@@ -72,14 +86,9 @@ def test_gspo_by_hand() -> None:
     sequences = torch.zeros(2, dtype=torch.int64)
     means = sequence_means(sequence_sums(logp, old, sampled, sequences, 1), sequences)
     assert means.tolist() == pytest.approx([0.1, 0.1])
-    value, _ = gspo(
-        logp,
-        old,
-        torch.full((2,), 1.5, dtype=torch.float64),
-        torch.full((2,), 0.5, dtype=torch.float64),
-        Clip(0.2, 0.28),
-        means,
-    )
+    advantages = torch.full((2,), 1.5, dtype=torch.float64)
+    weights = torch.full((2,), 0.5, dtype=torch.float64)
+    value, _ = gspo(inputs_of(logp, old, advantages, weights, Clip(0.2, 0.28), means))
     value.backward()
     assert float(value) == pytest.approx(
         -1.5 * math.exp(0.1)
@@ -90,8 +99,9 @@ def test_gspo_by_hand() -> None:
 def test_huge_ratios_stay_finite() -> None:
     for loss in LOSSES.values():
         logp = torch.tensor([500.0, -500.0], requires_grad=True)
-        value, _ = loss(
-            logp, torch.zeros(2), torch.tensor([-1.0, 1.0]), torch.ones(2), CLIP, logp.detach()
+        advantages = torch.tensor([-1.0, 1.0])
+        value, _ = loss.function(
+            inputs_of(logp, torch.zeros(2), advantages, torch.ones(2), mean=logp.detach())
         )
         value.backward()
         assert torch.isfinite(value) and torch.isfinite(logp.grad).all()
@@ -100,9 +110,9 @@ def test_huge_ratios_stay_finite() -> None:
 def test_tokens_of_weight_0_have_no_say() -> None:
     for loss in LOSSES.values():
         logp = torch.tensor([0.1, float("-inf")], requires_grad=True)
-        args = (torch.zeros(2), torch.ones(2), torch.tensor([1.0, 0.0]), CLIP, torch.zeros(2))
-        value, _ = loss(logp, *args)
-        alone, _ = loss(logp[:1], *(a[:1] if isinstance(a, torch.Tensor) else a for a in args))
+        tensors = [logp, torch.zeros(2), torch.ones(2), torch.tensor([1.0, 0.0])]
+        value, _ = loss.function(inputs_of(*tensors, mean=torch.zeros(2)))
+        alone, _ = loss.function(inputs_of(*(t[:1] for t in tensors), mean=torch.zeros(1)))
         assert float(value) == float(alone)
 
 
@@ -121,7 +131,7 @@ def test_tokens_of_weight_0_have_no_say() -> None:
 )
 def test_kl_by_hand(kind, value, slope) -> None:
     logp = torch.tensor([-1.5], dtype=torch.float64, requires_grad=True)
-    out = kl_sum(logp, torch.tensor([-1.0], dtype=torch.float64), ONE, kind)
+    out = kl(logp, torch.tensor([-1.0], dtype=torch.float64), kind).sum()
     out.backward()
     assert (float(out), float(logp.grad)) == (pytest.approx(value), pytest.approx(slope))
 
@@ -142,7 +152,7 @@ def test_a_token_far_from_the_reference_keeps_its_gradient(kind, value, slope) -
     Only k3 is bounded, as e^d overflows on its other side; its own gradient there is as good as 0.
     """
     logp = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
-    out = kl_sum(logp, torch.tensor([-31.0], dtype=torch.float64), ONE, kind)
+    out = kl(logp, torch.tensor([-31.0], dtype=torch.float64), kind).sum()
     out.backward()
     bounded = kind == "k3+"
     assert float(out) == pytest.approx(10.0 if bounded else value) and float(
@@ -260,14 +270,9 @@ def test_any_slicing_gives_the_dense_loss_and_gradient(name, mode, rng) -> None:
         )
         total = 0.0
         for p in parts:
-            value, _ = LOSSES[name](
-                leaf[p],
-                flat["old"][p],
-                flat["adv"][p],
-                flat["w"][p],
-                CLIP,
-                sequence_means(sums, sequences[p]),
-            )
+            means = sequence_means(sums, sequences[p])
+            tensors = [leaf[p], flat["old"][p], flat["adv"][p], flat["w"][p]]
+            value, _ = LOSSES[name].function(inputs_of(*tensors, mean=means))
             value.backward()
             total += float(value)
         assert total == pytest.approx(expected, abs=1e-12)
@@ -282,19 +287,12 @@ def test_on_policy_the_gradient_is_reinforce(rng) -> None:
     adv = torch.tensor(rng.normal(size=9))
     for loss in LOSSES.values():
         leaf = logp.clone().requires_grad_()
-        loss(
-            leaf,
-            logp,
-            adv,
-            torch.full((9,), 1 / 9, dtype=torch.float64),
-            CLIP,
-            torch.zeros(9, dtype=torch.float64),
-        )[0].backward()
+        weights = torch.full((9,), 1 / 9, dtype=torch.float64)
+        inputs = inputs_of(leaf, logp, adv, weights, mean=torch.zeros(9, dtype=torch.float64))
+        loss.function(inputs)[0].backward()
         assert leaf.grad.tolist() == pytest.approx((-adv / 9).tolist())
 
 
-def test_entropy_is_a_weighted_mean() -> None:
-    assert (
-        float(entropy_sum(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([0.5, 0.5, 0.0])))
-        == 2.0
-    )
+def test_a_value_without_weight_is_in_no_mean() -> None:
+    values = torch.tensor([1.0, 3.0, float("nan")])
+    assert float(weighted_sum(values, torch.tensor([0.5, 0.5, 0.0]))) == 2.0

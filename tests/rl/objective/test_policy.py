@@ -19,7 +19,7 @@ from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import make_mesh
 from retool.rl.objective.batching import Row, rank_batches
 from retool.rl.objective.correction import gap_metrics
-from retool.rl.objective.losses import Clip
+from retool.rl.objective.losses import LOSSES, Clip
 from retool.rl.objective.policy import LossSpec, loss_sum, policy_logprobs, update_step
 from tests.model.tiny import make
 from tests.ranks import run_ranks
@@ -39,6 +39,7 @@ def rows_of(seed=0, count=9):
             Row(
                 rng.integers(0, VOCAB, n).astype(np.int32),
                 mask,
+                old,
                 old,
                 values[0],
                 np.where(mask, rng.random(n), 0),
@@ -74,8 +75,8 @@ SPECS = {
         kl_coef=0.1,
         kl_kind="k3+",
     ),
-    "gspo": LossSpec(mode="gspo", clip=Clip(0.05, 0.05)),
-    "cispo": LossSpec(mode="cispo", clip=Clip(0.2, 0.3), temperature=1.3),
+    "gspo": LossSpec(loss=LOSSES["gspo"], clip=Clip(0.05, 0.05)),
+    "cispo": LossSpec(loss=LOSSES["cispo"], clip=Clip(0.2, 0.3), temperature=1.3),
 }
 
 
@@ -193,7 +194,7 @@ def test_a_step_makes_good_tokens_likelier(folder) -> None:
     before, _ = policy_logprobs(model, samples, 1.0, Budget(100))
     signs = [np.where(row.mask, 1.0 if i % 2 else -1.0, 0) for i, row in enumerate(rows)]
     rows = [
-        Row(r.tokens, r.mask, b, a, r.mask.astype(float))
+        Row(r.tokens, r.mask, b, b, a, r.mask.astype(float))
         for r, b, a in zip(rows, before, signs, strict=True)
     ]
     batches = rank_batches(rows, "token-mean", 24, 0, 1, 1, Budget(100))
@@ -222,7 +223,7 @@ def test_on_policy_needs_no_old_log_probabilities(folder) -> None:
                 for p, r in zip(present, rows, strict=True)
             ]
         mine = [
-            replace(r, old=s if on_policy else p, correction=r.mask.astype(float))
+            replace(r, old=s if on_policy else p, sampler=s, correction=r.mask.astype(float))
             for r, s, p in zip(rows, sampler, present, strict=True)
         ]
         batches = rank_batches(mine, "token-mean", 24, 0, 1, 1, Budget(40))
