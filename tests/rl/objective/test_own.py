@@ -52,7 +52,11 @@ def test_a_run_trains_with_them(work: Path, tmp_path: Path, own: Path) -> None:
     ("key", "name", "expected"),
     [
         (LOSS_KEY, "nowhere.py/reinforce", "doesn't exist"),
-        (LOSS_KEY, "own.py/reinforced", "has no 'reinforced'; it has centred, reinforce"),
+        (
+            LOSS_KEY,
+            "own.py/reinforced",
+            "has no 'reinforced'; it has Loss, attached, broken, centred",
+        ),
         (LOSS_KEY, "own.py/two", "can't be called with one argument"),
         (LOSS_KEY, "own.py/Loss", "give a function (inputs: LossInputs) -> (loss_sum, metrics)."),
         (LOSS_KEY, "own.py/half", "no single number with a gradient"),
@@ -76,7 +80,8 @@ def test_what_can_not_be_used_is_refused_before_the_run(
             "\ndef broken(inputs): 1 / 0\n"
             "\ndef short(inputs): return inputs.token_rewards[:1], inputs.token_rewards[:1]\n"
         )
-    report = check(work, tmp_path / "out", f"{key}={tmp_path}/{name}", "trainer.device=cpu")
+    asked = [f"{key}={tmp_path}/{name}", "trainer.device=cpu", "reward_model.trial_answer=null"]
+    report = check(work, tmp_path / "out", *asked)
     assert [fault.where for fault in report.faults] == [key] and expected in said(report)
 
 
@@ -86,4 +91,6 @@ def test_another_content_is_another_objective(work: Path, tmp_path: Path, own: P
     own.write_text(OWN.replace("-ratio", "-2 * ratio"))
     after = check(work, tmp_path / "out", *asked)
     assert not before.faults
-    assert [change.where for change in changes(before.record, after.identity)] == [LOSS_KEY]
+    assert [change.where for change in changes(before.record["identity"], after.identity)] == [
+        LOSS_KEY
+    ]
