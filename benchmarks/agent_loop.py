@@ -38,7 +38,7 @@ from retool.rl.agent.options import AgentOptions
 from retool.rl.agent.rollout import RolloutParts, Sampling, roll_out
 from retool.rl.agent.tools.interpreter import SCHEMA
 from retool.rl.agent.tools.protocol import ToolResult
-from retool.rl.reward.pool import Judged
+from retool.rl.reward.protocol import Judged
 from retool.rl.types import Prompt, Trajectory
 
 SAMPLES = 8  # of each prompt

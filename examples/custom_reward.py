@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from retool.rl.reward.rewards import last_boxed
+from retool.rl.reward.builtin import last_boxed
 
 
 def compute_score(

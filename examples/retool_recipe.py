@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from retool.data.read.files import iter_chunks
-from retool.rl.reward.rewards import retool_score
+from retool.rl.reward.builtin import retool_score
 
 ANSWER_FORMAT = "\nThe answer format must be: \\boxed{'The final answer goes here.'}"
 

@@ -26,7 +26,7 @@ from retool.rl.agent.rollout import RolloutParts, Sampling, roll_out
 from retool.rl.objective.advantages import grpo
 from retool.rl.objective.batching import Budget, Row, rank_batches
 from retool.rl.objective.policy import LossSpec, update_step
-from retool.rl.reward.judging import Judged
+from retool.rl.reward.protocol import Judged
 from retool.rl.types import Prompt, Trajectory
 
 PROMPTS = 4

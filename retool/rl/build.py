@@ -37,7 +37,7 @@ from retool.rl.objective.policy import LossSpec
 from retool.rl.preflight.memory import engine_options
 from retool.rl.preflight.plan import Report, uses_reference
 from retool.rl.reward.judges import open_judges
-from retool.rl.reward.judging import Judges
+from retool.rl.reward.protocol import Judges
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
 from retool.run.folder import make_run_folder, say

@@ -624,7 +624,7 @@ def test_a_reward_function_that_always_raises_is_a_fault_and_nothing_starts(
         r'File ".*reward_functions.py", line \d+, in raises\n.*\n  LookupError: no judge today',
         said,
     ), said
-    assert "reward_model.trial_answer=null" in said and "reward_pool.py" not in said
+    assert "reward_model.trial_answer=null" in said and "reward/worker.py" not in said
     assert not (tmp_path / "run").exists()
 
 

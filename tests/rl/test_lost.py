@@ -24,10 +24,10 @@ from retool.rl.agent.tools.load import load_tools
 from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.metrics import score_metrics, tool_metrics
 from retool.rl.objective.filter import add, begin, has_signal
-from retool.rl.reward import judging
-from retool.rl.reward.judging import JUDGES_LOST, Judged
+from retool.rl.reward import protocol
 from retool.rl.reward.pool import RewardPool
-from retool.rl.reward.rewards import RewardSource
+from retool.rl.reward.protocol import JUDGES_LOST, Judged
+from retool.rl.reward.source import RewardSource
 from retool.rl.types import TOOL_FAILURE, Group, Scored, Stop, trainable
 from retool.rl.validate import validation_metrics
 from retool.sandbox import Result
@@ -101,7 +101,9 @@ def test_lost_answers_are_not_judged_and_lost_judges_lose_the_answer(renderer_of
 
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits before asking again."""
-    monkeypatch.setattr(judging, "asyncio", SimpleNamespace(sleep=lambda seconds: asyncio.sleep(0)))
+    monkeypatch.setattr(
+        protocol, "asyncio", SimpleNamespace(sleep=lambda seconds: asyncio.sleep(0))
+    )
 
 
 def test_judges_that_are_gone_are_replaced_and_asked_again(monkeypatch) -> None:

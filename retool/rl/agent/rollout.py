@@ -21,8 +21,8 @@ from retool.rl.agent.episode import Sampled
 from retool.rl.agent.loop import run_episode
 from retool.rl.agent.options import Agent, AgentOptions
 from retool.rl.agent.tools.protocol import Tool
-from retool.rl.reward.judging import JUDGES_LOST, Judged
-from retool.rl.reward.rewards import overlong_penalty
+from retool.rl.reward.builtin import overlong_penalty
+from retool.rl.reward.protocol import JUDGES_LOST, Judged
 from retool.rl.types import LOST, TOOL_FAILURE, Prompt, Scored, Stop, Trajectory
 
 # of the event loop between engine steps: in so many a finished turn's call is on its way, and a

@@ -43,7 +43,7 @@ from retool.rl.preflight.keys import ESTIMATOR_KEY, LOSS_KEY, contradictions, no
 from retool.rl.preflight.memory import StepMemory
 from retool.rl.preflight.plan import Questions, Report, uses_reference
 from retool.rl.preflight.trial import try_reward
-from retool.rl.reward.rewards import RewardSource, find_reward
+from retool.rl.reward.source import RewardSource, find_reward
 from retool.sandbox.fusion_client import unreachable
 
 ARR = "actor_rollout_ref."

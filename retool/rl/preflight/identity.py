@@ -19,7 +19,7 @@ from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig
 from retool.rl.objective.own import own_function
 from retool.rl.preflight.plan import Questions, Report, uses_reference
-from retool.rl.reward.rewards import RewardSource
+from retool.rl.reward.source import RewardSource
 
 FILES = "data.train_files"
 PATH = "actor_rollout_ref.model.path"

@@ -13,7 +13,7 @@ from retool.rl.data import PromptReport
 from retool.rl.objective.advantages import Estimator
 from retool.rl.objective.losses import PolicyLoss
 from retool.rl.preflight.memory import StepMemory, engine_options, step_memory
-from retool.rl.reward.rewards import RewardSource
+from retool.rl.reward.source import RewardSource
 from retool.rl.types import Prompt
 
 

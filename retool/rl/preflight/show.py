@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from retool.perf import GIB
 from retool.preflight.show import memory_words, model_words, written_words
 from retool.rl.preflight.plan import Report
-from retool.rl.reward.rewards import default_name
+from retool.rl.reward.builtin import default_name
 
 
 def in_words(report: Report) -> Iterator[tuple[str, str]]:

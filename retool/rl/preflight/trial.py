@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from retool.config import Fault
 from retool.rl.config import RewardConfig
 from retool.rl.reward.judges import open_judges
-from retool.rl.reward.judging import Asked, Judged, Judges
-from retool.rl.reward.pool import LOAD
-from retool.rl.reward.rewards import RewardSource
+from retool.rl.reward.pool import LOAD_SECONDS
+from retool.rl.reward.protocol import Asked, Judged, Judges
+from retool.rl.reward.source import RewardSource
 from retool.rl.types import Prompt, Stop
 
 # How libraries tell of it
@@ -78,7 +78,7 @@ async def _answers(judges: Judges, asked: Sequence[Asked]) -> list[tuple[Judged,
     found: list[tuple[Judged, float]] = []
     for one in asked:
         begin = time.perf_counter()
-        judged = await judges.score(one, LOAD)
+        judged = await judges.score(one, LOAD_SECONDS)
         found.append((judged, time.perf_counter() - begin))
         if judged.failure is not None:
             break

@@ -1,1 +1,7 @@
-"""A trajectory into a score, in processes that can be killed."""
+"""From a trajectory to its score.
+
+An answer gets its score in `score`, which calls the reward function and checks what it gives.
+`builtin` holds the functions that are ours, `source` says which one a run asked for. `protocol` is
+what judges are asked and what they answer. `judges` opens them: processes that can be killed
+(`pool`, with `worker` inside them), or an async function in the run's own process (`async_judge`).
+"""

@@ -22,7 +22,7 @@ from retool.rl.agent.tools.interpreter import SCHEMA, CodeInterpreter
 from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.failures import warn_of_failures
 from retool.rl.report import write_training, write_validation
-from retool.rl.reward.judging import Judged
+from retool.rl.reward.protocol import Judged
 from retool.rl.state import TrainState, adapted_kl_coef, group_to_plain, regroup, restored
 from retool.rl.types import Group, Prompt, Scored, Stop
 from tests.rl.conftest import make_prompt, make_trajectory

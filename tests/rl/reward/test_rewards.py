@@ -20,19 +20,18 @@ import pytest
 from retool.parallel.mesh import make_mesh
 from retool.rl.build import require_judges
 from retool.rl.reward import pool as reward_pool
-from retool.rl.reward.pool import RewardPool
-from retool.rl.reward.rewards import (
-    RewardSource,
+from retool.rl.reward.builtin import (
     boxed_score,
     default_name,
-    find_reward,
-    judge,
     last_boxed,
     math_equal,
     math_score,
     overlong_penalty,
     retool_score,
 )
+from retool.rl.reward.pool import RewardPool
+from retool.rl.reward.score import score_answer
+from retool.rl.reward.source import RewardSource, find_reward
 from retool.rl.types import Stop
 from tests.ranks import run_ranks
 from tests.rl.conftest import make_prompt, make_trajectory
@@ -145,7 +144,7 @@ def test_where_a_reward_comes_from() -> None:
     )
     assert find_reward(None, HERE, None) == RewardSource("compute_score", HERE)
     assert find_reward(f"{HERE}/asynchronous", None, None) == RewardSource("asynchronous", HERE)
-    assert judge(find_reward(f"{HERE}/asynchronous", None, None).load(), "", "", "", {}) == (
+    assert score_answer(find_reward(f"{HERE}/asynchronous", None, None).load(), "", "", "", {}) == (
         0.25,
         {},
     )
@@ -299,7 +298,7 @@ def test_a_function_that_only_the_run_itself_can_load_is_a_fault(
     tmp_path, monkeypatch, code, said
 ) -> None:
     monkeypatch.setenv("API_KEY", "geheim")
-    monkeypatch.setattr(reward_pool, "LOAD", 1.0)
+    monkeypatch.setattr(reward_pool, "LOAD_SECONDS", 1.0)
     (file := tmp_path / "judge.py").write_text(SECRETIVE.format(code))
     with RewardPool(RewardSource("compute_score", str(file)), workers=1, timeout=1.0) as pool:
         assert re.search(
@@ -313,10 +312,10 @@ def test_a_function_that_only_the_run_itself_can_load_is_a_fault(
 
 def test_a_worker_that_nobody_ends_ends_itself(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("API_KEY", "geheim")
-    monkeypatch.setattr(reward_pool, "LOAD", 0.5)
+    monkeypatch.setattr(reward_pool, "LOAD_SECONDS", 0.5)
     (file := tmp_path / "judge.py").write_text(SECRETIVE.format("time.sleep(60)"))
     with RewardPool(RewardSource("compute_score", str(file)), workers=1) as pool:
-        monkeypatch.setattr(reward_pool, "LOAD", 30.0)
+        monkeypatch.setattr(reward_pool, "LOAD_SECONDS", 30.0)
         begin = time.perf_counter()
         assert "its process ended" in pool.problem() and time.perf_counter() - begin < 15
 

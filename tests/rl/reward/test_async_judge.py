@@ -19,9 +19,10 @@ import pytest
 
 from retool.rl.config import RewardConfig
 from retool.rl.preflight.trial import try_reward
-from retool.rl.reward.judges import ConcurrentJudge, open_judges
-from retool.rl.reward.judging import JUDGES_LOST, Asked, Judged, Judges, raised
-from retool.rl.reward.rewards import RewardSource
+from retool.rl.reward.async_judge import AsyncJudge
+from retool.rl.reward.judges import open_judges
+from retool.rl.reward.protocol import JUDGES_LOST, Asked, Judged, Judges, Raised
+from retool.rl.reward.source import RewardSource
 from tests.rl.conftest import make_prompt
 from tests.rl.test_lost import quickly
 from tests.rl.test_preflight import check, said
@@ -106,7 +107,7 @@ def test_what_says_that_a_server_is_away() -> None:
         KeyError("ConnectionError"),
         PermissionError(),
     ]
-    assert [raised(error).away for error in [*away, *there]] == [True] * 4 + [False] * 4
+    assert [Raised.by(error).away for error in [*away, *there]] == [True] * 4 + [False] * 4
 
 
 def test_a_judge_behind_an_address_is_refused_with_what_to_set(
@@ -158,7 +159,7 @@ def test_an_async_function_judges_many_answers_at_once_in_the_runs_own_process()
     ]
     assert "every_way" in found[20].trace
     (hanging, fine) = score_all(
-        ConcurrentJudge(RewardSource("every_way", HERE), 2, 0.2, -2.0), ["hang", "4"]
+        AsyncJudge(RewardSource("every_way", HERE), 2, 0.2, -2.0), ["hang", "4"]
     )
     assert (hanging.failure, hanging.score, fine.score) == ("timeout", -2.0, 1.0)
 
