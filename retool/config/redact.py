@@ -61,6 +61,8 @@ VALUE = frozenset("value plain raw text b64 base64 current".split())
 ORDINARY = frozenset(
     "true false none null auto test root user main admin default yes localhost".split()
 )
+# Variables of every shell: the folder one is in, and the one before. No passwords for all that
+FOLDERS_OF_A_SHELL = frozenset({"PWD", "OLDPWD"})
 SHORTEST_WORD = 4  # characters of a password that is looked for in other texts
 SHORTEST_TOKEN = 8
 SHORTEST_NUMBER = 6  # digits; a token that is a smaller number counts something
@@ -220,7 +222,7 @@ def _known() -> re.Pattern[str] | None:
 
 def _in_environment() -> Iterator[str]:
     for name, value in os.environ.items():
-        if not is_secret_name(name):
+        if name in FOLDERS_OF_A_SHELL or not is_secret_name(name):
             continue
         shortest = (
             SHORTEST_WORD

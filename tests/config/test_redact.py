@@ -149,6 +149,14 @@ def test_ordinary_names_and_values_stay() -> None:
     ) == " ".join(f"{name}={value}" for name, value in ORDINARY.items() if " " not in str(value))
 
 
+def test_the_folder_one_is_in_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shell has it as PWD, and most paths in our messages begin with it."""
+    monkeypatch.setenv("PWD", "/home/somebody/project")
+    monkeypatch.setenv("OLDPWD", "/home/somebody/before")
+    text = "/home/somebody/project/runs/1 and /home/somebody/before/runs can't be written"
+    assert redact(text) == text
+
+
 @pytest.mark.parametrize("schema", [SFTConfig, RLConfig])
 def test_no_key_of_ours_is_taken_for_a_secret(schema: type) -> None:
     assert [leaf.key for leaf in leaves(schema) if is_secret_name(leaf.key)] == []
