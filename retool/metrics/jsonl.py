@@ -30,9 +30,9 @@ class JsonlLogger:
     def __init__(self, info: RunInfo) -> None:
         info.folder.mkdir(parents=True, exist_ok=True)
         self._path = info.folder / "metrics.jsonl"
+        self._pending = b""  # lines that aren't in the file yet
         resume_jsonl(self._path, info.first_step)
         self._open()
-        self._pending = b""
 
     def _open(self) -> None:
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
@@ -55,7 +55,9 @@ class JsonlLogger:
             )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        entry = {"step": step, **{k: _finite(v) for k, v in metrics.items()}}
+        entry: dict[str, float | int | None] = {"step": step}
+        for name, value in metrics.items():
+            entry[name] = _finite(value)
         self._pending += json.dumps(entry, allow_nan=False).encode() + b"\n"
         self._follow(step)
         try:
@@ -91,10 +93,7 @@ def resume_jsonl(path: Path, step: int) -> None:
         return
     if step == 0:
         if path.stat().st_size:
-            number = next(
-                n for n in range(1, 10**6) if not path.with_name(f"metrics.{n}.jsonl").exists()
-            )
-            path.rename(path.with_name(f"metrics.{number}.jsonl"))
+            path.rename(_free_name(path))
         return
     rest = path.with_suffix(".jsonl.tmp")
     with path.open("rb") as old, rest.open("wb") as new:
@@ -107,10 +106,17 @@ def resume_jsonl(path: Path, step: int) -> None:
     rest.replace(path)
 
 
+def _free_name(path: Path) -> Path:
+    """The first of metrics.1.jsonl, metrics.2.jsonl, … that isn't there."""
+    names = (path.with_name(f"metrics.{number}.jsonl") for number in range(1, 10**6))
+    return next(name for name in names if not name.exists())
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The entries of a `metrics.jsonl`, a torn last line left out."""
     with path.open("rb") as lines:
-        return [entry for line in lines if (entry := _parse_line(line)) is not None]
+        entries = [_parse_line(line) for line in lines]
+    return [entry for entry in entries if entry is not None]
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ Row = Mapping[str, str | float]
 class Logger(Protocol):
     """A place for metrics, and for tables of texts whose rows have the same columns.
 
-    Both may raise: `Loggers` keeps the run going.
+    Each of the three may raise: `Loggers` keeps the run going.
     """
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...

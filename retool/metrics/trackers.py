@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from retool.metrics.logger import Logger, Row, RunInfo
 
@@ -16,8 +17,8 @@ class TensorBoardLogger:
     """
 
     def __init__(self, info: RunInfo) -> None:
-        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        self._writer = writer(
+        tensorboard = importlib.import_module("torch.utils.tensorboard")
+        self._writer = tensorboard.SummaryWriter(
             str(info.folder / "tensorboard"),
             purge_step=info.first_step + 1 if info.first_step else None,
         )
@@ -41,24 +42,25 @@ class WandbLogger:
 
     def __init__(self, info: RunInfo) -> None:
         self._wandb = importlib.import_module("wandb")
-        note = info.folder / "wandb_run_id.txt"
-        known = note.read_text().strip() if note.exists() and info.first_step else None
+        id_file = info.folder / "wandb_run_id.txt"
+        known_id = _id_to_resume(info, id_file)
         self._run = self._wandb.init(
             project=info.project,
             name=info.experiment,
             config=info.config,
             dir=str(info.folder),
-            id=known,
-            resume="allow" if known else None,
+            id=known_id,
+            resume="allow" if known_id else None,
         )
-        note.write_text(self._run.id)
+        id_file.write_text(self._run.id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
     def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
-        table = self._wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
-        self._run.log({name: table}, step=step)
+        columns = list(rows[0])
+        cells = [list(row.values()) for row in rows]
+        self._run.log({name: self._wandb.Table(columns=columns, data=cells)}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -70,19 +72,20 @@ class MlflowLogger:
     def __init__(self, info: RunInfo) -> None:
         self._mlflow = importlib.import_module("mlflow")
         self._mlflow.set_experiment(info.project)
-        note = info.folder / "mlflow_run_id.txt"
-        known = note.read_text().strip() if note.exists() and info.first_step else None
-        run = self._mlflow.start_run(run_id=known, run_name=None if known else info.experiment)
-        note.write_text(run.info.run_id)
+        id_file = info.folder / "mlflow_run_id.txt"
+        known_id = _id_to_resume(info, id_file)
+        run = self._mlflow.start_run(
+            run_id=known_id, run_name=None if known_id else info.experiment
+        )
+        id_file.write_text(run.info.run_id)
         self._mlflow.log_dict(info.config, "config.yaml")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._mlflow.log_metrics({name: float(value) for name, value in metrics.items()}, step=step)
 
     def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
-        self._mlflow.log_text(
-            "".join(json.dumps(dict(row)) + "\n" for row in rows), f"{name}/step_{step}.jsonl"
-        )
+        lines = [json.dumps(dict(row)) + "\n" for row in rows]
+        self._mlflow.log_text("".join(lines), f"{name}/step_{step}.jsonl")
 
     def close(self) -> None:
         self._mlflow.end_run()
@@ -106,17 +109,27 @@ class SwanlabLogger:
         self._swanlab.log(dict(metrics), step=step)
 
     def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
-        self._swanlab.log({name: [self._swanlab.Text(_as_code(row)) for row in rows]}, step=step)
+        texts = [self._swanlab.Text(_as_code(row)) for row in rows]
+        self._swanlab.log({name: texts}, step=step)
 
     def close(self) -> None:
         self._swanlab.finish()
 
 
+def _id_to_resume(info: RunInfo, id_file: Path) -> str | None:
+    """Under which id the tracker knows the run that is resumed; None for a fresh one."""
+    if info.first_step and id_file.exists():
+        return id_file.read_text().strip()
+    return None
+
+
 def _as_code(row: Row) -> str:
-    """Markdown that shows every text as it is."""
-    return "\n\n".join(
-        f"{name}\n\n    " + str(value).replace("\n", "\n    ") for name, value in row.items()
-    )
+    """Markdown that shows every text as it is: an indented block under each name."""
+    parts = []
+    for name, value in row.items():
+        indented = str(value).replace("\n", "\n    ")
+        parts.append(f"{name}\n\n    {indented}")
+    return "\n\n".join(parts)
 
 
 TRACKERS: dict[str, Callable[[RunInfo], Logger]] = {

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -121,7 +122,31 @@ def test_a_failing_logger_warns_once_and_the_others_go_on(tmp_path: Path) -> Non
         loggers.log(step, {"a": 1.0})
     loggers.close()
     assert len(said) == 1 and "broken" in said[0] and "no" in said[0] and "\x1b" not in said[0]
+    assert "all numbers in its folder's metrics.jsonl" in said[0]
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_a_logger_whose_failures_take_long_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client whose server is away tries for minutes, at every step anew."""
+    calls: list[int] = []
+
+    class Away(Broken):
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            calls.append(step)
+            time.sleep(0.03)
+            super().log(step, metrics)
+
+    monkeypatch.setattr("retool.metrics.loggers.MAX_FAILING_SECONDS", 0.05)
+    said: list[str] = []
+    loggers = Loggers([("away", Away()), ("jsonl", JsonlLogger(info(tmp_path)))], said.append)
+    for step in range(1, 9):
+        loggers.log(step, {"a": 1.0})
+    loggers.close()
+    assert calls == [1, 2] and len(said) == 2
+    assert "left out from here on" in said[1] and "metrics.jsonl" in said[1]
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 8
 
 
 def test_a_logger_that_cannot_start_is_warned_of(
