@@ -57,7 +57,7 @@ TROUBLES = (  # shown where there are any: (metric, label)
 )
 VALIDATED = re.compile(r"val-core/(?P<source>.+)/(?P<what>\w+)/(?P<kind>\w+@\d+)(?:/mean)?")
 PHASES_SHOWN = 5
-TEXT = 200  # characters shown of a text, its last
+TEXT_CHARACTERS = 200  # shown of a text, its last
 
 
 class Display(Progress):
@@ -80,9 +80,8 @@ class ConsoleLogger:
         self._console = console or Console(markup=False, highlight=False, soft_wrap=True)
         self._info = info
         self._bar = None
-        self._first: tuple[int, float] | None = (
-            None  # the first step logged and when: what came before it (compiling) isn't the pace
-        )
+        # The first step logged, and when: what came before it (compiling) isn't the pace
+        self._first: tuple[int, float] | None = None
         if self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}", markup=False),
@@ -115,10 +114,8 @@ class ConsoleLogger:
 
     def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
         for row in rows:
-            self._console.print(
-                f"{name}, step {step}: "
-                + " → ".join(printable(str(value)[-TEXT:]) for value in row.values())
-            )
+            texts = [printable(str(value)[-TEXT_CHARACTERS:]) for value in row.values()]
+            self._console.print(f"{name}, step {step}: {' → '.join(texts)}")
 
     def _time_left(self, step: int) -> list[str]:
         """At the pace since the first step that was logged; nothing where that isn't known yet, or
@@ -149,32 +146,29 @@ def headline(metrics: Mapping[str, float]) -> list[str]:
 
 def validation_lines(metrics: Mapping[str, float]) -> Iterator[str]:
     """The core statistics of a validation, a line for each source of questions."""
-    found: dict[str, list[str]] = {}
+    by_source: dict[str, list[str]] = {}
     for name, value in metrics.items():
-        if core := VALIDATED.fullmatch(name):
-            found.setdefault(f"{core['source']} {core['what']}", []).append(
-                f"{core['kind']} {value:.3f}"
-            )
-    for source, words in found.items():
+        core = VALIDATED.fullmatch(name)
+        if core is not None:
+            words = by_source.setdefault(f"{core['source']} {core['what']}", [])
+            words.append(f"{core['kind']} {value:.3f}")
+    for source, words in by_source.items():
         yield printable("  ".join([f"val {source}", *words]))
 
 
 def phases(metrics: Mapping[str, float]) -> str:
     """Where a step's time went, the longest phases first; empty where nothing was timed."""
     whole = metrics.get("timing_s/step", 0.0)
-    named = {
+    seconds = {
         name.removeprefix("timing_s/"): value
         for name, value in metrics.items()
-        if name.startswith("timing_s/") and value > 0
+        if name.startswith("timing_s/") and name != "timing_s/step" and value > 0
     }
-    longest = sorted((name for name in named if name != "step"), key=lambda name: -named[name])[
-        :PHASES_SHOWN
-    ]
-    return (
-        f"last step {whole:.2f} s: " + " · ".join(f"{name} {named[name]:.2f}" for name in longest)
-        if whole > 0 and longest
-        else ""
-    )
+    if whole <= 0 or not seconds:
+        return ""
+    longest = sorted(seconds, key=lambda name: -seconds[name])[:PHASES_SHOWN]
+    shown = " · ".join(f"{name} {seconds[name]:.2f}" for name in longest)
+    return f"last step {whole:.2f} s: {shown}"
 
 
 def printable(text: str) -> str:

@@ -88,15 +88,13 @@ def to_record(transcript: Transcript) -> dict[str, Any]:
     """A transcript as the JSON object described above, without secrets; lists of one value are that
     value.
     """
-    record = redact(
-        {k: v for k, v in vars(transcript).items() if k not in ("segments", "info", "reward")}
-    )
+    fields = vars(transcript).items()
+    record = redact({k: v for k, v in fields if k not in ("segments", "info", "reward")})
     record["reward"] = _number(transcript.reward)
-    info = {
-        str(k): _number(v) if isinstance(v, float) else v
-        for k, v in transcript.info.items()
-        if _plain(v)
-    }
+    info: dict[str, Any] = {}
+    for name, value in transcript.info.items():
+        if _plain(value):
+            info[str(name)] = _number(value) if isinstance(value, float) else value
     record["info"] = redact(info)
     record["segments"] = [_segment(segment) for segment in transcript.segments]
     return record
@@ -105,28 +103,28 @@ def to_record(transcript: Transcript) -> dict[str, Any]:
 def _segment(segment: Segment) -> dict[str, Any]:
     """A segment, with its tokens unless they spell a secret."""
     text = redact(segment.text)
+    record: dict[str, Any] = {"role": segment.role, "text": text}
     if text != segment.text:
-        return {
-            "role": segment.role,
-            "text": text,
-            **({"mask": segment.mask} if isinstance(segment.mask, bool) else {}),
-        }
-    lists: dict[str, Any] = {
+        if isinstance(segment.mask, bool):
+            record["mask"] = segment.mask
+        return record
+    by_token = {
         "tokens": list(segment.tokens),
         "logp": [_number(value) for value in segment.logp],
+        "advantage": _one_for_all(segment.advantage),
+        "mask": _one_for_all(segment.mask),
     }
-    for name, value in (("advantage", segment.advantage), ("mask", segment.mask)):
-        entries = [_number(v) for v in value] if isinstance(value, Sequence) else _number(value)
-        lists[name] = (
-            entries[0]
-            if isinstance(entries, list) and entries and entries.count(entries[0]) == len(entries)
-            else entries
-        )
-    return {
-        "role": segment.role,
-        "text": segment.text,
-        **{k: v for k, v in lists.items() if v not in ([], None)},
-    }
+    record |= {name: value for name, value in by_token.items() if value not in ([], None)}
+    return record
+
+
+def _one_for_all(value: Sequence[float] | Sequence[bool] | float | None) -> Any:
+    """Numbers, one for each token; the number itself where all are the same."""
+    if not isinstance(value, Sequence):
+        return _number(value)
+    entries = [_number(entry) for entry in value]
+    same = bool(entries) and entries.count(entries[0]) == len(entries)
+    return entries[0] if same else entries
 
 
 def _number(value: Any) -> Any:
@@ -149,27 +147,22 @@ def split_by_mask(
 
     All four are of one length; `logp` and `advantages` count where `mask` is true.
     """
-    out: list[Segment] = []
+    segments: list[Segment] = []
     start = 0
     for stop in range(1, len(texts) + 1):
         if stop < len(texts) and bool(mask[stop]) == bool(mask[start]):
             continue
         part = slice(start, stop)
-        sampled = bool(mask[start])
-        scores = [float(v) for v in logp[part]] if sampled else []
-        worth = [float(v) for v in advantages[part]] if sampled else None
-        out.append(
-            Segment(
-                "assistant" if sampled else "tool",
-                "".join(texts[part]),
-                list(texts[part]),
-                scores,
-                worth,
-                sampled,
-            )
-        )
+        tokens = list(texts[part])
+        text = "".join(tokens)
+        if mask[start]:
+            logprobs = [float(value) for value in logp[part]]
+            worth = [float(value) for value in advantages[part]]
+            segments.append(Segment("assistant", text, tokens, logprobs, worth, mask=True))
+        else:
+            segments.append(Segment("tool", text, tokens, mask=False))
         start = stop
-    return out
+    return segments
 
 
 def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
@@ -211,18 +204,18 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line, parse_constant=lambda _: None, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
-    if (
-        not isinstance(record, dict)
-        or type(record.get("step")) is not int
-        or not isinstance(record.get("prompt"), str)
-    ):
+    if not isinstance(record, dict):
+        return None
+    if type(record.get("step")) is not int or not isinstance(record.get("prompt"), str):
         return None
     segments = record.get("segments")
-    if not isinstance(segments, list) or not all(
-        isinstance(s, dict) and isinstance(s.get("text"), str) for s in segments
-    ):
+    if not isinstance(segments, list) or not all(map(_has_text, segments)):
         return None
     return record
+
+
+def _has_text(segment: Any) -> bool:
+    return isinstance(segment, dict) and isinstance(segment.get("text"), str)
 
 
 def _finite(text: str) -> float | None:

@@ -63,10 +63,8 @@ def main(words: list[str] | None = None) -> int:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     for run in runs:
-        print(
-            f"{printable(run.name)}: {len(run.steps)} steps with metrics"
-            + "".join(f"; {printable(note)}" for note in run.notes)
-        )
+        facts = [f"{printable(run.name)}: {len(run.steps)} steps with metrics"]
+        print("; ".join([*facts, *map(printable, run.notes)]))
     print(f"wrote {printable(str(out))} ({len(html) / 2**20:.1f} MB)")
     return 0
 

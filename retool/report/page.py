@@ -30,23 +30,13 @@ TRANSCRIPT_BYTES = 24 << 20
 def make_page(runs: list[Run], transcript_bytes: int = TRANSCRIPT_BYTES) -> str:
     """The page's HTML."""
     transcripts, left_out, torn = choose_transcripts(runs, transcript_bytes)
+    metric_names = dict.fromkeys(name for run in runs for name in run.metrics)
     data: dict[str, Any] = {
         "version": __version__,
         "made": datetime.now(timezone.utc).timestamp(),
-        "runs": [
-            {
-                "name": run.name,
-                "folder": str(run.folder),
-                "steps": run.steps,
-                "metrics": run.metrics,
-                "config": run.config,
-                "written": run.written,
-                "notes": run.notes,
-            }
-            for run in runs
-        ],
+        "runs": [{**vars(run), "folder": str(run.folder)} for run in runs],
         "defaults": [default_config(run.config) for run in runs],
-        "about": about(dict.fromkeys(name for run in runs for name in run.metrics)),
+        "about": about(metric_names),
         "transcripts": transcripts,
         "left_out": left_out,
         "torn": torn,
@@ -63,13 +53,12 @@ def make_page(runs: list[Run], transcript_bytes: int = TRANSCRIPT_BYTES) -> str:
         "DATA": embed(data),
         "SCRIPTS": "".join(f"<script>{script}</script>\n" for script in scripts),
     }
-    html = (ASSETS / "page.html").read_text(encoding="utf-8")
-    before = html
+    rest = (ASSETS / "page.html").read_text(encoding="utf-8")
     pieces = []
-    for name in parts:  # in the order of the template: what is put in is never searched
-        head, _, before = before.partition(f"{{{{{name}}}}}")
-        pieces += [head, parts[name]]
-    return "".join([*pieces, before])
+    for name, content in parts.items():  # in the template's order: what is put in is never searched
+        head, _, rest = rest.partition(f"{{{{{name}}}}}")
+        pieces += [head, content]
+    return "".join([*pieces, rest])
 
 
 def write_page(html: str, path: Path) -> None:
@@ -83,7 +72,8 @@ def write_page(html: str, path: Path) -> None:
         temporary.replace(path)
     except OSError as error:
         raise ValueError(
-            f"{path} can't be written ({error.strerror or error}). Give another place: --out report.html."
+            f"{path} can't be written ({error.strerror or error}). "
+            "Give another place: --out report.html."
         ) from error
 
 
@@ -98,12 +88,11 @@ def embed(data: Any) -> str:
 
 
 def _joined(names: tuple[str, ...]) -> str:
-    return (
-        "\n"
-        + "\n".join((ASSETS / name).read_text(encoding="utf-8").strip() for name in names)
-        + "\n"
-    )
+    texts = [(ASSETS / name).read_text(encoding="utf-8").strip() for name in names]
+    return "\n" + "\n".join(texts) + "\n"
 
 
 def _hash(source: str) -> str:
-    return "'sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() + "'"
+    """How a content security policy names a script or style."""
+    digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+    return f"'sha256-{digest}'"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,21 +63,15 @@ def read_run(folder: Path, name: str, most_values: int = MOST_VALUES) -> Run:
     settings = folder / "config.yaml"
     if not file.is_file() and not settings.is_file() and not (folder / FOLDER).is_dir():
         raise ValueError(
-            f"{folder} has neither metrics.jsonl nor config.yaml nor {FOLDER}/: it is no run's folder."
+            f"{folder} has neither metrics.jsonl nor config.yaml nor {FOLDER}/: "
+            "it is no run's folder."
         )
     series = read_series(file, most_values) if file.is_file() else Series()
     steps, metrics = series.columns()
     notes = _notes(file, series, steps)
     config = read_config(settings, notes)
-    return Run(
-        name,
-        folder,
-        steps,
-        metrics,
-        config,
-        file.stat().st_mtime if file.is_file() else None,
-        notes,
-    )
+    written = file.stat().st_mtime if file.is_file() else None
+    return Run(name, folder, steps, metrics, config, written, notes)
 
 
 def _notes(file: Path, series: Series, steps: list[int]) -> list[str]:
@@ -110,13 +104,14 @@ def default_config(config: Mapping[str, str]) -> dict[str, str]:
 
 def about(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What the metrics mean, as the page reads it, the best known ones first."""
-    order = {name: place for place, name in enumerate(MEANINGS)}
+    places = {name: place for place, name in enumerate(MEANINGS)}
     said = {name: asdict(meaning(name)) for name in names}
-    return dict(
-        sorted(
-            said.items(), key=lambda pair: order.get(pair[0], 2 if pair[1]["first"] else len(order))
-        )
-    )
+
+    def place(name: str) -> int:
+        # Behind the losses, what only a pattern knows but stands at the top; the rest at the end
+        return places.get(name, 2 if said[name]["first"] else len(places))
+
+    return {name: said[name] for name in sorted(said, key=place)}
 
 
 # --- transcripts ---
@@ -187,7 +182,9 @@ def entry(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
         "run": number,
         **{key: record[key] for key in ENTRY_KEYS if key in record},
     }
-    texts = {key: str(shown.get(key, "train" if key == "split" else "")) for key in TEXT_KEYS}
+    texts = {key: str(shown.get(key, "")) for key in TEXT_KEYS}
+    if "split" not in shown:
+        texts["split"] = "train"
     info = record.get("info")
     # One call for all of it: looking up what is a secret here takes longer than looking for it in a
     # few texts.
@@ -213,29 +210,28 @@ def _segment(segment: Mapping[str, Any], text: str) -> dict[str, Any]:
     """A segment whose text without secrets is `text`; its tokens only where they are sound, and
     hide no secret.
     """
-    tokens = segment.get("tokens")
     shown: dict[str, Any] = {
         "role": str(segment.get("role", "")),
         "text": text,
         "mask": segment.get("mask") is True,
     }
-    if (
-        text != segment["text"]
-        or not isinstance(tokens, list)
-        or not all(isinstance(token, str) for token in tokens)
-    ):
+    tokens: Any = segment.get("tokens")
+    hides_secret = text != segment["text"]
+    if hides_secret or not _is_list_of(tokens, str):
         return shown
     shown["tokens"] = tokens
     for name in ("logp", "advantage", "mask"):
         value = segment.get(name)
-        if isinstance(value, (int, float, bool)) or (
-            isinstance(value, list) and _fits(value, tokens)
-        ):
+        one_for_all = isinstance(value, (int, float, bool))
+        if one_for_all or _fits(value, tokens):
             shown[name] = value
     return shown
 
 
-def _fits(values: list[Any], tokens: list[str]) -> bool:
-    return len(values) == len(tokens) and all(
-        isinstance(value, (int, float, bool, type(None))) for value in values
-    )
+def _is_list_of(values: Any, *kinds: type) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kinds) for value in values)
+
+
+def _fits(values: Any, tokens: Sequence[str]) -> bool:
+    """Whether `values` has a number, or nothing, for each token."""
+    return _is_list_of(values, int, float, bool, type(None)) and len(values) == len(tokens)

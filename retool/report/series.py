@@ -42,11 +42,13 @@ class Series:
         for name, value in metrics.items():
             if name != "step" and is_number(value) and self._knows(name):
                 row[name] = value
-        # On the page each name has a place for each step, used or not.
-        while len(self._rows) > 1 and (
-            len(self._rows) > MOST_STEPS or len(self._rows) * len(self._names) > self._most_values
-        ):
+        while len(self._rows) > 1 and self._too_many():
             self._halve()
+
+    def _too_many(self) -> bool:
+        rows = len(self._rows)
+        # On the page each name has a place for each step, used or not
+        return rows > MOST_STEPS or rows * len(self._names) > self._most_values
 
     def _knows(self, name: str) -> bool:
         if name in self._names:
@@ -100,11 +102,8 @@ def _parsed(line: bytes | None) -> dict[str, Any] | None:
         entry = json.loads(line or b"")
     except (ValueError, RecursionError):
         return None
-    if (
-        not isinstance(entry, dict)
-        or type(step := entry.get("step")) is not int
-        or not 0 <= step < STEP_LIMIT
-    ):
+    step = entry.get("step") if isinstance(entry, dict) else None
+    if type(step) is not int or not 0 <= step < STEP_LIMIT:  # not isinstance: true is no step
         return None
     return entry
 

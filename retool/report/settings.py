@@ -6,7 +6,7 @@ It may be hand-made, broken or hostile: aliases can stand for more than any memo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from retool.config.redact import redact
 from retool.files.untrusted import read_bytes
 
 CONFIG_BYTES = 256 << 10  # real ones have less than ten thousand
-MOST_PARTS = 20_000  # keys and values, each as often as it is referred to
-MOST_DEPTH = 20
-MOST_BITS = 1024  # of a number
+MAX_PARTS = 20_000  # keys and values, each as often as it is referred to
+MAX_DEPTH = 20
+MAX_BITS = 1024  # of a number
 
 
 class _Plain(yaml.SafeLoader):
@@ -49,9 +49,8 @@ def read_config(path: Path, notes: list[str]) -> dict[str, str]:
         return {}
     try:
         content = yaml.load(text, _Plain)
-    except (
-        Exception
-    ):  # on broken values PyYAML's constructors raise a dozen kinds besides YAMLError
+    # On broken values PyYAML's constructors raise a dozen kinds besides YAMLError
+    except Exception:
         notes.append("config.yaml isn't readable YAML")
         return {}
     try:
@@ -67,23 +66,22 @@ def require_small(content: Any) -> None:
     often as it is referred to.
     """
     ahead = [(content, 0)]
-    for _ in range(MOST_PARTS):
+    for _ in range(MAX_PARTS):
         if not ahead:
             return
         value, depth = ahead.pop()
-        if depth > MOST_DEPTH:
-            raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep")
-        if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise ValueError("it holds a number of hundreds of digits")
-        parts = (
-            [*value.keys(), *value.values()]
-            if isinstance(value, dict)
-            else value
-            if isinstance(value, (list, tuple))
-            else ()
-        )
-        ahead += [(part, depth + 1) for part in parts[:MOST_PARTS]]
-    raise ValueError(f"it has more than {MOST_PARTS} parts")
+        ahead += [(part, depth + 1) for part in _parts(value)[:MAX_PARTS]]
+    raise ValueError(f"it has more than {MAX_PARTS} parts")
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 def _flat(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -96,6 +94,8 @@ def _flat(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 def in_words(value: Any) -> str:
     """A value as one would type it."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(in_words, value)) + "]"
-    return str(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return json.dumps(value, default=str)
