@@ -2,7 +2,18 @@
 training runs.
 """
 
+from retool.engine.backend import RolloutEngine, Sampler, find_backend, make_engine
 from retool.engine.engine import Engine
 from retool.engine.types import EngineOptions, SamplingParams, Stats, TurnDone
 
-__all__ = ["Engine", "EngineOptions", "SamplingParams", "Stats", "TurnDone"]
+__all__ = [
+    "Engine",
+    "EngineOptions",
+    "RolloutEngine",
+    "Sampler",
+    "SamplingParams",
+    "Stats",
+    "TurnDone",
+    "find_backend",
+    "make_engine",
+]

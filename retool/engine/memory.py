@@ -7,6 +7,7 @@ Legend: L layers · P tokens of a page · k kv heads that this rank caches · H 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -14,9 +15,40 @@ import torch.distributed as dist
 
 from retool.engine.types import EngineOptions
 from retool.model.config import ModelConfig
+from retool.parallel.fsdp.layout import Layout
 from retool.parallel.ulysses import HeadPlan
 
+# Tokens. All kernels of a GPU take it
+GPU_PAGE_SIZE = 256
+CPU_PAGE_SIZE = 16
 MAX_CPU_KV_BYTES = 1 << 30  # of memory that isn't touched before it is used
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes on one GPU: the weights, what a forward needs beside them, and one `page` of the KV
+    cache, of `page_size` tokens, in all layers.
+    """
+
+    weights: int
+    work: int
+    page: int
+    page_size: int
+
+
+def engine_memory(
+    config: ModelConfig, options: EngineOptions, dtype: torch.dtype, ranks: int, layout: Layout
+) -> EngineMemory:
+    """What an engine takes on the first of `ranks` GPUs, which caches as many heads as any."""
+    plan = HeadPlan(ranks, 0, config.heads, config.kv_heads, config.head_dim)
+    page_size = options.page_size or GPU_PAGE_SIZE
+    shape = config.layers, page_size, cached_heads(plan), config.head_dim
+    return EngineMemory(
+        weights=sum(unit.numel for unit in layout.units) * dtype.itemsize,
+        work=work_bytes(options, config, dtype),
+        page=page_bytes(shape, dtype),
+        page_size=page_size,
+    )
 
 
 def cached_heads(plan: HeadPlan) -> int:

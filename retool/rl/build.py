@@ -16,7 +16,7 @@ from retool import checkpoint
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.config import to_dict
 from retool.data.packing import Budget
-from retool.engine import Engine
+from retool.engine import RolloutEngine, make_engine
 from retool.files.own_folder import OwnFolder
 from retool.metrics import Loggers, RunInfo, open_loggers
 from retool.model.build import DTYPES, ModelOptions
@@ -60,7 +60,7 @@ class Run:
     model: Sharded
     reference: Sharded | None
     optimizer: AdamW
-    engine: Engine
+    engine: RolloutEngine
     engines: int
     rollout: RolloutParts | None
     pool: Judges | None
@@ -102,7 +102,13 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
     # From here on nothing is refused: a run that is leaves its folder as it was.
     anew = config.trainer.resume_mode == "disable" and not config.trainer.val_only
     folder = make_run_folder(config.trainer.default_local_dir, config, mesh, anew)
-    engine = Engine(report.model, mesh.device, engine_options(config), engine_group(mesh, engines))
+    engine = make_engine(
+        wanted.rollout.name,
+        report.model,
+        mesh.device,
+        engine_options(config),
+        engine_group(mesh, engines),
+    )
     staging = checkpoint.Staging(mesh, folder=OwnFolder(folder) if mesh.rank == 0 else None)
     stop = StopRequest(staging.problem)
     trainer = config.trainer
@@ -208,7 +214,7 @@ def engine_group(mesh: Mesh, engines: int) -> dist.ProcessGroup | None:
 
 
 def rollout_parts(
-    report: Report, engine: Engine, pool: Judges, stop: StopRequest, watchdog: Watchdog
+    report: Report, engine: RolloutEngine, pool: Judges, stop: StopRequest, watchdog: Watchdog
 ) -> RolloutParts:
     """What every rollout of this rank is made of."""
     config = report.config

@@ -5,7 +5,8 @@ enough. All of it is collective.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -21,83 +22,114 @@ from retool.rl.state import TrainState, regroup
 from retool.rl.types import LOST, Group, Prompt, Scored
 from retool.run.folder import say
 
-EMPTY_ROUNDS = 20  # rounds of dynamic sampling in a row without a single group worth training on
+MAX_EMPTY_ROUNDS = 20  # of dynamic sampling in a row without a single group worth training on
 Metrics = dict[str, float]
 
 
-def collect(
-    run: Run, state: TrainState, times: Metrics
-) -> tuple[list[Group], list[Group], int, Metrics] | None:
-    """A step's groups, what is kept for the next one, the stream's position after it, and metrics;
-    None when asked to stop.
+class Collected(NamedTuple):
+    """A step's `groups`, what is `kept` for the next one, and the stream's `position` after it."""
+
+    groups: list[Group]
+    kept: list[Group]
+    position: int
+    metrics: Metrics
+
+
+@dataclass
+class _Sampled:
+    """A step while it is being sampled: `samples` of all its rounds, `empty_rounds` in a row that
+    added no group.
+    """
+
+    collection: dynamic.Collection
+    position: int
+    samples: list[Scored]
+    empty_rounds: int = 0
+
+
+def collect(run: Run, state: TrainState, times: Metrics) -> Collected | None:
+    """Sample a step's groups; None when asked to stop."""
+    wanted = run.config.data.train_batch_size
+    sync(run, times)
+    sampled = _sample_rounds(run, state, times)
+    release(run)
+    if sampled is None:
+        return None
+    _require_usable(run, state, sampled)
+    groups, kept = dynamic.take(sampled.collection, wanted)
+    if len(groups) < wanted:
+        rounds = f"{sampled.collection.rounds} rounds of sampling"
+        what = "training on them" if groups else "nothing is trained"
+        step = state.step + 1
+        say(run.mesh, f"step {step}: {len(groups)} of {wanted} groups after {rounds}; {what}.")
+    return Collected(groups, kept, sampled.position, _metrics(run, sampled, len(kept), times))
+
+
+def _sample_rounds(run: Run, state: TrainState, times: Metrics) -> _Sampled | None:
+    """Rounds of sampling until the step has its groups, or more of them would be in vain. One round
+    without dynamic sampling. None when asked to stop.
     """
     config = run.config
-    wanted = run.config.data.train_batch_size
+    wanted = config.data.train_batch_size
+    n = config.actor_rollout_ref.rollout.n
     wish = config.algorithm.filter_groups
-    sync(run, times)
-    collection = dynamic.begin(state.kept, state.step)
-    position = state.position
-    fresh: list[Scored] = []
-    empty = 0
-    while (
-        not dynamic.complete(collection, wanted, wish.max_num_gen_batches) and empty < EMPTY_ROUNDS
-    ):
-        count = (config.data.gen_batch_size or wanted) if wish.enable else wanted
-        prompts = stream(run.report, position, count)
-        groups = sample(
-            run,
-            prompts,
-            config.actor_rollout_ref.rollout.n,
-            training_sampling(config),
-            state.step,
-            times,
-        )
+    count = (config.data.gen_batch_size or wanted) if wish.enable else wanted
+    sampled = _Sampled(dynamic.begin(state.kept, state.step), state.position, [])
+
+    while sampled.empty_rounds < MAX_EMPTY_ROUNDS:
+        if dynamic.complete(sampled.collection, wanted, wish.max_num_gen_batches):
+            break
+        prompts = stream(run.report, sampled.position, count)
+        groups = sample(run, prompts, n, training_sampling(config), state.step, times)
         if groups is None:
-            release(run)
             return None
-        fresh += [member for group in groups for member in group.members]
+        sampled.samples += [member for group in groups for member in group.members]
         # As many as a step has: enough to tell
-        enough = len(fresh) >= wanted * config.actor_rollout_ref.rollout.n
+        enough = len(sampled.samples) >= wanted * n
         if enough:
-            require_scores(fresh, config.reward_model.max_failed_share, f"step {state.step + 1}")
-        before = len(collection.groups)
-        collection = dynamic.add(collection, groups, wish.metric if wish.enable else None)
-        empty = 0 if len(collection.groups) > before else empty + 1
-        position += count
-        if enough and not len(collection.groups) and all(member.lost for member in fresh):
+            _require_scores(run, state, sampled)
+
+        before = len(sampled.collection.groups)
+        metric = wish.metric if wish.enable else None
+        sampled.collection = dynamic.add(sampled.collection, groups, metric)
+        added = len(sampled.collection.groups) > before
+        sampled.empty_rounds = 0 if added else sampled.empty_rounds + 1
+        sampled.position += count
+
+        if enough and not sampled.collection.groups and all(s.lost for s in sampled.samples):
             break  # more of them would be lost as well
-    release(run)
-    count_lost(state, fresh, config.actor_rollout_ref.rollout.max_lost_share)
-    require_scores(fresh, config.reward_model.max_failed_share, f"step {state.step + 1}")
-    if empty >= EMPTY_ROUNDS and not collection.groups:
+    return sampled
+
+
+def _require_scores(run: Run, state: TrainState, sampled: _Sampled) -> None:
+    most = run.config.reward_model.max_failed_share
+    require_scores(sampled.samples, most, f"step {state.step + 1}")
+
+
+def _require_usable(run: Run, state: TrainState, sampled: _Sampled) -> None:
+    """UnusableSamples where the reward failed, or no group has a signal; lost samples are counted."""
+    count_lost(state, sampled.samples, run.config.actor_rollout_ref.rollout.max_lost_share)
+    _require_scores(run, state, sampled)
+    empty = sampled.empty_rounds
+    if empty >= MAX_EMPTY_ROUNDS and not sampled.collection.groups:
         raise dynamic.UnusableSamples(
             f"algorithm.filter_groups: {empty} rounds of sampling in a row gave no group whose "
-            f"{wish.metric} differs: the questions are all too easy or too hard. Use others, a "
-            "larger rollout.n, or filter_groups.max_num_gen_batches to go on regardless."
+            f"{run.config.algorithm.filter_groups.metric} differs: the questions are all too easy or "
+            "too hard. Use others, a larger rollout.n, or filter_groups.max_num_gen_batches to go on "
+            "regardless."
         )
-    groups, kept = dynamic.take(collection, wanted)
-    if len(groups) < wanted:
-        rounds = f"{collection.rounds} rounds of sampling"
-        what = "training on them" if groups else "nothing is trained"
-        say(
-            run.mesh,
-            f"step {state.step + 1}: {len(groups)} of {wanted} groups after {rounds}; {what}.",
-        )
-    tokens = sum(member.trajectory.sampled for member in fresh)
-    stops = [member.trajectory.stop for member in fresh]
-    # Of all samples, in groups without a signal too
-    lost = {f"stop/{stop.value}": float(stops.count(stop)) for stop in LOST}
-    metrics = {
-        **failure_metrics(fresh),
-        **lost,
-        "perf/rollout_tokens_per_second": tokens / max(times.get("gen", 0.0), 1e-9),
-    }
-    return (
-        groups,
-        kept,
-        position,
-        {**metrics, **(collection.metrics(len(kept)) if wish.enable else {})},
-    )
+
+
+def _metrics(run: Run, sampled: _Sampled, kept: int, times: Metrics) -> Metrics:
+    """Of all samples, in groups without a signal too."""
+    tokens = sum(member.trajectory.sampled for member in sampled.samples)
+    stops = [member.trajectory.stop for member in sampled.samples]
+    metrics = failure_metrics(sampled.samples)
+    metrics |= {f"stop/{stop.value}": float(stops.count(stop)) for stop in LOST}
+    metrics["perf/rollout_tokens_per_second"] = tokens / max(times.get("gen", 0.0), 1e-9)
+    if run.config.algorithm.filter_groups.enable:
+        metrics |= sampled.collection.metrics(kept)
+    return metrics
 
 
 def sync(run: Run, times: Metrics) -> None:
@@ -113,19 +145,23 @@ def release(run: Run) -> None:
     anew after that. Collective.
     """
     wanted = run.config.actor_rollout_ref.rollout.free_cache_engine
-    choice = run.report.choice
     if run.mesh.device.type != "cuda":
         return
     if wanted == "auto":
-        assert choice is not None
-        needed = ROOM * (choice.prediction.forward_backward - choice.prediction.state)
-        device = run.mesh.device
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        short = torch.cuda.mem_get_info(device)[0] + unused < needed
         # Alike on all ranks, as sync is collective
-        wanted = any(gather_objects(short, run.mesh.world_group))
+        wanted = any(gather_objects(_update_is_short_of_memory(run), run.mesh.world_group))
     if wanted:
         run.engine.release()
+
+
+def _update_is_short_of_memory(run: Run) -> bool:
+    """Whether the update would not fit beside what the engine holds on this GPU."""
+    choice = run.report.choice
+    assert choice is not None
+    needed = ROOM * (choice.prediction.forward_backward - choice.prediction.state)
+    device = run.mesh.device
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused < needed
 
 
 def sample(
@@ -137,20 +173,19 @@ def sample(
     """
     mine = [(prompt, k) for prompt in prompts[run.engine_rank :: run.engines] for k in range(n)]
     spent = RolloutTimes()
-    found = list[Scored]()
+    scored: list[Scored] | None = []
     with timed(times, "gen"):
         if run.rollout is None:
             run.engine.follow()
         else:
             try:
-                found = run.loop.run_until_complete(
-                    roll_out(run.rollout, mine, sampling, step, spent)
-                )
+                rollout = roll_out(run.rollout, mine, sampling, step, spent)
+                scored = run.loop.run_until_complete(rollout)
             finally:
                 run.engine.end()
-        everyone = gather_objects(with_one_trace(found), run.mesh.world_group)
-    for name, seconds in (("tools", spent.tools), ("reward", spent.reward)):
-        times[name] = times.get(name, 0.0) + seconds
+        everyone = gather_objects(with_one_trace(scored), run.mesh.world_group)
+    times["tools"] = times.get("tools", 0.0) + spent.tools
+    times["reward"] = times.get("reward", 0.0) + spent.reward
     if any(part is None for part in everyone):
         return None
     members: list[Scored] = [member for part in everyone for member in part or []]

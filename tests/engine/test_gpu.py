@@ -193,7 +193,7 @@ def test_graphs_change_nothing_and_survive_new_weights() -> None:
     ):
         assert [t.tokens for t in new] == [t.tokens for t in old]
     assert [t.tokens for t in after[True]] != [t.tokens for t in before[True]]
-    chunks = engines[True]._chunks
+    chunks = engines[True]._worker.chunks
     assert chunks is not None and chunks.recordings is not None
     assert {str(key[0]) for key in chunks.recordings.graphs} == {"decode", "chunks"}  # type: ignore[index]
     turn = after[True][3]

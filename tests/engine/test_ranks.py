@@ -83,7 +83,7 @@ def tensor_parallel(folder: str, options: dict[str, Any]) -> Any:
     else:
         engine.follow()
     engine.sync(model)  # everyone is back
-    return found, engine._model.cache.data.shape[3]
+    return found, engine._worker.model.cache.data.shape[3]
 
 
 def same_as_alone(folder: Path, ranks: int, way: dict[str, Any], heads: int) -> None:

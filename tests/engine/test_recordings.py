@@ -23,10 +23,11 @@ from torch import Tensor
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone
 from retool.engine import engine as engine_module
+from retool.engine import worker as worker_module
 from retool.engine.chunks import Chunks
+from retool.engine.decode import DecodeLoop
 from retool.engine.kernels import attention
 from retool.engine.kernels.attention import Pages, _attend, _gathered
-from retool.engine.runner import DecodeLoop
 from retool.engine.schedule import ahead as ahead_module
 from retool.engine.schedule.batch import Change
 from retool.model.families.read import read_model_config
@@ -95,7 +96,7 @@ def in_cpu_clothes(patch: pytest.MonkeyPatch, graphs: bool) -> None:
     recordings: list[Any] = []
 
     def shared(self: DecodeLoop, *arguments: Any) -> None:
-        recordings.append(engine_module.Recordings())
+        recordings.append(worker_module.Recordings())
         loop_init(self, *arguments)
         self.recordings = recordings[-1]
 
@@ -173,12 +174,14 @@ def test_chunks_apart_draw_what_whole_steps_draw(
     ids = prompts(7, 60, 131, seed=4)
     want = two_turns(engine_of(qwen, model), ids)
     in_cpu_clothes(monkeypatch, graphs)
-    monkeypatch.setattr(engine_module, "run_once", None)  # never needed
+    monkeypatch.setattr(worker_module, "run_once", None)  # never needed
     engine = engine_of(qwen, model, **{"max_length": 120, **way})
     same(two_turns(engine, ids), want)
-    chunks = engine._chunks
+    chunks = engine._worker.chunks
     assert chunks is not None
-    assert bool(engine._model.cache.data.isfinite().all()), "padding wrote what isn't a number"
+    assert bool(engine._worker.model.cache.data.isfinite().all()), (
+        "padding wrote what isn't a number"
+    )
     if graphs:
         assert chunks.recordings is not None
         kinds = [key[0] for key in chunks.recordings.graphs]  # type: ignore[index]
@@ -420,7 +423,7 @@ def test_single_tokens_take_no_room_from_chunks(
 def test_shapes_are_few_and_large_enough(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_cpu_clothes(monkeypatch, False)
     engine = engine_of(qwen, load(qwen), max_batch_tokens=5000, max_num_seqs=300)
-    chunks = engine._chunks
+    chunks = engine._worker.chunks
     assert chunks is not None
     shapes = {
         (t, n, most): chunks.shape(t, n, most)
@@ -446,8 +449,8 @@ def test_recording_a_step_leaves_no_trace(qwen: Path, monkeypatch: pytest.Monkey
     plain = engine_of(qwen, load(qwen), run_ahead=True, max_length=24)
     in_cpu_clothes(monkeypatch, True)
     engine = engine_of(qwen, load(qwen), run_ahead=True, max_length=24)
-    assert engine._loop is not None and engine._loop.recordings is not None
-    graphs = engine._loop.recordings.graphs
+    assert engine._worker.loop is not None and engine._worker.loop.recordings is not None
+    graphs = engine._worker.loop.recordings.graphs
     seen = 0
     found = []
     for ends in range(11, 16):

@@ -38,7 +38,8 @@ def compare() -> None:
     """Every kind of logits at several temperatures, greedy rows among the others: without a filter,
     and under two of them.
     """
-    from retool.engine.kernels.sampling_triton import cutoff_rows, sample_rows
+    from retool.engine.kernels.cutoff_triton import cutoff_rows
+    from retool.engine.kernels.sampling_triton import sample_rows
 
     for number, kind in enumerate(KINDS):
         logits = logits_of(kind)

@@ -3,8 +3,8 @@ it was drawn from.
 
 The draw is a Gumbel maximum (Gumbel 1954): argmax of x + g over the kept tokens, x = logits /
 temperature, has the distribution softmax(x). The noise g is a function of (seed, position in the
-sequence, token id) alone, a counter through SplitMix64's mixer (Steele, Lea & Flood, OOPSLA 2014).
-So it doesn't matter which rows are sampled together, in which order, or how often.
+sequence, token id) alone. So it doesn't matter which rows are sampled together, in which order, or
+how often.
 
 Shapes: R rows · V vocab. 64-bit integers are signed here and wrap; logical shifts are masked
 arithmetic ones.
@@ -18,16 +18,49 @@ from torch import Tensor
 from retool.engine.kernels.draws import FIRST, GOLDEN, SECOND, Draws
 
 
-def mixed(z: Tensor) -> Tensor:
-    """SplitMix64's output function on int64 of any shape."""
-    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * FIRST
-    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * SECOND
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
+def sample(logits_RV: Tensor, draws: Draws, filtered: bool) -> Tensor:
+    """Draw a token per row: [3, R] of token id, logp and logp_behaviour, in the dtype of the logits
+    (ids are exact below 2^24).
+
+    logits are float32 or float64 and may be overwritten. `filtered`: whether any row has a top-k or
+    top-p. Temperature 0 takes the first largest logit; its logp is that of temperature 1, its
+    logp_behaviour 0.
+    """
+    if logits_RV.is_cuda and logits_RV.dtype == torch.float32:
+        from retool.engine.kernels.sampling_triton import sample_rows
+
+        return sample_rows(logits_RV, draws, filtered)
+
+    greedy = draws.temperature == 0
+    scale = torch.where(greedy, 1.0, 1.0 / draws.temperature)
+    x = logits_RV.mul_(scale[:, None])
+    noise = gumbel(row_keys(draws), x.shape[1])
+    scores = torch.where(greedy[:, None], x, x + noise)
+    kept = x
+    if filtered:
+        least = cutoff(x, draws.top_k, draws.top_p)
+        out = (x < least[:, None]) & ~greedy[:, None]
+        scores = scores.masked_fill_(out, float("-inf"))
+        kept = x.masked_fill(out, float("-inf"))
+
+    token = scores.argmax(-1)
+    chosen = x.gather(1, token[:, None])[:, 0]
+    whole = x.logsumexp(-1)
+    normal = kept.logsumexp(-1) if filtered else whole
+    behaviour = torch.where(greedy, 0.0, chosen - normal)
+    return torch.stack([token.to(x.dtype), chosen - whole, behaviour])
 
 
 def row_keys(draws: Draws) -> Tensor:
     """One key per row from its seed and position, int64 [R]."""
     return mixed(draws.keys + mixed(draws.positions * GOLDEN))
+
+
+def mixed(z: Tensor) -> Tensor:
+    """SplitMix64's output function on int64 of any shape."""
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * FIRST
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * SECOND
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
 def gumbel(keys_R: Tensor, vocab: int) -> Tensor:
@@ -38,7 +71,8 @@ def gumbel(keys_R: Tensor, vocab: int) -> Tensor:
     """
     counters = torch.arange(1, vocab + 1, device=keys_R.device) * GOLDEN
     bits = (mixed(keys_R[:, None] + counters) >> 32) & 0xFFFFFFFF
-    w = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+    w = (bits.to(torch.float32) + 0.5) * 2.0**-32
+    w = w.clamp_(max=1 - 2.0**-24)
     return w.neg_().log1p_().neg_().log_().neg_()
 
 
@@ -54,37 +88,11 @@ def cutoff(x_RV: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     ordered = x_RV.sort(-1, descending=True).values
     k = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)[:, None]
     lowest = ordered.gather(1, k - 1)
+
+    left = ordered.masked_fill(ordered < lowest, float("-inf"))
     # fp32 sums miss by a token of 150,000
-    p = ordered.masked_fill(ordered < lowest, float("-inf")).softmax(-1, dtype=torch.float64)
+    p = left.softmax(-1, dtype=torch.float64)
     before = p.cumsum(-1) - p
     kept = (before < top_p[:, None].to(p.dtype)).sum(-1, keepdim=True).clamp(min=1)
     least = torch.where(top_p[:, None] < 1, ordered.gather(1, kept - 1), lowest)
     return torch.maximum(lowest, least)[:, 0]
-
-
-def sample(logits_RV: Tensor, draws: Draws, filtered: bool) -> Tensor:
-    """Draw a token per row: [3, R] of token id, logp and logp_behaviour, in the dtype of the logits
-    (ids are exact below 2^24).
-
-    logits are float32 or float64 and may be overwritten. `filtered`: whether any row has a top-k or
-    top-p. Temperature 0 takes the first largest logit; its logp is that of temperature 1, its
-    logp_behaviour 0.
-    """
-    if logits_RV.is_cuda and logits_RV.dtype == torch.float32:
-        from retool.engine.kernels.sampling_triton import sample_rows
-
-        return sample_rows(logits_RV, draws, filtered)
-    greedy = draws.temperature == 0
-    x = logits_RV.mul_(torch.where(greedy, 1.0, 1.0 / draws.temperature)[:, None])
-    scores = torch.where(greedy[:, None], x, x + gumbel(row_keys(draws), x.shape[1]))
-    kept = x
-    if filtered:
-        out = (x < cutoff(x, draws.top_k, draws.top_p)[:, None]) & ~greedy[:, None]
-        scores = scores.masked_fill_(out, float("-inf"))
-        kept = x.masked_fill(out, float("-inf"))
-    token = scores.argmax(-1)
-    chosen = x.gather(1, token[:, None])[:, 0]
-    whole = x.logsumexp(-1)
-    normal = kept.logsumexp(-1) if filtered else whole
-    behaviour = torch.where(greedy, 0.0, chosen - normal)
-    return torch.stack([token.to(x.dtype), chosen - whole, behaviour])

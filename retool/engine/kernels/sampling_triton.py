@@ -5,8 +5,7 @@ noise made on the way.
 
 Each row is cut into `PARTS` pieces, whatever the batch, so that a row's numbers don't depend on it;
 a second, small kernel joins them. Its time is arithmetic, mostly the noise's, rather than memory's.
-The cutoff of top-k and top-p is searched for in passes over the row that mostly meet the cache;
-nothing is sorted.
+What top-k and top-p leave is found before (`cutoff_triton.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retool.engine.kernels.cutoff_triton import LOWEST, cutoff_rows, inverse_temperature
 from retool.engine.kernels.draws import FIRST, GOLDEN, SECOND, Draws
 
-BLOCK = 2048
-PARTS = 16
-FILTER_BLOCK = 2048
-LOWEST = -3.0e38
+BLOCK = 2048  # numbers of a part at a time
+PARTS = 16  # of a row
 STEP = (BLOCK * GOLDEN + 2**63) % 2**64 - 2**63  # of the counter from block to block, wrapped
 
 
@@ -75,11 +73,6 @@ def _gumbel(z, FIRST: tl.constexpr, SECOND: tl.constexpr):
 
 
 @triton.jit
-def _scale(temperature):
-    return tl.div_rn(1.0, tl.where(temperature == 0.0, 1.0, temperature))
-
-
-@triton.jit
 def _part_kernel(
     x_ptr,
     stride,
@@ -106,7 +99,7 @@ def _part_kernel(
     part = tl.program_id(1)
     parts = tl.num_programs(1)
     temperature = tl.load(temperature_ptr + row)
-    scale = _scale(temperature)
+    scale = inverse_temperature(temperature)
     least = float("-inf")
     if FILTERED:
         least = tl.where(temperature == 0.0, float("-inf"), tl.load(cutoff_ptr + row))
@@ -183,7 +176,7 @@ def _join_kernel(
     temperature = tl.load(temperature_ptr + row)
     largest = tl.max(top, 0)
     share = tl.exp(top - largest)
-    above = tl.load(x_ptr + row * stride + token) * _scale(temperature) - largest
+    above = tl.load(x_ptr + row * stride + token) * inverse_temperature(temperature) - largest
     logp = above - tl.log(tl.sum(whole * share, 0))
     behaviour = logp
     if FILTERED:
@@ -191,143 +184,6 @@ def _join_kernel(
     tl.store(out_ptr + row, token.to(tl.float32))
     tl.store(out_ptr + rows + row, logp)
     tl.store(out_ptr + 2 * rows + row, tl.where(temperature == 0.0, 0.0, behaviour))
-
-
-@triton.jit
-def _below(x):
-    """The next smaller float32."""
-    i = x.to(tl.int32, bitcast=True)
-    i = tl.where(i < 0, i ^ 0x7FFFFFFF, i) - 1
-    return tl.where(i < 0, i ^ 0x7FFFFFFF, i).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _search(
-    x_ptr,
-    columns,
-    scale,
-    top,
-    low,
-    high,
-    wanted,
-    SHARES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LOWEST: tl.constexpr,
-):
-    """The largest of the row's x whose equals and betters weigh at least `wanted`: each 1, or exp(x
-    - top) with SHARES. It lies in [low, high], and a pass over the row, which weighs at three
-    places in between, leaves a quarter, cut to the x that are in it: 2 or 3 passes for the logits
-    of a trained model, about 10 for random ones.
-    """
-    lanes = tl.arange(0, BLOCK)
-    passes = 0
-    while (low < high) & (passes < 64):
-        width = tl.minimum(high - low, -LOWEST)
-        first = low + width * 0.25
-        second = low + width * 0.5
-        third = low + width * 0.75
-        above_first = tl.zeros((BLOCK,), tl.float32)
-        above_second = tl.zeros((BLOCK,), tl.float32)
-        above_third = tl.zeros((BLOCK,), tl.float32)
-        smallest = tl.full((BLOCK,), -LOWEST, tl.float32)
-        largest = tl.full((BLOCK,), LOWEST, tl.float32)
-        for start in range(0, columns, BLOCK):
-            x = tl.load(x_ptr + start + lanes, start + lanes < columns, other=float("-inf")) * scale
-            weight = tl.exp(x - top) if SHARES else tl.full((BLOCK,), 1.0, tl.float32)
-            above_first += tl.where(x >= first, weight, 0.0)
-            above_second += tl.where(x >= second, weight, 0.0)
-            above_third += tl.where(x >= third, weight, 0.0)
-            smallest = tl.minimum(smallest, tl.where(x >= low, x, -LOWEST))
-            largest = tl.maximum(largest, tl.where(x <= high, x, LOWEST))
-        one = tl.sum(above_first, 0) >= wanted
-        two = tl.sum(above_second, 0) >= wanted
-        three = tl.sum(above_third, 0) >= wanted
-        at = tl.where(three, third, tl.where(two, second, tl.where(one, first, low)))
-        end = tl.where(three, high, _below(tl.where(two, third, tl.where(one, second, first))))
-        low = tl.maximum(at, tl.min(smallest, 0))
-        high = tl.minimum(end, tl.max(largest, 0))
-        passes += 1
-    return low
-
-
-@triton.jit
-def _cutoff_kernel(
-    x_ptr,
-    stride,
-    columns,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    out_ptr,
-    BLOCK: tl.constexpr,
-    LOWEST: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * stride
-    temperature = tl.load(temperature_ptr + row)
-    top_k = tl.load(top_k_ptr + row)
-    top_p = tl.load(top_p_ptr + row)
-    scale = _scale(temperature)
-    lanes = tl.arange(0, BLOCK)
-    least = float("-inf")
-    if (top_k > 0 and top_k < columns) or top_p < 1.0:
-        largest = tl.full((BLOCK,), LOWEST, tl.float32)
-        smallest = tl.full((BLOCK,), -LOWEST, tl.float32)
-        count = tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, columns, BLOCK):
-            x = tl.load(x_ptr + start + lanes, start + lanes < columns, other=float("-inf")) * scale
-            finite = x > LOWEST
-            largest = tl.maximum(largest, x)
-            smallest = tl.minimum(smallest, tl.where(finite, x, -LOWEST))
-            count += finite.to(tl.int32)
-        top = tl.max(largest, 0)
-        if top_k > 0 and top_k < tl.sum(count, 0):
-            least = _search(
-                x_ptr,
-                columns,
-                scale,
-                top,
-                tl.min(smallest, 0),
-                top,
-                top_k.to(tl.float32),
-                False,
-                BLOCK,
-                LOWEST,
-            )
-        if top_p < 1.0:
-            total = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, columns, BLOCK):
-                x = (
-                    tl.load(x_ptr + start + lanes, start + lanes < columns, other=float("-inf"))
-                    * scale
-                )
-                total += tl.where(x >= least, tl.exp(x - top), 0.0)
-            whole = tl.sum(total, 0)
-            # What is worth less than this is worth less than 1 - top_p together
-            little = (1.0 - top_p) * whole / columns
-            low = tl.maximum(tl.maximum(least, tl.min(smallest, 0)), top + tl.log(little) - 1.0)
-            least = _search(
-                x_ptr, columns, scale, top, low, top, top_p * whole, True, BLOCK, LOWEST
-            )
-    tl.store(out_ptr + row, least)
-
-
-def cutoff_rows(logits: Tensor, draws: Draws) -> Tensor:
-    """`cutoff` of logits / temperature, float32 [R]; nothing is sorted or written but the result."""
-    out = torch.empty(len(logits), device=logits.device)
-    _cutoff_kernel[(len(logits),)](
-        logits,
-        logits.stride(0),
-        logits.shape[1],
-        draws.temperature,
-        draws.top_k,
-        draws.top_p,
-        out,
-        BLOCK=FILTER_BLOCK,
-        LOWEST=LOWEST,
-        num_warps=16,
-    )
-    return out
 
 
 def sample_rows(logits: Tensor, draws: Draws, filtered: bool) -> Tensor:

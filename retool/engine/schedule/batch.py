@@ -17,7 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retool.engine.schedule.pages import PageCopy
 from retool.engine.schedule.sequence import Item, Sequence, Step, StepAhead
+from retool.engine.types import SamplingParams
+
+PADDING_PARAMS = SamplingParams(max_tokens=1, temperature=0.0)  # of rows that draw for nobody
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,18 @@ class Batch:
     temperature: np.ndarray  # float32 [R]
     top_k: np.ndarray  # int64 [R]
     top_p: np.ndarray  # float32 [R]
-    copies: list[tuple[int, int]]
+    copies: list[PageCopy]
     each_alone: bool
 
     @property
     def filtered(self) -> bool:
-        return bool(((self.top_k > 0) | (self.top_p < 1))[self.temperature > 0].any())
+        return any_filter(self.temperature, self.top_k, self.top_p)
+
+
+def any_filter(temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray) -> bool:
+    """Whether in any row some tokens can't be drawn for another reason than their probability."""
+    filters = (top_k > 0) | (top_p < 1)
+    return bool(filters[temperature > 0].any())
 
 
 def make_batch(
@@ -54,74 +64,90 @@ def make_batch(
     (None where nothing is drawn), so that shapes depend on the number of tokens alone.
     """
     items = step.items
-    singles = [i for i in items if i.count == 1]
-    chunks = [i for i in items if i.count > 1]
+    singles = [item for item in items if item.count == 1]
+    chunks = [item for item in items if item.count > 1]
     if expand:
-        singles = [Item(i.sequence, n, 1) for i in items for n in range(i.start, i.start + i.count)]
+        singles = [
+            Item(item.sequence, place, 1)
+            for item in items
+            for place in range(item.start, item.start + item.count)
+        ]
         chunks = []
-    padding = -sum(i.count for i in items) % multiple
+    padding = -sum(item.count for item in items) % multiple
     decode = len(singles) + padding
-    width = max((i.start + i.count - 1) // page_size + 1 for i in items)
-    tables = np.zeros((decode + len(chunks), width), np.int32)
-    for place, item in [*enumerate(singles), *enumerate(chunks, decode)]:
-        pages = item.sequence.pages[:width]
-        tables[place, : len(pages)] = pages
-    starts = np.array(
-        [*(i.start for i in singles), *[0] * padding, *(i.start for i in chunks)], np.int64
-    )
-    counts = np.array([1] * decode + [i.count for i in chunks], np.int64)
+    at = [*enumerate(singles), *enumerate(chunks, decode)]  # items with their numbers
+
+    tables = _page_tables(at, decode + len(chunks), page_size)
+    of_chunks = [item.start for item in chunks]
+    starts = np.array([item.start for item in singles] + [0] * padding + of_chunks, np.int64)
+    counts = np.array([1] * decode + [item.count for item in chunks], np.int64)
+
+    # Of every token: its item, and where that item's tokens begin
     owner = np.repeat(np.arange(len(counts)), counts)
     first = np.cumsum(counts) - counts
     positions = starts[owner] + np.arange(len(owner)) - first[owner]
-    slots = (
-        tables[owner, positions // page_size].astype(np.int64) * page_size + positions % page_size
-    )
+    pages = tables[owner, positions // page_size].astype(np.int64)
     tokens = np.zeros(len(owner), np.int64)
-    for place, item in [*enumerate(singles), *enumerate(chunks, decode)]:
-        at = first[place]
-        tokens[at : at + item.count] = item.sequence.tokens[item.start : item.start + item.count]
-    drawing: list[tuple[int, Sequence | None]] = [
-        (n, i.sequence if i.draws else None) for n, i in enumerate(singles)
-    ]
+    for number, item in at:
+        begin = first[number]
+        given = item.sequence.tokens[item.start : item.start + item.count]
+        tokens[begin : begin + item.count] = given
+
+    drawing: list[tuple[int, Sequence | None]]
+    drawing = [(row, item.sequence if item.draws else None) for row, item in enumerate(singles)]
     if all_rows and not chunks:
-        drawing += [(n, None) for n in range(len(singles), decode)]
+        drawing += [(row, None) for row in range(len(singles), decode)]
     else:
+        ends = first[decode:] + counts[decode:] - 1
         drawing += [
-            (int(first[decode + n] + i.count - 1), i.sequence if i.draws else None)
-            for n, i in enumerate(chunks)
+            (int(row), item.sequence if item.draws else None)
+            for row, item in zip(ends, chunks, strict=True)
         ]
-        drawing = [d for d in drawing if d[1] is not None]
-    params = [None if s is None else s.params for _, s in drawing]
-    return Batch(
-        tokens,
-        positions,
-        slots,
-        tables,
-        (starts + counts).astype(np.int32),
-        counts,
-        decode,
+        drawing = [(row, sequence) for row, sequence in drawing if sequence is not None]
+    sequences = [sequence for _, sequence in drawing]
+    params = [PADDING_PARAMS if s is None else s.params for s in sequences]
+    batch = Batch(
+        tokens=tokens,
+        positions=positions,
+        slots=pages * page_size + positions % page_size,
+        tables=tables,
+        lengths=(starts + counts).astype(np.int32),
+        counts=counts,
+        decode=decode,
         rows=np.array([row for row, _ in drawing], np.int64),
-        keys=np.array([0 if s is None else s.draw_key for _, s in drawing], np.int64),
-        temperature=np.array([0 if p is None else p.temperature for p in params], np.float32),
-        top_k=np.array([-1 if p is None else p.top_k for p in params], np.int64),
-        top_p=np.array([1 if p is None else p.top_p for p in params], np.float32),
+        keys=np.array([0 if s is None else s.draw_key for s in sequences], np.int64),
+        temperature=np.array([p.temperature for p in params], np.float32),
+        top_k=np.array([p.top_k for p in params], np.int64),
+        top_p=np.array([p.top_p for p in params], np.float32),
         copies=step.copies,
         each_alone=expand,
-    ), [s for _, s in drawing]
+    )
+    return batch, sequences
+
+
+def _page_tables(at: list[tuple[int, Item]], items: int, page_size: int) -> np.ndarray:
+    """int32 [S, W]: each item's pages up to its last token; padding has page 0."""
+    width = max((item.start + item.count - 1) // page_size + 1 for _, item in at)
+    tables = np.zeros((items, width), np.int32)
+    for number, item in at:
+        pages = item.sequence.pages[:width]
+        tables[number, : len(pages)] = pages
+    return tables
 
 
 @dataclass(frozen=True)
 class Change:
     """What becomes of a decode step's rows before it is repeated, in this order: pages are copied,
-    rows that are `over` become padding, pages are added to others, and sequences join. `slots`:
-    rows in use then; `anew`: what was in them before is forgotten; without `runs` it isn't repeated
-    yet.
+    rows that are `over` become padding, pages are added to others, and sequences join.
+
+    `slots`: rows in use then. `anew`: what was in them before is forgotten. Without `runs` it isn't
+    repeated yet.
     """
 
     runs: bool
     slots: int
     anew: bool
-    copies: list[tuple[int, int]]
+    copies: list[PageCopy]
     over: np.ndarray  # int64 [·]
     added: np.ndarray  # int64 [3, ·]: row, place in its page table, page
     # int64 [6, J]: row, the chunks' draw that is its token or -1, token, position, key, top-k
@@ -131,33 +157,35 @@ class Change:
 
     @property
     def filtered(self) -> bool:
-        return bool(((self.joins[5] > 0) | (self.chances[1] < 1))[self.chances[0] > 0].any())
+        temperature, top_p = self.chances
+        return any_filter(temperature, self.joins[5], top_p)
 
 
 def make_change(step: StepAhead, over: list[int], anew: bool) -> Change:
     """The arrays of a repeated step."""
-    who = [join.sequence for join in step.joins]
-    positions = [join.position for join in step.joins]
-    tokens = [
-        0 if join.source is not None else s.tokens[n]
-        for join, s, n in zip(step.joins, who, positions, strict=True)
+    joining = [join.sequence for join in step.joins]
+    joins = [
+        [join.slot for join in step.joins],
+        [-1 if join.source is None else join.source for join in step.joins],
+        # Not there yet where the chunks' draw is the token
+        [0 if j.source is not None else j.sequence.tokens[j.position] for j in step.joins],
+        [join.position for join in step.joins],
+        [s.draw_key for s in joining],
+        [s.params.top_k for s in joining],
     ]
-    tables = np.zeros((len(who), max((len(s.pages) for s in who), default=0)), np.int32)
-    for place, s in enumerate(who):
-        tables[place, : len(s.pages)] = s.pages
-    sources = [-1 if join.source is None else join.source for join in step.joins]
-    keys = [s.draw_key for s in who]
-    top_k = [s.params.top_k for s in who]
+    chances = [[s.params.temperature for s in joining], [s.params.top_p for s in joining]]
+    width = max((len(s.pages) for s in joining), default=0)
+    tables = np.zeros((len(joining), width), np.int32)
+    for number, s in enumerate(joining):
+        tables[number, : len(s.pages)] = s.pages
     return Change(
-        step.runs,
-        len(step.rows),
-        anew,
-        step.copies,
-        np.array(over, np.int64),
-        np.array(step.added, np.int64).reshape(-1, 3).T.copy(),
-        np.array(
-            [[join.slot for join in step.joins], sources, tokens, positions, keys, top_k], np.int64
-        ),
-        np.array([[s.params.temperature for s in who], [s.params.top_p for s in who]], np.float32),
-        tables,
+        runs=step.runs,
+        slots=len(step.rows),
+        anew=anew,
+        copies=step.copies,
+        over=np.array(over, np.int64),
+        added=np.array(step.added, np.int64).reshape(-1, 3).T.copy(),
+        joins=np.array(joins, np.int64),
+        chances=np.array(chances, np.float32),
+        tables=tables,
     )

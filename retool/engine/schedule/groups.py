@@ -16,7 +16,11 @@ from retool.engine.types import Stats
 
 
 class Groups:
-    """Groups by key, and the pages that they keep for samples that didn't get their prompt yet."""
+    """Groups by key, and the pages that they keep for samples that didn't get their prompt yet.
+
+    The scheduler tells what becomes of a sample: `join` → (`attach` → `computed`)… → `leave`, with
+    `forgot` wherever it loses its KV.
+    """
 
     def __init__(self, pool: PagePool, stats: Stats) -> None:
         self.pool = pool
@@ -39,12 +43,52 @@ class Groups:
     def leave(self, sequence: Sequence) -> None:
         """The sample is dropped."""
         group = sequence.group
-        if group is not None:
-            self.forgot(sequence)
-            self._serve(sequence, group)
-            group.live -= 1
-            if group.live == 0:
-                del self.by_key[group.key]
+        if group is None:
+            return
+        self.forgot(sequence)
+        self._serve(sequence, group)
+        group.live -= 1
+        if group.live == 0:
+            del self.by_key[group.key]
+
+    def attach(self, sequence: Sequence) -> None:
+        """Give a sequence without KV its group's, or make it the one that computes it."""
+        group = sequence.group
+        if sequence.computed or group is None or group.prefix == 0:
+            return
+        if not group.pages:
+            group.leader = sequence
+            return
+        self.pool.share(group.pages)
+        sequence.pages = list(group.pages)
+        sequence.computed = group.prefix
+        self.stats.shared_tokens += group.prefix
+        self._serve(sequence, group)
+
+    def computed(self, sequence: Sequence) -> None:
+        """A leader that has the prompt leaves it for those who wait."""
+        group = sequence.group
+        if group is None or group.leader is not sequence or sequence.computed < group.prefix:
+            return
+        group.leader = None
+        group.pages = sequence.pages[: self.pool.pages_for(group.prefix)]
+        self.pool.share(group.pages)
+        self._serve(sequence, group)
+
+    def forgot(self, sequence: Sequence) -> None:
+        """The sequence gave up its KV: another may lead."""
+        if sequence.group is not None and sequence.group.leader is sequence:
+            sequence.group.leader = None
+
+    def _serve(self, sequence: Sequence, group: Group) -> None:
+        """The sample has the prompt, or needs it no more; after the last one nobody keeps it."""
+        if not sequence.served:
+            sequence.served = True
+            group.unserved -= 1
+        if group.unserved == 0:
+            self.pool.release(group.pages)
+
+    # ── what the scheduler asks
 
     def must_wait(self, sequence: Sequence) -> bool:
         """Whether the sample's prompt is being computed by another."""
@@ -55,49 +99,23 @@ class Groups:
         """Free pages that a waiting sequence needs for all its tokens, a shared prompt taken into
         account.
         """
-        group = self._ready_for(sequence)
-        if group is not None:
-            partial = group.prefix % self.pool.page_size > 0
-            return self.pool.pages_for(len(sequence.tokens)) - len(group.pages) + partial
-        return self.pool.missing(sequence.pages, sequence.computed, len(sequence.tokens))
+        group = self._offering(sequence)
+        if group is None:
+            return self.pool.missing(sequence.pages, sequence.computed, len(sequence.tokens))
+        copied = group.prefix % self.pool.page_size > 0  # the last page, which it goes on in
+        return self.pool.pages_for(len(sequence.tokens)) - len(group.pages) + copied
 
     def left(self, sequence: Sequence) -> int:
         """Tokens that a waiting sequence has to compute, a shared prompt taken into account."""
-        group = self._ready_for(sequence)
+        group = self._offering(sequence)
         return len(sequence.tokens) - (sequence.computed if group is None else group.prefix)
 
-    def _ready_for(self, sequence: Sequence) -> Group | None:
+    def _offering(self, sequence: Sequence) -> Group | None:
         """The sequence's group if it has a prompt for it, and the sequence has none."""
         group = sequence.group
-        return group if sequence.computed == 0 and group is not None and group.pages else None
-
-    def attach(self, sequence: Sequence) -> None:
-        """Give a sequence without KV its group's, or make it the one that computes it."""
-        group = sequence.group
-        if sequence.computed or group is None or group.prefix == 0:
-            return
-        if group.pages:
-            self.pool.share(group.pages)
-            sequence.pages = list(group.pages)
-            sequence.computed = group.prefix
-            self.stats.shared_tokens += group.prefix
-            self._serve(sequence, group)
-        else:
-            group.leader = sequence
-
-    def computed(self, sequence: Sequence) -> None:
-        """A leader that has the prompt leaves it for those who wait."""
-        group = sequence.group
-        if group is not None and group.leader is sequence and sequence.computed >= group.prefix:
-            group.leader = None
-            group.pages = sequence.pages[: self.pool.pages_for(group.prefix)]
-            self.pool.share(group.pages)
-            self._serve(sequence, group)
-
-    def forgot(self, sequence: Sequence) -> None:
-        """The sequence gave up its KV."""
-        if sequence.group is not None and sequence.group.leader is sequence:
-            sequence.group.leader = None
+        if sequence.computed == 0 and group is not None and group.pages:
+            return group
+        return None
 
     def let_go(self, useful: bool) -> bool:
         """Release one group's kept pages; with `useful`, only where that frees one.
@@ -105,14 +123,10 @@ class Groups:
         False if there is no such group.
         """
         for group in self.by_key.values():
-            if group.pages and (not useful or any(self.pool.counts[p] == 1 for p in group.pages)):
+            if group.pages and (not useful or self._frees_a_page(group)):
                 self.pool.release(group.pages)
                 return True
         return False
 
-    def _serve(self, sequence: Sequence, group: Group) -> None:
-        if not sequence.served:
-            sequence.served = True
-            group.unserved -= 1
-        if group.unserved == 0:
-            self.pool.release(group.pages)
+    def _frees_a_page(self, group: Group) -> bool:
+        return any(self.pool.counts[page] == 1 for page in group.pages)

@@ -1,8 +1,11 @@
 """Who is computed next: host only, no tensors.
 
-    start ──> WAITING ──admit──> RUNNING ──stop / length──> PARKED ──extend──> WAITING        drop: from anywhere
+    start ──> WAITING ──admit──> RUNNING ──stop / length──> PARKED ──extend──> WAITING
                  ^                  │
-                 └───── preempt ────┘   no page was free for an older sequence: KV is given up and computed again later
+                 └───── preempt ────┘   no page was free for an older sequence: KV is given up and
+                                        computed again later
+
+    drop: from anywhere
 
 [Note: progress] Sequences have arrival numbers. In every step running sequences are served oldest
 first, and one that finds no free page takes it from, in this order: prompts kept for samples that
@@ -20,7 +23,7 @@ from collections.abc import Hashable
 
 from retool.engine.kernels.draws import seed_key
 from retool.engine.schedule.groups import Groups
-from retool.engine.schedule.pages import PagePool
+from retool.engine.schedule.pages import PageCopy, PagePool
 from retool.engine.schedule.sequence import Item, Sequence, State, Step
 from retool.engine.types import Reason, SamplingParams, Stats, TurnDone
 
@@ -39,12 +42,12 @@ class Scheduler:
         self.refused: list[TurnDone] = []
         self.stats = Stats()
         self.arrivals = 0
+        # Whether who waits could be admitted now: something changed since the last one that couldn't
         self.may_admit = False
-        self.steps_ahead = 0
+        self.steps_ahead = 0  # since the last plan, or the last one admitted
         self.groups = Groups(pool, self.stats)
 
     # ── what the caller asks for
-    # ─────────────────────────────────────────────────────────────────────────────────
 
     def start(
         self, key: Hashable, ids: list[int], params: SamplingParams, group: Hashable | None
@@ -57,7 +60,14 @@ class Scheduler:
             )
         shared = self.groups.join(key, group, ids)
         sequence = Sequence(
-            key, self.arrivals, list(ids), params, seed_key(params.seed), shared, len(ids), len(ids)
+            key,
+            number=self.arrivals,
+            tokens=list(ids),
+            params=params,
+            draw_key=seed_key(params.seed),
+            group=shared,
+            turn_start=len(ids),
+            given=len(ids),
         )
         self.arrivals += 1
         self.sequences[key] = sequence
@@ -71,8 +81,10 @@ class Scheduler:
             )
         sequence.tokens += ids
         sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
-        sequence.params, sequence.draw_key = params, seed_key(params.seed)
-        sequence.turn_start = sequence.given = len(sequence.tokens)
+        sequence.params = params
+        sequence.draw_key = seed_key(params.seed)
+        sequence.turn_start = len(sequence.tokens)
+        sequence.given = len(sequence.tokens)
         sequence.logp = []
         sequence.logp_behaviour = []
         self._queue(sequence)
@@ -108,7 +120,6 @@ class Scheduler:
             self._forget(sequence)
 
     # ── one step
-    # ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def plan(self) -> Step | None:
         """The next forward's work, or None if there is nothing to compute.
@@ -116,13 +127,17 @@ class Scheduler:
         Counts it as computed.
         """
         items: list[Item] = []
-        copies: list[tuple[int, int]] = []
+        copies: list[PageCopy] = []
+        # Single tokens come first: chunks share what they leave
         budget = self.max_tokens - sum(s.pending == 1 for s in self.running)
         for sequence in sorted(self.running, key=lambda s: s.number):
             if not sequence.is_running:  # an older one took its pages a moment ago
                 continue
-            count = 1 if sequence.pending == 1 else min(sequence.pending, budget)
-            budget -= count if sequence.pending > 1 else 0
+            if sequence.pending == 1:
+                count = 1
+            else:
+                count = min(sequence.pending, budget)
+                budget -= count
             room = self._room(sequence, sequence.computed + count) if count else None
             if room is not None:
                 copies += room
@@ -131,10 +146,10 @@ class Scheduler:
         self.steps_ahead = 0
         for item in items:
             self.count(item)
-        items.sort(key=lambda i: i.count > 1)
+        items.sort(key=lambda item: item.count > 1)
         return Step(items, copies) if items else None
 
-    def _room(self, sequence: Sequence, stop: int) -> list[tuple[int, int]] | None:
+    def _room(self, sequence: Sequence, stop: int) -> list[PageCopy] | None:
         """Pages for a running sequence up to token `stop`; None if it had to give up its own place."""
         while (copies := self.pool.extend(sequence.pages, sequence.computed, stop)) is None:
             if not self._make_room(sequence):
@@ -146,11 +161,13 @@ class Scheduler:
         return copies
 
     def admit(
-        self, items: list[Item], copies: list[tuple[int, int]], budget: int, apart: bool = False
+        self, items: list[Item], copies: list[PageCopy], budget: int, apart: bool = False
     ) -> bool:
-        """Admit who waits, in order; whether the next step may admit more although nothing else
-        changes. `apart`: the budget is that of chunks alone, so single tokens take nothing of it,
-        and no prompt is cut after its first token.
+        """Admit who waits, in order, with up to `budget` tokens; whether the next step may admit
+        more although nothing else changes.
+
+        `apart`: the budget is that of chunks alone, so single tokens take nothing of it, and no
+        prompt is cut after its first token.
         """
         full = False
         for sequence in self.waiting:
@@ -159,26 +176,38 @@ class Scheduler:
                 break
             if self.groups.must_wait(sequence):
                 continue
-            while self.groups.missing(sequence) + len(self.running) > len(self.pool.free):
-                if self.running or not self._make_room(sequence):
-                    break
-            if self.groups.missing(sequence) + len(self.running) > len(self.pool.free):
-                assert self.running, "a sequence that fits found no room in an empty cache"
-                full = True
+            full = not self._make_room_to_admit(sequence)
+            if full:
                 break
             if budget == 1 and apart and self.groups.left(sequence) > 1:
                 break
             self.groups.attach(sequence)
-            found = self.pool.extend(sequence.pages, sequence.computed, len(sequence.tokens))
-            assert found is not None
-            copies += found
+            room = self.pool.extend(sequence.pages, sequence.computed, len(sequence.tokens))
+            assert room is not None
+            copies += room
             count = min(sequence.pending, budget)
-            budget -= 0 if apart and count == 1 else count
+            if not (apart and count == 1):
+                budget -= count
             items.append(Item(sequence, sequence.computed, count))
             self.running.append(sequence)
             sequence.state = State.RUNNING
         self.waiting = [s for s in self.waiting if s.state is State.WAITING]
         return bool(self.waiting) and not full
+
+    def _make_room_to_admit(self, sequence: Sequence) -> bool:
+        """Whether there are pages for all of a waiting sequence, and one for each that runs. Where
+        nothing runs everything else makes room.
+        """
+
+        def fits() -> bool:
+            return self.groups.missing(sequence) + len(self.running) <= len(self.pool.free)
+
+        while not fits():
+            if self.running:
+                return False
+            made = self._make_room(sequence)
+            assert made, "a sequence that fits found no room in an empty cache"
+        return True
 
     def count(self, item: Item) -> None:
         """Book an item as computed."""
@@ -190,7 +219,6 @@ class Scheduler:
         self.groups.computed(sequence)
 
     # ── memory
-    # ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Give up the KV that is missed least, see [Note: progress]; False if there is none that
@@ -221,11 +249,11 @@ class Scheduler:
 
     def _forget(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.computed, sequence.given = 0, len(sequence.tokens)
+        sequence.computed = 0
+        sequence.given = len(sequence.tokens)
         self.groups.forgot(sequence)
 
     # ── what came out
-    # ────────────────────────────────────────────────────────────────────────────────────────────
 
     def accept(
         self, sequence: Sequence, token: int, logp: float, logp_behaviour: float

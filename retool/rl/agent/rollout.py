@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from retool.data.render.renderer import Renderer
-from retool.engine.types import SamplingParams, TurnDone
+from retool.engine import Sampler, SamplingParams, TurnDone
 from retool.rl.agent.episode import Sampled
 from retool.rl.agent.loop import run_episode
 from retool.rl.agent.options import Agent, AgentOptions
@@ -25,25 +25,10 @@ from retool.rl.reward.builtin import overlong_penalty
 from retool.rl.reward.protocol import JUDGES_LOST, Judged
 from retool.rl.types import LOST, TOOL_FAILURE, Prompt, Scored, Stop, Trajectory
 
-# of the event loop between engine steps: in so many a finished turn's call is on its way, and a
-# tool's answer in the engine
-ROUNDS = 3
-
-
-class Engine(Protocol):
-    """What a rollout needs of an engine; `retool.engine.Engine` has it."""
-
-    def start(
-        self,
-        key: Hashable,
-        ids: Sequence[int],
-        params: SamplingParams,
-        group: Hashable | None = None,
-    ) -> None: ...
-    def extend(self, key: Hashable, ids: Sequence[int], params: SamplingParams) -> None: ...
-    def drop(self, key: Hashable) -> None: ...
-    def step(self) -> list[TurnDone]: ...
-    def idle(self) -> bool: ...
+# Between engine steps: in so many a finished turn's call is on its way, and a tool's answer in the
+# engine
+EVENT_LOOP_ROUNDS = 3
+MAX_SECONDS_TO_WAIT = 0.5  # with nothing to decode: a signal to stop may come
 
 
 class Judge(Protocol):
@@ -77,7 +62,7 @@ class Overlong:
 class RolloutParts:
     """What a rollout is made of, the same for every one."""
 
-    engine: Engine
+    engine: Sampler
     judge: Judge
     tools: Mapping[str, Tool]
     renderer: Renderer
@@ -98,9 +83,9 @@ class RolloutTimes:
 
 
 @dataclass
-class _Flight:
-    """Turns under way, episodes that still sample (the others are being judged), and those that
-    ended since it was looked at.
+class _Underway:
+    """`turns` that the engine makes, how many episodes are still `sampling` (the others are being
+    judged), and those that `ended` since it was looked at. `work` wakes who waits for one of these.
     """
 
     turns: dict[Hashable, asyncio.Future[TurnDone]] = field(default_factory=dict)
@@ -124,17 +109,17 @@ async def roll_out(
     between: then nothing is left running and the engine is empty.
     """
     begin = time.perf_counter()
-    flight = _Flight()
+    underway = _Underway()
     times = times or RolloutTimes()
     tasks = [
-        asyncio.create_task(_episode(parts, flight, prompt, sample, sampling, step))
+        asyncio.create_task(_episode(parts, underway, prompt, sample, sampling, step))
         for prompt, sample in requests
     ]
-    flight.sampling = len(tasks)
+    underway.sampling = len(tasks)
     for task in tasks:
-        task.add_done_callback(flight.end)
+        task.add_done_callback(underway.end)
     try:
-        await _drive(parts, flight, len(tasks), times)
+        await _drive(parts, underway, len(tasks), times)
         if not all(task.done() for task in tasks):
             return None
         return [task.result() for task in tasks]
@@ -145,32 +130,33 @@ async def roll_out(
         times.total += time.perf_counter() - begin
 
 
-async def _drive(parts: RolloutParts, flight: _Flight, episodes: int, times: RolloutTimes) -> None:
+async def _drive(
+    parts: RolloutParts, underway: _Underway, episodes: int, times: RolloutTimes
+) -> None:
     """Engine steps until every episode is done; an episode's own error ends it all."""
     while episodes and not parts.stopped():
-        for _ in range(ROUNDS):
+        for _ in range(EVENT_LOOP_ROUNDS):
             await asyncio.sleep(0)  # whatever became ready goes on: new turns, tool results
         if not parts.engine.idle():
             for turn in parts.engine.step():
-                if (future := flight.turns.pop(turn.key, None)) is not None and not future.done():
+                future = underway.turns.pop(turn.key, None)
+                if future is not None and not future.done():  # its episode may be gone
                     future.set_result(turn)
-        elif not flight.ended:
-            await _wait(flight, times)
-        for task in flight.ended:
+        elif not underway.ended:
+            await _wait(underway, times)
+        for task in underway.ended:
             task.result()
-        episodes -= len(flight.ended)
-        flight.ended.clear()
+        episodes -= len(underway.ended)
+        underway.ended.clear()
 
 
-async def _wait(flight: _Flight, times: RolloutTimes) -> None:
-    """Nothing to decode: wait for a new turn or for an episode's end, but not for ever (a signal to
-    stop may come).
-    """
-    flight.work.clear()
+async def _wait(underway: _Underway, times: RolloutTimes) -> None:
+    """Nothing to decode: wait for a new turn or for an episode's end."""
+    underway.work.clear()
     begin = time.perf_counter()
-    for_tools = flight.sampling > 0
+    for_tools = underway.sampling > 0
     with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(flight.work.wait(), 0.5)
+        await asyncio.wait_for(underway.work.wait(), MAX_SECONDS_TO_WAIT)
     seconds = time.perf_counter() - begin
     if for_tools:
         times.tools += seconds
@@ -178,66 +164,80 @@ async def _wait(flight: _Flight, times: RolloutTimes) -> None:
         times.reward += seconds
 
 
-async def _episode(
-    parts: RolloutParts, flight: _Flight, prompt: Prompt, sample: int, sampling: Sampling, step: int
-) -> Scored:
-    """Sample one trajectory and have it judged."""
-    key = (prompt.index, sample)
-    started = False
-    seed = (sampling.seed, sampling.split, step, prompt.index, sample)
-    stop_ids = (*parts.renderer.end_of_turn_ids, *parts.agent.eos_ids)
+@dataclass
+class _EngineSequence:
+    """A trajectory's sequence in the engine; `params` but for each turn's `max_tokens`."""
 
-    async def generate(ids: Sequence[int], max_tokens: int) -> Sampled:
-        nonlocal started
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            stop_ids=stop_ids,
-            seed=seed,
-        )
+    engine: Sampler
+    underway: _Underway
+    key: tuple[int, int]  # prompt, sample
+    params: SamplingParams
+    started: bool = False
+
+    async def generate(self, ids: Sequence[int], max_tokens: int) -> Sampled:
+        """Give the engine `ids`, and wait for the turn that it makes."""
+        params = replace(self.params, max_tokens=max_tokens)
         future: asyncio.Future[TurnDone] = asyncio.get_running_loop().create_future()
-        flight.turns[key] = future
-        if started:
-            parts.engine.extend(key, ids, params)
+        self.underway.turns[self.key] = future
+        if self.started:
+            self.engine.extend(self.key, ids, params)
         else:
-            parts.engine.start(key, ids, params, group=prompt.index)
-        started = True
-        flight.work.set()
+            self.engine.start(self.key, ids, params, group=self.key[0])
+        self.started = True
+        self.underway.work.set()
         turn = await future
         reason = "aborted" if turn.reason == "capacity" else turn.reason
         return Sampled(turn.tokens, turn.logp, turn.logp_behaviour, reason)
 
+    def end(self) -> None:
+        self.underway.turns.pop(self.key, None)
+        if self.started:
+            self.engine.drop(self.key)
+
+
+async def _episode(
+    parts: RolloutParts,
+    underway: _Underway,
+    prompt: Prompt,
+    sample: int,
+    sampling: Sampling,
+    step: int,
+) -> Scored:
+    """Sample one trajectory and have it judged."""
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop_ids=(*parts.renderer.end_of_turn_ids, *parts.agent.eos_ids),
+        seed=(sampling.seed, sampling.split, step, prompt.index, sample),
+    )
+    sequence = _EngineSequence(parts.engine, underway, (prompt.index, sample), params)
     try:
         agent = Agent(parts.tools, parts.renderer, parts.agent)
-        trajectory = await run_episode(prompt, sample, generate, agent, step)
+        trajectory = await run_episode(prompt, sample, sequence.generate, agent, step)
     finally:
-        flight.turns.pop(key, None)
-        flight.sampling -= 1
-        if started:
-            parts.engine.drop(key)
+        underway.sampling -= 1
+        sequence.end()
     if trajectory.stop not in LOST:
         return await _judged(parts, trajectory)
-    return Scored(
-        trajectory,
-        0.0,
-        0.0,
-        {TOOL_FAILURE: trajectory.tool_failure} if trajectory.tool_failure else {},
-    )
+    failure = trajectory.tool_failure
+    return Scored(trajectory, 0.0, 0.0, {TOOL_FAILURE: failure} if failure else {})
 
 
 async def _judged(parts: RolloutParts, trajectory: Trajectory) -> Scored:
     """The trajectory with its score; lost, where it is the judges that are."""
     judged = await parts.judge.judge(trajectory)
     if judged.failure == JUDGES_LOST:
-        return Scored(
-            replace(trajectory, stop=Stop.INFRASTRUCTURE), 0.0, 0.0, {TOOL_FAILURE: judged.reason}
-        )
+        lost = replace(trajectory, stop=Stop.INFRASTRUCTURE)
+        return Scored(lost, 0.0, 0.0, {TOOL_FAILURE: judged.reason})
     reward = judged.score
-    if parts.overlong is not None:
-        longest = parts.agent.max_response_length
+    shaping = parts.overlong
+    if shaping is not None:
         reward += overlong_penalty(
-            trajectory.response_length, longest, parts.overlong.buffer, parts.overlong.factor
+            trajectory.response_length,
+            parts.agent.max_response_length,
+            shaping.buffer,
+            shaping.factor,
         )
     return Scored(trajectory, judged.score, reward, judged.info, judged.failure, judged.trace)

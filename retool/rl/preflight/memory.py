@@ -16,11 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from retool.engine.memory import cached_heads, page_bytes, work_bytes
-from retool.engine.types import EngineOptions
+from retool.engine import EngineOptions, find_backend
 from retool.model.build import DTYPES, plan_layout
 from retool.model.config import ModelConfig
-from retool.parallel.ulysses import HeadPlan
 from retool.perf import GIB
 from retool.preflight.memory import (
     DTYPE_BYTES,
@@ -95,9 +93,11 @@ def step_memory(
     free: bool | Literal["auto"],
     reference: bool,
     device_gib: float | None,
+    backend: str = "native",
 ) -> StepMemory:
-    """Memory of a step that trains under `choice`, with an engine on every `tensor_parallel` ranks;
-    `reference`: with a frozen policy.
+    """Memory of a step that trains under `choice`, with an engine on every `tensor_parallel` ranks.
+
+    `reference`: with a frozen policy. `backend`: `rollout.name`.
     """
     training = choice.prediction
     p = DTYPE_BYTES[setting.compute]
@@ -106,11 +106,11 @@ def step_memory(
     other = (layout.shard_numel + gathered(layout, setting.reshard)) * p if reference else 0.0
     state = training.state + other
     dtype = engine.dtype or DTYPES[setting.compute]
-    weights = sum(u.numel for u in layout.units) * dtype.itemsize
-    heads = cached_heads(HeadPlan(tensor_parallel, 0, model.heads, model.kv_heads, model.head_dim))
-    size = engine.page_size or 256
-    work = work_bytes(engine, model, dtype)
-    page = page_bytes((model.layers, size, heads, model.head_dim), dtype)
+    needed = find_backend(backend).memory(model, engine, dtype, tensor_parallel, layout)
+    weights = needed.weights
+    work = needed.work
+    page = needed.page
+    size = needed.page_size
     longest = -(-(engine.max_length or model.max_position or size) // size)
     useful = float(engine.max_num_seqs * longest * page)
     cache = useful

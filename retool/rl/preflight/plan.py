@@ -61,6 +61,7 @@ class Report(RunReport):
             wanted.rollout.free_cache_engine,
             uses_reference(self.config),
             gpu_memory(self.options),
+            backend=wanted.rollout.name,
         )
 
     @property

@@ -1,0 +1,127 @@
+"""What samples an RL run's tokens: the protocol of a rollout backend, and the backends there are.
+
+A backend is one class with everything of `RolloutEngine`, and a line in `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from retool.engine.engine import Engine
+from retool.engine.memory import EngineMemory
+from retool.engine.types import EngineOptions, SamplingParams, TurnDone
+from retool.model.config import ModelConfig
+from retool.parallel.fsdp import Sharded
+from retool.parallel.fsdp.layout import Layout
+
+
+class Sampler(Protocol):
+    """What a rollout asks of an engine: turns of many sequences, whichever ends first.
+
+    A sequence is known by its `key`, a turn's result by `TurnDone`.
+    """
+
+    def start(
+        self,
+        key: Hashable,
+        ids: Sequence[int],
+        params: SamplingParams,
+        group: Hashable | None = None,
+    ) -> None:
+        """Begin a sequence with a prompt; sequences of one `group` have the same one."""
+        ...
+
+    def extend(self, key: Hashable, ids: Sequence[int], params: SamplingParams) -> None:
+        """Go on with a sequence whose turn is done: `ids` come after its last sampled token."""
+        ...
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a sequence, in whatever state it is."""
+        ...
+
+    def step(self) -> list[TurnDone]:
+        """Compute a little, and return the turns that ended. It returns soon: between two calls
+        tools and judges go on.
+        """
+        ...
+
+    def idle(self) -> bool:
+        """Whether there is nothing to compute and nothing to report."""
+        ...
+
+
+class RolloutEngine(Sampler, Protocol):
+    """What an RL run asks of an engine.
+
+    A step: all ranks `sync`. The rank that leads an engine rolls out and then says `end`, the others
+    of its group `follow` meanwhile. All `release`, where the update needs the memory.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        options: EngineOptions,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """`group`: the ranks that share the engine, None for one of its own. Takes no memory yet."""
+        ...
+
+    @staticmethod
+    def memory(
+        config: ModelConfig, options: EngineOptions, dtype: torch.dtype, ranks: int, layout: Layout
+    ) -> EngineMemory:
+        """What it will take on each of `ranks` GPUs: preflight plans with it, before there is one.
+
+        `layout`: the trainer's weights; `dtype`: the engine's.
+        """
+        ...
+
+    def sync(self, sharded: Sharded) -> None:
+        """Take the trainer's weights over. Collective on all ranks of the trainer."""
+        ...
+
+    def follow(self) -> None:
+        """Ranks of the group that don't lead: work for the one that does, until it says `end`."""
+        ...
+
+    def end(self) -> None:
+        """The leading rank: let the others return from `follow`."""
+        ...
+
+    def release(self) -> None:
+        """Give back the memory until the next `sync`; every sequence is forgotten."""
+        ...
+
+
+# `rollout.name` → class
+BACKENDS: dict[str, type[RolloutEngine]] = {"native": Engine}
+# What existing scripts say. They mean the native engine, as the start-up says, until these exist.
+MEANING_NATIVE = ("vllm", "sglang", "hf")
+
+
+def find_backend(name: str) -> type[RolloutEngine]:
+    """The class that `rollout.name` asks for. ValueError for a name that means nothing."""
+    if name in MEANING_NATIVE:
+        return BACKENDS["native"]
+    if name not in BACKENDS:
+        raise ValueError(
+            f"rollout.name={name}: there is no such backend. There is {', '.join(BACKENDS)}; "
+            f"{', '.join(MEANING_NATIVE)} mean native."
+        )
+    return BACKENDS[name]
+
+
+def make_engine(
+    name: str,
+    config: ModelConfig,
+    device: torch.device,
+    options: EngineOptions,
+    group: dist.ProcessGroup | None = None,
+) -> RolloutEngine:
+    """The engine of a run: `rollout.name`, over the ranks of `group`."""
+    return find_backend(name)(config, device, options, group)

@@ -1,0 +1,46 @@
+"""Rollout backends: what existing scripts name, what there is, and what a backend must have."""
+
+from __future__ import annotations
+
+from typing import get_args, get_type_hints
+
+import pytest
+
+from retool.config import parse
+from retool.engine import Engine, RolloutEngine, find_backend
+from retool.engine.backend import BACKENDS, MEANING_NATIVE
+from retool.rl.config import RLConfig, RolloutConfig
+from retool.rl.preflight.keys import notes
+from tests.rl.test_config import REQUIRED
+
+
+def test_every_name_of_the_configuration_is_a_backend_or_means_native() -> None:
+    names = get_args(get_type_hints(RolloutConfig)["name"])
+    assert sorted(names) == sorted([*BACKENDS, *MEANING_NATIVE])
+    assert {find_backend(name) for name in names} == {Engine}
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, *MEANING_NATIVE])
+def test_the_start_up_says_which_names_mean_native(name: str) -> None:
+    words = [*REQUIRED, f"actor_rollout_ref.rollout.name={name}"]
+    said = [note for note in notes(parse(RLConfig, words)) if "means native here" in note]
+    assert len(said) == (name in MEANING_NATIVE)
+
+
+def test_an_unknown_name_is_refused_with_what_there_is() -> None:
+    with pytest.raises(
+        ValueError, match=r"rollout.name=tensorrt: .* There is native; vllm, sglang"
+    ):
+        find_backend("tensorrt")
+
+
+def test_every_backend_has_the_whole_protocol() -> None:
+    wanted = {
+        name
+        for part in RolloutEngine.__mro__
+        for name in vars(part)
+        if not name.startswith("_") and callable(getattr(part, name))
+    }
+    assert {"start", "extend", "drop", "step", "idle", "sync", "release", "follow", "end"} < wanted
+    for backend in BACKENDS.values():
+        assert wanted <= set(dir(backend))
