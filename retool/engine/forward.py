@@ -25,7 +25,6 @@ from retool.engine.kernels.draws import Draws
 from retool.engine.kernels.kv_cache import KVCache, in_any_order
 from retool.engine.kernels.place import can_place, place
 from retool.engine.kernels.sampling import sample
-from retool.engine.weights import blocks
 from retool.model.block import Block
 from retool.model.compile import compiled, unviewed
 from retool.model.decoder import Decoder
@@ -112,7 +111,7 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     mine = slice(plan.rank * t, (plan.rank + 1) * t)
     cos, sin = rope_tables(positions_T[mine], model.frequencies)
     x_tD = model.decoder.embedded(tokens_T[mine])
-    layers = blocks(model.decoder)
+    layers = model.decoder.layers
     heads = model.pieces.projected(layers[0], x_tD)
     for number, block in enumerate(layers):
         query = _placed(model, number, block, heads, cos, sin, pages)

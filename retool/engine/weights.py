@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from retool.model.block import Block, Execution
+from retool.model.block import Execution
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
 from retool.parallel.fsdp import Sharded
@@ -107,8 +107,3 @@ class Weights:
     @property
     def bytes(self) -> int:
         return sum(b.nbytes for b in self.buffers)
-
-
-def blocks(decoder: Decoder) -> list[Block]:
-    """The decoder's layers."""
-    return decoder.layers

@@ -191,7 +191,7 @@ def test_deterministic_numbers_do_not_depend_on_neighbours(qwen: Path) -> None:
 def test_long_prompts_are_attended_in_blocks(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(qwen)
     prompt = prompts(1, 100, 131, seed=9)[0] + list(range(100))
-    monkeypatch.setattr(attention, "QUERIES", 7)
+    monkeypatch.setattr(attention, "MAX_QUERIES_AT_ONCE", 7)
     engine = engine_of(qwen, model, max_batch_tokens=64)
     engine.start("long", prompt, SamplingParams(max_tokens=8, seed=(1,)))
     turn = run(engine)["long"]

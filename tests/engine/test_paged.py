@@ -66,7 +66,7 @@ def test_decoding_gathers_a_bounded_part_of_the_cache_at_a_time(
     want = paged.paged_attention(query, cache, 0, pages, "torch")
     gathered = paged._gathered
     rows = []
-    monkeypatch.setattr(paged, "GATHERED", 2 * 3 * cache.data[0, 0].nbytes + 1)
+    monkeypatch.setattr(paged, "MAX_GATHERED_BYTES", 2 * 3 * cache.data[0, 0].nbytes + 1)
     monkeypatch.setattr(
         paged, "_gathered", lambda data, tables: rows.append(len(tables)) or gathered(data, tables)
     )

@@ -35,26 +35,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from retool.engine.kernels.kv_cache import KVCache
 from retool.model.attention.dispatch import TRUSTED, tried
 
-# of a chunk that torch's attention takes at a time: their mask has as many bytes as they have keys,
-# per query head
-QUERIES = 512
-GATHERED = 1 << 29  # bytes of keys and values that it takes at a time, of single tokens
+# Of a chunk, in torch's attention: the mask has as many bytes as they have keys, per query head
+MAX_QUERIES_AT_ONCE = 512
+MAX_GATHERED_BYTES = 1 << 29  # of keys and values, in torch's attention of single tokens
 # cuDNN, torch's choice on Hopper, compiles a plan for every shape
-ON_GPU = [
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+ON_GPU = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
 class Pages:
-    """Where a step's tokens are and what they see.
+    """Where a step's tokens are and what they see. Items are in order, decode items first.
 
-    `slots` int64 [T]: where their KV goes. Per item, decode items first: `tables` int32 [S, W],
-    `lengths` int32 [S] with the new tokens. Of the chunk items also `offsets` int32 [chunks + 1]
-    (their queries), `key_offsets` (their keys), and on the host `counts` of new tokens and
-    `host_lengths`. `each_alone`: no item's numbers may depend on another one's length; torch then
-    needs the decode items' `host_lengths`.
+    Of tokens: `slots` int64 [T], where their KV goes. Of items: `tables` int32 [S, W], `lengths`
+    int32 [S] with the new tokens. The first `decode` of them are decode items.
+
+    Of the chunk items alone: `offsets` int32 [chunks + 1] of their queries, `key_offsets` of their
+    keys, and on the host `counts` of new tokens and `host_lengths`.
+
+    `each_alone`: no item's numbers may depend on another one's length; torch then needs the decode
+    items' `host_lengths`.
     """
 
     slots: Tensor
@@ -72,13 +71,10 @@ def choose_paged(device: torch.device, dtype: torch.dtype, head_dim: int, page_s
     """The first of `KERNELS` that take these inputs and compute rightly on this device."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "torch"
-    flash = (
-        find_spec("flash_attn") is not None
-        and head_dim % 8 == 0
-        and head_dim <= 256
-        and page_size % 256 == 0
-    )
-    for name in ["triton"] * _ours(head_dim, page_size) + ["flash"] * flash:
+    candidates = {"triton": _ours(head_dim, page_size), "flash": _flash(head_dim, page_size)}
+    for name, takes_this in candidates.items():
+        if not takes_this:
+            continue
         error = paged_error(name, device, dtype, head_dim, page_size)
         if error <= TRUSTED:
             return name
@@ -88,6 +84,12 @@ def choose_paged(device: torch.device, dtype: torch.dtype, head_dim: int, page_s
         )
         warnings.warn(f"{wrong}: the next ones are used, which are slower.", stacklevel=2)
     return "torch"
+
+
+def _flash(head_dim: int, page_size: int) -> bool:
+    """Whether flash-attn is there and takes this."""
+    fits = head_dim % 8 == 0 and head_dim <= 256 and page_size % 256 == 0
+    return fits and find_spec("flash_attn") is not None
 
 
 def _ours(head_dim: int, page_size: int) -> bool:
@@ -107,35 +109,36 @@ def paged_error(
     random numbers, against torch's attention in fp32: about 0.005 in bf16; infinite where they
     don't run at all (a build for another torch or GPU).
     """
+    shape = (1, page_size, 2, head_dim)
     generator = torch.Generator().manual_seed(0)
-    cache = KVCache((1, page_size, 2, head_dim), 6, dtype, device)
+    cache = KVCache(shape, 6, dtype, device)
     cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
-    # two decode items, and a chunk
+    exact = KVCache(shape, 6, torch.float32, device)
+    exact.data.copy_(cache.data)
+    # Two decode items, and a chunk
     lengths = (1, page_size + 44, page_size + 30)
     count = 40
     query = torch.randn(2 + count, 4, head_dim, generator=generator).to(device, dtype)
     on_device = partial(torch.tensor, dtype=torch.int32, device=device)
     pages = Pages(
-        torch.zeros(1, dtype=torch.int64, device=device),
-        on_device([[1, 0], [4, 2], [5, 3]]),
-        on_device(lengths),
-        2,
-        on_device([0, count]),
-        on_device([0, lengths[2]]),
-        (count,),
-        lengths[2:],
+        slots=torch.zeros(1, dtype=torch.int64, device=device),
+        tables=on_device([[1, 0], [4, 2], [5, 3]]),
+        lengths=on_device(lengths),
+        decode=2,
+        offsets=on_device([0, count]),
+        key_offsets=on_device([0, lengths[2]]),
+        counts=(count,),
+        host_lengths=lengths[2:],
     )
-    exact = KVCache((1, page_size, 2, head_dim), 6, torch.float32, device)
-    exact.data.copy_(cache.data)
-    found = tried(
+    out = tried(
         lambda: paged_attention(query, cache, 0, pages, kernels).float(),
         f"the paged kernels {kernels!r} fail here",
     )
-    if found is None:
+    if out is None:
         return math.inf
-    want = paged_attention(query.float(), exact, 0, pages, "torch")
+    wanted = paged_attention(query.float(), exact, 0, pages, "torch")
     # Each counts alike: those of few keys are much larger numbers
-    errors = (found - want).norm(dim=-1) / want.norm(dim=-1)
+    errors = (out - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     return float(errors.square().mean().sqrt())
 
 
@@ -152,13 +155,12 @@ def paged_attention(
         return decode(q_TNH, data, pages)
     if pages.decode == 0:
         return chunk(q_TNH, data, pages)
-    return torch.cat(
-        [decode(q_TNH[: pages.decode], data, pages), chunk(q_TNH[pages.decode :], data, pages)]
-    )
+    of_decode = decode(q_TNH[: pages.decode], data, pages)
+    of_chunks = chunk(q_TNH[pages.decode :], data, pages)
+    return torch.cat([of_decode, of_chunks])
 
 
 # ── fused
-# ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _flash_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
@@ -220,7 +222,6 @@ def _triton_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
 
 
 # ── torch
-# ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _attend(q_SCNH: Tensor, kv_SLJH: Tensor, lengths_S: Tensor) -> Tensor:
@@ -251,18 +252,22 @@ def _gathered(data: Tensor, tables_SW: Tensor) -> Tensor:
 def _torch_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
     tables = pages.tables[: pages.decode]
     lengths = pages.lengths[: pages.decode]
-    if not (pages.each_alone and pages.host_lengths):
-        rows = max(1, GATHERED // (tables.shape[1] * data[0].nbytes))
-        parts = zip(q_DNH.split(rows), tables.split(rows), lengths.split(rows), strict=True)
-        return torch.cat(
-            [
-                _attend(q[:, None], _gathered(data, table), length)[:, 0]
-                for q, table, length in parts
-            ]
-        )
+    if pages.each_alone and pages.host_lengths:
+        return _torch_decode_alone(q_DNH, data, tables, lengths, pages.host_lengths)
+    rows = max(1, MAX_GATHERED_BYTES // (tables.shape[1] * data[0].nbytes))
+    parts = zip(q_DNH.split(rows), tables.split(rows), lengths.split(rows), strict=True)
+    outs = [_attend(q[:, None], _gathered(data, table), length) for q, table, length in parts]
+    return torch.cat([out[:, 0] for out in outs])
+
+
+def _torch_decode_alone(
+    q_DNH: Tensor, data: Tensor, tables: Tensor, lengths: Tensor, host_lengths: tuple[int, ...]
+) -> Tensor:
+    """Item after item, each over its own keys and no more."""
     rows = []
-    for i, length in enumerate(pages.host_lengths):
-        kv = _gathered(data, tables[i : i + 1, : -(-length // data.shape[1])])[:, :length]
+    for i, length in enumerate(host_lengths):
+        pages = -(-length // data.shape[1])
+        kv = _gathered(data, tables[i : i + 1, :pages])[:, :length]
         rows.append(_attend(q_DNH[i : i + 1, None], kv, lengths[i : i + 1])[:, 0])
     return torch.cat(rows)
 
@@ -271,22 +276,22 @@ def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
     rows = []
     start = 0
     for i, (count, length) in enumerate(zip(pages.counts, pages.host_lengths, strict=True)):
-        table = pages.tables[pages.decode + i : pages.decode + i + 1]
-        kv = _gathered(data, table[:, : -(-length // data.shape[1])])
-        for low in range(0, count, QUERIES):
-            high = min(low + QUERIES, count)
+        item = pages.decode + i
+        table = pages.tables[item : item + 1, : -(-length // data.shape[1])]
+        kv = _gathered(data, table)
+        for low in range(0, count, MAX_QUERIES_AT_ONCE):
+            high = min(low + MAX_QUERIES_AT_ONCE, count)
             seen = length - count + high
             queries = q_TNH[None, start + low : start + high]
-            rows.append(
-                _attend(queries, kv[:, :seen], torch.full((1,), seen, device=q_TNH.device))[0]
-            )
+            lengths = torch.full((1,), seen, device=q_TNH.device)
+            rows.append(_attend(queries, kv[:, :seen], lengths)[0])
         start += count
     return torch.cat(rows)
 
 
 # (queries, a layer of the cache, pages) → like the queries
 Kernel = Callable[[Tensor, Tensor, Pages], Tensor]
-KERNELS: dict[str, tuple[Kernel, Kernel]] = {  # of chunks, of single tokens
+KERNELS: dict[str, tuple[Kernel, Kernel]] = {  # for chunks, for single tokens
     "triton": (_triton_chunks, _triton_decode),
     "flash": (_flash_chunks, _flash_decode),
     "torch": (_torch_chunks, _torch_decode),
