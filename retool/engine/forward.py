@@ -1,13 +1,14 @@
 """The training decoder's forward with paged attention in the middle, then a draw for the rows that
 want one.
 
-    embed → projected → [rope, to the cache, attention → o, MLP, the next block's norm and projection] × L → head
+    embed → projected → [rope, to the cache → attention → after, the next block's projected] × L → head
 
-What is in brackets is two pieces as training has them, cut elsewhere: a sum and the norm of it are
-one kernel, and so are rope and the cache's writes on a GPU.
+A block computes `before`, attention and `after` in training. Here it is cut elsewhere, into pieces of
+the same methods: a sum and the norm of it are one kernel then, and so are rope and the cache's writes
+on a GPU (`fused`).
 
-t tokens of this rank (all T without a tensor-parallel group) · D model · R rows · r this rank's · J
-kv heads, keys and values.
+Legend: t tokens of this rank (all T without a tensor-parallel group) · D model · R rows · r this
+rank's · N query heads, n this rank's · J = 2k heads, keys before values, in the cache.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v
 
 
 class Pieces(NamedTuple):
-    """Of a forward, local to a token; compiled where the decoder is."""
+    """What of a block is local to a token; compiled where the decoder is."""
 
     projected: Callable[[Block, Tensor], Tensor]
     rotated: Callable[[Block, Tensor, Tensor, Tensor], Tensor]
@@ -46,7 +47,7 @@ class Pieces(NamedTuple):
 class Model:
     """What every forward needs, the same from step to step.
 
-    `fused`: rope and the cache's writes are one kernel.
+    `kernels`: which attention. `fused`: rope and the cache's writes are one kernel.
     """
 
     decoder: Decoder
@@ -72,14 +73,14 @@ def make_model(
         and can_place(device, cache.data.dtype, plan.head_dim, decoder.config.qk_norm)
     )
     return Model(
-        decoder,
-        cache,
-        plan,
-        group,
-        kernels,
-        inverse_frequencies(decoder.config, device),
-        pieces,
-        fused,
+        decoder=decoder,
+        cache=cache,
+        plan=plan,
+        group=group,
+        kernels=kernels,
+        frequencies=inverse_frequencies(decoder.config, device),
+        pieces=pieces,
+        fused=fused,
     )
 
 
@@ -107,7 +108,7 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     T must be a multiple of the group's size.
     """
     plan = model.plan
-    t = len(tokens_T) // model.plan.sp
+    t = len(tokens_T) // plan.sp
     mine = slice(plan.rank * t, (plan.rank + 1) * t)
     cos, sin = rope_tables(positions_T[mine], model.frequencies)
     x_tD = model.decoder.embedded(tokens_T[mine])
@@ -116,9 +117,8 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     for number, block in enumerate(layers):
         query = _placed(model, number, block, heads, cos, sin, pages)
         out = paged_attention(query, model.cache, number, pages, model.kernels)
-        a_tE = join_heads(
-            all_to_all(out.flatten(), *plan.to_sequence(t), model.group), plan
-        ).flatten(1)
+        received = all_to_all(out.flatten(), *plan.to_sequence(t), model.group)
+        a_tE = join_heads(received, plan).flatten(1)
         if number + 1 < len(layers):
             x_tD, heads = model.pieces.between(block, layers[number + 1], x_tD, unviewed(a_tE))
         else:
@@ -152,9 +152,8 @@ def _adjacent(received: Tensor, key: Tensor, value: Tensor, plan: HeadPlan) -> T
     """Keys and values [T, J, H] in one tensor: as they came, unless heads were expanded."""
     if plan.expansion:
         return torch.cat([key, value], 1)
-    return received.view(-1, plan.widths[plan.rank], plan.head_dim)[
-        :, len(plan.query_ranges[plan.rank]) :
-    ]
+    heads = received.view(-1, plan.widths[plan.rank], plan.head_dim)
+    return heads[:, len(plan.query_ranges[plan.rank]) :]
 
 
 def logits_of(hidden_rD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -180,9 +179,9 @@ def draw(
     dtype = torch.promote_types(x_tD.dtype, torch.float32)
     out = torch.zeros(3, len(rows_R), dtype=dtype, device=x_tD.device)
     if len(places):
-        found = _scored(model, x_tD[local], Draws(*(d[places] for d in draws)), filtered)
+        drawn = _scored(model, x_tD[local], Draws(*(d[places] for d in draws)), filtered)
         with in_any_order():
-            out[:, places] = found
+            out[:, places] = drawn
     return sum_over(out, model.group)
 
 

@@ -33,16 +33,17 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 def make_decoder(
     config: ModelConfig, device: torch.device, group: dist.ProcessGroup | None, compiled: bool
 ) -> Decoder:
-    """The decoder on the meta device, with its heads split over `group`. Its parameters ask for
-    gradients as the trainer's do, so that both share the compiled graph of `after`; the engine runs
-    without.
+    """The decoder on the meta device, with its heads split over `group`.
+
+    Its parameters ask for gradients as the trainer's do, so that both share the compiled graph of
+    `after`; the engine runs without.
     """
-    ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    ranks = 1 if group is None else dist.get_world_size(group)
+    rank = 0 if group is None else dist.get_rank(group)
     mesh = Mesh(rank, ranks, ranks, 1, device, sp_group=group)
     plan = HeadPlan(ranks, rank, config.heads, config.kv_heads, config.head_dim)
     with torch.device("meta"):
-        decoder = Decoder(config, Execution(plan, mesh, compiled=compiled))
-    return decoder
+        return Decoder(config, Execution(plan, mesh, compiled=compiled))
 
 
 class Weights:
@@ -55,13 +56,13 @@ class Weights:
         self.buffers: list[torch.Tensor] = []
 
     def sync(self, sharded: Sharded) -> None:
-        """Gather every unit of the trainer's compute weights once, in place, and round the residual
-        stream where the trainer does: errors that both make cancel in part. A collective call of
-        all ranks that share them.
+        """Gather every unit of the trainer's compute weights once, in place. Collective on all ranks
+        that share them.
 
         Raises ValueError if the trainer's model has other parameters than the engine's.
         """
         assert isinstance(sharded.module, Decoder)
+        # Rounded where the trainer rounds: errors that both make cancel in part
         self.decoder.execution = replace(
             self.decoder.execution, fp32_residual=sharded.module.execution.fp32_residual
         )
@@ -72,12 +73,12 @@ class Weights:
             if group is None:
                 buffer.copy_(unit.shard)
             else:
-                _all_gather(
-                    buffer, unit.shard.to(sharded.param_dtype).to(buffer.dtype), group=group
-                )
+                shard = unit.shard.to(sharded.param_dtype).to(buffer.dtype)
+                _all_gather(buffer, shard, group=group)
 
     def _allocate(self, layout: Layout, dtype: torch.dtype) -> None:
-        slots = {s.name: s.shape for u in layout.units for s in u.slots}
+        """Make the buffers, and the parameters views of them."""
+        slots = {slot.name: slot.shape for unit in layout.units for slot in unit.slots}
         mine = {name: tuple(p.shape) for name, p in self.decoder.named_parameters()}
         if slots != mine:
             names = ", ".join(sorted(set(slots) ^ set(mine))[:3]) or "shapes differ"
@@ -89,9 +90,8 @@ class Weights:
         for unit in layout.units:
             buffer = torch.empty(unit.numel, dtype=dtype, device=self.device)
             for slot in unit.slots:
-                self._point(
-                    slot.name, buffer[slot.offset : slot.offset + slot.numel].view(slot.shape)
-                )
+                flat = buffer[slot.offset : slot.offset + slot.numel]
+                self._point(slot.name, flat.view(slot.shape))
             self.buffers.append(buffer)
 
     def _point(self, name: str, view: torch.Tensor) -> None:

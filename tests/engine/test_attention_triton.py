@@ -51,7 +51,7 @@ def compare() -> None:
         (16, 8, 32, torch.float16, 16),
     )
     for heads, kv_heads, dim, dtype, programs in shapes:
-        kernels.PROGRAMS = programs
+        kernels.TARGET_PROGRAMS = programs
         cache, tables = layer_of(kv_heads, dim, dtype, generator)
         query = torch.randn(len(LENGTHS), heads + 3, dim, generator=generator).to(dtype)[:, :heads]
         found = kernels.decode_rows(query, cache.data[0], tables, lengths)

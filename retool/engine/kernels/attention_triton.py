@@ -16,8 +16,8 @@ several: it reads longer pieces of memory, and a query is zero where another hea
 Chunks: a program has a tile of queries of a head, and goes over the keys that all of them see, then
 over those that only some do.
 
-Legend: T tokens of chunks · S chunks · D sequences · N query heads · G query heads per kv head · J
-kv heads, keys before values · P tokens of a page · W pages of the longest sequence · H head dim.
+Legend: T tokens of chunks · S chunks · D sequences · N query heads · K kv heads · J = 2K, keys before
+values · G query heads per kv head · P tokens of a page · W pages of the longest sequence · H head dim.
 """
 
 from __future__ import annotations
@@ -32,18 +32,22 @@ from torch import Tensor
 from retool.engine.kernels.kv_cache import HEAD_DIMS
 
 BLOCK = 64  # keys at a time: within a page
-PROGRAMS = 512  # about so many parts in all: more of them only cost more to join
-MOST = 64  # parts of a sequence
+# Single tokens
+TARGET_PROGRAMS = 512  # about so many parts in all: more of them only cost more to join
+MAX_PARTS = 64  # of a sequence
+MAX_KEY_WIDTH = 128  # numbers of a token's key that a program reads
 WARPS = 2
 STAGES = 3  # of the pipeline of loads
-WIDEST = 128  # numbers of a token's key that a program reads
-CHUNKS = {128: (64, 4), 256: (32, 8)}  # queries at a time and warps: heads up to so wide
+# Chunks: queries at a time and warps, for heads up to so wide
+CHUNK_TILES = {128: (64, 4), 256: (32, 8)}
 
 
 @triton.jit
 def _folded(scores, scale, v, largest, total, result):
-    """A running softmax with a block of keys more: the largest scaled score (of base 2), the sum
-    relative to it, and so the values' sum.
+    """A running softmax, one block of keys further.
+
+    Returns the largest scaled score (of base 2), the sum of all relative to it, and the values' sum,
+    relative to it too.
     """
     above = tl.maximum(largest, tl.max(scores, 1) * scale)
     decay = tl.exp2(largest - above)
@@ -218,7 +222,7 @@ def heads_together(kv_heads: int, group: int, dim: int) -> int:
     while (
         kv_heads % (2 * together) == 0
         and 2 * together * group <= 16
-        and 2 * together * dim <= WIDEST
+        and 2 * together * dim <= MAX_KEY_WIDTH
     ):
         together *= 2
     return together
@@ -228,29 +232,27 @@ def parts_for(programs: int) -> int:
     """How many parts each sequence is cut into, of which each takes so many programs: a power of
     two, whatever the lengths.
     """
-    return min(MOST, 1 << max(0, (PROGRAMS // programs).bit_length() - 1))
+    return min(MAX_PARTS, 1 << max(0, (TARGET_PROGRAMS // programs).bit_length() - 1))
 
 
 def decode_rows(q_DNH: Tensor, data: Tensor, tables_DW: Tensor, lengths_D: Tensor) -> Tensor:
-    """out [D, N, H] of a query per sequence over the first `lengths` (at least 1) keys on its
-    pages; `data` is a layer of the cache, [pages, P, J, H]. A sequence's numbers depend on the
-    others' number, not on their lengths.
+    """out [D, N, H] of a query per sequence over the first `lengths` (at least 1) keys on its pages.
+
+    `data` is a layer of the cache, [pages, P, J, H]. A sequence's numbers depend on how many the
+    others are, not on their lengths.
     """
-    (rows, heads, dim), kv_heads = q_DNH.shape, data.shape[2] // 2
+    rows, heads, dim = q_DNH.shape
+    kv_heads = data.shape[2] // 2
     group = heads // kv_heads
     together = heads_together(kv_heads, group, dim)
     parts = parts_for(rows * kv_heads // together)
     out = torch.empty(rows, heads, dim, dtype=q_DNH.dtype, device=q_DNH.device)
-    found = (
-        out
-        if parts == 1
-        else torch.empty(rows, heads, parts, dim, dtype=torch.float32, device=q_DNH.device)
-    )
-    lse = (
-        found
-        if parts == 1
-        else torch.empty(rows, heads, parts, dtype=torch.float32, device=q_DNH.device)
-    )
+    # A single part is the result
+    found = out
+    lse = out
+    if parts > 1:
+        found = torch.empty(rows, heads, parts, dim, dtype=torch.float32, device=q_DNH.device)
+        lse = torch.empty(rows, heads, parts, dtype=torch.float32, device=q_DNH.device)
     _attention_kernel[(rows, kv_heads // together, parts)](
         q_DNH,
         q_DNH.stride(0),
@@ -283,12 +285,15 @@ def decode_rows(q_DNH: Tensor, data: Tensor, tables_DW: Tensor, lengths_D: Tenso
 def chunk_rows(
     q_TNH: Tensor, data: Tensor, tables_SW: Tensor, lengths_S: Tensor, offsets: Tensor, longest: int
 ) -> Tensor:
-    """out [T, N, H] of chunks, causal: queries `offsets` [S + 1] are the last of their sequence's
-    `lengths` keys. No chunk is longer than `longest`; what belongs to none isn't written.
+    """out [T, N, H] of chunks, causal.
+
+    A chunk's queries lie at `offsets` [S + 1], and are the last of their sequence's `lengths` keys.
+    No chunk is longer than `longest`; what belongs to none isn't written.
     """
-    (tokens, heads, dim), kv_heads = q_TNH.shape, data.shape[2] // 2
+    tokens, heads, dim = q_TNH.shape
+    kv_heads = data.shape[2] // 2
     out = torch.empty(tokens, heads, dim, dtype=q_TNH.dtype, device=q_TNH.device)
-    tile, warps = next(config for widest, config in CHUNKS.items() if dim <= widest)
+    tile, warps = next(config for widest, config in CHUNK_TILES.items() if dim <= widest)
     _chunk_kernel[(triton.cdiv(longest, tile), len(tables_SW), heads)](
         q_TNH,
         q_TNH.stride(0),

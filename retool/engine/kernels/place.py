@@ -42,11 +42,8 @@ def can_place(device: torch.device, dtype: torch.dtype, head_dim: int, normed: b
     """Whether `place` takes these inputs, with or without norms, and computes rightly on this
     device: tried on a few random numbers.
     """
-    if (
-        device.type != "cuda"
-        or dtype not in (torch.bfloat16, torch.float16)
-        or head_dim not in HEAD_DIMS
-    ):
+    half_precision = dtype in (torch.bfloat16, torch.float16)
+    if device.type != "cuda" or not half_precision or head_dim not in HEAD_DIMS:
         return False
     if find_spec("triton") is None:
         return False
@@ -64,13 +61,14 @@ def can_place(device: torch.device, dtype: torch.dtype, head_dim: int, normed: b
     )
     if query is None:
         return False
-    found = torch.cat([query, data.flatten(0, 1)[slots]], 1).float()
+    placed = torch.cat([query, data.flatten(0, 1)[slots]], 1).float()
+
     q, k, v = heads.float().split([3, 2, 2], 1)
     if normed:
         q = rms_norm(q, weights[0].float(), 1e-6)
         k = rms_norm(k, weights[1].float(), 1e-6)
-    want = torch.cat([rotate(q, cos, sin), rotate(k, cos, sin), v], 1)
-    right = bool((found - want).norm() <= TRUSTED * want.norm())
+    wanted = torch.cat([rotate(q, cos, sin), rotate(k, cos, sin), v], 1)
+    right = bool((placed - wanted).norm() <= TRUSTED * wanted.norm())
     if not right:
         wrong = f"the kernel for rope computes wrongly on this device with heads of {head_dim}"
         warnings.warn(f"{wrong}: torch's are used, which are slower.", stacklevel=2)

@@ -1,7 +1,8 @@
 # ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
 # pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""q, k and v of new tokens in one kernel, see `place.py`: a program has all heads of a token, each
-as two halves that rope turns.
+"""q, k and v of new tokens in one kernel, see `place.py`.
+
+A program has all heads of a token, each as two halves that rope turns.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def _place_kernel(
     lane = tl.arange(0, HALF)[None, :]
     at = heads_ptr + token * row + head * 2 * HALF + lane
     there = head < HEADS + 2 * KV_HEADS
-    asks = head < HEADS
-    turns = head < HEADS + KV_HEADS
+    is_query = head < HEADS
+    turns = head < HEADS + KV_HEADS  # values don't
     low = tl.load(at, there, other=0.0)
     high = tl.load(at + HALF, there, other=0.0)
     dtype = low.dtype
@@ -48,22 +49,21 @@ def _place_kernel(
     cos = tl.load(cos_ptr + token * HALF + lane)
     sin = tl.load(sin_ptr + token * HALF + lane)
     if NORMS:
-        shrink = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[
-            :, None
-        ]
-        low_weight = tl.where(asks, tl.load(q_norm_ptr + lane), tl.load(k_norm_ptr + lane)).to(
-            tl.float32
-        )
-        high_weight = tl.where(
-            asks, tl.load(q_norm_ptr + HALF + lane), tl.load(k_norm_ptr + HALF + lane)
-        ).to(tl.float32)
+        square = tl.sum(low * low, 1) + tl.sum(high * high, 1)
+        shrink = tl.rsqrt(square / (2 * HALF) + eps)[:, None]
+        q_low = tl.load(q_norm_ptr + lane)
+        k_low = tl.load(k_norm_ptr + lane)
+        q_high = tl.load(q_norm_ptr + HALF + lane)
+        k_high = tl.load(k_norm_ptr + HALF + lane)
+        low_weight = tl.where(is_query, q_low, k_low).to(tl.float32)
+        high_weight = tl.where(is_query, q_high, k_high).to(tl.float32)
         low = tl.where(turns, low * shrink * low_weight, low)
         high = tl.where(turns, high * shrink * high_weight, high)
     first = tl.where(turns, low * cos - high * sin, low).to(dtype)
     second = tl.where(turns, high * cos + low * sin, high).to(dtype)
     query = query_ptr + (token * HEADS + head) * 2 * HALF + lane
-    tl.store(query, first, asks)
-    tl.store(query + HALF, second, asks)
+    tl.store(query, first, is_query)
+    tl.store(query + HALF, second, is_query)
     kept = data_ptr + tl.load(slots_ptr + token) * token_stride + (head - HEADS) * 2 * HALF + lane
     tl.store(kept, first, there & (head >= HEADS))
     tl.store(kept + HALF, second, there & (head >= HEADS))
