@@ -222,9 +222,12 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The parts above in a command's configuration, and what their keys there begin with (`sp_key`
-    and `pretrained_key`, of the model to begin with: the whole key); `samples`: whether it samples
-    from the policy, too.
+    """What every command has: the parts above, and a few settings that each keeps elsewhere.
+
+    The `…_key`s say what the keys of those parts begin with in the command's own configuration
+    (`sp_key` and `pretrained_key`, of the model to begin with, are whole keys). `samples`: whether
+    the command samples from the policy, too. `saves`: whether it trains and writes checkpoints, or
+    only validates. `subfolder` of a checkpoint holds the model's files.
     """
 
     trainer: TrainerConfig
@@ -240,6 +243,10 @@ class RunOptions:
     pretrained_key: str = "model.partial_pretrain"
     command: str = "retool.sft"
     samples: bool = False
+    saves: bool = True
+    subfolder: str = ""
+    chat_template: str | None = None
+    max_grad_norm: float = 1.0
 
     @property
     def fp32_residual(self) -> bool:

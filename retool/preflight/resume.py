@@ -1,9 +1,8 @@
 """Going on from a checkpoint: which one, whether it can be loaded, and whether it is this run's.
 
-No weights are read.
-
-Preflight asks first (`find_checkpoint`, `check_checkpoint`), for `--check` and for the run alike;
-the run asks again only where the run before it was just ending and saved once more (`to_resume`).
+No weights are read: `retool.run.resume` loads. Preflight asks first (`find_checkpoint`,
+`check_checkpoint`), for `--check` and for the run alike. The run asks again only where it takes
+another one after all.
 """
 
 from __future__ import annotations
@@ -13,13 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
-
 from retool import checkpoint
 from retool.checkpoint.flat.fill import match_names
 from retool.checkpoint.format.folder import DATA, model_folder
-from retool.checkpoint.format.tracker import STEP, TRACKER, candidates, checkpoints, tracked
+from retool.checkpoint.format.tracker import STEP, TRACKER, candidates, checkpoints
 from retool.checkpoint.read import data_state, extra_state
 from retool.checkpoint.resume import problems
 from retool.checkpoint.shards.source import ShardSource
@@ -28,14 +24,10 @@ from retool.config.options import RunOptions
 from retool.data.render.dates import today
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
-from retool.parallel.mesh import Mesh
 from retool.preflight.identity import Change, changed_keys, changes, flat, shown
 from retool.preflight.plan import RunReport
 
 R = TypeVar("R", bound=RunReport)
-
-
-# --- before the run ---
 
 
 def find_checkpoint(report: R) -> R:
@@ -276,62 +268,3 @@ def _anew(options: RunOptions, found: Path) -> str:
         else f" (made by python -m retool.checkpoint merge {found} --out DIR)"
     )
     return f"give {options.pretrained_key}={name}{merge} and another trainer.default_local_dir"
-
-
-# --- in the run ---
-
-
-def to_resume(report: R, mesh: Mesh) -> R:
-    """The report with the checkpoint to go on from, the same on every rank. Collective.
-
-    The run before may have been ending while this one read its data: what it saved last is taken.
-    ValueError where that can't be.
-    """
-    # A shared disk may show the others an older listing
-    found = [_newest(report) if mesh.rank == 0 else None]
-    if mesh.world_group is not None:
-        dist.broadcast_object_list(found, src=0, group=mesh.world_group, device=torch.device("cpu"))
-    if found[0] == report.resume:
-        return report
-    again = check_checkpoint(with_checkpoint(report, found[0]))
-    if again.faults:
-        raise ValueError("\n".join(map(str, again.faults)))
-    return again
-
-
-def _newest(report: RunReport) -> Path | None:
-    trainer = report.options.trainer
-    found = report.resume
-    if trainer.resume_mode != "auto":
-        return found
-    named = tracked(Path(trainer.default_local_dir))
-    known = None if found is None else STEP.match(found.name)
-    if (named is None and found is None) or (known is not None and named == int(known[1])):
-        return found
-    return checkpoint.latest(Path(trainer.default_local_dir), trainer.resume_fallback)
-
-
-def load_checkpoint(
-    report: RunReport, mesh: Mesh, state: checkpoint.ModelState
-) -> tuple[Path, checkpoint.Loaded]:
-    """The checkpoint that was found, loaded; where reading it shows damage, the newest older one
-    that is whole. Collective.
-
-    ValueError where there is none, or `trainer.resume_fallback=false` insists.
-    """
-    assert report.resume is not None
-    trainer = report.options.trainer
-    folders = [[report.resume]]
-    if trainer.resume_mode == "auto" and trainer.resume_fallback and mesh.rank == 0:
-        known = candidates(Path(trainer.default_local_dir), say=False)
-        folders = [known[known.index(report.resume) :] if report.resume in known else folders[0]]
-    if mesh.world_group is not None:
-        dist.broadcast_object_list(
-            folders, src=0, group=mesh.world_group, device=torch.device("cpu")
-        )
-    found, loaded = checkpoint.load_whole(folders[0], state, mesh, trainer.seed)
-    if found != report.resume:
-        again = check_checkpoint(with_checkpoint(report, found))
-        if again.faults:
-            raise ValueError("\n".join(map(str, again.faults)))
-    return found, loaded

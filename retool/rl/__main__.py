@@ -21,30 +21,31 @@ def main(words: list[str]) -> int:
     if "--help" in words or "-h" in words:
         print(help_text(RLConfig, "python -m retool.rl", EXAMPLE, SYNONYMS))
         return 0
-    warn_from_first_rank(int(os.environ.get("RANK", 0)))
+    rank = int(os.environ.get("RANK", 0))
+    warn_from_first_rank(rank)
     hide_in_tracebacks()
     checking = "--check" in words
+    # Heavy imports come late: `--help` doesn't wait for torch.
+    from retool.preflight.show import show_plan
     from retool.rl.agent.tools.load import close_tools
     from retool.rl.preflight.checks import preflight
     from retool.rl.preflight.show import in_words
-    from retool.run.start import start
+    from retool.rl.train import train
+    from retool.run.start import alone_in_folder, ended_well, verdict_of_all
 
-    report = preflight(
-        read(RLConfig, [w for w in words if w != "--check"], SYNONYMS), planning=checking
-    )
-
-    def run() -> None:
-        from retool.rl.train import train
-
-        train(report)
-
-    return start(
-        report,
-        lambda: in_words(report),
-        run,
-        checking,
-        lambda: asyncio.run(close_tools(report.tools)),
-    )
+    parsed = read(RLConfig, [word for word in words if word != "--check"], SYNONYMS)
+    report = preflight(parsed, planning=checking)
+    with alone_in_folder(report, checking) as report:
+        # The store stays open until the run has a process group.
+        faults, _store = verdict_of_all(report, checking)
+        if not faults and rank == 0:
+            show_plan(in_words(report), report.notes)
+        if faults or checking:
+            asyncio.run(close_tools(report.tools))  # which preflight started to try them
+            return int(bool(faults))
+        with ended_well() as ending:
+            train(report)
+    return ending.status
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class _Sampled:
 
 def collect(run: Run, state: TrainState, times: Metrics) -> Collected | None:
     """Sample a step's groups; None when asked to stop."""
-    wanted = run.config.data.train_batch_size
+    wanted = run.session.report.config.data.train_batch_size
     sync(run, times)
     sampled = _sample_rounds(run, state, times)
     release(run)
@@ -61,7 +61,10 @@ def collect(run: Run, state: TrainState, times: Metrics) -> Collected | None:
         rounds = f"{sampled.collection.rounds} rounds of sampling"
         what = "training on them" if groups else "nothing is trained"
         step = state.step + 1
-        say(run.mesh, f"step {step}: {len(groups)} of {wanted} groups after {rounds}; {what}.")
+        say(
+            run.session.mesh,
+            f"step {step}: {len(groups)} of {wanted} groups after {rounds}; {what}.",
+        )
     return Collected(groups, kept, sampled.position, _metrics(run, sampled, len(kept), times))
 
 
@@ -69,7 +72,7 @@ def _sample_rounds(run: Run, state: TrainState, times: Metrics) -> _Sampled | No
     """Rounds of sampling until the step has its groups, or more of them would be in vain. One round
     without dynamic sampling. None when asked to stop.
     """
-    config = run.config
+    config = run.session.report.config
     wanted = config.data.train_batch_size
     n = config.actor_rollout_ref.rollout.n
     wish = config.algorithm.filter_groups
@@ -79,7 +82,7 @@ def _sample_rounds(run: Run, state: TrainState, times: Metrics) -> _Sampled | No
     while sampled.empty_rounds < MAX_EMPTY_ROUNDS:
         if dynamic.complete(sampled.collection, wanted, wish.max_num_gen_batches):
             break
-        prompts = stream(run.report, sampled.position, count)
+        prompts = stream(run.session.report, sampled.position, count)
         groups = sample(run, prompts, n, training_sampling(config), state.step, times)
         if groups is None:
             return None
@@ -102,19 +105,21 @@ def _sample_rounds(run: Run, state: TrainState, times: Metrics) -> _Sampled | No
 
 
 def _require_scores(run: Run, state: TrainState, sampled: _Sampled) -> None:
-    most = run.config.reward_model.max_failed_share
+    most = run.session.report.config.reward_model.max_failed_share
     require_scores(sampled.samples, most, f"step {state.step + 1}")
 
 
 def _require_usable(run: Run, state: TrainState, sampled: _Sampled) -> None:
     """UnusableSamples where the reward failed, or no group has a signal; lost samples are counted."""
-    count_lost(state, sampled.samples, run.config.actor_rollout_ref.rollout.max_lost_share)
+    count_lost(
+        state, sampled.samples, run.session.report.config.actor_rollout_ref.rollout.max_lost_share
+    )
     _require_scores(run, state, sampled)
     empty = sampled.empty_rounds
     if empty >= MAX_EMPTY_ROUNDS and not sampled.collection.groups:
         raise dynamic.UnusableSamples(
             f"algorithm.filter_groups: {empty} rounds of sampling in a row gave no group whose "
-            f"{run.config.algorithm.filter_groups.metric} differs: the questions are all too easy or "
+            f"{run.session.report.config.algorithm.filter_groups.metric} differs: the questions are all too easy or "
             "too hard. Use others, a larger rollout.n, or filter_groups.max_num_gen_batches to go on "
             "regardless."
         )
@@ -127,7 +132,7 @@ def _metrics(run: Run, sampled: _Sampled, kept: int, times: Metrics) -> Metrics:
     metrics = failure_metrics(sampled.samples)
     metrics |= {f"stop/{stop.value}": float(stops.count(stop)) for stop in LOST}
     metrics["perf/rollout_tokens_per_second"] = tokens / max(times.get("gen", 0.0), 1e-9)
-    if run.config.algorithm.filter_groups.enable:
+    if run.session.report.config.algorithm.filter_groups.enable:
         metrics |= sampled.collection.metrics(kept)
     return metrics
 
@@ -135,8 +140,8 @@ def _metrics(run: Run, sampled: _Sampled, kept: int, times: Metrics) -> Metrics:
 def sync(run: Run, times: Metrics) -> None:
     """Give the engine the present weights. Collective."""
     with timed(times, "sync_weights"):
-        run.engine.sync(run.model)
-        if run.mesh.device.type == "cuda":
+        run.engine.sync(run.session.model)
+        if run.session.mesh.device.type == "cuda":
             torch.cuda.synchronize()
 
 
@@ -144,22 +149,22 @@ def release(run: Run) -> None:
     """Free the engine's memory for the update, where asked for or needed: its graphs are recorded
     anew after that. Collective.
     """
-    wanted = run.config.actor_rollout_ref.rollout.free_cache_engine
-    if run.mesh.device.type != "cuda":
+    wanted = run.session.report.config.actor_rollout_ref.rollout.free_cache_engine
+    if run.session.mesh.device.type != "cuda":
         return
     if wanted == "auto":
         # Alike on all ranks, as sync is collective
-        wanted = any(gather_objects(_update_is_short_of_memory(run), run.mesh.world_group))
+        wanted = any(gather_objects(_update_is_short_of_memory(run), run.session.mesh.world_group))
     if wanted:
         run.engine.release()
 
 
 def _update_is_short_of_memory(run: Run) -> bool:
     """Whether the update would not fit beside what the engine holds on this GPU."""
-    choice = run.report.choice
+    choice = run.session.report.choice
     assert choice is not None
     needed = ROOM * (choice.prediction.forward_backward - choice.prediction.state)
-    device = run.mesh.device
+    device = run.session.mesh.device
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused < needed
 
@@ -183,13 +188,13 @@ def sample(
                 scored = run.loop.run_until_complete(rollout)
             finally:
                 run.engine.end()
-        everyone = gather_objects(with_one_trace(scored), run.mesh.world_group)
+        everyone = gather_objects(with_one_trace(scored), run.session.mesh.world_group)
     times["tools"] = times.get("tools", 0.0) + spent.tools
     times["reward"] = times.get("reward", 0.0) + spent.reward
     if any(part is None for part in everyone):
         return None
     members: list[Scored] = [member for part in everyone for member in part or []]
-    if run.mesh.rank == 0:
+    if run.session.mesh.rank == 0:
         warn_of_failures(members)
     return regroup(prompts, members)
 

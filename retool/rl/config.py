@@ -495,4 +495,8 @@ def run_options(config: RLConfig) -> options.RunOptions:
         *(f"actor_rollout_ref.{key}" for key in keys),
         command="retool.rl",
         samples=True,
+        saves=not config.trainer.val_only,
+        subfolder="actor",
+        chat_template=config.data.chat_template,
+        max_grad_norm=actor.grad_clip,
     )

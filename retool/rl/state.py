@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,10 @@ import torch
 
 from retool import checkpoint
 from retool.rl.types import Group, Prompt, Scored, Stop, Trajectory
+from retool.run.session import Skips
 
+PromptOf = Callable[[int], Prompt]  # by its position in the stream
+# Fields of a trajectory that a checkpoint keeps.
 ARRAYS = ("tokens", "mask", "logp", "logp_behaviour")
 NUMBERS = (
     "sample",
@@ -28,48 +31,50 @@ NUMBERS = (
 
 @dataclass
 class TrainState:
-    """`step` training steps done, `updates` optimizer steps, `position` prompts taken from the
-    stream, `kept` surplus groups of dynamic sampling, `kl_coef` the KL controller's.
+    """What survives a step; `step`, `saved_step`, `save` and `skips` as `run.session.Progress` says.
+
+    `updates` counts optimizer steps, `position` prompts taken from the stream. `kept` are surplus
+    groups of dynamic sampling, `kl_coef` is the KL controller's. `lost_in_a_row` counts steps of
+    which too many samples were lost, `lost_share` is the last step's, and `lost_to` says what the
+    first of them was lost to.
     """
 
     kl_coef: float
     step: int = 0
+    saved_step: int = -1
+    save: checkpoint.PendingSave | None = None
+    skips: Skips = field(default_factory=Skips)
     updates: int = 0
     position: int = 0
     kept: list[Group] = field(default_factory=list)
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    lost_in_a_row: int = 0  # steps of which too many samples were lost
-    lost_share: float = 0.0  # of the last step's samples
-    lost_to: str = ""  # what the first of them was lost to
-    saved_step: int = -1
-    save: checkpoint.PendingSave | None = None  # the last one, until its result was said
+    lost_in_a_row: int = 0
+    lost_share: float = 0.0
+    lost_to: str = ""
 
     def data_state(self) -> dict[str, Any]:
         """What every rank has in common, as tensors, strings, numbers, lists and dicts."""
-        numbers = {
+        return {
             "position": self.position,
             "updates": self.updates,
             "kl_coef": self.kl_coef,
-            "skipped": self.skipped,
+            "skipped": self.skips.total,
+            "kept": [group_to_plain(group) for group in self.kept],
         }
-        return {**numbers, "kept": [group_to_plain(group) for group in self.kept]}
 
 
-def restored(step: int, data: Mapping[str, Any], kl_coef: float, prompt_of: Any) -> TrainState:
-    """The state of a checkpoint; `prompt_of(position)` gives the stream's prompts.
+def restored(step: int, data: Mapping[str, Any], kl_coef: float, prompt_of: PromptOf) -> TrainState:
+    """The state of a checkpoint of `step`, from its `data_state`.
 
     Another program's checkpoint tells nothing: 0.
     """
-    kept = [group_from_plain(entry, prompt_of) for entry in data.get("kept", [])]
     return TrainState(
         float(data.get("kl_coef", kl_coef)),
-        step,
-        int(data.get("updates", 0)),
-        int(data.get("position", 0)),
-        kept,
-        int(data.get("skipped", 0)),
+        step=step,
         saved_step=step,
+        skips=Skips(int(data.get("skipped", 0))),
+        updates=int(data.get("updates", 0)),
+        position=int(data.get("position", 0)),
+        kept=[group_from_plain(entry, prompt_of) for entry in data.get("kept", [])],
     )
 
 
@@ -82,22 +87,22 @@ def group_to_plain(group: Group) -> dict[str, Any]:
 
 
 def _member_to_plain(member: Scored) -> dict[str, Any]:
-    t = member.trajectory
-    arrays = {name: torch.from_numpy(getattr(t, name).copy()) for name in ARRAYS}
-    numbers = {name: getattr(t, name) for name in NUMBERS}
+    trajectory = member.trajectory
+    arrays = {name: torch.from_numpy(getattr(trajectory, name).copy()) for name in ARRAYS}
+    numbers = {name: getattr(trajectory, name) for name in NUMBERS}
     return {
         **arrays,
         **numbers,
-        "stop": t.stop.value,
+        "stop": trajectory.stop.value,
         "score": member.score,
         "reward": member.reward,
         "info": dict(member.info),
     }
 
 
-def group_from_plain(entry: Mapping[str, Any], prompt_of: Any) -> Group:
+def group_from_plain(entry: Mapping[str, Any], prompt_of: PromptOf) -> Group:
     """The inverse of `group_to_plain`."""
-    prompt: Prompt = prompt_of(int(entry["index"]))
+    prompt = prompt_of(int(entry["index"]))
     return Group(prompt, [_member_from_plain(member, prompt) for member in entry["members"]])
 
 

@@ -1,6 +1,7 @@
-"""GRPO/DAPO with tools, from a configuration to a finished run folder.
+"""GRPO/DAPO with tools, from a preflight report to a finished run folder.
 
-`train` reads as a table of contents.
+`train` reads as a table of contents; `one_step`, `update` and `objective.policy.update_step` lead
+to the backward pass.
 """
 
 from __future__ import annotations
@@ -13,13 +14,9 @@ from dataclasses import replace
 from itertools import zip_longest
 
 import numpy as np
-import torch.distributed as dist
 
 from retool.optim import learning_rate
-from retool.parallel.mesh import make_mesh
 from retool.perf import device_peak, mfu, model_flops, peak_memory
-from retool.preflight.plan import agree
-from retool.preflight.resume import to_resume
 from retool.rl.agent.tools.load import close_tools
 from retool.rl.build import (
     Run,
@@ -43,23 +40,16 @@ from retool.rl.objective.batching import mini_batches, rank_batches
 from retool.rl.objective.experience import Experience, make_experience, timed
 from retool.rl.objective.filter import UnusableSamples
 from retool.rl.objective.policy import update_step
-from retool.rl.preflight.identity import fingerprint
+from retool.rl.preflight.identity import fingerprints
 from retool.rl.preflight.plan import Report
 from retool.rl.report import write_training, write_validation
 from retool.rl.state import TrainState, adapted_kl_coef
 from retool.rl.types import Group, Scored, trainable
 from retool.rl.validate import validation_metrics
-from retool.run.folder import say, say_ended, seed_everything
-from retool.run.preemption import die_with_parent
-from retool.run.saving import (
-    look_at_weights,
-    orderly_end,
-    require_saved,
-    require_trained,
-    save_step,
-    say_saved,
-    watched,
-)
+from retool.run.ending import finish, orderly_end
+from retool.run.saving import save_step, say_saved
+from retool.run.session import Session, begin, same_plan
+from retool.run.skips import count_update
 
 # Of every step, whatever it does without
 PARTS = (
@@ -79,45 +69,39 @@ def train(report: Report) -> None:
 
     Collective: every process of the launcher calls it with the same configuration.
     """
-    config = report.config
-    die_with_parent()
-    actor = config.actor_rollout_ref.actor
-    rollout = config.actor_rollout_ref.rollout
-    mesh = make_mesh(
-        actor.ulysses_sequence_parallel_size, actor.fsdp_config.fsdp_size, config.trainer.device
-    )
-    seed_everything(config.trainer.seed, mesh.rank, config.trainer.deterministic)
-    report = agree(
-        report,
-        mesh,
-        {"data.train_files": fingerprint(report.train), "data.val_files": fingerprint(report.val)},
-    )
-    run, state = build_run(to_resume(report, mesh), mesh)
+    mesh = begin(report.options)
+    report = same_plan(report, mesh, fingerprints(report))
+    run, state = build_run(report, mesh)
+    session = run.session
+    trainer = report.config.trainer
+    rollout = report.config.actor_rollout_ref.rollout
     gc.collect()
     gc.freeze()  # questions and tokenizer stay: no collection while sampling walks through them
-    with run.stop, orderly_end(run, state), let_go(run):
-        with run.watchdog, saved_at_least(run, state):
-            if config.trainer.val_before_train or config.trainer.val_only:
+    with session.stop, orderly_end(session, state), let_go(run):
+        with session.watchdog, saved_at_least(session, state):
+            if trainer.val_before_train or trainer.val_only:
                 run_validation(run, state)
-            stopping = run.stop.agreed(mesh)
-            while state.step < report.steps and not config.trainer.val_only and not stopping:
+            stopping = session.stop.agreed(mesh)
+            while state.step < report.steps and not trainer.val_only and not stopping:
                 times: Metrics = dict.fromkeys(PARTS, 0.0)
                 with timed(times, "step"):
                     metrics = one_step(run, state, times)
-                stopping = run.stop.agreed(mesh)
+                stopping = session.stop.agreed(mesh)
                 if metrics is None:  # asked to stop while sampling: the step before is the last
                     break
                 last = state.step == report.steps
-                if last or due(config.trainer.test_freq, state.step):
+                if last or due(trainer.test_freq, state.step):
                     with timed(times, "testing"):
                         run_validation(run, state)
-                if last or stopping or due(config.trainer.save_freq, state.step):
+                if last or stopping or due(trainer.save_freq, state.step):
                     with timed(times, "save_checkpoint"):
-                        save(run, state)
-                run.loggers.log(state.step, {**metrics, **timing_metrics(times)})
+                        save(session, state)
+                session.loggers.log(state.step, {**metrics, **timing_metrics(times)})
                 require_infrastructure(state, rollout.max_lost_share, rollout.max_lost_steps)
-            finish(run, state)
-        run.staging.close()
+            if state.step:
+                save(session, state)
+            finish(session, state)
+        session.staging.close()
 
 
 DISAGREEMENT = 0.2  # nats per token between sampler and trainer; bf16 has 0.001 to 0.02
@@ -144,7 +128,9 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
 
     None, and nothing changed, when the run was asked to stop in between.
     """
-    config = run.config
+    session = run.session
+    report = session.report
+    config = report.config
     collected = collect(run, state, times)
     if collected is None:
         return None
@@ -154,9 +140,9 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     made = (
         make_experience(
             usable,
-            run.model,
+            session.model,
             run.reference,
-            experience_options(run.report, state, one_update(config, len(usable))),
+            experience_options(report, state, one_update(config, len(usable))),
             times,
         )
         if usable
@@ -173,22 +159,25 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     state.step = state.step + 1
     state.position = position
     state.kept = kept
-    if run.mesh.rank == 0 and groups:
-        assert run.report.renderer is not None
+    if session.mesh.rank == 0 and groups:
+        assert report.renderer is not None
         write_training(
-            run.folder,
+            session.folder,
             state.step,
             groups,
             advantages_of(members, usable, made),
-            run.report.renderer,
+            report.renderer,
         )
-    say_saved(run, state, wait=False)
+    say_saved(session, state, wait=False)
     data = config.data
     metrics = {**tool_metrics(members), **metrics, **made.metrics, **score_metrics(members)}
     metrics |= length_metrics(members, data.max_response_length, data.max_prompt_length)
-    if run.mesh.rank == 0 and metrics.get("training/rollout_logp_diff_mean", 0.0) > DISAGREEMENT:
+    if (
+        session.mesh.rank == 0
+        and metrics.get("training/rollout_logp_diff_mean", 0.0) > DISAGREEMENT
+    ):
         warnings.warn(DISAGREE, stacklevel=1)  # once a run: the text is always the same
-    return {**metrics, **performance(run, made, times)}
+    return {**metrics, **performance(session, made, times)}
 
 
 def advantages_of(
@@ -209,9 +198,10 @@ def advantages_of(
 
 def update(run: Run, state: TrainState, made: Experience) -> Metrics:
     """The step's optimizer steps; means of what they measured."""
-    config = run.config
-    mesh = run.mesh
-    report = run.report
+    session = run.session
+    report = session.report
+    config = report.config
+    mesh = session.mesh
     actor = config.actor_rollout_ref.actor
     total = report.steps * report.updates_per_step
     spec = replace(loss_spec(report), on_policy=made.on_policy)
@@ -226,7 +216,7 @@ def update(run: Run, state: TrainState, made: Experience) -> Metrics:
                 mesh.dp_rank,
                 mesh.dp,
                 mesh.sp,
-                update_budget(run.report),
+                update_budget(report),
             )
             optim = actor.optim
             lr = learning_rate(
@@ -239,46 +229,41 @@ def update(run: Run, state: TrainState, made: Experience) -> Metrics:
             )
             # Later updates are of other weights
             measured = replace(spec, compared=made.compared and not found)
-            done = update_step(run.model, run.optimizer, run.watchdog.each(batches), measured, lr)
+            done = update_step(
+                session.model, session.optimizer, session.watchdog.each(batches), measured, lr
+            )
             state.updates += 1
-            count_skipped(run, state, done.skipped, done.grad_norm)
+            count_update(
+                session,
+                state,
+                skipped=done.skipped,
+                norm=done.grad_norm,
+                what=f"optimizer step {state.updates}",
+            )
             found.append({**done.metrics, "actor/grad_norm": done.grad_norm, "actor/lr": lr})
     told = {name: [entry[name] for entry in found if name in entry] for name in found[0]}
     means = {name: sum(values) / len(values) for name, values in told.items()}
-    return {**means, "actor/lr": found[-1]["actor/lr"], "actor/skipped_updates": state.skipped}
+    return {**means, "actor/lr": found[-1]["actor/lr"], "actor/skipped_updates": state.skips.total}
 
 
-def count_skipped(run: Run, state: TrainState, skipped: bool, norm: float) -> None:
-    """A non-finite gradient changes nothing; too many in a row end the run."""
-    state.skipped += skipped
-    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
-    if skipped:
-        say(run.mesh, f"optimizer step {state.updates} was skipped: its gradient norm is {norm}.")
-    if (
-        state.skipped_in_a_row
-        >= run.config.trainer.max_grad_skips + run.optimizer.loss_scale.halvings
-    ):
-        raise ValueError(
-            f"{state.skipped_in_a_row} optimizer steps in a row had a non-finite gradient norm: the run "
-            f"stops. {look_at_weights(run)}"
-        )
-
-
-def performance(run: Run, made: Experience, times: Metrics) -> Metrics:
+def performance(session: Session[Report], made: Experience, times: Metrics) -> Metrics:
     """Tokens per second and GPU of the whole step, the update's MFU, memory."""
-    world = run.mesh.world
+    world = session.mesh.world
     lengths = [len(row) for row in made.rows]
-    assert run.report.model is not None
+    assert session.report.model is not None
     seconds = sum(
         times.get(name, 0.0)
         for name in ("sync_weights", "gen", "old_log_prob", "ref", "adv", "update_actor")
     )
-    flops = model_flops(run.report.model, lengths) * run.config.actor_rollout_ref.actor.ppo_epochs
-    used = mfu(flops, times.get("update_actor", 0.0), world, device_peak(run.mesh.device))
+    flops = (
+        model_flops(session.report.model, lengths)
+        * session.report.config.actor_rollout_ref.actor.ppo_epochs
+    )
+    used = mfu(flops, times.get("update_actor", 0.0), world, device_peak(session.mesh.device))
     out = {
         "perf/throughput": sum(lengths) / max(seconds, 1e-9) / world,
         "perf/total_num_tokens": sum(lengths),
-        "perf/max_memory_allocated_gb": peak_memory(run.mesh.device)[0],
+        "perf/max_memory_allocated_gb": peak_memory(session.mesh.device)[0],
     }
     return out if used is None else {**out, "perf/mfu/actor": used}
 
@@ -291,8 +276,9 @@ def run_validation(run: Run, state: TrainState) -> None:
 
     Nothing where there are none, or when asked to stop.
     """
-    questions = run.report.val
-    config = run.config
+    session = run.session
+    questions = session.report.val
+    config = session.report.config
     if questions is None:
         return
     times: Metrics = {}
@@ -320,17 +306,17 @@ def run_validation(run: Run, state: TrainState) -> None:
             f"{lost} of the {len(members)} answers of the validation were lost: {lost_to(members)}."
         )
     metrics = {**validation_metrics(groups), "val-aux/lost": lost}
-    if run.mesh.rank == 0:
-        assert run.report.renderer is not None
-        write_validation(run.folder, state.step, groups, run.report.renderer)
-        run.loggers.log_table(
+    if session.mesh.rank == 0:
+        assert session.report.renderer is not None
+        write_validation(session.folder, state.step, groups, session.report.renderer)
+        session.loggers.log_table(
             state.step, "val/generations", shown(groups, config.trainer.log_val_generations)
         )
     said = {
         name.replace("reward/", "val-aux/reward/"): value
         for name, value in failure_metrics(members).items()
     }
-    run.loggers.log(state.step, {**metrics, **said})
+    session.loggers.log(state.step, {**metrics, **said})
 
 
 def shown(groups: list[Group], most: int) -> list[dict[str, str | float]]:
@@ -351,26 +337,20 @@ def shown(groups: list[Group], most: int) -> list[dict[str, str | float]]:
     ]
 
 
-def save(run: Run, state: TrainState) -> None:
-    """Write a checkpoint of this step, unless it has one.
-
-    ValueError where the run ends and no update trained anything.
-    """
-    if state.step == run.report.steps:
-        require_trained(run, state, state.updates, state.skipped)
-    with watched(run, run.watchdog):
-        save_step(run, state, state.data_state(), {})
+def save(session: Session[Report], state: TrainState) -> None:
+    """Write a checkpoint of this step, unless it has one."""
+    save_step(session, state, updates=state.updates, data_state=state.data_state(), extra={})
 
 
 @contextmanager
-def saved_at_least(run: Run, state: TrainState) -> Iterator[None]:
+def saved_at_least(session: Session[Report], state: TrainState) -> Iterator[None]:
     """Where nothing more can be learnt, what was trained so far isn't lost."""
     try:
         yield
     except UnusableSamples:  # on all ranks alike
-        if state.step and not run.config.trainer.val_only:
-            save(run, state)
-            say_saved(run, state, wait=True)
+        if state.step and session.report.options.saves:
+            save(session, state)
+            say_saved(session, state, wait=True)
         raise
 
 
@@ -380,24 +360,7 @@ def let_go(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
-        if run.pool is not None:
-            run.pool.close()
-        run.loop.run_until_complete(close_tools(run.report.tools))
+        if run.judges is not None:
+            run.judges.close()
+        run.loop.run_until_complete(close_tools(run.session.report.tools))
         run.loop.close()
-
-
-def finish(run: Run, state: TrainState) -> None:
-    """Save what isn't yet and wait for it. ValueError when the last checkpoint isn't there."""
-    if state.step:
-        save(run, state)
-    with watched(run, run.watchdog):
-        say_saved(run, state, wait=True)
-    if state.step:
-        require_saved(run, state)
-    if run.config.trainer.val_only:
-        say(run.mesh, f"validated step {state.step}: {run.folder}")
-    else:
-        say_ended(run.mesh, state.step, run.report.steps, run.folder)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()

@@ -1,65 +1,101 @@
-"""From a preflight report to training, or to the reason why not: what both commands do last."""
+"""What a command does around `train`: its folder for itself, one verdict, a status at the end.
+
+`main` of `retool.sft` and `retool.rl` spell it out: preflight, `alone_in_folder`, `verdict_of_all`,
+the plan, `train` under `ended_well`.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from retool.config import Fault
+from retool.config.redact import redact
 from retool.files.lock import sole_user
+from retool.parallel.lost import LINGER, follow, lost_peer
 from retool.preflight.plan import RunReport
-from retool.preflight.show import show_faults, show_plan
+from retool.preflight.show import show_faults
 from retool.preflight.verdict import verdict
-from retool.run.folder import exit_status, tell_launcher
+
+R = TypeVar("R", bound=RunReport)
 
 
-def start(
-    report: RunReport,
-    in_words: Callable[[], Iterable[tuple[str, str]]],
-    train: Callable[[], None],
-    checking: bool,
-    close: Callable[[], None] = lambda: None,
-) -> int:
-    """Show what preflight found and train, unless a rank found a fault or this is only a check.
+@contextmanager
+def alone_in_folder(report: R, checking: bool) -> Iterator[R]:
+    """Hold the run's folder while this lasts; the report has a fault if another run does.
 
-    The exit status.
-
-    `in_words` makes the plan for a report without faults; `close` lets go of what preflight opened,
-    where nothing is trained.
+    Rank 0 alone holds it, and only where something will be written.
     """
     rank = int(os.environ.get("RANK", 0))
-    # A check needs nobody to meet
-    alone = checking and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     with ExitStack() as held:
-        mine = list(report.faults)
-        if not (checking or mine or rank):
-            mine += _hold(Path(report.options.trainer.default_local_dir), held)
-        # The store stays open while this function runs
-        faults, _store = verdict(mine, {} if alone else os.environ, _show)
-        if not faults and rank == 0:
-            show_plan(in_words(), report.notes)
-        if faults or checking:
-            close()
-            return int(bool(faults))
-        return exit_status(train, rank)
+        if not (checking or report.faults or rank):
+            folder = report.options.trainer.default_local_dir
+            try:
+                held.enter_context(sole_user(Path(folder)))
+            except ValueError as error:
+                way_out = "Wait for it or stop it, or choose another folder."
+                taken = Fault(f"trainer.default_local_dir={folder}", str(error), way_out)
+                report = report.blame(taken)
+        yield report
 
 
-def _hold(folder: Path, held: ExitStack) -> Iterator[Fault]:
-    """The run's folder, for this run alone."""
-    try:
-        held.enter_context(sole_user(folder))
-    except ValueError as error:
-        yield Fault(
-            f"trainer.default_local_dir={folder}",
-            str(error),
-            "Wait for it or stop it, or choose another folder.",
-        )
+def verdict_of_all(report: RunReport, checking: bool) -> tuple[tuple[Fault, ...], Any]:
+    """(every rank's faults, which one rank has shown; what to keep until there is a process group).
+
+    Collective, but for a check without a launcher's store: that has nobody to meet.
+    """
+    met = not checking or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return verdict(report.faults, os.environ if met else {}, _show)
 
 
 def _show(faults: Sequence[Fault]) -> None:
     show_faults(faults)
     sys.stdout.flush()  # the launcher may end this process as soon as another rank ends
     tell_launcher("\n".join([f"{len(faults)} fault(s), nothing started", *map(str, faults)]))
+
+
+@dataclass
+class Ending:
+    """A command's exit status: 0 done, 1 something to mend, another where a peer was lost."""
+
+    status: int = 0
+
+
+@contextmanager
+def ended_well() -> Iterator[Ending]:
+    """Around a command's training: what ended it, said once, and as an exit status."""
+    rank = int(os.environ.get("RANK", 0))
+    ending = Ending()
+    try:
+        yield ending
+    except ValueError as error:  # the user's to mend: the sentence is enough
+        if rank > 0:
+            # All ranks may have it: rank 0's end then ends the others while they wait.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(LINGER)
+        print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
+        tell_launcher(str(error))
+        ending.status = 1
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        ending.status = follow(rank)
+
+
+def tell_launcher(text: str) -> None:
+    """Have torchrun close its own report, the last thing on the screen, with these words.
+
+    Other launchers don't ask for any.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        message = {"message": redact(text), "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")

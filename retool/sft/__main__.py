@@ -24,23 +24,26 @@ def main(words: list[str]) -> int:
     warn_from_first_rank(rank)
     hide_in_tracebacks()
     checking = "--check" in words
-    from retool.run.start import start
+    # Heavy imports come late: `--help` doesn't wait for torch.
+    from retool.preflight.show import show_plan
+    from retool.run.start import alone_in_folder, ended_well, verdict_of_all
     from retool.sft.preflight import preflight
     from retool.sft.show import in_words, rows_read
+    from retool.sft.train import train
 
+    parsed = read(SFTConfig, [word for word in words if word != "--check"], SYNONYMS)
     with rows_read() if rank == 0 else nullcontext() as progress:
-        report = preflight(
-            read(SFTConfig, [w for w in words if w != "--check"], SYNONYMS),
-            planning=checking,
-            progress=progress,
-        )
-
-    def run() -> None:
-        from retool.sft.train import train
-
-        train(report)
-
-    return start(report, lambda: in_words(report), run, checking)
+        report = preflight(parsed, planning=checking, progress=progress)
+    with alone_in_folder(report, checking) as report:
+        # The store stays open until the run has a process group.
+        faults, _store = verdict_of_all(report, checking)
+        if not faults and rank == 0:
+            show_plan(in_words(report), report.notes)
+        if faults or checking:
+            return int(bool(faults))
+        with ended_well() as ending:
+            train(report)
+    return ending.status
 
 
 if __name__ == "__main__":

@@ -197,6 +197,8 @@ def run_options(config: SFTConfig) -> RunOptions:
         config.optim,
         trainer.checkpoint,
         config.ulysses_sequence_parallel_size,
+        chat_template=config.data.chat_template,
+        max_grad_norm=config.optim.clip_grad,
     )
 
 

@@ -30,7 +30,6 @@ from retool.config.options import (
     TrainerConfig,
 )
 from retool.data.loader import StepOrder, step_batch
-from retool.data.packing import QUADRATIC_LENGTH
 from retool.data.render import limits
 from retool.model.hub import find_model
 from retool.parallel.mesh import make_mesh
@@ -551,7 +550,7 @@ def test_short_samples_share_a_micro_batch_within_the_plan(
     assert ("room for the 1 longest" if fill == "true" else "4 micro-batches of 1 samples") in dict(
         in_words(report)
     )["a step"]
-    packing = make_packing(make_mesh(), report.config, report.choice.tokens, QUADRATIC_LENGTH)
+    packing = make_packing(report, make_mesh())
     order = StepOrder(4, seed=0, shuffle=False)
     for step, count in ((0, expected), (1, 4)):
         packs = step_batch(step, report.train.dataset, order, packing).micro_batches

@@ -16,8 +16,8 @@ import pytest
 from retool.files.lock import sole_user
 from retool.files.own_folder import OwnFolder
 from retool.parallel.mesh import make_mesh
-from retool.run.folder import exit_status, tell_launcher
 from retool.run.preemption import SIGNALS, StopRequest
+from retool.run.start import ended_well, tell_launcher
 from tests.sft.conftest import work
 from tests.sft.test_command import words
 
@@ -33,8 +33,10 @@ with sole_user(Path(sys.argv[1])):
 """
 
 
-def fails() -> None:
-    raise ValueError("no such thing")
+def exit_status_of_a_failure() -> int:
+    with ended_well() as ending:
+        raise ValueError("no such thing")
+    return ending.status
 
 
 def test_a_folder_is_for_one_run(tmp_path: Path) -> None:
@@ -134,18 +136,14 @@ def test_an_error_of_all_ranks_is_said_by_rank_0_first(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     slept = list[float]()
-    monkeypatch.setattr("retool.run.folder.time.sleep", slept.append)
+    monkeypatch.setattr("retool.run.start.time.sleep", slept.append)
     before = signal.getsignal(signal.SIGTERM)
-    assert (
-        exit_status(fails, 0) == 1
-        and not slept
-        and capfd.readouterr().err == "error: no such thing\n"
-    )
-    assert (
-        exit_status(fails, 1) == 1
-        and slept[0] > 1
-        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    )
+    monkeypatch.setenv("RANK", "0")
+    assert exit_status_of_a_failure() == 1 and not slept
+    assert capfd.readouterr().err == "error: no such thing\n"
+    monkeypatch.setenv("RANK", "1")
+    assert exit_status_of_a_failure() == 1 and slept[0] > 1
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     signal.signal(signal.SIGTERM, before)
 
 

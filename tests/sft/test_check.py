@@ -34,7 +34,7 @@ from retool.data.render.templates import TEMPLATES
 from retool.model.attention import flash as attention_flash
 from retool.parallel.mesh import make_mesh
 from retool.preflight.checks import Box, check_attention, check_device
-from retool.preflight.resume import to_resume
+from retool.run.resume import to_resume
 from retool.sft.__main__ import main
 from retool.sft.config import SYNONYMS, SFTConfig
 from retool.sft.preflight import preflight

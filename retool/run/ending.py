@@ -1,0 +1,65 @@
+"""How a run ends: its last save waited for, its loggers closed, its last line said."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from retool.preflight.plan import RunReport
+from retool.run.folder import say
+from retool.run.saving import say_saved, watched
+from retool.run.session import Progress, Session
+
+PATIENCE_S = 120.0  # that an error waits for the save in flight: with a peer lost, it may never end
+
+
+@contextmanager
+def orderly_end(session: Session[RunReport], progress: Progress) -> Iterator[None]:
+    """However the run ends, its loggers are closed.
+
+    An error first waits for the save in flight, so that no checkpoint is lost.
+    """
+    try:
+        yield
+    except Exception:
+        end = time.monotonic() + PATIENCE_S
+        while progress.save is not None and time.monotonic() < end:
+            say_saved(session, progress, wait=False)
+            time.sleep(0.02)
+        if progress.save is None:
+            session.staging.close()  # which waits for the copy to trainer.default_hdfs_dir, too
+        raise
+    finally:
+        session.loggers.close()
+
+
+def finish(session: Session[RunReport], progress: Progress) -> None:
+    """Wait for the last save, say the last line and part from the other processes.
+
+    Collective. ValueError where the last step's checkpoint isn't there.
+    """
+    with watched(session):
+        say_saved(session, progress, wait=True)
+        if progress.step and progress.saved_step != progress.step:
+            raise ValueError(
+                f"step {progress.step} was trained, but its checkpoint could not be saved (see above): "
+                f"{session.folder} has older ones."
+            )
+        say(session.mesh, last_words(session, progress.step))
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def last_words(session: Session[RunReport], step: int) -> str:
+    """Everything is done, or the run was asked to stop before."""
+    folder = session.folder
+    steps = session.report.steps
+    if not session.report.options.saves:
+        return f"validated step {step}: {folder}"
+    if step < steps:
+        return f"asked to stop at step {step:,} of {steps:,}: {folder}. The same command goes on from there."
+    return f"finished at step {step:,} of {steps:,}: {folder}"
