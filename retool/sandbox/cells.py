@@ -8,17 +8,16 @@ import contextlib
 import os
 import signal
 import socket
-import stat
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from . import accounting, cgroups, program, wire
-from .result import Limits, Result, Status, safe_name
+from .fetch import fetch_files
+from .result import Limits, Result, Status
 
-CHUNK = 1 << 16
-LARGEST_FETCH = 16 << 20
-MOST_POSTPONED = 3.0  # times its limit, that a call may be given for waiting for a processor
+READ_BYTES = 1 << 16
+MAX_POSTPONEMENT = 3.0  # times its limit, that a call may be given for waiting for a processor
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Stream:
     def read(self, keep: int) -> bool:
         """Take what is there; False where there is nothing now."""
         try:
-            data = os.read(self.fd, CHUNK)
+            data = os.read(self.fd, READ_BYTES)
         except BlockingIOError:
             return False
         if not data:
@@ -73,8 +72,10 @@ class Call:
 
 @dataclass
 class Cell:
-    """A child of the fork server. `pid` is the host's name for it, known once it is confined;
-    `init` is that of the first process of its pid namespace, if it has one.
+    """A child of the fork server.
+
+    `pid` is the host's name for it, known once it is confined; `init` is that of the first process
+    of its pid namespace, if it has one.
     """
 
     number: int
@@ -117,25 +118,28 @@ class Cell:
     def account(self, pids: list[int], inherited: int, exact_tasks: bool, private: bool) -> None:
         """Set the verdict where the call's processes `pids` or its files go beyond a limit that the
         kernel doesn't hold by itself.
+
+        `private`: the work folder is a mount of its own, which lies in memory.
         """
         assert self.call is not None
         limits = self.call.limits
         usage = accounting.usage(pids, inherited)
-        files = accounting.folder_bytes(self.folder, private)
+        file_bytes = accounting.folder_bytes(self.folder, private)
         if self.group is not None:
-            # The kernel ends one process, we end the call
-            full = self.group.kills() > self.kills_before
+            out_of_memory = self._killed_for_memory()  # the kernel ends one process, we the call
         else:
-            full = usage.memory + self.buffers + (files if private else 0) > limits.memory_mb << 20
-        if full:
-            self.call.verdict = "memory_limit", f"the call used more than {limits.memory_mb} MB"
-        elif not private and files > limits.file_mb << 20:
-            self.call.verdict = "output_limit", f"the work folder outgrew {limits.file_mb} MB"
+            used = usage.memory + self.buffers + (file_bytes if private else 0)
+            out_of_memory = used > limits.memory_mb << 20
+        if out_of_memory:
+            self.call.verdict = _too_much_memory(limits)
+        elif not private and file_bytes > limits.file_mb << 20:
+            self.call.verdict = ("output_limit", f"the work folder outgrew {limits.file_mb} MB")
         elif not exact_tasks and usage.tasks > limits.processes:
-            self.call.verdict = (
-                "process_limit",
-                f"the call ran more than {limits.processes} processes and threads",
-            )
+            reason = f"the call ran more than {limits.processes} processes and threads"
+            self.call.verdict = ("process_limit", reason)
+
+    def _killed_for_memory(self) -> bool:
+        return self.group is not None and self.group.kills() > self.kills_before
 
     def postpone(self, pids: list[int]) -> None:
         """Give the call the time that it waited for a processor: programs go last, and a busy host
@@ -144,19 +148,17 @@ class Cell:
         assert self.call is not None
         limit = self.call.limits.wall_seconds
         waited = max((accounting.waited(pid) for pid in pids), default=0.0) - self.waited_before
-        self.call.deadline = (
-            self.call.started + limit + min(max(0.0, waited), MOST_POSTPONED * limit)
-        )
+        postponement = min(max(0.0, waited), MAX_POSTPONEMENT * limit)
+        self.call.deadline = self.call.started + limit + postponement
 
     def flooded(self) -> bool:
-        return (
-            self.call is not None
-            and self.out.total + self.err.total > self.call.limits.flood_mb << 20
-        )
+        if self.call is None:
+            return False
+        return self.out.total + self.err.total > self.call.limits.flood_mb << 20
 
     def finish(self, code: int, cpu: float) -> Result:
         """The result, once the kernel has reported the end: `code` is the exit code, or minus the
-        signal.
+        signal; `cpu` are seconds.
         """
         assert self.call is not None
         call = self.call
@@ -181,18 +183,19 @@ class Cell:
         )
 
     def _judge(self, code: int, cpu: float) -> tuple[Status, str]:
+        """How the call ended: by the supervisor's verdict first, then by the kernel's, then by its
+        own return code.
+        """
         assert self.call is not None
         limits = self.call.limits
         if self.call.verdict is not None:
             return self.call.verdict
-        if self.group is not None and self.group.kills() > self.kills_before:
-            return "memory_limit", f"the call used more than {limits.memory_mb} MB"
+        if self._killed_for_memory():
+            return _too_much_memory(limits)
         if code == program.OUT_OF_MEMORY:
             return "memory_limit", f"the program asked for more than its {limits.memory_mb} MB"
-        if (
-            code in (-signal.SIGKILL, -signal.SIGXCPU)
-            and cpu >= max(1, int(limits.cpu_seconds + 0.999)) - 0.5
-        ):
+        cpu_limit = max(1, int(limits.cpu_seconds + 0.999))  # the kernel's are whole seconds
+        if code in (-signal.SIGKILL, -signal.SIGXCPU) and cpu >= cpu_limit - 0.5:
             return "timeout", f"the program used up its {limits.cpu_seconds:g} s of CPU time"
         if code == 0:
             return "success", ""
@@ -205,37 +208,18 @@ class Cell:
                 os.close(fd)
 
 
-def fetch_files(folder: int, names: list[str]) -> dict[str, bytes]:
-    """Regular files of the work folder by name.
-
-    Nothing on the way may be a link: the program made it all.
-    """
-    found: dict[str, bytes] = {}
-    room = LARGEST_FETCH
-    for name in names:
-        with contextlib.suppress(OSError, ValueError):
-            content = _read_beneath(folder, safe_name(name).split("/"), room)
-            found[name] = content
-            room -= len(content)
-    return found
+def _too_much_memory(limits: Limits) -> tuple[Status, str]:
+    return "memory_limit", f"the call used more than {limits.memory_mb} MB"
 
 
-def _read_beneath(folder: int, parts: list[str], most: int) -> bytes:
-    current = os.dup(folder)
-    try:
-        for index, part in enumerate(parts):
-            kind = os.O_NONBLOCK if index == len(parts) - 1 else os.O_DIRECTORY
-            step = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | kind, dir_fd=current)
-            os.close(current)
-            current = step
-        about = os.fstat(current)
-        if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1 or about.st_size > most:
-            raise ValueError("not a plain file of acceptable size")
-        content = b""
-        while len(content) < about.st_size and (
-            part := os.read(current, about.st_size - len(content))
-        ):
-            content += part
-        return content
-    finally:
-        os.close(current)
+def open_cell(number: int, slot: int, path: str) -> tuple[Cell, list[int]]:
+    """A cell with its pipes, and the child's ends of them: control socket, stdout, stderr."""
+    control, child_control = socket.socketpair()
+    control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    control.settimeout(10)
+    out, child_out = os.pipe2(os.O_CLOEXEC)
+    err, child_err = os.pipe2(os.O_CLOEXEC)
+    for reader in (out, err):
+        os.set_blocking(reader, False)
+    cell = Cell(number, slot, control, Stream(out), Stream(err, last=True), path)
+    return cell, [child_control.detach(), child_out, child_err]

@@ -22,8 +22,8 @@ from . import isolate, kernel, wire
 class Child(BaseException):
     """Raised in a child of the fork server, to unwind to where it becomes a program."""
 
-    def __init__(self, cell: isolate.Cell) -> None:
-        self.cell = cell
+    def __init__(self, place: isolate.Place) -> None:
+        self.place = place
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Init:
     stack: kernel.Stack
 
 
-class Server:
+class Children:
     """Children by pid, and the loop that makes and reaps them."""
 
     def __init__(self, common: isolate.Confinement, control: socket.socket, own_pids: int) -> None:
@@ -112,7 +112,7 @@ class Server:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._control.detach()
-            raise Child(isolate.Cell(request["slot"], *descriptors, folder=request["folder"]))
+            raise Child(isolate.Place(request["slot"], *descriptors, folder=request["folder"]))
         self._return_home()
         self._pids[number] = pid
         self._ids[pid] = number

@@ -4,7 +4,6 @@ every call that still waits.
 
 from __future__ import annotations
 
-import base64
 import concurrent.futures
 import contextlib
 import itertools
@@ -46,18 +45,23 @@ class Connection:
         self._socket.settimeout(START_SECONDS)
         messages: list[dict[str, Any]] = []
         while not messages:
-            try:
-                data = self._socket.recv(1 << 16)
-            except OSError:
-                data = b""
+            data = self._receive(1 << 16)
             if not data:
                 self._socket.close()
                 raise OSError(
-                    "the sandbox's supervisor ended or hung before it was ready; its stderr says why."
+                    "the sandbox's supervisor ended or hung before it was ready; "
+                    "its stderr says why."
                 )
             messages = self._frames.feed(data)
         self._socket.settimeout(None)
         return messages[0]
+
+    def _receive(self, most: int) -> bytes:
+        """What has arrived; b"" where nothing will any more."""
+        try:
+            return self._socket.recv(most)
+        except OSError:
+            return b""
 
     def submit(self, message: dict[str, Any]) -> tuple[int, concurrent.futures.Future[Result]]:
         """Send a call; returns its number, for `cancel`, and the future of its result."""
@@ -81,24 +85,28 @@ class Connection:
             self._fail()
 
     def _read(self) -> None:
-        while True:
-            try:
-                data = self._socket.recv(1 << 20)
-            except OSError:
-                data = b""
-            if not data:
-                self._fail()
-                if self._reason == GONE and self._lost is not None:
-                    self._lost()
-                return
-            for message in self._frames.feed(data):
-                self._settle(message["id"], message["result"])
+        """The reader's thread: it hands results over until the supervisor has gone.
 
-    def _settle(self, number: int, fields: dict[str, Any]) -> None:
+        However it ends, every call that still waits is answered.
+        """
+        try:
+            while data := self._receive(1 << 20):
+                for message in self._frames.feed(data):
+                    self._settle(message["id"], Result.from_json(message["result"]))
+        except (ValueError, KeyError, TypeError) as error:
+            self._reason = (
+                f"the sandbox's supervisor isn't of this process's version of retool ({error}): "
+                "start every process of the run with the same one, and the run again where retool "
+                "was installed anew while it ran"
+            )
+        self._fail()
+        if self._reason == GONE and self._lost is not None:
+            self._lost()
+
+    def _settle(self, number: int, result: Result) -> None:
         future = self._pending.pop(number, None)
-        files = {name: base64.b64decode(content) for name, content in fields.pop("files").items()}
         if future is not None and future.set_running_or_notify_cancel():
-            future.set_result(Result(**fields, files=files))
+            future.set_result(result)
 
     def _fail(self) -> None:
         """Answer every call that waits: the supervisor won't."""

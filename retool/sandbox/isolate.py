@@ -22,7 +22,7 @@ CONTROL = 3  # the descriptor on which the program text arrives; closed before t
 
 
 @dataclass(frozen=True)
-class Cell:
+class Place:
     """Where one child lives: its slot, its pipes and, where there is no private mount, its folder
     on the host.
     """
@@ -72,15 +72,15 @@ def prepare(plan: Plan, granted: list[tuple[int, int]], folder_mb: int) -> Confi
     return Confinement(plan, granted, folder_mb, program, wanted.asks)
 
 
-def confine(common: Confinement, cell: Cell) -> list[int]:
+def confine(common: Confinement, place: Place) -> list[int]:
     """Give up everything that the plan takes away. Returns descriptors for the supervisor: of the
     work folder, the current one from now on, and of the filter's listener where it has one.
     """
     plan = common.plan
     # Not a session of its own: the kernel may give each an equal share of the processors
     os.setpgid(0, 0)
-    uid = plan.first_uid + cell.slot if plan.first_uid else 0
-    _own_folder(plan, cell, uid, common.folder_mb)
+    uid = plan.first_uid + place.slot if plan.first_uid else 0
+    _own_folder(plan, place, uid, common.folder_mb)
     _give_up_privileges(plan, uid)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     # Other processes of this uid can neither trace it nor read its memory
@@ -91,7 +91,7 @@ def confine(common: Confinement, cell: Cell) -> list[int]:
             kernel.prctl(kernel.PR_SET_THP_DISABLE, 1)
     if "pid_namespace" not in plan.present:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)
-    folder = os.open(cell.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    folder = os.open(place.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     os.fchdir(folder)
     if "landlock" in plan.present:
         everything = landlock.file_rights(plan.landlock) & ~landlock.IOCTL_DEV
@@ -104,7 +104,7 @@ def confine(common: Confinement, cell: Cell) -> list[int]:
             [*common.granted, (folder, everything)],
             "landlock_scopes" in plan.present,
         )
-    folder = _keep_descriptors(cell, folder)
+    folder = _keep_descriptors(place, folder)
     os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
     if not common.filter:
         return [folder]
@@ -114,16 +114,16 @@ def confine(common: Confinement, cell: Cell) -> list[int]:
     return [folder, listener] if common.listen else [folder]
 
 
-def _own_folder(plan: Plan, cell: Cell, uid: int, folder_mb: int) -> None:
+def _own_folder(plan: Plan, place: Place, uid: int, folder_mb: int) -> None:
     if "ipc_namespace" in plan.present:
         kernel.unshare(kernel.CLONE_NEWIPC)
     if "mount_namespace" in plan.present:
         kernel.unshare(kernel.CLONE_NEWNS)
         rootfs.private_folder(folder_mb, uid)
     else:
-        os.mkdir(cell.folder, 0o700)
+        os.mkdir(place.folder, 0o700)
         if uid:
-            os.chown(cell.folder, uid, uid)
+            os.chown(place.folder, uid, uid)
 
 
 def _give_up_privileges(plan: Plan, uid: int) -> None:
@@ -142,11 +142,11 @@ def _give_up_privileges(plan: Plan, uid: int) -> None:
     kernel.set_capabilities()
 
 
-def _keep_descriptors(cell: Cell, folder: int) -> int:
+def _keep_descriptors(place: Place, folder: int) -> int:
     """0 is empty, 1 and 2 are the pipes, 3 the control socket, 4 the work folder; the rest is
     closed.
     """
-    wanted = (os.open("/dev/null", os.O_RDONLY), cell.stdout, cell.stderr, cell.control, folder)
+    wanted = (os.open("/dev/null", os.O_RDONLY), place.stdout, place.stderr, place.control, folder)
     high = [os.dup2(fd, 200 + index) for index, fd in enumerate(wanted)]
     for index, fd in enumerate(high):
         os.dup2(fd, index)

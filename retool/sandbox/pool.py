@@ -1,26 +1,28 @@
-"""The fork server and its children as the supervisor holds them: started, waiting, running, gone."""
+"""The cells of a supervisor: asked for, waiting, running, gone."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import os
 import selectors
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from . import accounting, cgroups, layers, listener, spawn, wire
-from .cells import Call, Cell, Stream
+from . import accounting, cgroups, listener, wire
+from .cells import Call, Cell, Stream, open_cell
+from .forkserver import ForkServer
+from .layers import Plan
 from .result import Limits, Result
 from .rootfs import sweep
 
-MOST_FAILURES = 5
-MOMENT = 0.01  # seconds for which a call isn't given more time
+MOST_FAILURES = 5  # in a row, after which no more children are asked for
+TIMEOUT_SLACK_SECONDS = 0.01  # for which a call isn't given more time
 
 Ended = list[tuple[Call, Result]]
 
@@ -35,84 +37,52 @@ class Pool:
     """
 
     def __init__(
-        self, plan: layers.Plan, limits: Limits, workers: int, select: selectors.BaseSelector
+        self, plan: Plan, limits: Limits, workers: int, select: selectors.BaseSelector
     ) -> None:
         self.plan = plan
+        self.scratch = tempfile.mkdtemp(prefix="retool-sandbox-")
+        os.chmod(self.scratch, 0o711)
+        self.server = ForkServer(plan, self.scratch, limits.file_mb)
+        self.cells: dict[int, Cell] = {}
+        self.failures = 0  # in a row, to make a child or a server
+        self.complaint = ""  # about the last of them
         self._limits = limits
         self._workers = workers
         self._select = select
-        self.cells: dict[int, Cell] = {}
-        self.failures = 0
-        self.complaint = ""
         self._idle: collections.deque[Cell] = collections.deque()
         self._starting = 0
         self._free_slots = list(range(plan.slots))
-        self._next_number = 0
-        self.scratch = tempfile.mkdtemp(prefix="retool-sandbox-")
-        os.chmod(self.scratch, 0o711)
+        self._last_number = 0
         self._groups = cgroups.Groups(plan.cgroup) if plan.cgroup else None
-        self._control: socket.socket | None = None
         self._brooms: list[subprocess.Popen[bytes]] = []
         self._pair_bytes = listener.pair_bytes()
         self._nested = "pid_namespace" in plan.present
         self._private = "mount_namespace" in plan.present
 
+    # --- the fork server ---
+
     def start_server(self) -> None:
         """Start it and wait until it is warm; `OSError` where it ends first."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        setup = {
-            "plan": self.plan.to_json(),
-            "scratch": self.scratch,
-            "folder_mb": self._limits.file_mb,
-        }
-        self.server = spawn.start("zygote", setup, theirs, path=sys.path)
-        theirs.close()
-        ours.settimeout(120)
-        try:
-            answer = ours.recv(1 << 16)
-        except TimeoutError:
-            self.server.kill()
-            answer = b""
-        if not answer:
-            self.server.wait()
-            ours.close()
-            raise OSError(
-                f"the fork server ended with code {self.server.returncode} before it was ready"
-            )
-        ours.settimeout(None)
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._control = ours
-        tree = accounting.group_of(self.server.pid, 0, leads_group=False)
-        self.warm_pid = tree[1] if self._nested else self.server.pid
-        self._inherited = accounting.private_memory(self.warm_pid)
-        self._select.register(ours, selectors.EVENT_READ, self._hear_server)
+        control = self.server.start()
+        self._listen(control, self._hear_server)
 
     def revive(self) -> None:
         """One more attempt after giving up, worth it for a new call."""
         if self.failures >= MOST_FAILURES:
             self.failures = MOST_FAILURES - 1
-            if self._control is None:
+            if self.server.control is None:
                 self._restart()
 
     def _restart(self) -> None:
         try:
             self.start_server()
         except OSError as error:
-            self.failures, self.complaint = MOST_FAILURES, str(error)
-
-    def _order(self, message: dict[str, Any], descriptors: list[int] | None = None) -> None:
-        if self._control is not None:
-            with contextlib.suppress(OSError):  # its end is noticed by _hear_server
-                socket.send_fds(self._control, [json.dumps(message).encode()], descriptors or [])
+            self.failures = MOST_FAILURES
+            self.complaint = str(error)
 
     def stop(self) -> None:
         """End every process and remove every file."""
-        if self._control is not None:
-            self._control.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.server.wait(timeout=5)
-            self.server.kill()
-            self.server.wait()
+        self.server.stop()
         for cell in self.cells.values():
             kill_group(cell, self._nested)
         if self._groups is not None:
@@ -121,46 +91,35 @@ class Pool:
             if broom is not None:
                 broom.wait()
 
-    def running(self) -> list[Cell]:
-        return [cell for cell in self.cells.values() if cell.call is not None]
-
-    def sweeping(self) -> bool:
-        """Whether folders are still being removed; to be asked again until they aren't."""
-        self._brooms = [broom for broom in self._brooms if broom.poll() is None]
-        return bool(self._brooms)
+    # --- cells, from the first to the last ---
 
     def refill(self) -> None:
         """Ask for children until enough of them wait."""
-        if self._control is None or self.failures >= MOST_FAILURES:
+        if self.server.control is None or self.failures >= MOST_FAILURES:
             return
         while self._free_slots and len(self._idle) + self._starting < self._workers:
             self._request()
 
     def _request(self) -> None:
-        self._next_number += 1
+        """Ask for one child; `_hear_cell` hears when it is confined."""
+        self._last_number += 1
         self._starting += 1
-        number = self._next_number
+        number = self._last_number
         slot = self._free_slots.pop(0)
-        cell, theirs = open_cell(
-            number, slot, "/box" if self._private else f"{self.scratch}/{number}"
-        )
+        path = "/box" if self._private else f"{self.scratch}/{number}"
+        cell, theirs = open_cell(number, slot, path)
         self.cells[number] = cell
-        self._order({"start": number, "slot": slot, "folder": cell.path}, theirs)
+        self.server.order({"start": number, "slot": slot, "folder": cell.path}, theirs)
         for descriptor in theirs:
             os.close(descriptor)
         for stream in (cell.out, cell.err):
-            self._select.register(
-                stream.fd,
-                selectors.EVENT_READ,
-                lambda cell=cell, stream=stream: self._hear_program(cell, stream),
-            )
-        self._select.register(
-            cell.control, selectors.EVENT_READ, lambda cell=cell: self._hear_cell(cell)
-        )
+            self._listen(stream.fd, partial(self._hear_program, cell, stream))
+        self._listen(cell.control, partial(self._hear_cell, cell))
 
     def begin(self, call: Call) -> bool:
         """Run `call` in a waiting cell; False where none waits or enough run."""
-        if not self._idle or len(self.cells) - len(self._idle) - self._starting >= self._workers:
+        running = len(self.cells) - len(self._idle) - self._starting
+        if not self._idle or running >= self._workers:
             return False
         cell = self._idle.popleft()
         if self._groups is not None:
@@ -169,29 +128,34 @@ class Pool:
         cell.start(call, self.plan.exact_tasks)
         return True
 
+    def running(self) -> list[Cell]:
+        return [cell for cell in self.cells.values() if cell.call is not None]
+
     def overdue(self, cell: Cell, now: float) -> bool:
         """Whether a running call has had its time, not counting what it waited for a processor."""
         if cell.call is None or now < cell.call.deadline:
             return False
         cell.postpone(self._processes(cell))
-        return now >= cell.call.deadline - MOMENT
-
-    def _processes(self, cell: Cell) -> list[int]:
-        heir = cell.init if self._nested else self.server.pid
-        return accounting.group_of(cell.pid, heir, leads_group=not self._nested)
+        return now >= cell.call.deadline - TIMEOUT_SLACK_SECONDS
 
     def look(self, cell: Cell) -> None:
         """Compare what a running call uses with its limits, and end it where it goes beyond."""
         if self._nested and not cell.init:
             # Only calls that last are asked about: the next look knows
-            self._order({"heir": cell.number})
-        cell.account(self._processes(cell), self._inherited, self.plan.exact_tasks, self._private)
+            self.server.order({"heir": cell.number})
+        cell.account(
+            self._processes(cell), self.server.inherited, self.plan.exact_tasks, self._private
+        )
         if cell.call is not None and cell.call.verdict is not None:
             self.kill(cell)
 
+    def _processes(self, cell: Cell) -> list[int]:
+        heir = cell.init if self._nested else self.server.process.pid
+        return accounting.group_of(cell.pid, heir, leads_group=not self._nested)
+
     def kill(self, cell: Cell) -> None:
         """End a call and all its processes; `_hear_server` reports when they are gone."""
-        self._order({"kill": cell.number})
+        self.server.order({"kill": cell.number})
 
     def _retire(self, cell: Cell) -> None:
         """Forget a child that is gone; its slot may be used again."""
@@ -202,10 +166,21 @@ class Pool:
             with contextlib.suppress(KeyError, ValueError):
                 self._select.unregister(fileobj)
         cell.close()
-        if not self._private and (broom := sweep(cell.path)) is not None:
+        broom = None if self._private else sweep(cell.path)
+        if broom is not None:
             self._brooms.append(broom)
         del self.cells[cell.number]
         self._free_slots.append(cell.slot)
+
+    def sweeping(self) -> bool:
+        """Whether folders are still being removed; to be asked again until they aren't."""
+        self._brooms = [broom for broom in self._brooms if broom.poll() is None]
+        return bool(self._brooms)
+
+    # --- what is heard: of a child, of its program, of the fork server ---
+
+    def _listen(self, source: socket.socket | int, heard: Callable[[], Ended]) -> None:
+        self._select.register(source, selectors.EVENT_READ, heard)
 
     def _hear_cell(self, cell: Cell) -> Ended:
         """A child is confined and says so, once, by handing over its work folder."""
@@ -216,22 +191,21 @@ class Pool:
             descriptors = []
             pid = 0
         self._select.unregister(cell.control)
-        if data:
-            cell.folder = descriptors[0]
-            cell.pid = pid
-            if len(descriptors) > 1:
-                cell.listener = descriptors[1]
-                self._select.register(
-                    cell.listener, selectors.EVENT_READ, lambda: self._hear_question(cell)
-                )
-            self._starting -= 1
-            if self._groups is not None:
-                group = self._groups.slot(cell.slot)
-                group.set_limit(self._limits.memory_mb << 20)
-                with contextlib.suppress(ProcessLookupError):
-                    group.add(pid)
-            self.failures = 0
-            self._idle.append(cell)
+        if not data:
+            return []
+        cell.folder = descriptors[0]
+        cell.pid = pid
+        if len(descriptors) > 1:
+            cell.listener = descriptors[1]
+            self._listen(cell.listener, partial(self._hear_question, cell))
+        self._starting -= 1
+        if self._groups is not None:
+            group = self._groups.slot(cell.slot)
+            group.set_limit(self._limits.memory_mb << 20)
+            with contextlib.suppress(ProcessLookupError):
+                group.add(pid)
+        self.failures = 0
+        self._idle.append(cell)
         return []
 
     def _hear_question(self, cell: Cell) -> Ended:
@@ -250,58 +224,49 @@ class Pool:
         if not stream.open:
             self._select.unregister(stream.fd)
         elif cell.flooded() and cell.call is not None and cell.call.verdict is None:
-            cell.call.verdict = (
-                "output_limit",
-                f"the program wrote more than {limits.flood_mb} MB of output",
-            )
+            reason = f"the program wrote more than {limits.flood_mb} MB of output"
+            cell.call.verdict = ("output_limit", reason)
             self.kill(cell)
         return []
 
     def _hear_server(self) -> Ended:
-        assert self._control is not None
-        try:
-            data, _, sender = wire.receive_with_credentials(self._control, 1 << 16)
-        except ConnectionResetError:
-            data = b""
-            sender = 0
-        if not data:
+        message, sender = self.server.receive()
+        if message is None:
             return self._server_died()
-        message = json.loads(data)
         if "init" in message:
             if message["init"] in self.cells:
                 self.cells[message["init"]].init = sender
             return []
         if "failed" in message:
-            self._failed(
-                self.cells[message["failed"]],
-                f"the fork server could not start a process ({message['why']})",
-            )
+            why = f"the fork server could not start a process ({message['why']})"
+            self._child_failed(self.cells[message["failed"]], why)
             return []
-        cell = self.cells[message["exited"]]
-        if cell.call is None:
-            while cell.err.open and cell.err.read(1 << 12):
-                continue
-            self._failed(
-                cell,
-                f"a process could not be confined ({cell.err.text() or 'code ' + str(message['code'])})",
-            )
-            return []
-        ended = (cell.call, cell.finish(message["code"], message["cpu"]))
-        self._retire(cell)
-        return [ended]
+        return self._child_ended(self.cells[message["exited"]], message)
 
-    def _failed(self, cell: Cell, why: str) -> None:
+    def _child_ended(self, cell: Cell, message: dict[str, Any]) -> Ended:
+        """A program has ended, and everything that it had started; or a child that never became
+        one.
+        """
+        if cell.call is not None:
+            ended = (cell.call, cell.finish(message["code"], message["cpu"]))
+            self._retire(cell)
+            return [ended]
+        while cell.err.open and cell.err.read(1 << 12):
+            continue
+        reason = cell.err.text() or f"code {message['code']}"
+        self._child_failed(cell, f"a process could not be confined ({reason})")
+        return []
+
+    def _child_failed(self, cell: Cell, why: str) -> None:
         self.failures += 1
         self.complaint = f"{why}, {self.failures} times in a row"
         self._retire(cell)
 
     def _server_died(self) -> Ended:
         """Every program went with it, or goes now; start another server."""
-        assert self._control is not None
-        self._select.unregister(self._control)
-        self._control.close()
-        self._control = None
-        self.complaint = f"the fork server died (code {self.server.wait()})"
+        assert self.server.control is not None
+        self._select.unregister(self.server.control)
+        self.complaint = f"the fork server died (code {self.server.bury()})"
         self.failures += 1
         ended = []
         for cell in list(self.cells.values()):
@@ -312,22 +277,6 @@ class Pool:
         if self.failures < MOST_FAILURES:
             self._restart()
         return ended
-
-
-def open_cell(number: int, slot: int, path: str) -> tuple[Cell, list[int]]:
-    """A cell with its pipes, and the child's ends of them: control socket, stdout, stderr."""
-    control, child_control = socket.socketpair()
-    control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    control.settimeout(10)
-    out, child_out = os.pipe2(os.O_CLOEXEC)
-    err, child_err = os.pipe2(os.O_CLOEXEC)
-    for reader in (out, err):
-        os.set_blocking(reader, False)
-    return Cell(number, slot, control, Stream(out), Stream(err, last=True), path), [
-        child_control.detach(),
-        child_out,
-        child_err,
-    ]
 
 
 def allowed(cell: Cell, question: listener.Question, limits: Limits, pair_bytes: int) -> bool:
@@ -341,10 +290,8 @@ def allowed(cell: Cell, question: listener.Question, limits: Limits, pair_bytes:
     if cell.buffers <= most << 20:
         return True
     if cell.call is not None and cell.call.verdict is None:
-        cell.call.verdict = (
-            "memory_limit",
-            f"the call used more than {most} MB, in buffers of socket pairs",
-        )
+        reason = f"the call used more than {most} MB, in buffers of socket pairs"
+        cell.call.verdict = ("memory_limit", reason)
     return False
 
 

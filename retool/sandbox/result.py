@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 Status = Literal[
     "success", "error", "timeout", "memory_limit", "output_limit", "process_limit", "sandbox_error"
@@ -72,6 +73,22 @@ class Result:
     files: Mapping[str, bytes] = field(default_factory=dict)
     queue_seconds: float = 0.0
 
+    def to_json(self) -> dict[str, Any]:
+        """As the supervisor sends it."""
+        files = {name: base64.b64encode(content).decode() for name, content in self.files.items()}
+        return {**vars(self), "files": files}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Result:
+        """What `to_json` made of a result; ValueError where another version's did."""
+        known = {field.name for field in fields(Result)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"its results have {', '.join(unknown)}, which isn't known here")
+        if missing := sorted(known - set(values)):
+            raise ValueError(f"its results have no {', '.join(missing)}")
+        files = {name: base64.b64decode(content) for name, content in values["files"].items()}
+        return Result(**{**values, "files": files})
+
     @property
     def ok(self) -> bool:
         return self.status == "success"
@@ -95,6 +112,7 @@ def safe_name(name: str) -> str:
         or name.startswith("/")
     ):
         raise ValueError(
-            f"file name {name!r} must be a relative path inside the work folder, without '.' or '..' parts."
+            f"file name {name!r} must be a relative path inside the work folder, "
+            "without '.' or '..' parts."
         )
     return name

@@ -7,7 +7,6 @@ other processes call too: its guests.
 
 from __future__ import annotations
 
-import base64
 import collections
 import contextlib
 import json
@@ -190,7 +189,7 @@ class Supervisor:
         facts = {
             "plan": pool.plan.to_json(),
             "unmet": pool.plan.unmet(),
-            "server": pool.warm_pid,
+            "server": pool.server.warm_pid,
             "scratch": pool.scratch,
         }
         caller.send({"hello": {**facts, "pid": os.getpid()}})
@@ -285,7 +284,4 @@ class Supervisor:
 
     def _answer(self, ended: Ended) -> None:
         for call, result in ended:
-            files = {
-                name: base64.b64encode(content).decode() for name, content in result.files.items()
-            }
-            call.caller.send({"id": call.number, "result": {**vars(result), "files": files}})
+            call.caller.send({"id": call.number, "result": result.to_json()})

@@ -12,7 +12,6 @@ import struct
 from typing import Any
 
 HEADER = struct.Struct("!I")
-LARGEST = 256 << 20
 
 
 def encode(message: dict[str, Any]) -> bytes:

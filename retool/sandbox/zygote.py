@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from . import isolate, kernel, landlock, layers, program, rootfs, uids, wire
-from .children import Child, Server
+from .children import Child, Children
 
 MODULES = (
     "numpy",
@@ -169,12 +169,12 @@ def _serve(setup: Setup) -> Callable[[], NoReturn]:
         # From now on; to get warm is the server's own work
         os.write(session, str(isolate.NICENESS).encode())
     common = isolate.prepare(setup.plan, granted, setup.folder_mb)
-    server = Server(common, socket.socket(fileno=0), own_pids)
-    server.tell({"ready": True})
+    children = Children(common, socket.socket(fileno=0), own_pids)
+    children.tell({"ready": True})
     try:
-        server.loop()
+        children.loop()
     except Child as child:
-        return _become_program(common, child.cell, base)
+        return _become_program(common, child.place, base)
 
 
 def _open_session() -> int:
@@ -188,11 +188,11 @@ def _open_session() -> int:
 
 
 def _become_program(
-    common: isolate.Confinement, cell: isolate.Cell, base: int
+    common: isolate.Confinement, place: isolate.Place, base: int
 ) -> Callable[[], NoReturn]:
     """In a child: confine it, wait for its program, and return what runs it."""
     try:
-        descriptors = isolate.confine(common, cell)
+        descriptors = isolate.confine(common, place)
         control = socket.socket(fileno=isolate.CONTROL)
         control.sendmsg(
             [b"R"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
@@ -205,7 +205,8 @@ def _become_program(
             return functools.partial(program.run, job, base)
     except BaseException as error:  # before the program started: whatever it is, this isn't a cell
         os.write(
-            cell.stderr if _is_open(cell.stderr) else 2, f"{type(error).__name__}: {error}".encode()
+            place.stderr if _is_open(place.stderr) else 2,
+            f"{type(error).__name__}: {error}".encode(),
         )
         os._exit(NOT_ISOLATED)
     os._exit(0)

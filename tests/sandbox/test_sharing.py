@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from retool.sandbox import Result, Sandbox, sharing
+from retool.sandbox import Result, Sandbox, sharing, wire
+from retool.sandbox.connection import Connection
 
 _names = (f"test-{os.getpid()}-{number}" for number in itertools.count())
 OWNER = """
@@ -96,3 +98,33 @@ def test_a_guest_takes_over_when_the_owner_dies() -> None:
             assert guest.owner
         with Sandbox(workers=1, share=name) as next_one:  # the name is free after the end
             assert next_one.owner
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"colour": "red"}, "have colour, which isn't known here"),
+        ({"reason": None}, "have no reason"),
+    ],
+)
+def test_a_supervisor_of_another_version_is_told_of_and_no_call_waits_for_it(
+    change: dict[str, str | None], said: str
+) -> None:
+    """Every call is answered, the one that its results can't be read of and those behind it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(wire.encode({"hello": {}}))
+        connection = Connection(ours)
+        futures = [connection.submit({})[1] for _ in range(2)]
+        fields = {**Result("success").to_json(), **change}
+        answer = {
+            name: value
+            for name, value in fields.items()
+            if value is not None or name == "return_code"
+        }
+        theirs.sendall(wire.encode({"id": 0, "result": answer}))
+        for future in futures:
+            result = future.result(timeout=10)
+            assert result.status == "sandbox_error"
+            assert "version of retool" in result.reason and said in result.reason
+        assert not connection.alive
