@@ -14,6 +14,7 @@ from typing import Any, get_args
 from .result import Result, Status, safe_name
 
 _OURS = frozenset(get_args(Status))
+KILLED = 137  # a shell's code for a process that SIGKILL ended
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,13 @@ def result_to_json(result: Result) -> dict[str, Any]:
     }
     if result.status == "sandbox_error":
         return {**answer, "status": "SandboxError"}
+    return_code = result.return_code
+    if return_code is None and result.status != "timeout":
+        return_code = KILLED
     run = {
         "status": "TimeLimitExceeded" if result.status == "timeout" else "Finished",
         "execution_time": result.execution_time,
-        "return_code": 137
-        if result.return_code is None and result.status != "timeout"
-        else result.return_code,
+        "return_code": return_code,
         "stdout": result.stdout,
         "stderr": result.stderr,
     }

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from . import sharing, spawn
@@ -18,18 +19,16 @@ from .connection import START_SECONDS, Connection
 from .layers import Plan
 from .rootfs import sweep
 
-BACKOFF = (
-    0.25  # seconds before the first attempt to mend something; each further one waits twice as long
-)
-LONGEST_BACKOFF = 30.0
-STEADY = (
-    60.0  # seconds after which a supervisor counts as sound: the next restart is a first one again
-)
+# Before the first attempt to mend something; each further one waits twice as long
+BACKOFF_SECONDS = 0.25
+MAX_BACKOFF_SECONDS = 30.0
+# After which a supervisor counts as sound: the next restart is a first one again
+STEADY_SECONDS = 60.0
 
 
 def backoff(attempt: int) -> float:
     """Seconds to wait before attempt number `attempt`, counted from 0."""
-    return min(LONGEST_BACKOFF, BACKOFF * 2**attempt)
+    return min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2**attempt)
 
 
 class Keeper:
@@ -49,12 +48,10 @@ class Keeper:
         self._setup = setup
         self._launcher = launcher
         self._address = sharing.address(share, setup) if share else ""
-        self._listener: socket.socket | None = (
-            None  # the owner's of a shared sandbox; it outlives a supervisor
-        )
-        self._process: subprocess.Popen[bytes] | None = (
-            None  # the supervisor's, where it is this process's own
-        )
+        # The owner's of a shared sandbox; it outlives a supervisor
+        self._listener: socket.socket | None = None
+        # The supervisor, where it is this process's own
+        self._process: subprocess.Popen[bytes] | None = None
         self._restarting = threading.Lock()
         self._attempts = 0  # restarts in a row
         self._start()
@@ -94,9 +91,10 @@ class Keeper:
             "supervisor", setup, theirs, self.python, self._launcher, inherited=inherited
         )
         theirs.close()
+        # Weak, or the connection's thread would keep alive who is to end it
         myself: weakref.ref[Keeper] = weakref.ref(self)
         try:
-            return Connection(ours, (lambda: _start_again(myself)) if inherited else None)
+            return Connection(ours, partial(_start_again, myself) if inherited else None)
         except OSError:
             self._end_process()
             raise
@@ -117,7 +115,7 @@ class Keeper:
                     return Connection(guest)
             if time.monotonic() > end:
                 raise OSError(f"nobody answers for the shared sandbox within {START_SECONDS:g} s.")
-            time.sleep(BACKOFF / 10)
+            time.sleep(BACKOFF_SECONDS / 10)
         try:
             return self._own()
         except OSError:
@@ -149,8 +147,10 @@ class Keeper:
             if self._process is not None:
                 self._end_process()
                 sweep(self.hello["scratch"])
-            self._attempts = 0 if time.monotonic() - self._started > STEADY else self._attempts
-            time.sleep(backoff(self._attempts - 1) if self._attempts else 0.0)
+            if time.monotonic() - self._started > STEADY_SECONDS:
+                self._attempts = 0
+            if self._attempts:
+                time.sleep(backoff(self._attempts - 1))
             self._attempts += 1
             try:
                 self._start()
@@ -178,4 +178,4 @@ def _start_again(keeper: weakref.ref[Keeper]) -> None:
     """
     alive = keeper()
     while alive is not None and not alive.closed and alive.revive():
-        time.sleep(BACKOFF)
+        time.sleep(BACKOFF_SECONDS)

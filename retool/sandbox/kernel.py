@@ -31,6 +31,11 @@ MS_BIND = 4096
 MS_REC = 16384
 MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
+# What statvfs tells of a mount; the numbers are mount's own, but for relatime's, which is MS_BIND
+_ST_RELATIME = 0x1000
+_NOATIME = 1024
+_NODIRATIME = 2048
+_RELATIME = 1 << 21
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
@@ -51,6 +56,7 @@ MOUNT_ATTR_NOSUID = 2
 MOUNT_ATTR_NODEV = 4
 
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_MADV_COLLAPSE = 25
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -100,13 +106,8 @@ def make_read_only(target: str, devices: bool = False) -> None:
     devices unless asked for.
     """
     no_devices = 0 if devices else MS_NODEV
-    attributes = struct.pack(
-        "QQQQ",
-        MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | (0 if devices else MOUNT_ATTR_NODEV),
-        0,
-        0,
-        0,
-    )
+    wanted = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | (0 if devices else MOUNT_ATTR_NODEV)
+    attributes = struct.pack("QQQQ", wanted, 0, 0, 0)
     result = libc.syscall(
         SYS_MOUNT_SETATTR,
         AT_FDCWD,
@@ -119,8 +120,8 @@ def make_read_only(target: str, devices: bool = False) -> None:
         return
     # Before Linux 5.12: remount by hand. Inside a user namespace the flags already there are locked
     # and must be repeated.
-    locked = os.statvfs(target).f_flag & ~(MS_RDONLY | 0x1000)
-    kept = locked & (MS_NOEXEC | 1024 | 2048 | 1 << 21)
+    locked = os.statvfs(target).f_flag & ~(MS_RDONLY | _ST_RELATIME)
+    kept = locked & (MS_NOEXEC | _NOATIME | _NODIRATIME | _RELATIME)
     mount("none", target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | no_devices | kept)
 
 
@@ -161,12 +162,9 @@ def prctl(option: int, a: int = 0, b: int = 0) -> int:
 
 def close_from(first: int) -> None:
     """Close every descriptor from `first` on."""
-    if (
-        libc.syscall(
-            SYS_CLOSE_RANGE, ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(0)
-        )
-        < 0
-    ):
+    last = ctypes.c_uint(0xFFFFFFFF)
+    refused = libc.syscall(SYS_CLOSE_RANGE, ctypes.c_uint(first), last, ctypes.c_uint(0)) < 0
+    if refused:  # before Linux 5.9
         os.closerange(first, os.sysconf("SC_OPEN_MAX"))
 
 
@@ -204,5 +202,5 @@ def collapse_into_huge_pages(memory_map: str) -> None:
         if fields[1] != "rw-p" or (len(fields) > 5 and fields[5] != "[heap]"):
             continue
         for address in range(-(-start // size) * size, end - size + 1, size):
-            # MADV_COLLAPSE; refused is fine
-            libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), 25)
+            # Refused is fine
+            libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_COLLAPSE)

@@ -23,10 +23,10 @@ import types
 from typing import Any, NoReturn, TextIO
 
 FILE = "main.py"
-# the return code that stands for an uncaught MemoryError; the parent reports it as memory_limit
+# The return code that stands for an uncaught MemoryError; the parent reports it as memory_limit
 OUT_OF_MEMORY = 250
-_FUTURE_FLAGS = 0x1FF0000 | 0x1000000
-_SPARE = 64 << 20  # address space freed to print the traceback of a MemoryError
+_FUTURE_FLAGS = 0x1FF0000 | 0x1000000  # of a code object: which __future__ imports it has
+_SPARE_BYTES = 64 << 20  # of address space, freed to print the traceback of a MemoryError
 
 
 def run(job: dict[str, Any], base_address_space: int) -> NoReturn:
@@ -74,10 +74,10 @@ def forget_origin() -> None:
 
 def _elsewhere(code: types.CodeType) -> types.CodeType:
     """The code as if it came from no file."""
-    inner = tuple(
+    constants = tuple(
         _elsewhere(part) if isinstance(part, types.CodeType) else part for part in code.co_consts
     )
-    return code.replace(co_filename="<sandbox>", co_consts=inner)
+    return code.replace(co_filename="<sandbox>", co_consts=constants)
 
 
 def _lay_out(job: dict[str, Any]) -> None:
@@ -99,10 +99,10 @@ def _limit(job: dict[str, Any], base: int) -> None:
     cpu = max(1, int(job["cpu_seconds"] + 0.999))
     # A little less than the whole call's limit, so that a lone process meets an ordinary
     # MemoryError before it is killed.
-    space = base + job["memory_bytes"] - min(_SPARE, job["memory_bytes"] // 8)
+    space = base + job["memory_bytes"] - min(_SPARE_BYTES, job["memory_bytes"] // 8)
     limits = {
         resource.RLIMIT_CPU: (cpu, cpu),
-        resource.RLIMIT_AS: (space, space + _SPARE),
+        resource.RLIMIT_AS: (space, space + _SPARE_BYTES),
         resource.RLIMIT_FSIZE: (job["file_bytes"],) * 2,
         resource.RLIMIT_NOFILE: (job["open_files"],) * 2,
         resource.RLIMIT_CORE: (0, 0),
@@ -125,7 +125,6 @@ def _limit(job: dict[str, Any], base: int) -> None:
 def _writer(fd: int) -> TextIO:
     """Unbuffered, as `python -u` is: what was printed before a kill has left the process."""
     raw = io.FileIO(fd, "w", closefd=False)
-    # type: ignore[arg-type]
     return io.TextIOWrapper(
         raw, encoding="utf-8", errors="backslashreplace", newline="\n", write_through=True
     )
@@ -159,10 +158,8 @@ def _run_as_cell(code: str, namespace: dict[str, Any]) -> None:
     exec(body, namespace)
     if last is not None:
         flags = body.co_flags & _FUTURE_FLAGS  # its __future__ imports hold for the last line too
-        exec(
-            compile(ast.Interactive([last]), FILE, "single", flags=flags, dont_inherit=True),
-            namespace,
-        )
+        shown = compile(ast.Interactive([last]), FILE, "single", flags=flags, dont_inherit=True)
+        exec(shown, namespace)
 
 
 def _exit_code(value: object) -> int:

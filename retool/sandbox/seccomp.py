@@ -11,13 +11,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import kernel
 from .kernel import PR_SET_THP_DISABLE
 from .syscalls import AUDIT_ARCH, LAST_REVIEWED, TABLES, machine
 
+# Instructions of classic BPF
 _LOAD = 0x20
 _JUMP = 0x05
 _JEQ = 0x15
@@ -25,14 +26,16 @@ _JGE = 0x35
 _JSET = 0x45
 _AND = 0x54
 _RET = 0x06
+# Verdicts
 _ALLOW = 0x7FFF0000
 _KILL = 0x80000000
 _ERRNO = 0x00050000
 _ASK = 0x7FC00000
-_NR = 0
-_ARCH = 4
 _DENY = _ERRNO | errno.EPERM
 _MISSING = _ERRNO | errno.ENOSYS
+# Where a call's number and its architecture stand
+_NR = 0
+_ARCH = 4
 
 PRIVILEGED = frozenset(
     "mount umount2 pivot_root chroot move_mount open_tree fsopen fsconfig fsmount fspick "
@@ -76,9 +79,18 @@ METADATA = frozenset(
 # Calls that ask or change something of a process, by where its number stands: it may only be 0, or
 # the process's own.
 OWN_PROCESS = {
-    "prlimit64": 0, "sched_getparam": 0, "sched_getscheduler": 0, "sched_rr_get_interval": 0, "sched_setaffinity": 0,
-    "sched_getaffinity": 0, "sched_getattr": 0, "getpgid": 0, "getsid": 0, "get_robust_list": 0, "rt_sigqueueinfo": 0,
-}  # fmt: skip
+    "prlimit64": 0,
+    "sched_getparam": 0,
+    "sched_getscheduler": 0,
+    "sched_rr_get_interval": 0,
+    "sched_setaffinity": 0,
+    "sched_getaffinity": 0,
+    "sched_getattr": 0,
+    "getpgid": 0,
+    "getsid": 0,
+    "get_robust_list": 0,
+    "rt_sigqueueinfo": 0,
+}
 SIGNALS = ("kill", "tkill", "tgkill")
 _F_SETOWN = 8
 _F_SETSIG = 10
@@ -91,6 +103,11 @@ _F_SETPIPE_SZ = 1031
 _IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _PR_SCHED_CORE = 62
 _O_TMPFILE = 0o20000000
+_MAP_SHARED = 0x01
+_MAP_ANONYMOUS = 0x20
+_AF_UNIX = 1
+_SOCK_STREAM = 1
+_PRIO_USER = 2
 NEW_NAMESPACES = 0x7E020000  # mnt, cgroup, uts, ipc, user, pid, net
 
 
@@ -123,13 +140,18 @@ class Filter:
         return self.listener and (self.own_process or self.count_pairs)
 
 
-def _op(code: int, k: int, jt: int = 0, jf: int = 0) -> bytes:
-    return struct.pack("HBBI", code, jt, jf, k & 0xFFFFFFFF)
+def _op(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    """One instruction; a test goes on `if_true` or `if_false` instructions further down."""
+    return struct.pack("HBBI", code, if_true, if_false, operand & 0xFFFFFFFF)
 
 
 def _low(argument: int) -> bytes:
     """Load the low half of an argument (little-endian machines)."""
     return _op(_LOAD, 16 + 8 * argument)
+
+
+_DENIED = _op(_RET, _DENY)
+_ALLOWED = _op(_RET, _ALLOW)
 
 
 def _one_of(argument: int, values: Sequence[int], found: int, other: int) -> list[bytes]:
@@ -145,15 +167,16 @@ def _one_of(argument: int, values: Sequence[int], found: int, other: int) -> lis
 def _denied(wanted: Filter) -> frozenset[str]:
     """The calls that are denied whatever their arguments."""
     names = PRIVILEGED | SURFACE | OTHERS | HIDDEN_MEMORY | TRACES | PRIORITY
-    names |= NETWORK if wanted.network else frozenset()
-    names |= frozenset({"setpgid"}) if wanted.one_group else frozenset()
-    names |= METADATA if wanted.keep_metadata else frozenset()
-    names |= frozenset({"uname"}) if wanted.nameless else frozenset()
-    names |= (
-        frozenset({"pidfd_open", "pidfd_send_signal", "rt_tgsigqueueinfo", "ioprio_get"})
-        if wanted.own_process
-        else frozenset()
-    )
+    if wanted.network:
+        names |= NETWORK
+    if wanted.one_group:
+        names |= {"setpgid"}
+    if wanted.keep_metadata:
+        names |= METADATA
+    if wanted.nameless:
+        names |= {"uname"}
+    if wanted.own_process:
+        names |= {"pidfd_open", "pidfd_send_signal", "rt_tgsigqueueinfo", "ioprio_get"}
     return names
 
 
@@ -162,54 +185,74 @@ def _rules(wanted: Filter, architecture: str, pid: int) -> dict[int, list[bytes]
     loaded and end in a return.
     """
     table = TABLES[architecture]
-    deny = _op(_RET, _DENY)
-    allow = _op(_RET, _ALLOW)
-    ask = _ASK if wanted.listener else _DENY
-    rules = {table[name]: [deny] for name in _denied(wanted) if name in table}
+    rules = {table[name]: [_DENIED] for name in _denied(wanted) if name in table}
     # Its flags lie in memory, out of a filter's sight
     rules[table["clone3"]] = [_op(_RET, _MISSING)]
-    rules[table["clone"]] = [_low(0), _op(_JSET, NEW_NAMESPACES, 0, 1), deny, allow]
+    rules[table["clone"]] = [_low(0), _op(_JSET, NEW_NAMESPACES, 0, 1), _DENIED, _ALLOWED]
     # Shared anonymous memory stays allocated when no process maps it any more: files in the work
     # folder, which count, do instead.
-    rules[table["mmap"]] = [_low(3), _op(_AND, 0x21), _op(_JEQ, 0x21, 0, 1), deny, allow]
+    shared = _MAP_SHARED | _MAP_ANONYMOUS
+    rules[table["mmap"]] = [
+        _low(3),
+        _op(_AND, shared),
+        _op(_JEQ, shared, 0, 1),
+        _DENIED,
+        _ALLOWED,
+    ]
     rules[table["prctl"]] = _one_of(0, (PR_SET_THP_DISABLE, _PR_SCHED_CORE), _DENY, _ALLOW)
     # Signals to whoever the program names as a descriptor's owner; notes about files; memory in
     # pipes.
     commands = (_F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _F_SETLEASE, _F_NOTIFY, _F_SETPIPE_SZ)
     rules[table["fcntl"]] = _one_of(1, commands, _DENY, _ALLOW)
     rules[table["ioctl"]] = _one_of(1, _IOCTLS, _ALLOW, _DENY)
+    ask = _ASK if wanted.listener else _DENY
     if wanted.network:
-        # A connected stream pair can't be pointed at anybody else; asyncio and multiprocessing need
-        # one.
-        made = _op(_RET, ask if wanted.count_pairs else _ALLOW)
-        rules[table["socketpair"]] = [
-            _low(0),
-            _op(_JEQ, 1, 0, 4),
-            _low(1),
-            _op(_AND, 0xF),
-            _op(_JEQ, 1, 0, 1),
-            made,
-            deny,
-        ]
+        rules[table["socketpair"]] = _stream_pair(ask if wanted.count_pairs else _ALLOW)
     if wanted.keep_files:
         rules[table["openat2"]] = [_op(_RET, _MISSING)]
         for name, flags in (("open", 1), ("openat", 2)):
             if name in table:
-                rules[table[name]] = [_low(flags), _op(_JSET, _O_TMPFILE, 0, 1), deny, allow]
+                rules[table[name]] = [
+                    _low(flags),
+                    _op(_JSET, _O_TMPFILE, 0, 1),
+                    _DENIED,
+                    _ALLOWED,
+                ]
     if wanted.own_process:
-        rules |= {
-            table[name]: _one_of(argument, (0, pid), _ALLOW, _DENY)
-            for name, argument in OWN_PROCESS.items()
-        }
-        rules |= {table[name]: _one_of(0, (0, pid, -pid), _ALLOW, ask) for name in SIGNALS}
-        for name in ("getpriority", "setpriority"):
-            # Of a process or a group, its own; all processes of a user are others' too.
-            rules[table[name]] = [
-                _low(0),
-                _op(_JEQ, 2, 0, 1),
-                deny,
-                *_one_of(1, (0, pid), _ALLOW, _DENY),
-            ]
+        rules |= _own_process_rules(table, pid, ask)
+    return rules
+
+
+def _stream_pair(verdict: int) -> list[bytes]:
+    """Of `socketpair`: `verdict` for a connected stream pair, which can't be pointed at anybody else
+    and which asyncio and multiprocessing need; anything else is denied.
+    """
+    return [
+        _low(0),
+        _op(_JEQ, _AF_UNIX, 0, 4),
+        _low(1),
+        _op(_AND, 0xF),  # the kind, without flags
+        _op(_JEQ, _SOCK_STREAM, 0, 1),
+        _op(_RET, verdict),
+        _DENIED,
+    ]
+
+
+def _own_process_rules(table: Mapping[str, int], pid: int, ask: int) -> dict[int, list[bytes]]:
+    """Questions, changes and signals: to the process itself; signals to another get `ask`."""
+    rules = {
+        table[name]: _one_of(argument, (0, pid), _ALLOW, _DENY)
+        for name, argument in OWN_PROCESS.items()
+    }
+    rules |= {table[name]: _one_of(0, (0, pid, -pid), _ALLOW, ask) for name in SIGNALS}
+    for name in ("getpriority", "setpriority"):
+        # Of a process or a group, its own; all processes of a user are others' too.
+        rules[table[name]] = [
+            _low(0),
+            _op(_JEQ, _PRIO_USER, 0, 1),
+            _DENIED,
+            *_one_of(1, (0, pid), _ALLOW, _DENY),
+        ]
     return rules
 
 

@@ -8,9 +8,8 @@ import socket
 
 from . import kernel
 
-_claims: dict[
-    int, socket.socket
-] = {}  # ranges of uids this process holds; the kernel frees them when it ends
+# Ranges of uids that this process holds, by their first; the kernel frees them when it ends
+_claims: dict[int, socket.socket] = {}
 
 
 def free_uids(count: int) -> int:
@@ -57,10 +56,11 @@ def enter_user_namespace(uids: range) -> None:
             os.close(writer)
             if not os.read(reader, 1):
                 os._exit(1)  # refused over there
+            # first inside, first outside, how many
             programs = f"{uids.start} {uids.start} {len(uids)}"
-            _write_maps(
-                str(target), f"0 {uid} 1\n{programs}", f"0 {gid} 1\n{programs}", deny_groups=False
-            )
+            uid_map = f"0 {uid} 1\n{programs}"
+            gid_map = f"0 {gid} 1\n{programs}"
+            _write_maps(str(target), uid_map, gid_map, deny_groups=False)
             code = 0
         finally:
             os._exit(code)
@@ -72,7 +72,8 @@ def enter_user_namespace(uids: range) -> None:
         os.close(writer)
     if os.waitpid(helper, 0)[1]:
         raise OSError(
-            "mapping the programs' uids into the user namespace is refused (CAP_SETUID and CAP_SETFCAP do it)"
+            "mapping the programs' uids into the user namespace is refused "
+            "(CAP_SETUID and CAP_SETFCAP do it)"
         )
 
 
