@@ -28,15 +28,15 @@ MOST_SOURCES = 16  # data sources whose first question is tried
 def try_reward(
     source: RewardSource, settings: RewardConfig, prompts: Sequence[Prompt]
 ) -> Iterator[Fault]:
-    """A fault where the reward can't be had in a worker, fails on a made answer to the first
-    question of a data source, or is too slow.
+    """A fault where the reward can't be had in a worker, or no worker can be had; where it fails on
+    a made answer to the first question of a data source; and where it is too slow.
     """
     where = "custom_reward_function" if source.path else "reward_model.name"
     if settings.trial_answer is None:
         return
     try:
         judges = open_judges(source, settings, workers=1)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         yield Fault(where, str(error))
         return
     try:

@@ -63,7 +63,11 @@ class RewardPool:
         self._floor = floor
         doors = Doors(memory_mb, network, dict(environment or {}))
         self._setup = WorkerSetup(source, doors, timeout, self._leaders, LOAD_SECONDS)
-        self._pool = self._open()
+        try:
+            self._pool = self._open()
+        except OSError:
+            shutil.rmtree(self._leaders, ignore_errors=True)
+            raise
         self._first_problem = self._pool.schedule(worker.problem)  # workers start meanwhile
 
     def problem(self) -> str:
@@ -106,7 +110,10 @@ class RewardPool:
         return await retry_while_lost(lambda: self._attempt(asked, timeout or self._timeout))
 
     async def _attempt(self, asked: Asked, timeout: float) -> Judged:
-        pool = self._sound_pool()
+        try:
+            pool = self._sound_pool()
+        except OSError as error:
+            return self._failed(JUDGES_LOST, str(error))
         job = pool.schedule(worker.work, args=tuple(asked), timeout=timeout)
         answer = asyncio.wrap_future(job)
         try:
@@ -137,16 +144,24 @@ class RewardPool:
         return Judged(self._floor, {FAILURE: reason}, failure, reason)
 
     def _open(self) -> ProcessPool:
+        """Start the processes; OSError, with the way out, where the machine has no room for them."""
         context = multiprocessing.get_context("forkserver")
-        with _clean_environment():
-            context.set_forkserver_preload(PRELOADED)
-            forkserver.ensure_running()
-            return ProcessPool(
-                self._workers,
-                initializer=worker.start_worker,
-                initargs=(self._setup,),
-                context=context,  # pyright: ignore[reportArgumentType]
-            )
+        try:
+            with _clean_environment():
+                context.set_forkserver_preload(PRELOADED)
+                forkserver.ensure_running()
+                return ProcessPool(
+                    self._workers,
+                    initializer=worker.start_worker,
+                    initargs=(self._setup,),
+                    context=context,  # pyright: ignore[reportArgumentType]
+                )
+        except OSError as error:
+            raise OSError(
+                f"the processes that judge can't be started ({error.strerror or error}): they need "
+                "room for their semaphores in /dev/shm. Remove what fills it, or give the "
+                "container more (--shm-size=1g)."
+            ) from error
 
     def _sound_pool(self) -> ProcessPool:
         """The pool, or a new one where it broke: the server of its processes was killed, for want

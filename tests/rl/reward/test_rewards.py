@@ -5,10 +5,12 @@ function can do.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from multiprocessing import forkserver
@@ -19,7 +21,10 @@ import pytest
 
 from retool.parallel.mesh import make_mesh
 from retool.rl.build import require_judges
+from retool.rl.config import RewardConfig
+from retool.rl.preflight.trial import try_reward
 from retool.rl.reward import pool as reward_pool
+from retool.rl.reward import protocol
 from retool.rl.reward.builtin import (
     boxed_score,
     default_name,
@@ -30,6 +35,7 @@ from retool.rl.reward.builtin import (
     retool_score,
 )
 from retool.rl.reward.pool import RewardPool
+from retool.rl.reward.protocol import JUDGES_LOST, Asked
 from retool.rl.reward.score import score_answer
 from retool.rl.reward.source import RewardSource, find_reward
 from retool.rl.types import Stop
@@ -392,6 +398,33 @@ def test_a_pool_whose_server_was_killed_answers_what_it_had_and_goes_on() -> Non
             "killed",
             None,
         ]
+
+
+def test_a_full_shared_memory_is_told_with_the_way_out(tmp_path, monkeypatch) -> None:
+    """At the start, and in a run that has to start its processes anew: there the sample is lost."""
+
+    def refuse(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as full:
+        full.setattr(reward_pool, "ProcessPool", refuse)
+        with pytest.raises(OSError, match=r"No space left on device.*/dev/shm.*--shm-size"):
+            RewardPool(RewardSource("math"))
+        assert not list(tmp_path.glob("retool-judges-*"))
+        (fault,) = try_reward(RewardSource("math"), RewardConfig(), [])
+        assert "/dev/shm" in str(fault)
+    asked = Asked("gsm8k", "\\boxed{4}", "4", {})
+    with RewardPool(RewardSource("math"), workers=1, timeout=20) as pool:
+        assert pool.problem() == ""
+        pool._pool.stop()
+        pool._pool.join()
+        monkeypatch.setattr(protocol, "RETRIES", 0)
+        with monkeypatch.context() as full:
+            full.setattr(reward_pool, "ProcessPool", refuse)
+            judged = asyncio.run(pool.score(asked))
+            assert judged.failure == JUDGES_LOST and "/dev/shm" in judged.reason
+        assert asyncio.run(pool.score(asked)).score == 1.0
 
 
 def test_a_tower_of_powers_is_stopped() -> None:
