@@ -57,11 +57,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "doctor":
         return doctor.main()
     try:
-        sandbox = Sandbox(Limits(memory_mb=options.memory_mb), options.workers, options.isolation)
-        server = Server(sandbox, options.host, options.port, options.token)
+        return serve(options)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Answer requests until a signal ends it."""
+    sandbox = Sandbox(Limits(memory_mb=options.memory_mb), options.workers, options.isolation)
+    try:
+        server = Server(sandbox, options.host, options.port, options.token)
+    except BaseException:
+        sandbox.close()
+        raise
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: threading.Thread(target=server.shutdown).start())
     print(

@@ -38,17 +38,23 @@ def _parents() -> list[tuple[str, str]]:
 
 
 def _usable(version: str, folder: str) -> bool:
+    """Whether this process may make groups in `folder` that have a memory limit."""
     if version == "v1":
         needed = "memory.limit_in_bytes"
-    else:
-        try:
-            with open(folder + "/cgroup.subtree_control") as file:
-                if "memory" not in file.read().split():
-                    return False
-        except OSError:
-            return False
+    elif _controls_memory(folder):
         needed = "cgroup.procs"
+    else:
+        return False
     return os.path.exists(f"{folder}/{needed}") and os.access(folder, os.W_OK)
+
+
+def _controls_memory(folder: str) -> bool:
+    """Whether a v2 group hands the memory controller down."""
+    try:
+        with open(folder + "/cgroup.subtree_control") as file:
+            return "memory" in file.read().split()
+    except OSError:
+        return False
 
 
 def find() -> str:
@@ -74,22 +80,29 @@ class Group:
 
     def __init__(self, version: str, folder: str) -> None:
         self.folder = folder
-        self._limit_file, self._events, self._key = {
-            "v1": ("memory.limit_in_bytes", "memory.oom_control", "oom_kill "),
-            "v2": ("memory.max", "memory.events", "oom_kill "),
-        }[version]
-        self._swap = {"v1": "memory.memsw.limit_in_bytes", "v2": "memory.swap.max"}[version]
         self._version = version
-        self._limit = 0
+        if version == "v1":
+            self._limit_file = "memory.limit_in_bytes"
+            self._swap_file = "memory.memsw.limit_in_bytes"
+            self._events_file = "memory.oom_control"
+        else:
+            self._limit_file = "memory.max"
+            self._swap_file = "memory.swap.max"
+            self._events_file = "memory.events"
+        self._limit = 0  # bytes, as last set
 
     def set_limit(self, limit: int) -> None:
         """Bound memory, page tables and tmpfs files together, without swap, to `limit` bytes."""
         if limit == self._limit:
             return
+        # v1 counts memory and swap together, v2 swap alone
         swap = str(limit) if self._version == "v1" else "0"
-        order = [(self._limit_file, str(limit)), (self._swap, swap)]
-        for name, text in order if limit < self._limit or not self._limit else reversed(order):
-            if name != self._swap or os.path.exists(f"{self.folder}/{name}"):
+        order = [(self._limit_file, str(limit)), (self._swap_file, swap)]
+        # v1 never lets memory's limit be above the one of both
+        if limit > self._limit > 0:
+            order.reverse()
+        for name, text in order:
+            if name != self._swap_file or os.path.exists(f"{self.folder}/{name}"):
                 self._write(name, text)
         if self._version == "v2" and os.path.exists(self.folder + "/memory.oom.group"):
             self._write("memory.oom.group", "1")
@@ -100,9 +113,9 @@ class Group:
 
     def kills(self) -> int:
         """How often the kernel has killed in this group for lack of memory."""
-        with open(f"{self.folder}/{self._events}") as file:
+        with open(f"{self.folder}/{self._events_file}") as file:
             for line in file:
-                if line.startswith(self._key):
+                if line.startswith("oom_kill "):
                     return int(line.split()[1])
         return 0
 

@@ -19,29 +19,28 @@ def report(plan: Plan) -> str:
         "",
         "Layers",
     ]
+    details = {
+        "landlock": f" (ABI {plan.landlock})",
+        "cgroup": f" ({plan.cgroup})",
+        "separate_uid": f" ({plan.first_uid} to {plan.first_uid + plan.slots - 1})",
+    }
     for name in LAYERS:
-        state = "yes" if name in plan.present else f"no   {plan.missing[name]}"
-        details = {
-            "landlock": f" (ABI {plan.landlock})",
-            "cgroup": f" ({plan.cgroup})",
-            "separate_uid": f" ({plan.first_uid} to {plan.first_uid + plan.slots - 1})",
-        }
-        lines.append(f"  {name:18} {state}{details.get(name, '') if name in plan.present else ''}")
+        if name in plan.present:
+            state = f"yes{details.get(name, '')}"
+        else:
+            state = f"no   {plan.missing[name]}"
+        lines.append(f"  {name:18} {state}")
     lines += ["", "Guarantees"]
     for guarantee in GUARANTEES:
-        found = plan.mechanisms(guarantee)
-        lines.append(
-            f"  {guarantee:34} {', '.join(name.removeprefix('always: ') for name in found) or 'NOTHING'}"
-        )
+        mechanisms = [name.removeprefix("always: ") for name in plan.mechanisms(guarantee)]
+        lines.append(f"  {guarantee:34} {', '.join(mechanisms) or 'NOTHING'}")
     if plan.hidden:
         lines += [
             "",
-            (
-                f"Note: the programs' uid can't read {', '.join(plan.hidden)}, and nothing can be "
-                "mounted: at each start the server"
-            ),
+            f"Note: the programs' uid can't read {', '.join(plan.hidden)}, and nothing can be "
+            "mounted: at each start the server",
+            "copies what programs need of it. Python installed outside /root saves that.",
         ]
-        lines += ["copies what programs need of it. Python installed outside /root saves that."]
     return "\n".join(lines)
 
 
@@ -53,12 +52,11 @@ def verdict(plan: Plan) -> str:
     lines = ["strict isolation: REFUSED."]
     for guarantee, why in unmet.items():
         meaning = f": {MEANING[guarantee]}" if guarantee in MEANING else ""
-        ways = ways_out(guarantee)
-        lines.append(
-            f"  nothing guarantees “{guarantee}”{meaning}. Do one of: {'; '.join(ways)}."
-            if ways
-            else f"  {guarantee}: {why}"
-        )
+        ways = "; ".join(ways_out(guarantee))
+        if ways:
+            lines.append(f"  nothing guarantees “{guarantee}”{meaning}. Do one of: {ways}.")
+        else:
+            lines.append(f"  {guarantee}: {why}")
     lines.append("  Or accept what is missing with isolation=best_effort.")
     return "\n".join(lines)
 

@@ -130,8 +130,7 @@ class Sandbox:
         """The supervisor's folder on the host."""
         return self._keeper.hello["scratch"]
 
-    # -- calls
-    # ---------------------------------------------------------------------------------------------------------------
+    # --- calls ---
 
     async def run(
         self,
@@ -162,11 +161,11 @@ class Sandbox:
 
     async def _attempt(self, message: dict[str, Any]) -> Result:
         """One try: a result, which is infrastructure's where the sandbox failed."""
-        # Else it has to be started, which takes a while: not on the event loop
-        alive = self._keeper.connection.alive
-        connection, number, future = (
-            self._submit(message) if alive else await asyncio.to_thread(self._submit, message)
-        )
+        if self._keeper.connection.alive:
+            submitted = self._submit(message)
+        else:  # it is started first, which takes a while: not on the event loop
+            submitted = await asyncio.to_thread(self._submit, message)
+        connection, number, future = submitted
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -218,12 +217,12 @@ class Sandbox:
         fetch: Sequence[str],
     ) -> dict[str, Any]:
         """A call as the supervisor reads it; ValueError for what can't be asked."""
-        limits = (
-            {}
-            if timeout is None
-            else {"wall_seconds": timeout, "cpu_seconds": max(timeout, self.limits.cpu_seconds)}
-        )
-        limits |= {} if memory_mb is None else {"memory_mb": memory_mb}
+        limits: dict[str, float] = {}
+        if timeout is not None:
+            limits["wall_seconds"] = timeout
+            limits["cpu_seconds"] = max(timeout, self.limits.cpu_seconds)
+        if memory_mb is not None:
+            limits["memory_mb"] = memory_mb
         if any(not value > 0 for value in limits.values()):
             raise ValueError(f"timeout={timeout} and memory_mb={memory_mb} must be above 0.")
         encoded = {

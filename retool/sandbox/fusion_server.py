@@ -59,7 +59,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.token = token
         self.host = host
         self._connections = threading.BoundedSemaphore(MOST_CONNECTIONS)
-        super().__init__((host.strip("[]"), port), Handler)
+        try:
+            super().__init__((host.strip("[]"), port), Handler)
+        except OSError as error:
+            raise OSError(
+                f"{host}:{port} can't be listened on ({error.strerror or error}): end what holds "
+                "it, or take another address (--host) or port (--port; 0 is any free one)."
+            ) from error
 
     @property
     def port(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -85,3 +86,16 @@ def test_serve_refuses_the_open_network_without_a_token(
     monkeypatch.delenv("RETOOL_SANDBOX_TOKEN", raising=False)
     assert main(["serve", "--host", "0.0.0.0", "--port", "0", "--workers", "1"]) == 1
     assert "give a token" in capsys.readouterr().err
+
+
+def test_serve_says_which_port_is_taken_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port), "--workers", "1"]) == 1
+    said = capsys.readouterr().err
+    assert f"127.0.0.1:{port} can't be listened on (Address already in use)" in said
+    assert "--port" in said
