@@ -37,26 +37,24 @@ class SamplingParams:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: a turn has at least one token.")
 
-    @property
-    def filtered(self) -> bool:
-        """Whether some tokens can't be drawn for another reason than their probability."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """How an engine runs.
 
-    `max_num_seqs` sequences decode at once; a forward has at most `max_batch_tokens` tokens, longer
-    prompts take several. `page_size` tokens share a page of the KV cache (None: 256 on a GPU, which
-    all kernels take, else 16). The cache takes `kv_bytes`, or `kv_share` of the GPU memory that is
-    free when it is made. `max_length` bounds a sequence (None: the model's maximum position, or the
-    cache). `dtype` None: that of the weights that come. `run_ahead` starts a decode step before the
-    one before it was looked at ("auto": with fused kernels on a GPU); CUDA graphs need it.
+    `max_num_seqs` sequences decode at once. A forward has at most `max_batch_tokens` tokens; longer
+    prompts take several.
 
-    `deterministic`: every forward has exactly `max_num_seqs` rows and every token attends as a
-    sequence of its own, so that a token's numbers depend, to the last bit, only on the tokens
-    before it: not on its neighbours, on chunks or on preemption.
+    The KV cache takes `kv_bytes`, or `kv_share` of the GPU memory that is free when it is made.
+    `page_size` tokens share a page of it (None: 256 on a GPU, which all kernels take, else 16).
+    `max_length` bounds a sequence (None: the model's maximum position, or the cache).
+
+    `dtype` None: that of the weights that come. `run_ahead` starts a decode step before the one
+    before it was looked at ("auto": with fused kernels on a GPU); CUDA graphs need it.
+
+    `deterministic`: a token's numbers depend, to the last bit, only on the tokens before it: not on
+    its neighbours, on chunks or on preemption. To that end every forward has exactly `max_num_seqs`
+    rows, and every token attends as a sequence of its own.
     """
 
     max_num_seqs: int = 256
@@ -86,10 +84,12 @@ class EngineOptions:
 class TurnDone:
     """A finished turn.
 
-    Per sampled token: its id, `logp` = log softmax(logits / temperature) over the whole vocabulary,
-    and `logp_behaviour`, the same after top-k and top-p (temperature 0: `logp` at temperature 1,
-    `logp_behaviour` 0). `reason`: "stop" a stop token, "length" `max_tokens`, "capacity" the
-    sequence doesn't fit the cache (or `max_length`) even alone.
+    Per sampled token: its id; `logp` = log softmax(logits / temperature) over the whole vocabulary;
+    and `logp_behaviour`, the same after top-k and top-p. With temperature 0 `logp` is that of
+    temperature 1, and `logp_behaviour` 0.
+
+    `reason`: "stop" a stop token, "length" `max_tokens`, "capacity" the sequence doesn't fit the
+    cache (or `max_length`) even alone.
     """
 
     key: Hashable

@@ -103,7 +103,3 @@ class Weights:
             for key, parameter in list(module._parameters.items()):
                 if parameter is old:
                     module._parameters[key] = new
-
-    @property
-    def bytes(self) -> int:
-        return sum(b.nbytes for b in self.buffers)

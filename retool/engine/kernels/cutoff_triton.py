@@ -44,10 +44,11 @@ def _search(
     BLOCK: tl.constexpr,
     LOWEST: tl.constexpr,
 ):
-    """The largest of the row's x whose equals and betters weigh at least `wanted`: each 1, or exp(x
-    - top) with SHARES. It lies in [low, high], and a pass over the row, which weighs at three
-    places in between, leaves a quarter, cut to the x that are in it: 2 or 3 passes for the logits
-    of a trained model, about 10 for random ones.
+    """The largest of the row's x whose equals and betters weigh at least `wanted` together.
+
+    Each x weighs 1, or exp(x - top) with SHARES. The result lies in [low, high]. A pass over the row
+    weighs at three places in between, which leaves a quarter, cut to the x that are in it: 2 or 3
+    passes for the logits of a trained model, about 10 for random ones.
     """
     lanes = tl.arange(0, BLOCK)
     passes = 0

@@ -27,10 +27,9 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        layers, self.page_size, self.heads, head_dim = shape_LPkH
-        self.data = torch.zeros(
-            layers, pages, self.page_size, 2 * self.heads, head_dim, dtype=dtype, device=device
-        )
+        layers, self.page_size, heads, head_dim = shape_LPkH
+        shape = layers, pages, self.page_size, 2 * heads, head_dim
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
 
     def write(self, layer: int, slots_T: torch.Tensor, kv_TJH: torch.Tensor) -> None:
         """Store tokens' keys and values at `slots` = page · P + place in the page, int64.

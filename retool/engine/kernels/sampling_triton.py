@@ -105,11 +105,8 @@ def _part_kernel(
         least = tl.where(temperature == 0.0, float("-inf"), tl.load(cutoff_ptr + row))
     lanes = tl.arange(0, BLOCK)
     end = tl.minimum((part + 1) * size, columns)
-    key = _mixed(
-        tl.load(keys_ptr + row) + _mixed(tl.load(positions_ptr + row) * GOLDEN, FIRST, SECOND),
-        FIRST,
-        SECOND,
-    )
+    position_key = _mixed(tl.load(positions_ptr + row) * GOLDEN, FIRST, SECOND)
+    key = _mixed(tl.load(keys_ptr + row) + position_key, FIRST, SECOND)
     counter = key + ((part * size).to(tl.int64) + 1) * GOLDEN
     of_lane = lanes.to(tl.int64) * GOLDEN
     largest = tl.full((BLOCK,), LOWEST, tl.float32)
@@ -145,10 +142,9 @@ def _part_kernel(
     if FILTERED:
         tl.store(out_ptr + at + 2 * parts, tl.sum(kept * share, 0))
     tl.store(out_ptr + at + 3 * parts, winner)
-    tl.store(
-        best_ptr + row * parts + part,
-        tl.min(tl.where(best == winner, found + lanes, 2147483647), 0),
-    )
+    # Of equal scores the first token's, as argmax has it
+    token = tl.min(tl.where(best == winner, found + lanes, 2147483647), 0)
+    tl.store(best_ptr + row * parts + part, token)
 
 
 @triton.jit
@@ -170,9 +166,8 @@ def _join_kernel(
     top = tl.load(at)
     whole = tl.load(at + PARTS)
     best = tl.load(at + 3 * PARTS)
-    token = tl.min(
-        tl.where(best == tl.max(best, 0), tl.load(best_ptr + row * PARTS + pieces), 2147483647), 0
-    )
+    tokens = tl.load(best_ptr + row * PARTS + pieces)
+    token = tl.min(tl.where(best == tl.max(best, 0), tokens, 2147483647), 0)
     temperature = tl.load(temperature_ptr + row)
     largest = tl.max(top, 0)
     share = tl.exp(top - largest)

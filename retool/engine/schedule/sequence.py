@@ -22,9 +22,10 @@ class State(Enum):
 
 @dataclass(eq=False)
 class Group:
-    """Samples of one prompt.
+    """Samples of one prompt, of which `live` aren't dropped yet.
 
-    All but its last token is computed once, by `leader`; `pages` then keep it for who still waits.
+    All but the prompt's last token is computed once, by `leader`. `pages` then keep it for those who
+    still wait.
     """
 
     key: Hashable
@@ -44,9 +45,9 @@ class Group:
 class Sequence:
     """Tokens of a trajectory so far; `computed` of them have keys and values in `pages`.
 
-    `number` counts arrivals: the lower one goes first, for room and for memory. `given` marks
-    tokens [0, given) that were not sampled in this turn or were computed before, for the
-    statistics.
+    `number` counts arrivals: the lower one goes first, for room and for memory. `draw_key` is the
+    key of its seed. This turn's tokens begin at `turn_start`. For the statistics: tokens [0, given)
+    were not sampled in this turn, or were computed before. `served`: it once had its group's prompt.
     """
 
     key: Hashable
@@ -94,7 +95,7 @@ class Item:
 
 
 class Step(NamedTuple):
-    """Work of one forward: items, those of one token first, after copying pages (from, to)."""
+    """Work of one forward: items, those of one token first. `copies` of pages come before."""
 
     items: list[Item]
     copies: list[PageCopy]
