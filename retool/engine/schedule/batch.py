@@ -82,27 +82,23 @@ def make_batch(
     starts = np.array([item.start for item in singles] + [0] * padding + of_chunks, np.int64)
     counts = np.array([1] * decode + [item.count for item in chunks], np.int64)
 
-    # Of every token: its item, and where that item's tokens begin
+    # Of every token: its item, and how far into that it is
     owner = np.repeat(np.arange(len(counts)), counts)
-    first = np.cumsum(counts) - counts
-    positions = starts[owner] + np.arange(len(owner)) - first[owner]
+    ends = np.cumsum(counts)
+    positions = starts[owner] + np.arange(len(owner)) - (ends - counts)[owner]
     pages = tables[owner, positions // page_size].astype(np.int64)
-    tokens = np.zeros(len(owner), np.int64)
-    for number, item in at:
-        begin = first[number]
-        given = item.sequence.tokens[item.start : item.start + item.count]
-        tokens[begin : begin + item.count] = given
 
-    drawing: list[tuple[int, Sequence | None]]
-    drawing = [(row, item.sequence if item.draws else None) for row, item in enumerate(singles)]
+    tokens = np.zeros(len(owner), np.int64)
+    drawing: list[tuple[int, Sequence | None]] = []
+    end_of = ends.tolist()
+    for number, item in at:
+        end = end_of[number]
+        stop = item.start + item.count
+        tokens[end - item.count : end] = item.sequence.tokens[item.start : stop]
+        drawing.append((end - 1, item.sequence if item.draws else None))
     if all_rows and not chunks:
         drawing += [(row, None) for row in range(len(singles), decode)]
     else:
-        ends = first[decode:] + counts[decode:] - 1
-        drawing += [
-            (int(row), item.sequence if item.draws else None)
-            for row, item in zip(ends, chunks, strict=True)
-        ]
         drawing = [(row, sequence) for row, sequence in drawing if sequence is not None]
     sequences = [sequence for _, sequence in drawing]
     params = [PADDING_PARAMS if s is None else s.params for s in sequences]

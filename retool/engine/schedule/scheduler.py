@@ -96,8 +96,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         elif sequence.is_running:
             self.running.remove(sequence)
-        # The key may be started anew before the refusal was handed out: the new sequence must not
-        # get it.
+        # The key may be started anew before this is handed out: it isn't the new sequence's
         self.refused = [turn for turn in self.refused if turn.key != key]
         sequence.state = State.DROPPED
         self.may_admit = True
@@ -263,13 +262,8 @@ class Scheduler:
         sequence.logp.append(logp)
         sequence.logp_behaviour.append(logp_behaviour)
         self.stats.sampled_tokens += 1
-        if token in sequence.params.stop_ids:
-            reason: Reason = "stop"
-        elif len(sequence.logp) >= sequence.params.max_tokens:
-            reason = "length"
-        elif len(sequence.tokens) > self.max_length:
-            reason = "capacity"
-        else:
+        reason = sequence.reason_to_end(self.max_length)
+        if reason is None:
             return None
         self.running.remove(sequence)
         return self._finish(sequence, reason)

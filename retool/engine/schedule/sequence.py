@@ -8,7 +8,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from retool.engine.schedule.pages import PageCopy
-from retool.engine.types import SamplingParams
+from retool.engine.types import Reason, SamplingParams
 
 
 class State(Enum):
@@ -77,6 +77,14 @@ class Sequence:
     def draws_last(self) -> bool:
         """Whether the draw that follows what is computed is the turn's last one at any rate."""
         return self.computed - self.turn_start >= self.params.max_tokens - 1
+
+    def reason_to_end(self, max_length: int) -> Reason | None:
+        """Why the turn is over with its last token; None if it goes on."""
+        if self.tokens[-1] in self.params.stop_ids:
+            return "stop"
+        if len(self.logp) >= self.params.max_tokens:
+            return "length"
+        return "capacity" if len(self.tokens) > max_length else None
 
 
 @dataclass(frozen=True)
