@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import get_args, get_type_hints
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -10,7 +11,7 @@ from retool.config import parse
 from retool.engine import Engine, RolloutEngine, find_backend
 from retool.engine.backend import BACKENDS, MEANING_NATIVE
 from retool.rl.config import RLConfig, RolloutConfig
-from retool.rl.preflight.keys import notes
+from retool.rl.preflight.show import in_words
 from tests.rl.test_config import REQUIRED
 
 
@@ -20,11 +21,12 @@ def test_every_name_of_the_configuration_is_a_backend_or_means_native() -> None:
     assert {find_backend(name) for name in names} == {Engine}
 
 
-@pytest.mark.parametrize("name", [*BACKENDS, *MEANING_NATIVE])
-def test_the_start_up_says_which_names_mean_native(name: str) -> None:
-    words = [*REQUIRED, f"actor_rollout_ref.rollout.name={name}"]
-    said = [note for note in notes(parse(RLConfig, words)) if "means native here" in note]
-    assert len(said) == (name in MEANING_NATIVE)
+@pytest.mark.parametrize("name", MEANING_NATIVE)
+def test_the_plans_first_line_says_what_a_name_means(name: str) -> None:
+    config = parse(RLConfig, [*REQUIRED, f"actor_rollout_ref.rollout.name={name}"])
+    report: Any = SimpleNamespace(config=config)
+    said = f"rollout.name={name} means native here: the in-process engine samples."
+    assert next(in_words(report)) == ("engine", said)
 
 
 def test_an_unknown_name_is_refused_with_what_there_is() -> None:

@@ -199,7 +199,8 @@ def test_the_published_command_on_two_ranks(work, tmp_path, repository) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert (
-        "rollout.name=vllm means native here" in done.stdout and "1 engine(s) of 2" in done.stdout
+        "engine: rollout.name=vllm means native here" in done.stdout
+        and "1 engine(s) of 2" in done.stdout
     )
     (entry,) = steps(out)
     names = spelt_out(NAMES)

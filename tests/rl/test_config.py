@@ -68,9 +68,7 @@ def test_the_published_command_parses_word_for_word() -> None:
         and actor.optim.lr == 1e-6
         and config.data.truncation == "error"
     )
-    assert list(notes(config)) == [
-        "rollout.name=vllm means native here: the in-process engine samples."
-    ]
+    assert not list(notes(config))
 
 
 def test_defaults_of_the_contract() -> None:

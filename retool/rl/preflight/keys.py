@@ -60,8 +60,6 @@ def notes(config: RLConfig) -> Iterator[str]:
     rollout = config.actor_rollout_ref.rollout
     actor = config.actor_rollout_ref.actor
     algorithm = config.algorithm
-    if rollout.name != "native":
-        yield f"rollout.name={rollout.name} means native here: the in-process engine samples."
     if algorithm.rollout_correction.bypass_mode and algorithm.rollout_correction.rollout_is:
         yield "with rollout_correction.bypass_mode the weights of rollout_is only undo top-p and top-k."
     yield from _clip_notes(actor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from retool.engine.backend import MEANING_NATIVE
 from retool.perf import GIB
 from retool.preflight.show import memory_words, model_words, written_words
 from retool.rl.preflight.plan import Report
@@ -13,6 +14,9 @@ from retool.rl.reward.builtin import default_name
 def in_words(report: Report) -> Iterator[tuple[str, str]]:
     """(topic, text) of what the run will do."""
     wanted = report.config.actor_rollout_ref
+    name = wanted.rollout.name
+    if name in MEANING_NATIVE:
+        yield "engine", f"rollout.name={name} means native here: the in-process engine samples."
     processes = report.world.processes
     assert report.train is not None
     sp = wanted.actor.ulysses_sequence_parallel_size
