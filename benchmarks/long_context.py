@@ -41,12 +41,13 @@ from table import attempt, failed, hardware, head, row
 from retool.batch import PackedBatch, Sample, pack
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
+from retool.model.costs import model_flops, parameter_count
 from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.collectives import sum_over
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
-from retool.perf import GIB, StepTimer, device_peak, mfu, model_flops
+from retool.perf import GIB, StepTimer, device_peak, mfu
 from retool.preflight.machine import MOST_PINNED, host_memory
 from retool.preflight.memory import DTYPE_BYTES, OUTSIDE, Setting, choose, predict
 from retool.sft.step import train_step
@@ -126,7 +127,7 @@ def setting_for(
 
 def host_gib(config: ModelConfig, setting: Setting, activations: float) -> float:
     """Pinned memory of one process."""
-    parameters = config.matmul_parameters + (0 if config.tied else config.vocab * config.hidden)
+    parameters = parameter_count(config)
     each = DTYPE_BYTES[setting.master] * (setting.param_offload + 2 * setting.optimizer_offload)
     return (activations + each * parameters / setting.shards) / GIB
 

@@ -43,6 +43,7 @@ from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
+from retool.model.costs import multiplied_parameters
 from retool.model.families.read import read_model_config
 from retool.model.logprobs import logprobs
 from retool.parallel.fsdp import Sharded
@@ -80,7 +81,7 @@ def roofline_seconds(
     lengths.
     """
     kv = 2 * config.layers * config.kv_heads * config.head_dim * size
-    return (config.matmul_parameters * size + sum(contexts) * kv) / per_second
+    return (multiplied_parameters(config) * size + sum(contexts) * kv) / per_second
 
 
 def draw_prompts(config: ModelConfig, args: Namespace, repeat: int) -> list[list[int]]:

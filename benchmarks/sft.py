@@ -33,11 +33,12 @@ from retool.data.loader import StepOrder, iterate_steps
 from retool.data.packing import Budget, Packing
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
+from retool.model.costs import model_flops
 from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
-from retool.perf import GIB, StepTimer, device_peak, mfu, model_flops
+from retool.perf import GIB, StepTimer, device_peak, mfu
 from retool.sft.step import train_step
 
 BLANK = {

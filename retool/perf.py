@@ -1,27 +1,14 @@
-"""How fast it goes: model FLOPs, MFU, a step timer, peak memory.
-
-**Model FLOPs** are those of the mathematics, whatever is recomputed: a multiply-add counts 2,
-backward twice the forward.
-
-    matrices:   6 · P per token, P = weights in matrix products (the vocabulary head once, tied or
-                not; no embedding look-up, norms or biases)
-    attention:  6 · n² · N · H per layer for a document of n tokens, N query heads of dimension H:
-                the two products QKᵀ and PV are 2·2·n²·N·H forward, three times that with backward,
-                and half of it under the causal mask
-
-Qwen2.5-0.5B at n = 16,384: P = 494.0M → 2.96 GFLOP, attention 2.11 GFLOP, together 5.1 GFLOP per
-token.
-"""
+"""How fast it goes: peak FLOP/s of a device and MFU, a step timer, peak memory."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -51,41 +38,6 @@ PEAK_FLOPS: Mapping[str, float] = {
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
 }
-
-
-class Sizes(Protocol):
-    """What of a decoder decides its FLOPs; `retool.model.config.ModelConfig` has them."""
-
-    @property
-    def layers(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def matmul_parameters(self) -> int: ...
-
-
-def model_flops(model: Sizes, lengths: Iterable[int]) -> float:
-    """Training FLOPs (forward and backward) of documents of these lengths.
-
-    Padding is not a document: leave it out.
-    """
-    tokens = squares = 0
-    for n in lengths:
-        tokens += n
-        squares += n * n
-    return (
-        6.0 * model.matmul_parameters * tokens
-        + 6.0 * model.layers * model.heads * model.head_dim * squares
-    )
-
-
-def quadratic_length(model: Sizes) -> int:
-    """Tokens of a document whose attention takes as many FLOPs as everything else: 23,000 for 0.5B
-    parameters, 57,000 for 8B.
-    """
-    return max(1, round(model.matmul_parameters / (model.layers * model.heads * model.head_dim)))
 
 
 def peak_flops(name: str) -> float | None:

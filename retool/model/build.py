@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -98,6 +99,7 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
     )
 
 
+@lru_cache(maxsize=8)
 def plan_layout(config: ModelConfig, shards: int) -> Layout:
     """The layout that sharding this model over `shards` ranks will have.
 

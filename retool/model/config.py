@@ -53,9 +53,3 @@ class ModelConfig:
     def key_width(self) -> int:
         """Channels of all key heads; of all value heads too."""
         return self.kv_heads * self.head_dim
-
-    @property
-    def matmul_parameters(self) -> int:
-        """Parameters that every token is multiplied with: all of them but an untied embedding."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.ffn) + self.vocab * self.hidden

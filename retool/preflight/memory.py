@@ -1,47 +1,19 @@
-"""Peak memory of a training step per GPU, predicted from shapes alone: no GPU and no weights are
-needed.
+"""Peak memory of a training step per GPU, predicted from shapes alone.
 
-Legend: t tokens of a micro-batch on one GPU (T/sp) · D model · F ffn · N, K query, kv heads · H
-head dim · E = N·H · V vocab · p bytes of the compute dtype · m bytes of the master dtype · r bytes
-of the reduced gradient · x bytes of the residual stream (p, or 4 under `fp32_residual`).
+No GPU and no weights are needed. State and buffers are exact (a test compares them with what
+sharding allocates); activations and what is there for a moment are a model, tested against peaks
+that were measured.
 
-    state        per owned parameter: master m, gradient max(r, 4), two moments 2·m, and a compute
-                 copy p where p ≠ m, if kept
-    gathered     the buffers that units take turns in, weights (p) and gradients (r):
-                 `assign_buffers` of the layout
-    kept         per layer and token, what backward finds (`layer_bytes`; p bytes an element,
-                 log-sum-exp and norms 4, the residual x):
-                   full       block input D (residual), attention's result E
-                   selective  also the normed input D, q k v (N+2K)·H, and under sp > 1 the result
-                              that came back E
-                   none       also the second residual D and its norm D, gate and up 2·F, their
-                              product F
-                   offload    as full; of the layers that are in host memory, one is on its way
-                 and the rope tables, 4·H
-    head         (`head_bytes`) the hidden states through the final norm, their gradient (both x),
-                 the fp32 gradient of the vocabulary matrix 4·V·D, and with it either a chunk of
-                 fp32 logits or the same gradient in the compute dtype; of long packs the final
-                 norm's backward: six fp32 tensors of D, and the vocabulary matrix's gradient
-    block        (`block_bytes`) one block's backward: what is recomputed, the MLP's gradients 3·F,
-                 the weights' gradients; under full recomputation one F less, for the product is
-                 gone before the gradients of gate and up are there by chunk, of long packs
-                 (`chunked_block_bytes`): the normed input D, q k v, attention's result E under sp >
-                 1, the gradients of the block's output, its input (x) and attention's result 2·D +
-                 E, and with them the larger of
-                   MLP        of a chunk: second residual, its norm, gate, up and their gradients,
-                              and the product's 4·D + 5·F; the weights' gradients in p bytes, and
-                              their sums in 4
-                   attention  its output's gradient before and after the all-to-all 2·E under sp >
-                              1, gradients of q k v, the kernel's sum of the queries' in fp32 2·E,
-                              those of keys and values for each query head 2·E where K < N, and two
-                              fp32 numbers a head
-    end          the embedding's dense gradient, after everything kept is gone
+    state        of a rank's parameters: master weights, gradient, two moments, and a copy in the
+                 compute dtype where that is another: `state_bytes`
+    buffers      in which units take turns, for weights and for gradients: `buffer_bytes`
+    activations  what the layers keep for the backward, and the rope tables: `activation_bytes`
+    head         the vocabulary head and its loss at their largest: `head_bytes`
+    block        one block's backward: `block_bytes`
+    end          the embedding's dense gradient, when everything kept is gone: `end_bytes`
 
-A tied vocabulary matrix's first gradient (p·V·D) waits through the whole backward for the
-embedding's.
-
-State and buffers are exact (a test compares them with what sharding allocates); activations and
-transients are a model.
+A step's peak is state and buffers, and with them either the activations and the larger of head and
+block, or the end. What a layer's tensors are is the family's: `costs` in `retool.model.families`.
 """
 
 from __future__ import annotations
@@ -52,22 +24,29 @@ from typing import Literal
 
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
+from retool.model.costs import layer_costs
+from retool.model.families.layer_costs import Cost, ElementBytes, LayerCosts
 from retool.model.logprobs import LOGIT_BYTES
 from retool.model.recompute import Recompute, token_chunks
 from retool.optim import VISITING
 from retool.parallel.fsdp.layout import Layout
 from retool.parallel.fsdp.overlap import assign_buffers, rooms
 from retool.parallel.fsdp.wrap import NORM_CHUNK
-from retool.parallel.ulysses import HeadPlan
 from retool.perf import GIB
 
 LADDER: tuple[Recompute, ...] = ("none", "selective", "full", "offload")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
-OUTSIDE = 1.5 * GIB  # CUDA context, NCCL buffers, cuBLAS workspaces: not seen by torch's allocator
-SLACK = 1.05  # fragmentation, and what the formula doesn't know
-# tokens per GPU whose backward takes longer than reducing the gradients, whatever the model's size
-HIDDEN = 2_048
-FILLED = 32_768  # tokens a GPU needs in a micro-batch to be busy; more buys nothing
+# CUDA context, NCCL buffers, cuBLAS workspaces: torch's allocator doesn't see them.
+OUTSIDE = 1.5 * GIB
+# Times a prediction: fragmentation, and what the model doesn't know.
+SLACK = 1.05
+# Tokens per GPU whose backward takes longer than reducing the gradients, whatever the model's size.
+MIN_TOKENS_TO_HIDE_REDUCE = 2_048
+# Tokens that a GPU needs in a micro-batch to be busy; more buys nothing.
+TOKENS_TO_FILL_A_GPU = 32_768
+# Of the head's forward and of the final norm's backward, per token: labels, log-probabilities and
+# the like.
+SMALL_BYTES_PER_TOKEN = 64
 
 
 @dataclass(frozen=True)
@@ -94,16 +73,29 @@ class Setting:
     fp32_residual: bool = False
 
     @property
-    def residual(self) -> int:
-        """Bytes of an element of the residual stream."""
-        return max(DTYPE_BYTES[self.compute], 4 * self.fp32_residual)
+    def master_bytes(self) -> int:
+        return DTYPE_BYTES[self.master]
+
+    @property
+    def reduce_bytes(self) -> int:
+        return DTYPE_BYTES[self.reduce]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of an element of the gradient that adds up over micro-batches: in at least fp32."""
+        return max(self.reduce_bytes, 4)
+
+    @property
+    def element(self) -> ElementBytes:
+        """Bytes of an element of an activation."""
+        compute = DTYPE_BYTES[self.compute]
+        return ElementBytes(compute, residual=max(compute, 4 * self.fp32_residual))
 
     @property
     def copied(self) -> bool:
         """Whether there is a copy of the weights in the compute dtype."""
-        return self.param_offload or (
-            self.compute != self.master and (self.keep_copy or self.shards == 1)
-        )
+        kept = self.keep_copy or self.shards == 1
+        return self.param_offload or (self.compute != self.master and kept)
 
 
 @dataclass(frozen=True)
@@ -128,8 +120,9 @@ class Prediction:
         return max(self.load, self.forward_backward, self.optimizer, self.save)
 
     def fits(self, device_gib: float) -> bool:
-        """Whether it runs on a device of that much memory, with room for what isn't the
-        allocator's.
+        """Whether it runs on a device of that much memory.
+
+        There is room for what isn't the allocator's, too.
         """
         return self.peak * SLACK + OUTSIDE <= device_gib * GIB
 
@@ -147,138 +140,153 @@ def predict(
     the last.
     """
     layout = plan_layout(config, setting.shards)
-    p = DTYPE_BYTES[setting.compute]
-    m = DTYPE_BYTES[setting.master]
-    r = DTYPE_BYTES[setting.reduce]
-    x = setting.residual
-    owned = layout.shard_numel
-    gradient = max(r, 4)
-    master = 0 if setting.param_offload else m * owned
-    copy = p * owned * setting.copied
-    moments = 0 if setting.optimizer_offload else 2 * m * owned
-    state = master + copy + gradient * owned + moments
-    buffers = gathered(layout, setting.reshard) * p + gathered(layout, True) * r
-    if setting.shards > 1:
-        # Held in at least fp32
-        buffers += sum(u.numel for u in layout.units) * gradient * setting.hold
-    visiting = (
-        3 * min(owned, VISITING) * m * (setting.param_offload + 2 * setting.optimizer_offload)
-    )
-    away = config.layers - 1 if parked is None else parked
-    away *= recompute == "offload"
-    each = tokens * layer_bytes(config, setting.sp, p, recompute, x)
-    kept = (config.layers - away + (away > 0)) * each + tokens * 4 * config.head_dim
-    # The vocabulary matrix's gradient, and the embedding's
-    table = config.vocab * config.hidden * p
-    block = block_bytes(config, setting.sp, tokens, p, recompute, x) + (table if config.tied else 0)
-    largest = max(u.numel for u in layout.units)
-    summed = r * largest // setting.shards if setting.shards > 1 else 0
-    end = table + max(table if config.tied else 0, summed)  # both gradients, or one and its sum
+    buffers = buffer_bytes(layout, setting)
+    state = state_bytes(layout, setting) + buffers
+    loading = state_bytes(layout, setting, loading=True) + buffers
+    away = layers_away(config, recompute, parked)
+    layer = tokens * layer_bytes(config, setting, recompute)
+    activations = activation_bytes(config, tokens, layer, away)
+    head = head_bytes(config, setting, tokens)
+    block = block_bytes(config, setting, tokens, recompute)
+    if config.tied:
+        # The head's gradient of the one matrix waits through the whole backward for the embedding's.
+        block += table_bytes(config, setting)
+    largest_unit = max(unit.numel for unit in layout.units)
+    saved = setting.master_bytes * largest_unit if setting.shards > 1 else 0
     return Prediction(
-        load=max(m * owned + copy + gradient * owned + buffers, state + buffers),
+        load=max(loading, state),
         forward_backward=state
-        + buffers
-        + max(kept + max(head_bytes(config, tokens, p, x), block), end),
-        optimizer=state + buffers + max(visiting, 8 * min(owned, NORM_CHUNK)),
-        save=state + buffers + (m * largest if setting.shards > 1 else 0),
-        state=state + buffers,
-        activations=kept,
+        + max(activations + max(head, block), end_bytes(config, setting, largest_unit)),
+        optimizer=state + update_bytes(layout, setting),
+        save=state + saved,
+        state=state,
+        activations=activations,
         buffers=buffers,
-        host=away * each,
+        host=away * layer,
     )
+
+
+def state_bytes(layout: Layout, setting: Setting, loading: bool = False) -> int:
+    """A rank's master weights, their compute copy, gradients and moments.
+
+    While they are loaded, master weights are on the device in any case, and no moments are there.
+    """
+    master = setting.master_bytes if loading or not setting.param_offload else 0
+    copy = setting.element.compute * setting.copied
+    no_moments = loading or setting.optimizer_offload
+    both_moments = 0 if no_moments else 2 * setting.master_bytes
+    return layout.shard_numel * (master + copy + setting.gradient_bytes + both_moments)
+
+
+def buffer_bytes(layout: Layout, setting: Setting) -> int:
+    """What units are gathered in, what gradients are reduced in, and all gradients if they are held."""
+    weights = gathered(layout, setting.reshard) * setting.element.compute
+    gradients = gathered(layout, True) * setting.reduce_bytes
+    held = 0
+    if setting.hold and setting.shards > 1:
+        held = sum(unit.numel for unit in layout.units) * setting.gradient_bytes
+    return weights + gradients + held
 
 
 def gathered(layout: Layout, reshard: bool) -> int:
-    """Elements of all buffers that units take turns in, each its own without `reshard`; none where
-    there is one shard.
+    """Elements of all buffers that units take turns in; none where there is one shard.
+
+    Without `reshard` each unit has a buffer of its own.
     """
     if layout.shards == 1:
         return 0
-    sizes = [u.numel for u in layout.units]
+    sizes = [unit.numel for unit in layout.units]
     return sum(rooms(sizes, assign_buffers(sizes, [not reshard] * len(sizes))))
 
 
-def layer_bytes(config: ModelConfig, sp: int, p: int, recompute: Recompute, x: int) -> int:
-    """Bytes that one layer keeps for backward per local token: what the compiled block saves,
-    matrix inputs among it.
+def update_bytes(layout: Layout, setting: Setting) -> int:
+    """What an update needs: pieces that come from host memory, or of the gradient in float64."""
+    owned = layout.shard_numel
+    tensors_away = setting.param_offload + 2 * setting.optimizer_offload
+    # Of each, one piece is used while the next arrives and the last one leaves.
+    visiting = 3 * min(owned, VISITING) * setting.master_bytes * tensors_away
+    return max(visiting, 8 * min(owned, NORM_CHUNK))
+
+
+def layers_away(config: ModelConfig, recompute: Recompute, parked: int | None) -> int:
+    """Layers whose activations are in host memory."""
+    if recompute != "offload":
+        return 0
+    return config.layers - 1 if parked is None else parked
+
+
+def activation_bytes(config: ModelConfig, tokens: int, layer: int, away: int) -> int:
+    """What is kept for the backward on the device, `layer` bytes of each layer that stays.
+
+    Of the layers in host memory one is on its way. The rope tables are cos and sin in fp32.
     """
-    heads = config.heads
-    wide = config.heads * config.head_dim
-    residual = config.hidden
-    elements = wide
-    singles = heads
-    if recompute in ("none", "selective"):
-        elements += config.hidden + _qkv(config, sp) + (wide if sp > 1 else 0)
-        singles += 1
-        if config.qk_norm:
-            elements = elements + (heads + 2 * config.kv_heads) * config.head_dim
-            singles = singles + heads + config.kv_heads
-    if recompute == "none":
-        residual = residual + config.hidden
-        elements = elements + config.hidden + 3 * config.ffn
-        singles = singles + 1
-    return residual * x + elements * p + 4 * singles
+    on_device = config.layers - away + (away > 0)
+    rope_tables = tokens * 4 * config.head_dim
+    return on_device * layer + rope_tables
 
 
-def _qkv(config: ModelConfig, sp: int) -> int:
-    """Elements of q, k and v per local token, after their all-to-all: kv heads travel to every rank
-    that reads them.
+def layer_bytes(config: ModelConfig, setting: Setting, recompute: Recompute) -> int:
+    """Bytes that one layer keeps for the backward, per token of this rank."""
+    return setting.element.of(layer_costs(config, setting.sp).kept[recompute])
+
+
+def table_bytes(config: ModelConfig, setting: Setting) -> int:
+    """The vocabulary matrix, or its gradient, in the compute dtype."""
+    return config.vocab * config.hidden * setting.element.compute
+
+
+def head_bytes(config: ModelConfig, setting: Setting, tokens: int) -> int:
+    """What the vocabulary head and its loss need at their largest.
+
+    That is in the forward with logits, or when its gradients are scaled. Of long packs it is the
+    final norm's backward: it isn't compiled, so in its middle six tensors of [t, D] are alive.
     """
-    kv = sum(
-        len(r) for r in HeadPlan(sp, 0, config.heads, config.kv_heads, config.head_dim).kv_ranges
-    )
-    return (config.heads + 2 * kv) * config.head_dim
-
-
-def head_bytes(config: ModelConfig, tokens: int, p: int, x: int) -> float:
-    """What the vocabulary head and its loss need at their largest: in the forward with logits, or
-    when its gradients are scaled.
-    """
-    wide = max(p, 4)
-    hidden = tokens * (config.hidden * (2 * x + 2 * p + wide) + 64)
+    element = setting.element
     table = config.vocab * config.hidden
-    logits = min(tokens * config.vocab * wide, LOGIT_BYTES["cuda"])
-    forward = hidden + table * wide + max(logits, table * p + tokens * config.hidden * p)
-    # The final norm isn't compiled: in the middle of its backward six tensors of [t, D] are alive.
-    norm = tokens * (6 * config.hidden * wide + 64) + table * p
-    return max(forward, norm)
+    hidden = (
+        Cost("the last block's result, and its gradient", 2 * config.hidden, "residual"),
+        Cost("its norm, and the norm's gradient", 2 * config.hidden),
+        Cost("the norm in the dtype of sums", config.hidden, "sums"),
+    )
+    logits = min(tokens * config.vocab * element.sums, LOGIT_BYTES["cuda"])
+    scaled = (table + tokens * config.hidden) * element.compute
+    forward = tokens * (element.of(hidden) + SMALL_BYTES_PER_TOKEN) + table * element.sums
+    norm = tokens * (6 * config.hidden * element.sums + SMALL_BYTES_PER_TOKEN)
+    return max(forward + max(logits, scaled), norm + table_bytes(config, setting))
 
 
-def block_bytes(
-    config: ModelConfig, sp: int, tokens: int, p: int, recompute: Recompute, x: int
-) -> float:
+def block_bytes(config: ModelConfig, setting: Setting, tokens: int, recompute: Recompute) -> int:
     """What one block's backward needs beside what is kept."""
-    if recompute in ("full", "offload") and len(token_chunks(tokens)) > 1:
-        return chunked_block_bytes(config, sp, tokens, p, x)
-    again = layer_bytes(config, sp, p, "none", x) - layer_bytes(config, sp, p, recompute, x)
-    if recompute in ("full", "offload"):
-        # The product of gate and up is gone before the gradients of both are there
-        again -= config.ffn * p
-    weights = (
-        config.hidden
-        * (3 * config.ffn + 2 * (config.heads + config.kv_heads) * config.head_dim)
-        * p
-    )
-    return tokens * (again + 3 * config.ffn * p + 2 * config.hidden * x) + weights
+    costs = layer_costs(config, setting.sp)
+    element = setting.element
+    whole_block = recompute in ("full", "offload")
+    if whole_block and len(token_chunks(tokens)) > 1:
+        return chunked_block_bytes(costs, element, tokens)
+    again = element.of(costs.kept["none"]) - element.of(costs.kept[recompute])
+    if whole_block:
+        again -= element.of(costs.freed_early)
+    weight_gradients = costs.parameters * element.compute
+    return tokens * (again + element.of(costs.gradients)) + weight_gradients
 
 
-def chunked_block_bytes(config: ModelConfig, sp: int, tokens: int, p: int, x: int) -> float:
-    """The same where the MLP runs by chunk."""
+def chunked_block_bytes(costs: LayerCosts, element: ElementBytes, tokens: int) -> int:
+    """The same where the MLP runs by chunk: the larger of its backward and attention's."""
     chunk = token_chunks(tokens)[0].stop
-    wide = config.heads * config.head_dim
-    qkv = _qkv(config, sp)
-    returned = wide if sp > 1 else 0
-    after = config.hidden * (3 * config.ffn + wide)
-    before = config.hidden * (wide + 2 * config.kv_heads * config.head_dim)
-    mlp = chunk * (2 * config.hidden * (x + p) + 5 * config.ffn * p) + after * (p + max(p, 4))
-    # cuDNN makes the gradients of keys and values for each query head, and adds those of a group up
-    # at the end.
-    grouped = 2 * wide if config.heads > config.kv_heads else 0
-    kernel = wide * max(p, 4) + grouped * p + 8 * config.heads
-    attention = tokens * ((2 * returned + qkv) * p + kernel) + (before + after) * p
-    return tokens * (2 * config.hidden * x + (config.hidden + qkv + returned + wide) * p) + max(
-        mlp, attention
-    )
+    after = sum(matrix.elements for matrix in costs.after)
+    # The weights' gradients of a chunk, and their sums
+    mlp = chunk * element.of(costs.chunked.mlp) + after * (element.compute + element.sums)
+    weight_gradients = costs.parameters * element.compute
+    attention = tokens * element.of(costs.chunked.attention) + weight_gradients
+    return tokens * element.of(costs.chunked.throughout) + max(mlp, attention)
+
+
+def end_bytes(config: ModelConfig, setting: Setting, largest_unit: int) -> int:
+    """The embedding's gradient at the end, and with it the head's of the same matrix, or its sum."""
+    table = table_bytes(config, setting)
+    head = table if config.tied else 0
+    shards = setting.shards
+    reduced = setting.reduce_bytes * largest_unit // shards if shards > 1 else 0
+    return table + max(head, reduced)
 
 
 @dataclass(frozen=True)
@@ -331,7 +339,7 @@ def choose(
     rungs = ladder(recompute, offload)
     all_away = config.layers - 1
     if device_gib is None:
-        budget = tokens or max(longest, min(FILLED, 4 * longest))
+        budget = tokens or max(longest, min(TOKENS_TO_FILL_A_GPU, 4 * longest))
         hold = setting.shards > 1
         plan = predict(config, replace(setting, hold=hold), max(budget, longest), rungs[0])
         return Choice(budget, rungs[0], plan, None, hold, all_away * (rungs[0] == "offload"))
@@ -343,11 +351,13 @@ def choose(
         budget = floor
         while (
             tokens is None
-            and budget < FILLED
-            and predict(config, setting, min(2 * budget, FILLED), rung).fits(device_gib)
+            and budget < TOKENS_TO_FILL_A_GPU
+            and predict(config, setting, min(2 * budget, TOKENS_TO_FILL_A_GPU), rung).fits(
+                device_gib
+            )
         ):
-            budget = min(2 * budget, FILLED)
-        held = replace(setting, hold=setting.shards > 1 and budget <= HIDDEN)
+            budget = min(2 * budget, TOKENS_TO_FILL_A_GPU)
+        held = replace(setting, hold=setting.shards > 1 and budget <= MIN_TOKENS_TO_HIDE_REDUCE)
         chosen = held if predict(config, held, budget, rung).fits(device_gib) else setting
         parked = all_away * (rung == "offload")
         while (

@@ -17,6 +17,7 @@ from retool.checkpoint.format.tracker import STEP
 from retool.config import Fault
 from retool.config.options import RunOptions
 from retool.model.config import ModelConfig
+from retool.model.costs import parameter_count
 from retool.parallel.collectives import gather_objects
 from retool.parallel.mesh import Mesh
 from retool.perf import GIB
@@ -164,11 +165,6 @@ def most_careful(choices: Sequence[Choice]) -> Choice:
         parked=max(choice.parked for choice in choices),
         keep_copy=all(choice.keep_copy for choice in choices),
     )
-
-
-def parameter_count(model: ModelConfig) -> int:
-    """Parameters, but for norms and biases (less than one in a thousand)."""
-    return model.matmul_parameters + (0 if model.tied else model.vocab * model.hidden)
 
 
 def checkpoint_bytes(report: RunReport) -> float:

@@ -11,13 +11,13 @@ from rich.text import Text
 from retool.config import Fault
 from retool.config.redact import redact_word
 from retool.metrics import printable
+from retool.model.costs import parameter_count
 from retool.perf import GIB
 from retool.preflight.plan import (
     RunReport,
     checkpoint_bytes,
     gpu_memory,
     host_bytes,
-    parameter_count,
 )
 
 

@@ -14,10 +14,10 @@ from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.data.packing import Budget
 from retool.engine import RolloutEngine, make_engine
 from retool.model.build import ModelOptions
+from retool.model.costs import quadratic_length
 from retool.parallel.collectives import gather_objects
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
-from retool.perf import quadratic_length
 from retool.rl.agent.options import AgentOptions
 from retool.rl.agent.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.config import RLConfig

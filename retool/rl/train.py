@@ -15,8 +15,9 @@ from itertools import zip_longest
 
 import numpy as np
 
+from retool.model.costs import model_flops
 from retool.optim import learning_rate
-from retool.perf import device_peak, mfu, model_flops, peak_memory
+from retool.perf import device_peak, mfu, peak_memory
 from retool.rl.agent.tools.load import close_tools
 from retool.rl.build import (
     Run,

@@ -8,7 +8,8 @@ from typing import Any
 
 from retool import checkpoint
 from retool.checkpoint.flat.state import require_finite
-from retool.preflight.plan import RunReport, checkpoint_bytes, parameter_count
+from retool.model.costs import parameter_count
+from retool.preflight.plan import RunReport, checkpoint_bytes
 from retool.run.folder import say
 from retool.run.resume import model_state
 from retool.run.session import Progress, Session

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from retool import checkpoint
 from retool.data.loader import StepBatch, StepOrder, iterate_steps, iterate_validation
 from retool.data.packing import Budget, Packing
+from retool.model.costs import model_flops, quadratic_length
 from retool.model.decoder import Decoder
 from retool.optim import learning_rate
 from retool.parallel.mesh import Mesh
-from retool.perf import StepTimes, device_peak, mfu, model_flops, peak_memory, quadratic_length
+from retool.perf import StepTimes, device_peak, mfu, peak_memory
 from retool.run.ending import finish, orderly_end
 from retool.run.folder import say
 from retool.run.resume import resume

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from retool.data.packing import Budget, cost, plan_step
+from retool.model.costs import model_flops, multiplied_parameters, quadratic_length
 from retool.model.families.read import parse_model_config
-from retool.perf import model_flops, quadratic_length
 
 
 def check(lengths, dp, sp, size=None, budget=None):
@@ -116,7 +116,7 @@ def test_attention_costs_as_much_as_the_rest_where_the_model_says():
     )
     length = quadratic_length(model)
     assert model_flops(model, [length]) == pytest.approx(
-        2 * 6 * model.matmul_parameters * length, rel=1e-4
+        2 * 6 * multiplied_parameters(model) * length, rel=1e-4
     )
     lengths = np.random.default_rng(0).lognormal(8, 0.7, 256).astype(int).clip(256, 16_384)
 

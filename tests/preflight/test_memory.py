@@ -22,8 +22,8 @@ from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 from retool.preflight.memory import (
     DTYPE_BYTES,
-    HIDDEN,
     LADDER,
+    MIN_TOKENS_TO_HIDE_REDUCE,
     OUTSIDE,
     SLACK,
     Recompute,
@@ -185,7 +185,7 @@ def test_rope_tables_are_kept_too() -> None:
     config = model()
     tokens = 640
     tables = rope_tables(torch.arange(tokens), inverse_frequencies(config, torch.device("cpu")))
-    blocks = tokens * config.layers * layer_bytes(config, 1, 2, "full", 2)
+    blocks = tokens * config.layers * layer_bytes(config, Setting(), "full")
     assert predict(config, Setting(), tokens, "full").activations == blocks + sum(
         t.nbytes for t in tables
     )
@@ -201,16 +201,17 @@ def test_six_tensors_are_alive_in_the_final_norms_backward() -> None:
         rms_norm(x * 1, weight, 1e-6).sum().backward()
     assert live.peak / (tokens * hidden * 4) == pytest.approx(6, abs=0.3)
     shape = model(hidden_size=6144, num_attention_heads=48)
-    head = head_bytes(shape, 1 << 20, 2, 2)
+    head = head_bytes(shape, Setting(), 1 << 20)
     assert head == (1 << 20) * (6 * 6144 * 4 + 64) + 131 * 6144 * 2
 
 
 def test_gradients_are_held_where_their_reduction_would_show() -> None:
     config = model(**QWEN)
     held = {
-        n: choose(config, Setting(shards=2), n, n, None, 80).hold for n in (1, HIDDEN, HIDDEN + 1)
+        n: choose(config, Setting(shards=2), n, n, None, 80).hold
+        for n in (1, MIN_TOKENS_TO_HIDE_REDUCE, MIN_TOKENS_TO_HIDE_REDUCE + 1)
     }
-    assert held == {1: True, HIDDEN: True, HIDDEN + 1: False}
+    assert held == {1: True, MIN_TOKENS_TO_HIDE_REDUCE: True, MIN_TOKENS_TO_HIDE_REDUCE + 1: False}
     assert not choose(config, Setting(), 1, 1, None, 80).hold, "one process has nothing to reduce"
     full = predict(config, Setting(shards=2), 1024, "none").peak * SLACK + OUTSIDE
     assert choose(config, Setting(shards=2), 1024, 1024, "none", full / GIB + 0.01).hold is False, (
@@ -257,7 +258,10 @@ def test_kept_bytes_are_those_that_autograd_saves_at_least() -> None:
     for recompute in LADDER[:3]:
         assert (
             measured[recompute]
-            >= tokens * config.layers * layer_bytes(config, 1, 4, recompute, 4) * 0.9
+            >= tokens
+            * config.layers
+            * layer_bytes(config, Setting(compute="fp32"), recompute)
+            * 0.9
         )
     assert measured["none"] > measured["selective"] >= measured["full"]
 
@@ -319,11 +323,11 @@ def test_long_packs() -> None:
         parked.fits(80) and not full.fits(80) and predict(config, setting, 1 << 19, "full").fits(80)
     )
     whole, chunked = (
-        block_bytes(config, 2, tokens, 2, "full", 2) / tokens for tokens in (32_768, 262_144)
+        block_bytes(config, setting, tokens, "full") / tokens for tokens in (32_768, 262_144)
     )
     assert (
         chunked < 0.5 * whole
-        and block_bytes(config, 2, 262_144, 2, "selective", 2) / 262_144 > chunked
+        and block_bytes(config, setting, 262_144, "selective") / 262_144 > chunked
     )
     large = model("llama", **LLAMA_8B)
     assert predict(
@@ -388,8 +392,10 @@ def test_orders_that_must_hold() -> None:
         predict(config, setting, 2048, "none").activations * 2
         == predict(config, setting, 4096, "none").activations
     )
-    assert layer_bytes(config, 1, 2, "selective", 2) < layer_bytes(config, 2, 2, "selective", 2)
-    assert layer_bytes(config, 1, 2, "full", 2) == layer_bytes(config, 2, 2, "full", 2)
+    assert layer_bytes(config, Setting(sp=1), "selective") < layer_bytes(
+        config, Setting(sp=2), "selective"
+    )
+    assert layer_bytes(config, Setting(sp=1), "full") == layer_bytes(config, Setting(sp=2), "full")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from retool.config.options import (
 )
 from retool.data.loader import StepOrder, step_batch
 from retool.data.render import limits
+from retool.model.costs import parameter_count
 from retool.model.hub import find_model
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
@@ -43,7 +44,6 @@ from retool.preflight.plan import (
     checkpoint_bytes,
     host_bytes,
     kept_checkpoints,
-    parameter_count,
 )
 from retool.preflight.show import show_faults, show_plan
 from retool.sft.__main__ import main

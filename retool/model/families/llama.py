@@ -18,6 +18,7 @@ from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
 from retool.model.families.fields import switch
+from retool.model.families.layer_costs import LayerCosts, gated_block_costs
 from retool.model.families.names import Stored
 from retool.model.families.shape import read_shape
 from retool.model.rope import rotate
@@ -30,6 +31,10 @@ def read_config(c: dict[str, Any]) -> ModelConfig:
     shape = read_shape(c, FIELDS)
     biased = switch(c, "attention_bias")
     return replace(shape, qkv_bias=biased, o_bias=biased, mlp_bias=switch(c, "mlp_bias"))
+
+
+def costs(config: ModelConfig, sp: int) -> LayerCosts:
+    return gated_block_costs(config, sp)
 
 
 class Block(block.Block):

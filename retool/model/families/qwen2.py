@@ -17,6 +17,7 @@ from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
 from retool.model.families.fields import WINDOWS
+from retool.model.families.layer_costs import LayerCosts, gated_block_costs
 from retool.model.families.names import Stored
 from retool.model.families.shape import read_shape
 from retool.model.rope import rotate
@@ -27,6 +28,10 @@ KV_HEADS = 32  # transformers' default
 
 def read_config(c: dict[str, Any]) -> ModelConfig:
     return replace(read_shape(c, FIELDS, kv_heads=KV_HEADS), qkv_bias=True)
+
+
+def costs(config: ModelConfig, sp: int) -> LayerCosts:
+    return gated_block_costs(config, sp)
 
 
 class Block(block.Block):

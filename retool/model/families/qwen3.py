@@ -18,6 +18,7 @@ from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
 from retool.model.families.fields import WINDOWS, switch
+from retool.model.families.layer_costs import Cost, LayerCosts, gated_block_costs
 from retool.model.families.names import Stored
 from retool.model.families.shape import read_shape
 from retool.model.rope import rotate
@@ -32,6 +33,15 @@ def read_config(c: dict[str, Any]) -> ModelConfig:
     shape = read_shape(c, FIELDS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     biased = switch(c, "attention_bias")
     return replace(shape, qkv_bias=biased, o_bias=biased, qk_norm=True)
+
+
+def costs(config: ModelConfig, sp: int) -> LayerCosts:
+    c = config
+    normed = (
+        Cost("q k v before the norms of heads", c.query_width + 2 * c.key_width),
+        Cost("the norms' scales", c.heads + c.kv_heads, "fp32"),
+    )
+    return gated_block_costs(config, sp, more=normed)
 
 
 class Block(block.Block):

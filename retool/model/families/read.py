@@ -12,6 +12,7 @@ from retool.model.block import Block
 from retool.model.config import ModelConfig
 from retool.model.families import llama, qwen2, qwen3
 from retool.model.families.fields import shown
+from retool.model.families.layer_costs import LayerCosts
 from retool.model.hub import read_json
 
 
@@ -23,6 +24,10 @@ class Family(Protocol):
 
     def read_config(self, c: dict[str, Any]) -> ModelConfig:
         """What its `config.json` says; ValueError names all that isn't implemented."""
+        ...
+
+    def costs(self, config: ModelConfig, sp: int) -> LayerCosts:
+        """What a layer costs under `sp` sequence-parallel ranks."""
         ...
 
 

@@ -126,8 +126,8 @@ def step_memory(
     # Recorded steps keep what they work in
     kept = weights + cache + (work if engine.use_cuda_graphs else 0)
     beside = other + (0.0 if freed else kept)
-    blocks = choice.tokens * layer_bytes(model, setting.sp, p, "none", setting.residual)
-    forward = blocks + head_bytes(model, choice.tokens, p, setting.residual)
+    blocks = choice.tokens * layer_bytes(model, setting, "none")
+    forward = blocks + head_bytes(model, setting, choice.tokens)
     sequences = cache / (longest * page)
     found = {
         "load": training.load + other,
