@@ -12,7 +12,8 @@ import os
 from dataclasses import dataclass
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-MOST_FILES = 16384
+MAX_FILES = 16384  # of a work folder that are counted
+ENDLESS = 1 << 62  # bytes: more than any limit
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def usage(pids: list[int], inherited: int) -> Usage:
         if fields:
             tasks += int(fields[17])
             private = private_memory(pid)
-            memory += min(private, max(0, private - inherited) + int(fields[7]) * _PAGE)
+            may_have_copied = int(fields[7]) * _PAGE  # a page for each fault
+            memory += min(private, max(0, private - inherited) + may_have_copied)
     return Usage(tasks, memory)
 
 
@@ -104,8 +106,9 @@ def _children(pid: int) -> list[int]:
             with open(f"/proc/{pid}/task/{task}/children", "rb") as file:
                 found += map(int, file.read().split())
     except FileNotFoundError:
+        own = os.getpid()
         if os.path.exists(f"/proc/{pid}") and not os.path.exists(
-            f"/proc/{os.getpid()}/task/{os.getpid()}/children"
+            f"/proc/{own}/task/{own}/children"
         ):
             return _children_by_parent(pid)  # a kernel without CONFIG_PROC_CHILDREN
     except OSError:
@@ -138,13 +141,13 @@ def folder_bytes(descriptor: int, private: bool) -> int:
             with os.scandir(queue.pop()) as entries:
                 for entry in entries:
                     count += 1
-                    if count > MOST_FILES:
-                        return 1 << 62
+                    if count > MAX_FILES:
+                        return ENDLESS
                     total += entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         queue.append(entry.path)
     except FileNotFoundError:
         return total
     except OSError:
-        return 1 << 62
+        return ENDLESS
     return total

@@ -84,9 +84,10 @@ class Children:
         if "kill" in request:
             self._kill(request["kill"])
             return
-        if "heir" in request:
-            if request["heir"] in self._inits:  # to whom the call's orphans are handed
-                self.tell({"init": request["heir"]}, sender=self._inits[request["heir"]].pid)
+        if "heir" in request:  # to whom the call's orphans are handed
+            number = request["heir"]
+            if number in self._inits:
+                self.tell({"init": number}, sender=self._inits[number].pid)
             return
         try:
             self._start(request, descriptors)
@@ -161,14 +162,11 @@ class Children:
                 self._tell_end(number)
                 continue
             del self._pids[number]
-            cpu = usage.ru_utime + usage.ru_stime
-            end = {
+            self._ends[number] = {
                 "exited": number,
                 "code": os.waitstatus_to_exitcode(status),
-                "cpu": cpu,
-                "peak_kb": usage.ru_maxrss,
+                "cpu": usage.ru_utime + usage.ru_stime,
             }
-            self._ends[number] = end
             if init is None:
                 self._tell_end(number)
             else:

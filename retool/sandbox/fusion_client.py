@@ -16,18 +16,19 @@ from .embedded import strip_fence
 from .fusion_types import RunRequest, result_from_json
 from .result import Result
 
-# seconds a request may take beyond its program's: where many ask, a server's queue is long
-PATIENCE = 600.0
-RETRIED = frozenset({429, 502, 503, 504})
+# That a request may take beyond its program's: where many ask, a server's queue is long
+QUEUE_SECONDS = 600.0
+CONNECT_SECONDS = 10.0
+RETRIED = frozenset({429, 502, 503, 504})  # answers of a server that is busy, or on its way up
+MAX_CONNECTIONS = 256  # where the rate has no limit of its own
 
 
 def unreachable(url: str, timeout: float = 2.0) -> str | None:
     """Why nothing at `url` takes a connection within `timeout` seconds; None where something does."""
     try:
         parts = httpx.URL(url)
-        socket.create_connection(
-            (parts.host, parts.port or {"https": 443}.get(parts.scheme, 80)), timeout
-        ).close()
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.host, port), timeout).close()
     except (OSError, UnicodeError, httpx.InvalidURL) as error:
         return str(error) or type(error).__name__
     return None
@@ -58,7 +59,8 @@ class SandboxFusion:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(
-                f"sandbox_fusion_url={url!r} must be an http address, such as http://localhost:8080/run_code."
+                f"sandbox_fusion_url={url!r} must be an http address, such as "
+                "http://localhost:8080/run_code."
             )
         if rate_limit is not None and rate_limit < 1:
             raise ValueError(f"rate_limit={rate_limit} must be at least 1.")
@@ -84,7 +86,7 @@ class SandboxFusion:
     ) -> Result:
         """As `Sandbox.run`.
 
-        `timeout` is the program's, in seconds; the request may take `PATIENCE` more.
+        `timeout` is the program's, in seconds; the request may take `QUEUE_SECONDS` more.
         """
         request = RunRequest(
             strip_fence(code),
@@ -99,40 +101,36 @@ class SandboxFusion:
         begun = time.monotonic()
         for attempt in range(self._retries + 1):
             if attempt:
-                await asyncio.sleep(
-                    self._backoff * 2 ** (attempt - 1) * (0.5 + random.random() / 2)
-                )
+                seconds = self._backoff * 2 ** (attempt - 1)
+                await asyncio.sleep(seconds * (0.5 + random.random() / 2))
             async with gate:
                 result, reason = await self._once(client, request)
             if result is not None:
-                return replace(
-                    result, queue_seconds=max(0.0, time.monotonic() - begun - result.execution_time)
-                )
+                waited = time.monotonic() - begun - result.execution_time
+                return replace(result, queue_seconds=max(0.0, waited))
         return Result("sandbox_error", reason=f"{self.url}: {reason}, {self._retries + 1} times")
 
     async def _once(
         self, client: httpx.AsyncClient, request: RunRequest
     ) -> tuple[Result | None, str]:
         """One attempt: a result, or what went wrong that another attempt may cure."""
-        limit = httpx.Timeout(request.timeout + PATIENCE, connect=10)
+        seconds = request.timeout + QUEUE_SECONDS
+        limit = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
         try:
             response = await client.post(
                 self.url, json=request.to_json(), headers=self._headers, timeout=limit
             )
         except (httpx.ReadTimeout, httpx.WriteTimeout):
-            return Result(
-                "sandbox_error",
-                reason=f"{self.url} gave no answer within {request.timeout + PATIENCE:g} s",
-            ), ""
+            reason = f"{self.url} gave no answer within {seconds:g} s"
+            return Result("sandbox_error", reason=reason), ""
         except httpx.TransportError as error:
             return None, str(error) or type(error).__name__
-        if response.status_code in RETRIED:
-            return None, f"HTTP {response.status_code}"
-        if response.status_code != 200:
-            return Result(
-                "sandbox_error",
-                reason=f"{self.url} answers HTTP {response.status_code}: {response.text[:300]}",
-            ), ""
+        code = response.status_code
+        if code in RETRIED:
+            return None, f"HTTP {code}"
+        if code != 200:
+            reason = f"{self.url} answers HTTP {code}: {response.text[:300]}"
+            return Result("sandbox_error", reason=reason), ""
         try:
             return result_from_json(response.json()), ""
         except ValueError as error:  # json's own errors are ValueErrors too
@@ -143,7 +141,7 @@ class SandboxFusion:
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._loop = loop
-            most = self._rate_limit or 256
+            most = self._rate_limit or MAX_CONNECTIONS
             self._client = httpx.AsyncClient(
                 limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
                 trust_env=False,

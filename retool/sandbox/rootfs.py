@@ -51,9 +51,8 @@ def search_path() -> list[str]:
     """`sys.path` for programs: the standard library, installed packages, and where the preloaded
     ones came from.
     """
-    wanted = [
-        sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")
-    ] + site.getsitepackages()
+    wanted = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    wanted += site.getsitepackages()
     for name in PRELOADED:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin is not None:
@@ -66,11 +65,8 @@ def search_path() -> list[str]:
         sysconfig.get_config_var("DESTSHARED") or library,
     ]
     real = {os.path.realpath(path) for path in wanted if os.path.isdir(path)}
-    return [
-        path
-        for path in dict.fromkeys([*sys.path, *wanted])
-        if path and os.path.realpath(path) in real
-    ]
+    in_order = dict.fromkeys([*sys.path, *wanted])
+    return [path for path in in_order if path and os.path.realpath(path) in real]
 
 
 def _prefixes() -> list[str]:
@@ -118,23 +114,23 @@ def copy_hidden(folders: Sequence[str], target: str) -> dict[str, str]:
         copies[folder] = copy = f"{target}/python{index}"
         if os.path.exists(copy):
             continue
-        if (
-            os.path.exists(os.path.join(folder, "os.py"))
-            or os.path.basename(folder) == "lib-dynload"
-        ):
-            shutil.copytree(
-                folder, copy, symlinks=True, ignore=shutil.ignore_patterns(*_NOT_COPIED)
-            )
+        has_standard_library = os.path.exists(os.path.join(folder, "os.py"))
+        if has_standard_library or os.path.basename(folder) == "lib-dynload":
+            left_out = shutil.ignore_patterns(*_NOT_COPIED)
+            shutil.copytree(folder, copy, symlinks=True, ignore=left_out)
         else:
             os.makedirs(copy)
-            for name in [*PRELOADED, *(f"{package}.libs" for package in PRELOADED)]:
-                if os.path.isdir(os.path.join(folder, name)):
-                    shutil.copytree(
-                        os.path.join(folder, name),
-                        os.path.join(copy, name),
-                        ignore=shutil.ignore_patterns("tests"),
-                    )
+            _copy_preloaded(folder, copy)
     return copies
+
+
+def _copy_preloaded(folder: str, copy: str) -> None:
+    """The preloaded packages of an installation, and the libraries that they bring along."""
+    for name in [*PRELOADED, *(f"{package}.libs" for package in PRELOADED)]:
+        source = os.path.join(folder, name)
+        if os.path.isdir(source):
+            tests = shutil.ignore_patterns("tests")
+            shutil.copytree(source, os.path.join(copy, name), ignore=tests)
 
 
 def enter(scratch: str) -> None:
@@ -163,12 +159,8 @@ def enter(scratch: str) -> None:
     os.chdir("/")
     kernel.unmount("/.old")
     os.rmdir("/.old")
-    kernel.mount(
-        "none",
-        "/",
-        None,
-        kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV,
-    )
+    closed = kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
+    kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_BIND | closed)
 
 
 def _bind(path: str, target: str) -> None:

@@ -25,7 +25,7 @@ from .cells import Call
 from .pool import MOST_FAILURES, Ended, Pool
 from .result import Limits, Result
 
-TICK = 0.05  # seconds between two looks at what a call uses
+TICK_SECONDS = 0.05  # between two looks at what a call uses
 NAMESPACES = frozenset(name for name in layers.LAYERS if name.endswith("_namespace"))
 
 
@@ -68,12 +68,8 @@ def open_pool(
     slots = 2 * workers + 2
     plan = probe.find(without, slots)
     if strict and plan.unmet():
-        _refuse(
-            caller,
-            "; ".join(
-                f"nothing here guarantees “{name}” ({why})" for name, why in plan.unmet().items()
-            ),
-        )
+        faults = [f"nothing here guarantees “{name}” ({why})" for name, why in plan.unmet().items()]
+        _refuse(caller, "; ".join(faults))
     pool = Pool(plan, limits, workers, select)
     try:
         pool.start_server()
@@ -83,18 +79,10 @@ def open_pool(
         pool.stop()
         plan = probe.find(without | NAMESPACES, slots)
         if strict and plan.unmet():
-            _refuse(
-                caller,
-                f"{error}, and without namespaces nothing guarantees {', '.join(plan.unmet())}",
-            )
-        pool = Pool(
-            replace(
-                plan, missing={**plan.missing, **dict.fromkeys(NAMESPACES - without, str(error))}
-            ),
-            limits,
-            workers,
-            select,
-        )
+            unmet = ", ".join(plan.unmet())
+            _refuse(caller, f"{error}, and without namespaces nothing guarantees {unmet}")
+        why = dict.fromkeys(NAMESPACES - without, str(error))
+        pool = Pool(replace(plan, missing={**plan.missing, **why}), limits, workers, select)
         pool.start_server()
     return pool
 
@@ -217,7 +205,7 @@ class Supervisor:
         sweeping = self._pool.sweeping()
         running = [cell.call for cell in self._pool.running() if cell.call is not None]
         if not running:
-            return TICK if sweeping else None
+            return TICK_SECONDS if sweeping else None
         ends = min(call.deadline for call in running)
         return max(0.0, min(ends, self._next_look) - time.monotonic())
 
@@ -226,27 +214,24 @@ class Supervisor:
         now = time.monotonic()
         looking = now >= self._next_look
         if looking:
-            self._next_look = now + TICK
+            self._next_look = now + TICK_SECONDS
         for cell in self._pool.running():
             call = cell.call
             if call is None or call.verdict is not None:
                 continue
             if self._pool.overdue(cell, now):
-                call.verdict = (
-                    "timeout",
-                    f"the program ran longer than {call.limits.wall_seconds:g} s",
-                )
+                reason = f"the program ran longer than {call.limits.wall_seconds:g} s"
+                call.verdict = ("timeout", reason)
                 self._pool.kill(cell)
-            elif looking and now - call.started > TICK / 2:
+            elif looking and now - call.started > TICK_SECONDS / 2:
                 self._pool.look(cell)
 
     def _dispatch(self) -> None:
         while self._queue and self._pool.begin(self._queue[0]):
             self._queue.popleft()
         if self._pool.failures >= MOST_FAILURES:
-            waiting = [
-                (call, Result("sandbox_error", reason=self._pool.complaint)) for call in self._queue
-            ]
+            refusal = Result("sandbox_error", reason=self._pool.complaint)
+            waiting = [(call, refusal) for call in self._queue]
             self._queue.clear()
             self._answer(waiting)
 

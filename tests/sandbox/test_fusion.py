@@ -416,7 +416,7 @@ def test_a_slow_server_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> N
     def slow(connection: socket.socket) -> None:
         time.sleep(1.5)
 
-    monkeypatch.setattr("retool.sandbox.fusion_client.PATIENCE", 0.2)
+    monkeypatch.setattr("retool.sandbox.fusion_client.QUEUE_SECONDS", 0.2)
     with Faulty(slow) as server:
         start = time.monotonic()
         result = run(server.url, "1", timeout=0.3)
