@@ -278,7 +278,7 @@ def test_a_supervisor_that_keeps_dying_is_infrastructures_fault(
     """Later and later it is tried again, and what still fails is told from every fault of a
     program.
     """
-    monkeypatch.setattr(keeper, "BACKOFF", 0.01)
+    monkeypatch.setattr(keeper, "BACKOFF_SECONDS", 0.01)
     with Sandbox(Limits(), workers=1) as sandbox:
         monkeypatch.setattr(sandbox._keeper, "python", "/bin/false")
         os.kill(sandbox.pid, signal.SIGKILL)
@@ -296,7 +296,7 @@ def test_a_supervisor_that_keeps_dying_is_infrastructures_fault(
 
 def test_restarts_wait_longer_each_time() -> None:
     waits = [keeper.backoff(attempt) for attempt in range(12)]
-    assert waits == sorted(waits) and waits[0] < 1 and waits[-1] == keeper.LONGEST_BACKOFF
+    assert waits == sorted(waits) and waits[0] < 1 and waits[-1] == keeper.MAX_BACKOFF_SECONDS
 
 
 def test_waiting_for_a_worker_is_told_apart_from_running() -> None:
