@@ -73,7 +73,7 @@ MODULES = (
     "ast",
     "abc",
 )
-NOT_ISOLATED = 251
+NOT_ISOLATED = 251  # the exit code of a child that could not be confined
 HOST_NAME = "sandbox"
 
 
@@ -140,12 +140,11 @@ def _stand_by(inner: int) -> NoReturn:
 
 
 def _serve(setup: Setup) -> Callable[[], NoReturn]:
+    # Opened while /proc can still be seen
     statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-    own_pids = (
-        os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        if "pid_namespace" in setup.plan.present
-        else -1
-    )
+    own_pids = -1
+    if "pid_namespace" in setup.plan.present:
+        own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     memory_map = os.open("/proc/self/maps", os.O_RDONLY | os.O_CLOEXEC)
     session = _open_session()
     copies = rootfs.copy_hidden(setup.plan.hidden, setup.scratch)
@@ -204,10 +203,8 @@ def _become_program(
         if job is not None:
             return functools.partial(program.run, job, base)
     except BaseException as error:  # before the program started: whatever it is, this isn't a cell
-        os.write(
-            place.stderr if _is_open(place.stderr) else 2,
-            f"{type(error).__name__}: {error}".encode(),
-        )
+        stderr = place.stderr if _is_open(place.stderr) else 2
+        os.write(stderr, f"{type(error).__name__}: {error}".encode())
         os._exit(NOT_ISOLATED)
     os._exit(0)
 
