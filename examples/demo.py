@@ -232,8 +232,9 @@ def show_gains(
     console: Console, run: Path, early: int, steps: int, calls: int
 ) -> tuple[improving.Answers, improving.Answers]:
     """One question's answer before and after, and the closing table of reinforcement learning."""
-    transcripts = improving.read_answers(run, 0), improving.read_answers(run, steps)
-    if (pair := improving.changed(*transcripts)) is not None:
+    transcripts = (improving.read_answers(run, 0), improving.read_answers(run, steps))
+    pair = improving.changed(*transcripts)
+    if pair is not None:
         for name, transcript in zip(("before", "after"), pair, strict=True):
             asked = transcript["prompt"].removeprefix("user: ")
             console.print(
@@ -277,23 +278,21 @@ def conclude(
 ) -> int:
     learnt = result.well_formed >= GOAL * result.questions and result.right > 0
     better = gains is None or gains[1].right - gains[0].right >= RL_GAIN * gains[0].answers
-    said = (
-        "It has NOT learnt its tool"
-        if not learnt
-        else "It works"
-        if better
-        else "Reinforcement learning has NOT made it better"
-    )
+    if not learnt:
+        said = "It has NOT learnt its tool"
+    elif not better:
+        said = "Reinforcement learning has NOT made it better"
+    else:
+        said = "It works"
     console.print(f"\n{said} ({seconds:.0f} seconds).")
     if learnt and better:
         console.print(
-            f"Next: the model is {checkpoint}/huggingface, the numbers {checkpoint.parent}/metrics.jsonl."
+            f"Next: the model is {checkpoint}/huggingface, "
+            f"the numbers {checkpoint.parent}/metrics.jsonl."
         )
         console.print(
-            (
-                "      Your own data and model: examples/sft_qwen2_5.sh; every key: python -m "
-                "retool.{sft,rl} --help"
-            ),
+            "      Your own data and model: examples/sft_qwen2_5.sh; "
+            "every key: python -m retool.{sft,rl} --help",
             markup=False,
         )
     return int(not (learnt and better))

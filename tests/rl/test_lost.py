@@ -31,7 +31,7 @@ from retool.rl.reward.source import RewardSource
 from retool.rl.types import TOOL_FAILURE, Group, Scored, Stop, trainable
 from retool.rl.validate import validation_metrics
 from retool.sandbox import Result
-from tests.rl.agent.test_agent import Answers, call_text, episode, say
+from tests.rl.agent.test_loop import Answers, call_text, episode, say
 from tests.rl.agent.test_rollout import Tool, called, parts_of, prompt_of
 from tests.rl.conftest import make_prompt, make_trajectory
 from tests.rl.reward.test_rewards import HERE
