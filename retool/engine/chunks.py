@@ -43,6 +43,7 @@ class Chunks:
         ranks = model.plan.sp
         self.model = model
         self.recordings = recordings
+        # Tokens of a padding item, whose page table must have room for as many keys
         self.padding = min(MAX_PADDING_TOKENS, width * model.cache.page_size)
         self.most_tokens = -(-max(tokens, MAX_PADDING_TOKENS) // ranks) * ranks
         self.most_items = items + -(-self.most_tokens // self.padding)

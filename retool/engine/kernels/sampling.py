@@ -6,8 +6,7 @@ temperature, has the distribution softmax(x). The noise g is a function of (seed
 sequence, token id) alone. So it doesn't matter which rows are sampled together, in which order, or
 how often.
 
-Shapes: R rows · V vocab. 64-bit integers are signed here and wrap; logical shifts are masked
-arithmetic ones.
+Shapes: R rows · V vocab. 64-bit integers are signed here, and wrap.
 """
 
 from __future__ import annotations
@@ -58,9 +57,14 @@ def row_keys(draws: Draws) -> Tensor:
 
 def mixed(z: Tensor) -> Tensor:
     """SplitMix64's output function on int64 of any shape."""
-    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * FIRST
-    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * SECOND
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
+    z = (z ^ _shifted(z, 30)) * FIRST
+    z = (z ^ _shifted(z, 27)) * SECOND
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """A logical shift to the right: torch's keeps the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def gumbel(keys_R: Tensor, vocab: int) -> Tensor:
