@@ -1,10 +1,13 @@
-"""Command line and YAML → typed frozen dataclasses, on OmegaConf: schema (what there is), read
-(what was asked for), help.
+"""Command line and YAML → typed frozen dataclasses, on OmegaConf.
+
+schema: what keys there are · words: what was given for which key · values: as its type reads it ·
+read: all of it, with every fault · help · options: the keys that both commands have · redact.
 """
 
 from retool.config.help import help_text
-from retool.config.read import nearest, parse, read, to_dict
+from retool.config.read import parse, read, to_dict
 from retool.config.schema import REQUIRED, ConfigError, Fault, Leaf, Parsed, leaves, option
+from retool.config.words import nearest
 
 __all__ = [
     "REQUIRED",

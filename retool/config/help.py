@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from retool.config.schema import REQUIRED, leaves
+from retool.config.schema import REQUIRED, Leaf, leaves
+
+WIDTH = 100
+INDENT = " " * 6
 
 
 def help_text(
-    schema: type, program: str, example: str, synonyms: Mapping[str, str] | None = None
+    schema: type,
+    program: str,
+    example: str,
+    synonyms: Mapping[str, str] | None = None,
+    ignored: Mapping[str, str] | None = None,
 ) -> str:
-    """`--help`: every key with its type, default and meaning, made from the dataclasses' own
-    documentation.
+    """Every key with its type, default and meaning.
+
+    `synonyms` maps other names of keys to ours; `ignored` says what keys without effect do
+    elsewhere.
     """
-    spelt: dict[str, list[str]] = {}
+    other_names: dict[str, list[str]] = {}
     for other, ours in (synonyms or {}).items():
-        spelt.setdefault(ours, []).append(other)
+        other_names.setdefault(ours, []).append(other)
     lines = [f"usage: {program} [--help] [--check] [config=run.yaml] key=value …", ""]
-    lines += textwrap.wrap(inspect.cleandoc(schema.__doc__ or ""), 100)
+    lines += textwrap.wrap(inspect.cleandoc(schema.__doc__ or ""), WIDTH)
     lines += ["", "Later words win over earlier ones and over the file. Example:", ""]
     lines += ["    " + line for line in example.strip().splitlines()]
     group = None
@@ -29,22 +38,35 @@ def help_text(
         if head != group:
             lines.append("")
             group = head
-        default = "required" if leaf.default is REQUIRED else f"default {_shown(leaf.default)}"
-        lines.append(f"  {leaf.key}  ({leaf.expected}; {default})")
-        text = leaf.doc + (
-            f" Also spelt {', '.join(spelt[leaf.key])}." if leaf.key in spelt else ""
-        )
-        lines += textwrap.wrap(
-            text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
-        )
+        lines += _key_lines(leaf, other_names.get(leaf.key, []))
+    if ignored:
+        lines += ["", "Accepted for existing scripts, without effect here:", ""]
+        for key, elsewhere in ignored.items():
+            lines += [f"  {key}", *_indented(f"Elsewhere it {elsewhere}.")]
     return "\n".join(lines) + "\n"
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return "[" + ",".join(_shown(v) for v in value) + "]"
-    return (
-        {None: "null", True: "true", False: "false"}[value]
-        if value is None or isinstance(value, bool)
-        else str(value)
+def _key_lines(leaf: Leaf, other_names: list[str]) -> Iterator[str]:
+    default = "required" if leaf.default is REQUIRED else f"default {_shown(leaf.default)}"
+    yield f"  {leaf.key}  ({leaf.expected}; {default})"
+    also = f" Also spelt {', '.join(other_names)}." if other_names else ""
+    yield from _indented(leaf.doc + also)
+
+
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=INDENT,
+        subsequent_indent=INDENT,
+        break_on_hyphens=False,
     )
+
+
+def _shown(value: Any) -> str:
+    """A value as one would write it."""
+    if isinstance(value, (tuple, list)):
+        return "[" + ",".join(map(_shown, value)) + "]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

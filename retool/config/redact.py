@@ -57,6 +57,8 @@ ABOUT = frozenset(
 )
 # The thing itself, said once more
 VALUE = frozenset("value plain raw text b64 base64 current".split())
+# One of these is in every name that `is_secret_name` holds for one, as it is written
+STEMS = (*SECRET_WORDS, *LAST_WORDS, "key", "token", "connection")
 # No secret, whatever its name
 ORDINARY = frozenset(
     "true false none null auto test root user main admin default yes localhost".split()
@@ -76,20 +78,23 @@ def is_secret_name(name: str) -> bool:
         words.pop()
     if not words or words[-1] in ABOUT:
         return False
-    single = [
-        word[:-1] if word.endswith("s") and not word.endswith("ss") else word for word in words
-    ]
-    pairs = {*itertools.pairwise(single)}
-    if (
-        SECRET_WORDS & {*words, *single}
-        or words[-1] in LAST_WORDS
-        or ("connection", "string") in pairs
-    ):
+    single = [_singular(word) for word in words]
+    if SECRET_WORDS & {*words, *single} or words[-1] in LAST_WORDS:
         return True
-    return any(first in KEYS and second == "key" for first, second in pairs) or _names_token(words)
+    for first, second in itertools.pairwise(single):
+        if second == "key" and first in KEYS:
+            return True
+        if (first, second) == ("connection", "string"):
+            return True
+    return _names_token(words)
+
+
+def _singular(word: str) -> str:
+    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
 
 
 def _names_token(words: list[str]) -> bool:
+    """Whether it is a token that gives access, and not a part of a text."""
     before = words[-2] if len(words) > 1 else ""
     return (words[-1] == "token" and before not in TEXT_TOKENS) or (
         words[-1] == "tokens" and before in TOKENS
@@ -168,6 +173,10 @@ MIXED = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).{12,}")
 
 def _hide_named(text: str) -> str:
     """`text` without the values that stand after a name which makes them secrets."""
+    # The search below is the dearest of all, and most texts have no such name.
+    lowered = text.lower()
+    if not any(stem in lowered for stem in STEMS):
+        return text
     parts: list[str] = []
     done = 0
     while (named := NAMED.search(text, done)) is not None:
@@ -179,9 +188,10 @@ def _hide_named(text: str) -> str:
         last = WORD.findall(name)[-1].lower()
         phrase = named["colon"] and last in PHRASES and text[done : done + 1] not in ("'", '"')
         value = (TO_LINE_END if phrase else ITS_VALUE).match(text, done)
-        if value is None or not _looks_like_one(
-            value[0].strip("\"'"), last, named["colon"] is not None
-        ):
+        if value is None:
+            continue
+        bare = value[0].strip("\"'")
+        if not _looks_like_one(bare, last, in_prose=named["colon"] is not None):
             continue
         quote = value[0][0] if value[0][0] in "\"'" else ""
         parts.append(f"{quote}{HIDDEN}{quote}")
@@ -195,11 +205,8 @@ def _looks_like_one(value: str, last_word: str, in_prose: bool) -> bool:
         return False
     if last_word == "token" and value.isdigit():
         return len(value) >= SHORTEST_NUMBER
-    return (
-        not in_prose
-        or last_word not in ("token", "auth", "pass")
-        or MIXED.fullmatch(value) is not None
-    )
+    may_be_a_remark = in_prose and last_word in ("token", "auth", "pass")
+    return not may_be_a_remark or MIXED.fullmatch(value) is not None
 
 
 # --- known ones ---
@@ -224,29 +231,25 @@ def _in_environment() -> Iterator[str]:
     for name, value in os.environ.items():
         if name in FOLDERS_OF_A_SHELL or not is_secret_name(name):
             continue
-        shortest = (
-            SHORTEST_WORD
-            if SECRET_WORDS & {word.lower() for word in WORD.findall(name)}
-            else SHORTEST_TOKEN
-        )
-        parts = {value, *re.split(r"[,;\s]+", value)}  # API_KEYS=one,two
-        yield from (
-            part for part in parts if len(part) >= shortest and part.lower() not in ORDINARY
-        )
+        is_password = SECRET_WORDS & {word.lower() for word in WORD.findall(name)}
+        shortest = SHORTEST_WORD if is_password else SHORTEST_TOKEN
+        for part in {value, *re.split(r"[,;\s]+", value)}:  # API_KEYS=one,two
+            if len(part) >= shortest and part.lower() not in ORDINARY:
+                yield part
 
 
 @functools.lru_cache(16)
 def _one_of(values: frozenset[str]) -> re.Pattern[str] | None:
     if not values:
         return None
-    # A short one only as a word of its own: `test` isn't a part of `latest`.
     longest_first = sorted(values, key=lambda value: (-len(value), value))
-    return re.compile(
-        "|".join(
-            re.escape(v) if len(v) >= SHORTEST_TOKEN else rf"(?<!\w){re.escape(v)}(?!\w)"
-            for v in longest_first
-        )
-    )
+    return re.compile("|".join(map(_pattern_of, longest_first)))
+
+
+def _pattern_of(value: str) -> str:
+    """A short one only as a word of its own: `test` isn't a part of `latest`."""
+    literal = re.escape(value)
+    return literal if len(value) >= SHORTEST_TOKEN else rf"(?<!\w){literal}(?!\w)"
 
 
 # --- what others call ---
@@ -265,17 +268,15 @@ def _redact(value: Any, secret: str, known: re.Pattern[str] | None) -> Any:
         out: dict[Any, Any] = {}
         for key, inner in value.items():
             shown = _redact_text(key, known) if isinstance(key, str) else key
-            out[shown] = _redact(inner, str(key) if is_secret_name(str(key)) else secret, known)
+            name = str(key) if is_secret_name(str(key)) else secret
+            out[shown] = _redact(inner, name, known)
         return out
     if isinstance(value, (list, tuple)):
         return [_redact(inner, secret, known) for inner in value]
     if secret and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return (
-            value
-            if _names_token(WORD.findall(secret.lower()))
-            and abs(value) < 10 ** (SHORTEST_NUMBER - 1)
-            else HIDDEN
-        )
+        is_small = abs(value) < 10 ** (SHORTEST_NUMBER - 1)
+        counts_tokens = is_small and _names_token(WORD.findall(secret.lower()))
+        return value if counts_tokens else HIDDEN
     if not isinstance(value, str) or not value:
         return value
     if secret:
@@ -321,12 +322,8 @@ def hide_in_tracebacks() -> None:
     def show(
         kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        print(
-            redact("".join(traceback.format_exception(kind, error, trace))),
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
+        told = redact("".join(traceback.format_exception(kind, error, trace)))
+        print(told, end="", file=sys.stderr, flush=True)
 
     sys.excepthook = show
     threading.excepthook = lambda args: show(args.exc_type, args.exc_value, args.exc_traceback)

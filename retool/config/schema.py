@@ -31,7 +31,7 @@ class Fault:
 
     def __str__(self) -> str:
         where = redact_word(self.where)  # it may be the word that was typed
-        return redact(f"{where}: {self.problem}" + (f" {self.remedy}" if self.remedy else ""))
+        return redact(f"{where}: {self.problem} {self.remedy}".rstrip())
 
 
 class ConfigError(ValueError):
@@ -100,7 +100,10 @@ def option(
 
 
 def leaves(schema: type, prefix: str = "") -> Iterator[Leaf]:
-    """Every key of a configuration, in the order of its dataclasses, required ones first in each."""
+    """Every key of a configuration, in the order of its dataclasses.
+
+    Required ones come first in each.
+    """
     hints = typing.get_type_hints(schema)
     for entry in sorted(fields(schema), key=lambda entry: entry.default != REQUIRED):
         kind = hints[entry.name]
@@ -108,19 +111,32 @@ def leaves(schema: type, prefix: str = "") -> Iterator[Leaf]:
         if is_dataclass(kind):
             yield from leaves(typing.cast(type, kind), key + ".")
             continue
-        options = (
-            [t for t in typing.get_args(kind) if t is not type(None)] if is_union(kind) else [kind]
-        )
-        nullable = is_union(kind) and type(None) in typing.get_args(kind)
-        bare = options[0] if len(options) == 1 else typing.Union[tuple(options)]  # noqa: UP007
+        bare, nullable = _without_none(kind)
+        default = entry.default
+        if default is NO_DEFAULT:
+            default = typing.cast(Any, entry.default_factory)()
         meta = entry.metadata
-        default = (
-            entry.default
-            if entry.default is not NO_DEFAULT
-            else typing.cast(Any, entry.default_factory)()
+        yield Leaf(
+            key,
+            bare,
+            nullable,
+            default,
+            doc=meta["doc"],
+            minimum=meta["minimum"],
+            above=meta["above"],
+            maximum=meta["maximum"],
+            spellings=meta["spellings"],
         )
-        bounds = meta["minimum"], meta["above"], meta["maximum"]
-        yield Leaf(key, bare, nullable, default, meta["doc"], *bounds, meta["spellings"])
+
+
+def _without_none(kind: Any) -> tuple[Any, bool]:
+    """A type without None, and whether it had one."""
+    if not is_union(kind):
+        return kind, False
+    alternatives = typing.get_args(kind)
+    others = [alternative for alternative in alternatives if alternative is not type(None)]
+    bare = others[0] if len(others) == 1 else typing.Union[tuple(others)]  # noqa: UP007
+    return bare, len(others) < len(alternatives)
 
 
 def is_union(kind: Any) -> bool:
@@ -132,18 +148,17 @@ def is_dict(kind: Any) -> bool:
 
 
 def plain_words(kind: Any) -> str:
+    """A type as a message says it."""
     origin = typing.get_origin(kind)
     args = typing.get_args(kind)
     if is_union(kind):
         return " or ".join(plain_words(a) for a in args)
     if origin is Literal:
         return " or ".join(str(a) for a in args)
+    if origin is tuple and args[1:] == (Ellipsis,):
+        return f"a list of {plain_words(args[0])}"
     if origin is tuple:
-        return (
-            f"a list of {plain_words(args[0])}"
-            if len(args) == 2 and args[1] is Ellipsis
-            else f"[{', '.join(plain_words(a) for a in args)}]"
-        )
+        return f"[{', '.join(plain_words(a) for a in args)}]"
     if origin is dict:
         return "a mapping such as {name: value}"
     return {int: "an integer", float: "a number", str: "text", bool: "true or false"}[kind]

@@ -13,13 +13,13 @@ from retool.config import help_text, read
 from retool.config.redact import hide_in_tracebacks
 from retool.metrics import warn_from_first_rank
 from retool.rl.config import RLConfig
-from retool.rl.preflight.keys import EXAMPLE, SYNONYMS
+from retool.rl.config.names import EXAMPLE, IGNORED, SYNONYMS
 
 
 def main(words: list[str]) -> int:
     """Exit status: 0 done (or nothing wrong), 1 something is wrong and was said."""
     if "--help" in words or "-h" in words:
-        print(help_text(RLConfig, "python -m retool.rl", EXAMPLE, SYNONYMS))
+        print(help_text(RLConfig, "python -m retool.rl", EXAMPLE, SYNONYMS, IGNORED))
         return 0
     rank = int(os.environ.get("RANK", 0))
     warn_from_first_rank(rank)
@@ -33,7 +33,8 @@ def main(words: list[str]) -> int:
     from retool.rl.train import train
     from retool.run.start import alone_in_folder, ended_well, verdict_of_all
 
-    parsed = read(RLConfig, [word for word in words if word != "--check"], SYNONYMS)
+    asked = [word for word in words if word != "--check"]
+    parsed = read(RLConfig, asked, SYNONYMS, IGNORED)
     report = preflight(parsed, planning=checking)
     with alone_in_folder(report, checking) as report:
         # The store stays open until the run has a process group.

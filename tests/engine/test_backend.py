@@ -10,7 +10,8 @@ import pytest
 from retool.config import parse
 from retool.engine import Engine, RolloutEngine, find_backend
 from retool.engine.backend import BACKENDS, MEANING_NATIVE
-from retool.rl.config import RLConfig, RolloutConfig
+from retool.rl.config import RLConfig
+from retool.rl.config.rollout import RolloutConfig
 from retool.rl.preflight.show import in_words
 from tests.rl.test_config import REQUIRED
 

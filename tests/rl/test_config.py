@@ -7,9 +7,10 @@ import pytest
 from retool.config import help_text, leaves, parse, read
 from retool.preflight.plan import World, setting_of
 from retool.rl.config import RLConfig, run_options
+from retool.rl.config.names import EXAMPLE, IGNORED, SYNONYMS
 from retool.rl.objective.advantages import ESTIMATORS
 from retool.rl.objective.losses import LOSSES
-from retool.rl.preflight.keys import EXAMPLE, SYNONYMS, contradictions, notes
+from retool.rl.preflight.keys import contradictions, notes
 from retool.sft.config import SFTConfig
 from retool.sft.config import run_options as sft_options
 
@@ -44,12 +45,12 @@ ARR = "actor_rollout_ref."
 
 
 def faults_of(*words: str) -> list[str]:
-    parsed = read(RLConfig, [*REQUIRED, *words], SYNONYMS)
+    parsed = read(RLConfig, [*REQUIRED, *words], SYNONYMS, IGNORED)
     return [str(fault) for fault in (*parsed.faults, *contradictions(parsed.config))]
 
 
 def test_the_published_command_parses_word_for_word() -> None:
-    config = parse(RLConfig, PUBLISHED, SYNONYMS)
+    config = parse(RLConfig, PUBLISHED, SYNONYMS, IGNORED)
     assert list(contradictions(config)) == []
     actor = config.actor_rollout_ref.actor
     rollout = config.actor_rollout_ref.rollout
@@ -94,11 +95,7 @@ def test_defaults_of_the_contract() -> None:
         multi.tool_response_truncate_side,
         multi.max_parallel_calls,
     ) == (512, "middle", 1)
-    assert (
-        rollout.calculate_log_probs
-        and rollout.name == "native"
-        and actor.clip_ratio_low == actor.clip_ratio_high == 0.2
-    )
+    assert rollout.name == "native" and actor.clip_ratio_low == actor.clip_ratio_high == 0.2
     assert config.reward_model.timeout_seconds == 2.0 and config.reward_model.memory_mb == 2048
     assert (
         parse(
@@ -126,6 +123,7 @@ def test_synonyms(word: str, key: str, value: object) -> None:
 def test_synonyms_name_keys_that_exist() -> None:
     known = {leaf.key for leaf in leaves(RLConfig)}
     assert set(SYNONYMS.values()) <= known and not set(SYNONYMS) & known
+    assert not set(IGNORED) & {*known, *SYNONYMS}
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,8 @@ def test_synonyms_name_keys_that_exist() -> None:
         (ARR + "actor.policy_loss.loss_mode=gsop", "Did you mean gspo?"),
         (ARR + "actor.policy_loss.loss_mode=x", "Use vanilla, gspo, cispo, or file.py/function."),
         (ARR + "rollout.name=tensorrt", "native or vllm or sglang or hf"),
-        (ARR + "rollout.mode=asink", "Did you mean async?"),
+        (ARR + "rollout.multi_turn.format=hermess", "Did you mean hermes?"),
+        (ARR + "rollout.modes=async", "Did you mean actor_rollout_ref.rollout.mode?"),
         (ARR + "actor.ppo_mini_batch_size=100", "Use 64 or 128"),
         (ARR + "actor.ppo_mini_batch_size=1024", "Use at most 512"),
         (ARR + "actor.clip_ratio_low=1.5", "never negative"),
@@ -274,5 +273,6 @@ def test_every_fault_at_once() -> None:
 
 
 def test_help_lists_every_key() -> None:
-    text = help_text(RLConfig, "python -m retool.rl", EXAMPLE, SYNONYMS)
+    text = help_text(RLConfig, "python -m retool.rl", EXAMPLE, SYNONYMS, IGNORED)
     assert all(leaf.key in text and leaf.doc for leaf in leaves(RLConfig))
+    assert all(f"  {key}" in text for key in IGNORED)

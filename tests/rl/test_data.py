@@ -12,7 +12,7 @@ import pytest
 
 from retool.data.render.renderer import Renderer
 from retool.rl.agent.tools.interpreter import SCHEMA
-from retool.rl.config import ANSWER_FORMAT
+from retool.rl.config.data import ANSWER_FORMAT
 from retool.rl.data import PromptOptions, load_prompts, prompts_at, read_questions
 from tests.rl.conftest import make_prompt
 

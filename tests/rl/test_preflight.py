@@ -21,9 +21,9 @@ from retool.preflight.memory import LADDER, Choice, Prediction
 from retool.preflight.plan import World, agree, checkpoint_bytes, host_bytes, kept_checkpoints
 from retool.rl.agent.tools import interpreter
 from retool.rl.config import RLConfig
+from retool.rl.config.names import IGNORED, SYNONYMS
 from retool.rl.preflight.checks import Report, preflight
 from retool.rl.preflight.identity import fingerprint
-from retool.rl.preflight.keys import SYNONYMS
 from retool.rl.preflight.show import in_words
 from retool.sandbox.fusion_client import unreachable
 from tests.ranks import run_ranks
@@ -50,7 +50,7 @@ def check(
         "reward_model.name=math",
         *more,
     ]
-    return preflight(read(RLConfig, words, SYNONYMS), planning, environment or {})
+    return preflight(read(RLConfig, words, SYNONYMS, IGNORED), planning, environment or {})
 
 
 def said(report: Report) -> str:

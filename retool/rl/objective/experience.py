@@ -17,7 +17,7 @@ import torch
 from retool.batch import Sample
 from retool.data.packing import Budget
 from retool.parallel.fsdp import Sharded
-from retool.rl.config import AlgorithmConfig
+from retool.rl.config.algorithm import AlgorithmConfig
 from retool.rl.metrics import advantage_metrics
 from retool.rl.objective.advantages import AdvantageInputs, Estimator, estimate, place_reward
 from retool.rl.objective.batching import Row

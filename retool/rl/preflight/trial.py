@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from retool.config import Fault
-from retool.rl.config import RewardConfig
+from retool.rl.config.reward import RewardConfig
 from retool.rl.reward.judges import open_judges
 from retool.rl.reward.pool import LOAD_SECONDS
 from retool.rl.reward.protocol import Asked, Judged, Judges

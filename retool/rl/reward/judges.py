@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from retool.rl.config import RewardConfig
+from retool.rl.config.reward import RewardConfig
 from retool.rl.reward.async_judge import AsyncJudge
 from retool.rl.reward.pool import RewardPool
 from retool.rl.reward.protocol import Judges

@@ -12,7 +12,7 @@ import pytest
 from retool.batch import Sample
 from retool.data.packing import Budget
 from retool.parallel.mesh import make_mesh
-from retool.rl.config import AlgorithmConfig, RolloutCorrectionConfig
+from retool.rl.config.algorithm import AlgorithmConfig, RolloutCorrectionConfig
 from retool.rl.objective.advantages import ESTIMATORS, grpo
 from retool.rl.objective.experience import ExperienceOptions, make_experience
 from retool.rl.objective.policy import policy_logprobs

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from retool.rl.config import RewardConfig
+from retool.rl.config.reward import RewardConfig
 from retool.rl.preflight.trial import try_reward
 from retool.rl.reward.async_judge import AsyncJudge
 from retool.rl.reward.judges import open_judges
