@@ -18,74 +18,79 @@ NO_ROOM = (
     "actor_rollout_ref.rollout.gpu_memory_utilization or tensor_model_parallel_size, or lower "
     "data.max_response_length"
 )
+LIMITS_OF_REWARD = "(reward_model.timeout_seconds and reward_model.memory_mb are its limits)"
 
 
-def require_scores(members: Sequence[Scored], most: float, where: str) -> None:
-    """UnusableSamples with the first traceback where the reward failed on all of `members`, or on a
-    larger share than `most`.
+def require_scores(members: Sequence[Scored], max_failed_share: float, where: str) -> None:
+    """End the run where the reward failed on all of `members`, or on too large a share of them.
 
-    `where` says what they are of: "step 3", "the validation after step 3".
+    `where` says what they are of: "step 3", "the validation after step 3". Raises UnusableSamples
+    with the first traceback.
     """
-    members = [member for member in members if not member.lost]
-    failed = [member for member in members if member.failure is not None]
-    if not failed or (len(failed) < len(members) and len(failed) <= most * len(members)):
+    judged = [member for member in members if not member.lost]
+    failed = [member for member in judged if member.failure is not None]
+    if not failed:
         return
-    first = next((member for member in failed if member.trace), failed[0])
-    said = first.trace or (
-        f"{first.info.get(FAILURE, '')} (reward_model.timeout_seconds and reward_model.memory_mb are its "
-        "limits)"
-    )
+    all_failed = len(failed) == len(judged)
+    if not all_failed and len(failed) <= max_failed_share * len(judged):
+        return
     way_out = "Mend the reward function"
-    if len(failed) < len(members):
-        way_out += f", or raise reward_model.max_failed_share={most:g}"
+    if not all_failed:
+        way_out += f", or raise reward_model.max_failed_share={max_failed_share:g}"
+    first = next((member for member in failed if member.trace), failed[0])
+    told = first.trace or f"{first.info.get(FAILURE, '')} {LIMITS_OF_REWARD}"
     raise UnusableSamples(
-        f"the reward function failed on {len(failed)} of the {len(members)} answers of {where}: "
+        f"the reward function failed on {len(failed)} of the {len(judged)} answers of {where}: "
         f"their scores would be the floor, and the policy would be trained on noise. {way_out}; the "
-        f"same command then goes on from the last checkpoint. The first failure:\n{said}"
+        f"same command then goes on from the last checkpoint. The first failure:\n{told}"
     )
 
 
-def lost_to(members: Sequence[Scored]) -> str:
+def cause_of_loss(members: Sequence[Scored]) -> str:
     """What the first lost sample was lost to; "" where none was."""
-    first = next((member for member in members if member.lost), None)
-    return "" if first is None else str(first.info.get(TOOL_FAILURE) or NO_ROOM)
+    for member in members:
+        if member.lost:
+            return str(member.info.get(TOOL_FAILURE) or NO_ROOM)
+    return ""
 
 
-def count_lost(state: TrainState, members: Sequence[Scored], most: float) -> None:
-    """Note a step's samples that were lost, and whether they are more than the share `most`."""
+def count_lost(state: TrainState, members: Sequence[Scored], max_lost_share: float) -> None:
+    """Note how many of a step's samples were lost, and for how many steps that were too many."""
     lost = sum(member.lost for member in members)
     state.lost_share = lost / max(len(members), 1)
-    state.lost_to = lost_to(members)
-    state.lost_in_a_row = state.lost_in_a_row + 1 if state.lost_share > most else 0
+    state.lost_to = cause_of_loss(members)
+    too_many = state.lost_share > max_lost_share
+    state.lost_in_a_row = state.lost_in_a_row + 1 if too_many else 0
 
 
-def require_infrastructure(state: TrainState, most: float, steps: int) -> None:
-    """UnusableSamples with the cause where more than the share `most` was lost in each of the last
-    `steps` steps.
+def require_infrastructure(state: TrainState, max_lost_share: float, max_lost_steps: int) -> None:
+    """End the run where too many samples were lost in each of the last `max_lost_steps` steps.
+
+    Raises UnusableSamples with the cause.
     """
-    if state.lost_in_a_row < steps:
+    if state.lost_in_a_row < max_lost_steps:
         return
     raise UnusableSamples(
         f"{state.lost_share:.0%} of the samples of step {state.step} were lost, and more than "
-        f"{most:.0%} in each of the last {steps} steps, to what isn't the policy's fault: "
-        f"{state.lost_to}. Mend that; the same command then goes on from the last checkpoint. (The "
-        "limits: actor_rollout_ref.rollout.max_lost_share and max_lost_steps.)"
+        f"{max_lost_share:.0%} in each of the last {max_lost_steps} steps, to what isn't the "
+        f"policy's fault: {state.lost_to}. Mend that; the same command then goes on from the last "
+        "checkpoint. (The limits: actor_rollout_ref.rollout.max_lost_share and max_lost_steps.)"
     )
 
 
 def warn_of_failures(members: Sequence[Scored]) -> None:
-    """Why the first reward that failed did, and what the first lost sample was lost to: each reason
-    is shown once a run.
+    """Say why the first reward that failed did, and what the first lost sample was lost to.
+
+    Python shows each reason once a run.
     """
-    reason = next(
-        (member.info.get(FAILURE) for member in members if member.failure is not None), None
-    )
-    if reason is not None:
+    failed = next((member for member in members if member.failure is not None), None)
+    if failed is not None:
+        reason = failed.info.get(FAILURE)
         warnings.warn(
             f"the reward function gave no score ({reason}); such an answer gets reward_model.floor.",
             stacklevel=1,
         )
-    broken = lost_to(members)
-    if broken:
+    cause = cause_of_loss(members)
+    if cause:
         counted = "they are counted (stop/infrastructure, stop/aborted) and not trained on"
-        warnings.warn(f"samples are lost ({broken}); {counted}.", stacklevel=1)
+        warnings.warn(f"samples are lost ({cause}); {counted}.", stacklevel=1)

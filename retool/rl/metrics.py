@@ -7,84 +7,95 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from retool.rl.types import Scored, Stop
+from retool.rl.types import Scored, Stop, Trajectory
 
-Tokens = Sequence[np.ndarray]
+PerToken = Sequence[np.ndarray]
 
 
 def spread_of(name: str, values: Sequence[float] | np.ndarray) -> dict[str, float]:
     """name/{mean,max,min}; nothing for no values."""
     array = np.asarray(values, np.float64)
-    return (
-        {f"{name}/{kind}": float(getattr(array, kind)()) for kind in ("mean", "max", "min")}
-        if array.size
-        else {}
-    )
-
-
-def score_metrics(members: Sequence[Scored]) -> dict[str, float]:
-    """critic/{score,rewards} and acc: `score` as the reward function gave it, `rewards` with
-    overlong shaping. Of the samples that weren't lost.
-    """
-    members = [member for member in members if not member.lost]
-    accuracy = (
-        [member.accuracy for member in members]
-        if any("acc" in member.info for member in members)
-        else []
-    )
-    scores = [member.score for member in members]
-    rewards = [member.reward for member in members]
+    if not array.size:
+        return {}
     return {
-        **spread_of("critic/score", scores),
-        **spread_of("critic/rewards", rewards),
-        **spread_of("critic/acc", accuracy),
+        f"{name}/mean": float(array.mean()),
+        f"{name}/max": float(array.max()),
+        f"{name}/min": float(array.min()),
     }
 
 
-def advantage_metrics(advantages: Tokens, returns: Tokens, masks: Tokens) -> dict[str, float]:
+def score_metrics(members: Sequence[Scored]) -> dict[str, float]:
+    """critic/{score,rewards,acc} of the samples that weren't lost.
+
+    `score` is what the reward function gave, `rewards` that with overlong shaping. There is no acc
+    where the reward function told none.
+    """
+    judged = [member for member in members if not member.lost]
+    metrics = {
+        **spread_of("critic/score", [member.score for member in judged]),
+        **spread_of("critic/rewards", [member.reward for member in judged]),
+    }
+    if any("acc" in member.info for member in judged):
+        metrics |= spread_of("critic/acc", [member.accuracy for member in judged])
+    return metrics
+
+
+def advantage_metrics(advantages: PerToken, returns: PerToken, masks: PerToken) -> dict[str, float]:
     """critic/{advantages,returns} over sampled tokens."""
-    out: dict[str, float] = {}
-    for name, arrays in (("advantages", advantages), ("returns", returns)):
-        out |= spread_of(
-            f"critic/{name}",
-            np.concatenate([a[m] for a, m in zip(arrays, masks, strict=True)])
-            if len(masks)
-            else [],
-        )
-    return out
+    return {
+        **spread_of("critic/advantages", _sampled(advantages, masks)),
+        **spread_of("critic/returns", _sampled(returns, masks)),
+    }
+
+
+def _sampled(values: PerToken, masks: PerToken) -> np.ndarray:
+    """Those of sampled tokens, one after the other."""
+    chosen = [array[mask] for array, mask in zip(values, masks, strict=True)]
+    return np.concatenate(chosen) if chosen else np.zeros(0)
 
 
 def length_metrics(
     members: Sequence[Scored], max_response: int, max_prompt: int
 ) -> dict[str, float]:
-    """response_length, prompt_length (tool text counted) with the share that reached the limit, and
-    num_turns.
+    """response_length and prompt_length, with the share that reached the limit, and num_turns.
+
+    A response's tool text counts.
     """
     found = [member.trajectory for member in members]
-    responses = [t.response_length for t in found]
-    prompts = [t.prompt_length for t in found]
-    out = {**spread_of("response_length", responses), **spread_of("prompt_length", prompts)}
+    prompts = [trajectory.prompt_length for trajectory in found]
+    metrics = {
+        **spread_of("response_length", [trajectory.response_length for trajectory in found]),
+        **spread_of("prompt_length", prompts),
+        **spread_of("num_turns", [trajectory.num_turns for trajectory in found]),
+    }
     if found:
-        out["response_length/clip_ratio"] = float(
-            np.mean([t.stop is Stop.LENGTH or t.response_length >= max_response for t in found])
-        )
-        out["prompt_length/clip_ratio"] = float(np.mean([n >= max_prompt for n in prompts]))
-    return {**out, **spread_of("num_turns", [t.num_turns for t in found])}
+        cut = [_reached(trajectory, max_response) for trajectory in found]
+        metrics["response_length/clip_ratio"] = float(np.mean(cut))
+        metrics["prompt_length/clip_ratio"] = float(np.mean([n >= max_prompt for n in prompts]))
+    return metrics
+
+
+def _reached(trajectory: Trajectory, max_response: int) -> bool:
+    return trajectory.stop is Stop.LENGTH or trajectory.response_length >= max_response
 
 
 def tool_metrics(members: Sequence[Scored]) -> dict[str, float]:
-    """tool/{calls,errors,timeouts} counted over the step; in seconds per call tool/latency, while
-    it ran, and tool/queue_s, before it did; and why trajectories ended.
+    """How often tools were called and failed, how long they took, and why trajectories ended.
+
+    tool/{calls,errors,timeouts} are counts over the step. tool/latency is seconds per call while it
+    ran, tool/queue_s before it did.
     """
     found = [member.trajectory for member in members]
-    calls = sum(t.tool_calls for t in found)
-    stops = Counter(t.stop for t in found)
+    calls = sum(trajectory.tool_calls for trajectory in found)
+    running = sum(trajectory.tool_seconds for trajectory in found)
+    waiting = sum(trajectory.tool_queue_seconds for trajectory in found)
+    stops = Counter(trajectory.stop for trajectory in found)
     return {
         "tool/calls": calls,
-        "tool/errors": sum(t.tool_errors for t in found),
-        "tool/timeouts": sum(t.tool_timeouts for t in found),
-        "tool/latency": sum(t.tool_seconds for t in found) / max(calls, 1),
-        "tool/queue_s": sum(t.tool_queue_seconds for t in found) / max(calls, 1),
+        "tool/errors": sum(trajectory.tool_errors for trajectory in found),
+        "tool/timeouts": sum(trajectory.tool_timeouts for trajectory in found),
+        "tool/latency": running / max(calls, 1),
+        "tool/queue_s": waiting / max(calls, 1),
         **{f"stop/{stop.value}": stops[stop] for stop in Stop},
     }
 

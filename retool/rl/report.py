@@ -19,7 +19,7 @@ from retool.metrics.transcripts import (
 from retool.rl.agent.loop import turn_text
 from retool.rl.types import Group, Scored
 
-SHOWN = 8  # training trajectories a step, with their tokens
+MAX_TRAINING_SHOWN = 8  # trajectories of a training step, with their tokens
 
 
 def write_validation(folder: Path, step: int, groups: Sequence[Group], renderer: Renderer) -> Path:
@@ -39,13 +39,15 @@ def write_training(
     advantages: Sequence[np.ndarray],
     renderer: Renderer,
 ) -> Path:
-    """A few answers of a training step, by tokens, with log-probabilities and advantages (one array
-    per trajectory, in order).
+    """A few answers of a training step, by tokens, with log-probabilities and advantages.
+
+    `advantages`: an array for each trajectory of `groups`, in order, over all of its tokens.
     """
     members = [member for group in groups for member in group.members]
+    shown = list(zip(members, advantages, strict=True))[:MAX_TRAINING_SHOWN]
     made = [
-        _transcript(member, step, "train", _tokens(member, worth, renderer))
-        for member, worth in list(zip(members, advantages, strict=True))[:SHOWN]
+        _transcript(member, step, "train", _tokens(member, advantage, renderer))
+        for member, advantage in shown
     ]
     return write_transcripts(folder, f"train_{step:06d}", made)
 

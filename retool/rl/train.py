@@ -29,7 +29,7 @@ from retool.rl.build import (
 )
 from retool.rl.collect import collect, release, sample, sync
 from retool.rl.config import RLConfig
-from retool.rl.failures import lost_to, require_infrastructure, require_scores
+from retool.rl.failures import cause_of_loss, require_infrastructure, require_scores
 from retool.rl.metrics import (
     failure_metrics,
     length_metrics,
@@ -304,7 +304,7 @@ def run_validation(run: Run, state: TrainState) -> None:
         members
     ):
         raise UnusableSamples(
-            f"{lost} of the {len(members)} answers of the validation were lost: {lost_to(members)}."
+            f"{lost} of the {len(members)} answers of the validation were lost: {cause_of_loss(members)}."
         )
     metrics = {**validation_metrics(groups), "val-aux/lost": lost}
     if session.mesh.rank == 0:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-FAILURE = (
-    "failure"  # the key in `Scored.info` under which it says why the reward function gave no score
-)
-TOOL_FAILURE = "tool_failure"  # likewise, what infrastructure did to it (`Stop.INFRASTRUCTURE`)
+# Keys in `Scored.info`: why the reward function gave no score, and what infrastructure did to a
+# trajectory (`Stop.INFRASTRUCTURE`).
+FAILURE = "failure"
+TOOL_FAILURE = "tool_failure"
 
 
 class Stop(str, Enum):
@@ -28,17 +28,16 @@ class Stop(str, Enum):
 
 
 # Such a trajectory isn't judged, not trained on, and in no mean of scores
-LOST = (
-    Stop.INFRASTRUCTURE,
-    Stop.ABORTED,
-)
+LOST = (Stop.INFRASTRUCTURE, Stop.ABORTED)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question. `ids` int32 [n] is the render, tool schemas and generation prompt included;
-    `index` its row, and in a rollout its place in the endless stream of prompts, so that a prompt
-    that comes again in another epoch is another one.
+    """A question.
+
+    `ids` int32 [n] is the render, tool schemas and generation prompt included. `index` is its row;
+    in a rollout it is its place in the endless stream of prompts, so that a prompt that comes again
+    in another epoch is another one.
     """
 
     index: int
@@ -55,14 +54,17 @@ class Prompt:
 class Trajectory:
     """One answer to a prompt, as token ids.
 
-    `tokens` int32 [n] are prompt and response. `mask` bool [n] is True where the model sampled the
-    token; only those are trained. `logp` float32 [n] is the sampler's log-probability under
-    softmax(logits / temperature) over the whole vocabulary, `logp_behaviour` after top-p and top-k
-    as well; both are 0 where `mask` is False. `assistant_text` is what the model wrote, without
-    tool output; `policy_version` is how many training steps the weights that sampled it had seen.
-    `num_turns` = user + assistant turns + 1; without a tool call 2. `tool_seconds` are those in
-    which tools ran, `tool_queue_seconds` those in which calls waited to be run. `tool_failure` is
-    what a tool that broke said.
+    tokens              int32 [n]: prompt and response
+    mask                bool [n]: where the model sampled the token; only those are trained
+    logp                float32 [n]: the sampler's log-probability under softmax(logits /
+                        temperature) over the whole vocabulary; 0 where `mask` is False
+    logp_behaviour      likewise, after top-p and top-k as well: what was drawn from
+    num_turns           user + assistant turns + 1; without a tool call 2
+    tool_seconds        in which tools ran
+    tool_queue_seconds  in which calls waited to be run
+    tool_failure        what a tool that broke said
+    policy_version      how many training steps the weights that sampled it had seen
+    assistant_text      what the model wrote, without tool output
     """
 
     prompt: Prompt
@@ -105,10 +107,14 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Scored:
-    """A trajectory with what the reward function gave (`score`), what is trained on (`reward`: with
-    overlong shaping), and whatever else it told (`info`: acc, pred, …; FAILURE where it failed, and
-    `score` is the configured floor; TOOL_FAILURE where a tool broke). `failure` is how the reward
-    failed (exception, timeout, killed) and `trace` where, if it did: a checkpoint keeps neither.
+    """A trajectory and how it was judged.
+
+    `score` is what the reward function gave, `reward` what is trained on: with overlong shaping.
+    `info` is whatever else it told (acc, pred, …). Where it failed, `score` is the configured floor
+    and `info` has FAILURE; where a tool broke it has TOOL_FAILURE.
+
+    `failure` is how the reward failed (exception, timeout, killed) and `trace` where. A checkpoint
+    keeps neither.
     """
 
     trajectory: Trajectory
@@ -153,12 +159,14 @@ class Group:
 
 
 def trainable(groups: Sequence[Group]) -> list[Group]:
-    """What a step can learn from: lost members left out, and groups of which nothing is left, or a
-    single one of several: it would be compared with nobody.
+    """What a step can learn from.
+
+    Lost members are left out, and so are groups of which nothing is left, or a single one of
+    several: it would be compared with nobody.
     """
-    kept = [(group, group.sound) for group in groups]
-    return [
-        Group(group.prompt, sound)
-        for group, sound in kept
-        if len(sound) >= min(2, len(group.members))
-    ]
+    kept = []
+    for group in groups:
+        sound = group.sound
+        if len(sound) >= min(2, len(group.members)):
+            kept.append(Group(group.prompt, sound))
+    return kept

@@ -14,7 +14,7 @@ import numpy as np
 
 from retool.rl.types import FAILURE, Group, Scored
 
-OLDEST = 1  # training steps that a kept group may lie
+MAX_STEPS_KEPT = 1  # training steps that a group may wait for the one that it is trained in
 
 
 class UnusableSamples(ValueError):
@@ -22,28 +22,30 @@ class UnusableSamples(ValueError):
 
 
 def value_of(member: Scored, metric: str) -> float:
-    """A member's metric: score, reward, acc (`Scored.accuracy`), or a number of the reward
-    function's own; the score where it failed.
+    """A member's metric: ours, or a number of the reward function's own.
+
+    `acc` is `Scored.accuracy`. Where the reward function failed there is only the score. Raises
+    UnusableSamples where there is no such number.
     """
-    score = member.score
-    reward = member.reward
-    own = {
-        "score": score,
-        "reward": reward,
-        "seq_reward": score,
-        "seq_final_reward": reward,
+    ours = {
+        "score": member.score,
+        "reward": member.reward,
+        "seq_reward": member.score,
+        "seq_final_reward": member.reward,
         "acc": member.accuracy,
     }
-    value = own.get(metric, member.score if FAILURE in member.info else member.info.get(metric))
-    if not isinstance(value, (int, float)):
-        known = sorted(
-            {*own, *(key for key, entry in member.info.items() if isinstance(entry, (int, float)))}
-        )
-        raise UnusableSamples(
-            f"algorithm.filter_groups.metric={metric}: the reward function gives no such number; it "
-            f"gives {', '.join(known)}."
-        )
-    return float(value)
+    if metric in ours:
+        return float(ours[metric])
+    if FAILURE in member.info:
+        return float(member.score)
+    value = member.info.get(metric)
+    if isinstance(value, (int, float)):
+        return float(value)
+    numbers = [key for key, entry in member.info.items() if isinstance(entry, (int, float))]
+    raise UnusableSamples(
+        f"algorithm.filter_groups.metric={metric}: the reward function gives no such number; it "
+        f"gives {', '.join(sorted({*ours, *numbers}))}."
+    )
 
 
 def has_signal(group: Group, metric: str) -> bool:
@@ -57,7 +59,10 @@ def has_signal(group: Group, metric: str) -> bool:
 
 @dataclass(frozen=True)
 class Collection:
-    """The groups of a step while it is being sampled. `total` is the sum of the groups' means of
+    """The groups of a step while it is being sampled.
+
+    `rounds` of sampling gave `sampled` groups, of which `no_signal` were left out; `reused` were
+    kept by the step before, `expired` kept for too long. `total` is the sum of the groups' means of
     the metric, those without a signal too; `measured` of them had one: not all of their members
     were lost.
     """
@@ -88,15 +93,18 @@ def begin(kept: Sequence[Group], step: int) -> Collection:
     """Start step `step` (steps done so far) with the groups that the step before kept, those that
     are too old left out.
     """
-    fresh = tuple(group for group in kept if step - group.policy_version <= OLDEST)
+    fresh = tuple(group for group in kept if step - group.policy_version <= MAX_STEPS_KEPT)
     return Collection(groups=fresh, expired=len(kept) - len(fresh), reused=len(fresh))
 
 
 def add(collection: Collection, fresh: Sequence[Group], metric: str | None) -> Collection:
     """Add a round of sampling; with a `metric` only groups with a signal."""
-    good = [group for group in fresh if metric is None or has_signal(group, metric)]
-    sound = [group.sound for group in fresh if group.sound] if metric is not None else []
-    means = [np.mean([value_of(member, metric or "") for member in members]) for members in sound]
+    good = list(fresh)
+    means = []
+    if metric is not None:
+        good = [group for group in fresh if has_signal(group, metric)]
+        sound = [group.sound for group in fresh if group.sound]
+        means = [np.mean([value_of(member, metric) for member in members]) for members in sound]
     return replace(
         collection,
         groups=(*collection.groups, *good),
@@ -110,9 +118,9 @@ def add(collection: Collection, fresh: Sequence[Group], metric: str | None) -> C
 
 def complete(collection: Collection, wanted: int, most_rounds: int) -> bool:
     """Whether sampling ends: the batch is full, or `most_rounds` (0: no limit) are spent."""
-    return len(collection.groups) >= wanted or (
-        most_rounds > 0 and collection.rounds >= most_rounds
-    )
+    is_full = len(collection.groups) >= wanted
+    is_spent = most_rounds > 0 and collection.rounds >= most_rounds
+    return is_full or is_spent
 
 
 def take(collection: Collection, wanted: int) -> tuple[list[Group], list[Group]]:

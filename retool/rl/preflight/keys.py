@@ -24,7 +24,9 @@ def contradictions(config: RLConfig) -> Iterator[Fault]:
     yield from _estimator(config.algorithm.adv_estimator)
     yield from _known(LOSS_KEY, config.actor_rollout_ref.actor.policy_loss.loss_mode, LOSSES)
     yield from _aggregation(config)
-    yield from _sizes(config)
+    yield from _mini_batches(config)
+    yield from _sampling(config)
+    yield from _files(config)
     yield from _functions(config)
     yield from options.contradictions(run_options(config))
     yield from options.date_faults(config.data.template_date)
@@ -43,9 +45,8 @@ def notes(config: RLConfig) -> Iterator[str]:
             "rollout.multi_turn.tool_config_path is given, but multi_turn.enable is false: no tool is "
             "called."
         )
-    if config.reward_model.concurrent and (
-        config.reward_model.network or config.reward_model.environment
-    ):
+    reward = config.reward_model
+    if reward.concurrent and (reward.network or reward.environment):
         yield (
             "reward_model.network and .environment mean nothing with reward_model.concurrent=true: it has "
             "the run's own."
@@ -54,10 +55,8 @@ def notes(config: RLConfig) -> Iterator[str]:
         yield "data.gen_batch_size means nothing without algorithm.filter_groups.enable=true."
     if config.trainer.test_freq > 0 and not config.data.val_files:
         yield "there is no data.val_files: trainer.test_freq validates nothing."
-    if (
-        config.data.max_response_length < config.reward_model.overlong_buffer.len
-        and config.reward_model.overlong_buffer.enable
-    ):
+    overlong = reward.overlong_buffer
+    if overlong.enable and config.data.max_response_length < overlong.len:
         yield (
             "reward_model.overlong_buffer.len is more than data.max_response_length: every response is "
             "punished."
@@ -67,11 +66,8 @@ def notes(config: RLConfig) -> Iterator[str]:
 def _estimator(name: str) -> Iterator[Fault]:
     where = f"{ESTIMATOR_KEY}={name}"
     if name in SECOND_MODEL:
-        yield Fault(
-            where,
-            f"needs {SECOND_MODEL[name]}, which isn't built.",
-            f"Use {', '.join(ESTIMATORS)}.",
-        )
+        problem = f"needs {SECOND_MODEL[name]}, which isn't built."
+        yield Fault(where, problem, f"Use {', '.join(ESTIMATORS)}.")
     else:
         yield from _known(ESTIMATOR_KEY, name, ESTIMATORS)
 
@@ -110,97 +106,78 @@ def _aggregation(config: RLConfig) -> Iterator[Fault]:
         )
 
 
-def _sizes(config: RLConfig) -> Iterator[Fault]:
-    data = config.data
+def _mini_batches(config: RLConfig) -> Iterator[Fault]:
+    """Steps that don't fall into whole mini-batches, and micro-batches without a size."""
     actor = config.actor_rollout_ref.actor
-    rollout = config.actor_rollout_ref.rollout
-    if actor.ppo_mini_batch_size > data.train_batch_size:
-        yield Fault(
-            f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}",
-            f"is more prompts than data.train_batch_size={data.train_batch_size}.",
-            f"Use at most {data.train_batch_size}.",
-        )
-    elif data.train_batch_size % actor.ppo_mini_batch_size:
-        legal = [n for n in range(1, data.train_batch_size + 1) if data.train_batch_size % n == 0]
-        near = sorted(sorted(legal, key=lambda n: abs(n - actor.ppo_mini_batch_size))[:2])
-        yield Fault(
-            f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}",
-            f"does not divide data.train_batch_size={data.train_batch_size}.",
-            f"Use {' or '.join(map(str, near))}.",
-        )
+    prompts = config.data.train_batch_size
+    mini = actor.ppo_mini_batch_size
+    where = f"{_ARR}.actor.ppo_mini_batch_size={mini}"
+    if mini > prompts:
+        problem = f"is more prompts than data.train_batch_size={prompts}."
+        yield Fault(where, problem, f"Use at most {prompts}.")
+    elif prompts % mini:
+        divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
+        nearest_two = sorted(divisors, key=lambda n: abs(n - mini))[:2]
+        way_out = f"Use {' or '.join(map(str, sorted(nearest_two)))}."
+        yield Fault(where, f"does not divide data.train_batch_size={prompts}.", way_out)
     if not actor.use_dynamic_bsz and actor.ppo_micro_batch_size_per_gpu is None:
         yield Fault(
-            "actor_rollout_ref.actor.use_dynamic_bsz=false",
-            "needs actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu.",
+            f"{_ARR}.actor.use_dynamic_bsz=false",
+            f"needs {_ARR}.actor.ppo_micro_batch_size_per_gpu.",
             "Give it, or use use_dynamic_bsz=true.",
         )
-    if actor.clip_ratio_low >= 1:
+
+
+def _sampling(config: RLConfig) -> Iterator[Fault]:
+    """Samples that nothing can be learnt from, or none at all."""
+    rollout = config.actor_rollout_ref.rollout
+    name = config.algorithm.adv_estimator
+    estimator = ESTIMATORS.get(name)
+    alone = f"{_ARR}.rollout.n=1"
+    if rollout.n == 1 and estimator is not None and estimator.compares_samples:
         yield Fault(
-            "actor_rollout_ref.actor.clip_ratio_low",
-            "must be below 1: a ratio is never negative.",
-            "DAPO uses 0.2.",
-        )
-    estimator = ESTIMATORS.get(config.algorithm.adv_estimator)
-    if estimator is not None and estimator.compares_samples and rollout.n == 1:
-        yield Fault(
-            "actor_rollout_ref.rollout.n=1",
-            f"gives algorithm.adv_estimator={config.algorithm.adv_estimator} nothing to compare with.",
+            alone,
+            f"gives {ESTIMATOR_KEY}={name} nothing to compare with.",
             "Use 2 or more, or reinforce_plus_plus.",
         )
-    if config.algorithm.filter_groups.enable and rollout.n == 1:
-        yield Fault(
-            "actor_rollout_ref.rollout.n=1",
-            "leaves filter_groups no group whose scores differ.",
-            "Use 2 or more.",
-        )
+    if rollout.n == 1 and config.algorithm.filter_groups.enable:
+        problem = "leaves filter_groups no group whose scores differ."
+        yield Fault(alone, problem, "Use 2 or more.")
+    top_k = {"top_k": rollout.top_k, "val_kwargs.top_k": rollout.val_kwargs.top_k}
+    for key, value in top_k.items():
+        if value == 0:
+            where = f"{_ARR}.rollout.{key}=0"
+            yield Fault(where, "leaves no token to sample.", "Use -1 for all of them.")
+    if config.actor_rollout_ref.actor.clip_ratio_low >= 1:
+        problem = "must be below 1: a ratio is never negative."
+        yield Fault(f"{_ARR}.actor.clip_ratio_low", problem, "DAPO uses 0.2.")
+
+
+def _files(config: RLConfig) -> Iterator[Fault]:
+    """Runs without questions."""
     if not config.data.train_files:
-        yield Fault(
-            "data.train_files",
-            "names no file.",
-            "Give a .parquet or .jsonl file, a folder, a glob, or a list of these.",
-        )
+        way_out = "Give a .parquet or .jsonl file, a folder, a glob, or a list of these."
+        yield Fault("data.train_files", "names no file.", way_out)
     if config.trainer.val_only and not config.data.val_files:
         yield Fault("trainer.val_only=true", "has nothing to validate on.", "Give data.val_files.")
-    for key, value in (
-        ("rollout.top_k", rollout.top_k),
-        ("rollout.val_kwargs.top_k", rollout.val_kwargs.top_k),
-    ):
-        if value == 0:
-            yield Fault(
-                f"actor_rollout_ref.{key}=0",
-                "leaves no token to sample.",
-                "Use -1 for all of them.",
-            )
 
 
 def _functions(config: RLConfig) -> Iterator[Fault]:
-    for where, function in (
-        ("data.custom_cls", config.data.custom_cls),
-        ("custom_reward_function", config.custom_reward_function),
-    ):
-        if where == "data.custom_cls" and (function.path is None) != (function.name is None):
-            yield Fault(
-                where,
-                "needs both path and name.",
-                "Give the Python file and the function in it, or neither.",
-            )
-        if (
-            where == "custom_reward_function"
-            and function.path is None
-            and function.name not in (None, "compute_score")
-        ):
-            yield Fault(where, "has a name but no path.", "Give the Python file too.")
-    judged = config.reward_model
-    if (
-        judged.concurrent
-        and config.custom_reward_function.path is None
-        and not (judged.name or "").partition("/")[2]
-    ):
+    """Functions of the user's that are half given, or given twice."""
+    rows = config.data.custom_cls
+    if (rows.path is None) != (rows.name is None):
+        way_out = "Give the Python file and the function in it, or neither."
+        yield Fault("data.custom_cls", "needs both path and name.", way_out)
+    reward = config.custom_reward_function
+    settings = config.reward_model
+    if reward.path is None and reward.name not in (None, "compute_score"):
+        problem = "has a name but no path."
+        yield Fault("custom_reward_function", problem, "Give the Python file too.")
+    is_own = reward.path is not None or "/" in (settings.name or "")
+    if settings.concurrent and not is_own:
+        problem = "is for an async function of yours."
         way_out = "Give custom_reward_function.path, or leave it out."
-        yield Fault("reward_model.concurrent=true", "is for an async function of yours.", way_out)
-    if config.custom_reward_function.path is not None and config.reward_model.name is not None:
-        yield Fault(
-            "reward_model.name",
-            "and custom_reward_function.path are both given.",
-            "Leave one of them out.",
-        )
+        yield Fault("reward_model.concurrent=true", problem, way_out)
+    if reward.path is not None and settings.name is not None:
+        problem = "and custom_reward_function.path are both given."
+        yield Fault("reward_model.name", problem, "Leave one of them out.")
