@@ -13,7 +13,7 @@ as far as it is allowed to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from retool.engine import EngineOptions, find_backend
@@ -36,11 +36,11 @@ ROOM = 1.3  # times the predicted activations must be free for the engine to kee
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on one GPU by phase; `weights` and `cache` are the engine's, `freed` whether it gives
-    them back for the update.
+    """Bytes on one GPU by phase.
 
-    `sequences`: how many of the maximum length the cache has room for. Where the GPU's memory isn't
-    known, the cache is what `max_num_seqs` such sequences need, and `fits` is None.
+    `weights` and `cache` are the engine's; `freed`: it gives them back for the update. `sequences`
+    is how many of the maximum length the cache has room for. Where the GPU's memory isn't known,
+    the cache is what `max_num_seqs` such sequences need, and `fits` is None.
     """
 
     load: float
@@ -97,54 +97,58 @@ def step_memory(
 ) -> StepMemory:
     """Memory of a step that trains under `choice`, with an engine on every `tensor_parallel` ranks.
 
-    `reference`: with a frozen policy. `backend`: `rollout.name`.
+    `free`: whether the engine gives its memory back for the update; auto: where the update doesn't
+    fit beside it. `reference`: with a frozen policy. `backend`: `rollout.name`.
     """
     training = choice.prediction
-    p = DTYPE_BYTES[setting.compute]
     layout = plan_layout(model, setting.shards)
-    # Its shard, and what it is gathered in
-    other = (layout.shard_numel + gathered(layout, setting.reshard)) * p if reference else 0.0
-    state = training.state + other
     dtype = engine.dtype or DTYPES[setting.compute]
     needed = find_backend(backend).memory(model, engine, dtype, tensor_parallel, layout)
-    weights = needed.weights
-    work = needed.work
-    page = needed.page
-    size = needed.page_size
-    longest = -(-(engine.max_length or model.max_position or size) // size)
-    useful = float(engine.max_num_seqs * longest * page)
-    cache = useful
-    if device_gib is not None:
-        cache = max(0.0, (device_gib * GIB - OUTSIDE - state - weights - work) * engine.kv_share)
+    frozen = 0.0
+    if reference:
+        # Its shard, and what it is gathered in
+        elements = layout.shard_numel + gathered(layout, setting.reshard)
+        frozen = elements * DTYPE_BYTES[setting.compute]
+    state = training.state + frozen
+    available = None if device_gib is None else device_gib * GIB - OUTSIDE - state
+    max_length = engine.max_length or model.max_position or needed.page_size
+    sequence = -(-max_length // needed.page_size) * needed.page
+    cache = float(engine.max_num_seqs * sequence)
     if engine.kv_bytes is not None:
         cache = engine.kv_bytes
-    added = training.forward_backward - training.state
-    left = (
-        None if device_gib is None else device_gib * GIB - OUTSIDE - state - weights - cache - work
+    elif available is not None:
+        cache = max(0.0, (available - needed.weights - needed.work) * engine.kv_share)
+    activations = training.forward_backward - training.state
+    freed = free
+    if freed == "auto":
+        left = None if available is None else available - needed.weights - cache - needed.work
+        freed = left is not None and left < ROOM * activations
+    # Recorded steps keep what they work in.
+    kept = needed.weights + cache + (needed.work if engine.use_cuda_graphs else 0)
+    beside = frozen + (0.0 if freed else kept)
+    forward = min(forward_bytes(model, setting, choice), activations)
+    memory = StepMemory(
+        load=training.load + frozen,
+        sync=state + needed.weights,
+        rollout=state + needed.weights + cache + needed.work,
+        logprobs=training.state + beside + forward,
+        update=training.forward_backward + beside,
+        optimizer=training.optimizer + beside,
+        save=training.save + beside,
+        weights=needed.weights,
+        cache=cache,
+        sequences=cache / sequence,
+        freed=freed,
+        fits=None,
     )
-    freed = (left is not None and left < ROOM * added) if free == "auto" else free
-    # Recorded steps keep what they work in
-    kept = weights + cache + (work if engine.use_cuda_graphs else 0)
-    beside = other + (0.0 if freed else kept)
+    if device_gib is None:
+        return memory
+    peak = max(memory.phases.values()) + OUTSIDE
+    fits = bool(choice.fits) and memory.sequences >= 1 and peak <= device_gib * GIB
+    return replace(memory, fits=fits)
+
+
+def forward_bytes(model: ModelConfig, setting: Setting, choice: Choice) -> float:
+    """What a micro-batch's forward without gradients holds: a block's and the head's activations."""
     blocks = choice.tokens * layer_bytes(model, setting, "none")
-    forward = blocks + head_bytes(model, setting, choice.tokens)
-    sequences = cache / (longest * page)
-    found = {
-        "load": training.load + other,
-        "sync": state + weights,
-        "rollout": state + weights + cache + work,
-        "logprobs": training.state + beside + min(forward, added),
-        "update": training.forward_backward + beside,
-        "optimizer": training.optimizer + beside,
-        "save": training.save + beside,
-    }
-    fits = None
-    if device_gib is not None:
-        fits = (
-            bool(choice.fits)
-            and sequences >= 1
-            and max(found.values()) + OUTSIDE <= device_gib * GIB
-        )
-    return StepMemory(
-        **found, weights=weights, cache=cache, sequences=sequences, freed=freed, fits=fits
-    )
+    return blocks + head_bytes(model, setting, choice.tokens)

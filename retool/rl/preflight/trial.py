@@ -17,12 +17,12 @@ from retool.rl.reward.protocol import Asked, Judged, Judges
 from retool.rl.reward.source import RewardSource
 from retool.rl.types import Prompt, Stop
 
-# How libraries tell of it
+# How libraries tell that they have no network, or lack a variable of the environment
 NO_NETWORK = re.compile(
     r"not permitted|Errno 1\b|Connect(ion)?Error|getaddrinfo|resol", re.IGNORECASE
 )
 NO_VARIABLE = re.compile(r"environ|api.?key|KeyError: '[A-Z_]+'|credential|token", re.IGNORECASE)
-MOST_SOURCES = 16  # data sources whose first question is tried
+MAX_SOURCES_TRIED = 16  # data sources whose first question is tried
 
 
 def try_reward(
@@ -52,37 +52,30 @@ def _asked(
         yield Fault(where, problem)
         return
     answer = settings.trial_answer or "auto"
-    chosen = first_of_each_source(prompts)[:MOST_SOURCES]
-    found = asyncio.run(_answers(judges, [made_answer(prompt, answer) for prompt in chosen]))
-    for prompt, (judged, seconds) in zip(chosen, found, strict=False):
+    chosen = first_of_each_source(prompts)[:MAX_SOURCES_TRIED]
+    asked = [made_answer(prompt, answer) for prompt in chosen]
+    # Fewer verdicts than questions where one failed: the rest weren't asked.
+    verdicts = asyncio.run(_verdicts(judges, asked))
+    for prompt, (judged, seconds) in zip(chosen, verdicts, strict=False):
         if judged.failure is not None:
             yield _failed(where, judged, prompt, settings)
         elif seconds > settings.timeout_seconds:
-            way_out = (
-                f"Raise it to {2 * seconds:.0f}, or have the file load what it needs when it is "
-                "imported."
-            )
-            problem = (
-                f"the reward took {seconds:.1f} s for a made answer to {named(prompt)}: all answers "
-                "would get the floor."
-            )
-            yield Fault(
-                f"reward_model.timeout_seconds={settings.timeout_seconds:g}", problem, way_out
-            )
+            yield _too_slow(seconds, prompt, settings)
 
 
-async def _answers(judges: Judges, asked: Sequence[Asked]) -> list[tuple[Judged, float]]:
-    """Scores and seconds, one after the other, up to the first that fails: one event loop, since a
-    function may keep connections.
+async def _verdicts(judges: Judges, asked: Sequence[Asked]) -> list[tuple[Judged, float]]:
+    """(verdict, seconds) of one after the other, up to the first that fails.
+
+    In one event loop, since a function may keep connections.
     """
-    found: list[tuple[Judged, float]] = []
-    for one in asked:
+    verdicts: list[tuple[Judged, float]] = []
+    for answer in asked:
         begin = time.perf_counter()
-        judged = await judges.score(one, LOAD_SECONDS)
-        found.append((judged, time.perf_counter() - begin))
+        judged = await judges.score(answer, LOAD_SECONDS)
+        verdicts.append((judged, time.perf_counter() - begin))
         if judged.failure is not None:
             break
-    return found
+    return verdicts
 
 
 def first_of_each_source(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -109,18 +102,27 @@ def named(prompt: Prompt) -> str:
     return f"the first question of {prompt.data_source} ({prompt.extra_info.get('row', 'row unknown')})"
 
 
+def _too_slow(seconds: float, prompt: Prompt, settings: RewardConfig) -> Fault:
+    problem = (
+        f"the reward took {seconds:.1f} s for a made answer to {named(prompt)}: all answers would "
+        "get the floor."
+    )
+    way_out = (
+        f"Raise it to {2 * seconds:.0f}, or have the file load what it needs when it is imported."
+    )
+    return Fault(f"reward_model.timeout_seconds={settings.timeout_seconds:g}", problem, way_out)
+
+
 def _failed(where: str, judged: Judged, prompt: Prompt, settings: RewardConfig) -> Fault:
+    """With what the function said, and what it may have lacked."""
     told = judged.trace or judged.reason
     said = f"\n{judged.trace}\n" if judged.trace else f" {judged.reason}."
     way_out = "Mend the function."
     if not (settings.network or settings.concurrent) and NO_NETWORK.search(told):
         way_out += (
             " Its processes have no network: if it needs one, give it to them, "
-            "reward_model.network=true (an async function may"
-        )
-        way_out += (
-            " instead run in the run's own process, many answers at once: "
-            "reward_model.concurrent=true)."
+            "reward_model.network=true (an async function may instead run in the run's own process, "
+            "many answers at once: reward_model.concurrent=true)."
         )
     if not settings.concurrent and NO_VARIABLE.search(told):
         way_out += (
