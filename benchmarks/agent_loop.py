@@ -32,7 +32,8 @@ import torch
 from rl_step import write_model
 from table import arguments, hardware, head, row, save, spread
 
-from retool.data.render.renderer import Renderer, load_tokenizer
+from retool.data.render.renderer import Renderer
+from retool.data.tokens.load import load_tokenizer
 from retool.engine.types import SamplingParams, TurnDone
 from retool.rl.agent.options import AgentOptions
 from retool.rl.agent.rollout import RolloutParts, Sampling, roll_out

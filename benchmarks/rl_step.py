@@ -66,7 +66,7 @@ def write_model(folder: Path, shape: str) -> None:
 
     from examples.quickstart import data
     from examples.quickstart import model as tiny
-    from retool.data.render.templates import TEMPLATES
+    from retool.data.template.choose import TEMPLATES
 
     texts = [
         message["content"]

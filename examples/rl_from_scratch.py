@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from retool.checkpoint.hf.pretrained import load_pretrained
-from retool.data.render.renderer import Renderer, load_tokenizer
+from retool.data.render.renderer import Renderer
+from retool.data.tokens.load import load_tokenizer
 from retool.engine import Engine, EngineOptions
 from retool.model.families.read import read_model_config
 from retool.optim import AdamW, AdamWOptions

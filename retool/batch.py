@@ -78,8 +78,9 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device) -> PackedBatch:
-        """Copy to `device` without a host synchronisation (the source is pinned on the way to
-        CUDA).
+        """Copy to `device` without a host synchronisation.
+
+        The source is pinned on the way to CUDA.
         """
 
         def move(x: torch.Tensor) -> torch.Tensor:
@@ -102,8 +103,9 @@ class PackedBatch:
 def pack(
     samples: Sequence[Sample], multiple: int = 1, pad_to: int | None = None, pad_id: int = 0
 ) -> PackedBatch:
-    """Pack samples; the tail is padded to a multiple of `multiple` as a document of its own with
-    weight 0.
+    """Pack samples.
+
+    The tail is padded to a multiple of `multiple`, as a document of its own with weight 0.
 
     `pad_to` first pads every sample to that length (the `use_remove_padding=false` baseline). No
     samples at all gives a dummy pack of `multiple` weight-0 tokens, for a rank that must join the

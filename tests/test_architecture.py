@@ -78,6 +78,51 @@ def test_imports_go_one_way(path: Path) -> None:
         )
 
 
+def folder_imports(room: Path) -> dict[str, set[str]]:
+    """Which folders of a room import which; "." is the room's own files, its command aside."""
+    found: dict[str, set[str]] = {}
+    for path in room.rglob("*.py"):
+        inner = path.relative_to(room)
+        if inner.name in ("__init__.py", "__main__.py"):
+            continue
+        mine = inner.parts[0] if len(inner.parts) > 1 else "."
+        prefix = f"retool.{room.name}."
+        for name in imported(path):
+            if not name.startswith(prefix):
+                continue
+            first = name.removeprefix(prefix).split(".")[0]
+            other = first if (room / first).is_dir() else "."
+            if other != mine:
+                found.setdefault(mine, set()).add(other)
+    return found
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Folders that import each other, directly or by way of others."""
+    reached = {start: set(ends) for start, ends in arrows.items()}
+    for _ in reached:
+        for ends in reached.values():
+            ends |= {far for end in ends for far in reached.get(end, ())}
+    return sorted(folder for folder, ends in reached.items() if folder in ends)
+
+
+ROOMS = sorted(path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__")
+
+
+# Some of these rooms' own files are used by their folders, and some use them.
+MIXED = {"model", "rl"}
+
+
+@pytest.mark.parametrize(
+    "room", [room for room in ROOMS if room.name != "engine"], ids=lambda p: p.name
+)
+def test_folders_of_a_room_form_no_circle(room: Path) -> None:
+    arrows = folder_imports(room)
+    if room.name in MIXED:
+        arrows = {folder: others - {"."} for folder, others in arrows.items() if folder != "."}
+    assert not circle(arrows)
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_other_sharding_and_no_vague_names(path: Path) -> None:
     for name in imported(path):

@@ -14,12 +14,15 @@ from typing import Any
 
 from rich.console import Console
 
-from retool.data.audit.audit import RowProgress, audit, clean, count_rows, show_audit
-from retool.data.audit.page import write_page
-from retool.data.read.files import load_function, resolve_files
-from retool.data.render.dates import fix_date, today
-from retool.data.render.renderer import HISTORIES, Renderer, load_tokenizer, other_tokens
-from retool.data.tokenise import TRUNCATIONS
+from retool.data.audit.audit import audit, count_rows
+from retool.data.audit.page import page
+from retool.data.audit.terminal import RowProgress, clean, show_audit
+from retool.data.read.source import RowFormat, RowSource
+from retool.data.render.renderer import make_renderer
+from retool.data.render.rendering import HISTORIES, Rendering
+from retool.data.tokenise import TRUNCATIONS, LengthLimit
+from retool.data.tokens.load import load_tokenizer, other_tokens
+from retool.files.html import write_page
 from retool.model.hub import find_model
 
 EXAMPLE = (
@@ -50,6 +53,22 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="folder or hub id with the tokenizer (model.partial_pretrain)",
     )
+    _add_rendering(own)
+    _add_rows(own)
+    own.add_argument("--show", type=int, help="samples to show (default 3, in a page 50)")
+    own.add_argument("--html", metavar="FILE", help="write one self-contained page")
+    own.add_argument(
+        "--num-workers",
+        type=int,
+        default=2,
+        help="processes (data.num_workers; default %(default)s)",
+    )
+    own.add_argument("--trust-remote-code", action="store_true", help="model.trust_remote_code")
+    return top
+
+
+def _add_rendering(own: argparse.ArgumentParser) -> None:
+    """Options of how conversations become tokens, and how many."""
     own.add_argument(
         "--max-length",
         type=int,
@@ -89,6 +108,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="DATE",
         help="the day that the template shows, where it does (data.template_date)",
     )
+
+
+def _add_rows(own: argparse.ArgumentParser) -> None:
+    """Options of which rows are read, and from which columns."""
     own.add_argument(
         "--single-turn",
         action="store_true",
@@ -108,16 +131,6 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--max-rows", type=int, default=-1, help="only the first rows (data.train_max_samples)"
     )
-    own.add_argument("--show", type=int, help="samples to show (default 3, in a page 50)")
-    own.add_argument("--html", metavar="FILE", help="write one self-contained page")
-    own.add_argument(
-        "--num-workers",
-        type=int,
-        default=2,
-        help="processes (data.num_workers; default %(default)s)",
-    )
-    own.add_argument("--trust-remote-code", action="store_true", help="model.trust_remote_code")
-    return top
 
 
 def _mapping(text: str) -> dict[str, Any]:
@@ -143,43 +156,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    function = None
-    if options.rows:
-        path, colon, name = options.rows.rpartition(":")
-        if not colon:
-            raise ValueError(f"--rows {options.rows} names no function: give FILE:FUNCTION.")
-        function = load_function(path, name)
+    rows = _rows(options)
+    rendering = _rendering(options)
+    limit = LengthLimit(options.max_length, options.truncation)
     folder = find_model(options.model, weights=False)
-    if options.drop_reasoning and options.reasoning_in_content:
-        raise ValueError(
-            "--drop-reasoning and --reasoning-in-content contradict each other: choose one."
-        )
-    tokenizer = load_tokenizer(str(folder), options.trust_remote_code)
-    renderer = Renderer(
-        tokenizer,
-        fix_date(tokenizer, options.chat_template, options.template_date or today()),
-        options.template_kwargs,
-        drop_reasoning=options.drop_reasoning,
-        reasoning_in_content=options.reasoning_in_content,
-    )
-    files = resolve_files(options.files, any_suffix=function is not None)
+    renderer = make_renderer(load_tokenizer(str(folder), options.trust_remote_code), rendering)
     on_terminal = 3 if options.show is None else options.show
     show = max(on_terminal, 50) if options.html and options.show is None else on_terminal
-    with RowProgress(count_rows(files)) as progress:
+    with RowProgress(count_rows(rows.paths)) as progress:
         found = audit(
-            files,
+            rows,
             renderer,
-            max_length=options.max_length,
-            truncation=options.truncation,
-            history=options.history,
-            multiturn=not options.single_turn,
-            messages_key=options.messages_key,
-            tools_key=options.tools_key,
-            enable_thinking_key=options.enable_thinking_key,
-            prompt_key=options.prompt_key,
-            response_key=options.response_key,
-            rows_function=function,
-            max_samples=options.max_rows,
+            limit,
             num_workers=options.num_workers,
             show=show,
             progress=progress,
@@ -188,9 +176,41 @@ def _audit(options: argparse.Namespace) -> int:
     for note in other_tokens(renderer.tokenizer, folder):
         print(f"note: {clean(note)}")
     if options.html:
-        write_page(found, Path(options.html))
+        write_page(page(found), Path(options.html))
         print(f"wrote {options.html}")
     return 1 if found.tally.refused else 0
+
+
+def _rows(options: argparse.Namespace) -> RowSource:
+    """Which rows the command line asks for."""
+    path, colon, name = (options.rows or "").rpartition(":")
+    if options.rows and not colon:
+        raise ValueError(f"--rows {options.rows} names no function: give FILE:FUNCTION.")
+    form = RowFormat(
+        multiturn=not options.single_turn,
+        messages_key=options.messages_key,
+        tools_key=options.tools_key,
+        enable_thinking_key=options.enable_thinking_key,
+        prompt_key=options.prompt_key,
+        response_key=options.response_key,
+    )
+    return RowSource(options.files, form, path or None, name or None, options.max_rows)
+
+
+def _rendering(options: argparse.Namespace) -> Rendering:
+    """How the command line wants them rendered."""
+    if options.drop_reasoning and options.reasoning_in_content:
+        raise ValueError(
+            "--drop-reasoning and --reasoning-in-content contradict each other: choose one."
+        )
+    return Rendering(
+        chat_template=options.chat_template,
+        template_kwargs=options.template_kwargs,
+        template_date=options.template_date,
+        drop_reasoning=options.drop_reasoning,
+        reasoning_in_content=options.reasoning_in_content,
+        history=options.history,
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Every row tokenised once, up front, into a folder of flat arrays that all ranks then map into
-memory.
+"""Every row tokenised once, up front, into flat arrays that all ranks then map into memory.
 
 The folder is named by everything its content depends on, so a second run, or the other ranks of
 this one, only open it:
@@ -18,13 +17,14 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from retool.batch import Sample
 from retool.config.redact import logger
@@ -36,20 +36,20 @@ from retool.data.integrity import (
     read_report,
     seal,
 )
-from retool.data.read.files import file_identity, iter_chunks, load_function, resolve_files
-from retool.data.read.refusals import Refusals
-from retool.data.read.rows import RowFormat
-from retool.data.render.renderer import HISTORIES, Renderer
+from retool.data.read.files import file_identity
+from retool.data.read.refused_rows import RefusedRows
+from retool.data.read.source import RowSource
+from retool.data.render.renderer import Renderer
 from retool.data.tokenise import (
-    TRUNCATIONS,
     DatasetReport,
+    LengthLimit,
     Tokenised,
-    add_reports,
     map_chunks,
     tokenise_chunk,
 )
 
-SCANNED_TOKENS = 1 << 22
+SCANNED_TOKENS = 1 << 22  # at a time
+SECONDS_TO_WAIT_UNSAID = 5.0  # for a lock
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 log = logger("retool.data")
@@ -94,9 +94,7 @@ class Dataset:
         return None
 
     def problem(self) -> str | None:
-        """What a comparison in the background has found to be wrong with these files, in words for
-        the user.
-        """
+        """What a comparison in the background has found to be wrong, in words for the user."""
         return self._check.problem if self._check is not None else None
 
     def origin(self, index: int) -> tuple[int, int]:
@@ -105,8 +103,9 @@ class Dataset:
 
 
 def default_cache_dir() -> Path:
-    """The user's cache folder, or a temporary one of this user's where there is none that can be
-    written. ValueError where that is another user's.
+    """The user's cache folder, or a temporary one where none can be written.
+
+    Raises ValueError where that is another user's.
     """
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -142,83 +141,59 @@ def _own_temporary() -> Path:
 
 
 def open_dataset(
-    files: str | Sequence[str],
+    rows: RowSource,
     renderer: Renderer,
+    limit: LengthLimit | None = None,
     *,
-    max_length: int = 4096,
-    truncation: str = "error",
-    history: str = "error",
-    multiturn: bool = True,
-    messages_key: str = "messages",
-    tools_key: str = "tools",
-    enable_thinking_key: str = "enable_thinking",
-    prompt_key: str = "prompt",
-    response_key: str = "response",
-    custom_path: str | None = None,
-    custom_name: str | None = None,
-    max_samples: int = -1,
     num_workers: int = 2,
     cache_dir: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Dataset, DatasetReport]:
-    """Tokenise the rows of `files` (or find them tokenised) and map them.
+    """Tokenise the rows (or find them tokenised) and map them.
 
-    Ranks may call it together: one of them works.
-
-    `progress` is called with the number of rows done. `custom_path` and `custom_name` name a
-    function `(path) -> rows`; its file is part of the cache's name, what it imports isn't. Raises
-    ValueError, with the first refused rows, when any row can't be used, a column or file is
-    missing, or nothing is left to train.
+    Ranks may call it together: one of them works. `progress` is called with the number of rows
+    done. Raises ValueError, with the first refused rows, when any row can't be used, a column or
+    file is missing, or nothing is left to train.
     """
-    for value, known, key in (
-        (truncation, TRUNCATIONS, "truncation"),
-        (history, HISTORIES, "multiturn.history"),
-    ):
-        if value not in known:
-            raise ValueError(f"data.{key}={value} is unknown: use {', '.join(known)}.")
-    if max_length < 2:
-        raise ValueError(
-            f"data.max_length={max_length} must be at least 2: a token is trained by the one before it."
-        )
-    form = RowFormat(
-        multiturn, messages_key, tools_key, enable_thinking_key, prompt_key, response_key
-    )
-    function = load_function(custom_path, custom_name or "") if custom_path else None
-    found = resolve_files(files, any_suffix=function is not None)
-    if function is None:
-        for file in found:
-            form.check(file)
-    content = (
-        ""
-        if custom_path is None
-        else f"{Path(custom_path).read_text(encoding='utf-8')}:{custom_name}"
-    )
-    choices = repr((form, max_length, truncation, history, max_samples))
-    identity = [*map(file_identity, found), renderer.fingerprint(), choices, content, _code()]
-    folder = (
-        Path(cache_dir or default_cache_dir())
-        / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:32]
-    )
+    limit = limit or LengthLimit()
+    rows.check_columns()
+    folder = Path(cache_dir or default_cache_dir()) / _name(rows, renderer, limit)
     _make(folder.parent)
-    with FileLock(f"{folder}.lock"):
+    with _alone(folder):
         comparing = _is_whole(folder) and _to_compare(folder)
         if not folder.exists():  # never made, or damaged
-            task = partial(
-                tokenise_chunk,
-                renderer=renderer,
-                form=form,
-                max_length=max_length,
-                truncation=truncation,
-                history=history,
-            )
-            chunks = iter_chunks(found, form.columns, function, max_samples)
-            _build(
-                folder, found, map_chunks(task, chunks, num_workers), progress or (lambda _: None)
-            )
+            task = partial(tokenise_chunk, renderer=renderer, form=rows.form, limit=limit)
+            parts = map_chunks(task, rows.chunks(), num_workers)
+            _build(folder, rows.paths, parts, progress or (lambda _: None))
             checked_by_this_run(folder)
         report = read_report(folder)["report"]
         said = DatasetReport(**{**report, "files": tuple(report["files"])})
         return Dataset(folder, BackgroundCheck(folder) if comparing else None), said
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a cache; a long wait for another process is said.
+
+    That process may be another rank of this run, or another run with the same rows.
+    """
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=SECONDS_TO_WAIT_UNSAID)
+    except Timeout:
+        log.warning("note: another process is making the token cache %s: waiting for it.", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _name(rows: RowSource, renderer: Renderer, limit: LengthLimit) -> str:
+    """The name of a cache: a hash of everything that its content depends on."""
+    choices = repr((limit, renderer.rendering.history))
+    identity = [*rows.identity(), renderer.fingerprint(), choices, _code()]
+    return hashlib.sha256("\0".join(identity).encode()).hexdigest()[:32]
 
 
 def _is_whole(folder: Path) -> bool:
@@ -235,8 +210,9 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _to_compare(folder: Path) -> bool:
-    """Compare everything with what was written, once a run, where that is quick; True where it is
-    still to be done.
+    """Whether a cache is still to be compared, in the background, with what was written.
+
+    Where that is quick it is done here, once a run.
     """
     if checked_by_this_run(folder):
         return False
@@ -321,7 +297,7 @@ def _write(
     work: Path, files: list[str], parts: Iterable[Tokenised], progress: Callable[[int], None]
 ) -> DatasetReport:
     report = DatasetReport(files=tuple(files))
-    refusals = Refusals()
+    refusals = RefusedRows()
     lengths = []
     trained = []
     rows = []
@@ -341,7 +317,7 @@ def _write(
             rows += [(files.index(file), row) for file, row in part.rows]
             for why in part.refusals:
                 refusals.add(why)
-            report = add_reports(report, part.report)
+            report.add(part.report)
             progress(report.rows)
     if refusals.count:
         raise refusals.error(report.rows)
@@ -350,4 +326,5 @@ def _write(
     np.save(work / "lengths.npy", np.asarray(lengths, np.int32))
     np.save(work / "trained.npy", np.asarray(trained, np.int32))
     np.save(work / "rows.npy", np.asarray(rows, np.int32))
-    return replace(report, content=content.hexdigest())
+    report.content = content.hexdigest()
+    return report

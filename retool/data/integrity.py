@@ -1,5 +1,6 @@
-"""Whether a token cache is still what was written: sizes and small files at every opening, all of
-it once a run.
+"""Whether a token cache is still what was written.
+
+Sizes and small files are compared at every opening, all of it once a run.
 
 `report.json` holds the size and SHA-256 of every other file and ends with a hash of itself. A cache
 that differs is made again.
@@ -31,8 +32,9 @@ WAIT_FOR_BYTES = 1 << 30
 
 
 def seal(work: Path, report: Mapping[str, Any]) -> None:
-    """Write `report.json` beside the finished files of a cache, with their hashes; all of it
-    survives a power cut.
+    """Write `report.json` beside the finished files of a cache, with their hashes.
+
+    All of it survives a power cut.
     """
     files = {
         name: {"size": (work / name).stat().st_size, "sha256": _digest(work / name)}
@@ -82,8 +84,9 @@ def is_small(folder: Path) -> bool:
 
 
 def checked_by_this_run(folder: Path) -> bool:
-    """Whether another rank of this run has compared everything already; if not, this one is to do
-    it now. Call it under the lock.
+    """Whether another rank of this run has compared everything already.
+
+    If not, this one is to do it now. Call it under the lock.
     """
     run = _this_run()
     note = folder / CHECKED
@@ -126,8 +129,9 @@ class BackgroundCheck:
 
 
 def _this_run() -> str | None:
-    """What all ranks of a run on one machine have in common, and other runs haven't: their
-    launcher. None without one.
+    """What all ranks of a run on one machine have in common, and other runs haven't.
+
+    That is their launcher; None without one.
     """
     if "WORLD_SIZE" not in os.environ:
         return None

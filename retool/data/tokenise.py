@@ -1,5 +1,6 @@
-"""Chunks of rows to tokenised samples, by worker processes; refused rows are collected and counted,
-never passed over.
+"""Chunks of rows to tokenised samples, by worker processes.
+
+Refused rows are collected and counted, never passed over.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
 from retool.batch import Sample
 from retool.data.read.files import Chunk, RowError
-from retool.data.read.rows import TOO_DEEP, RowFormat, to_conversation, undeclared_calls
-from retool.data.render.limits import bounded
+from retool.data.read.rows import (
+    TOO_DEEP,
+    Conversation,
+    to_conversation,
+    undeclared_calls,
+)
+from retool.data.read.source import RowFormat
 from retool.data.render.renderer import Renderer
+from retool.data.template.time_and_memory import bounded
 
-TRUNCATIONS = ("error", "left", "right", "drop")
 SUMMED = (
     "rows",
     "samples",
@@ -35,14 +41,56 @@ SUMMED = (
     "undeclared_calls",
     "quoting",
 )
-INLINE_CHUNKS = (
-    4  # so many are tokenised in this process before workers, which take seconds to start, pay off
-)
+# So many are tokenised in this process first: workers take seconds to start.
+INLINE_CHUNKS = 4
+
+
+TRUNCATIONS = ("error", "left", "right", "drop")
 
 
 @dataclass(frozen=True)
+class LengthLimit:
+    """The longest sample, in tokens, and what becomes of longer ones.
+
+    `truncation`: an error, cut on the left or on the right, or the sample is dropped.
+    """
+
+    max_length: int = 4096
+    truncation: str = "error"
+
+    def __post_init__(self) -> None:
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(
+                f"data.truncation={self.truncation} is unknown: use {', '.join(TRUNCATIONS)}."
+            )
+        if self.max_length < 2:
+            raise ValueError(
+                f"data.max_length={self.max_length} must be at least 2: a token is trained by the "
+                "one before it."
+            )
+
+    def cut(self, sample: Sample) -> Sample | None:
+        """The sample with at most `max_length` tokens, mask aligned; None where it is dropped.
+
+        Raises ValueError under `error`.
+        """
+        if len(sample) <= self.max_length:
+            return sample
+        if self.truncation == "error":
+            raise ValueError(
+                f"it has {len(sample):,} tokens, more than data.max_length={self.max_length}: raise "
+                "that, or set data.truncation=drop (or left, right)."
+            )
+        if self.truncation == "drop":
+            return None
+        too_many = len(sample) - self.max_length
+        kept = slice(too_many, None) if self.truncation == "left" else slice(self.max_length)
+        return Sample(sample.tokens[kept], sample.mask[kept])
+
+
+@dataclass
 class DatasetReport:
-    """What became of the rows, in counts."""
+    """What became of the rows, in counts; those of chunks add up."""
 
     files: tuple[str, ...] = ()
     rows: int = 0
@@ -56,11 +104,17 @@ class DatasetReport:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0  # tokens, before truncation
-    dropped_thoughts: int = (
-        0  # trained turns without what the row says was thought (data.drop_reasoning)
-    )
+    # Trained turns without what the row says was thought (data.drop_reasoning)
+    dropped_thoughts: int = 0
     highest_id: int = -1  # of any token; the model's embedding must have a row for it
     content: str = ""  # hash of every sample's tokens and mask, in order; parts have none
+
+    def add(self, part: DatasetReport) -> None:
+        """Add the counts of some more rows."""
+        for name in SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+        self.longest = max(self.longest, part.longest)
+        self.highest_id = max(self.highest_id, part.highest_id)
 
     def sentence(self) -> str:
         """One line for the log."""
@@ -82,109 +136,65 @@ class DatasetReport:
 
 @dataclass
 class Tokenised:
-    """What a chunk of rows became: the samples to keep, the (file, row) of each, and why other rows
-    were refused.
-    """
+    """What a chunk of rows became."""
 
-    samples: list[Sample] = field(default_factory=list)
-    rows: list[tuple[str, int]] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)  # those to keep
+    rows: list[tuple[str, int]] = field(default_factory=list)  # (file, row) of each
+    refusals: list[str] = field(default_factory=list)  # why other rows can't be used
     report: DatasetReport = field(default_factory=DatasetReport)
 
 
-def add_reports(total: DatasetReport, part: DatasetReport) -> DatasetReport:
-    summed = {name: getattr(total, name) + getattr(part, name) for name in SUMMED}
-    longest = max(total.longest, part.longest)
-    return replace(
-        total, **summed, longest=longest, highest_id=max(total.highest_id, part.highest_id)
-    )
-
-
-def truncate(sample: Sample, max_length: int, truncation: str) -> Sample | None:
-    """Cut a sample to `max_length` tokens, mask aligned; None where it is dropped.
-
-    Raises ValueError under `error`.
-    """
-    if len(sample) <= max_length:
-        return sample
-    if truncation == "error":
-        raise ValueError(
-            f"it has {len(sample):,} tokens, more than data.max_length={max_length}: raise that, or "
-            "set data.truncation=drop (or left, right)."
-        )
-    if truncation == "drop":
-        return None
-    part = (
-        slice(None, max_length) if truncation == "right" else slice(len(sample) - max_length, None)
-    )
-    return Sample(sample.tokens[part], sample.mask[part])
-
-
 def tokenise_chunk(
-    chunk: Chunk,
-    renderer: Renderer,
-    form: RowFormat,
-    max_length: int,
-    truncation: str,
-    history: str,
+    chunk: Chunk, renderer: Renderer, form: RowFormat, limit: LengthLimit
 ) -> Tokenised:
     """Render every row of a chunk; refused rows are collected, not raised."""
     out = Tokenised()
-    rows = 0
-    split = 0
-    truncated = 0
-    long = 0
-    untrained = 0
-    longest = 0
-    thoughts = undeclared = quoting = 0
     for index, raw in chunk:
-        rows += 1
+        out.report.rows += 1
         try:
             if isinstance(raw, RowError):
                 raise raw
             conversation = to_conversation(raw, chunk.file, index, form)
             with bounded():  # once for all that is rendered of a row
-                samples = renderer.render(conversation, history)
-            kept = [truncate(sample, max_length, truncation) for sample in samples]
+                samples = renderer.render(conversation)
+            kept = [limit.cut(sample) for sample in samples]
         except RowError as error:
             out.refusals.append(str(error))
-            continue
         except ValueError as error:
             out.refusals.append(f"{chunk.file}, row {index}: {error}")
-            continue
         except RecursionError:
             out.refusals.append(f"{chunk.file}, row {index}: {TOO_DEEP}")
-            continue
-        split += len(samples) > 1
-        thoughts += renderer.dropped_thoughts(conversation)
-        undeclared += sum(undeclared_calls(conversation).values())
-        quoting += renderer.controls.quoted_in(conversation.messages, conversation.tools)
-        for whole, sample in zip(samples, kept, strict=True):
-            longest = max(longest, len(whole))
-            if sample is None:
-                long += 1
-            elif sample.trained == 0:
-                untrained += 1
-            else:
-                truncated += len(sample) < len(whole)
-                out.samples.append(sample)
-                out.rows.append((chunk.file, index))
-    out.report = DatasetReport(
-        rows=rows,
-        samples=len(out.samples),
-        split=split,
-        truncated=truncated,
-        dropped_long=long,
-        dropped_untrained=untrained,
-        tokens=sum(map(len, out.samples)),
-        trained_tokens=sum(sample.trained for sample in out.samples),
-        longest=longest,
-        highest_id=max((int(sample.tokens.max()) for sample in out.samples), default=-1),
-        dropped_thoughts=thoughts,
-        undeclared_calls=undeclared,
-        quoting=quoting,
-    )
+        else:
+            _count_row(out.report, conversation, renderer)
+            out.report.split += len(samples) > 1
+            for whole, sample in zip(samples, kept, strict=True):
+                if _count_sample(out.report, whole, sample) and sample is not None:
+                    out.samples.append(sample)
+                    out.rows.append((chunk.file, index))
     return out
+
+
+def _count_row(report: DatasetReport, conversation: Conversation, renderer: Renderer) -> None:
+    report.dropped_thoughts += renderer.dropped_thoughts(conversation)
+    report.undeclared_calls += sum(undeclared_calls(conversation).values())
+    report.quoting += renderer.controls.quoted_in(conversation.messages, conversation.tools)
+
+
+def _count_sample(report: DatasetReport, whole: Sample, sample: Sample | None) -> bool:
+    """Whether a sample is kept; `sample` is what the limit has left of it."""
+    report.longest = max(report.longest, len(whole))
+    if sample is None:
+        report.dropped_long += 1
+        return False
+    if sample.trained == 0:
+        report.dropped_untrained += 1
+        return False
+    report.samples += 1
+    report.truncated += len(sample) < len(whole)
+    report.tokens += len(sample)
+    report.trained_tokens += sample.trained
+    report.highest_id = max(report.highest_id, int(sample.tokens.max()))
+    return True
 
 
 _task: Callable[[Chunk], Any]  # what a worker process does with a chunk; sent once, when it starts
@@ -216,8 +226,9 @@ def _killed(chunks: Sequence[Chunk]) -> str:
 def map_chunks(
     task: Callable[[Chunk], Any], chunks: Iterable[Chunk], num_workers: int
 ) -> Iterator[Any]:
-    """`task` of every chunk, in order, by `num_workers` processes (0: this one); a few chunks ahead
-    at most.
+    """`task` of every chunk, in order, by `num_workers` processes (0: this one).
+
+    They are a few chunks ahead at most. Raises ValueError where one of them is killed.
     """
     ahead = iter(chunks)
     for chunk in islice(ahead, INLINE_CHUNKS if num_workers > 0 else None):

@@ -21,7 +21,7 @@ from retool.checkpoint.resume import problems
 from retool.checkpoint.shards.source import ShardSource
 from retool.config import Fault
 from retool.config.options import RunOptions
-from retool.data.render.dates import today
+from retool.data.template.dates import today
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
 from retool.preflight.identity import Change, changed_keys, changes, flat, shown

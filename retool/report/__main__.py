@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from retool.files.html import write_page
 from retool.metrics import printable
-from retool.report.page import TRANSCRIPT_BYTES, make_page, write_page
+from retool.report.page import TRANSCRIPT_BYTES, make_page
 from retool.report.runs import read_run
 from retool.report.series import MOST_VALUES
 

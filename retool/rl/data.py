@@ -1,5 +1,6 @@
-"""Questions from files to rendered prompts: the general schema, three common pairs of columns, or a
-function of the user's.
+"""Questions from files to rendered prompts.
+
+The general schema, three common pairs of columns, or a function of the user's.
 
 data_source, prompt, ability, reward_model{ground_truth}, extra_info      the general schema
 Problem, Answer · problem, answer · question, answer                      by their columns (AIME 2024, MATH, GSM8K)
@@ -19,8 +20,9 @@ import numpy as np
 
 from retool.data.loader import epoch_order
 from retool.data.read.files import RowError, RowFunction, iter_chunks
-from retool.data.read.refusals import Refusals
-from retool.data.read.rows import AS_LIST, RowFormat, plain, to_conversation, without_nulls
+from retool.data.read.refused_rows import RefusedRows
+from retool.data.read.rows import AS_LIST, plain, to_conversation, without_nulls
+from retool.data.read.source import RowFormat
 from retool.data.render.renderer import Renderer
 from retool.rl.types import Prompt
 
@@ -34,9 +36,10 @@ MATHS = re.compile(r"math|aime|gsm|amc|olympiad", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How rows become prompts. `answer_format` is added to math questions that don't say how to
-    answer (None: never). `needs_truth`: a row without an answer is refused; a reward of the user's
-    own may do without.
+    """How rows become prompts.
+
+    `answer_format` is added to math questions that don't say how to answer (None: never).
+    `needs_truth`: a row without an answer is refused; a reward of the user's own may do without.
     """
 
     prompt_key: str = "prompt"
@@ -94,16 +97,18 @@ def load_prompts(
     options: PromptOptions,
     rows: RowFunction | None = None,
 ) -> tuple[list[Prompt], PromptReport]:
-    """Read, check and render every question, tool schemas and generation prompt included; over-long
-    ones are left out and counted.
+    """Read, check and render every question, tool schemas and generation prompt included.
+
+    Over-long ones are left out and counted.
 
     `rows` is the user's function (path) -> dicts. ValueError with the first faults when a row can't
     be used, or nothing is left.
     """
     prompts: list[Prompt] = []
-    faults = Refusals()
-    seen: Counter[str] = Counter()
-    total = overlong = truncated = 0
+    faults = RefusedRows()
+    total = 0
+    overlong = 0
+    truncated = 0
     for question in read_questions(files, options, rows):
         total += 1
         try:
@@ -115,26 +120,11 @@ def load_prompts(
                     overlong += 1
                     continue
                 ids = truncate(ids, options, question.where)
-                truncated = truncated + 1
+                truncated += 1
         except ValueError as error:
             faults.add(_located(error, question))
             continue
-        seen[
-            json.dumps([question.messages, question.ground_truth], sort_keys=True, default=str)
-        ] += 1
-        extra = {**question.extra_info, "row": question.where}
-        prompts.append(
-            Prompt(
-                len(prompts),
-                question.messages,
-                tools,
-                ids,
-                question.data_source,
-                question.ground_truth,
-                extra,
-                question.ability,
-            )
-        )
+        prompts.append(_to_prompt(question, len(prompts), tools, ids))
     if faults.count:
         raise faults.error(total)
     if not prompts:
@@ -142,17 +132,40 @@ def load_prompts(
             f"none of the {total} prompts fits data.max_prompt_length={options.max_length} "
             f"({overlong} are longer). Raise it."
         )
-    sources = Counter(prompt.data_source for prompt in prompts)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    return prompts, PromptReport(
-        total,
-        len(prompts),
-        overlong,
-        truncated,
-        sum(n - 1 for n in seen.values()),
-        longest,
-        sources,
+    report = PromptReport(
+        rows=total,
+        kept=len(prompts),
+        overlong=overlong,
+        truncated=truncated,
+        duplicates=_duplicates(prompts),
+        longest=max(len(prompt.ids) for prompt in prompts),
+        sources=Counter(prompt.data_source for prompt in prompts),
     )
+    return prompts, report
+
+
+def _to_prompt(
+    question: Question, index: int, tools: list[dict[str, Any]] | None, ids: np.ndarray
+) -> Prompt:
+    return Prompt(
+        index,
+        question.messages,
+        tools,
+        ids,
+        question.data_source,
+        question.ground_truth,
+        {**question.extra_info, "row": question.where},
+        question.ability,
+    )
+
+
+def _duplicates(prompts: Sequence[Prompt]) -> int:
+    """How many prompts ask, and count as right, just what one before them does."""
+    different = {
+        json.dumps([prompt.messages, prompt.ground_truth], sort_keys=True, default=str)
+        for prompt in prompts
+    }
+    return len(prompts) - len(different)
 
 
 def _located(error: ValueError, question: Question | RowError) -> str:
@@ -193,22 +206,10 @@ def read_questions(
 def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOptions) -> Question:
     """Check and convert one raw row. RowError names file, row and what is wrong."""
     where = f"{file}, row {index}"
-    pair = (
-        next((pair for pair in PAIRS if set(pair) <= set(row)), None)
-        if options.prompt_key not in row
-        else None
-    )
-    if pair is None and options.prompt_key not in row:
-        wanted = " or ".join(f"{a!r} and {b!r}" for a, b in PAIRS)
-        raise RowError(
-            f"{where}: there is no {options.prompt_key!r}, nor {wanted}; it has {', '.join(map(str, row))}."
-        )
-    raw = plain(row[pair[0] if pair else options.prompt_key])
+    asked, answered = _columns_of(row, options, where)
+    raw = plain(row[asked])
     if isinstance(raw, str) and _messages_as_text(raw):
-        raise RowError(
-            f"{where}: {pair[0] if pair else options.prompt_key!r} is a list of messages as JSON text: "
-            f"{AS_LIST}."
-        )
+        raise RowError(f"{where}: {asked!r} is a list of messages as JSON text: {AS_LIST}.")
     messages = [{"role": "user", "content": raw}] if isinstance(raw, str) else raw
     checked = to_conversation(
         {"messages": messages}, file, index, RowFormat(), prompt_only=True
@@ -217,19 +218,33 @@ def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOp
         raise RowError(
             f"{where}: the prompt ends with an assistant turn; there is nothing left to answer."
         )
-    truth = answer_of(
-        plain(row[pair[1]]) if pair else _ground_truth(row, where, options.needs_truth),
-        where,
-        options.needs_truth,
-    )
+    if answered is None:
+        given = _ground_truth(row, where, options.needs_truth)
+    else:
+        given = plain(row[answered])
+    truth = answer_of(given, where, options.needs_truth)
     source = str(row.get("data_source") or Path(file).stem)
-    ability = str(row.get("ability") or ("math" if pair else ""))
+    ability = str(row.get("ability") or ("math" if answered else ""))
     extra = without_nulls(plain(row.get("extra_info"))) or {}
     if not isinstance(extra, dict):
         raise RowError(f"{where}: 'extra_info' is a {type(extra).__name__}, not a mapping.")
     if options.answer_format and (MATHS.search(ability) or MATHS.search(source)):
         checked = with_answer_format(checked, options.answer_format, where)
     return Question(checked, truth, source, ability, extra, where)
+
+
+def _columns_of(
+    row: Mapping[str, Any], options: PromptOptions, where: str
+) -> tuple[str, str | None]:
+    """The columns of the question and of its answer; None for that of the general schema."""
+    if options.prompt_key in row:
+        return options.prompt_key, None
+    for asked, answered in PAIRS:
+        if asked in row and answered in row:
+            return asked, answered
+    wanted = " or ".join(f"{asked!r} and {answered!r}" for asked, answered in PAIRS)
+    there = ", ".join(map(str, row))
+    raise RowError(f"{where}: there is no {options.prompt_key!r}, nor {wanted}; it has {there}.")
 
 
 def _messages_as_text(text: str) -> bool:
@@ -258,16 +273,14 @@ def _ground_truth(row: Mapping[str, Any], where: str, needed: bool) -> Any:
 
 
 def answer_of(value: Any, where: str, needed: bool = True) -> str:
-    """A truth as text; of a worked GSM8K solution what follows `####`. RowError where it is
-    `needed` and nothing is left: an empty box would be right.
+    """A truth as text; of a worked GSM8K solution what follows `####`.
+
+    Raises RowError where it is `needed` and nothing is left: an empty box would be right.
     """
-    text = (
-        value
-        if isinstance(value, str)
-        else ""
-        if value is None
-        else json.dumps(value, ensure_ascii=False)
-    )
+    if value is None:
+        text = ""
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     truth = text.rpartition("####")[2].strip().replace(",", "") if "####" in text else text
     if needed and not truth.strip():
         after = " after '####'" if "####" in text else ""
@@ -282,20 +295,18 @@ def with_answer_format(
 
     RowError without a user message.
     """
-    if any(
-        HOW_TO_ANSWER.search(message["content"])
-        for message in messages
-        if message["role"] != "assistant"
-    ):
+    asking = [message["content"] for message in messages if message["role"] != "assistant"]
+    if any(HOW_TO_ANSWER.search(content) for content in asking):
         return messages
-    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
-    if last is None:
+    of_users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not of_users:
         way_out = (
             "Add one, or say in a message how to answer (data.answer_format=null adds nothing)"
         )
         raise RowError(
             f"{where}: there is no user message that could be told how to answer. {way_out}."
         )
+    last = of_users[-1]
     longer = {**messages[last], "content": messages[last]["content"].rstrip() + "\n" + line}
     return [*messages[:last], longer, *messages[last + 1 :]]
 
@@ -303,8 +314,9 @@ def with_answer_format(
 def prompts_at(
     prompts: Sequence[Prompt], position: int, count: int, seed: int, shuffle: bool
 ) -> list[Prompt]:
-    """The `count` prompts after the first `position` of an endless stream of shuffled epochs; their
-    `index` is their place in it.
+    """The `count` prompts after the first `position` of an endless stream of shuffled epochs.
+
+    Their `index` is their place in it.
     """
     found: list[Prompt] = []
     while len(found) < count:

@@ -22,7 +22,7 @@ from retool import checkpoint
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.config import to_dict
 from retool.config.options import RunOptions
-from retool.data.render.templates import exported_template
+from retool.data.template.choose import exported_template
 from retool.files.own_folder import OwnFolder
 from retool.metrics import Loggers, RunInfo, open_loggers
 from retool.model.build import DTYPES, ModelOptions

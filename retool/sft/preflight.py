@@ -13,16 +13,17 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 from retool.config import Fault, Parsed
 from retool.data.__main__ import parser as audit_parser
 from retool.data.cache import open_dataset
 from retool.data.read.files import load_function, resolve_files
-from retool.data.read.rows import RowFormat
-from retool.data.render.dates import fix_date, shows_date
-from retool.data.render.renderer import Renderer, load_tokenizer, other_tokens
+from retool.data.read.source import RowFormat, RowSource
+from retool.data.render.renderer import Renderer, make_renderer
+from retool.data.render.rendering import Rendering
+from retool.data.tokenise import LengthLimit
+from retool.data.tokens.load import load_tokenizer, other_tokens
 from retool.metrics import missing_extras
 from retool.perf import GIB
 from retool.preflight.checks import (
@@ -112,10 +113,15 @@ def _with_data(report: Report, progress: Progress | None) -> Report:
     ):
         return report  # transformers needs a model type that it can read to find the tokenizer
     day = template_date(config.data.template_date, report.then)
-    renderer = attempt("model.partial_pretrain", lambda: make_renderer(config, folder, day), faults)
+
+    def make() -> Renderer:
+        tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
+        return make_renderer(tokenizer, rendering_of(config, day))
+
+    renderer = attempt("model.partial_pretrain", make, faults)
     if renderer is None:
         return report.blame(*faults)
-    if shows_date(renderer):
+    if renderer.shows_date:
         report = replace(
             report, config=replace(config, data=replace(config.data, template_date=day))
         )
@@ -180,18 +186,16 @@ def row_format(config: SFTConfig) -> RowFormat:
     )
 
 
-def make_renderer(config: SFTConfig, folder: Path, day: str) -> Renderer:
-    """The renderer of the model in `folder`, with the configured template; a date that it asks for
-    is `day`. ValueError where it can't be made.
-    """
-    tokenizer = load_tokenizer(str(folder), config.model.trust_remote_code)
+def rendering_of(config: SFTConfig, day: str) -> Rendering:
+    """How conversations become tokens; `day` is what the template shows where it asks for a date."""
     data = config.data
-    return Renderer(
-        tokenizer,
-        fix_date(tokenizer, data.chat_template, day),
-        data.apply_chat_template_kwargs,
+    return Rendering(
+        chat_template=data.chat_template,
+        template_kwargs=data.apply_chat_template_kwargs,
+        template_date=day,
         drop_reasoning=data.drop_reasoning,
         reasoning_in_content=data.reasoning_in_content,
+        history=data.multiturn.history,
     )
 
 
@@ -213,24 +217,19 @@ def _read(
     used.
     """
     data = config.data
-    form = row_format(config)
+    rows = RowSource(
+        files,
+        row_format(config),
+        function_file=data.custom_cls.path,
+        function_name=data.custom_cls.name,
+        max_rows=data.train_max_samples if name == "train" else data.val_max_samples,
+    )
     try:
         dataset, said = open_dataset(
-            files,
+            rows,
             renderer,
-            max_length=data.max_length,
-            truncation=data.truncation,
-            history=data.multiturn.history,
-            multiturn=form.multiturn,
-            messages_key=form.messages_key,
-            tools_key=form.tools_key,
-            enable_thinking_key=form.enable_thinking_key,
-            prompt_key=form.prompt_key,
-            response_key=form.response_key,
-            custom_path=data.custom_cls.path,
-            custom_name=data.custom_cls.name,
+            LengthLimit(data.max_length, data.truncation),
             num_workers=data.num_workers,
-            max_samples=data.train_max_samples if name == "train" else data.val_max_samples,
             cache_dir=data.cache_dir,
             progress=progress,
         )

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
+from retool.data.render.rendering import Rendering
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared" / "data"
@@ -71,12 +72,9 @@ def tokenizer():
 def renderer_of(tokenizer):
     """A renderer with the template of that name in tests/data/templates, or our own `hermes`."""
 
-    def make(name, **kwargs):
-        return Renderer(
-            tokenizer,
-            name if name == "hermes" else str(HERE / "templates" / f"{name}.jinja"),
-            kwargs or None,
-        )
+    def make(name, history="error", **template_kwargs):
+        template = name if name == "hermes" else str(HERE / "templates" / f"{name}.jinja")
+        return Renderer(tokenizer, Rendering(template, template_kwargs, history=history))
 
     return make
 
@@ -87,7 +85,7 @@ def qwen_tokenizer():
 
 
 def _shared_tokenizer():
-    from retool.data.render.renderer import load_tokenizer
+    from retool.data.tokens.load import load_tokenizer
 
     return load_tokenizer(str(shared_path("qwen2.5-tokenizer")))
 

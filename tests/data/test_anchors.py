@@ -19,7 +19,9 @@ from tokenizers import (
 
 from retool.data.read.files import RowError
 from retool.data.read.rows import to_conversation
-from retool.data.render.renderer import Renderer, load_tokenizer
+from retool.data.render.renderer import Renderer
+from retool.data.render.rendering import Rendering
+from retool.data.tokens.load import load_tokenizer
 from tests.data.conftest import HERE, LINES, SPECIALS
 from tests.data.test_chat import check_replay
 
@@ -111,7 +113,9 @@ def test_no_space_is_trained_that_nobody_wrote(make, template):
     tokenizer = make()
     renderer = Renderer(
         tokenizer,
-        template if template == "hermes" else str(HERE / "templates" / f"{template}.jinja"),
+        Rendering(
+            template if template == "hermes" else str(HERE / "templates" / f"{template}.jinja")
+        ),
     )
     messages = [
         m
@@ -138,7 +142,7 @@ def test_a_turn_has_the_tokens_of_one_pass_over_the_text(make):
     model has learnt from.
     """
     tokenizer = make()
-    renderer = Renderer(tokenizer, str(HERE / "templates" / "chatml.jinja"))
+    renderer = Renderer(tokenizer, Rendering(str(HERE / "templates" / "chatml.jinja")))
     row = {
         "messages": [
             {"role": "user", "content": "asks"},
@@ -157,7 +161,7 @@ def test_a_tokenizer_that_does_not_give_the_text_back_is_refused(tokenizer):
     """
     lower = copy.deepcopy(tokenizer)
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-    renderer = Renderer(lower, str(HERE / "templates" / "chatml.jinja"))
+    renderer = Renderer(lower, Rendering(str(HERE / "templates" / "chatml.jinja")))
     row = {
         "messages": [{"role": "user", "content": "HI"}, {"role": "assistant", "content": "so, Yes"}]
     }
@@ -168,7 +172,7 @@ def test_a_tokenizer_that_does_not_give_the_text_back_is_refused(tokenizer):
         renderer.render(to_conversation(row, "f", 16))
     row["messages"][1]["content"] = "so, yes"
     assert renderer.render(to_conversation(row, "f", 16))[0].trained
-    unknown = Renderer(legacy(), str(HERE / "templates" / "chatml.jinja"))
+    unknown = Renderer(legacy(), Rendering(str(HERE / "templates" / "chatml.jinja")))
     row["messages"][1]["content"] = "yes: ∑"
     with pytest.raises(RowError, match=r"f, row 3: message 1: .*'∑.*has become '<unk>"):
         unknown.render(to_conversation(row, "f", 3))
@@ -184,7 +188,7 @@ def test_what_unicode_holds_for_the_same_text_is_not_refused(tokenizer):
             {"role": "assistant", "content": "cafe\u0301"},
         ]
     }
-    (sample,) = Renderer(composing, str(HERE / "templates" / "chatml.jinja")).render(
+    (sample,) = Renderer(composing, Rendering(str(HERE / "templates" / "chatml.jinja"))).render(
         to_conversation(row, "f", 0)
     )
     assert "caf\u00e9" in composing.decode(sample.tokens)

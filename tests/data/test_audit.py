@@ -19,10 +19,16 @@ from rich.console import Console
 
 from retool.checkpoint.hf.side_files import write_template
 from retool.data.__main__ import main
-from retool.data.audit.audit import audit, clean, coloured, show_audit, summary
-from retool.data.audit.page import bars, embed, page
-from retool.data.audit.tally import KEPT_REFUSALS, KINDS, Tally, percentile
+from retool.data.audit.audit import audit
+from retool.data.audit.counts import KEPT_REFUSALS, Tally, percentile
+from retool.data.audit.page import bars, page
+from retool.data.audit.samples import KINDS
+from retool.data.audit.summary import summary
+from retool.data.audit.terminal import clean, coloured, show_audit
 from retool.data.loader import open_dataset
+from retool.data.read.source import RowSource
+from retool.data.tokenise import LengthLimit
+from retool.files.html import embed
 
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"><!-- [bold red]markup[/] \x1b[31mred \x1b]0;owned\x07 \u2028 \u2029 \u202e &lt;"
 
@@ -78,16 +84,16 @@ def terminal(found, **kwargs):
 def test_counts_are_what_training_gets(tmp_path, renderer_of):
     path = jsonl(tmp_path / "rows.jsonl", rows(600))
     renderer = renderer_of("chatml")
-    for kwargs in (
-        {},
-        {"max_length": 40, "truncation": "right"},
-        {"max_length": 40, "truncation": "left"},
-        {"max_length": 40, "truncation": "drop"},
+    for limit in (
+        LengthLimit(),
+        LengthLimit(40, "right"),
+        LengthLimit(40, "left"),
+        LengthLimit(40, "drop"),
     ):
         dataset, report = open_dataset(
-            path, renderer, cache_dir=tmp_path / "cache", num_workers=0, **kwargs
+            RowSource(path), renderer, limit, cache_dir=tmp_path / "cache", num_workers=0
         )
-        tally = audit(path, renderer, num_workers=0, **kwargs).tally
+        tally = audit(RowSource(path), renderer, limit, num_workers=0).tally
         for name in (
             "rows",
             "samples",
@@ -99,7 +105,7 @@ def test_counts_are_what_training_gets(tmp_path, renderer_of):
         ):
             assert getattr(tally, name) == getattr(report, name), name
         assert max(tally.lengths) == report.longest
-        if not kwargs:
+        if limit == LengthLimit():
             assert Counter(dataset.lengths.tolist()) == tally.lengths
             assert report.truncated + report.dropped_long == 0
         else:
@@ -114,10 +120,10 @@ def test_refusals_are_counted_by_kind_and_listed(tmp_path, renderer_of):
         {"messages": [{"role": "user", "content": "x"}]}
     ]
     found = audit(
-        jsonl(tmp_path / "rows.jsonl", [*rows(5), *bad]),
+        RowSource(jsonl(tmp_path / "rows.jsonl", [*rows(5), *bad])),
         renderer_of("chatml"),
+        LengthLimit(max_length=30),
         num_workers=0,
-        max_length=30,
     )
     tally = found.tally
     assert (
@@ -151,26 +157,28 @@ def test_notes(tmp_path, renderer_of):
         },
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]},
     ]
-    tally = audit(jsonl(tmp_path / "rows.jsonl", made), renderer_of("chatml"), num_workers=0).tally
+    tally = audit(
+        RowSource(jsonl(tmp_path / "rows.jsonl", made)), renderer_of("chatml"), num_workers=0
+    ).tally
     assert (tally.piecewise_differs, tally.control_text, tally.empty_turns) == (1, 1, 1)
 
 
 def test_tool_calls_by_name_and_split_history(tmp_path, renderer_of, tool_row):
     path = jsonl(tmp_path / "rows.jsonl", [tool_row])
-    tally = audit(path, renderer_of("hermes"), num_workers=0).tally
+    tally = audit(RowSource(path), renderer_of("hermes"), num_workers=0).tally
     assert tally.calls == Counter(calculator=3) and tally.calls_per_row == Counter({3: 1})
-    tally = audit(path, renderer_of("qwen3"), num_workers=0, history="split").tally
+    tally = audit(RowSource(path), renderer_of("qwen3", history="split"), num_workers=0).tally
     assert (tally.rows, tally.split, tally.samples) == (1, 1, 3)
 
 
 def test_calls_of_undeclared_tools_are_told(tmp_path, renderer_of, tool_row):
     tool_row["messages"][5]["tool_calls"][0]["function"]["name"] = "abacus"
     path = jsonl(tmp_path / "rows.jsonl", [tool_row])
-    found = audit(path, renderer_of("hermes"), num_workers=0)
+    found = audit(RowSource(path), renderer_of("hermes"), num_workers=0)
     assert found.tally.undeclared == Counter(abacus=1)
     assert dict(summary(found))["calls of undeclared tools"] == "1 (abacus 1)"
     _, report = open_dataset(
-        path, renderer_of("hermes"), cache_dir=tmp_path / "cache", num_workers=0
+        RowSource(path), renderer_of("hermes"), cache_dir=tmp_path / "cache", num_workers=0
     )
     assert (
         report.undeclared_calls == 1
@@ -184,7 +192,9 @@ def test_arguments_may_have_any_names_and_values(tmp_path, renderer_of, tool_row
         "arguments": [None, 1.5],
         "function": {},
     }
-    found = audit(jsonl(tmp_path / "rows.jsonl", [tool_row]), renderer_of("hermes"), num_workers=0)
+    found = audit(
+        RowSource(jsonl(tmp_path / "rows.jsonl", [tool_row])), renderer_of("hermes"), num_workers=0
+    )
     assert found.tally.refused == 0 and '"name": 5' in "".join(
         text for text, _ in found.tally.shown[0].tokens
     )
@@ -201,7 +211,7 @@ def test_a_result_that_the_template_or_a_call_said_before_is_coloured_where_it_s
     messages[4]["content"] = " 0 "
     messages[6]["content"] = "6"
     (shown,) = audit(
-        jsonl(tmp_path / "rows.jsonl", [tool_row]), renderer_of("hermes"), num_workers=0
+        RowSource(jsonl(tmp_path / "rows.jsonl", [tool_row])), renderer_of("hermes"), num_workers=0
     ).tally.shown
     runs = [
         (KINDS[kind], "".join(text for text, _ in run))
@@ -226,7 +236,9 @@ def test_rl_prompts(tmp_path, renderer_of):
             "reward_model": {"ground_truth": "2"},
         }
     ] * 3
-    found = audit(jsonl(tmp_path / "rows.jsonl", made), renderer_of("chatml"), num_workers=0)
+    found = audit(
+        RowSource(jsonl(tmp_path / "rows.jsonl", made)), renderer_of("chatml"), num_workers=0
+    )
     prompt = renderer_of("chatml").render_prompt(made[0]["prompt"])
     assert (
         found.prompts
@@ -241,8 +253,8 @@ def test_workers_find_the_same(tmp_path, renderer_of, monkeypatch):
     monkeypatch.setattr("retool.data.tokenise.INLINE_CHUNKS", 1)
     path = jsonl(tmp_path / "rows.jsonl", rows(700))
     done = []
-    alone = audit(path, renderer_of("chatml"), num_workers=0)
-    together = audit(path, renderer_of("chatml"), num_workers=1, progress=done.append)
+    alone = audit(RowSource(path), renderer_of("chatml"), num_workers=0)
+    together = audit(RowSource(path), renderer_of("chatml"), num_workers=1, progress=done.append)
     assert vars(alone.tally) == vars(together.tally)
     assert done == sorted(done) and done[-1] == 700
 
@@ -268,7 +280,7 @@ def test_colours_are_the_mask(tmp_path, renderer_of, tool_row, conversation):
     tool_row["messages"][7]["loss_mask"] = 0
     renderer = renderer_of("hermes")
     (shown,) = audit(
-        jsonl(tmp_path / "rows.jsonl", [tool_row]), renderer, num_workers=0
+        RowSource(jsonl(tmp_path / "rows.jsonl", [tool_row])), renderer, num_workers=0
     ).tally.shown
     (sample,) = renderer.render(conversation(tool_row))
     assert "".join(text for text, _ in shown.tokens) == renderer.text(
@@ -287,9 +299,9 @@ def test_colours_are_the_mask(tmp_path, renderer_of, tool_row, conversation):
 def test_shown_samples_are_what_truncation_leaves(tmp_path, renderer_of):
     path = jsonl(tmp_path / "rows.jsonl", rows(1))
     renderer = renderer_of("chatml")
-    (whole,) = audit(path, renderer, num_workers=0).tally.shown
-    (right,) = audit(path, renderer, num_workers=0, max_length=30, truncation="right").tally.shown
-    (left,) = audit(path, renderer, num_workers=0, max_length=30, truncation="left").tally.shown
+    (whole,) = audit(RowSource(path), renderer, num_workers=0).tally.shown
+    (right,) = audit(RowSource(path), renderer, LengthLimit(30, "right"), num_workers=0).tally.shown
+    (left,) = audit(RowSource(path), renderer, LengthLimit(30, "left"), num_workers=0).tally.shown
     assert (
         right.tokens == whole.tokens[:30]
         and left.tokens == whole.tokens[-30:]
@@ -298,7 +310,7 @@ def test_shown_samples_are_what_truncation_leaves(tmp_path, renderer_of):
 
 
 def test_terminal_gets_text_and_nothing_else(hostile, renderer_of):
-    found = audit(hostile, renderer_of("hermes"), num_workers=0)
+    found = audit(RowSource(hostile), renderer_of("hermes"), num_workers=0)
     plain = terminal(found)
     assert "\x1b" not in plain and "\x07" not in plain and "\u202e" not in plain
     assert "[bold red]markup[/]" in plain and "[red]<img src=x" in plain
@@ -313,7 +325,7 @@ def test_terminal_gets_text_and_nothing_else(hostile, renderer_of):
 
 
 def test_page_is_self_contained_and_data_stays_data(hostile, renderer_of):
-    html = page(audit(hostile, renderer_of("hermes"), num_workers=0))
+    html = page(audit(RowSource(hostile), renderer_of("hermes"), num_workers=0))
     assert (
         "<img" not in html
         and html.count("</script>") == 2
@@ -356,7 +368,7 @@ def test_page_in_a_browser(tmp_path, hostile, renderer_of):
     if browser is None:
         pytest.skip("there is no Chromium")
     path = tmp_path / "audit.html"
-    path.write_text(page(audit(hostile, renderer_of("hermes"), num_workers=0)))
+    path.write_text(page(audit(RowSource(hostile), renderer_of("hermes"), num_workers=0)))
     flags = [
         "--headless=new",
         "--no-sandbox",
@@ -444,7 +456,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, renderer_of):
     def peak(n):
         path = jsonl(tmp_path / f"{n}.jsonl", rows(60) * (n // 60))
         tracemalloc.start()
-        found = audit(path, renderer_of("chatml"), num_workers=0)
+        found = audit(RowSource(path), renderer_of("chatml"), num_workers=0)
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert found.tally.rows == n

@@ -11,7 +11,9 @@ import pytest
 from retool.checkpoint.hf.side_files import write_template
 from retool.data.read.files import RowError, iter_chunks
 from retool.data.read.rows import to_conversation
-from retool.data.render.renderer import Renderer, load_tokenizer
+from retool.data.render.renderer import Renderer
+from retool.data.render.rendering import Rendering
+from retool.data.tokens.load import load_tokenizer
 
 TEMPLATES = ("chatml", "smollm2", "qwen3", "llama3", "hermes")
 
@@ -247,13 +249,15 @@ class TestQwen3:
             renderer_of("qwen3").render(conversation({"messages": self.thinking()}))
 
     def test_last_trains_the_turns_that_stay(self, renderer_of, tokenizer, conversation):
-        (sample,) = renderer_of("qwen3").render(conversation({"messages": self.thinking()}), "last")
+        (sample,) = renderer_of("qwen3", history="last").render(
+            conversation({"messages": self.thinking()})
+        )
         assert trained(tokenizer, sample) == ["<think>\nagain\n</think>\n\nB<|im_end|>"]
         assert "sum" not in tokenizer.decode(sample.tokens)
 
     def test_split_makes_a_sample_of_every_turn(self, renderer_of, tokenizer, conversation):
-        renderer = renderer_of("qwen3")
-        samples = renderer.render(conversation({"messages": self.thinking()}), "split")
+        renderer = renderer_of("qwen3", history="split")
+        samples = renderer.render(conversation({"messages": self.thinking()}))
         turns = [trained(tokenizer, sample) for sample in samples]
         assert turns == [
             ["<think>\nsum\n</think>\n\nA<|im_end|>"],
@@ -267,10 +271,10 @@ class TestQwen3:
     def test_split_honours_loss_mask_and_leaves_stable_rows_whole(
         self, renderer_of, tokenizer, conversation
     ):
-        renderer = renderer_of("qwen3")
+        renderer = renderer_of("qwen3", history="split")
         messages = self.thinking()
         messages[1]["loss_mask"] = 0
-        (sample,) = renderer.render(conversation({"messages": messages}), "split")
+        (sample,) = renderer.render(conversation({"messages": messages}))
         assert trained(tokenizer, sample) == ["<think>\nagain\n</think>\n\nB<|im_end|>"]
 
     def test_empty_thought_is_sampled_unless_thinking_is_off(
@@ -305,7 +309,7 @@ class TestQwen3:
     ):
         with pytest.raises(RowError, match=r"message 2 \(assistant\)"):
             renderer_of("qwen3").render(conversation(tool_row))
-        samples = renderer_of("qwen3").render(conversation(tool_row), "split")
+        samples = renderer_of("qwen3", history="split").render(conversation(tool_row))
         assert len(samples) == 3
         assert all(
             trained(tokenizer, sample)[0].startswith("<think>\n\n</think>\n\n")
@@ -323,19 +327,23 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
 
 
 def test_ambiguous_templates_are_refused(tmp_path, tokenizer, chat_row, conversation):
-    no_prompt = Renderer(tokenizer, write(tmp_path, CHATML))
+    no_prompt = Renderer(tokenizer, Rendering(write(tmp_path, CHATML)))
     with pytest.raises(RowError, match=r"message 1 .*no generation prompt"):
         no_prompt.render(conversation(chat_row))
     with pytest.raises(ValueError, match="couldn't learn to stop"):
         Renderer(
             tokenizer,
-            write(tmp_path, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"),
+            Rendering(
+                write(
+                    tmp_path, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                )
+            ),
         )
     thought = CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     with pytest.raises(RowError, match=r"message 1 .*opens a thought, and the row gives none"):
-        Renderer(tokenizer, write(tmp_path, thought)).render(conversation(chat_row))
+        Renderer(tokenizer, Rendering(write(tmp_path, thought))).render(conversation(chat_row))
     with pytest.raises(RowError, match=r"message 1 .*start of this turn can't be found.*character"):
-        Renderer(tokenizer, write(tmp_path, thought.replace("<think>", "Plan:"))).render(
+        Renderer(tokenizer, Rendering(write(tmp_path, thought.replace("<think>", "Plan:")))).render(
             conversation(chat_row)
         )
     shout = (
@@ -343,7 +351,7 @@ def test_ambiguous_templates_are_refused(tmp_path, tokenizer, chat_row, conversa
         + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     with pytest.raises(ValueError, match="doesn't show an answer as it is written"):
-        Renderer(tokenizer, write(tmp_path, shout))
+        Renderer(tokenizer, Rendering(write(tmp_path, shout)))
     deaf = (
         CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'assistant' }}")
         + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -351,7 +359,7 @@ def test_ambiguous_templates_are_refused(tmp_path, tokenizer, chat_row, conversa
     with pytest.raises(
         RowError, match=r"message 0 \(user\): .*drops or changes the content \('Hi'"
     ):
-        Renderer(tokenizer, write(tmp_path, deaf)).render(
+        Renderer(tokenizer, Rendering(write(tmp_path, deaf))).render(
             conversation(
                 {
                     "messages": [
@@ -384,7 +392,9 @@ def test_a_template_may_close_the_whole_text_with_another_token(
         CHATML
         + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
     )
-    (sample,) = Renderer(tokenizer, write(tmp_path, template)).render(conversation(chat_row))
+    (sample,) = Renderer(tokenizer, Rendering(write(tmp_path, template))).render(
+        conversation(chat_row)
+    )
     assert trained(tokenizer, sample) == ["Hello!<|im_end|>", "Goodbye.<|im_end|>"]
     assert tokenizer.decode(sample.tokens).endswith("<|im_end|>\n<|endoftext|>")
 
@@ -450,12 +460,12 @@ def test_dummy_space_tokenizer_is_anchored(tmp_path):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_pickled_renderer_is_the_same(name, renderer_of, chat_row, conversation):
-    renderer = renderer_of(name)
+    renderer = renderer_of(name, history="last")
     copy = pickle.loads(pickle.dumps(renderer))
     assert copy.fingerprint() == renderer.fingerprint()
     assert (
-        copy.render(conversation(chat_row), "last")[0].tokens.tolist()
-        == renderer.render(conversation(chat_row), "last")[0].tokens.tolist()
+        copy.render(conversation(chat_row))[0].tokens.tolist()
+        == renderer.render(conversation(chat_row))[0].tokens.tolist()
     )
 
 
@@ -483,7 +493,7 @@ def test_missing_tokenizer_and_template(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="doesn't exist"):
         load_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"no such file.*hermes"):
-        Renderer(tokenizer, str(tmp_path / "nowhere.jinja"))
+        Renderer(tokenizer, Rendering(str(tmp_path / "nowhere.jinja")))
     copy = pickle.loads(pickle.dumps(tokenizer))
     copy.chat_template = None
     with pytest.raises(ValueError, match=r"no chat template.*data\.chat_template=hermes"):

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from transformers.utils import chat_template_utils
 
-from retool.data.render.dates import (
+from retool.data.render.renderer import Renderer
+from retool.data.render.rendering import Rendering
+from retool.data.template.dates import (
     DIRECTIVES,
-    PADDED,
+    MAY_BE_UNPADDED,
     asks_for_date,
     fix_date,
-    shows_date,
     with_date,
 )
-from retool.data.render.renderer import Renderer
 
 DAY = "2024-03-05"
 ASKS = (
@@ -57,7 +57,7 @@ def test_every_directive_is_shown_as_the_clock_shows_it(
 ) -> None:
     codes = (
         [f"%{letter}" for letter in DIRECTIVES]
-        + [f"%-{letter}" for letter in PADDED]
+        + [f"%-{letter}" for letter in MAY_BE_UNPADDED]
         + ["%%", "100%%d %d", "%B %d, %Y"]
     )
     asked = "|".join(codes)
@@ -89,7 +89,7 @@ def test_the_other_templates_are_left_as_they_are(tokenizer: Any, renderer_of: A
     plain = tokenizer.chat_template
     assert fix_date(tokenizer, None, DAY) is None and tokenizer.chat_template is plain
     assert fix_date(tokenizer, "hermes", DAY) == "hermes" and tokenizer.chat_template is plain
-    assert not shows_date(renderer_of("hermes")), "so its cache is another day's, too"
+    assert not renderer_of("hermes").shows_date, "so its cache is another day's, too"
 
 
 def test_one_of_several_templates_may_ask(
@@ -104,8 +104,10 @@ def test_one_of_several_templates_may_ask(
     (tmp_path / "asks.jinja").write_text(asking)
     found = {}
     for day in (DAY, "2025-03-05"):
-        renderer = Renderer(tokenizer, fix_date(tokenizer, str(tmp_path / "asks.jinja"), day))
-        assert shows_date(renderer) and renderer.text(
+        renderer = Renderer(
+            tokenizer, Rendering(fix_date(tokenizer, str(tmp_path / "asks.jinja"), day))
+        )
+        assert renderer.shows_date and renderer.text(
             [{"role": "user", "content": "Hi"}]
         ).startswith(day[:4])
         found[day] = renderer.fingerprint()

@@ -13,6 +13,7 @@ import pytest
 
 from retool.data import integrity
 from retool.data.loader import open_dataset
+from retool.data.read.source import RowSource
 from tests.data.test_loader import answer, jsonl
 
 ROWS = [answer(f"The answer is {n}.") for n in range(40)]
@@ -26,7 +27,9 @@ def path(tmp_path: Path) -> str:
 @pytest.fixture
 def opened(tmp_path: Path, path: str, renderer_of):
     """Opens the cache of `path`, as a new run would."""
-    return lambda: open_dataset(path, renderer_of("chatml"), cache_dir=tmp_path / "cache")
+    return lambda: open_dataset(
+        RowSource(path), renderer_of("chatml"), cache_dir=tmp_path / "cache"
+    )
 
 
 def _content(dataset) -> list[tuple[list[int], list[bool]]]:

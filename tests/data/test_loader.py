@@ -21,7 +21,8 @@ from retool.data.loader import (
     steps_per_epoch,
 )
 from retool.data.packing import Budget, Packing
-from retool.data.tokenise import truncate
+from retool.data.read.source import RowFormat, RowSource
+from retool.data.tokenise import LengthLimit
 
 
 def answer(words, **extra):
@@ -229,8 +230,8 @@ class TestTruncation:
     sample = Sample(np.arange(10, dtype=np.int32), np.arange(10) >= 6)
 
     def test_masks_stay_aligned(self):
-        right = truncate(self.sample, 7, "right")
-        left = truncate(self.sample, 7, "left")
+        right = LengthLimit(7, "right").cut(self.sample)
+        left = LengthLimit(7, "left").cut(self.sample)
         assert right.tokens.tolist() == list(range(7)) and right.mask.tolist() == [False] * 6 + [
             True
         ]
@@ -238,19 +239,18 @@ class TestTruncation:
             left.tokens.tolist() == list(range(3, 10))
             and left.mask.tolist() == [False] * 3 + [True] * 4
         )
-        assert truncate(self.sample, 7, "drop") is None
-        assert truncate(self.sample, 10, "error") is self.sample
+        assert LengthLimit(7, "drop").cut(self.sample) is None
+        assert LengthLimit(10, "error").cut(self.sample) is self.sample
 
     def test_error_says_how_long_and_the_way_out(self):
         with pytest.raises(ValueError, match=r"10 tokens, more than data\.max_length=9.*drop"):
-            truncate(self.sample, 9, "error")
+            LengthLimit(9, "error").cut(self.sample)
 
 
 class TestCache:
-    def open(self, tmp_path, renderer, rows, **kwargs):
-        return open_dataset(
-            jsonl(tmp_path / "rows.jsonl", rows), renderer, cache_dir=tmp_path / "cache", **kwargs
-        )
+    def open(self, tmp_path, renderer, rows, limit=None, **kwargs):
+        source = RowSource(jsonl(tmp_path / "rows.jsonl", rows))
+        return open_dataset(source, renderer, limit, cache_dir=tmp_path / "cache", **kwargs)
 
     def test_samples_are_the_renders(self, tmp_path, renderer_of, tool_row, conversation):
         rows = [tool_row, answer("Hello!"), answer("Never", loss_mask=0)]
@@ -280,7 +280,7 @@ class TestCache:
         renderer = renderer_of("chatml")
         whole, _ = self.open(tmp_path, renderer, rows)
         long, short = whole.lengths.tolist()
-        right, report = self.open(tmp_path, renderer, rows, max_length=long - 4, truncation="right")
+        right, report = self.open(tmp_path, renderer, rows, LengthLimit(long - 4, "right"))
         assert (
             right.lengths.tolist() == [long - 4, short]
             and report.truncated == 1
@@ -290,21 +290,17 @@ class TestCache:
             right[0].tokens.tolist() == whole[0].tokens[:-4].tolist()
             and right[0].mask.tolist() == whole[0].mask[:-4].tolist()
         )
-        dropped, report = self.open(
-            tmp_path, renderer, rows, max_length=long - 1, truncation="drop"
-        )
+        dropped, report = self.open(tmp_path, renderer, rows, LengthLimit(long - 1, "drop"))
         assert dropped.lengths.tolist() == [short] and report.dropped_long == 1
-        nothing, report = self.open(
-            tmp_path, renderer, rows, max_length=short - 2, truncation="right"
-        )
+        nothing, report = self.open(tmp_path, renderer, rows, LengthLimit(short - 2, "right"))
         assert report.samples == len(nothing) == 2 - report.dropped_untrained
         with pytest.raises(
             ValueError,
             match=rf"1 of 2 rows can't be used:\n.*rows\.jsonl, row 0: it has {long} tokens.*data\.truncation=drop",
         ):
-            self.open(tmp_path, renderer, rows, max_length=long - 1)
+            self.open(tmp_path, renderer, rows, LengthLimit(long - 1))
         with pytest.raises(ValueError, match="no sample is left"):
-            self.open(tmp_path, renderer, rows, max_length=2, truncation="right")
+            self.open(tmp_path, renderer, rows, LengthLimit(2, "right"))
 
     def test_every_refused_row_is_named_at_once(self, tmp_path, renderer_of):
         rows = [
@@ -332,23 +328,24 @@ class TestCache:
         monkeypatch.setattr("retool.data.cache._build", _counting(calls))
         rows = [answer("A"), answer("B")]
         path = jsonl(tmp_path / "rows.jsonl", rows)
-        for expected, kwargs in enumerate(
-            [
-                {},
-                {"max_length": 99},
-                {"truncation": "left"},
-                {"history": "last"},
-                {"max_samples": 1},
-            ],
-            1,
-        ):
+        chatml = renderer_of("chatml")
+        choices = [
+            (RowSource(path), chatml, LengthLimit()),
+            (RowSource(path), chatml, LengthLimit(99)),
+            (RowSource(path), chatml, LengthLimit(truncation="left")),
+            (RowSource(path), renderer_of("chatml", history="last"), LengthLimit()),
+            (RowSource(path, max_rows=1), chatml, LengthLimit()),
+        ]
+        for expected, choice in enumerate(choices, 1):
             for _ in range(2):
-                open_dataset(path, renderer_of("chatml"), cache_dir=tmp_path / "cache", **kwargs)
+                open_dataset(*choice, cache_dir=tmp_path / "cache")
             assert len(calls) == expected
-        open_dataset(path, renderer_of("hermes"), cache_dir=tmp_path / "cache")
+        open_dataset(RowSource(path), renderer_of("hermes"), cache_dir=tmp_path / "cache")
         assert len(calls) == 6
         jsonl(tmp_path / "rows.jsonl", [*rows, answer("C")])
-        dataset, _ = open_dataset(path, renderer_of("chatml"), cache_dir=tmp_path / "cache")
+        dataset, _ = open_dataset(
+            RowSource(path), renderer_of("chatml"), cache_dir=tmp_path / "cache"
+        )
         assert len(calls) == 7 and len(dataset) == 3
 
     def test_the_content_is_known_by_its_tokens_masks_and_order(self, tmp_path, renderer_of):
@@ -379,7 +376,7 @@ class TestCache:
 
         def content(*names):
             _, report = open_dataset(
-                [files[name] for name in names],
+                RowSource([files[name] for name in names]),
                 renderer_of("chatml"),
                 cache_dir=tmp_path / "cache",
                 num_workers=0,
@@ -406,7 +403,7 @@ class TestCache:
     def test_the_highest_token_id_is_known_and_found(self, tmp_path, renderer_of):
         file = jsonl(tmp_path / "a.jsonl", [answer("one"), answer("two"), answer("three")])
         dataset, report = open_dataset(
-            file, renderer_of("chatml"), cache_dir=tmp_path / "cache", num_workers=0
+            RowSource(file), renderer_of("chatml"), cache_dir=tmp_path / "cache", num_workers=0
         )
         highest = max(int(dataset[i].tokens.max()) for i in range(3))
         sample, found = dataset.find_id(highest)
@@ -418,7 +415,9 @@ class TestCache:
         tokens = first[0].tokens.tolist()
         (first.folder / "tokens.bin").write_bytes(b"\0" * 4)
         again, _ = open_dataset(
-            str(tmp_path / "rows.jsonl"), renderer_of("chatml"), cache_dir=tmp_path / "cache"
+            RowSource(str(tmp_path / "rows.jsonl")),
+            renderer_of("chatml"),
+            cache_dir=tmp_path / "cache",
         )
         assert again[0].tokens.tolist() == tokens
 
@@ -431,7 +430,7 @@ class TestCache:
         threads = [
             threading.Thread(
                 target=lambda: found.append(
-                    open_dataset(path, renderer, cache_dir=tmp_path / "cache")
+                    open_dataset(RowSource(path), renderer, cache_dir=tmp_path / "cache")
                 )
             )
             for _ in range(4)
@@ -442,13 +441,47 @@ class TestCache:
             thread.join()
         assert len(calls) == 1 and [len(dataset) for dataset, _ in found] == [50] * 4
 
+    def test_a_run_that_waits_for_another_ones_cache_says_so(
+        self, tmp_path, renderer_of, monkeypatch, caplog
+    ):
+        monkeypatch.setattr("retool.data.cache.SECONDS_TO_WAIT_UNSAID", 0.05)
+        source = RowSource(jsonl(tmp_path / "rows.jsonl", [answer("A")]))
+        renderer = renderer_of("chatml")
+        first_is_at_work = threading.Event()
+        go_on = threading.Event()
+
+        def slowly(rows):
+            first_is_at_work.set()
+            assert go_on.wait(30)
+
+        made = []
+
+        def first_run():
+            made.append(
+                open_dataset(source, renderer, cache_dir=tmp_path / "cache", progress=slowly)
+            )
+
+        thread = threading.Thread(target=first_run)
+        thread.start()
+        assert first_is_at_work.wait(30)
+        # The first goes on as soon as the second has said that it waits.
+        monkeypatch.setattr(
+            "retool.data.cache.log.warning",
+            lambda text, folder: (made.append(text % folder), go_on.set()),
+        )
+        second, report = open_dataset(source, renderer, cache_dir=tmp_path / "cache")
+        thread.join()
+        said, (first, first_report) = made
+        assert "another process is making the token cache" in said
+        assert first.folder == second.folder and report == first_report
+
     def test_worker_processes_make_the_same(self, tmp_path, renderer_of, monkeypatch):
         rows = [answer("word " * (i % 17)) for i in range(900)]
         alone, report = self.open(tmp_path, renderer_of("chatml"), rows, num_workers=0)
         monkeypatch.setattr(tokenise, "INLINE_CHUNKS", 1)
         done = []
         together, other = open_dataset(
-            str(tmp_path / "rows.jsonl"),
+            RowSource(str(tmp_path / "rows.jsonl")),
             renderer_of("chatml"),
             cache_dir=tmp_path / "other",
             num_workers=2,
@@ -461,7 +494,7 @@ class TestCache:
         )
 
     def test_splits_are_counted(self, tmp_path, renderer_of, chat_row):
-        dataset, report = self.open(tmp_path, renderer_of("qwen3"), [chat_row], history="split")
+        dataset, report = self.open(tmp_path, renderer_of("qwen3", history="split"), [chat_row])
         assert (len(dataset), report.rows, report.split) == (2, 1, 1)
         assert dataset.origin(0) == dataset.origin(1) == (0, 0)
 
@@ -472,24 +505,28 @@ class TestCache:
         )
         (tmp_path / "data.txt").write_text("Hi|Hello\nBye|Ciao\n")
         dataset, _ = open_dataset(
-            str(tmp_path / "data.txt"),
+            RowSource(
+                str(tmp_path / "data.txt"),
+                function_file=str(tmp_path / "mine.py"),
+                function_name="rows",
+            ),
             renderer_of("chatml"),
-            custom_path=str(tmp_path / "mine.py"),
-            custom_name="rows",
             cache_dir=tmp_path / "c",
         )
         assert len(dataset) == 2
 
     def test_bad_choices(self, tmp_path, renderer_of):
-        for kwargs, match in [
-            ({"truncation": "middle"}, "data.truncation=middle"),
-            ({"history": "keep"}, "data.multiturn.history=keep"),
-            ({"max_length": 1}, "max_length=1"),
-        ]:
-            with pytest.raises(ValueError, match=match):
-                self.open(tmp_path, renderer_of("chatml"), [answer("A")], **kwargs)
+        with pytest.raises(ValueError, match=r"data\.truncation=middle"):
+            LengthLimit(truncation="middle")
+        with pytest.raises(ValueError, match="max_length=1"):
+            LengthLimit(1)
+        with pytest.raises(ValueError, match=r"data\.multiturn\.history=keep"):
+            renderer_of("chatml", history="keep")
+        source = RowSource(
+            jsonl(tmp_path / "rows.jsonl", [answer("A")]), RowFormat(multiturn=False)
+        )
         with pytest.raises(ValueError, match="no column 'prompt'"):
-            self.open(tmp_path, renderer_of("chatml"), [answer("A")], multiturn=False)
+            open_dataset(source, renderer_of("chatml"), cache_dir=tmp_path / "cache")
 
 
 def _counting(calls):
@@ -507,9 +544,9 @@ def test_all_of_gsm8k(shared, qwen_tokenizer, tmp_path):
     from retool.data.render.renderer import Renderer
 
     dataset, report = open_dataset(
-        str(shared("gsm8k-tool-sft/train.parquet")),
+        RowSource(str(shared("gsm8k-tool-sft/train.parquet"))),
         Renderer(qwen_tokenizer),
-        max_length=16384,
+        LengthLimit(max_length=16384),
         cache_dir=tmp_path,
     )
     assert (report.rows, report.samples, len(dataset)) == (7378, 7378, 7378)

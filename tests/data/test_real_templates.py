@@ -13,7 +13,9 @@ import pytest
 
 from retool.data.read.files import RowError
 from retool.data.read.rows import Conversation, to_conversation
-from retool.data.render.renderer import Piece, Renderer
+from retool.data.render.renderer import Renderer
+from retool.data.render.rendering import Rendering
+from retool.data.tokens.encoder import Piece
 from tests.data.templates_table import CONVERSATIONS, FOLDER, small_tokenizer
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja")) or ["none"]
@@ -28,7 +30,7 @@ def renderer_with():
         key = f"{name} {sorted(settings.items())}"
         if key not in made:
             template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-            made[key] = Renderer(small_tokenizer(name, template), **settings)
+            made[key] = Renderer(small_tokenizer(name, template), Rendering(**settings))
         return made[key]
 
     return make
@@ -40,21 +42,18 @@ def ways_out(why: str) -> Iterator[dict[str, str]]:
         yield dict(setting.split("=") for setting in re.findall(r"data\.[\w.]+=\w+", way))
 
 
-def settings_of(way: dict[str, str]) -> tuple[dict[str, Any], str]:
-    """The arguments of a renderer, and the history."""
+def settings_of(way: dict[str, str]) -> dict[str, Any]:
+    """The fields of a rendering."""
     kwargs: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
-    history = "error"
     for key, value in way.items():
         name = key.rpartition(".")[2]
         parsed = {"true": True, "false": False}.get(value, value)
         if key.startswith("data.apply_chat_template_kwargs."):
             kwargs[name] = parsed
-        elif name == "history":
-            history = value
         else:
             arguments[name] = parsed
-    return {**arguments, **({"template_kwargs": kwargs} if kwargs else {})}, history
+    return {**arguments, **({"template_kwargs": kwargs} if kwargs else {})}
 
 
 def words(text: str) -> list[str]:
@@ -133,11 +132,12 @@ def check_contexts(renderer: Renderer, samples: Samples, conversation: Conversat
 
 def take(renderer_with: Any, name: str, way: dict[str, str], conversation: Conversation) -> None:
     """Go the way out, and see that it works."""
-    settings, history = settings_of(way)
+    settings = settings_of(way)
     renderer = renderer_with(name, **settings)
-    samples = renderer.pieces(conversation, history)
+    samples = renderer.pieces(conversation)
     dropped = settings.get("drop_reasoning", False)
-    check_words(samples, conversation, without_thoughts=dropped, all_turns=history != "last")
+    all_turns = settings.get("history") != "last"
+    check_words(samples, conversation, without_thoughts=dropped, all_turns=all_turns)
     if not dropped and not settings.get("reasoning_in_content"):
         check_contexts(renderer, samples, conversation)
 

@@ -22,8 +22,9 @@ from retool.data.read.files import (
     load_function,
     resolve_files,
 )
-from retool.data.read.rows import RowFormat, plain, to_conversation
-from retool.data.tokenise import map_chunks, tokenise_chunk
+from retool.data.read.rows import plain, to_conversation
+from retool.data.read.source import RowFormat
+from retool.data.tokenise import LengthLimit, map_chunks, tokenise_chunk
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
@@ -440,7 +441,7 @@ class TestBrokenFiles:
         deep = {"x": json.loads("[" * 400 + "]" * 400)}
         rows = [{"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": deep}]}]}]
         made = tokenise_chunk(
-            Chunk("rows", 5, rows), renderer_of("hermes"), RowFormat(), 10_000, "error", "error"
+            Chunk("rows", 5, rows), renderer_of("hermes"), RowFormat(), LengthLimit(10_000)
         )
         assert made.report.samples == 1 or "rows, row 5: " in made.refusals[0]
 

@@ -30,7 +30,7 @@ from retool.config.options import (
     TrainerConfig,
 )
 from retool.data.loader import StepOrder, step_batch
-from retool.data.render import limits
+from retool.data.template import time_and_memory
 from retool.model.costs import parameter_count
 from retool.model.hub import find_model
 from retool.parallel.mesh import make_mesh
@@ -433,8 +433,8 @@ def test_bad_input(
     expected: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(limits, "MOST_SECONDS", 0.3)
-    monkeypatch.setattr(limits, "TICK_S", 0.05)
+    monkeypatch.setattr(time_and_memory, "MOST_SECONDS", 0.3)
+    monkeypatch.setattr(time_and_memory, "TICK_S", 0.05)
     spoil(run)
     report = check(run, *(word.format(root=run) for word in more))
     text = said(report)

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from retool.files.html import write_page
 from retool.metrics.transcripts import Segment, Transcript, read_transcripts, write_transcripts
-from retool.report.page import make_page, write_page
+from retool.report.page import make_page
 from retool.report.runs import read_run
 from tests.report.browser import Browser
 from tests.report.conftest import rl_run, sft_run, write_metrics

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from retool.files.html import embed
 from retool.metrics.transcripts import (
     Segment,
     Transcript,
@@ -25,7 +26,7 @@ from retool.metrics.transcripts import (
 )
 from retool.report.__main__ import main, names_of
 from retool.report.glossary import MEANINGS, meaning
-from retool.report.page import ASSETS, embed, make_page
+from retool.report.page import ASSETS, make_page
 from retool.report.runs import choose_transcripts, default_config, read_run
 from retool.sft.config import SFTConfig
 from tests.report.conftest import rl_run, sft_run, write_metrics

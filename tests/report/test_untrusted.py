@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from retool.files.html import write_page
 from retool.files.untrusted import read_lines
 from retool.report.__main__ import main
-from retool.report.page import make_page, write_page
+from retool.report.page import make_page
 from retool.report.runs import _fitting, read_run
 from retool.report.series import MOST_NAMES, MOST_STEPS, Series
 from tests.bounded import bounded

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from examples.quickstart import data, model
-from retool.data.render.templates import TEMPLATES
+from retool.data.template.choose import TEMPLATES
 from retool.rl.types import Prompt, Stop, Trajectory
 from tests.data.conftest import conversation, qwen_tokenizer, renderer_of, tokenizer, tool_row
 

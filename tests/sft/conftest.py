@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from examples.quickstart import data, model
-from retool.data.render.templates import TEMPLATES
+from retool.data.template.choose import TEMPLATES
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from retool.config.options import (
     RunOptions,
     TrainerConfig,
 )
-from retool.data.render.templates import TEMPLATES
+from retool.data.template.choose import TEMPLATES
 from retool.model.attention import flash as attention_flash
 from retool.parallel.mesh import make_mesh
 from retool.preflight.checks import Box, check_attention, check_device

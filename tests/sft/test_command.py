@@ -25,6 +25,7 @@ from retool import optim
 from retool.batch import Sample, pack
 from retool.checkpoint.__main__ import main as checkpoints
 from retool.checkpoint.hf.pretrained import load_pretrained
+from retool.data.read.source import RowSource
 from retool.metrics import read_jsonl
 from retool.parallel.mesh import make_mesh
 from retool.sft import step
@@ -439,7 +440,8 @@ def test_validation_counts_every_row_once(work: Path, tmp_path: Path) -> None:
     computes row by row.
     """
     from retool.data.loader import open_dataset
-    from retool.data.render.renderer import Renderer, load_tokenizer
+    from retool.data.render.renderer import Renderer
+    from retool.data.tokens.load import load_tokenizer
 
     out = tmp_path / "run"
     assert (
@@ -456,7 +458,7 @@ def test_validation_counts_every_row_once(work: Path, tmp_path: Path) -> None:
     )
     found = next(e["val/loss"] for e in read_jsonl(out / "metrics.jsonl") if "val/loss" in e)
     dataset, _ = open_dataset(
-        [str(work / "val.parquet")], Renderer(load_tokenizer(str(work / "model")))
+        RowSource([str(work / "val.parquet")]), Renderer(load_tokenizer(str(work / "model")))
     )
     reference = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).eval()
     total = 0.0

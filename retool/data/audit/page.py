@@ -1,47 +1,42 @@
-"""The audit as one self-contained page: no network, no build step, and nothing of a dataset is ever
-parsed as markup.
-
-The data goes in as JSON that can't close its element, is read by the page's one script and set as
-text. A content security policy allows that script and style, by their hashes, and nothing else.
-"""
+"""The audit as one self-contained page (see `files.html`)."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from retool.data.audit.audit import MEANINGS, Audit, summary
-from retool.data.audit.tally import KINDS, Shown
+from retool.data.audit.audit import Audit
+from retool.data.audit.samples import KINDS, Shown
+from retool.data.audit.summary import summary
+from retool.data.audit.terminal import MEANINGS
+from retool.files.html import content_policy, embed
 
 TEMPLATE = Path(__file__).with_name("audit.html")
 BARS = 32
 
 
-def write_page(audit: Audit, path: Path) -> None:
-    """Write the page. Raises OSError where `path` can't be written."""
-    path.write_text(page(audit), encoding="utf-8", errors="replace")
-
-
 def page(audit: Audit) -> str:
     """The page's HTML."""
     tally = audit.tally
+    title = ", ".join(Path(file).name for file in audit.files[:4])
+    if len(audit.files) > 4:
+        title += " …"
+    histograms = [
+        ("Tokens in a sample", tally.lengths),
+        ("Trained share, %", tally.shares),
+        ("Assistant turns in a row", tally.turns),
+        ("Tool calls in a row", tally.calls_per_row),
+    ]
+    if audit.prompts:
+        del histograms[1]  # nothing of a prompt is trained
     data = {
-        "title": ", ".join(Path(file).name for file in audit.files[:4])
-        + (" …" if len(audit.files) > 4 else ""),
+        "title": title,
         "files": list(audit.files),
         "refused": tally.refused,
         "rows": tally.rows,
         "summary": summary(audit),
-        "histograms": [
-            {"title": "Tokens in a sample", "bars": bars(tally.lengths)},
-            *([] if audit.prompts else [{"title": "Trained share, %", "bars": bars(tally.shares)}]),
-            {"title": "Assistant turns in a row", "bars": bars(tally.turns)},
-            {"title": "Tool calls in a row", "bars": bars(tally.calls_per_row)},
-        ],
+        "histograms": [{"title": name, "bars": bars(counts)} for name, counts in histograms],
         "reasons": tally.reasons.most_common(30),
         "refusals": tally.refusals,
         "kinds": [[name, MEANINGS[name]] for name in KINDS],
@@ -50,21 +45,8 @@ def page(audit: Audit) -> str:
     html = TEMPLATE.read_text(encoding="utf-8")
     script = _between(html, "<script>", "</script>")
     style = _between(html, "<style>", "</style>")
-    policy = (
-        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri "
-        "'none'; form-action 'none'"
-    )
+    policy = content_policy([script], [style])
     return html.replace("POLICY", policy, 1).replace("DATA", embed(data), 1)
-
-
-def embed(data: Any) -> str:
-    """JSON that is safe inside a script element: no `<`, `>` or `&`, and no separator that old
-    parsers take for a line's end.
-    """
-    text = json.dumps(data, ensure_ascii=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 def bars(histogram: Counter[int]) -> list[tuple[int, int, int]]:
@@ -72,15 +54,13 @@ def bars(histogram: Counter[int]) -> list[tuple[int, int, int]]:
     if not histogram:
         return []
     low = min(histogram)
-    high = max(histogram)
-    width = -(-(high - low + 1) // BARS)
-    counts: Counter[int] = Counter()
+    values = max(histogram) - low + 1
+    width = -(-values // BARS)
+    counts = [0] * -(-values // width)
     for value, count in histogram.items():
         counts[(value - low) // width] += count
-    return [
-        (low + i * width, low + (i + 1) * width - 1, counts[i])
-        for i in range((high - low) // width + 1)
-    ]
+    firsts = range(low, low + values, width)
+    return [(first, first + width - 1, count) for first, count in zip(firsts, counts, strict=True)]
 
 
 def _sample(sample: Shown) -> dict[str, Any]:
@@ -98,7 +78,3 @@ def _sample(sample: Shown) -> dict[str, Any]:
 
 def _between(html: str, start: str, end: str) -> str:
     return html.split(start, 1)[1].split(end, 1)[0]
-
-
-def _hash(source: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()

@@ -1,5 +1,6 @@
-"""From what the user typed to chunks of raw rows: paths, folders, globs and URLs; parquet, JSON
-lines, or a user's function.
+"""From what the user typed to chunks of raw rows.
+
+Paths, folders, globs and URLs; parquet, JSON lines, or a user's function.
 
 Everything streams: at most one chunk of rows is in memory at a time, whatever the size of the file.
 """
@@ -58,12 +59,9 @@ class Chunk:
             if isinstance(raw, Mapping):
                 yield index, dict(raw)
             elif not isinstance(raw, str):
-                yield (
-                    index,
-                    RowError(
-                        f"{self.file}, row {index}: the row function gave a {type(raw).__name__}, not a dict."
-                    ),
-                )
+                kind = type(raw).__name__
+                where = f"{self.file}, row {index}"
+                yield index, RowError(f"{where}: the row function gave a {kind}, not a dict.")
             elif raw.strip():
                 yield index, _parse_line(self.file, index, raw)
 
@@ -93,8 +91,9 @@ def _parse_line(file: str, index: int, line: str) -> dict[str, Any] | RowError:
 def _parquet_rows(
     file: str, start: int, batch: pa.RecordBatch
 ) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    """(row index, row) of a batch; where it can't be converted as a whole, the rows that can't are
-    told.
+    """(row index, row) of a batch.
+
+    Where it can't be converted as a whole, the rows that can't are told.
     """
     try:
         yield from enumerate(batch.to_pylist(), start)
@@ -109,21 +108,19 @@ def _parquet_rows(
 
 
 def resolve_files(files: str | Sequence[str], any_suffix: bool = False) -> list[str]:
-    """Every data file that `files` names, in order: a path, a folder, a glob or a URL, one or a
-    list, the list as text too.
+    """Every data file that `files` names, in order.
+
+    That is a path, a folder, a glob or a URL, one or a list, the list as text too.
 
     `any_suffix` leaves the format to a user's row function. Raises ValueError for a missing file,
     an empty folder, an unknown suffix and a file named twice.
     """
-    if (
-        isinstance(files, str)
-        and files.strip().startswith("[")
-        and files.strip().endswith("]")
-        and not os.path.exists(files)
-    ):
-        parsed = yaml.safe_load(files)
-        files = [str(entry) for entry in parsed]
-    names = [files] if isinstance(files, str) else [str(entry) for entry in files]
+    if not isinstance(files, str):
+        names = [str(entry) for entry in files]
+    elif _is_list(files):
+        names = [str(entry) for entry in yaml.safe_load(files)]
+    else:
+        names = [files]
     if not names or not all(name.strip() for name in names):
         raise ValueError(
             f"no data file is named in {files!r}: give a .parquet or .jsonl file, a folder, a glob, or a "
@@ -142,6 +139,12 @@ def resolve_files(files: str | Sequence[str], any_suffix: bool = False) -> list[
             f"{twice[0]} is named more than once in {files!r}: its rows would be trained twice."
         )
     return found
+
+
+def _is_list(files: str) -> bool:
+    """Whether it is a list written as text, `[a, b]`, and not the name of a file."""
+    text = files.strip()
+    return text.startswith("[") and text.endswith("]") and not os.path.exists(files)
 
 
 def _expand(name: str, any_suffix: bool) -> list[str]:
@@ -179,11 +182,13 @@ def _is_utf8(name: str) -> bool:
 
 
 def file_identity(file: str) -> str:
-    """Changes when the file changes: path, size and modification time (or what the remote store
-    says of it).
+    """Changes when the file changes.
+
+    It is made of path, size and modification time, or of what the remote store says of it.
     """
     fs, path = url_to_fs(file)
-    if "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol):
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    if "file" in protocols:
         stat = os.stat(path)
         return f"{os.path.realpath(path)}:{stat.st_size}:{stat.st_mtime_ns}"
     return f"{file}:{fs.ukey(path)}"
@@ -227,8 +232,9 @@ def iter_chunks(
     rows_function: RowFunction | None = None,
     limit: int = -1,
 ) -> Iterator[Chunk]:
-    """Every row of `files` in order, as chunks; of a parquet file only `columns` (those it has) are
-    read.
+    """Every row of `files` in order, as chunks.
+
+    Of a parquet file only `columns` (those it has) are read.
 
     `limit` keeps the first rows over all files (-1: all). Raises ValueError for a file that is
     empty or unreadable.
@@ -261,9 +267,9 @@ def _file_chunks(
     with fs.open(path, "rb") as stream:
         if file.endswith(".parquet"):
             parquet = _parquet(file, stream)
-            there = (
-                None if columns is None else [c for c in parquet.schema_arrow.names if c in columns]
-            )
+            there = None
+            if columns is not None:
+                there = [name for name in parquet.schema_arrow.names if name in columns]
             start = 0
             batches = parquet.iter_batches(batch_size=CHUNK_ROWS, columns=there)
             while (batch := _next_batch(file, start, batches)) is not None:
@@ -271,11 +277,10 @@ def _file_chunks(
                 start += batch.num_rows
         else:
             start = 0
-            while lines := [
-                line.decode("utf-8", "surrogateescape") for line in islice(stream, CHUNK_ROWS)
-            ]:
-                yield Chunk(file, start, lines)
-                start += len(lines)
+            while lines := list(islice(stream, CHUNK_ROWS)):
+                texts = [line.decode("utf-8", "surrogateescape") for line in lines]
+                yield Chunk(file, start, texts)
+                start += len(texts)
 
 
 def _next_batch(file: str, start: int, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
@@ -303,9 +308,11 @@ def _function_chunks(file: str, rows_function: RowFunction) -> Iterator[Chunk]:
 
 def _told(error: BaseException) -> str:
     """What code of the user's raised, and where."""
-    at = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
-    said = error.msg if isinstance(error, SyntaxError) else error
-    return f"{type(error).__name__}: {said} ({at.filename}, line {at.lineno})"
+    kind = type(error).__name__
+    if isinstance(error, SyntaxError):
+        return f"{kind}: {error.msg} ({error.filename}, line {error.lineno})"
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{kind}: {error} ({at.filename}, line {at.lineno})"
 
 
 def load_function(

@@ -1,5 +1,6 @@
-"""From a raw row to a checked `Conversation`: containers converted, absent fields dropped, every
-doubt an error that names the row.
+"""From a raw row to a checked `Conversation`.
+
+Containers are converted, absent fields dropped, and every doubt is an error that names the row.
 """
 
 from __future__ import annotations
@@ -14,27 +15,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from retool.data.read.files import RowError, columns_of
-from retool.data.read.parts import text_and_thought
-from retool.data.read.quoting import Masks
+from retool.data.read.content import text_and_thought
+from retool.data.read.files import RowError
+from retool.data.read.source import LEGACY_TOOLS, RowFormat
+from retool.data.tokens.control_tokens import Masks
 
 # of messages found as text
 AS_LIST = "store it as a list, or decode it in a function of yours (data.custom_cls.path, name)"
 ROLES = ("system", "developer", "user", "assistant", "tool")
-LEGACY_TOOLS = (
-    "functions"  # how OpenAI's format named them before `tools`, with bare functions in it
-)
 TOO_DEEP = "it is nested too deeply to be read."
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One checked row: plain Python containers only, no null field, `arguments` parsed, `content`
-    always text.
+    """One checked row.
 
-    `loss_mask` of a message is 0 or 1 where it was given. `file` and `row` say where it is from,
-    for error texts. `masks`: the control tokens in its texts are hidden in this way (see
-    `quoting`).
+    It holds plain Python containers and no null field; `arguments` are parsed, `content` is always
+    text, and `loss_mask` of a message is 0 or 1 where it was given. `file` and `row` say where it
+    is from, for error texts. `masks`: the control tokens in its texts are hidden in this way (see
+    `control_tokens`).
     """
 
     messages: list[dict[str, Any]]
@@ -56,60 +55,8 @@ class Conversation:
         return RowError(f"{self.file}, row {self.row}{place}: {told}")
 
 
-@dataclass(frozen=True)
-class RowFormat:
-    """Which columns make a conversation: a list of messages, or (`multiturn` false) a prompt and
-    its response.
-    """
-
-    multiturn: bool = True
-    messages_key: str = "messages"
-    tools_key: str = "tools"
-    enable_thinking_key: str = "enable_thinking"
-    prompt_key: str = "prompt"
-    response_key: str = "response"
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        return (self.messages_key,) if self.multiturn else (self.prompt_key, self.response_key)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        legacy = (LEGACY_TOOLS,) if self.tools_key == "tools" else ()
-        return (*self.required, self.tools_key, self.enable_thinking_key, *legacy)
-
-    def check(self, file: str) -> None:
-        """Raises ValueError when a column is missing.
-
-        An optional one is only missed when it was named on purpose.
-        """
-        there = columns_of(file)
-        optional = [
-            key
-            for key in (self.tools_key, self.enable_thinking_key)
-            if key not in ("tools", "enable_thinking")
-        ]
-        for column in [*self.required, *optional]:
-            if column not in there:
-                raise ValueError(
-                    f"{file} has no column {column!r}; it has {', '.join(there)}. {self._way_out(column)}"
-                )
-
-    def _way_out(self, column: str) -> str:
-        keys = {
-            self.messages_key: "data.multiturn.messages_key",
-            self.tools_key: "data.multiturn.tools_key",
-            self.enable_thinking_key: "data.multiturn.enable_thinking_key",
-            self.prompt_key: "data.prompt_key",
-            self.response_key: "data.response_key",
-        }
-        return f"Name the right one with {keys[column]}."
-
-
 def plain(value: Any) -> Any:
-    """numpy and Arrow containers and scalars, tuples and mappings, recursively, as dict, list and
-    Python scalars.
-    """
+    """`value` as dicts, lists and Python scalars: of numpy's, Arrow's and other containers."""
     if isinstance(value, (pa.Array, pa.ChunkedArray)):
         value = value.to_pylist()
     elif isinstance(value, pa.Scalar):
@@ -124,8 +71,7 @@ def plain(value: Any) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """Drop null fields of mappings, recursively: that is how parquet stores a field that only other
-    rows have.
+    """`value` without null fields: parquet writes a null for a field that only other rows have.
 
     Nulls that are elements of a list stay. To keep a null field of `arguments` or `tools`, write
     them as a JSON string.
@@ -168,28 +114,12 @@ def undeclared_calls(conversation: Conversation) -> Counter[str]:
 def _converted(
     row: Mapping[str, Any], file: str, index: int, form: RowFormat, prompt_only: bool
 ) -> Conversation:
-    missing = [key for key in form.required if key not in row]
     where = f"{file}, row {index}"
-    if missing:
-        raise RowError(
-            f"{where}: there is no {missing[0]!r}; it has {', '.join(map(str, row)) or 'nothing'}."
-        )
-    raw = plain(row[form.messages_key]) if form.multiturn else _single_turn(row, form, where)
-    if (
-        not isinstance(raw, list)
-        or not raw
-        or not all(isinstance(message, dict) for message in raw)
-    ):
-        found = (
-            f"a list of {type(raw[0]).__name__}"
-            if isinstance(raw, list) and raw
-            else "empty"
-            if raw == []
-            else type(raw).__name__
-        )
-        way_out = f": {AS_LIST}" if isinstance(raw, str) else ""
-        key = form.messages_key if form.multiturn else form.prompt_key
-        raise RowError(f"{where}: {key!r} isn't a list of messages ({found}){way_out}.")
+    for key in form.required:
+        if key not in row:
+            there = ", ".join(map(str, row)) or "nothing"
+            raise RowError(f"{where}: there is no {key!r}; it has {there}.")
+    raw = _raw_messages(row, form, where)
     messages = [_message(message, f"{where}, message {i}") for i, message in enumerate(raw)]
     _check_order(messages, where, prompt_only)
     thinking = plain(row.get(form.enable_thinking_key))
@@ -198,48 +128,102 @@ def _converted(
     return Conversation(messages, _tools_of(row, form, where), thinking, file, index)
 
 
-def _tools_of(row: Mapping[str, Any], form: RowFormat, where: str) -> list[dict[str, Any]] | None:
-    """The tools of a row, or what it has in the older form of OpenAI's."""
-    tools = _tools(plain(row.get(form.tools_key)), form.tools_key, where)
-    legacy = plain(row.get(LEGACY_TOOLS)) if form.tools_key == "tools" else None
-    if isinstance(legacy, str) and not legacy.lstrip().startswith("["):
-        legacy = None  # a column of the same name that holds something else
-    if not legacy or (
-        isinstance(legacy, list) and not all(isinstance(entry, dict) for entry in legacy)
-    ):
-        return tools
-    bodies = _tools(legacy, LEGACY_TOOLS, where) or []
-    functions = [
-        body if "function" in body else {"type": "function", "function": body} for body in bodies
-    ]
-    if tools is not None and functions and tools != functions:
-        raise RowError(f"{where}: 'tools' and {LEGACY_TOOLS!r} differ: keep one of them.")
-    return tools if tools is not None else functions or None
+def _raw_messages(row: Mapping[str, Any], form: RowFormat, where: str) -> list[dict[str, Any]]:
+    """The messages as the row has them. Raises RowError for anything but a list of mappings."""
+    if form.multiturn:
+        raw = plain(row[form.messages_key])
+        key = form.messages_key
+    else:
+        raw = _single_turn(row, form, where)
+        key = form.prompt_key
+    if isinstance(raw, list) and raw and all(isinstance(message, dict) for message in raw):
+        return raw
+    if isinstance(raw, list):
+        found = f"a list of {type(raw[0]).__name__}" if raw else "empty"
+    else:
+        found = type(raw).__name__
+    way_out = f": {AS_LIST}" if isinstance(raw, str) else ""
+    raise RowError(f"{where}: {key!r} isn't a list of messages ({found}){way_out}.")
 
 
 def _single_turn(row: Mapping[str, Any], form: RowFormat, where: str) -> Any:
+    """The messages of a prompt and its response; the prompt may be a text or a list of messages."""
     prompt = plain(row[form.prompt_key])
     response = plain(row[form.response_key])
     if not isinstance(response, str):
         raise RowError(f"{where}: {form.response_key!r} is {type(response).__name__}, not text.")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    return (
-        [*prompt, {"role": "assistant", "content": response}]
-        if isinstance(prompt, list)
-        else prompt
-    )
+    if not isinstance(prompt, list):
+        return prompt
+    return [*prompt, {"role": "assistant", "content": response}]
 
 
 def _check_order(messages: Sequence[dict[str, Any]], where: str, prompt_only: bool) -> None:
-    first = next((m["role"] for m in messages if m["role"] not in ("system", "developer")), None)
-    if first == "assistant":
+    roles = [message["role"] for message in messages]
+    after_instructions = [role for role in roles if role not in ("system", "developer")]
+    if after_instructions[:1] == ["assistant"]:
         raise RowError(
             f"{where}: the first turn is the assistant's; it has nothing to answer. Begin with a user "
             "message."
         )
-    if not prompt_only and not any(m["role"] == "assistant" for m in messages):
+    if "assistant" not in roles and not prompt_only:
         raise RowError(f"{where}: there is no assistant turn, so nothing to train.")
+
+
+# --- tools ---
+
+
+def _tools_of(row: Mapping[str, Any], form: RowFormat, where: str) -> list[dict[str, Any]] | None:
+    """The tools of a row, or what it has in the older form of OpenAI's."""
+    tools = _tools(plain(row.get(form.tools_key)), form.tools_key, where)
+    if form.tools_key != "tools":
+        return tools
+    functions = _legacy_tools(plain(row.get(LEGACY_TOOLS)), where)
+    if not functions:
+        return tools
+    if tools is not None and tools != functions:
+        raise RowError(f"{where}: 'tools' and {LEGACY_TOOLS!r} differ: keep one of them.")
+    return functions
+
+
+def _legacy_tools(raw: Any, where: str) -> list[dict[str, Any]]:
+    """Tools given as `functions`; none where a column of that name holds something else."""
+    if not raw or (isinstance(raw, str) and not raw.lstrip().startswith("[")):
+        return []
+    if isinstance(raw, list) and not all(isinstance(entry, dict) for entry in raw):
+        return []
+    bodies = _tools(raw, LEGACY_TOOLS, where) or []
+    return [
+        body if "function" in body else {"type": "function", "function": body} for body in bodies
+    ]
+
+
+def _tools(raw: Any, key: str, where: str) -> list[dict[str, Any]] | None:
+    """The schemas in a column, a list or its JSON text; None where it holds none."""
+    if isinstance(raw, str):
+        try:
+            tools = json.loads(raw) if raw.strip() else None
+        except json.JSONDecodeError as error:
+            raise RowError(
+                f"{where}: {key!r} is text but not JSON: {error.msg} at character {error.pos}."
+            ) from error
+    else:
+        tools = without_nulls(raw)
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list):
+        raise RowError(
+            f"{where}: {key!r} is a {type(tools).__name__}, not a list of function schemas."
+        )
+    for i, tool in enumerate(tools):
+        body = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(body, dict) or not isinstance(body.get("name"), str):
+            raise RowError(f"{where}: tool {i} of {key!r} isn't a function schema with a name.")
+    return tools
+
+
+# --- messages ---
 
 
 def _message(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -257,27 +241,8 @@ def _message(raw: dict[str, Any], where: str) -> dict[str, Any]:
     if "function_call" in message:
         _modernise_call(message, where)
     if "tool_calls" in message:
-        calls = message.pop("tool_calls")
-        if not isinstance(calls, list):
-            raise RowError(f"{where}: 'tool_calls' is {type(calls).__name__}, not a list.")
-        if calls and role != "assistant":
-            raise RowError(f"{where}: only the assistant makes tool calls.")
-        if calls:
-            message["tool_calls"] = [
-                _tool_call(call, f"{where}, tool call {i}") for i, call in enumerate(calls)
-            ]
-    masks = [
-        _loss_mask(message.pop(key), key, role, where)
-        for key in ("loss_mask", "weight")
-        if key in message
-    ]
-    given = {value for value in masks if value is not None}
-    if len(given) > 1:
-        raise RowError(
-            f"{where}: loss_mask and weight say the opposite of each other: keep one of them."
-        )
-    if given:
-        message["loss_mask"] = given.pop()
+        _take_calls(message, where)
+    _take_loss_mask(message, where)
     return message
 
 
@@ -304,43 +269,74 @@ def _modernise_call(message: dict[str, Any], where: str) -> None:
     message["tool_calls"] = [{"type": "function", "function": call}]
 
 
+def _take_calls(message: dict[str, Any], where: str) -> None:
+    """Check and convert `tool_calls`; an empty list goes."""
+    calls = message.pop("tool_calls")
+    if not isinstance(calls, list):
+        raise RowError(f"{where}: 'tool_calls' is {type(calls).__name__}, not a list.")
+    if not calls:
+        return
+    if message["role"] != "assistant":
+        raise RowError(f"{where}: only the assistant makes tool calls.")
+    message["tool_calls"] = [
+        _tool_call(call, f"{where}, tool call {i}") for i, call in enumerate(calls)
+    ]
+
+
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
     body = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(body, dict) or not isinstance(body.get("name"), str) or not body["name"]:
+    name = body.get("name") if isinstance(body, dict) else None
+    if not isinstance(body, dict) or not isinstance(name, str) or not name:
         raise RowError(f"{where}: it has no function name.")
-    arguments = body.get("arguments", {})
-    if isinstance(arguments, str):
+    arguments = _arguments(body.get("arguments", {}), name, where)
+    converted = {"type": call.get("type", "function")}
+    for key, value in call.items():
+        if key not in ("function", "name", "arguments", "type"):
+            converted[key] = value
+    converted["function"] = {"name": name, "arguments": arguments}
+    return converted
+
+
+def _arguments(given: Any, name: str, where: str) -> dict[str, Any]:
+    """The arguments of a call, given as an object or as its JSON text."""
+    arguments = given
+    if isinstance(given, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = json.loads(given) if given.strip() else {}
         except json.JSONDecodeError as error:
             raise RowError(
-                f"{where}: the arguments of {body['name']!r} can't be parsed: {error.msg} at character "
+                f"{where}: the arguments of {name!r} can't be parsed: {error.msg} at character "
                 f"{error.pos}."
             ) from error
         except ValueError as error:  # a number of more digits than Python reads
             raise RowError(
-                f"{where}: the arguments of {body['name']!r} can't be parsed: {error}."
+                f"{where}: the arguments of {name!r} can't be parsed: {error}."
             ) from error
     if not isinstance(arguments, dict):
         raise RowError(
-            f"{where}: the arguments of {body['name']!r} are a {type(arguments).__name__}, not an object."
+            f"{where}: the arguments of {name!r} are a {type(arguments).__name__}, not an object."
         )
-    extra = {
-        key: value
-        for key, value in call.items()
-        if key not in ("function", "name", "arguments", "type")
-    }
-    return {
-        "type": call.get("type", "function"),
-        **extra,
-        "function": {"name": body["name"], "arguments": arguments},
-    }
+    return arguments
+
+
+def _take_loss_mask(message: dict[str, Any], where: str) -> None:
+    """`loss_mask` or `weight`, which is OpenAI's name for it, becomes `loss_mask`: 0 or 1."""
+    given: set[int] = set()
+    for key in ("loss_mask", "weight"):
+        if key in message:
+            value = _loss_mask(message.pop(key), key, message["role"], where)
+            if value is not None:
+                given.add(value)
+    if len(given) > 1:
+        raise RowError(
+            f"{where}: loss_mask and weight say the opposite of each other: keep one of them."
+        )
+    if given:
+        message["loss_mask"] = given.pop()
 
 
 def _loss_mask(value: Any, key: str, role: str, where: str) -> int | None:
-    """Whether a message is trained, from its `loss_mask`, or its `weight`, which is OpenAI's name
-    for it.
-    """
+    """Whether a message is trained; None where nothing is said."""
     if isinstance(value, float) and math.isnan(value):  # pandas writes an absent integer so
         return None
     if value not in (0, 1):
@@ -348,26 +344,3 @@ def _loss_mask(value: Any, key: str, role: str, where: str) -> int | None:
     if value == 1 and role != "assistant":
         raise RowError(f"{where}: {key} is 1, but only what the assistant wrote can be trained.")
     return int(value)
-
-
-def _tools(raw: Any, key: str, where: str) -> list[dict[str, Any]] | None:
-    if isinstance(raw, str):
-        try:
-            tools = json.loads(raw) if raw.strip() else None
-        except json.JSONDecodeError as error:
-            raise RowError(
-                f"{where}: {key!r} is text but not JSON: {error.msg} at character {error.pos}."
-            ) from error
-    else:
-        tools = without_nulls(raw)
-    if tools is None or tools == []:
-        return None
-    if not isinstance(tools, list):
-        raise RowError(
-            f"{where}: {key!r} is a {type(tools).__name__}, not a list of function schemas."
-        )
-    for i, tool in enumerate(tools):
-        body = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(body, dict) or not isinstance(body.get("name"), str):
-            raise RowError(f"{where}: tool {i} of {key!r} isn't a function schema with a name.")
-    return tools

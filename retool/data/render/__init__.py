@@ -1,1 +1,1 @@
-"""A conversation into tokens and a mask, by the model's own chat template."""
+"""A conversation into tokens and a mask: the renderer, and where the mask is decided."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from retool.data.read.backend import decode_ids
 from retool.data.render.renderer import Renderer
+from retool.data.tokens.fast_tokenizer import decode_ids
 from retool.rl.agent.calls import run_calls
 from retool.rl.agent.episode import Episode, Sampled
 from retool.rl.agent.formats import MAX_CALLS_READ, Call, read_calls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from retool.data.render.encoder import Encoder
+from retool.data.tokens.encoder import Encoder
 
 MARKER = "…[cut]…"
 # Of these many characters for each allowed token …

@@ -14,8 +14,9 @@ from dataclasses import replace
 
 from retool.config import Fault, Parsed
 from retool.data.read.files import load_function, resolve_files
-from retool.data.render.dates import fix_date, shows_date
-from retool.data.render.renderer import Renderer, load_tokenizer, other_tokens
+from retool.data.render.renderer import Renderer, make_renderer
+from retool.data.render.rendering import Rendering
+from retool.data.tokens.load import load_tokenizer, other_tokens
 from retool.metrics import missing_extras
 from retool.perf import GIB
 from retool.preflight.checks import (
@@ -100,12 +101,16 @@ def _with_renderer(report: Report) -> Report:
 
     def make() -> Renderer:
         tokenizer = load_tokenizer(str(folder), config.actor_rollout_ref.model.trust_remote_code)
-        chat_template = fix_date(tokenizer, config.data.chat_template, day)
-        return Renderer(tokenizer, chat_template, config.data.apply_chat_template_kwargs)
+        rendering = Rendering(
+            chat_template=config.data.chat_template,
+            template_kwargs=config.data.apply_chat_template_kwargs,
+            template_date=day,
+        )
+        return make_renderer(tokenizer, rendering)
 
     renderer = attempt(PATH, make, faults)
     attempt(PATH, lambda: eos_ids(folder), faults)
-    if renderer is not None and shows_date(renderer):
+    if renderer is not None and renderer.shows_date:
         report = replace(
             report, config=replace(config, data=replace(config.data, template_date=day))
         )

@@ -13,9 +13,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from retool.data.read import backend
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
+from retool.data.tokens import fast_tokenizer
 from retool.rl.agent.episode import Sampled
 from retool.rl.agent.loop import run_episode
 from retool.rl.agent.options import Agent, AgentOptions
@@ -548,7 +548,7 @@ def test_cutting_is_as_with_the_tokenizers_own_offsets(tokenizer, monkeypatch) -
     ]
     encoder = Renderer(tokenizer).encoder
     short = [cut_text(encoder, *case) for case in cases]
-    monkeypatch.setattr(backend, "_is_plain", lambda kind: False)
+    monkeypatch.setattr(fast_tokenizer, "_is_plain", lambda kind: False)
     assert short == [cut_text(encoder, *case) for case in cases] and {
         text == cut for (text, *_), cut in zip(cases, short, strict=True)
     } == {True, False}

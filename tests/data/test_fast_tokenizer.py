@@ -20,11 +20,12 @@ from tokenizers import (
     trainers,
 )
 
-from retool.data.read import backend
-from retool.data.render.glue import HOLE
+from retool.data.render.between_turns import HOLE
 from retool.data.render.renderer import Renderer
-from retool.data.render.templates import TEMPLATES
-from retool.data.render.turns import PLACEHOLDER
+from retool.data.render.rendering import Rendering
+from retool.data.template.choose import TEMPLATES
+from retool.data.template.turns import PLACEHOLDER
+from retool.data.tokens import fast_tokenizer
 from tests.data.conftest import HERE, LINES, SPECIALS, TOOLS
 
 SCRAPS = [
@@ -171,16 +172,16 @@ def test_texts_and_ids_as_the_tokenizer_itself(each) -> None:
     rng = random.Random(0)
     for text in [*SCRAPS, *(scraps(rng, 12) for _ in range(200))]:
         ids = long_ids(each, text)
-        assert backend.encode_text(each, text) == ids
-        assert backend.decode_ids(each, ids) == long_text(each, ids)
+        assert fast_tokenizer.encode_text(each, text) == ids
+        assert fast_tokenizer.decode_ids(each, ids) == long_text(each, ids)
         if each.is_fast:
             found = each(text, add_special_tokens=False, return_offsets_mapping=True)[
                 "offset_mapping"
             ]
-            assert backend.token_offsets(each, text) == found and len(found) == len(ids)
+            assert fast_tokenizer.token_offsets(each, text) == found and len(found) == len(ids)
     for _ in range(50):
         ids = rng.choices(range(len(each)), k=rng.randint(0, 20))
-        assert backend.decode_ids(each, ids) == long_text(each, ids)
+        assert fast_tokenizer.decode_ids(each, ids) == long_text(each, ids)
 
 
 def test_what_an_earlier_call_left_set_does_not_count(tokenizer) -> None:
@@ -189,14 +190,14 @@ def test_what_an_earlier_call_left_set_does_not_count(tokenizer) -> None:
     expected = long_ids(tokenizer, text)
     tokenizer([text], truncation=True, max_length=3)
     assert len(tokenizer.backend_tokenizer.encode(text).ids) == 3
-    assert backend.encode_text(tokenizer, text) == expected
+    assert fast_tokenizer.encode_text(tokenizer, text) == expected
     tokenizer([text], padding="max_length", max_length=99)
-    assert backend.encode_text(tokenizer, text) == expected and len(
-        backend.token_offsets(tokenizer, text)
+    assert fast_tokenizer.encode_text(tokenizer, text) == expected and len(
+        fast_tokenizer.token_offsets(tokenizer, text)
     ) == len(expected)
     tokenizer("x", split_special_tokens=True)
     assert (
-        backend.encode_text(tokenizer, "<|im_end|>")
+        fast_tokenizer.encode_text(tokenizer, "<|im_end|>")
         == long_ids(tokenizer, "<|im_end|>")
         == [SPECIALS.index("<|im_end|>")]
     )
@@ -215,7 +216,7 @@ def glue(
     say of special tokens is letters.
     """
     kwargs = {
-        **renderer.template_kwargs,
+        **renderer.rendering.template_kwargs,
         **({} if enable_thinking is None else {"enable_thinking": enable_thinking}),
     }
     shown = [*messages[:-1], {"role": "assistant", "content": "Stand-in"}, *responses]
@@ -319,7 +320,7 @@ def talk(rng, tool_role="tool"):
     ids=["plain", "template_kwargs"],
 )
 def test_glue_of_our_template_is_that_of_a_whole_render(each, kwargs) -> None:
-    renderer = Renderer(each, "hermes", kwargs)
+    renderer = Renderer(each, Rendering("hermes", kwargs))
     rng = random.Random(1)
     assert renderer.glue.framed
     for _ in range(150):
@@ -403,10 +404,10 @@ def test_only_our_own_template_is_known(tokenizer) -> None:
     own.chat_template = text  # as an export has it
     assert (
         Renderer(own).glue.framed
-        and not Renderer(own, str(HERE / "templates" / "chatml.jinja")).glue.framed
+        and not Renderer(own, Rendering(str(HERE / "templates" / "chatml.jinja"))).glue.framed
     )
     assert not Renderer(
-        own, "hermes", {"documents": []}
+        own, Rendering("hermes", {"documents": []})
     ).glue.framed  # an option of apply_chat_template, no template variable
     own.chat_template = {
         "default": text,
@@ -428,5 +429,5 @@ def test_only_our_own_template_is_known(tokenizer) -> None:
             )
 
     trimming = Trimming(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
-    renderer = Renderer(trimming, "hermes")
+    renderer = Renderer(trimming, Rendering("hermes"))
     assert renderer.render_tool_turn(messages, responses) == glue(renderer, messages, responses)

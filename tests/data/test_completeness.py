@@ -9,14 +9,17 @@ import pytest
 from transformers import AutoTokenizer
 
 from retool.config import parse
-from retool.data.audit.audit import audit, summary
+from retool.data.audit.audit import audit
+from retool.data.audit.summary import summary
 from retool.data.cache import open_dataset
 from retool.data.read.files import RowError
 from retool.data.read.rows import to_conversation
+from retool.data.read.source import RowSource
 from retool.data.render.renderer import Renderer
-from retool.data.render.templates import exported_template, shows_contents_as_they_are
+from retool.data.render.rendering import Rendering
+from retool.data.template.choose import exported_template, shows_contents_as_they_are
 from retool.sft.config import SYNONYMS, SFTConfig
-from retool.sft.preflight import audit_command, make_renderer
+from retool.sft.preflight import audit_command, rendering_of
 from tests.data.templates_table import CONVERSATIONS, FOLDER, call, said, small_tokenizer, tool
 
 CHATML = """{%- for m in messages -%}
@@ -38,14 +41,12 @@ def calls_as(shown: str) -> str:
 
 
 def renderer(template: str, **settings: Any) -> Renderer:
-    return Renderer(small_tokenizer("", template + "{#- <|im_start|> -#}"), **settings)
+    return Renderer(small_tokenizer("", template + "{#- <|im_start|> -#}"), Rendering(**settings))
 
 
-def trained(
-    made: Renderer, messages: list[dict[str, Any]], tools: Any = None, history: str = "error"
-) -> list[str]:
+def trained(made: Renderer, messages: list[dict[str, Any]], tools: Any = None) -> list[str]:
     row = {"messages": messages, "tools": tools}
-    samples = made.pieces(to_conversation(row, "rows.jsonl", 7), history)
+    samples = made.pieces(to_conversation(row, "rows.jsonl", 7))
     return [piece.text for pieces in samples for piece in pieces if piece.trained]
 
 
@@ -164,13 +165,15 @@ def test_what_is_dropped_is_counted(tmp_path):
         "".join(json.dumps({"messages": messages}) + "\n" for messages in (thinking, plain))
     )
     made = renderer(WORDS, drop_reasoning=True)
-    found = audit(str(rows), made, num_workers=0)
+    found = audit(RowSource(str(rows)), made, num_workers=0)
     assert found.tally.dropped_thoughts == 2 and found.tally.refused == 0
     assert (
         "reasoning left out",
         "2 turns are trained without what they think (data.drop_reasoning)",
     ) in summary(found)
-    _, report = open_dataset(str(rows), made, num_workers=0, cache_dir=tmp_path / "cache")
+    _, report = open_dataset(
+        RowSource(str(rows)), made, num_workers=0, cache_dir=tmp_path / "cache"
+    )
     assert (
         report.dropped_thoughts == 2
         and "2 turns trained without their reasoning" in report.sentence()
@@ -280,7 +283,7 @@ def test_a_template_for_tools_beside_a_default_one(name):
 
 def test_ours_begins_with_bos_and_ends_with_eos_where_the_tokenizer_has_nothing_else(tmp_path):
     llama = small_tokenizer("meta-llama", "{{ bos_token }}<|start_header_id|>")
-    made = Renderer(llama, "hermes")
+    made = Renderer(llama, Rendering("hermes"))
     assert made.text([said("user", "Hi")]) == "<|begin_of_text|><|im_start|>user\nHi<|eot_id|>\n"
     assert made.ends.known == ("<|eot_id|>",)
     # Its glue is still known to be made of the contents alone
@@ -294,7 +297,7 @@ def test_ours_begins_with_bos_and_ends_with_eos_where_the_tokenizer_has_nothing_
 
 
 def test_ours_keeps_chatml_where_the_tokenizer_knows_it():
-    made = Renderer(small_tokenizer("", WORDS + "{#- <|im_start|> -#}"), "hermes")
+    made = Renderer(small_tokenizer("", WORDS + "{#- <|im_start|> -#}"), Rendering("hermes"))
     assert made.text([said("user", "Hi")]) == "<|im_start|>user\nHi<|im_end|>\n"
 
 
@@ -330,12 +333,10 @@ def test_settings_that_refusals_name_are_a_run_s(tmp_path):
             ],
             SYNONYMS,
         )
-        made = make_renderer(config, tmp_path, "2026-11-29")
-        assert (
-            getattr(made, setting)
-            and made.chat_template == "hermes"
-            and made.template_kwargs == {"enable_thinking": True}
-        )
+        made = rendering_of(config, "2026-11-29")
+        assert getattr(made, setting)
+        assert made.chat_template == "hermes" and made.history == "split"
+        assert made.template_kwargs == {"enable_thinking": True}
         assert f"--{setting.replace('_', '-')}" in audit_command(config, ["rows.jsonl"]).split()
 
 
@@ -419,16 +420,16 @@ def test_the_audit_names_fields_that_nothing_shows(tmp_path):
     user = said("user", "Q", name="Ann", loss_mask=0)
     row = {"messages": [user, said("assistant", "A", annotations=["x"], weight=1, id="m1")]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    found = audit(str(tmp_path / "rows.jsonl"), renderer(WORDS), num_workers=0)
+    found = audit(RowSource(str(tmp_path / "rows.jsonl")), renderer(WORDS), num_workers=0)
     assert ("fields that nothing shows", "user.name 1 · assistant.annotations 1") in summary(found)
     reads = renderer(CHATML.replace("BODY", "{{- (m.name or '') + m.content -}}"))
-    assert audit(str(tmp_path / "rows.jsonl"), reads, num_workers=0).tally.unread == {
+    assert audit(RowSource(str(tmp_path / "rows.jsonl")), reads, num_workers=0).tally.unread == {
         "assistant.annotations": 1
     }
 
 
 def test_settings_are_tried_on_the_first_rows_of_a_fault_only(monkeypatch):
-    monkeypatch.setattr("retool.data.render.ways_out.MOST_TRIED", 2)
+    monkeypatch.setattr("retool.data.render.suggestions.MOST_TRIED", 2)
     made = renderer(WORDS)
     messages = [said("user", "Q"), said("assistant", "A", reasoning="T")]
     for works in (

@@ -8,9 +8,9 @@ from typing import Any
 
 import jinja2
 
-from retool.data.read.parts import SURROGATE
-from retool.data.render.limits import OutOfBounds, check_source, within_bounds
-from retool.data.render.probes import (
+from retool.data.read.content import SURROGATE
+from retool.data.template.choose import chosen_template, end_of_hermes
+from retool.data.template.discover import (
     TOOL,
     CallForm,
     find_call_form,
@@ -18,12 +18,13 @@ from retool.data.render.probes import (
     find_header,
     shown_message,
 )
-from retool.data.render.templates import chosen_template, end_of_hermes
+from retool.data.template.time_and_memory import OutOfBounds, check_source, within_bounds
 
 
 class ChatTemplate:
-    """The template named by `chat_template` (`hermes`, a file; None: the tokenizer's own), with
-    arguments `kwargs`.
+    """The template named by `chat_template` (`hermes`, a file; None: the tokenizer's own).
+
+    It is given the arguments `kwargs`.
 
     `source` is its text where it isn't the tokenizer's own, `ends` the tokens that end a turn,
     `header` what it writes before an answer if it has no generation prompt. Raises ValueError where

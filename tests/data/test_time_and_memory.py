@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from retool.data.render import limits
-from retool.data.render.limits import OutOfBounds, bounded, check_source
 from retool.data.render.renderer import Renderer
+from retool.data.render.rendering import Rendering
+from retool.data.template import time_and_memory
+from retool.data.template.time_and_memory import OutOfBounds, bounded, check_source
 
 SHOWN = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}"
 HOSTILE = {
@@ -41,9 +42,9 @@ HOSTILE = {
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MOST_SECONDS", 0.2)
-    monkeypatch.setattr(limits, "TICK_S", 0.05)
-    monkeypatch.setattr(limits, "MOST_BYTES", 1 << 30)
+    monkeypatch.setattr(time_and_memory, "MOST_SECONDS", 0.2)
+    monkeypatch.setattr(time_and_memory, "TICK_S", 0.05)
+    monkeypatch.setattr(time_and_memory, "MOST_BYTES", 1 << 30)
 
 
 def state() -> tuple[Any, ...]:
@@ -66,7 +67,7 @@ def test_a_hostile_template_is_refused_soon(
     if own:
         monkeypatch.setattr(tokenizer, "chat_template", body + SHOWN)
     with pytest.raises(ValueError, match=r"data\.chat_template") as refusal:
-        Renderer(tokenizer, None if own else str(tmp_path / "own.jinja"))
+        Renderer(tokenizer, Rendering(None if own else str(tmp_path / "own.jinja")))
     assert expected in str(refusal.value) and len(str(refusal.value)) < 500
     assert time.thread_time() - began < 4 and state() == before
 
@@ -77,7 +78,7 @@ def test_what_only_some_rows_do_is_refused_there(
     (tmp_path / "own.jinja").write_text(
         "{% if messages[0].content == 'now' %}" + HOSTILE["loops"][0] + "{% endif %}" + SHOWN
     )
-    renderer = Renderer(tokenizer, str(tmp_path / "own.jinja"))
+    renderer = Renderer(tokenizer, Rendering(str(tmp_path / "own.jinja")))
     assert renderer.text([{"role": "user", "content": "not now"}]) == "not now<|im_end|>\n"
     with pytest.raises(ValueError, match=r"was stopped: it computes for more than 0\.2 seconds"):
         renderer.text([{"role": "user", "content": "now"}])

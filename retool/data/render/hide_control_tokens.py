@@ -1,4 +1,4 @@
-"""Conversations cut up with the control tokens in their texts hidden: see the notes of `quoting`."""
+"""Conversations cut up with the control tokens in their texts hidden (see `control_tokens`)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from retool.data.read.quoting import Controls, Masks, UnplacedError, any_of
 from retool.data.read.rows import Conversation
-from retool.data.render.accounting import fault
-from retool.data.render.glue import HOLE
-from retool.data.render.turns import PLACEHOLDER, EndOfTurn, Piece
+from retool.data.render.between_turns import HOLE
+from retool.data.template.completeness import fault
+from retool.data.template.turns import PLACEHOLDER, EndOfTurn
+from retool.data.tokens.control_tokens import Controls, Masks, UnplacedError, any_of
+from retool.data.tokens.encoder import Piece
 
 Shown = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None], str]
 
@@ -22,8 +23,9 @@ def cut_hidden(
     controls: Controls,
     cut_up: Callable[[Conversation], list[list[Piece]]],
 ) -> list[list[Piece]]:
-    """The pieces that `cut_up` makes; it gets the conversation with quoted control tokens hidden,
-    and their places are noted.
+    """The pieces that `cut_up` makes of the conversation with quoted control tokens hidden.
+
+    The places of these are noted in the pieces.
 
     Raises TemplateFault where the template shows them unlike other text.
     """

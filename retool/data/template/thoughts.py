@@ -26,28 +26,29 @@ TAG = re.compile(
 
 
 class OpenThought(NamedTuple):
-    """A thought that a prompt opens: the tag that will close it, and the white space after the one
-    that opened it.
-    """
+    """A thought that a prompt opens."""
 
-    close: str
-    gap: str
+    close: str  # the tag that will close it
+    gap: str  # the white space after the tag that opened it
 
 
 def field_of(message: Mapping[str, Any]) -> tuple[str, str] | None:
     """(name, text) of the reasoning field that the message gives.
 
-    Raises ValueError for what isn't text, or two different texts.
+    Raises ValueError for what isn't text, and for two different texts.
     """
-    found = [(name, message[name]) for name in FIELDS if message.get(name) is not None]
-    for name, text in found:
+    said: list[tuple[str, str]] = []
+    for name in FIELDS:
+        text = message.get(name)
+        if text is None:
+            continue
         if not isinstance(text, str):
             raise ValueError(f"{name} is a {type(text).__name__}, not text.")
-    said = [(name, text) for name, text in found if text.strip()]
+        if text.strip():
+            said.append((name, text))
     if len({text.strip() for _, text in said}) > 1:
-        raise ValueError(
-            f"{said[0][0]} and {said[1][0]} are two names for one thing, and differ here: keep one."
-        )
+        names = f"{said[0][0]} and {said[1][0]}"
+        raise ValueError(f"{names} are two names for one thing, and differ here: keep one.")
     return said[0] if said else None
 
 
@@ -70,20 +71,30 @@ def segments(content: str) -> list[tuple[bool, str]]:
 
 def thoughts(message: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(where it stands, text) of everything that the message thinks."""
+    found: list[tuple[str, str]] = []
     field = field_of(message)
-    inside = [
-        ("content", text) for thought, text in segments(message.get("content") or "") if thought
-    ]
-    return [*([field] if field else []), *inside]
+    if field:
+        found.append(field)
+    for is_thought, text in segments(message.get("content") or ""):
+        if is_thought:
+            found.append(("content", text))
+    return found
+
+
+def without_fields(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message without its reasoning fields."""
+    return {key: value for key, value in message.items() if key not in FIELDS}
 
 
 def without_thoughts(message: Mapping[str, Any]) -> dict[str, Any]:
     """The message as if it had been written without thinking; tags that hold nothing go too."""
-    left = {key: value for key, value in message.items() if key not in FIELDS}
+    left = without_fields(message)
     content = left.get("content") or ""
     if TAG.search(content):
-        content = "".join(text for thought, text in segments(content) if not thought).lstrip()
-    return {**left, "content": content}
+        aloud = [text for is_thought, text in segments(content) if not is_thought]
+        content = "".join(aloud).lstrip()
+    left["content"] = content
+    return left
 
 
 def with_thought_in_content(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,9 +102,10 @@ def with_thought_in_content(message: Mapping[str, Any]) -> dict[str, Any]:
     field = field_of(message)
     if field is None:
         return dict(message)
-    left = {key: value for key, value in message.items() if key not in FIELDS}
+    left = without_fields(message)
     thought = f"<think>\n{field[1].strip()}\n</think>"
-    left["content"] = f"{thought}\n\n{left['content']}" if left["content"].strip() else thought
+    says_more = bool(left["content"].strip())
+    left["content"] = f"{thought}\n\n{left['content']}" if says_more else thought
     return left
 
 
@@ -125,9 +137,9 @@ def settle_thoughts(conversation: Conversation, drop: bool, in_content: bool) ->
 def open_thought(prompt: str) -> OpenThought | None:
     """The thought that the prompt ends inside of, just opened."""
     tag = _last_tag(prompt)
-    return (
-        None if tag is None or _closes(tag) else OpenThought(_closing(tag), tag.string[tag.end() :])
-    )
+    if tag is None or _closes(tag):
+        return None
+    return OpenThought(close=_closing(tag), gap=tag.string[tag.end() :])
 
 
 def closes_thought(prompt: str) -> bool:
@@ -142,8 +154,9 @@ def is_empty_thought(text: str) -> bool:
 
 
 def think(thought: str, opened: OpenThought, rest: str) -> str:
-    """What the model writes after a prompt that opened a thought: the thought, its end, and `rest`,
-    what it says then.
+    """What the model writes after a prompt that opened a thought.
+
+    That is the thought, its end, and `rest`, what it says then.
     """
     if not rest.lstrip().startswith(opened.close):
         return thought.strip() + opened.gap + opened.close + 2 * opened.gap + rest
@@ -154,8 +167,12 @@ def think(thought: str, opened: OpenThought, rest: str) -> str:
 
 def _last_tag(prompt: str) -> re.Match[str] | None:
     """The tag that the prompt ends with, white space aside."""
-    tags = list(TAG.finditer(prompt[-LONGEST_TAG:]))
-    return tags[-1] if tags and not tags[-1].string[tags[-1].end() :].strip() else None
+    last = None
+    for tag in TAG.finditer(prompt[-LONGEST_TAG:]):
+        last = tag
+    if last is None or last.string[last.end() :].strip():
+        return None
+    return last
 
 
 def _closes(tag: re.Match[str]) -> bool:

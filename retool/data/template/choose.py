@@ -1,81 +1,23 @@
-"""Tokenizers and chat templates from disk."""
+"""Which chat template a run uses: the tokenizer's own, ours (`hermes`), or a file of the user's."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-PROBES = (
-    "In 1999, 31415926 + 0.25 = 7.",
-    "if x:\n    return  y\n\n\n\tz ",
-    "They're, I'LL; don't!\n\n",
-    "naïve Straße 你好吗 🙂🙂",
-    "a_b(c)['d'] -> <e/>",
-)
+from retool.data.tokens.load import load_tokenizer
+
 QWEN_LOOP = "522ca2c94a1a3b4e419825e275d236bb349c3700b7bcd49775ccc3c994469f27"  # SHA-256
 HERMES_BEGIN = "{%- set begin = '' -%}"
 HERMES_END = "{%- set end = '<|im_end|>' -%}"
 HERMES_SETTING = re.compile(r"^\{%- set (?:begin|end) = .* -%\}$", re.MULTILINE)
 TEMPLATES = {"hermes": Path(__file__).with_name("hermes.jinja")}
-
-
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a Hugging Face folder or hub id. Raises ValueError when there is none."""
-    from transformers import AutoTokenizer
-
-    if os.path.isdir(path):
-        known = (
-            "tokenizer.json",
-            "tokenizer.model",
-            "vocab.json",
-            "vocab.txt",
-            "tokenizer_config.json",
-        )
-        if not any(os.path.exists(os.path.join(path, name)) for name in known):
-            raise ValueError(
-                f"the folder {path} has no tokenizer (none of {', '.join(known)}): copy it from the "
-                "model's origin."
-            )
-    elif path.startswith((".", "/", "~")):
-        raise ValueError(f"the model folder {path} doesn't exist.")
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (
-        Exception
-    ) as error:  # transformers raises many kinds, for a config.json that contradicts itself, too
-        raise ValueError(
-            f"the tokenizer of {path} can't be loaded: {' '.join(str(error).split())}"
-        ) from error
-
-
-def other_tokens(tokenizer: Any, folder: str | Path) -> Iterator[str]:
-    """A sentence where `tokenizer` splits text otherwise than the folder's own tokenizer.json:
-    transformers ≥ 5 puts a model type's splitting (Qwen2's, for one) in the place of the file's.
-    """
-    from tokenizers import Tokenizer
-
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        return
-    plain = Tokenizer.from_file(str(path))
-    for probe in PROBES:
-        here = tokenizer(probe, add_special_tokens=False)["input_ids"]
-        there = plain.encode(probe, add_special_tokens=False).ids
-        if here != there:
-            yield (
-                f"transformers makes {len(here)} tokens of {probe!r}, and {path} itself "
-                f"{len(there)}, or others: training goes by the first, programs that read the file "
-                "by the second. AutoTokenizer.from_pretrained(folder).save_pretrained(folder) "
-                "makes them agree."
-            )
-            return
 
 
 def read_template(chat_template: str) -> str:
@@ -115,8 +57,9 @@ def chosen_template(chat_template: str, tokenizer: Any) -> str:
 def exported_template(
     folder: str | Path, chat_template: str | None, trust_remote_code: bool = False
 ) -> str | None:
-    """What `data.chat_template` puts in the place of the template of the model in `folder`; None
-    where it names nothing.
+    """What `data.chat_template` puts in the place of the template of the model in `folder`.
+
+    None where it names nothing.
     """
     if chat_template != "hermes":
         return None if chat_template is None else read_template(chat_template)
@@ -147,8 +90,9 @@ def _set(name: str, value: str) -> str:
 def shows_contents_as_they_are(
     tokenizer: Any, template: str | None, template_kwargs: Mapping[str, Any]
 ) -> bool:
-    """Whether glue is known to be made of fixed text and of the contents of its messages, unchanged
-    and untested, whatever came before.
+    """Whether glue is known to be fixed text around the unchanged contents of its messages.
+
+    The contents aren't tested by the template, and what came before doesn't matter.
 
     It is with our own template, `hermes`, and with those of Qwen2.5: of a tool's or user's message
     after an assistant's they read the role, those of its neighbours, and the content, to show it.
@@ -167,8 +111,9 @@ def shows_contents_as_they_are(
 
 
 def _has_loop_of_qwen(template: str) -> bool:
-    """Whether it is Qwen2.5's from its loop over the messages on, with nothing set before it: the
-    loop reads nothing but the messages.
+    """Whether it is Qwen2.5's from its loop over the messages on, with nothing set before it.
+
+    The loop reads nothing but the messages.
     """
     before, loop, rest = template.partition("{%- for message in messages %}")
     return (

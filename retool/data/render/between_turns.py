@@ -1,17 +1,19 @@
-"""What stands between a sampled turn and the next: the end of the turn where it lacks one,
-messages, a generation prompt.
+"""What stands between a sampled turn and the next: the *glue*.
+
+That is the end of the turn where it lacks one, messages, and a generation prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from retool.data.read.quoting import Controls
-from retool.data.render.chat_template import valid_text
-from retool.data.render.turns import PLACEHOLDER, Piece
+from retool.data.template.chat_template import valid_text
+from retool.data.template.turns import PLACEHOLDER
+from retool.data.tokens.control_tokens import Controls
+from retool.data.tokens.encoder import Piece
 
 HOLE = "AContentGoesHere"
 Message = Mapping[str, Any]
@@ -20,8 +22,9 @@ Text = Callable[[Sequence[Message], Sequence[Message] | None, bool | None, bool]
 
 @dataclass(frozen=True)
 class Setting:
-    """How a glue is rendered: the tools of the conversation, and what the template and the sampler
-    are told.
+    """How a glue is rendered.
+
+    `tools`, `enable_thinking` and `generation_prompt` are what the template is given.
 
     `ended`: the turn before it has its end-of-turn token, so the glue begins after that.
     """
@@ -50,16 +53,13 @@ class Glue:
     def piece(
         self, messages: Sequence[Message], responses: Sequence[Message], setting: Setting
     ) -> Piece:
-        """The glue between the last of `messages`, an assistant's turn, and the next, with
-        `responses` in it.
+        """The glue between the last of `messages`, an assistant's turn, and the next.
+
+        `responses` stand in it.
         """
-        if self.framed and all(
-            r["role"] in ("tool", "user") and type(r.get("content")) is str for r in responses
-        ):
-            return self._filled(
-                self._frame(tuple(r["role"] for r in responses), setting),
-                [r["content"] for r in responses],
-            )
+        if self.framed and all(map(_is_plain, responses)):
+            frame = self._frame(tuple(response["role"] for response in responses), setting)
+            return self._filled(frame, [response["content"] for response in responses])
         if self.controls.quoted_in([*messages[:-1], *responses], setting.tools):
             return self._masked(messages, responses, setting)
         return Piece(self._whole(messages, responses, setting))
@@ -69,9 +69,8 @@ class Glue:
         text = frame[0]
         quoted: list[tuple[int, int]] = []
         for content, after in zip(contents, frame[1:], strict=True):
-            quoted += [
-                (len(text) + start, len(text) + end) for start, end in self.controls.spans(content)
-            ]
+            at = len(text)
+            quoted += [(at + start, at + end) for start, end in self.controls.spans(content)]
             text += content + after
         return Piece(valid_text(text), quoted=tuple(quoted))
 
@@ -80,7 +79,7 @@ class Glue:
         key = (roles, setting.enable_thinking, setting.ended, setting.generation_prompt)
         if key not in self.frames:
             holes = [{"role": role, "content": HOLE} for role in roles]
-            bare = Setting(None, setting.enable_thinking, setting.ended, setting.generation_prompt)
+            bare = replace(setting, tools=None)
             self.frames[key] = self._whole([{"role": "assistant"}], holes, bare).split(HOLE)
         return self.frames[key]
 
@@ -92,10 +91,7 @@ class Glue:
         for masks in self.controls.masks([*messages, *responses], setting.tools):
             before = self.controls.hide(messages, masks)
             after = self.controls.hide(responses, masks)
-            tools = self.controls.hide_tools(setting.tools, masks)
-            hidden = Setting(
-                tools, setting.enable_thinking, setting.ended, setting.generation_prompt
-            )
+            hidden = replace(setting, tools=self.controls.hide_tools(setting.tools, masks))
             with suppress(ValueError):
                 masked = self._whole(before, after, hidden)
                 text, quoted = masks.show(masked)
@@ -128,3 +124,8 @@ class Glue:
                 f"the chat template follows an assistant turn with {glue[:30]!r}, not with {known}."
             )
         return glue[glue.index(end) + (len(end) if setting.ended else 0) :]
+
+
+def _is_plain(response: Message) -> bool:
+    """Whether a frame has a hole for such a message."""
+    return response["role"] in ("tool", "user") and type(response.get("content")) is str

@@ -8,11 +8,7 @@ from typing import Any
 from retool.data.read.files import RowError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-# Kinds of parts; the text stands under the same name, or under `text`
-THOUGHTS = (
-    "thinking",
-    "reasoning",
-)
+THOUGHT_PARTS = ("thinking", "reasoning")  # types; the text stands under that name, or `text`
 
 
 def text_and_thought(content: Any, where: str) -> tuple[str, str]:
@@ -21,28 +17,27 @@ def text_and_thought(content: Any, where: str) -> tuple[str, str]:
     Raises RowError for what isn't text, and for a thought behind text, which no field could put in
     its place.
     """
-    parts = content if isinstance(content, list) else [content]
     said: list[str] = []
     thought: list[str] = []
-    for part in parts:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind in THOUGHTS:
+    for part in content if isinstance(content, list) else [content]:
+        if not isinstance(part, dict):
+            said.append(_text(part, f"{where}: content"))
+            continue
+        kind = part.get("type", "text")
+        if kind in THOUGHT_PARTS:
             if "".join(said).strip():
                 raise RowError(
                     f"{where}: content has a part of type {kind!r} behind text: write it into the "
                     "text, as <think>…</think>."
                 )
-            thought.append(
-                _text(part.get(kind, part.get("text")), f"{where}: the part of type {kind!r}")
-            )
-            continue
-        if kind != "text":
+            words = part.get(kind, part.get("text"))
+            thought.append(_text(words, f"{where}: the part of type {kind!r}"))
+        elif kind == "text":
+            said.append(_text(part.get("text"), f"{where}: content"))
+        else:
             raise RowError(
                 f"{where}: content has a part of type {kind!r}; only text parts can be trained."
             )
-        said.append(
-            _text(part.get("text") if isinstance(part, dict) else part, f"{where}: content")
-        )
     return "".join(said), "\n\n".join(thought)
 
 

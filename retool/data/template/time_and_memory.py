@@ -1,5 +1,6 @@
-"""Bounds on a program that a model's maker wrote: a chat template may loop without end, or make
-more text than there is memory for.
+"""Bounds on the time and memory of a chat template, a program that a model's maker wrote.
+
+It may loop without end, or make more text than there is memory for.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class OutOfBounds(Exception):
 
 
 class Bounds:
-    """Whether bounds are set already: inner ones cost next to nothing then, and a row of many
-    renderings pays for one.
+    """Whether bounds are set already.
+
+    Inner ones cost next to nothing then: a row of many renderings pays for one.
     """
 
     set = False
@@ -46,8 +48,9 @@ class Bounds:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Raise OutOfBounds where the body computes for longer than MOST_SECONDS, MemoryError where it
-    allocates more than MOST_BYTES.
+    """Bound what the body computes and allocates.
+
+    Raises OutOfBounds after MOST_SECONDS, MemoryError above MOST_BYTES.
 
     Costs some ten microseconds. Python gives signals to its main thread only, so in others the body
     isn't bounded.
@@ -103,8 +106,9 @@ def _private_bytes(second: int) -> int:
 
 
 def check_source(template: str) -> None:
-    """ValueError for a template that no bound could stop: one that is huge, or takes powers (one
-    instruction may last for days).
+    """Raise ValueError for a template that no bound could stop.
+
+    That is one that is huge, or takes powers: one instruction may last for days.
     """
     if len(template) > LONGEST_TEMPLATE:
         raise ValueError(

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from retool.data.render.templates import load_tokenizer, other_tokens
+from retool.data.tokens.load import load_tokenizer, other_tokens
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ from __future__ import annotations
 import copy
 import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from retool.data.read.backend import decode_ids, encode_text, plain_backend, token_offsets
-from retool.data.read.quoting import Controls, Span
-from retool.data.render.turns import Piece
+from retool.data.tokens.control_tokens import Controls, Span
+from retool.data.tokens.fast_tokenizer import decode_ids, encode_text, plain_backend, token_offsets
 
 TEXT_ANCHORS = ("\n", ".", ";")  # no letters: a word could go on in what follows
 PROBES = ("a", " a", "a b", "\na", "Hello", "12", "<a>")
@@ -27,6 +27,20 @@ WAY_OUT = (
     "Use a tokenizer that gives text back as it was: byte-level BPE, or SentencePiece that neither "
     "lower-cases nor drops characters."
 )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a rendered text that is tokenised by itself.
+
+    It is a whole assistant turn (`turn`: the index of its message), or what lies between turns.
+    `quoted`: where in it control tokens stand as somebody's text, not as the template's.
+    """
+
+    text: str
+    turn: int | None = None
+    trained: bool = False
+    quoted: tuple[Span, ...] = ()
 
 
 class Encoder:
@@ -41,8 +55,9 @@ class Encoder:
         self.controls = controls
 
     def encode(self, pieces: Sequence[Piece], begins: bool = True) -> list[list[int]]:
-        """Token ids of consecutive pieces of a text, each tokenised by itself; only the first
-        begins it, if `begins`.
+        """Token ids of consecutive pieces of a text, each tokenised by itself.
+
+        Only the first begins the text, if `begins`.
         """
         if not pieces:
             return []
@@ -63,51 +78,44 @@ class Encoder:
         if not anchor:
             return ids
         found = self._without_anchor(ids, anchor)
-        return (
-            found
-            if found is not None
-            else [token for token, _ in self._stretch(piece.text, anchor)]
-        )
+        if found is not None:
+            return found
+        return [token for token, _ in self._stretch(piece.text, anchor)]
 
     def offsets(self, piece: Piece, begins: bool = False) -> list[Span]:
-        """(start, end) characters of each token of a piece, to show them; one stretch where the
-        tokenizer can't tell.
+        """(start, end) characters of each token of a piece, to show them.
+
+        One stretch where the tokenizer can't tell.
         """
         if not self.tokenizer.is_fast:
             return [(0, len(piece.text))]
         anchor = "" if begins else self._anchor(piece)
         if piece.quoted:
             return [span for _, span in self._tokens(piece, anchor)]
-        return (
-            [span for _, span in self._stretch(piece.text, anchor)]
-            if anchor
-            else token_offsets(self.tokenizer, piece.text)
-        )
+        if anchor:
+            return [span for _, span in self._stretch(piece.text, anchor)]
+        return token_offsets(self.tokenizer, piece.text)
 
     def data_ids(self, text: str) -> list[int]:
         """Token ids of a text of somebody's, by itself: control tokens in it are text."""
         spans = self.controls.spans(text)
-        return (
-            [token for token, _ in self._tokens(Piece(text, quoted=spans), "")]
-            if spans
-            else encode_text(self.tokenizer, text)
-        )
+        if not spans:
+            return encode_text(self.tokenizer, text)
+        return [token for token, _ in self._tokens(Piece(text, quoted=spans), "")]
 
     def data_offsets(self, text: str) -> list[Span]:
         """(start, end) characters of each of those tokens. Only fast tokenizers can tell."""
         spans = self.controls.spans(text)
-        return (
-            [span for _, span in self._tokens(Piece(text, quoted=spans), "")]
-            if spans
-            else token_offsets(self.tokenizer, text)
-        )
+        if not spans:
+            return token_offsets(self.tokenizer, text)
+        return [span for _, span in self._tokens(Piece(text, quoted=spans), "")]
 
-    # -- giving back
-    # --------------------------------------------------------------------------------------------------
+    # --- giving back ---
 
     def said(self, ids: Sequence[int]) -> str:
-        """The text of tokens that stand amid others: where a text begins, a decoder may take off a
-        space.
+        """The text of tokens that stand amid others.
+
+        Where a text begins, a decoder may take off a space.
         """
         before = decode_ids(self.tokenizer, self._some_text)
         whole = decode_ids(self.tokenizer, [*self._some_text, *ids])
@@ -123,8 +131,9 @@ class Encoder:
         return encode_text(self.tokenizer, "a")
 
     def check(self, piece: Piece, ids: Sequence[int]) -> None:
-        """The tokens of a piece must decode to its text (Unicode's compatibility forms may be
-        unified); else ValueError.
+        """Raise ValueError unless the tokens of a piece decode to its text.
+
+        Unicode's compatibility forms may be unified.
         """
         said = self.said(ids)
         if said == piece.text or _unified(said) == _unified(piece.text):
@@ -139,8 +148,7 @@ class Encoder:
             f"{said[at : at + 30]!r}. {WAY_OUT}"
         )
 
-    # -- anchors
-    # ------------------------------------------------------------------------------------------------------
+    # --- anchors ---
 
     def _anchor(self, piece: Piece) -> str:
         return self._in_text if piece.turn is not None else self._after_end
@@ -160,14 +168,12 @@ class Encoder:
         return max(choices, key=self._given_back)
 
     def _given_back(self, anchor: str) -> int:
-        ids = [
-            self._without_anchor(encode_text(self.tokenizer, anchor + probe), anchor)
-            for probe in PROBES
-        ]
-        return sum(
-            part is not None and self.said(part) == probe
-            for part, probe in zip(ids, PROBES, strict=True)
-        )
+        """How many probes behind this anchor decode to themselves."""
+        count = 0
+        for probe in PROBES:
+            ids = self._without_anchor(encode_text(self.tokenizer, anchor + probe), anchor)
+            count += ids is not None and self.said(ids) == probe
+        return count
 
     @cached_property
     def _anchor_ids(self) -> dict[str, list[int]]:
@@ -180,12 +186,12 @@ class Encoder:
         before = self._anchor_ids[anchor]
         return ids[len(before) :] if ids[: len(before)] == before else None
 
-    # -- text that isn't what the tokenizer takes it for
-    # ---------------------------------------------------------------
+    # --- text that isn't what the tokenizer takes it for ---
 
     def _stretch(self, text: str, anchor: str, backend: Any = None) -> list[tuple[int, Span]]:
-        """(token, characters) of a stretch of text behind its anchor, or behind another where that
-        merges with it.
+        """(token, characters) of a stretch of text behind its anchor.
+
+        Behind another one where that merges with it.
         """
         for choice in dict.fromkeys((anchor, *(TEXT_ANCHORS if anchor else ()))):
             ids, spans = self._raw(choice + text, backend)
@@ -206,9 +212,9 @@ class Encoder:
             found = backend.encode(text, add_special_tokens=False)
             return found.ids, found.offsets
         ids = encode_text(self.tokenizer, text)
-        return ids, token_offsets(self.tokenizer, text) if self.tokenizer.is_fast else [
-            (0, len(text))
-        ] * len(ids)
+        if not self.tokenizer.is_fast:
+            return ids, [(0, len(text))] * len(ids)
+        return ids, token_offsets(self.tokenizer, text)
 
     def _tokens(self, piece: Piece, anchor: str) -> Iterator[tuple[int, Span]]:
         """(token, characters) of a piece in which control tokens are quoted.
@@ -219,17 +225,16 @@ class Encoder:
         for start, end in self._cut(piece):
             quoted = [(a - start, b - start) for a, b in piece.quoted if start <= a < end]
             text = piece.text[start:end]
-            here = anchor if start == 0 else self._in_text
-            found = (
-                self._letters(text, quoted, here)
-                if quoted
-                else self._stretch(text, "" if start else anchor)
-            )
+            if quoted:
+                found = self._letters(text, quoted, self._in_text if start else anchor)
+            else:
+                found = self._stretch(text, "" if start else anchor)
             yield from ((token, (start + a, start + b)) for token, (a, b) in found)
 
     def _cut(self, piece: Piece) -> list[Span]:
-        """The stretches of a piece: around what is quoted, up to the control tokens that aren't,
-        and between these.
+        """The stretches of a piece that are tokenised by themselves.
+
+        They lie around what is quoted, up to the control tokens that aren't, and between these.
         """
         text = piece.text
         for start, end in piece.quoted:
@@ -268,14 +273,11 @@ class Encoder:
                 return found
         # A tokenizer that can't leave them unread: it reads the two halves of each.
         cuts = [0, *((start + end) // 2 for start, end in quoted), len(text)]
-        parts = [
-            (a, self._stretch(text[a:b], self._in_text if a else anchor))
-            for a, b in pairwise(cuts)
-            if a < b
-        ]
-        halves = [
-            (token, (a + start, a + end)) for a, part in parts for token, (start, end) in part
-        ]
+        halves: list[tuple[int, Span]] = []
+        for a, b in pairwise(cuts):
+            if a < b:
+                part = self._stretch(text[a:b], self._in_text if a else anchor)
+                halves += [(token, (a + start, a + end)) for token, (start, end) in part]
         if not self._is_spelt(halves):
             raise ValueError(
                 f"this tokenizer can't write {text[slice(*quoted[0])]!r} as text: take it out."
@@ -291,8 +293,9 @@ class Encoder:
 
     @cached_property
     def _spelling(self) -> Any:
-        """A copy of the tokenizer's backend that reads no control token; None where there is no
-        backend that does it all.
+        """A copy of the tokenizer's backend that reads no control token.
+
+        None where there is no backend that does it all.
         """
         from tokenizers import AddedToken
 

@@ -1,5 +1,6 @@
-"""Whether a render holds everything a row says: the assistant's words, thoughts and calls in what
-is trained, the rest around it.
+"""Whether a rendered text holds everything that a row says.
+
+The assistant's words, thoughts and calls must be in what is trained, the rest around it.
 
 [Note: calls] The arguments of a call stand in the trained text as JSON equal to the row's, or one
 by one (each key before its value) where the template was written for a form of its own, such as
@@ -15,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from retool.data.read.rows import Conversation, RowError
-from retool.data.render.reasoning import FIELDS, field_of, segments, thoughts
+from retool.data.template.thoughts import FIELDS, field_of, segments, thoughts
 
 JSON = json.JSONDecoder()
 READS_ID = re.compile(r"""(?:\.|\[['"]|get\(['"])tool_call_id""")
@@ -31,9 +32,8 @@ KNOWN_FIELDS = {
     "refusal",
     *FIELDS,
 }
-LONGEST_MARKUP = (
-    40  # characters between an argument's key and its value: </arg_key>\n<arg_value> and the like
-)
+# Characters between an argument's key and its value: </arg_key>\n<arg_value> and the like.
+LONGEST_MARKUP = 40
 
 
 class TemplateFault(RowError):
@@ -46,8 +46,9 @@ def fault(conversation: Conversation, why: str, turn: int | None = None) -> Temp
 
 
 def check_said(conversation: Conversation, i: int, inside: str, trained: bool) -> None:
-    """Everything that message `i` says must be `inside` the turn; thoughts only where it is
-    `trained`. Raises TemplateFault.
+    """Everything that message `i` says must be `inside` the turn.
+
+    Thoughts only where it is `trained`. Raises TemplateFault.
     """
     message = conversation.messages[i]
     if trained:
@@ -80,8 +81,9 @@ def _check_calls(
 
 
 def check_refusal(conversation: Conversation, i: int, inside: str) -> None:
-    """What message `i` gives as a refusal (OpenAI's field beside a null content) must be `inside`,
-    too. Raises RowError.
+    """A refusal (OpenAI's field beside a null content) must be `inside` the turn, too.
+
+    Raises RowError.
     """
     refusal = conversation.messages[i].get("refusal")
     if isinstance(refusal, str) and refusal.strip() and refusal.strip() not in inside:
@@ -122,16 +124,15 @@ def check_results(conversation: Conversation, source: str) -> None:
 
 
 def unread_fields(conversation: Conversation, source: str) -> Iterator[str]:
-    """role.field of each field that holds something and that neither we nor the template (`source`)
-    read.
+    """role.field of each field that holds something and that nothing reads.
+
+    Neither we nor the template (`source`) do.
     """
     for message in conversation.messages:
         for key, value in message.items():
-            if (
-                value
-                and key not in KNOWN_FIELDS
-                and not re.search(rf"\b{re.escape(key)}\b", source)
-            ):
+            if not value or key in KNOWN_FIELDS:
+                continue
+            if not re.search(rf"\b{re.escape(key)}\b", source):
                 yield f"{message['role']}.{key}"
 
 
@@ -144,14 +145,11 @@ def check_thought(conversation: Conversation, i: int, inside: str) -> None:
         if text.strip() in inside:
             continue
         field = "the thought in the content" if where == "content" else where
-        raise fault(
-            conversation,
-            (
-                f"the chat template doesn't show {field} ({_quote(text)}) in this turn, so the "
-                "model would be trained to go without it"
-            ),
-            i,
+        why = (
+            f"the chat template doesn't show {field} ({_quote(text)}) in this turn, so the model "
+            "would be trained to go without it"
         )
+        raise fault(conversation, why, i)
 
 
 def shows_thoughts(message: Mapping[str, Any], inside: str) -> bool:
@@ -202,8 +200,7 @@ def check_contexts(conversation: Conversation, text: str, messages: Collection[i
             )
 
 
-# -- words
-# ------------------------------------------------------------------------------------------------------------
+# --- words ---
 
 
 def _without_words(conversation: Conversation, i: int, inside: str, trained: bool) -> str:
@@ -243,8 +240,7 @@ def _forms_of_text(text: str) -> tuple[str, ...]:
     return text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
 
 
-# -- calls
-# ------------------------------------------------------------------------------------------------------------
+# --- calls ---
 
 
 def _end_of_call(text: str, at: int, name: str, arguments: Mapping[str, Any]) -> int | None:
@@ -265,9 +261,13 @@ def _end_of_arguments(text: str, at: int, arguments: Mapping[str, Any]) -> int |
 
     A template may sort them.
     """
-    ends = [_end_of_argument(text, at, key, value) for key, value in arguments.items()]
-    found = [end for end in ends if end is not None]
-    return max(found, default=at) if len(found) == len(ends) else None
+    last = at
+    for key, value in arguments.items():
+        end = _end_of_argument(text, at, key, value)
+        if end is None:
+            return None
+        last = max(last, end)
+    return last
 
 
 def _end_of_argument(text: str, at: int, key: str, value: Any) -> int | None:
@@ -286,14 +286,15 @@ def _end_of_value(text: str, at: int, value: Any) -> int | None:
     if isinstance(value, (dict, list)):
         place = _find_json(text, at, value)
         return place[1] if place and place[0] <= latest else None
-    forms = (
-        _forms_of_text(value.strip()) if isinstance(value, str) else (json.dumps(value), str(value))
-    )
-    ends = [
-        begin + len(form)
-        for form in forms
-        if (begin := text.find(form, at, latest + len(form))) >= 0
-    ]
+    if isinstance(value, str):
+        forms = _forms_of_text(value.strip())
+    else:
+        forms = (json.dumps(value), str(value))
+    ends = []
+    for form in forms:
+        begin = text.find(form, at, latest + len(form))
+        if begin >= 0:
+            ends.append(begin + len(form))
     return min(ends, default=None)
 
 

@@ -1,5 +1,6 @@
-"""One text, or one turn's ids, through a fast tokenizer's own backend: what `tokenizer(text)` and
-`tokenizer.decode(ids)` give.
+"""One text, or one turn's ids, through a fast tokenizer's own backend.
+
+The results are those of `tokenizer(text)` and `tokenizer.decode(ids)`.
 
 A rollout does this for every turn on the one thread that feeds the engine. There transformers'
 preparation, and the thread pool that its batches go through, cost more than the tokens themselves.
@@ -49,8 +50,9 @@ def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def plain_backend(tokenizer: Any) -> Any:
-    """The backend, while nothing is set in it that a call of the tokenizer would set otherwise
-    first; None: take the long way.
+    """The backend, or None: take the long way.
+
+    It can be used while nothing is set in it that a call of the tokenizer would set otherwise.
     """
     if not _is_plain(type(tokenizer)):
         return None
@@ -65,8 +67,9 @@ def plain_backend(tokenizer: Any) -> Any:
 
 @cache
 def _is_plain(kind: type) -> bool:
-    """Whether a tokenizer of this class only passes texts and ids on: a fast one that has none of
-    the steps in between of its own.
+    """Whether a tokenizer of this class only passes texts and ids on.
+
+    That is a fast one that has none of the steps in between of its own.
     """
     from transformers import PreTrainedTokenizerFast
 

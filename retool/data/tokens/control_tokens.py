@@ -1,5 +1,6 @@
-"""Control tokens that a row or a tool only mentions stay text: `<|im_end|>` in what somebody says
-ends no turn.
+"""Control tokens that a row or a tool only mentions stay text.
+
+`<|im_end|>` in what somebody says ends no turn.
 
 [Note: control tokens] A *control token* is an added token that the tokenizer calls special, that
 the chat template writes, or that is a marker by its name (`<|…|>`, `<think>`, `<tool_call>`). Other
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from retool.data.read.backend import encode_text
+from retool.data.tokens.fast_tokenizer import encode_text
 
 Span = tuple[int, int]
 MARKER = re.compile(r"<[|｜].*[|｜]>|</?(think|tool_call|tool_response)>", re.DOTALL)
@@ -37,8 +38,9 @@ PRIVATE_TEXT = re.compile("[\U000f0000-\U0010fffd]")
 
 
 class UnplacedError(Exception):
-    """A template that shows a text otherwise when the control tokens in it are hidden: their places
-    aren't known.
+    """A template shows a text otherwise when the control tokens in it are hidden.
+
+    Their places aren't known then.
     """
 
 
@@ -46,12 +48,15 @@ def change_strings(value: Any, change: Callable[[str], str]) -> Any:
     """`value` with every text in it changed, keys of mappings too."""
     if isinstance(value, str):
         return change(value)
-    if isinstance(value, Mapping):
-        return {
-            change(key) if isinstance(key, str) else key: change_strings(entry, change)
-            for key, entry in value.items()
-        }
-    return [change_strings(entry, change) for entry in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [change_strings(entry, change) for entry in value]
+    if not isinstance(value, Mapping):
+        return value
+    changed = {}
+    for key, entry in value.items():
+        new_key = change(key) if isinstance(key, str) else key
+        changed[new_key] = change_strings(entry, change)
+    return changed
 
 
 def holds(value: Any, pattern: re.Pattern[str]) -> bool:
@@ -116,7 +121,8 @@ class Masks:
         """The text itself, and where in it the hidden tokens stand."""
         parts: list[str] = []
         spans: list[Span] = []
-        length = at = 0
+        length = 0  # of the text so far
+        at = 0  # in the masked text
         for found in self._places.finditer(masked):
             token = found[0].strip(self._after + self._before)
             if len(token) == 1 and self.base <= ord(token) < self.base + len(self.tokens):
@@ -163,23 +169,20 @@ class Controls:
 
     def quoted_in(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> bool:
         """Whether anything has to be hidden."""
-        found = any(
-            holds(value, pattern)
-            for message in messages
-            for _, value, pattern in self._fields(message)
-        )
-        return found or (bool(tools) and holds(tools, self.pattern))
+        for message in messages:
+            for _, value, pattern in self._fields(message):
+                if holds(value, pattern):
+                    return True
+        return bool(tools) and holds(tools, self.pattern)
 
     def _fields(self, message: Mapping[str, Any]) -> Iterator[tuple[str, Any, re.Pattern[str]]]:
         """(name, value, what to hide in it) of each field that holds data."""
-        own_words = message.get("role") == "assistant"
+        is_assistant = message.get("role") == "assistant"
         for name, value in message.items():
-            if name != "role":
-                yield (
-                    name,
-                    value,
-                    self._not_own if own_words and name != "tool_calls" else self.pattern,
-                )
+            if name == "role":
+                continue
+            own_words = is_assistant and name != "tool_calls"
+            yield name, value, self._not_own if own_words else self.pattern
 
     def masks(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Iterator[Masks]:
         """The ways to hide control tokens in these messages and tools, the best first.
@@ -193,22 +196,16 @@ class Controls:
             return text
 
         change_strings([*map(dict, messages), tools], note)
-        size = len(self.tokens) + 2
-        base = next(
-            (
-                k
-                for k in range(PRIVATE.start, PRIVATE.stop - size, size)
-                if taken.isdisjoint(range(k, k + size))
-            ),
-            None,
+        size = len(self.tokens) + 2  # one character a token, and two for edges
+        for base in range(PRIVATE.start, PRIVATE.stop - size, size):
+            if taken.isdisjoint(range(base, base + size)):
+                yield Masks(self.tokens, base)
+                yield Masks(self.tokens, base, edges=True)
+                return
+        raise ValueError(
+            "its texts hold the tokenizer's control tokens and every private character of "
+            "Unicode: take these out."
         )
-        if base is None:
-            raise ValueError(
-                "its texts hold the tokenizer's control tokens and every private character of "
-                "Unicode: take these out."
-            )
-        yield Masks(self.tokens, base)
-        yield Masks(self.tokens, base, edges=True)
 
     def hide(self, messages: Sequence[Mapping[str, Any]], masks: Masks) -> list[dict[str, Any]]:
         """The messages with every quoted control token hidden."""
@@ -238,20 +235,21 @@ def find_controls(
     hidden either: they are looked at, and refused. `thought` finds tags of thoughts, which a model
     samples itself even where the tokenizer calls them special.
     """
-    added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
-    known = [
-        token
-        for token in added
-        if token.special or token.content in template or MARKER.fullmatch(token.content)
-    ]
-    # A tokenizer that makes letters of them anyway has nothing that could be quoted.
-    control = [token for token in known if _is_read(tokenizer, token.content)]
-    words = {
-        token.content for token in control if not token.special or thought.fullmatch(token.content)
-    }
-    own = {token for token in words if token not in structure}
-    everything = {token.content for token in control}
-    return Controls(tuple(sorted(everything)), frozenset(own | ({*ends} & everything)))
+    control: set[str] = set()
+    own: set[str] = set()
+    for token in tokenizer.added_tokens_decoder.values():
+        text = token.content
+        if not text.strip():
+            continue
+        if not (token.special or text in template or MARKER.fullmatch(text)):
+            continue  # vocabulary
+        if not _is_read(tokenizer, text):
+            continue  # it makes letters of this anyway, so nothing could be quoted
+        control.add(text)
+        is_word = not token.special or thought.fullmatch(text)
+        if text in ends or (is_word and text not in structure):
+            own.add(text)
+    return Controls(tuple(sorted(control)), frozenset(own))
 
 
 def _is_read(tokenizer: Any, token: str) -> bool:

@@ -1,5 +1,6 @@
-"""Where the assistant's turns lie in a rendered conversation, found by what inference would show,
-never by markers or guesses.
+"""Where the assistant's turns lie in a rendered conversation.
+
+They are found by what inference would show, never by markers or guesses.
 
 [Note: spans] A turn is what the model would have written, so its edges are defined by two renders
 of the conversation up to it: `prompt`, without the turn but with the generation prompt (what a
@@ -23,8 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from retool.data.read.rows import Conversation
-from retool.data.render.accounting import check_said, fault, shows_thoughts
-from retool.data.render.reasoning import (
+from retool.data.template.completeness import check_said, fault, shows_thoughts
+from retool.data.template.thoughts import (
     OpenThought,
     closes_thought,
     is_empty_thought,
@@ -41,8 +42,10 @@ Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant turn: message index, the text inference shows before it, and the text the model
-    writes.
+    """One assistant turn.
+
+    `message` is its index, `prompt` the text that inference shows before it, `body` the text that
+    the model writes.
     """
 
     message: int
@@ -63,31 +66,19 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of the render that is tokenised by itself: a whole assistant turn (`turn`: its
-    message), or what lies between.
-
-    `quoted`: where in it control tokens stand as somebody's text, and not as the template's.
-    """
-
-    text: str
-    turn: int | None = None
-    trained: bool = False
-    quoted: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True)
 class EndOfTurn:
-    """The tokens that may end a turn: `known` ones by their text, and `added`, every added token of
-    the tokenizer.
+    """The tokens that may end a turn.
+
+    `known` are those that do, by their text, and `added` every added token of the tokenizer.
     """
 
     known: tuple[str, ...]
     added: frozenset[str]
 
     def find(self, body: str) -> tuple[int, str] | None:
-        """(position after it, token) of the end of the turn that closes `body`; white space may
-        follow.
+        """(position after it, token) of the end of the turn that closes `body`.
+
+        White space may follow.
 
         Of several tokens in a row at the end it is the first known one: some templates close the
         whole text with another.
@@ -96,24 +87,30 @@ class EndOfTurn:
         return known[-1] if known else None
 
     def closing(self, body: str) -> Iterator[tuple[int, str]]:
-        """(position after it, token) of each added token in the run that closes `body`, the last
-        one first.
+        """(position after it, token) of each added token in the run that closes `body`.
+
+        The last one first.
         """
-        sizes = sorted({len(token) for token in self.added}, reverse=True)
+        longest_first = sorted({len(token) for token in self.added}, reverse=True)
+
+        def token_before(end: int) -> str | None:
+            for size in longest_first:
+                if size <= end and body[end - size : end] in self.added:
+                    return body[end - size : end]
+            return None
+
         end = len(body.rstrip())
-        while token := next(
-            (body[end - n : end] for n in sizes if n <= end and body[end - n : end] in self.added),
-            None,
-        ):
+        while token := token_before(end):
             yield end, token
             end = len(body[: end - len(token)].rstrip())
 
 
 @dataclass(frozen=True)
 class TurnFinder:
-    """Finds the assistant's turns of one conversation. `header`: what the template writes before an
-    answer that its generation prompt lacks (a role, where there is no generation prompt); it would
-    be trained.
+    """Finds the assistant's turns of one conversation.
+
+    `header` is what the template writes before an answer that its generation prompt lacks: a role,
+    where there is no generation prompt. It would be trained.
     """
 
     conversation: Conversation
@@ -122,8 +119,9 @@ class TurnFinder:
     header: str = ""
 
     def turns(self, trained: Collection[int]) -> list[Turn]:
-        """Every turn, each from the renders up to it; one that isn't trained and can't be found is
-        passed over.
+        """Every turn, each from the renders up to it.
+
+        One that isn't trained and can't be found is passed over.
 
         Raises TemplateFault, naming the turn.
         """
@@ -154,8 +152,9 @@ class TurnFinder:
         return turn
 
     def _written(self, i: int, prompt: str, trained: bool) -> str | None:
-        """What the model writes after `prompt`, and what the template adds; None for an untrained
-        turn that can't be found.
+        """What the model writes after `prompt`, and what the template adds.
+
+        None for an untrained turn that can't be found.
         """
         messages = self.conversation.messages
         message = messages[i]
@@ -232,15 +231,14 @@ class TurnFinder:
 
 
 def _first_difference(text: str, other: str) -> int:
-    return next(
-        (k for k, (a, b) in enumerate(zip(text, other, strict=False)) if a != b),
-        min(len(text), len(other)),
-    )
+    for at, (mine, its) in enumerate(zip(text, other, strict=False)):
+        if mine != its:
+            return at
+    return min(len(text), len(other))
 
 
 def _shared_header(head: str, generation: str, context: int) -> tuple[str, str]:
-    """`head` up to the end of what it shares with the generation prompt, and what that has beyond
-    it.
+    """`head` up to the end of what it shares with the generation prompt, and what that has more.
 
     `head` is what a finished turn has before its words: `context` characters that aren't the
     turn's, its header, and maybe markup of the template's.
@@ -248,21 +246,7 @@ def _shared_header(head: str, generation: str, context: int) -> tuple[str, str]:
     whole = head.rfind(generation, context)
     if whole >= 0:
         return head[: whole + len(generation)], ""
-    size = next((n for n in range(len(generation), 0, -1) if head.endswith(generation[:n])), 0)
-    return head, generation[size:]
-
-
-def cut(text: str, turns: Sequence[Turn], trained: Collection[int]) -> list[Piece]:
-    """Cut `text` at the edges of every turn that stands in it unchanged."""
-    pieces = []
-    at = 0
-    for turn in turns:
-        place = turn.place(text)
-        if place is None:
-            continue
-        begin, end = place
-        assert begin >= at, "an assistant turn begins before the one ahead of it ends"
-        pieces += [Piece(text[at:begin]), Piece(turn.body, turn.message, turn.message in trained)]
-        at = end
-    pieces.append(Piece(text[at:]))
-    return [piece for piece in pieces if piece.text]
+    for size in range(len(generation), 0, -1):
+        if head.endswith(generation[:size]):
+            return head, generation[size:]
+    return head, generation

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from retool.data.read.refusals import KINDS, Refusals
+from retool.data.read.refused_rows import SHOWN_KINDS, RefusedRows
 
 
 def test_like_reasons_are_said_once() -> None:
-    refusals = Refusals()
+    refusals = RefusedRows()
     for row in range(5):
         refusals.add(
             f"a.parquet, row {row}: it has {100 + row} tokens, more than data.max_length=9."
@@ -22,7 +22,9 @@ def test_like_reasons_are_said_once() -> None:
 
 
 def test_no_more_kinds_than_can_be_read() -> None:
-    refusals = Refusals()
+    refusals = RefusedRows()
     for letter in map(chr, range(ord("a"), ord("z") + 1)):
         refusals.add(f"f, row 1: {letter}")
-    assert str(refusals.error(30)).splitlines()[KINDS + 1 :] == [f"… and {26 - KINDS} more rows."]
+    assert str(refusals.error(30)).splitlines()[SHOWN_KINDS + 1 :] == [
+        f"… and {26 - SHOWN_KINDS} more rows."
+    ]

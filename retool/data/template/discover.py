@@ -1,5 +1,6 @@
-"""What a chat template does, found by rendering small conversations with it: how turns end, and how
-it wants calls given.
+"""How a chat template ends turns, begins answers, and wants calls given.
+
+It is found by rendering small conversations of ours with it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from retool.data.read.rows import Conversation, RowError
-from retool.data.render.reasoning import FIELDS, field_of, thoughts, without_thoughts
-from retool.data.render.turns import PLACEHOLDER, EndOfTurn, TurnFinder
+from retool.data.template.thoughts import FIELDS, field_of, thoughts, without_thoughts
+from retool.data.template.turns import PLACEHOLDER, EndOfTurn, TurnFinder
 
 QUESTION = {"role": "user", "content": "Question"}
 TOOL = {
@@ -31,8 +32,9 @@ TOOL = {
 
 
 class CallForm(NamedTuple):
-    """How a template wants a message with calls: arguments as JSON text or as a dict, absent words
-    as null or as "".
+    """How a template wants a message with calls.
+
+    Arguments as JSON text or as a dict, absent words as null or as "".
     """
 
     arguments_as_text: bool = False
@@ -51,8 +53,9 @@ Show = Callable[[Sequence[Mapping[str, Any]], bool, bool, CallForm], str]
 
 
 def shown_message(message: Mapping[str, Any], form: CallForm) -> dict[str, Any]:
-    """The message as the template gets it: without our own keys, its thought under every name that
-    templates read.
+    """The message as the template gets it.
+
+    Our own keys are left out, and a thought is given under every name that templates read.
     """
     calls = message.get("tool_calls")
     given = _without_blank_words(message) if calls and form.no_words_as_null else message
@@ -67,8 +70,9 @@ def shown_message(message: Mapping[str, Any], form: CallForm) -> dict[str, Any]:
 
 
 def _without_blank_words(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with null for a content that says nothing aloud; what it thinks moves to the
-    field, as servers give it back.
+    """The message with null for a content that says nothing aloud.
+
+    What it thinks moves to the field, as servers give it back.
     """
     if without_thoughts(message)["content"].strip():
         return message
@@ -90,45 +94,47 @@ def _with_arguments_as_text(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_ends(show: Show, added: frozenset[str], eos: str | None) -> EndOfTurn:
-    """The end-of-turn tokens of an answer: what the template writes after one, and the tokenizer's
-    own. Raises ValueError.
+    """The end-of-turn tokens of an answer.
+
+    They are what the template writes after one, and the tokenizer's own. Raises ValueError.
     """
-    before, _, tail = show(
-        [QUESTION, {"role": "assistant", "content": PLACEHOLDER}], False, False, FORMS[0]
-    ).rpartition(PLACEHOLDER)
+    answer = {"role": "assistant", "content": PLACEHOLDER}
+    before, _, tail = show([QUESTION, answer], False, False, FORMS[0]).rpartition(PLACEHOLDER)
     if not before:
         raise ValueError("the chat template doesn't show an answer as it is written")
-    known = max(
-        (token for token in added if tail.lstrip().startswith(token)), key=len, default=None
-    )
-    if known is None:
+    candidates = [token for token in added if tail.lstrip().startswith(token)]
+    if not candidates:
         raise ValueError(
             f"the chat template ends an answer with {tail[:30]!r}, which doesn't begin with a token "
             "of its own in this tokenizer, so the model couldn't learn to stop"
         )
-    return EndOfTurn(tuple(dict.fromkeys([known, *([eos] if eos in added else [])])), added)
+    known = [max(candidates, key=len)]
+    if eos is not None and eos in added and eos not in known:
+        known.append(eos)
+    return EndOfTurn(tuple(known), added)
 
 
 def find_header(show: Show) -> str:
-    """What stands between a prompt and an answer where the template has no generation prompt: a
-    role header, or nothing.
+    """What stands between a prompt and an answer where there is no generation prompt.
+
+    That is a role header, or nothing.
     """
     try:
         prompt = show([QUESTION], True, False, FORMS[0])
         bare = show([QUESTION], False, False, FORMS[0])
     except ValueError:  # no prompt of one message; what it says of longer ones, rows will tell
         return ""
-    own = show([QUESTION, {"role": "assistant", "content": PLACEHOLDER}], False, False, FORMS[0])
-    return (
-        own.removeprefix(prompt).partition(PLACEHOLDER)[0]
-        if prompt == bare and own.startswith(prompt)
-        else ""
-    )
+    answer = {"role": "assistant", "content": PLACEHOLDER}
+    own = show([QUESTION, answer], False, False, FORMS[0])
+    if prompt != bare or not own.startswith(prompt):
+        return ""
+    return own.removeprefix(prompt).partition(PLACEHOLDER)[0]
 
 
 def find_call_form(show: Show, ends: EndOfTurn) -> tuple[CallForm, EndOfTurn]:
-    """The first form in which the template shows a call in full, and the ends with the token that
-    closes such a turn.
+    """The first form in which the template shows a call in full, and the ends of turns.
+
+    The token that closes a turn of calls is one of these ends.
 
     Of a template that shows calls in none of them, the first form: its rows are refused one by one,
     saying why.
@@ -164,8 +170,9 @@ def _calls(count: int) -> dict[str, Any]:
 
 
 def _ends_with_call(show: Show, ends: EndOfTurn, form: CallForm) -> EndOfTurn:
-    """`ends` with the token that closes a turn of one call, if it isn't one of them (<|eom_id|>,
-    <|call|>).
+    """`ends` with the token that closes a turn of one call (<|eom_id|>, <|call|>).
+
+    Unless it is one of them already.
 
     A token that closes each of several calls ends a call, not the turn.
     """

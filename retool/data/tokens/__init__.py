@@ -1,0 +1,1 @@
+"""Text into token ids: tokenizers, control tokens, and the one encoder."""

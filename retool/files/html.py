@@ -1,0 +1,54 @@
+"""Self-contained pages: no network, no build step, and nothing of the data is parsed as markup.
+
+The data goes in as JSON that can't close its element, is read by the page's scripts and set as
+text. A content security policy allows these scripts and styles, by their hashes, and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def embed(data: Any) -> str:
+    """JSON that is safe inside a script element.
+
+    It has no `<`, `>` or `&`, and no separator that old parsers take for a line's end.
+    """
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def content_policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
+    """A content security policy that allows the texts of these elements, and nothing else."""
+    script_hashes = " ".join(map(_hash, scripts))
+    style_hashes = " ".join(map(_hash, styles))
+    return (
+        f"default-src 'none'; script-src {script_hashes}; style-src {style_hashes}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def write_page(html: str, path: Path) -> None:
+    """Write it whole or not at all; lone surrogates become question marks.
+
+    Raises ValueError where `path` can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(html, encoding="utf-8", errors="replace", newline="\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} can't be written ({error.strerror or error}). Give another place for the page."
+        ) from error
+
+
+def _hash(source: str) -> str:
+    return "'sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() + "'"
