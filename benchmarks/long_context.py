@@ -48,13 +48,13 @@ from retool.parallel.collectives import sum_over
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import GIB, StepTimer, device_peak, mfu
-from retool.preflight.machine import MOST_PINNED, host_memory
+from retool.preflight.machine import MAX_PINNED_SHARE, host_memory
 from retool.preflight.memory import DTYPE_BYTES, OUTSIDE, Setting, choose, predict
 from retool.sft.step import train_step
 
 Offload = bool | Literal["auto"]
 WARM_UP = 4_096  # tokens
-HOST_GIB = MOST_PINNED * (host_memory() or math.inf) / GIB
+HOST_GIB = MAX_PINNED_SHARE * (host_memory() or math.inf) / GIB
 ACTIVATIONS: dict[str, Offload] = {"auto": "auto", "full": False, "offload": True}
 GUESS = 300e12  # model FLOP/s of a GPU, before one was measured
 

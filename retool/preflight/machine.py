@@ -25,8 +25,8 @@ from retool.perf import GIB
 
 DEFAULT_PORT = 29500  # torchrun's, without --standalone
 BF16_FROM = (8, 0)  # CUDA compute capability
-TAKEN = 0.1  # share of a GPU's memory that others may hold before it is worth saying
-MOST_PINNED = 0.8  # of the host's memory
+NOTABLE_SHARE_IN_USE = 0.1  # share of a GPU's memory that others may hold before it is worth saying
+MAX_PINNED_SHARE = 0.8  # of the host's memory
 
 
 def check_port(environment: Mapping[str, str]) -> Iterator[Fault]:
@@ -147,7 +147,7 @@ def check_host_memory(needed: float, key: str) -> Iterator[Fault]:
     one has.
     """
     total = host_memory()
-    if total is not None and needed > MOST_PINNED * total:
+    if total is not None and needed > MAX_PINNED_SHARE * total:
         problem = f"needs {needed / GIB:.1f} GiB of this machine's memory, which has {total / GIB:.1f} GiB."
         yield Fault(key, problem, "Offload less, use more machines, or a smaller model.")
 
@@ -199,7 +199,7 @@ def gpu_notes(per_node: int, compute: str, environment: Mapping[str, str]) -> It
                 f"GPU {index} ({name}) has no bf16 arithmetic: it is emulated, slowly. Use "
                 "fsdp_config.param_dtype=fp16."
             )
-        if taken > TAKEN * whole:
+        if taken > NOTABLE_SHARE_IN_USE * whole:
             yield (
                 f"GPU {index} ({name}) has {whole - taken:.1f} of {whole:.1f} GiB free: something else "
                 "runs on it."

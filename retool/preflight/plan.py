@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from retool.preflight.identity import Identity, record_of
 from retool.preflight.memory import DTYPE_BYTES, LADDER, Choice, Recompute, Setting
 
 R = TypeVar("R", bound="RunReport")
+T = TypeVar("T")
 # None: what fits
 RECOMPUTE: dict[bool | str, Recompute | None] = {
     True: "full",
@@ -98,6 +99,15 @@ class RunReport(ABC):
         """Training steps of the whole run."""
         given = self.options.trainer.total_training_steps
         return self.steps_of_data if given is None else given
+
+
+def attempt(where: str, action: Callable[[], T], faults: list[Fault], remedy: str = "") -> T | None:
+    """`action()`, or None with its ValueError or OSError among the faults."""
+    try:
+        return action()
+    except (ValueError, OSError) as error:
+        faults.append(Fault(where, str(error), remedy))
+        return None
 
 
 def setting_of(options: RunOptions, world: World) -> Setting:

@@ -20,6 +20,13 @@ from retool.preflight.plan import (
     host_bytes,
 )
 
+RECOMPUTED = {
+    "none": "nothing recomputed",
+    "selective": "MLPs recomputed",
+    "full": "all but attention recomputed",
+    "offload": "all but attention recomputed, what blocks keep in host memory",
+}
+
 
 def show_faults(faults: Sequence[Fault], console: Console | None = None) -> None:
     """Where, what, and the way out: one table on a terminal, a line each elsewhere.
@@ -90,56 +97,56 @@ def model_words(report: RunReport) -> str:
 def memory_words(
     report: RunReport, phases: Mapping[str, float] | None = None, fits: bool | None = None
 ) -> str:
-    """The predicted peak of each phase, of training alone where none are given; what is recomputed,
-    and whether it fits.
+    """The predicted peak of each phase; what is recomputed, and whether it fits.
+
+    Without `phases`: those of training alone.
     """
     choice = report.choice
     memory = gpu_memory(report.options)
     host = host_bytes(report)
     assert choice is not None
     if phases is None:
-        p = choice.prediction
+        predicted = choice.prediction
         fits = choice.fits
         phases = {
-            "load": p.load,
-            "forward/backward": p.forward_backward,
-            "optimizer": p.optimizer,
-            "save": p.save,
+            "load": predicted.load,
+            "forward/backward": predicted.forward_backward,
+            "optimizer": predicted.optimizer,
+            "save": predicted.save,
         }
-    words = ", ".join(f"{name} {size / GIB:.2f}" for name, size in phases.items())
-    kept = {
-        "none": "nothing recomputed",
-        "selective": "MLPs recomputed",
-        "full": "all but attention recomputed",
-        "offload": "all but attention recomputed, what blocks keep in host memory",
-    }[choice.recompute]
-    kept += "" if choice.keep_copy else ", weights cast at every gather"
-    verdict = "" if memory is None else f"; {'fits' if fits else 'may not fit'} in {memory:.0f} GiB"
-    offloaded = f"; {host / GIB:.1f} GiB of host memory on each machine" if host else ""
-    return (
-        f"peak by phase, GiB on each {'GPU' if memory is not None else 'process'} (predicted): {words}; "
-        f"{kept}{verdict}{offloaded}"
+    holder = "process" if memory is None else "GPU"
+    peaks = ", ".join(f"{name} {size / GIB:.2f}" for name, size in phases.items())
+    words = (
+        f"peak by phase, GiB on each {holder} (predicted): {peaks}; {RECOMPUTED[choice.recompute]}"
     )
+    if not choice.keep_copy:
+        words += ", weights cast at every gather"
+    if memory is not None:
+        words += f"; {'fits' if fits else 'may not fit'} in {memory:.0f} GiB"
+    if host:
+        words += f"; {host / GIB:.1f} GiB of host memory on each machine"
+    return words
 
 
 def written_words(report: RunReport, beside: str = "") -> str:
     """The run's folder, what a checkpoint holds, how often and how many."""
     options = report.options
-    trainer = report.options.trainer
-    each = checkpoint_bytes(report) / GIB
-    every = f"every {trainer.save_freq} steps and after the last"
-    often = {"after_each_epoch": "after each epoch", -1: "after the last step"}.get(
-        trainer.save_freq, every
-    )
-    keep = (
-        "" if trainer.max_ckpt_to_keep is None else f", the newest {trainer.max_ckpt_to_keep} kept"
-    )
-    copy = "" if trainer.default_hdfs_dir is None else f"; copied to {trainer.default_hdfs_dir}"
+    trainer = options.trainer
     contents = ", ".join(options.checkpoint.save_contents)
-    there = "" if report.resume is None else f"; goes on from {report.resume}"
-    folder = trainer.default_local_dir
-    holds = f"{contents}; {each:.2f} GiB"
-    return (
-        f"to {folder}: metrics.jsonl, config.yaml{beside}; a checkpoint ({holds}) "
-        f"{often}{keep}{copy}{there}"
+    holds = f"{contents}; {checkpoint_bytes(report) / GIB:.2f} GiB"
+    often = f"every {trainer.save_freq} steps and after the last"
+    if trainer.save_freq == "after_each_epoch":
+        often = "after each epoch"
+    elif trainer.save_freq == -1:
+        often = "after the last step"
+    words = (
+        f"to {trainer.default_local_dir}: metrics.jsonl, config.yaml{beside}; a checkpoint ({holds}) "
+        f"{often}"
     )
+    if trainer.max_ckpt_to_keep is not None:
+        words += f", the newest {trainer.max_ckpt_to_keep} kept"
+    if trainer.default_hdfs_dir is not None:
+        words += f"; copied to {trainer.default_hdfs_dir}"
+    if report.resume is not None:
+        words += f"; goes on from {report.resume}"
+    return words

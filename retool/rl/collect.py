@@ -49,7 +49,8 @@ class _Sampled:
 
 def collect(run: Run, state: TrainState, times: Metrics) -> Collected | None:
     """Sample a step's groups; None when asked to stop."""
-    wanted = run.session.report.config.data.train_batch_size
+    session = run.session
+    wanted = session.report.config.data.train_batch_size
     sync(run, times)
     sampled = _sample_rounds(run, state, times)
     release(run)
@@ -61,10 +62,7 @@ def collect(run: Run, state: TrainState, times: Metrics) -> Collected | None:
         rounds = f"{sampled.collection.rounds} rounds of sampling"
         what = "training on them" if groups else "nothing is trained"
         step = state.step + 1
-        say(
-            run.session.mesh,
-            f"step {step}: {len(groups)} of {wanted} groups after {rounds}; {what}.",
-        )
+        say(session.mesh, f"step {step}: {len(groups)} of {wanted} groups after {rounds}; {what}.")
     return Collected(groups, kept, sampled.position, _metrics(run, sampled, len(kept), times))
 
 
@@ -72,7 +70,8 @@ def _sample_rounds(run: Run, state: TrainState, times: Metrics) -> _Sampled | No
     """Rounds of sampling until the step has its groups, or more of them would be in vain. One round
     without dynamic sampling. None when asked to stop.
     """
-    config = run.session.report.config
+    report = run.session.report
+    config = report.config
     wanted = config.data.train_batch_size
     n = config.actor_rollout_ref.rollout.n
     wish = config.algorithm.filter_groups
@@ -82,7 +81,7 @@ def _sample_rounds(run: Run, state: TrainState, times: Metrics) -> _Sampled | No
     while sampled.empty_rounds < MAX_EMPTY_ROUNDS:
         if dynamic.complete(sampled.collection, wanted, wish.max_num_gen_batches):
             break
-        prompts = stream(run.session.report, sampled.position, count)
+        prompts = stream(report, sampled.position, count)
         groups = sample(run, prompts, n, training_sampling(config), state.step, times)
         if groups is None:
             return None
@@ -111,16 +110,15 @@ def _require_scores(run: Run, state: TrainState, sampled: _Sampled) -> None:
 
 def _require_usable(run: Run, state: TrainState, sampled: _Sampled) -> None:
     """UnusableSamples where the reward failed, or no group has a signal; lost samples are counted."""
-    count_lost(
-        state, sampled.samples, run.session.report.config.actor_rollout_ref.rollout.max_lost_share
-    )
+    config = run.session.report.config
+    count_lost(state, sampled.samples, config.actor_rollout_ref.rollout.max_lost_share)
     _require_scores(run, state, sampled)
     empty = sampled.empty_rounds
     if empty >= MAX_EMPTY_ROUNDS and not sampled.collection.groups:
         raise dynamic.UnusableSamples(
             f"algorithm.filter_groups: {empty} rounds of sampling in a row gave no group whose "
-            f"{run.session.report.config.algorithm.filter_groups.metric} differs: the questions are all too easy or "
-            "too hard. Use others, a larger rollout.n, or filter_groups.max_num_gen_batches to go on "
+            f"{config.algorithm.filter_groups.metric} differs: the questions are all too easy or too "
+            "hard. Use others, a larger rollout.n, or filter_groups.max_num_gen_batches to go on "
             "regardless."
         )
 
@@ -149,12 +147,13 @@ def release(run: Run) -> None:
     """Free the engine's memory for the update, where asked for or needed: its graphs are recorded
     anew after that. Collective.
     """
-    wanted = run.session.report.config.actor_rollout_ref.rollout.free_cache_engine
-    if run.session.mesh.device.type != "cuda":
+    session = run.session
+    wanted = session.report.config.actor_rollout_ref.rollout.free_cache_engine
+    if session.mesh.device.type != "cuda":
         return
     if wanted == "auto":
         # Alike on all ranks, as sync is collective
-        wanted = any(gather_objects(_update_is_short_of_memory(run), run.session.mesh.world_group))
+        wanted = any(gather_objects(_update_is_short_of_memory(run), session.mesh.world_group))
     if wanted:
         run.engine.release()
 
@@ -176,6 +175,7 @@ def sample(
 
     None when asked to stop.
     """
+    mesh = run.session.mesh
     mine = [(prompt, k) for prompt in prompts[run.engine_rank :: run.engines] for k in range(n)]
     spent = RolloutTimes()
     scored: list[Scored] | None = []
@@ -188,13 +188,13 @@ def sample(
                 scored = run.loop.run_until_complete(rollout)
             finally:
                 run.engine.end()
-        everyone = gather_objects(with_one_trace(scored), run.session.mesh.world_group)
+        everyone = gather_objects(with_one_trace(scored), mesh.world_group)
     times["tools"] = times.get("tools", 0.0) + spent.tools
     times["reward"] = times.get("reward", 0.0) + spent.reward
     if any(part is None for part in everyone):
         return None
     members: list[Scored] = [member for part in everyone for member in part or []]
-    if run.session.mesh.rank == 0:
+    if mesh.rank == 0:
         warn_of_failures(members)
     return regroup(prompts, members)
 

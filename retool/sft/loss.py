@@ -12,7 +12,9 @@ from retool.batch import PackedBatch
 from retool.model.logprobs import weighted_logprob_sum
 from retool.parallel.fsdp import Sharded
 
-MOSTLY = 0.9  # from this share of trained tokens on, choosing them costs more than the head saves
+MIN_SHARE_TO_SCORE_ALL = (
+    0.9  # from this share of trained tokens on, choosing them costs more than the head saves
+)
 
 
 def loss_sum(model: Sharded, pack: PackedBatch) -> torch.Tensor:
@@ -30,7 +32,7 @@ def loss_sum(model: Sharded, pack: PackedBatch) -> torch.Tensor:
         trained = torch.zeros(1, dtype=torch.int64)
     batch = part.to(mesh.device)
     chosen = None
-    if len(trained) < MOSTLY * len(part.weights):
+    if len(trained) < MIN_SHARE_TO_SCORE_ALL * len(part.weights):
         chosen = (
             trained.pin_memory().to(mesh.device, non_blocking=True)
             if mesh.device.type == "cuda"

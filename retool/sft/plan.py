@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from retool.config.options import RunOptions
 from retool.data.cache import Dataset, DatasetReport
@@ -14,9 +13,9 @@ from retool.preflight.memory import Choice, choose
 from retool.preflight.plan import RECOMPUTE, RunReport, gpu_memory, setting_of
 from retool.sft.config import SFTConfig, run_options
 
-# tokens per GPU whose forward and backward take the device longer than the host needs to enqueue
+# Tokens per GPU whose forward and backward take the device longer than the host needs to enqueue
 # them, at 0.5B parameters
-BUSY = 8_192
+TOKENS_TO_FILL_A_GPU = 8_192
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ def fills(config: SFTConfig) -> bool:
 def choose_for(report: Report) -> Choice:
     """Token budget per GPU and recomputation: as configured, and where left to us, what fits.
 
-    A number of samples is as many tokens as that many of the longest have; and `BUSY`, where that
-    fits just as well.
+    A number of samples is as many tokens as that many of the longest have. Where those are few,
+    short samples may fill a micro-batch up to `TOKENS_TO_FILL_A_GPU` tokens, if that changes nothing else.
     """
     config = report.config
     model = report.model
@@ -92,55 +91,57 @@ def choose_for(report: Report) -> Choice:
         offload=config.model.activation_offload,
     )
     choice = decide(tokens)
-    if data.micro_batch_size_per_gpu is not None and fills(config) and choice.tokens < BUSY:
-        fuller = decide(BUSY)
-        if (
-            fuller.fits
-            and replace(
-                fuller, tokens=choice.tokens, prediction=choice.prediction, hold=choice.hold
-            )
-            == choice
-        ):
-            return fuller
-    return choice
+    if (
+        data.micro_batch_size_per_gpu is None
+        or not fills(config)
+        or choice.tokens >= TOKENS_TO_FILL_A_GPU
+    ):
+        return choice
+    fuller = decide(TOKENS_TO_FILL_A_GPU)
+    same_price = choice == replace(
+        fuller, tokens=choice.tokens, prediction=choice.prediction, hold=choice.hold
+    )
+    return fuller if fuller.fits and same_price else choice
 
 
 def remedies(report: Report) -> str:
-    """Changes of the configuration that would make it fit, each alone; where none does, all of
-    them.
-    """
-    config = report.config
-    world = report.world
-    model = report.model
-    assert model is not None
-    ranks = [n for n in range(2, min(world.processes, model.heads) + 1) if world.processes % n == 0]
-    offload = replace(config.model.fsdp_config, param_offload=True, optimizer_offload=True)
-    full = replace(config.model, enable_gradient_checkpointing=True)
-    offloaded = replace(config.model, fsdp_config=offload)
-    changes: dict[str, dict[str, Any]] = {
-        "model.enable_gradient_checkpointing=true": {"model": full},
-        "data.micro_batch_size_per_gpu=1": {
-            "data": replace(config.data, micro_batch_size_per_gpu=1, max_token_len_per_gpu=None)
-        },
-        "model.enable_gradient_checkpointing=true model.activation_offload=true": {
-            "model": replace(full, activation_offload=True)
-        },
-        "model.fsdp_config.param_offload=true model.fsdp_config.optimizer_offload=true": {
-            "model": offloaded
-        },
-    }
-    if ranks and ranks[-1] > config.ulysses_sequence_parallel_size:
-        changes[f"ulysses_sequence_parallel_size={ranks[-1]}"] = {
-            "ulysses_sequence_parallel_size": ranks[-1]
-        }
+    """Changes of the configuration that make it fit, each alone; where none does, all of them."""
+    changed = _memory_savers(report)
     fitting = [
-        name
-        for name, change in changes.items()
-        if choose_for(replace(report, config=replace(config, **change))).fits
+        words
+        for words, config in changed.items()
+        if choose_for(replace(report, config=config)).fits
     ]
     if fitting:
         return f"Any of these is predicted to fit: {'; '.join(fitting)}."
     return (
-        f"No single change is predicted to fit: combine {'; '.join(changes)}, lower data.max_length, or "
+        f"No single change is predicted to fit: combine {'; '.join(changed)}, lower data.max_length, or "
         "use more GPUs."
     )
+
+
+def _memory_savers(report: Report) -> dict[str, SFTConfig]:
+    """Changes that take less memory, as one types them → the configuration that each makes."""
+    config = report.config
+    processes = report.world.processes
+    model = report.model
+    assert model is not None
+    data = replace(config.data, micro_batch_size_per_gpu=1, max_token_len_per_gpu=None)
+    recomputed = replace(config.model, enable_gradient_checkpointing=True)
+    sharding = replace(config.model.fsdp_config, param_offload=True, optimizer_offload=True)
+    changed = {
+        "model.enable_gradient_checkpointing=true": replace(config, model=recomputed),
+        "data.micro_batch_size_per_gpu=1": replace(config, data=data),
+        "model.enable_gradient_checkpointing=true model.activation_offload=true": replace(
+            config, model=replace(recomputed, activation_offload=True)
+        ),
+        "model.fsdp_config.param_offload=true model.fsdp_config.optimizer_offload=true": replace(
+            config, model=replace(config.model, fsdp_config=sharding)
+        ),
+    }
+    most = min(processes, model.heads)
+    sizes = [size for size in range(2, most + 1) if processes % size == 0]
+    if sizes and sizes[-1] > config.ulysses_sequence_parallel_size:
+        words = f"ulysses_sequence_parallel_size={sizes[-1]}"
+        changed[words] = replace(config, ulysses_sequence_parallel_size=sizes[-1])
+    return changed

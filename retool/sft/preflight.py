@@ -26,27 +26,19 @@ from retool.data.tokenise import LengthLimit
 from retool.data.tokens.load import load_tokenizer, other_tokens
 from retool.metrics import missing_extras
 from retool.perf import GIB
-from retool.preflight.checks import (
-    Box,
-    attempt,
-    box_of,
-    check_ids,
-    check_run,
-    check_tokenizer,
-    notes_of,
-    read_world,
-    with_model,
-)
+from retool.preflight.checks import check_run, notes_of
 from retool.preflight.machine import check_host_memory
 from retool.preflight.memory import OUTSIDE, SLACK
-from retool.preflight.plan import gpu_memory, host_bytes
+from retool.preflight.model_folder import check_ids, check_tokenizer, with_model
+from retool.preflight.plan import attempt, gpu_memory, host_bytes
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
+from retool.preflight.world import Box, box_of, read_world
 from retool.sft.config import SFTConfig, contradictions
 from retool.sft.identity import with_identity
 from retool.sft.plan import Report, Split, choose_for, remedies
 
 # a predicted peak this many times the device's memory is a fault; a closer one only a note
-HOPELESS = 1.25
+HOPELESS_PEAK_SHARE = 1.25
 Name = Literal["train", "val"]
 Progress = Callable[[int], None]
 
@@ -76,9 +68,7 @@ def preflight(
         config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher
     )
     report = find_checkpoint(Report(config, world, faults=tuple(faults + trouble)))
-    report = with_model(
-        report, config.model.partial_pretrain, "model.partial_pretrain", config.data.chat_template
-    )
+    report = with_model(report, config.model.partial_pretrain)
     report = _with_data(check_run(report, box, launcher), progress)
     report = _with_memory(report, box)
     report = check_checkpoint(with_identity(report))
@@ -109,7 +99,7 @@ def _with_data(report: Report, progress: Progress | None) -> Report:
         faults
         or folder is None
         or report.model is None
-        or any(check_tokenizer(folder, config.data.chat_template))
+        or any(check_tokenizer(folder, config.data.chat_template, report.options.pretrained_key))
     ):
         return report  # transformers needs a model type that it can read to find the tokenizer
     day = template_date(config.data.template_date, report.then)
@@ -303,7 +293,7 @@ def _with_memory(report: Report, box: Box) -> Report:
             )
         )
     memory = gpu_memory(report.options)
-    if memory is None or choice.prediction.peak <= HOPELESS * memory * GIB:
+    if memory is None or choice.prediction.peak <= HOPELESS_PEAK_SHARE * memory * GIB:
         return report
     problem = (
         f"the predicted peak is {choice.prediction.peak / GIB:.1f} GiB, and a GPU has {memory:.1f}."

@@ -70,43 +70,36 @@ def _data_words(report: Report) -> str:
 
 def _step_words(report: Report, choice: Choice, dp: int) -> str:
     config = report.config
-    data = config.data
-    sp = config.ulysses_sequence_parallel_size
-    share = -(-data.train_batch_size // dp)
-    spread = (
-        f"{data.train_batch_size} samples, {share} for each of {dp} groups"
-        if dp > 1
-        else f"{data.train_batch_size} samples"
-    )
-    if data.micro_batch_size_per_gpu is not None and not fills(config):
-        count = -(-share // data.micro_batch_size_per_gpu)
-        micro = (
-            f"{count} micro-batches of {data.micro_batch_size_per_gpu} samples, at most "
-            f"{choice.tokens:,} tokens per GPU"
-        )
-    else:
-        chosen = "" if data.max_token_len_per_gpu is not None else " (chosen)"
-        if data.micro_batch_size_per_gpu is not None:
-            chosen = f" (room for the {data.micro_batch_size_per_gpu} longest)"
-        micro = (
-            f"micro-batches of at most {choice.tokens:,} tokens per GPU{chosen}, {choice.tokens * sp:,} "
-            "per group"
-        )
-    tokens = ""
+    size = config.data.train_batch_size
+    share = -(-size // dp)
+    words = f"{size} samples"
+    if dp > 1:
+        words += f", {share} for each of {dp} groups"
     if report.train is not None:
         lengths = report.train.dataset.lengths
         trained = report.train.dataset.trained
-        size = data.train_batch_size
-        tokens = (
+        words += (
             f"; {size * float(lengths.mean()):,.0f} tokens on average, "
             f"{size * float(trained.mean()):,.0f} of them trained"
         )
-    padding = (
-        "packed without padding"
-        if config.use_remove_padding
-        else f"each sample padded to {data.max_length:,}"
-    )
-    return f"{spread}{tokens}; {micro}; {padding}"
+    padding = "packed without padding"
+    if not config.use_remove_padding:
+        padding = f"each sample padded to {config.data.max_length:,}"
+    return f"{words}; {_micro_batch_words(config, choice, share)}; {padding}"
+
+
+def _micro_batch_words(config: SFTConfig, choice: Choice, share: int) -> str:
+    """`share`: samples of a step for each data-parallel group."""
+    asked = config.data.micro_batch_size_per_gpu
+    tokens = choice.tokens
+    if asked is not None and not fills(config):
+        count = -(-share // asked)
+        return f"{count} micro-batches of {asked} samples, at most {tokens:,} tokens per GPU"
+    why = "" if config.data.max_token_len_per_gpu is not None else " (chosen)"
+    if asked is not None:
+        why = f" (room for the {asked} longest)"
+    of_group = tokens * config.ulysses_sequence_parallel_size
+    return f"micro-batches of at most {tokens:,} tokens per GPU{why}, {of_group:,} per group"
 
 
 def _schedule_words(config: SFTConfig, steps: int) -> str:

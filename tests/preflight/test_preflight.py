@@ -36,7 +36,6 @@ from retool.model.hub import find_model
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 from retool.preflight import machine
-from retool.preflight.checks import check_mesh, read_world
 from retool.preflight.machine import check_output
 from retool.preflight.memory import Choice, choose
 from retool.preflight.plan import (
@@ -46,9 +45,10 @@ from retool.preflight.plan import (
     kept_checkpoints,
 )
 from retool.preflight.show import show_faults, show_plan
+from retool.preflight.world import check_mesh, read_world
 from retool.sft.__main__ import main
 from retool.sft.config import SYNONYMS, SFTConfig
-from retool.sft.plan import BUSY, Report
+from retool.sft.plan import TOKENS_TO_FILL_A_GPU, Report
 from retool.sft.preflight import preflight
 from retool.sft.show import in_words, rows_read
 from retool.sft.train import make_packing
@@ -570,7 +570,7 @@ def test_a_micro_batch_is_filled_where_memory_allows(run: Path) -> None:
         }.items()
     }
     tokens = {name: choice.tokens for name, choice in chosen.items() if choice is not None}
-    assert tokens["roomy"] == BUSY and tokens["tight"] == tokens["exact"] < 100
+    assert tokens["roomy"] == TOKENS_TO_FILL_A_GPU and tokens["tight"] == tokens["exact"] < 100
 
 
 def test_a_micro_batch_is_not_filled_at_the_price_of_the_compute_copy(
@@ -578,7 +578,7 @@ def test_a_micro_batch_is_not_filled_at_the_price_of_the_compute_copy(
 ) -> None:
     def but_for_the_copy(*args: Any, **more: Any) -> Choice:
         choice = choose(*args, **more)
-        return replace(choice, keep_copy=choice.tokens < BUSY)
+        return replace(choice, keep_copy=choice.tokens < TOKENS_TO_FILL_A_GPU)
 
     monkeypatch.setattr("retool.sft.plan.choose", but_for_the_copy)
     choice = check(

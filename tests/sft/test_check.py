@@ -33,7 +33,7 @@ from retool.config.options import (
 from retool.data.template.choose import TEMPLATES
 from retool.model.attention import flash as attention_flash
 from retool.parallel.mesh import make_mesh
-from retool.preflight.checks import Box, check_attention, check_device
+from retool.preflight.world import Box, check_attention, check_device
 from retool.run.resume import to_resume
 from retool.sft.__main__ import main
 from retool.sft.config import SYNONYMS, SFTConfig

@@ -19,19 +19,12 @@ from retool.data.render.rendering import Rendering
 from retool.data.tokens.load import load_tokenizer, other_tokens
 from retool.metrics import missing_extras
 from retool.perf import GIB
-from retool.preflight.checks import (
-    attempt,
-    box_of,
-    check_heads,
-    check_ids,
-    check_run,
-    notes_of,
-    read_world,
-    with_model,
-)
+from retool.preflight.checks import check_run, notes_of
 from retool.preflight.memory import Choice, choose
-from retool.preflight.plan import RECOMPUTE, gpu_memory, setting_of
+from retool.preflight.model_folder import check_ids, with_model
+from retool.preflight.plan import RECOMPUTE, attempt, gpu_memory, setting_of
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
+from retool.preflight.world import box_of, check_heads, read_world
 from retool.rl.agent.tools.interpreter import CodeInterpreter
 from retool.rl.agent.tools.load import load_tools
 from retool.rl.agent.tools.protocol import Tool
@@ -67,12 +60,8 @@ def preflight(
         config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher
     )
     report = find_checkpoint(Report(config, world, faults=tuple(faults + trouble)))
-    report = with_model(
-        report, config.actor_rollout_ref.model.path, PATH, config.data.chat_template
-    )
-    report = check_run(report, box, launcher, saves=not config.trainer.val_only).blame(
-        *_engine_faults(report)
-    )
+    report = with_model(report, config.actor_rollout_ref.model.path)
+    report = check_run(report, box, launcher).blame(*_engine_faults(report))
     first = not int(launcher.get("LOCAL_RANK", 0))
     report = _with_functions(_with_objective(_with_renderer(report)), first)
     report = _with_prompts(report)
@@ -84,7 +73,7 @@ def preflight(
     found = (
         *notes(config),
         *_notes(report),
-        *notes_of(report, box, launcher, planning=planning, saves=not config.trainer.val_only),
+        *notes_of(report, box, launcher, planning=planning),
     )
     return replace(report, notes=(*report.notes, *found))
 
