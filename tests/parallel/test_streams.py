@@ -211,7 +211,7 @@ def given_up(model: Sharded) -> None:
 
     def fails(block: Any, *args: Any) -> torch.Tensor:
         calls[0] += 1
-        if calls[0] == CONFIG.layers + 3:
+        if calls[0] == 3:  # of the backward: a forward saves the result, too
             raise ZeroDivisionError
         return attend(block, *args)
 
