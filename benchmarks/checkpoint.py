@@ -50,7 +50,7 @@ def state_of(shape: str, layers: int | None, mesh: Mesh) -> ModelState:
     config = SHAPES[shape] if layers is None else replace(SHAPES[shape], layers=layers)
     layout = build_decoder(config, mesh, ModelOptions()).layout
     flats = [torch.rand(layout.shard_numel, device=mesh.device) for _ in range(3)]
-    return ModelState(layout, *flats, step=1)
+    return ModelState(layout, *flats, updates=1)
 
 
 def peer_state(state: ModelState, mesh: Mesh) -> dict[str, Any]:
@@ -112,9 +112,7 @@ def ours(
             folder,
             state,
             mesh,
-            step=1,
-            extra={},
-            data_state={},
+            checkpoint.TrainingState(step=1),
             model_folder=source,
             options=options,
             staging=staging,

@@ -6,7 +6,7 @@ from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.checkpoint.read import Loaded, load
 from retool.checkpoint.resume import latest, load_whole
 from retool.checkpoint.staging import Staging
-from retool.checkpoint.types import PendingSave, SaveOptions, SaveResult
+from retool.checkpoint.types import PendingSave, SaveOptions, SaveResult, TrainingState
 from retool.checkpoint.write import save
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "SaveResult",
     "Staging",
     "TensorSource",
+    "TrainingState",
     "latest",
     "load",
     "load_flat",

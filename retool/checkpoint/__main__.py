@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
 from retool.checkpoint.convert import convert
-from retool.checkpoint.format.folder import faulty_files, model_folder
+from retool.checkpoint.format.folder import faulty_files, holds_export, holds_shards, model_folder
 from retool.checkpoint.listing import list_checkpoints
-from retool.checkpoint.merge import merge
+from retool.checkpoint.merge import Progress, merge
 from retool.checkpoint.shards.source import ShardSource
 from retool.checkpoint.verify import assurance, verify
 from retool.metrics import printable
@@ -75,6 +78,37 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Run a parsed command; its exit status."""
     if options.command == "ls":
         return list_checkpoints(options.root, console)
+    with _bar(options) as progress:
+        status, message = COMMANDS[options.command](options, progress)
+    for line in message.splitlines():
+        console.print(printable(line), soft_wrap=True, markup=False, highlight=False)
+    return status
+
+
+def _merge(options: argparse.Namespace, progress: Progress) -> tuple[int, str]:
+    files = merge(options.folder, options.out, DTYPES[options.dtype], progress)
+    size = sum(file.stat().st_size for file in files)
+    return 0, f"{options.out}: {len(files)} file(s), {size / 2**30:.2f} GiB"
+
+
+def _convert(options: argparse.Namespace, progress: Progress) -> tuple[int, str]:
+    written = convert(options.folder, options.world_size, options.out, progress)
+    return 0, f"{written}: {options.world_size} rank(s)"
+
+
+def _verify(options: argparse.Namespace, progress: Progress) -> tuple[int, str]:
+    if problems := verify(options.folder, progress):
+        return 1, "\n".join(problems)
+    return 0, assurance(options.folder)
+
+
+# What a command returns: its exit status, and what it says.
+COMMANDS = {"merge": _merge, "convert": _convert, "verify": _verify}
+
+
+@contextmanager
+def _bar(options: argparse.Namespace) -> Iterator[Progress]:
+    """A progress bar on standard error, and the function that moves it on."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -82,55 +116,32 @@ def run(options: argparse.Namespace, console: Console) -> int:
         TextColumn("M elements"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with ProgressBar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(options.command, total=work(options))
         done = 0
 
         def progress(what: str, elements: int) -> None:
             nonlocal done
             done += elements
-            bar.update(
-                task, completed=done // 10**6, description=escape(f"{options.command} {what}")
-            )
+            description = escape(f"{options.command} {what}")
+            bar.update(task, completed=done // 10**6, description=description)
 
-        if options.command == "merge":
-            files = merge(options.folder, options.out, DTYPES[options.dtype], progress)
-            message = (
-                f"{options.out}: {len(files)} file(s), "
-                f"{sum(f.stat().st_size for f in files) / 2**30:.2f} GiB"
-            )
-            status = 0
-        elif options.command == "convert":
-            message = (
-                f"{convert(options.folder, options.world_size, options.out, progress)}: "
-                f"{options.world_size} rank(s)"
-            )
-            status = 0
-        else:
-            problems = verify(options.folder, progress)
-            message = "\n".join(problems) or assurance(options.folder)
-            status = int(bool(problems))
-    for line in message.splitlines():
-        console.print(printable(line), soft_wrap=True, markup=False, highlight=False)
-    return status
+        yield progress
 
 
 def work(options: argparse.Namespace) -> int | None:
     """Millions of elements that a command will go through; None where the folder doesn't say."""
     where = model_folder(options.folder)
-    if faulty_files(where) or not any(where.glob("model_world_size_*_rank_0.pt")):
+    if faulty_files(where) or not holds_shards(where, "model"):
         return None
     source = ShardSource(where)
     elements = sum(prod(source.shape(name)) for name in source.names())
-    passes = (
-        1
-        if options.command == "merge"
-        else 3
-        if any(where.glob("optim_world_size_*_rank_0.pt"))
-        else 1
-    )
-    exported = options.command == "verify" and any((where / "huggingface").glob("*.safetensors"))
-    return elements * (passes + exported) // 10**6
+    passes = 1
+    if options.command != "merge" and holds_shards(where, "optim"):
+        passes += 2  # AdamW's moments
+    if options.command == "verify" and holds_export(where):
+        passes += 1
+    return elements * passes // 10**6
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,15 @@ import torch
 from retool.checkpoint.flat.fill import CHUNK
 from retool.checkpoint.flat.rows import all_rows, rows_numel
 from retool.checkpoint.format.checksums import checksums_of, write_archive
-from retool.checkpoint.format.folder import CHECKSUMS, CONFIG, DATA, MARK, shard_name, write_config
+from retool.checkpoint.format.folder import (
+    CHECKSUMS,
+    CONFIG,
+    DATA,
+    MARK,
+    holds_shards,
+    shard_name,
+    write_config,
+)
 from retool.checkpoint.format.state_dicts import Place, frozen, model_content, optimizer_content
 from retool.checkpoint.merge import (
     EMBEDDING,
@@ -22,11 +30,12 @@ from retool.checkpoint.merge import (
     no_progress,
     require_complete,
 )
-from retool.checkpoint.publish import claim, publish, remove
+from retool.checkpoint.publish import claim, mend, publish, remove
 from retool.checkpoint.shards.files import Shards
 from retool.checkpoint.shards.optimizer import optimizer_step, parameter_group
 from retool.checkpoint.shards.source import ShardSource
 from retool.checkpoint.shards.states import extra_state, step_of
+from retool.files.lock import sole_user
 from retool.parallel.fsdp.layout import Layout, make_layout
 
 
@@ -40,35 +49,46 @@ def convert(
     """
     if world < 1:
         raise ValueError(f"--world-size {world}: it must be at least 1.")
-    folder = folder.resolve()  # "." has no name to put .tmp after
-    where = require_complete(folder)
+    folder = folder.resolve()  # "." has no name to put .converting after
     final = folder if out is None else out.resolve()
+    mend(final)
+    where = require_complete(folder)
     if out is not None and final.exists():
         raise ValueError(f"{out} exists. Give another folder, or delete it first.")
     temporary = claim(final, "converting")  # not .tmp: a run's next save clears those away
     try:
-        target = temporary / where.relative_to(folder)
-        shutil.copytree(
-            folder,
-            temporary,
-            dirs_exist_ok=True,
-            ignore=lambda _, names: [
-                n for n in names if n == MARK or (n.endswith(".pt") and n != DATA)
-            ],
-        )
-        for name in (CHECKSUMS, CONFIG):
-            (target / name).unlink(missing_ok=True)
-        step = _write_ranks(where, target, world, progress)
-        written = [p for p in sorted(target.rglob("*")) if p.is_file() and p.name != MARK]
-        files = {p.relative_to(target).as_posix(): checksums_of(p) for p in written}
-        if (data := temporary / DATA).exists():
-            files[os.path.relpath(data, target)] = checksums_of(data)
-        write_config(target, world, world, step, files)
-        publish(temporary, final, ours=True)
+        # Locked, so that no other conversion takes it for one that was cut off.
+        with sole_user(temporary):
+            target = temporary / where.relative_to(folder)
+            _copy_all_but_shards(folder, temporary)
+            for name in (CHECKSUMS, CONFIG):
+                (target / name).unlink(missing_ok=True)
+            step = _write_ranks(where, target, world, progress)
+            write_config(target, world, world, step, _checksums_in(temporary, target))
+            publish(temporary, final, ours=True)
     except BaseException:
         remove(temporary)
         raise
     return final
+
+
+def _copy_all_but_shards(folder: Path, temporary: Path) -> None:
+    def left_out(_: str, names: list[str]) -> list[str]:
+        return [name for name in names if name == MARK or (name.endswith(".pt") and name != DATA)]
+
+    shutil.copytree(folder, temporary, dirs_exist_ok=True, ignore=left_out)
+
+
+def _checksums_in(temporary: Path, target: Path) -> dict[str, Any]:
+    """Of every file that was written, by its name relative to the model files' folder."""
+    files: dict[str, Any] = {}
+    for path in sorted(target.rglob("*")):
+        if path.is_file() and path.name != MARK:
+            files[path.relative_to(target).as_posix()] = checksums_of(path)
+    data = temporary / DATA
+    if data.exists():
+        files[os.path.relpath(data, target)] = checksums_of(data)
+    return files
 
 
 def file_layout(source: ShardSource, shards: int) -> Layout:
@@ -77,12 +97,16 @@ def file_layout(source: ShardSource, shards: int) -> Layout:
     A tied head is an alias.
     """
     names = list(source.names())
-    is_tied = head_is_embedding(source, source.folder / "huggingface")
-    kept = [n for n in names if not (is_tied and n == HEAD)]
-    aliases = ((HEAD, EMBEDDING),) if is_tied else ()
-    return make_layout(
-        [(n, [(n, source.shape(n), [(n, source.shape(n))], True)]) for n in kept], shards, aliases
-    )
+    aliases: tuple[tuple[str, str], ...] = ()
+    if head_is_embedding(source, source.folder / "huggingface"):
+        names.remove(HEAD)
+        aliases = ((HEAD, EMBEDDING),)
+    units = []
+    for name in names:
+        shape = source.shape(name)
+        slot = (name, shape, [(name, shape)], True)
+        units.append((name, [slot]))
+    return make_layout(units, shards, aliases)
 
 
 def _write_ranks(where: Path, target: Path, world: int, progress: Progress) -> int:
@@ -93,7 +117,7 @@ def _write_ranks(where: Path, target: Path, world: int, progress: Progress) -> i
     step = step_of((extra or {}).get("step", 0), where)
     moments: list[ShardSource] = []
     optim: Shards | None = None
-    if any(where.glob("optim_world_size_*_rank_0.pt")):
+    if holds_shards(where, "optim"):
         optim = Shards(where, "optim")
         moments = [ShardSource(optim, which) for which in ("exp_avg", "exp_avg_sq")]
     for rank in range(world):
@@ -104,12 +128,10 @@ def _write_ranks(where: Path, target: Path, world: int, progress: Progress) -> i
             model_content(layout, place, params, step),
         )
         if optim is not None:
-            first, second = (
-                _fill(layout, rank, moment, target / f"scratch{i}", progress)
-                for i, moment in enumerate(moments)
-            )
+            exp_avg = _fill(layout, rank, moments[0], target / "scratch0", progress)
+            exp_avg_sq = _fill(layout, rank, moments[1], target / "scratch1", progress)
             content = optimizer_content(
-                layout, place, first, second, optimizer_step(optim), parameter_group(optim)
+                layout, place, (exp_avg, exp_avg_sq), optimizer_step(optim), parameter_group(optim)
             )
             write_archive(target / shard_name("optim", world, rank), content)
         if extra is not None:
@@ -123,12 +145,10 @@ def _fill(
     """A rank's row buffer, in an unlinked scratch file that the kernel may write out."""
     numel = rows_numel(layout, rank)
     dtype = source.dtype(next(iter(source.names())))
-    buffer = (
-        torch.from_file(str(scratch), shared=True, size=numel, dtype=dtype)
-        if numel
-        else torch.empty(0, dtype=dtype)
-    )
-    scratch.unlink(missing_ok=True)
+    if numel == 0:
+        return torch.empty(0, dtype=dtype)
+    buffer = torch.from_file(str(scratch), shared=True, size=numel, dtype=dtype)
+    scratch.unlink()
     for rows in all_rows(layout, rank):
         for start in range(rows.start, rows.stop, CHUNK):
             stop = min(start + CHUNK, rows.stop)

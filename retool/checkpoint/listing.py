@@ -8,8 +8,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from retool.checkpoint.format.folder import faulty_files, model_folder, recorded_files, world_size
-from retool.checkpoint.format.tracker import checkpoints
+from retool.checkpoint.format.folder import (
+    faulty_files,
+    holds_export,
+    holds_shards,
+    model_folder,
+    recorded_files,
+    world_size,
+)
+from retool.checkpoint.format.tracker import checkpoints, set_aside
 from retool.checkpoint.resume import latest
 from retool.files.untrusted import shown
 
@@ -22,14 +29,13 @@ def list_checkpoints(root: Path, console: Console) -> int:
         raise ValueError(f"{root} is not a folder.")
     chosen = latest(root)
     table = Table("", "step", "ranks", "GiB", "holds", "state")
-    for step, path in checkpoints(root):
+    everything = sorted([*checkpoints(root), *set_aside(root)], reverse=True)
+    for step, path in everything:
         row = ("*" if path == chosen else "", str(step), *_described(path))
-        # As text: names of unknown origin would else be read as markup
+        # As text: names of unknown origin would else be read as markup.
         table.add_row(*map(Text, row))
-    console.print(
-        table if table.row_count else Text(f"{shown(str(root))} holds no checkpoint."),
-        soft_wrap=True,
-    )
+    nothing = Text(f"{shown(str(root))} holds no checkpoint.")
+    console.print(table if table.row_count else nothing, soft_wrap=True)
     return 0
 
 
@@ -38,21 +44,22 @@ def _described(path: Path) -> tuple[str, str, str, str]:
     try:
         where = model_folder(path)
         wrong = faulty_files(where)
-        kinds = [
-            kind
-            for kind in ("model", "optim", "extra_state")
-            if any(where.glob(f"{kind}_world_size_*.pt"))
-        ]
-        kinds += ["export"] if any((where / "huggingface").glob("*.safetensors")) else []
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         ranks = "?" if wrong else str(world_size(where))
-        condition = (
-            shown(wrong[0])
-            if wrong
-            else "complete"
-            if recorded_files(where)
-            else "complete, without checksums"
-        )
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        state = _state(where, wrong)
+        if path.suffix:
+            state = f"named {path.name}, as its replacement was cut off: {state}"
+        return ranks, f"{size / 2**30:.2f}", " ".join(_contents(where)), state
     except OSError as error:
         return "?", "?", "", f"can't be read ({error.strerror or error})"
-    return ranks, f"{size / 2**30:.2f}", " ".join(kinds), condition
+
+
+def _contents(where: Path) -> list[str]:
+    kinds = [kind for kind in ("model", "optim", "extra_state") if holds_shards(where, kind)]
+    return [*kinds, "export"] if holds_export(where) else kinds
+
+
+def _state(where: Path, wrong: list[str]) -> str:
+    if wrong:
+        return shown(wrong[0])
+    return "complete" if recorded_files(where) else "complete, without checksums"

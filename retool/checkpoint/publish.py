@@ -18,9 +18,11 @@ import re
 import shutil
 from pathlib import Path
 
-from retool.checkpoint.format.folder import CHECKSUMS, MARK, fsync, model_folder, write_text
-from retool.checkpoint.format.tracker import TRACKER, checkpoints, tracked
+from retool.checkpoint.format.folder import CHECKSUMS, MARK, model_folder
+from retool.checkpoint.format.tracker import STEP, TRACKER, checkpoints, tracked
 from retool.config.redact import logger
+from retool.files.durable import fsync, replace_text
+from retool.files.lock import in_use
 
 UNFINISHED = re.compile(r"global_step_\d+\.(\d+\.)?(tmp|old)")
 WORDS = (
@@ -99,6 +101,9 @@ def clear_torn(root: Path) -> None:
     Nothing that fails here is raised.
     """
     for path in sorted(root.iterdir()):
+        if STEP.fullmatch(path.name):
+            _unmark(path)
+            continue
         match = UNFINISHED.fullmatch(path.name)
         name = path.with_name(path.name.partition(".")[0])
         if match is None:
@@ -107,6 +112,38 @@ def clear_torn(root: Path) -> None:
             remove(path)
         elif not os.path.lexists(name) and (path / MARK).is_file():
             _restore(path, name)
+
+
+def mend(final: Path) -> None:
+    """Put right what a conversion left beside `final` when it was cut off.
+
+    Nothing that fails here is raised, and nothing goes that carries no mark.
+    """
+    if not final.parent.is_dir():
+        return
+    leftovers = re.compile(rf"{re.escape(final.name)}\.(?:\d+\.)?(converting|old)")
+    found = [
+        (m[1], p) for p in sorted(final.parent.iterdir()) if (m := leftovers.fullmatch(p.name))
+    ]
+    for kind, path in found:
+        if kind == "old" and not os.path.lexists(final) and (path / MARK).is_file():
+            _restore(path, final)
+    if final.is_dir():
+        _unmark(final)
+    for kind, path in found:
+        # One that is being written is locked by the process that writes it.
+        if (kind == "converting" or os.path.lexists(final)) and not in_use(path):
+            remove(path)
+
+
+def _unmark(folder: Path) -> None:
+    """Take the mark out of a folder that has its name: it is complete, and mustn't say otherwise.
+
+    Its writer was cut off just before it did so itself, or before it deleted the folder.
+    """
+    if not folder.is_symlink():
+        with contextlib.suppress(OSError):
+            (folder / MARK).unlink()
 
 
 def _restore(aside: Path, name: Path) -> None:
@@ -125,7 +162,7 @@ def track(root: Path, step: int) -> None:
         aside = _free(path, "old")
         log.warning("%s isn't a file: it is %s now.", path, aside.name)
         path.rename(aside)
-    write_text(path, f"{step}")
+    replace_text(path, f"{step}")
 
 
 def is_ours(folder: Path) -> bool:

@@ -77,9 +77,8 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
         way_out = "Resume from an older one (trainer.resume_from_path)."
         require_finite(
             state.layout,
-            mesh.shard_rank,
+            mesh,
             state.params,
-            mesh.world_group,
             f"{top} can't be resumed",
             way_out,
         )

@@ -17,8 +17,10 @@ from retool.checkpoint.format.tracker import TRACKER
 from retool.config.redact import logger
 
 ATTEMPTS = 4
-STALL_S = 300.0  # that a store may be silent at the end of a run, all attempts at a file included,
-SLOWEST_BYTES_S = 1e6  # besides the time that the file at hand takes at this speed
+# At the end of a run a store may be silent for this long, all attempts at a file included, and
+# besides for as long as the file at hand takes at this speed.
+STALL_S = 300.0
+SLOWEST_BYTES_S = 1e6
 
 log = logger("retool.checkpoint")
 
@@ -35,8 +37,8 @@ class Mirror:
         self._wait_s = wait_s
         self._queue: queue.Queue[Path | None] = queue.Queue()
         self._busy: list[Path] = []
-        self._moved = time.monotonic()
-        self._current = 0
+        self._moved = time.monotonic()  # when the file at hand began
+        self._current = 0  # its bytes
         self.failures: list[str] = []
         self._thread = threading.Thread(target=self._work, name="checkpoint copy", daemon=True)
         self._thread.start()
@@ -55,16 +57,19 @@ class Mirror:
         for no longer.
         """
         self._queue.put(None)
-        while (
-            self._thread.is_alive()
-            and time.monotonic() - self._moved < STALL_S + self._current / SLOWEST_BYTES_S
-        ):
+        while self._thread.is_alive() and not self._is_stalled():
             self._thread.join(0.2)
-        for folder in self._busy if self._thread.is_alive() else ():
-            self.failures.append(
-                f"{folder} was not copied to {self.url}: the store takes nothing any more"
-            )
-            log.error("%s. The local checkpoint is complete.", self.failures[-1])
+        if self._thread.is_alive():
+            for folder in self._busy:
+                self._fail(folder, "the store takes nothing any more")
+
+    def _is_stalled(self) -> bool:
+        patience_s = STALL_S + self._current / SLOWEST_BYTES_S
+        return time.monotonic() - self._moved > patience_s
+
+    def _fail(self, folder: Path, why: str) -> None:
+        self.failures.append(f"{folder} was not copied to {self.url}: {why}")
+        log.error("%s. The local checkpoint is complete.", self.failures[-1])
 
     def _progress(self, size: int) -> None:
         """A file of this size begins."""
@@ -75,13 +80,9 @@ class Mirror:
         while (folder := self._queue.get()) is not None:
             try:
                 copy(folder, self.url, self._wait_s, self._progress)
-            except (
-                Exception
-            ) as error:  # any of a dozen stores' own exceptions; training must not die of one
-                self.failures.append(
-                    f"{folder} was not copied to {self.url}: {type(error).__name__}: {error}"
-                )
-                log.error("%s. The local checkpoint is complete.", self.failures[-1])
+            # Any of a dozen stores' own exceptions: training must not die of one.
+            except Exception as error:
+                self._fail(folder, f"{type(error).__name__}: {error}")
             self._busy.remove(folder)
 
 
@@ -93,21 +94,16 @@ def copy(
     Each file is tried ATTEMPTS times, `wait_s` · 2ⁿ apart.
     """
     store, root = fsspec.core.url_to_fs(url)
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        progress(path.stat().st_size)
-        _put(
-            store,
-            path,
-            f"{root.rstrip('/')}/{folder.name}/{path.relative_to(folder).as_posix()}",
-            wait_s,
-        )
+    root = root.rstrip("/")
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            progress(path.stat().st_size)
+            inside = path.relative_to(folder).as_posix()
+            _put(store, path, f"{root}/{folder.name}/{inside}", wait_s)
+    # Last, so that it never names a checkpoint that isn't all there.
     step = folder.name.rpartition("_")[2]
     progress(0)
-    _retry(
-        lambda: store.pipe_file(f"{root.rstrip('/')}/{TRACKER}", step.encode()),
-        f"{url}/{TRACKER}",
-        wait_s,
-    )
+    _retry(lambda: store.pipe_file(f"{root}/{TRACKER}", step.encode()), f"{url}/{TRACKER}", wait_s)
 
 
 def _put(store: fsspec.AbstractFileSystem, path: Path, target: str, wait_s: float) -> None:

@@ -11,28 +11,17 @@ import torch
 
 
 def capture(device: torch.device) -> dict[str, Any]:
-    """The states of torch (CPU and `device`), numpy and Python: uint8 and int64 tensors, numbers
-    and None.
+    """The states of torch (CPU and `device`), numpy and Python.
+
+    {"cpu": uint8 tensor, "cuda": the same or None, "numpy": {…}, "random": {…}}, in both of which
+    the Mersenne twister's words are an int64 tensor.
     """
-    mt19937 = np.random.get_state(legacy=False)
-    assert isinstance(mt19937, dict) and mt19937["bit_generator"] == "MT19937"
-    keys = mt19937["state"]["key"]
-    position = mt19937["state"]["pos"]
-    version, words, gauss = random.getstate()
+    on_gpu = device.type == "cuda"
     return {
         "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": {
-            "keys": torch.from_numpy(keys.astype(np.int64)),
-            "position": int(position),
-            "has_gauss": int(mt19937["has_gauss"]),
-            "cached": float(mt19937["gauss"]),
-        },
-        "random": {
-            "version": version,
-            "words": torch.tensor(words, dtype=torch.int64),
-            "gauss": gauss,
-        },
+        "cuda": torch.cuda.get_rng_state(device) if on_gpu else None,
+        "numpy": _capture_numpy(),
+        "random": _capture_python(),
     }
 
 
@@ -44,12 +33,8 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
-    n = state["numpy"]
-    r = state["random"]
-    np.random.set_state(
-        ("MT19937", n["keys"].numpy().astype(np.uint32), n["position"], n["has_gauss"], n["cached"])
-    )
-    random.setstate((r["version"], tuple(r["words"].tolist()), r["gauss"]))
+    _restore_numpy(state["numpy"])
+    _restore_python(state["random"])
 
 
 def derive(seed: int, step: int, rank: int) -> None:
@@ -58,3 +43,35 @@ def derive(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     np.random.seed(int.from_bytes(digest[8:12], "little"))
     random.seed(int.from_bytes(digest[12:20], "little"))
+
+
+def _capture_numpy() -> dict[str, Any]:
+    state = np.random.get_state(legacy=False)
+    assert isinstance(state, dict) and state["bit_generator"] == "MT19937"
+    twister = state["state"]
+    return {
+        "keys": torch.from_numpy(twister["key"].astype(np.int64)),
+        "position": int(twister["pos"]),
+        "has_gauss": int(state["has_gauss"]),
+        "cached": float(state["gauss"]),
+    }
+
+
+def _restore_numpy(state: dict[str, Any]) -> None:
+    keys = state["keys"].numpy().astype(np.uint32)
+    gauss = (state["has_gauss"], state["cached"])
+    np.random.set_state(("MT19937", keys, state["position"], *gauss))
+
+
+def _capture_python() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    return {
+        "version": version,
+        "words": torch.tensor(words, dtype=torch.int64),
+        "gauss": gauss,
+    }
+
+
+def _restore_python(state: dict[str, Any]) -> None:
+    words = tuple(state["words"].tolist())
+    random.setstate((state["version"], words, state["gauss"]))

@@ -36,9 +36,8 @@ class Staging:
         self, mesh: Mesh, timeout_s: float = 1800, folder: OwnFolder | None = None
     ) -> None:
         self._folder = folder
-        self.slowest_s: float | None = (
-            None  # of this run's saves, from their beginning to their tracker
-        )
+        # Of this run's saves, from their beginning to their tracker.
+        self.slowest_s: float | None = None
         self.group: dist.ProcessGroup | None = None
         if mesh.world > 1:
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -81,10 +80,11 @@ class Staging:
 
     def buffer(self, key: str, numel: int, dtype: torch.dtype, pin: bool) -> torch.Tensor:
         """A host buffer, the same one every time."""
-        found = self._buffers.get(key)
-        if found is None or found.numel() != numel or found.dtype != dtype:
-            self._buffers[key] = found = torch.empty(numel, dtype=dtype, pin_memory=pin)
-        return found
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() != numel or buffer.dtype != dtype:
+            buffer = torch.empty(numel, dtype=dtype, pin_memory=pin)
+            self._buffers[key] = buffer
+        return buffer
 
     def close(self) -> SaveResult | None:
         """Wait for what is in flight, copies to `remote_url` included; the last save's result."""
@@ -96,14 +96,11 @@ class Staging:
 
 def staged(state: ModelState, options: SaveOptions) -> dict[str, torch.Tensor]:
     """The flat shards that a save copies."""
-    moments = (
-        {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-        if "optimizer" in options.contents
-        else {}
-    )
-    return {
-        key: flat for key, flat in {"params": state.params, **moments}.items() if flat is not None
-    }
+    flats: dict[str, torch.Tensor | None] = {"params": state.params}
+    if "optimizer" in options.contents:
+        flats["exp_avg"] = state.exp_avg
+        flats["exp_avg_sq"] = state.exp_avg_sq
+    return {key: flat for key, flat in flats.items() if flat is not None}
 
 
 def stage(

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 CONTENTS = ("model", "optimizer", "extra", "hf_model")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where training stands, but for the tensors of the model and its optimizer.
+
+    Both mappings hold tensors, strings, numbers, lists and dicts only. `extra` is each rank's own.
+    Of `data_state` (order and position of the data) rank 0's counts.
+    """
+
+    step: int
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    data_state: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SaveOptions:
     """What a save writes and how.
 
-    `contents` ⊆ model, optimizer, extra, hf_model. `keep` newest checkpoints stay (None: all).
-    `remote_url` is an fsspec URL that finished checkpoints are copied to. `subfolder` holds the
-    model files (`actor` in reinforcement learning).
+    contents       some of model, optimizer, extra, hf_model
+    keep           how many of the newest checkpoints stay; None: all
+    async_save     write in the background, once everything is in host memory
+    remote_url     where finished checkpoints are copied to (any URL that fsspec knows)
+    chat_template  takes the place of the model's own in the export
+    subfolder      holds the model files: `actor` in reinforcement learning
     """
 
     contents: tuple[str, ...] = CONTENTS
@@ -38,11 +56,10 @@ class SaveOptions:
 class SaveResult:
     """How a save ended.
 
-    `error` is None, or what went wrong on which rank: then the previous checkpoint is still the
-    latest.
-
-    `stall_s` is how long the training loop waited, `seconds` how long everything took, `bytes` what
-    this rank wrote.
+    error    None, or what went wrong on which rank: the previous checkpoint is still the latest
+    stall_s  seconds that the training loop waited
+    seconds  seconds that everything took
+    bytes    what this rank wrote
     """
 
     step: int
@@ -55,14 +72,25 @@ class SaveResult:
 
 @final
 class PendingSave:
-    """A save that may still be running."""
+    """A save that may still be running. Its clock starts when it is made."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: int, folder: Path) -> None:
+        self.step = step
+        self.folder = folder
+        self._begin = time.perf_counter()
+        self._stall_s: float | None = None
         self._done = threading.Event()
         self._result: SaveResult | None = None
 
-    def _finish(self, result: SaveResult) -> None:
-        self._result = result
+    def let_training_go_on(self) -> None:
+        """Training waits no longer: what is left happens in the background."""
+        self._stall_s = time.perf_counter() - self._begin
+
+    def finish(self, error: str | None, bytes_written: int) -> None:
+        """It has ended, well or with an error: whoever waits goes on."""
+        seconds = time.perf_counter() - self._begin
+        stall_s = seconds if self._stall_s is None else self._stall_s
+        self._result = SaveResult(self.step, self.folder, error, stall_s, seconds, bytes_written)
         self._done.set()
 
     def poll(self) -> SaveResult | None:

@@ -18,6 +18,8 @@ from retool.checkpoint.format.folder import (
     CONFIG,
     DATA,
     faulty_files,
+    holds_export,
+    holds_shards,
     model_folder,
     recorded_files,
 )
@@ -66,14 +68,10 @@ def verify(folder: Path, progress: Progress) -> list[str]:
 
 def is_model_folder(folder: Path) -> bool:
     """Whether a folder holds a Hugging Face model, and no shards of a run."""
-    there = (
-        any(folder.glob("*.safetensors"))
-        or (folder / INDEX).is_file()
-        or (folder / "config.json").is_file()
-    )
-    return (
-        there and not any(folder.glob("model_world_size_*.pt")) and not (folder / CONFIG).exists()
-    )
+    if holds_shards(folder, "model") or (folder / CONFIG).exists():
+        return False
+    named = (folder / INDEX).is_file() or (folder / "config.json").is_file()
+    return named or any(folder.glob("*.safetensors"))
 
 
 def _model_faults(folder: Path, progress: Progress) -> list[str]:
@@ -136,42 +134,52 @@ def _files(where: Path) -> Iterator[str]:
 
 
 def _shards(where: Path, progress: Progress) -> Iterator[str]:
-    if not any(where.glob("model_world_size_*_rank_0.pt")):
+    if not holds_shards(where, "model"):
         return
-    kinds = [
-        "model",
-        *(("exp_avg", "exp_avg_sq") if any(where.glob("optim_world_size_*_rank_0.pt")) else ()),
-    ]
-    sources = {kind: ShardSource(where, kind) for kind in kinds}
-    for kind, source in sources.items():
-        if kind != "exp_avg_sq":  # in the same files as exp_avg
+    weights = ShardSource(where, "model")
+    sources = [weights]
+    if holds_shards(where, "optim"):
+        sources += [ShardSource(where, "exp_avg"), ShardSource(where, "exp_avg_sq")]
+    for source in sources:
+        if source.which != "exp_avg_sq":  # in the same files as exp_avg
             source.check_files()
         for name in source.names():
-            if kind != "model" and source.shape(name) != sources["model"].shape(name):
+            mine = source.shape(name)
+            expected = weights.shape(name)
+            if mine != expected:
                 yield (
-                    f"{where}: {kind} of {name} is {list(source.shape(name))}, the parameter "
-                    f"{list(sources['model'].shape(name))}."
+                    f"{where}: {source.which} of {name} is {list(mine)}, the parameter "
+                    f"{list(expected)}."
                 )
             if bad := _not_finite(source, name, progress):
-                yield f"{where}: {kind} of {name} has {bad} values that are not finite."
+                yield f"{where}: {source.which} of {name} has {bad} values that are not finite."
 
 
 def _export(where: Path, progress: Progress) -> Iterator[str]:
+    """The export holds what the shards hold, in its own dtype."""
     folder = where / "huggingface"
-    if not any(folder.glob("*.safetensors")) or not any(where.glob("model_world_size_*_rank_0.pt")):
+    if not holds_export(where) or not holds_shards(where, "model"):
         return
     source = ShardSource(where)
     export = SafetensorsSource(folder)
     expected = set(stored_names(source, folder))
-    for name in sorted(expected ^ set(export.names())):
+    exported = set(export.names())
+    for name in sorted(expected ^ exported):
         yield f"{folder}: {name} is {'missing' if name in expected else 'not in the shards'}."
-    for name in sorted(expected & set(export.names())):
-        if source.shape(name) != export.shape(name):
-            yield f"{folder}: {name} is {list(export.shape(name))}, in the shards {list(source.shape(name))}."
-            continue
-        pairs = zip(_pieces(source, name, progress), _pieces(export, name), strict=True)
-        if not all(torch.equal(a.to(b.dtype).nan_to_num(), b.nan_to_num()) for a, b in pairs):
+    for name in sorted(expected & exported):
+        shape = source.shape(name)
+        if export.shape(name) != shape:
+            yield f"{folder}: {name} is {list(export.shape(name))}, in the shards {list(shape)}."
+        elif not _equal(source, export, name, progress):
             yield f"{folder}: {name} differs from the shards."
+
+
+def _equal(source: ShardSource, export: TensorSource, name: str, progress: Progress) -> bool:
+    pieces = zip(_pieces(source, name, progress), _pieces(export, name), strict=True)
+    return all(
+        torch.equal(ours.to(theirs.dtype).nan_to_num(), theirs.nan_to_num())
+        for ours, theirs in pieces
+    )
 
 
 def _pieces(

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from retool.files.durable import fsync
+
 REPORT = "report.json"
 # Read whole at every opening, so compared at every opening
 SMALL = (
@@ -43,7 +45,7 @@ def seal(work: Path, report: Mapping[str, Any]) -> None:
     body = json.dumps({"report": dict(report), "files": files})
     (work / REPORT).write_text(f"{body}\n{_hash(body)}\n", encoding="utf-8")
     for path in (*(work / name for name in files), work / REPORT, work):
-        _sync(path)
+        fsync(path)
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -162,11 +164,3 @@ def _digest(path: Path) -> str:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

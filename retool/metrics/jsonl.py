@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from retool.config.redact import logger
+from retool.files.durable import replacing
 from retool.metrics.logger import Row, RunInfo
 
 log = logger("retool.metrics")
@@ -95,15 +96,11 @@ def resume_jsonl(path: Path, step: int) -> None:
         if path.stat().st_size:
             path.rename(_free_name(path))
         return
-    rest = path.with_suffix(".jsonl.tmp")
-    with path.open("rb") as old, rest.open("wb") as new:
+    with path.open("rb") as old, replacing(path) as new:
         for line in old:
             entry = _parse_line(line)
             if entry is not None and entry["step"] <= step:
                 new.write(line)
-        new.flush()
-        os.fsync(new.fileno())
-    rest.replace(path)
 
 
 def _free_name(path: Path) -> Path:

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from retool.config.redact import logger, redact
+from retool.files.durable import replacing
 from retool.files.untrusted import read_lines
 
 FOLDER = "report"
@@ -71,16 +71,14 @@ def write_transcripts(run: Path, name: str, transcripts: Iterable[Transcript]) -
     replaces what it wrote before.
     """
     path = run / FOLDER / f"{name}.jsonl"
-    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
+        with replacing(path, lasting=False) as file:
             for transcript in transcripts:
-                file.write(json.dumps(to_record(transcript), allow_nan=False) + "\n")
-        temporary.replace(path)
+                line = json.dumps(to_record(transcript), allow_nan=False)
+                file.write(f"{line}\n".encode())
     except OSError as error:  # a full disk: what people read isn't worth a run
         log.warning("%s could not be written (%s): the run goes on.", path, error.strerror or error)
-        temporary.unlink(missing_ok=True)
     return path
 
 

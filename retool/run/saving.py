@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from retool import checkpoint
@@ -41,17 +42,20 @@ def save_step(
     with watched(session):
         say_saved(session, progress, wait=True)
         _require_finite_weights(session, progress.step)
-        progress.save = checkpoint.save(
-            session.folder,
-            model_state(session.model, session.optimizer),
-            session.mesh,
+        state = model_state(session.model, session.optimizer)
+        training = checkpoint.TrainingState(
             step=progress.step,
             extra={**extra, **session.optimizer.loss_scale.state()},
             data_state={**data_state, "run": report.record},
+        )
+        progress.save = checkpoint.save(
+            session.folder,
+            replace(state, hyperparameters=_hyperparameters(session)),
+            session.mesh,
+            training,
             model_folder=report.folder or "",
             options=session.save_options,
             staging=session.staging,
-            optimizer_group=_optimizer_group(session),
         )
     progress.saved_step = progress.step
 
@@ -59,15 +63,14 @@ def save_step(
 def _require_finite_weights(session: Session[RunReport], step: int) -> None:
     require_finite(
         session.model.layout,
-        session.mesh.shard_rank,
+        session.mesh,
         session.model.master,
-        session.mesh.world_group,
         f"step {step} isn't saved",
         f"The run ends, and older checkpoints stay. {look_at_weights(session.report)}",
     )
 
 
-def _optimizer_group(session: Session[RunReport]) -> dict[str, Any]:
+def _hyperparameters(session: Session[RunReport]) -> dict[str, Any]:
     """The optimizer's settings, as torch keeps them beside its state."""
     adamw = session.optimizer.options
     return {

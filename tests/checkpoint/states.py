@@ -83,7 +83,7 @@ def flat(lay: Layout, rank: int, dtype: torch.dtype, salt: int) -> torch.Tensor:
 def state(mesh: Mesh, dtype: torch.dtype = torch.float32, step: int = 7) -> ModelState:
     lay = layout(mesh.shards)
     return ModelState(
-        lay, *(flat(lay, mesh.shard_rank, dtype, salt) for salt in range(3)), step=step
+        lay, *(flat(lay, mesh.shard_rank, dtype, salt) for salt in range(3)), updates=step
     )
 
 
@@ -128,9 +128,9 @@ def save(
             root,
             state(mesh, dtype),
             mesh,
-            step=step,
-            extra={"mine": [mesh.rank, "x"], "epoch": 2},
-            data_state={"position": 17},
+            checkpoint.TrainingState(
+                step=step, extra={"mine": [mesh.rank, "x"], "epoch": 2}, data_state={"position": 17}
+            ),
             model_folder=Path(root).parent / "source",
             options=SaveOptions(**options),
             staging=staging,

@@ -92,9 +92,7 @@ def test_a_checkpoint_with_weights_that_are_no_numbers_is_not_resumed(tmp_path: 
         tmp_path / "run",
         state,
         mesh,
-        step=1,
-        extra={},
-        data_state={},
+        checkpoint.TrainingState(step=1),
         model_folder=tmp_path / "source",
     ).wait()
     with pytest.raises(ValueError, match=rf"can't be resumed: .*{EMBEDDING}.*an older one"):
@@ -152,7 +150,7 @@ def test_a_merge_keeps_a_head_that_was_trained_apart(tmp_path: Path) -> None:
     options = checkpoint.SaveOptions(contents=("model", "optimizer", "extra"))
     state = checkpoint.ModelState(model.layout, model.master)
     checkpoint.save(
-        run, state, mesh, step=1, extra={}, data_state={}, model_folder=source, options=options
+        run, state, mesh, checkpoint.TrainingState(step=1), model_folder=source, options=options
     ).wait()
     assert (
         main(

@@ -22,7 +22,7 @@ import torch
 
 from retool.checkpoint import latest
 from retool.checkpoint.format.folder import recorded_files
-from retool.checkpoint.format.stored import Sharded, Stored
+from retool.checkpoint.format.stored_tensors import StoredShard, StoredTensor
 from retool.checkpoint.format.torch_file import TorchFile
 from retool.checkpoint.format.unpickle import parse
 from retool.checkpoint.shards.source import ShardSource
@@ -320,9 +320,9 @@ def _everything(path: Path, blocks: list[int] | None) -> list[Any]:
     return [repr(file.content), *(file.value(t).numpy().tobytes() for t in _stored(file.content))]
 
 
-def _stored(content: Any) -> list[Stored]:
-    if isinstance(content, (Stored, Sharded)):
-        return [content.local if isinstance(content, Sharded) else content]
+def _stored(content: Any) -> list[StoredTensor]:
+    if isinstance(content, (StoredTensor, StoredShard)):
+        return [content.local if isinstance(content, StoredShard) else content]
     parts = (
         content.values()
         if isinstance(content, dict)

@@ -41,9 +41,7 @@ def write(root: str) -> None:
         root,
         ModelState(layout(mesh.shards), *flats),
         mesh,
-        step=1,
-        extra={},
-        data_state={},
+        checkpoint.TrainingState(step=1),
         model_folder=Path(root).parent / "source",
         options=options,
     )

@@ -208,9 +208,7 @@ def test_verify_finds_values_that_are_not_finite(
         tmp_path / "run",
         state,
         mesh,
-        step=1,
-        extra={},
-        data_state={},
+        states.checkpoint.TrainingState(step=1),
         model_folder=tmp_path / "source",
     )
     assert main(["verify", str(tmp_path / "run/global_step_1")]) == 1

@@ -99,9 +99,7 @@ def test_one_without_an_optimizer_is_refused_not_skipped(run: Path) -> None:
         run,
         states.state(mesh),
         mesh,
-        step=4,
-        extra={},
-        data_state={},
+        checkpoint.TrainingState(step=4),
         model_folder=run.parent / "source",
         options=checkpoint.SaveOptions(contents=("model", "extra")),
     ).wait()

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from retool.checkpoint import latest, load_flat
 from retool.checkpoint.format.checksums import checksums_of, write_archive
-from retool.checkpoint.format.stored import Stored
+from retool.checkpoint.format.stored_tensors import StoredTensor
 from retool.checkpoint.format.torch_file import TorchFile
 from retool.checkpoint.shards.source import ShardSource
 from retool.parallel.fsdp.layout import local_pieces
@@ -226,9 +226,7 @@ def _overlapping(root: str) -> list[str | None]:
                 root,
                 tensors,
                 mesh,
-                step=step,
-                extra={},
-                data_state={},
+                states.checkpoint.TrainingState(step=step),
                 model_folder=Path(root).parent / "source",
                 options=states.SaveOptions(async_save=True, keep=2),
                 staging=staging,
@@ -249,9 +247,7 @@ def test_extra_holds_plain_data_only(tmp_path: Path) -> None:
             tmp_path,
             states.state(mesh),
             mesh,
-            step=1,
-            extra={"bad": np.arange(3)},
-            data_state={},
+            states.checkpoint.TrainingState(step=1, extra={"bad": np.arange(3)}),
             model_folder=states.source_model(tmp_path / "source"),
         )
 
@@ -264,7 +260,7 @@ def test_each_rank_reads_only_what_it_owns(
     counts = []
     real = TorchFile.read
 
-    def counting(file: TorchFile, tensor: Stored, start: int, stop: int) -> torch.Tensor:
+    def counting(file: TorchFile, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
         counts.append(stop - start)
         return real(file, tensor, start, stop)
 
@@ -310,9 +306,7 @@ def test_buffers_can_be_made_ahead(tmp_path: Path) -> None:
         tmp_path,
         state,
         mesh,
-        step=1,
-        extra={},
-        data_state={},
+        states.checkpoint.TrainingState(step=1),
         model_folder=source,
         options=options,
         staging=staging,

@@ -46,7 +46,7 @@ def _write(folder: Path, step: int) -> None:
         ]
         contents = {
             "model": model_content(layout, place, buffers[0] + step, step),
-            "optim": optimizer_content(layout, place, *buffers[1:], step, {}),
+            "optim": optimizer_content(layout, place, (buffers[1], buffers[2]), step, {}),
             "extra_state": {"epoch": 2, "step": step},
         }
         for kind, content in contents.items():

@@ -71,9 +71,7 @@ def _save(root: str, fsdp_size: int) -> None:
         root,
         ModelState(layout, *flats),
         mesh,
-        step=3,
-        extra={},
-        data_state={},
+        checkpoint.TrainingState(step=3),
         model_folder=MODEL,
         options=SaveOptions(),
     ).wait()

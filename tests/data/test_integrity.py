@@ -187,9 +187,9 @@ def test_everything_is_on_disk_before_the_cache_has_its_name(
     opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = list[str]()
-    real_sync = integrity._sync
+    real_sync = integrity.fsync
     real_rename = Path.rename
-    monkeypatch.setattr(integrity, "_sync", lambda p: order.append(p.name) or real_sync(p))
+    monkeypatch.setattr(integrity, "fsync", lambda p: order.append(p.name) or real_sync(p))
     monkeypatch.setattr(
         Path, "rename", lambda self, to: order.append("renamed") or real_rename(self, to)
     )

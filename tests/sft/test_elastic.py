@@ -84,9 +84,7 @@ def run(
             root,
             checkpoint.ModelState(model.layout, model.master, *moments, int(optimizer.steps)),
             mesh,
-            step=stop,
-            extra={},
-            data_state={},
+            checkpoint.TrainingState(step=stop),
             model_folder=root,
             options=checkpoint.SaveOptions(contents=("model", "optimizer", "extra")),
         ).wait()

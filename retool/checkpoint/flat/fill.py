@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from retool.model.families.names import HEAD
 from retool.parallel.fsdp.layout import Layout, Member, local_pieces
 
 # Elements copied at a time: bounds what a conversion of dtype or a move to the device holds at once
@@ -111,38 +112,40 @@ def match_names(layout: Layout, source: TensorSource) -> dict[str, str]:
     ValueError names everything that doesn't fit.
     """
     there = set(source.names())
-    aliases: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {member.name: [member.name] for _, member in layout.members}
     for alias, name in layout.aliases:
-        aliases.setdefault(name, []).append(alias)
-    found = {}
-    faults = []
-    known = {alias for alias, _ in layout.aliases}
+        names_of.setdefault(name, []).append(alias)
+
+    matched: dict[str, str] = {}
+    faults: list[str] = []
     for _, member in layout.members:
-        known.add(member.name)
-        name = next((n for n in (member.name, *aliases.get(member.name, ())) if n in there), None)
+        name = next((each for each in names_of[member.name] if each in there), None)
         if name is None:
             faults.append(f"{member.name} {list(member.shape)} is missing")
         elif source.shape(name) != member.shape:
             faults.append(_misshapen(name, source.shape(name), member))
         else:
-            found[member.name] = name
-    faults += [
-        f"{name} is unexpected"
-        for name in sorted(there - known)
-        if not name.endswith("rotary_emb.inv_freq")
-    ]
+            matched[member.name] = name
+    known = {each for names in names_of.values() for each in names}
+    for name in sorted(there - known):
+        # Older exports hold the rotary frequencies, which the config gives.
+        if not name.endswith("rotary_emb.inv_freq"):
+            faults.append(f"{name} is unexpected")
     if faults:
-        more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-        listed = "; ".join(faults[:8]) + more
-        way_out = "Check that the weights and config.json belong together."
-        if any(
-            name == "lm_head.weight"
-            for _, member in layout.members
-            if (name := member.name) not in found
-        ):
-            way_out += ' If the head is the embedding, config.json must say so: "tie_word_embeddings": true.'
-        raise ValueError(f"{source} does not fit the model: {listed}. {way_out}")
-    return found
+        head_is_missing = HEAD in names_of and HEAD not in matched
+        raise ValueError(_does_not_fit(source, faults, head_is_missing))
+    return matched
+
+
+def _does_not_fit(source: TensorSource, faults: list[str], head_is_missing: bool) -> str:
+    listed = "; ".join(faults[:8])
+    more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+    way_out = "Check that the weights and config.json belong together."
+    if head_is_missing:
+        way_out += (
+            ' If the head is the embedding, config.json must say so: "tie_word_embeddings": true.'
+        )
+    return f"{source} does not fit the model: {listed}{more}. {way_out}"
 
 
 def _misshapen(name: str, shape: tuple[int, ...], member: Member) -> str:

@@ -53,21 +53,19 @@ def unit_rows(unit: UnitLayout, shards: int, rank: int, offset: int = 0) -> Iter
 
 def all_rows(layout: Layout, rank: int) -> list[Rows]:
     """Rank `rank`'s rows of everything, in the order of the row buffer."""
-    rows: list[Rows] = []
+    all_units: list[Rows] = []
+    offset = 0
     for unit in layout.units:
-        rows += unit_rows(
-            unit,
-            layout.shards,
-            rank,
-            rows[-1].offset + rows[-1].stop - rows[-1].start if rows else 0,
-        )
-    return rows
+        rows = list(unit_rows(unit, layout.shards, rank, offset))
+        offset += sum(each.stop - each.start for each in rows)
+        all_units += rows
+    return all_units
 
 
 def named_rows(layout: Layout, rank: int) -> list[Rows]:
     """The same in `parameters()` order, which is the order in files."""
-    found = {rows.member.name: rows for rows in all_rows(layout, rank)}
-    return [found[member.name] for _, member in layout.members]
+    by_name = {rows.member.name: rows for rows in all_rows(layout, rank)}
+    return [by_name[member.name] for _, member in layout.members]
 
 
 def rows_numel(layout: Layout, rank: int) -> int:
@@ -80,17 +78,44 @@ def unit_numel(unit: UnitLayout, shards: int, rank: int) -> int:
     return sum(rows.stop - rows.start for rows in unit_rows(unit, shards, rank))
 
 
-def _segments(unit: UnitLayout, shards: int, owner: int, to: int) -> Iterator[tuple[int, int, int]]:
-    """What `owner` holds of rank `to`'s rows: (start, stop) in owner's flat shard of the unit, and
-    where it goes in the row buffer.
+@dataclass(frozen=True)
+class _Segment:
+    """Elements that one rank has and another one needs.
+
+    [start, stop) in the owner's flat shard of a unit; they go to `offset` in the row buffer.
     """
+
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    def taken_from(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat[self.start : self.stop]
+
+    def put_into(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        rows[self.offset : self.offset + self.numel] = values
+
+
+def _segments(unit: UnitLayout, shards: int, owner: int, to: int) -> list[_Segment]:
+    """What `owner` holds of rank `to`'s rows."""
     low = owner * unit.shard_numel
+    high = low + unit.shard_numel
+    segments: list[_Segment] = []
     for rows in unit_rows(unit, shards, to):
-        begin = rows.member.offset + rows.start
-        start = max(low, begin)
-        stop = min(low + unit.shard_numel, rows.member.offset + rows.stop)
+        first = rows.member.offset + rows.start
+        start = max(low, first)
+        stop = min(high, rows.member.offset + rows.stop)
         if start < stop:
-            yield start - low, stop - low, rows.offset + start - begin
+            segments.append(_Segment(start - low, stop - low, rows.offset + start - first))
+    return segments
+
+
+def _numel(segments: list[_Segment]) -> int:
+    return sum(segment.numel for segment in segments)
 
 
 def to_rows(
@@ -104,27 +129,30 @@ def to_rows(
     """This rank's row buffer of a unit (`out`, or a new one), from every rank's flat shard
     [unit.shard_numel] of it. A collective call of `group`.
     """
-    incoming = [list(_segments(unit, shards, owner, rank)) for owner in range(shards)]
-    outgoing = [list(_segments(unit, shards, rank, to)) for to in range(shards)]
+    incoming = [_segments(unit, shards, owner, rank) for owner in range(shards)]
+    outgoing = [_segments(unit, shards, rank, to) for to in range(shards)]
     if out is None:
-        out = flat.new_empty(sum(_numel(segments) for segments in incoming))
-    for a, b, offset in incoming[rank]:  # what stays here is copied once
-        out[offset : offset + b - a] = flat[a:b]
+        out = flat.new_empty(sum(map(_numel, incoming)))
+    # What stays here is copied once, and isn't sent.
+    for segment in incoming[rank]:
+        segment.put_into(out, segment.taken_from(flat))
     if group is None:
         return out
-    incoming[rank] = outgoing[rank] = []
-    sent = torch.cat([flat[a:b] for segments in outgoing for a, b, _ in segments] or [flat[:0]])
+    incoming[rank] = []
+    outgoing[rank] = []
+    pieces = [segment.taken_from(flat) for segments in outgoing for segment in segments]
+    sent = torch.cat(pieces) if pieces else flat[:0]
     received = flat.new_empty(sum(map(_numel, incoming)))
-    at = 0
     dist.all_to_all_single(
-        received, sent, [_numel(s) for s in incoming], [_numel(s) for s in outgoing], group=group
+        received,
+        sent,
+        [_numel(segments) for segments in incoming],
+        [_numel(segments) for segments in outgoing],
+        group=group,
     )
+    at = 0
     for segments in incoming:
-        for a, b, offset in segments:
-            out[offset : offset + b - a] = received[at : at + b - a]
-            at += b - a
+        for segment in segments:
+            segment.put_into(out, received[at : at + segment.numel])
+            at += segment.numel
     return out
-
-
-def _numel(segments: list[tuple[int, int, int]]) -> int:
-    return sum(b - a for a, b, _ in segments)

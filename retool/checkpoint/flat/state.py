@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from retool.parallel.collectives import gather_objects
 from retool.parallel.fsdp.layout import Layout, local_pieces
+from retool.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -16,14 +18,16 @@ class ModelState:
     """What a rank owns of the model and its optimizer: flat shards [layout.shard_numel] in the
     master's dtype, in `layout`'s order.
 
-    The moments are None where there is no optimizer. `step` counts optimizer updates.
+    The moments are None where there is no optimizer. `updates` counts the optimizer's so far;
+    `hyperparameters` are AdamW's (lr, betas, …), for readers that load them.
     """
 
     layout: Layout
     params: torch.Tensor
     exp_avg: torch.Tensor | None = None
     exp_avg_sq: torch.Tensor | None = None
-    step: int = 0
+    updates: int = 0
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for tensor in (self.params, self.exp_avg, self.exp_avg_sq):
@@ -32,32 +36,25 @@ class ModelState:
             )
 
 
-def require_finite(
-    layout: Layout,
-    shard_rank: int,
-    flat: torch.Tensor,
-    group: dist.ProcessGroup | None,
-    what: str,
-    way_out: str,
-) -> None:
-    """ValueError, on every rank of `group`, where any rank's shard of the parameters has a NaN or
-    an infinity. A collective call.
+def require_finite(layout: Layout, mesh: Mesh, flat: torch.Tensor, what: str, way_out: str) -> None:
+    """ValueError, on every rank, where any rank's shard of the parameters has a NaN or an infinity.
 
-    The message begins with `what`, names the parameters and ends with `way_out`. Reads `flat`
-    [layout.shard_numel] once; the host waits for the device once.
+    A collective call of all ranks. The message begins with `what`, names the parameters and ends
+    with `way_out`. Reads `flat` [layout.shard_numel] once; the host waits for the device once.
     """
-    pieces = [*local_pieces(layout, shard_rank)]
+    pieces = list(local_pieces(layout, mesh.shard_rank))
     # Smallest and largest are NaN if any element is, and infinite if one is: nothing as large as
     # the shard is allocated.
-    extremes = [
-        torch.stack(torch.aminmax(flat[p.local : p.local + p.stop - p.start])) for p in pieces
-    ]
+    extremes: list[torch.Tensor] = []
+    for piece in pieces:
+        values = flat[piece.local : piece.local + piece.stop - piece.start]
+        extremes.append(torch.stack(torch.aminmax(values)))
     finite = torch.stack(extremes).isfinite().all(1).tolist() if extremes else []
     mine = [piece.member.name for piece, good in zip(pieces, finite, strict=True) if not good]
-    found = {name for names in gather_objects(mine, group) for name in names}
-    if not found:
+    bad = {name for names in gather_objects(mine, mesh.world_group) for name in names}
+    if not bad:
         return
-    named = [member.name for _, member in layout.members if member.name in found]
+    named = [member.name for _, member in layout.members if member.name in bad]
     listed = ", ".join(named[:5])
     more = f" and {len(named) - 5} more" if len(named) > 5 else ""
     raise ValueError(f"{what}: NaN or infinite values in {listed}{more}. {way_out}")

@@ -1,9 +1,22 @@
-"""One checkpoint's folder: the names of its files, fsdp_config.json, checksums.json, what is missing."""
+"""One checkpoint's folder: the names of its files, what is recorded of them, what is missing.
+
+    global_step_N[/actor]/                      complete once it has this name
+        model_world_size_W_rank_R.pt            rows of every parameter
+        optim_world_size_W_rank_R.pt            rows of AdamW's moments
+        extra_state_world_size_W_rank_R.pt      what a rank keeps besides: random states, counts
+        fsdp_config.json                        {"FSDP_version": 2, "world_size": W, "shards", "step", "writer"}
+        checksums.json                          {"block": bytes, "files": {name: {"size", "crc32": [one a block]}}}
+        huggingface/                            config, tokenizer, weights
+    global_step_N/data.pt                       order and position of the data
+    global_step_N.tmp/                          being written, or torn: never read
+    global_step_N.old/                          what a save of the same step replaces, until it has
+
+Only folders that carry `MARK` are ever deleted (see `publish`).
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +26,7 @@ from retool.checkpoint.format.checksums import BLOCK, checksums_of
 from retool.checkpoint.format.tracker import checkpoints
 from retool.config.redact import logger
 from retool.files import untrusted
+from retool.files.durable import replace_text
 from retool.files.untrusted import shown
 
 CHECKSUMS = "checksums.json"
@@ -29,26 +43,6 @@ def shard_name(kind: str, world: int, rank: int) -> str:
     return f"{kind}_world_size_{world}_rank_{rank}.pt"
 
 
-def fsync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step: a reader sees the old content or the new, never a part."""
-    fresh = path.with_name(path.name + ".tmp")
-    with fresh.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-    fsync(path.parent)
-
-
 def write_config(folder: Path, world: int, shards: int, step: int, files: dict[str, Any]) -> None:
     """fsdp_config.json and checksums.json."""
     config = {
@@ -58,9 +52,9 @@ def write_config(folder: Path, world: int, shards: int, step: int, files: dict[s
         "step": step,
         "writer": f"retool {__version__}",
     }
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     files = {**files, CONFIG: checksums_of(folder / CONFIG)}
-    write_text(folder / CHECKSUMS, json.dumps({"block": BLOCK, "files": files}) + "\n")
+    replace_text(folder / CHECKSUMS, json.dumps({"block": BLOCK, "files": files}) + "\n")
 
 
 def read_json(path: Path, limit: int = SMALL_BYTES) -> Any:
@@ -77,22 +71,24 @@ def world_size(folder: Path) -> int:
             raise ValueError(f"{folder / CONFIG} has no world_size.")
         return world
     shard = re.compile(r"model_world_size_(\d{1,9})_rank_\d+\.pt")
-    found = {
-        int(m[1]) for p in folder.glob("model_world_size_*.pt") if (m := shard.fullmatch(p.name))
-    }
-    if len(found) != 1:
-        inside = next(
-            (
-                f" It is a run; its newest checkpoint is {newest}."
-                for _, newest in checkpoints(folder)
-            ),
-            "",
-        )
-        raise ValueError(
-            f"{folder} holds "
-            f"{'no model shards' if not found else f'shards of several world sizes: {sorted(found)}'}.{inside}"
-        )
-    return found.pop()
+    matches = (shard.fullmatch(path.name) for path in folder.glob("model_world_size_*.pt"))
+    sizes = {int(match[1]) for match in matches if match}
+    if len(sizes) == 1:
+        return sizes.pop()
+    holds = f"shards of several world sizes: {sorted(sizes)}" if sizes else "no model shards"
+    newest = next((path for _, path in checkpoints(folder)), None)
+    hint = f" It is a run; its newest checkpoint is {newest}." if newest else ""
+    raise ValueError(f"{folder} holds {holds}.{hint}")
+
+
+def holds_shards(folder: Path, kind: str) -> bool:
+    """Whether there are files of a kind (model, optim or extra_state), of any world size."""
+    return any(folder.glob(f"{kind}_world_size_*_rank_*.pt"))
+
+
+def holds_export(folder: Path) -> bool:
+    """Whether there are weights in `huggingface/`."""
+    return any((folder / "huggingface").glob("*.safetensors"))
 
 
 def first_missing(folder: Path, kind: str, world: int) -> str | None:
@@ -133,23 +129,22 @@ def _is_inside(name: str) -> bool:
 
     The one exception is data.pt, which is beside `actor/`.
     """
-    parts = Path(name).parts
-    plain = (
-        name == shown(name) and not Path(name).is_absolute() and ".." not in parts and bool(parts)
-    )
-    return plain or name == f"../{DATA}"
+    if name == f"../{DATA}":
+        return True
+    path = Path(name)
+    climbs_out = path.is_absolute() or ".." in path.parts
+    return name == shown(name) and bool(path.parts) and not climbs_out
 
 
 def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, dict):
         return False
     size = entry.get("size")
-    checksums = entry.get("crc32")
-    if type(size) is not int or size < 0 or not isinstance(checksums, list):
+    blocks = entry.get("crc32")
+    if type(size) is not int or size < 0 or not isinstance(blocks, list):
         return False
-    return len(checksums) == -(-size // BLOCK) and all(
-        type(checksum) is int for checksum in checksums
-    )
+    one_a_block = len(blocks) == -(-size // BLOCK)
+    return one_a_block and all(type(checksum) is int for checksum in blocks)
 
 
 def written_by_us(folder: Path) -> bool:
@@ -174,22 +169,22 @@ def faulty_files(folder: Path) -> list[str]:
         missing = None if files else first_missing(folder, "model", world)
     except (ValueError, OSError) as error:
         return [str(error)]
-    out = [f"{name} is missing" for name in files if not (folder / name).is_file()]
-    out += [f"{missing} is missing"] if missing else []
-    out += [
-        f"{name} has {(folder / name).stat().st_size} bytes instead of {entry['size']}"
-        for name, entry in files.items()
-        if (folder / name).is_file() and (folder / name).stat().st_size != entry["size"]
-    ]
-    return out
+    if missing:
+        return [f"{missing} is missing"]
+    absent: list[str] = []
+    of_another_size: list[str] = []
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            absent.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != entry["size"]:
+            of_another_size.append(f"{name} has {size} bytes instead of {entry['size']}")
+    return absent + of_another_size
 
 
 def model_folder(folder: Path) -> Path:
     """Where a checkpoint's shards are: the folder itself, or `actor/` in it (reinforcement
     learning).
     """
-    return (
-        folder / "actor"
-        if (folder / "actor").is_dir() and not (folder / CONFIG).exists()
-        else folder
-    )
+    actor = folder / "actor"
+    return actor if actor.is_dir() and not (folder / CONFIG).exists() else folder

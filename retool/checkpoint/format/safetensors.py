@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from retool.checkpoint.format.checksums import ChecksummedFile
-from retool.checkpoint.format.stored import MOST_DIMENSIONS
+from retool.checkpoint.format.stored_tensors import MOST_DIMENSIONS
 from retool.checkpoint.format.torch_file import mapped
 from retool.files.untrusted import open_regular, shown
 
@@ -74,13 +74,13 @@ class SafetensorsFile:
     def _check_places(self, start: int, size: int) -> None:
         """Each tensor has the bytes that its shape needs, inside the file, and none of another's."""
         end_of_last = start
-        for name, (dtype, shape, begin, end) in sorted(
-            self.entries.items(), key=lambda item: item[1][2:]
-        ):
-            if not start <= begin <= end <= size or end - begin != prod(shape) * dtype.itemsize:
-                where = f"bytes [{begin}, {end}) of {size}"
+        in_order = sorted(self.entries.items(), key=lambda item: item[1][2:])
+        for name, (dtype, shape, begin, end) in in_order:
+            inside = start <= begin <= end <= size
+            if not inside or end - begin != prod(shape) * dtype.itemsize:
                 raise ValueError(
-                    f"{self.path}: {name} {list(shape)} {dtype} does not fit its {where}. Fetch it again."
+                    f"{self.path}: {name} {list(shape)} {dtype} does not fit its bytes "
+                    f"[{begin}, {end}) of {size}. Fetch it again."
                 )
             if begin < end_of_last:
                 raise ValueError(f"{self.path}: {name} overlaps another tensor. Fetch it again.")

@@ -94,28 +94,31 @@ def model_content(
 def optimizer_content(
     layout: Layout,
     place: Place,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    step: int,
-    group: Mapping[str, Any],
+    moments: tuple[torch.Tensor, torch.Tensor],
+    updates: int,
+    hyperparameters: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A rank's optimizer file, from its row buffers: AdamW's state dict with the parameters' names."""
-    rows = named_rows(layout, place.shard_rank)
-    state = {
-        i: {
-            "step": torch.tensor(float(step)),
-            "exp_avg": _tensor(exp_avg, r, place),
-            "exp_avg_sq": _tensor(exp_avg_sq, r, place),
+    """A rank's optimizer file, from its row buffers: AdamW's state dict with the parameters' names.
+
+    {"state": {index: {"step", "exp_avg", "exp_avg_sq"}}, "param_groups": [one]}
+    """
+    exp_avg, exp_avg_sq = moments
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    names: list[str] = []
+    for index, rows in enumerate(named_rows(layout, place.shard_rank)):
+        names.append(rows.member.name)
+        states[index] = {
+            "step": torch.tensor(float(updates)),
+            "exp_avg": _tensor(exp_avg, rows, place),
+            "exp_avg_sq": _tensor(exp_avg_sq, rows, place),
         }
-        for i, r in enumerate(rows)
+    group = {
+        **ADAMW,
+        **hyperparameters,
+        "params": list(states),
+        "param_names": names,
     }
-    names = [r.member.name for r in rows]
-    return {
-        "state": state,
-        "param_groups": [
-            {**ADAMW, **group, "params": list(range(len(names))), "param_names": names}
-        ],
-    }
+    return {"state": states, "param_groups": [group]}
 
 
 def frozen(content: Mapping[str, Any], what: str) -> bytes:

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 
 from retool.checkpoint.format.checksums import BLOCK
-from retool.checkpoint.format.stored import Storage, Stored
+from retool.checkpoint.format.stored_tensors import Storage, StoredTensor
 from retool.checkpoint.format.unpickle import parse
 from retool.files.untrusted import open_regular, shown
 
 PICKLE_LIMIT = 256 << 20
 INDEX_LIMIT = 64 << 20  # bytes of the list of records: of real files some 100 a tensor
-MOST_SHARING = (
-    4  # times the file's bytes that its tensors may take: tied weights are the same bytes twice
-)
+# times the file's bytes that its tensors may take: tied weights are the same bytes twice.
+MOST_SHARING = 4
+LOCAL_HEADER_BYTES = 30  # of a zip record, before its name
 READ_AT_ONCE = 64 << 20  # bytes of the mapped file that checking a checksum keeps in memory
 WAY_OUT = (
     "Copy the file again from where it was written, or take an older checkpoint (python -m "
@@ -35,7 +35,7 @@ WAY_OUT = (
 
 
 class TorchFile:
-    """`content` is what was saved, tensors as `Stored` or `Sharded`.
+    """`content` is what was saved, tensors as `StoredTensor` or `StoredShard`.
 
     ValueError, with the file's name, for anything wrong.
 
@@ -77,23 +77,19 @@ class TorchFile:
         own folder.
         """
         _, _, name = info.filename.partition("/")
-        head = self._map[info.header_offset : info.header_offset + 30]
-        if (
-            info.compress_type != zipfile.ZIP_STORED
-            or info.flag_bits & 1
-            or info.file_size != info.compress_size
-        ):
+        packed = info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size
+        encrypted = info.flag_bits & 1
+        if packed or encrypted:
             raise self._fault(
                 f"record {shown(name)} is compressed or encrypted, which torch never does"
             )
-        if len(head) < 30 or head[:4] != b"PK\x03\x04":
+        # Each record has a header of its own before its data, with lengths of its own.
+        head = self._map[info.header_offset : info.header_offset + LOCAL_HEADER_BYTES]
+        if len(head) < LOCAL_HEADER_BYTES or head[:4] != b"PK\x03\x04":
             raise self._fault(f"record {shown(name)} is not where the index says")
-        begin = (
-            info.header_offset
-            + 30
-            + int.from_bytes(head[26:28], "little")
-            + int.from_bytes(head[28:30], "little")
-        )
+        name_bytes = int.from_bytes(head[26:28], "little")
+        extra_bytes = int.from_bytes(head[28:30], "little")
+        begin = info.header_offset + LOCAL_HEADER_BYTES + name_bytes + extra_bytes
         if begin + info.file_size > len(self._map):
             raise self._fault(
                 f"record {shown(name)} runs past the end of the file: it is truncated"
@@ -130,7 +126,7 @@ class TorchFile:
         except ValueError as error:
             raise self._fault(str(error)) from error
 
-    def read(self, tensor: Stored, start: int, stop: int) -> torch.Tensor:
+    def read(self, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of a flattened tensor: 1-D, a view of the mapped file."""
         assert 0 <= start <= stop <= tensor.numel
         begin = self._place(tensor.storage)
@@ -147,16 +143,16 @@ class TorchFile:
             self._map, dtype=tensor.storage.dtype, count=stop - start, offset=first
         )
 
-    def value(self, tensor: Stored) -> torch.Tensor:
+    def value(self, tensor: StoredTensor) -> torch.Tensor:
         """The whole tensor, a copy."""
         return self.read(tensor, 0, tensor.numel).view(tensor.shape).clone()
 
-    def checksum(self, tensor: Stored) -> int:
+    def checksum(self, tensor: StoredTensor) -> int:
         """The checksum that the file gives for a tensor's storage."""
         self._place(tensor.storage)
         return self._places[f"data/{tensor.storage.key}"][2]
 
-    def require_shared_as_ties_are(self, tensors: list[Stored]) -> None:
+    def require_shared_as_ties_are(self, tensors: list[StoredTensor]) -> None:
         """ValueError if tensors take many times the bytes that the file has: a few megabytes can
         claim to be thousands of tensors.
         """
@@ -183,10 +179,8 @@ class TorchFile:
                 continue
             begin = index * BLOCK
             end = begin + BLOCK
-            if (
-                index >= len(blocks)
-                or zlib.crc32(memoryview(self._map)[begin:end]) != blocks[index]
-            ):
+            known = index < len(blocks)
+            if not known or zlib.crc32(memoryview(self._map)[begin:end]) != blocks[index]:
                 raise self._fault(
                     f"bytes [{begin}, {end}) differ from checksums.json: the file is damaged"
                 )

@@ -1,4 +1,8 @@
-"""A run's folder: which checkpoints it holds, and which of them the tracker names."""
+"""A run's folder: which checkpoints it holds, and which of them the tracker names.
+
+latest_checkpointed_iteration.txt       the step of the last complete checkpoint, in digits
+global_step_1/ global_step_2/ …
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,21 @@ def checkpoints(root: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted(found, reverse=True)
 
 
+def set_aside(root: Path) -> list[tuple[int, Path]]:
+    """Checkpoints whose name is nobody's: (step, path of global_step_N.old).
+
+    A save or a conversion was cut off between the two renames by which it replaces one.
+    """
+    if not root.is_dir():
+        return []
+    found: list[tuple[int, Path]] = []
+    for path in root.glob("global_step_*.old"):
+        match = STEP.fullmatch(path.stem)
+        if match and path.is_dir() and not path.with_name(path.stem).is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
 def candidates(root: Path, say: bool = True) -> list[Path]:
     """The checkpoints to resume from, best first: what the tracker names, then the older ones; all
     of them where it names none.
@@ -45,10 +64,7 @@ def candidates(root: Path, say: bool = True) -> list[Path]:
             if step > named
         ]
         found = [(step, folder) for step, folder in found if step <= named]
-        # A save of the same step was cut off between its two renames
-        aside = root / f"global_step_{named}.old"
-        if aside.is_dir() and (not found or found[0][0] != named):
-            found.insert(0, (named, aside))
+        found = [(step, aside) for step, aside in set_aside(root) if step == named] + found
     for what in passed_over if say else []:
         log.warning("%s: ignored.", what)
     return [folder for _, folder in found]

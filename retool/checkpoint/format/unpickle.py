@@ -13,17 +13,15 @@ import pickletools
 from collections.abc import Sized
 from typing import Any
 
-from retool.checkpoint.format.stored import (
+from retool.checkpoint.format.allowed_names import Name, Refused, name_of
+from retool.checkpoint.format.stored_tensors import (
     MOST_DIMENSIONS,
     Attributed,
-    Name,
     Record,
-    Refused,
     call,
     expect,
     instance,
     key_of,
-    name_of,
     storage_of,
 )
 from retool.files.untrusted import shown
@@ -49,7 +47,7 @@ WORK_OF_A_RECORD = 500
 
 
 def parse(data: bytes, records: int = 0) -> Any:
-    """The object that a pickle describes, tensors as `Stored` and `Sharded`.
+    """The object that a pickle describes, tensors as `StoredTensor` and `StoredShard`.
 
     ValueError for anything else than data.
 

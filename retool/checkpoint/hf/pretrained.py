@@ -32,9 +32,8 @@ def load_pretrained(folder: str | Path, mesh: Mesh, options: ModelOptions | None
     )
     require_finite(
         sharded.layout,
-        mesh.shard_rank,
+        mesh,
         sharded.master,
-        mesh.world_group,
         f"the weights of {folder} are damaged",
         way_out,
     )

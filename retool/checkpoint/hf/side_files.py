@@ -12,16 +12,9 @@ import torch
 from retool.files.untrusted import read_bytes
 from retool.model.hub import read_json
 
-SIDE_BYTES = 16 << 20  # of a config.json; real ones have a few thousand
-# .py: tokenizers with code of their own
-SIDE_SUFFIXES = {
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-    ".tiktoken",
-    ".py",
-}
+MOST_CONFIG_BYTES = 16 << 20  # real ones have a few thousand
+SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}  # .py: own tokenizers
+CONFIGS_WITH_DTYPE = ("config.json", "generation_config.json")
 MORE_TEMPLATES = "additional_chat_templates"
 NOT_SIDE = re.compile(
     r".*\.index\.json|trainer_state\.json|training_args\.json|README.*|requirements\.txt",
@@ -42,10 +35,9 @@ def copy_side_files(
         if path.is_dir() and path.name == MORE_TEMPLATES:
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
         elif path.is_file() and path.suffix in SIDE_SUFFIXES and not NOT_SIDE.fullmatch(path.name):
-            if path.name in ("config.json", "generation_config.json"):
-                (target / path.name).write_text(
-                    with_dtype(_text(path), dtype, add=path.name == "config.json")
-                )
+            if path.name in CONFIGS_WITH_DTYPE:
+                text = with_dtype(_text(path), dtype, add=path.name == "config.json")
+                (target / path.name).write_text(text)
             else:
                 shutil.copyfile(path, target / path.name)
     if chat_template is not None:
@@ -63,16 +55,16 @@ def write_template(folder: Path, template: str) -> None:
     (folder / "chat_template.json").unlink(missing_ok=True)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     config = folder / "tokenizer_config.json"
-    if config.exists() and "chat_template" in (settings := read_json(config)):
+    settings = read_json(config) if config.exists() else {}
+    if "chat_template" in settings:
         settings["chat_template"] = template
-        config.write_text(
-            json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        config.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _text(path: Path) -> str:
     try:
-        return read_bytes(path, SIDE_BYTES).decode("utf-8")
+        return read_bytes(path, MOST_CONFIG_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text. Fetch it again.") from error
 

@@ -12,7 +12,7 @@ from retool.checkpoint.format.folder import (
     shard_name,
     world_size,
 )
-from retool.checkpoint.format.stored import Sharded, Stored
+from retool.checkpoint.format.stored_tensors import StoredShard, StoredTensor
 from retool.checkpoint.format.torch_file import WAY_OUT, TorchFile
 from retool.files.untrusted import shown
 
@@ -84,10 +84,14 @@ def require_named_tensors(file: TorchFile, entries: dict[Any, Any]) -> dict[str,
                 f"{file.path}: {shown(repr(name))} is no name of a parameter. {WAY_OUT}"
             )
     file.require_shared_as_ties_are(
-        [local_part(entry) for entry in entries.values() if isinstance(entry, (Stored, Sharded))]
+        [
+            local_part(entry)
+            for entry in entries.values()
+            if isinstance(entry, (StoredTensor, StoredShard))
+        ]
     )
     return entries
 
 
-def local_part(entry: Stored | Sharded) -> Stored:
-    return entry.local if isinstance(entry, Sharded) else entry
+def local_part(entry: StoredTensor | StoredShard) -> StoredTensor:
+    return entry.local if isinstance(entry, StoredShard) else entry

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from retool.checkpoint.format.stored import Stored
+from retool.checkpoint.format.stored_tensors import StoredTensor
 from retool.checkpoint.format.torch_file import WAY_OUT, TorchFile
 from retool.checkpoint.shards.files import Shards, require_dict
 from retool.checkpoint.shards.states import MOST_STEPS
+from retool.model.families.names import HEAD
 
 MOST_PARAMETERS = 1 << 20
 MOST_BETAS = 8  # numbers in one hyperparameter
@@ -24,20 +25,19 @@ def parameter_indices(optim: Shards) -> dict[str, int]:
     states = optim.states(0)
     indices, names = _grouped_parameters(file)
     if not names:
-        entries = Shards(optim.folder, "model").entries(0)
-        names = list(entries)
-        if len(names) == len(indices) + 1 and "lm_head.weight" in entries:
-            names.remove("lm_head.weight")
-    sound = all(isinstance(name, str) for name in names) and all(
-        type(index) is int for index in indices
-    )
+        names = list(Shards(optim.folder, "model").entries(0))
+        if len(names) == len(indices) + 1 and HEAD in names:
+            names.remove(HEAD)
+    sound = all(isinstance(name, str) for name in names)
+    sound = sound and all(type(index) is int for index in indices)
     if not sound or len(names) != len(indices) or len(set(names)) != len(names):
         raise ValueError(
             f"{file.path}: {len(indices)} optimizer states for {len(names)} parameters; which "
             "belongs to which can't be told. Start a new run from its weights (python -m "
             "retool.checkpoint merge)."
         )
-    return {name: index for name, index in zip(names, indices, strict=True) if index in states}
+    pairs = zip(names, indices, strict=True)
+    return {name: index for name, index in pairs if index in states}
 
 
 def _grouped_parameters(file: TorchFile) -> tuple[list[Any], list[Any]]:
@@ -57,10 +57,9 @@ def _grouped_parameters(file: TorchFile) -> tuple[list[Any], list[Any]]:
 
 
 def _groups(file: TorchFile) -> list[dict[Any, Any]]:
-    return [
-        require_dict(file, group)
-        for group in _listed(file, require_dict(file, file.content).get("param_groups"))
-    ]
+    content = require_dict(file, file.content)
+    groups = _listed(file, content.get("param_groups"))
+    return [require_dict(file, group) for group in groups]
 
 
 def _listed(file: TorchFile, value: Any) -> list[Any]:
@@ -77,7 +76,7 @@ def optimizer_steps(optim: Shards, rank: int) -> dict[int, int]:
     counts: dict[int, int] = {}
     for index, state in optim.states(rank).items():
         step = require_dict(file, state).get("step")
-        if isinstance(step, Stored) and step.numel == 1:
+        if isinstance(step, StoredTensor) and step.numel == 1:
             step = file.value(step).double().item()
         if step is None:
             continue
@@ -97,14 +96,16 @@ def optimizer_step(optim: Shards) -> int:
 def parameter_group(optim: Shards) -> dict[str, Any]:
     """AdamW's hyperparameters: the plain numbers of the first parameter group."""
     group = next(iter(_groups(optim.file(0))), {})
-    return {
-        k: v
-        for k, v in group.items()
-        if isinstance(k, str) and _is_plain(v) and k not in ("params", "param_names")
-    }
+    hyperparameters: dict[str, Any] = {}
+    for key, value in group.items():
+        of_parameters = key in ("params", "param_names")
+        if isinstance(key, str) and not of_parameters and _is_plain(value):
+            hyperparameters[key] = value
+    return hyperparameters
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
-        return len(value) <= MOST_BETAS and all(isinstance(part, (int, float)) for part in value)
+        numbers = all(isinstance(part, (int, float)) for part in value)
+        return numbers and len(value) <= MOST_BETAS
     return value is None or isinstance(value, (str, int, float))

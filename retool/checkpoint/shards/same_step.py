@@ -17,7 +17,7 @@ from retool.checkpoint.format.folder import (
     written_by_us,
 )
 from retool.checkpoint.format.state_dicts import SAVED_AT
-from retool.checkpoint.format.stored import Attributed
+from retool.checkpoint.format.stored_tensors import Attributed
 from retool.checkpoint.format.torch_file import WAY_OUT
 from retool.checkpoint.shards.files import Shards
 from retool.checkpoint.shards.optimizer import optimizer_steps

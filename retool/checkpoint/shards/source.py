@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from retool.checkpoint.flat.rows import row_range
-from retool.checkpoint.format.stored import Sharded, Stored
+from retool.checkpoint.format.stored_tensors import StoredShard, StoredTensor
 from retool.checkpoint.format.torch_file import WAY_OUT
 from retool.checkpoint.shards.files import Shards, local_part, require_dict, require_named_tensors
 from retool.checkpoint.shards.optimizer import parameter_indices
@@ -24,35 +24,35 @@ class ShardSource:
     """
 
     def __init__(self, folder: Path | str | Shards, which: str = "model") -> None:
-        self._shards = (
-            folder
-            if isinstance(folder, Shards)
-            else Shards(Path(folder), "model" if which == "model" else "optim")
-        )
-        self.folder = self._shards.folder
+        if not isinstance(folder, Shards):
+            folder = Shards(Path(folder), "model" if which == "model" else "optim")
+        self._shards = folder
+        self.folder = folder.folder
         self.which = which
-        self._indices = None if which == "model" else parameter_indices(self._shards)
-        self._entries: dict[int, dict[str, Any]] = {}
+        self._indices = None if which == "model" else parameter_indices(folder)
+        self._entries: dict[int, dict[str, Any]] = {}  # by rank, of files that were opened
 
     def __repr__(self) -> str:
         return f"{self.folder} ({self.which})"
 
     def _rank(self, rank: int) -> dict[str, Any]:
+        """Name → tensor in a rank's file."""
         if rank not in self._entries:
             if self._indices is None:
                 self._entries[rank] = self._shards.entries(rank)
             else:
-                file = self._shards.file(rank)
-                states = self._shards.states(rank)
-                there = [
-                    (name, states[index])
-                    for name, index in self._indices.items()
-                    if index in states
-                ]
-                self._entries[rank] = require_named_tensors(
-                    file, {name: require_dict(file, state).get(self.which) for name, state in there}
-                )
+                self._entries[rank] = self._moments(rank, self._indices)
         return self._entries[rank]
+
+    def _moments(self, rank: int, indices: dict[str, int]) -> dict[str, Any]:
+        file = self._shards.file(rank)
+        states = self._shards.states(rank)
+        moments = {
+            name: require_dict(file, states[index]).get(self.which)
+            for name, index in indices.items()
+            if index in states
+        }
+        return require_named_tensors(file, moments)
 
     def names(self) -> Collection[str]:
         return self._rank(0).keys()
@@ -67,15 +67,19 @@ class ShardSource:
     def shards(self, name: str) -> int:
         """Over how many files a tensor's rows are spread."""
         entry = self._checked(name, 0)
-        return 1 if isinstance(entry, Stored) else (entry.mesh_shape or (self._shards.world,))[-1]
+        return 1 if isinstance(entry, StoredTensor) else self._mesh(entry)[-1]
 
-    def _checked(self, name: str, rank: int) -> Stored | Sharded:
+    def _mesh(self, entry: StoredShard) -> tuple[int, ...]:
+        """The mesh's shape: (shards,), or (replicas, shards)."""
+        return entry.mesh_shape or (self._shards.world,)
+
+    def _checked(self, name: str, rank: int) -> StoredTensor | StoredShard:
         """A rank's entry, after checking that its sharding is one we know and its rows are those it
         should have.
         """
         path = self._shards.file(rank).path
         entry = self._rank(rank).get(name)
-        if isinstance(entry, Stored):
+        if isinstance(entry, StoredTensor):
             if self._shards.world > 1:
                 raise ValueError(
                     f"{path}: {name} is a plain tensor in a checkpoint of {self._shards.world} "
@@ -83,10 +87,10 @@ class ShardSource:
                     "(fsdp_size or strategy fsdp2), which records the sharding."
                 )
             return entry
-        if not isinstance(entry, Sharded):
+        if not isinstance(entry, StoredShard):
             raise ValueError(f"{path}: {name} is not there, or not a tensor. {WAY_OUT}")
         self._check_mesh(path, name, entry)
-        shards = (entry.mesh_shape or (self._shards.world,))[-1]
+        shards = self._mesh(entry)[-1]
         first, last = row_range(entry.shape[0], shards, rank % shards)
         if entry.local.shape != (last - first, *entry.shape[1:]):
             rows = f"rows [{first}, {last}) of {list(entry.shape)}"
@@ -95,15 +99,11 @@ class ShardSource:
             )
         return entry
 
-    def _check_mesh(self, path: Path, name: str, entry: Sharded) -> None:
-        mesh = entry.mesh_shape or (self._shards.world,)
+    def _check_mesh(self, path: Path, name: str, entry: StoredShard) -> None:
+        mesh = self._mesh(entry)
         world = self._shards.world
-        if (
-            not entry.shape
-            or entry.placements not in ((0,), (None, 0))
-            or len(mesh) != len(entry.placements)
-            or prod(mesh) != world
-        ):
+        over_rows = entry.placements in ((0,), (None, 0)) and len(mesh) == len(entry.placements)
+        if not entry.shape or not over_rows or prod(mesh) != world:
             raise ValueError(
                 f"{path}: {name} {list(entry.shape)} has placements {entry.placements} on a mesh "
                 f"{mesh} of {world} ranks; only rows over one mesh dimension (Shard(0), optionally "
@@ -117,29 +117,35 @@ class ShardSource:
         if count == 1:
             return self._shards.file(0).read(local_part(whole), start, stop)
         width = prod(whole.shape[1:])
-        pieces = []
+        pieces: list[torch.Tensor] = []
         for rank in range(count):
-            first, last = (row * width for row in row_range(whole.shape[0], count, rank))
+            first_row, end_row = row_range(whole.shape[0], count, rank)
+            first = first_row * width
             low = max(start, first)
-            high = min(stop, last)
+            high = min(stop, end_row * width)
             if low < high:
                 entry = self._checked(name, rank)
-                if (
-                    entry.shape != whole.shape
-                    or local_part(entry).storage.dtype != local_part(whole).storage.dtype
-                ):
-                    path = self._shards.file(rank).path
-                    raise ValueError(
-                        f"{path}: {name} is {list(entry.shape)}, rank 0 says {list(whole.shape)}. {WAY_OUT}"
-                    )
-                pieces.append(
-                    self._shards.file(rank).read(local_part(entry), low - first, high - first)
-                )
-        return (
-            pieces[0]
-            if len(pieces) == 1
-            else torch.cat(pieces or [torch.empty(0, dtype=self.dtype(name))])
-        )
+                self._require_like_first(name, rank, entry, whole)
+                file = self._shards.file(rank)
+                pieces.append(file.read(local_part(entry), low - first, high - first))
+        if len(pieces) == 1:
+            return pieces[0]
+        return torch.cat(pieces or [torch.empty(0, dtype=self.dtype(name))])
+
+    def _require_like_first(
+        self,
+        name: str,
+        rank: int,
+        entry: StoredTensor | StoredShard,
+        first: StoredTensor | StoredShard,
+    ) -> None:
+        """ValueError where a rank says another shape or dtype than rank 0."""
+        same_dtype = local_part(entry).storage.dtype == local_part(first).storage.dtype
+        if entry.shape != first.shape or not same_dtype:
+            path = self._shards.file(rank).path
+            raise ValueError(
+                f"{path}: {name} is {list(entry.shape)}, rank 0 says {list(first.shape)}. {WAY_OUT}"
+            )
 
     def release(self) -> None:
         """Give back the memory of what was read."""
@@ -160,14 +166,10 @@ class ShardSource:
     def _check_copy(self, name: str, rank: int) -> None:
         """A replica's rows are those of the first rank that holds them."""
         first = rank % self.shards(name)
-        if rank == first:
-            return
-        files = self._shards.file(first), self._shards.file(rank)
-        here, there = (
-            file.checksum(local_part(self._checked(name, r)))
-            for file, r in zip(files, (first, rank), strict=True)
-        )
-        if here != there:
-            raise ValueError(
-                f"{files[1].path}: {name} differs from its copy in {files[0].path.name}. {WAY_OUT}"
-            )
+        if rank != first and self._checksum(name, rank) != self._checksum(name, first):
+            path = self._shards.file(rank).path
+            other = self._shards.file(first).path.name
+            raise ValueError(f"{path}: {name} differs from its copy in {other}. {WAY_OUT}")
+
+    def _checksum(self, name: str, rank: int) -> int:
+        return self._shards.file(rank).checksum(local_part(self._checked(name, rank)))

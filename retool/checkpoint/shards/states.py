@@ -14,7 +14,7 @@ from retool.checkpoint.format.folder import (
     world_size,
     written_by_us,
 )
-from retool.checkpoint.format.stored import Stored
+from retool.checkpoint.format.stored_tensors import StoredTensor
 from retool.checkpoint.format.torch_file import WAY_OUT, TorchFile
 
 MOST_STEPS = 1 << 53
@@ -27,7 +27,7 @@ def read_state(path: Path, blocks: list[int] | None = None) -> Any:
     ValueError for anything else in it.
     """
     file = TorchFile(path, blocks)
-    return _Materialised(file).value(file.content, depth=0)
+    return _Loader(file).value(file.content, depth=0)
 
 
 def extra_state(where: Path, rank: int) -> dict[str, Any] | None:
@@ -43,7 +43,8 @@ def own_state(path: Path, where: Path) -> dict[str, Any] | None:
     """
     files = recorded_files(where)
     entry = files.get(os.path.relpath(path, where))
-    if not written_by_us(where) or not path.is_file() or (files and entry is None):
+    unknown = bool(files) and entry is None
+    if unknown or not written_by_us(where) or not path.is_file():
         return None
     content = read_state(path, None if entry is None else entry["crc32"])
     if not isinstance(content, dict):
@@ -60,7 +61,7 @@ def step_of(value: Any, where: Path) -> int:
     return value
 
 
-class _Materialised:
+class _Loader:
     """Plain data with its tensors loaded.
 
     What is shared stays shared, so that it takes no more memory than the file has bytes.
@@ -79,7 +80,7 @@ class _Materialised:
                 f"{self._file.path}: nested more than {MOST_DEPTH} levels deep. {WAY_OUT}"
             )
         out = described
-        if isinstance(described, Stored):
+        if isinstance(described, StoredTensor):
             out = self._tensor(described)
         elif isinstance(described, dict):
             out = {key: self.value(part, depth + 1) for key, part in described.items()}
@@ -92,10 +93,12 @@ class _Materialised:
         self._seen[id(described)] = out
         return out
 
-    def _tensor(self, described: Stored) -> torch.Tensor:
+    def _tensor(self, described: StoredTensor) -> torch.Tensor:
         storage = described.storage
         if storage.key not in self._storages:
-            self._storages[storage.key] = self._file.value(Stored(storage, 0, (storage.numel,)))
+            self._storages[storage.key] = self._file.value(
+                StoredTensor(storage, 0, (storage.numel,))
+            )
         whole = self._storages[storage.key]
         if whole.dtype != storage.dtype:
             raise ValueError(

@@ -1,7 +1,5 @@
 """What a pickle may describe: tensors in the file, how they are sharded, and nothing else.
 
-Names stay names: nothing is looked up.
-
 Everything has a bound, checked before there is work to do: a few hundred bytes of pickle can
 otherwise ask for hours or terabytes.
 """
@@ -15,80 +13,12 @@ from typing import Any
 
 import torch
 
-from retool.files.untrusted import shown
+from retool.checkpoint.format.allowed_names import DTENSORS, INERT, STORAGES, Name, Refused
 
-STORAGES = {
-    f"torch {name}Storage": dtype
-    for name, dtype in {
-        "Double": torch.float64,
-        "Float": torch.float32,
-        "Half": torch.float16,
-        "BFloat16": torch.bfloat16,
-        "Long": torch.int64,
-        "Int": torch.int32,
-        "Short": torch.int16,
-        "Char": torch.int8,
-        "Byte": torch.uint8,
-        "Bool": torch.bool,
-    }.items()
-}
-DTYPES = {f"torch {str(dtype).removeprefix('torch.')}" for dtype in STORAGES.values()}
-# State of a sharding description, under the names that torch 2.4 to 2.14 give it: kept as inert
-# records. Whole names are compared.
-DTENSORS = {
-    f"{module} DTensor"
-    for module in (
-        "torch.distributed.tensor",
-        "torch.distributed.tensor._api",
-        "torch.distributed._tensor",
-        "torch.distributed._tensor.api",
-    )
-}
-SPECS = {
-    f"{module} {name}"
-    for module in (
-        "torch.distributed.tensor._dtensor_spec",
-        "torch.distributed._tensor.placement_types",
-    )
-    for name in ("DTensorSpec", "TensorMeta", "ShardOrderEntry")
-}
-PLACEMENTS = {
-    f"{module} {name}"
-    for module in (
-        "torch.distributed.tensor.placement_types",
-        "torch.distributed._tensor.placement_types",
-    )
-    for name in ("Shard", "Replicate", "Partial", "_StridedShard", "_StridedShardOffsetMode")
-}
-MESHES = {
-    "torch.distributed.device_mesh DeviceMesh",
-    "torch.distributed._tensor.device_mesh DeviceMesh",
-    "torch.distributed._mesh_layout _MeshLayout",
-    "torch.distributed._mesh_layout _FlatLayout",
-}
-INERT = DTENSORS | SPECS | PLACEMENTS | MESHES
-FUNCTIONS = {
-    "collections OrderedDict",
-    "torch Size",
-    "torch device",
-    "torch.serialization _get_layout",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-    "torch._tensor _rebuild_from_type_v2",
-    "torch._utils _rebuild_wrapper_subclass",
-}
-NAMES = INERT | FUNCTIONS | DTYPES | STORAGES.keys()
 MOST_ELEMENTS = 1 << 40  # of one tensor: more is a lie
 MOST_DIMENSIONS = 64  # of a tensor or a mesh, as in torch
 MOST_DIGITS = 9  # of a record's number
 MOST_KEY = 1 << 31  # a parameter's index; of larger numbers many can be made to collide
-
-
-@dataclass(frozen=True)
-class Name:
-    """A class or function that the pickle names. Never looked up."""
-
-    name: str
 
 
 @dataclass(eq=False)
@@ -124,7 +54,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A contiguous tensor in the file, `offset` elements into its storage."""
 
     storage: Storage
@@ -137,21 +67,16 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Sharded:
+class StoredShard:
     """One rank's part of a DTensor.
 
     `placements` holds a dimension for Shard(dim) and None for Replicate().
     """
 
-    local: Stored
+    local: StoredTensor
     shape: tuple[int, ...]
     placements: tuple[int | None, ...]
     mesh_shape: tuple[int, ...] | None
-    mesh_names: tuple[str, ...] | None
-
-
-class Refused(ValueError):
-    """The stream is well-formed, but asks for something that we don't do."""
 
 
 def expect(kind: type, value: Any) -> Any:
@@ -168,17 +93,6 @@ def key_of(value: Any) -> Hashable:
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"a dict key of type {type(value).__name__}")
     return value
-
-
-def name_of(name: str) -> Name:
-    """A name that the pickle may mention. Refused for all others."""
-    if name in NAMES:
-        return Name(name)
-    named = shown(name.replace(" ", "."))
-    raise Refused(
-        f"refused: it names {named}, and only tensors and their sharding are read. Don't load it with "
-        "another tool either"
-    )
 
 
 def storage_of(pid: Any) -> Storage:
@@ -241,7 +155,7 @@ def instance(name: str, args: tuple[Any, ...]) -> Record:
     return Record(name, args)
 
 
-def _stored(storage: Any, offset: Any, shape: Any, stride: Any) -> Stored:
+def _stored(storage: Any, offset: Any, shape: Any, stride: Any) -> StoredTensor:
     """A tensor's place, after checking that it lies inside its storage and is contiguous."""
     shape = _sizes(shape)
     stride = _sizes(stride)
@@ -257,10 +171,10 @@ def _stored(storage: Any, offset: Any, shape: Any, stride: Any) -> Stored:
                 f"a tensor {list(shape)} with strides {list(stride)} is not contiguous"
             )
         dense *= size
-    return Stored(storage, offset, shape)
+    return StoredTensor(storage, offset, shape)
 
 
-def _sharded(args: tuple[Any, ...]) -> Sharded:
+def _sharded(args: tuple[Any, ...]) -> StoredShard:
     """A DTensor out of `_rebuild_from_type_v2(function, DTensor, arguments, {_local_tensor,
     _spec})`.
     """
@@ -270,17 +184,17 @@ def _sharded(args: tuple[Any, ...]) -> Sharded:
     given = [expect(dict, part) for part in _few(parts) if part is not None]
     if expect(Name, cls).name not in DTENSORS:
         raise Refused(f"refused: a tensor of class {cls.name.replace(' ', '.')}")
-    local = expect(Stored, next(part["_local_tensor"] for part in given if "_local_tensor" in part))
+    local = expect(
+        StoredTensor, next(part["_local_tensor"] for part in given if "_local_tensor" in part)
+    )
     spec = expect(Record, next(part["_spec"] for part in given if "_spec" in part))
     mesh = expect(Record, spec.get("mesh"))
     meta = expect(Record, spec.get("tensor_meta"))
-    names = mesh.get("mesh_dim_names", "_mesh_dim_names")
-    return Sharded(
+    return StoredShard(
         local=local,
         shape=_sizes(meta.args[0] if meta.args else meta.state["shape"]),
         placements=tuple(map(_placement, _few(spec.state["placements"]))),
         mesh_shape=_mesh_shape(mesh),
-        mesh_names=None if names is None else tuple(expect(str, name) for name in _few(names)),
     )
 
 
@@ -299,7 +213,7 @@ def _mesh_shape(mesh: Record) -> tuple[int, ...] | None:
     """
     ranks = mesh.get("mesh", "_mesh")
     layout = mesh.get("_layout")
-    if isinstance(ranks, Stored):
+    if isinstance(ranks, StoredTensor):
         return ranks.shape
     if not isinstance(layout, Record):
         return None
