@@ -14,7 +14,6 @@ from retool.checkpoint.flat.fill import load_flat
 from retool.checkpoint.flat.state import ModelState, require_finite
 from retool.checkpoint.format.folder import (
     CONFIG,
-    DATA,
     faulty_files,
     model_folder,
     read_json,
@@ -27,8 +26,10 @@ from retool.checkpoint.shards.files import Shards
 from retool.checkpoint.shards.optimizer import optimizer_step
 from retool.checkpoint.shards.same_step import require_one_step_unless_vouched
 from retool.checkpoint.shards.source import ShardSource
-from retool.checkpoint.shards.states import own_state, step_of
+from retool.checkpoint.shards.states import data_state, extra_state, step_of
 from retool.parallel.mesh import Mesh
+
+WAY_OUT_OF_RESUME = "Resume from an older one (trainer.resume_from_path)."
 
 
 class Unusable(ValueError):
@@ -60,36 +61,26 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
     with it.
 
     Host memory besides the flats: on the ranks that wrote it, next to nothing; on others, at most
-    `source.THREADS` chunks of `source.CHUNK` elements, where one is put together from two files
+    `fill.THREADS` chunks of `fill.CHUNK` elements, where one is put together from two files
     (256 MB in fp32; 91 MB measured for 0.6 GB of state). The files are mapped: what was read of
     them is page cache, which the kernel takes back when it is short.
     """
     top = Path(folder)
     where = model_folder(top)
     if wrong := faulty_files(where):
-        raise ValueError(
-            f"{top} can't be resumed: {'; '.join(wrong[:5])}. Resume from an older one "
-            "(trainer.resume_from_path)."
-        )
+        raise ValueError(f"{top} can't be resumed: {'; '.join(wrong[:5])}. {WAY_OUT_OF_RESUME}")
     require_one_step_unless_vouched(where)
     with torch.no_grad():
         load_flat(state.layout, mesh.shard_rank, ShardSource(where), state.params)
-        way_out = "Resume from an older one (trainer.resume_from_path)."
         require_finite(
-            state.layout,
-            mesh,
-            state.params,
-            f"{top} can't be resumed",
-            way_out,
+            state.layout, mesh, state.params, f"{top} can't be resumed", WAY_OUT_OF_RESUME
         )
         updates = 0
         if state.exp_avg is not None and state.exp_avg_sq is not None:
             _require_optimizer(where)
             optim = Shards(where, "optim")
-            load_flat(state.layout, mesh.shard_rank, ShardSource(optim, "exp_avg"), state.exp_avg)
-            load_flat(
-                state.layout, mesh.shard_rank, ShardSource(optim, "exp_avg_sq"), state.exp_avg_sq
-            )
+            for which, flat in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+                load_flat(state.layout, mesh.shard_rank, ShardSource(optim, which), flat)
             updates = optimizer_step(optim)
     same, extra = _extra(where, mesh)
     named = re.fullmatch(r"global_step_(\d{1,18})(?:\.old)?", top.name)
@@ -112,14 +103,6 @@ def _restore(states: Any, mesh: Mesh, where: Path) -> None:
         ) from error
 
 
-def data_state(top: Path) -> dict[str, Any]:
-    """A checkpoint's data.pt, if we wrote it: other programs put pickled classes there.
-
-    ValueError where it is damaged.
-    """
-    return own_state(top / DATA, model_folder(top)) or {}
-
-
 def _require_optimizer(folder: Path) -> None:
     name = shard_name("optim", world_size(folder), 0)
     if not (folder / name).exists():
@@ -137,9 +120,4 @@ def _extra(folder: Path, mesh: Mesh) -> tuple[bool, dict[str, Any]]:
     """
     config = read_json(folder / CONFIG) if written_by_us(folder) else {}
     same = config.get("world_size") == mesh.world and config.get("shards") == mesh.shards
-    return same, extra_state(folder, mesh.rank if same else 0)
-
-
-def extra_state(folder: Path, rank: int) -> dict[str, Any]:
-    """A rank's extra state, if we wrote it. ValueError where it is damaged."""
-    return own_state(folder / shard_name("extra_state", world_size(folder), rank), folder) or {}
+    return same, extra_state(folder, mesh.rank if same else 0) or {}

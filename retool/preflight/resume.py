@@ -16,9 +16,9 @@ from retool import checkpoint
 from retool.checkpoint.flat.fill import match_names
 from retool.checkpoint.format.folder import DATA, model_folder
 from retool.checkpoint.format.tracker import STEP, TRACKER, candidates, checkpoints
-from retool.checkpoint.read import data_state, extra_state
 from retool.checkpoint.resume import problems
 from retool.checkpoint.shards.source import ShardSource
+from retool.checkpoint.shards.states import data_state, extra_state
 from retool.config import Fault
 from retool.config.options import RunOptions
 from retool.data.template.dates import today

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from retool.checkpoint.format.checksums import write_archive
 from retool.checkpoint.format.folder import CHECKSUMS, DATA, recorded_files
-from retool.checkpoint.read import data_state
+from retool.checkpoint.shards.states import data_state
 from retool.config import read
 from retool.config.options import (
     AdamWConfig,

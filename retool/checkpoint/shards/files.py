@@ -40,16 +40,15 @@ class Shards:
         """Rank `rank`'s file. ValueError if it is missing, damaged or refused."""
         with self._opening:
             if rank not in self._files:
-                name = shard_name(self.kind, self.world, rank)
-                if not (self.folder / name).is_file():
-                    raise ValueError(
-                        f"{self.folder / name} is missing: the checkpoint is not complete. {WAY_OUT}"
-                    )
-                entry = self._recorded.get(name)
-                self._files[rank] = TorchFile(
-                    self.folder / name, None if entry is None else entry["crc32"]
-                )
+                self._files[rank] = self._open(shard_name(self.kind, self.world, rank))
             return self._files[rank]
+
+    def _open(self, name: str) -> TorchFile:
+        path = self.folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: the checkpoint is not complete. {WAY_OUT}")
+        entry = self._recorded.get(name)
+        return TorchFile(path, None if entry is None else entry["crc32"])
 
     def release(self) -> None:
         """Give back the memory of what was read."""
@@ -58,17 +57,18 @@ class Shards:
 
     def entries(self, rank: int) -> dict[str, Any]:
         """Name → tensor of a rank's model file."""
-        return require_named_tensors(
-            self.file(rank), require_dict(self.file(rank), self.file(rank).content)
-        )
+        file = self.file(rank)
+        return require_named_tensors(file, require_dict(file, file.content))
 
     def states(self, rank: int) -> dict[int, Any]:
         """Parameter's index → its state in a rank's optimizer file."""
         file = self.file(rank)
-        return require_dict(file, require_dict(file, file.content).get("state"))
+        content = require_dict(file, file.content)
+        return require_dict(file, content.get("state"))
 
 
 def require_dict(file: TorchFile, content: Any) -> dict[Any, Any]:
+    """`content` if it is a dict. ValueError names the file."""
     if not isinstance(content, dict):
         raise ValueError(f"{file.path}: not a state dict, but {type(content).__name__}. {WAY_OUT}")
     return content
@@ -83,15 +83,11 @@ def require_named_tensors(file: TorchFile, entries: dict[Any, Any]) -> dict[str,
             raise ValueError(
                 f"{file.path}: {shown(repr(name))} is no name of a parameter. {WAY_OUT}"
             )
-    file.require_shared_as_ties_are(
-        [
-            local_part(entry)
-            for entry in entries.values()
-            if isinstance(entry, (StoredTensor, StoredShard))
-        ]
-    )
+    tensors = [each for each in entries.values() if isinstance(each, (StoredTensor, StoredShard))]
+    file.require_shared_as_ties_are([local_part(tensor) for tensor in tensors])
     return entries
 
 
 def local_part(entry: StoredTensor | StoredShard) -> StoredTensor:
+    """What the file holds of a tensor: its rows, or all of it."""
     return entry.local if isinstance(entry, StoredShard) else entry

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from retool.checkpoint.format.folder import (
+    DATA,
+    model_folder,
     recorded_files,
     shard_name,
     world_size,
@@ -35,6 +37,14 @@ def extra_state(where: Path, rank: int) -> dict[str, Any] | None:
     did.
     """
     return own_state(where / shard_name("extra_state", world_size(where), rank), where)
+
+
+def data_state(top: Path) -> dict[str, Any]:
+    """A checkpoint's data.pt, if we wrote it: other programs put pickled classes there.
+
+    ValueError where it is damaged.
+    """
+    return own_state(top / DATA, model_folder(top)) or {}
 
 
 def own_state(path: Path, where: Path) -> dict[str, Any] | None:
@@ -96,9 +106,8 @@ class _Loader:
     def _tensor(self, described: StoredTensor) -> torch.Tensor:
         storage = described.storage
         if storage.key not in self._storages:
-            self._storages[storage.key] = self._file.value(
-                StoredTensor(storage, 0, (storage.numel,))
-            )
+            everything = StoredTensor(storage, 0, (storage.numel,))
+            self._storages[storage.key] = self._file.value(everything)
         whole = self._storages[storage.key]
         if whole.dtype != storage.dtype:
             raise ValueError(
