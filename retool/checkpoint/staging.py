@@ -14,7 +14,7 @@ from retool.checkpoint.flat.state import ModelState
 from retool.checkpoint.remote import Mirror
 from retool.checkpoint.types import PendingSave, SaveOptions, SaveResult
 from retool.files.own_folder import OwnFolder
-from retool.parallel.agreement import Failed, agreed
+from retool.parallel.agreement import GivenUp, all_or_none
 from retool.parallel.mesh import Mesh
 
 
@@ -55,10 +55,10 @@ class Staging:
         return self._folder.problem() if self._folder is not None else None
 
     def require_folder(self) -> None:
-        """Failed when the run's folder isn't there any more."""
+        """GivenUp when the run's folder isn't there any more."""
         problem = self.problem()
         if problem is not None:
-            raise Failed(problem)
+            raise GivenUp(problem)
 
     def prepare(self, state: ModelState, mesh: Mesh, options: SaveOptions) -> None:
         """Make the host buffers that saves of `state` will need, in the background."""
@@ -108,13 +108,13 @@ def stage(
 ) -> dict[str, torch.Tensor]:
     """This rank's rows of the weights and moments, in host memory.
 
-    Collective; `Failed` on all ranks where one has no room for them.
+    Collective; `GivenUp` on all ranks where one has no room for them.
     """
     staging.ready()
     total = rows_numel(state.layout, mesh.shard_rank)
     flats = staged(state, options)
     pin = mesh.device.type == "cuda"
-    host = agreed(
+    host = all_or_none(
         mesh.rank,
         staging.group,
         lambda: {key: staging.buffer(key, total, flat.dtype, pin) for key, flat in flats.items()},

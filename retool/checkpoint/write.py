@@ -35,7 +35,7 @@ from retool.checkpoint.staging import Staging, stage
 from retool.checkpoint.types import CONTENTS, PendingSave, SaveOptions, TrainingState
 from retool.config.redact import logger
 from retool.files.durable import fsync
-from retool.parallel.agreement import Failed, agreed, describe, shared
+from retool.parallel.agreement import GivenUp, all_or_none, describe, from_first_rank
 from retool.parallel.mesh import Mesh
 
 log = logger("retool.checkpoint")
@@ -98,7 +98,7 @@ def save(
     data_file = frozen(dict(training.data_state), "data_state")
     try:
         host = stage(state, mesh, options, staging)
-    except Failed as failure:
+    except GivenUp as failure:
         _end(pending, mesh, str(failure))
         return pending
     snapshot = _Snapshot(
@@ -127,7 +127,7 @@ def _run(snapshot: _Snapshot, staging: Staging, pending: PendingSave) -> None:
     error = None
     try:
         _write(snapshot, staging)
-    except Failed as failure:
+    except GivenUp as failure:
         error = str(failure)
     except Exception as failure:
         error = f"rank {snapshot.mesh.rank}: {describe(failure)}"
@@ -151,7 +151,7 @@ def _write(snapshot: _Snapshot, staging: Staging) -> None:
     Whatever was written and has no name yet goes again.
     """
     rank = snapshot.mesh.rank
-    temporary = shared(rank, staging.group, lambda: _prepare(snapshot, staging))
+    temporary = from_first_rank(rank, staging.group, lambda: _prepare(snapshot, staging))
     try:
         _fill(snapshot, staging, temporary)
     except BaseException:
@@ -190,7 +190,7 @@ def _fill(snapshot: _Snapshot, staging: Staging, temporary: Path) -> None:
     rank = snapshot.mesh.rank
     group = staging.group
     target = temporary / snapshot.options.subfolder
-    agreed(rank, group, lambda: _write_shards(snapshot, target))
+    all_or_none(rank, group, lambda: _write_shards(snapshot, target))
     if "hf_model" in snapshot.options.contents:
         layout = snapshot.state.layout
         params = snapshot.host["params"]
@@ -203,7 +203,7 @@ def _fill(snapshot: _Snapshot, staging: Staging, temporary: Path) -> None:
         if rank == 0:
             _commit(snapshot, temporary, everyone, staging)
 
-    agreed(rank, group, commit_on_first_rank)
+    all_or_none(rank, group, commit_on_first_rank)
 
 
 def _gather_written(snapshot: _Snapshot, group: dist.ProcessGroup | None) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from retool.parallel.lost import lost_peer
 T = TypeVar("T")
 
 
-class Failed(Exception):
-    """A save that all ranks have agreed to give up, and why."""
+class GivenUp(Exception):
+    """Work that all ranks have agreed to give up, and why."""
 
 
 def describe(error: BaseException) -> str:
@@ -26,11 +26,11 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
-def agreed(rank: int, group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
+def all_or_none(rank: int, group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
     """This rank's `action()`, which must not talk to other ranks, once all ranks of `group` (gloo)
     are through with theirs.
 
-    A collective call. Failed, on all of them, where one raised: with every failed rank's error.
+    A collective call. GivenUp, on all of them, where one raised: with every failed rank's error.
     """
     value = None
     error = None
@@ -38,24 +38,31 @@ def agreed(rank: int, group: dist.ProcessGroup | None, action: Callable[[], T]) 
         value = action()
     except Exception as failure:
         error = f"rank {rank}: {describe(failure)}"
-    errors: list[Any] = [error]
-    if group is not None:
-        failures = torch.tensor(int(error is not None))
-        dist.all_reduce(failures, group=group)
-        if failures:
-            errors = [None] * dist.get_world_size(group)
-            dist.all_gather_object(errors, error, group=group)
-    if failed := [e for e in errors if e is not None]:
-        raise Failed("; ".join(failed))
+    failed = [each for each in _everyones(error, group) if each is not None]
+    if failed:
+        raise GivenUp("; ".join(failed))
     return value  # pyright: ignore[reportReturnType]
 
 
-def shared(rank: int, group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
+def _everyones(error: str | None, group: dist.ProcessGroup | None) -> list[Any]:
+    """All ranks' errors. Texts are exchanged only where there is one."""
+    if group is None:
+        return [error]
+    failures = torch.tensor(int(error is not None))
+    dist.all_reduce(failures, group=group)
+    if not failures:
+        return []
+    errors: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, error, group=group)
+    return errors
+
+
+def from_first_rank(rank: int, group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
     """What rank 0's `action()` returned, on every rank.
 
-    Collective; Failed, on all of them, where it raised.
+    A collective call. GivenUp, on all of them, where it raised.
     """
-    value: list[Any] = [agreed(rank, group, lambda: action() if rank == 0 else None)]
+    value: list[Any] = [all_or_none(rank, group, lambda: action() if rank == 0 else None)]
     if group is not None:
         dist.broadcast_object_list(value, src=0, group=group, device=torch.device("cpu"))
     return value[0]

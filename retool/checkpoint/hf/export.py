@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from retool.checkpoint.flat.rows import unit_numel, unit_rows
 from retool.checkpoint.format.safetensors import WeightsWriter
-from retool.parallel.agreement import agreed
+from retool.parallel.agreement import all_or_none
 from retool.parallel.fsdp.layout import Layout, UnitLayout
 from retool.parallel.mesh import Mesh
 
@@ -29,25 +29,26 @@ def export_weights(
     """Rank 0 writes `folder`'s safetensors from every rank's rows of everything; returns the files'
     checksums by name (rank 0 only).
 
-    A collective call over `group` (gloo, all ranks). `Failed` on all ranks where one can't go on:
+    A collective call over `group` (gloo, all ranks). `GivenUp` on all ranks where one can't go on:
     they agree before every exchange. Tied names are left out: Hugging Face restores them from the
     config.
     """
     rank = mesh.rank
-    at = 0
-    shapes = {m.name: m.shape for unit in layout.units for m in unit.members}
-    writer = agreed(
-        rank, group, lambda: WeightsWriter(folder, shapes, dtype) if rank == 0 else None
-    )
+    shapes = {member.name: member.shape for unit in layout.units for member in unit.members}
+
+    def open_writer() -> WeightsWriter | None:
+        return WeightsWriter(folder, shapes, dtype) if rank == 0 else None
+
+    writer = all_or_none(rank, group, open_writer)
     try:
+        at = 0
         for unit in layout.units:
-            parts = agreed(
-                rank, group, partial(_prepare, unit, layout.shards, mesh, buffer[at:], dtype)
-            )
+            prepare = partial(_prepare, unit, layout.shards, mesh, buffer[at:], dtype)
+            parts = all_or_none(rank, group, prepare)
             _gather(parts, rank, group)
-            agreed(rank, group, partial(_write_unit, unit, layout.shards, parts, writer))
+            all_or_none(rank, group, partial(_write_unit, unit, layout.shards, parts, writer))
             at += unit_numel(unit, layout.shards, mesh.shard_rank)
-        agreed(rank, group, lambda: writer.close() if writer is not None else None)
+        all_or_none(rank, group, lambda: writer.close() if writer is not None else None)
     except BaseException:
         if writer is not None:
             writer.abandon()
@@ -64,13 +65,10 @@ def _prepare(
     if mesh.replica_rank != 0:
         return []
     mine = buffer[: unit_numel(unit, shards, mesh.shard_rank)].to(dtype)
-    return [
-        mine,
-        *(
-            mine.new_empty(unit_numel(unit, shards, other))
-            for other in range(1, shards if mesh.rank == 0 else 1)
-        ),
-    ]
+    if mesh.rank != 0:
+        return [mine]
+    others = (unit_numel(unit, shards, other) for other in range(1, shards))
+    return [mine, *(mine.new_empty(numel) for numel in others)]
 
 
 def _gather(parts: list[torch.Tensor], rank: int, group: dist.ProcessGroup | None) -> None:
@@ -89,7 +87,9 @@ def _write_unit(
 ) -> None:
     if writer is None:
         return
-    for of_member in zip(*(unit_rows(unit, shards, rank) for rank in range(shards)), strict=True):
-        for rows, part in zip(of_member, parts, strict=True):
-            if rows.stop > rows.start:
-                writer.write(part[rows.offset : rows.offset + rows.stop - rows.start])
+    rows_by_rank = [unit_rows(unit, shards, rank) for rank in range(shards)]
+    for rows_of_member in zip(*rows_by_rank, strict=True):
+        for rows, part in zip(rows_of_member, parts, strict=True):
+            numel = rows.stop - rows.start
+            if numel:
+                writer.write(part[rows.offset : rows.offset + numel])
