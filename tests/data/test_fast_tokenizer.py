@@ -320,7 +320,7 @@ def talk(rng, tool_role="tool"):
     ids=["plain", "template_kwargs"],
 )
 def test_glue_of_our_template_is_that_of_a_whole_render(each, kwargs) -> None:
-    renderer = Renderer(each, Rendering("hermes", kwargs))
+    renderer = Renderer(each, Rendering("hermes", kwargs or {}))
     rng = random.Random(1)
     assert renderer.glue.framed
     for _ in range(150):
