@@ -12,9 +12,10 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from retool import optim
-from retool.optim import AdamW, AdamWOptions, LossScale, learning_rate, trainable_runs
+from retool.optim import AdamW, AdamWOptions, LossScale, learning_rate, trainable_stretches
 from retool.parallel.fsdp import shard
 from retool.parallel.mesh import make_mesh
+from tests.parallel.layouts import reshard
 
 
 def rates(total: int, **more: object) -> list[float]:
@@ -75,12 +76,11 @@ def test_runs_are_all_that_is_trainable_and_nothing_else(
     net = Net()
     for name in frozen:
         net.get_parameter(name).requires_grad_(False)
-    layout = shard(
-        net, [(f"{i}", [b]) for i, b in enumerate(net.blocks)], make_mesh()
-    ).layout.reshard(shards)
+    units = [(f"{i}", [block]) for i, block in enumerate(net.blocks)]
+    layout = reshard(shard(net, units, make_mesh()).layout, shards)
     seen = dict.fromkeys((slot.name for unit in layout.units for slot in unit.slots), 0)
     for rank in range(shards):
-        runs = trainable_runs(layout, rank)
+        runs = trainable_stretches(layout, rank)
         assert all(a < b for a, b in runs) and all(b < c for (_, b), (c, _) in pairwise(runs)), (
             "apart, in order"
         )
@@ -96,7 +96,9 @@ def test_runs_are_all_that_is_trainable_and_nothing_else(
         for name in seen
     }
     if not frozen:
-        assert trainable_runs(layout, 0) == [(0, layout.shard_numel)], "one kernel for everything"
+        assert trainable_stretches(layout, 0) == [(0, layout.shard_numel)], (
+            "one kernel for everything"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -132,7 +134,7 @@ def test_clipping_and_decay(dtype: torch.dtype, clip: float) -> None:
 
 
 def test_the_loss_scale_follows_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "GROWTH", 3)
+    monkeypatch.setattr(optim, "FINITE_STEPS_TO_DOUBLE", 3)
     scale = LossScale(torch.float16, torch.device("cpu"))
     seen = []
     for skipped in (1, 0, 0, 1, 0, 0, 0, 0, 0, 0):

@@ -36,7 +36,7 @@ from retool.checkpoint.shards.optimizer import optimizer_step, parameter_group
 from retool.checkpoint.shards.source import ShardSource
 from retool.checkpoint.shards.states import extra_state, step_of
 from retool.files.lock import sole_user
-from retool.parallel.fsdp.layout import Layout, make_layout
+from retool.parallel.fsdp.layout import Layout, SlotSpec, make_layout
 
 
 def convert(
@@ -104,7 +104,7 @@ def file_layout(source: ShardSource, shards: int) -> Layout:
     units = []
     for name in names:
         shape = source.shape(name)
-        slot = (name, shape, [(name, shape)], True)
+        slot = SlotSpec(name, shape, [(name, shape)])
         units.append((name, [slot]))
     return make_layout(units, shards, aliases)
 

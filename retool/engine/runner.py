@@ -18,7 +18,7 @@ from retool.engine.forward import Model, draw, hidden_states
 from retool.engine.kernels.attention import Pages
 from retool.engine.kernels.draws import Draws
 from retool.engine.schedule.batch import Batch
-from retool.parallel.fsdp.overlap import recorded
+from retool.parallel.streams import record_event
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def send_draws(values: Tensor) -> Flight:
         return Flight(values.clone(), None, values)
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
-    return Flight(host, recorded(), values)
+    return Flight(host, record_event(), values)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

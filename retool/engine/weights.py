@@ -21,13 +21,11 @@ from torch import nn
 from retool.model.block import Execution
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
+from retool.parallel.collectives import all_gather_flat
 from retool.parallel.fsdp import Sharded
 from retool.parallel.fsdp.layout import Layout
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan
-
-# Renamed in torch 2.13
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def make_decoder(
@@ -74,7 +72,7 @@ class Weights:
                 buffer.copy_(unit.shard)
             else:
                 shard = unit.shard.to(sharded.param_dtype).to(buffer.dtype)
-                _all_gather(buffer, shard, group=group)
+                all_gather_flat(buffer, shard, group=group)
 
     def _allocate(self, layout: Layout, dtype: torch.dtype) -> None:
         """Make the buffers, and the parameters views of them."""

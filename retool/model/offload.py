@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retool.parallel.fsdp.overlap import copied, wait_for
+from retool.parallel.streams import start_copies, wait_for
 
 # bytes. Pinned memory comes in powers of two; pages of one size fit tensors of any length
 PAGE = 16 << 20
@@ -138,4 +138,4 @@ class Offload:
         ]
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
-        self.done = copied(self.stream, pairs, None)
+        self.done = start_copies(self.stream, pairs, None)

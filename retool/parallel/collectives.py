@@ -12,6 +12,10 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+# (out, mine, group=…, async_op=…) on flat tensors. torch 2.13 renamed both.
+all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class _AllToAll(torch.autograd.Function):
     """All-to-all of a flat buffer; the backward is the other direction."""

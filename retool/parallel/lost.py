@@ -16,7 +16,7 @@ SIGNS = (
 )
 # seconds; a launcher calls the first process that ends the cause, and it looks every tenth of a
 # second
-LINGER = 2.0
+LINGER_S = 2.0
 
 
 def lost_peer(error: BaseException) -> bool:
@@ -37,7 +37,7 @@ def follow(rank: int) -> int:
 
     The exit status.
     """
-    time.sleep(LINGER)
+    time.sleep(LINGER_S)
     said = (
         f"rank {rank} ends because another rank is gone: what that one said, or how the launcher says it "
         "ended, is the error."

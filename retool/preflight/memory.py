@@ -28,10 +28,10 @@ from retool.model.costs import layer_costs
 from retool.model.families.layer_costs import Cost, ElementBytes, LayerCosts
 from retool.model.logprobs import LOGIT_BYTES
 from retool.model.recompute import Recompute, token_chunks
-from retool.optim import VISITING
+from retool.optim import OFFLOAD_CHUNK_NUMEL
 from retool.parallel.fsdp.layout import Layout
-from retool.parallel.fsdp.overlap import assign_buffers, rooms
-from retool.parallel.fsdp.wrap import NORM_CHUNK
+from retool.parallel.fsdp.buffers import assign_buffers, buffer_sizes
+from retool.parallel.fsdp.sharded import NORM_CHUNK_NUMEL
 from retool.perf import GIB
 
 LADDER: tuple[Recompute, ...] = ("none", "selective", "full", "offload")
@@ -196,7 +196,7 @@ def gathered(layout: Layout, reshard: bool) -> int:
     if layout.shards == 1:
         return 0
     sizes = [unit.numel for unit in layout.units]
-    return sum(rooms(sizes, assign_buffers(sizes, [not reshard] * len(sizes))))
+    return sum(buffer_sizes(sizes, assign_buffers(sizes, [not reshard] * len(sizes))))
 
 
 def update_bytes(layout: Layout, setting: Setting) -> int:
@@ -204,8 +204,8 @@ def update_bytes(layout: Layout, setting: Setting) -> int:
     owned = layout.shard_numel
     tensors_away = setting.param_offload + 2 * setting.optimizer_offload
     # Of each, one piece is used while the next arrives and the last one leaves.
-    visiting = 3 * min(owned, VISITING) * setting.master_bytes * tensors_away
-    return max(visiting, 8 * min(owned, NORM_CHUNK))
+    visiting = 3 * min(owned, OFFLOAD_CHUNK_NUMEL) * setting.master_bytes * tensors_away
+    return max(visiting, 8 * min(owned, NORM_CHUNK_NUMEL))
 
 
 def layers_away(config: ModelConfig, recompute: Recompute, parked: int | None) -> int:

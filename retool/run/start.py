@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from retool.config import Fault
 from retool.config.redact import redact
 from retool.files.lock import sole_user
-from retool.parallel.lost import LINGER, follow, lost_peer
+from retool.parallel.lost import LINGER_S, follow, lost_peer
 from retool.preflight.plan import RunReport
 from retool.preflight.show import show_faults
 from retool.preflight.verdict import verdict
@@ -80,7 +80,7 @@ def ended_well() -> Iterator[Ending]:
         if rank > 0:
             # All ranks may have it: rank 0's end then ends the others while they wait.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(LINGER)
+            time.sleep(LINGER_S)
         print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
         tell_launcher(str(error))
         ending.status = 1

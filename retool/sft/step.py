@@ -12,7 +12,7 @@ from retool.batch import PackedBatch
 from retool.optim import AdamW
 from retool.parallel.collectives import sum_over
 from retool.parallel.fsdp import Sharded
-from retool.parallel.fsdp.overlap import recorded
+from retool.parallel.streams import record_event
 from retool.perf import StepTimer
 from retool.sft.loss import loss_sum
 
@@ -76,4 +76,4 @@ def on_its_way(values: torch.Tensor) -> Measured:
         return Measured(values, None)
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
-    return Measured(host, recorded())
+    return Measured(host, record_event())

@@ -193,7 +193,7 @@ def watched() -> Iterator[Streams]:
         patch.setattr(torch.cuda, "stream", _on)
         patch.setattr(torch.cuda, "current_stream", lambda: Streams.now)
         patch.setattr(overlap.Overlap, "__init__", start)
-        for name in ("_all_gather", "_reduce_scatter"):
+        for name in ("all_gather_flat", "reduce_scatter_flat"):
             patch.setattr(overlap, name, noted(getattr(overlap, name)))
         with streams:
             yield streams

@@ -13,8 +13,10 @@ from torch import nn
 
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import shard
-from retool.parallel.fsdp.overlap import Pending, assign_buffers
+from retool.parallel.fsdp.buffers import assign_buffers
+from retool.parallel.fsdp.overlap import Pending
 from retool.parallel.mesh import make_mesh
+from tests.parallel.layouts import reshard
 from tests.ranks import run_ranks
 
 
@@ -188,7 +190,7 @@ def test_an_offloaded_update_by_chunk_is_the_same(
     """On the CPU the visitors are copies in the same memory: what is left to test is which elements
     visit, and that they return.
     """
-    monkeypatch.setattr("retool.optim.VISITING", 256)
+    monkeypatch.setattr("retool.optim.OFFLOAD_CHUNK_NUMEL", 256)
 
     def trained(offload: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -358,7 +360,7 @@ def test_parameters_start_where_the_compiler_needs_no_copy() -> None:
     net = Root()
     sharded = shard(net, units_of(net), make_mesh())
     assert all(p.storage_offset() * p.element_size() % 256 == 0 for p in net.parameters())
-    for unit in sharded.layout.reshard(3).units:
+    for unit in reshard(sharded.layout, 3).units:
         assert (
             unit.start % 128 == unit.shard_numel % 128 == 0 and unit.numel == 3 * unit.shard_numel
         )

@@ -61,7 +61,7 @@ def train(
     torch.backends.cuda.matmul.allow_tf32 = False
     offload = more.pop("offload", False) if "offload" in more else False
     if offload:
-        optim.VISITING = 1 << 16  # so that all three slots are used, and again
+        optim.OFFLOAD_CHUNK_NUMEL = 1 << 16  # so that all three slots are used, and again
     if "chunk" in more:
         recompute.CHUNKED_FROM = recompute.CHUNK = more.pop("chunk")
     options = ModelOptions(param_dtype=dtype, use_compile=more.pop("use_compile", "auto"), **more)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from retool.parallel.fsdp import Sharded, local_pieces, shard
-from retool.parallel.fsdp.wrap import Units
+from retool.parallel.fsdp.collect import Units
 from retool.parallel.mesh import make_mesh
 from tests.ranks import run_ranks
 

@@ -22,7 +22,8 @@ from retool.model.offload import Offload, Parked
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import Sharded, shard
 from retool.parallel.fsdp.overlap import Overlap, Pending
-from retool.parallel.fsdp.unit import Unit, settle
+from retool.parallel.fsdp.reduce import Gradients
+from retool.parallel.fsdp.unit import Unit
 from retool.parallel.mesh import make_mesh
 from tests.parallel.streams import Event, Stream, Unordered, watched
 from tests.parallel.test_modules import data, made
@@ -89,7 +90,7 @@ def unmarked(unit: Unit) -> None:
     """`gather` as it would be without a release of what is in use."""
     unit.weights.in_use = None
     unit.start_gather()
-    settle(unit.weights)
+    unit.weights.settle()
 
 
 def at_once(overlap: Overlap, flat: torch.Tensor, into: torch.Tensor, group: Any) -> Pending:
@@ -104,12 +105,17 @@ BROKEN: dict[str, tuple[str, type, str, Callable[..., Any]]] = {  # case, what i
     "a gather doesn't wait for the last use": ("sometimes", Unit, "release", released_unseen),
     "a gather doesn't wait for a use whose end isn't seen": ("towers", Unit, "gather", unmarked),
     "a use doesn't wait for the gather": ("twice", Pending, "wait", lambda _: None),
-    "a gather doesn't wait for new weights": ("twice", Overlap, "refreshed", lambda _: None),
+    "a gather doesn't wait for new weights": (
+        "twice",
+        Overlap,
+        "follow_new_weights",
+        lambda _: None,
+    ),
     "a reduction doesn't wait for the gradients": ("twice", Overlap, "reduce", at_once),
     "the optimizer doesn't wait for the reductions": (
         "twice",
-        Unit,
-        "wait_reduced",
+        Gradients,
+        "wait",
         lambda _: None,
     ),
 }
@@ -265,7 +271,7 @@ def offloaded_steps(monkeypatch: pytest.MonkeyPatch, master: bool, moments: bool
     """Three updates in chunks of 300 elements, of which more than three fit; what is away is
     ordinary memory here.
     """
-    monkeypatch.setattr(optim, "VISITING", 300)
+    monkeypatch.setattr(optim, "OFFLOAD_CHUNK_NUMEL", 300)
     with watched():
         module, units, loss_of = made("twice")
         model = shard(

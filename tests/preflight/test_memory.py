@@ -36,6 +36,7 @@ from retool.preflight.memory import (
     plan_layout,
     predict,
 )
+from tests.parallel.layouts import reshard
 from tests.parallel.test_sharded_memory import Live
 from tests.ranks import run_ranks
 
@@ -93,7 +94,7 @@ def test_the_layout_is_the_one_that_sharding_makes(family: str, tied: bool) -> N
     real = build_decoder(config, make_mesh(), ModelOptions()).layout
     assert plan_layout(config, 1) == real
     for shards in (2, 3):
-        assert plan_layout(config, shards) == real.reshard(shards)
+        assert plan_layout(config, shards) == reshard(real, shards)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +143,8 @@ def test_what_visits_the_device_in_an_update_is_exact(
     and the step counts.
     """
     for module in ("retool.preflight.memory", "retool.optim"):
-        monkeypatch.setattr(f"{module}.VISITING", 1000)
-    monkeypatch.setattr("retool.preflight.memory.NORM_CHUNK", 0)
+        monkeypatch.setattr(f"{module}.OFFLOAD_CHUNK_NUMEL", 1000)
+    monkeypatch.setattr("retool.preflight.memory.NORM_CHUNK_NUMEL", 0)
     with Live() as live:
         sharded = build_decoder(model(), make_mesh(), ModelOptions(param_dtype=torch.bfloat16))
         optimizer = AdamW(sharded, AdamWOptions())

@@ -378,7 +378,7 @@ def test_gradients_that_are_no_numbers_stop_the_run_and_say_so(
     dtype: str,
     most: int,
 ) -> None:
-    monkeypatch.setattr(optim, "HALVINGS", 1)
+    monkeypatch.setattr(optim, "FIRST_LOSS_SCALE_LOG2", 1)
     out = tmp_path / "run"
     assert (
         main(words(work, out, model__fsdp_config__param_dtype=dtype, data__train_batch_size=1)) == 1

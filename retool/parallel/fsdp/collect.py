@@ -1,5 +1,6 @@
-"""Which parameters belong to which unit, and what can't be sharded so: refused here, as on several
-ranks it would be silently wrong.
+"""Which parameters belong to which unit.
+
+What can't be sharded so is refused here: on several ranks it would be silently wrong.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from torch import nn
 from retool.parallel.fsdp.layout import SlotSpec
 from retool.parallel.mesh import Mesh
 
+# (name of the unit, its modules), in forward order
 Units = Sequence[tuple[str, Sequence[nn.Module]]]
+# a parameter's name → names and shapes of what is stacked in it
 Members = Mapping[str, list[tuple[str, tuple[int, ...]]]]
 
 
 @dataclass
 class Collected:
-    """A unit's slot specifications and present parameters; `outer` where another unit's module lies
-    in one of its own.
+    """What one unit shards: a `SlotSpec` per parameter, and the parameters themselves.
+
+    `outer` is true if a module of this unit contains a module of another unit.
     """
 
     name: str
@@ -29,63 +33,74 @@ class Collected:
     slots: list[SlotSpec] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
 
+    def add(self, name: str, parameter: nn.Parameter, members: Members) -> None:
+        """A parameter that several modules of the unit share is there once."""
+        if all(parameter is not known for known in self.parameters):
+            self.parameters.append(parameter)
+            self.slots.append(_slot(name, parameter, members))
+
 
 def collect(module: nn.Module, units: Units, members: Members) -> list[Collected]:
     """Every parameter once, in the innermost unit around the module that has it.
 
     ValueError for what can't be, with the way out.
     """
-    names = {id(p): n for n, p in module.named_parameters()}
-    places = {id(m): n for n, m in module.named_modules()}
-    roots = [id(m) for _, modules in units for m in modules]
-    owner: dict[int, int] = {}
-    covered: set[int] = set()
-    found: list[Collected] = []
-    for index, (unit, modules) in enumerate(units):
-        mine = {id(m) for m in modules}
-        found.append(
-            Collected(
-                unit,
-                any(id(d) in roots and id(d) not in mine for m in modules for d in m.modules()),
-            )
-        )
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    places = {id(child): name for name, child in module.named_modules()}
+    roots = [id(part) for _, modules in units for part in modules]
+
+    owner: dict[int, Collected] = {}  # of each parameter: its unit
+    covered: set[int] = set()  # modules that are in some unit
+    collected: list[Collected] = []
+    for unit, modules in units:
+        mine = Collected(unit, _is_outer(modules, roots))
+        collected.append(mine)
         for part in modules:
             _check_module(unit, part, places, roots)
-            for inside in _own(part, set(roots)):
+            for inside in _without_other_units(part, set(roots)):
                 covered.add(id(inside))
-                for parameter in _direct(inside):
-                    if owner.setdefault(id(parameter), index) != index:
-                        raise _shared(
-                            names[id(parameter)], units[owner[id(parameter)]][0], f"unit {unit!r}"
-                        )
-                    if all(parameter is not p for p in found[-1].parameters):
-                        found[-1].parameters.append(parameter)
-                        found[-1].slots.append(_slot(names[id(parameter)], parameter, members))
-    missing = [n for i, n in names.items() if i not in owner]
+                for parameter in _own_parameters(inside):
+                    name = names[id(parameter)]
+                    first = owner.setdefault(id(parameter), mine)
+                    if first is not mine:
+                        raise _shared(name, first.name, f"unit {unit!r}")
+                    mine.add(name, parameter, members)
+
+    missing = [name for key, name in names.items() if key not in owner]
     if missing:
         raise ValueError(
             f"parameter {missing[0]} (and {len(missing) - 1} more) is in no unit: add its module to `units`."
         )
     for place, inside in module.named_modules():
-        for parameter in _direct(inside) if id(inside) not in covered else ():
-            raise _shared(
-                names[id(parameter)],
-                units[owner[id(parameter)]][0],
-                f"module {place!r}, which is in no unit",
-            )
-    return found
+        if id(inside) in covered:
+            continue
+        for parameter in _own_parameters(inside):
+            where = f"module {place!r}, which is in no unit"
+            raise _shared(names[id(parameter)], owner[id(parameter)].name, where)
+    return collected
 
 
-def _direct(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module._parameters.values() if p is not None]
+def _is_outer(modules: Sequence[nn.Module], roots: list[int]) -> bool:
+    """Whether one of a unit's modules contains a module of another unit."""
+    own = {id(part) for part in modules}
+    return any(
+        id(inside) in roots and id(inside) not in own
+        for part in modules
+        for inside in part.modules()
+    )
 
 
-def _own(module: nn.Module, roots: set[int]) -> Iterator[nn.Module]:
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those of the module itself, not of modules in it."""
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
+def _without_other_units(module: nn.Module, roots: set[int]) -> Iterator[nn.Module]:
     """The module and those in it, but for other units', in the order of `parameters()`."""
     yield module
     for child in module.children():
         if id(child) not in roots:
-            yield from _own(child, roots)
+            yield from _without_other_units(child, roots)
 
 
 def _slot(name: str, parameter: nn.Parameter, members: Members) -> SlotSpec:
@@ -99,7 +114,7 @@ def _slot(name: str, parameter: nn.Parameter, members: Members) -> SlotSpec:
             f"parameter {name} is of a module that was sharded already: shard it once, with all its units."
         )
     shape = tuple(parameter.shape)
-    return name, shape, members.get(name, [(name, shape)]), parameter.requires_grad
+    return SlotSpec(name, shape, members.get(name, [(name, shape)]), parameter.requires_grad)
 
 
 def _shared(parameter: str, unit: str, other: str) -> ValueError:
@@ -110,45 +125,48 @@ def _shared(parameter: str, unit: str, other: str) -> ValueError:
 
 
 def _check_module(unit: str, part: nn.Module, places: dict[int, str], roots: list[int]) -> None:
+    """ValueError for a module that isn't there, is named twice, or is never called."""
+    kind = type(part).__name__
     if id(part) not in places:
         raise ValueError(
-            f"unit {unit!r} has a {type(part).__name__} that isn't in the module: give modules of "
+            f"unit {unit!r} has a {kind} that isn't in the module: give modules of "
             "the one that is sharded."
         )
     name = places[id(part)]
     if roots.count(id(part)) > 1:
         raise ValueError(f"module {name!r} is in `units` more than once: name it once.")
-    if type(part).forward is nn.Module.forward and "forward" not in vars(part):
-        kind = type(part).__name__
+    # A ModuleList, for example
+    has_no_forward = type(part).forward is nn.Module.forward and "forward" not in vars(part)
+    if has_no_forward:
         raise ValueError(
             f"unit {unit!r}: {name!r} is a {kind}, which is never called itself, so nothing would gather it: "
             "give the modules in it, or the one around it."
         )
 
 
-def check_alike(found: Sequence[Collected], mesh: Mesh) -> None:
+def check_alike(collected: Sequence[Collected], mesh: Mesh) -> None:
     """ValueError unless parameters that have values have the same ones on every rank: shards of
     different models fit no model.
     """
-    here = [
-        (s[0], p)
-        for unit in found
-        for s, p in zip(unit.slots, unit.parameters, strict=True)
-        if p.device.type != "meta"
-    ]
-    if mesh.world_group is None or not here:
+    present: list[tuple[str, nn.Parameter]] = []
+    for unit in collected:
+        for slot, parameter in zip(unit.slots, unit.parameters, strict=True):
+            if parameter.device.type != "meta":
+                present.append((slot.name, parameter))
+    if mesh.world_group is None or not present:
         return
-    sums = torch.stack(
-        [
-            p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64).to(mesh.device)
-            for _, p in here
-        ]
-    )
-    both = torch.stack([sums, -sums])
-    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=mesh.world_group)
-    for (name, _), differs in zip(here, both.sum(0).tolist(), strict=True):
-        if differs:
+    sums = torch.stack([_byte_sum(parameter).to(mesh.device) for _, parameter in present])
+    # One collective for two extremes: the largest sum, and minus the smallest
+    extremes = torch.stack([sums, -sums])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh.world_group)
+    for (name, _), spread in zip(present, extremes.sum(0).tolist(), strict=True):
+        if spread:
             raise ValueError(
                 f"parameter {name} has other values on another rank: seed all ranks alike before "
                 "the module is made."
             )
+
+
+def _byte_sum(parameter: nn.Parameter) -> torch.Tensor:
+    """int64: what all bytes of the parameter add up to."""
+    return parameter.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)

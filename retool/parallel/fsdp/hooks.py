@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-if TYPE_CHECKING:
-    from retool.parallel.fsdp.wrap import Sharded
+from retool.parallel.fsdp.sharded import Sharded, in_backward
 
 
 class UnitInput(torch.autograd.Function):
@@ -36,11 +35,6 @@ class UnitInput(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         ctx.action()
         return (None, *grads)
-
-
-def in_backward() -> bool:
-    """Whether autograd is running here: a forward in it is a recomputation."""
-    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
 
 
 def _mark(

@@ -20,9 +20,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import NamedTuple
 
-# elements: 256 bytes in bf16, more in fp32 and fp64. The compiler copies misaligned inputs.
-ALIGNMENT = 128
+# Every slot and every shard starts at a multiple of so many elements: 256 bytes in bf16, more in
+# fp32 and fp64. The compiler copies inputs that aren't aligned.
+ALIGNMENT_NUMEL = 128
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class UnitLayout:
-    """A unit's flat buffer.
-
-    `start` is where this unit's part begins in a rank's own shard of everything.
-    """
+    """A unit's flat buffer of `numel` elements, of which each rank owns `shard_numel`."""
 
     name: str
     slots: tuple[Slot, ...]
     numel: int
     shard_numel: int
-    start: int
+    start: int  # where this unit's part begins in a rank's own shard of everything
 
     @property
     def members(self) -> Iterator[Member]:
-        return (m for s in self.slots for m in s.members)
+        return (member for slot in self.slots for member in slot.members)
 
 
 @dataclass(frozen=True)
@@ -80,37 +79,32 @@ class Layout:
 
     units: tuple[UnitLayout, ...]
     shards: int
-    aliases: tuple[
-        tuple[str, str], ...
-    ] = ()  # (name on disk, name of the parameter that it is tied to)
-    order: tuple[str, ...] = ()  # Hugging Face names in `parameters()` order; empty: unit by unit
+    # (name on disk, name of the parameter that it is tied to)
+    aliases: tuple[tuple[str, str], ...] = ()
+    # Hugging Face names in `parameters()` order; empty: unit by unit
+    order: tuple[str, ...] = ()
 
     @cached_property
     def shard_numel(self) -> int:
-        return sum(u.shard_numel for u in self.units)
+        return sum(unit.shard_numel for unit in self.units)
 
     @cached_property
     def members(self) -> tuple[tuple[UnitLayout, Member], ...]:
         """Every Hugging Face parameter once, in `parameters()` order."""
-        found = {m.name: (u, m) for u in self.units for m in u.members}
-        return tuple(found[name] for name in self.order or found)
-
-    def reshard(self, shards: int) -> Layout:
-        """The same units split over another number of ranks."""
-        specs = [
-            (
-                u.name,
-                [
-                    (s.name, s.shape, [(m.name, m.shape) for m in s.members], s.trainable)
-                    for s in u.slots
-                ],
-            )
-            for u in self.units
-        ]
-        return make_layout(specs, shards, self.aliases, self.order)
+        by_name = {m.name: (unit, m) for unit in self.units for m in unit.members}
+        return tuple(by_name[name] for name in self.order or by_name)
 
 
-SlotSpec = tuple[str, tuple[int, ...], list[tuple[str, tuple[int, ...]]], bool]
+class SlotSpec(NamedTuple):
+    """A tensor of a module that is to be laid out.
+
+    `members`: the names and shapes of the Hugging Face parameters stacked in it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    members: list[tuple[str, tuple[int, ...]]]
+    trainable: bool = True
 
 
 def make_layout(
@@ -119,29 +113,44 @@ def make_layout(
     aliases: tuple[tuple[str, str], ...] = (),
     order: tuple[str, ...] = (),
 ) -> Layout:
-    """Lay out units given as (unit name, [(slot name, slot shape, [(HF name, HF shape), …],
-    trainable), …]).
+    """Lay out (unit name, its slots), one unit after the other, for `shards` ranks.
+
+    `aliases` and `order`: see `Layout`.
     """
-    out = []
+    laid_out: list[UnitLayout] = []
     start = 0
     for name, specs in units:
-        slots = []
+        slots: list[Slot] = []
         offset = 0
-        for slot_name, shape, members, trainable in specs:
-            inside = offset
-            placed = []
-            for member_name, member_shape in members:
-                placed.append(Member(member_name, tuple(member_shape), inside))
-                inside += prod(member_shape)
-            assert inside - offset == prod(shape), (
-                f"{slot_name}: members hold {inside - offset} elements, the tensor {prod(shape)}"
-            )
-            slots.append(Slot(slot_name, tuple(shape), offset, tuple(placed), trainable))
-            offset += -(-prod(shape) // ALIGNMENT) * ALIGNMENT
-        shard = -(-max(offset, 1) // (shards * ALIGNMENT)) * ALIGNMENT
-        out.append(UnitLayout(name, tuple(slots), shard * shards, shard, start))
-        start += shard
-    return Layout(tuple(out), shards, aliases, order)
+        for spec in specs:
+            slot = _place(SlotSpec(*spec), offset)
+            slots.append(slot)
+            offset += _round_up(slot.numel, ALIGNMENT_NUMEL)
+        # An empty unit still has a shard: no case of its own anywhere
+        numel = _round_up(max(offset, 1), shards * ALIGNMENT_NUMEL)
+        unit = UnitLayout(name, tuple(slots), numel, numel // shards, start)
+        laid_out.append(unit)
+        start += unit.shard_numel
+    return Layout(tuple(laid_out), shards, aliases, order)
+
+
+def _place(spec: SlotSpec, offset: int) -> Slot:
+    """The slot whose first element is at `offset` in its unit, its members on top of each other."""
+    members: list[Member] = []
+    end = offset
+    for name, shape in spec.members:
+        member = Member(name, tuple(shape), end)
+        members.append(member)
+        end += member.numel
+    slot = Slot(spec.name, tuple(spec.shape), offset, tuple(members), spec.trainable)
+    assert end - offset == slot.numel, (
+        f"{slot.name}: members hold {end - offset} elements, the tensor {slot.numel}"
+    )
+    return slot
+
+
+def _round_up(numel: int, multiple: int) -> int:
+    return -(-numel // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -158,11 +167,10 @@ def local_pieces(layout: Layout, shard_rank: int) -> Iterator[Piece]:
     """What rank `shard_rank` of `layout.shards` owns, in memory order; padding is in no piece."""
     for unit in layout.units:
         low = shard_rank * unit.shard_numel
-        high = (shard_rank + 1) * unit.shard_numel
+        high = low + unit.shard_numel
         for member in unit.members:
             start = max(low, member.offset)
             stop = min(high, member.offset + member.numel)
             if start < stop:
-                yield Piece(
-                    member, start - member.offset, stop - member.offset, unit.start + start - low
-                )
+                local = unit.start + start - low
+                yield Piece(member, start - member.offset, stop - member.offset, local)

@@ -1,0 +1,84 @@
+"""The few pieces of memory that units take turns in, and which unit takes which.
+
+Made once and never freed while the model lives: memory that one stream frees and another takes is
+a race that nothing reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+
+from retool.parallel.fsdp.overlap import Pending
+
+# Units whose sizes differ by less than this factor share buffers: the smaller one wastes the rest.
+MAX_SIZE_RATIO = 2
+
+
+@dataclass
+class Buffer:
+    """Memory that units use in turn."""
+
+    data: torch.Tensor
+    # The index of the unit whose weights are in it, or are on their way
+    holder: int | None = None
+    # The gather that fills it, or the reduction that reads it, until someone waits for it
+    pending: Pending | None = None
+    # The end of the holder's last use: a gather for another unit starts after it, and no later
+    free: torch.cuda.Event | None = None
+    # Where the holder is, from its gather until its release
+    in_use: Literal["forward", "backward"] | None = None
+
+    def settle(self) -> None:
+        """What comes next comes after what is under way here: its gather, or the reduction that
+        reads it.
+        """
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
+
+
+def assign_buffers(sizes: Sequence[int], own: Sequence[bool]) -> list[int]:
+    """A buffer number for each unit, given in forward order; neighbours never share one.
+
+    Units of like size alternate between two buffers, or use a single one if no two of them are
+    neighbours. A unit with `own` has a buffer for itself. So a decoder keeps two blocks, and the
+    embedding or the head.
+    """
+    assigned = [0] * len(sizes)
+    buffers = 0
+    for units in _alike(sizes, own):
+        have_neighbours = any(second - first == 1 for first, second in pairwise(units))
+        needed = 2 if have_neighbours else 1
+        for position, unit in enumerate(units):
+            assigned[unit] = buffers + position % needed
+        buffers += needed
+    return assigned
+
+
+def _alike(sizes: Sequence[int], own: Sequence[bool]) -> list[list[int]]:
+    """The units in groups of about the size of the group's first; one with `own` is alone."""
+    groups: list[list[int]] = []
+    for unit, size in enumerate(sizes):
+        for group in groups:
+            first = group[0]
+            ratio = size / max(sizes[first], 1)
+            fits = 1 / MAX_SIZE_RATIO <= ratio <= MAX_SIZE_RATIO
+            if fits and not own[unit] and not own[first]:
+                group.append(unit)
+                break
+        else:
+            groups.append([unit])
+    return groups
+
+
+def buffer_sizes(sizes: Sequence[int], assigned: Sequence[int]) -> list[int]:
+    """Elements of each buffer: the largest of the units that take turns in it."""
+    largest = [0] * (max(assigned) + 1)
+    for size, buffer in zip(sizes, assigned, strict=True):
+        largest[buffer] = max(largest[buffer], size)
+    return largest

@@ -1,0 +1,154 @@
+"""Where gradients are reduced: from autograd's `.grad` to this rank's shard of the global sum.
+
+    p.grad of a unit's parameters ──copied, one kernel──▶ flat buffer ──reduce-scatter, SUM──▶ shard += part
+
+Nothing is averaged: the loss is a sum over tokens that was divided by the global count before.
+With `hold` the gradients of several backwards are first added up on this rank, in a buffer of their
+own, and sent once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from retool.parallel.fsdp.buffers import Buffer
+from retool.parallel.fsdp.layout import UnitLayout
+from retool.parallel.fsdp.overlap import Overlap
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # where a gradient goes, the gradient
+
+
+class Gradients:
+    """The gradients of one unit.
+
+    `shard`: this rank's part of the sum over all ranks and all backwards of an optimizer step.
+    `buffer`: what the unit's gradients are sent from, in the dtype of the reduction; None where
+    there is nobody to send them to.
+    """
+
+    def __init__(
+        self,
+        layout: UnitLayout,
+        parameters: list[nn.Parameter],
+        overlap: Overlap,
+        group: dist.ProcessGroup | None,
+        *,
+        shard: torch.Tensor,
+        buffer: Buffer | None,
+    ) -> None:
+        self.layout = layout
+        self.parameters = parameters
+        self.overlap = overlap
+        self.group = group
+        self.shard = shard
+        self.buffer = buffer
+        # The sum of several backwards, the whole unit's and only this rank's. Made when first
+        # needed; `holds` says whether there is anything in it.
+        self.held: Buffer | None = None
+        self.holds = False
+
+    def arrived(self) -> bool:
+        """Whether autograd has left gradients that weren't taken yet."""
+        return any(parameter.grad is not None for parameter in self.parameters)
+
+    def forget(self) -> None:
+        """Drop what wasn't reduced; what is being reduced comes before what follows."""
+        self._take()
+        self.holds = False
+        self.wait()
+
+    def reduce(self, hold: bool = False) -> None:
+        """Start to sum the gradients over the ranks that share the parameters.
+
+        With `hold` they are only added up here, until a call without it. One process adds them to
+        its shard.
+        """
+        grads = self._take()
+        if self.buffer is None or self.group is None:
+            _add(self._pairs(self.shard, grads))
+            return
+        buffer = self._collect(grads, self.buffer, hold)
+        self.holds = hold
+        if not hold:
+            self._send(buffer, self.buffer, self.group)
+
+    def wait(self) -> None:
+        """Order what follows after this unit's reduction."""
+        for buffer in (self.buffer, self.held):
+            if buffer is not None:
+                buffer.settle()
+
+    def _take(self) -> list[torch.Tensor | None]:
+        """The gradients, which the parameters no longer have: the next backward starts anew."""
+        grads = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return grads
+
+    def _collect(self, grads: list[torch.Tensor | None], buffer: Buffer, hold: bool) -> Buffer:
+        """Put the gradients into a buffer of the whole unit, or add them to what it holds."""
+        if hold and self.held is None:
+            self.held = self._make_held(buffer.data)
+        if self.held is not None and (hold or self.holds):
+            buffer = self.held
+        flat = buffer.data[: self.layout.numel]
+        pairs = self._pairs(flat, grads)
+        if self.holds:
+            _add(pairs)
+            return buffer
+        buffer.settle()
+        for start, stop in self._untouched(grads):
+            flat[start:stop].zero_()
+        _copy(pairs)
+        return buffer
+
+    def _make_held(self, like: torch.Tensor) -> Buffer:
+        # At least fp32: in bf16 the sum of many micro-batches stops growing
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return Buffer(torch.zeros(self.layout.numel, dtype=dtype, device=like.device))
+
+    def _send(self, buffer: Buffer, sent_from: Buffer, group: dist.ProcessGroup) -> None:
+        """Start the reduction of what is in `buffer`, in the dtype of `sent_from`."""
+        flat = buffer.data[: self.layout.numel]
+        if buffer.data.dtype != sent_from.data.dtype:
+            sent_from.settle()
+            wide = flat
+            flat = sent_from.data[: self.layout.numel]
+            flat.copy_(wide)
+            buffer = sent_from
+        buffer.pending = self.overlap.reduce(flat, self.shard, group)
+
+    def _pairs(self, flat: torch.Tensor, grads: list[torch.Tensor | None]) -> list[Pair]:
+        """Each gradient with its place in the unit's flat buffer."""
+        pairs = []
+        for slot, grad in zip(self.layout.slots, grads, strict=True):
+            if grad is not None:
+                place = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
+                pairs.append((place, grad))
+        return pairs
+
+    def _untouched(self, grads: list[torch.Tensor | None]) -> list[tuple[int, int]]:
+        """Stretches of padding, and of what this backward didn't reach: they must count as zero."""
+        gaps = []
+        end = 0
+        for slot, grad in zip(self.layout.slots, grads, strict=True):
+            if grad is not None:
+                gaps.append((end, slot.offset))
+                end = slot.offset + slot.numel
+        gaps.append((end, self.layout.numel))
+        return [(start, stop) for start, stop in gaps if start < stop]
+
+
+def _copy(pairs: list[Pair]) -> None:
+    """One kernel for all tensors of a unit, cast included: a kernel each would cost the host more
+    than the device.
+    """
+    if pairs:
+        torch.ops.aten._foreach_copy_([place for place, _ in pairs], [grad for _, grad in pairs])
+
+
+def _add(pairs: list[Pair]) -> None:
+    for place, grad in pairs:
+        place.add_(grad)

@@ -1,0 +1,322 @@
+"""A module whose parameters are sharded: when its units are gathered, released and reduced.
+
+    forward of unit i    gather(i) · start gather(i+1) · compute · release(i)
+    backward of unit i   gather(i) · start gather(i-1) · compute · release(i) · start reduce(i)
+    end of a backward    reduce what no input's gradient has announced (the embedding) · wait for all
+                         reductions
+
+`fsdp/hooks.py` calls these in the course of a forward and a backward; `fsdp/overlap.py` draws them.
+
+Memory of one rank, for P parameters in S shards whose largest unit has U:
+
+    16 · P/S     fp32 master weights and gradient, two AdamW moments
+     2 · P/S     the bf16 copy that is gathered (without `keep_copy` none: a gather casts)
+     2 · 2 · U   two gathered units in bf16
+     2 · 4 · U   two gradient buffers in fp32
+     6 · V       each of embedding and head that differs in size from the blocks, of V parameters
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from retool.parallel.collectives import sum_over
+from retool.parallel.fsdp.buffers import Buffer, assign_buffers, buffer_sizes
+from retool.parallel.fsdp.layout import Layout
+from retool.parallel.fsdp.overlap import Overlap
+from retool.parallel.fsdp.unit import Unit
+from retool.parallel.mesh import Mesh
+
+# `grad_norm` holds the float64 copy of so many elements at once: 128 MiB
+NORM_CHUNK_NUMEL = 1 << 24
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """`param` is gathered and computed with, `master` is what the optimizer updates, `reduce` is
+    what gradients are summed over the ranks in.
+    """
+
+    param: torch.dtype
+    master: torch.dtype
+    reduce: torch.dtype
+
+
+def in_backward() -> bool:
+    """Whether autograd is running here: a forward in it is a recomputation."""
+    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+
+
+class Sharded:
+    """A module whose parameters are sharded: call it as the module.
+
+    `master` and `grad` are this rank's flat shards, `compute` what is gathered: a copy of `master`
+    in the dtype of the parameters, or `master` itself.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        mesh: Mesh,
+        dtypes: Dtypes,
+        *,
+        trained: bool,
+        keep_copy: bool,
+        own_buffers: Sequence[bool],
+        forward_prefetch: bool,
+        backward_overlap: bool,
+    ) -> None:
+        self.module = module
+        self.layout = layout
+        self.mesh = mesh
+        self.trained = trained
+        self.forward_prefetch = forward_prefetch
+        self.backward_overlap = backward_overlap
+        self.param_dtype = dtypes.param
+        self.overlap = Overlap(mesh.device)
+
+        numel = layout.shard_numel
+        self.master = torch.zeros(numel, dtype=dtypes.master, device=mesh.device)
+        self.compute = self.master
+        if dtypes.param != dtypes.master and (keep_copy or mesh.shard_group is None):
+            self.compute = torch.zeros(numel, dtype=dtypes.param, device=mesh.device)
+        self.grad = torch.zeros(
+            numel if trained else 0,
+            dtype=torch.promote_types(dtypes.reduce, torch.float32),
+            device=mesh.device,
+        )
+
+        self.version = 0  # of the weights: a backward must find those of its forward
+        self._announced_backward = -1  # the last one that will call `_after_backward`
+        self._holding = False  # inside `no_sync`
+        self._replicas_added = False
+        self._make_units(dtypes, own_buffers)
+
+    def _make_units(self, dtypes: Dtypes, own_buffers: Sequence[bool]) -> None:
+        """Make the buffers, and the units that take turns in them."""
+        device = self.mesh.device
+        sizes = [layout.numel for layout in self.layout.units]
+        sharing = self.mesh.shard_group is not None
+
+        self.buffers: list[Buffer] = []
+        weights_in = assign_buffers(sizes, own_buffers)
+        if sharing:
+            for numel in buffer_sizes(sizes, weights_in):
+                self.buffers.append(Buffer(torch.zeros(numel, dtype=dtypes.param, device=device)))
+
+        self.grad_buffers: list[Buffer] = []
+        grads_in = assign_buffers(sizes, [False] * len(sizes))
+        if sharing and self.trained:
+            for numel in buffer_sizes(sizes, grads_in):
+                self.grad_buffers.append(
+                    Buffer(torch.zeros(numel, dtype=dtypes.reduce, device=device))
+                )
+
+        self.units: list[Unit] = []
+        for index, layout in enumerate(self.layout.units):
+            part = slice(layout.start, layout.start + layout.shard_numel)
+            unit = Unit(
+                index,
+                layout,
+                self.mesh,
+                self.overlap,
+                # One process computes with its shard itself: it is the whole unit
+                weights=self.buffers[weights_in[index]] if sharing else Buffer(self.compute[part]),
+                shard=self.compute[part],
+                grads=self.grad_buffers[grads_in[index]] if self.grad_buffers else None,
+                grad_shard=self.grad[part],
+            )
+            self.units.append(unit)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    # --- the weights ---
+
+    def offload_master(self) -> None:
+        """Keep the master weights in pinned host memory.
+
+        Whoever changes them brings the compute copy up to date.
+        """
+        if self.compute is self.master and self.param_dtype != self.master.dtype:
+            raise ValueError(
+                "master weights in host memory can't be gathered from there: shard with keep_copy=True."
+            )
+        # Where both were one tensor, the device's goes on as the compute copy
+        self.master = self.master.cpu().pin_memory()
+
+    def refresh(self, copied: bool = False) -> None:
+        """The master weights have changed: whatever is gathered is stale.
+
+        Renews the copy that is gathered, unless it was `copied` already.
+        """
+        if self.compute is not self.master and not copied:
+            self.compute.copy_(self.master, non_blocking=True)
+        self.version += 1
+        for buffer in self.buffers:
+            buffer.holder = None
+        self.overlap.follow_new_weights()
+
+    def planned_bytes(self) -> int:
+        """Bytes of `master`, `grad`, the compute copy and the buffers on this rank, exactly.
+
+        The optimizer's moments come on top.
+        """
+        flats = {id(t): t for t in (self.master, self.compute, self.grad)}
+        held = [u.gradients.held for u in self.units if u.gradients.held is not None]
+        buffers = [b.data for b in (*self.buffers, *self.grad_buffers, *held)]
+        return sum(t.nbytes for t in (*flats.values(), *buffers))
+
+    # --- the gradients ---
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside only add their gradients up on this rank; the first one after it reduces
+        them all.
+
+        Saves a reduction per micro-batch at the price of a whole copy of the gradients, P · (bytes
+        of the reduction).
+        """
+        before = self._holding
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = before
+
+    def zero_grad(self) -> None:
+        """Forget all gradients, also held ones and what a backward that failed has left."""
+        for unit in self.units:
+            unit.gradients.forget()
+        self.grad.zero_()
+        self._replicas_added = False
+
+    def finish_gradients(self) -> None:
+        """After an optimizer step's last backward: `grad` is the global sum from here on.
+
+        Reduces what is still held, and adds the replicas' gradients (HSDP). Calling it again
+        changes nothing; `AdamW.step` does.
+        """
+        for unit in self.units:
+            if unit.gradients.holds or unit.gradients.arrived():
+                self._reduce(unit)
+        for unit in self.units:
+            unit.gradients.wait()
+        for buffer in self.buffers:
+            # A unit that was gathered ahead and not run: the weights may change from here on
+            buffer.settle()
+        if not self._replicas_added:
+            sum_over(self.grad, self.mesh.replica_group)
+            self._replicas_added = True
+
+    def grad_norm(self) -> torch.Tensor:
+        """Global L2 norm of the gradient, a 0-d tensor on the device.
+
+        The squares are added in float64, which is a copy on CUDA: chunk by chunk.
+        """
+        squares = [
+            torch.linalg.vector_norm(part, dtype=torch.float64).square()
+            for part in self.grad.split(NORM_CHUNK_NUMEL)
+        ]
+        return sum_over(torch.stack(squares).sum(), self.mesh.shard_group).sqrt()
+
+    # --- what the hooks call ---
+
+    def before_forward(self, index: int, prefetch: bool = True) -> None:
+        """Gather unit `index`, and start gathering the one after it.
+
+        RuntimeError inside the forward of a unit whose buffer this one shares.
+        """
+        unit = self.units[index]
+        buffer = unit.weights
+        recomputing = in_backward()
+        holder = buffer.holder
+        in_forward = buffer.in_use == "forward" and not recomputing
+        if in_forward and holder is not None and holder != index:
+            raise RuntimeError(
+                f"unit {unit.layout.name!r} runs inside the forward of unit "
+                f"{self.units[holder].layout.name!r}, whose parameters "
+                "are in the same memory: make both one unit, or call one after the other."
+            )
+        unit.gather()
+        buffer.in_use = "backward" if recomputing else "forward"
+        if recomputing:
+            return
+        unit.announced = False
+        if prefetch and self.forward_prefetch and index + 1 < len(self.units):
+            self.units[index + 1].start_gather()
+
+    def before_backward(self, index: int, version: int) -> None:
+        """Gather unit `index` with the weights of its forward, and start gathering the one before.
+
+        `version`: of the weights in that forward.
+        """
+        self._check_backward(version)
+        backward = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
+        if backward != self._announced_backward:
+            self._announced_backward = backward
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
+        unit = self.units[index]
+        unit.announced = True
+        unit.gather()
+        unit.weights.in_use = "backward"
+        if self.backward_overlap and index > 0:
+            self.units[index - 1].start_gather()
+
+    def _check_backward(self, version: int) -> None:
+        """RuntimeError where a gather would not give the weights of the forward, or where their
+        gradients would be lost.
+        """
+        if not self.trained:
+            raise RuntimeError(
+                "the module was sharded without room for gradients: shard it with trained=True."
+            )
+        if version != self.version:
+            raise RuntimeError(
+                "the weights have changed since this forward: run it again, or its backward before the "
+                "optimizer's step."
+            )
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a backward of the backward (create_graph=True) would not find the weights: it isn't "
+                "supported."
+            )
+        if self._replicas_added and self.mesh.replica_group is not None:
+            raise RuntimeError(
+                "the gradients were added over the replicas already: call zero_grad before the next backward."
+            )
+
+    def after_unit_backward(self, index: int) -> None:
+        """Release unit `index` and start to reduce its gradients."""
+        unit = self.units[index]
+        unit.release()
+        self._reduce(unit)
+        if not self.backward_overlap:
+            unit.gradients.wait()
+
+    def _after_backward(self) -> None:
+        """The end of a backward: reduce what is left, and order what follows after it."""
+        for unit in self.units:
+            unit.release()
+            held_and_due = unit.gradients.holds and not self._holding
+            if unit.gradients.arrived() or held_and_due:
+                self._reduce(unit)
+        for unit in self.units:
+            unit.gradients.wait()
+
+    def _reduce(self, unit: Unit) -> None:
+        if unit.gradients.arrived() and not unit.announced:
+            raise RuntimeError(
+                f"unit {unit.layout.name!r} got gradients, but its weights were not gathered for "
+                "them: call its module itself, and let it return tensors, or tuples, lists, dicts "
+                "or dataclasses of them."
+            )
+        unit.gradients.reduce(self._holding)
