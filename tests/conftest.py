@@ -14,6 +14,8 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # before torch is imported; the processes of distributed tests inherit it
 )
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# pyarrow's allocator has no thread of its own: ranks are forks of a process that has imported it
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in (
     "RANK",

@@ -4,7 +4,6 @@ test stands on.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import queue
@@ -12,6 +11,8 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Collection
+from multiprocessing import forkserver, popen_forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -19,8 +20,7 @@ import pytest
 import torch
 
 # Every rank is a fork of one process that has imported already what ranks need and what is slow to
-# import: seconds for each rank otherwise. Nothing that starts a thread, which a fork would lose:
-# pyarrow has one, so no module of `retool.data` either.
+# import: seconds for each rank otherwise. Nothing that starts a thread, which a fork would lose.
 PRELOADED = [
     "torch",
     "torch.distributed",
@@ -29,13 +29,34 @@ PRELOADED = [
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "pytest",
-    "retool.parallel.fsdp",
-    "retool.model.build",
-    "retool.checkpoint",
-    "retool.optim",
+    "datasets",
+    "retool.sft.train",
+    "retool.rl.train",
 ]
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOADED)
+
+
+class _Popen(popen_forkserver.Popen):
+    """A process forked by the server of ranks, not by the one that a reward pool has started with
+    other imports and another environment.
+    """
+
+    def _launch(self, process_obj: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(forkserver, "connect_to_new_process", server.connect_to_new_process)
+            super()._launch(process_obj)  # type: ignore[misc]
+
+
+class RankProcess(ForkServerProcess):
+    _Popen = _Popen  # type: ignore[assignment]
+
+
+class RankContext(ForkServerContext):
+    Process = RankProcess  # type: ignore[assignment]
+
+
+server = forkserver.ForkServer()
+server.set_forkserver_preload(PRELOADED)
+_context = RankContext()
 
 
 def free_port() -> int:

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import time
-from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import PRELOADED, run_ranks, server
 
 
 def _rank() -> int:
@@ -63,8 +62,12 @@ def test_a_rank_that_hangs_is_told_after_the_timeout() -> None:
         run_ranks(time.sleep, 1, 100, timeout=0.5)
 
 
-def test_a_rank_is_a_fork_of_one_thread() -> None:
-    """What ranks find imported has started no thread: none that a fork would lose."""
-    run_ranks(_rank, 1)
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
-    assert len(os.listdir(f"/proc/{server._forkserver_pid}/task")) == 1
+def _not_imported() -> list[str]:
+    return [name for name in PRELOADED if name not in sys.modules]
+
+
+def test_a_rank_is_a_fork_of_one_thread_that_has_imported_what_is_slow() -> None:
+    """No thread has been started that a fork would lose."""
+    assert run_ranks(_not_imported, 1) == [[]]
+    pid = server._forkserver_pid  # type: ignore[attr-defined]
+    assert len(os.listdir(f"/proc/{pid}/task")) == 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 import time
 
+# Words of gloo's and NCCL's errors where a peer is gone
 SIGNS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -14,8 +15,8 @@ SIGNS = (
     "ncclRemoteError",
     "remote process exit",
 )
-# seconds; a launcher calls the first process that ends the cause, and it looks every tenth of a
-# second
+# Seconds that a rank which lost another stays: a launcher takes the first process that ends for the
+# cause, and looks every tenth of a second
 LINGER_S = 2.0
 
 
@@ -33,9 +34,9 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def follow(rank: int) -> int:
-    """End a rank that has lost another: leave it the time to be seen first, then say one line.
+    """End a rank that has lost another: leave that one the time to be seen first, then say one line.
 
-    The exit status.
+    Returns the exit status.
     """
     time.sleep(LINGER_S)
     said = (

@@ -21,9 +21,9 @@ class Mesh:
     """Who this process is, and the groups it talks to. A group is None where it has one member."""
 
     rank: int
-    world: int
-    sp: int
-    shards: int
+    world: int  # ranks
+    sp: int  # consecutive ranks that share a pack's tokens (Ulysses)
+    shards: int  # consecutive ranks that share the parameters
     device: torch.device
     sp_group: dist.ProcessGroup | None = field(default=None, repr=False)
     shard_group: dist.ProcessGroup | None = field(default=None, repr=False)
@@ -77,9 +77,10 @@ def check_sizes(world: int, sp: int, shards: int) -> None:
 
 
 def grow_segments(device: torch.device) -> None:
-    """Let the CUDA allocator's segments grow (`expandable_segments`): packs have any length, and
-    freed blocks of other sizes are of no use otherwise. Not where PYTORCH_ALLOC_CONF says
-    something, nor where the driver can't.
+    """Let the CUDA allocator's segments grow (`expandable_segments`).
+
+    Packs have any length, and freed blocks of other sizes are of no use otherwise. Not where
+    PYTORCH_ALLOC_CONF says something, nor where the driver can't.
     """
     if any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         return
@@ -119,21 +120,27 @@ def make_mesh(
             timeout=timedelta(seconds=timeout_s),
             device_id=where if where.type == "cuda" else None,
         )
-    sp_group = _mine([range(i, i + sp) for i in range(0, world, sp)], rank)
-    shard_group = _mine([range(i, i + shards) for i in range(0, world, shards)], rank)
-    replica_group = _mine([range(i, world, shards) for i in range(shards)], rank)
     return Mesh(
-        rank, world, sp, shards, where, sp_group, shard_group, replica_group, dist.group.WORLD
+        rank,
+        world,
+        sp,
+        shards,
+        where,
+        sp_group=_make_groups([range(i, i + sp) for i in range(0, world, sp)], rank),
+        shard_group=_make_groups([range(i, i + shards) for i in range(0, world, shards)], rank),
+        replica_group=_make_groups([range(i, world, shards) for i in range(shards)], rank),
+        world_group=dist.group.WORLD,
     )
 
 
-def _mine(partition: list[range], rank: int) -> dist.ProcessGroup | None:
-    """Make every group of a partition of the ranks; return the one with this rank (None for groups
-    of one).
+def _make_groups(partition: list[range], rank: int) -> dist.ProcessGroup | None:
+    """Make every group of a partition of the ranks; return the one with this rank.
+
+    None for groups of one.
     """
     if len(partition[0]) == 1:
         return None
     groups = [dist.new_group(list(ranks)) for ranks in partition]
-    mine = next(g for g, ranks in zip(groups, partition, strict=True) if rank in ranks)
+    mine = next(group for group, ranks in zip(groups, partition, strict=True) if rank in ranks)
     assert isinstance(mine, dist.ProcessGroup)
     return mine

@@ -1,13 +1,13 @@
 """Ulysses sequence parallelism (Jacobs et al., arXiv 2309.14509): tokens are split outside
 attention, heads inside it.
 
-    [t, N+2K, H] of this rank's tokens, all heads
-        split_heads   one buffer: for each rank its query heads, then the kv heads that those need   (local)
-        all_to_all    one collective for q, k and v
-        q_k_v         [T, n, H], [T, k, H], [T, k, H]: all tokens, this rank's heads                 (local)
-        attention
-        all_to_all    rows of the output go back to the ranks that own those tokens                 (already in order)
-        join_heads    [t, N, H]                                                                       (local)
+    q, k, v of this rank's tokens, all heads     [t, N, H], [t, K, H], [t, K, H]
+      split_heads   (local)   one buffer: for each rank its query heads, and the kv heads they need
+      all_to_all              one collective for q, k and v
+      q_k_v         (local)   all tokens, this rank's heads: [T, n, H], [T, k, H], [T, k, H]
+      attention
+      all_to_all              rows of the output go back to the ranks that own those tokens
+      join_heads    (local)   [t, N, H]
 
 Any sp from 1 to N. Query heads are split as evenly as they go; a kv head travels to each rank with
 a query head that reads it, and no further. Copies of a kv head come from one slice each, taken
@@ -29,10 +29,7 @@ import torch
 class HeadPlan:
     """Which heads each of `sp` ranks computes, for N query and K kv heads (K divides N).
 
-    `query_ranges`: query heads of each rank, the first N mod sp ranks have one more. `kv_ranges`:
-    kv heads that those read. `widths`: heads (query + key + value) that each rank receives.
-    `expansion`: this rank's local kv head of each local query head, or None where they group
-    uniformly as kernels want it. All plain fields: the compiler reads them.
+    All plain fields: the compiler reads them.
     """
 
     sp: int
@@ -40,9 +37,13 @@ class HeadPlan:
     heads: int
     kv_heads: int
     head_dim: int
+    # Query heads of each rank, and the kv heads that they read
     query_ranges: tuple[range, ...] = field(init=False, repr=False)
     kv_ranges: tuple[range, ...] = field(init=False, repr=False)
+    # Heads (query + key + value) that each rank receives
     widths: tuple[int, ...] = field(init=False, repr=False)
+    # This rank's kv head of each of its query heads; None where they group uniformly, as kernels
+    # want it
     expansion: tuple[int, ...] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -51,33 +52,40 @@ class HeadPlan:
                 f"ulysses_sequence_parallel_size={self.sp} exceeds the model's {self.heads} query "
                 f"heads: each rank needs one. Use 1 to {self.heads}."
             )
-        base, more = divmod(self.heads, self.sp)
-        edges = [r * base + min(r, more) for r in range(self.sp + 1)]
-        queries = tuple(starmap(range, pairwise(edges)))
-        group = self.heads // self.kv_heads
+        queries = _even_ranges(self.heads, self.sp)
+        group = self.heads // self.kv_heads  # query heads that read one kv head
         kv = tuple(range(q[0] // group, q[-1] // group + 1) for q in queries)
+        widths = tuple(len(q) + 2 * len(k) for q, k in zip(queries, kv, strict=True))
+
+        # This rank's kv head of each of its query heads, both counted from its first
         local = tuple(q // group - kv[self.rank][0] for q in queries[self.rank])
-        each = len(local) // len(kv[self.rank])
-        uniform = local == tuple(i // each for i in range(len(local)))
+        readers = len(local) // len(kv[self.rank])
+        uniform = local == tuple(i // readers for i in range(len(local)))
+
         object.__setattr__(self, "query_ranges", queries)
         object.__setattr__(self, "kv_ranges", kv)
-        object.__setattr__(
-            self, "widths", tuple(len(q) + 2 * len(k) for q, k in zip(queries, kv, strict=True))
-        )
+        object.__setattr__(self, "widths", widths)
         object.__setattr__(self, "expansion", None if uniform else local)
 
     def to_heads(self, t: int) -> tuple[list[int], list[int]]:
         """Elements sent to and received from each rank on the way in, for t tokens a rank."""
-        return [t * w * self.head_dim for w in self.widths], [
-            t * self.widths[self.rank] * self.head_dim
-        ] * self.sp
+        sent = [t * width * self.head_dim for width in self.widths]
+        received = [t * self.widths[self.rank] * self.head_dim] * self.sp
+        return sent, received
 
     def to_sequence(self, t: int) -> tuple[list[int], list[int]]:
         """Elements sent to and received from each rank on the way out."""
         mine = len(self.query_ranges[self.rank])
-        return [t * mine * self.head_dim] * self.sp, [
-            t * len(q) * self.head_dim for q in self.query_ranges
-        ]
+        sent = [t * mine * self.head_dim] * self.sp
+        received = [t * len(queries) * self.head_dim for queries in self.query_ranges]
+        return sent, received
+
+
+def _even_ranges(heads: int, ranks: int) -> tuple[range, ...]:
+    """The heads of each rank, in order; the first `heads mod ranks` ranks have one more."""
+    base, more = divmod(heads, ranks)
+    edges = [rank * base + min(rank, more) for rank in range(ranks + 1)]
+    return tuple(starmap(range, pairwise(edges)))
 
 
 def split_heads(
@@ -87,23 +95,21 @@ def split_heads(
     plan: HeadPlan,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Lay q, k and v out for the all-to-all: flat, rank after rank, cast to `dtype`. q, k, v come
-    in at least fp32.
+    """Lay q, k and v out for the all-to-all: flat, rank after rank, cast to `dtype`.
+
+    q, k and v come in at least fp32: the gradients of a kv head's copies are added in that.
     """
-    parts = [
-        torch.cat(
-            [
-                q_tNH[:, q.start : q.stop],
-                k_tKH[:, kv.start : kv.stop],
-                v_tKH[:, kv.start : kv.stop],
-            ],
-            1,
-        )
-        for q, kv in zip(plan.query_ranges, plan.kv_ranges, strict=True)
-    ]
+    parts = []
+    for q, kv in zip(plan.query_ranges, plan.kv_ranges, strict=True):
+        heads = [
+            q_tNH[:, q.start : q.stop],
+            k_tKH[:, kv.start : kv.stop],
+            v_tKH[:, kv.start : kv.stop],
+        ]
+        parts.append(torch.cat(heads, 1))
     if len(set(plan.widths)) == 1:
         return torch.stack(parts).to(dtype).flatten()
-    return torch.cat([p.to(dtype).flatten() for p in parts])
+    return torch.cat([part.to(dtype).flatten() for part in parts])
 
 
 def q_k_v(
@@ -134,13 +140,11 @@ def join_heads(received: torch.Tensor, plan: HeadPlan) -> torch.Tensor:
     """The buffer that came back from the head ranks → [t, N, H]."""
     if plan.sp == 1:
         return received.view(-1, plan.heads, plan.head_dim)
-    counts = [len(q) for q in plan.query_ranges]
+    counts = [len(queries) for queries in plan.query_ranges]
     t = received.shape[0] // (plan.heads * plan.head_dim)
     if len(set(counts)) == 1:
-        return (
-            received.view(plan.sp, t, counts[0], plan.head_dim)
-            .transpose(0, 1)
-            .reshape(t, plan.heads, plan.head_dim)
-        )
-    parts = received.split([t * c * plan.head_dim for c in counts])
-    return torch.cat([p.view(t, c, plan.head_dim) for p, c in zip(parts, counts, strict=True)], 1)
+        by_rank = received.view(plan.sp, t, counts[0], plan.head_dim)
+        return by_rank.transpose(0, 1).reshape(t, plan.heads, plan.head_dim)
+    parts = received.split([t * count * plan.head_dim for count in counts])
+    views = [part.view(t, n, plan.head_dim) for part, n in zip(parts, counts, strict=True)]
+    return torch.cat(views, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -77,48 +76,32 @@ def test_a_peer_that_never_comes_is_a_fault_and_not_a_hang() -> None:
 def test_a_fault_of_one_rank_ends_both(work: Path, tmp_path: Path, faulty: int) -> None:
     """The chat template lies at a place that only the other rank's environment knows."""
     (tmp_path / "template.jinja").write_text((work / "model" / "chat_template.jinja").read_text())
-    launcher = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "retool.sft",
-        *words(work, tmp_path / "run"),
-        "data.chat_template=${oc.env:TEMPLATE}",
-    ]
-    processes = []
+    places = [tmp_path / "template.jinja"] * 2
+    places[faulty] = tmp_path / "missing.jinja"
+    keys = [*words(work, tmp_path / "run"), "data.chat_template=${oc.env:TEMPLATE}"]
     begin = time.monotonic()
-    for rank in range(2):
-        place = "missing.jinja" if rank == faulty else tmp_path / "template.jinja"
-        environment = (
-            os.environ
-            | launcher
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TEMPLATE": str(place)}
-        )
-        processes.append(
-            subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=environment,
-                cwd=Path(__file__).parents[2],
-            )
-        )
-    said = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [
-        1,
-        1,
-    ] and time.monotonic() - begin < 20, said
+    heard = run_ranks(heard_by, 2, keys, places, tmp_path)
+    said = [text for _, text in heard]
+    assert [status for status, _ in heard] == [1, 1] and time.monotonic() - begin < 20, said
     assert (
         "1 fault, nothing started" in said[0]
         and f"(rank {faulty} on {socket.gethostname()}): no such file" in said[0]
     ), said
     assert "fault" not in said[1] and not (tmp_path / "run").exists()
+
+
+def heard_by(keys: list[str], places: list[Path], folder: Path) -> tuple[int, str]:
+    """The command's exit status on this rank, and all that it wrote."""
+    rank = int(os.environ["RANK"])
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "TEMPLATE": str(places[rank])}
+    said = folder / f"said by {rank}"
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    status = trained(keys)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status, said.read_text()
 
 
 def test_without_a_fault_both_train(work: Path, tmp_path: Path) -> None:

@@ -22,14 +22,6 @@ from tests.reliability.faults import FAULTS, HOOKS, NOTHING, Fault, Scene
 LIMIT_S = 120.0  # that a run of a few seconds may take on a busy machine, whatever happens to it
 LAUNCHER_S = 10.0  # after which the first rank that fails takes the others along
 STEPS = 4
-PRELOADED = [
-    "torch",
-    "torch.distributed",
-    "retool.sft.preflight",
-    "retool.sft.train",
-    "transformers",
-    "tests.reliability.faults",
-]
 
 
 @dataclass(frozen=True)
@@ -178,7 +170,6 @@ def make_scene(stage: Stage, number: int, seed: int, world: int) -> Scene:
 
 def prepare(work: Path, root: Path) -> Stage:
     """Calm runs of one and two ranks, which all others are compared with."""
-    _context.set_forkserver_preload(PRELOADED)
     stage = Stage(work, root, {}, {})
     for world in (1, 2):
         scene = make_scene(stage, -world, 0, world)

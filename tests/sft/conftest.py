@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from examples.quickstart import data, model
 from retool.data.template.choose import TEMPLATES
@@ -27,4 +28,18 @@ def make(folder: Path) -> Path:
     tokenizer = model.train_tokenizer(texts)
     model.write_tokenizer(folder / "model", tokenizer, TEMPLATES["hermes"].read_text())
     model.write_model(folder / "model", tokenizer, seed=0)
+    shrink(folder / "model")
     return folder
+
+
+def shrink(folder: Path) -> None:
+    """Half the layers of half the width: a run of the tests is for what it writes and says, and
+    most of its time went into matrices.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config.from_pretrained(folder)
+    config.update({"hidden_size": 64, "intermediate_size": 128})
+    config.update({"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)

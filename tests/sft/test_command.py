@@ -133,12 +133,7 @@ def check_export(folder: Path, work: Path) -> None:
         theirs = reference(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0]
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
     merged = folder.parent / "merged"
-    subprocess.run(
-        [sys.executable, "-m", "retool.checkpoint", "merge", str(folder), "--out", str(merged)],
-        check=True,
-        capture_output=True,
-        timeout=100,
-    )
+    assert checkpoints(["merge", str(folder), "--out", str(merged)]) == 0
     ours_file = load_file(export / "model.safetensors")
     merged_file = load_file(merged / "model.safetensors")
     assert ours_file.keys() == merged_file.keys()

@@ -40,17 +40,24 @@ class UnitInput(torch.autograd.Function):
 def _mark(
     args: tuple[Any, ...], kwargs: dict[str, Any], action: Callable[[], None]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pass the arguments that need gradients through one `UnitInput`; those in lists and other
-    objects, which may be written to, stay.
+    """Pass the arguments that need gradients through one `UnitInput`.
+
+    Those in lists and other objects stay: the module may write to them.
     """
-    leaves, spec = pytree.tree_flatten(
-        (args, kwargs), is_leaf=lambda node: not isinstance(node, tuple) and node is not kwargs
-    )
-    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+
+    def is_leaf(node: Any) -> bool:
+        return not isinstance(node, tuple) and node is not kwargs
+
+    leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_leaf)
+    places = [
+        place
+        for place, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and leaf.requires_grad
+    ]
     if places:
-        marked: Any = UnitInput.apply(action, *(leaves[i] for i in places))
-        for i, tensor in zip(places, marked, strict=True):
-            leaves[i] = tensor
+        marked: Any = UnitInput.apply(action, *(leaves[place] for place in places))
+        for place, tensor in zip(places, marked, strict=True):
+            leaves[place] = tensor
     return pytree.tree_unflatten(leaves, spec)
 
 
@@ -69,14 +76,14 @@ def attach(sharded: Sharded, index: int, module: nn.Module, first: bool, only: b
     """Gather around the module's forward; mark its inputs and hook its results so that the backward
     gathers and reduces.
 
-    The next unit follows a unit's `first` module; after a later one (a tied head) comes the
-    backward, of the last unit. Of a unit with several modules no input marks the end of its
-    backward, only the end of this use.
+    `first`: of the unit's modules, so the next unit is gathered ahead; after a later one (a tied
+    head) comes the backward. `only`: no other module of the unit has a backward to come, so the
+    inputs' gradients are the end of the unit's; otherwise they are the end of this use.
     """
     unit = sharded.units[index]
-    began = 0
+    began = 0  # autograd's number of the first node that this forward makes
 
-    def ended() -> None:
+    def after_backward() -> None:
         if only:
             sharded.after_unit_backward(index)
         else:
@@ -87,7 +94,7 @@ def attach(sharded: Sharded, index: int, module: nn.Module, first: bool, only: b
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         nonlocal began
         if torch.is_grad_enabled():
-            args, kwargs = _mark(args, kwargs, ended)
+            args, kwargs = _mark(args, kwargs, after_backward)
             began = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
         sharded.before_forward(index, first)
         return args, kwargs
@@ -96,18 +103,19 @@ def attach(sharded: Sharded, index: int, module: nn.Module, first: bool, only: b
         if not in_backward():
             unit.release()
         version = sharded.version
-        memory = unit.weights.data.untyped_storage().data_ptr()
+        weights = unit.weights.data.untyped_storage().data_ptr()
         for tensor in _tensors(output):
-            if tensor.untyped_storage().data_ptr() == memory:
+            if tensor.untyped_storage().data_ptr() == weights:
                 raise RuntimeError(
                     f"unit {unit.layout.name!r} returns its own parameter, or a view of it, and "
                     "others take its memory: return a clone."
                 )
-            if tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= began:
+            made_here = tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= began
+            if made_here:
                 tensor.register_hook(lambda _: sharded.before_backward(index, version))
 
     pre_hook: Any = torch.compiler.disable(before)
     hook: Any = torch.compiler.disable(after)
-    # The module's own hooks may use its weights
+    # Around the module's own hooks, which may use its weights
     module.register_forward_pre_hook(pre_hook, with_kwargs=True, prepend=True)
     module.register_forward_hook(hook, always_call=True)
