@@ -17,7 +17,7 @@ from retool.model.decoder import Decoder
 from retool.model.families.read import parse_model_config
 from retool.model.logprobs import LOGIT_BYTES
 from retool.model.rope import inverse_frequencies, rope_tables
-from retool.optim import AdamW, AdamWOptions
+from retool.optim import AdamW, AdamWOptions, Update
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 from retool.preflight.memory import (
@@ -151,7 +151,7 @@ def test_what_visits_the_device_in_an_update_is_exact(
         optimizer.offload_master = master
         optimizer.offload_moments = moments
         before = live.peak = live.bytes()
-        optimizer._offloaded_update(1e-3, torch.ones(()), torch.zeros(()))
+        optimizer._update_offloaded(Update(1e-3, torch.ones(()), torch.zeros(())))
     predicted = predict(
         model(), Setting(param_offload=master, optimizer_offload=moments), 0, "none"
     )
