@@ -29,8 +29,8 @@ from retool.model.families.layer_costs import Cost, ElementBytes, LayerCosts
 from retool.model.logprobs import LOGIT_BYTES
 from retool.model.recompute import Recompute, token_chunks
 from retool.optim import OFFLOAD_CHUNK_NUMEL
-from retool.parallel.fsdp.layout import Layout
 from retool.parallel.fsdp.buffers import assign_buffers, buffer_sizes
+from retool.parallel.fsdp.layout import Layout
 from retool.parallel.fsdp.sharded import NORM_CHUNK_NUMEL
 from retool.perf import GIB
 
