@@ -50,17 +50,17 @@ class StopRequest:
         self._before = {s: signal.signal(s, self._remember) for s in SIGNALS}
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if (
-            number == signal.SIGINT
-            and self.received is not None
-            and time.monotonic() - self._since > ONE_CTRL_C
-        ):
-            raise KeyboardInterrupt
-        if self.received is None:
-            self.received, self._since = number, time.monotonic()
-            signal.alarm(GRACE)
-            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-                os.write(2, INTERRUPTED)  # `print` isn't for signal handlers
+        if self.received is not None:
+            again = time.monotonic() - self._since > ONE_CTRL_C
+            if number == signal.SIGINT and again:
+                raise KeyboardInterrupt
+            return
+        # `_since` first: another signal may come between the two.
+        self._since = time.monotonic()
+        self.received = number
+        signal.alarm(GRACE)
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            os.write(2, INTERRUPTED)  # `print` isn't for signal handlers
 
     def agreed(self, mesh: Mesh) -> bool:
         """Whether any rank was asked to stop.
@@ -69,15 +69,21 @@ class StopRequest:
 
         ValueError on every rank where one of them has a problem, with the first one's sentence.
         """
-        problem = next((said for ask in self._problems if (said := ask()) is not None), None)
+        problem = self._first_problem()
         flag = torch.tensor(PROBLEM if problem is not None else int(self.received is not None))
         if mesh.world_group is not None:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=mesh.world_group)
         if int(flag) == PROBLEM:
-            raise ValueError(
-                next(said for said in gather_objects(problem, mesh.world_group) if said is not None)
-            )
+            problems = gather_objects(problem, mesh.world_group)
+            raise ValueError(next(said for said in problems if said is not None))
         return bool(flag)
+
+    def _first_problem(self) -> str | None:
+        for ask in self._problems:
+            problem = ask()
+            if problem is not None:
+                return problem
+        return None
 
     def __enter__(self) -> StopRequest:
         return self

@@ -38,6 +38,8 @@ T = TypeVar("T")
 EXIT = 70  # the exit status of a run that was ended for its silence
 PATIENCE = 15.0  # seconds that the others have to write down where they are
 SHOWN = 5  # collectives
+# torch's flight recorder: of NCCL, and of whatever else there is
+RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 
 
 class Watchdog:
@@ -64,16 +66,17 @@ class Watchdog:
         self.silence_s = silence_s
         self.timer = timer
         self._end = end
-        self._beats, self._last, self._stopped = 0, time.monotonic(), threading.Event()
+        self._beats = 0
+        self._last = time.monotonic()
+        self._stopped = threading.Event()
         self._alarm = self.folder / "alarm"
         # An earlier run's alarm isn't ours, nor are its stacks
         self._heard = _modified(self._alarm)
         self._old = [_modified(self._stacks_of(r)) for r in range(world)]
         self._spare: Any = None
         self._armed = -math.inf
-        self._save: tuple[float, str] | None = (
-            None  # seconds that the save at work may take, and why
-        )
+        # Seconds that the save at work may take, and why
+        self._save: tuple[float, str] | None = None
 
     def __enter__(self) -> Watchdog:
         if self.silence_s > 0:
@@ -87,16 +90,15 @@ class Watchdog:
 
     def beat(self) -> None:
         """This rank gets on."""
-        self._beats, self._last = self._beats + 1, time.monotonic()
-        if (
-            self._spare is not None
-            and self.silence_s < math.inf
-            and self._last > self._armed + min(1.0, self.silence_s)
-        ):
-            self._armed = self._last  # it starts a thread each time
-            faulthandler.dump_traceback_later(
-                2 * self._limit + 4 * PATIENCE, exit=True, file=self._spare
-            )
+        self._beats += 1
+        self._last = time.monotonic()
+        if self._spare is None or self.silence_s == math.inf:
+            return
+        # Not at every beat, as faulthandler starts a thread each time.
+        if self._last > self._armed + min(1.0, self.silence_s):
+            self._armed = self._last
+            patience = 2 * self._limit + 4 * PATIENCE
+            faulthandler.dump_traceback_later(patience, exit=True, file=self._spare)
 
     @property
     def _limit(self) -> float:
@@ -161,13 +163,10 @@ class Watchdog:
 
     def _where(self, silent: float, phase: str) -> str:
         doing = "a save" if self._save is not None else phase or "no timed phase"
-        said = (
-            f"rank {self.rank} of {self.world}: no beat for {silent:.0f} s, {self._beats} before; in "
-            f"{doing}"
-        )
-        return "\n".join(
-            [said, *(f"collective: {line}" for line in last_collectives()), "", stacks()]
-        )
+        who = f"rank {self.rank} of {self.world}"
+        said = f"{who}: no beat for {silent:.0f} s, {self._beats} before; in {doing}"
+        collectives = [f"collective: {line}" for line in last_collectives()]
+        return "\n".join([said, *collectives, "", stacks()])
 
     def _what_hung(self) -> str:
         if self._save is None:
@@ -197,26 +196,34 @@ class Watchdog:
         """One report for the run, from the lowest rank that is there; stacks of its own from every
         rank.
         """
-        print(self._stacks_of(self.rank).read_text(encoding="utf-8"), file=sys.stderr, flush=True)
+        print(self._read_stacks(self.rank), file=sys.stderr, flush=True)
         if self.rank == min(there, default=self.rank):
-            lines = [f"{self._what_hung()} Each rank's stacks are in {self.folder}."]
-            for rank in there:
-                said, _, stack = self._stacks_of(rank).read_text(encoding="utf-8").partition("\n\n")
-                lines += [f"  {line}" for line in (*said.splitlines(), f"at {_innermost(stack)}")]
-            if missing := sorted(set(range(self.world)) - set(there)):
-                lines.append(
-                    f"  nothing from rank {', '.join(map(str, missing))}: dead, on another machine, or "
-                    "stuck outside Python."
-                )
-            lines.append(
-                "A rank whose stack differs from the others' is usually the one that they wait for."
-            )
-            report = "\n".join(lines)
+            report = self._report(there)
             (self.folder / "report.txt").write_text(report + "\n", encoding="utf-8")
             print(report, file=sys.stderr, flush=True)
         else:
             # The launcher ends everybody when the first one goes
             time.sleep(min(1.0, PATIENCE / 4))
+
+    def _report(self, there: list[int]) -> str:
+        """What hung, and in a few lines where each rank is."""
+        lines = [f"{self._what_hung()} Each rank's stacks are in {self.folder}."]
+        for rank in there:
+            said, _, stack = self._read_stacks(rank).partition("\n\n")
+            lines += [f"  {line}" for line in (*said.splitlines(), f"at {_innermost(stack)}")]
+        missing = sorted(set(range(self.world)) - set(there))
+        if missing:
+            lines.append(
+                f"  nothing from rank {', '.join(map(str, missing))}: dead, on another machine, or "
+                "stuck outside Python."
+            )
+        lines.append(
+            "A rank whose stack differs from the others' is usually the one that they wait for."
+        )
+        return "\n".join(lines)
+
+    def _read_stacks(self, rank: int) -> str:
+        return self._stacks_of(rank).read_text(encoding="utf-8")
 
 
 def stacks() -> str:
@@ -237,43 +244,40 @@ def last_collectives() -> list[str]:
     """The last collectives that torch's flight recorder holds, newest first, in words; none where
     there is no recorder.
     """
+    return [_collective(entry) for entry in reversed(_recorded()[-SHOWN:])]
+
+
+def _recorded() -> list[dict[str, Any]]:
+    """The recorder's entries, oldest first."""
     module = getattr(torch._C, "_distributed_c10d", None)
-    entries = list[dict[str, Any]]()
-    # Older and newer torch, NCCL and others
-    for name in (
-        "_dump_nccl_trace_json",
-        "_dump_fr_trace_json",
-    ):
+    for name in RECORDERS:
         dump = getattr(module, name, None)
+        if dump is None:
+            continue
         # private: what it can't tell isn't worth a failure
         with contextlib.suppress(ValueError, TypeError, RuntimeError, AttributeError):
-            entries = entries or (
-                json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", [])
-                if dump
-                else []
-            )
-    return [
-        f"{entry.get('profiling_name', '?')} #{entry.get('collective_seq_id', '?')} of "
-        f"{entry.get('input_sizes', '')} in group "
-        f"{' '.join(map(str, entry.get('process_group', [])))}: {entry.get('state', '?')}"
-        for entry in reversed(entries[-SHOWN:])
-    ]
+            entries = json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", [])
+            if entries:
+                return entries
+    return []
+
+
+def _collective(entry: dict[str, Any]) -> str:
+    name = entry.get("profiling_name", "?")
+    number = entry.get("collective_seq_id", "?")
+    sizes = entry.get("input_sizes", "")
+    group = " ".join(map(str, entry.get("process_group", [])))
+    return f"{name} #{number} of {sizes} in group {group}: {entry.get('state', '?')}"
 
 
 def _innermost(stack: str) -> str:
     """The innermost line of the first thread's stack that isn't inside torch or the standard
     library.
     """
-    frames = [
-        line.strip()
-        for line in stack.split("\n\n")[0].splitlines()
-        if line.lstrip().startswith("File")
-    ]
-    own = [
-        frame
-        for frame in frames
-        if "site-packages" not in frame and f"{os.sep}lib{os.sep}python" not in frame
-    ]
+    lines = [line.strip() for line in stack.split("\n\n")[0].splitlines()]
+    frames = [line for line in lines if line.startswith("File")]
+    library = f"{os.sep}lib{os.sep}python"
+    own = [frame for frame in frames if "site-packages" not in frame and library not in frame]
     return (own or frames or ["an unknown place"])[0]
 
 
