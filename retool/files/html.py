@@ -35,10 +35,10 @@ def content_policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
     )
 
 
-def write_page(html: str, path: Path) -> None:
+def write_page(html: str, path: Path, option: str) -> None:
     """Write it whole or not at all; lone surrogates become question marks.
 
-    Raises ValueError where `path` can't be written.
+    Raises ValueError where `path` can't be written; `option` is how to give another.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -46,7 +46,7 @@ def write_page(html: str, path: Path) -> None:
         temporary.replace(path)
     except OSError as error:
         raise ValueError(
-            f"{path} can't be written ({error.strerror or error}). Give another place for the page."
+            f"{path} can't be written ({error.strerror or error}). Give another place: {option}."
         ) from error
 
 

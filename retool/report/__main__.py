@@ -59,7 +59,7 @@ def main(words: list[str] | None = None) -> int:
             for folder, name in zip(folders, names_of(folders), strict=True)
         ]
         html = make_page(runs, int(options.transcripts * 2**20))
-        write_page(html, out)
+        write_page(html, out, "--out report.html")
     except (ValueError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1

@@ -32,7 +32,9 @@ DRAWN = """return [...document.querySelectorAll(arguments[0] + ' canvas')].map(c
 
 
 def page_of(path: Path, *folders: Path, **options: Any) -> Path:
-    write_page(make_page([read_run(folder, folder.name) for folder in folders], **options), path)
+    write_page(
+        make_page([read_run(folder, folder.name) for folder in folders], **options), path, "--out"
+    )
     return path
 
 

@@ -224,7 +224,7 @@ def test_a_folder_that_cannot_be_written_is_said_with_a_way_out(
     def as_nobody() -> str:
         if os.getuid() == 0:
             os.setuid(65534)
-        write_page(make_page([read_run(run, "r")]), run / "report.html")
+        write_page(make_page([read_run(run, "r")]), run / "report.html", "--out report.html")
         return ""
 
     error = bounded(as_nobody).error
