@@ -29,6 +29,7 @@ from retool.rl.build import (
 )
 from retool.rl.collect import collect, release, sample, sync
 from retool.rl.config import RLConfig
+from retool.rl.config.algorithm import KLControlConfig
 from retool.rl.failures import cause_of_loss, require_infrastructure, require_scores
 from retool.rl.metrics import (
     failure_metrics,
@@ -37,7 +38,7 @@ from retool.rl.metrics import (
     timing_metrics,
     tool_metrics,
 )
-from retool.rl.objective.batching import mini_batches, rank_batches
+from retool.rl.objective.batching import RLBatch, Row, mini_batches, rank_batches
 from retool.rl.objective.experience import Experience, make_experience, timed
 from retool.rl.objective.filter import UnusableSamples
 from retool.rl.objective.policy import update_step
@@ -113,15 +114,12 @@ DISAGREE = (
 )
 
 
-def one_update(config: RLConfig, groups: int) -> bool:
-    """Whether a step of that many groups is a single optimizer step."""
-    actor = config.actor_rollout_ref.actor
-    return groups <= actor.ppo_mini_batch_size and actor.ppo_epochs == 1
-
-
 def due(every: int, step: int) -> bool:
-    """Whether something with frequency `every` (-1: never) happens after `step`."""
+    """Whether what happens every so many steps (-1: never) does now."""
     return every > 0 and step % every == 0
+
+
+# --- a step ---
 
 
 def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
@@ -130,121 +128,117 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     None, and nothing changed, when the run was asked to stop in between.
     """
     session = run.session
-    report = session.report
-    config = report.config
     collected = collect(run, state, times)
     if collected is None:
         return None
     groups, kept, position, metrics = collected
     members = [member for group in groups for member in group.members]
     usable = trainable(groups)
-    made = (
-        make_experience(
-            usable,
-            session.model,
-            run.reference,
-            experience_options(report, state, one_update(config, len(usable))),
-            times,
-        )
-        if usable
-        else Experience([], [], {})
-    )
+
+    made = Experience([], [], {})
     if usable:
+        alone = one_update(session.report.config, len(usable))
+        options = experience_options(session.report, state, alone)
+        made = make_experience(usable, session.model, run.reference, options, times)
         with timed(times, "update_actor"):
-            metrics |= update(run, state, made)
-    if made.kl is not None and config.algorithm.kl_ctrl.type == "adaptive":
-        control = config.algorithm.kl_ctrl
+            metrics |= update(session, state, made)
+        adapt_kl(state, made, session.report.config.algorithm.kl_ctrl)
+    state.step += 1
+    state.position = position
+    state.kept = kept
+
+    if session.mesh.rank == 0 and groups:
+        assert session.report.renderer is not None
+        advantages = advantages_of(members, usable, made)
+        write_training(session.folder, state.step, groups, advantages, session.report.renderer)
+    say_saved(session, state, wait=False)
+    data = session.report.config.data
+    metrics = {**tool_metrics(members), **metrics, **made.metrics, **score_metrics(members)}
+    metrics |= length_metrics(members, data.max_response_length, data.max_prompt_length)
+    gap = metrics.get("training/rollout_logp_diff_mean", 0.0)
+    if session.mesh.rank == 0 and gap > DISAGREEMENT:
+        warnings.warn(DISAGREE, stacklevel=1)  # once a run: the text is always the same
+    return {**metrics, **performance(session, made, times)}
+
+
+def one_update(config: RLConfig, groups: int) -> bool:
+    """Whether a step of that many groups is a single optimizer step."""
+    actor = config.actor_rollout_ref.actor
+    return groups <= actor.ppo_mini_batch_size and actor.ppo_epochs == 1
+
+
+def adapt_kl(state: TrainState, made: Experience, control: KLControlConfig) -> None:
+    """The KL controller's next coefficient, where it is asked for and there is a KL in the reward."""
+    if made.kl is not None and control.type == "adaptive":
         state.kl_coef = adapted_kl_coef(
             state.kl_coef, made.kl, control.target_kl, control.horizon, len(made.rows)
         )
-    state.step = state.step + 1
-    state.position = position
-    state.kept = kept
-    if session.mesh.rank == 0 and groups:
-        assert report.renderer is not None
-        write_training(
-            session.folder,
-            state.step,
-            groups,
-            advantages_of(members, usable, made),
-            report.renderer,
-        )
-    say_saved(session, state, wait=False)
-    data = config.data
-    metrics = {**tool_metrics(members), **metrics, **made.metrics, **score_metrics(members)}
-    metrics |= length_metrics(members, data.max_response_length, data.max_prompt_length)
-    if (
-        session.mesh.rank == 0
-        and metrics.get("training/rollout_logp_diff_mean", 0.0) > DISAGREEMENT
-    ):
-        warnings.warn(DISAGREE, stacklevel=1)  # once a run: the text is always the same
-    return {**metrics, **performance(session, made, times)}
 
 
 def advantages_of(
     members: list[Scored], trained: list[Group], made: Experience
 ) -> list[np.ndarray]:
     """The advantages of all members, in order: 0 for those that were left out."""
-    known = {
-        id(member): row.advantage
-        for member, row in zip(
-            (m for group in trained for m in group.members), made.rows, strict=True
-        )
-    }
+    rows = zip((member for group in trained for member in group.members), made.rows, strict=True)
+    known = {id(member): row.advantage for member, row in rows}
     return [known.get(id(member), np.zeros(len(member.trajectory))) for member in members]
 
 
-# --- training ---
-
-
-def update(run: Run, state: TrainState, made: Experience) -> Metrics:
+def update(session: Session[Report], state: TrainState, made: Experience) -> Metrics:
     """The step's optimizer steps; means of what they measured."""
-    session = run.session
     report = session.report
-    config = report.config
-    mesh = session.mesh
-    actor = config.actor_rollout_ref.actor
-    total = report.steps * report.updates_per_step
+    actor = report.config.actor_rollout_ref.actor
     spec = replace(loss_spec(report), on_policy=made.on_policy)
-    found: list[Metrics] = []
+    measured: list[Metrics] = []
     for _ in range(actor.ppo_epochs):
         for chosen in mini_batches(made.groups, actor.ppo_mini_batch_size):
-            rows = [made.rows[i] for i in chosen]
-            batches = rank_batches(
-                rows,
-                report.aggregation,
-                config.data.max_response_length,
-                mesh.dp_rank,
-                mesh.dp,
-                mesh.sp,
-                update_budget(report),
-            )
-            optim = actor.optim
-            lr = learning_rate(
-                state.updates,
-                total,
-                optim.lr,
-                optim.lr_scheduler,
-                optim.warmup_steps_ratio,
-                optim.min_lr_ratio,
-            )
-            # Later updates are of other weights
-            measured = replace(spec, compared=made.compared and not found)
+            batches = micro_batches(session, [made.rows[i] for i in chosen])
+            lr = next_learning_rate(report, state.updates)
+            # Only the first update is of the weights that sampled.
+            spec = replace(spec, compared=made.compared and not measured)
             done = update_step(
-                session.model, session.optimizer, session.watchdog.each(batches), measured, lr
+                session.model, session.optimizer, session.watchdog.each(batches), spec, lr
             )
             state.updates += 1
-            count_update(
-                session,
-                state,
-                skipped=done.skipped,
-                norm=done.grad_norm,
-                what=f"optimizer step {state.updates}",
-            )
-            found.append({**done.metrics, "actor/grad_norm": done.grad_norm, "actor/lr": lr})
-    told = {name: [entry[name] for entry in found if name in entry] for name in found[0]}
-    means = {name: sum(values) / len(values) for name, values in told.items()}
-    return {**means, "actor/lr": found[-1]["actor/lr"], "actor/skipped_updates": state.skips.total}
+            what = f"optimizer step {state.updates}"
+            count_update(session, state, skipped=done.skipped, norm=done.grad_norm, what=what)
+            measured.append({**done.metrics, "actor/grad_norm": done.grad_norm, "actor/lr": lr})
+    means: Metrics = {}
+    for name in measured[0]:
+        values = [entry[name] for entry in measured if name in entry]
+        means[name] = sum(values) / len(values)
+    return {
+        **means,
+        "actor/lr": measured[-1]["actor/lr"],
+        "actor/skipped_updates": state.skips.total,
+    }
+
+
+def micro_batches(session: Session[Report], rows: list[Row]) -> list[RLBatch]:
+    """This rank's micro-batches of a global mini-batch."""
+    report = session.report
+    mesh = session.mesh
+    return rank_batches(
+        rows,
+        report.aggregation,
+        report.config.data.max_response_length,
+        mesh.dp_rank,
+        mesh.dp,
+        mesh.sp,
+        update_budget(report),
+    )
+
+
+def next_learning_rate(report: Report, updates: int) -> float:
+    optim = report.config.actor_rollout_ref.actor.optim
+    return learning_rate(
+        updates,
+        report.steps * report.updates_per_step,
+        optim.lr,
+        optim.lr_scheduler,
+        optim.warmup_steps_ratio,
+        optim.min_lr_ratio,
+    )
 
 
 def performance(session: Session[Report], made: Experience, times: Metrics) -> Metrics:
