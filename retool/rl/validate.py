@@ -58,39 +58,50 @@ def majority(chosen: np.ndarray, answers: Sequence[str], values: np.ndarray) -> 
 
 
 def validation_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """val-core/{source}/acc/{mean@N, best@N/mean, maj@N/mean}; everything else under val-aux. `acc`
-    is `Scored.accuracy`. Each number is a mean over the questions of its source that have it; lost
-    samples are in none.
+    """Metrics by data source, each the mean over the questions that have it.
+
+    val-core/{source}/acc/ holds mean@N, best@N/mean and maj@N/mean; everything else is under
+    val-aux. `acc` is `Scored.accuracy`. Lost samples are in none.
     """
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    turns: dict[str, list[float]] = defaultdict(list)
+    by_source: dict[str, list[Group]] = defaultdict(list)
     for group in groups:
-        source = group.prompt.data_source
-        members = group.sound
-        asked = len(group.members)
-        if not members:
-            continue
-        infos = [member.info for member in members]
-        told = [info for info in infos if FAILURE not in info]
-        answers = (
-            [str(info.get("pred", "")) for info in infos]
-            if told and all("pred" in info for info in told)
-            else None
-        )
-        for name, value in question_statistics(
-            [member.accuracy for member in members], answers, asked
-        ).items():
-            found[source][f"acc/{name}"].append(value)
-        for name, value in question_statistics(
-            [member.score for member in members], None, asked
-        ).items():
-            found[source][f"score/{name}"].append(value)
-        turns[source] += [member.trajectory.num_turns for member in members]
-    out: dict[str, float] = {}
-    for source, numbers in found.items():
-        most = max(len(group.members) for group in groups if group.prompt.data_source == source)
-        core = {f"acc/mean@{most}", f"acc/best@{most}/mean", f"acc/maj@{most}/mean"}
-        for name, values in numbers.items():
-            out[f"val-{'core' if name in core else 'aux'}/{source}/{name}"] = float(np.mean(values))
-        out |= spread_of(f"val-aux/{source}/num_turns", turns[source])
-    return out
+        by_source[group.prompt.data_source].append(group)
+    metrics: dict[str, float] = {}
+    for source, asked in by_source.items():
+        answered = [group for group in asked if group.sound]
+        if answered:
+            samples = max(len(group.members) for group in asked)
+            metrics |= _source_metrics(source, answered, samples)
+    return metrics
+
+
+def _source_metrics(source: str, groups: Sequence[Group], samples: int) -> dict[str, float]:
+    """Of the questions of one source, of which the most asked was sampled `samples` times."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        for name, value in _group_statistics(group).items():
+            values[name].append(value)
+    core = {f"acc/mean@{samples}", f"acc/best@{samples}/mean", f"acc/maj@{samples}/mean"}
+    metrics = {
+        f"val-{'core' if name in core else 'aux'}/{source}/{name}": float(np.mean(numbers))
+        for name, numbers in values.items()
+    }
+    turns = [float(member.trajectory.num_turns) for group in groups for member in group.sound]
+    return metrics | spread_of(f"val-aux/{source}/num_turns", turns)
+
+
+def _group_statistics(group: Group) -> dict[str, float]:
+    """One question's statistics of accuracy, with votes where its reward tells answers, and score."""
+    members = group.sound
+    asked = len(group.members)
+    infos = [member.info for member in members]
+    judged = [info for info in infos if FAILURE not in info]
+    answers = None
+    if judged and all("pred" in info for info in judged):
+        answers = [str(info.get("pred", "")) for info in infos]
+    accuracy = question_statistics([member.accuracy for member in members], answers, asked)
+    score = question_statistics([member.score for member in members], None, asked)
+    return {
+        **{f"acc/{name}": value for name, value in accuracy.items()},
+        **{f"score/{name}": value for name, value in score.items()},
+    }
