@@ -291,11 +291,11 @@ def end_bytes(config: ModelConfig, setting: Setting, largest_unit: int) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """A token budget per GPU, the recomputation it needs, and whether gradients are held until the
-    step's last micro-batch.
+    """A token budget per GPU, and how a run must be set for it.
 
-    `fits` is None where the device's memory is unknown. `parked`: layers whose activations go to
-    host memory. Without `keep_copy` a rank's shard is cast to the compute dtype at every gather.
+    `fits` is None where the device's memory is unknown. `hold`: gradients are held until the step's
+    last micro-batch. `parked`: layers whose activations go to host memory. Without `keep_copy` a
+    rank's shard is cast to the compute dtype at every gather.
     """
 
     tokens: int
@@ -308,13 +308,17 @@ class Choice:
 
 
 def ladder(recompute: Recompute | None, offload: bool | Literal["auto"]) -> tuple[Recompute, ...]:
-    """Policies to try in turn, for what was asked for (None: the least that fits) and whether
-    activations may go to host memory.
+    """Policies to try in turn.
+
+    `recompute` is what was asked for (None: the least that fits), `offload` whether activations go
+    to host memory ("auto": as the last resort).
     """
-    rungs = LADDER[:3] if recompute is None else (recompute,)
     if offload is True:
         return ("offload",)
-    return (*rungs, "offload") if offload == "auto" and rungs[-1] == "full" else rungs
+    rungs = LADDER[:3] if recompute is None else (recompute,)
+    if offload == "auto" and rungs[-1] == "full":
+        return (*rungs, "offload")
+    return rungs
 
 
 def choose(
@@ -335,39 +339,71 @@ def choose(
     GPU's share is just filled. Gradients are held where micro-batches are too short to hide their
     reduction (always, without a device) and there is room.
     """
-    floor = max(longest, tokens or 0)
     rungs = ladder(recompute, offload)
-    all_away = config.layers - 1
     if device_gib is None:
-        budget = tokens or max(longest, min(TOKENS_TO_FILL_A_GPU, 4 * longest))
-        hold = setting.shards > 1
-        plan = predict(config, replace(setting, hold=hold), max(budget, longest), rungs[0])
-        return Choice(budget, rungs[0], plan, None, hold, all_away * (rungs[0] == "offload"))
-    settings = [setting, replace(setting, keep_copy=False)]
-    settings = settings if settings[1].copied < setting.copied else settings[:1]
+        return _without_a_device(config, setting, longest, tokens, rungs[0])
+    floor = max(longest, tokens or 0)
+    settings = [setting]
+    without_copy = replace(setting, keep_copy=False)
+    if setting.copied and not without_copy.copied:
+        settings.append(without_copy)
     for rung, setting in product(rungs, settings):
         if not predict(config, setting, floor, rung).fits(device_gib):
             continue
         budget = floor
-        while (
-            tokens is None
-            and budget < TOKENS_TO_FILL_A_GPU
-            and predict(config, setting, min(2 * budget, TOKENS_TO_FILL_A_GPU), rung).fits(
-                device_gib
-            )
-        ):
-            budget = min(2 * budget, TOKENS_TO_FILL_A_GPU)
-        held = replace(setting, hold=setting.shards > 1 and budget <= MIN_TOKENS_TO_HIDE_REDUCE)
-        chosen = held if predict(config, held, budget, rung).fits(device_gib) else setting
-        parked = all_away * (rung == "offload")
-        while (
-            offload == "auto"
-            and parked > 1
-            and predict(config, chosen, budget, rung, parked - 1).fits(device_gib)
-        ):
-            parked -= 1
-        plan = predict(config, chosen, budget, rung, parked)
-        return Choice(tokens or budget, rung, plan, True, chosen.hold, parked, chosen.keep_copy)
-    plan = predict(config, settings[-1], floor, rungs[-1])
-    parked = all_away * (rungs[-1] == "offload")
-    return Choice(tokens or floor, rungs[-1], plan, False, False, parked, settings[-1].keep_copy)
+        if tokens is None:
+            budget = _largest_budget(config, setting, floor, rung, device_gib)
+        held = replace(setting, hold=_reduction_shows(setting, budget))
+        if predict(config, held, budget, rung).fits(device_gib):
+            setting = held
+        parked = layers_away(config, rung, None)
+        if offload == "auto":
+            parked = _fewest_parked(config, setting, budget, rung, parked, device_gib)
+        plan = predict(config, setting, budget, rung, parked)
+        return Choice(tokens or budget, rung, plan, True, setting.hold, parked, setting.keep_copy)
+    last = settings[-1]
+    plan = predict(config, last, floor, rungs[-1])
+    parked = layers_away(config, rungs[-1], None)
+    return Choice(tokens or floor, rungs[-1], plan, False, False, parked, last.keep_copy)
+
+
+def _without_a_device(
+    config: ModelConfig, setting: Setting, longest: int, tokens: int | None, rung: Recompute
+) -> Choice:
+    """Nobody knows what fits: a GPU's share is just filled."""
+    budget = tokens or max(longest, min(TOKENS_TO_FILL_A_GPU, 4 * longest))
+    hold = setting.shards > 1
+    plan = predict(config, replace(setting, hold=hold), max(budget, longest), rung)
+    return Choice(budget, rung, plan, None, hold, layers_away(config, rung, None))
+
+
+def _largest_budget(
+    config: ModelConfig, setting: Setting, floor: int, rung: Recompute, device_gib: float
+) -> int:
+    """`floor` doubled while it fits, up to what fills a GPU."""
+    budget = floor
+    while budget < TOKENS_TO_FILL_A_GPU:
+        doubled = min(2 * budget, TOKENS_TO_FILL_A_GPU)
+        if not predict(config, setting, doubled, rung).fits(device_gib):
+            break
+        budget = doubled
+    return budget
+
+
+def _reduction_shows(setting: Setting, budget: int) -> bool:
+    """Whether micro-batches are too short to hide that their gradients are reduced."""
+    return setting.shards > 1 and budget <= MIN_TOKENS_TO_HIDE_REDUCE
+
+
+def _fewest_parked(
+    config: ModelConfig,
+    setting: Setting,
+    budget: int,
+    rung: Recompute,
+    parked: int,
+    device_gib: float,
+) -> int:
+    """As few layers in host memory as fit, at least one of `parked`."""
+    while parked > 1 and predict(config, setting, budget, rung, parked - 1).fits(device_gib):
+        parked -= 1
+    return parked
