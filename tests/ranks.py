@@ -54,8 +54,10 @@ class RankContext(ForkServerContext):
     Process = RankProcess  # type: ignore[assignment]
 
 
+# A process that has touched the GPU can't be forked, and what ranks of GPU tests import is theirs.
+NO_GPU = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not torch.backends.cuda.is_built()
 server = forkserver.ForkServer()
-server.set_forkserver_preload(PRELOADED)
+server.set_forkserver_preload(PRELOADED if NO_GPU else ["torch", "torch.distributed"])
 _context = RankContext()
 
 

@@ -60,6 +60,7 @@ def test_peak_memory_of_the_process() -> None:
 @pytest.mark.gpu
 def test_timer_and_memory_on_the_gpu() -> None:
     device = torch.device("cuda", 0)
+    torch.cuda.init()  # before that there are no statistics to reset
     reset_peak_memory(device)
     timer = StepTimer(device)
     a = torch.randn(4096, 4096, device=device)

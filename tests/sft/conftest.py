@@ -18,8 +18,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield make(tmp_path_factory.mktemp("sft"))
 
 
-def make(folder: Path) -> Path:
-    """`work` in a folder of one's own."""
+def make(folder: Path, small: bool = True) -> Path:
+    """`work` in a folder of one's own; without `small` a checkpoint's file has many checksums."""
     folder.mkdir(exist_ok=True)
     train = data.make_problems(52, seed=0)
     data.write_parquet(folder / "train.parquet", train)
@@ -28,7 +28,8 @@ def make(folder: Path) -> Path:
     tokenizer = model.train_tokenizer(texts)
     model.write_tokenizer(folder / "model", tokenizer, TEMPLATES["hermes"].read_text())
     model.write_model(folder / "model", tokenizer, seed=0)
-    shrink(folder / "model")
+    if small:
+        shrink(folder / "model")
     return folder
 
 

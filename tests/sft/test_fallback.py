@@ -13,10 +13,9 @@ from retool.checkpoint.format.tracker import TRACKER
 from retool.metrics import read_jsonl
 from retool.sft.__main__ import main
 from tests.checkpoint.test_resume import flip
-from tests.sft.conftest import work
+from tests.sft.conftest import make
 from tests.sft.test_command import words
 
-__all__ = ["work"]
 # Whatever the number of steps
 ALIKE = {
     "trainer__save_freq": 1,
@@ -24,6 +23,12 @@ ALIKE = {
     "optim__warmup_steps_ratio": 0,
 }
 MODEL = "model_world_size_1_rank_0.pt"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Damage in the middle of its weights is far from what preflight reads."""
+    return make(tmp_path_factory.mktemp("fallback"), small=False)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
 from retool.preflight.memory import Choice, Prediction, Recompute
 from retool.preflight.plan import World, agree
+from retool.run import session
 from retool.sft import train as training
 from retool.sft.__main__ import main
 from retool.sft.config import DataConfig, ModelConfig, SFTConfig
@@ -109,7 +110,7 @@ def test_loggers_are_closed_once_however_a_run_ends(
         raise ValueError("no luck")
 
     logger = Recorder()
-    monkeypatch.setattr(training, "open_loggers", lambda *_: Loggers([("recorder", logger)]))
+    monkeypatch.setattr(session, "open_loggers", lambda *_: Loggers([("recorder", logger)]))
     if fails:
         monkeypatch.setattr(training, "one_step", fail)
     assert main(words(work, tmp_path / "run", trainer__total_training_steps=1)) == int(fails)
