@@ -55,9 +55,10 @@ class RankContext(ForkServerContext):
 
 
 # A process that has touched the GPU can't be forked, and what ranks of GPU tests import is theirs.
+GPU_PRELOADED = ["torch", "torch.distributed", "retool.parallel.fsdp", "retool.model.decoder"]
 NO_GPU = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not torch.backends.cuda.is_built()
 server = forkserver.ForkServer()
-server.set_forkserver_preload(PRELOADED if NO_GPU else ["torch", "torch.distributed"])
+server.set_forkserver_preload(PRELOADED if NO_GPU else GPU_PRELOADED)
 _context = RankContext()
 
 

@@ -25,7 +25,7 @@ def _on_device(state: ModelState, device: torch.device) -> ModelState:
             None if t is None else t.to(device)
             for t in (state.params, state.exp_avg, state.exp_avg_sq)
         ),
-        step=state.step,
+        updates=state.updates,
     )
 
 
