@@ -136,13 +136,13 @@ def test_no_other_sharding_and_no_vague_names(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_functions_and_classes_stay_small(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
-    assert source.count("\n") <= 520, "a file of more than 520 lines"
+    assert source.count("\n") <= 420, "a file of more than 420 lines"
     for node in ast.walk(ast.parse(source)):
         size = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert size <= 90, f"function {node.name}: {size} lines"
+            assert size <= 80, f"function {node.name}: {size} lines"
         if isinstance(node, ast.ClassDef):
-            assert size <= 330, f"class {node.name}: {size} lines"
+            assert size <= 280, f"class {node.name}: {size} lines"
 
 
 WORDS_AND_SIGNS = re.compile(r"\w+|[^\w\s]")
@@ -163,8 +163,8 @@ def test_there_is_air_between_the_lines() -> None:
     wide = {
         f"{path.relative_to(ROOT)}: {line}"
         for path in MODULES
-        for line in code_lines(path)
-        if len(line.partition("  # pyright:")[0]) > 120
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if len(line) > 120
     }
     assert not wide
 

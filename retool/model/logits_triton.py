@@ -1,5 +1,6 @@
 # ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
-# pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingParameterType=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """Triton kernels over the rows of a chunk of float32 logits.
 
 One program per row; a row's start is a 64-bit offset.

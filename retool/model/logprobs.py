@@ -241,7 +241,9 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         d_hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
         if d_weight is not None:

@@ -106,7 +106,9 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, d_out: Tensor
+    ) -> tuple[Tensor | None, ...]:
         block: Block = ctx.block
         cos, sin, *kept = ctx.saved_tensors
         x, out, lse = kept or ctx.parked.fetch()

@@ -1,5 +1,6 @@
 # ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
-# pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingParameterType=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """Attention over the paged cache on a GPU.
 
 Single tokens: each sequence's keys are cut into parts by its own length, so that few or long

@@ -1,5 +1,6 @@
 # ruff: noqa: ANN001, ANN201, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
-# pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingParameterType=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """The cutoff of top-k and top-p on a GPU, searched for in passes over the row that mostly meet the
 cache: nothing is sorted, and nothing is written but the result.
 """

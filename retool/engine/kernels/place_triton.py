@@ -1,5 +1,6 @@
 # ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
-# pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingParameterType=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """q, k and v of new tokens in one kernel, see `place.py`.
 
 A program has all heads of a token, each as two halves that rope turns.

@@ -1,5 +1,6 @@
 # ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
-# pyright: reportMissingParameterType=false, reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingParameterType=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """`sample` on a GPU: one pass over the logits for the log-sum-exps and the Gumbel maximum, the
 noise made on the way.
 

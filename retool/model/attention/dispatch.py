@@ -305,7 +305,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dout: Tensor
+    ) -> tuple[Tensor | None, ...]:
         return (*attention_backward(dout, *ctx.saved_tensors, *ctx.pack), *[None] * 6)
 
 
