@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from retool.rl.objective.advantages import AdvantageInputs
-from retool.rl.objective.own import find_estimator, find_loss
+from retool.rl.objective.user_functions import find_estimator, find_loss
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -32,7 +32,7 @@ from retool.batch import PackedBatch
 from retool.model.attention.dispatch import attention, attention_forward_lse, attention_from_saved
 from retool.model.compile import compiled, unviewed
 from retool.model.config import ModelConfig
-from retool.model.families.names import Stored
+from retool.model.families.hf_names import Stored
 from retool.model.offload import Offload
 from retool.model.recompute import Kernel, Recompute, recomputed
 from retool.parallel.collectives import all_to_all

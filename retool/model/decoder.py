@@ -20,7 +20,7 @@ from torch import nn
 from retool.batch import PackedBatch
 from retool.model.block import Block, Execution, new_parameter, rms_norm
 from retool.model.config import ModelConfig
-from retool.model.families.names import EMBEDDING, FINAL_NORM, HEAD, LAYER, Stored
+from retool.model.families.hf_names import EMBEDDING, FINAL_NORM, HEAD, LAYER, Stored
 from retool.model.families.read import FAMILIES
 from retool.model.rope import inverse_frequencies, rope_tables
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from retool.parallel.lost import lost_peer
+from retool.parallel.lost_peer import lost_peer
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from retool.config import Fault
 from retool.config.redact import redact
 from retool.files.lock import sole_user
-from retool.parallel.lost import LINGER_S, follow, lost_peer
+from retool.parallel.lost_peer import LINGER_S, follow, lost_peer
 from retool.preflight.plan import RunReport
 from retool.preflight.show import show_faults
 from retool.preflight.verdict import verdict

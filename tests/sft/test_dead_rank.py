@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from retool.checkpoint import latest
-from retool.parallel.lost import SIGNS, lost_peer
+from retool.parallel.lost_peer import SIGNS, lost_peer
 from tests.conftest import REPOSITORY
 from tests.sft.test_command import words
 

@@ -2,6 +2,8 @@
 
 q, k and v have biases, nothing else has.
 
+The list of families is in `retool.model.families.read`.
+
 Legend: t tokens of this rank · N query heads · K kv heads · H head dim · D model · E = N·H.
 """
 
@@ -17,8 +19,8 @@ from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
 from retool.model.families.fields import WINDOWS
+from retool.model.families.hf_names import Stored
 from retool.model.families.layer_costs import LayerCosts, gated_block_costs
-from retool.model.families.names import Stored
 from retool.model.families.shape import read_shape
 from retool.model.rope import rotate
 

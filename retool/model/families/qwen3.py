@@ -3,6 +3,8 @@
 Each head of q and k has a norm before rope. There are biases only where `config.json` asks for
 them, in attention.
 
+The list of families is in `retool.model.families.read`.
+
 Legend: t tokens of this rank · N query heads · K kv heads · H head dim · D model · E = N·H.
 """
 
@@ -18,8 +20,8 @@ from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
 from retool.model.families.fields import WINDOWS, switch
+from retool.model.families.hf_names import Stored
 from retool.model.families.layer_costs import Cost, LayerCosts, gated_block_costs
-from retool.model.families.names import Stored
 from retool.model.families.shape import read_shape
 from retool.model.rope import rotate
 

@@ -1,6 +1,6 @@
 """Advantages from rewards: pure functions on numbers of the whole step's batch, in float64.
 
-`ESTIMATORS` at the end is the only list of them; a user's own is a function (see `objective.own`).
+`ESTIMATORS` at the end is the only list of them; a user's own is a function (`user_functions`).
 Per-token values are one array per trajectory, over all of its tokens; only sampled tokens (`masks`
 True) have advantages.
 """

@@ -6,7 +6,7 @@ A loss sees a slice of the global mini-batch, in any order and of any size. `wei
 each token's share of the mean (see `token_weights`). So the sum over all slices of all ranks is the
 loss, whatever the layout. Metrics are sums with the same weights, and add up to means likewise.
 
-`LOSSES` at the end is the only list of losses; a user's own is a function (see `objective.own`).
+`LOSSES` at the end is the only list of losses; a user's own is a function (`user_functions`).
 """
 
 from __future__ import annotations

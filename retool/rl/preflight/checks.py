@@ -31,7 +31,7 @@ from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig
 from retool.rl.data import PromptOptions, load_prompts
 from retool.rl.eos import eos_ids
-from retool.rl.objective.own import find_estimator, find_loss
+from retool.rl.objective.user_functions import find_estimator, find_loss
 from retool.rl.preflight.identity import PATH, with_identity
 from retool.rl.preflight.keys import ESTIMATOR_KEY, LOSS_KEY, contradictions, notes
 from retool.rl.preflight.memory import StepMemory

@@ -17,7 +17,7 @@ from pathlib import Path
 from retool.preflight.identity import Trait, digest, file_digest, listed, model_traits
 from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig
-from retool.rl.objective.own import own_function
+from retool.rl.objective.user_functions import own_function
 from retool.rl.preflight.plan import Questions, Report, uses_reference
 from retool.rl.reward.source import RewardSource
 

@@ -9,7 +9,7 @@ from retool.rl.config import RLConfig, run_options
 from retool.rl.config.actor import ActorConfig
 from retool.rl.objective.advantages import ESTIMATORS
 from retool.rl.objective.losses import LOSSES
-from retool.rl.objective.own import own_function
+from retool.rl.objective.user_functions import own_function
 
 _ARR = "actor_rollout_ref"
 MOST_TIMES_PUBLISHED = 25  # a clip ratio, of what the loss was published with
