@@ -105,9 +105,9 @@ def clear_torn(root: Path) -> None:
             _unmark(path)
             continue
         match = UNFINISHED.fullmatch(path.name)
-        name = path.with_name(path.name.partition(".")[0])
         if match is None:
             continue
+        name = path.with_name(path.name.partition(".")[0])
         if match[2] == "tmp" or name.is_dir():
             remove(path)
         elif not os.path.lexists(name) and (path / MARK).is_file():

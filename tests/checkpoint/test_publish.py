@@ -251,3 +251,14 @@ def test_a_folder_is_known_by_what_it_is(tmp_path: Path) -> None:
     path.rmdir()
     (tmp_path / "moved").rename(path)
     assert own.problem() is None
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", ".nfs0001", ".latest_checkpointed_iteration.txt.tmp"]
+)
+def test_a_hidden_file_in_a_run_folder_stops_no_save(tmp_path: Path, name: str) -> None:
+    """A desktop's, a file server's, or what a kill left of a file that was being replaced."""
+    (tmp_path / name).write_text("5")
+    claim(tmp_path / "global_step_3")
+    clear_torn(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
