@@ -82,22 +82,21 @@ class PackedBatch:
 
         The source is pinned on the way to CUDA.
         """
-
-        def move(x: torch.Tensor) -> torch.Tensor:
-            return (
-                x.pin_memory().to(device, non_blocking=True)
-                if device.type == "cuda"
-                else x.to(device)
-            )
-
         return replace(
             self,
-            tokens=move(self.tokens),
-            labels=move(self.labels),
-            weights=move(self.weights),
-            positions=move(self.positions),
-            cu_seqlens=move(self.cu_seqlens),
+            tokens=to_device(self.tokens, device),
+            labels=to_device(self.labels, device),
+            weights=to_device(self.weights, device),
+            positions=to_device(self.positions, device),
+            cu_seqlens=to_device(self.cu_seqlens, device),
         )
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy from the host to `device`; the host doesn't wait for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pack(

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retool.batch import to_device as tensor_to_device
 from retool.engine.forward import Model, draw, hidden_states
 from retool.engine.kernels.attention import Pages
 from retool.engine.kernels.draws import Draws
 from retool.engine.schedule.batch import Batch
-from retool.parallel.streams import record_event
+from retool.parallel.streams import start_copy_to_host
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,13 @@ def send_draws(values: Tensor) -> Flight:
     """Start copying draws to the host."""
     if not values.is_cuda:
         return Flight(values.clone(), None, values)
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    return Flight(host, record_event(), values)
+    host, arrived = start_copy_to_host(values)
+    return Flight(host, arrived, values)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """The host doesn't wait for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return tensor_to_device(torch.from_numpy(array), device)
 
 
 def draw_rows(model: Model, x_tD: Tensor, batch: Batch) -> Flight:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from retool.files.durable import replacing
+
 
 def embed(data: Any) -> str:
     """JSON that is safe inside a script element.
@@ -40,10 +42,9 @@ def write_page(html: str, path: Path, option: str) -> None:
 
     Raises ValueError where `path` can't be written; `option` is how to give another.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(html, encoding="utf-8", errors="replace", newline="\n")
-        temporary.replace(path)
+        with replacing(path, lasting=False) as file:
+            file.write(html.encode("utf-8", errors="replace"))
     except OSError as error:
         raise ValueError(
             f"{path} can't be written ({error.strerror or error}). Give another place: {option}."

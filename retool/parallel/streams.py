@@ -1,4 +1,4 @@
-"""CUDA's streams and events in three verbs. Without a GPU what they order has happened already."""
+"""CUDA's streams and events in a few verbs. Without a GPU what they order has happened already."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def wait_for(event: torch.cuda.Event | None) -> None:
     """What is enqueued on the current stream from here on comes after the event."""
     if event is not None:
         torch.cuda.current_stream().wait_event(event)
+
+
+def start_copy_to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+    """A pinned tensor that has the values of one on CUDA once the event has happened."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    return host, record_event()
 
 
 def start_copies(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from retool.batch import PackedBatch
+from retool.batch import PackedBatch, to_device
 from retool.model.logprobs import weighted_logprob_sum
 from retool.parallel.fsdp import Sharded
 
@@ -33,11 +33,7 @@ def loss_sum(model: Sharded, pack: PackedBatch) -> torch.Tensor:
     batch = part.to(mesh.device)
     chosen = None
     if len(trained) < MIN_SHARE_TO_SCORE_ALL * len(part.weights):
-        chosen = (
-            trained.pin_memory().to(mesh.device, non_blocking=True)
-            if mesh.device.type == "cuda"
-            else trained
-        )
+        chosen = to_device(trained, mesh.device)
 
     def score(hidden_tD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
         if chosen is None:

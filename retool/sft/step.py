@@ -12,7 +12,7 @@ from retool.batch import PackedBatch
 from retool.optim import AdamW
 from retool.parallel.collectives import sum_over
 from retool.parallel.fsdp import Sharded
-from retool.parallel.streams import record_event
+from retool.parallel.streams import start_copy_to_host
 from retool.perf import StepTimer
 from retool.sft.loss import loss_sum
 
@@ -74,6 +74,4 @@ def on_its_way(values: torch.Tensor) -> Measured:
     """Start copying a small tensor to the host."""
     if values.device.type != "cuda":
         return Measured(values, None)
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    return Measured(host, record_event())
+    return Measured(*start_copy_to_host(values))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retool.batch import PackedBatch, Sample, pack
+from retool.batch import PackedBatch, Sample, pack, to_device
 from retool.data.packing import Budget, plan_step
 from retool.rl.objective.losses import token_weights
 
@@ -73,13 +73,6 @@ class RLBatch:
         """Copy to `device`."""
         tensors = {name: to_device(tensor, device) for name, tensor in self.tensors().items()}
         return replace(self, pack=self.pack.to(device), **tensors)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy from host to `device` without waiting for it."""
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def shift(arrays: Sequence[np.ndarray], total: int) -> np.ndarray:

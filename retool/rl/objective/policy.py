@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from retool.batch import PackedBatch, Sample, pack
+from retool.batch import PackedBatch, Sample, pack, to_device
 from retool.data.packing import Budget, plan_step
 from retool.model.logprobs import logprobs
 from retool.optim import AdamW
 from retool.parallel.collectives import gather_objects, sum_over
 from retool.parallel.fsdp import Sharded
-from retool.rl.objective.batching import RLBatch, to_device, unshift
+from retool.rl.objective.batching import RLBatch, unshift
 from retool.rl.objective.losses import (
     LOSSES,
     Clip,
