@@ -1,13 +1,16 @@
-"""How a run ends: its last save waited for, its loggers closed, its last line said."""
+"""How a run ends: its last save waited for, its loggers closed, its last lines said."""
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch.distributed as dist
 
+from retool.checkpoint.format.folder import holds_export, holds_shards, model_folder
 from retool.preflight.plan import RunReport
 from retool.run.folder import say
 from retool.run.saving import say_saved, watched
@@ -37,7 +40,7 @@ def orderly_end(session: Session[RunReport], progress: Progress) -> Iterator[Non
 
 
 def finish(session: Session[RunReport], progress: Progress) -> None:
-    """Wait for the last save, say the last line and part from the other processes.
+    """Wait for the last save, say the last lines and part from the other processes.
 
     Collective. ValueError where the last step's checkpoint isn't there.
     """
@@ -49,6 +52,8 @@ def finish(session: Session[RunReport], progress: Progress) -> None:
                 f"{session.folder} has older ones."
             )
         say(session.mesh, last_words(session, progress.step))
+        for line in what_is_there(session.folder, progress.step):
+            say(session.mesh, line)
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
@@ -63,3 +68,16 @@ def last_words(session: Session[RunReport], step: int) -> str:
     if step < steps:
         return f"asked to stop at step {step:,} of {steps:,}: {folder}. The same command goes on from there."
     return f"finished at step {step:,} of {steps:,}: {folder}"
+
+
+def what_is_there(folder: Path, step: int) -> list[str]:
+    """Where the model of a run's last step is, and how to look at the run: a line each."""
+    lines: list[str] = []
+    shards = model_folder(folder / f"global_step_{step}")
+    if holds_export(shards):
+        lines.append(f"  the model, for transformers or the next stage: {shards / 'huggingface'}")
+    elif holds_shards(shards, "model"):
+        merged = shlex.join([str(shards), "--out", str(folder / "merged")])
+        lines.append(f"  the model, for transformers: python -m retool.checkpoint merge {merged}")
+    lines.append(f"  the run on one page: python -m retool.report {shlex.quote(str(folder))}")
+    return lines

@@ -211,11 +211,16 @@ def test_fp16_goes_on_with_its_loss_scale_and_trains_as_fp32(work: Path, tmp_pat
     assert saved[0]["loss_scale"] == saved[1]["loss_scale"] == [2.0**16, 4.0]
 
 
-def test_a_resumed_run_continues_its_metrics(work: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_its_metrics(
+    work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     assert main(words(work, out, trainer__save_freq=2, trainer__total_training_steps=3)) == 0
     assert main(words(work, out, trainer__total_training_steps=5)) == 0
     assert [e["step"] for e in steps(out)] == [1, 2, 3, 4, 5]
+    *_, model, page = capfd.readouterr().out.splitlines()
+    assert model.endswith(f"{out}/global_step_5/huggingface")
+    assert page.endswith(f"python -m retool.report {out}")
     before = (out / "metrics.jsonl").read_bytes()
     assert main(words(work, out, trainer__total_training_steps=5)) == 0, "nothing left to do"
     assert (out / "metrics.jsonl").read_bytes() == before
