@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | bench. The virtual environment is made on the first call and kept up to date.
+# make demo | test | test-slow | lint | docs | bench. The virtual environment is made on the first call and kept up to date.
 
 BOOTSTRAP ?= python3
 VENV      ?= .venv
@@ -13,13 +13,14 @@ BENCH     ?= $(wildcard benchmarks/sft.py)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow test-gpu lint bench clean
+.PHONY: help install demo test test-slow test-gpu lint docs bench clean
 
 help:
 	@echo "make install    the package and what it needs, in $(VENV)"
 	@echo "make demo       generate data and a tiny model, SFT, then DAPO: watch it call its tool"
 	@echo "make test       the default tests · make test-slow: the long ones · make test-gpu: those for CUDA"
 	@echo "make lint       ruff and basedpyright"
+	@echo "make docs       the documents as a site, in build/docs; a dead link is an error"
 	@echo "make bench      the benchmark tables (BENCH=benchmarks/….py, ARGS=…)"
 
 # Stamps, so that only a changed pyproject.toml or constraint installs again.
@@ -36,6 +37,11 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml $(CONSTRAINTS)
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the development tools into $(VENV)"
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "installing what builds the documents into $(VENV)"
+	@$(PIP) --editable '.[docs]'
 	@touch $@
 
 install: $(VENV)/.installed
@@ -57,8 +63,12 @@ lint: $(VENV)/.installed-dev
 	$(PYTHON) -m ruff format --check --quiet .
 	$(VENV)/bin/basedpyright --level error
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	@echo "build/docs/index.html is there; to search in it: python3 -m http.server -d build/docs"
+
 bench: $(VENV)/.installed
 	@for script in $(BENCH); do echo "== $$script"; $(PYTHON) $$script $(ARGS) || exit 1; done
 
 clean:
-	rm -rf $(VENV)/.installed $(VENV)/.installed-dev build dist demo-run
+	rm -rf $(VENV)/.installed $(VENV)/.installed-dev $(VENV)/.installed-docs build dist demo-run
