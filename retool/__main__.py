@@ -1,53 +1,129 @@
-"""`python -m retool`: what there is."""
+"""`retool COMMAND …`, and `python -m retool COMMAND …`: every command by its name."""
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import shutil
 import sys
-from importlib.util import find_spec
+import textwrap
+from dataclasses import dataclass
 
 from retool import __version__
 
-COMMANDS = (
-    ("retool.sft", "key=value …", "multi-turn supervised fine-tuning; --check plans and stops"),
-    ("retool.rl", "key=value …", "GRPO/DAPO with tools; --check plans and stops"),
-    ("retool.data", "audit FILES --model M", "checks a data set and shows what of it is trained"),
-    (
-        "retool.checkpoint",
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the module whose `main(words, program)` runs it, and what the list says of it."""
+
+    module: str
+    arguments: str
+    purpose: str
+
+
+COMMANDS = {
+    "sft": Command(
+        "retool.sft.__main__",
+        "key=value …",
+        "multi-turn supervised fine-tuning; --check plans and stops",
+    ),
+    "rl": Command(
+        "retool.rl.__main__",
+        "key=value …",
+        "GRPO/DAPO with tools; --check plans and stops",
+    ),
+    "data": Command(
+        "retool.data.__main__",
+        "audit FILES --model M",
+        "checks a data set and shows what of it is trained",
+    ),
+    "checkpoint": Command(
+        "retool.checkpoint.__main__",
         "merge | verify | convert | ls DIR",
         "turns checkpoints into Hugging Face folders or other world sizes",
     ),
-    (
-        "retool.report",
+    "report": Command(
+        "retool.report.__main__",
         "RUN_DIR [RUN_DIR …]",
         "one HTML page about a run, or a comparison of several",
     ),
-    (
-        "retool.sandbox",
+    "sandbox": Command(
+        "retool.sandbox.__main__",
         "doctor | serve",
         "says what isolates generated programs here; runs them for others",
     ),
-)
+}
+HELP = ("help", "--help", "-h")
+VERSION = ("version", "--version", "-V")
+# What people call a command of ours elsewhere
+OTHER_NAMES = {
+    "train": "sft",
+    "finetune": "sft",
+    "fine-tune": "sft",
+    "ppo": "rl",
+    "grpo": "rl",
+    "dapo": "rl",
+    "audit": "data",
+    "merge": "checkpoint",
+    "verify": "checkpoint",
+    "convert": "checkpoint",
+    "export": "checkpoint",
+    "doctor": "sandbox",
+}
 
 
 def main(words: list[str]) -> int:
-    """List the commands that this version has. Exit status 2 where one was meant to be run."""
-    meant = next(
-        (module for module, _, _ in COMMANDS if words and module.endswith(f".{words[0].lower()}")),
-        None,
-    )
-    if words and words[0] not in ("--help", "-h"):
-        way_out = f"Write python -m {meant} …" if meant else "python -m retool lists the commands."
-        print(f"python -m retool {words[0]}: no such command. {way_out}", file=sys.stderr)
+    """Run the command that the first word names. Exit status 2 where there is no such command."""
+    if not words or words[0] in HELP:
+        return _help(words[1:])
+    if words[0] in VERSION:
+        print(f"retool {__version__}")
+        return 0
+    name = words[0].removeprefix("retool.")
+    if name not in COMMANDS:
+        print(f"retool {words[0]}: no such command. {_way_out(words[0])}", file=sys.stderr)
         return 2
-    print(
-        f"retool {__version__}: post-training of tool-using language models on the GPUs you have.\n"
-    )
-    for module, arguments, what in COMMANDS:
-        if find_spec(module) is not None and find_spec(f"{module}.__main__") is not None:
-            print(f"  python -m {module} {arguments}\n      {what}")
-    print("\nEach of them has --help.")
+    module = importlib.import_module(COMMANDS[name].module)
+    return module.main(words[1:], f"retool {name}")
+
+
+def _help(words: list[str]) -> int:
+    """The list of commands; `retool help sft` is `retool sft --help`."""
+    if words and words[0] in COMMANDS:
+        return main([words[0], "--help"])
+    width = min(shutil.get_terminal_size().columns, 100)
+    print("usage: retool COMMAND …   (the same: python -m retool COMMAND …)\n")
+    about = "post-training of tool-using language models on the GPUs you have."
+    print("\n".join(textwrap.wrap(f"retool {__version__}: {about}", width)) + "\n")
+    for name, command in COMMANDS.items():
+        print(f"  retool {name} {command.arguments}")
+        indent = " " * 6
+        print(
+            textwrap.fill(command.purpose, width, initial_indent=indent, subsequent_indent=indent)
+        )
+    print("\nEach of them has --help. On several GPUs: torchrun … -m retool.sft key=value …")
     return 0
 
 
+def _way_out(word: str) -> str:
+    if "=" in word:
+        return "A command comes first: retool sft key=value …, or retool rl key=value …"
+    lower = word.lower()
+    if lower in OTHER_NAMES:
+        return f"Did you mean retool {OTHER_NAMES[lower]}?"
+    near = difflib.get_close_matches(lower, COMMANDS, n=1, cutoff=0.5)
+    if near:
+        return f"Did you mean retool {near[0]}?"
+    return f"There is {', '.join(COMMANDS)}; retool --help says what each does."
+
+
+def run() -> None:
+    """The console script."""
+    # A list of names waits for no library
+    from retool.config.command import exit_status
+
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run()

@@ -21,18 +21,20 @@ from retool.checkpoint.listing import list_checkpoints
 from retool.checkpoint.merge import Progress, merge
 from retool.checkpoint.shards.source import ShardSource
 from retool.checkpoint.verify import assurance, verify
+from retool.config.command import exit_status
 from retool.metrics import printable
 
+PROGRAM = "python -m retool.checkpoint"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """The command line.
 
     Exit status: 0 done, 1 something is wrong with the checkpoint or the disk, 2 wrong usage.
     """
     top = argparse.ArgumentParser(
-        "python -m retool.checkpoint",
+        program,
         description="Work with sharded checkpoints, retool's or verl's.",
     )
     commands = top.add_subparsers(dest="command", required=True)
@@ -144,9 +146,9 @@ def work(options: argparse.Namespace) -> int | None:
     return elements * passes // 10**6
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
     """The command line; 1 and one line on standard error for what the user can do something about."""
-    options = parser().parse_args(arguments)
+    options = parser(program).parse_args(arguments)
     try:
         return run(options, Console() if sys.stdout.isatty() else Console(width=200))
     except (ValueError, OSError) as error:
@@ -155,4 +157,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from retool.config.command import exit_status
 from retool.data.audit.audit import audit, count_rows
 from retool.data.audit.page import page
 from retool.data.audit.terminal import RowProgress, clean, show_audit
@@ -25,17 +26,16 @@ from retool.data.tokens.load import load_tokenizer, other_tokens
 from retool.files.html import write_page
 from retool.model.hub import find_model
 
+PROGRAM = "python -m retool.data"
 EXAMPLE = (
     "example: python -m retool.data audit train.parquet --model Qwen/Qwen2.5-0.5B-Instruct "
     "--max-length 16384 --html audit.html"
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """The command line; each option's key in a training run is in its help."""
-    top = argparse.ArgumentParser(
-        prog="python -m retool.data", description="Datasets of conversations."
-    )
+    top = argparse.ArgumentParser(prog=program, description="Datasets of conversations.")
     commands = top.add_subparsers(dest="command", required=True)
     own = commands.add_parser(
         "audit",
@@ -145,9 +145,9 @@ def _mapping(text: str) -> dict[str, Any]:
     return value
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run the audit; returns the exit status."""
-    options = parser().parse_args(arguments)
+    options = parser(program).parse_args(arguments)
     try:
         return _audit(options)
     except (ValueError, OSError) as error:
@@ -214,7 +214,4 @@ def _rendering(options: argparse.Namespace) -> Rendering:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(exit_status(main))

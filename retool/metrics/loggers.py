@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from retool import __distribution__
 from retool.config import Fault
 from retool.config.redact import redact
 from retool.metrics.console import ConsoleLogger, printable
@@ -104,7 +105,9 @@ def missing_extras(names: Sequence[str]) -> Iterator[Fault]:
             yield Fault(where, "is not known.", f"Use any of {', '.join(LOGGERS)}.")
         elif name in EXTRAS and importlib.util.find_spec(EXTRAS[name]) is None:
             yield Fault(
-                where, f"needs the package {EXTRAS[name]}.", f"pip install 'retool[{name}]'"
+                where,
+                f"needs the package {EXTRAS[name]}.",
+                f"pip install '{__distribution__}[{name}]'",
             )
 
 

@@ -6,12 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from retool.config.command import exit_status
 from retool.files.html import write_page
 from retool.metrics import printable
 from retool.report.page import TRANSCRIPT_BYTES, make_page
 from retool.report.runs import read_run
 from retool.report.series import MOST_VALUES
 
+PROGRAM = "python -m retool.report"
 PAGE_VALUES = 2_000_000  # numbers on a page, of all runs together: some 20 MB
 
 EPILOG = """The page is one file that opens without a network, on a phone too. It shows metrics.jsonl,
@@ -24,10 +26,10 @@ examples:
   python -m retool.report runs/lr-1e-5 runs/lr-3e-5 --out comparison.html"""
 
 
-def main(words: list[str] | None = None) -> int:
+def main(words: list[str] | None = None, program: str = PROGRAM) -> int:
     """Exit status: 0 written, 1 something is wrong and was said."""
     parser = argparse.ArgumentParser(
-        prog="python -m retool.report",
+        prog=program,
         description="Write one self-contained HTML page about a run, or a comparison of several.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -80,4 +82,4 @@ def names_of(folders: list[Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

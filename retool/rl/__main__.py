@@ -10,16 +10,19 @@ import os
 import sys
 
 from retool.config import help_text, read
+from retool.config.command import exit_status
 from retool.config.redact import hide_in_tracebacks
 from retool.metrics import warn_from_first_rank
 from retool.rl.config import RLConfig
 from retool.rl.config.names import EXAMPLE, IGNORED, SYNONYMS
 
+PROGRAM = "python -m retool.rl"
 
-def main(words: list[str]) -> int:
+
+def main(words: list[str], program: str = PROGRAM) -> int:
     """Exit status: 0 done (or nothing wrong), 1 something is wrong and was said."""
     if "--help" in words or "-h" in words:
-        print(help_text(RLConfig, "python -m retool.rl", EXAMPLE, SYNONYMS, IGNORED))
+        print(help_text(RLConfig, program, EXAMPLE, SYNONYMS, IGNORED))
         return 0
     rank = int(os.environ.get("RANK", 0))
     warn_from_first_rank(rank)
@@ -50,7 +53,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

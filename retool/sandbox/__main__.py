@@ -13,10 +13,12 @@ from .embedded import Sandbox
 from .fusion_server import Server
 from .result import Limits
 
+PROGRAM = "python -m retool.sandbox"
 
-def parser() -> argparse.ArgumentParser:
+
+def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="python -m retool.sandbox", description=__doc__)
+    top = argparse.ArgumentParser(prog=program, description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser(
         "doctor", help="which isolation layers this machine has, and why not the others"
@@ -51,9 +53,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
     """Run one command; returns the exit code."""
-    options = parser().parse_args(arguments)
+    options = parser(program).parse_args(arguments)
     if options.command == "doctor":
         return doctor.main()
     try:

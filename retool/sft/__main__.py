@@ -10,15 +10,18 @@ import sys
 from contextlib import nullcontext
 
 from retool.config import help_text, read
+from retool.config.command import exit_status
 from retool.config.redact import hide_in_tracebacks
 from retool.metrics import warn_from_first_rank
 from retool.sft.config import EXAMPLE, SYNONYMS, SFTConfig
 
+PROGRAM = "python -m retool.sft"
 
-def main(words: list[str]) -> int:
+
+def main(words: list[str], program: str = PROGRAM) -> int:
     """Exit status: 0 done (or nothing wrong), 1 something is wrong and was said."""
     if "--help" in words or "-h" in words:
-        print(help_text(SFTConfig, "python -m retool.sft", EXAMPLE, SYNONYMS))
+        print(help_text(SFTConfig, program, EXAMPLE, SYNONYMS))
         return 0
     rank = int(os.environ.get("RANK", 0))
     warn_from_first_rank(rank)
@@ -47,7 +50,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

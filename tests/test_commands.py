@@ -1,0 +1,108 @@
+"""`retool COMMAND …`: the commands there are, found by their names, and how they end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from retool import __version__
+from retool.__main__ import COMMANDS, OTHER_NAMES, main
+from retool.config.command import exit_status
+
+PACKAGE = Path(__file__).resolve().parents[1] / "retool"
+
+
+def test_every_command_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """And a room that can be run (`python -m retool.sft`) is a command."""
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert listed.startswith("usage: retool COMMAND")
+    assert all(f"  retool {name} " in listed for name in COMMANDS)
+    runnable = {path.parent.name for path in PACKAGE.glob("*/**/__main__.py")}
+    assert runnable <= set(COMMANDS) and "sft" in runnable
+    assert set(OTHER_NAMES.values()) <= set(COMMANDS) and not set(OTHER_NAMES) & set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(main([name, "--help"]))
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and len(said.splitlines()) > 4
+    assert said.startswith(f"usage: retool {name} ")
+
+
+def test_the_list_needs_nothing_heavy() -> None:
+    program = (
+        "import sys; from retool.__main__ import main; main([]); main(['--version']); "
+        "from retool.config import command;"
+        "print(sorted({'torch', 'numpy', 'rich', 'transformers', 'pyarrow'} & set(sys.modules)))"
+    )
+    run = [sys.executable, "-c", program]
+    said = subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert said[-2:] == [f"retool {__version__}", "[]"]
+
+
+@pytest.mark.parametrize(
+    ("words", "way_out"),
+    [
+        (["stf"], "Did you mean retool sft?"),
+        (["repotr", "run"], "Did you mean retool report?"),
+        (["train", "x=1"], "Did you mean retool sft?"),
+        (["GRPO"], "Did you mean retool rl?"),
+        (["merge", "folder"], "Did you mean retool checkpoint?"),
+        (["data.train_files=a.parquet"], "A command comes first: retool sft key=value …"),
+        (["xyzzy"], "There is sft, rl, data, checkpoint,"),
+    ],
+)
+def test_an_unknown_command(
+    words: list[str], way_out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"retool {words[0]}: no such command.") and way_out in said.err
+    assert not said.out
+
+
+def test_the_long_name_and_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", "sft"]) == 0
+    assert capsys.readouterr().out.startswith("usage: retool sft ")
+    assert main(["retool.sft", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: retool sft ")
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback() -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert exit_status(interrupted) == 130
+    assert exit_status(lambda: 3) == 3
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
+    """`retool … | head`: what was written into the broken pipe is nobody's any more."""
+    program = (
+        "import sys; from retool.config.command import exit_status;"
+        "sys.exit(exit_status(lambda: [print('x' * 100) for _ in range(5000)] and 0))"
+    )
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=write_end, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write_end)
+    assert done.returncode == 141 and done.stderr == ""
+
+
+def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> int:
+        raise BrokenPipeError("a server's")
+
+    with open(os.devnull, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(BrokenPipeError, match="server"):
+            exit_status(broken)
