@@ -1,6 +1,31 @@
 """retool: post-training of tool-using language models on the GPUs you have."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retool.llm.llm import LLM
+    from retool.llm.sampling import SamplingParams
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
 __version__ = "0.1.0"
 
 # What the index calls it; `import retool` all the same
 __distribution__ = "retool-train"
+
+# Name → where it is: imported when it is first asked for, so that `import retool` stays fast
+_LAZY = {"LLM": "retool.llm.llm", "SamplingParams": "retool.llm.sampling"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -35,6 +35,7 @@ LEVELS = {
     "run": 6,
     "sft": 7,
     "rl": 7,
+    "llm": 8,
     "report": 8,
 }
 

@@ -1,4 +1,6 @@
-"""A model's folder from what the user named: a local folder, or a Hugging Face hub id."""
+"""A model's folder from what the user named: a local folder, or a Hugging Face hub id. And what its
+small files say.
+"""
 
 from __future__ import annotations
 
@@ -75,3 +77,22 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}, not a JSON object. Fetch it again."
         )
     return content
+
+
+def eos_ids(folder: Path) -> tuple[int, ...]:
+    """The tokens that the model's own files say end a text: `eos_token_id` of
+    generation_config.json and config.json, a number or a list in either; none where neither tells.
+
+    ValueError, with the file's name, where one isn't what such a file is.
+    """
+    found: dict[int, None] = {}
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        said = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids: list[Any] = said if isinstance(said, list) else [] if said is None else [said]
+        if not all(type(i) is int for i in ids):
+            raise ValueError(
+                f"{path} holds no token ids as eos_token_id ({said!r:.80}). Fetch it again."
+            )
+        found |= dict.fromkeys(ids)
+    return tuple(found)

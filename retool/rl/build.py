@@ -15,6 +15,7 @@ from retool.data.packing import Budget
 from retool.engine import RolloutEngine, make_engine
 from retool.model.build import ModelOptions
 from retool.model.costs import quadratic_length
+from retool.model.hub import eos_ids
 from retool.parallel.collectives import gather_objects
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
@@ -22,7 +23,6 @@ from retool.rl.agent.options import AgentOptions
 from retool.rl.agent.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.config import RLConfig
 from retool.rl.data import prompts_at
-from retool.rl.eos import eos_ids
 from retool.rl.objective.experience import ExperienceOptions
 from retool.rl.objective.losses import Clip
 from retool.rl.objective.policy import LossSpec

@@ -4,6 +4,7 @@ its draws.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,32 @@ def test_draws_depend_on_seed_and_position_only(
     assert len({tuple(t.tokens) for t in run(engine).values()}) == 4, (
         "seeds must matter, their order too"
     )
+
+
+@pytest.mark.parametrize("way", ["plain", "preempting", "running ahead", "deterministic"])
+def test_a_turn_in_pieces_draws_what_it_draws_at_once(qwen: Path, way: str) -> None:
+    """Going on with no ids of one's own is the same turn."""
+    model = load(qwen)
+    ids = prompts(5, 30, 131, seed=4)
+    params = [replace(params_of(i), max_tokens=20) for i in range(5)]
+    engine = engine_of(qwen, model, **WAYS[way])
+    for i, prompt in enumerate(ids):
+        engine.start(i, prompt, params[i])
+    want = run(engine)
+    pieces: dict[int, list[int]] = {i: [] for i in range(5)}
+    engine = engine_of(qwen, model, **WAYS[way])
+    for i, prompt in enumerate(ids):
+        engine.start(i, prompt, replace(params[i], max_tokens=1 + i))
+    while not engine.idle():
+        for turn in engine.step():
+            i = int(turn.key)  # type: ignore[call-overload]
+            pieces[i] += turn.tokens
+            left = 20 - len(pieces[i])
+            if left:
+                engine.extend(i, [], replace(params[i], max_tokens=min(left, 1 + i)))
+            else:
+                engine.drop(i)
+    assert pieces == {i: want[i].tokens for i in range(5)}
 
 
 def test_deterministic_numbers_do_not_depend_on_neighbours(qwen: Path) -> None:

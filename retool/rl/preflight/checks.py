@@ -18,6 +18,7 @@ from retool.data.render.renderer import Renderer, make_renderer
 from retool.data.render.rendering import Rendering
 from retool.data.tokens.load import load_tokenizer, other_tokens
 from retool.metrics import missing_extras
+from retool.model.hub import eos_ids
 from retool.perf import GIB
 from retool.preflight.checks import check_run, notes_of
 from retool.preflight.memory import Choice, choose
@@ -30,7 +31,6 @@ from retool.rl.agent.tools.load import load_tools
 from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig
 from retool.rl.data import PromptOptions, load_prompts
-from retool.rl.eos import eos_ids
 from retool.rl.objective.user_functions import find_estimator, find_loss
 from retool.rl.preflight.identity import PATH, with_identity
 from retool.rl.preflight.keys import ESTIMATOR_KEY, LOSS_KEY, contradictions, notes
