@@ -63,7 +63,9 @@ def test_every_part_has_a_level() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_one_way(path: Path) -> None:
     mine = part_of(path)
-    if mine == "__main__":
+    # `retool` itself imports nothing; what it names for type checkers is loaded when asked for:
+    # `test_importing_is_cheap`
+    if mine == "__main__" or (mine == "__init__" and "if TYPE_CHECKING:" in path.read_text()):
         return
     for name in imported(path):
         if not name.startswith("retool."):
@@ -71,9 +73,6 @@ def test_imports_go_one_way(path: Path) -> None:
         other = name.split(".")[1]
         if other in ("__version__", "__distribution__"):
             continue
-        assert mine != "__init__", (
-            f"retool/__init__.py imports {name}: `import retool` must stay fast"
-        )
         assert other == mine or LEVELS[other] < LEVELS[mine], (
             f"{path.relative_to(ROOT)} imports {name}: imports go one way"
         )
