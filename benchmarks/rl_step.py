@@ -6,8 +6,9 @@ and samples.
     python benchmarks/rl_step.py --shape tiny --prompts 4 --prompt 64 --response 16        a look at it on the CPU
 
 Each side is a job of its own (`--gpus` processes, by torchrun where there are several): `python -m
-retool.rl` as users start it, and TRL's trainer with DDP, once with `generate` and once with
-transformers' continuous batching. bf16 compute, fp32 master weights (continuous batching turns
+retool.rl` as users start it, and TRL's trainer with DDP, once with `generate`, once with
+transformers' continuous batching, and with `--ways vllm` with vLLM in the same processes (its
+importance correction off, which would add a forward pass). bf16 compute, fp32 master weights (continuous batching turns
 TRL's into bf16), one optimizer step per batch, no reference, no recomputation. With random weights
 (FOLDER's, or fresh ones of `--shape`) a sample ends early once in 76,000 tokens; *tokens* has the
 mean response. A step goes from one optimizer step's end to the next one's, the first `--warm-up`
@@ -208,6 +209,7 @@ def run_trl(
             "micro": args.micro,
             "samples": args.samples,
             "response": args.response,
+            "length": args.prompt + args.response,
             "cpu": args.device == "cpu",
             "blocks": 3 * batch * -(-(args.prompt + args.response) // 256),
         }
@@ -307,6 +309,11 @@ def train_with_trl(options: dict[str, Any]) -> None:
         save_strategy="no",
         report_to=[],
         ddp_find_unused_parameters=False,
+        use_vllm=options["way"] == "vllm",
+        vllm_mode="colocate",
+        vllm_gpu_memory_utilization=0.3,
+        vllm_max_model_length=options["length"],
+        vllm_importance_sampling_correction=False,
         use_transformers_continuous_batching=options["way"] == "continuous batching",
         disable_tqdm=True,
         transformers_continuous_batching_config={
@@ -430,9 +437,13 @@ def main() -> None:
     parser.add_argument("--trl-warm-up", type=int, default=1)
     parser.add_argument("--trl-repeats", type=int, default=2)
     parser.add_argument(
-        "--ways", default="generate,continuous batching", help="of TRL to sample; empty: none"
+        "--ways",
+        default="generate,continuous batching",
+        help="of TRL to sample, vllm is another; empty: none",
     )
-    parser.add_argument("--trl", default="", help="folder that has TRL")
+    parser.add_argument(
+        "--trl", default="", help="folders that have TRL (and vLLM), as in PYTHONPATH"
+    )
     parser.add_argument("--timeout", type=float, default=240, help="seconds of a job")
     parser.add_argument("--logs", type=Path, help="keep the jobs' output here")
     args = parser.parse_args()

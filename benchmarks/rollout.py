@@ -8,10 +8,12 @@ Every engine gets the same random prompts, others in each repeat (or `--group` s
 samples `--new` tokens of each at temperature 1, none ends earlier. *all* counts from the first
 prompt to the last token, *decode* only steps in which every sequence decodes. The roofline: weights
 and the KV of every sequence are read once per step from memory at its nominal bandwidth.
-transformers runs the same shape in the same precision, after us, in a process of its own:
-`generate_batch` (its continuous batching) and `generate` (one padded batch). A peer has
-`--peer-seconds`; the repeats that it hadn't finished are left out. With `--model FOLDER` real
-weights are used; the log-prob gap to the training forward says something only then.
+Peers run the same shape in the same precision, after us, each in a process of its own:
+transformers' `generate_batch` (continuous batching) and `generate` (one padded batch), and `vllm`
+(its V1 engine in that process, graphs and compilation on, prefix caching), looked for in `--vllm`
+(folders for PYTHONPATH) or where Python finds it. A peer has `--peer-seconds`; the repeats that it
+hadn't finished are left out. With `--model FOLDER` real weights are used; the log-prob gap to the
+training forward says something only then.
 
 `generate_batch` gets a KV cache of 1.5 times what the sequences need (it keeps 15 % free before it
 takes new prompts), and keeps its graphs between repeats. Left to itself it takes 90 % of the device
@@ -23,10 +25,12 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable
@@ -193,12 +197,19 @@ def transformers_model(
     config: ModelConfig, folder: Path | None, device: torch.device, dtype: torch.dtype
 ) -> Any:
     """transformers' model of the same shape, random unless there is a folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if folder is not None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         return loaded.to(device).eval()
-    theirs = AutoConfig.for_model(
+    with device:
+        return AutoModelForCausalLM.from_config(transformers_config(config), dtype=dtype).eval()
+
+
+def transformers_config(config: ModelConfig) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
         config.family,
         vocab_size=config.vocab,
         hidden_size=config.hidden,
@@ -213,8 +224,45 @@ def transformers_model(
         bos_token_id=None,
         pad_token_id=None,
     )
-    with device:
-        return AutoModelForCausalLM.from_config(theirs, dtype=dtype).eval()
+
+
+def vllm_engine(
+    config: ModelConfig, folder: Path | None, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """vLLM on the same shape: of a folder without weights its own dummy loader makes some."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm import LLM  # pyright: ignore[reportMissingImports]
+
+    with tempfile.TemporaryDirectory() as temporary:
+        if folder is None:
+            theirs = transformers_config(config)
+            theirs.architectures = [f"{config.family.capitalize()}ForCausalLM"]
+            theirs.save_pretrained(temporary)
+        return LLM(
+            model=str(folder or temporary),
+            skip_tokenizer_init=True,
+            load_format="dummy" if folder is None else "auto",
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=2048,
+            gpu_memory_utilization=0.8,
+            max_num_seqs=256,
+            max_num_batched_tokens=16_384,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            seed=0,
+        )
+
+
+def vllm_generate(engine: Any, prompts: list[list[int]], args: Namespace) -> int:
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+    options = SamplingParams(
+        temperature=1.0, max_tokens=args.new, ignore_eos=True, detokenize=False
+    )
+    rows = [{"prompt_token_ids": prompt} for prompt in prompts]
+    answers = engine.generate(rows, options, use_tqdm=False)
+    return sum(len(answer.outputs[0].token_ids) for answer in answers)
 
 
 def generate_batch(model: Any, prompts: list[list[int]], args: Namespace) -> int:
@@ -254,20 +302,25 @@ def generate(model: Any, prompts: list[list[int]], args: Namespace) -> int:
     return out.numel() - ids.numel()
 
 
-PEERS: dict[str, Callable[..., int]] = {"generate_batch": generate_batch, "generate": generate}
+# What makes a peer's model or engine, and what samples with it.
+PEERS: dict[str, tuple[Callable[..., Any], Callable[..., int]]] = {
+    "generate_batch": (transformers_model, generate_batch),
+    "generate": (transformers_model, generate),
+    "vllm": (vllm_engine, vllm_generate),
+}
 
 
 def run_peer(name: str, config: ModelConfig, args: Namespace) -> None:
     """In the peer's process: a JSON line of each repeat, the first of which warms up."""
     device = torch.device(args.device)
-    model = transformers_model(
-        config, args.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32
-    )
+    load, sample = PEERS[name]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load(config, args.model, device, dtype)
     for repeat in range(args.repeats + 1):
         torch.manual_seed(repeat)
         prompts = draw_prompts(config, args, repeat)
         start = synchronised(device)
-        tokens = PEERS[name](model, prompts, args)
+        tokens = sample(model, prompts, args)
         seconds = synchronised(device) - start
         if tokens != args.sequences * args.new:
             raise RuntimeError(
@@ -281,8 +334,12 @@ def run_peer(name: str, config: ModelConfig, args: Namespace) -> None:
 def measure_peer(name: str, args: Namespace) -> dict[str, Any]:
     """The peer's line, from what it had done when it ended or its time did."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+    environment = dict(os.environ)
+    if name == "vllm":
+        paths = [args.vllm, environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         try:
             out, errors = process.communicate(timeout=args.peer_seconds)
@@ -303,7 +360,7 @@ def measure_peer(name: str, args: Namespace) -> dict[str, Any]:
     sys.stderr.write(errors)
     found = [json.loads(text) for text in out.splitlines() if text.startswith('{"rate"')]
     line: dict[str, Any] = {
-        "name": f"transformers {name}",
+        "name": name if name == "vllm" else f"transformers {name}",
         "all": [entry["rate"] for entry in found[1:]],
         "note": note,
     }
@@ -413,7 +470,12 @@ def parse() -> Namespace:
     add("--kv-gib", type=float, default=24.0 if torch.cuda.is_available() else 0.25)
     add("--no-graphs", action="store_true")
     add("--no-compile", action="store_true")
-    add("--peers", default="generate_batch,generate", help="of transformers; empty: none")
+    add(
+        "--peers",
+        default="generate_batch,generate",
+        help=f"of {', '.join(PEERS)}; empty: none",
+    )
+    add("--vllm", default="", help="folders that have vLLM, as in PYTHONPATH")
     add("--peer-seconds", type=float, default=90, help="of each peer, from its start")
     add("--worker", default="", choices=["", *PEERS], help=SUPPRESS)
     return parser.parse_args()
