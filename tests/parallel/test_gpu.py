@@ -1,9 +1,15 @@
 """Sharding and sequence parallelism on CUDA: streams, shared buffers, compiled blocks and
 recomputation give the CPU's numbers.
+
+All cases of so many GPUs run in the same processes: they connect once, and what one has compiled
+the next ones find in the compiler's cache.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +17,7 @@ import pytest
 import torch
 
 from retool import optim
-from retool.batch import Sample, pack
+from retool.batch import PackedBatch, Sample, pack
 from retool.model import recompute
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
@@ -48,24 +54,33 @@ def config(tied: bool) -> ModelConfig:
     )
 
 
-def train(
-    device: str,
-    sp: int,
-    tied: bool,
-    dtype: torch.dtype,
-    more: dict[str, Any],
-    check_sync: bool = False,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Case:
+    """A model trained on so many GPUs. `strict`: the last step waits for no GPU."""
+
+    gpus: int
+    sp: int
+    tied: bool = True
+    dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = field(default_factory=dict)
+    optimizer_offload: bool = False
+    chunk: int = 0
+    strict: bool = False
+
+    def __str__(self) -> str:
+        said = [f"{self.gpus} gpus", f"sp {self.sp}", "tied" if self.tied else "untied"]
+        said += [f"{name} {value}" for name, value in self.options.items()]
+        said += ["optimizer offload"] * self.optimizer_offload
+        said += [f"chunks of {self.chunk}"] * bool(self.chunk)
+        return ", ".join([*said, str(self.dtype).removeprefix("torch.")])
+
+
+def train(device: str, case: Case) -> dict[str, Any]:
     """Losses, norms and this rank's weights after a few steps of two micro-batches."""
-    mesh = make_mesh(sp=sp, device=device)
+    mesh = make_mesh(sp=case.sp, device=device)
     torch.backends.cuda.matmul.allow_tf32 = False
-    offload = more.pop("offload", False) if "offload" in more else False
-    if offload:
-        optim.OFFLOAD_CHUNK_NUMEL = 1 << 16  # so that all three slots are used, and again
-    if "chunk" in more:
-        recompute.CHUNKED_FROM = recompute.CHUNK = more.pop("chunk")
-    options = ModelOptions(param_dtype=dtype, use_compile=more.pop("use_compile", "auto"), **more)
-    model = build_decoder(config(tied), mesh, options)
+    options = ModelOptions(param_dtype=case.dtype, **{"use_compile": "auto", **case.options})
+    model = build_decoder(config(case.tied), mesh, options)
     generator = torch.Generator().manual_seed(0)
     weights = {
         m.name: torch.randn(m.shape, generator=generator) * 0.05 for _, m in model.layout.members
@@ -75,32 +90,21 @@ def train(
             weights[p.member.name].flatten()[p.start : p.stop].to(mesh.device)
         )
     model.refresh()
+    offload = case.optimizer_offload
     optimizer = AdamW(model, AdamWOptions(), offload, offload)
     rng = np.random.default_rng(0)
     losses = []
     norms = []
     for step in range(STEPS):
-        packs = []
-        for _ in range(4):
-            lengths = rng.integers(1, 200, 6)
-            packs.append(
-                pack(
-                    [
-                        Sample(rng.integers(0, 1009, n).astype(np.int32), rng.random(n) < 0.6)
-                        for n in lengths
-                    ],
-                    multiple=12,
-                )
-            )
-        mine = packs[mesh.dp_rank :: mesh.dp]
-        strict = check_sync and step == STEPS - 1
+        packs = [draw_pack(rng) for _ in range(4)]
+        strict = case.strict and step == STEPS - 1
         if strict:
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
         measured = train_step(
             model,
             optimizer,
-            mine,
+            packs[mesh.dp_rank :: mesh.dp],
             sum(p.trained_tokens for p in packs),
             1e-3,
             StepTimer(mesh.device),
@@ -118,6 +122,56 @@ def train(
     return {"losses": losses, "norms": norms, "weights": owned}
 
 
+def draw_pack(rng: np.random.Generator) -> PackedBatch:
+    lengths = rng.integers(1, 200, 6)
+    samples = [
+        Sample(rng.integers(0, 1009, n).astype(np.int32), rng.random(n) < 0.6) for n in lengths
+    ]
+    return pack(samples, multiple=12)
+
+
+def train_each(cases: list[Case]) -> list[dict[str, Any]]:
+    """In a rank: one case after the other, each as if it were alone."""
+    found = []
+    for case in cases:
+        torch._dynamo.reset()
+        with pytest.MonkeyPatch.context() as patch:
+            if case.optimizer_offload:
+                # so small that all three slots are used, and again
+                patch.setattr(optim, "OFFLOAD_CHUNK_NUMEL", 1 << 16)
+            if case.chunk:
+                patch.setattr(recompute, "CHUNKED_FROM", case.chunk)
+                patch.setattr(recompute, "CHUNK", case.chunk)
+            try:
+                found.append(train("cuda", case))
+            except BaseException as error:
+                raise AssertionError(f"in the case: {case}") from error
+    return found
+
+
+Trained = Callable[[Case], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def trained(request: pytest.FixtureRequest) -> Trained:
+    """A case's results by rank; the first question trains all of this run's cases of its GPUs."""
+    chosen = {
+        id(item.callspec.params["case"])
+        for item in request.session.items
+        if isinstance(item, pytest.Function)
+        and item.module is request.module
+        and hasattr(item, "callspec")
+    }
+
+    @functools.cache
+    def on(gpus: int) -> dict[int, list[dict[str, Any]]]:
+        cases = [c for c in (*FP32_CASES, *NARROW_CASES) if c.gpus == gpus and id(c) in chosen]
+        ranks = run_ranks(train_each, gpus, cases, timeout=280)
+        return {id(case): [rank[i] for rank in ranks] for i, case in enumerate(cases)}
+
+    return lambda case: on(case.gpus)[id(case)]
+
+
 def joined(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     pieces: dict[str, dict[int, np.ndarray]] = {}
     for result in results:
@@ -130,32 +184,32 @@ def joined(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[bool, dict[str, Any]]:
-    return {tied: train("cpu", 1, tied, torch.float32, {}) for tied in (True, False)}
+    return {tied: train("cpu", Case(1, 1, tied)) for tied in (True, False)}
 
 
-# GPUs, sp, tied, options: every way in which a gathered buffer is refilled under autograd
-CASES = [
-    (1, 1, True, {}),
-    (1, 1, False, {"recompute": "full"}),
-    (2, 1, True, {"recompute": "none"}),
-    (2, 2, True, {"recompute": "full"}),
-    (2, 2, False, {"recompute": "selective"}),
-    (1, 1, True, {"recompute": "offload"}),
-    (2, 2, False, {"recompute": "offload", "chunk": 128}),
-    (2, 1, False, {"forward_prefetch": False, "use_compile": False}),
-    (2, 2, True, {"reshard_after_forward": False}),
-    (2, 1, False, {"keep_copy": False}),
-    (2, 1, True, {"offload": True}),
+# Every way in which a gathered buffer is refilled under autograd.
+FP32_CASES = [
+    Case(1, 1),
+    Case(1, 1, tied=False, options={"recompute": "full"}),
+    Case(2, 1, options={"recompute": "none"}),
+    Case(2, 2, options={"recompute": "full"}),
+    Case(2, 2, tied=False, options={"recompute": "selective"}),
+    Case(1, 1, options={"recompute": "offload"}),
+    Case(2, 2, tied=False, options={"recompute": "offload"}, chunk=128),
+    Case(2, 1, tied=False, options={"forward_prefetch": False, "use_compile": False}),
+    Case(2, 2, options={"reshard_after_forward": False}),
+    Case(2, 1, tied=False, options={"keep_copy": False}),
+    Case(2, 1, optimizer_offload=True),
 ]
 
 
-@pytest.mark.parametrize(("gpus", "sp", "tied", "more"), CASES)
+@pytest.mark.parametrize("case", FP32_CASES, ids=str)
 def test_fp32_on_gpus_trains_as_the_cpu(
-    expected: dict[bool, dict[str, Any]], gpus: int, sp: int, tied: bool, more: dict[str, Any]
+    expected: dict[bool, dict[str, Any]], trained: Trained, case: Case
 ) -> None:
-    need_gpus(gpus)
-    results = run_ranks(train, gpus, "cuda", sp, tied, torch.float32, dict(more))
-    want = expected[tied]
+    need_gpus(case.gpus)
+    results = trained(case)
+    want = expected[case.tied]
     for result in results:
         np.testing.assert_allclose(result["losses"], want["losses"], rtol=2e-5)
         np.testing.assert_allclose(result["norms"], want["norms"], rtol=2e-4)
@@ -167,30 +221,24 @@ def test_fp32_on_gpus_trains_as_the_cpu(
 
 BF16 = torch.bfloat16
 FP16 = torch.float16
+NARROW_CASES = [
+    Case(1, 1, dtype=BF16, strict=True),
+    Case(2, 2, dtype=BF16, options={"recompute": "full"}, strict=True),
+    Case(1, 1, dtype=BF16, options={"recompute": "offload"}, chunk=128, strict=True),
+    Case(2, 1, dtype=BF16, strict=True),
+    Case(2, 1, dtype=BF16, options={"keep_copy": False}, strict=True),
+    Case(1, 1, dtype=FP16, strict=True),
+    Case(2, 2, dtype=FP16, options={"recompute": "full"}, strict=True),
+]
 
 
-@pytest.mark.parametrize(
-    ("gpus", "sp", "dtype", "more"),
-    [
-        (1, 1, BF16, {}),
-        (2, 2, BF16, {"recompute": "full"}),
-        (1, 1, BF16, {"recompute": "offload", "chunk": 128}),
-        (2, 1, BF16, {}),
-        (2, 1, BF16, {"keep_copy": False}),
-        (1, 1, FP16, {}),
-        (2, 2, FP16, {"recompute": "full"}),
-    ],
-)
+@pytest.mark.parametrize("case", NARROW_CASES, ids=str)
 def test_narrow_dtypes_on_gpus_train_like_fp32_and_never_wait(
-    expected: dict[bool, dict[str, Any]],
-    gpus: int,
-    sp: int,
-    dtype: torch.dtype,
-    more: dict[str, Any],
+    expected: dict[bool, dict[str, Any]], trained: Trained, case: Case
 ) -> None:
     """The last step runs with every host synchronisation an error."""
-    need_gpus(gpus)
-    results = run_ranks(train, gpus, "cuda", sp, True, dtype, dict(more), True)
+    need_gpus(case.gpus)
+    results = trained(case)
     np.testing.assert_allclose(results[0]["losses"], expected[True]["losses"], rtol=2e-3)
     np.testing.assert_allclose(results[0]["norms"], expected[True]["norms"], rtol=3e-2)
 
