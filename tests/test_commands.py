@@ -11,7 +11,7 @@ import pytest
 
 from retool import __version__
 from retool.__main__ import COMMANDS, OTHER_NAMES, main
-from retool.config.command import exit_status
+from retool.config.command import calm_threads, exit_status, topics_of
 
 PACKAGE = Path(__file__).resolve().parents[1] / "retool"
 
@@ -86,7 +86,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback() -> None:
 def test_a_reader_that_goes_away_ends_a_command_quietly() -> None:
     """`retool … | head`: what was written into the broken pipe is nobody's any more."""
     program = (
-        "import sys; from retool.config.command import exit_status;"
+        "import sys; from retool.config.command import calm_threads, exit_status, topics_of;"
         "sys.exit(exit_status(lambda: [print('x' * 100) for _ in range(5000)] and 0))"
     )
     read_end, write_end = os.pipe()
@@ -106,3 +106,26 @@ def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(sys, "stdout", output)
         with pytest.raises(BrokenPipeError, match="server"):
             exit_status(broken)
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {}),
+        ({"OMP_NUM_THREADS": "8"}, {}),
+        ({"LOCAL_WORLD_SIZE": "1"}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ({"LOCAL_WORLD_SIZE": "2"}, {"OMP_NUM_THREADS": "1"}),
+    ],
+)
+def test_threads_are_as_the_user_says_and_else_calm(
+    given: dict[str, str], added: dict[str, str]
+) -> None:
+    environment = dict(given)
+    calm_threads(environment)
+    assert environment == {**given, **added}
+
+
+def test_topics_are_the_words_beside_help() -> None:
+    assert topics_of(["--help", "data", "optim.lr"]) == ["data", "optim.lr"]
+    assert topics_of(["data.max_length=3", "--check", "-h"]) == []

@@ -39,31 +39,43 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
-        "merge", help="write the weights as a Hugging Face folder", description=merge.__doc__
+        "merge",
+        help="write the weights as a Hugging Face folder",
+        description="Write a checkpoint's weights as a folder that transformers loads: safetensors "
+        "files, the configuration and the tokenizer.",
     )
     command.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint: …/global_step_N")
     command.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the folder to write"
     )
-    command.add_argument("--dtype", choices=DTYPES, default="bf16")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="bf16", help="of the weights (default: %(default)s)"
+    )
     command = commands.add_parser(
         "verify",
         help="check files, shapes, checksums, finiteness and the export",
-        description=verify.__doc__,
+        description="Check that every file of a checkpoint is there and whole: sizes, checksums, "
+        "shapes, and that every value is finite. A Hugging Face folder in it is checked, too.",
     )
-    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint: …/global_step_N")
     command = commands.add_parser(
         "convert",
         help="rewrite the shards for another number of ranks",
-        description=convert.__doc__,
+        description="Rewrite a checkpoint so that M ranks resume it, each reading a file of its own. "
+        "(Any number of ranks resumes any checkpoint; other programs may want this.)",
     )
-    command.add_argument("folder", type=Path, metavar="DIR")
-    command.add_argument("--world-size", type=int, required=True, metavar="M")
+    command.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint: …/global_step_N")
+    command.add_argument(
+        "--world-size", type=int, required=True, metavar="M", help="ranks to write it for"
+    )
     command.add_argument(
         "--out", type=Path, metavar="DIR", help="default: replace DIR once the new one is complete"
     )
     command = commands.add_parser(
-        "ls", help="list the checkpoints of a run", description=list_checkpoints.__doc__
+        "ls",
+        help="list the checkpoints of a run",
+        description="Show the steps, sizes, world sizes and contents of a run's checkpoints; * marks "
+        "the one that a resume takes.",
     )
     command.add_argument(
         "root",

@@ -6,6 +6,7 @@ Every fault is collected; none stops the search for the next.
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from retool.config.elsewhere import LAUNCHERS, absent, is_elsewhere, key_for, plain
 from retool.config.schema import Fault, Leaf, is_dict
 
 MOST_OF_A_FILE = 10  # unknown keys that are told one by one
 SHOWN_OF_TOO_MANY = 3
+MIN_TAIL_LIKENESS = 0.75
+MIN_SHORT_TAIL_LIKENESS = 0.8  # of up to three letters
+DOTTED = re.compile(r"[a-z]\w*(\.[a-z]\w*)*")
+MIN_LIKENESS = 0.5  # of the groups of two keys whose last parts are the same
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,14 @@ class Reader:
 
     def read(self, words: Sequence[str]) -> None:
         """Read them in order: later ones win."""
-        for word in words:
+        left = list(words)
+        while left:
+            word = left.pop(0)
             key, equals, text = word.partition("=")
             key = key.lstrip("+")  # Hydra's `+key=value`, which existing scripts use
-            if not equals or not key or key.startswith("-"):
-                way_out = f"{self._meant(key, bool(equals))}; --help lists every key."
+            if not equals or not key or key.startswith("-") or (not text and _is_bare(left)):
+                value = text or self._value_apart(word, left)
+                way_out = f"{self._meant(key or word, value)}; --help lists every key."
                 self.faults.append(Fault(word, "is not key=value.", way_out))
             elif key == "config":
                 self._read_file(text)
@@ -99,46 +108,124 @@ class Reader:
         if members:
             problem = f"{name} is a group of keys, not a key."
             return Fault(shown, problem, f"Set one of its keys, such as {members[0]}.")
-        near = nearest(key, [*self.known, *self.synonyms, *self.ignored])
-        way_out = "--help lists every key."
-        if near is not None:
-            way_out = f"Did you mean {self.synonyms.get(near, near)}?"
-        return Fault(shown, f"unknown key {key}.", way_out)
+        return Fault(shown, f"unknown key {key}.", absent(key) or self._instead(key))
 
-    def _meant(self, key: str, complete: bool) -> str:
-        """What to write instead of a word that is no key=value."""
-        bare = key.lstrip("-")
+    def _instead(self, key: str) -> str:
+        meant = key_for(key, self.known)
+        if meant is not None:  # it may count otherwise elsewhere
+            return f"Did you mean {meant}? {self.known[meant].doc}"
+        near = self.nearest_key(key)
+        if near is not None:
+            return f"Did you mean {near}?"
+        group = key.rpartition(".")[0]
+        if any(known.startswith(group + ".") for known in self.known):
+            return f"--help {group} lists that group's keys."
+        return "--help lists every key."
+
+    def nearest_key(self, key: str) -> str | None:
+        """Our key that was meant: by its name elsewhere, else by its spelling."""
+        meant = key_for(key, self.known)
+        names = [*self.known, *self.synonyms, *self.ignored]
+        tail = key.rpartition(".")[2]
+        # What has a name elsewhere and nothing here isn't another word misspelt.
+        if meant or (is_elsewhere(key) and not any(n.rpartition(".")[2] == tail for n in names)):
+            return meant
+        near = nearest(key, names)
+        return self.synonyms.get(near, near) if near else None
+
+    def _value_apart(self, word: str, left: list[str]) -> str:
+        """The value of a key that stands before it as a word of its own, taken off what is left."""
+        named = word.rstrip("=")
+        is_key = named in self.synonyms or (DOTTED.fullmatch(named) and self.nearest_key(named))
+        if not (is_key or word.startswith("-")) or word in ("--check", "--help"):
+            return ""
+        if left[:1] == ["="]:
+            left.pop(0)
+        return left.pop(0) if _is_bare(left) else ""
+
+    def _meant(self, key: str, value: str) -> str:
+        """What to write instead of a word that is no key=value; `value` as far as it has one."""
+        bare = key.lstrip("-").rstrip("=")
         has_dashes = key.startswith("-")
         if has_dashes and bare.lower() in ("check", "help"):
             return f"Write --{bare.lower()}"
         if not bare:
             return "Write key=value without spaces"
+        if has_dashes and bare in ("c", "config", "config_file", "config-file", "config_path"):
+            return f"Write config={value or 'run.yaml'}"
         if bare in self.known or bare in self.synonyms:
-            return f"Write {bare}=…, without spaces" + (" and dashes" if has_dashes else "")
+            signs = " and dashes" if has_dashes else ""
+            return f"Write {bare}={value or '…'}, without spaces{signs}"
         if has_dashes:
-            option = f"{key}=…" if complete else key
+            return self._option_meant(bare, value)
+        near = self.nearest_key(bare) if DOTTED.fullmatch(bare) else None
+        return f"Write {near}={value or '…'}" if near else _file_meant(bare, self.known)
+
+    def _option_meant(self, name: str, value: str) -> str:
+        """What to write for another program's `--name value`."""
+        if plain(name) in LAUNCHERS:
+            option = f"--{name}={value or '…'}"
             return f"Options of torchrun stand before -m: torchrun {option} -m …"
-        return "Write data.train_files=train.parquet"
+        leave_out = absent(name)
+        if leave_out is not None:
+            return leave_out.rstrip(".")
+        near = self.nearest_key(name.replace("-", "_"))
+        if near is None or near not in self.known:
+            return "Write key=value, without dashes"
+        choices = typing.get_args(self.known[near].type)
+        if choices and value not in choices:  # --bf16 true is param_dtype=bf16
+            value = name if name in choices else ""
+        return f"Write {near}={value or '…'}"
+
+
+def _is_bare(words: Sequence[str]) -> bool:
+    """Whether the next word can only be the value of the one before it."""
+    if not words or "=" in words[0]:
+        return False
+    return not words[0].startswith("-") or words[0][1:2].isdigit()
+
+
+def _file_meant(word: str, known: Iterable[str]) -> str:
+    """What to write for a file, a folder or a model that stands alone."""
+    ending = Path(word).suffix.lower()
+    if ending in (".yaml", ".yml"):
+        return f"Write config={word}"
+    is_data = ending in (".parquet", ".jsonl", ".json", ".csv", ".gz", ".zst", ".arrow")
+    if "/" in word and not is_data:
+        model = key_for("model_name_or_path", known)
+        return f"Write {model}={word}" if model else "Write key=value"
+    return f"Write data.train_files={word if is_data else 'train.parquet'}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The known name that `name` was probably meant to be.
+    """The known name that `name` was probably meant to be: one with its last part, or nearly.
 
-    By its last part where that is right, then by the whole dotted name, then by a last part that is
-    nearly right.
+    What stands before that decides between several, and isn't enough alone: a key of the same group
+    is as a rule another key.
     """
     candidates = list(names)
-    by_tail = {known.rpartition(".")[2]: known for known in reversed(candidates)}
-    tail = name.rpartition(".")[2]
-    if tail in by_tail:
-        return by_tail[tail]
-    for whole in difflib.get_close_matches(name, candidates, n=1, cutoff=0.8):
-        return whole
-    for near_tail in difflib.get_close_matches(tail, by_tail, n=1, cutoff=0.75):
-        return by_tail[near_tail]
-    for loose in difflib.get_close_matches(name, candidates, n=1, cutoff=0.6):
-        return loose
-    return None
+    by_tail: dict[str, list[str]] = {}
+    for known in candidates:
+        by_tail.setdefault(known.rpartition(".")[2], []).append(known)
+    head, _, tail = name.rpartition(".")
+    tails = [tail]
+    if tail not in by_tail:
+        alike = MIN_TAIL_LIKENESS if len(tail) > 3 else MIN_SHORT_TAIL_LIKENESS
+        tails = difflib.get_close_matches(tail, by_tail, 1, alike)
+    if not tails:
+        return None
+    likeness = difflib.SequenceMatcher(b=head)
+    best = None
+    best_ratio = -1.0
+    for known in by_tail[tails[0]]:
+        likeness.set_seq1(known.rpartition(".")[0])
+        if likeness.ratio() > best_ratio:
+            best = known
+            best_ratio = likeness.ratio()
+    # `enable`, `path`, `name`: without what stands before, they say nothing.
+    if head and len(by_tail[tails[0]]) > 1 and best_ratio < MIN_LIKENESS:
+        return None
+    return best
 
 
 # --- files ---

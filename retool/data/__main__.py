@@ -79,13 +79,13 @@ def _add_rendering(own: argparse.ArgumentParser) -> None:
         "--truncation",
         choices=TRUNCATIONS,
         default="error",
-        help="what becomes of longer ones (data.truncation)",
+        help="what becomes of longer ones (data.truncation; default %(default)s)",
     )
     own.add_argument(
         "--history",
         choices=HISTORIES,
         default="error",
-        help="templates that rewrite history (data.multiturn.history)",
+        help="templates that rewrite history (data.multiturn.history; default %(default)s)",
     )
     own.add_argument("--chat-template", help="hermes, or a jinja file (data.chat_template)")
     own.add_argument(
@@ -129,7 +129,10 @@ def _add_rows(own: argparse.ArgumentParser) -> None:
         help="a function (path) -> rows of yours (data.custom_cls.path, name)",
     )
     own.add_argument(
-        "--max-rows", type=int, default=-1, help="only the first rows (data.train_max_samples)"
+        "--max-rows",
+        type=int,
+        default=-1,
+        help="only the first rows (data.train_max_samples; default %(default)s: all)",
     )
 
 

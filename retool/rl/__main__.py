@@ -1,6 +1,6 @@
 """`python -m retool.rl key=value …`: reinforcement learning with tools.
 
-`--help` lists the keys, `--check` stops after preflight.
+`--help` lists the keys (`--help rollout` some of them), `--check` stops after preflight.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 
 from retool.config import help_text, read
-from retool.config.command import exit_status
+from retool.config.command import calm_threads, exit_status, topics_of
 from retool.config.redact import hide_in_tracebacks
 from retool.metrics import warn_from_first_rank
 from retool.rl.config import RLConfig
@@ -22,8 +22,10 @@ PROGRAM = "python -m retool.rl"
 def main(words: list[str], program: str = PROGRAM) -> int:
     """Exit status: 0 done (or nothing wrong), 1 something is wrong and was said."""
     if "--help" in words or "-h" in words:
-        print(help_text(RLConfig, program, EXAMPLE, SYNONYMS, IGNORED))
+        topics = topics_of(words)
+        print(help_text(RLConfig, program, EXAMPLE, SYNONYMS, IGNORED, topics), end="")
         return 0
+    calm_threads()
     rank = int(os.environ.get("RANK", 0))
     warn_from_first_rank(rank)
     hide_in_tracebacks()

@@ -18,7 +18,9 @@ PROGRAM = "python -m retool.sandbox"
 
 def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog=program, description=__doc__)
+    top = argparse.ArgumentParser(
+        prog=program, description="The sandbox for programs that a model wrote."
+    )
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser(
         "doctor", help="which isolation layers this machine has, and why not the others"
@@ -29,13 +31,15 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     serve.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; beyond loopback a token is required",
+        help="address to listen on (default: %(default)s); beyond loopback a token is required",
     )
-    serve.add_argument("--port", type=int, default=8080, help="0: any free port, printed")
+    serve.add_argument(
+        "--port", type=int, default=8080, help="default: %(default)s; 0: any free port, printed"
+    )
     serve.add_argument(
         "--token",
         default=os.environ.get("RETOOL_SANDBOX_TOKEN"),
-        help="bearer token to demand (RETOOL_SANDBOX_TOKEN)",
+        help="bearer token to demand (default: what RETOOL_SANDBOX_TOKEN holds)",
     )
     serve.add_argument(
         "--workers",
@@ -47,9 +51,15 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         "--memory-mb",
         type=int,
         default=Limits.memory_mb,
-        help="memory of one call, and the most a request may ask for",
+        help="memory of one call, and the most a request may ask for (default: %(default)s)",
     )
-    serve.add_argument("--isolation", choices=("strict", "best_effort"), default="strict")
+    serve.add_argument(
+        "--isolation",
+        choices=("strict", "best_effort"),
+        default="strict",
+        help="strict: no program runs where a guarantee can't be given; best_effort: it is said "
+        "(default: %(default)s)",
+    )
     return top
 
 

@@ -1,6 +1,6 @@
 """`python -m retool.sft key=value …`: multi-turn SFT.
 
-`--help` lists the keys, `--check` stops after preflight.
+`--help` lists the keys (`--help data` some of them), `--check` stops after preflight.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from contextlib import nullcontext
 
 from retool.config import help_text, read
-from retool.config.command import exit_status
+from retool.config.command import calm_threads, exit_status, topics_of
 from retool.config.redact import hide_in_tracebacks
 from retool.metrics import warn_from_first_rank
 from retool.sft.config import EXAMPLE, SYNONYMS, SFTConfig
@@ -21,8 +21,10 @@ PROGRAM = "python -m retool.sft"
 def main(words: list[str], program: str = PROGRAM) -> int:
     """Exit status: 0 done (or nothing wrong), 1 something is wrong and was said."""
     if "--help" in words or "-h" in words:
-        print(help_text(SFTConfig, program, EXAMPLE, SYNONYMS))
+        topics = topics_of(words)
+        print(help_text(SFTConfig, program, EXAMPLE, SYNONYMS, topics=topics), end="")
         return 0
+    calm_threads()
     rank = int(os.environ.get("RANK", 0))
     warn_from_first_rank(rank)
     hide_in_tracebacks()

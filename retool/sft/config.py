@@ -181,8 +181,10 @@ SYNONYMS = {
 }
 EXAMPLE = """
 torchrun --nproc_per_node=2 -m retool.sft \\
-    data.train_files=train.parquet data.val_files=test.parquet data.max_length=16384 data.train_batch_size=16 \\
-    model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct trainer.total_epochs=2 ulysses_sequence_parallel_size=2
+    data.train_files=train.parquet data.val_files=test.parquet \\
+    data.max_length=16384 data.train_batch_size=16 \\
+    model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct \\
+    trainer.total_epochs=2 ulysses_sequence_parallel_size=2
 """
 
 

@@ -450,9 +450,9 @@ def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("word", "way_out"),
     [
-        ("--data.max_length=100", "Write data.max_length=…, without spaces and dashes"),
+        ("--data.max_length=100", "Write data.max_length=100, without spaces and dashes"),
         ("data.max_length", "Write data.max_length=…, without spaces;"),
-        ("--nproc_per_node=2", "before -m: torchrun --nproc_per_node=… -m"),
+        ("--nproc_per_node=2", "before -m: torchrun --nproc_per_node=2 -m"),
         ("100", "Write data.train_files=train.parquet"),
     ],
 )

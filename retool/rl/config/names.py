@@ -37,5 +37,6 @@ EXAMPLE = """
 torchrun --nproc_per_node=2 -m retool.rl \\
     data.train_files=dapo_math_17k.parquet data.val_files=aime24.parquet \\
     actor_rollout_ref.model.path=checkpoints/sft/global_step_250/huggingface \\
-    actor_rollout_ref.rollout.n=16 actor_rollout_ref.rollout.multi_turn.enable=true
+    actor_rollout_ref.rollout.n=16 \\
+    actor_rollout_ref.rollout.multi_turn.enable=true
 """
