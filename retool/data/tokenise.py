@@ -17,7 +17,7 @@ from itertools import chain, islice
 from typing import Any
 
 from retool.batch import Sample
-from retool.data.read.files import Chunk, RowError
+from retool.data.read.chunk import Chunk, RowError
 from retool.data.read.rows import (
     TOO_DEEP,
     Conversation,

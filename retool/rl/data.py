@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from retool.data.loader import epoch_order
-from retool.data.read.files import RowError, RowFunction, iter_chunks
+from retool.data.read.chunk import RowError, RowFunction
+from retool.data.read.files import iter_chunks
 from retool.data.read.refused_rows import RefusedRows
 from retool.data.read.rows import AS_LIST, plain, to_conversation, without_nulls
 from retool.data.read.source import RowFormat
