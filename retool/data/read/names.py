@@ -120,7 +120,7 @@ def _in_folder(name: str, any_suffix: bool, part: Part) -> list[str]:
     if not inside:
         deeper = [entry for entry in entries if fs.isdir(entry)]
         hint = f" Its folders may: {', '.join(deeper[:4])}." if deeper else ""
-        raise ValueError(f"the folder {name} has no file of {KNOWN} in it.{hint}")
+        raise ValueError(f"the folder {name} has no {KNOWN} file in it.{hint}")
     return [str(fs.unstrip_protocol(entry)) if "://" in name else entry for entry in inside]
 
 
