@@ -21,6 +21,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from retool.config.help import shown_value  # noqa: E402
 from retool.config.schema import REQUIRED, Leaf, leaves  # noqa: E402
 from retool.report.glossary import BY_PATTERN, MEANINGS, Meaning  # noqa: E402
 from retool.rl.config import RLConfig  # noqa: E402
@@ -117,10 +118,10 @@ def _source_page(path: str) -> str:
 
 def _keys_page(command: str, schema: type, synonyms: Mapping[str, str]) -> Iterator[str]:
     """Every key of a command, by group."""
-    yield f"# Keys of `python -m retool.{command}`"
+    yield f"# Keys of `retool {command}`"
     yield ""
-    yield f"What `python -m retool.{command} --help` says. Write `key=value` on the command line, or"
-    yield "the same keys in a YAML file named by `config=run.yaml`."
+    yield f"What `retool {command} --help` says. Write `key=value` on the command line, or the same"
+    yield "keys in a YAML file that you name by `config=run.yaml`."
     others: dict[str, list[str]] = {}
     for other, ours in synonyms.items():
         others.setdefault(ours, []).append(other)
@@ -135,20 +136,11 @@ def _keys_page(command: str, schema: type, synonyms: Mapping[str, str]) -> Itera
 
 def _key_lines(leaf: Leaf, other_names: list[str]) -> Iterator[str]:
     """A key and what it does, as a term and its definition."""
-    default = "required" if leaf.default is REQUIRED else f"default `{_shown(leaf.default)}`"
+    default = "required" if leaf.default is REQUIRED else f"default `{shown_value(leaf.default)}`"
     yield f"`{leaf.key}` · {_plain(leaf.expected)} · {default}"
     names = ", ".join(f"`{name}`" for name in other_names)
     also = f" Also spelt {names}." if names else ""
     yield from (f":   {_plain(leaf.doc)}{also}", "")
-
-
-def _shown(value: Any) -> str:
-    """A default as one would write it."""
-    if isinstance(value, (tuple, list)):
-        return f"[{','.join(map(_shown, value))}]"
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _plain(text: str) -> str:

@@ -92,7 +92,7 @@ def _keys(command: Command, shown: Sequence[Leaf], width: int) -> Iterator[str]:
 
 
 def _key_lines(leaf: Leaf, other_names: list[str], width: int) -> Iterator[str]:
-    default = "required" if leaf.default is REQUIRED else f"default {_shown(leaf.default)}"
+    default = "required" if leaf.default is REQUIRED else f"default {shown_value(leaf.default)}"
     line = f"  {leaf.key}  ({leaf.expected}; {default})"
     yield from textwrap.wrap(
         line, width, subsequent_indent=INDENT, break_on_hyphens=False, break_long_words=False
@@ -147,10 +147,10 @@ def _indented(text: str, width: int) -> list[str]:
     )
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A value as one would write it."""
     if isinstance(value, (tuple, list)):
-        return "[" + ",".join(map(_shown, value)) + "]"
+        return "[" + ",".join(map(shown_value, value)) + "]"
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
