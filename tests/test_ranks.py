@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.ranks import PRELOADED, run_ranks, server
 
 
@@ -71,3 +72,30 @@ def test_a_rank_is_a_fork_of_one_thread_that_has_imported_what_is_slow() -> None
     assert run_ranks(_not_imported, 1) == [[]]
     pid = server._forkserver_pid  # type: ignore[attr-defined]
     assert len(os.listdir(f"/proc/{pid}/task")) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "out", "err"),
+    [
+        ("import sys; print(sys.argv, flush=True)", 0, "['-c', 'a', 'b']\n", ""),
+        ("import sys; sys.exit('no way')", 1, "", "no way\n"),
+        ("import sys; sys.exit(7)", 7, "", ""),
+        ("raise ValueError('this')", 1, "", "ValueError: this\n"),
+        ("import os; print('last', flush=True); os.kill(os.getpid(), 9)", -9, "last\n", ""),
+        ("raise KeyboardInterrupt", -2, "", "KeyboardInterrupt\n"),
+        ("import atexit; atexit.register(print, 'end'); print('begin')", 0, "begin\nend\n", ""),
+        (
+            "import threading, time\n"
+            "threading.Thread(target=lambda: [time.sleep(0.1), print('late')]).start()",
+            0,
+            "late\n",
+            "",
+        ),
+    ],
+)
+def test_a_warm_command_ends_as_a_new_interpreter_does(
+    code: str, status: int, out: str, err: str
+) -> None:
+    done = warm.run([sys.executable, "-c", code, "a", "b"])
+    assert (done.returncode, done.stdout) == (status, out)
+    assert done.stderr.endswith(err) and (err or not done.stderr), done.stderr

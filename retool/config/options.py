@@ -34,6 +34,16 @@ TEMPLATE_DATE = (
     "Date, YYYY-MM-DD, for a chat template that asks for today's (strftime_now); null = the day "
     "the run began, kept where it goes on."
 )
+FILES = (
+    "A file (.parquet, .jsonl, .json, .csv; each also .gz or .zst), a folder of them or one of "
+    "datasets' save_to_disk, a glob, a URL (hdfs://, s3://), a data set of the Hugging Face hub "
+    "(org/name, org/name:split), or a list [a,b]."
+)
+DATASET_NAME = "Configuration of a data set of the hub that has several, e.g. main."
+TRAIN_SPLIT = (
+    "Split of a data set that has several (of the hub, or saved by datasets); null = train."
+)
+VAL_SPLIT = "The same for data.val_files; null = the only one."
 OPTIM_SYNONYMS = {
     "lr_warmup_steps_ratio": "warmup_steps_ratio",
     "lr_scheduler_type": "lr_scheduler",

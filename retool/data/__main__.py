@@ -18,6 +18,7 @@ from retool.config.command import exit_status
 from retool.data.audit.audit import audit, count_rows
 from retool.data.audit.page import page
 from retool.data.audit.terminal import RowProgress, clean, show_audit
+from retool.data.read.library import Part
 from retool.data.read.source import RowFormat, RowSource
 from retool.data.render.renderer import make_renderer
 from retool.data.render.rendering import HISTORIES, Rendering
@@ -46,7 +47,7 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     own.add_argument(
         "files",
         nargs="+",
-        help="parquet or JSON-lines files, folders, globs, URLs (data.train_files)",
+        help="files, folders, globs, URLs, data sets of the hub (data.train_files)",
     )
     own.add_argument(
         "--model",
@@ -123,6 +124,8 @@ def _add_rows(own: argparse.ArgumentParser) -> None:
             default=key.replace("-", "_"),
             help="name of the column (default %(default)s)",
         )
+    own.add_argument("--split", help="of a data set with several (data.train_split)")
+    own.add_argument("--name", help="configuration of a data set of the hub (data.name)")
     own.add_argument(
         "--rows",
         metavar="FILE:FUNCTION",
@@ -197,7 +200,8 @@ def _rows(options: argparse.Namespace) -> RowSource:
         prompt_key=options.prompt_key,
         response_key=options.response_key,
     )
-    return RowSource(options.files, form, path or None, name or None, options.max_rows)
+    part = Part(options.split, options.name, "--split")
+    return RowSource(options.files, form, path or None, name or None, options.max_rows, part)
 
 
 def _rendering(options: argparse.Namespace) -> Rendering:

@@ -43,7 +43,7 @@ def files_of(
     if isinstance(data, (list, tuple)) and data:
         names = [entry for entry in data if isinstance(entry, (str, os.PathLike))]
         if len(names) == len(data):
-            return tuple(map(os.fspath, names))
+            return tuple(str(os.fspath(entry)) for entry in names)
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     return (str(_kept(data, folder / "rows", f"{name}.jsonl")),)
 

@@ -17,7 +17,7 @@ from itertools import chain, islice
 from typing import Any
 
 from retool.batch import Sample
-from retool.data.read.files import Chunk, RowError
+from retool.data.read.chunk import Chunk, RowError
 from retool.data.read.rows import (
     TOO_DEEP,
     Conversation,
@@ -26,7 +26,8 @@ from retool.data.read.rows import (
 )
 from retool.data.read.source import RowFormat
 from retool.data.render.renderer import Renderer
-from retool.data.template.time_and_memory import bounded
+from retool.data.template.time_and_memory import OutOfBounds, bounded
+from retool.data.tokens.bounds import stuck_ends_process
 
 SUMMED = (
     "rows",
@@ -40,6 +41,9 @@ SUMMED = (
     "dropped_thoughts",
     "undeclared_calls",
     "quoting",
+)
+TOO_SLOW = (
+    "{}: a pattern of the tokenizer takes that long for it. Take the row out, or another tokenizer."
 )
 # So many are tokenised in this process first: workers take seconds to start.
 INLINE_CHUNKS = 4
@@ -155,7 +159,8 @@ def tokenise_chunk(
             if isinstance(raw, RowError):
                 raise raw
             conversation = to_conversation(raw, chunk.file, index, form)
-            with bounded():  # once for all that is rendered of a row
+            # Once for all that is rendered of a row
+            with bounded(), stuck_ends_process():
                 samples = renderer.render(conversation)
             kept = [limit.cut(sample) for sample in samples]
         except RowError as error:
@@ -164,6 +169,8 @@ def tokenise_chunk(
             out.refusals.append(f"{chunk.file}, row {index}: {error}")
         except RecursionError:
             out.refusals.append(f"{chunk.file}, row {index}: {TOO_DEEP}")
+        except OutOfBounds as error:  # the template's own are told by it
+            out.refusals.append(f"{chunk.file}, row {index}: {TOO_SLOW.format(error)}")
         else:
             _count_row(out.report, conversation, renderer)
             out.report.split += len(samples) > 1
@@ -219,7 +226,8 @@ def _killed(chunks: Sequence[Chunk]) -> str:
     )
     return (
         f"a tokenising process was killed, at {rows or 'its start'}: the system does that where "
-        "memory is short. Take fewer of them (data.num_workers; 0: none), or shorter rows."
+        "memory is short, and we where a row takes ten minutes. Take fewer of them "
+        "(data.num_workers; 0: none), or shorter rows."
     )
 
 

@@ -2,6 +2,7 @@
 
 The data goes in as JSON that can't close its element, is read by the page's scripts and set as
 text. A content security policy allows these scripts and styles, by their hashes, and nothing else.
+What all pages share (how they look, how numbers read, how elements are made) is in `look/`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,35 @@ from pathlib import Path
 from typing import Any
 
 from retool.files.durable import replacing
+
+LOOK = Path(__file__).with_name("look")
+
+
+def make_html(
+    kind: str, data: Any, scripts: Sequence[Sequence[Path]], styles: Sequence[Sequence[Path]]
+) -> str:
+    """A page of this kind ("run report") about `data`: one element for each group of files."""
+    made_scripts = [_joined(files) for files in scripts]
+    made_styles = [_joined(files) for files in styles]
+    parts = {
+        "POLICY": content_policy(made_scripts, made_styles),
+        "KIND": f"retool: {kind}",
+        "STYLES": "".join(f"<style>{style}</style>\n" for style in made_styles),
+        "NAME": kind,
+        "DATA": embed(data),
+        "SCRIPTS": "".join(f"<script>{script}</script>\n" for script in made_scripts),
+    }
+    rest = (LOOK / "page.html").read_text(encoding="utf-8")
+    pieces = []
+    for name, content in parts.items():  # in the template's order: what is put in is never searched
+        head, _, rest = rest.partition(f"{{{{{name}}}}}")
+        pieces += [head, content]
+    return "".join([*pieces, rest])
+
+
+def _joined(files: Sequence[Path]) -> str:
+    texts = [file.read_text(encoding="utf-8").strip() for file in files]
+    return "\n" + "\n".join(texts) + "\n"
 
 
 def embed(data: Any) -> str:

@@ -10,15 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from retool import __version__
-from retool.files.html import content_policy, embed
-from retool.report.runs import Run, about, choose_transcripts, default_config
+from retool.files.html import LOOK, make_html
+from retool.report.headline import how_it_trains, what_it_is
+from retool.report.runs import Run, about, choose_transcripts, default_config, required_keys
 
 ASSETS = Path(__file__).with_name("assets")
-SCRIPTS = (
-    ("uPlot.iife.min.js",),
-    ("elements.js", "charts.js", "sections.js", "transcripts.js", "main.js"),
+LIBRARY = (ASSETS / "uPlot.iife.min.js",)
+OWN = (
+    LOOK / "numbers.js",
+    LOOK / "elements.js",
+    LOOK / "shell.js",
+    ASSETS / "charts.js",
+    ASSETS / "phases.js",
+    ASSETS / "sections.js",
+    ASSETS / "validation.js",
+    ASSETS / "transcripts.js",
+    ASSETS / "configuration.js",
+    ASSETS / "main.js",
 )
-STYLES = (("uPlot.min.css",), ("page.css",))
+STYLES = ((ASSETS / "uPlot.min.css",), (LOOK / "look.css", ASSETS / "report.css"))
 TRANSCRIPT_BYTES = 24 << 20
 
 
@@ -26,32 +36,26 @@ def make_page(runs: list[Run], transcript_bytes: int = TRANSCRIPT_BYTES) -> str:
     """The page's HTML."""
     transcripts, left_out, torn = choose_transcripts(runs, transcript_bytes)
     metric_names = dict.fromkeys(name for run in runs for name in run.metrics)
+    required = dict.fromkeys(key for run in runs for key in required_keys(run.config))
     data: dict[str, Any] = {
         "version": __version__,
         "made": datetime.now(timezone.utc).timestamp(),
-        "runs": [{**vars(run), "folder": str(run.folder)} for run in runs],
+        "runs": [_shown(run) for run in runs],
         "defaults": [default_config(run.config) for run in runs],
+        "required": list(required),
         "about": about(metric_names),
         "transcripts": transcripts,
         "left_out": left_out,
         "torn": torn,
     }
-    scripts = [_joined(names) for names in SCRIPTS]
-    styles = [_joined(names) for names in STYLES]
-    parts = {
-        "POLICY": content_policy(scripts, styles),
-        "STYLES": "".join(f"<style>{style}</style>\n" for style in styles),
-        "DATA": embed(data),
-        "SCRIPTS": "".join(f"<script>{script}</script>\n" for script in scripts),
+    return make_html("run report", data, (LIBRARY, OWN), STYLES)
+
+
+def _shown(run: Run) -> dict[str, Any]:
+    """A run as the page's scripts read it."""
+    return {
+        **vars(run),
+        "folder": str(run.folder),
+        "about": what_it_is(run.config),
+        "settings": how_it_trains(run.config),
     }
-    rest = (ASSETS / "page.html").read_text(encoding="utf-8")
-    pieces = []
-    for name, content in parts.items():  # in the template's order: what is put in is never searched
-        head, _, rest = rest.partition(f"{{{{{name}}}}}")
-        pieces += [head, content]
-    return "".join([*pieces, rest])
-
-
-def _joined(names: tuple[str, ...]) -> str:
-    texts = [(ASSETS / name).read_text(encoding="utf-8").strip() for name in names]
-    return "\n" + "\n".join(texts) + "\n"

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from retool.config import REQUIRED, leaves
+from retool.config import REQUIRED, Leaf, leaves
 from retool.config.redact import redact
 from retool.metrics.transcripts import FOLDER, read_transcripts
 from retool.report.glossary import MEANINGS, meaning
@@ -91,6 +91,16 @@ def default_config(config: Mapping[str, str]) -> dict[str, str]:
     """Defaults of the command that a run's keys belong to; those that follow another key are left
     out.
     """
+    values = ((leaf.key, leaf.default) for leaf in _leaves(config) if leaf.default is not REQUIRED)
+    return {key: in_words(value) for key, value in values if "${" not in str(value)}
+
+
+def required_keys(config: Mapping[str, str]) -> list[str]:
+    """Keys without a default of the command that a run's keys belong to: its model and its data."""
+    return [leaf.key for leaf in _leaves(config) if leaf.default is REQUIRED]
+
+
+def _leaves(config: Mapping[str, str]) -> list[Leaf]:
     from retool.sft.config import SFTConfig
 
     schema: type = SFTConfig
@@ -98,8 +108,7 @@ def default_config(config: Mapping[str, str]) -> dict[str, str]:
         from retool.rl.config import RLConfig
 
         schema = RLConfig
-    values = ((leaf.key, leaf.default) for leaf in leaves(schema) if leaf.default is not REQUIRED)
-    return {key: in_words(value) for key, value in values if "${" not in str(value)}
+    return list(leaves(schema))
 
 
 def about(names: Iterable[str]) -> dict[str, dict[str, Any]]:

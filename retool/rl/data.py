@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from retool.data.loader import epoch_order
-from retool.data.read.files import RowError, RowFunction, iter_chunks
+from retool.data.read.chunk import RowError, RowFunction
+from retool.data.read.files import iter_chunks
 from retool.data.read.refused_rows import RefusedRows
 from retool.data.read.rows import AS_LIST, plain, to_conversation, without_nulls
 from retool.data.read.source import RowFormat
 from retool.data.render.renderer import Renderer
+from retool.data.tokens.bounds import stuck_ends_process
 from retool.rl.types import Prompt
 
 PAIRS = (("Problem", "Answer"), ("problem", "answer"), ("question", "answer"))
@@ -114,7 +116,9 @@ def load_prompts(
         try:
             if isinstance(question, RowError):
                 raise question
-            ids = np.asarray(renderer.render_prompt(question.messages, tools), np.int32)
+            with stuck_ends_process():
+                rendered = renderer.render_prompt(question.messages, tools)
+            ids = np.asarray(rendered, np.int32)
             if len(ids) > options.max_length:
                 if options.filter_overlong:
                     overlong += 1

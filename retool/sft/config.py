@@ -43,14 +43,11 @@ class CustomClsConfig:
 class DataConfig:
     """What is trained on."""
 
-    train_files: tuple[str, ...] = option(
-        REQUIRED,
-        (
-            "Parquet or jsonl: a file, a list [a,b], a folder, a glob, or a URL (hdfs://, s3://) for "
-            "fsspec/pyarrow."
-        ),
-    )
+    train_files: tuple[str, ...] = option(REQUIRED, options.FILES)
     val_files: tuple[str, ...] | None = option(None, "The same, for validation; null = none.")
+    name: str | None = option(None, options.DATASET_NAME)
+    train_split: str | None = option(None, options.TRAIN_SPLIT)
+    val_split: str | None = option(None, options.VAL_SPLIT)
     train_max_samples: int = option(-1, "Use the first N training rows; -1 = all.", minimum=-1)
     val_max_samples: int = option(-1, "Use the first N validation rows; -1 = all.", minimum=-1)
     train_batch_size: int = option(
@@ -171,6 +168,7 @@ SYNONYMS = {
     "engine.use_torch_compile": "model.use_compile",
     "model.fsdp_config.offload_params": "model.fsdp_config.param_offload",
     **{f"engine.{key.name}": f"model.fsdp_config.{key.name}" for key in fields(FSDPConfig)},
+    "data.split": "data.train_split",
     "data.messages_key": "data.multiturn.messages_key",
     "data.tools_key": "data.multiturn.tools_key",
     "data.enable_thinking_key": "data.multiturn.enable_thinking_key",

@@ -18,8 +18,10 @@ from typing import Any, Literal
 from retool.config import Fault, Parsed
 from retool.data.__main__ import parser as audit_parser
 from retool.data.cache import open_dataset
-from retool.data.read.files import load_function, resolve_files
+from retool.data.read.library import Part
+from retool.data.read.names import resolve_files
 from retool.data.read.source import RowFormat, RowSource
+from retool.data.read.user_function import load_function
 from retool.data.render.renderer import Renderer, make_renderer
 from retool.data.render.rendering import Rendering
 from retool.data.tokenise import LengthLimit
@@ -33,7 +35,7 @@ from retool.preflight.model_folder import check_ids, check_tokenizer, with_model
 from retool.preflight.plan import attempt, gpu_memory, host_bytes
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
 from retool.preflight.world import Box, box_of, read_world
-from retool.sft.config import SFTConfig, contradictions
+from retool.sft.config import DataConfig, SFTConfig, contradictions
 from retool.sft.identity import with_identity
 from retool.sft.plan import Report, Split, choose_for, remedies
 
@@ -149,17 +151,22 @@ def _files(config: SFTConfig, name: Name, faults: list[Fault]) -> list[str]:
     wanted = config.data.train_files if name == "train" else config.data.val_files or ()
     custom = config.data.custom_cls.path is not None
     form = row_format(config)
+    part = part_of(config.data, name)
     found: list[str] = []
     for entry in wanted:
         where = f"data.{name}_files={entry}"
-        for file in (
-            attempt(where, lambda entry=entry: resolve_files(entry, any_suffix=custom), faults)
-            or []
-        ):
+        files = attempt(where, lambda entry=entry: resolve_files(entry, custom, part), faults)
+        for file in files or []:
             if not custom:
                 attempt(where, lambda file=file: form.check(file), faults)
             found.append(file)
     return found
+
+
+def part_of(data: DataConfig, name: Name) -> Part:
+    """Which split and configuration are read, where a data set has several."""
+    split = data.train_split if name == "train" else data.val_split
+    return Part(split, data.name, f"data.{name}_split")
 
 
 def row_format(config: SFTConfig) -> RowFormat:

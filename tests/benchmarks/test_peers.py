@@ -5,6 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from tests import warm
+from tests.benchmarks.test_all import benchmark
 
 RUN = """echo noise
 echo "RESULT trl liger=True recompute=False batch=1 full: 55092 tok/s/GPU, step 2.38 s, peak 20.0 GiB, reserved 21.0 GiB"
@@ -14,32 +20,39 @@ echo "FAILED, see the log"
 BOUND = """print("RESULT bound cudnn 1 x 16384: 1000 tok/s/GPU, 400 model TFLOP/s (MFU 40.4%), peak 21.6 GiB")"""
 
 
-def test_one_table_of_everything_that_ran(tmp_path: Path, repository: Path) -> None:
+class Warm:
+    """`subprocess` for which a Python is a fork of the warm server."""
+
+    STDOUT = subprocess.STDOUT
+
+    @staticmethod
+    def run(command: list[str], stdout: IO[str], **more: Any) -> Any:
+        if command[0] != sys.executable:
+            return subprocess.run(command, stdout=stdout, **more)
+        started = warm.Command(command, log=Path(stdout.name), env=more["env"])
+        started.wait(120)
+        return started
+
+
+def test_one_table_of_everything_that_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run.sh").write_text(RUN)
     (tmp_path / "single_gpu_bound.py").write_text(BOUND)
-    command = [
-        sys.executable,
-        str(repository / "benchmarks" / "peers.py"),
-        str(tmp_path),
-        str(tmp_path),
-        str(tmp_path),
-        str(tmp_path / "out"),
-        "--shape",
-        "tiny",
-        "--scale",
-        "256",
-        "--gpus",
-        "1",
-    ]
-    assert (
-        subprocess.run(
-            [*command, "--only", "peers,bound"], check=True, capture_output=True, text=True
-        ).stdout.count("1.00×")
-        == 1
-    )
-    said = subprocess.run(
-        [*command, "--only", "ours"], check=True, capture_output=True, text=True
-    ).stdout
+    peers = benchmark("peers")
+    assert set(peers.OURS.split(",")) <= set(benchmark("sft").ROWS)
+    monkeypatch.setattr(peers, "OURS", "full,full-sp1")
+    monkeypatch.setattr(peers, "subprocess", Warm)
+
+    def table(part: str) -> str:
+        folders = [str(tmp_path)] * 3 + [str(tmp_path / "out")]
+        sizes = "--shape tiny --scale 1024 --gpus 1".split()
+        monkeypatch.setattr(sys, "argv", ["peers", *folders, *sizes, "--only", part])
+        peers.main()
+        return capsys.readouterr().out
+
+    assert table("peers,bound").count("1.00×") == 1
+    said = table("ours")
     rows = {
         cells[1]: cells[2:]
         for cells in ([c.strip() for c in line.split("|")] for line in said.splitlines())

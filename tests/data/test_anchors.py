@@ -17,7 +17,7 @@ from tokenizers import (
     trainers,
 )
 
-from retool.data.read.files import RowError
+from retool.data.read.chunk import RowError
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from retool.checkpoint.hf.side_files import write_template
-from retool.data.read.files import RowError, iter_chunks
+from retool.data.read.chunk import RowError
+from retool.data.read.files import iter_chunks
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering

@@ -12,7 +12,7 @@ from retool.config import parse
 from retool.data.audit.audit import audit
 from retool.data.audit.summary import summary
 from retool.data.cache import open_dataset
-from retool.data.read.files import RowError
+from retool.data.read.chunk import RowError
 from retool.data.read.rows import to_conversation
 from retool.data.read.source import RowSource
 from retool.data.render.renderer import Renderer

@@ -9,7 +9,7 @@ import random
 import pytest
 from tokenizers import AddedToken
 
-from retool.data.read.files import RowError
+from retool.data.read.chunk import RowError
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from retool.data.read.files import RowError
+from retool.data.read.chunk import RowError
 from retool.data.read.rows import Conversation, to_conversation
 from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering

@@ -13,17 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retool.data.read.files import (
-    Chunk,
-    RowError,
-    columns_of,
-    file_identity,
-    iter_chunks,
-    load_function,
-    resolve_files,
-)
+from retool.data.read.chunk import Chunk, RowError
+from retool.data.read.files import columns_of, file_identity, iter_chunks
+from retool.data.read.names import resolve_files
 from retool.data.read.rows import plain, to_conversation
 from retool.data.read.source import RowFormat
+from retool.data.read.user_function import load_function
 from retool.data.tokenise import LengthLimit, map_chunks, tokenise_chunk
 
 USER = {"role": "user", "content": "Hi"}
@@ -81,9 +76,9 @@ class TestFiles:
         ]:
             with pytest.raises(ValueError, match=match):
                 resolve_files(str(tmp_path / name) if name else str(tmp_path))
-        (tmp_path / "rows.csv").write_text("a,b")
-        with pytest.raises(ValueError, match=r"neither \.parquet nor \.jsonl.*custom_cls"):
-            resolve_files(str(tmp_path / "rows.csv"))
+        (tmp_path / "rows.xml").write_text("<a/>")
+        with pytest.raises(ValueError, match=r"none of \.parquet, \.jsonl.*custom_cls"):
+            resolve_files(str(tmp_path / "rows.xml"))
         a = jsonl(tmp_path / "a.jsonl", [{}])
         with pytest.raises(ValueError, match="more than once"):
             resolve_files([a, str(tmp_path / "*.jsonl")])

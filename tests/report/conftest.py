@@ -195,8 +195,14 @@ def rl_run(folder: Path, steps: int = 40, seed: int = 1) -> Path:
         write_transcripts(folder, f"train_{step:06d}", [trajectory(step, rng) for _ in range(4)])
     write_transcripts(folder, "val_000040", [trajectory(40, rng, "val") for _ in range(6)])
     write_metrics(folder, entries)
+    config = change(
+        to_dict(RLConfig()),
+        data__train_files=["questions.parquet"],
+        data__val_files=["aime_2024.parquet"],
+        actor_rollout_ref__model__path="sft/global_step_62/huggingface",
+    )
     (folder / "config.yaml").write_text(
-        yaml.safe_dump(json.loads(json.dumps(to_dict(RLConfig()), default=str)), sort_keys=False)
+        yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False)
     )
     return folder
 

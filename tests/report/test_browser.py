@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import math
 import os
 import random
 import threading
@@ -100,9 +101,10 @@ def test_curves_follow_smoothing_axis_scale_and_runs(browser: Browser, compared:
     change = "const e = document.querySelector(arguments[0]); if (arguments[1] === null) e.click(); else { e.value = arguments[1]; e.dispatchEvent(new Event('input')); }"
     raw, smooth = browser.run(f"return [{plot}.data[1], {plot}.data[2]]")
     total = mass = 0.0
+    weight = 0.6 ** (100 / 250)  # of 250 steps: the same part of the chart as of 100 at 0.6
     for value, shown in zip(raw, smooth, strict=True):  # the average written out again
-        total = 0.6 * total + 0.4 * value
-        mass = 0.6 * mass + 0.4
+        total = weight * total + (1 - weight) * value
+        mass = weight * mass + 1 - weight
         assert shown == pytest.approx(total / mass)
     assert browser.run(f"return {plot}.data.length") == 5  # steps; two runs, measured and smoothed
     browser.run(change, "#smooth", "0")
@@ -139,7 +141,14 @@ def test_tables_compare_runs(browser: Browser, compared: Path) -> None:
     best = browser.run(
         "return [...document.querySelectorAll('#validation td.best')].map(c => c.parentNode.firstChild.textContent + ':' + c.textContent)"
     )
-    assert len(best) >= 4 and best[0].startswith("250:0.6")
+    assert len(best) >= 4 and best[0].startswith("200:0.6")
+    heads = browser.run(
+        "return [...document.querySelectorAll('#validation thead tr')].map(r => [...r.cells].map(c => c.innerText.trim()))"
+    )
+    assert heads == [
+        ["", "Validation loss", "Validation perplexity"],
+        ["step", "one", "two", "one", "two"],
+    ], "runs stand side by side"
     rows = "return [...document.querySelectorAll('#configuration tbody tr')].filter(r => r.clientHeight).map(r => r.innerText.replace(/\\t/g, ' | '))"
     assert browser.run(rows) == [
         "optim.lr | 1e-05 | 3e-05 | 1e-05",
@@ -161,7 +170,79 @@ def test_tables_compare_runs(browser: Browser, compared: Path) -> None:
     row = browser.run(
         "return [...document.querySelectorAll('#time tbody tr')].find(r => r.innerText.startsWith('forward')).innerText"
     )
-    assert f"{round(seconds / 60)} min" in row
+    assert f"{seconds / 60:.1f}" in row
+    assert "in all, min" in text(browser, "#time thead")
+
+
+def test_a_run_has_its_colour_in_every_chart(browser: Browser, compared: Path) -> None:
+    opened(browser, compared)
+    inks = set()
+    for name in ("train/loss", "val/loss", "perf/max_memory_allocated_gb"):
+        card = f'[data-metric="{name}"]'
+        browser.run("document.querySelector(arguments[0]).scrollIntoView()", card)
+        browser.wait(f"document.querySelector('{card} canvas')")
+        marks = browser.run(
+            "return [...document.querySelectorAll(arguments[0] + ' .reads .dot')].map(d => [d.nextSibling.textContent.split(',')[0].trim(), getComputedStyle(d).getPropertyValue('--dot')])",
+            card,
+        )
+        strokes = browser.run(
+            f"return document.querySelector('{card} .plot').uplot.series.slice(1).filter(s => s.width === 2).map(s => s.stroke())"
+        )
+        assert len(set(strokes)) == 2 and len(strokes) == len(marks)
+        inks |= {(run, ink) for run, ink in marks} | set(zip("12" * 9, strokes, strict=False))
+        assert {run for run, _ in marks} == {"one", "two"}
+    assert len({ink for run, ink in inks if run == "one"}) == 1
+
+
+def test_runs_are_timed_on_the_same_axes(browser: Browser, tmp_path: Path) -> None:
+    quick = sft_run(tmp_path / "quick", steps=30)
+    slow = sft_run(tmp_path / "slow", steps=60, seed=1)
+    opened(browser, page_of(tmp_path / "page.html", quick, slow))
+    browser.run("document.querySelector('#time').scrollIntoView()")
+    browser.wait("document.querySelectorAll('#time canvas').length === 2")
+    scales = browser.run(
+        "return [...document.querySelectorAll('#time .plot')].map(p => ['x', 'y'].flatMap(s => [p.uplot.scales[s].min, p.uplot.scales[s].max]))"
+    )
+    assert scales[0] == scales[1] and scales[0][:2] == [1, 61], scales
+    dots = browser.run(
+        "return [...document.querySelectorAll('#time .reads')].map(r => [...r.querySelectorAll('i')].map(i => i.firstChild.className + i.textContent.split(' ')[0]))"
+    )
+    assert set(dots[0]) < set(dots[1]), "a phase has its colour in every run"
+
+
+def test_what_stands_in_rows_is_level(browser: Browser, dapo: Path) -> None:
+    opened(browser, dapo)
+    browser.wait("document.querySelectorAll('#curves canvas').length >= 3")
+    level = "return [...document.querySelectorAll(arguments[0])].map(e => e.getBoundingClientRect()).map(r => [Math.round(r.top), Math.round(r.bottom)])"
+    values = browser.run(level, ".tile b")
+    assert len(values) >= 7 and len({top for top, _ in values}) == 1
+    plots = browser.run(level, "#curves > .charts > .chart:nth-child(-n+3) canvas")
+    assert len(plots) == 3 and len({bottom for _, bottom in plots}) == 1
+
+
+def test_the_top_says_what_was_trained_on_what(browser: Browser, dapo: Path) -> None:
+    opened(browser, dapo)
+    top = text(browser, "main").split("Curves")[0]
+    for said in ("sft/global_step_62/huggingface", "questions.parquet", "aime_2024.parquet"):
+        assert said in top
+    rows = browser.run(
+        "return [...document.querySelectorAll('#configuration tbody tr')].filter(r => r.clientHeight).map(r => r.cells[0].innerText)"
+    )
+    assert {"actor_rollout_ref.model.path", "data.train_files"} <= set(rows)
+
+
+def test_a_phone_sees_that_there_is_more(browser: Browser, dapo: Path) -> None:
+    opened(browser, dapo, 390)
+    more = "return ['more-left', 'more-right'].map(c => document.querySelector('#nav').classList.contains(c))"
+    assert browser.run(more) == [False, True]
+    assert browser.run("return document.querySelector('.folded').open") is False
+    browser.run("document.querySelector('#configuration').scrollIntoView()")
+    browser.wait("document.querySelector('#nav').classList.contains('more-left')")
+    current = "return document.querySelector('#nav [aria-current]').innerText"
+    assert browser.run(current) == "Configuration"
+    opened(browser, dapo)
+    assert browser.run("return document.querySelector('.folded').open") is True
+    assert browser.run(more) == [False, False]
 
 
 def test_theme_button(browser: Browser, compared: Path) -> None:
@@ -214,7 +295,7 @@ def test_transcripts_are_filtered(browser: Browser, dapo: Path) -> None:
         assert len(shown(browser)) == min(len(expected), 100)
         put(browser, **dict.fromkeys(filters, ""))
     put(browser, order="low")
-    assert "-0.6" in shown(browser)[0]
+    assert "−0.6" in shown(browser)[0]
     put(browser, order="old", words="nothing has this")
     assert "Nothing matches" in text(browser, "#list") and "No transcript" in text(
         browser, "#detail"
@@ -266,9 +347,12 @@ def test_a_transcript_token_by_token(browser: Browser, dapo: Path) -> None:
     assert (
         json.dumps(tokens[3]) in said
         and "written by the model" in said
-        and f"{logp[3]:.4g}" in said
+        and f"({math.exp(logp[3]):.1%})".replace("%", " %") in said
         and "advantage" in said
     )
+    step = "document.querySelector('#detail .tokens').dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true}))"
+    browser.run(step, "ArrowRight")
+    assert json.dumps(tokens[4]) in text(browser, "#inspect"), "the keyboard goes along, too"
     browser.run("document.querySelector('#next').click()")
     assert (
         browser.run("return document.querySelector('#list [aria-current=true]').dataset.index")
@@ -420,6 +504,15 @@ def test_a_run_that_has_just_begun(browser: Browser, tmp_path: Path) -> None:
     browser.run("document.querySelector('#time').scrollIntoView()")
     browser.wait("document.querySelectorAll('canvas').length >= 3")
     scale = "return (({min, max}) => [min, max])(document.querySelector(`[data-metric='${arguments[0]}'] .plot`).uplot.scales.y)"
+    write_metrics(tmp_path / "late", [{"step": 500, "train/loss": 2.0}])
+    opened(browser, page_of(tmp_path / "late.html", tmp_path / "late"))
+    browser.wait("document.querySelector('canvas')")
+    assert browser.run(
+        "return (({min, max}) => [min, max])(document.querySelector('.plot').uplot.scales.x)"
+    ) == [499, 501], "around a single point stand its neighbours"
+    opened(browser, tmp_path / "one.html")
+    browser.run("document.querySelector('#time').scrollIntoView()")
+    browser.wait("document.querySelectorAll('canvas').length >= 3")
     assert browser.run(scale, "train/loss") == [1.8, 2.2] and browser.run(
         scale, "critic/acc/mean"
     ) == [0, 0.1]

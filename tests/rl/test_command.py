@@ -25,6 +25,7 @@ from retool.rl import train
 from retool.rl.__main__ import main
 from retool.rl.objective.filter import UnusableSamples
 from retool.rl.objective.policy import update_step
+from tests import warm
 from tests.rl.test_config import PUBLISHED
 
 REWARDS = Path(__file__).parent / "reward" / "reward_functions.py"
@@ -196,7 +197,7 @@ def test_the_published_command_on_two_ranks(work, tmp_path, repository) -> None:
         "reward_model.num_workers": 1,
     }
     command = [*TORCHRUN, *(f"{key}={value}" for key, value in keys.items())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    done = warm.run(command)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert (
         "engine: rollout.name=vllm means native here" in done.stdout

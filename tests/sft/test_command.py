@@ -31,6 +31,7 @@ from retool.parallel.mesh import make_mesh
 from retool.sft import step
 from retool.sft.__main__ import main
 from retool.sft.loss import loss_sum
+from tests import warm
 
 PUBLISHED = """data.train_files={work}/train.parquet data.val_files={work}/val.parquet
     data.max_length=16384 data.train_batch_size=16
@@ -301,7 +302,7 @@ def test_asked_to_stop_under_torchrun(
         *TORCHRUN[3:],
         *words(work, out, "trainer.total_training_steps=500"),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = warm.Command(command)
     assert process.stdout is not None
     lines = []
     workers = []
@@ -327,12 +328,7 @@ def test_asked_to_stop_under_torchrun(
 def test_workers_stop_when_their_launcher_dies(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     log = tmp_path / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*TORCHRUN, *words(work, out, "trainer.total_training_steps=500")],
-            stdout=file,
-            stderr=file,
-        )
+    process = warm.Command([*TORCHRUN, *words(work, out, "trainer.total_training_steps=500")], log)
     wait_until(lambda: "step 2/" in log.read_text())
     children = children_of(process.pid)
     assert len(children) == 2

@@ -4,8 +4,6 @@ is what the user sees first.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 
 from retool.checkpoint import latest
 from retool.parallel.lost_peer import SIGNS, lost_peer
-from tests.conftest import REPOSITORY
+from tests import warm
 from tests.sft.test_command import words
 
 # `python -m retool.sft`, with an accident on rank 1 between the forward and the backward pass of
@@ -65,18 +63,10 @@ def test_a_dead_rank_ends_the_others_and_its_error_comes_first(
         str(script),
         *keys,
     ]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        torchrun,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=150,
-        env=environment,
-    )
-    text = done.stdout
-    lasted = time.time() - float(done.stdout.split("accident at ")[1].split()[0])
-    assert done.returncode == 1 and own in text, text[-5000:]
+    launcher = warm.Command(torchrun)
+    text = launcher.said()
+    lasted = time.time() - float(text.split("accident at ")[1].split()[0])
+    assert launcher.returncode == 1 and own in text, text[-5000:]
     assert lasted < 30, f"the others outlive it by {lasted:.0f} s"
     assert not any(sign in text for sign in SIGNS) and "timed out" not in text, (
         "the consequence hides the cause"

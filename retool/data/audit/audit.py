@@ -6,11 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
-
 from retool.data.audit.counts import Tally, tally_chunk
-from retool.data.read.files import columns_of
+from retool.data.read.files import columns_of, rows_in
 from retool.data.read.source import RowSource
 from retool.data.render.renderer import Renderer
 from retool.data.tokenise import LengthLimit, map_chunks
@@ -73,12 +70,11 @@ def _holds_prompts(rows: RowSource) -> bool:
 
 
 def count_rows(files: Sequence[str]) -> int | None:
-    """Rows of parquet files, from their footers; None where only reading would tell."""
+    """Rows of parquet files and saved data sets; None where only reading would tell."""
     rows = 0
     for file in files:
-        if not file.endswith(".parquet"):
+        found = rows_in(file)
+        if found is None:
             return None
-        fs, path = url_to_fs(file)
-        with fs.open(path, "rb") as stream:
-            rows += pq.ParquetFile(stream).metadata.num_rows
+        rows += found
     return rows

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from retool.batch import Sample
 from retool.data.audit.samples import Shown, sample_pieces, shown_sample
-from retool.data.read.files import Chunk, RowError
+from retool.data.read.chunk import Chunk, RowError
 from retool.data.read.refused_rows import kind_of
 from retool.data.read.rows import (
     TOO_DEEP,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from retool.data.read.files import RowError
+from retool.data.read.chunk import RowError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 THOUGHT_PARTS = ("thinking", "reasoning")  # types; the text stands under that name, or `text`

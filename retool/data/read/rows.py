@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from retool.data.read.chunk import RowError
 from retool.data.read.content import text_and_thought
-from retool.data.read.files import RowError
 from retool.data.read.source import LEGACY_TOOLS, RowFormat
 from retool.data.tokens.control_tokens import Masks
 

@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from retool.data.read.files import (
-    Chunk,
-    RowFunction,
-    columns_of,
-    file_identity,
-    iter_chunks,
-    load_function,
-    resolve_files,
-)
+from retool.data.read.chunk import Chunk, RowFunction
+from retool.data.read.files import columns_of, file_identity, iter_chunks
+from retool.data.read.library import Part
+from retool.data.read.names import resolve_files
+from retool.data.read.user_function import load_function
 
 # How OpenAI's format named the tools before `tools`, with bare functions in it.
 LEGACY_TOOLS = "functions"
@@ -80,7 +76,8 @@ class RowSource:
     """The rows of a data set: `files` (paths, folders, globs, URLs), and how they are read.
 
     `function_file` and `function_name` name a function of the user's, (path) -> rows, that reads
-    the files in our stead. `max_rows` keeps the first rows over all files; -1: all.
+    the files in our stead. `max_rows` keeps the first rows over all files; -1: all. `part`: the
+    split and configuration, of a data set with several.
     """
 
     files: str | Sequence[str]
@@ -88,6 +85,7 @@ class RowSource:
     function_file: str | None = None
     function_name: str | None = None
     max_rows: int = -1
+    part: Part | None = None
 
     @cached_property
     def function(self) -> RowFunction | None:
@@ -99,7 +97,7 @@ class RowSource:
     @cached_property
     def paths(self) -> list[str]:
         """Every file, in order. Raises ValueError for one that is missing or of a strange kind."""
-        return resolve_files(self.files, any_suffix=self.function is not None)
+        return resolve_files(self.files, self.function is not None, self.part)
 
     def check_columns(self) -> None:
         """Raises ValueError where a file lacks a column; what a function gives, its rows tell."""

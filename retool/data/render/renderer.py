@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from retool.batch import Sample
-from retool.data.read.files import RowError
+from retool.data.read.chunk import RowError
 from retool.data.read.rows import Conversation
 from retool.data.render.between_turns import Glue, Setting
 from retool.data.render.hide_control_tokens import structure_of

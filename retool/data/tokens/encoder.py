@@ -18,8 +18,15 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+from retool.data.tokens.bounds import failures_told
 from retool.data.tokens.control_tokens import Controls, Span
-from retool.data.tokens.fast_tokenizer import decode_ids, encode_text, plain_backend, token_offsets
+from retool.data.tokens.fast_tokenizer import (
+    decode_ids,
+    encode_text,
+    encode_texts,
+    plain_backend,
+    token_offsets,
+)
 
 TEXT_ANCHORS = ("\n", ".", ";")  # no letters: a word could go on in what follows
 PROBES = ("a", " a", "a b", "\na", "Hello", "12", "<a>")
@@ -68,7 +75,7 @@ class Encoder:
         if len(texts) == 1:
             ids = [encode_text(self.tokenizer, texts[0])]
         else:
-            ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = encode_texts(self.tokenizer, texts)
         return [self._own_ids(*entry) for entry in zip(pieces, anchors, ids, strict=True)]
 
     def _own_ids(self, piece: Piece, anchor: str, ids: list[int]) -> list[int]:
@@ -209,7 +216,8 @@ class Encoder:
 
     def _raw(self, text: str, backend: Any) -> tuple[list[int], list[Span]]:
         if backend is not None:
-            found = backend.encode(text, add_special_tokens=False)
+            with failures_told():
+                found = backend.encode(text, add_special_tokens=False)
             return found.ids, found.offsets
         ids = encode_text(self.tokenizer, text)
         if not self.tokenizer.is_fast:

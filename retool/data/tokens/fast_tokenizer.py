@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from retool.data.tokens.bounds import failures_told
+
 STEPS = (
     "__call__",
     "_encode_plus",
@@ -26,18 +28,26 @@ STEPS = (
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of `text`, nothing added."""
-    if (backend := plain_backend(tokenizer)) is not None:
-        return backend.encode(text, add_special_tokens=False).ids
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    with failures_told():
+        if (backend := plain_backend(tokenizer)) is not None:
+            return backend.encode(text, add_special_tokens=False).ids
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, nothing added."""
+    with failures_told():
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def token_offsets(tokenizer: Any, text: str) -> list[tuple[int, int]]:
     """(start, end) characters of each token of `text`. Only fast tokenizers can tell."""
-    if (backend := plain_backend(tokenizer)) is not None:
-        return backend.encode(text, add_special_tokens=False).offsets
-    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-        "offset_mapping"
-    ]
+    with failures_told():
+        if (backend := plain_backend(tokenizer)) is not None:
+            return backend.encode(text, add_special_tokens=False).offsets
+        return tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int]) -> str:

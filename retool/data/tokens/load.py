@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from retool.data.tokens.bounds import check_tokenizer
+from retool.files.untrusted import shown
+
 PROBES = (
     "In 1999, 31415926 + 0.25 = 7.",
     "if x:\n    return  y\n\n\n\tz ",
@@ -33,6 +36,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
                 f"the folder {path} has no tokenizer (none of {', '.join(known)}): copy it from the "
                 "model's origin."
             )
+        if not trust_remote_code:  # what may run code of its own needs no bomb
+            _check_bounds(Path(path))
     elif path.startswith((".", "/", "~")):
         raise ValueError(f"the model folder {path} doesn't exist.")
     try:
@@ -41,8 +46,28 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
         Exception
     ) as error:  # transformers raises many kinds, for a config.json that contradicts itself, too
         raise ValueError(
-            f"the tokenizer of {path} can't be loaded: {' '.join(str(error).split())}"
+            f"the tokenizer of {path} can't be loaded: {shown(' '.join(str(error).split()))}"
         ) from error
+
+
+def _check_bounds(folder: Path) -> None:
+    """The tokenizer of a folder has bounds: as its tokenizer.json says, or as it is made of others."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        check_tokenizer(file, lambda: Tokenizer.from_file(str(file)))
+        return
+
+    def make() -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        return tokenizer.backend_tokenizer if tokenizer.is_fast else None
+
+    for name in ("tokenizer.model", "vocab.json", "vocab.txt"):
+        if (folder / name).is_file():
+            check_tokenizer(folder / name, make)
+            return
 
 
 def other_tokens(tokenizer: Any, folder: str | Path) -> Iterator[str]:

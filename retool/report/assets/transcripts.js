@@ -19,8 +19,8 @@ function transcripts() {
   if (!all.length && !DATA.torn) return;
   const node = section("transcripts", "Transcripts",
     "What the model was asked, what it wrote, what its tools gave back, and what that was worth." +
-    (DATA.left_out ? " " + DATA.left_out.toLocaleString("en") + " more didn't fit into the page (--transcripts)." : "") +
-    (DATA.torn ? " " + DATA.torn + (DATA.torn === 1 ? " line was" : " lines were") + " unreadable or not finished yet." : ""));
+    (DATA.left_out ? " " + grouped(DATA.left_out) + " more didn't fit into the page (--transcripts)." : "") +
+    (DATA.torn ? " " + grouped(DATA.torn) + (DATA.torn === 1 ? " line was" : " lines were") + " unreadable or not finished yet." : ""));
   if (!all.length) return;
   const list = el("div", { class: "list", id: "list" }), detail = el("div", { class: "detail", id: "detail" });
   const filters = filterBar(() => { CHOSEN.shown = PAGE; CHOSEN.index = 0; fill(); });
@@ -40,8 +40,8 @@ function filterBar(changed) {
     el("select", { id, onchange: changed }, el("option", { value: "" }, "all"), options.map(([value, text]) => el("option", { value }, text))));
   const number = (id, label) => el("input", { type: "number", step: "any", id, placeholder: label, "aria-label": id.replace("-", " "), oninput: changed });
   const rewards = values("reward").length > 0;
-  const count = el("span", { id: "count" });
-  const node = el("div", "bar",
+  const count = el("span", { class: "count", id: "count", role: "status" });
+  const filters = folded("Filters and order", el("div", "bar",
     choice("run", "run", DATA.runs.map((run, r) => [r, run.name])),
     choice("split", "from", values("split").map((v) => [v, v === "val" ? "validation" : v === "train" ? "training" : v])),
     choice("source", "data", values("data_source").map((v) => [v, v])),
@@ -49,8 +49,9 @@ function filterBar(changed) {
     values("step").length > 1 ? el("label", null, "step", number("step-from", "from"), number("step-to", "to")) : null,
     rewards ? el("label", null, "reward", number("reward-from", "from"), number("reward-to", "to")) : null,
     el("label", null, "order", el("select", { id: "order", onchange: changed }, [["new", "newest first"], ["old", "oldest first"],
-      ...(rewards ? [["low", "lowest reward"], ["high", "highest reward"]] : []), ["long", "longest"]].map(([v, t]) => el("option", { value: v }, t)))),
-    el("input", { type: "search", id: "words", placeholder: "find text", "aria-label": "find text", oninput: changed }), count);
+      ...(rewards ? [["low", "lowest reward"], ["high", "highest reward"]] : []), ["long", "longest"]].map(([v, t]) => el("option", { value: v }, t))))));
+  const words = el("input", { type: "search", id: "words", placeholder: "find text", "aria-label": "find text", oninput: changed });
+  const node = el("div", null, filters, el("div", "bar", words, count));
   const value = (id) => node.querySelector("#" + id)?.value ?? "";
   const within = (v, name) => {
     const from = value(name + "-from"), to = value(name + "-to");
@@ -67,7 +68,7 @@ function filterBar(changed) {
       (value("source") === "" || t.data_source === value("source")) && (value("stop") === "" || t.stop === value("stop")) &&
       within(t.step, "step") && within(t.reward, "reward") &&
       (!words || t.prompt.toLowerCase().includes(words) || t.segments.some((s) => s.text.toLowerCase().includes(words))));
-    count.textContent = kept.length.toLocaleString("en") + " of " + all.length.toLocaleString("en");
+    count.textContent = grouped(kept.length) + " of " + grouped(all.length);
     return kept.sort(orders[value("order") || "new"]);
   } };
 }
@@ -93,7 +94,7 @@ function fillList(list, detail) {
     fillDetail(detail, list);
     if (list.getBoundingClientRect().bottom <= detail.getBoundingClientRect().top) detail.scrollIntoView({ block: "start" });
   } },
-    el("span", "first", DATA.runs.length > 1 ? el("span", null, el("span", "dot c" + (t.run % 8)), " ", DATA.runs[t.run].name) : null, el("span", null, "step " + t.step),
+    el("span", "first", DATA.runs.length > 1 ? runName(t.run) : null, el("span", null, "step " + grouped(t.step)),
       rewardOf(t), t.stop ? el("span", null, t.stop) : null, t.num_turns ? el("span", null, t.num_turns + " turns") : null),
     el("div", "line", question(t.prompt).slice(0, 160)))));
   if (CHOSEN.list.length > CHOSEN.shown) list.append(el("button", { type: "button", onclick: () => { CHOSEN.shown += PAGE; fillList(list, detail); } }, "show more"));
@@ -108,14 +109,14 @@ function fillDetail(detail, list) {
   const tokens = t.segments.flatMap((s) => s.tokens || []).length;
   const modes = Object.entries(MODES).filter(([mode]) => mode === "read" || (tokens && (mode === "mask" || t.segments.some((s) => s[mode] !== undefined))));
   if (!modes.some(([mode]) => mode === CHOSEN.mode)) CHOSEN.mode = "read";
-  const inspect = el("div", { class: "inspect" }, legend(), el("div", { id: "inspect" }, "Point at a token, or tap it."));
+  const inspect = el("div", { class: "inspect" }, legend(), el("div", { id: "inspect", role: "status" }, "Point at a token, tap it, or go along with the arrow keys."));
   detail.replaceChildren(
     el("div", "bar", el("button", { type: "button", id: "previous", disabled: CHOSEN.index === 0, onclick: () => go(-1) }, "‹ previous"),
       el("button", { type: "button", id: "next", disabled: CHOSEN.index >= CHOSEN.list.length - 1, onclick: () => go(1) }, "next ›"),
       modes.length > 1 ? el("span", { class: "group", id: "modes" }, modes.map(([mode, label]) => el("button", { type: "button", "data-mode": mode,
         "aria-pressed": String(mode === CHOSEN.mode), onclick: () => { CHOSEN.mode = mode; fillDetail(detail, list); } }, label))) : null),
-    el("div", "facts", fact("step", t.step), t.reward === null ? null : el("span", null, "reward ", rewardOf(t)), fact("ended by", t.stop && stopped(t.stop)), fact("turns", t.num_turns),
-      fact("data", t.data_source), fact("truth", t.ground_truth), tokens ? fact("tokens", tokens.toLocaleString("en")) : null,
+    el("div", "about", fact("step", t.step), t.reward === null ? null : el("span", null, "reward ", rewardOf(t)), fact("ended by", t.stop && stopped(t.stop)), fact("turns", t.num_turns),
+      fact("data", t.data_source), fact("truth", t.ground_truth), tokens ? fact("tokens", grouped(tokens)) : null,
       Object.entries(t.info).map(([k, v]) => fact(k, v))),
     CHOSEN.mode === "read" ? "" : inspect,
     el("details", { class: "turn prompt", open: t.prompt.length < 1500 }, el("summary", "who", "prompt ", el("small", null, "the question, with system message and tools")), el("div", "text", dimmed(t.prompt))),
@@ -173,24 +174,31 @@ function shade(segment, i) {
 
 function coloured(segment, inspect) {
   LARGEST ??= DATA.transcripts.reduce((m, t) => t.segments.reduce((n, s) => [s.advantage].flat().reduce((k, v) => Math.max(k, Math.abs(v || 0)), n), m), 1e-9);
-  const out = el("div", "text tokens");
+  const out = el("div", { class: "text tokens", tabindex: 0, role: "group", "aria-label": "tokens" });
   segment.tokens.forEach((token, i) => {
     const kind = shade(segment, i), span = el("span", { class: (kind + (/^\n+$/.test(token) ? " nl" : "")).trim() || null, "data-i": i }, token);
     out.append(span);
   });
-  const tell = (event) => {
-    const span = event.target.closest("[data-i]");
+  const tell = (span) => {
     if (!span) return;
     for (const old of document.querySelectorAll(".picked")) old.classList.remove("picked");
     span.classList.add("picked");
     const i = Number(span.dataset.i), logp = at(segment.logp, i), advantage = at(segment.advantage, i);
     inspect.replaceChildren(el("code", null, JSON.stringify(segment.tokens[i])), " ",
       at(segment.mask, i) ? "written by the model, trained" : "not the model's, not trained",
-      ...(typeof logp === "number" && at(segment.mask, i) ? [` · log-probability ${show(logp)} (${(100 * Math.exp(logp)).toFixed(1)} %)`] : []),
+      ...(typeof logp === "number" && at(segment.mask, i) ? [` · log-probability ${show(logp)} (${percent(Math.exp(logp))})`] : []),
       ...(typeof advantage === "number" ? [` · advantage ${show(advantage)}`] : []));
   };
-  out.addEventListener("pointerover", tell);
-  out.addEventListener("click", tell);
+  out.addEventListener("pointerover", (event) => tell(event.target.closest("[data-i]")));
+  out.addEventListener("click", (event) => tell(event.target.closest("[data-i]")));
+  out.addEventListener("keydown", (event) => {
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!by) return;
+    event.preventDefault();
+    const picked = out.querySelector(".picked");
+    tell(picked ? out.children[[...out.children].indexOf(picked) + by] : out.firstChild);
+    out.querySelector(".picked")?.scrollIntoView({ block: "nearest" });
+  });
   return out;
 }
 

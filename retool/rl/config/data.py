@@ -22,10 +22,11 @@ class FunctionConfig:
 class DataConfig:
     """The questions."""
 
-    train_files: tuple[str, ...] = option(
-        REQUIRED, "Parquet or jsonl: a file, a list [a,b], a folder, a glob, or a URL."
-    )
+    train_files: tuple[str, ...] = option(REQUIRED, options.FILES)
     val_files: tuple[str, ...] | None = option(None, "The same, for validation; null = none.")
+    name: str | None = option(None, options.DATASET_NAME)
+    train_split: str | None = option(None, options.TRAIN_SPLIT)
+    val_split: str | None = option(None, options.VAL_SPLIT)
     prompt_key: str = option("prompt", "Column with the chat messages (or the question's text).")
     train_max_samples: int = option(-1, "Use the first N training rows; -1 = all.", minimum=-1)
     val_max_samples: int = option(-1, "Use the first N validation rows; -1 = all.", minimum=-1)

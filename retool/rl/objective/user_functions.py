@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from retool.data.read.files import load_function
+from retool.data.read.user_function import load_function
 from retool.rl.objective.advantages import ESTIMATORS, AdvantageInputs, Estimator, estimate
 from retool.rl.objective.losses import LOSSES, Clip, LossInputs, PolicyLoss
 

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from retool.config import Fault, Parsed
-from retool.data.read.files import load_function, resolve_files
+from retool.data.read.library import Part
+from retool.data.read.names import resolve_files
+from retool.data.read.user_function import load_function
 from retool.data.render.renderer import Renderer, make_renderer
 from retool.data.render.rendering import Rendering
 from retool.data.tokens.load import load_tokenizer, other_tokens
@@ -30,6 +32,7 @@ from retool.rl.agent.tools.interpreter import CodeInterpreter
 from retool.rl.agent.tools.load import load_tools
 from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig
+from retool.rl.config.data import DataConfig
 from retool.rl.data import PromptOptions, load_prompts
 from retool.rl.objective.user_functions import find_estimator, find_loss
 from retool.rl.preflight.identity import PATH, with_identity
@@ -272,9 +275,8 @@ def _read(
         path = data.custom_cls.path
         name = data.custom_cls.name
         rows = load_function(path, name) if path is not None and name is not None else None
-        found = [
-            file for entry in files for file in resolve_files(entry, any_suffix=rows is not None)
-        ]
+        part = part_of(data, where)
+        found = [file for entry in files for file in resolve_files(entry, rows is not None, part)]
         return Questions(*load_prompts(found, renderer, schemas, options, rows))
 
     try:
@@ -282,6 +284,13 @@ def _read(
     except (ValueError, OSError) as error:
         faults += [Fault(where, line) for line in str(error).splitlines()]
         return None
+
+
+def part_of(data: DataConfig, files_key: str) -> Part:
+    """Which split and configuration `data.train_files` or `data.val_files` are, of several."""
+    if files_key == "data.train_files":
+        return Part(data.train_split, data.name, "data.train_split")
+    return Part(data.val_split, data.name, "data.val_split")
 
 
 def _choice(report: Report) -> Choice:

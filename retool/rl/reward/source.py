@@ -31,7 +31,7 @@ class RewardSource:
 
 
 def _load_custom(path: str, name: str) -> RewardFunction:
-    from retool.data.read.files import load_function
+    from retool.data.read.user_function import load_function
 
     arguments = ", ".join(ARGUMENTS)
     function = load_function(path, name, f"({arguments}) -> score")

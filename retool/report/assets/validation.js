@@ -1,0 +1,70 @@
+"use strict";
+// Every validation, a table for each data set: a row a step, and the runs side by side.
+
+/** Metrics of validations by data set, over all runs: {source: [names]}; "" is what belongs to none. */
+function validated() {
+  const names = metricNames().filter((n) => /^val(-core|-aux)?\//.test(n));
+  const parts = /^val-(?:core|aux)\/(.+)\/[^/]+\/(?:mean|best|worst|maj|std)@.*$/;
+  const sources = [...new Set(names.map((n) => n.match(parts)?.[1]).filter(Boolean))];
+  const groups = new Map();
+  for (const name of names) {
+    const source = sources.find((s) => name.replace(/^val-(core|aux)\//, "").startsWith(s + "/")) || "";
+    groups.set(source, [...(groups.get(source) || []), name]);
+  }
+  return groups;
+}
+
+function validation() {
+  const groups = validated();
+  if (!groups.size) return;
+  const tried = [...groups.keys()].some(Boolean);
+  const node = section("validation", "Validation",
+    "On data that isn't trained on, every row counted once. Each column's best is in green and bold." +
+    (tried ? " Each question is tried N times: mean@N is the share of right answers, best@N of questions with a right " +
+      "one among them, maj@N of those where most answers are right." : ""));
+  for (const [source, members] of groups) {
+    const core = members.filter((n) => !n.startsWith("val-aux/")), rest = members.filter((n) => n.startsWith("val-aux/"));
+    const title = source || (core.length ? "" : "all questions");
+    if (title) node.append(el("h3", null, title));
+    if (core.length) node.append(validationTable(core, source));
+    if (!rest.length) continue;
+    const some = rest.map((n) => columnName(n, source)).slice(0, 4).join(", ") + (rest.length > 4 ? " …" : "");
+    node.append(el("details", null, el("summary", null, "More ", el("small", null, some)), validationTable(rest, source)));
+  }
+}
+
+/** A validation metric's column, without the data set that stands above the table. */
+function columnName(name, source) {
+  if (source) return name.slice(name.indexOf(source) + source.length + 1);
+  return name.startsWith("val-") ? name.slice(8) : about(name).title;
+}
+
+/** One metric of one run, as a column shows it: the same decimals from top to bottom. */
+function column(name, run, decimals) {
+  const found = series(run, name), pick = { down: Math.min, up: Math.max }[about(name).better];
+  const best = found && pick ? found.values.reduce((a, b) => pick(a, b)) : null;
+  const at = new Map(found ? found.steps.map((step, i) => [step, found.values[i]]) : []);
+  return (step) => {
+    const value = at.get(step) ?? null;
+    const text = decimals === null ? withUnit(value, about(name).unit) : value === null ? "–" : grouped(value, decimals);
+    return el("td", value !== null && value === best && at.size > 1 ? "n best" : "n", text);
+  };
+}
+
+/** Decimals that suit all values of a metric in all runs; null where each is written in its own way. */
+function sharedDecimals(name, runs) {
+  const sizes = runs.flatMap((run) => series(run, name)?.values ?? []).map(Math.abs);
+  const high = sizes.reduce((a, b) => Math.max(a, b), 0);
+  const odd = about(name).unit === "share" || high >= 1e6 || sizes.some((v) => v !== 0 && v < 1e-3);
+  return odd ? null : sizes.every(Number.isInteger) ? 0 : decimalsOf(high);
+}
+
+function validationTable(names, source) {
+  const runs = DATA.runs.filter((run) => names.some((n) => series(run, n))), many = DATA.runs.length > 1;
+  const steps = [...new Set(runs.flatMap((run) => names.flatMap((n) => series(run, n)?.steps ?? [])))].sort((a, b) => a - b);
+  const columns = names.flatMap((n) => runs.map((run) => column(n, run, sharedDecimals(n, runs))));
+  const titles = names.map((n) => el("th", { class: many ? "group-head" : "n", colspan: runs.length, title: about(n).says }, columnName(n, source)));
+  const whose = names.flatMap(() => runs.map((run) => el("th", "n", runName(DATA.runs.indexOf(run)))));
+  return tableOf(many ? [[el("th"), titles], [el("th", "n", "step"), whose]] : [[el("th", "n", "step"), titles]],
+    steps.map((step) => el("tr", null, el("td", "n", grouped(step)), columns.map((cell) => cell(step)))));
+}
