@@ -23,6 +23,7 @@ LEVELS = {
     "sandbox": 0,
     "batch": 0,
     "perf": 0,
+    "processes": 0,
     "config": 1,
     "metrics": 2,
     "parallel": 2,

@@ -23,17 +23,23 @@ def read(
     words: Sequence[str],
     synonyms: Mapping[str, str] | None = None,
     ignored: Mapping[str, str] | None = None,
+    *,
+    base: C | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Parsed[C]:
-    """Read words over the defaults of `schema`.
+    """Read words over the defaults of `schema`, or over `base`, a configuration made in Python.
 
-    `synonyms` maps other names of keys to ours; `ignored` are keys of other programs that may be
+    `options` are values by their dotted keys, which win over words; None asks for null. `synonyms`
+    maps other names of keys to ours; `ignored` are keys of other programs that may be
     given and have no effect.
     """
     known = {leaf.key: leaf for leaf in leaves(schema)}
     reader = Reader(known, synonyms or {}, ignored or {})
     reader.read(words)
+    reader.take(options or {})
     faults = reader.faults
-    node = OmegaConf.structured(schema)
+    node, wrong = _structured(schema, base)
+    faults += wrong
     refused = set()
     for given in reader.assignments:
         try:
@@ -85,6 +91,21 @@ def to_dict(config: Any) -> dict[str, Any]:
         return value
 
     return plain(asdict(config))
+
+
+def _structured(schema: type[C], base: C | None) -> tuple[Any, list[Fault]]:
+    """The node that is filled: of `base` where there is one and it holds what its types say."""
+    if base is None:
+        return OmegaConf.structured(schema), []
+    if not isinstance(base, schema):
+        problem = f"is a {type(base).__name__}, not a {schema.__name__}."
+        way_out = f"Give a {schema.__name__}(…), or dotted keys as options."
+        return OmegaConf.structured(schema), [Fault("config", problem, way_out)]
+    try:
+        return OmegaConf.structured(base), []
+    except OmegaConfBaseException as error:
+        problem = f"can't be used: {' '.join(str(error).split())}."
+        return OmegaConf.structured(schema), [Fault(f"config={schema.__name__}", problem)]
 
 
 def _value_faults(leaf: Leaf, value: Any) -> Iterator[Fault]:

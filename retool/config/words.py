@@ -6,6 +6,7 @@ Every fault is collected; none stops the search for the next.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,6 +69,12 @@ class Reader:
                 self._read_file(text)
             else:
                 self._assign(key, text, word)
+
+    def take(self, options: Mapping[str, Any]) -> None:
+        """Values from Python, by their keys; groups of keys may be mappings of them."""
+        for key, value in _flatten(options, self.known):
+            plain = _from_python(value)
+            self._assign(key, plain, f"{key}={plain}")
 
     def _read_file(self, path: str) -> None:
         content, fault = _yaml_file(path)
@@ -256,6 +263,17 @@ def _flatten(
             yield from _flatten(value, known, key + ".")
         else:
             yield key, value
+
+
+def _from_python(value: Any) -> Any:
+    """A value as a file would hold it: paths are texts, sequences lists, numpy's numbers plain."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple, set)):
+        return [_from_python(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(key): _from_python(entry) for key, entry in value.items()}
+    return value.item() if hasattr(value, "item") else value
 
 
 def _made_for_something_else(path: str, wrong: int, count: int) -> Fault:

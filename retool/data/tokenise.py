@@ -5,7 +5,6 @@ Refused rows are collected and counted, never passed over.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections import deque
@@ -28,6 +27,7 @@ from retool.data.read.source import RowFormat
 from retool.data.render.renderer import Renderer
 from retool.data.template.time_and_memory import OutOfBounds, bounded
 from retool.data.tokens.bounds import stuck_ends_process
+from retool.processes import Spawn
 
 SUMMED = (
     "rows",
@@ -245,9 +245,8 @@ def map_chunks(
     if following is None:
         return
     # Spawned, not forked: the parent may already hold CUDA and threads.
-    context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=_start_worker, initargs=(task,)
+        num_workers, mp_context=Spawn(), initializer=_start_worker, initargs=(task,)
     )
     waiting: deque[tuple[Chunk, Future[Any]]] = deque()
     try:

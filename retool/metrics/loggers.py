@@ -22,6 +22,7 @@ LOGGERS: dict[str, Callable[[RunInfo], Logger]] = {
     "jsonl": JsonlLogger,
     **TRACKERS,
 }
+OnStep = Callable[[int, Mapping[str, float]], None]
 EXTRAS = {name: name for name in TRACKERS}  # package of each
 # That calls of one logger may take which then fail, all together. A client whose server is away
 # tries for minutes, at every step anew.
@@ -32,18 +33,25 @@ class Loggers:
     """All loggers of a run behind the one interface. Another rank than 0 has none: `Loggers()`."""
 
     def __init__(
-        self, loggers: Sequence[tuple[str, Logger]] = (), warn: Callable[[str], None] | None = None
+        self,
+        loggers: Sequence[tuple[str, Logger]] = (),
+        warn: Callable[[str], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
+        """`on_step` is the program's own: what it raises ends the run."""
         self._loggers = dict(loggers)
         self._failed = set[str]()
         self._failing_seconds: dict[str, float] = defaultdict(float)
         self._printed_names: dict[str, str] = {}
         self._warn = warn or _warn
+        self._on_step = on_step
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log one optimizer step's, or one validation's, metrics."""
         named = {self._without_secrets(name): value for name, value in metrics.items()}
         self._each(lambda logger: logger.log(step, named))
+        if self._on_step is not None:
+            self._on_step(step, named)
 
     def log_table(self, step: int, name: str, rows: Sequence[Row]) -> None:
         """Log texts beside the metrics: rows of the same columns. metrics.jsonl has none."""
@@ -111,7 +119,7 @@ def missing_extras(names: Sequence[str]) -> Iterator[Fault]:
             )
 
 
-def open_loggers(names: Sequence[str], info: RunInfo) -> Loggers:
+def open_loggers(names: Sequence[str], info: RunInfo, on_step: OnStep | None = None) -> Loggers:
     """Open the named loggers, and jsonl always.
 
     ValueError for a missing extra; one that fails to start is warned of.
@@ -128,7 +136,7 @@ def open_loggers(names: Sequence[str], info: RunInfo) -> Loggers:
             opened.append((name, LOGGERS[name](info)))
         except Exception as error:  # no account, no network: not worth a training run
             failures.append((name, error))
-    loggers = Loggers(opened)
+    loggers = Loggers(opened, on_step=on_step)
     for name, error in failures:
         loggers.failed(name, error)
     return loggers

@@ -54,6 +54,12 @@ class Mesh:
     def replica_rank(self) -> int:
         return self.rank // self.shards
 
+    def part(self) -> None:
+        """Leave the groups that were made for this mesh; the world's stays."""
+        for group in (self.sp_group, self.shard_group, self.replica_group):
+            if group is not None:
+                dist.destroy_process_group(group)
+
 
 def pick_device(wanted: str = "auto") -> torch.device:
     """This process's device: `cuda:LOCAL_RANK` when there is a GPU, else the CPU."""

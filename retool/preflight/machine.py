@@ -22,6 +22,7 @@ import torch
 
 from retool.config import Fault
 from retool.perf import GIB
+from retool.preflight.verdict import met_before
 
 DEFAULT_PORT = 29500  # torchrun's, without --standalone
 BF16_FROM = (8, 0)  # CUDA compute capability
@@ -43,8 +44,8 @@ def check_port(environment: Mapping[str, str]) -> Iterator[Fault]:
             "Use a number from 1024 to 65535, or let torchrun --standalone choose.",
         )
         return
-    opened_by_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if environment.get("RANK", "0") == "0" and not opened_by_agent and not port_is_free(int(text)):
+    is_open = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or met_before()
+    if environment.get("RANK", "0") == "0" and not is_open and not port_is_free(int(text)):
         yield Fault(
             f"MASTER_PORT={text}",
             "is taken by another process on this machine.",

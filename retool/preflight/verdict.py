@@ -7,6 +7,7 @@ needs no GPU and no NCCL.
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import time
@@ -29,6 +30,9 @@ LINGER = (
 HEAD_START = 1.0
 
 
+# A program may start several runs: they meet in the same store, which forgets nothing
+_numbers = itertools.count()
+_stores: list[Store] = []
 Show = Callable[[Sequence[Fault]], None]
 
 
@@ -49,8 +53,12 @@ def verdict(
     try:
         # Another program's port is no place to meet
         if world > 1 and not any(fault.where.startswith("MASTER_PORT=") for fault in mine):
-            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-            return _exchange(mine, PrefixStore("retool/preflight", store), rank, world, show), store
+            if not _stores:
+                found_store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+                _stores.append(found_store)
+            store = _stores[0]
+            meeting = PrefixStore(f"retool/preflight {next(_numbers)}", store)
+            return _exchange(mine, meeting, rank, world, show), store
     except (DistError, ValueError) as error:
         problem = f"can't meet the other ranks: {str(error).splitlines()[0]}."
         found = (*found, Fault(f"rank {rank}", problem, "See what they, or the launcher, said."))
@@ -83,6 +91,11 @@ def _exchange(
     while found and store.add("read", 0) < world - 1 and time.monotonic() < end:
         time.sleep(0.02)
     return found
+
+
+def met_before() -> bool:
+    """Whether the ranks have met already, for an earlier run of this process."""
+    return bool(_stores)
 
 
 def merge(hosts: Sequence[str], faults: Sequence[Sequence[Fault]]) -> tuple[Fault, ...]:

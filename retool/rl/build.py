@@ -32,6 +32,7 @@ from retool.rl.reward.judges import open_judges
 from retool.rl.reward.protocol import Judges
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
+from retool.run.caller import COMMAND, Caller
 from retool.run.resume import resume
 from retool.run.session import Session, load_model, model_options, open_session
 
@@ -59,7 +60,7 @@ class Run:
         return mesh.rank // (mesh.world // self.engines)
 
 
-def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
+def build_run(report: Report, mesh: Mesh, caller: Caller = COMMAND) -> tuple[Run, TrainState]:
     """Load the models, resume if there is something to resume from, open the session, make what
     samples and judges. Collective.
     """
@@ -85,7 +86,9 @@ def build_run(report: Report, mesh: Mesh) -> tuple[Run, TrainState]:
         engine_options(config),
         engine_group(mesh, engines),
     )
-    session = open_session(report, mesh, model, optimizer, step=state.step, leads=leads)
+    session = open_session(
+        report, mesh, model, optimizer, step=state.step, caller=caller, leads=leads
+    )
     rollout = rollout_parts(session, engine, judges) if judges is not None else None
     loop = asyncio.new_event_loop()
     return Run(session, reference, engine, engines, rollout, judges, loop), state

@@ -48,6 +48,7 @@ from retool.rl.report import write_training, write_validation
 from retool.rl.state import TrainState, adapted_kl_coef
 from retool.rl.types import Group, Scored, trainable
 from retool.rl.validate import validation_metrics
+from retool.run.caller import COMMAND, Caller
 from retool.run.ending import finish, orderly_end
 from retool.run.saving import save_step, say_saved
 from retool.run.session import Session, begin, same_plan
@@ -66,14 +67,14 @@ PARTS = (
 Metrics = dict[str, float]
 
 
-def train(report: Report) -> None:
-    """Run RL as preflight found it possible.
+def train(report: Report, caller: Caller = COMMAND) -> int | None:
+    """Run RL as preflight found it possible. Returns the signal that stopped it, if one did.
 
     Collective: every process of the launcher calls it with the same configuration.
     """
-    mesh = begin(report.options)
+    mesh = begin(report.options, caller)
     report = same_plan(report, mesh, fingerprints(report))
-    run, state = build_run(report, mesh)
+    run, state = build_run(report, mesh, caller)
     session = run.session
     trainer = report.config.trainer
     rollout = report.config.actor_rollout_ref.rollout
@@ -104,6 +105,7 @@ def train(report: Report) -> None:
                 save(session, state)
             finish(session, state)
         session.staging.close()
+    return session.stop.received
 
 
 DISAGREEMENT = 0.2  # nats per token between sampler and trainer; bf16 has 0.001 to 0.02

@@ -51,12 +51,16 @@ def finish(session: Session[RunReport], progress: Progress) -> None:
                 f"step {progress.step} was trained, but its checkpoint could not be saved (see above): "
                 f"{session.folder} has older ones."
             )
-        say(session.mesh, last_words(session, progress.step))
-        for line in what_is_there(session.folder, progress.step):
-            say(session.mesh, line)
+        if not session.caller.quiet:
+            say(session.mesh, last_words(session, progress.step))
+            for line in what_is_there(session.folder, progress.step):
+                say(session.mesh, line)
         if dist.is_initialized():
             dist.barrier()
-            dist.destroy_process_group()
+            if session.caller.owns_process:
+                dist.destroy_process_group()
+            else:
+                session.mesh.part()
 
 
 def last_words(session: Session[RunReport], step: int) -> str:

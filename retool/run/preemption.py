@@ -13,6 +13,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -47,7 +48,9 @@ class StopRequest:
         self._problems = problems
         self.received: int | None = None
         self._since = 0.0
-        self._before = {s: signal.signal(s, self._remember) for s in SIGNALS}
+        # Python gives signals to its main thread only: a run in another one isn't asked to stop.
+        heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self._before = {s: signal.signal(s, self._remember) for s in heard}
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
@@ -93,9 +96,11 @@ class StopRequest:
 
         KeyboardInterrupt where it was Ctrl-C that stopped the run: scripts must not go on after it.
         """
-        signal.alarm(0)
+        if self._before:
+            signal.alarm(0)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None: it wasn't Python that set it, and Python can't set it again
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if kind is None and self.received == signal.SIGINT:
             raise KeyboardInterrupt
 

@@ -101,7 +101,8 @@ def say_saved(session: Session[RunReport], progress: Progress, wait: bool) -> No
     took = (
         f"{result.stall_s:.2f} s of waiting, {result.seconds:.1f} s in all, {rate:.0f} MB/s a rank"
     )
-    say(session.mesh, f"saved {result.folder} ({took})")
+    if not session.caller.quiet:
+        say(session.mesh, f"saved {result.folder} ({took})")
 
 
 # --- how long a save may take ---

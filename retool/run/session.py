@@ -31,6 +31,7 @@ from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import StepTimer
 from retool.preflight.plan import RunReport, agree
+from retool.run.caller import COMMAND, Caller, OnStep
 from retool.run.folder import make_run_folder
 from retool.run.preemption import StopRequest, die_with_parent
 from retool.run.resume import model_state, to_resume
@@ -60,6 +61,7 @@ class Session(Generic[R_co]):
     stop: StopRequest
     watchdog: Watchdog
     timer: StepTimer
+    caller: Caller = COMMAND
 
 
 @dataclass
@@ -86,10 +88,11 @@ class Progress(Protocol):
 # --- before anything is written ---
 
 
-def begin(options: RunOptions) -> Mesh:
+def begin(options: RunOptions, caller: Caller = COMMAND) -> Mesh:
     """Meet the other processes and seed this one. Collective."""
     trainer = options.trainer
-    die_with_parent()
+    if caller.owns_process:
+        die_with_parent()
     mesh = make_mesh(options.sp, options.fsdp.fsdp_size, trainer.device)
     seed_everything(trainer.seed, mesh.rank, trainer.deterministic)
     return mesh
@@ -165,6 +168,7 @@ def open_session(
     optimizer: AdamW,
     *,
     step: int,
+    caller: Caller = COMMAND,
     problems: Sequence[Problem] = (),
     leads: bool = True,
 ) -> Session[R]:
@@ -180,7 +184,9 @@ def open_session(
     folder = make_run_folder(trainer.default_local_dir, report.config, mesh, anew)
     saved = save_options(report, mesh)
     staging = checkpoint.Staging(mesh, folder=OwnFolder(folder) if mesh.rank == 0 else None)
-    loggers = _open_loggers(report, folder, step) if mesh.rank == 0 else Loggers()
+    loggers = Loggers()
+    if mesh.rank == 0:
+        loggers = _open_loggers(report, folder, step, caller.on_step)
     if options.saves:
         staging.prepare(model_state(model, optimizer), mesh, saved)
     # Signals are caught from here on, as there is something to save. A timer starts its first step.
@@ -201,6 +207,7 @@ def open_session(
         stop=stop,
         watchdog=Watchdog(folder, mesh.rank, mesh.world, silence, timer),
         timer=timer,
+        caller=caller,
     )
 
 
@@ -223,7 +230,7 @@ def save_options(report: RunReport, mesh: Mesh) -> checkpoint.SaveOptions:
     )
 
 
-def _open_loggers(report: RunReport, folder: Path, step: int) -> Loggers:
+def _open_loggers(report: RunReport, folder: Path, step: int, on_step: OnStep | None) -> Loggers:
     trainer = report.options.trainer
     info = RunInfo(
         folder,
@@ -233,4 +240,4 @@ def _open_loggers(report: RunReport, folder: Path, step: int) -> Loggers:
         step,
         report.steps,
     )
-    return open_loggers(trainer.logger, info)
+    return open_loggers(trainer.logger, info, on_step)

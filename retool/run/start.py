@@ -23,7 +23,7 @@ from retool.files.lock import sole_user
 from retool.parallel.lost_peer import LINGER_S, follow, lost_peer
 from retool.preflight.plan import RunReport
 from retool.preflight.show import show_faults
-from retool.preflight.verdict import verdict
+from retool.preflight.verdict import Show, verdict
 
 R = TypeVar("R", bound=RunReport)
 
@@ -47,13 +47,17 @@ def alone_in_folder(report: R, checking: bool) -> Iterator[R]:
         yield report
 
 
-def verdict_of_all(report: RunReport, checking: bool) -> tuple[tuple[Fault, ...], Any]:
+def verdict_of_all(
+    report: RunReport, checking: bool, show: Show | None = None
+) -> tuple[tuple[Fault, ...], Any]:
     """(every rank's faults, which one rank has shown; what to keep until there is a process group).
+
+    `show`: how, where it isn't on the screen.
 
     Collective, but for a check without a launcher's store: that has nobody to meet.
     """
     met = not checking or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return verdict(report.faults, os.environ if met else {}, _show)
+    return verdict(report.faults, os.environ if met else {}, show or _show)
 
 
 def _show(faults: Sequence[Fault]) -> None:

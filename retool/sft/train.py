@@ -17,6 +17,7 @@ from retool.model.decoder import Decoder
 from retool.optim import learning_rate
 from retool.parallel.mesh import Mesh
 from retool.perf import StepTimes, device_peak, mfu, peak_memory
+from retool.run.caller import COMMAND, Caller
 from retool.run.ending import finish, orderly_end
 from retool.run.folder import say
 from retool.run.resume import resume
@@ -56,14 +57,14 @@ class PendingStep:
     before: dict[str, float]
 
 
-def train(report: Report) -> None:
-    """Run SFT as preflight found it possible.
+def train(report: Report, caller: Caller = COMMAND) -> int | None:
+    """Run SFT as preflight found it possible. Returns the signal that stopped it, if one did.
 
     Collective: every process of the launcher calls it with the same configuration.
     """
-    mesh = begin(report.options)
+    mesh = begin(report.options, caller)
     report = same_plan(report, mesh, fingerprints(report))
-    session, state = start(report, mesh)
+    session, state = start(report, mesh, caller)
     trainer = report.config.trainer
     batches = training_batches(session, state.step)
     with session.stop, orderly_end(session, state):
@@ -89,16 +90,18 @@ def train(report: Report) -> None:
             log_pending(session, state)
             finish(session, state)
         session.staging.close()
+    return session.stop.received
 
 
-def start(report: Report, mesh: Mesh) -> tuple[Session[Report], TrainState]:
+def start(
+    report: Report, mesh: Mesh, caller: Caller = COMMAND
+) -> tuple[Session[Report], TrainState]:
     """Load the model, resume if there is something to resume from, open the session. Collective."""
     model, optimizer = load_model(report, mesh)
     assert isinstance(model.module, Decoder) and report.choice is not None
-    say(
-        mesh,
-        f"attention: {model.module.execution.backend}; recomputation: {report.choice.recompute}",
-    )
+    if not caller.quiet:
+        backend = model.module.execution.backend
+        say(mesh, f"attention: {backend}; recomputation: {report.choice.recompute}")
     state = TrainState()
     loaded = resume(report, mesh, model, optimizer)
     if loaded is not None:
@@ -107,7 +110,10 @@ def start(report: Report, mesh: Mesh) -> tuple[Session[Report], TrainState]:
         state.skips.total = int(loaded.extra.get("skipped_steps", 0))
     splits = [split for split in (report.train, report.val) if split is not None]
     problems = [split.dataset.problem for split in splits]
-    return open_session(report, mesh, model, optimizer, step=state.step, problems=problems), state
+    session = open_session(
+        report, mesh, model, optimizer, step=state.step, caller=caller, problems=problems
+    )
+    return session, state
 
 
 # --- a step ---

@@ -9,7 +9,6 @@ names. What a worker may do is in `worker`.
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from pebble import ProcessExpired, ProcessPool
 
+from retool.processes import ForkServer
 from retool.rl.reward import worker
 from retool.rl.reward.protocol import JUDGES_LOST, Asked, Judged, Raised, retry_while_lost
 from retool.rl.reward.source import RewardSource
@@ -145,7 +145,7 @@ class RewardPool:
 
     def _open(self) -> ProcessPool:
         """Start the processes; OSError, with the way out, where the machine has no room for them."""
-        context = multiprocessing.get_context("forkserver")
+        context = ForkServer()
         try:
             with _clean_environment():
                 context.set_forkserver_preload(PRELOADED)
