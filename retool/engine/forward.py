@@ -30,7 +30,7 @@ from retool.model.block import Block
 from retool.model.compile import compiled, unviewed
 from retool.model.decoder import Decoder
 from retool.model.logits import product, workspace
-from retool.model.rope import inverse_frequencies, rope_tables
+from retool.model.rope import attention_factor, inverse_frequencies, rope_tables
 from retool.parallel.collectives import all_to_all, sum_over
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v
 
@@ -110,7 +110,8 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     plan = model.plan
     t = len(tokens_T) // plan.sp
     mine = slice(plan.rank * t, (plan.rank + 1) * t)
-    cos, sin = rope_tables(positions_T[mine], model.frequencies)
+    factor = attention_factor(model.decoder.config)
+    cos, sin = rope_tables(positions_T[mine], model.frequencies, factor)
     x_tD = model.decoder.embedded(tokens_T[mine])
     layers = model.decoder.layers
     heads = model.pieces.projected(layers[0], x_tD)

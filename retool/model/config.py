@@ -19,6 +19,33 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True)
+class LinearScaling:
+    """Positions are divided by `factor` (position interpolation, arXiv 2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (Peng et al., arXiv 2309.00071), with transformers' names.
+
+    Pairs that turn more than `beta_fast` times within the original length are kept, those below
+    `beta_slow` turns are divided by `factor`, with a ramp between. `truncate`: the ramp's ends are
+    whole channels. `attention_factor`: what cos and sin are multiplied with.
+    """
+
+    factor: float
+    attention_factor: float
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    original_max_position: int
+
+
+RopeScaling = Llama3Scaling | LinearScaling | YarnScaling
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of a decoder.
 
@@ -36,7 +63,7 @@ class ModelConfig:
     head_dim: int
     norm_eps: float
     rope_theta: float
-    rope_scaling: Llama3Scaling | None
+    rope_scaling: RopeScaling | None
     tied: bool
     qkv_bias: bool
     o_bias: bool

@@ -22,7 +22,7 @@ from retool.model.block import Block, Execution, new_parameter, rms_norm
 from retool.model.config import ModelConfig
 from retool.model.families.hf_names import EMBEDDING, FINAL_NORM, HEAD, LAYER, Stored
 from retool.model.families.read import FAMILIES
-from retool.model.rope import inverse_frequencies, rope_tables
+from retool.model.rope import attention_factor, inverse_frequencies, rope_tables
 
 # (hidden [t, D], vocabulary matrix [V, D]) → tensors
 Score = Callable[[torch.Tensor, torch.Tensor], Any]
@@ -82,7 +82,8 @@ class Decoder(nn.Module):
         """Score this rank's slice of a pack: `score(hidden [t, D], vocabulary matrix [V, D])`."""
         if self.inverse is None:
             self.inverse = inverse_frequencies(self.config, batch.tokens.device)
-        cos, sin = rope_tables(batch.positions, self.inverse)
+        factor = attention_factor(self.config)
+        cos, sin = rope_tables(batch.positions, self.inverse, factor)
         x_tD = self.embedded(batch.tokens)
         for block in self.blocks:
             x_tD = block(x_tD, cos, sin, batch)

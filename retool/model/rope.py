@@ -1,4 +1,5 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864), with Llama 3.1's scaling.
+"""Rotary position embedding (Su et al., arXiv 2104.09864), with the scalings of longer contexts:
+linear, Llama 3.1's and YaRN.
 
 Channel i of a head turns with channel i + H/2, which is Hugging Face's convention.
 
@@ -11,19 +12,25 @@ import math
 
 import torch
 
-from retool.model.config import Llama3Scaling, ModelConfig
+from retool.model.config import LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device) -> torch.Tensor:
     """Radians that each pair of channels turns per position, fp32 [H/2]."""
     even = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-    inverse = 1.0 / config.rope_theta ** (even / config.head_dim)
-    if config.rope_scaling is None:
-        return inverse
-    return _scaled(inverse, config.rope_scaling)
+    inverse_C = 1.0 / config.rope_theta ** (even / config.head_dim)
+    match config.rope_scaling:
+        case None:
+            return inverse_C
+        case LinearScaling(factor):
+            return inverse_C / factor
+        case Llama3Scaling() as scaling:
+            return _llama3(inverse_C, scaling)
+        case YarnScaling() as scaling:
+            return _yarn(inverse_C, scaling, config)
 
 
-def _scaled(inverse_C: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
+def _llama3(inverse_C: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
     """Llama 3.1's: slow pairs are divided by `factor`, fast ones stay, with a ramp between them.
 
     A pair's place on the ramp, 0 to 1, is given by how often it turns within the original length.
@@ -35,15 +42,47 @@ def _scaled(inverse_C: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
     return (1 - ramp) * inverse_C / scaling.factor + ramp * inverse_C
 
 
+def _yarn(inverse_C: torch.Tensor, scaling: YarnScaling, config: ModelConfig) -> torch.Tensor:
+    """YaRN's (section 3.2, "NTK-by-parts"): as Llama 3.1's, but the ramp goes by channel, between
+    those that turn `beta_fast` and `beta_slow` times within the original length.
+    """
+
+    def channel(turns: float) -> float:
+        """The channel that turns so often: theta^(channel / H) · 2π · turns = the length."""
+        stretch = scaling.original_max_position / (2 * math.pi * turns)
+        return config.head_dim * math.log(stretch) / (2 * math.log(config.rope_theta))
+
+    first = channel(scaling.beta_fast)
+    last = channel(scaling.beta_slow)
+    if scaling.truncate:
+        first = math.floor(first)
+        last = math.ceil(last)
+    first = max(first, 0)
+    last = min(last, config.head_dim - 1)
+    if first == last:
+        last += 0.001  # a step instead of a ramp, as transformers makes it
+    pairs = torch.arange(len(inverse_C), device=inverse_C.device, dtype=torch.float32)
+    slow_C = ((pairs - first) / (last - first)).clamp(0, 1)
+    return inverse_C / scaling.factor * slow_C + inverse_C * (1 - slow_C)
+
+
+def attention_factor(config: ModelConfig) -> float:
+    """What cos and sin are multiplied with: YaRN's attention temperature, else 1."""
+    scaling = config.rope_scaling
+    return scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
+
+
 def rope_tables(
-    positions_t: torch.Tensor, inverse_C: torch.Tensor
+    positions_t: torch.Tensor, inverse_C: torch.Tensor, factor: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, fp32 [t, H/2] each.
+    """cos and sin, times `factor`, fp32 [t, H/2] each.
 
     Angles are taken in fp32 as transformers does, whatever the compute dtype.
     """
     angles_tC = positions_t.to(torch.float32)[:, None] * inverse_C
-    return angles_tC.cos(), angles_tC.sin()
+    cos = angles_tC.cos()
+    sin = angles_tC.sin()
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 def rotate(x_tNH: torch.Tensor, cos_tC: torch.Tensor, sin_tC: torch.Tensor) -> torch.Tensor:

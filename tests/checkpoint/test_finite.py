@@ -126,7 +126,7 @@ def test_a_head_that_config_json_says_is_the_embedding(
 
 
 def test_a_head_that_is_not_there_says_how_to_tie_it(tmp_path: Path) -> None:
-    make(tmp_path, "qwen2-untied")
+    make(tmp_path, "qwen2", tie_word_embeddings=False)
     edit(tmp_path, **{"lm_head.weight": None})
     assert "lm_head.weight [131, 48] is missing" in refusal(
         str(tmp_path)
@@ -141,7 +141,7 @@ def test_a_merge_keeps_a_head_that_was_trained_apart(tmp_path: Path) -> None:
     they are one.
     """
     source = tmp_path / "model"
-    make(source, "qwen2-untied")
+    make(source, "qwen2", tie_word_embeddings=False)
     config = source / "config.json"
     mesh = make_mesh()
     model = load_pretrained(source, mesh)

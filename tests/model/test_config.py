@@ -238,7 +238,9 @@ def test_what_is_published_is_taken(name: str) -> None:
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 PLAIN = {"rope_type": "default", "rope_theta": 77_000.0}
 NOT_DONE: list[tuple[str, dict[str, Any], str]] = [
-    ("qwen3", {"rope_parameters": PLAIN, "rope_scaling": YARN}, "rope type 'yarn'"),
+    ("qwen3", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+    ("qwen3", {"rope_scaling": {**YARN, "beta_fast": 1.0, "beta_slow": 2.0}}, "beta_fast=1.0"),
+    ("qwen2", {"rope_scaling": {"type": "linear"}}, "lacks factor"),
     (
         "qwen2",
         {"rope_parameters": PLAIN, "rope_scaling": LLAMA3},
@@ -385,6 +387,11 @@ ROPES: list[dict[str, Any] | None] = [
     {**LLAMA3, "factor": 2.0},
     {"type": "default"},
     YARN,
+    {**YARN, "beta_fast": 8.0, "beta_slow": None, "truncate": False},
+    {**YARN, "attention_factor": 0.7},
+    {**YARN, "mscale": 0.8, "mscale_all_dim": 0.5},
+    {**YARN, "factor": 0.5, "mscale": 0.8},
+    {"type": "yarn", "factor": 2.0},
     {"type": "linear", "factor": 2.0},
     {"rope_type": "dynamic", "factor": 2.0},
     {"rope_theta": 300.0},
@@ -487,6 +494,11 @@ def fuzz(folder: Path, seeds: range) -> dict[str, int]:
 def test_a_dozen_configurations_compute_what_transformers_does(tmp_path: Path) -> None:
     counts = fuzz(tmp_path, range(24))
     assert counts["taken"] >= 6 and counts["refused"] >= 3, counts
+
+
+def test_yarn_takes_as_many_positions_as_its_factor_says() -> None:
+    said = {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 512}
+    assert parse_model_config({"model_type": "qwen2", **SHAPE, **said}).max_position == 2048
 
 
 @pytest.mark.slow

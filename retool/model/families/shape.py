@@ -1,4 +1,5 @@
-"""The sizes in a `config.json` that every family has, its rope and its windows among them.
+"""The sizes in a `config.json` that every family has, its windows among them; its rope is in
+`rope_fields`.
 
 A field that would make a model compute something else than we do is refused by name.
 """
@@ -8,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from retool.model.config import Llama3Scaling, ModelConfig
+from retool.model.config import ModelConfig
 from retool.model.families.fields import faults_of, number, refused, shown, size, switch
+from retool.model.families.rope_fields import longest, read_rope
 
 
 def read_shape(
@@ -37,7 +39,7 @@ def read_shape(
         raise ValueError(
             f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
         )
-    theta, scaling = _rope(c)
+    theta, scaling = read_rope(c)
     return ModelConfig(
         family=c["model_type"],
         vocab=size(c, "vocab_size"),
@@ -55,7 +57,7 @@ def read_shape(
         o_bias=False,
         mlp_bias=False,
         qk_norm=False,
-        max_position=size(c, "max_position_embeddings", default=0),
+        max_position=longest(c, scaling),
     )
 
 
@@ -88,90 +90,3 @@ def _windows(c: dict[str, Any], layers: int) -> Iterator[str]:
                 "say that in the file."
             )
             yield f"use_sliding_window=True ({which}) is not implemented. {way_out}"
-
-
-# --- rotary embedding ---
-
-ROPE_KEYS = {
-    "default": frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"}),
-    "llama3": frozenset(
-        {
-            "rope_theta",
-            "rope_type",
-            "type",
-            "partial_rotary_factor",
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        }
-    ),
-}
-
-
-def _rope(c: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    """Theta and scaling from either spelling: transformers 4's `rope_theta` and `rope_scaling`, and
-    5's `rope_parameters`.
-
-    Where both are there transformers 5 reads `rope_scaling` and forgets the other: refused unless
-    they say the same.
-    """
-    old, new = (_rope_dict(c, name) for name in ("rope_scaling", "rope_parameters"))
-    found = _parse_rope(c, old or new)
-    if old and new and found != _parse_rope(c, new):
-        problem = (
-            "rope_scaling and rope_parameters say different things, and transformers reads "
-            "rope_scaling only"
-        )
-        raise ValueError(f"{problem}. Keep one of them in the file, with rope_theta in it.")
-    return found
-
-
-def _rope_dict(c: dict[str, Any], name: str) -> dict[str, Any]:
-    value = c.get(name)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{shown(name, value)} is not a JSON object. Fetch the file again.")
-    return value or {}
-
-
-def _parse_rope(c: dict[str, Any], rope: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    theta = number({"rope_theta": 10_000.0, **c, **rope}, "rope_theta", 10_000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        way_out = (
-            "If it was added to generate beyond the length that the model was trained on, take it out "
-            "of the file to train."
-        )
-        there = ", ".join(ROPE_KEYS)
-        raise ValueError(
-            f"{shown('rope type', kind).replace('=', ' ', 1)} is not implemented. Implemented: {there}. "
-            f"{way_out}"
-        )
-    if unknown := sorted(map(str, rope.keys() - ROPE_KEYS[kind])):
-        raise ValueError(
-            f"rope type {kind!r} with {', '.join(shown(name, rope[name]) for name in unknown[:5])} "
-            "is not implemented."
-        )
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(refused("partial_rotary_factor", rope["partial_rotary_factor"]))
-    return theta, _llama3(c, rope) if kind == "llama3" else None
-
-
-def _llama3(c: dict[str, Any], rope: dict[str, Any]) -> Llama3Scaling:
-    """Where transformers looks for the original length: in a field of its own, in the scaling, in
-    the length of now.
-    """
-    if missing := [
-        name for name in ("factor", "low_freq_factor", "high_freq_factor") if name not in rope
-    ]:
-        raise ValueError(f"rope type 'llama3' lacks {', '.join(missing)}. Fetch the file again.")
-    low = number(rope, "low_freq_factor", 1.0)
-    high = number(rope, "high_freq_factor", 4.0)
-    if low >= high:
-        raise ValueError(
-            f"low_freq_factor={low} is not below high_freq_factor={high}. Fetch the file again."
-        )
-    name = "original_max_position_embeddings"
-    places = [c, rope, {name: c.get("max_position_embeddings")}]
-    place = next((place for place in places if name in place), rope)
-    return Llama3Scaling(number(rope, "factor", 1.0), low, high, size(place, name))

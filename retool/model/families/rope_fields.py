@@ -1,0 +1,155 @@
+"""Rotary embedding as a `config.json` says it: theta, and the scaling for longer contexts.
+
+There are two spellings, transformers 4's `rope_theta` and `rope_scaling` and transformers 5's
+`rope_parameters`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from retool.model.config import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from retool.model.families.fields import number, refused, shown, size, switch
+
+EVERY = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+# The fields that each type may have; the rest would compute something else.
+ROPE_KEYS = {
+    "default": EVERY,
+    "linear": EVERY | {"factor"},
+    "llama3": EVERY | {"factor", "low_freq_factor", "high_freq_factor", ORIGINAL_LENGTH},
+    "yarn": EVERY
+    | {
+        "factor",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        ORIGINAL_LENGTH,
+    },
+}
+
+
+def read_rope(c: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling from either spelling.
+
+    Where both are there transformers 5 reads `rope_scaling` and forgets the other: refused unless
+    they say the same.
+    """
+    old, new = (_rope_dict(c, name) for name in ("rope_scaling", "rope_parameters"))
+    found = _parse(c, old or new)
+    if old and new and found != _parse(c, new):
+        problem = (
+            "rope_scaling and rope_parameters say different things, and transformers reads "
+            "rope_scaling only"
+        )
+        raise ValueError(f"{problem}. Keep one of them in the file, with rope_theta in it.")
+    return found
+
+
+def longest(c: dict[str, Any], scaling: RopeScaling | None) -> int:
+    """The most positions that the file says the model takes; 0 where it doesn't say.
+
+    With YaRN the field often keeps the length from before: `factor` times the original counts.
+    """
+    said = size(c, "max_position_embeddings", default=0)
+    if isinstance(scaling, YarnScaling):
+        return max(said, int(scaling.factor * scaling.original_max_position))
+    return said
+
+
+def _rope_dict(c: dict[str, Any], name: str) -> dict[str, Any]:
+    value = c.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{shown(name, value)} is not a JSON object. Fetch the file again.")
+    return value or {}
+
+
+def _parse(c: dict[str, Any], rope: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    theta = number({"rope_theta": 10_000.0, **c, **rope}, "rope_theta", 10_000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+        way_out = (
+            "If it was added to generate beyond the length that the model was trained on, take it out "
+            "of the file to train."
+        )
+        there = ", ".join(ROPE_KEYS)
+        raise ValueError(
+            f"{shown('rope type', kind).replace('=', ' ', 1)} is not implemented. Implemented: {there}. "
+            f"{way_out}"
+        )
+    if unknown := sorted(map(str, rope.keys() - ROPE_KEYS[kind])):
+        raise ValueError(
+            f"rope type {kind!r} with {', '.join(shown(name, rope[name]) for name in unknown[:5])} "
+            "is not implemented."
+        )
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(refused("partial_rotary_factor", rope["partial_rotary_factor"]))
+    if kind == "yarn" and theta <= 1:
+        raise ValueError(
+            f"rope_theta={theta} is not above 1, as YaRN needs it. Fetch the file again."
+        )
+    read = {"default": _none, "linear": _linear, "llama3": _llama3, "yarn": _yarn}[kind]
+    return theta, read(c, rope)
+
+
+def _none(c: dict[str, Any], rope: dict[str, Any]) -> None:
+    return None
+
+
+def _linear(c: dict[str, Any], rope: dict[str, Any]) -> LinearScaling:
+    _require(rope, "linear", "factor")
+    return LinearScaling(number(rope, "factor", 1.0))
+
+
+def _llama3(c: dict[str, Any], rope: dict[str, Any]) -> Llama3Scaling:
+    _require(rope, "llama3", "factor", "low_freq_factor", "high_freq_factor")
+    low = number(rope, "low_freq_factor", 1.0)
+    high = number(rope, "high_freq_factor", 4.0)
+    if low >= high:
+        raise ValueError(
+            f"low_freq_factor={low} is not below high_freq_factor={high}. Fetch the file again."
+        )
+    return Llama3Scaling(number(rope, "factor", 1.0), low, high, _original_length(c, rope))
+
+
+def _yarn(c: dict[str, Any], rope: dict[str, Any]) -> YarnScaling:
+    """A field that says null, or 0, is as if it weren't there, as in transformers."""
+    _require(rope, "yarn", "factor")
+    given = {name: value for name, value in rope.items() if value not in (None, 0)}
+    factor = number(rope, "factor", 1.0)
+    if "attention_factor" in given:
+        attention = number(given, "attention_factor", 1.0)
+    elif "mscale" in given and "mscale_all_dim" in given:
+        above = _temperature(factor, number(given, "mscale", 1.0))
+        attention = above / _temperature(factor, number(given, "mscale_all_dim", 1.0))
+    else:
+        attention = _temperature(factor)
+    fast = number(given, "beta_fast", 32.0)
+    slow = number(given, "beta_slow", 1.0)
+    if fast <= slow:
+        raise ValueError(f"beta_fast={fast} is not above beta_slow={slow}. Fetch the file again.")
+    truncate = switch(rope, "truncate") if "truncate" in rope else True
+    return YarnScaling(factor, attention, fast, slow, truncate, _original_length(c, rope))
+
+
+def _temperature(factor: float, scale: float = 1.0) -> float:
+    """How much sharper attention is over a context so much longer (the paper's section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _require(rope: dict[str, Any], kind: str, *names: str) -> None:
+    if missing := [name for name in names if name not in rope]:
+        raise ValueError(f"rope type {kind!r} lacks {', '.join(missing)}. Fetch the file again.")
+
+
+def _original_length(c: dict[str, Any], rope: dict[str, Any]) -> int:
+    """Where transformers looks for it: in a field of its own, in the scaling, in the length of
+    now.
+    """
+    places = [c, rope, {ORIGINAL_LENGTH: c.get("max_position_embeddings")}]
+    place = next((place for place in places if ORIGINAL_LENGTH in place), rope)
+    return size(place, ORIGINAL_LENGTH)
