@@ -1,36 +1,53 @@
-"""What the README shows must run."""
+"""What the README shows must run: its Python on one process and, where torchrun may start it, on two."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
-from retool.config import parse
-from retool.sft.config import SYNONYMS, SFTConfig
-
-
-def blocks(repository: Path, language: str) -> list[str]:
-    return re.findall(
-        rf"```{language}\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL
-    )
+from retool.data.read.rows import to_conversation
+from retool.rl.data import PromptOptions, to_question
+from tests.ranks import run_ranks
+from tests.test_docs import fenced
 
 
-def test_the_library_example_trains(repository: Path) -> None:
-    (code,) = blocks(repository, "python")
-    names: dict[str, object] = {}
-    exec(code + "\nstart = model.module[0][0].weight.detach().clone()\n", names)
+def python_blocks(repository: Path) -> list[str]:
+    return fenced(repository / "README.md", "python")
+
+
+def the_sharding_one(repository: Path) -> str:
+    (code,) = [block for block in python_blocks(repository) if "shard(" in block]
+    return code
+
+
+def train(code: str) -> tuple[int, float, float]:
+    """(ranks that share the parameters, global gradient norm, updates) after the sample."""
+    names: dict[str, Any] = {}
+    exec(code, names)
     model = names["model"]
-    optimizer = names["optimizer"]
-    assert float(optimizer.steps) == 1 and float(model.grad.norm()) > 0  # type: ignore[attr-defined]
+    return model.layout.shards, float(model.grad_norm()), float(names["optimizer"].steps)
 
 
-def test_the_command_parses(repository: Path) -> None:
-    command = next(b for b in blocks(repository, "bash") if "retool.sft" in b)
-    words = [w for w in command.replace("\\\n", " ").split() if "=" in w and not w.startswith("--")]
-    config = parse(SFTConfig, words, SYNONYMS)
-    assert config.ulysses_sequence_parallel_size == 2 and config.data.train_batch_size == 16
+def test_the_sharding_sample_trains_on_one_process_and_on_two(repository: Path) -> None:
+    code = the_sharding_one(repository)
+    for processes in (1, 2):
+        said = [train(code)] if processes == 1 else run_ranks(train, 2, code)
+        assert len(set(said)) == 1  # the ranks agree
+        shards, norm, updates = said[0]
+        assert (shards, updates) == (processes, 1) and norm > 0
 
 
-def test_every_file_it_links_to_is_there(repository: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", (repository / "README.md").read_text()):
-        assert (repository / target).exists(), target
+def test_a_row_of_each_kind_is_what_the_commands_read(repository: Path) -> None:
+    rows = [json.loads(block) for block in fenced(repository / "README.md", "json")]
+    (sft,) = [row for row in rows if "messages" in row]
+    (rl,) = [row for row in rows if "prompt" in row]
+    assert to_conversation(sft, "README.md", 0).assistant_turns == [1, 3]
+    assert to_question(rl, "README.md", 0, PromptOptions()).ground_truth == "391"
+
+
+def test_every_name_that_a_sample_imports_from_retool_is_there(repository: Path) -> None:
+    for block in python_blocks(repository):
+        for line in re.findall(r"^(?:from|import) retool.*$", block, re.MULTILINE):
+            exec(line, {})
