@@ -19,7 +19,8 @@ from retool.data.audit.audit import audit, count_rows
 from retool.data.audit.page import page
 from retool.data.audit.terminal import RowProgress, clean, show_audit
 from retool.data.read.library import Part
-from retool.data.read.source import RowFormat, RowSource
+from retool.data.read.row_format import AUTO, FORMATS, RowFormat
+from retool.data.read.source import RowSource
 from retool.data.render.renderer import make_renderer
 from retool.data.render.rendering import HISTORIES, Rendering
 from retool.data.tokenise import TRUNCATIONS, LengthLimit
@@ -124,6 +125,7 @@ def _add_rows(own: argparse.ArgumentParser) -> None:
             default=key.replace("-", "_"),
             help="name of the column (default %(default)s)",
         )
+    own.add_argument("--format", choices=FORMATS, default=AUTO, help="what rows are (data.format)")
     own.add_argument("--split", help="of a data set with several (data.train_split)")
     own.add_argument("--name", help="configuration of a data set of the hub (data.name)")
     own.add_argument(
@@ -199,6 +201,7 @@ def _rows(options: argparse.Namespace) -> RowSource:
         enable_thinking_key=options.enable_thinking_key,
         prompt_key=options.prompt_key,
         response_key=options.response_key,
+        format=options.format,
     )
     part = Part(options.split, options.name, "--split")
     return RowSource(options.files, form, path or None, name or None, options.max_rows, part)

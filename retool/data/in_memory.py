@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from retool.data.cache import default_cache_dir
-from retool.data.read.rows import plain
+from retool.data.read.containers import plain
 
 TEXTUAL = (datetime.date, datetime.time, decimal.Decimal, uuid.UUID)
 

@@ -17,13 +17,13 @@ from typing import Any
 
 from retool.batch import Sample
 from retool.data.read.chunk import Chunk, RowError
+from retool.data.read.row_format import RowFormat
 from retool.data.read.rows import (
     TOO_DEEP,
     Conversation,
     to_conversation,
     undeclared_calls,
 )
-from retool.data.read.source import RowFormat
 from retool.data.render.renderer import Renderer
 from retool.data.template.time_and_memory import OutOfBounds, bounded
 from retool.data.tokens.bounds import stuck_ends_process
@@ -40,6 +40,7 @@ SUMMED = (
     "trained_tokens",
     "dropped_thoughts",
     "undeclared_calls",
+    "switched_off",
     "quoting",
 )
 TOO_SLOW = (
@@ -104,6 +105,7 @@ class DatasetReport:
     dropped_long: int = 0
     dropped_untrained: int = 0  # samples that have, or have left, no trained token
     undeclared_calls: int = 0  # calls to tools that the row's `tools` doesn't declare
+    switched_off: int = 0  # assistant turns that their row makes context (loss_mask or weight 0)
     quoting: int = 0  # rows in which somebody's text holds a control token, which stays text
     tokens: int = 0
     trained_tokens: int = 0
@@ -128,6 +130,7 @@ class DatasetReport:
             "dropped as too long": self.dropped_long,
             "dropped without a trained token": self.dropped_untrained,
             "turns trained without their reasoning": self.dropped_thoughts,
+            "assistant turns with loss_mask or weight 0, context only": self.switched_off,
             "calls to tools that their row doesn't declare": self.undeclared_calls,
             "rows whose texts hold control tokens, as text": self.quoting,
         }
@@ -184,6 +187,8 @@ def tokenise_chunk(
 def _count_row(report: DatasetReport, conversation: Conversation, renderer: Renderer) -> None:
     report.dropped_thoughts += renderer.dropped_thoughts(conversation)
     report.undeclared_calls += sum(undeclared_calls(conversation).values())
+    switches = [conversation.messages[i].get("loss_mask", 1) for i in conversation.assistant_turns]
+    report.switched_off += switches.count(0)
     report.quoting += renderer.controls.quoted_in(conversation.messages, conversation.tools)
 
 

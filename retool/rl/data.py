@@ -3,6 +3,7 @@
 The general schema, three common pairs of columns, or a function of the user's.
 
 data_source, prompt, ability, reward_model{ground_truth}, extra_info      the general schema
+prompt (or messages, conversations) and, if any, ground_truth or answer   what else has prompts
 Problem, Answer · problem, answer · question, answer                      by their columns (AIME 2024, MATH, GSM8K)
 """
 
@@ -12,7 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,19 @@ import numpy as np
 
 from retool.data.loader import epoch_order
 from retool.data.read.chunk import RowError, RowFunction
+from retool.data.read.containers import plain, without_nulls
 from retool.data.read.files import iter_chunks
+from retool.data.read.raw_messages import AS_LIST
 from retool.data.read.refused_rows import RefusedRows
-from retool.data.read.rows import AS_LIST, plain, to_conversation, without_nulls
-from retool.data.read.source import RowFormat
+from retool.data.read.row_format import RowFormat
+from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
 from retool.data.tokens.bounds import stuck_ends_process
 from retool.rl.types import Prompt
 
 PAIRS = (("Problem", "Answer"), ("problem", "answer"), ("question", "answer"))
+ASKED = ("messages", "conversations")  # columns of a prompt, where there is no `prompt`
+TRUTHS = ("ground_truth", "answer")  # columns beside a prompt, where there is no `reward_model`
 HOW_TO_ANSWER = re.compile(r"\\boxed|answer format|####", re.IGNORECASE)
 NO_TRUTH = (
     "leave the row out, or use a reward of your own that needs none (custom_reward_function.path)"
@@ -55,7 +60,7 @@ class PromptOptions:
 
 @dataclass(frozen=True)
 class PromptReport:
-    """What became of the rows."""
+    """What became of the rows. `columns`: how many have which columns of question and answer."""
 
     rows: int
     kept: int
@@ -64,6 +69,7 @@ class PromptReport:
     duplicates: int
     longest: int
     sources: Mapping[str, int]
+    columns: Mapping[str, int] = field(default_factory=dict)
 
     def sentence(self) -> str:
         """For the start-up plan."""
@@ -71,6 +77,8 @@ class PromptReport:
             f"{self.kept:,} prompts ({', '.join(f'{name}: {n:,}' for name, n in self.sources.items())})",
             f"longest {self.longest:,}",
         ]
+        if self.columns:
+            parts.append(f"read from {', '.join(self.columns)}")
         if self.overlong:
             parts.append(f"{self.overlong:,} over-long left out")
         if self.truncated:
@@ -90,6 +98,7 @@ class Question:
     ability: str
     extra_info: dict[str, Any]
     where: str
+    columns: str = ""
 
 
 def load_prompts(
@@ -111,6 +120,7 @@ def load_prompts(
     total = 0
     overlong = 0
     truncated = 0
+    columns = Counter[str]()
     for question in read_questions(files, options, rows):
         total += 1
         try:
@@ -129,6 +139,7 @@ def load_prompts(
             faults.add(_located(error, question))
             continue
         prompts.append(_to_prompt(question, len(prompts), tools, ids))
+        columns[question.columns] += 1
     if faults.count:
         raise faults.error(total)
     if not prompts:
@@ -144,6 +155,7 @@ def load_prompts(
         duplicates=_duplicates(prompts),
         longest=max(len(prompt.ids) for prompt in prompts),
         sources=Counter(prompt.data_source for prompt in prompts),
+        columns=columns,
     )
     return prompts, report
 
@@ -210,7 +222,7 @@ def read_questions(
 def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOptions) -> Question:
     """Check and convert one raw row. RowError names file, row and what is wrong."""
     where = f"{file}, row {index}"
-    asked, answered = _columns_of(row, options, where)
+    asked, answered, ability_of_columns = _columns_of(row, options, where)
     raw = plain(row[asked])
     if isinstance(raw, str) and _messages_as_text(raw):
         raise RowError(f"{where}: {asked!r} is a list of messages as JSON text: {AS_LIST}.")
@@ -228,27 +240,34 @@ def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOp
         given = plain(row[answered])
     truth = answer_of(given, where, options.needs_truth)
     source = str(row.get("data_source") or Path(file).stem)
-    ability = str(row.get("ability") or ("math" if answered else ""))
+    ability = str(row.get("ability") or ability_of_columns)
     extra = without_nulls(plain(row.get("extra_info"))) or {}
     if not isinstance(extra, dict):
         raise RowError(f"{where}: 'extra_info' is a {type(extra).__name__}, not a mapping.")
     if options.answer_format and (MATHS.search(ability) or MATHS.search(source)):
         checked = with_answer_format(checked, options.answer_format, where)
-    return Question(checked, truth, source, ability, extra, where)
+    columns = f"{asked} + {answered or 'reward_model'}"
+    return Question(checked, truth, source, ability, extra, where, columns)
 
 
 def _columns_of(
     row: Mapping[str, Any], options: PromptOptions, where: str
-) -> tuple[str, str | None]:
-    """The columns of the question and of its answer; None for that of the general schema."""
-    if options.prompt_key in row:
-        return options.prompt_key, None
+) -> tuple[str, str | None, str]:
+    """The columns of the question and of its answer (None: the general schema's), and the ability."""
+    for asked in (options.prompt_key, *ASKED):
+        if asked in row:
+            general = row.get("reward_model") is not None
+            truths = [name for name in TRUTHS if not general and row.get(name) is not None]
+            return asked, (truths or [None])[0], ""
     for asked, answered in PAIRS:
         if asked in row and answered in row:
-            return asked, answered
+            return asked, answered, "math"
     wanted = " or ".join(f"{asked!r} and {answered!r}" for asked, answered in PAIRS)
     there = ", ".join(map(str, row))
-    raise RowError(f"{where}: there is no {options.prompt_key!r}, nor {wanted}; it has {there}.")
+    raise RowError(
+        f"{where}: there is no {options.prompt_key!r}, nor {wanted}; it has {there}. Name the column with "
+        "data.prompt_key."
+    )
 
 
 def _messages_as_text(text: str) -> bool:

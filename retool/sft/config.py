@@ -75,6 +75,13 @@ class DataConfig:
     truncation: Literal["error", "left", "right", "drop"] = option(
         "error", "What happens to longer samples; dropped rows are counted and reported."
     )
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "prompt_response"
+    ] = option(
+        "auto",
+        "What rows are: messages (OpenAI's), sharegpt (conversations), alpaca (instruction, input, "
+        "output), prompt_completion or prompt_response; auto = by their columns.",
+    )
     multiturn: MultiturnConfig = field(default_factory=MultiturnConfig)
     prompt_key: str = option("prompt", "Column with the prompt when data.multiturn.enable=false.")
     response_key: str = option(

@@ -20,11 +20,15 @@ TOKENS_TO_FILL_A_GPU = 8_192
 
 @dataclass(frozen=True)
 class Split:
-    """Training or validation data: its files, its tokenised samples and what became of its rows."""
+    """Training or validation data: its files, its tokenised samples and what became of its rows.
+
+    `forms`: which files were taken for what, in words.
+    """
 
     files: tuple[str, ...]
     dataset: Dataset
     said: DatasetReport
+    forms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

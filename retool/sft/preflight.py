@@ -18,9 +18,11 @@ from typing import Any, Literal
 from retool.config import Fault, Parsed
 from retool.data.__main__ import parser as audit_parser
 from retool.data.cache import open_dataset
+from retool.data.read.files import columns_of
 from retool.data.read.library import Part
 from retool.data.read.names import resolve_files
-from retool.data.read.source import RowFormat, RowSource
+from retool.data.read.row_format import RowFormat
+from retool.data.read.source import RowSource
 from retool.data.read.user_function import load_function
 from retool.data.render.renderer import Renderer, make_renderer
 from retool.data.render.rendering import Rendering
@@ -158,7 +160,7 @@ def _files(config: SFTConfig, name: Name, faults: list[Fault]) -> list[str]:
         files = attempt(where, lambda entry=entry: resolve_files(entry, custom, part), faults)
         for file in files or []:
             if not custom:
-                attempt(where, lambda file=file: form.check(file), faults)
+                attempt(where, lambda file=file: form.check(file, columns_of(file)), faults)
             found.append(file)
     return found
 
@@ -180,6 +182,7 @@ def row_format(config: SFTConfig) -> RowFormat:
         multi.enable_thinking_key,
         data.prompt_key,
         data.response_key,
+        data.format,
     )
 
 
@@ -231,13 +234,13 @@ def _read(
             progress=progress,
         )
     except (ValueError, OSError) as error:
-        first, *rows = str(error).splitlines()
+        first, *refused = str(error).splitlines()
         audit = f"{audit_command(config, files)} shows more."
         return [
-            Fault(f"data.{name}_files", first, audit if rows else ""),
-            *(Fault(f"data.{name}_files", row) for row in rows),
+            Fault(f"data.{name}_files", first, audit if refused else ""),
+            *(Fault(f"data.{name}_files", row) for row in refused),
         ]
-    return Split(tuple(files), dataset, said)
+    return Split(tuple(files), dataset, said, tuple(rows.words()))
 
 
 def audit_command(config: SFTConfig, files: Sequence[str]) -> str:
@@ -251,6 +254,7 @@ def audit_command(config: SFTConfig, files: Sequence[str]) -> str:
         "--chat-template": data.chat_template,
         "--template-date": data.template_date,
         "--template-kwargs": json.dumps(dict(data.apply_chat_template_kwargs)),
+        "--format": data.format,
         "--messages-key": multi.messages_key,
         "--tools-key": multi.tools_key,
         "--enable-thinking-key": multi.enable_thinking_key,

@@ -60,11 +60,13 @@ def _data_words(report: Report) -> str:
     if report.train is not None:
         left = len(report.train.dataset) % batch
         lines.append(f"training: {report.train.said.sentence()}")
+        lines += report.train.forms
         lines.append(
             f"{report.steps_per_epoch:,} steps of {batch} an epoch"
             + (f", its last {left} samples left out" if left else "")
         )
     lines.append(f"validation: {report.val.said.sentence()}" if report.val else "no validation")
+    lines += report.val.forms if report.val else ()
     return "\n".join(lines)
 
 

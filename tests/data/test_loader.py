@@ -21,7 +21,8 @@ from retool.data.loader import (
     steps_per_epoch,
 )
 from retool.data.packing import Budget, Packing
-from retool.data.read.source import RowFormat, RowSource
+from retool.data.read.row_format import RowFormat
+from retool.data.read.source import RowSource
 from retool.data.tokenise import LengthLimit
 
 

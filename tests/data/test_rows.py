@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from retool.data.read.chunk import Chunk, RowError
+from retool.data.read.containers import plain
 from retool.data.read.files import columns_of, file_identity, iter_chunks
 from retool.data.read.names import resolve_files
-from retool.data.read.rows import plain, to_conversation
-from retool.data.read.source import RowFormat
+from retool.data.read.row_format import RowFormat
+from retool.data.read.rows import to_conversation
 from retool.data.read.user_function import load_function
 from retool.data.tokenise import LengthLimit, map_chunks, tokenise_chunk
 
@@ -105,23 +106,23 @@ class TestFiles:
                 with pytest.raises(ValueError, match=match):
                     rows_of([str(path)])
 
-    def test_missing_column_says_which_there_are(self, tmp_path):
-        path = jsonl(tmp_path / "a.jsonl", [{"conversations": [], "tools": []}])
+    def test_missing_column_says_which_there_are(self):
+        columns = ["turns", "tools"]
         with pytest.raises(
             ValueError,
-            match=r"no column 'messages'; it has conversations, tools.*data\.multiturn\.messages_key",
+            match=r"no column 'messages'; it has turns, tools.*data\.multiturn\.messages_key",
         ):
-            RowFormat().check(path)
-        RowFormat(messages_key="conversations").check(path)
+            RowFormat().check("a.jsonl", columns)
+        RowFormat(messages_key="turns").check("a.jsonl", columns)
         with pytest.raises(ValueError, match=r"no column 'tool_list'.*data\.multiturn\.tools_key"):
-            RowFormat(messages_key="conversations", tools_key="tool_list").check(path)
+            RowFormat(messages_key="turns", tools_key="tool_list").check("a.jsonl", columns)
         with pytest.raises(ValueError, match=r"no column 'response'.*data\.response_key"):
-            RowFormat(multiturn=False, prompt_key="tools").check(path)
+            RowFormat(multiturn=False, prompt_key="tools").check("a.jsonl", columns)
 
     def test_fields_that_only_later_lines_have(self, tmp_path):
         path = jsonl(tmp_path / "a.jsonl", [{"messages": []}, {"messages": [], "functions": []}])
         assert columns_of(path) == ["messages", "functions"]
-        RowFormat(tools_key="functions").check(path)
+        RowFormat(tools_key="functions").check(path, columns_of(path))
 
     def test_rows_keep_their_numbers_over_chunks_and_limits(self, tmp_path):
         a = jsonl(tmp_path / "a.jsonl", [{"n": i} for i in range(600)])
@@ -560,7 +561,7 @@ class TestRefusals:
 
     def test_the_rest(self):
         refused({"messages": [USER, ANSWER], "enable_thinking": "yes"}, "not true or false")
-        refused({"text": "x", "id": 3}, "there is no 'messages'; it has text, id")
+        refused({"text": "x", "id": 3}, "it has no column 'messages'; it has text, id")
         refused(
             {"prompt": "x", "response": None}, "'response' is NoneType, not text", multiturn=False
         )

@@ -798,3 +798,14 @@ def test_rows_are_counted_on_a_terminal_while_they_are_read(run: Path) -> None:
     assert "10 rows rendered and tokenised" in out.getvalue()
     with rows_read(Console(file=out)) as progress:
         assert progress is None
+
+
+def test_the_plan_says_what_was_taken_for_what(run: Path) -> None:
+    turns = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+    (run / "chats.json").write_text(json.dumps([{"conversations": turns}] * 4))
+    (run / "sums.csv").write_text("instruction,input,output\n2+2?,,4\n")
+    report = check(run, f"data.train_files={run}/chats.json", f"data.val_files={run}/sums.csv")
+    assert not report.faults, said(report)
+    plan = dict(in_words(report))["data"]
+    assert "\nchats.json: ShareGPT; human → user, gpt → assistant" in plan
+    assert plan.endswith("\nsums.csv: Alpaca; instruction + input → user, output → assistant")

@@ -289,3 +289,31 @@ def test_real_files(shared_data, qwen_tokenizer, file, rows, source) -> None:
         and text.endswith("<|im_start|>assistant\n")
         and "\\boxed" in text
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "truth", "said"),
+    [
+        ({"prompt": "1+1?", "answer": "2"}, "2", "prompt + answer"),
+        ({"prompt": [{"role": "user", "content": "1+1?"}], "ground_truth": 2}, "2", "ground_truth"),
+        (
+            {"messages": [{"role": "user", "content": "1+1?"}], "answer": "2"},
+            "2",
+            "messages + answer",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "1+1?"}], "answer": "2"},
+            "2",
+            "conversations + answer",
+        ),
+        (general("1+1?", "3") | {"answer": "worked out: 3"}, "3", "prompt + reward_model"),
+    ],
+)
+def test_prompts_as_other_projects_have_them(tmp_path, renderer_of, row, truth, said) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (prompt,), report = load_prompts(
+        [str(tmp_path / "rows.json")], renderer_of("hermes"), None, PromptOptions()
+    )
+    assert prompt.messages == [{"role": "user", "content": "1+1?"}]
+    assert prompt.ground_truth == truth
+    assert f"read from {said}" in report.sentence() or said in report.sentence()

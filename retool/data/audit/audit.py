@@ -21,6 +21,7 @@ class Audit:
     prompts: bool
     limit: LengthLimit
     tally: Tally
+    forms: tuple[str, ...] = ()  # which files were taken for what, in words
 
 
 def audit(
@@ -40,7 +41,9 @@ def audit(
     limit = limit or LengthLimit()
     prompts = _holds_prompts(rows)
     if prompts:
-        form = replace(rows.form, multiturn=True, messages_key=rows.form.prompt_key)
+        form = replace(
+            rows.form, multiturn=True, messages_key=rows.form.prompt_key, format="messages"
+        )
         rows = replace(rows, form=form)
     rows.check_columns()
     task = partial(
@@ -56,17 +59,16 @@ def audit(
         total.add(part, show)
         if progress is not None:
             progress(total.rows)
-    return Audit(tuple(rows.paths), prompts, limit, total)
+    return Audit(tuple(rows.paths), prompts, limit, total, tuple(rows.words()))
 
 
 def _holds_prompts(rows: RowSource) -> bool:
-    """Whether the rows are RL prompts, by the columns of the first file."""
+    """Whether the rows are RL prompts, by the columns of the first file: they have no answers."""
     if rows.function is not None:
         return False
-    columns = columns_of(rows.paths[0])
-    form = rows.form
-    trained = {form.messages_key, form.response_key}
-    return form.prompt_key in columns and trained.isdisjoint(columns)
+    columns = {*columns_of(rows.paths[0])}
+    trained = any({*layout.needed} <= columns for layout in rows.form.layouts().values())
+    return rows.form.prompt_key in columns and not trained
 
 
 def count_rows(files: Sequence[str]) -> int | None:

@@ -15,13 +15,13 @@ from retool.batch import Sample
 from retool.data.audit.samples import Shown, sample_pieces, shown_sample
 from retool.data.read.chunk import Chunk, RowError
 from retool.data.read.refused_rows import kind_of
+from retool.data.read.row_format import RowFormat
 from retool.data.read.rows import (
     TOO_DEEP,
     Conversation,
     to_conversation,
     undeclared_calls,
 )
-from retool.data.read.source import RowFormat
 from retool.data.render.renderer import ROWS_A_CHECK, Renderer
 from retool.data.template.completeness import unread_fields
 from retool.data.tokenise import LengthLimit

@@ -21,6 +21,7 @@ def _of_rows(audit: Audit) -> list[tuple[str, str]]:
         samples += f" ({tally.split:,} rows split by history)"
     lines = [
         ("files", f"{len(audit.files)}"),
+        *(("read as", form) for form in audit.forms if not audit.prompts),
         ("rows", f"{tally.rows:,}{' RL prompts' if audit.prompts else ''}"),
         ("refused", f"{tally.refused:,}"),
         ("samples", samples),

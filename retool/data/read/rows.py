@@ -12,16 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from retool.data.read.chunk import RowError
+from retool.data.read.containers import plain, without_nulls
 from retool.data.read.content import text_and_thought
-from retool.data.read.source import LEGACY_TOOLS, RowFormat
+from retool.data.read.raw_messages import raw_messages
+from retool.data.read.row_format import LEGACY_TOOLS, RowFormat
 from retool.data.tokens.control_tokens import Masks
 
-# of messages found as text
-AS_LIST = "store it as a list, or decode it in a function of yours (data.custom_cls.path, name)"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TOO_DEEP = "it is nested too deeply to be read."
 
@@ -53,32 +50,6 @@ class Conversation:
         place = "" if turn is None else f", message {turn} ({self.messages[turn]['role']})"
         told = self.masks.told(why) if self.masks is not None else why
         return RowError(f"{self.file}, row {self.row}{place}: {told}")
-
-
-def plain(value: Any) -> Any:
-    """`value` as dicts, lists and Python scalars: of numpy's, Arrow's and other containers."""
-    if isinstance(value, (pa.Array, pa.ChunkedArray)):
-        value = value.to_pylist()
-    elif isinstance(value, pa.Scalar):
-        value = value.as_py()
-    elif isinstance(value, (np.ndarray, np.generic)):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    return value
-
-
-def without_nulls(value: Any) -> Any:
-    """`value` without null fields: parquet writes a null for a field that only other rows have.
-
-    Nulls that are elements of a list stay. To keep a null field of `arguments` or `tools`, write
-    them as a JSON string.
-    """
-    if isinstance(value, dict):
-        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def to_conversation(
@@ -115,48 +86,17 @@ def _converted(
     row: Mapping[str, Any], file: str, index: int, form: RowFormat, prompt_only: bool
 ) -> Conversation:
     where = f"{file}, row {index}"
-    for key in form.required:
-        if key not in row:
-            there = ", ".join(map(str, row)) or "nothing"
-            raise RowError(f"{where}: there is no {key!r}; it has {there}.")
-    raw = _raw_messages(row, form, where)
+    try:
+        form = form.settled(row.keys(), f"{where}: it")
+    except ValueError as error:
+        raise RowError(str(error)) from error
+    raw = raw_messages(row, form, where)
     messages = [_message(message, f"{where}, message {i}") for i, message in enumerate(raw)]
     _check_order(messages, where, prompt_only)
     thinking = plain(row.get(form.enable_thinking_key))
     if thinking is not None and not isinstance(thinking, bool):
         raise RowError(f"{where}: {form.enable_thinking_key!r} is {thinking!r}, not true or false.")
     return Conversation(messages, _tools_of(row, form, where), thinking, file, index)
-
-
-def _raw_messages(row: Mapping[str, Any], form: RowFormat, where: str) -> list[dict[str, Any]]:
-    """The messages as the row has them. Raises RowError for anything but a list of mappings."""
-    if form.multiturn:
-        raw = plain(row[form.messages_key])
-        key = form.messages_key
-    else:
-        raw = _single_turn(row, form, where)
-        key = form.prompt_key
-    if isinstance(raw, list) and raw and all(isinstance(message, dict) for message in raw):
-        return raw
-    if isinstance(raw, list):
-        found = f"a list of {type(raw[0]).__name__}" if raw else "empty"
-    else:
-        found = type(raw).__name__
-    way_out = f": {AS_LIST}" if isinstance(raw, str) else ""
-    raise RowError(f"{where}: {key!r} isn't a list of messages ({found}){way_out}.")
-
-
-def _single_turn(row: Mapping[str, Any], form: RowFormat, where: str) -> Any:
-    """The messages of a prompt and its response; the prompt may be a text or a list of messages."""
-    prompt = plain(row[form.prompt_key])
-    response = plain(row[form.response_key])
-    if not isinstance(response, str):
-        raise RowError(f"{where}: {form.response_key!r} is {type(response).__name__}, not text.")
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list):
-        return prompt
-    return [*prompt, {"role": "assistant", "content": response}]
 
 
 def _check_order(messages: Sequence[dict[str, Any]], where: str, prompt_only: bool) -> None:
@@ -177,6 +117,8 @@ def _check_order(messages: Sequence[dict[str, Any]], where: str, prompt_only: bo
 def _tools_of(row: Mapping[str, Any], form: RowFormat, where: str) -> list[dict[str, Any]] | None:
     """The tools of a row, or what it has in the older form of OpenAI's."""
     tools = _tools(plain(row.get(form.tools_key)), form.tools_key, where)
+    if tools is not None and form.format == "sharegpt":
+        tools = _wrapped(tools)
     if form.tools_key != "tools":
         return tools
     functions = _legacy_tools(plain(row.get(LEGACY_TOOLS)), where)
@@ -194,8 +136,13 @@ def _legacy_tools(raw: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(raw, list) and not all(isinstance(entry, dict) for entry in raw):
         return []
     bodies = _tools(raw, LEGACY_TOOLS, where) or []
+    return _wrapped(bodies)
+
+
+def _wrapped(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Schemas as OpenAI's `tools` has them: a bare function is put into one."""
     return [
-        body if "function" in body else {"type": "function", "function": body} for body in bodies
+        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -11,64 +11,8 @@ from retool.data.read.chunk import Chunk, RowFunction
 from retool.data.read.files import columns_of, file_identity, iter_chunks
 from retool.data.read.library import Part
 from retool.data.read.names import resolve_files
+from retool.data.read.row_format import RowFormat
 from retool.data.read.user_function import load_function
-
-# How OpenAI's format named the tools before `tools`, with bare functions in it.
-LEGACY_TOOLS = "functions"
-
-
-@dataclass(frozen=True)
-class RowFormat:
-    """Which columns make a conversation: a list of messages, or a prompt and its response.
-
-    The latter if `multiturn` is false.
-    """
-
-    multiturn: bool = True
-    messages_key: str = "messages"
-    tools_key: str = "tools"
-    enable_thinking_key: str = "enable_thinking"
-    prompt_key: str = "prompt"
-    response_key: str = "response"
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        """The columns that every row must have."""
-        return (self.messages_key,) if self.multiturn else (self.prompt_key, self.response_key)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """All columns that are read."""
-        legacy = (LEGACY_TOOLS,) if self.tools_key == "tools" else ()
-        return (*self.required, self.tools_key, self.enable_thinking_key, *legacy)
-
-    def check(self, file: str) -> None:
-        """Raises ValueError when a column is missing.
-
-        An optional one is only missed when it was named on purpose.
-        """
-        there = columns_of(file)
-        wanted = list(self.required)
-        if self.tools_key != "tools":
-            wanted.append(self.tools_key)
-        if self.enable_thinking_key != "enable_thinking":
-            wanted.append(self.enable_thinking_key)
-        for column in wanted:
-            if column not in there:
-                raise ValueError(
-                    f"{file} has no column {column!r}; it has {', '.join(there)}. "
-                    f"{self._way_out(column)}"
-                )
-
-    def _way_out(self, column: str) -> str:
-        keys = {
-            self.messages_key: "data.multiturn.messages_key",
-            self.tools_key: "data.multiturn.tools_key",
-            self.enable_thinking_key: "data.multiturn.enable_thinking_key",
-            self.prompt_key: "data.prompt_key",
-            self.response_key: "data.response_key",
-        }
-        return f"Name the right one with {keys[column]}."
 
 
 @dataclass(frozen=True)
@@ -81,7 +25,7 @@ class RowSource:
     """
 
     files: str | Sequence[str]
-    form: RowFormat = RowFormat()
+    form: RowFormat = field(default_factory=RowFormat)
     function_file: str | None = None
     function_name: str | None = None
     max_rows: int = -1
@@ -99,11 +43,26 @@ class RowSource:
         """Every file, in order. Raises ValueError for one that is missing or of a strange kind."""
         return resolve_files(self.files, self.function is not None, self.part)
 
+    @cached_property
+    def forms(self) -> dict[str, RowFormat]:
+        """The form of each file; nothing where a function reads them: its rows tell.
+
+        Raises ValueError where a file lacks a column, or could be of several forms.
+        """
+        if self.function is not None:
+            return {}
+        return {path: self.form.check(path, columns_of(path)) for path in self.paths}
+
     def check_columns(self) -> None:
-        """Raises ValueError where a file lacks a column; what a function gives, its rows tell."""
-        if self.function is None:
-            for path in self.paths:
-                self.form.check(path)
+        """Raises ValueError where a file lacks a column, or could be of several forms."""
+        _ = self.forms
+
+    def words(self) -> list[str]:
+        """What was taken for what: a line a form, with the files that have it."""
+        files: dict[str, list[str]] = {}
+        for path, form in self.forms.items():
+            files.setdefault(form.layout.words, []).append(path.rpartition("/")[2])
+        return [f"{named(paths)}: {words}" for words, paths in files.items()]
 
     def chunks(self) -> Iterator[Chunk]:
         """All rows, a chunk at a time."""
@@ -116,3 +75,10 @@ class RowSource:
             code = Path(self.function_file).read_text(encoding="utf-8")
             function = f"{code}:{self.function_name}"
         return [*map(file_identity, self.paths), repr((self.form, self.max_rows)), function]
+
+
+def named(files: Sequence[str]) -> str:
+    """A few files by name, many by the first and their number."""
+    if len(files) <= 3:
+        return ", ".join(files)
+    return f"{files[0]} and {len(files) - 1:,} more files"
