@@ -1,4 +1,4 @@
-"""`python -m tests.reliability [--runs N] [--seed S]`: the fault table.
+"""`python -m tests.reliability [--command sft|rl] [--runs N] [--seed S]`: the fault table.
 
 Fault → what happens → seconds.
 """
@@ -11,21 +11,18 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.reliability.campaign import Outcome, draw, play, prepare
-from tests.reliability.faults import FAULTS
+from tests.reliability.campaign import FAULTS_OF, Outcome, draw, play, prepare
+from tests.reliability.commands import RL, SFT, Command
+from tests.reliability.faults import Fault
+
+COMMANDS = {"sft": SFT, "rl": RL}
 
 
-def make_work(folder: Path) -> Path:
-    """The tiny model and data of the tests."""
-    from tests.sft.conftest import make
-
-    return make(folder)
-
-
-def table(outcomes: list[Outcome]) -> str:
-    """A row for each fault, in Markdown."""
+def table(faults: Sequence[Fault], outcomes: Sequence[Outcome]) -> str:
+    """A row for each fault that was played, in Markdown."""
     rows = defaultdict(list)
     for outcome in outcomes:
         rows[outcome.fault].append(outcome)
@@ -33,17 +30,15 @@ def table(outcomes: list[Outcome]) -> str:
         "| fault | runs | first run ends with | the same command again | seconds |",
         "|---|---:|---|---|---:|",
     ]
-    for fault in FAULTS:
+    for fault in faults:
         if found := rows.get(fault.name):
             ends = Counter(min(o.statuses) or max(o.statuses) for o in found)
             first = ", ".join(str(status) for status, _ in ends.most_common()) + (
                 f": {fault.told}" if fault.told else ""
             )
-            then = (
-                "goes on, same weights bit for bit"
-                if fault.second == 0
-                else f"refused: {fault.told_then}"
-            )
+            then = f"refused: {fault.told_then}" if fault.second else "goes on"
+            if fault.exact and not fault.second:
+                then += ", same weights bit for bit"
             broken = sum(bool(o.broken) for o in found)
             lines.append(
                 f"| {fault.name} | {len(found)} | {first} | "
@@ -55,28 +50,40 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m tests.reliability", description=__doc__)
+    parser.add_argument("--command", choices=list(COMMANDS), default="", help="default: both")
     parser.add_argument(
         "--runs",
         type=int,
-        default=len(FAULTS),
-        help="how many, each with one fault (default: each fault once)",
+        default=0,
+        help="of each command, each with one fault (default: each fault once)",
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="faults with this in their name")
     options = parser.parse_args(words)
+    chosen = [COMMANDS[options.command]] if options.command else list(COMMANDS.values())
+    broken = 0
+    with tempfile.TemporaryDirectory(prefix="retool-faults-") as root:
+        for command in chosen:
+            broken += play_all(command, Path(root) / command.name, options)
+    return int(broken > 0)
+
+
+def play_all(command: Command, root: Path, options: argparse.Namespace) -> int:
+    """Play a command's faults and print its table; how many broke the rule."""
     begin = time.monotonic()
     outcomes = list[Outcome]()
-    with tempfile.TemporaryDirectory(prefix="retool-faults-") as root:
-        stage = prepare(make_work(Path(root) / "work"), Path(root))
-        chosen = [fault for fault in draw(options.runs, options.seed) if options.only in fault.name]
-        for number, fault in enumerate(chosen):
-            outcomes.append(play(stage, number, fault, options.seed * 1_000_003 + number))
-            if outcomes[-1].broken:
-                print(f"{number}: {fault.name}: {outcomes[-1].broken}\n", flush=True)
-    print(table(outcomes))
+    stage = prepare(command, root)
+    runs = options.runs or len(FAULTS_OF[command.name])
+    drawn = draw(command, runs, options.seed)
+    for number, fault in enumerate(fault for fault in drawn if options.only in fault.name):
+        outcome = play(stage, number, fault, options.seed * 1_000_003 + number)
+        outcomes.append(outcome)
+        said = f"broken: {outcome.broken}\n" if outcome.broken else f"{outcome.seconds:.1f} s"
+        print(f"{command.name} {number}: {fault.name}: {said}", file=sys.stderr, flush=True)
+    print(f"\n`python -m retool.{command.name}`\n\n{table(FAULTS_OF[command.name], outcomes)}")
     broken = sum(bool(outcome.broken) for outcome in outcomes)
     print(f"\n{len(outcomes)} runs, {broken} broke the rule, {time.monotonic() - begin:.0f} s")
-    return int(broken > 0)
+    return broken
 
 
 if __name__ == "__main__":

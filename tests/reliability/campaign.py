@@ -11,17 +11,22 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
 
 from retool.checkpoint import latest
-from tests.ranks import _context
+from tests.ranks import _context, server
+from tests.reliability.commands import STEPS, Command
 from tests.reliability.faults import FAULTS, HOOKS, NOTHING, Fault, Scene
+from tests.reliability.processes import adopt_orphans, children, left
+from tests.reliability.rl_faults import HOOKS as RL_HOOKS
+from tests.reliability.rl_faults import RL_FAULTS
 
-LIMIT_S = 120.0  # that a run of a few seconds may take on a busy machine, whatever happens to it
+LIMIT_S = 150.0  # that a run of a few seconds may take on a busy machine, whatever happens to it
 LAUNCHER_S = 10.0  # after which the first rank that fails takes the others along
-STEPS = 4
+LEFT_S = 15.0  # that what a run has started may live on
 
 
 @dataclass(frozen=True)
@@ -44,33 +49,16 @@ class Stage:
     happens to makes of them.
     """
 
+    command: Command
     work: Path
     root: Path
     lasts_s: Mapping[int, float]
     weights: Mapping[int, bytes]
 
 
-def command(scene: Scene, work: Path, chance: random.Random) -> list[str]:
-    """A run of `STEPS` steps with a checkpoint of each."""
-    keys = {
-        "data.train_files": scene.data,
-        "model.partial_pretrain": work / "model",
-        "trainer.default_local_dir": scene.out,
-        "data.cache_dir": scene.cache,
-        "data.train_batch_size": 4,
-        "data.micro_batch_size_per_gpu": 2,
-        "data.num_workers": 0,
-        "optim.lr": 1e-3,
-        "trainer.total_training_steps": STEPS,
-        "trainer.save_freq": 1,
-        "trainer.device": "cpu",
-        "trainer.checkpoint.async_save": str(chance.random() < 0.5).lower(),
-        **scene.keys,
-    }
-    return [f"{key}={value}" for key, value in keys.items()]
-
-
-def _rank(words: list[str], rank: int, world: int, port: int, log: str, hook: str) -> None:
+def _rank(
+    command: Command, words: list[str], rank: int, world: int, port: int, log: str, hook: str
+) -> None:
     os.setsid()  # whatever it leaves can be found
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -88,11 +76,10 @@ def _rank(words: list[str], rank: int, world: int, port: int, log: str, hook: st
             **{name: str(value) for name, value in place.items()},
         }
     torch.set_num_threads(1)
-    from retool.sft.__main__ import main
-
-    HOOKS[hook]()
+    command.began()
+    ALL_HOOKS[hook]()
     try:
-        status = main(words)
+        status = command.main(words)
     except KeyboardInterrupt:
         status = 130
     sys.stdout.flush()
@@ -100,15 +87,21 @@ def _rank(words: list[str], rank: int, world: int, port: int, log: str, hook: st
 
 
 def launch(
-    scene: Scene, words: list[str], world: int, hook: str, log: Path, fault: Fault | None = None
-) -> tuple[list[int], bool]:
-    """Run a command with its ranks, and `fault.during` beside it.
+    stage: Stage, scene: Scene, world: int, hook: str, log: Path, fault: Fault | None = None
+) -> tuple[list[int], str]:
+    """Run the command with its ranks, and `fault.during` beside it.
 
-    Exit statuses, and whether anything outlived `LIMIT_S`.
+    Exit statuses, and what outlived `LIMIT_S`, or was left.
     """
+    server.ensure_running()
+    resource_tracker.ensure_running()
+    adopt_orphans()
+    before = children()
+    words = stage.command.words(scene, stage.work, scene.chance)
     ranks = [
         _context.Process(
-            target=_rank, args=(words, r, world, scene.port, str(log), hook), daemon=True
+            target=_rank,
+            args=(stage.command, words, r, world, scene.port, str(log), hook),
         )
         for r in range(world)
     ]
@@ -129,65 +122,52 @@ def launch(
                 process.terminate()
             end = min(end, time.monotonic() + 30)
         time.sleep(0.01)
-    sessions = {process.pid for process in ranks}
-    hung = any(process.is_alive() for process in ranks)
+    hung = [str(rank) for rank, process in enumerate(ranks) if process.is_alive()]
     for process in ranks:
         if process.is_alive():
             process.kill()
         process.join()
-    left = [pid for pid in _of_sessions(sessions) if pid not in sessions]
-    return [process.exitcode or 0 for process in ranks if process.pid not in ended], hung or bool(
-        left
-    )
-
-
-def _of_sessions(sessions: set[int | None]) -> list[int]:
-    found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) in sessions and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
+    statuses = [process.exitcode or 0 for process in ranks if process.pid not in ended]
+    lasting = [f"{p.pid} {p.command[:200]}" for p in left(before, LEFT_S)]
+    return statuses, "; ".join([f"rank {rank} hung" for rank in hung] + lasting)
 
 
 def make_scene(stage: Stage, number: int, seed: int, world: int) -> Scene:
     """A fresh place for one run; the cache is made anew in every third."""
     folder = stage.root / f"run_{number}"
     folder.mkdir()
-    shutil.copy(stage.work / "train.parquet", folder / "train.parquet")
+    data = folder / stage.command.data
+    shutil.copy(stage.work / data.name, data)
     return Scene(
         folder / "out",
         folder / "cache",
-        folder / "train.parquet",
+        data,
         random.Random(seed),
         stage.lasts_s.get(world, 5.0),
     )
 
 
-def prepare(work: Path, root: Path) -> Stage:
+def prepare(command: Command, root: Path) -> Stage:
     """Calm runs of one and two ranks, which all others are compared with."""
-    stage = Stage(work, root, {}, {})
+    root.mkdir(exist_ok=True)
+    stage = Stage(command, command.make(root / "work"), root, {}, {})
     for world in (1, 2):
         scene = make_scene(stage, -world, 0, world)
         for again in range(2):  # the first one starts the fork server
             shutil.rmtree(scene.out, ignore_errors=True)
             begin = time.monotonic()
             log = scene.out.with_name(f"log_{again}")
-            statuses, hung = launch(scene, command(scene, work, scene.chance), world, NOTHING, log)
-            assert statuses == [0] * world and not hung, log.read_text()[-3000:]
+            statuses, hung = launch(stage, scene, world, NOTHING, log)
+            assert statuses == [0] * world and not hung, hung + log.read_text()[-3000:]
         lasts = {**stage.lasts_s, world: time.monotonic() - begin}
         stage = replace(
-            stage, lasts_s=lasts, weights={**stage.weights, world: _weights(scene, world)}
+            stage, lasts_s=lasts, weights={**stage.weights, world: _weights(stage, scene, world)}
         )
     return stage
 
 
-def _weights(scene: Scene, world: int) -> bytes:
-    folder = scene.out / f"global_step_{STEPS}"
+def _weights(stage: Stage, scene: Scene, world: int) -> bytes:
+    folder = scene.out / f"global_step_{STEPS}" / stage.command.shards
     return b"".join(
         (folder / f"model_world_size_{world}_rank_{rank}.pt").read_bytes() for rank in range(world)
     )
@@ -199,25 +179,21 @@ def play(stage: Stage, number: int, fault: Fault, seed: int) -> Outcome:
     log = scene.out.with_name("log")
     fault.before(scene)
     begin = time.monotonic()
-    statuses, hung = launch(
-        scene, command(scene, stage.work, scene.chance), fault.world, fault.inside, log, fault
-    )
+    statuses, hung = launch(stage, scene, fault.world, fault.inside, log, fault)
     seconds = time.monotonic() - begin
     said = log.read_text(errors="replace")
-    broken = "something hung, or was left" if hung else _broken(fault, statuses, said)
+    broken = f"hung or left: {hung}" if hung else _broken(fault, statuses, said)
     saved = latest(scene.out)
     then = 0
     again = ""
     if not broken:
         fault.after(scene)
         second = scene.out.with_name("log_again")
-        codes, hung = launch(
-            scene, command(scene, stage.work, scene.chance), fault.world, fault.inside_then, second
-        )
+        codes, hung = launch(stage, scene, fault.world, fault.inside_then, second)
         again = second.read_text(errors="replace")
         then = max(codes)
         broken = (
-            "the second run hung, or left something"
+            f"the second run hung or left: {hung}"
             if hung
             else _broken_then(stage, fault, scene, codes, again)
         )
@@ -250,7 +226,7 @@ def _broken_then(stage: Stage, fault: Fault, scene: Scene, codes: list[int], sai
         return f"it doesn't say {fault.told_then!r}"
     if fault.second == 0 and latest(scene.out) != scene.out / f"global_step_{STEPS}":
         return "the last checkpoint isn't there"
-    if fault.exact and _weights(scene, fault.world) != stage.weights[fault.world]:
+    if fault.exact and _weights(stage, scene, fault.world) != stage.weights[fault.world]:
         return "the weights are other than those of a calm run"
     return ""
 
@@ -272,10 +248,15 @@ def last_words(said: str) -> str:
     return (telling or lines or [""])[-1]
 
 
-def draw(runs: int, seed: int) -> list[Fault]:
-    """Every fault in turn, in a random order."""
+def draw(command: Command, runs: int, seed: int) -> list[Fault]:
+    """Every fault of a command in turn, in a random order."""
     chance = random.Random(seed)
+    faults = FAULTS_OF[command.name]
     out = list[Fault]()
     while len(out) < runs:
-        out += chance.sample(FAULTS, len(FAULTS))
+        out += chance.sample(faults, len(faults))
     return out[:runs]
+
+
+FAULTS_OF = {"sft": FAULTS, "rl": RL_FAULTS}
+ALL_HOOKS = {**HOOKS, **RL_HOOKS}

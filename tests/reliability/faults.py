@@ -42,6 +42,11 @@ class Scene:
     held: list[object] = field(default_factory=list)  # what is let go when the scene ends
 
     @property
+    def reward(self) -> Path:
+        """A copy of the reward's file, RL's alone."""
+        return self.out.with_name("reward.py")
+
+    @property
     def newest(self) -> Path | None:
         """The newest finished checkpoint."""
         found = [
@@ -108,6 +113,20 @@ def send_in_a_save(scene: Scene, number: int) -> None:
         if process.is_alive() and process.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
+
+
+def stop_one_rank(scene: Scene) -> None:
+    """SIGSTOP, as a debugger or a frozen container does; it is killed once the others have ended."""
+    scene.wait_for_a_save()
+    stopped = scene.chance.choice(scene.processes)
+    others = [process for process in scene.processes if process is not stopped]
+    if stopped.pid is None or not stopped.is_alive():
+        return
+    os.kill(stopped.pid, signal.SIGSTOP)
+    end = time.monotonic() + 90
+    while any(process.is_alive() for process in others) and time.monotonic() < end:
+        time.sleep(0.05)
+    stopped.kill()
 
 
 def take_folder_away(scene: Scene) -> None:
@@ -180,7 +199,8 @@ def flip(path: Path, chance: random.Random) -> None:
 
 def damage_checkpoint(scene: Scene) -> None:
     assert scene.newest is not None
-    files = sorted(p for p in scene.newest.iterdir() if p.suffix == ".pt" or p.suffix == ".json")
+    files = sorted(p for p in scene.newest.rglob("*.*") if p.suffix in (".pt", ".json"))
+    files = [p for p in files if "huggingface" not in p.parts]
     path = scene.chance.choice(files)
     how = scene.chance.randrange(4)
     if how == 0:
@@ -258,6 +278,12 @@ def hung_save() -> None:
     )
 
 
+def quick_watchdog() -> None:
+    from retool.run import watchdog
+
+    watchdog.PATIENCE = 0.5
+
+
 def impatient() -> None:
     from retool.files import lock
     from retool.run import start
@@ -293,6 +319,7 @@ HOOKS: dict[str, Callable[[], None]] = {
     "full disk": full_disk,
     "clock": clock_backwards,
     "hung save": hung_save,
+    "quick watchdog": quick_watchdog,
     "impatient": impatient,
     "flaky store": flaky_store,
     "store": known_store,
@@ -324,6 +351,15 @@ FAULTS = (
         "one of two ranks killed",
         during=lambda s: send(s, signal.SIGKILL, everyone=False),
         first=(*KILLED, 1),
+        world=2,
+    ),
+    Fault(
+        "one of two ranks stopped",
+        before=lambda s: ask_for(s, trainer__watchdog_s=15),
+        during=stop_one_rank,
+        inside="quick watchdog",
+        first=(70, *KILLED),
+        told="hung",
         world=2,
     ),
     Fault("SIGTERM", during=lambda s: send(s, signal.SIGTERM), first=STOPPED),

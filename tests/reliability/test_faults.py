@@ -1,4 +1,4 @@
-"""Two hundred runs, each with one fault; a few of them by default."""
+"""Two hundred runs of each command, each with one fault."""
 
 from __future__ import annotations
 
@@ -6,31 +6,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.campaign import draw, play, prepare
-from tests.reliability.faults import FAULTS
-from tests.sft.conftest import work
-
-__all__ = ["work"]
-
-
-def _play_all(work: Path, root: Path, runs: int, seed: int) -> None:
-    stage = prepare(work, root)
-    outcomes = [
-        play(stage, number, fault, seed * 1_000_003 + number)
-        for number, fault in enumerate(draw(runs, seed))
-    ]
-    assert len(outcomes) == runs
-    assert not [f"{outcome.fault}: {outcome.broken}" for outcome in outcomes if outcome.broken]
+from tests.reliability.campaign import FAULTS_OF, draw, play, prepare
+from tests.reliability.commands import RL, SFT, Command
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
-def test_two_hundred_runs_with_a_fault_each(work: Path, tmp_path: Path) -> None:
-    _play_all(work, tmp_path, runs=200, seed=1)
+@pytest.mark.timeout(14_400)
+@pytest.mark.parametrize("command", [SFT, RL], ids=["sft", "rl"])
+def test_two_hundred_runs_with_a_fault_each(command: Command, tmp_path: Path) -> None:
+    stage = prepare(command, tmp_path / "stage")
+    outcomes = [
+        play(stage, number, fault, 1_000_003 + number)
+        for number, fault in enumerate(draw(command, runs=200, seed=1))
+    ]
+    assert len(outcomes) == 200
+    assert not [f"{outcome.fault}: {outcome.broken}" for outcome in outcomes if outcome.broken]
 
 
-def test_every_fault_is_drawn_and_has_a_name_of_its_own() -> None:
-    drawn = draw(2 * len(FAULTS), seed=3)
-    assert {fault.name for fault in drawn[: len(FAULTS)]} == {
-        fault.name for fault in FAULTS
-    } and len({f.name for f in FAULTS}) == len(FAULTS)
+@pytest.mark.parametrize("command", [SFT, RL], ids=["sft", "rl"])
+def test_every_fault_is_drawn_and_has_a_name_of_its_own(command: Command) -> None:
+    names = {fault.name for fault in FAULTS_OF[command.name]}
+    drawn = draw(command, 2 * len(names), seed=3)
+    assert len(names) == len(FAULTS_OF[command.name])
+    assert {fault.name for fault in drawn[: len(names)]} == names

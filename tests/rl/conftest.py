@@ -80,7 +80,12 @@ def rng():
 @pytest.fixture(scope="session")
 def work(tmp_path_factory) -> Path:
     """`model/` (two layers, random), `train.jsonl` (24 questions), `val.jsonl` (3)."""
-    folder = tmp_path_factory.mktemp("rl")
+    return make(tmp_path_factory.mktemp("rl"))
+
+
+def make(folder: Path) -> Path:
+    """`work` in a folder of one's own."""
+    folder.mkdir(exist_ok=True)
     problems = data.make_problems(27, seed=0)
     texts = [message["content"] for p in problems for message in data.to_row(p, "t")["messages"]]
     tokenizer = model.train_tokenizer([*texts, json.dumps(data.TOOL)])
