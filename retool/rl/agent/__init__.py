@@ -1,6 +1,6 @@
 """From a prompt to a trajectory.
 
 `loop` takes the turns of one episode: render, generate, `formats` reads the calls that the model
-wrote, `calls` has the `tools` answer them, `truncation` cuts what they say. `rollout` keeps many
-episodes and the engine busy.
+wrote, `calls` has the `tools` answer them, `truncation` cuts what they say. `turns` are those that the
+engine makes for many episodes at once. `rollout` keeps these and the engine busy.
 """

@@ -33,24 +33,31 @@ class Generate(Protocol):
 async def run_episode(
     prompt: Prompt, sample: int, generate: Generate, agent: Agent, version: int = 0
 ) -> Trajectory:
-    """One answer to `prompt`. Without tools it is a single turn.
-
-    Tools may fail in any way; only `generate` may raise. `version` is the policy's.
-    """
+    """One answer to `prompt`. `version` is the policy's."""
     episode = Episode.begin(prompt)
+    stop, tool_failure = await play(episode, generate, agent)
+    return episode.finish(sample, stop, version, tool_failure)
+
+
+async def play(episode: Episode, generate: Generate, agent: Agent) -> tuple[Stop, str]:
+    """All turns of an episode: why it ended, and what a tool that broke said. Without tools it is
+    a single turn.
+
+    Tools may fail in any way; only `generate` may raise.
+    """
     limit = agent.options.max_response_length
-    new_ids: Sequence[int] = prompt.ids.tolist()
+    new_ids: Sequence[int] = episode.prompt.ids.tolist()
     while True:
         turn = await generate(new_ids, limit - len(episode.tokens))
         stop, calls = _take_turn(episode, turn, agent)
         if stop is not None:
-            return episode.finish(sample, stop, version)
+            return stop, ""
         responses, tool_failure = await run_calls(episode, calls, agent)
         if tool_failure is not None:
-            return episode.finish(sample, Stop.INFRASTRUCTURE, version, tool_failure)
+            return Stop.INFRASTRUCTURE, tool_failure
         new_ids = _render_tool_turn(episode, responses, agent)
         if len(episode.tokens) + len(new_ids) >= limit:  # no room for an answer to it
-            return episode.finish(sample, Stop.LENGTH, version)
+            return Stop.LENGTH, ""
         episode.add_tool_turn(responses, new_ids)
 
 
@@ -66,7 +73,7 @@ def _take_turn(episode: Episode, turn: Sampled, agent: Agent) -> tuple[Stop | No
         return Stop.LENGTH, []
     if turn.tokens[-1] != end_ids[0]:  # the end of everything, not of a turn
         return Stop.EOS, []
-    calls = _calls_in(text, agent)
+    calls = calls_in(text, agent)
     if not calls:
         return Stop.NO_CALL, []
     if _turns_used_up(episode, agent):
@@ -74,7 +81,8 @@ def _take_turn(episode: Episode, turn: Sampled, agent: Agent) -> tuple[Stop | No
     return None, calls
 
 
-def _calls_in(text: str, agent: Agent) -> list[Call]:
+def calls_in(text: str, agent: Agent) -> list[Call]:
+    """The calls that a turn makes; none where there are no tools."""
     if not agent.tools:
         return []
     most = max(MAX_CALLS_READ, agent.options.max_parallel_calls)

@@ -11,23 +11,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from retool.data.render.renderer import Renderer
-from retool.engine import Sampler, SamplingParams, TurnDone
-from retool.rl.agent.episode import Sampled
+from retool.engine import Sampler, SamplingParams
 from retool.rl.agent.loop import run_episode
 from retool.rl.agent.options import Agent, AgentOptions
 from retool.rl.agent.tools.protocol import Tool
+from retool.rl.agent.turns import EngineSequence, Turns, let_others_run
 from retool.rl.reward.builtin import overlong_penalty
 from retool.rl.reward.protocol import JUDGES_LOST, Judged
 from retool.rl.types import LOST, TOOL_FAILURE, Prompt, Scored, Stop, Trajectory
 
-# Between engine steps: in so many a finished turn's call is on its way, and a tool's answer in the
-# engine
-EVENT_LOOP_ROUNDS = 3
 MAX_SECONDS_TO_WAIT = 0.5  # with nothing to decode: a signal to stop may come
 
 
@@ -85,17 +82,16 @@ class RolloutTimes:
 @dataclass
 class _Underway:
     """`turns` that the engine makes, how many episodes are still `sampling` (the others are being
-    judged), and those that `ended` since it was looked at. `work` wakes who waits for one of these.
+    judged), and those that `ended` since it was looked at: `turns.work` wakes who waits for one.
     """
 
-    turns: dict[Hashable, asyncio.Future[TurnDone]] = field(default_factory=dict)
-    work: asyncio.Event = field(default_factory=asyncio.Event)
+    turns: Turns
     sampling: int = 0
     ended: list[asyncio.Task[Any]] = field(default_factory=list)
 
     def end(self, task: asyncio.Task[Any]) -> None:
         self.ended.append(task)
-        self.work.set()
+        self.turns.work.set()
 
 
 async def roll_out(
@@ -109,7 +105,7 @@ async def roll_out(
     between: then nothing is left running and the engine is empty.
     """
     begin = time.perf_counter()
-    underway = _Underway()
+    underway = _Underway(Turns(parts.engine))
     times = times or RolloutTimes()
     tasks = [
         asyncio.create_task(_episode(parts, underway, prompt, sample, sampling, step))
@@ -135,13 +131,9 @@ async def _drive(
 ) -> None:
     """Engine steps until every episode is done; an episode's own error ends it all."""
     while episodes and not parts.stopped():
-        for _ in range(EVENT_LOOP_ROUNDS):
-            await asyncio.sleep(0)  # whatever became ready goes on: new turns, tool results
+        await let_others_run()
         if not parts.engine.idle():
-            for turn in parts.engine.step():
-                future = underway.turns.pop(turn.key, None)
-                if future is not None and not future.done():  # its episode may be gone
-                    future.set_result(turn)
+            underway.turns.step()
         elif not underway.ended:
             await _wait(underway, times)
         for task in underway.ended:
@@ -152,47 +144,17 @@ async def _drive(
 
 async def _wait(underway: _Underway, times: RolloutTimes) -> None:
     """Nothing to decode: wait for a new turn or for an episode's end."""
-    underway.work.clear()
+    work = underway.turns.work
+    work.clear()
     begin = time.perf_counter()
     for_tools = underway.sampling > 0
     with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(underway.work.wait(), MAX_SECONDS_TO_WAIT)
+        await asyncio.wait_for(work.wait(), MAX_SECONDS_TO_WAIT)
     seconds = time.perf_counter() - begin
     if for_tools:
         times.tools += seconds
     else:
         times.reward += seconds
-
-
-@dataclass
-class _EngineSequence:
-    """A trajectory's sequence in the engine; `params` but for each turn's `max_tokens`."""
-
-    engine: Sampler
-    underway: _Underway
-    key: tuple[int, int]  # prompt, sample
-    params: SamplingParams
-    started: bool = False
-
-    async def generate(self, ids: Sequence[int], max_tokens: int) -> Sampled:
-        """Give the engine `ids`, and wait for the turn that it makes."""
-        params = replace(self.params, max_tokens=max_tokens)
-        future: asyncio.Future[TurnDone] = asyncio.get_running_loop().create_future()
-        self.underway.turns[self.key] = future
-        if self.started:
-            self.engine.extend(self.key, ids, params)
-        else:
-            self.engine.start(self.key, ids, params, group=self.key[0])
-        self.started = True
-        self.underway.work.set()
-        turn = await future
-        reason = "aborted" if turn.reason == "capacity" else turn.reason
-        return Sampled(turn.tokens, turn.logp, turn.logp_behaviour, reason)
-
-    def end(self) -> None:
-        self.underway.turns.pop(self.key, None)
-        if self.started:
-            self.engine.drop(self.key)
 
 
 async def _episode(
@@ -212,7 +174,8 @@ async def _episode(
         stop_ids=(*parts.renderer.end_of_turn_ids, *parts.agent.eos_ids),
         seed=(sampling.seed, sampling.split, step, prompt.index, sample),
     )
-    sequence = _EngineSequence(parts.engine, underway, (prompt.index, sample), params)
+    key = (prompt.index, sample)
+    sequence = EngineSequence(underway.turns, key, params, group=prompt.index)
     try:
         agent = Agent(parts.tools, parts.renderer, parts.agent)
         trajectory = await run_episode(prompt, sample, sequence.generate, agent, step)

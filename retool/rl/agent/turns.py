@@ -1,0 +1,70 @@
+"""Turns that an engine makes for many episodes at once: each waits for its own, all share the steps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+
+from retool.engine import Sampler, SamplingParams, TurnDone
+from retool.rl.agent.episode import Sampled
+
+# Between engine steps: in so many a finished turn's call is on its way, and a tool's answer in the
+# engine
+EVENT_LOOP_ROUNDS = 3
+
+
+@dataclass
+class Turns:
+    """Turns under way, by the keys of their sequences. `work` wakes who waits for a new one."""
+
+    engine: Sampler
+    waiting: dict[Hashable, asyncio.Future[TurnDone]] = field(default_factory=dict)
+    work: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def step(self) -> None:
+        """A step of the engine; whoever waits for a turn that ended with it goes on."""
+        for turn in self.engine.step():
+            future = self.waiting.pop(turn.key, None)
+            if future is not None and not future.done():  # its episode may be gone
+                future.set_result(turn)
+
+
+async def let_others_run() -> None:
+    """Whatever became ready since the last step goes on: new turns, results of tools."""
+    for _ in range(EVENT_LOOP_ROUNDS):
+        await asyncio.sleep(0)
+
+
+@dataclass
+class EngineSequence:
+    """An episode's sequence in the engine; `params` but for each turn's `max_tokens`.
+
+    The samples of one prompt are a `group`.
+    """
+
+    turns: Turns
+    key: Hashable
+    params: SamplingParams
+    group: Hashable = None
+    started: bool = False
+
+    async def generate(self, ids: Sequence[int], max_tokens: int) -> Sampled:
+        """Give the engine `ids`, and wait for the turn that it makes."""
+        params = replace(self.params, max_tokens=max_tokens)
+        future: asyncio.Future[TurnDone] = asyncio.get_running_loop().create_future()
+        self.turns.waiting[self.key] = future
+        if self.started:
+            self.turns.engine.extend(self.key, ids, params)
+        else:
+            self.turns.engine.start(self.key, ids, params, group=self.group)
+        self.started = True
+        self.turns.work.set()
+        turn = await future
+        reason = "aborted" if turn.reason == "capacity" else turn.reason
+        return Sampled(turn.tokens, turn.logp, turn.logp_behaviour, reason)
+
+    def end(self) -> None:
+        self.turns.waiting.pop(self.key, None)
+        if self.started:
+            self.turns.engine.drop(self.key)
