@@ -52,6 +52,16 @@ COMMANDS = {
         "doctor | serve",
         "says what isolates generated programs here; runs them for others",
     ),
+    "chat": Command(
+        "retool.talk.chat",
+        "MODEL",
+        "talk to a model in the terminal, with its tools",
+    ),
+    "generate": Command(
+        "retool.talk.generate",
+        "MODEL FILE",
+        "writes answers to a file of prompts",
+    ),
 }
 HELP = ("help", "--help", "-h")
 VERSION = ("version", "--version", "-V")

@@ -38,6 +38,7 @@ LEVELS = {
     "rl": 7,
     "llm": 8,
     "report": 8,
+    "talk": 9,
 }
 
 

@@ -72,7 +72,7 @@ class LLM:
         self.seed = seed
         self.tokenizer: Any = load_tokenizer(str(self.folder), trust_remote_code)
         self._rendering = Rendering(chat_template=chat_template)
-        self._ends = eos_ids(self.folder)
+        self.eos_ids = eos_ids(self.folder)
         self._calls = 0
         where = pick_device(device)
         options = EngineOptions(
@@ -145,7 +145,7 @@ class LLM:
         requests = []
         for number, (conversation, params) in enumerate(zip(given, each, strict=True)):
             ids = _render(renderer, conversation, tools, number)
-            ends = (*renderer.end_of_turn_ids, *self._ends)
+            ends = (*renderer.end_of_turn_ids, *self.eos_ids)
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
             requests.append(Request(text, ids, params, ends))
         return self._answer(requests)
@@ -213,9 +213,9 @@ class LLM:
         prompt may be what `render` made.
         """
         try:
-            return (*self.renderer.end_of_turn_ids, *self._ends)
+            return (*self.renderer.end_of_turn_ids, *self.eos_ids)
         except ValueError:
-            return self._ends
+            return self.eos_ids
 
     def _answer(self, requests: Sequence[Request]) -> list[RequestOutput]:
         answers = self._answers(requests, None)

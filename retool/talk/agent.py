@@ -1,0 +1,130 @@
+"""A model and its tools, as the agent loop wants them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from retool.llm.llm import LLM
+from retool.llm.sampling import SamplingParams
+from retool.rl.agent.calls import clean
+from retool.rl.agent.formats import CALL_OPENS, THOUGHT_CLOSES
+from retool.rl.agent.loop import calls_in
+from retool.rl.agent.options import Agent, AgentOptions
+from retool.rl.agent.tools.load import load_tools
+from retool.rl.agent.tools.protocol import Tool
+from retool.rl.types import Stop
+from retool.talk.options import CODE, NO_TOOLS
+
+MAX_TURNS = 32  # of the model's in one answer: a model may call its tool for ever
+TOOL_TOKENS = 2048  # of a tool's text that the model reads
+
+# Why an answer ended, in the words of OpenAI's API where it has any
+FINISH_REASONS = {
+    Stop.EOS: "stop",
+    Stop.NO_CALL: "stop",
+    Stop.LENGTH: "length",
+    Stop.MAX_TURNS: "max_turns",
+    Stop.INFRASTRUCTURE: "tool_failure",
+    Stop.ABORTED: "aborted",
+}
+
+
+@dataclass(frozen=True)
+class Talker:
+    """Who answers: the model, and what stands around it."""
+
+    llm: LLM
+    agent: Agent
+    sampling: SamplingParams
+
+    @property
+    def schemas(self) -> list[dict[str, Any]] | None:
+        """What the chat template is told of the tools."""
+        return self.agent.schemas or None
+
+
+def sampling_of(options: argparse.Namespace, n: int = 1) -> SamplingParams:
+    """How the command line wants tokens drawn. ValueError for values that mean nothing."""
+    return SamplingParams(
+        n=n,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+
+
+def open_tools(choice: str, isolation: str) -> list[Tool]:
+    """The tools of `--tools`, started. ValueError where there are none, or they can't be."""
+    if choice == NO_TOOLS:
+        return []
+    try:
+        return load_tools(None if choice == CODE else choice, isolation=isolation)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"--tools {choice}: {error} Or use --tools none, or --isolation best_effort."
+        ) from error
+
+
+def open_llm(options: argparse.Namespace, max_num_seqs: int, enforce_eager: bool) -> LLM:
+    """The model of the command line. ValueError where it can't be loaded."""
+    return LLM(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        seed=options.seed,
+        max_model_len=options.max_model_len,
+        max_num_seqs=max_num_seqs,
+        enforce_eager=enforce_eager,
+        trust_remote_code=options.trust_remote_code,
+        chat_template=options.chat_template,
+    )
+
+
+def make_talker(
+    llm: LLM, tools: Sequence[Tool], sampling: SamplingParams, form: str = "hermes"
+) -> Talker:
+    """The model with these tools. `form`: how it writes calls."""
+    options = AgentOptions(
+        max_response_length=sampling.max_tokens or llm.max_model_len,
+        max_assistant_turns=MAX_TURNS,
+        format=form,
+        max_tool_response_length=TOOL_TOKENS,
+        max_parallel_calls=8,
+        eos_ids=tuple(llm.eos_ids),
+    )
+    by_name = {tool.name: tool for tool in tools}
+    return Talker(llm, Agent(by_name, llm.renderer, options), sampling)
+
+
+def to_message(text: str, agent: Agent) -> dict[str, Any]:
+    """A turn of the model's as a message that templates show as they show others.
+
+    Calls written as hermes has them become `tool_calls`. Another turn, and one with a call that
+    can't be read, stays the text that it is.
+    """
+    calls = calls_in(text, agent)
+    readable = [call for call in calls if not call.problem and isinstance(call.arguments, dict)]
+    if agent.options.format != "hermes" or not calls or len(readable) < len(calls):
+        return {"role": "assistant", "content": clean(text)}
+    functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
+    # A call among the thoughts is none
+    thoughts, closes, said = text.rpartition(THOUGHT_CLOSES)
+    before = thoughts + closes + said.partition(CALL_OPENS)[0]
+    return {
+        "role": "assistant",
+        "content": clean(before).strip(),
+        "tool_calls": [{"type": "function", "function": function} for function in functions],
+    }
+
+
+def without_thoughts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as it stands in the history: what was thought for it is over."""
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str):
+        return message
+    return {**message, "content": content.rpartition(THOUGHT_CLOSES)[2].strip()}

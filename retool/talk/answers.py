@@ -1,0 +1,81 @@
+"""The file of answers: it is there when it is whole, and until then a part of it that can be gone on
+from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from retool.files.durable import replacing
+
+SUFFIX = ".partial"
+
+
+class AnswersFile:
+    """Answers as JSON lines, in the order of the questions.
+
+    Beside `path` a file `path.partial` grows; its first line says with what `settings`. `done` lines
+    of it were there already. ValueError where `path` is, or the part was made with others.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.part = path.with_name(path.name + SUFFIX)
+        self.done = 0
+        if path.exists():
+            raise ValueError(f"{path} is there already: choose another --out, or delete it.")
+        if not path.parent.is_dir():
+            raise ValueError(f"--out {path}: there is no folder {path.parent}. Make it.")
+        header = json.dumps(dict(settings), sort_keys=True, default=str)
+        if self.part.exists():
+            self._go_on(header)
+        else:
+            self.part.write_text(header + "\n", encoding="utf-8")
+        self._file: IO[str] = self.part.open("a", encoding="utf-8")
+
+    def _go_on(self, header: str) -> None:
+        """Keep the whole lines of what is there."""
+        with self.part.open("rb+") as file:
+            first = file.readline().decode("utf-8", "replace").rstrip("\n")
+            if first != header:
+                raise ValueError(
+                    f"{self.part} was begun with other settings ({_difference(first, header)}). "
+                    "Delete it, or choose another --out."
+                )
+            end = file.tell()
+            while file.readline().endswith(b"\n"):
+                end = file.tell()
+                self.done += 1
+            file.truncate(end)
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append a line; it survives the end of this process."""
+        self._file.write(json.dumps(dict(entry), ensure_ascii=False, default=str) + "\n")
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        self._file.close()
+        with self.part.open("rb") as source, replacing(self.path) as out:
+            source.readline()
+            shutil.copyfileobj(source, out)
+        self.part.unlink()
+
+    def close(self) -> None:
+        """Leave the part for another time."""
+        self._file.close()
+
+
+def _difference(first: str, header: str) -> str:
+    """Which settings differ."""
+    try:
+        old: dict[str, Any] = dict(json.loads(first))
+    except (ValueError, TypeError):
+        return "it isn't a part of ours"
+    new: dict[str, Any] = json.loads(header)
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    return ", ".join(f"{name}: {old.get(name)} → {new.get(name)}" for name in names)

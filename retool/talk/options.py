@@ -1,0 +1,71 @@
+"""The options that both commands have. Imports nothing heavy: `--help` waits for no torch."""
+
+from __future__ import annotations
+
+import argparse
+
+from retool.rl.agent.formats import PARSERS
+
+CODE = "code"  # what --tools says for the code interpreter of this machine
+NO_TOOLS = "none"
+
+
+def add_options(parser: argparse.ArgumentParser, tools: str, max_tokens: int) -> None:
+    """The options of both commands: which model, how it samples, and its tools."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face folder, the folder of a run, or a hub id"
+    )
+    sampling = parser.add_argument_group("how it samples")
+    sampling.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="0: the likeliest token (default: %(default)s)",
+    )
+    sampling.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
+    sampling.add_argument("--top-k", type=int, default=-1, help="-1: all (default: %(default)s)")
+    sampling.add_argument(
+        "--max-tokens",
+        type=int,
+        default=max_tokens,
+        help="most tokens of an answer, the tools' text included (default: %(default)s)",
+    )
+    sampling.add_argument(
+        "--seed", type=int, default=0, help="another seed, other answers (default: %(default)s)"
+    )
+    group = parser.add_argument_group("its tools")
+    group.add_argument(
+        "--tools",
+        default=tools,
+        metavar="code|none|FILE",
+        help="code: the code interpreter on this machine; FILE: a YAML file of tools, as "
+        "multi_turn.tool_config_path has it (default: %(default)s)",
+    )
+    group.add_argument(
+        "--format",
+        choices=PARSERS,
+        default="hermes",
+        help="how the model writes calls: JSON, ```python or <code> (default: %(default)s)",
+    )
+    group.add_argument(
+        "--isolation",
+        choices=("auto", "strict", "best_effort"),
+        default="auto",
+        help="best_effort: run programs even where this machine can't give every guarantee "
+        "(default: the tool's own, else strict)",
+    )
+    loading = parser.add_argument_group("how it is loaded")
+    loading.add_argument(
+        "--chat-template", help="hermes, or a jinja file; the model's own otherwise"
+    )
+    loading.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        help="default: %(default)s",
+    )
+    loading.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    loading.add_argument(
+        "--max-model-len", type=int, help="most tokens of a conversation (default: the model's)"
+    )
+    loading.add_argument("--trust-remote-code", action="store_true")

@@ -1,0 +1,94 @@
+"""Rows of any file that the reader knows → what is asked in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from retool.data.read.chunk import RowError
+from retool.data.read.files import iter_chunks
+from retool.data.read.names import resolve_files
+from retool.data.read.refused_rows import RefusedRows
+from retool.data.read.rows import plain, to_conversation
+from retool.rl.types import Prompt
+from retool.talk.agent import Talker
+
+# Columns that hold a question, or the messages up to it; the first that a row has counts
+COLUMNS = ("prompt", "messages", "question", "problem", "Problem", "instruction", "text")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row, and the prompt that it makes."""
+
+    row: dict[str, Any]
+    prompt: Prompt
+
+
+def read_questions(
+    files: Sequence[str], talker: Talker, column: str | None = None, most: int = -1
+) -> list[Question]:
+    """Every row of `files` (the first `most`; -1: all) as a question.
+
+    `column`: where it stands (None: the first of `COLUMNS` that there is). Of a conversation all up
+    to the user's last message is asked. ValueError with every kind of fault where a row can't be.
+    """
+    found: list[Question] = []
+    refused = RefusedRows()
+    count = 0
+    for where, row in _rows(files, most):
+        count += 1
+        try:
+            if isinstance(row, RowError):
+                raise row
+            prompt = _prompt(row, where, talker, column, len(found))
+            found.append(Question(row, prompt))
+        except ValueError as error:
+            refused.add(str(error) if str(error).startswith(where) else f"{where}: {error}")
+    if refused.count:
+        raise refused.error(count)
+    return found
+
+
+def _rows(files: Sequence[str], most: int) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+    for chunk in iter_chunks(resolve_files(files), limit=most):
+        for index, row in chunk:
+            yield f"{chunk.file}, row {index}", row
+
+
+def _prompt(
+    row: Mapping[str, Any], where: str, talker: Talker, column: str | None, index: int
+) -> Prompt:
+    names = (column,) if column else COLUMNS
+    asked = next((name for name in names if name in row), None)
+    if asked is None:
+        there = ", ".join(map(str, row))
+        raise ValueError(
+            f"{where}: there is no {' or '.join(map(repr, names))}; it has {there}. Name the column "
+            "with --column."
+        )
+    value = plain(row[asked])
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    file, _, number = where.rpartition(", row ")
+    fields = {"messages": messages, "tools": row.get("tools")}
+    checked = to_conversation(fields, file, int(number), prompt_only=True)
+    asking = _up_to_the_question(checked.messages, where)
+    # Without tools of ours the row's own are shown to the model; its calls aren't run then.
+    tools = talker.schemas or checked.tools
+    ids = talker.llm.renderer.render_prompt(asking, tools, checked.enable_thinking)
+    if len(ids) >= talker.llm.max_model_len:
+        raise ValueError(
+            f"{where}: the prompt has {len(ids):,} tokens, and the model takes "
+            f"{talker.llm.max_model_len:,} with its answer (--max-model-len)."
+        )
+    return Prompt(index, asking, tools, np.asarray(ids, np.int32), file, "")
+
+
+def _up_to_the_question(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        raise ValueError(f"{where}: there is no user's message to answer.")
+    return messages[: last + 1]

@@ -1,0 +1,104 @@
+"""What `retool generate` does: read the questions, answer them, write the answers, tell how far it is."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from retool.rl.agent.tools.load import close_tools
+from retool.talk.agent import Talker, make_talker, open_llm, open_tools, sampling_of
+from retool.talk.answers import AnswersFile
+from retool.talk.batch import answer_all
+from retool.talk.questions import Question, read_questions
+
+LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
+# What answers depend on; the number that is sampled at once changes none
+SETTINGS = (
+    "model files column max_rows n temperature top_p top_k max_tokens seed tools format "
+    "chat_template dtype max_model_len"
+).split()
+
+
+@dataclass
+class Tally:
+    """What was done so far."""
+
+    total: int
+    answered: int = 0
+    tokens: int = 0
+    begun: float = field(default_factory=time.perf_counter)
+    told: float = field(default_factory=time.perf_counter)
+
+    def sentence(self) -> str:
+        seconds = max(time.perf_counter() - self.begun, 1e-9)
+        speed = f"{self.tokens:,} tokens, {self.tokens / seconds:,.0f} a second"
+        return f"{self.answered:,} of {self.total:,} rows answered; {speed}"
+
+
+def write_answers(options: argparse.Namespace) -> int:
+    """Exit status. ValueError for what the user can mend."""
+    sampling = sampling_of(options, options.n)
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    tools = open_tools(options.tools, options.isolation)
+    try:
+        with open_llm(options, options.max_num_seqs, enforce_eager=False) as llm:
+            talker = make_talker(llm, tools, sampling, options.format)
+            questions = read_questions(options.files, talker, options.column, options.max_rows)
+            with closing(AnswersFile(options.out, settings)) as out:
+                asyncio.run(_write(talker, questions, out))
+                out.finish()
+    finally:
+        asyncio.run(close_tools(tools))
+    return 0
+
+
+async def _write(talker: Talker, questions: Sequence[Question], out: AnswersFile) -> None:
+    """Answer what isn't answered yet."""
+    tally = Tally(len(questions), out.done)
+    if out.done:
+        print(f"going on from {out.part}: {out.done:,} rows are answered", file=sys.stderr)
+    with _progress(tally) as tell:
+        async for question, completions in answer_all(talker, questions[out.done :]):
+            answers: list[dict[str, Any]] = [completion.as_dict() for completion in completions]
+            out.write({"row": question.row, "completions": answers})
+            tally.answered += 1
+            tally.tokens += sum(completion.tokens for completion in completions)
+            tell()
+    print(f"{tally.sentence()}: {out.path}", file=sys.stderr)
+
+
+@contextmanager
+def _progress(tally: Tally) -> Iterator[Any]:
+    """What to call when a row is done: on a terminal a bar moves, elsewhere a line comes at times."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+
+        def tell_in_lines() -> None:
+            if time.perf_counter() - tally.told >= LINE_SECONDS:
+                tally.told = time.perf_counter()
+                print(tally.sentence(), file=sys.stderr, flush=True)
+
+        yield tell_in_lines
+        return
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows  {task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=tally.total, completed=tally.answered)
+
+        def move_bar() -> None:
+            bar.update(task, completed=tally.answered, description=f"{tally.tokens:,} tokens")
+
+        yield move_bar

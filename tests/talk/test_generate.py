@@ -1,0 +1,138 @@
+"""`retool generate`: rows in, the same rows with answers out, however often it was stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from retool.__main__ import main
+from retool.rl.agent.formats import CALL_OPENS
+from retool.talk.answers import AnswersFile
+from retool.talk.batch import answer_all
+from retool.talk.questions import read_questions
+
+CALL = (
+    '<tool_call>\n{"name": "code_interpreter", "arguments": {"code": "print(6 * 7)"}}\n</tool_call>'
+)
+END = "<|im_end|>"
+ROWS = [
+    {"prompt": "How much is 6*7?", "answer": "42"},
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+    {"question": "Why?"},
+]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_come_in_order_with_calls_and_results(talker_of, tmp_path: Path) -> None:
+    script = {(i, s): [f"{i} {s}{END}"] for i in range(3) for s in range(2)}
+    script[0, 1] = [f"So: {CALL}{END}", f"It is 42.{END}"]
+    script[2, 0] = ["cut"]
+    talker, engine = talker_of(script, n=2, max_tokens=100)
+    questions = read_questions([write_rows(tmp_path / "rows.jsonl", ROWS)], talker)
+
+    async def collect() -> list:
+        return [pair async for pair in answer_all(talker, questions)]
+
+    found = asyncio.run(collect())
+    assert [question.row for question, _ in found] == ROWS
+    by_row = [[answer.as_dict() for answer in answers] for _, answers in found]
+    assert [[entry["text"] for entry in row] for row in by_row] == [
+        ["0 0", "It is 42."],
+        ["1 0", "1 1"],
+        ["cut", "2 1"],
+    ]
+    messages = by_row[0][1]["messages"]
+    assert [message["role"] for message in messages] == ["assistant", "tool", "assistant"]
+    assert messages[0]["content"] == "So:" and messages[1]["content"] == "42"
+    assert messages[0]["tool_calls"][0]["function"]["arguments"] == {"code": "print(6 * 7)"}
+    assert by_row[2][0]["finish_reason"] == "length" and by_row[0][0]["finish_reason"] == "stop"
+    # A conversation is asked again from the user's last message on
+    assert "Hello" not in engine.text((1, 0), 0) and sorted(engine.dropped) == sorted(script)
+
+
+def test_what_a_row_lacks_is_said_of_all_rows_at_once(talker_of, tmp_path: Path) -> None:
+    talker, _ = talker_of({}, tools=False)
+    rows = [{"x": 1}, {"x": 2}, {"prompt": "word " * 2000}, {"messages": []}, {"prompt": "good"}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError) as raised:
+        read_questions([file], talker)
+    said = str(raised.value)
+    assert said.startswith("4 of 5 rows can't be used:") and "Name the column with --column" in said
+    assert "row 0" in said and "1 more rows like it" in said and "the model takes 900" in said
+    assert read_questions([file], talker, "x", most=0) == []
+
+
+def test_the_tools_of_a_row_are_shown_where_none_run(talker_of, tmp_path: Path) -> None:
+    talker, _ = talker_of({}, tools=False)
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Hi", "tools": [tool]}])
+    (question,) = read_questions([file], talker)
+    assert "look_up" in talker.llm.tokenizer.decode(question.prompt.ids)
+
+
+def test_the_command_goes_on_from_its_part(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"How much is {i}?"} for i in range(5)])
+    out = tmp_path / "out.jsonl"
+    part = tmp_path / "out.jsonl.partial"
+    words = ["generate", str(folder), file, "--max-tokens", "6", "--n", "2", "--device", "cpu"]
+    assert main([*words, "--out", str(tmp_path / "whole.jsonl")]) == 0
+    whole = read_lines(tmp_path / "whole.jsonl")
+    assert [entry["row"]["prompt"][-2] for entry in whole] == list("01234")
+    assert all(len(entry["completions"]) == 2 for entry in whole)
+    # Killed in the middle of its third line
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    settings = {
+        "model": str(folder), "files": [file], "column": None, "max_rows": -1, "n": 2, "temperature": 1.0,
+        "top_p": 1.0, "top_k": -1, "max_tokens": 6, "seed": 0, "tools": "none", "format": "hermes",
+        "chat_template": None, "dtype": "auto", "max_model_len": None,
+    }  # fmt: skip
+    stopped = AnswersFile(out, settings)
+    stopped.close()
+    with part.open("a") as grown:
+        grown.write("".join(lines[:2]) + lines[2][:20])
+    assert main([*words, "--out", str(out), "--seed", "1"]) == 1
+    assert "begun with other settings (seed: 0 → 1)" in capsys.readouterr().err
+    assert main([*words, "--out", str(out)]) == 0
+    assert "going on from" in (said := capsys.readouterr().err) and "2 rows are answered" in said
+    assert read_lines(out) == whole and not part.exists()
+    assert main([*words, "--out", str(out)]) == 1
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_part_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    part = tmp_path / "out.jsonl.partial"
+    part.write_text("not ours\n")
+    with pytest.raises(ValueError, match="isn't a part of ours"):
+        AnswersFile(tmp_path / "out.jsonl", {"n": 1})
+    assert part.read_text() == "not ours\n"
+    with pytest.raises(ValueError, match="there is no folder"):
+        AnswersFile(tmp_path / "none" / "out.jsonl", {})
+
+
+def test_an_interrupted_batch_leaves_the_engine_empty(talker_of, tmp_path: Path) -> None:
+    script = {(i, 0): [f"{i}{END}"] for i in range(3)}
+    talker, engine = talker_of(script, tools=False)
+    questions = read_questions([write_rows(tmp_path / "rows.jsonl", ROWS)], talker)
+
+    async def first() -> str:
+        answers = answer_all(talker, questions)
+        async for _, found in answers:
+            await answers.aclose()
+            return found[0].as_dict()["text"]
+        return ""
+
+    assert asyncio.run(first()) == "0" and engine.idle()
+    assert CALL_OPENS not in engine.text((0, 0))
