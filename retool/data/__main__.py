@@ -184,7 +184,7 @@ def _audit(options: argparse.Namespace) -> int:
     for note in other_tokens(renderer.tokenizer, folder):
         print(f"note: {clean(note)}")
     if options.html:
-        write_page(page(found), Path(options.html), "--html audit.html")
+        write_page(page(found, options.model), Path(options.html), "--html audit.html")
         print(f"wrote {options.html}")
     return 1 if found.tally.refused else 0
 

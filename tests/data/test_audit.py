@@ -28,7 +28,7 @@ from retool.data.audit.terminal import clean, coloured, show_audit
 from retool.data.loader import open_dataset
 from retool.data.read.source import RowSource
 from retool.data.tokenise import LengthLimit
-from retool.files.html import embed
+from retool.files.html import LOOK, embed
 
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"><!-- [bold red]markup[/] \x1b[31mred \x1b]0;owned\x07 \u2028 \u2029 \u202e &lt;"
 
@@ -354,6 +354,27 @@ def test_page_is_self_contained_and_data_stays_data(hostile, renderer_of):
         )
 
 
+def test_page_has_the_reports_look_and_says_what_was_audited(tmp_path, renderer_of):
+    path = jsonl(tmp_path / "rows.jsonl", rows(50))
+    limit = LengthLimit(40, "drop")
+    found = audit(RowSource(path), renderer_of("chatml"), limit, num_workers=0)
+    html = page(found, "Qwen/Qwen2.5-0.5B-Instruct")
+    for shared in ("look.css", "numbers.js", "elements.js", "shell.js"):
+        assert (LOOK / shared).read_text().strip() in html, shared
+    block = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert block is not None
+    data = json.loads(block[1])
+    assert data["model"] == "Qwen/Qwen2.5-0.5B-Instruct" and data["files"] == [path]
+    length, share, *of_rows = data["histograms"]
+    assert (length["unit"], length["of"], length["limit"]) == ("tokens", "sample", 40)
+    assert sum(count for *_, count in length["bars"]) == 50
+    assert share["limit"] is None and all(shown["of"] == "row" for shown in of_rows)
+    assert length["says"].startswith(f"{min(found.tally.lengths)} to {max(found.tally.lengths)},")
+    tiles = {what: much for what, much, _ in data["tiles"]}
+    assert tiles["rows"] == "50" and tiles["samples"] == f"{found.tally.samples}"
+    assert data["dropped"] == found.tally.dropped_long > 0
+
+
 def test_embedded_json_cannot_close_its_element():
     text = embed({"x": EVIL})
     assert not set("<>&\u2028\u2029") & set(text) and json.loads(text) == {"x": EVIL}
@@ -390,11 +411,14 @@ def test_page_in_a_browser(tmp_path, hostile, renderer_of):
         "2 of 4 rows can't be used." in dom
         and "2 of 2 samples, chosen at random from 4 rows" in dom
     )
-    assert dom.count("<details") == 2 and not re.search(r"<img", dom)
+    assert dom.count('<details class="card sample"') == 2 and not re.search(r"<img", dom)
     # The first sample is open
     assert len(re.findall(r'<span class="trained" title="token', dom)) > 3
     # The policy lets the page's own script work
-    assert dom.count('class="bars"') == 4 and re.search(r'style="height: \d', dom)
+    assert dom.count('class="histogram"') == 4 and re.search(r'style="[^"]*height: \d', dom)
+    # Histograms have counts, and the length's says where samples are too long
+    assert dom.count('class="row"') >= 8 and "max length 4,096 →" in dom
+    assert 'id="nav"' in dom and 'href="#samples"' in dom, "it has the report's frame"
     assert (
         "Refused to" not in done.stderr
         and "Uncaught" not in done.stderr

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from retool.data.audit.page import SCRIPTS
 from retool.files.html import LOOK
 from retool.report.headline import how_it_trains, what_it_is
 from retool.report.page import ASSETS, OWN
@@ -146,7 +147,7 @@ def test_numbers_read_the_same_everywhere() -> None:
 
 
 def test_no_page_writes_a_number_or_a_date_in_its_own_way() -> None:
-    for path in OWN:
+    for path in (*OWN, *SCRIPTS):
         if path.name != "numbers.js":
             own = re.findall(r"toLocale\w+|toFixed|toPrecision|toExponential", path.read_text())
             assert not own, f"{path.name}: {own}"

@@ -42,7 +42,10 @@ def _of_tokens(audit: Audit) -> list[tuple[str, str]]:
             for name, q in (("p5", 0.05), ("p50", 0.5), ("p95", 0.95))
         )
         lines.append(
-            ("trained", f"{tally.trained_tokens:,} tokens, {share:.1%} (by sample: {spread})")
+            (
+                "trained",
+                f"{tally.trained_tokens:,} tokens, {100 * share:.1f} % (by sample: {spread})",
+            )
         )
     lengths = " · ".join(
         f"{name} {percentile(tally.lengths, q):,}"
