@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from examples.quickstart import model as tiny
 from retool.data.read.rows import to_conversation
+from retool.data.template.choose import TEMPLATES
 from retool.rl.data import PromptOptions, to_question
 from tests.ranks import run_ranks
 from tests.test_docs import fenced
@@ -47,7 +51,38 @@ def test_a_row_of_each_kind_is_what_the_commands_read(repository: Path) -> None:
     assert to_question(rl, "README.md", 0, PromptOptions()).ground_truth == "391"
 
 
-def test_every_name_that_a_sample_imports_from_retool_is_there(repository: Path) -> None:
-    for block in python_blocks(repository):
-        for line in re.findall(r"^(?:from|import) retool.*$", block, re.MULTILINE):
-            exec(line, {})
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of one layer with a chat template, in the place of a hub's."""
+    folder = tmp_path_factory.mktemp("standin") / "model"
+    texts = ["What is 2 + 2?", "You are a tool. 4", "0 1 2 3 4 5 6 7 8 9"]
+    tokenizer = tiny.train_tokenizer(texts)
+    tiny.write_tokenizer(folder, tokenizer, TEMPLATES["hermes"].read_text())
+    config = Qwen2Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.token_to_id("<|im_end|>"),
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_a_model_is_trained_and_asked_from_python(
+    page: str,
+    repository: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (code,) = [block for block in fenced(repository / page, "python") if "retool.sft(" in block]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace("Qwen/Qwen2.5-0.5B-Instruct", str(model)), names)
+    assert names["result"].finished and names["result"].last["train/loss"] > 0
+    assert names["output"].outputs[0].finish_reason in ("stop", "length")
