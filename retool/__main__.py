@@ -63,6 +63,8 @@ COMMANDS = {
         "writes answers to a file of prompts",
     ),
 }
+# These run in several processes, where torchrun's options are among their words
+DISTRIBUTED = ("sft", "rl")
 HELP = ("help", "--help", "-h")
 VERSION = ("version", "--version", "-V")
 # What people call a command of ours elsewhere
@@ -93,8 +95,15 @@ def main(words: list[str]) -> int:
     if name not in COMMANDS:
         print(f"retool {words[0]}: no such command. {_way_out(words[0])}", file=sys.stderr)
         return 2
+    rest = words[1:]
+    if name in DISTRIBUTED and not {"--help", "-h"} & set(rest):
+        from retool.parallel.launch import launch, split
+
+        options, others = split(rest)
+        if options:
+            return launch(f"retool.{name}", options, others)
     module = importlib.import_module(COMMANDS[name].module)
-    return module.main(words[1:], f"retool {name}")
+    return module.main(rest, f"retool {name}")
 
 
 def _help(words: list[str]) -> int:
@@ -111,7 +120,7 @@ def _help(words: list[str]) -> int:
         print(
             textwrap.fill(command.purpose, width, initial_indent=indent, subsequent_indent=indent)
         )
-    print("\nEach of them has --help. On several GPUs: torchrun … -m retool.sft key=value …")
+    print("\nEach of them has --help. On two GPUs: retool sft --nproc_per_node=2 key=value …")
     return 0
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from retool import __version__
 from retool.__main__ import COMMANDS, OTHER_NAMES, main
 from retool.config.command import calm_threads, exit_status, topics_of
+from retool.parallel.launch import split
 
 PACKAGE = Path(__file__).resolve().parents[1] / "retool"
 
@@ -129,3 +135,64 @@ def test_threads_are_as_the_user_says_and_else_calm(
 def test_topics_are_the_words_beside_help() -> None:
     assert topics_of(["--help", "data", "optim.lr"]) == ["data", "optim.lr"]
     assert topics_of(["data.max_length=3", "--check", "-h"]) == []
+
+
+# --- several processes ---
+
+
+def test_options_of_torchrun_are_told_from_keys() -> None:
+    words = (
+        "--nproc_per_node=2 --standalone --nnodes 1 data.max_length=3 --check --master-port 1 x=2"
+    )
+    assert split(words.split()) == (
+        ["--nproc_per_node=2", "--standalone", "--nnodes", "1", "--master-port", "1"],
+        ["data.max_length=3", "--check", "x=2"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        (None, 0, ""),
+        (1, 1, ""),
+        (-9, 137, "error: rank 0 was ended by SIGKILL.\n"),
+        (signal.SIGINT, 130, ""),
+    ],
+)
+def test_a_launcher_that_ends_without_a_traceback(
+    end: int | signal.Signals | None,
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[Any] = []
+
+    def run(arguments: Any) -> None:
+        asked.append(arguments)
+        logging.getLogger("torch.distributed.elastic").error("failed (exitcode: 1)")
+        if isinstance(end, signal.Signals):
+            raise SignalException("ended", end)
+        if end is not None:
+            failure = ProcessFailure(0, 99, end, "no file")
+            raise ChildFailedError("retool.sft", {0: failure})
+
+    monkeypatch.setattr("torch.distributed.run.run", run)
+    assert main(["sft", "--nproc_per_node=2", "data.train_files=x", "--check"]) == status
+    (arguments,) = asked
+    assert (arguments.nproc_per_node, arguments.standalone, arguments.module) == ("2", True, True)
+    assert arguments.training_script == "retool.sft"
+    assert arguments.training_script_args == ["data.train_files=x", "--check"]
+    assert capfd.readouterr().err == said
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+@pytest.mark.slow
+def test_a_fault_of_two_ranks_is_all_that_is_said(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "retool", "sft", "--nproc_per_node=2", "optim.learning_rate=1"]
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0] == "3 faults, nothing started" and len(lines) == 4
+    assert "Did you mean optim.lr?" in lines[1]

@@ -178,10 +178,13 @@ ABSENT_PARTS = {
     "critic": "value_model",
     "qlora": "use_qlora",
 }
+# torchrun's options, and those of them that take no value
 LAUNCHERS = frozenset(
     "nproc_per_node nnodes node_rank master_addr master_port standalone max_restarts rdzv_backend "
-    "rdzv_endpoint rdzv_id rdzv_conf nproc local_addr".split()
+    "rdzv_endpoint rdzv_id rdzv_conf local_addr log_dir redirects tee local_ranks_filter role "
+    "monitor_interval signals_to_handle shutdown_timeout".split()
 )
+FLAGS = frozenset({"standalone"})
 
 
 def plain(name: str) -> str:
