@@ -5,6 +5,7 @@ from.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,47 +20,55 @@ class AnswersFile:
     """Answers as JSON lines, in the order of the questions.
 
     Beside `path` a file `path.partial` grows; its first line says with what `settings`. `done` lines
-    of it were there already. ValueError where `path` is, or the part was made with others.
+    of it are there already. ValueError where `path` is, or the part was made with others. Nothing
+    is written before `begin`.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.part = path.with_name(path.name + SUFFIX)
         self.done = 0
+        self._header = json.dumps(dict(settings), sort_keys=True, default=str)
+        self._whole_bytes = 0  # of the part: whole lines
+        self._file: IO[str] | None = None
         if path.exists():
             raise ValueError(f"{path} is there already: choose another --out, or delete it.")
         if not path.parent.is_dir():
             raise ValueError(f"--out {path}: there is no folder {path.parent}. Make it.")
-        header = json.dumps(dict(settings), sort_keys=True, default=str)
         if self.part.exists():
-            self._go_on(header)
-        else:
-            self.part.write_text(header + "\n", encoding="utf-8")
-        self._file: IO[str] = self.part.open("a", encoding="utf-8")
+            self._count()
 
-    def _go_on(self, header: str) -> None:
-        """Keep the whole lines of what is there."""
-        with self.part.open("rb+") as file:
+    def _count(self) -> None:
+        """See what is there."""
+        with self.part.open("rb") as file:
             first = file.readline().decode("utf-8", "replace").rstrip("\n")
-            if first != header:
+            if first != self._header:
                 raise ValueError(
-                    f"{self.part} was begun with other settings ({_difference(first, header)}). "
+                    f"{self.part} was begun with other settings ({_difference(first, self._header)}). "
                     "Delete it, or choose another --out."
                 )
-            end = file.tell()
+            self._whole_bytes = file.tell()
             while file.readline().endswith(b"\n"):
-                end = file.tell()
+                self._whole_bytes = file.tell()
                 self.done += 1
-            file.truncate(end)
+
+    def begin(self) -> None:
+        """Open the part; a line that a killed process left unfinished goes."""
+        if self._whole_bytes:
+            os.truncate(self.part, self._whole_bytes)
+        else:
+            self.part.write_text(self._header + "\n", encoding="utf-8")
+        self._file = self.part.open("a", encoding="utf-8")
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append a line; it survives the end of this process."""
+        assert self._file is not None, "begin comes first"
         self._file.write(json.dumps(dict(entry), ensure_ascii=False, default=str) + "\n")
         self._file.flush()
 
     def finish(self) -> None:
         """Give the file its name."""
-        self._file.close()
+        self.close()
         with self.part.open("rb") as source, replacing(self.path) as out:
             source.readline()
             shutil.copyfileobj(source, out)
@@ -67,7 +76,8 @@ class AnswersFile:
 
     def close(self) -> None:
         """Leave the part for another time."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _difference(first: str, header: str) -> str:

@@ -38,7 +38,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     top.add_argument("--out", type=Path, required=True, metavar="OUT", help="the file to write")
     top.add_argument(
         "--column",
-        help="where the prompt is: a text, or messages (default: prompt, messages, question, …)",
+        help="where the prompt is: a text, or messages (default: prompt, messages, question …)",
     )
     top.add_argument("--n", type=int, default=1, help="answers to each (default: %(default)s)")
     top.add_argument(

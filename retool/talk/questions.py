@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 
 from retool.data.read.chunk import RowError
+from retool.data.read.containers import plain
 from retool.data.read.files import iter_chunks
 from retool.data.read.names import resolve_files
 from retool.data.read.refused_rows import RefusedRows
-from retool.data.read.rows import plain, to_conversation
+from retool.data.read.rows import Conversation, to_conversation
 from retool.rl.types import Prompt
 from retool.talk.agent import Talker
 
-# Columns that hold a question, or the messages up to it; the first that a row has counts
-COLUMNS = ("prompt", "messages", "question", "problem", "Problem", "instruction", "text")
+# Where a row's question is, the first of these that it has: a text, or messages; a column of one of
+# the forms that SFT reads; or a text again
+PROMPT = "prompt"
+FORMS = ("messages", "conversations", "instruction")
+TEXTS = ("question", "problem", "Problem", "text")
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,9 @@ def read_questions(
 ) -> list[Question]:
     """Every row of `files` (the first `most`; -1: all) as a question.
 
-    `column`: where it stands (None: the first of `COLUMNS` that there is). Of a conversation all up
-    to the user's last message is asked. ValueError with every kind of fault where a row can't be.
+    `column`: where it stands (None: in the first of `PROMPT`, `FORMS` and `TEXTS` that there is).
+    Of a conversation all up to the user's last message is asked. ValueError with every kind of
+    fault where a row can't be.
     """
     found: list[Question] = []
     refused = RefusedRows()
@@ -62,19 +67,7 @@ def _rows(files: Sequence[str], most: int) -> Iterator[tuple[str, dict[str, Any]
 def _prompt(
     row: Mapping[str, Any], where: str, talker: Talker, column: str | None, index: int
 ) -> Prompt:
-    names = (column,) if column else COLUMNS
-    asked = next((name for name in names if name in row), None)
-    if asked is None:
-        there = ", ".join(map(str, row))
-        raise ValueError(
-            f"{where}: there is no {' or '.join(map(repr, names))}; it has {there}. Name the column "
-            "with --column."
-        )
-    value = plain(row[asked])
-    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    file, _, number = where.rpartition(", row ")
-    fields = {"messages": messages, "tools": row.get("tools")}
-    checked = to_conversation(fields, file, int(number), prompt_only=True)
+    checked = _conversation(row, where, column)
     asking = _up_to_the_question(checked.messages, where)
     # Without tools of ours the row's own are shown to the model; its calls aren't run then.
     tools = talker.schemas or checked.tools
@@ -84,7 +77,32 @@ def _prompt(
             f"{where}: the prompt has {len(ids):,} tokens, and the model takes "
             f"{talker.llm.max_model_len:,} with its answer (--max-model-len)."
         )
-    return Prompt(index, asking, tools, np.asarray(ids, np.int32), file, "")
+    source = where.rpartition(", row ")[0]
+    return Prompt(index, asking, tools, np.asarray(ids, np.int32), source, "")
+
+
+def _conversation(row: Mapping[str, Any], where: str, column: str | None) -> Conversation:
+    """What a row holds, with the answers that it has."""
+    file, _, number = where.rpartition(", row ")
+    names = (column,) if column else (PROMPT, *FORMS, *TEXTS)
+    asked = next((name for name in names if name in row), None)
+    if asked is None:
+        there = ", ".join(map(str, row))
+        raise ValueError(
+            f"{where}: there is no {' or '.join(map(repr, names))}; it has {there}. Name the column "
+            "with --column."
+        )
+    if asked in FORMS and not column:
+        # An instruction needn't have an output to be asked.
+        whole = {"output": "", **row} if asked == "instruction" else row
+        return to_conversation(whole, file, int(number), prompt_only=True)
+    value = plain(row[asked])
+    fields = {
+        "messages": [{"role": "user", "content": value}] if isinstance(value, str) else value,
+        "tools": row.get("tools"),
+        "enable_thinking": row.get("enable_thinking"),
+    }
+    return to_conversation(fields, file, int(number), prompt_only=True)
 
 
 def _up_to_the_question(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:

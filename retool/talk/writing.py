@@ -47,15 +47,15 @@ class Tally:
 def write_answers(options: argparse.Namespace) -> int:
     """Exit status. ValueError for what the user can mend."""
     sampling = sampling_of(options, options.n)
-    settings = {name: getattr(options, name) for name in SETTINGS}
+    out = AnswersFile(options.out, {name: getattr(options, name) for name in SETTINGS})
     tools = open_tools(options.tools, options.isolation)
     try:
-        with open_llm(options, options.max_num_seqs, enforce_eager=False) as llm:
+        with open_llm(options, options.max_num_seqs, enforce_eager=False) as llm, closing(out):
             talker = make_talker(llm, tools, sampling, options.format)
             questions = read_questions(options.files, talker, options.column, options.max_rows)
-            with closing(AnswersFile(options.out, settings)) as out:
-                asyncio.run(_write(talker, questions, out))
-                out.finish()
+            out.begin()
+            asyncio.run(_write(talker, questions, out))
+            out.finish()
     finally:
         asyncio.run(close_tools(tools))
     return 0

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from retool.__main__ import main
+from retool.llm.llm import LLM
 from retool.rl.agent.formats import CALL_OPENS
+from retool.talk import writing
 from retool.talk.answers import AnswersFile
 from retool.talk.batch import answer_all
 from retool.talk.questions import read_questions
@@ -73,6 +76,32 @@ def test_what_a_row_lacks_is_said_of_all_rows_at_once(talker_of, tmp_path: Path)
     assert read_questions([file], talker, "x", most=0) == []
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [{"role": "user", "content": "Who?"}], "text": "x"},
+        {"messages": [{"role": "user", "content": "Who?"}], "text": "x"},
+        {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "I."}]},
+        {"instruction": "Who?", "input": ""},
+        {"instruction": "Who?", "output": "I."},
+        {"prompt": "Who?", "completion": "I."},
+        {"problem": "Who?", "answer": "I."},
+        {"id": 3, "text": "Who?"},
+    ],
+)
+def test_forms_of_rows(row: dict, talker_of, tmp_path: Path) -> None:
+    talker, _ = talker_of({}, tools=False)
+    (question,) = read_questions([write_rows(tmp_path / "rows.jsonl", [row])], talker)
+    assert question.prompt.messages == [{"role": "user", "content": "Who?"}]
+
+
+def test_a_column_may_be_named(talker_of, tmp_path: Path) -> None:
+    talker, _ = talker_of({}, tools=False)
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Not this", "ask": "Who?"}])
+    (question,) = read_questions([file], talker, "ask")
+    assert question.prompt.messages == [{"role": "user", "content": "Who?"}]
+
+
 def test_the_tools_of_a_row_are_shown_where_none_run(talker_of, tmp_path: Path) -> None:
     talker, _ = talker_of({}, tools=False)
     tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
@@ -82,7 +111,11 @@ def test_the_tools_of_a_row_are_shown_where_none_run(talker_of, tmp_path: Path) 
 
 
 def test_the_command_goes_on_from_its_part(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    own_llm: LLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"How much is {i}?"} for i in range(5)])
     out = tmp_path / "out.jsonl"
@@ -100,12 +133,15 @@ def test_the_command_goes_on_from_its_part(
         "chat_template": None, "dtype": "auto", "max_model_len": None,
     }  # fmt: skip
     stopped = AnswersFile(out, settings)
+    stopped.begin()
     stopped.close()
     with part.open("a") as grown:
         grown.write("".join(lines[:2]) + lines[2][:20])
     assert main([*words, "--out", str(out), "--seed", "1"]) == 1
     assert "begun with other settings (seed: 0 → 1)" in capsys.readouterr().err
-    assert main([*words, "--out", str(out)]) == 0
+    # How many are sampled at once changes nothing
+    monkeypatch.setattr(writing, "open_llm", lambda *_, **__: nullcontext(own_llm))
+    assert main([*words, "--out", str(out), "--max-num-seqs", "4"]) == 0
     assert "going on from" in (said := capsys.readouterr().err) and "2 rows are answered" in said
     assert read_lines(out) == whole and not part.exists()
     assert main([*words, "--out", str(out)]) == 1
@@ -118,6 +154,8 @@ def test_a_part_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="isn't a part of ours"):
         AnswersFile(tmp_path / "out.jsonl", {"n": 1})
     assert part.read_text() == "not ours\n"
+    AnswersFile(tmp_path / "other.jsonl", {"n": 1}).close()
+    assert list(tmp_path.iterdir()) == [part]  # a run that ends before it began leaves nothing
     with pytest.raises(ValueError, match="there is no folder"):
         AnswersFile(tmp_path / "none" / "out.jsonl", {})
 
