@@ -16,14 +16,13 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from multiprocessing import forkserver, process
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tests.ranks import RankContext
 
@@ -38,92 +37,66 @@ class _Call(NamedTuple):
     folder: str
 
 
-class Command:
-    """A started command: the part of `subprocess.Popen` that tests use.
-
-    `stdout` is a file of text that ends when the command and all who inherited it have ended; with
-    `log` there is none, and the file of that name has what was said.
+class Popen(subprocess.Popen[Any]):
+    """`subprocess.Popen`, for which a command of this Python (`-m module`, `-c code` or a script,
+    and words) is a fork of the warm server. Any other command is started as ever.
     """
 
-    def __init__(
-        self,
-        command: Sequence[Argument],
-        log: Path | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
-    ) -> None:
-        if log is None:
-            reader, writer = os.pipe()
-            self.stdout: IO[str] | None = os.fdopen(reader)
-        else:
-            writer = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            self.stdout = None
-        try:
-            self._process = _fork(command, (writer, writer), env, cwd)
-        finally:
-            os.close(writer)
-        assert self._process.pid is not None
-        self.pid = self._process.pid
+    _forked: process.BaseProcess | None = None
 
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        words = [args] if isinstance(args, str) else [*map(os.fspath, args)]
+        if words[0] != sys.executable or not _is_readable(words[1]):
+            super()._execute_child(args, *rest)  # type: ignore[misc]
+            return
+        folder, environment = rest[4:6]
+        pipes = rest[9:15]
+        call = _Call(words[1:], dict(environment or os.environ), os.fspath(folder or Path.cwd()))
+        inputs_and_outputs = (pipes[0], pipes[3], pipes[5])
+        ends = [
+            _Descriptor(standard if end == -1 else end)
+            for standard, end in enumerate(inputs_and_outputs)
+        ]
+        self._forked = RankContext().Process(target=_begin, args=(call, *ends))
+        self._forked.start()
+        assert self._forked.pid is not None
+        self.pid = self._forked.pid
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
-    def said(self) -> str:
-        """All of its output, once it has ended."""
-        assert self.stdout is not None
-        with self.stdout:
-            text = self.stdout.read()
-        self.wait(20)
-        return text
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        assert self.returncode is not None, f"still running after {timeout} s"
+    def _internal_poll(self, **_: Any) -> int | None:
+        if self._forked is None:
+            return super()._internal_poll()  # type: ignore[misc]
+        self.returncode = self._forked.exitcode
         return self.returncode
 
-    def send_signal(self, number: signal.Signals) -> None:
-        if self.returncode is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-def run(
-    command: Sequence[Argument],
-    timeout: float = 170,
-    env: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """What `subprocess.run(command, capture_output=True, text=True)` gives. `command` is a Python
-    with `-m module`, `-c code` or a script, and words.
-    """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        forked = _fork(command, (out.fileno(), err.fileno()), env, cwd)
-        forked.join(timeout)
-        if forked.exitcode is None:
-            forked.kill()
-            raise subprocess.TimeoutExpired([*map(str, command)], timeout)
-        said = [(file.seek(0), file.read())[1] for file in (out, err)]
-    return subprocess.CompletedProcess([*map(str, command)], forked.exitcode, *said)
+    def _wait(self, timeout: float | None) -> int:
+        if self._forked is None:
+            return super()._wait(timeout)  # type: ignore[misc]
+        self._forked.join(timeout)
+        if self._internal_poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self.returncode
 
 
-def _fork(
-    command: Sequence[Argument],
-    outputs: tuple[int, int],
-    env: Mapping[str, str] | None,
-    cwd: Path | None,
-) -> process.BaseProcess:
-    python, *arguments = map(os.fspath, command)
-    assert python == sys.executable, f"{python} is no Python of ours"
-    call = _Call(arguments, dict(os.environ if env is None else env), str(cwd or Path.cwd()))
-    forked = RankContext().Process(target=_begin, args=(call, *map(_Output, outputs)))
-    forked.start()
-    return forked
+def run(command: Sequence[Argument], timeout: float = 170) -> subprocess.CompletedProcess[str]:
+    """What `subprocess.run(command, capture_output=True, text=True)` gives."""
+    pipe = subprocess.PIPE
+    with Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            said = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess([*map(str, command)], process.returncode, *said)
 
 
-class _Output:
+def _is_readable(word: str) -> bool:
+    """Whether `_interpret` knows what to do with an interpreter's first word."""
+    return word in ("-m", "-c", "-u") or Path(word).is_file()
+
+
+class _Descriptor:
     """A file descriptor that a fork gets a copy of when this is pickled for it."""
 
     def __init__(self, number: int) -> None:
@@ -137,11 +110,12 @@ def _opened(copy: Any) -> int:
     return copy.detach()
 
 
-def _begin(call: _Call, *outputs: int) -> None:
-    for number, output in enumerate(outputs, start=1):
-        os.dup2(output, number)
-    for output in set(outputs):
-        os.close(output)
+def _begin(call: _Call, *ends: int) -> None:
+    for number, end in enumerate(ends):
+        os.dup2(end, number)
+    for end in set(ends):
+        os.close(end)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
     # Who looks finds a main process without a parent, which starts a fork server of its own
     this = multiprocessing.current_process()
     this.__dict__ |= {"_identity": (), "_parent_pid": None, "_name": "MainProcess"}
@@ -222,19 +196,18 @@ def _prepare_workers(words: Sequence[str]) -> None:
     (count,) = (int(word.split("=")[1]) for word in words if word.startswith("--nproc_per_node="))
     waiting = [_waiting_worker() for _ in range(count)]
 
-    class Popen(subprocess.Popen[str]):
+    class Worker(subprocess.Popen[str]):
         """What the launcher starts is the next of the waiting workers."""
 
         def _execute_child(self, args: Any, *rest: Any) -> None:
-            environment = rest[5]
-            assert environment is not None
+            folder, environment = rest[4:6]
+            call = _Call([*args[1:]], dict(environment), folder or os.getcwd())
             self.pid, line = waiting.pop(0)
             self._child_created = True
-            call = _Call([*args[1:]], environment, os.getcwd())
             with line:
                 line.sendall(pickle.dumps(call))
 
-    subprocess_handler.Popen = Popen
+    subprocess_handler.Popen = Worker
 
 
 def _waiting_worker() -> tuple[int, socket.socket]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.ranks import run_ranks
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -76,6 +77,7 @@ def test_runs_and_leaves_its_rows(
     """
     words, rows = ALONE[name]
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(subprocess, "Popen", warm.Popen)
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(sys, "argv", [name, *words.split(), "--json", str(tmp_path / "out.json")])
     runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
@@ -213,6 +215,7 @@ def test_the_learning_run_begins(
         "--json",
         tmp_path / "out.json",
     ]
+    monkeypatch.setattr(subprocess, "Popen", warm.Popen)
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(sys, "argv", ["learn", *map(str, words)])
     runpy.run_path(str(BENCHMARKS / "learn.py"), run_name="__main__")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Any
 
 import pytest
 
@@ -20,20 +19,6 @@ echo "FAILED, see the log"
 BOUND = """print("RESULT bound cudnn 1 x 16384: 1000 tok/s/GPU, 400 model TFLOP/s (MFU 40.4%), peak 21.6 GiB")"""
 
 
-class Warm:
-    """`subprocess` for which a Python is a fork of the warm server."""
-
-    STDOUT = subprocess.STDOUT
-
-    @staticmethod
-    def run(command: list[str], stdout: IO[str], **more: Any) -> Any:
-        if command[0] != sys.executable:
-            return subprocess.run(command, stdout=stdout, **more)
-        started = warm.Command(command, log=Path(stdout.name), env=more["env"])
-        started.wait(120)
-        return started
-
-
 def test_one_table_of_everything_that_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,7 +27,7 @@ def test_one_table_of_everything_that_ran(
     peers = benchmark("peers")
     assert set(peers.OURS.split(",")) <= set(benchmark("sft").ROWS)
     monkeypatch.setattr(peers, "OURS", "full,full-sp1")
-    monkeypatch.setattr(peers, "subprocess", Warm)
+    monkeypatch.setattr(subprocess, "Popen", warm.Popen)
 
     def table(part: str) -> str:
         folders = [str(tmp_path)] * 3 + [str(tmp_path / "out")]

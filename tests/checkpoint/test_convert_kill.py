@@ -20,6 +20,7 @@ from retool.checkpoint.format.folder import MARK, world_size
 from retool.checkpoint.verify import verify
 from retool.files.lock import sole_user
 from tests.checkpoint import states
+from tests.faults import contents
 
 STEP = "global_step_5"
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -69,10 +70,22 @@ def _names(run: Path) -> set[str]:
     return {path.name for path in run.iterdir()}
 
 
+def _contents(folder: Path) -> dict[str, bytes]:
+    """Every file, but for the mark of a conversion that was cut off after its last file."""
+    return {k: value for k, value in contents(folder).items() if k != MARK}
+
+
 def test_nothing_is_lost_wherever_a_conversion_is_killed(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = _names(saved)
+    whole = {1: _contents(saved / STEP)}
+    for ranks in (2, 3):
+        calm = tmp_path / f"to {ranks}"
+        shutil.copytree(saved, calm)
+        convert(calm / STEP, ranks)
+        assert verify(calm / STEP, lambda *_: None) == []
+        whole[ranks] = _contents(calm / STEP)
     aside = 0
     change = 0
     while True:
@@ -82,8 +95,7 @@ def test_nothing_is_lost_wherever_a_conversion_is_killed(
             break
         found = latest(run)
         assert found is not None and found.name in (STEP, f"{STEP}.old"), change
-        assert verify(found, lambda *_: None) == [], change
-        assert world_size(found) in (1, 3)
+        assert _contents(found) == whole[world_size(found)], change
         capsys.readouterr()
         assert main(["ls", str(run)]) == 0
         listed = capsys.readouterr().out
@@ -95,7 +107,7 @@ def test_nothing_is_lost_wherever_a_conversion_is_killed(
         assert main(["convert", str(run / STEP), "--world-size", "2"]) == 0, change
         assert _names(run) == before, (change, "something was left over")
         assert world_size(run / STEP) == 2 and not (run / STEP / MARK).exists()
-        assert verify(run / STEP, lambda *_: None) == [], change
+        assert _contents(run / STEP) == whole[2], change
         shutil.rmtree(run)
         change += 1
     assert change > 20 and aside, "the kills missed what they are for"

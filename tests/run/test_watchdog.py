@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,14 +43,19 @@ with Watchdog(Path(sys.argv[1]), rank, 2, 3.0 if rank == 0 else float(sys.argv[2
 """
 
 
-def start(program: str, folder: Path, rank: int, port: int, silence: float = 3.0) -> warm.Command:
+def start(program: str, folder: Path, rank: int, port: int, silence: float = 3.0) -> warm.Popen:
     environment = os.environ | {
         "RANK": str(rank),
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    return warm.Command([sys.executable, "-c", program, str(folder), str(silence)], env=environment)
+    return warm.Popen(
+        [sys.executable, "-c", program, str(folder), str(silence)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,7 @@ def test_a_hang_ends_the_run_and_says_where_each_rank_was(tmp_path: Path, silenc
     port = free_port()
     begun = time.monotonic()
     ranks = [start(PROGRAM, tmp_path, rank, port, silence) for rank in range(2)]
-    said = [rank.said() for rank in ranks]
+    said = [rank.communicate(timeout=150)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [EXIT, EXIT] and time.monotonic() - begun < 120
     report = (tmp_path / "hang" / "report.txt").read_text()
     assert report in said[0] and "no progress for 3 s (trainer.watchdog_s)" in report
@@ -104,7 +110,7 @@ def test_a_rank_that_is_stuck_outside_python_is_ended_by_the_timer(tmp_path: Pat
         "with w.Watchdog(Path(sys.argv[1]), 0, 1, 0.5):\n    held()"
     )
     rank = start(program, tmp_path, 0, 0)
-    said = rank.said()
+    said = rank.communicate(timeout=120)[1]
     assert rank.returncode != 0 and "in held" in said
 
 
@@ -150,9 +156,10 @@ def test_a_rank_that_is_stopped_in_a_save_is_noticed_by_the_others(
     begun = time.monotonic()
     ranks = [start(STOPPED, tmp_path, rank, port, silence) for rank in range(2)]
     try:
-        said = ranks[0].said()
+        said = ranks[0].communicate(timeout=100)[1]
     finally:
         ranks[1].kill()
+        ranks[1].communicate()
     assert ranks[0].returncode == EXIT and time.monotonic() - begun < 60
     report = (tmp_path / "hang" / "report.txt").read_text()
     assert (

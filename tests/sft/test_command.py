@@ -302,7 +302,7 @@ def test_asked_to_stop_under_torchrun(
         *TORCHRUN[3:],
         *words(work, out, "trainer.total_training_steps=500"),
     ]
-    process = warm.Command(command)
+    process = warm.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     lines = []
     workers = []
@@ -328,7 +328,12 @@ def test_asked_to_stop_under_torchrun(
 def test_workers_stop_when_their_launcher_dies(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     log = tmp_path / "log"
-    process = warm.Command([*TORCHRUN, *words(work, out, "trainer.total_training_steps=500")], log)
+    with log.open("w") as file:
+        process = warm.Popen(
+            [*TORCHRUN, *words(work, out, "trainer.total_training_steps=500")],
+            stdout=file,
+            stderr=file,
+        )
     wait_until(lambda: "step 2/" in log.read_text())
     children = children_of(process.pid)
     assert len(children) == 2

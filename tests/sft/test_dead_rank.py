@@ -4,6 +4,7 @@ is what the user sees first.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -63,8 +64,8 @@ def test_a_dead_rank_ends_the_others_and_its_error_comes_first(
         str(script),
         *keys,
     ]
-    launcher = warm.Command(torchrun)
-    text = launcher.said()
+    launcher = warm.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    text = launcher.communicate(timeout=150)[0]
     lasted = time.time() - float(text.split("accident at ")[1].split()[0])
     assert launcher.returncode == 1 and own in text, text[-5000:]
     assert lasted < 30, f"the others outlive it by {lasted:.0f} s"

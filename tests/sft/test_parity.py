@@ -25,7 +25,7 @@ from retool.sft.step import train_step
 from tests.ranks import run_ranks
 
 STEPS = 20
-BATCH = 16
+BATCH = 8
 
 
 class Rows:
