@@ -5,11 +5,11 @@ host.
 
 from __future__ import annotations
 
-import html
 import posixpath
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ OUTSIDE = ("benchmarks/RESULTS.md", "benchmarks/results/*.md", "CHANGELOG.md", "
 SOURCES = ("examples/*.py", "examples/*.sh")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 FENCES = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.MULTILINE)
+CELL_KEY = re.compile(r"(?<=<code>)[^<\s]{20,}(?=</code>)")
 MARKER = re.compile(r"^<!-- made of the code: ([\w ]+) -->$", re.MULTILINE)
 LOADED = re.compile(
     r"""<(?:script|img|iframe|source)[^>]*\ssrc=["']?(?:https?:)?//|<link[^>]*rel=["']?"""
@@ -71,6 +72,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     for index in range(0, len(parts), 2):
         parts[index] = LINK.sub(lambda found: _link(found, here, folder, files), parts[index])
     return "".join(parts)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let long keys break where they have a dot, not in the middle of a word."""
+    return CELL_KEY.sub(lambda found: re.sub(r"(?<=[._=/])", "<wbr>", found[0]), html)
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
@@ -145,7 +151,7 @@ def _key_lines(leaf: Leaf, other_names: list[str]) -> Iterator[str]:
 
 def _plain(text: str) -> str:
     """Text in which nothing is Markdown or HTML."""
-    return re.sub(r"([|*_\\`\[\]{}])", r"\\\1", html.escape(text, quote=False))
+    return re.sub(r"([|*_\\`\[\]{}])", r"\\\1", escape(text, quote=False))
 
 
 def _metrics() -> Iterator[str]:
