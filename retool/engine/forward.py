@@ -30,7 +30,7 @@ from retool.model.block import Block
 from retool.model.compile import compiled, unviewed
 from retool.model.decoder import Decoder
 from retool.model.logits import product, workspace
-from retool.model.rope import attention_factor, inverse_frequencies, rope_tables
+from retool.model.rope import inverse_frequencies, rope_tables
 from retool.parallel.collectives import all_to_all, sum_over
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v
 
@@ -110,13 +110,12 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     plan = model.plan
     t = len(tokens_T) // plan.sp
     mine = slice(plan.rank * t, (plan.rank + 1) * t)
-    factor = attention_factor(model.decoder.config)
-    cos, sin = rope_tables(positions_T[mine], model.frequencies, factor)
+    tables = rope_tables(positions_T[mine], model.frequencies, model.decoder.config)
     x_tD = model.decoder.embedded(tokens_T[mine])
     layers = model.decoder.layers
     heads = model.pieces.projected(layers[0], x_tD)
     for number, block in enumerate(layers):
-        query = _placed(model, number, block, heads, cos, sin, pages)
+        query = _placed(model, number, block, heads, *tables[number], pages)
         out = paged_attention(query, model.cache, number, pages, model.kernels)
         received = all_to_all(out.flatten(), *plan.to_sequence(t), model.group)
         a_tE = join_heads(received, plan).flatten(1)

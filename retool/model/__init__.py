@@ -1,1 +1,1 @@
-"""Own decoders for Llama, Qwen2(.5) and Qwen3 dense; parameter names equal to Hugging Face's."""
+"""Own decoders; parameter names equal to Hugging Face's."""

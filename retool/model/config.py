@@ -51,6 +51,10 @@ class ModelConfig:
 
     `family` is a key of `retool.model.families.FAMILIES`. `tied`: the vocabulary matrix is the
     embedding. The biases and `qk_norm` are what the family and its file say.
+
+    `unrotated`: numbers of the layers without rope. The scales multiply what the embedding gives,
+    what attention and the MLP add to the residual stream, attention's scores (beside 1/√H) and the
+    logits.
     """
 
     family: str
@@ -70,6 +74,11 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     max_position: int
+    unrotated: tuple[int, ...] = ()
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    score_scale: float = 1.0
+    logits_scale: float = 1.0
 
     @property
     def query_width(self) -> int:

@@ -22,7 +22,7 @@ from retool.model.block import Block, Execution, new_parameter, rms_norm
 from retool.model.config import ModelConfig
 from retool.model.families.hf_names import EMBEDDING, FINAL_NORM, HEAD, LAYER, Stored
 from retool.model.families.read import FAMILIES
-from retool.model.rope import attention_factor, inverse_frequencies, rope_tables
+from retool.model.rope import inverse_frequencies, rope_tables
 
 # (hidden [t, D], vocabulary matrix [V, D]) → tensors
 Score = Callable[[torch.Tensor, torch.Tensor], Any]
@@ -48,11 +48,13 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, tied: nn.Parameter | None) -> None:
         super().__init__()
         self.eps = config.norm_eps
+        self.scale = config.logits_scale
         self.norm = new_parameter(config.hidden)
         self.weight = new_parameter(config.vocab, config.hidden) if tied is None else tied
 
     def forward(self, x_tD: torch.Tensor, score: Score) -> Any:
-        return score(rms_norm(x_tD, self.norm, self.eps), self.weight)
+        normed_tD = rms_norm(x_tD, self.norm, self.eps)
+        return score(normed_tD if self.scale == 1.0 else normed_tD * self.scale, self.weight)
 
 
 class Decoder(nn.Module):
@@ -82,10 +84,9 @@ class Decoder(nn.Module):
         """Score this rank's slice of a pack: `score(hidden [t, D], vocabulary matrix [V, D])`."""
         if self.inverse is None:
             self.inverse = inverse_frequencies(self.config, batch.tokens.device)
-        factor = attention_factor(self.config)
-        cos, sin = rope_tables(batch.positions, self.inverse, factor)
+        tables = rope_tables(batch.positions, self.inverse, self.config)
         x_tD = self.embedded(batch.tokens)
-        for block in self.blocks:
+        for block, (cos, sin) in zip(self.blocks, tables, strict=True):
             x_tD = block(x_tD, cos, sin, batch)
         return self.head(x_tD, score)
 
@@ -98,7 +99,9 @@ class Decoder(nn.Module):
     def embedded(self, tokens_t: torch.Tensor) -> torch.Tensor:
         """[t, D] in the dtype of the residual stream."""
         x_tD = self.embed(tokens_t)
-        return x_tD.to(self.residual_dtype(x_tD.dtype))
+        x_tD = x_tD.to(self.residual_dtype(x_tD.dtype))
+        scale = self.config.embedding_scale
+        return x_tD if scale == 1.0 else x_tD * scale
 
     def units(self) -> list[tuple[str, list[nn.Module]]]:
         """What is gathered at once, in forward order. A tied embedding and head are one unit."""

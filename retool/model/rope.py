@@ -66,22 +66,29 @@ def _yarn(inverse_C: torch.Tensor, scaling: YarnScaling, config: ModelConfig) ->
     return inverse_C / scaling.factor * slow_C + inverse_C * (1 - slow_C)
 
 
-def attention_factor(config: ModelConfig) -> float:
-    """What cos and sin are multiplied with: YaRN's attention temperature, else 1."""
-    scaling = config.rope_scaling
-    return scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
-
-
 def rope_tables(
-    positions_t: torch.Tensor, inverse_C: torch.Tensor, factor: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, times `factor`, fp32 [t, H/2] each.
+    positions_t: torch.Tensor, inverse_C: torch.Tensor, config: ModelConfig
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """cos and sin of every layer, fp32 [t, H/2] each.
 
-    Angles are taken in fp32 as transformers does, whatever the compute dtype.
+    Angles are taken in fp32 as transformers does, whatever the compute dtype. A layer without rope
+    turns by nothing. What scales attention's scores goes into the tables, half of it to the
+    queries and half to the keys: YaRN's factor is meant so, and the kernels know of no other.
     """
     angles_tC = positions_t.to(torch.float32)[:, None] * inverse_C
-    cos = angles_tC.cos()
-    sin = angles_tC.sin()
+    scaling = config.rope_scaling
+    scale = math.sqrt(config.score_scale)
+    factor = scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
+    turned = _times(scale * factor, angles_tC.cos(), angles_tC.sin())
+    if not config.unrotated:
+        return [turned] * config.layers
+    unturned = _times(scale, torch.ones_like(angles_tC), torch.zeros_like(angles_tC))
+    return [unturned if i in config.unrotated else turned for i in range(config.layers)]
+
+
+def _times(
+    factor: float, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 

@@ -289,6 +289,11 @@ NOT_DONE: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"auto_map": {"AutoModelForCausalLM": "modeling_qwen.Qwen2ForCausalLM"}}, "auto_map"),
     ("qwen2", {"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
     ("llama", {"head_dim": 7}, "head_dim=7"),
+    ("llama", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers"),
+    ("mistral", {"sliding_window": 4096}, "sliding_window=4096"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
+    ("granite", {"logits_scaling": 0}, "logits_scaling=0"),
 ]
 
 
@@ -296,9 +301,14 @@ NOT_DONE: list[tuple[str, dict[str, Any], str]] = [
 def test_what_would_compute_something_else_is_refused_by_name(
     family: str, change: dict[str, Any], named: str
 ) -> None:
-    parse_model_config({"model_type": family, **SHAPE})
+    plain = {
+        "model_type": family,
+        **SHAPE,
+        **({"sliding_window": None} if family == "mistral" else {}),
+    }
+    parse_model_config(plain)
     with pytest.raises(ValueError) as refusal:
-        parse_model_config({"model_type": family, **SHAPE, **change})
+        parse_model_config({**plain, **change})
     assert named in str(refusal.value)
 
 
@@ -433,7 +443,12 @@ CHANGES: dict[str, list[Any]] = {
     "use_mrope": [False, True],
     "rope_interleaved": [False, True],
     "qk_norm": [True],
-    "no_rope_layers": [[1, 0, 1]],
+    "no_rope_layers": [[1, 0, 1], [1, 1, 1, 0], [0, 1], [1, 2, 1], None],
+    "no_rope_layer_interval": [1, 2, 4],
+    "embedding_multiplier": [12.0, 1],
+    "logits_scaling": [8.0],
+    "residual_multiplier": [0.22],
+    "attention_multiplier": [0.015625, 1.0],
     "chunk_size_feed_forward": [0, 8],
     "per_layer_config": [{"1": {"rms_norm_eps": 0.9}}, {}, None],
     "initializer_range": [0.02],
@@ -441,10 +456,25 @@ CHANGES: dict[str, list[Any]] = {
 }
 
 
+# What only one family has is drawn for that family.
+OWN = {
+    "no_rope_layers": "smollm3",
+    "no_rope_layer_interval": "smollm3",
+    "embedding_multiplier": "granite",
+    "logits_scaling": "granite",
+    "residual_multiplier": "granite",
+    "attention_multiplier": "granite",
+}
+
+
 def draw(rng: random.Random) -> dict[str, Any]:
     """A configuration with a few fields changed: no two of them need to make sense together."""
-    config: dict[str, Any] = {"model_type": rng.choice(["llama", "qwen2", "qwen3"]), **SHAPE}
-    names = rng.sample(sorted(CHANGES), rng.randint(1, 5))
+    family = rng.choice(["llama", "qwen2", "qwen3", "mistral", "smollm3", "granite"])
+    config: dict[str, Any] = {"model_type": family, **SHAPE}
+    if family == "mistral":
+        config["sliding_window"] = None  # left out it is 4,096
+    fields = sorted(name for name in CHANGES if OWN.get(name, family) == family)
+    names = rng.sample(fields, rng.randint(1, 5))
     ropes = rng.sample(["rope_scaling", "rope_parameters", "rope_theta"], rng.randint(0, 2))
     return config | {
         name: json.loads(json.dumps(rng.choice(CHANGES[name]))) for name in (*names, *ropes)
@@ -504,4 +534,4 @@ def test_yarn_takes_as_many_positions_as_its_factor_says() -> None:
 @pytest.mark.slow
 def test_hundreds_of_configurations_compute_what_transformers_does(tmp_path: Path) -> None:
     counts = fuzz(tmp_path, range(1000, 1400))
-    assert counts["taken"] >= 100 and counts["refused"] >= 50, counts
+    assert counts["taken"] >= 80 and counts["refused"] >= 50, counts

@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 SHAPE = {
@@ -41,6 +47,8 @@ YARN = {
     "beta_fast": 4.0,
     "original_max_position_embeddings": 128,
 }
+# Within the tiny vocabulary; a padding token would get no gradient from transformers.
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama-bias": (
@@ -56,6 +64,19 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {"tie_word_embeddings": False, "rope_parameters": YARN},
     ),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16, "tie_word_embeddings": True}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 16, "sliding_window": None}),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"no_rope_layers": [1, 0, 1], **TOKENS}),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from retool.model.block import Block
 from retool.model.config import ModelConfig
-from retool.model.families import llama, qwen2, qwen3
+from retool.model.families import granite, llama, mistral, qwen2, qwen3, smollm3
 from retool.model.families.fields import shown
 from retool.model.families.layer_costs import LayerCosts
 from retool.model.hub import read_json
@@ -31,7 +31,14 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: dict[str, Family] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+FAMILIES: dict[str, Family] = {
+    "granite": granite,
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "smollm3": smollm3,
+}
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:
