@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retool.llm.llm import LLM
     from retool.llm.sampling import SamplingParams
+    from retool.rl.api import rl
     from retool.run.result import Refused, Result
     from retool.sft.api import sft
 
-__all__ = ["LLM", "Refused", "Result", "SamplingParams", "__version__", "sft"]
+__all__ = ["LLM", "Refused", "Result", "SamplingParams", "__version__", "rl", "sft"]
 __version__ = "0.1.0"
 
 # What the index calls it; `import retool` all the same
@@ -25,7 +26,7 @@ _LAZY = {
     "SamplingParams": "retool.llm.sampling",
 }
 # Packages that can be called
-_CALLABLE = ("sft",)
+_CALLABLE = ("rl", "sft")
 
 
 def __getattr__(name: str) -> Any:

@@ -72,7 +72,7 @@ class Reader:
 
     def take(self, options: Mapping[str, Any]) -> None:
         """Values from Python, by their keys; groups of keys may be mappings of them."""
-        for key, value in _flatten(options, self.known):
+        for key, value in flattened(options, self.known):
             plain = _from_python(value)
             self._assign(key, plain, f"{key}={plain}")
 
@@ -81,7 +81,7 @@ class Reader:
         if fault is not None:
             self.faults.append(fault)
             return
-        entries = list(_flatten(content, self.known))
+        entries = list(flattened(content, self.known))
         before = len(self.faults)
         for key, value in entries:
             self._assign(key, value, f"{key} in {path}")
@@ -254,13 +254,14 @@ def _yaml_file(path: str) -> tuple[dict[str, Any], Fault | None]:
     return typing.cast("dict[str, Any]", content), None
 
 
-def _flatten(
+def flattened(
     content: Mapping[str, Any], known: Mapping[str, Leaf], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
+    """Nested keys as dotted ones; mappings that are a key's own value stay."""
     for name, value in content.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key not in known:
-            yield from _flatten(value, known, key + ".")
+            yield from flattened(value, known, key + ".")
         else:
             yield key, value
 

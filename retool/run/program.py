@@ -27,8 +27,9 @@ import torch
 import torch.distributed as dist
 
 from retool.checkpoint.format.tracker import tracked
-from retool.config import Fault, Parsed
+from retool.config import Fault, Parsed, leaves
 from retool.config.redact import redact
+from retool.config.words import flattened
 from retool.data.in_memory import files_of
 from retool.metrics import read_jsonl
 from retool.preflight.plan import RunReport, attempt
@@ -137,12 +138,13 @@ def _said() -> Iterator[None]:
 
 
 def stated(
-    options: Mapping[str, Any] | None, quiet: bool, arguments: Mapping[str, Any]
+    schema: type, options: Mapping[str, Any] | None, quiet: bool, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`options` with the arguments that were given, by their keys."""
+    """`options`, which may be nested, with the arguments that were given, by their dotted keys."""
     given = {key: value for key, value in arguments.items() if value is not None}
     silent = {"trainer.logger": []} if quiet else {}
-    return {**silent, **(options or {}), **given}
+    known = {leaf.key: leaf for leaf in leaves(schema)}
+    return {**silent, **dict(flattened(options or {}, known)), **given}
 
 
 def given_files(

@@ -88,7 +88,7 @@ def sft(
     Raises Refused, a ValueError, with everything that is wrong before anything starts, and
     KeyboardInterrupt after Ctrl-C, when what was done is saved.
     """
-    asked = stated(options, quiet, {
+    asked = stated(SFTConfig, options, quiet, {
         "model.partial_pretrain": model,
         "data.train_batch_size": batch_size,
         "data.max_length": max_length,

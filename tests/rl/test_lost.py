@@ -20,7 +20,7 @@ from retool.rl.__main__ import main
 from retool.rl.agent.rollout import Sampling, roll_out
 from retool.rl.agent.tools import interpreter
 from retool.rl.agent.tools.interpreter import CodeInterpreter, InterpreterConfig
-from retool.rl.agent.tools.load import load_tools
+from retool.rl.agent.tools.load import RunLimits, load_tools
 from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.metrics import score_metrics, tool_metrics
 from retool.rl.objective.filter import add, begin, has_signal
@@ -202,9 +202,9 @@ def test_workers_and_the_programs_limit_are_the_runs(monkeypatch, tmp_path) -> N
     file.write_text(
         "tools: [{class_name: retool.rl.agent.tools.CodeInterpreter, config: {workers: 7, default_timeout: 9}}]"
     )
-    load_tools(None, 33, 5.0)
+    load_tools(None, RunLimits(33, 5.0))
     load_tools(file)
-    load_tools(file, 2, 120.0)
+    load_tools(file, RunLimits(2, 120.0))
     assert made == [(33, 5.0), (7, 9), (2, 9)]
     with pytest.raises(ValueError, match="workers=0 must be a number above 0"):
         InterpreterConfig(workers=0)

@@ -29,7 +29,7 @@ from retool.preflight.plan import RECOMPUTE, attempt, gpu_memory, setting_of
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
 from retool.preflight.world import box_of, check_heads, read_world
 from retool.rl.agent.tools.interpreter import CodeInterpreter
-from retool.rl.agent.tools.load import load_tools
+from retool.rl.agent.tools.load import RunLimits, load_tools, make_tools
 from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig
 from retool.rl.config.data import DataConfig
@@ -38,7 +38,7 @@ from retool.rl.objective.user_functions import find_estimator, find_loss
 from retool.rl.preflight.identity import PATH, with_identity
 from retool.rl.preflight.keys import ESTIMATOR_KEY, LOSS_KEY, contradictions, notes
 from retool.rl.preflight.memory import StepMemory
-from retool.rl.preflight.plan import Questions, Report, uses_reference
+from retool.rl.preflight.plan import NOTHING_HELD, Held, Questions, Report, uses_reference
 from retool.rl.preflight.trial import try_reward
 from retool.rl.reward.source import RewardSource, find_reward
 from retool.sandbox.fusion_client import unreachable
@@ -47,9 +47,14 @@ ARR = "actor_rollout_ref."
 
 
 def preflight(
-    parsed: Parsed[RLConfig], planning: bool = False, environment: Mapping[str, str] | None = None
+    parsed: Parsed[RLConfig],
+    planning: bool = False,
+    environment: Mapping[str, str] | None = None,
+    held: Held = NOTHING_HELD,
 ) -> Report:
-    """Check everything. `planning` (`--check`) allows another number of GPUs than are here."""
+    """Check everything. `planning` (`--check`) allows another number of GPUs than are here. `held`:
+    functions of the program that asks, in the place of those that files have.
+    """
     config = parsed.config
     known = {fault.where for fault in parsed.faults}
     faults = [
@@ -66,7 +71,7 @@ def preflight(
     report = with_model(report, config.actor_rollout_ref.model.path)
     report = check_run(report, box, launcher).blame(*_engine_faults(report))
     first = not int(launcher.get("LOCAL_RANK", 0))
-    report = _with_functions(_with_objective(_with_renderer(report)), first)
+    report = _with_functions(_with_objective(_with_renderer(report)), first, held)
     report = _with_prompts(report)
     report = _with_trial(report) if first else report
     report = check_checkpoint(with_identity(report))
@@ -133,7 +138,7 @@ def _with_objective(report: Report) -> Report:
     return report.blame(*faults)
 
 
-def _with_functions(report: Report, first: bool) -> Report:
+def _with_functions(report: Report, first: bool, held: Held) -> Report:
     """Tools started, the reward found. `first`: this is the machine's first process."""
     config = report.config
     faults = list[Fault]()
@@ -143,15 +148,20 @@ def _with_functions(report: Report, first: bool) -> Report:
     if multi.enable:
         where = f"{ARR}rollout.multi_turn.tool_config_path"
         wanted = multi.tool_workers, multi.tool_timeout_seconds, multi.tool_isolation
-        tools = attempt(where, lambda: load_tools(multi.tool_config_path, *wanted), faults) or ()
+        limits = RunLimits(*wanted)
+        if held.tools is None:
+            tools = attempt(where, lambda: load_tools(multi.tool_config_path, limits), faults) or ()
+        else:
+            tools = attempt("tools", lambda: make_tools(held.tools or (), limits), faults) or ()
     faults += _sandbox_faults(tools, first)
 
     def find() -> RewardSource:
-        source = find_reward(config.reward_model.name, custom.path, custom.name)
+        source = held.reward or find_reward(config.reward_model.name, custom.path, custom.name)
         source.load()
         return source
 
-    reward = attempt("custom_reward_function" if custom.path else "reward_model.name", find, faults)
+    where = "custom_reward_function" if custom.path else "reward_model.name"
+    reward = attempt(held.reward.key if held.reward else where, find, faults)
     return replace(report.blame(*faults), tools=tuple(tools), reward=reward)
 
 
@@ -268,7 +278,7 @@ def _read(
         data.filter_overlong_prompts,
         data.truncation,
         limit,
-        needs_truth=report.reward is None or report.reward.path is None,
+        needs_truth=report.reward is None or not report.reward.is_users,
     )
 
     def read() -> Questions:

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import CodeType
+from typing import Any
 
 from retool.preflight.identity import Trait, digest, file_digest, listed, model_traits
+from retool.rl.agent.tools.function import FunctionTool
 from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig
 from retool.rl.objective.user_functions import own_function
@@ -78,11 +82,11 @@ def _reward(config: RLConfig, source: RewardSource) -> dict[str, Trait]:
     custom = config.custom_reward_function.path
     shaping = config.reward_model.overlong_buffer
     where = "reward_model.name" if custom is None else "custom_reward_function.path"
-    name = (
-        source.name
-        if source.path is None
-        else f"{source.name} in {Path(source.path).name} ({file_digest(source.path)})"
-    )
+    name = source.name
+    if source.path is not None:
+        name = f"{source.name} in {Path(source.path).name} ({file_digest(source.path)})"
+    elif source.own is not None:
+        name = f"{source.name} ({digest(*function_code(source.own.load()))})"
     length = f"{shaping.len} tokens, factor {shaping.penalty_factor:g}" if shaping.enable else "off"
     return {
         "the reward function": Trait(where, name),
@@ -114,12 +118,39 @@ def _code(tool: Tool) -> Iterator[str | bytes]:
     Ours changes with the version, which is no other tool.
     """
     kind = type(tool)
+    if isinstance(tool, FunctionTool):
+        yield from function_code(tool.function)
+        return
     yield kind.__qualname__
     if not kind.__module__.startswith("retool."):
         try:
             yield Path(inspect.getfile(kind)).read_bytes()
         except (TypeError, OSError):  # made in a notebook, say
             return
+
+
+def function_code(function: Callable[..., Any]) -> Iterator[str | bytes]:
+    """What a function that a program holds is: its source, or what it was compiled to where that
+    can't be had. What it refers to isn't looked at.
+    """
+    try:
+        yield textwrap.dedent(inspect.getsource(function))
+    except (TypeError, OSError):  # made by exec, or an object that can be called
+        code = getattr(function, "__code__", None) or getattr(
+            type(function).__call__, "__code__", None
+        )
+        if code is not None:
+            yield from _compiled(code)
+
+
+def _compiled(code: CodeType) -> Iterator[str | bytes]:
+    yield code.co_code
+    yield repr(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _compiled(constant)
+        else:
+            yield repr(constant)
 
 
 def _objective(report: Report) -> dict[str, Trait]:

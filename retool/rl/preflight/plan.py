@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from retool.config.options import RunOptions
 from retool.data.render.renderer import Renderer
@@ -23,6 +25,19 @@ class Questions:
 
     prompts: list[Prompt]
     said: PromptReport
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the program that asks for a run holds, instead of naming files: its reward, and its
+    tools (None: as the configuration says).
+    """
+
+    reward: RewardSource | None = None
+    tools: Sequence[Any] | None = None
+
+
+NOTHING_HELD = Held()
 
 
 @dataclass(frozen=True)

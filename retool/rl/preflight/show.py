@@ -65,10 +65,11 @@ def _memory_words(report: Report) -> str:
 def _reward_words(report: Report) -> str:
     source = report.reward
     assert source is not None and report.train is not None
-    if source.name == "default" and source.path is None:
+    if source.name == "default" and not source.is_users:
         sources = {**report.train.said.sources, **(report.val.said.sources if report.val else {})}
         return "by data source: " + ", ".join(f"{name} → {default_name(name)}" for name in sources)
-    return source.name if source.path is None else f"{source.name} in {source.path}"
+    where = "the program" if source.own is not None else source.path
+    return source.name if where is None else f"{source.name} in {where}"
 
 
 def _step_words(report: Report) -> str:

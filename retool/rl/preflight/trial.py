@@ -31,7 +31,7 @@ def try_reward(
     """A fault where the reward can't be had in a worker, or no worker can be had; where it fails on
     a made answer to the first question of a data source; and where it is too slow.
     """
-    where = "custom_reward_function" if source.path else "reward_model.name"
+    where = source.key
     if settings.trial_answer is None:
         return
     try:

@@ -57,6 +57,7 @@ class RewardPool:
         `environment` is added to what they keep of the run's.
         """
         source.load()  # a file that isn't there, or doesn't import, is told here and now
+        source = source.packed()
         self._leaders = Path(tempfile.mkdtemp(prefix="retool-judges-"))
         self._workers = workers
         self._timeout = timeout

@@ -1,25 +1,88 @@
-"""Which reward function a run asked for, and how it is loaded: one of ours, or the user's own."""
+"""Which reward function a run asked for, and how it is loaded: one of ours, one in a file of the
+user's, or one that the user's program holds.
+"""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from retool.rl.reward.builtin import BUILT_IN, RewardFunction
 
 # By name, of every reward function
 ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+ALIASES = {"completion": "solution_str"}  # what else a function may call them
+# Stands for a file in a configuration, where a program gave a function or tools of its own
+OF_PROGRAM = "<program>"
+
+
+class OwnFunction:
+    """A function that a program holds, wherever it is defined: in a notebook, in a main file.
+
+    Another process is sent its code with what it refers to; functions of modules that can be
+    imported there are sent by their names.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any] | None = None, packed: bytes | None = None
+    ) -> None:
+        self._function = function
+        self._packed = packed
+
+    def load(self) -> Callable[..., Any]:
+        """The function: the program's own here, a copy in another process."""
+        import dill
+
+        if self._function is None:
+            assert self._packed is not None
+            self._function = dill.loads(self._packed)
+        assert self._function is not None
+        return self._function
+
+    def packed(self) -> OwnFunction:
+        """As it is sent. ValueError where it holds what can't be."""
+        import dill
+
+        try:
+            return OwnFunction(packed=dill.dumps(self._function, recurse=True))
+        except Exception as error:  # whatever the objects raise that it refers to
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                "the reward function can't be sent to the processes that judge, for what it refers to "
+                f"({reason}). Have it make that when it is first called; or write 'async def' and "
+                "give options={'reward_model.concurrent': True}: then it runs in this process."
+            ) from error
 
 
 @dataclass(frozen=True)
 class RewardSource:
-    """Where the reward function is: a built-in `name`, or a function `name` in the file `path`."""
+    """Where the reward function is: a built-in `name`, or a function `name` in the file `path`, or
+    `own`, of the program that asked for the run.
+    """
 
     name: str
     path: str | None = None
+    own: OwnFunction | None = None
+
+    @property
+    def is_users(self) -> bool:
+        """Whether it isn't one of ours."""
+        return self.path is not None or self.own is not None
+
+    @property
+    def key(self) -> str:
+        """What a fault in it stands under."""
+        if self.own is not None:
+            return f"reward={self.name}"
+        return "custom_reward_function" if self.path is not None else "reward_model.name"
 
     def load(self) -> RewardFunction:
         """The function. ValueError when it isn't there, or can't take what it is called with."""
+        if self.own is not None:
+            return adapted(self.own.load(), f"the reward {self.name!r}", self.name)
         if self.path is not None:
             return _load_custom(self.path, self.name)
         if self.name not in BUILT_IN:
@@ -29,20 +92,68 @@ class RewardSource:
             )
         return BUILT_IN[self.name]
 
+    def packed(self) -> RewardSource:
+        """As another process can be sent it. ValueError where it can't be."""
+        return self if self.own is None else replace(self, own=self.own.packed())
+
+
+def own_reward(function: Callable[..., Any]) -> RewardSource:
+    """The source of a function that a program holds."""
+    name = getattr(function, "__name__", type(function).__name__)
+    return RewardSource(name, own=OwnFunction(function))
+
 
 def _load_custom(path: str, name: str) -> RewardFunction:
     from retool.data.read.user_function import load_function
 
     arguments = ", ".join(ARGUMENTS)
     function = load_function(path, name, f"({arguments}) -> score")
+    return adapted(function, f"{name!r} in {path}", name)
+
+
+def adapted(function: Callable[..., Any], what: str, name: str) -> RewardFunction:
+    """`function` as it is called: with all of ARGUMENTS, of which it may take some, by their names
+    or ALIASES. ValueError, which calls it `what`, where it wants something else.
+    """
     try:
         inspect.signature(function).bind(**dict.fromkeys(ARGUMENTS))
+        return function
     except TypeError as error:
-        wanted = f"def {name}({arguments})"
-        raise ValueError(
-            f"{name!r} in {path} can't be called ({error}): write {wanted}."
-        ) from error
-    return function
+        taken = _taken(function)
+        if not taken:
+            wanted = f"def {name}({', '.join(ARGUMENTS)})"
+            raise ValueError(
+                f"{what} can't be called ({error}): write {wanted}, or leave some of these out."
+            ) from error
+
+    def chosen(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {own: given[ours] for own, ours in taken.items()}
+
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def awaited(**given: Any) -> Any:
+            return await function(**chosen(given))
+
+        return awaited
+
+    @functools.wraps(function)
+    def called(**given: Any) -> Any:
+        return function(**chosen(given))
+
+    return called
+
+
+def _taken(function: Callable[..., Any]) -> dict[str, str]:
+    """Of each argument that a function takes, which of ours it is; nothing where one is none."""
+    named = {**{name: name for name in ARGUMENTS}, **ALIASES}
+    parameters = inspect.signature(function).parameters
+    taken = {name: named[name] for name in parameters if name in named}
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(taken))
+    except TypeError:
+        return {}
+    return taken
 
 
 def find_reward(name: str | None, custom_path: str | None, custom_name: str | None) -> RewardSource:
@@ -50,6 +161,11 @@ def find_reward(name: str | None, custom_path: str | None, custom_name: str | No
 
     ValueError for a name that is neither a built-in nor `file.py/function`.
     """
+    if custom_path == OF_PROGRAM:
+        raise ValueError(
+            f"the run was started by a program that gave its own function {custom_name!r}, which is "
+            "no file. Start it from there, or give the function's file."
+        )
     if custom_path is not None:
         return RewardSource(custom_name or "compute_score", custom_path)
     if name is None:

@@ -132,7 +132,7 @@ def _load(source: RewardSource, doors: Doors) -> RewardFunction:
     os.environ.update(doors.environment)
     function = source.load()
     # What the built-in ones import when first called would count against that answer's seconds
-    if source.path is None:
+    if not source.is_users:
         importlib.import_module("math_verify")
     limit = _mapped_bytes() + doors.memory_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -20,7 +20,7 @@ from retool.rl.agent.tools.interpreter import (
     node_of,
     result_text,
 )
-from retool.rl.agent.tools.load import INTERPRETERS, close_tools, load_tools
+from retool.rl.agent.tools.load import INTERPRETERS, RunLimits, close_tools, load_tools
 from retool.rl.agent.tools.protocol import Tool, ToolResult, function_of
 from retool.sandbox import Result, Sandbox
 
@@ -400,6 +400,6 @@ def test_isolation_of_the_run_goes_before_the_tools(tmp_path: Path) -> None:
         tmp_path,
         "tools:\n  - class_name: retool.rl.agent.tools.CodeInterpreter\n    config: {workers: 1}\n",
     )
-    (tool,) = load_tools(path, isolation="best_effort")
+    (tool,) = load_tools(path, RunLimits(isolation="best_effort"))
     assert isinstance(tool, CodeInterpreter) and tool.config.isolation == "best_effort"
     asyncio.run(tool.close())

@@ -100,8 +100,8 @@ def never(data_source, solution_str, ground_truth, extra_info):
     return 0.0
 
 
-def too_few(solution_str: str) -> float:
-    return float(len(solution_str))
+def too_many(solution_str: str, prompt: str) -> float:
+    return float(len(solution_str + prompt))
 
 
 def raises(data_source, solution_str, ground_truth, extra_info):

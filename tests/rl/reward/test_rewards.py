@@ -161,8 +161,8 @@ def test_where_a_reward_comes_from() -> None:
         (RewardSource("nothing", HERE), "has no 'nothing'"),
         (RewardSource("Judge", HERE), "give a function"),
         (
-            RewardSource("too_few", HERE),
-            r"(missing|unexpected).*def too_few\(data_source, solution_str",
+            RewardSource("too_many", HERE),
+            r"missing.*def too_many\(data_source, solution_str",
         ),
         (RewardSource("f", "nowhere.py"), "doesn't exist"),
     ):

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from retool.rl.agent.tools.interpreter import CodeInterpreter, InterpreterConfig
+from retool.rl.agent.tools.function import FunctionTool
+from retool.rl.agent.tools.interpreter import SCHEMA, CodeInterpreter, InterpreterConfig
 from retool.rl.agent.tools.protocol import Tool, check_schema
+from retool.rl.reward.source import OF_PROGRAM
 
 # What `class_name` may say for the code interpreter: our own name first
 INTERPRETERS = (
@@ -41,9 +43,9 @@ class RunLimits:
     `isolation` ("auto": as the tool says).
     """
 
-    workers: int | None
-    longest: float
-    isolation: str
+    workers: int | None = None
+    longest: float = math.inf
+    isolation: str = "auto"
 
     def over(self, config: InterpreterConfig) -> InterpreterConfig:
         return replace(
@@ -54,28 +56,55 @@ class RunLimits:
         )
 
 
-def load_tools(
-    path: str | Path | None,
-    workers: int | None = None,
-    longest: float = math.inf,
-    isolation: str = "auto",
-) -> list[Tool]:
+NO_LIMITS = RunLimits()
+
+
+def load_tools(path: str | Path | None, limits: RunLimits = NO_LIMITS) -> list[Tool]:
     """The tools of a config file, started; without a file, the code interpreter on this machine.
 
-    For `workers`, `longest` (seconds) and `isolation` see `RunLimits`. ValueError names the file,
-    the entry and the key at fault.
+    ValueError names the file, the entry and the key at fault.
     """
-    limits = RunLimits(workers, longest, isolation)
+    if path == OF_PROGRAM:
+        raise ValueError(
+            "the run was started by a program that gave its own tools, which are in no file. Start it "
+            "from there, or give a file of tools."
+        )
     if path is None:
         return [CodeInterpreter(limits.over(InterpreterConfig()))]
     tools = [
         _load_entry(entry, f"{path}: tools[{index}]", limits)
         for index, entry in enumerate(_read_entries(path))
     ]
+    _check_names(tools, f"{path}: ")
+    return tools
+
+
+def make_tools(given: Sequence[Any], limits: RunLimits = NO_LIMITS) -> list[Tool]:
+    """The tools that a program gives: functions, objects with what a `Tool` has, and our own by its
+    name, "code_interpreter". ValueError for anything else.
+    """
+    tools: list[Tool] = []
+    for entry in given:
+        if entry == SCHEMA["function"]["name"]:
+            tools.append(CodeInterpreter(limits.over(InterpreterConfig())))
+        elif isinstance(entry, Tool):
+            check_schema(entry.name, entry.schema)
+            tools.append(entry)
+        elif callable(entry):
+            tools.append(FunctionTool(entry))
+        else:
+            raise ValueError(
+                f"{entry!r:.80} is no tool: give a function, an object with name, schema, call and "
+                "close (retool.rl.agent.tools.Tool), or 'code_interpreter'."
+            )
+    _check_names(tools, "")
+    return tools
+
+
+def _check_names(tools: Sequence[Tool], where: str) -> None:
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
-        raise ValueError(f"{path}: tool names must differ, got {names}.")
-    return tools
+        raise ValueError(f"{where}tool names must differ, got {names}.")
 
 
 def _read_entries(path: str | Path) -> list[Any]:
