@@ -112,7 +112,8 @@ def default_cache_dir() -> Path:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # in containers: no HOME, and no entry in /etc/passwd
         return _own_temporary()
-    there = next(folder for folder in (home, *home.parents) if folder.exists())
+    # Not Path.exists, which raises where a folder above may not be looked into
+    there = next(folder for folder in (home, *home.parents) if os.path.exists(folder))
     return home / "retool" if os.access(there, os.W_OK) else _own_temporary()
 
 

@@ -8,11 +8,12 @@ what its configuration and data say.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from retool.checkpoint.format.tracker import STEP, checkpoints
+from retool.checkpoint.format.tracker import STEP, TRACKER, checkpoints
 from retool.config import Fault
 from retool.config.options import resume_notes
 from retool.files.lock import in_use
@@ -26,6 +27,7 @@ from retool.preflight.machine import (
     check_store,
     free_bytes,
     gpu_notes,
+    may_look_into,
     port_is_free,
 )
 from retool.preflight.plan import (
@@ -38,6 +40,7 @@ from retool.preflight.plan import (
 from retool.preflight.world import Box, check_attention, check_device, check_mesh
 
 R = TypeVar("R", bound=RunReport)
+GONE_ON_WITH = ("metrics.jsonl", TRACKER)  # what a resumed run reads of the one before
 
 
 def check_run(report: R, box: Box, environment: Mapping[str, str]) -> R:
@@ -75,6 +78,16 @@ def check_run_folder(folder: Path) -> Iterator[Fault]:
     """The run's folder is no model's and no checkpoint: a run would write among their files."""
     where = f"trainer.default_local_dir={folder}"
     another = "Choose another trainer.default_local_dir"
+    if not may_look_into(folder):
+        return  # check_output tells it
+    others = [name for name in GONE_ON_WITH if not _may_go_on_with(folder / name)]
+    if others:
+        names = " and ".join(others)
+        yield Fault(
+            where,
+            f"holds {names} of another user, which this one may not read.",
+            f"{another}, or make them yours (chown).",
+        )
     if STEP.fullmatch(folder.name) and folder.is_dir():
         yield Fault(
             where,
@@ -83,6 +96,10 @@ def check_run_folder(folder: Path) -> Iterator[Fault]:
         )
     elif (folder / "config.json").is_file():
         yield Fault(where, "is a model's folder: a run would write among its files.", f"{another}.")
+
+
+def _may_go_on_with(file: Path) -> bool:
+    return not os.path.lexists(file) or os.access(file, os.R_OK)
 
 
 def notes_of(

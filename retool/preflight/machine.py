@@ -120,6 +120,10 @@ def check_output(
             f"Choose another {key}, or change the folder's permissions.",
         )
         return
+    if not may_look_into(folder):
+        problem = "can be written by this user, and not read."
+        yield Fault(where, problem, f"Choose another {key}, or chmod u+rx {folder}.")
+        return
     free = free_bytes(folder)
     if free < needed:
         problem = (
@@ -133,9 +137,15 @@ def check_output(
         )
 
 
+def may_look_into(folder: Path) -> bool:
+    """Whether this user may list `folder`, or the nearest one above it, where it would be made."""
+    return os.access(_existing(folder), os.R_OK | os.X_OK)
+
+
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    """The folder, or the nearest one above it that can be seen to exist."""
+    # Not Path.exists, which raises where a folder above may not be looked into
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))
 
 
 def free_bytes(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
 from retool.model.families.read import read_model_config
 from retool.model.hub import MAX_JSON_BYTES, find_model, read_json
-from retool.preflight.plan import RunReport, attempt
+from retool.preflight.plan import RunReport, attempt, not_allowed
 from retool.preflight.resume import export_of
 
 R = TypeVar("R", bound=RunReport)
@@ -43,6 +44,8 @@ def check_model(folder: Path, key: str) -> tuple[ModelConfig | None, list[Fault]
     if not folder.is_dir():
         way_out = "Give a Hugging Face model folder with config.json, tokenizer and safetensors."
         return None, [Fault(where, "is not a folder.", way_out)]
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return None, [not_allowed(where, "it")]
     has_config = (folder / "config.json").is_file()
     newest = None if has_config else next(checkpoints(folder), None)
     if newest is not None:
@@ -90,18 +93,20 @@ def check_tokenizer(folder: Path, chat_template: str | None, key: str) -> Iterat
     That is the model's own, or `chat_template`: a file, or hermes.
     """
     where = f"{key}={folder}"
-    if not (folder / "config.json").is_file():
+    if not os.access(folder, os.R_OK | os.X_OK) or not (folder / "config.json").is_file():
         return
     if not any((folder / name).is_file() for name in TOKENIZERS):
         problem = "has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)."
         yield Fault(where, problem, "Copy the model's tokenizer files there.")
 
     files = [path for path in tokenizer_files(folder, chat_template) if path.is_file()]
+    closed = [path for path in files if not os.access(path, os.R_OK)]
+    yield from (not_allowed(where, path.name) for path in closed)
     huge = [path for path in files if path.stat().st_size > MAX_JSON_BYTES]
     for path in huge:
         problem = f"has {path.stat().st_size:,} bytes: that is no file of a tokenizer."
         yield Fault(str(path), problem, "Fetch it again.")
-    if huge:
+    if huge or closed:
         return
     if chat_template is None:
         yield from _check_own_template(folder, where)

@@ -105,9 +105,18 @@ def attempt(where: str, action: Callable[[], T], faults: list[Fault], remedy: st
     """`action()`, or None with its ValueError or OSError among the faults."""
     try:
         return action()
+    except PermissionError as error:
+        faults.append(not_allowed(where, error.filename or "it"))
+        return None
     except (ValueError, OSError) as error:
         faults.append(Fault(where, str(error), remedy))
         return None
+
+
+def not_allowed(where: str, what: str | Path) -> Fault:
+    """What this user may not read."""
+    way_out = "Give yourself the right to (chmod, or chown as root), or name a copy of your own."
+    return Fault(where, f"{what} can't be read by this user (permission denied).", way_out)
 
 
 def setting_of(options: RunOptions, world: World) -> Setting:

@@ -25,7 +25,8 @@ from retool.data.template.dates import today
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
 from retool.preflight.identity import Change, changed_keys, changes, flat, shown
-from retool.preflight.plan import RunReport
+from retool.preflight.machine import may_look_into
+from retool.preflight.plan import RunReport, attempt
 
 R = TypeVar("R", bound=RunReport)
 
@@ -35,12 +36,19 @@ def find_checkpoint(report: R) -> R:
     it. Only small files are read.
     """
     trainer = report.options.trainer
+    root = Path(trainer.default_local_dir)
     if trainer.resume_mode == "disable":
         return report
     if trainer.resume_mode == "resume_path":
-        found = _given(Path(trainer.resume_from_path)) if trainer.resume_from_path else None
+        given = trainer.resume_from_path
+        faults = list[Fault]()
+        found = (
+            attempt(_where(report.options), lambda: _given(Path(given)), faults) if given else None
+        )
+        report = report.blame(*faults)
+    elif not may_look_into(root):  # told with what else the run's folder must allow
+        found = None
     else:
-        root = Path(trainer.default_local_dir)
         found = checkpoint.latest(root, trainer.resume_fallback)
         if found is None and any(checkpoints(root)):
             return report.blame(_nothing_whole(report.options, root))

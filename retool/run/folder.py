@@ -11,6 +11,7 @@ import yaml
 from retool.checkpoint.format.tracker import TRACKER, checkpoints
 from retool.config import to_dict
 from retool.config.redact import redact
+from retool.files.durable import replace_text
 from retool.metrics import printable
 from retool.parallel.mesh import Mesh
 
@@ -47,7 +48,7 @@ def make_run_folder(folder: str | Path, config: Any, mesh: Mesh, anew: bool = Fa
         aside = set_aside(path)
         say(mesh, f"a run from the start: what was in {path} is in {aside.name}/ now.")
     text = yaml.safe_dump(redact(to_dict(config)), sort_keys=False)
-    (path / "config.yaml").write_text(text)
+    replace_text(path / "config.yaml", text, lasting=False)  # the one there may be another user's
     return path
 
 

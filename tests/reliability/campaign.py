@@ -213,7 +213,8 @@ def _broken(fault: Fault, statuses: list[int], said: str) -> str:
     if fault.said and fault.said not in said:
         return f"it doesn't say {fault.said!r}"
     refused = 1 in statuses and not any(status < 0 for status in statuses)
-    return "a refusal with a traceback" if refused and "Traceback" in said else ""
+    raw = refused and "Traceback" in said and not fault.traceback
+    return "a refusal with a traceback" if raw else ""
 
 
 def _broken_then(stage: Stage, fault: Fault, scene: Scene, codes: list[int], said: str) -> str:

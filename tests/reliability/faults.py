@@ -90,6 +90,7 @@ class Fault:
     exact: bool = True
     world: int = 1
     said: str = ""  # that the first run must say though it ends well
+    traceback: bool = False  # told is an error of the user's own function, with its traceback
 
 
 # --- while the run lasts ---

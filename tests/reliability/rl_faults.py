@@ -172,6 +172,7 @@ RL_FAULTS = (
         after=mend_reward,
         first=(0, 1),
         told="no judge today",
+        traceback=True,
     ),
     Fault(
         "a tool that hangs",
@@ -200,7 +201,7 @@ RL_FAULTS = (
         "another seed",
         after=lambda s: ask_for(s, trainer__seed=7, trainer__total_training_steps=6),
         second=1,
-        told_then="trainer.seed",
+        told_then="data.seed: then 1, now 7",
         exact=False,
     ),
     Fault(

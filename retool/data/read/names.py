@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import yaml
 from fsspec.core import url_to_fs
@@ -84,7 +85,7 @@ def _expand(name: str, any_suffix: bool, part: Part) -> list[str]:
         if not inside:
             raise ValueError(f"no file matches {name}.")
     else:
-        raise ValueError(f"{name} doesn't exist.{_way_out(name)}")
+        raise ValueError(_hidden(name, path) or f"{name} doesn't exist.{_way_out(name)}")
     wrong = [entry for entry in inside if not any_suffix and not kind_of_file(entry)[0]]
     if wrong:
         raise ValueError(
@@ -93,6 +94,14 @@ def _expand(name: str, any_suffix: bool, part: Part) -> list[str]:
         )
     _refuse_split(name, part)
     return [str(fs.unstrip_protocol(entry)) if "://" in name else entry for entry in inside]
+
+
+def _hidden(name: str, path: str) -> str:
+    """What to say of a file in a folder that this user may not look into; "" of any other."""
+    above = next(p for p in Path(path).absolute().parents if os.path.exists(p))
+    if "://" in name or os.access(above, os.X_OK):
+        return ""
+    return f"{name} can't be seen: this user may not look into {above} (permission denied)."
 
 
 def _refuse_split(name: str, part: Part) -> None:
