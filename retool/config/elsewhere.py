@@ -111,11 +111,19 @@ NAMES = {
     "trainer.resume_mode": (
         "resume resume_from_checkpoint auto_resume_from_checkpoints overwrite_output_dir load_ckpt"
     ),
+    "data.train_split": "dataset_train_split split train_split",
+    "data.val_split": "dataset_test_split dataset_eval_split test_split eval_split",
+    "data.name": "dataset_config dataset_config_name subset",
     "trainer.seed": "seed random_seed data_seed",
     "trainer.n_gpus_per_node": "n_gpus num_gpus gpus num_processes devices",
     "trainer.nnodes": "num_machines num_nodes",
     "trainer.deterministic": "full_determinism",
+    "trainer.device": "use_cpu no_cuda use_cuda",
     # --- reinforcement learning ---
+    "trainer.val_before_train": "eval_on_start eval_before_train",
+    "ref.log_prob_max_token_len_per_gpu": (
+        "log_prob_micro_batch_size_per_gpu log_prob_micro_batch_size forward_micro_batch_size_per_gpu"
+    ),
     "rollout.n": (
         "num_generations group_size n_samples_per_prompt num_samples num_return_sequences "
         "samples_per_prompt rollout_n"
@@ -161,22 +169,38 @@ ABSENT = {
         "roles_to_train train_on_eos"
     ),
     "log-probabilities never need all logits, by retool's own kernels.": (
-        "use_liger use_liger_kernel liger_kernel use_fused_kernels cut_cross_entropy unsloth"
+        "use_liger use_liger_kernel use_liger_loss liger_kernel use_fused_kernels cut_cross_entropy unsloth"
     ),
     "retool shards by itself: see --help fsdp_config.": (
         "deepspeed fsdp zero_stage fsdp_transformer_layer_cls_to_wrap accelerator_config zero_dp"
     ),
     "every step is logged.": "logging_steps log_every logging_strategy log_interval",
-    "validation takes the batches that fit.": "per_device_eval_batch_size eval_batch_size",
+    "preflight plans batches that fit, in validation too.": (
+        "per_device_eval_batch_size eval_batch_size val_batch_size auto_find_batch_size"
+    ),
+    "what the model is, its config.json says.": "model_type tokenizer_type architecture",
+    "checkpoints are in the run's folder; trainer.default_hdfs_dir copies them elsewhere.": (
+        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision"
+    ),
+    "models read and write text; there are no images.": "image_key images image_column video_key",
+    "one pip install and one process group: no Ray, no server to sample with.": (
+        "hybrid_engine load_format enable_chunked_prefill swap_space vllm_server_host"
+    ),
+    "every trajectory is written to the report folder of the run.": (
+        "rollout_data_dir validation_data_dir log_completions num_completions_to_print"
+    ),
+    "ranks always get like shares of the work.": "balance_batch balance_dp_token",
     "the tokenizer is the model's own.": "tokenizer tokenizer_name tokenizer_name_or_path tokenizer_path",
     "the reference is the model that the run began with.": "ref_model sync_ref_model reference_model",
     "there is no value model: advantages come from the group.": "critic_warmup vf_coef value_model",
 }
+# What a part of a dotted name begins with that says it of all that follows
 ABSENT_PARTS = {
     "lora": "lora_rank",
+    "qlora": "use_qlora",
     "peft": "use_peft",
     "critic": "value_model",
-    "qlora": "use_qlora",
+    "ray": "hybrid_engine",
 }
 # torchrun's options, and those of them that take no value
 LAUNCHERS = frozenset(

@@ -24,7 +24,7 @@ SHOWN_OF_TOO_MANY = 3
 MIN_TAIL_LIKENESS = 0.75
 MIN_SHORT_TAIL_LIKENESS = 0.8  # of up to three letters
 DOTTED = re.compile(r"[a-z]\w*(\.[a-z]\w*)*")
-MIN_LIKENESS = 0.5  # of the groups of two keys whose last parts are the same
+MIN_LIKENESS = 0.7  # of the groups of two keys whose last parts are the same
 
 
 @dataclass(frozen=True)

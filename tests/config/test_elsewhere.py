@@ -99,6 +99,10 @@ def test_names_of_other_trainers(name: str, sft: str | None, rl: str) -> None:
         ("--nproc-per-node 2", "Options of torchrun stand before -m: torchrun --nproc-per-node=2"),
         ("--beta 0.1", "Write key=value, without dashes;"),
         ("trainer.nonsense=1", "--help trainer lists that group's keys."),
+        ("data.val_batch_size=8", "Leave it out: preflight plans batches that fit"),
+        ("ray_init.num_cpus=8", "Leave it out: one pip install and one process group"),
+        ("hub_strategy=end", "Leave it out: checkpoints are in the run's folder"),
+        ("trainer.enable=true", "--help trainer lists that group's keys."),
         ("--xyzzy", "Write key=value, without dashes;"),
     ],
 )
