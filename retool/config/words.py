@@ -23,6 +23,8 @@ MOST_OF_A_FILE = 10  # unknown keys that are told one by one
 SHOWN_OF_TOO_MANY = 3
 MIN_TAIL_LIKENESS = 0.75
 MIN_SHORT_TAIL_LIKENESS = 0.8  # of up to three letters
+# Last parts that say nothing without what stands before them
+VAGUE = frozenset("enable path name type format metric n len".split())
 DOTTED = re.compile(r"[a-z]\w*(\.[a-z]\w*)*")
 MIN_LIKENESS = 0.7  # of the groups of two keys whose last parts are the same
 
@@ -229,8 +231,8 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
         if likeness.ratio() > best_ratio:
             best = known
             best_ratio = likeness.ratio()
-    # `enable`, `path`, `name`: without what stands before, they say nothing.
-    if head and len(by_tail[tails[0]]) > 1 and best_ratio < MIN_LIKENESS:
+    vague = tails[0] in VAGUE or len(by_tail[tails[0]]) > 1
+    if head and vague and best_ratio < MIN_LIKENESS:
         return None
     return best
 
