@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from retool.llm.llm import LLM
@@ -13,9 +13,9 @@ from retool.rl.agent.calls import clean
 from retool.rl.agent.formats import CALL_OPENS, THOUGHT_CLOSES
 from retool.rl.agent.loop import calls_in
 from retool.rl.agent.options import Agent, AgentOptions
-from retool.rl.agent.tools.load import load_tools
+from retool.rl.agent.tools.load import RunLimits, load_tools
 from retool.rl.agent.tools.protocol import Tool
-from retool.rl.types import Stop
+from retool.rl.types import Prompt, Stop
 from retool.talk.options import CODE, NO_TOOLS
 
 MAX_TURNS = 32  # of the model's in one answer: a model may call its tool for ever
@@ -45,6 +45,13 @@ class Talker:
         """What the chat template is told of the tools."""
         return self.agent.schemas or None
 
+    def within(self, prompt: Prompt) -> Agent:
+        """The agent for an answer to `prompt`, which ends where the model has no more room."""
+        options = self.agent.options
+        room = self.llm.max_model_len - len(prompt.ids)
+        limit = min(options.max_response_length, room)
+        return replace(self.agent, options=replace(options, max_response_length=limit))
+
 
 def sampling_of(options: argparse.Namespace, n: int = 1) -> SamplingParams:
     """How the command line wants tokens drawn. ValueError for values that mean nothing."""
@@ -63,7 +70,7 @@ def open_tools(choice: str, isolation: str) -> list[Tool]:
     if choice == NO_TOOLS:
         return []
     try:
-        return load_tools(None if choice == CODE else choice, isolation=isolation)
+        return load_tools(None if choice == CODE else choice, RunLimits(isolation=isolation))
     except (ValueError, OSError) as error:
         raise ValueError(
             f"--tools {choice}: {error} Or use --tools none, or --isolation best_effort."

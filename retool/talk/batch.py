@@ -100,7 +100,7 @@ async def _complete(talker: Talker, turns: Turns, question: Question, sample: in
     episode = Episode.begin(prompt)
     sequence = EngineSequence(turns, (prompt.index, sample), params, group=prompt.index)
     try:
-        stop, failure = await play(episode, sequence.generate, talker.agent)
+        stop, failure = await play(episode, sequence.generate, talker.within(prompt))
     finally:
         sequence.end()
     messages = [

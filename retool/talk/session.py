@@ -135,7 +135,7 @@ class Session:
         voice = _Voice(self.talker, screen, episode, self._params(), shown=known)
         self.messages = said
         try:
-            stop, failure = await play(episode, voice.speak, self.talker.agent)
+            stop, failure = await play(episode, voice.speak, self.talker.within(prompt))
         except asyncio.CancelledError:
             if voice.unfinished:
                 rest = turn_text(self.talker.agent.renderer, voice.unfinished)

@@ -115,6 +115,15 @@ def test_an_answer_ends_at_its_limit(talker_of) -> None:
     assert asyncio.run(Session(talker).answer("Count", pieces)) == (Stop.LENGTH, "")
 
 
+def test_an_answer_ends_where_the_model_has_no_more_room(talker_of) -> None:
+    talker, engine = talker_of({"chat": ["one two three " * 400]}, tools=False, max_tokens=4000)
+    session = Session(talker)
+    assert asyncio.run(session.answer("Count", Pieces())) == (Stop.LENGTH, "")
+    said = talker.llm.renderer.encode(["x", session.messages[-1]["content"]])[1]
+    # As many tokens as there is room for, but for spaces at the end, which a message doesn't keep
+    assert 0 <= 900 - len(engine.prompts["chat"][0]) - len(said) <= 2
+
+
 # --- the terminal ---
 
 
@@ -247,13 +256,13 @@ def test_ctrl_c_at_the_prompt_does_not_leave(talker_of, monkeypatch: pytest.Monk
 def test_a_piped_question_is_answered(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["chat", str(folder), "--tools", "none", "--max-tokens", "5", "--temperature", "0"]
+    words = ["chat", str(folder), "--max-tokens", "5", "--temperature", "0", "--device", "cpu"]
     said = []
-    for _ in range(2):
+    for tools in ("code", "none", "none"):
         monkeypatch.setattr(sys, "stdin", io.StringIO("Mia has 3 boxes.\nHow many?\n"))
-        assert main([*words, "--device", "cpu"]) == 0
+        assert main([*words, "--tools", tools, "--isolation", "best_effort"]) == 0
         said.append(capsys.readouterr().out)
-    assert said[0] == said[1] and len(said[0]) > 5
+    assert said[1] == said[2] and min(map(len, said)) > 5
 
 
 @pytest.mark.parametrize(
