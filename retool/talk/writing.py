@@ -14,10 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from retool.config.command import INTERRUPTED
 from retool.rl.agent.tools.load import close_tools
 from retool.talk.agent import Talker, make_talker, open_llm, open_tools, sampling_of
 from retool.talk.answers import AnswersFile
-from retool.talk.batch import answer_all
+from retool.talk.batch import Completion, answer_all
 from retool.talk.questions import Question, read_questions
 
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -35,13 +36,21 @@ class Tally:
     total: int
     answered: int = 0
     tokens: int = 0
+    lost: int = 0  # answers that a tool's failure ended
     begun: float = field(default_factory=time.perf_counter)
     told: float = field(default_factory=time.perf_counter)
 
     def sentence(self) -> str:
         seconds = max(time.perf_counter() - self.begun, 1e-9)
         speed = f"{self.tokens:,} tokens, {self.tokens / seconds:,.0f} a second"
-        return f"{self.answered:,} of {self.total:,} rows answered; {speed}"
+        lost = f"; {self.lost:,} answers lost to a tool that failed" if self.lost else ""
+        return f"{self.answered:,} of {self.total:,} rows answered; {speed}{lost}"
+
+    def add(self, completions: Sequence[Completion]) -> None:
+        """One more row."""
+        self.answered += 1
+        self.tokens += sum(completion.tokens for completion in completions)
+        self.lost += sum(bool(completion.tool_failure) for completion in completions)
 
 
 def write_answers(options: argparse.Namespace) -> int:
@@ -54,7 +63,11 @@ def write_answers(options: argparse.Namespace) -> int:
             talker = make_talker(llm, tools, sampling, options.format)
             questions = read_questions(options.files, talker, options.column, options.max_rows)
             out.begin()
-            asyncio.run(_write(talker, questions, out))
+            try:
+                asyncio.run(_write(talker, questions, out))
+            except KeyboardInterrupt:
+                print(f"stopped: the same command goes on from {out.part}", file=sys.stderr)
+                return INTERRUPTED
             out.finish()
     finally:
         asyncio.run(close_tools(tools))
@@ -70,8 +83,7 @@ async def _write(talker: Talker, questions: Sequence[Question], out: AnswersFile
         async for question, completions in answer_all(talker, questions[out.done :]):
             answers: list[dict[str, Any]] = [completion.as_dict() for completion in completions]
             out.write({"row": question.row, "completions": answers})
-            tally.answered += 1
-            tally.tokens += sum(completion.tokens for completion in completions)
+            tally.add(completions)
             tell()
     print(f"{tally.sentence()}: {out.path}", file=sys.stderr)
 

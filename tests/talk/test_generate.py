@@ -14,7 +14,7 @@ from retool.llm.llm import LLM
 from retool.rl.agent.formats import CALL_OPENS
 from retool.talk import writing
 from retool.talk.answers import AnswersFile
-from retool.talk.batch import answer_all
+from retool.talk.batch import Completion, answer_all
 from retool.talk.questions import read_questions
 
 CALL = (
@@ -158,6 +158,40 @@ def test_a_part_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [part]  # a run that ends before it began leaves nothing
     with pytest.raises(ValueError, match="there is no folder"):
         AnswersFile(tmp_path / "none" / "out.jsonl", {})
+
+
+def test_ctrl_c_leaves_what_the_same_command_goes_on_from(
+    folder: Path,
+    talker_of,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    talker, engine = talker_of({(i, 0): [f"{i}{END}"] for i in range(3)}, tools=False)
+    out = tmp_path / "out.jsonl"
+
+    def interrupt() -> None:
+        if len(engine.dropped) == 2:
+            raise KeyboardInterrupt
+
+    engine.before_step = interrupt
+    monkeypatch.setattr(writing, "open_llm", lambda *_, **__: nullcontext(talker.llm))
+    words = [str(folder), write_rows(tmp_path / "rows.jsonl", ROWS), "--out", str(out)]
+    assert main(["generate", *words]) == 130
+    said = capsys.readouterr().err
+    assert said == f"stopped: the same command goes on from {out}.partial\n"
+    assert engine.idle() and not out.exists()
+    engine.before_step = None
+    engine.script = {(i, 0): [f"{i}{END}"] for i in range(3)}
+    assert main(["generate", *words]) == 0
+    assert [entry["completions"][0]["text"] for entry in read_lines(out)] == ["0", "1", "2"]
+
+
+def test_answers_that_a_tool_lost_are_counted() -> None:
+    tally = writing.Tally(2)
+    tally.add([Completion([], "stop", 5), Completion([], "tool_failure", 2, "sandbox: gone")])
+    assert "1 of 2 rows answered; 7 tokens" in tally.sentence()
+    assert tally.sentence().endswith("; 1 answers lost to a tool that failed")
 
 
 def test_an_interrupted_batch_leaves_the_engine_empty(talker_of, tmp_path: Path) -> None:
