@@ -25,10 +25,11 @@ function distributions() {
   node.append(el("div", "charts", known.map(histogramCard)));
 }
 
-/** A step for an axis: 1, 2 or 5 times a power of ten, so that there are about so many. */
+/** A whole step for an axis: 1, 2, 2.5 or 5 times a power of ten, so that there are about so many. */
 function niceStep(span, count) {
   const rough = Math.max(span / count, 1), power = 10 ** Math.floor(Math.log10(rough));
-  return [1, 2, 5, 10].map((n) => n * power).find((step) => step >= rough);
+  const steps = [1, 2, 2.5, 5, 10].map((n) => n * power).filter(Number.isInteger);
+  return steps.find((step) => step >= rough);
 }
 
 /** Multiples of a nice step from `low` to `high`. */

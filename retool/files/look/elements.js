@@ -38,11 +38,16 @@ function opening(title, says, facts) {
 
 /** The few numbers that are read first: [[label, value, remark], …]; a value's unit stands back. */
 function tiles(all) {
-  return el("div", "tiles", all.map(([label, value, remark]) => {
+  const node = el("div", "tiles", all.map(([label, value, remark]) => {
     const [number, ...unit] = value.split(" ");
     return el("div", "tile", el("span", null, label),
       el("b", null, number, unit.length ? el("i", null, " " + unit.join(" ")) : null), el("small", null, remark || ""));
   }));
+  // One row, or two that are as long as each other: no tile is left over
+  const half = all.length > 4 ? Math.ceil(all.length / 2) : all.length;
+  node.style.setProperty("--half", half);
+  node.style.setProperty("--all", all.length > 8 ? half : all.length);
+  return node;
 }
 
 /** Small facts in one line: [[label, value], …]. */

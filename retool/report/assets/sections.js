@@ -93,8 +93,8 @@ function overview() {
   for (const run of DATA.runs) {
     for (const note of run.notes) main.append(el("p", "says note", (many ? run.name + ": " : "") + note + "."));
   }
-  const numbers = DATA.runs.map(numbersOf);
-  main.append(many ? comparison(numbers, [...what.differing, ...how.differing]) : tiles(numbers[0]));
+  const numbers = DATA.runs.map(numbersOf), comparable = how.differing.filter(([, values]) => !values.includes("–"));
+  main.append(many ? comparison(numbers, [...what.differing, ...comparable]) : tiles(numbers[0]));
 }
 
 /** Runs side by side: what differs of what they are, and the numbers one asks for first. */
