@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from retool import __version__
 from retool.__main__ import COMMANDS, OTHER_NAMES, main
-from retool.config.command import calm_threads, exit_status, topics_of
+from retool.config.command import calm_threads, calm_while_loading, exit_status, topics_of
 from retool.parallel.launch import split
 
 PACKAGE = Path(__file__).resolve().parents[1] / "retool"
@@ -130,6 +130,19 @@ def test_threads_are_as_the_user_says_and_else_calm(
     environment = dict(given)
     calm_threads(environment)
     assert environment == {**given, **added}
+
+
+def test_a_program_that_loads_torch_through_us_keeps_its_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    with calm_while_loading():  # torch is here already: nothing to be had
+        assert "OMP_WAIT_POLICY" not in os.environ
+    monkeypatch.delitem(sys.modules, "torch")
+    before = dict(os.environ)
+    with calm_while_loading():
+        assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert dict(os.environ) == before
 
 
 def test_topics_are_the_words_beside_help() -> None:

@@ -11,7 +11,11 @@ from zipfile import ZipFile
 
 import pytest
 
+from examples.quickstart import data, model
 from retool import __distribution__, __version__
+from retool.data.template.choose import TEMPLATES
+
+TEMPLATE = TEMPLATES["hermes"].read_text()
 
 NOT_PYTHON = {".jinja", ".html", ".css", ".js", ".txt", ".typed"}
 
@@ -77,7 +81,6 @@ def test_commands_run_from_the_wheel(built: dict[str, Path], tmp_path: Path) -> 
     assert "data.train_files" in said
 
 
-@pytest.mark.slow
 def test_pip_installs_the_wheel_and_its_command(built: dict[str, Path], tmp_path: Path) -> None:
     """Into an empty environment, but for what it needs: this one's packages."""
     there = tmp_path / "there"
@@ -86,6 +89,32 @@ def test_pip_installs_the_wheel_and_its_command(built: dict[str, Path], tmp_path
     script = str(there / "bin" / "retool")
     assert run([script, "--version"], there) == f"retool {__version__}\n"
     assert run([script, "sft", "--help"], there).startswith("usage: retool sft ")
+
+
+TEN_LINES = """
+import retool
+
+rows = [
+    {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It."}]}
+] * 16
+result = retool.sft(model="model", data=rows, output_dir="run", batch_size=4, learning_rate=3e-3, epochs=12)
+with retool.LLM("run") as llm:
+    (output,) = llm.chat(rows[0]["messages"][:1], retool.SamplingParams(temperature=0))
+print(output.outputs[0].text)
+"""
+
+
+@pytest.mark.slow
+def test_from_the_wheel_to_a_trained_model_in_ten_lines(
+    built: dict[str, Path], tmp_path: Path
+) -> None:
+    ZipFile(built["wheel"]).extractall(tmp_path)
+    tokenizer = model.train_tokenizer(model.render(data.make_problems(60, seed=0), TEMPLATE))
+    model.write_tokenizer(tmp_path / "model", tokenizer, TEMPLATE)
+    model.write_model(tmp_path / "model", tokenizer, 1)
+    (tmp_path / "script.py").write_text(TEN_LINES)
+    said = run([sys.executable, "script.py"], tmp_path)
+    assert said.splitlines()[-1] == "It."
 
 
 def run(words: list[str], package: Path) -> str:

@@ -8,7 +8,8 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 
 INTERRUPTED = 128 + signal.SIGINT
 NOBODY_READS = 128 + signal.SIGPIPE
@@ -57,3 +58,22 @@ def calm_threads(environment: MutableMapping[str, str] = os.environ) -> None:
         environment["OMP_NUM_THREADS"] = "1"
     else:
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@contextmanager
+def calm_while_loading() -> Iterator[None]:
+    """`calm_threads` for what is imported in this block; afterwards the environment is as it was.
+
+    For a program that isn't ours: torch reads the environment when it is loaded, and never again.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    before = dict(os.environ)
+    calm_threads()
+    added = {*os.environ} - {*before}
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

@@ -10,6 +10,8 @@ from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
 
+from retool.config.command import calm_while_loading
+
 
 class CallableModule(ModuleType):
     """A package that is called as the function of its own name in its module `api`, which is
@@ -31,7 +33,8 @@ class CallableModule(ModuleType):
 
     @property
     def _api(self) -> ModuleType:
-        return importlib.import_module(f"{self.__name__}.api")
+        with calm_while_loading():
+            return importlib.import_module(f"{self.__name__}.api")
 
     @property
     def _function(self) -> Callable[..., Any]:
