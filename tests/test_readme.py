@@ -105,3 +105,13 @@ def test_the_page_on_python_gives_rl_arguments_that_it_takes(repository: Path) -
     given = names["train"]("model", []).arguments
     own_reward(given["reward"])
     assert [schema_of(tool)["function"]["name"] for tool in given["tools"][:1]] == ["price_of"]
+
+
+def test_the_page_on_trl_gives_arguments_that_are_taken(repository: Path) -> None:
+    (code,) = fenced(repository / "docs/from-trl.md", "python")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    takes = {name: inspect.signature(getattr(retool, name)).bind for name in ("sft", "rl")}
+    names["retool"] = SimpleNamespace(**takes)
+    assert names["fine_tune"]([]).arguments["batch_size"] == 32
+    assert names["improve"]([], len, len).arguments["num_generations"] == 8
