@@ -32,6 +32,11 @@ PRELOADED = [
     "datasets",
     "retool.sft.train",
     "retool.rl.train",
+    # what `main` imports late
+    "retool.data.audit",
+    "retool.sft.preflight",
+    "retool.run.start",
+    "transformers.models.qwen2.tokenization_qwen2",
 ]
 
 

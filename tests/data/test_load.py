@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from retool.data.tokens.load import load_tokenizer, other_tokens
+from tests import warm
 
 
 @pytest.fixture
@@ -63,5 +63,5 @@ def test_the_audit_says_it(folder: Path) -> None:
         "--num-workers",
         "0",
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm.run(command)
     assert "note: transformers makes 29 tokens" in done.stdout, done.stderr

@@ -38,12 +38,12 @@ def train_for_ever():
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")
 timer = StepTimer(torch.device("cpu"))
-with Watchdog(Path(sys.argv[1]), rank, 2, 3.0 if rank == 0 else float(sys.argv[2]), timer) as watchdog:
+with Watchdog(Path(sys.argv[1]), rank, 2, 1.5 if rank == 0 else float(sys.argv[2]), timer) as watchdog:
     train_for_ever()
 """
 
 
-def start(program: str, folder: Path, rank: int, port: int, silence: float = 3.0) -> warm.Popen:
+def start(program: str, folder: Path, rank: int, port: int, silence: float = 1.5) -> warm.Popen:
     environment = os.environ | {
         "RANK": str(rank),
         "WORLD_SIZE": "2",
@@ -60,7 +60,7 @@ def start(program: str, folder: Path, rank: int, port: int, silence: float = 3.0
 
 @pytest.mark.parametrize(
     "silence",
-    [3.0, pytest.param(float("inf"), marks=pytest.mark.slow)],
+    [1.5, pytest.param(float("inf"), marks=pytest.mark.slow)],
     ids=["alike", "one-follows"],
 )
 def test_a_hang_ends_the_run_and_says_where_each_rank_was(tmp_path: Path, silence: float) -> None:
@@ -78,7 +78,7 @@ def test_a_hang_ends_the_run_and_says_where_each_rank_was(tmp_path: Path, silenc
     said = [rank.communicate(timeout=150)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [EXIT, EXIT] and time.monotonic() - begun < 120
     report = (tmp_path / "hang" / "report.txt").read_text()
-    assert report in said[0] and "no progress for 3 s (trainer.watchdog_s)" in report
+    assert report in said[0] and "no progress for 1.5 s (trainer.watchdog_s)" in report
     files = [(tmp_path / "hang" / f"rank_{rank}.txt").read_text() for rank in range(2)]
     assert all(file in out for file, out in zip(files, said, strict=True))
     assert "in stuck_in_a_tool" in files[1].split("\n\n")[1] and "in train_for_ever" in files[1]
@@ -137,7 +137,7 @@ rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")
 with w.Watchdog(Path(sys.argv[1]), rank, 2, float(sys.argv[2])) as watchdog:
     watchdog.beat()
-    with watchdog.saving(2.0, "8 MB at 4 MB/s"):
+    with watchdog.saving(1.0, "8 MB at 4 MB/s"):
         if rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         dist.all_reduce(torch.ones(1))
@@ -164,7 +164,7 @@ def test_a_rank_that_is_stopped_in_a_save_is_noticed_by_the_others(
     report = (tmp_path / "hang" / "report.txt").read_text()
     assert (
         report in said
-        and "A save hung: it wasn't done after 2 s (8 MB at 4 MB/s). The checkpoint before it is complete."
+        and "A save hung: it wasn't done after 1 s (8 MB at 4 MB/s). The checkpoint before it is complete."
         in report
     )
     assert (
