@@ -54,13 +54,21 @@ def generated(reference: Any, prompt: list[int], count: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_transformers_generate(tmp_path: Path, family: str) -> None:
+# One family goes all ways, and the rest as they sample by default: a family has nothing to do with
+# how prompts are scheduled. `slow` has them all.
+EVERY_WAY = [pytest.param(family, WAYS, marks=pytest.mark.slow) for family in FAMILIES]
+BY_DEFAULT = [(family, WAYS if family == "qwen2" else {"default": {}}) for family in FAMILIES]
+
+
+@pytest.mark.parametrize(("family", "ways"), [*BY_DEFAULT, *EVERY_WAY])
+def test_greedy_equals_transformers_generate(
+    tmp_path: Path, family: str, ways: dict[str, dict[str, Any]]
+) -> None:
     reference = make(tmp_path, family)
     model = load(tmp_path)
     ids = prompts(5, 40, 131)
     want = [generated(reference, p, GREEDY.max_tokens) for p in ids]
-    for name, way in WAYS.items():
+    for name, way in ways.items():
         engine = engine_of(tmp_path, model, **way)
         for i, prompt in enumerate(ids):
             engine.start(i, prompt, GREEDY)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from retool.batch import pack
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.model.build import ModelOptions
-from retool.model.families.read import parse_model_config, read_model_config
+from retool.model.families.read import FAMILIES, parse_model_config, read_model_config
 from retool.parallel.mesh import make_mesh
 from tests.model.test_decoder import logits, relative, sample
 from tests.model.tiny import LLAMA3, SHAPE
@@ -294,6 +294,11 @@ NOT_DONE: list[tuple[str, dict[str, Any], str]] = [
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
     ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
     ("granite", {"logits_scaling": 0}, "logits_scaling=0"),
+    ("granitemoehybrid", {"layer_types": ["mamba"] * 3}, "layer_types"),
+    ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts=4"),
+    ("phi3", {"sliding_window": 2047}, "sliding_window=2047"),
+    ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
+    ("phi3", {"rope_scaling": YARN}, "rope_scaling"),
 ]
 
 
@@ -301,11 +306,7 @@ NOT_DONE: list[tuple[str, dict[str, Any], str]] = [
 def test_what_would_compute_something_else_is_refused_by_name(
     family: str, change: dict[str, Any], named: str
 ) -> None:
-    plain = {
-        "model_type": family,
-        **SHAPE,
-        **({"sliding_window": None} if family == "mistral" else {}),
-    }
+    plain = {"model_type": family, **SHAPE, **NEEDED.get(family, {})}
     parse_model_config(plain)
     with pytest.raises(ValueError) as refusal:
         parse_model_config({**plain, **change})
@@ -456,6 +457,16 @@ CHANGES: dict[str, list[Any]] = {
 }
 
 
+# Without these a family is refused.
+NEEDED: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},  # left out it is 4,096
+    "granitemoehybrid": {
+        "layer_types": ["full_attention"] * 3,
+        "num_local_experts": 0,
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 4,
+    },
+}
 # What only one family has is drawn for that family.
 OWN = {
     "no_rope_layers": "smollm3",
@@ -469,10 +480,8 @@ OWN = {
 
 def draw(rng: random.Random) -> dict[str, Any]:
     """A configuration with a few fields changed: no two of them need to make sense together."""
-    family = rng.choice(["llama", "qwen2", "qwen3", "mistral", "smollm3", "granite"])
-    config: dict[str, Any] = {"model_type": family, **SHAPE}
-    if family == "mistral":
-        config["sliding_window"] = None  # left out it is 4,096
+    family = rng.choice(sorted(FAMILIES))
+    config: dict[str, Any] = {"model_type": family, **SHAPE, **NEEDED.get(family, {})}
     fields = sorted(name for name in CHANGES if OWN.get(name, family) == family)
     names = rng.sample(fields, rng.randint(1, 5))
     ropes = rng.sample(["rope_scaling", "rope_parameters", "rope_theta"], rng.randint(0, 2))

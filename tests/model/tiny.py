@@ -9,10 +9,16 @@ import torch
 from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -49,6 +55,12 @@ YARN = {
 }
 # Within the tiny vocabulary; a padding token would get no gradient from transformers.
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama-bias": (
@@ -69,14 +81,22 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "granite": (
         GraniteConfig,
         GraniteForCausalLM,
+        {**MULTIPLIERS, "tie_word_embeddings": True},
+    ),
+    "granite4": (
+        GraniteMoeHybridConfig,
+        GraniteMoeHybridForCausalLM,
         {
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.4,
-            "attention_multiplier": 0.2,
-            "logits_scaling": 2.0,
-            "tie_word_embeddings": True,
+            **MULTIPLIERS,
+            "layer_types": ["full_attention"] * 3,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 80,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 4,
         },
     ),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {**TOKENS, "attention_bias": True}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, TOKENS),
 }
 
 

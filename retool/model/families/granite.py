@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from retool.model.block import rms_norm, swiglu
 from retool.model.config import ModelConfig
 from retool.model.families import llama
-from retool.model.families.fields import number, switch
 from retool.model.families.llama import costs as costs
-from retool.model.families.shape import read_shape
+from retool.model.hf_config.fields import number, switch
+from retool.model.hf_config.shape import read_shape
 
 # beside those that every family has
 FIELDS = frozenset(

@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from retool.model.config import ModelConfig
-from retool.model.families.fields import refused
 from retool.model.families.llama import Block as Block
 from retool.model.families.llama import costs as costs
-from retool.model.families.shape import read_shape
+from retool.model.hf_config.fields import refused
+from retool.model.hf_config.shape import read_shape
 
 FIELDS = frozenset({"sliding_window"})  # beside those that every family has
 KV_HEADS = 8  # transformers' defaults

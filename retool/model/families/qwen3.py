@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
-from retool.model.families.fields import WINDOWS, switch
 from retool.model.families.hf_names import Stored
 from retool.model.families.layer_costs import Cost, LayerCosts, gated_block_costs
-from retool.model.families.shape import read_shape
+from retool.model.hf_config.fields import WINDOWS, switch
+from retool.model.hf_config.shape import read_shape
 from retool.model.rope import rotate
 
 FIELDS = WINDOWS | {"attention_bias"}  # beside those that every family has

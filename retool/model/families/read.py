@@ -10,9 +10,19 @@ from typing import Any, Protocol
 
 from retool.model.block import Block
 from retool.model.config import ModelConfig
-from retool.model.families import granite, llama, mistral, qwen2, qwen3, smollm3
-from retool.model.families.fields import shown
+from retool.model.families import (
+    granite,
+    granite4,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from retool.model.families.layer_costs import LayerCosts
+from retool.model.hf_config.fields import shown
 from retool.model.hub import read_json
 
 
@@ -33,8 +43,11 @@ class Family(Protocol):
 
 FAMILIES: dict[str, Family] = {
     "granite": granite,
+    "granitemoehybrid": granite4,
     "llama": llama,
     "mistral": mistral,
+    "olmo2": olmo2,
+    "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "smollm3": smollm3,

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from retool.model.config import ModelConfig
-from retool.model.families.fields import WINDOWS, shown, switch
 from retool.model.families.llama import Block as Block
 from retool.model.families.llama import costs as costs
-from retool.model.families.shape import read_shape
+from retool.model.hf_config.fields import WINDOWS, shown, switch
+from retool.model.hf_config.shape import read_shape
 
 # beside those that every family has
 FIELDS = WINDOWS | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"}

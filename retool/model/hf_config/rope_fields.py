@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from retool.model.config import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
-from retool.model.families.fields import number, refused, shown, size, switch
+from retool.model.hf_config.fields import number, refused, shown, size, switch
 
 EVERY = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
 ORIGINAL_LENGTH = "original_max_position_embeddings"

@@ -1,0 +1,101 @@
+"""OLMo 2: norms after attention and after the MLP instead of before, and norms of all queries and
+all keys of a token (arXiv 2501.00656).
+
+The list of families is in `retool.model.families.read`.
+
+Legend: t tokens of this rank · N query heads · K kv heads · H head dim · D model · E = N·H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from retool.model import block
+from retool.model.block import Execution, new_parameter, rms_norm, swiglu
+from retool.model.config import ModelConfig
+from retool.model.families.hf_names import Stored
+from retool.model.families.layer_costs import Cost, LayerCosts, gated_block_costs
+from retool.model.hf_config.fields import switch
+from retool.model.hf_config.shape import read_shape
+from retool.model.rope import rotate
+
+FIELDS = frozenset({"attention_bias"})  # beside those that every family has
+NORM_EPS = 1e-5  # transformers' default
+
+
+def read_config(c: dict[str, Any]) -> ModelConfig:
+    """`attention_bias` gives biases to q, k, v and o."""
+    shape = read_shape({"rms_norm_eps": NORM_EPS, **c}, FIELDS)
+    biased = switch(c, "attention_bias")
+    return replace(shape, qkv_bias=biased, o_bias=biased)
+
+
+def costs(config: ModelConfig, sp: int) -> LayerCosts:
+    c = config
+    normed = (
+        Cost("q k v before the norms", c.query_width + 2 * c.key_width),
+        Cost("the norms' scales", 2, "fp32"),
+    )
+    return gated_block_costs(config, sp, more=normed)
+
+
+class Block(block.Block):
+    """q k v → norms of q and k → rope → attention → o → norm → SwiGLU → norm."""
+
+    def __init__(self, config: ModelConfig, index: int, execution: Execution) -> None:
+        super().__init__(config, index, execution)
+        c = config
+        qkv_rows = c.query_width + 2 * c.key_width
+        self.qkv = new_parameter(qkv_rows, c.hidden)
+        self.qkv_bias = new_parameter(qkv_rows) if c.qkv_bias else None
+        self.q_norm = new_parameter(c.query_width)
+        self.k_norm = new_parameter(c.key_width)
+        self.o = new_parameter(c.hidden, c.query_width)
+        self.o_bias = new_parameter(c.hidden) if c.o_bias else None
+        self.norm_1 = new_parameter(c.hidden)
+        self.gate_up = new_parameter(2 * c.ffn, c.hidden)
+        self.down = new_parameter(c.hidden, c.ffn)
+        self.norm_2 = new_parameter(c.hidden)
+
+    def projected(self, x_tD: torch.Tensor) -> torch.Tensor:
+        return self.by_head(F.linear(x_tD.to(self.qkv.dtype), self.qkv, self.qkv_bias))
+
+    def rotated(
+        self, heads_tJH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = self.q_k_v(heads_tJH)
+        eps = self.config.norm_eps
+        # A norm goes over all heads: none is on another rank before the all-to-all
+        q_tE = rms_norm(q.flatten(1), self.q_norm, eps)
+        k_tE = rms_norm(k.flatten(1), self.k_norm, eps)
+        return rotate(q_tE.view(q.shape), cos, sin), rotate(k_tE.view(k.shape), cos, sin), v
+
+    def after(self, x_tD: torch.Tensor, a_tE: torch.Tensor) -> torch.Tensor:
+        eps = self.config.norm_eps
+        x_tD = x_tD + rms_norm(F.linear(a_tE, self.o, self.o_bias), self.norm_1, eps)
+        added = swiglu(x_tD.to(self.gate_up.dtype), self.gate_up, self.down)
+        return x_tD + rms_norm(added, self.norm_2, eps)
+
+    def stored(self) -> list[Stored]:
+        c = self.config
+        return [
+            Stored("self_attn.q_proj.weight", "qkv", c.query_width),
+            Stored("self_attn.q_proj.bias", "qkv_bias", c.query_width),
+            Stored("self_attn.k_proj.weight", "qkv", c.key_width),
+            Stored("self_attn.k_proj.bias", "qkv_bias", c.key_width),
+            Stored("self_attn.v_proj.weight", "qkv", c.key_width),
+            Stored("self_attn.v_proj.bias", "qkv_bias", c.key_width),
+            Stored("self_attn.o_proj.weight", "o"),
+            Stored("self_attn.o_proj.bias", "o_bias"),
+            Stored("self_attn.q_norm.weight", "q_norm"),
+            Stored("self_attn.k_norm.weight", "k_norm"),
+            Stored("mlp.gate_proj.weight", "gate_up", c.ffn),
+            Stored("mlp.up_proj.weight", "gate_up", c.ffn),
+            Stored("mlp.down_proj.weight", "down"),
+            Stored("post_attention_layernorm.weight", "norm_1"),
+            Stored("post_feedforward_layernorm.weight", "norm_2"),
+        ]
