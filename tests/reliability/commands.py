@@ -32,7 +32,7 @@ class Command:
     make: Callable[[Path], Path]
     keys: Callable[[Scene, Path, random.Random], dict[str, object]]
     shards: str
-    began: Callable[[], None] = lambda: None
+    began: Callable[[], None]
 
     def main(self, words: list[str]) -> int:
         return importlib.import_module(f"retool.{self.name}.__main__").main(words)
@@ -127,5 +127,9 @@ def _every_answer_calls_a_tool() -> None:
     importlib.import_module("retool.rl.agent.rollout").run_episode = run_episode
 
 
-SFT = Command("sft", "train.parquet", _make_sft, _sft_keys, "")
+def _as_it_is() -> None:
+    """Nothing is changed in the command's processes."""
+
+
+SFT = Command("sft", "train.parquet", _make_sft, _sft_keys, "", _as_it_is)
 RL = Command("rl", "train.jsonl", _make_rl, _rl_keys, "actor", _every_answer_calls_a_tool)
