@@ -1,5 +1,5 @@
-"""Copies of finished checkpoints on a remote store, through fsspec: file by file, the tracker last,
-never fatal.
+"""Copies of finished checkpoints on a remote store, through fsspec: file by file, their checksums
+behind them, the tracker last; never fatal.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import final
 
 import fsspec
 
+from retool.checkpoint.format.folder import CHECKSUMS
 from retool.checkpoint.format.tracker import TRACKER
 from retool.config.redact import logger
 
@@ -39,6 +40,7 @@ class Mirror:
         self._busy: list[Path] = []
         self._moved = time.monotonic()  # when the file at hand began
         self._current = 0  # its bytes
+        self._given_up = False
         self.failures: list[str] = []
         self._thread = threading.Thread(target=self._work, name="checkpoint copy", daemon=True)
         self._thread.start()
@@ -60,6 +62,7 @@ class Mirror:
         while self._thread.is_alive() and not self._is_stalled():
             self._thread.join(0.2)
         if self._thread.is_alive():
+            self._given_up = True
             for folder in self._busy:
                 self._fail(folder, "the store takes nothing any more")
 
@@ -72,7 +75,13 @@ class Mirror:
         log.error("%s. The local checkpoint is complete.", self.failures[-1])
 
     def _progress(self, size: int) -> None:
-        """A file of this size begins."""
+        """A file of this size begins.
+
+        Raises where nobody waits any more: a tracker that comes late may name an older step than
+        the next run's.
+        """
+        if self._given_up:
+            raise TimeoutError("given up")
         self._moved = time.monotonic()
         self._current = size
 
@@ -82,6 +91,8 @@ class Mirror:
                 copy(folder, self.url, self._wait_s, self._progress)
             # Any of a dozen stores' own exceptions: training must not die of one.
             except Exception as error:
+                if self._given_up:  # and said
+                    return
                 self._fail(folder, f"{type(error).__name__}: {error}")
             self._busy.remove(folder)
 
@@ -95,11 +106,13 @@ def copy(
     """
     store, root = fsspec.core.url_to_fs(url)
     root = root.rstrip("/")
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            progress(path.stat().st_size)
-            inside = path.relative_to(folder).as_posix()
-            _put(store, path, f"{root}/{folder.name}/{inside}", wait_s)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    # What vouches for the others follows them: half a copy vouches for nothing.
+    files.sort(key=lambda path: path.name == CHECKSUMS)
+    for path in files:
+        progress(path.stat().st_size)
+        inside = path.relative_to(folder).as_posix()
+        _put(store, path, f"{root}/{folder.name}/{inside}", wait_s)
     # Last, so that it never names a checkpoint that isn't all there.
     step = folder.name.rpartition("_")[2]
     progress(0)

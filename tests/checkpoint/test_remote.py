@@ -15,13 +15,18 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from retool import checkpoint
-from retool.checkpoint import SaveOptions, latest
+from retool.checkpoint import SaveOptions, latest, remote
 from retool.checkpoint.__main__ import main
 from retool.checkpoint.format.folder import CHECKSUMS
+from retool.checkpoint.format.tracker import TRACKER
 from retool.checkpoint.publish import prune
 from retool.checkpoint.remote import Mirror
+from retool.data.read.files import columns_of, iter_chunks
+from retool.files import afar
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states
+from tests.checkpoint.weak_link import WeakLink
+from tests.ranks import free_port
 
 
 class Flaky(LocalFileSystem):
@@ -133,53 +138,152 @@ def test_what_is_being_copied_is_not_deleted(tmp_path: Path) -> None:
     assert prune(tmp_path, 1) == [tmp_path / "global_step_2"]
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A real S3 server on this machine (moto's), with a bucket."""
-    pytest.importorskip("moto", reason="the S3 server is moto[server]")
-    pytest.importorskip("s3fs", reason="s3:// needs s3fs")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
+class S3:
+    """A real S3 server on this machine (moto's), with a bucket, behind a weak link."""
+
+    url = "s3://bucket/runs"
+
+    def __init__(self) -> None:
+        port = free_port()
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.link = WeakLink(port)
+        self._direct = {"client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}"}}
         for _ in range(200):
             with socket.socket() as s:
                 if s.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        fsspec.filesystem("s3").mkdir("bucket")
-        yield "s3://bucket/runs/one"
-    finally:
-        server.kill()
-        server.wait()
+
+    def back(self, folder: Path) -> Path:
+        """What is there, past the link."""
+        store = fsspec.filesystem("s3", **self._direct, skip_instance_cache=True)
+        store.get("bucket/runs/", f"{folder}/", recursive=True)
+        return folder
 
 
-def test_an_s3_server_gets_every_byte(tmp_path: Path, s3: str) -> None:
-    staging = _save(tmp_path / "run", s3)
-    assert staging.mirror is not None and staging.mirror.failures == []
-    store = fsspec.filesystem("s3")
-    store.get("bucket/runs/one/", f"{tmp_path}/back/", recursive=True)
-    assert _content(tmp_path / "back/global_step_1") == _content(tmp_path / "run/global_step_1")
-    assert latest(tmp_path / "back") == tmp_path / "back/global_step_1"
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    pytest.importorskip("moto", reason="the S3 server is moto[server]")
+    pytest.importorskip("s3fs", reason="s3:// needs s3fs")
+    there = S3()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{there.link.port}",
+            # Its client's own tries, which our tests needn't wait for
+            "AWS_MAX_ATTEMPTS": "1",
+        }.items():
+            patch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        try:
+            fsspec.filesystem("s3").mkdir("bucket")
+            yield there
+        finally:
+            fsspec.get_filesystem_class("s3").clear_instance_cache()
+            there.link.close()
+            there.server.kill()
+            there.server.wait()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with three checkpoints."""
+    root = tmp_path_factory.mktemp("saved")
+    _save(root / "run", f"file://{root}/other", steps=(1, 2, 3))
+    return root / "run"
+
+
+def test_an_s3_server_gets_every_byte(tmp_path: Path, s3: S3, saved: Path) -> None:
+    mirror = Mirror(f"{s3.url}/whole")
+    mirror.add(saved / "global_step_1")
+    mirror.close()
+    assert mirror.failures == []
+    back = s3.back(tmp_path / "back") / "whole"
+    assert _content(back / "global_step_1") == _content(saved / "global_step_1")
+    assert latest(back) == back / "global_step_1"
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(len(data) for data in _content(folder).values())
+
+
+@pytest.mark.parametrize("how", ["cut", "silent"])
+def test_a_store_that_dies_midway_has_no_half_checkpoint_that_counts(
+    tmp_path: Path,
+    s3: S3,
+    saved: Path,
+    how: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(remote, "STALL_S", 2.0)
+    mirror = Mirror(f"{s3.url}/{how}", wait_s=0.01)
+    mirror.add(saved / "global_step_1")
+    mirror.close()
+    assert mirror.failures == []
+    mirror = Mirror(f"{s3.url}/{how}", wait_s=0.01)
+    s3.link.fail(how, after_bytes=_bytes_of(saved / "global_step_2") // 2)
+    begin = time.monotonic()
+    mirror.add(saved / "global_step_2")
+    mirror.close()
+    assert time.monotonic() - begin < 20 and s3.link.failures
+    assert "was not copied" in mirror.failures[0] and "is complete" in caplog.text
+    half = s3.back(tmp_path / "half") / how
+    there = [p.name for p in (half / "global_step_2").rglob("*") if p.is_file()]
+    assert there and CHECKSUMS not in there
+    assert latest(half) == half / "global_step_1"
+    assert (half / TRACKER).read_text() == "1"
+    s3.link.mend()
+    mirror = Mirror(f"{s3.url}/{how}", wait_s=0.01)
+    mirror.add(saved / "global_step_3")
+    mirror.close()
+    assert mirror.failures == []
+    whole = s3.back(tmp_path / "whole") / how
+    assert latest(whole) == whole / "global_step_3"
+    assert _content(whole / "global_step_3") == _content(saved / "global_step_3")
+
+
+def test_a_store_that_answers_with_errors_for_a_while_gets_it_all(
+    tmp_path: Path, s3: S3, saved: Path
+) -> None:
+    mirror = Mirror(f"{s3.url}/errors", wait_s=0.3)
+    before = s3.link.failures
+    s3.link.fail("error", after_bytes=_bytes_of(saved / "global_step_1") // 2)
+    mirror.add(saved / "global_step_1")
+    while s3.link.failures == before:
+        time.sleep(0.01)
+    s3.link.mend()
+    mirror.close()
+    assert mirror.failures == []
+    back = s3.back(tmp_path / "back") / "errors"
+    assert _content(back / "global_step_1") == _content(saved / "global_step_1")
+    assert latest(back) == back / "global_step_1"
+
+
+def test_data_on_a_store_that_fails_names_the_file(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(afar, "SILENCE_S", 2.0)
+    file = "s3://bucket/rows.jsonl"
+    fsspec.filesystem("s3").pipe_file(file, b'{"messages": []}\n' * 50_000)
+    assert columns_of(file) == ["messages"]
+    assert sum(map(len, iter_chunks([file]))) == 50_000
+    for how in ("cut", "silent"):
+        s3.link.fail(how, after_bytes=200_000)
+        begin = time.monotonic()
+        with pytest.raises(ValueError, match=r"s3://bucket/rows\.jsonl.*Check the store"):
+            list(iter_chunks([file]))
+        assert time.monotonic() - begin < 20
+        s3.link.mend()
 
 
 def test_a_store_that_takes_nothing_any_more_is_given_up_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from retool.checkpoint import remote
-
     (tmp_path / "global_step_1").mkdir()
     (tmp_path / "global_step_1" / "data.pt").write_bytes(b"x")
     monkeypatch.setattr(Flaky, "put_file", lambda *args, **named: time.sleep(30))

@@ -61,7 +61,11 @@ class WeakLink:
         if self._fails():
             self._break(client)
             return
-        server = socket.create_connection(("127.0.0.1", self._server))
+        try:
+            server = socket.create_connection(("127.0.0.1", self._server))
+        except OSError:
+            client.close()
+            return
         with self._lock:
             self._open += [client, server]
         for here, there in ((client, server), (server, client)):

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import IO, Any
 
 import pyarrow as pa
@@ -29,6 +30,7 @@ from retool.data.read.library import (
 from retool.data.read.names import kind_of_file
 from retool.data.read.text import csv_chunks, json_chunks, line_chunks
 from retool.data.read.user_function import function_chunks
+from retool.files.afar import answer, is_remote, items
 
 
 def is_table(source: str) -> bool:
@@ -50,7 +52,7 @@ def file_identity(file: str) -> str:
     if "file" in protocols:
         stat = os.stat(path)
         return f"{os.path.realpath(path)}:{stat.st_size}:{stat.st_mtime_ns}"
-    return f"{file}:{fs.ukey(path)}"
+    return f"{file}:{answer(file, lambda: fs.ukey(path))}"
 
 
 def columns_of(file: str) -> list[str]:
@@ -58,6 +60,10 @@ def columns_of(file: str) -> list[str]:
 
     Raises ValueError when empty.
     """
+    return answer(file, lambda: _columns_of(file))
+
+
+def _columns_of(file: str) -> list[str]:
     if is_table(file):
         return table_columns(file)
     if kind_of_file(file)[0] == ".parquet":
@@ -76,10 +82,14 @@ def rows_in(file: str) -> int | None:
     """How many rows a table says that it has; None where only reading would tell."""
     if is_table(file):
         return len(open_table(file))
-    if kind_of_file(file)[0] == ".parquet":
-        with opened_parquet(file) as parquet:
-            return parquet.metadata.num_rows
-    return None
+    return answer(file, lambda: _rows_in_parquet(file))
+
+
+def _rows_in_parquet(file: str) -> int | None:
+    if kind_of_file(file)[0] != ".parquet":
+        return None
+    with opened_parquet(file) as parquet:
+        return parquet.metadata.num_rows
 
 
 @contextmanager
@@ -131,7 +141,8 @@ def iter_chunks(
         if left == 0:
             return
         seen = 0
-        for chunk in _file_chunks(file, columns, rows_function):
+        make = partial(_file_chunks, file, columns, rows_function)
+        for chunk in items(file, make) if rows_function is None else make():
             part = chunk if left is None or len(chunk) <= left else chunk.head(left)
             left = None if left is None else left - len(part)
             seen += len(part)
@@ -188,6 +199,8 @@ def _undamaged(file: str, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         try:
             chunk = next(chunks, None)
         except (pa.ArrowException, OSError, EOFError) as error:
+            if is_remote(file):
+                raise OSError(f"from row {row:,} on: {error}") from error
             raise ValueError(
                 f"{file} is damaged: it can't be read from row {row:,} on ({error}). Copy it again "
                 "from its origin."

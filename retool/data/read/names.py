@@ -5,12 +5,14 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import yaml
 from fsspec.core import url_to_fs
 
 from retool.data.read.library import Part, hub_source, is_hub_name, is_saved, saved_split
+from retool.files.afar import answer
 
 KINDS = (".parquet", ".jsonl", ".json", ".csv")
 PACKED = {".gz": "gzip", ".zst": "zstd"}
@@ -51,7 +53,10 @@ def resolve_files(
             f"no data file is named in {files!r}: give a file ({', '.join(KINDS)}), a folder, a glob, a "
             "data set of the hub (org/name), or a list of these."
         )
-    found = [path for name in names for path in _expand(name.strip(), any_suffix, part or Part())]
+    found: list[str] = []
+    for name in map(str.strip, names):
+        expand = partial(_expand, name, any_suffix, part or Part())
+        found += answer(name, expand)
     for path in found:
         if not _is_utf8(path):
             told = os.fsencode(path).decode("utf-8", "backslashreplace")
