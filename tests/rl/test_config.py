@@ -215,8 +215,8 @@ def test_every_key_of_the_contract_is_there() -> None:
         "data.": "gen_batch_size=8 shuffle=false seed=3 chat_template=hermes answer_format=null",
         ARR
         + "actor.": "ppo_epochs=2 entropy_coeff=0.1 loss_agg_mode=token-mean loss_agg_mode=seq-mean-token-sum loss_agg_mode=seq-mean-token-mean"
-        " loss_agg_mode=seq-mean-token-sum-norm policy_loss.loss_mode=vanilla "
-        "policy_loss.loss_mode=cispo policy_loss.loss_mode=gspo kl_loss_type=k1 kl_loss_type=k2 "
+        " loss_agg_mode=seq-mean-token-sum-norm policy_loss.loss_mode=cispo "
+        "policy_loss.loss_mode=vanilla policy_loss.loss_mode=gspo kl_loss_type=k1 kl_loss_type=k2 "
         "kl_loss_type=k3 kl_loss_type=low_var_kl kl_loss_type=abs kl_loss_type=k1+ "
         "kl_loss_type=k3+ grad_clip=0.5",
         ARR
