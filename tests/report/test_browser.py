@@ -245,6 +245,22 @@ def test_a_phone_sees_that_there_is_more(browser: Browser, dapo: Path) -> None:
     assert browser.run(more) == [False, False]
 
 
+def test_on_paper_charts_fit_and_controls_stay_away(browser: Browser, compared: Path) -> None:
+    opened(browser, compared)
+    browser.wait("document.querySelectorAll('#curves canvas').length >= 3")
+    browser.devtools("Emulation.setEmulatedMedia", media="print")
+    try:
+        hidden = "return [...document.querySelectorAll('#nav, #theme, .bar, .u-over')].filter(e => e.clientHeight).length"
+        assert browser.run(hidden) == 0
+        narrow = "document.querySelectorAll('.chart').forEach(c => { c.style.width = '200px'; });"
+        fits = "return [...document.querySelectorAll('canvas')].every(c => c.clientWidth <= c.closest('.plot').clientWidth)"
+        assert browser.run(narrow + fits), (
+            "columns of the paper, which was not there when it was drawn"
+        )
+    finally:
+        browser.devtools("Emulation.setEmulatedMedia", media="")
+
+
 def test_theme_button(browser: Browser, compared: Path) -> None:
     opened(browser, compared)
     before = browser.run(f"return {INK}")
@@ -462,6 +478,7 @@ def test_a_long_run_opens_quickly(browser: Browser, tmp_path: Path) -> None:
                 "step": s,
                 **{f"group/metric_{k}": rng.random() for k in range(20)},
                 "train/loss": 1 / s,
+                "val/loss": 2 + abs(s - 700),
             }
             for s in range(1, 2001)
         ],
@@ -475,6 +492,10 @@ def test_a_long_run_opens_quickly(browser: Browser, tmp_path: Path) -> None:
     begun = time.monotonic()
     opened(browser, page, 390)
     assert time.monotonic() - begun < 20
+    rows = browser.run(
+        "return [...document.querySelectorAll('#validation tbody tr')].map(r => r.cells[0].innerText)"
+    )
+    assert rows == ["700", *(f"{step:,}" for step in range(1901, 2001))], "the best and the last"
     begun = time.monotonic()
     browser.run("document.querySelector('[data-mode=logp]').click()")
     assert (

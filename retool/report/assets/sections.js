@@ -55,7 +55,7 @@ function numbersOf(run) {
   if (loss) add("best validation loss", show(loss.low), "of " + loss.count + (loss.count === 1 ? " validation" : " validations"));
   for (const name of Object.keys(run.metrics).filter((n) => /^val-core\/.+\/acc\/mean@\d+$/.test(n)).slice(0, 3)) {
     const found = ends(run, name);
-    if (found) add(about(name).title.toLowerCase(), percent(found.last), found.count > 1 ? "at first " + percent(found.first) : "");
+    if (found) add(about(name).title.replace(/^A/, "a"), percent(found.last), found.count > 1 ? "at first " + percent(found.first) : "");
   }
   const tokens = sum(run, "train/global_tokens") || sum(run, "perf/total_num_tokens"), inLoss = sum(run, "train/trained_tokens");
   if (tokens) add("tokens trained on", show(tokens), inLoss ? show(inLoss) + " in the loss" : "");
@@ -138,7 +138,8 @@ function controls() {
 function curves() {
   const names = metricNames();
   if (!names.length) return;
-  const node = section("curves", "Curves", "The pale line is what was measured, the strong one is smoothed. Drag over a chart to zoom in, double-click to zoom out.");
+  const node = section("curves", "Curves", "The pale line is what was measured, the strong one is smoothed." +
+    (matchMedia("(pointer: fine)").matches ? " Drag over a chart to zoom in, double-click to zoom out." : " Tap a chart to read its values."));
   const order = Object.keys(DATA.about), first = names.filter((n) => about(n).first).sort((a, b) => order.indexOf(a) - order.indexOf(b));
   node.append(controls(), el("div", "charts", (first.length ? first : names.slice(0, 6)).map((n) => chart([n]))));
   const groups = new Map();

@@ -1,5 +1,7 @@
 "use strict";
-// Every validation, a table for each data set: a row a step, and the runs side by side.
+// Validations, a table for each data set: a row a step, and the runs side by side.
+
+const MOST_ROWS = 100; // of a table; of more validations the last are shown, and those with a column's best
 
 /** Metrics of validations by data set, over all runs: {source: [names]}; "" is what belongs to none. */
 function validated() {
@@ -39,16 +41,18 @@ function columnName(name, source) {
   return name.startsWith("val-") ? name.slice(8) : about(name).title;
 }
 
-/** One metric of one run, as a column shows it: the same decimals from top to bottom. */
+/** One metric of one run, as a column shows it: the same decimals from top to bottom, its best steps apart. */
 function column(name, run, decimals) {
-  const found = series(run, name), pick = { down: Math.min, up: Math.max }[about(name).better];
-  const best = found && pick ? found.values.reduce((a, b) => pick(a, b)) : null;
-  const at = new Map(found ? found.steps.map((step, i) => [step, found.values[i]]) : []);
-  return (step) => {
+  const { steps, values } = series(run, name) || { steps: [], values: [] };
+  const pick = { down: Math.min, up: Math.max }[about(name).better];
+  const best = pick && values.length > 1 ? values.reduce((a, b) => pick(a, b)) : null;
+  const at = new Map(steps.map((step, i) => [step, values[i]]));
+  const cell = (step) => {
     const value = at.get(step) ?? null;
     const text = decimals === null ? withUnit(value, about(name).unit) : value === null ? "–" : grouped(value, decimals);
-    return el("td", value !== null && value === best && at.size > 1 ? "n best" : "n", text);
+    return el("td", value !== null && value === best ? "n best" : "n", text);
   };
+  return { cell, steps, best: steps.find((step) => best !== null && at.get(step) === best) };
 }
 
 /** Decimals that suit all values of a metric in all runs; null where each is written in its own way. */
@@ -61,10 +65,14 @@ function sharedDecimals(name, runs) {
 
 function validationTable(names, source) {
   const runs = DATA.runs.filter((run) => names.some((n) => series(run, n))), many = DATA.runs.length > 1;
-  const steps = [...new Set(runs.flatMap((run) => names.flatMap((n) => series(run, n)?.steps ?? [])))].sort((a, b) => a - b);
   const columns = names.flatMap((n) => runs.map((run) => column(n, run, sharedDecimals(n, runs))));
+  const every = [...new Set(columns.flatMap((c) => c.steps))].sort((a, b) => a - b), bests = new Set(columns.map((c) => c.best));
+  const steps = every.filter((step, i) => i >= every.length - MOST_ROWS || bests.has(step));
   const titles = names.map((n) => el("th", { class: many ? "group-head" : "n", colspan: runs.length, title: about(n).says }, columnName(n, source)));
   const whose = names.flatMap(() => runs.map((run) => el("th", "n", runName(DATA.runs.indexOf(run)))));
-  return tableOf(many ? [[el("th"), titles], [el("th", "n", "step"), whose]] : [[el("th", "n", "step"), titles]],
-    steps.map((step) => el("tr", null, el("td", "n", grouped(step)), columns.map((cell) => cell(step)))));
+  const table = tableOf(many ? [[el("th"), titles], [el("th", "n", "step"), whose]] : [[el("th", "n", "step"), titles]],
+    steps.map((step) => el("tr", null, el("td", "n", grouped(step)), columns.map((c) => c.cell(step)))));
+  if (steps.length === every.length) return table;
+  const says = "The last " + MOST_ROWS + " of " + grouped(every.length) + " validations, and each column's best.";
+  return el("div", null, el("p", "says", says), table);
 }
