@@ -198,13 +198,14 @@ def _count_sample(report: DatasetReport, whole: Sample, sample: Sample | None) -
     if sample is None:
         report.dropped_long += 1
         return False
-    if sample.trained == 0:
+    trained = sample.trained
+    if trained == 0:
         report.dropped_untrained += 1
         return False
     report.samples += 1
     report.truncated += len(sample) < len(whole)
     report.tokens += len(sample)
-    report.trained_tokens += sample.trained
+    report.trained_tokens += trained
     report.highest_id = max(report.highest_id, int(sample.tokens.max()))
     return True
 

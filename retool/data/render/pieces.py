@@ -18,7 +18,14 @@ from retool.data.read.rows import Conversation
 from retool.data.render.hide_control_tokens import cut_hidden, hidden_text
 from retool.data.render.mask import cut, trained_messages
 from retool.data.render.rendering import Rendering
-from retool.data.template.completeness import check_contexts, check_results, check_tools, fault
+from retool.data.template.completeness import (
+    TemplateFault,
+    check_contexts,
+    check_results,
+    check_tools,
+    fault,
+)
+from retool.data.template.one_render import turns_in
 from retool.data.template.thoughts import settle_thoughts
 from retool.data.template.turns import EndOfTurn, Turn, TurnFinder
 from retool.data.tokens.control_tokens import Controls
@@ -34,7 +41,8 @@ class PieceMaker:
     """Cuts conversations into pieces, and checks that the template shows all that they say.
 
     `text` renders with a template whose source is `source`. `ends` and `header` are what it writes
-    at the end and at the beginning of an answer (see `TurnFinder`).
+    at the end and at the beginning of an answer (see `TurnFinder`). `local`: it shows each message
+    by itself (see `one_render`).
     """
 
     text: Text
@@ -43,6 +51,7 @@ class PieceMaker:
     header: str
     controls: Controls
     rendering: Rendering
+    local: bool
 
     def of_samples(self, conversation: Conversation) -> list[list[Piece]]:
         """The pieces of each sample: one, or one a trained turn when history had to be split.
@@ -65,7 +74,7 @@ class PieceMaker:
         trained = trained_messages(conversation)
         turns = self._turns(conversation, trained)
         text = self._whole(conversation, turns)
-        self._check_tools(conversation)
+        self._check_tools(conversation, turns)
         samples = [turn for turn in turns if turn.message in trained]
         rewritten = [turn for turn in samples if turn.place(text) is None]
         if not rewritten or self.rendering.history == "last":
@@ -86,7 +95,7 @@ class PieceMaker:
         turns = self._turns(conversation, ())
         text = self._text_of(conversation, conversation.messages, True)
         self._check_contexts(conversation, text, len(conversation.messages))
-        self._check_tools(conversation)
+        self._check_tools(conversation, turns)
         return [cut(text, turns, ())]
 
     def _text_of(
@@ -109,7 +118,15 @@ class PieceMaker:
         def show(messages: Messages, generation_prompt: bool) -> str:
             return self._text_of(conversation, messages, generation_prompt)
 
-        return TurnFinder(conversation, show, self.ends, self.header).turns(trained)
+        finder = TurnFinder(conversation, show, self.ends, self.header)
+        if not self.local:
+            return finder.turns(trained)
+        try:
+            text = show(conversation.messages, False)
+        except TemplateFault:  # two renders a turn tell which message it refuses
+            return finder.turns(trained)
+        found = turns_in(finder, text, trained)
+        return finder.turns(trained) if found is None else found
 
     def _whole(self, conversation: Conversation, turns: Sequence[Turn]) -> str:
         """The text of the whole conversation.
@@ -126,12 +143,15 @@ class PieceMaker:
         turns = conversation.assistant_turns
         check_contexts(conversation, text, [i for i in range(end) if i not in turns])
 
-    def _check_tools(self, conversation: Conversation) -> None:
+    def _check_tools(self, conversation: Conversation, turns: Sequence[Turn]) -> None:
         check_results(conversation, self.source)
-        turns = conversation.assistant_turns
-        opening = conversation.messages[: turns[0]] if turns else conversation.messages
+        answers = conversation.assistant_turns
+        opening = conversation.messages[: answers[0]] if answers else conversation.messages
+        rendered = conversation.masks is None and turns and turns[0].message == answers[0]
 
         def show(tools: Messages | None) -> str:
+            if tools and rendered:
+                return turns[0].prompt
             return self.text(opening, tools, conversation.enable_thinking, True)
 
         check_tools(conversation, opening, show)

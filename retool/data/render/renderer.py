@@ -130,6 +130,14 @@ class Renderer:
             self._template.header,
             self.controls,
             self.rendering,
+            self.local,
+        )
+
+    @cached_property
+    def local(self) -> bool:
+        """Whether the template is known to show each message by itself."""
+        return shows_contents_as_they_are(
+            self.tokenizer, self.template, self.rendering.template_kwargs
         )
 
     def pieces(self, conversation: Conversation) -> list[list[Piece]]:
@@ -249,10 +257,7 @@ class Renderer:
     @cached_property
     def glue(self) -> Glue:
         """What makes the text between turns."""
-        framed = shows_contents_as_they_are(
-            self.tokenizer, self.template, self.rendering.template_kwargs
-        )
-        return Glue(self.text, self.ends.known, self.controls, framed)
+        return Glue(self.text, self.ends.known, self.controls, self.local)
 
     # -- identity --
 

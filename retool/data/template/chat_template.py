@@ -10,7 +10,9 @@ import jinja2
 
 from retool.data.read.content import SURROGATE
 from retool.data.template.choose import chosen_template, end_of_hermes
+from retool.data.template.direct import Asked, agrees, directly, officially
 from retool.data.template.discover import (
+    CONVERSATIONS,
     TOOL,
     CallForm,
     find_call_form,
@@ -36,6 +38,7 @@ class ChatTemplate:
     ) -> None:
         self.tokenizer = tokenizer
         self.kwargs = kwargs
+        self._direct = False  # until both ways were compared
         self.source: str | None = (
             chosen_template(chat_template, tokenizer) if chat_template is not None else None
         )
@@ -68,6 +71,12 @@ class ChatTemplate:
             ) from error
         self.header = find_header(self._show_probe)
         self._form, self.ends = find_call_form(self._show_probe, ends)
+        probes = [
+            Asked([shown_message(message, self._form) for message in messages], *more)
+            for messages in CONVERSATIONS
+            for more in (([TOOL], self.kwargs, False), (None, self.kwargs, True))
+        ]
+        self._direct = within_bounds(lambda: agrees(tokenizer, self.source, probes))
 
     def show(
         self,
@@ -99,17 +108,10 @@ class ChatTemplate:
         form: CallForm,
     ) -> str:
         shown = [shown_message(message, form) for message in messages]
+        asked = Asked(shown, tools, kwargs, generation_prompt)
+        way = directly if self._direct else officially
         try:
-            text = within_bounds(
-                lambda: self.tokenizer.apply_chat_template(
-                    shown,
-                    tools=list(tools) if tools else None,
-                    chat_template=self.source,
-                    add_generation_prompt=generation_prompt,
-                    tokenize=False,
-                    **kwargs,
-                )
-            )
+            text = within_bounds(lambda: way(self.tokenizer, self.source, asked))
         except RecursionError:
             raise OutOfBounds("it calls itself without end") from None
         except MemoryError:

@@ -96,7 +96,8 @@ def shows_contents_as_they_are(
 
     It is with our own template, `hermes`, and with those of Qwen2.5: of a tool's or user's message
     after an assistant's they read the role, those of its neighbours, and the content, to show it.
-    Of other templates nothing is known.
+    So a conversation is shown as the beginning of every longer one, too (`template.one_render`). Of
+    other templates nothing is known.
     """
     from transformers import PreTrainedTokenizerBase
 

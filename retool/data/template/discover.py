@@ -169,6 +169,15 @@ def _calls(count: int) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
+# What rows may hold: an answer, a thought, several calls and their results.
+CONVERSATIONS = (
+    [QUESTION],
+    [QUESTION, {"role": "assistant", "content": "Yes.", "reasoning_content": "Is it? "}, QUESTION],
+    [QUESTION, _calls(2), *2 * [{"role": "tool", "content": "1", "name": "look_up"}]],
+    [{"role": "system", "content": "Be exact."}, QUESTION, {**_calls(1), "content": "Look."}],
+)
+
+
 def _ends_with_call(show: Show, ends: EndOfTurn, form: CallForm) -> EndOfTurn:
     """`ends` with the token that closes a turn of one call (<|eom_id|>, <|call|>).
 

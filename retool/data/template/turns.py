@@ -134,6 +134,13 @@ class TurnFinder:
         written = self._written(i, prompt, trained)
         if written is None:
             return None
+        return self.made(i, prompt, written, trained)
+
+    def made(self, i: int, prompt: str, written: str, trained: bool) -> Turn:
+        """The turn of message `i`, once it is known what the model writes and the template adds.
+
+        Raises RowError where that isn't what the message says.
+        """
         if self.header.strip():
             raise fault(
                 self.conversation,

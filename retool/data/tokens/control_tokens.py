@@ -68,6 +68,20 @@ def holds(value: Any, pattern: re.Pattern[str]) -> bool:
     return isinstance(value, (list, tuple)) and any(holds(entry, pattern) for entry in value)
 
 
+def _collect(value: Any, texts: list[str]) -> None:
+    """Add every text in `value`, keys of mappings too."""
+    if isinstance(value, str):
+        texts.append(value)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            _collect(entry, texts)
+    elif isinstance(value, (dict, Mapping)):
+        for key, entry in value.items():
+            if isinstance(key, str):
+                texts.append(key)
+            _collect(entry, texts)
+
+
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     """Finds the longest of `tokens` at each place, as tokenizers do; nothing where there is none."""
     longest_first = sorted(set(tokens), key=lambda token: (-len(token), token))
@@ -169,6 +183,11 @@ class Controls:
 
     def quoted_in(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> bool:
         """Whether anything has to be hidden."""
+        texts = list[str]()
+        _collect([*messages, tools], texts)
+        # One look at all of them, which finds more than there is at worst
+        if self.pattern.search("\n".join(texts)) is None:
+            return False
         for message in messages:
             for _, value, pattern in self._fields(message):
                 if holds(value, pattern):

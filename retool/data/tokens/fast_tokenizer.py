@@ -37,6 +37,10 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, nothing added."""
     with failures_told():
+        if (backend := plain_backend(tokenizer)) is not None:
+            # The fast way counts no offsets, which are a third of the work.
+            found = backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [entry.ids for entry in found]
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
