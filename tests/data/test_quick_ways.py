@@ -148,14 +148,14 @@ class TestHeads:
             ]
             text = made.text(messages, generation_prompt=True)
             assert made.encode([text]) == [whole(text, add_special_tokens=False)["input_ids"]]
-        assert list(made.encoder._heads) == ["<|im_start|>system\nBe exact.<|im_end|>"]
+        assert list(made.encoder._heads.kept) == ["<|im_start|>system\nBe exact.<|im_end|>"]
 
     def test_not_where_another_token_holds_the_end(self, tokenizer):
         made = Renderer(tokenizer, Rendering("hermes"))
-        assert made.encoder._end_divides
+        assert made.encoder._heads._end_divides
         other = type(tokenizer)(
             tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), eos_token="<|im_end|>"
         )
         other.add_tokens([AddedToken("x<|im_end|>", normalized=False)])
         other.chat_template = tokenizer.chat_template
-        assert not Renderer(other, Rendering("hermes")).encoder._end_divides
+        assert not Renderer(other, Rendering("hermes")).encoder._heads._end_divides

@@ -27,10 +27,10 @@ from retool.data.tokens.fast_tokenizer import (
     plain_backend,
     token_offsets,
 )
+from retool.data.tokens.heads import Heads
 
 TEXT_ANCHORS = ("\n", ".", ";")  # no letters: a word could go on in what follows
 PROBES = ("a", " a", "a b", "\na", "Hello", "12", "<a>")
-KEPT_HEADS = 256  # first messages whose tokens are kept
 WAY_OUT = (
     "Use a tokenizer that gives text back as it was: byte-level BPE, or SentencePiece that neither "
     "lower-cases nor drops characters."
@@ -61,7 +61,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.end = end
         self.controls = controls
-        self._heads: dict[str, list[int]] = {}
+        self._heads = Heads(tokenizer, end, PROBES)
 
     def encode(self, pieces: Sequence[Piece], begins: bool = True) -> list[list[int]]:
         """Token ids of consecutive pieces of a text, each tokenised by itself.
@@ -74,48 +74,15 @@ class Encoder:
         if begins:
             anchors[0] = ""
         texts = [anchor + piece.text for anchor, piece in zip(anchors, pieces, strict=True)]
-        head = self._known_head(texts[0]) if begins else ""
-        texts[0] = texts[0][len(head) :]
+        head: list[int] = []
+        if begins and not self._after_end:
+            head, texts[0] = self._heads.taken_off(texts[0])
         if len(texts) == 1:
             ids = [encode_text(self.tokenizer, texts[0])]
         else:
             ids = encode_texts(self.tokenizer, texts)
-        if head:
-            ids[0] = [*self._heads[head], *ids[0]]
+        ids[0] = [*head, *ids[0]]
         return [self._own_ids(*entry) for entry in zip(pieces, anchors, ids, strict=True)]
-
-    def _known_head(self, text: str) -> str:
-        """The first message of a text, if its tokens are kept: rows share instructions and tools.
-
-        "" where the tokens of what follows would depend on it.
-        """
-        if not self._end_divides:
-            return ""
-        head = text[: text.find(self.end) + len(self.end)]
-        if head not in self._heads:
-            if len(self._heads) >= KEPT_HEADS or not head.endswith(self.end):
-                return ""
-            self._heads[head] = encode_text(self.tokenizer, head)
-        return head
-
-    @cached_property
-    def _end_divides(self) -> bool:
-        """Whether a tokenizer begins anew behind the end-of-turn token, as if a text began there.
-
-        A token that is found in the text as it is divides it before anything else is looked at; what
-        follows only depends on it where beginnings are treated otherwise (see the note on anchors).
-        """
-        if plain_backend(self.tokenizer) is None or self._after_end:
-            return False
-        added = self.tokenizer.added_tokens_decoder.values()
-        holding_end = [token for token in added if self.end in token.content]
-        if len(holding_end) != 1:
-            return False
-        (token,) = holding_end
-        if token.normalized or token.lstrip or token.rstrip or token.single_word:
-            return False
-        behind = [encode_text(self.tokenizer, self.end + probe)[1:] for probe in PROBES]
-        return behind == [encode_text(self.tokenizer, probe) for probe in PROBES]
 
     def _own_ids(self, piece: Piece, anchor: str, ids: list[int]) -> list[int]:
         """The tokens of a piece, given those of its text behind its anchor."""
