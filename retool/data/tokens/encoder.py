@@ -74,9 +74,7 @@ class Encoder:
         if begins:
             anchors[0] = ""
         texts = [anchor + piece.text for anchor, piece in zip(anchors, pieces, strict=True)]
-        head: list[int] = []
-        if begins and not self._after_end:
-            head, texts[0] = self._heads.taken_off(texts[0])
+        head, texts[0] = self._heads.taken_off(texts[0]) if begins else ([], texts[0])
         if len(texts) == 1:
             ids = [encode_text(self.tokenizer, texts[0])]
         else:
@@ -169,9 +167,7 @@ class Encoder:
     @cached_property
     def _after_end(self) -> str:
         """What to put before text that follows an end of turn."""
-        plain, anchored = self.tokenizer(["a", self.end + "a"], add_special_tokens=False)[
-            "input_ids"
-        ]
+        plain, anchored = encode_texts(self.tokenizer, ["a", self.end + "a"])
         return self.end if plain != anchored[1:] else ""
 
     @cached_property
