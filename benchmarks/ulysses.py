@@ -71,7 +71,8 @@ def block_run(config: ModelConfig, mesh: Mesh, plan: HeadPlan, tokens: int) -> A
         torch.nn.init.normal_(parameter, std=0.02)
     documents = [Sample(np.zeros(tokens, np.int32), np.ones(tokens, bool))] * mesh.sp
     batch = pack(documents).slice(mesh.sp_rank, mesh.sp).to(device)
-    cos, sin = rope_tables(batch.positions, inverse_frequencies(config, device))
+    inverse = inverse_frequencies(config, device)
+    cos, sin = rope_tables(batch.positions, inverse, config)[0]
     x = torch.randn(tokens, config.hidden, device=device, dtype=dtype, requires_grad=True)
     d_out = torch.randn_like(x)
     wanted = [x, *block.parameters()]

@@ -185,7 +185,8 @@ def test_what_a_save_and_a_tied_matrix_take() -> None:
 def test_rope_tables_are_kept_too() -> None:
     config = model()
     tokens = 640
-    tables = rope_tables(torch.arange(tokens), inverse_frequencies(config, torch.device("cpu")))
+    inverse = inverse_frequencies(config, torch.device("cpu"))
+    tables = rope_tables(torch.arange(tokens), inverse, config)[0]
     blocks = tokens * config.layers * layer_bytes(config, Setting(), "full")
     assert predict(config, Setting(), tokens, "full").activations == blocks + sum(
         t.nbytes for t in tables
