@@ -221,7 +221,8 @@ def activation_bytes(config: ModelConfig, tokens: int, layer: int, away: int) ->
     Of the layers in host memory one is on its way. The rope tables are cos and sin in fp32.
     """
     on_device = config.layers - away + (away > 0)
-    rope_tables = tokens * 4 * config.head_dim
+    # Layers without rope have tables of their own, of ones and zeros
+    rope_tables = tokens * 4 * config.head_dim * (2 if config.unrotated else 1)
     return on_device * layer + rope_tables
 
 
