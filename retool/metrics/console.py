@@ -77,7 +77,10 @@ class ConsoleLogger:
     """
 
     def __init__(self, info: RunInfo, console: Console | None = None) -> None:
-        self._console = console or Console(markup=False, highlight=False, soft_wrap=True)
+        # A notebook gets plain lines: rich would make a block of each
+        self._console = console or Console(
+            markup=False, highlight=False, soft_wrap=True, force_jupyter=False
+        )
         self._info = info
         self._bar = None
         # The first step logged, and when: what came before it (compiling) isn't the pace

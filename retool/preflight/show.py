@@ -33,7 +33,7 @@ def show_faults(faults: Sequence[Fault], console: Console | None = None) -> None
 
     Values are shown as text, never as markup.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, force_jupyter=False)
     title = f"{len(faults)} fault{'s' if len(faults) != 1 else ''}, nothing started"
     if not console.is_terminal:
         _print_lines(
@@ -59,7 +59,7 @@ def show_plan(
     plan: Iterable[tuple[str, str]], notes: Sequence[str], console: Console | None = None
 ) -> None:
     """The plan in plain words, a line or two a topic; notes stand out."""
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, force_jupyter=False)
     if not console.is_terminal:
         lines = [f"{topic}: {line}" for topic, words in plan for line in words.splitlines()]
         _print_lines([*lines, *(f"note: {note}" for note in notes)], console)

@@ -19,7 +19,7 @@ def rows_read(console: Console | None = None) -> Iterator[Callable[[int], None] 
     """What to tell of rows as they are read: on a terminal a line that counts and goes away,
     elsewhere nothing.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, force_jupyter=False)
     if not console.is_terminal:
         yield None
         return

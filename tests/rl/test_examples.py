@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import subprocess
@@ -20,6 +21,26 @@ from tests.rl.test_command import ARR, words
 from tests.rl.test_config import PUBLISHED
 
 EXAMPLES = Path(custom_data.__file__).parent
+
+
+@pytest.mark.slow
+def test_from_python(work: Path, tmp_path: Path) -> None:
+    """The example as its first lines say."""
+    conversations = tmp_path / "conversations.jsonl"
+    question = {"role": "user", "content": "What is 1 + 2?"}
+    row = {"messages": [question, {"role": "assistant", "content": "3"}]}
+    conversations.write_text(8 * (json.dumps(row) + "\n"))
+    asked = [work / "model", conversations, work / "train.jsonl"]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "from_python.py", *asked],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "finished at step 2 of 2: runs/rl" in done.stdout
 
 
 def test_rl_from_scratch_learns(work) -> None:
