@@ -34,6 +34,7 @@ class DecodeLoop:
         self.recordings = recordings
         self.fixed = fixed
         self.most = most
+        # Made once: a recorded step reads and writes these very addresses
         self.tokens = torch.zeros(most, dtype=torch.int64, device=device)
         self.positions = torch.zeros(most, dtype=torch.int64, device=device)
         self.keys = torch.zeros(most, dtype=torch.int64, device=device)
@@ -65,6 +66,7 @@ class DecodeLoop:
             multiple = 1 << (rows - 1).bit_length()
         else:
             multiple = 16 if rows <= 128 else 32
+        # The ranks of a group compute equally many rows
         ranks = self.model.plan.sp
         padded = -(-rows // multiple) * multiple
         return min(self.most, -(-padded // ranks) * ranks)
@@ -103,6 +105,7 @@ class DecodeLoop:
         self.filtered = change.filtered or (self.filtered and not change.anew)
         if self.rows > before:
             self._clear(slice(before, self.rows))
+        # Before others join, who may take the rows of those that are over
         if len(change.over):
             self._clear(to_device(change.over, device))
         if change.added.size:
@@ -126,6 +129,7 @@ class DecodeLoop:
         temperature, top_p = to_device(change.chances, device)
         tables = to_device(change.tables, device)
         if drawn is not None and (change.joins[1] >= 0).any():
+            # From the device's own draws, which the host may not have seen; −1 is no source
             fresh = drawn[0].index_select(0, sources.clamp(min=0)).long()
             tokens = torch.where(sources >= 0, fresh, tokens)
         targets = *self.values, self.tables[:, : tables.shape[1]]
@@ -153,6 +157,7 @@ class DecodeLoop:
         x = hidden_states(self.model, self.tokens[:rows], positions, self._pages(rows))
         draws = Draws(
             self.keys[:rows],
+            # A draw's noise belongs to the place that its token will have
             positions + 1,
             self.temperature[:rows],
             self.top_k[:rows],
@@ -164,6 +169,7 @@ class DecodeLoop:
             local = everything[: len(x)]
             mine = local + self.model.plan.rank * len(x), local
         out = draw(self.model, x, everything, draws, filtered, mine)
+        # This step's draws are the next one's tokens: it can be replayed as it is
         self.out[:, :rows].copy_(out)
         self.tokens[:rows].copy_(out[0].long())
         self.positions[:rows].add_(1)

@@ -66,6 +66,7 @@ def make_model(
     device = cache.data.device
     plan = decoder.execution.plan
     pieces = Pieces(*map(compiled, PIECES)) if decoder.execution.compiled else PIECES
+    # With several ranks heads change places between rope and the cache: no kernel does both
     fused = (
         kernels != "torch"
         and plan.sp == 1
@@ -119,6 +120,7 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
         out = paged_attention(query, model.cache, number, pages, model.kernels)
         received = all_to_all(out.flatten(), *plan.to_sequence(t), model.group)
         a_tE = join_heads(received, plan).flatten(1)
+        # As far as the next block's projection in one piece: a sum and its norm are one kernel
         if number + 1 < len(layers):
             x_tD, heads = model.pieces.between(block, layers[number + 1], x_tD, unviewed(a_tE))
         else:

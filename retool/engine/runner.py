@@ -28,6 +28,7 @@ class Flight:
 
     values: Tensor
     arrived: torch.cuda.Event | None
+    # A sequence can join the decode loop with a draw that the host hasn't seen
     on_device: Tensor
 
     def read(self) -> np.ndarray:
@@ -39,6 +40,7 @@ class Flight:
 def send_draws(values: Tensor) -> Flight:
     """Start copying draws to the host."""
     if not values.is_cuda:
+        # The next step writes where these draws are
         return Flight(values.clone(), None, values)
     host, arrived = start_copy_to_host(values)
     return Flight(host, arrived, values)
@@ -123,6 +125,7 @@ class Recordings:
         after each: a step further a sequence's keys would go where it may have no page.
         """
         before = [x.clone() for x in state]
+        # The new stream is ordered after nothing: what was enqueued before must be over
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):

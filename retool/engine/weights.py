@@ -71,6 +71,7 @@ class Weights:
             if group is None:
                 buffer.copy_(unit.shard)
             else:
+                # By way of the trainer's dtype: the sampler's weights are those that train, rounding included
                 shard = unit.shard.to(sharded.param_dtype).to(buffer.dtype)
                 all_gather_flat(buffer, shard, group=group)
 
@@ -97,6 +98,7 @@ class Weights:
         path, _, leaf = name.rpartition(".")
         old = self.decoder.get_submodule(path)._parameters[leaf]
         new = nn.Parameter(view)
+        # Tied parameters are one object in two modules, and must be one view of the buffer too
         for module in self.decoder.modules():
             for key, parameter in list(module._parameters.items()):
                 if parameter is old:

@@ -70,6 +70,7 @@ class Block(nn.Module, ABC):
         self.config = config
         self.index = index
         self.execution = execution
+        # Functions of the class, called with the block: one compiled graph serves all layers
         before = type(self).sent
         after = type(self).after
         self.before_piece: Part = compiled(before) if execution.compiled else before
@@ -115,6 +116,7 @@ class Block(nn.Module, ABC):
     ) -> torch.Tensor:
         """q, k and v in one flat buffer, rank after rank, rounded once to the weights' dtype."""
         plan = self.execution.plan
+        # v follows q and k into the dtype of rope's result: they travel as one buffer
         return split_heads(q_tNH, k_tKH, v_tKH.to(q_tNH.dtype), plan, v_tKH.dtype)
 
     def by_head(self, qkv: torch.Tensor) -> torch.Tensor:
@@ -172,6 +174,7 @@ class Block(nn.Module, ABC):
     ) -> torch.Tensor:
         """[t, D] → [t, D], keeping for the backward what `execution.recompute` says."""
         how = self.execution.recompute
+        # Without gradients nothing is kept, so nothing is computed again
         if how in ("full", "offload") and torch.is_grad_enabled():
             return recomputed(self, x_tD, cos, sin, batch, self.execution.offload)
         a_tE = self.attend(self.before_piece(self, x_tD, cos, sin), len(x_tD), batch)
@@ -191,6 +194,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean_square = wide.square().mean(-1, keepdim=True)
+    # Rounded before it meets the weight, as transformers does it
     return (wide * torch.rsqrt(mean_square + eps)).to(weight.dtype) * weight
 
 

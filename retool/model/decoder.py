@@ -53,6 +53,7 @@ class Head(nn.Module):
         self.weight = new_parameter(config.vocab, config.hidden) if tied is None else tied
 
     def forward(self, x_tD: torch.Tensor, score: Score) -> Any:
+        # The scale goes to the hidden state: whole logits are never there to be scaled
         normed_tD = rms_norm(x_tD, self.norm, self.eps)
         return score(normed_tD if self.scale == 1.0 else normed_tD * self.scale, self.weight)
 
@@ -73,6 +74,7 @@ class Decoder(nn.Module):
             family.Block(config, i, execution) for i in range(config.layers)
         )
         self.head = Head(config, self.embed.weight if config.tied else None)
+        # Made by the first forward: on the meta device, where this runs, it would have no values
         self.inverse: torch.Tensor | None = None
 
     @property

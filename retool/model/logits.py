@@ -41,6 +41,7 @@ def product(hidden_CD: Tensor, weight_SD: Tensor, buffer: Tensor) -> Tensor:
     out = buffer[: len(hidden_CD), : len(weight_SD)]
     if hidden_CD.dtype == out.dtype:
         return torch.mm(hidden_CD, weight_SD.t(), out=out)
+    # The product adds up in fp32 anyway: only the rounding of its result to bf16 is left out
     if hidden_CD.is_cuda:
         return torch.ops.aten.mm.dtype_out(hidden_CD, weight_SD.t(), out.dtype, out=out)
     return torch.mm(hidden_CD.to(out.dtype), weight_SD.t().to(out.dtype), out=out)
@@ -75,11 +76,13 @@ def update(stats: Tensor, logits_CS: Tensor, labels_C: Tensor, scale: float, ent
     x = logits_CS.mul_(scale)
     above = torch.maximum(largest, x.amax(1))
     p = (x - above[:, None]).exp_()
+    # Softmax in one pass: where a chunk has a larger entry, the sums so far are scaled down to it
     decay = (largest - above).exp_()
     sums = p.sum(1)
     here, index = _locate(labels_C, x.shape[1])
     picked.copy_(torch.where(here, x.gather(1, index)[:, 0], picked))
     if entropy:
+        # About `above` instead of `largest`: the total times their distance more, then scaled as it is
         weighted.addcmul_(total, largest - above).mul_(decay).add_(
             p.mul_(x.sub_(above[:, None])).sum(1)
         )

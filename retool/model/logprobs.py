@@ -107,6 +107,7 @@ def weighted_logprob_sum(
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
         return _WeightedSum.apply(hidden_TD, weight_VD, labels_T, weights_T, budget)
     logp, _ = _Logprobs.apply(hidden_TD, weight_VD, labels_T, 1.0, False, budget)
+    # More than a product: what a label outside the vocabulary gave is NaN, and so is 0 times it
     return torch.where(weights_T == 0, 0, logp * weights_T).sum()
 
 
@@ -184,6 +185,7 @@ class _Logprobs(torch.autograd.Function):
         d_weight = torch.empty_like(weight) if need_weight else None
         buffer = workspace(hidden, rows, entries)
         for columns in _slices(len(weight), entries):
+            # Summed wide over all tokens, and rounded once, when these entries are done
             part = torch.zeros_like(weight[columns], dtype=dtype) if need_weight else None
             for tokens in _slices(len(hidden), rows):
                 logits = product(hidden[tokens], weight[columns], buffer)
@@ -222,6 +224,7 @@ class _WeightedSum(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         rows = _down(budget // len(weight), max(1, len(hidden)))
         weights = weights.to(accumulation_dtype(hidden)).contiguous()
+        # The kernel leaves tokens of weight 0 alone
         logp = torch.zeros_like(weights)
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=weights.dtype) if need_weight else None

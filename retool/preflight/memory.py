@@ -152,6 +152,7 @@ def predict(
         # The head's gradient of the one matrix waits through the whole backward for the embedding's.
         block += table_bytes(config, setting)
     largest_unit = max(unit.numel for unit in layout.units)
+    # A save rearranges one unit at a time into the rows that go to the disk
     saved = setting.master_bytes * largest_unit if setting.shards > 1 else 0
     return Prediction(
         load=max(loading, state),
@@ -181,6 +182,7 @@ def state_bytes(layout: Layout, setting: Setting, loading: bool = False) -> int:
 def buffer_bytes(layout: Layout, setting: Setting) -> int:
     """What units are gathered in, what gradients are reduced in, and all gradients if they are held."""
     weights = gathered(layout, setting.reshard) * setting.element.compute
+    # Gradients take turns even where every unit's weights stay gathered
     gradients = gathered(layout, True) * setting.reduce_bytes
     held = 0
     if setting.hold and setting.shards > 1:
@@ -343,11 +345,13 @@ def choose(
     rungs = ladder(recompute, offload)
     if device_gib is None:
         return _without_a_device(config, setting, longest, tokens, rungs[0])
+    # No sample is cut: whatever the budget, the longest must fit
     floor = max(longest, tokens or 0)
     settings = [setting]
     without_copy = replace(setting, keep_copy=False)
     if setting.copied and not without_copy.copied:
         settings.append(without_copy)
+    # What costs least time first: without the copy each gather casts, a rung computes again
     for rung, setting in product(rungs, settings):
         if not predict(config, setting, floor, rung).fits(device_gib):
             continue

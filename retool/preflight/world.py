@@ -50,6 +50,7 @@ def read_world(
         return World(nodes * each, nodes, each), []
     processes = int(environment.get("WORLD_SIZE", 1))
     each = int(environment.get("LOCAL_WORLD_SIZE", processes))
+    # Launchers other than torchrun don't say how many machines there are
     nodes = int(environment.get("GROUP_WORLD_SIZE", max(1, processes // each)))
     faults = []
     for key, given, actual, flag in (

@@ -70,6 +70,7 @@ def world_size(folder: Path) -> int:
         if type(world) is not int or world < 1:
             raise ValueError(f"{folder / CONFIG} has no world_size.")
         return world
+    # Nine digits at most: a longer number is no world size, however long it takes to read
     shard = re.compile(r"model_world_size_(\d{1,9})_rank_\d+\.pt")
     matches = (shard.fullmatch(path.name) for path in folder.glob("model_world_size_*.pt"))
     sizes = {int(match[1]) for match in matches if match}
@@ -106,6 +107,7 @@ def recorded_files(folder: Path) -> dict[str, Any]:
     path = folder / CHECKSUMS
     if not path.exists():
         return {}
+    # No more is read than the checksums of files of these sizes can take
     parts = [part for part in (folder, folder / "huggingface") if part.is_dir()]
     described = sum(
         file.stat().st_size for part in parts for file in part.iterdir() if file.is_file()

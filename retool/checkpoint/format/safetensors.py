@@ -89,6 +89,7 @@ class SafetensorsFile:
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor, 1-D, a view of the mapped file."""
         dtype, _, begin, _ = self.entries[name]
+        # `frombuffer` refuses to give nothing
         if start == stop:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(
@@ -173,6 +174,7 @@ class WeightsWriter:
 
     def write(self, piece: torch.Tensor) -> None:
         """Append `piece` (any shape, CPU; converted to the file's dtype)."""
+        # More than once where tensors have no elements
         while self._left == 0:
             index, self._left = next(self._todo)
             if self._file is None or self._file.path != self.files[index]:

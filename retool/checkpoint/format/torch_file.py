@@ -130,6 +130,7 @@ class TorchFile:
         """Elements [start, stop) of a flattened tensor: 1-D, a view of the mapped file."""
         assert 0 <= start <= stop <= tensor.numel
         begin = self._place(tensor.storage)
+        # `frombuffer` refuses to give nothing
         if start == stop:
             return torch.empty(0, dtype=tensor.storage.dtype)
         item = tensor.storage.dtype.itemsize
@@ -195,6 +196,7 @@ class TorchFile:
             end = min(start + READ_AT_ONCE, begin + size)
             crc = zlib.crc32(memoryview(self._map)[start:end], crc)
             if end - start == READ_AT_ONCE:
+                # What was only summed up need not stay in memory
                 self.release()
         if crc != expected:
             raise self._fault(f"record {shown(name)} has a wrong checksum: the file is damaged")

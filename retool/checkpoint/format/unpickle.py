@@ -153,6 +153,7 @@ class _Machine:
 
     def _arguments(self) -> tuple[Any, ...]:
         args = expect(tuple, self.pop())
+        # A tensor's shape is the longest thing that torch passes to a call
         if len(args) > MOST_DIMENSIONS:
             raise ValueError(f"a call with {len(args)} arguments")
         self.spend(sum(len(arg) for arg in args if isinstance(arg, Sized)))

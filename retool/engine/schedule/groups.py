@@ -71,6 +71,7 @@ class Groups:
         if group is None or group.leader is not sequence or sequence.computed < group.prefix:
             return
         group.leader = None
+        # The last may be filled in part: who writes on in it gets a copy (`PagePool.extend`)
         group.pages = sequence.pages[: self.pool.pages_for(group.prefix)]
         self.pool.share(group.pages)
         self._serve(sequence, group)
@@ -123,6 +124,7 @@ class Groups:
         False if there is no such group.
         """
         for group in self.by_key.values():
+            # A page that sequences hold, too, isn't free when the group lets go
             if group.pages and (not useful or self._frees_a_page(group)):
                 self.pool.release(group.pages)
                 return True

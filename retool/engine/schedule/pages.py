@@ -19,6 +19,7 @@ class PagePool:
     def __init__(self, pages: int, page_size: int) -> None:
         self.page_size = page_size
         self.capacity = pages - 1
+        # Taken from the end, so the lowest first
         self.free = list(range(pages - 1, 0, -1))
         self.counts = [0] * pages
 
@@ -61,6 +62,7 @@ class PagePool:
             if self.counts[shared] > 1:
                 own = self._take()
                 copies.append((shared, own))
+                # It has another reader: this frees nothing that the copy still reads
                 self.release([shared])
                 pages[place] = own
         while len(pages) < self.pages_for(stop):

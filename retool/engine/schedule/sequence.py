@@ -41,6 +41,7 @@ class Group:
         return len(self.ids) - 1
 
 
+# Compared by identity: two samples may have the same tokens so far
 @dataclass(eq=False)
 class Sequence:
     """Tokens of a trajectory so far; `computed` of them have keys and values in `pages`.

@@ -101,6 +101,7 @@ def _cpu_backward(
         True,
     )
     group = heads // k.shape[1]
+    # Query heads share a key: their gradients add up in the scores' dtype, rounded once
     dk = _summed_over_groups(dk[0], group, lse.dtype)
     dv = _summed_over_groups(dv[0], group, lse.dtype)
     return dq[0].transpose(0, 1), dk, dv
@@ -134,6 +135,7 @@ def _scores(q_KGLH: Tensor, k_K1LH: Tensor, rows: slice) -> Tensor:
     """Scaled scores [K, G, rows, keys up to the last row], with -inf above the diagonal."""
     scale = q_KGLH.shape[-1] ** -0.5
     scores = q_KGLH[:, :, rows] @ k_K1LH[:, :, : rows.stop].transpose(-1, -2) * scale
+    # Keys count from 0, these queries from `rows.start`
     square = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
     future = square.triu_(rows.start + 1)
     return scores.masked_fill_(future, float("-inf"))

@@ -28,6 +28,7 @@ class UnitInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, action: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.action = action
+        # A result that nobody used has no gradient: zeros in its place would be carried on
         ctx.set_materialize_grads(False)
         return tensors
 
@@ -100,6 +101,7 @@ def attach(sharded: Sharded, index: int, module: nn.Module, first: bool, only: b
         return args, kwargs
 
     def after(_: nn.Module, args: Any, output: Any) -> None:
+        # Run again by a checkpoint, it is in use until its backward ends
         if not in_backward():
             unit.release()
         version = sharded.version
@@ -110,6 +112,7 @@ def attach(sharded: Sharded, index: int, module: nn.Module, first: bool, only: b
                     f"unit {unit.layout.name!r} returns its own parameter, or a view of it, and "
                     "others take its memory: return a clone."
                 )
+            # What is only passed on has its hook from the unit that made it
             made_here = tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= began
             if made_here:
                 tensor.register_hook(lambda _: sharded.before_backward(index, version))

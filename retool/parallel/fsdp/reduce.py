@@ -98,6 +98,7 @@ class Gradients:
         if self.holds:
             _add(pairs)
             return buffer
+        # The last reduction may still read what it was given
         buffer.settle()
         for start, stop in self._untouched(grads):
             flat[start:stop].zero_()
@@ -112,6 +113,7 @@ class Gradients:
     def _send(self, buffer: Buffer, sent_from: Buffer, group: dist.ProcessGroup) -> None:
         """Start the reduction of what is in `buffer`, in the dtype of `sent_from`."""
         flat = buffer.data[: self.layout.numel]
+        # Held in fp32, sent in less: the sum is rounded once, at its end
         if buffer.data.dtype != sent_from.data.dtype:
             sent_from.settle()
             wide = flat

@@ -69,6 +69,7 @@ def shard(
     )
     _keep_values(sharded, collected)
     _replace_parameters(sharded, collected)
+    # Last: the hooks speak of parameters as they are now
     for index, (_, modules) in enumerate(units):
         for child in modules:
             attach(sharded, index, child, first=child is modules[0], only=len(modules) == 1)
@@ -82,6 +83,7 @@ def _keep_values(sharded: Sharded, collected: list[Collected]) -> None:
         low = sharded.mesh.shard_rank * unit.shard_numel
         high = low + unit.shard_numel
         for slot, parameter in zip(unit.slots, before.parameters, strict=True):
+            # Ranks are cut by elements, not by parameters: one may begin here and end on the next
             start = max(low, slot.offset)
             stop = min(high, slot.offset + slot.numel)
             if parameter.device.type == "meta" or start >= stop:

@@ -83,6 +83,7 @@ def shift(arrays: Sequence[np.ndarray], total: int) -> np.ndarray:
     out = np.zeros(total, np.float32)
     start = 0
     for values in arrays:
+        # A document's last position predicts nothing: its place stays 0
         out[start : start + len(values) - 1] = values[1:]
         start += len(values)
     return out
@@ -129,6 +130,7 @@ def mini_batches(groups: Sequence[int], size: int) -> list[list[int]]:
     The last may be smaller. `groups` numbers each trajectory's group, those of one group lying
     together.
     """
+    # Each group once, in the order of their first trajectories
     order = list(dict.fromkeys(groups))
     step_of = {group: place // size for place, group in enumerate(order)}
     steps: list[list[int]] = [[] for _ in range(-(-len(order) // size))]

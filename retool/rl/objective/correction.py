@@ -28,6 +28,7 @@ def correction_weights(
         if level is None:
             weights.append(np.where(mask, 1.0, 0.0))
             continue
+        # In float64: a sequence's product is a sum of thousands of such differences
         log_ratio = np.where(mask, old_logp.astype(np.float64) - drawn_logp, 0.0)
         if level == "sequence":
             log_ratio = np.full(len(mask), log_ratio.sum())

@@ -157,6 +157,7 @@ def _old_logprobs(
         # The distance to older weights is none between two kernels, and isn't measured.
         return _Old(sampler, compared=all(is_fresh))
     read_before_the_update = algorithm.use_kl_in_reward or algorithm.rollout_correction.rollout_is
+    # The only update starts from the weights that sampled: the loss finds these numbers by itself
     if options.one_update and all(is_fresh) and not read_before_the_update:
         return _Old(sampler, on_policy=True)
     with timed(times, "old_log_prob"):

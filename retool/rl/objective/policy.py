@@ -119,6 +119,7 @@ def _pack_logprobs(model: Sharded, whole: PackedBatch, temperature: float, entro
     batch = part.to(mesh.device)
 
     def score(hidden_tD: Tensor, weight_VD: Tensor) -> Tensor:
+        # Only what was sampled meets the vocabulary: prompts and tools' results cost no logits
         hidden = hidden_tD.index_select(0, chosen)
         logp, entropies = logprobs(hidden, weight_VD, batch.labels[chosen], temperature, entropy)
         out = torch.zeros(2, len(batch.tokens), dtype=logp.dtype, device=logp.device)
@@ -160,6 +161,7 @@ def loss_sum(model: Sharded, whole: RLBatch, spec: LossSpec) -> tuple[Tensor, Me
         inputs = loss_inputs(batch, chosen, logp, spec)
         if spec.loss.sequence_level:
             numbers = batch.sequences[chosen]
+            # A document may lie on several ranks of the group: its mean needs all their sums
             sums = sequence_sums(logp, inputs.old_T, inputs.sampled_T, numbers, documents)
             means = sequence_means(sum_over(sums, mesh.sp_group), numbers)
             inputs = replace(inputs, sequence_log_ratio_T=means)
@@ -177,6 +179,7 @@ def loss_inputs(batch: RLBatch, chosen: Tensor, logp_T: Tensor, spec: LossSpec) 
     advantages = batch.advantages * batch.correction
     return LossInputs(
         logp_T=logp_T,
+        # Before the first update both are of the same weights: the ratio is 1, exactly
         old_T=logp_T.detach() if spec.on_policy else batch.old[chosen].to(dtype),
         sampler_T=batch.sampler[chosen].to(dtype),
         advantages_T=advantages[chosen].to(dtype),
