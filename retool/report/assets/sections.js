@@ -139,7 +139,7 @@ function curves() {
   const names = metricNames();
   if (!names.length) return;
   const node = section("curves", "Curves", "The pale line is what was measured, the strong one is smoothed." +
-    (matchMedia("(pointer: fine)").matches ? " Drag over a chart to zoom in, double-click to zoom out." : " Tap a chart to read its values."));
+    (matchMedia("(any-pointer: fine)").matches ? " Drag over a chart to zoom in, double-click to zoom out." : " Tap a chart to read its values."));
   const order = Object.keys(DATA.about), first = names.filter((n) => about(n).first).sort((a, b) => order.indexOf(a) - order.indexOf(b));
   node.append(controls(), el("div", "charts", (first.length ? first : names.slice(0, 6)).map((n) => chart([n]))));
   const groups = new Map();
