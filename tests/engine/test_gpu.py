@@ -21,34 +21,18 @@ from retool.engine.kernels.place import can_place
 from retool.engine.kernels.sampling import sample
 from retool.model.attention.dispatch import choose_backend, kernel_error
 from retool.model.build import ModelOptions, build_decoder
-from retool.model.config import ModelConfig
 from retool.parallel.fsdp import Sharded, local_pieces
 from retool.parallel.mesh import make_mesh
 from tests.engine.models import forced, leaked, prompts, run
 from tests.engine.test_place_triton import compare as compare_placed
 from tests.engine.test_recordings import hurried, params_of
+from tests.model.decoders import decoder_config
 from tests.ranks import need_gpus, run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 DEVICE = torch.device("cuda")
-CONFIG = ModelConfig(
-    "qwen2",
-    vocab=3001,
-    hidden=256,
-    ffn=512,
-    layers=4,
-    heads=4,
-    kv_heads=2,
-    head_dim=64,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    tied=True,
-    qkv_bias=True,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    max_position=2048,
+CONFIG = decoder_config(
+    4, 2, vocab=3001, hidden=256, ffn=512, layers=4, head_dim=64, tied=True, max_position=2048
 )
 # bf16, random weights with wide logits: the CPU has 1.0e-2. Other weights or positions are off by
 # more than 1.

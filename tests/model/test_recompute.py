@@ -15,32 +15,14 @@ from retool.batch import PackedBatch, Sample, pack
 from retool.model import offload, recompute
 from retool.model.attention import dispatch as attention
 from retool.model.build import ModelOptions, build_decoder
-from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
 from retool.model.offload import Offload
 from retool.model.recompute import Recompute
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import make_mesh
+from tests.model.decoders import decoder_config
 
-CONFIG = ModelConfig(
-    "qwen3",
-    vocab=61,
-    hidden=24,
-    ffn=40,
-    layers=4,
-    heads=6,
-    kv_heads=2,
-    head_dim=8,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    tied=False,
-    qkv_bias=True,
-    o_bias=True,
-    mlp_bias=False,
-    qk_norm=True,
-    max_position=0,
-)
+CONFIG = decoder_config(6, 2, "qwen3", layers=4, qkv_bias=True, o_bias=True)
 DTYPES = {
     "fp64": (torch.float64,) * 3,
     "fp32": (torch.float32,) * 3,

@@ -26,6 +26,7 @@ from retool.parallel.fsdp import local_pieces, shard
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
 from retool.sft.step import train_step
+from tests.model.decoders import decoder_config
 from tests.ranks import need_gpus, run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -33,25 +34,7 @@ STEPS = 4
 
 
 def config(tied: bool) -> ModelConfig:
-    return ModelConfig(
-        "qwen2",
-        vocab=1009,
-        hidden=256,
-        ffn=512,
-        layers=6,
-        heads=14,
-        kv_heads=2,
-        head_dim=64,
-        norm_eps=1e-6,
-        rope_theta=1e4,
-        rope_scaling=None,
-        tied=tied,
-        qkv_bias=True,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        max_position=0,
-    )
+    return decoder_config(14, 2, vocab=1009, hidden=256, ffn=512, layers=6, head_dim=64, tied=tied)
 
 
 @dataclass(frozen=True)

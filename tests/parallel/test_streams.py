@@ -16,7 +16,6 @@ from retool import optim
 from retool.batch import Sample, pack
 from retool.model import offload
 from retool.model.build import ModelOptions, build_decoder
-from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
 from retool.model.offload import Offload, Parked
 from retool.optim import AdamW, AdamWOptions
@@ -25,6 +24,7 @@ from retool.parallel.fsdp.overlap import Overlap, Pending
 from retool.parallel.fsdp.reduce import Gradients
 from retool.parallel.fsdp.unit import Unit
 from retool.parallel.mesh import make_mesh
+from tests.model.decoders import decoder_config
 from tests.parallel.streams import Event, Stream, Unordered, watched
 from tests.parallel.test_modules import data, made
 from tests.ranks import run_ranks
@@ -142,25 +142,7 @@ def test_each_order_of_sharding_is_needed() -> None:
 # ── activations in host memory, and offloaded optimizer state, in one process
 # ───────────────────────────────────
 
-CONFIG = ModelConfig(
-    "qwen2",
-    vocab=31,
-    hidden=16,
-    ffn=24,
-    layers=5,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling=None,
-    tied=True,
-    qkv_bias=True,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    max_position=0,
-)
+CONFIG = decoder_config(4, 2, vocab=31, hidden=16, ffn=24, layers=5, head_dim=4, tied=True)
 
 
 def offloading(monkeypatch: pytest.MonkeyPatch, parked: int | None = None) -> Sharded:

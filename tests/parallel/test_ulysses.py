@@ -13,36 +13,14 @@ import torch
 from retool.batch import PackedBatch, Sample, pack
 from retool.model import recompute as chunks
 from retool.model.build import ModelOptions, build_decoder
-from retool.model.config import ModelConfig
 from retool.model.recompute import Recompute
 from retool.parallel.fsdp import Layout, local_pieces
 from retool.parallel.mesh import make_mesh
 from retool.parallel.ulysses import HeadPlan, _expand, split_heads
+from tests.model.decoders import decoder_config
 from tests.ranks import run_ranks
 
 HEADS = [(14, 2), (9, 3), (8, 4), (6, 6)]
-
-
-def config(heads: int, kv_heads: int) -> ModelConfig:
-    return ModelConfig(
-        "qwen2",
-        vocab=61,
-        hidden=24,
-        ffn=40,
-        layers=2,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=8,
-        norm_eps=1e-6,
-        rope_theta=1e4,
-        rope_scaling=None,
-        tied=False,
-        qkv_bias=True,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        max_position=0,
-    )
 
 
 def whole_parameters(layout: Layout) -> dict[str, torch.Tensor]:
@@ -80,7 +58,7 @@ def loss_and_gradients(
     mesh = make_mesh(sp=sp, fsdp_size=fsdp_size)
     f64 = torch.float64
     model = build_decoder(
-        config(heads, kv_heads),
+        decoder_config(heads, kv_heads),
         mesh,
         ModelOptions(f64, f64, f64, recompute=recompute, use_compile=compiled),
     )

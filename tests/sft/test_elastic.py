@@ -18,8 +18,9 @@ from retool.parallel.fsdp import local_pieces
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
 from retool.sft.step import train_step
+from tests.model.decoders import decoder_config
 from tests.ranks import run_ranks
-from tests.sft.test_parity import BATCH, Rows, compare, decoder_config
+from tests.sft.test_parity import BATCH, Rows, compare
 
 HEADS = (12, 4)
 STEPS = 20

@@ -26,9 +26,10 @@ from retool.sft.config import DataConfig, ModelConfig, SFTConfig
 from retool.sft.identity import fingerprints
 from retool.sft.plan import Report, Split
 from retool.sft.step import train_step
+from tests.model.decoders import decoder_config
 from tests.ranks import run_ranks
 from tests.sft.test_command import words
-from tests.sft.test_parity import Rows, decoder_config
+from tests.sft.test_parity import Rows
 
 CONFIG = SFTConfig(
     data=DataConfig(train_files=("a",), train_batch_size=4, seed=1),

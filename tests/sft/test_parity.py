@@ -16,12 +16,12 @@ from retool.batch import Sample
 from retool.data.loader import StepOrder, iterate_steps
 from retool.data.packing import Budget, Packing
 from retool.model.build import ModelOptions, build_decoder
-from retool.model.config import ModelConfig
 from retool.optim import AdamW, AdamWOptions, learning_rate
 from retool.parallel.fsdp import local_pieces
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
 from retool.sft.step import train_step
+from tests.model.decoders import decoder_config
 from tests.ranks import run_ranks
 
 STEPS = 20
@@ -47,28 +47,6 @@ class Rows:
         return self.samples[index]
 
 
-def decoder_config(heads: int, kv_heads: int, tied: bool, family: str = "qwen2") -> ModelConfig:
-    return ModelConfig(
-        family,
-        vocab=61,
-        hidden=24,
-        ffn=40,
-        layers=2,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=8,
-        norm_eps=1e-6,
-        rope_theta=1e4,
-        rope_scaling=None,
-        tied=tied,
-        qkv_bias=family == "qwen2",
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=family == "qwen3",
-        max_position=0,
-    )
-
-
 def run(
     heads: tuple[int, int],
     tied: bool,
@@ -83,7 +61,7 @@ def run(
     """Losses, gradient norms and this rank's final weights by (name, start)."""
     mesh = make_mesh(sp=sp, fsdp_size=fsdp_size)
     options = ModelOptions(dtype, dtype, dtype, recompute=recompute)
-    model = build_decoder(decoder_config(*heads, tied, family), mesh, options)
+    model = build_decoder(decoder_config(*heads, family, tied=tied), mesh, options)
     generator = torch.Generator().manual_seed(0)
     weights = {
         m.name: torch.randn(m.shape, generator=generator, dtype=torch.float64) * 0.2
