@@ -125,9 +125,7 @@ class DataConfig:
 class ModelConfig(options.DecoderConfig):
     """What is trained."""
 
-    partial_pretrain: str = option(
-        REQUIRED, "Hugging Face model folder or hub id: llama, qwen2 or qwen3."
-    )
+    partial_pretrain: str = option(REQUIRED, "Hugging Face model folder or hub id.")
     strategy: Literal["fsdp"] = option("fsdp", "fsdp2 means the same.", spellings={"fsdp2": "fsdp"})
     fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
 

@@ -285,7 +285,7 @@ JSONL = "data.train_files={root}/train.jsonl"
         (
             lambda r: edit(r / "model" / "config.json", model_type="mamba"),
             [],
-            ["model_type 'mamba'", "llama, qwen2, qwen3"],
+            ["model_type 'mamba'", "llama, mistral"],
         ),
         (
             lambda r: edit(r / "model" / "config.json", hidden_size=None),
