@@ -98,7 +98,8 @@ def test_what_extending_shows_is_what_it_is_called_to_be(tmp_path: Path) -> None
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_file_that_a_document_names_is_there(path: Path) -> None:
     text = path.read_text()
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    for target in [*links, *re.findall(r'<img src="([^"]+)"', text)]:
         assert target.split("/")[-1] in MADE or (path.parent / target).exists(), target
     for named in re.findall(
         r"`((?:retool|tests|examples|benchmarks)/[\w./]+\.(?:py|md|sh))`", text
