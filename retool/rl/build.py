@@ -19,7 +19,8 @@ from retool.model.hub import eos_ids
 from retool.parallel.collectives import gather_objects
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
-from retool.rl.agent.options import AgentOptions
+from retool.rl.agent.formats.hermes import HERMES
+from retool.rl.agent.options import AgentOptions, ends_of_calls
 from retool.rl.agent.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.config import RLConfig
 from retool.rl.data import prompts_at
@@ -147,19 +148,21 @@ def rollout_parts(session: Session[Report], engine: RolloutEngine, judges: Judge
     config = report.config
     multi = config.actor_rollout_ref.rollout.multi_turn
     shaping = config.reward_model.overlong_buffer
+    assert report.renderer is not None
+    form = HERMES if report.calls is None else report.calls[1]
     agent = AgentOptions(
         max_response_length=config.data.max_response_length,
         max_assistant_turns=multi.max_assistant_turns,
         max_user_turns=multi.max_user_turns,
-        format=multi.format,
+        format=form,
         max_tool_response_length=multi.max_tool_response_length,
         truncate_side=multi.tool_response_truncate_side,
         max_parallel_calls=multi.max_parallel_calls,
         tool_timeout_seconds=multi.tool_timeout_seconds,
         eos_ids=eos_ids(report.folder) if report.folder is not None else (),
+        call_end_ids=ends_of_calls(report.renderer, form) if report.tools else (),
     )
     overlong = Overlong(shaping.len, shaping.penalty_factor) if shaping.enable else None
-    assert report.renderer is not None
     tools = {tool.name: tool for tool in report.tools}
 
     def stopped() -> bool:

@@ -10,9 +10,13 @@ from typing import Any
 from retool.llm.llm import LLM
 from retool.llm.sampling import SamplingParams
 from retool.rl.agent.calls import clean
-from retool.rl.agent.formats import CALL_OPENS, THOUGHT_CLOSES
+from retool.rl.agent.formats.choose import choose_format, shown_format
+from retool.rl.agent.formats.hermes import HERMES
+from retool.rl.agent.formats.table import AUTO
 from retool.rl.agent.loop import calls_in
-from retool.rl.agent.options import Agent, AgentOptions
+from retool.rl.agent.options import Agent, AgentOptions, ends_of_calls
+from retool.rl.agent.reading.call import Call
+from retool.rl.agent.reading.form import THOUGHT_CLOSES, before_calls
 from retool.rl.agent.tools.load import RunLimits, load_tools
 from retool.rl.agent.tools.protocol import Tool
 from retool.rl.types import Prompt, Stop
@@ -34,11 +38,15 @@ FINISH_REASONS = {
 
 @dataclass(frozen=True)
 class Talker:
-    """Who answers: the model, and what stands around it."""
+    """Who answers: the model, and what stands around it.
+
+    `shows_calls`: the chat template shows calls as the model writes them.
+    """
 
     llm: LLM
     agent: Agent
     sampling: SamplingParams
+    shows_calls: bool
 
     @property
     def schemas(self) -> list[dict[str, Any]] | None:
@@ -93,40 +101,48 @@ def open_llm(options: argparse.Namespace, max_num_seqs: int, enforce_eager: bool
 
 
 def make_talker(
-    llm: LLM, tools: Sequence[Tool], sampling: SamplingParams, form: str = "hermes"
+    llm: LLM, tools: Sequence[Tool], sampling: SamplingParams, form: str = AUTO
 ) -> Talker:
-    """The model with these tools. `form`: how it writes calls."""
+    """The model with these tools. `form`: how it writes calls; ValueError for one that isn't known."""
+    name, found = choose_format(form, llm.renderer)
     options = AgentOptions(
         max_response_length=sampling.max_tokens or llm.max_model_len,
         max_assistant_turns=MAX_TURNS,
-        format=form,
+        format=found,
         max_tool_response_length=TOOL_TOKENS,
         max_parallel_calls=8,
         eos_ids=tuple(llm.eos_ids),
+        call_end_ids=ends_of_calls(llm.renderer, found),
     )
     by_name = {tool.name: tool for tool in tools}
-    return Talker(llm, Agent(by_name, llm.renderer, options), sampling)
+    agent = Agent(by_name, llm.renderer, options)
+    return Talker(llm, agent, sampling, shown_format(llm.renderer) == name)
 
 
-def to_message(text: str, agent: Agent) -> dict[str, Any]:
+def to_message(text: str, talker: Talker) -> dict[str, Any]:
     """A turn of the model's as a message that templates show as they show others.
 
-    Calls written as hermes has them become `tool_calls`. Another turn, and one with a call that
-    can't be read, stays the text that it is.
+    Calls that the template shows as the model wrote them, and hermes' in any case, become
+    `tool_calls`. Another turn, and one with a call that can't be read, stays the text that it is.
     """
+    agent = talker.agent
+    form = agent.options.format
     calls = calls_in(text, agent)
     readable = [call for call in calls if not call.problem and isinstance(call.arguments, dict)]
-    if agent.options.format != "hermes" or not calls or len(readable) < len(calls):
+    in_fields = talker.shows_calls or form is HERMES
+    if not in_fields or not calls or len(readable) < len(calls):
         return {"role": "assistant", "content": clean(text)}
-    functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
-    # A call among the thoughts is none
-    thoughts, closes, said = text.rpartition(THOUGHT_CLOSES)
-    before = thoughts + closes + said.partition(CALL_OPENS)[0]
+    before = before_calls(form, text, agent.renderer.reasoning)
     return {
         "role": "assistant",
         "content": clean(before).strip(),
-        "tool_calls": [{"type": "function", "function": function} for function in functions],
+        "tool_calls": [_tool_call(call) for call in calls],
     }
+
+
+def _tool_call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"type": "function", "id": call.id, "function": function}
 
 
 def without_thoughts(message: dict[str, Any]) -> dict[str, Any]:

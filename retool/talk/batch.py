@@ -94,7 +94,7 @@ async def _complete(talker: Talker, turns: Turns, question: Question, sample: in
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        stop_ids=(*talker.agent.renderer.end_of_turn_ids, *talker.llm.eos_ids),
+        stop_ids=talker.agent.stop_ids,
         seed=(sampling.seed or 0, prompt.index, sample),
     )
     episode = Episode.begin(prompt)
@@ -104,7 +104,7 @@ async def _complete(talker: Talker, turns: Turns, question: Question, sample: in
     finally:
         sequence.end()
     messages = [
-        to_message(message["content"], talker.agent) if message["role"] == "assistant" else message
+        to_message(message["content"], talker) if message["role"] == "assistant" else message
         for message in episode.messages[len(prompt.messages) :]
     ]
     sampled = sum(episode.mask)

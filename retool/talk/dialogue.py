@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from retool.rl.agent.formats.hermes import HERMES
 from retool.rl.agent.tools.load import close_tools
 from retool.rl.types import Stop
 from retool.talk.agent import make_talker, open_llm, open_tools, sampling_of
@@ -45,8 +46,9 @@ def hold(options: argparse.Namespace, help_text: str) -> int:
     tools = open_tools(options.tools, options.isolation)
     try:
         with open_llm(options, max_num_seqs=1, enforce_eager=True) as llm:
-            session = Session(make_talker(llm, tools, sampling, options.format), options.system)
-            hides_calls = options.format == "hermes" and bool(tools)
+            talker = make_talker(llm, tools, sampling, options.format)
+            session = Session(talker, options.system)
+            hides_calls = talker.agent.options.format is HERMES and bool(tools)
             screen = TerminalScreen(Console(highlight=False), hides_calls)
             dialogue = Dialogue(session, screen, loop, help_text)
             if not sys.stdin.isatty():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from retool.rl.agent.formats import PARSERS
+from retool.rl.agent.formats.table import AUTO, FORMATS
 
 CODE = "code"  # what --tools says for the code interpreter of this machine
 NO_TOOLS = "none"
@@ -43,9 +43,10 @@ def add_options(parser: argparse.ArgumentParser, tools: str, max_tokens: int) ->
     )
     group.add_argument(
         "--format",
-        choices=PARSERS,
-        default="hermes",
-        help="how the model writes calls: JSON, ```python or <code> (default: %(default)s)",
+        default=AUTO,
+        metavar="NAME",
+        help=f"how the model writes calls: {', '.join(FORMATS)}, or a function of yours, FILE.py/NAME "
+        "(default: what its chat template wants)",
     )
     group.add_argument(
         "--isolation",

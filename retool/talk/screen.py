@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from retool.rl.agent.formats import CALL_OPENS, Call
+from retool.rl.agent.formats.hermes import CALL_OPENS
+from retool.rl.agent.reading.call import Call
 
 MOST_LINES = 40  # of a tool's text; the model reads more
 CALL_STYLE = "green"

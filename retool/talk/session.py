@@ -14,8 +14,8 @@ from retool.engine import TurnDone
 from retool.llm.answer import Detokenizer
 from retool.rl.agent.calls import clean
 from retool.rl.agent.episode import Episode, Sampled
-from retool.rl.agent.formats import Call
 from retool.rl.agent.loop import calls_in, play, turn_text
+from retool.rl.agent.reading.call import Call
 from retool.rl.types import Prompt, Stop
 from retool.talk.agent import Talker, to_message, without_thoughts
 
@@ -153,7 +153,7 @@ class Session:
         """Remember an answer as the template shows earlier ones."""
         for message in messages:
             if message["role"] == "assistant":
-                message = without_thoughts(to_message(message["content"], self.talker.agent))
+                message = without_thoughts(to_message(message["content"], self.talker))
             self.messages.append(message)
 
     def _prompt(self, said: list[dict[str, Any]]) -> Prompt:
@@ -177,6 +177,6 @@ class Session:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            stop_ids=(*self.talker.agent.renderer.end_of_turn_ids, *self.talker.llm.eos_ids),
+            stop_ids=self.talker.agent.stop_ids,
             seed=(sampling.seed or 0, self.answers),
         )

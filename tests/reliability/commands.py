@@ -103,7 +103,7 @@ def _make_rl(folder: Path) -> Path:
 def _every_answer_calls_a_tool() -> None:
     """A random model writes no calls: each of its first turns ends early, and in one."""
     from retool.rl.agent import loop
-    from retool.rl.agent.formats import Call
+    from retool.rl.agent.reading.call import Call
 
     real = loop._take_turn
     real_episode = loop.run_episode

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from retool.__main__ import main
-from retool.rl.agent.formats import Call
+from retool.rl.agent.reading.call import Call
 from retool.rl.types import Stop
 from retool.talk import dialogue, lines
 from retool.talk.dialogue import Dialogue, converse

@@ -11,7 +11,7 @@ import pytest
 
 from retool.__main__ import main
 from retool.llm.llm import LLM
-from retool.rl.agent.formats import CALL_OPENS
+from retool.rl.agent.formats.hermes import CALL_OPENS
 from retool.talk import writing
 from retool.talk.answers import AnswersFile
 from retool.talk.batch import Completion, answer_all
@@ -129,7 +129,7 @@ def test_the_command_goes_on_from_its_part(
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     settings = {
         "model": str(folder), "files": [file], "column": None, "max_rows": -1, "n": 2, "temperature": 1.0,
-        "top_p": 1.0, "top_k": -1, "max_tokens": 6, "seed": 0, "tools": "none", "format": "hermes",
+        "top_p": 1.0, "top_k": -1, "max_tokens": 6, "seed": 0, "tools": "none", "format": "auto",
         "chat_template": None, "dtype": "auto", "max_model_len": None,
     }  # fmt: skip
     stopped = AnswersFile(out, settings)

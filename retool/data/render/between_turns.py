@@ -16,6 +16,7 @@ from retool.data.tokens.control_tokens import Controls
 from retool.data.tokens.encoder import Piece
 
 HOLE = "AContentGoesHere"
+MADE_ID = "abcdefgh0"  # of a call whose answer names none
 Message = Mapping[str, Any]
 Text = Callable[[Sequence[Message], Sequence[Message] | None, bool | None, bool], str]
 
@@ -49,6 +50,7 @@ class Glue:
     controls: Controls
     framed: bool
     frames: dict[Any, list[str]] = field(default_factory=dict)
+    wants_calls: bool | None = None  # learnt from the template
 
     def piece(
         self, messages: Sequence[Message], responses: Sequence[Message], setting: Setting
@@ -113,10 +115,12 @@ class Glue:
         # A tool may print anything
         while any(placeholder in str(message) for message in (*messages, *responses)):
             placeholder += "X"
+        with suppress(ValueError):
+            answered = bool(responses) and responses[0]["role"] == "tool"
+            if answered and self._wants_calls(setting):
+                return self._after_calls(messages, responses, setting, placeholder)
         stand_in = {"role": "assistant", "content": placeholder}
-        shown = [*messages[:-1], stand_in, *responses]
-        text = self.text(shown, setting.tools, setting.enable_thinking, setting.generation_prompt)
-        glue = text.rpartition(placeholder)[2]
+        glue = self._after(placeholder, [*messages[:-1], stand_in, *responses], setting)
         end = next((token for token in self.ends if glue.lstrip().startswith(token)), None)
         if end is None:
             known = " or ".join(self.ends)
@@ -124,6 +128,64 @@ class Glue:
                 f"the chat template follows an assistant turn with {glue[:30]!r}, not with {known}."
             )
         return glue[glue.index(end) + (len(end) if setting.ended else 0) :]
+
+    def _after(self, placeholder: str, shown: Sequence[Message], setting: Setting) -> str:
+        """What a render of these messages shows after its last placeholder."""
+        text = self.text(shown, setting.tools, setting.enable_thinking, setting.generation_prompt)
+        return text.rpartition(placeholder)[2]
+
+    def _wants_calls(self, setting: Setting) -> bool:
+        """Whether the template takes a tool's answer only after a message with calls in its fields,
+        as Mistral's and gpt-oss' do.
+        """
+        if self.wants_calls is None:
+            said = {"role": "assistant", "content": "Words"}
+            answered = {"role": "tool", "content": "1", "name": "tool", "tool_call_id": MADE_ID}
+            shown = [{"role": "user", "content": "?"}, said, answered, said, answered]
+            try:
+                self.text(shown, setting.tools, setting.enable_thinking, True)
+                self.wants_calls = False
+            except ValueError:
+                self.wants_calls = True
+        return self.wants_calls
+
+    def _after_calls(
+        self,
+        messages: Sequence[Message],
+        responses: Sequence[Message],
+        setting: Setting,
+        placeholder: str,
+    ) -> str:
+        """The glue where each turn that a tool answers has calls in its fields."""
+        shown = [*messages[:-1], {"role": "assistant", "content": ""}, *responses]
+        glue = self._after(placeholder, _with_calls(shown, placeholder), setting)
+        places = [(place, token) for token in self.ends if (place := glue.find(token)) >= 0]
+        if not places:
+            raise ValueError("the chat template doesn't end a turn of calls.")
+        place, end = min(places)
+        return glue[place + (len(end) if setting.ended else 0) :]
+
+
+def _with_calls(messages: Sequence[Message], text: str) -> list[Message]:
+    """The messages; those that tools answer call these tools with `text`, whatever they said."""
+    shown: list[Message] = []
+    answers: list[dict[str, Any]] = []
+    for message in reversed(messages):
+        if message["role"] == "tool":
+            identifier = message.get("tool_call_id") or MADE_ID
+            answers.insert(0, {**message, "tool_call_id": identifier})
+            continue
+        if answers and message["role"] == "assistant":
+            calls = [_call_before(answer, text) for answer in answers]
+            message = {"role": "assistant", "content": "", "tool_calls": calls}
+        shown += [*reversed(answers), message]
+        answers = []
+    return [*answers, *reversed(shown)]
+
+
+def _call_before(answer: Message, text: str) -> dict[str, Any]:
+    function = {"name": answer.get("name") or "tool", "arguments": {"text": text}}
+    return {"type": "function", "id": answer["tool_call_id"], "function": function}
 
 
 def _is_plain(response: Message) -> bool:

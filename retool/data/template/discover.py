@@ -198,4 +198,4 @@ def _ends_with_call(show: Show, ends: EndOfTurn, form: CallForm) -> EndOfTurn:
         several = ""  # a template for single calls
     if several.count(closing[0]) > own.count(closing[0]):
         return ends
-    return EndOfTurn((*ends.known, closing[0]), ends.added)
+    return EndOfTurn((*ends.known, closing[0]), ends.added, closing[0])

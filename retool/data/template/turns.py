@@ -70,10 +70,12 @@ class EndOfTurn:
     """The tokens that may end a turn.
 
     `known` are those that do, by their text, and `added` every added token of the tokenizer.
+    `after_call` is the one of `known` that ends only turns of calls, if one does.
     """
 
     known: tuple[str, ...]
     added: frozenset[str]
+    after_call: str | None = None
 
     def find(self, body: str) -> tuple[int, str] | None:
         """(position after it, token) of the end of the turn that closes `body`.

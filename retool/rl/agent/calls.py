@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 
 from retool.rl.agent.episode import Episode
-from retool.rl.agent.formats import Call, check
 from retool.rl.agent.options import Agent
+from retool.rl.agent.reading.call import Call, check
 from retool.rl.agent.tools.protocol import Tool, ToolResult
 
 MAX_FAILURE_CHARACTERS = 10_000  # of what a tool that broke said; the rest is cut
@@ -32,6 +32,8 @@ async def run_calls(
         response = {"role": "tool", "content": text}
         if call.name in agent.tools:
             response["name"] = call.name
+        if call.id:
+            response["tool_call_id"] = call.id
         responses.append(response)
         if result.lost and failure is None:
             failure = f"{call.name}: {text}"[:MAX_FAILURE_CHARACTERS]

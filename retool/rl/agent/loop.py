@@ -15,8 +15,10 @@ from retool.data.render.renderer import Renderer
 from retool.data.tokens.fast_tokenizer import decode_ids
 from retool.rl.agent.calls import run_calls
 from retool.rl.agent.episode import Episode, Sampled
-from retool.rl.agent.formats import MAX_CALLS_READ, Call, read_calls
+from retool.rl.agent.formats.table import FormatFailure
 from retool.rl.agent.options import Agent
+from retool.rl.agent.reading.call import Call, with_ids
+from retool.rl.agent.reading.form import MAX_CALLS_READ, read_calls
 from retool.rl.agent.truncation import SAFE_CHARACTERS_PER_TOKEN, cut_text
 from retool.rl.types import Prompt, Stop, Trajectory
 
@@ -49,7 +51,10 @@ async def play(episode: Episode, generate: Generate, agent: Agent) -> tuple[Stop
     new_ids: Sequence[int] = episode.prompt.ids.tolist()
     while True:
         turn = await generate(new_ids, limit - len(episode.tokens))
-        stop, calls = _take_turn(episode, turn, agent)
+        try:
+            stop, calls = _take_turn(episode, turn, agent)
+        except FormatFailure as error:
+            return Stop.INFRASTRUCTURE, str(error)
         if stop is not None:
             return stop, ""
         responses, tool_failure = await run_calls(episode, calls, agent)
@@ -63,15 +68,15 @@ async def play(episode: Episode, generate: Generate, agent: Agent) -> tuple[Stop
 
 def _take_turn(episode: Episode, turn: Sampled, agent: Agent) -> tuple[Stop | None, list[Call]]:
     """Record a turn; (why the trajectory ends with it, or None, and the calls to run)."""
-    end_ids = (*agent.renderer.end_of_turn_ids, *agent.options.eos_ids)
-    ended = bool(turn.tokens) and turn.tokens[-1] in end_ids
+    ended = bool(turn.tokens) and turn.tokens[-1] in agent.stop_ids
     text = turn_text(agent.renderer, turn.tokens[:-1] if ended else turn.tokens)
     episode.add_turn(turn, text)
     if turn.reason == "aborted":
         return Stop.ABORTED, []
     if turn.reason == "length" or not ended:
         return Stop.LENGTH, []
-    if turn.tokens[-1] != end_ids[0]:  # the end of everything, not of a turn
+    ends_turn = (agent.renderer.end_of_turn_ids[0], *agent.options.call_end_ids)
+    if turn.tokens[-1] not in ends_turn:  # the end of everything
         return Stop.EOS, []
     calls = calls_in(text, agent)
     if not calls:
@@ -86,7 +91,8 @@ def calls_in(text: str, agent: Agent) -> list[Call]:
     if not agent.tools:
         return []
     most = max(MAX_CALLS_READ, agent.options.max_parallel_calls)
-    return read_calls(agent.options.format, text, agent.schemas, agent.renderer.reasoning, most)
+    calls = read_calls(agent.options.format, text, agent.schemas, agent.renderer.reasoning, most)
+    return with_ids(calls, text)
 
 
 def _turns_used_up(episode: Episode, agent: Agent) -> bool:

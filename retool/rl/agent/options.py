@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from retool.data.render.renderer import Renderer
+from retool.rl.agent.formats.hermes import HERMES
+from retool.rl.agent.reading.form import Format
 from retool.rl.agent.tools.protocol import Tool
 
 
@@ -15,19 +17,20 @@ class AgentOptions:
     """Limits of a trajectory.
 
     `max_response_length` counts the tokens of all turns and of the tools' text. `format` is how
-    calls are written (a name of `formats.PARSERS`). `eos_ids` are tokens that end everything,
-    besides those that the renderer knows to end a turn.
+    calls are written. `eos_ids` are tokens that end everything, besides those that the renderer
+    knows to end a turn; `call_end_ids` are those that end a turn of calls (see `ends_of_calls`).
     """
 
     max_response_length: int
     max_assistant_turns: int | None = None
     max_user_turns: int | None = None
-    format: str = "hermes"
+    format: Format = HERMES
     max_tool_response_length: int = 512
     truncate_side: str = "middle"
     max_parallel_calls: int = 1
     tool_timeout_seconds: float = 120.0
     eos_ids: tuple[int, ...] = ()
+    call_end_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,22 @@ class Agent:
     options: AgentOptions
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a turn, or everything, for the sampler to stop at."""
+        options = self.options
+        return (*self.renderer.end_of_turn_ids, *options.eos_ids, *options.call_end_ids)
+
+    @property
     def schemas(self) -> list[dict[str, Any]]:
         """What a call is checked against."""
         return [tool.schema for tool in self.tools.values()]
+
+
+def ends_of_calls(renderer: Renderer, form: Format) -> tuple[int, ...]:
+    """Tokens that end a turn of calls, besides the one that ends any: the template's after a call
+    (gpt-oss' <|call|>), and those of the format that the tokenizer has.
+    """
+    tokenizer = renderer.tokenizer
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    wanted = dict.fromkeys([*form.ends, *filter(None, [renderer.ends.after_call])])
+    return tuple(added[token] for token in wanted if token in added)

@@ -166,18 +166,18 @@ async def _episode(
     step: int,
 ) -> Scored:
     """Sample one trajectory and have it judged."""
+    agent = Agent(parts.tools, parts.renderer, parts.agent)
     params = SamplingParams(
         max_tokens=1,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        stop_ids=(*parts.renderer.end_of_turn_ids, *parts.agent.eos_ids),
+        stop_ids=agent.stop_ids,
         seed=(sampling.seed, sampling.split, step, prompt.index, sample),
     )
     key = (prompt.index, sample)
     sequence = EngineSequence(underway.turns, key, params, group=prompt.index)
     try:
-        agent = Agent(parts.tools, parts.renderer, parts.agent)
         trajectory = await run_episode(prompt, sample, sequence.generate, agent, step)
     finally:
         underway.sampling -= 1

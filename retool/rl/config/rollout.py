@@ -36,8 +36,10 @@ class MultiTurnConfig:
     tool_config_path: str | None = option(
         None, "Tools as YAML; null = the code interpreter on this machine."
     )
-    format: Literal["hermes", "code_block", "retool"] = option(
-        "hermes", "How the model writes calls: JSON, ```python or <code>."
+    format: str = option(
+        "auto",
+        "How the model writes calls: hermes, qwen3_coder, llama3_json, … or FILE.py/function; auto = as "
+        "the chat template shows them.",
     )
     max_tool_response_length: int = option(
         512, "Tokens of tool output per call; the rest is cut, with a marker.", minimum=1

@@ -28,6 +28,9 @@ from retool.preflight.model_folder import check_ids, with_model
 from retool.preflight.plan import RECOMPUTE, attempt, gpu_memory, setting_of
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
 from retool.preflight.world import box_of, check_heads, read_world
+from retool.rl.agent.formats.choose import choose_format
+from retool.rl.agent.formats.table import problem_of_name
+from retool.rl.agent.reading.form import Format
 from retool.rl.agent.tools.interpreter import CodeInterpreter
 from retool.rl.agent.tools.load import RunLimits, load_tools, make_tools
 from retool.rl.agent.tools.protocol import Tool
@@ -36,7 +39,7 @@ from retool.rl.config.data import DataConfig
 from retool.rl.data import PromptOptions, load_prompts
 from retool.rl.objective.user_functions import find_estimator, find_loss
 from retool.rl.preflight.identity import PATH, with_identity
-from retool.rl.preflight.keys import ESTIMATOR_KEY, LOSS_KEY, contradictions, notes
+from retool.rl.preflight.keys import ESTIMATOR_KEY, FORMAT_KEY, LOSS_KEY, contradictions, notes
 from retool.rl.preflight.memory import StepMemory
 from retool.rl.preflight.plan import NOTHING_HELD, Held, Questions, Report, uses_reference
 from retool.rl.preflight.trial import try_reward
@@ -197,6 +200,7 @@ def _with_prompts(report: Report) -> Report:
     ):
         return report
     attempt("data.chat_template", lambda: _show_tool_turn(report), faults)
+    report = replace(report, calls=_format(report, faults))
     train = _read(
         report, config.data.train_files, "data.train_files", config.data.train_max_samples, faults
     )
@@ -260,6 +264,15 @@ def _show_tool_turn(report: Report) -> None:
         asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         answer = {"role": "tool", "content": "1", "name": report.tools[0].name}
         report.renderer.render_tool_turn(asked, [answer], [tool.schema for tool in report.tools])
+
+
+def _format(report: Report, faults: list[Fault]) -> tuple[str, Format] | None:
+    """How the model writes calls; None without tools, or where the name was refused before."""
+    name = report.config.actor_rollout_ref.rollout.multi_turn.format
+    renderer = report.renderer
+    if not report.tools or renderer is None or problem_of_name(name) is not None:
+        return None
+    return attempt(FORMAT_KEY, lambda: choose_format(name, renderer), faults)
 
 
 def _read(

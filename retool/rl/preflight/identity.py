@@ -11,13 +11,14 @@ from __future__ import annotations
 import inspect
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 from retool.preflight.identity import Trait, digest, file_digest, listed, model_traits
+from retool.rl.agent.formats.table import own_format
 from retool.rl.agent.tools.function import FunctionTool
 from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig
@@ -54,7 +55,7 @@ def with_identity(report: Report) -> Report:
     if report.reward is not None:
         found |= _reward(config, report.reward)
     if not any(fault.where.endswith("tool_config_path") for fault in report.faults):
-        found |= _tools(config, report.tools)
+        found |= _tools(report)
     return replace(report, identity={**found, **_objective(report)})
 
 
@@ -94,22 +95,27 @@ def _reward(config: RLConfig, source: RewardSource) -> dict[str, Trait]:
     }
 
 
-def _tools(config: RLConfig, tools: Sequence[Tool]) -> dict[str, Trait]:
+def _tools(report: Report) -> dict[str, Trait]:
     """Each tool by its name, and by what the model is told of it and the code behind it; how calls
     are written.
     """
-    multi = config.actor_rollout_ref.rollout.multi_turn
     where = "actor_rollout_ref.rollout.multi_turn"
     known = [
         f"{tool.name} ({digest(json.dumps(tool.schema, sort_keys=True), *_code(tool))})"
-        for tool in tools
+        for tool in report.tools
     ]
-    return {
-        "the tools": Trait(f"{where}.tool_config_path", listed(known)),
-        "how calls are written": Trait(
-            f"{where}.format", multi.format if multi.enable else "none are read"
-        ),
-    }
+    found = {"the tools": Trait(f"{where}.tool_config_path", listed(known))}
+    if report.calls is not None:
+        found["how calls are written"] = Trait(f"{where}.format", _format(report.calls[0]))
+    elif not report.tools:
+        found["how calls are written"] = Trait(f"{where}.format", "none are read")
+    return found
+
+
+def _format(name: str) -> str:
+    """A format by its name; a user's by the content of its file, too."""
+    own = own_format(name)
+    return name if own is None else f"{name} ({file_digest(own[0])})"
 
 
 def _code(tool: Tool) -> Iterator[str | bytes]:

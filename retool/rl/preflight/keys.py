@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from retool.config import Fault, nearest, options
+from retool.rl.agent.formats.table import problem_of_name
 from retool.rl.config import RLConfig, run_options
 from retool.rl.config.actor import ActorConfig
 from retool.rl.objective.advantages import ESTIMATORS
@@ -14,6 +15,7 @@ from retool.rl.objective.user_functions import own_function
 _ARR = "actor_rollout_ref"
 MOST_TIMES_PUBLISHED = 25  # a clip ratio, of what the loss was published with
 LOSS_KEY = f"{_ARR}.actor.policy_loss.loss_mode"
+FORMAT_KEY = f"{_ARR}.rollout.multi_turn.format"
 ESTIMATOR_KEY = "algorithm.adv_estimator"
 # Estimators that exist elsewhere
 SECOND_MODEL = {"gae": "a value model", "remax": "a greedy rollout of its own for each prompt"}
@@ -23,6 +25,7 @@ def contradictions(config: RLConfig) -> Iterator[Fault]:
     """Faults that only several keys together make, and what no single type can say."""
     yield from _estimator(config.algorithm.adv_estimator)
     yield from _known(LOSS_KEY, config.actor_rollout_ref.actor.policy_loss.loss_mode, LOSSES)
+    yield from _format(config.actor_rollout_ref.rollout.multi_turn.format)
     yield from _aggregation(config)
     yield from _mini_batches(config)
     yield from _sampling(config)
@@ -79,6 +82,13 @@ def _known(key: str, name: str, table: Mapping[str, object]) -> Iterator[Fault]:
     near = nearest(name, table)
     way_out = f"Did you mean {near}?" if near else f"Use {', '.join(table)}, or file.py/function."
     yield Fault(f"{key}={name}", "is not known.", way_out)
+
+
+def _format(name: str) -> Iterator[Fault]:
+    """A way to write calls that is none."""
+    way_out = problem_of_name(name)
+    if way_out is not None:
+        yield Fault(f"{FORMAT_KEY}={name}", "is not known.", way_out)
 
 
 def _clip_notes(actor: ActorConfig) -> Iterator[str]:

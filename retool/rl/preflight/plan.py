@@ -9,6 +9,7 @@ from typing import Any
 from retool.config.options import RunOptions
 from retool.data.render.renderer import Renderer
 from retool.preflight.plan import RunReport, gpu_memory, setting_of
+from retool.rl.agent.reading.form import Format
 from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig, run_options
 from retool.rl.data import PromptReport
@@ -42,11 +43,15 @@ NOTHING_HELD = Held()
 
 @dataclass(frozen=True)
 class Report(RunReport):
-    """What preflight found. Without faults everything but `val` is there."""
+    """What preflight found. Without faults everything but `val` and `calls` is there.
+
+    `calls` is how the model writes them, by name; None where there are no tools.
+    """
 
     config: RLConfig
     renderer: Renderer | None = None
     tools: tuple[Tool, ...] = ()
+    calls: tuple[str, Format] | None = None
     reward: RewardSource | None = None
     estimator: Estimator | None = None
     loss: PolicyLoss | None = None

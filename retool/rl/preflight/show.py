@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from retool.engine.backend import MEANING_NATIVE
 from retool.perf import GIB
 from retool.preflight.show import memory_words, model_words, written_words
+from retool.rl.agent.formats.table import AUTO
 from retool.rl.preflight.plan import Report
 from retool.rl.reward.builtin import default_name
 
@@ -37,7 +38,7 @@ def in_words(report: Report) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "reward", _reward_words(report)
-    yield "tools", ", ".join(tool.name for tool in report.tools) or "none"
+    yield "tools", _tool_words(report)
     yield "a step", _step_words(report)
     yield (
         "schedule",
@@ -48,6 +49,15 @@ def in_words(report: Report) -> Iterator[tuple[str, str]]:
     )
     yield "memory", _memory_words(report)
     yield "written", written_words(report, ", report/")
+
+
+def _tool_words(report: Report) -> str:
+    if report.calls is None:
+        return "none"
+    name, _ = report.calls
+    wanted = report.config.actor_rollout_ref.rollout.multi_turn.format
+    why = " (of the chat template)" if wanted == AUTO else ""
+    return f"{', '.join(tool.name for tool in report.tools)}; calls are read as {name}{why}"
 
 
 def _memory_words(report: Report) -> str:

@@ -8,12 +8,16 @@ from functools import partial
 
 import pytest
 
-from retool.rl.agent.formats import MAX_CALLS_READ, Call, check, code_tool, read_calls
+from retool.rl.agent.formats.code import CODE_BLOCK, RETOOL, code_tool
+from retool.rl.agent.formats.hermes import HERMES
+from retool.rl.agent.formats.table import FORMATS
+from retool.rl.agent.reading.call import Call, check
+from retool.rl.agent.reading.form import MAX_CALLS_READ, read_calls
 from retool.rl.agent.tools.interpreter import SCHEMA
 
-parse_hermes = partial(read_calls, "hermes")
-parse_code_block = partial(read_calls, "code_block")
-parse_retool = partial(read_calls, "retool")
+parse_hermes = partial(read_calls, HERMES)
+parse_code_block = partial(read_calls, CODE_BLOCK)
+parse_retool = partial(read_calls, RETOOL)
 
 LOOKUP = {
     "name": "lookup",
@@ -192,7 +196,7 @@ def test_code_that_is_only_thought() -> None:
 )
 def test_a_flood_of_calls_is_cut(form: str, piece: str) -> None:
     begin = time.perf_counter()
-    calls = read_calls(form, piece * 7_000, [SCHEMA])
+    calls = read_calls(FORMATS[form], piece * 7_000, [SCHEMA])
     assert time.perf_counter() - begin < 0.1
     assert len(calls) == MAX_CALLS_READ + 1 and "at most 32 calls" in str(calls[-1].problem)
-    assert len(read_calls(form, piece * 40, [SCHEMA], most=50)) == 40
+    assert len(read_calls(FORMATS[form], piece * 40, [SCHEMA], most=50)) == 40
