@@ -96,7 +96,7 @@ class StopRequest:
 
         KeyboardInterrupt where it was Ctrl-C that stopped the run: scripts must not go on after it.
         """
-        if self._before:
+        if self.received is not None:
             signal.alarm(0)
         for number, handler in self._before.items():
             # None: it wasn't Python that set it, and Python can't set it again

@@ -17,8 +17,9 @@ import retool
 from retool.metrics import read_jsonl
 from retool.rl import RLConfig
 from retool.rl.__main__ import main
-from retool.rl.agent.tools import CodeInterpreter, FunctionTool, ToolResult
-from retool.rl.agent.tools.load import make_tools
+from retool.rl.agent.tools import FunctionTool, ToolResult
+from retool.rl.agent.tools.interpreter import InterpreterConfig
+from retool.rl.agent.tools.load import RunLimits, make_tools
 from retool.rl.reward.pool import RewardPool
 from retool.rl.reward.protocol import Asked
 from retool.rl.reward.source import adapted, find_reward, own_reward
@@ -194,12 +195,18 @@ def test_a_function_answers_calls() -> None:
     asyncio.run(ask())
 
 
-def test_what_tools_may_be() -> None:
+def test_what_tools_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     (function, given) = make_tools([add, FunctionTool(add, schema_named("sum"))])
     assert (function.name, given.name) == ("add", "sum")
-    (interpreter,) = make_tools(["code_interpreter"])
-    assert isinstance(interpreter, CodeInterpreter)
-    asyncio.run(interpreter.close())
+    made: list[InterpreterConfig] = []
+
+    def interpreter(config: InterpreterConfig) -> FunctionTool:  # without its sandbox
+        made.append(config)
+        return FunctionTool(add, schema_named("code_interpreter"))
+
+    monkeypatch.setattr("retool.rl.agent.tools.load.CodeInterpreter", interpreter)
+    (tool,) = make_tools(["code_interpreter"], RunLimits(workers=3))
+    assert tool.name == "code_interpreter" and made[0].workers == 3
     for wrong, said in (
         ([add, add], "names must differ"),
         ([3], "3 is no tool"),

@@ -112,46 +112,46 @@ def test_it_is_the_commands_run(work: Path, tmp_path: Path, commanded: Path) -> 
         assert llm.chat([{"role": "user", "content": "1 + 1?"}])[0].outputs[0].token_ids
 
 
-def test_in_a_notebook_and_twice(work: Path, tmp_path: Path, commanded: Path) -> None:
-    """A cell runs inside of an event loop; the second run in a process is like the first."""
+def test_in_a_notebook(work: Path, tmp_path: Path, commanded: Path) -> None:
+    """A cell runs inside of an event loop, which goes on afterwards."""
 
-    async def cell() -> tuple[retool.Result, retool.Result]:
+    async def cell() -> retool.Result:
         task = asyncio.current_task()
-        results = [tune(work, tmp_path / f"run{number}") for number in range(2)]
+        result = tune(work, tmp_path)
         assert asyncio.current_task() is task and asyncio.get_running_loop().is_running()
         await asyncio.sleep(0)
-        return results[0], results[1]
+        return result
 
-    first, second = asyncio.run(cell())
-    assert numbers(first.folder) == numbers(second.folder) == steps_of(commanded)
-
-
-def test_in_another_thread(work: Path, tmp_path: Path) -> None:
-    """Where Python knows no signals."""
-    results: list[retool.Result] = []
-    thread = threading.Thread(target=lambda: results.append(tune(work, tmp_path, max_steps=1)))
-    thread.start()
-    thread.join()
-    assert results[0].finished
+    assert numbers(asyncio.run(cell()).folder) == steps_of(commanded)
 
 
 def test_a_typed_config_and_dotted_keys(work: Path, tmp_path: Path) -> None:
-    """Arguments win over options, and these over the configuration."""
+    """Arguments win over options, and these over the configuration. In another thread than the main
+    one, where Python knows no signals.
+    """
     config = SFTConfig(
         data=DataConfig(train_files=(str(work / "train.parquet"),), train_batch_size=8),
         model=ModelConfig(partial_pretrain=str(work / "model")),
         optim=OptimConfig(lr=1.0, weight_decay=0.5),
     )
-    options = {
-        **OPTIONS,
-        "optim": {"lr": 0.5, "min_lr_ratio": 0.1},
-        "trainer.total_training_steps": 1,
-    }
-    result = retool.sft(
-        config=config, options=options, learning_rate=1e-4, output_dir=tmp_path, report_to=[]
-    )
+    dotted = {"optim": {"lr": 0.5, "min_lr_ratio": 0.1}, "trainer.total_training_steps": 1}
+    results: list[retool.Result] = []
+
+    def call() -> None:
+        result = retool.sft(
+            config=config,
+            options={**OPTIONS, **dotted},
+            learning_rate=1e-4,
+            output_dir=tmp_path,
+            report_to=[],
+        )
+        results.append(result)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
     said = (tmp_path / "config.yaml").read_text()
-    assert result.finished
+    assert results[0].finished
     for line in ("  lr: 0.0001", "weight_decay: 0.5", "min_lr_ratio: 0.1", "train_batch_size: 8"):
         assert line in said, line
 
