@@ -161,3 +161,16 @@ def test_the_launcher_can_read_what_it_is_told(
     assert json.loads((tmp_path / "error.json").read_text()) and "unknown key foo." in str(
         ChildFailedError("sft", {0: failure})
     )
+
+
+def test_a_programs_own_alarm_stays_on() -> None:
+    """A run that nobody asked to stop leaves the process's one alarm to who set it."""
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    try:
+        signal.alarm(100)
+        with StopRequest():
+            pass
+        assert signal.alarm(0) > 0
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
