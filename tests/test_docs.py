@@ -17,6 +17,7 @@ import yaml
 from retool.config import ConfigError, parse
 from retool.config.elsewhere import key_for
 from retool.config.schema import leaves
+from retool.rl.agent.formats.table import FORMATS
 from retool.rl.config import RLConfig
 from retool.rl.config import names as rl_names
 from retool.rl.objective.advantages import AdvantageInputs
@@ -180,6 +181,11 @@ def related(key: str) -> list[str]:
         "actor_rollout_ref.actor.clip_ratio_low": ["actor_rollout_ref.actor.clip_ratio"],
     }
     return [*whole, *also.get(key, [])]
+
+
+def test_the_page_on_tools_has_every_format_of_calls() -> None:
+    rows = [code_in(row[0]) for row in rows_of(DOCS / "tools.md", "How calls are written")]
+    assert [row[0] for row in rows] == [*FORMATS, "FILE.py/function"]
 
 
 def texts_of_the_code() -> str:
