@@ -14,7 +14,7 @@ grows with n²: a length whose step would end after `--budget` seconds, judged b
 is left out; so is one that the device's memory or the host's wouldn't hold. With
 `--device-memory-gb` below the device's own, torch may take no more than that.
 
-*peak*: the allocator's, on the rank that needs most, against `retool.preflight.memory`'s
+*peak*: the allocator's, on the rank that needs most, against `retool.preflight.training_memory`'s
 prediction, whose formula then gives the longest n that fits in 80 GiB and in this device. MFU
 doesn't count recomputation. Host memory is per GPU: activations, weights and moments.
 """
@@ -49,7 +49,7 @@ from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import GIB, StepTimer, device_peak, mfu
 from retool.preflight.machine import MAX_PINNED_SHARE, host_memory
-from retool.preflight.memory import DTYPE_BYTES, OUTSIDE, Setting, choose, predict
+from retool.preflight.training_memory import DTYPE_BYTES, OUTSIDE, Setting, choose, predict
 from retool.sft.step import train_step
 
 Offload = bool | Literal["auto"]

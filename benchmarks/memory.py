@@ -1,4 +1,4 @@
-"""Peak memory of training steps, predicted from shapes alone (`retool.preflight.memory`) and
+"""Peak memory of training steps, predicted from shapes alone (`retool.preflight.training_memory`) and
 measured.
 
     torchrun --nproc_per_node=2 benchmarks/memory.py [--rows 0.5b-none,…] [--json out.json]
@@ -38,7 +38,7 @@ from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import GIB, StepTimer
-from retool.preflight.memory import Prediction, Setting, predict
+from retool.preflight.training_memory import Prediction, Setting, predict
 from retool.sft.step import train_step
 
 MODELS = SHAPES | {

@@ -16,7 +16,7 @@ from retool.checkpoint.format.folder import (
     CONFIG,
     faulty_files,
     model_folder,
-    read_json,
+    read_small_json,
     shard_name,
     world_size,
     written_by_us,
@@ -118,6 +118,6 @@ def _extra(folder: Path, mesh: Mesh) -> tuple[bool, dict[str, Any]]:
 
     Empty for other programs' checkpoints.
     """
-    config = read_json(folder / CONFIG) if written_by_us(folder) else {}
+    config = read_small_json(folder / CONFIG) if written_by_us(folder) else {}
     same = config.get("world_size") == mesh.world and config.get("shards") == mesh.shards
     return same, extra_state(folder, mesh.rank if same else 0) or {}

@@ -56,7 +56,7 @@ def find_model(name: str, weights: bool = True) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object that a file of a model's folder holds.
 
     ValueError names the file where it holds anything else.
@@ -88,7 +88,7 @@ def eos_ids(folder: Path) -> tuple[int, ...]:
     found: dict[int, None] = {}
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        said = read_json(path).get("eos_token_id") if path.is_file() else None
+        said = read_json_object(path).get("eos_token_id") if path.is_file() else None
         ids: list[Any] = said if isinstance(said, list) else [] if said is None else [said]
         if not all(type(i) is int for i in ids):
             raise ValueError(

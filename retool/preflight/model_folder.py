@@ -16,7 +16,7 @@ from retool.config import Fault
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
 from retool.model.families.read import read_model_config
-from retool.model.hub import MAX_JSON_BYTES, find_model, read_json
+from retool.model.hub import MAX_JSON_BYTES, find_model, read_json_object
 from retool.preflight.plan import RunReport, attempt, not_allowed
 from retool.preflight.resume import export_of
 
@@ -119,7 +119,7 @@ def _check_own_template(folder: Path, where: str) -> Iterator[Fault]:
     """The tokenizer's settings, or a file beside them, hold a chat template."""
     settings = folder / "tokenizer_config.json"
     try:
-        inside = settings.is_file() and bool(read_json(settings).get("chat_template"))
+        inside = settings.is_file() and bool(read_json_object(settings).get("chat_template"))
     except ValueError:
         yield Fault(str(settings), "isn't a JSON object.", "Fetch it again.")
         return

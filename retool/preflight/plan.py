@@ -22,7 +22,7 @@ from retool.parallel.collectives import gather_objects
 from retool.parallel.mesh import Mesh
 from retool.perf import GIB
 from retool.preflight.identity import Identity, record_of
-from retool.preflight.memory import DTYPE_BYTES, LADDER, Choice, Recompute, Setting
+from retool.preflight.training_memory import DTYPE_BYTES, LADDER, Choice, Recompute, Setting
 
 R = TypeVar("R", bound="RunReport")
 T = TypeVar("T")

@@ -28,7 +28,7 @@ from retool.rl.objective.experience import ExperienceOptions
 from retool.rl.objective.losses import Clip
 from retool.rl.objective.policy import LossSpec
 from retool.rl.preflight.memory import engine_options
-from retool.rl.preflight.plan import Report, uses_reference
+from retool.rl.preflight.plan import RLReport, uses_reference
 from retool.rl.reward.judges import open_judges
 from retool.rl.reward.protocol import Judges
 from retool.rl.state import TrainState, restored
@@ -46,7 +46,7 @@ class Run:
     one's engine. `loop` is one for the whole run: tools keep their connections.
     """
 
-    session: Session[Report]
+    session: Session[RLReport]
     reference: Sharded | None
     engine: RolloutEngine
     engines: int
@@ -61,7 +61,7 @@ class Run:
         return mesh.rank // (mesh.world // self.engines)
 
 
-def build_run(report: Report, mesh: Mesh, caller: Caller = COMMAND) -> tuple[Run, TrainState]:
+def build_run(report: RLReport, mesh: Mesh, caller: Caller = COMMAND) -> tuple[Run, TrainState]:
     """Load the models, resume if there is something to resume from, open the session, make what
     samples and judges. Collective.
     """
@@ -95,7 +95,7 @@ def build_run(report: Report, mesh: Mesh, caller: Caller = COMMAND) -> tuple[Run
     return Run(session, reference, engine, engines, rollout, judges, loop), state
 
 
-def initial_state(report: Report, loaded: checkpoint.Loaded | None) -> TrainState:
+def initial_state(report: RLReport, loaded: checkpoint.Loaded | None) -> TrainState:
     """Step 0, or where the checkpoint that was loaded left off."""
     coef = report.config.algorithm.kl_ctrl.kl_coef
     if loaded is None:
@@ -105,7 +105,7 @@ def initial_state(report: Report, loaded: checkpoint.Loaded | None) -> TrainStat
     )
 
 
-def reference_options(report: Report, mesh: Mesh) -> ModelOptions:
+def reference_options(report: RLReport, mesh: Mesh) -> ModelOptions:
     """How the reference is held: as the policy, but without gradients and with no more precision
     than it computes in.
     """
@@ -142,7 +142,9 @@ def engine_group(mesh: Mesh, engines: int) -> dist.ProcessGroup | None:
     return mine
 
 
-def rollout_parts(session: Session[Report], engine: RolloutEngine, judges: Judges) -> RolloutParts:
+def rollout_parts(
+    session: Session[RLReport], engine: RolloutEngine, judges: Judges
+) -> RolloutParts:
     """What every rollout of this rank is made of."""
     report = session.report
     config = report.config
@@ -188,7 +190,7 @@ def validation_sampling(config: RLConfig) -> Sampling:
     )
 
 
-def experience_options(report: Report, state: TrainState, one_update: bool) -> ExperienceOptions:
+def experience_options(report: RLReport, state: TrainState, one_update: bool) -> ExperienceOptions:
     """How this step's experience is made; `one_update`: a single optimizer step will see it."""
     assert report.estimator is not None
     return ExperienceOptions(
@@ -202,7 +204,7 @@ def experience_options(report: Report, state: TrainState, one_update: bool) -> E
     )
 
 
-def loss_spec(report: Report) -> LossSpec:
+def loss_spec(report: RLReport) -> LossSpec:
     assert report.loss is not None
     actor = report.config.actor_rollout_ref.actor
     return LossSpec(
@@ -216,7 +218,7 @@ def loss_spec(report: Report) -> LossSpec:
     )
 
 
-def update_budget(report: Report) -> Budget:
+def update_budget(report: RLReport) -> Budget:
     assert report.model is not None
     actor = report.config.actor_rollout_ref.actor
     quadratic = quadratic_length(report.model)
@@ -225,14 +227,14 @@ def update_budget(report: Report) -> Budget:
     return Budget(None, actor.ppo_micro_batch_size_per_gpu, quadratic)
 
 
-def logprob_budget(report: Report) -> Budget:
+def logprob_budget(report: RLReport) -> Budget:
     assert report.model is not None
     wanted = report.config.actor_rollout_ref
     tokens = wanted.ref.log_prob_max_token_len_per_gpu or wanted.actor.ppo_max_token_len_per_gpu
     return Budget(tokens, None, quadratic_length(report.model))
 
 
-def stream(report: Report, position: int, count: int) -> list[Prompt]:
+def stream(report: RLReport, position: int, count: int) -> list[Prompt]:
     """Training prompts from `position` on."""
     data = report.config.data
     assert report.train is not None

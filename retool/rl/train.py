@@ -43,7 +43,7 @@ from retool.rl.objective.experience import Experience, make_experience, timed
 from retool.rl.objective.filter import UnusableSamples
 from retool.rl.objective.policy import update_step
 from retool.rl.preflight.identity import fingerprints
-from retool.rl.preflight.plan import Report
+from retool.rl.preflight.plan import RLReport
 from retool.rl.report import write_training, write_validation
 from retool.rl.state import TrainState, adapted_kl_coef
 from retool.rl.types import Group, Scored, trainable
@@ -67,7 +67,7 @@ PARTS = (
 Metrics = dict[str, float]
 
 
-def train(report: Report, caller: Caller = COMMAND) -> int | None:
+def train(report: RLReport, caller: Caller = COMMAND) -> int | None:
     """Run RL as preflight found it possible. Returns the signal that stopped it, if one did.
 
     Collective: every process of the launcher calls it with the same configuration.
@@ -186,7 +186,7 @@ def advantages_of(
     return [known.get(id(member), np.zeros(len(member.trajectory))) for member in members]
 
 
-def update(session: Session[Report], state: TrainState, made: Experience) -> Metrics:
+def update(session: Session[RLReport], state: TrainState, made: Experience) -> Metrics:
     """The step's optimizer steps; means of what they measured."""
     report = session.report
     actor = report.config.actor_rollout_ref.actor
@@ -216,7 +216,7 @@ def update(session: Session[Report], state: TrainState, made: Experience) -> Met
     }
 
 
-def micro_batches(session: Session[Report], rows: list[Row]) -> list[RLBatch]:
+def micro_batches(session: Session[RLReport], rows: list[Row]) -> list[RLBatch]:
     """This rank's micro-batches of a global mini-batch."""
     report = session.report
     mesh = session.mesh
@@ -231,7 +231,7 @@ def micro_batches(session: Session[Report], rows: list[Row]) -> list[RLBatch]:
     )
 
 
-def next_learning_rate(report: Report, updates: int) -> float:
+def next_learning_rate(report: RLReport, updates: int) -> float:
     optim = report.config.actor_rollout_ref.actor.optim
     return learning_rate(
         updates,
@@ -243,7 +243,7 @@ def next_learning_rate(report: Report, updates: int) -> float:
     )
 
 
-def performance(session: Session[Report], made: Experience, times: Metrics) -> Metrics:
+def performance(session: Session[RLReport], made: Experience, times: Metrics) -> Metrics:
     """Tokens per second and GPU of the whole step, the update's MFU, memory."""
     world = session.mesh.world
     lengths = [len(row) for row in made.rows]
@@ -334,13 +334,13 @@ def shown(groups: list[Group], most: int) -> list[dict[str, str | float]]:
     ]
 
 
-def save(session: Session[Report], state: TrainState) -> None:
+def save(session: Session[RLReport], state: TrainState) -> None:
     """Write a checkpoint of this step, unless it has one."""
     save_step(session, state, updates=state.updates, data_state=state.data_state(), extra={})
 
 
 @contextmanager
-def saved_at_least(session: Session[Report], state: TrainState) -> Iterator[None]:
+def saved_at_least(session: Session[RLReport], state: TrainState) -> Iterator[None]:
     """Where nothing more can be learnt, what was trained so far isn't lost."""
     try:
         yield

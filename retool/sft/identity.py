@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from retool.preflight.identity import Trait, model_traits
-from retool.sft.plan import Report, Split
+from retool.sft.plan import SFTReport, Split
 
 FILES = "data.train_files"
 
 
-def with_identity(report: Report) -> Report:
+def with_identity(report: SFTReport) -> SFTReport:
     """With what of the run's identity is known: without its model or data where these couldn't be
     read.
     """
@@ -34,11 +34,11 @@ def with_identity(report: Report) -> Report:
     return replace(report, identity=found)
 
 
-def _blamed(report: Report, key: str) -> bool:
+def _blamed(report: SFTReport, key: str) -> bool:
     return any(fault.where.startswith(key) for fault in report.faults)
 
 
-def fingerprints(report: Report) -> dict[str, tuple[int | str, ...]]:
+def fingerprints(report: SFTReport) -> dict[str, tuple[int | str, ...]]:
     """What this rank's files hold: (samples, hash of their content)."""
 
     def of(split: Split | None) -> tuple[int | str, ...]:

@@ -9,8 +9,8 @@ from functools import partial
 
 from retool.config.options import RunOptions
 from retool.data.cache import Dataset, DatasetReport
-from retool.preflight.memory import Choice, choose
 from retool.preflight.plan import RECOMPUTE, RunReport, gpu_memory, setting_of
+from retool.preflight.training_memory import Choice, choose
 from retool.sft.config import SFTConfig, run_options
 
 # Tokens per GPU whose forward and backward take the device longer than the host needs to enqueue
@@ -32,7 +32,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Report(RunReport):
+class SFTReport(RunReport):
     """What preflight found. Without faults `train` is there too."""
 
     config: SFTConfig
@@ -70,7 +70,7 @@ def fills(config: SFTConfig) -> bool:
     )
 
 
-def choose_for(report: Report) -> Choice:
+def choose_for(report: SFTReport) -> Choice:
     """Token budget per GPU and recomputation: as configured, and where left to us, what fits.
 
     A number of samples is as many tokens as that many of the longest have. Where those are few,
@@ -108,7 +108,7 @@ def choose_for(report: Report) -> Choice:
     return fuller if fuller.fits and same_price else choice
 
 
-def remedies(report: Report) -> str:
+def remedies(report: SFTReport) -> str:
     """Changes of the configuration that make it fit, each alone; where none does, all of them."""
     changed = _memory_savers(report)
     fitting = [
@@ -124,7 +124,7 @@ def remedies(report: Report) -> str:
     )
 
 
-def _memory_savers(report: Report) -> dict[str, SFTConfig]:
+def _memory_savers(report: SFTReport) -> dict[str, SFTConfig]:
     """Changes that take less memory, as one types them → the configuration that each makes."""
     config = report.config
     processes = report.world.processes

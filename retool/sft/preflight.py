@@ -32,14 +32,14 @@ from retool.metrics import missing_extras
 from retool.perf import GIB
 from retool.preflight.checks import check_run, notes_of
 from retool.preflight.machine import check_host_memory
-from retool.preflight.memory import OUTSIDE, SLACK
 from retool.preflight.model_folder import check_ids, check_tokenizer, with_model
 from retool.preflight.plan import attempt, gpu_memory, host_bytes
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
+from retool.preflight.training_memory import OUTSIDE, SLACK
 from retool.preflight.world import Box, box_of, read_world
 from retool.sft.config import DataConfig, SFTConfig, contradictions
 from retool.sft.identity import with_identity
-from retool.sft.plan import Report, Split, choose_for, remedies
+from retool.sft.plan import SFTReport, Split, choose_for, remedies
 
 # a predicted peak this many times the device's memory is a fault; a closer one only a note
 HOPELESS_PEAK_SHARE = 1.25
@@ -52,7 +52,7 @@ def preflight(
     planning: bool = False,
     environment: Mapping[str, str] | None = None,
     progress: Progress | None = None,
-) -> Report:
+) -> SFTReport:
     """Check everything.
 
     Every rank may call it: one tokenises, the others wait and open the same files.
@@ -71,7 +71,7 @@ def preflight(
     world, trouble = read_world(
         config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher
     )
-    report = find_checkpoint(Report(config, world, faults=tuple(faults + trouble)))
+    report = find_checkpoint(SFTReport(config, world, faults=tuple(faults + trouble)))
     report = with_model(report, config.model.partial_pretrain)
     report = _with_data(check_run(report, box, launcher), progress)
     report = _with_memory(report, box)
@@ -87,7 +87,7 @@ def preflight(
 # --- data ---
 
 
-def _with_data(report: Report, progress: Progress | None) -> Report:
+def _with_data(report: SFTReport, progress: Progress | None) -> SFTReport:
     """Check the data files, then read every row of those that are sound, if the tokenizer is."""
     config = report.config
     faults = list[Fault]()
@@ -136,7 +136,7 @@ def _with_data(report: Report, progress: Progress | None) -> Report:
     return report
 
 
-def _id_faults(report: Report) -> Iterator[Fault]:
+def _id_faults(report: SFTReport) -> Iterator[Fault]:
     """Samples with tokens that the model's embedding has no row for."""
     for key, split in (("data.train_files", report.train), ("data.val_files", report.val)):
         if split is None or report.model is None or split.said.highest_id < report.model.vocab:
@@ -200,8 +200,8 @@ def rendering_of(config: SFTConfig, day: str) -> Rendering:
 
 
 def _with_split(
-    report: Report, renderer: Renderer, name: Name, files: list[str], progress: Progress | None
-) -> Report:
+    report: SFTReport, renderer: Renderer, name: Name, files: list[str], progress: Progress | None
+) -> SFTReport:
     if not files:
         return report
     split = _read(report.config, renderer, name, files, progress)
@@ -285,7 +285,7 @@ def audit_command(config: SFTConfig, files: Sequence[str]) -> str:
 # --- memory ---
 
 
-def _with_memory(report: Report, box: Box) -> Report:
+def _with_memory(report: SFTReport, box: Box) -> SFTReport:
     """Choose batches and recomputation, and predict the memory, once there is a model and a layout
     that works.
     """
@@ -312,7 +312,7 @@ def _with_memory(report: Report, box: Box) -> Report:
     return report.blame(Fault("memory", problem, remedies(report)))
 
 
-def _notes(report: Report) -> Iterator[str]:
+def _notes(report: SFTReport) -> Iterator[str]:
     """What is allowed but probably not meant."""
     config = report.config
     model = report.model

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from retool.preflight.memory import Choice
 from retool.preflight.show import memory_words, model_words, written_words
+from retool.preflight.training_memory import Choice
 from retool.sft.config import SFTConfig
-from retool.sft.plan import Report, fills
+from retool.sft.plan import SFTReport, fills
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def rows_read(console: Console | None = None) -> Iterator[Callable[[int], None] 
         yield lambda count: bar.update(task, completed=count)
 
 
-def in_words(report: Report) -> Iterator[tuple[str, str]]:
+def in_words(report: SFTReport) -> Iterator[tuple[str, str]]:
     """(topic, text) of what the run will do."""
     world = report.world
     choice = report.choice
@@ -54,7 +54,7 @@ def in_words(report: Report) -> Iterator[tuple[str, str]]:
     yield "written", written_words(report)
 
 
-def _data_words(report: Report) -> str:
+def _data_words(report: SFTReport) -> str:
     batch = report.config.data.train_batch_size
     lines = list[str]()
     if report.train is not None:
@@ -70,7 +70,7 @@ def _data_words(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _step_words(report: Report, choice: Choice, dp: int) -> str:
+def _step_words(report: SFTReport, choice: Choice, dp: int) -> str:
     config = report.config
     size = config.data.train_batch_size
     share = -(-size // dp)

@@ -25,7 +25,7 @@ from retool.run.saving import save_step, say_saved
 from retool.run.session import Session, Skips, begin, load_model, open_session, same_plan
 from retool.run.skips import count_update
 from retool.sft.identity import fingerprints
-from retool.sft.plan import Report, fills
+from retool.sft.plan import SFTReport, fills
 from retool.sft.step import Measured, train_step
 from retool.sft.validate import validate
 
@@ -57,7 +57,7 @@ class PendingStep:
     before: dict[str, float]
 
 
-def train(report: Report, caller: Caller = COMMAND) -> int | None:
+def train(report: SFTReport, caller: Caller = COMMAND) -> int | None:
     """Run SFT as preflight found it possible. Returns the signal that stopped it, if one did.
 
     Collective: every process of the launcher calls it with the same configuration.
@@ -94,8 +94,8 @@ def train(report: Report, caller: Caller = COMMAND) -> int | None:
 
 
 def start(
-    report: Report, mesh: Mesh, caller: Caller = COMMAND
-) -> tuple[Session[Report], TrainState]:
+    report: SFTReport, mesh: Mesh, caller: Caller = COMMAND
+) -> tuple[Session[SFTReport], TrainState]:
     """Load the model, resume if there is something to resume from, open the session. Collective."""
     model, optimizer = load_model(report, mesh)
     assert isinstance(model.module, Decoder) and report.choice is not None
@@ -119,7 +119,7 @@ def start(
 # --- a step ---
 
 
-def training_batches(session: Session[Report], start_step: int) -> Iterator[StepBatch]:
+def training_batches(session: Session[SFTReport], start_step: int) -> Iterator[StepBatch]:
     """The global batches from `start_step` on, as this rank's micro-batches."""
     report = session.report
     data = report.config.data
@@ -133,7 +133,7 @@ def training_batches(session: Session[Report], start_step: int) -> Iterator[Step
     )
 
 
-def make_packing(report: Report, mesh: Mesh) -> Packing:
+def make_packing(report: SFTReport, mesh: Mesh) -> Packing:
     """How a step's samples become this rank's micro-batches: so many samples in each where the user
     says so, else so many tokens.
     """
@@ -149,7 +149,7 @@ def make_packing(report: Report, mesh: Mesh) -> Packing:
     return Packing(budget, mesh.dp_rank, mesh.dp, mesh.sp, pad_to)
 
 
-def one_step(session: Session[Report], state: TrainState, batch: StepBatch) -> None:
+def one_step(session: Session[SFTReport], state: TrainState, batch: StepBatch) -> None:
     """Train on one global batch; read and log the step before it.
 
     Reading one step late keeps the host ahead of the device: the numbers have long arrived.
@@ -182,7 +182,7 @@ def one_step(session: Session[Report], state: TrainState, batch: StepBatch) -> N
     say_saved(session, state, wait=False)
 
 
-def log_pending(session: Session[Report], state: TrainState) -> None:
+def log_pending(session: Session[SFTReport], state: TrainState) -> None:
     """Log the steps that were waiting. Too many skipped in a row end the run."""
     for pending in state.pending:
         loss, norm, skipped = pending.measured.read()
@@ -195,7 +195,7 @@ def log_pending(session: Session[Report], state: TrainState) -> None:
 
 
 def step_metrics(
-    session: Session[Report], pending: PendingStep, loss: float, norm: float
+    session: Session[SFTReport], pending: PendingStep, loss: float, norm: float
 ) -> dict[str, float]:
     """Every metric of an optimizer step."""
     report = session.report
@@ -233,7 +233,7 @@ def due(every: int | str, step: int, per_epoch: int) -> bool:
     return period > 0 and step % period == 0
 
 
-def run_validation(session: Session[Report], state: TrainState) -> None:
+def run_validation(session: Session[SFTReport], state: TrainState) -> None:
     """Validate on every row and log it."""
     log_pending(session, state)
     if session.report.val is None:
@@ -246,7 +246,7 @@ def run_validation(session: Session[Report], state: TrainState) -> None:
     session.loggers.log(state.step, metrics)
 
 
-def save(session: Session[Report], state: TrainState) -> None:
+def save(session: Session[SFTReport], state: TrainState) -> None:
     """Write a checkpoint of this step, unless it has one."""
     log_pending(session, state)
     save_step(

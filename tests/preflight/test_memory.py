@@ -20,7 +20,7 @@ from retool.model.rope import inverse_frequencies, rope_tables
 from retool.optim import AdamW, AdamWOptions, Update
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
-from retool.preflight.memory import (
+from retool.preflight.training_memory import (
     DTYPE_BYTES,
     LADDER,
     MIN_TOKENS_TO_HIDE_REDUCE,
@@ -142,9 +142,9 @@ def test_what_visits_the_device_in_an_update_is_exact(
     """On the CPU, where what is away is ordinary memory: all that the update makes are the visitors
     and the step counts.
     """
-    for module in ("retool.preflight.memory", "retool.optim"):
+    for module in ("retool.preflight.training_memory", "retool.optim"):
         monkeypatch.setattr(f"{module}.OFFLOAD_CHUNK_NUMEL", 1000)
-    monkeypatch.setattr("retool.preflight.memory.NORM_CHUNK_NUMEL", 0)
+    monkeypatch.setattr("retool.preflight.training_memory.NORM_CHUNK_NUMEL", 0)
     with Live() as live:
         sharded = build_decoder(model(), make_mesh(), ModelOptions(param_dtype=torch.bfloat16))
         optimizer = AdamW(sharded, AdamWOptions())

@@ -37,7 +37,6 @@ from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 from retool.preflight import machine
 from retool.preflight.machine import check_output
-from retool.preflight.memory import Choice, choose
 from retool.preflight.plan import (
     World,
     checkpoint_bytes,
@@ -45,10 +44,11 @@ from retool.preflight.plan import (
     kept_checkpoints,
 )
 from retool.preflight.show import show_faults, show_plan
+from retool.preflight.training_memory import Choice, choose
 from retool.preflight.world import check_mesh, read_world
 from retool.sft.__main__ import main
 from retool.sft.config import SYNONYMS, SFTConfig
-from retool.sft.plan import TOKENS_TO_FILL_A_GPU, Report
+from retool.sft.plan import TOKENS_TO_FILL_A_GPU, SFTReport
 from retool.sft.preflight import preflight
 from retool.sft.show import in_words, rows_read
 from retool.sft.train import make_packing
@@ -126,11 +126,11 @@ def words(root: Path, *more: str) -> list[str]:
 
 def check(
     root: Path, *more: str, environment: dict[str, str] | None = None, planning: bool = False
-) -> Report:
+) -> SFTReport:
     return preflight(read(SFTConfig, words(root, *more), SYNONYMS), planning, environment or {})
 
 
-def said(report: Report) -> str:
+def said(report: SFTReport) -> str:
     return "\n".join(map(str, report.faults))
 
 

@@ -17,12 +17,12 @@ import pytest
 from retool.config import read
 from retool.parallel.mesh import make_mesh
 from retool.preflight import machine
-from retool.preflight.memory import LADDER, Choice, Prediction
 from retool.preflight.plan import World, agree, checkpoint_bytes, host_bytes, kept_checkpoints
+from retool.preflight.training_memory import LADDER, Choice, Prediction
 from retool.rl.agent.tools import interpreter
 from retool.rl.config import RLConfig
 from retool.rl.config.names import IGNORED, SYNONYMS
-from retool.rl.preflight.checks import Report, preflight
+from retool.rl.preflight.checks import RLReport, preflight
 from retool.rl.preflight.identity import fingerprint
 from retool.rl.preflight.show import in_words
 from retool.sandbox.fusion_client import unreachable
@@ -38,7 +38,7 @@ def check(
     *more: str,
     planning: bool = False,
     environment: dict[str, str] | None = None,
-) -> Report:
+) -> RLReport:
     words = [
         f"data.train_files={work}/train.jsonl",
         f"actor_rollout_ref.model.path={work}/model",
@@ -53,7 +53,7 @@ def check(
     return preflight(read(RLConfig, words, SYNONYMS, IGNORED), planning, environment or {})
 
 
-def said(report: Report) -> str:
+def said(report: RLReport) -> str:
     return "\n".join(map(str, report.faults))
 
 
@@ -289,7 +289,7 @@ def agreed(others: bool) -> str | None:
     choice = Choice(4096, LADDER[mesh.rank], Prediction(0.0, mesh.rank, 0.0, 0.0, 0.0, 0.0), True)
     config = read(RLConfig, ["data.train_files=a", "actor_rollout_ref.model.path=m"]).config
     prompts: Any = SimpleNamespace(prompts=[make_prompt(ids=range(3 + (others and mesh.rank)))])
-    report = Report(config, World(mesh.world, 1, mesh.world), choice=choice, train=prompts)
+    report = RLReport(config, World(mesh.world, 1, mesh.world), choice=choice, train=prompts)
     try:
         choice = agree(report, mesh, {"data.train_files": fingerprint(report.train)}).choice
     except ValueError as error:

@@ -17,14 +17,14 @@ from retool.model.build import ModelOptions, build_decoder
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
-from retool.preflight.memory import Choice, Prediction, Recompute
 from retool.preflight.plan import World, agree
+from retool.preflight.training_memory import Choice, Prediction, Recompute
 from retool.run import session
 from retool.sft import train as training
 from retool.sft.__main__ import main
 from retool.sft.config import DataConfig, ModelConfig, SFTConfig
 from retool.sft.identity import fingerprints
-from retool.sft.plan import Report, Split
+from retool.sft.plan import SFTReport, Split
 from retool.sft.step import train_step
 from tests.model.decoders import decoder_config
 from tests.ranks import run_ranks
@@ -60,7 +60,7 @@ def planned() -> list[tuple[int, str, bool] | str]:
         choice(8192, "none", False, 3.0),
     ][mesh.rank]
     for rows in ([5, 6], [6, 5] if mesh.rank == mesh.world - 1 else [5, 6]):
-        report = Report(CONFIG, World(mesh.world, 1, mesh.world), train=split(rows), choice=mine)
+        report = SFTReport(CONFIG, World(mesh.world, 1, mesh.world), train=split(rows), choice=mine)
         try:
             agreed = agree(report, mesh, fingerprints(report)).choice
         except ValueError as error:

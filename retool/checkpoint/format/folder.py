@@ -57,7 +57,7 @@ def write_config(folder: Path, world: int, shards: int, step: int, files: dict[s
     replace_text(folder / CHECKSUMS, json.dumps({"block": BLOCK, "files": files}) + "\n")
 
 
-def read_json(path: Path, limit: int = SMALL_BYTES) -> Any:
+def read_small_json(path: Path, limit: int = SMALL_BYTES) -> Any:
     """A JSON file's content; ValueError names the file."""
     return untrusted.read_json(path, limit)
 
@@ -65,7 +65,7 @@ def read_json(path: Path, limit: int = SMALL_BYTES) -> Any:
 def world_size(folder: Path) -> int:
     """How many ranks wrote the shards of a folder, from fsdp_config.json or from the file names."""
     if (folder / CONFIG).exists():
-        config = read_json(folder / CONFIG)
+        config = read_small_json(folder / CONFIG)
         world = config.get("world_size") if isinstance(config, dict) else None
         if type(world) is not int or world < 1:
             raise ValueError(f"{folder / CONFIG} has no world_size.")
@@ -112,7 +112,7 @@ def recorded_files(folder: Path) -> dict[str, Any]:
     described = sum(
         file.stat().st_size for part in parts for file in part.iterdir() if file.is_file()
     )
-    content = read_json(path, SMALL_BYTES + described // BLOCK * BYTES_OF_A_CHECKSUM)
+    content = read_small_json(path, SMALL_BYTES + described // BLOCK * BYTES_OF_A_CHECKSUM)
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or content.get("block") != BLOCK:
         raise ValueError(f"{path} is not in the form that this version writes.")
@@ -155,7 +155,7 @@ def written_by_us(folder: Path) -> bool:
     """
     if (folder / CHECKSUMS).exists():
         return True
-    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    config = read_small_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     return isinstance(config, dict) and str(config.get("writer", "")).startswith("retool ")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from retool.files.untrusted import read_bytes
-from retool.model.hub import read_json
+from retool.model.hub import read_json_object
 
 MOST_CONFIG_BYTES = 16 << 20  # real ones have a few thousand
 SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}  # .py: own tokenizers
@@ -55,7 +55,7 @@ def write_template(folder: Path, template: str) -> None:
     (folder / "chat_template.json").unlink(missing_ok=True)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     config = folder / "tokenizer_config.json"
-    settings = read_json(config) if config.exists() else {}
+    settings = read_json_object(config) if config.exists() else {}
     if "chat_template" in settings:
         settings["chat_template"] = template
         text = json.dumps(settings, indent=2, ensure_ascii=False)
@@ -87,7 +87,7 @@ def tied(config_folder: Path) -> bool:
     Llama and Qwen default to no where it says nothing.
     """
     path = config_folder / "config.json"
-    return path.exists() and bool(read_json(path).get("tie_word_embeddings", False))
+    return path.exists() and bool(read_json_object(path).get("tie_word_embeddings", False))
 
 
 def untie(config: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from retool.checkpoint.format.safetensors import INDEX, SINGLE, SafetensorsFile
-from retool.model.hub import read_json
+from retool.model.hub import read_json_object
 
 
 class SafetensorsSource:
@@ -45,7 +45,7 @@ class SafetensorsSource:
 
     def _indexed(self, index: Path) -> dict[str, str]:
         try:
-            weight_map: dict[str, str] = read_json(index)["weight_map"]
+            weight_map: dict[str, str] = read_json_object(index)["weight_map"]
             missing = sorted(
                 {
                     f

@@ -11,7 +11,7 @@ from pathlib import Path
 from retool.checkpoint.format.folder import (
     CHECKSUMS,
     CONFIG,
-    read_json,
+    read_small_json,
     recorded_files,
     shard_name,
     written_by_us,
@@ -81,7 +81,7 @@ def _training_steps(where: Path) -> Iterator[tuple[Path, int]]:
     """(file, training step that it tells), of each file that tells one."""
     if not written_by_us(where) or not any(where.glob("model_world_size_*_rank_*.pt")):
         return
-    config = read_json(where / CONFIG)
+    config = read_small_json(where / CONFIG)
     if isinstance(config, dict) and isinstance(step := config.get("step"), int):
         yield where / CONFIG, step
     model = Shards(where, "model")

@@ -23,7 +23,7 @@ from retool.model.families import (
 )
 from retool.model.families.layer_costs import LayerCosts
 from retool.model.hf_config.fields import shown
-from retool.model.hub import read_json
+from retool.model.hub import read_json_object
 
 
 class Family(Protocol):
@@ -63,7 +63,7 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     if not path.is_file():
         way_out = _way_to_the_model(path.parent)
         raise ValueError(f"the model folder {folder} has no config.json. {way_out}")
-    content = read_json(path)
+    content = read_json_object(path)
     try:
         return parse_model_config(content)
     except ValueError as error:

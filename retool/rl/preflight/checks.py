@@ -23,10 +23,10 @@ from retool.metrics import missing_extras
 from retool.model.hub import eos_ids
 from retool.perf import GIB
 from retool.preflight.checks import check_run, notes_of
-from retool.preflight.memory import Choice, choose
 from retool.preflight.model_folder import check_ids, with_model
 from retool.preflight.plan import RECOMPUTE, attempt, gpu_memory, setting_of
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
+from retool.preflight.training_memory import Choice, choose
 from retool.preflight.world import box_of, check_heads, read_world
 from retool.rl.agent.formats.choose import choose_format
 from retool.rl.agent.formats.table import problem_of_name
@@ -41,7 +41,7 @@ from retool.rl.objective.user_functions import find_estimator, find_loss
 from retool.rl.preflight.identity import PATH, with_identity
 from retool.rl.preflight.keys import ESTIMATOR_KEY, FORMAT_KEY, LOSS_KEY, contradictions, notes
 from retool.rl.preflight.memory import StepMemory
-from retool.rl.preflight.plan import NOTHING_HELD, Held, Questions, Report, uses_reference
+from retool.rl.preflight.plan import NOTHING_HELD, Held, Questions, RLReport, uses_reference
 from retool.rl.preflight.trial import try_reward
 from retool.rl.reward.source import RewardSource, find_reward
 from retool.sandbox.fusion_client import unreachable
@@ -54,7 +54,7 @@ def preflight(
     planning: bool = False,
     environment: Mapping[str, str] | None = None,
     held: Held = NOTHING_HELD,
-) -> Report:
+) -> RLReport:
     """Check everything. `planning` (`--check`) allows another number of GPUs than are here. `held`:
     functions of the program that asks, in the place of those that files have.
     """
@@ -70,7 +70,7 @@ def preflight(
     world, trouble = read_world(
         config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher
     )
-    report = find_checkpoint(Report(config, world, faults=tuple(faults + trouble)))
+    report = find_checkpoint(RLReport(config, world, faults=tuple(faults + trouble)))
     report = with_model(report, config.actor_rollout_ref.model.path)
     report = check_run(report, box, launcher).blame(*_engine_faults(report))
     first = not int(launcher.get("LOCAL_RANK", 0))
@@ -89,7 +89,7 @@ def preflight(
     return replace(report, notes=(*report.notes, *found))
 
 
-def _with_renderer(report: Report) -> Report:
+def _with_renderer(report: RLReport) -> RLReport:
     config = report.config
     faults = list[Fault]()
     folder = report.folder
@@ -118,7 +118,7 @@ def _with_renderer(report: Report) -> Report:
     return replace(report.blame(*faults), renderer=renderer, notes=(*report.notes, *said))
 
 
-def _engine_faults(report: Report) -> Iterator[Fault]:
+def _engine_faults(report: RLReport) -> Iterator[Fault]:
     """Tensor-parallel sizes that don't fit the processes or the model."""
     tp = report.config.actor_rollout_ref.rollout.tensor_model_parallel_size
     heads = report.model.heads if report.model else None
@@ -127,7 +127,7 @@ def _engine_faults(report: Report) -> Iterator[Fault]:
     )
 
 
-def _with_objective(report: Report) -> Report:
+def _with_objective(report: RLReport) -> RLReport:
     """The advantage estimator and the policy loss, a user's own tried on made-up tokens."""
     faults = list[Fault]()
     estimator = report.config.algorithm.adv_estimator
@@ -141,7 +141,7 @@ def _with_objective(report: Report) -> Report:
     return report.blame(*faults)
 
 
-def _with_functions(report: Report, first: bool, held: Held) -> Report:
+def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
     """Tools started, the reward found. `first`: this is the machine's first process."""
     config = report.config
     faults = list[Fault]()
@@ -192,7 +192,7 @@ def _sandbox_faults(tools: Sequence[Tool], first: bool) -> Iterator[Fault]:
             yield Fault(where, f"programs don't run there: {reason}.", way_out)
 
 
-def _with_prompts(report: Report) -> Report:
+def _with_prompts(report: RLReport) -> RLReport:
     config = report.config
     faults = list[Fault]()
     if report.renderer is None or any(
@@ -224,7 +224,7 @@ def _with_prompts(report: Report) -> Report:
     return report
 
 
-def _with_trial(report: Report) -> Report:
+def _with_trial(report: RLReport) -> RLReport:
     """The reward was asked once for each data source."""
     questions = [part.prompts for part in (report.train, report.val) if part is not None]
     if report.reward is None or not questions:
@@ -238,7 +238,7 @@ def _with_trial(report: Report) -> Report:
     )
 
 
-def _id_faults(report: Report) -> Iterator[Fault]:
+def _id_faults(report: RLReport) -> Iterator[Fault]:
     """Tokens that the model's embedding has no row for: in a prompt, or that a tool's answer may be
     made of.
     """
@@ -255,7 +255,7 @@ def _id_faults(report: Report) -> Iterator[Fault]:
         )
 
 
-def _show_tool_turn(report: Report) -> None:
+def _show_tool_turn(report: RLReport) -> None:
     """Render what a tool's answer would look like.
 
     ValueError where the chat template can't: it would be found out in mid-run.
@@ -266,7 +266,7 @@ def _show_tool_turn(report: Report) -> None:
         report.renderer.render_tool_turn(asked, [answer], [tool.schema for tool in report.tools])
 
 
-def _format(report: Report, faults: list[Fault]) -> tuple[str, Format] | None:
+def _format(report: RLReport, faults: list[Fault]) -> tuple[str, Format] | None:
     """How the model writes calls; None without tools, or where the name was refused before."""
     name = report.config.actor_rollout_ref.rollout.multi_turn.format
     renderer = report.renderer
@@ -276,7 +276,7 @@ def _format(report: Report, faults: list[Fault]) -> tuple[str, Format] | None:
 
 
 def _read(
-    report: Report, files: Sequence[str], where: str, limit: int, faults: list[Fault]
+    report: RLReport, files: Sequence[str], where: str, limit: int, faults: list[Fault]
 ) -> Questions | None:
     data = report.config.data
     renderer = report.renderer
@@ -316,7 +316,7 @@ def part_of(data: DataConfig, files_key: str) -> Part:
     return Part(data.val_split, data.name, "data.val_split")
 
 
-def _choice(report: Report) -> Choice:
+def _choice(report: RLReport) -> Choice:
     """The recomputation that the update's token budget needs, and the memory it is predicted to
     take.
     """
@@ -339,7 +339,7 @@ def _choice(report: Report) -> Choice:
     )
 
 
-def _notes(report: Report) -> list[str]:
+def _notes(report: RLReport) -> list[str]:
     config = report.config
     model = report.model
     assert model is not None and report.choice is not None

@@ -23,7 +23,7 @@ from retool.rl.agent.tools.function import FunctionTool
 from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig
 from retool.rl.objective.user_functions import own_function
-from retool.rl.preflight.plan import Questions, Report, uses_reference
+from retool.rl.preflight.plan import Questions, RLReport, uses_reference
 from retool.rl.reward.source import RewardSource
 
 FILES = "data.train_files"
@@ -31,7 +31,7 @@ PATH = "actor_rollout_ref.model.path"
 ACTOR = "actor_rollout_ref.actor"
 
 
-def with_identity(report: Report) -> Report:
+def with_identity(report: RLReport) -> RLReport:
     """With what of the run's identity is known: without its model, questions, reward or tools where
     these couldn't be read.
     """
@@ -59,7 +59,7 @@ def with_identity(report: Report) -> Report:
     return replace(report, identity={**found, **_objective(report)})
 
 
-def fingerprints(report: Report) -> dict[str, tuple[int | str, ...]]:
+def fingerprints(report: RLReport) -> dict[str, tuple[int | str, ...]]:
     """What this rank's files hold: (questions, hash of their content)."""
     return {
         "data.train_files": fingerprint(report.train),
@@ -95,7 +95,7 @@ def _reward(config: RLConfig, source: RewardSource) -> dict[str, Trait]:
     }
 
 
-def _tools(report: Report) -> dict[str, Trait]:
+def _tools(report: RLReport) -> dict[str, Trait]:
     """Each tool by its name, and by what the model is told of it and the code behind it; how calls
     are written.
     """
@@ -159,7 +159,7 @@ def _compiled(code: CodeType) -> Iterator[str | bytes]:
             yield repr(constant)
 
 
-def _objective(report: Report) -> dict[str, Trait]:
+def _objective(report: RLReport) -> dict[str, Trait]:
     """What is maximised, by key; not how fast or how carefully. None for what isn't in use.
 
     Without the estimator or the loss where there is none of that name.

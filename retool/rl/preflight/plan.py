@@ -42,7 +42,7 @@ NOTHING_HELD = Held()
 
 
 @dataclass(frozen=True)
-class Report(RunReport):
+class RLReport(RunReport):
     """What preflight found. Without faults everything but `val` and `calls` is there.
 
     `calls` is how the model writes them, by name; None where there are no tools.

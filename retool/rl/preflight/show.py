@@ -8,11 +8,11 @@ from retool.engine.backend import MEANING_NATIVE
 from retool.perf import GIB
 from retool.preflight.show import memory_words, model_words, written_words
 from retool.rl.agent.formats.table import AUTO
-from retool.rl.preflight.plan import Report
+from retool.rl.preflight.plan import RLReport
 from retool.rl.reward.builtin import default_name
 
 
-def in_words(report: Report) -> Iterator[tuple[str, str]]:
+def in_words(report: RLReport) -> Iterator[tuple[str, str]]:
     """(topic, text) of what the run will do."""
     wanted = report.config.actor_rollout_ref
     name = wanted.rollout.name
@@ -51,7 +51,7 @@ def in_words(report: Report) -> Iterator[tuple[str, str]]:
     yield "written", written_words(report, ", report/")
 
 
-def _tool_words(report: Report) -> str:
+def _tool_words(report: RLReport) -> str:
     if report.calls is None:
         return "none"
     name, _ = report.calls
@@ -60,7 +60,7 @@ def _tool_words(report: Report) -> str:
     return f"{', '.join(tool.name for tool in report.tools)}; calls are read as {name}{why}"
 
 
-def _memory_words(report: Report) -> str:
+def _memory_words(report: RLReport) -> str:
     memory = report.memory
     data = report.config.data
     room = f"{memory.sequences:,.1f}".removesuffix(".0")
@@ -72,7 +72,7 @@ def _memory_words(report: Report) -> str:
     return f"{memory_words(report, memory.phases, memory.fits)}\n{engine}"
 
 
-def _reward_words(report: Report) -> str:
+def _reward_words(report: RLReport) -> str:
     source = report.reward
     assert source is not None and report.train is not None
     if source.name == "default" and not source.is_users:
@@ -82,7 +82,7 @@ def _reward_words(report: Report) -> str:
     return source.name if where is None else f"{source.name} in {where}"
 
 
-def _step_words(report: Report) -> str:
+def _step_words(report: RLReport) -> str:
     config = report.config
     updates = report.updates_per_step
     prompts = config.data.train_batch_size
