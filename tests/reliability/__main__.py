@@ -32,8 +32,8 @@ def table(faults: Sequence[Fault], outcomes: Sequence[Outcome]) -> str:
     ]
     for fault in faults:
         if found := rows.get(fault.name):
-            ends = Counter(min(o.statuses) or max(o.statuses) for o in found)
-            first = ", ".join(str(status) for status, _ in ends.most_common()) + (
+            ends = Counter(_ends(outcome) for outcome in found)
+            first = ", ".join(status for status, _ in ends.most_common()) + (
                 f": {fault.told}" if fault.told else ""
             )
             then = f"refused: {fault.told_then}" if fault.second else "goes on"
@@ -46,6 +46,11 @@ def table(faults: Sequence[Fault], outcomes: Sequence[Outcome]) -> str:
                 f"{statistics.median(o.seconds for o in found):.1f} |"
             )
     return "\n".join(lines)
+
+
+def _ends(outcome: Outcome) -> str:
+    """The exit statuses of a run's processes, 0 alone where all are."""
+    return " and ".join(str(status) for status in sorted({*outcome.statuses} - {0})) or "0"
 
 
 def main(words: list[str]) -> int:

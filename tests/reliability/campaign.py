@@ -20,7 +20,7 @@ from retool.checkpoint import latest
 from tests.ranks import _context, server
 from tests.reliability.commands import STEPS, Command
 from tests.reliability.faults import FAULTS, HOOKS, NOTHING, Fault, Scene
-from tests.reliability.processes import adopt_orphans, children, left
+from tests.reliability.processes import children, left, orphans_adopted
 from tests.reliability.rl_faults import HOOKS as RL_HOOKS
 from tests.reliability.rl_faults import RL_FAULTS
 
@@ -95,8 +95,17 @@ def launch(
     """
     server.ensure_running()
     resource_tracker.ensure_running()
-    adopt_orphans()
-    before = children()
+    with orphans_adopted():
+        before = children()
+        statuses, hung = _run_ranks(stage, scene, world, hook, log, fault)
+        lasting = [f"{p.pid} {p.command[:200]}" for p in left(before, LEFT_S)]
+    return statuses, "; ".join([*hung, *lasting])
+
+
+def _run_ranks(
+    stage: Stage, scene: Scene, world: int, hook: str, log: Path, fault: Fault | None
+) -> tuple[list[int], list[str]]:
+    """(exit statuses of the ranks that the launcher didn't end, which ranks outlived the limit)."""
     words = stage.command.words(scene, stage.work, scene.chance)
     ranks = [
         _context.Process(
@@ -122,14 +131,12 @@ def launch(
                 process.terminate()
             end = min(end, time.monotonic() + 30)
         time.sleep(0.01)
-    hung = [str(rank) for rank, process in enumerate(ranks) if process.is_alive()]
+    hung = [f"rank {rank} hung" for rank, process in enumerate(ranks) if process.is_alive()]
     for process in ranks:
         if process.is_alive():
             process.kill()
         process.join()
-    statuses = [process.exitcode or 0 for process in ranks if process.pid not in ended]
-    lasting = [f"{p.pid} {p.command[:200]}" for p in left(before, LEFT_S)]
-    return statuses, "; ".join([f"rank {rank} hung" for rank in hung] + lasting)
+    return [process.exitcode or 0 for process in ranks if process.pid not in ended], hung
 
 
 def make_scene(stage: Stage, number: int, seed: int, world: int) -> Scene:

@@ -7,7 +7,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +46,15 @@ def below(pids: Collection[int]) -> list[Process]:
     return found
 
 
-def adopt_orphans() -> None:
+@contextlib.contextmanager
+def orphans_adopted() -> Iterator[None]:
     """Processes below this one whose parent ends become its children, so that none gets lost."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    system = ctypes.CDLL(None)
+    system.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        system.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def children() -> set[int]:
