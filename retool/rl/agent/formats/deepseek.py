@@ -9,7 +9,7 @@ from retool.rl.agent.reading.form import Format, Found, Mark
 from retool.rl.agent.reading.json_calls import read_json
 
 SHAPE = "write <｜tool▁call▁begin｜>name<｜tool▁sep｜>{…}<｜tool▁call▁end｜>"
-OPENS = r"<｜tool▁call▁begin｜>\s*"
+OPENS = r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>\s*"
 # R1 has a type before the name, and a fence around the arguments
 NAMED = re.compile(
     r"function\s*<｜tool▁sep｜>\s*"

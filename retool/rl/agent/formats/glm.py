@@ -16,7 +16,7 @@ CALL_OPENS = "<tool_call>"
 CALL_CLOSES = "</tool_call>"
 NAME = re.compile(
     r"\s*([^\s<{\[]{1,200})\s*"
-    r"(?=<arg_key>|</tool_call>|\Z)",
+    r"(?=<arg_key>|</tool_call>)",
 )
 KEY = re.compile(
     r"\s*<arg_key>"

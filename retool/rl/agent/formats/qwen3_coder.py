@@ -24,13 +24,13 @@ OPENS = (
 PARAMETER = re.compile(r"\s*<parameter=([^>\n]{1,200})>")
 ENDS = re.compile(r"\s*(?:</function>)?\s*(?:</tool_call>)?")
 # A closing tag in the middle of a value is only text
-AFTER_VALUE = re.compile(
+VALUE_CLOSES = re.compile(
     r"\n?</parameter>(?=\s*"
     r"(?:<parameter=|</function>|</tool_call>|\Z)"
     r")",
 )
 # The model forgot to close the value
-NEXT_ELEMENT = re.compile(r"\n?(?=<parameter=|</function>)|\s*\Z")
+NEXT_ELEMENT = re.compile(r"\n?(?=<parameter=|</function>)")
 
 
 def read(
@@ -45,9 +45,14 @@ def read(
     schemas_of = parameters_of(name, schemas)
     arguments: dict[str, Any] = {}
     position = mark.end()
+    closes = VALUE_CLOSES.search(text, position)
     while parameter := PARAMETER.match(text, position):
         key = parameter.group(1).strip()
-        value, position = _value(text, parameter.end())
+        begin = parameter.end()
+        # Searched for once: a turn may open thousands that it never closes
+        if closes is not None and closes.start() < begin:
+            closes = VALUE_CLOSES.search(text, begin)
+        value, position = _value(text, begin, closes)
         arguments[key] = value_of(value, schemas_of.get(key))
     end = ENDS.match(text, position)
     assert end is not None  # all of it may be missing
@@ -58,15 +63,18 @@ def read(
     return [Call(name, arguments)], end.end()
 
 
-def _value(text: str, start: int) -> tuple[str, int]:
-    """The value that begins at `start`, without the line breaks around it; and where it ends."""
-    if text.startswith("\n", start):
-        start += 1
-    closes = AFTER_VALUE.search(text, start)
+def _value(
+    text: str,
+    begin: int,
+    closes: Mark | None,
+) -> tuple[str, int]:
+    """The value that begins there, without the line breaks around it; and where it ends."""
+    closes = closes or NEXT_ELEMENT.search(text, begin)
+    end = closes.start() if closes is not None else len(text)
+    value = text[begin:end].removeprefix("\n")
     if closes is None:
-        closes = NEXT_ELEMENT.search(text, start)
-        assert closes is not None  # the text has an end
-    return text[start : max(closes.start(), start)], closes.end()
+        return value.rstrip(), end
+    return value, closes.end()
 
 
 QWEN3_CODER = Format(
