@@ -213,7 +213,7 @@ def _bytes_of(folder: Path) -> int:
     return sum(len(data) for data in _content(folder).values())
 
 
-@pytest.mark.parametrize("how", ["cut", "silent"])
+@pytest.mark.parametrize("how", ["cut", pytest.param("silent", marks=pytest.mark.slow)])
 def test_a_store_that_dies_midway_has_no_half_checkpoint_that_counts(
     tmp_path: Path,
     s3: S3,
@@ -249,6 +249,7 @@ def test_a_store_that_dies_midway_has_no_half_checkpoint_that_counts(
     assert _content(whole / "global_step_3") == _content(saved / "global_step_3")
 
 
+@pytest.mark.slow
 def test_a_store_that_answers_with_errors_for_a_while_gets_it_all(
     tmp_path: Path, s3: S3, saved: Path
 ) -> None:
