@@ -466,7 +466,11 @@ FRESH: dict[str, tuple[list[str], list[str]]] = {
     ),
     "dashes, spaces and signs": (
         ["-check", "--optim.lr=1", "=", "optim.lr"],
-        ["Write --check;", "Write optim.lr=…, without spaces and dashes"],
+        [
+            "Write --check;",
+            "Write optim.lr=1, without spaces and dashes;",
+            "Write optim.lr=…, without spaces;",
+        ],
     ),
     "a file of another command": (
         ["config={tmp}/rl.yaml"],
