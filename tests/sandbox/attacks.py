@@ -128,15 +128,15 @@ while True:
 """,
         "TimeoutError",
         ("timeout",),
-        1.0,
+        0.5,
     ),
     Attack(
         "busy loop",
         "spins",
         "while True:\n    pass",
-        "TimeoutError: .*longer than 1 s",
+        "TimeoutError: .*longer than 0.5 s",
         ("timeout",),
-        1.0,
+        0.5,
     ),
     Attack(
         "sleep",

@@ -133,6 +133,7 @@ def compare(
 
 BUDGET = Packing(Budget(max_tokens_per_gpu=40))
 PAIRS = Packing(Budget(micro_batch_size=2))
+FOURS = Packing(Budget(micro_batch_size=4))
 PADDED = Packing(Budget(micro_batch_size=3), pad_to=32)
 LAYOUTS = [  # world, sp, heads, tied, packing, fsdp_size, recompute
     (1, 1, (14, 2), True, BUDGET, -1, "full"),
@@ -144,7 +145,7 @@ LAYOUTS = [  # world, sp, heads, tied, packing, fsdp_size, recompute
     (3, 3, (8, 4), False, BUDGET, -1, "none"),
     (4, 1, (6, 6), True, BUDGET, 2, "none"),
     (4, 2, (14, 2), False, BUDGET, -1, "selective"),
-    (4, 4, (14, 2), True, PAIRS, -1, "full"),
+    (4, 4, (14, 2), True, FOURS, -1, "full"),
 ]
 
 
