@@ -29,6 +29,7 @@ from retool.data.loader import open_dataset
 from retool.data.read.source import RowSource
 from retool.data.tokenise import LengthLimit
 from retool.files.html import LOOK, embed
+from tests.ranks import RankContext
 
 EVIL = "</script><img src=x onerror=\"document.title='owned'\"><!-- [bold red]markup[/] \x1b[31mred \x1b]0;owned\x07 \u2028 \u2029 \u202e &lt;"
 
@@ -251,6 +252,7 @@ def test_rl_prompts(tmp_path, renderer_of):
 
 def test_workers_find_the_same(tmp_path, renderer_of, monkeypatch):
     monkeypatch.setattr("retool.data.tokenise.INLINE_CHUNKS", 1)
+    monkeypatch.setattr("retool.data.tokenise.Spawn", RankContext)  # a worker that need not import
     path = jsonl(tmp_path / "rows.jsonl", rows(700))
     done = []
     alone = audit(RowSource(path), renderer_of("chatml"), num_workers=0)
