@@ -8,13 +8,16 @@ import json
 import re
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from retool.config import read
+from retool.config import Fault, read
+from retool.data.render.renderer import Renderer
+from retool.data.render.rendering import Rendering
 from retool.parallel.mesh import make_mesh
 from retool.preflight import machine
 from retool.preflight.plan import World, agree, checkpoint_bytes, host_bytes, kept_checkpoints
@@ -22,7 +25,7 @@ from retool.preflight.training_memory import LADDER, Choice, Prediction
 from retool.rl.agent.tools import interpreter
 from retool.rl.config import RLConfig
 from retool.rl.config.names import IGNORED, SYNONYMS
-from retool.rl.preflight.checks import RLReport, preflight
+from retool.rl.preflight.checks import RLReport, call_format, preflight, show_tool_turn
 from retool.rl.preflight.identity import fingerprint
 from retool.rl.preflight.show import in_words
 from retool.sandbox.fusion_client import unreachable
@@ -123,10 +126,35 @@ def test_a_template_that_can_not_show_a_tools_answer_is_refused_before_a_tool_is
         f"{turns}tool_config_path={work}/tools.yaml",
         "trainer.device=cpu",
     ]
-    assert "data.chat_template: the chat template refuses it: only users here" in said(
-        check(work, tmp_path / "out", *more)
-    )
+    refused = check(work, tmp_path / "out", *more)
+    assert "data.chat_template: the chat template refuses it: only users here" in said(refused)
     assert not check(work, tmp_path / "out", more[0], "trainer.device=cpu").faults
+    silent = template.replace("{{ raise_exception('only users here') }}{% endif %}", "{% else %}")
+    silent = silent.replace("{% endfor %}", "{% endif %}{% endfor %}")
+    (tmp_path / "chat.jinja").write_text(silent)
+    assert refused.renderer is not None
+    renderer = Renderer(refused.renderer.tokenizer, Rendering(str(tmp_path / "chat.jinja")))
+    with pytest.raises(ValueError, match="leaves out what a tool answers"):
+        show_tool_turn(replace(refused, renderer=renderer))
+
+
+FORMAT = "actor_rollout_ref.rollout.multi_turn.format"
+
+
+def test_the_plan_and_the_identity_say_how_calls_are_read(work: Path, tmp_path: Path) -> None:
+    turns = "actor_rollout_ref.rollout.multi_turn."
+    more = [f"{turns}enable=true", f"{turns}tool_isolation=best_effort", "trainer.device=cpu"]
+    report = check(work, tmp_path / "out", *more, "reward_model.trial_answer=null")
+    assert not report.faults, said(report)
+    told = dict(in_words(report))["tools"]
+    assert told.endswith("calls are read as hermes (of the chat template)")
+    assert report.identity["how calls are written"].value == "hermes"
+    (tmp_path / "own.py").write_text("def broken(text, tools):\n    return text.nothing")
+    wrong = f"{tmp_path}/own.py/broken"
+    report = replace(report, config=read(RLConfig, [f"{FORMAT}={wrong}"], {}, {}).config)
+    faults: list[Fault] = []
+    assert call_format(report, faults) is None
+    assert str(faults[0]).startswith(f"{FORMAT}: {wrong} raises AttributeError")
 
 
 def test_a_sandbox_server_that_is_not_there_or_runs_nothing_is_refused(

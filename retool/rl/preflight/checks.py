@@ -199,8 +199,8 @@ def _with_prompts(report: RLReport) -> RLReport:
         fault.where.endswith("tool_config_path") for fault in report.faults
     ):
         return report
-    attempt("data.chat_template", lambda: _show_tool_turn(report), faults)
-    report = replace(report, calls=_format(report, faults))
+    attempt("data.chat_template", lambda: show_tool_turn(report), faults)
+    report = replace(report, calls=call_format(report, faults))
     train = _read(
         report, config.data.train_files, "data.train_files", config.data.train_max_samples, faults
     )
@@ -255,18 +255,27 @@ def _id_faults(report: RLReport) -> Iterator[Fault]:
         )
 
 
-def _show_tool_turn(report: RLReport) -> None:
+def show_tool_turn(report: RLReport) -> None:
     """Render what a tool's answer would look like.
 
-    ValueError where the chat template can't: it would be found out in mid-run.
+    ValueError where the chat template can't, or leaves it out: it would be found out in mid-run, or
+    never.
     """
-    if report.tools and report.renderer is not None:
-        asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        answer = {"role": "tool", "content": "1", "name": report.tools[0].name}
-        report.renderer.render_tool_turn(asked, [answer], [tool.schema for tool in report.tools])
+    renderer = report.renderer
+    if not report.tools or renderer is None:
+        return
+    said = "AnAnswer"
+    asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    answer = {"role": "tool", "content": said, "name": report.tools[0].name}
+    ids = renderer.render_tool_turn(asked, [answer], [tool.schema for tool in report.tools])
+    if said not in renderer.tokenizer.decode(ids):
+        raise ValueError(
+            "the chat template leaves out what a tool answers. Use data.chat_template=hermes, or "
+            "another file."
+        )
 
 
-def _format(report: RLReport, faults: list[Fault]) -> tuple[str, Format] | None:
+def call_format(report: RLReport, faults: list[Fault]) -> tuple[str, Format] | None:
     """How the model writes calls; None without tools, or where the name was refused before."""
     name = report.config.actor_rollout_ref.rollout.multi_turn.format
     renderer = report.renderer
