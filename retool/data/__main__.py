@@ -62,8 +62,7 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     own.add_argument(
         "--num-workers",
         type=int,
-        default=2,
-        help="processes (data.num_workers; default %(default)s)",
+        help="processes (data.num_workers; default: the cores, 16 at most)",
     )
     own.add_argument("--trust-remote-code", action="store_true", help="model.trust_remote_code")
     return top

@@ -147,7 +147,7 @@ def open_dataset(
     renderer: Renderer,
     limit: LengthLimit | None = None,
     *,
-    num_workers: int = 2,
+    num_workers: int | None = None,
     cache_dir: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Dataset, DatasetReport]:

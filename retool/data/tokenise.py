@@ -48,6 +48,7 @@ TOO_SLOW = (
 )
 # So many are tokenised in this process first: workers take seconds to start.
 INLINE_CHUNKS = 4
+MOST_USUAL_WORKERS = 16  # more wait for the process that reads the files
 
 
 TRUNCATIONS = ("error", "left", "right", "drop")
@@ -237,13 +238,20 @@ def _killed(chunks: Sequence[Chunk]) -> str:
     )
 
 
+def usual_workers() -> int:
+    """Processes that render where nobody says how many: as many as cores are ours; 0 on a single one."""
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, MOST_USUAL_WORKERS) if cores > 1 else 0
+
+
 def map_chunks(
-    task: Callable[[Chunk], Any], chunks: Iterable[Chunk], num_workers: int
+    task: Callable[[Chunk], Any], chunks: Iterable[Chunk], num_workers: int | None
 ) -> Iterator[Any]:
-    """`task` of every chunk, in order, by `num_workers` processes (0: this one).
+    """`task` of every chunk, in order, by `num_workers` processes (0: this one; None: as usual).
 
     They are a few chunks ahead at most. Raises ValueError where one of them is killed.
     """
+    num_workers = usual_workers() if num_workers is None else num_workers
     ahead = iter(chunks)
     for chunk in islice(ahead, INLINE_CHUNKS if num_workers > 0 else None):
         yield task(chunk)

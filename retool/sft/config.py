@@ -91,9 +91,10 @@ class DataConfig:
         True, "Shuffle each epoch; the order is a function of (data.seed, epoch) alone."
     )
     seed: int = option("${trainer.seed}", "Seed of the data order.", minimum=0)
-    num_workers: int = option(
-        2,
-        "Processes that render and tokenise in the background; 0 = in the main process.",
+    num_workers: int | None = option(
+        None,
+        "Processes that render and tokenise rows; null = as many as cores, 16 at most; 0 = none but "
+        "the main process.",
         minimum=0,
     )
     apply_chat_template_kwargs: dict[str, Any] = option(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from retool.data.progress import ProgressLines
 from retool.preflight.show import memory_words, model_words, written_words
 from retool.preflight.training_memory import Choice
 from retool.sft.config import SFTConfig
@@ -15,13 +17,13 @@ from retool.sft.plan import SFTReport, fills
 
 
 @contextmanager
-def rows_read(console: Console | None = None) -> Iterator[Callable[[int], None] | None]:
+def rows_read(console: Console | None = None) -> Iterator[Callable[[int], None]]:
     """What to tell of rows as they are read: on a terminal a line that counts and goes away,
-    elsewhere nothing.
+    elsewhere one every ten seconds.
     """
     console = console or Console(highlight=False, force_jupyter=False)
     if not console.is_terminal:
-        yield None
+        yield ProgressLines(partial(console.print, soft_wrap=True), "rendered and tokenised")
         return
     columns = (
         SpinnerColumn(),

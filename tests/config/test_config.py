@@ -53,7 +53,7 @@ DEFAULTS = {  # the contract's table
     "data.multiturn.history": "error",
     "data.shuffle": True,
     "data.seed": 1,
-    "data.num_workers": 2,
+    "data.num_workers": None,
     "data.apply_chat_template_kwargs": {},
     "data.custom_cls.path": None,
     "data.custom_cls.name": None,

@@ -790,14 +790,17 @@ def test_the_plan_counts_tokens_of_a_step(run: Path) -> None:
     )
 
 
-def test_rows_are_counted_on_a_terminal_while_they_are_read(run: Path) -> None:
+def test_rows_are_counted_while_they_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     with rows_read(Console(file=out, force_terminal=True, width=100)) as progress:
         parsed = read(SFTConfig, words(run), SYNONYMS)
         assert preflight(parsed, environment={}, progress=progress).faults == ()
     assert "10 rows rendered and tokenised" in out.getvalue()
-    with rows_read(Console(file=out)) as progress:
-        assert progress is None
+    monkeypatch.setattr("retool.data.progress.SECONDS_BETWEEN_LINES", 0.0)
+    piped = io.StringIO()
+    with rows_read(Console(file=piped)) as progress:
+        progress(2_000)
+    assert piped.getvalue().startswith("2,000 rows rendered and tokenised, ")
 
 
 def test_the_plan_says_what_was_taken_for_what(run: Path) -> None:

@@ -29,7 +29,7 @@ def audit(
     renderer: Renderer,
     limit: LengthLimit | None = None,
     *,
-    num_workers: int = 2,
+    num_workers: int | None = None,
     show: int = 3,
     progress: Callable[[int], None] | None = None,
 ) -> Audit:

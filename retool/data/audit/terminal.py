@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 
 from rich.console import Console, Group
@@ -17,6 +17,7 @@ from retool.data.audit.audit import Audit
 from retool.data.audit.counts import Tally
 from retool.data.audit.samples import KINDS, Shown
 from retool.data.audit.summary import summary
+from retool.data.progress import ProgressLines
 from retool.metrics import printable
 
 STYLES = {
@@ -37,16 +38,16 @@ SHOWN_REFUSALS = 10
 
 
 class RowProgress:
-    """A progress bar on a terminal, a line every 10,000 rows elsewhere, on standard error."""
+    """A progress bar on a terminal, a line every ten seconds elsewhere, on standard error."""
 
     def __init__(self, total: int | None) -> None:
-        console = Console(stderr=True)
+        console = Console(stderr=True, highlight=False)
         columns = (TextColumn("auditing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = (
             Progress(*columns, console=console, transient=True) if console.is_terminal else None
         )
         self._task = self._bar.add_task("", total=total) if self._bar is not None else None
-        self._said = 0
+        self._lines = ProgressLines(partial(console.print, soft_wrap=True), "audited", total)
 
     def __enter__(self) -> Callable[[int], None]:
         if self._bar is not None:
@@ -60,9 +61,8 @@ class RowProgress:
     def _update(self, rows: int) -> None:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=rows)
-        elif rows // 10_000 > self._said:
-            self._said = rows // 10_000
-            print(f"{rows:,} rows audited", file=sys.stderr, flush=True)
+        else:
+            self._lines(rows)
 
 
 def clean(text: str) -> str:
