@@ -6,7 +6,7 @@
 #   3  sequence parallelism, what sharding hides, SFT, checkpoints, memory
 #   4  MODEL=Hugging Face folder, DATA=folder of gsm8k-tool-sft, PROMPTS=parquet with a column prompt: parity on real weights, learning
 #   5  PEERS=folder of the peers' scripts, WHEELS, TOKENIZER: SFT of TRL and verl (benchmarks/peers.py)
-#   6  the code interpreter, packing: no GPU needed
+#   6  the code interpreter, packing, rendering (with MODEL and DATA as in 4): no GPU needed
 # NAME.log and NAME.json in OUT have every row as soon as it is measured; what takes too long is stopped and keeps what it had.
 # Without a GPU tiny shapes run, to see whether everything would.
 set -u
@@ -49,6 +49,6 @@ part4() {
     --sft-steps 1 --sft-batch 2 --tokens 2048 --rl-steps 1 --prompts 2 --samples 2 --updates 1)
 }
 part5() { timeout 560 python3 benchmarks/peers.py "$PEERS" "$WHEELS" "$TOKENIZER" "$out/peers" --only peers,bound --gpus "$gpus" 2>&1 | tee "$out/peers.log"; }
-part6() { one sandbox 200 --seconds 1 --callers 1,8,64; one packing 60; }
+part6() { one sandbox 200 --seconds 1 --callers 1,8,64; one packing 60; [ -z "${DATA:-}" ] || one rendering 120 "$DATA/train.parquet" "$MODEL"; }
 
 for part in ${@:-1 2 3 6}; do "part$part"; done
