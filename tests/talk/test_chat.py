@@ -9,18 +9,24 @@ import signal
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from retool.__main__ import main
+from retool.data.render.renderer import Renderer
+from retool.data.render.rendering import Rendering
+from retool.llm.sampling import SamplingParams
 from retool.rl.agent.reading.call import Call
 from retool.rl.types import Stop
 from retool.talk import dialogue, lines
+from retool.talk.agent import make_talker, to_message
 from retool.talk.dialogue import Dialogue, converse
 from retool.talk.lines import read_message
 from retool.talk.screen import TerminalScreen
 from retool.talk.session import Session
+from tests.data.templates_table import FOLDER, small_tokenizer
 
 CALL = '<tool_call>\n{"name": "code_interpreter", "arguments": {"code": "x = 6\\nprint(x * 7)"}}\n</tool_call>'
 END = "<|im_end|>"
@@ -289,3 +295,34 @@ def test_what_is_wrong_is_said_in_a_line(
     assert main(["chat", *asked, *none]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and why in said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "mistralai-Mistral-Nemo-Instruct-2407",
+            '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}]',
+        ),
+        ("meta-llama-Llama-3.1-8B-Instruct", '{"name": "add", "parameters": {"a": 1}}'),
+    ],
+)
+def test_the_next_question_shows_calls_as_their_template_does(name: str, said: str) -> None:
+    """A call that was read in the template's own format is kept in its fields, with the id that
+    Mistral's templates ask for.
+    """
+    template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    renderer = Renderer(small_tokenizer(name, template), Rendering())
+    schema = {"type": "function", "function": {"name": "add", "description": "Adds."}}
+    tool = SimpleNamespace(name="add", schema=schema)
+    llm = SimpleNamespace(renderer=renderer, max_model_len=100, eos_ids=())
+    talker = make_talker(llm, [tool], SamplingParams())
+    message = to_message(said, talker)
+    (call,) = message["tool_calls"]
+    assert call["function"] == {"name": "add", "arguments": {"a": 1}} and message["content"] == ""
+    answer = {"role": "tool", "content": "2", "tool_call_id": call["id"]}
+    history = [{"role": "user", "content": "Add."}, message, answer]
+    again = [*history, {"role": "assistant", "content": "2"}, {"role": "user", "content": "More."}]
+    text = renderer.text(again, [schema])
+    assert said.removeprefix("[TOOL_CALLS][").removesuffix("}]") in text
+    assert text.count(call["id"]) == (2 if name.startswith("mistral") else 0)
