@@ -124,7 +124,7 @@ def _hub_told(hub_id: str, error: Exception) -> str:
     if isinstance(error, ConnectionError):
         return (
             f"{hub_id} is no file or folder here, and the hub can't be reached ({reason}). Fetch it where "
-            "there is a network (huggingface-cli download, or datasets' save_to_disk) and give the "
+            "there is a network (hf download, or datasets' save_to_disk) and give the "
             "folder, or check the path."
         )
     return (
