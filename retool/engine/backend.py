@@ -98,7 +98,7 @@ class RolloutEngine(Sampler, Protocol):
         ...
 
 
-# `rollout.name` → class
+# `rollout.name` → class. `RolloutConfig.name` says the same names, for it is read without torch.
 BACKENDS: dict[str, type[RolloutEngine]] = {"native": Engine}
 # What existing scripts say. They mean the native engine, as the start-up says, until these exist.
 MEANING_NATIVE = ("vllm", "sglang", "hf")
