@@ -22,9 +22,20 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 
 def test_answers_in_pieces_are_those_at_once(folder: Path) -> None:
-    """A stop text that never comes cuts the answer into pieces, as a stream does."""
+    """A second engine in the process finds the memory that the first one found, but for the work
+    space that cuBLAS keeps from its first product on.
+    """
     need_gpus(1)
-    before = torch.cuda.memory_allocated()
+    after: list[int] = []
+    for _ in range(2):
+        answer_in_pieces(folder)
+        torch.cuda.empty_cache()
+        after.append(torch.cuda.memory_allocated())
+    assert after[1] - after[0] < 1 << 20
+
+
+def answer_in_pieces(folder: Path) -> None:
+    """A stop text that never comes cuts the answer into pieces, as a stream does."""
     with LLM(folder, gpu_memory_utilization=0.1) as llm:
         params = SamplingParams(max_tokens=60, seed=3, ignore_eos=True, n=2, logprobs=2)
         whole = llm.generate(TEXTS, params)
@@ -40,8 +51,6 @@ def test_answers_in_pieces_are_those_at_once(folder: Path) -> None:
             assert sampled.rank is not None and (
                 sampled.rank > 1 or sampled.logprob > likeliest - 0.1
             )
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated() - before < 1 << 20
 
 
 def test_runs_give_their_memory_back(work: Path, tmp_path: Path) -> None:
