@@ -12,6 +12,7 @@ import decimal
 import hashlib
 import json
 import os
+import reprlib
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,9 +44,21 @@ def files_of(
     if isinstance(data, (list, tuple)) and data:
         names = [entry for entry in data if isinstance(entry, (str, os.PathLike))]
         if len(names) == len(data):
+            _refuse_texts(names)
             return tuple(str(os.fspath(entry)) for entry in names)
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     return (str(_kept(data, folder / "rows", f"{name}.jsonl")),)
+
+
+def _refuse_texts(names: list[Any]) -> None:
+    """A list of questions would be looked for as files."""
+    for name in names:
+        if " " in str(name) and not os.path.lexists(name) and not Path(name).suffix[1:].isalnum():
+            given = reprlib.repr(str(name))
+            raise ValueError(
+                f"{given} is a text, and a list of texts is read as names of files. "
+                "Give rows: [{'prompt': text}, …]."
+            )
 
 
 def _kept(data: Any, folder: Path, name: str) -> Path:

@@ -27,7 +27,7 @@ def kept(data, tmp_path, **options):
 def test_names_of_files_stay():
     assert files_of("org/name") == ("org/name",)
     assert files_of(Path("/data/a.csv")) == ("/data/a.csv",)
-    assert files_of(["a.csv", Path("b.json")]) == ("a.csv", "b.json")
+    assert files_of(["a.csv", Path("my b.json")]) == ("a.csv", "my b.json")
 
 
 def test_every_container_gives_the_same_file(tmp_path):
@@ -70,6 +70,7 @@ def test_the_same_rows_keep_their_file_and_others_get_another(tmp_path):
         ([], "has no rows"),
         ([{"a": 1}, "b"], "row 1 of the data is a str, not a dict"),
         ([{"a": b"x"}], r"row 0 of the data: 'a' can't be kept \(it holds a bytes\): leave"),
+        (["What is 2 + 2?"], "is a text, and a list of texts is read as names of files. Give rows"),
         (3, "a int isn't rows"),
         ({"a": [1]}, r"a dict \(a\) isn't rows"),
         (pd.Series([1]), "a pandas Series isn't rows"),
