@@ -194,6 +194,19 @@ def questions(folder: Path) -> None:
         write_parquet(folder / f"{name}.parquet", make_problems(count, count))
 
 
+def test_rendering_of_conversations(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions(tmp_path)
+    words = [tmp_path / "train.parquet", model, "--repeats", 1, "--json", tmp_path / "out.json"]
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["rendering", *map(str, words)])
+    runpy.run_path(str(BENCHMARKS / "rendering.py"), run_name="__main__")
+    own, hermes = lines_of(tmp_path / "out.json")
+    assert (own["template"], hermes["template"]) == ("its own", "hermes")
+    assert min(hermes[way] for way in ("transformers", "render", "dataset", "audit")) > 0
+
+
 LEARN = "--gpus 1 --device cpu --questions 2 --response 16 --sft-steps 1 --sft-batch 2 --tokens 2048 --prompts 2 --samples 2 --updates 1 --test-every 1"
 
 
@@ -230,6 +243,7 @@ def test_no_benchmark_is_left_out() -> None:
         "parity",
         "learn",
         "peers",
+        "rendering",
         "same_numbers",
     }  # no benchmark, or with a test of its own
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == {*ALONE, *elsewhere}
