@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,10 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 from quickstart import code_tool, data, evaluate, improving, listing, training  # noqa: E402
 from quickstart import model as tiny  # noqa: E402
+
+# A program that never ends needn't take the demo's five seconds.
+code_tool.SECONDS = 2
+code_tool.LIMITS = replace(code_tool.LIMITS, wall_seconds=2, cpu_seconds=4)
 
 TURN_TOKENS = 40  # as in demo.py
 

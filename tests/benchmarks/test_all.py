@@ -68,7 +68,13 @@ def rows_of(text: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("name", ALONE)
+# The slowest to start are tried with the slow tests.
+SLOW = ("fsdp_overlap", "rl_step")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in ALONE]
+)
 def test_runs_and_leaves_its_rows(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,33 +214,6 @@ def test_rendering_of_conversations(
 
 
 LEARN = "--gpus 1 --device cpu --questions 2 --response 16 --sft-steps 1 --sft-batch 2 --tokens 2048 --prompts 2 --samples 2 --updates 1 --test-every 1"
-
-
-def test_the_learning_run_begins(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its first command alone: the others are as slow as it, and among the slow tests."""
-    questions(tmp_path)
-    words = [
-        "--model",
-        model,
-        "--data",
-        tmp_path,
-        "--out",
-        tmp_path / "run",
-        *LEARN.split(),
-        "--only",
-        "before",
-        "--json",
-        tmp_path / "out.json",
-    ]
-    monkeypatch.setattr(subprocess, "Popen", warm.Popen)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr(sys, "argv", ["learn", *map(str, words)])
-    runpy.run_path(str(BENCHMARKS / "learn.py"), run_name="__main__")
-    assert [(line["name"], line["questions"]) for line in lines_of(tmp_path / "out.json")] == [
-        ("the model", 2)
-    ]
 
 
 def test_no_benchmark_is_left_out() -> None:

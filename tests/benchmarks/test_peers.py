@@ -19,6 +19,7 @@ echo "FAILED, see the log"
 BOUND = """print("RESULT bound cudnn 1 x 16384: 1000 tok/s/GPU, 400 model TFLOP/s (MFU 40.4%), peak 21.6 GiB")"""
 
 
+@pytest.mark.slow
 def test_one_table_of_everything_that_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,16 +55,21 @@ def step(case: str, more: dict[str, Any], hold: bool) -> None:
                 loss(model, x)
 
 
-def steps(more: dict[str, Any], hold: bool) -> None:
-    for case in (
-        "twice",
-        "sometimes",
-        "nested",
-        "towers",
-        "towers checkpointed",
-        "images",
-        "gpt2 checkpointed",
-    ):
+CASES = (
+    "twice",
+    "sometimes",
+    "nested",
+    "towers",
+    "towers checkpointed",
+    "images",
+    "gpt2 checkpointed",
+)
+# By default the first two options go through all cases, the others through what is hardest.
+HARD = ("sometimes", "nested", "towers checkpointed")
+
+
+def steps(cases: tuple[str, ...], more: dict[str, Any], hold: bool) -> None:
+    for case in cases:
         step(case, more, hold)
 
 
@@ -79,7 +84,13 @@ OPTIONS: list[tuple[dict[str, Any], bool]] = [
 
 @pytest.mark.parametrize(("more", "hold"), OPTIONS)
 def test_sharding(more: dict[str, Any], hold: bool) -> None:
-    run_ranks(steps, 2, more, hold)
+    run_ranks(steps, 2, CASES if not more else HARD, more, hold)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("more", "hold"), OPTIONS[2:])
+def test_sharding_of_every_case(more: dict[str, Any], hold: bool) -> None:
+    run_ranks(steps, 2, CASES, more, hold)
 
 
 def released_unseen(unit: Unit) -> None:

@@ -397,8 +397,8 @@ def leaks(sandbox: Sandbox, calls: int) -> None:
     assert after[2] == before[2]
 
 
-def test_no_leak_over_400_calls(default_sandbox: Sandbox) -> None:
-    leaks(default_sandbox, 400)
+def test_no_leak_over_200_calls(default_sandbox: Sandbox) -> None:
+    leaks(default_sandbox, 200)
 
 
 @pytest.mark.slow
