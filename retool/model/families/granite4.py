@@ -13,7 +13,7 @@ from typing import Any
 from retool.model.config import ModelConfig
 from retool.model.families import granite
 from retool.model.families.granite import costs as costs
-from retool.model.families.hf_names import Stored
+from retool.model.families.hf_names import Stored, query_key_value
 from retool.model.hf_config.fields import refused
 
 # Of layers of Mamba, and of experts: there are none.
@@ -54,18 +54,12 @@ class Block(granite.Block):
     """Granite 3's; gate and up are one matrix in the file."""
 
     def stored(self) -> list[Stored]:
-        c = self.config
         return [
             Stored("input_layernorm.weight", "norm_1"),
             Stored("post_attention_layernorm.weight", "norm_2"),
             Stored("shared_mlp.input_linear.weight", "gate_up"),
             Stored("shared_mlp.output_linear.weight", "down"),
-            Stored("self_attn.q_proj.weight", "qkv", c.query_width),
-            Stored("self_attn.q_proj.bias", "qkv_bias", c.query_width),
-            Stored("self_attn.k_proj.weight", "qkv", c.key_width),
-            Stored("self_attn.k_proj.bias", "qkv_bias", c.key_width),
-            Stored("self_attn.v_proj.weight", "qkv", c.key_width),
-            Stored("self_attn.v_proj.bias", "qkv_bias", c.key_width),
+            *query_key_value(self.config),
             Stored("self_attn.o_proj.weight", "o"),
             Stored("self_attn.o_proj.bias", "o_bias"),
         ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from retool.model.config import ModelConfig
+
 EMBEDDING = "model.embed_tokens.weight"
 LAYER = "model.layers.{}."
 FINAL_NORM = "model.norm.weight"
@@ -19,3 +21,22 @@ class Stored(NamedTuple):
     name: str
     parameter: str
     rows: int | None = None
+
+
+def query_key_value(config: ModelConfig) -> list[Stored]:
+    """A layer's three matrices in front of attention, each with its bias, stacked in `qkv`."""
+    rows = {"q": config.query_width, "k": config.key_width, "v": config.key_width}
+    return [
+        Stored(f"self_attn.{matrix}_proj.{kind}", parameter, count)
+        for matrix, count in rows.items()
+        for kind, parameter in (("weight", "qkv"), ("bias", "qkv_bias"))
+    ]
+
+
+def gate_up_down(config: ModelConfig) -> list[Stored]:
+    """A gated MLP's three matrices without biases, the first two stacked in `gate_up`."""
+    return [
+        Stored("mlp.gate_proj.weight", "gate_up", config.ffn),
+        Stored("mlp.up_proj.weight", "gate_up", config.ffn),
+        Stored("mlp.down_proj.weight", "down"),
+    ]

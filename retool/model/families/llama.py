@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
-from retool.model.families.hf_names import Stored
+from retool.model.families.hf_names import Stored, query_key_value
 from retool.model.families.layer_costs import LayerCosts, gated_block_costs
 from retool.model.hf_config.fields import switch
 from retool.model.hf_config.shape import read_shape
@@ -77,12 +77,7 @@ class Block(block.Block):
     def stored(self) -> list[Stored]:
         c = self.config
         return [
-            Stored("self_attn.q_proj.weight", "qkv", c.query_width),
-            Stored("self_attn.q_proj.bias", "qkv_bias", c.query_width),
-            Stored("self_attn.k_proj.weight", "qkv", c.key_width),
-            Stored("self_attn.k_proj.bias", "qkv_bias", c.key_width),
-            Stored("self_attn.v_proj.weight", "qkv", c.key_width),
-            Stored("self_attn.v_proj.bias", "qkv_bias", c.key_width),
+            *query_key_value(self.config),
             Stored("self_attn.o_proj.weight", "o"),
             Stored("self_attn.o_proj.bias", "o_bias"),
             Stored("mlp.gate_proj.weight", "gate_up", c.ffn),

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
-from retool.model.families.hf_names import Stored
+from retool.model.families.hf_names import Stored, gate_up_down, query_key_value
 from retool.model.families.layer_costs import LayerCosts, gated_block_costs
 from retool.model.hf_config.fields import WINDOWS
 from retool.model.hf_config.shape import read_shape
@@ -69,18 +69,10 @@ class Block(block.Block):
         return x_tD + swiglu(normed_tD, self.gate_up, self.down)
 
     def stored(self) -> list[Stored]:
-        c = self.config
         return [
-            Stored("self_attn.q_proj.weight", "qkv", c.query_width),
-            Stored("self_attn.q_proj.bias", "qkv_bias", c.query_width),
-            Stored("self_attn.k_proj.weight", "qkv", c.key_width),
-            Stored("self_attn.k_proj.bias", "qkv_bias", c.key_width),
-            Stored("self_attn.v_proj.weight", "qkv", c.key_width),
-            Stored("self_attn.v_proj.bias", "qkv_bias", c.key_width),
+            *query_key_value(self.config),
             Stored("self_attn.o_proj.weight", "o"),
-            Stored("mlp.gate_proj.weight", "gate_up", c.ffn),
-            Stored("mlp.up_proj.weight", "gate_up", c.ffn),
-            Stored("mlp.down_proj.weight", "down"),
+            *gate_up_down(self.config),
             Stored("input_layernorm.weight", "norm_1"),
             Stored("post_attention_layernorm.weight", "norm_2"),
         ]
