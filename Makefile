@@ -7,6 +7,7 @@ PYTHON    := $(VENV)/bin/python
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,constraints/cpu.txt)
 PIP       := $(PYTHON) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # Tests run in so many processes, a whole file in one of them: what its tests share is built once.
+# One that dies ends the run: xdist would start another and may wait for ever (its files have nobody left).
 WORKERS   ?= 2
 BENCH     ?= $(wildcard benchmarks/sft.py)
 
@@ -50,7 +51,7 @@ demo: $(VENV)/.installed
 	$(PYTHON) examples/demo.py $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(PYTHON) -m pytest -q -m 'slow and not gpu' --timeout 1800 $(ARGS)

@@ -19,7 +19,7 @@ import stat
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -165,8 +165,8 @@ def open_dataset(
         comparing = _is_whole(folder) and _to_compare(folder)
         if not folder.exists():  # never made, or damaged
             task = partial(tokenise_chunk, renderer=renderer, form=rows.form, limit=limit)
-            parts = map_chunks(task, rows.chunks(), num_workers)
-            _build(folder, rows.paths, parts, progress or (lambda _: None))
+            with closing(map_chunks(task, rows.chunks(), num_workers)) as parts:
+                _build(folder, rows.paths, parts, progress or (lambda _: None))
             checked_by_this_run(folder)
         report = read_report(folder)["report"]
         said = DatasetReport(**{**report, "files": tuple(report["files"])})

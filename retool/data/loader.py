@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from itertools import islice
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -130,10 +131,11 @@ def iterate_steps(
     stop_step: int,
     start_step: int = 0,
     prefetch: int = 2,
-) -> Iterator[StepBatch]:
+) -> Ahead[StepBatch]:
     """Steps start_step … stop_step - 1, over as many epochs as that takes.
 
-    To resume, give the next step: nothing else is needed. A thread makes `prefetch` steps ahead.
+    To resume, give the next step: nothing else is needed. A thread makes `prefetch` steps ahead:
+    close what you don't take to the end.
     Raises ValueError when an epoch has no full batch.
     """
     steps_per_epoch(len(dataset), order.train_batch_size)
@@ -141,7 +143,7 @@ def iterate_steps(
     def make(step: int) -> StepBatch:
         return step_batch(step, dataset, order, packing)
 
-    return _ahead(make, range(start_step, stop_step), prefetch)
+    return Ahead(make, range(start_step, stop_step), prefetch)
 
 
 def iterate_validation(
@@ -157,7 +159,7 @@ def iterate_validation(
         last = min(first + SAMPLES_A_VALIDATION_PLAN, len(dataset))
         return _packs(dataset, range(first, last), packing)
 
-    for packs in _ahead(make, range(0, len(dataset), SAMPLES_A_VALIDATION_PLAN), prefetch):
+    for packs in Ahead(make, range(0, len(dataset), SAMPLES_A_VALIDATION_PLAN), prefetch):
         yield from packs
 
 
@@ -176,21 +178,38 @@ def _packs(dataset: Samples, indices: Sequence[int], packing: Packing) -> tuple[
     return tuple(packs)
 
 
-def _ahead(
-    make: Callable[[_Item], _Made], items: Iterable[_Item], prefetch: int
-) -> Iterator[_Made]:
-    """`make(item)` in order; a background thread makes up to `prefetch` of them ahead.
+class Ahead(Iterator[_Made]):
+    """`make(item)` in order; a thread of its own makes up to `prefetch` of them ahead.
 
-    Its errors are raised here.
+    Its errors are raised by `next`. The thread ends with the last item, with an error, and with
+    `close`, which waits for it. Of one that is only forgotten the thread ends by itself: garbage
+    collection comes at any moment, and a wait in it may be for a lock that its own thread holds.
     """
-    waiting: deque[Future[Any]] = deque()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="retool-data")
-    try:
-        for item in items:
-            waiting.append(pool.submit(make, item))
-            if len(waiting) > prefetch:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+    def __init__(
+        self, make: Callable[[_Item], _Made], items: Iterable[_Item], prefetch: int
+    ) -> None:
+        self._make = make
+        self._items = iter(items)
+        self._prefetch = prefetch
+        self._waiting: deque[Future[_Made]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="retool-data")
+
+    def __next__(self) -> _Made:
+        wanted = self._prefetch + 1 - len(self._waiting)
+        try:
+            for item in islice(self._items, wanted):
+                self._waiting.append(self._pool.submit(self._make, item))
+            if self._waiting:
+                return self._waiting.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        self.close()
+        raise StopIteration
+
+    def close(self) -> None:
+        """Give up what isn't taken, and wait for the thread. To be closed twice does no harm."""
+        self._items = iter(())
+        self._waiting.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -246,10 +246,11 @@ def usual_workers() -> int:
 
 def map_chunks(
     task: Callable[[Chunk], Any], chunks: Iterable[Chunk], num_workers: int | None
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """`task` of every chunk, in order, by `num_workers` processes (0: this one; None: as usual).
 
-    They are a few chunks ahead at most. Raises ValueError where one of them is killed.
+    They are a few chunks ahead at most. Close what you don't take to the end: that waits for them.
+    Raises ValueError where one of them is killed.
     """
     num_workers = usual_workers() if num_workers is None else num_workers
     ahead = iter(chunks)

@@ -6,11 +6,11 @@ backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from retool import checkpoint
-from retool.data.loader import StepBatch, StepOrder, iterate_steps, iterate_validation
+from retool.data.loader import Ahead, StepBatch, StepOrder, iterate_steps, iterate_validation
 from retool.data.packing import Budget, Packing
 from retool.model.costs import model_flops, quadratic_length
 from retool.model.decoder import Decoder
@@ -66,9 +66,8 @@ def train(report: SFTReport, caller: Caller = COMMAND) -> int | None:
     report = same_plan(report, mesh, fingerprints(report))
     session, state = start(report, mesh, caller)
     trainer = report.config.trainer
-    batches = training_batches(session, state.step)
     with session.stop, orderly_end(session, state):
-        with session.watchdog:
+        with closing(training_batches(session, state.step)) as batches, session.watchdog:
             while state.step < report.steps:
                 session.watchdog.beat()
                 with session.timer.phase("data"):
@@ -119,7 +118,7 @@ def start(
 # --- a step ---
 
 
-def training_batches(session: Session[SFTReport], start_step: int) -> Iterator[StepBatch]:
+def training_batches(session: Session[SFTReport], start_step: int) -> Ahead[StepBatch]:
     """The global batches from `start_step` on, as this rank's micro-batches."""
     report = session.report
     data = report.config.data

@@ -2,6 +2,7 @@
 anywhere, every fault said at once.
 """
 
+import gc
 import json
 import threading
 from dataclasses import dataclass, replace
@@ -213,6 +214,28 @@ class TestSteps:
         next(steps)
         steps.close()
         assert threading.active_count() == before
+
+    @pytest.mark.parametrize("left", ["steps", "validation"])
+    def test_one_that_is_forgotten_waits_for_no_thread(self, memory, monkeypatch, left):
+        """Garbage is collected while any lock is held: a thread that collected it in the middle of
+        its start waited for itself, and the run with it.
+        """
+        if left == "steps":
+            batches = iterate_steps(memory, StepOrder(16, seed=1), FOURS, stop_step=300)
+        else:
+            batches = iterate_validation(memory, FOURS)
+        next(batches)
+        (thread,) = (t for t in threading.enumerate() if t.name.startswith("retool-data"))
+        waited_for = []
+        join = threading.Thread.join
+        monkeypatch.setattr(
+            threading.Thread, "join", lambda thread, *_: waited_for.append(thread.name)
+        )
+        del batches
+        gc.collect()
+        assert not waited_for
+        join(thread, timeout=10)
+        assert not thread.is_alive()
 
     @pytest.mark.parametrize(("dp", "sp"), [(1, 1), (2, 2), (3, 1), (60, 1)])
     def test_validation_covers_every_row_once(self, memory, dp, sp):

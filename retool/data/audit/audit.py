@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -55,10 +56,11 @@ def audit(
         show=show,
     )
     total = Tally()
-    for part in map_chunks(task, rows.chunks(), num_workers):
-        total.add(part, show)
-        if progress is not None:
-            progress(total.rows)
+    with closing(map_chunks(task, rows.chunks(), num_workers)) as parts:
+        for part in parts:
+            total.add(part, show)
+            if progress is not None:
+                progress(total.rows)
     return Audit(tuple(rows.paths), prompts, limit, total, tuple(rows.words()))
 
 
