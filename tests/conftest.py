@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,8 @@ for name in (
     "MASTER_PORT",
 ):
     os.environ.pop(name, None)
+# Who started us may have blocked it, and a blocked alarm is no time limit
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
 _cache = tempfile.mkdtemp(prefix="retool-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
