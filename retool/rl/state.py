@@ -93,6 +93,7 @@ def _member_to_plain(member: Scored) -> dict[str, Any]:
     return {
         **arrays,
         **numbers,
+        "turn_rewards": list(trajectory.turn_rewards),
         "stop": trajectory.stop.value,
         "score": member.score,
         "reward": member.reward,
@@ -110,6 +111,7 @@ def _member_from_plain(entry: Mapping[str, Any], prompt: Prompt) -> Scored:
     arrays = {name: entry[name].numpy() for name in ARRAYS}
     # An older checkpoint has fewer
     numbers = {name: entry[name] for name in NUMBERS if name in entry}
+    numbers["turn_rewards"] = tuple(entry.get("turn_rewards", ()))
     trajectory = Trajectory(prompt=prompt, stop=Stop(entry["stop"]), **arrays, **numbers)
     return Scored(trajectory, float(entry["score"]), float(entry["reward"]), dict(entry["info"]))
 

@@ -20,6 +20,7 @@ class Stop(str, Enum):
 
     EOS = "eos"  # the tokenizer's end of text, where that isn't what ends a turn
     NO_CALL = "no_call"  # a finished turn without a tool call: the answer
+    DONE = "done"  # its environment, or a tool, said that it is over
     MAX_TURNS = "max_turns"  # it would have gone on, but its turns are used up
     LENGTH = "length"  # its tokens are used up
     # its sandbox, tool server or judges failed, which says nothing about the policy
@@ -65,6 +66,8 @@ class Trajectory:
     tool_failure        what a tool that broke said
     policy_version      how many training steps the weights that sampled it had seen
     assistant_text      what the model wrote, without tool output
+    turn_rewards        what its environment or its tools gave for each turn of the model, in order;
+                        empty where there is nobody to give any
     """
 
     prompt: Prompt
@@ -84,6 +87,7 @@ class Trajectory:
     assistant_text: str
     tool_failure: str = ""
     tool_queue_seconds: float = 0.0
+    turn_rewards: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = {len(self.tokens), len(self.mask), len(self.logp), len(self.logp_behaviour)}
@@ -98,6 +102,11 @@ class Trajectory:
     def response_length(self) -> int:
         """Tokens after the prompt, tool text included."""
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def environment_reward(self) -> float:
+        """What its turns were given, in all."""
+        return float(sum(self.turn_rewards))
 
     @property
     def sampled(self) -> int:

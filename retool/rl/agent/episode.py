@@ -34,6 +34,7 @@ class Episode:
     logp: list[float] = field(default_factory=list)
     logp_behaviour: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    turn_rewards: list[float] = field(default_factory=list)  # empty until one is given
     assistant_turns: int = 0
     user_turns: int = 0
     tool_calls: int = 0
@@ -66,6 +67,12 @@ class Episode:
         self.messages += responses
         self.user_turns += 1
 
+    def reward_turn(self, reward: float) -> None:
+        """Add to what the last turn of the model is given; turns without any have 0."""
+        missing = self.assistant_turns - len(self.turn_rewards)
+        self.turn_rewards += [0.0] * missing
+        self.turn_rewards[-1] += reward
+
     def finish(self, sample: int, stop: Stop, version: int, tool_failure: str = "") -> Trajectory:
         """The trajectory, which ended for the reason `stop`."""
         prompt_ids = self.prompt.ids.astype(np.int32)
@@ -88,7 +95,14 @@ class Episode:
             assistant_text="\n".join(self.texts),
             tool_failure=tool_failure,
             tool_queue_seconds=self.tool_queue_seconds,
+            turn_rewards=self._rewards_of_all_turns(),
         )
+
+    def _rewards_of_all_turns(self) -> tuple[float, ...]:
+        if not self.turn_rewards:
+            return ()
+        missing = self.assistant_turns - len(self.turn_rewards)
+        return (*self.turn_rewards, *[0.0] * missing)
 
     def _after_prompt(self, values: Sequence[float], dtype: type) -> np.ndarray:
         """Values of the response's tokens, behind zeros for the prompt's."""

@@ -16,7 +16,7 @@ import pytest
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
 from retool.data.tokens import fast_tokenizer
-from retool.rl.agent.episode import Sampled
+from retool.rl.agent.episode import Episode, Sampled
 from retool.rl.agent.loop import run_episode
 from retool.rl.agent.options import Agent, AgentOptions
 from retool.rl.agent.tools.protocol import ToolResult
@@ -552,3 +552,18 @@ def test_cutting_is_as_with_the_tokenizers_own_offsets(tokenizer, monkeypatch) -
     assert short == [cut_text(encoder, *case) for case in cases] and {
         text == cut for (text, *_), cut in zip(cases, short, strict=True)
     } == {True, False}
+
+
+def test_a_turn_has_the_rewards_it_was_given_and_the_others_none(renderer_of, tool_row) -> None:
+    prompt = prompt_of(renderer_of("hermes"), tool_row)
+    turn = Sampled([5], [-1.0], [-1.0], "stop")
+    episode = Episode.begin(prompt)
+    episode.add_turn(turn, "a")
+    assert episode.finish(0, Stop.NO_CALL, 0).turn_rewards == ()
+    episode.add_turn(turn, "b")
+    episode.reward_turn(1.0)
+    episode.reward_turn(-0.25)
+    episode.add_turn(turn, "c")
+    trajectory = episode.finish(0, Stop.DONE, 0)
+    assert trajectory.turn_rewards == (0.0, 0.75, 0.0)
+    assert trajectory.environment_reward == 0.75

@@ -316,6 +316,7 @@ def scored(prompt, sample, score, version=3):
         mask=(True, False, True, True),
         version=version,
         text="é",
+        turn_rewards=(0.0, 0.25),
     )
     return Scored(trajectory, score, score - 0.5, {"acc": 1.0, "pred": "x"})
 
@@ -353,6 +354,7 @@ def test_kept_groups_survive_a_checkpoint(tmp_path) -> None:
         24,
         4,
     )
+    assert back.kept[0].members[1].trajectory.turn_rewards == (0.0, 0.25)
     before = group_to_plain(state.kept[0])
     after = group_to_plain(back.kept[0])
     for one, other in zip(before["members"], after["members"], strict=True):
