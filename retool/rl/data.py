@@ -48,6 +48,7 @@ class PromptOptions:
 
     `answer_format` is added to math questions that don't say how to answer (None: never).
     `needs_truth`: a row without an answer is refused; a reward of the user's own may do without.
+    `keeps_rows`: whoever judges answers asks for the whole row.
     """
 
     prompt_key: str = "prompt"
@@ -57,6 +58,7 @@ class PromptOptions:
     truncation: str = "error"
     max_samples: int = -1
     needs_truth: bool = True
+    keeps_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Question:
     extra_info: dict[str, Any]
     where: str
     columns: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_prompts(
@@ -173,6 +176,7 @@ def _to_prompt(
         question.ground_truth,
         {**question.extra_info, "row": question.where},
         question.ability,
+        question.row,
     )
 
 
@@ -248,7 +252,8 @@ def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOp
     if options.answer_format and (MATHS.search(ability) or MATHS.search(source)):
         checked = with_answer_format(checked, options.answer_format, where)
     columns = f"{asked} + {answered or 'reward_model'}"
-    return Question(checked, truth, source, ability, extra, where, columns)
+    kept = {str(name): plain(value) for name, value in row.items()} if options.keeps_rows else {}
+    return Question(checked, truth, source, ability, extra, where, columns, kept)
 
 
 def _columns_of(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Prompt:
 
     `ids` int32 [n] is the render, tool schemas and generation prompt included. `index` is its row;
     in a rollout it is its place in the endless stream of prompts, so that a prompt that comes again
-    in another epoch is another one.
+    in another epoch is another one. `row` is the row itself, where somebody asks for it.
     """
 
     index: int
@@ -49,6 +49,17 @@ class Prompt:
     ground_truth: str
     extra_info: Mapping[str, Any] = field(default_factory=dict)
     ability: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ToolUse(NamedTuple):
+    """A call and its answer: in which of the model's turns (from 0), and how it went."""
+
+    turn: int
+    name: str
+    arguments: Any
+    status: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,10 @@ class Trajectory:
     assistant_text      what the model wrote, without tool output
     turn_rewards        what its environment or its tools gave for each turn of the model, in order;
                         empty where there is nobody to give any
+    messages            the conversation after the prompt, the model's turns as it wrote them
+    tool_uses           every call with its answer, in order
+
+    The last two are for reward functions: once it is judged, a trajectory has neither.
     """
 
     prompt: Prompt
@@ -88,6 +103,8 @@ class Trajectory:
     tool_failure: str = ""
     tool_queue_seconds: float = 0.0
     turn_rewards: tuple[float, ...] = ()
+    messages: Sequence[Mapping[str, Any]] = ()
+    tool_uses: Sequence[ToolUse] = ()
 
     def __post_init__(self) -> None:
         sizes = {len(self.tokens), len(self.mask), len(self.logp), len(self.logp_behaviour)}
@@ -112,6 +129,10 @@ class Trajectory:
     def sampled(self) -> int:
         """Tokens that the model wrote."""
         return int(self.mask.sum())
+
+    def without_texts(self) -> Trajectory:
+        """As it goes on to training and to other ranks, which need no conversation."""
+        return replace(self, messages=(), tool_uses=())
 
 
 @dataclass(frozen=True)

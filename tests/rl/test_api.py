@@ -20,9 +20,9 @@ from retool.rl.__main__ import main
 from retool.rl.agent.tools import FunctionTool, ToolResult
 from retool.rl.agent.tools.interpreter import InterpreterConfig
 from retool.rl.agent.tools.load import RunLimits, make_tools
+from retool.rl.reward.calling import Asked, adapted
 from retool.rl.reward.pool import RewardPool
-from retool.rl.reward.protocol import Asked
-from retool.rl.reward.source import adapted, find_reward, own_reward
+from retool.rl.reward.source import find_reward, own_reward
 from tests.rl.test_command import TORCHRUN, words
 
 # As in a notebook: of no module that could be imported, with what it needs around it

@@ -13,6 +13,7 @@ from retool.rl.agent.episode import Episode
 from retool.rl.agent.options import Agent
 from retool.rl.agent.reading.call import Call, check
 from retool.rl.agent.tools.protocol import Tool, ToolResult
+from retool.rl.types import ToolUse
 
 MAX_FAILURE_CHARACTERS = 10_000  # of what a tool that broke said; the rest is cut
 
@@ -29,6 +30,8 @@ async def run_calls(
     for call, result in zip(calls, results, strict=True):
         _count(episode, result)
         text = clean(result.text)
+        turn = episode.assistant_turns - 1
+        episode.tool_uses.append(ToolUse(turn, call.name, call.arguments, result.status, text))
         response = {"role": "tool", "content": text}
         if call.name in agent.tools:
             response["name"] = call.name

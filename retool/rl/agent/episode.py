@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from retool.rl.types import Prompt, Stop, Trajectory
+from retool.rl.types import Prompt, Stop, ToolUse, Trajectory
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Episode:
     tool_timeouts: int = 0
     tool_seconds: float = 0.0
     tool_queue_seconds: float = 0.0
+    tool_uses: list[ToolUse] = field(default_factory=list)
 
     @staticmethod
     def begin(prompt: Prompt) -> Episode:
@@ -96,6 +97,8 @@ class Episode:
             tool_failure=tool_failure,
             tool_queue_seconds=self.tool_queue_seconds,
             turn_rewards=self._rewards_of_all_turns(),
+            messages=self.messages[len(self.prompt.messages) :],
+            tool_uses=self.tool_uses,
         )
 
     def _rewards_of_all_turns(self) -> tuple[float, ...]:

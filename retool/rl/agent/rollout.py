@@ -185,12 +185,14 @@ async def _episode(
     if trajectory.stop not in LOST:
         return await _judged(parts, trajectory)
     failure = trajectory.tool_failure
-    return Scored(trajectory, 0.0, 0.0, {TOOL_FAILURE: failure} if failure else {})
+    info = {TOOL_FAILURE: failure} if failure else {}
+    return Scored(trajectory.without_texts(), 0.0, 0.0, info)
 
 
 async def _judged(parts: RolloutParts, trajectory: Trajectory) -> Scored:
     """The trajectory with its score; lost, where it is the judges that are."""
     judged = await parts.judge.judge(trajectory)
+    trajectory = trajectory.without_texts()
     if judged.failure == JUDGES_LOST:
         lost = replace(trajectory, stop=Stop.INFRASTRUCTURE)
         return Scored(lost, 0.0, 0.0, {TOOL_FAILURE: judged.reason})

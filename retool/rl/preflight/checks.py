@@ -43,6 +43,7 @@ from retool.rl.preflight.keys import ESTIMATOR_KEY, FORMAT_KEY, LOSS_KEY, contra
 from retool.rl.preflight.memory import StepMemory
 from retool.rl.preflight.plan import NOTHING_HELD, Held, Questions, RLReport, uses_reference
 from retool.rl.preflight.trial import try_reward
+from retool.rl.reward.calling import seen_by
 from retool.rl.reward.source import RewardSource, find_reward
 from retool.sandbox.fusion_client import unreachable
 
@@ -160,12 +161,13 @@ def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
 
     def find() -> RewardSource:
         source = held.reward or find_reward(config.reward_model.name, custom.path, custom.name)
-        source.load()
+        sees.extend(seen_by(source.load()))
         return source
 
+    sees = list[str]()
     where = "custom_reward_function" if custom.path else "reward_model.name"
     reward = attempt(held.reward.key if held.reward else where, find, faults)
-    return replace(report.blame(*faults), tools=tuple(tools), reward=reward)
+    return replace(report.blame(*faults), tools=tuple(tools), reward=reward, sees=tuple(sees))
 
 
 def _sandbox_faults(tools: Sequence[Tool], first: bool) -> Iterator[Fault]:
@@ -301,6 +303,7 @@ def _read(
         data.truncation,
         limit,
         needs_truth=report.reward is None or not report.reward.is_users,
+        keeps_rows="row" in report.sees,
     )
 
     def read() -> Questions:

@@ -45,7 +45,8 @@ NOTHING_HELD = Held()
 class RLReport(RunReport):
     """What preflight found. Without faults everything but `val` and `calls` is there.
 
-    `calls` is how the model writes them, by name; None where there are no tools.
+    `calls` is how the model writes them, by name; None where there are no tools. `sees` names what
+    the reward asks for besides what every reward gets.
     """
 
     config: RLConfig
@@ -53,6 +54,7 @@ class RLReport(RunReport):
     tools: tuple[Tool, ...] = ()
     calls: tuple[str, Format] | None = None
     reward: RewardSource | None = None
+    sees: tuple[str, ...] = ()
     estimator: Estimator | None = None
     loss: PolicyLoss | None = None
     train: Questions | None = None

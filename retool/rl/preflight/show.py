@@ -79,7 +79,8 @@ def _reward_words(report: RLReport) -> str:
         sources = {**report.train.said.sources, **(report.val.said.sources if report.val else {})}
         return "by data source: " + ", ".join(f"{name} → {default_name(name)}" for name in sources)
     where = "the program" if source.own is not None else source.path
-    return source.name if where is None else f"{source.name} in {where}"
+    name = source.name if where is None else f"{source.name} in {where}"
+    return f"{name}; it sees {', '.join(report.sees)}" if report.sees else name
 
 
 def _step_words(report: RLReport) -> str:

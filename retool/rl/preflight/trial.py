@@ -9,13 +9,16 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from retool.config import Fault
 from retool.rl.config.reward import RewardConfig
+from retool.rl.reward.calling import Asked
 from retool.rl.reward.judges import open_judges
 from retool.rl.reward.pool import LOAD_SECONDS
-from retool.rl.reward.protocol import Asked, Judged, Judges
+from retool.rl.reward.protocol import Judged, Judges
 from retool.rl.reward.source import RewardSource
-from retool.rl.types import Prompt, Stop
+from retool.rl.types import Prompt, Stop, Trajectory
 
 # How libraries tell that they have no network, or lack a variable of the environment
 NO_NETWORK = re.compile(
@@ -53,7 +56,7 @@ def _asked(
         return
     answer = settings.trial_answer or "auto"
     chosen = first_of_each_source(prompts)[:MAX_SOURCES_TRIED]
-    asked = [made_answer(prompt, answer) for prompt in chosen]
+    asked = [Asked.about(made_answer(prompt, answer), judges.seen) for prompt in chosen]
     # Fewer verdicts than questions where one failed: the rest weren't asked.
     verdicts = asyncio.run(_verdicts(judges, asked))
     for prompt, (judged, seconds) in zip(chosen, verdicts, strict=False):
@@ -86,16 +89,29 @@ def first_of_each_source(prompts: Sequence[Prompt]) -> list[Prompt]:
     return list(found.values())
 
 
-def made_answer(prompt: Prompt, answer: str) -> Asked:
-    """`answer` ("auto": the truth in a box) as if the model had given it at once."""
+def made_answer(prompt: Prompt, answer: str) -> Trajectory:
+    """`answer` ("auto": the truth in a box) as if the model had given it at once, without tokens."""
     text = f"The answer is \\boxed{{{prompt.ground_truth}}}." if answer == "auto" else answer
-    extra = {
-        **prompt.extra_info,
-        "num_turns": 2,
-        "tool_calls": 0,
-        "stop_reason": Stop.NO_CALL.value,
-    }
-    return Asked(prompt.data_source, text, prompt.ground_truth, extra)
+    length = len(prompt.ids)
+    nothing = np.zeros(length, np.float32)
+    return Trajectory(
+        prompt,
+        sample=0,
+        tokens=prompt.ids,
+        prompt_length=length,
+        mask=np.zeros(length, bool),
+        logp=nothing,
+        logp_behaviour=nothing,
+        stop=Stop.NO_CALL,
+        num_turns=2,
+        tool_calls=0,
+        tool_errors=0,
+        tool_timeouts=0,
+        tool_seconds=0.0,
+        policy_version=0,
+        assistant_text=text,
+        messages=[{"role": "assistant", "content": text}],
+    )
 
 
 def named(prompt: Prompt) -> str:

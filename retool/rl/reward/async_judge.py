@@ -6,7 +6,8 @@ import asyncio
 import inspect
 from typing import Any
 
-from retool.rl.reward.protocol import Asked, Judged, Raised, retry_while_lost
+from retool.rl.reward.calling import Asked, seen_by
+from retool.rl.reward.protocol import Judged, Raised, retry_while_lost
 from retool.rl.reward.score import check_score
 from retool.rl.reward.source import RewardSource
 from retool.rl.types import FAILURE, Trajectory
@@ -22,6 +23,7 @@ class AsyncJudge:
 
     def __init__(self, source: RewardSource, most: int, timeout: float, floor: float) -> None:
         self._function = source.load()
+        self.seen = seen_by(self._function)
         if not inspect.iscoroutinefunction(self._function):
             raise ValueError(
                 f"reward_model.concurrent=true needs an async function, and {source.name} is none: "
@@ -40,7 +42,7 @@ class AsyncJudge:
         """The score of a finished trajectory; the floor where the function raises, returns no
         finite number, or takes too long.
         """
-        return await self.score(Asked.about(trajectory))
+        return await self.score(Asked.about(trajectory, self.seen))
 
     async def score(self, asked: Asked, timeout: float | None = None) -> Judged:
         """What the function says to one call, within `timeout` seconds (None: its own) from when
@@ -69,13 +71,7 @@ class AsyncJudge:
         Whatever it raises is its answer too: an exit would end the event loop, and the run with it.
         """
         try:
-            result = await self._function(
-                data_source=asked.data_source,
-                solution_str=asked.solution,
-                ground_truth=asked.truth,
-                extra_info=dict(asked.extra),
-            )
-            return check_score(result)
+            return check_score(await self._function(**asked.arguments()))
         except BaseException as error:
             return Raised.by(error)
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-# `function(data_source, solution_str, ground_truth, extra_info)`; see `score`
-RewardFunction = Callable[..., Any]
+from retool.rl.reward.calling import RewardFunction
 
 BOXED = "\\boxed{"
 INTEGER_SOURCES = re.compile(r"aime|dapo|deepscaler", re.IGNORECASE)  # of questions

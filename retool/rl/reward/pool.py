@@ -25,7 +25,8 @@ from pebble import ProcessExpired, ProcessPool
 
 from retool.processes import ForkServer
 from retool.rl.reward import worker
-from retool.rl.reward.protocol import JUDGES_LOST, Asked, Judged, Raised, retry_while_lost
+from retool.rl.reward.calling import Asked, seen_by
+from retool.rl.reward.protocol import JUDGES_LOST, Judged, Raised, retry_while_lost
 from retool.rl.reward.source import RewardSource
 from retool.rl.reward.worker import Doors, WorkerSetup
 from retool.rl.types import FAILURE, Trajectory
@@ -56,7 +57,8 @@ class RewardPool:
 
         `environment` is added to what they keep of the run's.
         """
-        source.load()  # a file that isn't there, or doesn't import, is told here and now
+        # A file that isn't there, or doesn't import, is told here and now
+        self.seen = seen_by(source.load())
         source = source.packed()
         self._leaders = Path(tempfile.mkdtemp(prefix="retool-judges-"))
         self._workers = workers
@@ -102,7 +104,7 @@ class RewardPool:
         """The score of a finished trajectory; the floor where the function raises, returns no
         finite number, or takes too long.
         """
-        return await self.score(Asked.about(trajectory))
+        return await self.score(Asked.about(trajectory, self.seen))
 
     async def score(self, asked: Asked, timeout: float | None = None) -> Judged:
         """What the function says to one call, within `timeout` seconds (None: the pool's own). A
@@ -115,7 +117,7 @@ class RewardPool:
             pool = self._sound_pool()
         except OSError as error:
             return self._failed(JUDGES_LOST, str(error))
-        job = pool.schedule(worker.work, args=tuple(asked), timeout=timeout)
+        job = pool.schedule(worker.work, args=(asked,), timeout=timeout)
         answer = asyncio.wrap_future(job)
         try:
             while not answer.done():

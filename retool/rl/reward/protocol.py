@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from retool.rl.reward.calling import Asked
 from retool.rl.reward.score import MAX_CHARACTERS
 from retool.rl.types import FAILURE, Trajectory
 
@@ -24,27 +25,6 @@ NOBODY_ANSWERS = {
     "ClientConnectionError",  # aiohttp's
     "URLError",
 }
-
-
-class Asked(NamedTuple):
-    """What a reward function is called with."""
-
-    data_source: str
-    solution: str
-    truth: str
-    extra: Mapping[str, Any]
-
-    @staticmethod
-    def about(trajectory: Trajectory) -> Asked:
-        """What it is called with for a finished trajectory."""
-        prompt = trajectory.prompt
-        extra = {
-            **prompt.extra_info,
-            "num_turns": trajectory.num_turns,
-            "tool_calls": trajectory.tool_calls,
-            "stop_reason": trajectory.stop.value,
-        }
-        return Asked(prompt.data_source, trajectory.assistant_text, prompt.ground_truth, extra)
 
 
 @dataclass(frozen=True)
@@ -87,9 +67,13 @@ class Raised(NamedTuple):
 class Judges(Protocol):
     """Whoever judges a rank's answers.
 
-    `problem` says why they can't, with the way out; "" where they can. `score` puts one question
-    to them, within `timeout` seconds (None: their own); `judge` does so for a finished trajectory.
+    `seen` names what their function asks for besides ARGUMENTS. `problem` says why they can't
+    judge, with the way out; "" where they can. `score` puts one question to them, within `timeout`
+    seconds (None: their own); `judge` does so for a finished trajectory.
     """
+
+    @property
+    def seen(self) -> tuple[str, ...]: ...
 
     def problem(self) -> str: ...
 

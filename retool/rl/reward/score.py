@@ -1,7 +1,8 @@
 """Where an answer gets its score: the reward function is called, and what it gives is checked.
 
 A reward function is `compute_score(data_source, solution_str, ground_truth, extra_info) -> float |
-{"score": float, …}`, sync or async. `solution_str` is what the model wrote, never a tool's output.
+{"score": float, …}`, sync or async; see `calling`. `solution_str` is what the model wrote, never a
+tool's output.
 
 No torch: reward workers import this.
 """
@@ -15,21 +16,17 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from retool.rl.reward.builtin import RewardFunction
+from retool.rl.reward.calling import Asked, RewardFunction
 
 MAX_CHARACTERS = 10_000  # of a text that a reward function tells; the rest is cut
 
 
-def score_answer(
-    function: RewardFunction, data_source: str, solution: str, truth: str, extra: Mapping[str, Any]
-) -> tuple[float, dict[str, Any]]:
+def score_answer(function: RewardFunction, asked: Asked) -> tuple[float, dict[str, Any]]:
     """Call a reward function and check what it gives: (score, everything else it told).
 
     Raises what it raises, and ValueError.
     """
-    result = function(
-        data_source=data_source, solution_str=solution, ground_truth=truth, extra_info=dict(extra)
-    )
+    result = function(**asked.arguments())
     if inspect.isawaitable(result):
         result = _event_loop().run_until_complete(_wait_for(result))
     return check_score(result)

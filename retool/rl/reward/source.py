@@ -4,17 +4,13 @@ user's, or one that the user's program holds.
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from retool.rl.reward.builtin import BUILT_IN, RewardFunction
+from retool.rl.reward.builtin import BUILT_IN
+from retool.rl.reward.calling import ARGUMENTS, RewardFunction, adapted
 
-# By name, of every reward function
-ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
-ALIASES = {"completion": "solution_str"}  # what else a function may call them
 # Stands for a file in a configuration, where a program gave a function or tools of its own
 OF_PROGRAM = "<program>"
 
@@ -109,51 +105,6 @@ def _load_custom(path: str, name: str) -> RewardFunction:
     arguments = ", ".join(ARGUMENTS)
     function = load_function(path, name, f"({arguments}) -> score")
     return adapted(function, f"{name!r} in {path}", name)
-
-
-def adapted(function: Callable[..., Any], what: str, name: str) -> RewardFunction:
-    """`function` as it is called: with all of ARGUMENTS, of which it may take some, by their names
-    or ALIASES. ValueError, which calls it `what`, where it wants something else.
-    """
-    try:
-        inspect.signature(function).bind(**dict.fromkeys(ARGUMENTS))
-        return function
-    except TypeError as error:
-        taken = _taken(function)
-        if not taken:
-            wanted = f"def {name}({', '.join(ARGUMENTS)})"
-            raise ValueError(
-                f"{what} can't be called ({error}): write {wanted}, or leave some of these out."
-            ) from error
-
-    def chosen(given: Mapping[str, Any]) -> dict[str, Any]:
-        return {own: given[ours] for own, ours in taken.items()}
-
-    if inspect.iscoroutinefunction(function):
-
-        @functools.wraps(function)
-        async def awaited(**given: Any) -> Any:
-            return await function(**chosen(given))
-
-        return awaited
-
-    @functools.wraps(function)
-    def called(**given: Any) -> Any:
-        return function(**chosen(given))
-
-    return called
-
-
-def _taken(function: Callable[..., Any]) -> dict[str, str]:
-    """Of each argument that a function takes, which of ours it is; nothing where one is none."""
-    named = {**{name: name for name in ARGUMENTS}, **ALIASES}
-    parameters = inspect.signature(function).parameters
-    taken = {name: named[name] for name in parameters if name in named}
-    try:
-        inspect.signature(function).bind(**dict.fromkeys(taken))
-    except TypeError:
-        return {}
-    return taken
 
 
 def find_reward(name: str | None, custom_path: str | None, custom_name: str | None) -> RewardSource:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retool.rl.reward.builtin import RewardFunction
+from retool.rl.reward.calling import Asked, RewardFunction
 from retool.rl.reward.protocol import Raised
 from retool.rl.reward.score import MAX_CHARACTERS, score_answer
 from retool.rl.reward.source import RewardSource
@@ -97,9 +97,7 @@ def problem() -> str:
     return _problem
 
 
-def work(
-    data_source: str, solution: str, truth: str, extra: Mapping[str, Any]
-) -> tuple[float, dict[str, Any]] | Raised:
+def work(asked: Asked) -> tuple[float, dict[str, Any]] | Raised:
     """What `score_answer` gives, or why it gave nothing, as text: an exception of the user's own
     may not survive the way to the parent, and SystemExit or CancelledError would be taken for the
     parent's own.
@@ -109,7 +107,7 @@ def work(
     worker = os.getpid()
     signal.alarm(_life_seconds)
     try:
-        return score_answer(_function, data_source, solution, truth, extra)
+        return score_answer(_function, asked)
     except BaseException as error:
         return Raised.by(error)
     finally:

@@ -158,3 +158,11 @@ async def every_way(data_source, solution_str, ground_truth, extra_info):
         return float("nan")
     await asyncio.sleep(60.0 if solution_str == "hang" else 0.05)
     return 1.0
+
+
+async def seeing(response, tool_calls, turn_rewards, row):
+    return {
+        "score": len(tool_calls) + sum(turn_rewards),
+        "last": response[-1]["content"],
+        "level": row["level"],
+    }

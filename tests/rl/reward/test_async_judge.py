@@ -20,8 +20,9 @@ import pytest
 from retool.rl.config.reward import RewardConfig
 from retool.rl.preflight.trial import try_reward
 from retool.rl.reward.async_judge import AsyncJudge
+from retool.rl.reward.calling import Asked
 from retool.rl.reward.judges import open_judges
-from retool.rl.reward.protocol import JUDGES_LOST, Asked, Judged, Judges, Raised
+from retool.rl.reward.protocol import JUDGES_LOST, Judged, Judges, Raised
 from retool.rl.reward.source import RewardSource
 from tests.rl.conftest import make_prompt
 from tests.rl.test_lost import quickly

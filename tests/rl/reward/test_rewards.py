@@ -34,8 +34,9 @@ from retool.rl.reward.builtin import (
     overlong_penalty,
     retool_score,
 )
+from retool.rl.reward.calling import Asked
 from retool.rl.reward.pool import RewardPool
-from retool.rl.reward.protocol import JUDGES_LOST, Asked
+from retool.rl.reward.protocol import JUDGES_LOST
 from retool.rl.reward.score import score_answer
 from retool.rl.reward.source import RewardSource, find_reward
 from retool.rl.types import Stop
@@ -150,7 +151,9 @@ def test_where_a_reward_comes_from() -> None:
     )
     assert find_reward(None, HERE, None) == RewardSource("compute_score", HERE)
     assert find_reward(f"{HERE}/asynchronous", None, None) == RewardSource("asynchronous", HERE)
-    assert score_answer(find_reward(f"{HERE}/asynchronous", None, None).load(), "", "", "", {}) == (
+    assert score_answer(
+        find_reward(f"{HERE}/asynchronous", None, None).load(), Asked("", "", "", {})
+    ) == (
         0.25,
         {},
     )
