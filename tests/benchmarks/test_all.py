@@ -69,7 +69,7 @@ def rows_of(text: str) -> list[list[str]]:
 
 
 # The slowest to start are tried with the slow tests.
-SLOW = ("fsdp_overlap", "rl_step")
+SLOW = ("fsdp_overlap", "rl_step", "sandbox")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,35 +37,47 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def _die_at(change: int) -> None:
-    """Kill this process before its change number `change` to the disk."""
-    done = 0
+def _watch_changes(at_each: Callable[[str], object]) -> None:
+    """Call `at_each` with the event before each change of this process to the disk, for good."""
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal done
         opened_to_write = (
             event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES
         )
         if event in CHANGES or opened_to_write:
-            if done == change:
-                os.kill(os.getpid(), signal.SIGKILL)
-            done += 1
+            at_each(event)
 
     sys.addaudithook(watch)
 
 
-def _killed_conversion(run: Path, change: int) -> bool:
-    """Convert to three ranks in a process of its own; False where it was done before `change`."""
+def _convert_in_child(run: Path, at_each: Callable[[str], object]) -> int:
+    """Convert to three ranks in a process of its own: its exit status, or minus a signal."""
     child = os.fork()
     if child == 0:
-        _die_at(change)
+        _watch_changes(at_each)
         convert(run / STEP, 3)
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    assert os.waitstatus_to_exitcode(status) == 0
-    return False
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _changes(run: Path) -> list[str]:
+    """The changes to the disk that a conversion makes, in order."""
+    reader, writer = os.pipe()
+    assert _convert_in_child(run, lambda event: os.write(writer, f"{event}\n".encode())) == 0
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        return pipe.read().split()
+
+
+def _kill_before(run: Path, change: int) -> None:
+    """Convert in a process that is killed before its change number `change`."""
+    numbers = count()
+
+    def at_each(_event: str) -> None:
+        if next(numbers) == change:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert _convert_in_child(run, at_each) == -signal.SIGKILL
 
 
 def _names(run: Path) -> set[str]:
@@ -75,8 +89,9 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {k: value for k, value in contents(folder).items() if k != MARK}
 
 
+@pytest.mark.parametrize("stride", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_nothing_is_lost_wherever_a_conversion_is_killed(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: Path, tmp_path: Path, stride: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = _names(saved)
     whole = {1: _contents(saved / STEP)}
@@ -86,13 +101,16 @@ def test_nothing_is_lost_wherever_a_conversion_is_killed(
         convert(calm / STEP, ranks)
         assert verify(calm / STEP, lambda *_: None) == []
         whole[ranks] = _contents(calm / STEP)
+    shutil.copytree(saved, tmp_path / "watched")
+    changes = _changes(tmp_path / "watched")
     aside = 0
-    change = 0
-    while True:
+    for change, event in enumerate(changes):
+        named = "os.rename" in (event, *changes[max(0, change - 1) : change])
+        if change % stride and not named:
+            continue
         run = tmp_path / str(change)
         shutil.copytree(saved, run)
-        if not _killed_conversion(run, change):
-            break
+        _kill_before(run, change)
         found = latest(run)
         assert found is not None and found.name in (STEP, f"{STEP}.old"), change
         assert _contents(found) == whole[world_size(found)], change
@@ -109,8 +127,7 @@ def test_nothing_is_lost_wherever_a_conversion_is_killed(
         assert world_size(run / STEP) == 2 and not (run / STEP / MARK).exists()
         assert _contents(run / STEP) == whole[2], change
         shutil.rmtree(run)
-        change += 1
-    assert change > 20 and aside, "the kills missed what they are for"
+    assert len(changes) > 20 and aside, "the kills missed what they are for"
 
 
 def test_a_conversion_in_progress_is_not_taken_for_a_dead_one(saved: Path, tmp_path: Path) -> None:
