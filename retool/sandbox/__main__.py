@@ -83,14 +83,19 @@ def serve(options: argparse.Namespace) -> int:
     except BaseException:
         sandbox.close()
         raise
+    ended, end = os.pipe()
     for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda *_: threading.Thread(target=server.shutdown).start())
+        # A handler may come in the middle of a thread's start, whose locks it must not ask for
+        signal.signal(kind, lambda *_: os.write(end, b"."))
     print(
         f"serving http://{options.host}:{server.port}/run_code with {sandbox.workers} workers",
         flush=True,
     )
+    serving = threading.Thread(target=server.serve_forever, daemon=True)
+    serving.start()
     try:
-        server.serve_forever()
+        os.read(ended, 1)
+        server.shutdown()
     finally:
         server.server_close()
         sandbox.close()
