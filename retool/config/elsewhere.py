@@ -145,8 +145,10 @@ NAMES = {
     "algorithm.adv_estimator": "advantage_estimator advantage estimator",
     "algorithm.norm_adv_by_std_in_grpo": "scale_rewards",
     "filter_groups.enable": "dynamic_sampling dynamic_filtering",
+    "reward_model.functions": "reward_funcs reward_functions rewards",
+    "reward_model.weights": "reward_weights",
     "custom_reward_function.path": (
-        "reward reward_func reward_funcs reward_fn reward_function reward_model_path rm_path "
+        "reward reward_func reward_fn reward_function reward_model_path rm_path "
         "custom_rm_path remote_rm_url reward_model_name_or_path"
     ),
 }

@@ -163,6 +163,10 @@ val-core/(.+)/acc/best@(\d+)/mean | Solved on {0} | share | up
     Questions with a right answer among {1} tries.
 val-core/(.+)/acc/maj@(\d+)/mean | Majority vote on {0} | share | up
     Questions where most of {1} answers are right.
+rewards/(.+)/mean | Reward {0} | | up noisy
+    What this one of several reward functions gave, before its weight.
+rewards/(.+)/std | Reward {0}, spread | | noisy
+    Among the answers of a step. At 0 it tells no answer from another.
 stop/(.+) | Ended by {0} | answers | noisy
     Answers of a step that ended for this reason.
 training/rollout_(logp|probs)_diff_(max|std) | Sampler against trainer, {1} | | down noisy

@@ -16,7 +16,13 @@ from retool.rl.config.names import IGNORED, SYNONYMS
 from retool.rl.preflight.checks import preflight
 from retool.rl.preflight.plan import Held
 from retool.rl.preflight.show import in_words
-from retool.rl.reward.source import OF_PROGRAM, own_reward
+from retool.rl.reward.source import (
+    OF_PROGRAM,
+    RewardSource,
+    find_reward,
+    own_reward,
+    several,
+)
 from retool.rl.train import train
 from retool.run.caller import Caller
 from retool.run.program import as_guest, carry_out, given_files, pass_on, stated, with_faults
@@ -33,6 +39,7 @@ OTHER_NAMES = {
     "val_files": "eval_prompts",
     "model_name_or_path": "model",
     "reward_funcs": "reward",
+    "reward_functions": "reward",
     "reward_function": "reward",
     "compute_score": "reward",
     "lr": "learning_rate",
@@ -66,7 +73,8 @@ def rl(
     model: str | os.PathLike[str] | None = None,
     prompts: Any = None,
     *,
-    reward: Reward | None = None,
+    reward: Reward | Sequence[Reward] | None = None,
+    reward_weights: Sequence[float] | None = None,
     tools: Tools | None = None,
     eval_prompts: Any = None,
     output_dir: str | os.PathLike[str] | None = None,
@@ -100,11 +108,12 @@ def rl(
 
     `reward`: a function of any of data_source, solution_str (or completion), ground_truth and
     extra_info, to a number or {"score": …}; it runs in processes of its own. Or one of ours by its
-    name, or FILE.py/function; None: by data source. `tools`: functions with hints and a docstring,
+    name, or FILE.py/function; None: by data source. Of a list of these the score is the sum, weighed
+    by `reward_weights`. `tools`: functions with hints and a docstring,
     objects as `retool.rl.agent.tools.Tool` says, which are closed at the end, "code_interpreter"; or
     a file of tools. Model, folder, options, what is returned and raised: as for `retool.sft`.
     """
-    functions, held = _functions(reward, tools)
+    functions, held = functions_given(reward, reward_weights, tools)
     asked = stated(RLConfig, options, quiet, functions | {
         "actor_rollout_ref.model.path": model,
         "data.train_batch_size": batch_size,
@@ -139,14 +148,25 @@ def rl(
     return result
 
 
-def _functions(reward: Reward | None, tools: Tools | None) -> tuple[dict[str, Any], Held]:
+def functions_given(
+    reward: Reward | Sequence[Reward] | None,
+    weights: Sequence[float] | None,
+    tools: Tools | None,
+) -> tuple[dict[str, Any], Held]:
     """What the configuration says of reward and tools, and what of them the program holds."""
     keys: dict[str, Any] = {}
     own = None
+    if weights is not None and (isinstance(reward, str) or not isinstance(reward, Sequence)):
+        raise ValueError(
+            "reward_weights weigh several rewards: give reward=[…], or leave them out."
+        )
     if isinstance(reward, str):
         keys["reward_model.name"] = reward
+    elif names := _all_names(reward):
+        keys["reward_model.functions"] = names
+        keys["reward_model.weights"] = list(weights or ())
     elif reward is not None:
-        own = own_reward(reward)
+        own = _held_reward(reward, weights)
         keys["custom_reward_function.path"] = OF_PROGRAM
         keys["custom_reward_function.name"] = own.name
     if tools is None:
@@ -158,6 +178,27 @@ def _functions(reward: Reward | None, tools: Tools | None) -> tuple[dict[str, An
     if not isinstance(tools, str):
         keys[f"{ROLLOUT}.multi_turn.tool_config_path"] = OF_PROGRAM
     return keys, Held(own, None if isinstance(tools, str) else list(tools))
+
+
+def _all_names(reward: Reward | Sequence[Reward] | None) -> list[str]:
+    """Several rewards that all are named; none where the program holds one of them."""
+    if not isinstance(reward, Sequence):
+        return []
+    names = [one for one in reward if isinstance(one, str)]
+    return names if len(names) == len(reward) else []
+
+
+def _held_reward(
+    reward: Callable[..., Any] | Sequence[Reward],
+    weights: Sequence[float] | None,
+) -> RewardSource:
+    """A function that the program holds, or several, of which some may be named."""
+    if not isinstance(reward, Sequence):
+        return own_reward(reward)
+    sources = [
+        find_reward(one, None, None) if isinstance(one, str) else own_reward(one) for one in reward
+    ]
+    return several(sources, weights or ())
 
 
 def prompts_an_update(prompts: int) -> int:

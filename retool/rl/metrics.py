@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from retool.rl.types import Scored, Stop, Trajectory
+from retool.rl.types import REWARD_OF, Scored, Stop, Trajectory
 
 PerToken = Sequence[np.ndarray]
 
@@ -37,6 +37,20 @@ def score_metrics(members: Sequence[Scored]) -> dict[str, float]:
     }
     if any("acc" in member.info for member in judged):
         metrics |= spread_of("critic/acc", [member.accuracy for member in judged])
+    return metrics | reward_metrics(judged)
+
+
+def reward_metrics(judged: Sequence[Scored]) -> dict[str, float]:
+    """rewards/NAME/{mean,std} of each of several rewards, over the samples it had a score for."""
+    values: dict[str, list[float]] = {}
+    for member in judged:
+        for key, value in member.info.items():
+            if key.startswith(REWARD_OF):
+                values.setdefault(key, []).append(float(value))
+    metrics = {}
+    for name, given in values.items():
+        metrics[f"{name}/mean"] = float(np.mean(given))
+        metrics[f"{name}/std"] = float(np.std(given))
     return metrics
 
 

@@ -13,6 +13,8 @@ import numpy as np
 # trajectory (`Stop.INFRASTRUCTURE`).
 FAILURE = "failure"
 TOOL_FAILURE = "tool_failure"
+# Before the name of one of several rewards: what it gave. Its metrics are called so, too.
+REWARD_OF = "rewards/"
 
 
 class Stop(str, Enum):

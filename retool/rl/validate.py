@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from retool.rl.metrics import spread_of
+from retool.rl.metrics import reward_metrics, spread_of
 from retool.rl.types import FAILURE, Group
 
 DRAWS = 1000
@@ -101,7 +101,9 @@ def _group_statistics(group: Group) -> dict[str, float]:
         answers = [str(info.get("pred", "")) for info in infos]
     accuracy = question_statistics([member.accuracy for member in members], answers, asked)
     score = question_statistics([member.score for member in members], None, asked)
+    several = reward_metrics(members)
     return {
+        **{f"{name}@{asked}": value for name, value in several.items()},
         **{f"acc/{name}": value for name, value in accuracy.items()},
         **{f"score/{name}": value for name, value in score.items()},
     }

@@ -62,7 +62,9 @@ def test_every_row_of_the_table_leads_to_a_key() -> None:
         ("num_generations", None, "actor_rollout_ref.rollout.n"),
         ("beta", None, "actor_rollout_ref.actor.kl_loss_coef"),
         ("epsilon_high", None, "actor_rollout_ref.actor.clip_ratio_high"),
-        ("reward_funcs", None, "custom_reward_function.path"),
+        ("reward_func", None, "custom_reward_function.path"),
+        ("reward_funcs", None, "reward_model.functions"),
+        ("reward_weights", None, "reward_model.weights"),
     ],
 )  # fmt: skip
 def test_names_of_other_trainers(name: str, sft: str | None, rl: str) -> None:

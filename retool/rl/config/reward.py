@@ -26,6 +26,14 @@ class RewardConfig:
         None,
         "retool, boxed, math, or file.py/function; null = custom_reward_function, else by data_source.",
     )
+    functions: tuple[str, ...] = option(
+        (),
+        "Several rewards, each as name says; the score is their weighted sum.",
+    )
+    weights: tuple[float, ...] = option(
+        (),
+        "Of these, in their order; 1 each where none are given.",
+    )
     num_workers: int = option(
         2, "Processes that judge, per rank; no secrets in their environment, no network.", minimum=1
     )

@@ -44,7 +44,7 @@ from retool.rl.preflight.memory import StepMemory
 from retool.rl.preflight.plan import NOTHING_HELD, Held, Questions, RLReport, uses_reference
 from retool.rl.preflight.trial import try_reward
 from retool.rl.reward.calling import seen_by
-from retool.rl.reward.source import RewardSource, find_reward
+from retool.rl.reward.source import RewardSource, find_reward, find_several
 from retool.sandbox.fusion_client import unreachable
 
 ARR = "actor_rollout_ref."
@@ -147,7 +147,6 @@ def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
     config = report.config
     faults = list[Fault]()
     multi = config.actor_rollout_ref.rollout.multi_turn
-    custom = config.custom_reward_function
     tools: Sequence[Tool] = ()
     if multi.enable:
         where = f"{ARR}rollout.multi_turn.tool_config_path"
@@ -160,14 +159,30 @@ def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
     faults += _sandbox_faults(tools, first)
 
     def find() -> RewardSource:
-        source = held.reward or find_reward(config.reward_model.name, custom.path, custom.name)
+        source = held.reward or wanted_reward(config)
         sees.extend(seen_by(source.load()))
         return source
 
     sees = list[str]()
-    where = "custom_reward_function" if custom.path else "reward_model.name"
-    reward = attempt(held.reward.key if held.reward else where, find, faults)
+    where = held.reward.key if held.reward else reward_key(config)
+    reward = attempt(where, find, faults)
     return replace(report.blame(*faults), tools=tuple(tools), reward=reward, sees=tuple(sees))
+
+
+def wanted_reward(config: RLConfig) -> RewardSource:
+    """The reward that the configuration names. ValueError where there is none."""
+    settings = config.reward_model
+    custom = config.custom_reward_function
+    if settings.functions:
+        return find_several(settings.functions, settings.weights)
+    return find_reward(settings.name, custom.path, custom.name)
+
+
+def reward_key(config: RLConfig) -> str:
+    """The key that names the reward."""
+    if config.reward_model.functions:
+        return "reward_model.functions"
+    return "custom_reward_function" if config.custom_reward_function.path else "reward_model.name"
 
 
 def _sandbox_faults(tools: Sequence[Tool], first: bool) -> Iterator[Fault]:

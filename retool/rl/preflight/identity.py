@@ -83,16 +83,24 @@ def _reward(config: RLConfig, source: RewardSource) -> dict[str, Trait]:
     custom = config.custom_reward_function.path
     shaping = config.reward_model.overlong_buffer
     where = "reward_model.name" if custom is None else "custom_reward_function.path"
-    name = source.name
-    if source.path is not None:
-        name = f"{source.name} in {Path(source.path).name} ({file_digest(source.path)})"
-    elif source.own is not None:
-        name = f"{source.name} ({digest(*function_code(source.own.load()))})"
+    if source.parts:
+        where = "reward_model.functions"
+    name = " + ".join(_reward_name(part) for part in source.parts or (source,))
     length = f"{shaping.len} tokens, factor {shaping.penalty_factor:g}" if shaping.enable else "off"
     return {
         "the reward function": Trait(where, name),
         "the punishment of long answers": Trait("reward_model.overlong_buffer", length),
     }
+
+
+def _reward_name(source: RewardSource) -> str:
+    """A reward function by its content, with its weight among several."""
+    name = source.name
+    if source.path is not None:
+        name = f"{source.name} in {Path(source.path).name} ({file_digest(source.path)})"
+    elif source.own is not None:
+        name = f"{source.name} ({digest(*function_code(source.own.load()))})"
+    return name if source.weight == 1 else f"{source.weight:g} × {name}"
 
 
 def _tools(report: RLReport) -> dict[str, Trait]:

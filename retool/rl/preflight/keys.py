@@ -183,7 +183,9 @@ def _functions(config: RLConfig) -> Iterator[Fault]:
     if reward.path is None and reward.name not in (None, "compute_score"):
         problem = "has a name but no path."
         yield Fault("custom_reward_function", problem, "Give the Python file too.")
-    is_own = reward.path is not None or "/" in (settings.name or "")
+    yield from _several(config)
+    named = (settings.name or "", *settings.functions)
+    is_own = reward.path is not None or any("/" in name for name in named)
     if settings.concurrent and not is_own:
         problem = "is for an async function of yours."
         way_out = "Give custom_reward_function.path, or leave it out."
@@ -191,3 +193,18 @@ def _functions(config: RLConfig) -> Iterator[Fault]:
     if reward.path is not None and settings.name is not None:
         problem = "and custom_reward_function.path are both given."
         yield Fault("reward_model.name", problem, "Leave one of them out.")
+
+
+def _several(config: RLConfig) -> Iterator[Fault]:
+    """Several rewards beside a single one, and weights of nothing."""
+    settings = config.reward_model
+    where = "reward_model.functions"
+    if settings.weights and not settings.functions:
+        problem = "has nothing to weigh."
+        yield Fault("reward_model.weights", problem, f"Give {where}, or leave it out.")
+    if settings.functions and settings.name is not None:
+        problem = "and reward_model.name are both given."
+        yield Fault(where, problem, "Put all of them into functions.")
+    if settings.functions and config.custom_reward_function.path is not None:
+        problem = "and custom_reward_function.path are both given."
+        yield Fault(where, problem, "Put it into functions as file.py/function.")

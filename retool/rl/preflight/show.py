@@ -10,6 +10,7 @@ from retool.preflight.show import memory_words, model_words, written_words
 from retool.rl.agent.formats.table import AUTO
 from retool.rl.preflight.plan import RLReport
 from retool.rl.reward.builtin import default_name
+from retool.rl.reward.source import RewardSource
 
 
 def in_words(report: RLReport) -> Iterator[tuple[str, str]]:
@@ -78,9 +79,16 @@ def _reward_words(report: RLReport) -> str:
     if source.name == "default" and not source.is_users:
         sources = {**report.train.said.sources, **(report.val.said.sources if report.val else {})}
         return "by data source: " + ", ".join(f"{name} → {default_name(name)}" for name in sources)
+    names = [_function_words(part) for part in source.parts or (source,)]
+    words = " + ".join(names)
+    return f"{words}; it sees {', '.join(report.sees)}" if report.sees else words
+
+
+def _function_words(source: RewardSource) -> str:
+    """A reward function, where it is, and its weight among several."""
     where = "the program" if source.own is not None else source.path
     name = source.name if where is None else f"{source.name} in {where}"
-    return f"{name}; it sees {', '.join(report.sees)}" if report.sees else name
+    return name if source.weight == 1 else f"{source.weight:g} × {name}"
 
 
 def _step_words(report: RLReport) -> str:

@@ -1,23 +1,83 @@
-"""Who judges: processes that can be killed or, when asked, an async function in the run's own."""
+"""Who judges: processes that can be killed or, when asked, async functions in the run's own.
+
+Several rewards may be judged in several places; their judges are then one.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
+from dataclasses import replace
 
 from retool.rl.config.reward import RewardConfig
 from retool.rl.reward.async_judge import AsyncJudge
 from retool.rl.reward.pool import RewardPool
 from retool.rl.reward.protocol import Judges
+from retool.rl.reward.several import SeveralJudges
 from retool.rl.reward.source import RewardSource
 
 
-def open_judges(source: RewardSource, settings: RewardConfig, workers: int | None = None) -> Judges:
+def open_judges(
+    source: RewardSource,
+    settings: RewardConfig,
+    workers: int | None = None,
+) -> Judges:
     """As configured; `workers` processes, where it is processes and not as many as configured.
 
     ValueError where that can't be.
     """
+    if not source.parts:
+        return _open(source, settings, workers)
+    members: list[Judges] = []
+    try:
+        for group, is_awaited in by_place(source, settings):
+            placed = replace(settings, concurrent=is_awaited)
+            members.append(_open(group, placed, workers))
+    except (ValueError, OSError):
+        for member in members:
+            member.close()
+        raise
+    names = [part.name for part in source.parts]
+    return SeveralJudges(members, names, settings.floor)
+
+
+def by_place(
+    source: RewardSource,
+    settings: RewardConfig,
+) -> list[tuple[RewardSource, bool]]:
+    """Several rewards as those of each place, and whether it is the run's own process.
+
+    There only async functions are awaited, where that is asked for. ValueError where it is asked
+    for, and none of them is async.
+    """
+    awaited: list[RewardSource] = []
+    pooled: list[RewardSource] = []
+    for part in source.parts:
+        is_async = inspect.iscoroutinefunction(part.load())
+        place = awaited if settings.concurrent and is_async else pooled
+        place.append(part)
+    if settings.concurrent and not awaited:
+        raise ValueError(
+            "reward_model.concurrent=true needs an async function, and none of "
+            f"{source.name} is one: leave the key out."
+        )
+    places = [(awaited, True), (pooled, False)]
+    return [(replace(source, parts=tuple(parts)), here) for parts, here in places if parts]
+
+
+def _open(
+    source: RewardSource,
+    settings: RewardConfig,
+    workers: int | None,
+) -> Judges:
+    """Judges of one place."""
     if settings.concurrent:
-        return AsyncJudge(source, settings.max_concurrent, settings.timeout_seconds, settings.floor)
+        return AsyncJudge(
+            source,
+            settings.max_concurrent,
+            settings.timeout_seconds,
+            settings.floor,
+        )
     return RewardPool(
         source,
         workers or settings.num_workers,

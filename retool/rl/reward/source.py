@@ -4,12 +4,13 @@ user's, or one that the user's program holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from retool.rl.reward.builtin import BUILT_IN
 from retool.rl.reward.calling import ARGUMENTS, RewardFunction, adapted
+from retool.rl.reward.several import Part, together
 
 # Stands for a file in a configuration, where a program gave a function or tools of its own
 OF_PROGRAM = "<program>"
@@ -56,27 +57,35 @@ class OwnFunction:
 @dataclass(frozen=True)
 class RewardSource:
     """Where the reward function is: a built-in `name`, or a function `name` in the file `path`, or
-    `own`, of the program that asked for the run.
+    `own`, of the program that asked for the run; or `parts`, of which it is the weighted sum.
     """
 
     name: str
     path: str | None = None
     own: OwnFunction | None = None
+    parts: tuple[RewardSource, ...] = ()
+    weight: float = 1.0
 
     @property
     def is_users(self) -> bool:
-        """Whether it isn't one of ours."""
+        """Whether nothing in it is one of ours."""
+        if self.parts:
+            return all(part.is_users for part in self.parts)
         return self.path is not None or self.own is not None
 
     @property
     def key(self) -> str:
         """What a fault in it stands under."""
-        if self.own is not None:
+        if self.parts and not any(part.own for part in self.parts):
+            return "reward_model.functions"
+        if self.own is not None or self.parts:
             return f"reward={self.name}"
         return "custom_reward_function" if self.path is not None else "reward_model.name"
 
     def load(self) -> RewardFunction:
         """The function. ValueError when it isn't there, or can't take what it is called with."""
+        if self.parts:
+            return together([Part(part.name, part.weight, part.load()) for part in self.parts])
         if self.own is not None:
             return adapted(self.own.load(), f"the reward {self.name!r}", self.name)
         if self.path is not None:
@@ -90,6 +99,8 @@ class RewardSource:
 
     def packed(self) -> RewardSource:
         """As another process can be sent it. ValueError where it can't be."""
+        if self.parts:
+            return replace(self, parts=tuple(part.packed() for part in self.parts))
         return self if self.own is None else replace(self, own=self.own.packed())
 
 
@@ -127,3 +138,35 @@ def find_reward(name: str | None, custom_path: str | None, custom_name: str | No
     source = RewardSource(name)
     source.load()
     return source
+
+
+def several(
+    sources: Sequence[RewardSource],
+    weights: Sequence[float] = (),
+) -> RewardSource:
+    """The weighted sum of several rewards. ValueError where they can't be told apart, or there are
+    more or fewer weights.
+    """
+    weights = weights or [1.0] * len(sources)
+    if len(weights) != len(sources):
+        raise ValueError(
+            f"there are {len(sources)} rewards and {len(weights)} weights: "
+            "give one for each, or none."
+        )
+    names = [source.name for source in sources]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"two rewards are called {twice!r}: their metrics would be one. Rename one of them."
+        )
+    pairs = zip(sources, weights, strict=True)
+    parts = tuple(replace(source, weight=float(weight)) for source, weight in pairs)
+    return RewardSource(" + ".join(names), parts=parts)
+
+
+def find_several(
+    functions: Sequence[str],
+    weights: Sequence[float],
+) -> RewardSource:
+    """What `reward_model.functions` and `.weights` mean."""
+    return several([find_reward(name, None, None) for name in functions], weights)
