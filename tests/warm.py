@@ -193,8 +193,10 @@ def _prepare_workers(words: Sequence[str]) -> None:
     """Fork the workers of a launcher before it has a thread. They wait for what they are to run."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    (count,) = (int(word.split("=")[1]) for word in words if word.startswith("--nproc_per_node="))
-    waiting = [_waiting_worker() for _ in range(count)]
+    numbers = dict(word.split("=", 1) for word in words if word[:2] == "--" and "=" in word)
+    count = int(numbers["--nproc_per_node"])
+    starts = 1 + int(numbers.get("--max-restarts", 0))
+    waiting = [_waiting_worker() for _ in range(count * starts)]
 
     class Worker(subprocess.Popen[str]):
         """What the launcher starts is the next of the waiting workers."""

@@ -46,3 +46,9 @@ class OwnFolder:
             "be saved there, so the run ends. What was saved went with the folder: put it back "
             "where it was and start the same command again to go on from it."
         )
+
+
+def existing_part(folder: Path) -> Path:
+    """The folder, or the nearest one above it that can be seen to exist."""
+    # Not Path.exists, which raises where a folder above may not be looked into
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))

@@ -4,8 +4,11 @@ first one's.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+
+from retool.parallel.network import interface_of
 
 # Words of gloo's and NCCL's errors where a peer is gone
 SIGNS = (
@@ -15,6 +18,8 @@ SIGNS = (
     "ncclRemoteError",
     "remote process exit",
 )
+# How gloo writes the other end of a connection
+PEER = re.compile(r"\[([0-9A-Fa-f.:%]+)\]:\d+")
 # Seconds that a rank which lost another stays: a launcher takes the first process that ends for the
 # cause, and looks every tenth of a second
 LINGER_S = 2.0
@@ -33,15 +38,23 @@ def lost_peer(error: BaseException) -> bool:
     )
 
 
-def follow(rank: int) -> int:
+def lost_address(error: BaseException) -> str | None:
+    """The other machine's address, where gloo's words name one that isn't this machine's."""
+    found = PEER.search(str(error))
+    return found[1] if found and interface_of(found[1]) is None else None
+
+
+def follow(rank: int, error: BaseException) -> int:
     """End a rank that has lost another: leave that one the time to be seen first, then say one line.
 
     Returns the exit status.
     """
     time.sleep(LINGER_S)
+    address = lost_address(error)
+    where = f" on the machine at {address}" if address else ""
     said = (
-        f"rank {rank} ends because another rank is gone: what that one said, or how the launcher says it "
-        "ended, is the error."
+        f"rank {rank} ends because another rank{where} is gone: what that one said, or how the launcher "
+        "says it ended, is the error."
     )
     print(said, file=sys.stderr, flush=True)
     return 1

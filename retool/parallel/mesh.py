@@ -15,6 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from retool.parallel.network import choose_interface
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -107,7 +109,7 @@ def make_mesh(
     """Build the mesh from the launcher's environment (RANK, WORLD_SIZE, …; absent: one process).
 
     A collective call: every rank makes the same groups in the same order. NCCL on CUDA, gloo on the
-    CPU. Sets up CUDA's allocator, see `grow_segments`.
+    CPU. Sets up CUDA's allocator, see `grow_segments`, and gloo's network, see `choose_interface`.
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -120,6 +122,7 @@ def make_mesh(
     if world == 1:
         return Mesh(0, 1, 1, 1, where)
     if not dist.is_initialized():
+        choose_interface(os.environ)
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,

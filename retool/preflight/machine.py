@@ -21,6 +21,7 @@ import fsspec
 import torch
 
 from retool.config import Fault
+from retool.files.own_folder import existing_part
 from retool.perf import GIB
 from retool.preflight.verdict import met_before
 
@@ -105,7 +106,7 @@ def check_output(
 
     Nothing is left behind.
     """
-    existing = _existing(folder)
+    existing = existing_part(folder)
     where = f"{key}={folder}"
     if not existing.is_dir():
         yield Fault(where, f"{existing} is a file, not a folder.", f"Choose another {key}.")
@@ -139,18 +140,12 @@ def check_output(
 
 def may_look_into(folder: Path) -> bool:
     """Whether this user may list `folder`, or the nearest one above it, where it would be made."""
-    return os.access(_existing(folder), os.R_OK | os.X_OK)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that can be seen to exist."""
-    # Not Path.exists, which raises where a folder above may not be looked into
-    return next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))
+    return os.access(existing_part(folder), os.R_OK | os.X_OK)
 
 
 def free_bytes(folder: Path) -> int:
     """Bytes free on the disk where `folder` is, or would be made."""
-    return shutil.disk_usage(_existing(folder)).free
+    return shutil.disk_usage(existing_part(folder)).free
 
 
 def check_host_memory(needed: float, key: str) -> Iterator[Fault]:

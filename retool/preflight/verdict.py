@@ -7,12 +7,14 @@ needs no GPU and no NCCL.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -20,6 +22,7 @@ from torch.distributed import DistError
 from torch.distributed.rendezvous import rendezvous
 
 from retool.config import Fault
+from retool.preflight.shared_folder import same_folder
 
 TIMEOUT = 1800.0  # seconds: another machine may still be reading its data
 LINGER = (
@@ -37,11 +40,15 @@ Show = Callable[[Sequence[Fault]], None]
 
 
 def verdict(
-    mine: Sequence[Fault], environment: Mapping[str, str], show: Show, timeout_s: float = TIMEOUT
+    mine: Sequence[Fault],
+    environment: Mapping[str, str],
+    show: Show,
+    timeout_s: float = TIMEOUT,
+    folder: Path | None = None,
 ) -> tuple[tuple[Fault, ...], Any]:
     """(every rank's faults, what keeps the store open until there is a process group).
 
-    Collective over the launcher's processes.
+    Collective over the launcher's processes. `folder` must be the same one on all machines.
 
     Where not all ranks have a fault, it says which. One rank shows them, before any other can end
     and have the launcher end all. A rank that can't meet the others shows its own faults, and that.
@@ -58,13 +65,22 @@ def verdict(
                 _stores.append(found_store)
             store = _stores[0]
             meeting = PrefixStore(f"retool/preflight {next(_numbers)}", store)
-            return _exchange(mine, meeting, rank, world, show), store
+            with _agreed_on(folder, meeting, rank) as missed:
+                return _exchange((*mine, *missed), meeting, rank, world, show), store
     except (DistError, ValueError) as error:
         problem = f"can't meet the other ranks: {str(error).splitlines()[0]}."
         found = (*found, Fault(f"rank {rank}", problem, "See what they, or the launcher, said."))
     if found:
         show(found)
     return found, store
+
+
+def _agreed_on(
+    folder: Path | None, store: Store, rank: int
+) -> contextlib.AbstractContextManager[tuple[Fault, ...]]:
+    if folder is None:
+        return contextlib.nullcontext(())
+    return same_folder(folder, store, rank)
 
 
 def _exchange(

@@ -27,8 +27,10 @@ from retool.files.own_folder import OwnFolder
 from retool.metrics import Loggers, RunInfo, open_loggers
 from retool.model.build import DTYPES, ModelOptions
 from retool.optim import AdamW, AdamWOptions
+from retool.parallel.collectives import gather_objects
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
+from retool.parallel.network import own_place
 from retool.perf import StepTimer
 from retool.preflight.plan import RunReport, agree
 from retool.run.caller import COMMAND, Caller, OnStep
@@ -192,6 +194,7 @@ def open_session(
     # Signals are caught from here on, as there is something to save. A timer starts its first step.
     stop = StopRequest(staging.problem, *problems)
     timer = StepTimer(mesh.device)
+    places = gather_objects(own_place(os.environ), mesh.world_group)
     silence = trainer.watchdog_s
     if silence and not leads:
         silence = math.inf
@@ -205,7 +208,7 @@ def open_session(
         staging=staging,
         loggers=loggers,
         stop=stop,
-        watchdog=Watchdog(folder, mesh.rank, mesh.world, silence, timer),
+        watchdog=Watchdog(folder, mesh.rank, mesh.world, silence, timer, places=places),
         timer=timer,
         caller=caller,
     )

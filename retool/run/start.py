@@ -57,7 +57,10 @@ def verdict_of_all(
     Collective, but for a check without a launcher's store: that has nobody to meet.
     """
     met = not checking or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return verdict(report.faults, os.environ if met else {}, show or _show)
+    options = report.options
+    folder = Path(options.trainer.default_local_dir) if options.saves else None
+    environment = os.environ if met else {}
+    return verdict(report.faults, environment, show or _show, folder=folder)
 
 
 def _show(faults: Sequence[Fault]) -> None:
@@ -91,7 +94,7 @@ def ended_well() -> Iterator[Ending]:
     except RuntimeError as error:
         if not lost_peer(error):
             raise
-        ending.status = follow(rank)
+        ending.status = follow(rank, error)
 
 
 def tell_launcher(text: str) -> None:

@@ -26,18 +26,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from retool.parallel.network import Place, unreachable
 from retool.perf import StepTimer
 
 T = TypeVar("T")
 EXIT = 70  # the exit status of a run that was ended for its silence
 PATIENCE = 15.0  # seconds that the others have to write down where they are
 SHOWN = 5  # collectives
+CUT_OFF = "does not answer any more: it is down, or the network between is."
 # torch's flight recorder: of NCCL, and of whatever else there is
 RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 
@@ -48,7 +50,7 @@ class Watchdog:
     `beat` as often as it gets on; `silence_s` without a beat ends the run.
 
     0 watches nothing. A rank that only follows another one may be given an infinite silence: it
-    answers an alarm and raises none.
+    answers an alarm and raises none. `places` are the ranks' machines, by rank.
     """
 
     def __init__(
@@ -59,12 +61,16 @@ class Watchdog:
         silence_s: float,
         timer: StepTimer | None = None,
         end: Callable[[int], None] = os._exit,
+        places: Sequence[Place] = (),
     ) -> None:
         self.folder = folder / "hang"
         self.rank = rank
         self.world = world
         self.silence_s = silence_s
         self.timer = timer
+        self._places = places
+        # Machines that never answer tell nothing when they don't
+        self._silent_ever: list[Place] = []
         self._end = end
         self._beats = 0
         self._last = time.monotonic()
@@ -136,6 +142,7 @@ class Watchdog:
             self._spare = None
 
     def _watch(self) -> None:
+        self._silent_ever = self._unreachable()
         while not self._stopped.wait(min(2.0, self.silence_s / 5)):
             phase = self.timer.current if self.timer is not None else ""
             silent = time.monotonic() - self._last
@@ -150,7 +157,8 @@ class Watchdog:
             called = _modified(self._alarm) != self._heard
             mine = self._stacks_of(self.rank)
             temporary = mine.with_suffix(".tmp")
-            temporary.write_text(self._where(silent, phase), encoding="utf-8", errors="replace")
+            where = self._where(silent, phase)
+            temporary.write_text(where, encoding="utf-8", errors="replace")
             temporary.replace(mine)
             if not called:
                 self._alarm.touch()
@@ -165,8 +173,17 @@ class Watchdog:
         doing = "a save" if self._save is not None else phase or "no timed phase"
         who = f"rank {self.rank} of {self.world}"
         said = f"{who}: no beat for {silent:.0f} s, {self._beats} before; in {doing}"
+        now_silent = [place for place in self._unreachable() if place not in self._silent_ever]
+        cut_off = [
+            f"seen from {self._places[self.rank].host}, {place.host} ({place.address}) {CUT_OFF}"
+            for place in now_silent
+        ]
         collectives = [f"collective: {line}" for line in last_collectives()]
-        return "\n".join([said, *collectives, "", stacks()])
+        return "\n".join([said, *cut_off, *collectives, "", stacks()])
+
+    def _unreachable(self) -> list[Place]:
+        """Other machines of the run that don't answer this one."""
+        return unreachable(self._places, self._places[self.rank]) if self._places else []
 
     def _what_hung(self) -> str:
         if self._save is None:
@@ -208,9 +225,13 @@ class Watchdog:
     def _report(self, there: list[int]) -> str:
         """What hung, and in a few lines where each rank is."""
         lines = [f"{self._what_hung()} Each rank's stacks are in {self.folder}."]
+        ranks = list[str]()
         for rank in there:
             said, _, stack = self._read_stacks(rank).partition("\n\n")
-            lines += [f"  {line}" for line in (*said.splitlines(), f"at {_innermost(stack)}")]
+            for line in said.splitlines():
+                (lines if line.endswith(CUT_OFF) else ranks).append(f"  {line}")
+            ranks.append(f"  at {_innermost(stack)}")
+        lines = [*dict.fromkeys(lines), *ranks]
         missing = sorted(set(range(self.world)) - set(there))
         if missing:
             lines.append(
