@@ -62,6 +62,11 @@ COMMANDS = {
         "MODEL FILE",
         "writes answers to a file of prompts",
     ),
+    "serve": Command(
+        "retool.serve.__main__",
+        "MODEL",
+        "serves a model over HTTP, as OpenAI's API has it",
+    ),
 }
 # These run in several processes, where torchrun's options are among their words
 DISTRIBUTED = ("sft", "rl")

@@ -39,6 +39,7 @@ LEVELS = {
     "llm": 8,
     "report": 8,
     "talk": 9,
+    "serve": 10,
 }
 
 

@@ -89,18 +89,23 @@ class LLM:
                 f"max_model_len={max_model_len:,}: the model takes {config.max_position:,} tokens at most."
             )
         self.engine = Engine(config, where, options)
-        self._load(where, dtype)
+        in_half = torch.bfloat16 if where.type == "cuda" else torch.float32
+        self._dtype = in_half if dtype == "auto" else DTYPES[dtype]
+        self.load(self.folder)
 
-    def _load(self, device: torch.device, dtype: Dtype) -> None:
-        """Read the weights, which only the engine keeps."""
+    def load(self, folder: Path) -> None:
+        """Read the weights of a model folder, which only the engine keeps. Answers under way go on
+        with them.
+
+        ValueError where they aren't of this model.
+        """
+        device = self.engine.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
             grow_segments(device)
-        in_half = torch.bfloat16 if device.type == "cuda" else torch.float32
-        held = in_half if dtype == "auto" else DTYPES[dtype]
-        options = ModelOptions(param_dtype=held, master_dtype=held, trained=False)
+        options = ModelOptions(param_dtype=self._dtype, master_dtype=self._dtype, trained=False)
         alone = Mesh(0, 1, 1, 1, device)
-        self.engine.sync(load_pretrained(self.folder, alone, options))
+        self.engine.sync(load_pretrained(folder, alone, options))
 
     # -- what users call --
 
@@ -118,10 +123,8 @@ class LLM:
         """
         given = several(prompts)
         each = for_each(sampling_params, len(given))
-        requests = [
-            make_request(prompt, params, self.tokenizer, self._ends_of_text)
-            for prompt, params in zip(given, each, strict=True)
-        ]
+        pairs = zip(given, each, strict=True)
+        requests = [self.text_request(prompt, params) for prompt, params in pairs]
         return self._answer(requests)
 
     def chat(
@@ -145,9 +148,7 @@ class LLM:
         requests = []
         for number, (conversation, params) in enumerate(zip(given, each, strict=True)):
             ids = _render(renderer, conversation, tools, number)
-            ends = (*renderer.end_of_turn_ids, *self.eos_ids)
-            text = self.tokenizer.decode(ids, skip_special_tokens=False)
-            requests.append(Request(text, ids, params, ends))
+            requests.append(self.turn_request(renderer, ids, params))
         return self._answer(requests)
 
     def stream(
@@ -158,8 +159,8 @@ class LLM:
         For a chat, `render` makes the prompt.
         """
         params = sampling_params or SamplingParams()
-        request = make_request(prompt, params, self.tokenizer, self._ends_of_text)
-        answers = self._answers([request], STREAMED_TOKENS)
+        request = self.text_request(prompt, params)
+        answers = self.begin([request], STREAMED_TOKENS)
         with closing(run(self.engine, answers)) as growth:
             for _ in growth:
                 if not all(answer.finish_reason for answer in answers):
@@ -173,7 +174,7 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """A conversation's token ids up to where the assistant's next turn begins."""
-        return _render(self.renderer_for(chat_template_kwargs), messages, tools, 0)
+        return self.render_with(self.renderer_for(chat_template_kwargs), messages, tools)
 
     def close(self) -> None:
         """Give weights and cache back; the model answers no more."""
@@ -187,6 +188,22 @@ class LLM:
         self.close()
 
     # -- what they are made of --
+
+    def text_request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """What `generate` makes of a prompt. ValueError for what is none."""
+        return make_request(prompt, params, self.tokenizer, self._ends_of_text)
+
+    def render_with(
+        self, renderer: Renderer, messages: Sequence[Message], tools: Sequence[Tool] | None
+    ) -> list[int]:
+        """`render`, with a renderer of `renderer_for`."""
+        return _render(renderer, messages, tools, 0)
+
+    def turn_request(self, renderer: Renderer, ids: list[int], params: SamplingParams) -> Request:
+        """What `chat` makes of a conversation that `renderer` has rendered to `ids`."""
+        ends = (*renderer.end_of_turn_ids, *self.eos_ids)
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return Request(text, ids, params, ends)
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -218,7 +235,7 @@ class LLM:
             return self.eos_ids
 
     def _answer(self, requests: Sequence[Request]) -> list[RequestOutput]:
-        answers = self._answers(requests, None)
+        answers = self.begin(requests, None)
         for _ in run(self.engine, answers):
             pass
         found = self._looked_up(answers)
@@ -229,8 +246,10 @@ class LLM:
             outputs.append(make_output(request, mine, found, self.tokenizer))
         return outputs
 
-    def _answers(self, requests: Sequence[Request], piece: int | None) -> list[Answer]:
-        """An answer to begin for each sample; `piece` tokens at a time (None: what it needs)."""
+    def begin(self, requests: Sequence[Request], piece: int | None) -> list[Answer]:
+        """An answer for each sample of each request, for the engine to sample; `piece` tokens at a
+        time (None: what it needs). ValueError for a prompt that the model can't take.
+        """
         call = self._calls
         room = self.max_model_len
         vocabulary = self.engine.config.vocab

@@ -12,9 +12,7 @@ NO_TOOLS = "none"
 
 def add_options(parser: argparse.ArgumentParser, tools: str, max_tokens: int) -> None:
     """The options of both commands: which model, how it samples, and its tools."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a Hugging Face folder, the folder of a run, or a hub id"
-    )
+    add_model(parser)
     sampling = parser.add_argument_group("how it samples")
     sampling.add_argument(
         "--temperature",
@@ -55,6 +53,18 @@ def add_options(parser: argparse.ArgumentParser, tools: str, max_tokens: int) ->
         help="best_effort: run programs even where this machine can't give every guarantee "
         "(default: the tool's own, else strict)",
     )
+    add_loading_options(parser)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face folder, the folder of a run, or a hub id"
+    )
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """How it is loaded."""
     loading = parser.add_argument_group("how it is loaded")
     loading.add_argument(
         "--chat-template", help="hermes, or a jinja file; the model's own otherwise"

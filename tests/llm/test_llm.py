@@ -12,9 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from examples.quickstart import data, model
 from retool import LLM, SamplingParams
-from retool.data.template.choose import TEMPLATES
+from tests.llm.models import write_model
 
 MESSAGES = [{"role": "user", "content": "What does <|im_end|> mean?"}]
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -23,30 +22,7 @@ TEXTS = ["How much is 3 + 4?", "One apple", "Add them up: 12, 7 and 9. Then stop
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of two layers with a tokenizer, a template and an end of text of its own."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    folder = tmp_path_factory.mktemp("llm") / "model"
-    rows = [data.to_row(problem, "t") for problem in data.make_problems(20, seed=0)]
-    tokenizer = model.train_tokenizer(
-        [message["content"] for row in rows for message in row["messages"]]
-    )
-    model.write_tokenizer(folder, tokenizer, TEMPLATES["hermes"].read_text())
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.token_to_id("<|im_end|>"),
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("llm") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,187 @@
+"""The routes of the server."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from retool.serve.answering import as_json, respond
+from retool.serve.chat import ChatOptions, read_chat
+from retool.serve.completions import read_completion, require_model
+from retool.serve.engine_thread import EngineThread
+from retool.serve.errors import Refusal
+from retool.serve.generate import read_generate
+from retool.serve.weights import Weights
+
+MOST_BODY_BYTES = 64 << 20
+OPEN = ("/health", "/ping")  # for whoever watches over the server, without a key
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass
+class Site:
+    """What answers requests. `stopping`: no new ones."""
+
+    engine: EngineThread
+    weights: Weights
+    model: str
+    chat: ChatOptions
+    key: str | None
+    stopping: bool = False
+    began: float = field(default_factory=time.time)
+
+    def app(self) -> web.Application:
+        """The application with all routes."""
+        app = web.Application(client_max_size=MOST_BODY_BYTES, middlewares=[self.guard])
+        app.add_routes(
+            [
+                web.get("/health", self.health),
+                web.get("/ping", self.health),
+                web.get("/metrics", self.metrics),
+                web.get("/v1/models", self.models),
+                web.get("/v1/models/{name:.+}", self.models),
+                web.post("/v1/completions", self.completions),
+                web.post("/v1/chat/completions", self.chat_completions),
+                web.post("/generate", self.generate),
+                web.post("/collective_rpc", self.collective_rpc),
+                web.post("/update_weights_from_disk", self.update_weights),
+                web.post("/reset_prefix_cache", self.no_cache),
+                web.post("/flush_cache", self.no_cache),
+            ]
+        )
+        return app
+
+    # ── what stands before every route
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Let in who has the key, and say what is wrong in the shape of OpenAI's errors."""
+        try:
+            self._require_key(request)
+            if self.stopping and request.method == "POST":
+                raise Refusal(503, "the server is stopping: ask another one.")
+            return await handler(request)
+        except Refusal as refusal:
+            return _refused(refusal)
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            what = f"{request.method} {request.path}: {error.reason}."
+            return _refused(Refusal(error.status, what))
+
+    def _require_key(self, request: web.Request) -> None:
+        if self.key is None or request.path in OPEN:
+            return
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), self.key.encode()):
+            raise Refusal(
+                401,
+                "the key is missing or wrong: send the header Authorization: Bearer KEY.",
+                code="invalid_api_key",
+            )
+
+    # ── answers
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        body = await _body(request)
+        require_model(body, self.model)
+        asked = _read(lambda: read_completion(body, self.engine.llm, self.model))
+        return await respond(request, self.engine, asked)
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        body = await _body(request)
+        require_model(body, self.model)
+        asked = _read(lambda: read_chat(body, self.engine.llm, self.model, self.chat))
+        return await respond(request, self.engine, asked)
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        body = await _body(request)
+        asked = _read(lambda: read_generate(body, self.engine.llm, self.weights.version))
+        return await respond(request, self.engine, asked)
+
+    # ── weights
+
+    async def collective_rpc(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(await self.weights.collective_rpc(await _body(request)))
+
+    async def update_weights(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(await self.weights.from_disk(await _body(request)))
+
+    async def no_cache(self, request: web.Request) -> web.StreamResponse:
+        """Nothing outlives its requests here, so there is nothing to flush."""
+        return web.json_response({"success": True})
+
+    # ── what is served, and how it does
+
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        name = request.match_info.get("name")
+        entry = {
+            "id": self.model,
+            "object": "model",
+            "created": int(self.began),
+            "owned_by": "retool",
+            "root": str(self.engine.llm.folder),
+            "max_model_len": self.engine.llm.max_model_len,
+        }
+        if name is None:
+            return web.json_response({"object": "list", "data": [entry]})
+        require_model({"model": name}, self.model)
+        return web.json_response(entry)
+
+    async def health(self, request: web.Request) -> web.StreamResponse:
+        self.engine.require_alive()
+        status = 503 if self.stopping else 200
+        return web.json_response({"status": "stopping" if self.stopping else "ok"}, status=status)
+
+    async def metrics(self, request: web.Request) -> web.StreamResponse:
+        """In Prometheus' text form."""
+        counts = self.engine.counts
+        lines = []
+        for name, kind, what, value in (
+            (
+                "answers_under_way",
+                "gauge",
+                "Answers being sampled, or waiting.",
+                self.engine.under_way,
+            ),
+            ("requests_total", "counter", "Requests taken.", counts.requests),
+            ("refused_total", "counter", "Requests refused for want of room.", counts.refused),
+            ("abandoned_total", "counter", "Requests whose client left.", counts.abandoned),
+            ("prompt_tokens_total", "counter", "Tokens of prompts.", counts.prompt_tokens),
+            ("sampled_tokens_total", "counter", "Tokens of answers.", counts.sampled_tokens),
+            ("weight_updates_total", "counter", "Weights loaded.", self.weights.changes),
+        ):
+            lines.append(f"# HELP retool_{name} {what}")
+            lines.append(f"# TYPE retool_{name} {kind}")
+            lines.append(f"retool_{name} {value}")
+        return web.Response(text="\n".join(lines) + "\n")
+
+
+async def _body(request: web.Request) -> Any:
+    """The JSON of a request. Refusal (400) for what is none."""
+    data = await request.read()
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the body is not JSON: {error}.") from error
+
+
+def _read(read: Callable[[], Any]) -> Any:
+    """What `read` reads. What it finds wrong with the values is a Refusal (400)."""
+    try:
+        return read()
+    except ValueError as error:
+        raise Refusal(400, str(error)) from error
+
+
+def _refused(refusal: Refusal) -> web.Response:
+    headers = {"Retry-After": "1"} if refusal.status in (429, 503) else None
+    return web.json_response(
+        refusal.as_dict(), status=refusal.status, headers=headers, dumps=as_json
+    )

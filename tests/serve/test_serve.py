@@ -1,0 +1,349 @@
+"""`retool serve`: OpenAI's own client gets what `retool.LLM` answers; strangers, crowds and people who
+leave do no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from retool import LLM, SamplingParams
+from retool.serve.__main__ import main
+from tests import warm
+from tests.llm.models import write_model
+from tests.serve.server import Served, serving
+
+MESSAGES = [{"role": "user", "content": "What does <|im_end|> mean?"}]
+TEXTS = ["How much is 3 + 4?", "One apple", "Add them up: 12, 7 and 9. Then stop."]
+GREEDY = {"temperature": 0, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> Any:
+    openai = pytest.importorskip("openai", reason="the client of OpenAI isn't installed")
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+
+
+def expected(llm: LLM, prompt: Any, **params: Any) -> Any:
+    (output,) = llm.generate(prompt, SamplingParams(**{**GREEDY, **params}))
+    return output
+
+
+def test_completions_are_the_llms(server: Served, llm: LLM, client: Any) -> None:
+    """Texts and ids, alone and together, streamed and not; log-probabilities and usage too."""
+    wanted = [expected(llm, text, logprobs=2) for text in TEXTS]
+    whole = client.completions.create(model="tiny", prompt=TEXTS, logprobs=2, **GREEDY)
+    for choice, output in zip(whole.choices, wanted, strict=True):
+        answer = output.outputs[0]
+        assert (choice.text, choice.finish_reason) == (answer.text, answer.finish_reason)
+        assert len(choice.logprobs.tokens) == len(answer.token_ids)
+        assert sum(choice.logprobs.token_logprobs) == pytest.approx(answer.cumulative_logprob)
+        for top, entries in zip(choice.logprobs.top_logprobs, answer.logprobs, strict=True):
+            texts = [entry.decoded_token for entry in entries.values()]
+            if len(set(texts)) < len(texts):  # parts of characters
+                texts = [f"token_id:{token}" for token in entries]
+            logp = [entry.logprob for entry in entries.values()]
+            assert top == pytest.approx(dict(zip(texts, logp, strict=True)))
+    ids = [output.prompt_token_ids for output in wanted]
+    assert whole.usage.prompt_tokens == sum(map(len, ids))
+    assert whole.usage.completion_tokens == sum(len(o.outputs[0].token_ids) for o in wanted)
+
+    more = {"return_token_ids": True}
+    by_ids = client.completions.create(model="tiny", prompt=ids, extra_body=more, **GREEDY)
+    for choice, output in zip(by_ids.choices, wanted, strict=True):
+        assert choice.token_ids == output.outputs[0].token_ids
+        assert choice.prompt_token_ids == output.prompt_token_ids
+
+    events = list(
+        client.completions.create(
+            model="tiny",
+            prompt=TEXTS,
+            stream=True,
+            logprobs=0,
+            extra_body=more,
+            stream_options={"include_usage": True},
+            **GREEDY,
+        )
+    )
+    assert events[-1].usage == whole.usage
+    for number, output in enumerate(wanted):
+        mine = [event.choices[0] for event in events[:-1] if event.choices[0].index == number]
+        assert len(mine) > 1, "it came at once"
+        assert "".join(choice.text for choice in mine) == output.outputs[0].text
+        tokens = [token for choice in mine for token in choice.token_ids]
+        assert tokens == output.outputs[0].token_ids
+        offsets = [offset for choice in mine for offset in choice.logprobs.text_offset]
+        assert offsets == sorted(offsets) and offsets[0] == 0
+
+
+def test_chat_is_the_llms(llm: LLM, client: Any) -> None:
+    (output,) = llm.chat(MESSAGES, SamplingParams(logprobs=0, **GREEDY))
+    answer = output.outputs[0]
+    asked = {"model": "tiny", "messages": MESSAGES, "logprobs": True, **GREEDY}
+    whole = client.chat.completions.create(**asked, extra_body={"return_token_ids": True})
+    choice = whole.choices[0]
+    assert (choice.message.role, choice.message.content) == ("assistant", answer.text)
+    assert choice.finish_reason == answer.finish_reason
+    assert choice.token_ids == answer.token_ids
+    assert whole.prompt_token_ids == output.prompt_token_ids
+    values = [entry.logprob for entry in choice.logprobs.content]
+    assert sum(values) == pytest.approx(answer.cumulative_logprob)
+
+    parts = [{"role": "user", "content": [{"type": "text", "text": MESSAGES[0]["content"]}]}]
+    events = list(client.chat.completions.create(**{**asked, "messages": parts}, stream=True))
+    deltas = [event.choices[0].delta for event in events]
+    assert deltas[0].role == "assistant" and len(deltas) > 2
+    assert "".join(delta.content or "" for delta in deltas) == answer.text
+    assert events[-1].choices[0].finish_reason == answer.finish_reason
+
+
+def test_n_seed_and_stop(llm: LLM, client: Any) -> None:
+    asked = {"model": "tiny", "prompt": TEXTS[1], "max_tokens": 8}
+    drawn = client.completions.create(**asked, n=3, seed=5, temperature=1.5, top_p=0.9)
+    want = expected(llm, TEXTS[1], n=3, seed=5, temperature=1.5, top_p=0.9, max_tokens=8)
+    assert [choice.text for choice in drawn.choices] == [o.text for o in want.outputs]
+    assert len({choice.text for choice in drawn.choices}) > 1
+    free = [client.completions.create(**asked).choices[0].text for _ in range(2)]
+    assert free[0] != free[1]
+
+    text = expected(llm, TEXTS[0]).outputs[0].text
+    stop = text[2:4]
+    cut = {**asked, "prompt": TEXTS[0], **GREEDY, "stop": [stop, "never"]}
+    whole = client.completions.create(**cut).choices[0]
+    assert (whole.text, whole.finish_reason) == (text[: text.index(stop)], "stop")
+    assert whole.stop_reason == stop
+    streamed = client.completions.create(**cut, stream=True)
+    assert "".join(event.choices[0].text for event in streamed) == whole.text
+
+
+def test_sglangs_generate(server: Served, llm: LLM) -> None:
+    output = expected(llm, TEXTS[0], logprobs=0)
+    answer = output.outputs[0]
+    body = {
+        "input_ids": output.prompt_token_ids,
+        "sampling_params": {"temperature": 0, "max_new_tokens": 12},
+        "return_logprob": True,
+    }
+    found = server.post("/generate", body).json()
+    assert (found["text"], found["output_ids"]) == (answer.text, answer.token_ids)
+    pairs = found["meta_info"]["output_token_logprobs"]
+    assert [token for _, token, _ in pairs] == answer.token_ids
+    assert sum(logp for logp, _, _ in pairs) == pytest.approx(answer.cumulative_logprob)
+    assert found["meta_info"]["finish_reason"]["type"] == answer.finish_reason
+    several = server.post("/generate", {**body, "input_ids": [body["input_ids"]] * 2}).json()
+    assert [entry["output_ids"] for entry in several] == [answer.token_ids] * 2
+
+
+def test_requests_share_the_engines_steps(server: Served, llm: LLM) -> None:
+    """Eight at once take about the steps of one."""
+
+    def ask(text: str) -> str:
+        body = {"prompt": text, "temperature": 0, "max_tokens": 40, "ignore_eos": True}
+        return server.post("/v1/completions", body).json()["choices"][0]["text"]
+
+    alone = llm.engine.stats.steps
+    want = ask(TEXTS[0])
+    alone = llm.engine.stats.steps - alone
+    together = llm.engine.stats.steps
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(ask, [TEXTS[0]] * 8))
+    together = llm.engine.stats.steps - together
+    assert texts == [want] * 8
+    assert together < 4 * alone
+
+
+def test_who_leaves_takes_no_more_room(server: Served, llm: LLM) -> None:
+    """Before the answer, and in the middle of a stream."""
+    asked = {"prompt": TEXTS[0], "max_tokens": 500, "ignore_eos": True}
+    before = server.site.engine.counts.abandoned
+    body = json.dumps({**asked, "n": 4}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as left:
+        left.sendall(head.encode() + body)
+        wait_until(lambda: server.site.engine.under_way == 4)
+    wait_until(lambda: not llm.engine.scheduler.sequences)
+    with httpx.stream("POST", server.url + "/v1/completions", json={**asked, "stream": True}) as r:
+        next(r.iter_lines())
+    wait_until(lambda: not llm.engine.scheduler.sequences)
+    assert server.site.engine.under_way == 0
+    assert server.site.engine.counts.abandoned == before + 2
+
+
+def wait_until(happened: Any) -> None:
+    end = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("/v1/completions", {}, 400, "prompt is missing"),
+        ("/v1/completions", {"prompt": "a", "model": "gpt"}, 404, "'gpt' isn't served here"),
+        ("/v1/completions", {"prompt": "a", "temperature": "hot"}, 400, "must be a number"),
+        ("/v1/completions", {"prompt": "a", "temperature": -1}, 400, "temperature=-1.0"),
+        ("/v1/completions", {"prompt": "a", "n": True}, 400, "n must be a whole number"),
+        ("/v1/completions", {"prompt": "a", "max_token": 3}, 400, "did you mean max_tokens?"),
+        ("/v1/completions", {"prompt": "a", "presence_penalty": 1}, 400, "isn't supported"),
+        ("/v1/completions", {"prompt": "a", "logprobs": 2, "stream": True}, 400, "can't stream"),
+        ("/v1/completions", {"prompt": [1] * 700}, 400, "has 700 tokens"),
+        ("/v1/completions", {"prompt": [10**6]}, 400, "token id 1,000,000"),
+        ("/v1/completions", {"prompt": "a", "n": 100}, 429, "room for 64"),
+        ("/v1/chat/completions", {}, 400, "messages is missing"),
+        ("/v1/chat/completions", {"messages": [3]}, 400, "a message must be an object"),
+        ("/v1/chat/completions", {"messages": [{"role": "x"}]}, 400, "message 0"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "'image_url' isn't supported",
+        ),
+        ("/v1/chat/completions", {"messages": MESSAGES, "tool_choice": "required"}, 400, "auto"),
+        ("/generate", {"text": "a", "stream": True}, 400, "use /v1/completions"),
+        ("/generate", {"text": "a", "sampling_params": {"max_tokens": 1}}, 400, "max_new_tokens?"),
+        ("/collective_rpc", {"method": "eval"}, 400, "there is reload_weights"),
+        ("/update_weights_from_disk", {"model_path": "/nowhere"}, 400, "/nowhere"),
+        ("/v1/embeddings", {}, 404, "Not Found"),
+    ],
+)
+def test_a_wrong_request_is_told_what_is_wrong(
+    server: Served, path: str, body: Any, status: int, said: str
+) -> None:
+    response = server.post(path, body)
+    error = response.json()["error"]
+    assert response.status_code == status, error
+    assert said in error["message"] and set(error) == {"message", "type", "param", "code"}
+
+
+def test_a_body_that_is_no_json(server: Served) -> None:
+    response = httpx.post(server.url + "/v1/completions", content=b"{")
+    assert response.status_code == 400 and "not JSON" in response.json()["error"]["message"]
+
+
+def test_a_server_that_stops_takes_no_more(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.site, "stopping", True)
+    response = server.post("/v1/completions", {"prompt": "a"})
+    assert response.status_code == 503 and response.headers["Retry-After"] == "1"
+    assert server.get("/health").status_code == 503
+
+
+def test_models_health_and_metrics(server: Served) -> None:
+    (model,) = server.get("/v1/models").json()["data"]
+    assert (model["id"], model["owned_by"], model["max_model_len"]) == ("tiny", "retool", 640)
+    assert server.get("/v1/models/tiny").json() == model
+    assert server.get("/health").json() == {"status": "ok"}
+    lines = server.get("/metrics").text.splitlines()
+    values = dict(line.split() for line in lines if not line.startswith("#"))
+    assert int(values["retool_requests_total"]) >= 1
+    assert values["retool_answers_under_way"] == "0"
+
+
+def test_new_weights_and_who_may_bring_them(llm: LLM, folder: Path, tmp_path: Path) -> None:
+    """Both dialects load a folder, after which its answers come."""
+    other = write_model(tmp_path / "other", seed=1)
+    with LLM(other, device="cpu", max_model_len=640) as reference:
+        new = expected(reference, TEXTS[0]).outputs[0].text
+    old = expected(llm, TEXTS[0]).outputs[0].text
+    assert old != new
+    asked = {"prompt": TEXTS[0], **GREEDY}
+    rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(other)}}
+    with serving(llm) as open_server:
+        assert open_server.post("/collective_rpc", rpc).json() == {"results": [None]}
+        assert open_server.post("/v1/completions", asked).json()["choices"][0]["text"] == new
+        back = {"model_path": str(folder), "weight_version": "seven"}
+        assert open_server.post("/update_weights_from_disk", back).json()["success"] is True
+        found = open_server.post("/generate", {"text": TEXTS[0]}).json()
+        assert found["meta_info"]["weight_version"] == "seven"
+        assert open_server.post("/v1/completions", asked).json()["choices"][0]["text"] == old
+    with serving(llm, may_change=False) as closed_server:
+        response = closed_server.post("/collective_rpc", rpc)
+        assert response.status_code == 403
+        assert "--allow-weight-updates" in response.json()["error"]["message"]
+
+
+def test_a_key(llm: LLM) -> None:
+    with serving(llm, key="geheim") as served:
+        assert served.get("/health").status_code == 200
+        assert served.get("/v1/models").status_code == 401
+        wrong = {"Authorization": "Bearer other"}
+        body = {"prompt": "a"}
+        assert served.post("/v1/completions", body, headers=wrong).status_code == 401
+        right = {"Authorization": "Bearer geheim"}
+        assert served.post("/v1/completions", body, headers=right).status_code == 200
+
+
+def test_an_engine_that_fails_is_said_and_ends_the_server(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def step() -> Any:
+        ended.wait(30)
+        raise RuntimeError("out of memory")
+
+    with serving(llm) as served, ThreadPoolExecutor() as pool:
+        monkeypatch.setattr(llm.engine, "step", step)
+        asked = {"prompt": "a"}
+        whole = pool.submit(served.post, "/v1/completions", asked)
+        wait_until(lambda: served.site.engine.under_way == 1)
+        ended.set()
+        response = whole.result()
+        assert response.status_code == 500 and "failed" in response.json()["error"]["message"]
+        wait_until(lambda: served.site.engine.failure is not None)
+    monkeypatch.undo()
+    for key in list(llm.engine.scheduler.sequences):
+        llm.engine.drop(key)
+
+
+@pytest.mark.slow  # 12 seconds: a process that loads a model
+def test_the_command_answers_until_it_is_told_to_stop(folder: Path) -> None:
+    """SIGTERM in the middle of an answer: it is finished first; new ones are refused."""
+    words = [sys.executable, "-m", "retool.serve", str(folder), "--device", "cpu", "--port", "0"]
+    words += ["--served-model-name", "tiny", "--max-num-seqs", "2"]
+    process = warm.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        said = process.stdout.readline()
+        assert said.startswith("serving tiny at http://127.0.0.1:"), said + process.stderr.read()
+        url = said.split()[-1]
+        asked = {"prompt": TEXTS[0], "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", url + "/completions", json=asked, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert process.stdout.readline() == "stopping: 1 requests are being answered\n"
+            refused = httpx.post(url + "/completions", json=asked)
+            assert refused.status_code == 503 and "stopping" in refused.text
+            last = [line for line in lines if line][-2:]
+        assert '"finish_reason":"length"' in last[0] and last[1] == "data: [DONE]"
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["/nowhere"], "/nowhere"),
+        (["{folder}", "--host", "0.0.0.0"], "RETOOL_API_KEY"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    folder: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(folder=folder) for word in words]
+    assert main([*words, "--device", "cpu"], "retool serve") == 1
+    assert said in capsys.readouterr().err
