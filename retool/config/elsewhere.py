@@ -144,6 +144,7 @@ NAMES = {
     "actor.loss_agg_mode": "loss_type loss_aggregation",
     "algorithm.adv_estimator": "advantage_estimator advantage estimator",
     "algorithm.norm_adv_by_std_in_grpo": "scale_rewards",
+    "algorithm.mask_truncated": "mask_truncated_completions overlong_filtering filter_overlong",
     "filter_groups.enable": "dynamic_sampling dynamic_filtering",
     "reward_model.functions": "reward_funcs reward_functions rewards",
     "reward_model.weights": "reward_weights",

@@ -129,6 +129,8 @@ training/rollout_probs_diff_mean | Sampler against trainer | probability | down 
     Mean gap of their probabilities.
 training/rollout_actor_kl_k3 | KL between sampler and trainer | nats per token | down noisy
     0 when they agree.
+mask/truncated | Answers not trained | in a step | down noisy
+    They ran out of tokens: algorithm.mask_truncated.
 rollout_correction/mean | Correction weight | | noisy
     Of a token or an answer, for the gap between sampler and trainer; 1 is none.
 rollout_correction/cut | Correction cut | share | down noisy

@@ -192,7 +192,9 @@ def validation_sampling(config: RLConfig) -> Sampling:
 
 def experience_options(report: RLReport, state: TrainState, one_update: bool) -> ExperienceOptions:
     """How this step's experience is made; `one_update`: a single optimizer step will see it."""
-    assert report.estimator is not None
+    assert report.estimator is not None and report.reward is not None
+    credited = report.config.algorithm.credit_turns
+    turn_weight = report.reward.turn_weight if credited else 0.0
     return ExperienceOptions(
         algorithm=report.config.algorithm,
         estimator=report.estimator,
@@ -201,6 +203,7 @@ def experience_options(report: RLReport, state: TrainState, one_update: bool) ->
         step=state.step,
         kl_coef=state.kl_coef,
         one_update=one_update,
+        turn_weight=turn_weight,
     )
 
 

@@ -137,14 +137,15 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     members = [member for group in groups for member in group.members]
     usable = trainable(groups)
 
-    made = Experience([], [], {})
+    made = Experience([], [], [], {})
     if usable:
         alone = one_update(session.report.config, len(usable))
         options = experience_options(session.report, state, alone)
         made = make_experience(usable, session.model, run.reference, options, times)
+    if made.trained:
         with timed(times, "update_actor"):
             metrics |= update(session, state, made)
-        adapt_kl(state, made, session.report.config.algorithm.kl_ctrl)
+    adapt_kl(state, made, session.report.config.algorithm.kl_ctrl)
     state.step += 1
     state.position = position
     state.kept = kept
@@ -181,8 +182,8 @@ def advantages_of(
     members: list[Scored], trained: list[Group], made: Experience
 ) -> list[np.ndarray]:
     """The advantages of all members, in order: 0 for those that were left out."""
-    rows = zip((member for group in trained for member in group.members), made.rows, strict=True)
-    known = {id(member): row.advantage for member, row in rows}
+    usable = [member for group in trained for member in group.members]
+    known = {id(usable[i]): made.rows[i].advantage for i in made.trained}
     return [known.get(id(member), np.zeros(len(member.trajectory))) for member in members]
 
 
@@ -192,9 +193,11 @@ def update(session: Session[RLReport], state: TrainState, made: Experience) -> M
     actor = report.config.actor_rollout_ref.actor
     spec = replace(loss_spec(report), on_policy=made.on_policy)
     measured: list[Metrics] = []
+    rows = [made.rows[i] for i in made.trained]
+    groups = [made.groups[i] for i in made.trained]
     for _ in range(actor.ppo_epochs):
-        for chosen in mini_batches(made.groups, actor.ppo_mini_batch_size):
-            batches = micro_batches(session, [made.rows[i] for i in chosen])
+        for chosen in mini_batches(groups, actor.ppo_mini_batch_size):
+            batches = micro_batches(session, [rows[i] for i in chosen])
             lr = next_learning_rate(report, state.updates)
             # Only the first update is of the weights that sampled.
             spec = replace(spec, compared=made.compared and not measured)
@@ -253,7 +256,7 @@ def performance(session: Session[RLReport], made: Experience, times: Metrics) ->
         for name in ("sync_weights", "gen", "old_log_prob", "ref", "adv", "update_actor")
     )
     flops = (
-        model_flops(session.report.model, lengths)
+        model_flops(session.report.model, [len(made.rows[i]) for i in made.trained])
         * session.report.config.actor_rollout_ref.actor.ppo_epochs
     )
     used = mfu(flops, times.get("update_actor", 0.0), world, device_peak(session.mesh.device))

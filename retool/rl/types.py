@@ -128,6 +128,11 @@ class Trajectory:
         return float(sum(self.turn_rewards))
 
     @property
+    def truncated(self) -> bool:
+        """Whether its tokens were used up before it was done."""
+        return self.stop is Stop.LENGTH
+
+    @property
     def sampled(self) -> int:
         """Tokens that the model wrote."""
         return int(self.mask.sum())

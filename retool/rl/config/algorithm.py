@@ -77,6 +77,14 @@ class AlgorithmConfig:
         False, "Subtract the KL to the reference policy from the reward, token by token."
     )
     kl_penalty: KL = option("k1", "Estimator of that KL.", spellings=KL_SPELLINGS)
+    mask_truncated: bool = option(
+        False,
+        "Don't train on answers that ran out of tokens; they still count in their group's mean.",
+    )
+    credit_turns: bool = option(
+        False,
+        "Put what tools and the environment gave a turn on its last token, not on the answer's.",
+    )
     kl_ctrl: KLControlConfig = field(default_factory=KLControlConfig)
     filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)

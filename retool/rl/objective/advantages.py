@@ -23,7 +23,8 @@ class AdvantageInputs:
     """A step's trajectories as an estimator sees them.
 
     `token_rewards` has each trajectory's reward on its last sampled token and, where the KL is in
-    the reward, its penalty on every sampled token. `groups` int [n] is equal for samples of one
+    the reward, its penalty on every sampled token. With `algorithm.credit_turns` what a turn was
+    given is on that turn's last token. `groups` int [n] is equal for samples of one
     prompt. `norm_by_std` and `gamma` are `algorithm.norm_adv_by_std_in_grpo` and `.gamma`.
     """
 
@@ -52,12 +53,14 @@ class Estimator:
     """An advantage estimator and what it needs.
 
     `compares_samples`: with one sample per prompt it has nothing to compare. `reads_norm_by_std`:
-    it is another estimator with another `AdvantageInputs.norm_by_std`.
+    it is another estimator with another `AdvantageInputs.norm_by_std`. `reads_token_rewards`: it
+    matters to it on which token a reward is.
     """
 
     function: Callable[[AdvantageInputs], Estimated]
     compares_samples: bool = False
     reads_norm_by_std: bool = False
+    reads_token_rewards: bool = False
 
 
 # --- by trajectory ---
@@ -155,6 +158,31 @@ def place_reward(reward: float, mask: np.ndarray) -> np.ndarray:
     return out
 
 
+def place_turn_rewards(
+    given: Sequence[float],
+    reward: float,
+    mask: np.ndarray,
+) -> np.ndarray:
+    """What each turn was `given` on its last sampled token, the rest of the trajectory's `reward`
+    on the last of all. They add up to `reward`.
+
+    A turn is a run of sampled tokens: the template stands between two of them. ValueError where
+    there aren't as many as turns were given something.
+    """
+    if not given:
+        return place_reward(reward, mask)
+    is_followed = np.append(mask[1:], False)
+    ends = np.flatnonzero(mask & ~is_followed)
+    if len(ends) != len(given):
+        raise ValueError(
+            f"{len(given)} turns of a trajectory were given rewards, and {len(ends)} were sampled: "
+            "none can be put where it belongs. Leave out algorithm.credit_turns."
+        )
+    out = place_reward(reward - sum(given), mask)
+    out[ends] += given
+    return out
+
+
 # --- estimators ---
 
 
@@ -199,6 +227,6 @@ def _reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> Estimated:
 ESTIMATORS: dict[str, Estimator] = {
     "grpo": Estimator(_grpo, compares_samples=True, reads_norm_by_std=True),
     "rloo": Estimator(_rloo, compares_samples=True),
-    "reinforce_plus_plus": Estimator(_reinforce_plus_plus),
+    "reinforce_plus_plus": Estimator(_reinforce_plus_plus, reads_token_rewards=True),
     "reinforce_plus_plus_baseline": Estimator(_reinforce_plus_plus_baseline),
 }

@@ -19,7 +19,13 @@ from retool.data.packing import Budget
 from retool.parallel.fsdp import Sharded
 from retool.rl.config.algorithm import AlgorithmConfig
 from retool.rl.metrics import advantage_metrics
-from retool.rl.objective.advantages import AdvantageInputs, Estimator, estimate, place_reward
+from retool.rl.objective.advantages import (
+    AdvantageInputs,
+    Estimator,
+    estimate,
+    place_reward,
+    place_turn_rewards,
+)
 from retool.rl.objective.batching import Row
 from retool.rl.objective.correction import correction_weights, gap_metrics, weight_metrics
 from retool.rl.objective.losses import kl
@@ -33,12 +39,14 @@ PerToken = list[np.ndarray]  # one array per trajectory, over all of its tokens
 class Experience:
     """A step's trajectories as the update sees them, on every rank alike.
 
-    `groups` numbers each row's group. `kl` is the mean KL to the reference per token, where it is
+    `groups` numbers each row's group. `trained` are the places of the rows that the update sees:
+    all but the truncated ones, where these are masked. `kl` is the mean KL to the reference per token, where it is
     in the reward. `on_policy` and `compared` are as in `policy.LossSpec`, for the first update.
     """
 
     rows: list[Row]
     groups: list[int]
+    trained: list[int]
     metrics: dict[str, float]
     kl: float | None = None
     on_policy: bool = False
@@ -51,7 +59,8 @@ class ExperienceOptions:
 
     `step` is how many training steps the weights have seen: only trajectories of that version were
     sampled by the present ones. `one_update`: a single optimizer step will see all of them.
-    `kl_coef` weighs the KL in the reward.
+    `kl_coef` weighs the KL in the reward. `turn_weight` is how much of what a turn was given is in
+    the reward; 0: all of a reward stands at the trajectory's end.
     """
 
     algorithm: AlgorithmConfig
@@ -61,6 +70,7 @@ class ExperienceOptions:
     step: int
     kl_coef: float = 0.0
     one_update: bool = False
+    turn_weight: float = 0.0
 
 
 @contextmanager
@@ -105,12 +115,20 @@ def make_experience(
         )
         advantages, returns = estimate(options.estimator, inputs)
         weights, weights_said = _correction(trajectories, old.logp, options.algorithm)
+    masked = options.algorithm.mask_truncated
+    trained = [i for i, t in enumerate(trajectories) if not (masked and t.truncated)]
     metrics = {
         **old.metrics,
         **rewards.metrics,
-        **advantage_metrics(advantages, returns, inputs.masks),
+        **advantage_metrics(
+            [advantages[i] for i in trained],
+            [returns[i] for i in trained],
+            [inputs.masks[i] for i in trained],
+        ),
         **weights_said,
     }
+    if masked:
+        metrics["mask/truncated"] = len(trajectories) - len(trained)
     rows = [
         Row(
             trajectory.tokens,
@@ -123,7 +141,7 @@ def make_experience(
         )
         for i, trajectory in enumerate(trajectories)
     ]
-    return Experience(rows, numbers, metrics, rewards.kl, old.on_policy, old.compared)
+    return Experience(rows, numbers, trained, metrics, rewards.kl, old.on_policy, old.compared)
 
 
 # --- old log-probabilities ---
@@ -193,9 +211,11 @@ class _TokenRewards:
 def _token_rewards(
     members: Sequence[Scored], old: PerToken, ref: PerToken | None, options: ExperienceOptions
 ) -> _TokenRewards:
-    """Each reward on its trajectory's last sampled token; less the KL on each, where asked for."""
+    """Each reward on its trajectory's last sampled token, or what its turns were given on theirs;
+    less the KL on each token, where asked for.
+    """
     masks = [member.trajectory.mask for member in members]
-    rewards = [place_reward(member.reward, member.trajectory.mask) for member in members]
+    rewards = [_placed(member, options.turn_weight) for member in members]
     if not options.algorithm.use_kl_in_reward or ref is None:
         return _TokenRewards(rewards)
     kind = options.algorithm.kl_penalty
@@ -213,6 +233,18 @@ def _token_rewards(
         "actor/reward_kl_penalty_coeff": options.kl_coef,
     }
     return _TokenRewards(values, metrics, mean)
+
+
+def _placed(
+    member: Scored,
+    turn_weight: float,
+) -> np.ndarray:
+    """A trajectory's reward by token."""
+    trajectory = member.trajectory
+    if not turn_weight:
+        return place_reward(member.reward, trajectory.mask)
+    given = [turn_weight * reward for reward in trajectory.turn_rewards]
+    return place_turn_rewards(given, member.reward, trajectory.mask)
 
 
 # --- the sampler's correction ---

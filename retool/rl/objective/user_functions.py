@@ -49,7 +49,7 @@ def find_estimator(name: str) -> Estimator:
     if own is None:
         return ESTIMATORS[name]
     function = _load(*own, "(inputs: AdvantageInputs) -> (advantages, returns)")
-    estimator = Estimator(function, reads_norm_by_std=True)
+    estimator = Estimator(function, reads_norm_by_std=True, reads_token_rewards=True)
     _try(lambda inputs: estimate(estimator, inputs), _made_up_rewards(), lambda _: "", name)
     return estimator
 

@@ -39,12 +39,13 @@ from retool.rl.config.data import DataConfig
 from retool.rl.data import PromptOptions, load_prompts
 from retool.rl.objective.user_functions import find_estimator, find_loss
 from retool.rl.preflight.identity import PATH, with_identity
-from retool.rl.preflight.keys import ESTIMATOR_KEY, FORMAT_KEY, LOSS_KEY, contradictions, notes
+from retool.rl.preflight.keys import FORMAT_KEY, LOSS_KEY, contradictions, notes
 from retool.rl.preflight.memory import StepMemory
 from retool.rl.preflight.plan import NOTHING_HELD, Held, Questions, RLReport, uses_reference
+from retool.rl.preflight.reward import ESTIMATOR_KEY, credit_faults, reward_key, wanted_reward
 from retool.rl.preflight.trial import try_reward
 from retool.rl.reward.calling import seen_by
-from retool.rl.reward.source import RewardSource, find_reward, find_several
+from retool.rl.reward.source import RewardSource
 from retool.sandbox.fusion_client import unreachable
 
 ARR = "actor_rollout_ref."
@@ -166,23 +167,8 @@ def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
     sees = list[str]()
     where = held.reward.key if held.reward else reward_key(config)
     reward = attempt(where, find, faults)
+    faults += credit_faults(config, report.estimator, reward)
     return replace(report.blame(*faults), tools=tuple(tools), reward=reward, sees=tuple(sees))
-
-
-def wanted_reward(config: RLConfig) -> RewardSource:
-    """The reward that the configuration names. ValueError where there is none."""
-    settings = config.reward_model
-    custom = config.custom_reward_function
-    if settings.functions:
-        return find_several(settings.functions, settings.weights)
-    return find_reward(settings.name, custom.path, custom.name)
-
-
-def reward_key(config: RLConfig) -> str:
-    """The key that names the reward."""
-    if config.reward_model.functions:
-        return "reward_model.functions"
-    return "custom_reward_function" if config.custom_reward_function.path else "reward_model.name"
 
 
 def _sandbox_faults(tools: Sequence[Tool], first: bool) -> Iterator[Fault]:

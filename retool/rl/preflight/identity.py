@@ -180,6 +180,8 @@ def _objective(report: RLReport) -> dict[str, Trait]:
         f"{ACTOR}.use_kl_loss": actor.use_kl_loss,
         f"{ACTOR}.kl_loss_type": actor.kl_loss_type if actor.use_kl_loss else None,
     }
+    traits["algorithm.mask_truncated"] = algorithm.mask_truncated
+    traits["algorithm.credit_turns"] = algorithm.credit_turns
     if report.estimator is not None:
         normed = algorithm.norm_adv_by_std_in_grpo if report.estimator.reads_norm_by_std else None
         traits["algorithm.adv_estimator"] = _by_code(algorithm.adv_estimator)

@@ -11,12 +11,12 @@ from retool.rl.config.actor import ActorConfig
 from retool.rl.objective.advantages import ESTIMATORS
 from retool.rl.objective.losses import LOSSES
 from retool.rl.objective.user_functions import own_function
+from retool.rl.preflight.reward import ESTIMATOR_KEY, several_faults
 
 _ARR = "actor_rollout_ref"
 MOST_TIMES_PUBLISHED = 25  # a clip ratio, of what the loss was published with
 LOSS_KEY = f"{_ARR}.actor.policy_loss.loss_mode"
 FORMAT_KEY = f"{_ARR}.rollout.multi_turn.format"
-ESTIMATOR_KEY = "algorithm.adv_estimator"
 # Estimators that exist elsewhere
 SECOND_MODEL = {"gae": "a value model", "remax": "a greedy rollout of its own for each prompt"}
 
@@ -183,7 +183,7 @@ def _functions(config: RLConfig) -> Iterator[Fault]:
     if reward.path is None and reward.name not in (None, "compute_score"):
         problem = "has a name but no path."
         yield Fault("custom_reward_function", problem, "Give the Python file too.")
-    yield from _several(config)
+    yield from several_faults(config)
     named = (settings.name or "", *settings.functions)
     is_own = reward.path is not None or any("/" in name for name in named)
     if settings.concurrent and not is_own:
@@ -193,18 +193,3 @@ def _functions(config: RLConfig) -> Iterator[Fault]:
     if reward.path is not None and settings.name is not None:
         problem = "and custom_reward_function.path are both given."
         yield Fault("reward_model.name", problem, "Leave one of them out.")
-
-
-def _several(config: RLConfig) -> Iterator[Fault]:
-    """Several rewards beside a single one, and weights of nothing."""
-    settings = config.reward_model
-    where = "reward_model.functions"
-    if settings.weights and not settings.functions:
-        problem = "has nothing to weigh."
-        yield Fault("reward_model.weights", problem, f"Give {where}, or leave it out.")
-    if settings.functions and settings.name is not None:
-        problem = "and reward_model.name are both given."
-        yield Fault(where, problem, "Put all of them into functions.")
-    if settings.functions and config.custom_reward_function.path is not None:
-        problem = "and custom_reward_function.path are both given."
-        yield Fault(where, problem, "Put it into functions as file.py/function.")

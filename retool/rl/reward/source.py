@@ -14,6 +14,7 @@ from retool.rl.reward.several import Part, together
 
 # Stands for a file in a configuration, where a program gave a function or tools of its own
 OF_PROGRAM = "<program>"
+OF_TURNS = "environment"  # the built-in reward that is the sum of what turns were given
 
 
 class OwnFunction:
@@ -81,6 +82,13 @@ class RewardSource:
         if self.own is not None or self.parts:
             return f"reward={self.name}"
         return "custom_reward_function" if self.path is not None else "reward_model.name"
+
+    @property
+    def turn_weight(self) -> float:
+        """How much of what tools and an environment gave the turns is in the score."""
+        if self.parts:
+            return sum(part.weight for part in self.parts if part.turn_weight)
+        return float(self.name == OF_TURNS and not self.is_users)
 
     def load(self) -> RewardFunction:
         """The function. ValueError when it isn't there, or can't take what it is called with."""

@@ -1,0 +1,66 @@
+"""Which reward the configuration names, and what about it can't be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from retool.config import Fault
+from retool.rl.config import RLConfig
+from retool.rl.objective.advantages import ESTIMATORS, Estimator
+from retool.rl.reward.source import OF_TURNS, RewardSource, find_reward, find_several
+
+ESTIMATOR_KEY = "algorithm.adv_estimator"
+
+
+def wanted_reward(config: RLConfig) -> RewardSource:
+    """The reward that the configuration names. ValueError where there is none."""
+    settings = config.reward_model
+    custom = config.custom_reward_function
+    if settings.functions:
+        return find_several(settings.functions, settings.weights)
+    return find_reward(settings.name, custom.path, custom.name)
+
+
+def reward_key(config: RLConfig) -> str:
+    """The key that names the reward."""
+    if config.reward_model.functions:
+        return "reward_model.functions"
+    return "custom_reward_function" if config.custom_reward_function.path else "reward_model.name"
+
+
+def several_faults(config: RLConfig) -> Iterator[Fault]:
+    """Several rewards beside a single one, and weights of nothing."""
+    settings = config.reward_model
+    where = "reward_model.functions"
+    if settings.weights and not settings.functions:
+        problem = "has nothing to weigh."
+        yield Fault("reward_model.weights", problem, f"Give {where}, or leave it out.")
+    if settings.functions and settings.name is not None:
+        problem = "and reward_model.name are both given."
+        yield Fault(where, problem, "Put all of them into functions.")
+    if settings.functions and config.custom_reward_function.path is not None:
+        problem = "and custom_reward_function.path are both given."
+        yield Fault(where, problem, "Put it into functions as file.py/function.")
+
+
+def credit_faults(
+    config: RLConfig,
+    estimator: Estimator | None,
+    reward: RewardSource | None,
+) -> Iterator[Fault]:
+    """Rewards that are to stand where they were given, and nobody who looks there."""
+    if not config.algorithm.credit_turns:
+        return
+    where = "algorithm.credit_turns=true"
+    if estimator is not None and not estimator.reads_token_rewards:
+        able = [name for name, known in ESTIMATORS.items() if known.reads_token_rewards]
+        problem = (
+            f"{ESTIMATOR_KEY}={config.algorithm.adv_estimator} judges an answer by the sum of its "
+            "rewards, wherever they stand."
+        )
+        way_out = f"Use {', '.join(able)} or an estimator of your own, or leave it out."
+        yield Fault(where, problem, way_out)
+    if reward is not None and not reward.turn_weight:
+        problem = f"the reward {reward.name} doesn't count what turns are given."
+        way_out = f"Use reward_model.name={OF_TURNS}, or add {OF_TURNS} to reward_model.functions."
+        yield Fault(where, problem, way_out)
