@@ -48,19 +48,24 @@ class PackedBatch:
     `tokens`, `labels`, `positions` int64 [T] and `weights` float32 [T] are sliced for a
     sequence-parallel rank; `cu_seqlens` int32 [B+1] and `max_seqlen` always describe the whole
     pack. `labels[i]` is the token after `i` in the same document; `weights[i]` is 0 where that
-    label isn't trained (a document's last token among them). `real_tokens` and `trained_tokens`
-    count the whole pack without padding.
+    label isn't trained (a document's last token among them). `real` bool [T] is False for padding,
+    and sliced too; `real_tokens` and `trained_tokens` count the whole pack without it.
+
+    `experts` int16 [T, layers, k], sliced, has the experts that each token is to be computed by
+    (`retool.model.experts.routing.chosen_experts`); None: the router chooses.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
     positions: torch.Tensor
+    real: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
     seqlens: tuple[int, ...]
     real_tokens: int
     trained_tokens: int
+    experts: torch.Tensor | None = None
 
     def slice(self, rank: int, size: int) -> PackedBatch:
         """The part of sequence-parallel rank `rank` of `size`: T/size consecutive tokens."""
@@ -75,6 +80,8 @@ class PackedBatch:
             labels=self.labels[part],
             weights=self.weights[part],
             positions=self.positions[part],
+            real=self.real[part],
+            experts=None if self.experts is None else self.experts[part],
         )
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -88,6 +95,8 @@ class PackedBatch:
             labels=to_device(self.labels, device),
             weights=to_device(self.weights, device),
             positions=to_device(self.positions, device),
+            real=to_device(self.real, device),
+            experts=None if self.experts is None else to_device(self.experts, device),
             cu_seqlens=to_device(self.cu_seqlens, device),
         )
 
@@ -114,9 +123,10 @@ def pack(
     labels = []
     weights = []
     positions = []
+    real = []
     seqlens = []
 
-    def add(ids: np.ndarray, mask: np.ndarray) -> None:
+    def add(ids: np.ndarray, mask: np.ndarray, padding: int) -> None:
         n = len(ids)
         shifted = np.full(n, IGNORED_LABEL, np.int64)
         weight = np.zeros(n, np.float32)
@@ -125,6 +135,7 @@ def pack(
         labels.append(shifted)
         weights.append(weight)
         positions.append(np.arange(n, dtype=np.int64))
+        real.append(np.arange(n) < n - padding)
         seqlens.append(n)
 
     for sample in samples:
@@ -134,16 +145,18 @@ def pack(
         add(
             np.pad(sample.tokens, (0, spare), constant_values=pad_id),
             np.pad(sample.mask, (0, spare), constant_values=False),
+            padding=spare,
         )
     total = sum(seqlens)
     tail = multiple if total == 0 else -total % multiple
     if tail:
-        add(np.full(tail, pad_id, np.int32), np.zeros(tail, bool))
+        add(np.full(tail, pad_id, np.int32), np.zeros(tail, bool), padding=tail)
     return PackedBatch(
         tokens=torch.from_numpy(np.concatenate(tokens)),
         labels=torch.from_numpy(np.concatenate(labels)),
         weights=torch.from_numpy(np.concatenate(weights)),
         positions=torch.from_numpy(np.concatenate(positions)),
+        real=torch.from_numpy(np.concatenate(real)),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *seqlens], dtype=np.int32)),
         max_seqlen=max(seqlens),
         seqlens=tuple(seqlens),

@@ -65,7 +65,7 @@ def make_model(
 ) -> Model:
     device = cache.data.device
     plan = decoder.execution.plan
-    pieces = Pieces(*map(compiled, PIECES)) if decoder.execution.compiled else PIECES
+    pieces = _pieces(decoder)
     # With several ranks heads change places between rope and the cache: no kernel does both
     fused = (
         kernels != "torch"
@@ -83,6 +83,15 @@ def make_model(
         pieces=pieces,
         fused=fused,
     )
+
+
+def _pieces(decoder: Decoder) -> Pieces:
+    """Compiled where the decoder is, but for a piece that the compiler can't take as one graph."""
+    if not decoder.execution.compiled:
+        return PIECES
+    fast = Pieces(*map(compiled, PIECES))
+    whole = decoder.layers[0].after_is_compilable
+    return fast if whole else fast._replace(between=_between)
 
 
 def _projected(block: Block, x_tD: Tensor) -> Tensor:

@@ -71,7 +71,11 @@ def work_bytes(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) 
     logits = 2 * 4 * options.max_num_seqs * config.vocab
     # Where attention is wider than the model
     wider = max(0, config.heads * config.head_dim - config.hidden)
-    per_token = 4 * config.ffn + 14 * config.hidden + 16 * wider
+    # A token is there once for each of its experts
+    copies = 1 if config.experts is None else config.experts.per_token
+    mlp = copies * 4 * config.ffn
+    for_experts = 0 if config.experts is None else copies * 3 * config.hidden
+    per_token = mlp + for_experts + 14 * config.hidden + 16 * wider
     return logits + options.max_batch_tokens * per_token * dtype.itemsize
 
 

@@ -50,11 +50,13 @@ class EngineOptions:
     `max_length` bounds a sequence (None: the model's maximum position, or the cache).
 
     `dtype` None: that of the weights that come. `run_ahead` starts a decode step before the one
-    before it was looked at ("auto": with fused kernels on a GPU); CUDA graphs need it.
+    before it was looked at ("auto": with fused kernels on a GPU); CUDA graphs need it. Models with
+    experts run without CUDA graphs.
 
     `deterministic`: a token's numbers depend, to the last bit, only on the tokens before it: not on
     its neighbours, on chunks or on preemption. To that end every forward has exactly `max_num_seqs`
-    rows, and every token attends as a sequence of its own.
+    rows, and every token attends as a sequence of its own. With experts the last bit may depend on
+    neighbours all the same: on how many of them chose the same expert.
     """
 
     max_num_seqs: int = 256

@@ -35,7 +35,9 @@ class Worker:
         self.loop: DecodeLoop | None = None
         self.chunks: Chunks | None = None
         self._drawn: Tensor | None = None  # [3, R] by the last chunks
-        graphs = options.use_cuda_graphs and model.cache.data.is_cuda
+        on_gpu = model.cache.data.is_cuda
+        # Sorting tokens by expert, and products whose sizes follow from it, weren't recorded yet
+        graphs = options.use_cuda_graphs and on_gpu and model.decoder.config.experts is None
         recordings = Recordings() if graphs else None
         # torch's attention would gather whole page tables
         paged = model.kernels != "torch"

@@ -32,6 +32,7 @@ from retool.batch import PackedBatch
 from retool.model.attention.dispatch import attention, attention_forward_lse, attention_from_saved
 from retool.model.compile import compiled, unviewed
 from retool.model.config import ModelConfig
+from retool.model.experts.routing import Watch
 from retool.model.families.hf_names import Stored
 from retool.model.offload import Offload
 from retool.model.recompute import Kernel, Recompute, recomputed
@@ -40,6 +41,8 @@ from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v, split_heads
 
 Part = Callable[..., torch.Tensor]  # of a block, called with it
+# What `after` takes of each token besides; None: not there
+PerToken = tuple[torch.Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Execution:
     """How a forward runs: what doesn't change from batch to batch.
 
     `offload` is there where `recompute` is offload. `fp32_residual`: what blocks add to is in at
-    least fp32, not in the weights' dtype; norms hand on the weights' dtype to the products.
+    least fp32, not in the weights' dtype; norms hand on the weights' dtype to the products. `watch`
+    looks at what experts every layer chooses.
     """
 
     plan: HeadPlan
@@ -57,6 +61,7 @@ class Execution:
     compiled: bool = False
     offload: Offload | None = None
     fp32_residual: bool = False
+    watch: Watch | None = None
 
 
 class Block(nn.Module, ABC):
@@ -64,6 +69,8 @@ class Block(nn.Module, ABC):
 
     # Whether `rotated` is `head_norms` and rope alone, so that the engine's kernel may do it instead
     rope_is_fusible: ClassVar[bool] = False
+    # Whether `after` is products and elementwise work alone, which the compiler takes as one graph
+    after_is_compilable: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig, index: int, execution: Execution) -> None:
         super().__init__()
@@ -74,7 +81,8 @@ class Block(nn.Module, ABC):
         before = type(self).sent
         after = type(self).after
         self.before_piece: Part = compiled(before) if execution.compiled else before
-        self.after_piece: Part = _compiled_after(after) if execution.compiled else after
+        fast = execution.compiled and self.after_is_compilable
+        self.after_piece: Part = _compiled_after(after) if fast else after
 
     @abstractmethod
     def projected(self, x_tD: torch.Tensor) -> torch.Tensor:
@@ -88,7 +96,10 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def after(self, x_tD: torch.Tensor, a_tE: torch.Tensor) -> torch.Tensor:
-        """The block's input and attention's result → [t, D] in x's dtype, residuals added."""
+        """The block's input and attention's result → [t, D] in x's dtype, residuals added.
+
+        What `per_token` gives comes as further arguments, in training.
+        """
 
     @abstractmethod
     def stored(self) -> list[Stored]:
@@ -96,6 +107,17 @@ class Block(nn.Module, ABC):
 
         They come without the layer's prefix. A name whose parameter is None isn't there.
         """
+
+    def fused(self) -> list[tuple[str, str]]:
+        """(Hugging Face's name, parameter): names under which what `stored` gives one by one may stand
+        in one tensor. Read, never written.
+        """
+        return []
+
+    def per_token(self, batch: PackedBatch) -> PerToken:
+        """What `after` needs of each token of this rank besides, [t, …] each."""
+        del batch
+        return ()
 
     def head_norms(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Weights [H] of the norms that q's and k's heads have before rope; None without."""
@@ -178,9 +200,10 @@ class Block(nn.Module, ABC):
         if how in ("full", "offload") and torch.is_grad_enabled():
             return recomputed(self, x_tD, cos, sin, batch, self.execution.offload)
         a_tE = self.attend(self.before_piece(self, x_tD, cos, sin), len(x_tD), batch)
+        beside = self.per_token(batch)
         if how == "selective":
-            return _run_again_in_backward(self.after_piece, self, x_tD, a_tE)
-        return self.after_piece(self, x_tD, a_tE)
+            return _run_again_in_backward(self.after_piece, self, x_tD, a_tE, *beside)
+        return self.after_piece(self, x_tD, a_tE, *beside)
 
 
 def new_parameter(*shape: int) -> nn.Parameter:
@@ -213,7 +236,7 @@ def swiglu(
 def _compiled_after(after: Part) -> Part:
     """Compiled `after`; attention's result comes as a view of one kind or another."""
     fast = compiled(after)
-    return lambda block, x_tD, a_tE: fast(block, x_tD, unviewed(a_tE))
+    return lambda block, x_tD, a_tE, *beside: fast(block, x_tD, unviewed(a_tE), *beside)
 
 
 def _run_again_in_backward(function: Part, *args: Any) -> torch.Tensor:

@@ -14,6 +14,7 @@ from retool.model.attention.dispatch import choose_backend
 from retool.model.block import Execution
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
+from retool.model.experts.balance import Balance
 from retool.model.offload import Offload
 from retool.model.recompute import Recompute
 from retool.parallel.fsdp import Sharded, shard
@@ -70,6 +71,9 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
     if options.recompute == "offload":
         parked = config.layers if options.parked is None else options.parked
         offload = Offload(mesh.device, config.layers, parked)
+    watch = None
+    if config.experts is not None and options.trained:
+        watch = Balance(config.experts, config.layers, mesh)
     execution = Execution(
         plan=HeadPlan(mesh.sp, mesh.sp_rank, config.heads, config.kv_heads, config.head_dim),
         mesh=mesh,
@@ -78,6 +82,7 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
         compiled=cuda if options.use_compile == "auto" else options.use_compile,
         offload=offload,
         fp32_residual=options.fp32_residual,
+        watch=watch,
     )
     with torch.device("meta"):
         module = Decoder(config, execution)
@@ -90,6 +95,7 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
         reduce_dtype=options.reduce_dtype,
         members=module.members(),
         aliases=module.aliases(),
+        fused=module.fused(),
         order=tuple(stored.name for stored in module.stored()),
         trained=options.trained,
         keep_copy=options.keep_copy,
@@ -112,4 +118,4 @@ def plan_layout(config: ModelConfig, shards: int) -> Layout:
     units = collect(decoder, decoder.units(), decoder.members())
     order = tuple(stored.name for stored in decoder.stored())
     slots = [(unit.name, unit.slots) for unit in units]
-    return make_layout(slots, shards, decoder.aliases(), order)
+    return make_layout(slots, shards, decoder.aliases(), order, decoder.fused())

@@ -46,13 +46,29 @@ RopeScaling = Llama3Scaling | LinearScaling | YarnScaling
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A layer's experts: gated MLPs of `width` channels, `per_token` of `count` for each token.
+
+    `normalised`: the weights of a token's experts add up to 1. `balance_coefficient` weighs the
+    load-balance loss (`retool.model.experts.balance`); 0 where `config.json` asks for none.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    normalised: bool
+    balance_coefficient: float = 0.0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of a decoder.
 
     `family` is a key of `retool.model.families.FAMILIES`. `tied`: the vocabulary matrix is the
     embedding. The biases and `qk_norm` are what the family and its file say.
 
-    `unrotated`: numbers of the layers without rope. The scales multiply what the embedding gives,
+    `experts`: of every layer, which then has no MLP beside them. `unrotated`: numbers of the layers
+    without rope. The scales multiply what the embedding gives,
     what attention and the MLP add to the residual stream, attention's scores (beside 1/√H) and the
     logits.
     """
@@ -79,6 +95,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     score_scale: float = 1.0
     logits_scale: float = 1.0
+    experts: Experts | None = None
 
     @property
     def query_width(self) -> int:

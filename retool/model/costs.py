@@ -4,7 +4,7 @@
 backward twice the forward.
 
     matrices    6 FLOPs per token and weight that it is multiplied with: the vocabulary head once,
-                tied or not; no embedding look-up, norms or biases
+                tied or not; of experts a token's own; no embedding look-up, norms or biases
     attention   6 · n² · channels per layer, for a document of n tokens: the two products QKᵀ and PV
                 are 2 · 2 · n² · channels forward, three times that with backward, and half of it
                 under the causal mask
@@ -27,14 +27,16 @@ def layer_costs(config: ModelConfig, sp: int = 1) -> LayerCosts:
 
 
 def multiplied_parameters(config: ModelConfig) -> int:
-    """Weights that every token is multiplied with: all matrices but an untied embedding."""
-    return config.layers * layer_costs(config).parameters + config.vocab * config.hidden
+    """Weights that a token is multiplied with: all matrices but an untied embedding and the experts
+    of other tokens.
+    """
+    return config.layers * layer_costs(config).active_parameters + config.vocab * config.hidden
 
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters, but for norms and biases (less than one in a thousand)."""
-    embedding = 0 if config.tied else config.vocab * config.hidden
-    return multiplied_parameters(config) + embedding
+    tables = 1 if config.tied else 2
+    return config.layers * layer_costs(config).parameters + tables * config.vocab * config.hidden
 
 
 def model_flops(config: ModelConfig, lengths: Iterable[int]) -> float:

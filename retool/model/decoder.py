@@ -20,9 +20,11 @@ from torch import nn
 from retool.batch import PackedBatch
 from retool.model.block import Block, Execution, new_parameter, rms_norm
 from retool.model.config import ModelConfig
+from retool.model.experts.balance import Balance
 from retool.model.families.hf_names import EMBEDDING, FINAL_NORM, HEAD, LAYER, Stored
 from retool.model.families.read import FAMILIES
 from retool.model.rope import inverse_frequencies, rope_tables
+from retool.parallel.fsdp import Sharded
 
 # (hidden [t, D], vocabulary matrix [V, D]) → tensors
 Score = Callable[[torch.Tensor, torch.Tensor], Any]
@@ -133,10 +135,27 @@ class Decoder(nn.Module):
         shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
         members: dict[str, list[tuple[str, tuple[int, ...]]]] = {name: [] for name in shapes}
         for name, parameter, rows in self.stored():
-            whole, *rest = shapes[parameter]
-            members[parameter].append((name, (whole if rows is None else rows, *rest)))
+            shape = shapes[parameter]
+            # Of experts' matrices, [X, rows, columns], rows lie on top of each other as well
+            part = shape if rows is None else (rows, *(shape[1:] if len(shape) < 3 else shape[2:]))
+            members[parameter].append((name, part))
         return members
+
+    def fused(self) -> tuple[tuple[str, str], ...]:
+        """Names on disk under which all that is stacked in a parameter may stand as one tensor."""
+        return tuple(
+            (LAYER.format(i) + name, f"blocks.{i}.{parameter}")
+            for i, block in enumerate(self.layers)
+            for name, parameter in block.fused()
+        )
 
     def aliases(self) -> tuple[tuple[str, str], ...]:
         """Names on disk that are tied to another parameter."""
         return ((HEAD, EMBEDDING),) if self.config.tied else ()
+
+
+def balance_of(sharded: Sharded) -> Balance | None:
+    """What counts the choices of a model's experts while it is trained; None without experts."""
+    module = sharded.module
+    watch = module.execution.watch if isinstance(module, Decoder) else None
+    return watch if isinstance(watch, Balance) else None

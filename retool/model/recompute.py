@@ -49,6 +49,7 @@ class Block(Protocol):
     def attend_and_save(
         self, sent: Tensor, t: int, batch: PackedBatch
     ) -> tuple[Tensor, Kernel]: ...
+    def per_token(self, batch: PackedBatch) -> tuple[Tensor | None, ...]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
@@ -98,8 +99,9 @@ class _Recomputed(torch.autograd.Function):
         else:
             ctx.save_for_backward(cos, sin)
             ctx.parked = offload.park((x, *kernel), block.index)
+        beside = block.per_token(batch)
         pieces = [
-            block.after_piece(block, _plain(x[chunk]), _plain(a_tE[chunk]))
+            block.after_piece(block, _plain(x[chunk]), _plain(a_tE[chunk]), *_part(beside, chunk))
             for chunk in token_chunks(len(x))
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -116,7 +118,7 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad():
             sent = block.before_piece(block, x, cos, sin)
             a_tE = block.attend(sent, len(x), ctx.batch, (out, lse))
-        d_x, d_a, after = _after_backward(block, x, a_tE, d_out)
+        d_x, d_a, after = _after_backward(block, x, a_tE, d_out, block.per_token(ctx.batch))
         d_x_before, *before = torch.autograd.grad(
             a_tE, [x, *_trainable(block)], d_a, allow_unused=True
         )
@@ -139,12 +141,16 @@ def _plain(x: Tensor) -> Tensor:
         return unviewed(x)
 
 
+def _part(beside: Sequence[Tensor | None], chunk: slice) -> list[Tensor | None]:
+    return [None if tensor is None else tensor[chunk] for tensor in beside]
+
+
 def _trainable(block: Block) -> list[Tensor]:
     return [p for p in block.parameters() if p.requires_grad]
 
 
 def _after_backward(
-    block: Block, x_tD: Tensor, a_tE: Tensor, d_out: Tensor
+    block: Block, x_tD: Tensor, a_tE: Tensor, d_out: Tensor, beside: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Run `after` again with a graph: gradients of x, of attention's result, and of the block's
     trainable weights (None: not in it).
@@ -158,7 +164,7 @@ def _after_backward(
         x = _plain(x_tD[chunk]).requires_grad_()
         a = _plain(a_tE[chunk]).requires_grad_()
         with torch.enable_grad():
-            y = block.after_piece(block, x, a)
+            y = block.after_piece(block, x, a, *_part(beside, chunk))
         d_xc, d_ac, *grads = torch.autograd.grad(
             y, [x, a, *weights], d_out[chunk], allow_unused=True
         )

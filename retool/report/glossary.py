@@ -103,6 +103,14 @@ train/mfu | Model FLOPs utilisation | share | up noisy first
     Of what the GPUs could compute, how much went into the model.
 perf/mfu/actor | Model FLOPs utilisation | share | up noisy
     Of the update: how much of the GPUs' peak went into the model.
+router/balance_loss | Balance of experts | | down noisy
+    The load-balance loss without its coefficient: as many as each token has experts when all are used alike.
+router/entropy | Entropy of the router | nats | noisy
+    Of a token's probabilities of the experts. Near 0: it always knows which; at its largest: it never does.
+router/most_used | Most used expert | | down noisy
+    Of all layers, as a multiple of its fair share.
+router/least_used | Least used expert | | up noisy
+    Of all layers, as a multiple of its fair share. 0: no token chose it.
 train/global_tokens | Tokens in a step | tokens | noisy
     Of the whole batch, padding left out.
 train/trained_tokens | Trained tokens in a step | tokens | noisy

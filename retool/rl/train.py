@@ -201,9 +201,9 @@ def update(session: Session[RLReport], state: TrainState, made: Experience) -> M
             lr = next_learning_rate(report, state.updates)
             # Only the first update is of the weights that sampled.
             spec = replace(spec, compared=made.compared and not measured)
-            done = update_step(
-                session.model, session.optimizer, session.watchdog.each(batches), spec, lr
-            )
+            model = session.model
+            beat = session.watchdog.beat
+            done = update_step(model, session.optimizer, batches, spec, lr, beat)
             state.updates += 1
             what = f"optimizer step {state.updates}"
             count_update(session, state, skipped=done.skipped, norm=done.grad_norm, what=what)

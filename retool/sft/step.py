@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from retool.batch import PackedBatch
+from retool.model.decoder import balance_of
+from retool.model.experts.balance import NUMBERS, counted
 from retool.optim import AdamW
 from retool.parallel.collectives import sum_over
 from retool.parallel.fsdp import Sharded
@@ -19,17 +21,26 @@ from retool.sft.loss import loss_sum
 
 @dataclass(frozen=True)
 class Measured:
-    """(loss, gradient norm, 1.0 if the step was skipped), on its way to the host."""
+    """(loss, gradient norm, 1.0 if the step was skipped), on its way to the host; behind them, of a
+    model with experts, `balance.NUMBERS`.
+    """
 
     values: torch.Tensor
     arrived: torch.cuda.Event | None
 
     def read(self) -> tuple[float, float, bool]:
         """Wait for the values; read one step late, they have long arrived."""
+        loss, norm, skipped = self._all()[:3]
+        return loss, norm, bool(skipped)
+
+    def read_balance(self) -> dict[str, float]:
+        """How the experts were used, by the metric's name; empty without experts."""
+        return dict(zip(NUMBERS, self._all()[3:], strict=False))
+
+    def _all(self) -> list[float]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, norm, skipped = self.values.tolist()
-        return loss, norm, bool(skipped)
+        return self.values.tolist()
 
 
 def train_step(
@@ -51,7 +62,10 @@ def train_step(
     be silent.
     """
     mesh = model.mesh
+    balance = balance_of(model)
     model.zero_grad()
+    if balance is not None:
+        balance.begin(sum(batch.real_tokens for batch in micro_batches))
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     with timer.phase("forward_backward"):
         for number, batch in enumerate(micro_batches, 1):
@@ -60,14 +74,16 @@ def train_step(
             with (
                 model.no_sync() if hold_gradients and number < len(micro_batches) else nullcontext()
             ):
-                loss = loss_sum(model, batch) / max(trained_tokens, 1)
+                with counted(balance, optimizer.loss_scale.value):
+                    loss = loss_sum(model, batch) / max(trained_tokens, 1)
                 optimizer.loss_scale.scaled(loss).backward()
             total += loss.detach()
         model.finish_gradients()
     with timer.phase("optimizer"):
         norm, skipped = optimizer.step(lr)
     sum_over(total, mesh.world_group)
-    return on_its_way(torch.stack([total, norm.double(), skipped.double()]))
+    values = torch.stack([total, norm.double(), skipped.double()])
+    return on_its_way(values if balance is None else torch.cat([values, balance.numbers()]))
 
 
 def on_its_way(values: torch.Tensor) -> Measured:

@@ -186,7 +186,7 @@ def log_pending(session: Session[SFTReport], state: TrainState) -> None:
     for pending in state.pending:
         loss, norm, skipped = pending.measured.read()
         number = pending.batch.step + 1
-        metrics = step_metrics(session, pending, loss, norm)
+        metrics = step_metrics(session, pending, loss, norm) | pending.measured.read_balance()
         metrics["train/skipped_steps"] = state.skips.total + skipped
         session.loggers.log(number, metrics)
         count_update(session, state, skipped=skipped, norm=norm, what=f"step {number}")

@@ -17,6 +17,8 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -24,6 +26,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -61,6 +65,7 @@ MULTIPLIERS = {
     "attention_multiplier": 0.2,
     "logits_scaling": 2.0,
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "output_router_logits": True}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama-bias": (
@@ -97,6 +102,16 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, {**TOKENS, "attention_bias": True}),
     "phi3": (Phi3Config, Phi3ForCausalLM, TOKENS),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {**EXPERTS, "moe_intermediate_size": 32, "head_dim": 16, "norm_topk_prob": True},
+    ),
+    "olmoe": (
+        OlmoeConfig,
+        OlmoeForCausalLM,
+        {**EXPERTS, **TOKENS, "intermediate_size": 32, "attention_bias": True},
+    ),
 }
 
 
@@ -114,3 +129,27 @@ def make(folder: Path, family: str, seed: int = 0, **more: Any) -> PreTrainedMod
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def stored_gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The gradients by the names that parameters have on disk, in the order of `parameters()`.
+
+    In memory transformers fuses what experts have on disk one by one.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        layer, _, kind = name.rpartition(".experts.")
+        if kind == "gate_up_proj":
+            for number, expert in enumerate(grad):
+                gate, up = expert.chunk(2)
+                found[f"{layer}.experts.{number}.gate_proj.weight"] = gate
+                found[f"{layer}.experts.{number}.up_proj.weight"] = up
+                found[f"{layer}.experts.{number}.down_proj.weight"] = torch.empty(0)
+        elif kind == "down_proj":
+            for number, expert in enumerate(grad):
+                found[f"{layer}.experts.{number}.down_proj.weight"] = expert
+        else:
+            found[name] = grad
+    return found

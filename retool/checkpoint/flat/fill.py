@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -52,8 +52,9 @@ def load_flat(layout: Layout, shard_rank: int, source: TensorSource, out: torch.
     on_disk = match_names(layout, source)
     out.zero_()
 
-    def fill(at: int, name: str, start: int, stop: int) -> None:
-        out[at : at + stop - start].copy_(source.read(name, start, stop))
+    def fill(at: int, found: Found, start: int, stop: int) -> None:
+        first = found.start + start
+        out[at : at + stop - start].copy_(source.read(found.name, first, first + stop - start))
 
     # Checksums, page faults and copies to the device each let go of the interpreter lock, and
     # overlap here.
@@ -106,27 +107,37 @@ def same_values(source: TensorSource, one: str, other: str) -> bool:
     return True
 
 
-def match_names(layout: Layout, source: TensorSource) -> dict[str, str]:
-    """Parameter name → name in `source` (an alias where only that is there).
+class Found(NamedTuple):
+    """Where a parameter's values are: elements of the flattened tensor `name`, from `start` on."""
+
+    name: str
+    start: int = 0
+
+
+def match_names(layout: Layout, source: TensorSource) -> dict[str, Found]:
+    """Parameter name → where `source` has it: under its name, an alias, or in a fused tensor.
 
     ValueError names everything that doesn't fit.
     """
     there = set(source.names())
+    fused, faults = _fused_in(layout, source, there)
     names_of: dict[str, list[str]] = {member.name: [member.name] for _, member in layout.members}
     for alias, name in layout.aliases:
         names_of.setdefault(name, []).append(alias)
 
-    matched: dict[str, str] = {}
-    faults: list[str] = []
+    matched: dict[str, Found] = {}
     for _, member in layout.members:
         name = next((each for each in names_of[member.name] if each in there), None)
-        if name is None:
+        if name is None and member.name in fused:
+            matched[member.name] = fused[member.name]
+        elif name is None:
             faults.append(f"{member.name} {list(member.shape)} is missing")
         elif source.shape(name) != member.shape:
             faults.append(_misshapen(name, source.shape(name), member))
         else:
-            matched[member.name] = name
+            matched[member.name] = Found(name)
     known = {each for names in names_of.values() for each in names}
+    known |= {name for name, _ in layout.fused}
     for name in sorted(there - known):
         # Older exports hold the rotary frequencies, which the config gives.
         if not name.endswith("rotary_emb.inv_freq"):
@@ -135,6 +146,23 @@ def match_names(layout: Layout, source: TensorSource) -> dict[str, str]:
         head_is_missing = HEAD in names_of and HEAD not in matched
         raise ValueError(_does_not_fit(source, faults, head_is_missing))
     return matched
+
+
+def _fused_in(
+    layout: Layout, source: TensorSource, there: set[str]
+) -> tuple[dict[str, Found], list[str]]:
+    """Members that stand in a fused tensor of `source`, and what doesn't fit of these tensors."""
+    names = {slot: name for name, slot in layout.fused if name in there}
+    found: dict[str, Found] = {}
+    faults: list[str] = []
+    for slot in (slot for unit in layout.units for slot in unit.slots if slot.name in names):
+        name = names[slot.name]
+        if source.shape(name) != slot.shape:
+            shapes = f"{name} is {list(source.shape(name))}, the model has {list(slot.shape)}"
+            faults.append(shapes)
+        for member in slot.members:
+            found[member.name] = Found(name, member.offset - slot.offset)
+    return found, faults
 
 
 def _does_not_fit(source: TensorSource, faults: list[str], head_is_missing: bool) -> str:

@@ -72,7 +72,8 @@ class LayerCosts:
     `attention_width`: channels of all query heads, over which attention's two products go.
     `kept`: what the forward keeps for the backward, as the compiled block does. `gradients`: what
     the backward has at once beside that and what it recomputes. `freed_early`: of what it
-    recomputes, what is gone before the gradients are there.
+    recomputes, what is gone before the gradients are there. `unused`: elements of the matrices that
+    a token isn't multiplied with, as its experts are others.
     """
 
     before: tuple[Cost, ...]
@@ -82,11 +83,17 @@ class LayerCosts:
     gradients: tuple[Cost, ...]
     freed_early: tuple[Cost, ...]
     chunked: ChunkedBackward
+    unused: int = 0
 
     @property
     def parameters(self) -> int:
         """Elements of all matrices."""
         return sum(matrix.elements for matrix in (*self.before, *self.after))
+
+    @property
+    def active_parameters(self) -> int:
+        """Elements of the matrices that a token is multiplied with."""
+        return self.parameters - self.unused
 
 
 def gated_block_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -> LayerCosts:

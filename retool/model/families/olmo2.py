@@ -35,12 +35,15 @@ def read_config(c: dict[str, Any]) -> ModelConfig:
 
 
 def costs(config: ModelConfig, sp: int) -> LayerCosts:
-    c = config
-    normed = (
+    return gated_block_costs(config, sp, more=norms_of_all_heads(config))
+
+
+def norms_of_all_heads(c: ModelConfig) -> tuple[Cost, ...]:
+    """What is kept besides, for the norms of all queries and all keys."""
+    return (
         Cost("q k v before the norms", c.query_width + 2 * c.key_width),
         Cost("the norms' scales", 2, "fp32"),
     )
-    return gated_block_costs(config, sp, more=normed)
 
 
 class Block(block.Block):

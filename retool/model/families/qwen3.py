@@ -38,12 +38,15 @@ def read_config(c: dict[str, Any]) -> ModelConfig:
 
 
 def costs(config: ModelConfig, sp: int) -> LayerCosts:
-    c = config
-    normed = (
+    return gated_block_costs(config, sp, more=norms_of_heads(config))
+
+
+def norms_of_heads(c: ModelConfig) -> tuple[Cost, ...]:
+    """What is kept besides, for the norms of q's and k's heads."""
+    return (
         Cost("q k v before the norms of heads", c.query_width + 2 * c.key_width),
         Cost("the norms' scales", c.heads + c.kv_heads, "fp32"),
     )
-    return gated_block_costs(config, sp, more=normed)
 
 
 class Block(block.Block):

@@ -16,9 +16,11 @@ from retool.model.families import (
     llama,
     mistral,
     olmo2,
+    olmoe,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 from retool.model.families.layer_costs import LayerCosts
@@ -47,9 +49,11 @@ FAMILIES: dict[str, Family] = {
     "llama": llama,
     "mistral": mistral,
     "olmo2": olmo2,
+    "olmoe": olmoe,
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "smollm3": smollm3,
 }
 

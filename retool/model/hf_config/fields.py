@@ -28,6 +28,13 @@ SIZES = {
     "max_position_embeddings": 1 << 32,
     "original_max_position_embeddings": 1 << 32,
 }
+# The same of the sizes that only models with experts have.
+EXPERT_SIZES = {
+    "num_experts": 1 << 14,
+    "num_local_experts": 1 << 14,
+    "num_experts_per_tok": 1 << 10,
+    "moe_intermediate_size": 1 << 20,
+}
 READ = frozenset(
     {
         *SIZES,
@@ -138,9 +145,10 @@ def size(c: dict[str, Any], name: str, default: int | None = None) -> int:
         return default
     if name not in c:
         raise ValueError(f"lacks {name!r}. Fetch it again.")
-    if type(value) is not int or not 1 <= value <= SIZES[name]:
+    largest = SIZES[name] if name in SIZES else EXPERT_SIZES[name]
+    if type(value) is not int or not 1 <= value <= largest:
         raise ValueError(
-            f"{shown(name, value)} is no whole number from 1 to {SIZES[name]:,}. Fetch it again."
+            f"{shown(name, value)} is no whole number from 1 to {largest:,}. Fetch it again."
         )
     return value
 

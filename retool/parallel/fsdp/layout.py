@@ -83,6 +83,8 @@ class Layout:
     aliases: tuple[tuple[str, str], ...] = ()
     # Hugging Face names in `parameters()` order; empty: unit by unit
     order: tuple[str, ...] = ()
+    # (name on disk, slot): one tensor that holds all members of the slot, in their order
+    fused: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def shard_numel(self) -> int:
@@ -112,10 +114,11 @@ def make_layout(
     shards: int,
     aliases: tuple[tuple[str, str], ...] = (),
     order: tuple[str, ...] = (),
+    fused: tuple[tuple[str, str], ...] = (),
 ) -> Layout:
     """Lay out (unit name, its slots), one unit after the other, for `shards` ranks.
 
-    `aliases` and `order`: see `Layout`.
+    `aliases`, `order` and `fused`: see `Layout`.
     """
     laid_out: list[UnitLayout] = []
     start = 0
@@ -131,7 +134,7 @@ def make_layout(
         unit = UnitLayout(name, tuple(slots), numel, numel // shards, start)
         laid_out.append(unit)
         start += unit.shard_numel
-    return Layout(tuple(laid_out), shards, aliases, order)
+    return Layout(tuple(laid_out), shards, aliases, order, fused)
 
 
 def _place(spec: SlotSpec, offset: int) -> Slot:

@@ -25,6 +25,7 @@ def shard(
     members: Members | None = None,
     aliases: tuple[tuple[str, str], ...] = (),
     order: tuple[str, ...] = (),
+    fused: tuple[tuple[str, str], ...] = (),
     trained: bool = True,
     keep_copy: bool = True,
     reshard_after_forward: bool = True,
@@ -57,7 +58,7 @@ def shard(
     specs = [(unit.name, unit.slots) for unit in collected]
     sharded = Sharded(
         module,
-        make_layout(specs, mesh.shards, aliases, order),
+        make_layout(specs, mesh.shards, aliases, order, fused),
         mesh,
         Dtypes(param_dtype, master_dtype, reduce_dtype),
         trained=trained,

@@ -7,7 +7,7 @@ t tokens of this sequence-parallel rank · T of a whole pack · D model · V voc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from retool.batch import PackedBatch, Sample, pack, to_device
 from retool.data.packing import Budget, plan_step
+from retool.model.decoder import balance_of
+from retool.model.experts.balance import NUMBERS, counted
 from retool.model.logprobs import logprobs
 from retool.optim import AdamW
 from retool.parallel.collectives import gather_objects, sum_over
@@ -263,17 +265,28 @@ class Updated:
 
 
 def update_step(
-    model: Sharded, optimizer: AdamW, batches: Iterable[RLBatch], spec: LossSpec, lr: float
+    model: Sharded,
+    optimizer: AdamW,
+    batches: Sequence[RLBatch],
+    spec: LossSpec,
+    lr: float,
+    beat: Callable[[], object] | None = None,
 ) -> Updated:
     """Forward and backward of this rank's micro-batches of one global mini-batch, clip, update.
 
-    Collective.
+    `beat` is called before each. Collective.
     """
     group = model.mesh.world_group
+    balance = balance_of(model)
     model.zero_grad()
+    if balance is not None:
+        balance.begin(sum(batch.pack.real_tokens for batch in batches))
     totals: dict[str, Tensor] = {}
     for batch in batches:
-        loss, metrics = loss_sum(model, batch, spec)
+        if beat is not None:
+            beat()
+        with counted(balance, optimizer.loss_scale.value):
+            loss, metrics = loss_sum(model, batch, spec)
         optimizer.loss_scale.scaled(loss).backward()
         metrics["actor/loss"] = loss.detach()
         _add_up(totals, metrics)
@@ -282,6 +295,9 @@ def update_step(
     gap = gap_of(totals.pop("sums"), totals.pop("most"), group) if spec.measures else {}
     names = sorted(totals)
     values = sum_over(torch.stack([totals[name] for name in names]), group)
+    if balance is not None:
+        names += NUMBERS
+        values = torch.cat([values, balance.numbers()])
     # One copy to the host for all of them: each waits for the device.
     *sums, last_norm, last_skipped = torch.cat(
         [values, norm.double()[None], skipped.double()[None]]

@@ -1,0 +1,1 @@
+"""Mixtures of experts: who computes a token, the experts' products, and what keeps them balanced."""

@@ -1,0 +1,56 @@
+"""What a layer with experts costs: a dense one's, and what is other there.
+
+A token runs through an MLP as wide as its k experts together, while the matrices of all of them are
+there; and it lies in memory k times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from retool.model.config import ModelConfig
+from retool.model.families.layer_costs import Cost, LayerCosts, gated_block_costs
+
+
+def expert_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -> LayerCosts:
+    """A block of attention and experts with a norm before each; `more` as in `gated_block_costs`."""
+    sizes = config.experts
+    assert sizes is not None
+    per_token = sizes.per_token
+    dense = gated_block_costs(replace(config, ffn=per_token * sizes.width), sp, more)
+    expert = 3 * config.hidden * sizes.width
+    matrices = (
+        dense.before[0],
+        Cost("output projection", config.hidden * config.query_width),
+        Cost("router", sizes.count * config.hidden),
+        Cost("gate, up and down of all experts", sizes.count * expert),
+    )
+    # Nothing here is fused: silu of gate, and the product before its weight, are tensors of their own
+    none = (
+        *dense.kept["none"],
+        Cost("the norm, for each expert", per_token * config.hidden),
+        Cost("silu of gate, and the product before its weight", 2 * per_token * sizes.width),
+        Cost("probabilities of all experts, and their scores", 2 * sizes.count, "fp32"),
+        Cost("the norm for the router", config.hidden, "sums"),
+        Cost("which expert, and where, three times", 6 * per_token, "fp32"),
+    )
+    gradients = (
+        *dense.gradients,
+        Cost("gradients for each expert, before they are added up", 2 * per_token * config.hidden),
+        Cost("gradients of silu and products", 2 * per_token * sizes.width),
+    )
+    mlp = (
+        *dense.chunked.mlp,
+        *none[len(dense.kept["none"]) :],
+        *gradients[len(dense.gradients) :],
+    )
+    return replace(
+        dense,
+        before=matrices[:1],
+        after=matrices[1:],
+        unused=(sizes.count - per_token) * expert,
+        kept={**dense.kept, "none": none},
+        gradients=gradients,
+        chunked=replace(dense.chunked, mlp=mlp),
+    )

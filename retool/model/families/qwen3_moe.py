@@ -1,0 +1,107 @@
+"""Qwen3's mixtures of experts (30B-A3B, 235B-A22B): its attention, and experts in every layer.
+
+The list of families is in `retool.model.families.read`.
+
+Legend: t tokens of this rank · D model · E = channels of all query heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from retool.batch import PackedBatch
+from retool.model.block import Execution, PerToken, rms_norm
+from retool.model.config import ModelConfig
+from retool.model.families import experts, qwen3
+from retool.model.families.expert_costs import expert_costs
+from retool.model.families.hf_names import Stored, query_key_value
+from retool.model.families.layer_costs import LayerCosts
+from retool.model.hf_config import expert_fields
+from retool.model.hf_config.fields import WINDOWS, size, switch
+from retool.model.hf_config.shape import read_shape
+
+# beside those that every family has
+FIELDS = (
+    WINDOWS
+    | expert_fields.FIELDS
+    | {"attention_bias", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"}
+)
+KV_HEADS = 4  # transformers' defaults
+EXPERTS = 128
+PER_TOKEN = 8
+WIDTH = 768
+COEFFICIENT = 0.001
+
+
+def read_config(
+    c: dict[str, Any],
+) -> ModelConfig:
+    """`intermediate_size` is that of layers without experts, and there are none."""
+    expert_fields.require_experts_everywhere(c)
+    shape = read_shape(c, FIELDS, kv_heads=KV_HEADS)
+    biased = switch(c, "attention_bias")
+    width = size(c, "moe_intermediate_size", default=WIDTH)
+    sizes = expert_fields.read_experts(
+        c, count=EXPERTS, per_token=PER_TOKEN, width=width, coefficient=COEFFICIENT
+    )
+    return replace(shape, ffn=width, qkv_bias=biased, o_bias=biased, qk_norm=True, experts=sizes)
+
+
+def costs(
+    config: ModelConfig,
+    sp: int,
+) -> LayerCosts:
+    return expert_costs(config, sp, more=qwen3.norms_of_heads(config))
+
+
+class Block(qwen3.Block):
+    """norm → q k v → norms of q and k → rope → attention → o → norm → experts."""
+
+    after_is_compilable = False
+    router: nn.Parameter
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        execution: Execution,
+    ) -> None:
+        super().__init__(config, index, execution)
+        experts.add_experts(self)
+
+    def per_token(
+        self,
+        batch: PackedBatch,
+    ) -> PerToken:
+        return experts.experts_of(batch, self.index)
+
+    def after(
+        self,
+        x_tD: torch.Tensor,
+        a_tE: torch.Tensor,
+        *beside: torch.Tensor | None,
+    ) -> torch.Tensor:
+        x_tD = x_tD + F.linear(a_tE, self.o, self.o_bias)
+        normed_tD = rms_norm(x_tD, self.norm_2, self.config.norm_eps)
+        return x_tD + experts.mixture(self, normed_tD, *beside)
+
+    def fused(self) -> list[tuple[str, str]]:
+        return experts.FUSED
+
+    def stored(self) -> list[Stored]:
+        return [
+            *query_key_value(self.config),
+            Stored("self_attn.o_proj.weight", "o"),
+            Stored("self_attn.o_proj.bias", "o_bias"),
+            Stored("self_attn.q_norm.weight", "q_norm"),
+            Stored("self_attn.k_norm.weight", "k_norm"),
+            *experts.stored_experts(self.config),
+            experts.ROUTER,
+            Stored("input_layernorm.weight", "norm_1"),
+            Stored("post_attention_layernorm.weight", "norm_2"),
+        ]
