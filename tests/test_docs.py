@@ -92,6 +92,10 @@ def test_what_extending_shows_is_what_it_is_called_to_be(tmp_path: Path) -> None
     inputs = AdvantageInputs(
         [np.array([0.0, 1.0]), np.array([0.0, 0.0])], [np.ones(2, bool)] * 2, np.array([0, 1])
     )
+    world = shown["An environment"]["Echo"]()
+    asked = [{"role": "user", "content": "?"}]
+    assert len(world.reset({"reward_model": {"ground_truth": "4"}, "prompt": asked})) == 2
+    assert world.step({"role": "assistant", "content": "It is 4."})[1:] == (1.0, True)
     advantages, _ = find_estimator(f"{path}/centred").function(inputs)
     assert advantages[0].tolist() == [0.5, 0.5] and advantages[1].tolist() == [-0.5, -0.5]
 

@@ -19,6 +19,7 @@ from retool.model.hub import eos_ids
 from retool.parallel.collectives import gather_objects
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
+from retool.rl.agent.environments.play import Worlds
 from retool.rl.agent.formats.hermes import HERMES
 from retool.rl.agent.options import AgentOptions, ends_of_calls
 from retool.rl.agent.rollout import Overlong, RolloutParts, Sampling
@@ -162,7 +163,7 @@ def rollout_parts(
         max_parallel_calls=multi.max_parallel_calls,
         tool_timeout_seconds=multi.tool_timeout_seconds,
         eos_ids=eos_ids(report.folder) if report.folder is not None else (),
-        call_end_ids=ends_of_calls(report.renderer, form) if report.tools else (),
+        call_end_ids=ends_of_calls(report.renderer, form) if report.calls is not None else (),
     )
     overlong = Overlong(shaping.len, shaping.penalty_factor) if shaping.enable else None
     tools = {tool.name: tool for tool in report.tools}
@@ -171,7 +172,18 @@ def rollout_parts(
         session.watchdog.beat()  # it is asked between two steps of the engine
         return session.stop.received is not None
 
-    return RolloutParts(engine, judges, tools, report.renderer, agent, overlong, stopped)
+    return RolloutParts(
+        engine, judges, tools, report.renderer, agent, overlong, _worlds(report), stopped
+    )
+
+
+def _worlds(report: RLReport) -> Worlds | None:
+    """How trajectories get their environments, where the run has any."""
+    if report.environment is None:
+        return None
+    config = report.config
+    seconds = config.actor_rollout_ref.rollout.multi_turn.environment.timeout_seconds
+    return Worlds(report.environment.load(), seconds, config.data.max_prompt_length)
 
 
 def training_sampling(config: RLConfig) -> Sampling:

@@ -25,7 +25,7 @@ def spread_of(name: str, values: Sequence[float] | np.ndarray) -> dict[str, floa
 
 
 def score_metrics(members: Sequence[Scored]) -> dict[str, float]:
-    """critic/{score,rewards,acc} of the samples that weren't lost.
+    """critic/{score,rewards,acc} and environment/reward of the samples that weren't lost.
 
     `score` is what the reward function gave, `rewards` that with overlong shaping. There is no acc
     where the reward function told none.
@@ -35,6 +35,8 @@ def score_metrics(members: Sequence[Scored]) -> dict[str, float]:
         **spread_of("critic/score", [member.score for member in judged]),
         **spread_of("critic/rewards", [member.reward for member in judged]),
     }
+    given = [member.trajectory for member in judged if member.trajectory.turn_rewards]
+    metrics |= spread_of("environment/reward", [entry.environment_reward for entry in given])
     if any("acc" in member.info for member in judged):
         metrics |= spread_of("critic/acc", [member.accuracy for member in judged])
     return metrics | reward_metrics(judged)

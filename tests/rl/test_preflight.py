@@ -25,9 +25,10 @@ from retool.preflight.training_memory import LADDER, Choice, Prediction
 from retool.rl.agent.tools import interpreter
 from retool.rl.config import RLConfig
 from retool.rl.config.names import IGNORED, SYNONYMS
-from retool.rl.preflight.checks import RLReport, call_format, preflight, show_tool_turn
+from retool.rl.preflight.checks import RLReport, preflight
 from retool.rl.preflight.identity import fingerprint
 from retool.rl.preflight.show import in_words
+from retool.rl.preflight.tool_turns import call_format, show_tool_turn
 from retool.sandbox.fusion_client import unreachable
 from tests.ranks import run_ranks
 from tests.rl.conftest import make_prompt

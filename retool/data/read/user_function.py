@@ -40,8 +40,13 @@ def _told(error: BaseException) -> str:
     kind = type(error).__name__
     if isinstance(error, SyntaxError):
         return f"{kind}: {error.msg} ({error.filename}, line {error.lineno})"
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{kind}: {error} ({at.filename}, line {at.lineno})"
+    return f"{kind}: {error}{place_of(error)}"
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error was raised, in brackets; "" where that isn't known."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
 def load_function(
@@ -51,8 +56,18 @@ def load_function(
 
     A class is refused: torch datasets aren't rows. `signature` is what the message asks for then.
     """
+    found = load_object(path, name)
+    if isinstance(found, type) or not callable(found):
+        raise ValueError(
+            f"{name!r} in {path} is a {type(found).__name__}: give a function {signature}."
+        )
+    return cast("Callable[..., Any]", found)
+
+
+def load_object(path: str, name: str) -> Any:
+    """What is called `name` in the Python file `path`. ValueError where there is nothing."""
     if not os.path.isfile(path):
-        raise ValueError(f"{path} doesn't exist (it should hold the function {name!r}).")
+        raise ValueError(f"{path} doesn't exist (it should hold {name!r}).")
     spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} isn't a Python file by its name: give it the suffix .py.")
@@ -74,8 +89,4 @@ def load_function(
             if callable(value) and not key.startswith("_")
         )
         raise ValueError(f"{path} has no {name!r}; it has {', '.join(there) or 'no function'}.")
-    if isinstance(found, type) or not callable(found):
-        raise ValueError(
-            f"{name!r} in {path} is a {type(found).__name__}: give a function {signature}."
-        )
-    return cast("Callable[..., Any]", found)
+    return found

@@ -52,7 +52,7 @@ async def play(episode: Episode, generate: Generate, agent: Agent) -> tuple[Stop
     while True:
         turn = await generate(new_ids, limit - len(episode.tokens))
         try:
-            stop, calls = _take_turn(episode, turn, agent)
+            stop, calls = take_turn(episode, turn, agent)
         except FormatFailure as error:
             return Stop.INFRASTRUCTURE, str(error)
         if stop is not None:
@@ -60,13 +60,13 @@ async def play(episode: Episode, generate: Generate, agent: Agent) -> tuple[Stop
         responses, tool_failure = await run_calls(episode, calls, agent)
         if tool_failure is not None:
             return Stop.INFRASTRUCTURE, tool_failure
-        new_ids = _render_tool_turn(episode, responses, agent)
+        new_ids = render_tool_turn(episode, responses, agent)
         if len(episode.tokens) + len(new_ids) >= limit:  # no room for an answer to it
             return Stop.LENGTH, ""
         episode.add_tool_turn(responses, new_ids)
 
 
-def _take_turn(episode: Episode, turn: Sampled, agent: Agent) -> tuple[Stop | None, list[Call]]:
+def take_turn(episode: Episode, turn: Sampled, agent: Agent) -> tuple[Stop | None, list[Call]]:
     """Record a turn; (why the trajectory ends with it, or None, and the calls to run)."""
     ended = bool(turn.tokens) and turn.tokens[-1] in agent.stop_ids
     text = turn_text(agent.renderer, turn.tokens[:-1] if ended else turn.tokens)
@@ -81,7 +81,7 @@ def _take_turn(episode: Episode, turn: Sampled, agent: Agent) -> tuple[Stop | No
     calls = calls_in(text, agent)
     if not calls:
         return Stop.NO_CALL, []
-    if _turns_used_up(episode, agent):
+    if turns_used_up(episode, agent):
         return Stop.MAX_TURNS, []
     return None, calls
 
@@ -95,7 +95,7 @@ def calls_in(text: str, agent: Agent) -> list[Call]:
     return with_ids(calls, text)
 
 
-def _turns_used_up(episode: Episode, agent: Agent) -> bool:
+def turns_used_up(episode: Episode, agent: Agent) -> bool:
     most_assistant = agent.options.max_assistant_turns
     most_user = agent.options.max_user_turns
     if most_assistant is not None and episode.assistant_turns >= most_assistant:
@@ -103,7 +103,7 @@ def _turns_used_up(episode: Episode, agent: Agent) -> bool:
     return most_user is not None and episode.user_turns >= most_user
 
 
-def _render_tool_turn(episode: Episode, responses: list[dict[str, Any]], agent: Agent) -> list[int]:
+def render_tool_turn(episode: Episode, responses: list[dict[str, Any]], agent: Agent) -> list[int]:
     """Token ids of the tools' answers, each cut to its limit in `responses`, and of what the
     template puts around them.
     """

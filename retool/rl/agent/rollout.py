@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from retool.data.render.renderer import Renderer
 from retool.engine import Sampler, SamplingParams
+from retool.rl.agent.environments.play import Attempt, Worlds, run_in_world, seed_of
 from retool.rl.agent.loop import run_episode
 from retool.rl.agent.options import Agent, AgentOptions
 from retool.rl.agent.tools.protocol import Tool
@@ -65,6 +66,7 @@ class RolloutParts:
     renderer: Renderer
     agent: AgentOptions
     overlong: Overlong | None = None
+    worlds: Worlds | None = None
     stopped: Callable[[], bool] = lambda: False  # asked between engine steps
 
 
@@ -178,7 +180,12 @@ async def _episode(
     key = (prompt.index, sample)
     sequence = EngineSequence(underway.turns, key, params, group=prompt.index)
     try:
-        trajectory = await run_episode(prompt, sample, sequence.generate, agent, step)
+        if parts.worlds is None:
+            trajectory = await run_episode(prompt, sample, sequence.generate, agent, step)
+        else:
+            seed = seed_of(sampling.seed, sampling.split, prompt.index)
+            attempt = Attempt(prompt, sample, seed, step)
+            trajectory = await run_in_world(attempt, sequence.begin, agent, parts.worlds)
     finally:
         underway.sampling -= 1
         sequence.end()

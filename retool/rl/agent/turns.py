@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from retool.engine import Sampler, SamplingParams, TurnDone
 from retool.rl.agent.episode import Sampled
+from retool.rl.agent.loop import Generate
+from retool.rl.types import Prompt
 
 # Between engine steps: in so many a finished turn's call is on its way, and a tool's answer in the
 # engine
@@ -63,6 +65,11 @@ class EngineSequence:
         turn = await future
         reason = "aborted" if turn.reason == "capacity" else turn.reason
         return Sampled(turn.tokens, turn.logp, turn.logp_behaviour, reason)
+
+    def begin(self, prompt: Prompt) -> Generate:
+        """Go on with a prompt that the group's other samples need not have: those that do share it."""
+        self.group = (self.group, prompt.ids.tobytes())
+        return self.generate
 
     def end(self) -> None:
         self.turns.waiting.pop(self.key, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from retool.config import option
 from retool.config.options import DTYPE_SPELLINGS, AutoDtype
@@ -20,6 +20,22 @@ class ValKwargsConfig:
     top_k: int = option(-1, "The k likeliest tokens; -1 = all.", minimum=-1)
     n: int = option(1, "Samples per question.", minimum=1)
     do_sample: bool = option(True, "false: the likeliest token, as temperature 0.")
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """A world of yours that answers the model, with or without tools."""
+
+    path: str | None = option(None, "A Python file.")
+    name: str | None = option(
+        None,
+        "The class in it: reset(row) -> messages[, tools]; step(message) -> (messages, reward, done); "
+        "close() if it likes. Each trajectory has an object of its own.",
+    )
+    kwargs: dict[str, Any] = option({}, "What it is made with, e.g. {difficulty: 3}.")
+    timeout_seconds: float = option(
+        120.0, "A call of it that takes longer loses the trajectory, which is counted.", above=0
+    )
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,7 @@ class MultiTurnConfig:
         "strict: programs aren't run where a guarantee of the sandbox can't be given (`doctor` "
         "tells); best_effort: say so and run them; auto: the tool's own, else strict.",
     )
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,6 @@ from retool.preflight.plan import RECOMPUTE, attempt, gpu_memory, setting_of
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
 from retool.preflight.training_memory import Choice, choose
 from retool.preflight.world import box_of, check_heads, read_world
-from retool.rl.agent.formats.choose import choose_format
-from retool.rl.agent.formats.table import problem_of_name
-from retool.rl.agent.reading.form import Format
 from retool.rl.agent.tools.interpreter import CodeInterpreter
 from retool.rl.agent.tools.load import RunLimits, load_tools, make_tools
 from retool.rl.agent.tools.protocol import Tool
@@ -39,11 +36,13 @@ from retool.rl.config.data import DataConfig
 from retool.rl.data import PromptOptions, load_prompts
 from retool.rl.objective.user_functions import find_estimator, find_loss
 from retool.rl.preflight.identity import PATH, with_identity
-from retool.rl.preflight.keys import FORMAT_KEY, LOSS_KEY, contradictions, notes
+from retool.rl.preflight.keys import LOSS_KEY, contradictions, notes
 from retool.rl.preflight.memory import StepMemory
 from retool.rl.preflight.plan import NOTHING_HELD, Held, Questions, RLReport, uses_reference
 from retool.rl.preflight.reward import ESTIMATOR_KEY, credit_faults, reward_key, wanted_reward
+from retool.rl.preflight.tool_turns import call_format, show_tool_turn
 from retool.rl.preflight.trial import try_reward
+from retool.rl.preflight.world import try_environment, with_environment
 from retool.rl.reward.calling import seen_by
 from retool.rl.reward.source import RewardSource
 from retool.sandbox.fusion_client import unreachable
@@ -76,9 +75,10 @@ def preflight(
     report = with_model(report, config.actor_rollout_ref.model.path)
     report = check_run(report, box, launcher).blame(*_engine_faults(report))
     first = not int(launcher.get("LOCAL_RANK", 0))
-    report = _with_functions(_with_objective(_with_renderer(report)), first, held)
+    report = with_environment(_with_objective(_with_renderer(report)), held)
+    report = _with_functions(report, first, held)
     report = _with_prompts(report)
-    report = _with_trial(report) if first else report
+    report = _with_trial(report).blame(*try_environment(report)) if first else report
     report = check_checkpoint(with_identity(report))
     if report.faults or report.model is None:
         return report
@@ -160,7 +160,7 @@ def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
     faults += _sandbox_faults(tools, first)
 
     def find() -> RewardSource:
-        source = held.reward or wanted_reward(config)
+        source = held.reward or wanted_reward(config, in_world=report.environment is not None)
         sees.extend(seen_by(source.load()))
         return source
 
@@ -258,35 +258,6 @@ def _id_faults(report: RLReport) -> Iterator[Fault]:
         )
 
 
-def show_tool_turn(report: RLReport) -> None:
-    """Render what a tool's answer would look like.
-
-    ValueError where the chat template can't, or leaves it out: it would be found out in mid-run, or
-    never.
-    """
-    renderer = report.renderer
-    if not report.tools or renderer is None:
-        return
-    said = "AnAnswer"
-    asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    answer = {"role": "tool", "content": said, "name": report.tools[0].name}
-    ids = renderer.render_tool_turn(asked, [answer], [tool.schema for tool in report.tools])
-    if said not in renderer.tokenizer.decode(ids):
-        raise ValueError(
-            "the chat template leaves out what a tool answers. Use data.chat_template=hermes, or "
-            "another file."
-        )
-
-
-def call_format(report: RLReport, faults: list[Fault]) -> tuple[str, Format] | None:
-    """How the model writes calls; None without tools, or where the name was refused before."""
-    name = report.config.actor_rollout_ref.rollout.multi_turn.format
-    renderer = report.renderer
-    if not report.tools or renderer is None or problem_of_name(name) is not None:
-        return None
-    return attempt(FORMAT_KEY, lambda: choose_format(name, renderer), faults)
-
-
 def _read(
     report: RLReport, files: Sequence[str], where: str, limit: int, faults: list[Fault]
 ) -> Questions | None:
@@ -303,8 +274,8 @@ def _read(
         data.filter_overlong_prompts,
         data.truncation,
         limit,
-        needs_truth=report.reward is None or not report.reward.is_users,
-        keeps_rows="row" in report.sees,
+        needs_truth=report.reward is None or report.reward.needs_truth,
+        keeps_rows="row" in report.sees or report.environment is not None,
     )
 
     def read() -> Questions:

@@ -18,6 +18,7 @@ from types import CodeType
 from typing import Any
 
 from retool.preflight.identity import Trait, digest, file_digest, listed, model_traits
+from retool.rl.agent.environments.load import EnvironmentSource
 from retool.rl.agent.formats.table import own_format
 from retool.rl.agent.tools.function import FunctionTool
 from retool.rl.agent.tools.protocol import Tool
@@ -29,6 +30,7 @@ from retool.rl.reward.source import RewardSource
 FILES = "data.train_files"
 PATH = "actor_rollout_ref.model.path"
 ACTOR = "actor_rollout_ref.actor"
+ENVIRONMENT_KEY = "actor_rollout_ref.rollout.multi_turn.environment"
 
 
 def with_identity(report: RLReport) -> RLReport:
@@ -56,6 +58,7 @@ def with_identity(report: RLReport) -> RLReport:
         found |= _reward(config, report.reward)
     if not any(fault.where.endswith("tool_config_path") for fault in report.faults):
         found |= _tools(report)
+    found["the environment"] = Trait(ENVIRONMENT_KEY, _environment(report.environment))
     return replace(report, identity={**found, **_objective(report)})
 
 
@@ -115,9 +118,21 @@ def _tools(report: RLReport) -> dict[str, Trait]:
     found = {"the tools": Trait(f"{where}.tool_config_path", listed(known))}
     if report.calls is not None:
         found["how calls are written"] = Trait(f"{where}.format", _format(report.calls[0]))
-    elif not report.tools:
+    elif not report.tools and report.environment is None:
         found["how calls are written"] = Trait(f"{where}.format", "none are read")
     return found
+
+
+def _environment(source: EnvironmentSource | None) -> str:
+    """The class by its name, its file's content and what it is made with."""
+    if source is None:
+        return "none"
+    name = source.name
+    if source.path is not None:
+        name = f"{source.name} in {Path(source.path).name} ({file_digest(source.path)})"
+    elif source.own is not None:
+        name = f"{source.name} ({digest(*function_code(source.own))})"
+    return f"{name} with {json.dumps(dict(source.kwargs), sort_keys=True, default=str)}"
 
 
 def _format(name: str) -> str:

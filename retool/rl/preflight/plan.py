@@ -9,6 +9,7 @@ from typing import Any
 from retool.config.options import RunOptions
 from retool.data.render.renderer import Renderer
 from retool.preflight.plan import RunReport, gpu_memory, setting_of
+from retool.rl.agent.environments.load import EnvironmentSource
 from retool.rl.agent.reading.form import Format
 from retool.rl.agent.tools.protocol import Tool
 from retool.rl.config import RLConfig, run_options
@@ -36,6 +37,7 @@ class Held:
 
     reward: RewardSource | None = None
     tools: Sequence[Any] | None = None
+    environment: EnvironmentSource | None = None
 
 
 NOTHING_HELD = Held()
@@ -43,16 +45,17 @@ NOTHING_HELD = Held()
 
 @dataclass(frozen=True)
 class RLReport(RunReport):
-    """What preflight found. Without faults everything but `val` and `calls` is there.
+    """What preflight found. Without faults everything but `val`, `calls` and `environment` is there.
 
-    `calls` is how the model writes them, by name; None where there are no tools. `sees` names what
-    the reward asks for besides what every reward gets.
+    `calls` is how the model writes them, by name; None where nobody could answer one. `sees` names
+    what the reward asks for besides what every reward gets.
     """
 
     config: RLConfig
     renderer: Renderer | None = None
     tools: tuple[Tool, ...] = ()
     calls: tuple[str, Format] | None = None
+    environment: EnvironmentSource | None = None
     reward: RewardSource | None = None
     sees: tuple[str, ...] = ()
     estimator: Estimator | None = None

@@ -12,13 +12,19 @@ from retool.rl.reward.source import OF_TURNS, RewardSource, find_reward, find_se
 ESTIMATOR_KEY = "algorithm.adv_estimator"
 
 
-def wanted_reward(config: RLConfig) -> RewardSource:
-    """The reward that the configuration names. ValueError where there is none."""
+def wanted_reward(config: RLConfig, in_world: bool) -> RewardSource:
+    """The reward that the configuration names; else, `in_world`, what the environment gives.
+
+    ValueError where there is none of that name.
+    """
     settings = config.reward_model
     custom = config.custom_reward_function
     if settings.functions:
         return find_several(settings.functions, settings.weights)
-    return find_reward(settings.name, custom.path, custom.name)
+    name = settings.name
+    if name is None and custom.path is None and in_world:
+        name = OF_TURNS
+    return find_reward(name, custom.path, custom.name)
 
 
 def reward_key(config: RLConfig) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from retool.engine.backend import MEANING_NATIVE
 from retool.perf import GIB
 from retool.preflight.show import memory_words, model_words, written_words
+from retool.rl.agent.environments.load import EnvironmentSource
 from retool.rl.agent.formats.table import AUTO
 from retool.rl.preflight.plan import RLReport
 from retool.rl.reward.builtin import default_name
@@ -40,6 +41,8 @@ def in_words(report: RLReport) -> Iterator[tuple[str, str]]:
     )
     yield "reward", _reward_words(report)
     yield "tools", _tool_words(report)
+    if report.environment is not None:
+        yield "environment", _environment_words(report.environment)
     yield "a step", _step_words(report)
     yield (
         "schedule",
@@ -58,7 +61,15 @@ def _tool_words(report: RLReport) -> str:
     name, _ = report.calls
     wanted = report.config.actor_rollout_ref.rollout.multi_turn.format
     why = " (of the chat template)" if wanted == AUTO else ""
-    return f"{', '.join(tool.name for tool in report.tools)}; calls are read as {name}{why}"
+    names = [tool.name for tool in report.tools]
+    names += ["what the environment has"] if report.environment is not None else []
+    return f"{', '.join(names)}; calls are read as {name}{why}"
+
+
+def _environment_words(source: EnvironmentSource) -> str:
+    where = "the program" if source.path is None else source.path
+    made_with = ", ".join(f"{key}={value}" for key, value in source.kwargs.items())
+    return f"{source.name} in {where}" + (f", made with {made_with}" if made_with else "")
 
 
 def _memory_words(report: RLReport) -> str:

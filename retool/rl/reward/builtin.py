@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -84,6 +84,18 @@ def math_score(
     return {"score": right, "acc": right, "pred": prediction or ""}
 
 
+def environment_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: Mapping[str, Any],
+    turn_rewards: Sequence[float],
+) -> float:
+    """What the environment, or tools, gave the trajectory's turns, in all."""
+    del data_source, solution_str, ground_truth, extra_info
+    return float(sum(turn_rewards))
+
+
 def last_boxed(text: str) -> str | None:
     """What is inside the last `\\boxed{…}` whose braces balance; None without one.
 
@@ -152,4 +164,5 @@ BUILT_IN: dict[str, RewardFunction] = {
     "boxed": boxed_score,
     "math": math_score,
     "default": default_score,
+    "environment": environment_score,
 }

@@ -75,6 +75,13 @@ class RewardSource:
         return self.path is not None or self.own is not None
 
     @property
+    def needs_truth(self) -> bool:
+        """Whether a row without an answer can't be judged."""
+        if self.parts:
+            return any(part.needs_truth for part in self.parts)
+        return not self.is_users and self.name != OF_TURNS
+
+    @property
     def key(self) -> str:
         """What a fault in it stands under."""
         if self.parts and not any(part.own for part in self.parts):

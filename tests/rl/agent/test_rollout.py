@@ -40,11 +40,12 @@ class PlayedBack:
     queue: list = field(default_factory=list)
     seeds: dict = field(default_factory=dict)
     steps: int = 0
+    any_group: bool = False  # worlds make prompts of their own
 
     def start(self, key, ids, params, group=None):
         assert (
             key not in self.live
-            and group == key[0]
+            and (self.any_group or group == key[0])
             and params.stop_ids == self.renderer.end_of_turn_ids
         )
         self.live[key], self.seeds[key] = list(self.script[key[0]]), params.seed

@@ -1,0 +1,61 @@
+"""The environment that a configuration names, found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from retool.data.read.user_function import load_object
+from retool.rl.reward.source import OF_PROGRAM
+
+WANTED = "a class with reset(row) and step(message), or a function that makes such an object"
+
+
+@dataclass(frozen=True)
+class EnvironmentSource:
+    """Where environments are from: what is called `name` in the file `path`, or `own`, of the
+    program that asked for the run. It is called with `kwargs` for each trajectory.
+    """
+
+    name: str
+    path: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    own: Callable[..., Any] | None = None
+
+    def load(self) -> Callable[[], Any]:
+        """What makes an environment. ValueError where there is none of that name, or it is a class
+        that can't be one.
+        """
+        found = self.own
+        if found is None:
+            assert self.path is not None
+            found = load_object(self.path, self.name)
+        if not callable(found):
+            raise ValueError(f"{self.name!r} is a {type(found).__name__}: give {WANTED}.")
+        if isinstance(found, type):
+            missing = [
+                part for part in ("reset", "step") if not callable(getattr(found, part, None))
+            ]
+            if missing:
+                raise ValueError(f"{self.name!r} has no {' and no '.join(missing)}: give {WANTED}.")
+        return partial(found, **self.kwargs) if self.kwargs else found
+
+
+def find_environment(
+    path: str | None, name: str | None, kwargs: Mapping[str, Any]
+) -> EnvironmentSource | None:
+    """The environment of these keys; None where none is named. ValueError for a half of a name."""
+    if path is None and name is None:
+        if kwargs:
+            raise ValueError("it has kwargs, but no path and no name: give the file and the class.")
+        return None
+    if path is None or name is None:
+        raise ValueError("it needs both path and name: the Python file, and the class in it.")
+    if path == OF_PROGRAM:
+        raise ValueError(
+            f"the run was started by a program that gave its own class {name!r}, which is in no "
+            "file. Start it from there, or give the file."
+        )
+    return EnvironmentSource(name, path, kwargs)

@@ -1,0 +1,227 @@
+"""The turns of a trajectory in an environment: the model's, then the world's.
+
+What the world says is rendered as tools' answers are, and never trained. Sampled ids stay as they
+are: see `loop`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from retool.data.read.rows import to_conversation
+from retool.rl.agent.calls import run_calls
+from retool.rl.agent.environments.protocol import Answer, EnvironmentFailure, Opening
+from retool.rl.agent.environments.world import World
+from retool.rl.agent.episode import Episode
+from retool.rl.agent.formats.table import FormatFailure
+from retool.rl.agent.loop import Generate, calls_in, render_tool_turn, take_turn, turns_used_up
+from retool.rl.agent.options import Agent
+from retool.rl.agent.reading.call import Call, check
+from retool.rl.agent.reading.form import before_calls, without_thoughts
+from retool.rl.agent.tools.load import make_tools
+from retool.rl.agent.tools.protocol import Tool, ToolResult, check_schema, function_of
+from retool.rl.types import Prompt, Stop, Trajectory
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """How a run's trajectories get their environments: `make` makes the object of one.
+
+    `seconds` limits each of its calls, `max_prompt_length` (tokens) what it begins with.
+    """
+
+    make: Callable[[], Any]
+    seconds: float
+    max_prompt_length: int
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Which trajectory it is. `seed` is the prompt's: the same for all of its samples."""
+
+    prompt: Prompt
+    sample: int
+    seed: int = 0
+    version: int = 0
+
+    def row(self) -> dict[str, Any]:
+        """What `reset` is given: the row, in the general schema too, and what tells its
+        trajectories apart.
+        """
+        prompt = self.prompt
+        return {
+            **prompt.row,
+            "prompt": [dict(message) for message in prompt.messages],
+            "data_source": prompt.data_source,
+            "ability": prompt.ability,
+            "reward_model": {"ground_truth": prompt.ground_truth},
+            "extra_info": dict(prompt.extra_info),
+            "seed": self.seed,
+            "sample": self.sample,
+        }
+
+
+def seed_of(seed: int, split: int, index: int) -> int:
+    """The seed of a prompt's worlds: the run's, the split's and its place in the stream decide."""
+    text = f"{seed}/{split}/{index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
+
+
+async def run_in_world(
+    attempt: Attempt, begin: Callable[[Prompt], Generate], agent: Agent, worlds: Worlds
+) -> Trajectory:
+    """One trajectory in a world of its own. `begin` is told of the prompt that the world made.
+
+    The world may fail in any way: the trajectory is lost then. Only `begin` and `generate` raise.
+    """
+    world = World(worlds.make, worlds.seconds)
+    episode = Episode.begin(attempt.prompt)
+    stop = Stop.INFRASTRUCTURE
+    failure = ""
+    try:
+        opening = await world.reset(attempt.row())
+        play = prepare(attempt.prompt, opening, agent, worlds.max_prompt_length)
+        episode = Episode.begin(play.prompt)
+        stop = await play.turns(episode, begin(play.prompt), world)
+    except (EnvironmentFailure, FormatFailure) as error:
+        failure = str(error)
+    finally:
+        unclosed = await world.close()
+    failure = failure or unclosed
+    if failure:
+        stop = Stop.INFRASTRUCTURE
+    return episode.finish(attempt.sample, stop, attempt.version, failure)
+
+
+class OfWorld:
+    """A tool that the environment declares, and answers the calls of in its `step`."""
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        self.schema = dict(schema)
+        self.name = str(function_of(self.schema)["name"])
+        check_schema(self.name, self.schema)
+
+    async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
+        raise AssertionError(f"a call of {self.name} is the environment's")
+
+    async def close(self) -> None:
+        """There is nothing to end."""
+
+
+@dataclass(frozen=True)
+class Play:
+    """A trajectory's own prompt and tools; `own` are the names of those that its world answers."""
+
+    prompt: Prompt
+    agent: Agent
+    own: frozenset[str]
+
+    async def turns(self, episode: Episode, generate: Generate, world: World) -> Stop:
+        """All turns: why the trajectory ended."""
+        agent = self.agent
+        limit = agent.options.max_response_length
+        new_ids: Sequence[int] = self.prompt.ids.tolist()
+        while True:
+            turn = await generate(new_ids, limit - len(episode.tokens))
+            stop, calls = take_turn(episode, turn, agent)
+            if stop is Stop.ABORTED or stop is Stop.LENGTH:
+                return stop
+            if stop is not None:  # the world hears of a last turn too, and rewards it
+                calls = calls_in(episode.texts[-1], agent)
+            others, asked = self._divide(calls)
+            answer = None
+            if asked or not others:
+                answer = await world.step(self._message(episode.texts[-1], asked))
+                episode.reward_turn(answer.reward)
+                if answer.done:
+                    episode.messages += answer.messages
+                    return Stop.DONE
+            if stop is Stop.EOS:
+                return stop
+            if turns_used_up(episode, agent):
+                return Stop.MAX_TURNS
+            responses = await self._responses(episode, others, answer)
+            new_ids = self._render(episode, responses)
+            if len(episode.tokens) + len(new_ids) >= limit:  # no room for an answer to it
+                return Stop.LENGTH
+            episode.add_tool_turn(responses, new_ids)
+
+    def _divide(self, calls: Sequence[Call]) -> tuple[list[Call], list[Call]]:
+        """(calls that the loop answers: of the run's tools, and wrong ones; the world's)."""
+        asked = [call for call in calls if call.name in self.own and self._is_right(call)]
+        return [call for call in calls if call not in asked], asked
+
+    def _is_right(self, call: Call) -> bool:
+        return check(call, self.agent.schemas) is None
+
+    def _message(self, text: str, calls: Sequence[Call]) -> dict[str, Any]:
+        """A turn of the model as the world is told of it: without its thoughts."""
+        agent = self.agent
+        reasoning = agent.renderer.reasoning
+        said = before_calls(agent.options.format, text, reasoning) if calls else text
+        if reasoning != "none":
+            said = without_thoughts(said).lstrip()
+        message: dict[str, Any] = {"role": "assistant", "content": said}
+        if calls:
+            message["tool_calls"] = [_as_called(call) for call in calls]
+        return message
+
+    async def _responses(
+        self, episode: Episode, others: Sequence[Call], answer: Answer | None
+    ) -> list[dict[str, Any]]:
+        """What stands between this turn and the next: what tools answered, then what the world did."""
+        responses: list[dict[str, Any]] = []
+        if others:
+            responses, failure = await run_calls(episode, others, self.agent)
+            if failure is not None:
+                raise EnvironmentFailure(failure)
+        return [*responses, *(answer.messages if answer is not None else ())]
+
+    def _render(self, episode: Episode, responses: list[dict[str, Any]]) -> list[int]:
+        try:
+            return render_tool_turn(episode, responses, self.agent)
+        except ValueError as error:
+            raise EnvironmentFailure(f"environment.step: its messages: {error}") from error
+
+
+def _as_called(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": dict(call.arguments)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def prepare(prompt: Prompt, opening: Opening, agent: Agent, max_prompt_length: int) -> Play:
+    """The trajectory's prompt as its world made it, with the tools of the run and of the world.
+
+    EnvironmentFailure for messages or tools that can't be used, and for a prompt of more than
+    `max_prompt_length` tokens.
+    """
+    try:
+        added: list[Tool] = []
+        for tool in opening.tools:
+            added += [OfWorld(tool)] if isinstance(tool, Mapping) else make_tools([tool])
+        tools = {**agent.tools, **{tool.name: tool for tool in added}}
+        if len(tools) < len(agent.tools) + len(added):
+            raise ValueError(f"two tools have one name: {', '.join(tools)}")
+        declared = [*(prompt.tools or ()), *(tool.schema for tool in added)]
+        row = {"messages": opening.messages, "tools": declared or None}
+        checked = to_conversation(row, "reset", 0, prompt_only=True)
+        if checked.messages[-1]["role"] == "assistant":
+            raise ValueError("its messages end with the model's own turn")
+        ids = agent.renderer.render_prompt(checked.messages, checked.tools)
+        if len(ids) > max_prompt_length:
+            raise ValueError(
+                f"its messages have {len(ids)} tokens, more than "
+                f"data.max_prompt_length={max_prompt_length}"
+            )
+    except ValueError as error:
+        raise EnvironmentFailure(f"environment.reset: {error}") from error
+    own = frozenset(tool.name for tool in added if isinstance(tool, OfWorld))
+    made = replace(
+        prompt, messages=checked.messages, tools=checked.tools, ids=np.asarray(ids, np.int32)
+    )
+    return Play(made, replace(agent, tools=tools), own)

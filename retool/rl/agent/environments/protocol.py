@@ -1,0 +1,106 @@
+"""What an environment is, and what it gives: checked before any of it reaches the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from retool.rl.agent.calls import clean
+
+ROLES = ("user", "tool", "system")  # of messages that an environment may answer with
+FORM_OF_RESET = "messages, or (messages, tools)"
+FORM_OF_STEP = "(messages, reward, done)"
+
+
+class EnvironmentFailure(Exception):
+    """An environment broke: that says nothing about the policy."""
+
+
+class Environment(Protocol):
+    """One trajectory's world; each trajectory has an object of its own.
+
+    `reset` is given the row and returns the first messages, or (messages, tools). `step` is given
+    the model's turn as a message, and returns (messages, reward, done). Both may be coroutines. A
+    method `close`, if there is one, is called once, however the trajectory ends.
+    """
+
+    def reset(self, row: Mapping[str, Any], /) -> Any: ...
+
+    def step(self, message: Mapping[str, Any], /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a trajectory begins. `tools` are schemas, which the environment answers calls of itself,
+    or functions, which are called.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What follows a turn of the model, and what the turn is given."""
+
+    messages: list[dict[str, Any]]
+    reward: float
+    done: bool
+
+
+def read_opening(given: Any) -> Opening:
+    """What `reset` returned. ValueError where it isn't FORM_OF_RESET.
+
+    The renderer checks the messages themselves, as it does those of a row.
+    """
+    tools: Any = []
+    if isinstance(given, tuple) and len(given) == 2:
+        given, tools = given
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    if not isinstance(given, Sequence) or not given:
+        raise ValueError(f"it returned {given!r:.80}, not {FORM_OF_RESET}")
+    if not isinstance(tools, Sequence) or isinstance(tools, str):
+        if tools is not None:
+            raise ValueError(f"its tools are a {type(tools).__name__}, not a list")
+        tools = []
+    return Opening([dict(message) for message in given], list(tools))
+
+
+def read_answer(given: Any) -> Answer:
+    """What `step` returned. ValueError where it isn't FORM_OF_STEP."""
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 3:
+        raise ValueError(f"it returned {given!r:.80}, not {FORM_OF_STEP}")
+    said, reward, done = given
+    if isinstance(said, str):
+        said = [{"role": "user", "content": said}] if said else []
+    messages = [_checked(message) for message in said or ()]
+    if not messages and not done:
+        raise ValueError("it gave no message and isn't done: the model has nothing to answer")
+    return Answer(messages, _number(reward), bool(done))
+
+
+def _checked(message: Any) -> dict[str, Any]:
+    """A message that a turn may be followed by."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"a message is a {type(message).__name__}, not a dict")
+    role = message.get("role")
+    content = message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"a message has the role {role!r}; it may be {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise ValueError(f"the content of a message is a {type(content).__name__}, not text")
+    return {**message, "content": clean(content)}
+
+
+def _number(reward: Any) -> float:
+    """A reward; None is none."""
+    if reward is None:
+        return 0.0
+    if hasattr(reward, "item"):  # numpy's and torch's numbers
+        reward = reward.item()
+    if not isinstance(reward, (bool, int, float)) or not math.isfinite(reward):
+        raise ValueError(f"its reward is {reward!r:.80}, not a number")
+    return float(reward)

@@ -1,0 +1,117 @@
+"""One trajectory's environment: every call of it within its time, none left unclosed."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from retool.data.read.user_function import place_of
+from retool.rl.agent.environments.protocol import (
+    Answer,
+    EnvironmentFailure,
+    Opening,
+    read_answer,
+    read_opening,
+)
+from retool.rl.agent.work_thread import WorkThread
+
+T = TypeVar("T")
+CLOSE_SECONDS = 30.0  # that an environment has to close
+
+
+class World:
+    """The object that `make` makes, from its `reset` to its `close`.
+
+    A coroutine is awaited; anything else runs on a thread of the world's own, the same for all of
+    its calls, so that it may keep what belongs to one (a connection of sqlite's). What takes longer
+    than `seconds` is given up. Raises EnvironmentFailure for whatever goes wrong.
+    """
+
+    def __init__(self, make: Callable[[], Any], seconds: float) -> None:
+        self._make = make
+        self._seconds = seconds
+        self._thread = WorkThread()
+        self._made: Any = None
+        self._closed = False
+
+    async def reset(self, row: Mapping[str, Any]) -> Opening:
+        """Make the object, and have it begin."""
+        return await self._within("reset", self._begin(row), read_opening)
+
+    async def step(self, message: Mapping[str, Any]) -> Answer:
+        """What it answers to a turn of the model."""
+        return await self._within("step", self._run(self._made.step, message), read_answer)
+
+    async def close(self) -> str:
+        """Close it, unless it was; what went wrong in that, or ""."""
+        if self._closed:
+            return ""
+        self._closed = True
+        close = getattr(self._made, "close", None)
+        try:
+            if close is not None:
+                await self._within("close", self._run(close), lambda given: None)
+        except EnvironmentFailure as error:
+            return str(error)
+        finally:
+            self._thread.end()
+        return ""
+
+    async def _begin(self, row: Mapping[str, Any]) -> Any:
+        if _wants_the_loop(self._make):
+            made = self._make()
+            self._made = await made if inspect.isawaitable(made) else made
+        else:
+            self._made = await self._thread.run(self._make)
+        return await self._run(self._made.reset, row)
+
+    async def _run(self, method: Callable[..., Any], *given: Any) -> Any:
+        if inspect.iscoroutinefunction(method):
+            return await method(*given)
+        value = await self._thread.run(lambda: method(*given))
+        return await value if inspect.isawaitable(value) else value
+
+    async def _within(
+        self, what: str, work: Coroutine[Any, Any, Any], read: Callable[[Any], T]
+    ) -> T:
+        """What `work` gives, read by `read`."""
+        seconds = min(self._seconds, CLOSE_SECONDS) if what == "close" else self._seconds
+        task = asyncio.create_task(_outcome(work))
+        try:
+            await asyncio.wait({task}, timeout=seconds)
+            if not task.done():
+                self._leave_thread()
+                raise EnvironmentFailure(f"environment.{what} gave no answer within {seconds:g} s.")
+        finally:
+            task.cancel()
+        value, error = task.result()
+        if error is not None:
+            told = f"{type(error).__name__}: {error}{place_of(error)}"
+            raise EnvironmentFailure(f"environment.{what}: {told}") from error
+        try:
+            return read(value)
+        except ValueError as problem:
+            raise EnvironmentFailure(f"environment.{what}: {problem}") from problem
+
+    def _leave_thread(self) -> None:
+        """What hangs is left to itself: what is still to be called has another thread."""
+        self._thread.end()
+        self._thread = WorkThread()
+
+
+def _wants_the_loop(make: Callable[..., Any]) -> bool:
+    """Whether an object is made where it is awaited later: on the event loop's thread."""
+    parts = [make, getattr(make, "reset", None), getattr(make, "step", None)]
+    return any(map(inspect.iscoroutinefunction, parts))
+
+
+async def _outcome(work: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | None]:
+    """(what `work` gives, what it raises): a library in it may even exit, or cancel."""
+    try:
+        return await work, None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return None, error

@@ -1,0 +1,80 @@
+"""The run's environment: found, and tried once on a question, before the run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+
+from retool.config import Fault
+from retool.rl.agent.environments.load import EnvironmentSource, find_environment
+from retool.rl.agent.environments.play import Attempt, prepare, seed_of
+from retool.rl.agent.environments.protocol import EnvironmentFailure
+from retool.rl.agent.environments.world import World
+from retool.rl.agent.options import Agent, AgentOptions
+from retool.rl.preflight.identity import ENVIRONMENT_KEY
+from retool.rl.preflight.plan import Held, RLReport
+from retool.rl.types import Prompt
+
+SPLIT = 2  # neither training's nor validation's
+SAID = "AnAnswer"  # by the environment, to see whether the chat template shows it
+
+
+def with_environment(report: RLReport, held: Held) -> RLReport:
+    """With the environment that the configuration names, or that the program holds."""
+    wanted = report.config.actor_rollout_ref.rollout.multi_turn.environment
+    try:
+        source = held.environment or find_environment(wanted.path, wanted.name, wanted.kwargs)
+        if source is not None:
+            source.load()
+    except ValueError as error:
+        return report.blame(Fault(ENVIRONMENT_KEY, str(error)))
+    return replace(report, environment=source)
+
+
+def try_environment(report: RLReport) -> Iterator[Fault]:
+    """A fault where an environment can't begin with the first question, or doesn't close."""
+    questions = report.train or report.val
+    if report.environment is None or report.renderer is None or questions is None:
+        return
+    prompt = questions.prompts[0]
+    try:
+        asyncio.run(_begin_and_close(report, report.environment, prompt))
+    except EnvironmentFailure as error:
+        row = prompt.extra_info.get("row", "the first question")
+        problem = f"it fails on {row}: {str(error).removeprefix('environment.')}."
+        yield Fault(ENVIRONMENT_KEY, problem, "Mend it: the trajectory would be lost.")
+
+
+async def _begin_and_close(report: RLReport, source: EnvironmentSource, prompt: Prompt) -> None:
+    config = report.config
+    assert report.renderer is not None
+    tools = {tool.name: tool for tool in report.tools}
+    agent = Agent(tools, report.renderer, AgentOptions(config.data.max_response_length))
+    seconds = config.actor_rollout_ref.rollout.multi_turn.environment.timeout_seconds
+    seed = seed_of(config.trainer.seed, SPLIT, prompt.index)
+    attempt = Attempt(prompt, 0, seed)
+    world = World(source.load(), seconds)
+    try:
+        opening = await world.reset(attempt.row())
+        play = prepare(prompt, opening, agent, config.data.max_prompt_length)
+        _require_shown(agent, play.prompt)
+    finally:
+        unclosed = await world.close()
+    if unclosed:
+        raise EnvironmentFailure(unclosed)
+
+
+def _require_shown(agent: Agent, prompt: Prompt) -> None:
+    """EnvironmentFailure where the chat template leaves out what follows a turn of the model."""
+    said = [*prompt.messages, {"role": "assistant", "content": "!"}]
+    answer = {"role": "user", "content": SAID}
+    try:
+        ids = agent.renderer.render_tool_turn(said, [answer], prompt.tools)
+    except ValueError as error:
+        raise EnvironmentFailure(f"step: its messages: {error}") from error
+    if SAID not in agent.renderer.tokenizer.decode(ids):
+        raise EnvironmentFailure(
+            "step: the chat template leaves out a user's message after the model's. Use "
+            "data.chat_template=hermes, or another file"
+        )

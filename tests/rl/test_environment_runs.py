@@ -1,0 +1,164 @@
+"""Runs in an environment: what it gives is learnt from, what breaks is counted, and a run that is
+killed goes on as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from retool.rl.__main__ import main
+from tests.faults import planned
+from tests.rl.test_command import ARR, TORCHRUN, steps, words
+
+WORLDS = Path(__file__).parent / "agent" / "worlds.py"
+WORLD = f"{ARR}rollout.multi_turn.environment"
+
+
+@pytest.fixture(scope="module")
+def brief(work, tmp_path_factory) -> Path:
+    """`work` with a model whose turns end after ten tokens or so.
+
+    One dimension is alike for all tokens, so that the output has it too; the end of a turn has more
+    of it.
+    """
+    folder = tmp_path_factory.mktemp("brief") / "work"
+    shutil.copytree(work, folder)
+    file = folder / "model" / "model.safetensors"
+    weights = load_file(file)
+    end = AutoTokenizer.from_pretrained(folder / "model").convert_tokens_to_ids("<|im_end|>")
+    embedding = weights["model.embed_tokens.weight"]
+    embedding[:, 0] = 20.0
+    embedding[end, 0] = 20.8
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def played(work: Path, out: Path, *more: str) -> list[str]:
+    """A small run in `Digits`, rewarded by it."""
+    given = [word for word in words(work, out) if not word.startswith("custom_reward_function")]
+    return [
+        *given,
+        f"{WORLD}.path={WORLDS}",
+        f"{WORLD}.name=Digits",
+        "data.max_response_length=120",
+        "trainer.total_training_steps=2",
+        *more,
+    ]
+
+
+def calls_of(log: Path) -> dict[str, Counter[str]]:
+    """How often each world was asked for what."""
+    found: dict[str, Counter[str]] = {}
+    for line in log.read_text().splitlines():
+        what, world = line.split()
+        found.setdefault(world, Counter())[what] += 1
+    return found
+
+
+def test_a_run_learns_from_what_its_world_gives_and_counts_what_breaks(brief, tmp_path) -> None:
+    log = tmp_path / "calls"
+    more = [f"{WORLD}.kwargs.log={log}", f"{WORLD}.kwargs.broken=step"]
+    assert main(played(brief, tmp_path / "run", *more)) == 0
+    entries = steps(tmp_path / "run")
+    for entry in entries:
+        assert 1 <= entry["stop/infrastructure"] <= 4 and entry["stop/done"] > 2
+        assert entry["critic/score/max"] == entry["environment/reward/max"] > 0
+        assert entry["num_turns/max"] == 6 and entry["actor/grad_norm"] > 0
+    calls = calls_of(log)
+    assert len(calls) == 1 + 2 * 16, "preflight's, and two steps'"
+    assert all(each["reset"] == each["close"] == 1 for each in calls.values())
+
+
+def test_preflight_tries_a_world_and_shows_it(brief, tmp_path, capfd) -> None:
+    more = [f"{WORLD}.kwargs={{broken: reset}}"]
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        WORLDS.read_text().replace("self.sample == 1", "self.broken").replace("Digits", "Broken")
+    )
+    run = played(brief, tmp_path / "run", *more, f"{WORLD}.path={broken}", f"{WORLD}.name=Broken")
+    assert main(["--check", *run]) == 1
+    said = capfd.readouterr().out
+    assert WORLD in said and "reset: OSError: the game server is away" in said
+    assert main(["--check", *run[:-1], f"{WORLD}.name=Digit"]) == 1
+    assert "has no 'Digit'; it has Broken" in capfd.readouterr().out
+    said = planned(main, played(brief, tmp_path / "run"), capfd)
+    assert "reward: environment" in said and "environment: Digits in" in said
+
+
+BROKEN = ("reset", "step", "close")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", BROKEN)
+def test_two_ranks_lose_what_breaks_and_hangs_and_nothing_else(brief, tmp_path, broken) -> None:
+    """Sample 1 of each question breaks and sample 2 hangs: half of the samples are left."""
+    log = tmp_path / "calls"
+    kwargs = [f"{WORLD}.kwargs.{key}" for key in (f"log={log}", f"broken={broken}", "hangs=true")]
+    more = [*kwargs, f"{WORLD}.timeout_seconds=2", f"{ARR}rollout.max_lost_share=0.6"]
+    run = subprocess.run(
+        [*TORCHRUN, *played(brief, tmp_path / "run", *more)],
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert run.returncode == 0, run.stderr
+    lost = [entry["stop/infrastructure"] for entry in steps(tmp_path / "run")]
+    if broken == "step":  # a turn that doesn't end isn't told the world
+        assert all(4 <= count <= 8 for count in lost)
+    else:
+        assert lost == [8, 8]
+    calls = calls_of(log)
+    assert len(calls) == 1 + 2 * 16
+    assert all(each["reset"] == each["close"] == 1 for each in calls.values())
+    assert "the game server is away" in run.stderr or "gave no answer within 2 s" in run.stderr
+
+
+@pytest.mark.slow
+def test_killed_in_mid_step_a_run_in_a_world_goes_on_as_if_nothing_had_been(
+    brief, tmp_path
+) -> None:
+    common = [
+        "trainer.total_training_steps=4",
+        "trainer.save_freq=1",
+        "algorithm.filter_groups.enable=true",
+        "data.gen_batch_size=5",
+    ]
+    whole = [*TORCHRUN, *played(brief, tmp_path / "whole", *common)]
+    subprocess.run(whole, check=True, capture_output=True, timeout=170)
+    out = tmp_path / "killed"
+    command = [*TORCHRUN, *played(brief, out, *common)]
+    for done in (1, 3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 150
+        while not (out / "metrics.jsonl").exists() or len(steps(out)) < done:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.1 * done)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, workers)):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(2)
+    subprocess.run(command, check=True, capture_output=True, timeout=170)
+    told = [
+        [
+            {
+                name: value
+                for name, value in entry.items()
+                if not name.startswith(("timing_s", "perf/", "time", "eta", "tool/"))
+            }
+            for entry in steps(tmp_path / folder)
+        ]
+        for folder in ("whole", "killed")
+    ]
+    assert told[0] == told[1] and any(entry["stop/done"] for entry in told[0])
