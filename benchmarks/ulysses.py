@@ -32,7 +32,7 @@ from retool.model.attention.dispatch import choose_backend
 from retool.model.block import Execution
 from retool.model.config import ModelConfig
 from retool.model.families.read import FAMILIES
-from retool.model.rope import inverse_frequencies, rope_tables
+from retool.model.rope import frequencies, rope_tables
 from retool.parallel.collectives import exchange
 from retool.parallel.mesh import Mesh, make_mesh
 from retool.parallel.ulysses import HeadPlan
@@ -71,8 +71,7 @@ def block_run(config: ModelConfig, mesh: Mesh, plan: HeadPlan, tokens: int) -> A
         torch.nn.init.normal_(parameter, std=0.02)
     documents = [Sample(np.zeros(tokens, np.int32), np.ones(tokens, bool))] * mesh.sp
     batch = pack(documents).slice(mesh.sp_rank, mesh.sp).to(device)
-    inverse = inverse_frequencies(config, device)
-    cos, sin = rope_tables(batch.positions, inverse, config)[0]
+    cos, sin = rope_tables(batch.positions, frequencies(config, device), config)[0]
     x = torch.randn(tokens, config.hidden, device=device, dtype=dtype, requires_grad=True)
     d_out = torch.randn_like(x)
     wanted = [x, *block.parameters()]

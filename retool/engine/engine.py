@@ -38,6 +38,7 @@ from retool.engine.types import EngineOptions, SamplingParams, Stats, TurnDone
 from retool.engine.weights import Weights, make_decoder
 from retool.engine.worker import Worker
 from retool.model.config import ModelConfig
+from retool.model.rope import too_long_to_sample
 from retool.parallel.fsdp import Sharded
 from retool.parallel.fsdp.layout import Layout
 
@@ -54,8 +55,11 @@ class Engine:
     ) -> None:
         """Nothing is allocated before the first `sync`.
 
-        Raises ValueError for a group larger than the number of query heads.
+        Raises ValueError for a group larger than the number of query heads, and for sequences that
+        are longer than the model's rope takes.
         """
+        if problem := too_long_to_sample(config, options.max_length or 0):
+            raise ValueError(f"max_length={options.max_length}: {problem}")
         on_gpu = device.type == "cuda"
         self.config = config
         self.device = device
@@ -166,6 +170,9 @@ class Engine:
         heads = cached_heads(self.weights.decoder.execution.plan)
         shape = config.layers, self.page_size, heads, config.head_dim
         longest = options.max_length or config.max_position or (1 << 62)
+        if config.steady_length:
+            # The last token that is sampled has no key, but counts where the sequence is trained on
+            longest = min(longest, config.steady_length - 1)
         pages = self._count_pages(page_bytes(shape, dtype), dtype, longest)
         scheduler = Scheduler(
             PagePool(pages, self.page_size),

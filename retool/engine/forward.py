@@ -30,7 +30,7 @@ from retool.model.block import Block
 from retool.model.compile import compiled, unviewed
 from retool.model.decoder import Decoder
 from retool.model.logits import product, workspace
-from retool.model.rope import inverse_frequencies, rope_tables
+from retool.model.rope import Frequencies, frequencies, rope_tables
 from retool.parallel.collectives import all_to_all, sum_over
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v
 
@@ -55,7 +55,7 @@ class Model:
     plan: HeadPlan
     group: dist.ProcessGroup | None
     kernels: str
-    frequencies: Tensor
+    frequencies: Frequencies
     pieces: Pieces
     fused: bool
 
@@ -71,6 +71,8 @@ def make_model(
         kernels != "torch"
         and plan.sp == 1
         and decoder.layers[0].rope_is_fusible
+        # The kernel turns whole heads
+        and decoder.config.turned_channels == plan.head_dim
         and can_place(device, cache.data.dtype, plan.head_dim, decoder.config.qk_norm)
     )
     return Model(
@@ -79,7 +81,7 @@ def make_model(
         plan=plan,
         group=group,
         kernels=kernels,
-        frequencies=inverse_frequencies(decoder.config, device),
+        frequencies=frequencies(decoder.config, device),
         pieces=pieces,
         fused=fused,
     )

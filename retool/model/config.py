@@ -42,7 +42,29 @@ class YarnScaling:
     original_max_position: int
 
 
-RopeScaling = Llama3Scaling | LinearScaling | YarnScaling
+@dataclass(frozen=True)
+class DynamicScaling:
+    """Dynamic NTK: theta grows with a document that is longer than the original length."""
+
+    factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class LongScaling:
+    """LongRoPE (Ding et al., arXiv 2402.13753): each pair of channels has a divisor of its own.
+
+    Documents longer than the original length have those of `long`, others those of `short`. cos and
+    sin are multiplied with `attention_factor` in both.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    attention_factor: float
+    original_max_position: int
+
+
+RopeScaling = Llama3Scaling | LinearScaling | YarnScaling | DynamicScaling | LongScaling
 
 
 @dataclass(frozen=True)
@@ -67,8 +89,8 @@ class ModelConfig:
     `family` is a key of `retool.model.families.FAMILIES`. `tied`: the vocabulary matrix is the
     embedding. The biases and `qk_norm` are what the family and its file say.
 
-    `experts`: of every layer, which then has no MLP beside them. `unrotated`: numbers of the layers
-    without rope. The scales multiply what the embedding gives,
+    `experts`: of every layer, which then has no MLP beside them. `rotary_dim`: how many of a head's channels rope turns, the first ones; 0 means all of them.
+    `unrotated`: numbers of the layers without rope. The scales multiply what the embedding gives,
     what attention and the MLP add to the residual stream, attention's scores (beside 1/√H) and the
     logits.
     """
@@ -90,6 +112,7 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     max_position: int
+    rotary_dim: int = 0
     unrotated: tuple[int, ...] = ()
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -106,3 +129,22 @@ class ModelConfig:
     def key_width(self) -> int:
         """Channels of all key heads; of all value heads too."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def turned_channels(self) -> int:
+        """Channels of a head that rope turns."""
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def steady_length(self) -> int:
+        """The longest document whose rope is that of every shorter one; 0: there is no longest.
+
+        A cache of keys can't go beyond: one token more turns all of them by other angles.
+        """
+        match self.rope_scaling:
+            case DynamicScaling() as scaling:
+                return scaling.original_max_position
+            case LongScaling() as scaling if scaling.short != scaling.long:
+                return scaling.original_max_position
+            case _:
+                return 0

@@ -23,7 +23,7 @@ from retool.model.config import ModelConfig
 from retool.model.experts.balance import Balance
 from retool.model.families.hf_names import EMBEDDING, FINAL_NORM, HEAD, LAYER, Stored
 from retool.model.families.read import FAMILIES
-from retool.model.rope import inverse_frequencies, rope_tables
+from retool.model.rope import Frequencies, document_lengths, frequencies, rope_tables
 from retool.parallel.fsdp import Sharded
 
 # (hidden [t, D], vocabulary matrix [V, D]) → tensors
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         )
         self.head = Head(config, self.embed.weight if config.tied else None)
         # Made by the first forward: on the meta device, where this runs, it would have no values
-        self.inverse: torch.Tensor | None = None
+        self.frequencies: Frequencies | None = None
 
     @property
     def layers(self) -> list[Block]:
@@ -86,9 +86,12 @@ class Decoder(nn.Module):
 
     def forward(self, batch: PackedBatch, score: Score) -> Any:
         """Score this rank's slice of a pack: `score(hidden [t, D], vocabulary matrix [V, D])`."""
-        if self.inverse is None:
-            self.inverse = inverse_frequencies(self.config, batch.tokens.device)
-        tables = rope_tables(batch.positions, self.inverse, self.config)
+        if self.frequencies is None:
+            self.frequencies = frequencies(self.config, batch.tokens.device)
+        lengths_t = None
+        if self.config.steady_length:
+            lengths_t = document_lengths(batch, self.execution.mesh.sp_rank)
+        tables = rope_tables(batch.positions, self.frequencies, self.config, lengths_t)
         x_tD = self.embedded(batch.tokens)
         for block, (cos, sin) in zip(self.blocks, tables, strict=True):
             x_tD = block(x_tD, cos, sin, batch)

@@ -224,7 +224,7 @@ def activation_bytes(config: ModelConfig, tokens: int, layer: int, away: int) ->
     """
     on_device = config.layers - away + (away > 0)
     # Layers without rope have tables of their own, of ones and zeros
-    rope_tables = tokens * 4 * config.head_dim * (2 if config.unrotated else 1)
+    rope_tables = tokens * 4 * config.turned_channels * (2 if config.unrotated else 1)
     return on_device * layer + rope_tables
 
 

@@ -122,7 +122,7 @@ def _with_data(report: SFTReport, progress: Progress | None) -> SFTReport:
     report = replace(report, notes=(*report.notes, *other_tokens(renderer.tokenizer, folder)))
     report = _with_split(report, renderer, "train", train, progress)
     report = _with_split(report, renderer, "val", val, progress)
-    report = report.blame(*_id_faults(report))
+    report = report.blame(*_id_faults(report), *_padding_faults(report))
     samples = None if report.train is None else len(report.train.dataset)
     if samples is not None and samples < config.data.train_batch_size:
         problem = f"is more than the {samples} training samples: an epoch has no full batch."
@@ -134,6 +134,19 @@ def _with_data(report: SFTReport, progress: Progress | None) -> SFTReport:
             )
         )
     return report
+
+
+def _padding_faults(report: SFTReport) -> Iterator[Fault]:
+    """Padding that would change what the model computes: its rope goes by a document's length."""
+    data = report.config.data
+    model = report.model
+    padded = not report.config.use_remove_padding
+    if padded and model is not None and 0 < model.steady_length < data.max_length:
+        problem = (
+            f"pads samples to {data.max_length:,} tokens, and beyond {model.steady_length:,} this model "
+            "turns all keys by other angles: padding would change what it computes."
+        )
+        yield Fault("use_remove_padding=false", problem, "Leave it out: samples are packed then.")
 
 
 def _id_faults(report: SFTReport) -> Iterator[Fault]:

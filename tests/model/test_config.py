@@ -22,7 +22,7 @@ from retool.model.build import ModelOptions
 from retool.model.families.read import FAMILIES, parse_model_config, read_model_config
 from retool.parallel.mesh import make_mesh
 from tests.model.test_decoder import logits, relative, sample
-from tests.model.tiny import LLAMA3, SHAPE
+from tests.model.tiny import LLAMA3, LONGROPE, SHAPE
 
 LLAMA_2 = {
     "_name_or_path": "meta-llama/Llama-2-7b-chat-hf",
@@ -238,7 +238,11 @@ def test_what_is_published_is_taken(name: str) -> None:
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 PLAIN = {"rope_type": "default", "rope_theta": 77_000.0}
 NOT_DONE: list[tuple[str, dict[str, Any], str]] = [
-    ("qwen3", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+    ("qwen3", {"rope_scaling": {"rope_type": "proportional"}}, "rope type 'proportional'"),
+    ("phi3", {"rope_scaling": {**LONGROPE, "long_factor": [1.0]}}, "long_factor has 1 numbers"),
+    ("phi3", {"rope_scaling": {**LONGROPE, "short_factor": 2.0}}, "short_factor=2.0"),
+    ("phi3", {"partial_rotary_factor": 0.7}, "partial_rotary_factor=0.7"),
+    ("phi3", {"rope_scaling": {"type": "longrope"}}, "lacks short_factor"),
     ("qwen3", {"rope_scaling": {**YARN, "beta_fast": 1.0, "beta_slow": 2.0}}, "beta_fast=1.0"),
     ("qwen2", {"rope_scaling": {"type": "linear"}}, "lacks factor"),
     (
@@ -298,7 +302,8 @@ NOT_DONE: list[tuple[str, dict[str, Any], str]] = [
     ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts=4"),
     ("phi3", {"sliding_window": 2047}, "sliding_window=2047"),
     ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop=0.1"),
-    ("phi3", {"rope_scaling": YARN}, "rope_scaling"),
+    ("phi3", {"rope_scaling": YARN}, "lacks short_factor"),
+    ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
 ]
 
 
@@ -414,6 +419,14 @@ ROPES: list[dict[str, Any] | None] = [
     {**PLAIN, "partial_rotary_factor": 0.5},
     {**PLAIN, "partial_rotary_factor": 1.0},
     {**YARN, "type": "default"},
+    LONGROPE,
+    {**LONGROPE, "type": "su", "rope_type": "su", "attention_factor": 1.3},
+    {
+        "type": "longrope",
+        "short_factor": [1.0, 1.2, 1.5, 2.0],
+        "long_factor": [1.0, 4.0, 9.0, 16.0],
+        "factor": 16.0,
+    },
 ]
 CHANGES: dict[str, list[Any]] = {
     "rope_scaling": ROPES,
@@ -421,7 +434,7 @@ CHANGES: dict[str, list[Any]] = {
     "rope_theta": [200.0, 1000000, 10000.0],
     "original_max_position_embeddings": [16, 64],
     "max_position_embeddings": [16, 4096],
-    "partial_rotary_factor": [0.5, 1.0],
+    "partial_rotary_factor": [0.5, 0.75, 1.0],
     "is_causal": [True, False, None],
     "use_sliding_window": [True, False],
     "sliding_window": [2, 4, 4096, None],

@@ -60,7 +60,15 @@ def test_logits_and_gradients_equal_transformers(
     assert [m.name for _, m in sharded.layout.members] == list(wanted), "parameters() order"
 
 
-@pytest.mark.parametrize(("plain", "scaled"), [("llama", "llama3"), ("qwen2", "qwen2-yarn")])
+@pytest.mark.parametrize(
+    ("plain", "scaled"),
+    [
+        ("llama", "llama3"),
+        ("qwen2", "qwen2-yarn"),
+        ("llama", "llama-dynamic"),
+        ("phi3", "phi4-mini"),
+    ],
+)
 def test_scaled_rope_changes_the_result(tmp_path: Path, plain: str, scaled: str) -> None:
     """The scaled model must differ from the plain one, or the parity above proves nothing about
     scaling.
@@ -135,7 +143,7 @@ def test_both_rope_spellings_are_read(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not implemented"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "proportional"}}, "rope type 'proportional'"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
             "use_sliding_window=True",

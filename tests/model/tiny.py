@@ -57,6 +57,16 @@ YARN = {
     "beta_fast": 4.0,
     "original_max_position_embeddings": 128,
 }
+# Divisors of the pairs of channels that turn: three of a head's four
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.0, 2.5, 7.0],
+    "original_max_position_embeddings": 32,
+    "partial_rotary_factor": 0.75,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
 # Within the tiny vocabulary; a padding token would get no gradient from transformers.
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 MULTIPLIERS = {
@@ -111,6 +121,21 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         OlmoeConfig,
         OlmoeForCausalLM,
         {**EXPERTS, **TOKENS, "intermediate_size": 32, "attention_bias": True},
+    ),
+    "phi4-mini": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            **TOKENS,
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 32,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama-dynamic": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_parameters": DYNAMIC, "max_position_embeddings": 32},
     ),
 }
 

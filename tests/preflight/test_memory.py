@@ -16,7 +16,7 @@ from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
 from retool.model.families.read import parse_model_config
 from retool.model.logprobs import LOGIT_BYTES
-from retool.model.rope import inverse_frequencies, rope_tables
+from retool.model.rope import frequencies, rope_tables
 from retool.optim import AdamW, AdamWOptions, Update
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
@@ -185,8 +185,8 @@ def test_what_a_save_and_a_tied_matrix_take() -> None:
 def test_rope_tables_are_kept_too() -> None:
     config = model()
     tokens = 640
-    inverse = inverse_frequencies(config, torch.device("cpu"))
-    tables = rope_tables(torch.arange(tokens), inverse, config)[0]
+    found = frequencies(config, torch.device("cpu"))
+    tables = rope_tables(torch.arange(tokens), found, config)[0]
     blocks = tokens * config.layers * layer_bytes(config, Setting(), "full")
     assert predict(config, Setting(), tokens, "full").activations == blocks + sum(
         t.nbytes for t in tables

@@ -1,6 +1,5 @@
-"""Phi-3 and Phi-4 with plain rope, Phi-4 (14B) among them: Llama's layer under other names.
-
-The small ones have LongRoPE, and Phi-4-mini rotates a part of each head: both are refused by name.
+"""Phi-3 and Phi-4: Llama's layer under other names. The small ones have LongRoPE, and Phi-4-mini turns
+three quarters of each head.
 
 The list of families is in `retool.model.families.read`.
 """
@@ -9,26 +8,51 @@ from __future__ import annotations
 
 from typing import Any
 
-from retool.model.config import ModelConfig
+from retool.model.config import LongScaling, ModelConfig
 from retool.model.families import llama
 from retool.model.families.hf_names import Stored
 from retool.model.families.llama import costs as costs
-from retool.model.hf_config.fields import WINDOWS, refused
+from retool.model.hf_config.fields import WINDOWS, refused, size
+from retool.model.hf_config.rope_fields import ORIGINAL_LENGTH, rotary_dim, without_share
 from retool.model.hf_config.shape import read_shape
 
 FIELDS = WINDOWS  # beside those that every family has
-NORM_EPS = 1e-5  # transformers' default
+# transformers' defaults
+NORM_EPS = 1e-5
+LENGTH = 4096
+# What files call LongRoPE, in transformers too: "yarn" isn't YaRN here
+LONGROPE = ("longrope", "su", "yarn")
 
 
 def read_config(c: dict[str, Any]) -> ModelConfig:
+    """The original length is a field of its own, wherever else a file says it."""
     if c.get("sliding_window") is not None:
         raise ValueError(refused("sliding_window", c["sliding_window"]))
-    shape = read_shape({"rms_norm_eps": NORM_EPS, **c}, FIELDS)
-    if shape.rope_scaling is not None:
-        # transformers takes "yarn" for LongRoPE here, and knows no other
+    defaults = {
+        "rms_norm_eps": NORM_EPS,
+        ORIGINAL_LENGTH: LENGTH,
+        "max_position_embeddings": LENGTH,
+    }
+    whole = {**defaults, **c, **_renamed(c)}
+    wide = size(whole, "hidden_size") // size(whole, "num_attention_heads")
+    turned = rotary_dim(whole, size(whole, "head_dim", default=wide))
+    shape = read_shape(without_share(whole), FIELDS, rotary=turned)
+    if shape.rope_scaling is not None and not isinstance(shape.rope_scaling, LongScaling):
+        # transformers knows no other here
         name = "rope_scaling" if c.get("rope_scaling") else "rope_parameters"
         raise ValueError(refused(name, c.get(name)))
     return shape
+
+
+def _renamed(c: dict[str, Any]) -> dict[str, Any]:
+    """The rope's fields with its type called as it is elsewhere."""
+    renamed = dict[str, Any]()
+    for place in ("rope_scaling", "rope_parameters"):
+        rope = c.get(place)
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in LONGROPE:
+            rest = {name: value for name, value in rope.items() if name != "type"}
+            renamed[place] = {**rest, "rope_type": "longrope"}
+    return renamed
 
 
 class Block(llama.Block):

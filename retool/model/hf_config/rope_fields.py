@@ -7,9 +7,17 @@ There are two spellings, transformers 4's `rope_theta` and `rope_scaling` and tr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from retool.model.config import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from retool.model.config import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    RopeScaling,
+    YarnScaling,
+)
 from retool.model.hf_config.fields import number, refused, shown, size, switch
 
 EVERY = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
@@ -18,6 +26,9 @@ ORIGINAL_LENGTH = "original_max_position_embeddings"
 ROPE_KEYS = {
     "default": EVERY,
     "linear": EVERY | {"factor"},
+    "dynamic": EVERY | {"factor"},
+    "longrope": EVERY
+    | {"factor", "attention_factor", "short_factor", "long_factor", ORIGINAL_LENGTH},
     "llama3": EVERY | {"factor", "low_freq_factor", "high_freq_factor", ORIGINAL_LENGTH},
     "yarn": EVERY
     | {
@@ -48,6 +59,46 @@ def read_rope(c: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         )
         raise ValueError(f"{problem}. Keep one of them in the file, with rope_theta in it.")
     return found
+
+
+def rotary_dim(c: dict[str, Any], head_dim: int) -> int:
+    """How many of a head's channels rope turns, as a share in either place says; pairs of them.
+
+    Only for families of which transformers turns a part: of others the share is refused.
+    """
+    rope = _rope_dict(c, "rope_scaling") or _rope_dict(c, "rope_parameters")
+    name = "partial_rotary_factor"
+    share = number({**c, **rope}, name, 1.0)
+    turned = int(head_dim * share)
+    if share > 1 or turned < 2 or turned % 2:
+        raise ValueError(
+            f"{shown(name, share)} of {head_dim} channels is not implemented: rotary embedding needs an "
+            "even number of them."
+        )
+    return turned
+
+
+def without_share(c: dict[str, Any]) -> dict[str, Any]:
+    """The fields without what `rotary_dim` reads."""
+    name = "partial_rotary_factor"
+    rest = {key: value for key, value in c.items() if key != name}
+    for place in ("rope_scaling", "rope_parameters"):
+        if isinstance(c.get(place), dict):
+            rest[place] = {key: value for key, value in c[place].items() if key != name}
+    return rest
+
+
+def check_scaling(scaling: RopeScaling | None, turned: int) -> None:
+    """That LongRoPE has a divisor for each pair of channels, and dynamic NTK more than a pair."""
+    if isinstance(scaling, LongScaling):
+        for name, factors in (("short_factor", scaling.short), ("long_factor", scaling.long)):
+            if len(factors) != turned // 2:
+                raise ValueError(
+                    f"{name} has {len(factors)} numbers, and there are {turned // 2} pairs of channels. "
+                    "Fetch it again."
+                )
+    if isinstance(scaling, DynamicScaling) and turned < 4:
+        raise ValueError(f"rope type 'dynamic' is not implemented for {turned} channels.")
 
 
 def longest(c: dict[str, Any], scaling: RopeScaling | None) -> int:
@@ -92,8 +143,7 @@ def _parse(c: dict[str, Any], rope: dict[str, Any]) -> tuple[float, RopeScaling 
         raise ValueError(
             f"rope_theta={theta} is not above 1, as YaRN needs it. Fetch the file again."
         )
-    read = {"default": _none, "linear": _linear, "llama3": _llama3, "yarn": _yarn}[kind]
-    return theta, read(c, rope)
+    return theta, READERS[kind](c, rope)
 
 
 def _none(c: dict[str, Any], rope: dict[str, Any]) -> None:
@@ -103,6 +153,36 @@ def _none(c: dict[str, Any], rope: dict[str, Any]) -> None:
 def _linear(c: dict[str, Any], rope: dict[str, Any]) -> LinearScaling:
     _require(rope, "linear", "factor")
     return LinearScaling(number(rope, "factor", 1.0))
+
+
+def _dynamic(c: dict[str, Any], rope: dict[str, Any]) -> DynamicScaling:
+    _require(rope, "dynamic", "factor")
+    return DynamicScaling(number(rope, "factor", 1.0), size(c, "max_position_embeddings"))
+
+
+def _longrope(c: dict[str, Any], rope: dict[str, Any]) -> LongScaling:
+    _require(rope, "longrope", "short_factor", "long_factor")
+    original = _original_length(c, rope)
+    if rope.get("factor") is not None:
+        factor = number(rope, "factor", 1.0)
+    else:
+        factor = size(c, "max_position_embeddings") / original
+    if rope.get("attention_factor") is not None:
+        attention = number(rope, "attention_factor", 1.0)
+    elif factor <= 1:
+        attention = 1.0
+    else:
+        attention = math.sqrt(1 + math.log(factor) / math.log(max(original, 2)))
+    return LongScaling(
+        _divisors(rope, "short_factor"), _divisors(rope, "long_factor"), attention, original
+    )
+
+
+def _divisors(rope: dict[str, Any], name: str) -> tuple[float, ...]:
+    value = rope[name]
+    if not isinstance(value, list):
+        raise ValueError(f"{shown(name, value)} is no list of numbers. Fetch it again.")
+    return tuple(number({name: each}, name, 1.0) for each in value)
 
 
 def _llama3(c: dict[str, Any], rope: dict[str, Any]) -> Llama3Scaling:
@@ -153,3 +233,13 @@ def _original_length(c: dict[str, Any], rope: dict[str, Any]) -> int:
     places = [c, rope, {ORIGINAL_LENGTH: c.get("max_position_embeddings")}]
     place = next((place for place in places if ORIGINAL_LENGTH in place), rope)
     return size(place, ORIGINAL_LENGTH)
+
+
+READERS: dict[str, Callable[[dict[str, Any], dict[str, Any]], RopeScaling | None]] = {
+    "default": _none,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

@@ -11,7 +11,7 @@ from typing import Any
 
 from retool.model.config import ModelConfig
 from retool.model.hf_config.fields import faults_of, number, refused, shown, size, switch
-from retool.model.hf_config.rope_fields import longest, read_rope
+from retool.model.hf_config.rope_fields import check_scaling, longest, read_rope
 
 
 def read_shape(
@@ -19,11 +19,13 @@ def read_shape(
     fields: frozenset[str],
     kv_heads: int | None = None,
     head_dim: int | None = None,
+    rotary: int | None = None,
 ) -> ModelConfig:
     """The content of a `config.json` → a `ModelConfig` without biases and norms of heads.
 
     `fields` are those that only some families read. `kv_heads` and `head_dim` are transformers'
     defaults for a file that says nothing (None: as many as query heads; hidden size / heads).
+    `rotary`: how many of a head's channels rope turns (None: all).
 
     ValueError names all that isn't implemented, and how to go on.
     """
@@ -39,7 +41,9 @@ def read_shape(
         raise ValueError(
             f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
         )
+    head_dim = _head_dim(c, hidden, heads, None if "head_dim" in c else head_dim)
     theta, scaling = read_rope(c)
+    check_scaling(scaling, rotary or head_dim)
     return ModelConfig(
         family=c["model_type"],
         vocab=size(c, "vocab_size"),
@@ -48,7 +52,7 @@ def read_shape(
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_head_dim(c, hidden, heads, None if "head_dim" in c else head_dim),
+        head_dim=head_dim,
         norm_eps=number(c, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -58,6 +62,7 @@ def read_shape(
         mlp_bias=False,
         qk_norm=False,
         max_position=longest(c, scaling),
+        rotary_dim=rotary if rotary and rotary < head_dim else 0,
     )
 
 

@@ -21,6 +21,7 @@ from retool.data.render.rendering import Rendering
 from retool.data.tokens.load import load_tokenizer, other_tokens
 from retool.metrics import missing_extras
 from retool.model.hub import eos_ids
+from retool.model.rope import too_long_to_sample
 from retool.perf import GIB
 from retool.preflight.checks import check_run, notes_of
 from retool.preflight.model_folder import check_ids, with_model
@@ -121,12 +122,16 @@ def _with_renderer(report: RLReport) -> RLReport:
 
 
 def _engine_faults(report: RLReport) -> Iterator[Fault]:
-    """Tensor-parallel sizes that don't fit the processes or the model."""
+    """Tensor-parallel sizes that don't fit the processes or the model, lengths that its rope doesn't."""
     tp = report.config.actor_rollout_ref.rollout.tensor_model_parallel_size
     heads = report.model.heads if report.model else None
     yield from check_heads(
         f"{ARR}rollout.tensor_model_parallel_size={tp}", tp, report.world.processes, heads
     )
+    data = report.config.data
+    longest = data.max_prompt_length + data.max_response_length
+    if report.model and (problem := too_long_to_sample(report.model, longest)):
+        yield Fault("data.max_response_length", problem)
 
 
 def _with_objective(report: RLReport) -> RLReport:
