@@ -61,7 +61,7 @@ def block_run(config: ModelConfig, mesh: Mesh, plan: HeadPlan, tokens: int) -> A
     execution = Execution(
         plan,
         mesh,
-        choose_backend(device, dtype, config.head_dim),
+        choose_backend(device, dtype, config.head_dim, windowed=config.windowed),
         "none",
         compiled=device.type == "cuda",
     )

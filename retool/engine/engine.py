@@ -181,8 +181,11 @@ class Engine:
             longest,
         )
         cache = KVCache(shape, pages, dtype, self.device)
-        kernels = choose_paged(self.device, dtype, config.head_dim, self.page_size)
-        model = make_model(self.weights.decoder, cache, self.group, kernels)
+        head_dim = config.head_dim
+        # Those that reach across the longest sequence are none
+        windows = tuple(window if window < longest else 0 for window in config.windows)
+        kernels = choose_paged(self.device, dtype, head_dim, self.page_size, any(windows))
+        model = make_model(self.weights.decoder, cache, self.group, kernels, windows)
         width = scheduler.pool.pages_for(scheduler.max_length)
         self._worker = Worker(model, options, width)
         self._pipeline = Pipeline(scheduler, self._worker, options)

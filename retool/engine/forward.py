@@ -48,6 +48,7 @@ class Model:
     """What every forward needs, the same from step to step.
 
     `kernels`: which attention. `fused`: rope and the cache's writes are one kernel.
+    `windows`: of each layer, how many tokens a query sees, 0 for all; () where none has one.
     """
 
     decoder: Decoder
@@ -58,10 +59,15 @@ class Model:
     frequencies: Frequencies
     pieces: Pieces
     fused: bool
+    windows: tuple[int, ...]
 
 
 def make_model(
-    decoder: Decoder, cache: KVCache, group: dist.ProcessGroup | None, kernels: str
+    decoder: Decoder,
+    cache: KVCache,
+    group: dist.ProcessGroup | None,
+    kernels: str,
+    windows: tuple[int, ...],
 ) -> Model:
     device = cache.data.device
     plan = decoder.execution.plan
@@ -84,6 +90,7 @@ def make_model(
         frequencies=frequencies(decoder.config, device),
         pieces=pieces,
         fused=fused,
+        windows=windows,
     )
 
 
@@ -128,7 +135,8 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     heads = model.pieces.projected(layers[0], x_tD)
     for number, block in enumerate(layers):
         query = _placed(model, number, block, heads, *tables[number], pages)
-        out = paged_attention(query, model.cache, number, pages, model.kernels)
+        window = model.windows[number] if model.windows else 0
+        out = paged_attention(query, model.cache, number, pages, model.kernels, window)
         received = all_to_all(out.flatten(), *plan.to_sequence(t), model.group)
         a_tE = join_heads(received, plan).flatten(1)
         # As far as the next block's projection in one piece: a sum and its norm are one kernel

@@ -52,7 +52,9 @@ def _decoder(engine: Engine) -> Decoder:
     execution = Execution(
         plan=theirs.execution.plan,
         mesh=theirs.execution.mesh,
-        backend=choose_backend(engine.device, weights.dtype, config.head_dim, "auto"),
+        backend=choose_backend(
+            engine.device, weights.dtype, config.head_dim, windowed=config.windowed
+        ),
         fp32_residual=theirs.execution.fp32_residual,
     )
     with torch.device("meta"):

@@ -160,7 +160,7 @@ class Block(nn.Module, ABC):
         `saved` is what `attend_and_save` gave for the same q, k and v: the kernel doesn't run.
         """
         q, k, v = self._gathered(sent, t)
-        pack = batch.cu_seqlens, batch.max_seqlen, self.execution.backend, batch.seqlens
+        pack = self._pack(batch)
         if saved is None:
             out = attention(q, k, v, *pack)
         else:
@@ -172,9 +172,19 @@ class Block(nn.Module, ABC):
     ) -> tuple[torch.Tensor, Kernel]:
         """`attend` without a graph, and the kernel's own result with its log-sum-exp."""
         q, k, v = self._gathered(sent, t)
-        pack = batch.cu_seqlens, batch.max_seqlen, self.execution.backend, batch.seqlens
+        pack = self._pack(batch)
         out, lse = attention_forward_lse(q, k, v, *pack)
         return self._returned(out, t), (out, lse)
+
+    def _pack(self, batch: PackedBatch) -> tuple[torch.Tensor, int, str, tuple[int, ...], int]:
+        """What attention must know of a pack: its documents, the kernel and the layer's window.
+
+        A window that reaches across the longest document is none: any kernel may run then.
+        """
+        window = self.config.window(self.index)
+        if window >= batch.max_seqlen:
+            window = 0
+        return batch.cu_seqlens, batch.max_seqlen, self.execution.backend, batch.seqlens, window
 
     def _gathered(
         self, sent: torch.Tensor, t: int

@@ -77,7 +77,9 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
     execution = Execution(
         plan=HeadPlan(mesh.sp, mesh.sp_rank, config.heads, config.kv_heads, config.head_dim),
         mesh=mesh,
-        backend=choose_backend(mesh.device, dtype, config.head_dim, options.attn),
+        backend=choose_backend(
+            mesh.device, dtype, config.head_dim, options.attn, windowed=config.windowed
+        ),
         recompute=options.recompute,
         compiled=cuda if options.use_compile == "auto" else options.use_compile,
         offload=offload,

@@ -89,10 +89,13 @@ class ModelConfig:
     `family` is a key of `retool.model.families.FAMILIES`. `tied`: the vocabulary matrix is the
     embedding. The biases and `qk_norm` are what the family and its file say.
 
-    `experts`: of every layer, which then has no MLP beside them. `rotary_dim`: how many of a head's channels rope turns, the first ones; 0 means all of them.
-    `unrotated`: numbers of the layers without rope. The scales multiply what the embedding gives,
-    what attention and the MLP add to the residual stream, attention's scores (beside 1/√H) and the
-    logits.
+    `experts`: of every layer, which then has no MLP beside them.
+
+    `rotary_dim`: how many of a head's channels rope turns, the first ones; 0 means all of them.
+    `unrotated`: numbers of the layers without rope. `windows`: of each layer, how many tokens a query
+    sees, itself the last of them; 0 means all before it, and no windows at all are (). The scales
+    multiply what the embedding gives, what attention and the MLP add to the residual stream,
+    attention's scores (beside 1/√H) and the logits.
     """
 
     family: str
@@ -113,6 +116,7 @@ class ModelConfig:
     qk_norm: bool
     max_position: int
     rotary_dim: int = 0
+    windows: tuple[int, ...] = ()
     unrotated: tuple[int, ...] = ()
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -129,6 +133,15 @@ class ModelConfig:
     def key_width(self) -> int:
         """Channels of all key heads; of all value heads too."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a layer sees a part of a long document only."""
+        return any(self.windows)
+
+    def window(self, layer: int) -> int:
+        """Tokens that a query of this layer sees, itself the last of them; 0: all before it."""
+        return self.windows[layer] if self.windows else 0
 
     @property
     def turned_channels(self) -> int:

@@ -56,7 +56,12 @@ def check_run(report: R, box: Box, environment: Mapping[str, str]) -> R:
     faults = [
         *check_mesh(options, world.processes, model.heads if model else None),
         *check_device(trainer.device, world.per_node, box),
-        *check_attention(options, model.head_dim if model else 64, box),
+        *check_attention(
+            options,
+            head_dim=model.head_dim if model else 64,
+            box=box,
+            windowed=model is not None and model.windowed,
+        ),
     ]
     if not box.elsewhere:
         faults += check_port(environment)

@@ -138,7 +138,9 @@ def check_device(device: str, per_node: int, box: Box) -> Iterator[Fault]:
         )
 
 
-def check_attention(options: RunOptions, head_dim: int, box: Box) -> Iterator[Fault]:
+def check_attention(
+    options: RunOptions, head_dim: int, box: Box, windowed: bool = False
+) -> Iterator[Fault]:
     """The attention kernel asked for is installed, and computes with this dtype and head size on
     this device: it is tried where it is.
     """
@@ -157,7 +159,7 @@ def check_attention(options: RunOptions, head_dim: int, box: Box) -> Iterator[Fa
     reason = why_not(attn, where, dtype, head_dim, there=not box.elsewhere)
     if not reason and not box.elsewhere:
         try:
-            choose_backend(where, dtype, head_dim, attn)
+            choose_backend(where, dtype, head_dim, attn, windowed)
         except ValueError as error:
             reason = str(error).removesuffix(".")
     if reason:

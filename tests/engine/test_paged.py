@@ -74,6 +74,41 @@ def test_decoding_gathers_a_bounded_part_of_the_cache_at_a_time(
     assert rows == [2, 2, 1]
 
 
+@pytest.mark.parametrize("each_alone", [False, True])
+@pytest.mark.parametrize("window", [1, 5, 17, 60])
+def test_windows_over_pages_equal_attention_over_what_they_show(
+    window: int, each_alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two single tokens and a chunk of 20, query by query over its own keys; chunks in blocks."""
+    monkeypatch.setattr(paged, "MAX_QUERIES_AT_ONCE", 7)
+    generator = torch.Generator().manual_seed(2)
+    cache = paged.KVCache((1, 16, 2, 8), 9, torch.float64, INPUTS[0])
+    cache.data.copy_(torch.randn(cache.data.shape, generator=generator))
+    tables = torch.tensor([[1, 2, 3], [4, 5, 0], [6, 7, 8]], dtype=torch.int32)
+    lengths = [40, 20, 45]
+    count = 20
+    chosen = slice(0, 2) if each_alone else slice(0, 3)
+    pages = paged.Pages(
+        slots=torch.zeros(1, dtype=torch.int64),
+        tables=tables[chosen],
+        lengths=torch.tensor(lengths[chosen], dtype=torch.int32),
+        decode=2,
+        counts=() if each_alone else (count,),
+        host_lengths=tuple(lengths[:2]) if each_alone else (lengths[2],),
+        each_alone=each_alone,
+    )
+    query = torch.randn(2 if each_alone else 2 + count, 4, 8, generator=generator).double()
+    found = paged.paged_attention(query, cache, 0, pages, "torch", window)
+    ends = [(0, 40), (1, 20), *((2, 45 - count + i + 1) for i in range(count))]
+    for row, (item, end) in zip(range(len(query)), ends, strict=False):
+        seen = cache.data[0, tables[item]].flatten(0, 1)[max(0, end - window) : end]
+        keys, values = seen.transpose(0, 1).split(2)
+        keys, values = keys.repeat_interleave(2, 0), values.repeat_interleave(2, 0)
+        scores = (keys @ query[row][..., None])[..., 0] / 8**0.5
+        want = (scores.softmax(-1)[:, None] @ values)[:, 0]
+        torch.testing.assert_close(found[row], want)
+
+
 def test_any_number_of_pages_is_copied() -> None:
     cache = paged.KVCache((2, 4, 1, 4), 100, torch.float32, INPUTS[0])
     cache.data.normal_(generator=torch.Generator().manual_seed(0))
@@ -119,6 +154,8 @@ def test_they_are_not_used_then(monkeypatch: pytest.MonkeyPatch) -> None:
         return paged.choose_paged(*gpu)
 
     assert paged.choose_paged(*INPUTS) == "torch"
+    with pytest.warns(UserWarning, match="sliding windows"):
+        assert paged.choose_paged(*gpu, windowed=True) == "torch"
     assert chosen(True, True, "flash", "triton") == "triton"
     assert chosen(False, True, "triton") == "triton"
     assert chosen(True, False, "flash") == "flash"

@@ -32,13 +32,15 @@ HEADS = [(14, 2), (9, 3), (8, 4), (6, 6)]
 SEQLENS = (1, 37, 5, 1, 64, 20)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, seqlens: tuple[int, ...]) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, seqlens: tuple[int, ...], window: int = 0) -> Tensor:
     """One [T, T] score matrix per head with a block-diagonal causal mask, in the dtype given."""
     document = torch.repeat_interleave(torch.arange(len(seqlens)), torch.tensor(seqlens)).to(
         q.device
     )
     position = torch.arange(len(document), device=q.device)
     allowed = (document[:, None] == document[None]) & (position[:, None] >= position[None])
+    if window:
+        allowed &= position[:, None] - position[None] < window
     groups = q.shape[1] // k.shape[1]
     outs = []
     for n in range(q.shape[1]):
@@ -244,6 +246,56 @@ def check_saved(
 
 def test_recomputation_does_not_run_the_kernel_again(monkeypatch: pytest.MonkeyPatch) -> None:
     check_saved("reference", torch.float32, "cpu", SEQLENS, monkeypatch)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 20, 63])
+@pytest.mark.parametrize("budget", [attention_reference.SCORE_BUDGET, 14 * 64 * 5])
+def test_windows_equal_dense(window: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents shorter and longer than the window, in one block of queries and in many."""
+    monkeypatch.setattr(attention_reference, "SCORE_BUDGET", budget)
+    monkeypatch.setattr(attention_reference, "MIN_WINDOW_ROWS", 5)
+    heads, kv_heads = 14, 2
+    buffer, cu_seqlens, longest = inputs(heads, kv_heads, SEQLENS, 8, torch.float64)
+    q, k, v = buffer.split([heads, kv_heads, kv_heads], 1)
+    pack = cu_seqlens, longest, "reference", SEQLENS, window
+    found = attention(q, k, v, *pack)
+    want = dense(q, k, v, SEQLENS, window)
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).double()
+    (grad,) = torch.autograd.grad((found * weight).sum(), buffer)
+    (want_grad,) = torch.autograd.grad((want * weight).sum(), buffer)
+    assert rel(found, want) < 1e-14 and rel(grad, want_grad) < 1e-13
+    kept, lse = attention_forward_lse(q, k, v, *pack)
+    again = attention_from_saved(q, k, v, kept, lse, *pack)
+    (from_saved,) = torch.autograd.grad((again * weight).sum(), buffer)
+    assert torch.equal(from_saved, grad)
+
+
+def test_a_kernel_without_windows_is_not_chosen_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0), torch.bfloat16, 64
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(attention_flash, "find_spec", lambda _: True)
+
+    def error(backend: str, *inputs: object) -> float:
+        return 0.9 if backend == "flash" and len(inputs) == 4 else 0.005
+
+    monkeypatch.setattr(kernels, "kernel_error", error)
+    assert choose_backend(*gpu) == "flash"
+    with pytest.warns(UserWarning, match="'flash' computes wrongly"):
+        assert choose_backend(*gpu, windowed=True) == "varlen"
+    assert kernels._for_short.__wrapped__(*gpu, True) == "varlen"
+
+
+def test_a_kernel_is_tried_with_a_window_where_layers_have_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = kernels.FORWARD["reference"]
+    deaf = lambda q, k, v, pack: right(q, k, v, pack._replace(window=0))  # noqa: E731
+    monkeypatch.setitem(kernels.FORWARD, "flash", deaf)
+    monkeypatch.setitem(kernels.BACKWARD, "flash", kernels.BACKWARD["reference"])
+    inputs = "flash", torch.device("cpu"), torch.float32, 16
+    monkeypatch.setattr(attention_flash, "missing", lambda _: "")
+    assert kernels.kernel_error.__wrapped__(*inputs) < 1e-6
+    assert kernels.kernel_error.__wrapped__(*inputs, True) > 0.1
 
 
 def test_choose_backend_on_the_cpu() -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from retool.model.config import ModelConfig
-from retool.model.costs import model_flops, multiplied_parameters
+from retool.model.costs import (
+    NO_QUADRATIC_LENGTH,
+    model_flops,
+    multiplied_parameters,
+    quadratic_length,
+)
 from retool.model.families.read import parse_model_config
 
 QWEN = ModelConfig(
@@ -73,3 +80,19 @@ def test_documents_count_one_by_one_and_padding_not_at_all() -> None:
         < model_flops(QWEN, [150])
     )
     assert model_flops(QWEN, []) == 0
+
+
+def test_a_window_leaves_the_pairs_that_are_seen() -> None:
+    """Counted pair by pair; half a pair less for each token, as the causal square counts too."""
+    layers = (0, 8, 100, 3)
+    config = replace(QWEN, layers=4, windows=layers)
+    plain = replace(QWEN, layers=4)
+    n = 40
+    width = QWEN.query_width
+    matrices = 6.0 * multiplied_parameters(plain) * n
+    pairs = sum(min(i + 1, w or n) for w in layers for i in range(n))
+    less = sum((min(w or n, n)) for w in layers) / 2  # the diagonal's half
+    assert model_flops(config, [n]) == pytest.approx(matrices + 12 * width * (pairs - less))
+    assert model_flops(replace(config, windows=(n,) * 4), [n]) == model_flops(plain, [n])
+    assert quadratic_length(config) > quadratic_length(plain)
+    assert quadratic_length(replace(config, windows=(8,) * 4)) == NO_QUADRATIC_LENGTH

@@ -67,12 +67,12 @@ def test_logits_and_gradients_equal_transformers(
         ("qwen2", "qwen2-yarn"),
         ("llama", "llama-dynamic"),
         ("phi3", "phi4-mini"),
+        ("llama", "mistral-window"),
+        ("qwen2", "qwen2-window"),
     ],
 )
-def test_scaled_rope_changes_the_result(tmp_path: Path, plain: str, scaled: str) -> None:
-    """The scaled model must differ from the plain one, or the parity above proves nothing about
-    scaling.
-    """
+def test_scaled_rope_and_windows_change_the_result(tmp_path: Path, plain: str, scaled: str) -> None:
+    """The model must differ from the plain one, or the parity above proves nothing about it."""
     for family in (plain, scaled):
         make(tmp_path / family, family, tie_word_embeddings=False)
     batch = pack([sample(np.random.default_rng(0), 60)])
@@ -145,7 +145,7 @@ def test_both_rope_spellings_are_read(tmp_path: Path) -> None:
         ({"model_type": "mamba"}, "model_type 'mamba' is not implemented"),
         ({"rope_scaling": {"rope_type": "proportional"}}, "rope type 'proportional'"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
+            {"model_type": "smollm3", "use_sliding_window": True, "max_window_layers": 2},
             "use_sliding_window=True",
         ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),

@@ -13,6 +13,8 @@ from transformers import (
     GraniteMoeHybridForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Olmo2Config,
@@ -92,6 +94,21 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16, "tie_word_embeddings": True}),
     "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 16, "sliding_window": None}),
+    "mistral-window": (MistralConfig, MistralForCausalLM, {"sliding_window": 7}),
+    "ministral": (
+        MinistralConfig,
+        MinistralForCausalLM,
+        {
+            "head_dim": 8,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen2-window": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"no_rope_layers": [1, 0, 1], **TOKENS}),
     "granite": (
         GraniteConfig,

@@ -67,9 +67,23 @@ class Pages:
     each_alone: bool = False
 
 
-def choose_paged(device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int) -> str:
-    """The first of `KERNELS` that take these inputs and compute rightly on this device."""
+def choose_paged(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    page_size: int,
+    windowed: bool = False,
+) -> str:
+    """The first of `KERNELS` that take these inputs and compute rightly on this device.
+
+    `windowed`: for a model with windows, which torch's attention alone takes here.
+    """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "torch"
+    if windowed:
+        warnings.warn(
+            "the model has sliding windows: torch's attention samples, slower.", stacklevel=2
+        )
         return "torch"
     candidates = {"triton": _ours(head_dim, page_size), "flash": _flash(head_dim, page_size)}
     for name, takes_this in candidates.items():
@@ -143,13 +157,18 @@ def paged_error(
 
 
 def paged_attention(
-    q_TNH: Tensor, cache: KVCache, layer: int, pages: Pages, kernels: str
+    q_TNH: Tensor, cache: KVCache, layer: int, pages: Pages, kernels: str, window: int = 0
 ) -> Tensor:
     """out [T, N, H] by one of `KERNELS`.
 
-    Query head n reads kv head n // G; scores are scaled by 1/sqrt(H).
+    Query head n reads kv head n // G; scores are scaled by 1/sqrt(H). `window`: how many tokens a
+    query sees, itself the last of them; 0 means all before it.
     """
     chunk, decode = KERNELS[kernels]
+    if window:
+        assert kernels == "torch", f"the paged kernels {kernels!r} have no windows"
+        chunk = partial(_torch_chunks, window=window)
+        decode = partial(_torch_decode, window=window)
     data = cache.data[layer]
     if not pages.counts:
         return decode(q_TNH, data, pages)
@@ -224,9 +243,9 @@ def _triton_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
 # ── torch
 
 
-def _attend(q_SCNH: Tensor, kv_SLJH: Tensor, lengths_S: Tensor) -> Tensor:
+def _attend(q_SCNH: Tensor, kv_SLJH: Tensor, lengths_S: Tensor, window: int = 0) -> Tensor:
     """Queries are the last C positions of each sequence, of which only the first `lengths` keys
-    exist. → [S, C, N, H]
+    exist; each sees `window` of them (0: all before it). → [S, C, N, H]
 
     A kv head's query heads are put behind each other as R = G·C queries, so that no key is copied.
     """
@@ -238,7 +257,11 @@ def _attend(q_SCNH: Tensor, kv_SLJH: Tensor, lengths_S: Tensor) -> Tensor:
     keys, values = kv_SLJH.transpose(1, 2).split(heads, 1)
     q_SKRH = q_SCNH.unflatten(2, (heads, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     last = lengths_S[:, None] - count + torch.arange(count, device=device)
-    seen = torch.arange(length, device=device) <= last.repeat(1, groups)[:, None, :, None]
+    keys_L = torch.arange(length, device=device)
+    last_S1R1 = last.repeat(1, groups)[:, None, :, None]
+    seen = keys_L <= last_S1R1
+    if window:
+        seen &= keys_L > last_S1R1 - window
     with sdpa_kernel(ON_GPU) if q_SKRH.is_cuda else nullcontext():
         out = F.scaled_dot_product_attention(q_SKRH, keys, values, attn_mask=seen)
     return out.unflatten(2, (groups, count)).permute(0, 3, 1, 2, 4).flatten(2, 3)
@@ -249,30 +272,37 @@ def _gathered(data: Tensor, tables_SW: Tensor) -> Tensor:
     return data.index_select(0, tables_SW.flatten()).view(len(tables_SW), -1, *data.shape[2:])
 
 
-def _torch_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
+def _torch_decode(q_DNH: Tensor, data: Tensor, pages: Pages, window: int = 0) -> Tensor:
     tables = pages.tables[: pages.decode]
     lengths = pages.lengths[: pages.decode]
     if pages.each_alone and pages.host_lengths:
-        return _torch_decode_alone(q_DNH, data, tables, lengths, pages.host_lengths)
+        return _torch_decode_alone(q_DNH, data, tables, lengths, pages.host_lengths, window)
     rows = max(1, MAX_GATHERED_BYTES // (tables.shape[1] * data[0].nbytes))
     parts = zip(q_DNH.split(rows), tables.split(rows), lengths.split(rows), strict=True)
-    outs = [_attend(q[:, None], _gathered(data, table), length) for q, table, length in parts]
+    outs = [
+        _attend(q[:, None], _gathered(data, table), length, window) for q, table, length in parts
+    ]
     return torch.cat([out[:, 0] for out in outs])
 
 
 def _torch_decode_alone(
-    q_DNH: Tensor, data: Tensor, tables: Tensor, lengths: Tensor, host_lengths: tuple[int, ...]
+    q_DNH: Tensor,
+    data: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    host_lengths: tuple[int, ...],
+    window: int,
 ) -> Tensor:
     """Item after item, each over its own keys and no more."""
     rows = []
     for i, length in enumerate(host_lengths):
         pages = -(-length // data.shape[1])
         kv = _gathered(data, tables[i : i + 1, :pages])[:, :length]
-        rows.append(_attend(q_DNH[i : i + 1, None], kv, lengths[i : i + 1])[:, 0])
+        rows.append(_attend(q_DNH[i : i + 1, None], kv, lengths[i : i + 1], window)[:, 0])
     return torch.cat(rows)
 
 
-def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
+def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages, window: int = 0) -> Tensor:
     rows = []
     start = 0
     for i, (count, length) in enumerate(zip(pages.counts, pages.host_lengths, strict=True)):
@@ -282,9 +312,11 @@ def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
         for low in range(0, count, MAX_QUERIES_AT_ONCE):
             high = min(low + MAX_QUERIES_AT_ONCE, count)
             seen = length - count + high
+            # What the first of these queries doesn't see, none of them does
+            first = max(0, seen - (high - low) - window + 1) if window else 0
             queries = q_TNH[None, start + low : start + high]
-            lengths = torch.full((1,), seen, device=q_TNH.device)
-            rows.append(_attend(queries, kv[:, :seen], lengths)[0])
+            lengths = torch.full((1,), seen - first, device=q_TNH.device)
+            rows.append(_attend(queries, kv[:, first:seen], lengths, window)[0])
         start += count
     return torch.cat(rows)
 

@@ -47,14 +47,19 @@ from retool.model.compile import eager
 T = TypeVar("T")
 CUDNN_FROM = (9, 0)  # compute capability: Hopper
 TRUSTED = 0.03  # largest `kernel_error` of a kernel that is used
+TRIED_WINDOW = 20  # tokens: within one of the documents that kernels are tried on
 
 
 def choose_backend(
-    device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto"
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    wanted: str = "auto",
+    windowed: bool = False,
 ) -> str:
     """The kernel for these inputs: `wanted` if it can run them, or for "auto" the fastest that can
     (varlen of the fused ones under `torch.use_deterministic_algorithms(True)`). A fused kernel is
-    tried on the device first, see `kernel_error`.
+    tried on the device first, see `kernel_error`; `windowed`: with a window, too.
 
     Raises ValueError where `wanted` is unknown, can't run or computes wrongly, saying what would.
     """
@@ -81,6 +86,8 @@ def choose_backend(
         fused = ["cudnn"] * can_cudnn + attention_flash.available(device)
     for backend in fused if wanted == "auto" else [wanted]:
         error = kernel_error(backend, device, dtype, head_dim)
+        if error <= TRUSTED and windowed:
+            error = kernel_error(backend, device, dtype, head_dim, windowed)
         if error <= TRUSTED:
             return backend
         wrong = (
@@ -136,7 +143,9 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
 
 
 @lru_cache
-def kernel_error(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
+def kernel_error(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool = False
+) -> float:
     """Largest relative error (L2) of a kernel's output and gradients on a small pack of random
     numbers, against fp32: about 0.005 in bf16.
 
@@ -145,7 +154,7 @@ def kernel_error(backend: str, device: torch.device, dtype: torch.dtype, head_di
     """
     lengths = (5, CUDNN_SHORTEST) if backend == "cudnn" else (5, 67, 1)
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    pack = Pack(cu_seqlens, max(lengths), lengths)
+    pack = Pack(cu_seqlens, max(lengths), lengths, TRIED_WINDOW if windowed else 0)
     generator = torch.Generator().manual_seed(0)
     heads = torch.randn(sum(lengths), 6, head_dim, generator=generator).to(device, dtype)
 
@@ -183,12 +192,13 @@ def tried(compute: Callable[[], T], failing: str) -> T | None:
 
 
 @lru_cache
-def _for_short(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def _for_short(
+    device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool = False
+) -> str:
     """For the short documents of a pack: the fastest that computes rightly, varlen as the last."""
     *others, last = attention_flash.available(device)
-    return next(
-        (name for name in others if kernel_error(name, device, dtype, head_dim) <= TRUSTED), last
-    )
+    inputs = (device, dtype, head_dim, windowed) if windowed else (device, dtype, head_dim)
+    return next((name for name in others if kernel_error(name, *inputs) <= TRUSTED), last)
 
 
 @eager  # `seqlens` would be a guard, and every pack a new graph
@@ -200,16 +210,18 @@ def attention(
     max_seqlen: int,
     backend: str,
     seqlens: tuple[int, ...],
+    window: int = 0,
 ) -> Tensor:
     """Causal attention within each document → out [T, N, H] in q's dtype, differentiable.
 
     `cu_seqlens` int32 [B+1] on the device, `seqlens` the same lengths on the host (they add up to
-    T), `max_seqlen` their largest, `backend` a name from `choose_backend`. N must be a multiple of
-    K. q, k, v may be views of one buffer, as long as H is contiguous.
+    T), `max_seqlen` their largest, `backend` a name from `choose_backend`. `window`: how many tokens
+    a query sees, itself the last of them; 0 means all before it. N must be a multiple of K. q, k, v
+    may be views of one buffer, as long as H is contiguous.
     """
     _check(q_TNH, k_TKH, seqlens)
     return _Attention.apply(
-        q_TNH, k_TKH, v_TKH, None, None, cu_seqlens, max_seqlen, backend, seqlens
+        q_TNH, k_TKH, v_TKH, None, None, cu_seqlens, max_seqlen, backend, seqlens, window
     )
 
 
@@ -224,6 +236,7 @@ def attention_from_saved(
     max_seqlen: int,
     backend: str,
     seqlens: tuple[int, ...],
+    window: int = 0,
 ) -> Tensor:
     """`attention` whose result is known: gives `out_TNH` back without computing it, and the same
     gradients.
@@ -233,7 +246,7 @@ def attention_from_saved(
     """
     _check(q_TNH, k_TKH, seqlens)
     return _Attention.apply(
-        q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, cu_seqlens, max_seqlen, backend, seqlens
+        q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, cu_seqlens, max_seqlen, backend, seqlens, window
     )
 
 
@@ -245,6 +258,7 @@ def attention_forward_lse(
     max_seqlen: int,
     backend: str,
     seqlens: tuple[int, ...],
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(out [T, N, H], lse [N, T]) without a graph.
 
@@ -252,7 +266,8 @@ def attention_forward_lse(
     inputs.
     """
     with torch.no_grad():
-        return FORWARD[backend](q_TNH, k_TKH, v_TKH, Pack(cu_seqlens, max_seqlen, seqlens))
+        pack = Pack(cu_seqlens, max_seqlen, seqlens, window)
+        return FORWARD[backend](q_TNH, k_TKH, v_TKH, pack)
 
 
 def attention_backward(
@@ -266,6 +281,7 @@ def attention_backward(
     max_seqlen: int,
     backend: str,
     seqlens: tuple[int, ...],
+    window: int = 0,
 ) -> Gradients:
     """(dq, dk, dv) of what `attention_forward_lse` computed.
 
@@ -279,7 +295,7 @@ def attention_backward(
             v_TKH,
             out_TNH,
             lse_NT,
-            Pack(cu_seqlens, max_seqlen, seqlens),
+            Pack(cu_seqlens, max_seqlen, seqlens, window),
         )
 
 
@@ -308,7 +324,7 @@ class _Attention(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dout: Tensor
     ) -> tuple[Tensor | None, ...]:
-        return (*attention_backward(dout, *ctx.saved_tensors, *ctx.pack), *[None] * 6)
+        return (*attention_backward(dout, *ctx.saved_tensors, *ctx.pack), *[None] * 7)
 
 
 def _check(q_TNH: Tensor, k_TKH: Tensor, seqlens: tuple[int, ...]) -> None:
@@ -325,15 +341,18 @@ def _check(q_TNH: Tensor, k_TKH: Tensor, seqlens: tuple[int, ...]) -> None:
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
-    return cudnn_forward(q, k, v, pack, FORWARD[_for_short(q.device, q.dtype, q.shape[-1])])
+    short = FORWARD[_for_short(q.device, q.dtype, q.shape[-1], pack.window > 0)]
+    # cuDNN's own kernel has no windows
+    return short(q, k, v, pack) if pack.window else cudnn_forward(q, k, v, pack, short)
 
 
 def _cudnn_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack
 ) -> Gradients:
-    return cudnn_backward(
-        dout, q, k, v, out, lse, pack, BACKWARD[_for_short(q.device, q.dtype, q.shape[-1])]
-    )
+    short = BACKWARD[_for_short(q.device, q.dtype, q.shape[-1], pack.window > 0)]
+    if pack.window:
+        return short(dout, q, k, v, out, lse, pack)
+    return cudnn_backward(dout, q, k, v, out, lse, pack, short)
 
 
 FORWARD = {**attention_flash.FORWARD, "cudnn": _cudnn_forward, "reference": reference_forward}

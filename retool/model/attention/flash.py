@@ -54,7 +54,8 @@ def _options(head_dim: int, pack: Pack) -> dict[str, Any]:
         "dropout_p": 0.0,
         "softmax_scale": head_dim**-0.5,
         "causal": True,
-        "window_size_left": -1,
+        # Before the query itself; -1 for all
+        "window_size_left": pack.window - 1,
         "window_size_right": -1,
         "softcap": 0.0,
         "alibi_slopes": None,
@@ -95,16 +96,13 @@ def _package_backward(
 
 @lru_cache(maxsize=1)
 def _varlen_options() -> dict[str, Any]:
-    """torch 2.11 groups heads unasked; from 2.12 on they must be asked for.
-
-    Both take the causal mask as a window.
-    """
+    """torch 2.11 groups heads unasked; from 2.12 on they must be asked for."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     grouped = (
         {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     )
-    return {"window_size": (-1, 0), "return_aux": AuxRequest(lse=True), **grouped}
+    return {"return_aux": AuxRequest(lse=True), **grouped}
 
 
 def _use(version: str | None) -> None:
@@ -133,6 +131,8 @@ def _torch_forward(
         pack.cu_seqlens,
         pack.max_seqlen,
         pack.max_seqlen,
+        # The causal mask is a window, too: nothing after the query, -1 for all before it
+        window_size=(pack.window - 1, 0),
         **_varlen_options(),
     )
     return out, lse
@@ -154,8 +154,11 @@ def _torch_backward(
     unused = torch.empty(0, device=q.device)
     cu = pack.cu_seqlens
     longest = pack.max_seqlen
+    # As torch's own backward has it: causal is what has no window
+    window = {"window_size_left": pack.window - 1, "window_size_right": 0} if pack.window else {}
+    causal = not pack.window
     return torch.ops.aten._flash_attention_backward(
-        dout, q, k, v, out, lse, cu, cu, longest, longest, 0.0, True, rng, unused
+        dout, q, k, v, out, lse, cu, cu, longest, longest, 0.0, causal, rng, unused, **window
     )
 
 

@@ -4,12 +4,14 @@ Shapes: T tokens · N query heads · K key/value heads · G query heads per key/
 · L tokens of a document · H head dim · B documents
 
 On the CPU it runs torch's blocked kernel (memory linear in L, exact in float64, about six times as
-fast as writing the formula down). Elsewhere it is the formula, over blocks of queries so that no
-more than `SCORE_BUDGET` scores exist at a time.
+fast as writing the formula down). Elsewhere, and in layers with a window, it is the formula, over
+blocks of queries so that no more than `SCORE_BUDGET` scores exist at a time. Keys that no query of a
+block sees aren't computed.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -17,16 +19,21 @@ import torch
 from torch import Tensor
 
 SCORE_BUDGET = 1 << 26  # elements of a block of scores
+MIN_WINDOW_ROWS = 64  # of queries at a time, however small the window
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class Pack(NamedTuple):
-    """Where the documents lie: `cu_seqlens` int32 [B+1] on the device, the rest on the host."""
+    """Where the documents lie: `cu_seqlens` int32 [B+1] on the device, the rest on the host.
+
+    `window`: how many tokens a query sees, itself the last of them; 0 means all before it.
+    """
 
     cu_seqlens: Tensor
     max_seqlen: int
     seqlens: tuple[int, ...]
+    window: int = 0
 
 
 def reference_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
@@ -34,7 +41,9 @@ def reference_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tens
 
     The log-sum-exp is float64 for float64 inputs, else float32.
     """
-    document = _cpu_forward if q.device.type == "cpu" else plain_forward
+    document = partial(plain_forward, window=pack.window)
+    if _blocked(q, pack):
+        document = _cpu_forward
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=_score_dtype(q))
     for tokens in _documents(pack.seqlens):
@@ -46,7 +55,9 @@ def reference_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack
 ) -> Gradients:
     """(dq, dk, dv) in the dtypes of q, k, v."""
-    document = _cpu_backward if q.device.type == "cpu" else plain_backward
+    document = partial(plain_backward, window=pack.window)
+    if _blocked(q, pack):
+        document = _cpu_backward
     dq = q.new_empty(q.shape)
     dk = k.new_empty(k.shape)
     dv = v.new_empty(v.shape)
@@ -55,6 +66,11 @@ def reference_backward(
             dout[tokens], q[tokens], k[tokens], v[tokens], out[tokens], lse[:, tokens]
         )
     return dq, dk, dv
+
+
+def _blocked(q: Tensor, pack: Pack) -> bool:
+    """Whether torch's blocked kernel takes this: it has no windows."""
+    return q.device.type == "cpu" and not pack.window
 
 
 def _documents(seqlens: tuple[int, ...]) -> list[slice]:
@@ -115,9 +131,14 @@ def _summed_over_groups(gradient_NLH: Tensor, group: int, dtype: torch.dtype) ->
 # --- the formula ---
 
 
-def _blocks(length: int, heads: int) -> list[slice]:
-    """Rows of queries whose scores against all keys are within the budget."""
+def _blocks(length: int, heads: int, window: int = 0) -> list[slice]:
+    """Rows of queries whose scores against all keys are within the budget.
+
+    In a window's layer no more rows than it has keys: most that they meet they see.
+    """
     rows = max(1, SCORE_BUDGET // (heads * length))
+    if window:
+        rows = min(rows, max(window, MIN_WINDOW_ROWS))
     return [slice(i, min(i + rows, length)) for i in range(0, length, rows)]
 
 
@@ -131,33 +152,42 @@ def _ungrouped(x_KGLH: Tensor, dtype: torch.dtype) -> Tensor:
     return x_KGLH.permute(2, 0, 1, 3).flatten(1, 2).to(dtype)
 
 
-def _scores(q_KGLH: Tensor, k_K1LH: Tensor, rows: slice) -> Tensor:
-    """Scaled scores [K, G, rows, keys up to the last row], with -inf above the diagonal."""
+def _keys(rows: slice, window: int) -> slice:
+    """The keys that some of these queries see."""
+    return slice(max(0, rows.start - window + 1) if window else 0, rows.stop)
+
+
+def _scores(q_KGLH: Tensor, k_K1LH: Tensor, rows: slice, window: int) -> Tensor:
+    """Scaled scores [K, G, rows, `_keys`], with -inf where a query doesn't see a key."""
+    keys = _keys(rows, window)
     scale = q_KGLH.shape[-1] ** -0.5
-    scores = q_KGLH[:, :, rows] @ k_K1LH[:, :, : rows.stop].transpose(-1, -2) * scale
-    # Keys count from 0, these queries from `rows.start`
-    square = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-    future = square.triu_(rows.start + 1)
-    return scores.masked_fill_(future, float("-inf"))
+    scores = q_KGLH[:, :, rows] @ k_K1LH[:, :, keys].transpose(-1, -2) * scale
+    # Column and row of a token differ: keys count from `keys.start`, queries from `rows.start`
+    diagonal = rows.start - keys.start
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    hidden = hidden.triu(diagonal + 1)
+    if window:
+        hidden |= torch.ones_like(hidden).tril_(diagonal - window)
+    return scores.masked_fill_(hidden, float("-inf"))
 
 
-def plain_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
     """One document: q [L, N, H], k and v [L, K, H] → out [L, N, H], lse [N, L]."""
     dtype = _score_dtype(q)
     q_KGLH, k_K1LH, v_K1LH = (_grouped(x, k.shape[1], dtype) for x in (q, k, v))
     outs: list[Tensor] = []
     lses: list[Tensor] = []
-    for rows in _blocks(q.shape[0], q.shape[1]):
-        scores = _scores(q_KGLH, k_K1LH, rows)
+    for rows in _blocks(q.shape[0], q.shape[1], window):
+        scores = _scores(q_KGLH, k_K1LH, rows, window)
         lse = scores.logsumexp(-1)
         p = (scores - lse[..., None]).exp_()
-        outs.append(p @ v_K1LH[:, :, : rows.stop])
+        outs.append(p @ v_K1LH[:, :, _keys(rows, window)])
         lses.append(lse)
     return _ungrouped(torch.cat(outs, 2), q.dtype), torch.cat(lses, 2).flatten(0, 1)
 
 
 def plain_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int = 0
 ) -> Gradients:
     """The gradients of `plain_forward` (FlashAttention, arXiv 2205.14135, appendix B.4)."""
     kv_heads = k.shape[1]
@@ -171,10 +201,10 @@ def plain_backward(
     dq = torch.empty_like(q_KGLH)
     dk = torch.zeros_like(k_K1LH)
     dv = torch.zeros_like(v_K1LH)
-    for rows in _blocks(q.shape[0], q.shape[1]):
-        keys = slice(0, rows.stop)
+    for rows in _blocks(q.shape[0], q.shape[1], window):
+        keys = _keys(rows, window)
         d_rows = dout_KGLH[:, :, rows]
-        p = (_scores(q_KGLH, k_K1LH, rows) - lse_KGL1[:, :, rows]).exp_()
+        p = (_scores(q_KGLH, k_K1LH, rows, window) - lse_KGL1[:, :, rows]).exp_()
         dv[:, :, keys] += (p.transpose(-1, -2) @ d_rows).sum(1, keepdim=True)
         dp = d_rows @ v_K1LH[:, :, keys].transpose(-1, -2)
         ds = (dp - delta_KGL1[:, :, rows]).mul_(p).mul_(scale)

@@ -15,6 +15,7 @@ from retool.model.families.llama import costs as costs
 from retool.model.hf_config.fields import WINDOWS, refused, size
 from retool.model.hf_config.rope_fields import ORIGINAL_LENGTH, rotary_dim, without_share
 from retool.model.hf_config.shape import read_shape
+from retool.model.hf_config.windows import in_every_layer
 
 FIELDS = WINDOWS  # beside those that every family has
 # transformers' defaults
@@ -26,8 +27,6 @@ LONGROPE = ("longrope", "su", "yarn")
 
 def read_config(c: dict[str, Any]) -> ModelConfig:
     """The original length is a field of its own, wherever else a file says it."""
-    if c.get("sliding_window") is not None:
-        raise ValueError(refused("sliding_window", c["sliding_window"]))
     defaults = {
         "rms_norm_eps": NORM_EPS,
         ORIGINAL_LENGTH: LENGTH,
@@ -36,7 +35,8 @@ def read_config(c: dict[str, Any]) -> ModelConfig:
     whole = {**defaults, **c, **_renamed(c)}
     wide = size(whole, "hidden_size") // size(whole, "num_attention_heads")
     turned = rotary_dim(whole, size(whole, "head_dim", default=wide))
-    shape = read_shape(without_share(whole), FIELDS, rotary=turned)
+    windows = in_every_layer(c, default=None)
+    shape = read_shape(without_share(whole), FIELDS, rotary=turned, windows=windows)
     if shape.rope_scaling is not None and not isinstance(shape.rope_scaling, LongScaling):
         # transformers knows no other here
         name = "rope_scaling" if c.get("rope_scaling") else "rope_parameters"

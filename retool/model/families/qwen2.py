@@ -22,6 +22,7 @@ from retool.model.families.hf_names import Stored, gate_up_down, query_key_value
 from retool.model.families.layer_costs import LayerCosts, gated_block_costs
 from retool.model.hf_config.fields import WINDOWS
 from retool.model.hf_config.shape import read_shape
+from retool.model.hf_config.windows import from_a_layer_on
 from retool.model.rope import rotate
 
 FIELDS = WINDOWS  # beside those that every family has
@@ -29,7 +30,8 @@ KV_HEADS = 32  # transformers' default
 
 
 def read_config(c: dict[str, Any]) -> ModelConfig:
-    return replace(read_shape(c, FIELDS, kv_heads=KV_HEADS), qkv_bias=True)
+    shape = read_shape(c, FIELDS, kv_heads=KV_HEADS, windows=from_a_layer_on(c))
+    return replace(shape, qkv_bias=True)
 
 
 def costs(config: ModelConfig, sp: int) -> LayerCosts:

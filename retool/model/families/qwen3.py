@@ -23,6 +23,7 @@ from retool.model.families.hf_names import Stored, gate_up_down, query_key_value
 from retool.model.families.layer_costs import Cost, LayerCosts, gated_block_costs
 from retool.model.hf_config.fields import WINDOWS, switch
 from retool.model.hf_config.shape import read_shape
+from retool.model.hf_config.windows import from_a_layer_on
 from retool.model.rope import rotate
 
 FIELDS = WINDOWS | {"attention_bias"}  # beside those that every family has
@@ -32,7 +33,8 @@ HEAD_DIM = 128
 
 def read_config(c: dict[str, Any]) -> ModelConfig:
     """`attention_bias` gives biases to q, k, v and o."""
-    shape = read_shape(c, FIELDS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    windows = from_a_layer_on(c)
+    shape = read_shape(c, FIELDS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, windows=windows)
     biased = switch(c, "attention_bias")
     return replace(shape, qkv_bias=biased, o_bias=biased, qk_norm=True)
 

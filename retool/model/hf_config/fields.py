@@ -27,6 +27,7 @@ SIZES = {
     "head_dim": 1 << 12,
     "max_position_embeddings": 1 << 32,
     "original_max_position_embeddings": 1 << 32,
+    "sliding_window": 1 << 32,
 }
 # The same of the sizes that only models with experts have.
 EXPERT_SIZES = {
@@ -37,7 +38,7 @@ EXPERT_SIZES = {
 }
 READ = frozenset(
     {
-        *SIZES,
+        *(name for name in SIZES if name not in WINDOWS),
         "model_type",
         "rms_norm_eps",
         "tie_word_embeddings",

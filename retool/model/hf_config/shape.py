@@ -20,17 +20,20 @@ def read_shape(
     kv_heads: int | None = None,
     head_dim: int | None = None,
     rotary: int | None = None,
+    windows: tuple[int, ...] | None = None,
 ) -> ModelConfig:
     """The content of a `config.json` → a `ModelConfig` without biases and norms of heads.
 
     `fields` are those that only some families read. `kv_heads` and `head_dim` are transformers'
     defaults for a file that says nothing (None: as many as query heads; hidden size / heads).
-    `rotary`: how many of a head's channels rope turns (None: all).
+    `rotary`: how many of a head's channels rope turns (None: all). `windows`: of each layer, as the
+    family has read them (None: a family without, and fields that give layers a window are refused).
 
     ValueError names all that isn't implemented, and how to go on.
     """
     layers = size(c, "num_hidden_layers")
-    if faults := [*faults_of(c, fields), *_windows(c, layers)]:
+    without = _windows(c, layers) if windows is None else ()
+    if faults := [*faults_of(c, fields), *without]:
         raise ValueError(" ".join(faults))
     hidden = size(c, "hidden_size")
     heads = size(c, "num_attention_heads")
@@ -62,6 +65,7 @@ def read_shape(
         mlp_bias=False,
         qk_norm=False,
         max_position=longest(c, scaling),
+        windows=windows or (),
         rotary_dim=rotary if rotary and rotary < head_dim else 0,
     )
 
