@@ -59,6 +59,12 @@ tool/errors | Tool errors | in a step | down noisy
     Calls that gave an error back.
 tool/timeouts | Tool time-outs | in a step | down noisy
     Calls that were stopped.
+tool/failed_opens | Tools that didn't open | in a step | down
+    A tool with a state couldn't make one: such answers are lost.
+tool/failed_calls | Tools that broke | in a step | down
+    Calls in which a tool raised, or wasn't there.
+tool/failed_closes | Tools that didn't close | in a step | down
+    A tool with a state didn't close it. The answer counts all the same.
 tool/latency | Tool latency | seconds | down noisy
     From a call's start to its result, on average; waiting to start isn't in it.
 tool/queue_s | Tool queue | seconds | down noisy

@@ -12,7 +12,7 @@ ASKED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("trained on", ("data.train_files",)),
     ("validated on", ("data.val_files",)),
     ("reward", ("custom_reward_function.path", "reward_model.name")),
-    ("tools", (f"{ROLLOUT}.multi_turn.tool_config_path",)),
+    ("tools", (f"{ROLLOUT}.multi_turn.tool_config_path", f"{ROLLOUT}.multi_turn.tools")),
 )
 SHARED = "GPUs a sequence"  # worth a word where it isn't one
 SETTINGS: tuple[tuple[str, tuple[str, ...]], ...] = (

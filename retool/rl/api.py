@@ -10,7 +10,7 @@ from typing import Any, Literal
 from retool.config import Parsed, read
 from retool.metrics.loggers import OnStep
 from retool.rl.agent.tools.load import close_tools
-from retool.rl.agent.tools.protocol import Tool
+from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.config import RLConfig
 from retool.rl.config.names import IGNORED, SYNONYMS
 from retool.rl.preflight.checks import preflight
@@ -66,7 +66,7 @@ MINI_BATCH = f"{ACTOR}.ppo_mini_batch_size"
 MOST_PROMPTS_AN_UPDATE = 64  # the command's default
 
 Reward = str | Callable[..., Any]
-Tools = str | os.PathLike[str] | Sequence[Callable[..., Any] | Tool | str]
+Tools = str | os.PathLike[str] | Sequence[Callable[..., Any] | AnyTool | object]
 
 
 def rl(

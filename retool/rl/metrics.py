@@ -98,8 +98,9 @@ def _reached(trajectory: Trajectory, max_response: int) -> bool:
 def tool_metrics(members: Sequence[Scored]) -> dict[str, float]:
     """How often tools were called and failed, how long they took, and why trajectories ended.
 
-    tool/{calls,errors,timeouts} are counts over the step. tool/latency is seconds per call while it
-    ran, tool/queue_s before it did.
+    tool/{calls,errors,timeouts} are counts over the step, and so are
+    tool/{failed_opens,failed_calls,failed_closes}, of tools that broke. tool/latency is seconds per
+    call while it ran, tool/queue_s before it did.
     """
     found = [member.trajectory for member in members]
     calls = sum(trajectory.tool_calls for trajectory in found)
@@ -110,6 +111,9 @@ def tool_metrics(members: Sequence[Scored]) -> dict[str, float]:
         "tool/calls": calls,
         "tool/errors": sum(trajectory.tool_errors for trajectory in found),
         "tool/timeouts": sum(trajectory.tool_timeouts for trajectory in found),
+        "tool/failed_opens": sum(trajectory.tool_failed_opens for trajectory in found),
+        "tool/failed_calls": sum(trajectory.tool_failed_calls for trajectory in found),
+        "tool/failed_closes": sum(trajectory.tool_failed_closes for trajectory in found),
         "tool/latency": running / max(calls, 1),
         "tool/queue_s": waiting / max(calls, 1),
         **{f"stop/{stop.value}": stops[stop] for stop in Stop},

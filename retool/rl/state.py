@@ -26,6 +26,9 @@ NUMBERS = (
     "policy_version",
     "assistant_text",
     "tool_queue_seconds",
+    "tool_failed_opens",
+    "tool_failed_calls",
+    "tool_failed_closes",
 )
 
 
@@ -94,6 +97,7 @@ def _member_to_plain(member: Scored) -> dict[str, Any]:
         **arrays,
         **numbers,
         "turn_rewards": list(trajectory.turn_rewards),
+        "tool_scores": dict(trajectory.tool_scores),
         "stop": trajectory.stop.value,
         "score": member.score,
         "reward": member.reward,
@@ -112,6 +116,7 @@ def _member_from_plain(entry: Mapping[str, Any], prompt: Prompt) -> Scored:
     # An older checkpoint has fewer
     numbers = {name: entry[name] for name in NUMBERS if name in entry}
     numbers["turn_rewards"] = tuple(entry.get("turn_rewards", ()))
+    numbers["tool_scores"] = dict(entry.get("tool_scores", {}))
     trajectory = Trajectory(prompt=prompt, stop=Stop(entry["stop"]), **arrays, **numbers)
     return Scored(trajectory, float(entry["score"]), float(entry["reward"]), dict(entry["info"]))
 

@@ -81,6 +81,10 @@ class Trajectory:
     assistant_text      what the model wrote, without tool output
     turn_rewards        what its environment or its tools gave for each turn of the model, in order;
                         empty where there is nobody to give any
+    tool_failed_opens   how often a tool with a state couldn't open one
+    tool_failed_calls   how often a tool raised, or was away, when it was called
+    tool_failed_closes  how often a tool didn't close its state
+    tool_scores         what tools gave for the whole answer when they closed, by their names
     messages            the conversation after the prompt, the model's turns as it wrote them
     tool_uses           every call with its answer, in order
 
@@ -107,6 +111,10 @@ class Trajectory:
     turn_rewards: tuple[float, ...] = ()
     messages: Sequence[Mapping[str, Any]] = ()
     tool_uses: Sequence[ToolUse] = ()
+    tool_failed_opens: int = 0
+    tool_failed_calls: int = 0
+    tool_failed_closes: int = 0
+    tool_scores: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = {len(self.tokens), len(self.mask), len(self.logp), len(self.logp_behaviour)}

@@ -18,7 +18,7 @@ from retool.rl.agent.options import Agent, AgentOptions, ends_of_calls
 from retool.rl.agent.reading.call import Call
 from retool.rl.agent.reading.form import THOUGHT_CLOSES, before_calls
 from retool.rl.agent.tools.load import RunLimits, load_tools
-from retool.rl.agent.tools.protocol import Tool
+from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.types import Prompt, Stop
 from retool.talk.options import CODE, NO_TOOLS
 
@@ -73,7 +73,7 @@ def sampling_of(options: argparse.Namespace, n: int = 1) -> SamplingParams:
     )
 
 
-def open_tools(choice: str, isolation: str) -> list[Tool]:
+def open_tools(choice: str, isolation: str) -> list[AnyTool]:
     """The tools of `--tools`, started. ValueError where there are none, or they can't be."""
     if choice == NO_TOOLS:
         return []
@@ -101,7 +101,7 @@ def open_llm(options: argparse.Namespace, max_num_seqs: int, enforce_eager: bool
 
 
 def make_talker(
-    llm: LLM, tools: Sequence[Tool], sampling: SamplingParams, form: str = AUTO
+    llm: LLM, tools: Sequence[AnyTool], sampling: SamplingParams, form: str = AUTO
 ) -> Talker:
     """The model with these tools. `form`: how it writes calls; ValueError for one that isn't known."""
     name, found = choose_format(form, llm.renderer)

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
-
-import httpx
 
 from retool.rl.agent.episode import Episode
 from retool.rl.agent.options import Agent
 from retool.rl.agent.reading.call import Call, check
-from retool.rl.agent.tools.protocol import Tool, ToolResult
+from retool.rl.agent.states import call_with_state
+from retool.rl.agent.tools.protocol import Tool, ToolResult, keeps_state
+from retool.rl.agent.tools.state import what_raised
 from retool.rl.types import ToolUse
 
 MAX_FAILURE_CHARACTERS = 10_000  # of what a tool that broke said; the rest is cut
 
 
-async def run_calls(
-    episode: Episode, calls: Sequence[Call], agent: Agent
-) -> tuple[list[dict[str, Any]], str | None]:
-    """The tools' answers as messages, one per call and in order; and what a tool that broke said,
-    if one did. The episode counts what happened.
+@dataclass(frozen=True)
+class Answers:
+    """What the calls of a turn came to: messages, one per call and in order; what a tool that broke
+    said, if one did; whether a tool said that the trajectory is over.
     """
-    results = await _results(calls, agent)
+
+    messages: list[dict[str, Any]]
+    failure: str | None
+    done: bool
+
+
+async def run_calls(episode: Episode, calls: Sequence[Call], agent: Agent) -> Answers:
+    """The tools' answers. The episode counts what happened, and has the turn's rewards."""
+    results = await _results(episode, calls, agent)
     responses = []
     failure = None
+    done = False
     for call, result in zip(calls, results, strict=True):
         _count(episode, result)
         text = clean(result.text)
@@ -40,13 +48,16 @@ async def run_calls(
         responses.append(response)
         if result.lost and failure is None:
             failure = f"{call.name}: {text}"[:MAX_FAILURE_CHARACTERS]
-    return responses, failure
+        if result.reward is not None:
+            episode.reward_turn(float(result.reward))
+        done = done or result.done
+    return Answers(responses, failure, done)
 
 
-async def _results(calls: Sequence[Call], agent: Agent) -> list[ToolResult]:
+async def _results(episode: Episode, calls: Sequence[Call], agent: Agent) -> list[ToolResult]:
     """A result for every call: of those beyond the limit, that they weren't run."""
     most = agent.options.max_parallel_calls
-    running = [_run_call(call, agent) for call in calls[:most]]
+    running = [_run_call(episode, call, agent) for call in calls[:most]]
     # A lone call, which is most of them, needs no task of its own
     results = [await running[0]] if len(running) == 1 else list(await asyncio.gather(*running))
     limit = "1 call is" if most <= 1 else f"{most} calls are"
@@ -58,24 +69,32 @@ async def _results(calls: Sequence[Call], agent: Agent) -> list[ToolResult]:
 
 
 def _count(episode: Episode, result: ToolResult) -> None:
-    episode.tool_calls += result.status != "not_run"
-    episode.tool_errors += result.status not in ("success", "not_run", "timeout")
+    ran = result.status not in ("not_run", "not_opened")
+    episode.tool_calls += ran
+    episode.tool_errors += ran and result.status not in ("success", "timeout")
     episode.tool_timeouts += result.status == "timeout"
+    episode.tool_failed_opens += result.status == "not_opened"
+    episode.tool_failed_calls += ran and (result.lost or result.status == "raised")
     episode.tool_seconds += result.seconds
     episode.tool_queue_seconds += result.queue_seconds
 
 
-async def _run_call(call: Call, agent: Agent) -> ToolResult:
-    """What the tool answers, or why there is no answer.
-
-    A tool may hang, even when it is cancelled: then it is left to itself. The clock runs from the
-    call, unless the tool keeps time itself: it knows when its own queue lets the call go.
-    """
+async def _run_call(episode: Episode, call: Call, agent: Agent) -> ToolResult:
+    """What the tool answers, or why there is no answer."""
     problem = check(call, agent.schemas)
     if problem is not None:
         return ToolResult(f"Error: {problem}", "bad_arguments")
     tool = agent.tools[call.name]
     timeout = agent.options.tool_timeout_seconds
+    if keeps_state(tool):
+        return await call_with_state(episode, tool, call.arguments, timeout)
+    return await _answer_in_time(tool, call, timeout)
+
+
+async def _answer_in_time(tool: Tool, call: Call, timeout: float) -> ToolResult:
+    """A tool may hang, even when it is cancelled: then it is left to itself. The clock runs from the
+    call, unless the tool keeps time itself: it knows when its own queue lets the call go.
+    """
     loop = asyncio.get_running_loop()
     begin = loop.time()
     answered = loop.create_future()
@@ -111,11 +130,8 @@ async def _answer(
             )
     except KeyboardInterrupt:
         raise
-    # Nobody there to be called: not the model's doing
-    except (ConnectionError, httpx.TransportError) as error:
-        result = ToolResult(f"{type(error).__name__}: {error}", "infrastructure")
     except BaseException as error:
-        result = ToolResult(f"{type(error).__name__}: {error}", "error")
+        result = what_raised(error)
     _settle(answered, result)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from retool.rl.agent.tools.state import State
 from retool.rl.types import Prompt, Stop, ToolUse, Trajectory
 
 
@@ -43,10 +44,17 @@ class Episode:
     tool_seconds: float = 0.0
     tool_queue_seconds: float = 0.0
     tool_uses: list[ToolUse] = field(default_factory=list)
+    tool_failed_opens: int = 0
+    tool_failed_calls: int = 0
+    tool_failed_closes: int = 0
+    tool_scores: dict[str, float] = field(default_factory=dict)
+    sample: int = 0
+    states: dict[str, State] = field(default_factory=dict)  # of tools that keep one
 
     @staticmethod
-    def begin(prompt: Prompt) -> Episode:
-        return Episode(prompt, [dict(message) for message in prompt.messages])
+    def begin(prompt: Prompt, sample: int = 0) -> Episode:
+        messages = [dict(message) for message in prompt.messages]
+        return Episode(prompt, messages, sample=sample)
 
     def add_turn(self, turn: Sampled, text: str) -> None:
         """What the model wrote: its ids are trained."""
@@ -74,13 +82,13 @@ class Episode:
         self.turn_rewards += [0.0] * missing
         self.turn_rewards[-1] += reward
 
-    def finish(self, sample: int, stop: Stop, version: int, tool_failure: str = "") -> Trajectory:
+    def finish(self, stop: Stop, version: int, tool_failure: str = "") -> Trajectory:
         """The trajectory, which ended for the reason `stop`."""
         prompt_ids = self.prompt.ids.astype(np.int32)
         response_ids = np.asarray(self.tokens, np.int32)
         return Trajectory(
             self.prompt,
-            sample,
+            self.sample,
             np.concatenate([prompt_ids, response_ids]),
             len(prompt_ids),
             self._after_prompt(self.mask, bool),
@@ -97,6 +105,10 @@ class Episode:
             tool_failure=tool_failure,
             tool_queue_seconds=self.tool_queue_seconds,
             turn_rewards=self._rewards_of_all_turns(),
+            tool_failed_opens=self.tool_failed_opens,
+            tool_failed_calls=self.tool_failed_calls,
+            tool_failed_closes=self.tool_failed_closes,
+            tool_scores=self.tool_scores,
             messages=self.messages[len(self.prompt.messages) :],
             tool_uses=self.tool_uses,
         )

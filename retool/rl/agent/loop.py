@@ -19,6 +19,7 @@ from retool.rl.agent.formats.table import FormatFailure
 from retool.rl.agent.options import Agent
 from retool.rl.agent.reading.call import Call, with_ids
 from retool.rl.agent.reading.form import MAX_CALLS_READ, read_calls
+from retool.rl.agent.states import close_states
 from retool.rl.agent.truncation import SAFE_CHARACTERS_PER_TOKEN, cut_text
 from retool.rl.types import Prompt, Stop, Trajectory
 
@@ -36,17 +37,25 @@ async def run_episode(
     prompt: Prompt, sample: int, generate: Generate, agent: Agent, version: int = 0
 ) -> Trajectory:
     """One answer to `prompt`. `version` is the policy's."""
-    episode = Episode.begin(prompt)
+    episode = Episode.begin(prompt, sample)
     stop, tool_failure = await play(episode, generate, agent)
-    return episode.finish(sample, stop, version, tool_failure)
+    return episode.finish(stop, version, tool_failure)
 
 
 async def play(episode: Episode, generate: Generate, agent: Agent) -> tuple[Stop, str]:
     """All turns of an episode: why it ended, and what a tool that broke said. Without tools it is
-    a single turn.
+    a single turn. Whatever its tools keep for it is closed then, if it is cancelled, too.
 
     Tools may fail in any way; only `generate` may raise.
     """
+    try:
+        return await _play_turns(episode, generate, agent)
+    finally:
+        if episode.states:
+            await close_states(episode)
+
+
+async def _play_turns(episode: Episode, generate: Generate, agent: Agent) -> tuple[Stop, str]:
     limit = agent.options.max_response_length
     new_ids: Sequence[int] = episode.prompt.ids.tolist()
     while True:
@@ -57,13 +66,16 @@ async def play(episode: Episode, generate: Generate, agent: Agent) -> tuple[Stop
             return Stop.INFRASTRUCTURE, str(error)
         if stop is not None:
             return stop, ""
-        responses, tool_failure = await run_calls(episode, calls, agent)
-        if tool_failure is not None:
-            return Stop.INFRASTRUCTURE, tool_failure
-        new_ids = render_tool_turn(episode, responses, agent)
+        answers = await run_calls(episode, calls, agent)
+        if answers.failure is not None:
+            return Stop.INFRASTRUCTURE, answers.failure
+        if answers.done:  # nobody reads what they say
+            episode.messages += answers.messages
+            return Stop.DONE, ""
+        new_ids = render_tool_turn(episode, answers.messages, agent)
         if len(episode.tokens) + len(new_ids) >= limit:  # no room for an answer to it
             return Stop.LENGTH, ""
-        episode.add_tool_turn(responses, new_ids)
+        episode.add_tool_turn(answers.messages, new_ids)
 
 
 def take_turn(episode: Episode, turn: Sampled, agent: Agent) -> tuple[Stop | None, list[Call]]:

@@ -9,7 +9,7 @@ from typing import Any
 from retool.data.render.renderer import Renderer
 from retool.rl.agent.formats.hermes import HERMES
 from retool.rl.agent.reading.form import Format
-from retool.rl.agent.tools.protocol import Tool
+from retool.rl.agent.tools.protocol import AnyTool
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AgentOptions:
 class Agent:
     """What stands around the model, the same in every episode; `tools` by their names."""
 
-    tools: Mapping[str, Tool]
+    tools: Mapping[str, AnyTool]
     renderer: Renderer
     options: AgentOptions
 

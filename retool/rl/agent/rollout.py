@@ -20,7 +20,7 @@ from retool.engine import Sampler, SamplingParams
 from retool.rl.agent.environments.play import Attempt, Worlds, run_in_world, seed_of
 from retool.rl.agent.loop import run_episode
 from retool.rl.agent.options import Agent, AgentOptions
-from retool.rl.agent.tools.protocol import Tool
+from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.agent.turns import EngineSequence, Turns, let_others_run
 from retool.rl.reward.builtin import overlong_penalty
 from retool.rl.reward.protocol import JUDGES_LOST, Judged
@@ -62,7 +62,7 @@ class RolloutParts:
 
     engine: Sampler
     judge: Judge
-    tools: Mapping[str, Tool]
+    tools: Mapping[str, AnyTool]
     renderer: Renderer
     agent: AgentOptions
     overlong: Overlong | None = None

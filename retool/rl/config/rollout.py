@@ -52,6 +52,11 @@ class MultiTurnConfig:
     tool_config_path: str | None = option(
         None, "Tools as YAML; null = the code interpreter on this machine."
     )
+    tools: tuple[str, ...] | None = option(
+        None,
+        "Tools by name: code_interpreter, or a function, object or class of yours as FILE.py/NAME; null = "
+        "those of tool_config_path.",
+    )
     format: str = option(
         "auto",
         "How the model writes calls: hermes, qwen3_coder, llama3_json, … or FILE.py/function; auto = as "

@@ -31,7 +31,7 @@ from retool.preflight.training_memory import Choice, choose
 from retool.preflight.world import box_of, check_heads, read_world
 from retool.rl.agent.tools.interpreter import CodeInterpreter
 from retool.rl.agent.tools.load import RunLimits, load_tools, make_tools
-from retool.rl.agent.tools.protocol import Tool
+from retool.rl.agent.tools.protocol import AnyTool, keeps_state
 from retool.rl.config import RLConfig
 from retool.rl.config.data import DataConfig
 from retool.rl.data import PromptOptions, load_prompts
@@ -153,13 +153,14 @@ def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
     config = report.config
     faults = list[Fault]()
     multi = config.actor_rollout_ref.rollout.multi_turn
-    tools: Sequence[Tool] = ()
+    tools: Sequence[AnyTool] = ()
     if multi.enable:
         where = f"{ARR}rollout.multi_turn.tool_config_path"
         wanted = multi.tool_workers, multi.tool_timeout_seconds, multi.tool_isolation
         limits = RunLimits(*wanted)
         if held.tools is None:
-            tools = attempt(where, lambda: load_tools(multi.tool_config_path, limits), faults) or ()
+            named = multi.tool_config_path, multi.tools or ()
+            tools = attempt(where, lambda: load_tools(named[0], limits, named[1]), faults) or ()
         else:
             tools = attempt("tools", lambda: make_tools(held.tools or (), limits), faults) or ()
     faults += _sandbox_faults(tools, first)
@@ -176,7 +177,7 @@ def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
     return replace(report.blame(*faults), tools=tuple(tools), reward=reward, sees=tuple(sees))
 
 
-def _sandbox_faults(tools: Sequence[Tool], first: bool) -> Iterator[Fault]:
+def _sandbox_faults(tools: Sequence[AnyTool], first: bool) -> Iterator[Fault]:
     """Sandbox servers that take no connection; and, on the `first` process of a machine, sandboxes
     that don't run a program of ours.
     """

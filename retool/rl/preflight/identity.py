@@ -21,7 +21,8 @@ from retool.preflight.identity import Trait, digest, file_digest, listed, model_
 from retool.rl.agent.environments.load import EnvironmentSource
 from retool.rl.agent.formats.table import own_format
 from retool.rl.agent.tools.function import FunctionTool
-from retool.rl.agent.tools.protocol import Tool
+from retool.rl.agent.tools.protocol import AnyTool
+from retool.rl.agent.tools.trajectory_tool import TrajectoryTool
 from retool.rl.config import RLConfig
 from retool.rl.objective.user_functions import own_function
 from retool.rl.preflight.plan import Questions, RLReport, uses_reference
@@ -141,15 +142,15 @@ def _format(name: str) -> str:
     return name if own is None else f"{name} ({file_digest(own[0])})"
 
 
-def _code(tool: Tool) -> Iterator[str | bytes]:
+def _code(tool: AnyTool) -> Iterator[str | bytes]:
     """What a user's tool is: its class and its file.
 
     Ours changes with the version, which is no other tool.
     """
-    kind = type(tool)
     if isinstance(tool, FunctionTool):
         yield from function_code(tool.function)
         return
+    kind = type(tool.made if isinstance(tool, TrajectoryTool) else tool)
     yield kind.__qualname__
     if not kind.__module__.startswith("retool."):
         try:

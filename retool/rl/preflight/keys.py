@@ -43,11 +43,12 @@ def notes(config: RLConfig) -> Iterator[str]:
     if algorithm.rollout_correction.bypass_mode and algorithm.rollout_correction.rollout_is:
         yield "with rollout_correction.bypass_mode the weights of rollout_is only undo top-p and top-k."
     yield from _clip_notes(actor)
-    if rollout.multi_turn.tool_config_path is not None and not rollout.multi_turn.enable:
-        yield (
-            "rollout.multi_turn.tool_config_path is given, but multi_turn.enable is false: no tool is "
-            "called."
-        )
+    multi = rollout.multi_turn
+    for key in ("tool_config_path", "tools"):
+        if getattr(multi, key) is not None and not multi.enable:
+            yield (
+                f"rollout.multi_turn.{key} is given, but multi_turn.enable is false: no tool is called."
+            )
     reward = config.reward_model
     if reward.concurrent and (reward.network or reward.environment):
         yield (

@@ -11,7 +11,7 @@ from retool.data.render.renderer import Renderer
 from retool.preflight.plan import RunReport, gpu_memory, setting_of
 from retool.rl.agent.environments.load import EnvironmentSource
 from retool.rl.agent.reading.form import Format
-from retool.rl.agent.tools.protocol import Tool
+from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.config import RLConfig, run_options
 from retool.rl.data import PromptReport
 from retool.rl.objective.advantages import Estimator
@@ -53,7 +53,7 @@ class RLReport(RunReport):
 
     config: RLConfig
     renderer: Renderer | None = None
-    tools: tuple[Tool, ...] = ()
+    tools: tuple[AnyTool, ...] = ()
     calls: tuple[str, Format] | None = None
     environment: EnvironmentSource | None = None
     reward: RewardSource | None = None

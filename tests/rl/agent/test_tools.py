@@ -188,7 +188,10 @@ def exits(config: dict, schema: dict | None) -> Tool:
             "Waits, config: {}}",
             r"tools\[0\].*Waits.call isn't a coroutine function: write 'async def call'",
         ),
-        ("NoSchema, config: {name: x}}", r"tools\[0\].*makes a NoSchema without schema, close"),
+        (
+            "NoSchema, config: {name: x}}",
+            r"tools\[0\].*a NoSchema without schema, close is no tool: give",
+        ),
         ("exits}", r"tools\[0\].*can't be made with its config and tool_schema \(SystemExit: 0\)"),
         (
             "Echo, tool_schema: text}",

@@ -6,6 +6,15 @@ What a tool of one's own needs is here by its short name.
 
 from retool.rl.agent.tools.function import FunctionTool
 from retool.rl.agent.tools.interpreter import CodeInterpreter, result_text
-from retool.rl.agent.tools.protocol import Tool, ToolResult
+from retool.rl.agent.tools.protocol import StatefulTool, Tool, ToolResult
+from retool.rl.agent.tools.trajectory_tool import TrajectoryTool
 
-__all__ = ["CodeInterpreter", "FunctionTool", "Tool", "ToolResult", "result_text"]
+__all__ = [
+    "CodeInterpreter",
+    "FunctionTool",
+    "StatefulTool",
+    "Tool",
+    "ToolResult",
+    "TrajectoryTool",
+    "result_text",
+]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from retool.data.tool_schema import schema_of
+from retool.rl.agent.tools.on_thread import on_thread
 from retool.rl.agent.tools.protocol import ToolResult, check_schema, function_of
+
+MAX_PIECES_CHARACTERS = 1_000_000  # of what a generator gives; what is beyond isn't asked for
 
 
 class FunctionTool:
@@ -19,6 +21,7 @@ class FunctionTool:
 
     It runs on a thread of its own for each call, so several calls may be in it at once; an `async`
     one is awaited. What it returns is shown to the model, as text or as JSON; what it raises, too.
+    What a generator yields, sync or async, is shown line by line.
     """
 
     def __init__(
@@ -36,14 +39,50 @@ class FunctionTool:
             inspect.signature(self.function).bind(**arguments)
         except TypeError as error:
             return ToolResult(f"ArgumentError: {self.name}: {error}.", "bad_arguments")
-        if inspect.iscoroutinefunction(self.function):
-            value = await self.function(**arguments)
-        else:
-            value = await _on_thread(lambda: self.function(**arguments))
+        value = await self._returned(arguments)
         return value if isinstance(value, ToolResult) else ToolResult(text_of(value), "success")
+
+    async def _returned(self, arguments: Mapping[str, Any]) -> Any:
+        function = self.function
+        if inspect.iscoroutinefunction(function):
+            return await function(**arguments)
+        if inspect.isasyncgenfunction(function):
+            return await _async_lines(function(**arguments))
+        # What a decorated function gives is known once it gives it
+        value = await on_thread(partial(_called, function, arguments))
+        if inspect.isasyncgen(value):
+            return await _async_lines(value)
+        return await value if inspect.isawaitable(value) else value
 
     async def close(self) -> None:
         """There is nothing to end."""
+
+
+def _called(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    value = function(**arguments)
+    return _lines(value) if inspect.isgenerator(value) else value
+
+
+def _lines(pieces: Iterator[Any]) -> str:
+    lines = list[str]()
+    characters = 0
+    for piece in pieces:
+        lines.append(text_of(piece))
+        characters += len(lines[-1])
+        if characters > MAX_PIECES_CHARACTERS:
+            break
+    return "\n".join(lines)
+
+
+async def _async_lines(pieces: AsyncIterator[Any]) -> str:
+    lines = list[str]()
+    characters = 0
+    async for piece in pieces:
+        lines.append(text_of(piece))
+        characters += len(lines[-1])
+        if characters > MAX_PIECES_CHARACTERS:
+            break
+    return "\n".join(lines)
 
 
 def text_of(value: Any) -> str:
@@ -51,32 +90,3 @@ def text_of(value: Any) -> str:
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=str)
-
-
-async def _on_thread(call: Callable[[], Any]) -> Any:
-    """`call()`, on a thread that ends with the program: a call may hang."""
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[Any] = loop.create_future()
-
-    def settle(value: Any, error: BaseException | None) -> None:
-        if answer.done():
-            return
-        if error is None:
-            answer.set_result(value)
-        elif isinstance(error, StopIteration):  # which a future can't hold
-            answer.set_exception(RuntimeError("StopIteration"))
-        else:
-            answer.set_exception(error)
-
-    def work() -> None:
-        value = None
-        failure: BaseException | None = None
-        try:
-            value = call()
-        except BaseException as error:
-            failure = error
-        if not loop.is_closed():  # nobody waits any more
-            loop.call_soon_threadsafe(settle, value, failure)
-
-    threading.Thread(target=work, name="retool-tool", daemon=True).start()
-    return await answer

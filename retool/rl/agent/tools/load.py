@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import importlib
-import inspect
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,9 +19,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from retool.rl.agent.tools.function import FunctionTool
+from retool.rl.agent.tools.given import as_tool, made_of, named_object
 from retool.rl.agent.tools.interpreter import SCHEMA, CodeInterpreter, InterpreterConfig
-from retool.rl.agent.tools.protocol import Tool, check_schema
+from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.reward.source import OF_PROGRAM
 
 # What `class_name` may say for the code interpreter: our own name first
@@ -32,6 +30,7 @@ INTERPRETERS = (
     "verl.tools.sandbox_fusion_tools.SandboxFusionTool",
     "recipe.retool.retool.CustomSandboxFusionTool",
 )
+CODE_INTERPRETER = SCHEMA["function"]["name"]
 CLOSE_SECONDS = 30.0  # that a tool has to close
 
 
@@ -59,8 +58,11 @@ class RunLimits:
 NO_LIMITS = RunLimits()
 
 
-def load_tools(path: str | Path | None, limits: RunLimits = NO_LIMITS) -> list[Tool]:
-    """The tools of a config file, started; without a file, the code interpreter on this machine.
+def load_tools(
+    path: str | Path | None, limits: RunLimits = NO_LIMITS, names: Sequence[str] = ()
+) -> list[AnyTool]:
+    """The tools of a config file and those of `names` (see `_named_tool`), started; without any, the
+    code interpreter on this machine. `path` may be a name, too.
 
     ValueError names the file, the entry and the key at fault.
     """
@@ -69,39 +71,48 @@ def load_tools(path: str | Path | None, limits: RunLimits = NO_LIMITS) -> list[T
             "the run was started by a program that gave its own tools, which are in no file. Start it "
             "from there, or give a file of tools."
         )
-    if path is None:
-        return [CodeInterpreter(limits.over(InterpreterConfig()))]
+    if path is None and not names:
+        names = [CODE_INTERPRETER]
+    if path is not None and ".py/" in str(path):
+        names = [str(path), *names]
+        path = None
+    entries = [] if path is None else _read_entries(path)
     tools = [
-        _load_entry(entry, f"{path}: tools[{index}]", limits)
-        for index, entry in enumerate(_read_entries(path))
+        _load_entry(entry, f"{path}: tools[{index}]", limits) for index, entry in enumerate(entries)
     ]
-    _check_names(tools, f"{path}: ")
+    tools += [_named_tool(name, limits) for name in names]
+    _check_names(tools, "" if path is None else f"{path}: ")
     return tools
 
 
-def make_tools(given: Sequence[Any], limits: RunLimits = NO_LIMITS) -> list[Tool]:
-    """The tools that a program gives: functions, objects with what a `Tool` has, and our own by its
-    name, "code_interpreter". ValueError for anything else.
+def _named_tool(name: str, limits: RunLimits) -> AnyTool:
+    """Our own by its name; a function, an object, or one of a class that needs no arguments, at
+    `file.py/name` or a dotted path.
     """
-    tools: list[Tool] = []
+    if name == CODE_INTERPRETER:
+        return CodeInterpreter(limits.over(InterpreterConfig()))
+    found = named_object(name)
+    try:
+        return made_of(found, name, {}, None) if isinstance(found, type) else as_tool(found)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def make_tools(given: Sequence[Any], limits: RunLimits = NO_LIMITS) -> list[AnyTool]:
+    """The tools that a program gives: functions, objects (see `as_tool`), and our own by its name,
+    "code_interpreter". ValueError for anything else.
+    """
+    tools: list[AnyTool] = []
     for entry in given:
-        if entry == SCHEMA["function"]["name"]:
+        if isinstance(entry, str) and entry == CODE_INTERPRETER:
             tools.append(CodeInterpreter(limits.over(InterpreterConfig())))
-        elif isinstance(entry, Tool):
-            check_schema(entry.name, entry.schema)
-            tools.append(entry)
-        elif callable(entry):
-            tools.append(FunctionTool(entry))
         else:
-            raise ValueError(
-                f"{entry!r:.80} is no tool: give a function, an object with name, schema, call and "
-                "close (retool.rl.agent.tools.Tool), or 'code_interpreter'."
-            )
+            tools.append(as_tool(entry))
     _check_names(tools, "")
     return tools
 
 
-def _check_names(tools: Sequence[Tool], where: str) -> None:
+def _check_names(tools: Sequence[AnyTool], where: str) -> None:
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
         raise ValueError(f"{where}tool names must differ, got {names}.")
@@ -122,21 +133,29 @@ def _read_entries(path: str | Path) -> list[Any]:
     return entries
 
 
-def _load_entry(entry: Any, where: str, limits: RunLimits) -> Tool:
+def _load_entry(entry: Any, where: str, limits: RunLimits) -> AnyTool:
     """The tool that one entry names; `where` is how a fault calls that entry."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("class_name"), str):
+    name = None
+    if isinstance(entry, dict):
+        name = entry.get("class_name") or entry.get("function")
+    if not isinstance(entry, dict) or not isinstance(name, str):
         raise ValueError(
-            f"{where}: expected a mapping with a class_name, such as {INTERPRETERS[0]}."
+            f"{where}: expected a mapping with a class_name, such as {INTERPRETERS[0]}, or with a "
+            "function, such as file.py/name."
         )
-    class_name = entry["class_name"]
     config = entry.get("config") or {}
     schema = entry.get("tool_schema")
     try:
         if not isinstance(config, dict):
             raise ValueError(f"config is a {type(config).__name__}, not a mapping.")
-        if class_name in INTERPRETERS:
+        if name in INTERPRETERS:
             return CodeInterpreter(limits.over(interpreter_config(config)), schema)
-        return _make_custom(class_name, config, schema)
+        found = named_object(name)
+        if "function" in entry:
+            return as_tool(found, schema)
+        if not callable(found):
+            raise ValueError(f"{name} is a {type(found).__name__}, not a class.")
+        return made_of(found, name, config, schema)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -153,43 +172,7 @@ def interpreter_config(config: Mapping[str, Any]) -> InterpreterConfig:
     return InterpreterConfig(**{str(key): value for key, value in config.items()})
 
 
-def _make_custom(path: str, config: Mapping[str, Any], schema: Any) -> Tool:
-    """A tool of the user's: what is at the dotted `path` is called with its config and schema.
-
-    ValueError where that can't be done, or gives no `Tool`.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        make = getattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:  # whatever the user's file raises
-        raise ValueError(
-            f"class_name={path} can't be imported ({type(error).__name__}: {error}). "
-            f"The code interpreter's is {INTERPRETERS[0]}."
-        ) from error
-    try:
-        tool = make(config, schema)
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"{path} can't be made with its config and tool_schema "
-            f"({type(error).__name__}: {error})."
-        ) from error
-    missing = [part for part in ("name", "schema", "call", "close") if not hasattr(tool, part)]
-    if missing:
-        raise ValueError(
-            f"{path} makes a {type(tool).__name__} without {', '.join(missing)}: see "
-            "retool.rl.agent.tools.Tool."
-        )
-    # A decorated function tells what it wraps; whether that awaits is the decorator's affair
-    if not (inspect.iscoroutinefunction(tool.call) or hasattr(tool.call, "__wrapped__")):
-        raise ValueError(
-            f"{path}.call isn't a coroutine function: write 'async def call', and await in it what "
-            "takes time."
-        )
-    check_schema(tool.name, tool.schema)
-    return tool
-
-
-async def close_tools(tools: Iterable[Tool]) -> None:
+async def close_tools(tools: Iterable[AnyTool]) -> None:
     """Let every tool go.
 
     One that raises, or takes longer than `CLOSE_SECONDS`, is told of and left to itself: the run's

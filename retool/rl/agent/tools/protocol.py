@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 T = TypeVar("T")
 
@@ -26,18 +30,28 @@ class ToolResult:
 
     The status "infrastructure" says that neither a program nor the model is to blame: the server
     is away, say. The trajectory ends there and isn't trained on.
+
+    `reward` is what the tool gives for the turn that called it; it is added up in
+    `Trajectory.turn_rewards`. None: nothing. `done` ends the trajectory: the model doesn't answer.
     """
 
     text: str
     status: str
     seconds: float = 0.0
     queue_seconds: float = 0.0
+    reward: float | None = None
+    done: bool = False
 
     def __post_init__(self) -> None:
         self._require("text", str)
         self._require("status", str)
         self._require("seconds", (int, float))
         self._require("queue_seconds", (int, float))
+        self._require("done", bool)
+        if self.reward is not None:
+            self._require("reward", (int, float))
+            if not math.isfinite(self.reward):
+                raise TypeError(f"ToolResult.reward is {self.reward}: give a finite number.")
 
     def _require(self, name: str, kind: type | tuple[type, ...]) -> None:
         value = getattr(self, name)
@@ -47,7 +61,7 @@ class ToolResult:
     @property
     def lost(self) -> bool:
         """Whether the tool failed, not its call."""
-        return self.status in ("infrastructure", "sandbox_error")
+        return self.status in ("infrastructure", "sandbox_error", "not_opened")
 
 
 @runtime_checkable
@@ -70,6 +84,40 @@ class Tool(Protocol):
     async def call(self, arguments: Mapping[str, Any]) -> ToolResult: ...
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class StatefulTool(Protocol):
+    """A tool that keeps a state for each trajectory that calls it.
+
+    `open_state` makes one when a trajectory first calls the tool; `row` is its question
+    (`retool.rl.agent.states.row_of`). `call_state` answers a call; those of one trajectory come one
+    after the other. `close_state` ends every state that `open_state` returned, once, however the
+    trajectory ends; what it returns is what the tool gives for the whole answer
+    (`Trajectory.tool_scores`), or None.
+
+    Each has its time, and may raise: `open_state` loses the trajectory then, and so does a
+    connection that `call_state` can't make. `keeps_time` and `close` are a `Tool`'s.
+    """
+
+    name: str
+    schema: dict[str, Any]
+
+    async def open_state(self, row: Mapping[str, Any]) -> Any: ...
+
+    async def call_state(self, state: Any, arguments: Mapping[str, Any]) -> ToolResult: ...
+
+    async def close_state(self, state: Any) -> float | None: ...
+
+    async def close(self) -> None: ...
+
+
+AnyTool = Tool | StatefulTool
+
+
+def keeps_state(tool: AnyTool) -> TypeIs[StatefulTool]:
+    """Which of the two a tool is. An `isinstance` of protocols takes long for every call."""
+    return hasattr(tool, "open_state")
 
 
 def function_of(schema: Any) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""Somebody's functions, sync or async, called without holding up the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+
+async def call_anywhere(
+    function: Callable[..., Any],
+    *arguments: Any,
+    orphaned: Callable[[Any], None] | None = None,
+) -> Any:
+    """What `function` returns: an async one is awaited, another runs on a thread of its own, and
+    what it gives to await is awaited. `orphaned`: see `on_thread`.
+    """
+    if inspect.iscoroutinefunction(function):
+        return await function(*arguments)
+    value = await on_thread(partial(function, *arguments), orphaned)
+    return await value if inspect.isawaitable(value) else value
+
+
+async def on_thread(call: Callable[[], Any], orphaned: Callable[[Any], None] | None = None) -> Any:
+    """`call()`, on a thread that ends with the program: a call may hang.
+
+    `orphaned` is given, on another thread, what comes when nobody waits for it any more.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[Any] = loop.create_future()
+
+    def orphan(value: Any) -> None:
+        if orphaned is not None:
+            threading.Thread(target=orphaned, args=(value,), daemon=True).start()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if answer.done():  # given up
+            if error is None:
+                orphan(value)
+        elif error is None:
+            answer.set_result(value)
+        elif isinstance(error, StopIteration):  # which a future can't hold
+            answer.set_exception(RuntimeError("StopIteration"))
+        else:
+            answer.set_exception(error)
+
+    def work() -> None:
+        value = None
+        failure: BaseException | None = None
+        try:
+            value = call()
+        except BaseException as error:
+            failure = error
+        try:
+            loop.call_soon_threadsafe(settle, value, failure)
+        except RuntimeError:  # the loop is closed: the program is about to end
+            if failure is None:
+                orphan(value)
+
+    threading.Thread(target=work, name="retool-tool", daemon=True).start()
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        # It may have come between the answer and this line
+        if answer.done() and not answer.cancelled() and answer.exception() is None:
+            orphan(answer.result())
+        raise
