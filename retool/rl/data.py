@@ -30,6 +30,7 @@ from retool.data.read.row_format import RowFormat
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
 from retool.data.tokens.bounds import stuck_ends_process
+from retool.rl.agent.tools.of_row import schemas_offered
 from retool.rl.types import Prompt
 
 PAIRS = (("Problem", "Answer"), ("problem", "answer"), ("question", "answer"))
@@ -114,7 +115,8 @@ def load_prompts(
 ) -> tuple[list[Prompt], PromptReport]:
     """Read, check and render every question, tool schemas and generation prompt included.
 
-    Over-long ones are left out and counted.
+    Over-long ones are left out and counted. A row may offer some of the `tools` only: see
+    `retool.rl.agent.tools.of_row`.
 
     `rows` is the user's function (path) -> dicts. ValueError with the first faults when a row can't
     be used, or nothing is left.
@@ -130,8 +132,9 @@ def load_prompts(
         try:
             if isinstance(question, RowError):
                 raise question
+            offered = schemas_offered(tools, question.extra_info)
             with stuck_ends_process():
-                rendered = renderer.render_prompt(question.messages, tools)
+                rendered = renderer.render_prompt(question.messages, offered)
             ids = np.asarray(rendered, np.int32)
             if len(ids) > options.max_length:
                 if options.filter_overlong:
@@ -142,7 +145,7 @@ def load_prompts(
         except ValueError as error:
             faults.add(_located(error, question))
             continue
-        prompts.append(_to_prompt(question, len(prompts), tools, ids))
+        prompts.append(_to_prompt(question, len(prompts), offered, ids))
         columns[question.columns] += 1
     if faults.count:
         raise faults.error(total)

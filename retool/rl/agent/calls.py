@@ -11,6 +11,7 @@ from retool.rl.agent.episode import Episode
 from retool.rl.agent.options import Agent
 from retool.rl.agent.reading.call import Call, check
 from retool.rl.agent.states import call_with_state
+from retool.rl.agent.tools.of_row import kwargs_of
 from retool.rl.agent.tools.protocol import Tool, ToolResult, keeps_state
 from retool.rl.agent.tools.state import what_raised
 from retool.rl.types import ToolUse
@@ -88,17 +89,21 @@ async def _run_call(episode: Episode, call: Call, agent: Agent) -> ToolResult:
     timeout = agent.options.tool_timeout_seconds
     if keeps_state(tool):
         return await call_with_state(episode, tool, call.arguments, timeout)
-    return await _answer_in_time(tool, call, timeout)
+    arguments = call.arguments
+    extra_info = episode.prompt.extra_info
+    if "tools_kwargs" in extra_info:
+        arguments = {**arguments, **kwargs_of(extra_info, tool.name, "execute_kwargs")}
+    return await _answer_in_time(tool, arguments, timeout)
 
 
-async def _answer_in_time(tool: Tool, call: Call, timeout: float) -> ToolResult:
+async def _answer_in_time(tool: Tool, arguments: Mapping[str, Any], timeout: float) -> ToolResult:
     """A tool may hang, even when it is cancelled: then it is left to itself. The clock runs from the
     call, unless the tool keeps time itself: it knows when its own queue lets the call go.
     """
     loop = asyncio.get_running_loop()
     begin = loop.time()
     answered = loop.create_future()
-    work = loop.create_task(_answer(tool, call.arguments, answered))
+    work = loop.create_task(_answer(tool, arguments, answered))
     timer = None
     if not getattr(tool, "keeps_time", False):
         timer = loop.call_later(timeout, _settle, answered, None)
@@ -109,7 +114,7 @@ async def _answer_in_time(tool: Tool, call: Call, timeout: float) -> ToolResult:
             timer.cancel()
         work.cancel()
     if result is None:
-        text = f"TimeoutError: {call.name} gave no answer within {timeout:g} s."
+        text = f"TimeoutError: {tool.name} gave no answer within {timeout:g} s."
         return ToolResult(text, "timeout", timeout)
     if result.seconds > 0:
         return result

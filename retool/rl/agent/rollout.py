@@ -20,6 +20,7 @@ from retool.engine import Sampler, SamplingParams
 from retool.rl.agent.environments.play import Attempt, Worlds, run_in_world, seed_of
 from retool.rl.agent.loop import run_episode
 from retool.rl.agent.options import Agent, AgentOptions
+from retool.rl.agent.tools.of_row import tools_offered
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.agent.turns import EngineSequence, Turns, let_others_run
 from retool.rl.reward.builtin import overlong_penalty
@@ -168,7 +169,8 @@ async def _episode(
     step: int,
 ) -> Scored:
     """Sample one trajectory and have it judged."""
-    agent = Agent(parts.tools, parts.renderer, parts.agent)
+    tools = tools_offered(parts.tools, prompt.extra_info)
+    agent = Agent(tools, parts.renderer, parts.agent)
     params = SamplingParams(
         max_tokens=1,
         temperature=sampling.temperature,

@@ -25,10 +25,10 @@ def row_of(prompt: Prompt, sample: int) -> dict[str, Any]:
         "prompt": prompt.messages,
         "ability": prompt.ability,
         "reward_model": {"ground_truth": prompt.ground_truth},
-        "extra_info": dict(prompt.extra_info),
         "index": prompt.index,
         "sample": sample,
         **prompt.row,
+        "extra_info": dict(prompt.extra_info),
     }
 
 

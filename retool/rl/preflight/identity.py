@@ -23,6 +23,7 @@ from retool.rl.agent.formats.table import own_format
 from retool.rl.agent.tools.function import FunctionTool
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.agent.tools.trajectory_tool import TrajectoryTool
+from retool.rl.agent.tools.verl_tool import VerlTool
 from retool.rl.config import RLConfig
 from retool.rl.objective.user_functions import own_function
 from retool.rl.preflight.plan import Questions, RLReport, uses_reference
@@ -150,7 +151,7 @@ def _code(tool: AnyTool) -> Iterator[str | bytes]:
     if isinstance(tool, FunctionTool):
         yield from function_code(tool.function)
         return
-    kind = type(tool.made if isinstance(tool, TrajectoryTool) else tool)
+    kind = type(tool.made if isinstance(tool, TrajectoryTool | VerlTool) else tool)
     yield kind.__qualname__
     if not kind.__module__.startswith("retool."):
         try:

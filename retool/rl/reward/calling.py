@@ -58,6 +58,8 @@ class Asked(NamedTuple):
             "tool_calls": trajectory.tool_calls,
             "stop_reason": trajectory.stop.value,
         }
+        if trajectory.tool_scores:
+            extra["rollout_reward_scores"] = dict(trajectory.tool_scores)  # verl's name for it
         seen = {name: _LOOKED_UP[name](trajectory) for name in names}
         return Asked(
             prompt.data_source,

@@ -8,11 +8,12 @@ import json
 import os
 import sys
 import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from retool.rl.agent.tools import load
+from retool.rl.agent.tools import FunctionTool, load
 from retool.rl.agent.tools.interpreter import (
     SCHEMA,
     CodeInterpreter,
@@ -406,3 +407,39 @@ def test_isolation_of_the_run_goes_before_the_tools(tmp_path: Path) -> None:
     (tool,) = load_tools(path, RunLimits(isolation="best_effort"))
     assert isinstance(tool, CodeInterpreter) and tool.config.isolation == "best_effort"
     asyncio.run(tool.close())
+
+
+def lines(count: int) -> Iterator[str]:
+    """Counts.
+
+    Args:
+        count: How far.
+    """
+    for number in range(count):
+        yield f"line {number}"
+
+
+async def later(count: int) -> AsyncIterator[dict[str, int]]:
+    """Counts.
+
+    Args:
+        count: How far.
+    """
+    for number in range(count):
+        await asyncio.sleep(0)
+        yield {"n": number}
+
+
+def endless() -> Iterator[str]:
+    """Never ends."""
+    while True:
+        yield "x" * 1000
+
+
+def test_generators_are_tools() -> None:
+    (one,) = call_and_close(FunctionTool(lines), {"count": 3})
+    assert one == ToolResult("line 0\nline 1\nline 2", "success")
+    (one,) = call_and_close(FunctionTool(later), {"count": 2})
+    assert one.text == '{"n": 0}\n{"n": 1}'
+    (one,) = call_and_close(FunctionTool(endless), {})
+    assert 1_000_000 < len(one.text) < 1_010_000

@@ -11,6 +11,8 @@ from retool.data.read.user_function import load_object
 from retool.rl.agent.tools.function import FunctionTool
 from retool.rl.agent.tools.protocol import AnyTool, check_schema, keeps_state
 from retool.rl.agent.tools.trajectory_tool import TrajectoryTool
+from retool.rl.agent.tools.verl_modules import schema_for_verl
+from retool.rl.agent.tools.verl_tool import VerlTool, is_verls
 
 A_TOOL = (
     "give a function with type hints, an object with open, call and close for each trajectory, or one "
@@ -25,6 +27,8 @@ def as_tool(given: Any, schema: Mapping[str, Any] | None = None) -> AnyTool:
     """
     if _has(given, "open", "call", "close"):
         return TrajectoryTool(given, schema)
+    if is_verls(given):
+        return VerlTool(given, schema)
     if _has(given, "call") or keeps_state(given):
         _check_parts(given)
         return given
@@ -79,7 +83,9 @@ def made_of(make: Callable[..., Any], name: str, config: Mapping[str, Any], sche
     ValueError where that can't be done, or gives no tool.
     """
     try:
-        if config and _binds(make, **config):
+        if is_verls(make):
+            made = make(config, schema_for_verl(schema))
+        elif config and _binds(make, **config):
             made = make(**config)
         elif _binds(make, config, schema):
             made = make(config, schema)

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from retool.rl.agent.tools.given import as_tool, made_of, named_object
 from retool.rl.agent.tools.interpreter import SCHEMA, CodeInterpreter, InterpreterConfig
 from retool.rl.agent.tools.protocol import AnyTool
+from retool.rl.agent.tools.verl_modules import verl_importable
 from retool.rl.reward.source import OF_PROGRAM
 
 # What `class_name` may say for the code interpreter: our own name first
@@ -91,7 +92,8 @@ def _named_tool(name: str, limits: RunLimits) -> AnyTool:
     """
     if name == CODE_INTERPRETER:
         return CodeInterpreter(limits.over(InterpreterConfig()))
-    found = named_object(name)
+    with verl_importable():
+        found = named_object(name)
     try:
         return made_of(found, name, {}, None) if isinstance(found, type) else as_tool(found)
     except ValueError as error:
@@ -150,12 +152,13 @@ def _load_entry(entry: Any, where: str, limits: RunLimits) -> AnyTool:
             raise ValueError(f"config is a {type(config).__name__}, not a mapping.")
         if name in INTERPRETERS:
             return CodeInterpreter(limits.over(interpreter_config(config)), schema)
-        found = named_object(name)
-        if "function" in entry:
-            return as_tool(found, schema)
-        if not callable(found):
-            raise ValueError(f"{name} is a {type(found).__name__}, not a class.")
-        return made_of(found, name, config, schema)
+        with verl_importable():
+            found = named_object(name)
+            if "function" in entry:
+                return as_tool(found, schema)
+            if not callable(found):
+                raise ValueError(f"{name} is a {type(found).__name__}, not a class.")
+            return made_of(found, name, config, schema)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
