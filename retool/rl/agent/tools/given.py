@@ -71,7 +71,7 @@ def named_object(name: str) -> Any:
         return getattr(importlib.import_module(module), own)
     except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise ValueError(
-            f"{name} can't be imported ({type(error).__name__}: {error}). Name a class or a function "
+            f"the tool {name} can't be imported ({type(error).__name__}: {error}). Name a class or a function "
             "as package.module.name, or as file.py/name."
         ) from error
 

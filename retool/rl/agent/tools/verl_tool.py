@@ -83,11 +83,14 @@ class VerlTool:
 
 def _own_schema(made: Any) -> dict[str, Any]:
     """What the object says of itself."""
-    schema = made.get_openai_tool_schema() if hasattr(made, "get_openai_tool_schema") else None
-    schema = schema if schema is not None else getattr(made, "tool_schema", None)
+    schema: Any = None
+    if hasattr(made, "get_openai_tool_schema"):
+        schema = made.get_openai_tool_schema()
+    if schema is None:
+        schema = getattr(made, "tool_schema", None)
     if hasattr(schema, "model_dump"):
-        return schema.model_dump(exclude_unset=True, exclude_none=True)
-    return schema  # type: ignore[return-value]  # whatever it is: it is checked
+        schema = schema.model_dump(exclude_unset=True, exclude_none=True)
+    return schema  # whatever it is: it is checked
 
 
 def _text_of(response: Any) -> str:
