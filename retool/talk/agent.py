@@ -29,6 +29,7 @@ TOOL_TOKENS = 2048  # of a tool's text that the model reads
 FINISH_REASONS = {
     Stop.EOS: "stop",
     Stop.NO_CALL: "stop",
+    Stop.DONE: "stop",
     Stop.LENGTH: "length",
     Stop.MAX_TURNS: "max_turns",
     Stop.INFRASTRUCTURE: "tool_failure",

@@ -31,7 +31,7 @@ from retool.preflight.training_memory import Choice, choose
 from retool.preflight.world import box_of, check_heads, read_world
 from retool.rl.agent.tools.interpreter import CodeInterpreter
 from retool.rl.agent.tools.load import RunLimits, load_tools, make_tools
-from retool.rl.agent.tools.protocol import AnyTool, keeps_state
+from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.config import RLConfig
 from retool.rl.config.data import DataConfig
 from retool.rl.data import PromptOptions, load_prompts

@@ -25,6 +25,7 @@ from retool.rl.agent.tools.protocol import ToolResult, keeps_state
 from retool.rl.metrics import tool_metrics
 from retool.rl.types import Scored, Stop
 from tests.data.conftest import TOOLS
+from tests.rl.agent.test_environments import Told, played
 from tests.rl.agent.test_loop import OPTIONS, Scripted, call_text, episode, prompt_of, say
 from tests.rl.agent.test_rollout import called, parts_of
 from tests.rl.agent.test_rollout import prompt_of as asked
@@ -349,3 +350,16 @@ def test_a_program_gives_an_object() -> None:
     assert keeps_state(tool) and tool.name == NAME
     with pytest.raises(ValueError, match="tool_schema is missing"):
         make_tools([Counts(schema=None)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("answer", [None, (1.0, True)])
+def test_in_a_world_it_is_closed_too_and_may_end_it(renderer_of, answer) -> None:
+    renderer = renderer_of("hermes")
+    tool = Counts(answer=answer)
+    world = Told([("So?", 0.5, False), ("", 0.0, True)])
+    turns = [call_text("1"), "Hm.", "Well."]
+    spoken = [say(renderer, text) for text in turns]
+    trajectory, _ = played(renderer, world, spoken, as_tool(tool))
+    assert trajectory.stop is Stop.DONE and tool.closed == [0] and world.closed == 1
+    assert trajectory.turn_rewards == ((1.0,) if answer else (0.0, 0.5, 0.0))
+    assert trajectory.tool_scores == {NAME: 1.0}

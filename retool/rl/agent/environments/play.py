@@ -23,8 +23,9 @@ from retool.rl.agent.loop import Generate, calls_in, render_tool_turn, take_turn
 from retool.rl.agent.options import Agent
 from retool.rl.agent.reading.call import Call, check
 from retool.rl.agent.reading.form import before_calls, without_thoughts
+from retool.rl.agent.states import close_states
 from retool.rl.agent.tools.load import make_tools
-from retool.rl.agent.tools.protocol import Tool, ToolResult, check_schema, function_of
+from retool.rl.agent.tools.protocol import AnyTool, ToolResult, check_schema, function_of
 from retool.rl.types import Prompt, Stop, Trajectory
 
 
@@ -80,22 +81,25 @@ async def run_in_world(
     The world may fail in any way: the trajectory is lost then. Only `begin` and `generate` raise.
     """
     world = World(worlds.make, worlds.seconds)
-    episode = Episode.begin(attempt.prompt)
+    episode = Episode.begin(attempt.prompt, attempt.sample)
     stop = Stop.INFRASTRUCTURE
     failure = ""
     try:
         opening = await world.reset(attempt.row())
         play = prepare(attempt.prompt, opening, agent, worlds.max_prompt_length)
-        episode = Episode.begin(play.prompt)
+        episode = Episode.begin(play.prompt, attempt.sample)
         stop = await play.turns(episode, begin(play.prompt), world)
     except (EnvironmentFailure, FormatFailure) as error:
         failure = str(error)
     finally:
-        unclosed = await world.close()
+        try:
+            unclosed = await world.close()
+        finally:
+            await close_states(episode)
     failure = failure or unclosed
     if failure:
         stop = Stop.INFRASTRUCTURE
-    return episode.finish(attempt.sample, stop, attempt.version, failure)
+    return episode.finish(stop, attempt.version, failure)
 
 
 class OfWorld:
@@ -145,7 +149,10 @@ class Play:
                 return stop
             if turns_used_up(episode, agent):
                 return Stop.MAX_TURNS
-            responses = await self._responses(episode, others, answer)
+            responses, done = await self._responses(episode, others, answer)
+            if done:
+                episode.messages += responses
+                return Stop.DONE
             new_ids = self._render(episode, responses)
             if len(episode.tokens) + len(new_ids) >= limit:  # no room for an answer to it
                 return Stop.LENGTH
@@ -173,14 +180,17 @@ class Play:
 
     async def _responses(
         self, episode: Episode, others: Sequence[Call], answer: Answer | None
-    ) -> list[dict[str, Any]]:
-        """What stands between this turn and the next: what tools answered, then what the world did."""
-        responses: list[dict[str, Any]] = []
-        if others:
-            responses, failure = await run_calls(episode, others, self.agent)
-            if failure is not None:
-                raise EnvironmentFailure(failure)
-        return [*responses, *(answer.messages if answer is not None else ())]
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """What stands between this turn and the next: what tools answered, then what the world did;
+        and whether a tool said that it is over.
+        """
+        by_world = answer.messages if answer is not None else ()
+        if not others:
+            return [*by_world], False
+        found = await run_calls(episode, others, self.agent)
+        if found.failure is not None:
+            raise EnvironmentFailure(found.failure)
+        return [*found.messages, *by_world], found.done
 
     def _render(self, episode: Episode, responses: list[dict[str, Any]]) -> list[int]:
         try:
@@ -201,7 +211,7 @@ def prepare(prompt: Prompt, opening: Opening, agent: Agent, max_prompt_length: i
     `max_prompt_length` tokens.
     """
     try:
-        added: list[Tool] = []
+        added: list[AnyTool] = []
         for tool in opening.tools:
             added += [OfWorld(tool)] if isinstance(tool, Mapping) else make_tools([tool])
         tools = {**agent.tools, **{tool.name: tool for tool in added}}
