@@ -30,8 +30,8 @@ from retool.checkpoint.merge import Progress, stored_names
 from retool.checkpoint.shards.same_step import NOTHING_VOUCHES, require_one_step
 from retool.checkpoint.shards.source import ShardSource
 from retool.checkpoint.shards.states import read_state
+from retool.model.borrowed.read import read_any_config
 from retool.model.build import plan_layout
-from retool.model.families.read import read_model_config
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def _model_faults(folder: Path, progress: Progress) -> list[str]:
             problems.append(str(error))
             return None
 
-    config = attempt(lambda: read_model_config(folder))
+    config = attempt(lambda: read_any_config(folder))
     source = attempt(lambda: SafetensorsSource(folder))
     if source is None:
         return problems

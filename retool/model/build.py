@@ -12,6 +12,8 @@ import torch
 
 from retool.model.attention.dispatch import choose_backend
 from retool.model.block import Execution
+from retool.model.borrowed.config import BorrowedConfig
+from retool.model.borrowed.module import BorrowedModel
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
 from retool.model.experts.balance import Balance
@@ -63,7 +65,7 @@ class ModelOptions:
 def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sharded:
     """A `Sharded` decoder of `config`'s shape with zero weights.
 
-    Its module is a `Decoder`, made on the meta device.
+    Its module is a `Decoder` or a `BorrowedModel`, made on the meta device.
     """
     cuda = mesh.device.type == "cuda"
     dtype = options.param_dtype or (torch.bfloat16 if cuda else options.master_dtype)
@@ -86,8 +88,9 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
         fp32_residual=options.fp32_residual,
         watch=watch,
     )
-    with torch.device("meta"):
-        module = Decoder(config, execution)
+    module = _module(config, execution)
+    if isinstance(module, BorrowedModel):
+        module.fill_buffers()
     return shard(
         module,
         module.units(),
@@ -98,13 +101,21 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
         members=module.members(),
         aliases=module.aliases(),
         fused=module.fused(),
-        order=tuple(stored.name for stored in module.stored()),
+        order=module.order(),
         trained=options.trained,
         keep_copy=options.keep_copy,
         reshard_after_forward=options.reshard_after_forward,
         forward_prefetch=options.forward_prefetch,
         backward_overlap=options.backward_overlap,
     )
+
+
+def _module(config: ModelConfig, execution: Execution) -> Decoder | BorrowedModel:
+    """The model that runs, without memory."""
+    if isinstance(config, BorrowedConfig):
+        return BorrowedModel(config, execution)
+    with torch.device("meta"):
+        return Decoder(config, execution)
 
 
 @lru_cache(maxsize=8)
@@ -115,9 +126,7 @@ def plan_layout(config: ModelConfig, shards: int) -> Layout:
     """
     mesh = Mesh(0, 1, 1, 1, torch.device("cpu"))
     heads = HeadPlan(1, 0, config.heads, config.kv_heads, config.head_dim)
-    with torch.device("meta"):
-        decoder = Decoder(config, Execution(heads, mesh))
+    decoder = _module(config, Execution(heads, mesh))
     units = collect(decoder, decoder.units(), decoder.members())
-    order = tuple(stored.name for stored in decoder.stored())
     slots = [(unit.name, unit.slots) for unit in units]
-    return make_layout(slots, shards, decoder.aliases(), order, decoder.fused())
+    return make_layout(slots, shards, decoder.aliases(), decoder.order(), decoder.fused())

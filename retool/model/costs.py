@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from retool.model.borrowed.config import BorrowedConfig
+from retool.model.borrowed.costs import costs as borrowed_costs
 from retool.model.config import ModelConfig
 from retool.model.families.layer_costs import LayerCosts
 from retool.model.families.read import FAMILIES
@@ -27,6 +29,8 @@ NO_QUADRATIC_LENGTH = 1 << 40
 
 def layer_costs(config: ModelConfig, sp: int = 1) -> LayerCosts:
     """What a layer costs, as its family says, under `sp` sequence-parallel ranks."""
+    if isinstance(config, BorrowedConfig):
+        return borrowed_costs(config)
     return FAMILIES[config.family].costs(config, sp)
 
 

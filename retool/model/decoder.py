@@ -133,6 +133,10 @@ class Decoder(nn.Module):
             names.append(Stored(HEAD, "head.weight"))
         return names
 
+    def order(self) -> tuple[str, ...]:
+        """Hugging Face's names in the order of transformers' `parameters()`."""
+        return tuple(stored.name for stored in self.stored())
+
     def members(self) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
         """Of each parameter the Hugging Face names stacked in it, with their shapes."""
         shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}

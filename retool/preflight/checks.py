@@ -17,7 +17,9 @@ from retool.checkpoint.format.tracker import STEP, TRACKER, checkpoints
 from retool.config import Fault
 from retool.config.options import resume_notes
 from retool.files.lock import in_use
+from retool.model.borrowed.config import BorrowedConfig
 from retool.perf import GIB
+from retool.preflight.borrowed import check_borrowed
 from retool.preflight.machine import (
     DEFAULT_PORT,
     check_compiler,
@@ -62,11 +64,12 @@ def check_run(report: R, box: Box, environment: Mapping[str, str]) -> R:
             box=box,
             windowed=model is not None and model.windowed,
         ),
+        *check_borrowed(options, model),
     ]
     if not box.elsewhere:
         faults += check_port(environment)
         compiles = options.model.use_compile
-        if compiles == "auto" and trainer.device == "cpu":
+        if compiles == "auto" and (trainer.device == "cpu" or isinstance(model, BorrowedConfig)):
             compiles = False
         faults += check_compiler(compiles, options.model_key)
     faults += check_output(folder, checkpoint_bytes(report) if options.saves else 0.0)

@@ -13,9 +13,9 @@ from retool.checkpoint.format.tracker import checkpoints
 from retool.checkpoint.hf.side_files import MORE_TEMPLATES
 from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.config import Fault
+from retool.model.borrowed.read import read_any_config
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
-from retool.model.families.read import read_model_config
 from retool.model.hub import MAX_JSON_BYTES, find_model, read_json_object
 from retool.preflight.plan import RunReport, attempt, not_allowed
 from retool.preflight.resume import export_of
@@ -57,7 +57,7 @@ def check_model(folder: Path, key: str) -> tuple[ModelConfig | None, list[Fault]
         return None, [Fault(where, "is a run's folder, not a model's.", way_out)]
 
     faults = list[Fault]()
-    config = attempt(where, lambda: read_model_config(folder), faults)
+    config = attempt(where, lambda: read_any_config(folder), faults)
     if not has_config:
         return None, faults  # it says where the model is: missing weights are no news then
     source = attempt(where, lambda: SafetensorsSource(folder), faults)

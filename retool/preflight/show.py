@@ -11,6 +11,8 @@ from rich.text import Text
 from retool.config import Fault
 from retool.config.redact import redact_word
 from retool.metrics import printable
+from retool.model.borrowed.config import BorrowedConfig
+from retool.model.config import ModelConfig
 from retool.model.costs import parameter_count
 from retool.perf import GIB
 from retool.preflight.plan import (
@@ -83,15 +85,25 @@ def _print_lines(lines: Sequence[str], console: Console) -> None:
 
 
 def model_words(report: RunReport) -> str:
-    """Family, size and shape."""
+    """Family, size and shape; what runs it."""
     model = report.model
     assert model is not None
     count = parameter_count(model)
     size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     return (
         f"{model.family}, {size} parameters, {model.layers} layers, {model.heads}/{model.kv_heads} heads "
-        f"of {model.head_dim}"
+        f"of {model.head_dim}\n{way_words(model)}"
     )
+
+
+def way_words(model: ModelConfig) -> str:
+    """Which code runs a model, and why."""
+    if isinstance(model, BorrowedConfig):
+        return (
+            f"runs as transformers' own {model.architecture}: retool has no file for model_type "
+            f"{model.family}"
+        )
+    return f"runs as retool's own decoder: model_type {model.family} has a file"
 
 
 def memory_words(
@@ -123,6 +135,8 @@ def memory_words(
         words += ", weights cast at every gather"
     if memory is not None:
         words += f"; {'fits' if fits else 'may not fit'} in {memory:.0f} GiB"
+    if isinstance(report.model, BorrowedConfig):
+        words += "; activations counted on one block, not measured on a GPU"
     if host:
         words += f"; {host / GIB:.1f} GiB of host memory on each machine"
     return words

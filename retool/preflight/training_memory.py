@@ -342,7 +342,10 @@ def choose(
     GPU's share is just filled. Gradients are held where micro-batches are too short to hide their
     reduction (always, without a device) and there is room.
     """
-    rungs = ladder(recompute, offload)
+    kept = layer_costs(config, setting.sp).kept
+    # What a model doesn't do was refused by name before
+    rungs: list[Recompute] = [rung for rung in ladder(recompute, offload) if rung in kept]
+    rungs = rungs or ["full"]
     if device_gib is None:
         return _without_a_device(config, setting, longest, tokens, rungs[0])
     # No sample is cut: whatever the budget, the longest must fit

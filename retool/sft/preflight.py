@@ -30,6 +30,7 @@ from retool.data.tokenise import LengthLimit
 from retool.data.tokens.load import load_tokenizer, other_tokens
 from retool.metrics import missing_extras
 from retool.perf import GIB
+from retool.preflight.borrowed import check_longest
 from retool.preflight.checks import check_run, notes_of
 from retool.preflight.machine import check_host_memory
 from retool.preflight.model_folder import check_ids, check_tokenizer, with_model
@@ -123,6 +124,7 @@ def _with_data(report: SFTReport, progress: Progress | None) -> SFTReport:
     report = _with_split(report, renderer, "train", train, progress)
     report = _with_split(report, renderer, "val", val, progress)
     report = report.blame(*_id_faults(report), *_padding_faults(report))
+    report = report.blame(*check_longest(report.model, report.longest, "data.max_length"))
     samples = None if report.train is None else len(report.train.dataset)
     if samples is not None and samples < config.data.train_batch_size:
         problem = f"is more than the {samples} training samples: an epoch has no full batch."

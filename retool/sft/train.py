@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from retool import checkpoint
 from retool.data.loader import Ahead, StepBatch, StepOrder, iterate_steps, iterate_validation
 from retool.data.packing import Budget, Packing
+from retool.model.borrowed.module import BorrowedModel
 from retool.model.costs import model_flops, quadratic_length
 from retool.model.decoder import Decoder
 from retool.optim import learning_rate
@@ -97,7 +98,7 @@ def start(
 ) -> tuple[Session[SFTReport], TrainState]:
     """Load the model, resume if there is something to resume from, open the session. Collective."""
     model, optimizer = load_model(report, mesh)
-    assert isinstance(model.module, Decoder) and report.choice is not None
+    assert isinstance(model.module, (Decoder, BorrowedModel)) and report.choice is not None
     if not caller.quiet:
         backend = model.module.execution.backend
         say(mesh, f"attention: {backend}; recomputation: {report.choice.recompute}")

@@ -8,8 +8,8 @@ from pathlib import Path
 from retool.checkpoint.flat.fill import load_flat, require_tied
 from retool.checkpoint.flat.state import require_finite
 from retool.checkpoint.hf.weights import SafetensorsSource
+from retool.model.borrowed.read import read_any_config
 from retool.model.build import ModelOptions, build_decoder
-from retool.model.families.read import read_model_config
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
 
@@ -22,7 +22,7 @@ def load_pretrained(folder: str | Path, mesh: Mesh, options: ModelOptions | None
     Raises ValueError for an unknown model type, a missing shard, missing or misshapen parameters,
     a head of its own where config.json has none, and values that aren't finite.
     """
-    sharded = build_decoder(read_model_config(folder), mesh, options or ModelOptions())
+    sharded = build_decoder(read_any_config(folder), mesh, options or ModelOptions())
     source = SafetensorsSource(folder)
     require_tied(sharded.layout, source)
     load_flat(sharded.layout, mesh.shard_rank, source, sharded.master)
