@@ -143,6 +143,18 @@ training/rollout_probs_diff_mean | Sampler against trainer | probability | down 
     Mean gap of their probabilities.
 training/rollout_actor_kl_k3 | KL between sampler and trainer | nats per token | down noisy
     0 when they agree.
+llm_judge/calls | Calls to the judge | in a step | noisy
+    Requests to the language model that judges, new tries included.
+llm_judge/retries | Judge asked again | in a step | down noisy
+    It was busy, away, late, or what it said was cut short.
+llm_judge/garbage | Replies without a score | in a step | down noisy
+    What the judge said doesn't match reward_model.judge.pattern.
+llm_judge/cached | Verdicts from the cache | in a step | noisy
+    Nobody had to be asked.
+llm_judge/tokens | The judge's tokens | in a step | noisy
+    As its server counts them, question and verdict.
+llm_judge/over_budget | Answers over the budget | in a step | down
+    The judge wasn't asked about them.
 mask/truncated | Answers not trained | in a step | down noisy
     They ran out of tokens: algorithm.mask_truncated.
 rollout_correction/mean | Correction weight | | noisy

@@ -30,7 +30,7 @@ from retool.rl.objective.losses import Clip
 from retool.rl.objective.policy import LossSpec
 from retool.rl.preflight.memory import engine_options
 from retool.rl.preflight.plan import RLReport, uses_reference
-from retool.rl.reward.judges import open_judges
+from retool.rl.reward.judges import open_judges, shared_out
 from retool.rl.reward.protocol import Judges
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
@@ -74,7 +74,8 @@ def build_run(report: RLReport, mesh: Mesh, caller: Caller = COMMAND) -> tuple[R
     engines = mesh.world // ranks_per_engine
     leads = mesh.rank % ranks_per_engine == 0
     # First, so that their processes start while the weights are read.
-    judges = open_judges(report.reward, config.reward_model) if leads else None
+    settings = shared_out(config.reward_model, engines)
+    judges = open_judges(report.reward, settings) if leads else None
     model, optimizer = load_model(report, mesh)
     reference = None
     if uses_reference(config):

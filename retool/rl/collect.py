@@ -14,7 +14,7 @@ from retool.parallel.collectives import gather_objects
 from retool.rl.agent.rollout import RolloutTimes, Sampling, roll_out
 from retool.rl.build import Run, stream, training_sampling
 from retool.rl.failures import count_lost, require_scores, warn_of_failures
-from retool.rl.metrics import failure_metrics
+from retool.rl.metrics import failure_metrics, judge_metrics
 from retool.rl.objective import filter as dynamic
 from retool.rl.objective.experience import timed
 from retool.rl.preflight.memory import ROOM
@@ -127,7 +127,7 @@ def _metrics(run: Run, sampled: _Sampled, kept: int, times: Metrics) -> Metrics:
     """Of all samples, in groups without a signal too."""
     tokens = sum(member.trajectory.sampled for member in sampled.samples)
     stops = [member.trajectory.stop for member in sampled.samples]
-    metrics = failure_metrics(sampled.samples)
+    metrics = failure_metrics(sampled.samples) | judge_metrics(sampled.samples)
     metrics |= {f"stop/{stop.value}": float(stops.count(stop)) for stop in LOST}
     metrics["perf/rollout_tokens_per_second"] = tokens / max(times.get("gen", 0.0), 1e-9)
     if run.session.report.config.algorithm.filter_groups.enable:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from retool.rl.objective.filter import UnusableSamples
+from retool.rl.reward.protocol import BUDGET_SPENT
 from retool.rl.state import TrainState
 from retool.rl.types import FAILURE, TOOL_FAILURE, Scored
 
@@ -25,8 +26,15 @@ def require_scores(members: Sequence[Scored], max_failed_share: float, where: st
     """End the run where the reward failed on all of `members`, or on too large a share of them.
 
     `where` says what they are of: "step 3", "the validation after step 3". Raises UnusableSamples
-    with the first traceback.
+    with the first traceback. A judge's budget that is spent ends it at once.
     """
+    spent = next((member for member in members if member.failure == BUDGET_SPENT), None)
+    if spent is not None:
+        raise UnusableSamples(
+            f"{spent.info[FAILURE]} ({where}). Raise it and start the same command, which goes on "
+            "from the last checkpoint; or have what isn't judged left out of training: "
+            "reward_model.judge.when_spent=mask."
+        )
     judged = [member for member in members if not member.lost]
     failed = [member for member in judged if member.failure is not None]
     if not failed:

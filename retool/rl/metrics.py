@@ -7,8 +7,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from retool.rl.types import REWARD_OF, Scored, Stop, Trajectory
+from retool.rl.types import COUNTED, REWARD_OF, Scored, Stop, Trajectory
 
+JUDGE_COUNTS = (
+    "calls",
+    "cached",
+    "garbage",
+    "over_budget",
+    "retries",
+    "tokens",
+)
 PerToken = Sequence[np.ndarray]
 
 
@@ -128,6 +136,20 @@ def failure_metrics(members: Sequence[Scored]) -> dict[str, float]:
         "reward/timeouts": counts["timeout"],
         "reward/killed": counts["killed"],
     }
+
+
+def judge_metrics(members: Sequence[Scored]) -> dict[str, float]:
+    """llm_judge/{calls,retries,garbage,cached,tokens,over_budget}: sums of what judging took, in
+    lost samples too; nothing without such a judge.
+    """
+    sums = Counter[str]()
+    for member in members:
+        for key, value in member.info.items():
+            if key.startswith(COUNTED):
+                sums[key] += value
+    if not sums:
+        return {}
+    return {COUNTED + name: float(sums[COUNTED + name]) for name in JUDGE_COUNTS}
 
 
 def timing_metrics(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -15,6 +15,8 @@ FAILURE = "failure"
 TOOL_FAILURE = "tool_failure"
 # Before the name of one of several rewards: what it gave. Its metrics are called so, too.
 REWARD_OF = "rewards/"
+# Before what an answer's judge took: calls, tokens, … Its metrics are the sums.
+COUNTED = "llm_judge/"
 
 
 class Stop(str, Enum):

@@ -25,7 +25,7 @@ from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.agent.turns import EngineSequence, Turns, let_others_run
 from retool.rl.reward.builtin import overlong_penalty
 from retool.rl.reward.protocol import JUDGES_LOST, Judged
-from retool.rl.types import LOST, TOOL_FAILURE, Prompt, Scored, Stop, Trajectory
+from retool.rl.types import COUNTED, LOST, TOOL_FAILURE, Prompt, Scored, Stop, Trajectory
 
 MAX_SECONDS_TO_WAIT = 0.5  # with nothing to decode: a signal to stop may come
 
@@ -204,7 +204,8 @@ async def _judged(parts: RolloutParts, trajectory: Trajectory) -> Scored:
     trajectory = trajectory.without_texts()
     if judged.failure == JUDGES_LOST:
         lost = replace(trajectory, stop=Stop.INFRASTRUCTURE)
-        return Scored(lost, 0.0, 0.0, {TOOL_FAILURE: judged.reason})
+        took = {key: value for key, value in judged.info.items() if key.startswith(COUNTED)}
+        return Scored(lost, 0.0, 0.0, {**took, TOOL_FAILURE: judged.reason})
     reward = judged.score
     shaping = parts.overlong
     if shaping is not None:

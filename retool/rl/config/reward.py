@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from retool.config import option
+from retool.rl.config.judge import LLMJudgeConfig
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class RewardConfig:
 
     name: str | None = option(
         None,
-        "retool, boxed, math, or file.py/function; null = custom_reward_function, else by data_source.",
+        "retool, boxed, math, judge, or file.py/function; null = custom_reward_function, else by data_source.",
     )
     functions: tuple[str, ...] = option(
         (),
@@ -68,4 +69,5 @@ class RewardConfig:
             "\\boxed{}, null = it isn't tried."
         ),
     )
+    judge: LLMJudgeConfig = field(default_factory=LLMJudgeConfig)
     overlong_buffer: OverlongConfig = field(default_factory=OverlongConfig)

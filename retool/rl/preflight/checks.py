@@ -40,7 +40,13 @@ from retool.rl.preflight.identity import PATH, with_identity
 from retool.rl.preflight.keys import LOSS_KEY, contradictions, notes
 from retool.rl.preflight.memory import StepMemory
 from retool.rl.preflight.plan import NOTHING_HELD, Held, Questions, RLReport, uses_reference
-from retool.rl.preflight.reward import ESTIMATOR_KEY, credit_faults, reward_key, wanted_reward
+from retool.rl.preflight.reward import (
+    ESTIMATOR_KEY,
+    credit_faults,
+    judge_faults,
+    reward_key,
+    wanted_reward,
+)
 from retool.rl.preflight.tool_turns import call_format, show_tool_turn
 from retool.rl.preflight.trial import try_reward
 from retool.rl.preflight.world import try_environment, with_environment
@@ -174,6 +180,7 @@ def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
     where = held.reward.key if held.reward else reward_key(config)
     reward = attempt(where, find, faults)
     faults += credit_faults(config, report.estimator, reward)
+    faults += judge_faults(config, reward)
     return replace(report.blame(*faults), tools=tuple(tools), reward=reward, sees=tuple(sees))
 
 

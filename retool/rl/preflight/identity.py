@@ -25,12 +25,15 @@ from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.agent.tools.trajectory_tool import TrajectoryTool
 from retool.rl.agent.tools.verl_tool import VerlTool
 from retool.rl.config import RLConfig
+from retool.rl.config.judge import LLMJudgeConfig
 from retool.rl.objective.user_functions import own_function
 from retool.rl.preflight.plan import Questions, RLReport, uses_reference
+from retool.rl.reward.llm_judge.judge import prompt_of
 from retool.rl.reward.source import RewardSource
 
 FILES = "data.train_files"
 PATH = "actor_rollout_ref.model.path"
+REWARD = "reward_model"
 ACTOR = "actor_rollout_ref.actor"
 ENVIRONMENT_KEY = "actor_rollout_ref.rollout.multi_turn.environment"
 
@@ -56,7 +59,7 @@ def with_identity(report: RLReport) -> RLReport:
         )
     for key in ("shuffle", "seed"):
         found[f"data.{key}"] = Trait(f"data.{key}", getattr(config.data, key), strict=True)
-    if report.reward is not None:
+    if report.reward is not None and not any(f.where.startswith(REWARD) for f in report.faults):
         found |= _reward(config, report.reward)
     if not any(fault.where.endswith("tool_config_path") for fault in report.faults):
         found |= _tools(report)
@@ -90,12 +93,22 @@ def _reward(config: RLConfig, source: RewardSource) -> dict[str, Trait]:
     where = "reward_model.name" if custom is None else "custom_reward_function.path"
     if source.parts:
         where = "reward_model.functions"
-    name = " + ".join(_reward_name(part) for part in source.parts or (source,))
+    names = [_reward_name(part) for part in source.parts or (source,)]
+    if source.asks_a_judge:
+        names.append(_judge(config.reward_model.judge))
+    name = " + ".join(names)
     length = f"{shaping.len} tokens, factor {shaping.penalty_factor:g}" if shaping.enable else "off"
     return {
         "the reward function": Trait(where, name),
         "the punishment of long answers": Trait("reward_model.overlong_buffer", length),
     }
+
+
+def _judge(settings: LLMJudgeConfig) -> str:
+    """A judge behind an address by what its verdicts depend on, not by where it is."""
+    scale = f"{settings.lowest:g} to {settings.highest:g}"
+    asked = digest(prompt_of(settings), settings.pattern, scale, f"{settings.temperature:g}")
+    return f"{settings.model} ({asked})"
 
 
 def _reward_name(source: RewardSource) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from retool.config import Fault
 from retool.rl.config import RLConfig
 from retool.rl.objective.advantages import ESTIMATORS, Estimator
+from retool.rl.reward.llm_judge.judge import LLMJudge
 from retool.rl.reward.source import OF_TURNS, RewardSource, find_reward, find_several
 
 ESTIMATOR_KEY = "algorithm.adv_estimator"
@@ -70,3 +71,18 @@ def credit_faults(
         problem = f"the reward {reward.name} doesn't count what turns are given."
         way_out = f"Use reward_model.name={OF_TURNS}, or add {OF_TURNS} to reward_model.functions."
         yield Fault(where, problem, way_out)
+
+
+def judge_faults(
+    config: RLConfig,
+    reward: RewardSource | None,
+) -> Iterator[Fault]:
+    """A judge behind an address that can't be asked. Where it is tried, that says so."""
+    settings = config.reward_model
+    asked = reward is not None and reward.asks_a_judge
+    if not asked or settings.trial_answer is not None:
+        return
+    try:
+        LLMJudge(settings.judge, settings.floor).close()
+    except ValueError as error:
+        yield Fault("reward_model.judge", str(error))

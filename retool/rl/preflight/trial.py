@@ -5,9 +5,11 @@ judges have.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -42,6 +44,8 @@ def try_reward(
     except (ValueError, OSError) as error:
         yield Fault(where, str(error))
         return
+    if source.asks_a_judge:  # it has the run's network, and its own time limits
+        settings = replace(settings, concurrent=True, timeout_seconds=math.inf)
     try:
         yield from _asked(judges, where, settings, prompts)
     finally:

@@ -96,6 +96,15 @@ def environment_score(
     return float(sum(turn_rewards))
 
 
+def judge_score(
+    messages: Any,
+    response: Any,
+    solution_str: str,
+) -> float:
+    """Stands for the language model that `llm_judge` asks; nobody calls it."""
+    raise AssertionError("a judge behind an address is asked by LLMJudge")
+
+
 def last_boxed(text: str) -> str | None:
     """What is inside the last `\\boxed{…}` whose braces balance; None without one.
 
@@ -165,4 +174,5 @@ BUILT_IN: dict[str, RewardFunction] = {
     "math": math_score,
     "default": default_score,
     "environment": environment_score,
+    "judge": judge_score,
 }

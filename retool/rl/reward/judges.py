@@ -11,9 +11,10 @@ from dataclasses import replace
 
 from retool.rl.config.reward import RewardConfig
 from retool.rl.reward.async_judge import AsyncJudge
+from retool.rl.reward.llm_judge.judge import LLMJudge
 from retool.rl.reward.pool import RewardPool
 from retool.rl.reward.protocol import Judges
-from retool.rl.reward.several import SeveralJudges
+from retool.rl.reward.several import SeveralJudges, WeightedJudges
 from retool.rl.reward.source import RewardSource
 
 
@@ -30,6 +31,10 @@ def open_judges(
         return _open(source, settings, workers)
     members: list[Judges] = []
     try:
+        for part in source.parts:
+            if part.is_judge:
+                judge = _open(part, settings, workers)
+                members.append(WeightedJudges(judge, part.name, part.weight))
         for group, is_awaited in by_place(source, settings):
             placed = replace(settings, concurrent=is_awaited)
             members.append(_open(group, placed, workers))
@@ -41,11 +46,23 @@ def open_judges(
     return SeveralJudges(members, names, settings.floor)
 
 
+def shared_out(
+    settings: RewardConfig,
+    processes: int,
+) -> RewardConfig:
+    """With a judge's budget of each of `processes` that judge, rounded up."""
+    judge = settings.judge
+    calls = judge.max_calls and -(-judge.max_calls // processes)
+    tokens = judge.max_total_tokens and -(-judge.max_total_tokens // processes)
+    shared = replace(judge, max_calls=calls, max_total_tokens=tokens)
+    return replace(settings, judge=shared)
+
+
 def by_place(
     source: RewardSource,
     settings: RewardConfig,
 ) -> list[tuple[RewardSource, bool]]:
-    """Several rewards as those of each place, and whether it is the run's own process.
+    """The functions among several rewards by place, and whether it is the run's own process.
 
     There only async functions are awaited, where that is asked for. ValueError where it is asked
     for, and none of them is async.
@@ -53,10 +70,12 @@ def by_place(
     awaited: list[RewardSource] = []
     pooled: list[RewardSource] = []
     for part in source.parts:
+        if part.is_judge:
+            continue
         is_async = inspect.iscoroutinefunction(part.load())
         place = awaited if settings.concurrent and is_async else pooled
         place.append(part)
-    if settings.concurrent and not awaited:
+    if settings.concurrent and pooled and not awaited:
         raise ValueError(
             "reward_model.concurrent=true needs an async function, and none of "
             f"{source.name} is one: leave the key out."
@@ -71,6 +90,8 @@ def _open(
     workers: int | None,
 ) -> Judges:
     """Judges of one place."""
+    if source.is_judge:
+        return LLMJudge(settings.judge, settings.floor)
     if settings.concurrent:
         return AsyncJudge(
             source,

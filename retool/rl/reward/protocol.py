@@ -15,6 +15,8 @@ from retool.rl.types import FAILURE, Trajectory
 
 # The failure that isn't the function's: its processes are gone, or the server that it asks
 JUDGES_LOST = "lost"
+# Nor this one: a judge that costs money has spent what it may
+BUDGET_SPENT = "budget"
 RETRIES = 2  # of an answer that is lost so
 # What clients raise where nobody answers, by the names of their classes: none of them need be
 # installed here

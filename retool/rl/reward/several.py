@@ -8,13 +8,16 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from retool.rl.reward.calling import ARGUMENTS, SEEN, Asked, RewardFunction, seen_by
-from retool.rl.reward.protocol import JUDGES_LOST, Judged, Judges
+from retool.rl.reward.protocol import BUDGET_SPENT, JUDGES_LOST, Judged, Judges
 from retool.rl.reward.score import check_score
-from retool.rl.types import FAILURE, REWARD_OF, Trajectory
+from retool.rl.types import COUNTED, FAILURE, REWARD_OF, Trajectory
+
+# Failures that say nothing about the answer: they are told first
+NOT_THE_FUNCTIONS = (JUDGES_LOST, BUDGET_SPENT)
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,14 @@ class SeveralJudges:
         """Every member's answer to one call, side by side, as one."""
         calls = [member.score(asked, timeout) for member in self._members]
         verdicts = await asyncio.gather(*calls)
-        failed = [judged for judged in verdicts if judged.failure is not None]
-        if failed:
-            lost = [judged for judged in failed if judged.failure == JUDGES_LOST]
-            return (lost or failed)[0]
         told: dict[str, Any] = {}
         for judged in verdicts:
             told |= judged.info
+        failed = [judged for judged in verdicts if judged.failure is not None]
+        if failed:
+            away = [judged for judged in failed if judged.failure in NOT_THE_FUNCTIONS]
+            first = (away or failed)[0]
+            return replace(first, info={**counts_in(told), **first.info})
         if not any(key.startswith(REWARD_OF) for key in told):
             return self._nothing_said()
         total = sum(judged.score for judged in verdicts)
@@ -129,6 +133,49 @@ class SeveralJudges:
             member.close()
 
 
+class WeightedJudges:
+    """Judges of a single reward, as one of several: under its `name`, times its `weight`."""
+
+    def __init__(
+        self,
+        judges: Judges,
+        name: str,
+        weight: float,
+    ) -> None:
+        self._judges = judges
+        self._name = name
+        self._weight = weight
+        self.seen = judges.seen
+
+    def problem(self) -> str:
+        return self._judges.problem()
+
+    async def judge(self, trajectory: Trajectory) -> Judged:
+        return await self.score(Asked.about(trajectory, self.seen))
+
+    async def score(
+        self,
+        asked: Asked,
+        timeout: float | None = None,
+    ) -> Judged:
+        judged = await self._judges.score(asked, timeout)
+        if judged.failure is not None:
+            return judged
+        info: dict[str, Any] = {REWARD_OF + self._name: judged.score, **counts_in(judged.info)}
+        for key, value in judged.info.items():
+            if key not in info:
+                info[f"{self._name}/{key}"] = value
+        return replace(judged, score=self._weight * judged.score, info=info)
+
+    def close(self) -> None:
+        self._judges.close()
+
+
+def counts_in(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What judging took."""
+    return {key: value for key, value in told.items() if key.startswith(COUNTED)}
+
+
 def unfolded(
     told: Mapping[str, Any],
     names: Sequence[str],
@@ -137,7 +184,7 @@ def unfolded(
 
     What a later one calls alike keeps its name, as in `length/acc`.
     """
-    out = {key: value for key, value in told.items() if key.startswith(REWARD_OF)}
+    out = {key: value for key, value in told.items() if key.startswith((REWARD_OF, COUNTED))}
     for name in names:
         prefix = f"{name}/"
         for key, value in told.items():

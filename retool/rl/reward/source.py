@@ -14,6 +14,7 @@ from retool.rl.reward.several import Part, together
 
 # Stands for a file in a configuration, where a program gave a function or tools of its own
 OF_PROGRAM = "<program>"
+OF_JUDGE = "judge"  # the built-in reward that a language model gives
 OF_TURNS = "environment"  # the built-in reward that is the sum of what turns were given
 
 
@@ -75,11 +76,21 @@ class RewardSource:
         return self.path is not None or self.own is not None
 
     @property
+    def is_judge(self) -> bool:
+        """Whether a language model behind an address judges."""
+        return self.name == OF_JUDGE and not (self.is_users or self.parts)
+
+    @property
+    def asks_a_judge(self) -> bool:
+        """Whether one does so of any part."""
+        return any(part.is_judge for part in self.parts or (self,))
+
+    @property
     def needs_truth(self) -> bool:
         """Whether a row without an answer can't be judged."""
         if self.parts:
             return any(part.needs_truth for part in self.parts)
-        return not self.is_users and self.name != OF_TURNS
+        return not self.is_users and self.name not in (OF_JUDGE, OF_TURNS)
 
     @property
     def key(self) -> str:
