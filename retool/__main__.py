@@ -52,6 +52,11 @@ COMMANDS = {
         "doctor | serve",
         "says what isolates generated programs here; runs them for others",
     ),
+    "doctor": Command(
+        "retool.doctor.__main__",
+        "[--folder DIR]",
+        "says before a run what is wrong with the machines and the network between them",
+    ),
     "chat": Command(
         "retool.talk.chat",
         "MODEL",
@@ -69,7 +74,7 @@ COMMANDS = {
     ),
 }
 # These run in several processes, where torchrun's options are among their words
-DISTRIBUTED = ("sft", "rl")
+DISTRIBUTED = ("sft", "rl", "doctor")
 HELP = ("help", "--help", "-h")
 VERSION = ("version", "--version", "-V")
 # What people call a command of ours elsewhere
@@ -85,7 +90,6 @@ OTHER_NAMES = {
     "verify": "checkpoint",
     "convert": "checkpoint",
     "export": "checkpoint",
-    "doctor": "sandbox",
 }
 
 

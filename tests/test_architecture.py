@@ -34,6 +34,7 @@ LEVELS = {
     "engine": 4,
     "preflight": 5,
     "run": 6,
+    "doctor": 6,
     "sft": 7,
     "rl": 7,
     "llm": 8,

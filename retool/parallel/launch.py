@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from retool.config.elsewhere import FLAGS, LAUNCHERS, plain
+from retool.parallel.meeting import OWN_STORES
 
 SEVERAL_MACHINES = ("nnodes", "rdzv_endpoint", "rdzv_backend", "master_addr", "master_port")
 
@@ -47,6 +48,8 @@ def launch(module: str, options: Sequence[str], words: Sequence[str]) -> int:
 
     names = {plain(option.partition("=")[0]) for option in options}
     alone = [] if names & {*SEVERAL_MACHINES, "standalone"} else ["--standalone"]
+    if any(_starts_again(option) for option in options):
+        os.environ.setdefault(OWN_STORES, "1")
     arguments = parse_args([*alone, *options, "-m", module, *words])
     logging.disable(logging.ERROR)  # what it says of workers that end, they say themselves
     try:
@@ -58,6 +61,12 @@ def launch(module: str, options: Sequence[str], words: Sequence[str]) -> int:
     finally:
         logging.disable(logging.NOTSET)
     return 0
+
+
+def _starts_again(option: str) -> bool:
+    """Whether an option of torchrun allows for restarts."""
+    name, _, value = option.partition("=")
+    return plain(name) == "max_restarts" or (plain(name) == "nnodes" and ":" in value)
 
 
 def _status(rank: int, failure: Any) -> int:

@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from retool.parallel.meeting import meeting_place
 from retool.parallel.network import choose_interface
 
 
@@ -126,6 +127,9 @@ def make_mesh(
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
+            store=meeting_place(os.environ, timeout_s),
+            rank=rank,
+            world_size=world,
             timeout=timedelta(seconds=timeout_s),
             device_id=where if where.type == "cuda" else None,
         )

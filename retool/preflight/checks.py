@@ -26,6 +26,7 @@ from retool.preflight.machine import (
     check_host_memory,
     check_output,
     check_port,
+    check_rounds,
     check_store,
     free_bytes,
     gpu_notes,
@@ -68,6 +69,7 @@ def check_run(report: R, box: Box, environment: Mapping[str, str]) -> R:
     ]
     if not box.elsewhere:
         faults += check_port(environment)
+        faults += check_rounds(environment)
         compiles = options.model.use_compile
         if compiles == "auto" and (trainer.device == "cpu" or isinstance(model, BorrowedConfig)):
             compiles = False

@@ -22,6 +22,7 @@ import torch
 
 from retool.config import Fault
 from retool.files.own_folder import existing_part
+from retool.parallel.meeting import OWN_STORES, mixes_rounds, shares_store
 from retool.perf import GIB
 from retool.preflight.verdict import met_before
 
@@ -45,13 +46,24 @@ def check_port(environment: Mapping[str, str]) -> Iterator[Fault]:
             "Use a number from 1024 to 65535, or let torchrun --standalone choose.",
         )
         return
-    is_open = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or met_before()
+    is_open = shares_store(environment) or met_before()
     if environment.get("RANK", "0") == "0" and not is_open and not port_is_free(int(text)):
         yield Fault(
             f"MASTER_PORT={text}",
             "is taken by another process on this machine.",
             "Choose another one (torchrun --master_port).",
         )
+
+
+def check_rounds(environment: Mapping[str, str]) -> Iterator[Fault]:
+    """Ranks that torchrun starts again can tell their round from those before."""
+    if mixes_rounds(environment):
+        problem = (
+            "on several machines: torchrun would have the ranks that it starts again meet where those "
+            "before them did, and they would wait for dead ones."
+        )
+        way_out = f"Set {OWN_STORES}=1 for every torchrun, or leave --max-restarts out."
+        yield Fault("torchrun --max-restarts", problem, way_out)
 
 
 def port_is_free(port: int) -> bool:

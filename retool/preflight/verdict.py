@@ -13,15 +13,14 @@ import json
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import DistError
-from torch.distributed.rendezvous import rendezvous
 
 from retool.config import Fault
+from retool.parallel.meeting import meeting_place
 from retool.preflight.shared_folder import same_folder
 
 TIMEOUT = 1800.0  # seconds: another machine may still be reading its data
@@ -61,8 +60,7 @@ def verdict(
         # Another program's port is no place to meet
         if world > 1 and not any(fault.where.startswith("MASTER_PORT=") for fault in mine):
             if not _stores:
-                found_store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-                _stores.append(found_store)
+                _stores.append(meeting_place(environment, timeout_s))
             store = _stores[0]
             meeting = PrefixStore(f"retool/preflight {next(_numbers)}", store)
             with _agreed_on(folder, meeting, rank) as missed:

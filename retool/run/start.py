@@ -21,6 +21,7 @@ from retool.config import Fault
 from retool.config.redact import redact
 from retool.files.lock import sole_user
 from retool.parallel.lost_peer import LINGER_S, follow, lost_peer
+from retool.parallel.meeting import shares_store
 from retool.preflight.plan import RunReport
 from retool.preflight.show import show_faults
 from retool.preflight.verdict import Show, verdict
@@ -56,7 +57,7 @@ def verdict_of_all(
 
     Collective, but for a check without a launcher's store: that has nobody to meet.
     """
-    met = not checking or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    met = not checking or shares_store(os.environ)
     options = report.options
     folder = Path(options.trainer.default_local_dir) if options.saves else None
     environment = os.environ if met else {}

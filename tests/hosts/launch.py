@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retool.parallel.meeting import OWN_STORES
 from tests import warm
 from tests.hosts.network import Host
 
@@ -27,7 +28,7 @@ class Ended:
 
 def start(host: Host, options: Sequence[str], words: Sequence[str | Path], log: Path) -> warm.Popen:
     """torchrun with `options` on one machine; what it says goes to `log`."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(host.disk / "cache")}
+    environment = {**os.environ, OWN_STORES: "1", "XDG_CACHE_HOME": str(host.disk / "cache")}
     with log.open("ab") as said:
         command = ["-m", "torch.distributed.run", *options, *words]
         return host.start(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
@@ -56,7 +57,7 @@ def elastic(hosts: Sequence[Host], each: int, restarts: int = 8) -> list[str]:
         "--rdzv_id=run",
         "--rdzv_backend=c10d",
         f"--rdzv_endpoint={hosts[0].address}:{PORT}",
-        "--rdzv_conf=last_call_timeout=1",
+        "--rdzv_conf=last_call_timeout=6",
     ]
 
 

@@ -42,6 +42,7 @@ start() {
         ip link set lo up
         mount --bind '$disk'/'$name' '$disk'/here
         mount -t tmpfs shm /dev/shm
+        mount --bind '$disk'/hosts /etc/hosts
         echo up; exec cat' <&3 >$disk/$name.up &
     pid=$!
     until [ -s $disk/$name.up ]; do sleep 0.02; done
@@ -114,14 +115,19 @@ def in_switch(pid: int, command: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def network(count: int, folder: Path) -> Iterator[list[Host]]:
-    """`count` machines. `folder/here` is a disk of its own on each; everything else is shared."""
+def network(count: int, folder: Path, named: bool = False) -> Iterator[list[Host]]:
+    """`count` machines. `folder/here` is a disk of its own on each; everything else is shared.
+
+    `named`: their names mean their addresses, as a cluster's do. A container's often mean nothing.
+    """
     for tool in ("ip", "unshare", "nsenter"):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool}: machines are namespaces that it makes")
     names = NAMES[:count]
     for name in ("here", *names):
         (folder / name).mkdir(parents=True)
+    known = [f"10.77.0.{number} host-{name}" for number, name in enumerate(names, 1)]
+    (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *known * named, ""]))
     lines = [f"start {number} {name} {folder}" for number, name in enumerate(names, 1)]
     script = "\n".join([SWITCH, *lines, "echo ready; exec cat"])
     root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]

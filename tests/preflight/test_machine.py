@@ -16,6 +16,7 @@ from retool.preflight.machine import (
     check_compiler,
     check_host_memory,
     check_port,
+    check_rounds,
     check_store,
     gpu_notes,
     host_memory,
@@ -47,6 +48,22 @@ def test_a_taken_port_is_a_fault_only_for_the_process_that_opens_it() -> None:
 def test_what_is_no_port(text: str) -> None:
     (fault,) = check_port({"MASTER_PORT": text})
     assert "no port" in fault.problem
+
+
+def test_restarts_on_several_machines_need_stores_of_their_own() -> None:
+    launched = {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_MAX_RESTARTS": "3",
+        "GROUP_WORLD_SIZE": "2",
+    }
+    (fault,) = check_rounds(launched)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in fault.remedy
+    for name, value in (
+        ("TORCHELASTIC_USE_AGENT_STORE", "False"),
+        ("TORCHELASTIC_MAX_RESTARTS", "0"),
+        ("GROUP_WORLD_SIZE", "1"),
+    ):
+        assert not list(check_rounds(launched | {name: value}))
 
 
 def test_compiling_needs_triton_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,92 @@
+"""`retool doctor`: what is wrong is said with the way out, and is the exit status."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from retool.doctor import machine
+from retool.doctor.__main__ import main
+from retool.doctor.finding import Finding, table
+from retool.doctor.machine import Machine
+from retool.parallel.network import Place
+
+HERE = Machine(
+    rank=0,
+    first=True,
+    place=Place("a", "10.0.0.1"),
+    versions={"torch": "2.11", "numpy": "2"},
+    gpu="H200, 141 GiB",
+    open_files=65536,
+    locked_memory=-1,
+    infiniband=True,
+    shm=2**33,
+)
+THERE = replace(HERE, rank=1, place=Place("b", "10.0.0.2"))
+
+
+def problems(*machines: Machine) -> dict[str, str]:
+    found = machine.findings(machines, sandbox=True)
+    return {finding.subject: finding.problem for finding in found if finding.problem}
+
+
+def test_one_process_is_told_what_is_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--folder", str(tmp_path / "run"), "--command", "sft", "--device", "cpu"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    for subject in ("processes", "GPUs", "open files", "/dev/shm", "folder: writable"):
+        assert f"✓ {subject}" in said, said
+    assert said.endswith("nothing is wrong.\n") and [*tmp_path.iterdir()] == []
+
+
+def test_a_folder_that_cannot_be_written_is_exit_status_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("retool.doctor.folder.tempfile.mkstemp", refuse)
+    assert main(["--folder", str(tmp_path), "--command", "sft", "--device", "cpu"]) == 1
+    said = capsys.readouterr().out
+    assert "✗ folder: writable" in said and "Permission denied" in said
+    assert "1 thing(s) to mend" in said
+
+
+def test_machines_that_differ() -> None:
+    assert problems(HERE, THERE) == {}
+    other = replace(THERE, versions={"torch": "2.12", "numpy": "2"}, gpu="A100, 80 GiB")
+    found = problems(HERE, other)
+    assert set(found) == {"GPUs", "torch"}
+    (line,) = [f.found for f in machine.findings([HERE, other], False) if f.subject == "torch"]
+    assert line == "2.11 (rank 0 on a); 2.12 (rank 1 on b)"
+    assert "numpy" in problems(HERE, replace(THERE, versions={"torch": "2.11"}))
+
+
+@pytest.mark.parametrize(
+    ("subject", "change", "way_out"),
+    [
+        ("open files", {"open_files": 256}, "ulimit -n"),
+        ("locked memory", {"locked_memory": 65536}, "ulimit -l unlimited"),
+        ("/dev/shm", {"shm": 64 * 2**20}, "--shm-size"),
+        ("sandbox", {"sandbox": ("no network",)}, "retool sandbox doctor"),
+    ],
+)
+def test_limits_of_one_machine(subject: str, change: dict[str, int], way_out: str) -> None:
+    (found,) = problems(HERE, replace(THERE, **change)).items()
+    assert found[0] == subject and "b" in found[1] and way_out in found[1]
+
+
+def test_limits_that_are_none() -> None:
+    assert (
+        problems(replace(HERE, open_files=-1), replace(THERE, infiniband=False, locked_memory=0))
+        == {}
+    )
+
+
+def test_long_lines_stay_in_their_column() -> None:
+    lines = table([Finding("a", "word " * 40, "wrong " * 30)]).splitlines()
+    assert max(map(len, lines)) <= 110 and all(line.startswith(("✗ a", " ")) for line in lines[:-2])
