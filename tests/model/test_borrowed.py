@@ -117,6 +117,13 @@ def test_two_ranks_train_as_transformers_alone(tmp_path: Path) -> None:
     require_same(tmp_path, run_ranks(ours, 2, tmp_path, 2, "full", None))
 
 
+def test_windows_are_those_of_transformers(tmp_path: Path) -> None:
+    """A layer with a sliding window, and one without."""
+    make_borrowed(tmp_path, "exaone4")
+    assert sorted(read_any_config(tmp_path).windows) == [0, 8]
+    require_same(tmp_path, [ours(tmp_path, 1, "full", None)])
+
+
 def test_padded_is_packed(tmp_path: Path) -> None:
     """A head with a bias, and part of the channels rotated."""
     make_borrowed(tmp_path, "phi")

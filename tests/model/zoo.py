@@ -30,9 +30,10 @@ NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "arcee": {},
     "cohere": {"logit_scale": 0.25},
+    "cohere2": {"sliding_window": 5},
     "codegen": {"rotary_dim": 4, **NO_DROPOUT},
     "ernie4_5": {},
-    "exaone4": {"sliding_window": 64},
+    "exaone4": {"sliding_window": 8},
     "gemma": {},
     "glm": {},
     "glm4": {},
@@ -43,6 +44,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {},
     "hyperclovax": {"logits_scaling": 3.0, "attention_multiplier": 0.2},
     "jais2": {},
+    "ministral": {"sliding_window": 7},
     "nemotron": {},
     "olmo": {},
     "opt": {"dropout": 0.0, "word_embed_proj_dim": 32, "ffn_dim": 64},
@@ -50,7 +52,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi": {},
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
     "stablelm": {},
-    "starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0, "sliding_window": 9},
 }
 
 

@@ -96,14 +96,17 @@ def test_what_only_our_decoder_does_is_refused(
     assert (fault.where, fault.remedy) == (word, wanted)
 
 
-def test_samples_beyond_a_window_are_refused(borrowed: Path, tmp_path: Path) -> None:
+def test_samples_beyond_the_table_of_positions_are_refused(borrowed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "work"
     shutil.copytree(borrowed, folder)
     (folder / "model" / "model.safetensors").unlink()
     vocab = json.loads((folder / "model" / "config.json").read_text())["vocab_size"]
-    make_borrowed(folder / "model", "exaone4", vocab_size=vocab, sliding_window=16)
+    make_borrowed(folder / "model", "gpt2", vocab_size=vocab, max_position_embeddings=16)
     (fault,) = planned(folder, tmp_path / "run").faults
-    assert fault.where == "data.max_length" and "its sliding window of 16" in fault.problem
+    assert (
+        fault.where == "data.max_length"
+        and "its table of positions (transformer.wpe)" in fault.problem
+    )
     assert "data.max_length=16" in fault.remedy
 
 

@@ -85,7 +85,12 @@ class PackedAttention:
         received = all_to_all(sent, *plan.to_heads(t), group)
         pack = self.pack
         out_TnH = attention(
-            *q_k_v(received, plan), pack.cu_seqlens, pack.max_seqlen, self.backend, pack.seqlens
+            *q_k_v(received, plan),
+            pack.cu_seqlens,
+            pack.max_seqlen,
+            self.backend,
+            pack.seqlens,
+            given.get("sliding_window") or 0,
         )
         back = all_to_all(out_TnH.flatten(), *plan.to_sequence(t), group)
         return join_heads(back, plan)[None]

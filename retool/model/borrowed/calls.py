@@ -79,9 +79,7 @@ class Calls:
         self.heads.append(q_1NtH.shape[1])
         self.kv_heads.append(k_1KtH.shape[1])
         self.widths.append(q_1NtH.shape[-1])
-        window = given.get("sliding_window")
-        if type(window) is int:
-            self.windows.append(window)
+        self.windows.append(given.get("sliding_window") or 0)
         self.faults += _shape_faults(q_1NtH, k_1KtH, v_1KtH)
         self.faults += _not_done(layer, given)
         if self.faults:

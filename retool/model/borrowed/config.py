@@ -30,8 +30,8 @@ class BorrowedConfig(ModelConfig):
 
     `content`: the model's config.json as text, without what changes no number. `architecture`: the
     class that transformers has for it. `longest`: most tokens of a document (0: no limit), and
-    `because` the reason: a sliding window that no longer document would fit in, or a table of
-    positions. The logits are `logits_scale` times the head's product.
+    `because` the reason: a table of positions, or a sliding window of which attention isn't told.
+    The logits are `logits_scale` times the head's product.
     """
 
     content: str = ""

@@ -190,6 +190,7 @@ def measured(content: str) -> Measured:
         o_bias=False,
         mlp_bias=False,
         qk_norm=False,
+        windows=tuple(calls.windows) if any(calls.windows) else (),
         max_position=getattr(config, "max_position_embeddings", None) or 0,
         logits_scale=scale,
         content=content,
@@ -225,10 +226,10 @@ def _longest(causal: Any, windows: list[int]) -> tuple[int, str]:
     config = causal.config
     kinds = getattr(config, "layer_types", None) or ()
     limits: list[tuple[int, str]] = []
+    slides = [kind == "sliding_attention" for kind in kinds]
     # Some say it in masks only, which aren't made here
-    if "sliding_attention" in kinds:
-        windows = [*windows, config.sliding_window]
-    for window in windows:
+    if any(slides) and slides != list(map(bool, windows)):
+        window = config.sliding_window
         limits.append((window, f"its sliding window of {window}"))
     tokens = causal.get_input_embeddings()
     for name, module in around_blocks(causal):
