@@ -128,6 +128,7 @@ def test_killed_in_mid_step_a_run_in_a_world_goes_on_as_if_nothing_had_been(
     brief, tmp_path
 ) -> None:
     common = [
+        "trainer.deterministic=true",
         "trainer.total_training_steps=4",
         "trainer.save_freq=1",
         "algorithm.filter_groups.enable=true",

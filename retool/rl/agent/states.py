@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from retool.rl.agent.episode import Episode
-from retool.rl.agent.tools.protocol import StatefulTool, ToolResult
+from retool.rl.agent.tools.protocol import TRAJECTORY, StatefulTool, ToolResult
 from retool.rl.agent.tools.state import State
 from retool.rl.types import Prompt
 
@@ -18,7 +18,8 @@ def row_of(prompt: Prompt, sample: int) -> dict[str, Any]:
 
     Where the row has no such column, `prompt` are the messages, `reward_model` has the
     `ground_truth`, `index` is the question's place in the stream of prompts and `sample` that of
-    the answer among those to it: together they are a seed that a resumed run has again.
+    the answer among those to it: together they are a seed that a resumed run has again. `trajectory`
+    is both in one, whatever columns the row has.
     """
     return {
         "data_source": prompt.data_source,
@@ -29,6 +30,7 @@ def row_of(prompt: Prompt, sample: int) -> dict[str, Any]:
         "sample": sample,
         **prompt.row,
         "extra_info": dict(prompt.extra_info),
+        TRAJECTORY: f"{prompt.index}/{sample}",
     }
 
 

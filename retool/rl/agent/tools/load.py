@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from retool.rl.agent.tools.given import as_tool, made_of, named_object
 from retool.rl.agent.tools.interpreter import SCHEMA, CodeInterpreter, InterpreterConfig
+from retool.rl.agent.tools.mcp import mcp_tools, read_server
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.agent.tools.verl_modules import verl_importable
 from retool.rl.reward.source import OF_PROGRAM
@@ -78,9 +79,13 @@ def load_tools(
         names = [str(path), *names]
         path = None
     entries = [] if path is None else _read_entries(path)
-    tools = [
-        _load_entry(entry, f"{path}: tools[{index}]", limits) for index, entry in enumerate(entries)
-    ]
+    tools: list[AnyTool] = []
+    for index, entry in enumerate(entries):
+        where = f"{path}: tools[{index}]"
+        if isinstance(entry, dict) and "mcp" in entry:
+            tools += _load_server(entry["mcp"], where)
+        else:
+            tools.append(_load_entry(entry, where, limits))
     tools += [_named_tool(name, limits) for name in names]
     _check_names(tools, "" if path is None else f"{path}: ")
     return tools
@@ -133,6 +138,14 @@ def _read_entries(path: str | Path) -> list[Any]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: expected a list under the key 'tools'.")
     return entries
+
+
+def _load_server(given: Any, where: str) -> list[AnyTool]:
+    """The tools of an MCP server."""
+    try:
+        return mcp_tools(read_server(given))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _load_entry(entry: Any, where: str, limits: RunLimits) -> AnyTool:

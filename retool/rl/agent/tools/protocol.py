@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 T = TypeVar("T")
+TRAJECTORY = "trajectory"  # of a row that tools are told: what names the trajectory among all
 
 SCHEMA_FORM = (
     "{type: function, function: {name: …, description: …, "
