@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from .connection import Connection
 from .keeper import Keeper, backoff
+from .kept import SNAPSHOT
 from .layers import Plan
 from .result import Limits, Result, safe_name
 
@@ -141,15 +142,22 @@ class Sandbox:
         memory_mb: int | None = None,
         files: Mapping[str, bytes] | None = None,
         fetch: Sequence[str] = (),
+        session: bytes | None = None,
     ) -> Result:
         """Run `code` and wait for its end without blocking the event loop.
 
         `timeout` in wall seconds, from the program's start, and `memory_mb` replace the limits'
         own. `files` (relative path → content) are laid into the work folder first; `fetch` names
-        files to bring back. Errors of the program are in the result; `ValueError` is for the
-        caller's. Cancelling the task ends the program.
+        files to bring back. `session` is what the program before it left (`Result.session`): its
+        variables and files are there again; b"" begins one, None: there is none. Errors of the
+        program are in the result; `ValueError` is for the caller's. Cancelling the task ends the
+        program.
         """
+        if session is not None:
+            files = {**(files or {}), SNAPSHOT: session}
+            fetch = [*fetch, SNAPSHOT]
         message = self._message(code, stdin, timeout, memory_mb, files or {}, fetch)
+        message["job"]["session"] = session is not None
         begun = time.monotonic()
         result = await self._attempt(message)
         for attempt in range(RETRIES):

@@ -22,6 +22,8 @@ import traceback
 import types
 from typing import Any, NoReturn, TextIO
 
+from . import kept
+
 FILE = "main.py"
 # The return code that stands for an uncaught MemoryError; the parent reports it as memory_limit
 OUT_OF_MEMORY = 250
@@ -46,7 +48,17 @@ def run(job: dict[str, Any], base_address_space: int) -> NoReturn:
     sys.__stderr__ = sys.stderr
     random.seed(0)
     gc.enable()
-    os._exit(_finish(_execute(job["code"])))
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    if not job.get("session"):
+        os._exit(_finish(_execute(job["code"], module.__dict__)))
+    folder = os.getcwd()
+    kept.restore(folder, module.__dict__)
+    code = _finish(_execute(job["code"], module.__dict__))
+    if code != OUT_OF_MEMORY:
+        with contextlib.suppress(BaseException):  # the program's own, whatever it is
+            kept.keep(folder, module.__dict__)
+    os._exit(code)
 
 
 def warm_up() -> None:
@@ -67,8 +79,8 @@ def forget_origin() -> None:
         if name == here or name.startswith(here + "."):
             for fact in ("__file__", "__cached__", "__spec__", "__loader__", "__path__"):
                 vars(module).pop(fact, None)
-    for value in list(globals().values()):
-        if isinstance(value, types.FunctionType) and value.__module__ == __name__:
+    for value in [*globals().values(), *vars(kept).values()]:
+        if isinstance(value, types.FunctionType) and value.__module__ in (__name__, kept.__name__):
             value.__code__ = _elsewhere(value.__code__)
 
 
@@ -90,7 +102,8 @@ def _lay_out(job: dict[str, Any]) -> None:
         with open(".stdin", "xb") as file:
             file.write(job["stdin"].encode("utf-8", "surrogateescape"))
         source = os.open(".stdin", os.O_RDONLY)
-        os.unlink(".stdin")
+        with contextlib.suppress(OSError):  # where the folder is on the host, files stay
+            os.unlink(".stdin")
         os.dup2(source, 0)
         os.close(source)
 
@@ -130,13 +143,11 @@ def _writer(fd: int) -> TextIO:
     )
 
 
-def _execute(code: str) -> int:
+def _execute(code: str, namespace: dict[str, Any]) -> int:
     """The return code, after printing what Python would have printed about an exception."""
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
     linecache.cache[FILE] = (len(code), None, code.splitlines(keepends=True), FILE)
     try:
-        _run_as_cell(code, module.__dict__)
+        _run_as_cell(code, namespace)
     except SystemExit as request:
         return _exit_code(request.code)
     except MemoryError as error:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from .kept import SNAPSHOT
+
 Status = Literal[
     "success", "error", "timeout", "memory_limit", "output_limit", "process_limit", "sandbox_error"
 ]
@@ -92,6 +94,11 @@ class Result:
     @property
     def ok(self) -> bool:
         return self.status == "success"
+
+    @property
+    def session(self) -> bytes:
+        """What the next program of its session is given; b"" where it left nothing, or died."""
+        return self.files.get(SNAPSHOT, b"")
 
     @property
     def infrastructure(self) -> bool:

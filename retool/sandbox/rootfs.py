@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from . import kernel, landlock
 
 WORK = "/box"
-PRELOADED = ("numpy", "sympy", "mpmath")
+PRELOADED = ("numpy", "sympy", "mpmath", "dill")
 DEVICES = {
     "/dev/null": landlock.READ_FILE | landlock.WRITE_FILE,
     "/dev/urandom": landlock.READ_FILE,

@@ -18,6 +18,7 @@ import platform
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
@@ -32,6 +33,8 @@ MODULES = (
     "numpy.fft",
     "sympy",
     "mpmath",
+    "dill",
+    "pickle",
     "math",
     "cmath",
     "fractions",
@@ -228,6 +231,7 @@ def _warm_up() -> None:
     """Import what programs use, and load what sympy loads late; a package that isn't installed is
     left to the program to miss.
     """
+    tempfile.tempdir = rootfs.WORK  # packages ask for it; the root can't be written to
     for name in MODULES:
         try:
             importlib.import_module(name)

@@ -454,3 +454,25 @@ def test_an_interpreter_behind_a_link_below_the_temporary_folder(tmp_path) -> No
     (tmp_path / "venv").symlink_to(sys.prefix)
     with Sandbox(python=str(tmp_path / "venv" / "bin" / "python"), workers=1) as sandbox:
         assert asyncio.run(sandbox.run("import numpy\nprint(numpy.add(1, 1))")).stdout == "2\n"
+
+
+def test_a_session_and_stdin_in_every_mode(arenas) -> None:
+    """What a program leaves is there for the next one, whatever isolates them; the next sandbox but
+    one has nothing of it.
+    """
+    for arena in arenas:
+        sandbox = arena.sandbox
+        first = sandbox.run_blocking("print(input())", "asked")
+        assert first.stdout == "asked\n", arena.mode.name
+
+        async def both(used: Sandbox = sandbox) -> tuple[Result, Result, Result]:
+            defined = await used.run("def f(x): return x + a\na = 1", session=b"")
+            return (
+                defined,
+                await used.run("print(f(2))", session=defined.session),
+                await used.run("print('a' in globals())", session=b""),
+            )
+
+        defined, again, other = asyncio.run(both())
+        assert defined.session and again.stdout == "3\n", arena.mode.name
+        assert other.stdout == "False\n" and other.session

@@ -92,6 +92,9 @@ class MultiTurnConfig:
         "strict: programs aren't run where a guarantee of the sandbox can't be given (`doctor` "
         "tells); best_effort: say so and run them; auto: the tool's own, else strict.",
     )
+    tool_session: bool = option(
+        False, "The code interpreter's variables and files live on between the calls of an answer."
+    )
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
 
 

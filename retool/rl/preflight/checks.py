@@ -32,6 +32,7 @@ from retool.preflight.world import box_of, check_heads, read_world
 from retool.rl.agent.tools.interpreter import CodeInterpreter
 from retool.rl.agent.tools.load import RunLimits, load_tools, make_tools
 from retool.rl.agent.tools.protocol import AnyTool
+from retool.rl.agent.tools.session import InterpreterSession
 from retool.rl.config import RLConfig
 from retool.rl.config.data import DataConfig
 from retool.rl.data import PromptOptions, load_prompts
@@ -162,8 +163,12 @@ def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
     tools: Sequence[AnyTool] = ()
     if multi.enable:
         where = f"{ARR}rollout.multi_turn.tool_config_path"
-        wanted = multi.tool_workers, multi.tool_timeout_seconds, multi.tool_isolation
-        limits = RunLimits(*wanted)
+        limits = RunLimits(
+            multi.tool_workers,
+            multi.tool_timeout_seconds,
+            multi.tool_isolation,
+            multi.tool_session,
+        )
         if held.tools is None:
             named = multi.tool_config_path, multi.tools or ()
             tools = attempt(where, lambda: load_tools(named[0], limits, named[1]), faults) or ()
@@ -192,7 +197,8 @@ def _sandbox_faults(tools: Sequence[AnyTool], first: bool) -> Iterator[Fault]:
         "Start one there (python -m retool.sandbox serve), correct the address, or leave it out: "
         "programs then run on this machine."
     )
-    for tool in tools:
+    for given in tools:
+        tool = given.interpreter if isinstance(given, InterpreterSession) else given
         if not isinstance(tool, CodeInterpreter):
             continue
         url = tool.config.sandbox_fusion_url

@@ -1,5 +1,9 @@
-"""Tools that a model may call: what one is (`protocol`), the code interpreter (`interpreter`), and
-how those of a config file are loaded (`load`).
+"""Tools that a model may call.
+
+`protocol` says what one is, with a state for each answer or without; `state` is such a state on its
+way. `given` makes tools of what users give: functions, objects (`trajectory_tool`), verl's
+(`verl_tool`). `interpreter` runs programs, `session` those whose variables live on. `load` reads
+the run's tools, `of_row` says which a row offers.
 
 What a tool of one's own needs is here by its short name.
 """

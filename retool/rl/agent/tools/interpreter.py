@@ -29,6 +29,15 @@ SCHEMA: dict[str, Any] = {
     },
 }
 
+# Keys of the configuration that are numbers above 0
+POSITIVE = (
+    "num_workers",
+    "rate_limit",
+    "default_timeout",
+    "memory_limit_mb",
+    "workers",
+    "session_timeout",
+)
 # What the model is told a program died of, by the status of its result
 ERROR_NAMES = {
     "timeout": "TimeoutError",
@@ -46,7 +55,8 @@ class InterpreterConfig:
     `num_workers` bounds the programs at once. On this machine the number of cores does, too, unless
     `workers` says how many. `rate_limit` bounds the requests under way at a server, where
     `enable_global_rate_limit`. `default_timeout` counts seconds from a program's start,
-    `memory_limit_mb` is per call, `token` is the server's.
+    `memory_limit_mb` is per call, `token` is the server's. With `session`, variables and files live on
+    between the calls of an answer, whose programs may take `session_timeout` seconds in all.
     """
 
     type: str = "native"
@@ -60,6 +70,8 @@ class InterpreterConfig:
     isolation: str = "strict"
     token: str | None = None
     workers: int | None = None
+    session: bool = False
+    session_timeout: float = 300
 
     def __post_init__(self) -> None:
         if self.type != "native":
@@ -68,7 +80,11 @@ class InterpreterConfig:
             raise ValueError(
                 f"default_language={self.default_language!r} can't be run; 'python' can."
             )
-        for name in ("num_workers", "rate_limit", "default_timeout", "memory_limit_mb", "workers"):
+        if self.session and self.sandbox_fusion_url:
+            raise ValueError(
+                "session=true needs the sandbox of this machine: leave sandbox_fusion_url out."
+            )
+        for name in POSITIVE:
             value = getattr(self, name)
             if name == "workers" and value is None:
                 continue
@@ -98,23 +114,25 @@ class CodeInterpreter:
 
     async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
         """`arguments` are those the model wrote, parsed; wrong ones are answered, not raised."""
+        code = self.program_in(arguments)
+        return code if isinstance(code, ToolResult) else result_of(await self.run(code))
+
+    def program_in(self, arguments: Mapping[str, Any]) -> str | ToolResult:
+        """The program that a call has, or what is answered to one without."""
         code = arguments.get(self._argument)
-        if not isinstance(code, str):
-            given = ", ".join(map(str, arguments)) or "none"
-            text = (
-                f"ArgumentError: {self.name} needs the argument {self._argument!r}, a string "
-                f"(given: {given})."
-            )
-            return ToolResult(text, "bad_arguments")
-        result = await self._run(code)
-        return ToolResult(
-            result_text(result), result.status, result.execution_time, result.queue_seconds
+        if isinstance(code, str):
+            return code
+        given = ", ".join(map(str, arguments)) or "none"
+        text = (
+            f"ArgumentError: {self.name} needs the argument {self._argument!r}, a string "
+            f"(given: {given})."
         )
+        return ToolResult(text, "bad_arguments")
 
     async def trial(self) -> str:
         """Run a program of ours: why it doesn't give what it must; "" where it does."""
         try:
-            result = await asyncio.wait_for(self._run("print(6 * 7)"), TRIAL_SECONDS)
+            result = await asyncio.wait_for(self.run("print(6 * 7)"), TRIAL_SECONDS)
         except asyncio.TimeoutError:
             return f"no answer within {TRIAL_SECONDS:g} s"
         finally:
@@ -127,10 +145,20 @@ class CodeInterpreter:
             return result.reason
         return f"print(6 * 7) gives {result_text(result)[:200]!r} ({result.status})"
 
-    async def _run(self, code: str) -> Result:
+    async def run(
+        self, code: str, timeout: float | None = None, session: bytes | None = None
+    ) -> Result:
+        """What a program comes to within `timeout` seconds (None: as configured). `session` is what
+        the program before it left, see `Sandbox.run`.
+        """
         loop = asyncio.get_running_loop()
+        seconds = self.config.default_timeout if timeout is None else timeout
         patience = STALLED_SECONDS + self.config.default_timeout
-        work = loop.create_task(self._backend.run(code, timeout=self.config.default_timeout))
+        if session is None or not isinstance(self._backend, Sandbox):
+            running = self._backend.run(code, timeout=seconds)
+        else:
+            running = self._backend.run(code, timeout=seconds, session=session)
+        work = loop.create_task(running)
         begin = loop.time()
         try:
             while not work.done():
@@ -195,6 +223,12 @@ def node_of(environment: Mapping[str, str]) -> str:
         return ""
     run = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "GROUP_RANK")
     return " ".join(environment.get(name, "") for name in run)
+
+
+def result_of(result: Result) -> ToolResult:
+    """What a program came to, as a tool's answer."""
+    text = result_text(result)
+    return ToolResult(text, result.status, result.execution_time, result.queue_seconds)
 
 
 def result_text(result: Result) -> str:

@@ -23,6 +23,7 @@ from retool.rl.agent.tools.given import as_tool, made_of, named_object
 from retool.rl.agent.tools.interpreter import SCHEMA, CodeInterpreter, InterpreterConfig
 from retool.rl.agent.tools.mcp import mcp_tools, read_server
 from retool.rl.agent.tools.protocol import AnyTool
+from retool.rl.agent.tools.session import InterpreterSession
 from retool.rl.agent.tools.verl_modules import verl_importable
 from retool.rl.reward.source import OF_PROGRAM
 
@@ -41,12 +42,13 @@ class RunLimits:
     """What the run's own configuration says about programs, above what a tool's says.
 
     `workers` of them at once (None: as the tool says), none longer than `longest` seconds, in
-    `isolation` ("auto": as the tool says).
+    `isolation` ("auto": as the tool says); `session`: variables live on between calls.
     """
 
     workers: int | None = None
     longest: float = math.inf
     isolation: str = "auto"
+    session: bool = False
 
     def over(self, config: InterpreterConfig) -> InterpreterConfig:
         return replace(
@@ -54,6 +56,7 @@ class RunLimits:
             workers=self.workers or config.workers,
             default_timeout=min(config.default_timeout, self.longest),
             isolation=config.isolation if self.isolation == "auto" else self.isolation,
+            session=config.session or self.session,
         )
 
 
@@ -91,12 +94,17 @@ def load_tools(
     return tools
 
 
+def _interpreter(config: InterpreterConfig, schema: dict[str, Any] | None = None) -> AnyTool:
+    interpreter = CodeInterpreter(config, schema)
+    return InterpreterSession(interpreter) if config.session else interpreter
+
+
 def _named_tool(name: str, limits: RunLimits) -> AnyTool:
     """Our own by its name; a function, an object, or one of a class that needs no arguments, at
     `file.py/name` or a dotted path.
     """
     if name == CODE_INTERPRETER:
-        return CodeInterpreter(limits.over(InterpreterConfig()))
+        return _interpreter(limits.over(InterpreterConfig()))
     with verl_importable():
         found = named_object(name)
     try:
@@ -112,7 +120,7 @@ def make_tools(given: Sequence[Any], limits: RunLimits = NO_LIMITS) -> list[AnyT
     tools: list[AnyTool] = []
     for entry in given:
         if isinstance(entry, str) and entry == CODE_INTERPRETER:
-            tools.append(CodeInterpreter(limits.over(InterpreterConfig())))
+            tools.append(_interpreter(limits.over(InterpreterConfig())))
         else:
             tools.append(as_tool(entry))
     _check_names(tools, "")
@@ -164,7 +172,7 @@ def _load_entry(entry: Any, where: str, limits: RunLimits) -> AnyTool:
         if not isinstance(config, dict):
             raise ValueError(f"config is a {type(config).__name__}, not a mapping.")
         if name in INTERPRETERS:
-            return CodeInterpreter(limits.over(interpreter_config(config)), schema)
+            return _interpreter(limits.over(interpreter_config(config)), schema)
         with verl_importable():
             found = named_object(name)
             if "function" in entry:

@@ -1,0 +1,171 @@
+"""The code interpreter's session: what lives on between an answer's calls, what doesn't, and that
+answers don't see each other's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from retool.rl.agent.rollout import Sampling, roll_out
+from retool.rl.agent.tools.interpreter import CodeInterpreter, InterpreterConfig
+from retool.rl.agent.tools.load import RunLimits, load_tools
+from retool.rl.agent.tools.protocol import ToolResult
+from retool.rl.agent.tools.session import ENDED, InterpreterSession
+from retool.rl.types import Stop
+from tests.rl.agent.test_rollout import called, parts_of, prompt_of
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[InterpreterSession]:
+    try:
+        interpreter = CodeInterpreter(
+            InterpreterConfig(workers=2, default_timeout=10, session=True)
+        )
+    except (ValueError, OSError) as error:
+        pytest.skip(f"no sandbox here: {error}")
+    yield InterpreterSession(interpreter)
+    asyncio.run(interpreter.close())
+
+
+def talk(tool: InterpreterSession, *programs: str) -> list[ToolResult]:
+    """Answers to the calls of one session."""
+
+    async def main() -> list[ToolResult]:
+        state = await tool.open_state({})
+        return [await tool.call_state(state, {"code": code}) for code in programs]
+
+    return asyncio.run(main())
+
+
+def test_variables_files_and_what_they_share_live_on(tool) -> None:
+    defines = """
+import math
+import random
+import numpy as np
+from dataclasses import dataclass
+xs = ys = [1]
+def longer(by):
+    global last
+    last = by
+    return len(xs) + by
+@dataclass
+class Point:
+    x: int
+    def moved(self):
+        return Point(self.x + longer(0))
+here = Point(4)
+table = np.arange(4)
+open("data.txt", "w").write("kept")
+drawn = random.random(), np.random.random()
+"""
+    uses = """
+ys.append(2)
+print(xs, longer(10), last, here.moved(), isinstance(here, Point), table.sum(), math.floor(2.5))
+print(open("data.txt").read(), random.random() not in drawn, np.random.random() not in drawn)
+xs
+"""
+    first, second = talk(tool, defines, uses)
+    assert first.text == "[no output]"
+    assert second.text.splitlines() == [
+        "[1, 2] 12 10 Point(x=6) True 6 2",
+        "kept True True",
+        "[1, 2]",
+    ]
+
+
+def test_what_was_there_before_an_error_is_kept(tool) -> None:
+    broken, exits, after = talk(tool, "a = 1\n1 / 0", "import sys\nb = 2\nsys.exit(3)", "a + b")
+    assert broken.status == exits.status == "error" and ENDED not in broken.text + exits.text
+    assert after.text == "3"
+
+
+def test_what_can_t_be_kept_is_told_and_the_rest_is_kept(tool) -> None:
+    first, second = talk(tool, "a = [1]\nb = a\ng = (i for i in a)", "b.append(2)\nprint(a)\ng")
+    assert "[not kept for the next call: g (generator)]" in first.text
+    assert second.text.startswith("[1, 2]\n") and "NameError: name 'g'" in second.text
+
+
+@pytest.mark.parametrize(
+    ("death", "said"),
+    [
+        ("import os; os._exit(0)", "[no output]"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+        ("b = bytearray(2 << 30)", "MemoryError"),
+        ("b = bytes(20 << 20)", "a session keeps 12 MB at most"),
+    ],
+)
+def test_a_program_that_dies_ends_the_session(tool, death, said) -> None:
+    _, died, after = talk(tool, "a = 1", death, "a = 5\nprint('a' in globals())\na")
+    assert said in died.text and died.text.endswith(ENDED)
+    assert after.text == "True\n5"
+    assert "NameError" in talk(tool, "a = 1", death, "a")[2].text
+
+
+def test_the_session_s_time_is_bounded_and_so_is_a_call_s(tool) -> None:
+    config = InterpreterConfig(workers=2, default_timeout=0.6, session=True, session_timeout=1.0)
+    kept = tool.interpreter.config
+    tool.interpreter.config = config
+    try:
+        results = talk(tool, "a = 1", *["import time; time.sleep(5)"] * 3)
+    finally:
+        tool.interpreter.config = kept
+    assert [result.status for result in results[1:]] == ["timeout"] * 3
+    assert results[1].text.endswith(ENDED)
+    assert results[-1].text == "TimeoutError: the session's 1 s are used up."
+
+
+def test_objects_that_do_harm_when_they_are_kept_or_restored_harm_their_session(tool) -> None:
+    leaves = """
+class Exits:
+    def __reduce__(self):
+        return (exit, (7,))
+bad = Exits()
+a = 1
+"""
+    first, second, third = talk(tool, leaves, "print('a' in globals())", "print(3)")
+    assert first.text == "[no output]"
+    assert second.text.endswith("\nFalse") and "can't be restored: SystemExit: 7" in second.text
+    assert third.text == "3"
+    stays = "class Sits:\n    def __reduce__(self): exit(7)\nbad = Sits()\na = 1"
+    first, second = talk(tool, stays, "a")
+    assert "not kept for the next call: bad (Sits)" in first.text and second.text == "1"
+
+
+def test_a_program_may_break_its_own_output(tool) -> None:
+    broken, after = talk(tool, "import sys\nsys.stdout = None\na = 1\ng = (i for i in [])", "a")
+    assert "[not kept for the next call: g (generator)]" in broken.text and after.text == "1"
+
+
+def test_in_a_rollout_each_answer_has_its_own(tool, renderer_of) -> None:
+    renderer = renderer_of("hermes")
+    script = {
+        0: [called("a = 6"), called("print(a * 7)"), "42"],
+        1: [called("print('a' in globals())"), "7"],
+    }
+    parts, _ = parts_of(renderer, script, tool)
+    requests = [(prompt_of(renderer, i), k) for i in range(2) for k in range(2)]
+    found = asyncio.run(roll_out(parts, requests, Sampling(), 0))
+    assert found is not None
+    texts = [renderer.tokenizer.decode(s.trajectory.tokens) for s in found]
+    assert all(s.trajectory.stop is Stop.NO_CALL for s in found)
+    assert ["\n42\n</tool_response>" in text for text in texts] == [True, True, False, False]
+    assert all("\nFalse\n</tool_response>" in text for text in texts[2:])
+
+
+def test_it_is_asked_for_by_a_key_or_in_the_file(tmp_path: Path) -> None:
+    (one,) = load_tools(None, RunLimits(workers=1, isolation="best_effort", session=True))
+    file = tmp_path / "tools.yaml"
+    entry = (
+        "{class_name: retool.rl.agent.tools.CodeInterpreter, config: {workers: 1, session: true}}"
+    )
+    file.write_text(f"tools: [{entry}]")
+    (two,) = load_tools(file, RunLimits(isolation="best_effort"))
+    for made in (one, two):
+        assert isinstance(made, InterpreterSession) and made.name == "code_interpreter"
+        asyncio.run(made.close())
+    with pytest.raises(ValueError, match="session=true needs the sandbox of this machine"):
+        InterpreterConfig(session=True, sandbox_fusion_url="http://localhost:1")
