@@ -220,13 +220,20 @@ def new_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape))
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, less_one: bool = False
+) -> torch.Tensor:
     """Root-mean-square norm over the last dimension (Zhang & Sennrich, arXiv 1910.07467).
 
-    Computed in at least fp32; the result is in the weight's dtype, which x may exceed.
+    Computed in at least fp32; the result is in the weight's dtype, which x may exceed. `less_one`:
+    the weight is stored less 1, as Gemma has it.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean_square = wide.square().mean(-1, keepdim=True)
+    if less_one:
+        # Gemma rounds once, at the end
+        scaled = wide * torch.rsqrt(mean_square + eps) * (1.0 + weight.to(wide.dtype))
+        return scaled.to(weight.dtype)
     # Rounded before it meets the weight, as transformers does it
     return (wide * torch.rsqrt(mean_square + eps)).to(weight.dtype) * weight
 

@@ -93,9 +93,13 @@ class ModelConfig:
 
     `rotary_dim`: how many of a head's channels rope turns, the first ones; 0 means all of them.
     `unrotated`: numbers of the layers without rope. `windows`: of each layer, how many tokens a query
-    sees, itself the last of them; 0 means all before it, and no windows at all are (). The scales
-    multiply what the embedding gives, what attention and the MLP add to the residual stream,
-    attention's scores (beside 1/√H) and the logits.
+    sees, itself the last of them; 0 means all before it, and no windows at all are (). `window_rope`:
+    theta and scaling of the layers with a window (None: those of all). `norms_less_one`: a norm's
+    weight is stored less 1.
+
+    The scales multiply what the embedding gives (`rounded_embedding_scale`: in the weights' dtype),
+    what attention and the MLP add to the residual stream, attention's scores (beside 1/√H) and the
+    logits.
     """
 
     family: str
@@ -117,6 +121,9 @@ class ModelConfig:
     max_position: int
     rotary_dim: int = 0
     windows: tuple[int, ...] = ()
+    window_rope: tuple[float, RopeScaling | None] | None = None
+    norms_less_one: bool = False
+    rounded_embedding_scale: bool = False
     unrotated: tuple[int, ...] = ()
     embedding_scale: float = 1.0
     residual_scale: float = 1.0

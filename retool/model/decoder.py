@@ -51,12 +51,13 @@ class Head(nn.Module):
         super().__init__()
         self.eps = config.norm_eps
         self.scale = config.logits_scale
+        self.less_one = config.norms_less_one
         self.norm = new_parameter(config.hidden)
         self.weight = new_parameter(config.vocab, config.hidden) if tied is None else tied
 
     def forward(self, x_tD: torch.Tensor, score: Score) -> Any:
         # The scale goes to the hidden state: whole logits are never there to be scaled
-        normed_tD = rms_norm(x_tD, self.norm, self.eps)
+        normed_tD = rms_norm(x_tD, self.norm, self.eps, self.less_one)
         return score(normed_tD if self.scale == 1.0 else normed_tD * self.scale, self.weight)
 
 
@@ -106,8 +107,10 @@ class Decoder(nn.Module):
     def embedded(self, tokens_t: torch.Tensor) -> torch.Tensor:
         """[t, D] in the dtype of the residual stream."""
         x_tD = self.embed(tokens_t)
-        x_tD = x_tD.to(self.residual_dtype(x_tD.dtype))
         scale = self.config.embedding_scale
+        if self.config.rounded_embedding_scale:
+            scale = float(torch.tensor(scale, dtype=x_tD.dtype, device="cpu"))
+        x_tD = x_tD.to(self.residual_dtype(x_tD.dtype))
         return x_tD if scale == 1.0 else x_tD * scale
 
     def units(self) -> list[tuple[str, list[nn.Module]]]:

@@ -26,6 +26,7 @@ from retool.model.config import (
     Llama3Scaling,
     LongScaling,
     ModelConfig,
+    RopeScaling,
     YarnScaling,
 )
 
@@ -47,31 +48,46 @@ def too_long_to_sample(config: ModelConfig, tokens: int) -> str:
 class Frequencies(NamedTuple):
     """Radians that each pair of channels turns per position, fp32 [C].
 
-    `beyond`: LongRoPE's, for documents longer than the original length.
+    `beyond`: LongRoPE's, for documents longer than the original length. `windowed`: of the layers
+    with a window, where they have a rope of their own.
     """
 
     within: torch.Tensor
     beyond: torch.Tensor | None = None
+    windowed: torch.Tensor | None = None
 
 
 def frequencies(config: ModelConfig, device: torch.device) -> Frequencies:
     """What turns a model's keys, made once."""
-    even = torch.arange(0, config.turned_channels, 2, device=device, dtype=torch.float32)
-    turns_C = config.rope_theta ** (even / config.turned_channels)
+    channels = config.turned_channels
+    even = torch.arange(0, channels, 2, device=device, dtype=torch.float32) / channels
+    within = _scaled(even, config.rope_theta, config.rope_scaling)
+    beyond = None
+    if isinstance(config.rope_scaling, LongScaling):
+        long = torch.tensor(config.rope_scaling.long, dtype=torch.float32, device=device)
+        beyond = 1.0 / (long * config.rope_theta**even)
+    windowed = None
+    if config.window_rope is not None:
+        windowed = _scaled(even, *config.window_rope)
+    return Frequencies(within, beyond, windowed)
+
+
+def _scaled(even_C: torch.Tensor, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
+    """Frequencies [C] of documents up to the original length; `even` is 0, 2/R, 4/R, …"""
+    turns_C = theta**even_C
     inverse_C = 1.0 / turns_C
-    match config.rope_scaling:
+    match scaling:
         case None | DynamicScaling():
-            return Frequencies(inverse_C)
+            return inverse_C
         case LinearScaling(factor):
-            return Frequencies(inverse_C / factor)
-        case Llama3Scaling() as scaling:
-            return Frequencies(_llama3(inverse_C, scaling))
-        case YarnScaling() as scaling:
-            return Frequencies(_yarn(inverse_C, scaling, config))
-        case LongScaling() as scaling:
-            short = torch.tensor(scaling.short, dtype=torch.float32, device=device)
-            long = torch.tensor(scaling.long, dtype=torch.float32, device=device)
-            return Frequencies(1.0 / (short * turns_C), 1.0 / (long * turns_C))
+            return inverse_C / factor
+        case Llama3Scaling():
+            return _llama3(inverse_C, scaling)
+        case YarnScaling():
+            return _yarn(inverse_C, scaling, theta)
+        case LongScaling():
+            short = torch.tensor(scaling.short, dtype=torch.float32, device=even_C.device)
+            return 1.0 / (short * turns_C)
 
 
 def _llama3(inverse_C: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
@@ -86,15 +102,17 @@ def _llama3(inverse_C: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
     return (1 - ramp) * inverse_C / scaling.factor + ramp * inverse_C
 
 
-def _yarn(inverse_C: torch.Tensor, scaling: YarnScaling, config: ModelConfig) -> torch.Tensor:
+def _yarn(inverse_C: torch.Tensor, scaling: YarnScaling, theta: float) -> torch.Tensor:
     """YaRN's (section 3.2, "NTK-by-parts"): as Llama 3.1's, but the ramp goes by channel, between
     those that turn `beta_fast` and `beta_slow` times within the original length.
     """
 
+    channels = 2 * len(inverse_C)
+
     def channel(turns: float) -> float:
         """The channel that turns so often: theta^(channel / R) · 2π · turns = the length."""
         stretch = scaling.original_max_position / (2 * math.pi * turns)
-        return config.turned_channels * math.log(stretch) / (2 * math.log(config.rope_theta))
+        return channels * math.log(stretch) / (2 * math.log(theta))
 
     first = channel(scaling.beta_fast)
     last = channel(scaling.beta_slow)
@@ -102,7 +120,7 @@ def _yarn(inverse_C: torch.Tensor, scaling: YarnScaling, config: ModelConfig) ->
         first = math.floor(first)
         last = math.ceil(last)
     first = max(first, 0)
-    last = min(last, config.turned_channels - 1)
+    last = min(last, channels - 1)
     if first == last:
         last += 0.001  # a step instead of a ramp, as transformers makes it
     pairs = torch.arange(len(inverse_C), device=inverse_C.device, dtype=torch.float32)
@@ -125,13 +143,17 @@ def rope_tables(
     meant so, and the kernels know of no other.
     """
     inverse = _by_length(found, config, lengths_t)
-    angles_tC = positions_t.to(torch.float32)[:, None] * inverse
     scale = math.sqrt(config.score_scale)
-    turned = _times(scale * _factor(config), angles_tC.cos(), angles_tC.sin())
-    if not config.unrotated:
-        return [turned] * config.layers
-    unturned = _times(scale, torch.ones_like(angles_tC), torch.zeros_like(angles_tC))
-    return [unturned if i in config.unrotated else turned for i in range(config.layers)]
+    turned = _table(positions_t, inverse, scale * _factor(config.rope_scaling))
+    windowed = turned
+    if found.windowed is not None and config.window_rope is not None:
+        factor = scale * _factor(config.window_rope[1])
+        windowed = _table(positions_t, found.windowed, factor)
+    unturned = turned
+    if config.unrotated:
+        unturned = _table(positions_t, torch.zeros_like(found.within), scale)
+    tables = [windowed if config.window(i) else turned for i in range(config.layers)]
+    return [unturned if i in config.unrotated else table for i, table in enumerate(tables)]
 
 
 def document_lengths(batch: PackedBatch, rank: int) -> torch.Tensor:
@@ -164,18 +186,18 @@ def _by_length(
             return found.within
 
 
-def _factor(config: ModelConfig) -> float:
+def _factor(scaling: RopeScaling | None) -> float:
     """What cos and sin are multiplied with for the context's length."""
-    match config.rope_scaling:
-        case YarnScaling() | LongScaling() as scaling:
-            return scaling.attention_factor
-        case _:
-            return 1.0
+    return scaling.attention_factor if isinstance(scaling, YarnScaling | LongScaling) else 1.0
 
 
-def _times(
-    factor: float, cos: torch.Tensor, sin: torch.Tensor
+def _table(
+    positions_t: torch.Tensor, inverse: torch.Tensor, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [t, C] of a rope, times `factor`."""
+    angles_tC = positions_t.to(torch.float32)[:, None] * inverse
+    cos = angles_tC.cos()
+    sin = angles_tC.sin()
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 

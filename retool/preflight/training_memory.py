@@ -223,8 +223,9 @@ def activation_bytes(config: ModelConfig, tokens: int, layer: int, away: int) ->
     Of the layers in host memory one is on its way. The rope tables are cos and sin in fp32.
     """
     on_device = config.layers - away + (away > 0)
-    # Layers without rope have tables of their own, of ones and zeros
-    rope_tables = tokens * 4 * config.turned_channels * (2 if config.unrotated else 1)
+    # Layers without rope have tables of their own, of ones and zeros; those with a window may
+    tables = 1 + bool(config.unrotated) + (config.window_rope is not None)
+    rope_tables = tokens * 4 * config.turned_channels * tables
     return on_device * layer + rope_tables
 
 

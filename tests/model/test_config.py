@@ -299,6 +299,19 @@ NOT_DONE: list[tuple[str, dict[str, Any], str]] = [
         "sliding_window",
     ),
     ("qwen2", {"use_sliding_window": True, "sliding_window": "4"}, "sliding_window='4'"),
+    ("olmo3", {"rope_parameters": PLAIN}, "rope_parameters"),
+    ("olmo3", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling"),
+    (
+        "olmo3",
+        {"rope_parameters": {"full_attention": {**YARN, "truncate": False}}},
+        "full_attention.truncate=False",
+    ),
+    ("olmo3", {"sliding_window": None}, "layer_types"),
+    ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation='silu'"),
+    ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
     ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0"),
     ("granite", {"logits_scaling": 0}, "logits_scaling=0"),
@@ -463,6 +476,11 @@ CHANGES: dict[str, list[Any]] = {
     "qk_norm": [True],
     "no_rope_layers": [[1, 0, 1], [1, 1, 1, 0], [0, 1], [1, 2, 1], None],
     "no_rope_layer_interval": [1, 2, 4],
+    "rope_local_base_freq": [100.0],
+    "query_pre_attn_scalar": [4, 64],
+    "sliding_window_pattern": [1, 2, 3],
+    "hidden_activation": ["gelu_pytorch_tanh", "gelu"],
+    "final_logit_softcapping": [5.0, None],
     "embedding_multiplier": [12.0, 1],
     "logits_scaling": [8.0],
     "residual_multiplier": [0.22],
@@ -477,6 +495,8 @@ CHANGES: dict[str, list[Any]] = {
 # Without these a family is refused.
 NEEDED: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},  # left out it is 4,096
+    "gemma3_text": {"head_dim": 16, "sliding_window": 5},
+    "olmo3": {"sliding_window": 5},
     "granitemoehybrid": {
         "layer_types": ["full_attention"] * 3,
         "num_local_experts": 0,
@@ -488,6 +508,11 @@ NEEDED: dict[str, dict[str, Any]] = {
 OWN = {
     "no_rope_layers": "smollm3",
     "no_rope_layer_interval": "smollm3",
+    "rope_local_base_freq": "gemma3_text",
+    "query_pre_attn_scalar": "gemma3_text",
+    "sliding_window_pattern": "gemma3_text",
+    "hidden_activation": "gemma3_text",
+    "final_logit_softcapping": "gemma3_text",
     "embedding_multiplier": "granite",
     "logits_scaling": "granite",
     "residual_multiplier": "granite",

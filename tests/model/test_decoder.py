@@ -12,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retool.batch import Sample, pack
+from retool.checkpoint.hf.export import export_weights
 from retool.checkpoint.hf.pretrained import load_pretrained
+from retool.checkpoint.hf.side_files import copy_side_files
 from retool.model.build import ModelOptions
 from retool.model.families.read import parse_model_config, read_model_config
 from retool.parallel.mesh import make_mesh
@@ -69,6 +71,7 @@ def test_logits_and_gradients_equal_transformers(
         ("phi3", "phi4-mini"),
         ("llama", "mistral-window"),
         ("qwen2", "qwen2-window"),
+        ("olmo2", "olmo3"),
     ],
 )
 def test_scaled_rope_and_windows_change_the_result(tmp_path: Path, plain: str, scaled: str) -> None:
@@ -81,6 +84,37 @@ def test_scaled_rope_and_windows_change_the_result(tmp_path: Path, plain: str, s
             load_pretrained(tmp_path / f, make_mesh())(batch, logits) for f in (plain, scaled)
         )
     assert relative(with_it, without) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["phi4-mini", "ministral", "olmo3", "gemma3"])
+def test_transformers_loads_what_is_exported(tmp_path: Path, family: str) -> None:
+    folder = tmp_path / "model"
+    exported = tmp_path / "exported"
+    reference = make(folder, family)
+    mesh = make_mesh()
+    sharded = load_pretrained(folder, mesh)
+    copy_side_files(folder, exported, torch.float32)
+    rows = [
+        sharded.master[unit.start + member.offset :][: member.numel]
+        for unit in sharded.layout.units
+        for member in unit.members
+    ]
+    export_weights(sharded.layout, mesh, torch.cat(rows), exported, None, torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(exported).eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, reference(ids).logits)
+
+
+def test_gemmas_embedding_is_scaled_as_transformers_does_it_in_bf16(tmp_path: Path) -> None:
+    """The scale is rounded before it multiplies: 6.9282 is 6.9375 then."""
+    reference = make(tmp_path, "gemma3").bfloat16()
+    options = ModelOptions(param_dtype=torch.bfloat16)
+    decoder = load_pretrained(tmp_path, make_mesh(), options).module
+    tokens = torch.arange(SHAPE["vocab_size"])
+    with torch.no_grad():
+        wanted = reference.get_input_embeddings()(tokens)
+        assert torch.equal(decoder.embedded(tokens), wanted)
 
 
 def test_packed_equals_one_by_one(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
@@ -19,6 +21,8 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
     Phi3Config,
@@ -68,6 +72,7 @@ LONGROPE = {
     "original_max_position_embeddings": 32,
     "partial_rotary_factor": 0.75,
 }
+THETA_OF_ITS_OWN = {"rope_type": "default", "rope_theta": 700.0}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
 # Within the tiny vocabulary; a padding token would get no gradient from transformers.
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
@@ -128,6 +133,27 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, {**TOKENS, "attention_bias": True}),
+    "olmo3": (
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        {
+            **TOKENS,
+            "sliding_window": 6,
+            "num_hidden_layers": 4,
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": THETA_OF_ITS_OWN},
+        },
+    ),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            **TOKENS,
+            "head_dim": 16,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 9,
+        },
+    ),
     "phi3": (Phi3Config, Phi3ForCausalLM, TOKENS),
     "qwen3_moe": (
         Qwen3MoeConfig,

@@ -11,12 +11,14 @@ from typing import Any, Protocol
 from retool.model.block import Block
 from retool.model.config import ModelConfig
 from retool.model.families import (
+    gemma3,
     granite,
     granite4,
     llama,
     ministral,
     mistral,
     olmo2,
+    olmo3,
     olmoe,
     phi3,
     qwen2,
@@ -45,12 +47,14 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
+    "gemma3_text": gemma3,
     "granite": granite,
     "granitemoehybrid": granite4,
     "llama": llama,
     "ministral": ministral,
     "mistral": mistral,
     "olmo2": olmo2,
+    "olmo3": olmo3,
     "olmoe": olmoe,
     "phi3": phi3,
     "qwen2": qwen2,

@@ -28,6 +28,7 @@ SIZES = {
     "max_position_embeddings": 1 << 32,
     "original_max_position_embeddings": 1 << 32,
     "sliding_window": 1 << 32,
+    "sliding_window_pattern": 1_000,
 }
 # The same of the sizes that only models with experts have.
 EXPERT_SIZES = {
@@ -38,7 +39,7 @@ EXPERT_SIZES = {
 }
 READ = frozenset(
     {
-        *(name for name in SIZES if name not in WINDOWS),
+        *(name for name in SIZES if not name.startswith("sliding_window")),
         "model_type",
         "rms_norm_eps",
         "tie_word_embeddings",

@@ -51,8 +51,8 @@ def read_rope(c: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     they say the same.
     """
     old, new = (_rope_dict(c, name) for name in ("rope_scaling", "rope_parameters"))
-    found = _parse(c, old or new)
-    if old and new and found != _parse(c, new):
+    found = parse_rope(c, old or new)
+    if old and new and found != parse_rope(c, new):
         problem = (
             "rope_scaling and rope_parameters say different things, and transformers reads "
             "rope_scaling only"
@@ -119,7 +119,8 @@ def _rope_dict(c: dict[str, Any], name: str) -> dict[str, Any]:
     return value or {}
 
 
-def _parse(c: dict[str, Any], rope: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+def parse_rope(c: dict[str, Any], rope: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling of one dict; what isn't in it is in the file's other fields `c`."""
     theta = number({"rope_theta": 10_000.0, **c, **rope}, "rope_theta", 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
