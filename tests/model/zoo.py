@@ -44,7 +44,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {},
     "hyperclovax": {"logits_scaling": 3.0, "attention_multiplier": 0.2},
     "jais2": {},
-    "ministral": {"sliding_window": 7},
     "nemotron": {},
     "olmo": {},
     "opt": {"dropout": 0.0, "word_embed_proj_dim": 32, "ffn_dim": 64},
