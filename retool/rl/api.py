@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from retool.config import Parsed, read
 from retool.metrics.loggers import OnStep
+from retool.rl.agent.environments.load import EnvironmentSource
 from retool.rl.agent.tools.load import close_tools
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.config import RLConfig
 from retool.rl.config.names import IGNORED, SYNONYMS
 from retool.rl.preflight.checks import preflight
+from retool.rl.preflight.identity import ENVIRONMENT_KEY
 from retool.rl.preflight.plan import Held
 from retool.rl.preflight.show import in_words
 from retool.rl.reward.source import (
@@ -76,6 +79,7 @@ def rl(
     reward: Reward | Sequence[Reward] | None = None,
     reward_weights: Sequence[float] | None = None,
     tools: Tools | None = None,
+    environment: str | Callable[..., Any] | None = None,
     eval_prompts: Any = None,
     output_dir: str | os.PathLike[str] | None = None,
     learning_rate: float | None = None,
@@ -109,11 +113,13 @@ def rl(
     `reward`: a function of any of data_source, solution_str (or completion), ground_truth and
     extra_info, to a number or {"score": …}; it runs in processes of its own. Or one of ours by its
     name, or FILE.py/function; None: by data source. Of a list of these the score is the sum, weighed
-    by `reward_weights`. `tools`: functions with hints and a docstring,
-    objects as `retool.rl.agent.tools.Tool` says, which are closed at the end, "code_interpreter"; or
-    a file of tools. Model, folder, options, what is returned and raised: as for `retool.sft`.
+    by `reward_weights`. `tools`: functions with hints and a docstring, objects as
+    `retool.rl.agent.tools.Tool` says, which are closed at the end, "code_interpreter"; or a file of
+    tools. `environment`: a class, or FILE.py/name; without a reward, what it gives is one. Model,
+    folder, options, what is returned and raised: as for `retool.sft`.
     """
     functions, held = functions_given(reward, reward_weights, tools)
+    held = _with_world(environment, functions, held)
     asked = stated(RLConfig, options, quiet, functions | {
         "actor_rollout_ref.model.path": model,
         "data.train_batch_size": batch_size,
@@ -178,6 +184,21 @@ def functions_given(
     if not isinstance(tools, str):
         keys[f"{ROLLOUT}.multi_turn.tool_config_path"] = OF_PROGRAM
     return keys, Held(own, None if isinstance(tools, str) else list(tools))
+
+
+def _with_world(
+    environment: str | Callable[..., Any] | None, keys: dict[str, Any], held: Held
+) -> Held:
+    """What the program holds, with the class of its environment; `keys` get its name."""
+    if environment is None:
+        return held
+    if isinstance(environment, str):
+        path, _, name = environment.rpartition("/")
+        keys |= {f"{ENVIRONMENT_KEY}.path": path or None, f"{ENVIRONMENT_KEY}.name": name}
+        return held
+    name = getattr(environment, "__name__", type(environment).__name__)
+    keys |= {f"{ENVIRONMENT_KEY}.path": OF_PROGRAM, f"{ENVIRONMENT_KEY}.name": name}
+    return replace(held, environment=EnvironmentSource(name, own=environment))
 
 
 def _all_names(reward: Reward | Sequence[Reward] | None) -> list[str]:

@@ -4,6 +4,7 @@ killed goes on as if nothing had been.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,13 +12,23 @@ import subprocess
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+import retool
+from retool.config import read
+from retool.preflight.world import read_world
 from retool.rl.__main__ import main
+from retool.rl.agent.environments.load import find_environment
+from retool.rl.api import _with_world
+from retool.rl.config import RLConfig
+from retool.rl.preflight.plan import Held, RLReport
+from retool.rl.preflight.world import with_environment
 from tests.faults import planned
+from tests.rl.agent.worlds import Digits
 from tests.rl.test_command import ARR, TORCHRUN, steps, words
 
 WORLDS = Path(__file__).parent / "agent" / "worlds.py"
@@ -163,3 +174,48 @@ def test_killed_in_mid_step_a_run_in_a_world_goes_on_as_if_nothing_had_been(
         for folder in ("whole", "killed")
     ]
     assert told[0] == told[1] and any(entry["stop/done"] for entry in told[0])
+
+
+# --- from Python ---
+
+
+def test_a_program_gives_its_class_or_names_one(tmp_path) -> None:
+    keys: dict[str, Any] = {}
+    held = _with_world(Digits, keys, Held())
+    assert keys == {f"{WORLD}.path": "<program>", f"{WORLD}.name": "Digits"}
+    report = read(RLConfig, [], options={**keys, f"{WORLD}.kwargs": {"broken": "step"}})
+    report = with_environment(RLReport(report.config, read_world(1, 1, True, {})[0]), held)
+    assert report.environment is not None and not report.faults
+    made = report.environment.load()()
+    assert isinstance(made, Digits) and made.broken == "step"
+    assert _with_world(None, keys, held) is held
+    named = _with_world("some/games.py/Guess", keys, Held())
+    assert keys == {f"{WORLD}.path": "some/games.py", f"{WORLD}.name": "Guess"}
+    assert named.environment is None
+    with pytest.raises(ValueError, match="gave its own class 'Digits', which is in no file"):
+        find_environment("<program>", "Digits", {})
+
+
+@pytest.mark.slow
+def test_a_program_s_class_is_what_the_command_s_file_is(brief, tmp_path) -> None:
+    assert main(played(brief, tmp_path / "command")) == 0
+    rows = [json.loads(line) for line in (brief / "train.jsonl").read_text().splitlines()]
+    result = retool.rl(
+        brief / "model",
+        rows,
+        environment=Digits,
+        batch_size=4,
+        num_generations=4,
+        max_prompt_length=400,
+        max_completion_length=120,
+        learning_rate=1e-2,
+        max_steps=2,
+        output_dir=tmp_path / "program",
+        options={f"{ARR}rollout.max_num_seqs": 16, "reward_model.num_workers": 1},
+        quiet=True,
+    )
+    (last,) = steps(tmp_path / "command")[1:]
+    assert result.last["environment/reward/mean"] == pytest.approx(
+        last["environment/reward/mean"], rel=1e-6
+    )
+    assert result.last["critic/score/mean"] == pytest.approx(last["critic/score/mean"], rel=1e-6)

@@ -31,8 +31,8 @@ class Questions:
 
 @dataclass(frozen=True)
 class Held:
-    """What the program that asks for a run holds, instead of naming files: its reward, and its
-    tools (None: as the configuration says).
+    """What the program that asks for a run holds, instead of naming files: its reward, its
+    environment, and its tools (None: as the configuration says).
     """
 
     reward: RewardSource | None = None

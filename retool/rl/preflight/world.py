@@ -24,7 +24,10 @@ def with_environment(report: RLReport, held: Held) -> RLReport:
     """With the environment that the configuration names, or that the program holds."""
     wanted = report.config.actor_rollout_ref.rollout.multi_turn.environment
     try:
-        source = held.environment or find_environment(wanted.path, wanted.name, wanted.kwargs)
+        if held.environment is not None:
+            source = replace(held.environment, kwargs=wanted.kwargs)
+        else:
+            source = find_environment(wanted.path, wanted.name, wanted.kwargs)
         if source is not None:
             source.load()
     except ValueError as error:

@@ -218,6 +218,9 @@ def prepare(prompt: Prompt, opening: Opening, agent: Agent, max_prompt_length: i
         if len(tools) < len(agent.tools) + len(added):
             raise ValueError(f"two tools have one name: {', '.join(tools)}")
         declared = [*(prompt.tools or ()), *(tool.schema for tool in added)]
+        own = frozenset(tool.name for tool in added if isinstance(tool, OfWorld))
+        if not added and opening.messages == prompt.messages:  # they were checked and rendered
+            return Play(prompt, replace(agent, tools=tools), own)
         row = {"messages": opening.messages, "tools": declared or None}
         checked = to_conversation(row, "reset", 0, prompt_only=True)
         if checked.messages[-1]["role"] == "assistant":
@@ -230,7 +233,6 @@ def prepare(prompt: Prompt, opening: Opening, agent: Agent, max_prompt_length: i
             )
     except ValueError as error:
         raise EnvironmentFailure(f"environment.reset: {error}") from error
-    own = frozenset(tool.name for tool in added if isinstance(tool, OfWorld))
     made = replace(
         prompt, messages=checked.messages, tools=checked.tools, ids=np.asarray(ids, np.int32)
     )
