@@ -107,11 +107,18 @@ class Host:
         in_switch(self.switch, ["ip", "link", "set", f"port-{self.name}", state])
 
 
+def inside(pid: int, kinds: str = "num") -> list[str]:
+    """The beginning of a command that runs in a process's namespaces: n of networks, u of names, m
+    of disks.
+    """
+    user = os.readlink(f"/proc/{pid}/ns/user") != os.readlink("/proc/self/ns/user")
+    also = ["-U", "--preserve-credentials"] if user else []
+    return ["nsenter", "-t", str(pid), *also, *(f"-{kind}" for kind in kinds)]
+
+
 def in_switch(pid: int, command: Sequence[str]) -> None:
     """Run a command where the network's cables meet."""
-    user = os.readlink(f"/proc/{pid}/ns/user") != os.readlink("/proc/self/ns/user")
-    enter = ["nsenter", "-t", str(pid), *(["-U", "--preserve-credentials"] if user else []), "-n"]
-    subprocess.run([*enter, *command], check=True, capture_output=True)
+    subprocess.run([*inside(pid, "n"), *command], check=True, capture_output=True)
 
 
 @contextlib.contextmanager
