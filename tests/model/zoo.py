@@ -33,7 +33,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window": 5},
     "codegen": {"rotary_dim": 4, **NO_DROPOUT},
     "ernie4_5": {},
-    "exaone4": {"sliding_window": 8},
+    "exaone4": {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gemma": {},
     "glm": {},
     "glm4": {},
