@@ -47,6 +47,11 @@ COMMANDS = {
         "RUN_DIR [RUN_DIR …]",
         "one HTML page about a run, or a comparison of several",
     ),
+    "models": Command(
+        "retool.preflight.models",
+        "[FOLDER]",
+        "lists models and what works with each, or says which way a folder's model runs",
+    ),
     "sandbox": Command(
         "retool.sandbox.__main__",
         "doctor | serve",

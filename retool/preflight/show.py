@@ -86,13 +86,17 @@ def _print_lines(lines: Sequence[str], console: Console) -> None:
 
 def model_words(report: RunReport) -> str:
     """Family, size and shape; what runs it."""
-    model = report.model
-    assert model is not None
+    assert report.model is not None
+    return f"{shape_words(report.model)}\n{way_words(report.model)}"
+
+
+def shape_words(model: ModelConfig) -> str:
+    """Family, size and shape."""
     count = parameter_count(model)
     size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     return (
         f"{model.family}, {size} parameters, {model.layers} layers, {model.heads}/{model.kv_heads} heads "
-        f"of {model.head_dim}\n{way_words(model)}"
+        f"of {model.head_dim}"
     )
 
 
