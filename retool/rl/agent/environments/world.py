@@ -63,9 +63,14 @@ class World:
         if _wants_the_loop(self._make):
             made = self._make()
             self._made = await made if inspect.isawaitable(made) else made
-        else:
-            self._made = await self._thread.run(self._make)
-        return await self._run(self._made.reset, row)
+            return await self._run(self._made.reset, row)
+        value = await self._thread.run(lambda: self._make_and_reset(row))
+        return await value if inspect.isawaitable(value) else value
+
+    def _make_and_reset(self, row: Mapping[str, Any]) -> Any:
+        """Both at once: each way to the thread and back costs the event loop time."""
+        self._made = self._make()
+        return self._made.reset(row)
 
     async def _run(self, method: Callable[..., Any], *given: Any) -> Any:
         if inspect.iscoroutinefunction(method):
