@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+NO_EXPERTS = -1  # of a token whose router chooses for itself
 IGNORED_LABEL = 0  # a weight of 0 marks it; any valid id keeps gathers in range
 
 
@@ -20,11 +21,12 @@ class Sample:
 
     `tokens` int32 [n]; `mask` bool [n], True where the model itself would have sampled the token,
     so that it is trained as a *target*. Position 0 can't be a target: its mask is ignored by
-    `pack`.
+    `pack`. `experts` int8 or int16 [n, layers, k]: who is to compute each token, see `PackedBatch`.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
+    experts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.shape != self.mask.shape or self.tokens.ndim != 1:
@@ -52,7 +54,8 @@ class PackedBatch:
     and sliced too; `real_tokens` and `trained_tokens` count the whole pack without it.
 
     `experts` int16 [T, layers, k], sliced, has the experts that each token is to be computed by
-    (`retool.model.experts.routing.chosen_experts`); None: the router chooses.
+    (`retool.model.experts.routing.chosen_experts`), `NO_EXPERTS` where the router chooses; None: it
+    does everywhere.
     """
 
     tokens: torch.Tensor
@@ -162,4 +165,22 @@ def pack(
         seqlens=tuple(seqlens),
         real_tokens=sum(map(len, samples)),
         trained_tokens=sum(s.trained for s in samples),
+        experts=_given_experts(samples, seqlens),
     )
+
+
+def _given_experts(
+    samples: Sequence[Sample],
+    seqlens: Sequence[int],
+) -> torch.Tensor | None:
+    """[T, layers, k], -1 where a token has none; None where no token has."""
+    given = [sample.experts for sample in samples if sample.experts is not None]
+    if not given:
+        return None
+    out = np.full((sum(seqlens), *given[0].shape[1:]), NO_EXPERTS, np.int16)
+    start = 0
+    for sample, length in zip(samples, seqlens, strict=False):
+        if sample.experts is not None:
+            out[start : start + len(sample)] = sample.experts
+        start += length
+    return torch.from_numpy(out)

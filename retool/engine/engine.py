@@ -19,6 +19,7 @@ from collections.abc import Hashable, Sequence
 import torch
 import torch.distributed as dist
 
+from retool.engine.experts_cache import ExpertsCache, require_tellable
 from retool.engine.forward import make_model
 from retool.engine.kernels.attention import choose_paged
 from retool.engine.kernels.kv_cache import KVCache
@@ -56,7 +57,7 @@ class Engine:
         """Nothing is allocated before the first `sync`.
 
         Raises ValueError for a group larger than the number of query heads, and for sequences that
-        are longer than the model's rope takes.
+        are longer than the model's rope takes, and for experts that nobody has or can tell.
         """
         if problem := too_long_to_sample(config, options.max_length or 0):
             raise ValueError(f"max_length={options.max_length}: {problem}")
@@ -67,6 +68,10 @@ class Engine:
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
         self.page_size = options.page_size or (GPU_PAGE_SIZE if on_gpu else CPU_PAGE_SIZE)
         self._compiled = on_gpu if options.use_compile == "auto" else options.use_compile
+        self.experts: ExpertsCache | None = None
+        if options.return_experts:
+            require_tellable(config, 1 if self.group is None else dist.get_world_size(self.group))
+            self.experts = ExpertsCache(config, device)
         self.weights = self._make_weights()
         self.scheduler: Scheduler | None = None
 
@@ -146,6 +151,8 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a step that was started ahead may still run
         self.weights.buffers.clear()
+        if self.experts is not None:
+            self.experts.allocate(0, 0)
         self.weights = self._make_weights()
         self.scheduler = None
         del self._worker, self._pipeline
@@ -158,7 +165,13 @@ class Engine:
         return self.scheduler
 
     def _make_weights(self) -> Weights:
-        decoder = make_decoder(self.config, self.device, self.group, self._compiled)
+        decoder = make_decoder(
+            self.config,
+            self.device,
+            self.group,
+            self._compiled,
+            self.experts,
+        )
         return Weights(decoder, self.options.dtype, self.device)
 
     def _allocate(self) -> None:
@@ -181,6 +194,9 @@ class Engine:
             longest,
         )
         cache = KVCache(shape, pages, dtype, self.device)
+        if self.experts is not None:
+            self.experts.allocate(pages, self.page_size)
+            cache.follower = self.experts.copy
         head_dim = config.head_dim
         # Those that reach across the longest sequence are none
         windows = tuple(window if window < longest else 0 for window in config.windows)

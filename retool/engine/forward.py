@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from retool.engine.experts_cache import ExpertsCache
 from retool.engine.kernels.attention import Pages, paged_attention
 from retool.engine.kernels.draws import Draws
 from retool.engine.kernels.kv_cache import KVCache, in_any_order
@@ -47,8 +48,9 @@ class Pieces(NamedTuple):
 class Model:
     """What every forward needs, the same from step to step.
 
-    `kernels`: which attention. `fused`: rope and the cache's writes are one kernel.
-    `windows`: of each layer, how many tokens a query sees, 0 for all; () where none has one.
+    `kernels`: which attention. `fused`: rope and the cache's writes are one kernel. `experts`: where
+    the layers' choices are kept. `windows`: of each layer, how many tokens a query sees, 0 for all;
+    () where none has one.
     """
 
     decoder: Decoder
@@ -59,6 +61,7 @@ class Model:
     frequencies: Frequencies
     pieces: Pieces
     fused: bool
+    experts: ExpertsCache | None
     windows: tuple[int, ...]
 
 
@@ -71,6 +74,7 @@ def make_model(
 ) -> Model:
     device = cache.data.device
     plan = decoder.execution.plan
+    watch = decoder.execution.watch
     pieces = _pieces(decoder)
     # With several ranks heads change places between rope and the cache: no kernel does both
     fused = (
@@ -90,6 +94,7 @@ def make_model(
         frequencies=frequencies(decoder.config, device),
         pieces=pieces,
         fused=fused,
+        experts=watch if isinstance(watch, ExpertsCache) else None,
         windows=windows,
     )
 
@@ -132,6 +137,8 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     tables = rope_tables(positions_T[mine], model.frequencies, model.decoder.config)
     x_tD = model.decoder.embedded(tokens_T[mine])
     layers = model.decoder.layers
+    if model.experts is not None:
+        model.experts.slots = pages.slots
     heads = model.pieces.projected(layers[0], x_tD)
     for number, block in enumerate(layers):
         query = _placed(model, number, block, heads, *tables[number], pages)

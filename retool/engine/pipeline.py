@@ -7,6 +7,7 @@ step()    no forward flies     plan one and start it (`_launch`)
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from retool.engine.runner import Flight
@@ -146,5 +147,16 @@ class Pipeline:
             if row is not None and row.is_running and len(row.tokens) == length:
                 turn = self.scheduler.accept(row, int(token), logp, behaviour)
                 if turn is not None:
-                    done.append(turn)
+                    done.append(self._with_experts(turn, row))
         return done
+
+    def _with_experts(self, turn: TurnDone, sequence: Sequence) -> TurnDone:
+        """The turn, and who computed its tokens where that is asked for."""
+        experts = self.worker.model.experts
+        if experts is None:
+            return turn
+        # The last token was only drawn
+        stop = len(sequence.tokens) - 1
+        found = experts.read(sequence.pages, sequence.told, stop)
+        sequence.told = stop
+        return replace(turn, experts=found)

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 Reason = Literal["stop", "length", "capacity"]
@@ -57,6 +58,9 @@ class EngineOptions:
     its neighbours, on chunks or on preemption. To that end every forward has exactly `max_num_seqs`
     rows, and every token attends as a sequence of its own. With experts the last bit may depend on
     neighbours all the same: on how many of them chose the same expert.
+
+    `return_experts`: a turn tells which experts computed its tokens. Needs a model with experts, and
+    an engine of one GPU.
     """
 
     max_num_seqs: int = 256
@@ -70,6 +74,7 @@ class EngineOptions:
     use_compile: bool | Literal["auto"] = "auto"
     run_ahead: bool | Literal["auto"] = "auto"
     deterministic: bool = False
+    return_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -92,6 +97,10 @@ class TurnDone:
 
     `reason`: "stop" a stop token, "length" `max_tokens`, "capacity" the sequence doesn't fit the
     cache (or `max_length`) even alone.
+
+    `experts` int8 or int16 [n, layers, k], with `return_experts`: which experts computed the n tokens
+    that follow those of the last turn's `experts`, as they were when this turn was sampled. The
+    turn's last token isn't among them: nothing was computed from it yet.
     """
 
     key: Hashable
@@ -99,6 +108,7 @@ class TurnDone:
     logp: list[float]
     logp_behaviour: list[float]
     reason: Reason
+    experts: np.ndarray | None = None
 
 
 @dataclass

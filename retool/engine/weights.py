@@ -21,6 +21,7 @@ from torch import nn
 from retool.model.block import Execution
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
+from retool.model.experts.routing import Watch
 from retool.parallel.collectives import all_gather_flat
 from retool.parallel.fsdp import Sharded
 from retool.parallel.fsdp.layout import Layout
@@ -29,7 +30,11 @@ from retool.parallel.ulysses import HeadPlan
 
 
 def make_decoder(
-    config: ModelConfig, device: torch.device, group: dist.ProcessGroup | None, compiled: bool
+    config: ModelConfig,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    compiled: bool,
+    watch: Watch | None = None,
 ) -> Decoder:
     """The decoder on the meta device, with its heads split over `group`.
 
@@ -41,7 +46,7 @@ def make_decoder(
     mesh = Mesh(rank, ranks, ranks, 1, device, sp_group=group)
     plan = HeadPlan(ranks, rank, config.heads, config.kv_heads, config.head_dim)
     with torch.device("meta"):
-        return Decoder(config, Execution(plan, mesh, compiled=compiled))
+        return Decoder(config, Execution(plan, mesh, compiled=compiled, watch=watch))
 
 
 class Weights:

@@ -117,6 +117,10 @@ router/most_used | Most used expert | | down noisy
     Of all layers, as a multiple of its fair share.
 router/least_used | Least used expert | | up noisy
     Of all layers, as a multiple of its fair share. 0: no token chose it.
+router/logp_diff_mean_without_replay | Gap without replay, mean | nats | down noisy
+    Between sampler and trainer, were experts chosen anew; of a step's first trajectories.
+router/logp_diff_max_without_replay | Gap without replay, largest | nats | down noisy
+    Between sampler and trainer, were experts chosen anew; of a step's first trajectories.
 train/global_tokens | Tokens in a step | tokens | noisy
     Of the whole batch, padding left out.
 train/trained_tokens | Trained tokens in a step | tokens | noisy

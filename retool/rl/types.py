@@ -89,8 +89,10 @@ class Trajectory:
     tool_scores         what tools gave for the whole answer when they closed, by their names
     messages            the conversation after the prompt, the model's turns as it wrote them
     tool_uses           every call with its answer, in order
+    experts             int8 or int16 [n, layers, k]: which experts computed each token when it was
+                        sampled, where the run replays them; -1 for a token that nobody computed
 
-    The last two are for reward functions: once it is judged, a trajectory has neither.
+    Messages and uses are for reward functions: once it is judged, a trajectory has none.
     """
 
     prompt: Prompt
@@ -117,6 +119,7 @@ class Trajectory:
     tool_failed_calls: int = 0
     tool_failed_closes: int = 0
     tool_scores: Mapping[str, float] = field(default_factory=dict)
+    experts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         sizes = {len(self.tokens), len(self.mask), len(self.logp), len(self.logp_behaviour)}

@@ -8,7 +8,7 @@ H head dim · T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,6 +30,8 @@ class KVCache:
         layers, self.page_size, heads, head_dim = shape_LPkH
         shape = layers, pages, self.page_size, 2 * heads, head_dim
         self.data = torch.zeros(shape, dtype=dtype, device=device)
+        # Told of every copy: what else is kept of each token
+        self.follower: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
     def write(self, layer: int, slots_T: torch.Tensor, kv_TJH: torch.Tensor) -> None:
         """Store tokens' keys and values at `slots` = page · P + place in the page, int64.
@@ -48,6 +50,8 @@ class KVCache:
         for some in places.split(PAGES_COPIED_AT_ONCE):
             sources, targets = some.unbind(1)
             self.data[:, targets] = self.data[:, sources]
+            if self.follower is not None:
+                self.follower(sources, targets)
 
 
 @contextmanager

@@ -46,9 +46,10 @@ class Group:
 class Sequence:
     """Tokens of a trajectory so far; `computed` of them have keys and values in `pages`.
 
-    `number` counts arrivals: the lower one goes first, for room and for memory. `draw_key` is the
-    key of its seed. This turn's tokens begin at `turn_start`. For the statistics: tokens [0, given)
-    were not sampled in this turn, or were computed before. `served`: it once had its group's prompt.
+    Of the first `told` tokens it was told which experts computed them. `number` counts arrivals:
+    the lower one goes first, for room and for memory. `draw_key` is the key of its seed. This
+    turn's tokens begin at `turn_start`. For the statistics: tokens [0, given) were not sampled in
+    this turn, or were computed before. `served`: it once had its group's prompt.
     """
 
     key: Hashable
@@ -61,6 +62,7 @@ class Sequence:
     given: int
     served: bool = False
     computed: int = 0
+    told: int = 0
     state: State = State.WAITING
     pages: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)

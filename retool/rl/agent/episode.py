@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from retool.batch import NO_EXPERTS
 from retool.rl.agent.tools.state import State
 from retool.rl.types import Prompt, Stop, ToolUse, Trajectory
 
@@ -15,13 +16,15 @@ from retool.rl.types import Prompt, Stop, ToolUse, Trajectory
 @dataclass(frozen=True)
 class Sampled:
     """A turn as the engine made it: ids, log-probabilities (see `Trajectory`), and why it ended: an
-    end token, the token limit, or because the engine or the run gave it up.
+    end token, the token limit, or because the engine or the run gave it up. `experts` are as in
+    `TurnDone`.
     """
 
     tokens: Sequence[int]
     logp: Sequence[float]
     logp_behaviour: Sequence[float]
     reason: Literal["stop", "length", "aborted"]
+    experts: np.ndarray | None = None
 
 
 @dataclass
@@ -50,6 +53,8 @@ class Episode:
     tool_scores: dict[str, float] = field(default_factory=dict)
     sample: int = 0
     states: dict[str, State] = field(default_factory=dict)  # of tools that keep one
+    # Of prompt and response, a piece for each turn
+    experts: list[np.ndarray] = field(default_factory=list)
 
     @staticmethod
     def begin(prompt: Prompt, sample: int = 0) -> Episode:
@@ -63,6 +68,8 @@ class Episode:
         self.mask += [True] * count
         self.logp += turn.logp
         self.logp_behaviour += turn.logp_behaviour
+        if turn.experts is not None:
+            self.experts.append(turn.experts)
         self.texts.append(text)
         self.messages.append({"role": "assistant", "content": text})
         self.assistant_turns += 1
@@ -111,7 +118,16 @@ class Episode:
             tool_scores=self.tool_scores,
             messages=self.messages[len(self.prompt.messages) :],
             tool_uses=self.tool_uses,
+            experts=self._all_experts(len(prompt_ids) + len(response_ids)),
         )
+
+    def _all_experts(self, length: int) -> np.ndarray | None:
+        """[length, layers, k]; `NO_EXPERTS` for what the engine computed nothing from."""
+        if not self.experts:
+            return None
+        told = np.concatenate(self.experts)
+        missing = length - len(told)
+        return np.pad(told, ((0, missing), (0, 0), (0, 0)), constant_values=NO_EXPERTS)
 
     def _rewards_of_all_turns(self) -> tuple[float, ...]:
         if not self.turn_rewards:

@@ -64,7 +64,13 @@ class EngineSequence:
         self.turns.work.set()
         turn = await future
         reason = "aborted" if turn.reason == "capacity" else turn.reason
-        return Sampled(turn.tokens, turn.logp, turn.logp_behaviour, reason)
+        return Sampled(
+            turn.tokens,
+            turn.logp,
+            turn.logp_behaviour,
+            reason,
+            turn.experts,
+        )
 
     def begin(self, prompt: Prompt) -> Generate:
         """Go on with a prompt that the group's other samples need not have: those that do share it."""

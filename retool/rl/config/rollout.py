@@ -125,6 +125,9 @@ class RolloutConfig:
         "Free the engine's memory during the update; auto = where the update doesn't fit beside it.",
     )
     dtype: AutoDtype = option("auto", "auto = as training.", spellings=DTYPE_SPELLINGS)
+    enable_rollout_routing_replay: bool = option(
+        False, "Train each token through the experts that sampled it; for mixtures of experts."
+    )
     max_lost_share: float = option(
         0.3,
         (

@@ -25,7 +25,8 @@ class Row:
 
     `old`, `sampler` and `ref` are log-probabilities (nats): of the weights before the step's first
     update, as the engine told them when it sampled, and of the reference policy (None where there
-    is none). `correction` is the importance weight of the sampler.
+    is none). `experts`: who computed each token when it was sampled (`Trajectory`). `correction` is
+    the importance weight of the sampler.
     """
 
     tokens: np.ndarray
@@ -35,6 +36,7 @@ class Row:
     advantage: np.ndarray
     correction: np.ndarray
     ref: np.ndarray | None = None
+    experts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -105,7 +107,7 @@ def unshift(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
 
 def make_batch(rows: Sequence[Row], weights: Sequence[np.ndarray], multiple: int) -> RLBatch:
     """Pack rows with their token weights; no rows at all give a dummy pack of weight 0."""
-    packed = pack([Sample(row.tokens, row.mask) for row in rows], multiple)
+    packed = pack([Sample(row.tokens, row.mask, row.experts) for row in rows], multiple)
     total = len(packed.tokens)
 
     def tensor(arrays: Sequence[np.ndarray]) -> Tensor:

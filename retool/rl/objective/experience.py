@@ -32,6 +32,9 @@ from retool.rl.objective.losses import kl
 from retool.rl.objective.policy import policy_logprobs
 from retool.rl.types import Group, Scored, Trajectory
 
+# Of a step, to tell what replaying the sampler's experts changes: another forward of all would cost
+# a quarter of the update
+TRAJECTORIES_TO_COMPARE = 32
 PerToken = list[np.ndarray]  # one array per trajectory, over all of its tokens
 
 
@@ -98,6 +101,7 @@ def make_experience(
     trajectories = [member.trajectory for member in members]
     numbers = [i for i, group in enumerate(groups) for _ in group.members]
     old = _old_logprobs(trajectories, model, options, times)
+    unreplayed = _gap_without_replay(trajectories, model, options, times)
     ref = None
     if reference is not None:
         with timed(times, "ref"):
@@ -126,6 +130,7 @@ def make_experience(
             [inputs.masks[i] for i in trained],
         ),
         **weights_said,
+        **unreplayed,
     }
     if masked:
         metrics["mask/truncated"] = len(trajectories) - len(trained)
@@ -138,6 +143,7 @@ def make_experience(
             advantage=advantages[i],
             correction=weights[i],
             ref=None if ref is None else ref[i],
+            experts=trajectory.experts,
         )
         for i, trajectory in enumerate(trajectories)
     ]
@@ -180,7 +186,7 @@ def _old_logprobs(
         return _Old(sampler, on_policy=True)
     with timed(times, "old_log_prob"):
         present, entropies = policy_logprobs(
-            model, _samples(trajectories), options.temperature, options.budget, entropy=True
+            model, _replayed(trajectories), options.temperature, options.budget, entropy=True
         )
     masks = [trajectory.mask for trajectory in trajectories]
     fresh = [i for i, new in enumerate(is_fresh) if new]
@@ -196,6 +202,36 @@ def _old_logprobs(
 
 def _samples(trajectories: Sequence[Trajectory]) -> list[Sample]:
     return [Sample(trajectory.tokens, trajectory.mask) for trajectory in trajectories]
+
+
+def _replayed(trajectories: Sequence[Trajectory]) -> list[Sample]:
+    """`_samples`, each token through the experts that computed it when it was sampled."""
+    return [
+        Sample(trajectory.tokens, trajectory.mask, trajectory.experts)
+        for trajectory in trajectories
+    ]
+
+
+def _gap_without_replay(
+    trajectories: Sequence[Trajectory],
+    model: Sharded,
+    options: ExperienceOptions,
+    times: dict[str, float],
+) -> dict[str, float]:
+    """How far the sampler would be from the trainer if the router chose anew, of the step's first
+    trajectories; empty where nothing is replayed. Collective.
+    """
+    some = [t for t in trajectories if t.experts is not None]
+    some = some[:TRAJECTORIES_TO_COMPARE]
+    if not some:
+        return {}
+    with timed(times, "old_log_prob"):
+        logp, _ = policy_logprobs(model, _samples(some), options.temperature, options.budget)
+    told = gap_metrics([t.logp for t in some], logp, [t.mask for t in some])
+    return {
+        f"router/{name}_without_replay": told[f"training/rollout_{name}"]
+        for name in ("logp_diff_mean", "logp_diff_max")
+    }
 
 
 # --- rewards by token ---

@@ -139,6 +139,22 @@ def _engine_faults(report: RLReport) -> Iterator[Fault]:
     longest = data.max_prompt_length + data.max_response_length
     if report.model and (problem := too_long_to_sample(report.model, longest)):
         yield Fault("data.max_response_length", problem)
+    yield from _replay_faults(report)
+
+
+def _replay_faults(report: RLReport) -> Iterator[Fault]:
+    """Replay of experts that nobody has, or that several GPUs chose together."""
+    rollout = report.config.actor_rollout_ref.rollout
+    if report.model is None or not rollout.enable_rollout_routing_replay:
+        return
+    key = f"{ARR}rollout.enable_rollout_routing_replay=true"
+    tp = rollout.tensor_model_parallel_size
+    if report.model.experts is None:
+        problem = f"a {report.model.family} model has no experts."
+        yield Fault(key, problem, "Leave the key out.")
+    elif tp > 1:
+        problem = f"an engine of {tp} GPUs can't tell which of them computed a token."
+        yield Fault(key, problem, f"Use {ARR}rollout.tensor_model_parallel_size=1.")
 
 
 def _with_objective(report: RLReport) -> RLReport:

@@ -81,6 +81,7 @@ def engine_options(config: RLConfig) -> EngineOptions:
         dtype=None if rollout.dtype == "auto" else DTYPES[rollout.dtype],
         use_cuda_graphs=not rollout.enforce_eager,
         deterministic=config.trainer.deterministic,
+        return_experts=rollout.enable_rollout_routing_replay,
     )
 
 
