@@ -117,3 +117,10 @@ def test_heads_that_do_not_split_evenly(tmp_path: Path) -> None:
     want = turns(engine_of(tmp_path, load(tmp_path)))
     results = run_ranks(tensor_parallel, 4, str(tmp_path), {"max_num_seqs": 8})
     assert [tokens for tokens, _ in results[0][0]] == [tokens for tokens, _ in want]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["ministral", "gemma3"])
+def test_windows_hold_where_heads_are_split(tmp_path: Path, family: str) -> None:
+    make(tmp_path, family)
+    same_as_alone(tmp_path, 2, {"run_ahead": True}, 2)
