@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from retool.rl.agent.rollout import Sampling, roll_out
+from retool.rl.agent.tools import interpreter
 from retool.rl.agent.tools.interpreter import CodeInterpreter, InterpreterConfig
 from retool.rl.agent.tools.load import RunLimits, load_tools
 from retool.rl.agent.tools.protocol import ToolResult
@@ -22,13 +23,11 @@ from tests.rl.agent.test_rollout import called, parts_of, prompt_of
 @pytest.fixture(scope="module")
 def tool() -> Iterator[InterpreterSession]:
     try:
-        interpreter = CodeInterpreter(
-            InterpreterConfig(workers=2, default_timeout=10, session=True)
-        )
+        runs = CodeInterpreter(InterpreterConfig(workers=2, default_timeout=10, session=True))
     except (ValueError, OSError) as error:
         pytest.skip(f"no sandbox here: {error}")
-    yield InterpreterSession(interpreter)
-    asyncio.run(interpreter.close())
+    yield InterpreterSession(runs)
+    asyncio.run(runs.close())
 
 
 def talk(tool: InterpreterSession, *programs: str) -> list[ToolResult]:
@@ -156,7 +155,10 @@ def test_in_a_rollout_each_answer_has_its_own(tool, renderer_of) -> None:
     assert all("\nFalse\n</tool_response>" in text for text in texts[2:])
 
 
-def test_it_is_asked_for_by_a_key_or_in_the_file(tmp_path: Path) -> None:
+def test_it_is_asked_for_by_a_key_or_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interpreter, "_open_backend", lambda config: None)  # starts no sandbox
     (one,) = load_tools(None, RunLimits(workers=1, isolation="best_effort", session=True))
     file = tmp_path / "tools.yaml"
     entry = (
@@ -166,6 +168,5 @@ def test_it_is_asked_for_by_a_key_or_in_the_file(tmp_path: Path) -> None:
     (two,) = load_tools(file, RunLimits(isolation="best_effort"))
     for made in (one, two):
         assert isinstance(made, InterpreterSession) and made.name == "code_interpreter"
-        asyncio.run(made.close())
     with pytest.raises(ValueError, match="session=true needs the sandbox of this machine"):
         InterpreterConfig(session=True, sandbox_fusion_url="http://localhost:1")
