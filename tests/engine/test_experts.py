@@ -113,6 +113,6 @@ def test_a_trajectory_has_the_experts_of_all_its_tokens() -> None:
     episode.add_turn(Sampled([7, 8], [0.0, 0.0], [0.0, 0.0], "stop", first), "")
     episode.add_tool_turn([], [9, 9])
     episode.add_turn(Sampled([7, 8], [0.0, 0.0], [0.0, 0.0], "stop", second), "")
-    trajectory = episode.finish(0, Stop.NO_CALL, 0)
+    trajectory = episode.finish(Stop.NO_CALL, 0)
     assert trajectory.experts is not None
     assert trajectory.experts[:, 0, 0].tolist() == [1, 1, 1, 1, 2, 2, 2, 2, -1]
