@@ -61,16 +61,6 @@ class RolloutEngine(Sampler, Protocol):
     of its group `follow` meanwhile. All `release`, where the update needs the memory.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        device: torch.device,
-        options: EngineOptions,
-        group: dist.ProcessGroup | None = None,
-    ) -> None:
-        """`group`: the ranks that share the engine, None for one of its own. Takes no memory yet."""
-        ...
-
     @staticmethod
     def memory(
         config: ModelConfig, options: EngineOptions, dtype: torch.dtype, ranks: int, layout: Layout
@@ -98,13 +88,27 @@ class RolloutEngine(Sampler, Protocol):
         ...
 
 
+class InProcessEngine(RolloutEngine, Protocol):
+    """A rollout engine in the training processes: how it is made."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        options: EngineOptions,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """`group`: the ranks that share the engine, None for one of its own. Takes no memory yet."""
+        ...
+
+
 # `rollout.name` → class. `RolloutConfig.name` says the same names, for it is read without torch.
-BACKENDS: dict[str, type[RolloutEngine]] = {"native": Engine}
+BACKENDS: dict[str, type[InProcessEngine]] = {"native": Engine}
 # What existing scripts say. They mean the native engine, as the start-up says, until these exist.
 MEANING_NATIVE = ("vllm", "sglang", "hf")
 
 
-def find_backend(name: str) -> type[RolloutEngine]:
+def find_backend(name: str) -> type[InProcessEngine]:
     """The class that `rollout.name` asks for. ValueError for a name that means nothing."""
     if name in MEANING_NATIVE:
         return BACKENDS["native"]

@@ -5,7 +5,9 @@ configuration its parts take.
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -28,10 +30,12 @@ from retool.rl.data import prompts_at
 from retool.rl.objective.experience import ExperienceOptions
 from retool.rl.objective.losses import Clip
 from retool.rl.objective.policy import LossSpec
-from retool.rl.preflight.memory import engine_options
+from retool.rl.preflight.memory import SERVER, engine_options
 from retool.rl.preflight.plan import RLReport, uses_reference
 from retool.rl.reward.judges import open_judges, shared_out
 from retool.rl.reward.protocol import Judges
+from retool.rl.server.engine import ServerEngine
+from retool.rl.server.fleet import SERVER_KEY, ServerOptions
 from retool.rl.state import TrainState, restored
 from retool.rl.types import Prompt
 from retool.run.caller import COMMAND, Caller
@@ -82,19 +86,36 @@ def build_run(report: RLReport, mesh: Mesh, caller: Caller = COMMAND) -> tuple[R
         reference = load_pretrained(report.folder, mesh, reference_options(report, mesh))
     state = initial_state(report, resume(report, mesh, model, optimizer))
     require_judges(judges, mesh)
-    engine = make_engine(
-        config.actor_rollout_ref.rollout.name,
-        report.model,
-        mesh.device,
-        engine_options(config),
-        engine_group(mesh, engines),
-    )
+    engine = open_engine(report, mesh, engines)
     session = open_session(
         report, mesh, model, optimizer, step=state.step, caller=caller, leads=leads
     )
     rollout = rollout_parts(session, engine, judges) if judges is not None else None
     loop = asyncio.new_event_loop()
     return Run(session, reference, engine, engines, rollout, judges, loop), state
+
+
+def open_engine(report: RLReport, mesh: Mesh, engines: int) -> RolloutEngine:
+    """What samples: `rollout.name`. Collective."""
+    config = report.config
+    rollout = config.actor_rollout_ref.rollout
+    assert report.model is not None and report.folder is not None
+    if rollout.name != SERVER:
+        options = engine_options(config)
+        group = engine_group(mesh, engines)
+        return make_engine(rollout.name, report.model, mesh.device, options, group)
+    wanted = rollout.server
+    options = ServerOptions(
+        urls=wanted.urls,
+        dialect=wanted.dialect,
+        timeout_s=wanted.timeout_s,
+        retries=wanted.retries,
+        at_once=rollout.max_num_seqs,
+        max_length=config.data.max_prompt_length + config.data.max_response_length,
+        key=os.environ.get(SERVER_KEY) or None,
+    )
+    folder = Path(wanted.weights_dir or config.trainer.default_local_dir).absolute()
+    return ServerEngine(options, folder, report.folder)
 
 
 def initial_state(report: RLReport, loaded: checkpoint.Loaded | None) -> TrainState:

@@ -163,6 +163,8 @@ class EngineThread:
             while True:
                 for command in self._waiting_commands(wait=engine.idle()):
                     if command is None:
+                        for key in self._owners:
+                            engine.drop(key)
                         return
                     command()
                 if not engine.idle():

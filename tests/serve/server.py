@@ -42,6 +42,7 @@ def serving(
     key: str | None = None,
     may_change: bool = True,
     splits: bool = False,
+    port: int = 0,
 ) -> Iterator[Served]:
     ready = threading.Event()
     served: list[Served] = []
@@ -57,7 +58,7 @@ def serving(
             site.app(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1
         )
         await runner.setup()
-        where = web.TCPSite(runner, "127.0.0.1", 0)
+        where = web.TCPSite(runner, "127.0.0.1", port)
         await where.start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         served.append(Served(url, site, httpx.Client(base_url=url, timeout=60)))

@@ -99,11 +99,32 @@ class MultiTurnConfig:
 
 
 @dataclass(frozen=True)
+class ServerConfig:
+    """Servers that sample, for `rollout.name=server`."""
+
+    urls: tuple[str, ...] = option((), "Their addresses, such as http://host:8000.")
+    dialect: Literal["auto", "vllm", "sglang"] = option(
+        "auto", "How they are asked; auto = as each says that it is."
+    )
+    weights_dir: str | None = option(
+        None,
+        "A folder of this run alone that the servers see too: weights are handed over there; null = "
+        "trainer.default_local_dir.",
+    )
+    timeout_s: float = option(
+        600.0, "A server that takes longer for an answer is left out.", above=0
+    )
+    retries: int = option(
+        3, "A request that fails is sent so often again before its server is left out.", minimum=0
+    )
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """Sampling."""
 
-    name: Literal["native", "vllm", "sglang", "hf"] = option(
-        "native", "Our engine; vllm, sglang and hf mean native here."
+    name: Literal["native", "vllm", "sglang", "hf", "server"] = option(
+        "native", "Our engine, or servers; vllm, sglang and hf mean native here."
     )
     n: int = option(16, "Samples per prompt.", minimum=1)
     temperature: float = option(1.0, "Of the policy, in training too.", above=0)
@@ -140,5 +161,6 @@ class RolloutConfig:
     max_lost_steps: int = option(
         3, "so many steps in a row ends the run with the cause.", minimum=1
     )
+    server: ServerConfig = field(default_factory=ServerConfig)
     multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)

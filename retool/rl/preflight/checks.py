@@ -48,6 +48,7 @@ from retool.rl.preflight.reward import (
     reward_key,
     wanted_reward,
 )
+from retool.rl.preflight.servers import server_faults
 from retool.rl.preflight.tool_turns import call_format, show_tool_turn
 from retool.rl.preflight.trial import try_reward
 from retool.rl.preflight.world import try_environment, with_environment
@@ -81,8 +82,9 @@ def preflight(
     )
     report = find_checkpoint(RLReport(config, world, faults=tuple(faults + trouble)))
     report = with_model(report, config.actor_rollout_ref.model.path)
-    report = check_run(report, box, launcher).blame(*_engine_faults(report))
     first = not int(launcher.get("LOCAL_RANK", 0))
+    report = check_run(report, box, launcher)
+    report = report.blame(*_engine_faults(report), *server_faults(config, reach=first))
     report = with_environment(_with_objective(_with_renderer(report)), held)
     report = _with_functions(report, first, held)
     report = _with_prompts(report)

@@ -14,6 +14,7 @@ as far as it is allowed to.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Literal
 
 from retool.engine import EngineOptions, find_backend
@@ -30,7 +31,9 @@ from retool.preflight.training_memory import (
     layer_bytes,
 )
 from retool.rl.config import RLConfig
+from retool.rl.server.engine import ServerEngine
 
+SERVER = "server"  # the `rollout.name` of servers
 ROOM = 1.3  # times the predicted activations must be free for the engine to keep its memory
 
 
@@ -104,7 +107,8 @@ def step_memory(
     training = choice.prediction
     layout = plan_layout(model, setting.shards)
     dtype = engine.dtype or DTYPES[setting.compute]
-    needed = find_backend(backend).memory(model, engine, dtype, tensor_parallel, layout)
+    kind = ServerEngine if backend == SERVER else find_backend(backend)
+    needed = kind.memory(model, engine, dtype, tensor_parallel, layout)
     frozen = 0.0
     if reference:
         # Its shard, and what it is gathered in
@@ -117,7 +121,7 @@ def step_memory(
     cache = float(engine.max_num_seqs * sequence)
     if engine.kv_bytes is not None:
         cache = engine.kv_bytes
-    elif available is not None:
+    elif available is not None and sequence:
         cache = max(0.0, (available - needed.weights - needed.work) * engine.kv_share)
     activations = training.forward_backward - training.state
     freed = free
@@ -138,7 +142,7 @@ def step_memory(
         save=training.save + beside,
         weights=needed.weights,
         cache=cache,
-        sequences=cache / sequence,
+        sequences=cache / sequence if sequence else inf,
         freed=freed,
         fits=None,
     )

@@ -9,6 +9,7 @@ from retool.perf import GIB
 from retool.preflight.show import memory_words, model_words, written_words
 from retool.rl.agent.environments.load import EnvironmentSource
 from retool.rl.agent.formats.table import AUTO
+from retool.rl.preflight.memory import SERVER
 from retool.rl.preflight.plan import RLReport
 from retool.rl.reward.builtin import default_name
 from retool.rl.reward.source import RewardSource
@@ -19,7 +20,9 @@ def in_words(report: RLReport) -> Iterator[tuple[str, str]]:
     wanted = report.config.actor_rollout_ref
     name = wanted.rollout.name
     if name in MEANING_NATIVE:
-        yield "engine", f"rollout.name={name} means native here: the in-process engine samples."
+        yield "engine", _native_words(name)
+    if name == SERVER:
+        yield "engine", _server_words(report)
     processes = report.world.processes
     assert report.train is not None
     sp = wanted.actor.ulysses_sequence_parallel_size
@@ -55,6 +58,24 @@ def in_words(report: RLReport) -> Iterator[tuple[str, str]]:
     yield "written", written_words(report, ", report/")
 
 
+def _native_words(name: str) -> str:
+    """What stands behind the name of another engine, and how to have that one."""
+    said = f"rollout.name={name} means native here: the in-process engine samples."
+    if name == "hf":
+        return said
+    return f"{said} For {name} itself start its server, and use rollout.name=server."
+
+
+def _server_words(report: RLReport) -> str:
+    """Who samples, and how the weights get there."""
+    rollout = report.config.actor_rollout_ref.rollout
+    folder = rollout.server.weights_dir or report.config.trainer.default_local_dir
+    return (
+        f"rollout.name=server: {', '.join(rollout.server.urls)} sample(s); every step's weights go there "
+        f"by way of {folder}, which they must see."
+    )
+
+
 def _tool_words(report: RLReport) -> str:
     if report.calls is None:
         return "none"
@@ -75,6 +96,8 @@ def _environment_words(source: EnvironmentSource) -> str:
 def _memory_words(report: RLReport) -> str:
     memory = report.memory
     data = report.config.data
+    if report.config.actor_rollout_ref.rollout.name == SERVER:
+        return memory_words(report, memory.phases, memory.fits)
     room = f"{memory.sequences:,.1f}".removesuffix(".0")
     engine = (
         f"engine: weights {memory.weights / GIB:.2f} GiB, cache {memory.cache / GIB:.2f} GiB with "

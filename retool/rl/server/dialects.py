@@ -1,0 +1,121 @@
+"""How vLLM's and SGLang's servers are asked for tokens and told of new weights: token ids in, token
+ids with their log-probabilities out.
+
+[Note: which log-probabilities] Ours and SGLang's are of softmax(logits / temperature). vLLM's are of
+softmax(logits) unless it was started with `--logprobs-mode processed_logprobs`; with a temperature
+of 1, and nothing filtered, all of these are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from retool.engine import SamplingParams
+
+VLLM = "vllm"
+SGLANG = "sglang"
+# What `/v1/models` says in `owned_by`; ours speaks both
+DIALECT_OF_OWNER = {"vllm": VLLM, "sglang": SGLANG, "retool": VLLM}
+
+
+class Call(NamedTuple):
+    """A request: POST `body` as JSON to `path`."""
+
+    path: str
+    body: Mapping[str, Any]
+
+
+class Sampled(NamedTuple):
+    """What a server sampled. `reason` is OpenAI's: "stop", "length", or another one of its own."""
+
+    tokens: list[int]
+    logp: list[float]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One kind of server: `ask(model, ids, params, seed)` is the request for a turn, `read` takes its
+    response; `load(folder, version)` are the requests for other weights, in order, and `loaded` says
+    why one wasn't done.
+    """
+
+    ask: Callable[[str, Sequence[int], SamplingParams, int], Call]
+    read: Callable[[Any], Sampled]
+    load: Callable[[str, str], list[Call]]
+    loaded: Callable[[Any], str | None]
+
+
+def _ask_vllm(model: str, ids: Sequence[int], params: SamplingParams, seed: int) -> Call:
+    body = {
+        "model": model,
+        "prompt": list(ids),
+        "max_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "seed": seed,
+        "stop_token_ids": list(params.stop_ids),
+        "ignore_eos": True,  # only `stop_ids` end a turn
+        "skip_special_tokens": False,
+        "logprobs": 0,
+        "return_token_ids": True,
+    }
+    return Call("/v1/completions", body)
+
+
+def _read_vllm(response: Any) -> Sampled:
+    (choice,) = response["choices"]
+    logp = choice["logprobs"]["token_logprobs"] if choice["logprobs"] else []
+    return Sampled(list(choice["token_ids"]), list(logp), str(choice["finish_reason"]))
+
+
+def _load_vllm(folder: str, version: str) -> list[Call]:
+    reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+    # What it has computed of prompts is of the old weights
+    return [Call("/collective_rpc", reload), Call("/reset_prefix_cache", {})]
+
+
+def _ask_sglang(model: str, ids: Sequence[int], params: SamplingParams, seed: int) -> Call:
+    sampling = {
+        "max_new_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "sampling_seed": seed,
+        # With ignore_eos it would ignore these too
+        "stop_token_ids": list(params.stop_ids),
+        "skip_special_tokens": False,
+    }
+    body = {"input_ids": list(ids), "sampling_params": sampling, "return_logprob": True}
+    return Call("/generate", body)
+
+
+def _read_sglang(response: Any) -> Sampled:
+    meta = response["meta_info"]
+    pairs = meta["output_token_logprobs"]
+    tokens = [int(entry[1]) for entry in pairs]
+    return Sampled(tokens, [entry[0] for entry in pairs], str(meta["finish_reason"]["type"]))
+
+
+def _load_sglang(folder: str, version: str) -> list[Call]:
+    body = {"model_path": folder, "weight_version": version, "flush_cache": True}
+    return [Call("/update_weights_from_disk", body)]
+
+
+def _loaded_sglang(response: Any) -> str | None:
+    if response["success"]:
+        return None
+    return str(response.get("message") or "it says no more")
+
+
+def _always_loaded(response: Any) -> str | None:
+    return None
+
+
+DIALECTS = {
+    VLLM: Dialect(_ask_vllm, _read_vllm, _load_vllm, _always_loaded),
+    SGLANG: Dialect(_ask_sglang, _read_sglang, _load_sglang, _loaded_sglang),
+}
