@@ -161,13 +161,14 @@ class EngineThread:
         engine = self.llm.engine
         try:
             while True:
-                for command in self._waiting_commands(wait=engine.idle()):
+                # It steps for answers of its own alone: a program may use the engine between them
+                for command in self._waiting_commands(wait=not self._owners):
                     if command is None:
                         for key in self._owners:
                             engine.drop(key)
                         return
                     command()
-                if not engine.idle():
+                if self._owners:
                     self._advance(engine.step())
         except BaseException as error:
             self._loop.call_soon_threadsafe(self._fail, error)
