@@ -195,6 +195,8 @@ val-core/(.+)/acc/best@(\d+)/mean | Solved on {0} | share | up
     Questions with a right answer among {1} tries.
 val-core/(.+)/acc/maj@(\d+)/mean | Majority vote on {0} | share | up
     Questions where most of {1} answers are right.
+environment/reward/(mean|max|min) | Given by the environment, {0} | | up noisy
+    Sum over the turns of an answer.
 rewards/(.+)/mean | Reward {0} | | up noisy
     What this one of several reward functions gave, before its weight.
 rewards/(.+)/std | Reward {0}, spread | | noisy
