@@ -68,7 +68,7 @@ def test_runs_whose_lengths_would_change_the_rope_are_refused_before_they_start(
     """Sampling beyond the original length, and padding beyond it: as preflight says it."""
     model = parse_model_config({"model_type": "llama", **SHAPE, "rope_scaling": DYNAMIC})
     data = SimpleNamespace(max_prompt_length=400, max_response_length=200, max_length=600)
-    rollout = SimpleNamespace(tensor_model_parallel_size=1)
+    rollout = SimpleNamespace(tensor_model_parallel_size=1, enable_rollout_routing_replay=False)
     config = SimpleNamespace(
         data=data, actor_rollout_ref=SimpleNamespace(rollout=rollout), use_remove_padding=False
     )

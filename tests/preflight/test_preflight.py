@@ -285,7 +285,7 @@ JSONL = "data.train_files={root}/train.jsonl"
         (
             lambda r: edit(r / "model" / "config.json", model_type="mamba"),
             [],
-            ["model_type 'mamba'", "llama, mistral"],
+            ["model_type 'mamba'", "llama, ministral, mistral"],
         ),
         (
             lambda r: edit(r / "model" / "config.json", hidden_size=None),

@@ -200,7 +200,7 @@ def test_what_tools_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (function.name, given.name) == ("add", "sum")
     made: list[InterpreterConfig] = []
 
-    def interpreter(config: InterpreterConfig) -> FunctionTool:  # without its sandbox
+    def interpreter(config: InterpreterConfig, _schema: Any) -> FunctionTool:  # no sandbox
         made.append(config)
         return FunctionTool(add, schema_named("code_interpreter"))
 

@@ -272,7 +272,7 @@ def test_step_metrics_by_hand() -> None:
     assert {k: v for k, v in tools.items() if k.startswith("stop/") and v} == {
         "stop/length": 1,
         "stop/no_call": 1,
-    } and len(tools) == 5 + len(Stop)
+    } and len(tools) == 5 + 3 + len(Stop)  # and tools' failed opens, calls, closes
     values = advantage_metrics(
         [np.array([9, 1.0])], [np.array([9, 3.0])], [np.array([False, True])]
     )
