@@ -174,7 +174,11 @@ def test_a_program_gives_its_output(code, result):
             "x = bytearray(1 << 30)",
             f"MemoryError: the program asked for more than its {code_tool.MEMORY_MB} MB",
         ),
-        ("while True: pass", f"TimeoutError: the program ran longer than {code_tool.SECONDS} s"),
+        pytest.param(
+            "while True: pass",
+            f"TimeoutError: the program ran longer than {code_tool.SECONDS} s",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_went_wrong_is_told_at_the_end(code, error):

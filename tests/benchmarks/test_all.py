@@ -159,6 +159,7 @@ def attempts(rank_that_fails: int) -> tuple[dict[str, Any], str]:
     return first, "nothing"
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_a_failure_and_wait_for_none_that_is_lost() -> None:
     (a, _), (b, waited) = run_ranks(attempts, 2, 1)
     assert a == b == {"failed": "rank 1: MemoryError: no room"}

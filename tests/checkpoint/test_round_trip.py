@@ -57,7 +57,9 @@ def test_the_folder_has_every_file(tmp_path: Path) -> None:
     assert not list(folder.parent.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("writers", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "writers", [1, 3, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 4))]
+)
 def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path: Path, writers: int) -> None:
     folder = saved(tmp_path, writers)
     for readers in (1, 2, 3, 4):

@@ -70,7 +70,14 @@ def test_fp16_is_nearer_still(deep: Path) -> None:
     assert (errors(deep, True, FP16) < 0.2 * errors(deep, True)).all()
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full", "offload"])
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        "none",
+        "full",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("selective", "offload")),
+    ],
+)
 def test_gradients_are_nearer_to_the_exact_ones_too(deep: Path, recompute: Recompute) -> None:
     tokens = np.random.default_rng(1).integers(0, 131, 300).astype(np.int32)
     batch = pack([Sample(tokens, tokens >= 0)])

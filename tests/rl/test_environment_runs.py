@@ -90,6 +90,7 @@ def test_a_run_learns_from_what_its_world_gives_and_counts_what_breaks(brief, tm
     assert all(each["reset"] == each["close"] == 1 for each in calls.values())
 
 
+@pytest.mark.slow
 def test_preflight_tries_a_world_and_shows_it(brief, tmp_path, capfd) -> None:
     more = [f"{WORLD}.kwargs={{broken: reset}}"]
     broken = tmp_path / "broken.py"

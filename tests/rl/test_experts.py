@@ -38,7 +38,8 @@ def write_experts(folder: Path) -> None:
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("bypass", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bypass", [False, True])
 def test_a_run_replays_what_was_sampled(tmp_path: Path, bypass: bool) -> None:
     work = make(tmp_path / "work")
     write_experts(work / "model")

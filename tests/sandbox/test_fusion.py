@@ -247,15 +247,16 @@ def test_files_travel(server: Server) -> None:
     assert result.files == {"b": b"\x00\xff\x00\xff"}
 
 
-def test_256_at_once(server: Server) -> None:
+@pytest.mark.parametrize("calls", [64, pytest.param(256, marks=pytest.mark.slow)])
+def test_many_at_once(server: Server, calls: int) -> None:
     async def main() -> list[Result]:
         client = SandboxFusion(address(server), rate_limit=32)
         try:
-            return await asyncio.gather(*(client.run(f"print({i})") for i in range(256)))
+            return await asyncio.gather(*(client.run(f"print({i})") for i in range(calls)))
         finally:
             await client.close()
 
-    assert [result.stdout for result in asyncio.run(main())] == [f"{i}\n" for i in range(256)]
+    assert [result.stdout for result in asyncio.run(main())] == [f"{i}\n" for i in range(calls)]
 
 
 def test_answers_of_other_servers() -> None:

@@ -147,10 +147,15 @@ LAYOUTS = [  # world, sp, heads, tied, packing, fsdp_size, recompute
     (4, 2, (14, 2), False, BUDGET, -1, "selective"),
     (4, 4, (14, 2), True, FOURS, -1, "full"),
 ]
+ALIKE = (1, 4, 6, 9)  # others have their sizes, packing and recomputation
 
 
 @pytest.mark.parametrize(
-    ("world", "sp", "heads", "tied", "packing", "fsdp_size", "recompute"), LAYOUTS
+    ("world", "sp", "heads", "tied", "packing", "fsdp_size", "recompute"),
+    [
+        pytest.param(*each, marks=[pytest.mark.slow] * (i in ALIKE))
+        for i, each in enumerate(LAYOUTS)
+    ],
 )
 def test_layouts_train_alike_in_float64(
     world, sp, heads, tied, packing, fsdp_size, recompute

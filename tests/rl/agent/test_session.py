@@ -91,9 +91,9 @@ def test_what_can_t_be_kept_is_told_and_the_rest_is_kept(tool) -> None:
 @pytest.mark.parametrize(
     ("death", "said"),
     [
-        ("import os; os._exit(0)", "[no output]"),
+        pytest.param("import os; os._exit(0)", "[no output]", marks=pytest.mark.slow),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
-        ("b = bytearray(2 << 30)", "MemoryError"),
+        pytest.param("b = bytearray(2 << 30)", "MemoryError", marks=pytest.mark.slow),
         ("b = bytes(20 << 20)", "a session keeps 12 MB at most"),
     ],
 )

@@ -33,7 +33,7 @@ def three() -> RewardSource:
     return find_several(names, WEIGHTS)
 
 
-@pytest.mark.parametrize("more", [{}, {"concurrent": True}])
+@pytest.mark.parametrize("more", [{}, pytest.param({"concurrent": True}, marks=pytest.mark.slow)])
 def test_the_sum_is_what_each_gives_alone_times_its_weight(more: dict[str, bool]) -> None:
     answers = ["\\boxed{4}", "is 17", "none"]
     judges = open_judges(three(), replace(SETTINGS, **more))
@@ -164,6 +164,7 @@ def test_what_can_not_be_summed(names: Any, weights: Any, says: str) -> None:
         find_several(names, weights)
 
 
+@pytest.mark.slow
 def test_several_in_a_plan(work: Path, tmp_path: Path) -> None:
     from retool.rl.preflight.show import in_words
 

@@ -130,6 +130,7 @@ def scored(reference: Any, ids: list[int], tokens: list[int], temperature: float
     return logp.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_leaves_its_work_to_the_others(
     trained: Sharded, trained_folder: Path, folder: Path, tmp_path: Path
 ) -> None:
