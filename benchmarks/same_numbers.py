@@ -158,15 +158,23 @@ def environment(tree: Path) -> dict[str, str]:
 
 
 def differences(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[str]:
-    """Each number that isn't bit for bit the same: line, name, before, after."""
+    """Each number that isn't bit for bit the same: line, name, before, after.
+
+    What wasn't logged before is no difference: see `new_names`.
+    """
     if len(before) != len(after):
         return [f"{len(before)} lines of metrics before, {len(after)} now"]
     found = []
     for index, (then, now) in enumerate(zip(before, after, strict=True)):
-        for name in sorted(then.keys() | now.keys()):
-            if repr(then.get(name)) != repr(now.get(name)):
-                found.append(f"line {index}: {name} was {then.get(name)}, is {now.get(name)}")
+        for name in sorted(then):
+            if repr(then[name]) != repr(now.get(name)):
+                found.append(f"line {index}: {name} was {then[name]}, is {now.get(name)}")
     return found
+
+
+def new_names(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[str]:
+    """What is logged now and wasn't before."""
+    return sorted(set().union(*after) - set().union(*before))
 
 
 def make_data(tree: Path, folder: Path) -> None:
@@ -255,6 +263,8 @@ def compare(folder: Path, names: Sequence[str], asked: argparse.Namespace) -> in
         print(f"| {name} | {len(after[name])} | {sum(map(len, after[name]))} | {len(found)} |")
         for line in found[:5]:
             print(f"    {line}")
+        for new in new_names(before[name], after[name]):
+            print(f"    new: {new}")
     return int(changed > 0)
 
 

@@ -20,6 +20,9 @@ def test_one_bit_is_a_difference_and_times_are_none() -> None:
     (told,) = same.differences([before], [before | {"train/loss": math.nextafter(0.1, 1)}])
     assert "line 0: train/loss was 0.1" in told
     assert same.differences([before], [{"step": 1}]) and same.differences([before], [])
+    grown = [before | {"stop/done": 0}]
+    assert same.differences([before], grown) == []
+    assert same.new_names([before], grown) == ["stop/done"]
 
 
 @pytest.mark.slow
