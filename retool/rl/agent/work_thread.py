@@ -6,7 +6,9 @@ import asyncio
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from retool.rl.agent.tools.on_thread import outcome_of, settle
 
 T = TypeVar("T")
 Job = Callable[[], None]
@@ -27,25 +29,10 @@ class WorkThread:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
 
-        def settle(value: Any, error: BaseException | None) -> None:
-            if answer.done():
-                return
-            if error is None:
-                answer.set_result(value)
-            elif isinstance(error, StopIteration):  # which a future can't hold
-                answer.set_exception(RuntimeError("StopIteration"))
-            else:
-                answer.set_exception(error)
-
         def job() -> None:
-            value = None
-            failure: BaseException | None = None
-            try:
-                value = call()
-            except BaseException as error:
-                failure = error
+            outcome = outcome_of(call)
             if not loop.is_closed():  # nobody waits any more
-                loop.call_soon_threadsafe(settle, value, failure)
+                loop.call_soon_threadsafe(settle, answer, *outcome)
 
         self._jobs.put(job)
         if not self._started:

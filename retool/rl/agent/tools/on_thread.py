@@ -36,26 +36,15 @@ async def on_thread(call: Callable[[], Any], orphaned: Callable[[Any], None] | N
         if orphaned is not None:
             threading.Thread(target=orphaned, args=(value,), daemon=True).start()
 
-    def settle(value: Any, error: BaseException | None) -> None:
-        if answer.done():  # given up
-            if error is None:
-                orphan(value)
-        elif error is None:
-            answer.set_result(value)
-        elif isinstance(error, StopIteration):  # which a future can't hold
-            answer.set_exception(RuntimeError("StopIteration"))
-        else:
-            answer.set_exception(error)
+    def deliver(value: Any, error: BaseException | None) -> None:
+        if answer.done() and error is None:  # given up
+            orphan(value)
+        settle(answer, value, error)
 
     def work() -> None:
-        value = None
-        failure: BaseException | None = None
+        value, failure = outcome_of(call)
         try:
-            value = call()
-        except BaseException as error:
-            failure = error
-        try:
-            loop.call_soon_threadsafe(settle, value, failure)
+            loop.call_soon_threadsafe(deliver, value, failure)
         except RuntimeError:  # the loop is closed: the program is about to end
             if failure is None:
                 orphan(value)
@@ -68,3 +57,23 @@ async def on_thread(call: Callable[[], Any], orphaned: Callable[[Any], None] | N
         if answer.done() and not answer.cancelled() and answer.exception() is None:
             orphan(answer.result())
         raise
+
+
+def outcome_of(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    """What `call` gives, or what it raises."""
+    try:
+        return call(), None
+    except BaseException as error:
+        return None, error
+
+
+def settle(answer: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
+    """Give what came of a call to `answer`, unless nobody waits for it any more."""
+    if answer.done():
+        return
+    if error is None:
+        answer.set_result(value)
+    elif isinstance(error, StopIteration):  # which a future can't hold
+        answer.set_exception(RuntimeError("StopIteration"))
+    else:
+        answer.set_exception(error)
