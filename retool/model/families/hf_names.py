@@ -33,6 +33,17 @@ def query_key_value(config: ModelConfig) -> list[Stored]:
     ]
 
 
+def normed_attention(config: ModelConfig) -> list[Stored]:
+    """An attention layer's matrices, with their biases, and its norms of queries and keys."""
+    return [
+        *query_key_value(config),
+        Stored("self_attn.o_proj.weight", "o"),
+        Stored("self_attn.o_proj.bias", "o_bias"),
+        Stored("self_attn.q_norm.weight", "q_norm"),
+        Stored("self_attn.k_norm.weight", "k_norm"),
+    ]
+
+
 def gate_up_down(config: ModelConfig) -> list[Stored]:
     """A gated MLP's three matrices without biases, the first two stacked in `gate_up`."""
     return [

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
-from retool.model.families.hf_names import Stored, gate_up_down, query_key_value
+from retool.model.families.hf_names import Stored, gate_up_down, normed_attention
 from retool.model.families.layer_costs import Cost, LayerCosts, gated_block_costs
 from retool.model.hf_config.fields import switch
 from retool.model.hf_config.shape import read_shape
@@ -85,11 +85,7 @@ class Block(block.Block):
 
     def stored(self) -> list[Stored]:
         return [
-            *query_key_value(self.config),
-            Stored("self_attn.o_proj.weight", "o"),
-            Stored("self_attn.o_proj.bias", "o_bias"),
-            Stored("self_attn.q_norm.weight", "q_norm"),
-            Stored("self_attn.k_norm.weight", "k_norm"),
+            *normed_attention(self.config),
             *gate_up_down(self.config),
             Stored("post_attention_layernorm.weight", "norm_1"),
             Stored("post_feedforward_layernorm.weight", "norm_2"),

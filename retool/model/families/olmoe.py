@@ -20,7 +20,7 @@ from retool.model.block import Execution, PerToken, rms_norm
 from retool.model.config import ModelConfig
 from retool.model.families import experts, olmo2
 from retool.model.families.expert_costs import expert_costs
-from retool.model.families.hf_names import Stored, query_key_value
+from retool.model.families.hf_names import Stored, normed_attention
 from retool.model.families.layer_costs import LayerCosts
 from retool.model.hf_config import expert_fields
 from retool.model.hf_config.fields import refused, switch
@@ -98,11 +98,7 @@ class Block(olmo2.Block):
 
     def stored(self) -> list[Stored]:
         return [
-            *query_key_value(self.config),
-            Stored("self_attn.o_proj.weight", "o"),
-            Stored("self_attn.o_proj.bias", "o_bias"),
-            Stored("self_attn.q_norm.weight", "q_norm"),
-            Stored("self_attn.k_norm.weight", "k_norm"),
+            *normed_attention(self.config),
             experts.ROUTER,
             *experts.stored_experts(self.config),
             Stored("input_layernorm.weight", "norm_1"),
