@@ -9,6 +9,8 @@ PIP       := $(PYTHON) -m pip install --quiet --disable-pip-version-check $(if $
 # Tests run in so many processes, a whole file in one of them: what its tests share is built once.
 # One that dies ends the run: xdist would start another and may wait for ever (its files have nobody left).
 WORKERS   ?= 2
+# Tests of one GPU run on each GPU at once, those of several afterwards.
+GPUS      ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
 BENCH     ?= $(wildcard benchmarks/sft.py)
 
 export OMP_NUM_THREADS ?= 1
@@ -57,7 +59,8 @@ test-slow: $(VENV)/.installed-dev
 	$(PYTHON) -m pytest -q -m 'slow and not gpu' --timeout 1800 $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev
-	$(PYTHON) -m pytest -q -m gpu --timeout 600 $(ARGS)
+	$(PYTHON) -m pytest -q -m gpu --timeout 600 -n $(GPUS) --dist loadfile --max-worker-restart 0 --ignore tests/parallel $(ARGS)
+	$(PYTHON) -m pytest -q -m gpu --timeout 600 $(ARGS) tests/parallel
 
 lint: $(VENV)/.installed-dev
 	$(PYTHON) -m ruff check .

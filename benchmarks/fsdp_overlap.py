@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from kernels import Interval, device_events, kind_of, length, union
 from sft import DOCUMENTS, SHAPES, Documents, random_weights
 from table import attempt, failed, hardware, head, row, save
 from torch.profiler import ProfilerActivity, profile
@@ -36,22 +37,6 @@ ROWS = {
     "forward": (True, False),
     "forward and backward": (True, True),
 }
-Interval = tuple[float, float]
-
-
-def union(intervals: list[Interval]) -> list[Interval]:
-    """Disjoint, sorted."""
-    out: list[Interval] = []
-    for start, end in sorted(intervals):
-        if out and start <= out[-1][1]:
-            out[-1] = (out[-1][0], max(out[-1][1], end))
-        else:
-            out.append((start, end))
-    return out
-
-
-def length(intervals: list[Interval]) -> float:
-    return sum(end - start for start, end in intervals)
 
 
 def exposed(communication: list[Interval], computation: list[Interval]) -> float:
@@ -59,16 +44,13 @@ def exposed(communication: list[Interval], computation: list[Interval]) -> float
     return length(union(communication + computation)) - length(union(computation))
 
 
-def kernels(found: profile) -> tuple[list[Interval], list[Interval]]:
+def split(found: profile) -> tuple[list[Interval], list[Interval]]:
     """(communication, computation): device intervals in milliseconds."""
     communication = []
     computation = []
-    for event in found.events() or []:
-        on_device = str(event.device_type).endswith("CUDA")
-        # annotations, not kernels
-        if on_device and not event.name.startswith(("nccl:", "ProfilerStep")):
-            span = (event.time_range.start / 1e3, event.time_range.end / 1e3)
-            (communication if "nccl" in event.name.lower() else computation).append(span)
+    for name, start, end in device_events(found):
+        of = communication if kind_of(name) == "communication" else computation
+        of.append((start, end))
     return communication, computation
 
 
@@ -100,7 +82,7 @@ def measure(
         )
         if mesh.device.type == "cuda":
             torch.cuda.synchronize()
-    communication, computation = kernels(found)
+    communication, computation = split(found)
     del model, optimizer
     gc.collect()
     total = length(union(communication + computation))

@@ -6,10 +6,11 @@ hasn't seen.
     python benchmarks/learn.py … --sft-steps 3 --sft-batch 4 --rl-steps 1 --prompts 2 --samples 2 \\
         --questions 8 --response 48
 
-Three commands, printed before each: validation of the model as it is, `python -m retool.sft` on
-conversations with a code interpreter, `python -m retool.rl` from the SFT's export, on the questions
-of the same conversations, programs run in the sandbox. DATA has train.parquet and test.parquet with
-the columns messages, tools and answer; no test question is trained on. Accuracy is that of the
+Three commands, printed before each: validation of the model as it is (`--only alone,…`: without
+the tool too), `python -m retool.sft` on conversations with a code interpreter, `python -m
+retool.rl` from the SFT's export, on the questions of the same conversations (or of
+`--questions-from`), programs run in the sandbox. DATA has train.parquet and test.parquet with the
+columns messages, tools and answer; no test question is trained on. Accuracy is that of the
 likeliest answer (temperature 0) to every test question. With `--seconds`, a command that takes too
 long is asked to stop and saves, and the next goes on from there; DAPO validates every
 `--test-every` steps, and every validation is a row as soon as it is through. `--only` spreads the
@@ -60,15 +61,31 @@ def questions(path: str) -> Iterator[dict[str, Any]]:
 # --- the three commands ---
 
 
-def rl_words(args: Namespace, model: Path, out: Path) -> list[str]:
-    """What validation and DAPO have alike."""
+def question_words(args: Namespace) -> list[str]:
+    """Where questions come from: files of their own, or the conversations."""
+    if args.questions_from:
+        return [
+            f"data.train_files={args.questions_from}/train_verl.parquet",
+            f"data.val_files={args.questions_from}/test_verl.parquet",
+        ]
     return [
         f"data.train_files={args.data}/train.parquet",
         f"data.val_files={args.data}/test.parquet",
-        f"data.val_max_samples={args.questions}",
         f"data.custom_cls.path={Path(__file__).resolve()}",
         "data.custom_cls.name=questions",
-        "data.chat_template=hermes",
+    ]
+
+
+def template_words(args: Namespace) -> list[str]:
+    return [f"data.chat_template={args.template}"] if args.template else []
+
+
+def rl_words(args: Namespace, model: Path, out: Path) -> list[str]:
+    """What validation and DAPO have alike."""
+    return [
+        *question_words(args),
+        f"data.val_max_samples={args.questions}",
+        *template_words(args),
         f"reward_model.num_workers={max(1, min(8, (os.cpu_count() or 1) // (2 * args.gpus)))}",
         "data.answer_format=null",
         f"data.train_batch_size={args.prompts}",
@@ -80,7 +97,7 @@ def rl_words(args: Namespace, model: Path, out: Path) -> list[str]:
         f"{ARR}rollout.max_num_seqs={args.sequences}",
         f"{ARR}rollout.val_kwargs.do_sample=false",
         f"{ARR}rollout.multi_turn.enable=true",
-        f"{ARR}rollout.multi_turn.format=hermes",
+        *([f"{ARR}rollout.multi_turn.format=hermes"] if args.template == "hermes" else []),
         f"{ARR}rollout.multi_turn.max_assistant_turns=10",
         f"{ARR}rollout.multi_turn.max_tool_response_length=64",
         f"{ARR}rollout.multi_turn.tool_timeout_seconds=10",
@@ -118,7 +135,7 @@ def sft_words(args: Namespace, out: Path) -> list[str]:
         "data.max_length=2048",
         f"data.train_batch_size={args.sft_batch}",
         f"data.max_token_len_per_gpu={args.tokens}",
-        "data.chat_template=hermes",
+        *template_words(args),
         f"data.cache_dir={args.out}/cache",
         f"model.partial_pretrain={args.model}",
         f"optim.lr={args.sft_lr}",
@@ -135,8 +152,10 @@ def words_of(args: Namespace, part: str) -> list[str]:
     out = args.out / part
     if part == "sft":
         return sft_words(args, out)
-    if part == "before":
-        return [*rl_words(args, args.model, out), "trainer.val_only=true", *args.rl_keys]
+    if part in ("before", "alone"):
+        plain = [f"{ARR}rollout.multi_turn.enable=false"] if part == "alone" else []
+        words = rl_words(args, args.model, out)
+        return [*words, "trainer.val_only=true", *args.rl_keys, *plain]
     return [*rl_words(args, newest(args.out / "sft"), out), *dapo_words(args), *args.rl_keys]
 
 
@@ -292,6 +311,7 @@ def progress(folder: Path) -> str:
 
 
 PARTS = ("before", "sft", "dapo")
+NAMES = {"alone": "the model, without the tool", "before": "the model"}
 
 
 def main() -> None:
@@ -315,13 +335,8 @@ def main() -> None:
         for step, answers in validations(args.out / part):
             if (part, step) not in shown:
                 shown.add((part, step))
-                name = (
-                    "the model"
-                    if part == "before"
-                    else f"and {step} steps of DAPO"
-                    if step
-                    else "after SFT"
-                )
+                later = f"and {step} steps of DAPO" if step else "after SFT"
+                name = NAMES.get(part, later)
                 show(
                     line_of(
                         name,
@@ -330,7 +345,7 @@ def main() -> None:
                     )
                 )
 
-    for part in PARTS:
+    for part in (*(["alone"] if "alone" in args.only else []), *PARTS):
         if part not in args.only.split(","):
             report(part, float("nan"))
             continue
@@ -353,6 +368,17 @@ def arguments() -> Namespace:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="a Hugging Face folder")
     add("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
+    add(
+        "--questions-from",
+        type=Path,
+        help="folder with train_verl.parquet and test_verl.parquet, in the schema of retool.rl; "
+        "left out: the questions of --data's conversations",
+    )
+    add(
+        "--template",
+        default="hermes",
+        help="a chat template by name; empty: the model's own",
+    )
     add("--out", type=Path, required=True, help="folder for everything that is made")
     add("--gpus", type=int, default=max(1, torch.cuda.device_count()), help="processes")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -373,7 +399,8 @@ def arguments() -> Namespace:
     add(
         "--only",
         default=",".join(PARTS),
-        help="parts to run; of the others, what --out has is shown",
+        help="parts to run; of the others, what --out has is shown. `alone` is one more: the model "
+        "without the tool",
     )
     add(
         "--seconds",

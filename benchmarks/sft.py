@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import kernels
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -198,7 +199,7 @@ def measure(
     memory. On the CPU gradients are held until a step's last micro-batch, as a run's plan has it
     there.
 
-    With `profile` one step more is run, and its kernels are written there, by total time.
+    With `profile` one step more is run, and what its time went to is printed and written there.
     """
     options = ModelOptions(
         recompute=row.recompute,
@@ -236,7 +237,7 @@ def measure(
         tokens.append(batch.real_tokens)
         flops.append(model_flops(config, data.lengths[list(batch.samples)].tolist()))
     if profile is not None and batch is not None:
-        with kernels_of(profile if mesh.rank == 0 else None):
+        with kernels_of(profile if mesh.rank == 0 else None, row.title):
             train_step(model, optimizer, batch.micro_batches, batch.trained_tokens, 1e-5, timer)
     counted = slice(min(COUNTED.start, row.steps - 2), row.steps)
     seconds = [m.seconds()["step"] for m in marks[counted]]
@@ -255,8 +256,8 @@ def measure(
 
 
 @contextmanager
-def kernels_of(path: Path | None) -> Iterator[None]:
-    """Profile what is inside, if there is a path to write the table to."""
+def kernels_of(path: Path | None, title: str) -> Iterator[None]:
+    """Profile what is inside, if there is a path to write to."""
     if path is None:
         yield
         return
@@ -265,11 +266,7 @@ def kernels_of(path: Path | None) -> Iterator[None]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         yield
         torch.cuda.synchronize()
-    path.write_text(
-        found.key_averages().table(
-            sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90
-        )
-    )
+    kernels.write(found, path, title)
 
 
 def line(runs: list[dict[str, Any]], mesh: Mesh) -> dict[str, Any]:
@@ -329,10 +326,9 @@ def repeated(name: str, row: Row, mesh: Mesh, args: argparse.Namespace) -> dict[
     for _ in range(args.repeats):
         scale = args.scale * (2 if name.startswith("8b") else 1)
         compiled = False if args.no_compile else "auto"
+        profile = args.profile and args.profile.with_suffix(f".{name}.json")
         runs.append(
-            measure(
-                row, SHAPES[args.shape], mesh, scale, compiled, not args.no_reshard, args.profile
-            )
+            measure(row, SHAPES[args.shape], mesh, scale, compiled, not args.no_reshard, profile)
         )
         gc.collect()  # a sharded module and its hooks refer to each other
         if mesh.device.type == "cuda":
@@ -362,7 +358,9 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument(
-        "--profile", type=Path, help="write the last row's kernels, by time, to this file"
+        "--profile",
+        type=Path,
+        help="print what a step's time goes to; a row's kernels go to this file, .ROW.json behind it",
     )
     args = parser.parse_args()
     world = make_mesh()

@@ -38,9 +38,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests that aren't marked `gpu` say what a CPU does, on a machine with GPUs too."""
+    """Tests that aren't marked `gpu` say what a CPU does, on a machine with GPUs too. Of those that are,
+    each worker has a GPU to itself.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
     if "not gpu" in config.getoption("markexpr"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif worker:
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        number = int(worker.removeprefix("gw"))
+        os.environ["CUDA_VISIBLE_DEVICES"] = given.split(",")[number] if given else str(number)
 
 
 @pytest.fixture(scope="session")

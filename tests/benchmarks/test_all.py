@@ -220,6 +220,7 @@ LEARN = "--gpus 1 --device cpu --questions 2 --response 16 --sft-steps 1 --sft-b
 def test_no_benchmark_is_left_out() -> None:
     elsewhere = {
         "table",
+        "kernels",
         "parity",
         "learn",
         "peers",
