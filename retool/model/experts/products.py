@@ -100,7 +100,7 @@ def _has_kernel(
     rows: Tensor,
     weights: Tensor,
 ) -> bool:
-    if not rows.is_cuda or rows.dtype != torch.bfloat16:
+    if not rows.is_cuda or rows.dtype != torch.bfloat16 or not len(rows):
         return False
     aligned = all(size * rows.itemsize % KERNEL_ALIGNMENT == 0 for size in weights.shape[1:])
     return aligned and torch.cuda.get_device_capability(rows.device) >= KERNEL_CAPABILITY
