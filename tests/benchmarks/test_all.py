@@ -24,6 +24,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ALONE = {  # one process; arguments → rows
     "agent_loop": ("--trajectories 8 --repeats 1 --answers 20,3000", 4),
     "checkpoint": ("--shape tiny --repeats 1 --rows 0 1 2", 3),
+    "borrowed": ("--shape tiny --tokens 64 --length 16 --repeats 1", 6),
     "attention": ("--heads 4/2x16 --packs 32×1k,sorted --repeats 1", 2),
     "fsdp_overlap": ("--scale 2048", 3),
     "logprobs": ("--tokens 512 --vocab 4096 --dim 32 --repeats 1", 7),
@@ -69,7 +70,7 @@ def rows_of(text: str) -> list[list[str]]:
 
 
 # The slowest to start are tried with the slow tests.
-SLOW = ("fsdp_overlap", "rl_step", "sandbox")
+SLOW = ("borrowed", "fsdp_overlap", "rl_step", "sandbox")
 
 
 @pytest.mark.parametrize(
