@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,13 +16,21 @@ from retool.metrics import printable
 from retool.model.borrowed.config import BorrowedConfig
 from retool.model.config import ModelConfig
 from retool.model.costs import parameter_count
+from retool.model.traffic.exchanges import Plan, step_exchanges
+from retool.model.traffic.layouts import best, on
+from retool.model.traffic.machines import USUAL_GPU, Machines, assumed
 from retool.perf import GIB
 from retool.preflight.plan import (
     RunReport,
     checkpoint_bytes,
     gpu_memory,
     host_bytes,
+    setting_of,
 )
+from retool.preflight.training_memory import predict
+
+# Networks between machines that a plan names: of a machine, all its cards together
+USUAL_GBIT = (400, 100)
 
 RECOMPUTED = {
     "none": "nothing recomputed",
@@ -144,6 +154,90 @@ def memory_words(
     if host:
         words += f"; {host / GIB:.1f} GiB of host memory on each machine"
     return words
+
+
+def traffic_words(report: RunReport, tokens: float, document: float) -> str:
+    """What the network between machines costs a step, and the layout that waits less; "" where there
+    is one machine, or no GPU.
+
+    `tokens`: of an optimizer step, all ranks together, in documents of `document` tokens.
+    """
+    model = report.model
+    memory = gpu_memory(report.options)
+    if report.world.nodes == 1 or memory is None or model is None or not tokens:
+        return ""
+    plan = traffic_plan(report, tokens)
+    machines = [assumed(report.world.per_node, gbit, _gpu()) for gbit in USUAL_GBIT]
+    length = max(1, round(document))
+
+    def fits(other: Plan) -> bool:
+        choice = report.choice
+        assert model is not None and choice is not None and memory is not None
+        setting = replace(
+            setting_of(report.options, report.world),
+            shards=other.shards,
+            reshard=other.reshard,
+            hold=choice.hold,
+            keep_copy=choice.keep_copy,
+        )
+        return predict(model, setting, choice.tokens, choice.recompute).fits(memory)
+
+    exchanges = step_exchanges(model, plan)
+    sent = sum(one.sent for one in exchanges if machines[0].spans(one))
+    words = (
+        f"{sent / 1e9:.2f} GB a step from each GPU in exchanges that leave the machine; "
+        f"the step waits for {_waits(model, plan, machines, length)} (expected, not measured)"
+    )
+    better = best(model, plan, machines, length, fits)
+    if better != plan:
+        keys = _layout_keys(report.options.fsdp_key, plan, better)
+        words += f"; with {keys} for {_waits(model, better, machines, length)}"
+    return words
+
+
+def traffic_plan(report: RunReport, tokens: float) -> Plan:
+    """What decides the traffic of an optimizer step of so many tokens."""
+    setting = setting_of(report.options, report.world)
+    choice = report.choice
+    assert choice is not None
+    world = report.world.processes
+    mine = max(1, round(tokens / world))
+    micro_batches = -(-mine // choice.tokens)
+    return Plan(
+        setting.shards,
+        world // setting.shards,
+        setting.sp,
+        -(-mine // micro_batches),
+        micro_batches,
+        choice.recompute,
+        setting.reshard,
+        choice.hold,
+        setting.element.compute,
+        setting.reduce_bytes,
+        report.options.fsdp.forward_prefetch,
+    )
+
+
+def _gpu() -> str:
+    """The GPU of this machine; the usual one where it is planned for another."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else USUAL_GPU
+
+
+def _waits(model: ModelConfig, plan: Plan, machines: Sequence[Machines], document: int) -> str:
+    """The shares of a step that wait, on each of the machines."""
+    shares = [on(model, plan, one, document).expected.share for one in machines]
+    pairs = zip(shares, USUAL_GBIT, strict=True)
+    return ", ".join(f"{share:.0%} of its time at {gbit} Gbit/s" for share, gbit in pairs)
+
+
+def _layout_keys(prefix: str, now: Plan, better: Plan) -> str:
+    """The keys that make one layout of the other."""
+    keys = list[str]()
+    if better.shards != now.shards:
+        keys.append(f"{prefix}fsdp_size={better.shards}")
+    if better.reshard != now.reshard:
+        keys.append(f"{prefix}reshard_after_forward={str(better.reshard).lower()}")
+    return " ".join(keys)
 
 
 def written_words(report: RunReport, beside: str = "") -> str:

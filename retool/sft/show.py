@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from retool.data.progress import ProgressLines
-from retool.preflight.show import memory_words, model_words, written_words
+from retool.preflight.show import memory_words, model_words, traffic_words, written_words
 from retool.preflight.training_memory import Choice
 from retool.sft.config import SFTConfig
 from retool.sft.plan import SFTReport, fills
@@ -53,6 +53,8 @@ def in_words(report: SFTReport) -> Iterator[tuple[str, str]]:
     yield "a step", _step_words(report, choice, world.processes // sp)
     yield "schedule", _schedule_words(report.config, report.steps)
     yield "memory", memory_words(report)
+    if network := _network_words(report):
+        yield "network", network
     yield "written", written_words(report)
 
 
@@ -104,6 +106,13 @@ def _micro_batch_words(config: SFTConfig, choice: Choice, share: int) -> str:
         why = f" (room for the {asked} longest)"
     of_group = tokens * config.ulysses_sequence_parallel_size
     return f"micro-batches of at most {tokens:,} tokens per GPU{why}, {of_group:,} per group"
+
+
+def _network_words(report: SFTReport) -> str:
+    if report.train is None:
+        return ""
+    document = float(report.train.dataset.lengths.mean())
+    return traffic_words(report, report.config.data.train_batch_size * document, document)
 
 
 def _schedule_words(config: SFTConfig, steps: int) -> str:

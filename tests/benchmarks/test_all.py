@@ -38,6 +38,7 @@ ALONE = {  # one process; arguments → rows
     "rollout": ("--shape tiny --sequences 4 --prompt 12 --new 6 --repeats 1 --group 2 --peers=", 1),
     "sandbox": ("--seconds 0.05 --callers 1 --calls 0", 6),
     "sft": ("--shape tiny --scale 1024 --repeats 1 --rows full,padded", 2),
+    "traffic": ("--models qwen2.5-0.5b --gpus 16 --gbit 400", 3),
     "ulysses": ("--shape tiny --lengths 32 --repeats 1", 2),
 }
 TOGETHER = {  # two, as torchrun starts them

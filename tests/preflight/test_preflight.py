@@ -485,6 +485,7 @@ def test_check_prints_the_plan_and_starts_nothing(
     assert main([*words(run), "--check"]) == 0
     out = capsys.readouterr().out
     assert "schedule: 2 optimizer steps" in out and "memory:" in out and not (run / "out").exists()
+    assert "network:" not in out, "one machine"
     assert main(["--help"]) == 0 and "data.train_files" in capsys.readouterr().out
 
 
@@ -508,6 +509,10 @@ def test_a_plan_for_another_box(run: Path) -> None:
         "8 on 2 machine(s): 4 data-parallel × 2 sequence-parallel"
         in dict(in_words(report))["processes"]
     )
+    network = dict(in_words(report))["network"]
+    assert "a step from each GPU in exchanges that leave the machine" in network
+    assert "% of its time at 400 Gbit/s" in network and "% of its time at 100 Gbit/s" in network
+    assert "with model.fsdp_config.fsdp_size=4" in network, "a tiny model waits for latency alone"
 
 
 def test_what_cannot_fit_says_what_would(run: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from retool.engine.backend import MEANING_NATIVE
 from retool.perf import GIB
-from retool.preflight.show import memory_words, model_words, written_words
+from retool.preflight.show import memory_words, model_words, traffic_words, written_words
 from retool.rl.agent.environments.load import EnvironmentSource
 from retool.rl.agent.formats.table import AUTO
 from retool.rl.preflight.memory import SERVER
@@ -55,6 +55,8 @@ def in_words(report: RLReport) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "memory", _memory_words(report)
+    if network := _network_words(report):
+        yield "network", network
     yield "written", written_words(report, ", report/")
 
 
@@ -105,6 +107,15 @@ def _memory_words(report: RLReport) -> str:
         f"tokens; {'freed for' if memory.freed else 'kept during'} the update"
     )
     return f"{memory_words(report, memory.phases, memory.fits)}\n{engine}"
+
+
+def _network_words(report: RLReport) -> str:
+    """Of an update whose answers are all as long as they may be."""
+    config = report.config
+    actor = config.actor_rollout_ref.actor
+    document = config.data.max_prompt_length + config.data.max_response_length
+    answers = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
+    return traffic_words(report, answers * document, document)
 
 
 def _reward_words(report: RLReport) -> str:

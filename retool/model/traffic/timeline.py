@@ -1,0 +1,147 @@
+"""A step's timeline: how much of what it sends it waits for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from retool.model.build import plan_layout
+from retool.model.config import ModelConfig
+from retool.model.costs import layer_costs, model_flops
+from retool.model.recompute import Recompute
+from retool.model.traffic.exchanges import (
+    Plan,
+    Purpose,
+    Use,
+    gathering,
+    is_block,
+    numbers,
+    reducing,
+    replicas,
+    sequence,
+    uses,
+)
+from retool.model.traffic.machines import Machines
+from retool.parallel.fsdp.buffers import assign_buffers
+
+# Units compute one after the other, while the network brings the next one's weights and takes the last
+# one's gradients, one collective after the other. What a step waits for is exposed: weights that
+# aren't there yet, a gradient buffer that is still being sent, the reductions that are left at the
+# end of a backward. The replicas' all-reduce and Ulysses' all-to-alls are exposed by nature. The
+# optimizer's update isn't counted.
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds that a rank computes in a micro-batch: in a layer's forward and backward, and in the
+    vocabulary head's.
+    """
+
+    forward: float
+    backward: float
+    head_forward: float = 0.0
+    head_backward: float = 0.0
+
+    def seconds(self, config: ModelConfig, use: Use) -> float:
+        if use.head:
+            return self.head_backward if use.backward else self.head_forward
+        if not is_block(config, use.unit):
+            return 0.0
+        return self.backward if use.backward else self.forward
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Seconds of a step: of computing, and of waiting, by what for."""
+
+    compute: float
+    exposed: dict[Purpose, float]
+
+    @property
+    def waiting(self) -> float:
+        return sum(self.exposed.values())
+
+    @property
+    def step(self) -> float:
+        return self.compute + self.waiting
+
+    @property
+    def share(self) -> float:
+        """Of the step, what it waits."""
+        return self.waiting / self.step if self.step else 0.0
+
+
+def work_of(config: ModelConfig, plan: Plan, document: int, flops: float) -> Work:
+    """What a rank's share of a micro-batch takes, in documents of `document` tokens."""
+    # A backward is two forwards
+    per_flop = 1 / (3 * flops)
+    head = 6.0 * config.vocab * config.hidden
+    layer = (model_flops(config, [document]) / document - head) / config.layers
+    again = _computed_again(config, plan.recompute)
+    return Work(
+        plan.tokens * layer * per_flop,
+        plan.tokens * (2 * layer + 3 * again) * per_flop,
+        plan.tokens * head * per_flop,
+        2 * plan.tokens * head * per_flop,
+    )
+
+
+def _computed_again(config: ModelConfig, recompute: Recompute) -> float:
+    """FLOPs per token of a layer's forward that its backward repeats; attention's kernel never."""
+    costs = layer_costs(config)
+    after = sum(matrix.elements for matrix in costs.after) - costs.unused
+    repeated = {"none": 0, "selective": after}.get(recompute, costs.active_parameters)
+    return 2.0 * repeated
+
+
+@dataclass
+class _Clock:
+    """Where the computing is, until when the network is busy, and what was waited for."""
+
+    now: float = 0.0
+    network: float = 0.0
+    compute: float = 0.0
+    exposed: dict[Purpose, float] = field(default_factory=dict)
+
+    def send(self, seconds: float) -> float:
+        """Enqueue a collective here; when it ends."""
+        self.network = max(self.network, self.now) + seconds
+        return self.network
+
+    def wait(self, until: float, purpose: Purpose) -> None:
+        waited = max(0.0, until - self.now)
+        self.now += waited
+        self.exposed[purpose] = self.exposed.get(purpose, 0.0) + waited
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+        self.compute += seconds
+
+
+def expected(config: ModelConfig, plan: Plan, machines: Machines, work: Work) -> Expected:
+    """A step, played through."""
+    layout = plan_layout(config, plan.shards)
+    sizes = [unit.numel for unit in layout.units]
+    buffer = assign_buffers(sizes, [False] * len(sizes))
+    clock = _Clock()
+    arrives: dict[int, float] = {}  # when a unit's weights are there
+    reduced: dict[int, float] = {}  # when a buffer of gradients is free again
+    for use in uses(config, plan):
+        if use.late:
+            arrives[use.unit] = clock.send(machines.seconds(gathering(config, plan, use.unit)))
+        clock.wait(arrives.get(use.unit, 0.0), "gathering")
+        if use.ahead is not None:
+            arrives[use.ahead] = clock.send(machines.seconds(gathering(config, plan, use.ahead)))
+        if is_block(config, use.unit):
+            for exchange in sequence(config, plan, use.backward):
+                clock.wait(clock.now + machines.seconds(exchange), "sequence")
+        clock.work(work.seconds(config, use))
+        if use.reduces:
+            clock.wait(reduced.get(buffer[use.unit], 0.0), "reducing")
+            sent = clock.send(machines.seconds(reducing(config, plan, use.unit)))
+            reduced[buffer[use.unit]] = sent
+        if use.backward and use.unit == 0 and not use.head:
+            # The end of a backward waits for its reductions
+            clock.wait(max(reduced.values(), default=0.0), "reducing")
+    for exchange in (*replicas(config, plan), *numbers(plan)):
+        clock.wait(clock.now + machines.seconds(exchange), exchange.purpose)
+    return Expected(clock.compute, clock.exposed)

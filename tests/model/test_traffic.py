@@ -1,0 +1,212 @@
+"""The traffic model: its counts against the collectives of real steps, its times against arithmetic."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from retool.batch import PackedBatch, Sample, pack
+from retool.engine import weights
+from retool.model.build import ModelOptions, build_decoder, plan_layout
+from retool.model.config import ModelConfig
+from retool.model.traffic.exchanges import Exchange, Plan, step_exchanges, sync_exchanges
+from retool.model.traffic.layouts import best, on
+from retool.model.traffic.machines import Machines
+from retool.model.traffic.timeline import Work, expected
+from retool.optim import AdamW, AdamWOptions
+from retool.parallel.fsdp import overlap
+from retool.parallel.mesh import make_mesh
+from retool.perf import StepTimer
+from retool.sft.step import train_step
+from tests.model.decoders import decoder_config
+from tests.ranks import run_ranks
+
+Counts = Counter[tuple[str, int, float]]  # (collective, ranks, bytes sent) → how often
+
+
+def size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@contextmanager
+def counted() -> Iterator[Counts]:
+    """What this rank sends, by what is handed to torch."""
+    counts: Counts = Counter()
+    real = {name: getattr(dist, name) for name in ("all_reduce", "all_to_all_single")}
+    gather = overlap.all_gather_flat
+    scatter = overlap.reduce_scatter_flat
+
+    def note(kind: str, group: Any, sent: float) -> None:
+        counts[kind, dist.get_world_size(group), sent] += 1
+
+    def ring(whole: torch.Tensor, group: Any) -> float:
+        ranks = dist.get_world_size(group)
+        return size(whole) * (ranks - 1) / ranks
+
+    def all_gather(out: torch.Tensor, mine: torch.Tensor, group: Any, **named: Any) -> Any:
+        note("all-gather", group, ring(out, group))
+        return gather(out, mine, group=group, **named)
+
+    def reduce_scatter(out: torch.Tensor, whole: torch.Tensor, group: Any, **named: Any) -> Any:
+        note("reduce-scatter", group, ring(whole, group))
+        return scatter(out, whole, group=group, **named)
+
+    def all_reduce(x: torch.Tensor, *args: Any, group: Any = None, **named: Any) -> Any:
+        note("all-reduce", group, 2 * ring(x, group))
+        return real["all_reduce"](x, *args, group=group, **named)
+
+    def all_to_all(
+        out: torch.Tensor, send: torch.Tensor, received: list[int], sent: list[int], group: Any
+    ) -> Any:
+        others = sum(sent) - sent[dist.get_rank(group)]
+        note("all-to-all", group, others * send.element_size())
+        return real["all_to_all_single"](out, send, received, sent, group=group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (overlap, weights):
+            patch.setattr(module, "all_gather_flat", all_gather)
+        patch.setattr(overlap, "reduce_scatter_flat", reduce_scatter)
+        patch.setattr(dist, "all_reduce", all_reduce)
+        patch.setattr(dist, "all_to_all_single", all_to_all)
+        yield counts
+
+
+def batches(plan: Plan) -> list[PackedBatch]:
+    """A document of all of a group's tokens in each micro-batch."""
+    tokens = plan.tokens * plan.sp
+    one = Sample(np.arange(tokens, dtype=np.int32) % 61, np.ones(tokens, dtype=bool))
+    return [pack([one], multiple=plan.sp) for _ in range(plan.micro_batches)]
+
+
+def sent_by(cases: list[tuple[ModelConfig, Plan]]) -> list[tuple[int, Counts, Counts]]:
+    """Of each case this rank's sp rank, what its second step sends, and what a sync does."""
+    found = []
+    for config, plan in cases:
+        mesh = make_mesh(sp=plan.sp, fsdp_size=plan.shards, device="cpu")
+        options = ModelOptions(
+            recompute=plan.recompute, reshard_after_forward=plan.reshard, attn="reference"
+        )
+        model = build_decoder(config, mesh, options)
+        model.master.normal_(std=0.1)
+        model.refresh()
+        optimizer = AdamW(model, AdamWOptions())
+        train = partial(
+            train_step,
+            model,
+            optimizer,
+            batches(plan),
+            plan.tokens * plan.world,
+            1e-3,
+            StepTimer(mesh.device),
+            plan.hold,
+        )
+        train()
+        with counted() as step:
+            train()
+        decoder = weights.make_decoder(config, mesh.device, None, compiled=False)
+        with counted() as sync:
+            weights.Weights(decoder, None, mesh.device).sync(model)
+        found.append((mesh.sp_rank, step, sync))
+    return found
+
+
+def counts_of(exchanges: Iterator[Exchange]) -> Counts:
+    return Counter((one.collective, one.ranks, one.sent) for one in exchanges)
+
+
+PLAIN = Plan(4, tokens=12, micro_batches=2, compute_bytes=4)
+CASES = {
+    "fsdp": (decoder_config(4, 2, layers=5), PLAIN),
+    "held, kept, tied": (
+        decoder_config(4, 2, layers=5, tied=True),
+        replace(PLAIN, hold=True, reshard=False),
+    ),
+    "hsdp, sp 2": (
+        decoder_config(3, 3, layers=4),
+        replace(PLAIN, shards=2, replicas=2, sp=2, recompute="full"),
+    ),
+    "replicas alone, sp 2": (
+        decoder_config(3, 3, layers=2),
+        replace(PLAIN, shards=1, replicas=4, sp=2, recompute="selective"),
+    ),
+}
+
+
+def test_what_a_step_sends_is_what_was_counted() -> None:
+    for ranks in run_ranks(sent_by, 4, [*CASES.values()]):
+        for (name, (config, plan)), (sp_rank, step, sync) in zip(CASES.items(), ranks, strict=True):
+            assert step == counts_of(step_exchanges(config, plan, sp_rank)), name
+            assert sync == counts_of(sync_exchanges(config, plan)), name
+
+
+# --- times ---
+
+NO_LATENCY = Machines(2, 1e6, 1e6, 1e9, latency_inside=0.0, latency_between=0.0)
+
+
+def test_one_collective_takes_latency_and_bytes() -> None:
+    machines = Machines(4, 100.0, 10.0, 1.0, latency_inside=1.0, latency_between=7.0)
+
+    def seconds(kind: str, ranks: int, stride: int = 1) -> float:
+        return machines.seconds(Exchange("gathering", kind, ranks, 60.0, stride))  # type: ignore[arg-type]
+
+    assert seconds("all-gather", 4) == 3 * 1 + 60 / 100
+    # A ring of eight on two machines: each is left once, by all bytes
+    assert seconds("all-gather", 8) == 6 * 1 + 1 * 7 + 60 / 10
+    # Four pairs at once share a machine's network
+    assert seconds("all-reduce", 2, stride=4) == 2 * 7 + 4 * 60 / 10
+    # Of what each of eight sends, 4/7 goes to the other machine
+    assert seconds("all-to-all", 8) == pytest.approx(3 * 1 + 4 * 7 + 4 * (60 * 4 / 7) / 10)
+
+
+def test_what_is_slower_than_computing_is_all_there_is_to_wait_for() -> None:
+    config = decoder_config(4, 2, layers=6)
+    plan = Plan(4, micro_batches=3, tokens=64)
+    exchanges = [*step_exchanges(config, plan)]
+    slow = sum(NO_LATENCY.seconds(exchange) for exchange in exchanges)
+    nothing = expected(config, plan, NO_LATENCY, Work(0.0, 0.0))
+    assert nothing.compute == 0 and nothing.step == pytest.approx(slow)
+    long = expected(config, plan, NO_LATENCY, Work(9.0, 9.0, 9.0, 9.0))
+    ends = [size for size in map(NO_LATENCY.seconds, exchanges) if size < long.waiting < 9]
+    assert ends and long.compute == 3 * 2 * 7 * 9.0
+    assert long.share < 0.01, "only what comes before the first unit and after the last"
+
+
+def test_a_step_by_hand() -> None:
+    """Three blocks of one second forward, two back; their weights take 0.5 s, their gradients 4."""
+    config = replace(decoder_config(4, 2, layers=3), vocab=1)
+    plan = Plan(2, tokens=8, compute_bytes=1, reduce_bytes=8)
+    embed, block, *_ = [unit.numel for unit in plan_layout(config, 2).units]
+    machines = replace(NO_LATENCY, inside=block)
+    edge = embed / block
+    found = expected(config, plan, machines, Work(1.0, 2.0))
+    assert found.compute == 3 * (1 + 2)
+    # Forward: the embedding and the first block come late, all others beside a block. Backward: the
+    # last block's gradients leave from 2 to 6, and the first block's weights come behind them. The
+    # second's leave from 6.5 to 10.5; the embedding, in whose memory the head was, comes then.
+    assert found.exposed["gathering"] == pytest.approx(edge / 2 + 0.5 + 2.5 + 2 + edge / 2)
+    # The first block's leave for 4 s more, and the embedding's behind them
+    assert found.exposed["reducing"] == pytest.approx(4 + 4 * edge)
+
+
+def test_the_better_layout_depends_on_the_network() -> None:
+    config = decoder_config(4, 2, layers=6)
+    plan = Plan(8, tokens=4096, micro_batches=8)
+    slow = Machines(4, 1e9, 1e5, 1e9, 1e-6, 1e-5)
+    found = best(config, plan, [slow], 512, lambda _: True)
+    assert (found.shards, found.replicas) == (4, 2)
+    before = on(config, plan, slow, 512).expected
+    after = on(config, found, slow, 512).expected
+    assert after.step < before.step and after.exposed["replicas"] > 0
+    assert best(config, plan, [slow], 512, lambda other: other == plan) == plan, "nothing else fits"
+    even = replace(slow, between=1e12, latency_between=1e-6)
+    assert best(config, replace(plan, reshard=False), [even], 512, lambda _: True).shards == 8
