@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from retool.config import Parsed, read
 from retool.metrics.loggers import OnStep
-from retool.rl.agent.environments.load import EnvironmentSource
+from retool.rl.agent.environments.load import LIBRARIES, EnvironmentSource
 from retool.rl.agent.tools.load import close_tools
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.config import RLConfig
@@ -193,7 +193,8 @@ def _with_world(
     if environment is None:
         return held
     if isinstance(environment, str):
-        path, _, name = environment.rpartition("/")
+        of_library = environment.partition(":")[0] in LIBRARIES
+        path, _, name = ("", "", environment) if of_library else environment.rpartition("/")
         keys |= {f"{ENVIRONMENT_KEY}.path": path or None, f"{ENVIRONMENT_KEY}.name": name}
         return held
     name = getattr(environment, "__name__", type(environment).__name__)

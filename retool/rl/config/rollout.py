@@ -30,7 +30,8 @@ class EnvironmentConfig:
     name: str | None = option(
         None,
         "The class in it: reset(row) -> messages[, tools]; step(message) -> (messages, reward, done); "
-        "close() if it likes. Each trajectory has an object of its own.",
+        "close() if it likes. Each trajectory has an object of its own. Without a path: "
+        "verifiers:TASKSET.",
     )
     kwargs: dict[str, Any] = option({}, "What it is made with, e.g. {difficulty: 3}.")
     timeout_seconds: float = option(

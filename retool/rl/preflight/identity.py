@@ -13,6 +13,7 @@ import json
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -147,6 +148,8 @@ def _environment(source: EnvironmentSource | None) -> str:
         name = f"{source.name} in {Path(source.path).name} ({file_digest(source.path)})"
     elif source.own is not None:
         name = f"{source.name} ({digest(*function_code(source.own))})"
+    else:
+        name = f"{source.name} ({digest(*chain(*map(_class_code, source.classes())))})"
     return f"{name} with {json.dumps(dict(source.kwargs), sort_keys=True, default=str)}"
 
 
@@ -164,7 +167,11 @@ def _code(tool: AnyTool) -> Iterator[str | bytes]:
     if isinstance(tool, FunctionTool):
         yield from function_code(tool.function)
         return
-    kind = type(tool.made if isinstance(tool, TrajectoryTool | VerlTool) else tool)
+    yield from _class_code(type(tool.made if isinstance(tool, TrajectoryTool | VerlTool) else tool))
+
+
+def _class_code(kind: type) -> Iterator[str | bytes]:
+    """A class by its name and its file."""
     yield kind.__qualname__
     if not kind.__module__.startswith("retool."):
         try:

@@ -90,9 +90,11 @@ def _tool_words(report: RLReport) -> str:
 
 
 def _environment_words(source: EnvironmentSource) -> str:
-    where = "the program" if source.path is None else source.path
+    where = f" in {source.path}" if source.path is not None else ""
+    if source.own is not None:
+        where = " in the program"
     made_with = ", ".join(f"{key}={value}" for key, value in source.kwargs.items())
-    return f"{source.name} in {where}" + (f", made with {made_with}" if made_with else "")
+    return f"{source.name}{where}" + (f", made with {made_with}" if made_with else "")
 
 
 def _memory_words(report: RLReport) -> str:

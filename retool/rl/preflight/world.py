@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from retool.config import Fault
-from retool.rl.agent.environments.load import EnvironmentSource, find_environment
+from retool.rl.agent.environments.load import EnvironmentSource, find_environment, let_go
 from retool.rl.agent.environments.play import Attempt, prepare, seed_of
 from retool.rl.agent.environments.protocol import EnvironmentFailure
 from retool.rl.agent.environments.world import World
@@ -57,13 +57,15 @@ async def _begin_and_close(report: RLReport, source: EnvironmentSource, prompt: 
     seconds = config.actor_rollout_ref.rollout.multi_turn.environment.timeout_seconds
     seed = seed_of(config.trainer.seed, SPLIT, prompt.index)
     attempt = Attempt(prompt, 0, seed)
-    world = World(source.load(), seconds)
+    make = source.load()
+    world = World(make, seconds)
     try:
         opening = await world.reset(attempt.row())
         play = prepare(prompt, opening, agent, config.data.max_prompt_length)
         _require_shown(agent, play.prompt)
     finally:
         unclosed = await world.close()
+        let_go(make)
     if unclosed:
         raise EnvironmentFailure(unclosed)
 

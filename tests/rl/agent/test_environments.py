@@ -159,6 +159,29 @@ def test_a_last_turn_is_rewarded_too_but_not_half_of_one(renderer_of) -> None:
     assert trajectory.stop is Stop.EOS and trajectory.turn_rewards == (1.0,)
 
 
+class Scoring(Told):
+    """Is told where it ends before it is done."""
+
+    def cut(self, message):
+        self.heard.append(message)
+        return 0.25
+
+
+def test_a_world_may_score_what_our_limits_cut(renderer_of) -> None:
+    renderer = renderer_of("chatml")
+    answers = [(user("On."), 1.0, False)] * 3
+    world = Scoring(answers)
+    trajectory, _ = played(renderer, world, [say(renderer, "a")], max_assistant_turns=1)
+    assert trajectory.turn_rewards == (1.25,) and world.heard[1:] == [None]
+    world = Scoring(answers)
+    trajectory, _ = played(renderer, world, [say(renderer, "a"), say(renderer, "b")[:1]])
+    assert trajectory.stop is Stop.LENGTH and trajectory.turn_rewards == (1.0, 0.25)
+    assert world.heard[1] == {"role": "assistant", "content": "b"} and world.closed == 1
+    world = Scoring([([], 1.0, True)])
+    trajectory, _ = played(renderer, world, [say(renderer, "a")])
+    assert trajectory.stop is Stop.DONE and len(world.heard) == 1
+
+
 # --- tools ---
 
 LOOK = {

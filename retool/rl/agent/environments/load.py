@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from retool.data.read.user_function import load_object
+from retool.rl.agent.environments.protocol import KeepsForRun
 from retool.rl.reward.source import OF_PROGRAM
 
 WANTED = "a class with reset(row) and step(message), or a function that makes such an object"
@@ -16,7 +17,8 @@ WANTED = "a class with reset(row) and step(message), or a function that makes su
 @dataclass(frozen=True)
 class EnvironmentSource:
     """Where environments are from: what is called `name` in the file `path`, or `own`, of the
-    program that asked for the run. It is called with `kwargs` for each trajectory.
+    program that asked for the run. It is called with `kwargs` for each trajectory. Without both,
+    `name` is LIBRARY:NAME, of one of `LIBRARIES`.
     """
 
     name: str
@@ -29,6 +31,9 @@ class EnvironmentSource:
         that can't be one.
         """
         found = self.own
+        if found is None and self.path is None:
+            library, _, name = self.name.partition(":")
+            return LIBRARIES[library](name, self.kwargs)
         if found is None:
             assert self.path is not None
             found = load_object(self.path, self.name)
@@ -42,6 +47,10 @@ class EnvironmentSource:
                 raise ValueError(f"{self.name!r} has no {' and no '.join(missing)}: give {WANTED}.")
         return partial(found, **self.kwargs) if self.kwargs else found
 
+    def classes(self) -> Sequence[type]:
+        """Those that a library's environment is made of: their code is the environment's."""
+        return getattr(self.load(), "classes", ())
+
 
 def find_environment(
     path: str | None, name: str | None, kwargs: Mapping[str, Any]
@@ -51,6 +60,11 @@ def find_environment(
         if kwargs:
             raise ValueError("it has kwargs, but no path and no name: give the file and the class.")
         return None
+    library, is_of_one, _ = (name or "").partition(":")
+    if path is None and is_of_one:
+        if library not in LIBRARIES:
+            raise ValueError(f"{name}: {library!r} is none of {', '.join(LIBRARIES)}.")
+        return EnvironmentSource(str(name), None, kwargs)
     if path is None or name is None:
         raise ValueError("it needs both path and name: the Python file, and the class in it.")
     if path == OF_PROGRAM:
@@ -59,3 +73,18 @@ def find_environment(
             "file. Start it from there, or give the file."
         )
     return EnvironmentSource(name, path, kwargs)
+
+
+def let_go(make: Callable[[], Any]) -> None:
+    """The run is over: what `make` keeps for all of its environments may end."""
+    if isinstance(make, KeepsForRun) and not isinstance(make, type):
+        make.let_go()
+
+
+def _of_verifiers(name: str, kwargs: Mapping[str, Any]) -> Callable[[], Any]:
+    from retool.rl.agent.environments.verifiers.house import House
+
+    return House(name, kwargs)
+
+
+LIBRARIES = {"verifiers": _of_verifiers}

@@ -15,6 +15,7 @@ import numpy as np
 
 from retool.data.read.rows import to_conversation
 from retool.rl.agent.calls import run_calls
+from retool.rl.agent.environments.load import let_go
 from retool.rl.agent.environments.protocol import Answer, EnvironmentFailure, Opening
 from retool.rl.agent.environments.world import World
 from retool.rl.agent.episode import Episode
@@ -39,6 +40,10 @@ class Worlds:
     make: Callable[[], Any]
     seconds: float
     max_prompt_length: int
+
+    def let_go(self) -> None:
+        """The run is over."""
+        let_go(self.make)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,19 @@ class Play:
     own: frozenset[str]
 
     async def turns(self, episode: Episode, generate: Generate, world: World) -> Stop:
-        """All turns: why the trajectory ended."""
+        """All turns, and what the world gives where it isn't done: why the trajectory ended."""
+        stop, unheard = await self._turns(episode, generate, world)
+        if stop is not Stop.ABORTED and not world.done:
+            message = self._message(unheard, ()) if unheard is not None else None
+            reward = await world.cut(message)
+            if reward:
+                episode.reward_turn(reward)
+        return stop
+
+    async def _turns(
+        self, episode: Episode, generate: Generate, world: World
+    ) -> tuple[Stop, str | None]:
+        """(why the trajectory ended, its last turn's text where the world hasn't heard of it)."""
         agent = self.agent
         limit = agent.options.max_response_length
         new_ids: Sequence[int] = self.prompt.ids.tolist()
@@ -134,7 +151,7 @@ class Play:
             turn = await generate(new_ids, limit - len(episode.tokens))
             stop, calls = take_turn(episode, turn, agent)
             if stop is Stop.ABORTED or stop is Stop.LENGTH:
-                return stop
+                return stop, episode.texts[-1]
             if stop is not None:  # the world hears of a last turn too, and rewards it
                 calls = calls_in(episode.texts[-1], agent)
             others, asked = self._divide(calls)
@@ -144,18 +161,18 @@ class Play:
                 episode.reward_turn(answer.reward)
                 if answer.done:
                     episode.messages += answer.messages
-                    return Stop.DONE
+                    return Stop.DONE, None
             if stop is Stop.EOS:
-                return stop
+                return stop, None
             if turns_used_up(episode, agent):
-                return Stop.MAX_TURNS
+                return Stop.MAX_TURNS, None
             responses, done = await self._responses(episode, others, answer)
             if done:
                 episode.messages += responses
-                return Stop.DONE
+                return Stop.DONE, None
             new_ids = self._render(episode, responses)
             if len(episode.tokens) + len(new_ids) >= limit:  # no room for an answer to it
-                return Stop.LENGTH
+                return Stop.LENGTH, None
             episode.add_tool_turn(responses, new_ids)
 
     def _divide(self, calls: Sequence[Call]) -> tuple[list[Call], list[Call]]:

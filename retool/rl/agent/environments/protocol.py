@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from retool.rl.agent.calls import clean
 
@@ -22,13 +22,26 @@ class Environment(Protocol):
     """One trajectory's world; each trajectory has an object of its own.
 
     `reset` is given the row and returns the first messages, or (messages, tools). `step` is given
-    the model's turn as a message, and returns (messages, reward, done). Both may be coroutines. A
-    method `close`, if there is one, is called once, however the trajectory ends.
+    the model's turn as a message, and returns (messages, reward, done). Both may be coroutines.
+
+    It may have two more. `cut(message)` is called where our limits end a trajectory before the
+    environment says that it is done: with the turn that was cut off, or None where it has heard of
+    the last one. It returns a reward. `close` is called once, however the trajectory ends.
     """
 
     def reset(self, row: Mapping[str, Any], /) -> Any: ...
 
     def step(self, message: Mapping[str, Any], /) -> Any: ...
+
+
+@runtime_checkable
+class KeepsForRun(Protocol):
+    """What makes environments, and keeps something for all of them: a server, a thread."""
+
+    def __call__(self) -> Any: ...
+
+    def let_go(self) -> None:
+        """Called once, when the run is over and every environment is closed."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ def read_answer(given: Any) -> Answer:
     messages = [_checked(message) for message in said or ()]
     if not messages and not done:
         raise ValueError("it gave no message and isn't done: the model has nothing to answer")
-    return Answer(messages, _number(reward), bool(done))
+    return Answer(messages, read_reward(reward), bool(done))
 
 
 def _checked(message: Any) -> dict[str, Any]:
@@ -95,8 +108,8 @@ def _checked(message: Any) -> dict[str, Any]:
     return {**message, "content": clean(content)}
 
 
-def _number(reward: Any) -> float:
-    """A reward; None is none."""
+def read_reward(reward: Any) -> float:
+    """A reward; None is none. ValueError for what is no number."""
     if reward is None:
         return 0.0
     if hasattr(reward, "item"):  # numpy's and torch's numbers

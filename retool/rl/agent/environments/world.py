@@ -14,6 +14,7 @@ from retool.rl.agent.environments.protocol import (
     Opening,
     read_answer,
     read_opening,
+    read_reward,
 )
 from retool.rl.agent.work_thread import WorkThread
 
@@ -35,6 +36,7 @@ class World:
         self._thread = WorkThread()
         self._made: Any = None
         self._closed = False
+        self.done = False  # it said so
 
     async def reset(self, row: Mapping[str, Any]) -> Opening:
         """Make the object, and have it begin."""
@@ -42,7 +44,16 @@ class World:
 
     async def step(self, message: Mapping[str, Any]) -> Answer:
         """What it answers to a turn of the model."""
-        return await self._within("step", self._run(self._made.step, message), read_answer)
+        answer = await self._within("step", self._run(self._made.step, message), read_answer)
+        self.done = answer.done
+        return answer
+
+    async def cut(self, message: Mapping[str, Any] | None) -> float:
+        """What it gives for a trajectory that ends here, where it wants to be told of that."""
+        cut = getattr(self._made, "cut", None)
+        if cut is None:
+            return 0.0
+        return await self._within("cut", self._run(cut, message), read_reward)
 
     async def close(self) -> str:
         """Close it, unless it was; what went wrong in that, or ""."""
