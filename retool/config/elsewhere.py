@@ -27,6 +27,7 @@ NAMES = {
         "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
         "activation_checkpoint recompute use_gradient_checkpointing"
     ),
+    "model.impl": "model_impl implementation model_implementation",
     "model.use_compile": "torch_compile compile use_torch_compile torch_compile_mode",
     "fsdp_config.param_dtype": "bf16 fp16 torch_dtype precision mixed_precision amp compute_dtype",
     "fsdp_config.param_offload": "cpu_offload fsdp_cpu_offload offload_params",

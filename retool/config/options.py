@@ -122,6 +122,11 @@ class DecoderConfig:
     use_compile: bool | Literal["auto"] = option(
         "auto", "torch.compile for the decoder blocks; auto = on GPUs."
     )
+    impl: Literal["auto", "transformers"] = option(
+        "auto",
+        "Whose code runs the model: auto = our decoder where it has one for the model_type, else "
+        "transformers' module; transformers = that in any case, to compare.",
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from retool.model.attention.dispatch import choose_backend
 from retool.model.block import Execution
-from retool.model.borrowed.config import BorrowedConfig
+from retool.model.borrowed.config import BorrowedConfig, Implementation
 from retool.model.borrowed.module import BorrowedModel
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
@@ -40,6 +40,8 @@ class ModelOptions:
 
     A dtype of None: bf16 compute on CUDA, the master's dtype on the CPU.
 
+    `impl`: whose code runs a model that is read from its folder.
+
     `parked`: blocks whose activations go to host memory where `recompute` is offload; None = all
     but the last. `fp32_residual`: the residual stream in fp32 above bf16 weights, here and in
     engines that take these weights. About a third less gap between their log-probabilities (nothing
@@ -54,6 +56,7 @@ class ModelOptions:
     recompute: Recompute = "none"
     parked: int | None = None
     use_compile: bool | Literal["auto"] = "auto"
+    impl: Implementation = "auto"
     fp32_residual: bool = False
     trained: bool = True
     keep_copy: bool = True

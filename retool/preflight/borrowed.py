@@ -16,10 +16,13 @@ def check_borrowed(options: RunOptions, model: ModelConfig | None) -> Iterator[F
     if not isinstance(model, BorrowedConfig):
         return
     if options.samples:
+        way_out = f"Fine-tune it with retool sft; for RL give a model of {', '.join(FAMILIES)}."
+        if model.family in FAMILIES:
+            way_out = f"Use {options.model_key}impl=auto."
         yield Fault(
             options.pretrained_key,
             f"model_type {model.family} runs as transformers' module, from which the engine can't sample.",
-            f"Fine-tune it with retool sft; for RL give a model of {', '.join(FAMILIES)}.",
+            way_out,
         )
         return
     key = options.model_key

@@ -13,6 +13,7 @@ from retool.checkpoint.format.tracker import checkpoints
 from retool.checkpoint.hf.side_files import MORE_TEMPLATES
 from retool.checkpoint.hf.weights import SafetensorsSource
 from retool.config import Fault
+from retool.model.borrowed.config import Implementation
 from retool.model.borrowed.read import read_any_config
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
@@ -33,12 +34,14 @@ def with_model(report: R, name: str) -> R:
     folder = attempt(key, lambda: find_model(name), faults) if name else None
     if folder is None:
         return report.blame(*faults)
-    model, faults = check_model(folder, key)
+    model, faults = check_model(folder, key, report.options.model.impl)
     faults += check_tokenizer(folder, template, key)
     return replace(report.blame(*faults), folder=folder, model=model)
 
 
-def check_model(folder: Path, key: str) -> tuple[ModelConfig | None, list[Fault]]:
+def check_model(
+    folder: Path, key: str, impl: Implementation
+) -> tuple[ModelConfig | None, list[Fault]]:
     """config.json and the weights of a model folder: every shard, every parameter with its shape."""
     where = f"{key}={folder}"
     if not folder.is_dir():
@@ -57,7 +60,7 @@ def check_model(folder: Path, key: str) -> tuple[ModelConfig | None, list[Fault]
         return None, [Fault(where, "is a run's folder, not a model's.", way_out)]
 
     faults = list[Fault]()
-    config = attempt(where, lambda: read_any_config(folder), faults)
+    config = attempt(where, lambda: read_any_config(folder, impl), faults)
     if not has_config:
         return None, faults  # it says where the model is: missing weights are no news then
     source = attempt(where, lambda: SafetensorsSource(folder), faults)

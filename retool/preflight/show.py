@@ -16,6 +16,7 @@ from retool.metrics import printable
 from retool.model.borrowed.config import BorrowedConfig
 from retool.model.config import ModelConfig
 from retool.model.costs import parameter_count
+from retool.model.families.read import FAMILIES
 from retool.model.traffic.exchanges import Plan, step_exchanges
 from retool.model.traffic.layouts import best, on
 from retool.model.traffic.machines import USUAL_GPU, Machines, assumed
@@ -113,10 +114,10 @@ def shape_words(model: ModelConfig) -> str:
 def way_words(model: ModelConfig) -> str:
     """Which code runs a model, and why."""
     if isinstance(model, BorrowedConfig):
-        return (
-            f"runs as transformers' own {model.architecture}: retool has no file for model_type "
-            f"{model.family}"
-        )
+        because = f"retool has no file for model_type {model.family}"
+        if model.family in FAMILIES:
+            because = "model.impl=transformers asks for it"
+        return f"runs as transformers' own {model.architecture}: {because}"
     return f"runs as retool's own decoder: model_type {model.family} has a file"
 
 

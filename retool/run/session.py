@@ -153,6 +153,7 @@ def model_options(report: RunReport, device: torch.device) -> ModelOptions:
         recompute=choice.recompute,
         parked=choice.parked,
         use_compile=options.model.use_compile,
+        impl=options.model.impl,
         fp32_residual=options.fp32_residual,
         keep_copy=choice.keep_copy,
         reshard_after_forward=sharding.reshard_after_forward,

@@ -73,6 +73,7 @@ DEFAULTS = {  # the contract's table
     "model.fsdp_config.forward_prefetch": True,
     "model.trust_remote_code": False,
     "model.use_compile": "auto",
+    "model.impl": "auto",
     "optim.lr": 1e-5,
     "optim.betas": [0.9, 0.95],
     "optim.weight_decay": 0.01,

@@ -17,14 +17,18 @@ from transformers import AutoModelForCausalLM
 
 from retool.batch import Sample, pack
 from retool.checkpoint.hf.pretrained import load_pretrained
+from retool.model.borrowed.module import BorrowedModel
 from retool.model.borrowed.read import read_any_config
 from retool.model.build import ModelOptions
+from retool.model.decoder import Decoder
 from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import local_pieces
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
+from retool.sft.loss import loss_sum
 from retool.sft.step import train_step
+from tests.model.tiny import make
 from tests.model.zoo import ARCHITECTURES, SHAPE, make_borrowed, tiny_config
 from tests.ranks import run_ranks
 
@@ -130,6 +134,38 @@ def test_padded_is_packed(tmp_path: Path) -> None:
     packed, _ = ours(tmp_path, 1, "none", None)
     padded, _ = ours(tmp_path, 1, "none", PAD_TO)
     assert padded == pytest.approx(packed, rel=1e-9)
+
+
+def test_a_family_with_a_file_runs_as_transformers_module_where_that_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    """The same loss and gradients as our decoder's."""
+    make(tmp_path, "qwen3")
+    double = torch.float64
+    found = []
+    for impl in ("auto", "transformers"):
+        options = ModelOptions(double, double, double, impl=impl)
+        model = load_pretrained(tmp_path, make_mesh(), options)
+        loss = loss_sum(model, pack(batches()[0]))
+        loss.backward()
+        parts = {
+            member.name: model.grad[unit.start + member.offset :][: member.numel]
+            for unit, member in model.layout.members
+        }
+        found.append((type(model.module), float(loss.detach()), parts))
+    (own, own_loss, own_parts), (module, loss, parts) = found
+    assert (own, module) == (Decoder, BorrowedModel)
+    assert loss == pytest.approx(own_loss, rel=1e-7)  # transformers' norms are in fp32
+    assert parts.keys() == own_parts.keys()
+    for name, part in parts.items():
+        wanted = own_parts[name]
+        assert (part - wanted).norm() < 1e-5 * wanted.norm(), name
+
+
+def test_what_transformers_cannot_do_names_the_way_back(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("olmoe")))
+    with pytest.raises(ValueError, match=r"a mixture of experts.* Use model\.impl=auto"):
+        read_any_config(tmp_path, "transformers")
 
 
 # model_type, what its config.json says, what the refusal names

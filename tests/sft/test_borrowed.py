@@ -79,6 +79,8 @@ def test_the_plan_says_which_way_a_model_runs(borrowed: Path, work: Path, tmp_pa
     assert "runs as transformers' own GPTNeoXForCausalLM" in model_words(report)
     assert "activations counted" in memory_words(report)
     assert "runs as retool's own decoder" in model_words(planned(work, tmp_path))
+    asked = model_words(planned(work, tmp_path, "model.impl=transformers"))
+    assert "runs as transformers' own" in asked and "model.impl=transformers asks for it" in asked
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,9 @@ def test_samples_beyond_the_table_of_positions_are_refused(borrowed: Path, tmp_p
     assert "data.max_length=16" in fault.remedy
 
 
-def test_rl_is_refused(borrowed: Path, tmp_path: Path) -> None:
+def test_rl_is_refused(borrowed: Path, work: Path) -> None:
     options = replace(run_options(SFTConfig()), samples=True)
     (fault,) = check_borrowed(options, read_any_config(borrowed / "model"))
     assert "the engine can't sample" in fault.problem and "retool sft" in fault.remedy
+    (fault,) = check_borrowed(options, read_any_config(work / "model", "transformers"))
+    assert fault.remedy == "Use model.impl=auto."

@@ -22,7 +22,8 @@ def load_pretrained(folder: str | Path, mesh: Mesh, options: ModelOptions | None
     Raises ValueError for an unknown model type, a missing shard, missing or misshapen parameters,
     a head of its own where config.json has none, and values that aren't finite.
     """
-    sharded = build_decoder(read_any_config(folder), mesh, options or ModelOptions())
+    options = options or ModelOptions()
+    sharded = build_decoder(read_any_config(folder, options.impl), mesh, options)
     source = SafetensorsSource(folder)
     require_tied(sharded.layout, source)
     load_flat(sharded.layout, mesh.shard_rank, source, sharded.master)

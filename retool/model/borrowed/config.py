@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from retool.model.config import ModelConfig
 
@@ -21,6 +21,8 @@ NOTES = frozenset(
         "use_cache",
     }
 )
+# auto: our decoder where it has a file for the model_type
+Implementation = Literal["auto", "transformers"]
 MOST_WORDS = 200  # characters of another program's error
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from retool.model.borrowed.config import (
     BorrowedConfig,
+    Implementation,
     content_of,
     loaded_config,
     quiet,
@@ -71,16 +72,20 @@ class Measured(NamedTuple):
     kept: Kept
 
 
-def read_any_config(folder: str | Path) -> ModelConfig:
+def read_any_config(
+    folder: str | Path,
+    impl: Implementation = "auto",
+) -> ModelConfig:
     """Read `folder/config.json`: a family's configuration, or a `BorrowedConfig`.
 
-    ValueError names all that can't run, and how to go on.
+    With `impl` transformers it is a `BorrowedConfig` even where a family has a file. ValueError names
+    all that can't run, and how to go on.
     """
     path = Path(folder) / "config.json"
     content = read_json_object(path) if path.is_file() else {}
     name = content.get("model_type")
     known = isinstance(name, str) and is_causal(name)
-    if not known or name in FAMILIES:
+    if not known or (name in FAMILIES and impl == "auto"):
         return read_model_config(folder)
     try:
         return borrow(content)
@@ -108,10 +113,12 @@ def borrow(content: dict[str, Any]) -> BorrowedConfig:
         return measured(content_of(content)).config
     except ValueError as error:
         name = content["model_type"]
+        problem = f"can't run as transformers' module: {error}"
+        if name in FAMILIES:
+            raise ValueError(f"model_type {name!r} {problem}. Use model.impl=auto.") from None
         raise ValueError(
-            f"model_type {name!r} has no file in retool, and can't run as transformers' module: "
-            f"{error}. Use another model: one of {', '.join(FAMILIES)}, or one that "
-            "docs/models.md lists."
+            f"model_type {name!r} has no file in retool, and {problem}. Use another model: one of "
+            f"{', '.join(FAMILIES)}, or one that docs/models.md lists."
         ) from None
 
 
