@@ -13,15 +13,19 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 MAX_GRAPHS_OF_A_FUNCTION = 64
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function through torch.compile.
+def compiled(function: Callable[..., Any], **options: int | bool) -> Callable[..., Any]:
+    """The function through torch.compile, with those of inductor's `options` that this torch has.
 
     It makes a graph for any length and one for length 1, each with gradients and without, for all
     layers and models of one shape.
     """
+    # Seconds to import, and needed where something is compiled
+    from torch._inductor import config as inductor
+
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, MAX_GRAPHS_OF_A_FUNCTION)
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    known = {name: value for name, value in options.items() if hasattr(inductor, name)}
+    return torch.compile(function, dynamic=True, fullgraph=True, options=known or None)
 
 
 def eager(function: Function) -> Function:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -484,19 +485,22 @@ def test_cudnn_lengths_round_to_16_per_octave() -> None:
 
 
 @pytest.mark.parametrize("huge", [1 << 31, 100 * 64])
-@pytest.mark.parametrize("seqlens", [(70, 70, 9, 1, 67, 3), (70, 70), (67,), (3, 2), (64,)])
+@pytest.mark.parametrize("seqlens", [(70, 70, 9, 1, 67, 3), (70, 70), (67,), (67, 3, 67), (3, 2), (64,)])
 def test_cudnn_splitting_and_padding(
     seqlens: tuple[int, ...], huge: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pack is cut into long and short runs, long ones padded, and everything put back in place;
     a stand-in computes the batches.
 
-    Of runs of 100 tokens (rows of 64 elements) and more it isn't asked to where they are `huge`.
+    Of runs of 100 tokens (rows of 64 elements) and more it isn't asked to where they are `huge`. A
+    shape has one set of strides, whatever stands behind a document: plans are made for strides.
     """
+    strides = defaultdict[torch.Size, set[tuple[int, ...]]](set)
 
     def forward(
         q: Tensor, k: Tensor, v: Tensor, bias: None, want_lse: bool, dropout: float, causal: bool
     ):
+        strides[q.shape].add((*q.stride(), *k.stride()))
         assert (
             q.shape[0] * q.shape[2] * 64 < huge
             and (bias, want_lse, dropout, causal) == (None, True, 0.0, True)
@@ -544,6 +548,7 @@ def test_cudnn_splitting_and_padding(
     attention_cudnn._runs.cache_clear()
     assert rel(out, want[0]) < 1e-6  # lse is float32 here, as cuDNN's is
     assert rel(torch.cat(grads, 1), want[1]) < 1e-6
+    assert all(len(found) == 1 for found in strides.values()), strides
 
 
 def documents(pack: attention_reference.Pack) -> Iterator[slice]:

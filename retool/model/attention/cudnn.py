@@ -6,8 +6,10 @@ documents
 
 [Note: cuDNN plans] cuDNN compiles a plan per shape (tens of milliseconds, twice: forward and
 backward), and documents have any length. Lengths are rounded up to one of 16 per octave, so a run
-meets few shapes; the zero tokens at the end come after every real one, so causality hides them, and
-their zero output gradient makes their share of every gradient exactly zero. torch keys its plans on
+meets few shapes. What stands behind a document's last token is read along, the next document as a
+rule, and nothing is copied. Causality hides those keys from the document's queries; what the
+queries behind it give is dropped. In the backward their log-sum-exp is set so high that their
+probabilities are exactly zero, and with them their share of every gradient. torch keys its plans on
 the strides of q, k and v alone, so out and dout always have the one layout [documents, L, N, H].
 """
 
@@ -30,6 +32,8 @@ CUDNN_LARGEST_HEAD = 128
 # Elements from a run's start to its end; FlashAttention-2 counts in 64 bits, of cuDNN it isn't
 # known
 INDEXABLE = 1 << 31
+# A log-sum-exp beside which any score is e^-infinity
+HIDES = 1e30
 
 ShortForward = Callable[[Tensor, Tensor, Tensor, Pack], tuple[Tensor, Tensor]]
 ShortBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Pack], Gradients]
@@ -84,10 +88,29 @@ def _by_cudnn(q_TNH: Tensor, run: Run) -> bool:
 
 
 def _batched(x_TNH: Tensor, run: Run) -> Tensor:
-    """[T, N, H] → [documents, N, rounded L, H] of a run; a view where L needs no rounding."""
+    """[T, N, H] → [documents, N, rounded L, H] of a run; a view unless what is read along would lie
+    behind the pack's end, or between documents.
+    """
+    length = _rounded(run.length)
+    extra = length - run.length
+    alone = run.end - run.begin == run.length
+    if alone and run.begin + length <= len(x_TNH):
+        return x_TNH[run.begin : run.begin + length][None].transpose(1, 2)
     x = x_TNH[run.begin : run.end].unflatten(0, (-1, run.length))
-    extra = _rounded(run.length) - run.length
-    return (F.pad(x, (0, 0, 0, 0, 0, extra)) if extra else x).transpose(1, 2)
+    if extra and alone:
+        x = _extended(x[0], length)[None]
+    elif extra:
+        x = F.pad(x, (0, 0, 0, 0, 0, extra))
+    return x.transpose(1, 2)
+
+
+def _extended(x_LNH: Tensor, length: int) -> Tensor:
+    """A copy with zeros behind it and the strides of the original: plans are made for strides."""
+    _, heads, dim = x_LNH.shape
+    rows = x_LNH.new_zeros(length, x_LNH.stride(0))
+    out = rows[:, : heads * dim].view(length, heads, dim)
+    out[: len(x_LNH)] = x_LNH
+    return out
 
 
 def _flattened(x: Tensor, run: Run) -> Tensor:
@@ -165,7 +188,7 @@ def _backward_run(
     dout, q, k, v, out = (_batched(x, run) for x in (dout, q, k, v, out))
     stats = lse[:, run.begin : run.end].unflatten(1, (-1, run.length)).transpose(0, 1)
     # cuDNN wants four dimensions
-    stats = F.pad(stats, (0, length - run.length)).contiguous()[..., None]
+    stats = F.pad(stats, (0, length - run.length), value=HIDES).contiguous()[..., None]
     seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which isn't used
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, stats, seed, seed, None, None, None, length, length, 0.0, True
