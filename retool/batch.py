@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -48,8 +49,9 @@ class PackedBatch:
     """Documents packed end to end.
 
     `tokens`, `labels`, `positions` int64 [T] and `weights` float32 [T] are sliced for a
-    sequence-parallel rank; `cu_seqlens` int32 [B+1] and `max_seqlen` always describe the whole
-    pack. `labels[i]` is the token after `i` in the same document; `weights[i]` is 0 where that
+    sequence-parallel rank. `cu_seqlens` int32 [B+1], `max_seqlen` and `seqlens` describe the whole
+    pack, unless no document of it lies on two ranks: then a slice is `alone`, and they describe its
+    own documents. `labels[i]` is the token after `i` in the same document; `weights[i]` is 0 where that
     label isn't trained (a document's last token among them). `real` bool [T] is False for padding,
     and sliced too; `real_tokens` and `trained_tokens` count the whole pack without it.
 
@@ -69,6 +71,7 @@ class PackedBatch:
     real_tokens: int
     trained_tokens: int
     experts: torch.Tensor | None = None
+    alone: bool = False
 
     def slice(self, rank: int, size: int) -> PackedBatch:
         """The part of sequence-parallel rank `rank` of `size`: T/size consecutive tokens."""
@@ -78,13 +81,26 @@ class PackedBatch:
         )
         part = slice(rank * (total // size), (rank + 1) * (total // size))
         return replace(
-            self,
+            self._documents_of(part, total // size),
             tokens=self.tokens[part],
             labels=self.labels[part],
             weights=self.weights[part],
             positions=self.positions[part],
             real=self.real[part],
             experts=None if self.experts is None else self.experts[part],
+        )
+
+    def _documents_of(self, part: slice, width: int) -> PackedBatch:
+        """With the documents of `part` alone, where every rank's `width` tokens begin with one."""
+        total = self.tokens.shape[0]
+        begins = [0, *accumulate(self.seqlens)]
+        if width == total or not set(range(0, total, width)) <= set(begins):
+            return self
+        first, stop = begins.index(part.start), begins.index(part.stop)
+        seqlens = self.seqlens[first:stop]
+        cu_seqlens = torch.from_numpy(np.cumsum([0, *seqlens], dtype=np.int32))
+        return replace(
+            self, cu_seqlens=cu_seqlens, seqlens=seqlens, max_seqlen=max(seqlens), alone=True
         )
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -166,6 +182,34 @@ def pack(
         real_tokens=sum(map(len, samples)),
         trained_tokens=sum(s.trained for s in samples),
         experts=_given_experts(samples, seqlens),
+    )
+
+
+def pack_apart(shares: Sequence[Sequence[Sample]], pad_id: int = 0) -> PackedBatch:
+    """Pack a share of samples for each sequence-parallel rank, so that none lies on two.
+
+    The shares are padded to the longest, each by a document with weight 0.
+    """
+    longest = max(sum(map(len, share)) for share in shares)
+    packs = [pack(share, longest, pad_id=pad_id) for share in shares]
+    seqlens = tuple(length for part in packs for length in part.seqlens)
+    given = [part.experts for part in packs if part.experts is not None]
+    assert not given, "documents with experts of their own are packed by `pack`"
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([getattr(part, name) for part in packs])
+
+    return PackedBatch(
+        tokens=joined("tokens"),
+        labels=joined("labels"),
+        weights=joined("weights"),
+        positions=joined("positions"),
+        real=joined("real"),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *seqlens], dtype=np.int32)),
+        max_seqlen=max(seqlens),
+        seqlens=seqlens,
+        real_tokens=sum(part.real_tokens for part in packs),
+        trained_tokens=sum(part.trained_tokens for part in packs),
     )
 
 

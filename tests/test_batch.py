@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from retool.batch import PackedBatch, Sample, pack
+from retool.batch import PackedBatch, Sample, pack, pack_apart
 
 
 def samples(seed: int, count: int) -> list[Sample]:
@@ -75,6 +75,31 @@ def test_slices_are_the_pack(size: int) -> None:
     assert all(
         torch.equal(p.cu_seqlens, whole.cu_seqlens) and p.seqlens == whole.seqlens for p in parts
     ), "of the whole pack"
+
+
+def test_documents_that_begin_with_the_slices_are_theirs() -> None:
+    rows = samples(0, 6)
+    whole = pack_apart([rows[:2], rows[2:5], rows[5:]], pad_id=7)
+    parts = [whole.slice(rank, 3) for rank in range(3)]
+    for name in ("tokens", "labels", "weights", "positions"):
+        assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name))
+    for part in parts:
+        assert part.alone
+        assert sum(part.seqlens) == len(part.tokens) and part.max_seqlen == max(part.seqlens)
+        assert part.cu_seqlens.tolist() == [0, *accumulate(part.seqlens)]
+        begins = part.positions == 0
+        assert begins.nonzero()[:, 0].tolist() == part.cu_seqlens[:-1].tolist()
+    everything = pack(rows)
+    assert whole.real_tokens == everything.real_tokens
+    assert whole.trained_tokens == everything.trained_tokens == int((whole.weights > 0).sum())
+    assert torch.equal(whole.tokens[whole.real], everything.tokens)
+
+
+def test_a_document_across_an_edge_belongs_to_all() -> None:
+    whole = pack_apart([samples(0, 2), samples(1, 5)])
+    assert not whole.slice(0, 1).alone, "one rank has nobody to share with"
+    four = pack(samples(0, 5), 4)
+    assert not any(four.slice(rank, 4).alone for rank in range(4))
 
 
 def test_a_rank_without_samples_has_a_pack_too() -> None:

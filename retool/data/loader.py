@@ -15,9 +15,9 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from retool.batch import PackedBatch, Sample, pack
+from retool.batch import PackedBatch, Sample, pack, pack_apart
 from retool.data.cache import Dataset, DatasetReport, open_dataset
-from retool.data.packing import Packing, plan_step
+from retool.data.packing import Packing, plan_step, whole_shares
 
 __all__ = [
     "Dataset",
@@ -174,7 +174,12 @@ def _packs(dataset: Samples, indices: Sequence[int], packing: Packing) -> tuple[
         # runs to do, not many.
         ordered = sorted(members, key=lambda i: lengths[i])
         samples = [dataset[indices[i]] for i in ordered]
-        packs.append(pack(samples, packing.sp, pad_to, packing.pad_id))
+        shares = whole_shares([lengths[i] for i in ordered], packing)
+        if shares is None:
+            packs.append(pack(samples, packing.sp, pad_to, packing.pad_id))
+        else:
+            whole = [[samples[i] for i in sorted(share)] for share in shares]
+            packs.append(pack_apart(whole, packing.pad_id))
     return tuple(packs)
 
 

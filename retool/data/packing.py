@@ -19,6 +19,14 @@ import numpy as np
 # model: `perf.quadratic_length`.
 QUADRATIC_LENGTH = 24_000
 
+# [Note: whole documents] Ulysses divides every document over sp ranks, and each layer pays for that
+# with four all-to-alls. Where a micro-batch's documents spread evenly over the ranks as they are, each
+# rank computes its own, and nothing is sent. "Evenly" is up to this share of work more than divided
+# documents would make, less than what the all-to-alls cost; below so many tokens of a rank the device
+# waits for the host, and all-to-alls are work for the host.
+UNEVEN = 1.03
+HOST_BOUND = 2048
+
 # [data-parallel rank][micro-batch][index of a sample]; an empty micro-batch is a dummy pack
 Plan = list[list[list[int]]]
 
@@ -54,8 +62,9 @@ class Budget:
 class Packing:
     """How the samples of a step become the packs of data-parallel rank `dp_rank` of `dp`.
 
-    A pack's length is a multiple of `sp`. `pad_to` first pads every sample to that length with the
-    token `pad_id`: the baseline of data.use_remove_padding=false.
+    A pack's length is a multiple of `sp`. With `keep_whole` its documents aren't divided over the
+    sp ranks where they spread evenly (see the note on whole documents). `pad_to` first pads every
+    sample to that length with the token `pad_id`: the baseline of data.use_remove_padding=false.
     """
 
     budget: Budget
@@ -64,6 +73,7 @@ class Packing:
     sp: int = 1
     pad_to: int | None = None
     pad_id: int = 0
+    keep_whole: bool = True
 
 
 def cost(length: int | np.ndarray, quadratic_length: int = QUADRATIC_LENGTH) -> float | np.ndarray:
@@ -88,6 +98,27 @@ def plan_step(lengths: Sequence[int] | np.ndarray, budget: Budget, dp: int, sp: 
         assert budget.micro_batch_size is not None
         micro_batches = _fill(np.ones_like(sizes), costs, budget.micro_batch_size, dp)
     return _deal(micro_batches, costs, dp)
+
+
+def whole_shares(lengths: Sequence[int], packing: Packing) -> list[list[int]] | None:
+    """Which samples of a micro-batch each of sp ranks computes whole; None where they are divided.
+
+    See [Note: whole documents]. No rank gets more tokens than its budget allows.
+    """
+    sp = packing.sp
+    if sp == 1 or not packing.keep_whole or packing.pad_to is not None or len(lengths) < sp:
+        return None
+    sizes = np.asarray(lengths, np.int64)
+    costs = np.asarray(cost(sizes, packing.budget.quadratic_length), np.float64)
+    shares = _fill_evenly(sp, sizes, int(sizes.sum()), costs)
+    assert shares is not None
+    longest = max(int(sizes[share].sum()) for share in shares)
+    dearest = max(float(costs[share].sum()) for share in shares)
+    divided = _divide_up(int(sizes.sum()), sp)
+    if longest > max(packing.budget.max_tokens_per_gpu or longest, divided):
+        return None
+    even = longest <= divided * UNEVEN and dearest <= costs.sum() / sp * UNEVEN
+    return shares if even or longest <= HOST_BOUND else None
 
 
 def _fill(weights: np.ndarray, costs: np.ndarray, capacity: int, dp: int) -> list[list[int]]:

@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -62,6 +63,16 @@ class Execution:
     offload: Offload | None = None
     fp32_residual: bool = False
     watch: Watch | None = None
+    # For a pack whose documents lie on one rank each: all heads on this one
+    plan_alone: HeadPlan = field(init=False)
+
+    def __post_init__(self) -> None:
+        alone = HeadPlan(1, 0, self.plan.heads, self.plan.kv_heads, self.plan.head_dim)
+        object.__setattr__(self, "plan_alone", alone)
+
+    def heads_of(self, batch: PackedBatch) -> tuple[HeadPlan, dist.ProcessGroup | None]:
+        """Which heads this rank computes, and who has the others: nobody, where `batch` is alone."""
+        return (self.plan_alone, None) if batch.alone else (self.plan, self.mesh.sp_group)
 
 
 class Block(nn.Module, ABC):
@@ -129,15 +140,20 @@ class Block(nn.Module, ABC):
         """[t, D] → q [t, N, H], k and v [t, K, H]."""
         return self.rotated(self.projected(x_tD), cos, sin)
 
-    def sent(self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """`before` as the flat buffer that goes to the head ranks, in the weights' dtype."""
-        return self.laid_out(*self.before(x_tD, cos, sin))
+    def sent(
+        self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, alone: bool = False
+    ) -> torch.Tensor:
+        """`before` as the flat buffer that goes to the head ranks, in the weights' dtype.
+
+        `alone`: all of it stays here.
+        """
+        return self.laid_out(*self.before(x_tD, cos, sin), alone)
 
     def laid_out(
-        self, q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor
+        self, q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor, alone: bool = False
     ) -> torch.Tensor:
         """q, k and v in one flat buffer, rank after rank, rounded once to the weights' dtype."""
-        plan = self.execution.plan
+        plan = self.execution.plan_alone if alone else self.execution.plan
         # v follows q and k into the dtype of rope's result: they travel as one buffer
         return split_heads(q_tNH, k_tKH, v_tKH.to(q_tNH.dtype), plan, v_tKH.dtype)
 
@@ -159,22 +175,22 @@ class Block(nn.Module, ABC):
 
         `saved` is what `attend_and_save` gave for the same q, k and v: the kernel doesn't run.
         """
-        q, k, v = self._gathered(sent, t)
+        q, k, v = self._gathered(sent, t, batch)
         pack = self._pack(batch)
         if saved is None:
             out = attention(q, k, v, *pack)
         else:
             out = attention_from_saved(q, k, v, *saved, *pack)
-        return self._returned(out, t)
+        return self._returned(out, t, batch)
 
     def attend_and_save(
         self, sent: torch.Tensor, t: int, batch: PackedBatch
     ) -> tuple[torch.Tensor, Kernel]:
         """`attend` without a graph, and the kernel's own result with its log-sum-exp."""
-        q, k, v = self._gathered(sent, t)
+        q, k, v = self._gathered(sent, t, batch)
         pack = self._pack(batch)
         out, lse = attention_forward_lse(q, k, v, *pack)
-        return self._returned(out, t), (out, lse)
+        return self._returned(out, t, batch), (out, lse)
 
     def _pack(self, batch: PackedBatch) -> tuple[torch.Tensor, int, str, tuple[int, ...], int]:
         """What attention must know of a pack: its documents, the kernel and the layer's window.
@@ -187,17 +203,16 @@ class Block(nn.Module, ABC):
         return batch.cu_seqlens, batch.max_seqlen, self.execution.backend, batch.seqlens, window
 
     def _gathered(
-        self, sent: torch.Tensor, t: int
+        self, sent: torch.Tensor, t: int, batch: PackedBatch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All tokens of this rank's heads."""
-        plan = self.execution.plan
-        received = all_to_all(sent, *plan.to_heads(t), self.execution.mesh.sp_group)
+        plan, group = self.execution.heads_of(batch)
+        received = all_to_all(sent, *plan.to_heads(t), group)
         return q_k_v(received, plan)
 
-    def _returned(self, out_TnH: torch.Tensor, t: int) -> torch.Tensor:
+    def _returned(self, out_TnH: torch.Tensor, t: int, batch: PackedBatch) -> torch.Tensor:
         """All heads of this rank's tokens, [t, E]."""
-        plan = self.execution.plan
-        group = self.execution.mesh.sp_group
+        plan, group = self.execution.heads_of(batch)
         received = all_to_all(out_TnH.flatten(), *plan.to_sequence(t), group)
         return join_heads(received, plan).flatten(1)
 
@@ -209,7 +224,7 @@ class Block(nn.Module, ABC):
         # Without gradients nothing is kept, so nothing is computed again
         if how in ("full", "offload") and torch.is_grad_enabled():
             return recomputed(self, x_tD, cos, sin, batch, self.execution.offload)
-        a_tE = self.attend(self.before_piece(self, x_tD, cos, sin), len(x_tD), batch)
+        a_tE = self.attend(self.before_piece(self, x_tD, cos, sin, batch.alone), len(x_tD), batch)
         beside = self.per_token(batch)
         if how == "selective":
             return _run_again_in_backward(self.after_piece, self, x_tD, a_tE, *beside)

@@ -24,7 +24,9 @@ def compiled(function: Callable[..., Any], **options: int | bool) -> Callable[..
 
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, MAX_GRAPHS_OF_A_FUNCTION)
-    known = {name: value for name, value in options.items() if hasattr(inductor, name)}
+    known: dict[str, Any] = {
+        name: value for name, value in options.items() if hasattr(inductor, name)
+    }
     return torch.compile(function, dynamic=True, fullgraph=True, options=known or None)
 
 

@@ -89,7 +89,7 @@ class _Recomputed(torch.autograd.Function):
         *_: Tensor,
     ) -> Tensor:
         x = _plain(x_tD)
-        sent = block.before_piece(block, x, cos, sin)
+        sent = block.before_piece(block, x, cos, sin, batch.alone)
         a_tE, kernel = block.attend_and_save(sent, len(x), batch)
         ctx.block = block
         ctx.batch = batch
@@ -116,7 +116,7 @@ class _Recomputed(torch.autograd.Function):
         x, out, lse = kept or ctx.parked.fetch()
         x = _plain(x).requires_grad_()
         with torch.enable_grad():
-            sent = block.before_piece(block, x, cos, sin)
+            sent = block.before_piece(block, x, cos, sin, ctx.batch.alone)
             a_tE = block.attend(sent, len(x), ctx.batch, (out, lse))
         d_x, d_a, after = _after_backward(block, x, a_tE, d_out, block.per_token(ctx.batch))
         d_x_before, *before = torch.autograd.grad(

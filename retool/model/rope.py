@@ -162,6 +162,8 @@ def document_lengths(batch: PackedBatch, rank: int) -> torch.Tensor:
     # The host knows how many they are: nothing waits for the device
     whole_T = torch.repeat_interleave(lengths, lengths, output_size=sum(batch.seqlens))
     t = len(batch.positions)
+    if batch.alone:
+        return whole_T
     return whole_T[rank * t : (rank + 1) * t]
 
 

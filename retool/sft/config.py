@@ -64,6 +64,12 @@ class DataConfig:
         "no more tokens than that many of the longest, or 8,192 per GPU where these fit without "
         "recomputing more. The results are the same. false: never more samples.",
     )
+    keep_documents_whole: bool = option(
+        True,
+        "With sequence parallelism: where the documents of a micro-batch spread evenly over the "
+        "ranks of a group, each rank computes its own, and nothing is sent. The results are the "
+        "same. false: every document is divided.",
+    )
     max_token_len_per_gpu: int | None = option(
         None,
         "Token budget of a micro-batch per GPU (an sp group holds sp times that); a single longer "

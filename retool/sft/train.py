@@ -146,7 +146,14 @@ def make_packing(report: SFTReport, mesh: Mesh) -> Packing:
         quadratic_length=quadratic_length(report.model),
     )
     pad_to = None if config.use_remove_padding else config.data.max_length
-    return Packing(budget, mesh.dp_rank, mesh.dp, mesh.sp, pad_to)
+    return Packing(
+        budget,
+        mesh.dp_rank,
+        mesh.dp,
+        mesh.sp,
+        pad_to,
+        keep_whole=config.data.keep_documents_whole,
+    )
 
 
 def one_step(session: Session[SFTReport], state: TrainState, batch: StepBatch) -> None:

@@ -72,10 +72,9 @@ def memory():
 def documents(pack):
     """The sample (its token) of every document of a pack that isn't padding."""
     starts = pack.cu_seqlens[:-1].tolist()
-    real = pack.real_tokens
     found = []
     for start, length in zip(starts, pack.seqlens, strict=True):
-        if start < real:
+        if pack.real[start]:
             found.append((int(pack.tokens[start]), length))
     return found
 
@@ -141,10 +140,10 @@ class TestSteps:
                 )
             assert sum(float(pack.weights.sum()) for pack in packs) == whole.trained_tokens
             assert all(len(pack.tokens) % sp == 0 for pack in packs)
-            lengths = [[n for n in pack.seqlens if n >= sp] for pack in packs]  # without the tail
-            assert all(several == sorted(several) for several in lengths), (
-                "attention has the short ones side by side"
-            )
+            parts = [pack.slice(rank, sp) for pack in packs for rank in range(sp)]
+            for part in [*packs, *parts] if sp == 1 else [part for part in parts if part.alone]:
+                lengths = [n for _, n in documents(part)]
+                assert lengths == sorted(lengths), "attention has the short ones side by side"
 
     def test_epochs_cover_everything_but_the_incomplete_batch(self, memory):
         assert steps_per_epoch(53, 16) == 3

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from retool.data.packing import Budget, cost, plan_step
+from retool.data.packing import Budget, Packing, cost, plan_step, whole_shares
 from retool.model.costs import model_flops, multiplied_parameters, quadratic_length
 from retool.model.families.read import parse_model_config
 
@@ -150,3 +150,30 @@ def test_bad_limits():
 
 def test_nothing_to_plan():
     assert plan_step([], Budget(micro_batch_size=2), dp=3) == [[], [], []]
+
+
+def packing(sp: int = 2, budget: int | None = None, **others) -> Packing:
+    return Packing(Budget(budget, None if budget else 99), sp=sp, **others)
+
+
+@pytest.mark.parametrize("lengths", [[16_000, 16_000], [3_000, 1_400, 1_650], [100, 1_900, 700]])
+def test_documents_that_spread_evenly_stay_whole(lengths: list[int]) -> None:
+    shares = whole_shares(lengths, packing())
+    assert shares is not None
+    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "how"),
+    [
+        ([16_000, 14_000], packing()),  # one rank would wait for the other
+        ([20_000, 5_000, 5_000, 5_000, 5_000], packing()),  # as many tokens, but not as much work
+        ([16_000], packing()),
+        ([16_000, 16_000], packing(sp=1)),
+        ([16_000, 16_000], packing(keep_whole=False)),
+        ([16_000, 16_000], packing(pad_to=16_384)),
+        ([1_500, 900], packing(budget=1_200)),  # more than a rank may hold
+    ],
+)
+def test_documents_that_dont_are_divided(lengths: list[int], how: Packing) -> None:
+    assert whole_shares(lengths, how) is None

@@ -485,7 +485,9 @@ def test_cudnn_lengths_round_to_16_per_octave() -> None:
 
 
 @pytest.mark.parametrize("huge", [1 << 31, 100 * 64])
-@pytest.mark.parametrize("seqlens", [(70, 70, 9, 1, 67, 3), (70, 70), (67,), (67, 3, 67), (3, 2), (64,)])
+@pytest.mark.parametrize(
+    "seqlens", [(70, 70, 9, 1, 67, 3), (70, 70), (67,), (67, 3, 67), (3, 2), (64,)]
+)
 def test_cudnn_splitting_and_padding(
     seqlens: tuple[int, ...], huge: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

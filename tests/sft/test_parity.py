@@ -75,6 +75,7 @@ def run(
     optimizer = AdamW(model, AdamWOptions())
     losses = []
     norms = []
+    alone = 0
     for batch in iterate_steps(
         Rows(),
         StepOrder(BATCH, seed=1),
@@ -92,13 +93,14 @@ def run(
             hold,
         ).read()
         assert not skipped
+        alone += sum(pack.slice(mesh.sp_rank, sp).alone for pack in batch.micro_batches)
         losses.append(loss)
         norms.append(norm)
     owned = {
         (p.member.name, p.start): model.master[p.local : p.local + p.stop - p.start].numpy().copy()
         for p in local_pieces(model.layout, mesh.shard_rank)
     }
-    return {"losses": losses, "norms": norms, "weights": owned}
+    return {"losses": losses, "norms": norms, "weights": owned, "alone": alone}
 
 
 def joined(results: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -131,9 +133,9 @@ def compare(
         assert np.linalg.norm(found[name] - value) <= weight * np.linalg.norm(value), name
 
 
-BUDGET = Packing(Budget(max_tokens_per_gpu=40))
-PAIRS = Packing(Budget(micro_batch_size=2))
-FOURS = Packing(Budget(micro_batch_size=4))
+BUDGET = Packing(Budget(max_tokens_per_gpu=40), keep_whole=False)
+PAIRS = Packing(Budget(micro_batch_size=2), keep_whole=False)
+FOURS = Packing(Budget(micro_batch_size=4), keep_whole=False)
 PADDED = Packing(Budget(micro_batch_size=3), pad_to=32)
 LAYOUTS = [  # world, sp, heads, tied, packing, fsdp_size, recompute
     (1, 1, (14, 2), True, BUDGET, -1, "full"),
@@ -177,6 +179,27 @@ def test_layouts_train_alike_in_float64(
 def test_layouts_train_alike_in_float32(world: int, sp: int, heads: tuple[int, int]) -> None:
     results = run_ranks(run, world, heads, True, sp, torch.float32, BUDGET)
     compare(results, single(heads, True, torch.float32), loss=1e-6, weight=1e-5, norm=1e-4)
+
+
+WHOLE = [  # world, sp, packing, recompute
+    (2, 2, Packing(Budget(micro_batch_size=4)), "none"),
+    (2, 2, Packing(Budget(max_tokens_per_gpu=40)), "full"),
+    (4, 2, Packing(Budget(max_tokens_per_gpu=40)), "selective"),
+    (3, 3, Packing(Budget(micro_batch_size=8)), "full"),
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "sp", "packing", "recompute"),
+    [pytest.param(*each, marks=[pytest.mark.slow] * (i > 0)) for i, each in enumerate(WHOLE)],
+)
+def test_documents_that_stay_whole_train_alike(
+    world: int, sp: int, packing: Packing, recompute: str
+) -> None:
+    expected = single((6, 2), True, torch.float64)
+    results = run_ranks(run, world, (6, 2), True, sp, torch.float64, packing, -1, recompute)
+    compare(results, expected, loss=1e-10, weight=1e-10, norm=1e-10)
+    assert all(result["alone"] > 0 for result in results), "no documents stayed whole"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

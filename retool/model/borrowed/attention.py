@@ -73,17 +73,18 @@ class PackedAttention:
         """All heads of this rank's tokens. What `given` may hold, the trial has checked."""
         assert self.pack is not None, "attention outside of the model's forward"
         _, heads, t, width = q_1NtH.shape
-        sp = self.mesh.sp
-        plan = head_plan(sp, self.mesh.sp_rank, heads, k_1KtH.shape[1], width)
+        pack = self.pack
+        sp, rank, group = self.mesh.sp, self.mesh.sp_rank, self.mesh.sp_group
+        if pack.alone:
+            sp, rank, group = 1, 0, None
+        plan = head_plan(sp, rank, heads, k_1KtH.shape[1], width)
         q_tNH = by_token(q_1NtH)
         # Our kernels divide scores by √H
         scale = (given.get("scaling") or width**-0.5) * math.sqrt(width)
         if not math.isclose(scale, 1.0, rel_tol=1e-6):
             q_tNH = q_tNH * scale
-        group = self.mesh.sp_group
         sent = split_heads(q_tNH, by_token(k_1KtH), by_token(v_1KtH), plan, v_1KtH.dtype)
         received = all_to_all(sent, *plan.to_heads(t), group)
-        pack = self.pack
         out_TnH = attention(
             *q_k_v(received, plan),
             pack.cu_seqlens,
