@@ -39,6 +39,18 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         help="that each rank exchanges to measure the network (default: %(default)s)",
     )
     top.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="also say what a step of this model would wait for the network here",
+    )
+    top.add_argument(
+        "--tokens",
+        type=int,
+        default=16_384,
+        help="of that step, on each rank (default: %(default)s)",
+    )
+    top.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
     )
     return top
@@ -48,10 +60,18 @@ def main(words: list[str], program: str = PROGRAM) -> int:
     """Print the table, on rank 0. Exit status: 0 nothing is wrong, 1 something is."""
     options = parser(program).parse_args(words)
     calm_threads()
-    from retool.doctor.examine import examine
+    from retool.doctor.examine import Wanted, examine
     from retool.doctor.finding import table
 
-    found = examine(options.folder, options.command == "rl", options.megabytes, options.device)
+    wanted = Wanted(
+        options.folder,
+        options.command == "rl",
+        options.megabytes,
+        options.device,
+        options.model,
+        options.tokens,
+    )
+    found = examine(wanted)
     if os.environ.get("RANK", "0") == "0":
         print(table(found), flush=True)
     return int(any(finding.problem for finding in found))

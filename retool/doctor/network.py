@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,29 +19,76 @@ from retool.parallel.mesh import Mesh
 REPEATS = 3  # the fastest counts
 LOOKS = 5  # at the clocks; the least difference counts
 MOST_APART_S = 1.0  # of clocks: what is signed or stamped with a time is refused or misread
+INSIDE = "in a machine"
+BETWEEN = "between machines"
 SLOW_GPUS = 1.0  # Gbit/s between machines of GPUs: another network than was meant
 
 
-def findings(mesh: Mesh, machines: Sequence[Machine], megabytes: int) -> list[Finding]:
-    """Collective: every rank measures, and has the same findings."""
-    found = [_clocks(mesh, machines)]
+@dataclass(frozen=True)
+class Link:
+    """How ranks exchange data, `ranks` of them in each group and all groups at once.
+
+    Bytes a second that each sends in the collective, and seconds of an all-reduce of one number.
+    """
+
+    where: str
+    ranks: int
+    all_reduce: float
+    all_to_all: float
+    shortest: float
+
+    @property
+    def latency(self) -> float:
+        """Seconds of a message: the ring passes as many one after the other."""
+        return self.shortest / (2 * (self.ranks - 1))
+
+
+def clocks(mesh: Mesh, machines: Sequence[Machine]) -> Finding:
+    """Differences from rank 0's clock, read when all leave a barrier. Collective."""
+    looks = list[list[float]]()
+    for _ in range(LOOKS):
+        dist.barrier(group=mesh.world_group)
+        looks.append(gather_objects(time.time(), mesh.world_group))
+    apart = [min(abs(look[r] - look[0]) for look in looks) for r in range(mesh.world)]
+    worst = max(range(mesh.world), key=apart.__getitem__)
+    who = machines[worst].place.host
+    wrong = f"{who}'s differs from {machines[0].place.host}'s: start chrony or ntpd on both."
+    late = apart[worst] > MOST_APART_S
+    return Finding("clocks", f"at most {1000 * apart[worst]:,.0f} ms apart", wrong if late else "")
+
+
+def links(mesh: Mesh, machines: Sequence[Machine], megabytes: int) -> list[Link]:
+    """Collective: every rank measures, and has the same links."""
     hosts = [machine.place.host for machine in machines]
     names = list(dict.fromkeys(hosts))
     inside = [[r for r, host in enumerate(hosts) if host == name] for name in names]
-    groups = {"in a machine": inside}
+    groups = {INSIDE: inside}
     if len(names) > 1:
         most = max(map(len, inside))
-        across = [[ranks[i] for ranks in inside if i < len(ranks)] for i in range(most)]
-        groups["between machines"] = across
-    for where, parts in groups.items():
-        if len(parts[0]) > 1:
-            found += _exchanges(mesh, where, parts, megabytes)
+        groups[BETWEEN] = [[ranks[i] for ranks in inside if i < len(ranks)] for i in range(most)]
+    return [
+        _measure(mesh, where, parts, megabytes)
+        for where, parts in groups.items()
+        if len(parts[0]) > 1
+    ]
+
+
+def findings(mesh: Mesh, measured: Sequence[Link], megabytes: int) -> list[Finding]:
+    """What was measured, as lines of the table."""
+    found = list[Finding]()
+    for link in measured:
+        for name, rate in (("all-reduce", link.all_reduce), ("all-to-all", link.all_to_all)):
+            gbit = 8e-9 * rate
+            slow = mesh.device.type == "cuda" and link.where == BETWEEN and gbit < SLOW_GPUS
+            way_out = "Slow for GPUs. Name the fast network: NCCL_SOCKET_IFNAME, NCCL_IB_HCA."
+            text = f"{gbit:,.1f} Gbit/s from each rank ({megabytes} MB among {link.ranks}, all at once)"
+            found.append(Finding(f"{name} {link.where}", text, way_out if slow else ""))
+        text = f"{1e6 * link.latency:,.0f} µs a message (an all-reduce of one number)"
+        found.append(Finding(f"latency {link.where}", text))
     return found
 
 
-def _exchanges(
-    mesh: Mesh, where: str, parts: Sequence[Sequence[int]], megabytes: int
-) -> list[Finding]:
+def _measure(mesh: Mesh, where: str, parts: Sequence[Sequence[int]], megabytes: int) -> Link:
     """All-reduce and all-to-all in all parts at once, as training does it."""
     made = [dist.new_group(list(ranks)) for ranks in parts]
     group, size = next(
@@ -49,23 +97,24 @@ def _exchanges(
     numel = megabytes * 2**20 // 4 // size * size
     data = torch.zeros(numel, device=mesh.device)
     other = torch.empty_like(data)
-    share = (size - 1) / size
-    works: dict[str, tuple[float, Callable[[], object]]] = {
-        "all-reduce": (2 * share, lambda: dist.all_reduce(data, group=group)),
-        "all-to-all": (share, lambda: dist.all_to_all_single(other, data, group=group)),
-    }
-    found = list[Finding]()
-    for name, (sent, work) in works.items():
-        seconds = max(gather_objects(_fastest(mesh, work) if size > 1 else 0.0, mesh.world_group))
-        rate = 8e-9 * 4 * numel * sent / seconds
-        slow = mesh.device.type == "cuda" and where != "in a machine" and rate < SLOW_GPUS
-        way_out = "Slow for GPUs. Name the fast network: NCCL_SOCKET_IFNAME, NCCL_IB_HCA."
-        text = f"{rate:,.1f} Gbit/s from each rank ({megabytes} MB among {size}, all at once)"
-        found.append(Finding(f"{name} {where}", text, way_out if slow else ""))
+    number = torch.zeros(1, device=mesh.device)
+
+    def seconds(work: Callable[[], object]) -> float:
+        mine = _fastest(mesh, work) if size > 1 else 0.0
+        return max(gather_objects(mine, mesh.world_group))
+
+    sent = 4 * numel * (size - 1) / size
+    link = Link(
+        where,
+        size,
+        2 * sent / seconds(lambda: dist.all_reduce(data, group=group)),
+        sent / seconds(lambda: dist.all_to_all_single(other, data, group=group)),
+        seconds(lambda: dist.all_reduce(number, group=group)),
+    )
     for group in made:
         if isinstance(group, dist.ProcessGroup):
             dist.destroy_process_group(group)
-    return found
+    return link
 
 
 def _fastest(mesh: Mesh, work: Callable[[], object]) -> float:
@@ -78,17 +127,3 @@ def _fastest(mesh: Mesh, work: Callable[[], object]) -> float:
             torch.cuda.synchronize(mesh.device)
         took.append(time.perf_counter() - begun)
     return min(took[1:])
-
-
-def _clocks(mesh: Mesh, machines: Sequence[Machine]) -> Finding:
-    """Differences from rank 0's clock, read when all leave a barrier."""
-    looks = list[list[float]]()
-    for _ in range(LOOKS):
-        dist.barrier(group=mesh.world_group)
-        looks.append(gather_objects(time.time(), mesh.world_group))
-    apart = [min(abs(look[r] - look[0]) for look in looks) for r in range(mesh.world)]
-    worst = max(range(mesh.world), key=apart.__getitem__)
-    who = machines[worst].place.host
-    wrong = f"{who}'s differs from {machines[0].place.host}'s: start chrony or ntpd on both."
-    late = apart[worst] > MOST_APART_S
-    return Finding("clocks", f"at most {1000 * apart[worst]:,.0f} ms apart", wrong if late else "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,11 @@ from retool.doctor import machine
 from retool.doctor.__main__ import main
 from retool.doctor.finding import Finding, table
 from retool.doctor.machine import Machine
+from retool.doctor.network import Link
+from retool.doctor.speed import described, product_finding, step_finding
+from retool.model.traffic.machines import Machines
 from retool.parallel.network import Place
+from tests.model.tiny import SHAPE
 
 HERE = Machine(
     rank=0,
@@ -35,10 +41,14 @@ def problems(*machines: Machine) -> dict[str, str]:
 def test_one_process_is_told_what_is_here(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE}))
     words = ["--folder", str(tmp_path / "run"), "--command", "sft", "--device", "cpu"]
-    assert main(words) == 0
+    assert main([*words, "--model", str(tmp_path / "model")]) == 0
     said = capsys.readouterr().out
-    for subject in ("processes", "GPUs", "open files", "/dev/shm", "folder: writable"):
+    assert "16,384 tokens a rank: fsdp_size=1 waits 0%" in said
+    shutil.rmtree(tmp_path / "model")
+    for subject in ("processes", "GPUs", "product of matrices", "open files", "folder: writable"):
         assert f"✓ {subject}" in said, said
     assert said.endswith("nothing is wrong.\n") and [*tmp_path.iterdir()] == []
 
@@ -90,3 +100,27 @@ def test_limits_that_are_none() -> None:
 def test_long_lines_stay_in_their_column() -> None:
     lines = table([Finding("a", "word " * 40, "wrong " * 30)]).splitlines()
     assert max(map(len, lines)) <= 110 and all(line.startswith(("✗ a", " ")) for line in lines[:-2])
+
+
+def test_a_slow_gpu_and_a_model_that_cannot_be_read(tmp_path: Path) -> None:
+    assert not product_finding([HERE, THERE], [7e14, 6.9e14], cuda=True).problem
+    assert not product_finding([HERE, THERE], [7e14, 1e14], cuda=False).problem
+    slow = product_finding([HERE, THERE], [7e14, 1e14], cuda=True)
+    assert "rank 1 on b is slow" in slow.problem
+    assert slow.found == "100.0 to 700.0 TFLOP/s"
+    machines = Machines(1, 1.0, 1.0, 1.0)
+    assert "has no config.json" in step_finding(machines, 2, tmp_path, 10).problem
+
+
+def test_what_was_measured_is_what_a_step_is_planned_with(tmp_path: Path) -> None:
+    ranks = [replace(HERE, rank=0), replace(HERE, rank=1), THERE, replace(THERE, rank=3)]
+    links = [
+        Link("in a machine", 2, 8e9, 5e9, shortest=2e-5),
+        Link("between machines", 2, 1e6, 1e6, shortest=4e-4),
+    ]
+    found = described(ranks, links, [2e12, 1e12, 2e12, 2e12])
+    assert found == Machines(2, 8e9, 2e6, 0.55e12, 1e-5, 2e-4)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE}))
+    said = step_finding(found, 4, tmp_path, 1024).found
+    first, better = said.split("; ")
+    assert "fsdp_size=4 waits 9" in first and "fsdp_size=2" in better

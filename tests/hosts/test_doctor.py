@@ -11,14 +11,17 @@ from tests.hosts.network import Host
 
 
 @pytest.mark.slow
-def test_two_machines_are_compared(hosts: list[Host], tmp_path: Path) -> None:
+def test_two_machines_are_compared(work: Path, hosts: list[Host], tmp_path: Path) -> None:
     doctor = ["-m", "retool.doctor", "--command", "sft", "--megabytes", "4", "--folder"]
-    ended = run(hosts, 2, [*doctor, tmp_path], tmp_path / "logs")
+    model = ["--model", work / "model", "--tokens", "256"]
+    ended = run(hosts, 2, [*doctor, tmp_path, *model], tmp_path / "logs")
     assert [one.status for one in ended] == [0, 0], ended
     said = ended[0].text
     assert "2 on host-a (10.77.0.1), 2 on host-b (10.77.0.2)" in said
-    for work in ("all-reduce", "all-to-all"):
-        assert f"✓ {work} in a machine" in said and f"✓ {work} between machines" in said
+    for name in ("all-reduce", "all-to-all"):
+        assert f"✓ {name} in a machine" in said and f"✓ {name} between machines" in said
+    assert "✓ latency in a machine" in said and "✓ latency between machines" in said
+    assert "✓ a step's network" in said and "fsdp_size=4 waits" in said
     assert "✓ clocks" in said and "✓ folder: renames show" in said
     assert "✓" not in ended[1].text, "one table for all"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from retool.engine.backend import MEANING_NATIVE
 from retool.perf import GIB
@@ -117,7 +118,10 @@ def _network_words(report: RLReport) -> str:
     actor = config.actor_rollout_ref.actor
     document = config.data.max_prompt_length + config.data.max_response_length
     answers = actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
-    return traffic_words(report, answers * document, document)
+    assert report.choice is not None
+    # An update reduces its gradients after each micro-batch
+    unheld = replace(report, choice=replace(report.choice, hold=False))
+    return traffic_words(unheld, answers * document, document)
 
 
 def _reward_words(report: RLReport) -> str:
