@@ -2,18 +2,19 @@
 and samples.
 
     python benchmarks/rl_step.py --model FOLDER [--gpus 2] [--prompts 32] [--samples 8] \\
-        [--prompt 256] [--response 256] [--json out.json]
+        [--prompt 256] [--response 256] [--engines native,vllm] [--json out.json]
     python benchmarks/rl_step.py --shape tiny --prompts 4 --prompt 64 --response 16        a look at it on the CPU
 
 Each side is a job of its own (`--gpus` processes, by torchrun where there are several): `python -m
-retool.rl` as users start it, and TRL's trainer with DDP, once with `generate`, once with
-transformers' continuous batching, and with `--ways vllm` with vLLM in the same processes (its
-importance correction off, which would add a forward pass). bf16 compute, fp32 master weights (continuous batching turns
-TRL's into bf16), one optimizer step per batch, no reference, no recomputation. With random weights
-(FOLDER's, or fresh ones of `--shape`) a sample ends early once in 76,000 tokens; *tokens* has the
-mean response. A step goes from one optimizer step's end to the next one's, the first `--warm-up`
-not counted. *log-probs*: of the old policy, which neither needs here, and what comes between
-sampling and the update. TRL is looked for in `--trl` (a folder for PYTHONPATH) or where Python
+retool.rl` as users start it, with each of `--engines` (names of `rollout.name`), and TRL's trainer
+with DDP, once with `generate`, once with transformers' continuous batching, and with `--ways vllm`
+with vLLM in the same processes (its importance correction off, which would add a forward pass).
+bf16 compute, fp32 master weights (continuous batching turns TRL's into bf16), one optimizer step
+per batch, no reference, no recomputation. With random weights (FOLDER's, or fresh ones of
+`--shape`) a sample ends early once in 76,000 tokens; *tokens* has the mean response. A step goes
+from one optimizer step's end to the next one's, the first `--warm-up` not counted. *log-probs*: of
+the old policy, which neither needs here, and what comes between sampling and the update.
+TRL is looked for in `--trl` (a folder for PYTHONPATH) or where Python
 finds it. Its continuous batching gets a cache of three times what the samples need
 (`benchmarks/rollout.py` says why not all of the device).
 """
@@ -138,9 +139,11 @@ def write_prompts(path: Path, model: Path, count: int, tokens: int) -> None:
 # --- retool ---
 
 
-def run_retool(args: Namespace, model: Path, prompts: Path, folder: Path) -> list[dict[str, float]]:
+def run_retool(
+    args: Namespace, model: Path, prompts: Path, folder: Path, engine: str
+) -> list[dict[str, float]]:
     """The metrics of every step of the public command."""
-    out = folder / "retool"
+    out = folder / f"retool-{engine}"
     shutil.rmtree(out, ignore_errors=True)
     words = [
         f"data.train_files={prompts}",
@@ -149,6 +152,7 @@ def run_retool(args: Namespace, model: Path, prompts: Path, folder: Path) -> lis
         f"data.max_response_length={args.response}",
         "data.answer_format=null",
         f"{ARR}model.path={model}",
+        f"{ARR}rollout.name={engine}",
         f"{ARR}rollout.n={args.samples}",
         "trainer.resume_mode=disable",
         "trainer.val_before_train=false",
@@ -162,11 +166,12 @@ def run_retool(args: Namespace, model: Path, prompts: Path, folder: Path) -> lis
         f"trainer.default_local_dir={out}",
         f"trainer.device={args.device}",
         f"{ARR}actor.checkpoint.save_contents=[hf_model]",
+        *filter(None, args.overrides.split()),
     ]
     try:
-        launch(args, ["-m", "retool.rl", *words], folder / "retool.log")
+        launch(args, ["-m", "retool.rl", *words], folder / f"retool-{engine}.log")
     except RuntimeError as error:
-        print(f"retool: {error}", file=sys.stderr, flush=True)
+        print(f"retool with {engine}: {error}", file=sys.stderr, flush=True)
         if not (out / "metrics.jsonl").exists():
             raise
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -437,6 +442,10 @@ def main() -> None:
     parser.add_argument("--trl-warm-up", type=int, default=1)
     parser.add_argument("--trl-repeats", type=int, default=2)
     parser.add_argument(
+        "--engines", default="native", help="of retool: names of rollout.name, as native,vllm"
+    )
+    parser.add_argument("--overrides", default="", help="more keys of retool's, as key=value …")
+    parser.add_argument(
         "--ways",
         default="generate,continuous batching",
         help="of TRL to sample, vllm is another; empty: none",
@@ -465,7 +474,12 @@ def main() -> None:
         lines = list[dict[str, Any]]()
         work = f"{args.prompts} prompts of {args.prompt} tokens × {args.samples} samples of {args.response}"
         head(f"{hardware(device)}, {args.gpus} processes\n{work}", COLUMNS)
-        ways = {"retool": partial(run_retool, args, args.model, prompts, folder)}
+        ways = {
+            "retool" if engine == "native" else f"retool with {engine}": partial(
+                run_retool, args, args.model, prompts, folder, engine
+            )
+            for engine in args.engines.split(",")
+        }
         ways |= {
             f"TRL, {way}": partial(run_trl, args, args.model, prompts, folder, way)
             for way in filter(None, args.ways.split(","))
@@ -473,7 +487,7 @@ def main() -> None:
         for name, run in ways.items():
             counts = (
                 (args.warm_up, args.repeats)
-                if name == "retool"
+                if name.startswith("retool")
                 else (args.trl_warm_up, args.trl_repeats)
             )
             lines.append({"name": name, **attempt(partial(summary, run, *counts))})

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from retool.engine.engine import Engine
 from retool.engine.memory import EngineMemory
 from retool.engine.types import EngineOptions, SamplingParams, TurnDone
+from retool.engine.vllm.engine import VllmEngine
+from retool.engine.vllm.start import is_installed as vllm_is_installed
 from retool.model.config import ModelConfig
 from retool.parallel.fsdp import Sharded
 from retool.parallel.fsdp.layout import Layout
@@ -87,6 +89,10 @@ class RolloutEngine(Sampler, Protocol):
         """Give back the memory until the next `sync`; every sequence is forgotten."""
         ...
 
+    def close(self) -> None:
+        """The run is over, whichever way: let go of what would outlive it."""
+        ...
+
 
 class InProcessEngine(RolloutEngine, Protocol):
     """A rollout engine in the training processes: how it is made."""
@@ -103,21 +109,32 @@ class InProcessEngine(RolloutEngine, Protocol):
 
 
 # `rollout.name` → class. `RolloutConfig.name` says the same names, for it is read without torch.
-BACKENDS: dict[str, type[InProcessEngine]] = {"native": Engine}
-# What existing scripts say. They mean the native engine, as the start-up says, until these exist.
+BACKENDS: dict[str, type[InProcessEngine]] = {"native": Engine, "vllm": VllmEngine}
+# What existing scripts say, too. Where it can't be had it means the native engine, as the start-up
+# says.
 MEANING_NATIVE = ("vllm", "sglang", "hf")
+
+
+def meaning(name: str) -> str:
+    """The backend that `rollout.name` stands for here: vLLM is itself where it is installed.
+
+    ValueError for a name that means nothing.
+    """
+    if name == "vllm" and vllm_is_installed():
+        return name
+    if name in MEANING_NATIVE:
+        return "native"
+    if name not in BACKENDS:
+        raise ValueError(
+            f"rollout.name={name}: there is no such backend. There is {', '.join(BACKENDS)}; "
+            f"{', '.join(MEANING_NATIVE)} may mean native."
+        )
+    return name
 
 
 def find_backend(name: str) -> type[InProcessEngine]:
     """The class that `rollout.name` asks for. ValueError for a name that means nothing."""
-    if name in MEANING_NATIVE:
-        return BACKENDS["native"]
-    if name not in BACKENDS:
-        raise ValueError(
-            f"rollout.name={name}: there is no such backend. There is {', '.join(BACKENDS)}; "
-            f"{', '.join(MEANING_NATIVE)} mean native."
-        )
-    return BACKENDS[name]
+    return BACKENDS[meaning(name)]
 
 
 def make_engine(

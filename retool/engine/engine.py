@@ -159,6 +159,9 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def close(self) -> None:
+        """Nothing outlives it."""
+
     def _ready(self) -> Scheduler:
         if self.scheduler is None:
             raise ValueError("the engine has no weights: call sync(model) first.")

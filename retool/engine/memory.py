@@ -86,8 +86,10 @@ def cache_bytes(
     device: torch.device,
     group: dist.ProcessGroup | None,
     useful: int,
+    weights: int = 0,
 ) -> int:
-    """Bytes for the KV cache, of which `useful` are of use. Collective.
+    """Bytes for the KV cache, of which `useful` are of use, where `weights` are still to come.
+    Collective.
 
     The smallest of the group's, as one page table serves all of its ranks.
     """
@@ -97,7 +99,7 @@ def cache_bytes(
         return min(2 * useful + (1 << 20), MAX_CPU_KV_BYTES)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    share = int((free - work_bytes(options, config, dtype)) * options.kv_share)
+    share = int((free - weights - work_bytes(options, config, dtype)) * options.kv_share)
     box = torch.tensor([max(0, share)], device=device)
     if group is not None:
         dist.all_reduce(box, dist.ReduceOp.MIN, group=group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -60,7 +61,7 @@ class EngineOptions:
     neighbours all the same: on how many of them chose the same expert.
 
     `return_experts`: a turn tells which experts computed its tokens. Needs a model with experts, and
-    an engine of one GPU.
+    an engine of one GPU. `model_folder` has the model's config.json, for engines that read it.
     """
 
     max_num_seqs: int = 256
@@ -75,6 +76,7 @@ class EngineOptions:
     run_ahead: bool | Literal["auto"] = "auto"
     deterministic: bool = False
     return_experts: bool = False
+    model_folder: Path | None = None
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:

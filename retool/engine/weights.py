@@ -95,16 +95,17 @@ class Weights:
             buffer = torch.empty(unit.numel, dtype=dtype, device=self.device)
             for slot in unit.slots:
                 flat = buffer[slot.offset : slot.offset + slot.numel]
-                self._point(slot.name, flat.view(slot.shape))
+                point(self.decoder, slot.name, flat.view(slot.shape), trained=True)
             self.buffers.append(buffer)
 
-    def _point(self, name: str, view: torch.Tensor) -> None:
-        """Make a parameter, and what is tied to it, a view of the buffer."""
-        path, _, leaf = name.rpartition(".")
-        old = self.decoder.get_submodule(path)._parameters[leaf]
-        new = nn.Parameter(view)
-        # Tied parameters are one object in two modules, and must be one view of the buffer too
-        for module in self.decoder.modules():
-            for key, parameter in list(module._parameters.items()):
-                if parameter is old:
-                    module._parameters[key] = new
+
+def point(model: nn.Module, name: str, view: torch.Tensor, trained: bool = False) -> None:
+    """Make a parameter, and what is tied to it, a view of other memory."""
+    path, _, leaf = name.rpartition(".")
+    old = model.get_submodule(path)._parameters[leaf]
+    new = nn.Parameter(view, requires_grad=trained)
+    # Tied parameters are one object in two modules, and must be one view of the buffer too
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is old:
+                module._parameters[key] = new

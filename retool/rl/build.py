@@ -101,7 +101,7 @@ def open_engine(report: RLReport, mesh: Mesh, engines: int) -> RolloutEngine:
     rollout = config.actor_rollout_ref.rollout
     assert report.model is not None and report.folder is not None
     if rollout.name != SERVER:
-        options = engine_options(config)
+        options = replace(engine_options(config), model_folder=report.folder)
         group = engine_group(mesh, engines)
         return make_engine(rollout.name, report.model, mesh.device, options, group)
     wanted = rollout.server

@@ -45,7 +45,6 @@ from retool.rl.objective.policy import update_step
 from retool.rl.preflight.identity import fingerprints
 from retool.rl.preflight.plan import RLReport
 from retool.rl.report import write_training, write_validation
-from retool.rl.server.engine import ServerEngine
 from retool.rl.state import TrainState, adapted_kl_coef
 from retool.rl.types import Group, Scored, trainable
 from retool.rl.validate import validation_metrics
@@ -357,12 +356,11 @@ def saved_at_least(session: Session[RLReport], state: TrainState) -> Iterator[No
 
 @contextmanager
 def let_go(run: Run) -> Iterator[None]:
-    """However the run ends, its judges and tools end too, and servers are left alone."""
+    """However the run ends, its engine, judges and tools end too."""
     try:
         yield
     finally:
-        if isinstance(run.engine, ServerEngine):
-            run.engine.close()
+        run.engine.close()
         if run.judges is not None:
             run.judges.close()
         if run.rollout is not None and run.rollout.worlds is not None:

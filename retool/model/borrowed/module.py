@@ -7,6 +7,7 @@ Legend: t tokens of this rank · D model · V vocab.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,8 +36,9 @@ PREFIX = "causal."
 Unit = tuple[str, list[nn.Module]]
 
 
-def causal_model(content: str) -> Any:
-    """transformers' module of a config.json's text, on the meta device.
+def causal_model(content: str, attention: str = NAME) -> Any:
+    """transformers' module of a config.json's text, on the meta device; `attention` is the name of
+    its function, in transformers' table.
 
     ValueError where transformers can't make it.
     """
@@ -45,17 +47,18 @@ def causal_model(content: str) -> Any:
     )
 
     make_known()
-    config = loaded_config(content)
+    # It is told its attention: others are made of the same configuration
+    config = copy.deepcopy(loaded_config(content))
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         with torch.device("meta"):
             model = kind._from_config(
                 config,
-                attn_implementation=NAME,
+                attn_implementation=attention,
                 dtype=torch.float32,
             )
     except Exception as error:  # whatever its own code finds wrong with the sizes
-        if isinstance(error, KeyError) and error.args == (NAME,):
+        if isinstance(error, KeyError) and error.args == (attention,):
             problem = "its attention layers call no other function than their own"
         else:
             problem = f"transformers can't make a model of it ({why(error)})"

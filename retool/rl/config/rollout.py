@@ -125,7 +125,8 @@ class RolloutConfig:
     """Sampling."""
 
     name: Literal["native", "vllm", "sglang", "hf", "server"] = option(
-        "native", "Our engine, or servers; vllm, sglang and hf mean native here."
+        "native",
+        "Our engine; vllm, where it is installed (else native, as sglang and hf mean); or servers.",
     )
     n: int = option(16, "Samples per prompt.", minimum=1)
     temperature: float = option(1.0, "Of the policy, in training too.", above=0)

@@ -37,6 +37,7 @@ from retool.rl.config import RLConfig
 from retool.rl.config.data import DataConfig
 from retool.rl.data import PromptOptions, load_prompts
 from retool.rl.objective.user_functions import find_estimator, find_loss
+from retool.rl.preflight.backends import backend_faults
 from retool.rl.preflight.identity import PATH, with_identity
 from retool.rl.preflight.keys import LOSS_KEY, contradictions, notes
 from retool.rl.preflight.memory import StepMemory
@@ -84,7 +85,11 @@ def preflight(
     report = with_model(report, config.actor_rollout_ref.model.path)
     first = not int(launcher.get("LOCAL_RANK", 0))
     report = check_run(report, box, launcher)
-    report = report.blame(*_engine_faults(report), *server_faults(config, reach=first))
+    report = report.blame(
+        *_engine_faults(report),
+        *backend_faults(config, report.model, planning),
+        *server_faults(config, reach=first),
+    )
     report = with_environment(_with_objective(_with_renderer(report)), held)
     report = _with_functions(report, first, held)
     report = _with_prompts(report)

@@ -31,12 +31,18 @@ def server_faults(config: RLConfig, reach: bool) -> Iterator[Fault]:
         where = f"{_ROLLOUT}.tensor_model_parallel_size={rollout.tensor_model_parallel_size}"
         problem = "is for an engine in the training processes, and servers sample."
         yield Fault(where, problem, "Leave it out, and give each server its GPUs when it starts.")
-    if rollout.top_p < 1 or rollout.top_k > 0:
-        where = f"{_ROLLOUT}.top_p={rollout.top_p:g}, top_k={rollout.top_k}"
-        problem = "leaves out tokens, and servers don't say what was drawn from."
-        yield Fault(where, problem, "Use top_p=1 top_k=-1 in training; val_kwargs may have others.")
+    yield from filter_faults(config, "servers don't")
     for url in dict.fromkeys(urls):
         yield from _address(url, reach)
+
+
+def filter_faults(config: RLConfig, who: str) -> Iterator[Fault]:
+    """Sampling from a part of the vocabulary, by `who` tells log-probabilities of that part alone."""
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        where = f"{_ROLLOUT}.top_p={rollout.top_p:g}, top_k={rollout.top_k}"
+        problem = f"leaves out tokens, and {who} say what was drawn from."
+        yield Fault(where, problem, "Use top_p=1 top_k=-1 in training; val_kwargs may have others.")
 
 
 def _address(url: str, reach: bool) -> Iterator[Fault]:

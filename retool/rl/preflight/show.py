@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from retool.engine.backend import MEANING_NATIVE
+from retool.engine.backend import MEANING_NATIVE, meaning
+from retool.engine.vllm.start import version as vllm_version
 from retool.perf import GIB
 from retool.preflight.show import memory_words, model_words, traffic_words, written_words
 from retool.rl.agent.environments.load import EnvironmentSource
@@ -20,10 +21,10 @@ def in_words(report: RLReport) -> Iterator[tuple[str, str]]:
     """(topic, text) of what the run will do."""
     wanted = report.config.actor_rollout_ref
     name = wanted.rollout.name
-    if name in MEANING_NATIVE:
-        yield "engine", _native_words(name)
     if name == SERVER:
         yield "engine", _server_words(report)
+    elif name in MEANING_NATIVE:
+        yield "engine", _engine_words(name)
     processes = report.world.processes
     assert report.train is not None
     sp = wanted.actor.ulysses_sequence_parallel_size
@@ -61,12 +62,18 @@ def in_words(report: RLReport) -> Iterator[tuple[str, str]]:
     yield "written", written_words(report, ", report/")
 
 
-def _native_words(name: str) -> str:
+def _engine_words(name: str) -> str:
     """What stands behind the name of another engine, and how to have that one."""
+    if meaning(name) == "vllm":
+        return (
+            f"rollout.name=vllm: vLLM {vllm_version()} samples in the training processes. Use "
+            "rollout.name=native for retool's own engine."
+        )
     said = f"rollout.name={name} means native here: the in-process engine samples."
-    if name == "hf":
-        return said
-    return f"{said} For {name} itself start its server, and use rollout.name=server."
+    server = "start its server, and use rollout.name=server."
+    if name == "vllm":
+        return f"{said} For vLLM itself install it (pip install 'retool-train[vllm]'), or {server}"
+    return said if name == "hf" else f"{said} For {name} itself {server}"
 
 
 def _server_words(report: RLReport) -> str:

@@ -13,8 +13,8 @@ import torch
 
 from retool.checkpoint.format.safetensors import WeightsWriter
 from retool.checkpoint.hf.side_files import copy_side_files
-from retool.parallel.collectives import all_gather_flat
 from retool.parallel.fsdp import Sharded
+from retool.parallel.fsdp.whole import named, whole_units
 from retool.rl.server.dialects import DIALECT_OF_OWNER, DIALECTS
 from retool.rl.server.fleet import Fleet, Server, ServerOptions
 
@@ -51,17 +51,9 @@ def write_weights(sharded: Sharded, folder: Path, model_folder: Path) -> str:
     first = sharded.mesh.rank == 0
     if first:
         writer = attempt(begin)
-    group = sharded.mesh.shard_group
-    for unit, layout in zip(sharded.units, sharded.layout.units, strict=True):
-        whole = unit.shard.to(sharded.param_dtype)
-        if group is not None:
-            shard = whole
-            whole = shard.new_empty(layout.numel)
-            all_gather_flat(whole, shard, group=group)
+    for layout, whole in whole_units(sharded):
         if writer is not None:
-            flat = whole.cpu()
-            for member in layout.members:
-                piece = flat[member.offset : member.offset + member.numel]
+            for _, piece in named(layout, whole.cpu()):
                 attempt(lambda piece=piece: writer.write(piece))
     if writer is not None:
         attempt(writer.close)
