@@ -8,6 +8,7 @@ import asyncio
 import os
 import re
 import signal
+from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -161,7 +162,9 @@ class Queueing:
     def __init__(self, seconds: float) -> None:
         self.seconds, self.gate = seconds, asyncio.Semaphore(2)
 
-    async def run(self, code: str, timeout: float) -> Result:
+    async def run(
+        self, code: str, timeout: float, files: Mapping[str, bytes] | None = None
+    ) -> Result:
         begun = asyncio.get_running_loop().time()
         async with self.gate:
             queued = asyncio.get_running_loop().time() - begun

@@ -5,8 +5,10 @@ answers don't see each other's.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +76,53 @@ xs
         "kept True True",
         "[1, 2]",
     ]
+
+
+def test_a_row_s_files_are_there_when_a_session_begins(tool) -> None:
+    row = of_row({"data.csv": "town,price\nRiga,5\n", "of_other_rows.csv": None})
+
+    async def main() -> list[ToolResult]:
+        state = await tool.open_state(row)
+        programs = (
+            "import os\nprint(open('data.csv').read(), 'of_other_rows.csv' in os.listdir())",
+            "open('data.csv', 'a').write('Rome,7\\n')\nprint(len(open('data.csv').readlines()))",
+            "print(open('data.csv').read().split()[-1])\nos._exit(0)",  # the session ends
+            "print(len(open('data.csv').readlines()))",
+        )
+        return [await tool.call_state(state, {"code": code}) for code in programs]
+
+    first, changes, last, anew = [result.text for result in asyncio.run(main())]
+    assert first.split() == ["town,price", "Riga,5", "False"]
+    assert changes.splitlines()[-1] == "3" and last.startswith("Rome,7\n") and last.endswith(ENDED)
+    assert anew == "2"
+
+
+def test_without_a_session_a_row_s_files_are_there_in_each_call(tool) -> None:
+    files = of_row({"a.txt": "ä"})["extra_info"]["tools_kwargs"]["code_interpreter"][
+        "execute_kwargs"
+    ]
+    call = {"code": "print(open('a.txt').read())\nopen('a.txt', 'w').close()", **files}
+    results = [asyncio.run(tool.interpreter.call(call)).text for _ in range(2)]
+    assert results == ["ä", "ä"]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["data.csv"], "execute_kwargs.files is a list: give a mapping from file names to texts"),
+        ({"data.csv": 5}, "'data.csv' is a int: give its text"),
+        ({"../data.csv": ""}, "file name '../data.csv' must be a relative path"),
+    ],
+)
+def test_a_row_s_files_of_another_form_are_refused(tool, files, said) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        asyncio.run(tool.open_state(of_row(files)))
+
+
+def of_row(files: object) -> dict[str, Any]:
+    """A row with `files` for the interpreter."""
+    kwargs = {"code_interpreter": {"execute_kwargs": {"files": files}}}
+    return {"extra_info": {"tools_kwargs": kwargs}}
 
 
 def test_what_was_there_before_an_error_is_kept(tool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from retool.rl.agent.tools.protocol import ToolResult, function_of
 from retool.sandbox import Limits, Result, Sandbox
 from retool.sandbox.fusion_client import SandboxFusion
+from retool.sandbox.result import safe_name
 
 MAX_STDERR_LINES = 12  # that the model reads, the last ones
 TRIAL_SECONDS = 20.0  # that a program of ours may take before the run
@@ -113,9 +114,14 @@ class CodeInterpreter:
         self._last_end = 0.0  # of a program, on the event loop's clock
 
     async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
-        """`arguments` are those the model wrote, parsed; wrong ones are answered, not raised."""
+        """`arguments` are those the model wrote, parsed; wrong ones are answered, not raised. `files`
+        among them are the row's, which the program finds.
+        """
         code = self.program_in(arguments)
-        return code if isinstance(code, ToolResult) else result_of(await self.run(code))
+        if isinstance(code, ToolResult):
+            return code
+        files = contents_of(arguments.get("files"), self.name)
+        return result_of(await self.run(code, files=files))
 
     def program_in(self, arguments: Mapping[str, Any]) -> str | ToolResult:
         """The program that a call has, or what is answered to one without."""
@@ -146,18 +152,22 @@ class CodeInterpreter:
         return f"print(6 * 7) gives {result_text(result)[:200]!r} ({result.status})"
 
     async def run(
-        self, code: str, timeout: float | None = None, session: bytes | None = None
+        self,
+        code: str,
+        timeout: float | None = None,
+        session: bytes | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> Result:
         """What a program comes to within `timeout` seconds (None: as configured). `session` is what
-        the program before it left, see `Sandbox.run`.
+        the program before it left, and `files` are laid beside it: see `Sandbox.run`.
         """
         loop = asyncio.get_running_loop()
         seconds = self.config.default_timeout if timeout is None else timeout
         patience = STALLED_SECONDS + self.config.default_timeout
         if session is None or not isinstance(self._backend, Sandbox):
-            running = self._backend.run(code, timeout=seconds)
+            running = self._backend.run(code, timeout=seconds, files=files)
         else:
-            running = self._backend.run(code, timeout=seconds, session=session)
+            running = self._backend.run(code, timeout=seconds, files=files, session=session)
         work = loop.create_task(running)
         begin = loop.time()
         try:
@@ -188,6 +198,25 @@ def _only_argument(schema: Mapping[str, Any]) -> str:
             f"the code interpreter takes one argument, its schema requires {list(names)}."
         )
     return str(names[0])
+
+
+def contents_of(given: Any, tool: str) -> dict[str, bytes]:
+    """The files that a row gives the interpreter, name → text, as bytes. ValueError in another form."""
+    where = f"extra_info.tools_kwargs.{tool}.execute_kwargs.files"
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"{where} is a {type(given).__name__}: give a mapping from file names to texts."
+        )
+    contents: dict[str, bytes] = {}
+    for name, text in given.items():
+        if text is None:
+            continue  # a column that other rows have
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {name!r} is a {type(text).__name__}: give its text.")
+        contents[safe_name(str(name))] = text.encode()
+    return contents
 
 
 def _open_backend(config: InterpreterConfig) -> Sandbox | SandboxFusion:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from retool.rl.agent.tools.interpreter import CodeInterpreter, result_of, result_text
+from retool.rl.agent.tools.interpreter import CodeInterpreter, contents_of, result_of, result_text
+from retool.rl.agent.tools.of_row import kwargs_of
 from retool.rl.agent.tools.protocol import ToolResult
 from retool.sandbox import Result
 
@@ -18,10 +19,13 @@ ENDED = (
 
 @dataclass
 class Notebook:
-    """What an answer's programs have left so far, and how many seconds they took."""
+    """What an answer's programs have left so far, and how many seconds they took. `files` are the
+    row's, which the session begins with.
+    """
 
     left: bytes = b""
     seconds: float = 0.0
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class InterpreterSession:
@@ -39,8 +43,8 @@ class InterpreterSession:
         self.schema = interpreter.schema
 
     async def open_state(self, row: Mapping[str, Any]) -> Notebook:
-        del row
-        return Notebook()
+        given = kwargs_of(row.get("extra_info") or {}, self.name, "execute_kwargs")
+        return Notebook(files=contents_of(given.get("files"), self.name))
 
     async def call_state(self, state: Notebook, arguments: Mapping[str, Any]) -> ToolResult:
         code = self.interpreter.program_in(arguments)
@@ -52,7 +56,8 @@ class InterpreterSession:
             text = f"TimeoutError: the session's {config.session_timeout:g} s are used up."
             return ToolResult(text, "timeout")
         timeout = min(config.default_timeout, seconds_left)
-        result = await self.interpreter.run(code, timeout, state.left)
+        files = {} if state.left else state.files
+        result = await self.interpreter.run(code, timeout, state.left, files)
         state.seconds += result.execution_time
         state.left = result.session
         return result_of(result) if state.left or result.infrastructure else _ended(result)
