@@ -8,11 +8,12 @@ import subprocess
 
 import pytest
 
+from tests.rl.agent.test_openenv import LIGHTS, server
 from tests.rl.agent.test_verifiers import rows_of, tasksets
 from tests.rl.test_command import TORCHRUN, steps
 from tests.rl.test_environment_runs import WORLD, brief, played
 
-__all__ = ["brief", "tasksets"]
+__all__ = ["brief", "server", "tasksets"]
 
 
 def run(work, out, *more) -> list[dict]:
@@ -48,3 +49,28 @@ def test_a_run_in_a_game_of_verifiers(brief, tasksets, tmp_path) -> None:
         # Each turn that verifiers has heard of is worth a hundredth
         assert 0.01 <= entry["environment/reward/mean"] <= 1.03
         assert entry["num_turns/max"] > 2 and entry["stop/done"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("over_http", [False, True])
+def test_a_run_in_openenv_s_lights(brief, server, tmp_path, over_http) -> None:
+    """In each rank's own process, or at a server that both speak to: what breaks is lost."""
+    prompt = [{"role": "user", "content": "Switch them on."}]
+    row = {"data_source": "lights", "prompt": prompt, "extra_info": {"reset": {"broken": ""}}}
+    broken = {**row, "extra_info": {"reset": {"broken": "a fuse"}}}
+    rows = [row] * 4 + [broken, *[row] * 7]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    maps = tmp_path / "maps.py"
+    maps.write_text("def press(message):\n    return {'light': len(message['content']) % 3}\n")
+    name = server[0] if over_http else f"{LIGHTS}/LightsEnvironment"
+    more = [
+        f"data.train_files={file}",
+        "data.shuffle=false",
+        f"{WORLD}.name=openenv:{name}",
+        f"{WORLD}.kwargs.to_action={maps}/press",
+    ]
+    found = run(brief, tmp_path / "run", *more)
+    assert len(found) == 2
+    assert found[0]["stop/infrastructure"] == 0 < found[1]["stop/infrastructure"] <= 4
+    assert found[0]["environment/reward/max"] > 0

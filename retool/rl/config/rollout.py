@@ -31,7 +31,7 @@ class EnvironmentConfig:
         None,
         "The class in it: reset(row) -> messages[, tools]; step(message) -> (messages, reward, done); "
         "close() if it likes. Each trajectory has an object of its own. Without a path: "
-        "verifiers:TASKSET.",
+        "verifiers:TASKSET, or openenv:CLASS-OR-URL.",
     )
     kwargs: dict[str, Any] = option({}, "What it is made with, e.g. {difficulty: 3}.")
     timeout_seconds: float = option(

@@ -87,4 +87,10 @@ def _of_verifiers(name: str, kwargs: Mapping[str, Any]) -> Callable[[], Any]:
     return House(name, kwargs)
 
 
-LIBRARIES = {"verifiers": _of_verifiers}
+def _of_openenv(name: str, kwargs: Mapping[str, Any]) -> Callable[[], Any]:
+    from retool.rl.agent.environments.openenv.source import Source
+
+    return Source(name, kwargs)
+
+
+LIBRARIES = {"verifiers": _of_verifiers, "openenv": _of_openenv}
