@@ -13,6 +13,8 @@ WORKERS   ?= 2
 GPUS      ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
 BENCH     ?= $(wildcard benchmarks/sft.py)
 
+# Compiled modules are kept, whatever the shell says: else each worker compiles all tests anew, and each new interpreter retool.
+export PYTHONDONTWRITEBYTECODE :=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 

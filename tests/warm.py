@@ -2,7 +2,7 @@
 interpreter spends four seconds on importing torch and transformers, and `torchrun` one for each.
 
 What a fork can't show needs `subprocess`: what an import costs, and what is read from the
-environment while a library is imported. The published SFT command is started that way too.
+environment while a library is imported. The published SFT command is started that way too, by the slow tests.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def resident() -> tuple[float, float]:
 
 @pytest.mark.parametrize(
     ("writers", "bound"),
-    [(1, 24), (2, THREADS * CHUNK * 4 / MB)],
+    [pytest.param(1, 24, marks=pytest.mark.slow), (2, THREADS * CHUNK * 4 / MB)],
     ids=["same ranks", "other ranks"],
 )
 def test_a_load_adds_a_few_chunks_to_the_shards_it_fills(

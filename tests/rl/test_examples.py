@@ -17,6 +17,7 @@ from examples.retool_recipe import CustomRLHFDataset, compute_score
 from retool.metrics import read_jsonl
 from retool.rl.__main__ import main
 from retool.rl.agent.tools.load import load_tools
+from tests import warm
 from tests.rl.test_command import ARR, words
 from tests.rl.test_config import PUBLISHED
 
@@ -48,21 +49,33 @@ def test_rl_from_scratch_learns(work) -> None:
     assert sum(means[-3:]) > sum(means[:3]) + 0.3, means
 
 
+# In a process that finds nothing of the repository but the package
+ALONE = """
+import os, sys
+model, folder = sys.argv[1:]
+others = [path for path in sys.path if not os.path.isdir(os.path.join(path, "examples"))]
+sys.path[:] = [folder, *others]
+for name in [*sys.modules]:
+    if name.split(".")[0] in ("examples", "tests"):
+        del sys.modules[name]
+import custom_data, custom_reward, custom_tool, retool_recipe, rl_from_scratch
+rl_from_scratch.main(model, 1)
+try:
+    import examples
+except ModuleNotFoundError:
+    print("nothing else is found")
+"""
+
+
 def test_copied_out_of_the_repository_they_need_nothing_but_the_package(
     work, tmp_path, repository
 ) -> None:
     for name in ("rl_from_scratch", "custom_reward", "custom_tool", "custom_data", "retool_recipe"):
         shutil.copy(EXAMPLES / f"{name}.py", tmp_path)
     (tmp_path / "retool").symlink_to(repository / "retool")
-    code = "import custom_data, custom_reward, custom_tool, retool_recipe, sys, rl_from_scratch; rl_from_scratch.main(sys.argv[1], 1)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, work / "model"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = warm.run([sys.executable, "-c", ALONE, work / "model", tmp_path])
     assert done.returncode == 0 and "step 1: score" in done.stdout, done.stderr
+    assert "nothing else is found" in done.stdout
 
 
 def test_custom_reward() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,15 +54,35 @@ def default_sandbox(secrets: None) -> Iterator[Sandbox]:
 
 
 @pytest.fixture(scope="package")
-def arenas(secrets: None) -> Iterator[list[Arena]]:
-    """One for each mode, best effort: what holds in which is for the attacks to tell."""
-    opened = []
-    try:
-        for mode in modes_here():
+def arena_of(secrets: None) -> Iterator[Callable[[Mode], Arena]]:
+    """A mode's arena, opened when it is first asked for: it takes a second or two.
+
+    Best effort: what holds in which mode is for the attacks to tell.
+    """
+    opened: dict[Mode, Arena] = {}
+
+    def arena(mode: Mode) -> Arena:
+        if mode not in opened:
             around = World.open(open_folder(), mode.uid, library(mode.python))
-            opened.append(Arena(mode, mode.start(), around))
-        yield opened
+            opened[mode] = Arena(mode, mode.start(), around)
+        return opened[mode]
+
+    try:
+        yield arena
     finally:
-        for arena in opened:
-            arena.sandbox.close()
-            arena.world.close()
+        for each in opened.values():
+            each.sandbox.close()
+            each.world.close()
+
+
+@pytest.fixture(scope="package")
+def arenas(arena_of: Callable[[Mode], Arena]) -> list[Arena]:
+    """One for each mode."""
+    return [arena_of(mode) for mode in modes_here()]
+
+
+@pytest.fixture(scope="package")
+def outermost_arenas(arena_of: Callable[[Mode], Arena]) -> list[Arena]:
+    """Of the mode with all layers of isolation, and of the one with the fewest."""
+    modes = modes_here()
+    return [arena_of(mode) for mode in (modes[0], modes[-1])]

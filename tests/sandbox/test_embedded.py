@@ -388,7 +388,7 @@ def leaks(sandbox: Sandbox, calls: int) -> None:
             )
             assert not [result for result in results if result.status not in ("success", "error")]
 
-    asyncio.run(main(100))
+    asyncio.run(main(50))
     before = state()
     asyncio.run(main(calls))
     after = state()
@@ -397,8 +397,8 @@ def leaks(sandbox: Sandbox, calls: int) -> None:
     assert after[2] == before[2]
 
 
-def test_no_leak_over_100_calls(default_sandbox: Sandbox) -> None:
-    leaks(default_sandbox, 100)
+def test_no_leak_over_50_calls(default_sandbox: Sandbox) -> None:
+    leaks(default_sandbox, 50)
 
 
 @pytest.mark.slow

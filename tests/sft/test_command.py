@@ -42,6 +42,7 @@ PUBLISHED = """data.train_files={work}/train.parquet data.val_files={work}/val.p
     trainer.experiment_name=multiturn-sft-Qwen2.5-0.5B-Instruct
     trainer.logger=["console"] trainer.total_epochs=2
     ulysses_sequence_parallel_size=2 use_remove_padding=true"""
+Start = Callable[[list[str]], subprocess.CompletedProcess[str]]
 TORCHRUN = [
     sys.executable,
     "-m",
@@ -77,14 +78,17 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     return [entry for entry in read_jsonl(folder / "metrics.jsonl") if "train/loss" in entry]
 
 
-def test_published_command(work: Path, tmp_path: Path) -> None:
+def from_a_shell(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Three new interpreters: fifteen seconds, most of which go to importing torch."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=170)
+
+
+@pytest.mark.parametrize(
+    "start", [warm.run, pytest.param(from_a_shell, marks=pytest.mark.slow)], ids=["warm", "shell"]
+)
+def test_published_command(start: Start, work: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = subprocess.run(
-        [*TORCHRUN, *PUBLISHED.format(work=work, out=out).split(), "optim.lr=1e-3"],
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
+    done = start([*TORCHRUN, *PUBLISHED.format(work=work, out=out).split(), "optim.lr=1e-3"])
     assert done.returncode == 0, done.stderr[-3000:]
     entries = steps(out)
     assert [e["step"] for e in entries] == [1, 2, 3, 4, 5, 6], (
@@ -282,13 +286,18 @@ def test_padding_and_micro_batches_change_nothing(work: Path, tmp_path: Path) ->
 
 
 SIGNALS = [
-    (signal.SIGTERM, []),
-    (signal.SIGINT, []),
-    (signal.SIGUSR1, ["--signals-to-handle", "SIGTERM,SIGUSR1"]),
+    pytest.param(signal.SIGTERM, [], id="TERM"),
+    pytest.param(signal.SIGINT, [], id="INT"),
+    pytest.param(
+        signal.SIGUSR1,
+        ["--signals-to-handle", "SIGTERM,SIGUSR1"],
+        marks=pytest.mark.slow,
+        id="USR1",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("asked", "flags"), SIGNALS, ids=["TERM", "INT", "USR1"])
+@pytest.mark.parametrize(("asked", "flags"), SIGNALS)
 def test_asked_to_stop_under_torchrun(
     work: Path, tmp_path: Path, asked: signal.Signals, flags: list[str]
 ) -> None:

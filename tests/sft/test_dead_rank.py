@@ -46,7 +46,7 @@ ACCIDENTS = {
 FOLLOWER = "rank 0 ends because another rank is gone"
 
 
-@pytest.mark.parametrize("accident", ACCIDENTS)
+@pytest.mark.parametrize("accident", ["raises", pytest.param("killed", marks=pytest.mark.slow)])
 def test_a_dead_rank_ends_the_others_and_its_error_comes_first(
     work: Path, tmp_path: Path, accident: str
 ) -> None:
