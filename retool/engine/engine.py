@@ -203,7 +203,14 @@ class Engine:
         head_dim = config.head_dim
         # Those that reach across the longest sequence are none
         windows = tuple(window if window < longest else 0 for window in config.windows)
-        kernels = choose_paged(self.device, dtype, head_dim, self.page_size, any(windows))
+        kernels = choose_paged(
+            self.device,
+            dtype,
+            head_dim,
+            self.page_size,
+            windowed=any(windows),
+            capped=config.score_cap > 0,
+        )
         model = make_model(self.weights.decoder, cache, self.group, kernels, windows)
         width = scheduler.pool.pages_for(scheduler.max_length)
         self._worker = Worker(model, options, width)

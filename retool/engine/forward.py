@@ -30,7 +30,7 @@ from retool.engine.kernels.sampling import sample
 from retool.model.block import Block
 from retool.model.compile import compiled, unviewed
 from retool.model.decoder import Decoder
-from retool.model.logits import product, workspace
+from retool.model.logits import capped, product, workspace
 from retool.model.rope import Frequencies, frequencies, rope_tables
 from retool.parallel.collectives import all_to_all, sum_over
 from retool.parallel.ulysses import HeadPlan, join_heads, q_k_v
@@ -143,7 +143,8 @@ def hidden_states(model: Model, tokens_T: Tensor, positions_T: Tensor, pages: Pa
     for number, block in enumerate(layers):
         query = _placed(model, number, block, heads, *tables[number], pages)
         window = model.windows[number] if model.windows else 0
-        out = paged_attention(query, model.cache, number, pages, model.kernels, window)
+        cap = model.decoder.config.score_cap
+        out = paged_attention(query, model.cache, number, pages, model.kernels, window, cap)
         received = all_to_all(out.flatten(), *plan.to_sequence(t), model.group)
         a_tE = join_heads(received, plan).flatten(1)
         # As far as the next block's projection in one piece: a sum and its norm are one kernel
@@ -184,9 +185,10 @@ def _adjacent(received: Tensor, key: Tensor, value: Tensor, plan: HeadPlan) -> T
     return heads[:, len(plan.query_ranges[plan.rank]) :]
 
 
-def logits_of(hidden_rD: Tensor, weight_VD: Tensor) -> Tensor:
+def logits_of(hidden_rD: Tensor, weight_VD: Tensor, cap: float = 0.0) -> Tensor:
     """[r, V] in fp32 (fp64 for fp64), as the trainer's log-probabilities have them."""
-    return product(hidden_rD, weight_VD, workspace(hidden_rD, len(hidden_rD), len(weight_VD)))
+    room = workspace(hidden_rD, len(hidden_rD), len(weight_VD))
+    return capped(product(hidden_rD, weight_VD, room), cap)
 
 
 def draw(

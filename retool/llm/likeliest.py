@@ -19,7 +19,7 @@ from retool.llm.answer import Answer
 from retool.model.attention.dispatch import choose_backend
 from retool.model.block import Execution
 from retool.model.decoder import Decoder
-from retool.model.logits import product, workspace
+from retool.model.logits import capped, product, workspace
 
 LOGIT_BYTES = 64 << 20  # of the rows that are looked at together
 
@@ -53,7 +53,11 @@ def _decoder(engine: Engine) -> Decoder:
         plan=theirs.execution.plan,
         mesh=theirs.execution.mesh,
         backend=choose_backend(
-            engine.device, weights.dtype, config.head_dim, windowed=config.windowed
+            engine.device,
+            weights.dtype,
+            config.head_dim,
+            windowed=config.windowed,
+            capped=config.score_cap > 0,
         ),
         fp32_residual=theirs.execution.fp32_residual,
     )
@@ -86,18 +90,20 @@ def _of_pack(
 ) -> list[list[Likeliest]]:
     documents = [np.asarray(answer.prompt + answer.ids, np.int32) for answer in answers]
     batch = pack([Sample(ids, np.zeros(len(ids), bool)) for ids in documents])
-    hidden_tD, weight_VD = decoder(batch.to(device), lambda hidden, weight: (hidden, weight))
+    hidden_tD, weight_VD = decoder(
+        batch.to(device), lambda hidden, weight, cap=0.0: (hidden, weight)
+    )
     found = []
     start = 0
     for answer, ids in zip(answers, documents, strict=True):
         # The token at i is predicted by what is at i - 1
         rows = slice(start + len(answer.prompt) - 1, start + len(ids) - 1)
-        found.append(_of_answer(hidden_tD[rows], weight_VD, answer))
+        found.append(_of_answer(hidden_tD[rows], weight_VD, decoder.config.logits_cap, answer))
         start += len(ids)
     return found
 
 
-def _of_answer(hidden_RD: Tensor, weight_VD: Tensor, answer: Answer) -> list[Likeliest]:
+def _of_answer(hidden_RD: Tensor, weight_VD: Tensor, cap: float, answer: Answer) -> list[Likeliest]:
     count = min(answer.params.logprobs or 0, len(weight_VD))
     temperature = answer.params.temperature or 1.0
     chosen_R = torch.tensor(answer.ids, device=hidden_RD.device)
@@ -105,7 +111,7 @@ def _of_answer(hidden_RD: Tensor, weight_VD: Tensor, answer: Answer) -> list[Lik
     found: list[Likeliest] = []
     for hidden, chosen in zip(hidden_RD.split(most), chosen_R.split(most), strict=True):
         logits = product(hidden, weight_VD, workspace(hidden, len(hidden), len(weight_VD)))
-        logp = (logits / temperature).log_softmax(-1)
+        logp = (capped(logits, cap) / temperature).log_softmax(-1)
         values, ids = logp.topk(count, -1)
         ranks = (logp > logp.gather(1, chosen[:, None])).sum(-1) + 1
         rows = zip(ids.tolist(), values.tolist(), ranks.tolist(), strict=True)

@@ -192,15 +192,20 @@ class Block(nn.Module, ABC):
         out, lse = attention_forward_lse(q, k, v, *pack)
         return self._returned(out, t, batch), (out, lse)
 
-    def _pack(self, batch: PackedBatch) -> tuple[torch.Tensor, int, str, tuple[int, ...], int]:
-        """What attention must know of a pack: its documents, the kernel and the layer's window.
+    def _pack(
+        self, batch: PackedBatch
+    ) -> tuple[torch.Tensor, int, str, tuple[int, ...], int, float]:
+        """What attention must know of a pack: its documents, the kernel, the layer's window and the
+        cap of its scores.
 
         A window that reaches across the longest document is none: any kernel may run then.
         """
         window = self.config.window(self.index)
         if window >= batch.max_seqlen:
             window = 0
-        return batch.cu_seqlens, batch.max_seqlen, self.execution.backend, batch.seqlens, window
+        backend = self.execution.backend
+        cap = self.config.score_cap
+        return batch.cu_seqlens, batch.max_seqlen, backend, batch.seqlens, window, cap
 
     def _gathered(
         self, sent: torch.Tensor, t: int, batch: PackedBatch

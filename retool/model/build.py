@@ -83,7 +83,12 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
         plan=HeadPlan(mesh.sp, mesh.sp_rank, config.heads, config.kv_heads, config.head_dim),
         mesh=mesh,
         backend=choose_backend(
-            mesh.device, dtype, config.head_dim, options.attn, windowed=config.windowed
+            mesh.device,
+            dtype,
+            config.head_dim,
+            options.attn,
+            windowed=config.windowed,
+            capped=config.score_cap > 0,
         ),
         recompute=options.recompute,
         compiled=cuda if options.use_compile == "auto" else options.use_compile,

@@ -99,7 +99,7 @@ class ModelConfig:
 
     The scales multiply what the embedding gives (`rounded_embedding_scale`: in the weights' dtype),
     what attention and the MLP add to the residual stream, attention's scores (beside 1/√H) and the
-    logits.
+    logits. The caps c make c · tanh(x / c) of scaled scores and of logits x; 0: they are as they are.
     """
 
     family: str
@@ -129,6 +129,8 @@ class ModelConfig:
     residual_scale: float = 1.0
     score_scale: float = 1.0
     logits_scale: float = 1.0
+    score_cap: float = 0.0
+    logits_cap: float = 0.0
     experts: Experts | None = None
 
     @property

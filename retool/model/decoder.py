@@ -26,8 +26,9 @@ from retool.model.families.read import FAMILIES
 from retool.model.rope import Frequencies, document_lengths, frequencies, rope_tables
 from retool.parallel.fsdp import Sharded
 
-# (hidden [t, D], vocabulary matrix [V, D]) → tensors
-Score = Callable[[torch.Tensor, torch.Tensor], Any]
+# (hidden [t, D], vocabulary matrix [V, D]) → tensors. Where logits are capped (`ModelConfig`), the
+# cap is a third argument: who doesn't take it can't score such a model
+Score = Callable[..., Any]
 
 
 class Embedding(nn.Module):
@@ -51,6 +52,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = config.norm_eps
         self.scale = config.logits_scale
+        self.cap = config.logits_cap
         self.less_one = config.norms_less_one
         self.norm = new_parameter(config.hidden)
         self.weight = new_parameter(config.vocab, config.hidden) if tied is None else tied
@@ -58,7 +60,10 @@ class Head(nn.Module):
     def forward(self, x_tD: torch.Tensor, score: Score) -> Any:
         # The scale goes to the hidden state: whole logits are never there to be scaled
         normed_tD = rms_norm(x_tD, self.norm, self.eps, self.less_one)
-        return score(normed_tD if self.scale == 1.0 else normed_tD * self.scale, self.weight)
+        scaled_tD = normed_tD if self.scale == 1.0 else normed_tD * self.scale
+        if self.cap:
+            return score(scaled_tD, self.weight, self.cap)
+        return score(scaled_tD, self.weight)
 
 
 class Decoder(nn.Module):

@@ -63,17 +63,29 @@ def new_stats(hidden_TD: Tensor) -> Tensor:
     return stats
 
 
-def update(stats: Tensor, logits_CS: Tensor, labels_C: Tensor, scale: float, entropy: bool) -> None:
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """cap · tanh(logits / cap) in their place (Gemma 2, arXiv 2408.00118); as they are with cap 0."""
+    return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+
+
+def update(
+    stats: Tensor,
+    logits_CS: Tensor,
+    labels_C: Tensor,
+    scale: float,
+    entropy: bool,
+    cap: float = 0.0,
+) -> None:
     """Take a chunk into `stats` [4, C], the third row only with `entropy`.
 
-    `labels_C` count from the chunk's first entry; x = scale · logit.
+    `labels_C` count from the chunk's first entry; x = scale · logit, capped before it is scaled.
     """
     if _fused(logits_CS):
         from retool.model.logits_triton import update_rows
 
-        return update_rows(stats, logits_CS, labels_C, scale, entropy)
+        return update_rows(stats, logits_CS, labels_C, scale, entropy, cap)
     largest, total, weighted, picked = stats
-    x = logits_CS.mul_(scale)
+    x = capped(logits_CS, cap).mul_(scale)
     above = torch.maximum(largest, x.amax(1))
     p = (x - above[:, None]).exp_()
     # Softmax in one pass: where a chunk has a larger entry, the sums so far are scaled down to it
@@ -107,20 +119,22 @@ def gradient(
     g_logp_C: Tensor,
     g_entropy_C: Tensor | None,
     dtype: torch.dtype,
+    cap: float = 0.0,
 ) -> Tensor:
     """What flows into the unscaled logits [C, S] when `g_logp` and `g_entropy` flow into log
     p(label) and the entropy.
 
     scale · (g_logp (1[j = label] − p_j) − g_entropy p_j (log p_j + entropy)), in the chunk's
-    memory; in `dtype` on a GPU.
+    memory; in `dtype` on a GPU. With a cap, times its slope, 1 − (capped logit / cap)².
     """
     if _fused(logits_CS):
         from retool.model.logits_triton import gradient_rows
 
         return gradient_rows(
-            logits_CS, labels_C, scale, lse_C, entropy_C, g_logp_C, g_entropy_C, dtype
+            logits_CS, labels_C, scale, lse_C, entropy_C, g_logp_C, g_entropy_C, dtype, cap
         )
     here, index = _locate(labels_C, logits_CS.shape[1])
+    slope = _slope(capped(logits_CS, cap), cap)
     log_p = logits_CS.mul_(scale).sub_(lse_C[:, None])
     if g_entropy_C is None or entropy_C is None:
         out = log_p.exp_().mul_(-g_logp_C[:, None])
@@ -132,25 +146,38 @@ def gradient(
             .sub_(g_logp_C[:, None])
             .mul_(p)
         )
-    return out.scatter_add_(1, index, (g_logp_C * here)[:, None]).mul_(scale)
+    out = out.scatter_add_(1, index, (g_logp_C * here)[:, None]).mul_(scale)
+    return out if slope is None else out.mul_(slope)
 
 
 def softmax_gradient(
-    logits_CV: Tensor, labels_C: Tensor, weights_C: Tensor, logp_C: Tensor, dtype: torch.dtype
+    logits_CV: Tensor,
+    labels_C: Tensor,
+    weights_C: Tensor,
+    logp_C: Tensor,
+    dtype: torch.dtype,
+    cap: float = 0.0,
 ) -> Tensor:
     """Fills `logp_C` with log p(label) and returns weights (1[j = label] − p_j), in the chunk's
-    memory; in `dtype` on a GPU.
+    memory; in `dtype` on a GPU. With a cap, times its slope.
 
     These are whole rows of logits. On a GPU, `logp_C` of tokens with weight 0 is left as it was.
     """
     if _fused(logits_CV):
         from retool.model.logits_triton import softmax_gradient_rows
 
-        return softmax_gradient_rows(logits_CV, labels_C, weights_C, logp_C, dtype)
+        return softmax_gradient_rows(logits_CV, labels_C, weights_C, logp_C, dtype, cap)
+    slope = _slope(capped(logits_CV, cap), cap)
     lse = logits_CV.logsumexp(1)
     logp_C.copy_(logits_CV.gather(1, labels_C[:, None])[:, 0] - lse)
     out = logits_CV.sub_(lse[:, None]).exp_().mul_(-weights_C[:, None])
-    return out.scatter_add_(1, labels_C[:, None], weights_C[:, None])
+    out = out.scatter_add_(1, labels_C[:, None], weights_C[:, None])
+    return out if slope is None else out.mul_(slope)
+
+
+def _slope(capped_logits: Tensor, cap: float) -> Tensor | None:
+    """By how much a capped logit grows with what it was before; None without a cap."""
+    return 1 - (capped_logits / cap).square_() if cap else None
 
 
 def _locate(labels_C: Tensor, entries: int) -> tuple[Tensor, Tensor]:

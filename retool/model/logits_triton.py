@@ -25,7 +25,17 @@ WARPS = 16
 
 
 @triton.jit
-def _row_stats(x_ptr, columns, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+def _capped(x, cap, CAP: tl.constexpr):
+    """cap · tanh(x / cap), of which Triton has no tanh; x without CAP."""
+    if CAP:
+        x = cap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * x / cap)))
+    return x
+
+
+@triton.jit
+def _row_stats(
+    x_ptr, columns, scale, cap, ENTROPY: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr
+):
     """(largest, Σ exp(x − largest), Σ (x − largest)·exp(x − largest)) of a row; every lane has its
     own until the end.
     """
@@ -35,7 +45,7 @@ def _row_stats(x_ptr, columns, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
     weighted = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         inside = start + lanes < columns
-        x = tl.load(x_ptr + start + lanes, inside, other=0.0) * scale
+        x = _capped(tl.load(x_ptr + start + lanes, inside, other=0.0), cap, CAP) * scale
         above = tl.where(inside, tl.maximum(largest, x), largest)
         decay = tl.exp(largest - above)
         e = tl.where(inside, tl.exp(x - above), 0.0)
@@ -55,16 +65,18 @@ def _update_kernel(
     columns,
     labels_ptr,
     scale,
+    cap,
     largest_ptr,
     total_ptr,
     weighted_ptr,
     picked_ptr,
     ENTROPY: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride
-    top, total, weighted = _row_stats(x_ptr, columns, scale, ENTROPY, BLOCK)
+    top, total, weighted = _row_stats(x_ptr, columns, scale, cap, ENTROPY, CAP, BLOCK)
     before = tl.load(largest_ptr + row)
     largest = tl.maximum(before, top)
     old = tl.exp(before - largest)
@@ -79,7 +91,8 @@ def _update_kernel(
         )
     label = tl.load(labels_ptr + row)
     here = (label >= 0) & (label < columns)
-    tl.store(picked_ptr + row, tl.load(x_ptr + label, here, other=0.0) * scale, here)
+    picked = _capped(tl.load(x_ptr + label, here, other=0.0), cap, CAP)
+    tl.store(picked_ptr + row, picked * scale, here)
 
 
 @triton.jit
@@ -89,11 +102,13 @@ def _write_gradient(
     columns,
     label,
     scale,
+    cap,
     lse,
     entropy,
     g_logp,
     g_entropy,
     ENTROPY: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     lanes = tl.arange(0, BLOCK)
@@ -101,12 +116,15 @@ def _write_gradient(
     for i in range(blocks):
         column = (blocks - 1 - i) * BLOCK + lanes
         inside = column < columns
-        log_p = tl.load(x_ptr + column, inside, other=0.0) * scale - lse
+        x = _capped(tl.load(x_ptr + column, inside, other=0.0), cap, CAP)
+        log_p = x * scale - lse
         tl.debug_barrier()  # see [Note: gradients over logits]
         flow = tl.full((BLOCK,), 0.0, tl.float32) + g_logp
         if ENTROPY:
             flow += g_entropy * (log_p + entropy)
         out = tl.where(column == label, g_logp, 0.0) - flow * tl.exp(log_p)
+        if CAP:
+            out *= 1.0 - (x / cap) * (x / cap)
         tl.store(out_ptr + column, (out * scale).to(out_ptr.dtype.element_ty), inside)
 
 
@@ -119,11 +137,13 @@ def _gradient_kernel(
     columns,
     labels_ptr,
     scale,
+    cap,
     lse_ptr,
     entropy_ptr,
     g_logp_ptr,
     g_entropy_ptr,
     ENTROPY: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -138,11 +158,13 @@ def _gradient_kernel(
         columns,
         tl.load(labels_ptr + row),
         scale,
+        cap,
         tl.load(lse_ptr + row),
         entropy,
         tl.load(g_logp_ptr + row),
         g_entropy,
         ENTROPY,
+        CAP,
         BLOCK,
     )
 
@@ -157,6 +179,8 @@ def _softmax_gradient_kernel(
     labels_ptr,
     weights_ptr,
     logp_ptr,
+    cap,
+    CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -174,22 +198,28 @@ def _softmax_gradient_kernel(
     else:
         label = tl.load(labels_ptr + row)
         here = (label >= 0) & (label < columns)
-        picked = tl.load(x_ptr + label, here, other=float("nan"))
-        top, total, _ = _row_stats(x_ptr, columns, 1.0, False, BLOCK)
+        picked = _capped(tl.load(x_ptr + label, here, other=float("nan")), cap, CAP)
+        top, total, _ = _row_stats(x_ptr, columns, 1.0, cap, False, CAP, BLOCK)
         lse = top + tl.log(total)
         tl.store(logp_ptr + row, picked - lse)
-        _write_gradient(x_ptr, out_ptr, columns, label, 1.0, lse, 0.0, weight, 0.0, False, BLOCK)
+        _write_gradient(
+            x_ptr, out_ptr, columns, label, 1.0, cap, lse, 0.0, weight, 0.0, False, CAP, BLOCK
+        )
 
 
-def update_rows(stats: Tensor, logits: Tensor, labels: Tensor, scale: float, entropy: bool) -> None:
+def update_rows(
+    stats: Tensor, logits: Tensor, labels: Tensor, scale: float, entropy: bool, cap: float
+) -> None:
     _update_kernel[(len(logits),)](
         logits,
         logits.stride(0),
         logits.shape[1],
         labels,
         scale,
+        cap,
         *stats,
         ENTROPY=entropy,
+        CAP=cap > 0,
         BLOCK=BLOCK,
         num_warps=WARPS,
         num_stages=1,
@@ -219,6 +249,7 @@ def gradient_rows(
     g_logp: Tensor,
     g_entropy: Tensor | None,
     dtype: torch.dtype,
+    cap: float,
 ) -> Tensor:
     out = _gradient_view(logits, dtype)
     with_entropy = entropy is not None and g_entropy is not None
@@ -230,11 +261,13 @@ def gradient_rows(
         logits.shape[1],
         labels,
         scale,
+        cap,
         lse,
         entropy if with_entropy else lse,
         g_logp,
         g_entropy if with_entropy else lse,
         ENTROPY=with_entropy,
+        CAP=cap > 0,
         BLOCK=BLOCK,
         num_warps=WARPS,
         num_stages=1,
@@ -243,7 +276,7 @@ def gradient_rows(
 
 
 def softmax_gradient_rows(
-    logits: Tensor, labels: Tensor, weights: Tensor, logp: Tensor, dtype: torch.dtype
+    logits: Tensor, labels: Tensor, weights: Tensor, logp: Tensor, dtype: torch.dtype, cap: float
 ) -> Tensor:
     out = _gradient_view(logits, dtype)
     _softmax_gradient_kernel[(len(logits),)](
@@ -255,6 +288,8 @@ def softmax_gradient_rows(
         labels,
         weights,
         logp,
+        cap,
+        CAP=cap > 0,
         BLOCK=BLOCK,
         num_warps=WARPS,
         num_stages=1,

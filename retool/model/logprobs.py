@@ -52,9 +52,10 @@ def logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     logit_bytes: int | None = None,
+    cap: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """(log p(label) [T], entropy [T] or None) of softmax(hidden @ weight.T / temperature); both
-    differentiable, in nats.
+    differentiable, in nats. With a `cap` the products x are cap · tanh(x / cap) before the temperature.
 
     hidden [T, D] and weight [V, D] of one dtype, labels int64 [T] in [0, V). Results are float32
     (float64 for float64 inputs); gradients arrive in the dtypes of hidden and weight, the weight's
@@ -63,7 +64,7 @@ def logprobs(
     Extra memory, besides the results and gradients, with chunks of C tokens × S entries such that
     C·S·a ≤ `logit_bytes` (by default 640 MiB on a GPU, 64 MiB on a CPU): forward C·S·a, backward
     C·S·a + S·D·a + T·D·a, and at most 64 bytes per token in both. On the CPU (and for float64)
-    twice C·S·a, and for bfloat16 there another (C + S)·D·a.
+    twice C·S·a, three times with a cap, and for bfloat16 there another (C + S)·D·a.
 
     The entropy's gradient with respect to logit j is −p_j (log p_j + entropy) / temperature. Raises
     ValueError for a temperature ≤ 0.
@@ -74,7 +75,13 @@ def logprobs(
         )
     _check(hidden_TD, weight_VD, labels_T)
     logp, ent = _Logprobs.apply(
-        hidden_TD, weight_VD, labels_T, 1.0 / temperature, entropy, _budget(hidden_TD, logit_bytes)
+        hidden_TD,
+        weight_VD,
+        labels_T,
+        1.0 / temperature,
+        entropy,
+        _budget(hidden_TD, logit_bytes),
+        cap,
     )
     return logp, ent if entropy else None
 
@@ -86,8 +93,10 @@ def weighted_logprob_sum(
     labels_T: Tensor,
     weights_T: Tensor,
     logit_bytes: int | None = None,
+    cap: float = 0.0,
 ) -> Tensor:
-    """Σ weights · log p(label): a 0-d tensor, float32 (float64 for float64 inputs).
+    """Σ weights · log p(label): a 0-d tensor, float32 (float64 for float64 inputs). `cap` as in
+    `logprobs`.
 
     Minus this is the summed SFT loss.
 
@@ -105,8 +114,8 @@ def weighted_logprob_sum(
     _check(hidden_TD, weight_VD, labels_T)
     budget = _budget(hidden_TD, logit_bytes)
     if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
-        return _WeightedSum.apply(hidden_TD, weight_VD, labels_T, weights_T, budget)
-    logp, _ = _Logprobs.apply(hidden_TD, weight_VD, labels_T, 1.0, False, budget)
+        return _WeightedSum.apply(hidden_TD, weight_VD, labels_T, weights_T, budget, cap)
+    logp, _ = _Logprobs.apply(hidden_TD, weight_VD, labels_T, 1.0, False, budget, cap)
     # More than a product: what a label outside the vocabulary gave is NaN, and so is 0 times it
     return torch.where(weights_T == 0, 0, logp * weights_T).sum()
 
@@ -155,6 +164,7 @@ class _Logprobs(torch.autograd.Function):
         scale: float,
         entropy: bool,
         budget: int,
+        cap: float,
     ) -> tuple[Tensor, Tensor | None]:
         rows, entries = chunk_shape(len(hidden), len(weight), budget)
         stats = new_stats(hidden)
@@ -162,10 +172,12 @@ class _Logprobs(torch.autograd.Function):
         for columns in _slices(len(weight), entries):
             for tokens in _slices(len(hidden), rows):
                 logits = product(hidden[tokens], weight[columns], buffer)
-                update(stats[:, tokens], logits, labels[tokens] - columns.start, scale, entropy)
+                here = labels[tokens] - columns.start
+                update(stats[:, tokens], logits, here, scale, entropy, cap)
         logp, lse, ent = finish(stats, entropy)
         ctx.save_for_backward(hidden, weight, labels, lse, ent)
         ctx.scale = scale
+        ctx.cap = cap
         ctx.chunks = (rows, entries)
         ctx.set_materialize_grads(False)
         return logp, ent
@@ -199,6 +211,7 @@ class _Logprobs(torch.autograd.Function):
                     g_logp[tokens],
                     g_e,
                     hidden.dtype,
+                    ctx.cap,
                 )
                 if d_hidden is not None:
                     add_product(d_hidden[tokens], d_logits, weight[columns])
@@ -213,13 +226,20 @@ class _Logprobs(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, budget: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        budget: int,
+        cap: float,
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         rows = _down(budget // len(weight), max(1, len(hidden)))
@@ -232,7 +252,7 @@ class _WeightedSum(torch.autograd.Function):
         for tokens in _slices(len(hidden), rows):
             logits = product(hidden[tokens], weight, buffer)
             d_logits = softmax_gradient(
-                logits, labels[tokens], weights[tokens], logp[tokens], hidden.dtype
+                logits, labels[tokens], weights[tokens], logp[tokens], hidden.dtype, cap
             )
             if d_hidden is not None:
                 d_hidden[tokens] = d_logits @ weight.to(d_logits.dtype)
@@ -253,4 +273,4 @@ class _WeightedSum(torch.autograd.Function):
             d_weight = torch.mul(
                 d_weight, grad, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype)
             )
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None

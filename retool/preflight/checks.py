@@ -64,6 +64,7 @@ def check_run(report: R, box: Box, environment: Mapping[str, str]) -> R:
             head_dim=model.head_dim if model else 64,
             box=box,
             windowed=model is not None and model.windowed,
+            capped=model is not None and model.score_cap > 0,
         ),
         *check_borrowed(options, model),
     ]

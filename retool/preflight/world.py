@@ -139,7 +139,7 @@ def check_device(device: str, per_node: int, box: Box) -> Iterator[Fault]:
 
 
 def check_attention(
-    options: RunOptions, head_dim: int, box: Box, windowed: bool = False
+    options: RunOptions, head_dim: int, box: Box, windowed: bool = False, capped: bool = False
 ) -> Iterator[Fault]:
     """The attention kernel asked for is installed, and computes with this dtype and head size on
     this device: it is tried where it is.
@@ -156,10 +156,10 @@ def check_attention(
         else torch.device("cpu")
     )
     dtype = DTYPES["bf16" if asked == "auto" else asked]
-    reason = why_not(attn, where, dtype, head_dim, there=not box.elsewhere)
+    reason = why_not(attn, where, dtype, head_dim, there=not box.elsewhere, capped=capped)
     if not reason and not box.elsewhere:
         try:
-            choose_backend(where, dtype, head_dim, attn, windowed)
+            choose_backend(where, dtype, head_dim, attn, windowed=windowed, capped=capped)
         except ValueError as error:
             reason = str(error).removesuffix(".")
     if reason:

@@ -35,12 +35,12 @@ def loss_sum(model: Sharded, pack: PackedBatch) -> torch.Tensor:
     if len(trained) < MIN_SHARE_TO_SCORE_ALL * len(part.weights):
         chosen = to_device(trained, mesh.device)
 
-    def score(hidden_tD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    def score(hidden_tD: torch.Tensor, weight_VD: torch.Tensor, cap: float = 0.0) -> torch.Tensor:
         if chosen is None:
-            return -weighted_logprob_sum(hidden_tD, weight_VD, batch.labels, batch.weights)
+            return -weighted_logprob_sum(hidden_tD, weight_VD, batch.labels, batch.weights, cap=cap)
         hidden, labels, weights = (
             x.index_select(0, chosen) for x in (hidden_tD, batch.labels, batch.weights)
         )
-        return -weighted_logprob_sum(hidden, weight_VD, labels, weights)
+        return -weighted_logprob_sum(hidden, weight_VD, labels, weights, cap=cap)
 
     return model(batch, score)

@@ -189,7 +189,7 @@ def test_graphs_change_nothing_and_survive_new_weights() -> None:
 def test_gap_to_the_training_forward(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels == "flash":
         pytest.importorskip("flash_attn")
-        monkeypatch.setattr(engine_module, "choose_paged", lambda *_: kernels)
+        monkeypatch.setattr(engine_module, "choose_paged", lambda *_, **__: kernels)
     if kernels == "rope apart":
         monkeypatch.setattr(forward, "can_place", lambda *_: False)
     if kernels == "norms of heads":

@@ -78,7 +78,7 @@ class Recording:
 def in_cpu_clothes(patch: pytest.MonkeyPatch, graphs: bool) -> None:
     """Engines made from now on believe in kernels of a GPU, and with `graphs` record their steps."""
     patch.setitem(attention.KERNELS, "triton", (chunks_kernel, attention._torch_decode))
-    patch.setattr(engine_module, "choose_paged", lambda *_: "triton")
+    patch.setattr(engine_module, "choose_paged", lambda *_, **__: "triton")
     if not graphs:
         return
     now: list[Recording] = []

@@ -33,7 +33,14 @@ HEADS = [(14, 2), (9, 3), (8, 4), (6, 6)]
 SEQLENS = (1, 37, 5, 1, 64, 20)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, seqlens: tuple[int, ...], window: int = 0) -> Tensor:
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqlens: tuple[int, ...],
+    window: int = 0,
+    cap: float = 0.0,
+) -> Tensor:
     """One [T, T] score matrix per head with a block-diagonal causal mask, in the dtype given."""
     document = torch.repeat_interleave(torch.arange(len(seqlens)), torch.tensor(seqlens)).to(
         q.device
@@ -46,6 +53,8 @@ def dense(q: Tensor, k: Tensor, v: Tensor, seqlens: tuple[int, ...], window: int
     outs = []
     for n in range(q.shape[1]):
         scores = q[:, n] @ k[:, n // groups].T / q.shape[2] ** 0.5
+        if cap:
+            scores = cap * torch.tanh(scores / cap)
         outs.append(
             torch.softmax(scores.masked_fill(~allowed, float("-inf")), -1) @ v[:, n // groups]
         )
@@ -249,18 +258,22 @@ def test_recomputation_does_not_run_the_kernel_again(monkeypatch: pytest.MonkeyP
     check_saved("reference", torch.float32, "cpu", SEQLENS, monkeypatch)
 
 
-@pytest.mark.parametrize("window", [1, 2, 7, 20, 63])
+@pytest.mark.parametrize(
+    ("window", "cap"), [(1, 0.0), (2, 0.0), (7, 0.0), (20, 0.0), (63, 0.0), (0, 1.5), (7, 1.5)]
+)
 @pytest.mark.parametrize("budget", [attention_reference.SCORE_BUDGET, 14 * 64 * 5])
-def test_windows_equal_dense(window: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_and_caps_equal_dense(
+    window: int, cap: float, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Documents shorter and longer than the window, in one block of queries and in many."""
     monkeypatch.setattr(attention_reference, "SCORE_BUDGET", budget)
     monkeypatch.setattr(attention_reference, "MIN_WINDOW_ROWS", 5)
     heads, kv_heads = 14, 2
     buffer, cu_seqlens, longest = inputs(heads, kv_heads, SEQLENS, 8, torch.float64)
     q, k, v = buffer.split([heads, kv_heads, kv_heads], 1)
-    pack = cu_seqlens, longest, "reference", SEQLENS, window
+    pack = cu_seqlens, longest, "reference", SEQLENS, window, cap
     found = attention(q, k, v, *pack)
-    want = dense(q, k, v, SEQLENS, window)
+    want = dense(q, k, v, SEQLENS, window, cap)
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).double()
     (grad,) = torch.autograd.grad((found * weight).sum(), buffer)
     (want_grad,) = torch.autograd.grad((want * weight).sum(), buffer)
@@ -277,7 +290,7 @@ def test_a_kernel_without_windows_is_not_chosen_for_them(monkeypatch: pytest.Mon
     monkeypatch.setattr(attention_flash, "find_spec", lambda _: True)
 
     def error(backend: str, *inputs: object) -> float:
-        return 0.9 if backend == "flash" and len(inputs) == 4 else 0.005
+        return 0.9 if backend == "flash" and any(inputs[3:]) else 0.005
 
     monkeypatch.setattr(kernels, "kernel_error", error)
     assert choose_backend(*gpu) == "flash"
@@ -297,6 +310,38 @@ def test_a_kernel_is_tried_with_a_window_where_layers_have_one(
     monkeypatch.setattr(attention_flash, "missing", lambda _: "")
     assert kernels.kernel_error.__wrapped__(*inputs) < 1e-6
     assert kernels.kernel_error.__wrapped__(*inputs, True) > 0.1
+
+
+def test_a_kernel_is_tried_with_a_cap_where_scores_have_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = kernels.FORWARD["reference"]
+    deaf = lambda q, k, v, pack: right(q, k, v, pack._replace(cap=0.0))  # noqa: E731
+    monkeypatch.setitem(kernels.FORWARD, "flash", deaf)
+    monkeypatch.setitem(kernels.BACKWARD, "flash", kernels.BACKWARD["reference"])
+    inputs = "flash", torch.device("cpu"), torch.float32, 16
+    monkeypatch.setattr(attention_flash, "missing", lambda _: "")
+    assert kernels.kernel_error.__wrapped__(*inputs) < 1e-6
+    assert kernels.kernel_error.__wrapped__(*inputs, False, True) > 0.03
+
+
+def test_only_what_has_caps_is_chosen_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0), torch.bfloat16, 64
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(attention_flash, "find_spec", lambda _: True)
+    monkeypatch.setattr(kernels, "kernel_error", lambda *_: 0.005)
+    assert choose_backend(*gpu, capped=True) == "flash"
+    assert choose_backend(*gpu) == "cudnn"
+    for name in ("cudnn", "varlen", "flash3"):
+        with pytest.raises(ValueError, match="has no caps of scores"):
+            choose_backend(*gpu, name, capped=True)
+    # A build without them
+    monkeypatch.setattr(kernels, "kernel_error", lambda *inputs: 0.9 if inputs[4:] else 0.005)
+    with (
+        pytest.warns(UserWarning, match="'flash' computes wrongly"),
+        pytest.warns(UserWarning, match="the plain formula does, slower"),
+    ):
+        assert choose_backend(*gpu, capped=True) == "reference"
 
 
 def test_choose_backend_on_the_cpu() -> None:

@@ -309,6 +309,10 @@ NOT_DONE: list[tuple[str, dict[str, Any], str]] = [
     ("olmo3", {"sliding_window": None}, "layer_types"),
     ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+    ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping=0"),
+    ("gemma2", {"final_logit_softcapping": "30"}, "final_logit_softcapping='30'"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma2", {"hidden_activation": "silu"}, "hidden_activation='silu'"),
     ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation='silu'"),
     ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
@@ -481,6 +485,7 @@ CHANGES: dict[str, list[Any]] = {
     "sliding_window_pattern": [1, 2, 3],
     "hidden_activation": ["gelu_pytorch_tanh", "gelu"],
     "final_logit_softcapping": [5.0, None],
+    "attn_logit_softcapping": [3.0, None],
     "embedding_multiplier": [12.0, 1],
     "logits_scaling": [8.0],
     "residual_multiplier": [0.22],
@@ -495,6 +500,7 @@ CHANGES: dict[str, list[Any]] = {
 # Without these a family is refused.
 NEEDED: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},  # left out it is 4,096
+    "gemma2": {"head_dim": 16, "sliding_window": 5},
     "gemma3_text": {"head_dim": 16, "sliding_window": 5},
     "olmo3": {"sliding_window": 5},
     "granitemoehybrid": {
@@ -504,19 +510,21 @@ NEEDED: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 4,
     },
 }
-# What only one family has is drawn for that family.
+# What only some families have is drawn for those.
+GEMMAS = ("gemma2", "gemma3_text")
 OWN = {
-    "no_rope_layers": "smollm3",
-    "no_rope_layer_interval": "smollm3",
-    "rope_local_base_freq": "gemma3_text",
-    "query_pre_attn_scalar": "gemma3_text",
-    "sliding_window_pattern": "gemma3_text",
-    "hidden_activation": "gemma3_text",
-    "final_logit_softcapping": "gemma3_text",
-    "embedding_multiplier": "granite",
-    "logits_scaling": "granite",
-    "residual_multiplier": "granite",
-    "attention_multiplier": "granite",
+    "no_rope_layers": ("smollm3",),
+    "no_rope_layer_interval": ("smollm3",),
+    "rope_local_base_freq": ("gemma3_text",),
+    "query_pre_attn_scalar": GEMMAS,
+    "sliding_window_pattern": ("gemma3_text",),
+    "hidden_activation": GEMMAS,
+    "final_logit_softcapping": GEMMAS,
+    "attn_logit_softcapping": GEMMAS,
+    "embedding_multiplier": ("granite",),
+    "logits_scaling": ("granite",),
+    "residual_multiplier": ("granite",),
+    "attention_multiplier": ("granite",),
 }
 
 
@@ -524,7 +532,7 @@ def draw(rng: random.Random) -> dict[str, Any]:
     """A configuration with a few fields changed: no two of them need to make sense together."""
     family = rng.choice(sorted(FAMILIES))
     config: dict[str, Any] = {"model_type": family, **SHAPE, **NEEDED.get(family, {})}
-    fields = sorted(name for name in CHANGES if OWN.get(name, family) == family)
+    fields = sorted(name for name in CHANGES if family in OWN.get(name, (family,)))
     names = rng.sample(fields, rng.randint(1, 5))
     ropes = rng.sample(["rope_scaling", "rope_parameters", "rope_theta"], rng.randint(0, 2))
     return config | {

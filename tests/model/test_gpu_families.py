@@ -34,6 +34,7 @@ from retool.parallel.mesh import make_mesh
 from retool.sft.loss import loss_sum
 from tests.engine.models import engine_of, forced, load, prompts, run
 from tests.model.test_attention import BF16, GPU_SEQLENS, dense, inputs, rel
+from tests.model.test_decoder import logits
 from tests.model.tiny import SHAPE, make, stored_gradients
 from tests.model.zoo import make_borrowed
 
@@ -58,6 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral": ("ministral", {}),
     "qwen2, a window": ("qwen2-window", {}),
     "olmo3": ("olmo3", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma2, heads of 256": ("gemma2", WIDE),
     "gemma3": ("gemma3", {}),
     "gemma3, heads of 256": ("gemma3", WIDE),
     "granite4": ("granite4", {}),
@@ -73,10 +76,6 @@ def exact_products() -> Iterator[None]:
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
     gc.collect()
-
-
-def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return hidden @ weight.t()
 
 
 def samples() -> list[Sample]:
@@ -135,7 +134,9 @@ def test_which_paged_kernels_sample_from_layers_with_windows() -> None:
     for head_dim in (64, 128, 256):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kernels = [choose_paged(DEVICE, HALF, head_dim, 256, way) for way in (False, True)]
+            kernels = [
+                choose_paged(DEVICE, HALF, head_dim, 256, windowed=way) for way in (False, True)
+            ]
         print(f"\nheads of {head_dim}: {kernels[0]} samples, {kernels[1]} where there are windows")
         assert kernels[0] != "torch"
 
@@ -255,10 +256,10 @@ def test_greedy_samples_are_the_cpus(tmp_path: Path, case: str) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mistral-window", "phi4-mini"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral-window", "phi4-mini"])
 def test_what_bf16_samples_is_what_the_training_forward_says(tmp_path: Path, family: str) -> None:
     """The kernels that are picked, pages of 256 tokens, sequences of up to three."""
-    wide = WIDE if family == "gemma3" else {}
+    wide = WIDE if family.startswith("gemma") else {}
     windows = {} if family == "phi4-mini" else {"sliding_window": 70}
     longer = {} if family == "phi4-mini" else {"max_position_embeddings": 2048}
     make(tmp_path, family, **wide, **windows, **longer, initializer_range=0.08)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -41,9 +42,12 @@ def inputs(
 
 
 def dense(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    log_p = torch.log_softmax(hidden @ weight.T / temperature, -1)
+    logits = hidden @ weight.T
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    log_p = torch.log_softmax(logits / temperature, -1)
     return log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
@@ -57,6 +61,7 @@ def check(
     temperature: float,
     budget: int | None,
     bounds: tuple[float, float],
+    cap: float = 0.0,
     **sizes: int,
 ) -> None:
     """Values and gradients of a random mix of log-probability and entropy."""
@@ -64,11 +69,13 @@ def check(
     mix = torch.randn(
         2, len(hidden), generator=torch.Generator().manual_seed(1), dtype=torch.float64
     ).to(device)
-    logp, entropy = logprobs(hidden, weight, labels, temperature, entropy=True, logit_bytes=budget)
+    logp, entropy = logprobs(
+        hidden, weight, labels, temperature, entropy=True, logit_bytes=budget, cap=cap
+    )
     assert entropy is not None and logp.dtype == entropy.dtype == chunk.accumulation_dtype(hidden)
     grads = torch.autograd.grad((mix[0] * logp + mix[1] * entropy).sum(), (hidden, weight))
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    want_logp, want_entropy = dense(*wide, labels, temperature)
+    want_logp, want_entropy = dense(*wide, labels, temperature, cap)
     want_grads = torch.autograd.grad((mix[0] * want_logp + mix[1] * want_entropy).sum(), wide)
     assert rel(logp, want_logp) < bounds[0] and rel(entropy, want_entropy) < bounds[0]
     for got, want, like in zip(grads, want_grads, (hidden, weight), strict=True):
@@ -76,24 +83,27 @@ def check(
 
 
 def check_sum(
-    dtype: torch.dtype, device: str, budget: int | None, bounds: tuple[float, float], **sizes: int
+    dtype: torch.dtype,
+    device: str,
+    budget: int | None,
+    bounds: tuple[float, float],
+    cap: float = 0.0,
+    **sizes: int,
 ) -> None:
     hidden, weight, labels, weights = inputs(dtype, device, **sizes)
-    total = weighted_logprob_sum(hidden, weight, labels, weights, logit_bytes=budget)
+    total = weighted_logprob_sum(hidden, weight, labels, weights, logit_bytes=budget, cap=cap)
     assert total.shape == () and total.dtype == chunk.accumulation_dtype(hidden)
     grads = torch.autograd.grad(total * -0.37, (hidden, weight))
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    want = (dense(*wide, labels, 1.0)[0] * weights).sum()
+    want = (dense(*wide, labels, 1.0, cap)[0] * weights).sum()
     assert rel(total, want) < bounds[0]
     for got, want_grad, like in zip(
         grads, torch.autograd.grad(want * -0.37, wide), (hidden, weight), strict=True
     ):
         assert got.dtype == like.dtype and rel(got, want_grad) < bounds[1]
     with torch.no_grad():
-        assert (
-            rel(weighted_logprob_sum(hidden, weight, labels, weights, logit_bytes=budget), want)
-            < bounds[0]
-        )
+        again = weighted_logprob_sum(hidden, weight, labels, weights, logit_bytes=budget, cap=cap)
+        assert rel(again, want) < bounds[0]
 
 
 DTYPES = [
@@ -116,6 +126,14 @@ def test_values_and_gradients(
 @pytest.mark.parametrize(("dtype", "bounds"), DTYPES)
 def test_weighted_sum(dtype: torch.dtype, bounds: tuple[float, float], budget: int | None) -> None:
     check_sum(dtype, "cpu", budget, bounds)
+
+
+@pytest.mark.parametrize("cap", [2.0, 30.0])
+def test_capped_logits(cap: float) -> None:
+    """Logits of up to 10: a cap that bends them all, and one that hardly does."""
+    for dtype, bounds in DTYPES:
+        check(dtype, "cpu", 0.6, BUDGETS[1], bounds, cap)
+        check_sum(dtype, "cpu", BUDGETS[0], bounds, cap)
 
 
 def test_one_logit_at_a_time() -> None:
@@ -345,34 +363,37 @@ def check_kernels(
         return out.copy_(data)
 
     moved = [x.to(device) for x in (labels, lse, entropy, g_logp, g_entropy, weights)]
-    for with_entropy in (False, True):
+    for with_entropy, cap in product((False, True), (0.0, 6.0)):
         got = stats.clone().to(device)
         want = stats.double()
-        kernels.update_rows(got, buffer(torch.float32), moved[0], 0.7, with_entropy)
-        chunk.update(want, data.double(), labels, 0.7, with_entropy)
+        kernels.update_rows(got, buffer(torch.float32), moved[0], 0.7, with_entropy, cap)
+        chunk.update(want, data.double(), labels, 0.7, with_entropy, cap)
         torch.testing.assert_close(got.cpu(), want.float(), rtol=2e-6, atol=1e-6)
         e, g_e = (moved[2], moved[4]) if with_entropy else (None, None)
         out = kernels.gradient_rows(
-            buffer(torch.float32), moved[0], 0.7, moved[1], e, moved[3], g_e, dtype
+            buffer(torch.float32), moved[0], 0.7, moved[1], e, moved[3], g_e, dtype, cap
         )
         wide = [entropy.double(), g_entropy.double()] if with_entropy else [None, None]
         want = chunk.gradient(
-            data.double(), labels, 0.7, lse.double(), wide[0], g_logp.double(), wide[1], dtype
+            data.double(), labels, 0.7, lse.double(), wide[0], g_logp.double(), wide[1], dtype, cap
         )
         assert out.dtype == dtype and rel(out.cpu(), want) < bound
 
     inside = labels.clamp(0, columns - 1)
-    logp = torch.full((rows,), 7.0, device=device)
-    want_logp = torch.zeros(rows, dtype=torch.float64)
-    out = kernels.softmax_gradient_rows(
-        buffer(torch.float32), inside.to(device), moved[5], logp, dtype
-    )
-    want = chunk.softmax_gradient(data.double(), inside, weights.double(), want_logp, dtype)
-    assert rel(out.cpu(), want) < bound or columns == 1
-    assert (out.cpu()[weights == 0] == 0).all()
-    torch.testing.assert_close(
-        logp.cpu(), torch.where(weights == 0, 7.0, want_logp.float()), rtol=1e-6, atol=2e-6
-    )
+    for cap in (0.0, 6.0):
+        logp = torch.full((rows,), 7.0, device=device)
+        want_logp = torch.zeros(rows, dtype=torch.float64)
+        out = kernels.softmax_gradient_rows(
+            buffer(torch.float32), inside.to(device), moved[5], logp, dtype, cap
+        )
+        want = chunk.softmax_gradient(
+            data.double(), inside, weights.double(), want_logp, dtype, cap
+        )
+        assert rel(out.cpu(), want) < bound or columns == 1
+        assert (out.cpu()[weights == 0] == 0).all()
+        torch.testing.assert_close(
+            logp.cpu(), torch.where(weights == 0, 7.0, want_logp.float()), rtol=1e-6, atol=2e-6
+        )
 
 
 # ── GPU
@@ -402,6 +423,8 @@ def test_values_and_gradients_on_the_gpu(
 ) -> None:
     check(dtype, gpu, 0.8, budget, bounds, **GPU_SIZES)
     check_sum(dtype, gpu, budget, bounds, **GPU_SIZES)
+    check(dtype, gpu, 0.8, budget, bounds, cap=5.0, **GPU_SIZES)
+    check_sum(dtype, gpu, budget, bounds, cap=5.0, **GPU_SIZES)
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 
 LENGTHS = 17, 1, 40, 8  # some within the tiny models' windows and original lengths, some beyond
 # What goes by a document's length or a layer's window, which a rank sees a part of only
-BY_DEFAULT = ["phi4-mini", "ministral", "gemma3"]
+BY_DEFAULT = ["phi4-mini", "ministral", "gemma2", "gemma3"]
 Found = dict[str, tuple[np.ndarray, dict[str, np.ndarray]]]  # logits [t, V], pieces of gradients
 
 

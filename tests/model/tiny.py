@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GraniteConfig,
@@ -141,6 +143,20 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "sliding_window": 6,
             "num_hidden_layers": 4,
             "rope_parameters": {"full_attention": YARN, "sliding_attention": THETA_OF_ITS_OWN},
+        },
+    ),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {
+            **TOKENS,
+            "head_dim": 16,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 9,
+            "attn_logit_softcapping": 4.0,
+            "final_logit_softcapping": 6.0,
+            # The one that caps scores
+            "attn_implementation": "eager",
         },
     ),
     "gemma3": (

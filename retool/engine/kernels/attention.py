@@ -26,6 +26,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,18 +73,20 @@ def choose_paged(
     dtype: torch.dtype,
     head_dim: int,
     page_size: int,
+    *,
     windowed: bool = False,
+    capped: bool = False,
 ) -> str:
     """The first of `KERNELS` that take these inputs and compute rightly on this device.
 
-    `windowed`: for a model with windows, which torch's attention alone takes here.
+    `windowed`, `capped`: for a model with windows, or with a cap of scores, which torch's attention
+    alone takes here.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "torch"
-    if windowed:
-        warnings.warn(
-            "the model has sliding windows: torch's attention samples, slower.", stacklevel=2
-        )
+    if windowed or capped:
+        what = "has sliding windows" if windowed else "caps attention's scores"
+        warnings.warn(f"the model {what}: torch's attention samples, slower.", stacklevel=2)
         return "torch"
     candidates = {"triton": _ours(head_dim, page_size), "flash": _flash(head_dim, page_size)}
     for name, takes_this in candidates.items():
@@ -157,18 +160,26 @@ def paged_error(
 
 
 def paged_attention(
-    q_TNH: Tensor, cache: KVCache, layer: int, pages: Pages, kernels: str, window: int = 0
+    q_TNH: Tensor,
+    cache: KVCache,
+    layer: int,
+    pages: Pages,
+    kernels: str,
+    window: int = 0,
+    cap: float = 0.0,
 ) -> Tensor:
     """out [T, N, H] by one of `KERNELS`.
 
     Query head n reads kv head n // G; scores are scaled by 1/sqrt(H). `window`: how many tokens a
-    query sees, itself the last of them; 0 means all before it.
+    query sees, itself the last of them; 0 means all before it. `cap`: scaled scores s become cap ·
+    tanh(s / cap); 0 leaves them.
     """
     chunk, decode = KERNELS[kernels]
-    if window:
-        assert kernels == "torch", f"the paged kernels {kernels!r} have no windows"
-        chunk = partial(_torch_chunks, window=window)
-        decode = partial(_torch_decode, window=window)
+    if window or cap:
+        assert kernels == "torch", f"the paged kernels {kernels!r} have no windows and no caps"
+        seen = Seen(window, cap)
+        chunk = partial(_torch_chunks, seen=seen)
+        decode = partial(_torch_decode, seen=seen)
     data = cache.data[layer]
     if not pages.counts:
         return decode(q_TNH, data, pages)
@@ -243,9 +254,19 @@ def _triton_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
 # ── torch
 
 
-def _attend(q_SCNH: Tensor, kv_SLJH: Tensor, lengths_S: Tensor, window: int = 0) -> Tensor:
+class Seen(NamedTuple):
+    """What `paged_attention` says of a layer: its window and its cap."""
+
+    window: int = 0
+    cap: float = 0.0
+
+
+WHOLE = Seen()
+
+
+def _attend(q_SCNH: Tensor, kv_SLJH: Tensor, lengths_S: Tensor, seen: Seen = WHOLE) -> Tensor:
     """Queries are the last C positions of each sequence, of which only the first `lengths` keys
-    exist; each sees `window` of them (0: all before it). → [S, C, N, H]
+    exist; each sees `seen.window` of them (0: all before it). → [S, C, N, H]
 
     A kv head's query heads are put behind each other as R = G·C queries, so that no key is copied.
     """
@@ -259,12 +280,24 @@ def _attend(q_SCNH: Tensor, kv_SLJH: Tensor, lengths_S: Tensor, window: int = 0)
     last = lengths_S[:, None] - count + torch.arange(count, device=device)
     keys_L = torch.arange(length, device=device)
     last_S1R1 = last.repeat(1, groups)[:, None, :, None]
-    seen = keys_L <= last_S1R1
-    if window:
-        seen &= keys_L > last_S1R1 - window
-    with sdpa_kernel(ON_GPU) if q_SKRH.is_cuda else nullcontext():
-        out = F.scaled_dot_product_attention(q_SKRH, keys, values, attn_mask=seen)
+    mask = keys_L <= last_S1R1
+    if seen.window:
+        mask &= keys_L > last_S1R1 - seen.window
+    if seen.cap:
+        out = _with_cap(q_SKRH, keys, values, mask, seen.cap)
+    else:
+        with sdpa_kernel(ON_GPU) if q_SKRH.is_cuda else nullcontext():
+            out = F.scaled_dot_product_attention(q_SKRH, keys, values, attn_mask=mask)
     return out.unflatten(2, (groups, count)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _with_cap(q_SKRH: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """torch's attention has no caps: the formula, with scores in at least fp32."""
+    wide = torch.promote_types(q_SKRH.dtype, torch.float32)
+    scale = q_SKRH.shape[-1] ** -0.5
+    scores = q_SKRH.to(wide) @ keys.to(wide).transpose(-1, -2) * scale
+    scores.div_(cap).tanh_().mul_(cap).masked_fill_(~mask, float("-inf"))
+    return (scores.softmax(-1) @ values.to(wide)).to(q_SKRH.dtype)
 
 
 def _gathered(data: Tensor, tables_SW: Tensor) -> Tensor:
@@ -272,16 +305,14 @@ def _gathered(data: Tensor, tables_SW: Tensor) -> Tensor:
     return data.index_select(0, tables_SW.flatten()).view(len(tables_SW), -1, *data.shape[2:])
 
 
-def _torch_decode(q_DNH: Tensor, data: Tensor, pages: Pages, window: int = 0) -> Tensor:
+def _torch_decode(q_DNH: Tensor, data: Tensor, pages: Pages, seen: Seen = WHOLE) -> Tensor:
     tables = pages.tables[: pages.decode]
     lengths = pages.lengths[: pages.decode]
     if pages.each_alone and pages.host_lengths:
-        return _torch_decode_alone(q_DNH, data, tables, lengths, pages.host_lengths, window)
+        return _torch_decode_alone(q_DNH, data, tables, lengths, pages.host_lengths, seen)
     rows = max(1, MAX_GATHERED_BYTES // (tables.shape[1] * data[0].nbytes))
     parts = zip(q_DNH.split(rows), tables.split(rows), lengths.split(rows), strict=True)
-    outs = [
-        _attend(q[:, None], _gathered(data, table), length, window) for q, table, length in parts
-    ]
+    outs = [_attend(q[:, None], _gathered(data, table), length, seen) for q, table, length in parts]
     return torch.cat([out[:, 0] for out in outs])
 
 
@@ -291,18 +322,18 @@ def _torch_decode_alone(
     tables: Tensor,
     lengths: Tensor,
     host_lengths: tuple[int, ...],
-    window: int,
+    seen: Seen,
 ) -> Tensor:
     """Item after item, each over its own keys and no more."""
     rows = []
     for i, length in enumerate(host_lengths):
         pages = -(-length // data.shape[1])
         kv = _gathered(data, tables[i : i + 1, :pages])[:, :length]
-        rows.append(_attend(q_DNH[i : i + 1, None], kv, lengths[i : i + 1], window)[:, 0])
+        rows.append(_attend(q_DNH[i : i + 1, None], kv, lengths[i : i + 1], seen)[:, 0])
     return torch.cat(rows)
 
 
-def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages, window: int = 0) -> Tensor:
+def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages, seen: Seen = WHOLE) -> Tensor:
     rows = []
     start = 0
     for i, (count, length) in enumerate(zip(pages.counts, pages.host_lengths, strict=True)):
@@ -311,12 +342,12 @@ def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages, window: int = 0) ->
         kv = _gathered(data, table)
         for low in range(0, count, MAX_QUERIES_AT_ONCE):
             high = min(low + MAX_QUERIES_AT_ONCE, count)
-            seen = length - count + high
+            last = length - count + high
             # What the first of these queries doesn't see, none of them does
-            first = max(0, seen - (high - low) - window + 1) if window else 0
+            first = max(0, last - (high - low) - seen.window + 1) if seen.window else 0
             queries = q_TNH[None, start + low : start + high]
-            lengths = torch.full((1,), seen - first, device=q_TNH.device)
-            rows.append(_attend(queries, kv[:, first:seen], lengths, window)[0])
+            lengths = torch.full((1,), last - first, device=q_TNH.device)
+            rows.append(_attend(queries, kv[:, first:last], lengths, seen)[0])
         start += count
     return torch.cat(rows)
 

@@ -48,6 +48,8 @@ T = TypeVar("T")
 CUDNN_FROM = (9, 0)  # compute capability: Hopper
 TRUSTED = 0.03  # largest `kernel_error` of a kernel that is used
 TRIED_WINDOW = 20  # tokens: within one of the documents that kernels are tried on
+TRIED_CAP = 2.0  # of scores that are about 1
+WITH_CAPS = ("flash",)  # of the fused ones
 
 
 def choose_backend(
@@ -55,11 +57,14 @@ def choose_backend(
     dtype: torch.dtype,
     head_dim: int,
     wanted: str = "auto",
+    *,
     windowed: bool = False,
+    capped: bool = False,
 ) -> str:
     """The kernel for these inputs: `wanted` if it can run them, or for "auto" the fastest that can
     (varlen of the fused ones under `torch.use_deterministic_algorithms(True)`). A fused kernel is
-    tried on the device first, see `kernel_error`; `windowed`: with a window, too.
+    tried on the device first, see `kernel_error`; `windowed`, `capped`: with a window or a cap of
+    scores, too.
 
     Raises ValueError where `wanted` is unknown, can't run or computes wrongly, saying what would.
     """
@@ -70,7 +75,7 @@ def choose_backend(
     reason = why_not_fused(device, dtype, head_dim)
     if wanted == "reference" or (wanted == "auto" and reason):
         return "reference"
-    if wanted != "auto" and (reason := why_not(wanted, device, dtype, head_dim)):
+    if wanted != "auto" and (reason := why_not(wanted, device, dtype, head_dim, capped=capped)):
         raise ValueError(f"attention backend {wanted!r} {reason}. Use reference, or auto.")
     can_cudnn = (
         torch.cuda.get_device_capability(device) >= CUDNN_FROM and head_dim <= CUDNN_LARGEST_HEAD
@@ -84,10 +89,13 @@ def choose_backend(
         fused = ["varlen"]
     else:
         fused = ["cudnn"] * can_cudnn + attention_flash.available(device)
+    if capped:
+        # It has a switch for the same bits, too
+        fused = [name for name in attention_flash.available(device) if name in WITH_CAPS]
     for backend in fused if wanted == "auto" else [wanted]:
         error = kernel_error(backend, device, dtype, head_dim)
-        if error <= TRUSTED and windowed:
-            error = kernel_error(backend, device, dtype, head_dim, windowed)
+        if error <= TRUSTED and (windowed or capped):
+            error = kernel_error(backend, device, dtype, head_dim, windowed, capped)
         if error <= TRUSTED:
             return backend
         wrong = (
@@ -99,20 +107,31 @@ def choose_backend(
                 f"{wrong}: its package was built for something else. Install another build, or use auto."
             )
         warnings.warn(f"{wrong}: the next one is used.", stacklevel=2)
+    if capped:
+        slow = "no kernel here caps attention's scores: the plain formula does, slower"
+        warnings.warn(f"{slow}. flash-attn ≥ 2.6 does, built with soft-caps.", stacklevel=2)
     return "reference"
 
 
 def why_not(
-    wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int, there: bool = True
+    wanted: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    there: bool = True,
+    capped: bool = False,
 ) -> str:
     """Why the fused kernel `wanted` can't take these inputs, as far as can be known without trying
     it; empty where it can.
 
     `there` false: `device` is of a box that is only planned for, so nothing is known of its GPU but
-    that it is one.
+    that it is one. `capped`: the model caps attention's scores.
     """
     if reason := why_not_fused(device, dtype, head_dim):
         return reason
+    if capped and wanted not in WITH_CAPS:
+        return "has no caps of scores, which the model asks for"
     if package := attention_flash.missing(wanted):
         return f"needs the package {package}. Install it, or use varlen, part of torch"
     if wanted == "cudnn" and head_dim > CUDNN_LARGEST_HEAD:
@@ -144,7 +163,12 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
 
 @lru_cache
 def kernel_error(
-    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool = False
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    windowed: bool = False,
+    capped: bool = False,
 ) -> float:
     """Largest relative error (L2) of a kernel's output and gradients on a small pack of random
     numbers, against fp32: about 0.005 in bf16.
@@ -154,7 +178,8 @@ def kernel_error(
     """
     lengths = (5, CUDNN_SHORTEST) if backend == "cudnn" else (5, 67, 1)
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    pack = Pack(cu_seqlens, max(lengths), lengths, TRIED_WINDOW if windowed else 0)
+    window = TRIED_WINDOW if windowed else 0
+    pack = Pack(cu_seqlens, max(lengths), lengths, window, TRIED_CAP if capped else 0.0)
     generator = torch.Generator().manual_seed(0)
     heads = torch.randn(sum(lengths), 6, head_dim, generator=generator).to(device, dtype)
 
@@ -211,17 +236,19 @@ def attention(
     backend: str,
     seqlens: tuple[int, ...],
     window: int = 0,
+    cap: float = 0.0,
 ) -> Tensor:
     """Causal attention within each document → out [T, N, H] in q's dtype, differentiable.
 
     `cu_seqlens` int32 [B+1] on the device, `seqlens` the same lengths on the host (they add up to
     T), `max_seqlen` their largest, `backend` a name from `choose_backend`. `window`: how many tokens
-    a query sees, itself the last of them; 0 means all before it. N must be a multiple of K. q, k, v
-    may be views of one buffer, as long as H is contiguous.
+    a query sees, itself the last of them; 0 means all before it. `cap`: scaled scores s become cap ·
+    tanh(s / cap); 0 leaves them. N must be a multiple of K. q, k, v may be views of one buffer, as
+    long as H is contiguous.
     """
     _check(q_TNH, k_TKH, seqlens)
     return _Attention.apply(
-        q_TNH, k_TKH, v_TKH, None, None, cu_seqlens, max_seqlen, backend, seqlens, window
+        q_TNH, k_TKH, v_TKH, None, None, cu_seqlens, max_seqlen, backend, seqlens, window, cap
     )
 
 
@@ -237,6 +264,7 @@ def attention_from_saved(
     backend: str,
     seqlens: tuple[int, ...],
     window: int = 0,
+    cap: float = 0.0,
 ) -> Tensor:
     """`attention` whose result is known: gives `out_TNH` back without computing it, and the same
     gradients.
@@ -246,7 +274,7 @@ def attention_from_saved(
     """
     _check(q_TNH, k_TKH, seqlens)
     return _Attention.apply(
-        q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, cu_seqlens, max_seqlen, backend, seqlens, window
+        q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, cu_seqlens, max_seqlen, backend, seqlens, window, cap
     )
 
 
@@ -259,6 +287,7 @@ def attention_forward_lse(
     backend: str,
     seqlens: tuple[int, ...],
     window: int = 0,
+    cap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(out [T, N, H], lse [N, T]) without a graph.
 
@@ -266,7 +295,7 @@ def attention_forward_lse(
     inputs.
     """
     with torch.no_grad():
-        pack = Pack(cu_seqlens, max_seqlen, seqlens, window)
+        pack = Pack(cu_seqlens, max_seqlen, seqlens, window, cap)
         return FORWARD[backend](q_TNH, k_TKH, v_TKH, pack)
 
 
@@ -282,6 +311,7 @@ def attention_backward(
     backend: str,
     seqlens: tuple[int, ...],
     window: int = 0,
+    cap: float = 0.0,
 ) -> Gradients:
     """(dq, dk, dv) of what `attention_forward_lse` computed.
 
@@ -295,7 +325,7 @@ def attention_backward(
             v_TKH,
             out_TNH,
             lse_NT,
-            Pack(cu_seqlens, max_seqlen, seqlens, window),
+            Pack(cu_seqlens, max_seqlen, seqlens, window, cap),
         )
 
 
@@ -324,7 +354,7 @@ class _Attention(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dout: Tensor
     ) -> tuple[Tensor | None, ...]:
-        return (*attention_backward(dout, *ctx.saved_tensors, *ctx.pack), *[None] * 7)
+        return (*attention_backward(dout, *ctx.saved_tensors, *ctx.pack), *[None] * 8)
 
 
 def _check(q_TNH: Tensor, k_TKH: Tensor, seqlens: tuple[int, ...]) -> None:

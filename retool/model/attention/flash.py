@@ -57,7 +57,7 @@ def _options(head_dim: int, pack: Pack) -> dict[str, Any]:
         # Before the query itself; -1 for all
         "window_size_left": pack.window - 1,
         "window_size_right": -1,
-        "softcap": 0.0,
+        "softcap": pack.cap,
         "alibi_slopes": None,
     }
 
@@ -122,6 +122,7 @@ def _torch_forward(
 ) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.varlen import varlen_attn
 
+    assert not pack.cap, "torch's kernels have no caps"
     _use(version)
     out, lse = varlen_attn(
         q,

@@ -4,8 +4,8 @@ Shapes: T tokens · N query heads · K key/value heads · G query heads per key/
 · L tokens of a document · H head dim · B documents
 
 On the CPU it runs torch's blocked kernel (memory linear in L, exact in float64, about six times as
-fast as writing the formula down). Elsewhere, and in layers with a window, it is the formula, over
-blocks of queries so that no more than `SCORE_BUDGET` scores exist at a time. Keys that no query of a
+fast as writing the formula down). Elsewhere, in layers with a window and where scores are capped, it is
+the formula, over blocks of queries so that no more than `SCORE_BUDGET` scores exist at a time. Keys that no query of a
 block sees aren't computed.
 """
 
@@ -27,13 +27,15 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 class Pack(NamedTuple):
     """Where the documents lie: `cu_seqlens` int32 [B+1] on the device, the rest on the host.
 
-    `window`: how many tokens a query sees, itself the last of them; 0 means all before it.
+    `window`: how many tokens a query sees, itself the last of them; 0 means all before it. `cap`:
+    scaled scores s become cap · tanh(s / cap) (Gemma 2, arXiv 2408.00118); 0 leaves them.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     seqlens: tuple[int, ...]
     window: int = 0
+    cap: float = 0.0
 
 
 def reference_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
@@ -41,7 +43,7 @@ def reference_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tens
 
     The log-sum-exp is float64 for float64 inputs, else float32.
     """
-    document = partial(plain_forward, window=pack.window)
+    document = partial(plain_forward, window=pack.window, cap=pack.cap)
     if _blocked(q, pack):
         document = _cpu_forward
     out = q.new_empty(q.shape)
@@ -55,7 +57,7 @@ def reference_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pack: Pack
 ) -> Gradients:
     """(dq, dk, dv) in the dtypes of q, k, v."""
-    document = partial(plain_backward, window=pack.window)
+    document = partial(plain_backward, window=pack.window, cap=pack.cap)
     if _blocked(q, pack):
         document = _cpu_backward
     dq = q.new_empty(q.shape)
@@ -69,8 +71,8 @@ def reference_backward(
 
 
 def _blocked(q: Tensor, pack: Pack) -> bool:
-    """Whether torch's blocked kernel takes this: it has no windows."""
-    return q.device.type == "cpu" and not pack.window
+    """Whether torch's blocked kernel takes this: it has no windows and no caps."""
+    return q.device.type == "cpu" and not pack.window and not pack.cap
 
 
 def _documents(seqlens: tuple[int, ...]) -> list[slice]:
@@ -157,11 +159,13 @@ def _keys(rows: slice, window: int) -> slice:
     return slice(max(0, rows.start - window + 1) if window else 0, rows.stop)
 
 
-def _scores(q_KGLH: Tensor, k_K1LH: Tensor, rows: slice, window: int) -> Tensor:
+def _scores(q_KGLH: Tensor, k_K1LH: Tensor, rows: slice, window: int, cap: float) -> Tensor:
     """Scaled scores [K, G, rows, `_keys`], with -inf where a query doesn't see a key."""
     keys = _keys(rows, window)
     scale = q_KGLH.shape[-1] ** -0.5
     scores = q_KGLH[:, :, rows] @ k_K1LH[:, :, keys].transpose(-1, -2) * scale
+    if cap:
+        scores.div_(cap).tanh_().mul_(cap)
     # Column and row of a token differ: keys count from `keys.start`, queries from `rows.start`
     diagonal = rows.start - keys.start
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
@@ -171,14 +175,16 @@ def _scores(q_KGLH: Tensor, k_K1LH: Tensor, rows: slice, window: int) -> Tensor:
     return scores.masked_fill_(hidden, float("-inf"))
 
 
-def plain_forward(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
+def plain_forward(
+    q: Tensor, k: Tensor, v: Tensor, window: int = 0, cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """One document: q [L, N, H], k and v [L, K, H] → out [L, N, H], lse [N, L]."""
     dtype = _score_dtype(q)
     q_KGLH, k_K1LH, v_K1LH = (_grouped(x, k.shape[1], dtype) for x in (q, k, v))
     outs: list[Tensor] = []
     lses: list[Tensor] = []
     for rows in _blocks(q.shape[0], q.shape[1], window):
-        scores = _scores(q_KGLH, k_K1LH, rows, window)
+        scores = _scores(q_KGLH, k_K1LH, rows, window, cap)
         lse = scores.logsumexp(-1)
         p = (scores - lse[..., None]).exp_()
         outs.append(p @ v_K1LH[:, :, _keys(rows, window)])
@@ -187,7 +193,14 @@ def plain_forward(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> tuple[Ten
 
 
 def plain_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int = 0
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int = 0,
+    cap: float = 0.0,
 ) -> Gradients:
     """The gradients of `plain_forward` (FlashAttention, arXiv 2205.14135, appendix B.4)."""
     kv_heads = k.shape[1]
@@ -204,10 +217,14 @@ def plain_backward(
     for rows in _blocks(q.shape[0], q.shape[1], window):
         keys = _keys(rows, window)
         d_rows = dout_KGLH[:, :, rows]
-        p = (_scores(q_KGLH, k_K1LH, rows, window) - lse_KGL1[:, :, rows]).exp_()
+        scores = _scores(q_KGLH, k_K1LH, rows, window, cap)
+        p = (scores - lse_KGL1[:, :, rows]).exp_()
         dv[:, :, keys] += (p.transpose(-1, -2) @ d_rows).sum(1, keepdim=True)
         dp = d_rows @ v_K1LH[:, :, keys].transpose(-1, -2)
         ds = (dp - delta_KGL1[:, :, rows]).mul_(p).mul_(scale)
+        if cap:
+            # The slope of cap · tanh. What a query doesn't see has no share, and must stay a number
+            ds.mul_(1 - scores.clamp_(min=-cap).div_(cap).square_())
         dq[:, :, rows] = ds @ k_K1LH[:, :, keys]
         dk[:, :, keys] += (ds.transpose(-1, -2) @ q_KGLH[:, :, rows]).sum(1, keepdim=True)
     return _ungrouped(dq, q.dtype), _ungrouped(dk, q.dtype), _ungrouped(dv, q.dtype)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from retool.model.block import Block
 from retool.model.config import ModelConfig
 from retool.model.families import (
+    gemma2,
     gemma3,
     granite,
     granite4,
@@ -47,6 +48,7 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
+    "gemma2": gemma2,
     "gemma3_text": gemma3,
     "granite": granite,
     "granitemoehybrid": granite4,

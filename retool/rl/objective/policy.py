@@ -120,10 +120,11 @@ def _pack_logprobs(model: Sharded, whole: PackedBatch, temperature: float, entro
     chosen = to_device(sampled_positions(part), mesh.device)
     batch = part.to(mesh.device)
 
-    def score(hidden_tD: Tensor, weight_VD: Tensor) -> Tensor:
+    def score(hidden_tD: Tensor, weight_VD: Tensor, cap: float = 0.0) -> Tensor:
         # Only what was sampled meets the vocabulary: prompts and tools' results cost no logits
         hidden = hidden_tD.index_select(0, chosen)
-        logp, entropies = logprobs(hidden, weight_VD, batch.labels[chosen], temperature, entropy)
+        labels = batch.labels[chosen]
+        logp, entropies = logprobs(hidden, weight_VD, labels, temperature, entropy, cap=cap)
         out = torch.zeros(2, len(batch.tokens), dtype=logp.dtype, device=logp.device)
         out[0, chosen] = logp
         if entropies is not None:
@@ -155,11 +156,12 @@ def loss_sum(model: Sharded, whole: RLBatch, spec: LossSpec) -> tuple[Tensor, Me
     documents = len(whole.pack.seqlens)
     metrics: Metrics = {}
 
-    def score(hidden_tD: Tensor, weight_VD: Tensor) -> Tensor:
+    def score(hidden_tD: Tensor, weight_VD: Tensor, cap: float = 0.0) -> Tensor:
         hidden = hidden_tD.index_select(0, chosen)
         labels = batch.pack.labels[chosen]
         wants_entropy = spec.entropy_coeff != 0 or spec.measures
-        logp, entropy = logprobs(hidden, weight_VD, labels, spec.temperature, wants_entropy)
+        temperature = spec.temperature
+        logp, entropy = logprobs(hidden, weight_VD, labels, temperature, wants_entropy, cap=cap)
         inputs = loss_inputs(batch, chosen, logp, spec)
         if spec.loss.sequence_level:
             numbers = batch.sequences[chosen]
