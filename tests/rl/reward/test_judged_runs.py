@@ -6,6 +6,7 @@ import http.server
 import itertools
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from tests.rl.test_command import REWARDS, TORCHRUN, steps, words
 
 # Far enough from each other that no answer meets both
 GARBAGE = (11, 41)
+LATE_SECONDS = 3
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Every few requests it is busy, cuts its reply short, or says nothing of use."""
+    """Every few requests it is busy, late, cuts its reply short, or says nothing of use."""
 
     protocol_version = "HTTP/1.1"
     number = itertools.count(1)  # of all requests
@@ -35,6 +37,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.give(429, {"error": "slowly"}, Retry_After="0.1")
         elif number % 7 == 0:
             self.give(200, {"choices": []}, cut=1)
+        elif number % 13 == 0:
+            time.sleep(LATE_SECONDS)
+            self.give(200, completion("Score: 0"))
         elif number in GARBAGE:
             self.give(200, completion("Who knows."))
         else:
@@ -94,7 +99,8 @@ def test_a_judge_that_misbehaves_costs_no_run_and_all_of_it_is_counted(
 ) -> None:
     out = tmp_path / "run"
     cache = f"reward_model.judge.cache={tmp_path}/kept"
-    done = warm.run(judged(work, out, address, cache))
+    patience = "reward_model.judge.timeout_seconds=1"
+    done = warm.run(judged(work, out, address, cache, patience))
     assert done.returncode == 0, done.stderr[-3000:]
     for entry in steps(out):
         answers = 16
