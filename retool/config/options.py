@@ -85,7 +85,11 @@ class FSDPConfig:
         "Ranks that share a parameter; fewer than the world = replicated groups (HSDP); -1 = all.",
         minimum=-1,
     )
-    reshard_after_forward: bool = option(True, "Free a block's gathered weights after its forward.")
+    reshard_after_forward: bool | Literal["auto"] = option(
+        "auto",
+        "Free a block's gathered weights after its forward, to gather them again in the backward; "
+        "auto = where they don't all fit, and always in RL.",
+    )
     forward_prefetch: bool = option(
         True, "Gather the next block's weights during this one's forward."
     )

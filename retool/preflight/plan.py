@@ -137,7 +137,8 @@ def setting_of(options: RunOptions, world: World) -> Setting:
         reduce=fsdp.reduce_dtype,
         param_offload=fsdp.param_offload,
         optimizer_offload=fsdp.optimizer_offload,
-        reshard=fsdp.reshard_after_forward,
+        reshard=fsdp.reshard_after_forward is not False,
+        may_stay=fsdp.reshard_after_forward == "auto" and not fsdp.param_offload,
         fp32_residual=options.fp32_residual,
     )
 
@@ -183,6 +184,7 @@ def most_careful(choices: Sequence[Choice]) -> Choice:
         hold=all(choice.hold for choice in choices),
         parked=max(choice.parked for choice in choices),
         keep_copy=all(choice.keep_copy for choice in choices),
+        reshard=any(choice.reshard for choice in choices),
     )
 
 

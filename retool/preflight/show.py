@@ -148,6 +148,8 @@ def memory_words(
     )
     if not choice.keep_copy:
         words += ", weights cast at every gather"
+    if not choice.reshard:
+        words += ", weights stay gathered for the backward"
     if memory is not None:
         words += f"; {'fits' if fits else 'may not fit'} in {memory:.0f} GiB"
     if isinstance(report.model, BorrowedConfig):
@@ -211,7 +213,7 @@ def traffic_plan(report: RunReport, tokens: float) -> Plan:
         -(-mine // micro_batches),
         micro_batches,
         choice.recompute,
-        setting.reshard,
+        choice.reshard,
         choice.hold,
         setting.element.compute,
         setting.reduce_bytes,

@@ -57,7 +57,8 @@ class Setting:
 
     `hold`: gradients are added up on each rank and reduced once a step, which takes a whole copy of
     them. `keep_copy`: a rank's shard is there in the compute dtype too, else cast at every gather.
-    `fp32_residual`: blocks add up in fp32 whatever they compute in.
+    `may_stay`: where there is room, weights stay gathered from the forward to the backward, as they
+    do without `reshard`. `fp32_residual`: blocks add up in fp32 whatever they compute in.
     """
 
     shards: int = 1
@@ -68,6 +69,7 @@ class Setting:
     param_offload: bool = False
     optimizer_offload: bool = False
     reshard: bool = True
+    may_stay: bool = False
     hold: bool = False
     keep_copy: bool = True
     fp32_residual: bool = False
@@ -299,7 +301,8 @@ class Choice:
 
     `fits` is None where the device's memory is unknown. `hold`: gradients are held until the step's
     last micro-batch. `parked`: layers whose activations go to host memory. Without `keep_copy` a
-    rank's shard is cast to the compute dtype at every gather.
+    rank's shard is cast to the compute dtype at every gather. Without `reshard` weights stay
+    gathered from the forward to the backward.
     """
 
     tokens: int
@@ -309,6 +312,7 @@ class Choice:
     hold: bool = False
     parked: int = 0
     keep_copy: bool = True
+    reshard: bool = True
 
 
 def ladder(recompute: Recompute | None, offload: bool | Literal["auto"]) -> tuple[Recompute, ...]:
@@ -339,7 +343,8 @@ def choose(
     `longest`: the longest sample's tokens per GPU, which must fit whatever the budget. Given
     `tokens` or `recompute` are kept; the weights' compute copy goes before more is recomputed;
     activations go to host memory only where `offload` says that all shall, or may as the last
-    resort ("auto": of as few layers as will do). Without a known device nothing is recomputed and a
+    resort ("auto": of as few layers as will do). Weights stay gathered where they may and nothing
+    else has to change. Without a known device nothing is recomputed and a
     GPU's share is just filled. Gradients are held where micro-batches are too short to hide their
     reduction (always, without a device) and there is room.
     """
@@ -365,15 +370,29 @@ def choose(
         held = replace(setting, hold=_reduction_shows(setting, budget))
         if predict(config, held, budget, rung).fits(device_gib):
             setting = held
+        gathered_once = replace(setting, reshard=setting.reshard and not setting.may_stay)
+        if predict(config, gathered_once, budget, rung).fits(device_gib):
+            setting = gathered_once
         parked = layers_away(config, rung, None)
         if offload == "auto":
             parked = _fewest_parked(config, setting, budget, rung, parked, device_gib)
         plan = predict(config, setting, budget, rung, parked)
-        return Choice(tokens or budget, rung, plan, True, setting.hold, parked, setting.keep_copy)
+        return Choice(
+            tokens or budget,
+            rung,
+            plan,
+            True,
+            setting.hold,
+            parked,
+            setting.keep_copy,
+            setting.reshard,
+        )
     last = settings[-1]
     plan = predict(config, last, floor, rungs[-1])
     parked = layers_away(config, rungs[-1], None)
-    return Choice(tokens or floor, rungs[-1], plan, False, False, parked, last.keep_copy)
+    return Choice(
+        tokens or floor, rungs[-1], plan, False, False, parked, last.keep_copy, last.reshard
+    )
 
 
 def _without_a_device(
@@ -383,7 +402,8 @@ def _without_a_device(
     budget = tokens or max(longest, min(TOKENS_TO_FILL_A_GPU, 4 * longest))
     hold = setting.shards > 1
     plan = predict(config, replace(setting, hold=hold), max(budget, longest), rung)
-    return Choice(budget, rung, plan, None, hold, layers_away(config, rung, None))
+    parked = layers_away(config, rung, None)
+    return Choice(budget, rung, plan, None, hold, parked, reshard=setting.reshard)
 
 
 def _largest_budget(

@@ -156,7 +156,7 @@ def model_options(report: RunReport, device: torch.device) -> ModelOptions:
         impl=options.model.impl,
         fp32_residual=options.fp32_residual,
         keep_copy=choice.keep_copy,
-        reshard_after_forward=sharding.reshard_after_forward,
+        reshard_after_forward=choice.reshard,
         forward_prefetch=sharding.forward_prefetch,
     )
 

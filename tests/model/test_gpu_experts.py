@@ -152,7 +152,7 @@ def trained(
     told: list[float] = []
     for _ in range(steps):
         rows = samples(given)
-        packs = [pack(rows[:3]).to(mesh.device), pack(rows[3:]).to(mesh.device)]
+        packs = [pack(rows[:3]), pack(rows[3:])]
         trained_tokens = sum(row.trained for row in rows)
         measured = train_step(model, optimizer, packs, trained_tokens, 1e-3, StepTimer(mesh.device))
         loss, norm, skipped = measured.read()

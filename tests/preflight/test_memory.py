@@ -221,6 +221,23 @@ def test_gradients_are_held_where_their_reduction_would_show() -> None:
     )
 
 
+def test_weights_stay_gathered_where_they_all_fit() -> None:
+    config = model(**QWEN)
+    may = Setting(shards=2, may_stay=True)
+    frees = choose(config, Setting(shards=2), 8192, 8192, "none", 80)
+    stays = choose(config, may, 8192, 8192, "none", 80)
+    assert (frees.reshard, stays.reshard) == (True, False)
+    assert stays.prediction.peak > frees.prediction.peak
+    unresharded = replace(may, reshard=False)
+    assert stays.prediction == predict(config, unresharded, 8192, "none")
+
+    tight = (frees.prediction.peak * SLACK + OUTSIDE) / GIB + 0.01
+    assert choose(config, may, 8192, 8192, "none", tight) == choose(
+        config, Setting(shards=2), 8192, 8192, "none", tight
+    ), "nothing else changes for it"
+    assert choose(config, may, 8192, 8192, "none", None).reshard, "without a known device"
+
+
 def document(tokens: int) -> PackedBatch:
     return pack(
         [

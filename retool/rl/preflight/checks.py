@@ -360,9 +360,9 @@ def _choice(report: RLReport) -> Choice:
     asked = RECOMPUTE[config.actor_rollout_ref.model.enable_gradient_checkpointing]
     offload = config.actor_rollout_ref.model.activation_offload
     memory = gpu_memory(report.options)
-    return choose(
-        model, setting_of(report.options, report.world), longest, tokens, asked, memory, offload
-    )
+    # The engine wants the room
+    setting = replace(setting_of(report.options, report.world), may_stay=False)
+    return choose(model, setting, longest, tokens, asked, memory, offload)
 
 
 def _notes(report: RLReport) -> list[str]:
