@@ -49,7 +49,8 @@ from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import GIB, StepTimer, device_peak, mfu
 from retool.preflight.machine import MAX_PINNED_SHARE, host_memory
-from retool.preflight.training_memory import DTYPE_BYTES, OUTSIDE, Setting, choose, predict
+from retool.preflight.plan import choose
+from retool.preflight.training_memory import DTYPE_BYTES, OUTSIDE, Setting, predict
 from retool.sft.step import train_step
 
 Offload = bool | Literal["auto"]

@@ -27,7 +27,8 @@ from retool.model.config import Experts, ModelConfig
 from retool.model.traffic.exchanges import Plan, step_exchanges
 from retool.model.traffic.layouts import Layout, on, plans
 from retool.model.traffic.machines import Machines, assumed
-from retool.preflight.training_memory import Setting, choose
+from retool.preflight.plan import choose
+from retool.preflight.training_memory import Setting
 
 PER_MACHINE = 8
 GPU = "H200"

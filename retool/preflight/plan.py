@@ -1,5 +1,5 @@
-"""What every command's plan is made of: processes, the memory that they take, the room that
-checkpoints take.
+"""What every command's plan is made of: processes, the memory that they take and how it is made to
+fit, the room that checkpoints take.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -17,15 +18,21 @@ from retool.checkpoint.format.tracker import STEP
 from retool.config import Fault
 from retool.config.options import RunOptions
 from retool.model.config import ModelConfig
-from retool.model.costs import parameter_count
+from retool.model.costs import layer_costs, parameter_count
+from retool.model.recompute import Recompute
 from retool.parallel.collectives import gather_objects
 from retool.parallel.mesh import Mesh
 from retool.perf import GIB
 from retool.preflight.identity import Identity, record_of
-from retool.preflight.training_memory import DTYPE_BYTES, LADDER, Choice, Recompute, Setting
+from retool.preflight.training_memory import DTYPE_BYTES, Prediction, Setting, layers_away, predict
 
 R = TypeVar("R", bound="RunReport")
 T = TypeVar("T")
+LADDER: tuple[Recompute, ...] = ("none", "selective", "full", "offload")
+# Tokens per GPU whose backward takes longer than reducing the gradients, whatever the model's size.
+MIN_TOKENS_TO_HIDE_REDUCE = 2_048
+# Tokens that a GPU needs in a micro-batch to be busy; more buys nothing.
+TOKENS_TO_FILL_A_GPU = 32_768
 # None: what fits
 RECOMPUTE: dict[bool | str, Recompute | None] = {
     True: "full",
@@ -42,6 +49,26 @@ class World:
     processes: int
     nodes: int
     per_node: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token budget per GPU, and how a run must be set for it.
+
+    `fits` is None where the device's memory is unknown. `hold`: gradients are held until the step's
+    last micro-batch. `parked`: layers whose activations go to host memory. Without `keep_copy` a
+    rank's shard is cast to the compute dtype at every gather. Without `reshard` weights stay
+    gathered from the forward to the backward.
+    """
+
+    tokens: int
+    recompute: Recompute
+    prediction: Prediction
+    fits: bool | None
+    hold: bool = False
+    parked: int = 0
+    keep_copy: bool = True
+    reshard: bool = True
 
 
 @dataclass(frozen=True)
@@ -227,3 +254,126 @@ def host_bytes(report: RunReport) -> float:
     return (
         each * parameter_count(report.model) / setting.shards + activations
     ) * report.world.per_node
+
+
+def ladder(recompute: Recompute | None, offload: bool | Literal["auto"]) -> tuple[Recompute, ...]:
+    """Policies to try in turn.
+
+    `recompute` is what was asked for (None: the least that fits), `offload` whether activations go
+    to host memory ("auto": as the last resort).
+    """
+    if offload is True:
+        return ("offload",)
+    rungs = LADDER[:3] if recompute is None else (recompute,)
+    if offload == "auto" and rungs[-1] == "full":
+        return (*rungs, "offload")
+    return rungs
+
+
+def choose(
+    config: ModelConfig,
+    setting: Setting,
+    longest: int,
+    tokens: int | None,
+    recompute: Recompute | None,
+    device_gib: float | None,
+    offload: bool | Literal["auto"] = False,
+) -> Choice:
+    """The least recomputation that fits, and with no `tokens` given a budget that fits too.
+
+    `longest`: the longest sample's tokens per GPU, which must fit whatever the budget. Given
+    `tokens` or `recompute` are kept; the weights' compute copy goes before more is recomputed;
+    activations go to host memory only where `offload` says that all shall, or may as the last
+    resort ("auto": of as few layers as will do). Weights stay gathered where they may and nothing
+    else has to change. Without a known device nothing is recomputed and a
+    GPU's share is just filled. Gradients are held where micro-batches are too short to hide their
+    reduction (always, without a device) and there is room.
+    """
+    kept = layer_costs(config, setting.sp).kept
+    # What a model doesn't do was refused by name before
+    rungs: list[Recompute] = [rung for rung in ladder(recompute, offload) if rung in kept]
+    rungs = rungs or ["full"]
+    if device_gib is None:
+        return _without_a_device(config, setting, longest, tokens, rungs[0])
+    # No sample is cut: whatever the budget, the longest must fit
+    floor = max(longest, tokens or 0)
+    settings = [setting]
+    without_copy = replace(setting, keep_copy=False)
+    if setting.copied and not without_copy.copied:
+        settings.append(without_copy)
+    # What costs least time first: without the copy each gather casts, a rung computes again
+    for rung, setting in product(rungs, settings):
+        if not predict(config, setting, floor, rung).fits(device_gib):
+            continue
+        budget = floor
+        if tokens is None:
+            budget = _largest_budget(config, setting, floor, rung, device_gib)
+        held = replace(setting, hold=_reduction_shows(setting, budget))
+        if predict(config, held, budget, rung).fits(device_gib):
+            setting = held
+        gathered_once = replace(setting, reshard=setting.reshard and not setting.may_stay)
+        if predict(config, gathered_once, budget, rung).fits(device_gib):
+            setting = gathered_once
+        parked = layers_away(config, rung, None)
+        if offload == "auto":
+            parked = _fewest_parked(config, setting, budget, rung, parked, device_gib)
+        plan = predict(config, setting, budget, rung, parked)
+        return Choice(
+            tokens or budget,
+            rung,
+            plan,
+            True,
+            setting.hold,
+            parked,
+            setting.keep_copy,
+            setting.reshard,
+        )
+    last = settings[-1]
+    plan = predict(config, last, floor, rungs[-1])
+    parked = layers_away(config, rungs[-1], None)
+    return Choice(
+        tokens or floor, rungs[-1], plan, False, False, parked, last.keep_copy, last.reshard
+    )
+
+
+def _without_a_device(
+    config: ModelConfig, setting: Setting, longest: int, tokens: int | None, rung: Recompute
+) -> Choice:
+    """Nobody knows what fits: a GPU's share is just filled."""
+    budget = tokens or max(longest, min(TOKENS_TO_FILL_A_GPU, 4 * longest))
+    hold = setting.shards > 1
+    plan = predict(config, replace(setting, hold=hold), max(budget, longest), rung)
+    parked = layers_away(config, rung, None)
+    return Choice(budget, rung, plan, None, hold, parked, reshard=setting.reshard)
+
+
+def _largest_budget(
+    config: ModelConfig, setting: Setting, floor: int, rung: Recompute, device_gib: float
+) -> int:
+    """`floor` doubled while it fits, up to what fills a GPU."""
+    budget = floor
+    while budget < TOKENS_TO_FILL_A_GPU:
+        doubled = min(2 * budget, TOKENS_TO_FILL_A_GPU)
+        if not predict(config, setting, doubled, rung).fits(device_gib):
+            break
+        budget = doubled
+    return budget
+
+
+def _reduction_shows(setting: Setting, budget: int) -> bool:
+    """Whether micro-batches are too short to hide that their gradients are reduced."""
+    return setting.shards > 1 and budget <= MIN_TOKENS_TO_HIDE_REDUCE
+
+
+def _fewest_parked(
+    config: ModelConfig,
+    setting: Setting,
+    budget: int,
+    rung: Recompute,
+    parked: int,
+    device_gib: float,
+) -> int:
+    """As few layers in host memory as fit, at least one of `parked`."""
+    while parked > 1 and predict(config, setting, budget, rung, parked - 1).fits(device_gib):
+        parked -= 1
+    return parked

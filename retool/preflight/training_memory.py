@@ -18,9 +18,7 @@ block, or the end. What a layer's tensors are is the family's: `costs` in `retoo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import product
-from typing import Literal
+from dataclasses import dataclass
 
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
@@ -34,16 +32,11 @@ from retool.parallel.fsdp.layout import Layout
 from retool.parallel.fsdp.sharded import NORM_CHUNK_NUMEL
 from retool.perf import GIB
 
-LADDER: tuple[Recompute, ...] = ("none", "selective", "full", "offload")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 # CUDA context, NCCL buffers, cuBLAS workspaces: torch's allocator doesn't see them.
 OUTSIDE = 1.5 * GIB
 # Times a prediction: fragmentation, and what the model doesn't know.
 SLACK = 1.05
-# Tokens per GPU whose backward takes longer than reducing the gradients, whatever the model's size.
-MIN_TOKENS_TO_HIDE_REDUCE = 2_048
-# Tokens that a GPU needs in a micro-batch to be busy; more buys nothing.
-TOKENS_TO_FILL_A_GPU = 32_768
 # Of the head's forward and of the final norm's backward, per token: labels, log-probabilities and
 # the like.
 SMALL_BYTES_PER_TOKEN = 64
@@ -293,146 +286,3 @@ def end_bytes(config: ModelConfig, setting: Setting, largest_unit: int) -> int:
     shards = setting.shards
     reduced = setting.reduce_bytes * largest_unit // shards if shards > 1 else 0
     return table + max(head, reduced)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A token budget per GPU, and how a run must be set for it.
-
-    `fits` is None where the device's memory is unknown. `hold`: gradients are held until the step's
-    last micro-batch. `parked`: layers whose activations go to host memory. Without `keep_copy` a
-    rank's shard is cast to the compute dtype at every gather. Without `reshard` weights stay
-    gathered from the forward to the backward.
-    """
-
-    tokens: int
-    recompute: Recompute
-    prediction: Prediction
-    fits: bool | None
-    hold: bool = False
-    parked: int = 0
-    keep_copy: bool = True
-    reshard: bool = True
-
-
-def ladder(recompute: Recompute | None, offload: bool | Literal["auto"]) -> tuple[Recompute, ...]:
-    """Policies to try in turn.
-
-    `recompute` is what was asked for (None: the least that fits), `offload` whether activations go
-    to host memory ("auto": as the last resort).
-    """
-    if offload is True:
-        return ("offload",)
-    rungs = LADDER[:3] if recompute is None else (recompute,)
-    if offload == "auto" and rungs[-1] == "full":
-        return (*rungs, "offload")
-    return rungs
-
-
-def choose(
-    config: ModelConfig,
-    setting: Setting,
-    longest: int,
-    tokens: int | None,
-    recompute: Recompute | None,
-    device_gib: float | None,
-    offload: bool | Literal["auto"] = False,
-) -> Choice:
-    """The least recomputation that fits, and with no `tokens` given a budget that fits too.
-
-    `longest`: the longest sample's tokens per GPU, which must fit whatever the budget. Given
-    `tokens` or `recompute` are kept; the weights' compute copy goes before more is recomputed;
-    activations go to host memory only where `offload` says that all shall, or may as the last
-    resort ("auto": of as few layers as will do). Weights stay gathered where they may and nothing
-    else has to change. Without a known device nothing is recomputed and a
-    GPU's share is just filled. Gradients are held where micro-batches are too short to hide their
-    reduction (always, without a device) and there is room.
-    """
-    kept = layer_costs(config, setting.sp).kept
-    # What a model doesn't do was refused by name before
-    rungs: list[Recompute] = [rung for rung in ladder(recompute, offload) if rung in kept]
-    rungs = rungs or ["full"]
-    if device_gib is None:
-        return _without_a_device(config, setting, longest, tokens, rungs[0])
-    # No sample is cut: whatever the budget, the longest must fit
-    floor = max(longest, tokens or 0)
-    settings = [setting]
-    without_copy = replace(setting, keep_copy=False)
-    if setting.copied and not without_copy.copied:
-        settings.append(without_copy)
-    # What costs least time first: without the copy each gather casts, a rung computes again
-    for rung, setting in product(rungs, settings):
-        if not predict(config, setting, floor, rung).fits(device_gib):
-            continue
-        budget = floor
-        if tokens is None:
-            budget = _largest_budget(config, setting, floor, rung, device_gib)
-        held = replace(setting, hold=_reduction_shows(setting, budget))
-        if predict(config, held, budget, rung).fits(device_gib):
-            setting = held
-        gathered_once = replace(setting, reshard=setting.reshard and not setting.may_stay)
-        if predict(config, gathered_once, budget, rung).fits(device_gib):
-            setting = gathered_once
-        parked = layers_away(config, rung, None)
-        if offload == "auto":
-            parked = _fewest_parked(config, setting, budget, rung, parked, device_gib)
-        plan = predict(config, setting, budget, rung, parked)
-        return Choice(
-            tokens or budget,
-            rung,
-            plan,
-            True,
-            setting.hold,
-            parked,
-            setting.keep_copy,
-            setting.reshard,
-        )
-    last = settings[-1]
-    plan = predict(config, last, floor, rungs[-1])
-    parked = layers_away(config, rungs[-1], None)
-    return Choice(
-        tokens or floor, rungs[-1], plan, False, False, parked, last.keep_copy, last.reshard
-    )
-
-
-def _without_a_device(
-    config: ModelConfig, setting: Setting, longest: int, tokens: int | None, rung: Recompute
-) -> Choice:
-    """Nobody knows what fits: a GPU's share is just filled."""
-    budget = tokens or max(longest, min(TOKENS_TO_FILL_A_GPU, 4 * longest))
-    hold = setting.shards > 1
-    plan = predict(config, replace(setting, hold=hold), max(budget, longest), rung)
-    parked = layers_away(config, rung, None)
-    return Choice(budget, rung, plan, None, hold, parked, reshard=setting.reshard)
-
-
-def _largest_budget(
-    config: ModelConfig, setting: Setting, floor: int, rung: Recompute, device_gib: float
-) -> int:
-    """`floor` doubled while it fits, up to what fills a GPU."""
-    budget = floor
-    while budget < TOKENS_TO_FILL_A_GPU:
-        doubled = min(2 * budget, TOKENS_TO_FILL_A_GPU)
-        if not predict(config, setting, doubled, rung).fits(device_gib):
-            break
-        budget = doubled
-    return budget
-
-
-def _reduction_shows(setting: Setting, budget: int) -> bool:
-    """Whether micro-batches are too short to hide that their gradients are reduced."""
-    return setting.shards > 1 and budget <= MIN_TOKENS_TO_HIDE_REDUCE
-
-
-def _fewest_parked(
-    config: ModelConfig,
-    setting: Setting,
-    budget: int,
-    rung: Recompute,
-    parked: int,
-    device_gib: float,
-) -> int:
-    """As few layers in host memory as fit, at least one of `parked`."""
-    while parked > 1 and predict(config, setting, budget, rung, parked - 1).fits(device_gib):
-        parked -= 1
-    return parked

@@ -9,8 +9,7 @@ from functools import partial
 
 from retool.config.options import RunOptions
 from retool.data.cache import Dataset, DatasetReport
-from retool.preflight.plan import RECOMPUTE, RunReport, gpu_memory, setting_of
-from retool.preflight.training_memory import Choice, choose
+from retool.preflight.plan import RECOMPUTE, Choice, RunReport, choose, gpu_memory, setting_of
 from retool.sft.config import SFTConfig, run_options
 
 # Tokens per GPU whose forward and backward take the device longer than the host needs to enqueue

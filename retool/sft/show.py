@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from retool.data.progress import ProgressLines
+from retool.preflight.plan import Choice
 from retool.preflight.show import memory_words, model_words, traffic_words, written_words
-from retool.preflight.training_memory import Choice
 from retool.sft.config import SFTConfig
 from retool.sft.plan import SFTReport, fills
 

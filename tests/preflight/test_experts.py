@@ -8,7 +8,8 @@ from retool.model.build import ModelOptions, plan_layout
 from retool.model.costs import multiplied_parameters, parameter_count
 from retool.model.families.read import parse_model_config
 from retool.perf import GIB
-from retool.preflight.training_memory import Setting, choose, layer_bytes
+from retool.preflight.plan import choose
+from retool.preflight.training_memory import Setting, layer_bytes
 from tests.preflight.test_memory import model, saved_bytes
 
 # As published

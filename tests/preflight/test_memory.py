@@ -16,22 +16,19 @@ from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
 from retool.model.families.read import parse_model_config
 from retool.model.logprobs import LOGIT_BYTES
+from retool.model.recompute import Recompute
 from retool.model.rope import frequencies, rope_tables
 from retool.optim import AdamW, AdamWOptions, Update
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
+from retool.preflight.plan import LADDER, MIN_TOKENS_TO_HIDE_REDUCE, choose, ladder
 from retool.preflight.training_memory import (
     DTYPE_BYTES,
-    LADDER,
-    MIN_TOKENS_TO_HIDE_REDUCE,
     OUTSIDE,
     SLACK,
-    Recompute,
     Setting,
     block_bytes,
-    choose,
     head_bytes,
-    ladder,
     layer_bytes,
     plan_layout,
     predict,

@@ -38,13 +38,14 @@ from retool.perf import GIB
 from retool.preflight import machine
 from retool.preflight.machine import check_output
 from retool.preflight.plan import (
+    Choice,
     World,
     checkpoint_bytes,
+    choose,
     host_bytes,
     kept_checkpoints,
 )
 from retool.preflight.show import show_faults, show_plan
-from retool.preflight.training_memory import Choice, choose
 from retool.preflight.world import check_mesh, read_world
 from retool.sft.__main__ import main
 from retool.sft.config import SYNONYMS, SFTConfig

@@ -15,7 +15,8 @@ from retool.model.config import ModelConfig
 from retool.model.families.read import parse_model_config
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
-from retool.preflight.training_memory import OUTSIDE, Setting, choose
+from retool.preflight.plan import choose
+from retool.preflight.training_memory import OUTSIDE, Setting
 from retool.rl.preflight.memory import StepMemory, step_memory
 from tests.preflight.test_memory import QWEN
 

@@ -20,8 +20,16 @@ from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering
 from retool.parallel.mesh import make_mesh
 from retool.preflight import machine
-from retool.preflight.plan import World, agree, checkpoint_bytes, host_bytes, kept_checkpoints
-from retool.preflight.training_memory import LADDER, Choice, Prediction
+from retool.preflight.plan import (
+    LADDER,
+    Choice,
+    World,
+    agree,
+    checkpoint_bytes,
+    host_bytes,
+    kept_checkpoints,
+)
+from retool.preflight.training_memory import Prediction
 from retool.rl.agent.tools import interpreter
 from retool.rl.config import RLConfig
 from retool.rl.config.names import IGNORED, SYNONYMS

@@ -14,11 +14,12 @@ from retool.batch import pack
 from retool.data.cache import DatasetReport
 from retool.metrics import Loggers
 from retool.model.build import ModelOptions, build_decoder
+from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
-from retool.preflight.plan import World, agree
-from retool.preflight.training_memory import Choice, Prediction, Recompute
+from retool.preflight.plan import Choice, World, agree
+from retool.preflight.training_memory import Prediction
 from retool.run import session
 from retool.sft import train as training
 from retool.sft.__main__ import main

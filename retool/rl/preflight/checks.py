@@ -25,9 +25,8 @@ from retool.model.rope import too_long_to_sample
 from retool.perf import GIB
 from retool.preflight.checks import check_run, notes_of
 from retool.preflight.model_folder import check_ids, with_model
-from retool.preflight.plan import RECOMPUTE, attempt, gpu_memory, setting_of
+from retool.preflight.plan import RECOMPUTE, Choice, attempt, choose, gpu_memory, setting_of
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
-from retool.preflight.training_memory import Choice, choose
 from retool.preflight.world import box_of, check_heads, read_world
 from retool.rl.agent.tools.interpreter import CodeInterpreter
 from retool.rl.agent.tools.load import RunLimits, load_tools, make_tools

@@ -21,10 +21,10 @@ from retool.engine import EngineOptions, find_backend
 from retool.model.build import DTYPES, plan_layout
 from retool.model.config import ModelConfig
 from retool.perf import GIB
+from retool.preflight.plan import Choice
 from retool.preflight.training_memory import (
     DTYPE_BYTES,
     OUTSIDE,
-    Choice,
     Setting,
     gathered,
     head_bytes,
