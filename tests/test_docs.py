@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -92,6 +93,7 @@ def test_what_extending_shows_is_what_it_is_called_to_be(tmp_path: Path) -> None
     inputs = AdvantageInputs(
         [np.array([0.0, 1.0]), np.array([0.0, 0.0])], [np.ones(2, bool)] * 2, np.array([0, 1])
     )
+    assert inspect.iscoroutinefunction(shown["A loop"]["checked"])
     world = shown["An environment"]["Echo"]()
     asked = [{"role": "user", "content": "?"}]
     assert len(world.reset({"reward_model": {"ground_truth": "4"}, "prompt": asked})) == 2

@@ -51,6 +51,8 @@ prompt_length/clip_ratio | Questions cut off | share | down noisy
     Questions that used up their tokens.
 prompt_length/mean | Question length | tokens | noisy
     Of a prompt with its tool descriptions.
+agent/sequences/mean | Sequences of an answer | | noisy
+    Into how many contexts a loop of your own has cut it.
 num_turns/mean | Turns | | noisy first
     Of an answer; 2 is a question and an answer without a tool.
 tool/calls | Tool calls | in a step | noisy first

@@ -11,12 +11,13 @@ from typing import Any, Literal
 from retool.config import Parsed, read
 from retool.metrics.loggers import OnStep
 from retool.rl.agent.environments.load import LIBRARIES, EnvironmentSource
+from retool.rl.agent.loops.load import LoopSource
 from retool.rl.agent.tools.load import close_tools
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.config import RLConfig
 from retool.rl.config.names import IGNORED, SYNONYMS
 from retool.rl.preflight.checks import preflight
-from retool.rl.preflight.identity import ENVIRONMENT_KEY
+from retool.rl.preflight.identity import ENVIRONMENT_KEY, LOOP_KEY
 from retool.rl.preflight.plan import Held
 from retool.rl.preflight.show import in_words
 from retool.rl.reward.source import (
@@ -80,6 +81,7 @@ def rl(
     reward_weights: Sequence[float] | None = None,
     tools: Tools | None = None,
     environment: str | Callable[..., Any] | None = None,
+    loop: str | Callable[..., Any] | None = None,
     eval_prompts: Any = None,
     output_dir: str | os.PathLike[str] | None = None,
     learning_rate: float | None = None,
@@ -115,11 +117,11 @@ def rl(
     name, or FILE.py/function; None: by data source. Of a list of these the score is the sum, weighed
     by `reward_weights`. `tools`: functions with hints and a docstring, objects as
     `retool.rl.agent.tools.Tool` says, which are closed at the end, "code_interpreter"; or a file of
-    tools. `environment`: a class, or FILE.py/name; without a reward, what it gives is one. Model,
-    folder, options, what is returned and raised: as for `retool.sft`.
+    tools. `environment`: a class, or FILE.py/name; without a reward, what it gives is one. `loop`: an
+    async function of (row, generate, tools), or FILE.py/name. All else: as for `retool.sft`.
     """
     functions, held = functions_given(reward, reward_weights, tools)
-    held = _with_world(environment, functions, held)
+    held = _with_loop(loop, functions, _with_world(environment, functions, held))
     asked = stated(RLConfig, options, quiet, functions | {
         "actor_rollout_ref.model.path": model,
         "data.train_batch_size": batch_size,
@@ -146,10 +148,9 @@ def rl(
         asked.setdefault(MINI_BATCH, prompts_an_update(batch_size))
     with as_guest():
         files, faults = given_files({"train": prompts, "val": eval_prompts}, asked, config)
-        given = {**asked, **files}
-        parsed = read(RLConfig, [], SYNONYMS, IGNORED, base=config, options=given)
-        caller = Caller(False, on_step, quiet)
-        result, stopped_by = _run(with_faults(parsed, faults), held, caller)
+        parsed = read(RLConfig, [], SYNONYMS, IGNORED, base=config, options={**asked, **files})
+        parsed = with_faults(parsed, faults)
+        result, stopped_by = _run(parsed, held, Caller(False, on_step, quiet))
     pass_on(stopped_by)
     return result
 
@@ -200,6 +201,19 @@ def _with_world(
     name = getattr(environment, "__name__", type(environment).__name__)
     keys |= {f"{ENVIRONMENT_KEY}.path": OF_PROGRAM, f"{ENVIRONMENT_KEY}.name": name}
     return replace(held, environment=EnvironmentSource(name, own=environment))
+
+
+def _with_loop(loop: str | Callable[..., Any] | None, keys: dict[str, Any], held: Held) -> Held:
+    """What the program holds, with its loop; `keys` get its name."""
+    if loop is None:
+        return held
+    if isinstance(loop, str):
+        path, _, name = loop.rpartition("/")
+        keys |= {f"{LOOP_KEY}.path": path or None, f"{LOOP_KEY}.name": name}
+        return held
+    name = getattr(loop, "__name__", type(loop).__name__)
+    keys |= {f"{LOOP_KEY}.path": OF_PROGRAM, f"{LOOP_KEY}.name": name}
+    return replace(held, loop=LoopSource(name, own=loop))
 
 
 def _all_names(reward: Reward | Sequence[Reward] | None) -> list[str]:

@@ -23,6 +23,7 @@ from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
 from retool.rl.agent.environments.play import Worlds
 from retool.rl.agent.formats.hermes import HERMES
+from retool.rl.agent.loops.play import OwnLoop
 from retool.rl.agent.options import AgentOptions, ends_of_calls
 from retool.rl.agent.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.config import RLConfig
@@ -195,7 +196,15 @@ def rollout_parts(
         return session.stop.received is not None
 
     return RolloutParts(
-        engine, judges, tools, report.renderer, agent, overlong, _worlds(report), stopped
+        engine,
+        judges,
+        tools,
+        report.renderer,
+        agent,
+        overlong,
+        _worlds(report),
+        _own_loop(report),
+        stopped,
     )
 
 
@@ -206,6 +215,17 @@ def _worlds(report: RLReport) -> Worlds | None:
     config = report.config
     seconds = config.actor_rollout_ref.rollout.multi_turn.environment.timeout_seconds
     return Worlds(report.environment.load(), seconds, config.data.max_prompt_length)
+
+
+def _own_loop(report: RLReport) -> OwnLoop | None:
+    """The loop that plays trajectories in the place of the run's own."""
+    source = report.loop
+    if source is None:
+        return None
+    data = report.config.data
+    seconds = report.config.actor_rollout_ref.rollout.agent.timeout_seconds
+    most_tokens = data.max_prompt_length + data.max_response_length
+    return OwnLoop(source.load(), source.name, seconds, most_tokens)
 
 
 def training_sampling(config: RLConfig) -> Sampling:

@@ -83,7 +83,7 @@ def length_metrics(
 ) -> dict[str, float]:
     """response_length and prompt_length, with the share that reached the limit, and num_turns.
 
-    A response's tool text counts.
+    A response's tool text counts. Where contexts were cut, agent/sequences tells into how many.
     """
     found = [member.trajectory for member in members]
     prompts = [trajectory.prompt_length for trajectory in found]
@@ -92,6 +92,9 @@ def length_metrics(
         **spread_of("prompt_length", prompts),
         **spread_of("num_turns", [trajectory.num_turns for trajectory in found]),
     }
+    if any(trajectory.cuts for trajectory in found):
+        sequences = [1 + len(trajectory.cuts) for trajectory in found]
+        metrics |= spread_of("agent/sequences", sequences)
     if found:
         cut = [_reached(trajectory, max_response) for trajectory in found]
         metrics["response_length/clip_ratio"] = float(np.mean(cut))
@@ -100,7 +103,8 @@ def length_metrics(
 
 
 def _reached(trajectory: Trajectory, max_response: int) -> bool:
-    return trajectory.stop is Stop.LENGTH or trajectory.response_length >= max_response
+    longest = max(trajectory.response_lengths)
+    return trajectory.stop is Stop.LENGTH or longest >= max_response
 
 
 def tool_metrics(members: Sequence[Scored]) -> dict[str, float]:

@@ -98,6 +98,7 @@ def _member_to_plain(member: Scored) -> dict[str, Any]:
         **numbers,
         "turn_rewards": list(trajectory.turn_rewards),
         "tool_scores": dict(trajectory.tool_scores),
+        "cuts": list(trajectory.cuts),
         "stop": trajectory.stop.value,
         "score": member.score,
         "reward": member.reward,
@@ -117,6 +118,7 @@ def _member_from_plain(entry: Mapping[str, Any], prompt: Prompt) -> Scored:
     numbers = {name: entry[name] for name in NUMBERS if name in entry}
     numbers["turn_rewards"] = tuple(entry.get("turn_rewards", ()))
     numbers["tool_scores"] = dict(entry.get("tool_scores", {}))
+    numbers["cuts"] = tuple(entry.get("cuts", ()))
     trajectory = Trajectory(prompt=prompt, stop=Stop(entry["stop"]), **arrays, **numbers)
     return Scored(trajectory, float(entry["score"]), float(entry["reward"]), dict(entry["info"]))
 

@@ -256,7 +256,7 @@ def performance(session: Session[RLReport], made: Experience, times: Metrics) ->
         for name in ("sync_weights", "gen", "old_log_prob", "ref", "adv", "update_actor")
     )
     flops = (
-        model_flops(session.report.model, [len(made.rows[i]) for i in made.trained])
+        model_flops(session.report.model, _sequence_lengths(made))
         * session.report.config.actor_rollout_ref.actor.ppo_epochs
     )
     used = mfu(flops, times.get("update_actor", 0.0), world, device_peak(session.mesh.device))
@@ -266,6 +266,12 @@ def performance(session: Session[RLReport], made: Experience, times: Metrics) ->
         "perf/max_memory_allocated_gb": peak_memory(session.mesh.device)[0],
     }
     return out if used is None else {**out, "perf/mfu/actor": used}
+
+
+def _sequence_lengths(made: Experience) -> list[int]:
+    """Tokens of each sequence that the update sees."""
+    rows = [made.rows[i] for i in made.trained]
+    return [span.stop - span.start for row in rows for span in row.spans]
 
 
 # --- validation and checkpoints ---
@@ -365,5 +371,7 @@ def let_go(run: Run) -> Iterator[None]:
             run.judges.close()
         if run.rollout is not None and run.rollout.worlds is not None:
             run.rollout.worlds.let_go()
+        if run.rollout is not None and run.rollout.own_loop is not None:
+            run.rollout.own_loop.threads.end()
         run.loop.run_until_complete(close_tools(run.session.report.tools))
         run.loop.close()

@@ -1,10 +1,18 @@
-"""What the parts of an RL step hand to each other, and what each value means for training."""
+"""What the parts of an RL step hand to each other, and what each value means for training.
+
+[Note: sequences] A trajectory is one sequence of tokens, prompt and response, unless a loop of the
+user's cut its context: went on after a summary, say, or tried two ways. Then it is several, which
+were given to the model one by one. They stand one behind the other in its arrays, `cuts` between
+them, and each begins with a prompt of its own. What is counted by trajectory (groups, advantages,
+shares of a loss) counts it once. Only a model is given sequences: `objective/sequences.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,6 +99,7 @@ class Trajectory:
     tool_uses           every call with its answer, in order
     experts             int8 or int16 [n, layers, k]: which experts computed each token when it was
                         sampled, where the run replays them; -1 for a token that nobody computed
+    cuts                where in `tokens` its sequences after the first begin: see [Note: sequences]
 
     Messages and uses are for reward functions: once it is judged, a trajectory has none.
     """
@@ -120,6 +129,7 @@ class Trajectory:
     tool_failed_closes: int = 0
     tool_scores: Mapping[str, float] = field(default_factory=dict)
     experts: np.ndarray | None = None
+    cuts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = {len(self.tokens), len(self.mask), len(self.logp), len(self.logp_behaviour)}
@@ -131,9 +141,25 @@ class Trajectory:
         return len(self.tokens)
 
     @property
+    def spans(self) -> list[slice]:
+        """Its sequences, each a part of `tokens`."""
+        return spans_of(self.cuts, len(self))
+
+    @property
+    def response_lengths(self) -> list[int]:
+        """Of each sequence the tokens after its prompt, tool text included."""
+        first, *others = self.spans
+        lengths = [first.stop - self.prompt_length]
+        for span in others:
+            # Of a prompt nothing is sampled, and it is all that comes before
+            begins = int(np.argmax(self.mask[span]))
+            lengths.append(span.stop - span.start - begins)
+        return lengths
+
+    @property
     def response_length(self) -> int:
-        """Tokens after the prompt, tool text included."""
-        return len(self.tokens) - self.prompt_length
+        """Tokens after the prompt, tool text included; of all sequences."""
+        return sum(self.response_lengths)
 
     @property
     def environment_reward(self) -> float:
@@ -153,6 +179,12 @@ class Trajectory:
     def without_texts(self) -> Trajectory:
         """As it goes on to training and to other ranks, which need no conversation."""
         return replace(self, messages=(), tool_uses=())
+
+
+def spans_of(cuts: Sequence[int], length: int) -> list[slice]:
+    """The parts of `length` tokens that are cut there."""
+    edges = [0, *cuts, length]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 @dataclass(frozen=True)

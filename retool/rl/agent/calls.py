@@ -22,12 +22,13 @@ MAX_FAILURE_CHARACTERS = 10_000  # of what a tool that broke said; the rest is c
 @dataclass(frozen=True)
 class Answers:
     """What the calls of a turn came to: messages, one per call and in order; what a tool that broke
-    said, if one did; whether a tool said that the trajectory is over.
+    said, if one did; whether a tool said that the trajectory is over; and the `results` themselves.
     """
 
     messages: list[dict[str, Any]]
     failure: str | None
     done: bool
+    results: list[ToolResult]
 
 
 async def run_calls(episode: Episode, calls: Sequence[Call], agent: Agent) -> Answers:
@@ -52,7 +53,7 @@ async def run_calls(episode: Episode, calls: Sequence[Call], agent: Agent) -> An
         if result.reward is not None:
             episode.reward_turn(float(result.reward))
         done = done or result.done
-    return Answers(responses, failure, done)
+    return Answers(responses, failure, done, results)
 
 
 async def _results(episode: Episode, calls: Sequence[Call], agent: Agent) -> list[ToolResult]:

@@ -55,6 +55,7 @@ class Episode:
     states: dict[str, State] = field(default_factory=dict)  # of tools that keep one
     # Of prompt and response, a piece for each turn
     experts: list[np.ndarray] = field(default_factory=list)
+    cuts: tuple[int, ...] = ()
 
     @staticmethod
     def begin(prompt: Prompt, sample: int = 0) -> Episode:
@@ -119,6 +120,7 @@ class Episode:
             messages=self.messages[len(self.prompt.messages) :],
             tool_uses=self.tool_uses,
             experts=self._all_experts(len(prompt_ids) + len(response_ids)),
+            cuts=self.cuts,
         )
 
     def _all_experts(self, length: int) -> np.ndarray | None:

@@ -19,6 +19,7 @@ from retool.data.render.renderer import Renderer
 from retool.engine import Sampler, SamplingParams
 from retool.rl.agent.environments.play import Attempt, Worlds, run_in_world, seed_of
 from retool.rl.agent.loop import run_episode
+from retool.rl.agent.loops.play import OwnLoop, run_own_loop
 from retool.rl.agent.options import Agent, AgentOptions
 from retool.rl.agent.tools.of_row import tools_offered
 from retool.rl.agent.tools.protocol import AnyTool
@@ -68,6 +69,7 @@ class RolloutParts:
     agent: AgentOptions
     overlong: Overlong | None = None
     worlds: Worlds | None = None
+    own_loop: OwnLoop | None = None
     stopped: Callable[[], bool] = lambda: False  # asked between engine steps
 
 
@@ -181,13 +183,10 @@ async def _episode(
     )
     key = (prompt.index, sample)
     sequence = EngineSequence(underway.turns, key, params, group=prompt.index)
+    seed = seed_of(sampling.seed, sampling.split, prompt.index)
+    attempt = Attempt(prompt, sample, seed, step)
     try:
-        if parts.worlds is None:
-            trajectory = await run_episode(prompt, sample, sequence.generate, agent, step)
-        else:
-            seed = seed_of(sampling.seed, sampling.split, prompt.index)
-            attempt = Attempt(prompt, sample, seed, step)
-            trajectory = await run_in_world(attempt, sequence.begin, agent, parts.worlds)
+        trajectory = await _played(parts, sequence, attempt, agent)
     finally:
         underway.sampling -= 1
         sequence.end()
@@ -196,6 +195,18 @@ async def _episode(
     failure = trajectory.tool_failure
     info = {TOOL_FAILURE: failure} if failure else {}
     return Scored(trajectory.without_texts(), 0.0, 0.0, info)
+
+
+async def _played(
+    parts: RolloutParts, sequence: EngineSequence, attempt: Attempt, agent: Agent
+) -> Trajectory:
+    """A trajectory: of a loop of the user's, in an environment, or of neither."""
+    if parts.own_loop is not None:
+        return await run_own_loop(attempt, sequence.begin_another, agent, parts.own_loop)
+    if parts.worlds is not None:
+        return await run_in_world(attempt, sequence.begin, agent, parts.worlds)
+    generate = sequence.generate
+    return await run_episode(attempt.prompt, attempt.sample, generate, agent, attempt.version)
 
 
 async def _judged(parts: RolloutParts, trajectory: Trajectory) -> Scored:
@@ -210,7 +221,7 @@ async def _judged(parts: RolloutParts, trajectory: Trajectory) -> Scored:
     shaping = parts.overlong
     if shaping is not None:
         reward += overlong_penalty(
-            trajectory.response_length,
+            max(trajectory.response_lengths),
             parts.agent.max_response_length,
             shaping.buffer,
             shaping.factor,

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from retool.engine import Sampler, SamplingParams, TurnDone
 from retool.rl.agent.episode import Sampled
 from retool.rl.agent.loop import Generate
@@ -42,7 +44,7 @@ async def let_others_run() -> None:
 class EngineSequence:
     """An episode's sequence in the engine; `params` but for each turn's `max_tokens`.
 
-    The samples of one prompt are a `group`.
+    The samples of one prompt are a `group`. `more` are the trajectory's other contexts.
     """
 
     turns: Turns
@@ -50,6 +52,7 @@ class EngineSequence:
     params: SamplingParams
     group: Hashable = None
     started: bool = False
+    more: list[EngineSequence] = field(default_factory=list)
 
     async def generate(self, ids: Sequence[int], max_tokens: int) -> Sampled:
         """Give the engine `ids`, and wait for the turn that it makes."""
@@ -62,7 +65,11 @@ class EngineSequence:
             self.turns.engine.start(self.key, ids, params, group=self.group)
         self.started = True
         self.turns.work.set()
-        turn = await future
+        try:
+            turn = await future
+        except asyncio.CancelledError:  # nobody waits for it any more
+            self.end()
+            raise
         reason = "aborted" if turn.reason == "capacity" else turn.reason
         return Sampled(
             turn.tokens,
@@ -77,7 +84,23 @@ class EngineSequence:
         self.group = (self.group, prompt.ids.tobytes())
         return self.generate
 
+    def begin_another(self, number: int, ids: Sequence[int]) -> Generate:
+        """What samples in the trajectory's context of that number, which begins with `ids`.
+
+        Each draws for itself: its number is part of its seed. The first draws as the ordinary loop.
+        """
+        group = (self.group, np.asarray(ids, np.int32).tobytes())
+        another = EngineSequence(self.turns, self.key, self.params, group)
+        if number:
+            another.key = (self.key, number)
+            another.params = replace(self.params, seed=(*self.params.seed, number))
+        self.more.append(another)
+        return another.generate
+
     def end(self) -> None:
-        self.turns.waiting.pop(self.key, None)
         if self.started:
+            self.started = False
+            self.turns.waiting.pop(self.key, None)
             self.turns.engine.drop(self.key)
+        for another in self.more:
+            another.end()

@@ -100,6 +100,21 @@ class MultiTurnConfig:
 
 
 @dataclass(frozen=True)
+class AgentConfig:
+    """A loop of yours in the place of ours."""
+
+    path: str | None = option(None, "A Python file.")
+    name: str | None = option(
+        None,
+        "The function in it: async (row, generate, tools) -> the turn that is its answer. It plays every "
+        "trajectory.",
+    )
+    timeout_seconds: float = option(
+        1800.0, "A trajectory that takes it longer is lost, which is counted.", above=0
+    )
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """Servers that sample, for `rollout.name=server`."""
 
@@ -165,4 +180,5 @@ class RolloutConfig:
     )
     server: ServerConfig = field(default_factory=ServerConfig)
     multi_turn: MultiTurnConfig = field(default_factory=MultiTurnConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     val_kwargs: ValKwargsConfig = field(default_factory=ValKwargsConfig)

@@ -17,6 +17,7 @@ from torch import Tensor
 from retool.batch import PackedBatch, Sample, pack, to_device
 from retool.data.packing import Budget, plan_step
 from retool.rl.objective.losses import token_weights
+from retool.rl.types import spans_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Row:
     `old`, `sampler` and `ref` are log-probabilities (nats): of the weights before the step's first
     update, as the engine told them when it sampled, and of the reference policy (None where there
     is none). `experts`: who computed each token when it was sampled (`Trajectory`). `correction` is
-    the importance weight of the sampler.
+    the importance weight of the sampler. `cuts` are the trajectory's.
     """
 
     tokens: np.ndarray
@@ -37,9 +38,28 @@ class Row:
     correction: np.ndarray
     ref: np.ndarray | None = None
     experts: np.ndarray | None = None
+    cuts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def spans(self) -> list[slice]:
+        """Its sequences."""
+        return spans_of(self.cuts, len(self))
+
+    def part(self, span: slice) -> Row:
+        """One of its sequences by itself."""
+        return Row(
+            self.tokens[span],
+            self.mask[span],
+            self.old[span],
+            self.sampler[span],
+            self.advantage[span],
+            self.correction[span],
+            ref=None if self.ref is None else self.ref[span],
+            experts=None if self.experts is None else self.experts[span],
+        )
 
 
 @dataclass(frozen=True)
@@ -153,12 +173,18 @@ def rank_batches(
     """This rank's micro-batches of a global mini-batch.
 
     Equally many on every rank, work-balanced, and normalised over the whole mini-batch, whatever
-    the layout.
+    the layout. A trajectory has its share of the loss, in however many sequences it is.
     """
-    weights = token_weights([row.mask for row in rows], mode, max_response_length)
-    plan = plan_step([len(row) for row in rows], budget, dp, sp)
+    shares = token_weights([row.mask for row in rows], mode, max_response_length)
+    parts: list[Row] = []
+    weights: list[np.ndarray] = []
+    for row, share in zip(rows, shares, strict=True):
+        for span in row.spans:
+            parts.append(row.part(span) if row.cuts else row)
+            weights.append(share[span])
+    plan = plan_step([len(part) for part in parts], budget, dp, sp)
     made = []
     for members in plan[dp_rank]:
-        ordered = sorted(members, key=lambda i: len(rows[i]))
-        made.append(make_batch([rows[i] for i in ordered], [weights[i] for i in ordered], sp))
+        ordered = sorted(members, key=lambda i: len(parts[i]))
+        made.append(make_batch([parts[i] for i in ordered], [weights[i] for i in ordered], sp))
     return made

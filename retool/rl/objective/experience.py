@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from retool.batch import Sample
 from retool.data.packing import Budget
 from retool.parallel.fsdp import Sharded
 from retool.rl.config.algorithm import AlgorithmConfig
@@ -29,13 +28,12 @@ from retool.rl.objective.advantages import (
 from retool.rl.objective.batching import Row
 from retool.rl.objective.correction import correction_weights, gap_metrics, weight_metrics
 from retool.rl.objective.losses import kl
-from retool.rl.objective.policy import policy_logprobs
+from retool.rl.objective.sequences import PerToken, trajectory_logprobs
 from retool.rl.types import Group, Scored, Trajectory
 
 # Of a step, to tell what replaying the sampler's experts changes: another forward of all would cost
 # a quarter of the update
 TRAJECTORIES_TO_COMPARE = 32
-PerToken = list[np.ndarray]  # one array per trajectory, over all of its tokens
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,8 @@ def make_experience(
     ref = None
     if reference is not None:
         with timed(times, "ref"):
-            ref, _ = policy_logprobs(
-                reference, _samples(trajectories), options.temperature, options.budget
+            ref, _ = trajectory_logprobs(
+                reference, trajectories, options.temperature, options.budget
             )
     with timed(times, "adv"):
         rewards = _token_rewards(members, old.logp, ref, options)
@@ -144,6 +142,7 @@ def make_experience(
             correction=weights[i],
             ref=None if ref is None else ref[i],
             experts=trajectory.experts,
+            cuts=trajectory.cuts,
         )
         for i, trajectory in enumerate(trajectories)
     ]
@@ -185,8 +184,13 @@ def _old_logprobs(
     if options.one_update and all(is_fresh) and not read_before_the_update:
         return _Old(sampler, on_policy=True)
     with timed(times, "old_log_prob"):
-        present, entropies = policy_logprobs(
-            model, _replayed(trajectories), options.temperature, options.budget, entropy=True
+        present, entropies = trajectory_logprobs(
+            model,
+            trajectories,
+            options.temperature,
+            options.budget,
+            replayed=True,
+            entropy=True,
         )
     masks = [trajectory.mask for trajectory in trajectories]
     fresh = [i for i, new in enumerate(is_fresh) if new]
@@ -198,18 +202,6 @@ def _old_logprobs(
     metrics["actor/entropy"] = _mean(entropies, masks)
     logp = [present[i] if new else sampler[i] for i, new in enumerate(is_fresh)]
     return _Old(logp, metrics)
-
-
-def _samples(trajectories: Sequence[Trajectory]) -> list[Sample]:
-    return [Sample(trajectory.tokens, trajectory.mask) for trajectory in trajectories]
-
-
-def _replayed(trajectories: Sequence[Trajectory]) -> list[Sample]:
-    """`_samples`, each token through the experts that computed it when it was sampled."""
-    return [
-        Sample(trajectory.tokens, trajectory.mask, trajectory.experts)
-        for trajectory in trajectories
-    ]
 
 
 def _gap_without_replay(
@@ -226,7 +218,7 @@ def _gap_without_replay(
     if not some:
         return {}
     with timed(times, "old_log_prob"):
-        logp, _ = policy_logprobs(model, _samples(some), options.temperature, options.budget)
+        logp, _ = trajectory_logprobs(model, some, options.temperature, options.budget)
     told = gap_metrics([t.logp for t in some], logp, [t.mask for t in some])
     return {
         f"router/{name}_without_replay": told[f"training/rollout_{name}"]

@@ -51,7 +51,7 @@ from retool.rl.preflight.reward import (
 from retool.rl.preflight.servers import server_faults
 from retool.rl.preflight.tool_turns import call_format, show_tool_turn
 from retool.rl.preflight.trial import try_reward
-from retool.rl.preflight.world import try_environment, with_environment
+from retool.rl.preflight.world import try_environment, with_environment, with_loop
 from retool.rl.reward.calling import seen_by
 from retool.rl.reward.source import RewardSource
 from retool.sandbox.fusion_client import unreachable
@@ -90,6 +90,7 @@ def preflight(
         *server_faults(config, reach=first),
     )
     report = with_environment(_with_objective(_with_renderer(report)), held)
+    report = with_loop(report, held)
     report = _with_functions(report, first, held)
     report = _with_prompts(report)
     report = _with_trial(report).blame(*try_environment(report)) if first else report
@@ -316,7 +317,9 @@ def _read(
         data.truncation,
         limit,
         needs_truth=report.reward is None or report.reward.needs_truth,
-        keeps_rows="row" in report.sees or report.environment is not None,
+        keeps_rows="row" in report.sees
+        or report.environment is not None
+        or report.loop is not None,
     )
 
     def read() -> Questions:

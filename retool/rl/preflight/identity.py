@@ -21,6 +21,7 @@ from typing import Any
 from retool.preflight.identity import Trait, digest, file_digest, listed, model_traits
 from retool.rl.agent.environments.load import EnvironmentSource
 from retool.rl.agent.formats.table import own_format
+from retool.rl.agent.loops.load import LoopSource
 from retool.rl.agent.tools.function import FunctionTool
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.agent.tools.trajectory_tool import TrajectoryTool
@@ -37,6 +38,7 @@ PATH = "actor_rollout_ref.model.path"
 REWARD = "reward_model"
 ACTOR = "actor_rollout_ref.actor"
 ENVIRONMENT_KEY = "actor_rollout_ref.rollout.multi_turn.environment"
+LOOP_KEY = "actor_rollout_ref.rollout.agent"
 
 
 def with_identity(report: RLReport) -> RLReport:
@@ -65,6 +67,7 @@ def with_identity(report: RLReport) -> RLReport:
     if not any(fault.where.endswith("tool_config_path") for fault in report.faults):
         found |= _tools(report)
     found["the environment"] = Trait(ENVIRONMENT_KEY, _environment(report.environment))
+    found["the agent loop"] = Trait(LOOP_KEY, _loop(report.loop))
     return replace(report, identity={**found, **_objective(report)})
 
 
@@ -143,14 +146,25 @@ def _environment(source: EnvironmentSource | None) -> str:
     """The class by its name, its file's content and what it is made with."""
     if source is None:
         return "none"
-    name = source.name
-    if source.path is not None:
-        name = f"{source.name} in {Path(source.path).name} ({file_digest(source.path)})"
-    elif source.own is not None:
-        name = f"{source.name} ({digest(*function_code(source.own))})"
-    else:
+    if source.path is None and source.own is None:
         name = f"{source.name} ({digest(*chain(*map(_class_code, source.classes())))})"
+    else:
+        name = _by_content(source)
     return f"{name} with {json.dumps(dict(source.kwargs), sort_keys=True, default=str)}"
+
+
+def _loop(source: LoopSource | None) -> str:
+    """A function of the user's by its name and its content."""
+    return "retool's" if source is None else _by_content(source)
+
+
+def _by_content(source: EnvironmentSource | LoopSource) -> str:
+    """What a file or a program has, by its name and its content."""
+    if source.path is not None:
+        return f"{source.name} in {Path(source.path).name} ({file_digest(source.path)})"
+    if source.own is not None:
+        return f"{source.name} ({digest(*function_code(source.own))})"
+    return source.name
 
 
 def _format(name: str) -> str:

@@ -10,6 +10,7 @@ from retool.config.options import RunOptions
 from retool.data.render.renderer import Renderer
 from retool.preflight.plan import RunReport, gpu_memory, setting_of
 from retool.rl.agent.environments.load import EnvironmentSource
+from retool.rl.agent.loops.load import LoopSource
 from retool.rl.agent.reading.form import Format
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.config import RLConfig, run_options
@@ -32,12 +33,13 @@ class Questions:
 @dataclass(frozen=True)
 class Held:
     """What the program that asks for a run holds, instead of naming files: its reward, its
-    environment, and its tools (None: as the configuration says).
+    environment, its loop, and its tools (None: as the configuration says).
     """
 
     reward: RewardSource | None = None
     tools: Sequence[Any] | None = None
     environment: EnvironmentSource | None = None
+    loop: LoopSource | None = None
 
 
 NOTHING_HELD = Held()
@@ -45,7 +47,8 @@ NOTHING_HELD = Held()
 
 @dataclass(frozen=True)
 class RLReport(RunReport):
-    """What preflight found. Without faults everything but `val`, `calls` and `environment` is there.
+    """What preflight found. Without faults everything but `val`, `calls`, `environment` and `loop` is
+    there.
 
     `calls` is how the model writes them, by name; None where nobody could answer one. `sees` names
     what the reward asks for besides what every reward gets.
@@ -56,6 +59,7 @@ class RLReport(RunReport):
     tools: tuple[AnyTool, ...] = ()
     calls: tuple[str, Format] | None = None
     environment: EnvironmentSource | None = None
+    loop: LoopSource | None = None
     reward: RewardSource | None = None
     sees: tuple[str, ...] = ()
     estimator: Estimator | None = None

@@ -48,6 +48,9 @@ def in_words(report: RLReport) -> Iterator[tuple[str, str]]:
     yield "tools", _tool_words(report)
     if report.environment is not None:
         yield "environment", _environment_words(report.environment)
+    if report.loop is not None:
+        where = "the program" if report.loop.path is None else report.loop.path
+        yield "loop", f"{report.loop.name} in {where} plays every trajectory"
     yield "a step", _step_words(report)
     yield (
         "schedule",

@@ -1,4 +1,4 @@
-"""The run's environment: found, and tried once on a question, before the run."""
+"""The run's environment: found, and tried once on a question, before the run. The user's loop: found."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from retool.rl.agent.environments.load import EnvironmentSource, find_environmen
 from retool.rl.agent.environments.play import Attempt, prepare, seed_of
 from retool.rl.agent.environments.protocol import EnvironmentFailure
 from retool.rl.agent.environments.world import World
+from retool.rl.agent.loops.load import find_loop
 from retool.rl.agent.options import Agent, AgentOptions
-from retool.rl.preflight.identity import ENVIRONMENT_KEY
+from retool.rl.preflight.identity import ENVIRONMENT_KEY, LOOP_KEY
 from retool.rl.preflight.plan import Held, RLReport
 from retool.rl.types import Prompt
 
@@ -33,6 +34,23 @@ def with_environment(report: RLReport, held: Held) -> RLReport:
     except ValueError as error:
         return report.blame(Fault(ENVIRONMENT_KEY, str(error)))
     return replace(report, environment=source)
+
+
+def with_loop(report: RLReport, held: Held) -> RLReport:
+    """With the loop that the configuration names, or that the program holds."""
+    wanted = report.config.actor_rollout_ref.rollout.agent
+    try:
+        source = held.loop or find_loop(wanted.path, wanted.name)
+        if source is not None:
+            source.load()
+    except ValueError as error:
+        return report.blame(Fault(LOOP_KEY, str(error)))
+    if source is not None and report.environment is not None:
+        problem = f"and {ENVIRONMENT_KEY} are both given: a loop plays the whole trajectory."
+        return report.blame(
+            Fault(LOOP_KEY, problem, "Leave one out; a loop may be its world, too.")
+        )
+    return replace(report, loop=source)
 
 
 def try_environment(report: RLReport) -> Iterator[Fault]:

@@ -89,14 +89,14 @@ def read_answer(given: Any) -> Answer:
     said, reward, done = given
     if isinstance(said, str):
         said = [{"role": "user", "content": said}] if said else []
-    messages = [_checked(message) for message in said or ()]
+    messages = [checked_message(message) for message in said or ()]
     if not messages and not done:
         raise ValueError("it gave no message and isn't done: the model has nothing to answer")
     return Answer(messages, read_reward(reward), bool(done))
 
 
-def _checked(message: Any) -> dict[str, Any]:
-    """A message that a turn may be followed by."""
+def checked_message(message: Any) -> dict[str, Any]:
+    """A message that a turn may be followed by. ValueError where it isn't one."""
     if not isinstance(message, Mapping):
         raise ValueError(f"a message is a {type(message).__name__}, not a dict")
     role = message.get("role")

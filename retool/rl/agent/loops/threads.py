@@ -1,0 +1,96 @@
+"""Threads for loops of the user's: one that blocks holds up neither the engine nor, in most cases,
+the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+MOST_THREADS = 64  # of a process; with more trajectories several share one
+SECONDS_TO_ANSWER = 1.0  # that a thread has to show that nothing blocks it
+
+
+class LoopThread:
+    """A thread with an event loop of its own, on which coroutines run."""
+
+    def __init__(self) -> None:
+        self.running = 0  # coroutines
+        self._loop = asyncio.new_event_loop()
+        self._ends = False
+        threading.Thread(target=self._work, name="retool-loop", daemon=True).start()
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+        """What `work` comes to, for the event loop that asks."""
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    async def answers(self) -> bool:
+        """Whether it gets to anything: a coroutine may block it."""
+        answer = self.start(_nothing())
+        await asyncio.wait({answer}, timeout=SECONDS_TO_ANSWER)
+        return answer.done()
+
+    def end(self) -> None:
+        """It ends, as soon as nothing blocks it."""
+        self._ends = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _work(self) -> None:
+        while not self._ends:
+            # A task that somebody's code started may exit: that ends the event loop's run
+            with contextlib.suppress(BaseException):
+                self._loop.run_forever()
+        self._loop.close()
+
+
+async def _nothing() -> None:
+    """What a thread shows with that it goes on."""
+
+
+class LoopThreads:
+    """The threads of a run. They are started when they are needed, and end with it."""
+
+    def __init__(self) -> None:
+        self._threads: list[LoopThread] = []
+
+    async def run(
+        self, make: Callable[[], Coroutine[Any, Any, Any]], seconds: float
+    ) -> asyncio.Future[Any]:
+        """Have the coroutine run that `make` makes. What comes back is done, or was given up after
+        `seconds`: then it is cancelled, and left to itself where it ignores that.
+        """
+        thread = self._least_busy()
+        thread.running += 1
+        work = thread.start(make())
+        try:
+            await asyncio.wait({work}, timeout=seconds)
+            if not work.done():
+                work.cancel()
+                await self._leave_if_blocked(thread)
+            return work
+        finally:
+            work.cancel()
+            thread.running -= 1
+
+    def end(self) -> None:
+        for thread in self._threads:
+            thread.end()
+        self._threads.clear()
+
+    def _least_busy(self) -> LoopThread:
+        idle = next((thread for thread in self._threads if not thread.running), None)
+        if idle is not None:
+            return idle
+        if len(self._threads) < MOST_THREADS:
+            self._threads.append(LoopThread())
+            return self._threads[-1]
+        return min(self._threads, key=lambda thread: thread.running)
+
+    async def _leave_if_blocked(self, thread: LoopThread) -> None:
+        """Nothing more is begun on a thread that doesn't come to anything."""
+        if thread in self._threads and not await thread.answers():
+            self._threads.remove(thread)
+            thread.end()
