@@ -369,9 +369,7 @@ def let_go(run: Run) -> Iterator[None]:
         run.engine.close()
         if run.judges is not None:
             run.judges.close()
-        if run.rollout is not None and run.rollout.worlds is not None:
-            run.rollout.worlds.let_go()
-        if run.rollout is not None and run.rollout.own_loop is not None:
-            run.rollout.own_loop.threads.end()
+        if run.rollout is not None:
+            run.rollout.let_go()
         run.loop.run_until_complete(close_tools(run.session.report.tools))
         run.loop.close()

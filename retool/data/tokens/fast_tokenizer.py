@@ -26,10 +26,16 @@ STEPS = (
 )
 
 
+# From so many characters on the thread pool costs less than other threads would lose by waiting
+MIN_CHARACTERS_FOR_POOL = 200
+
+
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of `text`, nothing added."""
+    """Token ids of `text`, nothing added. With a long text other threads go on meanwhile."""
     with failures_told():
         if (backend := plain_backend(tokenizer)) is not None:
+            if len(text) >= MIN_CHARACTERS_FOR_POOL:  # a batch lets go of Python's lock
+                return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
             return backend.encode(text, add_special_tokens=False).ids
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 

@@ -29,7 +29,9 @@ class Sampled:
 
 @dataclass
 class Episode:
-    """A trajectory on its way. Tokens, and what belongs to them, are those after the prompt."""
+    """A trajectory on its way. `tokens` and `mask` are those after the prompt; log-probabilities are
+    of those that were sampled.
+    """
 
     prompt: Prompt
     messages: list[dict[str, Any]]
@@ -79,8 +81,6 @@ class Episode:
         """What the tools answered, with all that the template puts around it: never trained."""
         self.tokens += ids
         self.mask += [False] * len(ids)
-        self.logp += [0.0] * len(ids)
-        self.logp_behaviour += [0.0] * len(ids)
         self.messages += responses
         self.user_turns += 1
 
@@ -94,14 +94,16 @@ class Episode:
         """The trajectory, which ended for the reason `stop`."""
         prompt_ids = self.prompt.ids.astype(np.int32)
         response_ids = np.asarray(self.tokens, np.int32)
+        mask = np.zeros(len(prompt_ids) + len(response_ids), bool)
+        mask[len(prompt_ids) :] = self.mask
         return Trajectory(
             self.prompt,
             self.sample,
             np.concatenate([prompt_ids, response_ids]),
             len(prompt_ids),
-            self._after_prompt(self.mask, bool),
-            self._after_prompt(self.logp, np.float32),
-            self._after_prompt(self.logp_behaviour, np.float32),
+            mask,
+            _where_sampled(self.logp, mask),
+            _where_sampled(self.logp_behaviour, mask),
             stop,
             num_turns=self.user_turns + self.assistant_turns + 1,
             tool_calls=self.tool_calls,
@@ -137,7 +139,9 @@ class Episode:
         missing = self.assistant_turns - len(self.turn_rewards)
         return (*self.turn_rewards, *[0.0] * missing)
 
-    def _after_prompt(self, values: Sequence[float], dtype: type) -> np.ndarray:
-        """Values of the response's tokens, behind zeros for the prompt's."""
-        zeros = np.zeros(len(self.prompt.ids), dtype)
-        return np.concatenate([zeros, np.asarray(values, dtype)])
+
+def _where_sampled(values: Sequence[float], mask: np.ndarray) -> np.ndarray:
+    """Values of sampled tokens where they stand, 0 elsewhere."""
+    out = np.zeros(len(mask), np.float32)
+    out[mask] = values
+    return out

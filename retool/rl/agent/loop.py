@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from retool.data.render.renderer import Renderer
-from retool.data.tokens.fast_tokenizer import decode_ids
+from retool.data.tokens.fast_tokenizer import MIN_CHARACTERS_FOR_POOL, decode_ids
 from retool.rl.agent.calls import run_calls
 from retool.rl.agent.episode import Episode, Sampled
 from retool.rl.agent.formats.table import FormatFailure
@@ -72,7 +72,7 @@ async def _play_turns(episode: Episode, generate: Generate, agent: Agent) -> tup
         if answers.done:  # nobody reads what they say
             episode.messages += answers.messages
             return Stop.DONE, ""
-        new_ids = render_tool_turn(episode, answers.messages, agent)
+        new_ids = await tool_turn(episode, answers.messages, agent)
         if len(episode.tokens) + len(new_ids) >= limit:  # no room for an answer to it
             return Stop.LENGTH, ""
         episode.add_tool_turn(answers.messages, new_ids)
@@ -113,6 +113,14 @@ def turns_used_up(episode: Episode, agent: Agent) -> bool:
     if most_assistant is not None and episode.assistant_turns >= most_assistant:
         return True
     return most_user is not None and episode.user_turns >= most_user
+
+
+async def tool_turn(episode: Episode, responses: list[dict[str, Any]], agent: Agent) -> list[int]:
+    """What `render_tool_turn` gives: of long answers by a thread that is there for them."""
+    characters = sum(len(response["content"]) for response in responses)
+    if agent.texts is None or characters < MIN_CHARACTERS_FOR_POOL:
+        return render_tool_turn(episode, responses, agent)
+    return await agent.texts.run(lambda: render_tool_turn(episode, responses, agent))
 
 
 def render_tool_turn(episode: Episode, responses: list[dict[str, Any]], agent: Agent) -> list[int]:

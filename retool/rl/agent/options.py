@@ -10,6 +10,7 @@ from retool.data.render.renderer import Renderer
 from retool.rl.agent.formats.hermes import HERMES
 from retool.rl.agent.reading.form import Format
 from retool.rl.agent.tools.protocol import AnyTool
+from retool.rl.agent.work_thread import WorkThread
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,15 @@ class AgentOptions:
 
 @dataclass(frozen=True)
 class Agent:
-    """What stands around the model, the same in every episode; `tools` by their names."""
+    """What stands around the model, the same in every episode; `tools` by their names.
+
+    `texts` is a thread for long texts to be tokenised on, so that the engine needn't wait for it.
+    """
 
     tools: Mapping[str, AnyTool]
     renderer: Renderer
     options: AgentOptions
+    texts: WorkThread | None = None
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from retool.rl.agent.options import Agent, AgentOptions
 from retool.rl.agent.tools.of_row import tools_offered
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.agent.turns import EngineSequence, Turns, let_others_run
+from retool.rl.agent.work_thread import WorkThread
 from retool.rl.reward.builtin import overlong_penalty
 from retool.rl.reward.protocol import JUDGES_LOST, Judged
 from retool.rl.types import COUNTED, LOST, TOOL_FAILURE, Prompt, Scored, Stop, Trajectory
@@ -71,6 +72,16 @@ class RolloutParts:
     worlds: Worlds | None = None
     own_loop: OwnLoop | None = None
     stopped: Callable[[], bool] = lambda: False  # asked between engine steps
+    texts: WorkThread | None = field(default_factory=WorkThread)  # see `Agent`
+
+    def let_go(self) -> None:
+        """The run is over: so are threads, and what environments share."""
+        if self.worlds is not None:
+            self.worlds.let_go()
+        if self.texts is not None:
+            self.texts.end()
+        if self.own_loop is not None:
+            self.own_loop.threads.end()
 
 
 @dataclass
@@ -172,7 +183,7 @@ async def _episode(
 ) -> Scored:
     """Sample one trajectory and have it judged."""
     tools = tools_offered(parts.tools, prompt.extra_info)
-    agent = Agent(tools, parts.renderer, parts.agent)
+    agent = Agent(tools, parts.renderer, parts.agent, parts.texts)
     params = SamplingParams(
         max_tokens=1,
         temperature=sampling.temperature,

@@ -14,7 +14,7 @@ async def compacting(row, generate, tools):
     while True:
         turn = await generate(asked, max_tokens=12)
         if rounds == 0:
-            return Ending(turn, reward=sum(letter.isdigit() for letter in turn.text))
+            return Ending(turn, reward=len(turn.text) / 100)
         rounds -= 1
         asked += [turn.message, {"role": "user", "content": "Sum up."}]
         try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,7 @@ from retool.rl.agent.options import AgentOptions
 from retool.rl.agent.rollout import Overlong, RolloutParts, RolloutTimes, Sampling, roll_out
 from retool.rl.agent.tools.interpreter import SCHEMA, CodeInterpreter
 from retool.rl.agent.tools.protocol import ToolResult
+from retool.rl.agent.work_thread import WorkThread
 from retool.rl.failures import warn_of_failures
 from retool.rl.report import write_training, write_validation
 from retool.rl.reward.protocol import Judged
@@ -125,6 +127,43 @@ def parts_of(renderer, script, tool=None, **changes):
     return replace(
         RolloutParts(engine, Judge(), {tool.name: tool} if tool else {}, renderer, agent), **changes
     ), engine
+
+
+class Talkative(Tool):
+    """Says this much."""
+
+    def __init__(self, text):
+        super().__init__(0.0)
+        self.text = text
+
+    async def call(self, arguments):
+        return ToolResult(self.text, "success", 0.01)
+
+
+@pytest.mark.parametrize("text", ["short", "line after line\n" * 40, "a flood " * 3_000])
+def test_long_answers_are_tokenised_beside_the_engine_and_alike(
+    renderer_of, text, monkeypatch
+) -> None:
+    renderer = renderer_of("hermes")
+    threads = []
+    render = renderer.render_tool_turn
+
+    def watched(*given):
+        threads.append(threading.current_thread())
+        return render(*given)
+
+    monkeypatch.setattr(renderer, "render_tool_turn", watched)
+    found = {}
+    for texts in (WorkThread(), None):
+        parts, _ = parts_of(renderer, {0: [called("1"), "42"]}, Talkative(text), texts=texts)
+        parts = replace(parts, agent=replace(parts.agent, max_response_length=2_000))
+        (member,) = asyncio.run(roll_out(parts, [(prompt_of(renderer, 0), 0)], Sampling(), 0))
+        found[texts is None] = member.trajectory
+        if texts is not None:
+            texts.end()
+    assert np.array_equal(found[True].tokens, found[False].tokens) and found[True].tool_calls == 1
+    beside = [thread is not threading.main_thread() for thread in threads]
+    assert any(beside) == (text != "short") and not beside[-1]
 
 
 def test_a_straggler_s_tool_holds_nobody_up(renderer_of) -> None:

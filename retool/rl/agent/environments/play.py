@@ -20,7 +20,7 @@ from retool.rl.agent.environments.protocol import Answer, EnvironmentFailure, Op
 from retool.rl.agent.environments.world import World
 from retool.rl.agent.episode import Episode
 from retool.rl.agent.formats.table import FormatFailure
-from retool.rl.agent.loop import Generate, calls_in, render_tool_turn, take_turn, turns_used_up
+from retool.rl.agent.loop import Generate, calls_in, take_turn, tool_turn, turns_used_up
 from retool.rl.agent.options import Agent
 from retool.rl.agent.reading.call import Call, check
 from retool.rl.agent.reading.form import before_calls, without_thoughts
@@ -170,7 +170,7 @@ class Play:
             if done:
                 episode.messages += responses
                 return Stop.DONE, None
-            new_ids = self._render(episode, responses)
+            new_ids = await self._render(episode, responses)
             if len(episode.tokens) + len(new_ids) >= limit:  # no room for an answer to it
                 return Stop.LENGTH, None
             episode.add_tool_turn(responses, new_ids)
@@ -209,9 +209,9 @@ class Play:
             raise EnvironmentFailure(found.failure)
         return [*found.messages, *by_world], found.done
 
-    def _render(self, episode: Episode, responses: list[dict[str, Any]]) -> list[int]:
+    async def _render(self, episode: Episode, responses: list[dict[str, Any]]) -> list[int]:
         try:
-            return render_tool_turn(episode, responses, self.agent)
+            return await tool_turn(episode, responses, self.agent)
         except ValueError as error:
             raise EnvironmentFailure(f"environment.step: its messages: {error}") from error
 

@@ -39,7 +39,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Context:
-    """One sequence, prompt and all. Every list but `turns` and `places` has an entry per token."""
+    """One sequence, prompt and all; log-probabilities are of what was sampled."""
 
     generate: Generate
     tokens: list[int] = field(default_factory=list)
@@ -57,8 +57,12 @@ class Context:
         """Record what was given, and the turn that was sampled after it, with its text."""
         if not self.turns:
             self.prompt_length = len(given.ids)
-        self._add_tokens(given.ids, False, [0.0] * len(given.ids), [0.0] * len(given.ids))
-        self._add_tokens(turn.tokens, True, turn.logp, turn.logp_behaviour)
+        self.tokens += given.ids
+        self.tokens += turn.tokens
+        self.mask += [False] * len(given.ids)
+        self.mask += [True] * len(turn.tokens)
+        self.logp += turn.logp
+        self.logp_behaviour += turn.logp_behaviour
         if turn.experts is not None:
             self.experts.append(turn.experts)
         self.turns.append(number)
@@ -67,18 +71,6 @@ class Context:
         if given.messages is not None:
             self.messages = [*given.messages, {"role": "assistant", "content": text}]
             self.places.append(Place(len(self.messages), len(self.tokens), ended))
-
-    def _add_tokens(
-        self,
-        ids: Sequence[int],
-        sampled: bool,
-        logp: Sequence[float],
-        logp_behaviour: Sequence[float],
-    ) -> None:
-        self.tokens += ids
-        self.mask += [sampled] * len(ids)
-        self.logp += logp
-        self.logp_behaviour += logp_behaviour
 
     def all_experts(self) -> list[np.ndarray]:
         """Of each token who computed it; `NO_EXPERTS` where the engine computed nothing from it."""
@@ -222,8 +214,8 @@ class Contexts:
         episode.prompt = replace(self.prompt, ids=ids)
         episode.tokens = _joined([c.tokens for c in trained])[begin:]
         episode.mask = _joined([c.mask for c in trained])[begin:]
-        episode.logp = _joined([c.logp for c in trained])[begin:]
-        episode.logp_behaviour = _joined([c.logp_behaviour for c in trained])[begin:]
+        episode.logp = _joined([c.logp for c in trained])
+        episode.logp_behaviour = _joined([c.logp_behaviour for c in trained])
         episode.experts = _joined([c.all_experts() for c in trained])
         ends = np.cumsum([len(context.tokens) for context in trained])
         episode.cuts = tuple(int(end) for end in ends[:-1])
