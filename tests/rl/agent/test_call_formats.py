@@ -257,9 +257,9 @@ def test_a_flood_is_read_in_no_time(name: str) -> None:
         "\n[a(" * 3_000 + "\n{" * 3_000,
     ]
     for flood in floods:
-        begin = time.perf_counter()
+        begin = time.process_time()
         assert len(read_calls(form, flood, [CODE_TOOL], "tagged")) <= MAX_CALLS_READ + 1
-        assert time.perf_counter() - begin < 2
+        assert time.process_time() - begin < 2
 
 
 def read(name: str, text: str) -> list[Call]:

@@ -330,6 +330,7 @@ def test_a_world_has_one_thread_and_many_play_at_once(renderer_of) -> None:
     """sqlite's connections belong to their thread. A straggler holds nobody up."""
     renderer = renderer_of("hermes")
     made = []
+    all_six = threading.Barrier(6)
 
     class Counting:
         def __init__(self):
@@ -341,7 +342,8 @@ def test_a_world_has_one_thread_and_many_play_at_once(renderer_of) -> None:
             return user(f"Question {row['sample']}")
 
         def step(self, message):
-            time.sleep(0.1)
+            if not self.db.execute("select count(*) from turn").fetchone()[0]:
+                all_six.wait(20)  # broken, and so the world, where they play one after the other
             self.db.execute("insert into turn values (?)", [threading.current_thread().name])
             (count,) = self.db.execute("select count(*) from turn").fetchone()
             return user("Go on."), float(count), count == 3
@@ -351,12 +353,10 @@ def test_a_world_has_one_thread_and_many_play_at_once(renderer_of) -> None:
             self.db = None
 
     script = {0: ["a", "b", "c"], 1: ["a", "b", "c"]}
-    parts, engine = parts_of(renderer, script, worlds=Worlds(Counting, 5.0, LONGEST))
+    parts, engine = parts_of(renderer, script, worlds=Worlds(Counting, 30.0, LONGEST))
     engine.any_group = True
     requests = [(bare_prompt(renderer, i), k) for i in range(2) for k in range(3)]
-    begin = time.perf_counter()
     found = asyncio.run(roll_out(parts, requests, Sampling(), 0))
-    assert time.perf_counter() - begin < 1.5, "18 turns of 0.1 s, six at once"
     assert [member.trajectory.environment_reward for member in found] == [6.0] * 6
     assert not engine.live and all(world.db is None for world in made)
 

@@ -195,8 +195,8 @@ def test_code_that_is_only_thought() -> None:
     ],
 )
 def test_a_flood_of_calls_is_cut(form: str, piece: str) -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     calls = read_calls(FORMATS[form], piece * 7_000, [SCHEMA])
-    assert time.perf_counter() - begin < 0.1
+    assert time.process_time() - begin < 0.5
     assert len(calls) == MAX_CALLS_READ + 1 and "at most 32 calls" in str(calls[-1].problem)
     assert len(read_calls(FORMATS[form], piece * 40, [SCHEMA], most=50)) == 40

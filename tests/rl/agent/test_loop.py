@@ -506,11 +506,11 @@ def test_tool_text_is_cut_by_tokens(tokenizer, side) -> None:
 @pytest.mark.parametrize("side", ["left", "middle", "right"])
 def test_a_flood_is_cut_at_once_and_a_marker_that_does_not_fit_is_left_out(tokenizer, side) -> None:
     encoder = Renderer(tokenizer).encoder
-    begin = time.perf_counter()
+    begin = time.process_time()
     flood = "first " + "ab 12 " * 4_000_000 + " last"
     short = cut_text(encoder, flood, 64, side)
     assert (
-        time.perf_counter() - begin < 2
+        time.process_time() - begin < 2
         and len(tokenizer(short, add_special_tokens=False)["input_ids"]) <= 64
         and short.count("…[cut]…") == 1
     )

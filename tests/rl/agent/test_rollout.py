@@ -182,9 +182,8 @@ def test_a_straggler_s_tool_holds_nobody_up(renderer_of) -> None:
         (2, 0, 1.0),
         (2, 1, 1.0),
     ]
-    assert tool.most == 4 and times.total < 1.0 and 0.2 < times.tools < times.total, (
-        "the tools ran at once"
-    )
+    assert tool.most == 4, "the tools ran at once"
+    assert 0.2 < times.tools < times.total
     assert (
         not engine.live
         and engine.seeds[(1, 0)] == (9, 1, 5, 1, 0)
@@ -196,7 +195,7 @@ def test_waiting_for_judges_is_told_apart(renderer_of) -> None:
     parts, _ = parts_of(renderer_of("hermes"), {0: ["42"]}, judge=Judge(0.2))
     times = RolloutTimes()
     asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, 0), 0)], Sampling(), 0, times))
-    assert times.reward > 0.15 and times.tools < 0.1
+    assert times.reward > 0.15 and times.tools < times.reward / 2
 
 
 def test_a_sequence_that_does_not_fit_is_aborted_and_counted(renderer_of) -> None:
@@ -254,7 +253,7 @@ def test_stopping_leaves_nothing_behind(renderer_of) -> None:
         asyncio.run(roll_out(parts, [(prompt_of(renderer, i), 0) for i in range(2)], Sampling(), 0))
         is None
     )
-    assert time.monotonic() < begin + 5 and not engine.live and not engine.queue
+    assert time.monotonic() < begin + 20 and not engine.live and not engine.queue
 
 
 def test_a_quick_tool_s_answer_is_in_the_next_engine_step(renderer_of) -> None:
@@ -297,7 +296,7 @@ def test_an_episode_s_error_ends_it_at_once(renderer_of) -> None:
         asyncio.run(
             roll_out(parts, [(prompt_of(parts.renderer, i), 0) for i in range(2)], Sampling(), 0)
         )
-    assert time.monotonic() < begin + 5 and not engine.live
+    assert time.monotonic() < begin + 20 and not engine.live
 
 
 def test_an_engine_s_error_ends_it(renderer_of) -> None:

@@ -179,7 +179,7 @@ def test_what_breaks_is_counted_and_nothing_hangs(
     tool = Counts(broken)
     begin = time.monotonic()
     trajectory = play_out(renderer_of("hermes"), tool_row, tool, tool_timeout_seconds=0.05)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
     assert trajectory.stop is stop and tool.closed == [s["number"] for s in tool.opened]
     metrics = tool_metrics([Scored(trajectory, 0.0, 0.0)])
     names = ("tool/failed_opens", "tool/failed_calls", "tool/failed_closes")
@@ -264,7 +264,7 @@ def test_a_state_that_a_thread_makes_too_late_is_closed(renderer_of, tool_row) -
     )
     assert trajectory.stop is Stop.INFRASTRUCTURE and not closed.is_set()
     let_go.set()
-    assert closed.wait(5)
+    assert closed.wait(30)
 
 
 def test_the_stop_of_the_run_closes_all(renderer_of) -> None:
@@ -279,7 +279,7 @@ def test_the_stop_of_the_run_closes_all(renderer_of) -> None:
     )
     requests = [(asked(renderer, i), k) for i in range(2) for k in range(2)]
     assert asyncio.run(roll_out(parts, requests, Sampling(), 0)) is None
-    assert time.monotonic() < begin + 5 and not engine.live
+    assert time.monotonic() < begin + 20 and not engine.live
     assert sorted(tool.closed) == [0, 1] == [state["number"] for state in tool.opened]
 
 

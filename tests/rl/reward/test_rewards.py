@@ -65,9 +65,9 @@ def test_the_last_balanced_box(text, inside) -> None:
 
 
 def test_boxes_of_a_hostile_text_are_found_in_linear_time() -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert last_boxed("\\boxed{" * 200_000) is None
-    assert time.perf_counter() - begin < 1.0
+    assert time.process_time() - begin < 1.0
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,8 @@ def test_a_function_that_only_the_run_itself_can_load_is_a_fault(
     tmp_path, monkeypatch, code, said
 ) -> None:
     monkeypatch.setenv("API_KEY", "geheim")
-    monkeypatch.setattr(reward_pool, "LOAD_SECONDS", 1.0)
+    if "sleep" in code:
+        monkeypatch.setattr(reward_pool, "LOAD_SECONDS", 1.0)
     (file := tmp_path / "judge.py").write_text(SECRETIVE.format(code))
     with RewardPool(RewardSource("compute_score", str(file)), workers=1, timeout=1.0) as pool:
         assert re.search(
@@ -329,6 +330,14 @@ def test_a_worker_that_nobody_ends_ends_itself(tmp_path, monkeypatch) -> None:
         assert "its process ended" in pool.problem() and time.perf_counter() - begin < 15
 
 
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it isn't one that nobody has waited for."""
+    try:
+        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_a_busy_worker_whose_server_was_killed_does_not_outlive_the_pool() -> None:
     with RewardPool(RewardSource("compute_score", HERE), workers=1) as pool:
         assert pool.problem() == ""
@@ -336,9 +345,10 @@ def test_a_busy_worker_whose_server_was_killed_does_not_outlive_the_pool() -> No
         os.kill(worker, signal.SIGSTOP)
         os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
         time.sleep(0.3)
-    time.sleep(0.1)
-    stat = Path(f"/proc/{worker}/stat")
-    assert not stat.exists() or ") Z" in stat.read_text()
+    end = time.monotonic() + 30
+    while is_running(worker):
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_worker_that_blocks_does_not_outlive_ctrl_c(tmp_path, monkeypatch) -> None:
