@@ -143,6 +143,10 @@ perf/max_memory_allocated_gb | Memory, in use | GiB |
     The largest so far on a GPU (on the CPU: of the process).
 perf/max_memory_reserved_gb | Memory, reserved | GiB |
     What torch has taken from the device for it.
+rollout/engines_back | Engines that stand back | engines | down
+    Those that failed of late: others sample their prompts.
+rollout/moved_samples | Samples taken over | samples | down
+    By other engines, in a step in which one failed.
 training/rollout_logp_diff_mean | Sampler against trainer | nats | down noisy
     Mean gap of their log-probabilities for one token.
 training/rollout_probs_diff_mean | Sampler against trainer | probability | down noisy

@@ -21,6 +21,7 @@ from retool.model.hub import eos_ids
 from retool.parallel.collectives import gather_objects
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
+from retool.parallel.network import own_place
 from retool.rl.agent.environments.play import Worlds
 from retool.rl.agent.formats.hermes import HERMES
 from retool.rl.agent.loops.play import OwnLoop
@@ -35,6 +36,7 @@ from retool.rl.preflight.memory import SERVER, engine_options
 from retool.rl.preflight.plan import RLReport, uses_reference
 from retool.rl.reward.judges import open_judges, shared_out
 from retool.rl.reward.protocol import Judges
+from retool.rl.samplers import Samplers
 from retool.rl.server.engine import ServerEngine
 from retool.rl.server.fleet import SERVER_KEY, ServerOptions
 from retool.rl.state import TrainState, restored
@@ -59,6 +61,8 @@ class Run:
     rollout: RolloutParts | None
     judges: Judges | None
     loop: asyncio.AbstractEventLoop
+    samplers: Samplers
+    host: str = ""
 
     @property
     def engine_rank(self) -> int:
@@ -93,7 +97,18 @@ def build_run(report: RLReport, mesh: Mesh, caller: Caller = COMMAND) -> tuple[R
     )
     rollout = rollout_parts(session, engine, judges) if judges is not None else None
     loop = asyncio.new_event_loop()
-    return Run(session, reference, engine, engines, rollout, judges, loop), state
+    run = Run(
+        session,
+        reference,
+        engine,
+        engines,
+        rollout,
+        judges,
+        loop,
+        Samplers(engines),
+        own_place(os.environ).host,
+    )
+    return run, state
 
 
 def open_engine(report: RLReport, mesh: Mesh, engines: int) -> RolloutEngine:

@@ -4,7 +4,8 @@ enough. All of it is collective.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from retool.rl.metrics import failure_metrics, judge_metrics
 from retool.rl.objective import filter as dynamic
 from retool.rl.objective.experience import timed
 from retool.rl.preflight.memory import ROOM
+from retool.rl.samplers import REST_STEPS, EngineFailed, Request, Share, by_engine, deal, deal_again
 from retool.rl.state import TrainState, regroup
 from retool.rl.types import LOST, Group, Prompt, Scored
 from retool.run.folder import say
@@ -51,6 +53,7 @@ def collect(run: Run, state: TrainState, times: Metrics) -> Collected | None:
     """Sample a step's groups; None when asked to stop."""
     session = run.session
     wanted = session.report.config.data.train_batch_size
+    run.samplers.moved = 0
     sync(run, times)
     sampled = _sample_rounds(run, state, times)
     release(run)
@@ -130,6 +133,9 @@ def _metrics(run: Run, sampled: _Sampled, kept: int, times: Metrics) -> Metrics:
     metrics = failure_metrics(sampled.samples) | judge_metrics(sampled.samples)
     metrics |= {f"stop/{stop.value}": float(stops.count(stop)) for stop in LOST}
     metrics["perf/rollout_tokens_per_second"] = tokens / max(times.get("gen", 0.0), 1e-9)
+    if run.engines > 1:
+        metrics["rollout/engines_back"] = float(len(run.samplers.back))
+        metrics["rollout/moved_samples"] = float(run.samplers.moved)
     if run.session.report.config.algorithm.filter_groups.enable:
         metrics |= sampled.collection.metrics(kept)
     return metrics
@@ -175,28 +181,109 @@ def sample(
 
     None when asked to stop.
     """
-    mesh = run.session.mesh
-    mine = [(prompt, k) for prompt in prompts[run.engine_rank :: run.engines] for k in range(n)]
     spent = RolloutTimes()
-    scored: list[Scored] | None = []
     with timed(times, "gen"):
-        if run.rollout is None:
-            run.engine.follow()
-        else:
-            try:
-                rollout = roll_out(run.rollout, mine, sampling, step, spent)
-                scored = run.loop.run_until_complete(rollout)
-            finally:
-                run.engine.end()
-        everyone = gather_objects(with_one_trace(scored), mesh.world_group)
+        members = _sample_everywhere(run, prompts, n, sampling, step, spent)
     times["tools"] = times.get("tools", 0.0) + spent.tools
     times["reward"] = times.get("reward", 0.0) + spent.reward
-    if any(part is None for part in everyone):
+    if members is None:
         return None
-    members: list[Scored] = [member for part in everyone for member in part or []]
-    if mesh.rank == 0:
+    if run.session.mesh.rank == 0:
         warn_of_failures(members)
     return regroup(prompts, members)
+
+
+def _sample_everywhere(
+    run: Run,
+    prompts: Sequence[Prompt],
+    n: int,
+    sampling: Sampling,
+    step: int,
+    spent: RolloutTimes,
+) -> list[Scored] | None:
+    """All engines' samples; those of engines that fail are made by others. Collective."""
+    limit = run.session.report.config.actor_rollout_ref.rollout.max_lost_share
+    samplers = run.samplers
+    shares = deal(prompts, n, samplers.ready(step))
+    members = list[Scored]()
+    fell_back = list[Share]()
+    while True:
+        found, raised = _round(run, shares, sampling, step, spent)
+        if any(share.scored is None for share in found):
+            return None
+        failed = [share for share in found if share.fails(limit)]
+        if not failed:
+            return members + [one for share in found for one in share.scored or []]
+        fell_back += failed
+        ready = samplers.left(shares, fell_back)
+        if not ready:
+            break
+        samplers.rest(failed, ready, step)
+        for share in found:
+            members += share.sound if share in failed else share.scored or []
+        shares = deal_again(shares, failed, ready)
+        samplers.moved += sum(map(len, shares.values()))
+        _tell(run, failed, len(ready))
+        if any(share.error and share.engine == run.engine_rank for share in failed):
+            run.engine.release()  # whatever state it is in; the next sync begins anew
+    # Nobody does better: what is lost isn't the fault of one machine
+    samplers.recall(fell_back)
+    if any(share.error for share in found):
+        raise raised or EngineFailed(next(share.error for share in found if share.error))
+    return members + [one for share in found for one in share.scored or []]
+
+
+def _round(
+    run: Run,
+    shares: Mapping[int, Sequence[Request]],
+    sampling: Sampling,
+    step: int,
+    spent: RolloutTimes,
+) -> tuple[list[Share], Exception | None]:
+    """Every engine's share, sampled; and what this rank's engine raised. Collective."""
+    requests = shares.get(run.engine_rank)
+    raised: Exception | None = None
+    scored: list[Scored] | None = []
+    try:
+        if requests is not None:
+            scored = _sample_share(run, requests, sampling, step, spent)
+    except Exception as error:
+        raised = error
+    said = "" if raised is None else f"{type(raised).__name__}: {raised}"
+    mine = Share(run.engine_rank, run.host, with_one_trace(scored), said)
+    # Whoever has no share waits as long as the others sample
+    waiting = run.session.watchdog.following() if requests is None else nullcontext()
+    with waiting:
+        everyone = gather_objects(mine, run.session.mesh.world_group)
+    return [share for share in by_engine(everyone) if share.engine in shares], raised
+
+
+def _sample_share(
+    run: Run,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    step: int,
+    spent: RolloutTimes,
+) -> list[Scored] | None:
+    """This rank's part of its engine's work; only the rank that leads has samples."""
+    if run.rollout is None:
+        run.engine.follow()
+        return []
+    try:
+        rollout = roll_out(run.rollout, requests, sampling, step, spent)
+        return run.loop.run_until_complete(rollout)
+    finally:
+        run.engine.end()
+
+
+def _tell(run: Run, failed: Sequence[Share], left: int) -> None:
+    """Who stands back, and why; rank 0 says it."""
+    for share in failed:
+        say(
+            run.session.mesh,
+            f"engine {share.engine} on {share.host} stands back for {REST_STEPS} steps "
+            f"({share.cause}); {left} of {run.engines} go on, with its prompts.",
+        )
 
 
 def with_one_trace(members: list[Scored] | None) -> list[Scored] | None:

@@ -83,6 +83,7 @@ class Watchdog:
         self._armed = -math.inf
         # Seconds that the save at work may take, and why
         self._save: tuple[float, str] | None = None
+        self._following = False
 
     def __enter__(self) -> Watchdog:
         if self.silence_s > 0:
@@ -98,7 +99,7 @@ class Watchdog:
         """This rank gets on."""
         self._beats += 1
         self._last = time.monotonic()
-        if self._spare is None or self.silence_s == math.inf:
+        if self._spare is None or self._following or self.silence_s == math.inf:
             return
         # Not at every beat, as faulthandler starts a thread each time.
         if self._last > self._armed + min(1.0, self.silence_s):
@@ -109,6 +110,8 @@ class Watchdog:
     @property
     def _limit(self) -> float:
         """Seconds without a beat that end the run now."""
+        if self._following:
+            return math.inf
         return self.silence_s if self._save is None else self._save[0]
 
     @contextlib.contextmanager
@@ -124,6 +127,20 @@ class Watchdog:
             yield
         finally:
             self._save = before
+            self._armed = -math.inf
+            self.beat()
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """While this lasts the rank only waits for others: it answers an alarm and raises none."""
+        if self._spare is not None:
+            faulthandler.cancel_dump_traceback_later()
+        self._following = True
+        try:
+            yield
+        finally:
+            self.beat()  # first: the silence was no silence
+            self._following = False
             self._armed = -math.inf
             self.beat()
 

@@ -127,6 +127,23 @@ def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(
     np.testing.assert_allclose(mine, theirs, rtol=1e-3)
 
 
+# Says when the first step after a restart is done
+WENT_ON = """
+import os, time
+from retool.sft import train
+
+real = train.log_pending
+
+def log_pending(session, state):
+    told = bool(state.pending) and session.mesh.rank == 0
+    real(session, state)
+    if told and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+        print(f"went on at {time.time()}", flush=True)
+
+train.log_pending = log_pending
+"""
+
+
 @pytest.mark.slow
 def test_ranks_of_one_machine_are_started_again(work: Path, tmp_path: Path) -> None:
     """torchrun's own store still has what the ranks before wrote."""
@@ -134,10 +151,14 @@ def test_ranks_of_one_machine_are_started_again(work: Path, tmp_path: Path) -> N
         "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.kill(os.getpid(), signal.SIGKILL)"
     )
     script = tmp_path / "faulty.py"
-    script.write_text(FAULTY.replace("{ACCIDENT}", once))
+    script.write_text(WENT_ON + FAULTY.replace("{ACCIDENT}", once))
     out = tmp_path / "run"
     keys = words(work, out, trainer__total_training_steps=6, trainer__save_freq=1)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = warm.run([*torchrun, "--nproc_per_node=2", "--max-restarts=2", script, *keys])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "resumed from" in done.stdout and [e["step"] for e in steps(out)] == [*range(1, 7)]
+    accident = float(done.stdout.split("accident at ")[1].split()[0])
+    resumed = float(done.stdout.split("went on at ")[1].split()[0])
+    print(f"--max-restarts: the first step after it was done {resumed - accident:.1f} s later")
+    assert resumed - accident < 60

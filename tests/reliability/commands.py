@@ -105,7 +105,7 @@ def _every_answer_calls_a_tool() -> None:
     from retool.rl.agent import loop
     from retool.rl.agent.reading.call import Call
 
-    real = loop._take_turn
+    real = loop.take_turn
     real_episode = loop.run_episode
 
     def take_turn(episode, turn, agent):
@@ -123,7 +123,7 @@ def _every_answer_calls_a_tool() -> None:
 
         return await real_episode(prompt, sample, short, agent, version)
 
-    loop._take_turn = take_turn
+    loop.take_turn = take_turn
     importlib.import_module("retool.rl.agent.rollout").run_episode = run_episode
 
 

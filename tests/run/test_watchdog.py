@@ -175,6 +175,16 @@ def test_a_rank_that_is_stopped_in_a_save_is_noticed_by_the_others(
     )
 
 
+def test_a_rank_that_only_waits_for_others_raises_no_alarm(tmp_path: Path) -> None:
+    ended = list[int]()
+    with Watchdog(tmp_path, 0, 1, 0.3, None, ended.append) as watchdog:
+        with watchdog.following():
+            time.sleep(0.8)
+        assert not ended
+        time.sleep(0.8)
+    assert ended == [EXIT], "afterwards it does again"
+
+
 def test_none_is_watched_when_it_is_off(tmp_path: Path) -> None:
     ended: list[int] = []
     with Watchdog(tmp_path, 0, 1, 0, None, ended.append) as watchdog:
