@@ -219,3 +219,31 @@ def test_ssh_to_two_machines(
     addresses = {"HOSTS": " ".join(host.address for host in hosts), "GPUS": "1"}
     bash([launchers / "ssh.sh", "retool.sft", *keys], machine | addresses)
     assert len(steps(out)) == 2
+
+
+@pytest.mark.slow
+def test_ray_on_a_cluster_of_two_nodes(work: Path, launchers: Path, tmp_path: Path) -> None:
+    """Two raylets on this computer, each with room for one worker."""
+    pytest.importorskip("ray", reason="no ray: pip install 'retool-train[ray]'")
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(True, head_node_args={**node, "include_dashboard": False})
+    out = tmp_path / "run"
+    keys = words(work, out, trainer__total_training_steps=2)
+    script = [sys.executable, launchers / "ray_train.py", "--workers=2", "--cpu"]
+    options = [f"--address={cluster.address}", f"--storage={tmp_path / 'ray'}"]
+    try:
+        cluster.add_node(**node)
+        done = subprocess.run(
+            [*script, *options, "retool.sft", *keys],
+            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+            capture_output=True,
+            text=True,
+            timeout=170,
+        )
+    finally:
+        cluster.shutdown()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    # A worker takes the only CPU of its node; the nodes have one address
+    assert "processes: 2 on 1 machine(s)" in done.stdout and len(steps(out)) == 2
