@@ -5,6 +5,8 @@ machines goes on from.
 from __future__ import annotations
 
 import shutil
+import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 from retool.checkpoint.__main__ import main as checkpoints
 from retool.checkpoint.format.tracker import TRACKER
+from tests import warm
 from tests.hosts.launch import run
 from tests.hosts.network import Host, network
 from tests.sft.test_command import steps, words
@@ -102,3 +105,53 @@ def test_a_resume_is_refused_where_one_machine_lacks_the_folder(
     assert "isn't the folder that rank 0 has under this name" in ended[0].text
     assert (mine / TRACKER).read_text() == before
     assert not (tmp_path / "machines" / "b" / "run").exists()
+
+
+STORE_PORT = 5000
+BUCKET = "import fsspec; fsspec.filesystem('s3').mkdir('bucket')"
+FETCH = (
+    "import fsspec, sys; fsspec.filesystem('s3').get('bucket/run/', sys.argv[1], recursive=True)"
+)
+
+
+def serve_s3(machine: Host) -> warm.Popen:
+    """A real S3 server (moto's) on a machine that doesn't train, with a bucket."""
+    words = ["-m", "moto.server", "-H", machine.address, "-p", str(STORE_PORT)]
+    server = machine.start(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while machine.start(["-c", BUCKET], stderr=subprocess.DEVNULL).wait(60):
+        assert time.monotonic() < end and server.poll() is None, "no S3 server"
+        time.sleep(0.2)
+    return server
+
+
+@pytest.mark.slow
+def test_checkpoints_of_two_machines_go_to_object_storage(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is complete; another machine goes on from it."""
+    pytest.importorskip("moto", reason="the S3 server is moto[server]")
+    with network(3, tmp_path / "machines") as (a, b, store):
+        address = f"http://{store.address}:{STORE_PORT}"
+        for name, value in (
+            ("AWS_ENDPOINT_URL", address),
+            ("AWS_ACCESS_KEY_ID", "key"),
+            ("AWS_SECRET_ACCESS_KEY", "secret"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+            ("NO_PROXY", "*"),
+        ):
+            monkeypatch.setenv(name, value)
+        server = serve_s3(store)
+        try:
+            out = tmp_path / "run"
+            command = sft(work, out, "trainer.default_hdfs_dir=s3://bucket/run")
+            trained([a, b], 1, command, tmp_path / "logs")
+            back = tmp_path / "back"
+            assert b.start(["-c", FETCH, str(back)]).wait(60) == 0
+        finally:
+            server.kill()
+            server.wait()
+        assert {p.name for p in back.iterdir()} >= {"global_step_4", "global_step_8", TRACKER}
+        assert checkpoints(["verify", str(back / "global_step_8")]) == 0
+        said = trained([b], 2, sft(work, back, last=STEPS + 1), tmp_path / "logs of the copy")
+        assert f"resumed from {back / 'global_step_8'}" in said

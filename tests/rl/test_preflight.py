@@ -86,6 +86,10 @@ def test_a_sound_run_has_a_plan(work: Path, tmp_path: Path) -> None:
     plan = dict(in_words(report))
     assert "1 layers, 4/2 heads of 16" in plan["model"] and "(predicted): load" in plan["memory"]
     assert "report/" in plan["written"] and "every 2 steps" in plan["written"]
+    assert "network" not in plan
+    two = ["trainer.nnodes=2", "trainer.n_gpus_per_node=2", "trainer.device_memory_gb=80"]
+    elsewhere = check(work, tmp_path / "out", *two, planning=True)
+    assert "% of its time at 400 Gbit/s" in dict(in_words(elsewhere))["network"]
 
 
 def test_every_machine_check_stands_in_one_table(
