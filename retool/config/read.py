@@ -5,6 +5,8 @@ A word is `key=value` with a dotted key, or `config=run.yaml` for a file of them
 
 from __future__ import annotations
 
+import copy
+import functools
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -96,16 +98,22 @@ def to_dict(config: Any) -> dict[str, Any]:
 def _structured(schema: type[C], base: C | None) -> tuple[Any, list[Fault]]:
     """The node that is filled: of `base` where there is one and it holds what its types say."""
     if base is None:
-        return OmegaConf.structured(schema), []
+        return copy.deepcopy(_defaults(schema)), []
     if not isinstance(base, schema):
         problem = f"is a {type(base).__name__}, not a {schema.__name__}."
         way_out = f"Give a {schema.__name__}(…), or dotted keys as options."
-        return OmegaConf.structured(schema), [Fault("config", problem, way_out)]
+        return copy.deepcopy(_defaults(schema)), [Fault("config", problem, way_out)]
     try:
         return OmegaConf.structured(base), []
     except OmegaConfBaseException as error:
         problem = f"can't be used: {' '.join(str(error).split())}."
-        return OmegaConf.structured(schema), [Fault(f"config={schema.__name__}", problem)]
+        return copy.deepcopy(_defaults(schema)), [Fault(f"config={schema.__name__}", problem)]
+
+
+@functools.cache
+def _defaults(schema: type) -> Any:
+    """The node of a schema without anything given. Reading all its types takes longer than a copy."""
+    return OmegaConf.structured(schema)
 
 
 def _value_faults(leaf: Leaf, value: Any) -> Iterator[Fault]:
