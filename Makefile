@@ -7,8 +7,9 @@ PYTHON    := $(VENV)/bin/python
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,constraints/cpu.txt)
 PIP       := $(PYTHON) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # Tests run in so many processes, a whole file in one of them: what its tests share is built once.
+# Three for two cores: many tests wait for a process, a sandbox or a clock, and leave their core to others.
 # One that dies ends the run: xdist would start another and may wait for ever (its files have nobody left).
-WORKERS   ?= 2
+WORKERS   ?= 3
 # Tests of one GPU run on each GPU at once, those of several afterwards.
 GPUS      ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
 BENCH     ?= $(wildcard benchmarks/sft.py)
