@@ -31,7 +31,7 @@ PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
 MADE = {"keys-sft.md", "keys-rl.md"}  # by `make docs`, from the code
 GROUPS = "data|model|optim|trainer|algorithm|actor_rollout_ref|reward_model|custom_reward_function"
 KEY = re.compile(rf"(?<![\w./-])((?:{GROUPS}|engine|checkpoint)(?:\.[a-z]\w*)+)(?![\w/(])")
-FILES = (".py", ".pt", ".parquet", ".jsonl", ".json", ".yaml", ".safetensors")
+FILES = (".py", ".pt", ".parquet", ".jsonl", ".csv", ".json", ".yaml", ".safetensors")
 COLUMNS = {"reward_model.ground_truth"}  # of a row, with the name of a group of keys
 COMMAND = re.compile(r"(?:-m retool\.|retool )(sft|rl)\b(.*)", re.DOTALL)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import hashlib
+import inspect
 import json
 import os
 import reprlib
@@ -23,6 +24,7 @@ import pyarrow as pa
 
 from retool.data.cache import default_cache_dir
 from retool.data.read.containers import plain
+from retool.data.tool_schema import schema_of
 
 TEXTUAL = (datetime.date, datetime.time, decimal.Decimal, uuid.UUID)
 
@@ -136,7 +138,8 @@ def _line(row: Any, index: int) -> bytes:
     if not isinstance(row, Mapping):
         raise ValueError(f"row {index} of the data is a {type(row).__name__}, not a dict.")
     cells = list[str]()
-    for name, value in row.items():
+    for name, given in row.items():
+        value = _schemas(given, index) if name == "tools" else given
         try:
             cell = json.dumps(plain(value), default=_text)
         except (TypeError, ValueError, RecursionError) as error:
@@ -146,6 +149,16 @@ def _line(row: Any, index: int) -> bytes:
             ) from error
         cells.append(f"{json.dumps(str(name))}: {cell}")
     return ("{" + ", ".join(cells) + "}\n").encode()
+
+
+def _schemas(tools: Any, index: int) -> Any:
+    """A row's tools, functions among them as the schemas that reinforcement learning makes of them."""
+    if not isinstance(tools, (list, tuple)):
+        return tools
+    try:
+        return [schema_of(tool) if inspect.isfunction(tool) else tool for tool in tools]
+    except ValueError as error:
+        raise ValueError(f"row {index} of the data: {error}") from error
 
 
 def _text(value: Any) -> str:

@@ -74,12 +74,15 @@ def sampling_of(options: argparse.Namespace, n: int = 1) -> SamplingParams:
     )
 
 
-def open_tools(choice: str, isolation: str) -> list[AnyTool]:
-    """The tools of `--tools`, started. ValueError where there are none, or they can't be."""
+def open_tools(choice: str, isolation: str, session: bool) -> list[AnyTool]:
+    """The tools of `--tools`, started; with `session` the code interpreter's variables live on.
+    ValueError where there are none, or they can't be.
+    """
     if choice == NO_TOOLS:
         return []
     try:
-        return load_tools(None if choice == CODE else choice, RunLimits(isolation=isolation))
+        limits = RunLimits(isolation=isolation, session=session)
+        return load_tools(None if choice == CODE else choice, limits)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"--tools {choice}: {error} Or use --tools none, or --isolation best_effort."

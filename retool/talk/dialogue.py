@@ -43,7 +43,7 @@ def hold(options: argparse.Namespace, help_text: str) -> int:
     """What `retool chat` does: its exit status. ValueError for what the user can mend."""
     sampling = sampling_of(options)
     loop = asyncio.new_event_loop()
-    tools = open_tools(options.tools, options.isolation)
+    tools = open_tools(options.tools, options.isolation, options.session)
     try:
         with open_llm(options, max_num_seqs=1, enforce_eager=True) as llm:
             talker = make_talker(llm, tools, sampling, options.format)
@@ -51,11 +51,14 @@ def hold(options: argparse.Namespace, help_text: str) -> int:
             hides_calls = talker.agent.options.format is HERMES and bool(tools)
             screen = TerminalScreen(Console(highlight=False), hides_calls)
             dialogue = Dialogue(session, screen, loop, help_text)
-            if not sys.stdin.isatty():
-                return answer_piped(dialogue)
-            names = ", ".join(tool.name for tool in tools) or "none"
-            screen.note(f"{options.model} · tools: {names} · /help")
-            return converse(dialogue)
+            try:
+                if not sys.stdin.isatty():
+                    return answer_piped(dialogue)
+                names = ", ".join(tool.name for tool in tools) or "none"
+                screen.note(f"{options.model} · tools: {names} · /help")
+                return converse(dialogue)
+            finally:
+                loop.run_until_complete(session.close())
     finally:
         loop.run_until_complete(close_tools(tools))
         loop.close()
@@ -123,11 +126,11 @@ def _obey(dialogue: Dialogue, text: str) -> bool:
     if command in ("/quit", "/exit"):
         return False
     if command == "/reset":
-        session.reset()
+        dialogue.loop.run_until_complete(session.reset())
         screen.note("(a new conversation)")
     elif command == "/system":
         session.system = argument or None
-        session.reset()
+        dialogue.loop.run_until_complete(session.reset())
         screen.note("(a new conversation, with this system message)" if argument else "(with none)")
     elif command == "/tools":
         for schema in session.talker.agent.schemas or [{}]:

@@ -53,6 +53,12 @@ def add_options(parser: argparse.ArgumentParser, tools: str, max_tokens: int) ->
         help="best_effort: run programs even where this machine can't give every guarantee "
         "(default: the tool's own, else strict)",
     )
+    group.add_argument(
+        "--session",
+        action="store_true",
+        help="the code interpreter's variables and files live on: over the conversation in chat, over "
+        "an answer in generate",
+    )
     add_loading_options(parser)
 
 

@@ -14,8 +14,10 @@ from retool.engine import TurnDone
 from retool.llm.answer import Detokenizer
 from retool.rl.agent.calls import clean
 from retool.rl.agent.episode import Episode, Sampled
-from retool.rl.agent.loop import calls_in, play, turn_text
+from retool.rl.agent.loop import calls_in, play_turns, turn_text
 from retool.rl.agent.reading.call import Call
+from retool.rl.agent.states import close_each
+from retool.rl.agent.tools.state import State
 from retool.rl.types import Prompt, Stop
 from retool.talk.agent import Talker, to_message, without_thoughts
 
@@ -111,16 +113,27 @@ def _longer(sampled: Sampled, turn: TurnDone) -> Sampled:
 
 @dataclass
 class Session:
-    """A conversation. `messages` are without the `system` message, which stands before them."""
+    """A conversation. `messages` are without the `system` message, which stands before them.
+
+    What tools keep in `states` lives as long as the conversation: end it with `close`.
+    """
 
     talker: Talker
     system: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
+    states: dict[str, State] = field(default_factory=dict)
     answers: int = 0
 
-    def reset(self) -> None:
-        """Forget what was said; the system message stays."""
+    async def reset(self) -> None:
+        """Forget what was said, and have tools close what they kept; the system message stays."""
         self.messages.clear()
+        await self.close()
+
+    async def close(self) -> None:
+        """Have tools close what they kept."""
+        kept = list(self.states.values())
+        self.states.clear()
+        await close_each(kept)
 
     async def answer(self, text: str, screen: Screen) -> tuple[Stop, str]:
         """Say `text`, and show what the model answers: why that ended, and what a tool that broke
@@ -131,11 +144,12 @@ class Session:
         said = [*self.messages, {"role": "user", "content": clean(text)}]
         prompt = self._prompt(said)
         episode = Episode.begin(prompt)
+        episode.states = self.states
         known = len(episode.messages)
         voice = _Voice(self.talker, screen, episode, self._params(), shown=known)
         self.messages = said
         try:
-            stop, failure = await play(episode, voice.speak, self.talker.within(prompt))
+            stop, failure = await play_turns(episode, voice.speak, self.talker.within(prompt))
         except asyncio.CancelledError:
             if voice.unfinished:
                 rest = turn_text(self.talker.agent.renderer, voice.unfinished)

@@ -25,7 +25,7 @@ LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 # What answers depend on; the number that is sampled at once changes none
 SETTINGS = (
     "model files column max_rows n temperature top_p top_k max_tokens seed tools format "
-    "chat_template dtype max_model_len"
+    "session chat_template dtype max_model_len"
 ).split()
 
 
@@ -57,7 +57,7 @@ def write_answers(options: argparse.Namespace) -> int:
     """Exit status. ValueError for what the user can mend."""
     sampling = sampling_of(options, options.n)
     out = AnswersFile(options.out, {name: getattr(options, name) for name in SETTINGS})
-    tools = open_tools(options.tools, options.isolation)
+    tools = open_tools(options.tools, options.isolation, options.session)
     try:
         with open_llm(options, options.max_num_seqs, enforce_eager=False) as llm, closing(out):
             talker = make_talker(llm, tools, sampling, options.format)

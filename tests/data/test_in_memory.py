@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from retool.data.in_memory import files_of
+from retool.data.tool_schema import schema_of
 
 ROWS = [
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hé"}]},
@@ -86,3 +87,22 @@ def test_a_split_is_chosen_by_the_program(tmp_path):
     both = datasets.DatasetDict(train=datasets.Dataset.from_list(FLAT))
     with pytest.raises(ValueError, match=r"several splits: train\. Give one.*data\['train'\]"):
         files_of(both, cache_dir=tmp_path)
+
+
+def test_a_row_s_tools_may_be_functions(tmp_path):
+    def price_of(fruit: str) -> str:
+        """The price of a piece of fruit.
+
+        Args:
+            fruit: Its name.
+        """
+        return fruit
+
+    def untyped(fruit):
+        """The price of a piece of fruit."""
+
+    rows = [{"prompt": "?", "tools": [price_of, {"type": "function"}]}]
+    (row,) = kept(rows, tmp_path)
+    assert row["tools"] == [schema_of(price_of), {"type": "function"}]
+    with pytest.raises(ValueError, match="row 0 of the data: the tool untyped has no schema"):
+        files_of([{"tools": [untyped]}], cache_dir=tmp_path)

@@ -10,6 +10,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
@@ -19,6 +20,8 @@ from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering
 from retool.llm.sampling import SamplingParams
 from retool.rl.agent.reading.call import Call
+from retool.rl.agent.tools import TrajectoryTool
+from retool.rl.agent.tools.session import InterpreterSession
 from retool.rl.types import Stop
 from retool.talk import dialogue, lines
 from retool.talk.agent import make_talker, to_message
@@ -30,6 +33,7 @@ from tests.data.templates_table import FOLDER, small_tokenizer
 
 CALL = '<tool_call>\n{"name": "code_interpreter", "arguments": {"code": "x = 6\\nprint(x * 7)"}}\n</tool_call>'
 END = "<|im_end|>"
+COUNT = '<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'
 SHOWN = """I multiply.
 ▸ code_interpreter
   │ x = 6
@@ -92,9 +96,61 @@ def test_a_reset_forgets_and_keeps_the_system_message(talker_of) -> None:
     talker, engine = talker_of({"chat": [f"One.{END}", f"Two.{END}"]}, tools=False)
     session = Session(talker, system="Be brief.")
     asyncio.run(session.answer("First", Pieces()))
-    session.reset()
+    asyncio.run(session.reset())
     asyncio.run(session.answer("Second", Pieces()))
     assert "First" not in engine.text("chat") and "Be brief." in engine.text("chat")
+
+
+def test_what_a_tool_keeps_lives_as_long_as_the_conversation(talker_of) -> None:
+    class Counter:
+        """Counts its calls."""
+
+        schema: ClassVar[dict[str, Any]] = {
+            "type": "function",
+            "function": {"name": "count", "description": "Counts.", "parameters": {}},
+        }
+        closed: ClassVar[list[int]] = []
+
+        def open(self, row: dict[str, Any]) -> list[int]:
+            return [0]
+
+        def call(self, state: list[int], arguments: dict[str, Any]) -> str:
+            state[0] += 1
+            return f"{state[0]} so far"
+
+        def close(self, state: list[int]) -> None:
+            self.closed.append(state[0])
+
+    turns = [f"{COUNT}{END}", f"Done.{END}"] * 3
+    talker, _ = talker_of({"chat": turns}, tools=False)
+    talker = make_talker(talker.llm, [TrajectoryTool(Counter())], talker.sampling)
+    session = Session(talker)
+
+    async def talk() -> list[str]:
+        told = []
+        for message in ("First", "Second", None, "Third"):
+            if message is None:
+                await session.reset()
+                continue
+            pieces = Pieces()
+            await session.answer(message, pieces)
+            told += [text for text in pieces.texts if text.startswith("[count:")]
+        await session.close()
+        return told
+
+    assert asyncio.run(talk()) == ["[count: 1 so far]", "[count: 2 so far]", "[count: 1 so far]"]
+    assert Counter.closed == [2, 1]
+
+
+def test_the_interpreter_s_variables_live_on_over_messages(own_llm, talker_of, interpreter) -> None:
+    uses = CALL.replace("x = 6\\nprint(x * 7)", "print(x + 1)")
+    talker, _ = talker_of({"chat": [f"{CALL}{END}", f"42.{END}", f"{uses}{END}", f"7.{END}"]})
+    keeps = InterpreterSession(interpreter)
+    session = Session(make_talker(own_llm, [keeps], talker.sampling))
+    pieces = Pieces()
+    for message in ("How much is 6*7?", "And one more than the 6?"):
+        asyncio.run(session.answer(message, pieces))
+    assert "[code_interpreter: 7]" in pieces.texts
 
 
 def test_thoughts_are_over_with_the_answer(talker_of) -> None:

@@ -49,13 +49,14 @@ async def play(episode: Episode, generate: Generate, agent: Agent) -> tuple[Stop
     Tools may fail in any way; only `generate` may raise.
     """
     try:
-        return await _play_turns(episode, generate, agent)
+        return await play_turns(episode, generate, agent)
     finally:
         if episode.states:
             await close_states(episode)
 
 
-async def _play_turns(episode: Episode, generate: Generate, agent: Agent) -> tuple[Stop, str]:
+async def play_turns(episode: Episode, generate: Generate, agent: Agent) -> tuple[Stop, str]:
+    """`play`, after which what its tools keep is still open."""
     limit = agent.options.max_response_length
     new_ids: Sequence[int] = episode.prompt.ids.tolist()
     while True:
