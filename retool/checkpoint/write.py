@@ -84,6 +84,7 @@ def save(
     options = options or SaveOptions()
     staging = staging or Staging(mesh)
     if staging.pending is not None:
+        # It is still being written from the buffers that this one fills
         staging.pending.wait()
     pending = PendingSave(training.step, Path(root) / f"global_step_{training.step}")
     if mesh.rank == 0 and options.remote_url is not None and staging.mirror is None:
@@ -94,6 +95,7 @@ def save(
         "step": training.step,
         "rng": capture(mesh.device),
     }
+    # To bytes at once: training goes on changing what these refer to
     extra_file = frozen(extra, "extra")
     data_file = frozen(dict(training.data_state), "data_state")
     try:

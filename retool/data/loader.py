@@ -166,6 +166,7 @@ def iterate_validation(
 def _packs(dataset: Samples, indices: Sequence[int], packing: Packing) -> tuple[PackedBatch, ...]:
     """The packs of one rank for the samples that all ranks take together."""
     pad_to = packing.pad_to
+    # A padded sample takes as much room and time as a long one
     lengths = [pad_to if pad_to is not None else int(dataset.lengths[i]) for i in indices]
     plan = plan_step(lengths, packing.budget, packing.dp, packing.sp)
     packs = []
@@ -201,6 +202,7 @@ class Ahead(Iterator[_Made]):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="retool-data")
 
     def __next__(self) -> _Made:
+        # The one that is given now, and those ahead of it
         wanted = self._prefetch + 1 - len(self._waiting)
         try:
             for item in islice(self._items, wanted):

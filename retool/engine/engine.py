@@ -193,6 +193,7 @@ class Engine:
         scheduler = Scheduler(
             PagePool(pages, self.page_size),
             options.max_num_seqs,
+            # Deterministic: as many tokens in every step, so that its shapes depend on nobody else
             options.max_num_seqs if options.deterministic else options.max_batch_tokens,
             longest,
         )
@@ -220,8 +221,10 @@ class Engine:
     def _count_pages(self, page: int, dtype: torch.dtype, longest: int) -> int:
         """How many pages of so many bytes the cache has. ValueError if there is room for none."""
         options = self.options
+        # More than all sequences at their longest would never be filled
         useful = options.max_num_seqs * min(longest, 1 << 40) // self.page_size * page
         pages = cache_bytes(options, self.config, dtype, self.device, self.group, useful) // page
+        # Page 0 is never given out
         if pages < 2:
             raise ValueError(
                 f"the KV cache has room for {max(pages - 1, 0)} pages of {self.page_size} tokens "

@@ -122,6 +122,7 @@ class Pipeline:
             return None
 
         rows = [*in_loop]
+        # Nobody computes empty rows at the end
         while rows and rows[-1] is None:
             rows.pop()
         drawn = flying.chunks.rows if flying.chunks else []
@@ -144,6 +145,7 @@ class Pipeline:
         for row, length, token, logp, behaviour in zip(
             part.rows, part.lengths, *draws, strict=False
         ):
+            # Whose tokens are other ones by now was drawn for in vain
             if row is not None and row.is_running and len(row.tokens) == length:
                 turn = self.scheduler.accept(row, int(token), logp, behaviour)
                 if turn is not None:

@@ -59,6 +59,7 @@ def draw_rows(model: Model, x_tD: Tensor, batch: Batch) -> Flight:
     rows = to_device(batch.rows, device)
     mine = None
     if model.group is not None:
+        # Of the rows, those whose token lies in this rank's part of the sequence
         low = model.plan.rank * len(x_tD)
         places = np.flatnonzero((batch.rows >= low) & (batch.rows < low + len(x_tD)))
         mine = to_device(places, device), to_device(batch.rows[places] - low, device)
@@ -68,6 +69,7 @@ def draw_rows(model: Model, x_tD: Tensor, batch: Batch) -> Flight:
 def _draws_of(batch: Batch, device: torch.device) -> Draws:
     return Draws(
         keys=to_device(batch.keys, device),
+        # Where the token will be that is drawn: it names the random number, in whatever batch
         positions=to_device(batch.positions[batch.rows] + 1, device),
         temperature=to_device(batch.temperature, device),
         top_k=to_device(batch.top_k, device),

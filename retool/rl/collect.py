@@ -170,6 +170,7 @@ def _update_is_short_of_memory(run: Run) -> bool:
     assert choice is not None
     needed = ROOM * (choice.prediction.forward_backward - choice.prediction.state)
     device = run.session.mesh.device
+    # What torch holds and nobody uses is there for the update, too
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused < needed
 
@@ -209,6 +210,7 @@ def _sample_everywhere(
     fell_back = list[Share]()
     while True:
         found, raised = _round(run, shares, sampling, step, spent)
+        # Who is asked to stop has no samples; all ranks see it in the same round
         if any(share.scored is None for share in found):
             return None
         failed = [share for share in found if share.fails(limit)]
@@ -273,6 +275,7 @@ def _sample_share(
         rollout = roll_out(run.rollout, requests, sampling, step, spent)
         return run.loop.run_until_complete(rollout)
     finally:
+        # Whatever happened: the ranks that follow would wait for ever
         run.engine.end()
 
 

@@ -185,6 +185,7 @@ def _seat(scheduler: Scheduler, step: StepAhead, joining: list[tuple[int, Sequen
         assert copies is not None
         step.copies.extend(copies)
         step.join(s, source, s.computed)
+        # Where the rows wait, it has its place and isn't computed yet
         s.computed += step.runs
 
 
@@ -196,6 +197,7 @@ def _book_chunks(scheduler: Scheduler, step: StepAhead, prefilling: list[Sequenc
     items = list[Item]()
     budget = scheduler.max_tokens
     for s in sorted(prefilling, key=lambda s: s.number):
+        # Without budget, one token at most: that is a row, which takes none
         count = min(s.pending, max(budget, 1))
         if count == s.pending or count > 1:
             items.append(Item(s, s.computed, count))

@@ -53,6 +53,7 @@ def assign_buffers(sizes: Sequence[int], own: Sequence[bool]) -> list[int]:
     buffers = 0
     for units in _alike(sizes, own):
         have_neighbours = any(second - first == 1 for first, second in pairwise(units))
+        # Neighbours are there at once: one is computed with while the other arrives or leaves
         needed = 2 if have_neighbours else 1
         for position, unit in enumerate(units):
             assigned[unit] = buffers + position % needed

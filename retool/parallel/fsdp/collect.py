@@ -45,6 +45,7 @@ def collect(module: nn.Module, units: Units, members: Members) -> list[Collected
 
     ValueError for what can't be, with the way out.
     """
+    # By identity throughout: `==` of two parameters compares their elements
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     places = {id(child): name for name, child in module.named_modules()}
     roots = [id(part) for _, modules in units for part in modules]
@@ -71,6 +72,7 @@ def collect(module: nn.Module, units: Units, members: Members) -> list[Collected
         raise ValueError(
             f"parameter {missing[0]} (and {len(missing) - 1} more) is in no unit: add its module to `units`."
         )
+    # A parameter of a unit may be used by a module outside of all units, too
     for place, inside in module.named_modules():
         if id(inside) in covered:
             continue
@@ -169,4 +171,5 @@ def check_alike(collected: Sequence[Collected], mesh: Mesh) -> None:
 
 def _byte_sum(parameter: nn.Parameter) -> torch.Tensor:
     """int64: what all bytes of the parameter add up to."""
+    # Of bytes: exact in whatever order they are added, and NaN equals NaN
     return parameter.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)

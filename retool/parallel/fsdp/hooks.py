@@ -104,6 +104,7 @@ def attach(sharded: Sharded, index: int, module: nn.Module, first: bool, only: b
         # Run again by a checkpoint, it is in use until its backward ends
         if not in_backward():
             unit.release()
+        # As they are in this forward: by its backward the optimizer may have stepped
         version = sharded.version
         weights = unit.weights.data.untyped_storage().data_ptr()
         for tensor in _tensors(output):

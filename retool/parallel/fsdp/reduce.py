@@ -91,6 +91,7 @@ class Gradients:
         """Put the gradients into a buffer of the whole unit, or add them to what it holds."""
         if hold and self.held is None:
             self.held = self._make_held(buffer.data)
+        # The first backward after `no_sync` is added to those inside it, and sent with them
         if self.held is not None and (hold or self.holds):
             buffer = self.held
         flat = buffer.data[: self.layout.numel]

@@ -85,8 +85,10 @@ class Sharded:
         numel = layout.shard_numel
         self.master = torch.zeros(numel, dtype=dtypes.master, device=mesh.device)
         self.compute = self.master
+        # Without a gather nothing would cast: one process computes with this copy itself
         if dtypes.param != dtypes.master and (keep_copy or mesh.shard_group is None):
             self.compute = torch.zeros(numel, dtype=dtypes.param, device=mesh.device)
+        # At least fp32, whatever is sent: every micro-batch of a step is added here
         self.grad = torch.zeros(
             numel if trained else 0,
             dtype=torch.promote_types(dtypes.reduce, torch.float32),
@@ -160,6 +162,7 @@ class Sharded:
         if self.compute is not self.master and not copied:
             self.compute.copy_(self.master, non_blocking=True)
         self.version += 1
+        # Nobody's, so that every next use gathers anew
         for buffer in self.buffers:
             buffer.holder = None
         self.overlap.follow_new_weights()
@@ -225,6 +228,7 @@ class Sharded:
             torch.linalg.vector_norm(part, dtype=torch.float64).square()
             for part in self.grad.split(NORM_CHUNK_NUMEL)
         ]
+        # Replicas have the same sum: only shards are different parts of it
         return sum_over(torch.stack(squares).sum(), self.mesh.shard_group).sqrt()
 
     # --- what the hooks call ---
@@ -247,8 +251,10 @@ class Sharded:
             )
         unit.gather()
         buffer.in_use = "backward" if recomputing else "forward"
+        # Then the unit before is the next one, and `before_backward` has started it
         if recomputing:
             return
+        # Its backward is yet to come: gradients that arrive without it are refused
         unit.announced = False
         if prefetch and self.forward_prefetch and index + 1 < len(self.units):
             self.units[index + 1].start_gather()
@@ -260,6 +266,7 @@ class Sharded:
         """
         self._check_backward(version)
         backward = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
+        # Once for each backward, whichever unit comes first in it
         if backward != self._announced_backward:
             self._announced_backward = backward
             engine = torch.autograd.Variable._execution_engine

@@ -58,6 +58,7 @@ class Unit:
         buffer = self.weights
         if buffer.holder == self.index or buffer.in_use or self.group is None:
             return
+        # Gathered ahead for a unit that never ran, perhaps: its transfer still writes here
         if buffer.pending is not None:
             buffer.pending.wait()
         buffer.holder = self.index

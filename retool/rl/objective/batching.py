@@ -185,6 +185,7 @@ def rank_batches(
     plan = plan_step([len(part) for part in parts], budget, dp, sp)
     made = []
     for members in plan[dp_rank]:
+        # Shortest first, as in SFT: kernels that treat long documents apart have two runs to do
         ordered = sorted(members, key=lambda i: len(parts[i]))
         made.append(make_batch([parts[i] for i in ordered], [weights[i] for i in ordered], sp))
     return made

@@ -117,6 +117,7 @@ def make_experience(
         )
         advantages, returns = estimate(options.estimator, inputs)
         weights, weights_said = _correction(trajectories, old.logp, options.algorithm)
+    # Truncated ones were compared with: only the update doesn't see them
     masked = options.algorithm.mask_truncated
     trained = [i for i, t in enumerate(trajectories) if not (masked and t.truncated)]
     metrics = {

@@ -117,6 +117,7 @@ def gspo(inputs: LossInputs) -> tuple[Tensor, Metrics]:
     """
     mean_T = inputs.sequence_log_ratio_T
     assert mean_T is not None, "gspo needs the sequences' ratios"
+    # The sequence's value, with the gradient of the token
     log_s = mean_T.detach() + inputs.logp_T - inputs.logp_T.detach()
     log_s = torch.clamp(log_s, max=MAX_LOG_SEQUENCE_RATIO)
     return _clipped(inputs, log_s.exp(), ceiling=float("inf"))
@@ -140,6 +141,7 @@ def _clipped(inputs: LossInputs, ratio: Tensor, ceiling: float) -> tuple[Tensor,
     plain = -advantages * ratio
     bounded = -advantages * torch.clamp(ratio, 1 - inputs.clip.low, 1 + inputs.clip.high)
     upper = torch.maximum(plain, bounded)
+    # Not the product where there is no ceiling: 0 · ∞ isn't a number
     most = torch.full_like(upper, torch.inf)
     if np.isfinite(ceiling):
         most = -advantages * ceiling
@@ -206,6 +208,7 @@ def kl(logp_T: Tensor, ref_T: Tensor, kind: str) -> Tensor:
     value = KL_KINDS[kind.removesuffix("+")](d)
     if kind.endswith("+"):
         slope = 0.5 * d.square()
+        # Adds nothing to the value, and everything to the gradient
         value = slope - slope.detach() + value.detach()
     return value
 

@@ -134,6 +134,7 @@ def _pack_logprobs(model: Sharded, whole: PackedBatch, temperature: float, entro
     own: Tensor = model(batch, score)
     if mesh.sp_group is None:
         return own
+    # Each rank of the group has scored its slice of the positions
     parts = [torch.empty_like(own) for _ in range(mesh.sp)]
     dist.all_gather(parts, own.contiguous(), group=mesh.sp_group)
     return torch.cat(parts, 1)
