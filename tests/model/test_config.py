@@ -293,11 +293,9 @@ NOT_DONE: list[tuple[str, dict[str, Any], str]] = [
     ("mistral", {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
     ("ministral", {"layer_types": ["sliding_attention"] * 2}, "layer_types names 2 layers"),
     ("ministral", {"layer_types": ["chunked_attention"] * 3}, "layer_types"),
-    (
-        "smollm3",
-        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-        "sliding_window",
-    ),
+    ("smollm3", {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+    ("olmo2", {"use_sliding_window": True}, "use_sliding_window=True"),
+    ("qwen3_moe", {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": "4"}, "sliding_window='4'"),
     ("olmo3", {"rope_parameters": PLAIN}, "rope_parameters"),
     ("olmo3", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling"),
@@ -583,6 +581,23 @@ def fuzz(folder: Path, seeds: range) -> dict[str, int]:
 def test_a_dozen_configurations_compute_what_transformers_does(tmp_path: Path) -> None:
     counts = fuzz(tmp_path, range(24))
     assert counts["taken"] >= 6 and counts["refused"] >= 3, counts
+
+
+@pytest.mark.parametrize(
+    ("change", "windows"),
+    [
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1]}, (0, 4, 0)),
+        ({"model_type": "qwen3_moe", "moe_intermediate_size": 32}, (4, 4, 4)),
+    ],
+)
+def test_windows_that_are_switched_on_are_where_transformers_has_them(
+    tmp_path: Path, change: dict[str, Any], windows: tuple[int, ...]
+) -> None:
+    """`max_window_layers` has no say there."""
+    said = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 28}
+    config = {**SHAPE, **change, **said, "pad_token_id": 0}
+    assert parse_model_config(config).windows == windows
+    assert compare(tmp_path / "model", config) == "taken"
 
 
 def test_yarn_takes_as_many_positions_as_its_factor_says() -> None:

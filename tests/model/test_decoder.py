@@ -180,7 +180,7 @@ def test_both_rope_spellings_are_read(tmp_path: Path) -> None:
         ({"model_type": "mamba"}, "model_type 'mamba' is not implemented"),
         ({"rope_scaling": {"rope_type": "proportional"}}, "rope type 'proportional'"),
         (
-            {"model_type": "smollm3", "use_sliding_window": True, "max_window_layers": 2},
+            {"use_sliding_window": True, "max_window_layers": 2},
             "use_sliding_window=True",
         ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),

@@ -24,6 +24,7 @@ from retool.model.families.layer_costs import LayerCosts
 from retool.model.hf_config import expert_fields
 from retool.model.hf_config.fields import WINDOWS, size, switch
 from retool.model.hf_config.shape import read_shape
+from retool.model.hf_config.windows import in_every_layer, where_switched_on
 
 # beside those that every family has
 FIELDS = (
@@ -36,14 +37,19 @@ EXPERTS = 128
 PER_TOKEN = 8
 WIDTH = 768
 COEFFICIENT = 0.001
+WINDOW = 4096
 
 
 def read_config(
     c: dict[str, Any],
 ) -> ModelConfig:
-    """`intermediate_size` is that of layers without experts, and there are none."""
+    """`intermediate_size` is that of layers without experts, and there are none. A window that is
+    switched on is in every layer, whatever `max_window_layers` says.
+    """
     expert_fields.require_experts_everywhere(c)
-    shape = read_shape(c, FIELDS, kv_heads=KV_HEADS)
+    window = where_switched_on(c, WINDOW)
+    windows = in_every_layer({**c, "sliding_window": window or None}, default=None)
+    shape = read_shape(c, FIELDS, kv_heads=KV_HEADS, windows=windows)
     biased = switch(c, "attention_bias")
     width = size(c, "moe_intermediate_size", default=WIDTH)
     sizes = expert_fields.read_experts(

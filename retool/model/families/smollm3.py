@@ -1,4 +1,5 @@
-"""SmolLM3: Llama's layer, and every fourth one without rope (NoPE, arXiv 2501.18795).
+"""SmolLM3: Llama's layer, and every fourth one without rope (NoPE, arXiv 2501.18795). Where windows are
+switched on, those have them.
 
 The list of families is in `retool.model.families.read`.
 """
@@ -11,8 +12,9 @@ from typing import Any
 from retool.model.config import ModelConfig
 from retool.model.families.llama import Block as Block
 from retool.model.families.llama import costs as costs
-from retool.model.hf_config.fields import WINDOWS, shown, switch
+from retool.model.hf_config.fields import WINDOWS, shown, size, switch
 from retool.model.hf_config.shape import read_shape
+from retool.model.hf_config.windows import FULL, SLIDING, by_kind, where_switched_on
 
 # beside those that every family has
 FIELDS = WINDOWS | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"}
@@ -23,14 +25,23 @@ INTERVAL = 4
 
 def read_config(c: dict[str, Any]) -> ModelConfig:
     """`attention_bias` gives biases to q, k, v and o; `mlp_bias` to all three of the MLP."""
-    shape = read_shape({"rope_theta": THETA, "tie_word_embeddings": True, **c}, FIELDS, KV_HEADS)
+    layers = size(c, "num_hidden_layers")
+    unrotated = _unrotated(c, layers)
+    window = where_switched_on(c, default=None)
+    kinds = [SLIDING if window and i in unrotated else FULL for i in range(layers)]
+    shape = read_shape(
+        {"rope_theta": THETA, "tie_word_embeddings": True, **c},
+        FIELDS,
+        KV_HEADS,
+        windows=by_kind(c, window, kinds),
+    )
     biased = switch(c, "attention_bias")
     return replace(
         shape,
         qkv_bias=biased,
         o_bias=biased,
         mlp_bias=switch(c, "mlp_bias"),
-        unrotated=_unrotated(c, shape.layers),
+        unrotated=unrotated,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from retool.model.config import ModelConfig
-from retool.model.hf_config.fields import faults_of, number, refused, shown, size, switch
+from retool.model.hf_config.fields import faults_of, number, refused, size, switch
 from retool.model.hf_config.rope_fields import check_scaling, longest, read_rope
 
 
@@ -88,14 +88,3 @@ def _windows(c: dict[str, Any], layers: int) -> Iterator[str]:
             yield f"layer_types names {len(given)} layers, and num_hidden_layers is {layers}. Fetch it again."
         elif given != ["full_attention"] * layers:
             yield refused("layer_types", given)
-    elif switch(c, "use_sliding_window"):
-        # Where the file says nothing, transformers says this
-        window = c.get("sliding_window", 4096)
-        first = c.get("max_window_layers", 28)
-        if window is not None and (type(first) is not int or first < layers):
-            which = f"{shown('sliding_window', window)} from {shown('max_window_layers', first)} on"
-            way_out = (
-                "With samples no longer than the window it is the same as use_sliding_window=false: "
-                "say that in the file."
-            )
-            yield f"use_sliding_window=True ({which}) is not implemented. {way_out}"

@@ -30,6 +30,11 @@ def in_every_layer(c: dict[str, Any], default: int | None) -> tuple[int, ...]:
     return (window,) * layers if window else ()
 
 
+def where_switched_on(c: dict[str, Any], default: int | None) -> int:
+    """`window_size` if `use_sliding_window` is true; 0 else."""
+    return window_size(c, default) if switch(c, "use_sliding_window") else 0
+
+
 def by_kind(c: dict[str, Any], window: int, kinds: list[str]) -> tuple[int, ...]:
     """A window in the layers that `layer_types` calls sliding; `kinds` where the file has no list."""
     layers = size(c, "num_hidden_layers")
@@ -53,7 +58,7 @@ def by_kind(c: dict[str, Any], window: int, kinds: list[str]) -> tuple[int, ...]
 
 def from_a_layer_on(c: dict[str, Any]) -> tuple[int, ...]:
     """As Qwen has it: if it is switched on, from layer `max_window_layers` on."""
-    window = window_size(c, 4096) if switch(c, "use_sliding_window") else 0
+    window = where_switched_on(c, 4096)
     first = c.get("max_window_layers", 28)
     if window and (type(first) is not int or first < 0):
         raise ValueError(
