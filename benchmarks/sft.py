@@ -177,7 +177,7 @@ def random_weights(model: Sharded) -> None:
     torch.manual_seed(model.mesh.rank)
     model.master.normal_(0, 0.02)
     for unit in model.layout.units:
-        low = model.mesh.shard_rank * unit.shard_numel
+        low = unit.low(model.mesh.shard_rank)
         for slot in unit.slots:
             start = max(low, slot.offset)
             stop = min(low + unit.shard_numel, slot.offset + slot.numel)

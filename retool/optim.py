@@ -172,7 +172,7 @@ class AdamW:
 
     def _check_trainable(self) -> None:
         for unit in self.sharded.units:
-            for slot, parameter in zip(unit.layout.slots, unit.parameters, strict=True):
+            for slot, parameter in zip(unit.slots, unit.parameters, strict=True):
                 if parameter.requires_grad != slot.trainable:
                     done = "frozen" if slot.trainable else "made trainable"
                     raise ValueError(
@@ -289,7 +289,7 @@ def trainable_stretches(layout: Layout, shard_rank: int) -> list[Stretch]:
     """
     stretches: list[Stretch] = []
     for unit in layout.units:
-        low = shard_rank * unit.shard_numel
+        low = unit.low(shard_rank)
         high = low + unit.shard_numel
         # Each slot with the padding after it; the end of the unit closes the last one
         edges = [(slot.offset, slot.trainable) for slot in unit.slots] + [(unit.numel, True)]

@@ -85,6 +85,12 @@ class FSDPConfig:
         "Ranks that share a parameter; fewer than the world = replicated groups (HSDP); -1 = all.",
         minimum=-1,
     )
+    expert_parallel_size: int = option(
+        1,
+        "Neighbouring ranks that divide a layer's experts: each gathers its own, and tokens travel to "
+        "them. Must divide the experts and the ranks that share a parameter.",
+        minimum=1,
+    )
     reshard_after_forward: bool | Literal["auto"] = option(
         "auto",
         "Free a block's gathered weights after its forward, to gather them again in the backward; "

@@ -24,7 +24,9 @@ from retool.model.decoder import Decoder
 from retool.model.experts.routing import Watch
 from retool.parallel.collectives import all_gather_flat
 from retool.parallel.fsdp import Sharded
-from retool.parallel.fsdp.layout import Layout
+from retool.parallel.fsdp.layout import Layout, Slot, UnitLayout
+from retool.parallel.fsdp.unit import Unit
+from retool.parallel.fsdp.whole import gather_whole
 from retool.parallel.mesh import Mesh
 from retool.parallel.ulysses import HeadPlan
 
@@ -73,16 +75,28 @@ class Weights:
             self._allocate(sharded.layout, self.dtype or sharded.param_dtype)
         group = sharded.mesh.shard_group
         for unit, buffer in zip(sharded.units, self.buffers, strict=True):
-            if group is None:
+            if unit.layout.parts > 1:
+                self._sync_divided(unit, buffer, sharded)
+            elif group is None:
                 buffer.copy_(unit.shard)
             else:
                 # By way of the trainer's dtype: the sampler's weights are those that train, rounding included
                 shard = unit.shard.to(sharded.param_dtype).to(buffer.dtype)
                 all_gather_flat(buffer, shard, group=group)
 
+    def _sync_divided(self, unit: Unit, buffer: torch.Tensor, sharded: Sharded) -> None:
+        """All parts of experts that the trainer's ranks divide, by way of memory for them."""
+        shard = unit.shard.to(sharded.param_dtype).to(buffer.dtype)
+        whole = gather_whole(unit.layout, shard, sharded.mesh)
+        for slot in unit.layout.slots:
+            first = _first(unit.layout, slot) + slot.part * slot.numel
+            buffer[first : first + slot.numel] = whole[slot.offset : slot.offset + slot.numel]
+
     def _allocate(self, layout: Layout, dtype: torch.dtype) -> None:
         """Make the buffers, and the parameters views of them."""
-        slots = {slot.name: slot.shape for unit in layout.units for slot in unit.slots}
+        slots = {
+            slot.name: _whole_shape(unit, slot) for unit in layout.units for slot in unit.slots
+        }
         mine = {name: tuple(p.shape) for name, p in self.decoder.named_parameters()}
         if slots != mine:
             names = ", ".join(sorted(set(slots) ^ set(mine))[:3]) or "shapes differ"
@@ -93,9 +107,11 @@ class Weights:
         self.dtype = dtype
         for unit in layout.units:
             buffer = torch.empty(unit.numel, dtype=dtype, device=self.device)
-            for slot in unit.slots:
-                flat = buffer[slot.offset : slot.offset + slot.numel]
-                point(self.decoder, slot.name, flat.view(slot.shape), trained=True)
+            for slot in (slot for slot in unit.slots if slot.part == 0):
+                first = _first(unit, slot)
+                flat = buffer[first : first + slot.numel * unit.parts]
+                whole = flat.view(_whole_shape(unit, slot))
+                point(self.decoder, slot.name, whole, trained=True)
             self.buffers.append(buffer)
 
 
@@ -109,3 +125,13 @@ def point(model: nn.Module, name: str, view: torch.Tensor, trained: bool = False
         for key, parameter in list(module._parameters.items()):
             if parameter is old:
                 module._parameters[key] = new
+
+
+def _whole_shape(unit: UnitLayout, slot: Slot) -> tuple[int, ...]:
+    """The shape of all parts of a slot."""
+    return slot.shape[0] * unit.parts, *slot.shape[1:]
+
+
+def _first(unit: UnitLayout, slot: Slot) -> int:
+    """Where all parts of a slot begin in the engine's buffer of its unit, one behind the other."""
+    return (slot.offset - slot.part * unit.part_numel) * unit.parts

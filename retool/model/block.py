@@ -80,6 +80,8 @@ class Block(nn.Module, ABC):
 
     # Whether `rotated` is `head_norms` and rope alone, so that the engine's kernel may do it instead
     rope_is_fusible: ClassVar[bool] = False
+    # Whether `after` is this rank's alone, so that it may run in chunks: not where ranks divide experts
+    after_is_local = True
     # Whether `after` is products and elementwise work alone, which the compiler takes as one graph
     after_is_compilable: ClassVar[bool] = True
 
@@ -122,6 +124,12 @@ class Block(nn.Module, ABC):
     def fused(self) -> list[tuple[str, str]]:
         """(Hugging Face's name, parameter): names under which what `stored` gives one by one may stand
         in one tensor. Read, never written.
+        """
+        return []
+
+    def divided(self) -> list[str]:
+        """Parameters of which each rank of an ep group has another part, stacked in the order of their
+        names in `stored`.
         """
         return []
 

@@ -109,6 +109,7 @@ def build_decoder(config: ModelConfig, mesh: Mesh, options: ModelOptions) -> Sha
         members=module.members(),
         aliases=module.aliases(),
         fused=module.fused(),
+        divided=module.divided() if isinstance(module, Decoder) else (),
         order=module.order(),
         trained=options.trained,
         keep_copy=options.keep_copy,
@@ -127,14 +128,15 @@ def _module(config: ModelConfig, execution: Execution) -> Decoder | BorrowedMode
 
 
 @lru_cache(maxsize=8)
-def plan_layout(config: ModelConfig, shards: int) -> Layout:
-    """The layout that sharding this model over `shards` ranks will have.
+def plan_layout(config: ModelConfig, shards: int, ep: int = 1) -> Layout:
+    """The layout that sharding this model over `shards` ranks will have, of which `ep` divide experts.
 
     It comes from a model without memory, on one process.
     """
-    mesh = Mesh(0, 1, 1, 1, torch.device("cpu"))
+    mesh = Mesh(0, 1, 1, 1, torch.device("cpu"), ep)
     heads = HeadPlan(1, 0, config.heads, config.kv_heads, config.head_dim)
     decoder = _module(config, Execution(heads, mesh))
-    units = collect(decoder, decoder.units(), decoder.members())
+    divided = decoder.divided() if isinstance(decoder, Decoder) else ()
+    units = collect(decoder, decoder.units(), decoder.members(), divided)
     slots = [(unit.name, unit.slots) for unit in units]
-    return make_layout(slots, shards, decoder.aliases(), decoder.order(), decoder.fused())
+    return make_layout(slots, shards, decoder.aliases(), decoder.order(), decoder.fused(), ep)

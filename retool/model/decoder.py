@@ -164,6 +164,14 @@ class Decoder(nn.Module):
             for name, parameter in block.fused()
         )
 
+    def divided(self) -> list[str]:
+        """Parameters of which each rank of an ep group has another part."""
+        return [
+            f"blocks.{i}.{parameter}"
+            for i, block in enumerate(self.layers)
+            for parameter in block.divided()
+        ]
+
     def aliases(self) -> tuple[tuple[str, str], ...]:
         """Names on disk that are tied to another parameter."""
         return ((HEAD, EMBEDDING),) if self.config.tied else ()

@@ -40,6 +40,7 @@ class Block(Protocol):
     """What is used here of a `retool.model.block.Block`."""
 
     index: int
+    after_is_local: bool
     before_piece: Callable[..., Tensor]
     after_piece: Callable[..., Tensor]
 
@@ -61,6 +62,11 @@ def token_chunks(t: int) -> list[slice]:
         return [slice(0, t)]
     size = -(-t // (-(-t // CHUNK) * ROUND)) * ROUND
     return [slice(i, min(i + size, t)) for i in range(0, t, size)]
+
+
+def _chunks(block: Block, t: int) -> list[slice]:
+    """`token_chunks`; one piece where `after` meets other ranks, which may have fewer tokens."""
+    return token_chunks(t) if block.after_is_local else [slice(0, t)]
 
 
 def recomputed(
@@ -102,7 +108,7 @@ class _Recomputed(torch.autograd.Function):
         beside = block.per_token(batch)
         pieces = [
             block.after_piece(block, _plain(x[chunk]), _plain(a_tE[chunk]), *_part(beside, chunk))
-            for chunk in token_chunks(len(x))
+            for chunk in _chunks(block, len(x))
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -156,7 +162,7 @@ def _after_backward(
     trainable weights (None: not in it).
     """
     weights = _trainable(block)
-    chunks = token_chunks(len(x_tD))
+    chunks = _chunks(block, len(x_tD))
     d_x = list[Tensor]()
     d_a = list[Tensor]()
     sums: Gradients = []

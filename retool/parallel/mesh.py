@@ -2,7 +2,8 @@
 
 Ranks are numbered dp-major: `rank = dp_rank * sp + sp_rank`. Parameters are sharded over
 `fsdp_size` consecutive ranks (all of them by default) and replicated `world / fsdp_size` times
-(HSDP).
+(HSDP). Of these, `ep` consecutive ranks divide a layer's experts among them; those that have the same
+experts share each expert's parameters.
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ class Mesh:
     sp: int  # consecutive ranks that share a pack's tokens (Ulysses)
     shards: int  # consecutive ranks that share the parameters
     device: torch.device
+    ep: int = 1  # consecutive ranks that divide a layer's experts
     sp_group: dist.ProcessGroup | None = field(default=None, repr=False)
     shard_group: dist.ProcessGroup | None = field(default=None, repr=False)
     replica_group: dist.ProcessGroup | None = field(default=None, repr=False)
     world_group: dist.ProcessGroup | None = field(default=None, repr=False)
+    ep_group: dist.ProcessGroup | None = field(default=None, repr=False)
+    # The ranks among `shard_group` that have the same experts
+    part_group: dist.ProcessGroup | None = field(default=None, repr=False)
 
     @property
     def dp(self) -> int:
@@ -59,7 +64,14 @@ class Mesh:
 
     def part(self) -> None:
         """Leave the groups that were made for this mesh; the world's stays."""
-        for group in (self.sp_group, self.shard_group, self.replica_group):
+        made = (
+            self.sp_group,
+            self.shard_group,
+            self.replica_group,
+            self.ep_group,
+            self.part_group,
+        )
+        for group in made:
             if group is not None:
                 dist.destroy_process_group(group)
 
@@ -71,8 +83,8 @@ def pick_device(wanted: str = "auto") -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def check_sizes(world: int, sp: int, shards: int) -> None:
-    """ValueError unless sp and shards divide the world."""
+def check_sizes(world: int, sp: int, shards: int, ep: int) -> None:
+    """ValueError unless sp and shards divide the world, and ep the shards."""
     for name, size in (
         ("ulysses_sequence_parallel_size", sp),
         ("model.fsdp_config.fsdp_size", shards),
@@ -83,6 +95,12 @@ def check_sizes(world: int, sp: int, shards: int) -> None:
                 f"{name}={size} does not fit {world} processes: it must divide the world size. Use "
                 f"one of {legal}."
             )
+    if ep < 1 or shards % ep:
+        legal = ", ".join(str(n) for n in range(1, shards + 1) if shards % n == 0)
+        raise ValueError(
+            f"model.fsdp_config.expert_parallel_size={ep} does not fit {shards} ranks that share the "
+            f"parameters: it must divide them. Use one of {legal}."
+        )
 
 
 def grow_segments(device: torch.device) -> None:
@@ -105,7 +123,11 @@ def grow_segments(device: torch.device) -> None:
 
 
 def make_mesh(
-    sp: int = 1, fsdp_size: int = -1, device: str = "auto", timeout_s: float = 1800
+    sp: int = 1,
+    fsdp_size: int = -1,
+    device: str = "auto",
+    timeout_s: float = 1800,
+    ep: int = 1,
 ) -> Mesh:
     """Build the mesh from the launcher's environment (RANK, WORLD_SIZE, …; absent: one process).
 
@@ -115,7 +137,7 @@ def make_mesh(
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     shards = world if fsdp_size in (-1, 0) else fsdp_size
-    check_sizes(world, sp, shards)
+    check_sizes(world, sp, shards, ep)
     where = pick_device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
@@ -139,11 +161,23 @@ def make_mesh(
         sp,
         shards,
         where,
+        ep,
         sp_group=_make_groups([range(i, i + sp) for i in range(0, world, sp)], rank),
         shard_group=_make_groups([range(i, i + shards) for i in range(0, world, shards)], rank),
         replica_group=_make_groups([range(i, world, shards) for i in range(shards)], rank),
         world_group=dist.group.WORLD,
+        ep_group=_make_groups([range(i, i + ep) for i in range(0, world, ep)], rank),
+        part_group=_make_groups(_same_experts(world, shards, ep), rank) if ep > 1 else None,
     )
+
+
+def _same_experts(world: int, shards: int, ep: int) -> list[range]:
+    """The ranks that share the parameters of the same experts."""
+    return [
+        range(first + part, first + shards, ep)
+        for first in range(0, world, shards)
+        for part in range(ep)
+    ]
 
 
 def _make_groups(partition: list[range], rank: int) -> dist.ProcessGroup | None:

@@ -40,7 +40,13 @@ from retool.preflight.plan import (
     kept_checkpoints,
     setting_of,
 )
-from retool.preflight.world import Box, check_attention, check_device, check_mesh
+from retool.preflight.world import (
+    Box,
+    check_attention,
+    check_device,
+    check_experts,
+    check_mesh,
+)
 
 R = TypeVar("R", bound=RunReport)
 GONE_ON_WITH = ("metrics.jsonl", TRACKER)  # what a resumed run reads of the one before
@@ -58,6 +64,7 @@ def check_run(report: R, box: Box, environment: Mapping[str, str]) -> R:
     folder = Path(trainer.default_local_dir)
     faults = [
         *check_mesh(options, world.processes, model.heads if model else None),
+        *check_experts(options, world.processes, model),
         *check_device(trainer.device, world.per_node, box),
         *check_attention(
             options,

@@ -158,6 +158,7 @@ def setting_of(options: RunOptions, world: World) -> Setting:
     )
     return Setting(
         shards=world.processes if fsdp.fsdp_size < 1 else fsdp.fsdp_size,
+        ep=fsdp.expert_parallel_size,
         sp=options.sp,
         master=fsdp.model_dtype,
         compute=compute,

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from retool.config import Fault
+from retool.config.options import RunOptions
 from retool.config.redact import redact_word
 from retool.metrics import printable
 from retool.model.borrowed.config import BorrowedConfig
@@ -111,6 +112,12 @@ def shape_words(model: ModelConfig) -> str:
     )
 
 
+def expert_words(options: RunOptions) -> str:
+    """How experts are divided, for the end of a line on processes."""
+    size = options.fsdp.expert_parallel_size
+    return "" if size == 1 else f", experts divided over {size}"
+
+
 def way_words(model: ModelConfig) -> str:
     """Which code runs a model, and why."""
     if isinstance(model, BorrowedConfig):
@@ -161,13 +168,15 @@ def memory_words(
 
 def traffic_words(report: RunReport, tokens: float, document: float) -> str:
     """What the network between machines costs a step, and the layout that waits less; "" where there
-    is one machine, or no GPU.
+    is one machine, or no GPU. Also where ranks divide experts: how far tokens travel isn't counted.
 
     `tokens`: of an optimizer step, all ranks together, in documents of `document` tokens.
     """
     model = report.model
     memory = gpu_memory(report.options)
     if report.world.nodes == 1 or memory is None or model is None or not tokens:
+        return ""
+    if report.options.fsdp.expert_parallel_size > 1:
         return ""
     plan = traffic_plan(report, tokens)
     machines = [assumed(report.world.per_node, gbit, _gpu()) for gbit in USUAL_GBIT]

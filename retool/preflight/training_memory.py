@@ -27,7 +27,7 @@ from retool.model.families.layer_costs import Cost, ElementBytes, LayerCosts
 from retool.model.logprobs import LOGIT_BYTES
 from retool.model.recompute import Recompute, token_chunks
 from retool.optim import OFFLOAD_CHUNK_NUMEL
-from retool.parallel.fsdp.buffers import assign_buffers, buffer_sizes
+from retool.parallel.fsdp.buffers import take_turns
 from retool.parallel.fsdp.layout import Layout
 from retool.parallel.fsdp.sharded import NORM_CHUNK_NUMEL
 from retool.perf import GIB
@@ -46,7 +46,7 @@ SMALL_BYTES_PER_TOKEN = 64
 class Setting:
     """What of a run decides its memory.
 
-    `shards` ranks share a parameter; dtypes are keys of `DTYPE_BYTES`.
+    `shards` ranks share a parameter, `ep` divide experts; dtypes are keys of `DTYPE_BYTES`.
 
     `hold`: gradients are added up on each rank and reduced once a step, which takes a whole copy of
     them. `keep_copy`: a rank's shard is there in the compute dtype too, else cast at every gather.
@@ -55,6 +55,7 @@ class Setting:
     """
 
     shards: int = 1
+    ep: int = 1
     sp: int = 1
     master: str = "fp32"
     compute: str = "bf16"
@@ -89,7 +90,8 @@ class Setting:
     @property
     def copied(self) -> bool:
         """Whether there is a copy of the weights in the compute dtype."""
-        kept = self.keep_copy or self.shards == 1
+        # Experts that a rank owns alone are computed with as they are
+        kept = self.keep_copy or self.shards == self.ep
         return self.param_offload or (self.compute != self.master and kept)
 
 
@@ -134,7 +136,7 @@ def predict(
     `parked`: layers whose activations go to the host where `recompute` is offload; None = all but
     the last.
     """
-    layout = plan_layout(config, setting.shards)
+    layout = plan_layout(config, setting.shards, setting.ep)
     buffers = buffer_bytes(layout, setting)
     state = state_bytes(layout, setting) + buffers
     loading = state_bytes(layout, setting, loading=True) + buffers
@@ -181,19 +183,17 @@ def buffer_bytes(layout: Layout, setting: Setting) -> int:
     gradients = gathered(layout, True) * setting.reduce_bytes
     held = 0
     if setting.hold and setting.shards > 1:
-        held = sum(unit.numel for unit in layout.units) * setting.gradient_bytes
+        kept = sum(unit.part_numel for unit in layout.units if unit.owners > 1)
+        held = kept * setting.gradient_bytes
     return weights + gradients + held
 
 
 def gathered(layout: Layout, reshard: bool) -> int:
-    """Elements of all buffers that units take turns in; none where there is one shard.
+    """Elements of all buffers that units take turns in; none for what one rank owns alone.
 
     Without `reshard` each unit has a buffer of its own.
     """
-    if layout.shards == 1:
-        return 0
-    sizes = [unit.numel for unit in layout.units]
-    return sum(buffer_sizes(sizes, assign_buffers(sizes, [not reshard] * len(sizes))))
+    return sum(take_turns(layout.units, [not reshard] * len(layout.units)).sizes)
 
 
 def update_bytes(layout: Layout, setting: Setting) -> int:
@@ -259,13 +259,15 @@ def block_bytes(config: ModelConfig, setting: Setting, tokens: int, recompute: R
     costs = layer_costs(config, setting.sp)
     element = setting.element
     whole_block = recompute in ("full", "offload")
-    if whole_block and len(token_chunks(tokens)) > 1:
+    if whole_block and setting.ep == 1 and len(token_chunks(tokens)) > 1:
         return chunked_block_bytes(costs, element, tokens)
     again = element.of(costs.kept["none"]) - element.of(costs.kept[recompute])
     if whole_block:
         again -= element.of(costs.freed_early)
-    weight_gradients = costs.parameters * element.compute
-    return tokens * (again + element.of(costs.gradients)) + weight_gradients
+    if setting.ep > 1:
+        again += element.of(costs.travelling)
+    own = costs.parameters - costs.divided + costs.divided // setting.ep
+    return tokens * (again + element.of(costs.gradients)) + own * element.compute
 
 
 def chunked_block_bytes(costs: LayerCosts, element: ElementBytes, tokens: int) -> int:

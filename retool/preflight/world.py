@@ -12,6 +12,7 @@ from retool.config import Fault
 from retool.config.options import RunOptions, TrainerConfig
 from retool.model.attention.dispatch import choose_backend, why_not
 from retool.model.build import DTYPES
+from retool.model.config import ModelConfig
 from retool.perf import GIB
 from retool.preflight.plan import World
 
@@ -81,6 +82,34 @@ def check_mesh(options: RunOptions, processes: int, heads: int | None) -> Iterat
         yield Fault(
             f"{options.fsdp_key}fsdp_size={fsdp_size}", problem, f"Use -1, {_choices(legal)}."
         )
+
+
+def check_experts(
+    options: RunOptions, processes: int, model: ModelConfig | None
+) -> Iterator[Fault]:
+    """Ranks that divide experts must divide their number, and the ranks that share a parameter."""
+    ep = options.fsdp.expert_parallel_size
+    where = f"{options.fsdp_key}expert_parallel_size={ep}"
+    if ep == 1 or model is None:
+        return
+    if model.experts is None:
+        yield Fault(where, f"a {model.family} model has no experts.", "Leave the key out.")
+        return
+    shards = processes if options.fsdp.fsdp_size < 1 else options.fsdp.fsdp_size
+    way_out = f"Use {_choices(legal_expert_sizes(model.experts.count, shards))}."
+    if shards % ep:
+        problem = (
+            f"does not fit the {shards} processes that share a parameter: it must divide them."
+        )
+        yield Fault(where, problem, way_out)
+    elif model.experts.count % ep:
+        problem = f"does not fit the model's {model.experts.count} experts: it must divide them."
+        yield Fault(where, problem, way_out)
+
+
+def legal_expert_sizes(experts: int, shards: int) -> list[int]:
+    """Over how many of `shards` ranks that share a parameter the experts can be divided."""
+    return [n for n in range(1, shards + 1) if shards % n == 0 and experts % n == 0]
 
 
 def check_heads(where: str, size: int, processes: int, heads: int | None) -> Iterator[Fault]:

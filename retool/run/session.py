@@ -95,7 +95,8 @@ def begin(options: RunOptions, caller: Caller = COMMAND) -> Mesh:
     trainer = options.trainer
     if caller.owns_process:
         die_with_parent()
-    mesh = make_mesh(options.sp, options.fsdp.fsdp_size, trainer.device)
+    fsdp = options.fsdp
+    mesh = make_mesh(options.sp, fsdp.fsdp_size, trainer.device, ep=fsdp.expert_parallel_size)
     seed_everything(trainer.seed, mesh.rank, trainer.deterministic)
     return mesh
 

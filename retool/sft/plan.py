@@ -10,6 +10,7 @@ from functools import partial
 from retool.config.options import RunOptions
 from retool.data.cache import Dataset, DatasetReport
 from retool.preflight.plan import RECOMPUTE, Choice, RunReport, choose, gpu_memory, setting_of
+from retool.preflight.world import legal_expert_sizes
 from retool.sft.config import SFTConfig, run_options
 
 # Tokens per GPU whose forward and backward take the device longer than the host needs to enqueue
@@ -147,4 +148,12 @@ def _memory_savers(report: SFTReport) -> dict[str, SFTConfig]:
     if sizes and sizes[-1] > config.ulysses_sequence_parallel_size:
         words = f"ulysses_sequence_parallel_size={sizes[-1]}"
         changed[words] = replace(config, ulysses_sequence_parallel_size=sizes[-1])
+    if model.experts is None:
+        return changed
+    shards = setting_of(report.options, report.world).shards
+    most = legal_expert_sizes(model.experts.count, shards)[-1]
+    if most > config.model.fsdp_config.expert_parallel_size:
+        divided = replace(config.model.fsdp_config, expert_parallel_size=most)
+        words = f"model.fsdp_config.expert_parallel_size={most}"
+        changed[words] = replace(config, model=replace(config.model, fsdp_config=divided))
     return changed

@@ -37,7 +37,7 @@ from retool.preflight.model_folder import check_ids, check_tokenizer, with_model
 from retool.preflight.plan import attempt, gpu_memory, host_bytes
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
 from retool.preflight.training_memory import OUTSIDE, SLACK
-from retool.preflight.world import Box, box_of, read_world
+from retool.preflight.world import Box, box_of, check_experts, read_world
 from retool.sft.config import DataConfig, SFTConfig, contradictions
 from retool.sft.identity import with_identity
 from retool.sft.plan import SFTReport, Split, choose_for, remedies
@@ -309,6 +309,8 @@ def _with_memory(report: SFTReport, box: Box) -> SFTReport:
     sp = config.ulysses_sequence_parallel_size
     processes = report.world.processes
     if model is None or processes % sp or sp > model.heads:
+        return report
+    if any(check_experts(report.options, processes, model)):
         return report
     report = replace(report, choice=(choice := choose_for(report)))
     if choice.prediction.host and not box.elsewhere:

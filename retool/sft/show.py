@@ -11,7 +11,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from retool.data.progress import ProgressLines
 from retool.preflight.plan import Choice
-from retool.preflight.show import memory_words, model_words, traffic_words, written_words
+from retool.preflight.show import (
+    expert_words,
+    memory_words,
+    model_words,
+    traffic_words,
+    written_words,
+)
 from retool.sft.config import SFTConfig
 from retool.sft.plan import SFTReport, fills
 
@@ -46,7 +52,7 @@ def in_words(report: SFTReport) -> Iterator[tuple[str, str]]:
         "processes",
         (
             f"{world.processes} on {world.nodes} machine(s): {world.processes // sp} data-parallel × {sp} "
-            "sequence-parallel"
+            f"sequence-parallel{expert_words(report.options)}"
         ),
     )
     yield "data", _data_words(report)

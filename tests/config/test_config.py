@@ -69,6 +69,7 @@ DEFAULTS = {  # the contract's table
     "model.fsdp_config.param_offload": False,
     "model.fsdp_config.optimizer_offload": False,
     "model.fsdp_config.fsdp_size": -1,
+    "model.fsdp_config.expert_parallel_size": 1,
     "model.fsdp_config.reshard_after_forward": "auto",
     "model.fsdp_config.forward_prefetch": True,
     "model.trust_remote_code": False,

@@ -45,11 +45,20 @@ def samples() -> list[Sample]:
 
 
 def one_step(
-    folder: str, sp: int, recompute: Recompute, micro_batches: int, pad_to: int | None
+    folder: str,
+    sp: int,
+    recompute: Recompute,
+    micro_batches: int,
+    pad_to: int | None,
+    ep: int = 1,
+    fsdp_size: int = -1,
+    **options: Any,
 ) -> Any:
     """This rank's part of a step's gradients, the loss, and what is told of the balance."""
-    mesh = make_mesh(sp=sp)
-    model = load_pretrained(folder, mesh, ModelOptions(F64, F64, F64, recompute=recompute))
+    mesh = make_mesh(sp=sp, ep=ep, fsdp_size=fsdp_size)
+    model = load_pretrained(
+        folder, mesh, ModelOptions(F64, F64, F64, recompute=recompute, **options)
+    )
     rows = samples()
     budget = Budget(micro_batch_size=-(-len(rows) // (mesh.dp * micro_batches)))
     plan = plan_step([len(row) for row in rows], budget, mesh.dp, sp)

@@ -84,13 +84,13 @@ def test_grouped_products_equal_float64(spread: str, width: int) -> None:
     rows = torch.randn(sum(sizes), width, generator=generator).bfloat16()
     weights = torch.randn(len(sizes), 48, width, generator=generator).bfloat16()
     direction = torch.randn(sum(sizes), 48, generator=generator).bfloat16()
-    wide = [tensor.double().requires_grad_() for tensor in (rows, weights)]
-    exact = grouped_by_loop(*wide, ends)
+    wide = (rows.double().requires_grad_(), weights.double().requires_grad_())
+    exact = grouped_by_loop(wide[0], wide[1], ends)
     wanted = [exact, *torch.autograd.grad(exact, wide, direction.double())]
 
-    here = [tensor.to(DEVICE).requires_grad_() for tensor in (rows, weights)]
-    assert products._has_kernel(*here) == (width != 20 and sum(sizes) > 0)
-    ours = grouped(*here, ends.to(DEVICE))
+    here = (rows.to(DEVICE).requires_grad_(), weights.to(DEVICE).requires_grad_())
+    assert products._has_kernel(here[0], here[1]) == (width != 20 and sum(sizes) > 0)
+    ours = grouped(here[0], here[1], ends.to(DEVICE))
     found = [ours, *torch.autograd.grad(ours, here, direction.to(DEVICE))]
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == other.shape

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from retool.model.build import ModelOptions, plan_layout
+from retool.config.options import (
+    AdamWConfig,
+    CheckpointConfig,
+    DecoderConfig,
+    FSDPConfig,
+    RunOptions,
+    TrainerConfig,
+)
+from retool.model.build import ModelOptions, build_decoder, plan_layout
 from retool.model.costs import multiplied_parameters, parameter_count
 from retool.model.families.read import parse_model_config
+from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 from retool.preflight.plan import choose
-from retool.preflight.training_memory import Setting, layer_bytes
+from retool.preflight.training_memory import Setting, layer_bytes, predict
+from retool.preflight.world import check_experts
 from tests.preflight.test_memory import model, saved_bytes
+from tests.ranks import run_ranks
 
 # As published
 QWEN3_30B_A3B = {
@@ -75,3 +87,73 @@ def test_30b_a3b_is_planned_for_eight_gpus() -> None:
     assert 64 < choice.prediction.state / GIB < 80
     small = choose(config, Setting(shards=8), 16_384, None, None, 80, False)
     assert not small.fits
+
+
+def test_divided_experts_take_less_of_each_gpu_of_eight() -> None:
+    """Of a layer's experts two are gathered at a time, in bf16, and their gradients sent in fp32."""
+    config = parse_model_config(QWEN3_30B_A3B)
+    experts = 128 * 3 * 2048 * 768
+    states = {
+        ep: predict(config, Setting(shards=8, ep=ep), 16_384, "full").state for ep in (1, 2, 8)
+    }
+    assert states[1] - states[2] == pytest.approx(experts / 2 * 2 * (2 + 4), rel=0.1)
+    # Nothing of them is gathered where each GPU has an eighth of the experts for itself
+    assert states[1] - states[8] == pytest.approx(experts * 2 * (2 + 4), rel=0.1)
+
+
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def allocated(ep: int, keep: bool) -> tuple[int, int]:
+    """What sharding has made of a model, and the elements that this rank owns."""
+    options = ModelOptions(param_dtype=torch.bfloat16, keep_copy=keep)
+    sharded = build_decoder(model("qwen3_moe", **EXPERTS), make_mesh(ep=ep), options)
+    assert sharded.layout == plan_layout(model("qwen3_moe", **EXPERTS), sharded.mesh.world, ep)
+    return sharded.planned_bytes(), sharded.layout.shard_numel
+
+
+@pytest.mark.parametrize(
+    ("world", "ep", "keep"),
+    [
+        (2, 2, False),
+        pytest.param(4, 2, True, marks=pytest.mark.slow),
+        pytest.param(4, 2, False, marks=pytest.mark.slow),
+        pytest.param(4, 4, True, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_of_divided_experts_is_exact(world: int, ep: int, keep: bool) -> None:
+    setting = Setting(shards=world, ep=ep, keep_copy=keep)
+    predicted = predict(model("qwen3_moe", **EXPERTS), setting, 0, "none")
+    for taken, owned in run_ranks(allocated, world, ep, keep):
+        assert predicted.state == taken + 2 * 4 * owned
+
+
+@pytest.mark.parametrize(
+    ("family", "processes", "ep", "fsdp_size", "problem", "way_out"),
+    [
+        ("qwen3_moe", 4, 3, -1, "the 4 processes that share a parameter", "Use 1, 2 or 4."),
+        ("qwen3_moe", 4, 4, 2, "the 2 processes that share a parameter", "Use 1 or 2."),
+        ("qwen3_moe", 12, 3, -1, "the model's 8 experts", "Use 1, 2 or 4."),
+        ("qwen2", 4, 2, -1, "a qwen2 model has no experts", "Leave the key out."),
+        ("qwen3_moe", 4, 2, -1, "", ""),
+        ("qwen2", 4, 1, -1, "", ""),
+    ],
+)
+def test_sizes_that_do_not_divide_experts_are_refused(
+    family: str, processes: int, ep: int, fsdp_size: int, problem: str, way_out: str
+) -> None:
+    options = RunOptions(
+        TrainerConfig(),
+        DecoderConfig(),
+        FSDPConfig(expert_parallel_size=ep, fsdp_size=fsdp_size),
+        AdamWConfig(),
+        CheckpointConfig(),
+        sp=1,
+    )
+    config = model(family, **(EXPERTS if family == "qwen3_moe" else {}))
+    faults = list(check_experts(options, processes, config))
+    assert len(faults) == bool(problem)
+    for fault in faults:
+        assert fault.where == f"model.fsdp_config.expert_parallel_size={ep}"
+        assert problem in fault.problem
+        assert fault.remedy == way_out

@@ -155,13 +155,15 @@ def _fused_in(
     names = {slot: name for name, slot in layout.fused if name in there}
     found: dict[str, Found] = {}
     faults: list[str] = []
-    for slot in (slot for unit in layout.units for slot in unit.slots if slot.name in names):
-        name = names[slot.name]
-        if source.shape(name) != slot.shape:
-            shapes = f"{name} is {list(source.shape(name))}, the model has {list(slot.shape)}"
-            faults.append(shapes)
-        for member in slot.members:
-            found[member.name] = Found(name, member.offset - slot.offset)
+    for unit in layout.units:
+        for slot in (slot for slot in unit.slots if slot.name in names):
+            name = names[slot.name]
+            whole = (slot.shape[0] * unit.parts, *slot.shape[1:])
+            if source.shape(name) != whole and slot.part == 0:
+                faults.append(f"{name} is {list(source.shape(name))}, the model has {list(whole)}")
+            before = slot.part * slot.numel - slot.offset
+            for member in slot.members:
+                found[member.name] = Found(name, before + member.offset)
     return found, faults
 
 

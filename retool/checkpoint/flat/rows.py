@@ -1,10 +1,10 @@
 """From flat shards in memory to rows on disk: who sends which elements to whom, and the exchange
 itself.
 
-In memory, rank r of S owns elements [r·n, (r+1)·n) of a unit's flat buffer, wherever parameters
-begin and end. On disk every parameter is split into rows the way `torch.chunk` does: ceil(rows/S)
-each, the last ranks fewer or none. A rank's row buffer of a unit holds its rows of each parameter,
-one after the other, without padding.
+In memory, each of S ranks owns n elements of a unit's flat buffer (`UnitLayout.low`), wherever
+parameters begin and end. On disk every parameter is split into rows the way `torch.chunk` does:
+ceil(rows/S) each, the last ranks fewer or none. A rank's row buffer of a unit holds its rows of each
+parameter, one after the other, without padding.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class _Segment:
 
 def _segments(unit: UnitLayout, shards: int, owner: int, to: int) -> list[_Segment]:
     """What `owner` holds of rank `to`'s rows."""
-    low = owner * unit.shard_numel
+    low = unit.low(owner)
     high = low + unit.shard_numel
     segments: list[_Segment] = []
     for rows in unit_rows(unit, shards, to):

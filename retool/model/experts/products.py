@@ -60,12 +60,40 @@ def experts_mlp(
     `gate_up` [X, 2·F, D] has each expert's two matrices stacked, `down` is [X, D, F].
     """
     where = sort_by_expert(experts_tk, len(gate_up))
-    rows: Any = _Spread.apply(x_tD, where)
-    gate, up = grouped(rows, gate_up, where.ends).chunk(2, -1)
-    weights = weights_tk.flatten().index_select(0, where.order)[:, None]
+    weights = weights_tk.flatten().index_select(0, where.order)
+    out = weighted_mlps(spread(x_tD, where), weights, where.ends, gate_up, down)
+    return collect(out, where)
+
+
+def weighted_mlps(
+    rows: Tensor,
+    weights: Tensor,
+    ends: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+) -> Tensor:
+    """Each expert's MLP on its rows, times the rows' weights: [n, D] and [n] → [n, D]."""
+    gate, up = grouped(rows, gate_up, ends).chunk(2, -1)
     # The weight goes to the narrower side of `down`, so that its result isn't kept for the backward
-    inner = F.silu(gate) * up * weights.to(gate.dtype)
-    out: Any = _Collect.apply(grouped(inner, down, where.ends), where)
+    inner = F.silu(gate) * up * weights[:, None].to(gate.dtype)
+    return grouped(inner, down, ends)
+
+
+def spread(
+    x_tD: Tensor,
+    where: Sorted,
+) -> Tensor:
+    """A row for each of a token's experts, sorted by expert: [t, D] → [t·k, D]."""
+    rows: Any = _Spread.apply(x_tD, where)
+    return rows
+
+
+def collect(
+    rows: Tensor,
+    where: Sorted,
+) -> Tensor:
+    """The sum of each token's rows: [t·k, D] → [t, D]."""
+    out: Any = _Collect.apply(rows, where)
     return out
 
 
@@ -110,7 +138,6 @@ def _spread(
     x_tD: Tensor,
     where: Sorted,
 ) -> Tensor:
-    """A row for each of a token's experts, sorted by expert: [t, D] → [t·k, D]."""
     return x_tD.index_select(0, where.order // where.each)
 
 
@@ -118,13 +145,12 @@ def _collect(
     rows: Tensor,
     where: Sorted,
 ) -> Tensor:
-    """The sum of each token's rows: [t·k, D] → [t, D]."""
     by_token = rows.index_select(0, where.places)
     return by_token.view(-1, where.each, rows.shape[1]).sum(1)
 
 
 class _Spread(torch.autograd.Function):
-    """`_spread`, whose transpose is `_collect`."""
+    """`spread`, whose transpose is `collect`."""
 
     @staticmethod
     def forward(
@@ -143,7 +169,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """`_collect`, whose transpose is `_spread`."""
+    """`collect`, whose transpose is `spread`."""
 
     @staticmethod
     def forward(

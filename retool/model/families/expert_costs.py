@@ -50,6 +50,11 @@ def expert_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -> Lay
         before=matrices[:1],
         after=matrices[1:],
         unused=(sizes.count - per_token) * expert,
+        divided=sizes.count * expert,
+        travelling=(
+            Cost("rows as they leave and as they arrive", 2 * per_token * config.hidden),
+            Cost("which expert, where, and the weight of a row", 7 * per_token, "fp32"),
+        ),
         kept={**dense.kept, "none": none},
         gradients=gradients,
         chunked=replace(dense.chunked, mlp=mlp),

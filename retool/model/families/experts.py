@@ -15,10 +15,12 @@ from retool.model.block import Execution, PerToken, new_parameter
 from retool.model.config import ModelConfig
 from retool.model.experts.products import experts_mlp
 from retool.model.experts.routing import chosen_experts, probabilities, weights_of
+from retool.model.experts.travel import travelling_mlp
 from retool.model.families.hf_names import Stored
 
 ROUTER = Stored("mlp.gate.weight", "router")
 FUSED = [("mlp.experts.gate_up_proj", "gate_up"), ("mlp.experts.down_proj", "down")]
+DIVIDED = ["gate_up", "down"]
 
 
 class WithExperts(Protocol):
@@ -27,18 +29,25 @@ class WithExperts(Protocol):
     config: ModelConfig
     execution: Execution
     index: int
+    after_is_local: bool
     router: nn.Parameter
     gate_up: nn.Parameter
     down: nn.Parameter
 
 
 def add_experts(block: WithExperts) -> None:
-    """Give the block its router [X, D] and its experts' matrices [X, 2·F, D] and [X, D, F]."""
+    """Give the block its router [X, D] and its experts' matrices [X, 2·F, D] and [X, D, F].
+
+    Where ranks divide the experts, it has a part of the matrices.
+    """
     sizes = block.config.experts
     assert sizes is not None
     hidden = block.config.hidden
-    block.gate_up = new_parameter(sizes.count, 2 * sizes.width, hidden)
-    block.down = new_parameter(sizes.count, hidden, sizes.width)
+    ranks = block.execution.mesh.ep
+    own = sizes.count // ranks
+    block.after_is_local = ranks == 1
+    block.gate_up = new_parameter(own, 2 * sizes.width, hidden)
+    block.down = new_parameter(own, hidden, sizes.width)
     block.router = new_parameter(sizes.count, hidden)
 
 
@@ -69,7 +78,9 @@ def mixture(
     if watch is not None:
         probs_tX = watch.seen(block.index, probs_tX, experts_tk, real_t)
     weights_tk = weights_of(probs_tX, experts_tk, sizes)
-    return experts_mlp(normed_tD, experts_tk, weights_tk, block.gate_up, block.down)
+    group = block.execution.mesh.ep_group
+    routed = (normed_tD, experts_tk, weights_tk, block.gate_up, block.down)
+    return experts_mlp(*routed) if group is None else travelling_mlp(*routed, group)
 
 
 def stored_experts(config: ModelConfig) -> list[Stored]:

@@ -73,7 +73,8 @@ class LayerCosts:
     `kept`: what the forward keeps for the backward, as the compiled block does. `gradients`: what
     the backward has at once beside that and what it recomputes. `freed_early`: of what it
     recomputes, what is gone before the gradients are there. `unused`: elements of the matrices that
-    a token isn't multiplied with, as its experts are others.
+    a token isn't multiplied with, as its experts are others. `divided`: elements that ranks may divide;
+    where they do, `travelling` is there in the block's backward besides, if tokens spread evenly.
     """
 
     before: tuple[Cost, ...]
@@ -84,6 +85,8 @@ class LayerCosts:
     freed_early: tuple[Cost, ...]
     chunked: ChunkedBackward
     unused: int = 0
+    divided: int = 0
+    travelling: tuple[Cost, ...] = ()
 
     @property
     def parameters(self) -> int:

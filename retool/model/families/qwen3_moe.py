@@ -99,6 +99,9 @@ class Block(qwen3.Block):
     def fused(self) -> list[tuple[str, str]]:
         return experts.FUSED
 
+    def divided(self) -> list[str]:
+        return experts.DIVIDED
+
     def stored(self) -> list[Stored]:
         return [
             *normed_attention(self.config),

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from retool.parallel.fsdp.layout import UnitLayout
 from retool.parallel.fsdp.overlap import Pending
 
 # Units whose sizes differ by less than this factor share buffers: the smaller one wastes the rest.
@@ -40,6 +41,41 @@ class Buffer:
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Which unit takes which buffer, by the unit's number, and the elements of each buffer.
+
+    A unit that one rank owns alone is in none: the rank computes with its shard itself.
+    """
+
+    taken: dict[int, int]
+    sizes: list[int]
+
+
+def take_turns(units: Sequence[UnitLayout], own: Sequence[bool]) -> Turns:
+    """A buffer for each unit, given in forward order; `own`, by place: it needs one for itself.
+
+    Divided units take turns among themselves: what is gathered together never shares a buffer.
+    """
+    turns = Turns({}, [])
+    for divided in (False, True):
+        gathered = [
+            number
+            for number, unit in enumerate(units)
+            if (unit.parts > 1) == divided and unit.owners > 1
+        ]
+        if not gathered:
+            continue
+        sizes = [units[number].part_numel for number in gathered]
+        assigned = assign_buffers(sizes, [own[units[number].place] for number in gathered])
+        first = len(turns.sizes)
+        turns.taken.update(
+            (number, first + buffer) for number, buffer in zip(gathered, assigned, strict=True)
+        )
+        turns.sizes.extend(buffer_sizes(sizes, assigned))
+    return turns
 
 
 def assign_buffers(sizes: Sequence[int], own: Sequence[bool]) -> list[int]:

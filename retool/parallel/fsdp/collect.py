@@ -5,7 +5,7 @@ What can't be sharded so is refused here: on several ranks it would be silently 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,17 +33,22 @@ class Collected:
     slots: list[SlotSpec] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
 
-    def add(self, name: str, parameter: nn.Parameter, members: Members) -> None:
+    def add(self, slot: SlotSpec, parameter: nn.Parameter) -> None:
         """A parameter that several modules of the unit share is there once."""
         if all(parameter is not known for known in self.parameters):
             self.parameters.append(parameter)
-            self.slots.append(_slot(name, parameter, members))
+            self.slots.append(slot)
 
 
-def collect(module: nn.Module, units: Units, members: Members) -> list[Collected]:
+def collect(
+    module: nn.Module,
+    units: Units,
+    members: Members,
+    divided: Collection[str] = (),
+) -> list[Collected]:
     """Every parameter once, in the innermost unit around the module that has it.
 
-    ValueError for what can't be, with the way out.
+    `divided`: names of those that the ranks of an ep group divide. ValueError for what can't be, with the way out.
     """
     # By identity throughout: `==` of two parameters compares their elements
     names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -65,7 +70,7 @@ def collect(module: nn.Module, units: Units, members: Members) -> list[Collected
                     first = owner.setdefault(id(parameter), mine)
                     if first is not mine:
                         raise _shared(name, first.name, f"unit {unit!r}")
-                    mine.add(name, parameter, members)
+                    mine.add(_slot(name, parameter, members, name in divided), parameter)
 
     missing = [name for key, name in names.items() if key not in owner]
     if missing:
@@ -105,7 +110,7 @@ def _without_other_units(module: nn.Module, roots: set[int]) -> Iterator[nn.Modu
             yield from _without_other_units(child, roots)
 
 
-def _slot(name: str, parameter: nn.Parameter, members: Members) -> SlotSpec:
+def _slot(name: str, parameter: nn.Parameter, members: Members, divided: bool) -> SlotSpec:
     if not parameter.is_floating_point():
         raise ValueError(
             f"parameter {name} is {parameter.dtype}, and only floating-point parameters are "
@@ -116,7 +121,8 @@ def _slot(name: str, parameter: nn.Parameter, members: Members) -> SlotSpec:
             f"parameter {name} is of a module that was sharded already: shard it once, with all its units."
         )
     shape = tuple(parameter.shape)
-    return SlotSpec(name, shape, members.get(name, [(name, shape)]), parameter.requires_grad)
+    stacked = members.get(name, [(name, shape)])
+    return SlotSpec(name, shape, stacked, parameter.requires_grad, divided)
 
 
 def _shared(parameter: str, unit: str, other: str) -> ValueError:
@@ -144,6 +150,17 @@ def _check_module(unit: str, part: nn.Module, places: dict[int, str], roots: lis
             f"unit {unit!r}: {name!r} is a {kind}, which is never called itself, so nothing would gather it: "
             "give the modules in it, or the one around it."
         )
+
+
+def check_divided(collected: Sequence[Collected]) -> None:
+    """ValueError for a divided parameter that has values: nothing says of which part they are."""
+    for unit in collected:
+        for slot, parameter in zip(unit.slots, unit.parameters, strict=True):
+            if slot.divided and parameter.device.type != "meta":
+                raise ValueError(
+                    f"parameter {slot.name} of unit {unit.name!r} is divided over ranks and has values: make "
+                    "the module on the meta device, and load them through the layout."
+                )
 
 
 def check_alike(collected: Sequence[Collected], mesh: Mesh) -> None:

@@ -73,7 +73,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors([getattr(leaf, f.name, None) for f in fields(leaf)])
 
 
-def attach(sharded: Sharded, index: int, module: nn.Module, first: bool, only: bool) -> None:
+def attach(sharded: Sharded, place: int, module: nn.Module, first: bool, only: bool) -> None:
     """Gather around the module's forward; mark its inputs and hook its results so that the backward
     gathers and reduces.
 
@@ -81,14 +81,14 @@ def attach(sharded: Sharded, index: int, module: nn.Module, first: bool, only: b
     head) comes the backward. `only`: no other module of the unit has a backward to come, so the
     inputs' gradients are the end of the unit's; otherwise they are the end of this use.
     """
-    unit = sharded.units[index]
+    units = sharded.places[place]
     began = 0  # autograd's number of the first node that this forward makes
 
     def after_backward() -> None:
         if only:
-            sharded.after_unit_backward(index)
+            sharded.after_unit_backward(place)
         else:
-            unit.release()
+            sharded.release(place)
 
     def before(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -97,26 +97,26 @@ def attach(sharded: Sharded, index: int, module: nn.Module, first: bool, only: b
         if torch.is_grad_enabled():
             args, kwargs = _mark(args, kwargs, after_backward)
             began = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        sharded.before_forward(index, first)
+        sharded.before_forward(place, first)
         return args, kwargs
 
     def after(_: nn.Module, args: Any, output: Any) -> None:
         # Run again by a checkpoint, it is in use until its backward ends
         if not in_backward():
-            unit.release()
+            sharded.release(place)
         # As they are in this forward: by its backward the optimizer may have stepped
         version = sharded.version
-        weights = unit.weights.data.untyped_storage().data_ptr()
+        weights = [unit.weights.data.untyped_storage().data_ptr() for unit in units]
         for tensor in _tensors(output):
-            if tensor.untyped_storage().data_ptr() == weights:
+            if tensor.untyped_storage().data_ptr() in weights:
                 raise RuntimeError(
-                    f"unit {unit.layout.name!r} returns its own parameter, or a view of it, and "
+                    f"unit {units[0].layout.name!r} returns its own parameter, or a view of it, and "
                     "others take its memory: return a clone."
                 )
             # What is only passed on has its hook from the unit that made it
             made_here = tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= began
             if made_here:
-                tensor.register_hook(lambda _: sharded.before_backward(index, version))
+                tensor.register_hook(lambda _: sharded.before_backward(place, version))
 
     pre_hook: Any = torch.compiler.disable(before)
     hook: Any = torch.compiler.disable(after)

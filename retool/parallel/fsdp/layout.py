@@ -12,12 +12,20 @@ in one flat buffer:
 A *slot* is one tensor of the module (`nn.Parameter`); its *members* are the Hugging Face parameters
 that it holds, row blocks on top of each other. So `qkv.weight` is a single matrix for the compute
 and three names on disk.
+
+[Note: divided units] With expert parallelism a rank never needs all experts of a layer, but one part
+of `parts`. They are a unit of their own, in which each part has its slots and its padding, and a part
+is gathered by the ranks that own it. Neighbouring ranks own different parts (rank r one of part
+r mod parts): tokens travel between neighbours, and weights between the others.
+
+    unit:   | part 0: gate_up down ·· | part 1: gate_up down ·· |      parts 2, shards 4
+    owner   |   rank 0  |   rank 2    |   rank 1  |   rank 3    |
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
@@ -49,6 +57,7 @@ class Slot:
     offset: int
     members: tuple[Member, ...]
     trainable: bool = True
+    part: int = 0  # of its unit
 
     @property
     def numel(self) -> int:
@@ -64,10 +73,36 @@ class UnitLayout:
     numel: int
     shard_numel: int
     start: int  # where this unit's part begins in a rank's own shard of everything
+    parts: int = 1  # see [Note: divided units]
+    place: int = 0  # what is gathered and released together has the same
 
     @property
     def members(self) -> Iterator[Member]:
         return (member for slot in self.slots for member in slot.members)
+
+    @property
+    def part_numel(self) -> int:
+        """Elements of a part: what a rank gathers."""
+        return self.numel // self.parts
+
+    @property
+    def owners(self) -> int:
+        """Ranks that own a part together."""
+        return self.part_numel // self.shard_numel
+
+    def low(self, shard_rank: int) -> int:
+        """The first of the `shard_numel` elements that a rank owns."""
+        turn, part = divmod(shard_rank, self.parts)
+        return part * self.part_numel + turn * self.shard_numel
+
+    def slots_of(self, shard_rank: int) -> tuple[Slot, ...]:
+        """The slots of a rank's part; their offsets count from the part's beginning."""
+        part = shard_rank % self.parts
+        return tuple(
+            replace(slot, offset=slot.offset - part * self.part_numel)
+            for slot in self.slots
+            if slot.part == part
+        )
 
 
 @dataclass(frozen=True)
@@ -100,13 +135,15 @@ class Layout:
 class SlotSpec(NamedTuple):
     """A tensor of a module that is to be laid out.
 
-    `members`: the names and shapes of the Hugging Face parameters stacked in it.
+    `members`: the names and shapes of the Hugging Face parameters stacked in it. Of a `divided` one
+    each part of its unit has as many: `shape` is a part's.
     """
 
     name: str
     shape: tuple[int, ...]
     members: list[tuple[str, tuple[int, ...]]]
     trainable: bool = True
+    divided: bool = False
 
 
 def make_layout(
@@ -115,26 +152,44 @@ def make_layout(
     aliases: tuple[tuple[str, str], ...] = (),
     order: tuple[str, ...] = (),
     fused: tuple[tuple[str, str], ...] = (),
+    parts: int = 1,
 ) -> Layout:
     """Lay out (unit name, its slots), one unit after the other, for `shards` ranks.
 
-    `aliases`, `order` and `fused`: see `Layout`.
+    With several `parts`, a unit's divided slots are a unit behind it. `aliases`, `order` and `fused`:
+    see `Layout`.
     """
     laid_out: list[UnitLayout] = []
     start = 0
-    for name, specs in units:
-        slots: list[Slot] = []
-        offset = 0
-        for spec in specs:
-            slot = _place(SlotSpec(*spec), offset)
-            slots.append(slot)
-            offset += _round_up(slot.numel, ALIGNMENT_NUMEL)
+    for place, (name, given) in enumerate(units):
+        specs = [SlotSpec(*spec) for spec in given]
+        divided = [spec for spec in specs if spec.divided and parts > 1]
+        common = [spec for spec in specs if spec not in divided]
         # An empty unit still has a shard: no case of its own anywhere
-        numel = _round_up(max(offset, 1), shards * ALIGNMENT_NUMEL)
-        unit = UnitLayout(name, tuple(slots), numel, numel // shards, start)
-        laid_out.append(unit)
-        start += unit.shard_numel
+        found = [_lay_out(name, common, 1, shards)]
+        if divided:
+            found.append(_lay_out(f"{name}, divided", divided, parts, shards))
+        for unit in found:
+            laid_out.append(replace(unit, start=start, place=place))
+            start += unit.shard_numel
     return Layout(tuple(laid_out), shards, aliases, order, fused)
+
+
+def _lay_out(name: str, specs: list[SlotSpec], parts: int, shards: int) -> UnitLayout:
+    """A unit that begins at 0."""
+    slots: list[Slot] = []
+    part_numel = 0
+    for part in range(parts):
+        offset = first = part * part_numel
+        for spec in specs:
+            count = len(spec.members) // parts
+            members = spec.members[part * count : (part + 1) * count]
+            slot = _place(spec._replace(members=members), offset)
+            slots.append(replace(slot, part=part))
+            offset += _round_up(slot.numel, ALIGNMENT_NUMEL)
+        part_numel = _round_up(max(offset - first, 1), shards // parts * ALIGNMENT_NUMEL)
+    numel = parts * part_numel
+    return UnitLayout(name, tuple(slots), numel, numel // shards, start=0, parts=parts)
 
 
 def _place(spec: SlotSpec, offset: int) -> Slot:
@@ -169,7 +224,7 @@ class Piece:
 def local_pieces(layout: Layout, shard_rank: int) -> Iterator[Piece]:
     """What rank `shard_rank` of `layout.shards` owns, in memory order; padding is in no piece."""
     for unit in layout.units:
-        low = shard_rank * unit.shard_numel
+        low = unit.low(shard_rank)
         high = low + unit.shard_numel
         for member in unit.members:
             start = max(low, member.offset)

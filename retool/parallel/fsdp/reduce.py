@@ -9,19 +9,21 @@ own, and sent once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from retool.parallel.fsdp.buffers import Buffer
-from retool.parallel.fsdp.layout import UnitLayout
+from retool.parallel.fsdp.layout import Slot
 from retool.parallel.fsdp.overlap import Overlap
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # where a gradient goes, the gradient
 
 
 class Gradients:
-    """The gradients of one unit.
+    """The gradients of one unit: `slots` in a flat buffer of `numel` elements.
 
     `shard`: this rank's part of the sum over all ranks and all backwards of an optimizer step.
     `buffer`: what the unit's gradients are sent from, in the dtype of the reduction; None where
@@ -30,7 +32,8 @@ class Gradients:
 
     def __init__(
         self,
-        layout: UnitLayout,
+        numel: int,
+        slots: Sequence[Slot],
         parameters: list[nn.Parameter],
         overlap: Overlap,
         group: dist.ProcessGroup | None,
@@ -38,7 +41,8 @@ class Gradients:
         shard: torch.Tensor,
         buffer: Buffer | None,
     ) -> None:
-        self.layout = layout
+        self.numel = numel
+        self.slots = slots
         self.parameters = parameters
         self.overlap = overlap
         self.group = group
@@ -94,7 +98,7 @@ class Gradients:
         # The first backward after `no_sync` is added to those inside it, and sent with them
         if self.held is not None and (hold or self.holds):
             buffer = self.held
-        flat = buffer.data[: self.layout.numel]
+        flat = buffer.data[: self.numel]
         pairs = self._pairs(flat, grads)
         if self.holds:
             _add(pairs)
@@ -109,16 +113,16 @@ class Gradients:
     def _make_held(self, like: torch.Tensor) -> Buffer:
         # At least fp32: in bf16 the sum of many micro-batches stops growing
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return Buffer(torch.zeros(self.layout.numel, dtype=dtype, device=like.device))
+        return Buffer(torch.zeros(self.numel, dtype=dtype, device=like.device))
 
     def _send(self, buffer: Buffer, sent_from: Buffer, group: dist.ProcessGroup) -> None:
         """Start the reduction of what is in `buffer`, in the dtype of `sent_from`."""
-        flat = buffer.data[: self.layout.numel]
+        flat = buffer.data[: self.numel]
         # Held in fp32, sent in less: the sum is rounded once, at its end
         if buffer.data.dtype != sent_from.data.dtype:
             sent_from.settle()
             wide = flat
-            flat = sent_from.data[: self.layout.numel]
+            flat = sent_from.data[: self.numel]
             flat.copy_(wide)
             buffer = sent_from
         buffer.pending = self.overlap.reduce(flat, self.shard, group)
@@ -126,7 +130,7 @@ class Gradients:
     def _pairs(self, flat: torch.Tensor, grads: list[torch.Tensor | None]) -> list[Pair]:
         """Each gradient with its place in the unit's flat buffer."""
         pairs = []
-        for slot, grad in zip(self.layout.slots, grads, strict=True):
+        for slot, grad in zip(self.slots, grads, strict=True):
             if grad is not None:
                 place = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
                 pairs.append((place, grad))
@@ -136,11 +140,11 @@ class Gradients:
         """Stretches of padding, and of what this backward didn't reach: they must count as zero."""
         gaps = []
         end = 0
-        for slot, grad in zip(self.layout.slots, grads, strict=True):
+        for slot, grad in zip(self.slots, grads, strict=True):
             if grad is not None:
                 gaps.append((end, slot.offset))
                 end = slot.offset + slot.numel
-        gaps.append((end, self.layout.numel))
+        gaps.append((end, self.numel))
         return [(start, stop) for start, stop in gaps if start < stop]
 
 

@@ -14,6 +14,9 @@ Memory of one rank, for P parameters in S shards whose largest unit has U:
      2 · 2 · U   two gathered units in bf16
      2 · 4 · U   two gradient buffers in fp32
      6 · V       each of embedding and head that differs in size from the blocks, of V parameters
+
+Several units may have one *place* in the order: they are gathered, released and reduced together. A
+block's experts are one of their own where ranks divide them (`fsdp/layout.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import torch
 from torch import nn
 
 from retool.parallel.collectives import sum_over
-from retool.parallel.fsdp.buffers import Buffer, assign_buffers, buffer_sizes
+from retool.parallel.fsdp.buffers import Buffer, take_turns
 from retool.parallel.fsdp.layout import Layout
 from retool.parallel.fsdp.overlap import Overlap
 from retool.parallel.fsdp.unit import Unit
@@ -85,8 +88,9 @@ class Sharded:
         numel = layout.shard_numel
         self.master = torch.zeros(numel, dtype=dtypes.master, device=mesh.device)
         self.compute = self.master
-        # Without a gather nothing would cast: one process computes with this copy itself
-        if dtypes.param != dtypes.master and (keep_copy or mesh.shard_group is None):
+        # What a rank owns alone isn't gathered, and so is never cast on the way
+        alone = any(unit.owners == 1 for unit in layout.units)
+        if dtypes.param != dtypes.master and (keep_copy or alone):
             self.compute = torch.zeros(numel, dtype=dtypes.param, device=mesh.device)
         # At least fp32, whatever is sent: every micro-batch of a step is added here
         self.grad = torch.zeros(
@@ -104,38 +108,34 @@ class Sharded:
     def _make_units(self, dtypes: Dtypes, own_buffers: Sequence[bool]) -> None:
         """Make the buffers, and the units that take turns in them."""
         device = self.mesh.device
-        sizes = [layout.numel for layout in self.layout.units]
-        sharing = self.mesh.shard_group is not None
 
-        self.buffers: list[Buffer] = []
-        weights_in = assign_buffers(sizes, own_buffers)
-        if sharing:
-            for numel in buffer_sizes(sizes, weights_in):
-                self.buffers.append(Buffer(torch.zeros(numel, dtype=dtypes.param, device=device)))
+        def make(sizes: Sequence[int], dtype: torch.dtype) -> list[Buffer]:
+            return [Buffer(torch.zeros(numel, dtype=dtype, device=device)) for numel in sizes]
 
-        self.grad_buffers: list[Buffer] = []
-        grads_in = assign_buffers(sizes, [False] * len(sizes))
-        if sharing and self.trained:
-            for numel in buffer_sizes(sizes, grads_in):
-                self.grad_buffers.append(
-                    Buffer(torch.zeros(numel, dtype=dtypes.reduce, device=device))
-                )
+        weights_in = take_turns(self.layout.units, own_buffers)
+        self.buffers = make(weights_in.sizes, dtypes.param)
+        grads_in = take_turns(self.layout.units, [False] * len(own_buffers))
+        self.grad_buffers = make(grads_in.sizes if self.trained else [], dtypes.reduce)
 
         self.units: list[Unit] = []
+        self.places: list[list[Unit]] = [[] for _ in own_buffers]
         for index, layout in enumerate(self.layout.units):
             part = slice(layout.start, layout.start + layout.shard_numel)
+            weights = weights_in.taken.get(index)
+            grads = grads_in.taken.get(index)
             unit = Unit(
                 index,
                 layout,
                 self.mesh,
                 self.overlap,
-                # One process computes with its shard itself: it is the whole unit
-                weights=self.buffers[weights_in[index]] if sharing else Buffer(self.compute[part]),
+                # Who owns all that is gathered computes with the shard itself
+                weights=Buffer(self.compute[part]) if weights is None else self.buffers[weights],
                 shard=self.compute[part],
-                grads=self.grad_buffers[grads_in[index]] if self.grad_buffers else None,
+                grads=None if grads is None or not self.trained else self.grad_buffers[grads],
                 grad_shard=self.grad[part],
             )
             self.units.append(unit)
+            self.places[layout.place].append(unit)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -233,34 +233,38 @@ class Sharded:
 
     # --- what the hooks call ---
 
-    def before_forward(self, index: int, prefetch: bool = True) -> None:
-        """Gather unit `index`, and start gathering the one after it.
+    def before_forward(self, place: int, prefetch: bool = True) -> None:
+        """Gather the units at `place`, and start gathering those after them.
 
-        RuntimeError inside the forward of a unit whose buffer this one shares.
+        RuntimeError inside the forward of a unit whose buffer one of these shares.
         """
-        unit = self.units[index]
-        buffer = unit.weights
         recomputing = in_backward()
-        holder = buffer.holder
-        in_forward = buffer.in_use == "forward" and not recomputing
-        if in_forward and holder is not None and holder != index:
-            raise RuntimeError(
-                f"unit {unit.layout.name!r} runs inside the forward of unit "
-                f"{self.units[holder].layout.name!r}, whose parameters "
-                "are in the same memory: make both one unit, or call one after the other."
-            )
-        unit.gather()
-        buffer.in_use = "backward" if recomputing else "forward"
-        # Then the unit before is the next one, and `before_backward` has started it
-        if recomputing:
-            return
-        # Its backward is yet to come: gradients that arrive without it are refused
-        unit.announced = False
-        if prefetch and self.forward_prefetch and index + 1 < len(self.units):
-            self.units[index + 1].start_gather()
+        for unit in self.places[place]:
+            buffer = unit.weights
+            holder = buffer.holder
+            in_forward = buffer.in_use == "forward" and not recomputing
+            if in_forward and holder is not None and holder != unit.index:
+                raise RuntimeError(
+                    f"unit {unit.layout.name!r} runs inside the forward of unit "
+                    f"{self.units[holder].layout.name!r}, whose parameters "
+                    "are in the same memory: make both one unit, or call one after the other."
+                )
+            unit.gather()
+            buffer.in_use = "backward" if recomputing else "forward"
+            # Its backward is yet to come: gradients that arrive without it are refused
+            if not recomputing:
+                unit.announced = False
+        # In a backward those before are the next ones, and `before_backward` has started them
+        if not recomputing and prefetch and self.forward_prefetch:
+            self._start_gathers(place + 1)
 
-    def before_backward(self, index: int, version: int) -> None:
-        """Gather unit `index` with the weights of its forward, and start gathering the one before.
+    def _start_gathers(self, place: int) -> None:
+        if 0 <= place < len(self.places):
+            for unit in self.places[place]:
+                unit.start_gather()
+
+    def before_backward(self, place: int, version: int) -> None:
+        """Gather the units at `place` with their forward's weights; start to gather those before.
 
         `version`: of the weights in that forward.
         """
@@ -271,12 +275,12 @@ class Sharded:
             self._announced_backward = backward
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
-        unit = self.units[index]
-        unit.announced = True
-        unit.gather()
-        unit.weights.in_use = "backward"
-        if self.backward_overlap and index > 0:
-            self.units[index - 1].start_gather()
+        for unit in self.places[place]:
+            unit.announced = True
+            unit.gather()
+            unit.weights.in_use = "backward"
+        if self.backward_overlap:
+            self._start_gathers(place - 1)
 
     def _check_backward(self, version: int) -> None:
         """RuntimeError where a gather would not give the weights of the forward, or where their
@@ -301,13 +305,18 @@ class Sharded:
                 "the gradients were added over the replicas already: call zero_grad before the next backward."
             )
 
-    def after_unit_backward(self, index: int) -> None:
-        """Release unit `index` and start to reduce its gradients."""
-        unit = self.units[index]
-        unit.release()
-        self._reduce(unit)
-        if not self.backward_overlap:
-            unit.gradients.wait()
+    def release(self, place: int) -> None:
+        """The units at `place` aren't used for now."""
+        for unit in self.places[place]:
+            unit.release()
+
+    def after_unit_backward(self, place: int) -> None:
+        """Release the units at `place` and start to reduce their gradients."""
+        self.release(place)
+        for unit in self.places[place]:
+            self._reduce(unit)
+            if not self.backward_overlap:
+                unit.gradients.wait()
 
     def _after_backward(self) -> None:
         """The end of a backward: reduce what is left, and order what follows after it."""

@@ -11,11 +11,14 @@ buffer: what autograd saved would then silently read another unit's weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from retool.parallel.fsdp.buffers import Buffer
-from retool.parallel.fsdp.layout import UnitLayout
+from retool.parallel.fsdp.layout import Slot, UnitLayout
 from retool.parallel.fsdp.overlap import Overlap
 from retool.parallel.fsdp.reduce import Gradients
 from retool.parallel.mesh import Mesh
@@ -23,9 +26,10 @@ from retool.parallel.streams import record_event
 
 
 class Unit:
-    """One unit's parameters, and the state of their gather.
+    """One unit's parameters, and the state of their gather. Of a divided unit it is a rank's part.
 
-    `shard` and `grad_shard`: this rank's part of what is gathered, and of the gradient.
+    `slots` are those of the parameters. `shard` and `grad_shard`: this rank's part of what is
+    gathered, and of the gradient.
     """
 
     def __init__(
@@ -43,14 +47,21 @@ class Unit:
         self.index = index
         self.layout = layout
         self.overlap = overlap
-        self.group = mesh.shard_group
+        self.slots = layout.slots_of(mesh.shard_rank)
+        self.group = group_of(layout, mesh)
         self.weights = weights
         self.shard = shard
         # Whether its weights were gathered for a backward since its last forward
         self.announced = False
-        self.parameters = _views(layout, weights.data.data)
+        self.parameters = _views(self.slots, weights.data.data)
         self.gradients = Gradients(
-            layout, self.parameters, overlap, self.group, shard=grad_shard, buffer=grads
+            layout.part_numel,
+            self.slots,
+            self.parameters,
+            overlap,
+            self.group,
+            shard=grad_shard,
+            buffer=grads,
         )
 
     def start_gather(self) -> None:
@@ -62,7 +73,7 @@ class Unit:
         if buffer.pending is not None:
             buffer.pending.wait()
         buffer.holder = self.index
-        out = buffer.data[: self.layout.numel]
+        out = buffer.data[: self.layout.part_numel]
         buffer.pending = self.overlap.gather(out, self.shard, self.group, buffer.free)
 
     def gather(self) -> None:
@@ -80,10 +91,15 @@ class Unit:
             self.weights.free = record_event()
 
 
-def _views(layout: UnitLayout, flat: torch.Tensor) -> list[nn.Parameter]:
+def group_of(layout: UnitLayout, mesh: Mesh) -> dist.ProcessGroup | None:
+    """The ranks that own this rank's part of a unit together; None where it is one."""
+    return mesh.part_group if layout.parts > 1 else mesh.shard_group
+
+
+def _views(slots: Sequence[Slot], flat: torch.Tensor) -> list[nn.Parameter]:
     """The unit's parameters as views of its buffer."""
     parameters = []
-    for slot in layout.slots:
+    for slot in slots:
         view = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
         parameter = nn.Parameter(view, requires_grad=slot.trainable)
         # `collect` refuses to shard it once more: it is only a view

@@ -9,6 +9,7 @@ import torch
 from retool.parallel.collectives import all_gather_flat
 from retool.parallel.fsdp.layout import UnitLayout
 from retool.parallel.fsdp.sharded import Sharded
+from retool.parallel.mesh import Mesh
 
 
 def whole_units(sharded: Sharded) -> Iterator[tuple[UnitLayout, torch.Tensor]]:
@@ -17,14 +18,25 @@ def whole_units(sharded: Sharded) -> Iterator[tuple[UnitLayout, torch.Tensor]]:
     Collective on all ranks that share the weights. Nobody holds more than one unit, if whoever
     asks keeps none. On one process they are the weights themselves, not a copy.
     """
-    group = sharded.mesh.shard_group
     for unit, layout in zip(sharded.units, sharded.layout.units, strict=True):
-        whole = unit.shard.detach().to(sharded.param_dtype)
-        if group is not None:
-            shard = whole
-            whole = shard.new_empty(layout.numel)
-            all_gather_flat(whole, shard, group=group)
-        yield layout, whole
+        shard = unit.shard.detach().to(sharded.param_dtype)
+        yield layout, gather_whole(layout, shard, sharded.mesh)
+
+
+def gather_whole(layout: UnitLayout, shard: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """All of a unit, [layout.numel], from every rank's `shard` of it.
+
+    A collective call of the ranks that share the parameters.
+    """
+    if mesh.shard_group is None:
+        return shard
+    whole = shard.new_empty(layout.numel)
+    all_gather_flat(whole, shard, group=mesh.shard_group)
+    if layout.parts == 1:
+        return whole
+    # Neighbouring ranks own different parts
+    by_rank = whole.view(layout.owners, layout.parts, layout.shard_numel)
+    return by_rank.transpose(0, 1).flatten()
 
 
 def named(layout: UnitLayout, flat: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -4,10 +4,19 @@ at once.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
-from retool.parallel.fsdp.collect import Collected, Members, Units, check_alike, collect
+from retool.parallel.fsdp.collect import (
+    Collected,
+    Members,
+    Units,
+    check_alike,
+    check_divided,
+    collect,
+)
 from retool.parallel.fsdp.hooks import attach
 from retool.parallel.fsdp.layout import make_layout
 from retool.parallel.fsdp.sharded import Dtypes, Sharded
@@ -26,6 +35,7 @@ def shard(
     aliases: tuple[tuple[str, str], ...] = (),
     order: tuple[str, ...] = (),
     fused: tuple[tuple[str, str], ...] = (),
+    divided: Collection[str] = (),
     trained: bool = True,
     keep_copy: bool = True,
     reshard_after_forward: bool = True,
@@ -45,7 +55,9 @@ def shard(
     others keep their values, the same on every rank.
 
     `members` maps a parameter's name to the names and shapes stacked in it on disk (default:
-    itself). `trained=False`: no gradient is ever wanted, and no memory kept for it. Without
+    itself). `divided`: names of parameters that the ranks of an ep group divide (`mesh.ep`): the
+    module has a part of each, made on the meta device; `members` names those of all parts. Without ep
+    they are as others. `trained=False`: no gradient is ever wanted, and no memory kept for it. Without
     `keep_copy` there is no copy of a rank's shard in `param_dtype`: the master weights are cast
     whenever a unit is gathered. `forward_prefetch` gathers the next unit during a unit's forward;
     `backward_overlap` the one before during its backward, and lets reductions run beside what
@@ -53,12 +65,14 @@ def shard(
 
     Raises ValueError for units that can't be sharded so, see `collect`.
     """
-    collected = collect(module, units, members or {})
+    collected = collect(module, units, members or {}, divided)
+    if mesh.ep > 1:
+        check_divided(collected)
     check_alike(collected, mesh)
     specs = [(unit.name, unit.slots) for unit in collected]
     sharded = Sharded(
         module,
-        make_layout(specs, mesh.shards, aliases, order, fused),
+        make_layout(specs, mesh.shards, aliases, order, fused, mesh.ep),
         mesh,
         Dtypes(param_dtype, master_dtype, reduce_dtype),
         trained=trained,
@@ -71,19 +85,30 @@ def shard(
     _keep_values(sharded, collected)
     _replace_parameters(sharded, collected)
     # Last: the hooks speak of parameters as they are now
-    for index, (_, modules) in enumerate(units):
+    for place, (_, modules) in enumerate(units):
         for child in modules:
-            attach(sharded, index, child, first=child is modules[0], only=len(modules) == 1)
+            attach(sharded, place, child, first=child is modules[0], only=len(modules) == 1)
     sharded.refresh()
     return sharded
 
 
+def _by_name(collected: list[Collected]) -> dict[str, nn.Parameter]:
+    """Every parameter as it was before, by its slot's name."""
+    return {
+        slot.name: parameter
+        for unit in collected
+        for slot, parameter in zip(unit.slots, unit.parameters, strict=True)
+    }
+
+
 def _keep_values(sharded: Sharded, collected: list[Collected]) -> None:
     """Copy this rank's part of parameters that have values already into the master shard."""
-    for unit, before in zip(sharded.layout.units, collected, strict=True):
-        low = sharded.mesh.shard_rank * unit.shard_numel
+    parameters = _by_name(collected)
+    for unit in sharded.layout.units:
+        low = unit.low(sharded.mesh.shard_rank)
         high = low + unit.shard_numel
-        for slot, parameter in zip(unit.slots, before.parameters, strict=True):
+        for slot in unit.slots:
+            parameter = parameters[slot.name]
             # Ranks are cut by elements, not by parameters: one may begin here and end on the next
             start = max(low, slot.offset)
             stop = min(high, slot.offset + slot.numel)
@@ -97,9 +122,10 @@ def _keep_values(sharded: Sharded, collected: list[Collected]) -> None:
 def _replace_parameters(sharded: Sharded, collected: list[Collected]) -> None:
     """Give the modules the views of the units' buffers, and move their own buffers to the device."""
     replacement: dict[int, nn.Parameter] = {}
-    for unit, before in zip(sharded.units, collected, strict=True):
-        for old, new in zip(before.parameters, unit.parameters, strict=True):
-            replacement[id(old)] = new
+    before = _by_name(collected)
+    for unit in sharded.units:
+        for slot, new in zip(unit.slots, unit.parameters, strict=True):
+            replacement[id(before[slot.name])] = new
     device = sharded.mesh.device
     for child in sharded.module.modules():
         for name, parameter in list(child._parameters.items()):

@@ -17,9 +17,12 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
+import torch
+
 from retool.engine import EngineOptions, find_backend
 from retool.model.build import DTYPES, plan_layout
 from retool.model.config import ModelConfig
+from retool.parallel.fsdp.layout import Layout
 from retool.perf import GIB
 from retool.preflight.plan import Choice
 from retool.preflight.training_memory import (
@@ -105,7 +108,7 @@ def step_memory(
     fit beside it. `reference`: with a frozen policy. `backend`: `rollout.name`.
     """
     training = choice.prediction
-    layout = plan_layout(model, setting.shards)
+    layout = plan_layout(model, setting.shards, setting.ep)
     dtype = engine.dtype or DTYPES[setting.compute]
     kind = ServerEngine if backend == SERVER else find_backend(backend)
     needed = kind.memory(model, engine, dtype, tensor_parallel, layout)
@@ -134,7 +137,7 @@ def step_memory(
     forward = min(forward_bytes(model, setting, choice), activations)
     memory = StepMemory(
         load=training.load + frozen,
-        sync=state + needed.weights,
+        sync=state + needed.weights + _gathered_for_sync(layout, dtype),
         rollout=state + needed.weights + cache + needed.work,
         logprobs=training.state + beside + forward,
         update=training.forward_backward + beside,
@@ -151,6 +154,12 @@ def step_memory(
     peak = max(memory.phases.values()) + OUTSIDE
     fits = bool(choice.fits) and memory.sequences >= 1 and peak <= device_gib * GIB
     return replace(memory, fits=fits)
+
+
+def _gathered_for_sync(layout: Layout, dtype: torch.dtype) -> int:
+    """Experts that ranks divide reach the engine by way of a layer's: as gathered, and in order."""
+    divided = [unit.numel for unit in layout.units if unit.parts > 1]
+    return 2 * max(divided, default=0) * dtype.itemsize
 
 
 def forward_bytes(model: ModelConfig, setting: Setting, choice: Choice) -> float:

@@ -8,7 +8,13 @@ from dataclasses import replace
 from retool.engine.backend import MEANING_NATIVE, meaning
 from retool.engine.vllm.start import version as vllm_version
 from retool.perf import GIB
-from retool.preflight.show import memory_words, model_words, traffic_words, written_words
+from retool.preflight.show import (
+    expert_words,
+    memory_words,
+    model_words,
+    traffic_words,
+    written_words,
+)
 from retool.rl.agent.environments.load import EnvironmentSource
 from retool.rl.agent.formats.table import AUTO
 from retool.rl.preflight.memory import SERVER
@@ -33,8 +39,8 @@ def in_words(report: RLReport) -> Iterator[tuple[str, str]]:
     yield (
         "processes",
         (
-            f"{processes}: training {processes // sp} × {sp} sequence-parallel, {processes // tp} "
-            f"engine(s) of {tp}"
+            f"{processes}: training {processes // sp} × {sp} sequence-parallel"
+            f"{expert_words(report.options)}, {processes // tp} engine(s) of {tp}"
         ),
     )
     yield (

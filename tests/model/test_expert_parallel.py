@@ -1,0 +1,262 @@
+"""Expert parallelism: ranks that divide a layer's experts compute what transformers does with all,
+train as one process does, and read each other's checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from retool import checkpoint
+from retool.batch import Sample, pack
+from retool.checkpoint.hf.pretrained import load_pretrained
+from retool.engine import SamplingParams
+from retool.model.build import ModelOptions
+from retool.model.recompute import Recompute
+from retool.optim import AdamW, AdamWOptions
+from retool.parallel.fsdp import local_pieces
+from retool.parallel.mesh import make_mesh
+from retool.perf import StepTimer
+from retool.rl.server.weights import write_weights
+from retool.sft.step import train_step
+from tests.engine.models import engine_of, prompts, run
+from tests.model.test_experts import (
+    COEFFICIENT,
+    by_transformers,
+    compare,
+    one_step,
+    samples,
+)
+from tests.model.tiny import make
+from tests.ranks import run_ranks
+
+F64 = torch.float64
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    ep: int = 1
+    sp: int = 1
+    recompute: Recompute = "none"
+    fsdp_size: int = -1
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+ONE_BY_ONE = {"forward_prefetch": False, "backward_overlap": False}
+GATHERED = {"reshard_after_forward": False}
+FAST = [Layout(2), Layout(2, sp=2, recompute="full")]
+OF_TWO = [
+    Layout(2, recompute="selective"),
+    Layout(2, recompute="offload"),
+    Layout(2, options=GATHERED),
+]
+OF_FOUR = [
+    Layout(2),
+    Layout(2, recompute="full", options=ONE_BY_ONE),
+    Layout(4, recompute="selective"),
+    Layout(2, sp=2, recompute="full"),
+    Layout(4, sp=2),
+    Layout(2, sp=4, recompute="selective"),
+    Layout(2, fsdp_size=2, recompute="full"),
+    Layout(2, recompute="full", options=GATHERED),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("experts")
+    make(path, "qwen3_moe", router_aux_loss_coef=COEFFICIENT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wanted(folder: Path) -> Any:
+    return by_transformers(folder)
+
+
+def gradients(folder: str, layouts: list[Layout]) -> list[Any]:
+    return [
+        one_step(folder, each.sp, each.recompute, 1, None, each.ep, each.fsdp_size, **each.options)
+        for each in layouts
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world", "layouts"),
+    [
+        (2, FAST),
+        pytest.param(2, OF_TWO, marks=pytest.mark.slow),
+        pytest.param(4, OF_FOUR, marks=pytest.mark.slow),
+    ],
+)
+def test_loss_and_gradients_equal_transformers(
+    folder: Path, wanted: Any, world: int, layouts: list[Layout]
+) -> None:
+    found = run_ranks(gradients, world, str(folder), layouts)
+    for layout, of_ranks in zip(layouts, zip(*found, strict=True), strict=True):
+        whole = world if layout.fsdp_size < 0 else layout.fsdp_size
+        for first in range(0, world, whole):
+            compare(list(of_ranks[first : first + whole]), wanted)
+
+
+# Which experts every token has: those of one rank, or one of each rank's
+GIVEN = {"by the router": None, "the first": (0, 1, 2), "the last": (7, 6, 5), "few": (0, 3, 6)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Training from step `first` on, from a checkpoint in `start` unless that is "".
+
+    With a `root` it stops after step 1 and is saved there.
+    """
+
+    layout: Layout = field(default_factory=Layout)
+    given: str = "by the router"
+    root: str = ""
+    start: str = ""
+
+
+def rows_of(given: str) -> list[Sample]:
+    experts = GIVEN[given]
+    if experts is None:
+        return samples()
+    return [
+        Sample(row.tokens, row.mask, np.tile(np.array(experts, np.int8), (len(row), 3, 1)))
+        for row in samples()
+    ]
+
+
+def train(folder: str, plan: Run) -> dict[str, Any]:
+    """Losses, norms, and this rank's weights and moments after the last step."""
+    layout = plan.layout
+    mesh = make_mesh(sp=layout.sp, ep=layout.ep, fsdp_size=layout.fsdp_size)
+    options = ModelOptions(F64, F64, F64, recompute=layout.recompute, **layout.options)
+    model = load_pretrained(folder, mesh, options)
+    # So low that every step is clipped: the norm is part of what is compared
+    optimizer = AdamW(model, AdamWOptions(clip_grad=0.1))
+    flats = (model.master, optimizer.exp_avg, optimizer.exp_avg_sq)
+    done = 0
+    if plan.start:
+        loaded = checkpoint.load(plan.start, checkpoint.ModelState(model.layout, *flats), mesh, 1)
+        optimizer.steps.fill_(loaded.optimizer_step)
+        done = loaded.step
+        model.refresh()
+    rows = rows_of(plan.given)
+    told = []
+    for _ in range(done, 1 if plan.root else STEPS):
+        mine = rows[mesh.dp_rank :: mesh.dp]
+        packs = [pack(mine, layout.sp), pack([], layout.sp)]
+        trained = sum(row.trained for row in rows)
+        measured = train_step(model, optimizer, packs, trained, 1e-2, StepTimer(mesh.device))
+        told += [*measured.read()[:2], *measured.read_balance().values()]
+    if plan.root:
+        state = checkpoint.ModelState(model.layout, *flats, int(optimizer.steps))
+        training = checkpoint.TrainingState(step=1)
+        result = checkpoint.save(plan.root, state, mesh, training, model_folder=folder).wait()
+        assert result.error is None, result.error
+    pieces = {
+        (piece.member.name, piece.start): torch.stack(
+            [flat[piece.local : piece.local + piece.stop - piece.start] for flat in flats]
+        ).numpy()
+        for piece in local_pieces(model.layout, mesh.shard_rank)
+    }
+    return {"told": told, "pieces": pieces}
+
+
+def train_each(folder: str, plans: list[Run]) -> list[dict[str, Any]]:
+    return [train(folder, plan) for plan in plans]
+
+
+def same(found: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    """As one process: what is told, and every parameter and moment once."""
+    whole = {name: values for (name, _), values in alone["pieces"].items()}
+    seen = dict.fromkeys(whole, 0)
+    for rank in found:
+        assert rank["told"] == pytest.approx(alone["told"][-len(rank["told"]) :], rel=1e-9)
+        for (name, start), values in rank["pieces"].items():
+            stop = start + values.shape[1]
+            np.testing.assert_allclose(
+                values, whole[name][:, start:stop], rtol=1e-8, atol=1e-10, err_msg=name
+            )
+            seen[name] += values.shape[1]
+    assert seen == {name: values.shape[1] for name, values in whole.items()}
+
+
+def test_ranks_that_divide_experts_train_as_one_process(folder: Path, tmp_path: Path) -> None:
+    """Two ranks of which one gets no token; and a checkpoint of both, read by each layout."""
+    first = tmp_path / "global_step_1"
+    plans = [
+        Run(Layout(2, recompute="selective"), "the first"),
+        Run(Layout(2), root=str(tmp_path)),
+        Run(Layout(1), start=str(first)),
+    ]
+    none_of_one, _, resumed = zip(*run_ranks(train_each, 2, str(folder), plans), strict=True)
+    same(list(none_of_one), train(str(folder), Run(given="the first")))
+    alone = train(str(folder), Run())
+    same(list(resumed), alone)
+    same([train(str(folder), Run(start=str(first)))], alone)
+    exported = load_file(first / "huggingface" / "model.safetensors")
+    original = load_file(folder / "model.safetensors")
+    assert {k: v.shape for k, v in exported.items()} == {k: v.shape for k, v in original.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("world", [2, 4])
+def test_no_spread_of_tokens_hangs_or_changes_numbers(folder: Path, given: str, world: int) -> None:
+    layouts = [Layout(world, recompute=how) for how in ("none", "selective", "full")]
+    layouts += [Layout(2, sp=2, recompute="full"), Layout(2, fsdp_size=2)]
+    alone = train(str(folder), Run(given=given))
+    plans = [Run(layout, given) for layout in layouts]
+    found = run_ranks(train_each, world, str(folder), plans)
+    for layout, of_ranks in zip(layouts, zip(*found, strict=True), strict=True):
+        whole = world if layout.fsdp_size < 0 else layout.fsdp_size
+        for first in range(0, world, whole):
+            same(list(of_ranks[first : first + whole]), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", [(1, 1, -1), (2, 2, -1), (4, 2, -1), (4, 4, -1), (4, 2, 2)])
+def test_any_layout_resumes_what_any_other_wrote(
+    folder: Path, tmp_path: Path, writer: tuple[int, int, int]
+) -> None:
+    def on(world: int, ep: int, fsdp_size: int, **more: str) -> list[dict[str, Any]]:
+        return run_ranks(train, world, str(folder), Run(Layout(ep, fsdp_size=fsdp_size), **more))
+
+    alone = train(str(folder), Run())
+    on(*writer, root=str(tmp_path))
+    start = str(tmp_path / "global_step_1")
+    for world, ep, fsdp_size in ((1, 1, -1), (2, 2, -1), (4, 1, -1), (4, 2, -1), (4, 4, -1)):
+        same(on(world, ep, fsdp_size, start=start), alone)
+
+
+def handed_over(folder: str, target: str, ep: int) -> list[Any]:
+    """What an engine samples greedily with weights of ranks that divide experts, and a folder of them."""
+    model = load_pretrained(folder, make_mesh(ep=ep))
+    engine = engine_of(Path(folder), model)
+    for i, ids in enumerate(prompts(3, 20, 131)):
+        engine.start(i, ids, SamplingParams(max_tokens=8, temperature=0.0))
+    assert not write_weights(model, Path(target), Path(folder))
+    done = run(engine)
+    return [done[i].tokens for i in range(3)]
+
+
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_engines_and_servers_get_all_experts(
+    folder: Path, tmp_path: Path, world: int, ep: int
+) -> None:
+    alone = handed_over(str(folder), str(tmp_path / "alone"), 1)
+    for tokens in run_ranks(handed_over, world, str(folder), str(tmp_path / "written"), ep):
+        assert tokens == alone
+    original = load_file(folder / "model.safetensors")
+    written = load_file(tmp_path / "written" / "model.safetensors")
+    assert written.keys() == original.keys()
+    for name, values in original.items():
+        assert torch.equal(written[name], values), name
