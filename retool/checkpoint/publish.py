@@ -65,6 +65,7 @@ def publish(temporary: Path, final: Path, ours: bool | None = None) -> None:
             )
         final.rename(aside)
         aside = aside if ours else None
+    # Between the two renames nothing has the name: what stepped aside is found by readers (`.old`)
     temporary.rename(final)
     fsync(final.parent)
     (final / MARK).unlink(missing_ok=True)
@@ -82,6 +83,7 @@ def remove(folder: Path, ours: bool = False) -> None:
     try:
         if not ours and not (folder / MARK).is_file() and any(folder.iterdir()):
             return
+        # The mark goes last: cut off here, the rest is still known to be waste
         for inside in sorted(folder.iterdir()):
             if inside.name == MARK:
                 continue

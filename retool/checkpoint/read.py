@@ -83,8 +83,10 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
                 load_flat(state.layout, mesh.shard_rank, ShardSource(optim, which), flat)
             updates = optimizer_step(optim)
     same, extra = _extra(where, mesh)
+    # Other programs' checkpoints don't say their step: their folder's name does
     named = re.fullmatch(r"global_step_(\d{1,18})(?:\.old)?", top.name)
     step = step_of(extra.pop("step", named[1] if named else updates), where)
+    # Only the same ranks can go on with what they drew; others begin their own
     states = extra.pop("rng", None)
     if same and states is not None:
         _restore(states, mesh, where)

@@ -122,6 +122,7 @@ def stage(
     for key, flat in flats.items():
         at = 0
         for unit in state.layout.units:
+            # Through the device, where ranks exchange what lies across their rows.
             # Offloaded ones too
             part = flat.detach()[unit.start : unit.start + unit.shard_numel].to(
                 mesh.device, non_blocking=True
@@ -139,5 +140,6 @@ def stage(
                 room.copy_(mine, non_blocking=True)
             at += room.numel()
     if pin:
+        # Training may write to the weights as soon as this returns
         torch.cuda.current_stream(mesh.device).synchronize()
     return host

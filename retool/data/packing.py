@@ -126,6 +126,7 @@ def _fill(weights: np.ndarray, costs: np.ndarray, capacity: int, dp: int) -> lis
 
     `weights` [n] is what each sample takes of `capacity`.
     """
+    # These share with nobody, so they count one each
     alone = weights > capacity
     fewest = int(alone.sum()) + _divide_up(int(weights[~alone].sum()), capacity)
     count = _divide_up(max(fewest, 1), dp) * dp
@@ -147,6 +148,7 @@ def _fill_evenly(
     held = np.zeros(count, np.int64)
     spent = np.zeros(count)
     for i in np.argsort(-costs, kind="stable").tolist():
+        # What is larger than the budget fits where nothing else is
         fits = (held + weights[i] <= capacity) | (held == 0)
         if not fits.any():
             return None
@@ -177,6 +179,7 @@ def _deal(micro_batches: list[list[int]], costs: np.ndarray, dp: int) -> Plan:
     In each round the dearest goes to the rank with the least work so far.
     """
     totals = [float(costs[members].sum()) for members in micro_batches]
+    # Ties by number, here and below: every rank must deal alike
     dearest_first = sorted(range(len(micro_batches)), key=lambda b: (-totals[b], b))
     plan: Plan = [[] for _ in range(dp)]
     work = [0.0] * dp

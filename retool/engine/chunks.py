@@ -65,6 +65,7 @@ class Chunks:
         most = min(self.most_tokens, -(-max(MIN_TOKENS, power_of_two) // ranks) * ranks)
         padding_items = -(-(most - tokens) // self.padding)
         few = MIN_ITEMS
+        # Few shapes, far apart: each is recorded once, and keeps memory
         while few < items + padding_items:
             few *= 4
         long = MIN_LONGEST
@@ -102,6 +103,7 @@ class Chunks:
 
         inputs = np.zeros((3, tokens), np.int64)
         inputs[:, :count] = batch.tokens, batch.positions, batch.slots
+        # Of padding only the positions count: tokens and slots of 0 are page 0's
         inputs[1, count:] = np.arange(tokens - count) % self.padding
 
         tables = np.zeros((items, self.tables.shape[1]), np.int32)

@@ -100,6 +100,7 @@ class DecodeLoop:
         """
         self.model.cache.copy(change.copies)
         device = self.tables.device
+        # Rows never become fewer while the loop goes on: who sits in the last ones isn't moved
         before = 0 if change.anew else self.rows
         self.rows = max(before, self.bucket(change.slots))
         self.filtered = change.filtered or (self.filtered and not change.anew)
@@ -182,6 +183,7 @@ class DecodeLoop:
         width = self.tables.shape[1]
         positions = self.positions[:rows]
         tables = self.tables[:rows]
+        # Of a row that is over and not yet known to be: its draw is thrown away
         place = (positions // size).clamp_(max=width - 1)
         slots = tables.gather(1, place[:, None])[:, 0].long() * size + positions % size
         lengths = (positions + 1).clamp_(max=width * size).to(torch.int32)

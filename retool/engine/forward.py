@@ -205,6 +205,7 @@ def draw(
     """
     if mine is None:
         return _scored(model, x_tD[rows_R], draws, filtered)
+    # Every row's result is one rank's: zeros from the others, so that a sum gathers them
     places, local = mine
     dtype = torch.promote_types(x_tD.dtype, torch.float32)
     out = torch.zeros(3, len(rows_R), dtype=dtype, device=x_tD.device)

@@ -96,6 +96,7 @@ def cache_bytes(
     if options.kv_bytes is not None:
         return options.kv_bytes
     if device.type != "cuda":
+        # Generous, and for nothing: the system gives no page before it is written
         return min(2 * useful + (1 << 20), MAX_CPU_KV_BYTES)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)

@@ -79,6 +79,7 @@ class Worker:
             return run_once(self.model, work)
         if kind == "chunks":
             assert self.chunks is not None
+            # The next decode step may need these draws before the host has read them
             flight = self.chunks.run(work)
             self._drawn = flight.on_device
             return flight

@@ -92,6 +92,7 @@ def update(
     decay = (largest - above).exp_()
     sums = p.sum(1)
     here, index = _locate(labels_C, x.shape[1])
+    # A label lies in one chunk of the vocabulary: the others leave what was picked
     picked.copy_(torch.where(here, x.gather(1, index)[:, 0], picked))
     if entropy:
         # About `above` instead of `largest`: the total times their distance more, then scaled as it is

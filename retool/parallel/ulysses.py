@@ -143,6 +143,7 @@ def join_heads(received: torch.Tensor, plan: HeadPlan) -> torch.Tensor:
     counts = [len(queries) for queries in plan.query_ranges]
     t = received.shape[0] // (plan.heads * plan.head_dim)
     if len(set(counts)) == 1:
+        # Equal parts need one copy; uneven ones are cut apart first
         by_rank = received.view(plan.sp, t, counts[0], plan.head_dim)
         return by_rank.transpose(0, 1).reshape(t, plan.heads, plan.head_dim)
     parts = received.split([t * count * plan.head_dim for count in counts])

@@ -91,6 +91,7 @@ class ShardSource:
             raise ValueError(f"{path}: {name} is not there, or not a tensor. {WAY_OUT}")
         self._check_mesh(path, name, entry)
         shards = self._mesh(entry)[-1]
+        # Replicas come after each other: rank r holds part r mod shards
         first, last = row_range(entry.shape[0], shards, rank % shards)
         if entry.local.shape != (last - first, *entry.shape[1:]):
             rows = f"rows [{first}, {last}) of {list(entry.shape)}"
@@ -120,6 +121,7 @@ class ShardSource:
         pieces: list[torch.Tensor] = []
         for rank in range(count):
             first_row, end_row = row_range(whole.shape[0], count, rank)
+            # Elements, as the caller counts: files are cut by rows
             first = first_row * width
             low = max(start, first)
             high = min(stop, end_row * width)

@@ -56,6 +56,7 @@ class Groups:
         group = sequence.group
         if sequence.computed or group is None or group.prefix == 0:
             return
+        # Nobody has computed it yet, or what was kept of it was let go
         if not group.pages:
             group.leader = sequence
             return

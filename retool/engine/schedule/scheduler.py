@@ -80,6 +80,7 @@ class Scheduler:
                 f"sequence {key!r} is still {sequence.state.value}: extend it when its turn is done."
             )
         sequence.tokens += ids
+        # At least one token is to be computed: the next one is drawn from it
         sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
         sequence.params = params
         sequence.draw_key = seed_key(params.seed)
@@ -145,6 +146,7 @@ class Scheduler:
         self.steps_ahead = 0
         for item in items:
             self.count(item)
+        # As a batch has them: single tokens before chunks
         items.sort(key=lambda item: item.count > 1)
         return Step(items, copies) if items else None
 
@@ -178,9 +180,11 @@ class Scheduler:
             full = not self._make_room_to_admit(sequence)
             if full:
                 break
+            # It would begin as a row of one token, in the middle of its prompt
             if budget == 1 and apart and self.groups.left(sequence) > 1:
                 break
             self.groups.attach(sequence)
+            # Pages for all of it, however little is computed now: who is admitted gets to its end
             room = self.pool.extend(sequence.pages, sequence.computed, len(sequence.tokens))
             assert room is not None
             copies += room
