@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 
 from retool.engine.engine import Engine
+from retool.engine.hf.engine import HfEngine
 from retool.engine.memory import EngineMemory
 from retool.engine.types import EngineOptions, SamplingParams, TurnDone
 from retool.engine.vllm.engine import VllmEngine
 from retool.engine.vllm.start import is_installed as vllm_is_installed
+from retool.model.borrowed.config import BorrowedConfig
 from retool.model.config import ModelConfig
 from retool.parallel.fsdp import Sharded
 from retool.parallel.fsdp.layout import Layout
@@ -109,18 +111,25 @@ class InProcessEngine(RolloutEngine, Protocol):
 
 
 # `rollout.name` → class. `RolloutConfig.name` says the same names, for it is read without torch.
-BACKENDS: dict[str, type[InProcessEngine]] = {"native": Engine, "vllm": VllmEngine}
-# What existing scripts say, too. Where it can't be had it means the native engine, as the start-up
-# says.
+BACKENDS: dict[str, type[InProcessEngine]] = {
+    "native": Engine,
+    "vllm": VllmEngine,
+    "hf": HfEngine,
+}
+# What existing scripts say, too. Where it can't be had, or isn't needed, it means the native engine,
+# as the start-up says.
 MEANING_NATIVE = ("vllm", "sglang", "hf")
 
 
-def meaning(name: str) -> str:
-    """The backend that `rollout.name` stands for here: vLLM is itself where it is installed.
+def meaning(name: str, model: ModelConfig | None = None) -> str:
+    """The backend that `rollout.name` stands for here: vLLM is itself where it is installed, and hf
+    for a `model` that runs as transformers' module.
 
     ValueError for a name that means nothing.
     """
     if name == "vllm" and vllm_is_installed():
+        return name
+    if name == "hf" and isinstance(model, BorrowedConfig):
         return name
     if name in MEANING_NATIVE:
         return "native"
@@ -132,9 +141,9 @@ def meaning(name: str) -> str:
     return name
 
 
-def find_backend(name: str) -> type[InProcessEngine]:
+def find_backend(name: str, model: ModelConfig | None = None) -> type[InProcessEngine]:
     """The class that `rollout.name` asks for. ValueError for a name that means nothing."""
-    return BACKENDS[meaning(name)]
+    return BACKENDS[meaning(name, model)]
 
 
 def make_engine(
@@ -145,4 +154,4 @@ def make_engine(
     group: dist.ProcessGroup | None = None,
 ) -> RolloutEngine:
     """The engine of a run: `rollout.name`, over the ranks of `group`."""
-    return find_backend(name)(config, device, options, group)
+    return find_backend(name, config)(config, device, options, group)

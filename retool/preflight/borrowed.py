@@ -8,22 +8,11 @@ from retool.config import Fault
 from retool.config.options import RunOptions
 from retool.model.borrowed.config import BorrowedConfig
 from retool.model.config import ModelConfig
-from retool.model.families.read import FAMILIES
 
 
 def check_borrowed(options: RunOptions, model: ModelConfig | None) -> Iterator[Fault]:
-    """Settings that our own decoder has and transformers' module hasn't; sampling from it."""
+    """Settings that our own decoder has and transformers' module hasn't."""
     if not isinstance(model, BorrowedConfig):
-        return
-    if options.samples:
-        way_out = f"Fine-tune it with retool sft; for RL give a model of {', '.join(FAMILIES)}."
-        if model.family in FAMILIES:
-            way_out = f"Use {options.model_key}impl=auto."
-        yield Fault(
-            options.pretrained_key,
-            f"model_type {model.family} runs as transformers' module, from which the engine can't sample.",
-            way_out,
-        )
         return
     key = options.model_key
     checkpointing = options.model.enable_gradient_checkpointing

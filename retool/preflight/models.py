@@ -38,10 +38,14 @@ OWN = Way(
 )
 BORROWED = Way(
     title="transformers' own module",
-    works="SFT, sequence parallelism (1 to the number of query heads), exports",
-    lacks="RL, the sampling engine, retool.LLM, chat, LoRA, compiled blocks",
+    works=(
+        "SFT, sequence parallelism (1 to the number of query heads), exports; RL with rollout.name=hf, "
+        "vllm or server"
+    ),
+    lacks="the sampling engine, retool.LLM, chat, LoRA, compiled blocks",
     tests=(
         "tests/model/test_borrowed.py",
+        "tests/engine/test_hf.py",
         "tests/sft/test_borrowed.py",
     ),
 )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from retool.config.command import calm_threads, exit_status
 from retool.rl.agent.formats.table import AUTO, FORMATS
-from retool.talk.options import add_loading_options, add_model
+from retool.talk.options import add_loading_options, add_max_num_seqs, add_model
 
 EPILOG = """Routes: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics; and what RL asks of a
 server, in vLLM's words and in SGLang's: /collective_rpc, /generate, /update_weights_from_disk.
@@ -68,12 +68,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         help="let requests load other weights from this machine's disk, as RL does",
     )
     size = top.add_argument_group("how much at once")
-    size.add_argument(
-        "--max-num-seqs",
-        type=int,
-        default=256,
-        help="answers that are sampled at once (default: %(default)s)",
-    )
+    add_max_num_seqs(size)
     size.add_argument(
         "--max-queue",
         type=int,

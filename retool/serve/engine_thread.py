@@ -19,6 +19,7 @@ from retool.llm.answer import Answer
 from retool.llm.llm import LLM
 from retool.llm.requests import Request
 from retool.llm.sampling import SamplingParams
+from retool.rl.agent.tools.on_thread import outcome_of, settle
 from retool.serve.errors import Refusal
 
 T = TypeVar("T")
@@ -122,27 +123,14 @@ class EngineThread:
     async def call(self, function: Callable[[], T]) -> T:
         """What `function` returns, called on the engine's thread between two steps."""
         self.require_alive()
-        result: asyncio.Future[T] = self._loop.create_future()
-
-        def deliver(value: T | None, error: Exception | None) -> None:
-            if result.done():  # nobody waits any more
-                return
-            if error is not None:
-                result.set_exception(error)
-            else:
-                result.set_result(value)  # type: ignore[arg-type]
+        answer: asyncio.Future[T] = self._loop.create_future()
 
         def run() -> None:
-            value = None
-            error = None
-            try:
-                value = function()
-            except Exception as raised:
-                error = raised
-            self._loop.call_soon_threadsafe(deliver, value, error)
+            outcome = outcome_of(function)
+            self._loop.call_soon_threadsafe(settle, answer, *outcome)
 
         self._commands.put(run)
-        return await result
+        return await answer
 
     def require_alive(self) -> None:
         """Refusal (503) where the engine failed."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retool.config.command import calm_threads
-from retool.talk.options import NO_TOOLS, add_options
+from retool.talk.options import NO_TOOLS, add_max_num_seqs, add_options
 
 EPILOG = """A line of the output has the row, and `completions`: of each its last text, why it ended
 (finish_reason: stop, length, max_turns, tool_failure), its tokens, and all messages with tool calls
@@ -44,12 +44,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     top.add_argument(
         "--max-rows", type=int, default=-1, help="only the first rows (default: %(default)s: all)"
     )
-    top.add_argument(
-        "--max-num-seqs",
-        type=int,
-        default=256,
-        help="answers that are sampled at once (default: %(default)s)",
-    )
+    add_max_num_seqs(top)
     return top
 
 

@@ -69,6 +69,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_max_num_seqs(parser: argparse._ActionsContainer) -> None:
+    """Where many answers are sampled at once, how many."""
+    parser.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=256,
+        help="answers that are sampled at once (default: %(default)s)",
+    )
+
+
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """How it is loaded."""
     loading = parser.add_argument_group("how it is loaded")

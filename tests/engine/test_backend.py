@@ -28,7 +28,7 @@ def test_every_name_of_the_configuration_is_a_backend_or_means_native() -> None:
 @pytest.mark.parametrize("name", MEANING_NATIVE)
 def test_the_plans_first_line_says_what_a_name_means(name: str) -> None:
     config = parse(RLConfig, [*REQUIRED, f"actor_rollout_ref.rollout.name={name}"])
-    report: Any = SimpleNamespace(config=config)
+    report: Any = SimpleNamespace(config=config, model=None)
     said = f"rollout.name={name} means native here: the in-process engine samples."
     topic, text = next(in_words(report))
     assert topic == "engine" and text.startswith(said)
@@ -37,7 +37,7 @@ def test_the_plans_first_line_says_what_a_name_means(name: str) -> None:
 
 def test_an_unknown_name_is_refused_with_what_there_is() -> None:
     with pytest.raises(
-        ValueError, match=r"rollout.name=tensorrt: .* There is native, vllm; vllm, sglang"
+        ValueError, match=r"rollout.name=tensorrt: .* There is native, vllm, hf; vllm"
     ):
         find_backend("tensorrt")
 

@@ -210,7 +210,7 @@ def test_an_engine_over_two_ranks(folder: Path, model: Sharded) -> None:
 def test_vllm_is_itself_where_it_is_installed(double: None) -> None:
     assert find_backend("vllm") is VllmEngine and find_backend("sglang") is Engine
     config = parse(RLConfig, [*REQUIRED, f"{ARR}rollout.name=vllm"])
-    report: Any = SimpleNamespace(config=config)
+    report: Any = SimpleNamespace(config=config, model=None)
     _, text = next(in_words(report))
     assert text.startswith("rollout.name=vllm: vLLM 0.22.1 samples in the training processes.")
     assert "rollout.name=native" in text

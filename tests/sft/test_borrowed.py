@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from retool.checkpoint.merge import no_progress
 from retool.checkpoint.verify import verify
 from retool.config import read
-from retool.model.borrowed.read import read_any_config
-from retool.preflight.borrowed import check_borrowed
 from retool.preflight.show import memory_words, model_words
 from retool.sft.__main__ import main
-from retool.sft.config import SYNONYMS, SFTConfig, run_options
+from retool.sft.config import SYNONYMS, SFTConfig
 from retool.sft.plan import SFTReport
 from retool.sft.preflight import preflight
 from tests.model.zoo import make_borrowed
@@ -110,11 +107,3 @@ def test_samples_beyond_the_table_of_positions_are_refused(borrowed: Path, tmp_p
         and "its table of positions (transformer.wpe)" in fault.problem
     )
     assert "data.max_length=16" in fault.remedy
-
-
-def test_rl_is_refused(borrowed: Path, work: Path) -> None:
-    options = replace(run_options(SFTConfig()), samples=True)
-    (fault,) = check_borrowed(options, read_any_config(borrowed / "model"))
-    assert "the engine can't sample" in fault.problem and "retool sft" in fault.remedy
-    (fault,) = check_borrowed(options, read_any_config(work / "model", "transformers"))
-    assert fault.remedy == "Use model.impl=auto."

@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import HashStore
 from retool.engine.types import EngineOptions, SamplingParams
 from retool.parallel.network import choose_interface
 
-PAGE_SIZE = 16  # tokens
+PAGE_SIZE = 16  # tokens, as it chooses itself
 # Of the GPU's memory. vLLM only checks that so much is free: the cache's size is told in bytes
 SHARE_THAT_IS_FREE = 0.01
 # Settings of vLLM by environment: in this process, no reports to its makers, warnings alone, and
@@ -81,7 +81,6 @@ def make_engine(
         enforce_eager=not options.use_cuda_graphs,
         kv_cache_memory_bytes=kv_bytes,
         gpu_memory_utilization=SHARE_THAT_IS_FREE,
-        block_size=PAGE_SIZE,
         # One process for each GPU is there already
         distributed_executor_backend="external_launcher",
         tensor_parallel_size=place.ranks,
@@ -93,7 +92,8 @@ def make_engine(
         generation_config="vllm",
         disable_log_stats=True,
     )
-    with torch.random.fork_rng(), _steady_segments(place.device):
+    mine = [place.device] if place.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=mine), _steady_segments(place.device):
         return package.LLMEngine.from_engine_args(arguments)
 
 

@@ -110,7 +110,7 @@ def step_memory(
     training = choice.prediction
     layout = plan_layout(model, setting.shards, setting.ep)
     dtype = engine.dtype or DTYPES[setting.compute]
-    kind = ServerEngine if backend == SERVER else find_backend(backend)
+    kind = ServerEngine if backend == SERVER else find_backend(backend, model)
     needed = kind.memory(model, engine, dtype, tensor_parallel, layout)
     frozen = 0.0
     if reference:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from retool.engine.backend import MEANING_NATIVE, meaning
 from retool.engine.vllm.start import version as vllm_version
+from retool.model.config import ModelConfig
 from retool.perf import GIB
 from retool.preflight.show import (
     expert_words,
@@ -30,7 +31,7 @@ def in_words(report: RLReport) -> Iterator[tuple[str, str]]:
     if name == SERVER:
         yield "engine", _server_words(report)
     elif name in MEANING_NATIVE:
-        yield "engine", _engine_words(name)
+        yield "engine", _engine_words(name, report.model)
     processes = report.world.processes
     assert report.train is not None
     sp = wanted.actor.ulysses_sequence_parallel_size
@@ -71,9 +72,15 @@ def in_words(report: RLReport) -> Iterator[tuple[str, str]]:
     yield "written", written_words(report, ", report/")
 
 
-def _engine_words(name: str) -> str:
+def _engine_words(name: str, model: ModelConfig | None) -> str:
     """What stands behind the name of another engine, and how to have that one."""
-    if meaning(name) == "vllm":
+    stands_for = meaning(name, model)
+    if stands_for == "hf":
+        return (
+            "rollout.name=hf: transformers' continuous batching samples in the training processes, "
+            "with the trainer's weights."
+        )
+    if stands_for == "vllm":
         return (
             f"rollout.name=vllm: vLLM {vllm_version()} samples in the training processes. Use "
             "rollout.name=native for retool's own engine."

@@ -1,0 +1,235 @@
+"""`rollout.name=hf`: transformers' continuous batching over a trainer's weights, against `generate`,
+the trainer's log-probabilities, and what preflight says of models that it can't run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from retool.config import parse
+from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone, find_backend
+from retool.engine.hf.engine import HfEngine
+from retool.engine.hf.trial import cant_batch
+from retool.model.borrowed.read import borrow, read_any_config
+from retool.model.families.read import read_model_config
+from retool.parallel.fsdp import Sharded
+from retool.rl.config import RLConfig
+from retool.rl.preflight.backends import backend_faults
+from tests.engine.models import CPU, forced, load
+from tests.model.tiny import make
+from tests.model.zoo import ARCHITECTURES, make_borrowed, tiny_config
+from tests.ranks import run_ranks
+from tests.rl.test_config import ARR, REQUIRED
+
+PROMPTS: dict[Hashable, list[int]] = {"a": [5, 6, 7, 8], "b": [9, 10, 11], "c": [*range(20, 40)]}
+GREEDY = SamplingParams(max_tokens=6, temperature=0)
+LONGEST = 48
+# That transformers' continuous batching can't run
+UNABLE = ("gpt_neox", "nemotron", "opt", "stablelm")
+# One of whose layers have a window; the others are slow
+BY_DEFAULT = "cohere2"
+KINDS = [
+    pytest.param(name, marks=() if name == BY_DEFAULT else pytest.mark.slow)
+    for name in ARCHITECTURES
+    if name not in UNABLE
+]
+
+
+def make_hf(folder: Path) -> HfEngine:
+    options = EngineOptions(max_num_seqs=4, max_length=LONGEST, model_folder=folder)
+    return HfEngine(read_any_config(folder), CPU, options)
+
+
+def roll(engine: HfEngine, params: SamplingParams) -> dict[Hashable, list[TurnDone]]:
+    """Two turns for each prompt."""
+    turns: dict[Hashable, list[TurnDone]] = {key: [] for key in PROMPTS}
+    for key, ids in PROMPTS.items():
+        engine.start(key, ids, params, group=key)
+    while not engine.idle():
+        for turn in engine.step():
+            turns[turn.key].append(turn)
+            if len(turns[turn.key]) == 1:
+                engine.extend(turn.key, [3, 4], params)
+            else:
+                engine.drop(turn.key)
+    return turns
+
+
+def sampled(turns: dict[Hashable, list[TurnDone]]) -> list[list[int]]:
+    return [turn.tokens for each in turns.values() for turn in each]
+
+
+def generated(reference: Any, ids: list[int], count: int) -> list[int]:
+    prompt = torch.tensor([ids])
+    out = reference.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return out[0, len(ids) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hf") / "glm"
+    make_borrowed(path, "glm")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Sharded:
+    return load(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_and_log_probabilities(kind: str, tmp_path: Path) -> None:
+    """Greedy turns are `generate`'s; log-probabilities at a temperature are the trainer's."""
+    reference: PreTrainedModel = make_borrowed(tmp_path, kind).eval()
+    model = load(tmp_path)
+    engine = make_hf(tmp_path)
+    engine.sync(model)
+    for key, (one, two) in roll(engine, GREEDY).items():
+        ids = PROMPTS[key]
+        assert one.tokens == generated(reference, ids, 6)
+        assert two.tokens == generated(reference, [*ids, *one.tokens, 3, 4], 6)
+        assert one.reason == "length" and one.logp_behaviour == [0.0] * 6
+    engine.sync(model)
+    warm = SamplingParams(max_tokens=6, temperature=0.7)
+    for key, (one, two) in roll(engine, warm).items():
+        whole = [*PROMPTS[key], *one.tokens, 3, 4, *two.tokens]
+        truth = forced(model, whole, 0.7).tolist()
+        begin = len(PROMPTS[key]) - 1
+        assert one.logp == pytest.approx(truth[begin : begin + 6], abs=1e-4)
+        assert two.logp == pytest.approx(truth[-6:], abs=1e-4)
+
+
+def test_weights_are_shared_with_the_trainer(folder: Path, model: Sharded) -> None:
+    """One process holds them once; an update is sampled from after the next `sync`."""
+    engine = make_hf(folder)
+    engine.sync(model)
+    assert engine.module is not None and not engine.module.gathered
+    begin = model.compute.data_ptr()
+    end = begin + model.compute.numel() * model.compute.itemsize
+    for parameter in engine.module.causal.parameters():
+        assert begin <= parameter.data_ptr() < end
+    first = sampled(roll(engine, GREEDY))
+    before = model.compute.clone()
+    model.compute.mul_(-1)
+    engine.sync(model)
+    assert sampled(roll(engine, GREEDY)) != first
+    model.compute.copy_(before)
+    engine.release()
+    engine.sync(model)
+    assert sampled(roll(engine, GREEDY)) == first
+
+
+def test_seeds_and_how_turns_end(folder: Path, model: Sharded) -> None:
+    engine = make_hf(folder)
+    draws = []
+    for seed in (1, 1, 2):
+        engine.sync(model)
+        draws.append(sampled(roll(engine, SamplingParams(max_tokens=6, seed=(seed,)))))
+    assert draws[0] == draws[1] != draws[2]
+    engine.sync(model)
+    tokens = roll(engine, GREEDY)["a"][0].tokens
+    last = tokens[2]
+    stops = SamplingParams(max_tokens=6, temperature=0, stop_ids=(last,))
+    engine.start("stop", PROMPTS["a"], stops)
+    engine.start("full", [7] * LONGEST, GREEDY)
+    engine.start("gone", PROMPTS["b"], GREEDY)
+    ended: dict[Hashable, TurnDone] = {turn.key: turn for turn in engine.step()}
+    engine.drop("gone")
+    while not engine.idle():
+        ended |= {turn.key: turn for turn in engine.step()}
+    assert set(ended) == {"stop", "full"}
+    assert ended["full"].reason == "capacity" and not ended["full"].tokens
+    assert ended["stop"].reason == "stop"
+    assert ended["stop"].tokens == tokens[: tokens.index(last) + 1]
+    engine.drop("full")
+    engine.start("one", PROMPTS["a"], GREEDY)
+    with pytest.raises(ValueError, match="alike"):
+        engine.start("other", PROMPTS["b"], SamplingParams(max_tokens=2))
+
+
+def gathered(folder: str) -> Any:
+    """Each rank samples from weights that it has half of, and gives them back."""
+    model = load(Path(folder))
+    engine = make_hf(Path(folder))
+    found = []
+    for _ in range(2):
+        engine.sync(model)
+        assert engine.module is not None and engine.module.gathered
+        found.append(sampled(roll(engine, GREEDY)))
+        engine.release()
+        assert not engine.module.gathered
+        devices = {parameter.device.type for parameter in engine.module.causal.parameters()}
+        assert devices == {"meta"}
+    return found
+
+
+@pytest.mark.slow
+def test_ranks_gather_what_they_share(folder: Path, model: Sharded) -> None:
+    engine = make_hf(folder)
+    engine.sync(model)
+    alone = sampled(roll(engine, GREEDY))
+    assert run_ranks(gathered, 2, str(folder)) == [[alone, alone]] * 2
+
+
+@pytest.mark.parametrize("kind", [BY_DEFAULT, *UNABLE])
+def test_what_cant_be_batched_is_known_before(kind: str) -> None:
+    config: Any = borrow(tiny_config(kind))
+    assert bool(cant_batch(config)) == (kind in UNABLE)
+
+
+def faults(model: Any, *more: str) -> list[str]:
+    config = parse(RLConfig, [*REQUIRED, *more])
+    return [str(fault) for fault in backend_faults(config, model, planning=True)]
+
+
+def test_which_engine_samples_which_model(folder: Path, tmp_path: Path) -> None:
+    """Transformers' modules need another engine than ours; our decoders none but ours."""
+    make(tmp_path, "qwen2")
+    ours = read_model_config(tmp_path)
+    theirs: Any = read_any_config(folder)
+    unable = borrow(tiny_config("opt"))
+    hf = f"{ARR}rollout.name=hf"
+    assert find_backend("hf", theirs) is HfEngine and find_backend("hf", ours) is Engine
+    assert not faults(ours) and not faults(ours, hf) and not faults(theirs, hf)
+    assert not faults(theirs, f"{ARR}rollout.name=server")
+    (fault,) = faults(theirs)
+    assert "rollout.name=native: model_type glm runs as transformers' module" in fault
+    assert "Use actor_rollout_ref.rollout.name=hf" in fault
+    (fault,) = (text for text in faults(unable, hf) if "name=hf" in text)
+    assert "can't sample from model_type opt (" in fault
+    with pytest.raises(ValueError, match="as transformers' module, which this one"):
+        HfEngine(ours, CPU, EngineOptions()).sync(load(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("trainer.deterministic=true", "neighbours"),
+        (f"{ARR}rollout.top_k=5", "leaves out tokens"),
+        (f"{ARR}rollout.dtype=bfloat16", "the trainer's"),
+        (f"{ARR}rollout.tensor_model_parallel_size=2", "an engine on each GPU"),
+    ],
+)
+def test_what_hf_cant_do_is_refused(folder: Path, key: str, what: str) -> None:
+    (fault,) = faults(read_any_config(folder), f"{ARR}rollout.name=hf", key)
+    assert what in fault
+
+
+def test_sequences_longer_than_the_module_is_right_for(tmp_path: Path) -> None:
+    limited: Any = borrow(tiny_config("gpt2"))
+    assert limited.longest
+    (fault,) = faults(limited, f"{ARR}rollout.name=hf", "data.max_response_length=100000")
+    assert "its table of positions" in fault and f"Use {limited.longest:,}" in fault
