@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retool.rl.__main__ import main
@@ -79,3 +80,21 @@ def test_two_ranks_with_a_reference_and_tools(borrowed: Path, tmp_path: Path) ->
     export = out / "global_step_2" / "actor" / "huggingface"
     loaded: Any = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
     assert not any(loaded[1].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("free", ["true", "false"])
+def test_on_a_gpu(borrowed: Path, tmp_path: Path, free: str) -> None:
+    more = [
+        HF,
+        "trainer.total_training_steps=2",
+        "data.max_response_length=64",
+        f"{ARR}rollout.free_cache_engine={free}",
+        f"{ARR}rollout.gpu_memory_utilization=0.05",
+    ]
+    assert main(words(borrowed, tmp_path / "run", *more)) == 0
+    for entry in steps(tmp_path / "run"):
+        gap = entry["training/rollout_logp_diff_mean"]
+        print(f"\nstep {entry['step']}: gap {gap:.4f}, gen {entry['timing_s/gen']:.2f} s")
+        assert gap < 2e-2
