@@ -219,14 +219,14 @@ def traffic_plan(report: RunReport, tokens: float) -> Plan:
         setting.shards,
         world // setting.shards,
         setting.sp,
-        -(-mine // micro_batches),
-        micro_batches,
-        choice.recompute,
-        choice.reshard,
-        choice.hold,
-        setting.element.compute,
-        setting.reduce_bytes,
-        report.options.fsdp.forward_prefetch,
+        tokens=-(-mine // micro_batches),
+        micro_batches=micro_batches,
+        recompute=choice.recompute,
+        reshard=choice.reshard,
+        hold=choice.hold,
+        compute_bytes=setting.element.compute,
+        reduce_bytes=setting.reduce_bytes,
+        forward_prefetch=report.options.fsdp.forward_prefetch,
     )
 
 

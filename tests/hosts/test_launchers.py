@@ -227,14 +227,15 @@ def test_ray_on_a_cluster_of_two_nodes(work: Path, launchers: Path, tmp_path: Pa
     pytest.importorskip("ray", reason="no ray: pip install 'retool-train[ray]'")
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-    cluster = Cluster(True, head_node_args={**node, "include_dashboard": False})
+    memory = 100 * 2**20
+    head = {"num_cpus": 1, "object_store_memory": memory, "include_dashboard": False}
+    cluster = Cluster(True, head_node_args=head)
     out = tmp_path / "run"
     keys = words(work, out, trainer__total_training_steps=2)
     script = [sys.executable, launchers / "ray_train.py", "--workers=2", "--cpu"]
     options = [f"--address={cluster.address}", f"--storage={tmp_path / 'ray'}"]
     try:
-        cluster.add_node(**node)
+        cluster.add_node(num_cpus=1, object_store_memory=memory)
         done = subprocess.run(
             [*script, *options, "retool.sft", *keys],
             env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},

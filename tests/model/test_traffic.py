@@ -81,10 +81,11 @@ def counted() -> Iterator[Counts]:
 
 
 def batches(plan: Plan) -> list[PackedBatch]:
-    """A document of all of a group's tokens in each micro-batch."""
-    tokens = plan.tokens * plan.sp
+    """In each micro-batch a document of all of a group's tokens, or one for each of its ranks."""
+    documents = 1 if plan.divided else plan.sp
+    tokens = plan.tokens * plan.sp // documents
     one = Sample(np.arange(tokens, dtype=np.int32) % 61, np.ones(tokens, dtype=bool))
-    return [pack([one], multiple=plan.sp) for _ in range(plan.micro_batches)]
+    return [pack([one] * documents, multiple=plan.sp) for _ in range(plan.micro_batches)]
 
 
 def sent_by(cases: list[tuple[ModelConfig, Plan]]) -> list[tuple[int, Counts, Counts]]:
@@ -133,6 +134,10 @@ CASES = {
     "hsdp, sp 2": (
         decoder_config(3, 3, layers=4),
         replace(PLAIN, shards=2, replicas=2, sp=2, recompute="full"),
+    ),
+    "whole documents, sp 2": (
+        decoder_config(3, 3, layers=2),
+        replace(PLAIN, sp=2, divided=False),
     ),
     "replicas alone, sp 2": (
         decoder_config(3, 3, layers=2),

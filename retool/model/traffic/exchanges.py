@@ -42,6 +42,7 @@ class Plan:
     shards: int  # ranks that share a parameter
     replicas: int = 1  # of these groups
     sp: int = 1
+    divided: bool = True  # documents, over the sp ranks; whole ones need no all-to-alls
     tokens: int = 16_384  # of a rank, in a micro-batch
     micro_batches: int = 1  # in a step
     recompute: Recompute = "none"
@@ -169,7 +170,7 @@ def sequence(
     sp_rank: int = 0,
 ) -> Iterator[Exchange]:
     """A layer's all-to-alls in a micro-batch's forward or backward, as rank `sp_rank` sends them."""
-    if plan.sp == 1:
+    if plan.sp == 1 or not plan.divided:
         return
     heads = HeadPlan(
         plan.sp,

@@ -41,6 +41,8 @@ class Machines:
     flops: float
     latency_inside: float = 3e-6
     latency_between: float = 15e-6
+    # What a reduce-scatter sends, in those of a ring: gloo's is an all-reduce, and sends twice as much
+    scatter: float = 1.0
 
     def spans(self, exchange: Exchange) -> bool:
         """Whether ranks of several machines take part."""
@@ -52,11 +54,14 @@ class Machines:
         All-gathers, reduce-scatters and all-reduces go round a ring, which enters and leaves each
         machine once; an all-to-all sends each other rank its part.
         """
+        sent = exchange.sent
+        if exchange.collective == "reduce-scatter":
+            sent *= self.scatter
         here = min(exchange.ranks, max(1, self.per_machine // exchange.stride))
         machines = exchange.ranks // here
         if machines == 1:
-            return (exchange.ranks - 1) * self.latency_inside + exchange.sent / self.inside
-        leaving = exchange.sent * (self.per_machine // here)
+            return (exchange.ranks - 1) * self.latency_inside + sent / self.inside
+        leaving = sent * (self.per_machine // here)
         hops = exchange.ranks - 1
         far = machines * hops // exchange.ranks
         if exchange.collective == "all-to-all":
@@ -67,7 +72,7 @@ class Machines:
             far *= 2
             hops *= 2
         latency = far * self.latency_between + (hops - far) * self.latency_inside
-        return latency + max(exchange.sent / self.inside, leaving / self.between)
+        return latency + max(sent / self.inside, leaving / self.between)
 
 
 def assumed(per_machine: int, gbit: float, gpu: str = USUAL_GPU) -> Machines:
