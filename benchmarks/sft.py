@@ -5,7 +5,9 @@ peak memory.
     torchrun --nproc_per_node=2 benchmarks/sft.py --shape tiny --scale 64        a look at it on the CPU
 
 *full*: 16 documents of 16,384 tokens a step. *mixed*: 64 documents, lengths lognormal (median
-3,200, σ 0.7, clipped to 256…16,384). *4096*: 64 documents of 4,096 tokens. Every token is trained,
+3,200, σ 0.7, clipped to 256…16,384). *4096*: 64 documents of 4,096 tokens, *few*: 16 of them. The
+rows `experts-…` are for `--shape 30b-a3b-6-layers`, with and without expert parallelism: MFU counts
+the experts that a token runs through. Every token is trained,
 ids are random, data is in memory; bf16 compute, fp32 master and AdamW. A step is timed from its
 first kernel to its last, optimizer included; padding doesn't count as tokens. Steps 4 to 8 of each
 repeat count.
@@ -33,7 +35,7 @@ from retool.batch import Sample
 from retool.data.loader import StepOrder, iterate_steps
 from retool.data.packing import Budget, Packing
 from retool.model.build import ModelOptions, build_decoder
-from retool.model.config import ModelConfig
+from retool.model.config import Experts, ModelConfig
 from retool.model.costs import model_flops
 from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
@@ -78,6 +80,41 @@ SHAPES = {
         qkv_bias=False,
         **BLANK,
     ),
+    # Qwen3-30B-A3B's widths
+    "30b-a3b-6-layers": replace(
+        ModelConfig(
+            "qwen3_moe",
+            vocab=151_936,
+            hidden=2048,
+            ffn=768,
+            layers=6,
+            heads=32,
+            kv_heads=4,
+            head_dim=128,
+            tied=False,
+            qkv_bias=False,
+            experts=Experts(count=128, per_token=8, width=768, normalised=True),
+            **BLANK,
+        ),
+        qk_norm=True,
+    ),
+    "tiny-experts": replace(
+        ModelConfig(
+            "qwen3_moe",
+            vocab=512,
+            hidden=64,
+            ffn=32,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            head_dim=16,
+            tied=True,
+            qkv_bias=False,
+            experts=Experts(count=8, per_token=2, width=32, normalised=True),
+            **BLANK,
+        ),
+        qk_norm=True,
+    ),
     "tiny": ModelConfig(
         "qwen2",
         vocab=512,
@@ -94,7 +131,7 @@ SHAPES = {
 }
 STEPS = 8
 COUNTED = slice(3, 8)
-DOCUMENTS = {"full": 16, "mixed": 64, "4096": 64}
+DOCUMENTS = {"full": 16, "mixed": 64, "4096": 64, "few": 16}
 # measured by others' code on 2×H100 80GB HBM3, torch 2.11, 2026-11; the row of the same workload is
 # the baseline
 PEERS = {
@@ -108,7 +145,7 @@ class Row:
     """A line of the table.
 
     `samples` a micro-batch of an sp group, or `tokens` a GPU; `keep_copy`: `shard`'s; `steps` where
-    fewer do.
+    fewer do. `ep` ranks divide experts.
     """
 
     title: str
@@ -120,6 +157,7 @@ class Row:
     padded: bool = False
     keep_copy: bool = True
     steps: int = STEPS
+    ep: int = 1
 
 
 ROWS = {
@@ -140,6 +178,14 @@ ROWS = {
     "8b-none": Row(
         "8,192 tokens per GPU, sp 1, nothing recomputed", "full", 1, "none", samples=1
     ),  # 110 GiB
+    "experts-16k": Row("micro-batches of 16,384 tokens, ep 1", "few", 1, "none", tokens=16_384),
+    "experts-16k-ep2": Row(
+        "micro-batches of 16,384 tokens, ep 2", "few", 1, "none", tokens=16_384, ep=2
+    ),
+    "experts-4k": Row("micro-batches of 4,096 tokens, ep 1", "few", 1, "none", tokens=4_096),
+    "experts-4k-ep2": Row(
+        "micro-batches of 4,096 tokens, ep 2", "few", 1, "none", tokens=4_096, ep=2
+    ),
 }
 
 
@@ -372,7 +418,10 @@ def main() -> None:
             row = replace(
                 row, sp=world.world, title=row.title.replace(f"sp {row.sp}", f"sp {world.world}")
             )
-        mesh = meshes.setdefault(row.sp, make_mesh(sp=row.sp))
+        ep = min(row.ep, world.world)
+        if (row.sp, ep) not in meshes:
+            meshes[row.sp, ep] = make_mesh(sp=row.sp, ep=ep)
+        mesh = meshes[row.sp, ep]
         lines.append(
             {
                 "name": name,

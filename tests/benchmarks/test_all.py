@@ -46,7 +46,7 @@ TOGETHER = {  # two, as torchrun starts them
     "fsdp_overlap": ("--scale 1024 --sp 2", 3),
     "long_context": ("--lengths 64", 3),
     "memory": ("--shape tiny --scale 1024 --rows 0.5b-none,0.5b-held", 2),
-    "sft": ("--shape tiny --scale 1024 --repeats 1 --rows full", 1),
+    "sft": ("--shape tiny-experts --scale 1024 --repeats 1 --rows full,experts-4k-ep2", 2),
     "ulysses": ("--shape tiny --lengths 32 --repeats 1", 4),
 }
 

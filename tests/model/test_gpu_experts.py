@@ -28,6 +28,7 @@ from retool.rl.objective.policy import policy_logprobs
 from retool.sft.step import train_step
 from tests.engine.models import prompts, run
 from tests.model.tiny import make
+from tests.ranks import need_gpus, run_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 DEVICE = "cuda"
@@ -142,9 +143,10 @@ def trained(
     recompute: Recompute = "none",
     steps: int = 1,
     given: bool = False,
+    ep: int = 1,
 ) -> tuple[list[float], Sharded]:
     """Losses and norms of a few steps of two micro-batches, and the model after them."""
-    mesh = make_mesh(device=device)
+    mesh = make_mesh(device=device, ep=ep)
     wide = torch.promote_types(dtype, torch.float32)
     options = ModelOptions(dtype, wide, wide, recompute=recompute, use_compile=False)
     model = load_pretrained(folder, mesh, options)
@@ -152,7 +154,7 @@ def trained(
     told: list[float] = []
     for _ in range(steps):
         rows = samples(given)
-        packs = [pack(rows[:3]), pack(rows[3:])]
+        packs = [pack(rows[mesh.dp_rank : 3 : mesh.dp]), pack(rows[3 + mesh.dp_rank :: mesh.dp])]
         trained_tokens = sum(row.trained for row in rows)
         measured = train_step(model, optimizer, packs, trained_tokens, 1e-3, StepTimer(mesh.device))
         loss, norm, skipped = measured.read()
@@ -167,6 +169,23 @@ def test_a_training_step_equals_the_cpus(folder: Path, recompute: Recompute) -> 
     there, other = trained(folder, "cpu", torch.float32, recompute)
     assert here == pytest.approx(there, rel=1e-4)
     assert relative(model.grad, other.grad) < 1e-4
+
+
+def trained_each(folder: str, device: str, ep: int) -> list[list[float]]:
+    """What is told in one way of recomputation after the other."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return [
+        trained(Path(folder), device, torch.float32, how, 2, ep=ep)[0]
+        for how in ("none", "selective", "full")
+    ]
+
+
+def test_two_gpus_that_divide_experts_train_as_two_cpus_that_do_not(folder: Path) -> None:
+    need_gpus(2)
+    (here, _) = run_ranks(trained_each, 2, str(folder), DEVICE, 2)
+    (there, _) = run_ranks(trained_each, 2, str(folder), "cpu", 1)
+    for found, wanted in zip(here, there, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-3)
 
 
 def test_gradients_in_bf16_are_near_float64s(folder: Path) -> None:
