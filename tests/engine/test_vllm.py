@@ -216,18 +216,19 @@ def test_vllm_is_itself_where_it_is_installed(double: None) -> None:
     assert "rollout.name=native" in text
 
 
-@pytest.mark.parametrize(
-    ("key", "what"),
-    [
-        ("trainer.device=cpu", "needs a GPU"),
-        ("trainer.deterministic=true", "neighbours"),
-        (f"{ARR}rollout.top_p=0.9", "leaves out tokens"),
-        (f"{ARR}rollout.enable_rollout_routing_replay=true", "experts"),
-        (f"{ARR}rollout.tensor_model_parallel_size=4", "must divide the model's 6 heads"),
-    ],
-)
-def test_what_vllm_cant_do_is_refused(double: None, folder: Path, key: str, what: str) -> None:
-    config = parse(RLConfig, [*REQUIRED, f"{ARR}rollout.name=vllm", key])
-    planning = "device" not in key
-    (fault,) = backend_faults(config, read_model_config(folder), planning)
-    assert what in str(fault) and fault.remedy
+def test_what_vllm_cant_do_is_refused(double: None, folder: Path) -> None:
+    asked = {
+        "trainer.device=cpu": "needs a GPU",
+        "trainer.deterministic=true": "neighbours",
+        f"{ARR}rollout.top_p=0.9": "leaves out tokens",
+        f"{ARR}rollout.enable_rollout_routing_replay=true": "experts",
+        f"{ARR}rollout.tensor_model_parallel_size=4": "must divide the model's 6 heads",
+    }
+    config = parse(RLConfig, [*REQUIRED, f"{ARR}rollout.name=vllm", *asked])
+    found = list(map(str, backend_faults(config, read_model_config(folder), planning=False)))
+    assert len(found) == len(asked)
+    for what in asked.values():
+        assert any(what in fault for fault in found)
+    # The GPU may be elsewhere
+    planned = list(map(str, backend_faults(config, read_model_config(folder), planning=True)))
+    assert len(planned) == len(asked) - 1

@@ -39,6 +39,7 @@ def test_one_step(borrowed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert entry["actor/grad_norm"] > 0
 
 
+@pytest.mark.slow  # `tests/engine/test_hf.py` has what it says
 def test_our_engine_refuses_it(
     borrowed: Path, work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,11 @@ pytestmark = [
 ]
 VOCAB = 2048
 GIB = 1 << 30
+SEQUENCES = 1024
+# vLLM rounds logits to bf16, which our engine doesn't. Measured on an H200: 0.047 nats (ours 0.020),
+# and 93 to 98 % equal tokens: the likeliest two of a random model are often as close as that
+MOST_GAP = 0.1
+LEAST_EQUAL = 0.9
 # A turn of any text calls it
 TOOL = """
 from retool.rl.agent.reading.call import Call
@@ -54,7 +59,7 @@ def clock() -> str:
 
 
 def write_model(folder: Path, vocab: int = VOCAB) -> Path:
-    """Random, and sure enough of its tokens that bf16 seldom changes the likeliest one."""
+    """Random, and as sure of its tokens as a random model can be."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocab,
@@ -88,9 +93,10 @@ def engines(folder: Path, model: Sharded) -> Iterator[tuple[VllmEngine, Engine]]
     config = read_model_config(folder)
     device = model.mesh.device
     shape: dict[str, Any] = {
-        "max_num_seqs": 128,
+        "max_num_seqs": SEQUENCES,
         "max_length": 512,
-        "kv_share": 0.05,
+        "max_batch_tokens": 8192,
+        "kv_share": 0.3,
         "model_folder": folder,
     }
     theirs = VllmEngine(config, device, EngineOptions(**shape))
@@ -147,7 +153,8 @@ def test_weights_are_the_trainers_after_updates_and_sleep(
         if sleeps:
             theirs.release()
     print("\nequal greedy tokens:", " ".join(f"{share:.2%}" for share in shares))
-    assert min(shares) >= 0.95
+    assert min(shares) >= LEAST_EQUAL
+    assert firsts[0] == firsts[3], "the same weights are the same after sleep"
     assert firsts[0] != firsts[1] != firsts[2]
 
 
@@ -166,15 +173,17 @@ def test_the_gap_to_the_trainer(engines: tuple[VllmEngine, Engine], model: Shard
                 apart.append((truth.cpu() - torch.tensor(turn.logp)).abs().mean())
             gaps[name] = float(torch.stack(apart).mean())
         print(f"\ntemperature {temperature}: mean |Δ log p|", gaps)
-        assert gaps["vLLM"] < 0.03
+        assert gaps["vLLM"] < MOST_GAP
     params = SamplingParams(max_tokens=8, temperature=1.0, seed=(1, 2))
     again = [roll(theirs, params, 8) for _ in range(2)]
-    assert equal_share(*again) > 0.95, "the seed gives the draws"
+    assert equal_share(*again) >= LEAST_EQUAL, "the seed gives the draws"
 
 
 def test_sleep_gives_memory_back(engines: tuple[VllmEngine, Engine], model: Sharded) -> None:
     theirs, _ = engines
     theirs.sync(model)
+    needed = VllmEngine.memory(theirs.config, theirs.options, model.param_dtype, 1, model.layout)
+    cache = SEQUENCES * (512 // needed.page_size) * needed.page
     device = model.mesh.device
 
     def free() -> int:
@@ -197,7 +206,8 @@ def test_sleep_gives_memory_back(engines: tuple[VllmEngine, Engine], model: Shar
         f"\nfree: awake {awake / GIB:.2f} GiB, asleep {asleep / GIB:.2f}, awake again "
         f"{back / GIB:.2f}; asleep in {slept:.2f} s, awake with new weights in {woke:.2f} s"
     )
-    assert asleep - awake > GIB and abs(back - awake) < GIB
+    assert asleep - awake > 0.9 * (cache + needed.weights)
+    assert abs(back - awake) < 0.1 * cache
 
 
 def test_a_run_with_a_tool(work: Path, tmp_path: Path) -> None:
@@ -241,5 +251,5 @@ def test_a_run_with_a_tool(work: Path, tmp_path: Path) -> None:
             f"{entry['tool/calls']:.1f} calls, sync {entry['timing_s/sync_weights']:.2f} s, "
             f"gen {entry['timing_s/gen']:.2f} s"
         )
-        assert entry["training/rollout_logp_diff_mean"] < 0.03
+        assert entry["training/rollout_logp_diff_mean"] < MOST_GAP
         assert entry["tool/calls"] > 0

@@ -25,12 +25,12 @@ from retool.parallel.network import choose_interface
 PAGE_SIZE = 16  # tokens, as it chooses itself
 # Of the GPU's memory. vLLM only checks that so much is free: the cache's size is told in bytes
 SHARE_THAT_IS_FREE = 0.01
-# Settings of vLLM by environment: in this process, no reports to its makers, warnings alone, and
-# any length that the run asks for
+# Settings of vLLM by environment: in this process, no reports to its makers, no warnings of what is
+# wanted here (its seed, kernels that are compiled), and any length that the run asks for
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
 }
 
