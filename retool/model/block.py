@@ -279,12 +279,8 @@ def swiglu(
 
 
 def _compiled_after(after: Part) -> Part:
-    """Compiled `after`; attention's result comes as a view of one kind or another.
-
-    The gradients of gate and up are halves of one tensor. Made as one, each half's element reads what
-    both need; made in place, side by side, everything is read once.
-    """
-    fast = compiled(after, max_pointwise_cat_inputs=1, max_complex_pointwise_cat_inputs=1)
+    """Compiled `after`; attention's result comes as a view of one kind or another."""
+    fast = compiled(after)
     return lambda block, x_tD, a_tE, *beside: fast(block, x_tD, unviewed(a_tE), *beside)
 
 

@@ -13,21 +13,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 MAX_GRAPHS_OF_A_FUNCTION = 64
 
 
-def compiled(function: Callable[..., Any], **options: int | bool) -> Callable[..., Any]:
-    """The function through torch.compile, with those of inductor's `options` that this torch has.
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function through torch.compile.
 
     It makes a graph for any length and one for length 1, each with gradients and without, for all
     layers and models of one shape.
     """
-    # Seconds to import, and needed where something is compiled
-    from torch._inductor import config as inductor
-
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, MAX_GRAPHS_OF_A_FUNCTION)
-    known: dict[str, Any] = {
-        name: value for name, value in options.items() if hasattr(inductor, name)
-    }
-    return torch.compile(function, dynamic=True, fullgraph=True, options=known or None)
+    return torch.compile(function, dynamic=True, fullgraph=True)
 
 
 def eager(function: Function) -> Function:
