@@ -156,6 +156,17 @@ def test_weights_that_the_trainer_lacks_are_refused(
         engine.sync(model)
 
 
+def test_a_process_has_one_engine(
+    double: None, folder: Path, model: Sharded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_double.LLMEngine, "alone", True)
+    first = make_vllm(folder)
+    first.sync(model)
+    first.close()
+    with pytest.raises(ValueError, match="and can't have another"):
+        make_vllm(folder).sync(model)
+
+
 def lead(engine: VllmEngine) -> list[list[int]]:
     """Rank 0's part of a rollout, which ends with a sequence that is dropped under way."""
     found = tokens(roll(engine, GREEDY))

@@ -40,6 +40,15 @@ class SamplingParams(SimpleNamespace):
         assert self.top_k >= 0 and 0 <= self.seed < 1 << 63 and self.max_tokens >= 1
 
 
+class CuMemAllocator:
+    """Of which a process has one."""
+
+    instance: CuMemAllocator | None = None
+
+    def get_current_usage(self) -> int:
+        return 1 << 20
+
+
 class LLMEngine:
     """One token of every request a step. `log` has what it was told."""
 
@@ -58,6 +67,11 @@ class LLMEngine:
         self.requests: dict[str, Any] = {}
         self.log: list[Any] = []
         self._lose_weights()
+        if self.alone:
+            CuMemAllocator.instance = CuMemAllocator()
+
+    # Whether it takes the process for itself, as it does there
+    alone = False
 
     @classmethod
     def from_engine_args(cls, arguments: SimpleNamespace) -> LLMEngine:
@@ -170,7 +184,11 @@ def install(patch: pytest.MonkeyPatch) -> None:
     params = ModuleType("vllm.sampling_params")
     params.RequestOutputKind = RequestOutputKind  # type: ignore[attr-defined]
     patch.setitem(sys.modules, "vllm", package)
+    memory = ModuleType("vllm.device_allocator.cumem")
+    memory.CuMemAllocator = CuMemAllocator  # type: ignore[attr-defined]
+    patch.setattr(CuMemAllocator, "instance", None)
     patch.setitem(sys.modules, "vllm.sampling_params", params)
+    patch.setitem(sys.modules, "vllm.device_allocator.cumem", memory)
     patch.setattr(show, "vllm_version", lambda: VERSION)
     for name in (*start.ENVIRONMENT, "RANK", "LOCAL_RANK"):
         patch.setenv(name, os.environ.get(name, start.ENVIRONMENT.get(name, "0")))

@@ -66,9 +66,11 @@ def make_engine(
 ) -> Any:
     """vLLM's `LLMEngine` of a model folder, with weights that mean nothing yet. Collective.
 
-    The cache takes `kv_bytes`. ValueError where vLLM refuses the model or the settings.
+    The cache takes `kv_bytes`. ValueError where vLLM refuses the model or the settings, and where
+    the process has an engine of vLLM's already.
     """
     package = vllm()
+    _require_first()
     _be_in_a_group(place)
     arguments = package.EngineArgs(
         model=str(folder),
@@ -114,6 +116,17 @@ def sampling(params: SamplingParams, seed: int) -> Any:
         flat_logprobs=True,
         output_kind=kinds.RequestOutputKind.FINAL_ONLY,
     )
+
+
+def _require_first() -> None:
+    """ValueError where vLLM's allocator, of which a process has one, is in use; asleep or not."""
+    module: Any = importlib.import_module("vllm.device_allocator.cumem")
+    allocator = module.CuMemAllocator.instance
+    if allocator is not None and allocator.get_current_usage():
+        raise ValueError(
+            "rollout.name=vllm: this process has had an engine of vLLM's, and can't have another. Start "
+            "this run in a program of its own."
+        )
 
 
 def _be_in_a_group(place: Place) -> None:
