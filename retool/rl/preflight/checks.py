@@ -7,7 +7,6 @@ that can't be is a fault) and kept for the run.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -28,16 +27,15 @@ from retool.preflight.model_folder import check_ids, with_model
 from retool.preflight.plan import RECOMPUTE, Choice, attempt, choose, gpu_memory, setting_of
 from retool.preflight.resume import check_checkpoint, find_checkpoint, template_date
 from retool.preflight.world import box_of, check_heads, read_world
-from retool.rl.agent.tools.interpreter import CodeInterpreter
 from retool.rl.agent.tools.load import RunLimits, load_tools, make_tools
 from retool.rl.agent.tools.protocol import AnyTool
-from retool.rl.agent.tools.session import InterpreterSession
 from retool.rl.config import RLConfig
 from retool.rl.config.data import DataConfig
 from retool.rl.data import PromptOptions, load_prompts
 from retool.rl.objective.user_functions import find_estimator, find_loss
 from retool.rl.preflight.backends import backend_faults
 from retool.rl.preflight.identity import PATH, with_identity
+from retool.rl.preflight.interpreters import row_file_faults, sandbox_faults
 from retool.rl.preflight.keys import LOSS_KEY, contradictions, notes
 from retool.rl.preflight.memory import StepMemory
 from retool.rl.preflight.plan import NOTHING_HELD, Held, Questions, RLReport, uses_reference
@@ -54,7 +52,6 @@ from retool.rl.preflight.trial import try_reward
 from retool.rl.preflight.world import try_environment, with_environment, with_loop
 from retool.rl.reward.calling import seen_by
 from retool.rl.reward.source import RewardSource
-from retool.sandbox.fusion_client import unreachable
 
 ARR = "actor_rollout_ref."
 
@@ -197,7 +194,7 @@ def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
             tools = attempt(where, lambda: load_tools(named[0], limits, named[1]), faults) or ()
         else:
             tools = attempt("tools", lambda: make_tools(held.tools or (), limits), faults) or ()
-    faults += _sandbox_faults(tools, first)
+    faults += sandbox_faults(tools, first)
 
     def find() -> RewardSource:
         source = held.reward or wanted_reward(config, in_world=report.environment is not None)
@@ -210,31 +207,6 @@ def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
     faults += credit_faults(config, report.estimator, reward)
     faults += judge_faults(config, reward)
     return replace(report.blame(*faults), tools=tuple(tools), reward=reward, sees=tuple(sees))
-
-
-def _sandbox_faults(tools: Sequence[AnyTool], first: bool) -> Iterator[Fault]:
-    """Sandbox servers that take no connection; and, on the `first` process of a machine, sandboxes
-    that don't run a program of ours.
-    """
-    remedy = (
-        "Start one there (python -m retool.sandbox serve), correct the address, or leave it out: "
-        "programs then run on this machine."
-    )
-    for given in tools:
-        tool = given.interpreter if isinstance(given, InterpreterSession) else given
-        if not isinstance(tool, CodeInterpreter):
-            continue
-        url = tool.config.sandbox_fusion_url
-        if url and (reason := unreachable(url)) is not None:
-            yield Fault(
-                f"sandbox_fusion_url={url}", f"no server can be reached there ({reason}).", remedy
-            )
-        elif first and (reason := asyncio.run(tool.trial())):
-            where = f"sandbox_fusion_url={url}" if url else f"{ARR}rollout.multi_turn.enable=true"
-            way_out = (
-                remedy if url else "Run python -m retool.sandbox doctor for the whole picture."
-            )
-            yield Fault(where, f"programs don't run there: {reason}.", way_out)
 
 
 def _with_prompts(report: RLReport) -> RLReport:
@@ -254,6 +226,7 @@ def _with_prompts(report: RLReport) -> RLReport:
     )
     report = replace(report.blame(*faults), train=train, val=val)
     report = report.blame(*_id_faults(report))
+    report = report.blame(*row_file_faults(report))
     if train is not None and report.steps == 0:
         problem = (
             f"is more than the {len(train.prompts)} prompts of {config.trainer.total_epochs} "

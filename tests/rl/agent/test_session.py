@@ -8,6 +8,7 @@ import asyncio
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from retool.rl.agent.tools.interpreter import CodeInterpreter, InterpreterConfig
 from retool.rl.agent.tools.load import RunLimits, load_tools
 from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.agent.tools.session import ENDED, InterpreterSession
+from retool.rl.preflight.interpreters import row_file_faults
 from retool.rl.types import Stop
 from tests.rl.agent.test_rollout import called, parts_of, prompt_of
 
@@ -117,6 +119,17 @@ def test_without_a_session_a_row_s_files_are_there_in_each_call(tool) -> None:
 def test_a_row_s_files_of_another_form_are_refused(tool, files, said) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         asyncio.run(tool.open_state(of_row(files)))
+
+
+def test_a_row_s_files_of_another_form_are_told_before_the_run(tool) -> None:
+    rows = [{"row": f"rows.jsonl, row {i}"} for i in range(3)]
+    rows[1] |= of_row({"data.csv": ""})["extra_info"]
+    rows[2] |= of_row(["data.csv"])["extra_info"]
+    prompts = [SimpleNamespace(extra_info=row) for row in rows]
+    report: Any = SimpleNamespace(tools=(tool,), train=SimpleNamespace(prompts=prompts), val=None)
+    (fault,) = row_file_faults(report)
+    assert str(fault).startswith("data.train_files: rows.jsonl, row 2: extra_info.tools_kwargs.")
+    assert "give a mapping from file names to texts" in fault.problem
 
 
 def of_row(files: object) -> dict[str, Any]:
