@@ -48,7 +48,8 @@ def how_it_trains(config: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _unlisted(text: str) -> str:
     """A list of one file is that file."""
-    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    is_list = text.startswith("[") and text.endswith("]")
+    return text[1:-1] if is_list else text
 
 
 def _first(config: Mapping[str, str], keys: Sequence[str]) -> str:
@@ -59,9 +60,15 @@ def _first(config: Mapping[str, str], keys: Sequence[str]) -> str:
 def _readable(text: str) -> str:
     """A number as the page writes its numbers: 16,384 and 1e-5; other texts as they are."""
     if text.isascii() and text.isdigit():
-        return f"{int(text):,}" if len(text) < 20 else text
+        # Longer ones are no setting, and Python refuses thousands of digits
+        if len(text) >= 20:
+            return text
+        return f"{int(text):,}"
     try:
         value = float(text)
     except ValueError:
         return text
-    return f"{value:.2e}".replace(".00e", "e").replace("e-0", "e-") if 0 < value < 1e-3 else text
+    if not 0 < value < 1e-3:
+        return text
+    scientific = f"{value:.2e}"
+    return scientific.replace(".00e", "e").replace("e-0", "e-")

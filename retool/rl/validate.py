@@ -23,7 +23,10 @@ def draws(n: int, k: int) -> np.ndarray:
 
 def subset_sizes(n: int) -> list[int]:
     """2, 4, 8 … and n itself."""
-    return [*(2**i for i in range(1, n.bit_length()) if 2**i < n), n] if n > 1 else []
+    if n < 2:
+        return []
+    powers = [2**i for i in range(1, n.bit_length())]
+    return [*(power for power in powers if power < n), n]
 
 
 def question_statistics(
@@ -45,7 +48,8 @@ def question_statistics(
         if answers is not None:
             kinds["maj"] = np.array([majority(row, answers, values) for row in chosen])
         for name, found in kinds.items():
-            out |= {f"{name}@{k}/mean": float(found.mean()), f"{name}@{k}/std": float(found.std())}
+            out[f"{name}@{k}/mean"] = float(found.mean())
+            out[f"{name}@{k}/std"] = float(found.std())
     return out
 
 
@@ -53,8 +57,11 @@ def majority(chosen: np.ndarray, answers: Sequence[str], values: np.ndarray) -> 
     """The value of the answer that most of the chosen samples give; of equally many, the one that
     comes first.
     """
-    winner = Counter(answers[i] for i in chosen).most_common(1)[0][0]
-    return float(values[next(i for i in chosen if answers[i] == winner)])
+    votes = Counter(answers[i] for i in chosen)
+    # Counters keep their order: of equally many the first that was counted
+    winner, _ = votes.most_common(1)[0]
+    first = next(i for i in chosen if answers[i] == winner)
+    return float(values[first])
 
 
 def validation_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -82,10 +89,11 @@ def _source_metrics(source: str, groups: Sequence[Group], samples: int) -> dict[
         for name, value in _group_statistics(group).items():
             values[name].append(value)
     core = {f"acc/mean@{samples}", f"acc/best@{samples}/mean", f"acc/maj@{samples}/mean"}
-    metrics = {
-        f"val-{'core' if name in core else 'aux'}/{source}/{name}": float(np.mean(numbers))
-        for name, numbers in values.items()
-    }
+    metrics = {}
+    # A question has fewer statistics where its answers can't be told apart: each mean has its own
+    for name, numbers in values.items():
+        kind = "core" if name in core else "aux"
+        metrics[f"val-{kind}/{source}/{name}"] = float(np.mean(numbers))
     turns = [float(member.trajectory.num_turns) for group in groups for member in group.sound]
     return metrics | spread_of(f"val-aux/{source}/num_turns", turns)
 

@@ -81,6 +81,7 @@ def _expand(name: str, any_suffix: bool, part: Part) -> list[str]:
     fs, path = url_to_fs(os.path.expanduser(name))
     if fs.isdir(path):
         return _in_folder(name, any_suffix, part)
+    # What is there goes first: `org/name` may be a folder here, and a name may hold a * or a [
     if fs.exists(path):
         inside = [path]
     elif not any_suffix and _is_on_hub(name):

@@ -34,6 +34,7 @@ def sample(logits_RV: Tensor, draws: Draws, filtered: bool) -> Tensor:
     scale = torch.where(greedy, 1.0, 1.0 / draws.temperature)
     x = logits_RV.mul_(scale[:, None])
     noise = gumbel(row_keys(draws), x.shape[1])
+    # At temperature 0 without noise: the first of the largest wins
     scores = torch.where(greedy[:, None], x, x + noise)
     kept = x
     if filtered:
