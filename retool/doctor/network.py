@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from retool.doctor.finding import Finding
 from retool.doctor.machine import Machine
-from retool.parallel.collectives import gather_objects
+from retool.parallel.collectives import all_gather_flat, gather_objects, reduce_scatter_flat
 from retool.parallel.mesh import Mesh
 
 REPEATS = 3  # the fastest counts
@@ -28,13 +28,15 @@ SLOW_GPUS = 1.0  # Gbit/s between machines of GPUs: another network than was mea
 class Link:
     """How ranks exchange data, `ranks` of them in each group and all groups at once.
 
-    Bytes a second that each sends in the collective, and seconds of an all-reduce of one number.
+    Bytes a second that each sends, as a ring would, and seconds of an all-reduce of one number.
     """
 
     where: str
     ranks: int
     all_reduce: float
     all_to_all: float
+    all_gather: float
+    reduce_scatter: float
     shortest: float
 
     @property
@@ -77,7 +79,12 @@ def findings(mesh: Mesh, measured: Sequence[Link], megabytes: int) -> list[Findi
     """What was measured, as lines of the table."""
     found = list[Finding]()
     for link in measured:
-        for name, rate in (("all-reduce", link.all_reduce), ("all-to-all", link.all_to_all)):
+        for name, rate in (
+            ("all-reduce", link.all_reduce),
+            ("all-to-all", link.all_to_all),
+            ("all-gather", link.all_gather),
+            ("reduce-scatter", link.reduce_scatter),
+        ):
             gbit = 8e-9 * rate
             slow = mesh.device.type == "cuda" and link.where == BETWEEN and gbit < SLOW_GPUS
             way_out = "Slow for GPUs. Name the fast network: NCCL_SOCKET_IFNAME, NCCL_IB_HCA."
@@ -89,7 +96,7 @@ def findings(mesh: Mesh, measured: Sequence[Link], megabytes: int) -> list[Findi
 
 
 def _measure(mesh: Mesh, where: str, parts: Sequence[Sequence[int]], megabytes: int) -> Link:
-    """All-reduce and all-to-all in all parts at once, as training does it."""
+    """The collectives of training, in all parts at once, as training does it."""
     made = [dist.new_group(list(ranks)) for ranks in parts]
     group, size = next(
         (group, len(ranks)) for group, ranks in zip(made, parts, strict=True) if mesh.rank in ranks
@@ -103,13 +110,16 @@ def _measure(mesh: Mesh, where: str, parts: Sequence[Sequence[int]], megabytes: 
         mine = _fastest(mesh, work) if size > 1 else 0.0
         return max(gather_objects(mine, mesh.world_group))
 
+    part = torch.zeros(numel // size, device=mesh.device)
     sent = 4 * numel * (size - 1) / size
     link = Link(
         where,
         size,
-        2 * sent / seconds(lambda: dist.all_reduce(data, group=group)),
-        sent / seconds(lambda: dist.all_to_all_single(other, data, group=group)),
-        seconds(lambda: dist.all_reduce(number, group=group)),
+        all_reduce=2 * sent / seconds(lambda: dist.all_reduce(data, group=group)),
+        all_to_all=sent / seconds(lambda: dist.all_to_all_single(other, data, group=group)),
+        all_gather=sent / seconds(lambda: all_gather_flat(other, part, group=group)),
+        reduce_scatter=sent / seconds(lambda: reduce_scatter_flat(part, data, group=group)),
+        shortest=seconds(lambda: dist.all_reduce(number, group=group)),
     )
     for group in made:
         if isinstance(group, dist.ProcessGroup):

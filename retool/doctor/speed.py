@@ -10,7 +10,7 @@ import torch
 
 from retool.doctor.finding import Finding
 from retool.doctor.machine import Machine
-from retool.doctor.network import INSIDE, Link
+from retool.doctor.network import BETWEEN, INSIDE, Link
 from retool.model.families.read import read_model_config
 from retool.model.traffic.exchanges import Plan
 from retool.model.traffic.layouts import Layout, best, on
@@ -63,22 +63,21 @@ def described(
     """What was measured, as the traffic model takes it."""
     first = machines[0].place
     per_machine = sum(machine.place == first for machine in machines)
-    inside = NO_OTHER
-    between = NO_OTHER
-    latencies = {link.where == INSIDE: link.latency for link in links}
-    for link in links:
-        if link.where == INSIDE:
-            inside = link.all_reduce
-        else:
-            # Of a machine: all its ranks sent at once
-            between = link.all_reduce * per_machine
+    known = {link.where: link for link in links}
+    inside = known.get(INSIDE)
+    between = known.get(BETWEEN)
+    # What FSDP does: where several machines share parameters, between them
+    shared = between or inside
     return Machines(
         per_machine,
-        inside,
-        between,
+        inside.all_reduce if inside else NO_OTHER,
+        # Of a machine: all its ranks sent at once
+        between.all_reduce * per_machine if between else NO_OTHER,
         OF_A_PRODUCT * min(rates),
-        latencies.get(True, 0.0),
-        latencies.get(False, 0.0),
+        latency_inside=inside.latency if inside else 0.0,
+        latency_between=between.latency if between else 0.0,
+        gather=shared.all_reduce / shared.all_gather if shared else 1.0,
+        scatter=shared.all_reduce / shared.reduce_scatter if shared else 1.0,
     )
 
 

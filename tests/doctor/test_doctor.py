@@ -115,11 +115,11 @@ def test_a_slow_gpu_and_a_model_that_cannot_be_read(tmp_path: Path) -> None:
 def test_what_was_measured_is_what_a_step_is_planned_with(tmp_path: Path) -> None:
     ranks = [replace(HERE, rank=0), replace(HERE, rank=1), THERE, replace(THERE, rank=3)]
     links = [
-        Link("in a machine", 2, 8e9, 5e9, shortest=2e-5),
-        Link("between machines", 2, 1e6, 1e6, shortest=4e-4),
+        Link("in a machine", 2, 8e9, 5e9, 8e9, 8e9, shortest=2e-5),
+        Link("between machines", 2, 1e6, 1e6, all_gather=8e5, reduce_scatter=5e5, shortest=4e-4),
     ]
     found = described(ranks, links, [2e12, 1e12, 2e12, 2e12])
-    assert found == Machines(2, 8e9, 2e6, 0.55e12, 1e-5, 2e-4)
+    assert found == Machines(2, 8e9, 2e6, 0.55e12, 1e-5, 2e-4, gather=1.25, scatter=2.0)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE}))
     said = step_finding(found, 4, tmp_path, 1024).found
     first, better = said.split("; ")

@@ -18,7 +18,7 @@ def test_two_machines_are_compared(work: Path, hosts: list[Host], tmp_path: Path
     assert [one.status for one in ended] == [0, 0], ended
     said = ended[0].text
     assert "2 on host-a (10.77.0.1), 2 on host-b (10.77.0.2)" in said
-    for name in ("all-reduce", "all-to-all"):
+    for name in ("all-reduce", "all-to-all", "all-gather", "reduce-scatter"):
         assert f"✓ {name} in a machine" in said and f"✓ {name} between machines" in said
     assert "✓ latency in a machine" in said and "✓ latency between machines" in said
     assert "✓ a step's network" in said and "fsdp_size=4 waits" in said

@@ -41,7 +41,9 @@ class Machines:
     flops: float
     latency_inside: float = 3e-6
     latency_between: float = 15e-6
-    # What a reduce-scatter sends, in those of a ring: gloo's is an all-reduce, and sends twice as much
+    # How much longer an all-gather and a reduce-scatter take than rings would: NCCL's are rings,
+    # gloo's reduce-scatter is an all-reduce
+    gather: float = 1.0
     scatter: float = 1.0
 
     def spans(self, exchange: Exchange) -> bool:
@@ -55,7 +57,9 @@ class Machines:
         machine once; an all-to-all sends each other rank its part.
         """
         sent = exchange.sent
-        if exchange.collective == "reduce-scatter":
+        if exchange.collective == "all-gather":
+            sent *= self.gather
+        elif exchange.collective == "reduce-scatter":
             sent *= self.scatter
         here = min(exchange.ranks, max(1, self.per_machine // exchange.stride))
         machines = exchange.ranks // here
