@@ -94,6 +94,14 @@ class Host:
         """Put the cable back."""
         self._port("up")
 
+    def shape(self, gbit: float) -> None:
+        """Let so many Gbit/s in, and out. Latency stays what it is: only bandwidth is shaped."""
+        limit = ["root", "tbf", "rate", f"{gbit:g}gbit", "burst", "256kb", "latency", "50ms"]
+        into = ["tc", "qdisc", "replace", "dev", f"port-{self.name}", *limit]
+        in_switch(self.switch, into)
+        out_of = ["tc", "qdisc", "replace", "dev", "eth0", *limit]
+        subprocess.run([*inside(self.pid, "n"), *out_of], check=True, capture_output=True)
+
     def crash(self) -> None:
         """Kill everything that runs there, at once."""
         network = f"/proc/{self.pid}/ns/net"
