@@ -49,17 +49,24 @@ def compare() -> None:
         (9, 3, 64, torch.float32, 18),
         (4, 4, 128, torch.float32, 100),
         (16, 8, 32, torch.float16, 16),
+        # Again, with windows and caps
+        (14, 2, 64, torch.float32, 2048),
+        (9, 3, 64, torch.float32, 18),
+        (4, 4, 128, torch.float32, 100),
+        (16, 8, 32, torch.float16, 16),
     )
+    specials = iter([(0, 0.0)] * 4 + [(50, 0.0), (0, 1.5), (1, 0.0), (300, 2.0)])
     for heads, kv_heads, dim, dtype, programs in shapes:
         kernels.TARGET_PROGRAMS = programs
+        # Windows within a block, over several, and longer than most sequences
+        seen = next(specials)
         cache, tables = layer_of(kv_heads, dim, dtype, generator)
         query = torch.randn(len(LENGTHS), heads + 3, dim, generator=generator).to(dtype)[:, :heads]
-        found = kernels.decode_rows(query, cache.data[0], tables, lengths)
+        found = kernels.decode_rows(query, cache.data[0], tables, lengths, *seen)
         exact = KVCache((1, 256, kv_heads, dim), 14, torch.float64, CPU)
         exact.data.copy_(cache.data.nan_to_num())
-        want = paged_attention(
-            query.double(), exact, 0, Pages(torch.zeros(1), tables, lengths, len(LENGTHS)), "torch"
-        )
+        pages = Pages(torch.zeros(1), tables, lengths, len(LENGTHS))
+        want = paged_attention(query.double(), exact, 0, pages, "torch", *seen)
         error = (found - want).norm(dim=-1) / want.norm(dim=-1)
         assert float(error.max()) < (1e-6 if dtype == torch.float32 else 1e-3), (
             heads,
@@ -67,13 +74,13 @@ def compare() -> None:
             dim,
             programs,
         )
-        alone = kernels.decode_rows(query, cache.data[0], tables[[3] * 6], lengths[[3] * 6])
+        alone = kernels.decode_rows(query, cache.data[0], tables[[3] * 6], lengths[[3] * 6], *seen)
         assert torch.equal(alone[3], found[3]), (
             "a sequence's numbers don't depend on the others' lengths"
         )
         offsets = torch.tensor([0, *accumulate(COUNTS)], dtype=torch.int32)
         query = torch.randn(sum(COUNTS), heads + 3, dim, generator=generator).to(dtype)[:, :heads]
-        found = kernels.chunk_rows(query, cache.data[0], tables, lengths, offsets, 384)
+        found = kernels.chunk_rows(query, cache.data[0], tables, lengths, offsets, 384, *seen)
         pages = Pages(
             torch.zeros(1),
             tables[:5],
@@ -84,7 +91,7 @@ def compare() -> None:
             tuple(COUNTS[:5]),
             tuple(LENGTHS[:5]),
         )
-        want = paged_attention(query.double(), exact, 0, pages, "torch")
+        want = paged_attention(query.double(), exact, 0, pages, "torch", *seen)
         error = (found - want).norm(dim=-1) / want.norm(dim=-1)
         assert float(error.max()) < (5e-6 if dtype == torch.float32 else 2e-3), (
             heads,

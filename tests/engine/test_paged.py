@@ -154,8 +154,18 @@ def test_they_are_not_used_then(monkeypatch: pytest.MonkeyPatch) -> None:
         return paged.choose_paged(*gpu)
 
     assert paged.choose_paged(*INPUTS) == "torch"
+    monkeypatch.setattr(paged, "_ours", lambda *_: False)
     with pytest.warns(UserWarning, match="sliding windows"):
         assert paged.choose_paged(*gpu, windowed=True) == "torch"
+    monkeypatch.setattr(paged, "_ours", lambda *_: True)
+    # Tried without, and with both
+    monkeypatch.setattr(paged, "paged_error", lambda *inputs: 0.9 if inputs[5:] else 0.004)
+    with (
+        pytest.warns(UserWarning, match="'triton' compute wrongly"),
+        pytest.warns(UserWarning, match="caps attention's scores"),
+    ):
+        assert paged.choose_paged(*gpu, capped=True) == "torch"
+    assert paged.choose_paged(*gpu) == "triton"
     assert chosen(True, True, "flash", "triton") == "triton"
     assert chosen(False, True, "triton") == "triton"
     assert chosen(True, False, "flash") == "flash"

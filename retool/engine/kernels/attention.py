@@ -43,6 +43,17 @@ MAX_GATHERED_BYTES = 1 << 29  # of keys and values, in torch's attention of sing
 ON_GPU = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+class Seen(NamedTuple):
+    """What `paged_attention` says of a layer: its window and its cap."""
+
+    window: int = 0
+    cap: float = 0.0
+
+
+WHOLE = Seen()
+TRIED = Seen(window=50, cap=2.0)  # with which kernels are tried
+
+
 @dataclass(frozen=True)
 class Pages:
     """Where a step's tokens are and what they see. Items are in order, decode items first.
@@ -79,20 +90,22 @@ def choose_paged(
 ) -> str:
     """The first of `KERNELS` that take these inputs and compute rightly on this device.
 
-    `windowed`, `capped`: for a model with windows, or with a cap of scores, which torch's attention
-    alone takes here.
+    `windowed`, `capped`: for a model with windows, or with a cap of scores. flash-attn's kernels
+    aren't asked for them.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "torch"
-    if windowed or capped:
-        what = "has sliding windows" if windowed else "caps attention's scores"
-        warnings.warn(f"the model {what}: torch's attention samples, slower.", stacklevel=2)
-        return "torch"
-    candidates = {"triton": _ours(head_dim, page_size), "flash": _flash(head_dim, page_size)}
+    special = windowed or capped
+    candidates = {
+        "triton": _ours(head_dim, page_size),
+        "flash": _flash(head_dim, page_size) and not special,
+    }
     for name, takes_this in candidates.items():
         if not takes_this:
             continue
         error = paged_error(name, device, dtype, head_dim, page_size)
+        if error <= TRUSTED and special:
+            error = paged_error(name, device, dtype, head_dim, page_size, TRIED)
         if error <= TRUSTED:
             return name
         wrong = (
@@ -100,6 +113,9 @@ def choose_paged(
             f"(relative error {error:.2g})"
         )
         warnings.warn(f"{wrong}: the next ones are used, which are slower.", stacklevel=2)
+    if special:
+        what = "has sliding windows" if windowed else "caps attention's scores"
+        warnings.warn(f"the model {what}: torch's attention samples, slower.", stacklevel=2)
     return "torch"
 
 
@@ -120,7 +136,12 @@ def _ours(head_dim: int, page_size: int) -> bool:
 
 @lru_cache
 def paged_error(
-    kernels: str, device: torch.device, dtype: torch.dtype, head_dim: int, page_size: int
+    kernels: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    page_size: int,
+    seen: Seen | None = None,
 ) -> float:
     """Relative error (L2, root mean square over query heads) of paged kernels on a small step of
     random numbers, against torch's attention in fp32: about 0.005 in bf16; infinite where they
@@ -147,13 +168,14 @@ def paged_error(
         counts=(count,),
         host_lengths=lengths[2:],
     )
+    seen = seen or WHOLE
     out = tried(
-        lambda: paged_attention(query, cache, 0, pages, kernels).float(),
+        lambda: paged_attention(query, cache, 0, pages, kernels, *seen).float(),
         f"the paged kernels {kernels!r} fail here",
     )
     if out is None:
         return math.inf
-    wanted = paged_attention(query.float(), exact, 0, pages, "torch")
+    wanted = paged_attention(query.float(), exact, 0, pages, "torch", *seen)
     # Each counts alike: those of few keys are much larger numbers
     errors = (out - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     return float(errors.square().mean().sqrt())
@@ -176,10 +198,10 @@ def paged_attention(
     """
     chunk, decode = KERNELS[kernels]
     if window or cap:
-        assert kernels == "torch", f"the paged kernels {kernels!r} have no windows and no caps"
+        assert kernels != "flash", "flash-attn's paged kernels aren't asked for windows and caps"
         seen = Seen(window, cap)
-        chunk = partial(_torch_chunks, seen=seen)
-        decode = partial(_torch_decode, seen=seen)
+        chunk = partial(chunk, seen=seen)
+        decode = partial(decode, seen=seen)
     data = cache.data[layer]
     if not pages.counts:
         return decode(q_TNH, data, pages)
@@ -231,13 +253,14 @@ def _flash_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
     )
 
 
-def _triton_decode(q_DNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
+def _triton_decode(q_DNH: Tensor, data: Tensor, pages: Pages, seen: Seen = WHOLE) -> Tensor:
     from retool.engine.kernels.attention_triton import decode_rows
 
-    return decode_rows(q_DNH, data, pages.tables[: pages.decode], pages.lengths[: pages.decode])
+    tables = pages.tables[: pages.decode]
+    return decode_rows(q_DNH, data, tables, pages.lengths[: pages.decode], *seen)
 
 
-def _triton_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
+def _triton_chunks(q_TNH: Tensor, data: Tensor, pages: Pages, seen: Seen = WHOLE) -> Tensor:
     from retool.engine.kernels.attention_triton import chunk_rows
 
     assert pages.offsets is not None
@@ -248,20 +271,11 @@ def _triton_chunks(q_TNH: Tensor, data: Tensor, pages: Pages) -> Tensor:
         pages.lengths[pages.decode :],
         pages.offsets,
         max(pages.counts),
+        *seen,
     )
 
 
 # ── torch
-
-
-class Seen(NamedTuple):
-    """What `paged_attention` says of a layer: its window and its cap."""
-
-    window: int = 0
-    cap: float = 0.0
-
-
-WHOLE = Seen()
 
 
 def _attend(q_SCNH: Tensor, kv_SLJH: Tensor, lengths_S: Tensor, seen: Seen = WHOLE) -> Tensor:
@@ -352,8 +366,9 @@ def _torch_chunks(q_TNH: Tensor, data: Tensor, pages: Pages, seen: Seen = WHOLE)
     return torch.cat(rows)
 
 
-# (queries, a layer of the cache, pages) → like the queries
-Kernel = Callable[[Tensor, Tensor, Pages], Tensor]
+# (queries, a layer of the cache, pages, and `seen` where the layer has a window or a cap) → like the
+# queries
+Kernel = Callable[..., Tensor]
 KERNELS: dict[str, tuple[Kernel, Kernel]] = {  # for chunks, for single tokens
     "triton": (_triton_chunks, _triton_decode),
     "flash": (_flash_chunks, _flash_decode),

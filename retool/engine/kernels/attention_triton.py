@@ -33,6 +33,7 @@ from torch import Tensor
 from retool.engine.kernels.kv_cache import HEAD_DIMS
 
 BLOCK = 64  # keys at a time: within a page
+LOWEST = tl.constexpr(-1e30)  # below every score
 # Single tokens
 TARGET_PROGRAMS = 512  # about so many parts in all: more of them only cost more to join
 MAX_PARTS = 64  # of a sequence
@@ -44,13 +45,24 @@ CHUNK_TILES = {128: (64, 4), 256: (32, 8)}
 
 
 @triton.jit
-def _folded(scores, scale, v, largest, total, result):
+def _bent(scores, bend, CAP: tl.constexpr):
+    """tanh(scores · bend) with CAP: the cap itself is in the scale that follows."""
+    if CAP:
+        scores = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * scores * bend))
+    return scores
+
+
+@triton.jit
+def _folded(scores, scale, v, largest, total, result, MAY_SEE_NONE: tl.constexpr):
     """A running softmax, one block of keys further.
 
     Returns the largest scaled score (of base 2), the sum of all relative to it, and the values' sum,
-    relative to it too.
+    relative to it too. MAY_SEE_NONE: of the blocks so far a query may have seen no key.
     """
     above = tl.maximum(largest, tl.max(scores, 1) * scale)
+    if MAY_SEE_NONE:
+        # Minus infinity has no distance to itself
+        above = tl.maximum(above, LOWEST)
     decay = tl.exp2(largest - above)
     p = tl.exp2(scores * scale - above[:, None])
     return above, total * decay + tl.sum(p, 1), result * decay[:, None] + tl.dot(p.to(v.dtype), v)
@@ -69,6 +81,8 @@ def _attention_kernel(
     out_ptr,
     lse_ptr,
     scale,
+    bend,
+    window,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -78,14 +92,19 @@ def _attention_kernel(
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * TOGETHER
     part = tl.program_id(2)
     length = tl.load(lengths_ptr + row)
     blocks = tl.cdiv(length, BLOCK)
-    each = tl.cdiv(blocks, PARTS)
-    first = part * each
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(length - window, 0) // BLOCK
+    each = tl.cdiv(blocks - begin, PARTS)
+    first = begin + part * each
     last = tl.minimum(first + each, blocks)
     queries = tl.arange(0, QUERIES)
     lanes = tl.arange(0, TOGETHER * DIM)
@@ -109,11 +128,14 @@ def _attention_kernel(
             + lanes[None, :]
         )
         seen = start + keys < length
+        if WINDOW:
+            seen = seen & (start + keys >= length - window)
         k = tl.load(token)
         # What was never written may be no number
         v = tl.load(token + KV_HEADS * DIM, seen[:, None], other=0.0)
-        scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)), -float("inf"))
-        largest, total, result = _folded(scores, scale, v, largest, total, result)
+        scores = _bent(tl.dot(q, tl.trans(k)), bend, CAP)
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        largest, total, result = _folded(scores, scale, v, largest, total, result, False)
     if first < last:
         result = result / total[:, None]
     at = (row * HEADS + mine) * PARTS + part
@@ -152,6 +174,8 @@ def _chunk_kernel(
     lengths_ptr,
     out_ptr,
     scale,
+    bend,
+    window,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -159,6 +183,8 @@ def _chunk_kernel(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     # those with most keys first
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -186,15 +212,18 @@ def _chunk_kernel(
     result = tl.zeros((TILE, DIM), tl.float32)
     # Whole blocks that even the first query sees
     common = (length - count + tile * TILE + 1) // BLOCK * BLOCK
-    for start in range(0, common, BLOCK):
+    if WINDOW:
+        # What the first query doesn't see none does; which of the rest a query sees, each says
+        common = tl.maximum(length - count + tile * TILE + 1 - window, 0) // BLOCK * BLOCK
+    for start in range(common if WINDOW else 0, common, BLOCK):
         token = (
             tokens
             + tl.load(table + start // PAGE).to(tl.int64) * page_stride
             + start % PAGE * token_stride
         )
-        scores = tl.dot(q, tl.trans(tl.load(token)))
+        scores = _bent(tl.dot(q, tl.trans(tl.load(token))), bend, CAP)
         largest, total, result = _folded(
-            scores, scale, tl.load(token + KV_HEADS * DIM), largest, total, result
+            scores, scale, tl.load(token + KV_HEADS * DIM), largest, total, result, False
         )
     for start in range(common, length - count + tl.minimum((tile + 1) * TILE, count), BLOCK):
         token = (
@@ -204,8 +233,11 @@ def _chunk_kernel(
         )
         v = tl.load(token + KV_HEADS * DIM, (start + keys < length)[:, None], other=0.0)
         seen = start + keys[None, :] <= position[:, None]
-        scores = tl.where(seen, tl.dot(q, tl.trans(tl.load(token))), -float("inf"))
-        largest, total, result = _folded(scores, scale, v, largest, total, result)
+        if WINDOW:
+            seen = seen & (start + keys[None, :] > position[:, None] - window)
+        scores = _bent(tl.dot(q, tl.trans(tl.load(token))), bend, CAP)
+        scores = tl.where(seen, scores, -float("inf"))
+        largest, total, result = _folded(scores, scale, v, largest, total, result, WINDOW)
     out = out_ptr + ((begin + queries)[:, None] * HEADS + head) * DIM + lanes[None, :]
     tl.store(out, (result / total[:, None]).to(out_ptr.dtype.element_ty), real[:, None])
 
@@ -236,11 +268,25 @@ def parts_for(programs: int) -> int:
     return min(MAX_PARTS, 1 << max(0, (TARGET_PROGRAMS // programs).bit_length() - 1))
 
 
-def decode_rows(q_DNH: Tensor, data: Tensor, tables_DW: Tensor, lengths_D: Tensor) -> Tensor:
+def _scales(dim: int, cap: float) -> tuple[float, float]:
+    """(scale, bend): scores of base 2 are scale · product, or scale · tanh(bend · product) with a cap."""
+    if cap:
+        return cap * math.log2(math.e), 1 / (cap * math.sqrt(dim))
+    return math.log2(math.e) / math.sqrt(dim), 0.0
+
+
+def decode_rows(
+    q_DNH: Tensor,
+    data: Tensor,
+    tables_DW: Tensor,
+    lengths_D: Tensor,
+    window: int = 0,
+    cap: float = 0.0,
+) -> Tensor:
     """out [D, N, H] of a query per sequence over the first `lengths` (at least 1) keys on its pages.
 
-    `data` is a layer of the cache, [pages, P, J, H]. A sequence's numbers depend on how many the
-    others are, not on their lengths.
+    `data` is a layer of the cache, [pages, P, J, H]. `window` and `cap` are those of
+    `paged_attention`. A sequence's numbers depend on how many the others are, not on their lengths.
     """
     rows, heads, dim = q_DNH.shape
     kv_heads = data.shape[2] // 2
@@ -265,7 +311,8 @@ def decode_rows(q_DNH: Tensor, data: Tensor, tables_DW: Tensor, lengths_D: Tenso
         lengths_D,
         found,
         lse,
-        math.log2(math.e) / math.sqrt(dim),
+        *_scales(dim, cap),
+        window,
         HEADS=heads,
         KV_HEADS=kv_heads,
         GROUP=group,
@@ -275,6 +322,8 @@ def decode_rows(q_DNH: Tensor, data: Tensor, tables_DW: Tensor, lengths_D: Tenso
         PAGE=data.shape[1],
         BLOCK=BLOCK,
         PARTS=parts,
+        CAP=cap > 0,
+        WINDOW=window > 0,
         num_warps=WARPS,
         num_stages=STAGES,
     )
@@ -284,9 +333,16 @@ def decode_rows(q_DNH: Tensor, data: Tensor, tables_DW: Tensor, lengths_D: Tenso
 
 
 def chunk_rows(
-    q_TNH: Tensor, data: Tensor, tables_SW: Tensor, lengths_S: Tensor, offsets: Tensor, longest: int
+    q_TNH: Tensor,
+    data: Tensor,
+    tables_SW: Tensor,
+    lengths_S: Tensor,
+    offsets: Tensor,
+    longest: int,
+    window: int = 0,
+    cap: float = 0.0,
 ) -> Tensor:
-    """out [T, N, H] of chunks, causal.
+    """out [T, N, H] of chunks, causal; `window` and `cap` as in `decode_rows`.
 
     A chunk's queries lie at `offsets` [S + 1], and are the last of their sequence's `lengths` keys.
     No chunk is longer than `longest`; what belongs to none isn't written.
@@ -306,7 +362,8 @@ def chunk_rows(
         offsets,
         lengths_S,
         out,
-        math.log2(math.e) / math.sqrt(dim),
+        *_scales(dim, cap),
+        window,
         HEADS=heads,
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
@@ -314,6 +371,8 @@ def chunk_rows(
         PAGE=data.shape[1],
         TILE=tile,
         BLOCK=BLOCK,
+        CAP=cap > 0,
+        WINDOW=window > 0,
         num_warps=warps,
         num_stages=2,
     )
