@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
-    stop_ids: tuple[int, ...] = ()
+    stop_ids: Collection[int] = ()
     seed: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:

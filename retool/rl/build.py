@@ -25,7 +25,7 @@ from retool.parallel.network import own_place
 from retool.rl.agent.environments.play import Worlds
 from retool.rl.agent.formats.hermes import HERMES
 from retool.rl.agent.loops.play import OwnLoop
-from retool.rl.agent.options import AgentOptions, ends_of_calls
+from retool.rl.agent.options import AgentOptions, ends_of_calls, ends_of_inline
 from retool.rl.agent.rollout import Overlong, RolloutParts, Sampling
 from retool.rl.config import RLConfig
 from retool.rl.data import prompts_at
@@ -202,6 +202,7 @@ def rollout_parts(
         tool_timeout_seconds=multi.tool_timeout_seconds,
         eos_ids=eos_ids(report.folder) if report.folder is not None else (),
         call_end_ids=ends_of_calls(report.renderer, form) if report.calls is not None else (),
+        inline_ids=ends_of_inline(report.renderer, form) if report.tools else (),
     )
     overlong = Overlong(shaping.len, shaping.penalty_factor) if shaping.enable else None
     tools = {tool.name: tool for tool in report.tools}

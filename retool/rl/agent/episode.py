@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from retool.batch import NO_EXPERTS
+from retool.rl.agent.reading.form import Inline
 from retool.rl.agent.tools.state import State
 from retool.rl.types import Prompt, Stop, ToolUse, Trajectory
 
@@ -25,6 +26,17 @@ class Sampled:
     logp_behaviour: Sequence[float]
     reason: Literal["stop", "length", "aborted"]
     experts: np.ndarray | None = None
+
+    def followed_by(self, more: Sampled) -> Sampled:
+        """Both as one turn, of which `more` was sampled later."""
+        experts = [part for part in (self.experts, more.experts) if part is not None]
+        return Sampled(
+            [*self.tokens, *more.tokens],
+            [*self.logp, *more.logp],
+            [*self.logp_behaviour, *more.logp_behaviour],
+            more.reason,
+            np.concatenate(experts) if experts else None,
+        )
 
 
 @dataclass
@@ -58,6 +70,7 @@ class Episode:
     # Of prompt and response, a piece for each turn
     experts: list[np.ndarray] = field(default_factory=list)
     cuts: tuple[int, ...] = ()
+    inline: Inline | None = None  # it is in the middle of a turn, which this answers calls in
 
     @staticmethod
     def begin(prompt: Prompt, sample: int = 0) -> Episode:
@@ -74,15 +87,27 @@ class Episode:
         if turn.experts is not None:
             self.experts.append(turn.experts)
         self.texts.append(text)
-        self.messages.append({"role": "assistant", "content": text})
+        if self.inline is None:
+            self.messages.append({"role": "assistant", "content": text})
+        else:
+            self.messages[-1]["content"] += text
         self.assistant_turns += 1
 
     def add_tool_turn(self, responses: Sequence[dict[str, Any]], ids: Sequence[int]) -> None:
-        """What the tools answered, with all that the template puts around it: never trained."""
+        """What the tools answered, with all that is put around it: never trained."""
         self.tokens += ids
         self.mask += [False] * len(ids)
-        self.messages += responses
+        if self.inline is None:
+            self.messages += responses
+        else:
+            self.messages[-1]["content"] += self.output(responses)
         self.user_turns += 1
+
+    def output(self, responses: Sequence[dict[str, Any]]) -> str:
+        """How the tools' answers stand in the middle of a turn."""
+        assert self.inline is not None
+        answers = [str(response["content"]) for response in responses]
+        return self.inline.output(self.messages[-1]["content"], answers)
 
     def reward_turn(self, reward: float) -> None:
         """Add to what the last turn of the model is given; turns without any have 0."""

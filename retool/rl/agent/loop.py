@@ -4,14 +4,22 @@ ids out.
 Sampled ids are never changed and nothing is tokenised again. A turn is decoded only to find its
 tool calls. What follows it (the tools' text, the next generation prompt) is what the renderer would
 show there.
+
+[Note: stop strings] ReTool's `</code>` is answered in the middle of a turn. The engine stops at
+tokens, and such a text may end in many of them: `ends_of_inline`. Where it stopped at one and no
+call ends there, it goes on as if it had not: what it draws is a function of the place. The token in
+which a call ends is kept whole, with whatever it says behind the call (">" and two line ends, say):
+it was sampled, so it is trained. What is put behind it are tokens of their own, in the same message.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from retool.data.render.renderer import Renderer
+from retool.data.tokens.encoder import Piece
 from retool.data.tokens.fast_tokenizer import MIN_CHARACTERS_FOR_POOL, decode_ids
 from retool.rl.agent.calls import run_calls
 from retool.rl.agent.episode import Episode, Sampled
@@ -22,6 +30,8 @@ from retool.rl.agent.reading.form import MAX_CALLS_READ, read_calls
 from retool.rl.agent.states import close_states
 from retool.rl.agent.truncation import SAFE_CHARACTERS_PER_TOKEN, cut_text
 from retool.rl.types import Prompt, Stop, Trajectory
+
+TOKENS_OF_A_STOP = 16  # from the last one on: those that a stop string may be made of
 
 
 class Generate(Protocol):
@@ -60,7 +70,7 @@ async def play_turns(episode: Episode, generate: Generate, agent: Agent) -> tupl
     limit = agent.options.max_response_length
     new_ids: Sequence[int] = episode.prompt.ids.tolist()
     while True:
-        turn = await generate(new_ids, limit - len(episode.tokens))
+        turn = await sample_turn(generate, new_ids, limit - len(episode.tokens), agent)
         try:
             stop, calls = take_turn(episode, turn, agent)
         except FormatFailure as error:
@@ -79,19 +89,47 @@ async def play_turns(episode: Episode, generate: Generate, agent: Agent) -> tupl
         episode.add_tool_turn(answers.messages, new_ids)
 
 
+async def sample_turn(
+    generate: Generate, ids: Sequence[int], max_tokens: int, agent: Agent
+) -> Sampled:
+    """The model's turn after `ids`, or what it says up to a call that is answered amid the turn."""
+    turn = await generate(ids, max_tokens)
+    while _stopped_for_nothing(turn, agent):
+        left = max_tokens - len(turn.tokens)
+        if left < 1:
+            return replace(turn, reason="length")
+        turn = turn.followed_by(await generate([], left))
+    return turn
+
+
+def _stopped_for_nothing(turn: Sampled, agent: Agent) -> bool:
+    """Whether sampling stopped where a call might have ended, and none did."""
+    inline = agent.options.format.inline
+    if inline is None or turn.reason != "stop" or turn.tokens[-1] not in agent.options.inline_ids:
+        return False
+    tail = turn.tokens[-TOKENS_OF_A_STOP:]
+    text = turn_text(agent.renderer, tail)
+    ends_here = text.count(inline.stop) > turn_text(agent.renderer, tail[:-1]).count(inline.stop)
+    return not (ends_here and calls_in(turn_text(agent.renderer, turn.tokens), agent))
+
+
 def take_turn(episode: Episode, turn: Sampled, agent: Agent) -> tuple[Stop | None, list[Call]]:
     """Record a turn; (why the trajectory ends with it, or None, and the calls to run)."""
-    ended = bool(turn.tokens) and turn.tokens[-1] in agent.stop_ids
+    options = agent.options
+    ended = bool(turn.tokens) and turn.tokens[-1] in agent.turn_ends
+    amid = bool(options.inline_ids) and not ended and turn.reason == "stop"
     text = turn_text(agent.renderer, turn.tokens[:-1] if ended else turn.tokens)
     episode.add_turn(turn, text)
+    episode.inline = options.format.inline if amid else None
     if turn.reason == "aborted":
         return Stop.ABORTED, []
-    if turn.reason == "length" or not ended:
+    if turn.reason == "length" or not (ended or amid):
         return Stop.LENGTH, []
-    ends_turn = (agent.renderer.end_of_turn_ids[0], *agent.options.call_end_ids)
-    if turn.tokens[-1] not in ends_turn:  # the end of everything
+    ends_turn = (agent.renderer.end_of_turn_ids[0], *options.call_end_ids)
+    if ended and turn.tokens[-1] not in ends_turn:  # the end of everything
         return Stop.EOS, []
-    calls = calls_in(text, agent)
+    # Where calls are answered amid a turn, what it ends with is no call
+    calls = calls_in(text, agent) if amid or not options.inline_ids else []
     if not calls:
         return Stop.NO_CALL, []
     if turns_used_up(episode, agent):
@@ -117,11 +155,14 @@ def turns_used_up(episode: Episode, agent: Agent) -> bool:
 
 
 async def tool_turn(episode: Episode, responses: list[dict[str, Any]], agent: Agent) -> list[int]:
-    """What `render_tool_turn` gives: of long answers by a thread that is there for them."""
+    """Token ids of what the tools answer, and of what is put around it: see `render_tool_turn`. A
+    thread that is there for them makes those of long answers.
+    """
+    make = render_tool_turn if episode.inline is None else render_output
     characters = sum(len(response["content"]) for response in responses)
     if agent.texts is None or characters < MIN_CHARACTERS_FOR_POOL:
-        return render_tool_turn(episode, responses, agent)
-    return await agent.texts.run(lambda: render_tool_turn(episode, responses, agent))
+        return make(episode, responses, agent)
+    return await agent.texts.run(lambda: make(episode, responses, agent))
 
 
 def render_tool_turn(episode: Episode, responses: list[dict[str, Any]], agent: Agent) -> list[int]:
@@ -138,11 +179,29 @@ def render_tool_turn(episode: Episode, responses: list[dict[str, Any]], agent: A
         ids = renderer.render_tool_turn(episode.messages, responses, schemas)
         if len(ids) <= limit:
             return ids
+    _cut(responses, agent)
+    return renderer.render_tool_turn(episode.messages, responses, schemas)
+
+
+def render_output(episode: Episode, responses: list[dict[str, Any]], agent: Agent) -> list[int]:
+    """Likewise, of answers that stand in the middle of a turn."""
+    _cut(responses, agent)
+    text = episode.output(responses)
+    encoder = agent.renderer.encoder
+    piece = Piece(text, turn=0, quoted=encoder.controls.spans(text))
+    return encoder.encode([piece], begins=False)[0]
+
+
+def _cut(responses: list[dict[str, Any]], agent: Agent) -> None:
+    options = agent.options
+    encoder = agent.renderer.encoder
     for response in responses:
         response["content"] = cut_text(
-            renderer.encoder, response["content"], limit, agent.options.truncate_side
+            encoder,
+            response["content"],
+            options.max_tool_response_length,
+            options.truncate_side,
         )
-    return renderer.render_tool_turn(episode.messages, responses, schemas)
 
 
 def turn_text(renderer: Renderer, ids: Sequence[int]) -> str:

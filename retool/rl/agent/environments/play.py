@@ -20,7 +20,14 @@ from retool.rl.agent.environments.protocol import Answer, EnvironmentFailure, Op
 from retool.rl.agent.environments.world import World
 from retool.rl.agent.episode import Episode
 from retool.rl.agent.formats.table import FormatFailure
-from retool.rl.agent.loop import Generate, calls_in, take_turn, tool_turn, turns_used_up
+from retool.rl.agent.loop import (
+    Generate,
+    calls_in,
+    sample_turn,
+    take_turn,
+    tool_turn,
+    turns_used_up,
+)
 from retool.rl.agent.options import Agent
 from retool.rl.agent.reading.call import Call, check
 from retool.rl.agent.reading.form import before_calls, without_thoughts
@@ -148,11 +155,12 @@ class Play:
         limit = agent.options.max_response_length
         new_ids: Sequence[int] = self.prompt.ids.tolist()
         while True:
-            turn = await generate(new_ids, limit - len(episode.tokens))
+            turn = await sample_turn(generate, new_ids, limit - len(episode.tokens), agent)
             stop, calls = take_turn(episode, turn, agent)
             if stop is Stop.ABORTED or stop is Stop.LENGTH:
                 return stop, episode.texts[-1]
-            if stop is not None:  # the world hears of a last turn too, and rewards it
+            if stop is not None and not agent.options.inline_ids:
+                # The world hears of a last turn too, and rewards it
                 calls = calls_in(episode.texts[-1], agent)
             others, asked = self._divide(calls)
             answer = None

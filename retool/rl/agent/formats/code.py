@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from retool.rl.agent.reading.call import Call, Schemas, function_of
-from retool.rl.agent.reading.form import Format, Found, Mark
+from retool.rl.agent.reading.form import Format, Found, Inline, Mark
 
 # A fence or an element that the turn's end left open counts, too: `\Z`
 FENCE = r"```(?:python|py)[ \t]*\r?\n(?P<code>(?s:.*?))(?:```|\Z)"
@@ -80,4 +80,5 @@ RETOOL = Format(
     opens=CODE_ELEMENT,
     read=read_element,
     in_thoughts=True,
+    inline=Inline("</code>", "<interpreter>", "</interpreter>"),
 )

@@ -15,7 +15,7 @@ from retool.rl.agent.environments.play import Attempt
 from retool.rl.agent.environments.protocol import read_reward
 from retool.rl.agent.episode import Episode, Sampled
 from retool.rl.agent.formats.table import FormatFailure
-from retool.rl.agent.loop import Generate, take_turn, turns_used_up
+from retool.rl.agent.loop import Generate, sample_turn, take_turn, turns_used_up
 from retool.rl.agent.loops.contexts import Contexts, Given
 from retool.rl.agent.loops.protocol import (
     FORM_OF_ENDING,
@@ -122,7 +122,7 @@ class Recorder:
 
     async def _sampled(self, given: Given, room: int) -> Sampled:
         try:
-            turn = await given.context.generate(given.ids, room)
+            turn = await sample_turn(given.context.generate, given.ids, room, self.agent)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # the engine's, which ends the run
@@ -141,16 +141,17 @@ class Recorder:
         except FormatFailure as error:
             self.failure = str(error)
             raise
+        episode.inline = None  # what answers it is the loop's to say
         text = episode.texts[-1]
         self._story[number] = [*given.new, episode.messages[-1]]
-        ended = sampled.tokens[-1] in self.agent.stop_ids
+        ended = sampled.tokens[-1] in self.agent.turn_ends
         context = given.context
         context.add(given, sampled, text, len(self.turns), ended)
         turn = Turn(
             text,
             tuple(sampled.tokens),
             tuple(sampled.logp),
-            "stop" if ended else "length",
+            "stop" if sampled.reason == "stop" else "length",
             tuple(calls),
             self.contexts.room(replace(given, ids=[])),
             number,

@@ -36,6 +36,24 @@ Read = Callable[[str, Mark, Schemas], Found]
 
 
 @dataclass(frozen=True)
+class Inline:
+    """How a call is answered in the middle of the turn that makes it: behind `stop`, between two tags,
+    and the model goes on in the same message.
+    """
+
+    stop: str
+    opens: str
+    closes: str
+
+    def output(self, said: str, answers: Sequence[str]) -> str:
+        """What is put behind a call with which the turn has `said` this: lines of its own."""
+        begin = "" if said.endswith("\n") else "\n"
+        shown = "\n".join(answers)
+        end = "" if shown.endswith("\n") else "\n"
+        return f"{begin}{self.opens}\n{shown}{end}{self.closes}\n"
+
+
+@dataclass(frozen=True)
 class Format:
     """How a model writes calls.
 
@@ -44,7 +62,7 @@ class Format:
 
     `ends`: tokens that end a turn of calls, besides the chat template's. `signs`: texts in a
     template, or tokens, by which it is known where the template shows no call. `in_thoughts`: see
-    [Note: reasoning].
+    [Note: reasoning]. `inline`: calls are answered amid the turn; None: when it has ended.
     """
 
     opens: str
@@ -52,6 +70,7 @@ class Format:
     ends: tuple[str, ...] = ()
     signs: tuple[str, ...] = ()
     in_thoughts: bool = False
+    inline: Inline | None = None
 
 
 def read_calls(
