@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from retool.rl.__main__ import main
+from tests import warm
 from tests.rl.conftest import make
-from tests.rl.test_command import ARR, steps, words
+from tests.rl.test_command import ARR, TORCHRUN, steps, words
 
 REPLAY = f"{ARR}rollout.enable_rollout_routing_replay=true"
 
@@ -55,6 +56,25 @@ def test_a_run_replays_what_was_sampled(tmp_path: Path, bypass: bool) -> None:
         # A token has two experts: 2 at perfect balance
         assert 1.9 < step["router/balance_loss"] < 6
         assert step["router/least_used"] <= 1 <= step["router/most_used"]
+    exported = tmp_path / "run/global_step_2/actor/huggingface"
+    assert AutoModelForCausalLM.from_pretrained(exported).config.num_experts == 6
+
+
+@pytest.mark.slow
+def test_two_ranks_divide_experts(tmp_path: Path) -> None:
+    """Each has an engine with all experts, and a half of them to train."""
+    work = make(tmp_path / "work")
+    write_experts(work / "model")
+    divided = f"{ARR}actor.fsdp_config.expert_parallel_size=2"
+    more = [REPLAY, divided, "trainer.total_training_steps=2", f"{ARR}actor.ppo_mini_batch_size=2"]
+    done = warm.run([*TORCHRUN, *words(work, tmp_path / "run", *more)])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "experts divided over 2" in done.stdout
+    logged = steps(tmp_path / "run")
+    assert len(logged) == 2
+    for step in logged:
+        assert step["training/rollout_logp_diff_mean"] < 1e-4
+        assert 1.9 < step["router/balance_loss"] < 6
     exported = tmp_path / "run/global_step_2/actor/huggingface"
     assert AutoModelForCausalLM.from_pretrained(exported).config.num_experts == 6
 
