@@ -92,6 +92,9 @@ NAMES = {
         "sequence_parallel_size sequence_parallel_degree context_parallel_size "
         "context_parallel_degree ulysses_size ulysses_degree sp sp_size cp cp_size"
     ),
+    "fsdp_config.expert_parallel_size": (
+        "expert_model_parallel_size expert_parallel_degree expert_parallel ep_size ep"
+    ),
     "trainer.default_local_dir": (
         "output_dir output out_dir save_dir save_path checkpoint_dir ckpt_dir ckpt_path logging_dir"
     ),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from retool import checkpoint
 from retool.batch import Sample, pack
@@ -20,8 +21,8 @@ from retool.engine import SamplingParams
 from retool.model.build import ModelOptions
 from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
-from retool.parallel.fsdp import local_pieces
-from retool.parallel.mesh import make_mesh
+from retool.parallel.fsdp import local_pieces, shard
+from retool.parallel.mesh import Mesh, make_mesh
 from retool.perf import StepTimer
 from retool.rl.server.weights import write_weights
 from retool.sft.step import train_step
@@ -104,6 +105,13 @@ def test_loss_and_gradients_equal_transformers(
         whole = world if layout.fsdp_size < 0 else layout.fsdp_size
         for first in range(0, world, whole):
             compare(list(of_ranks[first : first + whole]), wanted)
+
+
+def test_what_is_divided_has_no_values_before() -> None:
+    module = nn.Linear(4, 4)
+    mesh = Mesh(0, 1, 1, 1, torch.device("cpu"), ep=2)
+    with pytest.raises(ValueError, match=r"parameter weight .* make the module on the meta device"):
+        shard(module, [("all", [module])], mesh, divided=["weight"])
 
 
 # Which experts every token has: those of one rank, or one of each rank's

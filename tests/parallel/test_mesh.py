@@ -54,6 +54,10 @@ def test_groups(sp: int, fsdp_size: int) -> None:
         ),
         ({"sp": 0}, "ulysses_sequence_parallel_size=0 does not fit"),
         ({"fsdp_size": 5}, r"model\.fsdp_config\.fsdp_size=5 does not fit 6 processes"),
+        (
+            {"ep": 2, "fsdp_size": 3},
+            r"model\.fsdp_config\.expert_parallel_size=2 does not fit 3 ranks that share the parameters.*1, 3\.",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit(
