@@ -175,6 +175,18 @@ def test_killed_in_mid_step_a_run_in_a_world_goes_on_as_if_nothing_had_been(
     assert told[0] == told[1] and any(entry["stop/done"] for entry in told[0])
 
 
+@pytest.mark.slow
+def test_in_the_sandbox_a_world_gives_what_it_gives_in_the_process(brief, tmp_path) -> None:
+    same_bits = "trainer.deterministic=true"
+    apart = [f"{WORLD}.sandboxed=true", f"{ARR}rollout.multi_turn.tool_isolation=best_effort"]
+    assert main(played(brief, tmp_path / "here", same_bits)) == 0
+    assert main(played(brief, tmp_path / "apart", same_bits, *apart)) == 0
+    for here, there in zip(steps(tmp_path / "here"), steps(tmp_path / "apart"), strict=True):
+        same = ("environment/reward/mean", "critic/score/mean", "stop/done", "num_turns/mean")
+        assert [here[name] for name in same] == pytest.approx([there[name] for name in same])
+        assert there["stop/infrastructure"] == 0 < there["stop/done"]
+
+
 # --- from Python ---
 
 
@@ -188,6 +200,8 @@ def test_a_program_gives_its_class_or_names_one(tmp_path) -> None:
     made = report.environment.load()()
     assert isinstance(made, Digits) and made.broken == "step"
     assert _with_world(None, keys, held) is held
+    _with_world("openenv:http://127.0.0.1:8000", keys, Held())
+    assert keys == {f"{WORLD}.path": None, f"{WORLD}.name": "openenv:http://127.0.0.1:8000"}
     named = _with_world("some/games.py/Guess", keys, Held())
     assert keys == {f"{WORLD}.path": "some/games.py", f"{WORLD}.name": "Guess"}
     assert named.environment is None

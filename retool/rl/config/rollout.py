@@ -34,6 +34,10 @@ class EnvironmentConfig:
         "verifiers:TASKSET, or openenv:CLASS-OR-URL.",
     )
     kwargs: dict[str, Any] = option({}, "What it is made with, e.g. {difficulty: 3}.")
+    sandboxed: bool = option(
+        False,
+        "Run the file's code in the sandbox of this machine, with tool_isolation and tool_workers.",
+    )
     timeout_seconds: float = option(
         120.0, "A call of it that takes longer loses the trajectory, which is counted.", above=0
     )

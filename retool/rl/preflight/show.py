@@ -118,6 +118,8 @@ def _environment_words(source: EnvironmentSource) -> str:
     if source.own is not None:
         where = " in the program"
     made_with = ", ".join(f"{key}={value}" for key, value in source.kwargs.items())
+    if source.sandboxed is not None:
+        where += ", in the sandbox"
     return f"{source.name}{where}" + (f", made with {made_with}" if made_with else "")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from retool.config import Fault
 from retool.rl.agent.environments.load import EnvironmentSource, find_environment, let_go
@@ -13,6 +14,8 @@ from retool.rl.agent.environments.protocol import EnvironmentFailure
 from retool.rl.agent.environments.world import World
 from retool.rl.agent.loops.load import find_loop
 from retool.rl.agent.options import Agent, AgentOptions
+from retool.rl.agent.tools.interpreter import InterpreterConfig
+from retool.rl.agent.tools.load import RunLimits
 from retool.rl.preflight.identity import ENVIRONMENT_KEY, LOOP_KEY
 from retool.rl.preflight.plan import Held, RLReport
 from retool.rl.types import Prompt
@@ -29,11 +32,20 @@ def with_environment(report: RLReport, held: Held) -> RLReport:
             source = replace(held.environment, kwargs=wanted.kwargs)
         else:
             source = find_environment(wanted.path, wanted.name, wanted.kwargs)
+        if source is not None and wanted.sandboxed:
+            source = replace(source, sandboxed=_sandbox_of(report))
         if source is not None:
             source.load()
     except ValueError as error:
         return report.blame(Fault(ENVIRONMENT_KEY, str(error)))
     return replace(report, environment=source)
+
+
+def _sandbox_of(report: RLReport) -> InterpreterConfig:
+    """The sandbox for an environment: as the code interpreter's, each call within its time."""
+    multi = report.config.actor_rollout_ref.rollout.multi_turn
+    limits = RunLimits(multi.tool_workers, isolation=multi.tool_isolation, session=True)
+    return limits.over(InterpreterConfig(default_timeout=multi.environment.timeout_seconds))
 
 
 def with_loop(report: RLReport, held: Held) -> RLReport:
@@ -59,15 +71,26 @@ def try_environment(report: RLReport) -> Iterator[Fault]:
     if report.environment is None or report.renderer is None or questions is None:
         return
     prompt = questions.prompts[0]
-    try:
-        asyncio.run(_begin_and_close(report, report.environment, prompt))
-    except EnvironmentFailure as error:
+    failure = _failure_on(report, report.environment, prompt)
+    if failure:
         row = prompt.extra_info.get("row", "the first question")
-        problem = f"it fails on {row}: {str(error).removeprefix('environment.')}."
+        problem = f"it fails on {row}: {failure.removeprefix('environment.')}."
         yield Fault(ENVIRONMENT_KEY, problem, "Mend it: the trajectory would be lost.")
 
 
-async def _begin_and_close(report: RLReport, source: EnvironmentSource, prompt: Prompt) -> None:
+def _failure_on(report: RLReport, source: EnvironmentSource, prompt: Prompt) -> str:
+    """Why an environment can't begin with a question, or doesn't close; "" where it does both."""
+    make = source.load()
+    try:
+        asyncio.run(_begin_and_close(report, make, prompt))
+    except EnvironmentFailure as error:
+        return str(error)
+    finally:
+        let_go(make)  # outside of the event loop: it may need one, and it may wait
+    return ""
+
+
+async def _begin_and_close(report: RLReport, make: Callable[[], Any], prompt: Prompt) -> None:
     config = report.config
     assert report.renderer is not None
     tools = {tool.name: tool for tool in report.tools}
@@ -75,7 +98,6 @@ async def _begin_and_close(report: RLReport, source: EnvironmentSource, prompt: 
     seconds = config.actor_rollout_ref.rollout.multi_turn.environment.timeout_seconds
     seed = seed_of(config.trainer.seed, SPLIT, prompt.index)
     attempt = Attempt(prompt, 0, seed)
-    make = source.load()
     world = World(make, seconds)
     try:
         opening = await world.reset(attempt.row())
@@ -83,7 +105,6 @@ async def _begin_and_close(report: RLReport, source: EnvironmentSource, prompt: 
         _require_shown(agent, play.prompt)
     finally:
         unclosed = await world.close()
-        let_go(make)
     if unclosed:
         raise EnvironmentFailure(unclosed)
 

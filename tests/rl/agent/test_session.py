@@ -22,6 +22,7 @@ from retool.rl.agent.tools.session import ENDED, InterpreterSession
 from retool.rl.preflight.interpreters import row_file_faults
 from retool.rl.types import Stop
 from tests.rl.agent.test_rollout import called, parts_of, prompt_of
+from tests.rl.agent.test_sandboxed import check_played, source_in
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +233,9 @@ def test_it_is_asked_for_by_a_key_or_in_the_file(
         assert isinstance(made, InterpreterSession) and made.name == "code_interpreter"
     with pytest.raises(ValueError, match="session=true needs the sandbox of this machine"):
         InterpreterConfig(session=True, sandbox_fusion_url="http://localhost:1")
+
+
+def test_an_environment_lives_on_in_the_sandbox(tool, tmp_path) -> None:
+    make = source_in(tmp_path).load()
+    make._interpreter = tool.interpreter
+    check_played(make)

@@ -9,6 +9,8 @@ from typing import Any
 
 from retool.data.read.user_function import load_object
 from retool.rl.agent.environments.protocol import KeepsForRun
+from retool.rl.agent.environments.sandboxed import SandboxedMaker
+from retool.rl.agent.tools.interpreter import InterpreterConfig
 from retool.rl.reward.source import OF_PROGRAM
 
 WANTED = "a class with reset(row) and step(message), or a function that makes such an object"
@@ -18,12 +20,14 @@ WANTED = "a class with reset(row) and step(message), or a function that makes su
 class EnvironmentSource:
     """Where environments are from: what is called `name` in the file `path`, or `own`, of the
     program that asked for the run. It is called with `kwargs` for each trajectory. Without both,
-    `name` is LIBRARY:NAME, of one of `LIBRARIES`.
+    `name` is LIBRARY:NAME, of one of `LIBRARIES`. `sandboxed`: the file's code runs in a sandbox of
+    this kind, and not here.
     """
 
     name: str
     path: str | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    sandboxed: InterpreterConfig | None = None
     own: Callable[..., Any] | None = None
 
     def load(self) -> Callable[[], Any]:
@@ -31,6 +35,13 @@ class EnvironmentSource:
         that can't be one.
         """
         found = self.own
+        if self.sandboxed is not None:
+            if self.path is None or found is not None:
+                raise ValueError(
+                    "sandboxed=true needs a class in a file of its own: what a library or a program "
+                    "holds runs in this process."
+                )
+            return SandboxedMaker(self.path, self.name, self.kwargs, self.sandboxed)
         if found is None and self.path is None:
             library, _, name = self.name.partition(":")
             return LIBRARIES[library](name, self.kwargs)
