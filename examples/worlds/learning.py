@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,8 @@ def main(make_world: Callable[[Path, int], World], description: str | None) -> N
     """The command line of a world."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=form)
-    parser.add_argument("--out", type=Path, default="world-run", help="folder for all that is made")
+    folder = Path(f"{Path(sys.argv[0]).stem}-run")
+    parser.add_argument("--out", type=Path, default=folder, help=f"folder of the run ({folder})")
     parser.add_argument("--seed", type=int, default=1, help="another seed, another run")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
