@@ -39,6 +39,7 @@ from tests.ranks import run_ranks
 
 F64 = torch.float64
 STEPS = 2
+LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Layout:
 
 ONE_BY_ONE = {"forward_prefetch": False, "backward_overlap": False}
 GATHERED = {"reshard_after_forward": False}
-FAST = [Layout(2), Layout(2, sp=2, recompute="full")]
 OF_TWO = [
+    Layout(2),
     Layout(2, recompute="selective"),
     Layout(2, recompute="offload"),
     Layout(2, options=GATHERED),
@@ -73,7 +74,7 @@ OF_FOUR = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("experts")
-    make(path, "qwen3_moe", router_aux_loss_coef=COEFFICIENT)
+    make(path, "qwen3_moe", router_aux_loss_coef=COEFFICIENT, num_hidden_layers=LAYERS)
     return path
 
 
@@ -89,14 +90,8 @@ def gradients(folder: str, layouts: list[Layout]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("world", "layouts"),
-    [
-        (2, FAST),
-        pytest.param(2, OF_TWO, marks=pytest.mark.slow),
-        pytest.param(4, OF_FOUR, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # the quick one is with the tests of experts
+@pytest.mark.parametrize(("world", "layouts"), [(2, OF_TWO), (4, OF_FOUR)])
 def test_loss_and_gradients_equal_transformers(
     folder: Path, wanted: Any, world: int, layouts: list[Layout]
 ) -> None:
@@ -136,7 +131,7 @@ def rows_of(given: str) -> list[Sample]:
     if experts is None:
         return samples()
     return [
-        Sample(row.tokens, row.mask, np.tile(np.array(experts, np.int8), (len(row), 3, 1)))
+        Sample(row.tokens, row.mask, np.tile(np.array(experts, np.int8), (len(row), LAYERS, 1)))
         for row in samples()
     ]
 
@@ -197,22 +192,29 @@ def same(found: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     assert seen == {name: values.shape[1] for name, values in whole.items()}
 
 
+def trained_and_handed_over(folder: str, plans: list[Run], target: str) -> Any:
+    return train_each(folder, plans), handed_over(folder, target, 2)
+
+
 def test_ranks_that_divide_experts_train_as_one_process(folder: Path, tmp_path: Path) -> None:
-    """Two ranks of which one gets no token; and a checkpoint of both, read by each layout."""
-    first = tmp_path / "global_step_1"
+    """Two ranks of which one gets no token; a checkpoint of both, with which one goes on; and what
+    engines and servers get.
+    """
     plans = [
         Run(Layout(2, recompute="selective"), "the first"),
         Run(Layout(2), root=str(tmp_path)),
-        Run(Layout(1), start=str(first)),
     ]
-    none_of_one, _, resumed = zip(*run_ranks(train_each, 2, str(folder), plans), strict=True)
-    same(list(none_of_one), train(str(folder), Run(given="the first")))
-    alone = train(str(folder), Run())
-    same(list(resumed), alone)
-    same([train(str(folder), Run(start=str(first)))], alone)
+    target = str(tmp_path / "written")
+    found = run_ranks(trained_and_handed_over, 2, str(folder), plans, target)
+    same([steps[0] for steps, _ in found], train(str(folder), Run(given="the first")))
+    first = tmp_path / "global_step_1"
+    same([train(str(folder), Run(start=str(first)))], train(str(folder), Run()))
     exported = load_file(first / "huggingface" / "model.safetensors")
     original = load_file(folder / "model.safetensors")
     assert {k: v.shape for k, v in exported.items()} == {k: v.shape for k, v in original.items()}
+    alone = handed_over(str(folder), str(tmp_path / "alone"), 1)
+    assert [tokens for _, tokens in found] == [alone, alone]
+    same_weights(folder, tmp_path / "written")
 
 
 @pytest.mark.slow
@@ -256,15 +258,17 @@ def handed_over(folder: str, target: str, ep: int) -> list[Any]:
     return [done[i].tokens for i in range(3)]
 
 
-@pytest.mark.parametrize(("world", "ep"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
-def test_engines_and_servers_get_all_experts(
-    folder: Path, tmp_path: Path, world: int, ep: int
-) -> None:
+@pytest.mark.slow
+def test_engines_and_servers_of_four_ranks_get_all_experts(folder: Path, tmp_path: Path) -> None:
     alone = handed_over(str(folder), str(tmp_path / "alone"), 1)
-    for tokens in run_ranks(handed_over, world, str(folder), str(tmp_path / "written"), ep):
+    for tokens in run_ranks(handed_over, 4, str(folder), str(tmp_path / "written"), 2):
         assert tokens == alone
+    same_weights(folder, tmp_path / "written")
+
+
+def same_weights(folder: Path, other: Path) -> None:
     original = load_file(folder / "model.safetensors")
-    written = load_file(tmp_path / "written" / "model.safetensors")
+    written = load_file(other / "model.safetensors")
     assert written.keys() == original.keys()
     for name, values in original.items():
         assert torch.equal(written[name], values), name

@@ -127,14 +127,15 @@ def test_loss_with_balance_and_gradients_equal_transformers(
     compare([one_step(str(folder), 1, recompute, 1, None)], wanted)
 
 
-def two_layouts(folder: str) -> list[Any]:
-    return [one_step(folder, sp, "full", 1, None) for sp in (1, 2)]
+def layouts(folder: str) -> list[Any]:
+    """Data-parallel and sequence-parallel, with all experts on each rank and divided."""
+    return [one_step(folder, sp, "full", 1, None, ep) for ep in (1, 2) for sp in (1, 2)]
 
 
 def test_two_ranks_balance_the_global_batch(trained: Any) -> None:
-    """f is summed over the ranks before the backward: neither dp nor sp changes the loss."""
+    """f is summed over the ranks before the backward: neither dp, sp nor ep changes the loss."""
     folder, wanted = trained
-    for layout in zip(*run_ranks(two_layouts, 2, str(folder)), strict=True):
+    for layout in zip(*run_ranks(layouts, 2, str(folder)), strict=True):
         compare(list(layout), wanted)
 
 

@@ -93,12 +93,10 @@ def test_divided_experts_take_less_of_each_gpu_of_eight() -> None:
     """Of a layer's experts two are gathered at a time, in bf16, and their gradients sent in fp32."""
     config = parse_model_config(QWEN3_30B_A3B)
     experts = 128 * 3 * 2048 * 768
-    states = {
-        ep: predict(config, Setting(shards=8, ep=ep), 16_384, "full").state for ep in (1, 2, 8)
-    }
-    assert states[1] - states[2] == pytest.approx(experts / 2 * 2 * (2 + 4), rel=0.1)
-    # Nothing of them is gathered where each GPU has an eighth of the experts for itself
-    assert states[1] - states[8] == pytest.approx(experts * 2 * (2 + 4), rel=0.1)
+    whole, divided = (
+        predict(config, Setting(shards=8, ep=ep), 16_384, "full").state for ep in (1, 2)
+    )
+    assert whole - divided == pytest.approx(experts / 2 * 2 * (2 + 4), rel=0.1)
 
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -116,11 +114,12 @@ def allocated(ep: int, keep: bool) -> tuple[int, int]:
     ("world", "ep", "keep"),
     [
         (2, 2, False),
-        pytest.param(4, 2, True, marks=pytest.mark.slow),
-        pytest.param(4, 2, False, marks=pytest.mark.slow),
-        pytest.param(4, 4, True, marks=pytest.mark.slow),
+        (4, 2, True),
+        (4, 2, False),
+        (4, 4, True),
     ],
 )
+@pytest.mark.slow
 def test_memory_of_divided_experts_is_exact(world: int, ep: int, keep: bool) -> None:
     setting = Setting(shards=world, ep=ep, keep_copy=keep)
     predicted = predict(model("qwen3_moe", **EXPERTS), setting, 0, "none")

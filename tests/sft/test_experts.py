@@ -48,6 +48,7 @@ def test_a_run_on_two_ranks_goes_on_alone(mixture: Path, tmp_path: Path) -> None
     assert exported.config.num_experts == 8
 
 
+@pytest.mark.slow
 def test_one_process_cannot_divide(
     mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
