@@ -583,11 +583,14 @@ def test_a_dozen_configurations_compute_what_transformers_does(tmp_path: Path) -
     assert counts["taken"] >= 6 and counts["refused"] >= 3, counts
 
 
+FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
 @pytest.mark.parametrize(
     ("change", "windows"),
     [
         ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1]}, (0, 4, 0)),
-        ({"model_type": "qwen3_moe", "moe_intermediate_size": 32}, (4, 4, 4)),
+        ({"model_type": "qwen3_moe", **FEW_EXPERTS}, (4, 4, 4)),
     ],
 )
 def test_windows_that_are_switched_on_are_where_transformers_has_them(
