@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 
 from retool.data.render.renderer import Renderer
+from retool.parallel.collectives import gather_objects
 from retool.parallel.mesh import make_mesh
 from retool.rl.agent.environments.play import Worlds
-from retool.rl.agent.rollout import Sampling
+from retool.rl.agent.rollout import Sampling, roll_out
 from retool.rl.agent.tools.given import as_tool
 from retool.rl.agent.tools.load import close_tools
 from retool.rl.agent.tools.mcp import Connection, McpServer, McpTool
-from retool.rl.collect import sample
 from retool.rl.metrics import tool_metrics
 from retool.rl.types import Stop
 from tests import warm
@@ -200,28 +200,24 @@ def _sampled_in_a_rank(renderer: Renderer) -> list[dict[str, float]]:
     begin = {0: "flaky", 1: "flaky", 2: "count", 3: "count"}
     script = {index: [asks(name), asks(name), "42"] for index, name in begin.items()}
     parts, engine = parts_of(renderer, script)
-    agent = replace(parts.agent, tool_timeout_seconds=0.2)
+    agent = replace(parts.agent, tool_timeout_seconds=0.5)
     calling = replace(parts, agent=agent, tools={tool.name: tool for tool in tools})
-    worlds = Worlds(partial(Digits, broken="step", hangs=True), 0.2, 600)
+    worlds = Worlds(partial(Digits, broken="step", hangs=True), 1.0, 600)
     engine.any_group = True  # worlds make prompts of their own
-    engine.end = lambda: None
-    run = SimpleNamespace(
-        session=SimpleNamespace(mesh=mesh),
-        engine_rank=mesh.rank,
-        engines=mesh.world,
-        engine=engine,
-        loop=asyncio.new_event_loop(),
-    )
-    prompts = [prompt_of(renderer, index) for index in range(4)]
+    mine = [
+        (prompt_of(renderer, index), answer)
+        for index in range(mesh.rank, 4, mesh.world)
+        for answer in range(4)
+    ]
+    loop = asyncio.new_event_loop()
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(McpServer, "client", lambda self: Pipe())
-        for run.rollout in (calling, replace(parts, worlds=worlds)):
-            groups = sample(run, prompts, 4, Sampling(), 0, {})
-            members = [member for group in groups for member in group.members]
-            found.append(tool_metrics(members))
-        run.loop.run_until_complete(close_tools(tools))
-    mesh.close() if hasattr(mesh, "close") else None
+        for each in (calling, replace(parts, worlds=worlds)):
+            scored = loop.run_until_complete(roll_out(each, mine, Sampling(), 0))
+            everyone = gather_objects(scored, mesh.world_group)
+            found.append(tool_metrics([member for part in everyone for member in part]))
+        loop.run_until_complete(close_tools(tools))
     return found
 
 
