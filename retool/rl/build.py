@@ -84,7 +84,7 @@ def build_run(report: RLReport, mesh: Mesh, caller: Caller = COMMAND) -> tuple[R
     leads = mesh.rank % ranks_per_engine == 0
     # First, so that their processes start while the weights are read.
     settings = shared_out(config.reward_model, engines)
-    judges = open_judges(report.reward, settings) if leads else None
+    judges = open_judges(report.reward, settings, device=str(mesh.device)) if leads else None
     model, optimizer = load_model(report, mesh)
     reference = None
     if uses_reference(config):

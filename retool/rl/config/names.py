@@ -21,6 +21,8 @@ SYNONYMS = {
     f"{_ARR}.model.enable_activation_offload": f"{_ARR}.model.activation_offload",
     "algorithm.rollout_is": "algorithm.rollout_correction.rollout_is",
     "algorithm.rollout_is_threshold": "algorithm.rollout_correction.rollout_is_threshold",
+    "reward_model.micro_batch_size_per_gpu": "reward_model.model.micro_batch_size",
+    "reward_model.max_length": "reward_model.model.max_length",
     "reward_model.reward_kwargs.overlong_buffer_cfg.enable": "reward_model.overlong_buffer.enable",
     "reward_model.reward_kwargs.overlong_buffer_cfg.len": "reward_model.overlong_buffer.len",
     "reward_model.reward_kwargs.overlong_buffer_cfg.penalty_factor": "reward_model.overlong_buffer.penalty_factor",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from retool.config import option
 from retool.rl.config.judge import LLMJudgeConfig
+from retool.rl.config.reward_model import RewardModelConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class RewardConfig:
 
     name: str | None = option(
         None,
-        "retool, boxed, math, judge, or file.py/function; null = custom_reward_function, else by data_source.",
+        "retool, boxed, math, judge, model, or file.py/function; null = custom_reward_function, else "
+        "by data_source.",
     )
     functions: tuple[str, ...] = option(
         (),
@@ -70,4 +72,6 @@ class RewardConfig:
         ),
     )
     judge: LLMJudgeConfig = field(default_factory=LLMJudgeConfig)
+    enable: bool = option(False, "The same as name=model, in verl's words.")
+    model: RewardModelConfig = field(default_factory=RewardModelConfig)
     overlong_buffer: OverlongConfig = field(default_factory=OverlongConfig)

@@ -43,6 +43,7 @@ from retool.rl.preflight.reward import (
     ESTIMATOR_KEY,
     credit_faults,
     judge_faults,
+    model_faults,
     reward_key,
     wanted_reward,
 )
@@ -206,6 +207,7 @@ def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
     reward = attempt(where, find, faults)
     faults += credit_faults(config, report.estimator, reward)
     faults += judge_faults(config, reward)
+    faults += model_faults(config, reward)
     return replace(report.blame(*faults), tools=tuple(tools), reward=reward, sees=tuple(sees))
 
 

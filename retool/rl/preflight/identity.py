@@ -100,6 +100,8 @@ def _reward(config: RLConfig, source: RewardSource) -> dict[str, Trait]:
     names = [_reward_name(part) for part in source.parts or (source,)]
     if source.asks_a_judge:
         names.append(_judge(config.reward_model.judge))
+    if source.asks_a_model:
+        names.append(f"the reward model {Path(config.reward_model.model.path or '').name}")
     name = " + ".join(names)
     length = f"{shaping.len} tokens, factor {shaping.penalty_factor:g}" if shaping.enable else "off"
     return {

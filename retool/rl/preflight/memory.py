@@ -101,22 +101,24 @@ def step_memory(
     reference: bool,
     device_gib: float | None,
     backend: str = "native",
+    judge: float = 0.0,
 ) -> StepMemory:
     """Memory of a step that trains under `choice`, with an engine on every `tensor_parallel` ranks.
 
     `free`: whether the engine gives its memory back for the update; auto: where the update doesn't
-    fit beside it. `reference`: with a frozen policy. `backend`: `rollout.name`.
+    fit beside it. `reference`: with a frozen policy. `backend`: `rollout.name`. `judge`: bytes of
+    a reward model's weights.
     """
     training = choice.prediction
     layout = plan_layout(model, setting.shards, setting.ep)
     dtype = engine.dtype or DTYPES[setting.compute]
     kind = ServerEngine if backend == SERVER else find_backend(backend, model)
     needed = kind.memory(model, engine, dtype, tensor_parallel, layout)
-    frozen = 0.0
+    frozen = judge
     if reference:
         # Its shard, and what it is gathered in
         elements = layout.shard_numel + gathered(layout, setting.reshard)
-        frozen = elements * DTYPE_BYTES[setting.compute]
+        frozen += elements * DTYPE_BYTES[setting.compute]
     state = training.state + frozen
     available = None if device_gib is None else device_gib * GIB - OUTSIDE - state
     max_length = engine.max_length or model.max_position or needed.page_size

@@ -18,6 +18,7 @@ from retool.rl.data import PromptReport
 from retool.rl.objective.advantages import Estimator
 from retool.rl.objective.losses import PolicyLoss
 from retool.rl.preflight.memory import StepMemory, engine_options, step_memory
+from retool.rl.reward.model_judge import reward_model_bytes, reward_model_folder
 from retool.rl.reward.source import RewardSource
 from retool.rl.types import Prompt
 
@@ -91,7 +92,15 @@ class RLReport(RunReport):
             uses_reference(self.config),
             gpu_memory(self.options),
             backend=wanted.rollout.name,
+            judge=self.judge_bytes,
         )
+
+    @property
+    def judge_bytes(self) -> float:
+        """Of a reward model's weights, on each GPU that samples; 0 without one."""
+        if self.reward is None or not self.reward.asks_a_model:
+            return 0.0
+        return float(reward_model_bytes(reward_model_folder(self.config.reward_model.model)))
 
     @property
     def aggregation(self) -> str:

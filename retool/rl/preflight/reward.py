@@ -8,7 +8,8 @@ from retool.config import Fault
 from retool.rl.config import RLConfig
 from retool.rl.objective.advantages import ESTIMATORS, Estimator
 from retool.rl.reward.llm_judge.judge import LLMJudge
-from retool.rl.reward.source import OF_TURNS, RewardSource, find_reward, find_several
+from retool.rl.reward.model_judge import KEY, open_tokenizer, reward_model_folder
+from retool.rl.reward.source import OF_MODEL, OF_TURNS, RewardSource, find_reward, find_several
 
 ESTIMATOR_KEY = "algorithm.adv_estimator"
 
@@ -22,7 +23,7 @@ def wanted_reward(config: RLConfig, in_world: bool) -> RewardSource:
     custom = config.custom_reward_function
     if settings.functions:
         return find_several(settings.functions, settings.weights)
-    name = settings.name
+    name = OF_MODEL if settings.enable and settings.name is None else settings.name
     if name is None and custom.path is None and in_world:
         name = OF_TURNS
     return find_reward(name, custom.path, custom.name)
@@ -86,3 +87,20 @@ def judge_faults(
         LLMJudge(settings.judge, settings.floor).close()
     except ValueError as error:
         yield Fault("reward_model.judge", str(error))
+
+
+def model_faults(
+    config: RLConfig,
+    reward: RewardSource | None,
+) -> Iterator[Fault]:
+    """A reward model that isn't one. It isn't tried before the run: its weights are large."""
+    settings = config.reward_model
+    if reward is None or not reward.asks_a_model:
+        if settings.enable:
+            problem = "reward_model.enable=true, and another reward is named."
+            yield Fault("reward_model.enable", problem, "Put `model` into reward_model.functions.")
+        return
+    try:
+        open_tokenizer(reward_model_folder(settings.model))
+    except (ValueError, OSError) as error:
+        yield Fault(KEY, str(error))

@@ -35,10 +35,15 @@ def try_reward(
 ) -> Iterator[Fault]:
     """A fault where the reward can't be had in a worker, or no worker can be had; where it fails on
     a made answer to the first question of a data source; and where it is too slow.
+
+    A reward model isn't tried: its weights are read once, by the run.
     """
     where = source.key
-    if settings.trial_answer is None:
+    if settings.trial_answer is None or source.is_model:
         return
+    if source.asks_a_model:
+        parts = tuple(part for part in source.parts if not part.is_model)
+        source = replace(source, parts=parts)
     try:
         judges = open_judges(source, settings, workers=1)
     except (ValueError, OSError) as error:

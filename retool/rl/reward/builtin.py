@@ -105,6 +105,14 @@ def judge_score(
     raise AssertionError("a judge behind an address is asked by LLMJudge")
 
 
+def model_score(
+    messages: Any,
+    solution_str: str,
+) -> float:
+    """Stands for the reward model that `model_judge` runs; nobody calls it."""
+    raise AssertionError("a reward model is run by ModelJudge")
+
+
 def last_boxed(text: str) -> str | None:
     """What is inside the last `\\boxed{…}` whose braces balance; None without one.
 
@@ -175,4 +183,5 @@ BUILT_IN: dict[str, RewardFunction] = {
     "default": default_score,
     "environment": environment_score,
     "judge": judge_score,
+    "model": model_score,
 }

@@ -1,4 +1,5 @@
-"""Who judges: processes that can be killed or, when asked, async functions in the run's own.
+"""Who judges: processes that can be killed or, when asked, async functions in the run's own; a
+language model behind an address; a reward model.
 
 Several rewards may be judged in several places; their judges are then one.
 """
@@ -12,6 +13,7 @@ from dataclasses import replace
 from retool.rl.config.reward import RewardConfig
 from retool.rl.reward.async_judge import AsyncJudge
 from retool.rl.reward.llm_judge.judge import LLMJudge
+from retool.rl.reward.model_judge import ModelJudge
 from retool.rl.reward.pool import RewardPool
 from retool.rl.reward.protocol import Judges
 from retool.rl.reward.several import SeveralJudges, WeightedJudges
@@ -22,22 +24,24 @@ def open_judges(
     source: RewardSource,
     settings: RewardConfig,
     workers: int | None = None,
+    device: str = "cpu",
 ) -> Judges:
-    """As configured; `workers` processes, where it is processes and not as many as configured.
+    """As configured; `workers` processes, where it is processes and not as many as configured. A
+    reward model is on `device`.
 
     ValueError where that can't be.
     """
     if not source.parts:
-        return _open(source, settings, workers)
+        return _open(source, settings, workers, device)
     members: list[Judges] = []
     try:
         for part in source.parts:
-            if part.is_judge:
-                judge = _open(part, settings, workers)
+            if part.is_judge or part.is_model:
+                judge = _open(part, settings, workers, device)
                 members.append(WeightedJudges(judge, part.name, part.weight))
         for group, is_awaited in by_place(source, settings):
             placed = replace(settings, concurrent=is_awaited)
-            members.append(_open(group, placed, workers))
+            members.append(_open(group, placed, workers, device))
     except (ValueError, OSError):
         for member in members:
             member.close()
@@ -70,7 +74,7 @@ def by_place(
     awaited: list[RewardSource] = []
     pooled: list[RewardSource] = []
     for part in source.parts:
-        if part.is_judge:
+        if part.is_judge or part.is_model:
             continue
         is_async = inspect.iscoroutinefunction(part.load())
         place = awaited if settings.concurrent and is_async else pooled
@@ -88,8 +92,11 @@ def _open(
     source: RewardSource,
     settings: RewardConfig,
     workers: int | None,
+    device: str,
 ) -> Judges:
     """Judges of one place."""
+    if source.is_model:
+        return ModelJudge(settings.model, settings.floor, device)
     if source.is_judge:
         return LLMJudge(settings.judge, settings.floor)
     if settings.concurrent:

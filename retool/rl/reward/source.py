@@ -15,6 +15,7 @@ from retool.rl.reward.several import Part, together
 # Stands for a file in a configuration, where a program gave a function or tools of its own
 OF_PROGRAM = "<program>"
 OF_JUDGE = "judge"  # the built-in reward that a language model gives
+OF_MODEL = "model"  # the one that a model for sequence classification gives
 OF_TURNS = "environment"  # the built-in reward that is the sum of what turns were given
 
 
@@ -81,6 +82,16 @@ class RewardSource:
         return self.name == OF_JUDGE and not (self.is_users or self.parts)
 
     @property
+    def is_model(self) -> bool:
+        """Whether a reward model judges, in the run's own process."""
+        return self.name == OF_MODEL and not (self.is_users or self.parts)
+
+    @property
+    def asks_a_model(self) -> bool:
+        """Whether one does so of any part."""
+        return any(part.is_model for part in self.parts or (self,))
+
+    @property
     def asks_a_judge(self) -> bool:
         """Whether one does so of any part."""
         return any(part.is_judge for part in self.parts or (self,))
@@ -90,7 +101,7 @@ class RewardSource:
         """Whether a row without an answer can't be judged."""
         if self.parts:
             return any(part.needs_truth for part in self.parts)
-        return not self.is_users and self.name not in (OF_JUDGE, OF_TURNS)
+        return not self.is_users and self.name not in (OF_JUDGE, OF_MODEL, OF_TURNS)
 
     @property
     def key(self) -> str:

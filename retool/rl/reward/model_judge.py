@@ -1,0 +1,226 @@
+"""A sequence-classification model as judge, on the GPU of the process that samples.
+
+It reads the conversation through its own chat template, and its one number is the score, as
+transformers computes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from retool.model.hub import find_model, read_json_object
+from retool.rl.config.reward_model import RewardModelConfig
+from retool.rl.reward.calling import Asked
+from retool.rl.reward.protocol import Judged, Raised
+from retool.rl.types import Trajectory
+
+KEY = "reward_model.model.path"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation that waits for its score."""
+
+    messages: Sequence[dict[str, Any]]
+    answer: Future[float]
+
+
+class ModelJudge:
+    """Judges that a model in this process is. Close them.
+
+    A thread of its own takes what waits, up to `micro_batch_size` conversations at a time.
+    """
+
+    seen = ("messages",)
+
+    def __init__(
+        self,
+        settings: RewardModelConfig,
+        floor: float,
+        device: str,
+    ) -> None:
+        """ValueError where the folder holds no reward model."""
+        folder = reward_model_folder(settings)
+        self._settings = settings
+        self._floor = floor
+        self._tokenizer = open_tokenizer(folder)
+        self._model = load_reward_model(folder, device)
+        self._device = device
+        self._waiting: SimpleQueue[Question | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="retool-reward-model", daemon=True)
+        self._thread.start()
+
+    def problem(self) -> str:
+        return ""
+
+    async def judge(self, trajectory: Trajectory) -> Judged:
+        """The score of a finished trajectory."""
+        return await self.score(Asked.about(trajectory, self.seen))
+
+    async def score(
+        self,
+        asked: Asked,
+        timeout: float | None = None,
+    ) -> Judged:
+        """The model's number for a conversation; the floor where that is too long, can't be
+        rendered or isn't finite.
+        """
+        question = Question(asked.seen["messages"], Future())
+        self._waiting.put(question)
+        try:
+            score = await asyncio.wait_for(asyncio.wrap_future(question.answer), timeout)
+        except Exception as error:  # whatever a template or the model raises
+            return Raised.by(error).judged(self._floor)
+        return Judged(score)
+
+    def close(self) -> None:
+        """What still waits is answered first. To be closed twice does no harm."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            self._answer(batch)
+
+    def _next_batch(self) -> list[Question] | None:
+        """The questions that wait, one at least; None at the end."""
+        batch: list[Question] = []
+        while len(batch) < self._settings.micro_batch_size:
+            try:
+                question = self._waiting.get(block=not batch)
+            except Empty:
+                break
+            if question is None:
+                self._waiting.put(None)
+                return batch or None
+            if question.answer.set_running_or_notify_cancel():
+                batch.append(question)
+        return batch
+
+    def _answer(self, batch: Sequence[Question]) -> None:
+        rendered: list[tuple[Question, list[int]]] = []
+        for question in batch:
+            try:
+                rendered.append((question, self._tokens(question.messages)))
+            except Exception as error:  # whatever a template raises
+                question.answer.set_exception(error)
+        try:
+            scores = self._scores([ids for _, ids in rendered])
+        except Exception as error:  # the device's memory, say
+            for question, _ in rendered:
+                question.answer.set_exception(error)
+            return
+        for (question, _), score in zip(rendered, scores, strict=True):
+            if math.isfinite(score):
+                question.answer.set_result(score)
+            else:
+                question.answer.set_exception(ValueError(f"the reward model gave {score}"))
+
+    def _tokens(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False)
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        longest = self._settings.max_length
+        if len(ids) > longest:
+            raise ValueError(
+                f"a conversation has {len(ids):,} tokens for the reward model, more than "
+                f"reward_model.model.max_length={longest}: raise it, if the model was trained on such."
+            )
+        return ids
+
+    def _scores(self, rows: Sequence[list[int]]) -> list[float]:
+        """Of rows of tokens, as transformers gives for each alone.
+
+        A model without a token for padding can't tell where a row ends: it reads one at a time.
+        """
+        import torch
+
+        pad = self._model.config.pad_token_id
+        groups = [rows] if pad is not None else [[row] for row in rows]
+        scores: list[float] = []
+        for group in filter(len, groups):
+            width = max(map(len, group))
+            ids = torch.full((len(group), width), pad or 0)
+            there = torch.zeros(len(group), width, dtype=torch.long)
+            for i, row in enumerate(group):
+                ids[i, : len(row)] = torch.tensor(row)
+                there[i, : len(row)] = 1
+            with torch.inference_mode():
+                out = self._model(ids.to(self._device), attention_mask=there.to(self._device))
+            scores += out.logits[:, 0].float().tolist()
+        return scores
+
+
+# --- what the folder must hold ---
+
+
+def reward_model_folder(settings: RewardModelConfig) -> Path:
+    """Where the model is. ValueError where none is named, or it is no reward model."""
+    if settings.path is None:
+        raise ValueError(f"reward_model.name=model needs {KEY}: give the reward model's folder.")
+    folder = find_model(settings.path)
+    config = read_json_object(folder / "config.json")
+    names = config.get("architectures") or ["none"]
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        raise ValueError(
+            f"{KEY}={settings.path} holds {', '.join(names)}: a reward model is one for sequence "
+            "classification. Give such a folder."
+        )
+    labels = config.get("num_labels", len(config.get("id2label") or "ab"))
+    if labels != 1:
+        raise ValueError(
+            f"{KEY}={settings.path} gives {labels} numbers, not one: it classifies, it doesn't score. "
+            "Write a reward function that makes one of them."
+        )
+    return folder
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """ValueError where it has no chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer in {folder} has no chat template, so conversations can't be put to the "
+            "reward model as it was trained. Add its chat_template.jinja."
+        )
+    return tokenizer
+
+
+def load_reward_model(folder: Path, device: str) -> Any:
+    """In bf16 on a GPU, in fp32 elsewhere. ValueError where weights are missing."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model, told = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
+    if told["missing_keys"]:
+        missing = ", ".join(sorted(told["missing_keys"]))
+        raise ValueError(
+            f"{folder} has no weights for {missing}: its scores would be random. Give a folder with "
+            "the trained head."
+        )
+    return model.eval().to(device)
+
+
+def reward_model_bytes(folder: Path) -> int:
+    """What its weights take on a GPU: bf16, counted from the files' headers."""
+    elements = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                elements += math.prod(tensor["shape"])
+    return 2 * elements
