@@ -63,7 +63,8 @@ def import_path() -> list[str]:
     for name in PRELOADED:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin is not None:
-            folders.append(str(Path(spec.origin).parents[1]))
+            # By its real name: below /tmp a program sees its own folder instead
+            folders.append(str(Path(spec.origin).resolve().parents[1]))
     return list(dict.fromkeys(folders))
 
 

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 
-from retool.sandbox import Limits, Result, Sandbox, keeper
+from retool.sandbox import Limits, Result, Sandbox, keeper, spawn
 from retool.sandbox.embedded import strip_fence
 from tests.sandbox.conftest import Arena
 from tests.sandbox.world import descendants, settled
@@ -476,3 +479,16 @@ def test_a_session_and_stdin_in_every_mode(arenas) -> None:
         defined, again, other = asyncio.run(both())
         assert defined.session and again.stdout == "3\n", arena.mode.name
         assert other.stdout == "False\n" and other.session
+
+
+def test_packages_are_searched_by_their_real_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program has a /tmp of its own: links there, an environment's too, lead nowhere."""
+    (tmp_path / "real" / "numpy").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    origin = tmp_path / "link" / "numpy" / "__init__.py"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: ModuleSpec(name, None, origin=str(origin))
+    )
+    assert spawn.import_path() == [str(tmp_path / "real")]
