@@ -199,3 +199,22 @@ def test_a_run_that_a_reward_model_judges(folder: Path, work: Path, tmp_path: Pa
         assert entry["reward/exceptions"] == entry["stop/infrastructure"] == 0
         mean = entry["rewards/digits/mean"] + entry["rewards/model/mean"]
         assert entry["critic/score/mean"] == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_it_reads_in_bf16_beside_the_engine(
+    folder: Path, work: Path, tmp_path: Path
+) -> None:
+    scores = {}
+    for device in ("cpu", "cuda"):
+        judge = ModelJudge(RewardModelConfig(path=str(folder)), FLOOR, device)
+        scores[device] = [each.score for each in judged(judge, conversations() * 5)]
+        judge.close()
+    assert scores["cuda"] == pytest.approx(scores["cpu"], rel=0.05, abs=0.05)
+
+    rule = [word for word in words(work, tmp_path / "run") if "custom_reward" not in word]
+    model = ["reward_model.name=model", f"reward_model.model.path={folder}"]
+    assert main([*rule, *model, "trainer.total_training_steps=3", "trainer.device=cuda"]) == 0
+    for entry in steps(tmp_path / "run"):
+        assert entry["reward/exceptions"] == entry["stop/infrastructure"] == 0
