@@ -1,4 +1,4 @@
-"""What the README shows must run: its Python on one process and, where torchrun may start it, on two."""
+"""What the README and the page on Python show must run: on one process and, under torchrun, on two."""
 
 from __future__ import annotations
 
@@ -22,12 +22,9 @@ from tests.ranks import run_ranks
 from tests.test_docs import fenced
 
 
-def python_blocks(repository: Path) -> list[str]:
-    return fenced(repository / "README.md", "python")
-
-
 def the_sharding_one(repository: Path) -> str:
-    (code,) = [block for block in python_blocks(repository) if "shard(" in block]
+    blocks = fenced(repository / "docs/python.md", "python")
+    (code,) = [block for block in blocks if "shard(" in block]
     return code
 
 
