@@ -154,8 +154,10 @@ class Engine:
         if self.experts is not None:
             self.experts.allocate(0, 0)
         self.weights = self._make_weights()
+        # A run releases an engine that failed, and all of them for the update
+        if self.scheduler is not None:
+            del self._worker, self._pipeline
         self.scheduler = None
-        del self._worker, self._pipeline
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
