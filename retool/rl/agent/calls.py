@@ -31,8 +31,13 @@ class Answers:
     results: list[ToolResult]
 
 
-async def run_calls(episode: Episode, calls: Sequence[Call], agent: Agent) -> Answers:
-    """The tools' answers. The episode counts what happened, and has the turn's rewards."""
+async def run_calls(
+    episode: Episode, calls: Sequence[Call], agent: Agent, turn: int | None = None
+) -> Answers:
+    """The tools' answers to the calls of a turn, of that number or the last one. The episode counts
+    what happened, and has the turn's rewards.
+    """
+    turn = episode.assistant_turns - 1 if turn is None else turn
     results = await _results(episode, calls, agent)
     responses = []
     failure = None
@@ -40,7 +45,6 @@ async def run_calls(episode: Episode, calls: Sequence[Call], agent: Agent) -> An
     for call, result in zip(calls, results, strict=True):
         _count(episode, result)
         text = clean(result.text)
-        turn = episode.assistant_turns - 1
         episode.tool_uses.append(ToolUse(turn, call.name, call.arguments, result.status, text))
         response = {"role": "tool", "content": text}
         if call.name in agent.tools:
@@ -51,7 +55,7 @@ async def run_calls(episode: Episode, calls: Sequence[Call], agent: Agent) -> An
         if result.lost and failure is None:
             failure = f"{call.name}: {text}"[:MAX_FAILURE_CHARACTERS]
         if result.reward is not None:
-            episode.reward_turn(float(result.reward))
+            episode.reward_turn(float(result.reward), turn)
         done = done or result.done
     return Answers(responses, failure, done, results)
 

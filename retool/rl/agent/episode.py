@@ -109,11 +109,13 @@ class Episode:
         answers = [str(response["content"]) for response in responses]
         return self.inline.output(self.messages[-1]["content"], answers)
 
-    def reward_turn(self, reward: float) -> None:
-        """Add to what the last turn of the model is given; turns without any have 0."""
+    def reward_turn(self, reward: float, turn: int | None = None) -> None:
+        """Add to what a turn of the model is given, the last one or that of a number; turns without
+        any have 0.
+        """
         missing = self.assistant_turns - len(self.turn_rewards)
         self.turn_rewards += [0.0] * missing
-        self.turn_rewards[-1] += reward
+        self.turn_rewards[-1 if turn is None else turn] += reward
 
     def finish(self, stop: Stop, version: int, tool_failure: str = "") -> Trajectory:
         """The trajectory, which ended for the reason `stop`."""

@@ -146,10 +146,11 @@ def calls_in(text: str, agent: Agent) -> list[Call]:
     return with_ids(calls, text)
 
 
-def turns_used_up(episode: Episode, agent: Agent) -> bool:
+def turns_used_up(episode: Episode, agent: Agent, under_way: int = 0) -> bool:
+    """Whether it may have no more turns than it has, and those that are `under_way`."""
     most_assistant = agent.options.max_assistant_turns
     most_user = agent.options.max_user_turns
-    if most_assistant is not None and episode.assistant_turns >= most_assistant:
+    if most_assistant is not None and episode.assistant_turns + under_way >= most_assistant:
         return True
     return most_user is not None and episode.user_turns >= most_user
 

@@ -162,6 +162,23 @@ def test_a_context_that_forks_begins_with_the_very_tokens_and_trains_its_own_alo
     assert np.array_equal(again.trajectory.tokens, trajectory.tokens)
 
 
+def test_what_tools_give_is_the_turn_s_that_they_answer(renderer_of, tool_row) -> None:
+    """Two ways that are gone at once: the first is answered when the second has ended."""
+
+    async def abreast(row, generate, tools):
+        prompt = row["prompt"]
+        one, two = await asyncio.gather(generate(prompt), generate([*prompt, user("Or?")]))
+        await tools.answers(one)
+        return two
+
+    renderer = renderer_of("hermes")
+    turns = [[say(renderer, call_text("1"))], [say(renderer, "two")]]
+    tool = Answers([ToolResult("1", "success", reward=0.5)])
+    trajectory, _ = played(renderer, abreast, turns, tool, row=tool_row)
+    assert [use.turn for use in trajectory.tool_uses] == [0]
+    assert trajectory.turn_rewards == (0.5, 0.0)
+
+
 def test_what_ends_our_loop_ends_theirs_unless_it_has_another_way(renderer_of) -> None:
     async def talking(row, generate, tools):
         asked = [*row["prompt"]]
@@ -184,6 +201,27 @@ def test_what_ends_our_loop_ends_theirs_unless_it_has_another_way(renderer_of) -
     trajectory, _ = played(renderer, talking, turns, max_assistant_turns=3)
     assert trajectory.stop is Stop.MAX_TURNS and trajectory.num_turns == 6
     trajectory, _ = played(renderer, catching, turns, max_response_length=40)
+    assert trajectory.stop is Stop.NO_CALL and len(trajectory.cuts) == 1
+
+
+class Slow(Scripted):
+    """As a model: others are asked before it has answered."""
+
+    async def __call__(self, ids, max_tokens):
+        await asyncio.sleep(0.05)
+        return await super().__call__(ids, max_tokens)
+
+
+def test_turns_that_are_asked_for_at_once_are_no_more_than_allowed(renderer_of) -> None:
+    async def at_once(row, generate, tools):
+        ways = [generate(f"Way {number}.") for number in range(3)]
+        *found, over = await asyncio.gather(*ways, return_exceptions=True)
+        assert isinstance(over, TrajectoryOver) and over.stop is Stop.MAX_TURNS
+        return found[0]
+
+    renderer = renderer_of("chatml")
+    models = [Slow([say(renderer, "ok")]) for _ in range(3)]
+    trajectory, _ = played(renderer, at_once, models, max_assistant_turns=2)
     assert trajectory.stop is Stop.NO_CALL and len(trajectory.cuts) == 1
 
 

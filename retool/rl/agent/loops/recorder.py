@@ -54,6 +54,7 @@ class Recorder:
         self.is_aborted = False
         self.error: Exception | None = None
         self._asked = 0  # turns
+        self._under_way = 0  # of them
         self._story: dict[int, list[dict[str, Any]]] = {}  # what was said, by turn
 
     # --- what the user's function asks for ---
@@ -62,7 +63,7 @@ class Recorder:
         """The model's turn after `asked`: messages or token ids."""
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
             raise ValueError(f"generate was given max_tokens={max_tokens!r}: give 1 or more.")
-        if self._asked and turns_used_up(self.episode, self.agent):
+        if self._asked and turns_used_up(self.episode, self.agent, self._under_way):
             raise TrajectoryOver(Stop.MAX_TURNS)
         given = self.contexts.place(asked)
         room = self.contexts.room(given)
@@ -71,14 +72,19 @@ class Recorder:
         self.contexts.take(given)
         number = self._asked
         self._asked += 1
-        turn = await self._sampled(given, min(room, max_tokens or room))
+        self._under_way += 1
+        try:
+            turn = await self._sampled(given, min(room, max_tokens or room))
+        finally:
+            self._under_way -= 1
         return self._recorded(given, turn, number)
 
     async def answers(self, turn: Turn) -> list[dict[str, Any]]:
         """What tools answer to a turn's calls, as messages; TrajectoryOver where one says so."""
-        if not any(turn is own for own in self.turns):
+        place = self._place(turn)
+        if place is None:
             raise ValueError("tools.answers was given a turn of another trajectory.")
-        answered = await self._answered(turn.calls)
+        answered = await self._answered(turn.calls, place)
         if answered.done:
             self._story[turn.number] += answered.messages
             raise TrajectoryOver(Stop.DONE)
@@ -88,7 +94,7 @@ class Recorder:
         """What a tool answers."""
         if not self.turns:
             raise ValueError("tools are called when the model has said something: generate first.")
-        answered = await self._answered([Call(name, arguments)])
+        answered = await self._answered([Call(name, arguments)], len(self.turns) - 1)
         result = answered.results[0]
         text = str(answered.messages[0]["content"])
         return ToolAnswer(text, result.status, result.reward, result.done)
@@ -103,10 +109,11 @@ class Recorder:
         turn = ending.turn
         if not isinstance(turn, Turn):
             raise LoopFailure(f"it returned {returned!r:.80}, not {FORM_OF_ENDING}")
-        if not any(turn is own for own in self.turns):
+        place = self._place(turn)
+        if place is None:
             raise LoopFailure("it returned a turn of another trajectory")
         if ending.reward is not None:
-            self._reward(turn, ending.reward)
+            self._reward(place, ending.reward)
         return turn.ends or Stop.DONE
 
     def finish(self, stop: Stop) -> Trajectory:
@@ -164,8 +171,9 @@ class Recorder:
 
     # --- tools ---
 
-    async def _answered(self, calls: Sequence[Call]) -> Answers:
-        answers = await run_calls(self.episode, calls, self.agent)
+    async def _answered(self, calls: Sequence[Call], place: int) -> Answers:
+        """To calls of the turn of this place: others may end before the tools answer."""
+        answers = await run_calls(self.episode, calls, self.agent, place)
         if answers.failure is not None:
             self.failure = answers.failure
             raise LoopFailure(answers.failure)
@@ -181,15 +189,16 @@ class Recorder:
             return text
         return cut_text(self.agent.renderer.encoder, text, limit, options.truncate_side)
 
-    def _reward(self, turn: Turn, given: Any) -> None:
+    def _place(self, turn: Turn) -> int | None:
+        """Which of the turns it is, as they ended; None where it is none of them."""
+        return next((i for i, own in enumerate(self.turns) if own is turn), None)
+
+    def _reward(self, place: int, given: Any) -> None:
         try:
             reward = read_reward(given)
         except ValueError as error:
             raise LoopFailure(str(error)) from error
-        place = next(i for i, own in enumerate(self.turns) if own is turn)
-        rewards = self.episode.turn_rewards
-        rewards += [0.0] * (len(self.turns) - len(rewards))
-        rewards[place] += reward
+        self.episode.reward_turn(reward, place)
 
     def _in_order_of_contexts(self) -> None:
         """Turns were recorded as they ended. What they say is put in the order in which they were
