@@ -63,7 +63,8 @@ class Packing:
     """How the samples of a step become the packs of data-parallel rank `dp_rank` of `dp`.
 
     A pack's length is a multiple of `sp`. With `keep_whole` its documents aren't divided over the
-    sp ranks where they spread evenly (see the note on whole documents). `pad_to` first pads every
+    sp ranks where they spread evenly (see the note on whole documents). `room`: the tokens of a GPU
+    that memory is planned for, where the budget is a number of samples. `pad_to` first pads every
     sample to that length with the token `pad_id`: the baseline of data.use_remove_padding=false.
     """
 
@@ -74,6 +75,7 @@ class Packing:
     pad_to: int | None = None
     pad_id: int = 0
     keep_whole: bool = True
+    room: int | None = None
 
 
 def cost(length: int | np.ndarray, quadratic_length: int = QUADRATIC_LENGTH) -> float | np.ndarray:
@@ -103,7 +105,7 @@ def plan_step(lengths: Sequence[int] | np.ndarray, budget: Budget, dp: int, sp: 
 def whole_shares(lengths: Sequence[int], packing: Packing) -> list[list[int]] | None:
     """Which samples of a micro-batch each of sp ranks computes whole; None where they are divided.
 
-    See [Note: whole documents]. No rank gets more tokens than its budget allows.
+    See [Note: whole documents]. No rank gets more tokens than its budget, or `room`, allows.
     """
     sp = packing.sp
     if sp == 1 or not packing.keep_whole or packing.pad_to is not None or len(lengths) < sp:
@@ -115,7 +117,8 @@ def whole_shares(lengths: Sequence[int], packing: Packing) -> list[list[int]] | 
     longest = max(int(sizes[share].sum()) for share in shares)
     dearest = max(float(costs[share].sum()) for share in shares)
     divided = _divide_up(int(sizes.sum()), sp)
-    if longest > max(packing.budget.max_tokens_per_gpu or longest, divided):
+    room = packing.budget.max_tokens_per_gpu or packing.room
+    if room is not None and longest > max(room, divided):
         return None
     even = longest <= divided * UNEVEN and dearest <= costs.sum() / sp * UNEVEN
     return shares if even or longest <= HOST_BOUND else None

@@ -150,6 +150,7 @@ def setting_of(options: RunOptions, world: World) -> Setting:
     """What decides the memory of training; on GPUs where there are any, or some are planned for."""
     fsdp = options.fsdp
     trainer = options.trainer
+    shards = world.processes if fsdp.fsdp_size < 1 else fsdp.fsdp_size
     cuda = trainer.device != "cpu" and (
         torch.cuda.is_available() or trainer.device_memory_gb is not None
     )
@@ -157,7 +158,7 @@ def setting_of(options: RunOptions, world: World) -> Setting:
         ("bf16" if cuda else fsdp.model_dtype) if fsdp.param_dtype == "auto" else fsdp.param_dtype
     )
     return Setting(
-        shards=world.processes if fsdp.fsdp_size < 1 else fsdp.fsdp_size,
+        shards=shards,
         ep=fsdp.expert_parallel_size,
         sp=options.sp,
         master=fsdp.model_dtype,
@@ -166,7 +167,8 @@ def setting_of(options: RunOptions, world: World) -> Setting:
         param_offload=fsdp.param_offload,
         optimizer_offload=fsdp.optimizer_offload,
         reshard=fsdp.reshard_after_forward is not False,
-        may_stay=fsdp.reshard_after_forward == "auto" and not fsdp.param_offload,
+        # One process gathers nothing
+        may_stay=fsdp.reshard_after_forward == "auto" and not fsdp.param_offload and shards > 1,
         fp32_residual=options.fp32_residual,
     )
 
@@ -286,8 +288,8 @@ def choose(
     `tokens` or `recompute` are kept; the weights' compute copy goes before more is recomputed;
     activations go to host memory only where `offload` says that all shall, or may as the last
     resort ("auto": of as few layers as will do). Weights stay gathered where they may and nothing
-    else has to change. Without a known device nothing is recomputed and a
-    GPU's share is just filled. Gradients are held where micro-batches are too short to hide their
+    else has to change. Without a known device nothing is recomputed and a GPU's share is just
+    filled. Gradients are held where micro-batches are too short to hide their
     reduction (always, without a device) and there is room.
     """
     kept = layer_costs(config, setting.sp).kept
@@ -312,12 +314,13 @@ def choose(
         held = replace(setting, hold=_reduction_shows(setting, budget))
         if predict(config, held, budget, rung).fits(device_gib):
             setting = held
-        gathered_once = replace(setting, reshard=setting.reshard and not setting.may_stay)
-        if predict(config, gathered_once, budget, rung).fits(device_gib):
-            setting = gathered_once
         parked = layers_away(config, rung, None)
         if offload == "auto":
             parked = _fewest_parked(config, setting, budget, rung, parked, device_gib)
+        # Last: no more activations leave for it
+        gathered_once = replace(setting, reshard=setting.reshard and not setting.may_stay)
+        if predict(config, gathered_once, budget, rung, parked).fits(device_gib):
+            setting = gathered_once
         plan = predict(config, setting, budget, rung, parked)
         return Choice(
             tokens or budget,

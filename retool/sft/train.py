@@ -153,6 +153,7 @@ def make_packing(report: SFTReport, mesh: Mesh) -> Packing:
         mesh.sp,
         pad_to,
         keep_whole=config.data.keep_documents_whole,
+        room=report.choice.tokens,
     )
 
 

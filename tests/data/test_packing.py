@@ -173,6 +173,7 @@ def test_documents_that_spread_evenly_stay_whole(lengths: list[int]) -> None:
         ([16_000, 16_000], packing(keep_whole=False)),
         ([16_000, 16_000], packing(pad_to=16_384)),
         ([1_500, 900], packing(budget=1_200)),  # more than a rank may hold
+        ([1_000, 1_000, 1_000], packing(room=1_500)),  # more than memory is planned for
     ],
 )
 def test_documents_that_dont_are_divided(lengths: list[int], how: Packing) -> None:

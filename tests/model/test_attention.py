@@ -529,7 +529,7 @@ def test_cudnn_lengths_round_to_16_per_octave() -> None:
     assert all(n <= attention_cudnn._rounded(n) <= n * 17 / 16 for n in lengths)
 
 
-@pytest.mark.parametrize("huge", [1 << 31, 100 * 64])
+@pytest.mark.parametrize("huge", [1 << 31, 100 * 64, 68 * 64])
 @pytest.mark.parametrize(
     "seqlens", [(70, 70, 9, 1, 67, 3), (70, 70), (67,), (67, 3, 67), (3, 2), (64,)]
 )
@@ -539,7 +539,8 @@ def test_cudnn_splitting_and_padding(
     """The pack is cut into long and short runs, long ones padded, and everything put back in place;
     a stand-in computes the batches.
 
-    Of runs of 100 tokens (rows of 64 elements) and more it isn't asked to where they are `huge`. A
+    Of runs of 100 (or 68, which 67 is rounded to) tokens and more, rows of 64 elements, it isn't
+    asked to where they are `huge`. A
     shape has one set of strides, whatever stands behind a document: plans are made for strides.
     """
     strides = defaultdict[torch.Size, set[tuple[int, ...]]](set)

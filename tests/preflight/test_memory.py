@@ -391,6 +391,17 @@ def test_offload_is_chosen_where_nothing_else_fits() -> None:
     assert choose(config, setting, 1 << 20, None, None, 80).fits is False
 
 
+def test_no_more_layers_are_offloaded_for_weights_that_stay_gathered() -> None:
+    config = model(**QWEN)
+    setting = Setting(shards=2)
+    frees, stays = (
+        choose(config, replace(setting, may_stay=may), 1 << 18, None, None, 26, "auto")
+        for may in (False, True)
+    )
+    assert frees.recompute == "offload" and frees.parked > 0
+    assert stays.parked == frees.parked
+
+
 def test_orders_that_must_hold() -> None:
     config = model(**QWEN)
     setting = Setting(shards=2)

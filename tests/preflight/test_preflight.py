@@ -557,6 +557,7 @@ def test_short_samples_share_a_micro_batch_within_the_plan(
         in_words(report)
     )["a step"]
     packing = make_packing(report, make_mesh())
+    assert packing.room == report.choice.tokens
     order = StepOrder(4, seed=0, shuffle=False)
     for step, count in ((0, expected), (1, 4)):
         packs = step_batch(step, report.train.dataset, order, packing).micro_batches
@@ -577,6 +578,7 @@ def test_a_micro_batch_is_filled_where_memory_allows(run: Path) -> None:
     }
     tokens = {name: choice.tokens for name, choice in chosen.items() if choice is not None}
     assert tokens["roomy"] == TOKENS_TO_FILL_A_GPU and tokens["tight"] == tokens["exact"] < 100
+    assert chosen["roomy"] is not None and chosen["roomy"].reshard, "one process gathers nothing"
 
 
 def test_a_micro_batch_is_not_filled_at_the_price_of_the_compute_copy(

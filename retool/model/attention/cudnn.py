@@ -84,7 +84,10 @@ def _rounded(length: int) -> int:
 
 
 def _by_cudnn(q_TNH: Tensor, run: Run) -> bool:
-    return run.length > 0 and (run.end - run.begin) * q_TNH.stride(0) < INDEXABLE
+    if not run.length:
+        return False
+    rows = (run.stop - run.first) * _rounded(run.length)
+    return rows * q_TNH.stride(0) < INDEXABLE
 
 
 def _batched(x_TNH: Tensor, run: Run) -> Tensor:
