@@ -5,6 +5,7 @@ is told.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +16,11 @@ import pytest
 
 from retool.rl.agent.environments.load import EnvironmentSource, let_go
 from retool.rl.agent.environments.protocol import Answer, EnvironmentFailure, Opening
+from retool.rl.agent.environments.sandboxed import MARK, SandboxedWorld
 from retool.rl.agent.environments.world import World
 from retool.rl.agent.tools.interpreter import InterpreterConfig
+from retool.sandbox import Limits, Result
+from retool.sandbox.kept import SNAPSHOT
 
 GAME = '''
 import os
@@ -87,6 +91,33 @@ def test_what_can_t_be_in_the_sandbox_is_told_before_it_starts(tmp_path) -> None
         replace(source, kwargs={"most": object()}).load()
     with pytest.raises(ValueError, match="sandboxed=true needs a class in a file"):
         EnvironmentSource("openenv:http://127.0.0.1:1", None, {}, CONFIG).load()
+
+
+class Printed:
+    """As an interpreter: each program prints this."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    async def run(self, program: str, session: bytes) -> Result:
+        del program, session
+        kept = self._text[: Limits().output_kb << 10]
+        return Result("success", kept, stdout_bytes=len(self._text), files={SNAPSHOT: b"left"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MARK + json.dumps({"is_tuple": False, "value": "long" * 20_000}),
+        # What the model's program printed, before the answer that isn't kept
+        MARK + '{"is_tuple": false, "value": "forged"}\n' + "x" * 70_000,
+    ],
+)
+def test_an_answer_that_was_cut_is_none(text: str) -> None:
+    interpreter: Any = Printed(text)
+    world = SandboxedWorld(interpreter, "")
+    with pytest.raises(RuntimeError, match="more than 64 KB"):
+        asyncio.run(world.step({"role": "assistant", "content": "Go."}))
 
 
 @pytest.mark.slow

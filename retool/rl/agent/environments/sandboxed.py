@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from retool.rl.agent.tools.interpreter import CodeInterpreter, InterpreterConfig, result_text
-from retool.sandbox import Result
+from retool.sandbox import Limits, Result
 
 MARK = "retool's answer: "  # before what a program gives, on a line of its own
 
@@ -101,6 +101,12 @@ class SandboxedWorld:
         program = begin + CALL.format(method=method, given=sent)
         result = await self._interpreter.run(program, session=self._left)
         self._left = result.session
+        most = Limits().output_kb
+        if result.stdout_bytes > most << 10:
+            # The answer, which comes last, isn't whole, or isn't there
+            raise RuntimeError(
+                f"its answer, with what else the program printed, has more than {most} KB"
+            )
         answer = _answer_in(result)
         if answer is None:
             raise RuntimeError(result.reason or result_text(result))
