@@ -23,6 +23,7 @@ from retool.rl.agent.environments.play import Attempt, Worlds, run_in_world, see
 from retool.rl.agent.environments.protocol import read_answer
 from retool.rl.agent.options import Agent
 from retool.rl.agent.rollout import Sampling, roll_out
+from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.reward.calling import Asked, seen_by
 from retool.rl.reward.source import OF_TURNS, find_reward
 from retool.rl.types import TOOL_FAILURE, Stop
@@ -180,6 +181,26 @@ def test_a_world_may_score_what_our_limits_cut(renderer_of) -> None:
     world = Scoring([([], 1.0, True)])
     trajectory, _ = played(renderer, world, [say(renderer, "a")])
     assert trajectory.stop is Stop.DONE and len(world.heard) == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "stop"),
+    [
+        ({"max_assistant_turns": 1}, Stop.MAX_TURNS),
+        ({"max_response_length": 60}, Stop.LENGTH),
+        ({}, Stop.DONE),
+    ],
+)
+def test_a_world_hears_of_a_last_turn_that_only_called_the_run_s_tools(
+    renderer_of, tool_row, limits, stop
+) -> None:
+    renderer = renderer_of("hermes")
+    world = Scoring([])
+    tool = Answers([ToolResult("24 " * 20, "success", done=stop is Stop.DONE)])
+    turns = [say(renderer, call_text("4!"))]
+    trajectory, _ = played(renderer, world, turns, tool, tool_row, **limits)
+    assert trajectory.stop is stop and trajectory.turn_rewards == (0.25,)
+    assert world.heard == [{"role": "assistant", "content": call_text("4!")}]
 
 
 # --- tools ---

@@ -164,23 +164,25 @@ class Play:
                 calls = calls_in(episode.texts[-1], agent)
             others, asked = self._divide(calls)
             answer = None
+            unheard: str | None = episode.texts[-1]
             if asked or not others:
                 answer = await world.step(self._message(episode.texts[-1], asked))
                 episode.reward_turn(answer.reward)
+                unheard = None
                 if answer.done:
                     episode.messages += answer.messages
                     return Stop.DONE, None
             if stop is Stop.EOS:
-                return stop, None
+                return stop, unheard
             if turns_used_up(episode, agent):
-                return Stop.MAX_TURNS, None
+                return Stop.MAX_TURNS, unheard
             responses, done = await self._responses(episode, others, answer)
             if done:
                 episode.messages += responses
-                return Stop.DONE, None
+                return Stop.DONE, unheard
             new_ids = await self._render(episode, responses)
             if len(episode.tokens) + len(new_ids) >= limit:  # no room for an answer to it
-                return Stop.LENGTH, None
+                return Stop.LENGTH, unheard
             episode.add_tool_turn(responses, new_ids)
 
     def _divide(self, calls: Sequence[Call]) -> tuple[list[Call], list[Call]]:
