@@ -398,7 +398,10 @@ def test_a_deterministic_backend_is_chosen_where_it_is_asked_for(
 def test_a_kernel_that_computes_wrongly_is_found_out(
     backend: str, spoilt: str | None, least: float, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tried: list[attention_reference.Pack] = []
+
     def forward(q, k, v, pack):
+        tried.append(pack)
         out, lse = attention_reference.reference_forward(q, k, v, pack)
         return out * {"out": 0.75, "nan": math.nan}.get(spoilt, 1), lse
 
@@ -410,6 +413,13 @@ def test_a_kernel_that_computes_wrongly_is_found_out(
     monkeypatch.setitem(kernels.BACKWARD, backend, backward)
     error = kernels.kernel_error.__wrapped__(backend, torch.device("cpu"), torch.float32, 16)
     assert least <= error <= most if spoilt != "nan" else not error <= kernels.TRUSTED
+    long = [run for run in attention_cudnn._runs(tried[0].seqlens) if run.length]
+    for run in long:
+        rounded = attention_cudnn._rounded(run.length)
+        assert run.length < rounded <= sum(tried[0].seqlens) - run.begin, (
+            "the next one is read along"
+        )
+    assert bool(long) == (backend == "cudnn")
 
 
 def test_only_kernels_that_compute_rightly_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
