@@ -16,16 +16,18 @@ from dataclasses import dataclass
 import numpy as np
 
 # Tokens at which causal attention costs as much as the rest of a 0.5B-parameter model. For another
-# model: `perf.quadratic_length`.
+# model: `retool.model.costs.quadratic_length`.
 QUADRATIC_LENGTH = 24_000
 
 # [Note: whole documents] Ulysses divides every document over sp ranks, and each layer pays for that
 # with four all-to-alls. Where a micro-batch's documents spread evenly over the ranks as they are, each
 # rank computes its own, and nothing is sent. "Evenly" is up to this share of work more than divided
-# documents would make, less than what the all-to-alls cost; below so many tokens of a rank the device
-# waits for the host, and all-to-alls are work for the host.
+# documents would make, less than what the all-to-alls cost. A rank with few tokens waits for its host,
+# for which all-to-alls are work: it takes them however they spread.
 UNEVEN = 1.03
-HOST_BOUND = 2048
+# Tokens of a rank that are few for a 0.5B-parameter model. For another:
+# `retool.model.costs.few_tokens`.
+FEW_TOKENS = 2_000
 
 # [data-parallel rank][micro-batch][index of a sample]; an empty micro-batch is a dummy pack
 Plan = list[list[list[int]]]
@@ -36,7 +38,8 @@ class Budget:
     """What one micro-batch may hold: tokens per GPU, or a number of samples. Give one of them.
 
     A group of sp sequence-parallel ranks shares a micro-batch, so it holds sp times
-    `max_tokens_per_gpu`. `quadratic_length` balances the work (see the note above).
+    `max_tokens_per_gpu`. `quadratic_length` balances the work (see the note above), `few_tokens` are
+    too few to keep a GPU busy (see the note on whole documents).
 
     Raises ValueError for none or both, and for a limit below 1.
     """
@@ -44,6 +47,7 @@ class Budget:
     max_tokens_per_gpu: int | None = None
     micro_batch_size: int | None = None
     quadratic_length: int = QUADRATIC_LENGTH
+    few_tokens: int = FEW_TOKENS
 
     def __post_init__(self) -> None:
         limits = {
@@ -121,7 +125,7 @@ def whole_shares(lengths: Sequence[int], packing: Packing) -> list[list[int]] | 
     if room is not None and longest > max(room, divided):
         return None
     even = longest <= divided * UNEVEN and dearest <= costs.sum() / sp * UNEVEN
-    return shares if even or longest <= HOST_BOUND else None
+    return shares if even or longest <= packing.budget.few_tokens else None
 
 
 def _fill(weights: np.ndarray, costs: np.ndarray, capacity: int, dp: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from retool import checkpoint
 from retool.data.loader import Ahead, StepBatch, StepOrder, iterate_steps, iterate_validation
 from retool.data.packing import Budget, Packing
 from retool.model.borrowed.module import BorrowedModel
-from retool.model.costs import model_flops, quadratic_length
+from retool.model.costs import few_tokens, model_flops, quadratic_length
 from retool.model.decoder import Decoder
 from retool.optim import learning_rate
 from retool.parallel.mesh import Mesh
@@ -144,6 +144,7 @@ def make_packing(report: SFTReport, mesh: Mesh) -> Packing:
         micro_batch_size=samples,
         max_tokens_per_gpu=report.choice.tokens if samples is None else None,
         quadratic_length=quadratic_length(report.model),
+        few_tokens=few_tokens(report.model),
     )
     pad_to = None if config.use_remove_padding else config.data.max_length
     return Packing(

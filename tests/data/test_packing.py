@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from retool.data.packing import Budget, Packing, cost, plan_step, whole_shares
-from retool.model.costs import model_flops, multiplied_parameters, quadratic_length
+from retool.model.costs import few_tokens, model_flops, multiplied_parameters, quadratic_length
 from retool.model.families.read import parse_model_config
 
 
@@ -114,6 +114,7 @@ def test_attention_costs_as_much_as_the_rest_where_the_model_says():
             "max_position_embeddings": 8192,
         }
     )
+    assert few_tokens(model) == 138  # of FEW_TOKENS for a model with a fifteenth of its layer
     length = quadratic_length(model)
     assert model_flops(model, [length]) == pytest.approx(
         2 * 6 * multiplied_parameters(model) * length, rel=1e-4
@@ -173,6 +174,7 @@ def test_documents_that_spread_evenly_stay_whole(lengths: list[int]) -> None:
         ([16_000, 16_000], packing(keep_whole=False)),
         ([16_000, 16_000], packing(pad_to=16_384)),
         ([1_500, 900], packing(budget=1_200)),  # more than a rank may hold
+        ([1_500, 900], Packing(Budget(None, 99, few_tokens=140), sp=2)),  # of a large model
         ([1_000, 1_000, 1_000], packing(room=1_500)),  # more than memory is planned for
     ],
 )
