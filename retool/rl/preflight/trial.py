@@ -43,6 +43,8 @@ def try_reward(
         return
     if source.asks_a_model:
         parts = tuple(part for part in source.parts if not part.is_model)
+        if not parts:
+            return
         source = replace(source, parts=parts)
     try:
         judges = open_judges(source, settings, workers=1)

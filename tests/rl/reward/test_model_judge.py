@@ -157,6 +157,9 @@ def test_beside_other_rewards_it_is_one_of_several(folder: Path) -> None:
     settings = RewardConfig(num_workers=1, model=RewardModelConfig(path=str(folder)))
     source = find_several([f"{REWARDS}/digits", "model"], [1.0, 0.5])
     assert not list(try_reward(source, settings, [])), "its weights aren't read for a trial"
+    alone = find_several(["model"], [0.5])
+    nowhere = RewardConfig(num_workers=1, model=RewardModelConfig(path="/nowhere"))
+    assert not list(try_reward(alone, nowhere, [])), "nor are those of the only one"
     judges = open_judges(source, settings)
     try:
         (each,) = judged(judges, conversations()[:1])
