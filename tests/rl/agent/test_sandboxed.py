@@ -94,13 +94,15 @@ def test_what_can_t_be_in_the_sandbox_is_told_before_it_starts(tmp_path) -> None
 
 
 class Printed:
-    """As an interpreter: each program prints this."""
+    """As an interpreter: each program prints this, when it has waited in the queue."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, queue_seconds: float = 0.0) -> None:
         self._text = text
+        self._queue_seconds = queue_seconds
 
     async def run(self, program: str, session: bytes) -> Result:
         del program, session
+        await asyncio.sleep(self._queue_seconds)
         kept = self._text[: Limits().output_kb << 10]
         return Result("success", kept, stdout_bytes=len(self._text), files={SNAPSHOT: b"left"})
 
@@ -118,6 +120,22 @@ def test_an_answer_that_was_cut_is_none(text: str) -> None:
     world = SandboxedWorld(interpreter, "")
     with pytest.raises(RuntimeError, match="more than 64 KB"):
         asyncio.run(world.step({"role": "assistant", "content": "Go."}))
+
+
+def test_the_sandbox_s_queue_is_not_in_an_environment_s_time(tmp_path: Path) -> None:
+    make: Any = source_in(tmp_path).load()
+    answer = {"is_tuple": True, "value": ["Go on.", 0.5, False]}
+    make._interpreter = Printed(MARK + json.dumps(answer), queue_seconds=0.1)
+
+    async def step() -> Answer:
+        world = World(make, 0.05)
+        world._made = make()
+        try:
+            return await world.step({"role": "assistant", "content": "1"})
+        finally:
+            assert await world.close() == ""
+
+    assert asyncio.run(step()).reward == 0.5
 
 
 @pytest.mark.slow

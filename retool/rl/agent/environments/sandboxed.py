@@ -48,6 +48,8 @@ class SandboxedMaker:
     ValueError where it has none, or where `kwargs` can't be sent as JSON.
     """
 
+    keeps_time = True  # of each call from its program's start, not in the sandbox's queue
+
     def __init__(
         self, path: str, name: str, kwargs: Mapping[str, Any], config: InterpreterConfig
     ) -> None:

@@ -27,12 +27,13 @@ class World:
 
     A coroutine is awaited; anything else runs on a thread of the world's own, the same for all of
     its calls, so that it may keep what belongs to one (a connection of sqlite's). What takes longer
-    than `seconds` is given up. Raises EnvironmentFailure for whatever goes wrong.
+    than `seconds` is given up, unless `make.keeps_time`: it has a queue, which isn't the world's
+    time, and limits each call itself. Raises EnvironmentFailure for whatever goes wrong.
     """
 
     def __init__(self, make: Callable[[], Any], seconds: float) -> None:
         self._make = make
-        self._seconds = seconds
+        self._seconds = None if getattr(make, "keeps_time", False) else seconds
         self._thread = WorkThread()
         self._made: Any = None
         self._closed = False
@@ -93,7 +94,9 @@ class World:
         self, what: str, work: Coroutine[Any, Any, Any], read: Callable[[Any], T]
     ) -> T:
         """What `work` gives, read by `read`."""
-        seconds = min(self._seconds, CLOSE_SECONDS) if what == "close" else self._seconds
+        seconds = self._seconds
+        if seconds is not None and what == "close":
+            seconds = min(seconds, CLOSE_SECONDS)
         task = asyncio.create_task(_outcome(work))
         try:
             await asyncio.wait({task}, timeout=seconds)
