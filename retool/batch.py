@@ -51,9 +51,10 @@ class PackedBatch:
     `tokens`, `labels`, `positions` int64 [T] and `weights` float32 [T] are sliced for a
     sequence-parallel rank. `cu_seqlens` int32 [B+1], `max_seqlen` and `seqlens` describe the whole
     pack, unless no document of it lies on two ranks: then a slice is `alone`, and they describe its
-    own documents. `labels[i]` is the token after `i` in the same document; `weights[i]` is 0 where that
-    label isn't trained (a document's last token among them). `real` bool [T] is False for padding,
-    and sliced too; `real_tokens` and `trained_tokens` count the whole pack without it.
+    own documents (never where all are to be `divided`). `labels[i]` is the token after `i` in the same
+    document; `weights[i]` is 0 where that label isn't trained (a document's last token among them).
+    `real` bool [T] is False for padding, and sliced too; `real_tokens` and `trained_tokens` count the
+    whole pack without it.
 
     `experts` int16 [T, layers, k], sliced, has the experts that each token is to be computed by
     (`retool.model.experts.routing.chosen_experts`), `NO_EXPERTS` where the router chooses; None: it
@@ -72,6 +73,7 @@ class PackedBatch:
     trained_tokens: int
     experts: torch.Tensor | None = None
     alone: bool = False
+    divided: bool = False
 
     def slice(self, rank: int, size: int) -> PackedBatch:
         """The part of sequence-parallel rank `rank` of `size`: T/size consecutive tokens."""
@@ -94,7 +96,8 @@ class PackedBatch:
         """With the documents of `part` alone, where every rank's `width` tokens begin with one."""
         total = self.tokens.shape[0]
         begins = [0, *accumulate(self.seqlens)]
-        if width == total or not set(range(0, total, width)) <= set(begins):
+        apart = set(range(0, total, width)) <= set(begins)
+        if self.divided or width == total or not apart:
             return self
         first, stop = begins.index(part.start), begins.index(part.stop)
         seqlens = self.seqlens[first:stop]

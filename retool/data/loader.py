@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from typing import Protocol, TypeVar
@@ -177,7 +177,8 @@ def _packs(dataset: Samples, indices: Sequence[int], packing: Packing) -> tuple[
         samples = [dataset[indices[i]] for i in ordered]
         shares = whole_shares([lengths[i] for i in ordered], packing)
         if shares is None:
-            packs.append(pack(samples, packing.sp, pad_to, packing.pad_id))
+            divided = pack(samples, packing.sp, pad_to, packing.pad_id)
+            packs.append(replace(divided, divided=not packing.keep_whole))
         else:
             whole = [[samples[i] for i in sorted(share)] for share in shares]
             packs.append(pack_apart(whole, packing.pad_id))

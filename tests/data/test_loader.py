@@ -145,6 +145,14 @@ class TestSteps:
                 lengths = [n for _, n in documents(part)]
                 assert lengths == sorted(lengths), "attention has the short ones side by side"
 
+    @pytest.mark.parametrize("keep_whole", [True, False])
+    def test_documents_of_one_length_stay_whole_only_where_they_may(self, keep_whole):
+        equal = Memory([Sample(np.full(8, i, np.int32), np.ones(8, bool)) for i in range(4)])
+        packing = Packing(Budget(micro_batch_size=4), sp=2, keep_whole=keep_whole)
+        (batch,) = iterate_steps(equal, StepOrder(4, seed=0), packing, stop_step=1)
+        (whole,) = batch.micro_batches
+        assert [whole.slice(rank, 2).alone for rank in range(2)] == [keep_whole] * 2
+
     def test_epochs_cover_everything_but_the_incomplete_batch(self, memory):
         assert steps_per_epoch(53, 16) == 3
         batches = iterate_steps(memory, StepOrder(16, seed=1), FOURS, stop_step=6)
