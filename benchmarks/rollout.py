@@ -185,9 +185,17 @@ def gap(
         prompt = prompts[turn.key[1]]  # pyright: ignore[reportIndexIssue]
         tokens = np.array([*prompt, *turn.tokens], np.int32)
         batch = pack([Sample(tokens, np.ones(len(tokens), bool))]).to(model.mesh.device)
-        logp = model(
-            batch, lambda hidden, weight, labels=batch.labels: logprobs(hidden, weight, labels)[0]
-        )
+        labels = batch.labels
+
+        def score(
+            hidden: torch.Tensor,
+            weight: torch.Tensor,
+            cap: float = 0.0,
+            labels: torch.Tensor = labels,
+        ) -> torch.Tensor:
+            return logprobs(hidden, weight, labels, cap=cap)[0]
+
+        logp = model(batch, score)
         differences.append(np.abs(logp[len(prompt) - 1 : -1].cpu().numpy() - np.array(turn.logp)))
     flat = np.concatenate(differences)
     return {"mean": float(flat.mean()), "max": float(flat.max())}
