@@ -26,6 +26,10 @@ from retool.rl.types import Trajectory
 KEY = "reward_model.model.path"
 
 
+class ModelFailed(RuntimeError):
+    """The model broke on a batch, for want of memory, say: that says nothing about the answers."""
+
+
 @dataclass(frozen=True)
 class Question:
     """A conversation that waits for its score."""
@@ -72,14 +76,16 @@ class ModelJudge:
         timeout: float | None = None,
     ) -> Judged:
         """The model's number for a conversation; the floor where that is too long, can't be
-        rendered or isn't finite.
+        rendered or isn't finite. Lost where the model breaks.
         """
         question = Question(asked.seen["messages"], Future())
         self._waiting.put(question)
         try:
             score = await asyncio.wait_for(asyncio.wrap_future(question.answer), timeout)
         except Exception as error:  # whatever a template or the model raises
-            return Raised.by(error).judged(self._floor)
+            raised = Raised.by(error)
+            away = raised.away or isinstance(error, ModelFailed)
+            return raised._replace(away=away).judged(self._floor)
         return Judged(score)
 
     def close(self) -> None:
@@ -116,8 +122,10 @@ class ModelJudge:
         try:
             scores = self._scores([ids for _, ids in rendered])
         except Exception as error:  # the device's memory, say
+            failed = ModelFailed(f"{type(error).__name__}: {error}")
+            failed.__cause__ = error
             for question, _ in rendered:
-                question.answer.set_exception(error)
+                question.answer.set_exception(failed)
             return
         for (question, _), score in zip(rendered, scores, strict=True):
             if math.isfinite(score):

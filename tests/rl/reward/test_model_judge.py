@@ -20,7 +20,7 @@ from retool.rl.preflight.trial import try_reward
 from retool.rl.reward.calling import Asked
 from retool.rl.reward.judges import open_judges
 from retool.rl.reward.model_judge import ModelJudge, reward_model_bytes
-from retool.rl.reward.protocol import Judged
+from retool.rl.reward.protocol import JUDGES_LOST, Judged
 from retool.rl.reward.source import find_reward, find_several
 from tests import warm
 from tests.rl.test_command import REWARDS, TORCHRUN, main, steps, words
@@ -121,6 +121,22 @@ def test_what_it_cannot_judge_gets_the_floor_and_the_others_their_score(folder: 
     assert (too_long.score, too_long.failure) == (FLOOR, "exception")
     assert "reward_model.model.max_length=60: raise it" in too_long.reason
     assert (unrendered.score, unrendered.failure) == (FLOOR, "exception")
+
+
+def test_answers_are_lost_with_a_batch_that_the_model_breaks_on(
+    judge: ModelJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no memory, say: that is no answer's fault."""
+
+    def breaks(*given: Any, **named: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(judge._model, "forward", breaks)
+        lost = judged(judge, conversations()[:2])
+    assert [each.failure for each in lost] == [JUDGES_LOST] * 2
+    assert lost[0].reason.endswith("OutOfMemoryError: CUDA out of memory")
+    assert judged(judge, conversations()[:1])[0].failure is None
 
 
 @pytest.mark.parametrize(
