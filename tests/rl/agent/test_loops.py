@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from retool.rl.agent.environments.play import Attempt
-from retool.rl.agent.loops import Ending, TrajectoryOver
+from retool.rl.agent.loops import Ending, TrajectoryOver, threads
 from retool.rl.agent.loops.load import LoopSource, find_loop
 from retool.rl.agent.loops.play import OwnLoop, run_own_loop
 from retool.rl.agent.options import Agent
@@ -395,6 +395,33 @@ def test_loops_wait_for_each_other_s_turns_and_block_nobody(renderer_of) -> None
     assert [member.lost for member in found] == [False, True, False] * 2
     assert [member.score for member in found if not member.lost] == [1.0, 1.0, 0.0, 0.0]
     assert "agent.some: it didn't return within 0.4 s" in found[1].info[TOOL_FAILURE]
+
+
+def test_who_shares_a_thread_with_one_that_blocked_goes_on(monkeypatch) -> None:
+    monkeypatch.setattr(threads, "MOST_THREADS", 1)
+    monkeypatch.setattr(threads, "SECONDS_TO_ANSWER", 0.05)
+    shared = threads.LoopThreads()
+
+    async def blocking():
+        await asyncio.sleep(0.05)
+        time.sleep(0.4)
+
+    async def waiting():
+        await asyncio.sleep(0.2)
+        return "done"
+
+    async def both():
+        other = asyncio.create_task(shared.run(waiting, 3.0))
+        await asyncio.sleep(0)
+        gone = await shared.run(blocking, 0.1)
+        return gone, await other
+
+    try:
+        gone, other = asyncio.run(both())
+    finally:
+        shared.end()
+    assert gone.cancelled() and other.done() and other.result() == "done"
+    assert not shared._threads
 
 
 def test_contexts_draw_for_themselves_and_the_first_as_ours(renderer_of) -> None:

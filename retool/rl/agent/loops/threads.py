@@ -34,7 +34,9 @@ class LoopThread:
         return answer.done()
 
     def end(self) -> None:
-        """It ends, as soon as nothing blocks it."""
+        """It ends, as soon as nothing blocks it. To be ended twice does no harm."""
+        if self._ends:
+            return
         self._ends = True
         self._loop.call_soon_threadsafe(self._loop.stop)
 
@@ -74,6 +76,8 @@ class LoopThreads:
         finally:
             work.cancel()
             thread.running -= 1
+            if thread not in self._threads and not thread.running:
+                thread.end()
 
     def end(self) -> None:
         for thread in self._threads:
@@ -90,7 +94,9 @@ class LoopThreads:
         return min(self._threads, key=lambda thread: thread.running)
 
     async def _leave_if_blocked(self, thread: LoopThread) -> None:
-        """Nothing more is begun on a thread that doesn't come to anything."""
-        if thread in self._threads and not await thread.answers():
+        """Nothing more is begun on a thread that doesn't come to anything. It ends with the last that
+        runs there: what blocks it may be over.
+        """
+        blocked = not await thread.answers()
+        if blocked and thread in self._threads:
             self._threads.remove(thread)
-            thread.end()
