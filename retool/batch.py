@@ -101,9 +101,12 @@ class PackedBatch:
             return self
         first, stop = begins.index(part.start), begins.index(part.stop)
         seqlens = self.seqlens[first:stop]
-        cu_seqlens = torch.from_numpy(np.cumsum([0, *seqlens], dtype=np.int32))
         return replace(
-            self, cu_seqlens=cu_seqlens, seqlens=seqlens, max_seqlen=max(seqlens), alone=True
+            self,
+            cu_seqlens=edges(seqlens),
+            seqlens=seqlens,
+            max_seqlen=max(seqlens),
+            alone=True,
         )
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -121,6 +124,11 @@ class PackedBatch:
             experts=None if self.experts is None else to_device(self.experts, device),
             cu_seqlens=to_device(self.cu_seqlens, device),
         )
+
+
+def edges(seqlens: Sequence[int]) -> torch.Tensor:
+    """Where each document begins, and the last one ends: int32 [B+1]."""
+    return torch.from_numpy(np.cumsum([0, *seqlens], dtype=np.int32))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -179,7 +187,7 @@ def pack(
         weights=torch.from_numpy(np.concatenate(weights)),
         positions=torch.from_numpy(np.concatenate(positions)),
         real=torch.from_numpy(np.concatenate(real)),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *seqlens], dtype=np.int32)),
+        cu_seqlens=edges(seqlens),
         max_seqlen=max(seqlens),
         seqlens=tuple(seqlens),
         real_tokens=sum(map(len, samples)),
@@ -208,7 +216,7 @@ def pack_apart(shares: Sequence[Sequence[Sample]], pad_id: int = 0) -> PackedBat
         weights=joined("weights"),
         positions=joined("positions"),
         real=joined("real"),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *seqlens], dtype=np.int32)),
+        cu_seqlens=edges(seqlens),
         max_seqlen=max(seqlens),
         seqlens=seqlens,
         real_tokens=sum(part.real_tokens for part in packs),

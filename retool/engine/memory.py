@@ -64,6 +64,13 @@ def page_bytes(shape_LPkH: tuple[int, int, int, int], dtype: torch.dtype) -> int
     return 2 * prod(shape_LPkH) * dtype.itemsize
 
 
+def useful_bytes(options: EngineOptions, longest: int, page_size: int, page: int) -> int:
+    """What all sequences take in pages of `page` bytes when each has `longest` tokens and begins one
+    more.
+    """
+    return options.max_num_seqs * (longest // page_size + 1) * page
+
+
 def work_bytes(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) -> int:
     """What a forward needs beside weights and cache: fp32 logits of every sequence, twice, and a
     layer's activations.

@@ -14,7 +14,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from retool.rl.__main__ import main
 from retool.rl.objective.filter import UnusableSamples
 from retool.rl.objective.policy import update_step
 from tests import warm
+from tests.rl.killed import kill_in_mid_step, steps, told
 from tests.rl.test_config import PUBLISHED
 
 REWARDS = Path(__file__).parent / "reward" / "reward_functions.py"
@@ -61,10 +61,6 @@ def words(work: Path, out: Path, *more: str) -> list[str]:
         "reward_model.num_workers=1",
         *more,
     ]
-
-
-def steps(folder: Path) -> list[dict[str, Any]]:
-    return [entry for entry in read_jsonl(folder / "metrics.jsonl") if "timing_s/step" in entry]
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -476,38 +472,11 @@ def test_killed_in_mid_step_two_ranks_go_on_as_if_nothing_had_been(work, tmp_pat
         timeout=170,
     )
     out = tmp_path / "killed"
-    for done in (1, 2, 3):
-        process = subprocess.Popen(
-            [*TORCHRUN, *words(work, out, *common)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 150
-        while not (out / "metrics.jsonl").exists() or len(steps(out)) < done:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
-        time.sleep(0.07 * done)
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in (process.pid, *map(int, workers)):
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
-        assert len(workers) == 2
-        time.sleep(2)
-    subprocess.run(
-        [*TORCHRUN, *words(work, out, *common)], check=True, capture_output=True, timeout=170
-    )
-    told = [
-        [
-            {
-                k: v
-                for k, v in entry.items()
-                if not k.startswith(("timing_s", "perf/", "time", "eta"))
-            }
-            for entry in steps(tmp_path / name)
-        ]
-        for name in ("whole", "killed")
-    ]
-    assert told[0] == told[1] and any(entry["filter/groups_reused"] for entry in told[0])
+    command = [*TORCHRUN, *words(work, out, *common)]
+    kill_in_mid_step(command, out, (1, 2, 3), pause=0.07)
+    subprocess.run(command, check=True, capture_output=True, timeout=170)
+    whole_run, killed_run = (told(tmp_path / folder) for folder in ("whole", "killed"))
+    assert whole_run == killed_run and any(entry["filter/groups_reused"] for entry in whole_run)
 
 
 @pytest.mark.slow

@@ -5,11 +5,8 @@ killed goes on as if nothing had been.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from retool.rl.preflight.plan import Held, RLReport
 from retool.rl.preflight.world import with_environment
 from tests.faults import planned
 from tests.rl.agent.worlds import Digits
+from tests.rl.killed import kill_in_mid_step, told
 from tests.rl.test_command import ARR, TORCHRUN, steps, words
 
 WORLDS = Path(__file__).parent / "agent" / "worlds.py"
@@ -148,31 +146,10 @@ def test_killed_in_mid_step_a_run_in_a_world_goes_on_as_if_nothing_had_been(
     subprocess.run(whole, check=True, capture_output=True, timeout=170)
     out = tmp_path / "killed"
     command = [*TORCHRUN, *played(brief, out, *common)]
-    for done in (1, 3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 150
-        while not (out / "metrics.jsonl").exists() or len(steps(out)) < done:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
-        time.sleep(0.1 * done)
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in (process.pid, *map(int, workers)):
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
-        time.sleep(2)
+    kill_in_mid_step(command, out, (1, 3))
     subprocess.run(command, check=True, capture_output=True, timeout=170)
-    told = [
-        [
-            {
-                name: value
-                for name, value in entry.items()
-                if not name.startswith(("timing_s", "perf/", "time", "eta", "tool/"))
-            }
-            for entry in steps(tmp_path / folder)
-        ]
-        for folder in ("whole", "killed")
-    ]
-    assert told[0] == told[1] and any(entry["stop/done"] for entry in told[0])
+    whole_run, killed_run = (told(tmp_path / folder, "tool/") for folder in ("whole", "killed"))
+    assert whole_run == killed_run and any(entry["stop/done"] for entry in whole_run)
 
 
 @pytest.mark.slow

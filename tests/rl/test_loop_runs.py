@@ -5,10 +5,7 @@ that is killed goes on as if nothing had been.
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +32,7 @@ from tests.faults import planned
 from tests.ranks import run_ranks
 from tests.rl.agent import own_loops
 from tests.rl.agent.test_rollout import parts_of, prompt_of
+from tests.rl.killed import kill_in_mid_step, told
 from tests.rl.test_command import ARR, TORCHRUN, steps, words
 from tests.rl.test_environment_runs import brief
 
@@ -170,31 +168,10 @@ def test_killed_in_mid_step_a_run_with_a_loop_goes_on_as_if_nothing_had_been(
     subprocess.run(whole, check=True, capture_output=True, timeout=270)
     out = tmp_path / "killed"
     command = [*TORCHRUN, *played(brief, out, "compacting", *common)]
-    for done in (1, 3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 250
-        while not (out / "metrics.jsonl").exists() or len(steps(out)) < done:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
-        time.sleep(0.1 * done)
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in (process.pid, *map(int, workers)):
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
-        time.sleep(2)
+    kill_in_mid_step(command, out, (1, 3), patience=250)
     subprocess.run(command, check=True, capture_output=True, timeout=270)
-    told = [
-        [
-            {
-                name: value
-                for name, value in entry.items()
-                if not name.startswith(("timing_s", "perf/", "time", "eta", "tool/"))
-            }
-            for entry in steps(tmp_path / folder)
-        ]
-        for folder in ("whole", "killed")
-    ]
-    assert told[0] == told[1] and any(entry["agent/sequences/max"] == 3 for entry in told[0])
+    whole_run, killed_run = (told(tmp_path / folder, "tool/") for folder in ("whole", "killed"))
+    assert whole_run == killed_run and any(entry["agent/sequences/max"] == 3 for entry in whole_run)
 
 
 # --- before the run, and from Python ---

@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -34,6 +31,7 @@ from tests import warm
 from tests.ranks import run_ranks
 from tests.rl.agent.test_rollout import parts_of, prompt_of
 from tests.rl.agent.worlds import Digits
+from tests.rl.killed import kill_in_mid_step, told
 from tests.rl.test_command import ARR, TORCHRUN, steps, words
 
 SERVER = Path(__file__).parent / "agent" / "dying_server.py"
@@ -237,14 +235,6 @@ def test_two_ranks_count_all_that_breaks_in_tools_and_worlds(renderer_of) -> Non
         assert counts == again
 
 
-def kill_all(process: subprocess.Popen) -> None:
-    """End a launcher and its ranks at once, as a machine that goes down does."""
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in (process.pid, *map(int, workers)):
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.slow
 def test_killed_in_mid_step_a_run_with_tools_that_remember_goes_on_bit_for_bit(
     work, tmp_path
@@ -261,29 +251,13 @@ def test_killed_in_mid_step_a_run_with_tools_that_remember_goes_on_bit_for_bit(
     subprocess.run(whole, check=True, capture_output=True, timeout=170)
     out = tmp_path / "killed"
     command = [*TORCHRUN, *calling(work, out, tmp_path, *common)]
-    for done in (1, 3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 150
-        while not (out / "metrics.jsonl").exists() or len(steps(out)) < done:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
-        time.sleep(0.1 * done)
-        kill_all(process)
-        time.sleep(2)
+    kill_in_mid_step(command, out, (1, 3))
     subprocess.run(command, check=True, capture_output=True, timeout=170)
-    told = [
-        [
-            {
-                name: value
-                for name, value in entry.items()
-                if not name.startswith(("timing_s", "perf/", "time", "eta", "tool/latency"))
-            }
-            for entry in steps(tmp_path / folder)
-        ]
-        for folder in ("whole", "killed")
-    ]
-    assert len(told[0]) == 4 and told[0] == told[1]
-    assert all(entry["tool/calls"] > 0 for entry in told[0])
+    whole_run, killed_run = (
+        told(tmp_path / folder, "tool/latency") for folder in ("whole", "killed")
+    )
+    assert len(whole_run) == 4 and whole_run == killed_run
+    assert all(entry["tool/calls"] > 0 for entry in whole_run)
     shards = [
         sorted((tmp_path / folder / "global_step_4").rglob("*rank_*.pt"))
         for folder in ("whole", "killed")

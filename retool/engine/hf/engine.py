@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from retool.engine.hf.batching import Batching, Ended, Room, Sampling
 from retool.engine.hf.module import SamplingModule
-from retool.engine.memory import EngineMemory, cache_bytes, page_bytes, work_bytes
+from retool.engine.memory import EngineMemory, cache_bytes, page_bytes, useful_bytes, work_bytes
 from retool.engine.requests import Request, Requests
 from retool.engine.types import EngineOptions, SamplingParams, TurnDone
 from retool.model.config import ModelConfig
@@ -141,8 +141,7 @@ class HfEngine:
         config = self.config
         page = page_bytes((config.layers, size, config.kv_heads, config.head_dim), dtype)
         longest = options.max_length or config.max_position or size
-        # A page of each sequence is begun
-        useful = options.max_num_seqs * (longest // size + 1) * page
+        useful = useful_bytes(options, longest, size, page)
         room = cache_bytes(options, config, dtype, self.device, None, useful)
         pages = min(room, useful) // page
         if pages * size < longest:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from retool.engine.memory import EngineMemory, cache_bytes, page_bytes, work_bytes
+from retool.engine.memory import EngineMemory, cache_bytes, page_bytes, useful_bytes, work_bytes
 from retool.engine.requests import Request, Requests
 from retool.engine.types import EngineOptions, SamplingParams, TurnDone
 from retool.engine.vllm.start import PAGE_SIZE, Place, make_engine, sampling
@@ -167,7 +167,7 @@ class VllmEngine:
         ranks = 1 if self.group is None else dist.get_world_size(self.group)
         needed = self.memory(self.config, options, dtype, ranks, sharded.layout)
         longest = options.max_length or self.config.max_position or PAGE_SIZE
-        useful = options.max_num_seqs * (longest // PAGE_SIZE + 1) * needed.page
+        useful = useful_bytes(options, longest, PAGE_SIZE, needed.page)
         room = cache_bytes(
             options, self.config, dtype, self.device, self.group, useful, needed.weights
         )

@@ -36,7 +36,7 @@ def open_judges(
     members: list[Judges] = []
     try:
         for part in source.parts:
-            if part.is_judge or part.is_model:
+            if not part.is_function:
                 judge = _open(part, settings, workers, device)
                 members.append(WeightedJudges(judge, part.name, part.weight))
         for group, is_awaited in by_place(source, settings):
@@ -74,7 +74,7 @@ def by_place(
     awaited: list[RewardSource] = []
     pooled: list[RewardSource] = []
     for part in source.parts:
-        if part.is_judge or part.is_model:
+        if not part.is_function:
             continue
         is_async = inspect.iscoroutinefunction(part.load())
         place = awaited if settings.concurrent and is_async else pooled

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -170,6 +171,7 @@ class ModelJudge:
 # --- what the folder must hold ---
 
 
+@lru_cache
 def reward_model_folder(settings: RewardModelConfig) -> Path:
     """Where the model is. ValueError where none is named, or it is no reward model."""
     if settings.path is None:
@@ -222,6 +224,7 @@ def load_reward_model(folder: Path, device: str) -> Any:
     return model.eval().to(device)
 
 
+@lru_cache
 def reward_model_bytes(folder: Path) -> int:
     """What its weights take on a GPU: bf16, counted from the files' headers."""
     elements = 0

@@ -87,6 +87,11 @@ class RewardSource:
         return self.name == OF_MODEL and not (self.is_users or self.parts)
 
     @property
+    def is_function(self) -> bool:
+        """Whether it is called, not asked of a model."""
+        return not (self.is_judge or self.is_model)
+
+    @property
     def asks_a_model(self) -> bool:
         """Whether one does so of any part."""
         return any(part.is_model for part in self.parts or (self,))
