@@ -99,6 +99,7 @@ def _member_to_plain(member: Scored) -> dict[str, Any]:
         "turn_rewards": list(trajectory.turn_rewards),
         "tool_scores": dict(trajectory.tool_scores),
         "cuts": list(trajectory.cuts),
+        "joins": list(trajectory.joins),
         "stop": trajectory.stop.value,
         "score": member.score,
         "reward": member.reward,
@@ -119,6 +120,7 @@ def _member_from_plain(entry: Mapping[str, Any], prompt: Prompt) -> Scored:
     numbers["turn_rewards"] = tuple(entry.get("turn_rewards", ()))
     numbers["tool_scores"] = dict(entry.get("tool_scores", {}))
     numbers["cuts"] = tuple(entry.get("cuts", ()))
+    numbers["joins"] = tuple(entry.get("joins", ()))
     trajectory = Trajectory(prompt=prompt, stop=Stop(entry["stop"]), **arrays, **numbers)
     return Scored(trajectory, float(entry["score"]), float(entry["reward"]), dict(entry["info"]))
 

@@ -100,6 +100,8 @@ class Trajectory:
     experts             int8 or int16 [n, layers, k]: which experts computed each token when it was
                         sampled, where the run replays them; -1 for a token that nobody computed
     cuts                where in `tokens` its sequences after the first begin: see [Note: sequences]
+    joins               where in `tokens` a turn of the model begins right behind another: a loop of
+                        the user's had the model go on with nothing said to it
 
     Messages and uses are for reward functions: once it is judged, a trajectory has none.
     """
@@ -130,6 +132,7 @@ class Trajectory:
     tool_scores: Mapping[str, float] = field(default_factory=dict)
     experts: np.ndarray | None = None
     cuts: tuple[int, ...] = ()
+    joins: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = {len(self.tokens), len(self.mask), len(self.logp), len(self.logp_behaviour)}

@@ -70,6 +70,7 @@ class Episode:
     # Of prompt and response, a piece for each turn
     experts: list[np.ndarray] = field(default_factory=list)
     cuts: tuple[int, ...] = ()
+    joins: tuple[int, ...] = ()
     inline: Inline | None = None  # it is in the middle of a turn, which this answers calls in
 
     @staticmethod
@@ -150,6 +151,7 @@ class Episode:
             tool_uses=self.tool_uses,
             experts=self._all_experts(len(prompt_ids) + len(response_ids)),
             cuts=self.cuts,
+            joins=self.joins,
         )
 
     def _all_experts(self, length: int) -> np.ndarray | None:

@@ -162,16 +162,18 @@ def place_turn_rewards(
     given: Sequence[float],
     reward: float,
     mask: np.ndarray,
+    joins: Sequence[int] = (),
 ) -> np.ndarray:
     """What each turn was `given` on its last sampled token, the rest of the trajectory's `reward`
     on the last of all. They add up to `reward`.
 
-    A turn is a run of sampled tokens: the template stands between two of them. ValueError where
-    there aren't as many as turns were given something.
+    A turn is a run of sampled tokens: the template stands between two of them, but where one begins
+    at a place of `joins`. ValueError where there aren't as many as turns were given something.
     """
     if not given:
         return place_reward(reward, mask)
     is_followed = np.append(mask[1:], False)
+    is_followed[[join - 1 for join in joins]] = False
     ends = np.flatnonzero(mask & ~is_followed)
     if len(ends) != len(given):
         raise ValueError(

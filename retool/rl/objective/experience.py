@@ -273,7 +273,7 @@ def _placed(
     if not turn_weight:
         return place_reward(member.reward, trajectory.mask)
     given = [turn_weight * reward for reward in trajectory.turn_rewards]
-    return place_turn_rewards(given, member.reward, trajectory.mask)
+    return place_turn_rewards(given, member.reward, trajectory.mask, trajectory.joins)
 
 
 # --- the sampler's correction ---

@@ -85,7 +85,7 @@ def user(text):
 
 def played(renderer, world, turns, tool=None, row=ROW, seconds=5.0, **changes):
     """(trajectory, the model) of a trajectory in `world`."""
-    model = Scripted(turns)
+    model = Scripted(turns) if isinstance(turns, list) else turns
     agent = Agent({tool.name: tool} if tool else {}, renderer, replace(OPTIONS, **changes))
     worlds = Worlds(lambda: world, seconds, LONGEST)
     attempt = Attempt(prompt_of(renderer, row), 2, seed=11, version=7)

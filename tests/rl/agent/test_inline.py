@@ -18,6 +18,8 @@ from retool.rl.agent.options import Agent, AgentOptions, ends_of_inline
 from retool.rl.agent.tools.interpreter import SCHEMA
 from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.types import Prompt, Stop
+from tests.rl.agent.test_environments import Scoring
+from tests.rl.agent.test_environments import played as in_world
 from tests.rl.agent.test_loop import Answers
 from tests.rl.agent.test_loops import played
 
@@ -159,3 +161,29 @@ def test_a_loop_of_the_user_s_gets_the_turn_up_to_the_call(renderer) -> None:
     )
     assert trajectory.stop is Stop.NO_CALL and trajectory.tool_calls == 1 and not trajectory.cuts
     assert trajectory.tokens[trajectory.mask].tolist() == plan
+
+
+def test_a_world_hears_all_of_a_turn_that_tools_answered_amid(renderer) -> None:
+    """With what they answered, as it stands in the conversation; of a turn that is cut off, too."""
+    end = renderer.ends.known[0]
+    text = "Is 2 >1?\n<code>\nx\n</code>\nYes."
+    for ids, stop in (
+        (ids_of(renderer, text + end), Stop.DONE),
+        (ids_of(renderer, text), Stop.LENGTH),
+    ):
+        world = Scoring([([], 1.0, True)])
+        options = options_of(renderer)
+        model = Planned(ids, Agent({}, renderer, options).stop_ids)
+        trajectory, _ = in_world(
+            renderer,
+            world,
+            model,
+            Answers(["1"], SCHEMA),
+            format=RETOOL,
+            inline_ids=options.inline_ids,
+        )
+        assert trajectory.stop is stop and trajectory.tool_calls == 1
+        ids = trajectory.tokens[trajectory.prompt_length :]
+        whole = renderer.encoder.said(ids).removesuffix(end)
+        assert "\n1\n</interpreter>" in whole
+        assert world.heard == [{"role": "assistant", "content": whole}]

@@ -19,6 +19,7 @@ from retool.rl.agent.loops.play import OwnLoop, run_own_loop
 from retool.rl.agent.options import Agent
 from retool.rl.agent.rollout import Sampling, roll_out
 from retool.rl.agent.tools.protocol import ToolResult
+from retool.rl.objective.advantages import place_turn_rewards
 from retool.rl.state import group_from_plain, group_to_plain
 from retool.rl.types import TOOL_FAILURE, Group, Scored, Stop
 from tests.rl.agent.test_loop import OPTIONS, Answers, Scripted, call_text, episode, prompt_of, say
@@ -160,6 +161,37 @@ def test_a_context_that_forks_begins_with_the_very_tokens_and_trains_its_own_alo
     (again,) = group_from_plain(plain, lambda index: trajectory.prompt).members
     assert again.trajectory.cuts == (cut,)
     assert np.array_equal(again.trajectory.tokens, trajectory.tokens)
+
+
+def test_a_turn_that_goes_on_with_nothing_said_to_it_is_a_turn_of_its_own(
+    renderer_of, tool_row
+) -> None:
+    """In a second sequence, too: what each is given stands on its own last token."""
+
+    async def going_on(row, generate, tools):
+        turn = await generate(row["prompt"], max_tokens=2)
+        await tools.call("calculator", {"code": "1"})
+        turn = await generate(turn.ids, max_tokens=3)
+        await generate("Another.", max_tokens=1)
+        await tools.call("calculator", {"code": "2"})
+        other = await generate(generate.encode("A third."))
+        await generate(other.ids)
+        assert turn.number == 1 and other.number == 3
+        return Ending(turn, reward=4.0)
+
+    renderer = renderer_of("hermes")
+    ids = say(renderer, "one two three four")
+    turns = [[ids[:2], ids[2:5]], [ids[:1]], [ids[:3], ids[3:4]]]
+    tool = Answers([ToolResult("", "success", reward=1.0), ToolResult("", "success", reward=2.0)])
+    trajectory, _ = played(renderer, going_on, turns, tool, row=tool_row)
+    assert trajectory.num_turns == 6  # nobody said anything between
+    assert trajectory.turn_rewards == (1.0, 4.0, 2.0, 0.0, 0.0) and len(trajectory.joins) == 2
+    member = Scored(trajectory.without_texts(), 1.0, 1.0)
+    plain = group_to_plain(Group(trajectory.prompt, [member]))
+    (again,) = group_from_plain(plain, lambda index: trajectory.prompt).members
+    trained = again.trajectory
+    placed = place_turn_rewards(trained.turn_rewards, 7.0, trained.mask, trained.joins)
+    assert placed[trained.mask].tolist() == [0, 1, 0, 0, 4, 2, 0, 0, 0, 0]
 
 
 def test_what_tools_give_is_the_turn_s_that_they_answer(renderer_of, tool_row) -> None:

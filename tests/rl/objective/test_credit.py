@@ -109,6 +109,8 @@ def test_the_sum_of_rewards_stays_and_turns_must_be_there() -> None:
     mask = np.array([0, 1, 1, 0, 1], bool)
     np.testing.assert_allclose(place_turn_rewards((0.25, -1.0), 3.0, mask), [0, 0, 0.25, 0, 2.75])
     np.testing.assert_allclose(place_turn_rewards((), 3.0, mask), [0, 0, 0, 0, 3.0])
+    joined = place_turn_rewards((0.25, 0.5, -1.0), 3.0, mask, joins=(2,))
+    np.testing.assert_allclose(joined, [0, 0.25, 0.5, 0, 2.25])
     with pytest.raises(ValueError, match="3 turns of a trajectory were given rewards, and 2 were"):
         place_turn_rewards((1.0, 2.0, 3.0), 3.0, mask)
 

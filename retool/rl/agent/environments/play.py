@@ -157,16 +157,19 @@ class Play:
         while True:
             turn = await sample_turn(generate, new_ids, limit - len(episode.tokens), agent)
             stop, calls = take_turn(episode, turn, agent)
+            # All of its message: tools may have answered in the middle of it
+            said = str(episode.messages[-1]["content"])
             if stop is Stop.ABORTED or stop is Stop.LENGTH:
-                return stop, episode.texts[-1]
+                return stop, said
             if stop is not None and not agent.options.inline_ids:
                 # The world hears of a last turn too, and rewards it
-                calls = calls_in(episode.texts[-1], agent)
+                calls = calls_in(said, agent)
             others, asked = self._divide(calls)
             answer = None
-            unheard: str | None = episode.texts[-1]
+            unheard: str | None = said
             if asked or not others:
-                answer = await world.step(self._message(episode.texts[-1], asked))
+                earlier = said.removesuffix(episode.texts[-1])
+                answer = await world.step(self._message(said, asked, earlier))
                 episode.reward_turn(answer.reward)
                 unheard = None
                 if answer.done:
@@ -193,11 +196,16 @@ class Play:
     def _is_right(self, call: Call) -> bool:
         return check(call, self.agent.schemas) is None
 
-    def _message(self, text: str, calls: Sequence[Call]) -> dict[str, Any]:
-        """A turn of the model as the world is told of it: without its thoughts."""
+    def _message(self, text: str, calls: Sequence[Call], earlier: str = "") -> dict[str, Any]:
+        """A turn of the model as the world is told of it: without its thoughts. What it said
+        `earlier` stands before calls that were answered in the middle of it.
+        """
         agent = self.agent
         reasoning = agent.renderer.reasoning
-        said = before_calls(agent.options.format, text, reasoning) if calls else text
+        said = text
+        if calls:
+            last = text[len(earlier) :]
+            said = earlier + before_calls(agent.options.format, last, reasoning)
         if reasoning != "none":
             said = without_thoughts(said).lstrip()
         message: dict[str, Any] = {"role": "assistant", "content": said}

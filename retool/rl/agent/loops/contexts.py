@@ -51,12 +51,15 @@ class Context:
     prompt_length: int = 0
     places: list[Place] = field(default_factory=list)  # where its turns ended
     turns: list[int] = field(default_factory=list)  # their numbers
+    joins: list[int] = field(default_factory=list)  # where one begins right behind another
     busy: bool = False  # a turn of it is being sampled
 
     def add(self, given: Given, turn: Sampled, text: str, number: int, ended: bool) -> None:
         """Record what was given, and the turn that was sampled after it, with its text."""
         if not self.turns:
             self.prompt_length = len(given.ids)
+        elif not given.ids:
+            self.joins.append(len(self.tokens))
         self.tokens += given.ids
         self.tokens += turn.tokens
         self.mask += [False] * len(given.ids)
@@ -95,7 +98,7 @@ class Given:
     @property
     def follows(self) -> bool:
         """Whether something was said to a turn, and not to begin with."""
-        return bool(self.context.turns)
+        return bool(self.context.turns and self.ids)
 
 
 @dataclass
@@ -219,6 +222,9 @@ class Contexts:
         episode.experts = _joined([c.all_experts() for c in trained])
         ends = np.cumsum([len(context.tokens) for context in trained])
         episode.cuts = tuple(int(end) for end in ends[:-1])
+        begins = (0, *episode.cuts)
+        joins = [[at + j for j in c.joins] for c, at in zip(trained, begins, strict=True)]
+        episode.joins = tuple(_joined(joins))
         return _joined([c.turns for c in trained])
 
 
