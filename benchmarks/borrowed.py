@@ -22,8 +22,8 @@ from table import arguments, attempt, failed, hardware, head, measure, row, save
 from retool.batch import PackedBatch, Sample, pack
 from retool.model.borrowed.read import borrow
 from retool.model.build import ModelOptions, build_decoder
+from retool.model.catalogue.families import parse_model_config
 from retool.model.config import ModelConfig
-from retool.model.families.read import parse_model_config
 from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import Sharded

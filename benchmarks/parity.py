@@ -26,7 +26,7 @@ from table import arguments, attempt, failed, hardware, head, row, save
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone
 from retool.model.build import DTYPES, ModelOptions
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 

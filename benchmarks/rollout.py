@@ -46,9 +46,9 @@ from retool.batch import Sample, pack
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone
 from retool.model.build import ModelOptions, build_decoder
+from retool.model.catalogue.families import read_model_config
 from retool.model.config import ModelConfig
 from retool.model.costs import multiplied_parameters
-from retool.model.families.read import read_model_config
 from retool.model.logprobs import logprobs
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import make_mesh

@@ -30,8 +30,8 @@ from table import arguments, attempt, failed, hardware, head, measure, row, save
 from retool.batch import Sample, pack
 from retool.model.attention.dispatch import choose_backend
 from retool.model.block import Execution
+from retool.model.catalogue.families import FAMILIES
 from retool.model.config import ModelConfig
-from retool.model.families.read import FAMILIES
 from retool.model.rope import frequencies, rope_tables
 from retool.parallel.collectives import exchange
 from retool.parallel.mesh import Mesh, make_mesh

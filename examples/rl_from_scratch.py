@@ -19,7 +19,7 @@ from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.data.render.renderer import Renderer
 from retool.data.tokens.load import load_tokenizer
 from retool.engine import Engine, EngineOptions
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.mesh import make_mesh
 from retool.rl.agent.options import AgentOptions

@@ -18,7 +18,7 @@ import pytest
 
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.rl.__main__ import main as rl_main
 from retool.rl.agent.tools.load import load_tools
 

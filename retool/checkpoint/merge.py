@@ -15,7 +15,7 @@ from retool.checkpoint.format.torch_file import WAY_OUT
 from retool.checkpoint.hf.side_files import copy_side_files, tied, untie
 from retool.checkpoint.shards.same_step import require_one_step
 from retool.checkpoint.shards.source import ShardSource
-from retool.model.families.hf_names import EMBEDDING, HEAD
+from retool.model.hf.names import EMBEDDING, HEAD
 
 Progress = Callable[[str, int], None]  # (what, elements done since the last call)
 

@@ -11,7 +11,7 @@ import torch
 from retool.doctor.finding import Finding
 from retool.doctor.machine import Machine
 from retool.doctor.network import BETWEEN, INSIDE, Link
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.model.traffic.exchanges import Plan
 from retool.model.traffic.layouts import Layout, best, on
 from retool.model.traffic.machines import Machines

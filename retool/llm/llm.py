@@ -26,7 +26,7 @@ from retool.llm.outputs import RequestOutput, make_output
 from retool.llm.requests import Prompt, Request, check, for_each, make_request, several
 from retool.llm.sampling import SamplingParams
 from retool.model.build import DTYPES, ModelOptions
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.model.hub import eos_ids
 from retool.parallel.mesh import Mesh, grow_segments, pick_device
 

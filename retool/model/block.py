@@ -34,7 +34,7 @@ from retool.model.attention.dispatch import attention, attention_forward_lse, at
 from retool.model.compile import compiled, unviewed
 from retool.model.config import ModelConfig
 from retool.model.experts.routing import Watch
-from retool.model.families.hf_names import Stored
+from retool.model.hf.names import Stored
 from retool.model.offload import Offload
 from retool.model.recompute import Kernel, Recompute, recomputed
 from retool.parallel.collectives import all_to_all

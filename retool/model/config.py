@@ -86,7 +86,7 @@ class Experts:
 class ModelConfig:
     """Sizes and switches of a decoder.
 
-    `family` is a key of `retool.model.families.FAMILIES`. `tied`: the vocabulary matrix is the
+    `family` is a key of `retool.model.catalogue.families.FAMILIES`. `tied`: the vocabulary matrix is the
     embedding. The biases and `qk_norm` are what the family and its file say.
 
     `experts`: of every layer, which then has no MLP beside them.

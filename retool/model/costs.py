@@ -19,9 +19,9 @@ from collections.abc import Iterable
 
 from retool.model.borrowed.config import BorrowedConfig
 from retool.model.borrowed.costs import costs as borrowed_costs
+from retool.model.catalogue.families import FAMILIES
 from retool.model.config import ModelConfig
-from retool.model.families.layer_costs import LayerCosts
-from retool.model.families.read import FAMILIES
+from retool.model.layer_costs.cost import LayerCosts
 
 # Tokens: no document is so long
 NO_QUADRATIC_LENGTH = 1 << 40

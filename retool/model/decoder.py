@@ -19,10 +19,10 @@ from torch import nn
 
 from retool.batch import PackedBatch
 from retool.model.block import Block, Execution, new_parameter, rms_norm
+from retool.model.catalogue.families import FAMILIES
 from retool.model.config import ModelConfig
 from retool.model.experts.balance import Balance
-from retool.model.families.hf_names import EMBEDDING, FINAL_NORM, HEAD, LAYER, Stored
-from retool.model.families.read import FAMILIES
+from retool.model.hf.names import EMBEDDING, FINAL_NORM, HEAD, LAYER, Stored
 from retool.model.rope import Frequencies, document_lengths, frequencies, rope_tables
 from retool.parallel.fsdp import Sharded
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from retool.config.command import calm_threads, exit_status
-from retool.model.families.figures import Figures, figures_of, written
+from retool.model.catalogue.figures import Figures, figures_of, written
 
 PROGRAM = "python -m retool.preflight.models"
 WIDTH = 100

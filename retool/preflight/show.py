@@ -15,9 +15,9 @@ from retool.config.options import RunOptions
 from retool.config.redact import redact_word
 from retool.metrics import printable
 from retool.model.borrowed.config import BorrowedConfig
+from retool.model.catalogue.families import FAMILIES
 from retool.model.config import ModelConfig
 from retool.model.costs import parameter_count
-from retool.model.families.read import FAMILIES
 from retool.model.traffic.exchanges import Plan, step_exchanges
 from retool.model.traffic.layouts import best, on
 from retool.model.traffic.machines import USUAL_GPU, Machines, assumed

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
 from retool.model.costs import layer_costs
-from retool.model.families.layer_costs import Cost, ElementBytes, LayerCosts
+from retool.model.layer_costs.cost import Cost, ElementBytes, LayerCosts
 from retool.model.logprobs import LOGIT_BYTES
 from retool.model.recompute import Recompute, token_chunks
 from retool.optim import OFFLOAD_CHUNK_NUMEL

@@ -20,7 +20,7 @@ from retool.checkpoint.merge import merge
 from retool.checkpoint.shards.source import ShardSource
 from retool.checkpoint.types import TrainingState
 from retool.model.build import plan_layout
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.parallel.mesh import make_mesh
 from tests.model.tiny import make
 

@@ -18,7 +18,7 @@ from retool import checkpoint
 from retool.batch import pack
 from retool.checkpoint.__main__ import main
 from retool.checkpoint.hf.pretrained import load_pretrained
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states
 from tests.model.test_decoder import logits, relative, sample

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from retool.data.packing import Budget, Packing, cost, plan_step, whole_shares
+from retool.model.catalogue.families import parse_model_config
 from retool.model.costs import few_tokens, model_flops, multiplied_parameters, quadratic_length
-from retool.model.families.read import parse_model_config
 
 
 def check(lengths, dp, sp, size=None, budget=None):

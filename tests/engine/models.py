@@ -16,7 +16,7 @@ from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.engine import Engine, EngineOptions, TurnDone
 from retool.engine.memory import page_bytes
 from retool.model.build import ModelOptions
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.model.logprobs import logprobs
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import make_mesh

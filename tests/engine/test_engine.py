@@ -17,7 +17,7 @@ from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone
 from retool.engine.kernels import attention
 from retool.engine.schedule import ahead
 from retool.model.build import ModelOptions
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from tests.engine.models import CPU, engine_of, forced, leaked, load, prompts, run
 from tests.model.tiny import FAMILIES, make
 

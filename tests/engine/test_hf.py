@@ -17,7 +17,7 @@ from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone, find_
 from retool.engine.hf.engine import HfEngine
 from retool.engine.hf.trial import cant_batch
 from retool.model.borrowed.read import borrow, read_any_config
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.parallel.fsdp import Sharded
 from retool.rl.config import RLConfig
 from retool.rl.preflight.backends import backend_faults

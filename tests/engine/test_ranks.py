@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.engine import Engine, EngineOptions, SamplingParams
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.parallel.mesh import make_mesh
 from tests.engine.models import CPU, engine_of, leaked, load, prompts, run
 from tests.model.tiny import make

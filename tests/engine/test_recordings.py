@@ -31,7 +31,7 @@ from retool.engine.kernels import attention
 from retool.engine.kernels.attention import Pages, _attend, _gathered
 from retool.engine.schedule import ahead as ahead_module
 from retool.engine.schedule.batch import Change
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.parallel.mesh import make_mesh
 from tests.engine.models import CPU, engine_of, leaked, load, prompts, run
 from tests.model.tiny import make

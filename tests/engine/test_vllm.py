@@ -16,7 +16,7 @@ import torch.distributed as dist
 from retool.config import parse
 from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone, find_backend
 from retool.engine.vllm.engine import VllmEngine
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.parallel.fsdp import Sharded
 from retool.rl.config import RLConfig
 from retool.rl.preflight.backends import backend_faults

@@ -2,7 +2,7 @@
 
     python -m tests.model.figures
 
-measures every tiny model of `tiny` on a CPU, in minutes, and writes `retool/model/families/figures.json`
+measures every tiny model of `tiny` on a CPU, in minutes, and writes `retool/model/catalogue/figures.json`
 and the table. `test_figures.py` holds them against the families that there are.
 """
 
@@ -22,8 +22,8 @@ from retool.checkpoint.hf.export import export_weights
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.checkpoint.hf.side_files import copy_side_files
 from retool.engine import SamplingParams
-from retool.model.families.figures import FIGURES, Figures, figures_of, written
-from retool.model.families.read import FAMILIES, parse_model_config, read_model_config
+from retool.model.catalogue.families import FAMILIES, parse_model_config, read_model_config
+from retool.model.catalogue.figures import FIGURES, Figures, figures_of, written
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import make_mesh
 from tests.data.test_real_templates import EXPECTED

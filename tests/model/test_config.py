@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from retool.batch import pack
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.model.build import ModelOptions
-from retool.model.families.read import FAMILIES, parse_model_config, read_model_config
+from retool.model.catalogue.families import FAMILIES, parse_model_config, read_model_config
 from retool.parallel.mesh import make_mesh
 from tests.model.test_decoder import logits, relative, sample
 from tests.model.tiny import LLAMA3, LONGROPE, SHAPE

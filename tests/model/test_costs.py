@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from retool.model.catalogue.families import parse_model_config
 from retool.model.config import ModelConfig
 from retool.model.costs import (
     NO_QUADRATIC_LENGTH,
@@ -14,7 +15,6 @@ from retool.model.costs import (
     multiplied_parameters,
     quadratic_length,
 )
-from retool.model.families.read import parse_model_config
 
 QWEN = ModelConfig(
     "qwen2",

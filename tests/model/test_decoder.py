@@ -16,7 +16,7 @@ from retool.checkpoint.hf.export import export_weights
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.checkpoint.hf.side_files import copy_side_files
 from retool.model.build import ModelOptions
-from retool.model.families.read import parse_model_config, read_model_config
+from retool.model.catalogue.families import parse_model_config, read_model_config
 from retool.parallel.mesh import make_mesh
 from tests.model.tiny import FAMILIES, SHAPE, make, stored_gradients
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from retool.model.families.figures import figures_of, written
-from retool.model.families.read import FAMILIES
+from retool.model.catalogue.families import FAMILIES
+from retool.model.catalogue.figures import figures_of, written
 from tests.model.figures import BEGIN, DOCS, END, measured, table
 
 AGAIN = "Run python -m tests.model.figures again."

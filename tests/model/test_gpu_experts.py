@@ -15,10 +15,10 @@ from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.data.packing import Budget
 from retool.engine import Engine, EngineOptions, SamplingParams
 from retool.model.build import ModelOptions
+from retool.model.catalogue.families import read_model_config
 from retool.model.decoder import Decoder
 from retool.model.experts import products
 from retool.model.experts.products import experts_mlp, grouped, grouped_by_loop
-from retool.model.families.read import read_model_config
 from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import Sharded

@@ -28,7 +28,7 @@ from retool.model.attention.dispatch import (
     why_not,
 )
 from retool.model.build import ModelOptions
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import make_mesh
 from retool.sft.loss import loss_sum

@@ -12,7 +12,7 @@ import torch
 
 from retool.batch import pack
 from retool.engine import Engine, EngineOptions, SamplingParams
-from retool.model.families.read import parse_model_config, read_model_config
+from retool.model.catalogue.families import parse_model_config, read_model_config
 from retool.model.rope import document_lengths
 from retool.preflight.world import World
 from retool.rl.preflight.checks import _engine_faults

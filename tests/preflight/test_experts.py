@@ -14,8 +14,8 @@ from retool.config.options import (
     TrainerConfig,
 )
 from retool.model.build import ModelOptions, build_decoder, plan_layout
+from retool.model.catalogue.families import parse_model_config
 from retool.model.costs import multiplied_parameters, parameter_count
-from retool.model.families.read import parse_model_config
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 from retool.preflight.plan import choose

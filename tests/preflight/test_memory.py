@@ -12,9 +12,9 @@ from retool.batch import PackedBatch, Sample, pack
 from retool.model import offload
 from retool.model.block import rms_norm
 from retool.model.build import ModelOptions, build_decoder
+from retool.model.catalogue.families import parse_model_config
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
-from retool.model.families.read import parse_model_config
 from retool.model.logprobs import LOGIT_BYTES
 from retool.model.recompute import Recompute
 from retool.model.rope import frequencies, rope_tables

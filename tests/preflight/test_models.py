@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from retool.model.families.read import FAMILIES
+from retool.model.catalogue.families import FAMILIES
 from retool.preflight.models import BORROWED, OWN, main
 from tests.model import tiny
 from tests.model.zoo import tiny_config

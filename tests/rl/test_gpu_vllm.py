@@ -25,7 +25,7 @@ from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone
 from retool.engine.vllm.engine import VllmEngine
 from retool.model.build import ModelOptions
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import make_mesh
 from tests.engine.models import forced, prompts

@@ -11,8 +11,8 @@ import torch
 
 from retool.engine import Engine, EngineOptions
 from retool.model.build import ModelOptions, build_decoder
+from retool.model.catalogue.families import parse_model_config
 from retool.model.config import ModelConfig
-from retool.model.families.read import parse_model_config
 from retool.parallel.mesh import make_mesh
 from retool.perf import GIB
 from retool.preflight.plan import choose

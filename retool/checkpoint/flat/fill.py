@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from retool.model.families.hf_names import HEAD
+from retool.model.hf.names import HEAD
 from retool.parallel.fsdp.layout import Layout, Member, local_pieces
 
 # Elements copied at a time: bounds what a conversion of dtype or a move to the device holds at once

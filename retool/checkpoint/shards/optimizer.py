@@ -8,7 +8,7 @@ from retool.checkpoint.format.stored_tensors import StoredTensor
 from retool.checkpoint.format.torch_file import WAY_OUT, TorchFile
 from retool.checkpoint.shards.files import Shards, require_dict
 from retool.checkpoint.shards.states import MOST_STEPS
-from retool.model.families.hf_names import HEAD
+from retool.model.hf.names import HEAD
 
 MOST_PARAMETERS = 1 << 20
 MOST_BETAS = 8  # numbers in one hyperparameter

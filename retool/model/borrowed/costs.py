@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from retool.model.borrowed.config import BorrowedConfig
 from retool.model.borrowed.read import measured
-from retool.model.families.layer_costs import (
-    ChunkedBackward,
-    Cost,
-    LayerCosts,
-)
+from retool.model.layer_costs.cost import ChunkedBackward, Cost, LayerCosts
 
 
 def costs(config: BorrowedConfig) -> LayerCosts:

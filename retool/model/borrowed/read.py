@@ -28,9 +28,9 @@ from retool.model.borrowed.module import (
 from retool.model.borrowed.names import names_on_disk
 from retool.model.borrowed.trial import try_on_shapes
 from retool.model.borrowed.watch import Kept
+from retool.model.catalogue.families import FAMILIES, read_model_config
 from retool.model.config import ModelConfig
-from retool.model.families.read import FAMILIES, read_model_config
-from retool.model.hf_config.fields import SIZES, WAYS_OUT, refused, size
+from retool.model.hf.fields import SIZES, WAYS_OUT, refused, size
 from retool.model.hub import read_json_object
 
 # Fields that say that there are inputs beside text

@@ -1,6 +1,7 @@
-"""One file per model family: how it reads its `config.json`, its block, what a layer costs, and
-Hugging Face's names.
+"""One file per model family. Each has the same three names: `read_config` (what its `config.json`
+says), `Block` (its layer, and Hugging Face's names of the weights) and `costs` (what a layer costs).
 
-`read.FAMILIES` lists them. `hf_names` says what a family's list of stored parameters is made of,
-`fields` and `shape` what they share in reading a `config.json`, `layer_costs` what costs are.
+`retool.model.catalogue.families` lists them. What families share lies beside this folder: fields
+of a `config.json` and names of weights in `hf`, what a layer costs in `layer_costs`, the expert
+layer in `experts.layer`.
 """

@@ -1,7 +1,7 @@
 """Gemma 2: norms before and after attention and the MLP, whose weights are stored less 1; caps of
 attention's scores and of the logits; every other layer has a window.
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 
 Legend: t tokens of this rank · N query heads · K kv heads · H head dim · D model · E = N·H · F ffn.
 """
@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm
 from retool.model.config import ModelConfig
-from retool.model.families.hf_names import Stored, gate_up_down, query_key_value
-from retool.model.families.layer_costs import Cost, LayerCosts, gated_block_costs
-from retool.model.hf_config.fields import number, refused, size, switch
-from retool.model.hf_config.shape import read_shape
-from retool.model.hf_config.windows import FULL, SLIDING, by_kind, window_size
+from retool.model.hf.fields import number, refused, size, switch
+from retool.model.hf.names import Stored, gate_up_down, query_key_value
+from retool.model.hf.shape import read_shape
+from retool.model.hf.windows import FULL, SLIDING, by_kind, window_size
+from retool.model.layer_costs.cost import Cost, LayerCosts
+from retool.model.layer_costs.dense import gated_block_costs
 from retool.model.rope import rotate
 
 # beside those that every family has

@@ -4,7 +4,7 @@ layers with a window have a rope of their own.
 transformers calls the family `gemma3_text`. Caps of logits and of scores are refused by name. The
 engine's kernel for rope knows plain norms only, so it isn't used here.
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 
 Legend: t tokens of this rank · N query heads · K kv heads · H head dim.
 """
@@ -19,12 +19,12 @@ import torch
 from retool.model.block import Execution, new_parameter
 from retool.model.config import ModelConfig
 from retool.model.families import gemma2
-from retool.model.families.hf_names import Stored, normed_attention
-from retool.model.families.layer_costs import Cost, LayerCosts
-from retool.model.hf_config.fields import number, size
-from retool.model.hf_config.shape import read_shape
-from retool.model.hf_config.two_ropes import split_ropes
-from retool.model.hf_config.windows import FULL, SLIDING, by_kind, window_size
+from retool.model.hf.fields import number, size
+from retool.model.hf.names import Stored, normed_attention
+from retool.model.hf.shape import read_shape
+from retool.model.hf.two_ropes import split_ropes
+from retool.model.hf.windows import FULL, SLIDING, by_kind, window_size
+from retool.model.layer_costs.cost import Cost, LayerCosts
 from retool.model.rope import rotate
 
 # beside those that every family has

@@ -1,6 +1,6 @@
 """Granite 3, the dense models: Llama's layer with four multipliers, as muP has them.
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 
 Legend: t tokens of this rank · D model · E = channels of all query heads.
 """
@@ -18,8 +18,8 @@ from retool.model.block import rms_norm, swiglu
 from retool.model.config import ModelConfig
 from retool.model.families import llama
 from retool.model.families.llama import costs as costs
-from retool.model.hf_config.fields import number, switch
-from retool.model.hf_config.shape import read_shape
+from retool.model.hf.fields import number, switch
+from retool.model.hf.shape import read_shape
 
 # beside those that every family has
 FIELDS = frozenset(

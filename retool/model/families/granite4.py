@@ -2,7 +2,7 @@
 
 transformers calls the family `granitemoehybrid`. Layers of Mamba, and experts, are refused by name.
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from retool.model.config import ModelConfig
 from retool.model.families import granite
 from retool.model.families.granite import costs as costs
-from retool.model.families.hf_names import Stored, query_key_value
-from retool.model.hf_config.fields import refused
+from retool.model.hf.fields import refused
+from retool.model.hf.names import Stored, query_key_value
 
 # Of layers of Mamba, and of experts: there are none.
 UNUSED = (

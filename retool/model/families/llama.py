@@ -3,7 +3,7 @@
 There are biases only where `config.json` asks for them. Llama 3.1's rope scaling is in
 `retool.model.rope`.
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 
 Legend: t tokens of this rank · N query heads · K kv heads · H head dim · D model · E = N·H.
 """
@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
-from retool.model.families.hf_names import Stored, query_key_value
-from retool.model.families.layer_costs import LayerCosts, gated_block_costs
-from retool.model.hf_config.fields import switch
-from retool.model.hf_config.shape import read_shape
+from retool.model.hf.fields import switch
+from retool.model.hf.names import Stored, query_key_value
+from retool.model.hf.shape import read_shape
+from retool.model.layer_costs.cost import LayerCosts
+from retool.model.layer_costs.dense import gated_block_costs
 from retool.model.rope import rotate
 
 FIELDS = frozenset({"attention_bias", "mlp_bias"})  # beside those that every family has

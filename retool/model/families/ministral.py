@@ -1,6 +1,6 @@
 """Ministral 8B: Mistral's layer, some of them with a window (in the file one in four sees everything).
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from retool.model.config import ModelConfig
 from retool.model.families.llama import Block as Block
 from retool.model.families.llama import costs as costs
 from retool.model.families.mistral import FIELDS, KV_HEADS, WINDOW
-from retool.model.hf_config.fields import size
-from retool.model.hf_config.shape import read_shape
-from retool.model.hf_config.windows import FULL, SLIDING, by_kind, window_size
+from retool.model.hf.fields import size
+from retool.model.hf.shape import read_shape
+from retool.model.hf.windows import FULL, SLIDING, by_kind, window_size
 
 
 def read_config(c: dict[str, Any]) -> ModelConfig:

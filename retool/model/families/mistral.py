@@ -1,7 +1,7 @@
 """Mistral: 7B, Nemo, Small 3. A layer is Llama's; with a `sliding_window` all layers have it, and where
 the file doesn't say it is 4,096 tokens.
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 from retool.model.config import ModelConfig
 from retool.model.families.llama import Block as Block
 from retool.model.families.llama import costs as costs
-from retool.model.hf_config.shape import read_shape
-from retool.model.hf_config.windows import in_every_layer
+from retool.model.hf.shape import read_shape
+from retool.model.hf.windows import in_every_layer
 
 FIELDS = frozenset({"sliding_window"})  # beside those that every family has
 KV_HEADS = 8  # transformers' defaults

@@ -1,7 +1,7 @@
 """OLMo 2: norms after attention and after the MLP instead of before, and norms of all queries and
 all keys of a token (arXiv 2501.00656).
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 
 Legend: t tokens of this rank · N query heads · K kv heads · H head dim · D model · E = N·H.
 """
@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
-from retool.model.families.hf_names import Stored, gate_up_down, normed_attention
-from retool.model.families.layer_costs import Cost, LayerCosts, gated_block_costs
-from retool.model.hf_config.fields import switch
-from retool.model.hf_config.shape import read_shape
+from retool.model.hf.fields import switch
+from retool.model.hf.names import Stored, gate_up_down, normed_attention
+from retool.model.hf.shape import read_shape
+from retool.model.layer_costs.cost import Cost, LayerCosts
+from retool.model.layer_costs.dense import gated_block_costs
 from retool.model.rope import rotate
 
 FIELDS = frozenset({"attention_bias"})  # beside those that every family has

@@ -1,6 +1,6 @@
 """OLMo 3: OLMo 2's layer; three of four have a window, and YaRN is for the others alone.
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from retool.model.families.olmo2 import FIELDS as OLMO2_FIELDS
 from retool.model.families.olmo2 import NORM_EPS
 from retool.model.families.olmo2 import Block as Block
 from retool.model.families.olmo2 import costs as costs
-from retool.model.hf_config.fields import size, switch
-from retool.model.hf_config.shape import read_shape
-from retool.model.hf_config.two_ropes import split_ropes
-from retool.model.hf_config.windows import FULL, SLIDING, by_kind, window_size
+from retool.model.hf.fields import size, switch
+from retool.model.hf.shape import read_shape
+from retool.model.hf.two_ropes import split_ropes
+from retool.model.hf.windows import FULL, SLIDING, by_kind, window_size
 
 FIELDS = OLMO2_FIELDS | {"sliding_window"}  # beside those that every family has
 # transformers' defaults

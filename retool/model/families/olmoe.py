@@ -1,7 +1,7 @@
 """OLMoE: norms of all queries and all keys of a token as in OLMo 2, one before each half of the layer
 as in Llama, and experts in every layer (arXiv 2409.02060).
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 
 Legend: t tokens of this rank · D model · E = channels of all query heads.
 """
@@ -18,13 +18,14 @@ from torch import nn
 from retool.batch import PackedBatch
 from retool.model.block import Execution, PerToken, rms_norm
 from retool.model.config import ModelConfig
-from retool.model.families import experts, olmo2
-from retool.model.families.expert_costs import expert_costs
-from retool.model.families.hf_names import Stored, normed_attention
-from retool.model.families.layer_costs import LayerCosts
-from retool.model.hf_config import expert_fields
-from retool.model.hf_config.fields import refused, switch
-from retool.model.hf_config.shape import read_shape
+from retool.model.experts import layer as expert_layer
+from retool.model.families import olmo2
+from retool.model.hf import expert_fields
+from retool.model.hf.fields import refused, switch
+from retool.model.hf.names import Stored, normed_attention
+from retool.model.hf.shape import read_shape
+from retool.model.layer_costs.cost import LayerCosts
+from retool.model.layer_costs.experts import expert_costs
 
 # beside those that every family has
 FIELDS = expert_fields.FIELDS | {"attention_bias"}
@@ -68,7 +69,7 @@ class Block(olmo2.Block):
         execution: Execution,
     ) -> None:
         super().__init__(config, index, execution)
-        experts.add_experts(self)
+        expert_layer.add_experts(self)
 
     def projected(
         self,
@@ -81,7 +82,7 @@ class Block(olmo2.Block):
         self,
         batch: PackedBatch,
     ) -> PerToken:
-        return experts.experts_of(batch, self.index)
+        return expert_layer.experts_of(batch, self.index)
 
     def after(
         self,
@@ -91,19 +92,19 @@ class Block(olmo2.Block):
     ) -> torch.Tensor:
         x_tD = x_tD + F.linear(a_tE, self.o, self.o_bias)
         normed_tD = rms_norm(x_tD, self.norm_2, self.config.norm_eps)
-        return x_tD + experts.mixture(self, normed_tD, *beside)
+        return x_tD + expert_layer.mixture(self, normed_tD, *beside)
 
     def fused(self) -> list[tuple[str, str]]:
-        return experts.FUSED
+        return expert_layer.FUSED
 
     def divided(self) -> list[str]:
-        return experts.DIVIDED
+        return expert_layer.DIVIDED
 
     def stored(self) -> list[Stored]:
         return [
             *normed_attention(self.config),
-            experts.ROUTER,
-            *experts.stored_experts(self.config),
+            expert_layer.ROUTER,
+            *expert_layer.stored_experts(self.config),
             Stored("input_layernorm.weight", "norm_1"),
             Stored("post_attention_layernorm.weight", "norm_2"),
         ]

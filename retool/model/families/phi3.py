@@ -1,7 +1,7 @@
 """Phi-3 and Phi-4: Llama's layer under other names. The small ones have LongRoPE, and Phi-4-mini turns
 three quarters of each head.
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 
 from retool.model.config import LongScaling, ModelConfig
 from retool.model.families import llama
-from retool.model.families.hf_names import Stored
 from retool.model.families.llama import costs as costs
-from retool.model.hf_config.fields import WINDOWS, refused, size
-from retool.model.hf_config.rope_fields import ORIGINAL_LENGTH, rotary_dim, without_share
-from retool.model.hf_config.shape import read_shape
-from retool.model.hf_config.windows import in_every_layer
+from retool.model.hf.fields import WINDOWS, refused, size
+from retool.model.hf.names import Stored
+from retool.model.hf.rope_fields import ORIGINAL_LENGTH, rotary_dim, without_share
+from retool.model.hf.shape import read_shape
+from retool.model.hf.windows import in_every_layer
 
 FIELDS = WINDOWS  # beside those that every family has
 # transformers' defaults

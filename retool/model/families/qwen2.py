@@ -2,7 +2,7 @@
 
 q, k and v have biases, nothing else has.
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 
 Legend: t tokens of this rank · N query heads · K kv heads · H head dim · D model · E = N·H.
 """
@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
-from retool.model.families.hf_names import Stored, gate_up_down, query_key_value
-from retool.model.families.layer_costs import LayerCosts, gated_block_costs
-from retool.model.hf_config.fields import WINDOWS
-from retool.model.hf_config.shape import read_shape
-from retool.model.hf_config.windows import from_a_layer_on
+from retool.model.hf.fields import WINDOWS
+from retool.model.hf.names import Stored, gate_up_down, query_key_value
+from retool.model.hf.shape import read_shape
+from retool.model.hf.windows import from_a_layer_on
+from retool.model.layer_costs.cost import LayerCosts
+from retool.model.layer_costs.dense import gated_block_costs
 from retool.model.rope import rotate
 
 FIELDS = WINDOWS  # beside those that every family has

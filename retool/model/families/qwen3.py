@@ -3,7 +3,7 @@
 Each head of q and k has a norm before rope. There are biases only where `config.json` asks for
 them, in attention.
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 
 Legend: t tokens of this rank · N query heads · K kv heads · H head dim · D model · E = N·H.
 """
@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm, swiglu
 from retool.model.config import ModelConfig
-from retool.model.families.hf_names import Stored, gate_up_down, normed_attention
-from retool.model.families.layer_costs import Cost, LayerCosts, gated_block_costs
-from retool.model.hf_config.fields import WINDOWS, switch
-from retool.model.hf_config.shape import read_shape
-from retool.model.hf_config.windows import from_a_layer_on
+from retool.model.hf.fields import WINDOWS, switch
+from retool.model.hf.names import Stored, gate_up_down, normed_attention
+from retool.model.hf.shape import read_shape
+from retool.model.hf.windows import from_a_layer_on
+from retool.model.layer_costs.cost import Cost, LayerCosts
+from retool.model.layer_costs.dense import gated_block_costs
 from retool.model.rope import rotate
 
 FIELDS = WINDOWS | {"attention_bias"}  # beside those that every family has

@@ -1,6 +1,6 @@
 """Qwen3's mixtures of experts (30B-A3B, 235B-A22B): its attention, and experts in every layer.
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 
 Legend: t tokens of this rank · D model · E = channels of all query heads.
 """
@@ -17,14 +17,15 @@ from torch import nn
 from retool.batch import PackedBatch
 from retool.model.block import Execution, PerToken, rms_norm
 from retool.model.config import ModelConfig
-from retool.model.families import experts, qwen3
-from retool.model.families.expert_costs import expert_costs
-from retool.model.families.hf_names import Stored, normed_attention
-from retool.model.families.layer_costs import LayerCosts
-from retool.model.hf_config import expert_fields
-from retool.model.hf_config.fields import WINDOWS, size, switch
-from retool.model.hf_config.shape import read_shape
-from retool.model.hf_config.windows import in_every_layer, where_switched_on
+from retool.model.experts import layer as expert_layer
+from retool.model.families import qwen3
+from retool.model.hf import expert_fields
+from retool.model.hf.fields import WINDOWS, size, switch
+from retool.model.hf.names import Stored, normed_attention
+from retool.model.hf.shape import read_shape
+from retool.model.hf.windows import in_every_layer, where_switched_on
+from retool.model.layer_costs.cost import LayerCosts
+from retool.model.layer_costs.experts import expert_costs
 
 # beside those that every family has
 FIELDS = (
@@ -78,13 +79,13 @@ class Block(qwen3.Block):
         execution: Execution,
     ) -> None:
         super().__init__(config, index, execution)
-        experts.add_experts(self)
+        expert_layer.add_experts(self)
 
     def per_token(
         self,
         batch: PackedBatch,
     ) -> PerToken:
-        return experts.experts_of(batch, self.index)
+        return expert_layer.experts_of(batch, self.index)
 
     def after(
         self,
@@ -94,19 +95,19 @@ class Block(qwen3.Block):
     ) -> torch.Tensor:
         x_tD = x_tD + F.linear(a_tE, self.o, self.o_bias)
         normed_tD = rms_norm(x_tD, self.norm_2, self.config.norm_eps)
-        return x_tD + experts.mixture(self, normed_tD, *beside)
+        return x_tD + expert_layer.mixture(self, normed_tD, *beside)
 
     def fused(self) -> list[tuple[str, str]]:
-        return experts.FUSED
+        return expert_layer.FUSED
 
     def divided(self) -> list[str]:
-        return experts.DIVIDED
+        return expert_layer.DIVIDED
 
     def stored(self) -> list[Stored]:
         return [
             *normed_attention(self.config),
-            *experts.stored_experts(self.config),
-            experts.ROUTER,
+            *expert_layer.stored_experts(self.config),
+            expert_layer.ROUTER,
             Stored("input_layernorm.weight", "norm_1"),
             Stored("post_attention_layernorm.weight", "norm_2"),
         ]

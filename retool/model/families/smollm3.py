@@ -1,7 +1,7 @@
 """SmolLM3: Llama's layer, and every fourth one without rope (NoPE, arXiv 2501.18795). Where windows are
 switched on, those have them.
 
-The list of families is in `retool.model.families.read`.
+The list of families is in `retool.model.catalogue.families`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 from retool.model.config import ModelConfig
 from retool.model.families.llama import Block as Block
 from retool.model.families.llama import costs as costs
-from retool.model.hf_config.fields import WINDOWS, shown, size, switch
-from retool.model.hf_config.shape import read_shape
-from retool.model.hf_config.windows import FULL, SLIDING, by_kind, where_switched_on
+from retool.model.hf.fields import WINDOWS, shown, size, switch
+from retool.model.hf.shape import read_shape
+from retool.model.hf.windows import FULL, SLIDING, by_kind, where_switched_on
 
 # beside those that every family has
 FIELDS = WINDOWS | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"}

@@ -8,8 +8,8 @@ from retool.config import Fault
 from retool.engine.backend import meaning
 from retool.engine.hf.trial import cant_batch
 from retool.model.borrowed.config import BorrowedConfig
+from retool.model.catalogue.families import FAMILIES
 from retool.model.config import ModelConfig
-from retool.model.families.read import FAMILIES
 from retool.parallel.mesh import pick_device
 from retool.rl.config import RLConfig
 from retool.rl.preflight.memory import SERVER

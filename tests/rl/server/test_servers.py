@@ -21,7 +21,7 @@ from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone
 from retool.llm.llm import LLM
 from retool.llm.sampling import SamplingParams as LLMParams
 from retool.model.build import ModelOptions
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
 from retool.rl.config import RLConfig

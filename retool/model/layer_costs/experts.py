@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from retool.model.config import ModelConfig
-from retool.model.families.layer_costs import Cost, LayerCosts, gated_block_costs
+from retool.model.layer_costs.cost import Cost, LayerCosts
+from retool.model.layer_costs.dense import gated_block_costs
 
 
 def expert_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -> LayerCosts:

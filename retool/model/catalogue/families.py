@@ -27,9 +27,9 @@ from retool.model.families import (
     qwen3_moe,
     smollm3,
 )
-from retool.model.families.layer_costs import LayerCosts
-from retool.model.hf_config.fields import shown
+from retool.model.hf.fields import shown
 from retool.model.hub import read_json_object
+from retool.model.layer_costs.cost import LayerCosts
 
 
 class Family(Protocol):

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from retool.model.config import ModelConfig
-from retool.model.hf_config.fields import faults_of, number, refused, size, switch
-from retool.model.hf_config.rope_fields import check_scaling, longest, read_rope
+from retool.model.hf.fields import faults_of, number, refused, size, switch
+from retool.model.hf.rope_fields import check_scaling, longest, read_rope
 
 
 def read_shape(

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from retool.model.config import Experts
-from retool.model.hf_config.fields import refused, shown, size, switch
+from retool.model.hf.fields import refused, shown, size, switch
 
 FIELDS = frozenset(
     {

@@ -18,7 +18,7 @@ from retool.model.config import (
     RopeScaling,
     YarnScaling,
 )
-from retool.model.hf_config.fields import number, refused, shown, size, switch
+from retool.model.hf.fields import number, refused, shown, size, switch
 
 EVERY = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
 ORIGINAL_LENGTH = "original_max_position_embeddings"

@@ -16,7 +16,7 @@ from retool.model.config import ModelConfig
 from retool.model.experts.products import experts_mlp
 from retool.model.experts.routing import chosen_experts, probabilities, weights_of
 from retool.model.experts.travel import travelling_mlp
-from retool.model.families.hf_names import Stored
+from retool.model.hf.names import Stored
 
 ROUTER = Stored("mlp.gate.weight", "router")
 FUSED = [("mlp.experts.gate_up_proj", "gate_up"), ("mlp.experts.down_proj", "down")]

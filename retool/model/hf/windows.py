@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from retool.model.hf_config.fields import refused, shown, size, switch
+from retool.model.hf.fields import refused, shown, size, switch
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from retool.model.config import DynamicScaling, LongScaling, RopeScaling
-from retool.model.hf_config.fields import refused
-from retool.model.hf_config.rope_fields import ORIGINAL_LENGTH, parse_rope
-from retool.model.hf_config.windows import FULL, SLIDING
+from retool.model.hf.fields import refused
+from retool.model.hf.rope_fields import ORIGINAL_LENGTH, parse_rope
+from retool.model.hf.windows import FULL, SLIDING
 
 OURS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", ORIGINAL_LENGTH})
 

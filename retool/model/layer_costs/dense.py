@@ -1,102 +1,12 @@
-"""What one layer costs: its matrices, and the tensors of its forward and backward, each by name.
-
-A family's `costs` gives a `LayerCosts`. Whoever plans memory or counts FLOPs only adds up.
-
-Legend: D model · F ffn · N query heads · K kv heads · H head dim · E = N·H.
-"""
+"""What a layer of attention and one gated MLP costs: most families' layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
 
 from retool.model.config import ModelConfig
-from retool.model.recompute import Recompute
+from retool.model.layer_costs.cost import ChunkedBackward, Cost, LayerCosts
 from retool.parallel.ulysses import HeadPlan
-
-# In which dtype a tensor is: the weights', the residual stream's, one that sums are kept in (at
-# least fp32), or fp32.
-Kind = Literal["compute", "residual", "sums", "fp32"]
-
-
-class Cost(NamedTuple):
-    """A tensor: what it is, and its elements (of an activation, per token of this rank)."""
-
-    what: str
-    elements: int
-    kind: Kind = "compute"
-
-
-@dataclass(frozen=True)
-class ElementBytes:
-    """Bytes of an element of each kind."""
-
-    compute: int
-    residual: int
-    fp32: int = 4
-
-    @property
-    def sums(self) -> int:
-        return max(self.compute, 4)
-
-    def of(self, costs: Iterable[Cost]) -> int:
-        """Bytes of all these tensors together."""
-        each: dict[Kind, int] = {
-            "compute": self.compute,
-            "residual": self.residual,
-            "sums": self.sums,
-            "fp32": self.fp32,
-        }
-        return sum(cost.elements * each[cost.kind] for cost in costs)
-
-
-@dataclass(frozen=True)
-class ChunkedBackward:
-    """What a block's backward needs of a long pack, whose MLP runs chunk by chunk.
-
-    `throughout` is there all the time (per token of the pack), and with it either `mlp` (per token
-    of a chunk) or `attention` (per token of the pack).
-    """
-
-    throughout: tuple[Cost, ...]
-    mlp: tuple[Cost, ...]
-    attention: tuple[Cost, ...]
-
-
-@dataclass(frozen=True)
-class LayerCosts:
-    """What one layer costs.
-
-    `before` and `after`: the matrices that a token is multiplied with on either side of attention.
-    `attention_width`: channels of all query heads, over which attention's two products go.
-    `kept`: what the forward keeps for the backward, as the compiled block does. `gradients`: what
-    the backward has at once beside that and what it recomputes. `freed_early`: of what it
-    recomputes, what is gone before the gradients are there. `unused`: elements of the matrices that
-    a token isn't multiplied with, as its experts are others. `divided`: elements that ranks may divide;
-    where they do, `travelling` is there in the block's backward besides, if tokens spread evenly.
-    """
-
-    before: tuple[Cost, ...]
-    after: tuple[Cost, ...]
-    attention_width: int
-    kept: Mapping[Recompute, tuple[Cost, ...]]
-    gradients: tuple[Cost, ...]
-    freed_early: tuple[Cost, ...]
-    chunked: ChunkedBackward
-    unused: int = 0
-    divided: int = 0
-    travelling: tuple[Cost, ...] = ()
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all matrices."""
-        return sum(matrix.elements for matrix in (*self.before, *self.after))
-
-    @property
-    def active_parameters(self) -> int:
-        """Elements of the matrices that a token is multiplied with."""
-        return self.parameters - self.unused
 
 
 def gated_block_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -> LayerCosts:

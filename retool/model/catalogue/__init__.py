@@ -1,0 +1,1 @@
+"""Which families there are, and what was measured of each."""

@@ -1,0 +1,1 @@
+"""What one layer costs in memory and FLOPs. A family picks from here; `retool.model.costs` adds up."""
