@@ -96,6 +96,7 @@ class PackedBatch:
         """With the documents of `part` alone, where every rank's `width` tokens begin with one."""
         total = self.tokens.shape[0]
         begins = [0, *accumulate(self.seqlens)]
+        # A document begins wherever a rank's part does: then none lies on two ranks.
         apart = set(range(0, total, width)) <= set(begins)
         if self.divided or width == total or not apart:
             return self
@@ -135,6 +136,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy from the host to `device`; the host doesn't wait for it."""
     if device.type != "cuda":
         return tensor.to(device)
+    # From pageable memory the copy would wait for the device, non_blocking or not.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
@@ -160,6 +162,8 @@ def pack(
         n = len(ids)
         shifted = np.full(n, IGNORED_LABEL, np.int64)
         weight = np.zeros(n, np.float32)
+        # Shifted here, before anything is sliced: the label of a rank's last token is on the next
+        # rank.
         shifted[:-1], weight[:-1] = ids[1:], mask[1:]
         tokens.append(ids.astype(np.int64))
         labels.append(shifted)

@@ -163,6 +163,8 @@ class AdamW:
         [] fp32, as the fused kernel takes it; float64 gradients are divided here instead.
         """
         limit = self.options.clip_grad
+        # The reciprocal of torch's clip_grad_norm_, with its 1e-6: the kernel divides by what it is
+        # given.
         scale = torch.clamp((norm + 1e-6) / limit, min=1.0) if limit > 0 else torch.ones_like(norm)
         scale = scale * self.loss_scale.value
         if self.sharded.master.dtype == torch.float64:
@@ -321,6 +323,7 @@ def learning_rate(
     """
     warmup = int(total * warmup_ratio)
     if step < warmup:
+        # From 1, not 0: a first step at rate 0 would train nothing.
         return peak * (step + 1) / warmup
     after = step - warmup
     length = max(total - warmup, 1)

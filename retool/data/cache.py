@@ -69,6 +69,8 @@ class Dataset:
         self.trained: np.ndarray = np.load(folder / "trained.npy")
         self._rows: np.ndarray = np.load(folder / "rows.npy", mmap_mode="r")
         self._ends = np.cumsum(self.lengths, dtype=np.int64)
+        # Mapped, not read: all processes of a machine share the pages, and only samples in use take
+        # memory.
         self._tokens = np.memmap(folder / "tokens.bin", np.int32, "r")
         self._mask = np.memmap(folder / "mask.bin", np.bool_, "r")
 
@@ -79,6 +81,8 @@ class Dataset:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         part = slice(int(self._ends[index] - self.lengths[index]), int(self._ends[index]))
+        # Copies: a view would read from the disk later, in the thread that packs, or when the file
+        # is gone.
         return Sample(np.array(self._tokens[part]), np.array(self._mask[part]))
 
     def find_id(self, at_least: int) -> tuple[int, int] | None:
@@ -271,6 +275,7 @@ def _build(
 
     The caller holds the cache's lock.
     """
+    # Left by a process that was killed. Under the lock nobody else is building, so none is in use.
     for torn in folder.parent.glob(f"{_building(folder)}*"):
         shutil.rmtree(torn, ignore_errors=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_building(folder)))

@@ -116,8 +116,11 @@ def whole_shares(lengths: Sequence[int], packing: Packing) -> list[list[int]] | 
         return None
     sizes = np.asarray(lengths, np.int64)
     costs = np.asarray(cost(sizes, packing.budget.quadratic_length), np.float64)
+    # A capacity of everything: here only evenness matters, and room is checked below.
     shares = _fill_evenly(sp, sizes, int(sizes.sum()), costs)
     assert shares is not None
+    # Two measures of evenness: tokens are padded to the longest share, and work waits for the
+    # dearest.
     longest = max(int(sizes[share].sum()) for share in shares)
     dearest = max(float(costs[share].sum()) for share in shares)
     divided = _divide_up(int(sizes.sum()), sp)

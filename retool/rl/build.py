@@ -96,6 +96,8 @@ def build_run(report: RLReport, mesh: Mesh, caller: Caller = COMMAND) -> tuple[R
         report, mesh, model, optimizer, step=state.step, caller=caller, leads=leads
     )
     rollout = rollout_parts(session, engine, judges) if judges is not None else None
+    # Not asyncio.run, which closes its loop: connections that a tool opened in one step are used in
+    # the next.
     loop = asyncio.new_event_loop()
     run = Run(
         session,
@@ -116,6 +118,8 @@ def open_engine(report: RLReport, mesh: Mesh, engines: int) -> RolloutEngine:
     config = report.config
     rollout = config.actor_rollout_ref.rollout
     assert report.model is not None and report.folder is not None
+    # Servers hold the weights on machines of their own: no memory here, no group, and weights
+    # travel through a folder.
     if rollout.name != SERVER:
         options = replace(engine_options(config), model_folder=report.folder)
         group = engine_group(mesh, engines)
@@ -172,6 +176,7 @@ def engine_group(mesh: Mesh, engines: int) -> dist.ProcessGroup | None:
     """
     size = mesh.world // engines
     mine = None
+    # Every rank makes every group, its own or not: new_group is collective over the whole world.
     for first in range(0, mesh.world, size) if size > 1 else ():
         ranks = list(range(first, first + size))
         group = dist.new_group(ranks)
@@ -190,6 +195,7 @@ def rollout_parts(
     multi = config.actor_rollout_ref.rollout.multi_turn
     shaping = config.reward_model.overlong_buffer
     assert report.renderer is not None
+    # Where no calls are read, the agent's options still need a format.
     form = HERMES if report.calls is None else report.calls[1]
     agent = AgentOptions(
         max_response_length=config.data.max_response_length,
@@ -246,6 +252,7 @@ def _own_loop(report: RLReport) -> OwnLoop | None:
 
 def training_sampling(config: RLConfig) -> Sampling:
     rollout = config.actor_rollout_ref.rollout
+    # The last number keeps the random streams of training (0) and validation (1) apart.
     return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, config.trainer.seed, 0)
 
 
@@ -303,6 +310,8 @@ def update_budget(report: RLReport) -> Budget:
 def logprob_budget(report: RLReport) -> Budget:
     assert report.model is not None
     wanted = report.config.actor_rollout_ref
+    # A forward without gradients keeps no activations, so it may be given more tokens than the
+    # update.
     tokens = wanted.ref.log_prob_max_token_len_per_gpu or wanted.actor.ppo_max_token_len_per_gpu
     return Budget(tokens, None, quadratic_length(report.model))
 

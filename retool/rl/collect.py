@@ -78,6 +78,8 @@ def _sample_rounds(run: Run, state: TrainState, times: Metrics) -> _Sampled | No
     wanted = config.data.train_batch_size
     n = config.actor_rollout_ref.rollout.n
     wish = config.algorithm.filter_groups
+    # Dynamic sampling may ask for more questions a round than a step needs, as some of them give no
+    # signal.
     count = (config.data.gen_batch_size or wanted) if wish.enable else wanted
     sampled = _Sampled(dynamic.begin(state.kept, state.step), state.position, [])
 

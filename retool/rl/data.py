@@ -33,6 +33,7 @@ from retool.data.tokens.bounds import stuck_ends_process
 from retool.rl.agent.tools.of_row import schemas_offered
 from retool.rl.types import Prompt
 
+# Columns of questions and answers as widely used data sets call them, none of which has a `prompt`.
 PAIRS = (("Problem", "Answer"), ("problem", "answer"), ("question", "answer"))
 ASKED = ("messages", "conversations")  # columns of a prompt, where there is no `prompt`
 TRUTHS = ("ground_truth", "answer")  # columns beside a prompt, where there is no `reward_model`
@@ -133,6 +134,7 @@ def load_prompts(
             if isinstance(question, RowError):
                 raise question
             offered = schemas_offered(tools, question.extra_info)
+            # A compiled tokenizer that hangs on some text can't be interrupted, only ended.
             with stuck_ends_process():
                 rendered = renderer.render_prompt(question.messages, offered)
             ids = np.asarray(rendered, np.int32)
@@ -235,6 +237,8 @@ def to_question(row: Mapping[str, Any], file: str, index: int, options: PromptOp
     if isinstance(raw, str) and _messages_as_text(raw):
         raise RowError(f"{where}: {asked!r} is a list of messages as JSON text: {AS_LIST}.")
     messages = [{"role": "user", "content": raw}] if isinstance(raw, str) else raw
+    # The same reader as SFT's: both commands refuse the same malformed messages with the same
+    # words.
     checked = to_conversation(
         {"messages": messages}, file, index, RowFormat(), prompt_only=True
     ).messages
@@ -313,6 +317,8 @@ def answer_of(value: Any, where: str, needed: bool = True) -> str:
         text = ""
     else:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    # GSM8K writes 1,234 for 1234 behind the mark. Answers are compared as numbers without
+    # separators.
     truth = text.rpartition("####")[2].strip().replace(",", "") if "####" in text else text
     if needed and not truth.strip():
         after = " after '####'" if "####" in text else ""

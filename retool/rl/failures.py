@@ -28,6 +28,8 @@ def require_scores(members: Sequence[Scored], max_failed_share: float, where: st
     `where` says what they are of: "step 3", "the validation after step 3". Raises UnusableSamples
     with the first traceback. A judge's budget that is spent ends it at once.
     """
+    # Without this check a spent budget would look like a reward function that fails on every
+    # answer.
     spent = next((member for member in members if member.failure == BUDGET_SPENT), None)
     if spent is not None:
         raise UnusableSamples(
@@ -45,6 +47,7 @@ def require_scores(members: Sequence[Scored], max_failed_share: float, where: st
     way_out = "Mend the reward function"
     if not all_failed:
         way_out += f", or raise reward_model.max_failed_share={max_failed_share:g}"
+    # A worker that was killed leaves no traceback: one that tells what went wrong is preferred.
     first = next((member for member in failed if member.trace), failed[0])
     told = first.trace or f"{first.info.get(FAILURE, '')} {LIMITS_OF_REWARD}"
     raise UnusableSamples(

@@ -38,6 +38,7 @@ def score_metrics(members: Sequence[Scored]) -> dict[str, float]:
     `score` is what the reward function gave, `rewards` that with overlong shaping. There is no acc
     where the reward function told none.
     """
+    # A lost sample has a score of 0, which is nobody's opinion of it.
     judged = [member for member in members if not member.lost]
     metrics = {
         **spread_of("critic/score", [member.score for member in judged]),

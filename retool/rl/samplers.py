@@ -97,6 +97,7 @@ class Samplers:
         or else those that stood back before.
         """
         gone = {share.engine for share in failed}
+        # Those that stood back failed lately: they are asked only when nobody else is left.
         fresh = [engine for engine in sampled if engine not in gone]
         return fresh or [engine for engine in self.back if engine not in gone]
 
@@ -151,6 +152,8 @@ def _in_turn(
     engines: Sequence[int],
 ) -> dict[int, list[Request]]:
     dealt = dict[int, list[Request]]()
+    # In turn, not in blocks: neighbours in a file are often alike, and one engine would get all the
+    # long ones.
     for place, engine in enumerate(engines):
         mine = groups[place :: len(engines)]
         dealt[engine] = [request for group in mine for request in group]

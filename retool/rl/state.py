@@ -129,6 +129,8 @@ def regroup(prompts: Sequence[Prompt], members: Sequence[Scored]) -> list[Group]
     """Trajectories from all ranks as groups, in the order of `prompts` and of their samples,
     whoever made them.
     """
+    # The order in which ranks and engines delivered must not show: mini-batches are cut from this
+    # list, so the update would depend on timing.
     by_prompt: dict[int, list[Scored]] = {prompt.index: [] for prompt in prompts}
     for member in members:
         by_prompt[member.trajectory.prompt.index].append(member)
@@ -142,5 +144,7 @@ def adapted_kl_coef(
     coef: float, kl: float, target: float, horizon: int, trajectories: int
 ) -> float:
     """The adaptive controller's next coefficient: arXiv 1909.08593, section 2.2."""
+    # The paper's clip: one step's KL, however large, changes the coefficient by a fifth of
+    # trajectories/horizon at most.
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * trajectories / horizon)

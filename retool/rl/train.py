@@ -73,6 +73,8 @@ def train(report: RLReport, caller: Caller = COMMAND) -> int | None:
     Collective: every process of the launcher calls it with the same configuration.
     """
     mesh = begin(report.options, caller)
+    # Every rank read the files by itself: with other rows on one of them the ranks would ask
+    # different questions and never notice.
     report = same_plan(report, mesh, fingerprints(report))
     run, state = build_run(report, mesh, caller)
     session = run.session
@@ -99,8 +101,11 @@ def train(report: RLReport, caller: Caller = COMMAND) -> int | None:
                 if last or stopping or due(trainer.save_freq, state.step):
                     with timed(times, "save_checkpoint"):
                         save(session, state)
+                # Logged before the run may end here: the numbers of the step that went wrong are
+                # the ones to look at.
                 session.loggers.log(state.step, {**metrics, **timing_metrics(times)})
                 require_infrastructure(state, rollout.max_lost_share, rollout.max_lost_steps)
+            # Does nothing when the last step was saved: `save_step` knows the step that it saved.
             if state.step:
                 save(session, state)
             finish(session, state)
@@ -130,6 +135,8 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
     None, and nothing changed, when the run was asked to stop in between.
     """
     session = run.session
+    # Up to here nothing has changed: a request to stop while sampling loses this step's samples
+    # only.
     collected = collect(run, state, times)
     if collected is None:
         return None
@@ -146,6 +153,8 @@ def one_step(run: Run, state: TrainState, times: Metrics) -> Metrics | None:
         with timed(times, "update_actor"):
             metrics |= update(session, state, made)
     adapt_kl(state, made, session.report.config.algorithm.kl_ctrl)
+    # From here on the weights are those of the next step. The stream's position and the kept groups
+    # move with them, or a resumed run would ask questions twice.
     state.step += 1
     state.position = position
     state.kept = kept
@@ -183,6 +192,7 @@ def advantages_of(
 ) -> list[np.ndarray]:
     """The advantages of all members, in order: 0 for those that were left out."""
     usable = [member for group in trained for member in group.members]
+    # By identity: `usable` holds the same objects as `members`, less the ones that were left out.
     known = {id(usable[i]): made.rows[i].advantage for i in made.trained}
     return [known.get(id(member), np.zeros(len(member.trajectory))) for member in members]
 
@@ -191,6 +201,7 @@ def update(session: Session[RLReport], state: TrainState, made: Experience) -> M
     """The step's optimizer steps; means of what they measured."""
     report = session.report
     actor = report.config.actor_rollout_ref.actor
+    # `on_policy` says that there is one update only, so it holds for all of the loop below.
     spec = replace(loss_spec(report), on_policy=made.on_policy)
     measured: list[Metrics] = []
     rows = [made.rows[i] for i in made.trained]
@@ -208,6 +219,8 @@ def update(session: Session[RLReport], state: TrainState, made: Experience) -> M
             what = f"optimizer step {state.updates}"
             count_update(session, state, skipped=done.skipped, norm=done.grad_norm, what=what)
             measured.append({**done.metrics, "actor/grad_norm": done.grad_norm, "actor/lr": lr})
+    # Only the first update has the numbers that compare sampler and trainer: each mean is over the
+    # updates that have it.
     means: Metrics = {}
     for name in measured[0]:
         values = [entry[name] for entry in measured if name in entry]
@@ -251,6 +264,7 @@ def performance(session: Session[RLReport], made: Experience, times: Metrics) ->
     world = session.mesh.world
     lengths = [len(row) for row in made.rows]
     assert session.report.model is not None
+    # Tools and rewards run while the engine samples: their seconds are inside "gen" already.
     seconds = sum(
         times.get(name, 0.0)
         for name in ("sync_weights", "gen", "old_log_prob", "ref", "adv", "update_actor")
@@ -305,6 +319,8 @@ def run_validation(run: Run, state: TrainState) -> None:
         members, config.reward_model.max_failed_share, f"the validation after step {state.step}"
     )
     lost = sum(member.lost for member in members)
+    # During training `require_infrastructure` ends such a run after some steps. A run that only
+    # validates has no further step.
     if config.trainer.val_only and lost > config.actor_rollout_ref.rollout.max_lost_share * len(
         members
     ):

@@ -18,6 +18,8 @@ def draws(n: int, k: int) -> np.ndarray:
     """int [1000, k]: indices of `k` of `n` samples, drawn with replacement; the same for every
     question.
     """
+    # Legacy RandomState: numpy promises that its stream never changes, so figures of different runs
+    # compare.
     return np.random.RandomState(SEED).randint(0, n, (DRAWS, k))
 
 
@@ -104,6 +106,8 @@ def _group_statistics(group: Group) -> dict[str, float]:
     asked = len(group.members)
     infos = [member.info for member in members]
     judged = [info for info in infos if FAILURE not in info]
+    # A majority needs answers to vote for. A sample whose reward failed votes for "", which no
+    # answer is.
     answers = None
     if judged and all("pred" in info for info in judged):
         answers = [str(info.get("pred", "")) for info in infos]

@@ -29,6 +29,8 @@ def orderly_end(session: Session[RunReport], progress: Progress) -> Iterator[Non
         yield
     except Exception:
         end = time.monotonic() + PATIENCE_S
+        # Polled, not waited for: the save ends by an agreement of all ranks, and the error may have
+        # lost one.
         while progress.save is not None and time.monotonic() < end:
             say_saved(session, progress, wait=False)
             time.sleep(0.02)

@@ -61,6 +61,7 @@ class StopRequest:
         # `_since` first: another signal may come between the two.
         self._since = time.monotonic()
         self.received = number
+        # The system's alarm, not a thread: it ends a process that is stuck outside Python, too.
         signal.alarm(GRACE)
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
             os.write(2, INTERRUPTED)  # `print` isn't for signal handlers
@@ -73,6 +74,7 @@ class StopRequest:
         ValueError on every rank where one of them has a problem, with the first one's sentence.
         """
         problem = self._first_problem()
+        # The maximum over the ranks: a problem (2) outweighs a request to stop (1).
         flag = torch.tensor(PROBLEM if problem is not None else int(self.received is not None))
         if mesh.world_group is not None:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=mesh.world_group)

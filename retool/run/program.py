@@ -52,6 +52,8 @@ def as_guest() -> Iterator[None]:
         try:
             yield
         finally:
+            # A run freezes what it loaded (`gc.freeze`). In a program that goes on it would never
+            # be freed.
             gc.unfreeze()
             gc.collect()
             if torch.cuda.is_initialized():
@@ -70,10 +72,13 @@ def _leave() -> None:
 @contextmanager
 def _loop_aside() -> Iterator[None]:
     """No event loop runs in this thread while this lasts."""
+    # Private names of asyncio: there are no public ones for this.
     loop = asyncio._get_running_loop()
     if loop is None:
         yield
         return
+    # The cell is a task of the loop. asyncio allows one current task a thread, so it steps back,
+    # too.
     task = asyncio.current_task(loop)
     if task is not None:
         asyncio.tasks._leave_task(loop, task)

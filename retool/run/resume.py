@@ -45,6 +45,7 @@ def _newest(report: RunReport) -> Path | None:
     match = None if known is None else STEP.match(known.name)
     if named is None and known is None:
         return None
+    # The usual case, for which nothing but the tracker file is read.
     if match is not None and named == int(match[1]):
         return known
     return checkpoint.latest(Path(trainer.default_local_dir), trainer.resume_fallback)
@@ -57,8 +58,10 @@ def resume(
     if report.resume is None:
         return None
     found, loaded = load_checkpoint(report, mesh, model_state(model, optimizer))
+    # In place: the optimizer's kernels hold this tensor.
     optimizer.steps.fill_(loaded.optimizer_step)
     optimizer.loss_scale.restore(loaded.extra)
+    # The master weights were filled; what the forward computes with is a copy of them.
     model.refresh()
     say(mesh, f"resumed from {found} (step {loaded.step}).")
     return loaded
@@ -81,6 +84,7 @@ def load_checkpoint(
     known = report.resume
     assert known is not None
     trainer = report.options.trainer
+    # Other ranks have nothing to list: they take rank 0's candidates below.
     folders = [known]
     if trainer.resume_mode == "auto" and trainer.resume_fallback and mesh.rank == 0:
         every = candidates(Path(trainer.default_local_dir), say=False)

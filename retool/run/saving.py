@@ -37,9 +37,12 @@ def save_step(
     if progress.saved_step == progress.step:
         return
     report = session.report
+    # Only at the end: a run may well begin with updates that are skipped, and save on the way.
     if progress.step == report.steps:
         require_trained(session, progress, updates)
     with watched(session):
+        # One save at a time: the next one would write into the memory that this one still reads
+        # from.
         say_saved(session, progress, wait=True)
         _require_finite_weights(session, progress.step)
         state = model_state(session.model, session.optimizer)
@@ -57,6 +60,7 @@ def save_step(
             options=session.save_options,
             staging=session.staging,
         )
+    # Set as soon as the save is under way; `say_saved` takes it back if it fails.
     progress.saved_step = progress.step
 
 
@@ -93,6 +97,7 @@ def say_saved(session: Session[RunReport], progress: Progress, wait: bool) -> No
         return
     progress.save = None
     if result.error is not None:  # which the save itself has said
+        # So that the next chance to save isn't passed over.
         progress.saved_step = -1
         return
     staging = session.staging

@@ -106,11 +106,15 @@ def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
 
     With `deterministic`, allow only kernels that give the same bits again.
     """
+    # A prime factor: with seed + rank, seed 1's second rank would draw what seed 2's first one
+    # does.
     mixed = seed * 1_000_003 + rank
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
     torch.manual_seed(mixed)
     if deterministic:
+        # cuBLAS repeats its bits only with workspaces of a fixed size, and reads this when it is
+        # first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
@@ -184,6 +188,8 @@ def open_session(
     """
     options = report.options
     trainer = options.trainer
+    # A run that only validates writes no checkpoint, so it has no reason to put an older run's
+    # aside.
     anew = trainer.resume_mode == "disable" and options.saves
     folder = make_run_folder(trainer.default_local_dir, report.config, mesh, anew)
     saved = save_options(report, mesh)
@@ -192,6 +198,8 @@ def open_session(
     if mesh.rank == 0:
         loggers = _open_loggers(report, folder, step, caller.on_step)
     if options.saves:
+        # Claimed now, in the background: pinning takes half a second a GB, which the first save
+        # would wait for.
         staging.prepare(model_state(model, optimizer), mesh, saved)
     # Signals are caught from here on, as there is something to save. A timer starts its first step.
     stop = StopRequest(staging.problem, *problems)

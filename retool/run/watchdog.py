@@ -104,6 +104,8 @@ class Watchdog:
         # Not at every beat, as faulthandler starts a thread each time.
         if self._last > self._armed + min(1.0, self.silence_s):
             self._armed = self._last
+            # Later than the thread's own alarm, which tells more: the timer is for a rank whose
+            # thread can't run.
             patience = 2 * self._limit + 4 * PATIENCE
             faulthandler.dump_traceback_later(patience, exit=True, file=self._spare)
 

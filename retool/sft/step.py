@@ -66,6 +66,8 @@ def train_step(
     model.zero_grad()
     if balance is not None:
         balance.begin(sum(batch.real_tokens for batch in micro_batches))
+    # float64: thousands of micro-batches' shares are added, and float32 would depend on how they
+    # are cut.
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     with timer.phase("forward_backward"):
         for number, batch in enumerate(micro_batches, 1):
@@ -81,6 +83,7 @@ def train_step(
         model.finish_gradients()
     with timer.phase("optimizer"):
         norm, skipped = optimizer.step(lr)
+    # Each rank has summed its own tokens' loss over the global count: the sum of all is the mean.
     sum_over(total, mesh.world_group)
     values = torch.stack([total, norm.double(), skipped.double()])
     return on_its_way(values if balance is None else torch.cat([values, balance.numbers()]))

@@ -74,6 +74,8 @@ def train(report: SFTReport, caller: Caller = COMMAND) -> int | None:
                 with session.timer.phase("data"):
                     batch = next(batches)
                 one_step(session, state, batch)
+                # Every step: the ranks must leave the loop after the same one, or the next
+                # collective never ends.
                 stopping = session.stop.agreed(mesh)
                 last = state.step == report.steps
                 if last or due(trainer.test_freq, state.step, report.steps_per_epoch):

@@ -25,4 +25,5 @@ def validate(
     for batch in micro_batches:
         total += loss_sum(model, batch)
     loss = float(sum_over(total, mesh.world_group)) / max(trained_tokens, 1)
+    # exp(700) is about the largest float: a diverged model has a perplexity, not an OverflowError.
     return {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}

@@ -78,6 +78,7 @@ def grpo(scores: np.ndarray, groups: np.ndarray, norm_by_std: bool = True) -> np
             continue
         centred = out[members] - out[members].mean()
         if norm_by_std:
+            # Groups whose scores are all equal divide 0 by EPS: no advantage, and no division by 0.
             centred = centred / (out[members].std(ddof=1) + EPS)
         out[members] = centred
     return out
@@ -115,6 +116,7 @@ def reinforce_plus_plus(token_rewards: PerToken, masks: PerToken, gamma: float =
     for rewards, mask in zip(token_rewards, masks, strict=True):
         running = 0.0
         out = np.zeros(len(rewards))
+        # From the end: a token's return is its reward and what comes after it.
         for i in np.flatnonzero(mask)[::-1]:
             running = float(rewards[i]) + gamma * running
             out[i] = running
@@ -172,6 +174,7 @@ def place_turn_rewards(
     """
     if not given:
         return place_reward(reward, mask)
+    # A sampled token that no sampled token follows ends a run, and so a turn.
     is_followed = np.append(mask[1:], False)
     is_followed[[join - 1 for join in joins]] = False
     ends = np.flatnonzero(mask & ~is_followed)
@@ -180,6 +183,7 @@ def place_turn_rewards(
             f"{len(given)} turns of a trajectory were given rewards, and {len(ends)} were sampled: "
             "none can be put where it belongs. Leave out algorithm.credit_turns."
         )
+    # `reward` has the turns' part already: placed whole it would count twice.
     out = place_reward(reward - sum(given), mask)
     out[ends] += given
     return out

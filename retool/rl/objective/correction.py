@@ -32,6 +32,8 @@ def correction_weights(
         log_ratio = np.where(mask, old_logp.astype(np.float64) - drawn_logp, 0.0)
         if level == "sequence":
             log_ratio = np.full(len(mask), log_ratio.sum())
+        # `behaviour` is what was drawn from, after top-p and top-k: the weights account for these
+        # cuts, too.
         weight = np.exp(np.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
         weights.append(np.where(mask, np.minimum(weight, threshold), 0.0))
     return weights
@@ -56,6 +58,8 @@ def gap_metrics(sampler: PerToken, trainer: PerToken, masks: PerToken) -> dict[s
         metrics[f"training/rollout_{name}_diff_mean"] = float(values.mean())
         metrics[f"training/rollout_{name}_diff_max"] = float(values.max())
         metrics[f"training/rollout_{name}_diff_std"] = float(values.std())
+    # k3 = e^d - 1 - d, as expm1: near 0, where nearly all tokens are, e^d - 1 would lose all
+    # digits.
     d = np.clip(trained - sampled, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     metrics["training/rollout_actor_kl_k3"] = float((np.expm1(d) - d).mean())
     return metrics

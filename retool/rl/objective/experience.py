@@ -98,6 +98,8 @@ def make_experience(
     members = [member for group in groups for member in group.members]
     trajectories = [member.trajectory for member in members]
     numbers = [i for i, group in enumerate(groups) for _ in group.members]
+    # The order matters. The KL in the reward needs the old log-probabilities, advantages need the
+    # rewards, and the correction compares the old ones with the sampler's.
     old = _old_logprobs(trajectories, model, options, times)
     unreplayed = _gap_without_replay(trajectories, model, options, times)
     ref = None
@@ -174,6 +176,8 @@ def _old_logprobs(
 
     Trajectories of older weights keep their sampler's: no present weights sampled them.
     """
+    # Three cases, the cheapest first: take the sampler's numbers as they are, let the update find
+    # them by itself, or spend a forward pass.
     algorithm = options.algorithm
     sampler = [trajectory.logp for trajectory in trajectories]
     is_fresh = [trajectory.policy_version == options.step for trajectory in trajectories]
@@ -253,6 +257,8 @@ def _token_rewards(
         for mine, theirs in zip(old, ref, strict=True)
     ]
     values = [
+        # On each sampled token, not as a sum at the end: estimators that read rewards by token then
+        # know where the policy strayed.
         reward - np.where(mask, options.kl_coef * penalty, 0.0)
         for reward, mask, penalty in zip(rewards, masks, penalties, strict=True)
     ]

@@ -104,6 +104,8 @@ def add(collection: Collection, fresh: Sequence[Group], metric: str | None) -> C
     if metric is not None:
         good = [group for group in fresh if has_signal(group, metric)]
         sound = [group.sound for group in fresh if group.sound]
+        # Over groups without a signal, too: the mean of those that are trained alone would hide how
+        # easy or hard the questions are.
         means = [np.mean([value_of(member, metric) for member in members]) for members in sound]
     return replace(
         collection,

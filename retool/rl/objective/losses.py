@@ -236,6 +236,8 @@ def token_weights(
     counts = [int(mask.sum()) for mask in masks]
     tokens = max(sum(counts), 1)
     sequences = max(sum(n > 0 for n in counts), 1)
+    # Functions of a sequence's own count; the totals above are of the whole mini-batch, on all
+    # ranks.
     share_of_token = {
         "token-mean": lambda n: 1 / tokens,
         "seq-mean-token-sum": lambda n: 1 / sequences,

@@ -89,6 +89,7 @@ def policy_logprobs(
     """
     mesh = model.mesh
     lengths = [len(sample) for sample in samples]
+    # Every rank makes the same plan of all samples, so nobody needs to be told what is whose.
     plan = plan_step(lengths, budget, mesh.dp, mesh.sp)
     mine: dict[int, np.ndarray] = {}
     for members in plan[mesh.dp_rank]:
@@ -155,6 +156,8 @@ def loss_sum(model: Sharded, whole: RLBatch, spec: LossSpec) -> tuple[Tensor, Me
     chosen = to_device(sampled_positions(part.pack), mesh.device)
     batch = part.to(mesh.device)
     documents = len(whole.pack.seqlens)
+    # `score` runs inside the model's forward, where the head's weight is gathered. What it measures
+    # leaves by way of this dict.
     metrics: Metrics = {}
 
     def score(hidden_tD: Tensor, weight_VD: Tensor, cap: float = 0.0) -> Tensor:
@@ -250,6 +253,7 @@ def gap_of(sums: Tensor, most: Tensor, group: dist.ProcessGroup | None) -> dict[
 
 
 def _differences(name: str, mean: float, mean_square: float, largest: float) -> dict[str, float]:
+    # Rounding can bring the difference just below 0.
     std = max(mean_square - mean * mean, 0.0) ** 0.5
     values = {"mean": mean, "max": largest, "std": std}
     return {f"training/rollout_{name}_diff_{kind}": value for kind, value in values.items()}
@@ -284,6 +288,8 @@ def update_step(
     model.zero_grad()
     if balance is not None:
         balance.begin(sum(batch.pack.real_tokens for batch in batches))
+    # Sums stay on the device until the end: a number read here would make the host wait in every
+    # micro-batch.
     totals: dict[str, Tensor] = {}
     for batch in batches:
         if beat is not None:
@@ -296,6 +302,7 @@ def update_step(
     model.finish_gradients()
     norm, skipped = optimizer.step(lr)
     gap = gap_of(totals.pop("sums"), totals.pop("most"), group) if spec.measures else {}
+    # Sorted: the ranks add up one tensor, in which each number must be at the same place.
     names = sorted(totals)
     values = sum_over(torch.stack([totals[name] for name in names]), group)
     if balance is not None:
