@@ -108,6 +108,7 @@ async def _answer_in_time(tool: Tool, arguments: Mapping[str, Any], timeout: flo
     loop = asyncio.get_running_loop()
     begin = loop.time()
     answered = loop.create_future()
+    # A task beside the future: `wait_for` would wait for a cancelled tool to end, and it may never.
     work = loop.create_task(_answer(tool, arguments, answered))
     timer = None
     if not getattr(tool, "keeps_time", False):
@@ -140,6 +141,7 @@ async def _answer(
             )
     except KeyboardInterrupt:
         raise
+    # Not Exception alone: SystemExit in a tool would end the training process.
     except BaseException as error:
         result = what_raised(error)
     _settle(answered, result)

@@ -114,6 +114,7 @@ class Episode:
         """Add to what a turn of the model is given, the last one or that of a number; turns without
         any have 0.
         """
+        # Filled up only now: a trajectory that nobody rewards by turn has no list of zeros.
         missing = self.assistant_turns - len(self.turn_rewards)
         self.turn_rewards += [0.0] * missing
         self.turn_rewards[-1 if turn is None else turn] += reward

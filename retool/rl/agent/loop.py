@@ -68,8 +68,11 @@ async def play(episode: Episode, generate: Generate, agent: Agent) -> tuple[Stop
 async def play_turns(episode: Episode, generate: Generate, agent: Agent) -> tuple[Stop, str]:
     """`play`, after which what its tools keep is still open."""
     limit = agent.options.max_response_length
+    # The engine keeps the sequence: it is given what is new, never the whole conversation again.
     new_ids: Sequence[int] = episode.prompt.ids.tolist()
     while True:
+        # The response's limit counts tools' tokens, too: a long output takes room from the model's
+        # next turn.
         turn = await sample_turn(generate, new_ids, limit - len(episode.tokens), agent)
         try:
             stop, calls = take_turn(episode, turn, agent)
@@ -109,6 +112,8 @@ def _stopped_for_nothing(turn: Sampled, agent: Agent) -> bool:
         return False
     tail = turn.tokens[-TOKENS_OF_A_STOP:]
     text = turn_text(agent.renderer, tail)
+    # Counted with the last token and without: the stop string may stand there already from an
+    # earlier call.
     ends_here = text.count(inline.stop) > turn_text(agent.renderer, tail[:-1]).count(inline.stop)
     return not (ends_here and calls_in(turn_text(agent.renderer, turn.tokens), agent))
 
@@ -116,6 +121,8 @@ def _stopped_for_nothing(turn: Sampled, agent: Agent) -> bool:
 def take_turn(episode: Episode, turn: Sampled, agent: Agent) -> tuple[Stop | None, list[Call]]:
     """Record a turn; (why the trajectory ends with it, or None, and the calls to run)."""
     options = agent.options
+    # Two ways to stop at a token: one that ends a turn, or one that a call may end with, amid the
+    # turn.
     ended = bool(turn.tokens) and turn.tokens[-1] in agent.turn_ends
     amid = bool(options.inline_ids) and not ended and turn.reason == "stop"
     text = turn_text(agent.renderer, turn.tokens[:-1] if ended else turn.tokens)
@@ -132,6 +139,7 @@ def take_turn(episode: Episode, turn: Sampled, agent: Agent) -> tuple[Stop | Non
     calls = calls_in(text, agent) if amid or not options.inline_ids else []
     if not calls:
         return Stop.NO_CALL, []
+    # After the calls are read, before they run: nobody would read what the tools say.
     if turns_used_up(episode, agent):
         return Stop.MAX_TURNS, []
     return None, calls

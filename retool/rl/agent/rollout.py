@@ -123,6 +123,7 @@ async def roll_out(
     begin = time.perf_counter()
     underway = _Underway(Turns(parts.engine))
     times = times or RolloutTimes()
+    # All episodes at once, however many: the engine has the queue, and admits what fits its cache.
     tasks = [
         asyncio.create_task(_episode(parts, underway, prompt, sample, sampling, step))
         for prompt, sample in requests
@@ -138,6 +139,8 @@ async def roll_out(
     finally:
         for task in tasks:
             task.cancel()
+        # Cancelled isn't ended: tools still close what they keep, and the engine is left only when
+        # they have.
         await asyncio.gather(*tasks, return_exceptions=True)
         times.total += time.perf_counter() - begin
 
@@ -152,6 +155,7 @@ async def _drive(
             underway.turns.step()
         elif not underway.ended:
             await _wait(underway, times)
+        # `result` raises what an episode raised: the engine's errors end the run here.
         for task in underway.ended:
             task.result()
         episodes -= len(underway.ended)
@@ -163,6 +167,7 @@ async def _wait(underway: _Underway, times: RolloutTimes) -> None:
     work = underway.turns.work
     work.clear()
     begin = time.perf_counter()
+    # Nothing to decode while an episode still samples: its tool is what everybody waits for.
     for_tools = underway.sampling > 0
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(work.wait(), MAX_SECONDS_TO_WAIT)

@@ -107,8 +107,11 @@ class ModelJudge:
             except Empty:
                 break
             if question is None:
+                # Put back, so that the next look ends the thread: what was taken with it is judged
+                # first.
                 self._waiting.put(None)
                 return batch or None
+            # Nobody waits any more for one that was cancelled: it needs no place in the batch.
             if question.answer.set_running_or_notify_cancel():
                 batch.append(question)
         return batch
@@ -230,6 +233,7 @@ def reward_model_bytes(folder: Path) -> int:
     elements = 0
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as opened:
+            # safetensors: 8 bytes say how long the JSON header is; the weights follow it.
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
         for name, tensor in header.items():
             if name != "__metadata__":

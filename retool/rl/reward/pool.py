@@ -117,10 +117,13 @@ class RewardPool:
             pool = self._sound_pool()
         except OSError as error:
             return self._failed(JUDGES_LOST, str(error))
+        # The time counts from when a worker takes the job, not from here: a queue costs nobody a
+        # score.
         job = pool.schedule(worker.work, args=(asked,), timeout=timeout)
         answer = asyncio.wrap_future(job)
         try:
             while not answer.done():
+                # A pool that broke answers none of its jobs, so somebody has to look.
                 await asyncio.wait([answer], timeout=LOOK_SECONDS)
                 if not (answer.done() or pool.active):
                     return self._failed(JUDGES_LOST, "the processes that judge are gone")
@@ -200,6 +203,8 @@ class RewardPool:
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:
+                # The worker is gone, but not what it started: its group still has the worker's
+                # number.
                 _kill_group(pid)
                 file.unlink(missing_ok=True)
         return any(self._leaders.iterdir())

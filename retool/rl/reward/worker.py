@@ -79,6 +79,7 @@ def start_worker(setup: WorkerSetup) -> None:
     global _function, _problem, _life_seconds
     _life_seconds = int(setup.timeout) + GRACE_SECONDS
     (setup.leaders / str(os.getpid())).touch()
+    # A group of its own: whoever ends the worker ends its children with it.
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.setitimer(signal.ITIMER_REAL, setup.load_seconds)
@@ -105,6 +106,8 @@ def work(asked: Asked) -> tuple[float, dict[str, Any]] | Raised:
     if _function is None:
         return Raised(_problem)
     worker = os.getpid()
+    # The pool's own limit is shorter. This one is for a worker whose pool was killed: it must not
+    # judge for ever.
     signal.alarm(_life_seconds)
     try:
         return score_answer(_function, asked)

@@ -120,6 +120,7 @@ class Sender:
             server.under_way += 1
             try:
                 return await self._ask(server, ticket)
+            # The turn isn't lost with its server: with its own seed another one draws it anew.
             except _Lost as error:
                 self.fleet.leave_out(server, str(error))
             finally:
@@ -140,6 +141,7 @@ class Sender:
                 status, text = await self._post(server.url + call.path, call.body)
             if status == 200:
                 return _read(server, text)
+            # "Busy" is no failure: it is waited for as long as a request may take.
             if status != BUSY:
                 failures += 1
             if failures > self.options.retries or self._loop.time() > busy_until:

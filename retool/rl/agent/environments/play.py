@@ -99,10 +99,12 @@ async def run_in_world(
     try:
         opening = await world.reset(attempt.row())
         play = prepare(attempt.prompt, opening, agent, worlds.max_prompt_length)
+        # Anew: the world may have written a prompt of its own.
         episode = Episode.begin(play.prompt, attempt.sample)
         stop = await play.turns(episode, begin(play.prompt), world)
     except (EnvironmentFailure, FormatFailure) as error:
         failure = str(error)
+    # Both are closed, whatever either raises.
     finally:
         try:
             unclosed = await world.close()
@@ -140,6 +142,8 @@ class Play:
     async def turns(self, episode: Episode, generate: Generate, world: World) -> Stop:
         """All turns, and what the world gives where it isn't done: why the trajectory ended."""
         stop, unheard = await self._turns(episode, generate, world)
+        # An aborted trajectory is lost anyway. Any other one that ends before its world does is
+        # heard out once more.
         if stop is not Stop.ABORTED and not world.done:
             message = self._message(unheard, ()) if unheard is not None else None
             reward = await world.cut(message)

@@ -56,6 +56,7 @@ async def run_own_loop(
     finally:
         link.close()
         await close_states(recorder.episode)
+    # Raised although the function may have caught it: without its engine the run can't go on.
     if recorder.error is not None:
         raise recorder.error
     return recorder.finish(stop)

@@ -65,6 +65,8 @@ class Recorder:
             raise ValueError(f"generate was given max_tokens={max_tokens!r}: give 1 or more.")
         if self._asked and turns_used_up(self.episode, self.agent, self._under_way):
             raise TrajectoryOver(Stop.MAX_TURNS)
+        # Nothing is awaited between `place` and `take`: of two coroutines that ask at once, each
+        # finds its own context.
         given = self.contexts.place(asked)
         room = self.contexts.room(given)
         if room < 1:
@@ -130,6 +132,7 @@ class Recorder:
     async def _sampled(self, given: Given, room: int) -> Sampled:
         try:
             turn = await sample_turn(given.context.generate, given.ids, room, self.agent)
+        # The function's own time limit, which isn't the engine's fault.
         except asyncio.CancelledError:
             raise
         except Exception as error:  # the engine's, which ends the run

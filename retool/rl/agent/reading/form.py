@@ -116,6 +116,7 @@ def _all_calls(
     while mark := _next_mark(form, text, position, reasoning):
         calls, position = form.read(text, mark, schemas)
         yield from calls
+        # Onwards, whatever a format's `read` says: one that stays where it is would loop for ever.
         position = max(position, mark.end(), mark.start() + 1)
 
 

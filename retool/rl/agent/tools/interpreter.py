@@ -101,6 +101,7 @@ class CodeInterpreter:
     wait given up, as a failure of the infrastructure.
     """
 
+    # The loop must not count a program's seconds in the queue: the sandbox knows when it starts.
     keeps_time = True
 
     def __init__(
@@ -171,6 +172,8 @@ class CodeInterpreter:
         work = loop.create_task(running)
         begin = loop.time()
         try:
+            # Waits in steps: as long as other programs end, the sandbox works, and this one is only
+            # queued.
             while not work.done():
                 await asyncio.wait([work], timeout=patience)
                 quiet_since = max(begin, self._last_end)
@@ -232,6 +235,7 @@ def _open_backend(config: InterpreterConfig) -> Sandbox | SandboxFusion:
             config.memory_limit_mb,
             token=config.token,
         )
+    # Not os.cpu_count: a container may have fewer cores than the machine.
     cores = len(os.sched_getaffinity(0))
     # `isolation` is a text, which the sandbox checks
     isolation: Any = config.isolation

@@ -107,6 +107,8 @@ class Connection:
         try:
             result = await client.call_tool(name, dict(arguments))
         except Exception as error:
+            # The client raises alike for a call that failed and a server that died: asking for its
+            # tools tells which.
             if await self._answers(client):  # then it is what the server says to this call
                 return ToolResult(f"{type(error).__name__}: {error}", "error")
             await self._drop(client)
@@ -138,11 +140,14 @@ class Connection:
         if self._client is None:
             if self._opening is None or self._opening.done():
                 self._opening = asyncio.create_task(self._open())
+            # Shielded: one caller that gives up must not cancel the connection that others wait
+            # for.
             await asyncio.shield(self._opening)
         return self._client
 
     async def _open(self) -> None:
         ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        # A new one for each connection: the old one's holder may still be on its way out.
         self._ending = asyncio.Event()
         self._holder = asyncio.create_task(_hold(self._server, ready, self._ending))
         await asyncio.wait({ready}, timeout=CONNECT_SECONDS)

@@ -161,6 +161,8 @@ def filled(
         "ground_truth": asked.truth or "(none)",
         "conversation": "\n\n".join(f"{entry['role']}: {entry['content']}" for entry in messages),
     }
+    # One pass over the prompt: {ground_truth} inside an answer is the answer's text, and isn't
+    # filled in.
     return FIELDS.sub(lambda match: values[match.group(1)], prompt)
 
 
@@ -190,6 +192,7 @@ def read_score(
     settings: LLMJudgeConfig,
 ) -> float | None:
     """The last match's number, 0 for the lowest and 1 for the highest; None where there is none."""
+    # The last one: a judge that thinks aloud may name other scores on the way.
     found = [match.group(1) for match in pattern.finditer(text)]
     try:
         number = float(found[-1])

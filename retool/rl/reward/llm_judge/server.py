@@ -103,7 +103,10 @@ class Server:
     ) -> tuple[Reply | None, str, float]:
         """(the reply, or None; why there is none; seconds that the server asks to wait)."""
         client, gate = self._here()
+        # The wait before a retry is outside: a request that sleeps takes no place from others.
         async with gate:
+            # Inside the gate, where a request is about to go out: those that queue must see what
+            # the others spent.
             self._require_budget()
             self._count(counts, "calls", 1)
             response = await asyncio.wait_for(
