@@ -53,6 +53,8 @@ def publish(temporary: Path, final: Path, ours: bool | None = None) -> None:
 
     `ours`: whether it is, where the caller knows; else `is_ours`.
     """
+    # No system call swaps two folders everywhere, so there are two renames, and readers know both
+    # names.
     aside = None
     if os.path.lexists(final):
         aside = _free(final, "old")

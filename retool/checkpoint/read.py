@@ -67,6 +67,7 @@ def load(folder: Path | str, state: ModelState, mesh: Mesh, seed: int) -> Loaded
     """
     top = Path(folder)
     where = model_folder(top)
+    # Cheap checks first, on every rank: nothing is overwritten before they pass.
     if wrong := faulty_files(where):
         raise ValueError(f"{top} can't be resumed: {'; '.join(wrong[:5])}. {WAY_OUT_OF_RESUME}")
     require_one_step_unless_vouched(where)
@@ -121,5 +122,7 @@ def _extra(folder: Path, mesh: Mesh) -> tuple[bool, dict[str, Any]]:
     Empty for other programs' checkpoints.
     """
     config = read_small_json(folder / CONFIG) if written_by_us(folder) else {}
+    # The same ranks with the same shards: only then do this rank's random states mean anything
+    # here.
     same = config.get("world_size") == mesh.world and config.get("shards") == mesh.shards
     return same, extra_state(folder, mesh.rank if same else 0) or {}

@@ -92,6 +92,8 @@ def load_whole(
             loaded = load(folder, state, mesh, seed)
         except (ValueError, OSError) as failure:
             error = failure
+        # Damage is often on one rank's part only: all must leave this checkpoint, or resume from
+        # different ones.
         said = gather_objects(
             (str(error), isinstance(error, Unusable)) if error is not None else None,
             mesh.world_group,
@@ -101,6 +103,7 @@ def load_whole(
             assert loaded is not None
             return folder, loaded
         reasons.append(found[0][0])
+        # Not damaged: an older one would be just as unusable, and skipping it would hide why.
         if any(unusable for _, unusable in found):
             raise ValueError(reasons[-1])
         if len(folders) > 1:

@@ -40,6 +40,8 @@ class Staging:
         self.slowest_s: float | None = None
         self.group: dist.ProcessGroup | None = None
         if mesh.world > 1:
+            # gloo, on the host: NCCL's collectives would queue behind training's on the device,
+            # from another thread.
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
             assert isinstance(group, dist.ProcessGroup)
             self.group = group

@@ -177,6 +177,8 @@ def _export(where: Path, progress: Progress) -> Iterator[str]:
 def _equal(source: ShardSource, export: TensorSource, name: str, progress: Progress) -> bool:
     pieces = zip(_pieces(source, name, progress), _pieces(export, name), strict=True)
     return all(
+        # NaN differs from itself. Values that aren't finite are told elsewhere; here only
+        # differences count.
         torch.equal(ours.to(theirs.dtype).nan_to_num(), theirs.nan_to_num())
         for ours, theirs in pieces
     )

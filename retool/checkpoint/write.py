@@ -192,6 +192,8 @@ def _fill(snapshot: _Snapshot, staging: Staging, temporary: Path) -> None:
     rank = snapshot.mesh.rank
     group = staging.group
     target = temporary / snapshot.options.subfolder
+    # Every rank waits here for every other: a file that one couldn't write fails the save on all of
+    # them.
     all_or_none(rank, group, lambda: _write_shards(snapshot, target))
     if "hf_model" in snapshot.options.contents:
         layout = snapshot.state.layout
@@ -229,6 +231,7 @@ def _write_shards(snapshot: _Snapshot, target: Path) -> None:
     place = Place(mesh.rank, mesh.shards, mesh.replicas)
     contents = snapshot.options.contents
 
+    # Functions, not contents: each is made by the thread that writes it.
     makers: dict[str, Callable[[], Any]] = {}
     if "optimizer" in contents and "exp_avg" in host:
         moments = (host["exp_avg"], host["exp_avg_sq"])
@@ -266,11 +269,16 @@ def _commit(
     data = temporary / DATA
     files[os.path.relpath(data, target)] = write_archive(data, snapshot.data_state)
     write_config(target, mesh.world, mesh.shards, snapshot.step, files)
+    # The files are on the disk. Their folders' entries must be, too, before the name says that all
+    # is there.
     for folder in {temporary, target, export}:
         fsync(folder)
+    # Once more: it may have been moved or deleted during the minutes in which the files were
+    # written.
     staging.require_folder()
     publish(temporary, snapshot.folder)
     root = snapshot.folder.parent
+    # After the rename: the tracker never names a folder that isn't complete.
     track(root, snapshot.step)
     mirror = staging.mirror
     being_copied = frozenset(mirror.busy()) if mirror is not None else frozenset[Path]()

@@ -67,6 +67,7 @@ def _kept(data: Any, folder: Path, name: str) -> Path:
     """The file that holds the rows, in a folder named by their hash."""
     content = hashlib.sha256()
     folder.mkdir(parents=True, exist_ok=True)
+    # Written aside: the name is the hash of the content, which is known only at the end.
     descriptor, fresh = tempfile.mkstemp(dir=folder, prefix="writing-")
     try:
         with open(descriptor, "wb") as file:
@@ -115,6 +116,8 @@ def _pandas_rows(data: Any) -> Iterator[dict[str, Any]]:
     """The rows of a data frame; what pandas holds as missing is None, as in a file."""
     if not hasattr(data, "columns"):
         raise ValueError(f"a pandas {type(data).__name__} isn't rows: give a DataFrame.")
+    # pandas has NaN, NaT, NA and None for "nothing". Rows of dicts would keep three of them as
+    # values.
     missing = data.isna().to_numpy()
     names = [str(column) for column in data.columns]
     for values, absent in zip(data.itertuples(index=False, name=None), missing, strict=True):
@@ -147,6 +150,7 @@ def _line(row: Any, index: int) -> bytes:
                 f"row {index} of the data: {str(name)!r} can't be kept ({error}): leave the column out, "
                 "or make text of it."
             ) from error
+        # Cell by cell, so that an error names the column.
         cells.append(f"{json.dumps(str(name))}: {cell}")
     return ("{" + ", ".join(cells) + "}\n").encode()
 

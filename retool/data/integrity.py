@@ -44,6 +44,7 @@ def seal(work: Path, report: Mapping[str, Any]) -> None:
     }
     body = json.dumps({"report": dict(report), "files": files})
     (work / REPORT).write_text(f"{body}\n{_hash(body)}\n", encoding="utf-8")
+    # The folder last: its entry for a file must not be on the disk before the file is.
     for path in (*(work / name for name in files), work / REPORT, work):
         fsync(path)
 
@@ -137,6 +138,8 @@ def _this_run() -> str | None:
     """
     if "WORLD_SIZE" not in os.environ:
         return None
+    # A process id comes again: with the time at which the launcher started it is unique on the
+    # machine.
     launcher = os.getppid()
     try:
         started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]

@@ -50,6 +50,7 @@ def load_flat(layout: Layout, shard_rank: int, source: TensorSource, out: torch.
         f"out has {tuple(out.shape)}, the shard {layout.shard_numel} elements"
     )
     on_disk = match_names(layout, source)
+    # Padding between parameters must be 0: the optimizer updates it with the rest, and 0 stays 0.
     out.zero_()
 
     def fill(at: int, found: Found, start: int, stop: int) -> None:
@@ -127,6 +128,7 @@ def match_names(layout: Layout, source: TensorSource) -> dict[str, Found]:
 
     matched: dict[str, Found] = {}
     for _, member in layout.members:
+        # Its own name before an alias: of a tied pair, files may hold either or both.
         name = next((each for each in names_of[member.name] if each in there), None)
         if name is None and member.name in fused:
             matched[member.name] = fused[member.name]

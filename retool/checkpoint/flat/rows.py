@@ -21,6 +21,7 @@ from retool.parallel.fsdp.layout import Layout, Member, UnitLayout
 
 def row_range(rows: int, shards: int, rank: int) -> tuple[int, int]:
     """The rows of shard `rank`, as torch.chunk splits them."""
+    # Rounded up, as torch.chunk does: the last ranks have fewer rows, or none.
     chunk = -(-rows // shards)
     return min(rank * chunk, rows), min((rank + 1) * chunk, rows)
 
@@ -129,6 +130,7 @@ def to_rows(
     """This rank's row buffer of a unit (`out`, or a new one), from every rank's flat shard
     [unit.shard_numel] of it. A collective call of `group`.
     """
+    # Both sides compute the same lists from the layout, so sizes need no exchange of their own.
     incoming = [_segments(unit, shards, owner, rank) for owner in range(shards)]
     outgoing = [_segments(unit, shards, rank, to) for to in range(shards)]
     if out is None:

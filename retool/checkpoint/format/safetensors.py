@@ -82,6 +82,7 @@ class SafetensorsFile:
                     f"{self.path}: {name} {list(shape)} {dtype} does not fit its bytes "
                     f"[{begin}, {end}) of {size}. Fetch it again."
                 )
+            # Overlapping tensors would let a small file claim any number of them.
             if begin < end_of_last:
                 raise ValueError(f"{self.path}: {name} overlaps another tensor. Fetch it again.")
             end_of_last = end
@@ -226,4 +227,5 @@ def header(tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a CPU tensor, without a copy where it is contiguous."""
+    # By way of uint8, as numpy knows no bfloat16.
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data

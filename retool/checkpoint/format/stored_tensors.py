@@ -166,6 +166,8 @@ def _stored(storage: Any, offset: Any, shape: Any, stride: Any) -> StoredTensor:
         )
     dense = 1
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        # A dimension of size 1 may have any stride, and so may everything in a tensor without
+        # elements.
         if size > 1 and step != dense and prod(shape):
             raise ValueError(
                 f"a tensor {list(shape)} with strides {list(stride)} is not contiguous"

@@ -107,6 +107,7 @@ class _Machine:
             self.memo[len(self.memo)] = self.stack[-1]
         elif op in ("BINGET", "LONG_BINGET"):
             self.stack.append(self.memo[argument])
+        # PROTO and FRAME say how the stream is laid out, and build nothing.
         elif op not in ("PROTO", "FRAME"):
             self._compose(op, argument)
 

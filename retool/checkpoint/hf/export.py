@@ -75,6 +75,7 @@ def _gather(parts: list[torch.Tensor], rank: int, group: dist.ProcessGroup | Non
     """Every rank's row buffer of a unit, into rank 0's `parts`; the others' have one, their own."""
     if rank != 0:
         if parts and parts[0].numel():
+            # As bytes: gloo doesn't know every dtype.
             dist.send(parts[0].view(torch.uint8), dst=0, group=group)
         return
     for other, part in enumerate(parts[1:], 1):
@@ -88,6 +89,7 @@ def _write_unit(
     if writer is None:
         return
     rows_by_rank = [unit_rows(unit, shards, rank) for rank in range(shards)]
+    # A parameter is complete when every rank's rows of it follow each other, rank by rank.
     for rows_of_member in zip(*rows_by_rank, strict=True):
         for rows, part in zip(rows_of_member, parts, strict=True):
             numel = rows.stop - rows.start

@@ -75,6 +75,7 @@ def with_dtype(text: str, dtype: torch.dtype, add: bool) -> str:
     `add` puts one in where there is none.
     """
     name = str(dtype).removeprefix("torch.")
+    # By text, not by JSON: a reader of the export should see the file that its author wrote.
     text, count = re.subn(r'("(?:torch_)?dtype"\s*:\s*)(?:"[^"]*"|null)', rf'\g<1>"{name}"', text)
     if count == 0 and add:
         text = re.sub(r"^\s*\{", f'{{\n  "torch_dtype": "{name}",', text, count=1)

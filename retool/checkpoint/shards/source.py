@@ -103,6 +103,8 @@ class ShardSource:
     def _check_mesh(self, path: Path, name: str, entry: StoredShard) -> None:
         mesh = self._mesh(entry)
         world = self._shards.world
+        # Shard(0), or Replicate() then Shard(0): FSDP and HSDP. Nothing else is written by what we
+        # read.
         over_rows = entry.placements in ((0,), (None, 0)) and len(mesh) == len(entry.placements)
         if not entry.shape or not over_rows or prod(mesh) != world:
             raise ValueError(

@@ -51,6 +51,7 @@ def file_identity(file: str) -> str:
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
     if "file" in protocols:
         stat = os.stat(path)
+        # Not the content: hashing it would take as long as reading all of the data.
         return f"{os.path.realpath(path)}:{stat.st_size}:{stat.st_mtime_ns}"
     return f"{file}:{answer(file, lambda: fs.ukey(path))}"
 

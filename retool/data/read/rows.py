@@ -177,6 +177,7 @@ def _message(raw: dict[str, Any], where: str) -> dict[str, Any]:
     # `arguments` given as a dict loses its null fields with the rest; a JSON string is parsed later
     # and keeps them.
     message = without_nulls(raw)
+    # OpenAI's older name for a tool's answer.
     role = "tool" if message.get("role") == "function" else message.get("role")
     message["role"] = role
     if role not in ROLES:

@@ -59,6 +59,7 @@ class Glue:
 
         `responses` stand in it.
         """
+        # The fast way: no render at all, as the frame of such a sequence of roles is known.
         if self.framed and all(map(_is_plain, responses)):
             frame = self._frame(tuple(response["role"] for response in responses), setting)
             return self._filled(frame, [response["content"] for response in responses])
@@ -132,6 +133,7 @@ class Glue:
     def _after(self, placeholder: str, shown: Sequence[Message], setting: Setting) -> str:
         """What a render of these messages shows after its last placeholder."""
         text = self.text(shown, setting.tools, setting.enable_thinking, setting.generation_prompt)
+        # The last one: a template may show an earlier turn twice.
         return text.rpartition(placeholder)[2]
 
     def _wants_calls(self, setting: Setting) -> bool:
@@ -170,6 +172,7 @@ def _with_calls(messages: Sequence[Message], text: str) -> list[Message]:
     """The messages; those that tools answer call these tools with `text`, whatever they said."""
     shown: list[Message] = []
     answers: list[dict[str, Any]] = []
+    # Backwards: whether an assistant's message made calls is known from what follows it.
     for message in reversed(messages):
         if message["role"] == "tool":
             identifier = message.get("tool_call_id") or MADE_ID

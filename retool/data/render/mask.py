@@ -34,6 +34,7 @@ def cut(text: str, turns: Sequence[Turn], trained: Collection[int]) -> list[Piec
     at = 0
     for turn in turns:
         place = turn.place(text)
+        # The template rewrites this turn here: it is context, and not the model's own words.
         if place is None:
             continue
         begin, end = place

@@ -77,6 +77,8 @@ class PieceMaker:
         self._check_tools(conversation, turns)
         samples = [turn for turn in turns if turn.message in trained]
         rewritten = [turn for turn in samples if turn.place(text) is None]
+        # The usual case: every turn stands in the whole text as the model wrote it, and one sample
+        # has them all.
         if not rewritten or self.rendering.history == "last":
             self._check_contexts(conversation, text, len(conversation.messages))
             return [cut(text, turns, trained)]
@@ -87,6 +89,7 @@ class PieceMaker:
                 "training the whole conversation would train what the model never sees",
                 rewritten[0].message,
             )
+        # Otherwise a sample for each turn, with the context that the model would have seen then.
         for turn in samples:
             self._check_contexts(conversation, turn.whole, turn.message)
         return [cut(turn.whole, turns, {turn.message}) for turn in samples]

@@ -45,6 +45,8 @@ def make_renderer(tokenizer: Any, rendering: Rendering) -> Renderer:
 
     The template of `tokenizer` is changed then. Raises ValueError as `Renderer` does.
     """
+    # Fixed once: a run that passes midnight would otherwise render its later rows with another
+    # date.
     day = rendering.template_date or today()
     template = fix_date(tokenizer, rendering.chat_template, day)
     return Renderer(tokenizer, replace(rendering, chat_template=template))
@@ -195,6 +197,8 @@ class Renderer:
         """
         ids = self.encoder.encode(pieces)
         for piece, part in zip(pieces, ids, strict=True):
+            # Quoted control tokens and unknown ones are where tokenizers go wrong: those are always
+            # checked.
             if piece.trained and (checked or piece.quoted or self.encoder.unknown in part):
                 self.encoder.check(piece, part)
         tokens = np.concatenate([np.asarray(part, np.int32) for part in ids])
@@ -269,6 +273,8 @@ class Renderer:
         else:
             tokenizer = json.dumps(sorted(self.tokenizer.get_vocab().items()))
         rendering = self.rendering
+        # Every setting that may change a token. A token cache is named by it, so one that is left
+        # out here would let an old cache pass.
         parts = [
             self.template or json.dumps(self.tokenizer.chat_template),
             json.dumps(dict(rendering.template_kwargs), sort_keys=True, default=str),

@@ -59,6 +59,8 @@ def check_said(conversation: Conversation, i: int, inside: str, trained: bool) -
     _check_calls(conversation, i, calls, text)
     if trained and calls and (thought := thoughts(message)):
         said = thought[-1][1].strip()
+        # A model thinks before it acts: calls shown ahead of their thought would be learnt in that
+        # order.
         _, _, behind = inside.partition(said)
         try:
             _check_calls(conversation, i, calls, behind)
@@ -176,6 +178,7 @@ def check_tools(
         without_tools = show(None)
     except ValueError:  # a template made for tools alone
         without_tools = "".join(message["content"] for message in opening)
+    # Counted, with the tools and without: a name may stand in what the user says.
     for tool in conversation.tools:
         name = tool.get("function", tool)["name"]
         if with_tools.count(name) <= without_tools.count(name):
@@ -273,6 +276,7 @@ def _end_of_arguments(text: str, at: int, arguments: Mapping[str, Any]) -> int |
 def _end_of_argument(text: str, at: int, key: str, value: Any) -> int | None:
     while (begin := text.find(key, at)) >= 0:
         at = begin + len(key)
+        # See [Note: calls]: a Python dict isn't JSON.
         python = text[:begin].endswith("'") and text.startswith("': ", at)
         end = None if python else _end_of_value(text, at, value)
         if end is not None:

@@ -108,6 +108,7 @@ def find_ends(show: Show, added: frozenset[str], eos: str | None) -> EndOfTurn:
             f"the chat template ends an answer with {tail[:30]!r}, which doesn't begin with a token "
             "of its own in this tokenizer, so the model couldn't learn to stop"
         )
+    # The longest of those that fit: a shorter one may be its beginning.
     known = [max(candidates, key=len)]
     if eos is not None and eos in added and eos not in known:
         known.append(eos)
@@ -139,6 +140,8 @@ def find_call_form(show: Show, ends: EndOfTurn) -> tuple[CallForm, EndOfTurn]:
     Of a template that shows calls in none of them, the first form: its rows are refused one by one,
     saying why.
     """
+    # The first form in which our own finder sees the call in full: the same check as for every row
+    # later.
     for form in FORMS:
         closed = _ends_with_call(show, ends, form)
         conversation = Conversation([QUESTION, _calls(1)], [TOOL])
@@ -157,6 +160,7 @@ def find_call_form(show: Show, ends: EndOfTurn) -> tuple[CallForm, EndOfTurn]:
 
 
 def _calls(count: int) -> dict[str, Any]:
+    # Quotes and a number: a template that pastes text together shows itself by them.
     arguments = {"place": 'the "Old" Town', "days": 3}
     calls = [
         {

@@ -85,6 +85,7 @@ class EndOfTurn:
         Of several tokens in a row at the end it is the first known one: some templates close the
         whole text with another.
         """
+        # `closing` gives the last token first: the last entry is the first of the run.
         known = [entry for entry in self.closing(body) if entry[1] in self.known]
         return known[-1] if known else None
 
@@ -93,6 +94,7 @@ class EndOfTurn:
 
         The last one first.
         """
+        # Longest first: <|im_end|> may end with the text of a shorter token.
         longest_first = sorted({len(token) for token in self.added}, reverse=True)
 
         def token_before(end: int) -> str | None:
@@ -177,6 +179,7 @@ class TurnFinder:
                 f"the row gives {field}"
             )
             raise fault(self.conversation, why, i)
+        # See [Note: spans]: if this render goes on where the prompt ended, the rest is the turn.
         own = self.render(messages[: i + 1], False)
         written = own[len(prompt) :] if own.startswith(prompt) else None
         if written is None or (thinks and opened and not shows_thoughts(message, written)):
@@ -229,6 +232,7 @@ class TurnFinder:
         """
         content = self.conversation.messages[turn.message]["content"]
         inside = turn.body[: -len(end)]
+        # The model would have stopped at the first of these: what follows could never be sampled.
         for token in (end, *self.ends.known):
             if token in inside or token in content:
                 why = (

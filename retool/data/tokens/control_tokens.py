@@ -84,6 +84,7 @@ def _collect(value: Any, texts: list[str]) -> None:
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     """Finds the longest of `tokens` at each place, as tokenizers do; nothing where there is none."""
+    # Alternatives in a regular expression are tried in order, and the first that fits wins.
     longest_first = sorted(set(tokens), key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
