@@ -150,6 +150,7 @@ class Engine:
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a step that was started ahead may still run
+        # Graphs were recorded over these addresses: they go with the worker below.
         self.weights.buffers.clear()
         if self.experts is not None:
             self.experts.allocate(0, 0)

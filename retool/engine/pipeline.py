@@ -60,6 +60,7 @@ class Pipeline:
         done: list[TurnDone] = []
         self._flying = None
         if flying is not None:
+            # The next forward starts here, before the draws of the last one are waited for below.
             self._flying = self._repeat(flying)
             for part in flying.parts():
                 done += self._accept(part)

@@ -104,6 +104,7 @@ class Requests:
         ended: Reason = "capacity"
         if reason == "stop":
             ended = "stop"
+        # "length" with fewer tokens is the sampler's own limit: its cache or its longest sequence.
         elif reason == "length" and len(tokens) == request.params.max_tokens:
             ended = "length"
         behaviour = list(logp) if request.params.temperature else [0.0] * len(logp)

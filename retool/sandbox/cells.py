@@ -102,6 +102,7 @@ class Cell:
         self.call = call
         call.started = time.monotonic()
         call.deadline = call.started + limits.wall_seconds
+        # What it waited for a processor while it was being made isn't the program's.
         self.waited_before = accounting.waited(self.pid)
         job = {
             **call.job,
@@ -164,6 +165,7 @@ class Cell:
         call = self.call
         elapsed = time.monotonic() - self.call.started
         keep = call.limits.output_kb << 10
+        # What the program wrote last is still in the pipes.
         for stream in (self.out, self.err):
             while stream.open and stream.read(keep):
                 continue
@@ -195,6 +197,8 @@ class Cell:
         if code == program.OUT_OF_MEMORY:
             return "memory_limit", f"the program asked for more than its {limits.memory_mb} MB"
         cpu_limit = max(1, int(limits.cpu_seconds + 0.999))  # the kernel's are whole seconds
+        # A program may end itself by these signals, too: the seconds that it took tell which it
+        # was.
         if code in (-signal.SIGKILL, -signal.SIGXCPU) and cpu >= cpu_limit - 0.5:
             return "timeout", f"the program used up its {limits.cpu_seconds:g} s of CPU time"
         if code == 0:

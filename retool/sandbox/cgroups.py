@@ -62,6 +62,8 @@ def find() -> str:
     for version, folder in _parents():
         if not _usable(version, folder):
             continue
+        # Being writable isn't enough: a limit must be accepted, too, which a controller that isn't
+        # handed down refuses.
         trial = f"{folder}/retool-probe-{os.getpid()}"
         try:
             os.mkdir(trial)

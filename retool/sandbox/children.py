@@ -48,6 +48,8 @@ class Children:
         self._stacks: list[kernel.Stack] = []
         self._wake, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(writer, False)
+        # A dead child wakes `poll` by a byte in a pipe: a signal alone could come just before the
+        # wait.
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
@@ -100,6 +102,7 @@ class Children:
         """Make a child for a cell; raises `Child` in it."""
         number = request["start"]
         if self._nested:
+            # For the next forks: the namespace's first process, then the program itself.
             kernel.unshare(kernel.CLONE_NEWPID)
         try:
             if self._nested:
@@ -143,6 +146,8 @@ class Children:
     def _reap(self) -> None:
         while True:
             try:
+                # WNOWAIT looks and leaves the child a zombie, so that its pid can't be another
+                # process's yet.
                 waiting = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
@@ -156,11 +161,13 @@ class Children:
             if number is None:
                 continue
             init = self._inits.get(number)
+            # The namespace's first process went last: nothing of the call is left.
             if init is not None and pid == init.pid:
                 del self._inits[number]
                 self._stacks.append(init.stack)
                 self._tell_end(number)
                 continue
+            # The program itself: its result is told once the rest of its namespace has gone.
             del self._pids[number]
             self._ends[number] = {
                 "exited": number,

@@ -89,6 +89,7 @@ class Sandbox:
                 file=sys.stderr,
                 flush=True,
             )
+        # Weak, or `atexit` would keep every sandbox alive until the process ends.
         self._at_exit = functools.partial(_close, weakref.WeakMethod(self.close))
         atexit.register(self._at_exit)
 
@@ -153,6 +154,8 @@ class Sandbox:
         program are in the result; `ValueError` is for the caller's. Cancelling the task ends the
         program.
         """
+        # A session is a file like any other: laid into the work folder, and fetched from it at the
+        # end.
         if session is not None:
             files = {**(files or {}), SNAPSHOT: session}
             fetch = [*fetch, SNAPSHOT]
@@ -228,6 +231,8 @@ class Sandbox:
         limits: dict[str, float] = {}
         if timeout is not None:
             limits["wall_seconds"] = timeout
+            # A longer wall time is of no use to a program that the kernel stops for its processor
+            # time.
             limits["cpu_seconds"] = max(timeout, self.limits.cpu_seconds)
         if memory_mb is not None:
             limits["memory_mb"] = memory_mb

@@ -105,6 +105,8 @@ class Keeper:
         One that ends meanwhile makes room for the next owner.
         """
         end = time.monotonic() + START_SECONDS
+        # Either this process gets the name, or it reaches whoever has it. Between the two the owner
+        # may end.
         while self._listener is None:
             self._listener = sharing.claim(self._address)
             if self._listener is not None:
@@ -149,6 +151,8 @@ class Keeper:
                 sweep(self.hello["scratch"])
             if time.monotonic() - self._started > STEADY_SECONDS:
                 self._attempts = 0
+            # A supervisor that dies at once would otherwise be started again and again, with a fork
+            # server each.
             if self._attempts:
                 time.sleep(backoff(self._attempts - 1))
             self._attempts += 1

@@ -41,6 +41,8 @@ class Pool:
     ) -> None:
         self.plan = plan
         self.scratch = tempfile.mkdtemp(prefix="retool-sandbox-")
+        # Programs run under users of their own: they must pass through this folder, and not list
+        # it.
         os.chmod(self.scratch, 0o711)
         self.server = ForkServer(plan, self.scratch, limits.file_mb)
         self.cells: dict[int, Cell] = {}
@@ -110,6 +112,7 @@ class Pool:
         cell, theirs = open_cell(number, slot, path)
         self.cells[number] = cell
         self.server.order({"start": number, "slot": slot, "folder": cell.path}, theirs)
+        # The server has its copies. These must go, or a pipe would never end with its program.
         for descriptor in theirs:
             os.close(descriptor)
         for stream in (cell.out, cell.err):
@@ -190,6 +193,8 @@ class Pool:
             data = b""
             descriptors = []
             pid = 0
+        # A child says one thing on this socket. What comes later on it is for the child, not from
+        # it.
         self._select.unregister(cell.control)
         if not data:
             return []
@@ -251,6 +256,7 @@ class Pool:
             ended = (cell.call, cell.finish(message["code"], message["cpu"]))
             self._retire(cell)
             return [ended]
+        # A child that never became a program wrote to stderr why.
         while cell.err.open and cell.err.read(1 << 12):
             continue
         reason = cell.err.text() or f"code {message['code']}"

@@ -19,6 +19,7 @@ from .uids import enter_user_namespace, free_uids
 
 def attempt(action: Callable[[], None]) -> str:
     """Run `action` in a child that then ends; "" or what the kernel said."""
+    # A child's namespaces and filters go with it: what it tried changes nothing here.
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -85,6 +85,7 @@ def readable_paths(more: Sequence[str] = ()) -> list[str]:
     candidates = [*_SYSTEM, *_prefixes(), *search_path(), *more, sys.executable]
     kept: list[str] = []
     for path in sorted({os.path.realpath(path) for path in candidates if os.path.exists(path)}):
+        # Sorted: a folder comes before what is in it.
         if not any(path == outer or path.startswith(outer + "/") for outer in kept):
             kept.append(path)
     return kept
@@ -154,6 +155,7 @@ def enter(scratch: str) -> None:
         if not os.path.lexists(scratch + path):
             os.makedirs(os.path.dirname(scratch + path), exist_ok=True)
             os.symlink(target, scratch + path)
+    # pivot_root swaps roots and needs a place for the old one, which is then let go.
     os.mkdir(scratch + "/.old")
     kernel.pivot_root(scratch, scratch + "/.old")
     os.chdir("/")

@@ -65,6 +65,8 @@ def open_pool(
     """Find the layers and start the fork server; where a guarantee has no mechanism, tell the
     caller and end.
     """
+    # As many wait confined as run, so that a call never waits for a fork; two more are on their
+    # way.
     slots = 2 * workers + 2
     plan = probe.find(without, slots)
     if strict and plan.unmet():
@@ -192,6 +194,7 @@ class Supervisor:
 
     def loop(self) -> None:
         """Until the owner hangs up."""
+        # Refill first: children get ready while the loop waits below.
         while self._owner.alive:
             self._pool.refill()
             for key, _ in self._select.select(self._patience()):
@@ -223,6 +226,8 @@ class Supervisor:
                 reason = f"the program ran longer than {call.limits.wall_seconds:g} s"
                 call.verdict = ("timeout", reason)
                 self._pool.kill(cell)
+            # A program that has just begun has used nothing yet: most calls end before anybody
+            # looks.
             elif looking and now - call.started > TICK_SECONDS / 2:
                 self._pool.look(cell)
 

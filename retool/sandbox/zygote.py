@@ -103,6 +103,7 @@ def main() -> Callable[[], NoReturn]:
     # one session for all programs: the kernel may share processors out by session first
     os.setsid()
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The user namespace first: within it this process may make the others without being root.
     if setup.plan.outer_user:
         uids.enter_user_namespace(setup.plan.uids)
     if "network_namespace" in setup.plan.present:
@@ -114,6 +115,8 @@ def main() -> Callable[[], NoReturn]:
         _hide_host_name()
     if "pid_namespace" in setup.plan.present:
         kernel.unshare(kernel.CLONE_NEWPID)
+        # unshare(CLONE_NEWPID) leaves the caller where it is: only its children are in the new
+        # namespace.
         inner = os.fork()
         if inner:
             _stand_by(inner)
@@ -249,6 +252,8 @@ def _warm_up() -> None:
 
         np.random.seed(0)  # every call starts from the same state
     program.warm_up()
+    # No collection after this: it would write to every object's header, and each child would get
+    # copies of all pages.
     gc.collect()
     gc.disable()
     gc.freeze()

@@ -100,6 +100,8 @@ class HfEngine:
         """See `Sampler`."""
         turns = self.requests.take_refused()
         for ended in [] if self.batching is None else self.batching.step():
+            # None where it was dropped meanwhile: transformers may finish a request that was
+            # cancelled.
             request = self.requests.under_way(ended.name)
             if request is not None:
                 reason = _reason(request, ended)
@@ -124,6 +126,7 @@ class HfEngine:
         self.batching = None
         if self.module is not None:
             self.module.release()
+        # Measured anew at the next sync: what is free on the GPU may be another number then.
         self._room = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -59,6 +59,7 @@ class PagePool:
         copies = []
         for place in range(start // self.page_size, len(pages)):
             shared = pages[place]
+            # Copy on write: another sequence reads this page, or a group keeps it.
             if self.counts[shared] > 1:
                 own = self._take()
                 copies.append((shared, own))

@@ -85,6 +85,7 @@ class Scheduler:
         sequence.params = params
         sequence.draw_key = seed_key(params.seed)
         sequence.turn_start = len(sequence.tokens)
+        # What was given is counted as prefill, what is sampled from here on as decoding.
         sequence.given = len(sequence.tokens)
         sequence.logp = []
         sequence.logp_behaviour = []
@@ -130,6 +131,8 @@ class Scheduler:
         copies: list[PageCopy] = []
         # Single tokens come first: chunks share what they leave
         budget = self.max_tokens - sum(s.pending == 1 for s in self.running)
+        # Oldest first: whoever comes later may lose its pages to one before it, never the other way
+        # round.
         for sequence in sorted(self.running, key=lambda s: s.number):
             if not sequence.is_running:  # an older one took its pages a moment ago
                 continue
@@ -233,6 +236,7 @@ class Scheduler:
             s for s in self.sequences.values() if s.pages and s is not sequence and not s.is_running
         ]
         if idle:
+            # Finished turns before waiting ones, and the youngest first: it has waited least.
             self._forget(max(idle, key=lambda s: (s.state is State.PARKED, s.number)))
             self.stats.evicted += 1
             return True

@@ -78,9 +78,12 @@ class VllmEngine:
         if self._asleep:
             self.vllm.wake_up(["weights"])
         taken: set[str] = set()
+        # Unit by unit: a whole copy of the model beside vLLM's own would not fit.
         for layout, flat in whole_units(sharded):
             load = partial(_load, pairs=named(layout, flat))
             taken |= self.vllm.apply_model(load)[0]
+        # vLLM fuses q, k and v and renames: a parameter that nothing was loaded into would stay
+        # random.
         missing = self.vllm.apply_model(_names)[0] - taken
         if missing:
             some = ", ".join(sorted(missing)[:3])
