@@ -93,6 +93,8 @@ class Block(nn.Module, ABC):
         # Functions of the class, called with the block: one compiled graph serves all layers
         before = type(self).sent
         after = type(self).after
+        # Attention stays outside: its kernels aren't the compiler's, and all-to-alls would break
+        # the graph.
         self.before_piece: Part = compiled(before) if execution.compiled else before
         fast = execution.compiled and self.after_is_compilable
         self.after_piece: Part = _compiled_after(after) if fast else after

@@ -169,6 +169,7 @@ class _Logprobs(torch.autograd.Function):
         rows, entries = chunk_shape(len(hidden), len(weight), budget)
         stats = new_stats(hidden)
         buffer = workspace(hidden, rows, entries)
+        # The vocabulary outside: see [Note: which loop is outside].
         for columns in _slices(len(weight), entries):
             for tokens in _slices(len(hidden), rows):
                 logits = product(hidden[tokens], weight[columns], buffer)
@@ -179,6 +180,8 @@ class _Logprobs(torch.autograd.Function):
         ctx.scale = scale
         ctx.cap = cap
         ctx.chunks = (rows, entries)
+        # Without this autograd would make zeros for the entropy's gradient where nobody asked for
+        # entropies.
         ctx.set_materialize_grads(False)
         return logp, ent
 
@@ -242,6 +245,8 @@ class _WeightedSum(torch.autograd.Function):
         cap: float,
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        # All of the vocabulary at once: one chunk of logits then serves the loss and both
+        # gradients.
         rows = _down(budget // len(weight), max(1, len(hidden)))
         weights = weights.to(accumulation_dtype(hidden)).contiguous()
         # The kernel leaves tokens of weight 0 alone

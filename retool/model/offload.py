@@ -96,6 +96,9 @@ class Offload:
         """Start to copy the tensors of block `index` out, if they don't stay."""
         self.settle()
         parked = Parked(self, self.newest if index > 0 else None, tensors)
+        # A chain from the last block to the first: the backward walks it, fetching one block ahead.
+        # The last block begins a new one, so that a forward that had no backward keeps nothing
+        # alive.
         self.newest = parked if index + 1 < self.blocks else None
         if index >= self.parked:
             parked.here = list(tensors)

@@ -60,6 +60,8 @@ def token_chunks(t: int) -> list[slice]:
     """
     if t <= CHUNKED_FROM:
         return [slice(0, t)]
+    # As few chunks as `CHUNK` allows, of about one size: a short last one would leave the device
+    # half idle.
     size = -(-t // (-(-t // CHUNK) * ROUND)) * ROUND
     return [slice(i, min(i + size, t)) for i in range(0, t, size)]
 
@@ -121,9 +123,14 @@ class _Recomputed(torch.autograd.Function):
         cos, sin, *kept = ctx.saved_tensors
         x, out, lse = kept or ctx.parked.fetch()
         x = _plain(x).requires_grad_()
+        # autograd runs a backward without a graph of its own. Here one is wanted, of this block
+        # alone.
         with torch.enable_grad():
             sent = block.before_piece(block, x, cos, sin, ctx.batch.alone)
+            # The kernel doesn't run again: its backward starts from what was kept.
             a_tE = block.attend(sent, len(x), ctx.batch, (out, lse))
+        # `after` first: its gradient by attention's result is what the backward of attention starts
+        # with.
         d_x, d_a, after = _after_backward(block, x, a_tE, d_out, block.per_token(ctx.batch))
         d_x_before, *before = torch.autograd.grad(
             a_tE, [x, *_trainable(block)], d_a, allow_unused=True

@@ -142,10 +142,13 @@ def make_mesh(
     if where.type == "cuda":
         torch.cuda.set_device(where)
         grow_segments(where)
+    # No process group at all: a single process never waits for a network.
     if world == 1:
         return Mesh(0, 1, 1, 1, where)
     if not dist.is_initialized():
         choose_interface(os.environ)
+        # gloo beside NCCL: objects and agreements travel on the host, without waiting for the
+        # device.
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
@@ -162,6 +165,8 @@ def make_mesh(
         shards,
         where,
         ep,
+        # In this order on every rank: new_group is collective, and groups are told apart by their
+        # order alone.
         sp_group=_make_groups([range(i, i + sp) for i in range(0, world, sp)], rank),
         shard_group=_make_groups([range(i, i + shards) for i in range(0, world, shards)], rank),
         replica_group=_make_groups([range(i, world, shards) for i in range(shards)], rank),

@@ -22,6 +22,7 @@ def wait_for(event: torch.cuda.Event | None) -> None:
 
 def start_copy_to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
     """A pinned tensor that has the values of one on CUDA once the event has happened."""
+    # Pinned, or the copy would make the host wait.
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     return host, record_event()

@@ -54,6 +54,8 @@ class HeadPlan:
             )
         queries = _even_ranges(self.heads, self.sp)
         group = self.heads // self.kv_heads  # query heads that read one kv head
+        # From the kv head of its first query head to that of its last: neighbours may both have
+        # one.
         kv = tuple(range(q[0] // group, q[-1] // group + 1) for q in queries)
         widths = tuple(len(q) + 2 * len(k) for q, k in zip(queries, kv, strict=True))
 
@@ -69,6 +71,8 @@ class HeadPlan:
 
     def to_heads(self, t: int) -> tuple[list[int], list[int]]:
         """Elements sent to and received from each rank on the way in, for t tokens a rank."""
+        # Sizes may differ between ranks, and every rank computes those of all: nothing is asked for
+        # first.
         sent = [t * width * self.head_dim for width in self.widths]
         received = [t * self.widths[self.rank] * self.head_dim] * self.sp
         return sent, received
@@ -107,6 +111,7 @@ def split_heads(
             v_tKH[:, kv.start : kv.stop],
         ]
         parts.append(torch.cat(heads, 1))
+    # Equal parts are cast in one kernel.
     if len(set(plan.widths)) == 1:
         return torch.stack(parts).to(dtype).flatten()
     return torch.cat([part.to(dtype).flatten() for part in parts])

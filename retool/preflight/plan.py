@@ -209,6 +209,8 @@ def most_careful(choices: Sequence[Choice]) -> Choice:
     """What fits on every rank, from each rank's own."""
     return replace(
         max(choices, key=lambda choice: choice.prediction.peak),
+        # The plan of a small GPU fits a large one. Ranks that recompute differently, or pack
+        # otherwise, would meet in other collectives.
         tokens=min(choice.tokens for choice in choices),
         recompute=max((choice.recompute for choice in choices), key=LADDER.index),
         hold=all(choice.hold for choice in choices),
@@ -311,6 +313,7 @@ def choose(
         budget = floor
         if tokens is None:
             budget = _largest_budget(config, setting, floor, rung, device_gib)
+        # Each of the following takes memory, so each is asked for only where it still fits.
         held = replace(setting, hold=_reduction_shows(setting, budget))
         if predict(config, held, budget, rung).fits(device_gib):
             setting = held

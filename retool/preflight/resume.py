@@ -124,6 +124,8 @@ def check_checkpoint(report: R) -> R:
         if change.where not in known
     ]
     asked = report.options.trainer.resume_mode == "resume_path"
+    # Who names a checkpoint means that one: only what would make its state meaningless is refused
+    # then.
     refused = [change for change in other if change.strict or not asked]
     trouble = [_refusal(report, found, change) for change in refused]
     if report.model is not None and not any(
@@ -230,6 +232,7 @@ def _instead(path: Path, run: Path) -> str:
 def _unloadable(options: RunOptions, found: Path, model: ModelConfig) -> Iterator[Fault]:
     """Shards whose tensors aren't the model's, and state that can't be read."""
     folder = model_folder(found)
+    # The layout for one process: names and shapes are the same for any number of them.
     layout = plan_layout(model, 1)
     try:
         match_names(layout, ShardSource(folder))

@@ -261,6 +261,7 @@ def block_bytes(config: ModelConfig, setting: Setting, tokens: int, recompute: R
     whole_block = recompute in ("full", "offload")
     if whole_block and setting.ep == 1 and len(token_chunks(tokens)) > 1:
         return chunked_block_bytes(costs, element, tokens)
+    # What the backward makes again is there in full while it runs, for one block at a time.
     again = element.of(costs.kept["none"]) - element.of(costs.kept[recompute])
     if whole_block:
         again -= element.of(costs.freed_early)

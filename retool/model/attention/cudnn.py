@@ -135,6 +135,7 @@ def cudnn_forward(
             out_run, lse_run = _forward_run(q, k, v, run)
         else:
             out_run, lse_run = short(q[tokens], k[tokens], v[tokens], _short_pack(run, pack))
+        # The usual pack has one run: its result needs no copy into a larger tensor.
         if run.end - run.begin == q.shape[0]:
             return out_run, lse_run
         out[tokens], lse[:, tokens] = out_run, lse_run

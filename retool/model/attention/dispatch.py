@@ -176,6 +176,8 @@ def kernel_error(
     A package may import and run, and yet be built without this head dimension or for another GPU.
     NaN where there are NaNs, infinite for one that doesn't run at all (varlen, the last, raises).
     """
+    # A short document, one longer than a kernel's tile, and one token alone: where kernels go
+    # wrong.
     lengths = (5, 67, 1)
     if backend == "cudnn":
         # It rounds a length up and reads along what stands behind: enough for that does

@@ -80,6 +80,8 @@ class Balance:
         )
         for tensor in kept:
             tensor.zero_()
+        # The ranks of an sp group have the same packs: each counts its share, and the sum over all
+        # is right.
         self.tokens.fill_(tokens / self.mesh.sp)
         sum_over(self.tokens, self.mesh.world_group)
 
@@ -99,6 +101,7 @@ class Balance:
         finally:
             self.counting = False
         if self.sizes.balance_coefficient:
+            # Only this micro-batch's: what came before has been summed over the ranks already.
             new = self.counts - before
             sum_over(new, self.mesh.world_group)
             self.all_counts += new
@@ -143,6 +146,7 @@ class Balance:
         experts: Tensor,
         weights: Tensor,
     ) -> None:
+        # Padding weighs 0: its choices would count an expert as busy.
         each = weights.double().repeat_interleave(experts.shape[1])
         self.counts[layer].scatter_add_(0, experts.flatten(), each)
         entropy = torch.special.entr(probs).sum(1)

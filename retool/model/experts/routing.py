@@ -54,6 +54,7 @@ def chosen_experts(
     `given_tk` were chosen before (router replay, arXiv 2510.11370) and are taken as they are. A row
     that begins with -1 has none: it is routed as usual.
     """
+    # Which experts has no gradient. How much they count has one: see `weights_of`.
     own_tk = probs_tX.detach().topk(sizes.per_token, -1).indices
     if given_tk is None:
         return own_tk

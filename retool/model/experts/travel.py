@@ -61,6 +61,7 @@ def plan_trip(
     ends = where.ends.long()
     leaving = ends.diff(prepend=ends.new_zeros(1))
     coming = exchange(leaving, even, even, group)
+    # Together, so that the host waits for the device once.
     both = torch.stack([leaving, coming]).view(2, ranks, own)
     sent, received = both.sum(-1).tolist()
     numbers = torch.arange(own, device=coming.device).repeat(ranks)

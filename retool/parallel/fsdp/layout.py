@@ -187,6 +187,7 @@ def _lay_out(name: str, specs: list[SlotSpec], parts: int, shards: int) -> UnitL
             slot = _place(spec._replace(members=members), offset)
             slots.append(replace(slot, part=part))
             offset += _round_up(slot.numel, ALIGNMENT_NUMEL)
+        # So that every owner's shard of it begins on an aligned element, too.
         part_numel = _round_up(max(offset - first, 1), shards // parts * ALIGNMENT_NUMEL)
     numel = parts * part_numel
     return UnitLayout(name, tuple(slots), numel, numel // shards, start=0, parts=parts)
