@@ -224,7 +224,6 @@ class Sharded:
 
         The squares are added in float64, which is a copy on CUDA: chunk by chunk.
         """
-        # Not one norm of all of `grad`: its float64 copy would be twice as large as the gradient.
         squares = [
             torch.linalg.vector_norm(part, dtype=torch.float64).square()
             for part in self.grad.split(NORM_CHUNK_NUMEL)
