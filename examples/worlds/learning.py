@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,20 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 import retool
 from examples.quickstart import model as tiny
+from retool.rl.agent.tools.interpreter import SCHEMA
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "quickstart/chat.jinja"
+PYTHON = "code_interpreter"
 SAMPLES = 4  # answers to each held-out question, drawn at temperature 1
 SEEN = 1000  # conversations whose words the tokenizer learns
+
+ROLLOUT = "actor_rollout_ref.rollout"
+NOTEBOOK = {
+    f"{ROLLOUT}.multi_turn.tool_session": True,
+    # The end of a traceback says what was wrong
+    f"{ROLLOUT}.multi_turn.max_tool_response_length": 24,
+    f"{ROLLOUT}.multi_turn.tool_response_truncate_side": "left",
+}
 
 Row = dict[str, Any]
 
@@ -35,23 +46,33 @@ Row = dict[str, Any]
 class World:
     """Conversations to imitate, questions to practise on and to be tested with, and what answers the
     model and judges it. Numbers of steps are those after which it has learnt.
+
+    `session`: the code interpreter's variables live on between the calls of an answer.
     """
 
-    demonstrations: Sequence[Row]
+    demonstrations: Sequence[list[Row]]
     questions: Sequence[Row]
     held_out: Sequence[Row]
     reward: Callable[..., Any] | None = None
     tools: Sequence[Any] | None = None
     environment: Callable[..., Any] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    session: bool = False
     sft_steps: int = 400
     rl_steps: int = 15
     learning_rate: float = 3e-4  # of reinforcement learning
-    prompts: int = 16  # of a step of reinforcement learning
+    # Questions of such a step. Programs take their time: a notebook has fewer, so smaller steps
+    prompts: int = 16
+
+    def conversations(self) -> list[Row]:
+        """The demonstrations as rows of SFT: what was said, and what could be called."""
+        schemas = [SCHEMA if tool == PYTHON else tool.schema for tool in self.tools or ()]
+        return [
+            {"messages": messages, "tools": schemas or None} for messages in self.demonstrations
+        ]
 
 
-def main(make_world: Callable[[Path, int], World], description: str | None) -> None:
-    """The command line of a world."""
+def main(make_world: Callable[[random.Random], World], description: str | None) -> None:
+    """The command line of a world. `make_world` draws all that is random in it."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=form)
     folder = Path(f"{Path(sys.argv[0]).stem}-run")
@@ -60,18 +81,20 @@ def main(make_world: Callable[[Path, int], World], description: str | None) -> N
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()  # of saving the model
-    show(learn(make_world(given.out, given.seed), given.out, given.seed))
+    world = make_world(random.Random(given.seed))
+    show(learn(world, given.out, given.seed))
 
 
 def learn(world: World, out: Path, seed: int) -> list[float]:
     """Mean scores of the held-out questions: of random weights, after SFT, after RL."""
     print(f"A tokenizer and a model of random weights: {out}/model")
-    model = make_model(out / "model", world.demonstrations, seed)
+    shown = world.conversations()
+    model = make_model(out / "model", shown, seed)
     untrained = improve(world, model, out / "untrained", seed, steps=0)
-    print(f"SFT: {world.sft_steps} steps on {len(world.demonstrations):,} demonstrations")
+    print(f"SFT: {world.sft_steps} steps on {len(shown):,} demonstrations")
     tuned = retool.sft(
         model,
-        world.demonstrations,
+        shown,
         output_dir=out / "sft",
         learning_rate=1e-3,
         batch_size=8,
@@ -92,7 +115,9 @@ def learn(world: World, out: Path, seed: int) -> list[float]:
 
 def improve(world: World, model: Path, folder: Path, seed: int, *, steps: int) -> retool.Result:
     """Reinforcement learning in a world, the held-out questions before and after; 0 steps: they alone."""
-    sampled = {"actor_rollout_ref.rollout.val_kwargs.n": SAMPLES, "trainer.val_only": steps == 0}
+    options = {f"{ROLLOUT}.val_kwargs.n": SAMPLES, "trainer.val_only": steps == 0}
+    if world.session:
+        options |= NOTEBOOK
     return retool.rl(
         model,
         world.questions,
@@ -113,7 +138,7 @@ def improve(world: World, model: Path, folder: Path, seed: int, *, steps: int) -
         resume=False,
         quiet=True,
         on_step=tell,
-        options={**sampled, **world.options},
+        options=options,
     )
 
 
@@ -150,12 +175,19 @@ def make_model(folder: Path, rows: Sequence[Row], seed: int) -> Path:
     return folder
 
 
-def said(role: str, text: str) -> Row:
-    """A message."""
-    return {"role": role, "content": text}
+def talk(*parts: str | list[Row]) -> list[Row]:
+    """A conversation: texts of the user and of the assistant in turns, and calls between them."""
+    messages: list[Row] = []
+    for part in parts:
+        if isinstance(part, str):
+            users = not messages or messages[-1]["role"] == "assistant"
+            part = [{"role": "user" if users else "assistant", "content": part}]
+        messages += part
+    return messages
 
 
-def call(name: str, **arguments: str) -> Row:
-    """The assistant's call of a tool."""
-    function = {"name": name, "arguments": arguments}
-    return {**said("assistant", ""), "tool_calls": [{"type": "function", "function": function}]}
+def call(name: str, result: str, **arguments: str) -> list[Row]:
+    """The assistant's call of a tool, and what that said."""
+    called = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    asks = {"role": "assistant", "content": "", "tool_calls": [called]}
+    return [asks, {"role": "tool", "content": result}]

@@ -156,11 +156,14 @@ def _line(row: Any, index: int) -> bytes:
 
 
 def _schemas(tools: Any, index: int) -> Any:
-    """A row's tools, functions among them as the schemas that reinforcement learning makes of them."""
+    """A row's tools; those that reinforcement learning takes, functions and objects, as schemas."""
     if not isinstance(tools, (list, tuple)):
         return tools
     try:
-        return [schema_of(tool) if inspect.isfunction(tool) else tool for tool in tools]
+        return [
+            schema_of(tool) if inspect.isfunction(tool) else getattr(tool, "schema", tool)
+            for tool in tools
+        ]
     except ValueError as error:
         raise ValueError(f"row {index} of the data: {error}") from error
 

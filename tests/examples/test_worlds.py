@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import random
 import re
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from examples.worlds import customer, learning, notebook, search
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
 from retool.data.tokens.load import load_tokenizer
-from retool.data.tool_schema import schema_of
 
 WORLDS = {"search": search, "customer": customer, "notebook": notebook}
 
@@ -36,60 +36,47 @@ def calls_and_results(messages: list[dict[str, Any]]) -> list[tuple[dict[str, st
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_demonstrations_are_what_a_model_of_its_own_can_be_trained_on(name, tmp_path) -> None:
-    world = WORLDS[name].make_world(tmp_path, 1)
+    world = WORLDS[name].make_world(random.Random(1))
     assert len(world.demonstrations) >= 8 * world.sft_steps
-    shown = world.demonstrations[:12]
+    shown = world.conversations()[:12]
     folder = learning.make_model(tmp_path / "model", shown, seed=1)
     renderer = Renderer(load_tokenizer(str(folder)))
     for index, row in enumerate(shown):
-        tools = [schema_of(tool) if callable(tool) else tool for tool in row.get("tools", [])]
-        conversation = to_conversation({**row, "tools": tools}, name, index)
+        conversation = to_conversation(row, name, index)
         (sample,) = renderer.render(conversation)
         assert len(sample.tokens) <= 384 and sample.mask.any()
         assert row["messages"][0]["role"] == "user" and conversation.assistant_turns
 
 
-def test_a_search_finds_the_page_and_nothing_else(tmp_path: Path) -> None:
-    world = search.make_world(tmp_path, 1)
+@pytest.mark.parametrize("name", WORLDS)
+def test_each_is_short_enough_to_be_read(name, repository: Path) -> None:
+    text = (repository / f"examples/worlds/{name}.py").read_text()
+    assert len(text.splitlines()) <= 60
+
+
+def test_a_search_finds_the_page_and_nothing_else() -> None:
+    world = search.make_world(random.Random(1))
     assert not {str(row) for row in world.held_out} & {str(row) for row in world.questions}
     assert world.tools is not None
-    (find,) = world.tools
-    facts = search.make_facts(search.random.Random(1))
+    (tool,) = world.tools
+    facts = search.make_facts(random.Random(1))
     for fact in facts[:20]:
-        messages = search.demonstrate(fact, thorough=True)
+        messages = search.demonstrate(fact, careful=True)
         for arguments, page in calls_and_results(messages):
-            assert find(**arguments) == page
+            assert tool.find(**arguments) == [page]
         assert search.right(messages[-1]["content"], fact[2]) == 1.0
-        careless = search.demonstrate(fact, thorough=False)[-1]["content"]
+        careless = search.demonstrate(fact, careful=False)[-1]["content"]
         assert search.right(careless, fact[2]) == search.right(f"{fact[2]} it is", fact[2]) == 0.0
-    for query in ("", '"', "author OR nobody*", "author AND NOT (", "?!"):
-        assert find(query) == "nothing found"
-
-
-def test_a_python_whose_sqlite_has_no_full_text_says_so(tmp_path: Path, monkeypatch) -> None:
-    class Index:
-        def __enter__(self) -> Index:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def execute(self, _: str) -> None:
-            raise search.sqlite3.OperationalError("no such module: fts5")
-
-    monkeypatch.setattr(search.sqlite3, "connect", lambda path: Index())
-    with pytest.raises(SystemExit, match=r"no such module: fts5\): take another"):
-        search.make_search(tmp_path / "corpus.db", [])
 
 
 def test_a_customer_buys_from_who_asks_for_what_is_missing_and_no_more() -> None:
     untold: set[int] = set()
     for seed in range(12):
-        for attentive in (True, False):
-            messages = customer.demonstrate(seed, attentive=attentive)
+        for careful in (True, False):
+            messages = customer.demonstrate(seed, careful=careful)
             person = customer.Customer()
-            assert person.reset({"seed": seed}) == messages[:1]
-            needless = len(person.told) if not attentive else 0
+            assert person.reset({"seed": seed}) == messages[0]["content"]
+            needless = len(person.told) if not careful else 0
             untold.add(len(person.told))
             answers = [person.step(message) for message in messages[1::2]]
             given = sum(reward for _, reward, _ in answers)
@@ -108,14 +95,14 @@ def test_a_customer_buys_from_who_asks_for_what_is_missing_and_no_more() -> None
 
 def test_a_notebook_s_cells_do_what_its_demonstrations_say(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    draw = notebook.random.Random(3)
-    ends: set[str] = set()
-    for looks in (True, False) * 6:
-        table = notebook.Table(draw)
-        row = notebook.to_row(table)
-        given = row["extra_info"]["tools_kwargs"]["code_interpreter"]["execute_kwargs"]["files"]
+    draw = random.Random(3)
+    seen: set[tuple[str, bool]] = set()
+    for _ in range(16):
+        row = notebook.make_question(draw)
+        about = row["extra_info"]
+        given = about["tools_kwargs"]["code_interpreter"]["execute_kwargs"]["files"]
         Path("data.csv").write_text(given["data.csv"])
-        messages = notebook.demonstrate(table, draw, looks=looks)
+        messages = notebook.demonstrate(row, draw)
         variables: dict[str, Any] = {}
         for arguments, said in calls_and_results(messages):
             output = io.StringIO()
@@ -125,10 +112,11 @@ def test_a_notebook_s_cells_do_what_its_demonstrations_say(tmp_path: Path, monke
                 except KeyError as error:
                     output.write(f"KeyError: {error}")
             assert (output.getvalue().strip() or "[no output]") == said
-        ends.add(table.end)
+        looks = "rows[0]" in str(messages)
+        seen.add((about["end"], looks))
         answer = messages[-1]["content"]
-        assert notebook.right(answer, row["reward_model"]["ground_truth"]) == float(looks)
-    assert ends == {"max", "min"}
+        assert notebook.right(answer, row["answer"]) == float(looks)
+    assert len(seen) == 4
 
 
 def cells(said: str) -> list[float]:

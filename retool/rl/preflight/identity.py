@@ -25,7 +25,7 @@ from retool.rl.agent.loops.load import LoopSource
 from retool.rl.agent.tools.function import FunctionTool
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.agent.tools.trajectory_tool import TrajectoryTool
-from retool.rl.agent.tools.verl_tool import VerlTool
+from retool.rl.agent.tools.verl.tool import VerlTool
 from retool.rl.config import RLConfig
 from retool.rl.config.judge import LLMJudgeConfig
 from retool.rl.objective.user_functions import own_function

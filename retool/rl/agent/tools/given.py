@@ -11,8 +11,8 @@ from retool.data.read.user_function import load_object
 from retool.rl.agent.tools.function import FunctionTool
 from retool.rl.agent.tools.protocol import AnyTool, check_schema, keeps_state
 from retool.rl.agent.tools.trajectory_tool import TrajectoryTool
-from retool.rl.agent.tools.verl_modules import schema_for_verl
-from retool.rl.agent.tools.verl_tool import VerlTool, is_verls
+from retool.rl.agent.tools.verl.modules import schema_for_verl
+from retool.rl.agent.tools.verl.tool import VerlTool, is_verls
 
 A_TOOL = (
     "give a function with type hints, an object with open, call and close for each trajectory, or one "

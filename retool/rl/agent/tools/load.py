@@ -24,7 +24,7 @@ from retool.rl.agent.tools.interpreter import SCHEMA, CodeInterpreter, Interpret
 from retool.rl.agent.tools.mcp import mcp_tools, read_server
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.agent.tools.session import InterpreterSession
-from retool.rl.agent.tools.verl_modules import verl_importable
+from retool.rl.agent.tools.verl.modules import verl_importable
 from retool.rl.reward.source import OF_PROGRAM
 
 # What `class_name` may say for the code interpreter: our own name first
