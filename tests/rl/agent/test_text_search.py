@@ -11,7 +11,7 @@ import pytest
 
 from retool.data.in_memory import _line
 from retool.rl.agent.tools import TextSearch, text_search
-from retool.rl.agent.tools.load import load_tools, make_tools
+from retool.rl.agent.tools.load import close_tools, load_tools, make_tools
 from retool.rl.agent.tools.protocol import ToolResult
 
 PAGES = ["the mole digs", "a mole, a mole and a vole", "the owl watches the vole", "Ähren im Wind"]
@@ -69,6 +69,12 @@ def test_it_is_a_tool_in_python_and_in_rows_of_sft() -> None:
     assert make_tools([tool]) == [tool]
     row = json.loads(_line({"messages": [], "tools": [tool]}, 0))
     assert row["tools"] == [tool.schema]
+
+
+def test_it_may_be_used_in_one_run_after_another() -> None:
+    tool = TextSearch(PAGES)
+    asyncio.run(close_tools([tool]))
+    assert ask(tool, "digs").text == PAGES[0]
 
 
 def test_what_it_cannot_search_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

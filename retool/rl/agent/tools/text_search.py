@@ -79,7 +79,7 @@ class TextSearch:
         return [text for (text,) in rows.fetchall()]
 
     async def close(self) -> None:
-        self._index.close()
+        """The index goes with the object: a program may use it in another run."""
 
 
 def _index_of(pages: Sequence[str]) -> sqlite3.Connection:
