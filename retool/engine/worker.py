@@ -6,10 +6,8 @@ arrays to the others, which `follow` until it calls `end`: so all ranks run the 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from retool.engine.chunks import Chunks
@@ -18,6 +16,7 @@ from retool.engine.forward import Model
 from retool.engine.runner import Flight, Recordings, run_once
 from retool.engine.schedule.batch import Batch, Change
 from retool.engine.types import EngineOptions
+from retool.parallel.shared_work import SharedWork
 
 # once: any batch, with shapes of its own · start: single tokens, which the decode loop takes over ·
 # again: the loop's next step · chunks: a batch without single tokens
@@ -32,6 +31,7 @@ class Worker:
     def __init__(self, model: Model, options: EngineOptions, width: int) -> None:
         """`width`: pages of the longest sequence."""
         self.model = model
+        self.shared = SharedWork(model.group)
         self.loop: DecodeLoop | None = None
         self.chunks: Chunks | None = None
         self._drawn: Tensor | None = None  # [3, R] by the last chunks
@@ -52,29 +52,22 @@ class Worker:
 
     def run(self, kind: Kind, work: Batch | Change) -> Flight | None:
         """Rank 0: compute it on every rank of the group; None where rows only get ready."""
-        if self.model.group is not None:
-            self._broadcast((kind, work))
-        return self._execute(kind, work)
+        return self.shared.do(self._execute, (kind, work))
 
     def follow(self) -> None:
         """The other ranks: compute what rank 0 sends until it calls `end`."""
-        while (message := self._broadcast(None)) is not None:
-            kind, work = message
-            self._execute(kind, work)
+        self.shared.follow(self._execute)
 
     def end(self) -> None:
         """Rank 0: let the others return from `follow`."""
-        if self.model.group is not None:
-            self._broadcast(None)
+        self.shared.end()
 
-    def _broadcast(self, message: tuple[Kind, Any] | None) -> tuple[Kind, Any] | None:
-        """Rank 0's message, on every rank."""
-        box = [message]
-        device = torch.device("cpu")
-        dist.broadcast_object_list(box, group=self.model.group, group_src=0, device=device)
-        return box[0]
-
-    def _execute(self, kind: Kind, work: Any) -> Flight | None:
+    def _execute(self, message: tuple[Kind, Batch | Change]) -> Flight | None:
+        kind, work = message
+        if kind == "again":
+            assert self.loop is not None and isinstance(work, Change)
+            return self.loop.again(work, self._drawn)
+        assert isinstance(work, Batch)
         if kind == "once":
             return run_once(self.model, work)
         if kind == "chunks":
@@ -84,7 +77,7 @@ class Worker:
             self._drawn = flight.on_device
             return flight
         assert self.loop is not None
-        return self.loop.start(work) if kind == "start" else self.loop.again(work, self._drawn)
+        return self.loop.start(work)
 
 
 def round_up(count: int, multiple: int) -> int:

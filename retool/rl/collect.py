@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from retool.parallel.collectives import gather_objects
+from retool.parallel.shared_work import GroupTorn
 from retool.rl.agent.rollout import RolloutTimes, Sampling, roll_out
 from retool.rl.build import Run, stream, training_sampling
 from retool.rl.failures import count_lost, require_scores, warn_of_failures
@@ -228,13 +229,38 @@ def _sample_everywhere(
         shares = deal_again(shares, failed, ready)
         samplers.moved += sum(map(len, shares.values()))
         _tell(run, failed, len(ready))
-        if any(share.error and share.engine == run.engine_rank for share in failed):
-            run.engine.release()  # whatever state it is in; the next sync begins anew
+        _release_failed(run, failed, raised)
     # Nobody does better: what is lost isn't the fault of one machine
     samplers.recall(fell_back)
     if any(share.error for share in found):
         raise raised or EngineFailed(next(share.error for share in found if share.error))
     return members + [one for share in found for one in share.scored or []]
+
+
+def _release_failed(run: Run, failed: Sequence[Share], raised: Exception | None) -> None:
+    """Have engines that raised let go of everything, whatever state they are in: the next sync makes
+    them anew. Collective. `raised`: what this rank's engine did.
+
+    EngineFailed, with what an engine raised first, where one can't even do that: after most errors
+    of CUDA the process can't use its GPU any more.
+    """
+    errors = {share.engine: share for share in failed if share.error}
+    if not errors:
+        return
+    stuck = ""
+    if run.engine_rank in errors:
+        try:
+            run.engine.release()
+        except Exception as error:
+            share = errors[run.engine_rank]
+            stuck = (
+                f"engine {share.engine} on {share.host} failed ({share.error}), and can't even be "
+                f"released ({type(error).__name__}: {error}): its GPU is of no more use to this run. "
+                "The same command goes on from the last checkpoint."
+            )
+    found = [said for said in gather_objects(stuck, run.session.mesh.world_group) if said]
+    if found:
+        raise EngineFailed(found[0]) from raised
 
 
 def _round(
@@ -251,6 +277,8 @@ def _round(
     try:
         if requests is not None:
             scored = _sample_share(run, requests, sampling, step, spent)
+    except GroupTorn:  # the others of its engine wait for a rank that failed: it has to go
+        raise
     except Exception as error:
         raised = error
     said = "" if raised is None else f"{type(raised).__name__}: {raised}"
@@ -273,12 +301,17 @@ def _sample_share(
     if run.rollout is None:
         run.engine.follow()
         return []
+    torn = False
     try:
         rollout = roll_out(run.rollout, requests, sampling, step, spent)
         return run.loop.run_until_complete(rollout)
+    except GroupTorn:
+        torn = True
+        raise
     finally:
-        # Whatever happened: the ranks that follow would wait for ever
-        run.engine.end()
+        # Whatever else happened: the ranks that follow would wait for ever
+        if not torn:
+            run.engine.end()
 
 
 def _tell(run: Run, failed: Sequence[Share], left: int) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 
@@ -381,11 +382,27 @@ def let_go(run: Run) -> Iterator[None]:
     """However the run ends, its engine, judges and tools end too."""
     try:
         yield
-    finally:
-        run.engine.close()
-        if run.judges is not None:
-            run.judges.close()
-        if run.rollout is not None:
-            run.rollout.let_go()
-        run.loop.run_until_complete(close_tools(run.session.report.tools))
-        run.loop.close()
+    except BaseException:
+        _close_all(run)  # what fails now would only hide the cause
+        raise
+    failed = _close_all(run)
+    if failed is not None:
+        raise failed
+
+
+def _close_all(run: Run) -> Exception | None:
+    """Close what the run holds, each whatever becomes of the others; what failed first."""
+    closers: list[Callable[[], Any]] = [run.engine.close]
+    if run.judges is not None:
+        closers.append(run.judges.close)
+    if run.rollout is not None:
+        closers.append(run.rollout.let_go)
+    tools = run.session.report.tools
+    closers += [lambda: run.loop.run_until_complete(close_tools(tools)), run.loop.close]
+    failed: Exception | None = None
+    for close in closers:
+        try:
+            close()
+        except Exception as error:
+            failed = failed or error
+    return failed

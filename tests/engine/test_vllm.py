@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from retool.engine import Engine, EngineOptions, SamplingParams, TurnDone, find_
 from retool.engine.vllm.engine import VllmEngine
 from retool.model.catalogue.families import read_model_config
 from retool.parallel.fsdp import Sharded
+from retool.parallel.shared_work import SharedWork
 from retool.rl.config import RLConfig
 from retool.rl.preflight.backends import backend_faults
 from retool.rl.preflight.show import in_words
@@ -186,11 +187,11 @@ def test_ranks_of_an_engine_do_what_rank_0_does(
     for engine in (first, other):
         engine.sync(model)
     sent: list[Any] = []
-    monkeypatch.setattr(first, "group", "two ranks")
-    monkeypatch.setattr(first, "_broadcast", sent.append)
-    monkeypatch.setattr(other, "_broadcast", lambda _: sent.pop(0))
+    monkeypatch.setattr(SharedWork, "_broadcast", lambda _, message: sent.append(message))
+    first.shared = SharedWork(cast(Any, "two ranks"))
     found = lead(first)
     assert found == tokens(roll(engine_of(folder, model), GREEDY))
+    monkeypatch.setattr(SharedWork, "_broadcast", lambda *_: sent.pop(0))
     other.follow()
     assert not sent and other.vllm.log == first.vllm.log
     assert first.vllm.log[-1] == ["6"] and not other.vllm.requests

@@ -4,8 +4,10 @@ closed, however it ends.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,3 +115,27 @@ def test_an_error_of_ours_loses_no_save_and_leaves_nothing_open(
         )
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
     assert events[-2:] == ["tools closed", "loggers closed"]
+
+
+def test_an_engine_that_cannot_close_hides_no_cause_and_keeps_nothing_open() -> None:
+    closed: list[str] = []
+
+    def gone() -> None:
+        closed.append("engine")
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def run_of() -> Any:
+        return SimpleNamespace(
+            engine=SimpleNamespace(close=gone),
+            judges=SimpleNamespace(close=lambda: closed.append("judges")),
+            rollout=SimpleNamespace(let_go=lambda: closed.append("rollout")),
+            loop=asyncio.new_event_loop(),
+            session=SimpleNamespace(report=SimpleNamespace(tools=())),
+        )
+
+    with pytest.raises(KeyError, match="the cause"), train.let_go(run_of()):
+        raise KeyError("the cause")
+    # Where nothing else went wrong, this did
+    with pytest.raises(RuntimeError, match="illegal memory"), train.let_go(run_of()):
+        pass
+    assert closed == ["engine", "judges", "rollout"] * 2

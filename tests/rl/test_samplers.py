@@ -11,9 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from retool.parallel.mesh import make_mesh
+from retool.parallel.collectives import sum_over
+from retool.parallel.lost_peer import lost_peer
+from retool.parallel.mesh import Mesh, make_mesh
+from retool.parallel.shared_work import GroupTorn, SharedWork
 from retool.rl import collect
 from retool.rl.agent.rollout import Sampling
 from retool.rl.build import Run
@@ -27,20 +31,23 @@ PROMPTS = [make_prompt(index) for index in range(4)]
 
 
 class Engine:
-    """What a rank's engine is asked to do beside sampling."""
+    """What a rank's engine is asked to do beside sampling. `broken`: its GPU is gone."""
 
     def __init__(self) -> None:
         self.releases = 0
+        self.broken = False
 
     def end(self) -> None: ...
 
     def release(self) -> None:
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         self.releases += 1
 
 
 def sampled_by(rank: int, requests: Sequence[Any], fault: str, again: bool) -> list[Scored]:
     """A rollout; the response tells who made it. `fault` befalls it."""
-    if fault == "raises":
+    if fault.startswith("raises"):
         raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
     if again and fault == "loses what it takes over":
         fault = "loses all"
@@ -71,24 +78,31 @@ def steps(cases: list[list[tuple[int, str, str]]]) -> tuple[list[list[Any]], str
     return told, out.getvalue()
 
 
+def run_of(mesh: Mesh, engine: Any, engines: int, leads: bool) -> Run:
+    """A run of which nothing but `engine` is there."""
+    rollout = SimpleNamespace(max_lost_share=0.3)
+    config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
+    session: Any = SimpleNamespace(
+        mesh=mesh,
+        report=SimpleNamespace(config=config),
+        watchdog=SimpleNamespace(following=nullcontext),
+    )
+    parts: Any = SimpleNamespace() if leads else None
+    loop = asyncio.new_event_loop()
+    samplers = Samplers(engines)
+    return Run(session, None, engine, engines, parts, None, loop, samplers, "host")  # type: ignore[arg-type]
+
+
 def told_of(cases: list[list[tuple[int, str, str]]]) -> list[list[Any]]:
     mesh = make_mesh(device="cpu")
     told = []
     for case in cases:
         engine = Engine()
-        rollout = SimpleNamespace(max_lost_share=0.3)
-        config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
-        session: Any = SimpleNamespace(
-            mesh=mesh,
-            report=SimpleNamespace(config=config),
-            watchdog=SimpleNamespace(following=nullcontext),
-        )
-        parts: Any = SimpleNamespace()
-        loop = asyncio.new_event_loop()
-        run = Run(session, None, engine, 2, parts, None, loop, Samplers(2), "host")  # type: ignore[arg-type]
+        run = run_of(mesh, engine, 2, leads=True)
         said: list[Any] = []
         for step, *faults in case:
             asked = iter([False, True])
+            engine.broken = "its GPU is gone" in faults[mesh.rank]
 
             async def roll_out(
                 _: Any,
@@ -109,7 +123,7 @@ def told_of(cases: list[list[tuple[int, str, str]]]) -> list[list[Any]]:
                     break
             back = sorted(run.samplers.back)
             said.append((makers(groups), back, run.samplers.moved, engine.releases))
-        loop.close()
+        run.loop.close()
         told.append(said)
     dist.destroy_process_group()
     return told
@@ -126,6 +140,7 @@ CASES = {
     "a shared server": [(1, "loses half", "loses what it takes over"), (2, "", "")],
     "one engine, then the other": [(1, "raises", ""), (2, "", "raises")],
     "all engines": [(1, "raises", "raises")],
+    "its GPU": [(1, "", "raises: its GPU is gone")],
 }
 
 
@@ -147,5 +162,63 @@ def test_an_engine_that_fails_stands_back_and_others_do_its_work() -> None:
     assert found["one engine, then the other"] == [(SECOND, [0], 4, 1), (FIRST, [1], 8, 1)]
     ecc = "RuntimeError: CUDA error: uncorrectable ECC error encountered"
     assert found["all engines"] == other["all engines"] == [ecc]
+    (gone,) = found["its GPU"]
+    assert found["its GPU"] == other["its GPU"]
+    assert gone.startswith(
+        f"EngineFailed: engine 1 on host failed ({ecc}), and can't even be released"
+    )
+    assert "an illegal memory access" in gone
     assert "engine 1 on host stands back for 10 steps (4 of its 4 samples were lost)" in said
     assert issubclass(EngineFailed, RuntimeError)
+
+
+class SharedEngine:
+    """One over all ranks. `failing` breaks at the second forward, of which the others are in the
+    middle then.
+    """
+
+    def __init__(self, mesh: Mesh, failing: int) -> None:
+        self.shared = SharedWork(mesh.world_group)
+        self.fails = mesh.rank == failing
+        self.forwards = 0
+
+    def forward(self, message: str) -> None:
+        self.forwards += 1
+        if self.fails and self.forwards == 2:
+            raise KeyError(message)
+        sum_over(torch.ones(1), self.shared.group)
+
+    def follow(self) -> None:
+        self.shared.follow(self.forward)
+
+    def end(self) -> None:
+        self.shared.end()
+
+
+def torn(failing: int) -> tuple[str, bool]:
+    """What ends each rank of an engine, of which one fails; and whether that is another's end."""
+    mesh = make_mesh(device="cpu")
+    engine = SharedEngine(mesh, failing)
+    run = run_of(mesh, engine, 1, leads=mesh.rank == 0)
+
+    async def roll_out(*_: Any) -> None:
+        for number in range(3):
+            engine.shared.do(engine.forward, f"forward {number}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "roll_out", roll_out)
+        try:
+            collect.sample(run, PROMPTS, N, Sampling(), 1, {})
+        except RuntimeError as error:
+            assert isinstance(error, GroupTorn) == isinstance(error.__cause__, KeyError)
+            return str(error), lost_peer(error)
+    return "", False
+
+
+@pytest.mark.parametrize("failing", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_of_an_engine_that_fails_amid_shared_work_ends_the_others(failing: int) -> None:
+    """Not when the watchdog or a collective has waited long enough: when its process has ended."""
+    told = run_ranks(torn, 2, failing, timeout=30)
+    cause = f"rank {failing} failed at work that 2 ranks share, so none of them can go on: KeyError"
+    assert told[failing][0].startswith(cause) and "forward 1" in told[failing][0]
+    assert [is_lost for _, is_lost in told] == [rank != failing for rank in range(2)]

@@ -27,6 +27,7 @@ from retool.model.config import ModelConfig
 from retool.parallel.fsdp import Sharded
 from retool.parallel.fsdp.layout import Layout
 from retool.parallel.fsdp.whole import named, whole_units
+from retool.parallel.shared_work import SharedWork
 
 DISCARD = 2  # vLLM's level of sleep that keeps neither weights nor cache
 # What rank 0 was told: a turn that is wanted, or the name of one that isn't any more
@@ -48,6 +49,7 @@ class VllmEngine:
         self.device = device
         self.options = options
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
+        self.shared = SharedWork(self.group)
         self.vllm: Any = None
         self.requests = Requests(options.max_length or 0)
         self._told: list[Told] = []
@@ -136,14 +138,12 @@ class VllmEngine:
 
     def follow(self) -> None:
         """Ranks of the group other than 0: do what rank 0 does until it calls `end`."""
-        while (message := self._broadcast(None)) is not None:
-            self._obey(*message)
+        self.shared.follow(self._obey)
 
     def end(self) -> None:
         """Rank 0: let the others return from `follow`. What was dropped last is dropped."""
         self._all_ranks(step=False)
-        if self.group is not None:
-            self._broadcast(None)
+        self.shared.end()
 
     def release(self) -> None:
         """Sleep until the next `sync`; every sequence is forgotten."""
@@ -185,12 +185,11 @@ class VllmEngine:
         """Do, on every rank of the group, what was told since the last time; and a step."""
         told = self._told
         self._told = []
-        if self.group is not None:
-            self._broadcast((told, step))
-        return self._obey(told, step)
+        return self.shared.do(self._obey, (told, step))
 
-    def _obey(self, told: list[Told], step: bool) -> list[Any]:
+    def _obey(self, message: tuple[list[Told], bool]) -> list[Any]:
         """Results of requests that ended. ValueError before the first `sync`."""
+        told, step = message
         if self.vllm is None:
             if told or step:
                 raise ValueError("the engine has no weights: call sync(model) first.")
@@ -204,13 +203,6 @@ class VllmEngine:
         if not step or not self.vllm.has_unfinished_requests():
             return []
         return [output for output in self.vllm.step() if output.finished]
-
-    def _broadcast(self, message: tuple[list[Told], bool] | None) -> tuple[list[Told], bool] | None:
-        """Rank 0's message, on every rank."""
-        box = [message]
-        device = torch.device("cpu")
-        dist.broadcast_object_list(box, group=self.group, group_src=0, device=device)
-        return box[0]
 
 
 def _load(model: nn.Module, pairs: list[tuple[str, Tensor]]) -> set[str]:
