@@ -132,6 +132,7 @@ def open_engine(report: RLReport, mesh: Mesh, engines: int) -> RolloutEngine:
         retries=wanted.retries,
         at_once=rollout.max_num_seqs,
         max_length=config.data.max_prompt_length + config.data.max_response_length,
+        temperature=rollout.temperature,
         key=os.environ.get(SERVER_KEY) or None,
     )
     folder = Path(wanted.weights_dir or config.trainer.default_local_dir).absolute()

@@ -1,5 +1,5 @@
 """How vLLM's and SGLang's servers are asked for tokens and told of new weights: token ids in, token
-ids with their log-probabilities out.
+ids with their log-probabilities out. As vLLM 0.22.1 and SGLang 0.5.23 have it.
 
 [Note: which log-probabilities] Ours and SGLang's are of softmax(logits / temperature). vLLM's are of
 softmax(logits) unless it was started with `--logprobs-mode processed_logprobs`; with a temperature
@@ -16,6 +16,12 @@ from retool.engine import SamplingParams
 
 VLLM = "vllm"
 SGLANG = "sglang"
+# Servers fill what a request leaves open from the model's generation_config.json or from their own
+# settings, and a penalty would change both draws and log-probabilities
+NO_PENALTIES = {"min_p": 0.0, "repetition_penalty": 1.0}
+# Where vLLM tells how it was started, and which setting of it gives log-probabilities like ours
+VLLM_SETTINGS = "/server_info?config_format=json"
+LOGPROBS_MODE = "processed_logprobs"
 # What `/v1/models` says in `owned_by`; ours speaks both
 DIALECT_OF_OWNER = {"vllm": VLLM, "sglang": SGLANG, "retool": VLLM}
 
@@ -39,13 +45,14 @@ class Sampled(NamedTuple):
 class Dialect:
     """One kind of server: `ask(model, ids, params, seed)` is the request for a turn, `read` takes its
     response; `load(folder, version)` are the requests for other weights, in order, and `loaded` says
-    why one wasn't done.
+    why one wasn't done. `way_out`: where it has no such address.
     """
 
     ask: Callable[[str, Sequence[int], SamplingParams, int], Call]
     read: Callable[[Any], Sampled]
     load: Callable[[str, str], list[Call]]
     loaded: Callable[[Any], str | None]
+    way_out: str
 
 
 def _ask_vllm(model: str, ids: Sequence[int], params: SamplingParams, seed: int) -> Call:
@@ -57,6 +64,7 @@ def _ask_vllm(model: str, ids: Sequence[int], params: SamplingParams, seed: int)
         "top_p": params.top_p,
         "top_k": params.top_k,
         "seed": seed,
+        **NO_PENALTIES,
         "stop_token_ids": list(params.stop_ids),
         "ignore_eos": True,  # only `stop_ids` end a turn
         "skip_special_tokens": False,
@@ -74,8 +82,10 @@ def _read_vllm(response: Any) -> Sampled:
 
 def _load_vllm(folder: str, version: str) -> list[Call]:
     reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-    # What it has computed of prompts is of the old weights
-    return [Call("/collective_rpc", reload), Call("/reset_prefix_cache", {})]
+    # What it has computed of prompts is of the old weights. Where it still computes for somebody it
+    # would keep that, and not say so: a request that was given up ends there a little later than here
+    forget = "/reset_prefix_cache?reset_running_requests=true"
+    return [Call("/collective_rpc", reload), Call(forget, {})]
 
 
 def _ask_sglang(model: str, ids: Sequence[int], params: SamplingParams, seed: int) -> Call:
@@ -85,6 +95,7 @@ def _ask_sglang(model: str, ids: Sequence[int], params: SamplingParams, seed: in
         "top_p": params.top_p,
         "top_k": params.top_k,
         "sampling_seed": seed,
+        **NO_PENALTIES,
         # With ignore_eos it would ignore these too
         "stop_token_ids": list(params.stop_ids),
         "skip_special_tokens": False,
@@ -105,17 +116,31 @@ def _load_sglang(folder: str, version: str) -> list[Call]:
     return [Call("/update_weights_from_disk", body)]
 
 
-def _loaded_sglang(response: Any) -> str | None:
-    if response["success"]:
+def _loaded(response: Any) -> str | None:
+    """Both say `success` where they say anything, and vLLM only since 0.26."""
+    if response.get("success", True):
         return None
     return str(response.get("message") or "it says no more")
 
 
-def _always_loaded(response: Any) -> str | None:
-    return None
+def logprobs_mode(settings: Any) -> str:
+    """What vLLM's settings say of its log-probabilities."""
+    return str(settings["vllm_config"]["model_config"]["logprobs_mode"])
 
 
 DIALECTS = {
-    VLLM: Dialect(_ask_vllm, _read_vllm, _load_vllm, _always_loaded),
-    SGLANG: Dialect(_ask_sglang, _read_sglang, _load_sglang, _loaded_sglang),
+    VLLM: Dialect(
+        _ask_vllm,
+        _read_vllm,
+        _load_vllm,
+        _loaded,
+        "start it with VLLM_SERVER_DEV_MODE=1 in its environment, which lets its weights be changed",
+    ),
+    SGLANG: Dialect(
+        _ask_sglang,
+        _read_sglang,
+        _load_sglang,
+        _loaded,
+        "start a version of SGLang that has it",
+    ),
 }

@@ -15,7 +15,8 @@ MAX_AHEAD = 8  # requests that a server may have more than another because of it
 class ServerOptions:
     """`urls` of the servers; `dialect` a name or auto. A request may take `timeout_s`, and is tried
     again `retries` times; each rank has at most `at_once` of them under way at a server. A sequence
-    has at most `max_length` tokens. `key` is sent as a bearer token.
+    has at most `max_length` tokens; those that are trained on are drawn at `temperature`. `key` is
+    sent as a bearer token.
     """
 
     urls: tuple[str, ...]
@@ -24,6 +25,7 @@ class ServerOptions:
     retries: int = 3
     at_once: int = 256
     max_length: int = 0
+    temperature: float = 1.0
     key: str | None = None
 
     @property

@@ -15,11 +15,20 @@ from retool.checkpoint.format.safetensors import WeightsWriter
 from retool.checkpoint.hf.side_files import copy_side_files
 from retool.parallel.fsdp import Sharded
 from retool.parallel.fsdp.whole import named, whole_units
-from retool.rl.server.dialects import DIALECT_OF_OWNER, DIALECTS
+from retool.rl.server.dialects import (
+    DIALECT_OF_OWNER,
+    DIALECTS,
+    LOGPROBS_MODE,
+    VLLM,
+    VLLM_SETTINGS,
+    logprobs_mode,
+)
 from retool.rl.server.fleet import Fleet, Server, ServerOptions
 
 PREFIX = "retool-weights-"  # of the folders that are ours
 MEET_SECONDS = 10.0  # that a server may take to say what it is
+NOT_FOUND = 404
+SETTINGS_SECONDS = 60.0  # vLLM looks its machine over first
 
 
 @torch.no_grad()
@@ -102,8 +111,28 @@ def _meet(server: Server, options: ServerOptions) -> None:
             f"it takes {room:,} tokens, and a sequence here may have {options.max_length:,}: start it "
             "with a larger --max-model-len"
         )
+    if name == VLLM and options.temperature != 1:
+        _require_tempered(server, options)
     server.dialect = DIALECTS[name]
     server.model = str(model["id"])
+
+
+def _require_tempered(server: Server, options: ServerOptions) -> None:
+    """ValueError where it says that its log-probabilities are of another temperature. Ours doesn't say,
+    nor does vLLM in the mode in which its weights can't be changed.
+    """
+    response = httpx.get(
+        server.url + VLLM_SETTINGS, headers=options.headers, timeout=SETTINGS_SECONDS
+    )
+    if response.status_code == NOT_FOUND:
+        return
+    response.raise_for_status()
+    mode = logprobs_mode(response.json())
+    if mode != LOGPROBS_MODE:
+        raise ValueError(
+            f"its log-probabilities are {mode}, of temperature 1, and rollout.temperature is "
+            f"{options.temperature:g}: start it with --logprobs-mode {LOGPROBS_MODE}"
+        )
 
 
 def _load(server: Server, options: ServerOptions, folder: Path, version: int) -> None:
@@ -116,11 +145,11 @@ def _load(server: Server, options: ServerOptions, folder: Path, version: int) ->
             headers=options.headers,
             timeout=options.timeout_s,
         )
+        if response.status_code == NOT_FOUND:
+            raise ValueError(f"it has no {call.path}: {server.dialect.way_out}")
         if not response.is_success:
             raise ValueError(f"{call.path} answered {response.status_code}: {response.text:.300}")
-        if call.path == "/reset_prefix_cache":  # it says nothing, in some versions
-            continue
-        problem = server.dialect.loaded(response.json())
+        problem = server.dialect.loaded(response.json() if response.content else {})
         if problem is not None:
             raise ValueError(f"{call.path}: {problem}")
 
