@@ -64,10 +64,12 @@ def forced(model: Sharded, ids: list[int], temperature: float = 1.0) -> torch.Te
     """log p of ids[1:] through the training forward."""
     tokens = np.array(ids, np.int32)
     batch = pack([Sample(tokens, np.ones(len(ids), bool))]).to(model.mesh.device)
+
+    def score(hidden: torch.Tensor, weight: torch.Tensor, cap: float = 0.0) -> torch.Tensor:
+        return logprobs(hidden, weight, batch.labels, temperature, cap=cap)[0]
+
     with torch.no_grad():
-        return model(
-            batch, lambda hidden, weight: logprobs(hidden, weight, batch.labels, temperature)[0]
-        )[:-1]
+        return model(batch, score)[:-1]
 
 
 def leaked(engine: Engine) -> int:

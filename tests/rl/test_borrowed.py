@@ -18,15 +18,21 @@ from tests.rl.test_command import ARR, TORCHRUN, steps, words
 HF = f"{ARR}rollout.name=hf"
 
 
-@pytest.fixture(scope="module")
-def borrowed(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`work` with another model."""
-    folder = tmp_path_factory.mktemp("borrowed")
+def write_borrowed(folder: Path, work: Path, **more: Any) -> None:
+    """`work` with a model of another architecture."""
     shutil.copytree(work, folder, dirs_exist_ok=True)
     vocab = len(AutoTokenizer.from_pretrained(work / "model"))
     for name in ("config.json", "model.safetensors", "generation_config.json"):
         (folder / "model" / name).unlink(missing_ok=True)
-    make_borrowed(folder / "model", "glm", vocab_size=vocab, max_position_embeddings=4096)
+    shape = {"vocab_size": vocab, "max_position_embeddings": 4096, **more}
+    make_borrowed(folder / "model", "glm", **shape)
+
+
+@pytest.fixture(scope="module")
+def borrowed(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`work` with another model."""
+    folder = tmp_path_factory.mktemp("borrowed")
+    write_borrowed(folder, work)
     return folder
 
 
@@ -85,8 +91,11 @@ def test_two_ranks_with_a_reference_and_tools(borrowed: Path, tmp_path: Path) ->
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("free", ["true", "false"])
-def test_on_a_gpu(borrowed: Path, tmp_path: Path, free: str) -> None:
+@pytest.mark.parametrize(("head_dim", "free"), [(8, "true"), (64, "true"), (64, "false")])
+def test_on_a_gpu(work: Path, tmp_path: Path, head_dim: int, free: str) -> None:
+    """With heads of 64 flash-attn samples where it is there; not every build of it takes heads of 8."""
+    folder = tmp_path / "borrowed"
+    write_borrowed(folder, work, head_dim=head_dim)
     more = [
         HF,
         "trainer.total_training_steps=2",
@@ -94,7 +103,7 @@ def test_on_a_gpu(borrowed: Path, tmp_path: Path, free: str) -> None:
         f"{ARR}rollout.free_cache_engine={free}",
         f"{ARR}rollout.gpu_memory_utilization=0.05",
     ]
-    assert main(words(borrowed, tmp_path / "run", *more)) == 0
+    assert main(words(folder, tmp_path / "run", *more)) == 0
     for entry in steps(tmp_path / "run"):
         gap = entry["training/rollout_logp_diff_mean"]
         print(f"\nstep {entry['step']}: gap {gap:.4f}, gen {entry['timing_s/gen']:.2f} s")

@@ -7,14 +7,20 @@ transformers 5.17 to 5.24, whose settings differ a little.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from retool.engine.kernels.attention import TRUSTED, paged_error
 from retool.engine.requests import Request
+from retool.model.attention.dispatch import kernel_error
+from retool.model.config import ModelConfig
 
 HALF = (torch.bfloat16, torch.float16)
+SWITCH = "auto_switch_to_flash"  # a setting of newer versions
 
 
 @dataclass(frozen=True)
@@ -46,14 +52,21 @@ class Ended:
 
 
 class Batching:
-    """Requests of one rollout. Its cache lasts as long as the object."""
+    """Requests of one rollout. Its cache lasts as long as the object.
 
-    def __init__(self, causal: Any, sampling: Sampling, room: Room, seed: int) -> None:
+    `flash`: transformers may take flash-attn's kernels.
+    """
+
+    def __init__(self, causal: Any, sampling: Sampling, room: Room, seed: int, flash: bool) -> None:
         self.sampling = sampling
         self._causal = causal
+        settings = _settings(room, seed, flash)
+        if not flash and not hasattr(settings, SWITCH):
+            # Older versions take them wherever they find them, unless told what else to take
+            causal.set_attn_implementation("paged|sdpa")
         self._manager = causal.init_continuous_batching(
             generation_config=_generation(sampling),
-            continuous_batching_config=_settings(room, seed, causal.dtype in HALF),
+            continuous_batching_config=settings,
         )
         self._manager.warmup()  # makes the cache; nothing is recorded
 
@@ -86,6 +99,31 @@ class Batching:
         return ended
 
 
+def flash_is_right(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, page_size: int
+) -> bool:
+    """Whether flash-attn may sample: it takes half precision on a GPU, and a build of it may be
+    without a head dimension, or without windows, and compute something else.
+
+    Where it isn't installed, what transformers finds in its place isn't ours to try.
+    """
+    if device.type != "cuda" or dtype not in HALF:
+        return False
+    if find_spec("flash_attn") is None:
+        return True
+    error = paged_error("flash", device, dtype, config.head_dim, page_size)
+    if config.windowed:
+        error = max(error, kernel_error("flash", device, dtype, config.head_dim, windowed=True))
+    if error <= TRUSTED:
+        return True
+    warnings.warn(
+        f"flash-attn computes wrongly on this device with this model's heads of {config.head_dim} "
+        f"(relative error {error:.2g}): torch's attention samples, slower.",
+        stacklevel=2,
+    )
+    return False
+
+
 def _generation(sampling: Sampling) -> Any:
     """What is processed of the logits: nothing but what `sampling` says."""
     from transformers import GenerationConfig
@@ -100,7 +138,7 @@ def _generation(sampling: Sampling) -> Any:
     )
 
 
-def _settings(room: Room, seed: int, half: bool) -> Any:
+def _settings(room: Room, seed: int, flash: bool) -> Any:
     from transformers import ContinuousBatchingConfig
 
     known = {field.name for field in fields(ContinuousBatchingConfig)}
@@ -116,6 +154,6 @@ def _settings(room: Room, seed: int, half: bool) -> Any:
         "use_cuda_graph": False,
         "use_async_batching": False,
     }
-    if "auto_switch_to_flash" in known:
-        values["auto_switch_to_flash"] = half
+    if SWITCH in known:
+        values[SWITCH] = flash
     return ContinuousBatchingConfig(**values)

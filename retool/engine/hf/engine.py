@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 import torch
 import torch.distributed as dist
 
-from retool.engine.hf.batching import Batching, Ended, Room, Sampling
+from retool.engine.hf.batching import Batching, Ended, Room, Sampling, flash_is_right
 from retool.engine.hf.module import SamplingModule
 from retool.engine.memory import EngineMemory, cache_bytes, page_bytes, useful_bytes, work_bytes
 from retool.engine.requests import Request, Requests
@@ -169,7 +169,10 @@ class HfEngine:
             raise ValueError("the engine has no weights: call sync(model) first.")
         if self.requests.count > 1:
             raise ValueError("rollout.name=hf samples all turns that are under way alike.")
-        return Batching(self.module.causal, sampling, self._room, seed)
+        causal = self.module.causal
+        room = self._room
+        flash = flash_is_right(self.config, self.device, causal.dtype, room.page_size)
+        return Batching(causal, sampling, room, seed, flash)
 
 
 def _reason(request: Request, ended: Ended) -> str:

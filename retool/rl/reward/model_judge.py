@@ -210,7 +210,7 @@ def open_tokenizer(folder: Path) -> Any:
 
 
 def load_reward_model(folder: Path, device: str) -> Any:
-    """In bf16 on a GPU, in fp32 elsewhere. ValueError where weights are missing."""
+    """In bf16 on a GPU with its head in fp32, in fp32 elsewhere. ValueError where weights are missing."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -224,7 +224,22 @@ def load_reward_model(folder: Path, device: str) -> Any:
             f"{folder} has no weights for {missing}: its scores would be random. Give a folder with "
             "the trained head."
         )
+    give_fp32_head(model)
     return model.eval().to(device)
+
+
+def give_fp32_head(model: Any) -> None:
+    """What makes a score of the hidden state computes in fp32: in bf16 a score has three digits, and
+    answers that are alike would tie.
+    """
+
+    def widen(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        del module
+        return tuple(x.float() if x.is_floating_point() else x for x in inputs)
+
+    for head in model.children():
+        if head is not model.base_model:
+            head.float().register_forward_pre_hook(widen)
 
 
 @lru_cache
