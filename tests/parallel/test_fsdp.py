@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 from retool.optim import AdamW, AdamWOptions
-from retool.parallel.fsdp import shard
+from retool.parallel.fsdp import Sharded, shard
 from retool.parallel.fsdp.buffers import assign_buffers
 from retool.parallel.fsdp.overlap import Pending
 from retool.parallel.mesh import make_mesh
+from retool.parallel.streams import record_event
 from tests.parallel.layouts import reshard
+from tests.parallel.streams import watched
 from tests.ranks import run_ranks
 
 
@@ -300,14 +302,14 @@ class Tied(nn.Module):
         return self.last(x).square().sum()
 
 
-def gathered_units() -> list[int]:
-    """Which units are gathered, in order, for a forward and a backward."""
-    net = Tied()
+def units_of_tied(net: Tied) -> list[tuple[str, list[nn.Module]]]:
     blocks: list[tuple[str, list[nn.Module]]] = [(f"b{i}", [b]) for i, b in enumerate(net.blocks)]
-    sharded = shard(
-        net, [("ends", [net.first, net.last]), *blocks], make_mesh(), param_dtype=torch.float32
-    )
-    order = []
+    return [("ends", [net.first, net.last]), *blocks]
+
+
+def noted_gathers(sharded: Sharded) -> list[int]:
+    """A list that gets the index of each unit that is gathered from here on."""
+    order = list[int]()
     gather = sharded.overlap.gather
 
     def noted(
@@ -322,6 +324,14 @@ def gathered_units() -> list[int]:
         return gather(out, shard, group, free)
 
     sharded.overlap.gather = noted
+    return order
+
+
+def gathered_units() -> list[int]:
+    """Which units are gathered, in order, for a forward and a backward."""
+    net = Tied()
+    sharded = shard(net, units_of_tied(net), make_mesh(), param_dtype=torch.float32)
+    order = noted_gathers(sharded)
     sharded(torch.ones(2, 4)).backward()
     return order
 
@@ -333,6 +343,90 @@ def test_nothing_is_gathered_in_vain() -> None:
         )
 
 
+def scaled_by_its_norm(embed: nn.Module, _: object, out: torch.Tensor) -> torch.Tensor:
+    assert isinstance(embed, nn.Embedding)
+    return out * embed.weight.norm()
+
+
+class Untied(nn.Module):
+    """Embedding and head are of like size, and take turns in one buffer."""
+
+    def __init__(self, scaled: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(61, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.head = nn.Linear(8, 61)
+        if scaled:
+            # Its backward needs the weights that its unit was gathered for
+            self.embed.register_forward_hook(scaled_by_its_norm)
+
+    def units(self) -> list[tuple[str, list[nn.Module]]]:
+        blocks: list[tuple[str, list[nn.Module]]] = [
+            (f"b{i}", [block]) for i, block in enumerate(self.blocks)
+        ]
+        return [("embed", [self.embed]), *blocks, ("head", [self.head])]
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return self.head(x).logsumexp(-1).sum()
+
+
+def of_an_embedding(scaled: bool, looks: bool) -> tuple[list[int], list[float]]:
+    """Which units two micro-batches gather, and this rank's gradient. Without `looks` a look-up isn't
+    known as one.
+    """
+    torch.manual_seed(0)
+    net = Untied(scaled)
+    with pytest.MonkeyPatch.context() as patch:
+        if not looks:
+            patch.setattr("retool.parallel.fsdp.hooks._is_look_up", lambda _: False)
+        sharded = shard(net, net.units(), make_mesh(), param_dtype=torch.float32)
+        order = noted_gathers(sharded)
+        for tokens in torch.arange(24).view(2, 12):
+            sharded(tokens).backward()
+    return order, sharded.grad.tolist()
+
+
+EMBEDDING, HEAD = 0, 5
+
+
+def test_an_embeddings_backward_gathers_nothing() -> None:
+    (order, grad), _ = run_ranks(of_an_embedding, 2, False, True)
+    assert order.count(EMBEDDING) == order.count(HEAD) == 2, "once a micro-batch, in its forward"
+    (gathered, same), _ = run_ranks(of_an_embedding, 2, False, False)
+    assert gathered.count(EMBEDDING) == 3 and grad == same
+
+
+def test_an_embeddings_backward_that_needs_weights_gathers_them() -> None:
+    (order, grad), _ = run_ranks(of_an_embedding, 2, True, True)
+    assert order.count(EMBEDDING) == 3
+    assert (order, grad) == run_ranks(of_an_embedding, 2, True, False)[0]
+
+
+def ends_of_uses() -> tuple[int, int]:
+    """Uses that begin in a micro-batch's forward and backward, and events that mark an end of one."""
+    with watched(), pytest.MonkeyPatch.context() as patch:
+        ends = list[torch.cuda.Event]()
+
+        def noted() -> torch.cuda.Event:
+            ends.append(record_event())
+            return ends[-1]
+
+        patch.setattr("retool.parallel.fsdp.unit.record_event", noted)
+        net = Untied(scaled=False)
+        sharded = shard(net, net.units(), make_mesh(), param_dtype=torch.float32)
+        sharded(torch.arange(12)).backward()
+    return 6 + 5, len(ends)
+
+
+def test_a_gather_waits_for_the_last_use_and_no_longer() -> None:
+    """An event at a backward's end, when a unit's last use is long over, would hold up the next gather."""
+    for uses, ends in run_ranks(ends_of_uses, 2):
+        assert ends == uses
+
+
 def test_shared_matrix_and_unreached_parameter() -> None:
     torch.manual_seed(0)
     net = Net()
@@ -342,8 +436,8 @@ def test_shared_matrix_and_unreached_parameter() -> None:
     reference(x).backward()
     sharded = shard(net, [("all", [net])], make_mesh(), param_dtype=torch.float32)
     sharded(x).backward()
-    unit = sharded.units[0].layout
-    for slot in unit.slots:
+    layout = sharded.units[0].layout
+    for slot in layout.slots:
         wanted = dict(reference.named_parameters())[slot.name].grad
         found = sharded.grad[slot.offset : slot.offset + slot.numel].view(slot.shape)
         torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted)

@@ -17,7 +17,8 @@ from retool.parallel.ulysses import HeadPlan
 #
 #     gathering          all-gather of N in the compute dtype, in the forward and in the backward once
 #                        more, unless the unit's buffer still holds it: the last two blocks, and what
-#                        has a buffer for itself (all have without reshard_after_forward)
+#                        has a buffer for itself (all have without reshard_after_forward). The
+#                        embedding's backward needs no weights
 #     reducing           reduce-scatter of N in the dtype of the reduction, in each micro-batch, or
 #                        once in a step where gradients are held
 #     replicas (HSDP)    one all-reduce of a rank's whole gradient, the sum of N/S in at least fp32, in
@@ -113,10 +114,10 @@ def uses(config: ModelConfig, plan: Plan) -> Iterator[Use]:
             yield Use(unit, place == ends, False, late, ahead, False)
         due = plan.shards > 1 and (not plan.hold or micro_batch + 1 == plan.micro_batches)
         for place, unit in reversed([*enumerate(forward)]):
-            late = held.lacks(unit)
-            before = unit - 1 if unit else None
-            ahead = before if held.lacks(before) else None
             head = place == ends
+            late = (unit > 0 or head) and held.lacks(unit)
+            before = unit - 1 if unit > 1 else None
+            ahead = before if held.lacks(before) else None
             reduces = due and not (head and config.tied)
             yield Use(unit, head, True, late, ahead, reduces)
 

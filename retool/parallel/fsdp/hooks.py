@@ -73,6 +73,15 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors([getattr(leaf, f.name, None) for f in fields(leaf)])
 
 
+def _is_look_up(tensor: Tensor) -> bool:
+    """Whether a tensor is rows of a parameter: its backward needs their numbers, and no weights."""
+    node = tensor.grad_fn
+    if node is None or node.name() != "EmbeddingBackward0":
+        return False
+    table = node.next_functions[0][0]
+    return table is not None and table.name() == "torch::autograd::AccumulateGrad"
+
+
 def attach(sharded: Sharded, place: int, module: nn.Module, first: bool, only: bool) -> None:
     """Gather around the module's forward; mark its inputs and hook its results so that the backward
     gathers and reduces.
@@ -106,6 +115,7 @@ def attach(sharded: Sharded, place: int, module: nn.Module, first: bool, only: b
             sharded.release(place)
         # As they are in this forward: by its backward the optimizer may have stepped
         version = sharded.version
+        made = list[Tensor]()
         weights = [unit.weights.data.untyped_storage().data_ptr() for unit in units]
         for tensor in _tensors(output):
             if tensor.untyped_storage().data_ptr() in weights:
@@ -114,9 +124,13 @@ def attach(sharded: Sharded, place: int, module: nn.Module, first: bool, only: b
                     "others take its memory: return a clone."
                 )
             # What is only passed on has its hook from the unit that made it
-            made_here = tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= began
-            if made_here:
-                tensor.register_hook(lambda _: sharded.before_backward(place, version))
+            if tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= began:
+                made.append(tensor)
+        needs_weights = not all(_is_look_up(tensor) for tensor in made)
+        for tensor in made:
+            tensor.register_hook(lambda _: sharded.before_backward(place, version, needs_weights))
+        if first and made:
+            sharded.expect_backward(place, needs_weights)
 
     pre_hook: Any = torch.compiler.disable(before)
     hook: Any = torch.compiler.disable(after)

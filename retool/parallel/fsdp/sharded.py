@@ -2,6 +2,7 @@
 
     forward of unit i    gather(i) · start gather(i+1) · compute · release(i)
     backward of unit i   gather(i) · start gather(i-1) · compute · release(i) · start reduce(i)
+                         (an embedding's needs no weights: neither gather)
     end of a backward    reduce what no input's gradient has announced (the embedding) · wait for all
                          reductions
 
@@ -256,15 +257,18 @@ class Sharded:
                 unit.announced = False
         # In a backward those before are the next ones, and `before_backward` has started them
         if not recomputing and prefetch and self.forward_prefetch:
-            self._start_gathers(place + 1)
+            for following in self.places[place + 1 : place + 2]:
+                for unit in following:
+                    unit.start_gather()
 
-    def _start_gathers(self, place: int) -> None:
-        if 0 <= place < len(self.places):
-            for unit in self.places[place]:
-                unit.start_gather()
+    def expect_backward(self, place: int, needs_weights: bool) -> None:
+        """Whether the units at `place` will be needed in the backward of what has just run."""
+        for unit in self.places[place]:
+            unit.needed_in_backward = needs_weights
 
-    def before_backward(self, place: int, version: int) -> None:
-        """Gather the units at `place` with their forward's weights; start to gather those before.
+    def before_backward(self, place: int, version: int, needs_weights: bool) -> None:
+        """Gather the units at `place` with their forward's weights, if this backward needs them; start
+        to gather those before.
 
         `version`: of the weights in that forward.
         """
@@ -277,10 +281,13 @@ class Sharded:
             engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
         for unit in self.places[place]:
             unit.announced = True
-            unit.gather()
-            unit.weights.in_use = "backward"
-        if self.backward_overlap:
-            self._start_gathers(place - 1)
+            if needs_weights:
+                unit.gather()
+                unit.weights.in_use = "backward"
+        if self.backward_overlap and place > 0:
+            for unit in self.places[place - 1]:
+                if unit.needed_in_backward:
+                    unit.start_gather()
 
     def _check_backward(self, version: int) -> None:
         """RuntimeError where a gather would not give the weights of the forward, or where their

@@ -53,6 +53,8 @@ class Unit:
         self.shard = shard
         # Whether its weights were gathered for a backward since its last forward
         self.announced = False
+        # Whether its next backward computes with them: that of an embedding doesn't
+        self.needed_in_backward = True
         self.parameters = _views(self.slots, weights.data.data)
         self.gradients = Gradients(
             layout.part_numel,
@@ -80,12 +82,18 @@ class Unit:
         """Fill the buffer: the parameters can be used from here on."""
         if self.weights.in_use and self.weights.holder != self.index:
             # The end of that unit's use wasn't seen, but all of it is enqueued
-            self.release()
+            self._end_use()
         self.start_gather()
         self.weights.settle()
 
     def release(self) -> None:
         """What is enqueued so far is the last use for now: another unit may have the buffer."""
+        # What isn't in use was released before, and what another unit uses is that unit's to release.
+        # A second event would be later than the last use, and the next gather would wait for it.
+        if self.weights.in_use and self.weights.holder in (self.index, None):
+            self._end_use()
+
+    def _end_use(self) -> None:
         self.weights.in_use = None
         if self.overlap.gather_stream is not None and self.group is not None:
             self.weights.free = record_event()
