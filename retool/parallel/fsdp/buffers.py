@@ -78,6 +78,23 @@ def take_turns(units: Sequence[UnitLayout], own: Sequence[bool]) -> Turns:
     return turns
 
 
+@dataclass(frozen=True)
+class Buffers:
+    """Each buffer, and which one a unit uses, by the unit's number."""
+
+    all: list[Buffer]
+    of: dict[int, Buffer]
+
+
+def make_buffers(
+    units: Sequence[UnitLayout], own: Sequence[bool], dtype: torch.dtype, device: torch.device
+) -> Buffers:
+    """The memory that these units take turns in, see `take_turns`."""
+    turns = take_turns(units, own)
+    buffers = [Buffer(torch.zeros(numel, dtype=dtype, device=device)) for numel in turns.sizes]
+    return Buffers(buffers, {unit: buffers[number] for unit, number in turns.taken.items()})
+
+
 def assign_buffers(sizes: Sequence[int], own: Sequence[bool]) -> list[int]:
     """A buffer number for each unit, given in forward order; neighbours never share one.
 

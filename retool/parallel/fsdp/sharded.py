@@ -31,10 +31,10 @@ import torch
 from torch import nn
 
 from retool.parallel.collectives import sum_over
-from retool.parallel.fsdp.buffers import Buffer, take_turns
+from retool.parallel.fsdp.buffers import make_buffers
 from retool.parallel.fsdp.layout import Layout
 from retool.parallel.fsdp.overlap import Overlap
-from retool.parallel.fsdp.unit import Unit
+from retool.parallel.fsdp.unit import Unit, make_units
 from retool.parallel.mesh import Mesh
 
 # `grad_norm` holds the float64 copy of so many elements at once: 128 MiB
@@ -104,39 +104,24 @@ class Sharded:
         self._announced_backward = -1  # the last one that will call `_after_backward`
         self._holding = False  # inside `no_sync`
         self._replicas_added = False
-        self._make_units(dtypes, own_buffers)
-
-    def _make_units(self, dtypes: Dtypes, own_buffers: Sequence[bool]) -> None:
-        """Make the buffers, and the units that take turns in them."""
-        device = self.mesh.device
-
-        def make(sizes: Sequence[int], dtype: torch.dtype) -> list[Buffer]:
-            return [Buffer(torch.zeros(numel, dtype=dtype, device=device)) for numel in sizes]
-
-        weights_in = take_turns(self.layout.units, own_buffers)
-        self.buffers = make(weights_in.sizes, dtypes.param)
-        grads_in = take_turns(self.layout.units, [False] * len(own_buffers))
-        self.grad_buffers = make(grads_in.sizes if self.trained else [], dtypes.reduce)
-
-        self.units: list[Unit] = []
+        # Gradients take turns even where every unit's weights stay gathered
+        weights = make_buffers(layout.units, own_buffers, dtypes.param, mesh.device)
+        shared = [False] * len(own_buffers)
+        grads = make_buffers(layout.units if trained else (), shared, dtypes.reduce, mesh.device)
+        self.buffers = weights.all
+        self.grad_buffers = grads.all
+        self.units = make_units(
+            layout,
+            mesh,
+            self.overlap,
+            compute=self.compute,
+            grad=self.grad,
+            weights=weights,
+            grads=grads,
+        )
         self.places: list[list[Unit]] = [[] for _ in own_buffers]
-        for index, layout in enumerate(self.layout.units):
-            part = slice(layout.start, layout.start + layout.shard_numel)
-            weights = weights_in.taken.get(index)
-            grads = grads_in.taken.get(index)
-            unit = Unit(
-                index,
-                layout,
-                self.mesh,
-                self.overlap,
-                # Who owns all that is gathered computes with the shard itself
-                weights=Buffer(self.compute[part]) if weights is None else self.buffers[weights],
-                shard=self.compute[part],
-                grads=None if grads is None or not self.trained else self.grad_buffers[grads],
-                grad_shard=self.grad[part],
-            )
-            self.units.append(unit)
-            self.places[layout.place].append(unit)
+        for unit in self.units:
+            self.places[unit.layout.place].append(unit)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)

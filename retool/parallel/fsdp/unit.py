@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from retool.parallel.fsdp.buffers import Buffer
-from retool.parallel.fsdp.layout import Slot, UnitLayout
+from retool.parallel.fsdp.buffers import Buffer, Buffers
+from retool.parallel.fsdp.layout import Layout, Slot, UnitLayout
 from retool.parallel.fsdp.overlap import Overlap
 from retool.parallel.fsdp.reduce import Gradients
 from retool.parallel.mesh import Mesh
@@ -97,6 +97,38 @@ class Unit:
         self.weights.in_use = None
         if self.overlap.gather_stream is not None and self.group is not None:
             self.weights.free = record_event()
+
+
+def make_units(
+    layout: Layout,
+    mesh: Mesh,
+    overlap: Overlap,
+    *,
+    compute: torch.Tensor,
+    grad: torch.Tensor,
+    weights: Buffers,
+    grads: Buffers,
+) -> list[Unit]:
+    """All units of a layout. `compute` and `grad`: this rank's flat shards of what is gathered, and of
+    the gradient.
+    """
+    units = list[Unit]()
+    for index, unit in enumerate(layout.units):
+        part = slice(unit.start, unit.start + unit.shard_numel)
+        # Who owns all that is gathered computes with the shard itself
+        gathered = weights.of.get(index) or Buffer(compute[part])
+        made = Unit(
+            index,
+            unit,
+            mesh,
+            overlap,
+            weights=gathered,
+            shard=compute[part],
+            grads=grads.of.get(index),
+            grad_shard=grad[part],
+        )
+        units.append(made)
+    return units
 
 
 def group_of(layout: UnitLayout, mesh: Mesh) -> dist.ProcessGroup | None:
