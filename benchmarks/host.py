@@ -16,7 +16,6 @@ from __future__ import annotations
 import cProfile
 import os
 import pstats
-import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -99,6 +98,7 @@ def functions(run: Callable[[], Any], most: int) -> None:
 def measure(mesh: Mesh, compiled: bool, tokens: int, args: Namespace) -> dict[str, Any]:
     """The line of one size."""
     config = NARROW if args.shape == "narrow" else SHAPES[args.shape]
+    config = replace(config, layers=args.layers or config.layers)
     options = ModelOptions(
         recompute=args.recompute, use_compile=compiled, reshard_after_forward=args.reshard
     )
@@ -124,11 +124,12 @@ def measure(mesh: Mesh, compiled: bool, tokens: int, args: Namespace) -> dict[st
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--shape", default="qwen2.5-0.5b", choices=["narrow", *SHAPES])
+    parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--tokens", default="960,2200,8000")
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--compile", default="yes,no")
-    parser.add_argument("--reshard", action="store_true", help="gather weights for each forward")
+    parser.add_argument("--reshard", action="store_true", help="weights don't stay gathered")
     parser.add_argument("--profile", type=int, default=0)
     args = parser.parse_args()
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retool.parallel.streams import start_copies, wait_for
+from retool.parallel.streams import current_stream, start_copies, wait_for
 
 # bytes. Pinned memory comes in powers of two; pages of one size fit tensors of any length
 PAGE = 16 << 20
@@ -140,5 +140,5 @@ class Offload:
             )
         ]
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(current_stream())
         self.done = start_copies(self.stream, pairs, None)

@@ -27,6 +27,7 @@ ALONE = {  # one process; arguments → rows
     "borrowed": ("--shape tiny --tokens 64 --length 16 --repeats 1", 6),
     "attention": ("--heads 4/2x16 --packs 32×1k,sorted --repeats 1", 2),
     "fsdp_overlap": ("--scale 2048", 3),
+    "host": ("--shape narrow --layers 2 --tokens 32 --repeats 1 --compile no", 1),
     "logprobs": ("--tokens 512 --vocab 4096 --dim 32 --repeats 1", 7),
     "long_context": ("--lengths 64,128", 4),
     "memory": ("--shape tiny --scale 1024 --rows 0.5b-none,0.5b-offload", 2),

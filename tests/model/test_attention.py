@@ -446,6 +446,15 @@ def test_only_kernels_that_compute_rightly_are_chosen(monkeypatch: pytest.Monkey
     assert kernels._for_short.__wrapped__(*inputs) == choose_backend(*inputs, "flash") == "flash"
 
 
+def test_a_packages_function_is_called_past_torchs_dispatcher() -> None:
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    registered = torch.library.custom_op("retool_tests::doubled", doubled, mutates_args=())
+    assert attention_flash.unregistered(registered) is doubled
+    assert attention_flash.unregistered(doubled) is doubled
+
+
 @pytest.mark.parametrize(
     ("generation", "installed", "found"),
     [

@@ -43,8 +43,8 @@ class Event:
     def __init__(self, clock: Clock | None = None) -> None:
         self.clock = dict(clock or {})
 
-    def record(self) -> None:
-        self.clock = dict(Streams.now.clock)
+    def record(self, stream: Stream) -> None:
+        self.clock = dict(stream.clock)
 
 
 @dataclass
@@ -158,14 +158,8 @@ def _knows(clock: Clock, access: Access) -> bool:
     return clock.get(access.stream, 0) >= access.count
 
 
-@contextmanager
-def _on(stream: Stream | None) -> Iterator[None]:
-    before = Streams.now
-    Streams.now = stream or before
-    try:
-        yield
-    finally:
-        Streams.now = before
+def _set(stream: Stream) -> None:
+    Streams.now = stream
 
 
 @contextmanager
@@ -190,8 +184,9 @@ def watched() -> Iterator[Streams]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", Stream)
         patch.setattr(torch.cuda, "Event", Event)
-        patch.setattr(torch.cuda, "stream", _on)
-        patch.setattr(torch.cuda, "current_stream", lambda: Streams.now)
+        patch.setattr(torch.cuda, "set_stream", _set)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "current_stream", lambda _: Streams.now)
         patch.setattr(overlap.Overlap, "__init__", start)
         for name in ("all_gather_flat", "reduce_scatter_flat"):
             patch.setattr(overlap, name, noted(getattr(overlap, name)))

@@ -150,6 +150,23 @@ def test_each_order_of_sharding_is_needed() -> None:
         assert found == list(BROKEN)
 
 
+def released() -> list[bool]:
+    """Whether the end of each unit's last use was noted, for whoever takes its buffer."""
+    with watched():
+        noted = []
+        wide = {"param_dtype": torch.float64, "master_dtype": torch.float64}
+        for reshard in (True, False):
+            module, units, loss = made("twice")
+            model = shard(module, units, make_mesh(), **wide, reshard_after_forward=reshard)
+            loss(model, data().flatten(0, 1)[0]).backward()
+            noted.append(any(buffer.free is not None for buffer in model.buffers))
+    return noted
+
+
+def test_a_buffer_of_one_units_own_waits_for_nobody() -> None:
+    assert run_ranks(released, 2) == [[True, False]] * 2
+
+
 # ── activations in host memory, and offloaded optimizer state, in one process
 # ───────────────────────────────────
 

@@ -62,10 +62,20 @@ def _options(head_dim: int, pack: Pack) -> dict[str, Any]:
     }
 
 
+def unregistered(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind one that a package has registered with `torch.library.custom_op`.
+
+    The way through torch's dispatcher is for compilers and autograd, which see no kernel here, and
+    takes the host longer than the launch.
+    """
+    return getattr(operator, "_init_fn", operator)
+
+
 def _package_forward(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-    out, lse, *_ = _flash_attn_varlen_forward(q, k, v, **_options(q.shape[-1], pack))
+    forward = unregistered(_flash_attn_varlen_forward)
+    out, lse, *_ = forward(q, k, v, **_options(q.shape[-1], pack))
     return out, lse
 
 
@@ -78,7 +88,8 @@ def _package_backward(
     dk = k.new_empty(k.shape)
     dv = v.new_empty(v.shape)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    _flash_attn_varlen_backward(
+    backward = unregistered(_flash_attn_varlen_backward)
+    backward(
         dout,
         q,
         k,

@@ -6,6 +6,7 @@ a race that nothing reports.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +26,8 @@ class Buffer:
     """Memory that units use in turn."""
 
     data: torch.Tensor
+    # Whether more than one unit is ever in it
+    shared: bool = False
     # The index of the unit whose weights are in it, or are on their way
     holder: int | None = None
     # The gather that fills it, or the reduction that reads it, until someone waits for it
@@ -91,7 +94,11 @@ def make_buffers(
 ) -> Buffers:
     """The memory that these units take turns in, see `take_turns`."""
     turns = take_turns(units, own)
-    buffers = [Buffer(torch.zeros(numel, dtype=dtype, device=device)) for numel in turns.sizes]
+    users = Counter(turns.taken.values())
+    buffers = [
+        Buffer(torch.zeros(numel, dtype=dtype, device=device), shared=users[number] > 1)
+        for number, numel in enumerate(turns.sizes)
+    ]
     return Buffers(buffers, {unit: buffers[number] for unit, number in turns.taken.items()})
 
 

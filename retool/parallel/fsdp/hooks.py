@@ -11,7 +11,7 @@ hook.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -45,11 +45,19 @@ def _mark(
 
     Those in lists and other objects stay: the module may write to them.
     """
+    if not kwargs and not any(isinstance(argument, tuple) for argument in args):
+        return tuple(_marked(args, action)), kwargs
 
     def is_leaf(node: Any) -> bool:
         return not isinstance(node, tuple) and node is not kwargs
 
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_leaf)
+    return pytree.tree_unflatten(_marked(leaves, action), spec)
+
+
+def _marked(leaves: Sequence[Any], action: Callable[[], None]) -> list[Any]:
+    """The same, with those that need gradients passed through one `UnitInput`."""
+    out = list(leaves)
     places = [
         place
         for place, leaf in enumerate(leaves)
@@ -58,12 +66,15 @@ def _mark(
     if places:
         marked: Any = UnitInput.apply(action, *(leaves[place] for place in places))
         for place, tensor in zip(places, marked, strict=True):
-            leaves[place] = tensor
-    return pytree.tree_unflatten(leaves, spec)
+            out[place] = tensor
+    return out
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
     """All tensors in nested tuples, lists, mappings, dataclasses, and what else torch can flatten."""
+    if isinstance(tree, Tensor):
+        yield tree
+        return
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -91,6 +102,8 @@ def attach(sharded: Sharded, place: int, module: nn.Module, first: bool, only: b
     inputs' gradients are the end of the unit's; otherwise they are the end of this use.
     """
     units = sharded.places[place]
+    # Where its weights are: a unit never moves to another buffer
+    weights = [unit.weights.data.untyped_storage().data_ptr() for unit in units]
     began = 0  # autograd's number of the first node that this forward makes
 
     def after_backward() -> None:
@@ -116,7 +129,6 @@ def attach(sharded: Sharded, place: int, module: nn.Module, first: bool, only: b
         # As they are in this forward: by its backward the optimizer may have stepped
         version = sharded.version
         made = list[Tensor]()
-        weights = [unit.weights.data.untyped_storage().data_ptr() for unit in units]
         for tensor in _tensors(output):
             if tensor.untyped_storage().data_ptr() in weights:
                 raise RuntimeError(

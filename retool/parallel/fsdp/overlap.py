@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from retool.parallel.collectives import all_gather_flat, reduce_scatter_flat
-from retool.parallel.streams import record_event, wait_for
+from retool.parallel.streams import OnStream, current_stream, record_event, wait_for
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Overlap:
 
         A shard of another dtype is cast into its own place in `out`, and sent from there.
         """
-        with torch.cuda.stream(self.gather_stream):
+        with OnStream(self.gather_stream):
             wait_for(free)
             if shard.dtype != out.dtype:
                 parts = out.view(dist.get_world_size(group), -1)
@@ -83,7 +83,7 @@ class Overlap:
             if self.gather_stream is None:
                 return Pending(work=all_gather_flat(out, shard, group=group, async_op=True))
             all_gather_flat(out, shard, group=group)
-            return Pending(event=record_event())
+            return Pending(event=record_event(self.gather_stream))
 
     def reduce(self, flat: torch.Tensor, into: torch.Tensor, group: dist.ProcessGroup) -> Pending:
         """Start summing `flat` over the ranks; this rank's part of the sum is added to `into`."""
@@ -92,18 +92,18 @@ class Overlap:
             work = reduce_scatter_flat(part, flat, group=group, async_op=True)
             return Pending(work=work, then=lambda: _add(into, part))
         # The gradients were written on the compute stream
-        self.reduce_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.reduce_stream):
+        self.reduce_stream.wait_stream(current_stream())
+        with OnStream(self.reduce_stream):
             # Made, used and freed on this stream: no other can take its memory too early
             part = flat.new_empty(into.shape)
             reduce_scatter_flat(part, flat, group=group)
             into.add_(part)
-            return Pending(event=record_event())
+            return Pending(event=record_event(self.reduce_stream))
 
     def follow_new_weights(self) -> None:
         """The shards were just written on the compute stream: gathers start after that."""
         if self.gather_stream is not None:
-            self.gather_stream.wait_stream(torch.cuda.current_stream())
+            self.gather_stream.wait_stream(current_stream())
 
 
 def _add(into: torch.Tensor, part: torch.Tensor) -> None:

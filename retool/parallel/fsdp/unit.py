@@ -95,7 +95,8 @@ class Unit:
 
     def _end_use(self) -> None:
         self.weights.in_use = None
-        if self.overlap.gather_stream is not None and self.group is not None:
+        # New weights are gathered after all that is enqueued: only other units have to wait for it
+        if self.overlap.gather_stream is not None and self.weights.shared:
             self.weights.free = record_event()
 
 
