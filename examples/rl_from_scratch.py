@@ -27,8 +27,9 @@ from retool.rl.agent.rollout import RolloutParts, Sampling, roll_out
 from retool.rl.objective.advantages import grpo
 from retool.rl.objective.batching import Budget, Row, rank_batches
 from retool.rl.objective.policy import LossSpec, update_step
+from retool.rl.reward.calling import Asked
 from retool.rl.reward.protocol import Judged
-from retool.rl.types import Prompt, Trajectory
+from retool.rl.types import Prompt
 
 PROMPTS = 4
 SAMPLES = 8
@@ -42,8 +43,10 @@ class Digits:
     (A reward that runs code or could hang belongs into a `RewardPool`.)
     """
 
-    async def judge(self, trajectory: Trajectory) -> Judged:
-        text = trajectory.assistant_text
+    seen = ()
+
+    async def score(self, asked: Asked) -> Judged:
+        text = asked.solution
         return Judged(sum(c.isdigit() for c in text) / max(len(text), 1))
 
 

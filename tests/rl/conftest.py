@@ -11,6 +11,8 @@ import torch
 
 from examples.quickstart import data, model
 from retool.data.template.choose import TEMPLATES
+from retool.rl.reward.calling import Asked
+from retool.rl.reward.protocol import Judged, Judges
 from retool.rl.types import Prompt, Stop, Trajectory
 from tests.data.conftest import conversation, qwen_tokenizer, renderer_of, tokenizer, tool_row
 
@@ -70,6 +72,11 @@ def make_trajectory(
         assistant_text=text,
         **numbers,
     )
+
+
+async def judged_by(judges: Judges, trajectory: Trajectory) -> Judged:
+    """As a rollout has it judged."""
+    return await judges.score(Asked.about(trajectory, judges.seen))
 
 
 @pytest.fixture

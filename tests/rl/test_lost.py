@@ -34,7 +34,7 @@ from retool.rl.validate import validation_metrics
 from retool.sandbox import Result
 from tests.rl.agent.test_loop import Answers, call_text, episode, say
 from tests.rl.agent.test_rollout import Tool, called, parts_of, prompt_of
-from tests.rl.conftest import make_prompt, make_trajectory
+from tests.rl.conftest import judged_by, make_prompt, make_trajectory
 from tests.rl.reward.test_rewards import HERE
 from tests.rl.test_command import ARR, FILTER, steps, words
 
@@ -84,7 +84,9 @@ def test_lost_answers_are_not_judged_and_lost_judges_lose_the_answer(renderer_of
     class Judges:
         asked = 0
 
-        async def judge(self, trajectory):
+        seen = ()
+
+        async def score(self, asked):
             self.asked += 1
             return Judged(-1.0, failure=JUDGES_LOST, reason="the processes that judge are gone")
 
@@ -119,7 +121,7 @@ def test_judges_that_are_gone_are_replaced_and_asked_again(monkeypatch) -> None:
             return await inner(asked, timeout)
 
         monkeypatch.setattr(pool, "_attempt", attempt)
-        return await pool.judge(make_trajectory(text="4"))
+        return await judged_by(pool, make_trajectory(text="4"))
 
     quickly(monkeypatch)
     with RewardPool(RewardSource("compute_score", HERE), workers=1) as pool:

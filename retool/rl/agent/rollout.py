@@ -26,6 +26,7 @@ from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.agent.turns import EngineSequence, Turns, let_others_run
 from retool.rl.agent.work_thread import WorkThread
 from retool.rl.reward.builtin import overlong_penalty
+from retool.rl.reward.calling import Asked
 from retool.rl.reward.protocol import JUDGES_LOST, Judged
 from retool.rl.types import COUNTED, LOST, TOOL_FAILURE, Prompt, Scored, Stop, Trajectory
 
@@ -33,9 +34,12 @@ MAX_SECONDS_TO_WAIT = 0.5  # with nothing to decode: a signal to stop may come
 
 
 class Judge(Protocol):
-    """Scores a finished trajectory."""
+    """Scores finished trajectories: what a rollout asks of `Judges`."""
 
-    async def judge(self, trajectory: Trajectory, /) -> Judged: ...
+    @property
+    def seen(self) -> tuple[str, ...]: ...
+
+    async def score(self, asked: Asked, /) -> Judged: ...
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ async def _played(
 
 async def _judged(parts: RolloutParts, trajectory: Trajectory) -> Scored:
     """The trajectory with its score; lost, where it is the judges that are."""
-    judged = await parts.judge.judge(trajectory)
+    judged = await parts.judge.score(Asked.about(trajectory, parts.judge.seen))
     trajectory = trajectory.without_texts()
     if judged.failure == JUDGES_LOST:
         lost = replace(trajectory, stop=Stop.INFRASTRUCTURE)

@@ -10,7 +10,7 @@ from retool.rl.reward.calling import Asked, seen_by
 from retool.rl.reward.protocol import Judged, Raised, retry_while_lost
 from retool.rl.reward.score import check_score
 from retool.rl.reward.source import RewardSource
-from retool.rl.types import FAILURE, Trajectory
+from retool.rl.types import FAILURE
 
 
 class AsyncJudge:
@@ -37,12 +37,6 @@ class AsyncJudge:
 
     def problem(self) -> str:
         return ""
-
-    async def judge(self, trajectory: Trajectory) -> Judged:
-        """The score of a finished trajectory; the floor where the function raises, returns no
-        finite number, or takes too long.
-        """
-        return await self.score(Asked.about(trajectory, self.seen))
 
     async def score(self, asked: Asked, timeout: float | None = None) -> Judged:
         """What the function says to one call, within `timeout` seconds (None: its own) from when

@@ -22,7 +22,6 @@ from retool.model.hub import find_model, read_json_object
 from retool.rl.config.reward_model import RewardModelConfig
 from retool.rl.reward.calling import Asked
 from retool.rl.reward.protocol import Judged, Raised
-from retool.rl.types import Trajectory
 
 KEY = "reward_model.model.path"
 
@@ -66,10 +65,6 @@ class ModelJudge:
 
     def problem(self) -> str:
         return ""
-
-    async def judge(self, trajectory: Trajectory) -> Judged:
-        """The score of a finished trajectory."""
-        return await self.score(Asked.about(trajectory, self.seen))
 
     async def score(
         self,

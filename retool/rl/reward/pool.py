@@ -29,7 +29,7 @@ from retool.rl.reward.calling import Asked, seen_by
 from retool.rl.reward.protocol import JUDGES_LOST, Judged, Raised, retry_while_lost
 from retool.rl.reward.source import RewardSource
 from retool.rl.reward.worker import Doors, WorkerSetup
-from retool.rl.types import FAILURE, Trajectory
+from retool.rl.types import FAILURE
 
 LOAD_SECONDS = 60.0  # that a worker has to load the function
 LOOK_SECONDS = 5.0  # between looks whether the pool still is: one that broke answers nothing
@@ -99,12 +99,6 @@ class RewardPool:
             f"{lacking}): {reason} Have the file read what it needs from a file, name the "
             f"variables that it needs: reward_model.environment=[NAME]{network}."
         )
-
-    async def judge(self, trajectory: Trajectory) -> Judged:
-        """The score of a finished trajectory; the floor where the function raises, returns no
-        finite number, or takes too long.
-        """
-        return await self.score(Asked.about(trajectory, self.seen))
 
     async def score(self, asked: Asked, timeout: float | None = None) -> Judged:
         """What the function says to one call, within `timeout` seconds (None: the pool's own). A

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from retool.rl.reward.calling import Asked
 from retool.rl.reward.score import MAX_CHARACTERS
-from retool.rl.types import FAILURE, Trajectory
+from retool.rl.types import FAILURE
 
 # The failure that isn't the function's: its processes are gone, or the server that it asks
 JUDGES_LOST = "lost"
@@ -70,16 +70,14 @@ class Judges(Protocol):
     """Whoever judges a rank's answers.
 
     `seen` names what their function asks for besides ARGUMENTS. `problem` says why they can't
-    judge, with the way out; "" where they can. `score` puts one question to them, within `timeout`
-    seconds (None: their own); `judge` does so for a finished trajectory.
+    judge, with the way out; "" where they can. `score` puts one question to them
+    (`Asked.about` a trajectory, with what is `seen`), within `timeout` seconds (None: their own).
     """
 
     @property
     def seen(self) -> tuple[str, ...]: ...
 
     def problem(self) -> str: ...
-
-    async def judge(self, trajectory: Trajectory, /) -> Judged: ...
 
     async def score(self, asked: Asked, timeout: float | None = None) -> Judged: ...
 

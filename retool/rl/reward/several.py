@@ -14,7 +14,7 @@ from typing import Any
 from retool.rl.reward.calling import ARGUMENTS, SEEN, Asked, RewardFunction, seen_by
 from retool.rl.reward.protocol import BUDGET_SPENT, JUDGES_LOST, Judged, Judges
 from retool.rl.reward.score import check_score
-from retool.rl.types import COUNTED, FAILURE, REWARD_OF, Trajectory
+from retool.rl.types import COUNTED, FAILURE, REWARD_OF
 
 # Failures that say nothing about the answer: they are told first
 NOT_THE_FUNCTIONS = (JUDGES_LOST, BUDGET_SPENT)
@@ -99,10 +99,6 @@ class SeveralJudges:
         problems = [member.problem() for member in self._members]
         return next(filter(None, problems), "")
 
-    async def judge(self, trajectory: Trajectory) -> Judged:
-        """The weighted sum for a finished trajectory."""
-        return await self.score(Asked.about(trajectory, self.seen))
-
     async def score(
         self,
         asked: Asked,
@@ -149,9 +145,6 @@ class WeightedJudges:
 
     def problem(self) -> str:
         return self._judges.problem()
-
-    async def judge(self, trajectory: Trajectory) -> Judged:
-        return await self.score(Asked.about(trajectory, self.seen))
 
     async def score(
         self,

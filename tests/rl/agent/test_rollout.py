@@ -78,12 +78,12 @@ class Judge:
     def __init__(self, delay=0.0):
         self.delay = delay
 
-    async def judge(self, trajectory):
+    seen = ()
+
+    async def score(self, asked):
         await asyncio.sleep(self.delay)
-        good = "42" in trajectory.assistant_text
-        return Judged(
-            float(good), {"acc": float(good)}, None if trajectory.sampled else "exception"
-        )
+        good = "42" in asked.solution
+        return Judged(float(good), {"acc": float(good)})
 
 
 class Tool:
@@ -285,12 +285,12 @@ def test_a_quick_tool_s_answer_is_in_the_next_engine_step(renderer_of) -> None:
 
 def test_an_episode_s_error_ends_it_at_once(renderer_of) -> None:
     class Broken(Judge):
-        async def judge(self, trajectory):
-            if trajectory.prompt.index:
+        async def score(self, asked):
+            if asked.solution == "7":
                 raise RuntimeError("no judge")
-            return await super().judge(trajectory)
+            return await super().score(asked)
 
-    parts, engine = parts_of(renderer_of("hermes"), {0: ["42"], 1: ["42"]}, judge=Broken(30.0))
+    parts, engine = parts_of(renderer_of("hermes"), {0: ["42"], 1: ["7"]}, judge=Broken(30.0))
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match="no judge"):
         asyncio.run(

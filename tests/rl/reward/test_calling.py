@@ -14,7 +14,7 @@ from retool.rl.reward.calling import SEEN, Asked, adapted, seen_by
 from retool.rl.reward.judges import open_judges
 from retool.rl.reward.source import RewardSource
 from retool.rl.types import ToolUse, Trajectory
-from tests.rl.conftest import make_prompt, make_trajectory
+from tests.rl.conftest import judged_by, make_prompt, make_trajectory
 from tests.rl.reward.test_async_judge import HERE, SETTINGS
 from tests.rl.test_preflight import check, said
 
@@ -94,7 +94,7 @@ def test_a_function_of_trls_gets_lists_of_one() -> None:
 def test_in_a_process_of_its_own_it_sees_the_same(more: dict[str, bool]) -> None:
     judges = open_judges(RewardSource("seeing", HERE), replace(SETTINGS, **more))
     try:
-        judged = asyncio.run(judges.judge(seen_trajectory()))
+        judged = asyncio.run(judged_by(judges, seen_trajectory()))
     finally:
         judges.close()
     assert (judged.score, judged.info) == (1.25, {"last": "It is 391.", "level": 3})

@@ -30,6 +30,7 @@ from retool.rl.reward.llm_judge.server import LONGEST_WAIT_S, asked_to_wait
 from retool.rl.reward.protocol import BUDGET_SPENT, JUDGES_LOST, Judged
 from retool.rl.reward.source import RewardSource, find_reward, find_several
 from retool.rl.types import Scored
+from tests.rl.conftest import judged_by as as_in_rollouts
 from tests.rl.conftest import make_prompt, make_trajectory
 from tests.rl.reward.test_calling import SAID, seen_trajectory
 from tests.rl.test_preflight import check, said
@@ -152,7 +153,10 @@ def judged_by(
     judge = LLMJudge(settings, floor=-2.0)
 
     async def ask() -> list[Judged]:
-        calls = [judge.judge(replace(seen_trajectory(), assistant_text=text)) for text in answers]
+        calls = [
+            as_in_rollouts(judge, replace(seen_trajectory(), assistant_text=text))
+            for text in answers
+        ]
         if at_once:
             return list(await asyncio.gather(*calls))
         return [await call for call in calls]
@@ -328,7 +332,7 @@ def test_beside_other_rewards_it_is_weighed_and_counted(world: World) -> None:
 
     async def ask() -> list[Judged]:
         away = replace(trajectory, assistant_text="away")
-        return [await judges.judge(trajectory), await judges.judge(away)]
+        return [await as_in_rollouts(judges, trajectory), await as_in_rollouts(judges, away)]
 
     try:
         found, lost = asyncio.run(ask())

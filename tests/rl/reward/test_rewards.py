@@ -41,7 +41,7 @@ from retool.rl.reward.score import score_answer
 from retool.rl.reward.source import RewardSource, find_reward
 from retool.rl.types import Stop
 from tests.ranks import run_ranks
-from tests.rl.conftest import make_prompt, make_trajectory
+from tests.rl.conftest import judged_by, make_prompt, make_trajectory
 
 HERE = str(Path(__file__).with_name("reward_functions.py"))
 
@@ -178,7 +178,7 @@ def judge_all(pool, texts):
         prompt = make_prompt(truth="4", extra={"index": 3})
         return await asyncio.gather(
             *(
-                pool.judge(make_trajectory(prompt, text=t, num_turns=4, stop=Stop.LENGTH))
+                judged_by(pool, make_trajectory(prompt, text=t, num_turns=4, stop=Stop.LENGTH))
                 for t in texts
             )
         )
@@ -397,7 +397,9 @@ def test_all_ranks_stop_where_one_has_no_judges() -> None:
 def test_a_pool_whose_server_was_killed_answers_what_it_had_and_goes_on() -> None:
     async def run(pool):
         flying = [
-            asyncio.create_task(pool.judge(make_trajectory(make_prompt(truth="4"), text="hang")))
+            asyncio.create_task(
+                judged_by(pool, make_trajectory(make_prompt(truth="4"), text="hang"))
+            )
             for _ in range(3)
         ]
         await asyncio.sleep(0.5)

@@ -19,7 +19,7 @@ from retool.rl.reward.protocol import JUDGES_LOST, Judged
 from retool.rl.reward.several import SeveralJudges, unfolded
 from retool.rl.reward.source import RewardSource, find_several, own_reward, several
 from retool.rl.types import Scored
-from tests.rl.conftest import make_trajectory
+from tests.rl.conftest import judged_by, make_trajectory
 from tests.rl.reward.reward_functions import digits
 from tests.rl.reward.test_async_judge import HERE, SETTINGS, score_all
 from tests.rl.reward.test_calling import seen_trajectory
@@ -83,7 +83,7 @@ def test_each_sees_what_it_asks_for_and_none_has_nothing_to_say() -> None:
     silent = replace(seen_trajectory(), assistant_text="")
 
     async def ask() -> list[Judged]:
-        return [await judges.judge(answer) for answer in (seen_trajectory(), silent)]
+        return [await judged_by(judges, answer) for answer in (seen_trajectory(), silent)]
 
     try:
         both, one = asyncio.run(ask())
@@ -106,9 +106,6 @@ class Saying:
         return self.judged.reason
 
     async def score(self, asked: Asked, timeout: float | None = None) -> Judged:
-        return self.judged
-
-    async def judge(self, trajectory: Any, /) -> Judged:
         return self.judged
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from retool.rl.reward.calling import Asked
 from retool.rl.reward.llm_judge.replies import Replies
 from retool.rl.reward.llm_judge.server import BudgetSpent, Server, ServerAway, ServerRefused
 from retool.rl.reward.protocol import BUDGET_SPENT, JUDGES_LOST, Judged
-from retool.rl.types import COUNTED, FAILURE, Trajectory
+from retool.rl.types import COUNTED, FAILURE
 
 ASKED_ABOUT_GARBAGE = 2  # times that it is asked where its reply holds no score
 FIELDS = re.compile(r"\{(question|answer|ground_truth|conversation)\}")
@@ -56,10 +56,6 @@ class LLMJudge:
 
     def problem(self) -> str:
         return ""
-
-    async def judge(self, trajectory: Trajectory) -> Judged:
-        """The score of a finished trajectory; see `score`."""
-        return await self.score(Asked.about(trajectory, self.seen))
 
     async def score(
         self,
