@@ -1,4 +1,4 @@
-"""retool: post-training of tool-using language models on the GPUs you have."""
+"""retool trains language models to use tools: SFT and RL on the GPUs you have."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def _help(words: list[str]) -> int:
         return main([words[0], "--help"])
     width = min(shutil.get_terminal_size().columns, 100)
     print("usage: retool COMMAND …   (the same: python -m retool COMMAND …)\n")
-    about = "post-training of tool-using language models on the GPUs you have."
+    about = "trains language models to use tools, on the GPUs you have."
     print("\n".join(textwrap.wrap(f"retool {__version__}: {about}", width)) + "\n")
     for name, command in COMMANDS.items():
         print(f"  retool {name} {command.arguments}")

@@ -38,15 +38,16 @@ STREAMED_TOKENS = 4  # at a time
 
 
 class LLM:
-    """A model that answers, known to vLLM's users by its names.
+    """A model that answers prompts, with the names that vLLM's users know.
 
-    `model`: a Hugging Face folder, the folder of a run (its newest exported model), or a hub id, of
-    a family that retool knows. It takes one GPU, or the CPU, and no process group: under torchrun
-    each process may have one of its own. Give its memory back with `close()`, or use it in a `with`.
+    `model`: a Hugging Face folder, the folder of a run (its newest exported model) or a hub id, of a
+    family that retool implements. It runs on one GPU or the CPU and needs no process group: under
+    torchrun each process may have its own. Free its memory with `close()`, or use it in a `with`.
 
     `dtype` auto: bf16 on a GPU, fp32 on the CPU. The cache takes `gpu_memory_utilization` of the GPU
-    memory that is free then. `max_model_len` bounds prompt and answer together (None: the model's
-    own limit). `chat_template`: a Jinja file, or hermes; None: the model's own.
+    memory that is still free once the weights are loaded. `max_model_len` bounds prompt and answer
+    together (None: the model's own limit). `chat_template`: a Jinja file, or hermes; None: the
+    model's own.
 
     Raises ValueError for a model that isn't there or that isn't implemented.
     """

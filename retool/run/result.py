@@ -11,7 +11,7 @@ from retool.config import ConfigError, Fault
 
 
 class Refused(ConfigError):
-    """Everything that is wrong with a run, in `faults`; nothing was started.
+    """A run that wasn't started: `faults` lists everything that is wrong with it.
 
     Each fault says where it is, what is wrong, and the way out.
     """
@@ -25,11 +25,11 @@ class Refused(ConfigError):
 
 @dataclass(frozen=True)
 class Result:
-    """A run's folder, and what is there.
+    """A run's folder, and what is in it.
 
-    `model` is the Hugging Face folder of its last checkpoint (None: there is none, or it was saved
-    without). `step` of `steps` were done and saved. `metrics` are the entries of metrics.jsonl, each
-    with its `step`: of optimizer steps, and of validations.
+    `model` is the Hugging Face folder of its last checkpoint (None: there is no checkpoint, or it was
+    saved without one). `step` of `steps` are done and saved. `metrics` are the entries of
+    metrics.jsonl, of optimizer steps and of validations, each with its `step`.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class Result:
 
     @property
     def finished(self) -> bool:
-        """Whether every step was done; else the same call goes on from there."""
+        """Whether every step is done. If not, the same call continues from there."""
         return self.step >= self.steps
 
     @property

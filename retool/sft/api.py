@@ -72,21 +72,21 @@ def sft(
     config: SFTConfig | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Fine-tune `model` on the conversations in `data`; returns what is in the run's folder then.
+    """Fine-tune `model` on the conversations in `data`. Returns the run's folder and what is in it.
 
     `model` is a Hugging Face folder or hub id. `data` and `eval_data` are whatever the command reads
     (files, folders, globs), or rows: a list of dicts, a `datasets.Dataset`, a data frame.
     `batch_size` counts the samples of an optimizer step over all GPUs. `output_dir` is the run's
-    folder; what it holds is gone on from, as the command does, unless `resume` is false.
+    folder. A run that it already holds is continued, as the command does, unless `resume` is false.
 
-    Everything else is in `options`, by the command's dotted keys ({"optim.min_lr_ratio": 0.1}), or
-    in a whole `config`. Arguments win over `options`, and these over `config`.
+    All other settings go into `options`, under the command's dotted keys ({"optim.min_lr_ratio":
+    0.1}), or come as a whole `config`. Arguments override `options`, and `options` override `config`.
 
-    `on_step(step, metrics)` is called on rank 0 with each entry of metrics.jsonl; what it raises ends
-    the run. Under torchrun every process calls this alike.
+    `on_step(step, metrics)` is called on rank 0 with each entry of metrics.jsonl; an exception in it
+    ends the run. Under torchrun every process makes the same call.
 
-    Raises Refused, a ValueError, with everything that is wrong before anything starts, and
-    KeyboardInterrupt after Ctrl-C, when what was done is saved.
+    Raises Refused, a ValueError that lists everything that is wrong, before anything starts; and
+    KeyboardInterrupt after Ctrl-C, once the run has saved.
     """
     asked = stated(SFTConfig, options, quiet, {
         "model.partial_pretrain": model,
