@@ -42,7 +42,8 @@ def read(
     faults = reader.faults
     node, wrong = _structured(schema, base)
     faults += wrong
-    refused = set()
+    # A key that a fault offers instead of another isn't said to lack, too
+    refused = set(reader.meant)
     for given in reader.assignments:
         try:
             value = value_of(given.leaf, given.value)
@@ -66,7 +67,8 @@ def read(
             way_out = "Interpolate a key that exists: ${trainer.project_name}."
             faults.append(Fault(leaf.key, problem, way_out))
             _put(node, leaf.key, _fallback(leaf))
-    return Parsed(typing.cast(C, OmegaConf.to_object(node)), tuple(faults))
+    config = typing.cast(C, OmegaConf.to_object(node))
+    return Parsed(config, tuple(faults), frozenset(reader.meant))
 
 
 def parse(

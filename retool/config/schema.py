@@ -45,11 +45,12 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class Parsed(Generic[C]):
     """A configuration (values that had a fault stand at their default, required ones empty) and the
-    faults.
+    faults. `meant`: keys that these offer in the place of others.
     """
 
     config: C
     faults: tuple[Fault, ...]
+    meant: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class Reader:
     """What words may name, and what was read of them so far.
 
     `synonyms` maps other names of keys to ours; `ignored` are keys that are accepted and dropped.
+    `meant`: keys that a fault offers in the place of others.
     """
 
     known: Mapping[str, Leaf]
@@ -55,6 +56,7 @@ class Reader:
     ignored: Mapping[str, str] = field(default_factory=dict)
     assignments: list[Assignment] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    meant: set[str] = field(default_factory=set)
 
     def read(self, words: Sequence[str]) -> None:
         """Read them in order: later ones win."""
@@ -122,9 +124,11 @@ class Reader:
     def _instead(self, key: str) -> str:
         meant = key_for(key, self.known)
         if meant is not None:  # it may count otherwise elsewhere
+            self.meant.add(meant)
             return f"Did you mean {meant}? {self.known[meant].doc}"
         near = self.nearest_key(key)
         if near is not None:
+            self.meant.add(near)
             return f"Did you mean {near}?"
         group = key.rpartition(".")[0]
         if any(known.startswith(group + ".") for known in self.known):
@@ -163,12 +167,16 @@ class Reader:
         if has_dashes and bare in ("c", "config", "config_file", "config-file", "config_path"):
             return f"Write config={value or 'run.yaml'}"
         if bare in self.known or bare in self.synonyms:
+            self.meant.add(self.synonyms.get(bare, bare))
             signs = " and dashes" if has_dashes else ""
             return f"Write {bare}={value or '…'}, without spaces{signs}"
         if has_dashes:
             return self._option_meant(bare, value)
         near = self.nearest_key(bare) if DOTTED.fullmatch(bare) else None
-        return f"Write {near}={value or '…'}" if near else _file_meant(bare, self.known)
+        if near is None:
+            return _file_meant(bare, self.known)
+        self.meant.add(near)
+        return f"Write {near}={value or '…'}"
 
     def _option_meant(self, name: str, value: str) -> str:
         """What to write for another program's `--name value`."""
@@ -181,6 +189,7 @@ class Reader:
         near = self.nearest_key(name.replace("-", "_"))
         if near is None or near not in self.known:
             return "Write key=value, without dashes"
+        self.meant.add(near)
         choices = typing.get_args(self.known[near].type)
         if choices and value not in choices:  # --bf16 true is param_dtype=bf16
             value = name if name in choices else ""

@@ -39,7 +39,7 @@ def find_model(name: str, weights: bool = True) -> Path:
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise ValueError(
             f"{name} is no folder. Give a Hugging Face model folder with config.json, tokenizer and "
-            "safetensors."
+            "safetensors, or a model of the hub: org/name."
         )
     from huggingface_hub import snapshot_download
 

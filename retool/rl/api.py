@@ -110,18 +110,15 @@ def rl(
 
     `prompts` and `eval_prompts` are whatever the command reads, or rows: a list of dicts, a
     `datasets.Dataset`, a data frame. A step samples `num_generations` answers to each of `batch_size`
-    prompts, over all GPUs. `beta` weighs the KL to the model that training began with; None: there
-    is no KL, and that model isn't kept.
+    prompts, over all GPUs. `beta` weighs the KL to the first model; None: there is no KL.
 
     `reward`: a function that takes any of data_source, solution_str (or completion), ground_truth and
-    extra_info, and returns a number or {"score": …}. It runs in processes of its own. It may also be
-    the name of a built-in reward, or FILE.py/function; None: chosen by data source. With a list of
-    these the score is their sum, weighted by `reward_weights`.
-
-    `tools`: functions with type hints and a docstring, objects as `retool.rl.agent.tools.Tool`
-    describes them (closed at the end), "code_interpreter", or a file of tools. `environment`: a class,
-    or FILE.py/name; its rewards count where no `reward` is given. `loop`: an async function of (row,
-    generate, tools), or FILE.py/name. Everything else is as for `retool.sft`.
+    extra_info, and returns a number or {"score": …}; it runs in processes of its own. Or a built-in
+    reward's name, or FILE.py/function; None: chosen by data source. Of a list of these the score is
+    the sum, weighted by `reward_weights`. `tools`: functions with type hints and a docstring, objects
+    as `retool.rl.agent.tools.Tool` describes them (closed at the end), "code_interpreter", or a file.
+    `environment`: a class, or FILE.py/name; its rewards count if no `reward` is given. `loop`: an
+    async function of (row, generate, tools), or FILE.py/name. Everything else: as for `retool.sft`.
     """
     functions, held = functions_given(reward, reward_weights, tools)
     held = _with_loop(loop, functions, _with_world(environment, functions, held))

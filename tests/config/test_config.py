@@ -270,6 +270,13 @@ def test_every_fault_at_once() -> None:
     assert all(where in str(raised.value) for where in said)
 
 
+@pytest.mark.parametrize("words", [["data.train_file=a"], ["--train-files", "a"]])
+def test_a_key_that_is_offered_for_another_is_not_said_to_lack(words: list[str]) -> None:
+    parsed = read(SFTConfig, [*words, "model.partial_pretrain=m"], SYNONYMS)
+    (fault,) = parsed.faults
+    assert "data.train_files" in fault.remedy and parsed.meant == {"data.train_files"}
+
+
 def test_faulty_values_leave_a_whole_configuration_to_go_on_with() -> None:
     parsed = read(SFTConfig, ["data.max_length=abc", "trainer.save_freq=soon"], SYNONYMS)
     assert len(parsed.faults) == 4

@@ -67,7 +67,7 @@ def preflight(
     functions of the program that asks, in the place of those that files have.
     """
     config = parsed.config
-    known = {fault.where for fault in parsed.faults}
+    known = {fault.where for fault in parsed.faults} | parsed.meant
     faults = [
         *parsed.faults,
         *(fault for fault in contradictions(config) if fault.where not in known),
