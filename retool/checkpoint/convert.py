@@ -61,6 +61,8 @@ def convert(
         with sole_user(temporary):
             target = temporary / where.relative_to(folder)
             _copy_all_but_shards(folder, temporary)
+            # They speak of the old shards. New ones are written last, when all that they speak of
+            # is there.
             for name in (CHECKSUMS, CONFIG):
                 (target / name).unlink(missing_ok=True)
             step = _write_ranks(where, target, world, progress)
@@ -148,12 +150,15 @@ def _fill(
     if numel == 0:
         return torch.empty(0, dtype=dtype)
     buffer = torch.from_file(str(scratch), shared=True, size=numel, dtype=dtype)
+    # Unlinked at once: the mapping keeps it alive, and a process that is killed leaves nothing
+    # behind.
     scratch.unlink()
     for rows in all_rows(layout, rank):
         for start in range(rows.start, rows.stop, CHUNK):
             stop = min(start + CHUNK, rows.stop)
             at = rows.offset + start - rows.start
             buffer[at : at + stop - start] = source.read(rows.member.name, start, stop)
+            # Or the mapped pages of all ranks' files would count as this process's memory.
             source.release()
             progress(rows.member.name, stop - start)
     return buffer

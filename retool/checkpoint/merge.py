@@ -46,6 +46,8 @@ def merge(
         copy_side_files(small, out, dtype)
     out.mkdir(parents=True, exist_ok=True)
     names = stored_names(source, small)
+    # The matrices differ although config.json ties them: both are written, and the config must say
+    # so.
     if tied(small) and HEAD in names:
         untie(out / "config.json")
     writer = WeightsWriter(out, {name: source.shape(name) for name in names}, dtype, limit)

@@ -94,6 +94,7 @@ class Mirror:
                 if self._given_up:  # and said
                     return
                 self._fail(folder, f"{type(error).__name__}: {error}")
+            # Whatever came of it: from now on it may be deleted.
             self._busy.remove(folder)
 
 
@@ -123,6 +124,7 @@ def _put(store: fsspec.AbstractFileSystem, path: Path, target: str, wait_s: floa
     def attempt() -> None:
         store.makedirs(target.rpartition("/")[0], exist_ok=True)
         store.put_file(str(path), target)
+        # A connection that broke may pass for the end of the file.
         size = store.info(target)["size"]
         if size != path.stat().st_size:
             raise OSError(

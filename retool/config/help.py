@@ -115,6 +115,7 @@ def _topic(command: Command, topic: str, width: int) -> Iterator[str]:
     """The keys of a group, else those with the word in their names, else what was meant."""
     known = list(leaves(command.schema))
     dotted = f".{topic.strip('.')}."
+    # Dots on both sides: `optim` is the group, and not `optimizer_offload`.
     found = [leaf for leaf in known if dotted in f".{leaf.key}."]
     found = found or [leaf for leaf in known if topic in leaf.key]
     if found:

@@ -44,6 +44,7 @@ def read(
     faults += wrong
     # A key that a fault offers instead of another isn't said to lack, too
     refused = set(reader.meant)
+    # In order, each over the one before it: that is how later words win.
     for given in reader.assignments:
         try:
             value = value_of(given.leaf, given.value)
@@ -99,6 +100,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _structured(schema: type[C], base: C | None) -> tuple[Any, list[Fault]]:
     """The node that is filled: of `base` where there is one and it holds what its types say."""
+    # A copy: OmegaConf changes what it merges into, and the defaults are shared.
     if base is None:
         return copy.deepcopy(_defaults(schema)), []
     if not isinstance(base, schema):

@@ -106,6 +106,7 @@ def leaves(schema: type, prefix: str = "") -> Iterator[Leaf]:
     Required ones come first in each.
     """
     hints = typing.get_type_hints(schema)
+    # Required keys first, in the help and in what is said to lack.
     for entry in sorted(fields(schema), key=lambda entry: entry.default != REQUIRED):
         kind = hints[entry.name]
         key = prefix + entry.name

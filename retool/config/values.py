@@ -34,6 +34,7 @@ def _from_text(leaf: Leaf, text: str) -> Any:
             return [value]
         if value.startswith("("):
             value = f"[{value[1:-1]}]"
+    # YAML would read 0123 as octal.
     if leaf.type is int and value.lstrip("+-").replace("_", "").isdigit():
         return int(value)
     return _plain(leaf, _yaml(value))

@@ -90,6 +90,7 @@ class Reader:
         for key, value in entries:
             self._assign(key, value, f"{key} in {path}")
         wrong = len(self.faults) - before
+        # A file of another program: a hundred faults would say less than one.
         if wrong > MOST_OF_A_FILE:
             del self.faults[before + SHOWN_OF_TOO_MANY :]
             self.faults.append(_made_for_something_else(path, wrong, len(entries)))
@@ -232,6 +233,7 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
         tails = difflib.get_close_matches(tail, by_tail, 1, alike)
     if not tails:
         return None
+    # SequenceMatcher prepares its second text: `head` is the one that stays.
     likeness = difflib.SequenceMatcher(b=head)
     best = None
     best_ratio = -1.0

@@ -128,9 +128,11 @@ def open_loggers(names: Sequence[str], info: RunInfo, on_step: OnStep | None = N
     if faults:
         raise ValueError("\n".join(map(str, faults)))
     told = {"project": info.project, "experiment": info.experiment, "config": info.config}
+    # Before a tracker sees it: what has been uploaded can't be taken back.
     info = replace(info, **redact(told))
     opened: list[tuple[str, Logger]] = []
     failures: list[tuple[str, Exception]] = []
+    # jsonl first, asked for or not: it is what the report reads and a resume goes on with.
     for name in dict.fromkeys(["jsonl", *names]):
         try:
             opened.append((name, LOGGERS[name](info)))

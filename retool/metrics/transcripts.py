@@ -121,6 +121,7 @@ def _one_for_all(value: Sequence[float] | Sequence[bool] | float | None) -> Any:
     if not isinstance(value, Sequence):
         return _number(value)
     entries = [_number(entry) for entry in value]
+    # GRPO gives all tokens of an answer one advantage: it is written once.
     same = bool(entries) and entries.count(entries[0]) == len(entries)
     return entries[0] if same else entries
 
@@ -175,6 +176,7 @@ def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[
     for end in range(1, len(ids) + 1):
         before = decode(list(ids[start:done]))
         text = decode(list(ids[start:end]))
+        # Half of a character, whose rest is in the tokens that follow: the last of them shows it.
         if text.endswith("\ufffd") and end < len(ids) and end - done < WINDOW:
             out.append("")
             continue
@@ -204,6 +206,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict):
         return None
+    # `type`, as True is an int to `isinstance`.
     if type(record.get("step")) is not int or not isinstance(record.get("prompt"), str):
         return None
     segments = record.get("segments")

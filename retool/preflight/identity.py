@@ -141,6 +141,7 @@ def weights_checksum(folder: Path) -> str:
     """
     source = SafetensorsSource(folder)
     found = hashlib.blake2b(digest_size=6)
+    # Sorted: which file holds a tensor, and in which order, is no difference between two models.
     for name in sorted(source.names()):
         shape = source.shape(name)
         found.update(f"{name} {source.dtype(name)} {list(shape)}\n".encode())
@@ -155,6 +156,8 @@ def _pieces(numel: int) -> list[tuple[int, int]]:
     """
     if numel <= PIECES * PIECE:
         return [(0, numel)]
+    # Training changes every weight, so a few pieces tell two models apart. Reading all would take
+    # minutes.
     starts = [place * (numel - PIECE) // (PIECES - 1) for place in range(PIECES)]
     return [(start, start + PIECE) for start in starts]
 
@@ -164,6 +167,7 @@ def digest(*parts: str | bytes) -> str:
     found = hashlib.blake2b(digest_size=6)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
+        # With its length, so that no two ways of cutting the same text have one hash.
         found.update(len(data).to_bytes(8, "little") + data)
     return found.hexdigest()
 

@@ -59,9 +59,12 @@ def verdict(
     try:
         # Another program's port is no place to meet
         if world > 1 and not any(fault.where.startswith("MASTER_PORT=") for fault in mine):
+            # One store for the life of the process: its port can't be opened twice.
             if not _stores:
                 _stores.append(meeting_place(environment, timeout_s))
             store = _stores[0]
+            # A store forgets nothing: without a number of its own, a second run would read the
+            # first one's verdict.
             meeting = PrefixStore(f"retool/preflight {next(_numbers)}", store)
             with _agreed_on(folder, meeting, rank) as missed:
                 return _exchange((*mine, *missed), meeting, rank, world, show), store
@@ -102,6 +105,7 @@ def _exchange(
         show(found)
     store.set("verdict", json.dumps([[f.where, f.problem, f.remedy] for f in found]))
     end = time.monotonic() + LINGER
+    # Where the run goes on nobody needs to wait: the store stays open.
     while found and store.add("read", 0) < world - 1 and time.monotonic() < end:
         time.sleep(0.02)
     return found

@@ -51,6 +51,7 @@ def read_chat(body: Any, llm: LLM, model: str, options: ChatOptions) -> Question
         raise fields.refusal("messages", "is missing: a list of messages")
     renderer = llm.renderer_for(fields.take("chat_template_kwargs", dict, {}))
     hides = fields.take("skip_special_tokens", bool, True)
+    # After everything was taken: what is left over is a field that nobody here knows.
     fields.finish()
 
     request = _request(llm, renderer, messages, tools, params)
@@ -156,9 +157,11 @@ class ChatForm:
         """See `Form`."""
         done = piece.answer
         before = self.shown.get(piece.number, Turn(None, ""))
+        # Read anew from all of the text: where a call begins may show only tokens later.
         turn = self.reader.whole(piece.text) if done else self.reader.safe(piece.text)
         self.shown[piece.number] = turn
         delta: dict[str, Any] = {}
+        # An event holds what is new since the one before it.
         thought = (turn.reasoning or "")[len(before.reasoning or "") :]
         said = turn.content[len(before.content) :]
         if thought:

@@ -96,6 +96,7 @@ class EngineThread:
         can't take.
         """
         self.require_alive()
+        # Refused at the door: a request that waits for minutes has a client that has given up.
         wanted = sum(request.params.n for request in requests)
         if self.under_way + wanted > self.most:
             self.counts.refused += 1
@@ -127,6 +128,7 @@ class EngineThread:
 
         def run() -> None:
             outcome = outcome_of(function)
+            # A future belongs to its loop: the thread may not settle it by itself.
             self._loop.call_soon_threadsafe(settle, answer, *outcome)
 
         self._commands.put(run)
@@ -140,6 +142,7 @@ class EngineThread:
     async def close(self) -> None:
         """End the thread. What it was sampling is given up."""
         self._commands.put(None)
+        # Polled: joining would stop the loop that the thread's last pieces go to.
         while self._thread.is_alive():
             await asyncio.sleep(0.01)
 
@@ -164,6 +167,7 @@ class EngineThread:
     def _waiting_commands(self, wait: bool) -> Iterator[Command | None]:
         """All commands that are there; `wait`: at least one."""
         if wait:
+            # Nothing to sample: the thread sleeps here until somebody asks.
             yield self._commands.get()
         while True:
             try:
@@ -202,6 +206,7 @@ class EngineThread:
                 piece = Piece(number, ids, logp, answer.text, answer if done else None)
                 grown.append((ticket, piece))
         if grown:
+            # All of a step's pieces in one call: waking the loop costs more than handing over.
             self._loop.call_soon_threadsafe(self._deliver, grown)
 
     # ── on the loop again

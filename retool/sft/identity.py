@@ -23,6 +23,8 @@ def with_identity(report: SFTReport) -> SFTReport:
     ):
         found |= model_traits(report.folder, report.model, "model.partial_pretrain")
     if report.train is not None:
+        # Counts first, the hash last: a message that says how many rows there were tells more than
+        # a hash.
         said = report.train.said
         found["training samples"] = Trait(FILES, said.samples)
         found["their tokens"] = Trait(FILES, said.tokens)

@@ -72,9 +72,11 @@ def preflight(
     world, trouble = read_world(
         config.trainer.nnodes, config.trainer.n_gpus_per_node, planning, launcher
     )
+    # Before the data is read: a run that goes on shows the date of the day on which it began.
     report = find_checkpoint(SFTReport(config, world, faults=tuple(faults + trouble)))
     report = with_model(report, config.model.partial_pretrain)
     report = _with_data(check_run(report, box, launcher), progress)
+    # After the data: the longest sample decides what must fit.
     report = _with_memory(report, box)
     report = check_checkpoint(with_identity(report))
     if report.faults:
@@ -116,6 +118,7 @@ def _with_data(report: SFTReport, progress: Progress | None) -> SFTReport:
     renderer = attempt("model.partial_pretrain", make, faults)
     if renderer is None:
         return report.blame(*faults)
+    # The date becomes part of the configuration: a checkpoint must tell it to the run that goes on.
     if renderer.shows_date:
         report = replace(
             report, config=replace(config, data=replace(config.data, template_date=day))
@@ -175,6 +178,7 @@ def _files(config: SFTConfig, name: Name, faults: list[Fault]) -> list[str]:
         files = attempt(where, lambda entry=entry: resolve_files(entry, custom, part), faults)
         for file in files or []:
             if not custom:
+                # Only the columns: of a file in a form that nobody knows no row needs to be read.
                 attempt(where, lambda file=file: form.check(file, columns_of(file)), faults)
             found.append(file)
     return found
@@ -249,6 +253,7 @@ def _read(
             progress=progress,
         )
     except (ValueError, OSError) as error:
+        # The first line sums up, the others are refused rows: each becomes a fault of its own.
         first, *refused = str(error).splitlines()
         audit = f"{audit_command(config, files)} shows more."
         return [
@@ -279,6 +284,8 @@ def audit_command(config: SFTConfig, files: Sequence[str]) -> str:
     }
     if not multi.enable:
         given |= {"--prompt-key": data.prompt_key, "--response-key": data.response_key}
+    # Compared with the audit's own defaults: a command to paste should hold no word that changes
+    # nothing.
     usual = vars(audit_parser().parse_args(["audit", "FILE", "--model", ""])) | {
         "template_kwargs": "{}"
     }
@@ -310,6 +317,7 @@ def _with_memory(report: SFTReport, box: Box) -> SFTReport:
     processes = report.world.processes
     if model is None or processes % sp or sp > model.heads:
         return report
+    # Told by `check_run` already: such a layout has no memory to predict.
     if any(check_experts(report.options, processes, model)):
         return report
     report = replace(report, choice=(choice := choose_for(report)))

@@ -63,6 +63,7 @@ def candidates(root: Path, say: bool = True) -> list[Path]:
             for step, folder in found
             if step > named
         ]
+        # A folder that is newer than the tracker is from a save that was cut off between the two.
         found = [(step, folder) for step, folder in found if step <= named]
         found = [(step, aside) for step, aside in set_aside(root) if step == named] + found
     for what in passed_over if say else []:

@@ -80,6 +80,7 @@ def preflight(
     )
     report = find_checkpoint(RLReport(config, world, faults=tuple(faults + trouble)))
     report = with_model(report, config.actor_rollout_ref.model.path)
+    # Once a machine is enough for what asks other processes: the sandbox, the reward, servers.
     first = not int(launcher.get("LOCAL_RANK", 0))
     report = check_run(report, box, launcher)
     report = report.blame(
@@ -92,6 +93,7 @@ def preflight(
     report = _with_functions(report, first, held)
     report = _with_prompts(report)
     report = _with_trial(report).blame(*try_environment(report)) if first else report
+    # Last: what the run is must be known before a checkpoint can be compared with it.
     report = check_checkpoint(with_identity(report))
     if report.faults or report.model is None:
         return report
@@ -328,6 +330,7 @@ def _choice(report: RLReport) -> Choice:
     assert model is not None
     actor = config.actor_rollout_ref.actor
     longest = config.data.max_prompt_length + config.data.max_response_length
+    # A rank's share of the longest trajectory, rounded up.
     longest = -(-longest // actor.ulysses_sequence_parallel_size)
     tokens = (
         actor.ppo_max_token_len_per_gpu

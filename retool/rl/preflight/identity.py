@@ -60,6 +60,8 @@ def with_identity(report: RLReport) -> RLReport:
         found["the date in the chat template"] = Trait(
             "data.template_date", config.data.template_date, strict=True
         )
+    # The stream of questions is a function of these and of a position: with another, the position
+    # is somewhere else.
     for key in ("shuffle", "seed"):
         found[f"data.{key}"] = Trait(f"data.{key}", getattr(config.data, key), strict=True)
     if report.reward is not None and not any(f.where.startswith(REWARD) for f in report.faults):
@@ -85,6 +87,7 @@ def fingerprint(questions: Questions | None) -> tuple[int, str]:
     parts = (
         part
         for prompt in prompts
+        # Tokens, not texts: another template makes other questions of the same rows.
         for part in (prompt.ids.tobytes(), prompt.data_source, prompt.ground_truth)
     )
     return len(prompts), digest(*parts)
@@ -113,6 +116,7 @@ def _reward(config: RLConfig, source: RewardSource) -> dict[str, Trait]:
 def _judge(settings: LLMJudgeConfig) -> str:
     """A judge behind an address by what its verdicts depend on, not by where it is."""
     scale = f"{settings.lowest:g} to {settings.highest:g}"
+    # All that a verdict depends on but the address: the same judge may move to another machine.
     asked = digest(prompt_of(settings), settings.pattern, scale, f"{settings.temperature:g}")
     return f"{settings.model} ({asked})"
 
@@ -201,6 +205,7 @@ def function_code(function: Callable[..., Any]) -> Iterator[str | bytes]:
     can't be had. What it refers to isn't looked at.
     """
     try:
+        # Dedented: a function that moves into a class or out of it is the same function.
         yield textwrap.dedent(inspect.getsource(function))
     except (TypeError, OSError):  # made by exec, or an object that can be called
         code = getattr(function, "__code__", None) or getattr(
@@ -211,9 +216,11 @@ def function_code(function: Callable[..., Any]) -> Iterator[str | bytes]:
 
 
 def _compiled(code: CodeType) -> Iterator[str | bytes]:
+    # Not `hash(code)`, which is another in every process.
     yield code.co_code
     yield repr(code.co_names)
     for constant in code.co_consts:
+        # Functions inside it: their repr has an address, which changes from run to run.
         if isinstance(constant, CodeType):
             yield from _compiled(constant)
         else:

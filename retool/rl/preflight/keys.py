@@ -96,6 +96,7 @@ def _clip_notes(actor: ActorConfig) -> Iterator[str]:
     """Clips that suit token ratios, given to a loss whose ratios vary much less."""
     mode = actor.policy_loss.loss_mode
     clip = LOSSES[mode].published_clip if mode in LOSSES else None
+    # A note and no fault: somebody may mean it.
     if clip is not None and actor.clip_ratio_high > MOST_TIMES_PUBLISHED * clip.high:
         yield (
             f"actor.clip_ratio_low, _high are {actor.clip_ratio_low:g} and "
@@ -145,6 +146,8 @@ def _sampling(config: RLConfig) -> Iterator[Fault]:
     name = config.algorithm.adv_estimator
     estimator = ESTIMATORS.get(name)
     alone = f"{_ARR}.rollout.n=1"
+    # A group of one has an advantage of its whole score, whatever the others did: no comparison is
+    # left.
     if rollout.n == 1 and estimator is not None and estimator.compares_samples:
         yield Fault(
             alone,

@@ -122,10 +122,13 @@ def step_memory(
     state = training.state + frozen
     available = None if device_gib is None else device_gib * GIB - OUTSIDE - state
     max_length = engine.max_length or model.max_position or needed.page_size
+    # Whole pages: the last one may be nearly empty.
     sequence = -(-max_length // needed.page_size) * needed.page
     cache = float(engine.max_num_seqs * sequence)
     if engine.kv_bytes is not None:
         cache = engine.kv_bytes
+    # What the engine itself will do when it allocates: a share of what is free beside weights and
+    # work.
     elif available is not None and sequence:
         cache = max(0.0, (available - needed.weights - needed.work) * engine.kv_share)
     activations = training.forward_backward - training.state
@@ -136,6 +139,7 @@ def step_memory(
     # Recorded steps keep what they work in.
     kept = needed.weights + cache + (needed.work if engine.use_cuda_graphs else 0)
     beside = frozen + (0.0 if freed else kept)
+    # Without gradients nothing is kept for a backward, so it can't be more than the update's.
     forward = min(forward_bytes(model, setting, choice), activations)
     memory = StepMemory(
         load=training.load + frozen,

@@ -45,6 +45,7 @@ def try_reward(
         parts = tuple(part for part in source.parts if not part.is_model)
         if not parts:
             return
+        # The parts that are functions are tried all the same.
         source = replace(source, parts=parts)
     try:
         judges = open_judges(source, settings, workers=1)
@@ -85,6 +86,7 @@ async def _verdicts(judges: Judges, asked: Sequence[Asked]) -> list[tuple[Judged
     verdicts: list[tuple[Judged, float]] = []
     for answer in asked:
         begin = time.perf_counter()
+        # With a long limit: a function that is only too slow is told with the seconds that it took.
         judged = await judges.score(answer, LOAD_SECONDS)
         verdicts.append((judged, time.perf_counter() - begin))
         if judged.failure is not None:

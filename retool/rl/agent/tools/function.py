@@ -36,6 +36,8 @@ class FunctionTool:
     async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
         """`arguments` are those the model wrote, parsed; wrong ones are answered."""
         try:
+            # Before the call: a TypeError out of the function itself must not be told as wrong
+            # arguments.
             inspect.signature(self.function).bind(**arguments)
         except TypeError as error:
             return ToolResult(f"ArgumentError: {self.name}: {error}.", "bad_arguments")
@@ -49,6 +51,7 @@ class FunctionTool:
         if inspect.isasyncgenfunction(function):
             return await _async_lines(function(**arguments))
         # What a decorated function gives is known once it gives it
+        # On a thread: a plain function may block, and one event loop serves all trajectories.
         value = await on_thread(partial(_called, function, arguments))
         if inspect.isasyncgen(value):
             return await _async_lines(value)
@@ -60,6 +63,7 @@ class FunctionTool:
 
 def _called(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     value = function(**arguments)
+    # Here, as a generator's code runs while it is read: on the thread, not on the event loop.
     return _lines(value) if inspect.isgenerator(value) else value
 
 

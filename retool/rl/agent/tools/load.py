@@ -76,6 +76,7 @@ def load_tools(
             "the run was started by a program that gave its own tools, which are in no file. Start it "
             "from there, or give a file of tools."
         )
+    # multi_turn.enable alone means the code interpreter.
     if path is None and not names:
         names = [CODE_INTERPRETER]
     if path is not None and ".py/" in str(path):
@@ -171,6 +172,7 @@ def _load_entry(entry: Any, where: str, limits: RunLimits) -> AnyTool:
     try:
         if not isinstance(config, dict):
             raise ValueError(f"config is a {type(config).__name__}, not a mapping.")
+        # verl's configurations name verl's class. Ours does the same, so they run as they are.
         if name in INTERPRETERS:
             return _interpreter(limits.over(interpreter_config(config)), schema)
         with verl_importable():
