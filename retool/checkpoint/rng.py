@@ -39,6 +39,7 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
 
 def derive(seed: int, step: int, rank: int) -> None:
     """Seed every generator from (seed, step, rank): what a resume on another number of ranks does."""
+    # Hashed, so that neighbouring seeds, steps and ranks have nothing in common.
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     np.random.seed(int.from_bytes(digest[8:12], "little"))

@@ -45,8 +45,11 @@ class Detokenizer:
     def add(self, ids: Sequence[int]) -> None:
         """Append tokens. A token's text may depend on the one before it, so both are decoded."""
         self._tail += ids
+        # The difference of two texts, not the text of the new tokens: SentencePiece drops a space
+        # at the beginning.
         before = self.decode(self._tail[: self._shown])
         after = self.decode(self._tail)
+        # Its other half is still to come: shown now, it would have to be taken back.
         if after.endswith(HALF_A_CHARACTER):
             return
         self._before_last = len(self.text)
@@ -130,6 +133,7 @@ class Answer:
         # The first to be complete ends the answer, as it would have done token by token
         place, stop = min(found, key=lambda entry: entry[0] + len(entry[1]))
         counts = range(len(self.ids) + 1)
+        # Once the text is there it stays: a few decodings find the token that completes it.
         count = bisect_left(counts, True, key=lambda k: stop in decode(self.ids[:k]))
         self.ids = self.ids[:count]
         self.logp = self.logp[:count]
@@ -149,6 +153,7 @@ class Answer:
         """The text so far, but for an end that may be the beginning of a stop text."""
         text = self.detokenizer.text
         longest = max(map(len, self.params.stop_texts), default=0)
+        # The longest such end first.
         for start in range(max(0, len(text) - longest + 1), len(text)):
             if any(stop.startswith(text[start:]) for stop in self.params.stop_texts):
                 return text[:start]
@@ -175,6 +180,7 @@ def run(engine: Sampler, answers: Sequence[Answer]) -> Generator[Answer]:
                     del under_way[turn.key]
                     engine.drop(turn.key)
                 yield answer
+    # Also when the caller stops reading: what nobody waits for takes no room in the cache.
     finally:
         for key in under_way:
             engine.drop(key)

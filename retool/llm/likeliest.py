@@ -64,6 +64,7 @@ def _decoder(engine: Engine) -> Decoder:
     with torch.device("meta"):
         ours = Decoder(config, execution)
     for mine, other in zip(ours.modules(), theirs.modules(), strict=True):
+        # No second copy of the weights: both decoders read the same tensors.
         mine._parameters = other._parameters
     return ours
 
@@ -113,6 +114,7 @@ def _of_answer(hidden_RD: Tensor, weight_VD: Tensor, cap: float, answer: Answer)
         logits = product(hidden, weight_VD, workspace(hidden, len(hidden), len(weight_VD)))
         logp = (capped(logits, cap) / temperature).log_softmax(-1)
         values, ids = logp.topk(count, -1)
+        # The rank counts the tokens that are likelier: 1 is the likeliest.
         ranks = (logp > logp.gather(1, chosen[:, None])).sum(-1) + 1
         rows = zip(ids.tolist(), values.tolist(), ranks.tolist(), strict=True)
         found += [Likeliest(*row) for row in rows]

@@ -46,6 +46,8 @@ def check_port(environment: Mapping[str, str]) -> Iterator[Fault]:
             "Use a number from 1024 to 65535, or let torchrun --standalone choose.",
         )
         return
+    # The launcher may hold the port itself, or an earlier run of this program: it isn't free then,
+    # and right.
     is_open = shares_store(environment) or met_before()
     if environment.get("RANK", "0") == "0" and not is_open and not port_is_free(int(text)):
         yield Fault(
@@ -69,6 +71,7 @@ def check_rounds(environment: Mapping[str, str]) -> Iterator[Fault]:
 def port_is_free(port: int) -> bool:
     """Whether a server could listen on it now."""
     with closing(socket.socket()) as probe:
+        # As torch's store listens: a port that lingers after its last use counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -124,6 +127,8 @@ def check_output(
         yield Fault(where, f"{existing} is a file, not a folder.", f"Choose another {key}.")
         return
     try:
+        # Tried, not asked: permission bits don't tell of read-only mounts, quotas and network
+        # disks.
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
@@ -178,6 +183,7 @@ def host_memory() -> int | None:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
+    # In a container the machine's memory isn't what the run may use.
     limit = Path("/sys/fs/cgroup/memory.max")
     try:
         said = limit.read_text().strip()
@@ -190,6 +196,7 @@ def gpu_notes(per_node: int, compute: str, environment: Mapping[str, str]) -> It
     """GPUs of this machine that somebody else uses, or that compute in bf16 slowly: from
     nvidia-smi, which starts no context on them.
     """
+    # nvidia-smi, not torch: a CUDA context on each GPU would take memory before the run begins.
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     chosen = ["-i", visible] if visible else []
     query = [

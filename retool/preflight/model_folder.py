@@ -50,6 +50,7 @@ def check_model(
     if not os.access(folder, os.R_OK | os.X_OK):
         return None, [not_allowed(where, "it")]
     has_config = (folder / "config.json").is_file()
+    # A common slip: the run's folder in the place of the model in it.
     newest = None if has_config else next(checkpoints(folder), None)
     if newest is not None:
         export = export_of(newest[1])

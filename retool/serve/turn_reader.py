@@ -62,6 +62,8 @@ class TurnReader:
         """What a turn that grows has said for sure; calls come when it is whole."""
         if self.form is None:
             return self._split(text, grows=True)
+        # What has been sent can't be taken back: everything that may become a call is held until it
+        # is one, or isn't.
         before = before_calls(self.form, text, self.reasoning)
         if len(before) == len(text):
             begin = MARK_BEGINS.search(text, max(0, len(text) - MARK_CHARACTERS))
@@ -80,6 +82,7 @@ class TurnReader:
         if not tagged and self.reasoning != "opened":
             return Turn("", text)
         thought, closed, said = begin.removeprefix(THOUGHT_OPENS).partition(THOUGHT_CLOSES)
+        # The last characters may be the beginning of the closing tag.
         if grows and not closed:
             thought = thought[: max(0, len(thought) - len(THOUGHT_CLOSES))]
         return Turn(thought.lstrip("\n"), said.lstrip("\n"))

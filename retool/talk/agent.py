@@ -132,6 +132,7 @@ def to_message(text: str, talker: Talker) -> dict[str, Any]:
     agent = talker.agent
     form = agent.options.format
     calls = calls_in(text, agent)
+    # One that can't be read can't stand in fields: then the turn stays the text that it was.
     readable = [call for call in calls if not call.problem and isinstance(call.arguments, dict)]
     in_fields = talker.shows_calls or form is HERMES
     if not in_fields or not calls or len(readable) < len(calls):

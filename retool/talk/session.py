@@ -151,6 +151,7 @@ class Session:
         try:
             stop, failure = await play_turns(episode, voice.speak, self.talker.within(prompt))
         except asyncio.CancelledError:
+            # Ctrl-C stops an answer, not the conversation: what was said so far stays in it.
             if voice.unfinished:
                 rest = turn_text(self.talker.agent.renderer, voice.unfinished)
                 episode.messages.append({"role": "assistant", "content": rest})
@@ -185,6 +186,7 @@ class Session:
     def _params(self) -> TurnParams:
         """How tokens are drawn: in each answer otherwise, and the same in each run of the program."""
         sampling = self.talker.sampling
+        # Counted, so that the same question asked again gets another answer.
         self.answers += 1
         return TurnParams(
             max_tokens=1,

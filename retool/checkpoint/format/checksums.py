@@ -33,6 +33,7 @@ class ChecksummedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # No buffer of Python's: pieces are large, and each would be copied once more.
         self._file = path.open("wb", buffering=0)
         self._blocks: list[int] = []
         self._crc = self._size = 0
@@ -48,6 +49,7 @@ class ChecksummedFile:
             if self._size % BLOCK == 0:
                 self._blocks.append(self._crc)
                 self._crc = 0
+            # An unbuffered write may take less than it is given.
             while piece:
                 piece = piece[self._file.write(piece) :]
         return len(view)

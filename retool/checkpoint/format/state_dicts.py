@@ -20,6 +20,7 @@ from retool.checkpoint.flat.rows import Rows, named_rows
 from retool.checkpoint.format.unpickle import parse
 from retool.parallel.fsdp.layout import Layout
 
+# What torch's AdamW has in its state dict: other programs look for all of it.
 ADAMW = {
     "lr": 0.0,
     "betas": (0.9, 0.999),
@@ -105,6 +106,7 @@ def optimizer_content(
     exp_avg, exp_avg_sq = moments
     states: dict[int, dict[str, torch.Tensor]] = {}
     names: list[str] = []
+    # Numbered in `parameters()` order, as torch numbers them.
     for index, rows in enumerate(named_rows(layout, place.shard_rank)):
         names.append(rows.member.name)
         states[index] = {
@@ -116,6 +118,7 @@ def optimizer_content(
         **ADAMW,
         **hyperparameters,
         "params": list(states),
+        # torch's own key for them: without names a reader has only the order to go by.
         "param_names": names,
     }
     return {"state": states, "param_groups": [group]}

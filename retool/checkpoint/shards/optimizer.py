@@ -25,7 +25,9 @@ def parameter_indices(optim: Shards) -> dict[str, int]:
     states = optim.states(0)
     indices, names = _grouped_parameters(file)
     if not names:
+        # verl's files have no names: the order of the model file is that of the parameters.
         names = list(Shards(optim.folder, "model").entries(0))
+        # A tied head stands in the model file, and has no state of its own.
         if len(names) == len(indices) + 1 and HEAD in names:
             names.remove(HEAD)
     sound = all(isinstance(name, str) for name in names)

@@ -106,6 +106,7 @@ class _Loader:
     def _tensor(self, described: StoredTensor) -> torch.Tensor:
         storage = described.storage
         if storage.key not in self._storages:
+            # The storage once, tensors as views of it: they shared memory when they were saved.
             everything = StoredTensor(storage, 0, (storage.numel,))
             self._storages[storage.key] = self._file.value(everything)
         whole = self._storages[storage.key]

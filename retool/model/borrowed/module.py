@@ -69,6 +69,8 @@ def causal_model(content: str, attention: str = NAME) -> Any:
 
 def blocks_of(causal: Any) -> list[tuple[str, nn.Module]]:
     """The blocks with their names: what transformers doesn't split, and what has parameters."""
+    # What transformers never puts on two devices, which is a decoder layer in every model of its
+    # own.
     kinds = set(causal._no_split_modules or ())
     found = []
     for name, module in causal.named_modules():
@@ -106,6 +108,8 @@ class Head(nn.Module):
         weight = self.linear.weight
         bias = self.linear.bias
         hidden_tD = hidden_tD.to(weight.dtype)
+        # The loss takes one matrix: with a column of ones in the hidden state, the bias is a column
+        # of it.
         if bias is not None:
             hidden_tD = _with_ones(hidden_tD)
             weight = _with_bias(weight, bias)
@@ -184,6 +188,7 @@ class BorrowedModel(nn.Module):
         head: list[Unit] = [("head", [self.head])]
         for name, module in around_blocks(self.causal):
             unit: Unit = (name, [module])
+            # Tied: embedding and head are gathered together, as they are one matrix.
             if any(own is table for own in own_parameters(module)):
                 unit[1].append(self.head)
                 head.clear()

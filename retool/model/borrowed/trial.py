@@ -60,11 +60,14 @@ def try_on_shapes(causal: Any) -> Trial:
         count = len(watch.attended)
         raise ValueError(f"it runs {count} blocks where it has {len(blocks)}")
     for (name, block), count in zip(blocks, watch.attended, strict=True):
+        # Units are gathered block by block: a block that attends twice, or never, isn't what we
+        # take it for.
         if count != 1:
             kind = type(block).__name__
             times = f"{count} times" if count else "never"
             raise ValueError(f"{name} ({kind}) calls attention {times}, not once")
     for name, module in around_blocks(causal):
+        # Weights are gathered when a module is called: used behind its back, they would be empty.
         if id(module) not in watch.called:
             raise ValueError(f"the weights of {name} are used without calling it")
     return Trial(calls, watch.kept(TOKENS), len(blocks))

@@ -101,6 +101,8 @@ def faults_of(c: dict[str, Any], family: frozenset[str]) -> Iterator[str]:
 
     `family` has the fields that the family reads beside those of every family.
     """
+    # Everything that isn't known to be harmless is refused: a field that is overlooked would train
+    # another model.
     for name, value in c.items():
         if name == "auto_map":
             if isinstance(value, dict) and any(str(kind).startswith("AutoModel") for kind in value):
@@ -108,6 +110,7 @@ def faults_of(c: dict[str, Any], family: frozenset[str]) -> Iterator[str]:
         elif name in IMPLEMENTED:
             if value not in IMPLEMENTED[name]:
                 yield refused(name, value)
+        # An unknown field that is off changes nothing, whatever it would switch on.
         elif not (name in READ or name in family or without_effect(name) or is_off(value)):
             yield refused(name, value)
 
@@ -148,6 +151,7 @@ def size(c: dict[str, Any], name: str, default: int | None = None) -> int:
     if name not in c:
         raise ValueError(f"lacks {name!r}. Fetch it again.")
     largest = SIZES[name] if name in SIZES else EXPERT_SIZES[name]
+    # `type`, not isinstance: true is an int, and no size.
     if type(value) is not int or not 1 <= value <= largest:
         raise ValueError(
             f"{shown(name, value)} is no whole number from 1 to {largest:,}. Fetch it again."

@@ -52,6 +52,7 @@ def read_rope(c: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """
     old, new = (_rope_dict(c, name) for name in ("rope_scaling", "rope_parameters"))
     found = parse_rope(c, old or new)
+    # Both spellings are common. Where they agree nothing is in doubt.
     if old and new and found != parse_rope(c, new):
         problem = (
             "rope_scaling and rope_parameters say different things, and transformers reads "
@@ -173,6 +174,7 @@ def _longrope(c: dict[str, Any], rope: dict[str, Any]) -> LongScaling:
     elif factor <= 1:
         attention = 1.0
     else:
+        # As transformers computes it where the file doesn't say.
         attention = math.sqrt(1 + math.log(factor) / math.log(max(original, 2)))
     return LongScaling(
         _divisors(rope, "short_factor"), _divisors(rope, "long_factor"), attention, original

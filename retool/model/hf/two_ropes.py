@@ -42,6 +42,8 @@ def split_ropes(
         # It doesn't find `truncate` where ropes go by kind of layer
         if rope.get("truncate", True) is not True:
             raise ValueError(refused(f"{kind}.truncate", rope["truncate"]))
+    # Both depend on how long a document is, which isn't implemented for each kind of layer by
+    # itself.
     for _, one in (parse_rope(whole, full), found):
         if isinstance(one, (DynamicScaling, LongScaling)):
             raise ValueError(refused(name, c[name]))

@@ -59,6 +59,7 @@ def by_kind(c: dict[str, Any], window: int, kinds: list[str]) -> tuple[int, ...]
 def from_a_layer_on(c: dict[str, Any]) -> tuple[int, ...]:
     """As Qwen has it: if it is switched on, from layer `max_window_layers` on."""
     window = where_switched_on(c, 4096)
+    # transformers' default, whatever the number of layers.
     first = c.get("max_window_layers", 28)
     if window and (type(first) is not int or first < 0):
         raise ValueError(

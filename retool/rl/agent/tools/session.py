@@ -56,10 +56,13 @@ class InterpreterSession:
             text = f"TimeoutError: the session's {config.session_timeout:g} s are used up."
             return ToolResult(text, "timeout")
         timeout = min(config.default_timeout, seconds_left)
+        # The row's files are laid out once: later calls find them in what the session kept.
         files = {} if state.left else state.files
         result = await self.interpreter.run(code, timeout, state.left, files)
         state.seconds += result.execution_time
         state.left = result.session
+        # A sandbox that failed isn't the program's end: the call is told as lost, not the session
+        # as over.
         return result_of(result) if state.left or result.infrastructure else _ended(result)
 
     async def close_state(self, state: Notebook) -> None:
