@@ -75,6 +75,8 @@ def work_bytes(options: EngineOptions, config: ModelConfig, dtype: torch.dtype) 
     """What a forward needs beside weights and cache: fp32 logits of every sequence, twice, and a
     layer's activations.
     """
+    # Every sequence draws at once at most: a row of fp32 logits each, and what sampling makes of
+    # it.
     logits = 2 * 4 * options.max_num_seqs * config.vocab
     # Where attention is wider than the model
     wider = max(0, config.heads * config.head_dim - config.hidden)
@@ -105,10 +107,12 @@ def cache_bytes(
     if device.type != "cuda":
         # Generous, and for nothing: the system gives no page before it is written
         return min(2 * useful + (1 << 20), MAX_CPU_KV_BYTES)
+    # What torch holds and nobody uses counts as taken otherwise.
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     share = int((free - weights - work_bytes(options, config, dtype)) * options.kv_share)
     box = torch.tensor([max(0, share)], device=device)
     if group is not None:
+        # The ranks of a group plan alike: all have as many pages as the one with the least room.
         dist.all_reduce(box, dist.ReduceOp.MIN, group=group)
     return int(box)

@@ -41,6 +41,7 @@ class SamplingModule:
     def take(self, sharded: Sharded) -> None:
         """The trainer's present weights. Collective on all ranks that share them."""
         is_whole = sharded.mesh.shard_group is None
+        # One process: its parameters are the trainer's own memory, and need no copy.
         if is_whole and self._pointed:
             return
         if not is_whole and not self.gathered:
@@ -68,4 +69,5 @@ class SamplingModule:
         self.gathered.clear()
         self._pointed = False
         for name, parameter in list(self.causal.named_parameters()):
+            # Views of the old memory would keep it alive.
             point(self.causal, name, torch.empty_like(parameter, device="meta"))

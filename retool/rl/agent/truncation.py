@@ -29,6 +29,7 @@ def cut_text(encoder: Encoder, text: str, limit: int, side: str) -> str:
     marker_fits = marker_tokens <= limit
     marker = MARKER if marker_fits else ""
     room = limit - marker_tokens if marker_fits else limit
+    # Ends: each round takes away at least one token, down to the marker alone.
     while True:
         head = {"left": 0, "right": room, "middle": (room + 1) // 2}[side]
         tail = room - head
@@ -49,6 +50,7 @@ def _without_middle(encoder: Encoder, text: str, limit: int, side: str) -> str:
     kept = KEPT_CHARACTERS_PER_TOKEN * limit
     if len(text) <= kept:
         return text
+    # Tokenising megabytes that are cut anyway would hold all other trajectories up.
     if len(text) <= FLOOD_CHARACTERS_PER_TOKEN * limit:
         beginning = encoder.data_ids(text[: SAMPLE_CHARACTERS_PER_TOKEN * limit])
         # + 1: its last token may be one that the rest of the text would have made longer

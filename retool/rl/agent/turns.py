@@ -36,6 +36,8 @@ class Turns:
 
 async def let_others_run() -> None:
     """Whatever became ready since the last step goes on: new turns, results of tools."""
+    # sleep(0) gives every other coroutine one turn: a future's result takes several to reach who
+    # waits.
     for _ in range(EVENT_LOOP_ROUNDS):
         await asyncio.sleep(0)
 

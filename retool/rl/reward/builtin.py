@@ -66,6 +66,7 @@ def _right_or_turns(
     tool is worth a try.
     """
     turns = int(extra_info.get("num_turns") or 2)
+    # `num_turns` is 2 without a call, and grows by 2 with each: a call is worth 0.1, up to 0.4.
     score = 1.0 if right else min(-0.6, -1.0 + 0.1 * (turns - 2) / 2)
     return {"score": score, "acc": float(right), "pred": prediction or ""}
 
@@ -120,6 +121,8 @@ def last_boxed(text: str) -> str | None:
     """
     opened_at: list[int] = []
     last: tuple[int, str] | None = None  # where it starts, and what is inside
+    # One pass, whatever is in the text: a regular expression for nested braces could take
+    # exponential time.
     for brace in re.finditer(r"\\boxed\{|[{}]", text):
         if brace.group() != "}":
             opened_at.append(brace.start())
@@ -162,6 +165,8 @@ def math_equal(
         logging.getLogger(name).setLevel(logging.ERROR)
     known = {"latex": math_verify.LatexExtractionConfig, "expr": math_verify.ExprExtractionConfig}
     targets = [known[kind]() for kind in kinds]
+    # math-verify's own limit is a signal, which works in a main thread only. The worker's limit is
+    # enough.
     parse = partial(math_verify.parse, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     # A bare \frac{1}{2} is only taken for LaTeX inside a box
     gold = [*parse(truth, targets), *parse(f"\\boxed{{{truth}}}", targets)]

@@ -61,6 +61,7 @@ def check_score(result: Any) -> tuple[float, dict[str, Any]]:
         raise ValueError(f"the reward function returned {type(result).__name__}, not a number")
     if not math.isfinite(score):
         raise ValueError(f"the reward function returned {score}")
+    # Validation averages it: one NaN would be the mean of all.
     accuracy = info.get("acc")
     if isinstance(accuracy, float) and not math.isfinite(accuracy):
         raise ValueError(f"the reward function returned acc={accuracy}")
@@ -81,6 +82,7 @@ def _plain(value: Any) -> float | int | str | None:
     """A plain number (of booleans, numpy's and classes of the user's own too) or text; None for
     anything else.
     """
+    # numpy's numbers and tensors of one element.
     if hasattr(value, "item") and callable(value.item) and getattr(value, "size", 1) == 1:
         value = value.item()
     if isinstance(value, str):

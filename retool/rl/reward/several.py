@@ -47,6 +47,8 @@ def together(parts: Sequence[Part]) -> RewardFunction:
 
     kind = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(name, kind) for name in (*ARGUMENTS, *seen)]
+    # Whoever calls a reward looks at its parameters for what it asks for: this one asks for what
+    # its parts do.
     weighed.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     return weighed
 
@@ -112,6 +114,7 @@ class SeveralJudges:
             told |= judged.info
         failed = [judged for judged in verdicts if judged.failure is not None]
         if failed:
+            # One lost judge loses the answer: the floor of another's failure would be trained on.
             away = [judged for judged in failed if judged.failure in NOT_THE_FUNCTIONS]
             first = (away or failed)[0]
             return replace(first, info={**counts_in(told), **first.info})

@@ -47,6 +47,7 @@ class OwnFunction:
         import dill
 
         try:
+            # recurse: with the globals that it refers to, and without all others of a notebook.
             return OwnFunction(packed=dill.dumps(self._function, recurse=True))
         except Exception as error:  # whatever the objects raise that it refers to
             reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -178,6 +179,7 @@ def find_reward(name: str | None, custom_path: str | None, custom_name: str | No
     if path.endswith(".py") and function:
         return RewardSource(function, path)
     source = RewardSource(name)
+    # Now, so that an unknown name is told with the configuration's other faults.
     source.load()
     return source
 

@@ -27,6 +27,7 @@ def read(
         value, stop = read_json(text, mark.end())
     except ValueError as error:
         return [unreadable(f"the tool call {error}", SHAPE)], after_tag
+    # The stop token may come in the place of the closing tag.
     rest = text[stop:].lstrip()
     if not rest:
         return [call_of_json(value, SHAPE)], len(text)

@@ -50,6 +50,7 @@ def read(
         return [_call_of(node, schemas) for node in nodes], stop
     except ValueError as error:
         names = {function_of(schema)["name"] for schema in schemas}
+        # A list in an answer may look like a call. Only a tool's own name makes a fault of it.
         if mark.group("tag") is None and mark.group("name") not in names:
             return [], begin
         return [unreadable(str(error), SHAPE)], begin
@@ -77,6 +78,7 @@ def _source_of_list(
         else:
             depth += 1 if sign in "([{" else -1
         piece = text[mark.start() : end]
+        # Models break lines inside plain quotes, which Python doesn't allow.
         if sign in ("'", '"'):
             piece = piece.replace("\n", "\\n")
         parts += [text[position : mark.start()], piece]
@@ -92,6 +94,7 @@ def _parsed(source: str) -> ast.expr:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes that mean nothing
+            # Parsed, never evaluated: what isn't a plain value is refused below.
             return ast.parse(source, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         why = error.msg if isinstance(error, SyntaxError) else "too deep or too long"

@@ -38,6 +38,8 @@ class Link:
         return work
 
     async def _carry(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        # Asked again on each side of the way: the trajectory may end while the call is between
+        # threads.
         if self.is_closed:
             raise RuntimeError(OVER)
         work = self._on_run(make)
@@ -66,6 +68,8 @@ class Link:
         for what, work in self._asked:
             state = inspect.getcoroutinestate(work)
             if state == inspect.CORO_CREATED:
+                # Or Python would warn of a coroutine that was never awaited, with none of our
+                # words.
                 work.close()
                 unstarted = unstarted or f"{what} wasn't awaited: write `await {what}(…)`"
             elif state != inspect.CORO_CLOSED:

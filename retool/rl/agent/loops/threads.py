@@ -29,6 +29,7 @@ class LoopThread:
 
     async def answers(self) -> bool:
         """Whether it gets to anything: a coroutine may block it."""
+        # A loop that a coroutine blocks runs nothing else, however small: that is the test.
         answer = self.start(_nothing())
         await asyncio.wait({answer}, timeout=SECONDS_TO_ANSWER)
         return answer.done()

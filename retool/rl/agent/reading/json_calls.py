@@ -52,7 +52,9 @@ def call_of_json(
     name = value.get("name") if isinstance(value, dict) else None
     if not isinstance(name, str) or not name:
         return unreadable("the tool call has no function name", shape)
+    # Llama 3 calls them parameters.
     arguments = value.get("arguments", value.get("parameters", {}))
+    # Some models write arguments as a string that holds JSON, as OpenAI's API has them.
     if isinstance(arguments, str):
         arguments = _unwrapped(arguments)
     given = value.get("id")
