@@ -162,6 +162,7 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
     """The command line; 1 and one line on standard error for what the user can do something about."""
     options = parser(program).parse_args(arguments)
     try:
+        # In a file or a pipe there is no width, and rich would break lines at 80
         return run(options, Console() if sys.stdout.isatty() else Console(width=200))
     except (ValueError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)

@@ -53,6 +53,7 @@ def merge(
     writer = WeightsWriter(out, {name: source.shape(name) for name in names}, dtype, limit)
     try:
         for name, shape in writer.tensors.items():
+            # Piece by piece: neither a model nor its largest matrix need fit into memory
             for start in range(0, prod(shape), CHUNK):
                 stop = min(start + CHUNK, prod(shape))
                 writer.write(source.read(name, start, stop))

@@ -121,11 +121,13 @@ def assurance(folder: Path) -> str:
 
 def _one_step(where: Path) -> Iterator[str]:
     require_one_step(where)
+    # A generator as the other checks are: what it finds is raised when its turn comes
     yield from ()
 
 
 def _files(where: Path) -> Iterator[str]:
     for name, entry in recorded_files(where).items():
+        # The others' blocks are compared when they are read, so no shard is read twice
         if not name.endswith(".pt") and checksums_of(where / name) != entry:
             yield f"{where / name} differs from {CHECKSUMS}: it was changed or is damaged."
         if name.startswith("extra_state") or name.endswith(DATA):

@@ -51,6 +51,7 @@ def clocks(mesh: Mesh, machines: Sequence[Machine]) -> Finding:
     for _ in range(LOOKS):
         dist.barrier(group=mesh.world_group)
         looks.append(gather_objects(time.time(), mesh.world_group))
+    # How late a rank leaves the barrier differs from look to look; how far its clock is off doesn't
     apart = [min(abs(look[r] - look[0]) for look in looks) for r in range(mesh.world)]
     worst = max(range(mesh.world), key=apart.__getitem__)
     who = machines[worst].place.host
@@ -67,6 +68,7 @@ def links(mesh: Mesh, machines: Sequence[Machine], megabytes: int) -> list[Link]
     groups = {INSIDE: inside}
     if len(names) > 1:
         most = max(map(len, inside))
+        # The first of each machine, the second of each: all its cards use the network at once
         groups[BETWEEN] = [[ranks[i] for ranks in inside if i < len(ranks)] for i in range(most)]
     return [
         _measure(mesh, where, parts, megabytes)
@@ -101,6 +103,7 @@ def _measure(mesh: Mesh, where: str, parts: Sequence[Sequence[int]], megabytes: 
     group, size = next(
         (group, len(ranks)) for group, ranks in zip(made, parts, strict=True) if mesh.rank in ranks
     )
+    # A whole number for each rank, as the collectives in parts need
     numel = megabytes * 2**20 // 4 // size * size
     data = torch.zeros(numel, device=mesh.device)
     other = torch.empty_like(data)
@@ -108,6 +111,8 @@ def _measure(mesh: Mesh, where: str, parts: Sequence[Sequence[int]], megabytes: 
 
     def seconds(work: Callable[[], object]) -> float:
         mine = _fastest(mesh, work) if size > 1 else 0.0
+        # Training waits for the slowest, so the slowest is the figure; and the same one on all
+        # ranks
         return max(gather_objects(mine, mesh.world_group))
 
     part = torch.zeros(numel // size, device=mesh.device)

@@ -31,6 +31,7 @@ def items(file: str, make: Callable[[], Iterator[T]]) -> Iterator[T]:
     if not is_remote(file):
         yield from make()
         return
+    # One ahead: the next item comes while this one is worked on, and no more lie in memory
     ready: queue.Queue[tuple[str, T | Exception | None]] = queue.Queue(1)
     unwanted = threading.Event()
     work = threading.Thread(
@@ -45,6 +46,7 @@ def items(file: str, make: Callable[[], Iterator[T]]) -> Iterator[T]:
                 raise ValueError(
                     f"{file}: the store has said nothing for {SILENCE_S:g} s. {WAY_OUT}"
                 ) from None
+            # These say in words of their own what is wrong with the file
             if isinstance(item, (ValueError, FileNotFoundError, PermissionError)):
                 raise item
             if isinstance(item, Exception):

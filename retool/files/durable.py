@@ -27,6 +27,7 @@ def replacing(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
     Until then it lies beside it under a hidden name. Not `lasting` is quicker: after a power cut
     the content may be missing.
     """
+    # In the same folder: a rename is one step only within one disk
     fresh = path.with_name(f".{path.name}.tmp")
     try:
         with fresh.open("wb") as file:
@@ -39,6 +40,7 @@ def replacing(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
         fresh.unlink(missing_ok=True)
         raise
     if lasting:
+        # The rename is an entry of the folder, which a power cut may take as well
         fsync(path.parent)
 
 

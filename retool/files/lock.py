@@ -33,6 +33,7 @@ def sole_user(folder: Path, patience_s: float = 10.0) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise ValueError("another run is writing there.") from None
+                # flock can't wait for so long and no longer, so it is asked again
                 time.sleep(0.2)
             except OSError:
                 break
@@ -56,6 +57,7 @@ def in_use(folder: Path) -> bool:
     except OSError:
         return False
     try:
+        # Shared: two that only look don't take each other for a run
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

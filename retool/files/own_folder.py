@@ -29,6 +29,7 @@ class OwnFolder:
             now = os.stat(self.path)
         except (FileNotFoundError, NotADirectoryError):
             return False
+        # Stale handles and timeouts of network disks pass; to end a run for one would be a loss
         except OSError:
             return True
         return os.path.samestat(now, os.fstat(self._handle))

@@ -37,6 +37,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
     """
     try:
         with open_regular(path) as file:
+            # One more than allowed tells a larger one; its size may change between a look and the read
             data = file.read(limit + 1)
     except OSError as error:
         raise ValueError(f"{path} can't be read ({error.strerror or error}).") from error
@@ -65,6 +66,7 @@ def read_lines(path: Path, limit: int) -> Iterator[bytes | None]:
             if len(line) <= limit:
                 yield line
                 continue
+            # The rest of it, a piece at a time, up to where the next line begins
             while line and not line.endswith(b"\n"):
                 line = file.readline(CHUNK_BYTES)
             yield None

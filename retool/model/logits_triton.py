@@ -40,6 +40,7 @@ def _row_stats(
     own until the end.
     """
     lanes = tl.arange(0, BLOCK)
+    # Not −∞, as −∞ − −∞ is no number; half of float32's range, so that differences stay in it
     largest = tl.full((BLOCK,), -1.7e38, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
@@ -47,6 +48,7 @@ def _row_stats(
         inside = start + lanes < columns
         x = _capped(tl.load(x_ptr + start + lanes, inside, other=0.0), cap, CAP) * scale
         above = tl.where(inside, tl.maximum(largest, x), largest)
+        # The sums are relative to the largest so far: a larger one scales them down
         decay = tl.exp(largest - above)
         e = tl.where(inside, tl.exp(x - above), 0.0)
         if ENTROPY:
@@ -92,6 +94,7 @@ def _update_kernel(
     label = tl.load(labels_ptr + row)
     here = (label >= 0) & (label < columns)
     picked = _capped(tl.load(x_ptr + label, here, other=0.0), cap, CAP)
+    # Only where the label is in this chunk of the vocabulary: another chunk's stays
     tl.store(picked_ptr + row, picked * scale, here)
 
 
@@ -121,9 +124,12 @@ def _write_gradient(
         tl.debug_barrier()  # see [Note: gradients over logits]
         flow = tl.full((BLOCK,), 0.0, tl.float32) + g_logp
         if ENTROPY:
+            # ∂H/∂x = −p · (log p + H)
             flow += g_entropy * (log_p + entropy)
+        # ∂ log p(label)/∂x = [column is the label] − p
         out = tl.where(column == label, g_logp, 0.0) - flow * tl.exp(log_p)
         if CAP:
+            # tanh's derivative, from the capped value: 1 − tanh²
             out *= 1.0 - (x / cap) * (x / cap)
         tl.store(out_ptr + column, (out * scale).to(out_ptr.dtype.element_ty), inside)
 
@@ -198,6 +204,7 @@ def _softmax_gradient_kernel(
     else:
         label = tl.load(labels_ptr + row)
         here = (label >= 0) & (label < columns)
+        # A label that is no column shows as NaN, not as a loss that looks sound
         picked = _capped(tl.load(x_ptr + label, here, other=float("nan")), cap, CAP)
         top, total, _ = _row_stats(x_ptr, columns, 1.0, cap, False, CAP, BLOCK)
         lse = top + tl.log(total)
@@ -234,6 +241,7 @@ def _gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
         return logits
     rows, columns = logits.shape
     stride = logits.stride(0)
+    # The upper half of each row begins at a multiple of 16 bytes then
     assert dtype.itemsize == 2 and stride % 8 == 0
     return torch.as_strided(
         logits.view(dtype), (rows, columns), (2 * stride, 1), 2 * logits.storage_offset() + stride

@@ -151,6 +151,7 @@ def rope_tables(
         windowed = _table(positions_t, found.windowed, factor)
     unturned = turned
     if config.unrotated:
+        # cos 1 and sin 0, times what the scores are scaled with all the same
         unturned = _table(positions_t, torch.zeros_like(found.within), scale)
     tables = [windowed if config.window(i) else turned for i in range(config.layers)]
     return [unturned if i in config.unrotated else table for i, table in enumerate(tables)]

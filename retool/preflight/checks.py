@@ -68,6 +68,7 @@ def check_run(report: R, box: Box, environment: Mapping[str, str]) -> R:
         *check_device(trainer.device, world.per_node, box),
         *check_attention(
             options,
+            # Every kernel takes 64: without a model the rest is checked all the same
             head_dim=model.head_dim if model else 64,
             box=box,
             windowed=model is not None and model.windowed,
@@ -79,6 +80,7 @@ def check_run(report: R, box: Box, environment: Mapping[str, str]) -> R:
         faults += check_port(environment)
         faults += check_rounds(environment)
         compiles = options.model.use_compile
+        # Neither is compiled unless asked for, so a compiler that is missing is no fault
         if compiles == "auto" and (trainer.device == "cpu" or isinstance(model, BorrowedConfig)):
             compiles = False
         faults += check_compiler(compiles, options.model_key)
@@ -175,6 +177,7 @@ def _disk_notes(report: RunReport) -> Iterator[str]:
     kept = kept_checkpoints(report)
     free = free_bytes(Path(folder))
     if kept > 1 and each * kept > free:
+        # One less than there is room for: an old one goes only when the new one is complete
         fit = max(1, int(free // each) - 1)
         yield (
             f"{kept} checkpoints of {each / GIB:.1f} GiB need more than the {free / GIB:.1f} GiB "

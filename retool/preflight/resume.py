@@ -61,6 +61,7 @@ def _nothing_whole(options: RunOptions, root: Path) -> Fault:
     """
     reasons = "; ".join(
         f"{folder.name}: {' and '.join(problems(folder)[:2])}"
+        # Three will do to see what is wrong with all
         for folder in candidates(root, say=False)[:3]
     )
     problem = (

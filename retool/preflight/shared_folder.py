@@ -29,6 +29,7 @@ def same_folder(
     have said what they found. Collective over the ranks that share `store`.
     """
     if rank > 0:
+        # Waits until rank 0 has said which mark to look for
         yield _missed(folder, store.get(KEY).decode(), f"{key}={folder}")
         return
     with ExitStack() as kept:
@@ -57,5 +58,6 @@ def _appears(folder: Path, mark: str) -> bool:
     while not os.path.lexists(existing_part(folder) / mark):
         if time.monotonic() > end:
             return False
+        # Listings of network disks are seconds old, so one look is not enough
         time.sleep(0.1)
     return True

@@ -50,6 +50,7 @@ def read_world(
         each = per_node or 1
         return World(nodes * each, nodes, each), []
     processes = int(environment.get("WORLD_SIZE", 1))
+    # Where a launcher doesn't say, all are on this machine
     each = int(environment.get("LOCAL_WORLD_SIZE", processes))
     # Launchers other than torchrun don't say how many machines there are
     nodes = int(environment.get("GROUP_WORLD_SIZE", max(1, processes // each)))
@@ -95,6 +96,7 @@ def check_experts(
     if model.experts is None:
         yield Fault(where, f"a {model.family} model has no experts.", "Leave the key out.")
         return
+    # -1: all processes share each parameter
     shards = processes if options.fsdp.fsdp_size < 1 else options.fsdp.fsdp_size
     way_out = f"Use {_choices(legal_expert_sizes(model.experts.count, shards))}."
     if shards % ep:
@@ -157,6 +159,7 @@ def check_device(device: str, per_node: int, box: Box) -> Iterator[Fault]:
             f"but {found} GPUs.",
             f"Start {found}: torchrun --nproc_per_node={found}.",
         )
+    # A machine's GPUs are taken to be alike
     here = torch.cuda.get_device_properties(0).total_memory / GIB
     if box.memory is not None and box.memory > here:
         problem = f"this machine's GPU has {here:.1f} GiB, and the run would be planned for more."

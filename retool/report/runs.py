@@ -61,6 +61,7 @@ def read_run(folder: Path, name: str, most_values: int = MOST_VALUES) -> Run:
         )
     file = folder / "metrics.jsonl"
     settings = folder / "config.yaml"
+    # Any one of them will do: a run that has just begun has no metrics yet
     if not file.is_file() and not settings.is_file() and not (folder / FOLDER).is_dir():
         raise ValueError(
             f"{folder} has neither metrics.jsonl nor config.yaml nor {FOLDER}/: "
@@ -104,6 +105,7 @@ def _leaves(config: Mapping[str, str]) -> list[Leaf]:
     from retool.sft.config import SFTConfig
 
     schema: type = SFTConfig
+    # The folder doesn't say which command made it, but only one of the two has these keys
     if any(key.startswith("actor_rollout_ref.") for key in config):
         from retool.rl.config import RLConfig
 

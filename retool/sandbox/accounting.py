@@ -88,6 +88,7 @@ def _stat(pid: int) -> list[bytes]:
     """The fields of /proc/pid/stat after the command name; state first."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name stands in brackets and may hold spaces and brackets of its own
             return file.read().rpartition(b")")[2].split()
     except OSError:
         return []
@@ -143,6 +144,7 @@ def folder_bytes(descriptor: int, private: bool) -> int:
                     count += 1
                     if count > MAX_FILES:
                         return ENDLESS
+                    # What it occupies, not how long it says it is: a file with a hole costs nothing
                     total += entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         queue.append(entry.path)

@@ -67,6 +67,7 @@ class Connection:
         """Send a call; returns its number, for `cancel`, and the future of its result."""
         number = next(self._numbers)
         future: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        # Before it is sent: the result may be back before `_send` returns
         self._pending[number] = future
         self._send({**message, "id": number})
         if not self.alive:
@@ -79,6 +80,7 @@ class Connection:
 
     def _send(self, message: dict[str, Any]) -> None:
         try:
+            # Threads share the socket, and a message that another cuts in two is read as neither
             with self._lock:
                 self._socket.sendall(wire.encode(message))
         except OSError:
@@ -100,6 +102,7 @@ class Connection:
                 "was installed anew while it ran"
             )
         self._fail()
+        # After a hang-up nobody asks for it, and another version's supervisor would fail again
         if self._reason == GONE and self._lost is not None:
             self._lost()
 
@@ -112,6 +115,7 @@ class Connection:
         """Answer every call that waits: the supervisor won't."""
         self.alive = False
         while self._pending:
+            # The reader and a caller may both be here, and the last call can be the other's
             with contextlib.suppress(KeyError):
                 future = self._pending.popitem()[1]
                 if future.set_running_or_notify_cancel():

@@ -55,6 +55,7 @@ def _restore(content: bytes, folder: str, namespace: dict[str, Any]) -> None:
 
 def keep(folder: str, namespace: dict[str, Any]) -> None:
     """Write the snapshot. What can't be kept is told on stdout, which the program's reader sees."""
+    # Every module has names with two underscores, and the next interpreter's own are the right ones
     own = {name: value for name, value in namespace.items() if not _is_pythons(name)}
     variables, left_out = _dumped(own)
     if left_out:
@@ -89,6 +90,7 @@ def _dumped(variables: dict[str, Any]) -> tuple[bytes, list[str]]:
     try:
         return _bytes_of((variables, random.getstate(), of_numpy)), []
     except BaseException:  # whatever the program's own objects raise
+        # Only now one by one: most programs leave what can be kept, and that is one pass over it
         kept = {name: value for name, value in variables.items() if _can_be_kept(value)}
     left_out = [
         f"{name} ({type(value).__name__})" for name, value in variables.items() if name not in kept
@@ -127,6 +129,8 @@ def _files(folder: str) -> dict[str, bytes]:
             if inner == SNAPSHOT or os.path.islink(path) or not os.path.isfile(path):
                 continue
             with contextlib.suppress(OSError), open(path, "rb") as file:
+                # A byte more than there is room for: that tells a file which fills it from one that
+                # is larger
                 found[inner] = file.read(room + 1)
                 room -= len(found[inner])
             if room < 0:  # too much by now: it is told, and nothing is kept

@@ -68,6 +68,7 @@ def restrict(version: int, granted: list[tuple[int, int]], scope: bool) -> None:
         "landlock_create_ruleset",
     )
     for descriptor, rights in granted:
+        # The kernel refuses a rule on a file that grants what only folders have, such as READ_DIR
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
         rule = struct.pack(
             "=Qi", rights & handled & (-1 if is_folder else _FILE_RIGHTS), descriptor
@@ -82,4 +83,5 @@ def restrict(version: int, granted: list[tuple[int, int]], scope: bool) -> None:
         kernel.libc.syscall(_RESTRICT, ctypes.c_int(ruleset), ctypes.c_uint(0)),
         "landlock_restrict_self",
     )
+    # The rules hold without it, and a program that inherits the descriptor has no use for it
     os.close(ruleset)

@@ -46,6 +46,7 @@ def enter_user_namespace(uids: range) -> None:
     target = os.getpid()
     if not uids:
         kernel.unshare(kernel.CLONE_NEWUSER)
+        # The kernel lets nobody without rights write a gid map before setgroups is given up
         _write_maps("self", f"0 {uid} 1", f"0 {gid} 1", deny_groups=True)
         return
     reader, writer = os.pipe()

@@ -73,6 +73,7 @@ def receive_with_credentials(
         if level != socket.SOL_SOCKET:
             continue
         if kind == socket.SCM_RIGHTS:
+            # A message cut short may end within a number
             received.frombytes(value[: len(value) - len(value) % 4])
         elif kind == socket.SCM_CREDENTIALS:
             pid = struct.unpack("iii", value)[0]

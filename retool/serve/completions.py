@@ -115,6 +115,7 @@ class CompletionForm:
         return [self.envelope.around([], usage=usage)] if self.with_usage else []
 
     def _request(self, number: int) -> Request:
+        # The answers to one prompt follow each other
         return self.requests[number // self.requests[0].params.n]
 
     def _choice(self, number: int, text: str, done: Answer | None) -> dict[str, Any]:

@@ -183,6 +183,7 @@ class EngineThread:
 
     def _drop(self, ticket: Ticket) -> None:
         for answer in ticket.answers:
+            # It may have ended between the request for this and now
             if self._owners.pop(answer.key, None) is not None:
                 self.llm.engine.drop(answer.key)
 

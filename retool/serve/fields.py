@@ -80,9 +80,11 @@ class Fields:
         value = self.raw(name)
         if value is None:
             return None
+        # JSON writes 1.0 as 1
         if kind is float and type(value) is int:
             return kind(value)  # type: ignore[call-arg]
         is_kind = isinstance(value, kind)
+        # To Python, true is a whole number
         if not is_kind or (isinstance(value, bool) and kind is not bool):
             raise self.refusal(name, f"must be {WORDS[kind]}, not {value!r:.60}")
         return value
@@ -124,6 +126,7 @@ class Fields:
                 hint = f"did you mean {near[0]}?" if near else "leave it out."
                 full = self._where + name
                 raise Refusal(400, f"{full} is unknown here: {hint}", full)
+            # Not passed over: an answer would look as if it had been heeded
             if value not in NEUTRAL[name]:
                 raise self.refusal(name, f"{value!r:.60} isn't supported: leave it out")
 

@@ -37,6 +37,7 @@ def read_generate(body: Any, llm: LLM, weight_version: str) -> Question:
     fields.finish()
     prompts: list[Prompt] = several(prompt)
     requests = [llm.text_request(one, params) for one in prompts]
+    # `several` made a list of it; SGLang answers a prompt alone without one
     alone = prompts[0] is prompt and params.n == 1
     return Question(requests, False, GenerateForm(alone, weight_version))
 

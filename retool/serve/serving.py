@@ -47,6 +47,7 @@ async def _serve(llm: LLM, key: str | None, options: argparse.Namespace) -> int:
     engine = EngineThread(llm, options.max_num_seqs + options.max_queue, stop.set)
     try:
         site = _site(engine, key, options)
+        # A client that goes away ends its handler, so that nothing is sampled for nobody
         runner = web.AppRunner(
             site.app(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
         )

@@ -52,6 +52,7 @@ class Weights:
         if method != RELOAD:
             raise Refusal(400, f"method {method!r} isn't supported: there is {RELOAD}.", "method")
         await self._load(folder, "kwargs.weights_path", None)
+        # One for each worker, of which there is one, and the method returns nothing
         return {"results": [None]}
 
     async def _load(self, folder: str, field: str, version: str | None) -> None:

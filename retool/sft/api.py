@@ -119,6 +119,7 @@ def sft(
 
 def _run(parsed: Parsed[SFTConfig], caller: Caller) -> tuple[Result, int | None]:
     """What the command does with a configuration: (what there is then, what stopped it)."""
+    # The ranks don't know each other yet: only the launcher's variable says which one speaks
     first = int(os.environ.get("RANK", 0)) == 0
     with rows_read() if first and not caller.quiet else nullcontext() as progress:
         report = preflight(parsed, progress=progress)

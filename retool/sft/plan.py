@@ -80,6 +80,7 @@ def choose_for(report: SFTReport) -> Choice:
     model = report.model
     assert model is not None
     data = config.data
+    # Each rank of a group has its part of a document
     longest = -(-report.longest // config.ulysses_sequence_parallel_size)
     tokens = data.max_token_len_per_gpu
     if data.micro_batch_size_per_gpu is not None:
@@ -102,6 +103,7 @@ def choose_for(report: SFTReport) -> Choice:
     ):
         return choice
     fuller = decide(TOKENS_TO_FILL_A_GPU)
+    # More tokens at once may not cost a recomputation that fewer do without
     same_price = choice == replace(
         fuller, tokens=choice.tokens, prediction=choice.prediction, hold=choice.hold
     )
@@ -144,6 +146,7 @@ def _memory_savers(report: SFTReport) -> dict[str, SFTConfig]:
         ),
     }
     most = min(processes, model.heads)
+    # The largest is tried: it leaves each rank the least
     sizes = [size for size in range(2, most + 1) if processes % size == 0]
     if sizes and sizes[-1] > config.ulysses_sequence_parallel_size:
         words = f"ulysses_sequence_parallel_size={sizes[-1]}"

@@ -159,6 +159,7 @@ def _id_faults(report: SFTReport) -> Iterator[Fault]:
     for key, split in (("data.train_files", report.train), ("data.val_files", report.val)):
         if split is None or report.model is None or split.said.highest_id < report.model.vocab:
             continue
+        # Searched for only where there is one: it goes through every sample
         sample, token = split.dataset.find_id(report.model.vocab) or (0, split.said.highest_id)
         file, row = split.dataset.origin(sample)
         yield from check_ids(report, token, key, f"{split.files[file]}, row {row}")

@@ -77,6 +77,7 @@ def train_step(
                 model.no_sync() if hold_gradients and number < len(micro_batches) else nullcontext()
             ):
                 with counted(balance, optimizer.loss_scale.value):
+                    # 1: all answers of a batch may have been cut off
                     loss = loss_sum(model, batch) / max(trained_tokens, 1)
                 optimizer.loss_scale.scaled(loss).backward()
             total += loss.detach()

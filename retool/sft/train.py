@@ -216,6 +216,7 @@ def step_metrics(
     assert report.model is not None and report.train is not None
     seconds = pending.times.seconds()
     lengths = report.train.dataset.lengths[list(batch.samples)]
+    # Of the samples alone: work on padding, or done again in the backward pass, isn't the model's
     flops = model_flops(report.model, lengths.tolist())
     used = mfu(flops, seconds["step"], world, device_peak(device))
     allocated, reserved = peak_memory(device)
@@ -246,6 +247,7 @@ def due(every: int | str, step: int, per_epoch: int) -> bool:
 
 def run_validation(session: Session[SFTReport], state: TrainState) -> None:
     """Validate on every row and log it."""
+    # First the steps that wait: entries come in the order of the steps
     log_pending(session, state)
     if session.report.val is None:
         return
@@ -259,6 +261,7 @@ def run_validation(session: Session[SFTReport], state: TrainState) -> None:
 
 def save(session: Session[SFTReport], state: TrainState) -> None:
     """Write a checkpoint of this step, unless it has one."""
+    # It tells how many steps were skipped: those that wait must have been counted
     log_pending(session, state)
     save_step(
         session,

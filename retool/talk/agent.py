@@ -155,4 +155,5 @@ def without_thoughts(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if message["role"] != "assistant" or not isinstance(content, str):
         return message
+    # All of it where nothing was thought
     return {**message, "content": content.rpartition(THOUGHT_CLOSES)[2].strip()}

@@ -69,6 +69,7 @@ class AnswersFile:
     def finish(self) -> None:
         """Give the file its name."""
         self.close()
+        # Copied, not renamed: the part's first line is ours and no answer
         with self.part.open("rb") as source, replacing(self.path) as out:
             source.readline()
             shutil.copyfileobj(source, out)

@@ -95,6 +95,8 @@ async def _complete(talker: Talker, turns: Turns, question: Question, sample: in
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         stop_ids=talker.agent.stop_ids,
+        # By row, not by what is sampled beside it: a run that goes on draws what it would have
+        # drawn
         seed=(sampling.seed or 0, prompt.index, sample),
     )
     episode = Episode.begin(prompt)

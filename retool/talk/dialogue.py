@@ -101,6 +101,7 @@ def _answer(dialogue: Dialogue, text: str) -> bool:
     loop = dialogue.loop
     screen = dialogue.screen
     answer = loop.create_task(dialogue.session.answer(text, screen))
+    # Else Ctrl-C would break out of the loop in the middle of a step of the engine
     loop.add_signal_handler(signal.SIGINT, answer.cancel)
     try:
         stop, failure = loop.run_until_complete(answer)

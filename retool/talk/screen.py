@@ -80,6 +80,7 @@ class TerminalScreen:
         place = self._text.find(CALL_OPENS)
         if place >= 0:
             return place
+        # The end may be the first half of the tag: it waits for the piece that tells
         for length in range(len(CALL_OPENS) - 1, 0, -1):
             if self._text.endswith(CALL_OPENS[:length]):
                 return len(self._text) - length

@@ -189,6 +189,7 @@ class Session:
         # Counted, so that the same question asked again gets another answer.
         self.answers += 1
         return TurnParams(
+            # `speak` says how many, piece by piece
             max_tokens=1,
             temperature=sampling.temperature,
             top_p=sampling.top_p,

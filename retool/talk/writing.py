@@ -56,12 +56,14 @@ class Tally:
 def write_answers(options: argparse.Namespace) -> int:
     """Exit status. ValueError for what the user can mend."""
     sampling = sampling_of(options, options.n)
+    # Before the model, whose loading takes minutes: the file may be there already
     out = AnswersFile(options.out, {name: getattr(options, name) for name in SETTINGS})
     tools = open_tools(options.tools, options.isolation, options.session)
     try:
         with open_llm(options, options.max_num_seqs, enforce_eager=False) as llm, closing(out):
             talker = make_talker(llm, tools, sampling, options.format)
             questions = read_questions(options.files, talker, options.column, options.max_rows)
+            # Not earlier: questions that can't be read should leave no part behind
             out.begin()
             try:
                 asyncio.run(_write(talker, questions, out))

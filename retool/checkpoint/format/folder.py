@@ -67,6 +67,7 @@ def world_size(folder: Path) -> int:
     if (folder / CONFIG).exists():
         config = read_small_json(folder / CONFIG)
         world = config.get("world_size") if isinstance(config, dict) else None
+        # Not isinstance: to Python, JSON's true is a whole number
         if type(world) is not int or world < 1:
             raise ValueError(f"{folder / CONFIG} has no world_size.")
         return world

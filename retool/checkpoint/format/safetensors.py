@@ -221,6 +221,7 @@ def header(tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
         entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(entries, separators=(",", ":")).encode()
+    # Spaces at the end are JSON, and tensors begin where a float64 may
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

@@ -15,6 +15,7 @@ from retool.config.redact import logger
 from retool.files import untrusted
 
 TRACKER = "latest_checkpointed_iteration.txt"
+# As many digits as always fit into 64 bits
 STEP = re.compile(r"global_step_(\d{1,18})")
 TRACKER_BYTES = 64
 

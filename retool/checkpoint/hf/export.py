@@ -62,6 +62,7 @@ def _prepare(
     """This rank's rows of a unit, which `buffer` begins with; on rank 0 room for the others' too;
     nothing on replicas.
     """
+    # Replicas hold the same rows, and those of the first are written
     if mesh.replica_rank != 0:
         return []
     mine = buffer[: unit_numel(unit, shards, mesh.shard_rank)].to(dtype)

@@ -39,6 +39,7 @@ class SafetensorsSource:
             return dict.fromkeys(SafetensorsFile(self.folder / SINGLE).entries, SINGLE)
         if (self.folder / INDEX).exists():
             return self._indexed(self.folder / INDEX)
+        # Pickled weights run code when they are loaded, so they aren't read
         bins = sorted(p.name for p in self.folder.glob("*.bin"))
         hint = f" It has {bins[0]}: save it again as safetensors." if bins else ""
         raise ValueError(f"{self.folder} holds neither {SINGLE} nor {INDEX}.{hint}")
@@ -50,6 +51,7 @@ class SafetensorsSource:
                 {
                     f
                     for f in weight_map.values()
+                    # A name with a folder in it could lead out of this one
                     if f != Path(f).name or not (self.folder / f).is_file()
                 }
             )

@@ -38,6 +38,7 @@ class Shards:
 
     def file(self, rank: int) -> TorchFile:
         """Rank `rank`'s file. ValueError if it is missing, damaged or refused."""
+        # Several threads read, and each file is opened once
         with self._opening:
             if rank not in self._files:
                 self._files[rank] = self._open(shard_name(self.kind, self.world, rank))

@@ -49,6 +49,7 @@ def require_one_step(where: Path) -> None:
     first = optimizer_steps(optim, 0)
     for rank in range(1, optim.world):
         for index, step in optimizer_steps(optim, rank).items():
+            # Rank 0's file may say nothing of this parameter: then there is nothing to compare with
             if step != first.get(index, step):
                 raise _mixed(
                     optim.file(rank).path,

@@ -100,6 +100,7 @@ class _Loader:
             raise ValueError(
                 f"{self._file.path}: a {type(described).__name__} among plain data. {WAY_OUT}"
             )
+        # The number stays its own: the file holds all these objects meanwhile
         self._seen[id(described)] = out
         return out
 

@@ -49,6 +49,7 @@ class RowFormat:
         """The form, where a setting says it; else `auto`."""
         if not self.multiturn:
             return "prompt_response"
+        # Who names the column of the messages means the form that has one
         if self.format == AUTO and self.messages_key != "messages":
             return "messages"
         return self.format
@@ -127,6 +128,7 @@ def _settled(form: RowFormat, columns: tuple[str, ...], where: str) -> RowFormat
     return replace(form, multiturn=True, format=name)
 
 
+# Rows by the million have the same few sets of columns
 @lru_cache(maxsize=64)
 def _recognised(form: RowFormat, columns: tuple[str, ...]) -> str:
     """The one form whose columns are there; or what is wrong, to be said behind the place."""

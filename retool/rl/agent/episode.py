@@ -134,6 +134,7 @@ class Episode:
             _where_sampled(self.logp, mask),
             _where_sampled(self.logp_behaviour, mask),
             stop,
+            # The question is one, too
             num_turns=self.user_turns + self.assistant_turns + 1,
             tool_calls=self.tool_calls,
             tool_errors=self.tool_errors,

@@ -67,6 +67,7 @@ def preflight(
     functions of the program that asks, in the place of those that files have.
     """
     config = parsed.config
+    # What is wrong with a key by itself is told once
     known = {fault.where for fault in parsed.faults} | parsed.meant
     faults = [
         *parsed.faults,

@@ -132,6 +132,8 @@ class Contexts:
         """How many tokens may be sampled after it; 0 or less: none."""
         context = given.context
         length = len(context.tokens) + len(given.ids)
+        # Before its first turn, what it is given is its prompt, which takes none of the response's
+        # room
         prompt_length = context.prompt_length if context.turns else len(given.ids)
         response_room = self.agent.options.max_response_length - (length - prompt_length)
         return min(response_room, self.most_tokens - length)

@@ -175,6 +175,7 @@ def _result(observation: Mapping[str, Any]) -> str:
     if isinstance(result, Mapping) and result.get("data") is not None:
         result = result["data"]
     elif isinstance(result, Mapping) and "content" in result:
+        # Of an image, say, the model reads that there was one
         texts = [str(part.get("text", f"[{part.get('type')}]")) for part in result["content"]]
         result = "\n".join(texts)
     return result if isinstance(result, str) else json.dumps(result, default=str)
