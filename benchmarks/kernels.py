@@ -11,19 +11,21 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-# The first that is found in a kernel's name; products come last, as kernels of attention name cutlass too
+# The first that is found in a kernel's name: kernels of attention name cutlass too, and what the
+# compiler makes is called after all it does, copies included
 KINDS = {
     "communication": r"nccl",
     "attention": r"sdpa|flash|fmha|attention",
     "vocabulary head": r"_update_kernel|_write_gradient|_gradient_kernel",
+    "compiled elementwise": r"^triton_|^_added_kernel",
     "copies": r"memcpy|memset|catarray|copy",
-    "compiled elementwise": r"^triton_",
-    "matrix products": r"nvjet|gemm|cutlass|xmma|splitk",
+    "matrix products": r"nvjet|gemm|cutlass|xmma|splitk|^_product_kernel|^_gated_kernel",
 }
 REST = "everything else"
 
 
 Interval = tuple[float, float]
+Event = tuple[str, float, float]  # a name, when it started and when it ended, in milliseconds
 
 
 def union(intervals: list[Interval]) -> list[Interval]:
@@ -47,9 +49,9 @@ def kind_of(name: str) -> str:
     return next(found, REST)
 
 
-def device_events(found: Any) -> list[tuple[str, float, float]]:
+def device_events(found: Any) -> list[Event]:
     """(name, start, end) of everything that ran on the device, in milliseconds."""
-    events = []
+    events = list[Event]()
     for event in found.events() or []:
         on_device = str(event.device_type).endswith("CUDA")
         # Annotations cover kernels, and would be counted beside them
@@ -58,7 +60,7 @@ def device_events(found: Any) -> list[tuple[str, float, float]]:
     return events
 
 
-def breakdown(events: list[tuple[str, float, float]]) -> dict[str, Any]:
+def breakdown(events: list[Event]) -> dict[str, Any]:
     """Milliseconds by kind and by kernel, and for how long nothing ran."""
     kinds = defaultdict[str, float](float)
     kernels = defaultdict[str, list[float]](lambda: [0.0, 0.0])

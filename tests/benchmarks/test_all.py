@@ -26,6 +26,7 @@ ALONE = {  # one process; arguments → rows
     "checkpoint": ("--shape tiny --repeats 1 --rows 0 1 2", 3),
     "borrowed": ("--shape tiny --tokens 64 --length 16 --repeats 1", 6),
     "attention": ("--heads 4/2x16 --packs 32×1k,sorted --repeats 1", 2),
+    "decode": ("--shape tiny --at 4x20 --steps 1", 1),
     "fsdp_overlap": ("--scale 2048", 3),
     "host": ("--shape narrow --layers 2 --tokens 32 --repeats 1 --compile no", 1),
     "logprobs": ("--tokens 512 --vocab 4096 --dim 32 --repeats 1", 7),
