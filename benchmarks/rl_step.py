@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -272,13 +273,14 @@ def train_with_trl(options: dict[str, Any]) -> None:
             end = now()
             step = end - self.end
             self.end = end
-            experience, gen, reward = (
-                spent.pop(name, 0.0) for name in ("experience", "gen", "reward")
+            experience, gen, reward, sync = (
+                spent.pop(name, 0.0) for name in ("experience", "gen", "reward", "sync")
             )
             steps.append(
                 {
-                    "gen": gen,
+                    "gen": gen - sync,
                     "reward": reward,
+                    "sync": sync,
                     "log-probs": experience - gen - reward,
                     "update": step - experience,
                     "step": step,
@@ -337,6 +339,9 @@ def train_with_trl(options: dict[str, Any]) -> None:
         ).select_columns(["prompt"]),
         processing_class=AutoTokenizer.from_pretrained(options["model"]),
     )
+    if config.use_vllm:
+        sampler: Any = trainer.vllm_generation
+        sampler.sync_weights = partial(clocked, "sync", sampler.sync_weights)
     trainer.train()
 
 
@@ -375,12 +380,24 @@ def launch(args: Namespace, words: list[str], log: Path, *folders: str) -> None:
             process.wait()
             raise RuntimeError(f"stopped after {args.timeout:.0f} s") from None
     if status:
-        said = [
-            line
-            for line in log.read_text(errors="replace").splitlines()
-            if "Error" in line and "ChildFailed" not in line
-        ]
-        raise RuntimeError(f"exit status {status}: {said[0].strip() if said else log}")
+        raise RuntimeError(f"exit status {status}: {cause(log.read_text(errors='replace'))}")
+
+
+# As Python ends a traceback, or retool says what is wrong; torchrun and vLLM write something before it
+EXCEPTION = re.compile(
+    r"^(?:\[rank\d+\]: ?|\([\w ]*pid=\d+\) (?:ERROR [^\]]*\] )?)?"
+    r"(error: .*|[\w.]*(?:Error|Exception|Refused|Gone|Interrupt)\b.*)"
+)
+
+
+def cause(log: str) -> str:
+    """The exception that ended a job: the first one that its log has, as others follow from it; else
+    the log's last line.
+    """
+    lines = [line.rstrip() for line in log.splitlines() if line.strip()]
+    ends = [found[1] for line in lines if (found := EXCEPTION.match(line))]
+    own = [end for end in ends if "ChildFailed" not in end]
+    return (own or lines[-1:] or ["it said nothing"])[0][:300]
 
 
 def summary(run: Callable[[], list[dict[str, float]]], skipped: int, wanted: int) -> dict[str, Any]:

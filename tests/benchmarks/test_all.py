@@ -170,6 +170,21 @@ def test_ranks_agree_on_a_failure_and_wait_for_none_that_is_lost() -> None:
     assert waited.startswith("True")
 
 
+LOGS = {
+    "[rank0]:   File 'a.py', line 3\n[rank0]: torch.OutOfMemoryError: CUDA is full\nRuntimeError: b\n"
+    "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: x": "torch.OutOfMemoryError: CUDA is full",
+    "warning: an Error is near\nerror: rollout.n is 1\nChildFailedError: x": "error: rollout.n is 1",
+    "(EngineCore pid=77) ERROR 11-30 10:00:00 [core.py:11] ValueError: no room\nlate": "ValueError: no room",
+    "Killed\n\n": "Killed",
+    "": "it said nothing",
+}
+
+
+def test_a_job_that_failed_shows_its_cause() -> None:
+    cause = benchmark("rl_step").cause
+    assert {log: cause(log) for log in LOGS} == LOGS
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
