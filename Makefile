@@ -10,8 +10,10 @@ PIP       := $(PYTHON) -m pip install --quiet --disable-pip-version-check $(if $
 # Three for two cores: many tests wait for a process, a sandbox or a clock, and leave their core to others.
 # One that dies ends the run: xdist would start another and may wait for ever (its files have nobody left).
 WORKERS   ?= 3
-# Tests of one GPU run on each GPU at once, those of several afterwards.
+# Tests of one GPU run on each GPU at once, three of them on each: most of their time is compiling, which takes a core
+# and no GPU. Those that need several GPUs, or one for themselves, run afterwards.
 GPUS      ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
+GPU_TESTS ?= $(shell expr 3 \* $(GPUS))
 BENCH     ?= $(wildcard benchmarks/sft.py)
 
 # Compiled modules are kept, whatever the shell says: else each worker compiles all tests anew, and each new interpreter retool.
@@ -62,8 +64,8 @@ test-slow: $(VENV)/.installed-dev
 	$(PYTHON) -m pytest -q -m 'slow and not gpu' --timeout 1800 $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev
-	$(PYTHON) -m pytest -q -m gpu --timeout 600 -n $(GPUS) --dist loadfile --max-worker-restart 0 --ignore tests/parallel $(ARGS)
-	$(PYTHON) -m pytest -q -m gpu --timeout 600 $(ARGS) tests/parallel
+	TEST_GPUS=$(GPUS) $(PYTHON) -m pytest -q -m 'gpu and not alone' --timeout 600 -n $(GPU_TESTS) --dist loadfile --max-worker-restart 0 $(ARGS)
+	$(PYTHON) -m pytest -q -m 'gpu and alone' --timeout 600 $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(PYTHON) -m ruff check .

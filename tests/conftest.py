@@ -39,7 +39,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests that aren't marked `gpu` say what a CPU does, on a machine with GPUs too. Of those that are,
-    each worker has a GPU to itself.
+    each worker has one GPU, which it shares with others where there are more workers.
     """
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if "not gpu" in config.getoption("markexpr"):
@@ -47,7 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
     elif worker:
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         number = int(worker.removeprefix("gw"))
-        os.environ["CUDA_VISIBLE_DEVICES"] = given.split(",")[number] if given else str(number)
+        count = int(os.environ.get("TEST_GPUS", number + 1))
+        gpus = given.split(",") if given else [str(gpu) for gpu in range(count)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
 
 
 @pytest.fixture(scope="session")

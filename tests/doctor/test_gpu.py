@@ -12,7 +12,7 @@ from retool.doctor.examine import Wanted, examine
 from retool.doctor.finding import Finding, table
 from tests.ranks import need_gpus, run_ranks
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.gpu, pytest.mark.alone, pytest.mark.timeout(120)]
 LEAST_GBIT = 800.0  # 100 GB/s: NVLink; PCIe has a quarter of it
 
 

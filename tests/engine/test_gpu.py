@@ -269,6 +269,7 @@ def two_ranks() -> Any:
     return [t.tokens for t in turns]
 
 
+@pytest.mark.alone
 def test_heads_split_over_two_gpus_with_graphs() -> None:
     need_gpus(2)
     found = run_ranks(two_ranks, 2)[0]
@@ -281,7 +282,7 @@ def test_heads_split_over_two_gpus_with_graphs() -> None:
 
 @pytest.mark.parametrize(
     "share",
-    [{"kv_bytes": 1 << 26}, {"kv_bytes": 40 << 30}],
+    [{"kv_bytes": 1 << 26}, pytest.param({"kv_bytes": 40 << 30}, marks=pytest.mark.alone)],
     ids=["small cache", "cache of more than 2^32 elements"],
 )
 def test_samples_of_a_group_share_its_prompt(share: dict[str, int]) -> None:

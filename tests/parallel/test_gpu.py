@@ -29,7 +29,7 @@ from retool.sft.step import train_step
 from tests.model.decoders import decoder_config
 from tests.ranks import need_gpus, run_ranks
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.gpu, pytest.mark.alone, pytest.mark.timeout(300)]
 STEPS = 4
 
 

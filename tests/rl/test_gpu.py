@@ -24,6 +24,7 @@ def test_two_steps(work, tmp_path, free) -> None:
         f"{ARR}rollout.free_cache_engine={free}",
         "data.max_response_length=64",
         "trainer.device=cuda",
+        f"{ARR}rollout.gpu_memory_utilization=0.05",
     ]
     assert main(words(work, tmp_path / "run", *more)) == 0
     entries = [

@@ -33,6 +33,7 @@ from tests.rl.test_command import ARR, steps, words
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.alone,  # what sleep gives back is seen in the GPU's free memory
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
 ]
@@ -210,8 +211,11 @@ def test_sleep_gives_memory_back(engines: tuple[VllmEngine, Engine], model: Shar
     assert abs(back - awake) < 0.1 * cache
 
 
-def test_a_run_with_a_tool(work: Path, tmp_path: Path) -> None:
-    """Two steps on every GPU that is here, asleep during the update."""
+@pytest.mark.parametrize("ranks", [1, 2], ids=["an engine each", "an engine over two GPUs"])
+def test_a_run_with_a_tool(work: Path, tmp_path: Path, ranks: int) -> None:
+    """Two steps on up to two GPUs, asleep during the update."""
+    if ranks > torch.cuda.device_count():
+        pytest.skip(f"needs {ranks} GPUs")
     folder = tmp_path / "work"
     shutil.copytree(work, folder)
     vocab = Qwen2Config.from_pretrained(folder / "model").vocab_size
@@ -223,6 +227,7 @@ def test_a_run_with_a_tool(work: Path, tmp_path: Path) -> None:
         "data.max_response_length=200",
         f"{ARR}rollout.name=vllm",
         f"{ARR}rollout.enforce_eager=true",
+        f"{ARR}rollout.tensor_model_parallel_size={ranks}",
         f"{ARR}rollout.free_cache_engine=true",
         f"{ARR}rollout.gpu_memory_utilization=0.1",
         f"{ARR}rollout.multi_turn.enable=true",

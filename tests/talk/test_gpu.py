@@ -11,7 +11,8 @@ import pytest
 
 from retool.__main__ import main
 
-pytestmark = pytest.mark.gpu
+# They take most of the memory that is free
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 
 def test_a_piped_question_is_answered(
