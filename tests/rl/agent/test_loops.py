@@ -5,6 +5,7 @@ of one trajectory, and that a function may break in any way.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -454,6 +455,44 @@ def test_who_shares_a_thread_with_one_that_blocked_goes_on(monkeypatch) -> None:
         shared.end()
     assert gone.cancelled() and other.done() and other.result() == "done"
     assert not shared._threads
+
+
+def test_a_thread_that_somebody_blocks_who_was_cancelled_is_not_idle(monkeypatch) -> None:
+    """A run was asked to stop, say, or an engine failed: those that are sampled next go on."""
+    monkeypatch.setattr(threads, "MOST_THREADS", 1)
+    shared = threads.LoopThreads()
+    go_on = threading.Event()
+    cleaned = threading.Event()
+
+    async def blocking():
+        try:
+            go_on.wait(10)
+            await asyncio.sleep(0)
+        finally:
+            cleaned.set()
+
+    async def name():
+        return threading.get_ident()
+
+    async def both():
+        first = asyncio.create_task(shared.run(blocking, 10))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        await asyncio.wait({first})
+        before = (await shared.run(name, 5.0)).result()
+        go_on.set()
+        assert cleaned.wait(5)
+        blocked = shared._threads[0]
+        while blocked.is_blocked:
+            await asyncio.sleep(0.01)
+        return before, (await shared.run(name, 5.0)).result()
+
+    try:
+        before, after = asyncio.run(both())
+    finally:
+        go_on.set()
+        shared.end()
+    assert before != after  # what isn't blocked any more is used again
 
 
 def test_contexts_draw_for_themselves_and_the_first_as_ours(renderer_of) -> None:

@@ -8,9 +8,10 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any
 
-MOST_THREADS = 64  # of a process; with more trajectories several share one
+MOST_THREADS = 64  # of a process that nothing blocks; with more trajectories several share one
 SECONDS_TO_ANSWER = 1.0  # that a thread has to show that nothing blocks it
 
 
@@ -18,7 +19,8 @@ class LoopThread:
     """A thread with an event loop of its own, on which coroutines run."""
 
     def __init__(self) -> None:
-        self.running = 0  # coroutines
+        self.running = 0  # coroutines that somebody waits for
+        self._asked: Future[None] | None = None  # whether it gets to anything
         self._loop = asyncio.new_event_loop()
         self._ends = False
         threading.Thread(target=self._work, name="retool-loop", daemon=True).start()
@@ -27,12 +29,22 @@ class LoopThread:
         """What `work` comes to, for the event loop that asks."""
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
-    async def answers(self) -> bool:
-        """Whether it gets to anything: a coroutine may block it."""
+    def ask(self) -> Future[None]:
+        """Have it show that it gets to anything: a coroutine may block it."""
         # A loop that a coroutine blocks runs nothing else, however small: that is the test.
-        answer = self.start(_nothing())
+        self._asked = asyncio.run_coroutine_threadsafe(_nothing(), self._loop)
+        return self._asked
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether it was asked, and hasn't got to that."""
+        return self._asked is not None and not self._asked.done()
+
+    async def answers(self) -> bool:
+        """Whether it gets to anything now."""
+        answer = asyncio.wrap_future(self.ask())
         await asyncio.wait({answer}, timeout=SECONDS_TO_ANSWER)
-        return answer.done()
+        return not self.is_blocked
 
     def end(self) -> None:
         """It ends, as soon as nothing blocks it. To be ended twice does no harm."""
@@ -74,6 +86,11 @@ class LoopThreads:
                 work.cancel()
                 await self._leave_if_blocked(thread)
             return work
+        except asyncio.CancelledError:
+            # Nobody waits to see whether it blocks its thread: the next ones look
+            work.cancel()
+            thread.ask()
+            raise
         finally:
             work.cancel()
             thread.running -= 1
@@ -86,13 +103,14 @@ class LoopThreads:
         self._threads.clear()
 
     def _least_busy(self) -> LoopThread:
-        idle = next((thread for thread in self._threads if not thread.running), None)
+        free = [thread for thread in self._threads if not thread.is_blocked]
+        idle = next((thread for thread in free if not thread.running), None)
         if idle is not None:
             return idle
-        if len(self._threads) < MOST_THREADS:
+        if len(free) < MOST_THREADS:
             self._threads.append(LoopThread())
             return self._threads[-1]
-        return min(self._threads, key=lambda thread: thread.running)
+        return min(free, key=lambda thread: thread.running)
 
     async def _leave_if_blocked(self, thread: LoopThread) -> None:
         """Nothing more is begun on a thread that doesn't come to anything. It ends with the last that
