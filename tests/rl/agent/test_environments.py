@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sqlite3
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ import pytest
 from retool.data.read.rows import to_conversation
 from retool.data.render.renderer import Renderer
 from retool.data.render.rendering import Rendering
+from retool.rl.agent import extras
 from retool.rl.agent.environments.load import EnvironmentSource, find_environment
 from retool.rl.agent.environments.play import Attempt, Worlds, run_in_world, seed_of
 from retool.rl.agent.environments.protocol import read_answer
@@ -469,3 +471,26 @@ def test_environments_are_found_or_it_is_said_why_not(tmp_path) -> None:
             entry.load()
     with pytest.raises(ValueError, match="needs both path and name"):
         find_environment(str(file), None, {})
+
+
+def test_a_library_that_is_not_there_is_told_from_one_that_is_broken(monkeypatch) -> None:
+    def fault(extra: extras.Extra) -> str:
+        return str(extras.import_failed(extra, ImportError("no name 'Client' in mcp")))
+
+    def missing(package: str) -> str:
+        raise extras.PackageNotFoundError(package)
+
+    monkeypatch.setattr(extras, "version", missing)
+    assert fault("openenv") == (
+        "OpenEnv environments need the package openenv-core: pip install 'retool-train[openenv]'."
+    )
+    monkeypatch.setattr(extras, "version", lambda package: "0.4.0")
+    text = fault("verifiers")
+    assert (
+        "Version 0.4.0 is installed, and can't be imported (ImportError: no name 'Client'" in text
+    )
+    # Where a user meets it
+    monkeypatch.setitem(sys.modules, "openenv.core", None)
+    source = EnvironmentSource("openenv:http://127.0.0.1:1")
+    with pytest.raises(ValueError, match="OpenEnv environments need the package openenv-core"):
+        source.load()

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from retool.rl.agent.extras import import_failed
 from retool.rl.agent.tools.protocol import TRAJECTORY, AnyTool, ToolResult, check_schema
 
 CONNECT_SECONDS = 30.0  # that a server has to answer for the first time
 ASK_SECONDS = 5.0  # that it has to show it is still there, after an error
-MISSING = "MCP servers need the package mcp: pip install 'retool-train[mcp]'."
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class McpServer:
         try:
             from mcp import Client, StdioServerParameters, stdio_client
         except ImportError as error:
-            raise ValueError(MISSING) from error
+            raise import_failed("mcp", error) from error
         if self.command is not None:
             process = StdioServerParameters(
                 command=self.command, args=list(self.args), env=dict(self.env), cwd=self.cwd

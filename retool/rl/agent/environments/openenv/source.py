@@ -11,9 +11,9 @@ import httpx
 
 from retool.rl.agent.environments.openenv.interface import Interface, name_of_tool
 from retool.rl.agent.environments.openenv.worlds import LocalWorld, RemoteWorld
+from retool.rl.agent.extras import import_failed
 from retool.rl.agent.tools.given import named_object
 
-MISSING = "OpenEnv environments need the package: pip install 'retool-train[openenv]'."
 SECONDS_TO_ANSWER = 10.0  # that a server has to tell its schemas
 KEYS = ("base_url", "make", "text", "tool", "to_action", "to_messages")
 
@@ -31,7 +31,7 @@ class Source:
         try:
             from openenv.core import EnvClient, Environment, GenericEnvClient
         except ImportError as error:
-            raise ValueError(MISSING) from error
+            raise import_failed("openenv", error) from error
         self.classes: tuple[type, ...] = ()
         self._make: Callable[[], Any]
         if name.startswith(("http://", "https://")):

@@ -12,11 +12,8 @@ from typing import Any
 from retool.rl.agent.environments.loop_thread import LoopThread
 from retool.rl.agent.environments.verifiers.conversation import Conversation
 from retool.rl.agent.environments.verifiers.world import VerifiersWorld
+from retool.rl.agent.extras import import_failed
 
-MISSING = (
-    "verifiers environments need the package verifiers, and Python 3.11: pip install "
-    "'retool-train[verifiers]'."
-)
 HARNESS = "retool_in_process"  # what verifiers imports as the policy's program
 SECONDS_TO_END = 20.0
 
@@ -35,7 +32,7 @@ class House:
 
             from retool.rl.agent.environments.verifiers import seat
         except ImportError as error:
-            raise ValueError(MISSING) from error
+            raise import_failed("verifiers", error) from error
         # verifiers finds programs by the name of a module that needs no folder
         sys.modules.setdefault(HARNESS, seat)
         self._client = seat.PolicyClient()
