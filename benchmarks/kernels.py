@@ -18,6 +18,7 @@ KINDS = {
     "attention": r"sdpa|flash|fmha|attention",
     "vocabulary head": r"_update_kernel|_write_gradient|_gradient_kernel",
     "compiled elementwise": r"^triton_|^_added_kernel",
+    "gated MLP, its elementwise half": r"^_gated_forward|^_gated_backward",
     "copies": r"memcpy|memset|catarray|copy",
     "matrix products": r"nvjet|gemm|cutlass|xmma|splitk|^_product_kernel|^_gated_kernel",
 }

@@ -37,6 +37,7 @@ from retool.data.packing import Budget, Packing
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import Experts, ModelConfig
 from retool.model.costs import model_flops
+from retool.model.gated import product
 from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import Sharded
@@ -402,6 +403,11 @@ def main() -> None:
         action="store_true",
         help="weights stay gathered after the forward (reshard_after_forward=false)",
     )
+    parser.add_argument(
+        "--compilers-gate",
+        action="store_true",
+        help="gate and up are multiplied by the compiler's kernels, not by ours",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--profile",
@@ -409,6 +415,8 @@ def main() -> None:
         help="print what a step's time goes to; a row's kernels go to this file, .ROW.json behind it",
     )
     args = parser.parse_args()
+    if args.compilers_gate:
+        product.fused_gated_down = None
     world = make_mesh()
     lines = []
     meshes = {}

@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 
 def interpreted(module: str) -> None:
@@ -26,3 +29,20 @@ def interpreted(module: str) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def interpret(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Triton's interpreter run the kernels of a module, in this process, for as long as the test
+    runs.
+    """
+    import triton.experimental.gluon  # asks what Triton's own functions are when it is imported
+    import triton.language
+    from triton.language import standard
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    # Of Triton's own functions some are kernels too
+    for owner in (module, triton.language, standard):
+        for name, kernel in list(vars(owner).items()):
+            if isinstance(kernel, JITFunction):
+                monkeypatch.setattr(owner, name, InterpretedFunction(kernel.fn))

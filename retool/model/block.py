@@ -34,6 +34,7 @@ from retool.model.attention.dispatch import attention, attention_forward_lse, at
 from retool.model.compile import compiled, unviewed
 from retool.model.config import ModelConfig
 from retool.model.experts.routing import Watch
+from retool.model.gated.product import gated_down
 from retool.model.hf.names import Stored
 from retool.model.offload import Offload
 from retool.model.recompute import Kernel, Recompute, recomputed
@@ -276,8 +277,7 @@ def swiglu(
     down_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202); `gate_up` [2·F, D] is both stacked."""
-    gate, up = F.linear(x_tD, gate_up, gate_up_bias).chunk(2, -1)
-    return F.linear(F.silu(gate) * up, down, down_bias)
+    return gated_down(F.linear(x_tD, gate_up, gate_up_bias), down, down_bias, "silu")
 
 
 def _compiled_after(after: Part) -> Part:

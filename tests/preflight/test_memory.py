@@ -402,6 +402,13 @@ def test_no_more_layers_are_offloaded_for_weights_that_stay_gathered() -> None:
     assert stays.parked == frees.parked
 
 
+def no_longer_kept(shape: dict[str, Any], tokens: int, rung: Recompute) -> float:
+    """GiB in bf16 of gate times up, which every layer kept when the peaks were measured."""
+    if rung != "none":
+        return 0.0
+    return 2 * tokens * shape["num_hidden_layers"] * shape["intermediate_size"] / GIB
+
+
 def test_orders_that_must_hold() -> None:
     config = model(**QWEN)
     setting = Setting(shards=2)
@@ -437,7 +444,7 @@ def test_peaks_that_were_measured(
     monkeypatch.setitem(LOGIT_BYTES, "cuda", 1 << 30)
     prediction = predict(model(**QWEN), Setting(shards=2, sp=2), 16_384, rung)
     assert prediction.peak / GIB == pytest.approx(
-        measured, rel=0.02
+        measured - no_longer_kept(QWEN, 16_384, rung), rel=0.02
     ) and prediction.state / GIB == pytest.approx(5.07, abs=0.01)
 
 
@@ -496,6 +503,7 @@ def test_every_peak_that_was_measured_on_two_gpus(
     formula.
     """
     found = predict(model(family, **shape), Setting(shards=2, sp=sp, **more), tokens, rung)
+    gib -= no_longer_kept(shape, tokens, rung)
     assert found.forward_backward / GIB == pytest.approx(gib, rel=0.01)
 
 
@@ -521,7 +529,7 @@ def test_the_least_recomputation_that_fits(gib: float, rung: str) -> None:
 def test_the_compute_copy_goes_before_more_is_recomputed() -> None:
     config = parse_model_config({**LLAMA_8B, "model_type": "llama"})
     setting = Setting(shards=2)
-    found = [choose(config, setting, 8_192, 8_192, None, gib) for gib in (141, 112, 79, 60)]
+    found = [choose(config, setting, 8_192, 8_192, None, gib) for gib in (141, 105, 79, 60)]
     assert [(c.recompute, c.keep_copy, c.fits) for c in found] == [
         ("none", True, True),
         ("none", False, True),

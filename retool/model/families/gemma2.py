@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm
 from retool.model.config import ModelConfig
+from retool.model.gated.product import gated_down
 from retool.model.hf.fields import number, refused, size, switch
 from retool.model.hf.names import Stored, gate_up_down, query_key_value
 from retool.model.hf.shape import read_shape
@@ -124,8 +125,8 @@ class Block(block.Block):
 
     def after(self, x_tD: torch.Tensor, a_tE: torch.Tensor) -> torch.Tensor:
         x_tD = x_tD + self.normed(F.linear(a_tE, self.o, self.o_bias), self.norm_2)
-        gate, up = F.linear(self.normed(x_tD, self.norm_3), self.gate_up).chunk(2, -1)
-        added = F.linear(F.gelu(gate, approximate="tanh") * up, self.down)
+        gate_up_tG = F.linear(self.normed(x_tD, self.norm_3), self.gate_up)
+        added = gated_down(gate_up_tG, self.down, None, "gelu_tanh")
         return x_tD + self.normed(added, self.norm_4)
 
     def normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

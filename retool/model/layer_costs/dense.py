@@ -38,8 +38,8 @@ def gated_block_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -
         Cost("the sum after attention", c.hidden, "residual"),
         Cost("its norm", c.hidden),
         Cost("the second norm's scale", 1, "fp32"),
+        # Their product is made again in the backward
         Cost("gate and up", 2 * c.ffn),
-        Cost("their product", c.ffn),
     )
     return LayerCosts(
         before=(Cost("q k v", c.hidden * (c.query_width + 2 * c.key_width)),),
@@ -53,7 +53,7 @@ def gated_block_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -
             Cost("gradients of gate, up and their product", 3 * c.ffn),
             Cost("gradients of the block's output and input", 2 * c.hidden, "residual"),
         ),
-        freed_early=(Cost("the product of gate and up", c.ffn),),
+        freed_early=(),
         chunked=_chunked_backward(c, qkv, returned),
     )
 

@@ -28,8 +28,8 @@ def expert_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -> Lay
         Cost("gate, up and down of all experts", sizes.count * expert),
     )
     # Nothing here is fused: silu of gate, and the product before its weight, are tensors of their own
-    none = (
-        *dense.kept["none"],
+    product = Cost("the product of gate and up", per_token * sizes.width)
+    added = (
         Cost("the norm, for each expert", per_token * config.hidden),
         Cost("silu of gate, and the product before its weight", 2 * per_token * sizes.width),
         Cost("probabilities of all experts, and their scores", 2 * sizes.count, "fp32"),
@@ -43,7 +43,7 @@ def expert_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -> Lay
     )
     mlp = (
         *dense.chunked.mlp,
-        *none[len(dense.kept["none"]) :],
+        *added,
         *gradients[len(dense.gradients) :],
     )
     return replace(
@@ -56,7 +56,8 @@ def expert_costs(config: ModelConfig, sp: int, more: Sequence[Cost] = ()) -> Lay
             Cost("rows as they leave and as they arrive", 2 * per_token * config.hidden),
             Cost("which expert, where, and the weight of a row", 7 * per_token, "fp32"),
         ),
-        kept={**dense.kept, "none": none},
+        kept={**dense.kept, "none": (*dense.kept["none"], product, *added)},
         gradients=gradients,
+        freed_early=(product,),
         chunked=replace(dense.chunked, mlp=mlp),
     )

@@ -1,0 +1,109 @@
+"""The gated MLP's kernels against its formula in float64: interpreted by Triton without a GPU (pip
+install triton), compiled inside a block with one.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from retool.model.compile import compiled
+from retool.model.gated.product import ACTIVATIONS, Activation, gated_down
+from tests.interpreter import interpret
+
+# Tokens, F, D: a part of a program's columns, one program's, several rows of several
+SHAPES = ((1, 5, 3), (3, 64, 8), (4, 1300, 8))
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def made(t: int, width: int, hidden: int) -> Inputs:
+    """Gate and up, down, its bias, and the gradient of the result; in float64."""
+    generator = torch.Generator().manual_seed(width)
+    shapes = ((t, 2 * width), (hidden, width), (hidden,), (t, hidden))
+    gate_up, down, bias, flow = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    return gate_up, down, bias, flow
+
+
+def by_formula(inputs: Inputs, activation: Activation) -> list[torch.Tensor]:
+    """The result and the gradients of gate and up, down and bias."""
+    *leaves, flow = inputs
+    gate_up, down, bias = (leaf.double().detach().requires_grad_() for leaf in leaves)
+    gate, up = gate_up.chunk(2, -1)
+    gated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    out = (gated * up) @ down.t() + bias
+    grads = torch.autograd.grad(out, [gate_up, down, bias], flow.double())
+    return [out, *grads]
+
+
+def errors(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[float]:
+    """‖a − b‖ / ‖b‖ of each."""
+    pairs = zip(found, wanted, strict=True)
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_kernels_do_what_the_formula_says(
+    activation: Activation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retool.model.gated import operators
+
+    interpret(operators, monkeypatch)
+    # It wraps what is compiled
+    monkeypatch.setattr(operators, "wrap_triton", lambda kernel: kernel)
+    for shape in SHAPES:
+        inputs = made(*shape)
+        *leaves, flow = (x.float() for x in inputs)
+        gate_up, down, bias = (leaf.requires_grad_() for leaf in leaves)
+        out = operators.fused_gated_down(gate_up, down, bias, activation == "gelu_tanh")
+        grads = torch.autograd.grad(out, [gate_up, down, bias], flow)
+        assert max(errors([out, *grads], by_formula(inputs, activation))) < 1e-6, shape
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_without_a_gpu_it_is_torchs_own_operations(activation: Activation) -> None:
+    inputs = made(*SHAPES[1])
+    *leaves, flow = inputs
+    gate_up, down, bias = (leaf.requires_grad_() for leaf in leaves)
+    out = gated_down(gate_up, down, bias, activation)
+    grads = torch.autograd.grad(out, [gate_up, down, bias], flow)
+    assert max(errors([out, *grads], by_formula(inputs, activation))) < 1e-14
+
+
+def block_piece(
+    gate_up: torch.Tensor, down: torch.Tensor, bias: torch.Tensor, activation: Activation
+) -> torch.Tensor:
+    """With neighbours that the compiler fuses."""
+    return 1.0 * gated_down(gate_up * 1.0, down, bias, activation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_on_a_gpu_it_is_as_exact_as_torchs_own(
+    gpu: str, dtype: torch.dtype, activation: Activation
+) -> None:
+    """No farther from float64 than the same rounding without the kernels, and the product isn't kept."""
+    fast = compiled(block_piece)
+    for shape in ((1, 64, 8), (300, 1300, 64), (4096, 4864, 896)):
+        inputs = [x.to(gpu, dtype) for x in made(*shape)]
+        *leaves, flow = inputs
+        gate_up, down, bias = (leaf.requires_grad_() for leaf in leaves)
+        wanted = by_formula((gate_up, down, bias, flow), activation)
+        before = torch.cuda.memory_allocated()
+        out = fast(gate_up, down, bias, activation)
+        kept = torch.cuda.memory_allocated() - before
+        grads = torch.autograd.grad(out, [gate_up, down, bias], flow)
+        plain = gated_down(gate_up, down, bias, activation)
+        plain_grads = torch.autograd.grad(plain, [gate_up, down, bias], flow)
+        ours = errors([out, *grads], wanted)
+        theirs = errors([plain, *plain_grads], wanted)
+        for mine, its in zip(ours, theirs, strict=True):
+            assert mine < 1.02 * its + 1e-6, (shape, ours, theirs)
+        result_and_copy = (out.numel() + gate_up.numel()) * dtype.itemsize
+        assert kept < result_and_copy + 0.5 * gate_up.numel() / 2 * dtype.itemsize + 4096, shape
