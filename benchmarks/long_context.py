@@ -118,7 +118,10 @@ def setting_for(
 ) -> Setting:
     """Weights and moments on the device, unless that leaves no room for `tokens` tokens."""
     setting = Setting(
-        shards=mesh.shards, sp=mesh.sp, compute="bf16" if mesh.device.type == "cuda" else "fp32"
+        shards=mesh.shards,
+        sp=mesh.sp,
+        compute="bf16" if mesh.device.type == "cuda" else "fp32",
+        summed=True,
     )
     each = -(-tokens // mesh.sp)
     if choose(config, setting, each, each, "full", gib, offload).fits:

@@ -311,6 +311,7 @@ def main() -> None:
             param_offload=row.offload[0],
             optimizer_offload=row.offload[1],
             hold=row.hold and mesh.shards > 1,
+            summed=True,
         )
         lines.append({"name": name, **attempt(partial(measured_line, name, row, mesh, setting))})
         if world.rank == 0:

@@ -170,6 +170,7 @@ def setting_of(options: RunOptions, world: World) -> Setting:
         # One process gathers nothing
         may_stay=fsdp.reshard_after_forward == "auto" and not fsdp.param_offload and shards > 1,
         fp32_residual=options.fp32_residual,
+        summed=options.command == "retool.sft",
     )
 
 

@@ -24,7 +24,7 @@ from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
 from retool.model.costs import layer_costs
 from retool.model.layer_costs.cost import Cost, ElementBytes, LayerCosts
-from retool.model.logprobs import LOGIT_BYTES
+from retool.model.logprobs import LOGIT_BYTES, sum_logit_bytes
 from retool.model.recompute import Recompute, token_chunks
 from retool.optim import OFFLOAD_CHUNK_NUMEL
 from retool.parallel.fsdp.buffers import take_turns
@@ -51,7 +51,8 @@ class Setting:
     `hold`: gradients are added up on each rank and reduced once a step, which takes a whole copy of
     them. `keep_copy`: a rank's shard is there in the compute dtype too, else cast at every gather.
     `may_stay`: where there is room, weights stay gathered from the forward to the backward, as they
-    do without `reshard`. `fp32_residual`: blocks add up in fp32 whatever they compute in.
+    do without `reshard`. `fp32_residual`: blocks add up in fp32 whatever they compute in. `summed`:
+    the loss is one weighted sum over tokens, as SFT's is.
     """
 
     shards: int = 1
@@ -67,6 +68,7 @@ class Setting:
     hold: bool = False
     keep_copy: bool = True
     fp32_residual: bool = False
+    summed: bool = False
 
     @property
     def master_bytes(self) -> int:
@@ -143,7 +145,7 @@ def predict(
     away = layers_away(config, recompute, parked)
     layer = tokens * layer_bytes(config, setting, recompute)
     activations = activation_bytes(config, tokens, layer, away)
-    head = head_bytes(config, setting, tokens)
+    head = head_bytes(config, setting, tokens, recompute)
     block = block_bytes(config, setting, tokens, recompute)
     if config.tied:
         # The head's gradient of the one matrix waits through the whole backward for the embedding's.
@@ -234,7 +236,7 @@ def table_bytes(config: ModelConfig, setting: Setting) -> int:
     return config.vocab * config.hidden * setting.element.compute
 
 
-def head_bytes(config: ModelConfig, setting: Setting, tokens: int) -> int:
+def head_bytes(config: ModelConfig, setting: Setting, tokens: int, recompute: Recompute) -> int:
     """What the vocabulary head and its loss need at their largest.
 
     That is in the forward with logits, or when its gradients are scaled. Of long packs it is the
@@ -247,7 +249,8 @@ def head_bytes(config: ModelConfig, setting: Setting, tokens: int) -> int:
         Cost("its norm, and the norm's gradient", 2 * config.hidden),
         Cost("the norm in the dtype of sums", config.hidden, "sums"),
     )
-    logits = min(tokens * config.vocab * element.sums, LOGIT_BYTES["cuda"])
+    at_once = sum_logit_bytes("cuda", recompute) if setting.summed else LOGIT_BYTES["cuda"]
+    logits = min(tokens * config.vocab * element.sums, at_once)
     scaled = (table + tokens * config.hidden) * element.compute
     forward = tokens * (element.of(hidden) + SMALL_BYTES_PER_TOKEN) + table * element.sums
     norm = tokens * (6 * config.hidden * element.sums + SMALL_BYTES_PER_TOKEN)

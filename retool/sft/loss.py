@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 from retool.batch import PackedBatch, to_device
-from retool.model.logprobs import weighted_logprob_sum
+from retool.model.block import Execution
+from retool.model.logprobs import sum_logit_bytes, weighted_logprob_sum
+from retool.model.recompute import Recompute
 from retool.parallel.fsdp import Sharded
 
 MIN_SHARE_TO_SCORE_ALL = (
@@ -35,12 +37,21 @@ def loss_sum(model: Sharded, pack: PackedBatch) -> torch.Tensor:
     if len(trained) < MIN_SHARE_TO_SCORE_ALL * len(part.weights):
         chosen = to_device(trained, mesh.device)
 
+    at_once = sum_logit_bytes(mesh.device.type, recompute_of(model))
+
     def score(hidden_tD: torch.Tensor, weight_VD: torch.Tensor, cap: float = 0.0) -> torch.Tensor:
         if chosen is None:
-            return -weighted_logprob_sum(hidden_tD, weight_VD, batch.labels, batch.weights, cap=cap)
+            labels = batch.labels
+            return -weighted_logprob_sum(hidden_tD, weight_VD, labels, batch.weights, at_once, cap)
         hidden, labels, weights = (
             x.index_select(0, chosen) for x in (hidden_tD, batch.labels, batch.weights)
         )
-        return -weighted_logprob_sum(hidden, weight_VD, labels, weights, cap=cap)
+        return -weighted_logprob_sum(hidden, weight_VD, labels, weights, at_once, cap)
 
     return model(batch, score)
+
+
+def recompute_of(model: Sharded) -> Recompute:
+    """What the backward of a decoder, or of transformers' module, computes again."""
+    execution = getattr(model.module, "execution", None)
+    return execution.recompute if isinstance(execution, Execution) else "none"

@@ -15,7 +15,7 @@ from retool.model.build import ModelOptions, build_decoder
 from retool.model.catalogue.families import parse_model_config
 from retool.model.config import ModelConfig
 from retool.model.decoder import Decoder
-from retool.model.logprobs import LOGIT_BYTES
+from retool.model.logprobs import LOGIT_BYTES, ROOMY_LOGIT_BYTES
 from retool.model.recompute import Recompute
 from retool.model.rope import frequencies, rope_tables
 from retool.optim import AdamW, AdamWOptions, Update
@@ -200,8 +200,19 @@ def test_six_tensors_are_alive_in_the_final_norms_backward() -> None:
         rms_norm(x * 1, weight, 1e-6).sum().backward()
     assert live.peak / (tokens * hidden * 4) == pytest.approx(6, abs=0.3)
     shape = model(hidden_size=6144, num_attention_heads=48)
-    head = head_bytes(shape, Setting(), 1 << 20)
+    head = head_bytes(shape, Setting(), 1 << 20, "none")
     assert head == (1 << 20) * (6 * 6144 * 4 + 64) + 131 * 6144 * 2
+
+
+def test_a_summed_loss_has_more_room_for_logits_where_nothing_is_recomputed() -> None:
+    config = model(**QWEN)
+    each, summed = Setting(shards=2), Setting(shards=2, summed=True)
+    more = {
+        rung: predict(config, summed, 4096, rung).peak - predict(config, each, 4096, rung).peak
+        for rung in LADDER
+    }
+    room = ROOMY_LOGIT_BYTES["cuda"] - LOGIT_BYTES["cuda"]
+    assert more == {"none": room, "selective": 0, "full": 0, "offload": 0}
 
 
 def test_gradients_are_held_where_their_reduction_would_show() -> None:
