@@ -19,6 +19,7 @@ SGLANG = "sglang"
 # Servers fill what a request leaves open from the model's generation_config.json or from their own
 # settings, and a penalty would change both draws and log-probabilities
 NO_PENALTIES = {"min_p": 0.0, "repetition_penalty": 1.0}
+EVERY_TOKEN = -1  # as top_k; 0 is refused by SGLang
 # Where vLLM tells how it was started, and which setting of it gives log-probabilities like ours
 VLLM_SETTINGS = "/server_info?config_format=json"
 LOGPROBS_MODE = "processed_logprobs"
@@ -62,7 +63,7 @@ def _ask_vllm(model: str, ids: Sequence[int], params: SamplingParams, seed: int)
         "max_tokens": params.max_tokens,
         "temperature": params.temperature,
         "top_p": params.top_p,
-        "top_k": params.top_k,
+        "top_k": params.top_k if params.top_k > 0 else EVERY_TOKEN,
         "seed": seed,
         **NO_PENALTIES,
         "stop_token_ids": list(params.stop_ids),
@@ -93,7 +94,7 @@ def _ask_sglang(model: str, ids: Sequence[int], params: SamplingParams, seed: in
         "max_new_tokens": params.max_tokens,
         "temperature": params.temperature,
         "top_p": params.top_p,
-        "top_k": params.top_k,
+        "top_k": params.top_k if params.top_k > 0 else EVERY_TOKEN,
         "sampling_seed": seed,
         **NO_PENALTIES,
         # With ignore_eos it would ignore these too

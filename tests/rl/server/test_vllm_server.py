@@ -15,9 +15,10 @@ import torch
 from retool.checkpoint.hf.pretrained import load_pretrained
 from retool.engine import Engine, EngineOptions, SamplingParams
 from retool.model.build import ModelOptions
-from retool.model.families.read import read_model_config
+from retool.model.catalogue.families import read_model_config
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import Mesh
+from retool.rl.server.dialects import DIALECTS
 from retool.rl.server.fleet import ServersGone
 from tests.llm.models import write_model
 from tests.rl.server.test_servers import GREEDY, PROMPTS, engine_of, roll, scored, tokens_of
@@ -99,3 +100,12 @@ def test_a_server_that_was_started_otherwise_says_how_to(
             with warnings.catch_warnings(), pytest.raises(ServersGone, match=said):
                 warnings.simplefilter("ignore")
                 servers.sync(trained)
+
+
+def test_a_top_k_that_leaves_out_nothing_is_said_as_all_servers_know_it() -> None:
+    """SGLang 0.5.23 answers 400 to 0."""
+    for dialect in DIALECTS.values():
+        for top_k, said in ((0, -1), (-1, -1), (7, 7)):
+            params = SamplingParams(max_tokens=1, top_k=top_k)
+            body = dialect.ask("m", [5], params, 0).body
+            assert body.get("sampling_params", body)["top_k"] == said
