@@ -91,6 +91,9 @@ class Block(nn.Module, ABC):
         self.config = config
         self.index = index
         self.execution = execution
+        # Not while a backward runs `after` again: its numbers are read by nobody then, and what an
+        # MLP adds at its end may stay uncomputed
+        self.result_wanted = True
         # Functions of the class, called with the block: one compiled graph serves all layers
         before = type(self).sent
         after = type(self).after
@@ -275,9 +278,16 @@ def swiglu(
     down: torch.Tensor,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
+    *,
+    wanted: bool = True,
 ) -> torch.Tensor:
-    """down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202); `gate_up` [2·F, D] is both stacked."""
-    return gated_down(F.linear(x_tD, gate_up, gate_up_bias), down, down_bias, "silu")
+    """down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202); `gate_up` [2·F, D] is both stacked.
+
+    `wanted` as in `gated_down`: a block whose result is a plain sum with this one gives its own
+    `result_wanted`.
+    """
+    gate_up_tG = F.linear(x_tD, gate_up, gate_up_bias)
+    return gated_down(gate_up_tG, down, down_bias, "silu", wanted=wanted)
 
 
 def _compiled_after(after: Part) -> Part:

@@ -10,12 +10,16 @@ log-sum-exp, in long packs by chunk.
 Above `CHUNKED_FROM` tokens it exists for `CHUNK` of them at a time; the weights' gradients are
 added up over chunks in at least fp32 and rounded once.
 
+Nobody reads what `after` gives in a backward. Compiled on a GPU, an MLP's last product isn't computed
+there, where the block only adds it to something (`result_wanted`).
+
 Legend: t tokens of this rank · D model · E = query heads · head dim · F ffn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -41,6 +45,7 @@ class Block(Protocol):
 
     index: int
     after_is_local: bool
+    result_wanted: bool
     before_piece: Callable[..., Tensor]
     after_piece: Callable[..., Tensor]
 
@@ -162,6 +167,16 @@ def _trainable(block: Block) -> list[Tensor]:
     return [p for p in block.parameters() if p.requires_grad]
 
 
+@contextmanager
+def _result_unread(block: Block) -> Iterator[None]:
+    """What `after` gives meanwhile is only the end of a graph."""
+    block.result_wanted = False
+    try:
+        yield
+    finally:
+        block.result_wanted = True
+
+
 def _after_backward(
     block: Block, x_tD: Tensor, a_tE: Tensor, d_out: Tensor, beside: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Gradients]:
@@ -176,7 +191,7 @@ def _after_backward(
     for chunk in chunks:
         x = _plain(x_tD[chunk]).requires_grad_()
         a = _plain(a_tE[chunk]).requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), _result_unread(block):
             y = block.after_piece(block, x, a, *_part(beside, chunk))
         d_xc, d_ac, *grads = torch.autograd.grad(
             y, [x, a, *weights], d_out[chunk], allow_unused=True

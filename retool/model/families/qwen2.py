@@ -69,7 +69,7 @@ class Block(block.Block):
     def after(self, x_tD: torch.Tensor, a_tE: torch.Tensor) -> torch.Tensor:
         x_tD = x_tD + F.linear(a_tE, self.o)
         normed_tD = rms_norm(x_tD, self.norm_2, self.config.norm_eps)
-        return x_tD + swiglu(normed_tD, self.gate_up, self.down)
+        return x_tD + swiglu(normed_tD, self.gate_up, self.down, wanted=self.result_wanted)
 
     def stored(self) -> list[Stored]:
         return [

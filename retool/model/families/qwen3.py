@@ -87,7 +87,7 @@ class Block(block.Block):
     def after(self, x_tD: torch.Tensor, a_tE: torch.Tensor) -> torch.Tensor:
         x_tD = x_tD + F.linear(a_tE, self.o, self.o_bias)
         normed_tD = rms_norm(x_tD, self.norm_2, self.config.norm_eps)
-        return x_tD + swiglu(normed_tD, self.gate_up, self.down)
+        return x_tD + swiglu(normed_tD, self.gate_up, self.down, wanted=self.result_wanted)
 
     def head_norms(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.q_norm, self.k_norm

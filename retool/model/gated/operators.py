@@ -112,14 +112,18 @@ def gated_gradient(gate_up_tG: Tensor, flow_tF: Tensor, gelu: bool) -> Tensor:
 
 
 @triton_op("retool::gated_down", mutates_args=())
-def fused_gated_down(gate_up_tG: Tensor, down: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+def fused_gated_down(
+    gate_up_tG: Tensor, down: Tensor, bias: Tensor | None, gelu: bool, wanted: bool
+) -> Tensor:
     """`product.gated_down`; gelu or silu."""
+    if not wanted:
+        return gate_up_tG.new_empty((gate_up_tG.shape[0], down.shape[0]))
     return F.linear(gated_product(gate_up_tG, gelu), down, bias)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
-    gate_up_tG, down, _, gelu = inputs
+    gate_up_tG, down, _, gelu, _ = inputs
     ctx.save_for_backward(gate_up_tG, down)
     ctx.gelu = gelu
 
@@ -130,7 +134,7 @@ def _backward(ctx: Any, d_out_tD: Tensor) -> tuple[Tensor | None, ...]:
     d_gate_up_tG = gated_gradient(gate_up_tG, product_tF, ctx.gelu)
     d_down = d_out_tD.t() @ product_tF
     d_bias = d_out_tD.sum(0) if ctx.needs_input_grad[2] else None
-    return d_gate_up_tG, d_down, d_bias, None
+    return d_gate_up_tG, d_down, d_bias, None, None
 
 
 register_autograd("retool::gated_down", _backward, setup_context=_keep)

@@ -28,15 +28,21 @@ else:
 
 
 def gated_down(
-    gate_up_tG: Tensor, down: Tensor, bias: Tensor | None, activation: Activation
+    gate_up_tG: Tensor,
+    down: Tensor,
+    bias: Tensor | None,
+    activation: Activation,
+    *,
+    wanted: bool = True,
 ) -> Tensor:
     """down(act(gate) · up) + bias: [t, 2·F] → [t, D].
 
     `gate_up_tG` has gate's F columns before up's. SwiGLU with silu, GeGLU with gelu (Shazeer, arXiv
-    2002.05202), here in its tanh form.
+    2002.05202), here in its tanh form. Unless the result is `wanted`, it may be any numbers: its
+    gradients are right.
     """
     if fused_gated_down is not None and _has_kernel(gate_up_tG):
-        return fused_gated_down(gate_up_tG, down, bias, activation == "gelu_tanh")
+        return fused_gated_down(gate_up_tG, down, bias, activation == "gelu_tanh", wanted)
     gate, up = gate_up_tG.chunk(2, -1)
     gated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
     return F.linear(gated * up, down, bias)
