@@ -20,13 +20,19 @@ import tempfile
 import threading
 import traceback
 import types
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, TextIO
 
-from . import kept
+from . import kept, reductions, settings, variables, work_folder
 
 FILE = "main.py"
 # The return code that stands for an uncaught MemoryError; the parent reports it as memory_limit
 OUT_OF_MEMORY = 250
+# The modules whose functions programs can reach
+OF_PROGRAMS = [
+    __name__,
+    *(m.__name__ for m in (kept, reductions, settings, variables, work_folder)),
+]
 _FUTURE_FLAGS = 0x1FF0000 | 0x1000000  # of a code object: which __future__ imports it has
 _SPARE_BYTES = 64 << 20  # of address space, freed to print the traceback of a MemoryError
 
@@ -51,13 +57,12 @@ def run(job: dict[str, Any], base_address_space: int) -> NoReturn:
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     if not job.get("session"):
-        os._exit(_finish(_execute(job["code"], module.__dict__)))
-    folder = os.getcwd()
-    kept.restore(folder, module.__dict__)
-    code = _finish(_execute(job["code"], module.__dict__))
+        os._exit(_finish(_execute(job["code"], module.__dict__, {})))
+    session = kept.restore(os.getcwd(), module.__dict__)
+    code = _finish(_execute(job["code"], module.__dict__, session.lost))
     if code != OUT_OF_MEMORY:
         with contextlib.suppress(BaseException):  # the program's own, whatever it is
-            kept.keep(folder, module.__dict__)
+            kept.keep(session)
     os._exit(code)
 
 
@@ -79,9 +84,18 @@ def forget_origin() -> None:
         if name == here or name.startswith(here + "."):
             for fact in ("__file__", "__cached__", "__spec__", "__loader__", "__path__"):
                 vars(module).pop(fact, None)
-    for value in [*globals().values(), *vars(kept).values()]:
-        if isinstance(value, types.FunctionType) and value.__module__ in (__name__, kept.__name__):
-            value.__code__ = _elsewhere(value.__code__)
+        for function in _functions_of(module) if name in OF_PROGRAMS else ():
+            function.__code__ = _elsewhere(function.__code__)
+
+
+def _functions_of(module: types.ModuleType) -> Iterator[types.FunctionType]:
+    """Those that a module and its classes define."""
+    for value in list(vars(module).values()):
+        if getattr(value, "__module__", None) != module.__name__:
+            continue
+        for part in vars(value).values() if isinstance(value, type) else [value]:
+            if isinstance(part, types.FunctionType):
+                yield part
 
 
 def _elsewhere(code: types.CodeType) -> types.CodeType:
@@ -143,8 +157,10 @@ def _writer(fd: int) -> TextIO:
     )
 
 
-def _execute(code: str, namespace: dict[str, Any]) -> int:
-    """The return code, after printing what Python would have printed about an exception."""
+def _execute(code: str, namespace: dict[str, Any], lost: Mapping[str, str]) -> int:
+    """The return code, after printing what Python would have printed about an exception; of a
+    variable that is among those `lost`, why it isn't there.
+    """
     linecache.cache[FILE] = (len(code), None, code.splitlines(keepends=True), FILE)
     try:
         _run_as_cell(code, namespace)
@@ -158,6 +174,8 @@ def _execute(code: str, namespace: dict[str, Any]) -> int:
         return OUT_OF_MEMORY
     except BaseException as error:  # the program's own, whatever it is
         _print_traceback(error)
+        if why := kept.why_missing(error, lost):
+            print(why, file=sys.stderr)
         return 1
     return 0
 

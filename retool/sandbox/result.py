@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from .kept import SNAPSHOT
+from .kept import RESTORING, SNAPSHOT
 
 Status = Literal[
     "success", "error", "timeout", "memory_limit", "output_limit", "process_limit", "sandbox_error"
@@ -98,7 +98,12 @@ class Result:
     @property
     def session(self) -> bytes:
         """What the next program of its session is given; b"" where it left nothing, or died."""
-        return self.files.get(SNAPSHOT, b"")
+        return b"" if self.died_restoring else self.files.get(SNAPSHOT, b"")
+
+    @property
+    def died_restoring(self) -> bool:
+        """Whether it died of what the program before it had left."""
+        return self.files.get(SNAPSHOT) == RESTORING
 
     @property
     def infrastructure(self) -> bool:

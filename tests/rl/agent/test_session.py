@@ -18,7 +18,7 @@ from retool.rl.agent.tools import interpreter
 from retool.rl.agent.tools.interpreter import CodeInterpreter, InterpreterConfig
 from retool.rl.agent.tools.load import RunLimits, load_tools
 from retool.rl.agent.tools.protocol import ToolResult
-from retool.rl.agent.tools.session import ENDED, InterpreterSession
+from retool.rl.agent.tools.session import ENDED, UNDONE, InterpreterSession
 from retool.rl.preflight.interpreters import row_file_faults
 from retool.rl.types import Stop
 from tests.rl.agent.test_rollout import called, parts_of, prompt_of
@@ -89,15 +89,15 @@ def test_a_row_s_files_are_there_when_a_session_begins(tool) -> None:
         programs = (
             "import os\nprint(open('data.csv').read(), 'of_other_rows.csv' in os.listdir())",
             "open('data.csv', 'a').write('Rome,7\\n')\nprint(len(open('data.csv').readlines()))",
-            "print(open('data.csv').read().split()[-1])\nos._exit(0)",  # the session ends
+            "print(open('data.csv').read().split()[-1])\nopen('data.csv', 'w').close()\nos._exit(0)",
             "print(len(open('data.csv').readlines()))",
         )
         return [await tool.call_state(state, {"code": code}) for code in programs]
 
-    first, changes, last, anew = [result.text for result in asyncio.run(main())]
+    first, changes, last, after = [result.text for result in asyncio.run(main())]
     assert first.split() == ["town,price", "Riga,5", "False"]
-    assert changes.splitlines()[-1] == "3" and last.startswith("Rome,7\n") and last.endswith(ENDED)
-    assert anew == "2"
+    assert changes.splitlines()[-1] == "3"
+    assert last.startswith("Rome,7\n") and last.endswith(UNDONE) and after == "3"
 
 
 def test_without_a_session_a_row_s_files_are_there_in_each_call(tool) -> None:
@@ -146,25 +146,134 @@ def test_what_was_there_before_an_error_is_kept(tool) -> None:
 
 
 def test_what_can_t_be_kept_is_told_and_the_rest_is_kept(tool) -> None:
-    first, second = talk(tool, "a = [1]\nb = a\ng = (i for i in a)", "b.append(2)\nprint(a)\ng")
+    first, second, third = talk(
+        tool,
+        "a = [1]\nb = a\ng = (i for i in a)",
+        "b.append(2)\nprint(a)\ng",
+        "try:\n    g\nexcept NameError:\n    g = 3\nother",
+    )
     assert "[not kept for the next call: g (generator)]" in first.text
     assert second.text.startswith("[1, 2]\n") and "NameError: name 'g'" in second.text
+    told = "[g (generator) was defined by an earlier call, and couldn't be kept]"
+    assert second.text.endswith(told)
+    assert "NameError: name 'other'" in third.text and "couldn't" not in third.text
+
+
+def test_what_is_lost_is_told_although_the_program_floods_its_output(tool) -> None:
+    (only,) = talk(tool, "g = (i for i in [])\nprint('x' * 200_000)")
+    assert only.text.endswith("[not kept for the next call: g (generator)]")
+
+
+def test_what_runs_or_leads_out_of_the_program_is_not_kept(tool) -> None:
+    runs = """
+import sqlite3, subprocess, sys, threading, time
+waits = threading.Thread(target=time.sleep, args=(60,), daemon=True)
+waits.start()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+table = sqlite3.connect(":memory:")
+done = threading.Thread(target=len, args=("",))
+done.start()
+"""
+    first, second = talk(tool, runs, "print(done.is_alive())\nwaits")
+    lost = "waits (Thread), child (Popen), table (Connection)"
+    assert first.text == f"[not kept for the next call: {lost}]"
+    assert second.text.startswith("False\n")
+
+
+def test_classes_files_and_what_libraries_are_set_to_live_on(tool) -> None:
+    """What dill alone would lose, or bring back as something else, without a word."""
+    defines = """
+import decimal, enum, mpmath, os, sys, typing, warnings
+import numpy as np
+os.makedirs("below/empty")
+os.chdir("below")
+class Colour(enum.Enum):
+    RED = 1
+    ALIAS = 1
+    BLUE = "b"
+    def shout(self): return self.name + "!"
+class Planet(enum.Enum):
+    EARTH = (2, 3)
+    def __init__(self, mass, radius): self.mass = mass
+T = typing.TypeVar("T", bound=int)
+class Box(typing.Generic[T]):
+    pass
+red = Colour.RED
+written = open("out.txt", "w")
+written.write("first ")
+open("in.txt", "w").write("one\\ntwo\\n")
+read = open("in.txt")
+read.readline()
+with open("in.txt") as closed: pass
+table = np.arange(6).reshape(2, 3)
+row = table[1]
+primes = [True] * 1000
+same = primes
+say = sys.stdout.write
+sys.setrecursionlimit(4321)
+decimal.getcontext().prec = 5
+mpmath.mp.dps = 40
+np.set_printoptions(precision=2)
+warnings.simplefilter("ignore")
+os.environ["TOWN"] = "Riga"
+os.symlink("in.txt", "link")
+6 * 7
+"""
+    uses = """
+print(_, red is Colour.RED, Colour.ALIAS is red, red.shout(), Colour("b"), Planet.EARTH.mass)
+print(Box[int], T.__bound__)
+print(written.write("second"), written.flush(), read.readline().strip(), closed.closed)
+row[0] = 9
+same[3] = False
+say(f"{table[1, 0]} {primes[3]}\\n")
+print(sys.getrecursionlimit(), decimal.Decimal(1) / 3, mpmath.mp.dps, np.array([1 / 3]), os.environ["TOWN"])
+warnings.warn("nobody is to see this")
+print(open("out.txt").read(), open("link").read().split())
+print(sorted(os.listdir(".")), os.listdir(".."))
+"""
+    first, second = talk(tool, defines, uses)
+    assert first.text == "42"
+    assert second.text.splitlines() == [
+        "42 True True RED! Colour.BLUE 2",
+        "__main__.Box[int] <class 'int'>",
+        "6 None two True",
+        "9 False",
+        "4321 0.33333 40 [0.33] Riga",
+        "first second ['one', 'two']",
+        "['empty', 'in.txt', 'link', 'out.txt'] ['below']",
+    ]
+    assert talk(tool, defines, "pass", uses)[2].text == second.text
 
 
 @pytest.mark.parametrize(
     ("death", "said"),
     [
         pytest.param("import os; os._exit(0)", "[no output]", marks=pytest.mark.slow),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+        ("a = 2\nimport os, signal; os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
         pytest.param("b = bytearray(2 << 30)", "MemoryError", marks=pytest.mark.slow),
-        ("b = bytes(20 << 20)", "a session keeps 12 MB at most"),
     ],
 )
-def test_a_program_that_dies_ends_the_session(tool, death, said) -> None:
-    _, died, after = talk(tool, "a = 1", death, "a = 5\nprint('a' in globals())\na")
-    assert said in died.text and died.text.endswith(ENDED)
-    assert after.text == "True\n5"
-    assert "NameError" in talk(tool, "a = 1", death, "a")[2].text
+def test_a_program_that_dies_loses_what_it_did_and_no_more(tool, death, said) -> None:
+    defines = "a = 1\nopen('a.txt', 'w').write('kept')"
+    _, died, after = talk(tool, defines, death, "print(a, open('a.txt').read())")
+    assert said in died.text and died.text.endswith(UNDONE)
+    assert after.text == "1 kept"
+
+
+def test_where_there_is_too_much_the_largest_are_left_out(tool) -> None:
+    """Also a file; and what is larger than a program's own memory would let it be copied."""
+    large = """
+small = 3
+data = b"." * (13 << 20)
+huge = bytearray(100 << 20)
+with open("data.bin", "wb") as file: file.write(data)
+"""
+    first, second = talk(tool, large, "import os\nprint(small, os.listdir())\ndata")
+    told = first.text
+    assert "data (bytes, 13 MB)" in told and "data.bin (a file of 13 MB)" in told
+    assert "huge (bytearray, more than 64 MB)" in told
+    assert told.endswith("; a session keeps 12 MB at most]")
+    assert second.text.startswith("3 []\n") and "[data (bytes, 13 MB) was" in second.text
 
 
 def test_the_session_s_time_is_bounded_and_so_is_a_call_s(tool) -> None:
@@ -176,7 +285,7 @@ def test_the_session_s_time_is_bounded_and_so_is_a_call_s(tool) -> None:
     finally:
         tool.interpreter.config = kept
     assert [result.status for result in results[1:]] == ["timeout"] * 3
-    assert results[1].text.endswith(ENDED)
+    assert results[1].text.endswith(UNDONE)
     assert results[-1].text == "TimeoutError: the session's 1 s are used up."
 
 
@@ -188,10 +297,14 @@ class Exits:
 bad = Exits()
 a = 1
 """
-    first, second, third = talk(tool, leaves, "print('a' in globals())", "print(3)")
+    first, second, third = talk(tool, leaves, "print(a)\nbad", "print(3)")
     assert first.text == "[no output]"
-    assert second.text.endswith("\nFalse") and "can't be restored: SystemExit: 7" in second.text
+    assert "[bad can't be restored: SystemExit: 7]" in second.text
+    assert second.text.startswith("1\n") and "NameError: name 'bad'" in second.text
     assert third.text == "3"
+    dies = leaves.replace("exit, (7,)", "__import__('os')._exit, (7,)")
+    _, died, anew = talk(tool, dies, "a", "print('a' in globals())")
+    assert died.text.endswith(ENDED) and anew.text == "False"
     stays = "class Sits:\n    def __reduce__(self): exit(7)\nbad = Sits()\na = 1"
     first, second = talk(tool, stays, "a")
     assert "not kept for the next call: bad (Sits)" in first.text and second.text == "1"

@@ -11,10 +11,8 @@ from retool.rl.agent.tools.of_row import kwargs_of
 from retool.rl.agent.tools.protocol import ToolResult
 from retool.sandbox import Result
 
-ENDED = (
-    "[The session ended with this program: what was defined before is gone, and the next call begins "
-    "anew.]"
-)
+UNDONE = "[What this program defined is lost; what was there before it is there again.]"
+ENDED = "[What was defined before can't be restored: it is gone, and the next call begins anew.]"
 
 
 @dataclass
@@ -60,10 +58,15 @@ class InterpreterSession:
         files = {} if state.left else state.files
         result = await self.interpreter.run(code, timeout, state.left, files)
         state.seconds += result.execution_time
+        if result.infrastructure:
+            return result_of(result)
+        if result.died_restoring:
+            state.left = b""
+            return _with_note(result, ENDED)
+        if not result.session:  # `left` stays: the next call finds what this one found
+            return _with_note(result, UNDONE)
         state.left = result.session
-        # A sandbox that failed isn't the program's end: the call is told as lost, not the session
-        # as over.
-        return result_of(result) if state.left or result.infrastructure else _ended(result)
+        return result_of(result)
 
     async def close_state(self, state: Notebook) -> None:
         state.left = b""
@@ -72,7 +75,7 @@ class InterpreterSession:
         await self.interpreter.close()
 
 
-def _ended(result: Result) -> ToolResult:
-    """The answer to a program that left nothing: it died, or was killed, or left too much."""
-    text = f"{result_text(result)}\n{ENDED}"
+def _with_note(result: Result, note: str) -> ToolResult:
+    """The answer to a program that left nothing: it died, or was killed."""
+    text = f"{result_text(result)}\n{note}"
     return ToolResult(text, result.status, result.execution_time, result.queue_seconds)

@@ -1,0 +1,141 @@
+"""Variables as bytes, and back. Executes inside the cell.
+
+Each is a record of its own, so that one that can't be had costs no other. All are in one stream, so
+that what they share stays shared.
+
+[Note: memo] A pickle refers to what it has written before by a number. One pickler writes all
+records, so a record may refer to an earlier one. Where a record can't be read, what it would have
+numbered is forgotten. A later record that refers to it can't be read either, and doesn't get half
+an object.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import reductions
+
+# A name, where its record begins, how many objects were written before it
+Entry = tuple[str, int, int]
+
+
+class Bounded(io.BytesIO):
+    """Takes `MOST_BYTES` from `begin` on, and no more."""
+
+    begin = 0
+
+    def write(self, data: Any, /) -> int:
+        if self.tell() - self.begin + len(data) > reductions.MOST_BYTES:
+            raise reductions.TooLarge
+        return super().write(data)
+
+
+def dump(variables: Mapping[str, Any], room: int) -> tuple[bytes, list[Entry], dict[str, str]]:
+    """The stream, of `room` bytes at most, its entries, and what had to be left out: name → what it
+    is. Where there is too little room the largest go first.
+    """
+    wanted = dict(variables)
+    left_out: dict[str, str] = {}
+    while True:
+        stream, entries, failed = _write(wanted)
+        if failed:
+            found = _troubles(wanted)
+            # It may fail only beside others
+            found = found or {failed: _kind(wanted[failed])}
+        elif len(stream) <= room:
+            return stream, entries, left_out
+        else:
+            found = _largest(wanted, stream, entries, room)
+        for name in found:
+            del wanted[name]
+        left_out.update(found)
+
+
+def _largest(
+    wanted: Mapping[str, Any], stream: bytes, entries: Sequence[Entry], room: int
+) -> dict[str, str]:
+    """So many of the largest that the others have room."""
+    sizes: dict[str, int] = {}
+    end = len(stream)
+    for name, begin, _ in reversed(entries):
+        sizes[name] = end - begin
+        end = begin
+    over = len(stream) - room
+    found: dict[str, str] = {}
+    for name in largest_first(sizes):
+        if over <= 0:
+            break
+        over -= sizes[name]
+        kind = _kind(wanted[name])
+        found[name] = f"{kind}, {megabytes(sizes[name])}"
+    return found
+
+
+def largest_first(sizes: Mapping[str, int]) -> list[str]:
+    """The names, by their bytes."""
+    return sorted(sizes, key=lambda name: sizes[name], reverse=True)
+
+
+def megabytes(count: int) -> str:
+    """Bytes, as a user reads them."""
+    return f"{count / (1 << 20):.0f} MB"
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def _write(variables: Mapping[str, Any]) -> tuple[bytes, list[Entry], str]:
+    """The last is the first variable that can't be written, or ""."""
+    target = Bounded()
+    pickler = reductions.make_pickler(target, variables)
+    entries: list[Entry] = []
+    for name, value in variables.items():
+        target.begin = target.tell()
+        known = len(pickler.memo)
+        entries.append((name, target.begin, known))
+        try:
+            pickler.dump(value)
+        except BaseException:  # whatever the program's own objects raise
+            return b"", [], name
+    return target.getvalue(), entries, ""
+
+
+def _troubles(variables: Mapping[str, Any]) -> dict[str, str]:
+    """Those that can't be written each by itself: what they are."""
+    most = megabytes(reductions.MOST_BYTES)
+    found: dict[str, str] = {}
+    for name, value in variables.items():
+        target = Bounded()
+        pickler = reductions.make_pickler(target, {name: value})
+        try:
+            pickler.dump(value)
+        except reductions.TooLarge:
+            found[name] = f"{_kind(value)}, more than {most}"
+        except BaseException:  # whatever the program's own objects raise
+            found[name] = _kind(value)
+    return found
+
+
+def load(stream: bytes, entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(the variables, why others can't be had)."""
+    import dill
+
+    source = io.BytesIO(stream)
+    unpickler = dill.Unpickler(source)
+    found: dict[str, Any] = {}
+    broken: dict[str, str] = {}
+    for name, begin, known in entries:
+        if broken:
+            source.seek(begin)
+            memo = unpickler.memo.copy()
+            unpickler = dill.Unpickler(source)
+            unpickler.memo = {number: value for number, value in memo.items() if number < known}
+        try:
+            found[name] = unpickler.load()
+        except BaseException as error:  # whatever the program's own objects raise
+            kind = _kind(error)
+            broken[name] = f"{kind}: {error}"
+    return found, broken
