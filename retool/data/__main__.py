@@ -22,7 +22,7 @@ from retool.data.read.library import Part
 from retool.data.read.row_format import AUTO, FORMATS, RowFormat
 from retool.data.read.source import RowSource
 from retool.data.render.renderer import make_renderer
-from retool.data.render.rendering import HISTORIES, Rendering
+from retool.data.render.rendering import HISTORIES, INLINE_OUTPUTS, Rendering
 from retool.data.tokenise import TRUNCATIONS, LengthLimit
 from retool.data.tokens.load import load_tokenizer, other_tokens
 from retool.files.html import write_page
@@ -87,6 +87,13 @@ def _add_rendering(own: argparse.ArgumentParser) -> None:
         choices=HISTORIES,
         default="error",
         help="templates that rewrite history (data.multiturn.history; default %(default)s)",
+    )
+    own.add_argument(
+        "--inline-outputs",
+        choices=INLINE_OUTPUTS,
+        default="error",
+        help="<interpreter>…</interpreter> in assistants' texts (data.multiturn.inline_outputs; "
+        "default %(default)s)",
     )
     own.add_argument("--chat-template", help="hermes, or a jinja file (data.chat_template)")
     own.add_argument(
@@ -219,6 +226,7 @@ def _rendering(options: argparse.Namespace) -> Rendering:
         drop_reasoning=options.drop_reasoning,
         reasoning_in_content=options.reasoning_in_content,
         history=options.history,
+        inline_outputs=options.inline_outputs,
     )
 
 

@@ -197,7 +197,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _name(rows: RowSource, renderer: Renderer, limit: LengthLimit) -> str:
     """The name of a cache: a hash of everything that its content depends on."""
-    choices = repr((limit, renderer.rendering.history))
+    rendering = renderer.rendering
+    choices = repr((limit, rendering.history, rendering.inline_outputs))
     identity = [*rows.identity(), renderer.fingerprint(), choices, _code()]
     return hashlib.sha256("\0".join(identity).encode()).hexdigest()[:32]
 

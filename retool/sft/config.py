@@ -27,6 +27,11 @@ class MultiturnConfig:
         "For templates that rewrite earlier turns: error = refuse; last = train only turns whose "
         "context is what inference would show; split = one sample per assistant turn.",
     )
+    inline_outputs: Literal["error", "mask", "train"] = option(
+        "error",
+        "For assistant texts with <interpreter>…</interpreter> behind </code>, as ReTool writes what "
+        "programs print: error = refuse; mask = show it and don't train it; train = train it, too.",
+    )
 
 
 @dataclass(frozen=True)

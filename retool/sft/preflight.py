@@ -216,6 +216,7 @@ def rendering_of(config: SFTConfig, day: str) -> Rendering:
         drop_reasoning=data.drop_reasoning,
         reasoning_in_content=data.reasoning_in_content,
         history=data.multiturn.history,
+        inline_outputs=data.multiturn.inline_outputs,
     )
 
 
@@ -272,6 +273,7 @@ def audit_command(config: SFTConfig, files: Sequence[str]) -> str:
         "--model": config.model.partial_pretrain,
         "--max-length": data.max_length,
         "--history": multi.history,
+        "--inline-outputs": multi.inline_outputs,
         "--chat-template": data.chat_template,
         "--template-date": data.template_date,
         "--template-kwargs": json.dumps(dict(data.apply_chat_template_kwargs)),

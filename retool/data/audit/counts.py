@@ -53,6 +53,7 @@ class Tally:
     control_text: int = 0  # rows in which somebody's text holds a control token, which stays text
     # Trained turns without what the row says was thought (data.drop_reasoning)
     dropped_thoughts: int = 0
+    masked_outputs: int = 0
     empty_turns: int = 0  # assistant turns without text or call
     lengths: Counter[int] = field(default_factory=Counter)
     shares: Counter[int] = field(default_factory=Counter)
@@ -163,6 +164,7 @@ def _count_row(
     tally.control_text += any(piece.quoted for parts in pieces for piece in parts)
     if not prompts:
         tally.dropped_thoughts += renderer.dropped_thoughts(conversation)
+        tally.masked_outputs += renderer.masked_outputs(conversation)
     _count_messages(tally, conversation)
 
 

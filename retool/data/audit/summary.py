@@ -82,6 +82,11 @@ def _notes(tally: Tally) -> list[tuple[str, str]]:
             "turns are trained without what they think (data.drop_reasoning)",
         ),
         (
+            "outputs amid turns",
+            tally.masked_outputs,
+            "outputs of programs are shown and not trained (data.multiturn.inline_outputs)",
+        ),
+        (
             "empty assistant turns",
             tally.empty_turns,
             "turns without text or call: only their end is trained",

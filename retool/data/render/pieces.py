@@ -16,6 +16,7 @@ from typing import Any
 
 from retool.data.read.rows import Conversation
 from retool.data.render.hide_control_tokens import cut_hidden, hidden_text
+from retool.data.render.inline_outputs import outputs_apart
 from retool.data.render.mask import cut, trained_messages
 from retool.data.render.rendering import Rendering
 from retool.data.template.completeness import (
@@ -63,7 +64,8 @@ class PieceMaker:
         settled = settle_thoughts(
             conversation, rendering.drop_reasoning, rendering.reasoning_in_content
         )
-        return cut_hidden(settled, self.controls, self._samples)
+        samples = cut_hidden(settled, self.controls, self._samples)
+        return [outputs_apart(settled, pieces, rendering.inline_outputs) for pieces in samples]
 
     def of_prompt(self, conversation: Conversation) -> list[Piece]:
         """The pieces of a prompt, generation prompt included. Raises RowError."""

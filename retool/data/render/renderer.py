@@ -23,6 +23,7 @@ from retool.data.read.chunk import RowError
 from retool.data.read.rows import Conversation
 from retool.data.render.between_turns import Glue, Setting
 from retool.data.render.hide_control_tokens import structure_of
+from retool.data.render.inline_outputs import OUTPUT
 from retool.data.render.mask import mask_of, trained_messages
 from retool.data.render.pieces import PieceMaker
 from retool.data.render.rendering import Rendering
@@ -77,8 +78,10 @@ class Renderer:
         """
         key = repr(rendering)
         if key not in self.variants:
-            if replace(rendering, history=self.rendering.history) == self.rendering:
-                # Only the history is another: what was learnt of template and tokenizer holds.
+            now = self.rendering
+            alike = replace(rendering, history=now.history, inline_outputs=now.inline_outputs)
+            if alike == now:
+                # Only the mask is another: what was learnt of template and tokenizer holds.
                 made = copy.copy(self)
                 made.rendering = rendering
             else:
@@ -167,6 +170,13 @@ class Renderer:
             return 0
         trained = [conversation.messages[i] for i in trained_messages(conversation)]
         return sum(bool(thoughts(message)) for message in trained)
+
+    def masked_outputs(self, conversation: Conversation) -> int:
+        """How many outputs of programs amid trained turns `inline_outputs` leaves untrained."""
+        if self.rendering.inline_outputs != "mask":
+            return 0
+        trained = [conversation.messages[i] for i in trained_messages(conversation)]
+        return sum(len(OUTPUT.findall(message["content"])) for message in trained)
 
     # -- tokens --
 

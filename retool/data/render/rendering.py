@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HISTORIES = ("error", "last", "split")
+INLINE_OUTPUTS = ("error", "mask", "train")
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,10 @@ class Rendering:
     <think>…</think> at the beginning of the content. `history` says what becomes of a conversation
     whose template shows earlier turns otherwise once later ones exist: an error, only the turns
     that stay are trained (`last`), or every turn is a sample of its own (`split`).
+    `inline_outputs` says whether what programs print in the middle of an assistant's text
+    (<interpreter>…</interpreter>) is an error, context (`mask`), or the assistant's (`train`).
 
-    Raises ValueError for an unknown `history`.
+    Raises ValueError for an unknown `history` or `inline_outputs`.
     """
 
     chat_template: str | None = None
@@ -29,9 +32,15 @@ class Rendering:
     drop_reasoning: bool = False
     reasoning_in_content: bool = False
     history: str = "error"
+    inline_outputs: str = "error"
 
     def __post_init__(self) -> None:
         if self.history not in HISTORIES:
             raise ValueError(
                 f"data.multiturn.history={self.history} is unknown: use {', '.join(HISTORIES)}."
+            )
+        if self.inline_outputs not in INLINE_OUTPUTS:
+            raise ValueError(
+                f"data.multiturn.inline_outputs={self.inline_outputs} is unknown: use "
+                f"{', '.join(INLINE_OUTPUTS)}."
             )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from retool.data.read.refused_rows import kind_of
 from retool.data.read.rows import Conversation
+from retool.data.render.inline_outputs import CLOSES, OPENS
 from retool.data.template.completeness import TemplateFault
 from retool.data.template.thoughts import field_of, thoughts
 
@@ -27,6 +28,10 @@ MOST_TRIED = 100
 HISTORY = {
     "split": "data.multiturn.history=split (it makes a sample of every turn)",
     "last": "data.multiturn.history=last (it trains only the turns that stay)",
+}
+INLINE_OUTPUTS = {
+    "mask": "data.multiturn.inline_outputs=mask (it trains what stands around the outputs)",
+    "train": "data.multiturn.inline_outputs=train (it trains the outputs, too)",
 }
 
 
@@ -87,6 +92,10 @@ def _candidates(renderer: Renderer, conversation: Conversation) -> Iterator[WayO
     yield from settings
     if strict:
         yield from (_and_split(way) for way in settings)
+    said = [conversation.messages[i]["content"] for i in conversation.assistant_turns]
+    if any(tag in text for text in said for tag in (OPENS, CLOSES)):
+        for choice, words in INLINE_OUTPUTS.items():
+            yield WayOut(words, replace(now, inline_outputs=choice))
     if now.chat_template != "hermes":
         yield WayOut("data.chat_template=hermes", replace(now, chat_template="hermes"))
     if _leaves_thoughts(now) and any(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from retool.data.render.inline_outputs import CLOSES, CODE_ENDS, OPENS
 from retool.rl.agent.reading.call import Call, Schemas, function_of
 from retool.rl.agent.reading.form import Format, Found, Inline, Mark
 
@@ -80,5 +81,5 @@ RETOOL = Format(
     opens=CODE_ELEMENT,
     read=read_element,
     in_thoughts=True,
-    inline=Inline("</code>", "<interpreter>", "</interpreter>"),
+    inline=Inline(CODE_ENDS, OPENS, CLOSES),
 )
