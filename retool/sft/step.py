@@ -73,9 +73,9 @@ def train_step(
         for number, batch in enumerate(micro_batches, 1):
             if beat is not None:
                 beat()
-            with (
-                model.no_sync() if hold_gradients and number < len(micro_batches) else nullcontext()
-            ):
+            last = number == len(micro_batches)
+            held = model.no_sync() if hold_gradients else nullcontext()
+            with model.last_backward() if last else held:
                 with counted(balance, optimizer.loss_scale.value):
                     # 1: all answers of a batch may have been cut off
                     loss = loss_sum(model, batch) / max(trained_tokens, 1)

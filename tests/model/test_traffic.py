@@ -203,6 +203,17 @@ def test_a_step_by_hand() -> None:
     assert found.exposed["reducing"] == pytest.approx(6 + 4 * edge)
 
 
+def test_replicas_are_added_up_beside_the_backward() -> None:
+    """Three blocks of two seconds back, whose sums over the replicas take three."""
+    config = replace(decoder_config(4, 2, layers=3), vocab=1)
+    plan = Plan(2, replicas=2, tokens=8)
+    embed, block, *_ = [unit.shard_numel for unit in plan_layout(config, 2).units]
+    machines = replace(NO_LATENCY, inside=1e15, between=2 * block * 4 / 3)
+    found = expected(config, plan, machines, Work(1.0, 2.0))
+    # They leave at 2, 4 and 6, and follow each other from 2 to 11; the embedding's is behind them
+    assert found.exposed["replicas"] == pytest.approx(11 + 3 * embed / block - 6)
+
+
 def test_the_better_layout_depends_on_the_network() -> None:
     config = decoder_config(4, 2, layers=6)
     plan = Plan(8, tokens=4096, micro_batches=8)

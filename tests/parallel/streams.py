@@ -167,6 +167,7 @@ def watched() -> Iterator[Streams]:
     """Streams instead of CUDA's for `retool.parallel.fsdp.overlap` and what stands on it;
     collectives are done at once.
     """
+    from retool.parallel import collectives
     from retool.parallel.fsdp import overlap
 
     streams = Streams()
@@ -178,8 +179,13 @@ def watched() -> Iterator[Streams]:
 
         return run
 
+    def sum_over(shard: Tensor, group: Any) -> None:
+        streams.access([(shard, True)], "all_reduce")
+        collectives.sum_over(shard, group)
+
     def start(self: overlap.Overlap, device: torch.device) -> None:
         self.gather_stream, self.reduce_stream = Stream(), Stream()  # type: ignore[assignment]
+        self.replica_stream = Stream()  # type: ignore[assignment]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", Stream)
@@ -190,5 +196,6 @@ def watched() -> Iterator[Streams]:
         patch.setattr(overlap.Overlap, "__init__", start)
         for name in ("all_gather_flat", "reduce_scatter_flat"):
             patch.setattr(overlap, name, noted(getattr(overlap, name)))
+        patch.setattr(overlap, "sum_over", sum_over)
         with streams:
             yield streams

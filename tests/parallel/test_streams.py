@@ -93,6 +93,49 @@ def test_sharding_of_every_case(more: dict[str, Any], hold: bool) -> None:
     run_ranks(steps, 2, CASES, more, hold)
 
 
+def replicated(fsdp_size: int, hold: bool) -> None:
+    """Two steps of two micro-batches, whose gradients are added up over replicas."""
+    with watched():
+        module, units, loss = made("twice")
+        model = shard(module.float(), units, make_mesh(fsdp_size=fsdp_size))
+        optimizer = AdamW(model, AdamWOptions())
+        first, second, *_ = data().flatten(0, 1).bfloat16()
+        for _ in range(2):
+            model.zero_grad()
+            with model.no_sync() if hold else nullcontext():
+                loss(model, first).backward()
+            with model.last_backward():
+                loss(model, second).backward()
+            optimizer.step(1e-3)
+
+
+BROKEN_SUMS: dict[str, tuple[type, str, Callable[..., Any]]] = {
+    "a sum over replicas doesn't wait for the reduction": (Stream, "wait_stream", lambda *_: None),
+    "the optimizer doesn't wait for the sums": (Gradients, "wait", Gradients.settle),
+}
+
+
+def replicas(fsdp_size: int) -> list[str]:
+    """Which of the broken orders are noticed."""
+    for hold in (False, True):
+        replicated(fsdp_size, hold)
+    found = []
+    for name, (place, method, instead) in BROKEN_SUMS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, method, instead)
+            try:
+                replicated(fsdp_size, False)
+            except Unordered:
+                found.append(name)
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "fsdp_size"), [(4, 2), (2, 1)])
+def test_each_order_of_replicas_is_needed(ranks: int, fsdp_size: int) -> None:
+    for found in run_ranks(replicas, ranks, fsdp_size):
+        assert found == list(BROKEN_SUMS)
+
+
 def released_unseen(unit: Unit) -> None:
     unit.weights.in_use = None
 
@@ -126,7 +169,7 @@ BROKEN: dict[str, tuple[str, type, str, Callable[..., Any]]] = {  # case, what i
     "the optimizer doesn't wait for the reductions": (
         "twice",
         Gradients,
-        "wait",
+        "settle",
         lambda _: None,
     ),
 }

@@ -21,8 +21,8 @@ from retool.parallel.ulysses import HeadPlan
 #                        embedding's backward needs no weights
 #     reducing           reduce-scatter of N in the dtype of the reduction, in each micro-batch, or
 #                        once in a step where gradients are held
-#     replicas (HSDP)    one all-reduce of a rank's whole gradient, the sum of N/S in at least fp32, in
-#                        a step
+#     replicas (HSDP)    all-reduce of a rank's part of the gradient, N/S in at least fp32, once in a
+#                        step
 #     sequence (Ulysses) in each layer and micro-batch q, k and v to the heads' ranks and attention's
 #                        result back: twice in the forward, twice in the backward, and twice more
 #                        where the backward computes the block again
@@ -86,6 +86,7 @@ class Use:
     late: bool  # its weights aren't there: their gather starts now
     ahead: int | None  # whose gather starts beside it
     reduces: bool  # its gradients leave when it is done
+    completes: bool  # and are added up over the replicas: nothing more comes in this step
 
     @property
     def gathers(self) -> Iterator[int]:
@@ -111,15 +112,18 @@ def uses(config: ModelConfig, plan: Plan) -> Iterator[Use]:
             has_next = plan.forward_prefetch and place < ends and unit + 1 < count
             following = unit + 1 if has_next else None
             ahead = following if held.lacks(following) else None
-            yield Use(unit, place == ends, False, late, ahead, False)
-        due = plan.shards > 1 and (not plan.hold or micro_batch + 1 == plan.micro_batches)
+            yield Use(unit, place == ends, False, late, ahead, False, False)
+        last = micro_batch + 1 == plan.micro_batches
+        due = plan.shards > 1 and (not plan.hold or last)
         for place, unit in reversed([*enumerate(forward)]):
             head = place == ends
             late = (unit > 0 or head) and held.lacks(unit)
             before = unit - 1 if unit > 1 else None
             ahead = before if held.lacks(before) else None
-            reduces = due and not (head and config.tied)
-            yield Use(unit, head, True, late, ahead, reduces)
+            # A tied matrix waits for the embedding's gradient
+            whole = not (head and config.tied)
+            completes = last and whole and plan.replicas > 1
+            yield Use(unit, head, True, late, ahead, due and whole, completes)
 
 
 class _Held:
@@ -155,13 +159,11 @@ def reducing(config: ModelConfig, plan: Plan, unit: int) -> Exchange:
     return Exchange("reducing", "reduce-scatter", plan.shards, sent)
 
 
-def replicas(config: ModelConfig, plan: Plan) -> Iterator[Exchange]:
-    """What adds the replicas' gradients up."""
-    ranks = plan.replicas
-    if ranks > 1:
-        own = plan_layout(config, plan.shards).shard_numel
-        sent = 2 * _others(own * plan.gradient_bytes, ranks)
-        yield Exchange("replicas", "all-reduce", ranks, sent, plan.shards)
+def adding(config: ModelConfig, plan: Plan, unit: int) -> Exchange:
+    """What adds a unit's gradients up over the replicas."""
+    own = plan_layout(config, plan.shards).units[unit].shard_numel
+    sent = 2 * _others(own * plan.gradient_bytes, plan.replicas)
+    return Exchange("replicas", "all-reduce", plan.replicas, sent, plan.shards)
 
 
 def sequence(
@@ -208,7 +210,8 @@ def step_exchanges(config: ModelConfig, plan: Plan, sp_rank: int = 0) -> Iterato
             yield from sequence(config, plan, use.backward, sp_rank)
         if use.reduces:
             yield reducing(config, plan, use.unit)
-    yield from replicas(config, plan)
+        if use.completes:
+            yield adding(config, plan, use.unit)
     yield from numbers(plan)
 
 

@@ -12,11 +12,11 @@ from retool.model.traffic.exchanges import (
     Plan,
     Purpose,
     Use,
+    adding,
     gathering,
     is_block,
     numbers,
     reducing,
-    replicas,
     sequence,
     uses,
 )
@@ -26,7 +26,8 @@ from retool.parallel.fsdp.buffers import assign_buffers
 # Units compute one after the other, while the network brings the next one's weights and takes the last
 # one's gradients, one collective after the other. What a step waits for is exposed: weights that
 # aren't there yet, a gradient buffer that is still being sent, the reductions that are left at the
-# end of a backward. The replicas' all-reduce and Ulysses' all-to-alls are exposed by nature. The
+# end of a backward. In a step's last backward a unit's sum over the replicas follows its reduction,
+# beside the next ones: replicas are on other machines. Ulysses' all-to-alls are exposed by nature. The
 # optimizer's update isn't counted.
 
 
@@ -95,10 +96,13 @@ def _computed_again(config: ModelConfig, recompute: Recompute) -> float:
 
 @dataclass
 class _Clock:
-    """Where the computing is, until when the network is busy, and what was waited for."""
+    """Where the computing is, until when the network among shards is busy, and that among replicas, and
+    what was waited for.
+    """
 
     now: float = 0.0
     network: float = 0.0
+    replicas: float = 0.0
     compute: float = 0.0
     exposed: dict[Purpose, float] = field(default_factory=dict)
 
@@ -106,6 +110,10 @@ class _Clock:
         """Enqueue a collective here; when it ends."""
         self.network = max(self.network, self.now) + seconds
         return self.network
+
+    def add_up(self, reduced: float, seconds: float) -> None:
+        """Enqueue a sum over the replicas, of what is reduced then."""
+        self.replicas = max(self.replicas, reduced) + seconds
 
     def wait(self, until: float, purpose: Purpose) -> None:
         waited = max(0.0, until - self.now)
@@ -139,9 +147,13 @@ def expected(config: ModelConfig, plan: Plan, machines: Machines, work: Work) ->
             clock.wait(reduced.get(buffer[use.unit], 0.0), "reducing")
             sent = clock.send(machines.seconds(reducing(config, plan, use.unit)))
             reduced[buffer[use.unit]] = sent
+        if use.completes:
+            sent = reduced.get(buffer[use.unit], clock.now)
+            clock.add_up(sent, machines.seconds(adding(config, plan, use.unit)))
         if use.backward and use.unit == 0 and not use.head:
             # The end of a backward waits for its reductions
             clock.wait(max(reduced.values(), default=0.0), "reducing")
-    for exchange in (*replicas(config, plan), *numbers(plan)):
+    clock.wait(clock.replicas, "replicas")
+    for exchange in numbers(plan):
         clock.wait(clock.now + machines.seconds(exchange), exchange.purpose)
     return Expected(clock.compute, clock.exposed)

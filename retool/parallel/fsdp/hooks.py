@@ -118,6 +118,7 @@ def attach(sharded: Sharded, place: int, module: nn.Module, first: bool, only: b
         nonlocal began
         if torch.is_grad_enabled():
             args, kwargs = _mark(args, kwargs, after_backward)
+            sharded.begin_use(place)
             began = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
         sharded.before_forward(place, first)
         return args, kwargs

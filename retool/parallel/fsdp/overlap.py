@@ -1,7 +1,8 @@
 """Where communication runs beside computation: FSDP's timeline.
 
-Three streams. Time runs to the right; W₁ is the gather of unit 1's weights, R₁ the reduction of its
-gradients. While unit 1 computes, unit 2's weights arrive and unit 3's gradients leave:
+Three streams, and with replicas (HSDP) a fourth. Time runs to the right; W₁ is the gather of unit 1's
+weights, R₁ the reduction of its gradients, A₁ their sum over the replicas. While unit 1 computes, unit
+2's weights arrive and unit 3's gradients leave:
 
     forward     compute  | unit 0 | unit 1 | unit 2 | unit 3 |
                 gather   |  W₁    |  W₂    |  W₃    |
@@ -9,6 +10,7 @@ gradients. While unit 1 computes, unit 2's weights arrive and unit 3's gradients
     backward    compute  | unit 3 | unit 2 | unit 1 | unit 0 | the embedding's R₀, the clip, AdamW
                 gather   |  (W₂)  |  W₁    |  W₀    |          (W₂: still there from the forward)
                 reduce            |  R₃    |  R₂    |  R₁    | R₀
+                replicas                   |  A₃    |  A₂    |  A₁    | A₀     (in a step's last backward)
 
 Units take turns in few buffers (`fsdp/buffers.py`), so three orders must hold:
   * a gather into a buffer starts after the last use by the unit that held it: `Buffer.free`, an
@@ -24,13 +26,13 @@ blocks. `tests/parallel/test_streams.py` checks each of the orders without a GPU
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from retool.parallel.collectives import all_gather_flat, reduce_scatter_flat
+from retool.parallel.collectives import all_gather_flat, reduce_scatter_flat, sum_over
 from retool.parallel.streams import OnStream, current_stream, record_event, wait_for
 
 
@@ -41,7 +43,7 @@ class Pending:
     event: torch.cuda.Event | None = None
     # On the CPU instead of the event: gloo's handle, and what is left to do with what it brought
     work: Any = None
-    then: Callable[[], None] | None = None
+    then: list[Callable[[], None]] = field(default_factory=list)
 
     def wait(self) -> None:
         wait_for(self.event)
@@ -49,13 +51,23 @@ class Pending:
             return
         self.work.wait()
         self.work = None
-        if self.then is not None:
-            self.then()
-            self.then = None
+        actions = self.then
+        self.then = []
+        for action in actions:
+            action()
+
+    def follow_with(self, action: Callable[[], None]) -> None:
+        """Start what comes after the collective: now where a stream orders it, else once it was waited
+        for.
+        """
+        if self.work is None:
+            action()
+        else:
+            self.then.append(action)
 
 
 class Overlap:
-    """The gather and the reduce stream of one sharded module (None on the CPU)."""
+    """The streams beside the computation of one sharded module (None on the CPU)."""
 
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -63,6 +75,8 @@ class Overlap:
         self.gather_stream = torch.cuda.Stream(device) if on_gpu else None
         # … and gradients leave on the other, which a gather need not wait for
         self.reduce_stream = torch.cuda.Stream(device) if on_gpu else None
+        # Replicas are on other machines: the next reduction inside this one doesn't wait for them
+        self.replica_stream = torch.cuda.Stream(device) if on_gpu else None
 
     def gather(
         self,
@@ -90,7 +104,7 @@ class Overlap:
         if self.reduce_stream is None:
             part = flat.new_empty(into.shape)
             work = reduce_scatter_flat(part, flat, group=group, async_op=True)
-            return Pending(work=work, then=lambda: _add(into, part))
+            return Pending(work=work, then=[lambda: _add(into, part)])
         # The gradients were written on the compute stream
         self.reduce_stream.wait_stream(current_stream())
         with OnStream(self.reduce_stream):
@@ -99,6 +113,19 @@ class Overlap:
             reduce_scatter_flat(part, flat, group=group)
             into.add_(part)
             return Pending(event=record_event(self.reduce_stream))
+
+    def add_up(self, shard: torch.Tensor, group: dist.ProcessGroup) -> Pending:
+        """Start summing a shard of the gradient over the replicas, in place, after what was started
+        into it.
+        """
+        if self.replica_stream is None or self.reduce_stream is None:
+            return Pending(work=dist.all_reduce(shard, group=group, async_op=True))
+        self.replica_stream.wait_stream(self.reduce_stream)
+        # What a rank owns alone is added to the shard on the compute stream
+        self.replica_stream.wait_stream(current_stream())
+        with OnStream(self.replica_stream):
+            sum_over(shard, group)
+            return Pending(event=record_event(self.replica_stream))
 
     def follow_new_weights(self) -> None:
         """The shards were just written on the compute stream: gathers start after that."""

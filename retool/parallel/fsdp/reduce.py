@@ -1,6 +1,7 @@
 """Where gradients are reduced: from autograd's `.grad` to this rank's shard of the global sum.
 
     p.grad of a unit's parameters ──copied, one kernel──▶ flat buffer ──reduce-scatter, SUM──▶ shard += part
+    with replicas (HSDP), once a step                                                          all-reduce, SUM
 
 Nothing is averaged: the loss is a sum over tokens that was divided by the global count before.
 With `hold` the gradients of several backwards are first added up on this rank, in a buffer of their
@@ -17,7 +18,7 @@ from torch import nn
 
 from retool.parallel.fsdp.buffers import Buffer
 from retool.parallel.fsdp.layout import Slot
-from retool.parallel.fsdp.overlap import Overlap
+from retool.parallel.fsdp.overlap import Overlap, Pending
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # where a gradient goes, the gradient
 
@@ -27,7 +28,7 @@ class Gradients:
 
     `shard`: this rank's part of the sum over all ranks and all backwards of an optimizer step.
     `buffer`: what the unit's gradients are sent from, in the dtype of the reduction; None where
-    there is nobody to send them to.
+    there is nobody to send them to. `replicas`: the ranks that have the same shard.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Gradients:
         *,
         shard: torch.Tensor,
         buffer: Buffer | None,
+        replicas: dist.ProcessGroup | None,
     ) -> None:
         self.numel = numel
         self.slots = slots
@@ -48,6 +50,12 @@ class Gradients:
         self.group = group
         self.shard = shard
         self.buffer = buffer
+        self.replicas = replicas
+        # Whether `shard` was added up over them, or is on the way
+        self.complete = False
+        # The last reduction over the ranks, and the sum over the replicas
+        self.sending: Pending | None = None
+        self.adding: Pending | None = None
         # The sum of several backwards, the whole unit's and only this rank's. Made when first
         # needed; `holds` says whether there is anything in it.
         self.held: Buffer | None = None
@@ -62,6 +70,7 @@ class Gradients:
         self._take()
         self.holds = False
         self.wait()
+        self.complete = False
 
     def reduce(self, hold: bool = False) -> None:
         """Start to sum the gradients over the ranks that share the parameters.
@@ -78,11 +87,32 @@ class Gradients:
         if not hold:
             self._send(buffer, self.buffer, self.group)
 
-    def wait(self) -> None:
+    def complete_sum(self) -> None:
+        """Start to add the shard up over the replicas, unless that was done: nothing may come after."""
+        if self.complete:
+            return
+        self.complete = True
+        if self.sending is None:
+            self._add_up()
+        else:
+            self.sending.follow_with(self._add_up)
+
+    def _add_up(self) -> None:
+        if self.replicas is not None:
+            self.adding = self.overlap.add_up(self.shard, self.replicas)
+
+    def settle(self) -> None:
         """Order what follows after this unit's reduction."""
         for buffer in (self.buffer, self.held):
             if buffer is not None:
                 buffer.settle()
+
+    def wait(self) -> None:
+        """The same, and after its sum over the replicas, if that was started."""
+        self.settle()
+        if self.adding is not None:
+            self.adding.wait()
+            self.adding = None
 
     def _take(self) -> list[torch.Tensor | None]:
         """The gradients, which the parameters no longer have: the next backward starts anew."""
@@ -125,7 +155,8 @@ class Gradients:
             flat = sent_from.data[: self.numel]
             flat.copy_(wide)
             buffer = sent_from
-        buffer.pending = self.overlap.reduce(flat, self.shard, group)
+        self.sending = self.overlap.reduce(flat, self.shard, group)
+        buffer.pending = self.sending
 
     def _pairs(self, flat: torch.Tensor, grads: list[torch.Tensor | None]) -> list[Pair]:
         """Each gradient with its place in the unit's flat buffer."""

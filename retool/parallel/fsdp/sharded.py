@@ -3,6 +3,7 @@
     forward of unit i    gather(i) · start gather(i+1) · compute · release(i)
     backward of unit i   gather(i) · start gather(i-1) · compute · release(i) · start reduce(i)
                          (an embedding's needs no weights: neither gather)
+                         · in a step's last backward: start to add up over the replicas
     end of a backward    reduce what no input's gradient has announced (the embedding) · wait for all
                          reductions
 
@@ -103,7 +104,7 @@ class Sharded:
         self.version = 0  # of the weights: a backward must find those of its forward
         self._announced_backward = -1  # the last one that will call `_after_backward`
         self._holding = False  # inside `no_sync`
-        self._replicas_added = False
+        self._last = False  # inside `last_backward`
         # Gradients take turns even where every unit's weights stay gathered
         weights = make_buffers(layout.units, own_buffers, dtypes.param, mesh.device)
         shared = [False] * len(own_buffers)
@@ -148,6 +149,8 @@ class Sharded:
         if self.compute is not self.master and not copied:
             self.compute.copy_(self.master, non_blocking=True)
         self.version += 1
+        for unit in self.units:
+            unit.open_uses = 0
         # Nobody's, so that every next use gathers anew
         for buffer in self.buffers:
             buffer.holder = None
@@ -180,12 +183,24 @@ class Sharded:
         finally:
             self._holding = before
 
+    @contextmanager
+    def last_backward(self) -> Iterator[None]:
+        """The backward inside is the optimizer step's last.
+
+        With replicas (HSDP) each unit's gradients are added up over them as soon as they are whole,
+        beside the rest of the backward. Without it that starts in `finish_gradients`.
+        """
+        self._last = True
+        try:
+            yield
+        finally:
+            self._last = False
+
     def zero_grad(self) -> None:
         """Forget all gradients, also held ones and what a backward that failed has left."""
         for unit in self.units:
             unit.gradients.forget()
         self.grad.zero_()
-        self._replicas_added = False
 
     def finish_gradients(self) -> None:
         """After an optimizer step's last backward: `grad` is the global sum from here on.
@@ -197,13 +212,14 @@ class Sharded:
             if unit.gradients.holds or unit.gradients.arrived():
                 self._reduce(unit)
         for unit in self.units:
+            unit.gradients.settle()
+        for unit in self.units:
+            unit.gradients.complete_sum()
+        for unit in self.units:
             unit.gradients.wait()
         for buffer in self.buffers:
             # A unit that was gathered ahead and not run: the weights may change from here on
             buffer.settle()
-        if not self._replicas_added:
-            sum_over(self.grad, self.mesh.replica_group)
-            self._replicas_added = True
 
     def grad_norm(self) -> torch.Tensor:
         """Global L2 norm of the gradient, a 0-d tensor on the device.
@@ -246,6 +262,11 @@ class Sharded:
                 for unit in following:
                     unit.start_gather()
 
+    def begin_use(self, place: int) -> None:
+        """A forward of the units at `place` that a backward may follow."""
+        for unit in self.places[place]:
+            unit.open_uses += 1
+
     def expect_backward(self, place: int, needs_weights: bool) -> None:
         """Whether the units at `place` will be needed in the backward of what has just run."""
         for unit in self.places[place]:
@@ -261,6 +282,7 @@ class Sharded:
         backward = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
         # Once for each backward, whichever unit comes first in it
         if backward != self._announced_backward:
+            self._check_incomplete()
             self._announced_backward = backward
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
@@ -292,9 +314,14 @@ class Sharded:
                 "a backward of the backward (create_graph=True) would not find the weights: it isn't "
                 "supported."
             )
-        if self._replicas_added and self.mesh.replica_group is not None:
+
+    def _check_incomplete(self) -> None:
+        """RuntimeError where gradients would come to a sum that is complete."""
+        added = any(unit.gradients.complete for unit in self.units)
+        if added and self.mesh.replica_group is not None:
             raise RuntimeError(
-                "the gradients were added over the replicas already: call zero_grad before the next backward."
+                "the gradients were added over the replicas already: call zero_grad before the next backward, "
+                "and put only the last one of a step into last_backward."
             )
 
     def release(self, place: int) -> None:
@@ -307,6 +334,10 @@ class Sharded:
         self.release(place)
         for unit in self.places[place]:
             self._reduce(unit)
+            unit.open_uses -= 1
+            # A unit that is used again has more gradients to come
+            if self._last and not self._holding and unit.open_uses == 0:
+                unit.gradients.complete_sum()
             if not self.backward_overlap:
                 unit.gradients.wait()
 
@@ -318,7 +349,7 @@ class Sharded:
             if unit.gradients.arrived() or held_and_due:
                 self._reduce(unit)
         for unit in self.units:
-            unit.gradients.wait()
+            unit.gradients.settle()
 
     def _reduce(self, unit: Unit) -> None:
         if unit.gradients.arrived() and not unit.announced:
@@ -327,4 +358,6 @@ class Sharded:
                 "them: call its module itself, and let it return tensors, or tuples, lists, dicts "
                 "or dataclasses of them."
             )
+        if unit.gradients.arrived() and unit.gradients.complete:
+            self._check_incomplete()
         unit.gradients.reduce(self._holding)

@@ -51,6 +51,8 @@ class Unit:
         self.group = group_of(layout, mesh)
         self.weights = weights
         self.shard = shard
+        # Forwards with these weights whose backward hasn't ended
+        self.open_uses = 0
         # Whether its weights were gathered for a backward since its last forward
         self.announced = False
         # Whether its next backward computes with them: that of an embedding doesn't
@@ -64,6 +66,7 @@ class Unit:
             self.group,
             shard=grad_shard,
             buffer=grads,
+            replicas=mesh.replica_group,
         )
 
     def start_gather(self) -> None:

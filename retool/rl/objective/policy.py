@@ -8,6 +8,7 @@ t tokens of this sequence-parallel rank · T of a whole pack · D model · V voc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -291,12 +292,13 @@ def update_step(
     # Sums stay on the device until the end: a number read here would make the host wait in every
     # micro-batch.
     totals: dict[str, Tensor] = {}
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         if beat is not None:
             beat()
         with counted(balance, optimizer.loss_scale.value):
             loss, metrics = loss_sum(model, batch, spec)
-        optimizer.loss_scale.scaled(loss).backward()
+        with model.last_backward() if number == len(batches) else nullcontext():
+            optimizer.loss_scale.scaled(loss).backward()
         metrics["actor/loss"] = loss.detach()
         _add_up(totals, metrics)
     model.finish_gradients()
