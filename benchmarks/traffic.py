@@ -65,7 +65,8 @@ def fitting(config: ModelConfig, plan: Plan) -> Plan | None:
 def layouts(config: ModelConfig, machines: Machines, gpus: int, micro_batches: int) -> list[Layout]:
     """Of each way to share parameters what fits and is fastest."""
     found: dict[int, Layout] = {}
-    for plan in plans(Plan(gpus, tokens=TOKENS, micro_batches=micro_batches), PER_MACHINE):
+    start = Plan(gpus, tokens=TOKENS, micro_batches=micro_batches, per_machine=PER_MACHINE)
+    for plan in plans(start, PER_MACHINE):
         fit = fitting(config, plan)
         if fit is None:
             continue

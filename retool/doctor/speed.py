@@ -88,7 +88,7 @@ def step_finding(machines: Machines, world: int, folder: Path, tokens: int) -> F
         config = read_model_config(folder)
     except (ValueError, OSError) as error:
         return Finding(subject, "", str(error))
-    plan = Plan(world, tokens=tokens)
+    plan = Plan(world, tokens=tokens, per_machine=machines.per_machine)
     layouts = [on(config, plan, machines, min(DOCUMENT, tokens))]
     better = best(config, plan, [machines], min(DOCUMENT, tokens), lambda _: True)
     if better != plan:

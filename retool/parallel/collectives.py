@@ -62,6 +62,31 @@ def all_to_all(
     return out
 
 
+def send_parts(received: torch.Tensor, flat: torch.Tensor, group: dist.ProcessGroup) -> list[Any]:
+    """Start to send each other rank its part of a flat tensor, which are in rank order; what rank r
+    sends comes to part r of `received`. The part of a rank's own stays where it is, in `flat`.
+
+    Returns what to wait for. An all-to-all would copy the own part as well, with kernels that take
+    more of the device from what is computed beside them.
+    """
+    rank = dist.get_rank(group)
+    ranks = dist.get_world_size(group)
+    to_send = flat.chunk(ranks)
+    to_receive = received.chunk(ranks)
+    operations = []
+    for step in range(1, ranks):
+        # In each turn every rank sends to one other, and receives from one
+        after = (rank + step) % ranks
+        before = (rank - step) % ranks
+        for operation, tensor, peer in (
+            (dist.isend, to_send[after], after),
+            (dist.irecv, to_receive[before], before),
+        ):
+            place = dist.get_global_rank(group, peer)
+            operations.append(dist.P2POp(operation, tensor, place, group))
+    return dist.batch_isend_irecv(operations)
+
+
 def sum_over(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """`x` summed over the group, in place; not differentiable."""
     if group is not None:

@@ -30,6 +30,7 @@ class Mesh:
     shards: int  # consecutive ranks that share the parameters
     device: torch.device
     ep: int = 1  # consecutive ranks that divide a layer's experts
+    per_machine: int = 1  # ranks of a machine
     sp_group: dist.ProcessGroup | None = field(default=None, repr=False)
     shard_group: dist.ProcessGroup | None = field(default=None, repr=False)
     replica_group: dist.ProcessGroup | None = field(default=None, repr=False)
@@ -61,6 +62,11 @@ class Mesh:
     @property
     def replica_rank(self) -> int:
         return self.rank // self.shards
+
+    @property
+    def shards_nearby(self) -> bool:
+        """Whether the ranks that share the parameters are on one machine."""
+        return self.per_machine % self.shards == 0
 
     def part(self) -> None:
         """Leave the groups that were made for this mesh; the world's stays."""
@@ -165,6 +171,7 @@ def make_mesh(
         shards,
         where,
         ep,
+        int(os.environ.get("LOCAL_WORLD_SIZE", world)),
         # In this order on every rank: new_group is collective, and groups are told apart by their
         # order alone.
         sp_group=_make_groups([range(i, i + sp) for i in range(0, world, sp)], rank),

@@ -227,6 +227,7 @@ def traffic_plan(report: RunReport, tokens: float) -> Plan:
         compute_bytes=setting.element.compute,
         reduce_bytes=setting.reduce_bytes,
         forward_prefetch=report.options.fsdp.forward_prefetch,
+        per_machine=report.world.per_node,
     )
 
 

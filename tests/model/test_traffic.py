@@ -44,6 +44,7 @@ def counted() -> Iterator[Counts]:
     real = {name: getattr(dist, name) for name in ("all_reduce", "all_to_all_single")}
     gather = overlap.all_gather_flat
     scatter = overlap.reduce_scatter_flat
+    parts = overlap.send_parts
 
     def note(kind: str, group: Any, sent: float) -> None:
         counts[kind, dist.get_world_size(group), sent] += 1
@@ -60,6 +61,10 @@ def counted() -> Iterator[Counts]:
         note("reduce-scatter", group, ring(whole, group))
         return scatter(out, whole, group=group, **named)
 
+    def send_parts(received: torch.Tensor, flat: torch.Tensor, group: Any) -> Any:
+        note("all-to-all", group, ring(flat, group))
+        return parts(received, flat, group)
+
     def all_reduce(x: torch.Tensor, *args: Any, group: Any = None, **named: Any) -> Any:
         note("all-reduce", group, 2 * ring(x, group))
         return real["all_reduce"](x, *args, group=group, **named)
@@ -75,6 +80,7 @@ def counted() -> Iterator[Counts]:
         for module in (overlap, weights):
             patch.setattr(module, "all_gather_flat", all_gather)
         patch.setattr(overlap, "reduce_scatter_flat", reduce_scatter)
+        patch.setattr(overlap, "send_parts", send_parts)
         patch.setattr(dist, "all_reduce", all_reduce)
         patch.setattr(dist, "all_to_all_single", all_to_all)
         yield counts
@@ -94,7 +100,10 @@ def sent_by(cases: list[tuple[ModelConfig, Plan]]) -> list[tuple[int, Counts, Co
     for config, plan in cases:
         mesh = make_mesh(sp=plan.sp, fsdp_size=plan.shards, device="cpu")
         options = ModelOptions(
-            recompute=plan.recompute, reshard_after_forward=plan.reshard, attn="reference"
+            param_dtype=torch.bfloat16 if plan.compute_bytes == 2 else None,
+            recompute=plan.recompute,
+            reshard_after_forward=plan.reshard,
+            attn="reference",
         )
         model = build_decoder(config, mesh, options)
         model.master.normal_(std=0.1)
@@ -138,6 +147,14 @@ CASES = {
     "whole documents, sp 2": (
         decoder_config(3, 3, layers=2),
         replace(PLAIN, sp=2, divided=False),
+    ),
+    "in bf16": (
+        decoder_config(4, 2, layers=3),
+        replace(PLAIN, compute_bytes=2, per_machine=4),
+    ),
+    "in bf16, held": (
+        decoder_config(4, 2, layers=3),
+        replace(PLAIN, compute_bytes=2, per_machine=4, hold=True),
     ),
     "replicas alone, sp 2": (
         decoder_config(3, 3, layers=2),

@@ -179,6 +179,10 @@ def watched() -> Iterator[Streams]:
 
         return run
 
+    def send_parts(received: Tensor, flat: Tensor, group: Any) -> list[Any]:
+        streams.access([(flat, False), (received, True)], "send_parts")
+        return collectives.send_parts(received, flat, group)
+
     def sum_over(shard: Tensor, group: Any) -> None:
         streams.access([(shard, True)], "all_reduce")
         collectives.sum_over(shard, group)
@@ -197,5 +201,6 @@ def watched() -> Iterator[Streams]:
         for name in ("all_gather_flat", "reduce_scatter_flat"):
             patch.setattr(overlap, name, noted(getattr(overlap, name)))
         patch.setattr(overlap, "sum_over", sum_over)
+        patch.setattr(overlap, "send_parts", send_parts)
         with streams:
             yield streams

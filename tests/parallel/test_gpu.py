@@ -254,5 +254,6 @@ def test_peak_is_the_formula() -> None:
     for sharded, backward, planned in run_ranks(measured, 2, layers, width, rows):
         assert sharded == pytest.approx(planned, rel=1e-3)
         unit = width * width
-        expected = layers * rows * width * 2 + 2 * unit + max(0, 2 * unit - rows * width * 2)
+        # What arrives of a gradient has its place in the buffers: the sum takes no more
+        expected = layers * rows * width * 2 + 2 * unit
         assert backward == pytest.approx(expected, rel=0.02)

@@ -73,12 +73,19 @@ def steps(cases: tuple[str, ...], more: dict[str, Any], hold: bool) -> None:
         step(case, more, hold)
 
 
+# What gradients are reduced in is wider than they are
+NARROW: dict[str, Any] = {
+    "param_dtype": torch.bfloat16,
+    "master_dtype": torch.float32,
+    "reduce_dtype": torch.float32,
+}
 OPTIONS: list[tuple[dict[str, Any], bool]] = [
     ({}, False),
     ({}, True),
     ({"reshard_after_forward": False}, False),
     ({"forward_prefetch": False, "backward_overlap": False}, True),
     ({"param_dtype": torch.float32, "keep_copy": False, "reduce_dtype": torch.bfloat16}, True),
+    (NARROW, False),
 ]
 
 
@@ -154,7 +161,15 @@ def at_once(overlap: Overlap, flat: torch.Tensor, into: torch.Tensor, group: Any
         return REDUCE(overlap, flat, into, group)
 
 
+def parts_at_once(overlap: Overlap, *args: Any) -> Pending:
+    """`reduce_parts` that doesn't wait for what it reduces."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stream, "wait_stream", lambda *_: None)
+        return REDUCE_PARTS(overlap, *args)
+
+
 REDUCE = Overlap.reduce
+REDUCE_PARTS = Overlap.reduce_parts
 BROKEN: dict[str, tuple[str, type, str, Callable[..., Any]]] = {  # case, what is replaced, by what
     "a gather doesn't wait for the last use": ("sometimes", Unit, "release", released_unseen),
     "a gather doesn't wait for a use whose end isn't seen": ("towers", Unit, "gather", unmarked),
@@ -166,6 +181,12 @@ BROKEN: dict[str, tuple[str, type, str, Callable[..., Any]]] = {  # case, what i
         lambda _: None,
     ),
     "a reduction doesn't wait for the gradients": ("twice", Overlap, "reduce", at_once),
+    "parts are sent before the gradients are there": (
+        "twice",
+        Overlap,
+        "reduce_parts",
+        parts_at_once,
+    ),
     "the optimizer doesn't wait for the reductions": (
         "twice",
         Gradients,
@@ -182,7 +203,7 @@ def found_out() -> list[str]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(place, method, instead)
             try:
-                step(case, {}, False)
+                step(case, NARROW if method == "reduce_parts" else {}, False)
             except Unordered:
                 found.append(name)
     return found

@@ -20,7 +20,8 @@ from retool.parallel.ulysses import HeadPlan
 #                        has a buffer for itself (all have without reshard_after_forward). The
 #                        embedding's backward needs no weights
 #     reducing           reduce-scatter of N in the dtype of the reduction, in each micro-batch, or
-#                        once in a step where gradients are held
+#                        once in a step where gradients are held. Inside a machine each part goes to
+#                        its rank in bf16 or fp16, unless gradients were held
 #     replicas (HSDP)    all-reduce of a rank's part of the gradient, N/S in at least fp32, once in a
 #                        step
 #     sequence (Ulysses) in each layer and micro-batch q, k and v to the heads' ranks and attention's
@@ -53,6 +54,14 @@ class Plan:
     compute_bytes: int = 2
     reduce_bytes: int = 4
     forward_prefetch: bool = True
+    per_machine: int = 1  # ranks of a machine
+
+    @property
+    def narrow(self) -> bool:
+        """Whether gradients leave in the compute dtype: see `retool.parallel.fsdp.reduce`."""
+        nearby = self.per_machine % self.shards == 0
+        held = self.hold and self.micro_batches > 1
+        return nearby and not held and 2 * self.compute_bytes == self.reduce_bytes == 4
 
     @property
     def world(self) -> int:
@@ -155,6 +164,9 @@ def gathering(config: ModelConfig, plan: Plan, unit: int) -> Exchange:
 def reducing(config: ModelConfig, plan: Plan, unit: int) -> Exchange:
     """The reduction of a unit's gradients."""
     numel = plan_layout(config, plan.shards).units[unit].numel
+    if plan.narrow:
+        sent = _others(numel * plan.compute_bytes, plan.shards)
+        return Exchange("reducing", "all-to-all", plan.shards, sent)
     sent = _others(numel * plan.reduce_bytes, plan.shards)
     return Exchange("reducing", "reduce-scatter", plan.shards, sent)
 

@@ -32,7 +32,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from retool.parallel.collectives import all_gather_flat, reduce_scatter_flat, sum_over
+from retool.parallel.collectives import (
+    all_gather_flat,
+    reduce_scatter_flat,
+    send_parts,
+    sum_over,
+)
 from retool.parallel.streams import OnStream, current_stream, record_event, wait_for
 
 
@@ -41,17 +46,16 @@ class Pending:
     """A collective under way. `wait` orders what the caller does next after it."""
 
     event: torch.cuda.Event | None = None
-    # On the CPU instead of the event: gloo's handle, and what is left to do with what it brought
-    work: Any = None
+    # On the CPU instead of the event: gloo's handles, and what is left to do with what they brought
+    works: list[Any] = field(default_factory=list)
     then: list[Callable[[], None]] = field(default_factory=list)
 
     def wait(self) -> None:
         wait_for(self.event)
-        if self.work is None:
-            return
-        self.work.wait()
-        self.work = None
+        for work in self.works:
+            work.wait()
         actions = self.then
+        self.works = []
         self.then = []
         for action in actions:
             action()
@@ -60,10 +64,10 @@ class Pending:
         """Start what comes after the collective: now where a stream orders it, else once it was waited
         for.
         """
-        if self.work is None:
-            action()
-        else:
+        if self.works:
             self.then.append(action)
+        else:
+            action()
 
 
 class Overlap:
@@ -95,7 +99,7 @@ class Overlap:
                 parts = out.view(dist.get_world_size(group), -1)
                 shard = parts[dist.get_rank(group)].copy_(shard)
             if self.gather_stream is None:
-                return Pending(work=all_gather_flat(out, shard, group=group, async_op=True))
+                return Pending(works=[all_gather_flat(out, shard, group=group, async_op=True)])
             all_gather_flat(out, shard, group=group)
             return Pending(event=record_event(self.gather_stream))
 
@@ -104,7 +108,7 @@ class Overlap:
         if self.reduce_stream is None:
             part = flat.new_empty(into.shape)
             work = reduce_scatter_flat(part, flat, group=group, async_op=True)
-            return Pending(work=work, then=[lambda: _add(into, part)])
+            return Pending(works=[work], then=[lambda: _add(into, part)])
         # The gradients were written on the compute stream
         self.reduce_stream.wait_stream(current_stream())
         with OnStream(self.reduce_stream):
@@ -114,12 +118,35 @@ class Overlap:
             into.add_(part)
             return Pending(event=record_event(self.reduce_stream))
 
+    def reduce_parts(
+        self,
+        flat: torch.Tensor,
+        received: torch.Tensor,
+        into: torch.Tensor,
+        group: dist.ProcessGroup,
+    ) -> Pending:
+        """`reduce` of a `flat` in a narrower dtype than `into`, which is what they are added up in.
+
+        Half the bytes travel, into `received`, which is as large as `flat`. Inside a machine alone:
+        a ring would leave it once for all of its ranks, and these parts leave it once for each.
+        """
+        rank = dist.get_rank(group)
+        if self.reduce_stream is None:
+            works = send_parts(received, flat, group)
+            return Pending(works=works, then=[lambda: add_parts(into, flat, received, rank)])
+        self.reduce_stream.wait_stream(current_stream())
+        with OnStream(self.reduce_stream):
+            for work in send_parts(received, flat, group):
+                work.wait()
+            add_parts(into, flat, received, rank)
+            return Pending(event=record_event(self.reduce_stream))
+
     def add_up(self, shard: torch.Tensor, group: dist.ProcessGroup) -> Pending:
         """Start summing a shard of the gradient over the replicas, in place, after what was started
         into it.
         """
         if self.replica_stream is None or self.reduce_stream is None:
-            return Pending(work=dist.all_reduce(shard, group=group, async_op=True))
+            return Pending(works=[dist.all_reduce(shard, group=group, async_op=True)])
         self.replica_stream.wait_stream(self.reduce_stream)
         # What a rank owns alone is added to the shard on the compute stream
         self.replica_stream.wait_stream(current_stream())
@@ -131,6 +158,26 @@ class Overlap:
         """The shards were just written on the compute stream: gathers start after that."""
         if self.gather_stream is not None:
             self.gather_stream.wait_stream(current_stream())
+
+
+def add_parts(into: torch.Tensor, sent: torch.Tensor, received: torch.Tensor, rank: int) -> None:
+    """Add up this rank's part of what all ranks have sent, in rank order, and add that to `into`.
+
+    Its own is in `sent`, see `send_parts`. With two ranks the bits are those of a reduce-scatter in
+    `into`'s dtype.
+    """
+    if into.is_cuda:
+        from retool.parallel.fsdp import sum_triton
+
+        sum_triton.add_parts(into, sent, received, rank)
+        return
+    ranks = len(received) // len(into)
+    parts = list(received.chunk(ranks))
+    parts[rank] = sent.chunk(ranks)[rank]
+    total = parts[0].to(into.dtype)
+    for part in parts[1:]:
+        total.add_(part)
+    into.add_(total)
 
 
 def _add(into: torch.Tensor, part: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """Where gradients are reduced: from autograd's `.grad` to this rank's shard of the global sum.
 
     p.grad of a unit's parameters ──copied, one kernel──▶ flat buffer ──reduce-scatter, SUM──▶ shard += part
+    in bf16 or fp16, one machine                         flat buffer ──each part to its rank──▶ shard += Σ parts
     with replicas (HSDP), once a step                                                          all-reduce, SUM
 
 Nothing is averaged: the loss is a sum over tokens that was divided by the global count before.
@@ -28,7 +29,8 @@ class Gradients:
 
     `shard`: this rank's part of the sum over all ranks and all backwards of an optimizer step.
     `buffer`: what the unit's gradients are sent from, in the dtype of the reduction; None where
-    there is nobody to send them to. `replicas`: the ranks that have the same shard.
+    there is nobody to send them to. `replicas`: the ranks that have the same shard. `nearby`: those of
+    the group are on one machine.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Gradients:
         shard: torch.Tensor,
         buffer: Buffer | None,
         replicas: dist.ProcessGroup | None,
+        nearby: bool,
     ) -> None:
         self.numel = numel
         self.slots = slots
@@ -50,6 +53,7 @@ class Gradients:
         self.group = group
         self.shard = shard
         self.buffer = buffer
+        self.narrow = _narrow(parameters, buffer) if nearby else None
         self.replicas = replicas
         # Whether `shard` was added up over them, or is on the way
         self.complete = False
@@ -81,6 +85,9 @@ class Gradients:
         grads = self._take()
         if self.buffer is None or self.group is None:
             _add(self._pairs(self.shard, grads))
+            return
+        if self.narrow is not None and not hold and not self.holds:
+            self._send_narrow(grads, self.buffer, self.narrow, self.group)
             return
         buffer = self._collect(grads, self.buffer, hold)
         self.holds = hold
@@ -129,16 +136,34 @@ class Gradients:
         if self.held is not None and (hold or self.holds):
             buffer = self.held
         flat = buffer.data[: self.numel]
-        pairs = self._pairs(flat, grads)
         if self.holds:
-            _add(pairs)
+            _add(self._pairs(flat, grads))
             return buffer
         # The last reduction may still read what it was given
         buffer.settle()
+        self._fill(flat, grads)
+        return buffer
+
+    def _fill(self, flat: torch.Tensor, grads: list[torch.Tensor | None]) -> None:
         for start, stop in self._untouched(grads):
             flat[start:stop].zero_()
-        _copy(pairs)
-        return buffer
+        _copy(self._pairs(flat, grads))
+
+    def _send_narrow(
+        self,
+        grads: list[torch.Tensor | None],
+        buffer: Buffer,
+        dtype: torch.dtype,
+        group: dist.ProcessGroup,
+    ) -> None:
+        """Start the reduction of gradients as they are: what is wide is their sum."""
+        buffer.settle()
+        # Memory for the unit in the wide dtype has room for what leaves and for what comes
+        room = buffer.data.view(dtype)
+        flat, received = room[: 2 * self.numel].split(self.numel)
+        self._fill(flat, grads)
+        self.sending = self.overlap.reduce_parts(flat, received, self.shard, group)
+        buffer.pending = self.sending
 
     def _make_held(self, like: torch.Tensor) -> Buffer:
         # At least fp32: in bf16 the sum of many micro-batches stops growing
@@ -177,6 +202,15 @@ class Gradients:
                 end = slot.offset + slot.numel
         gaps.append((end, self.numel))
         return [(start, stop) for start, stop in gaps if start < stop]
+
+
+def _narrow(parameters: list[nn.Parameter], buffer: Buffer | None) -> torch.dtype | None:
+    """The dtype of gradients that are half as wide as what they are reduced in, else None."""
+    if buffer is None or not parameters:
+        return None
+    dtype = parameters[0].dtype
+    half = 2 * dtype.itemsize == buffer.data.itemsize
+    return dtype if half and buffer.data.dtype == torch.float32 else None
 
 
 def _copy(pairs: list[Pair]) -> None:

@@ -67,6 +67,7 @@ class Unit:
             shard=grad_shard,
             buffer=grads,
             replicas=mesh.replica_group,
+            nearby=mesh.shards_nearby,
         )
 
     def start_gather(self) -> None:
