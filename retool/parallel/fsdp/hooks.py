@@ -118,7 +118,8 @@ def attach(sharded: Sharded, place: int, module: nn.Module, first: bool, only: b
         nonlocal began
         if torch.is_grad_enabled():
             args, kwargs = _mark(args, kwargs, after_backward)
-            sharded.begin_use(place)
+            for unit in units:
+                unit.open_uses += 1
             began = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
         sharded.before_forward(place, first)
         return args, kwargs
@@ -142,8 +143,8 @@ def attach(sharded: Sharded, place: int, module: nn.Module, first: bool, only: b
         needs_weights = not all(_is_look_up(tensor) for tensor in made)
         for tensor in made:
             tensor.register_hook(lambda _: sharded.before_backward(place, version, needs_weights))
-        if first and made:
-            sharded.expect_backward(place, needs_weights)
+        for unit in units if first and made else ():
+            unit.needed_in_backward = needs_weights
 
     pre_hook: Any = torch.compiler.disable(before)
     hook: Any = torch.compiler.disable(after)

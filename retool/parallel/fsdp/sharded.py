@@ -262,27 +262,18 @@ class Sharded:
                 for unit in following:
                     unit.start_gather()
 
-    def begin_use(self, place: int) -> None:
-        """A forward of the units at `place` that a backward may follow."""
-        for unit in self.places[place]:
-            unit.open_uses += 1
-
-    def expect_backward(self, place: int, needs_weights: bool) -> None:
-        """Whether the units at `place` will be needed in the backward of what has just run."""
-        for unit in self.places[place]:
-            unit.needed_in_backward = needs_weights
-
     def before_backward(self, place: int, version: int, needs_weights: bool) -> None:
         """Gather the units at `place` with their forward's weights, if this backward needs them; start
         to gather those before.
 
         `version`: of the weights in that forward.
         """
-        self._check_backward(version)
+        _check_backward(self.trained, version == self.version)
         backward = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
         # Once for each backward, whichever unit comes first in it
         if backward != self._announced_backward:
-            self._check_incomplete()
+            if any(unit.gradients.complete for unit in self.units):
+                self._refuse_more()
             self._announced_backward = backward
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._after_backward)  # type: ignore[attr-defined]
@@ -295,34 +286,6 @@ class Sharded:
             for unit in self.places[place - 1]:
                 if unit.needed_in_backward:
                     unit.start_gather()
-
-    def _check_backward(self, version: int) -> None:
-        """RuntimeError where a gather would not give the weights of the forward, or where their
-        gradients would be lost.
-        """
-        if not self.trained:
-            raise RuntimeError(
-                "the module was sharded without room for gradients: shard it with trained=True."
-            )
-        if version != self.version:
-            raise RuntimeError(
-                "the weights have changed since this forward: run it again, or its backward before the "
-                "optimizer's step."
-            )
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a backward of the backward (create_graph=True) would not find the weights: it isn't "
-                "supported."
-            )
-
-    def _check_incomplete(self) -> None:
-        """RuntimeError where gradients would come to a sum that is complete."""
-        added = any(unit.gradients.complete for unit in self.units)
-        if added and self.mesh.replica_group is not None:
-            raise RuntimeError(
-                "the gradients were added over the replicas already: call zero_grad before the next backward, "
-                "and put only the last one of a step into last_backward."
-            )
 
     def release(self, place: int) -> None:
         """The units at `place` aren't used for now."""
@@ -359,5 +322,33 @@ class Sharded:
                 "or dataclasses of them."
             )
         if unit.gradients.arrived() and unit.gradients.complete:
-            self._check_incomplete()
+            self._refuse_more()
         unit.gradients.reduce(self._holding)
+
+    def _refuse_more(self) -> None:
+        """RuntimeError where gradients would come to a sum over replicas that is complete."""
+        if self.mesh.replica_group is not None:
+            raise RuntimeError(
+                "the gradients were added over the replicas already: call zero_grad before the next backward, "
+                "and put only the last one of a step into last_backward."
+            )
+
+
+def _check_backward(trained: bool, same_weights: bool) -> None:
+    """RuntimeError where a gather would not give the weights of the forward, or where their gradients
+    would be lost.
+    """
+    if not trained:
+        raise RuntimeError(
+            "the module was sharded without room for gradients: shard it with trained=True."
+        )
+    if not same_weights:
+        raise RuntimeError(
+            "the weights have changed since this forward: run it again, or its backward before the "
+            "optimizer's step."
+        )
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a backward of the backward (create_graph=True) would not find the weights: it isn't "
+            "supported."
+        )
