@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -45,11 +46,27 @@ def pytest_configure(config: pytest.Config) -> None:
     if "not gpu" in config.getoption("markexpr"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif worker:
-        given = os.environ.get("CUDA_VISIBLE_DEVICES")
-        number = int(worker.removeprefix("gw"))
-        count = int(os.environ.get("TEST_GPUS", number + 1))
-        gpus = given.split(",") if given else [str(gpu) for gpu in range(count)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of_worker(worker, os.environ)
+
+
+def gpu_of_worker(worker: str, environment: Mapping[str, str]) -> str:
+    """A GPU of those that are visible, or of the first TEST_GPUS; the workers get them in turn."""
+    number = int(worker.removeprefix("gw"))
+    count = int(environment.get("TEST_GPUS", number + 1))
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(count)]
+    return gpus[number % len(gpus)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What is marked `gpu` is skipped where there is none, before a fixture looks for one."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
 
 
 @pytest.fixture(scope="session")

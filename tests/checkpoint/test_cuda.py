@@ -15,7 +15,7 @@ from retool.parallel.mesh import make_mesh
 from tests.checkpoint import states
 from tests.ranks import need_gpus, run_ranks
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = pytest.mark.gpu
 
 
 def _on_device(state: ModelState, device: torch.device) -> ModelState:

@@ -666,8 +666,6 @@ GPU_SEQLENS = (1, 300, 17, 1, 700, 128, 64)
 @pytest.fixture(params=["flash", "flash3", "flash4", "varlen", "cudnn", "reference"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A fused kernel; cudnn takes the documents of 100 tokens or more."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     if request.param in attention_flash.PACKAGE and request.param not in attention_flash.available(
         torch.device("cuda", 0)
     ):
@@ -739,6 +737,4 @@ def test_attention_does_not_wait_for_the_device(backend: str) -> None:
 
 @pytest.mark.gpu
 def test_float64_reference_on_the_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     check(14, 2, SEQLENS, 64, "reference", torch.float64, "cuda", (1e-13, 1e-13))

@@ -41,7 +41,6 @@ from tests.model.zoo import make_borrowed
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(300),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 DEVICE = torch.device("cuda", 0)
 HALF = torch.bfloat16

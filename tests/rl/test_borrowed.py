@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retool.rl.__main__ import main
@@ -90,7 +89,6 @@ def test_two_ranks_with_a_reference_and_tools(borrowed: Path, tmp_path: Path) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(("head_dim", "free"), [(8, "true"), (64, "true"), (64, "false")])
 def test_on_a_gpu(work: Path, tmp_path: Path, head_dim: int, free: str) -> None:
     """With heads of 64 flash-attn samples where it is there; not every build of it takes heads of 8."""

@@ -5,16 +5,12 @@ agrees with the trainer.
 from __future__ import annotations
 
 import pytest
-import torch
 
 from retool.metrics import read_jsonl
 from retool.rl.__main__ import main
 from tests.rl.test_command import ARR, words
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("free", ["true", "false", "auto"])

@@ -34,7 +34,6 @@ from tests.rl.test_command import ARR, steps, words
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.alone,  # what sleep gives back is seen in the GPU's free memory
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
 ]
 VOCAB = 2048

@@ -233,7 +233,6 @@ def test_a_score_has_more_digits_than_bf16(folder: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu_it_reads_in_bf16_beside_the_engine(
     folder: Path, work: Path, tmp_path: Path
 ) -> None:

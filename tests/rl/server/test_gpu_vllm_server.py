@@ -37,7 +37,6 @@ from tests.rl.test_gpu_vllm import LEAST_EQUAL, MOST_GAP, equal_share, write_mod
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
 ]
 START_SECONDS = 150
