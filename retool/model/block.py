@@ -101,7 +101,7 @@ class Block(nn.Module, ABC):
         # the graph.
         self.before_piece: Part = compiled(before) if execution.compiled else before
         fast = execution.compiled and self.after_is_compilable
-        self.after_piece: Part = _compiled_after(after) if fast else after
+        self.after_piece: Part = compiled(after) if fast else after
 
     @abstractmethod
     def projected(self, x_tD: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,8 @@ class Block(nn.Module, ABC):
         """q, k and v in one flat buffer, rank after rank, rounded once to the weights' dtype."""
         plan = self.execution.plan_alone if alone else self.execution.plan
         # v follows q and k into the dtype of rope's result: they travel as one buffer
-        return split_heads(q_tNH, k_tKH, v_tKH.to(q_tNH.dtype), plan, v_tKH.dtype)
+        sent = split_heads(q_tNH, k_tKH, v_tKH.to(q_tNH.dtype), plan, v_tKH.dtype)
+        return unviewed(sent) if torch.compiler.is_compiling() else sent
 
     def by_head(self, qkv: torch.Tensor) -> torch.Tensor:
         """[t, J·H] → [t, J, H]."""
@@ -288,12 +289,6 @@ def swiglu(
     """
     gate_up_tG = F.linear(x_tD, gate_up, gate_up_bias)
     return gated_down(gate_up_tG, down, down_bias, "silu", wanted=wanted)
-
-
-def _compiled_after(after: Part) -> Part:
-    """Compiled `after`; attention's result comes as a view of one kind or another."""
-    fast = compiled(after)
-    return lambda block, x_tD, a_tE, *beside: fast(block, x_tD, unviewed(a_tE), *beside)
 
 
 def _run_again_in_backward(function: Part, *args: Any) -> torch.Tensor:

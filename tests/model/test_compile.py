@@ -1,0 +1,194 @@
+"""Blocks that call the kernels torch.compile made for them without torch.compile: the same results,
+and never where it would have done something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor import compile_fx
+from torch._inductor.output_code import OutputCode
+
+from retool.batch import Sample, pack
+from retool.model import compile as compiling
+from retool.model.build import ModelOptions, build_decoder
+from retool.model.compile import Compiled, compiled
+from retool.model.decoder import Decoder
+from retool.model.recompute import Recompute
+from retool.parallel.mesh import make_mesh
+from tests.model.decoders import decoder_config
+
+
+class Interpreted(OutputCode):
+    """A graph that runs node by node, in the place of what Inductor would make of it."""
+
+    def __init__(self, graph: torch.fx.GraphModule) -> None:
+        self._boxed_call = True
+        self.current_callable: Callable[[list[Any]], Any] = lambda given: graph(*given)
+
+    def __call__(self, inputs: Sequence[Any]) -> Any:
+        return self.current_callable(list(inputs))
+
+    def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
+        pass
+
+    def set_triton_bundle(self, triton_bundle: Any) -> None:
+        pass
+
+
+class Halves(nn.Module):
+    """A block of two parameters, one of which only the first of two results needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, 4, generator=generator))
+        self.shift = nn.Parameter(torch.randn(4, generator=generator))
+        self.eps = 1e-3
+
+    def mixed(self, x_t4: Tensor, y_t4: Tensor, negative: bool = False) -> Tensor:
+        out = torch.tanh(x_t4 @ self.weight + self.shift) * y_t4 / (self.eps + y_t4.square())
+        return -out if negative else out
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_fx, "compile_fx_inner", lambda graph, *_, **__: Interpreted(graph))
+        yield
+    torch._dynamo.reset()
+
+
+class Counted:
+    """A compiled function, and how often torch.compile was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.piece: Compiled = compiled(Halves.mixed)
+        inner = self.piece.function
+
+        def function(*arguments: Any) -> Tensor:
+            self.asked += 1
+            return inner(*arguments)
+
+        self.piece.function = function
+
+    def of(self, *arguments: Any) -> int:
+        """How often for this call."""
+        before = self.asked
+        self.piece(*arguments)
+        return self.asked - before
+
+
+def rows(t: int, seed: int, **more: Any) -> Tensor:
+    return torch.randn(t, 4, generator=torch.Generator().manual_seed(seed), **more)
+
+
+def warmed(block: Halves) -> Counted:
+    """After a forward and a backward of 8 tokens, and a forward that has seen both."""
+    counted = Counted()
+    x = rows(8, 1, requires_grad=True)
+    counted.piece(block, x, rows(8, 2)).sum().backward()
+    counted.piece(block, x, rows(8, 2))
+    block.zero_grad()
+    return counted
+
+
+def test_a_call_again_is_the_same_without_torch_compile(interpreted: None) -> None:
+    block = Halves()
+    counted = warmed(block)
+    x = rows(8, 3, requires_grad=True)
+    y = rows(8, 4)
+    wanted = [x, block.weight, block.shift]
+    d_out = rows(8, 5)
+    out = counted.piece(block, x, y)
+    plain = block.mixed(x, y)
+    torch.testing.assert_close(out, plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, wanted, d_out),
+        torch.autograd.grad(plain, wanted, d_out),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    assert counted.of(block, x, y) == 0
+    with torch.no_grad():
+        counted.piece(block, x, y)
+        torch.testing.assert_close(counted.piece(block, x, y), plain)
+        assert counted.of(block, x, y) == 0
+
+
+def test_what_is_not_known_to_be_the_same_goes_through_torch_compile(interpreted: None) -> None:
+    block = Halves()
+    counted = warmed(block)
+    x = rows(8, 3, requires_grad=True)
+    y = rows(8, 4)
+    assert counted.of(block, rows(9, 3, requires_grad=True), rows(9, 4)) == 1, "a new length"
+    assert counted.of(block, rows(9, 3, requires_grad=True), rows(9, 4)) == 0
+    assert counted.of(block, x, y, True) == 1, "another argument"
+    counted = warmed(block)
+    assert counted.of(block, x, y.t().contiguous().t()) == 1, "other strides"
+    assert counted.of(block, x, rows(8, 4, requires_grad=True)) == 1, "another gradient"
+    counted = warmed(block)
+    block.shift.requires_grad = False
+    assert counted.of(block, x, y) == 1, "a frozen parameter"
+    block.shift.requires_grad = True
+    assert counted.of(Halves(), x, y) == 1, "another block"
+    counted = warmed(block)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert counted.of(block, x, y) == 1, "somebody keeps what is saved"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert counted.of(block, x, y) == 1, "another state of torch"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_second_backward_is_refused(interpreted: None) -> None:
+    block = Halves()
+    counted = warmed(block)
+    out = counted.piece(block, rows(8, 3, requires_grad=True), rows(8, 4)).sum()
+    with pytest.raises(RuntimeError, match=r"it runs once\. Build without compilation for retain"):
+        out.backward(retain_graph=True)
+
+
+def trained(recompute: Recompute, again: bool, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Losses and gradients of four packs through a compiled decoder."""
+    if not again:
+        monkeypatch.setattr(Compiled, "_first", Compiled._through)
+        monkeypatch.setattr(compiling.Call, "fits", lambda *_: False)
+    config = replace(decoder_config(4, 2, vocab=31, hidden=16, ffn=24, layers=2, head_dim=4))
+    options = ModelOptions(use_compile=True, recompute=recompute)
+    model = build_decoder(config, make_mesh(), options)
+    model.master.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
+    model.refresh()
+    found = []
+    for t in (9, 9, 12, 9):
+        model.zero_grad()
+        batch = pack([Sample(np.arange(t, dtype=np.int32), np.ones(t, bool))])
+        loss = model(batch, lambda hidden, weight: (hidden @ weight.t()).square().sum())
+        loss.backward()
+        model.finish_gradients()
+        found += [loss.detach(), model.grad.clone()]
+    assert isinstance(model.module, Decoder)
+    pieces = [piece for b in model.module.layers for piece in (b.before_piece, b.after_piece)]
+    known = [isinstance(piece, Compiled) and bool(piece.calls) for piece in pieces]
+    # A checkpoint keeps what is saved in its own way: `after` goes through torch.compile there
+    assert all(known[::2]) == again
+    assert any(known[1::2]) == all(known[1::2]) == (again and recompute != "selective")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_decoder_has_the_same_bits(recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's own kernels, called either way."""
+    again = trained(recompute, True, monkeypatch)
+    through = trained(recompute, False, monkeypatch)
+    for a, b in zip(again, through, strict=True):
+        assert torch.equal(a, b)
