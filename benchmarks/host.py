@@ -82,7 +82,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def functions(run: Callable[[], Any], most: int) -> None:
+def functions(run: Callable[[], Any], most: int, shown: bool) -> None:
     """Print where the host's time goes by function, without the functions that those call."""
     profile = cProfile.Profile()
     # A backward on a thread of its own would not be seen
@@ -92,7 +92,8 @@ def functions(run: Callable[[], Any], most: int) -> None:
         for _ in range(3):
             run()
         profile.disable()
-    pstats.Stats(profile).strip_dirs().sort_stats("tottime").print_stats(most)
+    if shown:
+        pstats.Stats(profile).strip_dirs().sort_stats("tottime").print_stats(most)
 
 
 def measure(mesh: Mesh, compiled: bool, tokens: int, args: Namespace) -> dict[str, Any]:
@@ -115,8 +116,8 @@ def measure(mesh: Mesh, compiled: bool, tokens: int, args: Namespace) -> dict[st
 
     one = timed(partial(step, 1), mesh.device, args.repeats)
     more = timed(partial(step, 1 + FURTHER), mesh.device, args.repeats)
-    if args.profile and mesh.rank == 0 and mesh.world == 1:
-        functions(partial(step, 1 + FURTHER), args.profile)
+    if args.profile:
+        functions(partial(step, 1 + FURTHER), args.profile, mesh.rank == 0)
     further = [(b - a) / FURTHER for a, b in zip(one.enqueued, more.enqueued, strict=True)]
     return {"enqueued": one.enqueued, "done": one.done, "further": further}
 
