@@ -21,7 +21,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from retool.config.help import shown_value  # noqa: E402
+from retool.config.help import by_group, shown_value  # noqa: E402
 from retool.config.schema import REQUIRED, Leaf, leaves  # noqa: E402
 from retool.report.glossary import BY_PATTERN, MEANINGS, Meaning  # noqa: E402
 from retool.rl.config import RLConfig  # noqa: E402
@@ -131,10 +131,7 @@ def _keys_page(command: str, schema: type, synonyms: Mapping[str, str]) -> Itera
     others: dict[str, list[str]] = {}
     for other, ours in synonyms.items():
         others.setdefault(ours, []).append(other)
-    groups: dict[str, list[Leaf]] = {}
-    for leaf in leaves(schema):
-        groups.setdefault(leaf.key.rpartition(".")[0], []).append(leaf)
-    for group, keys in groups.items():
+    for group, keys in by_group(schema, list(leaves(schema))).items():
         yield from ("", f"## {group or 'without a group'}", "")
         for leaf in keys:
             yield from _key_lines(leaf, others.get(leaf.key, []))

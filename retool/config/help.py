@@ -67,10 +67,14 @@ def _beginning(command: Command, width: int) -> Iterator[str]:
     yield from ["", *textwrap.wrap(later, width), ""]
     yield from ("    " + line for line in command.example.strip().splitlines())
     yield ""
-    heads = dict.fromkeys(leaf.key.rpartition(".")[0] for leaf in leaves(command.schema))
-    names = ", ".join(head for head in heads if head)
-    said = f"--help GROUP shows one group of keys ({names}), --help KEY those whose name has KEY in it."
-    yield from textwrap.wrap(said, width, break_on_hyphens=False)
+    names = ", ".join(
+        head for head in by_group(command.schema, list(leaves(command.schema))) if head
+    )
+    for said in (
+        f"--help GROUP shows one group of keys: {names}.",
+        "--help WORD shows the keys that have WORD in their name.",
+    ):
+        yield from textwrap.wrap(said, width, break_on_hyphens=False)
 
 
 def _keys(command: Command, shown: Sequence[Leaf], width: int) -> Iterator[str]:
@@ -79,16 +83,11 @@ def _keys(command: Command, shown: Sequence[Leaf], width: int) -> Iterator[str]:
     other_names: dict[str, list[str]] = {}
     for other, ours in command.synonyms.items():
         other_names.setdefault(ours, []).append(other)
-    group = None
-    for leaf in shown:
-        head = leaf.key.rpartition(".")[0]
-        if head != group:
-            group = head
-            yield ""
-            title = f"{head}: {titles[head]}" if head else "besides:"
-            yield from textwrap.wrap(title, width, break_on_hyphens=False)
-            yield ""
-        yield from _key_lines(leaf, other_names.get(leaf.key, []), width)
+    for head, keys in by_group(command.schema, shown).items():
+        title = f"{head}: {titles[head]}" if head else "Without a group:"
+        yield from ["", *textwrap.wrap(title, width, break_on_hyphens=False), ""]
+        for leaf in keys:
+            yield from _key_lines(leaf, other_names.get(leaf.key, []), width)
 
 
 def _key_lines(leaf: Leaf, other_names: list[str], width: int) -> Iterator[str]:
@@ -127,6 +126,18 @@ def _topic(command: Command, topic: str, width: int) -> Iterator[str]:
     instead = f" {ours} is meant, perhaps:" if meant else " --help alone shows all."
     yield from textwrap.wrap(f"No key has {topic} in its name.{instead}", width)
     yield from _keys(command, meant, width)
+
+
+def by_group(schema: type, shown: Sequence[Leaf]) -> dict[str, list[Leaf]]:
+    """Keys under the names of their groups: each group once, those within it after it, and keys
+    without a group at the end.
+    """
+    found: dict[str, list[Leaf]] = {}
+    for leaf in shown:
+        found.setdefault(leaf.key.rpartition(".")[0], []).append(leaf)
+    # A group may stand among the keys of the one around it, which would be shown in pieces
+    heads = [head for head, _ in _groups(schema) if head]
+    return {head: found[head] for head in (*heads, "") if head in found}
 
 
 def _groups(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -31,15 +31,15 @@ DTYPE_SPELLINGS = {
 }
 SAVE_CONTENTS = ("model", "optimizer", "extra", "hf_model")
 TEMPLATE_DATE = (
-    "Date, YYYY-MM-DD, for a chat template that asks for today's (strftime_now); null = the day "
-    "the run began, kept where it goes on."
+    "The date (YYYY-MM-DD) for a chat template that asks for today's (strftime_now); "
+    "null = the day on which the run began, also after a resume."
 )
 FILES = (
     "A file (.parquet, .jsonl, .json, .csv; each also .gz or .zst), a folder of them or one of "
     "datasets' save_to_disk, a glob, a URL (hdfs://, s3://), a data set of the Hugging Face hub "
     "(org/name, org/name:split), or a list [a,b]."
 )
-DATASET_NAME = "Configuration of a data set of the hub that has several, e.g. main."
+DATASET_NAME = "Which configuration to read, if a data set of the hub has several, e.g. main."
 TRAIN_SPLIT = (
     "Split of a data set that has several (of the hub, or saved by datasets); null = train."
 )
@@ -70,31 +70,32 @@ class FSDPConfig:
     )
     param_dtype: AutoDtype = option(
         "auto",
-        "Gathered weights and compute; auto = bf16 on GPUs, model_dtype on the CPU. fp16 is finer "
-        "than bf16 and overflows sooner: the loss is scaled, and steps whose gradient overflows "
-        "are skipped.",
+        "Gathered weights and compute; auto = bf16 on GPUs, model_dtype on the CPU. "
+        "fp16 is more exact than bf16 but overflows sooner: the loss is scaled, and "
+        "steps whose gradient overflows are skipped.",
         spellings=DTYPE_SPELLINGS,
     )
     reduce_dtype: Dtype = option("fp32", "Gradient reduction.", spellings=DTYPE_SPELLINGS)
     param_offload: bool = option(False, "Keep master weights in host memory.")
     optimizer_offload: bool = option(
-        False, "Keep optimizer state in host memory; it visits the device for the update."
+        False, "Keep optimizer state in host memory; it is copied to the GPU for each update."
     )
     fsdp_size: int = option(
         -1,
-        "Ranks that share a parameter; fewer than the world = replicated groups (HSDP); -1 = all.",
+        "Ranks that share each parameter; fewer than all = replicated groups (HSDP); -1 = all.",
         minimum=-1,
     )
     expert_parallel_size: int = option(
         1,
-        "Neighbouring ranks that divide a layer's experts: each gathers its own, and tokens travel to "
-        "them. Must divide the experts and the ranks that share a parameter.",
+        "Over how many neighbouring ranks a layer's experts are divided: each rank "
+        "gathers its own experts, and tokens are sent to them. Must divide the number "
+        "of experts and of the ranks that share a parameter.",
         minimum=1,
     )
     reshard_after_forward: bool | Literal["auto"] = option(
         "auto",
-        "Free a block's gathered weights after its forward, to gather them again in the backward; "
-        "auto = where they don't all fit, and always in RL.",
+        "Free a block's gathered weights after its forward pass, and gather them "
+        "again for the backward; auto = if they don't all fit, and always in RL.",
     )
     forward_prefetch: bool = option(
         True, "Gather the next block's weights during this one's forward."
@@ -108,23 +109,26 @@ class DecoderConfig:
     attn: Literal["auto", "flash", "flash3", "flash4", "varlen", "cudnn", "reference"] = option(
         "auto",
         (
-            "Attention kernel of training; the choice is logged. flash: the flash-attn package; "
-            "flash3, flash4: theirs; varlen: torch's."
+            "Attention kernel in training; the choice is logged. flash, flash3 and "
+            "flash4 come from the packages of FlashAttention 2, 3 and 4, varlen from "
+            "torch."
         ),
     )
     enable_gradient_checkpointing: bool | Literal["auto", "selective"] = option(
         "auto",
-        "Recompute activations in backward: auto = the least that fits; selective = only cheap parts.",
+        "Recompute activations in the backward pass: auto = as little as fits; "
+        "selective = only the cheap parts.",
     )
     activation_offload: bool | Literal["auto"] = option(
         False,
-        "Keep what fully recomputed blocks find in the backward in host memory, for very long "
-        "sequences: true = always; auto = where nothing else fits.",
+        "Keep the inputs of fully recomputed blocks in host memory until the backward "
+        "pass, for very long sequences: true = always; auto = if nothing else fits.",
     )
     fp32_residual: bool | Literal["auto"] = option(
         "auto",
-        "Add what the blocks compute in fp32, also above bf16 weights: more exact, for some "
-        "memory; auto = in retool.rl, where sampler and trainer then agree better.",
+        "Keep the residual stream in fp32, even with bf16 weights: more exact, but "
+        "takes some memory; auto = on in retool.rl, where sampler and trainer then "
+        "agree better.",
     )
     trust_remote_code: bool = option(
         False, "Run the tokenizer's own Python code from the model folder."
@@ -134,8 +138,9 @@ class DecoderConfig:
     )
     impl: Literal["auto", "transformers"] = option(
         "auto",
-        "Whose code runs the model: auto = our decoder where it has one for the model_type, else "
-        "transformers' module; transformers = that in any case, to compare.",
+        "Whose code runs the model: auto = retool's decoder if it has the model_type, "
+        "else transformers' module; transformers = always transformers' module, to "
+        "compare.",
     )
 
 
@@ -147,14 +152,18 @@ class AdamWConfig:
     betas: tuple[float, float] = option(
         (0.9, 0.95), "AdamW's decay rates.", minimum=0, maximum=0.999999
     )
-    weight_decay: float = option(0.01, "On every parameter, norms and biases too.", minimum=0)
+    weight_decay: float = option(
+        0.01, "Weight decay of every parameter, norms and biases too.", minimum=0
+    )
     lr_scheduler: Literal["cosine", "wsd", "constant"] = option(
         "cosine", "Shape of the schedule after warm-up."
     )
     warmup_steps_ratio: float = option(
         0.1, "Share of the optimizer steps that warm up linearly.", minimum=0, maximum=1
     )
-    min_lr_ratio: float = option(0.0, "Last learning rate as a share of lr.", minimum=0, maximum=1)
+    min_lr_ratio: float = option(
+        0.0, "The last learning rate, as a share of lr.", minimum=0, maximum=1
+    )
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,7 @@ class TrainerConfig:
         "checkpoints/${trainer.project_name}/${trainer.experiment_name}", "The run's folder."
     )
     default_hdfs_dir: str | None = option(
-        None, "Finished checkpoints are copied to this fsspec/pyarrow URL too."
+        None, "A fsspec or pyarrow URL to which finished checkpoints are copied, too."
     )
     project_name: str = option("retool", "Project, for the loggers and the folder.")
     experiment_name: str = option("test", "Experiment, for the loggers and the folder.")
@@ -202,8 +211,9 @@ class TrainerConfig:
     resume_mode: Literal["auto", "disable", "resume_path"] = option(
         "auto",
         (
-            "auto = from the run folder's newest complete checkpoint; disable = from the start, "
-            "what is there moved to previous_N in it."
+            "auto = from the newest complete checkpoint in the run's folder; disable "
+            "= from the start (an earlier run's files are moved to previous_N in that "
+            "folder); resume_path = from trainer.resume_from_path."
         ),
     )
     resume_from_path: str | None = option(
@@ -211,7 +221,8 @@ class TrainerConfig:
     )
     resume_fallback: bool = option(
         True,
-        "Under auto: pass over a damaged checkpoint for the newest whole one, and say so; false = refuse.",
+        "With resume_mode=auto: if a checkpoint is damaged, take the newest complete "
+        "one and say so; false = refuse.",
     )
     seed: int = option(1, "Seeds everything.", minimum=0)
     deterministic: bool = option(
@@ -227,20 +238,21 @@ class TrainerConfig:
     )
     device: Literal["auto", "cuda", "cpu"] = option("auto", "auto = CUDA where there is a GPU.")
     device_memory_gb: float | None = option(
-        None, "Plan (--check) for GPUs of this many GiB; null = the GPU at hand.", above=0
+        None, "With --check: plan for GPUs of this many GiB; null = those of this machine.", above=0
     )
     watchdog_s: float = option(
         600,
         (
-            "Seconds without progress after which every rank writes its stacks into the run folder "
-            "and the run ends; 0 = never."
+            "After so many seconds without progress, every rank writes its stacks "
+            "into the run's folder and the run ends; 0 = never."
         ),
         minimum=0,
     )
     max_grad_skips: int = option(
         3,
-        "Optimizer steps in a row with a non-finite gradient norm after which the run stops; in "
-        "fp16 besides the 16 that bring the loss scale down to 1.",
+        "The run stops after so many optimizer steps in a row with a non-finite "
+        "gradient norm. In fp16 the 16 that bring the loss scale down to 1 don't "
+        "count.",
         minimum=1,
     )
 

@@ -14,18 +14,22 @@ from retool.config.options import CheckpointConfig, FSDPConfig, RunOptions
 class MultiturnConfig:
     """Conversations with several turns and tools."""
 
-    enable: bool = option(True, "false: single turn, from data.prompt_key and data.response_key.")
+    enable: bool = option(
+        True, "false = a single turn, from the columns data.prompt_key and data.response_key."
+    )
     messages_key: str = option("messages", "Column with the list of messages.")
     tools_key: str = option(
-        "tools", "Column with the function schemas, a list or a JSON string of it; may be absent."
+        "tools", "Column with the tools' schemas, as a list or as its JSON text; may be absent."
     )
     enable_thinking_key: str = option(
-        "enable_thinking", "Column with the template's enable_thinking per row; may be absent."
+        "enable_thinking",
+        "Column with each row's value for the chat template's enable_thinking; may be absent.",
     )
     history: Literal["error", "last", "split"] = option(
         "error",
-        "For templates that rewrite earlier turns: error = refuse; last = train only turns whose "
-        "context is what inference would show; split = one sample per assistant turn.",
+        "For chat templates that rewrite earlier turns: error = refuse the row; last "
+        "= train only the turns whose context is the one that inference would show; "
+        "split = make one sample per assistant turn.",
     )
     inline_outputs: Literal["error", "mask", "train"] = option(
         "error",
@@ -36,7 +40,7 @@ class MultiturnConfig:
 
 @dataclass(frozen=True)
 class CustomClsConfig:
-    """The user's own rows."""
+    """A function of your own that reads the data files."""
 
     path: str | None = option(
         None, "Python file with a function `(path) -> Iterable[dict]` that reads the data files."
@@ -46,7 +50,7 @@ class CustomClsConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on."""
+    """The training data."""
 
     train_files: tuple[str, ...] = option(REQUIRED, options.FILES)
     val_files: tuple[str, ...] | None = option(None, "The same, for validation; null = none.")
@@ -57,41 +61,49 @@ class DataConfig:
     val_max_samples: int = option(-1, "Use the first N validation rows; -1 = all.", minimum=-1)
     train_batch_size: int = option(
         256,
-        "Samples per optimizer step over all GPUs, whatever dp, sp or micro-batching.",
+        "Samples per optimizer step over all GPUs, however they are divided.",
         minimum=1,
     )
     micro_batch_size_per_gpu: int | None = option(
-        None, "Samples per micro-batch of one sequence-parallel group; null = by tokens.", minimum=1
+        None,
+        "Samples per micro-batch of one sequence-parallel group; null = micro-batches "
+        "are made by tokens.",
+        minimum=1,
     )
     fill_micro_batches: bool = option(
         True,
-        "With data.micro_batch_size_per_gpu: short samples share a micro-batch as long as it holds "
-        "no more tokens than that many of the longest, or 8,192 per GPU where these fit without "
-        "recomputing more. The results are the same. false: never more samples.",
+        "With data.micro_batch_size_per_gpu: let more, shorter samples into a "
+        "micro-batch, as long as it holds no more tokens than that many of the "
+        "longest samples would (or 8,192 per GPU, if these fit without more "
+        "recomputation). The results are the same. false = never more samples.",
     )
     keep_documents_whole: bool = option(
         True,
-        "With sequence parallelism: where the documents of a micro-batch spread evenly over the "
-        "ranks of a group, each rank computes its own, and nothing is sent. The results are the "
-        "same. false: every document is divided.",
+        "With sequence parallelism: if the documents of a micro-batch spread evenly "
+        "over the ranks of a group, each rank computes whole documents and sends "
+        "nothing. The results are the same. false = divide every document.",
     )
     max_token_len_per_gpu: int | None = option(
         None,
-        "Token budget of a micro-batch per GPU (an sp group holds sp times that); a single longer "
-        "sample is its own micro-batch. With this and data.micro_batch_size_per_gpu null, "
-        "preflight picks a budget that fits.",
+        "Token budget of a micro-batch per GPU (a sequence-parallel group holds that "
+        "times its size). A single longer sample is a micro-batch of its own. If this "
+        "and data.micro_batch_size_per_gpu are null, preflight picks a budget that "
+        "fits.",
         minimum=1,
     )
     max_length: int = option(4096, "Longest sample in tokens.", minimum=2)
     truncation: Literal["error", "left", "right", "drop"] = option(
-        "error", "What happens to longer samples; dropped rows are counted and reported."
+        "error",
+        "What happens to samples longer than data.max_length; dropped rows are "
+        "counted and reported.",
     )
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "prompt_response"
     ] = option(
         "auto",
-        "What rows are: messages (OpenAI's), sharegpt (conversations), alpaca (instruction, input, "
-        "output), prompt_completion or prompt_response; auto = by their columns.",
+        "The form of the rows: messages (OpenAI's), sharegpt (conversations), alpaca "
+        "(instruction, input, output), prompt_completion or prompt_response; auto = "
+        "recognise it by the columns.",
     )
     multiturn: MultiturnConfig = field(default_factory=MultiturnConfig)
     prompt_key: str = option("prompt", "Column with the prompt when data.multiturn.enable=false.")
@@ -121,13 +133,15 @@ class DataConfig:
     template_date: str | None = option(None, options.TEMPLATE_DATE)
     reasoning_in_content: bool = option(
         False,
-        "Write what the assistant thinks (reasoning_content, reasoning, thinking) at the beginning "
-        "of its content, as <think>…</think>, for a template that doesn't show such a field.",
+        "Put the assistant's reasoning (reasoning_content, reasoning, thinking) at "
+        "the beginning of its content, as <think>…</think>, for a chat template that "
+        "doesn't show such a field.",
     )
     drop_reasoning: bool = option(
         False,
-        "Train without what the assistant thinks, in a field or between <think> and </think>. "
-        "Otherwise a row whose template doesn't show it is refused.",
+        "Train without the assistant's reasoning, whether it stands in a field or "
+        "between <think> and </think>. Otherwise a row with reasoning that the chat "
+        "template doesn't show is refused.",
     )
     custom_cls: CustomClsConfig = field(default_factory=CustomClsConfig)
     cache_dir: str | None = option(None, "Where rendered data is cached; null = ~/.cache/retool.")
@@ -135,7 +149,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig(options.DecoderConfig):
-    """What is trained."""
+    """The model."""
 
     partial_pretrain: str = option(REQUIRED, "Hugging Face model folder or hub id.")
     strategy: Literal["fsdp"] = option("fsdp", "fsdp2 means the same.", spellings={"fsdp2": "fsdp"})
@@ -166,10 +180,11 @@ class SFTConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ulysses_sequence_parallel_size: int = option(
         1,
-        "GPUs that share one sequence: 1 to the number of query heads; must divide the world size.",
+        "GPUs that share one sequence: from 1 to the number of query heads; must "
+        "divide the number of processes.",
         minimum=1,
     )
-    use_remove_padding: bool = option(True, "false pads each sample to data.max_length first.")
+    use_remove_padding: bool = option(True, "false = pad each sample to data.max_length first.")
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 

@@ -384,6 +384,8 @@ def test_help_documents_every_key() -> None:
     text = help_text(SFTConfig, "python -m retool.sft", EXAMPLE, SYNONYMS)
     for leaf in leaves(SFTConfig):
         assert f"  {leaf.key}  (" in text
+    titles = [line.partition(":")[0] for line in text.splitlines() if line.startswith("data")]
+    assert titles == ["data", "data.multiturn", "data.custom_cls"]  # each group once, as a whole
     assert (
         "required" in text
         and "default 1e-05" in text

@@ -38,7 +38,7 @@ class OptimConfig(options.AdamWConfig):
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
-    """Which surrogate."""
+    """The policy loss."""
 
     loss_mode: str = option(
         "vanilla",
@@ -52,17 +52,26 @@ class ActorConfig:
     """The update."""
 
     ppo_mini_batch_size: int = option(
-        64, "Prompts per optimizer step over all GPUs, whatever dp, sp or n.", minimum=1
+        64, "Prompts per optimizer step over all GPUs; each has n answers.", minimum=1
     )
     ppo_micro_batch_size_per_gpu: int | None = option(
         None, "Trajectories per micro-batch, with use_dynamic_bsz=false.", minimum=1
     )
-    use_dynamic_bsz: bool = option(True, "Micro-batches by tokens (ppo_max_token_len_per_gpu).")
+    use_dynamic_bsz: bool = option(
+        True, "Make micro-batches by tokens (ppo_max_token_len_per_gpu), not by trajectories."
+    )
     ppo_max_token_len_per_gpu: int = option(
-        16384, "Token budget of a micro-batch per GPU; an sp group holds sp times that.", minimum=1
+        16384,
+        "Token budget of a micro-batch per GPU (a sequence-parallel group holds that "
+        "times its size).",
+        minimum=1,
     )
     ppo_epochs: int = option(1, "Passes over a step's batch.", minimum=1)
-    clip_ratio: float = option(0.2, "Both clip ratios, where they aren't given.", above=0)
+    clip_ratio: float = option(
+        0.2,
+        "Clip ratio in both directions, unless clip_ratio_low or clip_ratio_high is given.",
+        above=0,
+    )
     clip_ratio_low: float = option(
         "${actor_rollout_ref.actor.clip_ratio}", "The ratio is clipped below 1 - this.", above=0
     )
@@ -70,12 +79,16 @@ class ActorConfig:
         "${actor_rollout_ref.actor.clip_ratio}", "The ratio is clipped above 1 + this.", above=0
     )
     clip_ratio_c: float = option(
-        3.0, "Dual clip: with a negative advantage the loss is at most this times it.", above=1
+        3.0,
+        "Dual clip: the ratio of a token with a negative advantage counts as at most this.",
+        above=1,
     )
     use_kl_loss: bool = option(False, "Add the KL to the reference policy to the loss.")
-    kl_loss_coef: float = option(0.001, "Its coefficient.", minimum=0)
+    kl_loss_coef: float = option(0.001, "Coefficient of the KL loss.", minimum=0)
     kl_loss_type: KL = option(
-        "k3", "Its estimator; with + its gradient is that of k2.", spellings=KL_SPELLINGS
+        "k3",
+        "Estimator of the KL in the loss; with + it has the gradient of k2.",
+        spellings=KL_SPELLINGS,
     )
     entropy_coeff: float = option(0.0, "Coefficient of the entropy bonus.")
     loss_agg_mode: (
@@ -86,8 +99,8 @@ class ActorConfig:
     ) = option(
         None,
         (
-            "How token losses become one number; null = as the loss was published: gspo seq-mean-token-mean, "
-            "else token-mean."
+            "How the losses of tokens become one number; null = as the loss was "
+            "published: seq-mean-token-mean for gspo, else token-mean."
         ),
     )
     policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
@@ -106,6 +119,6 @@ class RefConfig:
     """Log-probabilities without gradients: of the old policy and of the reference."""
 
     log_prob_max_token_len_per_gpu: int | None = option(
-        None, "Token budget per GPU; null = the actor's.", minimum=1
+        None, "Token budget of a micro-batch per GPU; null = the actor's.", minimum=1
     )
     param_offload: bool = option(False, "Keep the reference's weights in host memory.")

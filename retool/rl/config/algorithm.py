@@ -25,9 +25,13 @@ class KLControlConfig:
     type: Literal["fixed", "adaptive"] = option(
         "fixed", "adaptive moves the coefficient towards target_kl (arXiv 1909.08593)."
     )
-    kl_coef: float = option(0.001, "Coefficient, or where it starts.", minimum=0)
+    kl_coef: float = option(
+        0.001, "The coefficient; with type=adaptive, its first value.", minimum=0
+    )
     horizon: int = option(
-        10_000, "Trajectories over which the adaptive controller acts.", minimum=1
+        10_000,
+        "Trajectories over which the adaptive controller changes the coefficient.",
+        minimum=1,
     )
     target_kl: float = option(0.1, "KL per token that the adaptive controller aims at.", above=0)
 
@@ -44,7 +48,9 @@ class FilterGroupsConfig:
         "What must differ: acc, score, reward, or another number that the reward function returns.",
     )
     max_num_gen_batches: int = option(
-        0, "Train on what there is after that many rounds of sampling; 0 = no limit.", minimum=0
+        0,
+        "After so many rounds of sampling, train on the groups found so far; 0 = no limit.",
+        minimum=0,
     )
 
 
@@ -53,11 +59,12 @@ class RolloutCorrectionConfig:
     """Importance weights for the difference between the sampler's distribution and the trainer's."""
 
     rollout_is: Literal["token", "sequence"] | None = option(
-        None, "Weigh by exp(old - logp_behaviour): per token, or per sequence."
+        None, "Weigh each token, or each sequence, by exp(old - logp_behaviour); null = no weights."
     )
-    rollout_is_threshold: float = option(2.0, "Weights are cut to this.", above=0)
+    rollout_is_threshold: float = option(2.0, "Larger weights are cut to this.", above=0)
     bypass_mode: bool = option(
-        False, "Take the sampler's log-probabilities as the old ones, which saves a forward pass."
+        False,
+        "Use the sampler's log-probabilities as the old policy's, which saves a forward pass.",
     )
 
 
@@ -70,20 +77,21 @@ class AlgorithmConfig:
         "grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, or file.py/function.",
     )
     norm_adv_by_std_in_grpo: bool = option(
-        True, "Divide by the group's standard deviation; false is Dr. GRPO."
+        True, "Divide advantages by the group's standard deviation; false = Dr. GRPO."
     )
     gamma: float = option(1.0, "Discount per token (reinforce_plus_plus).", minimum=0, maximum=1)
     use_kl_in_reward: bool = option(
         False, "Subtract the KL to the reference policy from the reward, token by token."
     )
-    kl_penalty: KL = option("k1", "Estimator of that KL.", spellings=KL_SPELLINGS)
+    kl_penalty: KL = option("k1", "Estimator of the KL in the reward.", spellings=KL_SPELLINGS)
     mask_truncated: bool = option(
         False,
         "Don't train on answers that ran out of tokens; they still count in their group's mean.",
     )
     credit_turns: bool = option(
         False,
-        "Put what tools and the environment gave a turn on its last token, not on the answer's.",
+        "Give a turn's reward from tools and the environment to the last token of "
+        "that turn, not of the answer.",
     )
     kl_ctrl: KLControlConfig = field(default_factory=KLControlConfig)
     filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)

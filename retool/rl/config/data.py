@@ -12,7 +12,7 @@ ANSWER_FORMAT = "The answer format must be: \\boxed{'The final answer goes here.
 
 @dataclass(frozen=True)
 class FunctionConfig:
-    """A function of the user's."""
+    """A function of your own."""
 
     path: str | None = option(None, "Python file.")
     name: str | None = option(None, "Function in that file.")
@@ -30,9 +30,7 @@ class DataConfig:
     prompt_key: str = option("prompt", "Column with the chat messages (or the question's text).")
     train_max_samples: int = option(-1, "Use the first N training rows; -1 = all.", minimum=-1)
     val_max_samples: int = option(-1, "Use the first N validation rows; -1 = all.", minimum=-1)
-    train_batch_size: int = option(
-        512, "Prompts per step over all GPUs, whatever dp or sp.", minimum=1
-    )
+    train_batch_size: int = option(512, "Prompts per step over all GPUs.", minimum=1)
     gen_batch_size: int | None = option(
         None,
         "Prompts per round of sampling under filter_groups; null = train_batch_size.",
@@ -44,14 +42,17 @@ class DataConfig:
     max_response_length: int = option(
         16384, "Longest response in tokens, all turns and tool text together.", minimum=1
     )
-    filter_overlong_prompts: bool = option(True, "Leave longer prompts out; they are counted.")
+    filter_overlong_prompts: bool = option(
+        True, "Leave out prompts longer than max_prompt_length, and count them."
+    )
     truncation: Literal["error", "left", "right"] = option(
         "error",
-        "What happens to longer prompts that aren't filtered: refused, or cut at that side (by tokens).",
+        "What happens to longer prompts that aren't filtered: error = refused; left, "
+        "right = cut at that side (by tokens).",
     )
     answer_format: str | None = option(
         ANSWER_FORMAT,
-        "Line added to math questions that don't say how to answer; null = none is added.",
+        "A line that is added to math questions that don't say how to answer; null = none.",
         spellings={"true": ANSWER_FORMAT},
     )
     shuffle: bool = option(

@@ -18,68 +18,71 @@ class LLMJudgeConfig:
     )
     model: str | None = option(
         None,
-        "The model's name there.",
+        "The model's name at that address.",
     )
     key_variable: str | None = option(
         None,
-        "The environment variable that holds the key; null = it needs none.",
+        "The environment variable that holds the key; null = no key is needed.",
     )
     prompt: str | None = option(
         None,
-        "Text, or a file, with {question}, {answer}, {ground_truth} or {conversation}.",
+        "What the judge is asked: a text, or a file, with {question}, {answer}, "
+        "{ground_truth} or {conversation}.",
     )
     pattern: str = option(
         r"(?i)score\W*?(-?\d+(?:\.\d+)?)",
-        "Regular expression whose last match's first group is the score.",
+        "Regular expression that finds the score: the first group of its last match.",
     )
     lowest: float = option(
         0.0,
-        "The worst score that it may give; becomes 0.",
+        "The worst score that the judge may give; it becomes 0.",
     )
     highest: float = option(
         10.0,
-        "The best one; becomes 1. A number outside is no score.",
+        "The best score; it becomes 1. A number outside of these two is no score.",
     )
     temperature: float = option(
         0.0,
-        "Of its sampling.",
+        "Temperature at which the judge samples.",
         minimum=0,
     )
     max_tokens: int = option(
         1024,
-        "Of its reply.",
+        "Tokens of the judge's reply, at most.",
         minimum=1,
     )
     max_concurrent: int = option(
         16,
-        "Requests at once, of each process that samples.",
+        "Requests at once of each process that samples, at most.",
         minimum=1,
     )
     timeout_seconds: float = option(
         60.0,
-        "Of one request.",
+        "Seconds that one request may take.",
         above=0,
     )
     retries: int = option(
         5,
-        "New tries where it is busy, away, late or cut short; then the answer is lost.",
+        "How often a request is repeated if the judge is busy, away, late or cut "
+        "short. Then the answer is lost.",
         minimum=0,
     )
     cache: str | None = option(
         None,
-        "Folder that keeps its replies, for later runs too; null = they aren't kept.",
+        "Folder that keeps the judge's replies, for later runs too; null = they aren't kept.",
     )
     max_calls: int | None = option(
         None,
-        "Requests of a run, from its start or resume on; null = no limit.",
+        "Requests of a run since its start or resume, at most; null = no limit.",
         minimum=1,
     )
     max_total_tokens: int | None = option(
         None,
-        "Tokens of a run, as the server counts them; null = no limit.",
+        "Tokens of a run as the server counts them, at most; null = no limit.",
         minimum=1,
     )
     when_spent: Literal["end", "mask"] = option(
         "end",
-        "Then the run ends, or answers that aren't judged aren't trained.",
+        "What happens when a limit is reached: end = the run ends; mask = answers "
+        "that aren't judged aren't trained.",
     )

@@ -13,11 +13,11 @@ from retool.rl.config.reward_model import RewardModelConfig
 class OverlongConfig:
     """DAPO's soft punishment of long responses (arXiv 2503.14476, eq. 13)."""
 
-    enable: bool = option(False, "Add it to the reward.")
+    enable: bool = option(False, "Add this penalty to the reward.")
     len: int = option(
-        4096, "The last tokens before max_response_length over which it grows.", minimum=1
+        4096, "The penalty grows over so many tokens before max_response_length.", minimum=1
     )
-    penalty_factor: float = option(1.0, "What it is at max_response_length.", minimum=0)
+    penalty_factor: float = option(1.0, "The penalty at max_response_length.", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -31,35 +31,47 @@ class RewardConfig:
     )
     functions: tuple[str, ...] = option(
         (),
-        "Several rewards, each as name says; the score is their weighted sum.",
+        "Several rewards, each given as in reward_model.name; the score is their weighted sum.",
     )
     weights: tuple[float, ...] = option(
         (),
-        "Of these, in their order; 1 each where none are given.",
+        "Weights of reward_model.functions, in their order; without any, each weighs 1.",
     )
     num_workers: int = option(
-        2, "Processes that judge, per rank; no secrets in their environment, no network.", minimum=1
+        2,
+        "Processes per rank that compute rewards. They have no network and no secrets "
+        "in their environment.",
+        minimum=1,
     )
-    network: bool = option(False, "Let them use the network: for a judge behind an address.")
+    network: bool = option(
+        False, "Let these processes use the network, for a judge behind an address."
+    )
     environment: tuple[str, ...] = option(
-        (), "Names of environment variables that they get, such as [OPENAI_API_KEY]; no others."
+        (), "Names of the environment variables that these processes get, such as [OPENAI_API_KEY]."
     )
     concurrent: bool = option(
         False,
         (
-            "Await an async function in the run's own process, many answers at once; it has the "
-            "run's network and environment."
+            "Await an async reward function in the run's own process, for many "
+            "answers at once. It has the run's network and environment."
         ),
     )
-    max_concurrent: int = option(64, "That many at once.", minimum=1)
-    timeout_seconds: float = option(2.0, "An answer that takes longer gets the floor.", above=0)
+    max_concurrent: int = option(
+        64, "With concurrent: answers that are judged at once, at most.", minimum=1
+    )
+    timeout_seconds: float = option(
+        2.0, "An answer whose reward takes longer gets reward_model.floor.", above=0
+    )
     memory_mb: int = option(2048, "Memory of a worker.", minimum=64)
-    floor: float = option(-1.0, "Score where the reward function fails: exception, timeout, NaN.")
+    floor: float = option(
+        -1.0,
+        "Score of an answer on which the reward function fails: by an exception, a timeout or NaN.",
+    )
     max_failed_share: float = option(
         0.5,
         (
-            "The run ends where the reward fails on a larger share of a step's answers (or of a "
-            "validation's), or on all."
+            "The run ends if the reward function fails on a larger share of the "
+            "answers of a step or a validation, or on all of them."
         ),
         above=0,
         maximum=1,
@@ -67,11 +79,11 @@ class RewardConfig:
     trial_answer: str | None = option(
         "auto",
         (
-            "Answer on which the reward is tried before the run; auto = the row's truth in a "
-            "\\boxed{}, null = it isn't tried."
+            "Answer on which the reward function is tried before the run; auto = the "
+            "row's truth in a \\boxed{}; null = it isn't tried."
         ),
     )
     judge: LLMJudgeConfig = field(default_factory=LLMJudgeConfig)
-    enable: bool = option(False, "The same as name=model, in verl's words.")
+    enable: bool = option(False, "verl's way to write reward_model.name=model.")
     model: RewardModelConfig = field(default_factory=RewardModelConfig)
     overlong_buffer: OverlongConfig = field(default_factory=OverlongConfig)

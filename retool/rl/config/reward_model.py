@@ -13,15 +13,16 @@ class RewardModelConfig:
 
     path: str | None = option(
         None,
-        "Its Hugging Face folder or hub id: a model for sequence classification with one label.",
+        "Hugging Face folder or hub id of a model for sequence classification with one label.",
     )
     max_length: int = option(
         4096,
-        "Tokens of the longest conversation that it reads; a longer one gets the floor.",
+        "Tokens of the longest conversation that the model reads; a longer one gets "
+        "reward_model.floor.",
         minimum=16,
     )
     micro_batch_size: int = option(
         8,
-        "Conversations that it reads at once, at most.",
+        "Conversations that the model reads at once, at most.",
         minimum=1,
     )

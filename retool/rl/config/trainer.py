@@ -34,8 +34,8 @@ class TrainerConfig(options.TrainerConfig):
     watchdog_s: float = option(
         3600,
         (
-            "Seconds without progress after which all ranks write their stacks into the run folder "
-            "and the run ends; 0: never."
+            "After so many seconds without progress, every rank writes its stacks "
+            "into the run's folder and the run ends; 0 = never."
         ),
         minimum=0,
     )
