@@ -7,8 +7,8 @@ A shape is tokens x ffn x width. What counts is the time of the elementwise kern
 products around them, from a profile. GB/s counts what has to be moved: three numbers for each of tokens
 x ffn in the forward, five in the backward (gate, up, the product's gradient; two gradients). *Share* is
 that of a copy's GB/s. Ours writes a sixth number, the product, and keeps none: `kept` is what the forward
-leaves for the backward, its result included. `error` is the gradient's ‖g − float64‖ / ‖float64‖ of gate
-and up on the first 64 tokens. Without a GPU: torch's own operations, in wall time, neither compiled.
+leaves for the backward, its result included. `error` is the input's gradient's ‖g − float64‖ / ‖float64‖
+on the first 64 tokens. Without a GPU: torch's own operations, in wall time, neither compiled.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from kernels import device_events
 from table import arguments, attempt, failed, hardware, head, measure, row, save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from retool.model.block import swiglu
 from retool.model.compile import compiled
-from retool.model.gated import product
-from retool.model.gated.product import gated_down
+from retool.model.fused import gated
 from retool.perf import GIB
 
-OURS = product.fused_gated_down
+OURS = gated.fused_gated_down
 ELEMENTWISE = ("triton_", "_gated_")
 COLUMNS = [
     "tokens x ffn x width",
@@ -45,22 +45,30 @@ COLUMNS = [
 ]
 
 
-def made(tokens: int, ffn: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate and up, down, and the gradient of the result."""
-    generator = torch.Generator(device).manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shapes = ((tokens, 2 * ffn), (width, ffn), (tokens, width))
-    gate_up, down, flow = (
-        torch.randn(*shape, device=device, generator=generator).to(dtype) for shape in shapes
-    )
-    return gate_up.requires_grad_(), down.requires_grad_(), flow
+class Mlp(nn.Module):
+    """A block's, whose sizes the compiler knows."""
+
+    def __init__(self, ffn: int, width: int, device: torch.device) -> None:
+        super().__init__()
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        generator = torch.Generator(device).manual_seed(0)
+
+        def matrix(rows: int, columns: int) -> nn.Parameter:
+            values = torch.randn(rows, columns, device=device, generator=generator)
+            return nn.Parameter((values * columns**-0.5).to(dtype))
+
+        self.gate_up = matrix(2 * ffn, width)
+        self.down = matrix(width, ffn)
+
+    def forward(self, x_tD: Tensor) -> Tensor:
+        return swiglu(x_tD, self.gate_up, self.down)
 
 
-def exact(gate_up: Tensor, down: Tensor, flow: Tensor) -> Tensor:
-    """The gradient of gate and up in float64, of the first 64 tokens."""
-    leaf = gate_up[:64].detach().double().requires_grad_()
-    out = gated_down(leaf, down.detach().double(), None, "silu")
-    return torch.autograd.grad(out, leaf, flow[:64].double())[0]
+def exact(mlp: Mlp, x_tD: Tensor, flow_tD: Tensor) -> Tensor:
+    """The gradient of x in float64, of the first 64 tokens."""
+    leaf = x_tD[:64].detach().double().requires_grad_()
+    out = swiglu(leaf, mlp.gate_up.detach().double(), mlp.down.detach().double())
+    return torch.autograd.grad(out, leaf, flow_tD[:64].double())[0]
 
 
 def elementwise_ms(run: Any, device: torch.device, repeats: int) -> float:
@@ -96,23 +104,27 @@ def kept_gib(make: Any, device: torch.device) -> float:
 
 def line_of(shape: str, device: torch.device, repeats: int) -> dict[str, Any]:
     tokens, ffn, width = map(int, shape.split("x"))
-    gate_up, down, flow = made(tokens, ffn, width, device)
-    on_gpu = device.type == "cuda"
-    piece = compiled(gated_down) if on_gpu else gated_down
+    torch.manual_seed(0)
+    mlp = Mlp(ffn, width, device)
+    dtype = mlp.down.dtype
+    x, flow = torch.randn(2, tokens, width, device=device).to(dtype)
+    x.requires_grad_()
+    piece = compiled(Mlp.forward) if device.type == "cuda" else Mlp.forward
 
     def forward() -> Tensor:
-        return piece(gate_up, down, None, "silu")
+        return piece(mlp, x)
 
     def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(forward(), [gate_up, down], flow)
+        return torch.autograd.grad(forward(), [x, *mlp.parameters()], flow)
 
-    wanted = exact(gate_up, down, flow)
+    wanted = exact(mlp, x, flow)
     error = ((both()[0][:64].double() - wanted).norm() / wanted.norm()).item()
     forward_ms = elementwise_ms(forward, device, repeats)
     both_ms = elementwise_ms(both, device, repeats)
-    target = torch.empty_like(gate_up)
-    copy_ms = statistics.median(measure(lambda: target.copy_(gate_up), device, repeats)["ms"])
-    moved = tokens * ffn * gate_up.element_size()
+    source = torch.zeros(tokens, 2 * ffn, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    copy_ms = statistics.median(measure(lambda: target.copy_(source), device, repeats)["ms"])
+    moved = tokens * ffn * dtype.itemsize
     return {
         "forward_ms": forward_ms,
         "backward_ms": both_ms - forward_ms,
@@ -145,14 +157,14 @@ def main() -> None:
     lines = list[dict[str, Any]]()
     for shape in args.shapes.split(","):
         for name, operator in (("the compiler's", None), ("ours", OURS)):
-            product.fused_gated_down = operator
-            # The compiler has the other's code by the function's name
-            torch.compiler.reset()
+            gated.fused_gated_down = operator
+            if device.type == "cuda":
+                torch.compiler.reset()  # it has the other's code by the function's name
             found = attempt(partial(line_of, shape, device, args.repeats))
             lines.append({"shape": shape, "kernels": name, **found})
             row(in_table(lines[-1]))
             save(args.json, device, lines)
-    product.fused_gated_down = OURS
+    gated.fused_gated_down = OURS
 
 
 if __name__ == "__main__":

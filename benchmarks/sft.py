@@ -37,7 +37,7 @@ from retool.data.packing import Budget, Packing
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import Experts, ModelConfig
 from retool.model.costs import model_flops
-from retool.model.gated import product
+from retool.model.fused import gated
 from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import Sharded
@@ -416,7 +416,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.compilers_gate:
-        product.fused_gated_down = None
+        gated.fused_gated_down = None
     world = make_mesh()
     lines = []
     meshes = {}

@@ -34,7 +34,8 @@ from retool.model.attention.dispatch import attention, attention_forward_lse, at
 from retool.model.compile import compiled, unviewed
 from retool.model.config import ModelConfig
 from retool.model.experts.routing import Watch
-from retool.model.gated.product import gated_down
+from retool.model.fused.gated import gated_down
+from retool.model.fused.heads import turned
 from retool.model.hf.names import Stored
 from retool.model.offload import Offload
 from retool.model.recompute import Kernel, Recompute, recomputed
@@ -148,26 +149,31 @@ class Block(nn.Module, ABC):
         """Weights [H] of the norms that q's and k's heads have before rope; None without."""
         return None
 
-    def before(
-        self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[t, D] → q [t, N, H], k and v [t, K, H]."""
-        return self.rotated(self.projected(x_tD), cos, sin)
-
     def sent(
         self, x_tD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, alone: bool = False
     ) -> torch.Tensor:
-        """`before` as the flat buffer that goes to the head ranks, in the weights' dtype.
+        """`projected` and `rotated`, as the flat buffer that goes to the head ranks, in the weights'
+        dtype.
 
         `alone`: all of it stays here.
         """
-        return self.laid_out(*self.before(x_tD, cos, sin), alone)
+        heads_tJH = self.projected(x_tD)
+        c = self.config
+        # One rank has all heads, in the order in which they are
+        if self.rope_is_fusible and self.head_norms() is None and self.plan_of(alone).sp == 1:
+            sent_tJH = turned(heads_tJH, cos, sin, c.heads + c.kv_heads)
+            if sent_tJH is not None:
+                return sent_tJH.flatten()
+        return self.laid_out(*self.rotated(heads_tJH, cos, sin), alone)
+
+    def plan_of(self, alone: bool) -> HeadPlan:
+        return self.execution.plan_alone if alone else self.execution.plan
 
     def laid_out(
         self, q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor, alone: bool = False
     ) -> torch.Tensor:
         """q, k and v in one flat buffer, rank after rank, rounded once to the weights' dtype."""
-        plan = self.execution.plan_alone if alone else self.execution.plan
+        plan = self.plan_of(alone)
         # v follows q and k into the dtype of rope's result: they travel as one buffer
         sent = split_heads(q_tNH, k_tKH, v_tKH.to(q_tNH.dtype), plan, v_tKH.dtype)
         return unviewed(sent) if torch.compiler.is_compiling() else sent

@@ -1,4 +1,5 @@
-"""One chunk of logits: the product that makes it, its softmax statistics, its gradient.
+"""One chunk of logits: the product that makes it, its softmax statistics, its gradient. And what the
+weight's gradient is scaled by at the end.
 
 Plain torch here, Triton kernels on a GPU.
 
@@ -174,6 +175,15 @@ def softmax_gradient(
     out = logits_CV.sub_(lse[:, None]).exp_().mul_(-weights_C[:, None])
     out = out.scatter_add_(1, labels_C[:, None], weights_C[:, None])
     return out if slope is None else out.mul_(slope)
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x times a 0-d factor, rounded once to `dtype`, in memory of its own."""
+    if _fused(x) and x.is_contiguous():
+        from retool.model.logits_triton import scaled_elements
+
+        return scaled_elements(x, factor, dtype)
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
 
 
 def _slope(capped_logits: Tensor, cap: float) -> Tensor | None:

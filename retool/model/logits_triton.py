@@ -22,6 +22,7 @@ from torch import Tensor
 
 BLOCK = 8192
 WARPS = 16
+SCALED = 2048  # elements of a program that scales
 
 
 @triton.jit
@@ -301,5 +302,26 @@ def softmax_gradient_rows(
         BLOCK=BLOCK,
         num_warps=WARPS,
         num_stages=1,
+    )
+    return out
+
+
+@triton.jit
+def _scaled_kernel(x_ptr, factor_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < count
+    x = tl.load(x_ptr + places, inside, other=0.0)
+    out = x * tl.load(factor_ptr)
+    tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), inside)
+
+
+def scaled_elements(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where torch writes another dtype than it reads, it moves one element at a time: 2.4 ms for 8B's
+    head on an H200.
+    """
+    assert x.is_contiguous() and factor.dtype == x.dtype
+    out = torch.empty_like(x, dtype=dtype)
+    _scaled_kernel[(triton.cdiv(x.numel(), SCALED),)](
+        x, factor, out, x.numel(), BLOCK=SCALED, num_warps=4
     )
     return out

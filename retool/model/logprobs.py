@@ -32,6 +32,7 @@ from retool.model.logits import (
     gradient,
     new_stats,
     product,
+    scaled,
     softmax_gradient,
     update,
     workspace,
@@ -286,7 +287,5 @@ class _WeightedSum(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         d_hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
         if d_weight is not None:
-            d_weight = torch.mul(
-                d_weight, grad, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype)
-            )
+            d_weight = scaled(d_weight, grad, ctx.weight_dtype)
         return d_hidden, d_weight, None, None, None, None

@@ -27,6 +27,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
         ("triton_per_fused__to_copy_add_mean_mul_pow_rsqrt_0", "compiled elementwise"),
         ("_update_kernel", "vocabulary head"),
         ("_gated_backward", "gated MLP, its elementwise half"),
+        ("_turned_heads", "compiled elementwise"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
         ("void at::native::vectorized_elementwise_kernel<4>", "everything else"),
     ],

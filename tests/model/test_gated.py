@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from retool.model.compile import compiled
-from retool.model.gated.product import ACTIVATIONS, Activation, gated_down
+from retool.model.fused.gated import ACTIVATIONS, Activation, gated_down
 from tests.interpreter import interpret
 
 # Tokens, F, D: a part of a program's columns, one program's, several rows of several
@@ -51,7 +51,7 @@ def errors(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> list[float]
 def test_the_kernels_do_what_the_formula_says(
     activation: Activation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from retool.model.gated import operators
+    from retool.model.fused import gated_operators as operators
 
     interpret(operators, monkeypatch)
     # It wraps what is compiled

@@ -379,6 +379,10 @@ def check_kernels(
         )
         assert out.dtype == dtype and rel(out.cpu(), want) < bound
 
+    factor = torch.tensor(0.3)
+    out = kernels.scaled_elements(data.to(device), factor.to(device), dtype)
+    assert out.dtype == dtype and rel(out.cpu(), data.double() * factor.double()) < bound
+
     inside = labels.clamp(0, columns - 1)
     for cap in (0.0, 6.0):
         logp = torch.full((rows,), 7.0, device=device)

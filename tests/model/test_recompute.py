@@ -17,7 +17,7 @@ from retool.model.attention import dispatch as attention
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.decoder import Decoder
 from retool.model.families import gemma2
-from retool.model.gated.product import gated_down
+from retool.model.fused.gated import gated_down
 from retool.model.offload import Offload
 from retool.model.recompute import Recompute
 from retool.parallel.fsdp import Sharded

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from retool.model import block
 from retool.model.block import Execution, new_parameter, rms_norm
 from retool.model.config import ModelConfig
-from retool.model.gated.product import gated_down
+from retool.model.fused.gated import gated_down
 from retool.model.hf.fields import number, refused, size, switch
 from retool.model.hf.names import Stored, gate_up_down, query_key_value
 from retool.model.hf.shape import read_shape
