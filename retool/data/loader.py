@@ -109,10 +109,7 @@ class StepOrder:
 
 def step_batch(step: int, dataset: Samples, order: StepOrder, packing: Packing) -> StepBatch:
     """The batch of global step `step` (from 0, counted over epochs) for one data-parallel rank."""
-    size = order.train_batch_size
-    epoch, position = divmod(step, steps_per_epoch(len(dataset), size))
-    whole_epoch = epoch_order(len(dataset), order.seed, epoch, order.shuffle)
-    indices = whole_epoch[position * size : (position + 1) * size].tolist()
+    epoch, indices = _step_samples(step, dataset, order)
     return StepBatch(
         step=step,
         epoch=epoch,
@@ -121,6 +118,29 @@ def step_batch(step: int, dataset: Samples, order: StepOrder, packing: Packing) 
         real_tokens=int(np.sum(dataset.lengths[indices], dtype=np.int64)),
         trained_tokens=int(np.sum(dataset.trained[indices], dtype=np.int64)),
     )
+
+
+def _step_samples(step: int, dataset: Samples, order: StepOrder) -> tuple[int, list[int]]:
+    """The epoch of a step, and its samples."""
+    size = order.train_batch_size
+    epoch, position = divmod(step, steps_per_epoch(len(dataset), size))
+    whole_epoch = epoch_order(len(dataset), order.seed, epoch, order.shuffle)
+    return epoch, whole_epoch[position * size : (position + 1) * size].tolist()
+
+
+def divided_share(dataset: Samples, order: StepOrder, packing: Packing, steps: int) -> float:
+    """Of the micro-batches of all ranks in the first `steps` steps the share whose documents are
+    divided over sp ranks, see `whole_shares`.
+    """
+    divided: list[bool] = []
+    for step in range(steps):
+        _, indices = _step_samples(step, dataset, order)
+        lengths = dataset.lengths[indices].tolist()
+        for rank in plan_step(lengths, packing.budget, packing.dp, packing.sp):
+            for members in rank:
+                own = [lengths[i] for i in members]
+                divided.append(whole_shares(own, packing) is None)
+    return sum(divided) / max(len(divided), 1)
 
 
 def iterate_steps(

@@ -166,11 +166,12 @@ def memory_words(
     return words
 
 
-def traffic_words(report: RunReport, tokens: float, document: float) -> str:
+def traffic_words(report: RunReport, tokens: float, document: float, divided: float = 1.0) -> str:
     """What the network between machines costs a step, and the layout that waits less; "" where there
     is one machine, or no GPU. Also where ranks divide experts: how far tokens travel isn't counted.
 
-    `tokens`: of an optimizer step, all ranks together, in documents of `document` tokens.
+    `tokens`: of an optimizer step, all ranks together, in documents of `document` tokens. `divided`:
+    see `Plan`.
     """
     model = report.model
     memory = gpu_memory(report.options)
@@ -178,7 +179,7 @@ def traffic_words(report: RunReport, tokens: float, document: float) -> str:
         return ""
     if report.options.fsdp.expert_parallel_size > 1:
         return ""
-    plan = traffic_plan(report, tokens)
+    plan = traffic_plan(report, tokens, divided)
     machines = [assumed(report.world.per_node, gbit, _gpu()) for gbit in USUAL_GBIT]
     length = max(1, round(document))
 
@@ -207,8 +208,8 @@ def traffic_words(report: RunReport, tokens: float, document: float) -> str:
     return words
 
 
-def traffic_plan(report: RunReport, tokens: float) -> Plan:
-    """What decides the traffic of an optimizer step of so many tokens."""
+def traffic_plan(report: RunReport, tokens: float, divided: float = 1.0) -> Plan:
+    """What decides the traffic of an optimizer step of so many tokens, `divided`: see `Plan`."""
     setting = setting_of(report.options, report.world)
     choice = report.choice
     assert choice is not None
@@ -219,6 +220,7 @@ def traffic_plan(report: RunReport, tokens: float) -> Plan:
         setting.shards,
         world // setting.shards,
         setting.sp,
+        divided=divided,
         tokens=-(-mine // micro_batches),
         micro_batches=micro_batches,
         recompute=choice.recompute,

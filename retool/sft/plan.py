@@ -9,6 +9,8 @@ from functools import partial
 
 from retool.config.options import RunOptions
 from retool.data.cache import Dataset, DatasetReport
+from retool.data.packing import Budget, Packing
+from retool.model.costs import few_tokens, quadratic_length
 from retool.preflight.plan import RECOMPUTE, Choice, RunReport, choose, gpu_memory, setting_of
 from retool.preflight.world import legal_expert_sizes
 from retool.sft.config import SFTConfig, run_options
@@ -108,6 +110,31 @@ def choose_for(report: SFTReport) -> Choice:
         fuller, tokens=choice.tokens, prediction=choice.prediction, hold=choice.hold
     )
     return fuller if fuller.fits and same_price else choice
+
+
+def packing_of(report: SFTReport, dp_rank: int, dp: int, sp: int) -> Packing:
+    """How a step's samples become a rank's micro-batches: so many samples in each where the user
+    says so, else so many tokens.
+    """
+    config = report.config
+    assert report.model is not None and report.choice is not None
+    samples = None if fills(config) else config.data.micro_batch_size_per_gpu
+    budget = Budget(
+        micro_batch_size=samples,
+        max_tokens_per_gpu=report.choice.tokens if samples is None else None,
+        quadratic_length=quadratic_length(report.model),
+        few_tokens=few_tokens(report.model),
+    )
+    pad_to = None if config.use_remove_padding else config.data.max_length
+    return Packing(
+        budget,
+        dp_rank,
+        dp,
+        sp,
+        pad_to,
+        keep_whole=config.data.keep_documents_whole,
+        room=report.choice.tokens,
+    )
 
 
 def remedies(report: SFTReport) -> str:

@@ -9,6 +9,7 @@ from functools import partial
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from retool.data.loader import StepOrder, divided_share
 from retool.data.progress import ProgressLines
 from retool.preflight.plan import Choice
 from retool.preflight.show import (
@@ -19,7 +20,10 @@ from retool.preflight.show import (
     written_words,
 )
 from retool.sft.config import SFTConfig
-from retool.sft.plan import SFTReport, fills
+from retool.sft.plan import SFTReport, fills, packing_of
+
+# Whose micro-batches say how many documents are divided
+STEPS_LOOKED_AT = 16
 
 
 @contextmanager
@@ -117,8 +121,23 @@ def _micro_batch_words(config: SFTConfig, choice: Choice, share: int) -> str:
 def _network_words(report: SFTReport) -> str:
     if report.train is None:
         return ""
-    document = float(report.train.dataset.lengths.mean())
-    return traffic_words(report, report.config.data.train_batch_size * document, document)
+    data = report.config.data
+    dataset = report.train.dataset
+    document = float(dataset.lengths.mean())
+    return traffic_words(report, data.train_batch_size * document, document, _divided(report))
+
+
+def _divided(report: SFTReport) -> float:
+    """The share of micro-batches whose documents are divided over sequence-parallel ranks, in the
+    first steps.
+    """
+    data = report.config.data
+    sp = report.config.ulysses_sequence_parallel_size
+    if report.train is None or sp == 1:
+        return 1.0
+    packing = packing_of(report, 0, report.world.processes // sp, sp)
+    order = StepOrder(data.train_batch_size, data.seed, data.shuffle)
+    return divided_share(report.train.dataset, order, packing, min(report.steps, STEPS_LOOKED_AT))
 
 
 def _schedule_words(config: SFTConfig, steps: int) -> str:

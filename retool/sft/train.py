@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from retool import checkpoint
 from retool.data.loader import Ahead, StepBatch, StepOrder, iterate_steps, iterate_validation
-from retool.data.packing import Budget, Packing
+from retool.data.packing import Packing
 from retool.model.borrowed.module import BorrowedModel
-from retool.model.costs import few_tokens, model_flops, quadratic_length
+from retool.model.costs import model_flops
 from retool.model.decoder import Decoder
 from retool.optim import learning_rate
 from retool.parallel.mesh import Mesh
@@ -26,7 +26,7 @@ from retool.run.saving import save_step, say_saved
 from retool.run.session import Session, Skips, begin, load_model, open_session, same_plan
 from retool.run.skips import count_update
 from retool.sft.identity import fingerprints
-from retool.sft.plan import SFTReport, fills
+from retool.sft.plan import SFTReport, packing_of
 from retool.sft.step import Measured, train_step
 from retool.sft.validate import validate
 
@@ -136,28 +136,8 @@ def training_batches(session: Session[SFTReport], start_step: int) -> Ahead[Step
 
 
 def make_packing(report: SFTReport, mesh: Mesh) -> Packing:
-    """How a step's samples become this rank's micro-batches: so many samples in each where the user
-    says so, else so many tokens.
-    """
-    config = report.config
-    assert report.model is not None and report.choice is not None
-    samples = None if fills(config) else config.data.micro_batch_size_per_gpu
-    budget = Budget(
-        micro_batch_size=samples,
-        max_tokens_per_gpu=report.choice.tokens if samples is None else None,
-        quadratic_length=quadratic_length(report.model),
-        few_tokens=few_tokens(report.model),
-    )
-    pad_to = None if config.use_remove_padding else config.data.max_length
-    return Packing(
-        budget,
-        mesh.dp_rank,
-        mesh.dp,
-        mesh.sp,
-        pad_to,
-        keep_whole=config.data.keep_documents_whole,
-        room=report.choice.tokens,
-    )
+    """How a step's samples become this rank's micro-batches."""
+    return packing_of(report, mesh.dp_rank, mesh.dp, mesh.sp)
 
 
 def one_step(session: Session[SFTReport], state: TrainState, batch: StepBatch) -> None:

@@ -15,6 +15,7 @@ from retool.batch import Sample
 from retool.data import tokenise
 from retool.data.loader import (
     StepOrder,
+    divided_share,
     epoch_order,
     iterate_steps,
     iterate_validation,
@@ -152,6 +153,19 @@ class TestSteps:
         (batch,) = iterate_steps(equal, StepOrder(4, seed=0), packing, stop_step=1)
         (whole,) = batch.micro_batches
         assert [whole.slice(rank, 2).alone for rank in range(2)] == [keep_whole] * 2
+
+    @pytest.mark.parametrize(("dp", "sp"), [(2, 2), (1, 3), (2, 1)])
+    def test_the_share_of_divided_micro_batches_is_that_of_the_packs(self, memory, dp, sp):
+        order = StepOrder(16, seed=0)
+        budget = Budget(100, few_tokens=40)
+        divided = []
+        for rank in range(dp):
+            packing = Packing(budget, rank, dp, sp)
+            for batch in iterate_steps(memory, order, packing, stop_step=3):
+                divided += [not pack.slice(0, sp).alone for pack in batch.micro_batches]
+        share = divided_share(memory, order, Packing(budget, 0, dp, sp), 3)
+        assert share == np.mean(divided)
+        assert 0 < share < 1 or sp == 1
 
     def test_epochs_cover_everything_but_the_incomplete_batch(self, memory):
         assert steps_per_epoch(53, 16) == 3

@@ -88,10 +88,13 @@ def counted() -> Iterator[Counts]:
 
 def batches(plan: Plan) -> list[PackedBatch]:
     """In each micro-batch a document of all of a group's tokens, or one for each of its ranks."""
-    documents = 1 if plan.divided else plan.sp
-    tokens = plan.tokens * plan.sp // documents
-    one = Sample(np.arange(tokens, dtype=np.int32) % 61, np.ones(tokens, dtype=bool))
-    return [pack([one] * documents, multiple=plan.sp) for _ in range(plan.micro_batches)]
+    packs = []
+    for number in range(plan.micro_batches):
+        documents = 1 if number < plan.divided * plan.micro_batches else plan.sp
+        tokens = plan.tokens * plan.sp // documents
+        one = Sample(np.arange(tokens, dtype=np.int32) % 61, np.ones(tokens, dtype=bool))
+        packs.append(pack([one] * documents, multiple=plan.sp))
+    return packs
 
 
 def sent_by(cases: list[tuple[ModelConfig, Plan]]) -> list[tuple[int, Counts, Counts]]:
@@ -146,7 +149,7 @@ CASES = {
     ),
     "whole documents, sp 2": (
         decoder_config(3, 3, layers=2),
-        replace(PLAIN, sp=2, divided=False),
+        replace(PLAIN, sp=2, divided=0.0),
     ),
     "in bf16": (
         decoder_config(4, 2, layers=3),
@@ -168,6 +171,23 @@ def test_what_a_step_sends_is_what_was_counted() -> None:
         for (name, (config, plan)), (sp_rank, step, sync) in zip(CASES.items(), ranks, strict=True):
             assert step == counts_of(step_exchanges(config, plan, sp_rank)), name
             assert sync == counts_of(sync_exchanges(config, plan)), name
+
+
+def totals(counts: Counts) -> dict[tuple[str, int], float]:
+    """Bytes by collective and ranks."""
+    found: dict[tuple[str, int], float] = {}
+    for (kind, ranks, sent), times in counts.items():
+        found[kind, ranks] = found.get((kind, ranks), 0.0) + sent * times
+    return found
+
+
+def test_bytes_are_right_where_some_micro_batches_stay_whole() -> None:
+    config = decoder_config(3, 3, layers=2)
+    plan = replace(PLAIN, sp=2, divided=0.5)
+    for sp_rank, step, _ in (
+        found for rank in run_ranks(sent_by, 4, [(config, plan)]) for found in rank
+    ):
+        assert totals(step) == totals(counts_of(step_exchanges(config, plan, sp_rank)))
 
 
 # --- times ---

@@ -516,6 +516,26 @@ def test_a_plan_for_another_box(run: Path) -> None:
     assert "with model.fsdp_config.fsdp_size=4" in network, "a tiny model waits for latency alone"
 
 
+@pytest.mark.parametrize(("whole", "divided"), [("true", 0.0), ("false", 1.0)])
+def test_documents_that_stay_whole_are_planned_without_exchanges(
+    run: Path, monkeypatch: pytest.MonkeyPatch, whole: str, divided: float
+) -> None:
+    report = check(
+        run,
+        "trainer.n_gpus_per_node=2",
+        "trainer.device_memory_gb=80",
+        "trainer.device=auto",
+        "ulysses_sequence_parallel_size=2",
+        f"data.keep_documents_whole={whole}",
+        planning=True,
+    )
+    asked = list[float]()
+    words = "retool.sft.show.traffic_words"
+    monkeypatch.setattr(words, lambda *args: asked.append(args[3]) or "")
+    list(in_words(report))
+    assert asked == [divided]
+
+
 def test_what_cannot_fit_says_what_would(run: Path) -> None:
     settings = [
         "trainer.device=auto",

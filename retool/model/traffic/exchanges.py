@@ -44,7 +44,9 @@ class Plan:
     shards: int  # ranks that share a parameter
     replicas: int = 1  # of these groups
     sp: int = 1
-    divided: bool = True  # documents, over the sp ranks; whole ones need no all-to-alls
+    # The share of micro-batches whose documents are divided over the sp ranks: whole ones need no
+    # all-to-alls. A part of them counts as that part of each
+    divided: float = 1.0
     tokens: int = 16_384  # of a rank, in a micro-batch
     micro_batches: int = 1  # in a step
     recompute: Recompute = "none"
@@ -202,7 +204,7 @@ def sequence(
         # Gradients go where their tensors came from
         sizes += [_away(received, sp_rank) for _, received in ways]
     for size in sizes:
-        sent = size * plan.compute_bytes
+        sent = size * plan.compute_bytes * plan.divided
         yield Exchange("sequence", "all-to-all", plan.sp, sent)
 
 
