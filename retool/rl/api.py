@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from retool.config import Parsed, read
 from retool.metrics.loggers import OnStep
-from retool.rl.agent.environments.load import LIBRARIES, EnvironmentSource
+from retool.rl.agent.environments.load import EnvironmentSource, parts_of_name
 from retool.rl.agent.loops.load import LoopSource
 from retool.rl.agent.tools.load import close_tools
 from retool.rl.agent.tools.protocol import AnyTool
@@ -194,9 +194,8 @@ def _with_world(
     if environment is None:
         return held
     if isinstance(environment, str):
-        of_library = environment.partition(":")[0] in LIBRARIES
-        path, _, name = ("", "", environment) if of_library else environment.rpartition("/")
-        keys |= {f"{ENVIRONMENT_KEY}.path": path or None, f"{ENVIRONMENT_KEY}.name": name}
+        path, name = parts_of_name(environment)
+        keys |= {f"{ENVIRONMENT_KEY}.path": path, f"{ENVIRONMENT_KEY}.name": name}
         return held
     name = getattr(environment, "__name__", type(environment).__name__)
     keys |= {f"{ENVIRONMENT_KEY}.path": OF_PROGRAM, f"{ENVIRONMENT_KEY}.name": name}

@@ -147,7 +147,7 @@ def load_prompts(
         except ValueError as error:
             faults.add(_located(error, question))
             continue
-        prompts.append(_to_prompt(question, len(prompts), offered, ids))
+        prompts.append(to_prompt(question, len(prompts), offered, ids))
         columns[question.columns] += 1
     if faults.count:
         raise faults.error(total)
@@ -169,9 +169,10 @@ def load_prompts(
     return prompts, report
 
 
-def _to_prompt(
+def to_prompt(
     question: Question, index: int, tools: list[dict[str, Any]] | None, ids: np.ndarray
 ) -> Prompt:
+    """A checked row, of that number, with its render."""
     return Prompt(
         index,
         question.messages,

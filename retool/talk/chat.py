@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from retool.config.command import calm_threads
-from retool.talk.options import CODE, add_options
+from retool.talk.options import CODE, NO_TOOLS, add_environment, add_options
 
 EPILOG = """in the conversation:
   /reset          forget what was said
@@ -16,7 +16,13 @@ EPILOG = """in the conversation:
   /quit           leave, as the end of the input does (Ctrl-D)
   Ctrl-C          stop the answer; what was said of it stays
 Several lines: paste them, or put them between \"\"\" and \"\"\". // begins a message with /.
-What comes through a pipe is one message: echo 'How much is 6*7?' | retool chat MODEL"""
+What comes through a pipe is one message: echo 'How much is 6*7?' | retool chat MODEL
+
+in an environment:
+  Enter           another episode
+  /row N          with another row
+  /play           you make the turns; again: the model does
+  /quit, Ctrl-D   leave; Ctrl-C ends an episode"""
 
 
 def parser(program: str) -> argparse.ArgumentParser:
@@ -27,14 +33,17 @@ def parser(program: str) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_options(top, tools=CODE, max_tokens=4096)
+    add_options(top, tools=None, max_tokens=4096)
     top.add_argument("--system", help="the system message (default: the template's own, if any)")
+    add_environment(top)
     return top
 
 
 def main(words: Sequence[str], program: str = "python -m retool chat") -> int:
     """Exit status: 0 done, 1 something is wrong and was said."""
     options = parser(program).parse_args(words)
+    if options.tools is None:
+        options.tools = CODE if options.environment is None else NO_TOOLS
     calm_threads()
     # Heavy imports come late: `--help` doesn't wait for torch.
     from retool.talk.dialogue import hold

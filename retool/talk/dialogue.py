@@ -17,6 +17,7 @@ from retool.rl.agent.formats.hermes import HERMES
 from retool.rl.agent.tools.load import close_tools
 from retool.rl.types import Stop
 from retool.talk.agent import make_talker, open_llm, open_tools, sampling_of
+from retool.talk.episodes import hold_episodes
 from retool.talk.lines import read_message
 from retool.talk.screen import TerminalScreen
 from retool.talk.session import Session
@@ -47,6 +48,8 @@ def hold(options: argparse.Namespace, help_text: str) -> int:
     try:
         with open_llm(options, max_num_seqs=1, enforce_eager=True) as llm:
             talker = make_talker(llm, tools, sampling, options.format)
+            if options.environment is not None:
+                return hold_episodes(talker, options, loop)
             session = Session(talker, options.system)
             hides_calls = talker.agent.options.format is HERMES and bool(tools)
             screen = TerminalScreen(Console(highlight=False), hides_calls)

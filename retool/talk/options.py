@@ -10,8 +10,10 @@ CODE = "code"  # what --tools says for the code interpreter of this machine
 NO_TOOLS = "none"
 
 
-def add_options(parser: argparse.ArgumentParser, tools: str, max_tokens: int) -> None:
-    """The options of both commands: which model, how it samples, and its tools."""
+def add_options(parser: argparse.ArgumentParser, tools: str | None, max_tokens: int) -> None:
+    """The options of both commands: which model, how it samples, and its tools. `tools` are those
+    without the option; None: the interpreter, and none in an environment.
+    """
     add_model(parser)
     sampling = parser.add_argument_group("how it samples")
     sampling.add_argument(
@@ -37,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser, tools: str, max_tokens: int) ->
         default=tools,
         metavar="code|none|FILE",
         help="code: the code interpreter on this machine; FILE: a YAML file of tools, as "
-        "multi_turn.tool_config_path has it (default: %(default)s)",
+        f"multi_turn.tool_config_path has it (default: {tools or 'code, none in an environment'})",
     )
     group.add_argument(
         "--format",
@@ -66,6 +68,33 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model."""
     parser.add_argument(
         "model", metavar="MODEL", help="a Hugging Face folder, the folder of a run, or a hub id"
+    )
+
+
+def add_environment(parser: argparse.ArgumentParser) -> None:
+    """A world that answers the model, in the place of the user."""
+    group = parser.add_argument_group("an environment")
+    group.add_argument(
+        "--environment",
+        metavar="FILE.py/NAME",
+        help="watch the model play in it, with the rewards; or verifiers:NAME, openenv:NAME",
+    )
+    group.add_argument(
+        "--environment-kwargs",
+        default="{}",
+        metavar="{KEY: VALUE}",
+        help="what it is made with, as multi_turn.environment.kwargs in RL",
+    )
+    group.add_argument(
+        "--rows",
+        metavar="FILE",
+        help="rows of RL, one of which it begins with (default: an empty one)",
+    )
+    group.add_argument(
+        "--row", type=int, default=0, metavar="N", help="which of them (default: %(default)s)"
+    )
+    group.add_argument(
+        "--play", action="store_true", help="you make the turns, in the place of the model"
     )
 
 

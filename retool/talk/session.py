@@ -42,7 +42,7 @@ class Screen(Protocol):
 
 
 @dataclass
-class _Voice:
+class Voice:
     """The model's side of one answer: samples its turns, and shows them piece by piece."""
 
     talker: Talker
@@ -91,10 +91,12 @@ class _Voice:
         return ids[:-1] if ids and ids[-1] in self.params.stop_ids else ids
 
     def show_results(self) -> None:
-        """What the tools answered since the last turn."""
+        """What the tools answered since the last turn, and what an environment said."""
         for message in self.episode.messages[self.shown :]:
-            if message["role"] == "tool":
-                self.screen.result(message.get("name", ""), message["content"])
+            role = message["role"]
+            if role != "assistant":
+                name = message.get("name", "") if role == "tool" else role
+                self.screen.result(name, message["content"])
         self.shown = len(self.episode.messages)
 
     def end(self) -> None:
@@ -146,7 +148,10 @@ class Session:
         episode = Episode.begin(prompt)
         episode.states = self.states
         known = len(episode.messages)
-        voice = _Voice(self.talker, screen, episode, self._params(), shown=known)
+        # Counted, so that the same question asked again gets another answer.
+        self.answers += 1
+        params = turn_params(self.talker, self.answers)
+        voice = Voice(self.talker, screen, episode, params, shown=known)
         self.messages = said
         try:
             stop, failure = await play_turns(episode, voice.speak, self.talker.within(prompt))
@@ -183,17 +188,18 @@ class Session:
             )
         return Prompt(0, messages, self.talker.schemas, np.asarray(ids, np.int32), "", "")
 
-    def _params(self) -> TurnParams:
-        """How tokens are drawn: in each answer otherwise, and the same in each run of the program."""
-        sampling = self.talker.sampling
-        # Counted, so that the same question asked again gets another answer.
-        self.answers += 1
-        return TurnParams(
-            # `speak` says how many, piece by piece
-            max_tokens=1,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            stop_ids=self.talker.agent.stop_ids,
-            seed=(sampling.seed or 0, self.answers),
-        )
+
+def turn_params(talker: Talker, number: int) -> TurnParams:
+    """How tokens of the answer of that number are drawn: in each otherwise, and the same in each run
+    of the program.
+    """
+    sampling = talker.sampling
+    return TurnParams(
+        # `speak` says how many, piece by piece
+        max_tokens=1,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop_ids=talker.agent.stop_ids,
+        seed=(sampling.seed or 0, number),
+    )

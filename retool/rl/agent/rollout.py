@@ -224,7 +224,7 @@ async def _played(
     if parts.own_loop is not None:
         return await run_own_loop(attempt, sequence.begin_another, agent, parts.own_loop)
     if parts.worlds is not None:
-        return await run_in_world(attempt, sequence.begin, agent, parts.worlds)
+        return await run_in_world(attempt, sequence.begin_in_world, agent, parts.worlds)
     generate = sequence.generate
     return await run_episode(attempt.prompt, attempt.sample, generate, agent, attempt.version)
 

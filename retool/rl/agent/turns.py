@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from retool.engine import Sampler, SamplingParams, TurnDone
-from retool.rl.agent.episode import Sampled
+from retool.rl.agent.episode import Episode, Sampled
 from retool.rl.agent.loop import Generate
-from retool.rl.types import Prompt
+from retool.rl.agent.options import Agent
 
 # Between engine steps: in so many a finished turn's call is on its way, and a tool's answer in the
 # engine
@@ -81,9 +81,10 @@ class EngineSequence:
             turn.experts,
         )
 
-    def begin(self, prompt: Prompt) -> Generate:
+    def begin_in_world(self, episode: Episode, agent: Agent) -> Generate:
         """Go on with a prompt that the group's other samples need not have: those that do share it."""
-        self.group = (self.group, prompt.ids.tobytes())
+        del agent  # its tools are none of the engine's business
+        self.group = (self.group, episode.prompt.ids.tobytes())
         return self.generate
 
     def begin_another(self, number: int, ids: Sequence[int]) -> Generate:

@@ -91,7 +91,7 @@ def played(renderer, world, turns, tool=None, row=ROW, seconds=5.0, **changes):
     agent = Agent({tool.name: tool} if tool else {}, renderer, replace(OPTIONS, **changes))
     worlds = Worlds(lambda: world, seconds, LONGEST)
     attempt = Attempt(prompt_of(renderer, row), 2, seed=11, version=7)
-    return asyncio.run(run_in_world(attempt, lambda prompt: model, agent, worlds)), model
+    return asyncio.run(run_in_world(attempt, lambda *_: model, agent, worlds)), model
 
 
 @pytest.mark.parametrize("kind", [Told, Awaited])
@@ -345,7 +345,7 @@ def test_a_world_that_can_t_be_made_loses_its_trajectory(renderer_of) -> None:
     renderer = renderer_of("chatml")
     agent = Agent({}, renderer, OPTIONS)
     attempt = Attempt(prompt_of(renderer, ROW), 0)
-    lost = run_in_world(attempt, lambda prompt: Scripted([]), agent, Worlds(make, 1.0, LONGEST))
+    lost = run_in_world(attempt, lambda *_: Scripted([]), agent, Worlds(make, 1.0, LONGEST))
     assert "environment.reset: RuntimeError: no display" in asyncio.run(lost).tool_failure
 
 

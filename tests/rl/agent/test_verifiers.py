@@ -60,7 +60,7 @@ def played(renderer, make, row, turns, **changes):
     agent = Agent({}, renderer, replace(OPTIONS, **changes))
     attempt = Attempt(prompt_of(renderer, row), 0, seed=11, version=7)
     worlds = Worlds(make, 60.0, 600)
-    return asyncio.run(run_in_world(attempt, lambda prompt: model, agent, worlds)), model
+    return asyncio.run(run_in_world(attempt, lambda *_: model, agent, worlds)), model
 
 
 def call(name: str, **arguments: Any) -> str:

@@ -86,6 +86,14 @@ def find_environment(
     return EnvironmentSource(name, path, kwargs)
 
 
+def parts_of_name(given: str) -> tuple[str | None, str]:
+    """(path, name) of an environment that is named by one text: FILE.py/NAME, or LIBRARY:NAME."""
+    if given.partition(":")[0] in LIBRARIES:
+        return None, given
+    path, _, name = given.rpartition("/")
+    return path or None, name
+
+
 def let_go(make: Callable[[], Any]) -> None:
     """The run is over: what `make` keeps for all of its environments may end."""
     if isinstance(make, KeepsForRun) and not isinstance(make, type):

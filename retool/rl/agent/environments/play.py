@@ -86,9 +86,10 @@ def seed_of(seed: int, split: int, index: int) -> int:
 
 
 async def run_in_world(
-    attempt: Attempt, begin: Callable[[Prompt], Generate], agent: Agent, worlds: Worlds
+    attempt: Attempt, begin: Callable[[Episode, Agent], Generate], agent: Agent, worlds: Worlds
 ) -> Trajectory:
-    """One trajectory in a world of its own. `begin` is told of the prompt that the world made.
+    """One trajectory in a world of its own. `begin` is told of the episode, whose prompt the world
+    made, and of the agent with the world's tools.
 
     The world may fail in any way: the trajectory is lost then. Only `begin` and `generate` raise.
     """
@@ -101,7 +102,7 @@ async def run_in_world(
         play = prepare(attempt.prompt, opening, agent, worlds.max_prompt_length)
         # Anew: the world may have written a prompt of its own.
         episode = Episode.begin(play.prompt, attempt.sample)
-        stop = await play.turns(episode, begin(play.prompt), world)
+        stop = await play.turns(episode, begin(episode, play.agent), world)
     except (EnvironmentFailure, FormatFailure) as error:
         failure = str(error)
     # Both are closed, whatever either raises.
