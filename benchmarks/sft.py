@@ -37,6 +37,7 @@ from retool.data.packing import Budget, Packing
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import Experts, ModelConfig
 from retool.model.costs import model_flops
+from retool.model.decoder import plan_attention
 from retool.model.fused import gated
 from retool.model.recompute import Recompute
 from retool.optim import AdamW, AdamWOptions
@@ -259,6 +260,7 @@ def measure(
     random_weights(model)
     optimizer = AdamW(model, AdamWOptions())
     data = Documents(row.workload, row.steps, config.vocab, scale)
+    plan_attention(model, data.lengths.tolist())
     if mesh.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     timer = StepTimer(mesh.device)

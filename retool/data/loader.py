@@ -143,6 +143,25 @@ def divided_share(dataset: Samples, order: StepOrder, packing: Packing, steps: i
     return sum(divided) / max(len(divided), 1)
 
 
+def lengths_ahead(
+    dataset: Samples, order: StepOrder, start_step: int, stop_step: int
+) -> np.ndarray:
+    """The lengths of the samples that steps start_step … stop_step - 1 take, [n] in no order; of all
+    samples where these are an epoch or more.
+    """
+    size = order.train_batch_size
+    per_epoch = steps_per_epoch(len(dataset), size)
+    if stop_step - start_step >= per_epoch:
+        return dataset.lengths
+    taken = []
+    for epoch in range(start_step // per_epoch, -(-stop_step // per_epoch)):
+        first = max(start_step - epoch * per_epoch, 0)
+        stop = min(stop_step - epoch * per_epoch, per_epoch)
+        whole = epoch_order(len(dataset), order.seed, epoch, order.shuffle)
+        taken.append(whole[first * size : stop * size])
+    return dataset.lengths[np.concatenate([np.empty(0, np.int64), *taken])]
+
+
 def iterate_steps(
     dataset: Samples,
     order: StepOrder,

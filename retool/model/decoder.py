@@ -10,14 +10,16 @@ Legend: t tokens of this rank · D model · V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from retool.batch import PackedBatch
+from retool.batch import PackedBatch, edges
+from retool.model.attention.cudnn import planned_lengths
+from retool.model.attention.dispatch import attention
 from retool.model.block import Block, Execution, new_parameter, rms_norm
 from retool.model.catalogue.families import FAMILIES
 from retool.model.config import ModelConfig
@@ -25,6 +27,7 @@ from retool.model.experts.balance import Balance
 from retool.model.hf.names import EMBEDDING, FINAL_NORM, HEAD, LAYER, Stored
 from retool.model.rope import Frequencies, document_lengths, frequencies, rope_tables
 from retool.parallel.fsdp import Sharded
+from retool.parallel.ulysses import HeadPlan, q_k_v
 
 # (hidden [t, D], vocabulary matrix [V, D]) → tensors. Where logits are capped (`ModelConfig`), the
 # cap is a third argument: who doesn't take it can't score such a model
@@ -175,6 +178,37 @@ class Decoder(nn.Module):
     def aliases(self) -> tuple[tuple[str, str], ...]:
         """Names on disk that are tied to another parameter."""
         return ((HEAD, EMBEDDING),) if self.config.tied else ()
+
+
+def plan_attention(sharded: Sharded, lengths: Iterable[int]) -> int:
+    """Make cuDNN's plans for documents of these lengths, so that no step waits for them on any rank.
+
+    Returns for how many; 0 where another kernel runs. See [Note: cuDNN plans].
+    """
+    module = sharded.module
+    if not isinstance(module, Decoder) or module.execution.backend != "cudnn":
+        return 0
+    config = module.config
+    if all(config.window(layer) for layer in range(config.layers)):
+        return 0
+    planned = planned_lengths(lengths)
+    # Where ranks share documents, some packs are divided among them and others aren't
+    for heads in {module.execution.plan, module.execution.plan_alone}:
+        for length in planned:
+            _attend_once(length, heads, sharded)
+    return len(planned)
+
+
+def _attend_once(length: int, heads: HeadPlan, sharded: Sharded) -> None:
+    """One document through attention and back, laid out as a block has it. Plans are a thread's own:
+    the backward's are made in autograd's.
+    """
+    device = sharded.mesh.device
+    numel = length * heads.widths[heads.rank] * heads.head_dim
+    sent = torch.zeros(numel, dtype=sharded.param_dtype, device=device, requires_grad=True)
+    cu_seqlens = edges((length,)).to(device)
+    out = attention(*q_k_v(sent, heads), cu_seqlens, length, "cudnn", (length,))
+    torch.autograd.grad(out, sent, torch.zeros_like(out))
 
 
 def balance_of(sharded: Sharded) -> Balance | None:

@@ -6,15 +6,23 @@ backward pass.
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
 from dataclasses import dataclass, field
 
 from retool import checkpoint
-from retool.data.loader import Ahead, StepBatch, StepOrder, iterate_steps, iterate_validation
+from retool.data.loader import (
+    Ahead,
+    StepBatch,
+    StepOrder,
+    iterate_steps,
+    iterate_validation,
+    lengths_ahead,
+)
 from retool.data.packing import Packing
 from retool.model.borrowed.module import BorrowedModel
 from retool.model.costs import model_flops
-from retool.model.decoder import Decoder
+from retool.model.decoder import Decoder, plan_attention
 from retool.optim import learning_rate
 from retool.parallel.mesh import Mesh
 from retool.perf import StepTimes, device_peak, mfu, peak_memory
@@ -66,6 +74,7 @@ def train(report: SFTReport, caller: Caller = COMMAND) -> int | None:
     mesh = begin(report.options, caller)
     report = same_plan(report, mesh, fingerprints(report))
     session, state = start(report, mesh, caller)
+    plan_ahead(session, state)
     trainer = report.config.trainer
     with session.stop, orderly_end(session, state):
         with closing(training_batches(session, state.step)) as batches, session.watchdog:
@@ -118,17 +127,36 @@ def start(
     return session, state
 
 
+def plan_ahead(session: Session[SFTReport], state: TrainState) -> None:
+    """Let attention prepare for the lengths that the run will meet."""
+    report = session.report
+    assert report.train is not None
+    begun = time.monotonic()
+    lengths = lengths_ahead(report.train.dataset, step_order(report), state.step, report.steps)
+    padded = not report.config.use_remove_padding
+    planned = plan_attention(
+        session.model, [report.config.data.max_length] if padded else lengths.tolist()
+    )
+    if planned:
+        seconds = time.monotonic() - begun
+        say(session.mesh, f"attention: cuDNN's plans for {planned} lengths, {seconds:.1f} s")
+
+
 # --- a step ---
+
+
+def step_order(report: SFTReport) -> StepOrder:
+    data = report.config.data
+    return StepOrder(data.train_batch_size, data.seed, data.shuffle)
 
 
 def training_batches(session: Session[SFTReport], start_step: int) -> Ahead[StepBatch]:
     """The global batches from `start_step` on, as this rank's micro-batches."""
     report = session.report
-    data = report.config.data
     assert report.train is not None
     return iterate_steps(
         report.train.dataset,
-        StepOrder(data.train_batch_size, data.seed, data.shuffle),
+        step_order(report),
         make_packing(report, session.mesh),
         start_step=start_step,
         stop_step=report.steps,

@@ -6,7 +6,8 @@ documents
 
 [Note: cuDNN plans] cuDNN compiles a plan per shape (tens of milliseconds, twice: forward and
 backward), and documents have any length. Lengths are rounded up to one of 16 per octave, so a run
-meets few shapes. What stands behind a document's last token is read along, the next document as a
+meets few shapes, and `retool.model.decoder.plan_attention` makes the plans of those that are known
+before the first step. What stands behind a document's last token is read along, the next document as a
 rule, and nothing is copied. Causality hides those keys from the document's queries; what the
 queries behind it give is dropped. In the backward their log-sum-exp is set so high that their
 probabilities are exactly zero, and with them their share of every gradient. torch keys its plans on
@@ -15,7 +16,7 @@ the strides of q, k and v alone, so out and dout always have the one layout [doc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -81,6 +82,11 @@ def _rounded(length: int) -> int:
     """Up to a multiple of a sixteenth of the power of two below, at most 6 % more."""
     step = max(1 << (length.bit_length() - 5), 1)
     return -(-length // step) * step
+
+
+def planned_lengths(lengths: Iterable[int]) -> list[int]:
+    """What cuDNN needs a plan for each of where documents have these lengths."""
+    return sorted({_rounded(n) for n in lengths if n >= CUDNN_SHORTEST})
 
 
 def _by_cudnn(q_TNH: Tensor, run: Run) -> bool:
