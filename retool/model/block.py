@@ -163,7 +163,7 @@ class Block(nn.Module, ABC):
         if self.rope_is_fusible and self.head_norms() is None and self.plan_of(alone).sp == 1:
             sent_tJH = turned(heads_tJH, cos, sin, c.heads + c.kv_heads)
             if sent_tJH is not None:
-                return sent_tJH.flatten()
+                return unviewed(sent_tJH.flatten())
         return self.laid_out(*self.rotated(heads_tJH, cos, sin), alone)
 
     def plan_of(self, alone: bool) -> HeadPlan:

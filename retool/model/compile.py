@@ -196,12 +196,13 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.calls: dict[bool, Call] = {}  # with gradients, and without
+        # With gradients and without, and whether somebody reads the block's result
+        self.calls: dict[tuple[bool, bool], Call] = {}
 
     def __call__(self, block: nn.Module, *arguments: Any) -> Tensor:
         if torch.compiler.is_compiling() or _watched():
             return self._through(block, arguments)
-        call = self.calls.get(torch.is_grad_enabled())
+        call = self.calls.get(_kind_of(block))
         if call is not None and call.fits(block, arguments):
             return call.run(arguments)
         return self._first(block, arguments)
@@ -226,8 +227,12 @@ class Compiled:
             graph.lengths.add(len(arguments[0]))
             call = _understood(graph, given, block, arguments, out)
             if call is not None:
-                self.calls[torch.is_grad_enabled()] = call
+                self.calls[_kind_of(block)] = call
         return out
+
+
+def _kind_of(block: nn.Module) -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), getattr(block, "result_wanted", True)
 
 
 def _watched() -> bool:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from retool.model.compile import compiled
 from retool.model.fused.gated import ACTIVATIONS, Activation, gated_down
@@ -81,15 +82,20 @@ def test_without_a_gpu_it_is_torchs_own_operations(activation: Activation) -> No
     assert max(errors([out, *grads], by_formula(inputs, activation))) < 1e-14
 
 
-def block_piece(
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    bias: torch.Tensor,
-    activation: Activation,
-    wanted: bool,
-) -> torch.Tensor:
-    """With neighbours that the compiler fuses."""
-    return 2.0 * gated_down(gate_up * 0.5, down, bias, activation, wanted=wanted)
+class Piece(nn.Module):
+    """Of a block, with neighbours that the compiler fuses."""
+
+    def __init__(self, down: torch.Tensor, bias: torch.Tensor, activation: Activation) -> None:
+        super().__init__()
+        self.down = nn.Parameter(down)
+        self.bias = nn.Parameter(bias)
+        self.activation: Activation = activation
+        self.result_wanted = True
+
+    def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
+        halved = gate_up * 0.5
+        wanted = self.result_wanted
+        return 2.0 * gated_down(halved, self.down, self.bias, self.activation, wanted=wanted)
 
 
 @pytest.mark.gpu
@@ -99,24 +105,27 @@ def test_compiled_on_a_gpu_it_is_as_exact_as_torchs_own(
     gpu: str, dtype: torch.dtype, activation: Activation
 ) -> None:
     """About as far from float64 as torch's own operations are; and the product isn't kept."""
-    fast = compiled(block_piece)
+    fast = compiled(Piece.forward)
     for shape in ((1, 64, 8), (300, 1300, 64), (4096, 4864, 896)):
         inputs = [x.to(gpu, dtype) for x in made(*shape)]
-        *leaves, flow = inputs
-        gate_up, down, bias = (leaf.requires_grad_() for leaf in leaves)
+        gate_up, down, bias, flow = inputs
+        gate_up.requires_grad_()
+        piece = Piece(down, bias, activation)
+        leaves = [gate_up, piece.down, piece.bias]
         halved = (0.5 * gate_up.detach(), down, bias, 2.0 * flow)
         wanted = by_formula(halved, activation)
         # By the rule of the chain; halves and doubles are exact
         wanted[:2] = [2.0 * wanted[0], 0.5 * wanted[1]]
         before = torch.cuda.memory_allocated()
-        out = fast(gate_up, down, bias, activation, True)
+        out = fast(piece, gate_up)
         kept = torch.cuda.memory_allocated() - before
-        grads = torch.autograd.grad(out, [gate_up, down, bias], flow)
-        unread = fast(gate_up, down, bias, activation, False)
-        same = torch.autograd.grad(unread, [gate_up, down, bias], flow)
+        grads = torch.autograd.grad(out, leaves, flow)
+        piece.result_wanted = False
+        same = torch.autograd.grad(fast(piece, gate_up), leaves, flow)
         assert all(map(torch.equal, same, grads)), (shape, "they don't need the result")
-        plain = block_piece(gate_up, down, bias, activation, True)
-        plain_grads = torch.autograd.grad(plain, [gate_up, down, bias], flow)
+        piece.result_wanted = True
+        plain = piece(gate_up)
+        plain_grads = torch.autograd.grad(plain, leaves, flow)
         ours = errors([out, *grads], wanted)
         theirs = errors([plain, *plain_grads], wanted)
         for mine, its in zip(ours, theirs, strict=True):

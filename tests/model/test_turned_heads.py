@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch import nn
 
 from retool.model.compile import compiled
 from retool.model.fused.heads import turned
@@ -70,16 +71,29 @@ def test_without_a_gpu_or_for_parts_of_heads_there_is_none() -> None:
     assert turned(x, cos[:, :2], sin[:, :2], 2) is None
 
 
+class Piece(nn.Module):
+    """Of a block, for `compiled`."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        out = turned(heads, cos, sin, self.count)
+        assert out is not None
+        return out
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_on_a_gpu_it_is_rounded_once(gpu: str, dtype: torch.dtype) -> None:
-    fast = compiled(lambda *arguments: turned(*arguments))
+    fast = compiled(Piece.forward)
     for t, heads, count, dim in (*SHAPES, (700, 48, 40, 128)):
         x, cos, sin, flow = (tensor.to(gpu) for tensor in made(t, heads, dim))
         leaf = x.to(dtype).requires_grad_()
         narrow = flow.to(dtype)
         tables = cos.float(), sin.float()
-        out = fast(leaf, *tables, count)
+        out = fast(Piece(count), leaf, *tables)
         (grad,) = torch.autograd.grad(out, leaf, narrow)
         bound = 1e-6 if dtype == torch.float32 else 2.5e-3
         assert max(errors([out, grad], by_formula(leaf, *tables, narrow, count))) < bound
