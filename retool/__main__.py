@@ -35,12 +35,12 @@ COMMANDS = {
     "data": Command(
         "retool.data.__main__",
         "audit FILES --model M",
-        "checks a data set and shows what of it is trained",
+        "checks a data set and shows which of its tokens are trained",
     ),
     "checkpoint": Command(
         "retool.checkpoint.__main__",
         "merge | verify | convert | ls DIR",
-        "turns checkpoints into Hugging Face folders or other world sizes",
+        "converts checkpoints: to Hugging Face folders, or for other numbers of GPUs",
     ),
     "report": Command(
         "retool.report.__main__",
@@ -50,22 +50,22 @@ COMMANDS = {
     "models": Command(
         "retool.preflight.models",
         "[FOLDER]",
-        "lists models and what works with each, or says which way a folder's model runs",
+        "lists models and what works with each, or says how a folder's model runs",
     ),
     "sandbox": Command(
         "retool.sandbox.__main__",
         "doctor | serve",
-        "says what isolates generated programs here; runs them for others",
+        "says how this machine isolates generated programs; serves the sandbox to others",
     ),
     "doctor": Command(
         "retool.doctor.__main__",
         "[--folder DIR]",
-        "says before a run what is wrong with the machines and the network between them",
+        "checks the machines and the network between them before a run",
     ),
     "chat": Command(
         "retool.talk.chat",
         "MODEL",
-        "talk to a model in the terminal, with its tools",
+        "talks to a model in the terminal, with its tools",
     ),
     "generate": Command(
         "retool.talk.generate",
@@ -75,7 +75,7 @@ COMMANDS = {
     "serve": Command(
         "retool.serve.__main__",
         "MODEL",
-        "serves a model over HTTP, as OpenAI's API has it",
+        "serves a model over HTTP, with OpenAI's API",
     ),
 }
 # These run in several processes, where torchrun's options are among their words

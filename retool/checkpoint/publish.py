@@ -26,8 +26,8 @@ from retool.files.lock import in_use
 
 UNFINISHED = re.compile(r"global_step_\d+\.(\d+\.)?(tmp|old)")
 WORDS = (
-    "This folder is being written or deleted, or was when its process died. It may be deleted, and the "
-    "next save does.\n"
+    "This folder is being written or deleted, or a process died at that. It may be deleted; the next "
+    "save does so.\n"
 )
 log = logger("retool.checkpoint")
 

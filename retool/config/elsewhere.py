@@ -160,22 +160,22 @@ NAMES = {
 # What there is nothing for here, by its names elsewhere, and what to do
 LEAVE_OUT = "Leave it out: "
 ABSENT = {
-    "retool trains all weights; LoRA, adapters and quantised weights aren't there.": (
+    "retool trains all weights: it has no LoRA, adapters or quantised weights.": (
         "lora_rank lora_r lora_alpha lora_dropout lora_target_modules lora_modules target_modules "
         "use_peft use_lora use_qlora peft_config adapter finetuning_type load_in_4bit load_in_8bit"
     ),
     "the optimizer is AdamW, with optim.lr, .betas and .weight_decay.": (
         "optimizer optim optim_args adam_epsilon optim_target_modules"
     ),
-    "sequences are always packed without padding, and never see each other.": (
+    "sequences are always packed without padding, and don't attend to each other.": (
         "packing sample_packing padding_free pad_to_sequence_len pad_mode packing_strategy "
         "use_dynamic_batch group_by_length eval_packing neat_packing"
     ),
-    "what the assistant wrote is trained, and nothing else.": (
+    "only what the assistant wrote is trained.": (
         "assistant_only_loss completion_only_loss train_on_inputs train_on_prompt mask_history "
         "roles_to_train train_on_eos"
     ),
-    "log-probabilities never need all logits, by retool's own kernels.": (
+    "retool's own kernels compute log-probabilities without keeping all logits.": (
         "use_liger use_liger_kernel use_liger_loss liger_kernel use_fused_kernels cut_cross_entropy unsloth"
     ),
     "retool shards by itself: see --help fsdp_config.": (
@@ -196,7 +196,7 @@ ABSENT = {
     "every trajectory is written to the report folder of the run.": (
         "rollout_data_dir validation_data_dir log_completions num_completions_to_print"
     ),
-    "ranks always get like shares of the work.": "balance_batch balance_dp_token",
+    "ranks always get equal shares of the work.": "balance_batch balance_dp_token",
     "the tokenizer is the model's own.": "tokenizer tokenizer_name tokenizer_name_or_path tokenizer_path",
     "the reference is the model that the run began with.": "ref_model sync_ref_model reference_model",
     "there is no value model: advantages come from the group.": "critic_warmup vf_coef value_model",

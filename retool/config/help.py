@@ -63,7 +63,7 @@ def _beginning(command: Command, width: int) -> Iterator[str]:
     yield from textwrap.wrap(usage, width, subsequent_indent=" " * 7, break_on_hyphens=False)
     yield ""
     yield from textwrap.wrap(inspect.cleandoc(command.schema.__doc__ or ""), width)
-    later = "Later words win over earlier ones and over the file. Example:"
+    later = "Later arguments override earlier ones, and the file. Example:"
     yield from ["", *textwrap.wrap(later, width), ""]
     yield from ("    " + line for line in command.example.strip().splitlines())
     yield ""

@@ -124,7 +124,7 @@ def _value_faults(leaf: Leaf, value: Any) -> Iterator[Fault]:
     """What is wrong with a value of the right type."""
     yield from bound_faults(leaf, value)
     if value == "" and not leaf.nullable:
-        problem = "is empty: perhaps of a shell variable that isn't set."
+        problem = "is empty: perhaps it comes from a shell variable that isn't set."
         yield Fault(f"{leaf.key}=", problem, leaf.doc)
 
 

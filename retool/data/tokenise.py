@@ -45,7 +45,8 @@ SUMMED = (
     "quoting",
 )
 TOO_SLOW = (
-    "{}: a pattern of the tokenizer takes that long for it. Take the row out, or another tokenizer."
+    "{}: a pattern of the tokenizer takes that long for it. Leave the row out, or use another "
+    "tokenizer."
 )
 # So many are tokenised in this process first: workers take seconds to start.
 INLINE_CHUNKS = 4
@@ -237,9 +238,9 @@ def _killed(chunks: Sequence[Chunk]) -> str:
         for chunk in chunks
     )
     return (
-        f"a tokenising process was killed, at {rows or 'its start'}: the system does that where "
-        "memory is short, and we where a row takes ten minutes. Take fewer of them "
-        "(data.num_workers; 0: none), or shorter rows."
+        f"a tokenising process was killed, at {rows or 'its start'}: by the system, if memory "
+        "is short, or by retool, if a row takes ten minutes. Use fewer processes (data.num_workers; "
+        "0: none), or shorter rows."
     )
 
 

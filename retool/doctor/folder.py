@@ -61,8 +61,11 @@ def _findings(
         for m, (_, unseen, stale) in zip(machines, said, strict=True)
         if stale and not unseen
     )
-    apart = f"What one writes isn't there on {', '.join(lost)}: mount one disk at this path on all machines."
-    renames = f"A rename isn't seen within {PATIENCE_S:g} s on {', '.join(late)}: checkpoints get their name by one."
+    apart = f"A file that one machine writes doesn't appear on {', '.join(lost)}: mount one disk at this path on all."
+    renames = (
+        f"A rename isn't seen within {PATIENCE_S:g} s on {', '.join(late)}: checkpoints get their "
+        "name by one."
+    )
     named = f"{where}, by all ranks"
     return [
         Finding("folder: writable", named, "; ".join(refused) and f"Not by {'; '.join(refused)}."),

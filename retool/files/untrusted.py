@@ -43,7 +43,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
         raise ValueError(f"{path} can't be read ({error.strerror or error}).") from error
     if len(data) > limit:
         raise ValueError(
-            f"{path} has more than {limit} bytes, which no such file needs: it is damaged, or no such file."
+            f"{path} has more than {limit} bytes, more than such a file can need: it is "
+            "damaged, or another kind of file."
         )
     return data
 

@@ -41,8 +41,8 @@ def for_each(
         return [params or SamplingParams()] * count
     if len(params) != count:
         raise ValueError(
-            f"{len(params)} sampling_params were given for {count} prompts: give one for all, or as "
-            "many."
+            f"{len(params)} sampling_params were given for {count} prompts: give one for all, or one "
+            "for each."
         )
     return list(params)
 

@@ -53,7 +53,9 @@ class SamplingParams:
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"logprobs={self.logprobs}: it must be at least 0, or None.")
         if not all(self.stop_texts):
-            raise ValueError("stop holds an empty text, which is everywhere. Leave it out.")
+            raise ValueError(
+                "stop holds an empty text, which would match everywhere. Leave it out."
+            )
 
     @property
     def stop_texts(self) -> tuple[str, ...]:

@@ -53,8 +53,8 @@ def follow(rank: int, error: BaseException) -> int:
     address = lost_address(error)
     where = f" on the machine at {address}" if address else ""
     said = (
-        f"rank {rank} ends because another rank{where} is gone: what that one said, or how the launcher "
-        "says it ended, is the error."
+        f"rank {rank} ends because another rank{where} is gone. The error is what that one said, or what "
+        "the launcher says of its end."
     )
     print(said, file=sys.stderr, flush=True)
     return 1

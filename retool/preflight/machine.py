@@ -61,8 +61,8 @@ def check_rounds(environment: Mapping[str, str]) -> Iterator[Fault]:
     """Ranks that torchrun starts again can tell their round from those before."""
     if mixes_rounds(environment):
         problem = (
-            "on several machines: torchrun would have the ranks that it starts again meet where those "
-            "before them did, and they would wait for dead ones."
+            "on several machines: after a restart torchrun would have the new ranks meet where the old "
+            "ones did, and wait for dead ones."
         )
         way_out = f"Set {OWN_STORES}=1 for every torchrun, or leave --max-restarts out."
         yield Fault("torchrun --max-restarts", problem, way_out)

@@ -255,7 +255,7 @@ def _release_failed(run: Run, failed: Sequence[Share], raised: Exception | None)
             share = errors[run.engine_rank]
             stuck = (
                 f"engine {share.engine} on {share.host} failed ({share.error}), and can't even be "
-                f"released ({type(error).__name__}: {error}): its GPU is of no more use to this run. "
+                f"released ({type(error).__name__}: {error}): this run can't use its GPU any more. "
                 "The same command goes on from the last checkpoint."
             )
     found = [said for said in gather_objects(stuck, run.session.mesh.world_group) if said]

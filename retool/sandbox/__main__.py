@@ -57,7 +57,7 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         "--isolation",
         choices=("strict", "best_effort"),
         default="strict",
-        help="strict: no program runs where a guarantee can't be given; best_effort: it is said "
+        help="strict: no program runs where a guarantee can't be given; best_effort: it does, with a warning "
         "(default: %(default)s)",
     )
     return top

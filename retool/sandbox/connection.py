@@ -98,8 +98,8 @@ class Connection:
         except (ValueError, KeyError, TypeError) as error:
             self._reason = (
                 f"the sandbox's supervisor isn't of this process's version of retool ({error}): "
-                "start every process of the run with the same one, and the run again where retool "
-                "was installed anew while it ran"
+                "start all processes of the run with the same version; if retool was installed anew "
+                "meanwhile, start the run again"
             )
         self._fail()
         # After a hang-up nobody asks for it, and another version's supervisor would fail again

@@ -39,7 +39,7 @@ def report(plan: Plan) -> str:
             "",
             f"Note: the programs' uid can't read {', '.join(plan.hidden)}, and nothing can be "
             "mounted: at each start the server",
-            "copies what programs need of it. Python installed outside /root saves that.",
+            "copies what programs need of it. A Python installed outside /root avoids that.",
         ]
     return "\n".join(lines)
 

@@ -169,7 +169,7 @@ def test_what_is_dropped_is_counted(tmp_path):
     assert found.tally.dropped_thoughts == 2 and found.tally.refused == 0
     assert (
         "reasoning left out",
-        "2 turns are trained without what they think (data.drop_reasoning)",
+        "2 turns are trained without their reasoning (data.drop_reasoning)",
     ) in summary(found)
     _, report = open_dataset(
         RowSource(str(rows)), made, num_workers=0, cache_dir=tmp_path / "cache"

@@ -69,17 +69,17 @@ def _notes(tally: Tally) -> list[tuple[str, str]]:
         (
             "other tokens in one pass",
             tally.piecewise_differs,
-            "samples: pieces are tokenised as inference does",
+            "samples: they are tokenised piece by piece, as at inference",
         ),
         (
             "control tokens in texts",
             tally.control_text,
-            "rows: what is only said of them is tokenised as text",
+            "rows: where a text only mentions them, they are tokenised as text",
         ),
         (
             "reasoning left out",
             tally.dropped_thoughts,
-            "turns are trained without what they think (data.drop_reasoning)",
+            "turns are trained without their reasoning (data.drop_reasoning)",
         ),
         (
             "outputs amid turns",

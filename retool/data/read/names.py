@@ -61,7 +61,7 @@ def resolve_files(
         if not _is_utf8(path):
             told = os.fsencode(path).decode("utf-8", "backslashreplace")
             raise ValueError(
-                f"the name of {told} isn't UTF-8, so nothing could tell of it: rename the file."
+                f"the name of {told} isn't UTF-8, so no message could name it: rename the file."
             )
     twice = sorted({path for path in found if found.count(path) > 1})
     if twice:

@@ -104,8 +104,8 @@ class Glue:
                     # The template shows what it was told of them in another way, and not as tokens
                     return Piece(plain)
         raise ValueError(
-            "the chat template shows a message that holds a control token unlike others: use "
-            "data.chat_template=hermes."
+            "the chat template shows a message that holds a control token in another way than others: "
+            "use data.chat_template=hermes."
         )
 
     def _whole(

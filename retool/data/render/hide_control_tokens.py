@@ -51,8 +51,8 @@ def cut_hidden(
         if token in json.dumps([messages, tools], ensure_ascii=False)
     )
     why = (
-        f"the chat template shows a text that holds {token!r} unlike other texts, so it can't be told "
-        "where it stands"
+        f"the chat template shows a text that holds {token!r} in another way than other texts, so its "
+        "place can't be found"
     )
     raise fault(conversation, why)
 

@@ -38,7 +38,7 @@ class HfEngine:
     ) -> None:
         """Nothing is made before the first `sync`. ValueError for a group of ranks."""
         if group is not None and dist.get_world_size(group) > 1:
-            raise ValueError("rollout.name=hf has an engine on each GPU, and none over several.")
+            raise ValueError("rollout.name=hf has an engine on each GPU; one can't span several.")
         self.config = config
         self.device = device
         self.options = options

@@ -79,5 +79,5 @@ def cant_batch(config: BorrowedConfig) -> str:
     except Exception as error:  # its own code, on a cache of another kind than it knows
         return why(error)
     if asked.served != len(blocks):
-        return "its attention layers aren't told of the cache"
+        return "its attention layers don't get the cache"
     return ""

@@ -124,7 +124,7 @@ def _require_first() -> None:
     allocator = module.CuMemAllocator.instance
     if allocator is not None and allocator.get_current_usage():
         raise ValueError(
-            "rollout.name=vllm: this process has had an engine of vLLM's, and can't have another. Start "
+            "rollout.name=vllm: this process has had a vLLM engine, and can't have a second one. Start "
             "this run in a program of its own."
         )
 

@@ -98,7 +98,7 @@ def _vllm_faults(config: RLConfig, model: ModelConfig | None, planning: bool) ->
         where = f"{_ROLLOUT}.enable_rollout_routing_replay=true"
         yield Fault(where, "needs the experts' choices, which vLLM isn't asked for.", NATIVE)
     elif model is not None and model.experts is not None:
-        problem = "takes no weights of experts while it runs, as far as anybody has tried."
+        problem = "takes no new weights of experts while it runs, as far as was tried."
         yield Fault(key, problem, NATIVE)
     tp = rollout.tensor_model_parallel_size
     if model is not None and model.heads % tp:

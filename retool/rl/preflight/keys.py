@@ -52,11 +52,11 @@ def notes(config: RLConfig) -> Iterator[str]:
     reward = config.reward_model
     if reward.concurrent and (reward.network or reward.environment):
         yield (
-            "reward_model.network and .environment mean nothing with reward_model.concurrent=true: it has "
-            "the run's own."
+            "reward_model.network and .environment have no effect with reward_model.concurrent=true: the "
+            "function has the run's own."
         )
     if config.data.gen_batch_size is not None and not algorithm.filter_groups.enable:
-        yield "data.gen_batch_size means nothing without algorithm.filter_groups.enable=true."
+        yield "data.gen_batch_size has no effect without algorithm.filter_groups.enable=true."
     if config.trainer.test_freq > 0 and not config.data.val_files:
         yield "there is no data.val_files: trainer.test_freq validates nothing."
     overlong = reward.overlong_buffer

@@ -64,7 +64,7 @@ def credit_faults(
         able = [name for name, known in ESTIMATORS.items() if known.reads_token_rewards]
         problem = (
             f"{ESTIMATOR_KEY}={config.algorithm.adv_estimator} judges an answer by the sum of its "
-            "rewards, wherever they stand."
+            "rewards: which turn they belong to has no effect."
         )
         way_out = f"Use {', '.join(able)} or an estimator of your own, or leave it out."
         yield Fault(where, problem, way_out)

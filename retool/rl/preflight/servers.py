@@ -41,7 +41,7 @@ def filter_faults(config: RLConfig, who: str) -> Iterator[Fault]:
     rollout = config.actor_rollout_ref.rollout
     if rollout.top_p < 1 or rollout.top_k > 0:
         where = f"{_ROLLOUT}.top_p={rollout.top_p:g}, top_k={rollout.top_k}"
-        problem = f"leaves out tokens, and {who} say what was drawn from."
+        problem = f"leaves out tokens, and {who} tell log-probabilities among the others alone."
         yield Fault(where, problem, "Use top_p=1 top_k=-1 in training; val_kwargs may have others.")
 
 

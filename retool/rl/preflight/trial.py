@@ -149,16 +149,14 @@ def _failed(where: str, judged: Judged, prompt: Prompt, settings: RewardConfig) 
     way_out = "Mend the function."
     if not (settings.network or settings.concurrent) and NO_NETWORK.search(told):
         way_out += (
-            " Its processes have no network: if it needs one, give it to them, "
+            " Its processes have no network. If it needs one, allow it: "
             "reward_model.network=true (an async function may instead run in the run's own process, "
             "many answers at once: reward_model.concurrent=true)."
         )
     if not settings.concurrent and NO_VARIABLE.search(told):
-        way_out += (
-            " Environment variables that it needs are to be named: reward_model.environment=[NAME]."
-        )
+        way_out += " Name the environment variables that it needs: reward_model.environment=[NAME]."
     way_out += (
-        " If only real answers suit it: give one as reward_model.trial_answer='…', or try none "
-        "(reward_model.trial_answer=null)."
+        " If it works on real answers only, give one (reward_model.trial_answer='…'), or skip the "
+        "trial (reward_model.trial_answer=null)."
     )
     return Fault(where, f"it fails on a made answer to {named(prompt)}:{said}", way_out)

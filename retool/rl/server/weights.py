@@ -102,7 +102,7 @@ def _meet(server: Server, options: ServerOptions) -> None:
     name = options.dialect if options.dialect != "auto" else DIALECT_OF_OWNER.get(owner)
     if name is None:
         raise ValueError(
-            f"it is {owner}'s, which isn't known: name its kind in rollout.server.dialect, "
+            f"it says that it is {owner}'s, which isn't known: name its kind in rollout.server.dialect, "
             f"{' or '.join(DIALECTS)}"
         )
     room = model.get("max_model_len")

@@ -95,7 +95,9 @@ class Recorder:
     async def call(self, name: str, arguments: Mapping[str, Any]) -> ToolAnswer:
         """What a tool answers."""
         if not self.turns:
-            raise ValueError("tools are called when the model has said something: generate first.")
+            raise ValueError(
+                "tools can be called once the model has said something: generate a turn first."
+            )
         answered = await self._answered([Call(name, arguments)], len(self.turns) - 1)
         result = answered.results[0]
         text = str(answered.messages[0]["content"])
