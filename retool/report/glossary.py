@@ -28,33 +28,33 @@ class Meaning:
 # first. The second: what it says.
 TABLE = """
 train/loss | Training loss | nats per token | down noisy first
-    How surprised the model is by a token it should have written.
+    How surprised the model is, on average, by a token that it should have written.
 val/loss | Validation loss | nats per token | down first
-    The same on examples that aren't trained on.
+    The same loss on examples that the model isn't trained on.
 val/perplexity | Validation perplexity | | down
-    e to the validation loss: among how many tokens it hesitates.
+    e to the power of the validation loss: among how many tokens the model hesitates.
 critic/score/mean | Score | | up noisy first
     What the reward function gave an answer, on average.
 critic/acc/mean | Right answers | share | up noisy first
-    Of the answers that were trained on.
+    Share of the answers in a training step that are right.
 critic/rewards/mean | Reward | | up noisy
-    Score with the penalty for length, and for KL where there is one.
+    The score after the penalties for length and, if there is one, for KL.
 critic/advantages/mean | Advantage | | noisy
     Reward compared with the other answers to the same question.
 critic/returns/mean | Return | | noisy
     What each token is credited with.
 response_length/mean | Answer length | tokens | noisy first
-    Of a whole answer, tool output included.
+    Length of a whole answer, tool output included.
 response_length/clip_ratio | Answers cut off | share | down noisy
     Answers that used up their tokens.
 prompt_length/clip_ratio | Questions cut off | share | down noisy
     Questions that used up their tokens.
 prompt_length/mean | Question length | tokens | noisy
-    Of a prompt with its tool descriptions.
+    Length of a prompt with its tool descriptions.
 agent/sequences/mean | Sequences of an answer | | noisy
-    Into how many contexts a loop of your own has cut it.
+    Number of contexts into which a loop of your own cut an answer.
 num_turns/mean | Turns | | noisy first
-    Of an answer; 2 is a question and an answer without a tool.
+    Turns of an answer; 2 is a question and an answer without a tool.
 tool/calls | Tool calls | in a step | noisy first
     How often the model called a tool, all answers together.
 tool/errors | Tool errors | in a step | down noisy
@@ -70,7 +70,7 @@ tool/failed_closes | Tools that didn't close | in a step | down
 tool/latency | Tool latency | seconds | down noisy
     From a call's start to its result, on average; waiting to start isn't in it.
 tool/queue_s | Tool queue | seconds | down noisy
-    What a call waited before it could start, on average. More workers shorten it.
+    How long a call waited before it could start, on average. More workers shorten it.
 reward/exceptions | Reward failures | in a step | down
     Answers whose reward function raised an error: they got the lowest score.
 reward/timeouts | Reward time-outs | in a step | down
@@ -86,53 +86,53 @@ actor/ppo_kl | Change of the policy | nats per token | noisy
 actor/kl_loss | KL to the reference | nats per token | noisy
     How far the model is from where it started.
 actor/skipped_updates | Skipped updates | | down
-    So far, for a gradient that wasn't finite.
+    Updates skipped so far because their gradient wasn't finite.
 actor/reward_kl_penalty | KL in the reward | nats per token | noisy
-    What is taken off the reward, before its coefficient.
+    What is subtracted from the reward, before the coefficient.
 actor/reward_kl_penalty_coeff | KL coefficient | |
-    Of the penalty in the reward.
+    Coefficient of the KL penalty in the reward.
 actor/loss | Loss | | noisy
     Policy loss with its KL and entropy terms.
 actor/entropy_loss | Entropy term | | noisy
     What the loss gains from entropy.
 actor/pg_clipfrac | Clipped tokens | share | noisy
-    Tokens whose probability changed more than is allowed in a step.
+    Tokens whose probability changed more than a step allows.
 actor/pg_clipfrac_lower | Clipped tokens, dual | share | noisy
     Tokens of bad answers that the dual clip held back.
 actor/grad_norm | Gradient norm | | noisy first
-    Before clipping. Spikes are hard batches; a rise without end is trouble.
+    Norm before clipping. Single spikes are hard batches; a rise without end is trouble.
 actor/lr | Learning rate | |
-    Of the step.
+    Learning rate of this step.
 train/grad_norm | Gradient norm | | noisy first
-    Before clipping. Spikes are hard batches; a rise without end is trouble.
+    Norm before clipping. Single spikes are hard batches; a rise without end is trouble.
 train/lr | Learning rate | | first
-    Of the step.
+    Learning rate of this step.
 train/mfu | Model FLOPs utilisation | share | up noisy first
-    Of what the GPUs could compute, how much went into the model.
+    How much of the GPUs' peak went into the model's computations.
 perf/mfu/actor | Model FLOPs utilisation | share | up noisy
-    Of the update: how much of the GPUs' peak went into the model.
+    How much of the GPUs' peak went into the model's computations during the update.
 router/balance_loss | Balance of experts | | down noisy
-    The load-balance loss without its coefficient: as many as each token has experts when all are used alike.
+    Load-balance loss without its coefficient. It equals the experts per token when all are used alike.
 router/entropy | Entropy of the router | nats | noisy
-    Of a token's probabilities of the experts. Near 0: it always knows which; at its largest: it never does.
+    Entropy of a token's probabilities over the experts. Near 0 the router is always sure, at its maximum never.
 router/most_used | Most used expert | | down noisy
-    Of all layers, as a multiple of its fair share.
+    Load of the most used expert of all layers, as a multiple of its fair share.
 router/least_used | Least used expert | | up noisy
-    Of all layers, as a multiple of its fair share. 0: no token chose it.
+    Load of the least used expert of all layers, as a multiple of its fair share. 0: no token chose it.
 router/logp_diff_mean_without_replay | Gap without replay, mean | nats | down noisy
-    Between sampler and trainer, were experts chosen anew; of a step's first trajectories.
+    Gap between sampler and trainer if the trainer chose the experts itself, in a step's first trajectories.
 router/logp_diff_max_without_replay | Gap without replay, largest | nats | down noisy
-    Between sampler and trainer, were experts chosen anew; of a step's first trajectories.
+    Gap between sampler and trainer if the trainer chose the experts itself, in a step's first trajectories.
 train/global_tokens | Tokens in a step | tokens | noisy
-    Of the whole batch, padding left out.
+    Tokens of the whole batch, without padding.
 train/trained_tokens | Trained tokens in a step | tokens | noisy
-    Those that the loss counts: what the model itself would write.
+    Tokens that the loss counts: those that the model itself would write.
 train/epoch | Epoch | |
     Passes over the data, from 0.
 train/skipped_steps | Skipped steps | | down
-    So far, for a gradient that wasn't finite.
+    Steps skipped so far because their gradient wasn't finite.
 perf/tokens_per_second_per_gpu | Speed | tokens per second and GPU | up noisy first
-    Tokens trained, padding left out.
+    Tokens of the batch, without padding.
 perf/throughput | Speed | tokens per second and GPU | up noisy first
     Tokens of a whole step.
 perf/rollout_tokens_per_second | Sampling speed | tokens per second | up noisy
@@ -142,11 +142,11 @@ perf/total_num_tokens | Tokens in a step | tokens | noisy
 perf/max_memory_allocated_gb | Memory, in use | GiB |
     The largest so far on a GPU (on the CPU: of the process).
 perf/max_memory_reserved_gb | Memory, reserved | GiB |
-    What torch has taken from the device for it.
+    Memory that torch has reserved on the GPU for it.
 rollout/engines_back | Engines that stand back | engines | down
-    Those that failed of late: others sample their prompts.
+    Engines that failed recently: others sample their prompts.
 rollout/moved_samples | Samples taken over | samples | down
-    By other engines, in a step in which one failed.
+    Samples that other engines took over because one failed in the step.
 training/rollout_logp_diff_mean | Sampler against trainer | nats | down noisy
     Mean gap of their log-probabilities for one token.
 training/rollout_probs_diff_mean | Sampler against trainer | probability | down noisy
@@ -154,43 +154,43 @@ training/rollout_probs_diff_mean | Sampler against trainer | probability | down 
 training/rollout_actor_kl_k3 | KL between sampler and trainer | nats per token | down noisy
     0 when they agree.
 llm_judge/calls | Calls to the judge | in a step | noisy
-    Requests to the language model that judges, new tries included.
+    Requests to the language model that judges, repeated ones included.
 llm_judge/retries | Judge asked again | in a step | down noisy
-    It was busy, away, late, or what it said was cut short.
+    Because it was busy, away or late, or because its reply was cut short.
 llm_judge/garbage | Replies without a score | in a step | down noisy
-    What the judge said doesn't match reward_model.judge.pattern.
+    Replies of the judge that don't match reward_model.judge.pattern.
 llm_judge/cached | Verdicts from the cache | in a step | noisy
-    Nobody had to be asked.
+    Verdicts that were found in the cache, without a request.
 llm_judge/tokens | The judge's tokens | in a step | noisy
-    As its server counts them, question and verdict.
+    Tokens of questions and verdicts, as the judge's server counts them.
 llm_judge/over_budget | Answers over the budget | in a step | down
-    The judge wasn't asked about them.
+    Answers that the judge wasn't asked about.
 mask/truncated | Answers not trained | in a step | down noisy
-    They ran out of tokens: algorithm.mask_truncated.
+    Answers that ran out of tokens, with algorithm.mask_truncated.
 rollout_correction/mean | Correction weight | | noisy
-    Of a token or an answer, for the gap between sampler and trainer; 1 is none.
+    Weight of a token or an answer that corrects the gap between sampler and trainer; 1 = no correction.
 rollout_correction/cut | Correction cut | share | down noisy
     Weights that reached the threshold.
 filter/gen_batches | Rounds of sampling | | down noisy
-    Until the batch was full of questions worth training on.
+    Rounds until the batch was full of questions worth training on.
 filter/groups_sampled | Questions sampled | in a step | noisy
-    To fill the batch.
+    Questions that were sampled to fill the batch.
 filter/groups_no_signal | Questions without signal | in a step | down noisy
-    All answers scored alike: nothing to learn from.
+    Questions whose answers all scored alike: there is nothing to learn from them.
 filter/groups_expired | Questions thrown away | in a step | down noisy
-    Kept from before, and too old by now.
+    Questions that were kept from an earlier step and have become too old.
 filter/groups_reused | Questions from the step before | in a step | noisy
-    Kept because its batch was full.
+    Questions that were kept because the batch of the step before was full.
 filter/metric_mean | Mean before filtering | | up noisy
-    Of the metric, over everything that was sampled.
+    Mean of the metric over everything that was sampled.
 filter/groups_kept | Questions for the next step | in a step | noisy
-    More than this batch took.
+    Questions beyond what this batch took.
 timing_s/tools | Waiting for tools | seconds | down noisy
-    With no token to make meanwhile.
+    Seconds in which all answers waited for tools and the engine had no token to sample.
 timing_s/reward | Waiting for scores | seconds | down noisy
-    With no token to make meanwhile.
+    Seconds in which the run waited for scores and the engine had no token to sample.
 timing_s/step | Time of a step | seconds | down noisy
-    Without validation and saving.
+    Seconds of a step, without validation and saving.
 """
 
 # The same for names that are patterns; {0} is the first group.
