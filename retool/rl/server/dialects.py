@@ -52,7 +52,7 @@ class Dialect:
     ask: Callable[[str, Sequence[int], SamplingParams, int], Call]
     read: Callable[[Any], Sampled]
     load: Callable[[str, str], list[Call]]
-    loaded: Callable[[Any], str | None]
+    loaded: Callable[[Mapping[str, Any]], str | None]
     way_out: str
 
 
@@ -117,16 +117,20 @@ def _load_sglang(folder: str, version: str) -> list[Call]:
     return [Call("/update_weights_from_disk", body)]
 
 
-def _loaded(response: Any) -> str | None:
+def _loaded(response: Mapping[str, Any]) -> str | None:
     """Both say `success` where they say anything, and vLLM only since 0.26."""
     if response.get("success", True):
         return None
     return str(response.get("message") or "it says no more")
 
 
-def logprobs_mode(settings: Any) -> str:
-    """What vLLM's settings say of its log-probabilities."""
-    return str(settings["vllm_config"]["model_config"]["logprobs_mode"])
+def logprobs_mode(settings: Mapping[str, Any]) -> str:
+    """What vLLM's settings say of its log-probabilities; "" where they are of another form."""
+    match settings:
+        case {"vllm_config": {"model_config": {"logprobs_mode": str(mode)}}}:
+            return mode
+        case _:
+            return ""
 
 
 DIALECTS = {

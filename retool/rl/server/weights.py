@@ -97,7 +97,11 @@ def _meet(server: Server, options: ServerOptions) -> None:
     """Ask a server what it is and what its model is called: it may be another one than before."""
     response = httpx.get(f"{server.url}/v1/models", headers=options.headers, timeout=MEET_SECONDS)
     response.raise_for_status()
-    model = response.json()["data"][0]
+    match _said(response).get("data"):
+        case [dict() as model, *_]:
+            pass
+        case other:
+            raise ValueError(f"/v1/models names no model: {other!r:.60}")
     owner = str(model.get("owned_by"))
     name = options.dialect if options.dialect != "auto" else DIALECT_OF_OWNER.get(owner)
     if name is None:
@@ -127,11 +131,11 @@ def _require_tempered(server: Server, options: ServerOptions) -> None:
     if response.status_code == NOT_FOUND:
         return
     response.raise_for_status()
-    mode = logprobs_mode(response.json())
-    if mode != LOGPROBS_MODE:
+    mode = logprobs_mode(_said(response))
+    if mode not in ("", LOGPROBS_MODE):
         raise ValueError(
-            f"its log-probabilities are {mode}, of temperature 1, and rollout.temperature is "
-            f"{options.temperature:g}: start it with --logprobs-mode {LOGPROBS_MODE}"
+            f"it tells {mode}, which aren't those of rollout.temperature={options.temperature:g}: start "
+            f"it with --logprobs-mode {LOGPROBS_MODE}"
         )
 
 
@@ -149,9 +153,19 @@ def _load(server: Server, options: ServerOptions, folder: Path, version: int) ->
             raise ValueError(f"it has no {call.path}: {server.dialect.way_out}")
         if not response.is_success:
             raise ValueError(f"{call.path} answered {response.status_code}: {response.text:.300}")
-        problem = server.dialect.loaded(response.json() if response.content else {})
+        problem = server.dialect.loaded(_said(response))
         if problem is not None:
             raise ValueError(f"{call.path}: {problem}")
+
+
+def _said(response: httpx.Response) -> dict[str, Any]:
+    """What a server answered; nothing at all says nothing. ValueError for anything but an object."""
+    said = response.json() if response.content else {}
+    if not isinstance(said, dict):
+        raise ValueError(
+            f"{response.url.path} answered {said!r:.60}, and no server that is known does"
+        )
+    return said
 
 
 def clear(folder: Path) -> None:

@@ -90,9 +90,11 @@ def test_nothing_is_kept_of_old_weights_while_a_given_up_request_still_runs(
     [
         ({"development": False}, "VLLM_SERVER_DEV_MODE=1"),
         ({"logprobs_mode": "raw_logprobs"}, r"0\.7: start it with --logprobs-mode processed_log"),
+        ({"listed": ["m"]}, r"/v1/models answered \['m'\]"),
+        pytest.param({"listed": {"data": None}}, "names no model: None", marks=pytest.mark.slow),
     ],
 )
-def test_a_server_that_was_started_otherwise_says_how_to(
+def test_a_server_that_cant_be_used_says_why(
     start: dict[str, object], said: str, folder: Path, trained: Sharded, tmp_path: Path
 ) -> None:
     with running(Front(folder, **start)) as front:  # type: ignore[arg-type]

@@ -28,12 +28,15 @@ def load(folder: Path) -> Any:
 
 @dataclass
 class Front:
-    """`development`: VLLM_SERVER_DEV_MODE is 1. A prompt of `slow` is under way until `release`."""
+    """`development`: VLLM_SERVER_DEV_MODE is 1. A prompt of `slow` is under way until `release`.
+    `listed`: what another server would say of its models.
+    """
 
     folder: Path
     development: bool = True
     logprobs_mode: str = "raw_logprobs"
     slow: tuple[int, ...] = ()
+    listed: Any = None
     url: str = ""
     running: int = 0
     cached: dict[tuple[int, ...], Any] = field(default_factory=dict)
@@ -57,7 +60,8 @@ class Front:
 
     async def models(self, request: web.Request) -> web.Response:
         card = {"id": "m", "owned_by": "vllm", "max_model_len": MAX_MODEL_LEN}
-        return web.json_response({"object": "list", "data": [card]})
+        listed = {"object": "list", "data": [card]} if self.listed is None else self.listed
+        return web.json_response(listed)
 
     async def server_info(self, request: web.Request) -> web.Response:
         assert request.query["config_format"] == "json"
