@@ -168,7 +168,7 @@ def memory_words(
 
 def traffic_words(report: RunReport, tokens: float, document: float, divided: float = 1.0) -> str:
     """What the network between machines costs a step, and the layout that waits less; "" where there
-    is one machine, or no GPU. Also where ranks divide experts: how far tokens travel isn't counted.
+    is one machine, or no GPU.
 
     `tokens`: of an optimizer step, all ranks together, in documents of `document` tokens. `divided`:
     see `Plan`.
@@ -176,8 +176,6 @@ def traffic_words(report: RunReport, tokens: float, document: float, divided: fl
     model = report.model
     memory = gpu_memory(report.options)
     if report.world.nodes == 1 or memory is None or model is None or not tokens:
-        return ""
-    if report.options.fsdp.expert_parallel_size > 1:
         return ""
     plan = traffic_plan(report, tokens, divided)
     machines = [assumed(report.world.per_node, gbit, _gpu()) for gbit in USUAL_GBIT]
@@ -220,6 +218,7 @@ def traffic_plan(report: RunReport, tokens: float, divided: float = 1.0) -> Plan
         setting.shards,
         world // setting.shards,
         setting.sp,
+        setting.ep,
         divided=divided,
         tokens=-(-mine // micro_batches),
         micro_batches=micro_batches,

@@ -17,13 +17,14 @@ import torch.distributed as dist
 from retool.batch import PackedBatch, Sample, pack
 from retool.engine import weights
 from retool.model.build import ModelOptions, build_decoder, plan_layout
-from retool.model.config import ModelConfig
+from retool.model.config import Experts, ModelConfig
 from retool.model.traffic.exchanges import Exchange, Plan, step_exchanges, sync_exchanges
-from retool.model.traffic.layouts import best, on
+from retool.model.traffic.layouts import best, on, plans
 from retool.model.traffic.machines import Machines
 from retool.model.traffic.timeline import Work, expected
 from retool.optim import AdamW, AdamWOptions
 from retool.parallel.fsdp import overlap
+from retool.parallel.fsdp import whole as whole_weights
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
 from retool.sft.step import train_step
@@ -77,13 +78,26 @@ def counted() -> Iterator[Counts]:
         return real["all_to_all_single"](out, send, received, sent, group=group)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (overlap, weights):
+        for module in (overlap, weights, whole_weights):
             patch.setattr(module, "all_gather_flat", all_gather)
         patch.setattr(overlap, "reduce_scatter_flat", reduce_scatter)
         patch.setattr(overlap, "send_parts", send_parts)
         patch.setattr(dist, "all_reduce", all_reduce)
         patch.setattr(dist, "all_to_all_single", all_to_all)
         yield counts
+
+
+@contextmanager
+def evenly_routed() -> Iterator[None]:
+    """Every expert gets as many tokens, as the model counts them."""
+
+    def each_in_turn(probs: torch.Tensor, sizes: Experts, _: object = None) -> torch.Tensor:
+        choices = torch.arange(len(probs) * sizes.per_token) % sizes.count
+        return choices.view(-1, sizes.per_token)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("retool.model.experts.layer.chosen_experts", each_in_turn)
+        yield
 
 
 def batches(plan: Plan) -> list[PackedBatch]:
@@ -101,7 +115,7 @@ def sent_by(cases: list[tuple[ModelConfig, Plan]]) -> list[tuple[int, Counts, Co
     """Of each case this rank's sp rank, what its second step sends, and what a sync does."""
     found = []
     for config, plan in cases:
-        mesh = make_mesh(sp=plan.sp, fsdp_size=plan.shards, device="cpu")
+        mesh = make_mesh(sp=plan.sp, fsdp_size=plan.shards, ep=plan.ep, device="cpu")
         options = ModelOptions(
             param_dtype=torch.bfloat16 if plan.compute_bytes == 2 else None,
             recompute=plan.recompute,
@@ -123,7 +137,7 @@ def sent_by(cases: list[tuple[ModelConfig, Plan]]) -> list[tuple[int, Counts, Co
             plan.hold,
         )
         train()
-        with counted() as step:
+        with counted() as step, evenly_routed():
             train()
         decoder = weights.make_decoder(config, mesh.device, None, compiled=False)
         with counted() as sync:
@@ -136,6 +150,14 @@ def counts_of(exchanges: Iterator[Exchange]) -> Counts:
     return Counter((one.collective, one.ranks, one.sent) for one in exchanges)
 
 
+EXPERTS = decoder_config(
+    4,
+    2,
+    "qwen3_moe",
+    layers=3,
+    qk_norm=True,
+    experts=Experts(4, 2, width=16, normalised=True, balance_coefficient=0.01),
+)
 PLAIN = Plan(4, tokens=12, micro_batches=2, compute_bytes=4)
 CASES = {
     "fsdp": (decoder_config(4, 2, layers=5), PLAIN),
@@ -159,6 +181,10 @@ CASES = {
         decoder_config(4, 2, layers=3),
         replace(PLAIN, compute_bytes=2, per_machine=4, hold=True),
     ),
+    "experts": (EXPERTS, PLAIN),
+    "experts, ep 2, hsdp": (EXPERTS, replace(PLAIN, shards=2, replicas=2, ep=2, recompute="full")),
+    "experts, ep 2 of 4": (EXPERTS, replace(PLAIN, ep=2, recompute="selective")),
+    "experts, ep 4, kept": (EXPERTS, replace(PLAIN, ep=4, reshard=False)),
     "replicas alone, sp 2": (
         decoder_config(3, 3, layers=2),
         replace(PLAIN, shards=1, replicas=4, sp=2, recompute="selective"),
@@ -238,6 +264,18 @@ def test_a_step_by_hand() -> None:
     assert found.exposed["gathering"] == pytest.approx(edge / 2 + 0.5 + 2.5)
     # The backward is done at 8.5. The first block's leave until 14.5, and the embedding's behind them.
     assert found.exposed["reducing"] == pytest.approx(6 + 4 * edge)
+
+
+def test_tokens_wait_for_experts_of_other_ranks() -> None:
+    plan = replace(PLAIN, shards=8, ep=8, recompute="full")
+    travels = [one for one in step_exchanges(EXPERTS, plan) if one.purpose == "experts"]
+    # Of 3 layers in 2 micro-batches: in the forward, again, and in the backward
+    assert len(travels) == 3 * 2 * (4 + 4 + 3)
+    found = expected(EXPERTS, plan, NO_LATENCY, Work(1.0, 2.0))
+    assert found.exposed["experts"] == pytest.approx(sum(map(NO_LATENCY.seconds, travels)))
+    assert "experts" not in expected(EXPERTS, PLAIN, NO_LATENCY, Work(1.0, 2.0)).exposed
+    sizes = [other.shards for other in plans(plan, per_machine=4)]
+    assert set(sizes) == {8}, "a machine's four ranks can't divide the experts by eight"
 
 
 def test_replicas_are_added_up_beside_the_backward() -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
 from retool.model.recompute import Recompute
-from retool.parallel.fsdp.buffers import assign_buffers
+from retool.parallel.fsdp.buffers import take_turns
 from retool.parallel.fsdp.layout import Layout
 from retool.parallel.ulysses import HeadPlan
 
@@ -27,14 +27,21 @@ from retool.parallel.ulysses import HeadPlan
 #     sequence (Ulysses) in each layer and micro-batch q, k and v to the heads' ranks and attention's
 #                        result back: twice in the forward, twice in the backward, and twice more
 #                        where the backward computes the block again
-#     numbers            the gradient's norm and the loss
+#     experts (ep)       those of a layer are a unit of their own, of which each rank gathers a part,
+#                        from the S/ep ranks that share it; in each layer and micro-batch four
+#                        all-to-alls (how many tokens, their weights, their rows, the results), three in
+#                        the backward, and four more where it computes the block again
+#     numbers            the gradient's norm and the loss; of experts how often each was chosen
 #
 # Of a buffer of B bytes a rank sends (S-1)/S of it in an all-gather or a reduce-scatter, and twice
 # that in an all-reduce (Thakur et al., Int. J. High Perform. Comput. Appl. 19, 2005).
 
 Collective = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
-Purpose = Literal["gathering", "reducing", "replicas", "sequence", "numbers", "weight sync"]
+Purpose = Literal[
+    "gathering", "reducing", "replicas", "sequence", "experts", "numbers", "weight sync"
+]
 NUMBER_BYTES = 8  # of a norm, or a loss: float64
+COUNT_BYTES = 8  # of a number of tokens: int64
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Plan:
     shards: int  # ranks that share a parameter
     replicas: int = 1  # of these groups
     sp: int = 1
+    ep: int = 1  # ranks that divide a layer's experts
     # The share of micro-batches whose documents are divided over the sp ranks: whole ones need no
     # all-to-alls. A part of them counts as that part of each
     divided: float = 1.0
@@ -89,95 +97,130 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Use:
-    """A unit's part in a step, in the order in which units compute."""
+    """The part in a step of the units at a place, in the order in which they compute. A unit is its
+    number in the layout.
+    """
 
-    unit: int
+    place: int
+    units: tuple[int, ...]
     head: bool  # the vocabulary's
     backward: bool
-    late: bool  # its weights aren't there: their gather starts now
-    ahead: int | None  # whose gather starts beside it
+    late: tuple[int, ...]  # whose weights aren't there: their gather starts now
+    ahead: tuple[int, ...]  # whose gather starts beside it
     reduces: bool  # its gradients leave when it is done
     completes: bool  # and are added up over the replicas: nothing more comes in this step
 
-    @property
-    def gathers(self) -> Iterator[int]:
-        """Units whose gather starts here."""
-        if self.late:
-            yield self.unit
-        if self.ahead is not None:
-            yield self.ahead
-
 
 def uses(config: ModelConfig, plan: Plan) -> Iterator[Use]:
-    """A step, unit by unit: what `Sharded` does with its buffers, without the tensors."""
-    layout = plan_layout(config, plan.shards)
+    """A step, place by place: what `Sharded` does with its buffers, without the tensors."""
+    layout = layout_of(config, plan)
     held = _Held(layout, plan.reshard)
-    count = len(layout.units)
+    units = units_by_place(layout)
+    count = len(units)
     # A tied head is the embedding's unit, used once more
-    last = 0 if config.tied else count - 1
-    forward = [*range(count - 1 + config.tied), last]
+    head = 0 if config.tied else count - 1
+    forward = [*range(count - 1 + config.tied), head]
     ends = len(forward) - 1
     for micro_batch in range(plan.micro_batches):
-        for place, unit in enumerate(forward):
-            late = held.lacks(unit)
-            has_next = plan.forward_prefetch and place < ends and unit + 1 < count
-            following = unit + 1 if has_next else None
-            ahead = following if held.lacks(following) else None
-            yield Use(unit, place == ends, False, late, ahead, False, False)
+        for number, place in enumerate(forward):
+            late = held.lacks(units[place])
+            has_next = plan.forward_prefetch and number < ends and place + 1 < count
+            ahead = held.lacks(units[place + 1]) if has_next else ()
+            yield Use(place, units[place], number == ends, False, late, ahead, False, False)
         last = micro_batch + 1 == plan.micro_batches
         due = plan.shards > 1 and (not plan.hold or last)
-        for place, unit in reversed([*enumerate(forward)]):
-            head = place == ends
-            late = (unit > 0 or head) and held.lacks(unit)
-            before = unit - 1 if unit > 1 else None
-            ahead = before if held.lacks(before) else None
+        for number, place in reversed([*enumerate(forward)]):
+            is_head = number == ends
+            late = held.lacks(units[place]) if place > 0 or is_head else ()
+            ahead = held.lacks(units[place - 1]) if place > 1 else ()
             # A tied matrix waits for the embedding's gradient
-            whole = not (head and config.tied)
+            whole = not (is_head and config.tied)
             completes = last and whole and plan.replicas > 1
-            yield Use(unit, head, True, late, ahead, due and whole, completes)
+            yield Use(place, units[place], is_head, True, late, ahead, due and whole, completes)
+
+
+def layout_of(config: ModelConfig, plan: Plan) -> Layout:
+    return plan_layout(config, plan.shards, plan.ep)
+
+
+def units_by_place(layout: Layout) -> list[tuple[int, ...]]:
+    """The units that are gathered together: a layer's experts are one of their own where ranks
+    divide them.
+    """
+    found: list[list[int]] = [[] for _ in range(layout.units[-1].place + 1)]
+    for number, unit in enumerate(layout.units):
+        found[unit.place].append(number)
+    return [tuple(numbers) for numbers in found]
 
 
 class _Held:
-    """Which unit is in each buffer; with one shard all are there always."""
+    """Which unit is in each buffer; what one rank owns alone is there always."""
 
     def __init__(self, layout: Layout, reshard: bool) -> None:
-        sizes = [unit.numel for unit in layout.units]
-        self.buffer = assign_buffers(sizes, [not reshard] * len(sizes))
+        own = [not reshard] * len(layout.units)
+        self.buffer = take_turns(layout.units, own).taken
         self.holder: dict[int, int] = {}
-        self.shared = layout.shards > 1
 
-    def lacks(self, unit: int | None) -> bool:
-        """Whether a unit has to be gathered; from now on it is there."""
-        if unit is None or not self.shared:
-            return False
-        buffer = self.buffer[unit]
-        missing = self.holder.get(buffer) != unit
-        self.holder[buffer] = unit
-        return missing
+    def lacks(self, units: Sequence[int]) -> tuple[int, ...]:
+        """Which of the units have to be gathered; from now on they are there."""
+        missing = []
+        for unit in units:
+            buffer = self.buffer.get(unit)
+            if buffer is not None and self.holder.get(buffer) != unit:
+                self.holder[buffer] = unit
+                missing.append(unit)
+        return tuple(missing)
 
 
-def gathering(config: ModelConfig, plan: Plan, unit: int) -> Exchange:
+def gathering(config: ModelConfig, plan: Plan, number: int) -> Exchange:
     """The gather of a unit's weights."""
-    numel = plan_layout(config, plan.shards).units[unit].numel
-    sent = _others(numel * plan.compute_bytes, plan.shards)
-    return Exchange("gathering", "all-gather", plan.shards, sent)
+    unit = layout_of(config, plan).units[number]
+    sent = _others(unit.part_numel * plan.compute_bytes, unit.owners)
+    return Exchange("gathering", "all-gather", unit.owners, sent, unit.parts)
 
 
-def reducing(config: ModelConfig, plan: Plan, unit: int) -> Exchange:
-    """The reduction of a unit's gradients."""
-    numel = plan_layout(config, plan.shards).units[unit].numel
-    if plan.narrow:
-        sent = _others(numel * plan.compute_bytes, plan.shards)
-        return Exchange("reducing", "all-to-all", plan.shards, sent)
-    sent = _others(numel * plan.reduce_bytes, plan.shards)
-    return Exchange("reducing", "reduce-scatter", plan.shards, sent)
+def reducing(
+    config: ModelConfig, plan: Plan, numbers: Sequence[int]
+) -> Iterator[tuple[int, Exchange]]:
+    """The reduction of the units' gradients, each with its unit; what a rank owns alone isn't reduced."""
+    for number in numbers:
+        unit = layout_of(config, plan).units[number]
+        element = plan.compute_bytes if plan.narrow else plan.reduce_bytes
+        sent = _others(unit.part_numel * element, unit.owners)
+        collective: Collective = "all-to-all" if plan.narrow else "reduce-scatter"
+        if unit.owners > 1:
+            yield number, Exchange("reducing", collective, unit.owners, sent, unit.parts)
 
 
-def adding(config: ModelConfig, plan: Plan, unit: int) -> Exchange:
+def adding(config: ModelConfig, plan: Plan, number: int) -> Exchange:
     """What adds a unit's gradients up over the replicas."""
-    own = plan_layout(config, plan.shards).units[unit].shard_numel
+    own = layout_of(config, plan).units[number].shard_numel
     sent = 2 * _others(own * plan.gradient_bytes, plan.replicas)
     return Exchange("replicas", "all-reduce", plan.replicas, sent, plan.shards)
+
+
+def experts(config: ModelConfig, plan: Plan, backward: bool) -> Iterator[Exchange]:
+    """A layer's all-to-alls in a micro-batch's forward or backward that take tokens to the ranks with
+    their experts and bring results home, where the router spreads them evenly.
+    """
+    sizes = config.experts
+    if sizes is None or plan.ep == 1:
+        return
+    rows = _others(plan.tokens * sizes.per_token, plan.ep)
+    # A row's weight, which is at least fp32, the row on its way out, and home
+    row = config.hidden * plan.compute_bytes
+    ways = [rows * max(plan.compute_bytes, 4), rows * row, rows * row]
+    how_many = _others(sizes.count * COUNT_BYTES, plan.ep)
+    sent = list[float]()
+    if not backward:
+        sent += [how_many, *ways]
+    elif plan.recompute != "none":
+        # torch's checkpoint computes no further than to the last tensor that the backward needs
+        results_home = plan.recompute != "selective"
+        sent += [how_many, *ways[: 2 + results_home]]
+    if backward:
+        sent += ways
+    yield from (Exchange("experts", "all-to-all", plan.ep, size) for size in sent)
 
 
 def sequence(
@@ -208,39 +251,48 @@ def sequence(
         yield Exchange("sequence", "all-to-all", plan.sp, sent)
 
 
-def numbers(plan: Plan) -> Iterator[Exchange]:
-    """The norm of the gradient, and the loss."""
-    for ranks in (plan.shards, plan.world):
+def numbers(config: ModelConfig, plan: Plan) -> Iterator[Exchange]:
+    """The norm of the gradient, and the loss; of experts how often each was chosen."""
+    sums = [(plan.shards, 1.0), (plan.world, 1.0)]
+    sizes = config.experts
+    if sizes is not None:
+        choices = config.layers * sizes.count
+        # The step's tokens, each micro-batch's choices, and what is told of the step
+        sums += [(plan.world, 1.0), (plan.world, 2.0 * choices + config.layers)]
+        if sizes.balance_coefficient:
+            sums += [(plan.world, choices)] * plan.micro_batches
+    for ranks, count in sums:
         if ranks > 1:
-            sent = 2 * _others(NUMBER_BYTES, ranks)
+            sent = 2 * _others(count * NUMBER_BYTES, ranks)
             yield Exchange("numbers", "all-reduce", ranks, sent)
 
 
 def step_exchanges(config: ModelConfig, plan: Plan, sp_rank: int = 0) -> Iterator[Exchange]:
     """Every collective of a training step, as a rank makes them."""
     for use in uses(config, plan):
-        yield from (gathering(config, plan, unit) for unit in use.gathers)
-        if is_block(config, use.unit):
+        yield from (gathering(config, plan, unit) for unit in (*use.late, *use.ahead))
+        if is_block(config, use.place):
             yield from sequence(config, plan, use.backward, sp_rank)
+            yield from experts(config, plan, use.backward)
         if use.reduces:
-            yield reducing(config, plan, use.unit)
+            yield from (exchange for _, exchange in reducing(config, plan, use.units))
         if use.completes:
-            yield adding(config, plan, use.unit)
-    yield from numbers(plan)
+            yield from (adding(config, plan, unit) for unit in use.units)
+    yield from numbers(config, plan)
 
 
 def sync_exchanges(config: ModelConfig, plan: Plan) -> Iterator[Exchange]:
     """RL's weights to the engines, once a step: every unit is gathered."""
     if plan.shards == 1:
         return
-    for unit in plan_layout(config, plan.shards).units:
+    for unit in layout_of(config, plan).units:
         sent = _others(unit.numel * plan.compute_bytes, plan.shards)
         yield Exchange("weight sync", "all-gather", plan.shards, sent)
 
 
-def is_block(config: ModelConfig, unit: int) -> bool:
-    """Whether a unit is a layer; the others are the embedding and the head."""
-    return 1 <= unit <= config.layers
+def is_block(config: ModelConfig, place: int) -> bool:
+    """Whether a layer is there; the others are the embedding and the head."""
+    return 1 <= place <= config.layers
 
 
 def _others(whole: float, ranks: int) -> float:

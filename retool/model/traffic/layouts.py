@@ -36,7 +36,7 @@ def plans(plan: Plan, per_machine: int) -> Iterator[Plan]:
     sizes = [plan.shards, world]
     if world % per_machine == 0:
         sizes.append(per_machine)
-    for shards in dict.fromkeys(sizes):
+    for shards in dict.fromkeys(size for size in sizes if size % plan.ep == 0):
         for reshard in dict.fromkeys((plan.reshard, True, False)):
             yield replace(plan, shards=shards, replicas=world // shards, reshard=reshard)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from retool.model.build import plan_layout
 from retool.model.config import ModelConfig
 from retool.model.costs import layer_costs, model_flops
 from retool.model.recompute import Recompute
@@ -13,22 +12,24 @@ from retool.model.traffic.exchanges import (
     Purpose,
     Use,
     adding,
+    experts,
     gathering,
     is_block,
+    layout_of,
     numbers,
     reducing,
     sequence,
     uses,
 )
 from retool.model.traffic.machines import Machines
-from retool.parallel.fsdp.buffers import assign_buffers
+from retool.parallel.fsdp.buffers import take_turns
 
 # Units compute one after the other, while the network brings the next one's weights and takes the last
 # one's gradients, one collective after the other. What a step waits for is exposed: weights that
 # aren't there yet, a gradient buffer that is still being sent, the reductions that are left at the
 # end of a backward. In a step's last backward a unit's sum over the replicas follows its reduction,
-# beside the next ones: replicas are on other machines. Ulysses' all-to-alls are exposed by nature. The
-# optimizer's update isn't counted.
+# beside the next ones: replicas are on other machines. The all-to-alls of sequences and of experts are
+# exposed by nature. The optimizer's update isn't counted.
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Work:
     def seconds(self, config: ModelConfig, use: Use) -> float:
         if use.head:
             return self.head_backward if use.backward else self.head_forward
-        if not is_block(config, use.unit):
+        if not is_block(config, use.place):
             return 0.0
         return self.backward if use.backward else self.forward
 
@@ -127,33 +128,35 @@ class _Clock:
 
 def expected(config: ModelConfig, plan: Plan, machines: Machines, work: Work) -> Expected:
     """A step, played through."""
-    layout = plan_layout(config, plan.shards)
-    sizes = [unit.numel for unit in layout.units]
-    buffer = assign_buffers(sizes, [False] * len(sizes))
+    layout = layout_of(config, plan)
+    buffer = take_turns(layout.units, [False] * len(layout.units)).taken
     clock = _Clock()
     arrives: dict[int, float] = {}  # when a unit's weights are there
     reduced: dict[int, float] = {}  # when a buffer of gradients is free again
     for use in uses(config, plan):
-        if use.late:
-            arrives[use.unit] = clock.send(machines.seconds(gathering(config, plan, use.unit)))
-        clock.wait(arrives.get(use.unit, 0.0), "gathering")
-        if use.ahead is not None:
-            arrives[use.ahead] = clock.send(machines.seconds(gathering(config, plan, use.ahead)))
-        if is_block(config, use.unit):
-            for exchange in sequence(config, plan, use.backward):
-                clock.wait(clock.now + machines.seconds(exchange), "sequence")
+        for unit in use.late:
+            arrives[unit] = clock.send(machines.seconds(gathering(config, plan, unit)))
+        clock.wait(max(arrives.get(unit, 0.0) for unit in use.units), "gathering")
+        for unit in use.ahead:
+            arrives[unit] = clock.send(machines.seconds(gathering(config, plan, unit)))
+        if is_block(config, use.place):
+            for exchange in (
+                *sequence(config, plan, use.backward),
+                *experts(config, plan, use.backward),
+            ):
+                clock.wait(clock.now + machines.seconds(exchange), exchange.purpose)
         clock.work(work.seconds(config, use))
         if use.reduces:
-            clock.wait(reduced.get(buffer[use.unit], 0.0), "reducing")
-            sent = clock.send(machines.seconds(reducing(config, plan, use.unit)))
-            reduced[buffer[use.unit]] = sent
-        if use.completes:
-            sent = reduced.get(buffer[use.unit], clock.now)
-            clock.add_up(sent, machines.seconds(adding(config, plan, use.unit)))
-        if use.backward and use.unit == 0 and not use.head:
+            for unit, exchange in reducing(config, plan, use.units):
+                clock.wait(reduced.get(buffer[unit], 0.0), "reducing")
+                reduced[buffer[unit]] = clock.send(machines.seconds(exchange))
+        for unit in use.units if use.completes else ():
+            sent = reduced.get(buffer[unit], clock.now) if unit in buffer else clock.now
+            clock.add_up(sent, machines.seconds(adding(config, plan, unit)))
+        if use.backward and use.place == 0 and not use.head:
             # The end of a backward waits for its reductions
             clock.wait(max(reduced.values(), default=0.0), "reducing")
     clock.wait(clock.replicas, "replicas")
-    for exchange in numbers(plan):
+    for exchange in numbers(config, plan):
         clock.wait(clock.now + machines.seconds(exchange), exchange.purpose)
     return Expected(clock.compute, clock.exposed)
