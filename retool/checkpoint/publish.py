@@ -1,5 +1,5 @@
-"""Folders that are being written, replaced or deleted: made under a mark, and removed only where
-they carry it.
+"""Folders that are written, replaced or deleted. A mark is put into them first, and only a folder
+with the mark is ever removed.
 
 [Note: what may be deleted] A run's folder may hold more than the run put there: links to
 checkpoints on another disk, copies that a user made, what `convert` is writing. So a name alone

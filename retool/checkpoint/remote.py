@@ -1,5 +1,5 @@
-"""Copies of finished checkpoints on a remote store, through fsspec: file by file, their checksums
-behind them, the tracker last; never fatal.
+"""Copies of finished checkpoints on a remote store, through fsspec: first the files, then their
+checksums, the tracker last. A failure never ends the run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Which checkpoint is whole: by its files before a run, by its content while it is loaded.
+"""Which checkpoint is complete: before a run judged by its files, while it is loaded by their
+content.
 
 [Note: when content is compared] Reading a checkpoint twice would double the time of a resume. So
 before a run only what is cheap is looked at (files, sizes, small files, both ends of the first

@@ -1,5 +1,5 @@
-"""What every command has around its `main`: its own threads, and an end without a traceback where the
-user ended it.
+"""What every command does around its `main`: it sets its own number of threads, and ends without a
+traceback if the user ended it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What keys of ours are called elsewhere: in Hugging Face's Trainer and TRL, in verl and OpenRLHF, in
-Axolotl and LLaMA-Factory.
+"""The names that our keys have in other programs: Hugging Face's Trainer and TRL, verl and
+OpenRLHF, Axolotl and LLaMA-Factory.
 
 These names aren't accepted: the same word can count something else there (a batch per GPU, say). They
 are understood well enough to name the key that is meant.

@@ -1,5 +1,5 @@
-"""The keys that SFT and RL have alike: how weights are sharded, held, updated and saved, and the
-run around them.
+"""The keys that SFT and RL share: how weights are sharded, kept, updated and saved, and the run
+around them.
 
 A command's own configuration (`retool.sft.config`, `retool.rl.config`) takes these, or adds to them
 and overrides defaults.

@@ -1,4 +1,5 @@
-"""A typed configuration from words and YAML: `read` gives it with every fault, `parse` raises them.
+"""Arguments and YAML → a typed configuration. `read` returns it with all faults, `parse` raises
+them.
 
 A word is `key=value` with a dotted key, or `config=run.yaml` for a file of them; later words win.
 """

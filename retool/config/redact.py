@@ -1,4 +1,4 @@
-"""Secrets stay out of whatever leaves a run: console, logs, files, trackers, error reports,
+"""Keeps secrets out of everything that leaves a run: console, logs, files, trackers, error reports,
 tracebacks. One function, `redact`.
 
 A text is a secret by the name that it stands under (`password`, `X-Api-Key`, `DB_PWD`), by its look

@@ -1,4 +1,4 @@
-"""Values as a key's type reads them, and what is wrong with them."""
+"""Reading a value as the type of its key, and saying what is wrong with it."""
 
 from __future__ import annotations
 

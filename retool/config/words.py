@@ -1,4 +1,4 @@
-"""From the words of a command line, and the files that they name, to assignments of values to keys.
+"""Command-line arguments, and the files that they name → assignments of values to keys.
 
 Every fault is collected; none stops the search for the next.
 """

@@ -1,5 +1,5 @@
-"""Rows that a program holds, kept in a file: what reads, checks, names and resumes files then does
-the same for them.
+"""Rows that a program holds in memory. They are written to a file, so that everything that works
+with files works with them.
 
 The file is named by its content, so that the same rows are the same data set in the next run, on
 every rank, and on the command line.

@@ -1,4 +1,4 @@
-"""Whether a token cache is still what was written.
+"""Whether a token cache still holds what was written.
 
 Sizes and small files are compared at every opening, all of it once a run.
 

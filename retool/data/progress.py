@@ -1,4 +1,4 @@
-"""How far a long reading of rows is, where no bar can be drawn: in a pipe, a log, a notebook."""
+"""Progress of reading many rows where no bar can be drawn: in a pipe, a log, a notebook."""
 
 from __future__ import annotations
 

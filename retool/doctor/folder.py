@@ -1,4 +1,6 @@
-"""The folder of a run: the same one on all machines, writable, and what one renames the others see."""
+"""Checks of the run's folder: whether it is the same on all machines, can be written, and shows
+renames to all.
+"""
 
 from __future__ import annotations
 

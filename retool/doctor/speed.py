@@ -1,4 +1,4 @@
-"""How fast the ranks compute, and what a step of a model would come to here."""
+"""How fast the ranks compute, and how long a step of a model would take here."""
 
 from __future__ import annotations
 

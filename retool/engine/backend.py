@@ -1,4 +1,4 @@
-"""What samples an RL run's tokens: the protocol of a rollout backend, and the backends there are.
+"""The backends that sample an RL run's tokens, and the protocol that they share.
 
 A backend is one class with everything of `RolloutEngine`, and a line in `BACKENDS`.
 """

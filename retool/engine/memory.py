@@ -1,4 +1,5 @@
-"""How many bytes an engine takes on one GPU: weights, a forward's work, and the KV cache.
+"""How many bytes an engine takes on one GPU: weights, the work space of a forward, and the KV
+cache.
 
 Preflight plans with the same functions that the engine allocates by.
 

@@ -1,4 +1,4 @@
-"""Forward after forward: the next one starts before the last one's draws are read, where it can.
+"""One forward after the other. If it can, the next one starts before the last one's draws are read.
 
 step()    no forward flies     plan one and start it (`_launch`)
           it can be repeated   start the next one (`_repeat`)

@@ -1,4 +1,4 @@
-"""Sequences for samplers that know requests alone: each turn is a request of its own, with all the
+"""Sequences for samplers that only know requests: each turn becomes a request of its own, with all
 tokens before it.
 """
 

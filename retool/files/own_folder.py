@@ -1,4 +1,6 @@
-"""A folder by what it is, not by its name: whether the one that a run began with is still there."""
+"""Whether the folder that a run began with is still there: recognised by its inode, not by its
+name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user calls a model → the folder with its weights."""
+"""The name that a user gives a model → the folder with its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes out: plain values, with the names of vLLM's."""
+"""The results: plain values with vLLM's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All loggers of a run behind one interface: one that fails is told of, and never ends a run."""
+"""All loggers of a run behind one interface. One that fails is reported and never ends the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch.compile takes, what it must not look into, and how what it made is called.
+"""What is handed to torch.compile, what is hidden from it, and how its results are called.
 
 [Note: kernels called again without torch.compile] A call of a compiled function costs the host
 several times what its launches do: guards over the block's attributes, then AOTAutograd's wrappers,

@@ -1,5 +1,5 @@
-"""Telling the rank that failed from those that only lost it: the user should read one error, the
-first one's.
+"""Tells the rank that failed from those that only lost it: the user should read one error, the
+first one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Work that all ranks of a group do alike: the first one says what, the others follow it."""
+"""Work that all ranks of a group do together: the first one says what to do, the others follow."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""Before a GPU second: what is asked for, checked against the machine, the model and the memory,
-and told as a plan.
+"""Checks before a GPU does any work: the request against the machine, the model and the memory; and
+the plan.
 """

@@ -1,4 +1,4 @@
-"""What is asked of a model that runs as transformers' own module, and can't be done there."""
+"""Requests that can't be met for a model that runs as transformers' own module."""
 
 from __future__ import annotations
 

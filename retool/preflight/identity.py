@@ -1,4 +1,4 @@
-"""What makes a run this run: its model, its data, its reward, tools and objective.
+"""What makes two runs the same run: model, data, reward, tools and objective.
 
 Every checkpoint keeps it. A run that would go on from one compares, so that no folder silently
 continues with another model's weights or on other samples. What one side doesn't know (a checkpoint

@@ -1,5 +1,5 @@
-"""What of this machine a run needs beside its GPUs' number: a free port, a compiler, room on the
-disk, host memory, clients of stores.
+"""What a run needs of this machine besides GPUs: a free port, a compiler, disk space, host memory,
+clients of stores.
 
 Each check yields every fault it finds and raises none; nothing is started and nothing is left
 behind.

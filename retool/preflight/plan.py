@@ -1,5 +1,5 @@
-"""What every command's plan is made of: processes, the memory that they take and how it is made to
-fit, the room that checkpoints take.
+"""What the plans of all commands share: processes, their memory and how it is made to fit, and room
+for checkpoints.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Going on from a checkpoint: which one, whether it can be loaded, and whether it is this run's.
+"""Resuming from a checkpoint: which one, whether it can be loaded, and whether it belongs to this
+run.
 
 No weights are read: `retool.run.resume` loads. Preflight asks first (`find_checkpoint`,
 `check_checkpoint`), for `--check` and for the run alike. The run asks again only where it takes

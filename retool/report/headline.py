@@ -1,4 +1,4 @@
-"""What a run is, for the top of its page: its model, its data, and the settings one asks for first."""
+"""The top of a report's page: the run's model, its data, and its most important settings."""
 
 from __future__ import annotations
 

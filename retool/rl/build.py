@@ -1,5 +1,5 @@
-"""What an RL run has beside its session: reference, engine, judges, tools; and what of the
-configuration its parts take.
+"""What an RL run has besides its session: reference, engine, judges and tools, made from the
+configuration.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Samples that say nothing about the policy: told while they are few, the run's end when they are
-many.
+"""Samples that failed for reasons other than the policy: a few are reported, many end the run.
 
 All ranks see the same samples, so all of them warn and end alike.
 """

@@ -1,4 +1,4 @@
-"""A step's numbers under the names that existing dashboards know."""
+"""The numbers of a step, under the names that existing dashboards know."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Which engines sample: one whose machine fails stands back, and its prompts go to the others."""
+"""Which engines sample. One whose machine fails is left out for a while, and its prompts go to the
+others.
+"""
 
 from __future__ import annotations
 

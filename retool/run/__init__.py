@@ -1,1 +1,1 @@
-"""While it lasts: how a run starts, the folder that it writes, what it saves, who watches it."""
+"""Around training: how a run starts, the folder that it writes, what it saves, and who watches it."""

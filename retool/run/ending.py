@@ -1,4 +1,4 @@
-"""How a run ends: its last save waited for, its loggers closed, its last lines said."""
+"""How a run ends: it waits for its last save, closes its loggers, and prints its last lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A run's folder: made, or made free for a run from the start; and one line for all ranks."""
+"""A run's folder: made, or cleared for a run from the start. And lines that one rank prints for
+all.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, SIGUSR1 or Ctrl-C to any worker, or a launcher that died.
+"""Requests to stop: SIGTERM, SIGUSR1 or Ctrl-C in any worker, or a launcher that died.
 
 All ranks agree once a step.
 

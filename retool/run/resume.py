@@ -1,4 +1,4 @@
-"""Going on from a checkpoint, once there is a process group: every function here is collective.
+"""Resuming from a checkpoint, once there is a process group. Every function here is collective.
 
 Preflight has looked at the checkpoint before (`retool.preflight.resume`); what it says of it is
 asked again only where another one is taken after all.

@@ -1,4 +1,4 @@
-"""Writing a run's checkpoints, and saying how each save ended."""
+"""Writing a run's checkpoints, and reporting how each save ended."""
 
 from __future__ import annotations
 

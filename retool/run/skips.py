@@ -1,4 +1,6 @@
-"""Updates that change nothing, as their gradient norm isn't finite: a few are told, many end the run."""
+"""Updates that are skipped because their gradient norm isn't finite: a few are reported, many end
+the run.
+"""
 
 from __future__ import annotations
 

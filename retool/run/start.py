@@ -1,4 +1,5 @@
-"""What a command does around `train`: its folder for itself, one verdict, a status at the end.
+"""What a command does around `train`: it locks the run's folder, gets one verdict of all ranks, and
+returns the exit status.
 
 `main` of `retool.sft` and `retool.rl` spell it out: preflight, `alone_in_folder`, `verdict_of_all`,
 the plan, `train` under `ended_well`.

@@ -1,5 +1,5 @@
-"""The supervisor's side of one child: its pipes, what it wrote, its account, and the verdict when
-it has ended.
+"""One child as the supervisor sees it: its pipes, its output, its use of resources, and the verdict
+at its end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files of a work folder, brought back by name after its program has ended."""
+"""Brings files of a work folder back by name, after the program has ended."""
 
 from __future__ import annotations
 

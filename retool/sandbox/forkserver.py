@@ -1,4 +1,4 @@
-"""The fork server (`zygote`) as its supervisor holds it: a process, a socket for orders, its end."""
+"""The fork server (`zygote`) as its supervisor sees it: a process, and a socket for orders."""
 
 from __future__ import annotations
 

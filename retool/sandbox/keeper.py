@@ -1,4 +1,4 @@
-"""The supervisor as its caller keeps it: started or joined, started again when it has gone, ended
+"""The supervisor as its caller sees it: started or joined, started again if it has died, and ended
 at last.
 """
 

@@ -1,4 +1,4 @@
-"""Runs one program the way a notebook cell runs: what the last expression is worth gets printed.
+"""Runs one program like a notebook cell: the value of its last expression is printed.
 
 Executes inside the cell.
 """

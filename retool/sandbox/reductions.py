@@ -1,4 +1,4 @@
-"""What dill can't write, or writes so that it comes back as something else.
+"""Objects that dill can't write, or restores as something else.
 
 Executes inside the cell.
 """

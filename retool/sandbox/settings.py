@@ -1,4 +1,4 @@
-"""What libraries remember that no variable holds: random numbers, precision, the folder one is in.
+"""What libraries remember outside of variables: random numbers, precision, the current folder.
 
 Executes inside the cell.
 """

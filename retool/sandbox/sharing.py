@@ -1,5 +1,5 @@
-"""One sandbox for all processes of a node that name it alike: the first to come owns it, the others
-are its guests.
+"""One sandbox for all processes of a machine that give it the same name: the first one owns it, the
+others are guests.
 
 The name lies in the kernel's abstract socket space. Whoever binds it is the owner, and listens; the
 kernel frees it when the owner and its supervisor are gone, however they went, and then the next to

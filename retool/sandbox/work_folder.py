@@ -1,4 +1,4 @@
-"""A program's work folder as a list of what is in it, and back.
+"""A program's work folder as a list of its contents, and back.
 
 Executes inside the cell.
 """

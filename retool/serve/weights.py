@@ -1,4 +1,4 @@
-"""New weights from a folder, as vLLM's and SGLang's servers are told to load them."""
+"""Loading new weights from a folder, with the requests that vLLM's and SGLang's servers know."""
 
 from __future__ import annotations
 

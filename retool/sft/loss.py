@@ -1,5 +1,5 @@
-"""The SFT loss: −log p of every trained token, summed; whoever calls divides by the global number
-of trained tokens.
+"""The SFT loss: −log p of every trained token, summed. The caller divides by the global number of
+trained tokens.
 
 t tokens of this sequence-parallel rank · D model · V vocab.
 """

@@ -1,5 +1,5 @@
-"""The file of answers: it is there when it is whole, and until then a part of it that can be gone on
-from.
+"""The file of answers: it appears when it is complete; until then a partial file grows, from which
+the command can go on.
 """
 
 from __future__ import annotations

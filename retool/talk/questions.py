@@ -1,4 +1,4 @@
-"""Rows of any file that the reader knows → what is asked in them."""
+"""Rows of any file that the reader knows → the questions in them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The classes and functions that a checkpoint's pickle may name. Whole names are compared, and stay
-names: nothing is looked up.
+"""The classes and functions that a checkpoint's pickle may name. Names are compared as a whole and
+stay names: nothing is imported.
 """
 
 from __future__ import annotations

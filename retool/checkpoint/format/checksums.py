@@ -1,4 +1,4 @@
-"""Checksums: of a file that lies there, and of one while it is written."""
+"""Checksums: of a finished file, and of one while it is written."""
 
 from __future__ import annotations
 

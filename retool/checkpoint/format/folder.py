@@ -1,4 +1,5 @@
-"""One checkpoint's folder: the names of its files, what is recorded of them, what is missing.
+"""The folder of one checkpoint: the names of its files, what is recorded of them, and which are
+missing.
 
     global_step_N[/actor]/                      complete once it has this name
         model_world_size_W_rank_R.pt            rows of every parameter

@@ -1,4 +1,6 @@
-"""What the optimizer files say besides moments: which state is whose, how many updates, hyperparameters."""
+"""What the optimizer files hold besides moments: which state belongs to which parameter, the number
+of updates, and hyperparameters.
+"""
 
 from __future__ import annotations
 

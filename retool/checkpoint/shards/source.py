@@ -1,4 +1,4 @@
-"""A tensor of each parameter across all ranks' files: weights, or AdamW's moments."""
+"""One tensor of each parameter, read from all ranks' files: its weights, or AdamW's moments."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What of a data set is trained, counted and shown before it is."""
+"""The audit of a data set: which of its tokens would be trained, counted and shown before a run."""

@@ -1,4 +1,4 @@
-"""Samples to look at: the text of each token, and whose it is."""
+"""Samples to look at: the text of each token, and who wrote it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values as Python's own containers, whatever held them in a file or in memory."""
+"""Values from files or memory as plain Python containers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Rows that can't be used: like ones are counted together, so that a common fault is read once."""
+"""Rows that can't be used. Faults of the same kind are counted together, so that a common one is
+shown once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Which rows are read: files, the columns that make a conversation, or a function of the user's."""
+"""Which rows are read: files, and the columns that make a conversation, or a function of the
+user's.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A function of the user's: found in its file, and asked for rows."""
+"""Rows from a function of the user's: found in its file, and called."""
 
 from __future__ import annotations
 

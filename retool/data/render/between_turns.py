@@ -1,4 +1,4 @@
-"""What stands between a sampled turn and the next: the *glue*.
+"""The tokens between a sampled turn and the next one: the *glue*.
 
 That is the end of the turn where it lacks one, messages, and a generation prompt.
 """

@@ -1,4 +1,4 @@
-"""What programs printed, where it stands in the middle of an assistant's message.
+"""Outputs of programs that stand in the middle of an assistant's message.
 
 ReTool (arXiv 2504.11536) writes `<code>…</code>`, and its interpreter answers between two tags in
 the same message. A model never writes these words: in a rollout sampling stops behind `</code>`, and

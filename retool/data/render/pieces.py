@@ -1,4 +1,4 @@
-"""From a conversation to pieces of text, each to be tokenised by itself.
+"""A conversation → pieces of text, of which each is tokenised by itself.
 
 [Note: pieces] A conversation is rendered once, as text. The text is cut at the edges of the
 assistant's turns and every piece is tokenised by itself, because that is how inference makes the

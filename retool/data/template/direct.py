@@ -1,4 +1,5 @@
-"""transformers' own render of a chat template, without what it does to every message before.
+"""Renders a chat template as transformers does, without the work that transformers does on every
+message before.
 
 `apply_chat_template` copies messages and tools twice, to make plain containers of whatever it may be
 given. Ours are plain, and the copies take as long as the template. They are left out where that is

@@ -1,4 +1,4 @@
-"""How a chat template ends turns, begins answers, and wants calls given.
+"""Finding out how a chat template ends turns, begins answers, and expects calls to be given.
 
 It is found by rendering small conversations of ours with it.
 """

@@ -1,4 +1,5 @@
-"""The assistant's turns of one render, where the template is known to show each by itself.
+"""Finding the assistant's turns in a single render, for templates that are known to show each turn
+by itself.
 
 Two renders a turn say where it stands, whatever the template does (see `template.turns`). Our own
 template and those of Qwen2.5 read of a message nothing but itself and its neighbours' roles, so every

@@ -1,4 +1,4 @@
-"""What an assistant thought before it spoke, however a row writes it.
+"""An assistant's reasoning before its answer, in whichever field a row has it.
 
 A thought comes in a field of its own (`reasoning_content`, `reasoning`, `thinking`: three names for
 one thing) or inside the content, between tags such as <think> and </think>. A template may show

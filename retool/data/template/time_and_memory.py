@@ -1,4 +1,4 @@
-"""Bounds on the time and memory of a chat template, a program that a model's maker wrote.
+"""Limits on the time and memory of a chat template, which is a program from the model's author.
 
 It may loop without end, or make more text than there is memory for.
 """

@@ -1,4 +1,5 @@
-"""Bounds on tokenizers of unknown origin: what their settings may make of a text, and a trial.
+"""Limits on tokenizers of unknown origin: how much their settings may make of a text, and a trial
+run.
 
 The library that runs them is compiled. No signal stops it at work, and where it finds no memory it
 ends the process. So a tokenizer is loaded in a child process first, with limits, and is given texts

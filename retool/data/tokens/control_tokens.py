@@ -1,4 +1,4 @@
-"""Control tokens that a row or a tool only mentions stay text.
+"""Keeps control tokens that a row or a tool only mentions as text.
 
 `<|im_end|>` in what somebody says ends no turn.
 

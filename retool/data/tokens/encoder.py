@@ -1,4 +1,4 @@
-"""From pieces of a render to token ids: the one place where text that a model is fed is tokenised.
+"""Pieces of a render → token ids. No other place tokenises text for a model.
 
 [Note: anchors] Some tokenizers take the beginning of whatever text they are given for that of a
 word, and put a space there: SentencePiece's do, some after every special token too. A piece isn't

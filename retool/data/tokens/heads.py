@@ -1,4 +1,6 @@
-"""The tokens of first messages: rows of a data set often share their instructions and tools."""
+"""Tokens of the first messages, kept for reuse: rows of a data set often share their instructions
+and tools.
+"""
 
 from __future__ import annotations
 

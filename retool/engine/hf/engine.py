@@ -1,4 +1,4 @@
-"""transformers as the engine of a run: what a `RolloutEngine` does, for borrowed models.
+"""A `RolloutEngine` that samples with transformers, for borrowed models.
 
 sync      the trainer's weights, shared or gathered
 start     the first of a rollout makes the cache: prompts of other weights aren't found in it

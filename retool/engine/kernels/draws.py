@@ -1,5 +1,5 @@
-"""What a row's draw depends on, and the random numbers behind it: what the samplers in torch and in
-Triton share.
+"""What a row's random draw depends on, and its random numbers: shared by the samplers in torch and
+in Triton.
 
 The noise is a counter through SplitMix64's mixer (Steele, Lea & Flood, OOPSLA 2014).
 """

@@ -1,4 +1,4 @@
-"""The KV cache's pages on the host: which are free, and how many hold on to each of the others.
+"""The KV cache's pages on the host: which are free, and how many users each of the others has.
 
     sequence A   pages 3 7 9         tokens 0…15 | 16…31 | 32…40
     sequence B   pages 3 7 12

@@ -1,4 +1,4 @@
-"""Who is computed next: host only, no tensors.
+"""Which sequences are computed next. Runs on the host and touches no tensors.
 
     start ──> WAITING ──admit──> RUNNING ──stop / length──> PARKED ──extend──> WAITING
                  ^                  │

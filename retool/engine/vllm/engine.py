@@ -1,4 +1,4 @@
-"""vLLM as the engine of a run: what a `RolloutEngine` does, with vLLM's engine in the process.
+"""A `RolloutEngine` that samples with vLLM's engine in this process.
 
     sync      wake up · a unit after the other, by Hugging Face's names · forget prompts' keys
     step      one forward of vLLM's; the turns that ended with it

@@ -1,4 +1,4 @@
-"""vLLM's engine, made in a process that trains: what it is told, and what it must not touch.
+"""Starting vLLM's engine in a process that trains: what it is told, and what it must not touch.
 
 Written for vLLM 0.22.1. Nothing here imports it before it is asked for.
 """

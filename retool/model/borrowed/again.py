@@ -1,4 +1,4 @@
-"""Blocks that keep their input only, and run again in the backward: attention's kernel too."""
+"""Blocks that keep only their input and run again in the backward, attention's kernel included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A borrowed model: transformers' module around which there are units, names and our head.
+"""A borrowed model: transformers' module, with our units, names and vocabulary head around it.
 
     tokens [t] → transformers' base model → hidden [t, D] → score(hidden, vocabulary matrix)
 

@@ -1,1 +1,1 @@
-"""Which families there are, and what was measured of each."""
+"""Which model families there are, and what was measured for each."""

@@ -1,4 +1,4 @@
-"""What a layer with experts costs: a dense one's, and what is other there.
+"""What a layer with experts costs: a dense layer's costs, and the differences.
 
 A token runs through an MLP as wide as its k experts together, while the matrices of all of them are
 there; and it lies in memory k times.

@@ -1,4 +1,4 @@
-"""Which ways to share parameters there are on these machines, and which of them waits least."""
+"""The ways in which these machines can share parameters, and which of them waits least."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step's timeline: how much of what it sends it waits for."""
+"""A step's timeline: how long the step waits for what it sends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The few pieces of memory that units take turns in, and which unit takes which.
+"""The few buffers that units use in turn, and which unit uses which.
 
 Made once and never freed while the model lives: memory that one stream frees and another takes is
 a race that nothing reports.

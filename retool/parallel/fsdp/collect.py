@@ -1,4 +1,4 @@
-"""Which parameters belong to which unit.
+"""Finds out which parameters belong to which unit.
 
 What can't be sharded so is refused here: on several ranks it would be silently wrong.
 """

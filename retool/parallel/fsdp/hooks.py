@@ -1,4 +1,4 @@
-"""What tells a sharded module that a unit's forward or backward begins or ends.
+"""Hooks that tell a sharded module when a unit's forward or backward begins and ends.
 
 [Note: where a unit's backward begins and ends] Autograd runs what is ready latest-made first. So a
 hook on a unit's result runs before anything of the unit's backward (the tensor must have been made

@@ -1,4 +1,4 @@
-"""Where communication runs beside computation: FSDP's timeline.
+"""Communication beside computation: FSDP's timeline.
 
 Three streams, and with replicas (HSDP) a fourth. Time runs to the right; W₁ is the gather of unit 1's
 weights, R₁ the reduction of its gradients, A₁ their sum over the replicas. While unit 1 computes, unit

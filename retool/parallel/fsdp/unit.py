@@ -1,5 +1,5 @@
-"""A unit: what is gathered, used and reduced at once. Here are its weights; its gradients are in
-`fsdp/reduce.py`.
+"""A unit: parameters that are gathered, used and reduced together. Here are its weights; its
+gradients are in `fsdp/reduce.py`.
 
 [Note: gathering under autograd] A parameter is a view of a gather buffer, and autograd saves it for
 the backward. By then the buffer has held other units, and is filled with this one again: same

@@ -1,4 +1,6 @@
-"""A sharded module's whole weights, one unit after the other: for who wants them by name."""
+"""The whole weights of a sharded module, one unit after the other, for code that wants them by
+name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the calls of a turn to the tools' answers: checked, run side by side, each within its time."""
+"""The calls of a turn → the tools' answers: checked, run side by side, each with a time limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Libraries that are extras of retool's: what is said where one can't be imported.
+"""Optional libraries (extras of retool): the message where one can't be imported.
 
 One that isn't there is told from one that is there and broken: what it needs may be missing, or be
 of another version since something else was installed.

@@ -1,4 +1,4 @@
-"""Turns that an engine makes for many episodes at once: each waits for its own, all share the steps."""
+"""Turns that one engine samples for many episodes at once: each episode waits for its own."""
 
 from __future__ import annotations
 

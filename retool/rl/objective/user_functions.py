@@ -1,4 +1,4 @@
-"""A user's own loss or advantage estimator, given as `file.py/function` where ours have a name.
+"""A user's own loss or advantage estimator, named as `file.py/function`.
 
     def my_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]        # losses.py
     def my_advantages(inputs: AdvantageInputs) -> tuple[list, list]            # advantages.py

@@ -1,4 +1,4 @@
-"""What is wrong with what samples in the training processes, beside retool's own engine."""
+"""Faults of the backends that sample in the training processes, other than retool's own engine."""
 
 from __future__ import annotations
 

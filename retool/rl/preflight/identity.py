@@ -1,5 +1,5 @@
-"""What makes an RL run this run: its questions in their order, its model, and what is asked of it:
-reward, tools, objective.
+"""What makes two RL runs the same run: the questions in their order, the model, reward, tools and
+objective.
 
 A checkpoint's place in the stream of questions, and the groups that it keeps of them, mean nothing
 in another stream; and its KL nothing against another reference. Nobody can ask to go on all the

@@ -1,4 +1,4 @@
-"""What only several keys together make wrong, or without effect."""
+"""Keys that are wrong, or without effect, only in combination."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Peak memory of an RL step by phase, on one GPU: what training keeps all the time, and what the
-engine and the update add in turn.
+"""Peak memory of an RL step by phase, on one GPU: what training always keeps, and what the engine
+and the update add in turn.
 
     sync       state · engine weights
     rollout    state · engine weights · KV cache · what a forward of the engine needs

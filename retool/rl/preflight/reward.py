@@ -1,4 +1,4 @@
-"""Which reward the configuration names, and what about it can't be."""
+"""Which reward the configuration names, and what is wrong with it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The reward, asked before the run: a real question and a made answer, in a process as the run's
-judges have.
+"""A trial of the reward before the run: a real question and a made answer, in a process like the
+run's own judges.
 """
 
 from __future__ import annotations

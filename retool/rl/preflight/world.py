@@ -1,4 +1,6 @@
-"""The run's environment: found, and tried once on a question, before the run. The user's loop: found."""
+"""The run's environment, found, and tried on one question before the run; and the user's loop,
+found.
+"""
 
 from __future__ import annotations
 

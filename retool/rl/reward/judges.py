@@ -1,5 +1,5 @@
-"""Who judges: processes that can be killed or, when asked, async functions in the run's own; a
-language model behind an address; a reward model.
+"""Who judges: processes that can be killed; async functions in the run's own process, if asked for;
+a language model behind an address; a reward model.
 
 Several rewards may be judged in several places; their judges are then one.
 """

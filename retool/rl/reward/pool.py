@@ -1,5 +1,5 @@
-"""Judging in processes that can be killed: an answer that hangs, bombs or breaks the reward
-function costs it its score, no more.
+"""Judging in processes that can be killed: an answer that hangs or breaks the reward function loses
+its score, and nothing else.
 
 Workers are forked from a server process that is started with a clean environment, before any GPU is
 touched, so that no secret and no device of the training process is ever in them, but what the run

@@ -1,4 +1,4 @@
-"""What judges are asked and what they answer, in a process of their own or in the run's."""
+"""What judges are asked and what they answer, in their own process or in the run's."""
 
 from __future__ import annotations
 

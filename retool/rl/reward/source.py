@@ -1,5 +1,5 @@
-"""Which reward function a run asked for, and how it is loaded: one of ours, one in a file of the
-user's, or one that the user's program holds.
+"""Which reward function a run asked for, and how it is loaded: one of ours, one from a user's file,
+or one that the user's program holds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Inside a reward worker: the function is loaded, the doors are shut, answers are judged.
+"""Inside a reward worker: it loads the function, gives up its rights, and judges answers.
 
 A worker has a memory limit, none of the run's environment but what is harmless or named, and can
 open no network socket unless the run lets it.

@@ -1,4 +1,4 @@
-"""Servers as the engine of a run: what a `RolloutEngine` does, over HTTP."""
+"""A `RolloutEngine` that samples on servers, over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The thread that asks servers: many requests under way, tried again, moved to another server where
+"""The thread that sends requests to servers: many at once, repeated, and moved to another server if
 theirs is lost.
 """
 

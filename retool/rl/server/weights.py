@@ -1,4 +1,4 @@
-"""The trainer's weights to the servers, by way of a folder that all of them see."""
+"""Hands the trainer's weights to the servers, through a folder that all of them see."""
 
 from __future__ import annotations
 

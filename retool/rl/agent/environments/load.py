@@ -1,4 +1,4 @@
-"""The environment that a configuration names, found."""
+"""Finds the environment that a configuration names."""
 
 from __future__ import annotations
 

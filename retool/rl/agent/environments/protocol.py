@@ -1,4 +1,4 @@
-"""What an environment is, and what it gives: checked before any of it reaches the model."""
+"""What an environment is. What it returns is checked before any of it reaches the model."""
 
 from __future__ import annotations
 

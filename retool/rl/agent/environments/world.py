@@ -1,4 +1,4 @@
-"""One trajectory's environment: every call of it within its time, none left unclosed."""
+"""The environment of one trajectory: every call has a time limit, and every environment is closed."""
 
 from __future__ import annotations
 

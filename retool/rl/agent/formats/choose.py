@@ -1,4 +1,4 @@
-"""The format that a chat template wants: the one in which it shows calls."""
+"""Chooses the format of calls that a chat template shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loop of the user's in the place of the run's own: what it may import.
+"""Loops of the user's own, instead of the run's: the names that they may import.
 
 `protocol` is what it is given and what it returns. `play` has it play a trajectory, on one of
 `threads`. What it asks for comes by way of `handles` to the `recorder`, which knows by `contexts`

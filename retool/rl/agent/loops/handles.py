@@ -1,4 +1,6 @@
-"""What a loop of the user's holds: `generate` and `tools`, from its thread to the run's event loop."""
+"""What a user's loop gets: `generate` and `tools`, which lead from its thread to the run's event
+loop.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop that a configuration names, found."""
+"""Finds the loop that a configuration names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One trajectory, played by a loop of the user's: on a thread, within its time, whatever it does."""
+"""One trajectory, played by a user's loop: on a thread and with a time limit, whatever it does."""
 
 from __future__ import annotations
 

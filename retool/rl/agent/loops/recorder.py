@@ -1,4 +1,5 @@
-"""A trajectory that a loop of the user's plays: what it asked for, what it got, and what is trained.
+"""Records a trajectory that a user's loop plays: what it asked for, what it got, and what is
+trained.
 
 All of this runs on the run's own event loop. The user's function reaches it by way of `handles`.
 """

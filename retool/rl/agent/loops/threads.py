@@ -1,5 +1,5 @@
-"""Threads for loops of the user's: one that blocks holds up neither the engine nor, in most cases,
-the others.
+"""Threads for users' loops. One that blocks doesn't hold up the engine nor, in most cases, the
+others.
 """
 
 from __future__ import annotations

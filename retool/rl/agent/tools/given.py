@@ -1,4 +1,4 @@
-"""What a user gave, recognised by what it has, as a tool."""
+"""Whatever a user gave as a tool, recognised by its attributes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tools of a run: the config file that names them, loaded, and closed at the end.
+"""The tools of a run: loaded from the file that names them, and closed at the end.
 
 The file has the form that existing recipes use; their class names are accepted, and mean the code
 interpreter here.

@@ -1,4 +1,4 @@
-"""The code interpreter whose variables live on between the calls of one answer."""
+"""The code interpreter that keeps its variables between the calls of one answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a judge said, kept on disk: the same question isn't paid for twice, by a later run neither.
+"""The judge's replies, kept on disk: nobody pays twice for the same question, not even in a later
+run.
 
 A file for each request, named by its hash. Any number of processes may share the folder: a file is
 there as a whole or not at all.

@@ -1,5 +1,5 @@
-"""Asking an OpenAI-compatible server: so many requests at once, again where it is busy or away, and
-within a budget.
+"""Requests to an OpenAI-compatible server: a limited number at once, repeated if it is busy or
+away, and within a budget.
 
 On httpx, which is a dependency anyway: the `openai` package would do the same retries, but it hides
 how many there were, and can't stop at a budget in between.

@@ -1,4 +1,4 @@
-"""An OpenEnv environment that a configuration names, found."""
+"""Finds the OpenEnv environment that a configuration names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process keeps of a verifiers environment, for all trajectories in it."""
+"""What a process keeps of a verifiers environment for all of its trajectories."""
 
 from __future__ import annotations
 

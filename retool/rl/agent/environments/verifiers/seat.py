@@ -1,4 +1,4 @@
-"""The seat that the policy has at verifiers' table.
+"""The seat of the policy in a verifiers environment: an endpoint for chat completions.
 
 verifiers runs a program (a harness) for each seat, and stands between it and the model: that is
 where it counts turns, applies a task's `@stop` and `@intercept`, and records. Ours runs here, in
