@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from retool.rl.reward.calling import Asked
+from retool.rl.reward.foreign import words_of
 from retool.rl.reward.score import MAX_CHARACTERS
 from retool.rl.types import FAILURE
 
@@ -58,7 +59,7 @@ class Raised(NamedTuple):
         bases = {base.__name__ for base in type(error).__mro__}
         # urllib's HTTPError is a URLError, but of a server that does answer
         away = bool(NOBODY_ANSWERS & bases) and kind != "HTTPError"
-        return Raised(f"{kind}: {error}"[:MAX_CHARACTERS], trace_of(error), away)
+        return Raised(words_of(error)[:MAX_CHARACTERS], trace_of(error), away)
 
     def judged(self, floor: float) -> Judged:
         """As a judgement: lost, or the floor."""

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from retool.rl.reward.calling import Asked, RewardFunction
+from retool.rl.reward.foreign import plain
 
 MAX_CHARACTERS = 10_000  # of a text that a reward function tells; the rest is cut
 
@@ -79,14 +80,17 @@ def _told_beside_score(result: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> float | int | str | None:
-    """A plain number (of booleans, numpy's and classes of the user's own too) or text; None for
-    anything else.
+    """A plain number (of booleans, numpy's, torch's and classes of the user's own too) or text; None
+    for anything else, and for a whole number that no float holds.
     """
-    # numpy's numbers and tensors of one element.
-    if hasattr(value, "item") and callable(value.item) and getattr(value, "size", 1) == 1:
-        value = value.item()
-    if isinstance(value, str):
-        return str(value)[:MAX_CHARACTERS]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return int(value)
-    return float(value) if isinstance(value, (bool, float)) else None
+    found = plain(value)
+    if isinstance(found, str):
+        return str(found)[:MAX_CHARACTERS]
+    if not isinstance(found, (bool, int, float)):
+        return None
+    try:
+        number = float(found)
+    except OverflowError:
+        return None
+    is_whole = isinstance(found, int) and not isinstance(found, bool)
+    return int(found) if is_whole else number

@@ -298,6 +298,16 @@ async def never():
     await asyncio.sleep(60)
 
 
+class Unshown:
+    def __repr__(self):
+        raise KeyError("nothing to show")
+
+
+class Untold(Exception):
+    def __str__(self):
+        return str(1 / 0)
+
+
 BROKEN = {
     "reset raises": (Told([], first=ValueError("no game")), "reset: ValueError: no game"),
     "reset exits": (Told([], first=SystemExit(3)), "reset: SystemExit: 3"),
@@ -318,6 +328,20 @@ BROKEN = {
     "step cancels": (Awaited([asyncio.CancelledError()]), "step: CancelledError"),
     "step says nothing": (Told([([], 0.0, False)]), "it gave no message and isn't done"),
     "step gives two": (Told([("on", 0.0)]), "not (messages, reward, done)"),
+    "step gives no list": (Told([(5, 0.0, False)]), "its messages are 5: give a list"),
+    "step gives two rewards": (Told([("on", np.ones(2), False)]), "its reward is array([1., 1.])"),
+    "step gives too large a number": (Told([("on", 10**400, False)]), "its reward is 1000"),
+    "step says neither yes nor no": (Told([("on", 0.0, "no")]), "its done is 'no', not true or"),
+    "step gives what can't be shown": (Told([("on", Unshown(), False)]), "its reward is a Unshown"),
+    "step gives what can't be looked at": (
+        Told([Unshown()]),
+        "step: it returned a Unshown, not (messages",
+    ),
+    "step raises what can't be told": (
+        Told([Untold()]),
+        "step: Untold, whose text can't be made (ZeroDivisionError)",
+    ),
+    "reset gives numbers": (Told([], first=lambda: [1]), "reset: a message is a int, not a dict"),
     "step gives nan": (Told([(user("on"), float("nan"), False)]), "its reward is nan"),
     "step speaks for the model": (
         Told([([{"role": "assistant", "content": "I win"}], 0.0, False)]),
@@ -345,8 +369,14 @@ def test_a_world_that_can_t_be_made_loses_its_trajectory(renderer_of) -> None:
     renderer = renderer_of("chatml")
     agent = Agent({}, renderer, OPTIONS)
     attempt = Attempt(prompt_of(renderer, ROW), 0)
-    lost = run_in_world(attempt, lambda *_: Scripted([]), agent, Worlds(make, 1.0, LONGEST))
-    assert "environment.reset: RuntimeError: no display" in asyncio.run(lost).tool_failure
+    for maker, words in (
+        (make, "RuntimeError: no display"),
+        (Unshown, "gave a Unshown, which has no"),
+    ):
+        worlds = Worlds(maker, 1.0, LONGEST)
+        lost = run_in_world(attempt, lambda *_: Scripted([]), agent, worlds)
+        failure = asyncio.run(lost).tool_failure
+        assert failure.startswith("environment.reset: ") and words in failure
 
 
 def test_a_world_has_one_thread_and_many_play_at_once(renderer_of) -> None:

@@ -302,6 +302,7 @@ def test_tools_that_raise_hang_and_break(renderer_of, tool_row) -> None:
             "TypeError: ToolResult.seconds is a NoneType",
         ),
         (lambda: given(sys.exit, 3), "SystemExit: 3"),
+        (lambda: untold(), "Untold, whose text can't be made"),
         (lambda: given(cancelled), "CancelledError"),
     ],
 )
@@ -317,6 +318,14 @@ def test_whatever_a_tool_gives_or_raises_is_its_error_not_the_runs(
     )
     assert (trajectory.stop, trajectory.tool_calls, trajectory.tool_errors) == (Stop.NO_CALL, 1, 1)
     assert said in renderer.tokenizer.decode(trajectory.tokens)
+
+
+async def untold():
+    class Untold(Exception):
+        def __str__(self):
+            return str(1 / 0)
+
+    raise Untold
 
 
 async def given(make, *arguments):

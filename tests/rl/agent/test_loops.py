@@ -23,6 +23,7 @@ from retool.rl.agent.tools.protocol import ToolResult
 from retool.rl.objective.advantages import place_turn_rewards
 from retool.rl.state import group_from_plain, group_to_plain
 from retool.rl.types import TOOL_FAILURE, Group, Scored, Stop
+from tests.rl.agent.test_environments import Unshown, Untold
 from tests.rl.agent.test_loop import OPTIONS, Answers, Scripted, call_text, episode, prompt_of, say
 from tests.rl.agent.test_rollout import Tool, called, parts_of
 from tests.rl.agent.test_rollout import prompt_of as bare_prompt
@@ -327,7 +328,24 @@ async def own_turn_last(row, generate, tools):
     return await generate([*row["prompt"], turn.message])
 
 
+async def unshown(row, generate, tools):
+    await generate(row["prompt"])
+    return Unshown()
+
+
+async def untold(row, generate, tools):
+    raise Untold
+
+
+async def bad_call(row, generate, tools):
+    await generate(row["prompt"])
+    await tools.call("calculator", "1 + 1")
+
+
 BROKEN = {
+    unshown: "it returned a Unshown, not the turn",
+    untold: "Untold, whose text can't be made",
+    bad_call: "tools.call was given 'calculator' and '1 + 1': give a tool's name",
     no_await: "generate wasn't awaited: write `await generate(…)`. AttributeError",
     no_await_of_a_result: "generate wasn't awaited",
     raises: "mine: KeyError: 'board' (",

@@ -10,10 +10,14 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from retool.rl.agent.tools import FunctionTool, load
+from retool.rl.agent.tools.function import text_of
 from retool.rl.agent.tools.interpreter import (
     SCHEMA,
     CodeInterpreter,
@@ -23,6 +27,7 @@ from retool.rl.agent.tools.interpreter import (
 )
 from retool.rl.agent.tools.load import INTERPRETERS, RunLimits, close_tools, load_tools
 from retool.rl.agent.tools.protocol import Tool, ToolResult, function_of
+from retool.rl.agent.tools.trajectory_tool import result_of
 from retool.sandbox import Result, Sandbox
 
 RECIPE = """
@@ -443,3 +448,27 @@ def test_generators_are_tools() -> None:
     assert one.text == '{"n": 0}\n{"n": 1}'
     (one,) = call_and_close(FunctionTool(endless), {})
     assert 1_000_000 < len(one.text) < 1_010_000
+
+
+def test_what_a_function_returns_is_text_or_json_or_what_python_shows() -> None:
+    circular: list[Any] = []
+    circular.append(circular)
+    for value, text in (
+        ("é", "é"),
+        (b"caf\xc3\xa9 \xff", "café \ufffd"),
+        (None, "null"),
+        ({"price": np.float32(2.5), "ids": np.arange(2)}, '{"price": 2.5, "ids": [0, 1]}'),
+        (torch.ones(2, 1), "[[1.0], [1.0]]"),
+        ({(1, 2): 3}, "{(1, 2): 3}"),
+        (circular, "[[...]]"),
+        (Path("a"), '"a"'),
+    ):
+        assert text_of(value) == text
+
+
+def test_a_tool_with_a_state_may_give_numpy_s_numbers_and_says_whether_it_is_over() -> None:
+    found = result_of(("on", np.float32(0.5), np.bool_(True)))
+    assert (found.reward, found.done) == (0.5, True)
+    assert ToolResult("on", "success", reward=np.float32(0.5)).reward == 0.5
+    with pytest.raises(TypeError, match="a call returned done='no': give true or false"):
+        result_of(("on", 1.0, "no"))

@@ -17,7 +17,9 @@ from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from retool.parallel.mesh import make_mesh
 from retool.rl.build import require_judges
@@ -37,7 +39,7 @@ from retool.rl.reward.builtin import (
 from retool.rl.reward.calling import Asked
 from retool.rl.reward.pool import RewardPool
 from retool.rl.reward.protocol import JUDGES_LOST
-from retool.rl.reward.score import score_answer
+from retool.rl.reward.score import check_score, score_answer
 from retool.rl.reward.source import RewardSource, find_reward
 from retool.rl.types import Stop
 from tests.ranks import run_ranks
@@ -448,3 +450,20 @@ def test_a_tower_of_powers_is_stopped() -> None:
         tower, fine = judge_all(pool, ["\\boxed{9^{9^{9^{9}}}}", "\\boxed{4}"])
         assert time.perf_counter() - begin < 15
     assert tower.score in (-1.0, 0.0) and fine.score == 1.0
+
+
+def test_a_score_may_be_a_number_of_anybody_s() -> None:
+    for value in (
+        0.5,
+        np.float32(0.5),
+        np.array([0.5]),
+        torch.tensor(0.5),
+        {"score": np.float16(0.5)},
+    ):
+        assert check_score(value) == (0.5, {})
+    assert check_score(True) == check_score(np.bool_(True)) == (1.0, {})
+    # No float holds it: it would end the run where it is averaged
+    assert check_score({"score": 1, "acc": 10**400, "left": 10**400}) == (1.0, {})
+    for value in (None, "1", [1.0], 10**400, torch.ones(2), float("nan"), {"acc": 1.0}):
+        with pytest.raises(ValueError, match="the reward function returned "):
+            check_score(value)

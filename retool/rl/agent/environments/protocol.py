@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from retool.rl.agent.calls import clean
+from retool.rl.reward.foreign import plain, shown
 
 ROLES = ("user", "tool", "system")  # of messages that an environment may answer with
 FORM_OF_RESET = "messages, or (messages, tools)"
@@ -74,31 +75,33 @@ def read_opening(given: Any) -> Opening:
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, Sequence) or not given:
-        raise ValueError(f"it returned {given!r:.80}, not {FORM_OF_RESET}")
+        raise ValueError(f"it returned {shown(given)}, not {FORM_OF_RESET}")
     if not isinstance(tools, Sequence) or isinstance(tools, str):
         if tools is not None:
             raise ValueError(f"its tools are a {type(tools).__name__}, not a list")
         tools = []
-    return Opening([dict(message) for message in given], list(tools))
+    return Opening([_as_message(message) for message in given], list(tools))
 
 
 def read_answer(given: Any) -> Answer:
     """What `step` returned. ValueError where it isn't FORM_OF_STEP."""
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 3:
-        raise ValueError(f"it returned {given!r:.80}, not {FORM_OF_STEP}")
+        raise ValueError(f"it returned {shown(given)}, not {FORM_OF_STEP}")
     said, reward, done = given
     if isinstance(said, str):
         said = [{"role": "user", "content": said}] if said else []
+    if said is not None and (not isinstance(said, Sequence) or isinstance(said, bytes)):
+        raise ValueError(f"its messages are {shown(said)}: give a list of them, or a text")
     messages = [checked_message(message) for message in said or ()]
-    if not messages and not done:
+    over = read_done(done)
+    if not messages and not over:
         raise ValueError("it gave no message and isn't done: the model has nothing to answer")
-    return Answer(messages, read_reward(reward), bool(done))
+    return Answer(messages, read_reward(reward), over)
 
 
 def checked_message(message: Any) -> dict[str, Any]:
     """A message that a turn may be followed by. ValueError where it isn't one."""
-    if not isinstance(message, Mapping):
-        raise ValueError(f"a message is a {type(message).__name__}, not a dict")
+    message = _as_message(message)
     role = message.get("role")
     content = message.get("content")
     if role not in ROLES:
@@ -108,12 +111,31 @@ def checked_message(message: Any) -> dict[str, Any]:
     return {**message, "content": clean(content)}
 
 
+def _as_message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"a message is a {type(message).__name__}, not a dict")
+    return dict(message)
+
+
+def read_done(done: Any) -> bool:
+    """Whether it is over; None is no. ValueError for what is neither true nor false: a text, say,
+    which Python takes for true whatever it says.
+    """
+    found = plain(done)
+    if found is not None and not isinstance(found, (bool, int)):
+        raise ValueError(f"its done is {shown(done)}, not true or false")
+    return bool(found)
+
+
 def read_reward(reward: Any) -> float:
-    """A reward; None is none. ValueError for what is no number."""
+    """A reward; None is none. ValueError for what is no finite number."""
     if reward is None:
         return 0.0
-    if hasattr(reward, "item"):  # numpy's and torch's numbers
-        reward = reward.item()
-    if not isinstance(reward, (bool, int, float)) or not math.isfinite(reward):
-        raise ValueError(f"its reward is {reward!r:.80}, not a number")
-    return float(reward)
+    found = plain(reward)
+    try:
+        number = float(found) if isinstance(found, (bool, int, float)) else math.nan
+    except OverflowError:  # a whole number that no float holds
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"its reward is {shown(reward)}, not a number")
+    return number

@@ -17,6 +17,7 @@ from retool.rl.agent.environments.protocol import (
     read_reward,
 )
 from retool.rl.agent.work_thread import WorkThread
+from retool.rl.reward.foreign import shown, words_of
 
 T = TypeVar("T")
 CLOSE_SECONDS = 30.0  # that an environment has to close
@@ -74,15 +75,24 @@ class World:
     async def _begin(self, row: Mapping[str, Any]) -> Any:
         if _wants_the_loop(self._make):
             made = self._make()
-            self._made = await made if inspect.isawaitable(made) else made
+            self._take(await made if inspect.isawaitable(made) else made)
             return await self._run(self._made.reset, row)
         value = await self._thread.run(lambda: self._make_and_reset(row))
         return await value if inspect.isawaitable(value) else value
 
     def _make_and_reset(self, row: Mapping[str, Any]) -> Any:
         """Both at once: each way to the thread and back costs the event loop time."""
-        self._made = self._make()
+        self._take(self._make())
         return self._made.reset(row)
+
+    def _take(self, made: Any) -> None:
+        missing = [part for part in ("reset", "step") if not callable(getattr(made, part, None))]
+        if missing:
+            raise TypeError(
+                f"what should make an environment gave {shown(made)}, which has no "
+                f"{' and no '.join(missing)}"
+            )
+        self._made = made
 
     async def _run(self, method: Callable[..., Any], *given: Any) -> Any:
         if inspect.iscoroutinefunction(method):
@@ -107,12 +117,15 @@ class World:
             task.cancel()
         value, error = task.result()
         if error is not None:
-            told = f"{type(error).__name__}: {error}{place_of(error)}"
+            told = words_of(error) + place_of(error)
             raise EnvironmentFailure(f"environment.{what}: {told}") from error
         try:
             return read(value)
         except ValueError as problem:
             raise EnvironmentFailure(f"environment.{what}: {problem}") from problem
+        except Exception as other:  # of an object of somebody's, when it is looked at
+            told = f"what it returned can't be read: {words_of(other)}"
+            raise EnvironmentFailure(f"environment.{what}: {told}") from other
 
     def _leave_thread(self) -> None:
         """What hangs is left to itself: what is still to be called has another thread."""

@@ -18,6 +18,7 @@ from retool.rl.agent.formats.pythonic import PYTHONIC
 from retool.rl.agent.formats.qwen3_coder import QWEN3_CODER
 from retool.rl.agent.reading.call import Call, Schemas
 from retool.rl.agent.reading.form import Format, Found, Mark, without_thoughts
+from retool.rl.reward.foreign import words_of
 
 AUTO = "auto"  # the one that the chat template wants
 SIGNATURE = "(text, tools) -> list of Call"
@@ -90,7 +91,7 @@ def _asked(
     try:
         calls = list(function(text, [dict(schema) for schema in schemas]))
     except Exception as error:  # whatever the user's function raises
-        raise FormatFailure(f"{name} raises {type(error).__name__}: {error}.") from error
+        raise FormatFailure(f"{name} raises {words_of(error)}.") from error
     other = next((call for call in calls if not isinstance(call, Call)), None)
     if other is not None:
         raise FormatFailure(f"{name} gives a {type(other).__name__}, not a Call.")

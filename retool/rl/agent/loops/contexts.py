@@ -22,6 +22,7 @@ from retool.rl.agent.environments.protocol import checked_message
 from retool.rl.agent.episode import Episode, Sampled
 from retool.rl.agent.loop import Generate
 from retool.rl.agent.options import Agent
+from retool.rl.reward.foreign import shown
 from retool.rl.types import Prompt
 
 Message = dict[str, Any]
@@ -120,10 +121,10 @@ class Contexts:
         """
         if isinstance(asked, str):
             asked = [{"role": "user", "content": asked}]
-        elif isinstance(asked, np.ndarray):
+        elif callable(getattr(asked, "tolist", None)):  # an array of numpy's or torch's
             asked = asked.tolist()
         if not isinstance(asked, Sequence) or not asked:
-            raise ValueError(f"generate was given {asked!r:.80}: give messages, or token ids.")
+            raise ValueError(f"generate was given {shown(asked)}: give messages, or token ids.")
         if all(_is_token(entry) for entry in asked):
             return self._after_tokens([int(token) for token in asked])
         return self._after_messages(list(asked))

@@ -134,7 +134,7 @@ class Tools:
     def call(self, name: str, arguments: Mapping[str, Any]) -> Awaitable[ToolAnswer]:
         """What the tool of that name answers; where it can't be called so, why."""
         recorder = self._recorder
-        return self._link.ask("tools.call", lambda: recorder.call(name, dict(arguments)))
+        return self._link.ask("tools.call", lambda: recorder.call(name, arguments))
 
     def answers(self, turn: Turn) -> Awaitable[list[dict[str, Any]]]:
         """Messages with what tools answer to a turn's calls, as the run's own loop has them.

@@ -17,6 +17,7 @@ from retool.rl.agent.loops.recorder import Recorder
 from retool.rl.agent.loops.threads import LoopThreads
 from retool.rl.agent.options import Agent
 from retool.rl.agent.states import close_states
+from retool.rl.reward.foreign import words_of
 from retool.rl.types import Stop, Trajectory
 
 Function = Callable[..., Coroutine[Any, Any, Any]]
@@ -77,7 +78,7 @@ async def _played(recorder: Recorder, link: Link, own: OwnLoop) -> Stop:
     if isinstance(error, TrajectoryOver):
         return error.stop
     if error is not None:
-        told = f"{type(error).__name__}: {error}{place_of(error)}"
+        told = words_of(error) + place_of(error)
         raise LoopFailure(f"{left_over}. {told}" if left_over else told) from error
     if left_over:
         raise LoopFailure(left_over)

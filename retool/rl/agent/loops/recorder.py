@@ -29,6 +29,7 @@ from retool.rl.agent.loops.protocol import (
 from retool.rl.agent.options import Agent
 from retool.rl.agent.reading.call import Call
 from retool.rl.agent.truncation import cut_text
+from retool.rl.reward.foreign import plain, shown
 from retool.rl.types import Stop, Trajectory
 
 
@@ -62,8 +63,11 @@ class Recorder:
 
     async def sample(self, asked: Any, max_tokens: int | None = None) -> Turn:
         """The model's turn after `asked`: messages or token ids."""
-        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-            raise ValueError(f"generate was given max_tokens={max_tokens!r}: give 1 or more.")
+        most = plain(max_tokens)
+        if most is not None and (type(most) is not int or most < 1):
+            raise ValueError(
+                f"generate was given max_tokens={shown(max_tokens)}: give a whole number, 1 or more."
+            )
         if self._asked and turns_used_up(self.episode, self.agent, self._under_way):
             raise TrajectoryOver(Stop.MAX_TURNS)
         # Nothing is awaited between `place` and `take`: of two coroutines that ask at once, each
@@ -77,13 +81,15 @@ class Recorder:
         self._asked += 1
         self._under_way += 1
         try:
-            turn = await self._sampled(given, min(room, max_tokens or room))
+            turn = await self._sampled(given, min(room, most or room))
         finally:
             self._under_way -= 1
         return self._recorded(given, turn, number)
 
     async def answers(self, turn: Turn) -> list[dict[str, Any]]:
         """What tools answer to a turn's calls, as messages; TrajectoryOver where one says so."""
+        if not isinstance(turn, Turn):
+            raise ValueError(f"tools.answers was given {shown(turn)}: give it what generate gave.")
         place = self._place(turn)
         if place is None:
             raise ValueError("tools.answers was given a turn of another trajectory.")
@@ -99,7 +105,12 @@ class Recorder:
             raise ValueError(
                 "tools can be called once the model has said something: generate a turn first."
             )
-        answered = await self._answered([Call(name, arguments)], len(self.turns) - 1)
+        if not isinstance(name, str) or not isinstance(arguments, Mapping):
+            raise ValueError(
+                f"tools.call was given {shown(name)} and {shown(arguments)}: give a tool's name, and "
+                "its arguments as a dict."
+            )
+        answered = await self._answered([Call(name, dict(arguments))], len(self.turns) - 1)
         result = answered.results[0]
         text = str(answered.messages[0]["content"])
         return ToolAnswer(text, result.status, result.reward, result.done)
@@ -113,7 +124,7 @@ class Recorder:
         ending = returned if isinstance(returned, Ending) else Ending(returned)
         turn = ending.turn
         if not isinstance(turn, Turn):
-            raise LoopFailure(f"it returned {returned!r:.80}, not {FORM_OF_ENDING}")
+            raise LoopFailure(f"it returned {shown(returned)}, not {FORM_OF_ENDING}")
         place = self._place(turn)
         if place is None:
             raise LoopFailure("it returned a turn of another trajectory")

@@ -90,7 +90,20 @@ async def _async_lines(pieces: AsyncIterator[Any]) -> str:
 
 
 def text_of(value: Any) -> str:
-    """What a function returned, as the model reads it."""
+    """What a function returned, as the model reads it: text, bytes as text, anything else as JSON, or
+    as Python shows it where JSON has no words for it.
+    """
     if isinstance(value, str):
         return value
-    return json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, bytes):  # what programs print, say
+        return value.decode("utf-8", "replace")
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_in_json)
+    except (TypeError, ValueError):  # keys that aren't text, or a list that holds itself
+        return str(value)
+
+
+def _in_json(value: Any) -> Any:
+    """Arrays and numbers of numpy's and torch's as lists and numbers, anything else as text."""
+    as_list = getattr(value, "tolist", None)
+    return as_list() if callable(as_list) else str(value)

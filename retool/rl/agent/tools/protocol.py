@@ -6,7 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+from retool.rl.reward.foreign import shown
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -50,14 +53,14 @@ class ToolResult:
         self._require("queue_seconds", (int, float))
         self._require("done", bool)
         if self.reward is not None:
-            self._require("reward", (int, float))
+            self._require("reward", Real)  # numpy's numbers are some, too
             if not math.isfinite(self.reward):
                 raise TypeError(f"ToolResult.reward is {self.reward}: give a finite number.")
 
     def _require(self, name: str, kind: type | tuple[type, ...]) -> None:
         value = getattr(self, name)
         if not isinstance(value, kind):
-            raise TypeError(f"ToolResult.{name} is a {type(value).__name__}: {value!r:.80}")
+            raise TypeError(f"ToolResult.{name} is a {type(value).__name__}: {shown(value)}")
 
     @property
     def lost(self) -> bool:

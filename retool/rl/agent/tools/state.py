@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from retool.rl.agent.tools.protocol import StatefulTool, ToolResult
+from retool.rl.reward.foreign import plain, shown, words_of
 
 CLOSE_SECONDS = 10.0  # that a tool has to close what it kept
 
@@ -30,7 +31,8 @@ class Outcome:
 
     @property
     def reason(self) -> str:
-        return f"{type(self.error).__name__}: {self.error}"
+        assert self.error is not None
+        return words_of(self.error)
 
 
 async def outcome_of(
@@ -71,7 +73,7 @@ def _tell_late(late: Callable[[Any], None], task: asyncio.Task[Outcome]) -> None
 
 def what_raised(error: BaseException) -> ToolResult:
     """The answer of a tool that raised."""
-    text = f"{type(error).__name__}: {error}"
+    text = words_of(error)
     # Nobody there to be called: not the model's doing
     if isinstance(error, (ConnectionError, httpx.TransportError)):
         return ToolResult(text, "infrastructure")
@@ -155,11 +157,11 @@ class State:
             self._add_score(outcome.value)
 
     def _add_score(self, score: Any) -> None:
-        number = isinstance(score, (int, float)) and math.isfinite(score)
-        if number:
-            self.score = (self.score or 0.0) + float(score)
+        number = plain(score)
+        if isinstance(number, (int, float)) and math.isfinite(number):
+            self.score = (self.score or 0.0) + float(number)
         else:
-            self._failed_to_close(f"it gave {score!r:.80} for the answer, not a finite number")
+            self._failed_to_close(f"it gave {shown(score)} for the answer, not a finite number")
 
     def _failed_to_close(self, reason: str) -> None:
         self.failed_closes += 1

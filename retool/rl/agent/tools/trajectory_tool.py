@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from retool.rl.agent.tools.function import text_of
 from retool.rl.agent.tools.on_thread import call_anywhere
 from retool.rl.agent.tools.protocol import ToolResult, check_schema, function_of
+from retool.rl.reward.foreign import plain, shown
 
 
 @runtime_checkable
@@ -78,4 +79,7 @@ def result_of(value: Any) -> ToolResult:
         )
     text, reward, done = value
     given = None if reward is None else float(reward)
-    return ToolResult(text_of(text), "success", reward=given, done=bool(done))
+    over = plain(done)
+    if over is not None and not isinstance(over, (bool, int)):
+        raise TypeError(f"a call returned done={shown(done)}: give true or false")
+    return ToolResult(text_of(text), "success", reward=given, done=bool(over))

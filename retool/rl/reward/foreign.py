@@ -1,0 +1,35 @@
+"""Objects and errors of somebody else's code, in words and numbers.
+
+Their own methods run then, and may raise anything: that must not end a run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+CHARACTERS_SHOWN = 80
+
+
+def words_of(error: BaseException) -> str:
+    """The kind of an error, and what it says."""
+    kind = type(error).__name__
+    try:
+        return f"{kind}: {error}"
+    except Exception as other:
+        return f"{kind}, whose text can't be made ({type(other).__name__})"
+
+
+def shown(value: Any) -> str:
+    """The beginning of an object's `repr`."""
+    try:
+        return f"{value!r:.{CHARACTERS_SHOWN}}"
+    except Exception:
+        return f"a {type(value).__name__}"
+
+
+def plain(value: Any) -> Any:
+    """A single number or truth value of numpy's or torch's as Python's own; else `value` itself."""
+    try:
+        return value.item() if callable(getattr(value, "item", None)) else value
+    except Exception:  # an array of several, say
+        return value
