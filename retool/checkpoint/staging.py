@@ -51,8 +51,8 @@ class Staging:
         self._preparing: threading.Thread | None = None
 
     def problem(self) -> str | None:
-        """What has become of the run's folder, in words for the user; None where nothing has, and
-        on ranks that don't watch it.
+        """What has become of the run's folder, in words for the user; None if it is there, and on
+        ranks that don't watch it.
         """
         return self._folder.problem() if self._folder is not None else None
 

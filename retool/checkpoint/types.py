@@ -83,11 +83,11 @@ class PendingSave:
         self._result: SaveResult | None = None
 
     def let_training_go_on(self) -> None:
-        """Training waits no longer: what is left happens in the background."""
+        """Training need not wait any longer: the rest happens in the background."""
         self._stall_s = time.perf_counter() - self._begin
 
     def finish(self, error: str | None, bytes_written: int) -> None:
-        """It has ended, well or with an error: whoever waits goes on."""
+        """The save has ended, well or with an error: whoever waits for it goes on."""
         seconds = time.perf_counter() - self._begin
         stall_s = seconds if self._stall_s is None else self._stall_s
         self._result = SaveResult(self.step, self.folder, error, stall_s, seconds, bytes_written)

@@ -130,12 +130,12 @@ def _value_faults(leaf: Leaf, value: Any) -> Iterator[Fault]:
 
 
 def _nothing(leaf: Leaf) -> Any:
-    """What stands for a required key that isn't given."""
+    """The placeholder of a required key that isn't given."""
     return [] if typing.get_origin(leaf.type) is tuple else ""
 
 
 def _fallback(leaf: Leaf) -> Any:
-    """What stands for a key whose value can't be had."""
+    """The placeholder of a key whose value can't be read."""
     if leaf.nullable:
         return None
     return "" if leaf.default is REQUIRED else leaf.default

@@ -77,7 +77,7 @@ def _is_list(leaf: Leaf) -> bool:
 
 
 def type_fault(leaf: Leaf, shown: str, error: Exception) -> Fault:
-    """For a value that the key's type doesn't take."""
+    """The fault of a value that doesn't fit the key's type."""
     choices = typing.get_args(leaf.type) if typing.get_origin(leaf.type) is Literal else ()
     near = difflib.get_close_matches(shown.partition("=")[2], map(str, choices), n=1)
     # OmegaConf's own errors say it in its own words; ours add something.
@@ -87,7 +87,7 @@ def type_fault(leaf: Leaf, shown: str, error: Exception) -> Fault:
 
 
 def bound_faults(leaf: Leaf, value: Any) -> Iterator[Fault]:
-    """For each number of a value, alone or in a list, that is out of the key's bounds."""
+    """A fault for each number of a value, alone or in a list, that is out of the key's bounds."""
     numbers = OmegaConf.to_container(value) if OmegaConf.is_config(value) else [value]
     for number in typing.cast("list[Any]", numbers):
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)

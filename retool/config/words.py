@@ -45,7 +45,7 @@ class Assignment:
 
 @dataclass
 class Reader:
-    """What words may name, and what was read of them so far.
+    """The keys that arguments may name, and the values that were read so far.
 
     `synonyms` maps other names of keys to ours; `ignored` are keys that are accepted and dropped.
     `meant`: keys that a fault offers in the place of others.
@@ -59,7 +59,7 @@ class Reader:
     meant: set[str] = field(default_factory=set)
 
     def read(self, words: Sequence[str]) -> None:
-        """Read them in order: later ones win."""
+        """Read the arguments in order: later ones override earlier ones."""
         left = list(words)
         while left:
             word = left.pop(0)
@@ -137,7 +137,7 @@ class Reader:
         return "--help lists every key."
 
     def nearest_key(self, key: str) -> str | None:
-        """Our key that was meant: by its name elsewhere, else by its spelling."""
+        """The key that was probably meant: by its name in other programs, else by its spelling."""
         meant = key_for(key, self.known)
         names = [*self.known, *self.synonyms, *self.ignored]
         tail = key.rpartition(".")[2]
@@ -158,7 +158,9 @@ class Reader:
         return left.pop(0) if _is_bare(left) else ""
 
     def _meant(self, key: str, value: str) -> str:
-        """What to write instead of a word that is no key=value; `value` as far as it has one."""
+        """What to write instead of an argument that isn't key=value; `value` is its value, if it
+        has one.
+        """
         bare = key.lstrip("-").rstrip("=")
         has_dashes = key.startswith("-")
         if has_dashes and bare.lower() in ("check", "help"):
@@ -291,7 +293,7 @@ def _from_python(value: Any) -> Any:
 
 
 def _made_for_something_else(path: str, wrong: int, count: int) -> Fault:
-    """For a file with so many unknown keys that it can't be meant for this command."""
+    """The fault of a file with so many unknown keys that it can't be meant for this command."""
     return Fault(
         f"config={path}",
         f"{wrong} of its {count} keys are none of this command's.",

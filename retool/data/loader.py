@@ -38,7 +38,7 @@ _Made = TypeVar("_Made")
 
 
 class Samples(Protocol):
-    """What can be iterated: `lengths` and `trained` are int arrays [n]."""
+    """A data set that steps are made of: `lengths` and `trained` are int arrays [n]."""
 
     lengths: np.ndarray
     trained: np.ndarray

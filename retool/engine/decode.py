@@ -117,7 +117,7 @@ class DecodeLoop:
         return self._run() if change.runs else None
 
     def _clear(self, rows: slice | Tensor) -> None:
-        """Make padding of them."""
+        """Turn these rows into padding."""
         for state in (*self.values, self.tables):
             if isinstance(rows, slice):
                 state[rows].zero_()

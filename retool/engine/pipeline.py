@@ -20,7 +20,7 @@ from retool.engine.worker import Kind, Worker, round_up
 
 
 class Part(NamedTuple):
-    """A forward whose draws weren't looked at.
+    """One forward whose draws haven't been read yet.
 
     `rows`: whose draws they are; who ends meanwhile is taken out. `lengths`: how many tokens each
     had then. Without a `flight` the rows only wait for the next forward.
@@ -32,8 +32,8 @@ class Part(NamedTuple):
 
 
 class Flying(NamedTuple):
-    """A step that was started: single tokens in the decode loop, and chunks beside them. `other`
-    can't be repeated.
+    """A step that was started: single tokens in the decode loop, and chunks beside them. One with
+    `other` work can't be repeated.
     """
 
     loop: Part | None = None

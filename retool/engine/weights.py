@@ -52,7 +52,7 @@ def make_decoder(
 
 
 class Weights:
-    """The decoder and the buffers that its parameters are views of, made by the first `sync`."""
+    """The decoder, and the buffers that its parameters are views of. The first `sync` makes both."""
 
     def __init__(self, decoder: Decoder, dtype: torch.dtype | None, device: torch.device) -> None:
         self.decoder = decoder

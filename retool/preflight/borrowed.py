@@ -11,7 +11,7 @@ from retool.model.config import ModelConfig
 
 
 def check_borrowed(options: RunOptions, model: ModelConfig | None) -> Iterator[Fault]:
-    """Settings that our own decoder has and transformers' module hasn't."""
+    """Faults for settings that our own decoder knows and transformers' module doesn't."""
     if not isinstance(model, BorrowedConfig):
         return
     key = options.model_key
@@ -36,7 +36,7 @@ def check_borrowed(options: RunOptions, model: ModelConfig | None) -> Iterator[F
 
 
 def check_longest(model: ModelConfig | None, longest: int, key: str) -> Iterator[Fault]:
-    """Documents that are longer than what the module is right for."""
+    """A fault if documents are longer than the module computes rightly."""
     if not isinstance(model, BorrowedConfig) or not 0 < model.longest < longest:
         return
     problem = (

@@ -53,7 +53,7 @@ GONE_ON_WITH = ("metrics.jsonl", TRACKER)  # what a resumed run reads of the one
 
 
 def check_run(report: R, box: Box, environment: Mapping[str, str]) -> R:
-    """With every fault of sizes, devices, this machine and the run's folder.
+    """The report with every fault of sizes, devices, this machine and the run's folder.
 
     `report.model` may be missing.
     """
@@ -95,7 +95,9 @@ def check_run(report: R, box: Box, environment: Mapping[str, str]) -> R:
 
 
 def check_run_folder(folder: Path) -> Iterator[Fault]:
-    """The run's folder is no model's and no checkpoint: a run would write among their files."""
+    """A fault if the run's folder is a model's or a checkpoint: a run would write among their
+    files.
+    """
     where = f"trainer.default_local_dir={folder}"
     another = "Choose another trainer.default_local_dir"
     if not may_look_into(folder):

@@ -56,7 +56,7 @@ Identity = Mapping[str, Trait]  # by name, in words
 
 @dataclass(frozen=True)
 class Change:
-    """What of a key's traits is another than it was, in words."""
+    """How the traits of a key differ from what they were, in words."""
 
     where: str
     words: str
@@ -73,7 +73,7 @@ def record_of(command: str, identity: Identity, config: Any) -> dict[str, Any]:
 
 
 def changes(then: Mapping[str, Any], now: Identity) -> list[Change]:
-    """What is another now than in a checkpoint's `identity`: one entry for each key."""
+    """What differs from a checkpoint's `identity`: one entry for each key."""
     found: dict[str, list[str]] = {}
     strict: set[str] = set()
     for name, trait in now.items():
@@ -88,7 +88,7 @@ def changes(then: Mapping[str, Any], now: Identity) -> list[Change]:
 
 
 def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each key of the configuration whose value is another than it was."""
+    """A sentence for each key of the configuration whose value has changed."""
     for key, value in now.items():
         if key in then and then[key] != value and not key.startswith(UNTOLD):
             yield f"{key}: then {shown(then[key])}, now {shown(value)}."

@@ -58,7 +58,7 @@ def check_port(environment: Mapping[str, str]) -> Iterator[Fault]:
 
 
 def check_rounds(environment: Mapping[str, str]) -> Iterator[Fault]:
-    """Ranks that torchrun starts again can tell their round from those before."""
+    """A fault if ranks that torchrun restarts can't tell their round from the one before."""
     if mixes_rounds(environment):
         problem = (
             "on several machines: after a restart torchrun would have the new ranks meet where the old "
@@ -81,7 +81,8 @@ def port_is_free(port: int) -> bool:
 
 
 def check_compiler(wanted: bool | str, prefix: str = "model.") -> Iterator[Fault]:
-    """torch.compile on GPUs needs triton, and triton a C compiler.
+    """A fault if blocks are to be compiled and can't be: torch.compile on GPUs needs triton, and
+    triton a C compiler.
 
     `wanted`: true, false, or auto (where there is a GPU).
     """
@@ -96,7 +97,9 @@ def check_compiler(wanted: bool | str, prefix: str = "model.") -> Iterator[Fault
 
 
 def check_store(url: str | None, key: str) -> Iterator[Fault]:
-    """The client package of a remote store is installed; the store itself isn't asked."""
+    """A fault if the client package of a remote store isn't installed. The store itself isn't
+    asked.
+    """
     if url is None or "://" not in url:
         return
     protocol = url.partition("://")[0]
@@ -117,7 +120,8 @@ def check_store(url: str | None, key: str) -> Iterator[Fault]:
 def check_output(
     folder: Path, needed: float, key: str = "trainer.default_local_dir"
 ) -> Iterator[Fault]:
-    """The output folder can be made and written, and its disk has room for `needed` bytes.
+    """Faults if the output folder can't be made or written, or its disk has no room for `needed`
+    bytes.
 
     Nothing is left behind.
     """
@@ -166,8 +170,8 @@ def free_bytes(folder: Path) -> int:
 
 
 def check_host_memory(needed: float, key: str) -> Iterator[Fault]:
-    """`needed` bytes of pinned host memory, all processes of a machine together, fit into what this
-    one has.
+    """A fault unless `needed` bytes of pinned host memory, of all processes of a machine together,
+    fit into it.
     """
     total = host_memory()
     if total is not None and needed > MAX_PINNED_SHARE * total:

@@ -27,7 +27,9 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 def with_model(report: R, name: str) -> R:
-    """With the model's folder and configuration, and what is wrong with its weights and tokenizer."""
+    """The report with the model's folder and configuration, and what is wrong with its weights and
+    tokenizer.
+    """
     key = report.options.pretrained_key
     template = report.options.chat_template
     faults = list[Fault]()
@@ -42,7 +44,9 @@ def with_model(report: R, name: str) -> R:
 def check_model(
     folder: Path, key: str, impl: Implementation
 ) -> tuple[ModelConfig | None, list[Fault]]:
-    """config.json and the weights of a model folder: every shard, every parameter with its shape."""
+    """The configuration of a model folder, and its faults: every shard is looked at, and every
+    parameter's shape.
+    """
     where = f"{key}={folder}"
     if not folder.is_dir():
         way_out = "Give a Hugging Face model folder with config.json, tokenizer and safetensors."
@@ -92,7 +96,7 @@ def tokenizer_files(folder: Path, chat_template: str | None) -> Iterator[Path]:
 
 
 def check_tokenizer(folder: Path, chat_template: str | None, key: str) -> Iterator[Fault]:
-    """The tokenizer's files and a chat template.
+    """Faults of the tokenizer's files, and of the chat template.
 
     That is the model's own, or `chat_template`: a file, or hermes.
     """
@@ -120,7 +124,7 @@ def check_tokenizer(folder: Path, chat_template: str | None, key: str) -> Iterat
 
 
 def _check_own_template(folder: Path, where: str) -> Iterator[Fault]:
-    """The tokenizer's settings, or a file beside them, hold a chat template."""
+    """A fault unless the tokenizer's settings, or a file beside them, hold a chat template."""
     settings = folder / "tokenizer_config.json"
     try:
         inside = settings.is_file() and bool(read_json_object(settings).get("chat_template"))
@@ -133,7 +137,9 @@ def _check_own_template(folder: Path, where: str) -> Iterator[Fault]:
 
 
 def check_ids(report: RunReport, highest: int, where: str, found: str) -> Iterator[Fault]:
-    """The embedding has a row for every token id up to `highest`; `found` says where that one is."""
+    """A fault unless the embedding has a row for every token id up to `highest`; `found` says where
+    that one is.
+    """
     if report.model is not None and highest >= report.model.vocab:
         problem = (
             f"{found} has token id {highest:,}, and the model's embedding has {report.model.vocab:,} "

@@ -95,7 +95,7 @@ class RunReport(ABC):
     then: Mapping[str, Any] = field(default_factory=dict)
 
     def blame(self: R, *faults: Fault) -> R:
-        """With more faults, each once."""
+        """The report with more faults, each once."""
         return replace(self, faults=tuple(dict.fromkeys((*self.faults, *faults))))
 
     @property
@@ -141,7 +141,7 @@ def attempt(where: str, action: Callable[[], T], faults: list[Fault], remedy: st
 
 
 def not_allowed(where: str, what: str | Path) -> Fault:
-    """What this user may not read."""
+    """The fault of a file or folder that this user may not read."""
     way_out = "Give yourself the right to (chmod, or chown as root), or name a copy of your own."
     return Fault(where, f"{what} can't be read by this user (permission denied).", way_out)
 

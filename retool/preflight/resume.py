@@ -33,8 +33,8 @@ R = TypeVar("R", bound=RunReport)
 
 
 def find_checkpoint(report: R) -> R:
-    """With the checkpoint that `trainer.resume_mode` says, and what it knows of the run that wrote
-    it. Only small files are read.
+    """The report with the checkpoint that `trainer.resume_mode` names, and what that knows of the
+    run that wrote it. Only small files are read.
     """
     trainer = report.options.trainer
     root = Path(trainer.default_local_dir)
@@ -57,8 +57,8 @@ def find_checkpoint(report: R) -> R:
 
 
 def _nothing_whole(options: RunOptions, root: Path) -> Fault:
-    """Checkpoints that are there, of which none can be taken: to begin anew beside them would lose
-    them without a word.
+    """The fault where there are checkpoints and none can be used: to begin anew beside them would
+    silently lose them.
     """
     reasons = "; ".join(
         f"{folder.name}: {' and '.join(problems(folder)[:2])}"
@@ -75,7 +75,9 @@ def _nothing_whole(options: RunOptions, root: Path) -> Fault:
 
 
 def with_checkpoint(report: R, found: Path | None) -> R:
-    """With `found` as the checkpoint to go on from, and a fault where it isn't a whole one."""
+    """The report with `found` as the checkpoint to resume from, and a fault if it isn't a complete
+    one.
+    """
     if found is None:
         return replace(report, resume=None, then={})
     trouble = list(_incomplete(report.options, found))
@@ -95,8 +97,8 @@ def with_checkpoint(report: R, found: Path | None) -> R:
 
 
 def check_checkpoint(report: R) -> R:
-    """With everything that keeps the run from going on from its checkpoint, and notes of what is
-    other than it was.
+    """The report with everything that keeps the run from resuming its checkpoint, and notes of what
+    has changed since.
 
     Ask when everything else is known: what preflight couldn't read isn't compared.
     """
@@ -174,7 +176,9 @@ def _where(options: RunOptions) -> str:
 
 
 def _incomplete(options: RunOptions, found: Path) -> Iterator[Fault]:
-    """No folder, no checkpoint, or one without what training goes on with."""
+    """Faults of a path that is no folder, no checkpoint, or a checkpoint without what training
+    needs to go on.
+    """
     where = _where(options)
     folder = model_folder(found)
     if not found.is_dir():
@@ -232,7 +236,7 @@ def _instead(path: Path, run: Path) -> str:
 
 
 def _unloadable(options: RunOptions, found: Path, model: ModelConfig) -> Iterator[Fault]:
-    """Shards whose tensors aren't the model's, and state that can't be read."""
+    """Faults of shards whose tensors aren't the model's, and of state that can't be read."""
     folder = model_folder(found)
     # The layout for one process: names and shapes are the same for any number of them.
     layout = plan_layout(model, 1)
@@ -249,7 +253,7 @@ def _unloadable(options: RunOptions, found: Path, model: ModelConfig) -> Iterato
 
 
 def _refusal(report: RunReport, found: Path, change: Change) -> Fault:
-    """Another run's checkpoint: what is other, and every way out that there is."""
+    """The fault of another run's checkpoint: what differs, and every way out."""
     now = flat(report.config).get(change.where)
     before = report.then.get("config", {}).get(change.where)
     told = before is None or before == now or change.words.startswith(f"{change.where}: ")

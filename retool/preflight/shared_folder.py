@@ -23,7 +23,8 @@ PREFIX = ".retool-same-folder-"
 def same_folder(
     folder: Path, store: Store, rank: int, key: str = "trainer.default_local_dir"
 ) -> Iterator[tuple[Fault, ...]]:
-    """The fault of a rank whose `folder`, or the part of its path that exists, isn't rank 0's.
+    """A fault on each rank whose `folder`, or the part of its path that exists, isn't the same as
+    rank 0's.
 
     Rank 0 keeps a file there while this lasts, which the others look for: it must last until they
     have said what they found. Collective over the ranks that share `store`.

@@ -208,7 +208,7 @@ def update_bytes(layout: Layout, setting: Setting) -> int:
 
 
 def layers_away(config: ModelConfig, recompute: Recompute, parked: int | None) -> int:
-    """Layers whose activations are in host memory."""
+    """The number of layers whose activations are in host memory."""
     if recompute != "offload":
         return 0
     return config.layers - 1 if parked is None else parked

@@ -45,7 +45,8 @@ def verdict(
     timeout_s: float = TIMEOUT,
     folder: Path | None = None,
 ) -> tuple[tuple[Fault, ...], Any]:
-    """(every rank's faults, what keeps the store open until there is a process group).
+    """(the faults of all ranks, an object that keeps the store open until there is a process
+    group).
 
     Collective over the launcher's processes. `folder` must be the same one on all machines.
 

@@ -71,8 +71,8 @@ def read_world(
 
 
 def check_mesh(options: RunOptions, processes: int, heads: int | None) -> Iterator[Fault]:
-    """Sizes that must divide the number of processes, and heads that must be enough for the ranks
-    of an sp group.
+    """Faults of sizes that don't divide the number of processes, and of sp groups with more ranks
+    than heads.
     """
     sp = options.sp
     fsdp_size = options.fsdp.fsdp_size
@@ -88,7 +88,9 @@ def check_mesh(options: RunOptions, processes: int, heads: int | None) -> Iterat
 def check_experts(
     options: RunOptions, processes: int, model: ModelConfig | None
 ) -> Iterator[Fault]:
-    """Ranks that divide experts must divide their number, and the ranks that share a parameter."""
+    """A fault if the ranks that divide experts don't divide their number, or the ranks that share a
+    parameter.
+    """
     ep = options.fsdp.expert_parallel_size
     where = f"{options.fsdp_key}expert_parallel_size={ep}"
     if ep == 1 or model is None:
@@ -115,8 +117,8 @@ def legal_expert_sizes(experts: int, shards: int) -> list[int]:
 
 
 def check_heads(where: str, size: int, processes: int, heads: int | None) -> Iterator[Fault]:
-    """A group of `size` ranks that share the attention heads divides the processes, and has a query
-    head for each rank.
+    """Faults unless groups of `size` ranks that share the attention heads divide the processes,
+    with a query head for each rank.
     """
     fit = [
         n for n in range(1, processes + 1) if processes % n == 0 and (heads is None or n <= heads)
@@ -143,7 +145,9 @@ def _choices(numbers: Sequence[int]) -> str:
 
 
 def check_device(device: str, per_node: int, box: Box) -> Iterator[Fault]:
-    """A GPU for each process of this machine, or GPUs that can be planned for."""
+    """Faults unless this machine has a GPU for each of its processes, or GPUs elsewhere are planned
+    for.
+    """
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not found and (box.memory is None or not box.elsewhere):
         remedy = (
@@ -173,8 +177,8 @@ def check_device(device: str, per_node: int, box: Box) -> Iterator[Fault]:
 def check_attention(
     options: RunOptions, head_dim: int, box: Box, windowed: bool = False, capped: bool = False
 ) -> Iterator[Fault]:
-    """The attention kernel asked for is installed, and computes with this dtype and head size on
-    this device: it is tried where it is.
+    """A fault if the attention kernel asked for isn't installed, or doesn't compute rightly with
+    this dtype and head size here.
     """
     attn = options.model.attn
     asked = options.fsdp.param_dtype

@@ -11,8 +11,8 @@ FILES = "data.train_files"
 
 
 def with_identity(report: SFTReport) -> SFTReport:
-    """With what of the run's identity is known: without its model or data where these couldn't be
-    read.
+    """The report with what is known of the run's identity, without model or data if these couldn't
+    be read.
     """
     data = report.config.data
     found: dict[str, Trait] = {}

@@ -79,9 +79,7 @@ def load_flat(layout: Layout, shard_rank: int, source: TensorSource, out: torch.
 
 
 def require_tied(layout: Layout, source: TensorSource) -> None:
-    """ValueError where the files hold a matrix of its own for a parameter that config.json says is
-    another one's.
-    """
+    """ValueError if config.json ties two parameters and the files hold different matrices for them."""
     names = set(source.names())
     for alias, name in layout.aliases:
         if alias in names and name in names and not same_values(source, alias, name):

@@ -37,7 +37,7 @@ class ModelState:
 
 
 def require_finite(layout: Layout, mesh: Mesh, flat: torch.Tensor, what: str, way_out: str) -> None:
-    """ValueError, on every rank, where any rank's shard of the parameters has a NaN or an infinity.
+    """ValueError on every rank if any rank's shard of the parameters has a NaN or an infinity.
 
     A collective call of all ranks. The message begins with `what`, names the parameters and ends
     with `way_out`. Reads `flat` [layout.shard_numel] once; the host waits for the device once.

@@ -55,7 +55,7 @@ class ChecksummedFile:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing waits in this process."""
+        """Nothing to do: no data waits in this process."""
 
     def close(self) -> dict[str, Any]:
         """Make it survive a power cut; {"size": bytes, "crc32": [one per BLOCK bytes]}."""

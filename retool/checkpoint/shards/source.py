@@ -143,7 +143,7 @@ class ShardSource:
         entry: StoredTensor | StoredShard,
         first: StoredTensor | StoredShard,
     ) -> None:
-        """ValueError where a rank says another shape or dtype than rank 0."""
+        """ValueError if a rank's file gives another shape or dtype than rank 0's."""
         same_dtype = local_part(entry).storage.dtype == local_part(first).storage.dtype
         if entry.shape != first.shape or not same_dtype:
             path = self._shards.file(rank).path
@@ -168,7 +168,7 @@ class ShardSource:
                 self._check_copy(name, rank)
 
     def _check_copy(self, name: str, rank: int) -> None:
-        """A replica's rows are those of the first rank that holds them."""
+        """ValueError unless a replica's rows equal those of the first rank that holds them."""
         first = rank % self.shards(name)
         if rank != first and self._checksum(name, rank) != self._checksum(name, first):
             path = self._shards.file(rank).path

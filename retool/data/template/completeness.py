@@ -46,7 +46,7 @@ def fault(conversation: Conversation, why: str, turn: int | None = None) -> Temp
 
 
 def check_said(conversation: Conversation, i: int, inside: str, trained: bool) -> None:
-    """Everything that message `i` says must be `inside` the turn.
+    """TemplateFault unless everything that message `i` says is `inside` the turn.
 
     Thoughts only where it is `trained`. Raises TemplateFault.
     """
@@ -72,7 +72,7 @@ def check_said(conversation: Conversation, i: int, inside: str, trained: bool) -
 def _check_calls(
     conversation: Conversation, i: int, calls: Sequence[Mapping[str, Any]], text: str
 ) -> None:
-    """Each of the calls must be in `text`, in order. Raises TemplateFault."""
+    """TemplateFault unless each of the calls is in `text`, in order."""
     at = 0
     for k, call in enumerate(calls):
         name = call["function"]["name"]
@@ -83,7 +83,8 @@ def _check_calls(
 
 
 def check_refusal(conversation: Conversation, i: int, inside: str) -> None:
-    """A refusal (OpenAI's field beside a null content) must be `inside` the turn, too.
+    """TemplateFault unless a refusal (OpenAI's field beside a null content) is `inside` the turn,
+    too.
 
     Raises RowError.
     """
@@ -97,7 +98,8 @@ def check_refusal(conversation: Conversation, i: int, inside: str) -> None:
 
 
 def check_results(conversation: Conversation, source: str) -> None:
-    """Results must come in the order of their calls where the template (`source`) doesn't show ids.
+    """TemplateFault if results come in another order than their calls, and the template (`source`)
+    shows no ids.
 
     Raises RowError.
     """
@@ -139,7 +141,7 @@ def unread_fields(conversation: Conversation, source: str) -> Iterator[str]:
 
 
 def check_thought(conversation: Conversation, i: int, inside: str) -> None:
-    """Each thought of message `i` must be `inside` the turn.
+    """TemplateFault unless each thought of message `i` is `inside` the turn.
 
     Raises TemplateFault that names its field.
     """
@@ -162,7 +164,8 @@ def shows_thoughts(message: Mapping[str, Any], inside: str) -> bool:
 def check_tools(
     conversation: Conversation, opening: Sequence[Mapping[str, Any]], show: Callable[[Any], str]
 ) -> None:
-    """Every tool must show in the first prompt, beyond what its messages (`opening`) say.
+    """TemplateFault unless every tool shows in the first prompt, beyond what its messages
+    (`opening`) say.
 
     Raises TemplateFault.
 
@@ -189,7 +192,8 @@ def check_tools(
 
 
 def check_contexts(conversation: Conversation, text: str, messages: Collection[int]) -> None:
-    """What users, tools and the system say must be in the render as it is, or as JSON.
+    """TemplateFault unless what users, tools and the system say is in the render, as it is or as
+    JSON.
 
     Raises TemplateFault.
     """

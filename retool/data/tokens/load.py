@@ -51,7 +51,9 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
 
 
 def _check_bounds(folder: Path) -> None:
-    """The tokenizer of a folder has bounds: as its tokenizer.json says, or as it is made of others."""
+    """ValueError unless the tokenizer of a folder has bounds: by its tokenizer.json, or by the
+    files that it is made from.
+    """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 

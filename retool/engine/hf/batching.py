@@ -80,7 +80,7 @@ class Batching:
         )
 
     def cancel(self, name: str) -> None:
-        """Nobody wants it any more."""
+        """Stop sampling this turn: nobody wants it any more."""
         self._manager.cancel_request(name)
 
     def step(self) -> list[Ended]:

@@ -44,7 +44,7 @@ ON_GPU = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Seen(NamedTuple):
-    """What `paged_attention` says of a layer: its window and its cap."""
+    """What `paged_attention` needs to know of a layer: its window and its cap."""
 
     window: int = 0
     cap: float = 0.0

@@ -41,7 +41,7 @@ class Groups:
         return shared
 
     def leave(self, sequence: Sequence) -> None:
-        """The sample is dropped."""
+        """A sample was dropped."""
         group = sequence.group
         if group is None:
             return
@@ -67,7 +67,7 @@ class Groups:
         self._serve(sequence, group)
 
     def computed(self, sequence: Sequence) -> None:
-        """A leader that has the prompt leaves it for those who wait."""
+        """A leader has computed the prompt: it is kept for the samples that wait for it."""
         group = sequence.group
         if group is None or group.leader is not sequence or sequence.computed < group.prefix:
             return
@@ -78,7 +78,7 @@ class Groups:
         self._serve(sequence, group)
 
     def forgot(self, sequence: Sequence) -> None:
-        """The sequence gave up its KV: another may lead."""
+        """A sequence gave up its KV: another may become the leader."""
         if sequence.group is not None and sequence.group.leader is sequence:
             sequence.group.leader = None
 

@@ -111,7 +111,7 @@ class Scheduler:
         return self.sequences[key]
 
     def _queue(self, sequence: Sequence) -> None:
-        """Line up by arrival, unless it can never be computed."""
+        """Put a sequence into the queue, by arrival. One that can never be computed is refused."""
         sequence.state = State.WAITING
         self.may_admit = True
         if len(sequence.tokens) <= self.max_length:

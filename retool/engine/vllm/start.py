@@ -100,7 +100,7 @@ def make_engine(
 
 
 def sampling(params: SamplingParams, seed: int) -> Any:
-    """vLLM's parameters for a turn: only `stop_ids` end it, and ids are all that is wanted."""
+    """vLLM's parameters for a turn: only `stop_ids` end it, and only token ids are returned."""
     package = vllm()
     kinds: Any = importlib.import_module("vllm.sampling_params")
     return package.SamplingParams(

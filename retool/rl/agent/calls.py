@@ -102,8 +102,9 @@ async def _run_call(episode: Episode, call: Call, agent: Agent) -> ToolResult:
 
 
 async def _answer_in_time(tool: Tool, arguments: Mapping[str, Any], timeout: float) -> ToolResult:
-    """A tool may hang, even when it is cancelled: then it is left to itself. The clock runs from the
-    call, unless the tool keeps time itself: it knows when its own queue lets the call go.
+    """A tool's answer within its time. A tool may hang, even when it is cancelled: then it is left
+    to itself. The clock runs from the call, unless the tool keeps time itself: it knows when its
+    own queue lets the call go.
     """
     loop = asyncio.get_running_loop()
     begin = loop.time()

@@ -111,8 +111,8 @@ class Episode:
         return self.inline.output(self.messages[-1]["content"], answers)
 
     def reward_turn(self, reward: float, turn: int | None = None) -> None:
-        """Add to what a turn of the model is given, the last one or that of a number; turns without
-        any have 0.
+        """Add to the reward of a turn of the model: the last one, or the one of that number. Turns
+        without any have 0.
         """
         # Filled up only now: a trajectory that nobody rewards by turn has no list of zeros.
         missing = self.assistant_turns - len(self.turn_rewards)

@@ -57,7 +57,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class Answer:
-    """What follows a turn of the model, and what the turn is given."""
+    """What follows a turn of the model, and the turn's reward."""
 
     messages: list[dict[str, Any]]
     reward: float

@@ -45,20 +45,20 @@ class World:
         return await self._within("reset", self._begin(row), read_opening)
 
     async def step(self, message: Mapping[str, Any]) -> Answer:
-        """What it answers to a turn of the model."""
+        """The environment's answer to a turn of the model."""
         answer = await self._within("step", self._run(self._made.step, message), read_answer)
         self.done = answer.done
         return answer
 
     async def cut(self, message: Mapping[str, Any] | None) -> float:
-        """What it gives for a trajectory that ends here, where it wants to be told of that."""
+        """The environment's reward for a trajectory that ends here, if it wants to be told of that."""
         cut = getattr(self._made, "cut", None)
         if cut is None:
             return 0.0
         return await self._within("cut", self._run(cut, message), read_reward)
 
     async def close(self) -> str:
-        """Close it, unless it was; what went wrong in that, or ""."""
+        """Close the environment, unless it is closed already. Returns what went wrong, or ""."""
         if self._closed:
             return ""
         self._closed = True
