@@ -65,7 +65,7 @@ def _restore(content: bytes, session: Session) -> None:
     left = pickle.loads(content)
     work_folder.lay_out(session.folder, left["files"])
     settings.restore(left["settings"], session.folder)  # a deep structure needs its recursion limit
-    found, broken = variables.load(left["variables"], left["entries"])
+    found, broken = variables.load(left["variables"])
     if SHOWN in found:
         setattr(builtins, SHOWN, found.pop(SHOWN))
     session.namespace.update(found)
@@ -81,11 +81,11 @@ def keep(session: Session) -> None:
     if hasattr(builtins, SHOWN):
         own.setdefault(SHOWN, getattr(builtins, SHOWN))
     # First, since it writes what open files still hold back
-    stream, entries, left_out = variables.dump(own, MAX_SNAPSHOT_BYTES)
+    stored, left_out = variables.dump(own, session.folder, MAX_SNAPSHOT_BYTES)
     files, files_left_out = work_folder.read(session.folder, SNAPSHOT, MAX_SNAPSHOT_BYTES)
     room = MAX_SNAPSHOT_BYTES - sum(len(file.content) for file in files)
-    if len(stream) > room:
-        stream, entries, left_out = variables.dump(own, room)
+    if len(stored.stream) > room:
+        stored, left_out = variables.dump(own, session.folder, room)
     left_out.update(files_left_out)
     if left_out:
         _say(f"[not kept for the next call: {_listed(left_out)}]")
@@ -93,8 +93,7 @@ def keep(session: Session) -> None:
     left = {
         "files": files,
         "settings": settings.read(session.folder, session.environment),
-        "variables": stream,
-        "entries": entries,
+        "variables": stored,
         "lost": {**lost, **left_out},
     }
     with open(os.path.join(session.folder, SNAPSHOT), "wb") as file:

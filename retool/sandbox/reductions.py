@@ -15,6 +15,7 @@ import threading
 import typing
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 PROTOCOL = 3  # it numbers what it has written: `variables`, [Note: memo]
@@ -79,11 +80,21 @@ def _plain(value: Any) -> Reduced:
     parts = [value]
     if isinstance(value, dict):
         parts = [value.keys(), value.values()]
-    for part in parts:
-        if not PLAIN.issuperset(map(type, part)):
-            return NotImplemented
+    if not all(map(_all_plain, parts)):
+        return NotImplemented
     content = pickle.dumps(value)
     return pickle.loads, (content,)
+
+
+def _all_plain(values: Iterable[Any]) -> bool:
+    """Whether they are plain, or tuples of what is: these don't change, so they may be copied."""
+    kinds = set(map(type, values))
+    if kinds <= PLAIN:
+        return True
+    if not kinds <= PLAIN | {tuple}:
+        return False
+    tuples = (value for value in values if type(value) is tuple)
+    return PLAIN.issuperset(map(type, chain.from_iterable(tuples)))
 
 
 def _runs(value: Any) -> bool:

@@ -11,14 +11,26 @@ an object.
 
 from __future__ import annotations
 
+import importlib
 import io
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from . import reductions
 
 # A name, where its record begins, how many objects were written before it
 Entry = tuple[str, int, int]
+
+
+class Stored(NamedTuple):
+    """Variables: their records in the stream; or, by their names, the modules that they are from."""
+
+    stream: bytes
+    entries: list[Entry]
+    imported: dict[str, str]
 
 
 class Bounded(io.BytesIO):
@@ -32,11 +44,45 @@ class Bounded(io.BytesIO):
         return super().write(data)
 
 
-def dump(variables: Mapping[str, Any], room: int) -> tuple[bytes, list[Entry], dict[str, str]]:
-    """The stream, of `room` bytes at most, its entries, and what had to be left out: name → what it
-    is. Where there is too little room the largest go first.
+def dump(variables: Mapping[str, Any], folder: str, room: int) -> tuple[Stored, dict[str, str]]:
+    """The variables, in a stream of `room` bytes at most, and what had to be left out: name → what
+    it is. Where there is too little room the largest go first.
+
+    What is from a module, unless that lies in `folder`, is imported again.
     """
-    wanted = dict(variables)
+    imported = _imported(variables, folder)
+    wanted = {name: value for name, value in variables.items() if name not in imported}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dill's, which the program's reader would see
+        stream, entries, left_out = _dump(wanted, room)
+    return Stored(stream, entries, imported), left_out
+
+
+def _imported(variables: Mapping[str, Any], folder: str) -> dict[str, str]:
+    """Those that a module has by the same name: sympy's, after an import of all of it, are 900, and
+    not all of them can be written.
+    """
+    modules = [
+        (name, vars(module))
+        for name, module in list(sys.modules.items())
+        if name != "__main__"
+        and isinstance(module, ModuleType)
+        and not str(getattr(module, "__file__", "")).startswith(folder)
+    ]
+    found: dict[str, str] = {}
+    for name, value in variables.items():
+        if type(value) in reductions.PLAIN or isinstance(value, ModuleType):
+            continue
+        for place, (module, content) in enumerate(modules):
+            if content.get(name) is value:
+                found[name] = module
+                # The next one is likely from there, too
+                modules.insert(0, modules.pop(place))
+                break
+    return found
+
+
+def _dump(wanted: dict[str, Any], room: int) -> tuple[bytes, list[Entry], dict[str, str]]:
     left_out: dict[str, str] = {}
     while True:
         stream, entries, failed = _write(wanted)
@@ -119,8 +165,20 @@ def _troubles(variables: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def load(stream: bytes, entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, str]]:
+def load(stored: Stored) -> tuple[dict[str, Any], dict[str, str]]:
     """(the variables, why others can't be had)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, broken = _load(stored.stream, stored.entries)
+        for name, module in stored.imported.items():
+            try:
+                found[name] = getattr(importlib.import_module(module), name)
+            except BaseException as error:  # whatever the module does
+                broken[name] = f"{_kind(error)}: {error}"
+    return found, broken
+
+
+def _load(stream: bytes, entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, str]]:
     import dill
 
     source = io.BytesIO(stream)

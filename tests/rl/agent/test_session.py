@@ -185,6 +185,9 @@ def test_classes_files_and_what_libraries_are_set_to_live_on(tool) -> None:
     defines = """
 import decimal, enum, mpmath, os, sys, typing, warnings
 import numpy as np
+from sympy import *
+x = symbols("x")
+known = {(i, i + 1): x for i in range(100)}
 os.makedirs("below/empty")
 os.chdir("below")
 class Colour(enum.Enum):
@@ -223,6 +226,7 @@ os.symlink("in.txt", "link")
 print(_, red is Colour.RED, Colour.ALIAS is red, red.shout(), Colour("b"), Planet.EARTH.mass)
 print(Box[int], T.__bound__)
 print(written.write("second"), written.flush(), read.readline().strip(), closed.closed)
+print(diff(x ** 2), RR.is_Exact, known[7, 8] is x)
 row[0] = 9
 same[3] = False
 say(f"{table[1, 0]} {primes[3]}\\n")
@@ -237,6 +241,7 @@ print(sorted(os.listdir(".")), os.listdir(".."))
         "42 True True RED! Colour.BLUE 2",
         "__main__.Box[int] <class 'int'>",
         "6 None two True",
+        "2*x False True",
         "9 False",
         "4321 0.33333 40 [0.33] Riga",
         "first second ['one', 'two']",
