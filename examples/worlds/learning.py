@@ -25,6 +25,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 import retool
 from examples.quickstart import model as tiny
 from retool.rl.agent.tools.interpreter import SCHEMA
+from retool.rl.agent.tools.session import SESSION_SCHEMA
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "quickstart/chat.jinja"
 PYTHON = "code_interpreter"
@@ -65,7 +66,8 @@ class World:
 
     def conversations(self) -> list[Row]:
         """The demonstrations as rows of SFT: what was said, and what could be called."""
-        schemas = [SCHEMA if tool == PYTHON else tool.schema for tool in self.tools or ()]
+        of_python = SESSION_SCHEMA if self.session else SCHEMA
+        schemas = [of_python if tool == PYTHON else tool.schema for tool in self.tools or ()]
         return [
             {"messages": messages, "tools": schemas or None} for messages in self.demonstrations
         ]

@@ -349,6 +349,9 @@ def test_it_is_asked_for_by_a_key_or_in_the_file(
     (two,) = load_tools(file, RunLimits(isolation="best_effort"))
     for made in (one, two):
         assert isinstance(made, InterpreterSession) and made.name == "code_interpreter"
+        assert "Variables and files live on" in made.schema["function"]["description"]
+    (stateless,) = load_tools(None, RunLimits(workers=1, isolation="best_effort"))
+    assert "live on" not in str(stateless.schema)
     with pytest.raises(ValueError, match="session=true needs the sandbox of this machine"):
         InterpreterConfig(session=True, sandbox_fusion_url="http://localhost:1")
 

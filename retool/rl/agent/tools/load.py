@@ -23,7 +23,7 @@ from retool.rl.agent.tools.given import as_tool, made_of, named_object
 from retool.rl.agent.tools.interpreter import SCHEMA, CodeInterpreter, InterpreterConfig
 from retool.rl.agent.tools.mcp import mcp_tools, read_server
 from retool.rl.agent.tools.protocol import AnyTool
-from retool.rl.agent.tools.session import InterpreterSession
+from retool.rl.agent.tools.session import SESSION_SCHEMA, InterpreterSession
 from retool.rl.agent.tools.verl.modules import verl_importable
 from retool.rl.reward.source import OF_PROGRAM
 
@@ -96,8 +96,9 @@ def load_tools(
 
 
 def _interpreter(config: InterpreterConfig, schema: dict[str, Any] | None = None) -> AnyTool:
-    interpreter = CodeInterpreter(config, schema)
-    return InterpreterSession(interpreter) if config.session else interpreter
+    if config.session:
+        return InterpreterSession(CodeInterpreter(config, schema or SESSION_SCHEMA))
+    return CodeInterpreter(config, schema)
 
 
 def _named_tool(name: str, limits: RunLimits) -> AnyTool:

@@ -6,11 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from retool.rl.agent.tools.interpreter import CodeInterpreter, contents_of, result_of, result_text
+from retool.rl.agent.tools.interpreter import (
+    SCHEMA,
+    CodeInterpreter,
+    contents_of,
+    result_of,
+    result_text,
+)
 from retool.rl.agent.tools.of_row import kwargs_of
-from retool.rl.agent.tools.protocol import ToolResult
+from retool.rl.agent.tools.protocol import ToolResult, function_of
 from retool.sandbox import Result
 
+SESSION_SCHEMA: dict[str, Any] = {
+    **SCHEMA,
+    "function": {
+        **function_of(SCHEMA),
+        "description": "A tool for executing code. Variables and files live on between calls.",
+    },
+}
 UNDONE = "[What this program defined is lost; what was there before it is there again.]"
 ENDED = "[What was defined before can't be restored: it is gone, and the next call begins anew.]"
 
