@@ -48,7 +48,7 @@ from retool.run.session import Session, load_model, model_options, open_session
 
 @dataclass(frozen=True)
 class Run:
-    """What an RL run has beside its session; nothing in it is replaced while a run lasts.
+    """What an RL run has besides its session. Nothing in it is replaced during the run.
 
     `engines` share the processes; `rollout` and `judges` are None on ranks that follow another
     one's engine. `loop` is one for the whole run: tools keep their connections.
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def engine_rank(self) -> int:
-        """Which of the engines this rank works for."""
+        """The number of the engine that this rank works for."""
         mesh = self.session.mesh
         return mesh.rank // (mesh.world // self.engines)
 
@@ -114,7 +114,7 @@ def build_run(report: RLReport, mesh: Mesh, caller: Caller = COMMAND) -> tuple[R
 
 
 def open_engine(report: RLReport, mesh: Mesh, engines: int) -> RolloutEngine:
-    """What samples: `rollout.name`. Collective."""
+    """The engine that `rollout.name` names. Collective."""
     config = report.config
     rollout = config.actor_rollout_ref.rollout
     assert report.model is not None and report.folder is not None
@@ -190,7 +190,7 @@ def engine_group(mesh: Mesh, engines: int) -> dist.ProcessGroup | None:
 def rollout_parts(
     session: Session[RLReport], engine: RolloutEngine, judges: Judges
 ) -> RolloutParts:
-    """What every rollout of this rank is made of."""
+    """Everything that this rank's rollouts are made of."""
     report = session.report
     config = report.config
     multi = config.actor_rollout_ref.rollout.multi_turn

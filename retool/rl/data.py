@@ -65,7 +65,7 @@ class PromptOptions:
 
 @dataclass(frozen=True)
 class PromptReport:
-    """What became of the rows. `columns`: how many have which columns of question and answer."""
+    """What became of the rows. `columns` counts the rows by their columns of question and answer."""
 
     rows: int
     kept: int
@@ -187,7 +187,7 @@ def to_prompt(
 
 
 def _duplicates(prompts: Sequence[Prompt]) -> int:
-    """How many prompts ask, and count as right, just what one before them does."""
+    """How many prompts have the same question and the same truth as an earlier one."""
     different: set[bytes] = set()  # of hashes: the texts take as much memory as the prompts
     for prompt in prompts:
         asked = json.dumps([prompt.messages, prompt.ground_truth], sort_keys=True, default=str)
@@ -330,7 +330,8 @@ def answer_of(value: Any, where: str, needed: bool = True) -> str:
 def with_answer_format(
     messages: list[dict[str, Any]], line: str, where: str
 ) -> list[dict[str, Any]]:
-    """The line at the end of the last user message, unless some message says how to answer already.
+    """The messages with the line at the end of the last user message, unless some message says how
+    to answer already.
 
     RowError without a user message.
     """

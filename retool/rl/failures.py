@@ -57,7 +57,7 @@ def require_scores(members: Sequence[Scored], max_failed_share: float, where: st
 
 
 def cause_of_loss(members: Sequence[Scored]) -> str:
-    """What the first lost sample was lost to; "" where none was."""
+    """The cause by which the first lost sample was lost; "" if none was."""
     for member in members:
         if member.lost:
             return str(member.info.get(TOOL_FAILURE) or NO_ROOM)
@@ -89,7 +89,8 @@ def require_infrastructure(state: TrainState, max_lost_share: float, max_lost_st
 
 
 def warn_of_failures(members: Sequence[Scored]) -> None:
-    """Say why the first reward that failed did, and what the first lost sample was lost to.
+    """Warn of the first reward that failed, with its cause, and of what the first lost sample was
+    lost to.
 
     Python shows each reason once a run.
     """

@@ -37,7 +37,7 @@ class Share:
 
     @property
     def sound(self) -> list[Scored]:
-        """What wasn't lost to the machine."""
+        """The samples that weren't lost to the machine."""
         return [one for one in self.made if not _is_gone(one)]
 
     @property
@@ -45,7 +45,7 @@ class Share:
         return self.scored or []
 
     def fails(self, max_lost_share: float) -> bool:
-        """Whether so much went wrong that others had better sample."""
+        """Whether so much went wrong that other engines should sample instead."""
         if self.error:
             return True
         gone = len(self.made) - len(self.sound)
@@ -88,7 +88,7 @@ class Samplers:
     moved: int = 0
 
     def ready(self, step: int) -> list[int]:
-        """Those that sample now."""
+        """The engines that sample now."""
         for engine, end in [*self.back.items()]:
             if end <= step:
                 del self.back[engine]
@@ -104,14 +104,16 @@ class Samplers:
         return fresh or [engine for engine in self.back if engine not in gone]
 
     def rest(self, failed: Sequence[Share], ready: Sequence[int], step: int) -> None:
-        """Those that failed stand back from now on, and those that are ready don't."""
+        """Engines that failed stand back from now on; those that are ready don't."""
         for engine in ready:
             self.back.pop(engine, None)
         for share in failed:
             self.back[share.engine] = step + REST_STEPS
 
     def recall(self, failed: Sequence[Share]) -> None:
-        """Others lose their samples as well: these needn't stand back, unless they raised."""
+        """Take engines back into service: others lose their samples as well. Those that raised
+        still stand back.
+        """
         for share in failed:
             if not share.error:
                 self.back.pop(share.engine, None)

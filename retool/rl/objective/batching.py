@@ -45,11 +45,11 @@ class Row:
 
     @property
     def spans(self) -> list[slice]:
-        """Its sequences."""
+        """The sequences of the trajectory, as slices."""
         return spans_of(self.cuts, len(self))
 
     def part(self, span: slice) -> Row:
-        """One of its sequences by itself."""
+        """One of its sequences as a row of its own."""
         return Row(
             self.tokens[span],
             self.mask[span],

@@ -91,7 +91,8 @@ def make_experience(
     options: ExperienceOptions,
     times: dict[str, float],
 ) -> Experience:
-    """What the update of `model` learns from: collective, and alike on every rank.
+    """The experience that the update of `model` learns from. Collective, and the same on every
+    rank.
 
     `reference` is there where the loss or the reward has a KL to it. Seconds are added to `times`.
     """
@@ -274,7 +275,7 @@ def _placed(
     member: Scored,
     turn_weight: float,
 ) -> np.ndarray:
-    """A trajectory's reward by token."""
+    """The reward of a trajectory, token by token."""
     trajectory = member.trajectory
     if not turn_weight:
         return place_reward(member.reward, trajectory.mask)

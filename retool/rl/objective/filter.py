@@ -22,7 +22,7 @@ class UnusableSamples(ValueError):
 
 
 def value_of(member: Scored, metric: str) -> float:
-    """A member's metric: ours, or a number of the reward function's own.
+    """A member's value of the metric: one of ours, or a number that the reward function returned.
 
     `acc` is `Scored.accuracy`. Where the reward function failed there is only the score. Raises
     UnusableSamples where there is no such number.

@@ -93,7 +93,7 @@ class PolicyLoss:
     published_clip: Clip | None = None
 
     def aggregated_by(self, asked: str | None) -> str:
-        """How its token losses become one number: as `asked`, else as published."""
+        """How the losses of tokens become one number: as `asked`, else as published."""
         return asked or self.aggregation or "token-mean"
 
 
@@ -170,7 +170,7 @@ def log_ratio(logp_T: Tensor, old_T: Tensor) -> Tensor:
 
 
 def weighted_sum(values_T: Tensor, weights_T: Tensor) -> Tensor:
-    """Σ weight · value; where the weight is 0 the value has no say, not even an infinite one."""
+    """Σ weight · value. A value whose weight is 0 has no influence, not even an infinite one."""
     return (torch.where(weights_T != 0, values_T, 0) * weights_T).sum()
 
 

@@ -60,7 +60,7 @@ class LossSpec:
 
     @property
     def measures(self) -> bool:
-        """Whether the update tells the gap between sampler and trainer, and the entropy."""
+        """Whether the update measures the gap between sampler and trainer, and the entropy."""
         return self.on_policy or self.compared
 
 

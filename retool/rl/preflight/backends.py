@@ -37,7 +37,7 @@ def backend_faults(config: RLConfig, model: ModelConfig | None, planning: bool) 
 
 
 def _too_long(config: RLConfig, model: BorrowedConfig) -> Iterator[Fault]:
-    """Sequences that are longer than what the module is right for."""
+    """Faults of sequences that are longer than the model's module computes rightly."""
     longest = config.data.max_prompt_length + config.data.max_response_length
     if not 0 < model.longest < longest:
         return
@@ -50,7 +50,9 @@ def _too_long(config: RLConfig, model: BorrowedConfig) -> Iterator[Fault]:
 
 
 def _cant_sample(name: str, model: BorrowedConfig) -> Fault:
-    """Our engine computes with our decoder."""
+    """The fault of a model that retool's engine can't sample from: it computes with retool's
+    decoder only.
+    """
     way_out = f"Use {_ROLLOUT}.name=hf, or vllm where it is installed, or server."
     if model.family in FAMILIES:
         way_out = f"Use actor_rollout_ref.model.impl=auto, or {_ROLLOUT}.name=hf."

@@ -137,7 +137,9 @@ def _with_renderer(report: RLReport) -> RLReport:
 
 
 def _engine_faults(report: RLReport) -> Iterator[Fault]:
-    """Tensor-parallel sizes that don't fit the processes or the model, lengths that its rope doesn't."""
+    """Faults of tensor-parallel sizes that don't fit the processes or the model, and of lengths
+    beyond the model's rope.
+    """
     tp = report.config.actor_rollout_ref.rollout.tensor_model_parallel_size
     heads = report.model.heads if report.model else None
     yield from check_heads(
@@ -151,7 +153,7 @@ def _engine_faults(report: RLReport) -> Iterator[Fault]:
 
 
 def _replay_faults(report: RLReport) -> Iterator[Fault]:
-    """Replay of experts that nobody has, or that several GPUs chose together."""
+    """Faults of a replay of experts that the model hasn't, or that several GPUs chose together."""
     rollout = report.config.actor_rollout_ref.rollout
     if report.model is None or not rollout.enable_rollout_routing_replay:
         return
@@ -166,7 +168,9 @@ def _replay_faults(report: RLReport) -> Iterator[Fault]:
 
 
 def _with_objective(report: RLReport) -> RLReport:
-    """The advantage estimator and the policy loss, a user's own tried on made-up tokens."""
+    """The report with the advantage estimator and the policy loss. A user's own are tried on
+    made-up tokens.
+    """
     faults = list[Fault]()
     estimator = report.config.algorithm.adv_estimator
     loss = report.config.actor_rollout_ref.actor.policy_loss.loss_mode
@@ -180,7 +184,9 @@ def _with_objective(report: RLReport) -> RLReport:
 
 
 def _with_functions(report: RLReport, first: bool, held: Held) -> RLReport:
-    """Tools started, the reward found. `first`: this is the machine's first process."""
+    """The report with the tools, started, and the reward, found. `first`: this is the machine's
+    first process.
+    """
     config = report.config
     faults = list[Fault]()
     multi = config.actor_rollout_ref.rollout.multi_turn
@@ -248,7 +254,7 @@ def _with_prompts(report: RLReport) -> RLReport:
 
 
 def _with_trial(report: RLReport) -> RLReport:
-    """The reward was asked once for each data source."""
+    """The report with the faults of asking the reward once for each data source."""
     questions = [part.prompts for part in (report.train, report.val) if part is not None]
     if report.reward is None or not questions:
         return report
@@ -262,8 +268,8 @@ def _with_trial(report: RLReport) -> RLReport:
 
 
 def _id_faults(report: RLReport) -> Iterator[Fault]:
-    """Tokens that the model's embedding has no row for: in a prompt, or that a tool's answer may be
-    made of.
+    """Faults of tokens that the model's embedding has no row for: in a prompt, or possibly in a
+    tool's answer.
     """
     for key, questions in (("data.train_files", report.train), ("data.val_files", report.val)):
         prompts = [] if questions is None else questions.prompts
@@ -323,8 +329,8 @@ def part_of(data: DataConfig, files_key: str) -> Part:
 
 
 def _choice(report: RLReport) -> Choice:
-    """The recomputation that the update's token budget needs, and the memory it is predicted to
-    take.
+    """The recomputation that the update's token budget needs, and the memory that it is predicted
+    to take.
     """
     config = report.config
     model = report.model

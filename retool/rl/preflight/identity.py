@@ -42,8 +42,8 @@ LOOP_KEY = "actor_rollout_ref.rollout.agent"
 
 
 def with_identity(report: RLReport) -> RLReport:
-    """With what of the run's identity is known: without its model, questions, reward or tools where
-    these couldn't be read.
+    """The report with what is known of the run's identity, without model, questions, reward or
+    tools that couldn't be read.
     """
     config = report.config
     found = dict[str, Trait]()
@@ -94,7 +94,7 @@ def fingerprint(questions: Questions | None) -> tuple[int, str]:
 
 
 def _reward(config: RLConfig, source: RewardSource) -> dict[str, Trait]:
-    """The function by its name and its file's content, and what is added to its scores."""
+    """The reward function's name and its file's content, and what is added to its scores."""
     custom = config.custom_reward_function.path
     shaping = config.reward_model.overlong_buffer
     where = "reward_model.name" if custom is None else "custom_reward_function.path"
@@ -114,7 +114,7 @@ def _reward(config: RLConfig, source: RewardSource) -> dict[str, Trait]:
 
 
 def _judge(settings: LLMJudgeConfig) -> str:
-    """A judge behind an address by what its verdicts depend on, not by where it is."""
+    """A judge behind an address, known by what its verdicts depend on and not by its address."""
     scale = f"{settings.lowest:g} to {settings.highest:g}"
     # All that a verdict depends on but the address: the same judge may move to another machine.
     asked = digest(prompt_of(settings), settings.pattern, scale, f"{settings.temperature:g}")
@@ -132,8 +132,8 @@ def _reward_name(source: RewardSource) -> str:
 
 
 def _tools(report: RLReport) -> dict[str, Trait]:
-    """Each tool by its name, and by what the model is told of it and the code behind it; how calls
-    are written.
+    """Each tool's name, what the model is told of it and the code behind it; and how calls are
+    written.
     """
     where = "actor_rollout_ref.rollout.multi_turn"
     known = [
@@ -149,7 +149,7 @@ def _tools(report: RLReport) -> dict[str, Trait]:
 
 
 def _environment(source: EnvironmentSource | None) -> str:
-    """The class by its name, its file's content and what it is made with."""
+    """The environment: its class's name, its file's content and its arguments."""
     if source is None:
         return "none"
     if source.path is None and source.own is None:
@@ -165,7 +165,7 @@ def _loop(source: LoopSource | None) -> str:
 
 
 def _by_content(source: EnvironmentSource | LoopSource) -> str:
-    """What a file or a program has, by its name and its content."""
+    """The name and the content of something from a file or a program."""
     if source.path is not None:
         return f"{source.name} in {Path(source.path).name} ({file_digest(source.path)})"
     if source.own is not None:

@@ -36,7 +36,7 @@ def contradictions(config: RLConfig) -> Iterator[Fault]:
 
 
 def notes(config: RLConfig) -> Iterator[str]:
-    """What the start-up says of keys whose value means something else here."""
+    """Notes on keys whose value means something else here."""
     rollout = config.actor_rollout_ref.rollout
     actor = config.actor_rollout_ref.actor
     algorithm = config.algorithm
@@ -77,7 +77,7 @@ def _estimator(name: str) -> Iterator[Fault]:
 
 
 def _known(key: str, name: str, table: Mapping[str, object]) -> Iterator[Fault]:
-    """A name that is neither in the table nor a user's file and function."""
+    """A fault of a name that is neither in the table nor a user's file and function."""
     if name in table or own_function(name) is not None:
         return
     near = nearest(name, table)
@@ -86,14 +86,14 @@ def _known(key: str, name: str, table: Mapping[str, object]) -> Iterator[Fault]:
 
 
 def _format(name: str) -> Iterator[Fault]:
-    """A way to write calls that is none."""
+    """A fault of a format of calls that doesn't exist."""
     way_out = problem_of_name(name)
     if way_out is not None:
         yield Fault(f"{FORMAT_KEY}={name}", "is not known.", way_out)
 
 
 def _clip_notes(actor: ActorConfig) -> Iterator[str]:
-    """Clips that suit token ratios, given to a loss whose ratios vary much less."""
+    """Notes on clips that suit token ratios, given to a loss whose ratios vary much less."""
     mode = actor.policy_loss.loss_mode
     clip = LOSSES[mode].published_clip if mode in LOSSES else None
     # A note and no fault: somebody may mean it.
@@ -106,7 +106,7 @@ def _clip_notes(actor: ActorConfig) -> Iterator[str]:
 
 
 def _aggregation(config: RLConfig) -> Iterator[Fault]:
-    """A loss that is defined with one mean isn't that loss with another."""
+    """A fault of a loss that is combined with another mean than it was published with."""
     actor = config.actor_rollout_ref.actor
     mode = actor.policy_loss.loss_mode
     published = LOSSES[mode].aggregation if mode in LOSSES else None
@@ -119,7 +119,9 @@ def _aggregation(config: RLConfig) -> Iterator[Fault]:
 
 
 def _mini_batches(config: RLConfig) -> Iterator[Fault]:
-    """Steps that don't fall into whole mini-batches, and micro-batches without a size."""
+    """Faults of steps that don't divide into whole mini-batches, and of micro-batches without a
+    size.
+    """
     actor = config.actor_rollout_ref.actor
     prompts = config.data.train_batch_size
     mini = actor.ppo_mini_batch_size
@@ -141,7 +143,7 @@ def _mini_batches(config: RLConfig) -> Iterator[Fault]:
 
 
 def _sampling(config: RLConfig) -> Iterator[Fault]:
-    """Samples that nothing can be learnt from, or none at all."""
+    """Faults of settings with which there are no samples, or nothing can be learnt from them."""
     rollout = config.actor_rollout_ref.rollout
     name = config.algorithm.adv_estimator
     estimator = ESTIMATORS.get(name)
@@ -168,7 +170,7 @@ def _sampling(config: RLConfig) -> Iterator[Fault]:
 
 
 def _files(config: RLConfig) -> Iterator[Fault]:
-    """Runs without questions."""
+    """Faults of runs without questions."""
     if not config.data.train_files:
         way_out = "Give a .parquet or .jsonl file, a folder, a glob, or a list of these."
         yield Fault("data.train_files", "names no file.", way_out)
@@ -177,7 +179,7 @@ def _files(config: RLConfig) -> Iterator[Fault]:
 
 
 def _functions(config: RLConfig) -> Iterator[Fault]:
-    """Functions of the user's that are half given, or given twice."""
+    """Faults of a user's functions that are given in half, or twice."""
     rows = config.data.custom_cls
     if (rows.path is None) != (rows.name is None):
         way_out = "Give the Python file and the function in it, or neither."

@@ -169,7 +169,9 @@ def _gathered_for_sync(layout: Layout, dtype: torch.dtype) -> int:
 
 
 def forward_bytes(model: ModelConfig, setting: Setting, choice: Choice) -> float:
-    """What a micro-batch's forward without gradients holds: a block's and the head's activations."""
+    """Bytes of a micro-batch's forward without gradients: the activations of one block and of the
+    head.
+    """
     # What it would keep, and gate times up, which no backward keeps
     block = layer_bytes(model, setting, "none") + model.ffn * setting.element.compute
     return choice.tokens * block + head_bytes(model, setting, choice.tokens, choice.recompute)

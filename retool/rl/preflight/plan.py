@@ -25,7 +25,7 @@ from retool.rl.types import Prompt
 
 @dataclass(frozen=True)
 class Questions:
-    """The prompts of training or validation, and what became of the rows."""
+    """The prompts of training or of validation, and a report on the rows that they come from."""
 
     prompts: list[Prompt]
     said: PromptReport
@@ -79,7 +79,7 @@ class RLReport(RunReport):
 
     @property
     def memory(self) -> StepMemory:
-        """What a step takes by phase, the engine's part included."""
+        """The memory of a step by phase, the engine's part included."""
         wanted = self.config.actor_rollout_ref
         assert self.model is not None and self.choice is not None
         return step_memory(
@@ -97,7 +97,7 @@ class RLReport(RunReport):
 
     @property
     def judge_bytes(self) -> float:
-        """Of a reward model's weights, on each GPU that samples; 0 without one."""
+        """Bytes of a reward model's weights on each GPU that samples; 0 without one."""
         if self.reward is None or not self.reward.asks_a_model:
             return 0.0
         return float(reward_model_bytes(reward_model_folder(self.config.reward_model.model)))
@@ -110,7 +110,7 @@ class RLReport(RunReport):
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer steps of a full step."""
+        """Optimizer steps in a step with a full batch."""
         actor = self.config.actor_rollout_ref.actor
         return -(-self.config.data.train_batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
 

@@ -15,7 +15,7 @@ ESTIMATOR_KEY = "algorithm.adv_estimator"
 
 
 def wanted_reward(config: RLConfig, in_world: bool) -> RewardSource:
-    """The reward that the configuration names; else, `in_world`, what the environment gives.
+    """The reward that the configuration names; if it names none, `in_world`, the environment's own.
 
     ValueError where there is none of that name.
     """
@@ -37,7 +37,7 @@ def reward_key(config: RLConfig) -> str:
 
 
 def several_faults(config: RLConfig) -> Iterator[Fault]:
-    """Several rewards beside a single one, and weights of nothing."""
+    """Faults of several rewards beside a single one, and of weights without functions."""
     settings = config.reward_model
     where = "reward_model.functions"
     if settings.weights and not settings.functions:
@@ -56,7 +56,7 @@ def credit_faults(
     estimator: Estimator | None,
     reward: RewardSource | None,
 ) -> Iterator[Fault]:
-    """Rewards that are to stand where they were given, and nobody who looks there."""
+    """Faults of crediting turns where the estimator or the reward doesn't use their rewards."""
     if not config.algorithm.credit_turns:
         return
     where = "algorithm.credit_turns=true"
@@ -78,7 +78,9 @@ def judge_faults(
     config: RLConfig,
     reward: RewardSource | None,
 ) -> Iterator[Fault]:
-    """A judge behind an address that can't be asked. Where it is tried, that says so."""
+    """Faults of a judge behind an address that can't be asked. If it is tried, the trial reports
+    them.
+    """
     settings = config.reward_model
     asked = reward is not None and reward.asks_a_judge
     if not asked or settings.trial_answer is not None:
@@ -93,7 +95,9 @@ def model_faults(
     config: RLConfig,
     reward: RewardSource | None,
 ) -> Iterator[Fault]:
-    """A reward model that isn't one. It isn't tried before the run: its weights are large."""
+    """Faults of a reward model that isn't one. It isn't tried before the run: its weights are
+    large.
+    """
     settings = config.reward_model
     if reward is None or not reward.asks_a_model:
         if settings.enable:

@@ -15,7 +15,9 @@ URLS = f"{_ROLLOUT}.server.urls"
 
 
 def server_faults(config: RLConfig, reach: bool) -> Iterator[Fault]:
-    """`reach`: try the addresses, which one process of a machine does for all."""
+    """Faults of the servers and their keys. `reach`: also try the addresses, which one process of a
+    machine does for all.
+    """
     rollout = config.actor_rollout_ref.rollout
     urls = rollout.server.urls
     if rollout.name != SERVER:
@@ -37,7 +39,9 @@ def server_faults(config: RLConfig, reach: bool) -> Iterator[Fault]:
 
 
 def filter_faults(config: RLConfig, who: str) -> Iterator[Fault]:
-    """Sampling from a part of the vocabulary, by `who` tells log-probabilities of that part alone."""
+    """The fault of sampling from a part of the vocabulary, with a backend (`who`) whose
+    log-probabilities are of that part alone.
+    """
     rollout = config.actor_rollout_ref.rollout
     if rollout.top_p < 1 or rollout.top_k > 0:
         where = f"{_ROLLOUT}.top_p={rollout.top_p:g}, top_k={rollout.top_k}"

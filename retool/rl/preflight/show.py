@@ -93,7 +93,7 @@ def _engine_words(name: str, model: ModelConfig | None) -> str:
 
 
 def _server_words(report: RLReport) -> str:
-    """Who samples, and how the weights get there."""
+    """Which servers sample, and how the weights get there."""
     rollout = report.config.actor_rollout_ref.rollout
     folder = rollout.server.weights_dir or report.config.trainer.default_local_dir
     return (

@@ -12,7 +12,7 @@ from retool.rl.preflight.plan import RLReport
 
 
 def show_tool_turn(report: RLReport) -> None:
-    """Render what a tool's answer would look like.
+    """Render a tool's answer, to see whether the chat template shows it.
 
     ValueError where the chat template can't, or leaves it out: it would be found out in mid-run, or
     never.
@@ -32,7 +32,7 @@ def show_tool_turn(report: RLReport) -> None:
 
 
 def call_format(report: RLReport, faults: list[Fault]) -> tuple[str, Format] | None:
-    """How the model writes calls; None where nobody could answer one, or the name was refused."""
+    """How the model writes calls; None if no tool could answer one, or the name was refused."""
     name = report.config.actor_rollout_ref.rollout.multi_turn.format
     renderer = report.renderer
     nobody_answers = not report.tools and report.environment is None

@@ -79,7 +79,7 @@ def _asked(
 
 
 async def _verdicts(judges: Judges, asked: Sequence[Asked]) -> list[tuple[Judged, float]]:
-    """(verdict, seconds) of one after the other, up to the first that fails.
+    """(verdict, seconds) of one question after the other, up to the first that fails.
 
     In one event loop, since a function may keep connections.
     """
@@ -143,7 +143,7 @@ def _too_slow(seconds: float, prompt: Prompt, settings: RewardConfig) -> Fault:
 
 
 def _failed(where: str, judged: Judged, prompt: Prompt, settings: RewardConfig) -> Fault:
-    """With what the function said, and what it may have lacked."""
+    """The fault, with what the function said and what it may have lacked."""
     told = judged.trace or judged.reason
     said = f"\n{judged.trace}\n" if judged.trace else f" {judged.reason}."
     way_out = "Mend the function."

@@ -27,7 +27,7 @@ SAID = "AnAnswer"  # by the environment, to see whether the chat template shows 
 
 
 def with_environment(report: RLReport, held: Held) -> RLReport:
-    """With the environment that the configuration names, or that the program holds."""
+    """The report with the environment that the configuration names, or that the program holds."""
     wanted = report.config.actor_rollout_ref.rollout.multi_turn.environment
     try:
         if held.environment is not None:
@@ -51,7 +51,7 @@ def _sandbox_of(report: RLReport) -> InterpreterConfig:
 
 
 def with_loop(report: RLReport, held: Held) -> RLReport:
-    """With the loop that the configuration names, or that the program holds."""
+    """The report with the loop that the configuration names, or that the program holds."""
     wanted = report.config.actor_rollout_ref.rollout.agent
     try:
         source = held.loop or find_loop(wanted.path, wanted.name)
@@ -68,7 +68,7 @@ def with_loop(report: RLReport, held: Held) -> RLReport:
 
 
 def try_environment(report: RLReport) -> Iterator[Fault]:
-    """A fault where an environment can't begin with the first question, or doesn't close."""
+    """A fault if an environment can't begin with the first question, or doesn't close."""
     questions = report.train or report.val
     if report.environment is None or report.renderer is None or questions is None:
         return
@@ -81,7 +81,7 @@ def try_environment(report: RLReport) -> Iterator[Fault]:
 
 
 def _failure_on(report: RLReport, source: EnvironmentSource, prompt: Prompt) -> str:
-    """Why an environment can't begin with a question, or doesn't close; "" where it does both."""
+    """Why an environment can't begin with a question, or doesn't close; "" if it does both."""
     make = source.load()
     try:
         asyncio.run(_begin_and_close(report, make, prompt))
@@ -112,7 +112,7 @@ async def _begin_and_close(report: RLReport, make: Callable[[], Any], prompt: Pr
 
 
 def _require_shown(agent: Agent, prompt: Prompt) -> None:
-    """EnvironmentFailure where the chat template leaves out what follows a turn of the model."""
+    """EnvironmentFailure if the chat template leaves out what follows a turn of the model."""
     said = [*prompt.messages, {"role": "assistant", "content": "!"}]
     answer = {"role": "user", "content": SAID}
     try:

@@ -40,7 +40,7 @@ Parameters = Mapping[str, inspect.Parameter]
 
 
 class Asked(NamedTuple):
-    """What a reward function is called with; `seen` has what it asks for besides, by name."""
+    """The arguments of a reward function; `seen` has the optional ones that it asks for, by name."""
 
     data_source: str
     solution: str
@@ -50,7 +50,7 @@ class Asked(NamedTuple):
 
     @staticmethod
     def about(trajectory: Trajectory, names: Collection[str] = ()) -> Asked:
-        """What it is called with for a finished trajectory; `names` of SEEN are looked up."""
+        """The arguments for a finished trajectory; the `names` of SEEN are looked up."""
         prompt = trajectory.prompt
         extra = {
             **prompt.extra_info,
@@ -70,7 +70,7 @@ class Asked(NamedTuple):
         )
 
     def arguments(self) -> dict[str, Any]:
-        """By the names that a function knows them by."""
+        """The arguments under the names by which a function knows them."""
         return {
             "data_source": self.data_source,
             "solution_str": self.solution,
@@ -131,7 +131,7 @@ _LOOKED_UP: dict[str, Callable[[Trajectory], Any]] = {
 
 
 def seen_by(function: RewardFunction) -> tuple[str, ...]:
-    """What of SEEN a function asks for, as it is or `adapted`."""
+    """The names of SEEN that a function asks for, as it is or `adapted`."""
     parameters = inspect.signature(function).parameters
     if BATCH in parameters:
         return SEEN_BY_BATCH
@@ -143,7 +143,8 @@ def adapted(
     what: str,
     name: str,
 ) -> RewardFunction:
-    """`function` as it is called: with all of ARGUMENTS and what it asks for of SEEN.
+    """A function that takes all of ARGUMENTS and what `function` asks for of SEEN, and calls it as
+    it wants to be called.
 
     It may take some of these only, by their names or ALIASES.
     ValueError, which calls it `what`, where it wants something else.
@@ -177,7 +178,7 @@ def _with_choice(
     chosen: Callable[[Mapping[str, Any]], dict[str, Any]],
     read: Callable[[Any], Any],
 ) -> RewardFunction:
-    """`function` called with what is `chosen` of everything given; what it returns is `read`."""
+    """`function`, called with the `chosen` ones of all arguments; its result goes through `read`."""
     if inspect.iscoroutinefunction(function):
 
         @functools.wraps(function)

@@ -26,7 +26,7 @@ def open_judges(
     workers: int | None = None,
     device: str = "cpu",
 ) -> Judges:
-    """As configured; `workers` processes, where it is processes and not as many as configured. A
+    """The judges that the configuration names, with `workers` processes if these are processes. A
     reward model is on `device`.
 
     ValueError where that can't be.
@@ -54,7 +54,9 @@ def shared_out(
     settings: RewardConfig,
     processes: int,
 ) -> RewardConfig:
-    """With a judge's budget of each of `processes` that judge, rounded up."""
+    """The settings with each process's share of the judge's budget, of `processes` that judge;
+    rounded up.
+    """
     judge = settings.judge
     calls = judge.max_calls and -(-judge.max_calls // processes)
     tokens = judge.max_total_tokens and -(-judge.max_total_tokens // processes)

@@ -27,7 +27,9 @@ KEY = "reward_model.model.path"
 
 
 class ModelFailed(RuntimeError):
-    """The model broke on a batch, for want of memory, say: that says nothing about the answers."""
+    """The model broke on a batch, for example for want of memory. That says nothing about the
+    answers.
+    """
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Question:
 
 
 class ModelJudge:
-    """Judges that a model in this process is. Close them.
+    """Judges with a reward model in this process. Close them.
 
     A thread of its own takes what waits, up to `micro_batch_size` conversations at a time.
     """
@@ -94,7 +96,7 @@ class ModelJudge:
             self._answer(batch)
 
     def _next_batch(self) -> list[Question] | None:
-        """The questions that wait, one at least; None at the end."""
+        """The questions that wait, at least one; None at the end."""
         batch: list[Question] = []
         while len(batch) < self._settings.micro_batch_size:
             try:
@@ -144,7 +146,7 @@ class ModelJudge:
         return ids
 
     def _scores(self, rows: Sequence[list[int]]) -> list[float]:
-        """Of rows of tokens, as transformers gives for each alone.
+        """The scores of rows of tokens, as transformers gives them for each row alone.
 
         A model without a token for padding can't tell where a row ends: it reads one at a time.
         """
@@ -171,7 +173,7 @@ class ModelJudge:
 
 @lru_cache
 def reward_model_folder(settings: RewardModelConfig) -> Path:
-    """Where the model is. ValueError where none is named, or it is no reward model."""
+    """The folder of the reward model. ValueError if none is named, or it holds no reward model."""
     if settings.path is None:
         raise ValueError(f"reward_model.name=model needs {KEY}: give the reward model's folder.")
     folder = find_model(settings.path)

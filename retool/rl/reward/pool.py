@@ -101,7 +101,7 @@ class RewardPool:
         )
 
     async def score(self, asked: Asked, timeout: float | None = None) -> Judged:
-        """What the function says to one call, within `timeout` seconds (None: the pool's own). A
+        """The function's verdict on one call, within `timeout` seconds (None: the pool's own). A
         pool that breaks is replaced, and the call made again.
         """
         return await retry_while_lost(lambda: self._attempt(asked, timeout or self._timeout))
@@ -164,8 +164,8 @@ class RewardPool:
             ) from error
 
     def _sound_pool(self) -> ProcessPool:
-        """The pool, or a new one where it broke: the server of its processes was killed, for want
-        of memory say.
+        """The pool, or a new one if it broke: the server of its processes was killed, for example
+        for want of memory.
         """
         if not self._pool.active:
             self._stop()

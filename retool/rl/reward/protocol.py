@@ -32,7 +32,7 @@ NOBODY_ANSWERS = {
 
 @dataclass(frozen=True)
 class Judged:
-    """A score and what else the function told, in `info`.
+    """A score, and whatever else the function returned, in `info`.
 
     `failure` says how it failed, if it did: `exception`, `timeout`, `killed`, or JUDGES_LOST.
     `reason` says why (as `info` does), and `trace` where, of an exception.
@@ -86,7 +86,7 @@ class Judges(Protocol):
 
 
 async def retry_while_lost(attempt: Callable[[], Awaitable[Judged]]) -> Judged:
-    """What `attempt` gives; tried again, after a while, where it is lost."""
+    """The result of `attempt`. If that is lost, it is tried again after a while."""
     judged = await attempt()
     for number in range(RETRIES):
         if judged.failure != JUDGES_LOST:

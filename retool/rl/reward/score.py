@@ -46,7 +46,7 @@ async def _wait_for(result: Any) -> Any:
 
 
 def check_score(result: Any) -> tuple[float, dict[str, Any]]:
-    """(score, everything else it told) of what a reward function returned.
+    """(score, everything else that was told) from the return value of a reward function.
 
     ValueError where that is no score.
     """

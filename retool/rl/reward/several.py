@@ -30,7 +30,7 @@ class Part:
 
 
 def together(parts: Sequence[Part]) -> RewardFunction:
-    """One async function of several: the weighted sum, and what each part told.
+    """One async function out of several: the weighted sum, and what each part told.
 
     Its `signature` asks for what any of them asks for.
     """
@@ -79,7 +79,7 @@ def _add(
 
 
 class SeveralJudges:
-    """Judges of several rewards, each of some of them; their scores are added.
+    """Judges for several rewards, each for some of them; their scores are added.
 
     `names` are all rewards, in the order that was asked for. Where one of the judges fails, the
     answer gets the floor; where one is lost, it is lost.

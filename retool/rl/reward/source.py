@@ -43,7 +43,7 @@ class OwnFunction:
         return self._function
 
     def packed(self) -> OwnFunction:
-        """As it is sent. ValueError where it holds what can't be."""
+        """The function as it is sent to another process. ValueError if it holds what can't be sent."""
         import dill
 
         try:
@@ -72,7 +72,7 @@ class RewardSource:
 
     @property
     def is_users(self) -> bool:
-        """Whether nothing in it is one of ours."""
+        """Whether none of its functions is one of ours."""
         if self.parts:
             return all(part.is_users for part in self.parts)
         return self.path is not None or self.own is not None
@@ -94,24 +94,24 @@ class RewardSource:
 
     @property
     def asks_a_model(self) -> bool:
-        """Whether one does so of any part."""
+        """Whether any part of it is judged by a reward model."""
         return any(part.is_model for part in self.parts or (self,))
 
     @property
     def asks_a_judge(self) -> bool:
-        """Whether one does so of any part."""
+        """Whether any part of it is judged by a language model behind an address."""
         return any(part.is_judge for part in self.parts or (self,))
 
     @property
     def needs_truth(self) -> bool:
-        """Whether a row without an answer can't be judged."""
+        """Whether a row needs a ground truth to be judged."""
         if self.parts:
             return any(part.needs_truth for part in self.parts)
         return not self.is_users and self.name not in (OF_JUDGE, OF_MODEL, OF_TURNS)
 
     @property
     def key(self) -> str:
-        """What a fault in it stands under."""
+        """The key under which faults of the reward are reported."""
         if self.parts and not any(part.own for part in self.parts):
             return "reward_model.functions"
         if self.own is not None or self.parts:
@@ -120,7 +120,7 @@ class RewardSource:
 
     @property
     def turn_weight(self) -> float:
-        """How much of what tools and an environment gave the turns is in the score."""
+        """How much the rewards of turns, from tools and an environment, count in the score."""
         if self.parts:
             return sum(part.weight for part in self.parts if part.turn_weight)
         return float(self.name == OF_TURNS and not self.is_users)

@@ -72,7 +72,7 @@ _life_seconds = 0  # of a call, after which it ends itself, in case nobody is le
 
 
 def start_worker(setup: WorkerSetup) -> None:
-    """Make ready to judge, or to tell why that can't be.
+    """Get ready to judge, or to tell why that isn't possible.
 
     A function that blocks while it loads ends its worker: nobody else would, once the run is gone.
     """
@@ -94,7 +94,7 @@ def start_worker(setup: WorkerSetup) -> None:
 
 
 def problem() -> str:
-    """Why this worker has no function; "" where it has."""
+    """Why this worker has no function; "" if it has one."""
     return _problem
 
 

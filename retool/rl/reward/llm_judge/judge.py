@@ -123,7 +123,9 @@ class LLMJudge:
 
 
 def prompt_of(settings: LLMJudgeConfig) -> str:
-    """The prompt, from its file where it names one. ValueError where it shows no answer."""
+    """The text of the prompt, from its file if it names one. ValueError if it doesn't show the
+    answer.
+    """
     text = settings.prompt
     if text is None:
         return PROMPT
@@ -147,7 +149,7 @@ def filled(
     prompt: str,
     asked: Asked,
 ) -> str:
-    """The prompt with what is judged. What stands in an answer is never filled in again."""
+    """The prompt with the answer that is judged. What stands in an answer is never filled in again."""
     messages: Sequence[Mapping[str, Any]] = asked.seen["messages"]
     response: Sequence[Mapping[str, Any]] = asked.seen["response"]
     question = messages[: len(messages) - len(response)]
@@ -200,7 +202,7 @@ def read_score(
 
 
 def secret_of(settings: LLMJudgeConfig) -> str:
-    """The key, from its variable; "" where none is needed.
+    """The key for the server, from its environment variable; "" if none is needed.
 
     ValueError where it isn't set, or the server or its model aren't named.
     """

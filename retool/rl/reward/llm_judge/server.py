@@ -36,7 +36,7 @@ HIDDEN = "<redacted>"
 
 
 class ServerAway(Exception):
-    """Nobody answered, after all tries."""
+    """The server didn't answer, after all tries."""
 
 
 class ServerRefused(Exception):
@@ -141,11 +141,13 @@ class Server:
         self.spent[name] += number
 
     def _hide(self, text: str) -> str:
-        """Servers repeat a key that they refuse."""
+        """Text without the key: servers repeat one that they refuse."""
         return text.replace(self._secret, HIDDEN) if self._secret else text
 
     def _here(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
-        """Connections and turns belong to one event loop; another starts new ones."""
+        """The connections and the turns for this event loop: they belong to one, and another needs
+        new ones.
+        """
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._loop = loop
