@@ -147,6 +147,12 @@ def leaving(plan: Plan) -> float:
     return total
 
 
+def sums_over_replicas(plan: Plan, machines: Machines) -> float:
+    """Seconds that they take one after the other."""
+    exchanges = step_exchanges(model(), plan)
+    return sum(machines.seconds(one) for one in exchanges if one.purpose == "replicas")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_what_a_step_sends_and_waits_for_on_a_shaped_network(tmp_path: Path) -> None:
@@ -170,5 +176,9 @@ def test_what_a_step_sends_and_waits_for_on_a_shaped_network(tmp_path: Path) -> 
                 words += [f"{number:.2f}" for number in seconds]
                 rows.append(f"| {name} | {gbit:g} | {' | '.join(words)} |")
                 assert megabytes[0] == pytest.approx(megabytes[1], rel=0.02), rows
-                assert found.step == pytest.approx(model_says.step, rel=0.3), rows
+                # gloo's sum over replicas starts when its unit's buffer is needed again, up to two
+                # units after the reduction
+                late = sums_over_replicas(plan, found.machines)
+                assert 0.7 * model_says.step <= found.step, rows
+                assert found.step <= 1.3 * (model_says.step + late), rows
     print("\n".join(rows))
