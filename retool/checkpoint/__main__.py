@@ -144,7 +144,7 @@ def _bar(options: argparse.Namespace) -> Iterator[Progress]:
 
 
 def work(options: argparse.Namespace) -> int | None:
-    """Millions of elements that a command will go through; None where the folder doesn't say."""
+    """Millions of elements that a command will go through; None if the folder doesn't say."""
     where = model_folder(options.folder)
     if faulty_files(where) or not holds_shards(where, "model"):
         return None
@@ -159,7 +159,9 @@ def work(options: argparse.Namespace) -> int | None:
 
 
 def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
-    """The command line; 1 and one line on standard error for what the user can do something about."""
+    """The command line. Returns 1, with one line on standard error, for errors that the user can
+    mend.
+    """
     options = parser(program).parse_args(arguments)
     try:
         # In a file or a pipe there is no width, and rich would break lines at 80

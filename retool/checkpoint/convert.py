@@ -82,7 +82,9 @@ def _copy_all_but_shards(folder: Path, temporary: Path) -> None:
 
 
 def _checksums_in(temporary: Path, target: Path) -> dict[str, Any]:
-    """Of every file that was written, by its name relative to the model files' folder."""
+    """The checksums of every file that was written, by its name relative to the model files'
+    folder.
+    """
     files: dict[str, Any] = {}
     for path in sorted(target.rglob("*")):
         if path.is_file() and path.name != MARK:
@@ -94,7 +96,7 @@ def _checksums_in(temporary: Path, target: Path) -> dict[str, Any]:
 
 
 def file_layout(source: ShardSource, shards: int) -> Layout:
-    """A layout of a checkpoint's parameters as they are on disk, each a unit of its own.
+    """A layout of a checkpoint's parameters as they are on disk, each as a unit of its own.
 
     A tied head is an alias.
     """
@@ -165,6 +167,6 @@ def _fill(
 
 
 def _shared_extra(where: Path) -> dict[str, Any] | None:
-    """What all ranks share of our extra state; None for another program's."""
+    """The part of our extra state that all ranks share; None for another program's."""
     extra = extra_state(where, 0)
     return None if extra is None else {key: value for key, value in extra.items() if key != "rng"}

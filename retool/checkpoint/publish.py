@@ -33,8 +33,8 @@ log = logger("retool.checkpoint")
 
 
 def claim(final: Path, kind: str = "tmp") -> Path:
-    """A new, marked folder beside `final` for what will get its name: global_step_5.tmp,
-    global_step_5.2.tmp where that is taken.
+    """A new, marked folder beside `final`, which will get its name: global_step_5.tmp, or
+    global_step_5.2.tmp if that is taken.
     """
     path = _free(final, kind)
     path.mkdir(parents=True)
@@ -76,7 +76,7 @@ def publish(temporary: Path, final: Path, ours: bool | None = None) -> None:
 
 
 def remove(folder: Path, ours: bool = False) -> None:
-    """Delete a folder that carries the mark, or is `ours` without, or empty.
+    """Delete a folder that carries the mark. One without it goes only if it is `ours`, or empty.
 
     What can't be deleted is said, and stays.
     """
@@ -100,7 +100,7 @@ def remove(folder: Path, ours: bool = False) -> None:
 
 
 def clear_torn(root: Path) -> None:
-    """Delete what saves of this folder left when they were cut off.
+    """Delete what unfinished saves of this folder have left behind.
 
     Nothing that fails here is raised.
     """
@@ -119,7 +119,7 @@ def clear_torn(root: Path) -> None:
 
 
 def mend(final: Path) -> None:
-    """Put right what a conversion left beside `final` when it was cut off.
+    """Clean up what an unfinished conversion has left beside `final`.
 
     Nothing that fails here is raised, and nothing goes that carries no mark.
     """
@@ -141,7 +141,8 @@ def mend(final: Path) -> None:
 
 
 def _unmark(folder: Path) -> None:
-    """Take the mark out of a folder that has its name: it is complete, and mustn't say otherwise.
+    """Take the mark out of a folder that has got its name: it is complete, and mustn't say
+    otherwise.
 
     Its writer was cut off just before it did so itself, or before it deleted the folder.
     """
@@ -151,7 +152,7 @@ def _unmark(folder: Path) -> None:
 
 
 def _restore(aside: Path, name: Path) -> None:
-    """Give a checkpoint its name back: its replacement was cut off before it had it."""
+    """Give a checkpoint its name back: the save that was to replace it wasn't finished."""
     try:
         aside.rename(name)
         (name / MARK).unlink()
@@ -160,7 +161,7 @@ def _restore(aside: Path, name: Path) -> None:
 
 
 def track(root: Path, step: int) -> None:
-    """Have the tracker name a step. What isn't a file in its place steps aside."""
+    """Have the tracker name a step. Anything in its place that isn't a file is moved aside."""
     path = root / TRACKER
     if os.path.lexists(path) and not path.is_file():
         aside = _free(path, "old")
@@ -175,7 +176,8 @@ def is_ours(folder: Path) -> bool:
 
 
 def prune(root: Path, keep: int | None, busy: frozenset[Path] = frozenset()) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints up to the tracked one. Returns what went.
+    """Delete all but the newest `keep` checkpoints up to the tracked one. Returns those that were
+    deleted.
 
     Those in `busy` stay, and whatever isn't ours: links, other programs' checkpoints. Nothing that
     fails here is raised.
@@ -202,7 +204,7 @@ def prune(root: Path, keep: int | None, busy: frozenset[Path] = frozenset()) -> 
 
 
 def _free(final: Path, kind: str) -> Path:
-    """A name beside `final` that nothing has, whatever its kind."""
+    """A name beside `final` that nothing of any kind has."""
     names = itertools.chain(
         [f"{final.name}.{kind}"], (f"{final.name}.{n}.{kind}" for n in itertools.count(2))
     )

@@ -33,7 +33,7 @@ WAY_OUT_OF_RESUME = "Resume from an older one (trainer.resume_from_path)."
 
 
 class Unusable(ValueError):
-    """A checkpoint that is whole, but can't be gone on from."""
+    """A checkpoint that is complete, but can't be resumed."""
 
 
 @dataclass(frozen=True)

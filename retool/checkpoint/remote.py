@@ -46,17 +46,17 @@ class Mirror:
         self._thread.start()
 
     def add(self, folder: Path) -> None:
-        """Copy `folder` when those before it are done."""
+        """Copy `folder` when the earlier ones are done."""
         self._busy.append(folder)
         self._queue.put(folder)
 
     def busy(self) -> list[Path]:
-        """Folders that are still to be copied, so must not be deleted."""
+        """Folders that are still to be copied, and so must not be deleted."""
         return list(self._busy)
 
     def close(self) -> None:
-        """Wait until all is copied, or given up: a store that takes nothing for `STALL_S` is waited
-        for no longer.
+        """Wait until everything is copied, or given up. A store that takes nothing for `STALL_S` is
+        not waited for any longer.
         """
         self._queue.put(None)
         while self._thread.is_alive() and not self._is_stalled():

@@ -28,7 +28,7 @@ log = logger("retool.checkpoint")
 
 
 def latest(root: Path, fallback: bool = True) -> Path | None:
-    """The newest checkpoint of `candidates` that is whole by its files. None if there is none.
+    """The newest checkpoint of `candidates` whose files are complete. None if there is none.
 
     One that is passed over is said in a warning. Without `fallback` it is the newest, whole or not.
     """
@@ -41,8 +41,8 @@ def latest(root: Path, fallback: bool = True) -> Path | None:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, as far as little reading tells: files, sizes, small files,
-    ends of large ones.
+    """What is wrong with a checkpoint, as far as a little reading tells: its files, their sizes,
+    small files, and the ends of large ones.
     """
     where = model_folder(folder)
     try:
@@ -78,7 +78,8 @@ def _differs(path: Path, entry: dict[str, Any]) -> bool:
 def load_whole(
     folders: Sequence[Path], state: ModelState, mesh: Mesh, seed: int
 ) -> tuple[Path, Loaded]:
-    """Load the first of `folders` (the same on every rank, best first) that is whole on all ranks.
+    """Load the first of `folders` (the same on every rank, best first) that is complete on all
+    ranks.
 
     Collective.
 

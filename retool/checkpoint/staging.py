@@ -20,8 +20,7 @@ from retool.parallel.mesh import Mesh
 
 @final
 class Staging:
-    """What saves keep between them: host buffers, a gloo group, and the one save that may be in
-    flight.
+    """What saves keep between them: host buffers, a gloo group, and the save that may be under way.
 
     Made once, by all ranks together. Host memory: one copy of this rank's weights and moments,
     pinned where there is a GPU (torch rounds pinned blocks up to a power of two). Pinning takes
@@ -57,7 +56,7 @@ class Staging:
         return self._folder.problem() if self._folder is not None else None
 
     def require_folder(self) -> None:
-        """GivenUp when the run's folder isn't there any more."""
+        """Raises GivenUp if the run's folder isn't there any more."""
         problem = self.problem()
         if problem is not None:
             raise GivenUp(problem)
@@ -89,7 +88,9 @@ class Staging:
         return buffer
 
     def close(self) -> SaveResult | None:
-        """Wait for what is in flight, copies to `remote_url` included; the last save's result."""
+        """Wait for everything that is under way, copies to `remote_url` included. Returns the last
+        save's result.
+        """
         result = None if self.pending is None else self.pending.wait()
         if self.mirror is not None:
             self.mirror.close()

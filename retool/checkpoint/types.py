@@ -14,7 +14,7 @@ CONTENTS = ("model", "optimizer", "extra", "hf_model")
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where training stands, but for the tensors of the model and its optimizer.
+    """The state of training, without the tensors of the model and its optimizer.
 
     Both mappings hold tensors, strings, numbers, lists and dicts only. `extra` is each rank's own.
     Of `data_state` (order and position of the data) rank 0's counts.

@@ -105,8 +105,8 @@ def _not_finite(source: TensorSource, name: str, progress: Progress) -> int:
 
 
 def assurance(folder: Path) -> str:
-    """What is known of a checkpoint that `verify` found nothing wrong with: without checksums that
-    is less.
+    """What can be said for a checkpoint in which `verify` found nothing wrong: without checksums
+    that is less.
     """
     where = model_folder(folder)
     if is_model_folder(where):
@@ -158,7 +158,7 @@ def _shards(where: Path, progress: Progress) -> Iterator[str]:
 
 
 def _export(where: Path, progress: Progress) -> Iterator[str]:
-    """The export holds what the shards hold, in its own dtype."""
+    """Errors unless the export holds what the shards hold, in its own dtype."""
     folder = where / "huggingface"
     if not holds_export(where) or not holds_shards(where, "model"):
         return

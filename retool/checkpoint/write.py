@@ -43,7 +43,7 @@ log = logger("retool.checkpoint")
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """Everything a save writes, on the host and out of training's reach.
+    """Everything that a save writes, on the host, where training can't change it.
 
     Of `state` only what training doesn't change is read: its layout and hyperparameters.
     """
@@ -125,7 +125,7 @@ def save(
 
 
 def _run(snapshot: _Snapshot, staging: Staging, pending: PendingSave) -> None:
-    """Write a snapshot, say how it went, and never raise."""
+    """Write a snapshot and report how it went. Never raises."""
     error = None
     try:
         _write(snapshot, staging)

@@ -40,12 +40,13 @@ def _reader_is_gone() -> bool:
 
 
 def topics_of(words: Sequence[str]) -> list[str]:
-    """What is asked for beside `--help`: groups of keys, or parts of their names."""
+    """What is asked for besides `--help`: groups of keys, or parts of their names."""
     return [word for word in words if not word.startswith("-") and "=" not in word]
 
 
 def calm_threads(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Before torch is imported: its threads on the CPU wait asleep, unless the user has said how.
+    """Called before torch is imported: its CPU threads sleep while they wait, unless the user has
+    set it otherwise.
 
     By default they spin between two operations. Beside the processes that read the data there are
     more threads than cores, and what spins keeps a core from what works: on two busy cores a step
@@ -62,7 +63,7 @@ def calm_threads(environment: MutableMapping[str, str] = os.environ) -> None:
 
 @contextmanager
 def calm_while_loading() -> Iterator[None]:
-    """`calm_threads` for what is imported in this block; afterwards the environment is as it was.
+    """`calm_threads` for imports in this block. Afterwards the environment is as it was.
 
     For a program that isn't ours: torch reads the environment when it is loaded, and never again.
     """

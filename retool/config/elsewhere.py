@@ -224,7 +224,7 @@ def plain(name: str) -> str:
 
 
 def is_elsewhere(name: str) -> bool:
-    """Whether another program has a key of this name for something that a command of ours has."""
+    """Whether another program uses this name for something that a command of ours has a key for."""
     return plain(name) in _OURS
 
 
@@ -239,7 +239,7 @@ def key_for(name: str, known: Iterable[str]) -> str | None:
 
 
 def absent(name: str) -> str | None:
-    """What to do about a name that nothing here corresponds to, in a sentence; None for another."""
+    """A sentence on what to do about a name for which there is nothing here; None for other names."""
     last = plain(name)
     for part in name.lstrip("-").lower().replace("-", "_").split("."):
         last = ABSENT_PARTS.get(part.partition("_")[0], last)

@@ -354,7 +354,7 @@ def contradictions(options: RunOptions) -> Iterator[Fault]:
 
 
 def date_faults(day: str | None) -> Iterator[Fault]:
-    """data.template_date is a date."""
+    """A fault unless data.template_date is a date."""
     try:
         if day is not None:
             date.fromisoformat(day)
@@ -365,7 +365,7 @@ def date_faults(day: str | None) -> Iterator[Fault]:
 
 
 def resume_notes(options: RunOptions) -> Iterator[str]:
-    """What a run that goes on from these checkpoints would lack."""
+    """Notes on what a run that resumes these checkpoints would lack."""
     key = f"{options.checkpoint_key}save_contents"
     saved = options.checkpoint.save_contents
     if lacking := [name for name in ("model", "optimizer") if name not in saved]:

@@ -100,7 +100,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _structured(schema: type[C], base: C | None) -> tuple[Any, list[Fault]]:
-    """The node that is filled: of `base` where there is one and it holds what its types say."""
+    """The node to fill: from `base`, if there is one and it holds values of the right types."""
     # A copy: OmegaConf changes what it merges into, and the defaults are shared.
     if base is None:
         return copy.deepcopy(_defaults(schema)), []

@@ -72,7 +72,7 @@ SHORTEST_NUMBER = 6  # digits; a token that is a smaller number counts something
 
 @functools.lru_cache(4096)
 def is_secret_name(name: str) -> bool:
-    """Whether what stands under this name is a secret."""
+    """Whether a value under this name is a secret."""
     words = [word.lower() for word in WORD.findall(name)]
     while words and (words[-1] in VALUE or words[-1].isdigit()):
         words.pop()
@@ -94,7 +94,7 @@ def _singular(word: str) -> str:
 
 
 def _names_token(words: list[str]) -> bool:
-    """Whether it is a token that gives access, and not a part of a text."""
+    """Whether the name means a token that gives access, and not a token of a text."""
     before = words[-2] if len(words) > 1 else ""
     return (words[-1] == "token" and before not in TEXT_TOKENS) or (
         words[-1] == "tokens" and before in TOKENS
@@ -172,7 +172,7 @@ MIXED = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).{12,}")
 
 
 def _hide_named(text: str) -> str:
-    """`text` without the values that stand after a name which makes them secrets."""
+    """`text` without values that follow a name which makes them secrets."""
     # The search below is the dearest of all, and most texts have no such name.
     lowered = text.lower()
     if not any(stem in lowered for stem in STEMS):
@@ -200,7 +200,9 @@ def _hide_named(text: str) -> str:
 
 
 def _looks_like_one(value: str, last_word: str, in_prose: bool) -> bool:
-    """Whether what stands after such a name is a secret, and no remark about one ("at token: the")."""
+    """Whether the text after such a name is a secret, and not just a remark about one ("at token:
+    the").
+    """
     if value.startswith(HIDDEN) or value.lower() in ORDINARY:
         return False
     if last_word == "token" and value.isdigit():
@@ -247,7 +249,9 @@ def _one_of(values: frozenset[str]) -> re.Pattern[str] | None:
 
 
 def _pattern_of(value: str) -> str:
-    """A short one only as a word of its own: `test` isn't a part of `latest`."""
+    """A pattern for secrets. A short one must be a word of its own: `test` isn't a part of
+    `latest`.
+    """
     literal = re.escape(value)
     return literal if len(value) >= SHORTEST_TOKEN else rf"(?<!\w){literal}(?!\w)"
 

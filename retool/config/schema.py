@@ -44,8 +44,8 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Parsed(Generic[C]):
-    """A configuration (values that had a fault stand at their default, required ones empty) and the
-    faults. `meant`: keys that these offer in the place of others.
+    """A configuration and its faults. Values with a fault have their default, required ones are
+    empty. `meant`: keys that the faults offer instead of others.
     """
 
     config: C

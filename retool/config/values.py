@@ -15,7 +15,7 @@ NULLS = ("null", "none", "~", "")
 
 
 def value_of(leaf: Leaf, given: Any) -> Any:
-    """What was given for the key, as its type reads it. ValueError where it can't be read."""
+    """The given value, read as the key's type. ValueError if it can't be read."""
     return _from_text(leaf, given) if isinstance(given, str) else _plain(leaf, given)
 
 

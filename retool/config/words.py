@@ -207,7 +207,7 @@ def _is_bare(words: Sequence[str]) -> bool:
 
 
 def _file_meant(word: str, known: Iterable[str]) -> str:
-    """What to write for a file, a folder or a model that stands alone."""
+    """What to write for a file, a folder or a model that is given without a key."""
     ending = Path(word).suffix.lower()
     if ending in (".yaml", ".yml"):
         return f"Write config={word}"

@@ -179,7 +179,7 @@ def open_dataset(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a cache; a long wait for another process is said.
+    """Hold the lock of a cache. If another process holds it for long, that is said.
 
     That process may be another rank of this run, or another run with the same rows.
     """
@@ -204,7 +204,7 @@ def _name(rows: RowSource, renderer: Renderer, limit: LengthLimit) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a cache is there, with the right sizes.
+    """Whether a cache is there, with files of the right sizes.
 
     A damaged one is said, and renamed out of the way.
     """

@@ -82,7 +82,7 @@ def damage(folder: Path, everything: bool) -> str | None:
 
 
 def is_small(folder: Path) -> bool:
-    """Whether comparing everything is quick enough to be waited for."""
+    """Whether comparing everything is so quick that the run may wait for it."""
     return sum((folder / name).stat().st_size for name in LARGE) <= WAIT_FOR_BYTES
 
 

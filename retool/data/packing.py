@@ -107,7 +107,7 @@ def plan_step(lengths: Sequence[int] | np.ndarray, budget: Budget, dp: int, sp: 
 
 
 def whole_shares(lengths: Sequence[int], packing: Packing) -> list[list[int]] | None:
-    """Which samples of a micro-batch each of sp ranks computes whole; None where they are divided.
+    """The samples of a micro-batch that each of sp ranks computes whole; None if they are divided.
 
     See [Note: whole documents]. No rank gets more tokens than its budget, or `room`, allows.
     """

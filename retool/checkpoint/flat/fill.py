@@ -114,7 +114,8 @@ class Found(NamedTuple):
 
 
 def match_names(layout: Layout, source: TensorSource) -> dict[str, Found]:
-    """Parameter name → where `source` has it: under its name, an alias, or in a fused tensor.
+    """Parameter name → where `source` holds it: under its name, under an alias, or in a fused
+    tensor.
 
     ValueError names everything that doesn't fit.
     """
@@ -151,7 +152,9 @@ def match_names(layout: Layout, source: TensorSource) -> dict[str, Found]:
 def _fused_in(
     layout: Layout, source: TensorSource, there: set[str]
 ) -> tuple[dict[str, Found], list[str]]:
-    """Members that stand in a fused tensor of `source`, and what doesn't fit of these tensors."""
+    """Members that are part of a fused tensor of `source`, and an error for what doesn't fit in
+    these tensors.
+    """
     names = {slot: name for name, slot in layout.fused if name in there}
     found: dict[str, Found] = {}
     faults: list[str] = []

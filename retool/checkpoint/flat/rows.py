@@ -102,7 +102,7 @@ class _Segment:
 
 
 def _segments(unit: UnitLayout, shards: int, owner: int, to: int) -> list[_Segment]:
-    """What `owner` holds of rank `to`'s rows."""
+    """The parts of rank `to`'s rows that `owner` holds."""
     low = unit.low(owner)
     high = low + unit.shard_numel
     segments: list[_Segment] = []

@@ -27,8 +27,8 @@ BLOCK = 1 << 20  # bytes of a file under one of its checksums
 
 @final
 class ChecksummedFile:
-    """A new file, written from beginning to end, and the CRC-32 of every BLOCK of what was to be
-    written, taken as it goes by.
+    """A new file, written from beginning to end, with the CRC-32 of every BLOCK taken as the data
+    goes by.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +39,7 @@ class ChecksummedFile:
         self._crc = self._size = 0
 
     def write(self, data: Any) -> int:
-        """All of `data` (bytes or a buffer). OSError where the disk says no."""
+        """Write all of `data` (bytes or a buffer). OSError if the disk refuses."""
         view = memoryview(data).cast("B")
         # By block, so that one pass over memory serves both
         for start in range(-(self._size % BLOCK), len(view), BLOCK):
@@ -67,7 +67,7 @@ class ChecksummedFile:
         }
 
     def abandon(self) -> None:
-        """Let go of it after an error."""
+        """Close it after an error."""
         self._file.close()
 
 

@@ -105,7 +105,7 @@ def first_missing(folder: Path, kind: str, world: int) -> str | None:
 
 
 def recorded_files(folder: Path) -> dict[str, Any]:
-    """What checksums.json says of each file; empty where there is none (not our checkpoint)."""
+    """What checksums.json says of each file; empty if there is none (not our checkpoint)."""
     path = folder / CHECKSUMS
     if not path.exists():
         return {}
@@ -152,7 +152,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def written_by_us(folder: Path) -> bool:
-    """Whether retool wrote a checkpoint: only then its states besides the tensors are known to be
+    """Whether retool wrote a checkpoint. Only then are its states besides the tensors known to be
     readable.
     """
     if (folder / CHECKSUMS).exists():
@@ -162,8 +162,8 @@ def written_by_us(folder: Path) -> bool:
 
 
 def faulty_files(folder: Path) -> list[str]:
-    """What a checkpoint folder lacks, without reading the shards: missing files and files of
-    another size.
+    """What is wrong with a checkpoint folder, without reading the shards: missing files, and files
+    of another size.
     """
     if not folder.is_dir():
         return [f"{folder} is not there"]

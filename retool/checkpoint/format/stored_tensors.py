@@ -30,7 +30,7 @@ class Record:
     state: dict[str, Any] = field(default_factory=dict)
 
     def get(self, *names: str) -> Any:
-        """The first of these attributes that is there."""
+        """The first of these attributes that the instance has."""
         return next((self.state[n] for n in names if n in self.state), None)
 
 
@@ -80,14 +80,14 @@ class StoredShard:
 
 
 def expect(kind: type, value: Any) -> Any:
-    """`value`, if it is a `kind`. ValueError else."""
+    """`value`, if it is a `kind`; else ValueError."""
     if not isinstance(value, kind):
         raise ValueError(f"expected {kind.__name__}, found {type(value).__name__}")
     return value
 
 
 def key_of(value: Any) -> Hashable:
-    """A key of a dict: plain ones only, as hashing nested tuples can take exponential time."""
+    """A key of a dict. Only plain ones: hashing nested tuples can take exponential time."""
     if isinstance(value, int) and not -MOST_KEY <= value < MOST_KEY:
         raise ValueError("a dict key that is no parameter's index")
     if not isinstance(value, (str, int, float)):

@@ -99,7 +99,9 @@ class TorchFile:
         self._places[name] = (begin, info.file_size, info.CRC)
 
     def _require_records_apart(self) -> None:
-        """A thousand records in the same bytes would be a thousand times the work."""
+        """ValueError if records overlap: a thousand records in the same bytes would be a thousand
+        times the work.
+        """
         end = 0
         for begin, size, _ in sorted(self._places.values()):
             if begin < end:
@@ -215,7 +217,7 @@ class TorchFile:
 
 
 class _Bounded(io.BufferedReader):
-    """A file of which no more is read at once than an archive's index may take, whatever the
+    """A file from which no more is read at once than an archive's index may take, whatever the
     archive says about its length.
     """
 

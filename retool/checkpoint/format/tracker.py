@@ -33,7 +33,8 @@ def checkpoints(root: Path) -> Iterator[tuple[int, Path]]:
 
 
 def set_aside(root: Path) -> list[tuple[int, Path]]:
-    """Checkpoints whose name is nobody's: (step, path of global_step_N.old).
+    """Checkpoints that were moved aside and whose name nothing else has taken: (step, path of
+    global_step_N.old).
 
     A save or a conversion was cut off between the two renames by which it replaces one.
     """
@@ -48,8 +49,8 @@ def set_aside(root: Path) -> list[tuple[int, Path]]:
 
 
 def candidates(root: Path, say: bool = True) -> list[Path]:
-    """The checkpoints to resume from, best first: what the tracker names, then the older ones; all
-    of them where it names none.
+    """The checkpoints to resume from, best first: the one that the tracker names, then the older
+    ones. All, if it names none.
 
     Torn saves, and folders that the tracker doesn't know yet, are left out; `say`: with a warning.
     """
@@ -73,8 +74,8 @@ def candidates(root: Path, say: bool = True) -> list[Path]:
 
 
 def tracked(root: Path) -> int | None:
-    """The step that the tracker names; None, with a warning if it is unreadable, where there is
-    none.
+    """The step that the tracker names. None if there is none, or, with a warning, if it can't be
+    read.
     """
     path = root / TRACKER
     if not os.path.lexists(path):

@@ -79,7 +79,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def spend(self, work: int) -> None:
-        """Count opcodes, and items that are copied: shared ones may be copied any number of times."""
+        """Count opcodes and copied items: shared items may be copied any number of times."""
         self.work -= work
         if self.work < 0:
             raise Refused("refused: reading it would take more work than any real file of its kind")

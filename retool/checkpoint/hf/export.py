@@ -73,7 +73,9 @@ def _prepare(
 
 
 def _gather(parts: list[torch.Tensor], rank: int, group: dist.ProcessGroup | None) -> None:
-    """Every rank's row buffer of a unit, into rank 0's `parts`; the others' have one, their own."""
+    """Collect every rank's row buffer of a unit in rank 0's `parts`. On other ranks `parts` has one
+    entry, their own.
+    """
     if rank != 0:
         if parts and parts[0].numel():
             # As bytes: gloo doesn't know every dtype.

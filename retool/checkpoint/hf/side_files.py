@@ -45,7 +45,7 @@ def copy_side_files(
 
 
 def write_template(folder: Path, template: str) -> None:
-    """Make `template` the only one of a tokenizer's folder, wherever its own were written.
+    """Make `template` the only chat template of a tokenizer's folder, wherever its own ones were.
 
     It goes into chat_template.jinja and, for readers that look only there, into
     tokenizer_config.json where that had one. Named templates go: a reader would take the one for

@@ -73,8 +73,8 @@ def _listed(file: TorchFile, value: Any) -> list[Any]:
 
 
 def optimizer_steps(optim: Shards, rank: int) -> dict[int, int]:
-    """Parameter's index → how many updates a rank's optimizer file says it has had; parameters of
-    which it says nothing are left out.
+    """Parameter's index → the number of updates that a rank's optimizer file records for it.
+    Parameters without a record are left out.
     """
     file = optim.file(rank)
     counts: dict[int, int] = {}

@@ -61,7 +61,7 @@ def require_one_step(where: Path) -> None:
 
 
 def require_one_step_unless_vouched(where: Path) -> None:
-    """The same where there are no checksums, and a warning that there are none.
+    """`require_one_step`, with a warning, for checkpoints without checksums.
 
     With them, each byte is checked when it is read.
     """

@@ -65,7 +65,7 @@ class ShardSource:
         return local_part(self._checked(name, 0)).storage.dtype
 
     def shards(self, name: str) -> int:
-        """Over how many files a tensor's rows are spread."""
+        """Number of files over which a tensor's rows are spread."""
         entry = self._checked(name, 0)
         return 1 if isinstance(entry, StoredTensor) else self._mesh(entry)[-1]
 
@@ -74,8 +74,8 @@ class ShardSource:
         return entry.mesh_shape or (self._shards.world,)
 
     def _checked(self, name: str, rank: int) -> StoredTensor | StoredShard:
-        """A rank's entry, after checking that its sharding is one we know and its rows are those it
-        should have.
+        """A rank's entry, after checking that its sharding is a known one and that it has the rows
+        that it should have.
         """
         path = self._shards.file(rank).path
         entry = self._rank(rank).get(name)

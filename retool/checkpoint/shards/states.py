@@ -33,8 +33,8 @@ def read_state(path: Path, blocks: list[int] | None = None) -> Any:
 
 
 def extra_state(where: Path, rank: int) -> dict[str, Any] | None:
-    """What a rank of ours saved besides tensors; None where it saved nothing, or another program
-    did.
+    """What a rank of ours saved besides tensors; None if it saved nothing, or another program wrote
+    the checkpoint.
     """
     return own_state(where / shard_name("extra_state", world_size(where), rank), where)
 
@@ -48,8 +48,8 @@ def data_state(top: Path) -> dict[str, Any]:
 
 
 def own_state(path: Path, where: Path) -> dict[str, Any] | None:
-    """The states in a file of ours; None where there is none, another program wrote it, or
-    checksums.json doesn't know it.
+    """The states in a file of ours; None if there is none, another program wrote it, or
+    checksums.json doesn't list it.
     """
     files = recorded_files(where)
     entry = files.get(os.path.relpath(path, where))

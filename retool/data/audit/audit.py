@@ -65,7 +65,9 @@ def audit(
 
 
 def _holds_prompts(rows: RowSource) -> bool:
-    """Whether the rows are RL prompts, by the columns of the first file: they have no answers."""
+    """Whether the rows are RL prompts, which have no answers. Judged by the columns of the first
+    file.
+    """
     if rows.function is not None:
         return False
     columns = {*columns_of(rows.paths[0])}
@@ -74,7 +76,7 @@ def _holds_prompts(rows: RowSource) -> bool:
 
 
 def count_rows(files: Sequence[str]) -> int | None:
-    """Rows of parquet files and saved data sets; None where only reading would tell."""
+    """Number of rows of parquet files and saved data sets; None if only reading them would tell."""
     rows = 0
     for file in files:
         found = rows_in(file)

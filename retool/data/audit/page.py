@@ -23,7 +23,7 @@ IN_TILES = ("files", "rows", "refused", "samples", "tokens")  # of the summary
 
 
 def page(audit: Audit, model: str = "") -> str:
-    """The page's HTML; `model` is whose tokenizer and template it was audited with."""
+    """The page's HTML. `model` names the model whose tokenizer and template were used."""
     tally = audit.tally
     title = ", ".join(Path(file).name for file in audit.files[:4])
     if len(audit.files) > 4:

@@ -51,7 +51,7 @@ def shown_sample(
     prompts: bool,
     limit: LengthLimit,
 ) -> Shown:
-    """The sample of a row (of several, the last), with what truncation leaves of it.
+    """The sample of a row (the last, if it has several), after truncation.
 
     One that would be dropped is shown whole.
     """

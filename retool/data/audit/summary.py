@@ -101,7 +101,7 @@ def _notes(tally: Tally) -> list[tuple[str, str]]:
 
 
 def _longer(audit: Audit) -> str:
-    """What has become of samples over the limit."""
+    """What has become of samples that are longer than the limit."""
     tally = audit.tally
     truncation = audit.limit.truncation
     became = {

@@ -195,7 +195,7 @@ def _message(raw: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _take_thought(message: dict[str, Any], thought: str, where: str) -> None:
-    """Note what the parts of the content say was thought, as the reasoning field does."""
+    """Put the thought that parts of the content held into the reasoning field."""
     if message["role"] != "assistant":
         raise RowError(
             f"{where}: content has a part that is a thought, and only the assistant thinks."

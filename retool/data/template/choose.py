@@ -90,7 +90,7 @@ def _set(name: str, value: str) -> str:
 def shows_contents_as_they_are(
     tokenizer: Any, template: str | None, template_kwargs: Mapping[str, Any]
 ) -> bool:
-    """Whether glue is known to be fixed text around the unchanged contents of its messages.
+    """Whether glue is known to be fixed text around the unchanged contents of messages.
 
     The contents aren't tested by the template, and what came before doesn't matter.
 

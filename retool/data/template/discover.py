@@ -116,7 +116,7 @@ def find_ends(show: Show, added: frozenset[str], eos: str | None) -> EndOfTurn:
 
 
 def find_header(show: Show) -> str:
-    """What stands between a prompt and an answer where there is no generation prompt.
+    """The text between a prompt and an answer, for templates without a generation prompt.
 
     That is a role header, or nothing.
     """

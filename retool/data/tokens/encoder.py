@@ -108,7 +108,7 @@ class Encoder:
         return token_offsets(self.tokenizer, piece.text)
 
     def data_ids(self, text: str) -> list[int]:
-        """Token ids of a text of somebody's, by itself: control tokens in it are text."""
+        """Token ids of a text from data, by itself: control tokens in it are text."""
         spans = self.controls.spans(text)
         if not spans:
             return encode_text(self.tokenizer, text)
@@ -276,7 +276,7 @@ class Encoder:
         return start, end
 
     def _letters(self, text: str, quoted: Sequence[Span], anchor: str) -> list[tuple[int, Span]]:
-        """(token, characters) of text in which nothing is a control token."""
+        """(token, characters) of a text in which nothing is a control token."""
         if self._spelling is not None:
             found = self._stretch(text, anchor, self._spelling)
             if self._is_spelt(found):
