@@ -51,6 +51,7 @@ class Halves(nn.Module):
         self.weight = nn.Parameter(torch.randn(4, 4, generator=generator))
         self.shift = nn.Parameter(torch.randn(4, generator=generator))
         self.eps = 1e-3
+        self.result_wanted = True
 
     def mixed(self, x_t4: Tensor, y_t4: Tensor, negative: bool = False) -> Tensor:
         out = torch.tanh(x_t4 @ self.weight + self.shift) * y_t4 / (self.eps + y_t4.square())
@@ -139,6 +140,11 @@ def test_what_is_not_known_to_be_the_same_goes_through_torch_compile(interpreted
     assert counted.of(block, x, y) == 1, "a frozen parameter"
     block.shift.requires_grad = True
     assert counted.of(Halves(), x, y) == 1, "another block"
+    counted = warmed(block)
+    block.result_wanted = False
+    assert counted.of(block, x, y) == 1, "a result that nobody reads"
+    block.result_wanted = True
+    assert counted.of(block, x, y) == 0
     counted = warmed(block)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         assert counted.of(block, x, y) == 1, "somebody keeps what is saved"
