@@ -14,6 +14,7 @@ from retool.rl.agent.states import call_with_state
 from retool.rl.agent.tools.of_row import kwargs_of
 from retool.rl.agent.tools.protocol import Tool, ToolResult, keeps_state
 from retool.rl.agent.tools.state import what_raised
+from retool.rl.reward.foreign import own_copy
 from retool.rl.types import ToolUse
 
 MAX_FAILURE_CHARACTERS = 10_000  # of what a tool that broke said; the rest is cut
@@ -92,12 +93,13 @@ async def _run_call(episode: Episode, call: Call, agent: Agent) -> ToolResult:
         return ToolResult(f"Error: {problem}", "bad_arguments")
     tool = agent.tools[call.name]
     timeout = agent.options.tool_timeout_seconds
+    # A tool may change what it is given: rewards see what the model wrote
+    arguments = own_copy(dict(call.arguments))
     if keeps_state(tool):
-        return await call_with_state(episode, tool, call.arguments, timeout)
-    arguments = call.arguments
+        return await call_with_state(episode, tool, arguments, timeout)
     extra_info = episode.prompt.extra_info
     if "tools_kwargs" in extra_info:
-        arguments = {**arguments, **kwargs_of(extra_info, tool.name, "execute_kwargs")}
+        arguments |= own_copy(kwargs_of(extra_info, tool.name, "execute_kwargs"))
     return await _answer_in_time(tool, arguments, timeout)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from retool.rl.agent.episode import Episode
 from retool.rl.agent.tools.protocol import TRAJECTORY, StatefulTool, ToolResult
 from retool.rl.agent.tools.state import State
+from retool.rl.reward.foreign import own_copy
 from retool.rl.types import Prompt
 
 
@@ -19,9 +20,10 @@ def row_of(prompt: Prompt, sample: int) -> dict[str, Any]:
     Where the row has no such column, `prompt` are the messages, `reward_model` has the
     `ground_truth`, `index` is the question's place in the stream of prompts and `sample` that of
     the answer among those to it: together they are a seed that a resumed run has again. `trajectory`
-    is both in one, whatever columns the row has.
+    is both in one, whatever columns the row has. It is a copy: the question's other answers have
+    theirs.
     """
-    return {
+    given = {
         "data_source": prompt.data_source,
         "prompt": prompt.messages,
         "ability": prompt.ability,
@@ -32,6 +34,7 @@ def row_of(prompt: Prompt, sample: int) -> dict[str, Any]:
         "extra_info": dict(prompt.extra_info),
         TRAJECTORY: f"{prompt.index}/{sample}",
     }
+    return own_copy(given)
 
 
 async def call_with_state(

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from retool.rl.reward.calling import Asked, seen_by
+from retool.rl.reward.foreign import own_copy
 from retool.rl.reward.protocol import Judged, Raised, retry_while_lost
 from retool.rl.reward.score import check_score
 from retool.rl.reward.source import RewardSource
@@ -65,7 +66,9 @@ class AsyncJudge:
         Whatever it raises is its answer too: an exit would end the event loop, and the run with it.
         """
         try:
-            return check_score(await self._function(**asked.arguments()))
+            # A function in a process of its own may change what it is given; this one may, too
+            given = own_copy(asked.arguments())
+            return check_score(await self._function(**given))
         except BaseException as error:
             return Raised.by(error)
 

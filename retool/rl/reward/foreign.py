@@ -5,6 +5,7 @@ Their own methods run then, and may raise anything: that must not end a run.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 CHARACTERS_SHOWN = 80
@@ -33,3 +34,14 @@ def plain(value: Any) -> Any:
         return value.item() if callable(getattr(value, "item", None)) else value
     except Exception:  # an array of several, say
         return value
+
+
+def own_copy(given: dict[str, Any]) -> dict[str, Any]:
+    """A copy for somebody's code, which may change it, of what others are given too.
+
+    Only the outermost dict is copied where the rest can't be: it is nested too deeply, say.
+    """
+    try:
+        return copy.deepcopy(given)
+    except Exception:
+        return dict(given)

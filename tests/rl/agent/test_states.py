@@ -8,12 +8,13 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from retool.rl.agent.environments.play import Attempt, Worlds, run_in_world
 from retool.rl.agent.episode import Episode
 from retool.rl.agent.loop import play
 from retool.rl.agent.options import Agent
@@ -23,6 +24,7 @@ from retool.rl.agent.tools.given import as_tool
 from retool.rl.agent.tools.load import load_tools, make_tools
 from retool.rl.agent.tools.protocol import ToolResult, keeps_state
 from retool.rl.metrics import tool_metrics
+from retool.rl.reward.foreign import own_copy
 from retool.rl.types import Scored, Stop
 from tests.data.conftest import TOOLS
 from tests.rl.agent.test_environments import Told, played
@@ -363,3 +365,40 @@ def test_in_a_world_it_is_closed_too_and_may_end_it(renderer_of, answer) -> None
     assert trajectory.stop is Stop.DONE and tool.closed == [0] and world.closed == 1
     assert trajectory.turn_rewards == ((1.0,) if answer else (0.0, 0.5, 0.0))
     assert trajectory.tool_scores == {NAME: 1.0}
+
+
+def test_what_anybody_changes_of_what_it_is_given_is_its_own(renderer_of) -> None:
+    """Of a row, and of what the model wrote: other answers, rewards and later epochs see it whole."""
+
+    class Greedy(Told):
+        def reset(self, row):
+            row["extra_info"]["words"].pop()
+            row["prompt"][0]["content"] = "Changed."
+            row["prompt"].append("nonsense")
+            return [{"role": "user", "content": str(len(row["extra_info"]["words"]))}]
+
+    class Taking(Counts):
+        async def call(self, state, arguments):
+            self.rows[-1]["prompt"].clear()
+            self.rows[-1]["extra_info"]["words"].clear()
+            return arguments.pop("code")
+
+    renderer = renderer_of("hermes")
+    words = ["a", "b"]
+    prompt = replace(asked(renderer, 0), extra_info={"words": words})
+    before = [dict(message) for message in prompt.messages]
+    tool = as_tool(Taking())
+    agent = Agent({NAME: tool}, renderer, OPTIONS)
+    for sample in range(2):
+        model = Scripted([say(renderer, call_text("1")), say(renderer, "2")])
+        worlds = Worlds(lambda: Greedy([([], 0.0, True)]), 5.0, 600)
+        lost = run_in_world(Attempt(prompt, sample), lambda *_, m=model: m, agent, worlds)
+        trajectory = asyncio.run(lost)
+        assert trajectory.prompt.messages[0]["content"] == "1", trajectory.tool_failure
+        assert [use.arguments for use in trajectory.tool_uses] == [{"code": "1"}]
+    assert words == ["a", "b"] and prompt.messages == before
+    deep: dict[str, Any] = {}
+    for _ in range(5_000):
+        deep = {"x": deep}
+    # What can't be copied ends nothing
+    assert own_copy(deep)["x"] is deep["x"]

@@ -34,6 +34,7 @@ from retool.rl.agent.reading.form import before_calls, without_thoughts
 from retool.rl.agent.states import close_states
 from retool.rl.agent.tools.load import make_tools
 from retool.rl.agent.tools.protocol import AnyTool, ToolResult, check_schema, function_of
+from retool.rl.reward.foreign import own_copy
 from retool.rl.types import Prompt, Stop, Trajectory
 
 
@@ -64,12 +65,12 @@ class Attempt:
 
     def row(self) -> dict[str, Any]:
         """What `reset` is given: the row, in the general schema too, and what tells its
-        trajectories apart.
+        trajectories apart. It is a copy, for a world to change.
         """
         prompt = self.prompt
-        return {
+        given = {
             **prompt.row,
-            "prompt": [dict(message) for message in prompt.messages],
+            "prompt": prompt.messages,
             "data_source": prompt.data_source,
             "ability": prompt.ability,
             "reward_model": {"ground_truth": prompt.ground_truth},
@@ -77,6 +78,7 @@ class Attempt:
             "seed": self.seed,
             "sample": self.sample,
         }
+        return own_copy(given)
 
 
 def seed_of(seed: int, split: int, index: int) -> int:
