@@ -64,6 +64,7 @@ class Gradients:
         # needed; `holds` says whether there is anything in it.
         self.held: Buffer | None = None
         self.holds = False
+        self.places: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
 
     def arrived(self) -> bool:
         """Whether autograd has left gradients that weren't taken yet."""
@@ -185,12 +186,19 @@ class Gradients:
 
     def _pairs(self, flat: torch.Tensor, grads: list[torch.Tensor | None]) -> list[Pair]:
         """Each gradient with its place in the unit's flat buffer."""
-        pairs = []
-        for slot, grad in zip(self.slots, grads, strict=True):
-            if grad is not None:
-                place = flat[slot.offset : slot.offset + slot.numel].view(slot.shape)
-                pairs.append((place, grad))
-        return pairs
+        places = self._places_in(flat)
+        return [(p, grad) for p, grad in zip(places, grads, strict=True) if grad is not None]
+
+    def _places_in(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a buffer, one for each parameter. Buffers are few and stay where they are: the views
+        are made once.
+        """
+        where = (flat.data_ptr(), flat.dtype)
+        if where not in self.places:
+            self.places[where] = [
+                flat[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.slots
+            ]
+        return self.places[where]
 
     def _untouched(self, grads: list[torch.Tensor | None]) -> list[tuple[int, int]]:
         """Stretches of padding, and of what this backward didn't reach: they must count as zero."""
