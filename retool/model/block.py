@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from retool.batch import PackedBatch
 from retool.model.attention.dispatch import attention, attention_forward_lse, attention_from_saved
+from retool.model.attention.joined import joined_attention
 from retool.model.compile import compiled, unviewed
 from retool.model.config import ModelConfig
 from retool.model.experts.routing import Watch
@@ -196,21 +197,22 @@ class Block(nn.Module, ABC):
 
         `saved` is what `attend_and_save` gave for the same q, k and v: the kernel doesn't run.
         """
-        q, k, v = self._gathered(sent, t, batch)
+        received, plan = self._gathered(sent, t, batch)
         pack = self._pack(batch)
-        if saved is None:
-            out = attention(q, k, v, *pack)
+        if plan.expansion is None:
+            out = joined_attention(plan.by_head(received), plan.local_kv_heads, saved, *pack)
+        elif saved is None:
+            out = attention(*q_k_v(received, plan), *pack)
         else:
-            out = attention_from_saved(q, k, v, *saved, *pack)
+            out = attention_from_saved(*q_k_v(received, plan), *saved, *pack)
         return self._returned(out, t, batch)
 
     def attend_and_save(
         self, sent: torch.Tensor, t: int, batch: PackedBatch
     ) -> tuple[torch.Tensor, Kernel]:
         """`attend` without a graph, and the kernel's own result with its log-sum-exp."""
-        q, k, v = self._gathered(sent, t, batch)
-        pack = self._pack(batch)
-        out, lse = attention_forward_lse(q, k, v, *pack)
+        received, plan = self._gathered(sent, t, batch)
+        out, lse = attention_forward_lse(*q_k_v(received, plan), *self._pack(batch))
         return self._returned(out, t, batch), (out, lse)
 
     def _pack(
@@ -230,11 +232,10 @@ class Block(nn.Module, ABC):
 
     def _gathered(
         self, sent: torch.Tensor, t: int, batch: PackedBatch
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All tokens of this rank's heads."""
+    ) -> tuple[torch.Tensor, HeadPlan]:
+        """All tokens of this rank's heads, flat, and which heads these are."""
         plan, group = self.execution.heads_of(batch)
-        received = all_to_all(sent, *plan.to_heads(t), group)
-        return q_k_v(received, plan)
+        return all_to_all(sent, *plan.to_heads(t), group), plan
 
     def _returned(self, out_TnH: torch.Tensor, t: int, batch: PackedBatch) -> torch.Tensor:
         """All heads of this rank's tokens, [t, E]."""

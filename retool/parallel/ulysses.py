@@ -69,6 +69,15 @@ class HeadPlan:
         object.__setattr__(self, "widths", widths)
         object.__setattr__(self, "expansion", None if uniform else local)
 
+    @property
+    def local_kv_heads(self) -> int:
+        """How many kv heads this rank computes."""
+        return len(self.kv_ranges[self.rank])
+
+    def by_head(self, received: torch.Tensor) -> torch.Tensor:
+        """The received buffer as [T, n + 2·k, H]."""
+        return received.view(-1, self.widths[self.rank], self.head_dim)
+
     def to_heads(self, t: int) -> tuple[list[int], list[int]]:
         """Elements sent to and received from each rank on the way in, for t tokens a rank."""
         # Sizes may differ between ranks, and every rank computes those of all: nothing is asked for
@@ -123,10 +132,9 @@ def q_k_v(
     """The received buffer as q [T, n, H], k and v [T, k, H]: views, unless kv must be expanded per
     query head.
     """
+    k = plan.local_kv_heads
     n = len(plan.query_ranges[plan.rank])
-    k = len(plan.kv_ranges[plan.rank])
-    heads = received.view(-1, n + 2 * k, plan.head_dim)
-    query, key, value = heads.split([n, k, k], 1)
+    query, key, value = plan.by_head(received).split([n, k, k], 1)
     if plan.expansion is not None:
         key = _expand(key, plan.expansion)
         value = _expand(value, plan.expansion)

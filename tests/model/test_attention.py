@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from retool.batch import edges
 from retool.model.attention import (
     cudnn as attention_cudnn,
 )
@@ -18,6 +19,7 @@ from retool.model.attention import dispatch as kernels
 from retool.model.attention import (
     flash as attention_flash,
 )
+from retool.model.attention import parts
 from retool.model.attention import (
     reference as attention_reference,
 )
@@ -28,6 +30,7 @@ from retool.model.attention.dispatch import (
     attention_from_saved,
     choose_backend,
 )
+from retool.model.attention.joined import joined_attention
 
 HEADS = [(14, 2), (9, 3), (8, 4), (6, 6)]
 SEQLENS = (1, 37, 5, 1, 64, 20)
@@ -444,6 +447,38 @@ def test_only_kernels_that_compute_rightly_are_chosen(monkeypatch: pytest.Monkey
         assert choose_backend(*inputs) == "reference"
     errors["flash"] = 0.02
     assert kernels._for_short.__wrapped__(*inputs) == choose_backend(*inputs, "flash") == "flash"
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (5, 1)])
+def test_joined_heads_have_the_same_bits(heads: tuple[int, int]) -> None:
+    """One buffer in, one gradient out: known or not, as three tensors."""
+    n, k = heads
+    lengths = (5, 1, 9)
+    pack = (edges(lengths), 9, "reference", lengths, 4)
+    buffer = torch.randn(15, n + 2 * k, 8, generator=torch.Generator().manual_seed(0))
+    buffer.requires_grad_()
+    weight = torch.randn(15, n, 8, generator=torch.Generator().manual_seed(1))
+    want = attention(*parts.apart(buffer, k), *pack)
+    (d_want,) = torch.autograd.grad(want, buffer, weight)
+    kept = attention_forward_lse(*parts.apart(buffer, k), *pack)
+    for saved in (None, kept):
+        out = joined_attention(buffer, k, saved, *pack)
+        (d_out,) = torch.autograd.grad(out, buffer, weight)
+        assert torch.equal(out, want)
+        assert torch.equal(d_out, d_want)
+
+
+def test_gradients_in_one_buffer_are_not_copied_together() -> None:
+    q, k, v = parts.new_parts(torch.empty(7, 4, 8), torch.empty(7, 2, 8))
+    for number, part in enumerate((q, k, v)):
+        part.fill_(number)
+    joined = parts.together((q, k, v))
+    assert joined.data_ptr() == q.data_ptr()
+    assert torch.equal(joined, torch.cat([q, k, v], 1))
+    for others in ((q, v, k), (q, k, v.clone()), (q[1:], k[1:], v[:-1])):
+        copied = parts.together(others)
+        assert copied.data_ptr() != q.data_ptr()
+        assert torch.equal(copied, torch.cat(others, 1))
 
 
 def test_a_packages_function_is_called_past_torchs_dispatcher() -> None:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retool.model.attention.parts import new_parts, together
 from retool.model.attention.reference import Gradients, Pack
 
 CUDNN_SHORTEST = (
@@ -158,8 +159,9 @@ def cudnn_backward(
     pack: Pack,
     short: ShortBackward,
 ) -> Gradients:
-    """(dq, dk, dv) of what `cudnn_forward` computed."""
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    """(dq, dk, dv) of what `cudnn_forward` computed: parts of one buffer."""
+    grads = new_parts(q, k)
+    joined = together(grads)
     for run in _runs(pack.seqlens):
         tokens = slice(run.begin, run.end)
         if _by_cudnn(q, run):
@@ -175,10 +177,7 @@ def cudnn_backward(
                 lse_run,
                 _short_pack(run, pack),
             )
-        if run.end - run.begin == q.shape[0]:
-            return parts
-        for grad, part in zip(grads, parts, strict=True):
-            grad[tokens] = part
+        torch.cat(parts, 1, out=joined[tokens])
     return grads
 
 

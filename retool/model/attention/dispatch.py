@@ -41,6 +41,7 @@ from retool.model.attention.cudnn import (
     cudnn_backward,
     cudnn_forward,
 )
+from retool.model.attention.parts import Parts
 from retool.model.attention.reference import Gradients, Pack, reference_backward, reference_forward
 from retool.model.compile import eager
 
@@ -251,7 +252,7 @@ def attention(
     tanh(s / cap); 0 leaves them. N must be a multiple of K. q, k, v may be views of one buffer, as
     long as H is contiguous.
     """
-    _check(q_TNH, k_TKH, seqlens)
+    check(q_TNH, k_TKH, seqlens)
     return _Attention.apply(
         q_TNH, k_TKH, v_TKH, None, None, cu_seqlens, max_seqlen, backend, seqlens, window, cap
     )
@@ -277,7 +278,7 @@ def attention_from_saved(
     See [Note: attention without running it again]. q, k, v must be what `out_TNH` and `lse_NT` were
     computed from.
     """
-    _check(q_TNH, k_TKH, seqlens)
+    check(q_TNH, k_TKH, seqlens)
     return _Attention.apply(
         q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, cu_seqlens, max_seqlen, backend, seqlens, window, cap
     )
@@ -345,11 +346,7 @@ class _Attention(torch.autograd.Function):
         lse: Tensor | None,
         *pack: Any,
     ) -> Tensor:
-        if out is None or lse is None:
-            out, lse = attention_forward_lse(q, k, v, *pack)
-        else:
-            # A new tensor over the kept one's memory: this node's output, not its input
-            out = out.view_as(out)
+        out, lse = computed_or_kept((q, k, v), out, lse, pack)
         cu_seqlens, *ctx.pack = pack
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         return out
@@ -362,7 +359,18 @@ class _Attention(torch.autograd.Function):
         return (*attention_backward(dout, *ctx.saved_tensors, *ctx.pack), *[None] * 8)
 
 
-def _check(q_TNH: Tensor, k_TKH: Tensor, seqlens: tuple[int, ...]) -> None:
+def computed_or_kept(
+    parts: Parts, out: Tensor | None, lse: Tensor | None, pack: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of q, k and v for a node of autograd: those that are known, or new ones."""
+    if out is None or lse is None:
+        return attention_forward_lse(*parts, *pack)
+    # A new tensor over the kept one's memory: the node's output, not its input
+    return out.view_as(out), lse
+
+
+def check(q_TNH: Tensor, k_TKH: Tensor, seqlens: tuple[int, ...]) -> None:
+    """AssertionError where tokens or heads don't go together."""
     assert q_TNH.shape[0] == sum(seqlens), (
         f"{q_TNH.shape[0]} query tokens in documents of {sum(seqlens)} tokens"
     )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retool.model.attention.parts import new_parts
 from retool.model.attention.reference import Gradients, Pack
 
 Forward = Callable[[Tensor, Tensor, Tensor, Pack], tuple[Tensor, Tensor]]
@@ -84,9 +85,7 @@ def _package_backward(
 ) -> Gradients:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-    dq = q.new_empty(q.shape)
-    dk = k.new_empty(k.shape)
-    dv = v.new_empty(v.shape)
+    dq, dk, dv = new_parts(q, k)
     deterministic = torch.are_deterministic_algorithms_enabled()
     backward = unregistered(_flash_attn_varlen_backward)
     backward(
