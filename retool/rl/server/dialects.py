@@ -1,5 +1,6 @@
 """How vLLM's and SGLang's servers are asked for tokens and told of new weights: token ids in, token
-ids with their log-probabilities out. As vLLM 0.22.1 and SGLang 0.5.23 have it.
+ids with their log-probabilities out. As vLLM 0.22.1 to 0.33.0 and SGLang
+0.5.23 have it.
 
 [Note: which log-probabilities] Ours and SGLang's are of softmax(logits / temperature). vLLM's are of
 softmax(logits) unless it was started with `--logprobs-mode processed_logprobs`; with a temperature
@@ -18,7 +19,12 @@ VLLM = "vllm"
 SGLANG = "sglang"
 # Servers fill what a request leaves open from the model's generation_config.json or from their own
 # settings, and a penalty would change both draws and log-probabilities
-NO_PENALTIES = {"min_p": 0.0, "repetition_penalty": 1.0}
+NO_PENALTIES = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 EVERY_TOKEN = -1  # as top_k; 0 is refused by SGLang
 # Where vLLM tells how it was started, and which setting of it gives log-probabilities like ours
 VLLM_SETTINGS = "/server_info?config_format=json"
