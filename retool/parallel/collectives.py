@@ -12,6 +12,10 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+# From here on `send_parts` spares the device, below it the host. Beside products on an H200 the parts
+# of 436 MB took 0.26 ms from them, and 0.98 as an all-to-all; those of 30 MB 0.45 and 0.62 (2026-11-30)
+LARGE_BYTES = 64 << 20
+
 # (out, mine, group=…, async_op=…) on flat tensors. torch 2.13 renamed both.
 all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -66,9 +70,11 @@ def send_parts(received: torch.Tensor, flat: torch.Tensor, group: dist.ProcessGr
     """Start to send each other rank its part of a flat tensor, which are in rank order; what rank r
     sends comes to part r of `received`. The part of a rank's own stays where it is, in `flat`.
 
-    Returns what to wait for. An all-to-all would copy the own part as well, with kernels that take
-    more of the device from what is computed beside them.
+    Returns what to wait for. An all-to-all copies the own part as well, with kernels that take more of
+    the device from what is computed beside them; but one call of it costs the host less than several.
     """
+    if flat.nbytes < LARGE_BYTES:
+        return [dist.all_to_all_single(received, flat, group=group, async_op=True)]
     rank = dist.get_rank(group)
     ranks = dist.get_world_size(group)
     to_send = flat.chunk(ranks)

@@ -22,6 +22,7 @@ from retool.model import recompute
 from retool.model.build import ModelOptions, build_decoder
 from retool.model.config import ModelConfig
 from retool.optim import AdamW, AdamWOptions
+from retool.parallel import collectives
 from retool.parallel.fsdp import local_pieces, shard
 from retool.parallel.mesh import make_mesh
 from retool.perf import StepTimer
@@ -39,7 +40,9 @@ def config(tied: bool) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Case:
-    """A model trained on so many GPUs. `strict`: the last step waits for no GPU."""
+    """A model trained on so many GPUs. `strict`: the last step waits for no GPU. `each_to_each`: gradients
+    travel as those of a large model do.
+    """
 
     gpus: int
     sp: int
@@ -49,18 +52,22 @@ class Case:
     optimizer_offload: bool = False
     chunk: int = 0
     strict: bool = False
+    shards: int = -1
+    each_to_each: bool = False
 
     def __str__(self) -> str:
         said = [f"{self.gpus} gpus", f"sp {self.sp}", "tied" if self.tied else "untied"]
         said += [f"{name} {value}" for name, value in self.options.items()]
         said += ["optimizer offload"] * self.optimizer_offload
         said += [f"chunks of {self.chunk}"] * bool(self.chunk)
+        said += ["replicas"] * (self.shards > 0)
+        said += ["each to each"] * self.each_to_each
         return ", ".join([*said, str(self.dtype).removeprefix("torch.")])
 
 
 def train(device: str, case: Case) -> dict[str, Any]:
     """Losses, norms and this rank's weights after a few steps of two micro-batches."""
-    mesh = make_mesh(sp=case.sp, device=device)
+    mesh = make_mesh(sp=case.sp, fsdp_size=case.shards, device=device)
     torch.backends.cuda.matmul.allow_tf32 = False
     options = ModelOptions(param_dtype=case.dtype, **{"use_compile": "auto", **case.options})
     model = build_decoder(config(case.tied), mesh, options)
@@ -122,6 +129,8 @@ def train_each(cases: list[Case]) -> list[dict[str, Any]]:
             if case.optimizer_offload:
                 # so small that all three slots are used, and again
                 patch.setattr(optim, "OFFLOAD_CHUNK_NUMEL", 1 << 16)
+            if case.each_to_each:
+                patch.setattr(collectives, "LARGE_BYTES", 1)
             if case.chunk:
                 patch.setattr(recompute, "CHUNKED_FROM", case.chunk)
                 patch.setattr(recompute, "CHUNK", case.chunk)
@@ -183,6 +192,7 @@ FP32_CASES = [
     Case(2, 2, options={"reshard_after_forward": False}),
     Case(2, 1, tied=False, options={"keep_copy": False}),
     Case(2, 1, optimizer_offload=True),
+    Case(2, 1, shards=1),
 ]
 
 
@@ -210,6 +220,8 @@ NARROW_CASES = [
     Case(1, 1, dtype=BF16, options={"recompute": "offload"}, chunk=128, strict=True),
     Case(2, 1, dtype=BF16, strict=True),
     Case(2, 1, dtype=BF16, options={"keep_copy": False}, strict=True),
+    Case(2, 1, dtype=BF16, shards=1, strict=True),
+    Case(2, 1, dtype=BF16, each_to_each=True, strict=True),
     Case(1, 1, dtype=FP16, strict=True),
     Case(2, 2, dtype=FP16, options={"recompute": "full"}, strict=True),
 ]

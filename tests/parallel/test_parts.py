@@ -34,23 +34,28 @@ def summed(rank: int, start: torch.Tensor) -> torch.Tensor:
     return start + total
 
 
-def exchanged() -> tuple[list[float], list[float]]:
-    """This rank's sum, and what it should be."""
+def exchanged() -> list[list[float]]:
+    """What this rank's sum should be, and is, of what counts as small and as large."""
     mesh = make_mesh()
     assert mesh.shard_group is not None
-    flat = drawn(mesh.rank)
-    received = torch.full_like(flat, float("nan"))
-    for work in send_parts(received, flat, mesh.shard_group):
-        work.wait()
-    into = torch.linspace(-1, 1, NUMEL)
-    want = summed(mesh.rank, into)
-    add_parts(into, flat, received, mesh.rank)
-    return into.tolist(), want.tolist()
+    start = torch.linspace(-1, 1, NUMEL)
+    found = [summed(mesh.rank, start)]
+    for large in (1 << 20, 1):
+        flat = drawn(mesh.rank)
+        received = torch.full_like(flat, float("nan"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("retool.parallel.collectives.LARGE_BYTES", large)
+            for work in send_parts(received, flat, mesh.shard_group):
+                work.wait()
+        into = start.clone()
+        add_parts(into, flat, received, mesh.rank)
+        found.append(into)
+    return [each.tolist() for each in found]
 
 
 def test_parts_are_added_up_in_fp32() -> None:
-    for found, want in run_ranks(exchanged, RANKS):
-        assert found == want
+    for want, small, large in run_ranks(exchanged, RANKS):
+        assert small == want and large == want
 
 
 def ways() -> list[str]:
