@@ -88,6 +88,7 @@ class Seat:
         try:
             text = _ask(YOURS)
         except KeyboardInterrupt:
+            self.stage.screen.note("")  # a line of its own, behind ^C
             text = None
         if text is None:
             return Sampled([], [], [], "aborted")
