@@ -392,17 +392,17 @@ def of_an_embedding(scaled: bool, looks: bool) -> tuple[list[int], list[float]]:
 EMBEDDING, HEAD = 0, 5
 
 
-def test_an_embeddings_backward_gathers_nothing() -> None:
-    (order, grad), _ = run_ranks(of_an_embedding, 2, False, True)
-    assert order.count(EMBEDDING) == order.count(HEAD) == 2, "once a micro-batch, in its forward"
-    (gathered, same), _ = run_ranks(of_an_embedding, 2, False, False)
-    assert gathered.count(EMBEDDING) == 3 and grad == same
+def of_embeddings() -> list[tuple[list[int], list[float]]]:
+    return [of_an_embedding(scaled, looks) for scaled in (False, True) for looks in (True, False)]
 
 
-def test_an_embeddings_backward_that_needs_weights_gathers_them() -> None:
-    (order, grad), _ = run_ranks(of_an_embedding, 2, True, True)
-    assert order.count(EMBEDDING) == 3
-    assert (order, grad) == run_ranks(of_an_embedding, 2, True, False)[0]
+def test_an_embeddings_backward_gathers_weights_only_where_it_needs_them() -> None:
+    for (order, grad), (gathered, same), scaled, as_scaled in run_ranks(of_embeddings, 2):
+        assert order.count(EMBEDDING) == order.count(HEAD) == 2, (
+            "once a micro-batch, in its forward"
+        )
+        assert gathered.count(EMBEDDING) == 3 and grad == same
+        assert scaled[0].count(EMBEDDING) == 3 and scaled == as_scaled
 
 
 def ends_of_uses() -> tuple[int, int]:

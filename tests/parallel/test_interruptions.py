@@ -130,10 +130,12 @@ def test_a_step_is_the_same_after(event: str) -> None:
 
 
 def three_replicas() -> list[np.ndarray]:
-    """Gradients of a step on replicas: finished twice, by the optimizer alone, and held throughout."""
+    """Gradients of a step on replicas: finished twice, by the optimizer alone, held throughout, and in a
+    backward known as the last.
+    """
     mesh = make_mesh(fsdp_size=1)
     out = []
-    for how in ("finished twice", "by the optimizer", "held"):
+    for how in ("finished twice", "by the optimizer", "held", "last"):
         torch.manual_seed(0)
         net = Net()
         model = shard(net, units_of(net), mesh, param_dtype=torch.float32)
@@ -141,6 +143,13 @@ def three_replicas() -> list[np.ndarray]:
         x = torch.randn(3, D, generator=torch.Generator().manual_seed(mesh.rank))
         if how == "held":
             with model.no_sync():
+                model(x).backward()
+        elif how == "last":
+            with model.last_backward():
+                model(x).backward()
+            with pytest.raises(
+                RuntimeError, match="only the last one of a step into last_backward"
+            ):
                 model(x).backward()
         else:
             model(x).backward()

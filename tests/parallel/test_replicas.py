@@ -62,28 +62,28 @@ def gradients(case: str, hold: bool) -> list[Tensor]:
     return [*found, sum_over(model.grad, model.mesh.replica_group)]
 
 
-def each_case(cases: tuple[str, ...]) -> dict[str, list[np.ndarray]]:
+def each_case(cases: tuple[str, ...], holds: tuple[bool, ...]) -> dict[str, list[np.ndarray]]:
     return {
         f"{case}, held {hold}": [grad.numpy() for grad in gradients(case, hold)]
         for case in cases
-        for hold in (False, True)
+        for hold in holds
     }
 
 
-def check(cases: tuple[str, ...]) -> None:
-    for rank in run_ranks(each_case, 4, cases):
+def check(cases: tuple[str, ...], holds: tuple[bool, ...]) -> None:
+    for rank in run_ranks(each_case, 4, cases, holds):
         for case, (hinted, unhinted, whole) in rank.items():
             np.testing.assert_array_equal(hinted, whole, err_msg=case)
             np.testing.assert_array_equal(unhinted, whole, err_msg=case)
 
 
 def test_sums_beside_the_backward_have_the_bits_of_one_after_it() -> None:
-    check(("twice",))
+    check(("twice",), (False,))
 
 
 @pytest.mark.slow
 def test_sums_of_every_case_have_the_bits_of_one_after_the_backward() -> None:
-    check(CASES)
+    check(CASES, (False, True))
 
 
 def order_of_events() -> list[str]:
@@ -123,19 +123,3 @@ def test_a_unit_is_added_up_as_soon_as_its_gradient_is_whole() -> None:
     last = [event for i in (3, 2, 1) for event in (f"reduce {i}", f"add {i}")]
     for events in run_ranks(order_of_events, 2):
         assert events == [*first, *last, "reduce 0", "the end", "add 0"]
-
-
-def one_too_many() -> None:
-    net = nn.Linear(8, 8)
-    model = shard(net, [("all", [net])], make_mesh(fsdp_size=1), param_dtype=torch.float32)
-    x = torch.ones(2, 8, requires_grad=True)
-    with model.last_backward():
-        model(x).sum().backward()
-    with pytest.raises(RuntimeError, match="put only the last one of a step into last_backward"):
-        model(x).sum().backward()
-    model.zero_grad()
-    model(x).sum().backward()
-
-
-def test_a_backward_after_the_last_one_is_refused() -> None:
-    run_ranks(one_too_many, 2)
