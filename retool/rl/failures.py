@@ -69,6 +69,8 @@ def count_lost(state: TrainState, members: Sequence[Scored], max_lost_share: flo
     lost = sum(member.lost for member in members)
     state.lost_share = lost / max(len(members), 1)
     state.lost_to = cause_of_loss(members)
+    if lost == len(members):
+        state.skips.without = f"all samples of a step were lost ({state.lost_to})"
     too_many = state.lost_share > max_lost_share
     state.lost_in_a_row = state.lost_in_a_row + 1 if too_many else 0
 

@@ -68,10 +68,14 @@ class Session(Generic[R_co]):
 
 @dataclass
 class Skips:
-    """Updates that changed nothing, as their gradient norm wasn't finite."""
+    """Updates that changed nothing, as their gradient norm wasn't finite.
+
+    `without` says why a step had nothing for an update, where that is known.
+    """
 
     total: int = 0
     in_a_row: int = 0
+    without: str = ""
 
 
 class Progress(Protocol):

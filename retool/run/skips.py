@@ -43,7 +43,7 @@ def require_trained(session: Session[RunReport], progress: Progress, updates: in
     skipped = progress.skips.total
     if skipped < updates:
         return
-    problem = "no step had anything to train on"
+    problem = progress.skips.without or "no step had anything to train on"
     if updates:
         problem = f"all {updates:,} updates had a gradient that isn't finite"
     raise ValueError(

@@ -23,14 +23,17 @@ from retool.rl.agent.tools import interpreter
 from retool.rl.agent.tools.interpreter import CodeInterpreter, InterpreterConfig
 from retool.rl.agent.tools.load import RunLimits, load_tools
 from retool.rl.agent.tools.protocol import ToolResult
+from retool.rl.failures import count_lost
 from retool.rl.metrics import score_metrics, tool_metrics
 from retool.rl.objective.filter import add, begin, has_signal
 from retool.rl.reward import protocol
 from retool.rl.reward.pool import RewardPool
 from retool.rl.reward.protocol import JUDGES_LOST, Judged
 from retool.rl.reward.source import RewardSource
+from retool.rl.state import TrainState
 from retool.rl.types import TOOL_FAILURE, Group, Scored, Stop, trainable
 from retool.rl.validate import validation_metrics
+from retool.run.skips import require_trained
 from retool.sandbox import Result
 from tests.rl.agent.test_loop import Answers, call_text, episode, say
 from tests.rl.agent.test_rollout import Tool, called, parts_of, prompt_of
@@ -305,3 +308,13 @@ def test_a_validation_that_is_lost_is_no_accuracy(work, tmp_path, monkeypatch, c
         == 1
     )
     assert f"3 of the 3 answers of the validation were lost: {GONE}" in capsys.readouterr().err
+
+
+def test_a_run_of_which_all_is_lost_says_to_what() -> None:
+    """Too short for max_lost_steps to end it."""
+    gone = replace(make_trajectory(), stop=Stop.INFRASTRUCTURE)
+    state = TrainState(0.0)
+    count_lost(state, [Scored(gone, 0.0, 0.0, {TOOL_FAILURE: "agent.mine: it returned None"})], 0.3)
+    session: Any = SimpleNamespace(folder="run", report=SimpleNamespace(folder="model"))
+    with pytest.raises(ValueError, match=r"nothing was trained: all samples .*it returned None\)"):
+        require_trained(session, state, updates=0)

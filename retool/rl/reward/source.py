@@ -4,12 +4,14 @@ or one that the user's program holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from retool.rl.reward.builtin import BUILT_IN
 from retool.rl.reward.calling import ARGUMENTS, RewardFunction, adapted
+from retool.rl.reward.foreign import shown
 from retool.rl.reward.several import Part, together
 
 # Stands for a file in a configuration, where a program gave a function or tools of its own
@@ -148,7 +150,13 @@ class RewardSource:
 
 
 def own_reward(function: Callable[..., Any]) -> RewardSource:
-    """The source of a function that a program holds."""
+    """The source of a function that a program holds. ValueError where it is none."""
+    if isinstance(function, type) or not callable(function):
+        kind = "a class" if isinstance(function, type) else "no function"
+        raise ValueError(
+            f"the reward {shown(function)} is {kind}: give a function ({', '.join(ARGUMENTS)}) -> "
+            "score, or the name of a built-in one."
+        )
     name = getattr(function, "__name__", type(function).__name__)
     return RewardSource(name, own=OwnFunction(function))
 
@@ -191,7 +199,11 @@ def several(
     """The weighted sum of several rewards. ValueError where they can't be told apart, or there are
     more or fewer weights.
     """
+    if not sources:
+        raise ValueError("there is no reward in the list: give one, or no list.")
     weights = weights or [1.0] * len(sources)
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"a reward's weight isn't finite: {list(weights)}. Give numbers.")
     if len(weights) != len(sources):
         raise ValueError(
             f"there are {len(sources)} rewards and {len(weights)} weights: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -196,5 +196,15 @@ def test_in_python_a_list_of_functions_and_names() -> None:
     named, nothing = functions_given(["math", "boxed"], None, None)
     assert nothing.reward is None
     assert named == {"reward_model.functions": ["math", "boxed"], "reward_model.weights": []}
+    for reward, words in (
+        (5, "the reward 5 is no function: give a function"),
+        (Saying, "Saying'> is a class: give a function"),
+        (["math", None], "the reward None is no function"),
+        ([], "there is no reward in the list"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            functions_given(cast(Any, reward), None, None)
+    with pytest.raises(ValueError, match=r"a reward's weight isn't finite: \[1.0, nan\]"):
+        several([own_reward(len), own_reward(max)], [1.0, float("nan")])
     with pytest.raises(ValueError, match="reward_weights weigh several rewards"):
         functions_given("math", [1.0], None)
