@@ -1,6 +1,5 @@
 """How vLLM's and SGLang's servers are asked for tokens and told of new weights: token ids in, token
-ids with their log-probabilities out. As vLLM 0.22.1 to 0.33.0 and SGLang
-0.5.23 have it.
+ids with their log-probabilities out. As vLLM 0.22.1 and 0.33.0 and SGLang 0.5.23 have it.
 
 [Note: which log-probabilities] Ours and SGLang's are of softmax(logits / temperature). vLLM's are of
 softmax(logits) unless it was started with `--logprobs-mode processed_logprobs`; with a temperature
