@@ -45,7 +45,7 @@ from retool.preflight.plan import (
     host_bytes,
     kept_checkpoints,
 )
-from retool.preflight.show import show_faults, show_plan
+from retool.preflight.show import show_faults, show_plan, traffic_plan
 from retool.preflight.world import check_mesh, read_world
 from retool.sft.__main__ import main
 from retool.sft.config import SYNONYMS, SFTConfig
@@ -514,6 +514,8 @@ def test_a_plan_for_another_box(run: Path) -> None:
     assert "a step from each GPU in exchanges that leave the machine" in network
     assert "% of its time at 400 Gbit/s" in network and "% of its time at 100 Gbit/s" in network
     assert "with model.fsdp_config.fsdp_size=4" in network, "a tiny model waits for latency alone"
+    plan = traffic_plan(report, tokens=80_000, divided=0.25)
+    assert (plan.shards, plan.sp, plan.ep, plan.per_machine, plan.divided) == (8, 2, 1, 4, 0.25)
 
 
 @pytest.mark.parametrize(("whole", "divided"), [("true", 0.0), ("false", 1.0)])

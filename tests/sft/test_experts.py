@@ -49,6 +49,17 @@ def test_a_run_on_two_ranks_goes_on_alone(mixture: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_what_divided_experts_send_is_in_the_plan(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    box = ("trainer.nnodes=2", "trainer.n_gpus_per_node=2", "trainer.device_memory_gb=80")
+    assert main(words(mixture, tmp_path, DIVIDED, "--check", *box, "trainer.device=auto")) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "experts divided over 2" in said
+    assert "GB a step from each GPU in exchanges that leave the machine" in said
+
+
+@pytest.mark.slow
 def test_one_process_cannot_divide(
     mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
