@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import yaml
 
 from retool.llm.llm import LLM
 from retool.llm.sampling import SamplingParams
 from retool.rl.agent.calls import clean
+from retool.rl.agent.environments.load import find_environment, parts_of_name
+from retool.rl.agent.environments.play import Worlds
 from retool.rl.agent.formats.choose import choose_format, shown_format
 from retool.rl.agent.formats.hermes import HERMES
 from retool.rl.agent.formats.table import AUTO
@@ -18,12 +22,14 @@ from retool.rl.agent.options import Agent, AgentOptions, ends_of_calls
 from retool.rl.agent.reading.call import Call
 from retool.rl.agent.reading.form import THOUGHT_CLOSES, before_calls
 from retool.rl.agent.tools.load import RunLimits, load_tools
+from retool.rl.agent.tools.of_row import tools_offered
 from retool.rl.agent.tools.protocol import AnyTool
 from retool.rl.types import Prompt, Stop
 from retool.talk.options import CODE, NO_TOOLS
 
 MAX_TURNS = 32  # of the model's in one answer: a model may call its tool for ever
 TOOL_TOKENS = 2048  # of a tool's text that the model reads
+WORLD_SECONDS = 120.0  # of a call of an environment, as in training
 
 # Why an answer ended, in the words of OpenAI's API where it has any
 FINISH_REASONS = {
@@ -41,13 +47,15 @@ FINISH_REASONS = {
 class Talker:
     """Who answers: the model, and what stands around it.
 
-    `shows_calls`: the chat template shows calls as the model writes them.
+    `shows_calls`: the chat template shows calls as the model writes them. `worlds`: it plays in an
+    environment.
     """
 
     llm: LLM
     agent: Agent
     sampling: SamplingParams
     shows_calls: bool
+    worlds: Worlds | None = None
 
     @property
     def schemas(self) -> list[dict[str, Any]] | None:
@@ -60,6 +68,18 @@ class Talker:
         room = self.llm.max_model_len - len(prompt.ids)
         limit = min(options.max_response_length, room)
         return replace(self.agent, options=replace(options, max_response_length=limit))
+
+    def in_world(self, prompt: Prompt) -> Agent:
+        """The agent for an episode. What its world begins with has half of the model's room."""
+        options = self.agent.options
+        assert self.worlds is not None, "there is no environment"
+        room = self.llm.max_model_len - self.worlds.max_prompt_length
+        limit = min(options.max_response_length, room)
+        return replace(
+            self.agent,
+            tools=tools_offered(self.agent.tools, prompt.extra_info),
+            options=replace(options, max_response_length=limit),
+        )
 
 
 def sampling_of(options: argparse.Namespace, n: int = 1) -> SamplingParams:
@@ -87,6 +107,24 @@ def open_tools(choice: str, isolation: str, session: bool) -> list[AnyTool]:
         raise ValueError(
             f"--tools {choice}: {error} Or use --tools none, or --isolation best_effort."
         ) from error
+
+
+def open_worlds(name: str, given: str | None, llm: LLM) -> Worlds:
+    """The environments of `--environment`, made with what `--environment-kwargs` gives. ValueError
+    where there are none.
+    """
+    try:
+        kwargs = yaml.safe_load(given or "{}")
+    except yaml.YAMLError as error:
+        raise ValueError(f"--environment-kwargs can't be read: {error}.") from error
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"--environment-kwargs {kwargs!r}: give a mapping, such as {{most: 5}}.")
+    try:
+        source = find_environment(*parts_of_name(name), kwargs)
+        assert source is not None
+        return Worlds(source.load(), WORLD_SECONDS, llm.max_model_len // 2)
+    except ValueError as error:
+        raise ValueError(f"--environment {name}: {error}") from error
 
 
 def open_llm(options: argparse.Namespace, max_num_seqs: int, enforce_eager: bool) -> LLM:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from retool.engine import SamplingParams as TurnParams
+from retool.rl.agent.environments.play import Attempt, Worlds, run_in_world, seed_of
 from retool.rl.agent.episode import Episode
-from retool.rl.agent.loop import play
+from retool.rl.agent.loop import Generate, play
+from retool.rl.agent.options import Agent
 from retool.rl.agent.turns import EngineSequence, Turns, let_others_run
+from retool.rl.types import Stop
 from retool.talk.agent import FINISH_REASONS, Talker, to_message
 from retool.talk.questions import Question
 
@@ -21,12 +24,23 @@ SECONDS_TO_WAIT = 0.5  # with nothing to sample
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer: `messages` are the model's turns and what the tools said between them."""
+    """One answer: `messages` are the model's turns and what the tools said between them.
+
+    In an environment they begin with what that says first; `rewards` are those of the model's turns.
+    """
 
     messages: list[dict[str, Any]]
     finish_reason: str
     tokens: int
     tool_failure: str = ""
+    rewards: tuple[float, ...] | None = None
+
+    @property
+    def reward(self) -> float | None:
+        """What an environment gave for all of it; None where it failed, and where there is none."""
+        if self.rewards is None or self.tool_failure:
+            return None
+        return float(sum(self.rewards))
 
     def as_dict(self) -> dict[str, Any]:
         """As the output file has it."""
@@ -34,6 +48,8 @@ class Completion:
         last = said[-1]["content"] if said else ""
         found: dict[str, Any] = {"text": last, "finish_reason": self.finish_reason}
         found |= {"tokens": self.tokens, "messages": self.messages}
+        if self.rewards is not None:
+            found |= {"reward": self.reward, "rewards": list(self.rewards)}
         return {**found, "tool_failure": self.tool_failure} if self.tool_failure else found
 
 
@@ -99,17 +115,49 @@ async def _complete(talker: Talker, turns: Turns, question: Question, sample: in
         # drawn
         seed=(sampling.seed or 0, prompt.index, sample),
     )
-    episode = Episode.begin(prompt)
     sequence = EngineSequence(turns, (prompt.index, sample), params, group=prompt.index)
+    if talker.worlds is not None:
+        return await _play(talker, talker.worlds, sequence, Attempt(prompt, sample))
+    episode = Episode.begin(prompt)
     try:
         stop, failure = await play(episode, sequence.generate, talker.within(prompt))
     finally:
         sequence.end()
-    messages = [
-        to_message(message["content"], talker) if message["role"] == "assistant" else message
-        for message in episode.messages[len(prompt.messages) :]
+    messages = _shown(episode.messages[len(prompt.messages) :], talker)
+    return Completion(messages, _reason(stop), sum(episode.mask), failure)
+
+
+async def _play(
+    talker: Talker, worlds: Worlds, sequence: EngineSequence, attempt: Attempt
+) -> Completion:
+    """An episode in an environment."""
+    prompt = attempt.prompt
+    agents = [talker.in_world(prompt)]
+
+    def begin(episode: Episode, agent: Agent) -> Generate:
+        agents.append(agent)  # with the environment's tools
+        return sequence.begin_in_world(episode, agent)
+
+    seed = seed_of(talker.sampling.seed or 0, 0, prompt.index)
+    attempt = replace(attempt, seed=seed)
+    try:
+        played = await run_in_world(attempt, begin, agents[0], worlds)
+    finally:
+        sequence.end()
+    there = replace(talker, agent=agents[-1])
+    messages = [*played.prompt.messages, *_shown(played.messages, there)]
+    tokens = int(played.mask.sum())
+    reason = _reason(played.stop)
+    return Completion(messages, reason, tokens, played.tool_failure, played.turn_rewards)
+
+
+def _shown(messages: Sequence[Mapping[str, Any]], talker: Talker) -> list[dict[str, Any]]:
+    return [
+        to_message(message["content"], talker) if message["role"] == "assistant" else dict(message)
+        for message in messages
     ]
-    sampled = sum(episode.mask)
+
+
+def _reason(stop: Stop) -> str:
     # It filled the cache, or the model's positions: cut off, for who reads it
-    reason = FINISH_REASONS[stop].replace("aborted", "length")
-    return Completion(messages, reason, sampled, failure)
+    return FINISH_REASONS[stop].replace("aborted", "length")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from retool.config.command import calm_threads
-from retool.talk.options import CODE, NO_TOOLS, add_environment, add_options
+from retool.talk.options import CODE, NO_TOOLS, add_environment, add_episode, add_options
 
 EPILOG = """in the conversation:
   /reset          forget what was said
@@ -35,7 +35,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     )
     add_options(top, tools=None, max_tokens=4096)
     top.add_argument("--system", help="the system message (default: the template's own, if any)")
-    add_environment(top)
+    add_episode(add_environment(top))
     return top
 
 

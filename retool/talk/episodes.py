@@ -8,33 +8,28 @@ import argparse
 import asyncio
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
-import numpy as np
-import yaml
 from rich.console import Console
 
 from retool.data.read.chunk import RowError
 from retool.data.read.names import resolve_files
 from retool.data.tokens.encoder import Piece
-from retool.rl.agent.environments.load import find_environment, parts_of_name
-from retool.rl.agent.environments.play import Attempt, Worlds, run_in_world, seed_of
+from retool.rl.agent.environments.play import Attempt, run_in_world, seed_of
 from retool.rl.agent.episode import Episode, Sampled
 from retool.rl.agent.formats.hermes import HERMES
 from retool.rl.agent.loop import Generate
 from retool.rl.agent.options import Agent
-from retool.rl.agent.tools.of_row import schemas_offered, tools_offered
-from retool.rl.data import PromptOptions, Question, read_questions, to_prompt, to_question
+from retool.rl.data import PromptOptions, Question, read_questions, to_question
 from retool.rl.types import Prompt, Stop, Trajectory
-from retool.talk.agent import MAX_TURNS, Talker
+from retool.talk.agent import MAX_TURNS, Talker, open_worlds
 from retool.talk.lines import read_message
+from retool.talk.questions import of_world
 from retool.talk.screen import TerminalScreen
 from retool.talk.session import Voice, turn_params
 
-SECONDS = 120.0  # of a call of the environment's, as in training
 ROW = {"prompt": "Begin."}  # where no rows are given
 YOURS = "your turn> "
 ENDINGS = {
@@ -50,7 +45,6 @@ class Stage:
     """Where episodes are played. `by_user`: the user makes the turns."""
 
     talker: Talker
-    worlds: Worlds
     screen: TerminalScreen
     loop: asyncio.AbstractEventLoop
     rows: str | None
@@ -112,11 +106,9 @@ def hold_episodes(
 ) -> int:
     """What `retool chat --environment` does: its exit status. ValueError for what the user can mend."""
     screen = TerminalScreen(Console(highlight=False), talker.agent.options.format is HERMES)
-    longest = (
-        talker.llm.max_model_len // 2
-    )  # what an episode begins with; the rest is for its turns
-    worlds = Worlds(_find(options), SECONDS, longest)
-    stage = Stage(talker, worlds, screen, loop, options.rows, options.seed, options.play)
+    worlds = open_worlds(options.environment, options.environment_kwargs, talker.llm)
+    playing = replace(talker, worlds=worlds)
+    stage = Stage(playing, screen, loop, options.rows, options.seed, options.play)
     try:
         stage.prompt = read_row(stage, options.row)
         if not sys.stdin.isatty():
@@ -127,29 +119,12 @@ def hold_episodes(
         worlds.let_go()
 
 
-def _find(options: argparse.Namespace) -> Any:
-    """What makes the environment that is asked for."""
-    try:
-        kwargs = yaml.safe_load(options.environment_kwargs)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--environment-kwargs can't be read: {error}.") from error
-    if not isinstance(kwargs, Mapping):
-        raise ValueError(f"--environment-kwargs {kwargs!r}: give a mapping, such as {{most: 5}}.")
-    try:
-        source = find_environment(*parts_of_name(options.environment), kwargs)
-        assert source is not None
-        return source.load()
-    except ValueError as error:
-        raise ValueError(f"--environment {options.environment}: {error}") from error
-
-
 def read_row(stage: Stage, number: int) -> Prompt:
     """The row of that number as a prompt, which the environment is given. ValueError where there is
     none.
     """
     if number < 0:
         raise ValueError(f"--row {number}: the first is 0.")
-    talker = stage.talker
     wanted = PromptOptions(needs_truth=False, keeps_rows=True)
     found: Question | RowError | None
     if stage.rows is None:
@@ -159,11 +134,7 @@ def read_row(stage: Stage, number: int) -> Prompt:
         found = next(islice(rows, number, None), None)
     if found is None:
         raise ValueError(f"--row {number}: {stage.rows} has no such row; the first is 0.")
-    if isinstance(found, RowError):
-        raise found
-    offered = schemas_offered(talker.schemas, found.extra_info)
-    ids = talker.llm.renderer.render_prompt(found.messages, offered)
-    return to_prompt(found, number, offered, np.asarray(ids, np.int32))
+    return of_world(found, number, stage.talker).prompt
 
 
 def converse(stage: Stage) -> int:
@@ -227,8 +198,8 @@ def play(stage: Stage) -> bool:
 
 async def _play(stage: Stage) -> Trajectory:
     prompt = stage.prompt
-    assert prompt is not None, "a row is read first"
     talker = stage.talker
+    assert prompt is not None and talker.worlds is not None, "a row is read first"
     seats: list[Seat] = []
 
     def begin(episode: Episode, agent: Agent) -> Generate:
@@ -239,16 +210,8 @@ async def _play(stage: Stage) -> Trajectory:
 
     stage.played += 1
     attempt = Attempt(prompt, stage.played - 1, seed_of(stage.seed, 0, prompt.index))
-    room = talker.llm.max_model_len - stage.worlds.max_prompt_length
-    options = talker.agent.options
-    limit = min(options.max_response_length, room)
-    agent = replace(
-        talker.agent,
-        tools=tools_offered(talker.agent.tools, prompt.extra_info),
-        options=replace(options, max_response_length=limit),
-    )
     try:
-        return await run_in_world(attempt, begin, agent, stage.worlds)
+        return await run_in_world(attempt, begin, talker.in_world(prompt), talker.worlds)
     finally:
         for seat in seats:
             seat.voice.end()

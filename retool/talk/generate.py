@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retool.config.command import calm_threads
-from retool.talk.options import NO_TOOLS, add_max_num_seqs, add_options
+from retool.talk.options import NO_TOOLS, add_environment, add_max_num_seqs, add_options
 
 EPILOG = """A line of the output has the row, and `completions`: of each its last text, why it ended
 (finish_reason: stop, length, max_turns, tool_failure), its tokens, and all messages with tool calls
@@ -17,7 +17,8 @@ OUT.partial, and gives what it would have given at once.
 
 examples:
   retool generate MODEL questions.jsonl --out answers.jsonl --temperature 0
-  retool generate runs/dapo test.parquet --out samples.jsonl --n 8 --tools code"""
+  retool generate runs/dapo test.parquet --out samples.jsonl --n 8 --tools code
+  retool generate runs/dapo rows.jsonl --out played.jsonl --environment games.py/Guess"""
 
 
 def parser(program: str) -> argparse.ArgumentParser:
@@ -45,6 +46,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         "--max-rows", type=int, default=-1, help="only the first rows (default: %(default)s: all)"
     )
     add_max_num_seqs(top)
+    add_environment(top)
     return top
 
 

@@ -71,20 +71,24 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_environment(parser: argparse.ArgumentParser) -> None:
-    """A world that answers the model, in the place of the user."""
+def add_environment(parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
+    """A world that answers the model, in the place of the user; the group, for more of it."""
     group = parser.add_argument_group("an environment")
     group.add_argument(
         "--environment",
         metavar="FILE.py/NAME",
-        help="watch the model play in it, with the rewards; or verifiers:NAME, openenv:NAME",
+        help="have the model play in it, with rewards; or verifiers:NAME, openenv:NAME",
     )
     group.add_argument(
         "--environment-kwargs",
-        default="{}",
         metavar="{KEY: VALUE}",
         help="what it is made with, as multi_turn.environment.kwargs in RL",
     )
+    return group
+
+
+def add_episode(group: argparse._ActionsContainer) -> None:
+    """Which episodes are played in the terminal, and by whom."""
     group.add_argument(
         "--rows",
         metavar="FILE",

@@ -14,6 +14,10 @@ from retool.data.read.files import iter_chunks
 from retool.data.read.names import resolve_files
 from retool.data.read.refused_rows import RefusedRows
 from retool.data.read.rows import Conversation, to_conversation
+from retool.rl.agent.tools.of_row import schemas_offered
+from retool.rl.data import PromptOptions, to_prompt
+from retool.rl.data import Question as Asked
+from retool.rl.data import read_questions as rows_of_rl
 from retool.rl.types import Prompt
 from retool.talk.agent import Talker
 
@@ -56,6 +60,33 @@ def read_questions(
     if refused.count:
         raise refused.error(count)
     return found
+
+
+def read_worlds_rows(files: Sequence[str], talker: Talker, most: int = -1) -> list[Question]:
+    """Every row of `files`, as reinforcement learning reads it, for an environment to begin with.
+    ValueError likewise.
+    """
+    wanted = PromptOptions(needs_truth=False, keeps_rows=True, max_samples=most)
+    found: list[Question] = []
+    refused = RefusedRows()
+    for number, row in enumerate(rows_of_rl(resolve_files(files), wanted)):
+        try:
+            found.append(of_world(row, number, talker))
+        except ValueError as error:
+            refused.add(str(error))
+    if refused.count:
+        raise refused.error(len(found) + refused.count)
+    return found
+
+
+def of_world(asked: Asked | RowError, number: int, talker: Talker) -> Question:
+    """A row of that number; raises what is wrong with it."""
+    if isinstance(asked, RowError):
+        raise asked
+    offered = schemas_offered(talker.schemas, asked.extra_info)
+    ids = talker.llm.renderer.render_prompt(asked.messages, offered)
+    prompt = to_prompt(asked, number, offered, np.asarray(ids, np.int32))
+    return Question(dict(asked.row), prompt)
 
 
 def _rows(files: Sequence[str], most: int) -> Iterator[tuple[str, dict[str, Any] | RowError]]:

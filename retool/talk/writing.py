@@ -7,8 +7,8 @@ import asyncio
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
@@ -16,16 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from retool.config.command import INTERRUPTED
 from retool.rl.agent.tools.load import close_tools
-from retool.talk.agent import Talker, make_talker, open_llm, open_tools, sampling_of
+from retool.talk.agent import Talker, make_talker, open_llm, open_tools, open_worlds, sampling_of
 from retool.talk.answers import AnswersFile
 from retool.talk.batch import Completion, answer_all
-from retool.talk.questions import Question, read_questions
+from retool.talk.questions import Question, read_questions, read_worlds_rows
 
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 # What answers depend on; the number that is sampled at once changes none
 SETTINGS = (
     "model files column max_rows n temperature top_p top_k max_tokens seed tools format "
-    "session chat_template dtype max_model_len"
+    "session chat_template dtype max_model_len environment environment_kwargs"
 ).split()
 
 
@@ -37,6 +37,7 @@ class Tally:
     answered: int = 0
     tokens: int = 0
     lost: int = 0  # answers that a tool's failure ended
+    rewards: list[float] = field(default_factory=list)  # an environment's, of whole episodes
     begun: float = field(default_factory=time.perf_counter)
     told: float = field(default_factory=time.perf_counter)
 
@@ -44,12 +45,17 @@ class Tally:
         seconds = max(time.perf_counter() - self.begun, 1e-9)
         speed = f"{self.tokens:,} tokens, {self.tokens / seconds:,.0f} a second"
         lost = f"; {self.lost:,} answers lost to a tool that failed" if self.lost else ""
-        return f"{self.answered:,} of {self.total:,} rows answered; {speed}{lost}"
+        worth = ""
+        if self.rewards:
+            worth = f"; mean reward {sum(self.rewards) / len(self.rewards):.3g}"
+        return f"{self.answered:,} of {self.total:,} rows answered; {speed}{worth}{lost}"
 
     def add(self, completions: Sequence[Completion]) -> None:
         """One more row."""
         self.answered += 1
         self.tokens += sum(completion.tokens for completion in completions)
+        given = [completion.reward for completion in completions]
+        self.rewards += [reward for reward in given if reward is not None]
         self.lost += sum(bool(completion.tool_failure) for completion in completions)
 
 
@@ -60,9 +66,19 @@ def write_answers(options: argparse.Namespace) -> int:
     out = AnswersFile(options.out, {name: getattr(options, name) for name in SETTINGS})
     tools = open_tools(options.tools, options.isolation, options.session)
     try:
-        with open_llm(options, options.max_num_seqs, enforce_eager=False) as llm, closing(out):
+        with (
+            open_llm(options, options.max_num_seqs, enforce_eager=False) as llm,
+            closing(out),
+            ExitStack() as ending,
+        ):
             talker = make_talker(llm, tools, sampling, options.format)
-            questions = read_questions(options.files, talker, options.column, options.max_rows)
+            if options.environment is not None:
+                worlds = open_worlds(options.environment, options.environment_kwargs, llm)
+                talker = replace(talker, worlds=worlds)
+                ending.callback(worlds.let_go)
+                questions = read_worlds_rows(options.files, talker, options.max_rows)
+            else:
+                questions = read_questions(options.files, talker, options.column, options.max_rows)
             # Not earlier: questions that can't be read should leave no part behind
             out.begin()
             try:

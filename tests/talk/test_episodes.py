@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,8 +18,11 @@ from rich.console import Console
 from retool.__main__ import main
 from retool.rl.agent.environments.play import Worlds
 from retool.talk import episodes
+from retool.talk.batch import answer_all
 from retool.talk.episodes import Stage, converse, play, read_row
+from retool.talk.questions import read_worlds_rows
 from retool.talk.screen import TerminalScreen
+from retool.talk.writing import Tally
 
 END = "<|im_end|>"
 GUESSES = [f"5{END}", f"nine{END}", f"7{END}"]
@@ -84,7 +88,8 @@ def stage_of(talker_of, rows):
         output = io.StringIO()
         screen = TerminalScreen(Console(file=output, highlight=False, width=90), True)
         worlds = Worlds(lambda: Guess(breaks), 5.0, 400)
-        stage = Stage(talker, worlds, screen, asyncio.new_event_loop(), rows, seed=3)
+        talker = replace(talker, worlds=worlds)
+        stage = Stage(talker, screen, asyncio.new_event_loop(), rows, seed=3)
         stage.prompt = read_row(stage, 1)
         stage.engine = engine  # type: ignore[attr-defined]
         return stage, output
@@ -165,6 +170,53 @@ def test_commands_between_episodes(stage_of, monkeypatch: pytest.MonkeyPatch) ->
     assert asked.count("your turn> ") == 1
 
 
+def test_a_file_of_rows_is_played_side_by_side(talker_of, rows) -> None:
+    script = {(row, sample): [*GUESSES] for row in range(2) for sample in range(2)}
+    script[1, 0] = [f"7{END}"]
+    script[1, 1] = ["cut off"]
+    talker, _ = talker_of(script, tools=False, n=2)
+    talker = replace(talker, worlds=Worlds(Guess, 5.0, 400))
+    questions = read_worlds_rows([rows], talker)
+
+    async def collect() -> list[Any]:
+        return [pair async for pair in answer_all(talker, questions)]
+
+    (eva, ada) = asyncio.run(collect())
+    assert eva[0].row == {"prompt": "Eva", "town": "Ulm"} and ada[0].row["town"] == "Riga"
+    first, second = [answer.as_dict() for answer in ada[1]]
+    assert first["messages"] == [
+        {"role": "user", "content": "Guess, Ada."},
+        {"role": "assistant", "content": "7"},
+        {"role": "user", "content": "Right."},
+    ]
+    assert (first["reward"], first["rewards"], first["finish_reason"]) == (1.0, [1.0], "stop")
+    assert (second["reward"], second["finish_reason"]) == (0, "length")
+    assert [answer.reward for answer in eva[1]] == [0.5, 0.5]
+    seeds = {(row["town"], row["seed"]) for row in Guess.rows}
+    assert len(seeds) == 2 and Guess.closed == 4
+    tally = Tally(2)
+    for _, answers in (eva, ada):
+        tally.add(answers)
+    assert "2 of 2 rows answered" in tally.sentence() and "; mean reward 0.5" in tally.sentence()
+
+
+def test_what_an_environment_failed_in_is_lost_and_counted(talker_of, rows) -> None:
+    talker, _ = talker_of({(0, 0): [*GUESSES], (1, 0): [*GUESSES]}, tools=False)
+    talker = replace(talker, worlds=Worlds(lambda: Guess(breaks=True), 5.0, 400))
+
+    async def collect() -> list[Any]:
+        return [pair async for pair in answer_all(talker, read_worlds_rows([rows], talker))]
+
+    tally = Tally(2)
+    for _, answers in asyncio.run(collect()):
+        (answer,) = answers
+        told = answer.as_dict()
+        assert told["finish_reason"] == "tool_failure" and told["reward"] is None
+        assert "the game server is away" in told["tool_failure"]
+        tally.add(answers)
+    assert "2 answers lost" in tally.sentence() and "reward" not in tally.sentence()
+
+
 def test_the_command_plays_an_episode_of_what_is_piped(
     folder: Path,
     rows: str,
@@ -180,11 +232,20 @@ def test_the_command_plays_an_episode_of_what_is_piped(
         "    def step(self, message): return 'No.', float(message['content'] == self.right), True\n"
     )
     words = ["chat", str(folder), "--device", "cpu", "--environment", f"{game}/Game"]
-    given = ["--environment-kwargs", "{right: '7'}", "--rows", rows, "--row", "1", "--play"]
+    kwargs = ["--environment-kwargs", "{right: '7'}"]
+    given = [*kwargs, "--rows", rows, "--row", "1", "--play"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("7\n"))
     assert main([*words, *given]) == 0
     said = capsys.readouterr().out
     assert said.endswith("(reward 1)\n(done; rewards of the turns: 1; in all 1)\n")
+    out = tmp_path / "played.jsonl"
+    words[0] = "generate"
+    assert main([*words, *kwargs, rows, "--out", str(out), "--max-tokens", "5"]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["row"]["town"] for line in lines] == ["Ulm", "Riga"]
+    assert all(line["completions"][0]["reward"] == 0.0 for line in lines)
+    assert "mean reward 0: " in capsys.readouterr().err
+    words[0] = "chat"
     for wrong, why in (
         ([f"{game}/Nothing"], "has no 'Nothing'; it has Game"),
         ([f"{game}/Game", "--environment-kwargs", "5"], "give a mapping, such as {most: 5}"),

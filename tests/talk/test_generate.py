@@ -131,6 +131,7 @@ def test_the_command_goes_on_from_its_part(
         "model": str(folder), "files": [file], "column": None, "max_rows": -1, "n": 2, "temperature": 1.0,
         "top_p": 1.0, "top_k": -1, "max_tokens": 6, "seed": 0, "tools": "none", "format": "auto",
         "session": False, "chat_template": None, "dtype": "auto", "max_model_len": None,
+        "environment": None, "environment_kwargs": None,
     }  # fmt: skip
     stopped = AnswersFile(out, settings)
     stopped.begin()
