@@ -49,6 +49,12 @@ def eager(function: Function) -> Function:
     return cast(Function, torch.compiler.disable(function))
 
 
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply`, past what that does for torch.func, which looks at each argument."""
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply(*arguments)
+
+
 def unviewed(x: torch.Tensor) -> torch.Tensor:
     """The same memory, but no view to the compiler: it makes a graph for each kind of view."""
     return torch.ops.aten._unsafe_view(x, x.shape)
@@ -174,8 +180,7 @@ class Call:
         if self.origins is None:
             assert self.graph.forward is not None
             return self.graph.forward(inputs)[0]
-        out: Any = _Replayed.apply(self.graph, self.origins, *inputs)
-        return out
+        return applied(_Replayed, self.graph, self.origins, *inputs)
 
 
 def _kinds(arguments: Sequence[Any], tokens: int) -> tuple[Any, ...] | None:

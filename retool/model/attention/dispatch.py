@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -252,7 +252,7 @@ def attention(
     tanh(s / cap); 0 leaves them. N must be a multiple of K. q, k, v may be views of one buffer, as
     long as H is contiguous.
     """
-    check(q_TNH, k_TKH, seqlens)
+    check(q_TNH.shape, k_TKH.shape[1], seqlens)
     return _Attention.apply(
         q_TNH, k_TKH, v_TKH, None, None, cu_seqlens, max_seqlen, backend, seqlens, window, cap
     )
@@ -278,7 +278,7 @@ def attention_from_saved(
     See [Note: attention without running it again]. q, k, v must be what `out_TNH` and `lse_NT` were
     computed from.
     """
-    check(q_TNH, k_TKH, seqlens)
+    check(q_TNH.shape, k_TKH.shape[1], seqlens)
     return _Attention.apply(
         q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, cu_seqlens, max_seqlen, backend, seqlens, window, cap
     )
@@ -369,13 +369,13 @@ def computed_or_kept(
     return out.view_as(out), lse
 
 
-def check(q_TNH: Tensor, k_TKH: Tensor, seqlens: tuple[int, ...]) -> None:
-    """AssertionError where tokens or heads don't go together."""
-    assert q_TNH.shape[0] == sum(seqlens), (
-        f"{q_TNH.shape[0]} query tokens in documents of {sum(seqlens)} tokens"
+def check(q_shape: Sequence[int], kv_heads: int, seqlens: tuple[int, ...]) -> None:
+    """AssertionError where the shape of q [T, N, H] doesn't go with the other heads and the documents."""
+    assert q_shape[0] == sum(seqlens), (
+        f"{q_shape[0]} query tokens in documents of {sum(seqlens)} tokens"
     )
-    assert q_TNH.shape[1] % k_TKH.shape[1] == 0, (
-        f"{q_TNH.shape[1]} query heads don't group over {k_TKH.shape[1]} key/value heads"
+    assert q_shape[1] % kv_heads == 0, (
+        f"{q_shape[1]} query heads don't group over {kv_heads} key/value heads"
     )
 
 

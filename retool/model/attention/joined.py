@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from retool.model.attention.dispatch import attention_backward, check, computed_or_kept
 from retool.model.attention.parts import apart, together
-from retool.model.compile import eager
+from retool.model.compile import applied, eager
 
 
 @eager  # as `attention`
@@ -32,10 +32,11 @@ def joined_attention(
 
     `saved`: (out, lse), where they are known, as in `attention_from_saved`. The rest as in `attention`.
     """
-    check(*apart(heads_TjH, kv_heads)[:2], seqlens)
+    tokens, heads, _ = heads_TjH.shape
+    check((tokens, heads - 2 * kv_heads), kv_heads, seqlens)
     out, lse = (None, None) if saved is None else saved
     pack = (cu_seqlens, max_seqlen, backend, seqlens, window, cap)
-    return _JoinedAttention.apply(heads_TjH, kv_heads, out, lse, *pack)
+    return applied(_JoinedAttention, heads_TjH, kv_heads, out, lse, *pack)
 
 
 class _JoinedAttention(torch.autograd.Function):

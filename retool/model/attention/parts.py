@@ -17,7 +17,7 @@ Parts = tuple[Tensor, Tensor, Tensor]  # q [T, n, H], k and v [T, k, H], or what
 def apart(heads_TjH: Tensor, kv_heads: int) -> Parts:
     """q, k and v of a joined buffer: views."""
     query_heads = heads_TjH.shape[1] - 2 * kv_heads
-    q, k, v = heads_TjH.split([query_heads, kv_heads, kv_heads], 1)
+    q, k, v = torch.split_with_sizes(heads_TjH, [query_heads, kv_heads, kv_heads], 1)
     return q, k, v
 
 
