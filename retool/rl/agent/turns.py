@@ -72,7 +72,10 @@ class EngineSequence:
         except asyncio.CancelledError:  # nobody waits for it any more
             self.end()
             raise
-        reason = "aborted" if turn.reason == "capacity" else turn.reason
+        # A server may end a turn before its first token: then nothing was sampled, whatever it says
+        reason = "aborted"
+        if turn.reason != "capacity" and turn.tokens:
+            reason = turn.reason
         return Sampled(
             turn.tokens,
             turn.logp,

@@ -68,8 +68,8 @@ class PlayedBack:
         self.steps += 1
         key = self.queue.pop(0)
         text = self.live[key].pop(0)
-        if text == "capacity":
-            return [TurnDone(key, [], [], [], "capacity")]
+        if text in ("capacity", "stop"):
+            return [TurnDone(key, [], [], [], text)]
         ids = self.renderer.encode(["x", text + "<|im_end|>"])[1]
         return [TurnDone(key, ids, [-1.0] * len(ids), [-0.5] * len(ids), "stop")]
 
@@ -198,8 +198,9 @@ def test_waiting_for_judges_is_told_apart(renderer_of) -> None:
     assert times.reward > 0.15 and times.tools < times.reward / 2
 
 
-def test_a_sequence_that_does_not_fit_is_aborted_and_counted(renderer_of) -> None:
-    parts, engine = parts_of(renderer_of("hermes"), {0: ["capacity"]})
+@pytest.mark.parametrize("reason", ["capacity", "stop"])
+def test_a_sequence_of_which_nothing_is_sampled_is_aborted_and_counted(renderer_of, reason) -> None:
+    parts, engine = parts_of(renderer_of("hermes"), {0: [reason]})
     (scored,) = asyncio.run(roll_out(parts, [(prompt_of(parts.renderer, 0), 0)], Sampling(), 0))
     assert (
         scored.trajectory.stop is Stop.ABORTED
