@@ -28,7 +28,7 @@ from retool.engine.kernels.kv_cache import KVCache, in_any_order
 from retool.engine.kernels.place import can_place, place
 from retool.engine.kernels.sampling import sample
 from retool.model.block import Block
-from retool.model.compile import compiled, unviewed
+from retool.model.compile import compiled_pieces, unviewed
 from retool.model.decoder import Decoder
 from retool.model.logits import capped, product, workspace
 from retool.model.rope import Frequencies, frequencies, rope_tables
@@ -103,7 +103,7 @@ def _pieces(decoder: Decoder) -> Pieces:
     """Compiled where the decoder is, but for a piece that the compiler can't take as one graph."""
     if not decoder.execution.compiled:
         return PIECES
-    fast = Pieces(*map(compiled, PIECES))
+    fast = Pieces(*map(compiled_pieces, PIECES))
     whole = decoder.layers[0].after_is_compilable
     return fast if whole else fast._replace(between=_between)
 

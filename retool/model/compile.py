@@ -33,12 +33,26 @@ def compiled(function: Callable[..., Any]) -> Compiled:
     It makes a graph for any length and one for length 1, each with gradients and without, for all
     layers and models of one shape.
     """
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, MAX_GRAPHS_OF_A_FUNCTION)
+    _let_in_many()
     fast = torch.compile(function, dynamic=True, fullgraph=True, backend=_noted)
     # A norm's epsilon is a constant: torch would make a tensor of it for each call
     constants = torch._dynamo.config.patch(specialize_float=True)
     return Compiled(constants(fast))
+
+
+def compiled_pieces(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function through torch.compile alone: what reaches over two blocks, or gives several
+    tensors, for a forward without gradients.
+
+    It makes a graph for any length and one for length 1, as `compiled` does.
+    """
+    _let_in_many()
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _let_in_many() -> None:
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MAX_GRAPHS_OF_A_FUNCTION)
 
 
 def eager(function: Function) -> Function:

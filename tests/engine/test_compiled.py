@@ -5,14 +5,17 @@ the lengths.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from retool.batch import Sample, pack
 from retool.engine import Engine, SamplingParams
 from retool.model.build import ModelOptions
+from retool.model.compile import Compiled
 from retool.model.logprobs import logprobs
 from retool.parallel.fsdp import Sharded
 from tests.engine.models import engine_of, forced, leaked, load, prompts, run
@@ -39,6 +42,28 @@ def generate(engine: Engine, tag: int, lengths: list[int]) -> None:
     for key in run(engine):
         engine.drop(key)
     assert leaked(engine) == 0
+
+
+def test_what_reaches_over_two_blocks_is_no_blocks_compiled_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled functions of a block are called with tensors, and return one: they look at both."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    call = Compiled.__call__
+    calls = []
+
+    def looked_at(function: Compiled, block: nn.Module, *arguments: Any) -> torch.Tensor:
+        assert not any(isinstance(argument, nn.Module) for argument in arguments)
+        out = call(function, block, *arguments)
+        assert isinstance(out, torch.Tensor)
+        calls.append(out)
+        return out
+
+    monkeypatch.setattr(Compiled, "__call__", looked_at)
+    make(tmp_path, "qwen2")
+    model = load(tmp_path)
+    generate(engine_of(tmp_path, model, use_compile=True), 1, [5, 1, 13])
+    assert calls, "the last block's `after` is one"
 
 
 @pytest.mark.slow
