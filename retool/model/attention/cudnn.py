@@ -134,17 +134,20 @@ def cudnn_forward(
     """out [T, N, H] and lse float32 [N, T]; `short` computes the documents of fewer than
     `CUDNN_SHORTEST` tokens, and huge ones.
     """
+    runs = _runs(pack.seqlens)
+    # The usual pack has one run. To cut it out would take the host longer than to launch its kernel.
+    if len(runs) == 1:
+        if _by_cudnn(q, runs[0]):
+            return _forward_run(q, k, v, runs[0])
+        return short(q, k, v, pack)
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    for run in _runs(pack.seqlens):
+    for run in runs:
         tokens = slice(run.begin, run.end)
         if _by_cudnn(q, run):
             out_run, lse_run = _forward_run(q, k, v, run)
         else:
             out_run, lse_run = short(q[tokens], k[tokens], v[tokens], _short_pack(run, pack))
-        # The usual pack has one run: its result needs no copy into a larger tensor.
-        if run.end - run.begin == q.shape[0]:
-            return out_run, lse_run
         out[tokens], lse[:, tokens] = out_run, lse_run
     return out, lse
 
@@ -159,10 +162,15 @@ def cudnn_backward(
     pack: Pack,
     short: ShortBackward,
 ) -> Gradients:
-    """(dq, dk, dv) of what `cudnn_forward` computed: parts of one buffer."""
+    """(dq, dk, dv) of what `cudnn_forward` computed."""
+    runs = _runs(pack.seqlens)
+    if len(runs) == 1:
+        if _by_cudnn(q, runs[0]):
+            return _backward_run(dout, q, k, v, out, lse, runs[0])
+        return short(dout, q, k, v, out, lse, pack)
     grads = new_parts(q, k)
     joined = together(grads)
-    for run in _runs(pack.seqlens):
+    for run in runs:
         tokens = slice(run.begin, run.end)
         if _by_cudnn(q, run):
             parts = _backward_run(dout, q, k, v, out, lse, run)
