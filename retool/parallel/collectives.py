@@ -70,11 +70,15 @@ def send_parts(received: torch.Tensor, flat: torch.Tensor, group: dist.ProcessGr
     """Start to send each other rank its part of a flat tensor, which are in rank order; what rank r
     sends comes to part r of `received`. The part of a rank's own stays where it is, in `flat`.
 
-    Returns what to wait for. An all-to-all copies the own part as well, with kernels that take more of
-    the device from what is computed beside them; but one call of it costs the host less than several.
+    Returns what to wait for; on CUDA the current stream may have it in order already.
+
+    An all-to-all copies the own part as well, with kernels that take more of the device from what is
+    computed beside them; but one call of it costs the host less than several.
     """
     if flat.nbytes < LARGE_BYTES:
-        return [dist.all_to_all_single(received, flat, group=group, async_op=True)]
+        on_host = flat.device.type == "cpu"
+        work = dist.all_to_all_single(received, flat, group=group, async_op=on_host)
+        return [work] if on_host else []
     rank = dist.get_rank(group)
     ranks = dist.get_world_size(group)
     to_send = flat.chunk(ranks)
