@@ -87,8 +87,12 @@ def keep(session: Session) -> None:
     if len(stored.stream) > room:
         stored, left_out = variables.dump(own, session.folder, room)
     left_out.update(files_left_out)
-    if left_out:
-        _say(f"[not kept for the next call: {_listed(left_out)}]")
+    # What was only shown was given no name: nobody expects to have it again
+    told = {
+        name: was for name, was in left_out.items() if name in session.namespace or name != SHOWN
+    }
+    if told:
+        _say(f"[not kept for the next call: {_listed(told)}]")
     lost = {name: was for name, was in session.lost.items() if name not in own}
     left = {
         "files": files,
