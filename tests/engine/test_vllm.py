@@ -164,7 +164,7 @@ def test_a_process_has_one_engine(
     first = make_vllm(folder)
     first.sync(model)
     first.close()
-    with pytest.raises(ValueError, match="and can't have another"):
+    with pytest.raises(ValueError, match="and can't have a second one"):
         make_vllm(folder).sync(model)
 
 
