@@ -29,7 +29,7 @@ ALONE = {  # one process; arguments → rows
     "decode": ("--shape tiny --at 4x20 --steps 1", 1),
     "fsdp_overlap": ("--scale 2048", 3),
     "gated": ("--shapes 8x16x8 --repeats 1", 2),
-    "host": ("--shape narrow --layers 2 --tokens 32 --repeats 1 --compile no", 1),
+    "host": ("--shape narrow --layers 1 --tokens 16 --repeats 1 --compile no", 1),
     "logprobs": ("--tokens 512 --vocab 4096 --dim 32 --repeats 1", 7),
     "long_context": ("--lengths 64,128", 4),
     "memory": ("--shape tiny --scale 1024 --rows 0.5b-none,0.5b-offload", 2),
