@@ -65,7 +65,7 @@ def _imported(variables: Mapping[str, Any], folder: str) -> dict[str, str]:
     modules = [
         (name, vars(module))
         for name, module in list(sys.modules.items())
-        if name != "__main__"
+        if name not in ("__main__", "builtins")  # which has what was shown last
         and isinstance(module, ModuleType)
         and not str(getattr(module, "__file__", "")).startswith(folder)
     ]

@@ -159,6 +159,13 @@ def test_what_can_t_be_kept_is_told_and_the_rest_is_kept(tool) -> None:
     assert "NameError: name 'other'" in third.text and "couldn't" not in third.text
 
 
+def test_what_was_shown_last_lives_on_or_is_not_missed(tool) -> None:
+    texts = [result.text for result in talk(tool, "[1, [2]]", "_ + [3]", "(i for i in [])", "_")]
+    assert texts[:2] == ["[1, [2]]", "[1, [2], 3]"]
+    assert texts[2].startswith("<generator") and "kept" not in texts[2]
+    assert "NameError: name '_' is not defined" in texts[3]
+
+
 def test_what_is_lost_is_told_although_the_program_floods_its_output(tool) -> None:
     (only,) = talk(tool, "g = (i for i in [])\nprint('x' * 200_000)\ng")
     assert only.text.endswith("[not kept for the next call: g (generator)]")
