@@ -18,8 +18,8 @@ def current_stream() -> torch.cuda.Stream:
 
 
 class OnStream:
-    """`with OnStream(stream)`: what is inside is enqueued on the stream, which is of this thread's
-    device. None: it stays where it is.
+    """`with OnStream(stream)`: what is inside is enqueued on the stream; the thread is on its device
+    from then on. None: it stays where it is.
     """
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
@@ -28,7 +28,7 @@ class OnStream:
 
     def __enter__(self) -> None:
         if self.stream is not None:
-            self.before = current_stream()
+            self.before = torch.cuda.current_stream(self.stream.device_index)
             torch.cuda.set_stream(self.stream)
 
     def __exit__(self, *_: object) -> None:

@@ -25,6 +25,7 @@ Clock = dict[int, int]
 
 class Stream:
     made = 0
+    device_index = 0
 
     def __init__(self, device: object = None) -> None:
         Stream.made += 1
