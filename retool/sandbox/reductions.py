@@ -22,6 +22,13 @@ PROTOCOL = 3  # it numbers what it has written: `variables`, [Note: memo]
 PLAIN = frozenset([bool, int, float, complex, str, bytes, type(None)])
 PLAIN_LENGTH = 64  # of a container, from which on it is written at once
 MOST_BYTES = 64 << 20  # of one object: more has no room anyway
+FILES = (
+    io.TextIOWrapper,
+    io.BufferedReader,
+    io.BufferedWriter,
+    io.BufferedRandom,
+    io.FileIO,
+)
 STREAMS = ("__stdin__", "__stdout__", "__stderr__")
 NOT_OF_ENUMS = (
     "__new__",
@@ -59,7 +66,7 @@ def make_pickler(target: io.BytesIO, variables: Mapping[str, Any]) -> Any:
                 return _type_var_parts(value)
             if isinstance(value, io.IOBase):
                 return _file_parts(value)
-            if kind.__name__ == "ndarray":
+            if kind.__name__ == "ndarray" and kind.__module__ == "numpy":
                 return _array_parts(value, shared)
             if _runs(value):
                 raise TypeError("it runs in this program's process")
@@ -150,9 +157,7 @@ def _file_parts(file: Any) -> Reduced:
     for name in STREAMS:
         if file is getattr(sys, name):
             return getattr, (sys, name)
-    if isinstance(file, io.StringIO | io.BytesIO):
-        return NotImplemented
-    if not isinstance(file.name, str):
+    if not isinstance(file, FILES) or not isinstance(file.name, str):
         return NotImplemented
     encoding = getattr(file, "encoding", None)
     if file.closed:

@@ -4,25 +4,27 @@ Each is a record of its own, so that one that can't be had costs no other. All a
 that what they share stays shared.
 
 [Note: memo] A pickle refers to what it has written before by a number. One pickler writes all
-records, so a record may refer to an earlier one. Where a record can't be read, what it would have
-numbered is forgotten. A later record that refers to it can't be read either, and doesn't get half
-an object.
+records, so a record may refer to an earlier one. Where a record can't be read, what it has numbered
+is forgotten, unless it can't be half made. A later record that refers to it can't be read either,
+and doesn't get half an object.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
+import pickle
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from . import reductions
 
 # A name, where its record begins, how many objects were written before it
 Entry = tuple[str, int, int]
+SHARES = "it shares something with what can't be restored"
 
 
 class Stored(NamedTuple):
@@ -67,6 +69,7 @@ def _imported(variables: Mapping[str, Any], folder: str) -> dict[str, str]:
         for name, module in list(sys.modules.items())
         if name not in ("__main__", "builtins")  # which has what was shown last
         and isinstance(module, ModuleType)
+        and getattr(module, "__spec__", None) is not None  # it can be imported
         and not str(getattr(module, "__file__", "")).startswith(folder)
     ]
     found: dict[str, str] = {}
@@ -165,6 +168,14 @@ def _troubles(variables: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def _is_whole(value: Any) -> bool:
+    """Whether it can't be half made: it is plain, or was imported."""
+    if type(value) in reductions.PLAIN:
+        return True
+    kinds = (FunctionType, BuiltinFunctionType, type)
+    return isinstance(value, kinds) and value.__module__ != "__main__"
+
+
 def load(stored: Stored) -> tuple[dict[str, Any], dict[str, str]]:
     """(the variables, why others can't be had)."""
     with warnings.catch_warnings():
@@ -181,19 +192,32 @@ def load(stored: Stored) -> tuple[dict[str, Any], dict[str, str]]:
 def _load(stream: bytes, entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, str]]:
     import dill
 
+    unpickler = dill.Unpickler(io.BytesIO(stream))
+    try:
+        return {name: unpickler.load() for name, _, _ in entries}, {}
+    except BaseException:  # whatever the program's own objects raise
+        return _load_each(stream, entries)
+
+
+def _load_each(stream: bytes, entries: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The same where something can't be read; slowly, by an unpickler that can forget."""
     source = io.BytesIO(stream)
-    unpickler = dill.Unpickler(source)
+    make: Any = pickle._Unpickler  # type: ignore[attr-defined]
+    unpickler = make(source)
     found: dict[str, Any] = {}
     broken: dict[str, str] = {}
     for name, begin, known in entries:
-        if broken:
-            source.seek(begin)
-            memo = unpickler.memo.copy()
-            unpickler = dill.Unpickler(source)
-            unpickler.memo = {number: value for number, value in memo.items() if number < known}
+        source.seek(begin)
         try:
             found[name] = unpickler.load()
-        except BaseException as error:  # whatever the program's own objects raise
-            kind = _kind(error)
-            broken[name] = f"{kind}: {error}"
+        except BaseException as error:
+            shares = isinstance(error, pickle.UnpicklingError) and "Memo" in str(error)
+            broken[name] = SHARES if shares else f"{_kind(error)}: {error}"
+            half_made = [
+                number
+                for number, value in unpickler.memo.items()
+                if number >= known and not _is_whole(value)
+            ]
+            for number in half_made:
+                del unpickler.memo[number]
     return found, broken

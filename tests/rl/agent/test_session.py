@@ -173,18 +173,22 @@ def test_what_is_lost_is_told_although_the_program_floods_its_output(tool) -> No
 
 def test_what_runs_or_leads_out_of_the_program_is_not_kept(tool) -> None:
     runs = """
-import sqlite3, subprocess, sys, threading, time
+import gzip, sqlite3, subprocess, sys, threading, time, types
 waits = threading.Thread(target=time.sleep, args=(60,), daemon=True)
 waits.start()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 table = sqlite3.connect(":memory:")
+packed = gzip.open("a.gz", "wb")
+lines = gzip.open("a.gz", "rt")
+sys.modules["made"] = types.ModuleType("made")
+sys.modules["made"].part = part = [1, [2]]
 done = threading.Thread(target=len, args=("",))
 done.start()
 """
-    first, second = talk(tool, runs, "print(done.is_alive())\nwaits")
-    lost = "waits (Thread), child (Popen), table (Connection)"
+    first, second = talk(tool, runs, "print(done.is_alive(), part)\nwaits")
+    lost = "waits (Thread), child (Popen), table (Connection), packed (GzipFile), lines (TextIOWrapper)"
     assert first.text == f"[not kept for the next call: {lost}]"
-    assert second.text.startswith("False\n")
+    assert second.text.startswith("False [1, [2]]\n")
 
 
 def test_classes_files_and_what_libraries_are_set_to_live_on(tool) -> None:
@@ -299,6 +303,32 @@ def test_the_session_s_time_is_bounded_and_so_is_a_call_s(tool) -> None:
     assert [result.status for result in results[1:]] == ["timeout"] * 3
     assert results[1].text.endswith(UNDONE)
     assert results[-1].text == "TimeoutError: the session's 1 s are used up."
+
+
+def test_what_can_t_be_restored_costs_no_other(tool) -> None:
+    """Also where it is read first, and those after it are made by the same functions."""
+    defines = """
+import sys, types
+made = types.ModuleType("made")
+sys.modules["made"] = made
+class Breaks:
+    def __setstate__(self, state): raise ValueError("half made")
+inner = [Breaks, 1]
+part = Breaks()
+part.inner = inner
+class Later:
+    pass
+later = Later()
+def seven(): return 7
+holds = {"part": part}
+"""
+    first, second = talk(tool, defines, "print(inner, isinstance(later, Later), seven())\nholds")
+    assert first.text == "[no output]"
+    lines = second.text.splitlines()
+    assert lines[0] == "[<class '__main__.Breaks'>, 1] True 7"
+    assert lines[1].startswith("[made can't be restored: ModuleNotFoundError:")
+    assert lines[2] == "[part can't be restored: ValueError: half made]"
+    assert lines[3] == "[holds can't be restored: it shares something with what can't be restored]"
 
 
 def test_objects_that_do_harm_when_they_are_kept_or_restored_harm_their_session(tool) -> None:
