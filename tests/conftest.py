@@ -58,6 +58,16 @@ def gpu_of_worker(worker: str, environment: Mapping[str, str]) -> str:
     return gpus[number % len(gpus)]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A fixture that isn't there ends the run: a test that is skipped here would find out on a GPU."""
+    for item in items:
+        if not isinstance(item, pytest.Function):
+            continue
+        missing = set(item.fixturenames) - set(item._fixtureinfo.name2fixturedefs) - {"request"}
+        if missing:
+            raise pytest.UsageError(f"{item.nodeid} asks for fixtures that aren't there: {missing}")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """What is marked `gpu` is skipped where there is none, before a fixture looks for one."""
@@ -67,6 +77,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
+
+
+@pytest.fixture(scope="session")
+def gpu() -> str:
+    """Where a test marked `gpu` computes."""
+    return "cuda"
 
 
 @pytest.fixture(scope="session")

@@ -404,13 +404,6 @@ def check_kernels(
 # ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def gpu() -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    return "cuda"
-
-
 GPU_SIZES = {"tokens": 1000, "dim": 256, "vocab": 10_007}
 GPU_DTYPES = [
     (torch.float64, (1e-12, 1e-12)),
