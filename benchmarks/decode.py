@@ -46,6 +46,7 @@ AFTER = {
     "gate and up": "SwiGLU",
     "down": "add, norm (to the next layer)",
 }
+ELEMENTWISE = ("compiled elementwise", "gated MLP, its elementwise half")
 COLUMNS = ["", "calls a step", "µs each", "ms a step", "of the step", "limit, µs", "of its limit"]
 
 
@@ -130,7 +131,7 @@ def named(events: list[kernels.Event], layers: int) -> Iterator[tuple[str, kerne
             order = [*PRODUCTS, *["vocabulary"] * (layer == layers), "q k v"]
             last = order[len(since)] if len(since) < len(order) else "other products"
             since.append(last)
-        elif kind == "compiled elementwise":
+        elif kind in ELEMENTWISE:
             product = since[-1] if since else ""
             yield AFTER.get(product, "other elementwise"), event
             continue

@@ -17,10 +17,10 @@ KINDS = {
     "communication": r"nccl",
     "attention": r"sdpa|flash|fmha|attention",
     "vocabulary head": r"_update_kernel|_gradient_kernel|^_scaled_kernel",
-    "compiled elementwise": r"^triton_|^_added_kernel|^_turned_heads",
+    "compiled elementwise": r"^triton_|^_turned_heads",
     "gated MLP, its elementwise half": r"^_gated_forward|^_gated_backward",
     "copies": r"memcpy|memset|catarray|copy",
-    "matrix products": r"nvjet|gemm|cutlass|xmma|splitk|^_product_kernel|^_gated_kernel",
+    "matrix products": r"nvjet|gemm|cutlass|xmma|splitk",
 }
 REST = "everything else"
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from retool.engine.forward import Model, draw, hidden_states
+from retool.engine.forward import Model, draw, hidden_states, scored
 from retool.engine.kernels.attention import Pages
 from retool.engine.kernels.draws import Draws
-from retool.engine.kernels.kv_cache import in_any_order
+from retool.engine.kernels.kv_cache import in_any_order, located
 from retool.engine.runner import Flight, Recordings, send_draws, to_device
 from retool.engine.schedule.batch import Batch, Change
 
@@ -164,27 +164,28 @@ class DecodeLoop:
             self.top_k[:rows],
             self.top_p[:rows],
         )
-        everything = torch.arange(rows, device=positions.device)
-        mine = None
-        if self.model.group is not None:
+        if self.model.group is None:
+            out = scored(self.model, x, draws, filtered)
+        else:
+            everything = torch.arange(rows, device=positions.device)
             local = everything[: len(x)]
             mine = local + self.model.plan.rank * len(x), local
-        out = draw(self.model, x, everything, draws, filtered, mine)
+            out = draw(self.model, x, everything, draws, filtered, mine)
         # This step's draws are the next one's tokens: it can be replayed as it is
         self.out[:, :rows].copy_(out)
-        self.tokens[:rows].copy_(out[0].long())
+        self.tokens[:rows].copy_(out[0])
         self.positions[:rows].add_(1)
 
     def _pages(self, rows: int) -> Pages:
         """Where the rows' tokens go, and what they see. A row that went on beyond its end stays
         within its table.
         """
-        size = self.model.cache.page_size
-        width = self.tables.shape[1]
-        positions = self.positions[:rows]
         tables = self.tables[:rows]
-        # Of a row that is over and not yet known to be: its draw is thrown away
-        place = (positions // size).clamp_(max=width - 1)
-        slots = tables.gather(1, place[:, None])[:, 0].long() * size + positions % size
-        lengths = (positions + 1).clamp_(max=width * size).to(torch.int32)
+        find = located
+        if self.model.kernels == "triton":
+            from retool.engine.kernels.place_triton import located_rows
+
+            # One kernel instead of ten
+            find = located_rows
+        slots, lengths = find(self.positions[:rows], tables, self.model.cache.page_size)
         return Pages(slots, tables, lengths, rows, each_alone=self.fixed)

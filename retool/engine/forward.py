@@ -204,17 +204,18 @@ def draw(
     With a group, `mine` has the places in `rows` of this rank's tokens and their places in x.
     """
     if mine is None:
-        return _scored(model, x_tD[rows_R], draws, filtered)
+        return scored(model, x_tD[rows_R], draws, filtered)
     # Every row's result is one rank's: zeros from the others, so that a sum gathers them
     places, local = mine
     dtype = torch.promote_types(x_tD.dtype, torch.float32)
     out = torch.zeros(3, len(rows_R), dtype=dtype, device=x_tD.device)
     if len(places):
-        drawn = _scored(model, x_tD[local], Draws(*(d[places] for d in draws)), filtered)
+        drawn = scored(model, x_tD[local], Draws(*(d[places] for d in draws)), filtered)
         with in_any_order():
             out[:, places] = drawn
     return sum_over(out, model.group)
 
 
-def _scored(model: Model, x_rD: Tensor, draws: Draws, filtered: bool) -> Tensor:
+def scored(model: Model, x_rD: Tensor, draws: Draws, filtered: bool) -> Tensor:
+    """Draw for each of these tokens: [3, r], as `draw` has it."""
     return sample(model.decoder.head(x_rD, logits_of), draws, filtered)

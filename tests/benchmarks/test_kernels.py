@@ -52,7 +52,7 @@ def test_what_overlaps_is_not_idle() -> None:
     ("layer", "what"),
     [
         (
-            "_place_kernel _attention_kernel _joined_kernel nvjet triton_per gemm triton_poi nvjet "
+            "_place_kernel _attention_kernel _joined_kernel nvjet triton_per gemm _gated_forward nvjet "
             "cublasLt::splitKreduce_kernel triton_per nvjet",
             [
                 "rope, cache",
@@ -63,18 +63,6 @@ def test_what_overlaps_is_not_idle() -> None:
                 "gate and up",
                 "SwiGLU",
                 "down",
-                "down",
-                "add, norm (to the next layer)",
-                "q k v",
-            ],
-        ),
-        (
-            "_attention_kernel _product_kernel _added_kernel _gated_kernel _product_kernel _added_kernel nvjet",
-            [
-                "attention",
-                "out of attention",
-                "add, norm (to the MLP)",
-                "gate and up",
                 "down",
                 "add, norm (to the next layer)",
                 "q k v",

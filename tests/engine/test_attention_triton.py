@@ -30,17 +30,19 @@ def layer_of(
     order = (torch.randperm(13, generator=generator) + 1).tolist()
     tables = torch.zeros(len(LENGTHS), 9, dtype=torch.int32)
     for row, length in enumerate(LENGTHS):
-        for place in range(-(-length // 256)):
+        last = (length - 1) // 256
+        for place in range(last + 1):
             tables[row, place] = order.pop()
-        cache.data[0, int(tables[row, place]), (length - 1) % 256 + 1 :] = float("nan")
+        cache.data[0, int(tables[row, last]), (length - 1) % 256 + 1 :] = float("nan")
     return cache, tables
 
 
 def compare() -> None:
-    """Few and many parts, groups of one to seven query heads, one to four kv heads in a program,
-    queries that lie apart.
+    """Few and many parts, as many for all or more for the longer ones; groups of one to seven query
+    heads, one to four kv heads in a program, queries that lie apart.
     """
     from retool.engine.kernels import attention_triton as kernels
+    from retool.engine.kernels.chunks_triton import chunk_rows
 
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)
@@ -56,8 +58,9 @@ def compare() -> None:
         (16, 8, 32, torch.float16, 16),
     )
     specials = iter([(0, 0.0)] * 4 + [(50, 0.0), (0, 1.5), (1, 0.0), (300, 2.0)])
-    for heads, kv_heads, dim, dtype, programs in shapes:
+    for number, (heads, kv_heads, dim, dtype, programs) in enumerate(shapes):
         kernels.TARGET_PROGRAMS = programs
+        kernels.LONG = 200 if (number + number // 4) % 2 else 1 << 20
         # Windows within a block, over several, and longer than most sequences
         seen = next(specials)
         cache, tables = layer_of(kv_heads, dim, dtype, generator)
@@ -80,7 +83,7 @@ def compare() -> None:
         )
         offsets = torch.tensor([0, *accumulate(COUNTS)], dtype=torch.int32)
         query = torch.randn(sum(COUNTS), heads + 3, dim, generator=generator).to(dtype)[:, :heads]
-        found = kernels.chunk_rows(query, cache.data[0], tables, lengths, offsets, 384, *seen)
+        found = chunk_rows(query, cache.data[0], tables, lengths, offsets, 384, *seen)
         pages = Pages(
             torch.zeros(1),
             tables[:5],
@@ -103,7 +106,20 @@ def compare() -> None:
         kernels.heads_together(*shape)
         for shape in ((2, 7, 64), (3, 3, 64), (4, 1, 128), (8, 2, 32))
     ] == [2, 1, 1, 4]
-    assert [kernels.parts_for(n) for n in (1, 6, 16, 200)] == [16, 2, 1, 1]
+    found = [kernels.reading(n, deep=True) for n in (1, 6, 16, 200)]
+    assert found == [(parts, kernels.SHALLOW) for parts in (16, 2, 1, 1)]
+    kernels.TARGET_PROGRAMS = 512
+    assert kernels.reading(256, deep=True) == (1, kernels.DEEP)
+    assert kernels.reading(256, deep=False) == (2, kernels.SHALLOW)
+    assert kernels.reading(512, deep=True) == (1, kernels.SHALLOW)
+    kernels.LONG = 200
+    assert [kernels.most_parts(*x) for x in ((1, 200), (1, 201), (1, 999), (2, 999), (8, 9))] == [
+        1,
+        2,
+        4,
+        8,
+        8,
+    ]
 
 
 @pytest.mark.slow

@@ -82,14 +82,21 @@ def sampled(engine: Engine, tag: str, temperature: float = 1.0, count: int = 40)
     return [done[tag, i] for i in range(count)]
 
 
-@pytest.mark.parametrize("kernels", ["flash", "triton"])
+@pytest.mark.parametrize("kernels", ["flash", "triton", "triton, longer ones in more parts"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(14, 2, 64), (4, 4, 128), (16, 8, 64)])
-def test_paged_kernels_equal_torch(heads: int, kv_heads: int, head_dim: int, kernels: str) -> None:
+def test_paged_kernels_equal_torch(
+    heads: int, kv_heads: int, head_dim: int, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Decode rows and chunks in one call, pages in random order; against fp32 on the same bf16
     values.
     """
     if kernels == "flash":
         pytest.importorskip("flash_attn")
+    else:
+        from retool.engine.kernels import attention_triton
+
+        monkeypatch.setattr(attention_triton, "LONG", 1 << 20 if kernels == "triton" else 200)
+        kernels = "triton"
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 300, 256, 1000, 700, 300]
     counts = [1, 1, 1, 1, 130, 300]
@@ -109,9 +116,11 @@ def test_paged_kernels_equal_torch(heads: int, kv_heads: int, head_dim: int, ker
     mixed = Pages(*both, *offsets, counts=(130, 300), host_lengths=(700, 300))
     alone = Pages(*both, host_lengths=tuple(lengths[:4]), each_alone=True)  # single tokens only
     many = Pages(slots, both[1][:4].repeat(300, 1), both[2][:4].repeat(300), 1200)  # a part of each
+    full = Pages(slots, both[1][:4].repeat(64, 1), both[2][:4].repeat(64), 256)  # read deep
     cache_32 = KVCache((1, 256, kv_heads, head_dim), 40, torch.float32, DEVICE)
     cache_32.data.copy_(cache.data)
-    for pages, queries in ((mixed, q), (alone, q[:4]), (many, q[:4].repeat(300, 1, 1))):
+    rows = [(many, q[:4].repeat(300, 1, 1)), (full, q[:4].repeat(64, 1, 1))]
+    for pages, queries in ((mixed, q), (alone, q[:4]), *rows):
         fast = paged_attention(queries, cache, 0, pages, kernels).float()
         exact = paged_attention(queries.float(), cache_32, 0, pages, "torch")
         assert (fast - exact).norm() / exact.norm() < 5e-3

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from retool.engine.kernels.kv_cache import KVCache
+from retool.engine.kernels.kv_cache import KVCache, located
 from retool.model.block import rms_norm
 from retool.model.rope import rotate
 from tests.interpreter import interpreted
@@ -59,6 +59,21 @@ def compare(device: torch.device = CPU) -> None:
         assert torch.equal(
             cache.data[1].flatten(0, 1).cpu()[slots][:, kv_heads:], x[:, heads + kv_heads :]
         ), "values are as they came"
+    compare_located(device)
+
+
+def compare_located(device: torch.device) -> None:
+    """First and last tokens of pages, and beyond the table; a table that is part of a wider one."""
+    from retool.engine.kernels.place_triton import located_rows
+
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.tensor([0, 15, 16, 31, 47, 48, 49, 200] * 40)
+    tables = torch.randint(0, 900, (320, 5), generator=generator, dtype=torch.int32)[:, :3]
+    found = located_rows(positions.to(device), tables.to(device), 16)
+    slots, lengths = located(positions, tables, 16)
+    assert torch.equal(found[0].cpu(), slots) and torch.equal(found[1].cpu(), lengths)
+    assert lengths[:8].tolist() == [1, 16, 17, 32, 48, 48, 48, 48]
+    assert slots[1] == tables[1, 0] * 16 + 15 and slots[7] == tables[7, 2] * 16 + 200 % 16
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ it.
     chunk items     several new tokens: the last `count` positions of their sequence, causal among
                     themselves
 
-    triton   ours (`attention_triton.py`): on an H100 as fast as the next or faster in every shape
+    triton   ours (`attention_triton.py`, `chunks_triton.py`): on an H100 as fast as the next or faster in every shape
              that was measured
     flash    FlashAttention-2's paged kernels (flash-attn ≥ 2.5, pages of 256 tokens): where ours
              don't fit, heads of 96 for one
@@ -261,7 +261,7 @@ def _triton_decode(q_DNH: Tensor, data: Tensor, pages: Pages, seen: Seen = WHOLE
 
 
 def _triton_chunks(q_TNH: Tensor, data: Tensor, pages: Pages, seen: Seen = WHOLE) -> Tensor:
-    from retool.engine.kernels.attention_triton import chunk_rows
+    from retool.engine.kernels.chunks_triton import chunk_rows
 
     assert pages.offsets is not None
     return chunk_rows(

@@ -1,29 +1,31 @@
-# ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
+# ruff: noqa: ANN001, ANN201, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
 # pyright: reportMissingParameterType=false, reportIndexIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-"""Attention over the paged cache on a GPU.
+"""Attention of single tokens over the paged cache on a GPU, and what chunks' has in common with it.
 
-Single tokens: each sequence's keys are cut into parts by its own length, so that few or long
-sequences keep every multiprocessor reading (Flash-Decoding: Dao, Haziza, Massa & Sizov 2023; the
-softmax of parts: arXiv 2205.14135).
+Each sequence's keys are cut into parts by its own length, so that few or long sequences keep every
+multiprocessor reading (Flash-Decoding: Dao, Haziza, Massa & Sizov 2023; the softmax of parts: arXiv
+2205.14135).
 
     part     (sequence, kv heads, part): their query heads over a range of keys, normalised, with their log-sum-exp
     joined   (sequence, query head): the parts' results, weighted by their share
+
+How many parts all of them have follows from how many sequences there are. One that is much longer
+has more, where the page table has room for such.
 
 flash-attn cuts all of them by the longest that the page table has room for, and most sequences of a
 rollout are much shorter. Where kv heads are narrow and few query heads read them, a program takes
 several: it reads longer pieces of memory, and a query is zero where another head's keys are.
 
-Chunks: a program has a tile of queries of a head, and goes over the keys that all of them see, then
-over those that only some do.
-
-Legend: T tokens of chunks · S chunks · D sequences · N query heads · K kv heads · J = 2K, keys before
-values · G query heads per kv head · P tokens of a page · W pages of the longest sequence · H head dim.
+Legend: D sequences · N query heads · K kv heads · J = 2K, keys before values · G query heads per kv
+head · P tokens of a page · W pages of the longest sequence · H head dim.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -34,18 +36,30 @@ from retool.engine.kernels.kv_cache import HEAD_DIMS
 
 BLOCK = 64  # keys at a time: within a page
 LOWEST = tl.constexpr(-1e30)  # below every score
-# Single tokens
 TARGET_PROGRAMS = 512  # about so many parts in all: more of them only cost more to join
+FULL_PROGRAMS = 256  # two for each multiprocessor: with blocks enough under way no part is needed
 MAX_PARTS = 64  # of a sequence
+LONG = 4096  # keys of a part, from which a sequence is cut into more than the others
+MORE_PARTS = 4  # times as many, at most
 MAX_KEY_WIDTH = 128  # numbers of a token's key that a program reads
-WARPS = 2
-STAGES = 3  # of the pipeline of loads
-# Chunks: queries at a time and warps, for heads up to so wide
-CHUNK_TILES = {128: (64, 4), 256: (32, 8)}
+DEEP_BYTES = 112 << 10  # of shared memory, which a deep pipeline takes at that width
+
+
+class Pipeline(NamedTuple):
+    """A program's warps, and the stages of its loads. Two of them are the page table's, and two more
+    are one more block of keys under way.
+    """
+
+    warps: int
+    stages: int
+
+
+SHALLOW = Pipeline(2, 3)
+DEEP = Pipeline(4, 7)
 
 
 @triton.jit
-def _bent(scores, bend, CAP: tl.constexpr):
+def bent(scores, bend, CAP: tl.constexpr):
     """tanh(scores · bend) with CAP: the cap itself is in the scale that follows."""
     if CAP:
         scores = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * scores * bend))
@@ -53,7 +67,7 @@ def _bent(scores, bend, CAP: tl.constexpr):
 
 
 @triton.jit
-def _folded(scores, scale, v, largest, total, result, MAY_SEE_NONE: tl.constexpr):
+def folded(scores, scale, v, largest, total, result, MAY_SEE_NONE: tl.constexpr):
     """A running softmax, one block of keys further.
 
     Returns the largest scaled score (of base 2), the sum of all relative to it, and the values' sum,
@@ -69,6 +83,29 @@ def _folded(scores, scale, v, largest, total, result, MAY_SEE_NONE: tl.constexpr
 
 
 @triton.jit
+def _cut(
+    length,
+    window,
+    BLOCK: tl.constexpr,
+    FEWEST: tl.constexpr,
+    PARTS: tl.constexpr,
+    LONG: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """The first block of keys that is seen, the blocks of all keys, and in how many parts they are
+    read.
+    """
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(length - window, 0) // BLOCK
+    blocks = tl.cdiv(length, BLOCK)
+    parts = FEWEST
+    if PARTS > FEWEST:
+        parts = tl.minimum(tl.maximum(tl.cdiv((blocks - begin) * BLOCK, LONG), FEWEST), PARTS)
+    return begin, blocks, parts
+
+
+@triton.jit
 def _attention_kernel(
     q_ptr,
     q_row,
@@ -79,6 +116,7 @@ def _attention_kernel(
     table_row,
     lengths_ptr,
     out_ptr,
+    parts_ptr,
     lse_ptr,
     scale,
     bend,
@@ -91,7 +129,9 @@ def _attention_kernel(
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
+    FEWEST: tl.constexpr,
     PARTS: tl.constexpr,
+    LONG: tl.constexpr,
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
@@ -99,11 +139,10 @@ def _attention_kernel(
     head = tl.program_id(1) * TOGETHER
     part = tl.program_id(2)
     length = tl.load(lengths_ptr + row)
-    blocks = tl.cdiv(length, BLOCK)
-    begin = 0
-    if WINDOW:
-        begin = tl.maximum(length - window, 0) // BLOCK
-    each = tl.cdiv(blocks - begin, PARTS)
+    begin, blocks, parts = _cut(length, window, BLOCK, FEWEST, PARTS, LONG, WINDOW)
+    if part >= parts:
+        return
+    each = tl.cdiv(blocks - begin, parts)
     first = begin + part * each
     last = tl.minimum(first + each, blocks)
     queries = tl.arange(0, QUERIES)
@@ -133,113 +172,52 @@ def _attention_kernel(
         k = tl.load(token)
         # What was never written may be no number
         v = tl.load(token + KV_HEADS * DIM, seen[:, None], other=0.0)
-        scores = _bent(tl.dot(q, tl.trans(k)), bend, CAP)
+        scores = bent(tl.dot(q, tl.trans(k)), bend, CAP)
         scores = tl.where(seen[None, :], scores, -float("inf"))
-        largest, total, result = _folded(scores, scale, v, largest, total, result, False)
+        largest, total, result = folded(scores, scale, v, largest, total, result, False)
     if first < last:
         result = result / total[:, None]
-    at = (row * HEADS + mine) * PARTS + part
-    if PARTS > 1:
+    at = row * HEADS + mine
+    if parts == 1:
+        lane = at[:, None] * DIM + lanes[None, :] % DIM
+        tl.store(out_ptr + lane, result.to(out_ptr.dtype.element_ty), own)
+    else:
+        at = at * PARTS + part
         # Minus infinity for a part without keys
         tl.store(lse_ptr + at, largest + tl.log2(total), real)
-    tl.store(
-        out_ptr + at[:, None] * DIM + lanes[None, :] % DIM, result.to(out_ptr.dtype.element_ty), own
-    )
+        tl.store(parts_ptr + at[:, None] * DIM + lanes[None, :] % DIM, result, own)
 
 
 @triton.jit
-def _joined_kernel(parts_ptr, lse_ptr, out_ptr, DIM: tl.constexpr, PARTS: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, DIM)
-    parts = tl.arange(0, PARTS)
-    lse = tl.load(lse_ptr + at * PARTS + parts)
-    share = tl.exp2(lse - tl.max(lse, 0))
-    share = share / tl.sum(share, 0)
-    found = tl.load(parts_ptr + (at * PARTS + parts)[:, None] * DIM + lanes[None, :])
-    tl.store(
-        out_ptr + at * DIM + lanes, tl.sum(found * share[:, None], 0).to(out_ptr.dtype.element_ty)
-    )
-
-
-@triton.jit
-def _chunk_kernel(
-    q_ptr,
-    q_row,
-    data_ptr,
-    page_stride,
-    token_stride,
-    tables_ptr,
-    table_row,
-    offsets_ptr,
+def _joined_kernel(
+    parts_ptr,
+    lse_ptr,
     lengths_ptr,
     out_ptr,
-    scale,
-    bend,
     window,
     HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
     DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-    CAP: tl.constexpr,
+    FEWEST: tl.constexpr,
+    PARTS: tl.constexpr,
+    LONG: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    # those with most keys first
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    item = tl.program_id(1)
-    head = tl.program_id(2)
-    begin = tl.load(offsets_ptr + item).to(tl.int64)
-    length = tl.load(lengths_ptr + item)
-    count = (tl.load(offsets_ptr + item + 1) - begin).to(tl.int32)
-    if tile * TILE >= count:
-        return
-    queries = tile * TILE + tl.arange(0, TILE)
+    at = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths_ptr + at // HEADS)
+    _, _, parts = _cut(length, window, BLOCK, FEWEST, PARTS, LONG, WINDOW)
     lanes = tl.arange(0, DIM)
-    keys = tl.arange(0, BLOCK)
-    real = queries < count
-    position = length - count + queries
-    q = tl.load(
-        q_ptr + (begin + queries)[:, None] * q_row + head * DIM + lanes[None, :],
-        real[:, None],
-        other=0.0,
-    )
-    tokens = data_ptr + keys[:, None] * token_stride + (head // GROUP) * DIM + lanes[None, :]
-    table = tables_ptr + item * table_row
-    largest = tl.full((TILE,), -float("inf"), tl.float32)
-    total = tl.zeros((TILE,), tl.float32)
-    result = tl.zeros((TILE, DIM), tl.float32)
-    # Whole blocks that even the first query sees
-    common = (length - count + tile * TILE + 1) // BLOCK * BLOCK
-    if WINDOW:
-        # What the first query doesn't see none does; which of the rest a query sees, each says
-        common = tl.maximum(length - count + tile * TILE + 1 - window, 0) // BLOCK * BLOCK
-    for start in range(common if WINDOW else 0, common, BLOCK):
-        token = (
-            tokens
-            + tl.load(table + start // PAGE).to(tl.int64) * page_stride
-            + start % PAGE * token_stride
-        )
-        scores = _bent(tl.dot(q, tl.trans(tl.load(token))), bend, CAP)
-        largest, total, result = _folded(
-            scores, scale, tl.load(token + KV_HEADS * DIM), largest, total, result, False
-        )
-    for start in range(common, length - count + tl.minimum((tile + 1) * TILE, count), BLOCK):
-        token = (
-            tokens
-            + tl.load(table + start // PAGE).to(tl.int64) * page_stride
-            + start % PAGE * token_stride
-        )
-        v = tl.load(token + KV_HEADS * DIM, (start + keys < length)[:, None], other=0.0)
-        seen = start + keys[None, :] <= position[:, None]
-        if WINDOW:
-            seen = seen & (start + keys[None, :] > position[:, None] - window)
-        scores = _bent(tl.dot(q, tl.trans(tl.load(token))), bend, CAP)
-        scores = tl.where(seen, scores, -float("inf"))
-        largest, total, result = _folded(scores, scale, v, largest, total, result, WINDOW)
-    out = out_ptr + ((begin + queries)[:, None] * HEADS + head) * DIM + lanes[None, :]
-    tl.store(out, (result / total[:, None]).to(out_ptr.dtype.element_ty), real[:, None])
+    part = tl.arange(0, PARTS)
+    # A single part was the result
+    if parts > 1:
+        there = part < parts
+        lse = tl.load(lse_ptr + at * PARTS + part, there, other=-float("inf"))
+        share = tl.exp2(lse - tl.max(lse, 0))
+        share = share / tl.sum(share, 0)
+        places = parts_ptr + (at * PARTS + part)[:, None] * DIM + lanes[None, :]
+        found = tl.load(places, there[:, None], other=0.0)
+        joined = tl.sum(found * share[:, None], 0)
+        tl.store(out_ptr + at * DIM + lanes, joined.to(out_ptr.dtype.element_ty))
 
 
 def fits(head_dim: int, page_size: int) -> bool:
@@ -261,14 +239,34 @@ def heads_together(kv_heads: int, group: int, dim: int) -> int:
     return together
 
 
-def parts_for(programs: int) -> int:
-    """How many parts each sequence is cut into, of which each takes so many programs: a power of
-    two, whatever the lengths.
+def reading(programs: int, deep: bool) -> tuple[int, Pipeline]:
+    """How many parts each sequence is cut into at least, of which each takes so many programs: a
+    power of two, whatever the lengths; and how a part is read. `deep`: whether that may be deep.
     """
-    return min(MAX_PARTS, 1 << max(0, (TARGET_PROGRAMS // programs).bit_length() - 1))
+    if deep and FULL_PROGRAMS <= programs < TARGET_PROGRAMS:
+        return 1, DEEP
+    parts = 1 << max(0, (TARGET_PROGRAMS // programs).bit_length() - 1)
+    return min(MAX_PARTS, parts), SHALLOW
 
 
-def _scales(dim: int, cap: float) -> tuple[float, float]:
+@lru_cache
+def may_be_deep(device: torch.device, key_width: int) -> bool:
+    """Whether a deep pipeline for keys of so many numbers fits in the device's shared memory."""
+    if device.type != "cuda":
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    # HIP's have no such field
+    memory = getattr(properties, "shared_memory_per_block_optin", 0)
+    return key_width <= MAX_KEY_WIDTH and memory >= DEEP_BYTES
+
+
+def most_parts(fewest: int, keys: int) -> int:
+    """How many a sequence of so many keys is cut into at most: a power of two."""
+    wanted = triton.next_power_of_2(triton.cdiv(keys, LONG))
+    return max(fewest, min(MAX_PARTS, MORE_PARTS * fewest, wanted))
+
+
+def scales(dim: int, cap: float) -> tuple[float, float]:
     """(scale, bend): scores of base 2 are scale · product, or scale · tanh(bend · product) with a cap."""
     if cap:
         return cap * math.log2(math.e), 1 / (cap * math.sqrt(dim))
@@ -292,7 +290,10 @@ def decode_rows(
     kv_heads = data.shape[2] // 2
     group = heads // kv_heads
     together = heads_together(kv_heads, group, dim)
-    parts = parts_for(rows * kv_heads // together)
+    deep = may_be_deep(data.device, together * dim)
+    fewest, pipeline = reading(rows * kv_heads // together, deep)
+    keys = tables_DW.shape[1] * data.shape[1]
+    parts = most_parts(fewest, min(keys, window) if window else keys)
     out = torch.empty(rows, heads, dim, dtype=q_DNH.dtype, device=q_DNH.device)
     # A single part is the result
     found = out
@@ -309,9 +310,10 @@ def decode_rows(
         tables_DW,
         tables_DW.stride(0),
         lengths_D,
+        out,
         found,
         lse,
-        *_scales(dim, cap),
+        *scales(dim, cap),
         window,
         HEADS=heads,
         KV_HEADS=kv_heads,
@@ -321,59 +323,28 @@ def decode_rows(
         DIM=dim,
         PAGE=data.shape[1],
         BLOCK=BLOCK,
+        FEWEST=fewest,
         PARTS=parts,
+        LONG=LONG,
         CAP=cap > 0,
         WINDOW=window > 0,
-        num_warps=WARPS,
-        num_stages=STAGES,
+        num_warps=pipeline.warps,
+        num_stages=pipeline.stages,
     )
     if parts > 1:
-        _joined_kernel[(rows * heads,)](found, lse, out, DIM=dim, PARTS=parts, num_warps=1)
-    return out
-
-
-def chunk_rows(
-    q_TNH: Tensor,
-    data: Tensor,
-    tables_SW: Tensor,
-    lengths_S: Tensor,
-    offsets: Tensor,
-    longest: int,
-    window: int = 0,
-    cap: float = 0.0,
-) -> Tensor:
-    """out [T, N, H] of chunks, causal; `window` and `cap` as in `decode_rows`.
-
-    A chunk's queries lie at `offsets` [S + 1], and are the last of their sequence's `lengths` keys.
-    No chunk is longer than `longest`; what belongs to none isn't written.
-    """
-    tokens, heads, dim = q_TNH.shape
-    kv_heads = data.shape[2] // 2
-    out = torch.empty(tokens, heads, dim, dtype=q_TNH.dtype, device=q_TNH.device)
-    tile, warps = next(config for widest, config in CHUNK_TILES.items() if dim <= widest)
-    _chunk_kernel[(triton.cdiv(longest, tile), len(tables_SW), heads)](
-        q_TNH,
-        q_TNH.stride(0),
-        data,
-        data.stride(0),
-        data.stride(1),
-        tables_SW,
-        tables_SW.stride(0),
-        offsets,
-        lengths_S,
-        out,
-        *_scales(dim, cap),
-        window,
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        GROUP=heads // kv_heads,
-        DIM=dim,
-        PAGE=data.shape[1],
-        TILE=tile,
-        BLOCK=BLOCK,
-        CAP=cap > 0,
-        WINDOW=window > 0,
-        num_warps=warps,
-        num_stages=2,
-    )
+        _joined_kernel[(rows * heads,)](
+            found,
+            lse,
+            lengths_D,
+            out,
+            window,
+            HEADS=heads,
+            DIM=dim,
+            BLOCK=BLOCK,
+            FEWEST=fewest,
+            PARTS=parts,
+            LONG=LONG,
+            WINDOW=window > 0,
+            num_warps=1,
+        )
     return out

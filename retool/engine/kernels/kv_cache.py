@@ -54,6 +54,18 @@ class KVCache:
                 self.follower(sources, targets)
 
 
+def located(
+    positions_R: torch.Tensor, tables_RW: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slots int64 [R] of the tokens at these positions, lengths int32 [R] with them), on pages of
+    `size` tokens. A position beyond the table is the one in its last page.
+    """
+    width = tables_RW.shape[1]
+    place = (positions_R // size).clamp_(max=width - 1)
+    slots = tables_RW.gather(1, place[:, None])[:, 0].long() * size + positions_R % size
+    return slots, (positions_R + 1).clamp_(max=width * size).to(torch.int32)
+
+
 @contextmanager
 def in_any_order() -> Iterator[None]:
     """For writes to distinct places, which are the same in any order.

@@ -1,9 +1,8 @@
 # ruff: noqa: ANN001, ANN202 — a kernel's arguments are pointers and numbers of Triton's own
 # pyright: reportMissingParameterType=false, reportIndexIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-"""q, k and v of new tokens in one kernel, see `place.py`.
-
-A program has all heads of a token, each as two halves that rope turns.
+"""q, k and v of new tokens in one kernel, see `place.py`: a program has all heads of a token, each
+as two halves that rope turns. And where a decode step's tokens go, see `kv_cache.py`.
 """
 
 from __future__ import annotations
@@ -68,6 +67,48 @@ def _place_kernel(
     kept = data_ptr + tl.load(slots_ptr + token) * token_stride + (head - HEADS) * 2 * HALF + lane
     tl.store(kept, first, there & (head >= HEADS))
     tl.store(kept + HALF, second, there & (head >= HEADS))
+
+
+@triton.jit
+def _located_kernel(
+    positions_ptr,
+    tables_ptr,
+    table_row,
+    slots_ptr,
+    lengths_ptr,
+    rows,
+    width,
+    PAGE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    row = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    there = row < rows
+    position = tl.load(positions_ptr + row, there, other=0)
+    place = tl.minimum(position // PAGE, width - 1)
+    page = tl.load(tables_ptr + row * table_row + place, there, other=0).to(tl.int64)
+    tl.store(slots_ptr + row, page * PAGE + position % PAGE, there)
+    length = tl.minimum(position + 1, width * PAGE)
+    tl.store(lengths_ptr + row, length.to(tl.int32), there)
+
+
+def located_rows(positions_R: Tensor, tables_RW: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """`located`, on a GPU."""
+    rows, width = tables_RW.shape
+    slots = torch.empty_like(positions_R)
+    lengths = torch.empty(rows, dtype=torch.int32, device=positions_R.device)
+    _located_kernel[(triton.cdiv(rows, 128),)](
+        positions_R,
+        tables_RW,
+        tables_RW.stride(0),
+        slots,
+        lengths,
+        rows,
+        width,
+        PAGE=size,
+        LANES=128,
+        num_warps=4,
+    )
+    return slots, lengths
 
 
 def place_rows(
