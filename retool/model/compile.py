@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, TypeVar, cast
 
 import torch
@@ -170,8 +171,8 @@ class Call:
     graph: Graph
     block: nn.Module
     inputs: tuple[int | str | None, ...]
-    arguments: tuple[Any, ...]  # (dtype, whether it needs a gradient) of a tensor, else itself
-    frozen: tuple[bool, ...]  # of each parameter among the inputs
+    arguments: tuple[Any, ...]  # `_kind` and the shape of a token's part of a tensor, else itself
+    parameters: tuple[Any, ...]  # `_kind` of each among the inputs
     state: Any  # of torch: determinism, precision of products, …
     origins: list[int] | None
 
@@ -183,12 +184,8 @@ class Call:
             and tokens in self.graph.lengths
             and self.state.check()
             and self.arguments == _kinds(arguments, tokens)
-            and self.frozen == tuple(not p.requires_grad for p in self._parameters())
+            and self.parameters == _kinds_of_parameters(block, self.inputs)
         )
-
-    def _parameters(self) -> list[Tensor]:
-        held = self.block._parameters
-        return [cast(Tensor, held[name]) for name in self.inputs if isinstance(name, str)]
 
     def run(self, arguments: Sequence[Any]) -> Tensor:
         held = self.block._parameters
@@ -210,10 +207,19 @@ def _kinds(arguments: Sequence[Any], tokens: int) -> tuple[Any, ...] | None:
         if not isinstance(each, Tensor):
             kinds.append(each)
         elif len(each) == tokens and each.is_contiguous():
-            kinds.append((each.dtype, each.requires_grad))
+            kinds.append((*_kind(each), each.shape[1:]))
         else:
             return None
     return tuple(kinds)
+
+
+def _kinds_of_parameters(block: nn.Module, inputs: Sequence[int | str | None]) -> tuple[Any, ...]:
+    held = block._parameters
+    return tuple(_kind(cast(Tensor, held[name])) for name in inputs if isinstance(name, str))
+
+
+def _kind(x: Tensor) -> tuple[torch.dtype, bool]:
+    return x.dtype, x.requires_grad
 
 
 class Compiled:
@@ -276,13 +282,20 @@ def _understood(
     kinds = _kinds(arguments, tokens)
     inputs = [_origin(each, tokens, block, arguments) for each in given]
     origins = graph.origins() if out.requires_grad else None
-    if kinds is None or -1 in inputs:
+    if kinds is None or -1 in inputs or not _distinct(arguments):
         return None
     if out.requires_grad and (origins is None or graph.gradients != len(inputs)):
         return None
-    parameters = [block._parameters[name] for name in inputs if isinstance(name, str)]
-    frozen = tuple(not cast(Tensor, p).requires_grad for p in parameters)
-    return Call(graph, block, tuple(inputs), kinds, frozen, GlobalStateGuard(), origins)
+    parameters = _kinds_of_parameters(block, inputs)
+    return Call(graph, block, tuple(inputs), kinds, parameters, GlobalStateGuard(), origins)
+
+
+def _distinct(arguments: Sequence[Any]) -> bool:
+    """Whether an argument's memory tells which one it is. The compiler takes one that is given twice
+    as one input.
+    """
+    tensors = [each for each in arguments if isinstance(each, Tensor)]
+    return not any(_same(a, b) for a, b in combinations(tensors, 2))
 
 
 def _origin(

@@ -143,10 +143,14 @@ def test_what_is_not_known_to_be_the_same_goes_through_torch_compile(interpreted
     assert counted.once(block, x, y, True) == 1, "another argument"
     assert counted.once(block, x, y.t().contiguous().t()) == 1, "other strides"
     assert counted.once(block, x, rows(8, 4, requires_grad=True)) == 1, "another gradient"
+    assert counted.once(block, x, rows(8, 4)[:, :1].contiguous()) == 1, "another width"
     assert counted.once(Halves(), x, y) == 1, "another block"
     block.shift.requires_grad = False
     assert counted.once(block, x, y) == 1, "a frozen parameter"
     block.shift.requires_grad = True
+    block.shift.data = block.shift.data.double()
+    assert counted.once(block, x, y) == 1, "a parameter of another dtype"
+    block.shift.data = block.shift.data.float()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         assert counted.once(block, x, y) == 1, "somebody keeps what is saved"
     torch.use_deterministic_algorithms(True)
@@ -155,6 +159,17 @@ def test_what_is_not_known_to_be_the_same_goes_through_torch_compile(interpreted
     finally:
         torch.use_deterministic_algorithms(False)
     assert counted.once(block, x, y) == 0
+
+
+def test_one_tensor_given_twice_is_not_taken_for_two(interpreted: None) -> None:
+    """The compiler makes one input of it, so its graph is of no use for two."""
+    block = Halves()
+    counted = Counted()
+    x = rows(8, 1)
+    y = rows(8, 2)
+    with torch.no_grad():
+        counted.piece(block, x, x)
+        torch.testing.assert_close(counted.piece(block, x, y), block.mixed(x, y))
 
 
 def test_a_second_backward_is_refused(interpreted: None) -> None:
