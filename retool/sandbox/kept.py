@@ -100,8 +100,16 @@ def keep(session: Session) -> None:
         "variables": stored,
         "lost": {**lost, **left_out},
     }
-    with open(os.path.join(session.folder, SNAPSHOT), "wb") as file:
+    _write_whole(os.path.join(session.folder, SNAPSHOT), left)
+
+
+def _write_whole(path: str, left: Mapping[str, Any]) -> None:
+    """All of it or nothing: there may be no room for it, or no time. Half of it would be taken for
+    what this program left, in the place of what was there before it.
+    """
+    with open(f"{path}.half", "wb") as file:
         pickle.dump(left, file)
+    os.replace(f"{path}.half", path)
 
 
 def why_missing(error: BaseException, lost: Mapping[str, str]) -> str:

@@ -276,6 +276,13 @@ def test_a_program_that_dies_loses_what_it_did_and_no_more(tool, death, said) ->
     assert after.text == "1 kept"
 
 
+def test_half_a_snapshot_is_none(tool) -> None:
+    """What a program leaves is written when it has ended, and there may be no room for it."""
+    no_room = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))"
+    _, ended, after = talk(tool, "a = 1", no_room, "print(a)")
+    assert ended.text.endswith(UNDONE) and after.text == "1"
+
+
 def test_where_there_is_too_much_the_largest_are_left_out(tool) -> None:
     """Also a file; and what is larger than a program's own memory would let it be copied."""
     large = """
