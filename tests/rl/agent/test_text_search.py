@@ -64,6 +64,15 @@ def test_pages_of_a_file_and_a_tool_of_the_file_of_tools(tmp_path: Path) -> None
         TextSearch(files=[str(corpus)])
 
 
+def test_files_are_named_as_in_training(tmp_path: Path) -> None:
+    for number, page in enumerate(PAGES):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps({"text": page}))
+    for name in (tmp_path, tmp_path / "*.jsonl"):
+        assert ask(TextSearch(files=str(name)), "owl").text == PAGES[2]
+    with pytest.raises(ValueError, match=r"none.jsonl"):
+        TextSearch(files=str(tmp_path / "none.jsonl"))
+
+
 def test_it_is_a_tool_in_python_and_in_rows_of_sft() -> None:
     tool = TextSearch(PAGES)
     assert make_tools([tool]) == [tool]

@@ -450,6 +450,16 @@ def test_generators_are_tools() -> None:
     assert 1_000_000 < len(one.text) < 1_010_000
 
 
+class Labelled:
+    """As a series of pandas': its list lacks what Python shows."""
+
+    def tolist(self) -> list[int]:
+        return [2, 3]
+
+    def __str__(self) -> str:
+        return "north 2, south 3"
+
+
 def test_what_a_function_returns_is_text_or_json_or_what_python_shows() -> None:
     circular: list[Any] = []
     circular.append(circular)
@@ -462,6 +472,7 @@ def test_what_a_function_returns_is_text_or_json_or_what_python_shows() -> None:
         ({(1, 2): 3}, "{(1, 2): 3}"),
         (circular, "[[...]]"),
         (Path("a"), '"a"'),
+        (Labelled(), '"north 2, south 3"'),
     ):
         assert text_of(value) == text
 

@@ -105,5 +105,6 @@ def text_of(value: Any) -> str:
 
 def _in_json(value: Any) -> Any:
     """Arrays and numbers of numpy's and torch's as lists and numbers, anything else as text."""
-    as_list = getattr(value, "tolist", None)
-    return as_list() if callable(as_list) else str(value)
+    of_library = {kind.__module__.partition(".")[0] for kind in type(value).__mro__}
+    # Not whatever has `tolist`: a series of pandas' would lose its labels
+    return value.tolist() if of_library & {"numpy", "torch"} else str(value)
