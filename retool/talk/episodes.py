@@ -79,11 +79,7 @@ class Seat:
 
     def _typed(self, max_tokens: int) -> Sampled:
         """What the user types, as the tokens that it is."""
-        try:
-            text = _ask(YOURS)
-        except KeyboardInterrupt:
-            self.stage.screen.note("")  # a line of its own, behind ^C
-            text = None
+        text = self._read()
         if text is None:
             return Sampled([], [], [], "aborted")
         if not sys.stdin.isatty():  # a terminal has shown it already
@@ -99,6 +95,21 @@ class Seat:
         ids = ids[:max_tokens]
         nothing = [0.0] * len(ids)
         return Sampled(ids, nothing, nothing, "stop" if whole else "length")
+
+    def _read(self) -> str | None:
+        """What the user types; None at the end, and for Ctrl-C."""
+        loop = self.stage.loop
+        episode = asyncio.current_task()
+        assert episode is not None, "a turn is made within an episode"
+        # The loop stands still here, so nobody would hear of Ctrl-C but who reads
+        loop.remove_signal_handler(signal.SIGINT)
+        try:
+            return _ask(YOURS)
+        except KeyboardInterrupt:
+            self.stage.screen.note("")  # a line of its own, behind ^C
+            return None
+        finally:
+            loop.add_signal_handler(signal.SIGINT, episode.cancel)
 
 
 def hold_episodes(
@@ -183,8 +194,7 @@ def _ask(prompt: str) -> str | None:
 def play(stage: Stage) -> bool:
     """One episode; whether the environment did its part. Ctrl-C ends it, and not the program."""
     episode = stage.loop.create_task(_play(stage))
-    if not stage.by_user:  # who types is interrupted where that is read
-        stage.loop.add_signal_handler(signal.SIGINT, episode.cancel)
+    stage.loop.add_signal_handler(signal.SIGINT, episode.cancel)
     try:
         trajectory = stage.loop.run_until_complete(episode)
     except asyncio.CancelledError:

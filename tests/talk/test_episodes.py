@@ -155,6 +155,22 @@ def test_ctrl_c_ends_an_episode_and_closes_its_world(stage_of) -> None:
     assert Guess.closed == 1 and stage.engine.dropped == ["chat"]
 
 
+def test_ctrl_c_ends_it_while_the_world_thinks_about_what_the_user_typed(
+    stage_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(self, message):
+        os.kill(os.getpid(), signal.SIGINT)
+        return "Higher.", 0.0, False
+
+    stage, output = stage_of()
+    stage.by_user = True
+    monkeypatch.setattr(sys, "stdin", io.StringIO("5\n7\n"))
+    monkeypatch.setattr(Guess, "step", step)
+    assert play(stage)
+    assert output.getvalue().endswith("(stopped)\n") and Guess.closed == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_commands_between_episodes(stage_of, monkeypatch: pytest.MonkeyPatch) -> None:
     stage, output = stage_of(*GUESSES, *GUESSES, *GUESSES)
     typed = iter(["/what", "/row 9", "/row 0", "", "/play", "7", "/quit", "never"])
