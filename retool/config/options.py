@@ -121,8 +121,8 @@ class DecoderConfig:
     )
     activation_offload: bool | Literal["auto"] = option(
         False,
-        "Keep the inputs of fully recomputed blocks in host memory until the backward "
-        "pass, for very long sequences: true = always; auto = if nothing else fits.",
+        "Hold in host memory what fully recomputed blocks keep for the backward pass, for "
+        "very long sequences: true = always; auto = if nothing else fits.",
     )
     fp32_residual: bool | Literal["auto"] = option(
         "auto",
