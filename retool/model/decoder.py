@@ -10,7 +10,7 @@ Legend: t tokens of this rank · D model · V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -180,10 +180,14 @@ class Decoder(nn.Module):
         return ((HEAD, EMBEDDING),) if self.config.tied else ()
 
 
-def plan_attention(sharded: Sharded, lengths: Iterable[int]) -> int:
+def plan_attention(
+    sharded: Sharded, lengths: Sequence[int], longest_whole: int | None = None
+) -> int:
     """Make cuDNN's plans for documents of these lengths, so that no step waits for them on any rank.
 
-    Returns for how many; 0 where another kernel runs. See [Note: cuDNN plans].
+    `longest_whole`: tokens of the longest document that one rank of several computes; None: any. A
+    longer one with all heads could need more memory than the run. Returns for how many lengths; 0
+    where another kernel runs. See [Note: cuDNN plans].
     """
     module = sharded.module
     if not isinstance(module, Decoder) or module.execution.backend != "cudnn":
@@ -191,11 +195,17 @@ def plan_attention(sharded: Sharded, lengths: Iterable[int]) -> int:
     config = module.config
     if all(config.window(layer) for layer in range(config.layers)):
         return 0
-    planned = planned_lengths(lengths)
+    execution = module.execution
+    shared = [(execution.plan, lengths)]
     # Where ranks share documents, some packs are divided among them and others aren't
-    for heads in {module.execution.plan, module.execution.plan_alone}:
-        for length in planned:
+    if execution.plan.sp > 1:
+        whole = [n for n in lengths if longest_whole is None or n <= longest_whole]
+        shared.append((execution.plan_alone, whole))
+    planned = set[int]()
+    for heads, found in shared:
+        for length in planned_lengths(found, heads.widths[heads.rank] * heads.head_dim):
             _attend_once(length, heads, sharded)
+            planned.add(length)
     return len(planned)
 
 

@@ -130,13 +130,14 @@ def start(
 def plan_ahead(session: Session[SFTReport], state: TrainState) -> None:
     """Let attention prepare for the lengths that the run will meet."""
     report = session.report
-    assert report.train is not None
+    data = report.config.data
+    assert report.train is not None and report.choice is not None
     begun = time.monotonic()
-    lengths = lengths_ahead(report.train.dataset, step_order(report), state.step, report.steps)
+    found = lengths_ahead(report.train.dataset, step_order(report), state.step, report.steps)
     padded = not report.config.use_remove_padding
-    planned = plan_attention(
-        session.model, [report.config.data.max_length] if padded else lengths.tolist()
-    )
+    lengths = [data.max_length] if padded else found.tolist()
+    whole = report.choice.tokens if data.keep_documents_whole and not padded else 0
+    planned = plan_attention(session.model, lengths, whole)
     if planned:
         seconds = time.monotonic() - begun
         say(session.mesh, f"attention: cuDNN's plans for {planned} lengths, {seconds:.1f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from retool.data.packing import Budget, Packing
 from retool.model import build
 from retool.model.attention import cudnn, dispatch
 from retool.model.build import ModelOptions, build_decoder
-from retool.model.decoder import plan_attention
+from retool.model.decoder import Decoder, plan_attention
 from retool.parallel.fsdp import Sharded
 from retool.parallel.mesh import make_mesh
+from retool.parallel.ulysses import HeadPlan
 from tests.model.decoders import decoder_config
 
 SHORTEST = 16
@@ -75,6 +77,20 @@ def test_steps_ask_for_no_other_plans(operators: Operators) -> None:
     batch = pack([Sample(np.zeros(n, np.int32), np.ones(n, bool)) for n in lengths])
     model(batch, lambda hidden, weight: (hidden @ weight.t()).sum()).backward()
     assert operators.asked == planned
+
+
+def test_a_document_that_no_rank_computes_whole_is_planned_divided(
+    operators: Operators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = decoder()
+    assert isinstance(model.module, Decoder)
+    plan = HeadPlan(sp=2, rank=0, heads=4, kv_heads=2, head_dim=4)
+    model.module.execution = replace(model.module.execution, plan=plan)
+    # q, k and v of a token have 16 elements on one of two ranks, 32 on one alone
+    monkeypatch.setattr(cudnn, "INDEXABLE", 16 * 64)
+    assert plan_attention(model, [20, 24, 40, 64], longest_whole=22) == 3, "64 tokens are too many"
+    shapes = {(shape[1], shape[2]) for _, shape, *_ in operators.asked}
+    assert shapes == {(2, 20), (2, 24), (2, 40), (4, 20)}, "(heads, tokens)"
 
 
 def test_nothing_is_planned_where_cudnn_does_not_run(

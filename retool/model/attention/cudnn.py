@@ -85,9 +85,12 @@ def _rounded(length: int) -> int:
     return -(-length // step) * step
 
 
-def planned_lengths(lengths: Iterable[int]) -> list[int]:
-    """What cuDNN needs a plan for each of where documents have these lengths."""
-    return sorted({_rounded(n) for n in lengths if n >= CUDNN_SHORTEST})
+def planned_lengths(lengths: Iterable[int], row: int) -> list[int]:
+    """What cuDNN needs a plan for each of where documents have these lengths, and a token's heads `row`
+    elements; without those that are left to the other kernel.
+    """
+    rounded = {_rounded(n) for n in lengths if n >= CUDNN_SHORTEST}
+    return sorted(n for n in rounded if n * row < INDEXABLE)
 
 
 def _by_cudnn(q_TNH: Tensor, run: Run) -> bool:
