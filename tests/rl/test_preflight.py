@@ -92,6 +92,19 @@ def test_a_sound_run_has_a_plan(work: Path, tmp_path: Path) -> None:
     assert "% of its time at 400 Gbit/s" in dict(in_words(elsewhere))["network"]
 
 
+def test_files_that_are_not_there_are_told_with_a_model_that_is_not(
+    work: Path, tmp_path: Path
+) -> None:
+    none = tmp_path / "none.jsonl"
+    files = (f"data.train_files={none}", f"data.val_files={none}")
+    report = check(work, tmp_path / "out", f"actor_rollout_ref.model.path={tmp_path}/model", *files)
+    assert [fault.where for fault in report.faults] == [
+        "actor_rollout_ref.model.path",
+        "data.train_files",
+        "data.val_files",
+    ]
+
+
 def test_every_machine_check_stands_in_one_table(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,7 +226,7 @@ def _with_prompts(report: RLReport) -> RLReport:
     if report.renderer is None or any(
         fault.where.endswith("tool_config_path") for fault in report.faults
     ):
-        return report
+        return report.blame(*_file_faults(config.data))
     attempt("data.chat_template", lambda: show_tool_turn(report), faults)
     report = replace(report, calls=call_format(report, faults))
     train = _read(
@@ -310,8 +310,7 @@ def _read(
         path = data.custom_cls.path
         name = data.custom_cls.name
         rows = load_function(path, name) if path is not None and name is not None else None
-        part = part_of(data, where)
-        found = [file for entry in files for file in resolve_files(entry, rows is not None, part)]
+        found = _found(data, files, where)
         return Questions(*load_prompts(found, renderer, schemas, options, rows))
 
     try:
@@ -319,6 +318,24 @@ def _read(
     except (ValueError, OSError) as error:
         faults += [Fault(where, line) for line in str(error).splitlines()]
         return None
+
+
+def _found(data: DataConfig, files: Sequence[str], where: str) -> list[str]:
+    """The files that the names of a key mean. ValueError where one means none."""
+    own = data.custom_cls.path is not None and data.custom_cls.name is not None
+    part = part_of(data, where)
+    return [file for entry in files for file in resolve_files(entry, own, part)]
+
+
+def _file_faults(data: DataConfig) -> list[Fault]:
+    """What can be said of the data without a tokenizer: its files are there, or they aren't."""
+    faults = list[Fault]()
+    for where, files in (
+        ("data.train_files", data.train_files),
+        ("data.val_files", data.val_files or ()),
+    ):
+        attempt(where, lambda where=where, files=files: _found(data, files, where), faults)
+    return faults
 
 
 def part_of(data: DataConfig, files_key: str) -> Part:
