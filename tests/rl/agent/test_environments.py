@@ -474,6 +474,7 @@ def test_answers_in_short() -> None:
     answer = read_answer(("Higher.", np.float32(0.5), np.bool_(False)))
     assert answer.messages == user("Higher.") and answer.reward == 0.5 and answer.done is False
     assert read_answer(["", True, True]).reward == 1.0
+    assert read_answer(["on", 0, np.zeros(2)[1]]).done is False
 
 
 def test_environments_are_found_or_it_is_said_why_not(tmp_path) -> None:

@@ -480,6 +480,7 @@ def test_what_a_function_returns_is_text_or_json_or_what_python_shows() -> None:
 def test_a_tool_with_a_state_may_give_numpy_s_numbers_and_says_whether_it_is_over() -> None:
     found = result_of(("on", np.float32(0.5), np.bool_(True)))
     assert (found.reward, found.done) == (0.5, True)
+    assert result_of(("on", None, np.ones(2)[1])).done is True
     assert ToolResult("on", "success", reward=np.float32(0.5)).reward == 0.5
     with pytest.raises(TypeError, match="a call returned done='no': give true or false"):
         result_of(("on", 1.0, "no"))

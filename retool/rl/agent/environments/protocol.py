@@ -122,7 +122,8 @@ def read_done(done: Any) -> bool:
     which Python takes for true whatever it says.
     """
     found = plain(done)
-    if found is not None and not isinstance(found, (bool, int)):
+    # Arrays of floats hold 0.0 and 1.0 for it
+    if found is not None and not isinstance(found, (bool, int, float)):
         raise ValueError(f"its done is {shown(done)}, not true or false")
     return bool(found)
 

@@ -80,6 +80,6 @@ def result_of(value: Any) -> ToolResult:
     text, reward, done = value
     given = None if reward is None else float(reward)
     over = plain(done)
-    if over is not None and not isinstance(over, (bool, int)):
+    if over is not None and not isinstance(over, (bool, int, float)):
         raise TypeError(f"a call returned done={shown(done)}: give true or false")
     return ToolResult(text_of(text), "success", reward=given, done=bool(over))
