@@ -87,6 +87,10 @@ class Gradients:
         if self.buffer is None or self.group is None:
             _add(self._pairs(self.shard, grads))
             return
+        if self.held is not None and not hold and not self.holds:
+            # A unit that is used again: what was held may still be on its way to the same shard, and
+            # `sending` knows of one reduction
+            self.held.settle()
         if self.narrow is not None and not hold and not self.holds:
             self._send_narrow(grads, self.buffer, self.narrow, self.group)
             return
